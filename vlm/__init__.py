@@ -1,0 +1,1 @@
+"""vlm: contrastive vision-language models in JAX."""
