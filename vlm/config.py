@@ -133,6 +133,7 @@ class TokenizerConfig:
     clean: Literal["none", "clip", "siglip"] = "none"  # text cleaning before the vocabulary
     keep_eos: bool = True  # a truncated text still ends with eos
     pad_side: Literal["right", "left"] = "right"
+    parse_special: bool = False  # "<eos>" spelled out in a text is that token (transformers: yes)
 
 
 # ------------------------------------------------------------------------------ the data

@@ -1,0 +1,216 @@
+"""Text to tokens: a `tokenizers` vocabulary and the rules around it, as one object.
+
+The vocabulary maps text to ids; the rules (`TokenizerConfig`) say how text is cleaned before and
+how ids become rows of a fixed length after. Both belong to the model that was trained on them.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import tokenizers
+from etils import epath
+from jaxtyping import Int32
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from vlm.config import TokenizerConfig, from_dict, to_dict
+from vlm.errors import ConfigError, DataError
+from vlm.paths import as_path
+
+VOCABULARY_FILE = "tokenizer.json"
+RULES_FILE = "vlm_tokenizer.json"
+
+# What happens to a text before the vocabulary sees it, by the name in `TokenizerConfig.clean`.
+CLEANERS: dict[str, Callable[[str], str]] = {
+    "none": lambda text: text,
+}
+
+
+class Tokenizer:
+    """Rows of token ids of one fixed length.
+
+    A row is `[bos] text [eos]`, cut to `context_length` and padded. A text too long for its row
+    loses its tail; with `keep_eos` the row still ends with eos.
+
+    Raises:
+        ConfigError: the rules name a token that the vocabulary does not have, or a cleaning that
+            does not exist.
+    """
+
+    def __init__(self, vocabulary: tokenizers.Tokenizer, config: TokenizerConfig):
+        if config.clean not in CLEANERS:
+            raise ConfigError(
+                f"TokenizerConfig.clean {config.clean!r} is not available: "
+                f"choose one of {', '.join(CLEANERS)}"
+            )
+        specials = [i for i in (config.bos_id, config.eos_id) if i is not None]
+        if config.context_length <= len(specials):
+            raise ConfigError(
+                f"context_length {config.context_length} leaves no room for text beside "
+                f"{len(specials)} special tokens: make it larger"
+            )
+        # Copied: cutting, padding and specials are ours to do, and the caller's object stays as is.
+        self._vocabulary = tokenizers.Tokenizer.from_str(vocabulary.to_str())
+        self._vocabulary.no_truncation()
+        self._vocabulary.no_padding()
+        self._vocabulary.encode_special_tokens = not config.parse_special
+        self.config = config
+        for name in ("pad_id", "bos_id", "eos_id"):
+            token = getattr(config, name)
+            if token is not None and self._vocabulary.id_to_token(token) is None:
+                raise ConfigError(
+                    f"TokenizerConfig.{name} is {token}, which this vocabulary of "
+                    f"{self.vocab_size} tokens does not have: give the id of one of its tokens"
+                )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of rows that an embedding table of this vocabulary needs."""
+        return max(self._vocabulary.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def __call__(self, texts: str | Sequence[str]) -> Int32[np.ndarray, "n l"]:
+        """Token ids of each text; one string counts as a list of one.
+
+        Raises:
+            DataError: a text is not a string.
+        """
+        config = self.config
+        rows = self._encode(texts)
+        out = np.full((len(rows), config.context_length), config.pad_id, np.int32)
+        head = [] if config.bos_id is None else [config.bos_id]
+        tail = [] if config.eos_id is None else [config.eos_id]
+        room = config.context_length - len(head)
+        for row, ids in zip(out, rows, strict=True):
+            if len(ids) + len(tail) <= room:
+                ids = head + ids + tail
+            elif config.keep_eos:
+                ids = head + ids[: room - len(tail)] + tail
+            else:
+                ids = head + ids[:room]
+            if config.pad_side == "right":
+                row[: len(ids)] = ids
+            else:
+                row[len(row) - len(ids) :] = ids
+        return out
+
+    def count_truncated(self, texts: str | Sequence[str]) -> int:
+        """How many of `texts` are too long for `context_length` and lose their tail."""
+        config = self.config
+        room = config.context_length - sum(i is not None for i in (config.bos_id, config.eos_id))
+        return sum(len(ids) > room for ids in self._encode(texts))
+
+    def decode(self, tokens: Int32[np.ndarray, "n l"] | Sequence[Sequence[int]]) -> list[str]:
+        """The text of each row, up to its eos and without special tokens."""
+        config, texts = self.config, []
+        for row in np.asarray(tokens).tolist():
+            if config.bos_id is not None:
+                row = [i for i in row if i != config.bos_id]
+            if config.pad_side == "left":  # before eos is looked for: pad may be the same token
+                first = next((k for k, i in enumerate(row) if i != config.pad_id), len(row))
+                row = row[first:]
+            if config.eos_id in row:
+                row = row[: row.index(config.eos_id)]
+            row = [i for i in row if i != config.pad_id]
+            texts.append(self._vocabulary.decode(row, skip_special_tokens=True).strip())
+        return texts
+
+    def save(self, folder: epath.PathLike) -> None:
+        """Write `tokenizer.json` (the vocabulary) and `vlm_tokenizer.json` (the rules)."""
+        folder = as_path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / VOCABULARY_FILE).write_text(self._vocabulary.to_str(pretty=True))
+        (folder / RULES_FILE).write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: epath.PathLike) -> "Tokenizer":
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: a file is missing or torn; the message names it.
+        """
+        rules = _read(as_path(folder) / RULES_FILE)
+        try:
+            config = from_dict(TokenizerConfig, json.loads(rules))
+        except (json.JSONDecodeError, ConfigError) as error:
+            raise DataError(f"{as_path(folder) / RULES_FILE} is not as saved: {error}") from None
+        return cls.from_file(as_path(folder) / VOCABULARY_FILE, config)
+
+    @classmethod
+    def from_file(cls, path: epath.PathLike, config: TokenizerConfig) -> "Tokenizer":
+        """The vocabulary of any `tokenizer.json`, under our own rules.
+
+        Raises:
+            DataError: the file is missing or is not a `tokenizer.json`.
+        """
+        text = _read(as_path(path))
+        try:
+            vocabulary = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{as_path(path)} is not a tokenizer.json: {error}") from None
+        return cls(vocabulary, config)
+
+    def __reduce__(self):  # reader processes get their own copy
+        return Tokenizer, (self._vocabulary, self.config)
+
+    def _encode(self, texts: str | Sequence[str]) -> list[list[int]]:
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise DataError(f"text {i} is {text!r}, not a string: give strings alone")
+        clean = CLEANERS[self.config.clean]
+        texts = [clean(text) for text in texts]
+        if self.config.lowercase:
+            texts = [text.lower() for text in texts]
+        # A lone surrogate has no UTF-8 form; "?" is what Python's own codecs put in its place.
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]
+        encoded = self._vocabulary.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
+
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, context_length: int, *, lowercase: bool = False
+) -> Tokenizer:
+    """A byte-level BPE vocabulary (Sennrich et al., 2016; bytes as in GPT-2) learned from `texts`.
+
+    Padding is token 0 and the end of text token 1; there is no begin token, which neither pooling
+    at the end token nor pooling at the last position needs. Every string has an encoding, and the
+    same texts in any order give the same vocabulary.
+
+    Raises:
+        ConfigError: `vocab_size` cannot hold the 256 bytes and the special tokens.
+        DataError: there are no texts.
+    """
+    specials, alphabet = ["<pad>", "<eos>"], pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(specials) + len(alphabet)
+    if vocab_size < smallest:
+        raise ConfigError(
+            f"vocab_size {vocab_size} cannot hold {len(alphabet)} bytes and {len(specials)} "
+            f"special tokens: make it at least {smallest}"
+        )
+    texts = sorted(text.lower() if lowercase else text for text in texts)
+    if not texts:
+        raise DataError("there are no texts to learn a vocabulary from: give at least one caption")
+    vocabulary = tokenizers.Tokenizer(models.BPE())
+    # The prefix space makes a word the same token at the start of a text and inside it.
+    vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    vocabulary.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    vocabulary.train_from_iterator(texts, trainer)
+    config = TokenizerConfig(context_length=context_length, pad_id=0, eos_id=1, lowercase=lowercase)
+    return Tokenizer(vocabulary, config)
+
+
+def _read(path: epath.Path) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        raise DataError(
+            f"there is no {path}: give a folder that a tokenizer was saved in"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
