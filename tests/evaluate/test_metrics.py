@@ -1,0 +1,173 @@
+"""Metrics against brute force, closed forms and the properties that define them."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlm.errors import ConfigError, DataError
+from vlm.evaluate import metrics
+from vlm.evaluate.metrics import (
+    best_ranks,
+    bootstrap_mean,
+    pair_retrieval_metrics,
+    proportion,
+    retrieval_recall,
+    topk_accuracy,
+    zero_shot_metrics,
+)
+
+
+def unit(rng, n, d):
+    z = rng.standard_normal((n, d)).astype(np.float32)
+    return z / np.linalg.norm(z, axis=1, keepdims=True)
+
+
+def brute_ranks(z_query, z_key, pairs):
+    """The definition, one query at a time, over the full matrix."""
+    scores = z_query.astype(np.float64) @ z_key.astype(np.float64).T
+    ranks = []
+    for i, row in enumerate(scores):
+        right = [k for q, k in pairs if q == i]
+        wrong = [k for k in range(len(z_key)) if k not in right]
+        best = max((row[k] for k in right), default=None)
+        ranks.append(-1 if best is None else sum(row[k] >= best for k in wrong))
+    return np.array(ranks)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), blocks=st.sampled_from([(1, 1), (3, 5), (64, 64)]))
+def test_ranks_equal_the_definition_in_any_blocks(seed, blocks):
+    rng = np.random.default_rng(seed)
+    n, m = rng.integers(1, 12, 2)
+    z_query, z_key = unit(rng, n, 6), unit(rng, m, 6)
+    pairs = np.argwhere(rng.random((n, m)) < 0.3)
+    rng.shuffle(pairs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "QUERY_BLOCK", blocks[0])
+        patch.setattr(metrics, "KEY_BLOCK", blocks[1])
+        ranks = best_ranks(z_query, z_key, pairs)
+    np.testing.assert_array_equal(ranks, brute_ranks(z_query, z_key, pairs))
+
+
+def test_worked_zero_shot():
+    z_captions = np.eye(3, dtype=np.float32)
+    z_image = np.array([[0.9, 0.4, 0.1], [0.9, 0.4, 0.1], [0.9, 0.4, 0.1], [0.1, 0.4, 0.9]])
+    result = zero_shot_metrics(z_image, z_captions, np.array([0, 1, 2, 2]), ks=(1, 2, 3))
+    assert {name: metric.value for name, metric in result.items()} == {
+        "top1": 0.5,
+        "top2": 0.75,
+        "top3": 1.0,
+    }
+    assert result["top1"].n == 4
+
+
+def test_recall_counts_a_query_once_however_many_positives():
+    z_image = np.eye(2, dtype=np.float32)
+    z_text = np.array([[1, 0], [0.9, 0.1], [0, 1], [0.8, 0.3]], np.float32)  # two texts per image
+    pairs = np.array([[0, 0], [0, 1], [1, 2], [1, 3]])
+    recall = retrieval_recall(z_image, z_text, pairs, ks=(1,))
+    assert recall["image_to_text"][1].value == 1.0
+    assert recall["image_to_text"][1].n == 2
+    assert recall["text_to_image"][1].value == 0.75  # text 3 is nearer to image 0
+    assert recall["text_to_image"][1].n == 4
+
+
+def test_distractors_are_answers_but_not_queries():
+    z = np.eye(3, dtype=np.float32)
+    recall = pair_retrieval_metrics(z[:2], z, np.array([[0, 0], [1, 1]]), ks=(1,))
+    assert recall["text_to_image_R@1"].n == 2
+    assert recall["image_to_text_R@1"].value == 1.0
+
+
+def test_default_pairs_are_the_diagonal():
+    rng = np.random.default_rng(0)
+    z_image, z_text = unit(rng, 40, 4), unit(rng, 40, 4)
+    diagonal = np.repeat(np.arange(40)[:, None], 2, axis=1)
+    assert pair_retrieval_metrics(z_image, z_text) == pair_retrieval_metrics(
+        z_image, z_text, diagonal
+    )
+
+
+def test_a_collapsed_model_scores_zero_not_chance_and_not_all():
+    """Rounding moves equal cosines by 1e-7 depending on the tile; that must not break the tie."""
+    z = np.repeat(unit(np.random.default_rng(0), 1, 511), 100, axis=0)
+    assert zero_shot_metrics(z, z, np.arange(100))["top5"].value == 0
+    assert pair_retrieval_metrics(z, z)["image_to_text_R@10"].value == 0
+    assert topk_accuracy(np.zeros((5, 7)), np.arange(5), ks=(1,))[1].value == 0
+
+
+def test_topk_accuracy_agrees_with_sorting():
+    rng = np.random.default_rng(1)
+    scores, target = rng.standard_normal((200, 30)), rng.integers(0, 30, 200)
+    order = np.argsort(-scores, axis=1)
+    for k, metric in topk_accuracy(scores, target, ks=(1, 5, 30)).items():
+        assert metric.value == np.mean([t in row[:k] for t, row in zip(target, order, strict=True)])
+
+
+# ------------------------------------------------------------------------------- intervals
+
+
+def test_wilson_worked_value():
+    """8 of 10: the bounds that Wilson's formula gives by hand (z = 1.96)."""
+    metric = proportion(8, 10)
+    assert (metric.low, metric.high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+
+
+@given(n=st.integers(1, 10_000), share=st.floats(0, 1))
+def test_wilson_bounds_solve_the_equation_that_defines_them(n, share):
+    """Each bound p0 satisfies |p - p0| = z sqrt(p0 (1 - p0) / n), and holds the value inside."""
+    hits = round(share * n)
+    metric = proportion(hits, n)
+    assert 0 <= metric.low <= metric.value <= metric.high <= 1
+    for bound in (metric.low, metric.high):
+        distance = metrics.Z95 * math.sqrt(bound * (1 - bound) / n)
+        assert abs(metric.value - bound) == pytest.approx(distance, abs=1e-7)
+
+
+def test_bootstrap_agrees_with_the_normal_interval_and_repeats():
+    values = np.random.default_rng(0).exponential(size=2000)
+    metric = bootstrap_mean(values)
+    half = metrics.Z95 * values.std() / math.sqrt(len(values))
+    assert metric.low == pytest.approx(values.mean() - half, abs=0.15 * half)
+    assert metric.high == pytest.approx(values.mean() + half, abs=0.15 * half)
+    assert metric == bootstrap_mean(values)
+
+
+# ------------------------------------------------------------------------------- bad input
+
+
+def test_bad_input_is_named():
+    z = np.eye(3, dtype=np.float32)
+    broken = z.copy()
+    broken[1, 1] = np.nan
+    with pytest.raises(DataError, match=r"z_image has 1 of 3 rows that are not finite.*at 1"):
+        zero_shot_metrics(broken, z, np.arange(3))
+    with pytest.raises(DataError, match="target 3 of image 2"):
+        zero_shot_metrics(z, z, np.array([0, 1, 3]))
+    with pytest.raises(DataError, match="target -1 of image 0"):
+        topk_accuracy(z, np.array([-1, 1, 2]))
+    with pytest.raises(DataError, match="3 integers"):
+        zero_shot_metrics(z, z, np.array([0.0, 1.0, 2.0]))
+    with pytest.raises(DataError, match="3 and 2 dimensions"):
+        zero_shot_metrics(z, z[:, :2], np.arange(3))
+    with pytest.raises(DataError, match="not empty"):
+        zero_shot_metrics(z[:0], z, np.arange(0))
+    with pytest.raises(DataError, match="3 images and 2 texts"):
+        pair_retrieval_metrics(z, z[:2])
+    with pytest.raises(DataError, match="positives name row 9"):
+        pair_retrieval_metrics(z, z, np.array([[0, 9]]))
+    with pytest.raises(DataError, match="integer pairs"):
+        pair_retrieval_metrics(z, z, np.arange(3))
+    with pytest.raises(ConfigError, match="k is 0"):
+        zero_shot_metrics(z, z, np.arange(3), ks=(0,))
+    with pytest.raises(DataError, match="not finite"):
+        topk_accuracy(broken, np.arange(3))
+    with pytest.raises(DataError, match="zero trials"):
+        proportion(0, 0)
+    with pytest.raises(DataError, match="finite numbers"):
+        bootstrap_mean(np.array([]))
+    with pytest.raises(ConfigError, match="resamples is 5"):
+        bootstrap_mean(np.ones(3), resamples=5)

@@ -1,0 +1,1 @@
+"""Evaluation: metrics with confidence intervals, tasks, the runner and the report."""

@@ -1,0 +1,1 @@
+"""Heads: what one does with a dual encoder's embeddings without training it further."""
