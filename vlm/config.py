@@ -118,6 +118,8 @@ class PreprocessConfig:
     antialias: bool = True  # of the tensor backend; Pillow always does
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    short_side: int | None = None  # crop: what the short side becomes first; None: image_size
+    crop_offset: Literal["round", "floor"] = "round"  # of odd margins: torchvision, transformers
     background: tuple[int, int, int] | None = (255, 255, 255)  # under transparency; None drops alpha
 
 

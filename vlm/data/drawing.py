@@ -1,0 +1,79 @@
+"""Vector images to PNG on every core: one process per core, since the renderer holds the GIL.
+
+The processes are plain interpreters that run this module, not `multiprocessing` workers: nothing is
+forked under JAX's threads, and no script has to guard its `__main__`.
+"""
+
+import io
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+from vlm.errors import DataError
+
+_LENGTH = struct.Struct("<I")
+
+
+def draw_png(svg: str, size: int) -> bytes:
+    """The RGB PNG of an SVG document, `size` x `size` pixels, on white."""
+    import resvg_py
+    from PIL import Image
+
+    rgba = resvg_py.svg_to_bytes(
+        svg_string=svg, background="white", width=size, height=size, skip_system_fonts=True
+    )
+    out = io.BytesIO()
+    Image.open(io.BytesIO(rgba)).convert("RGB").save(out, "PNG")
+    return out.getvalue()
+
+
+def draw_all(paths: Sequence[str], size: int) -> Iterator[bytes]:
+    """The PNG of each SVG file, in order.
+
+    Raises:
+        DataError: a drawing process died or a file cannot be drawn; its own message is shown.
+    """
+    count = max(1, min(_cores(), 8, len(paths)))
+    command = [sys.executable, "-m", __name__, str(size)]
+    workers = [
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for _ in range(count)
+    ]
+    try:
+        for k, worker in enumerate(workers):  # read whole before the first answer: cannot block
+            worker.stdin.write("\n".join(paths[k::count]).encode())
+            worker.stdin.close()
+        for i, path in enumerate(paths):
+            worker = workers[i % count]
+            head = worker.stdout.read(_LENGTH.size)
+            if len(head) < _LENGTH.size:
+                why = worker.stderr.read().decode(errors="replace").strip().splitlines()
+                raise DataError(f"{path} cannot be drawn: {why[-1] if why else 'no answer'}")
+            yield worker.stdout.read(_LENGTH.unpack(head)[0])
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+            worker.stdout.close()
+            worker.stderr.close()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _serve(size: int) -> None:
+    out = sys.stdout.buffer
+    for path in sys.stdin.read().splitlines():
+        with open(path, encoding="utf-8") as f:
+            png = draw_png(f.read(), size)
+        out.write(_LENGTH.pack(len(png)) + png)
+        out.flush()
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))

@@ -1,0 +1,298 @@
+"""Images to pixels: careful opening, resizing as the reference code does, and normalisation.
+
+Two backends resize. `pillow` is what torchvision and transformers do with PIL images; `tensor` is
+what they do with uint8 tensors (transformers' default since version 5), written here in numpy.
+"""
+
+import io
+import os
+from collections.abc import Iterable
+
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float, Float32, UInt8
+from PIL import Image, ImageCms, ImageOps
+
+from vlm.config import PreprocessConfig
+from vlm.errors import ConfigError, DataError
+from vlm.paths import as_path
+
+ImageLike = Image.Image | str | os.PathLike | bytes | np.ndarray
+
+MAX_PIXELS = 89_478_485  # a quarter of a GiB as RGB: where Pillow itself begins to warn
+
+_PILLOW_KERNELS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_ORIENTATION = 0x0112  # the EXIF tag
+
+
+class Preprocess:
+    """What a model expects of its images, as a function.
+
+    An image is a PIL image, a path (local or remote), the bytes of an image file, or a uint8 array
+    of shape (h, w), (h, w, 1), (h, w, 3) or (h, w, 4). `max_pixels` bounds what is decoded.
+    """
+
+    def __init__(self, config: PreprocessConfig, *, max_pixels: int = MAX_PIXELS):
+        if config.image_size < 1:
+            raise ConfigError(f"image_size {config.image_size} has no pixels: make it at least 1")
+        if config.short_side is not None and config.short_side < config.image_size:
+            raise ConfigError(
+                f"short_side {config.short_side} is smaller than the crop of image_size "
+                f"{config.image_size}: make it at least as large"
+            )
+        if config.backend == "tensor" and config.kernel == "lanczos" and not config.antialias:
+            raise ConfigError("the lanczos kernel needs antialias=True: set it, or choose bicubic")
+        if min(config.std) <= 0:
+            raise ConfigError(f"std {config.std} must be positive: pixels are divided by it")
+        self.config = config
+        self.max_pixels = max_pixels
+
+    def __call__(self, images: ImageLike | Iterable[ImageLike]) -> Float32[np.ndarray, "n s s 3"]:
+        """Normalised pixels of each image; one image counts as a list of one.
+
+        Raises:
+            DataError: a file is missing or unreadable, an image too large, an array of another
+                shape or type; the message names it.
+        """
+        resize = self.pixels if self.config.backend == "pillow" else self._float_pixels
+        images = [images] if _is_one(images) else images
+        rows = [resize(image, f"image {i}") for i, image in enumerate(images)]
+        size = self.config.image_size
+        return self.normalize(np.stack(rows) if rows else np.zeros((0, size, size, 3), np.uint8))
+
+    def pixels(self, image: ImageLike, name: str = "the image") -> UInt8[np.ndarray, "s s 3"]:
+        """The resized image before normalisation; `name` is what errors call it if it has none."""
+        if self.config.backend == "tensor":
+            return np.rint(self._float_pixels(image, name)).astype(np.uint8)
+        config, opened = self.config, self.open(image, name)
+        (width, height), box = self._layout(*opened.size)
+        if opened.size != (width, height):
+            opened = opened.resize((width, height), _PILLOW_KERNELS[config.kernel])
+        return np.asarray(opened if box is None else opened.crop(box))
+
+    def normalize(
+        self, pixels: UInt8[Array, "*n 3"] | Float[Array, "*n 3"]
+    ) -> Float32[Array, "*n 3"]:
+        """`(pixels / 255 - mean) / std` for values in 0..255; numpy or jax, also inside `jit`."""
+        mean = np.asarray(self.config.mean, np.float32)
+        std = np.asarray(self.config.std, np.float32)
+        # In torchvision's order, so that float32 results are the same bit for bit.
+        return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+
+    def open(self, image: ImageLike, name: str = "the image") -> Image.Image:
+        """The image in mode RGB, upright, on the background: see `open_image`."""
+        return open_image(
+            image, background=self.config.background, max_pixels=self.max_pixels, name=name
+        )
+
+    def _float_pixels(self, image: ImageLike, name: str) -> Float32[np.ndarray, "s s 3"]:
+        config, opened = self.config, np.asarray(self.open(image, name))
+        (width, height), box = self._layout(opened.shape[1], opened.shape[0])
+        left, top, right, bottom = box or (0, 0, width, height)
+        # Rows and columns outside the crop are never computed.
+        rows = resize_matrix(opened.shape[0], height, config.kernel, config.antialias)[top:bottom]
+        columns = resize_matrix(opened.shape[1], width, config.kernel, config.antialias)[left:right]
+        wide = np.einsum("xw,hwc->hxc", columns, opened.astype(np.float32), optimize=True)
+        out = np.einsum("yh,hxc->yxc", rows, wide, optimize=True)
+        return np.clip(out, 0, 255)
+
+    def _layout(self, width: int, height: int):
+        """The size to resize to, and the box to crop from that or None."""
+        config = self.config
+        if config.resize == "squash":
+            return (config.image_size, config.image_size), None
+        short = config.short_side or config.image_size
+        # torchvision truncates the long side: int(short * long / short_now).
+        if width <= height:
+            size = (short, int(short * height / width))
+        else:
+            size = (int(short * width / height), short)
+        margins = [(side - config.image_size) / 2 for side in size]
+        left, top = (round(m) if config.crop_offset == "round" else int(m) for m in margins)
+        return size, (left, top, left + config.image_size, top + config.image_size)
+
+
+def open_image(
+    image: ImageLike,
+    *,
+    background: tuple[int, int, int] | None = (255, 255, 255),
+    max_pixels: int = MAX_PIXELS,
+    name: str = "the image",
+) -> Image.Image:
+    """Any image in mode RGB, as its author meant it to look.
+
+    EXIF orientation is applied, transparency lies on `background` (None drops the alpha channel),
+    16-bit and float greyscale are scaled to 8 bits.
+
+    Raises:
+        DataError: missing, empty, unreadable, too large, or not an image; the message names it.
+    """
+    if isinstance(image, Image.Image):
+        name = getattr(image, "filename", "") or name
+    elif isinstance(image, str | os.PathLike):
+        name = os.fspath(image)
+        image = _opened(_read(as_path(image)), name, max_pixels)
+    elif isinstance(image, bytes):
+        image = _opened(image, name, max_pixels)
+    else:
+        image = _from_array(image, name)
+    _check_size(image, name, max_pixels)
+    try:
+        return _to_rgb(_upright(image), background)
+    except (OSError, ValueError, SyntaxError, EOFError, ImageCms.PyCMSError) as error:
+        raise DataError(f"{name} cannot be decoded ({error}): replace or remove it") from None
+
+
+def resize_matrix(
+    source: int, target: int, kernel: str, antialias: bool
+) -> Float32[np.ndarray, "target source"]:
+    """The weights by which `source` pixels make `target`, as PyTorch's `interpolate` has them.
+
+    Half-pixel centres (align_corners=False). With antialias the kernel widens when shrinking and
+    bicubic has a = -0.5; without, a = -0.75 and the border pixel repeats.
+    """
+    scale = source / target
+    if kernel == "nearest":
+        taken = np.minimum((np.arange(target) * scale).astype(int), source - 1)
+        return np.eye(source, dtype=np.float32)[taken]
+    center = (np.arange(target) + 0.5) * scale
+    weights = np.zeros((target, source))
+    if antialias:
+        stretch = max(scale, 1.0)
+        reach = _SUPPORT[kernel] * stretch
+        for row, c in zip(weights, center, strict=True):
+            first, last = max(int(c - reach + 0.5), 0), min(int(c + reach + 0.5), source)
+            values = _kernel(kernel, (np.arange(first, last) - c + 0.5) / stretch, cubic=-0.5)
+            row[first:last] = values / values.sum()
+        return weights.astype(np.float32)
+    reach = _SUPPORT[kernel]
+    for row, c in zip(weights, center - 0.5, strict=True):
+        near = np.arange(int(np.floor(c)) - reach + 1, int(np.floor(c)) + reach + 1)
+        np.add.at(row, np.clip(near, 0, source - 1), _kernel(kernel, near - c, cubic=-0.75))
+    return weights.astype(np.float32)
+
+
+_SUPPORT = {"bilinear": 1, "bicubic": 2, "lanczos": 3}
+
+
+def _kernel(name: str, x: np.ndarray, cubic: float) -> np.ndarray:
+    x = np.abs(x)
+    if name == "bilinear":
+        return np.maximum(1 - x, 0)
+    if name == "lanczos":
+        return np.where(x < 3, np.sinc(x) * np.sinc(x / 3), 0)
+    near = ((cubic + 2) * x - (cubic + 3)) * x * x + 1  # Keys (1981)
+    far = (((x - 5) * x + 8) * x - 4) * cubic
+    return np.where(x < 1, near, np.where(x < 2, far, 0))
+
+
+def _is_one(images) -> bool:
+    if isinstance(images, Image.Image | str | os.PathLike | bytes):
+        return True
+    return hasattr(images, "shape") and len(images.shape) < 4
+
+
+def _read(path: epath.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"there is no image {path}: check the path") from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a folder, not an image: give the files inside it") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error})") from None
+
+
+def _opened(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    if not data:
+        raise DataError(f"{name} is empty: replace or remove it")
+    if max_pixels > (Image.MAX_IMAGE_PIXELS or max_pixels):
+        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit, else lower than the one asked for
+    try:
+        return Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError:
+        raise DataError(_too_large(name, "far more", max_pixels)) from None
+    except (OSError, ValueError, SyntaxError, EOFError):
+        raise DataError(f"{name} is not an image that Pillow reads: replace or remove it") from None
+
+
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+    pixels = image.width * image.height
+    if pixels > max_pixels:
+        raise DataError(_too_large(name, f"{pixels:,}", max_pixels))
+    if pixels == 0:
+        raise DataError(f"{name} has no pixels ({image.width}x{image.height}): remove it")
+
+
+def _too_large(name: str, pixels: str, max_pixels: int) -> str:
+    return (
+        f"{name} has {pixels} pixels than the limit of {max_pixels:,}: raise max_pixels to trust it"
+        if pixels == "far more"
+        else f"{name} has {pixels} pixels, over the limit of {max_pixels:,}: "
+        "raise max_pixels if you trust it"
+    )
+
+
+def _from_array(image, name: str) -> Image.Image:
+    array = np.asarray(image)
+    if array.dtype != np.uint8:
+        raise DataError(
+            f"{name} is an array of {array.dtype}, not uint8: scale it to 0..255 and convert it"
+        )
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[-1] in (3, 4)):
+        raise DataError(
+            f"{name} has shape {array.shape}: give (height, width), or (height, width, channels) "
+            "with 1, 3 or 4 channels"
+        )
+    if 0 in array.shape:
+        raise DataError(f"{name} has no pixels (shape {array.shape}): remove it")
+    return Image.fromarray(array)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turned = image.getexif().get(_ORIENTATION, 1) != 1
+    except Exception:  # damaged metadata says nothing, and the pixels may be whole
+        return image
+    return ImageOps.exif_transpose(image) if turned else image
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int] | None) -> Image.Image:
+    image.load()
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_eight_bits(image)).convert("RGB")
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    has_alpha = image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info
+    if has_alpha and background is not None:
+        if image.mode == "La":
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        below = Image.new("RGBA", image.size, (*background, 255))
+        return Image.alpha_composite(below, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> UInt8[np.ndarray, "h w"]:
+    """16-bit by its full range; 32-bit and float, which have no agreed range, by what they hold."""
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
+    low, high = min(values.min(), 0.0), values.max()
+    if image.mode.startswith("I;16"):
+        high = 65535.0
+    elif image.mode == "F" and high <= 1:
+        high = 1.0
+    elif high <= 255:
+        high = 255.0
+    elif high <= 65535:
+        high = 65535.0
+    return np.rint((values - low) / max(high - low, 1e-12) * 255).astype(np.uint8)
