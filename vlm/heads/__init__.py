@@ -1,1 +1,26 @@
-"""Heads: what one does with a dual encoder's embeddings without training it further."""
+"""Heads: zero-shot and few-shot classification, and retrieval, over a model's embeddings.
+
+Every head takes an object with this face, which `vlm.load` gives:
+
+    encode_image(images, batch_size=...)  (n, d) float32, unit norm
+    encode_text(texts)                    (m, d) float32, unit norm
+    logit_scale, logit_bias               the logits are scale * cosine + bias
+    loss                                  "softmax" or "sigmoid": the rule from logits to scores
+    name                                  what the model is called
+"""
+
+from vlm.heads.few_shot import FewShotClassifier
+from vlm.heads.prompts import TEMPLATES, class_embeddings
+from vlm.heads.retrieval import Hit, Hits, RetrievalIndex
+from vlm.heads.zero_shot import Classification, ZeroShotClassifier
+
+__all__ = [
+    "TEMPLATES",
+    "Classification",
+    "FewShotClassifier",
+    "Hit",
+    "Hits",
+    "RetrievalIndex",
+    "ZeroShotClassifier",
+    "class_embeddings",
+]

@@ -1,0 +1,90 @@
+"""What a head was handed: one image or many, a picture, a text or an embedding."""
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from vlm.errors import ConfigError
+
+Kind = Literal["image", "text", "embedding"]
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+
+
+def kind(item: Any, where: str) -> Kind:
+    """Whether `item` is a picture, a text or an embedding.
+
+    A `str` is a text, always; a `pathlib.Path`, a PIL image or an array of pixels is a picture; a
+    one-dimensional array of floats is an embedding.
+
+    Raises:
+        ConfigError: none of these, or a `str` that names a picture on this disk.
+    """
+    if isinstance(item, str):
+        # Searching for the words of a file name is never what was meant: refuse, do not guess.
+        if os.path.splitext(item)[1].lower() in SUFFIXES and os.path.isfile(item):
+            raise ConfigError(
+                f"{where} got the text {item!r}, which is the path of a picture: "
+                "wrap it in pathlib.Path(...) to use the picture"
+            )
+        return "text"
+    if isinstance(item, Image.Image | os.PathLike):
+        return "image"
+    shape, dtype = getattr(item, "shape", None), getattr(item, "dtype", None)
+    if shape is not None and len(shape) == 1 and _is_float(dtype):
+        return "embedding"
+    if shape is not None and len(shape) in (2, 3):
+        return "image"
+    raise ConfigError(
+        f"{where} got a {type(item).__name__}: give a text (str), a picture (pathlib.Path, PIL "
+        "image or array of pixels) or an embedding (a vector of floats)"
+    )
+
+
+def split(items: Any, where: str) -> tuple[Kind | None, Iterator[Any], bool]:
+    """The kind of `items`, an iterator over them, and whether it was a single one, not a list.
+
+    Only the first item is drawn to tell its kind; `batches` checks the others as they pass. The
+    kind of an empty list is None.
+    """
+    shape = getattr(items, "shape", None)
+    if shape is not None:
+        # (d,) one embedding, (n, d) floats several; (h, w) and (h, w, c) one picture, else many.
+        single = len(shape) == (1 if _is_float(items.dtype) and len(shape) < 3 else 3)
+        single = single or (len(shape) == 2 and not _is_float(items.dtype))
+    else:
+        single = isinstance(items, str | os.PathLike | Image.Image)
+    if single:
+        return kind(items, where), iter([items]), True
+    if not isinstance(items, Iterable):
+        return kind(items, where), iter(()), True  # raises: it is nothing that we know
+    items = iter(items)
+    first = list(itertools.islice(items, 1))
+    return kind(first[0], where) if first else None, itertools.chain(first, items), False
+
+
+def one_or_many(images: Any) -> Iterator[Any]:
+    """An iterator over `images`, or over the one image that it is; here a `str` is a path."""
+    shape = getattr(images, "shape", None)
+    if isinstance(images, str | os.PathLike | Image.Image) or (shape and len(shape) < 4):
+        return iter([images])
+    if not isinstance(images, Iterable):
+        raise ConfigError(
+            f"images is a {type(images).__name__}: give PIL images, paths or arrays of pixels"
+        )
+    return iter(images)
+
+
+def default_id(item: Any, number: int) -> str | int:
+    """The path of a picture on disk, or else the running number."""
+    return str(Path(item)) if isinstance(item, os.PathLike) else number
+
+
+def _is_float(dtype: Any) -> bool:
+    """Of NumPy's floats and JAX's (bfloat16 is no subtype of `np.floating`)."""
+    return np.issubdtype(dtype, np.floating) or str(dtype) == "bfloat16"
