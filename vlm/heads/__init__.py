@@ -7,20 +7,6 @@ Every head takes an object with this face, which `vlm.load` gives:
     logit_scale, logit_bias               the logits are scale * cosine + bias
     loss                                  "softmax" or "sigmoid": the rule from logits to scores
     name                                  what the model is called
+
+Their modules are imported on use: only `few_shot` needs JAX, and `inputs` and `show` are shared.
 """
-
-from vlm.heads.few_shot import FewShotClassifier
-from vlm.heads.prompts import TEMPLATES, class_embeddings
-from vlm.heads.retrieval import Hit, Hits, RetrievalIndex
-from vlm.heads.zero_shot import Classification, ZeroShotClassifier
-
-__all__ = [
-    "TEMPLATES",
-    "Classification",
-    "FewShotClassifier",
-    "Hit",
-    "Hits",
-    "RetrievalIndex",
-    "ZeroShotClassifier",
-    "class_embeddings",
-]

@@ -19,8 +19,8 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 def kind(item: Any, where: str) -> Kind:
     """Whether `item` is a picture, a text or an embedding.
 
-    A `str` is a text, always; a `pathlib.Path`, a PIL image or an array of pixels is a picture; a
-    one-dimensional array of floats is an embedding.
+    A `str` is a text, always; a `pathlib.Path`, a PIL image, an array of pixels or the bytes of an
+    image file is a picture; a one-dimensional array of floats is an embedding.
 
     Raises:
         ConfigError: none of these, or a `str` that names a picture on this disk.
@@ -33,7 +33,7 @@ def kind(item: Any, where: str) -> Kind:
                 "wrap it in pathlib.Path(...) to use the picture"
             )
         return "text"
-    if isinstance(item, Image.Image | os.PathLike):
+    if isinstance(item, Image.Image | os.PathLike | bytes):
         return "image"
     shape, dtype = getattr(item, "shape", None), getattr(item, "dtype", None)
     if shape is not None and len(shape) == 1 and _is_float(dtype):
@@ -58,7 +58,7 @@ def split(items: Any, where: str) -> tuple[Kind | None, Iterator[Any], bool]:
         single = len(shape) == (1 if _is_float(items.dtype) and len(shape) < 3 else 3)
         single = single or (len(shape) == 2 and not _is_float(items.dtype))
     else:
-        single = isinstance(items, str | os.PathLike | Image.Image)
+        single = isinstance(items, str | bytes | os.PathLike | Image.Image)
     if single:
         return kind(items, where), iter([items]), True
     if not isinstance(items, Iterable):
@@ -71,7 +71,7 @@ def split(items: Any, where: str) -> tuple[Kind | None, Iterator[Any], bool]:
 def one_or_many(images: Any) -> Iterator[Any]:
     """An iterator over `images`, or over the one image that it is; here a `str` is a path."""
     shape = getattr(images, "shape", None)
-    if isinstance(images, str | os.PathLike | Image.Image) or (shape and len(shape) < 4):
+    if isinstance(images, str | bytes | os.PathLike | Image.Image) or (shape and len(shape) < 4):
         return iter([images])
     if not isinstance(images, Iterable):
         raise ConfigError(

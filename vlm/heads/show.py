@@ -6,30 +6,15 @@ Colours are translucent or inherited, so that light and dark pages both show the
 import base64
 import html
 import io
-import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from vlm.errors import DataError
+from vlm.preprocess import open_image
 
 escape = html.escape
-
-
-def open_image(image: Any) -> Image.Image:
-    """A PIL image in RGB, on white where it was transparent, from a PIL image, path or pixels."""
-    if isinstance(image, str | os.PathLike):
-        image = Image.open(image)
-    elif not isinstance(image, Image.Image):
-        pixels = np.asarray(image)
-        if np.issubdtype(pixels.dtype, np.floating):
-            pixels = (np.clip(pixels, 0, 1) * 255).round()
-        image = Image.fromarray(pixels.astype(np.uint8).squeeze())
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def data_uri(image: Any, size: int = 96) -> str:
@@ -45,7 +30,7 @@ def thumbnail(image: Any, size: int = 96) -> str:
     """An `<img>` of the picture, or nothing where it cannot be read: a display never fails."""
     try:
         uri = data_uri(image, size)
-    except (OSError, ValueError, TypeError):
+    except (DataError, OSError, ValueError):
         return ""
     style = f"width:{size}px;height:{size}px;object-fit:contain;border-radius:6px"
     return f'<img src="{uri}" alt="" style="{style}">'

@@ -1,0 +1,201 @@
+"""The runner: tasks in, a report out, each result with its provenance."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from etils import epath
+from rich.table import Table
+
+from vlm._version import __version__
+from vlm.errors import CheckpointError, ConfigError
+from vlm.evaluate.metrics import Metric
+from vlm.evaluate.tasks import DataInfo, RetrievalTask, ZeroShotTask
+from vlm.heads.show import escape
+
+FORMAT, VERSION = "vlm evaluation report", 1
+LIBRARIES = ("jax", "flax", "numpy", "pillow", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a result comes from: enough to measure it again."""
+
+    model: str
+    data: DataInfo
+    templates: tuple[str, ...]
+    date: str  # ISO 8601, UTC
+    seconds: float  # of encoding and scoring
+    device: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The metrics of one task, by name, and their provenance."""
+
+    task: str
+    metrics: dict[str, Metric]
+    provenance: Provenance
+
+
+@dataclass(frozen=True)
+class Report:
+    """Results, in the order they were asked for; a JSON file, a table, or HTML."""
+
+    results: tuple[Result, ...]
+
+    def __getitem__(self, task: str) -> Result:
+        """The result of a task by its name.
+
+        Raises:
+            ConfigError: no such task; the message lists those there are.
+        """
+        for result in self.results:
+            if result.task == task:
+                return result
+        names = ", ".join(repr(result.task) for result in self.results) or "none"
+        raise ConfigError(f"the report has no task {task!r}: it has {names}")
+
+    # ------------------------------------------------------------------------------- JSON
+
+    def to_json(self) -> str:
+        """The report as JSON; `from_json` gives an equal report back."""
+        results = [dataclasses.asdict(result) for result in self.results]
+        body = {"format": FORMAT, "version": VERSION, "results": results}
+        return json.dumps(body, indent=2, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "the report") -> "Report":
+        """The report that `to_json` wrote.
+
+        Raises:
+            CheckpointError: not JSON, not a report, or one of another version; names `where`.
+        """
+        try:
+            body = json.loads(text)
+            if body.get("format") != FORMAT or body.get("version") != VERSION:
+                raise CheckpointError(
+                    f"{where} is no evaluation report of version {VERSION}: evaluate again"
+                )
+            return cls(tuple(_result(values) for values in body["results"]))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{where} is not an evaluation report ({error!r}): evaluate again"
+            ) from None
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the JSON to a local or remote path."""
+        epath.Path(path).write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Report":
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: no such file, or one that holds no report.
+        """
+        path = epath.Path(path)
+        if not path.is_file():
+            raise CheckpointError(f"there is no report {path}: give the path of its JSON file")
+        return cls.from_json(path.read_text(), str(path))
+
+    # ---------------------------------------------------------------------------- display
+
+    def __rich__(self) -> Table:
+        """The table that `rich.print` shows."""
+        table = Table(title=f"Evaluation of {self._models()}", title_justify="left")
+        table.add_column("task", no_wrap=True)
+        table.add_column("data")
+        table.add_column("metric", no_wrap=True)
+        for heading in ("value", "95% interval", "n"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for result in self.results:
+            table.add_section()
+            head = [result.task, str(result.provenance.data)]
+            for name, metric in result.metrics.items():
+                interval = f"{metric.low:.1%} – {metric.high:.1%}"
+                table.add_row(*head, name, f"[bold]{metric.value:.1%}", interval, f"{metric.n:,}")
+                head = ["", ""]
+        return table
+
+    def _repr_html_(self) -> str:
+        cells = []
+        for result in self.results:
+            for name, metric in result.metrics.items():
+                row = (result.task, str(result.provenance.data), name, f"{metric.value:.1%}")
+                row += (f"{metric.low:.1%} – {metric.high:.1%}", f"{metric.n:,}")
+                cells.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+        heads = "".join(
+            f"<th>{head}</th>" for head in ("task", "data", "metric", "value", "95% interval", "n")
+        )
+        caption = f"<caption>Evaluation of {escape(self._models())}</caption>"
+        return f"<table>{caption}<tr>{heads}</tr>{''.join(cells)}</table>"
+
+    def _models(self) -> str:
+        return ", ".join(dict.fromkeys(result.provenance.model for result in self.results))
+
+
+def evaluate(model: Any, tasks: Iterable[ZeroShotTask | RetrievalTask]) -> Report:
+    """Measure a model on every task.
+
+    Raises:
+        ConfigError: no tasks, or two of one name.
+    """
+    tasks = list(tasks)
+    names = [task.name for task in tasks]
+    if not tasks:
+        raise ConfigError("there are no tasks: give at least one")
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two tasks are called {name!r}: give each a `name` of its own")
+    results = []
+    for task in tasks:
+        start = time.perf_counter()
+        metrics = task.measure(model)
+        seconds = time.perf_counter() - start
+        origin = provenance(model.name, task.data, task.templates, seconds)
+        results.append(Result(task.name, metrics, origin))
+    return Report(tuple(results))
+
+
+def provenance(
+    model: str, data: DataInfo, templates: Sequence[str] = ("{}",), seconds: float = 0.0
+) -> Provenance:
+    """The provenance of a measurement made just now, in this process, on its devices."""
+    import jax
+
+    devices = jax.devices()
+    versions = {"vlm": __version__, "python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return Provenance(
+        model=model,
+        data=data,
+        templates=tuple(templates),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        seconds=round(seconds, 3),
+        device=f"{len(devices)} x {devices[0].device_kind}",
+        versions=versions,
+    )
+
+
+def _result(values: dict[str, Any]) -> Result:
+    origin = values["provenance"]
+    return Result(
+        task=values["task"],
+        metrics={name: Metric(**metric) for name, metric in values["metrics"].items()},
+        provenance=Provenance(
+            **{
+                **origin,
+                "data": DataInfo(**origin["data"]),
+                "templates": tuple(origin["templates"]),
+            }
+        ),
+    )
