@@ -1,0 +1,112 @@
+"""Random changes of a training image: crop, flip and colour, as pure functions of given numbers."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Float32, UInt8
+from PIL import Image
+
+from vlm.config import AugmentConfig
+from vlm.errors import ConfigError
+
+_ATTEMPTS = 10  # at a crop that fits, as in torchvision
+DRAWS = 2 * _ATTEMPTS + 2 + 1 + 4  # uniform numbers that one image uses: crop, flip, colours
+_KERNELS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's mode L
+_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+_RGB = np.linalg.inv(_YIQ)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """The changes of `config`, made to images that become `size` x `size` pixels."""
+
+    config: AugmentConfig
+    size: int
+    kernel: str = "bicubic"
+
+    def __post_init__(self):
+        config = self.config
+        low, high = config.crop
+        if not 0 < low <= high <= 1:
+            raise ConfigError(
+                f"augment.crop {config.crop} must be two shares, 0 < low <= high <= 1"
+            )
+        if not 0 < config.aspect[0] <= config.aspect[1]:
+            raise ConfigError(f"augment.aspect {config.aspect} must be two ratios, 0 < low <= high")
+        if not 0 <= config.jitter <= 1:
+            raise ConfigError(f"augment.jitter {config.jitter} must lie in 0..1")
+        if not 0 <= config.hue <= 0.5:
+            raise ConfigError(f"augment.hue {config.hue} must lie in 0..0.5 turns")
+
+    def __call__(
+        self, image: Image.Image, u: Float[np.ndarray, "draws"], out: UInt8[np.ndarray, "s s 3"]
+    ):
+        """Write the changed `image` (mode RGB) into `out`, by `DRAWS` uniform numbers."""
+        u = u.tolist()
+        box = crop_box(image.width, image.height, self.config, u[: 2 * _ATTEMPTS + 2])
+        u = u[2 * _ATTEMPTS + 2 :]
+        # One resample makes crop and size at once.
+        pixels = np.asarray(image.resize((self.size, self.size), _KERNELS[self.kernel], box=box))
+        if self.config.flip and u[0] < 0.5:
+            pixels = pixels[:, ::-1]
+        if not (self.config.jitter or self.config.hue):
+            out[...] = pixels
+            return
+        values = pixels.reshape(-1, 3).astype(np.float32)
+        mean = np.ones(len(values), np.float32) @ values / np.float32(len(values))
+        matrix, offset = color_map(self.config, u[1:5], mean)
+        values = values @ matrix.T
+        values += offset + np.float32(0.5)  # the cast below truncates, so this rounds
+        np.clip(values, 0, 255, out=values)
+        out[...] = values.reshape(out.shape)  # casts while it copies
+
+
+def crop_box(
+    width: int, height: int, config: AugmentConfig, u: list[float]
+) -> tuple[float, float, float, float]:
+    """A random box (left, top, right, bottom) with its share of the area and its aspect in range.
+
+    Inception's random resized crop (Szegedy et al., 2015) as in torchvision, with real borders.
+    """
+    low, high = (math.log(a) for a in config.aspect)
+    for k in range(_ATTEMPTS):
+        area = width * height * (config.crop[0] + u[2 * k] * (config.crop[1] - config.crop[0]))
+        aspect = math.exp(low + u[2 * k + 1] * (high - low))
+        w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        if w <= width and h <= height:
+            left, top = u[-2] * (width - w), u[-1] * (height - h)
+            return left, top, left + w, top + h
+    aspect = min(max(width / height, config.aspect[0]), config.aspect[1])
+    w, h = min(width, height * aspect), min(height, width / aspect)
+    left, top = (width - w) / 2, (height - h) / 2
+    return left, top, left + w, top + h
+
+
+def color_map(
+    config: AugmentConfig, u: list[float], mean: Float32[np.ndarray, "3"]
+) -> tuple[Float32[np.ndarray, "3 3"], Float32[np.ndarray, "3"]]:
+    """Brightness, contrast, saturation and hue as one affine map of colours.
+
+    Contrast turns about the grey of the image's `mean` colour; hue turns about the grey axis (in
+    YIQ), which keeps luma, so that the order of the four does not matter.
+    """
+    brightness, contrast, saturation = (1 + config.jitter * (2 * x - 1) for x in u[:3])
+    angle = 2 * math.pi * config.hue * (2 * u[3] - 1)
+    cos, sin = math.cos(angle), math.sin(angle)
+    turn = np.array(
+        [
+            [1, 0, 0],
+            [0, saturation * cos, -saturation * sin],
+            [0, saturation * sin, saturation * cos],
+        ]
+    )
+    matrix = (brightness * contrast) * (_RGB @ turn @ _YIQ)
+    grey = brightness * (1 - contrast) * float(_LUMA @ mean)
+    return matrix.astype(np.float32), np.full(3, grey, np.float32)
