@@ -1,0 +1,1 @@
+"""The two towers, the dual encoder, and the named sizes."""

@@ -1,0 +1,70 @@
+"""The text tower: a transformer over token ids."""
+
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from vlm.config import TextConfig
+from vlm.errors import ConfigError
+from vlm.models.vision import projection
+from vlm.nn.layers import LayerNorm
+from vlm.nn.pooling import MapPool, end_pool, mean_pool
+from vlm.nn.transformer import Execution, Transformer
+
+
+class TextTower(nnx.Module):
+    """Token ids to embeddings of `embed_dim` dimensions (not yet of unit norm)."""
+
+    def __init__(self, config: TextConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs):
+        c, dtype = config, execution.dtype
+        if c.pool == "end" and c.end_id is None:
+            raise ConfigError('TextConfig.pool "end" needs end_id, the id of the end token: set it')
+        self.config = config
+        self.dtype = dtype
+        table, position = nnx.initializers.normal(0.02), nnx.initializers.normal(0.01)
+        self.embedding = nnx.Param(table(rngs.params(), (c.vocab_size, c.width)))
+        self.position = nnx.Param(position(rngs.params(), (c.context_length, c.width)))
+        self.transformer = Transformer(
+            c.width,
+            c.depth,
+            c.heads,
+            c.mlp_dim,
+            act=c.activation,
+            norm_eps=c.norm_eps,
+            dropout_rate=c.dropout,
+            causal=c.causal,
+            execution=execution,
+            rngs=rngs,
+        )
+        self.norm = LayerNorm(c.width, c.norm_eps, rngs=rngs)
+        self.pool = None
+        if c.pool == "map":
+            self.pool = MapPool(
+                c.width,
+                c.heads,
+                c.mlp_dim,
+                act=c.activation,
+                norm_eps=c.norm_eps,
+                dtype=dtype,
+                rngs=rngs,
+            )
+        self.projection = projection(c, embed_dim, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, tokens: Int[Array, "b n"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "b e"]:
+        """Embed texts. With a `key`, dropout is on."""
+        c = self.config
+        x = self.embedding[...].astype(self.dtype)[tokens]
+        x = x + self.position[...].astype(self.dtype)[: tokens.shape[1]]
+        real = None if c.pad_id is None else tokens != c.pad_id  # (b, n)
+        x = self.transformer(x, None if real is None else real[:, None, None, :], key=key)
+
+        if c.pool == "end":
+            x = self.norm(end_pool(x, tokens, c.end_id))
+        elif c.pool == "last":
+            x = self.norm(x[:, -1])
+        elif c.pool == "mean":
+            x = mean_pool(self.norm(x), real)
+        else:
+            x = self.pool(self.norm(x), real)
+        return x if self.projection is None else self.projection(x)

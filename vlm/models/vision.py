@@ -1,0 +1,98 @@
+"""The image tower: a Vision Transformer."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from vlm.config import VisionConfig
+from vlm.nn.layers import LayerNorm
+from vlm.nn.patches import ConvStem, PatchStem, drop_patches
+from vlm.nn.pooling import MapPool, mean_pool
+from vlm.nn.transformer import Execution, Transformer
+
+
+class VisionTower(nnx.Module):
+    """Normalised images to embeddings of `embed_dim` dimensions (not yet of unit norm)."""
+
+    def __init__(
+        self, config: VisionConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs
+    ):
+        c, dtype = config, execution.dtype
+        self.config = config
+        if c.stem == "conv":
+            self.stem = ConvStem(c.stem_widths, c.width, dtype=dtype, rngs=rngs)
+        else:
+            self.stem = PatchStem(c.patch_size, c.width, bias=c.patch_bias, dtype=dtype, rngs=rngs)
+
+        has_class = c.pool == "class"
+        normal = nnx.initializers.normal(c.width**-0.5)
+        self.class_token = nnx.Param(normal(rngs.params(), (c.width,))) if has_class else None
+        count = (c.image_size // c.patch_size) ** 2 + has_class
+        self.position = nnx.Param(normal(rngs.params(), (count, c.width)))
+
+        self.pre_norm = LayerNorm(c.width, c.norm_eps, rngs=rngs) if c.pre_norm else None
+        self.transformer = Transformer(
+            c.width,
+            c.depth,
+            c.heads,
+            c.mlp_dim,
+            act=c.activation,
+            norm_eps=c.norm_eps,
+            dropout_rate=c.dropout,
+            execution=execution,
+            rngs=rngs,
+        )
+        self.norm = LayerNorm(c.width, c.norm_eps, rngs=rngs)
+        self.pool = None
+        if c.pool == "map":
+            self.pool = MapPool(
+                c.width,
+                c.heads,
+                c.mlp_dim,
+                act=c.activation,
+                norm_eps=c.norm_eps,
+                dtype=dtype,
+                rngs=rngs,
+            )
+        self.projection = projection(c, embed_dim, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, images: Float[Array, "b h w 3"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "b e"]:
+        """Embed images. With a `key`, dropout and patch dropout are on."""
+        c = self.config
+        patch_key, block_key = (None, None) if key is None else jax.random.split(key)
+        x = self.stem(images)
+        position = self.position[...].astype(x.dtype)
+        if self.class_token is None:
+            x = drop_patches(x + position, c.patch_dropout, patch_key)
+        else:
+            x = drop_patches(x + position[1:], c.patch_dropout, patch_key)
+            first = self.class_token[...].astype(x.dtype) + position[0]
+            x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, x.shape[2])), x], axis=1)
+        if self.pre_norm is not None:
+            x = self.pre_norm(x)
+        x = self.transformer(x, key=block_key)
+
+        if c.pool == "class":
+            x = self.norm(x[:, 0])
+        elif c.pool == "mean":
+            x = mean_pool(self.norm(x))
+        else:
+            x = self.pool(self.norm(x))
+        return x if self.projection is None else self.projection(x)
+
+
+def projection(config, embed_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear | None:
+    """The layer from a tower's width to the shared space, or None where the widths agree."""
+    if config.projection == "none":
+        return None
+    return nnx.Linear(
+        config.width,
+        embed_dim,
+        use_bias=config.projection == "linear_bias",
+        kernel_init=nnx.initializers.normal(config.width**-0.5),
+        dtype=dtype,
+        rngs=rngs,
+    )

@@ -1,0 +1,1 @@
+"""Layers of the towers: patches, attention, the scanned transformer, pooling."""

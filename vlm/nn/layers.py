@@ -1,0 +1,70 @@
+"""The smallest parts: activations, normalisation, dropout and the MLP."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from vlm.config import Activation
+
+
+def gelu(x: Array) -> Array:
+    """The exact GELU, x * Phi(x) (Hendrycks and Gimpel, arXiv:1606.08415).
+
+    Written with `erf`: XLA evaluates the `erfc` of `jax.nn.gelu` several times slower on a CPU.
+    """
+    return 0.5 * x * (1 + lax.erf(x * (0.5**0.5)))
+
+
+def gelu_tanh(x: Array) -> Array:
+    """GELU by its tanh approximation, as SigLIP uses it."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def quick_gelu(x: Array) -> Array:
+    """x * sigmoid(1.702 x), the GELU of OpenAI's CLIP."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def activation(name: Activation):
+    """The activation function of that name."""
+    return {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}[name]
+
+
+def dropout(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Float[Array, "..."]:
+    """Zero a share `rate` of `x` and scale the rest; without a key, `x` as it is (inference)."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis, in float32 whatever the dtype of its input."""
+
+    def __init__(self, width: int, eps: float, *, rngs: nnx.Rngs):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        inverse = lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
+        return (centred * inverse * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class Mlp(nnx.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(
+        self, width: int, mlp_dim: int, act: Activation, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        init = nnx.initializers.xavier_uniform()
+        self.up = nnx.Linear(width, mlp_dim, kernel_init=init, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(mlp_dim, width, kernel_init=init, dtype=dtype, rngs=rngs)
+        self.act = act
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        return self.down(activation(self.act)(self.up(x)))

@@ -1,0 +1,69 @@
+"""Images to tokens, and the random subset of tokens that FLIP trains on."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+
+class PatchStem(nnx.Module):
+    """Cut an image into square patches and project each one.
+
+    The kernel has a convolution's layout, (patch, patch, 3, width), and is applied as one matrix
+    product over flattened patches.
+    """
+
+    def __init__(
+        self, patch_size: int, width: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        shape = (patch_size, patch_size, 3, width)
+        init = nnx.initializers.lecun_normal(in_axis=(0, 1, 2))
+        self.kernel = nnx.Param(init(rngs.params(), shape))
+        self.bias = nnx.Param(jnp.zeros(width)) if bias else None
+        self.dtype = dtype
+
+    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+        p, width = self.kernel.shape[0], self.kernel.shape[-1]
+        b, h, w, c = images.shape
+        patches = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+        patches = patches.reshape(b, (h // p) * (w // p), p * p * c).astype(self.dtype)
+        tokens = patches @ self.kernel[...].reshape(-1, width).astype(self.dtype)
+        return tokens if self.bias is None else tokens + self.bias[...].astype(self.dtype)
+
+
+class ConvStem(nnx.Module):
+    """Stride-2 3x3 convolutions with group norm and GELU, then a 1x1 (arXiv:2106.14881)."""
+
+    def __init__(self, widths: tuple[int, ...], width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        inputs = (3, *widths[:-1])
+        self.convs = nnx.List(
+            nnx.Conv(i, o, (3, 3), strides=2, use_bias=False, dtype=dtype, rngs=rngs)
+            for i, o in zip(inputs, widths, strict=True)
+        )
+        self.norms = nnx.List(
+            nnx.GroupNorm(w, num_groups=min(8, w), dtype=dtype, rngs=rngs) for w in widths
+        )
+        self.project = nnx.Linear(widths[-1], width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+        x = images
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = jax.nn.relu(norm(conv(x)))
+        return self.project(x.reshape(x.shape[0], -1, x.shape[-1]))
+
+
+def drop_patches(
+    tokens: Float[Array, "b n d"], rate: float, key: PRNGKeyArray | None
+) -> Float[Array, "b m d"]:
+    """Keep a random share `1 - rate` of each image's tokens (FLIP, arXiv:2212.00794).
+
+    Without a key, all of them (inference). The kept tokens stay in their order.
+    """
+    if key is None or rate == 0:
+        return tokens
+    b, n, _ = tokens.shape
+    kept = max(1, round(n * (1 - rate)))
+    scores = jax.random.uniform(key, (b, n))
+    indices = jnp.sort(lax.top_k(scores, kept)[1], axis=1)
+    return jnp.take_along_axis(tokens, indices[..., None], axis=1)

@@ -1,0 +1,56 @@
+"""From a sequence of tokens to one vector."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from vlm.config import Activation
+from vlm.nn.attention import Attention
+from vlm.nn.layers import LayerNorm, Mlp
+
+
+class MapPool(nnx.Module):
+    """Multi-head attention pooling: one learned probe attends to all tokens (arXiv:2106.04560)."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_dim: int,
+        *,
+        act: Activation,
+        norm_eps: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        init = nnx.initializers.xavier_uniform()
+        self.probe = nnx.Param(init(rngs.params(), (1, width)))
+        self.attention = Attention(width, heads, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(width, norm_eps, rngs=rngs)
+        self.mlp = Mlp(width, mlp_dim, act, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None
+    ) -> Float[Array, "b d"]:
+        probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
+        x = self.attention(probe, x, None if mask is None else mask[:, None, None, :])
+        x = x + self.mlp(self.norm(x))
+        return x[:, 0]
+
+
+def mean_pool(
+    x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None
+) -> Float[Array, "b d"]:
+    """The mean of the tokens, of the unmasked ones where there is a mask."""
+    if mask is None:
+        return x.mean(1)
+    weights = mask[..., None].astype(x.dtype)
+    return (x * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
+
+
+def end_pool(
+    x: Float[Array, "b n d"], tokens: Int[Array, "b n"], end_id: int
+) -> Float[Array, "b d"]:
+    """The token at the first `end_id` of each text."""
+    position = jnp.argmax(tokens == end_id, axis=1)
+    return jnp.take_along_axis(x, position[:, None, None], axis=1)[:, 0]

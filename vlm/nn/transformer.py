@@ -1,0 +1,131 @@
+"""The pre-norm transformer as one stack of blocks: a leading layer axis, scanned."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from vlm.config import Activation, RematPolicy
+from vlm.nn.attention import Attention
+from vlm.nn.layers import LayerNorm, Mlp, dropout
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a tower is computed, as opposed to what it computes."""
+
+    dtype: jnp.dtype = jnp.float32  # of activations and products; parameters stay float32
+    remat: RematPolicy = "none"
+    scan: bool = True  # False unrolls the blocks: slower to compile, at times faster to run
+
+
+class Block(nnx.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_dim: int,
+        *,
+        act: Activation,
+        norm_eps: float,
+        dropout_rate: float,
+        causal: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.attention_norm = LayerNorm(width, norm_eps, rngs=rngs)
+        self.attention = Attention(width, heads, dtype=dtype, rngs=rngs)
+        self.mlp_norm = LayerNorm(width, norm_eps, rngs=rngs)
+        self.mlp = Mlp(width, mlp_dim, act, dtype=dtype, rngs=rngs)
+        self.dropout_rate = dropout_rate
+        self.causal = causal
+
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        mask: Bool[Array, "b #h #q n"] | None,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "b n d"]:
+        keys = (None, None) if key is None else jax.random.split(key)
+        y = self.attention(self.attention_norm(x), mask=mask, causal=self.causal)
+        x = x + dropout(y, self.dropout_rate, keys[0])
+        y = self.mlp(self.mlp_norm(x))
+        return x + dropout(y, self.dropout_rate, keys[1])
+
+
+class Transformer(nnx.Module):
+    """`depth` blocks whose parameters are stacked along a leading layer axis.
+
+    The stack is one `lax.scan`, so that compile time does not grow with the depth.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_dim: int,
+        *,
+        act: Activation,
+        norm_eps: float,
+        dropout_rate: float = 0.0,
+        causal: bool = False,
+        execution: Execution,
+        rngs: nnx.Rngs,
+    ):
+        @nnx.split_rngs(splits=depth)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(
+                width,
+                heads,
+                mlp_dim,
+                act=act,
+                norm_eps=norm_eps,
+                dropout_rate=dropout_rate,
+                causal=causal,
+                dtype=execution.dtype,
+                rngs=rngs,
+            )
+
+        self.blocks = stack(rngs)
+        self.depth = depth
+        self.remat = execution.remat
+        self.scan = execution.scan
+
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        mask: Bool[Array, "b #h #q n"] | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "b n d"]:
+        """Run the blocks; with a `key`, dropout is on."""
+        block, parameters = nnx.split(self.blocks)
+        keys = None if key is None else jax.random.split(key, self.depth)
+
+        def layer(x, parameters_and_key):
+            parameters, key = parameters_and_key
+            return nnx.merge(block, parameters)(x, mask, key), None
+
+        if self.remat != "none":
+            layer = jax.checkpoint(layer, policy=_policy(self.remat), prevent_cse=not self.scan)
+        x, _ = lax.scan(
+            layer, x, (parameters, keys), length=self.depth, unroll=1 if self.scan else self.depth
+        )
+        return x
+
+
+def _policy(name: RematPolicy):
+    """What a block keeps for its backward pass."""
+    policies = jax.checkpoint_policies
+    return {
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_saveable,
+        "dots_no_batch": policies.dots_with_no_batch_dims_saveable,
+    }[name]
