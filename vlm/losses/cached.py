@@ -1,0 +1,74 @@
+"""Exact losses of batches that the towers cannot hold at once (Gao et al., 2021, arXiv:2101.06983).
+
+A contrastive loss does not split into losses of micro-batches: every image needs every text of the
+whole batch as a negative. Embeddings are small, though; it is the towers' activations that do not
+fit. So embed all micro-batches and keep the embeddings alone, take the loss and the gradients of
+all embeddings at once, then run each micro-batch again, this time with its backward pass.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from vlm.errors import ConfigError
+
+
+def cached_value_and_grad(
+    embed: Callable[[Any, Any, Any], tuple[Any, Any]],
+    loss: Callable[[Any, Any, Any], Any],
+) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+    """Value and gradient of the loss of a whole batch, with activations of one micro-batch.
+
+    Args:
+        embed: `embed(params, batch, key) -> (z_image, z_text)` of one micro-batch. It runs twice
+            with the same key, so dropout and patch dropout draw the same masks both times.
+        loss: `loss(params, z_image, z_text)` over the embeddings of all micro-batches; it may use
+            parameters of its own, such as scale and bias. It must not depend on the order of pairs.
+
+    Returns:
+        a function of `params`, the micro-batches as one tree of arrays (k, b / k, ...), and k keys;
+        it returns the loss and the gradient of `params`.
+
+    Raises:
+        ConfigError: leading axes that differ.
+
+    Source: arXiv:2101.06983.
+    """
+
+    def value_and_grad(params, micro_batches, keys):
+        _check_leading_axes(micro_batches, keys)
+
+        def embed_one(_, micro_batch):
+            return None, embed(params, *micro_batch)
+
+        def loss_of_all(params, z):
+            return loss(params, *jax.tree.map(_flatten, z))
+
+        def replay_one(gradients, micro_batch_and_dz):
+            *micro_batch, dz = micro_batch_and_dz
+            _, pull_back = jax.vjp(lambda params: embed(params, *micro_batch), params)
+            return jax.tree.map(jnp.add, gradients, *pull_back(dz)), None
+
+        _, z = lax.scan(embed_one, None, (micro_batches, keys))
+        value, (gradients, dz) = jax.value_and_grad(loss_of_all, argnums=(0, 1))(params, z)
+        gradients, _ = lax.scan(replay_one, gradients, (micro_batches, keys, dz))
+        return value, gradients
+
+    return value_and_grad
+
+
+def _flatten(z):
+    """(k, b / k, d) -> (b, d); the sharded axis b / k leads, so no row leaves its device."""
+    return z.swapaxes(0, 1).reshape(-1, *z.shape[2:])
+
+
+def _check_leading_axes(micro_batches, keys):
+    lengths = {len(x) for x in jax.tree.leaves(micro_batches)}
+    if lengths != {len(keys)}:
+        raise ConfigError(
+            f"micro-batches of leading axes {sorted(lengths)} do not match {len(keys)} keys: stack "
+            "k micro-batches along the first axis of every array and split k keys"
+        )

@@ -1,0 +1,119 @@
+"""The losses as one function of global arrays: exact on any mesh, differentiable in every input."""
+
+import functools
+import math
+from typing import Literal
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
+
+from vlm.errors import ConfigError, ShardingError
+from vlm.losses import sigmoid, softmax
+from vlm.losses.ring import Ring
+
+LOSSES = {"softmax": softmax, "sigmoid": sigmoid}
+
+
+def contrastive_loss(
+    z_image: Float[Array, "b d"],
+    z_text: Float[Array, "b d"],
+    logit_scale: Float[Array, ""],
+    logit_bias: Float[Array, ""] | None = None,
+    *,
+    kind: Literal["softmax", "sigmoid"],
+    mesh: Mesh | None = None,
+    batch_axes: tuple[str, ...] = ("data", "fsdp"),
+    tile: int | None = None,
+) -> Float[Array, ""]:
+    """The softmax or sigmoid loss of the global batch, in memory linear in the batch.
+
+    Equals `softmax_loss` or `sigmoid_loss` and their gradients without ever holding the B x B
+    matrix: B / n rows on each of n devices meet the texts of the others around a ring, in tiles.
+    Products run in the type of the embeddings, everything else in float32.
+
+    Args:
+        z_image, z_text: embeddings, row i of one belonging to row i of the other; on a mesh, global
+            arrays whose rows are sharded over `batch_axes` (other layouts are resharded).
+        logit_scale: logarithm of the factor on the cosines.
+        logit_bias: added to every logit; None for no bias.
+        mesh: None for one device; axes besides `batch_axes` hold copies.
+        tile: side of a tile; None chooses one.
+
+    Raises:
+        ConfigError: unknown kind, tile below 1, or embeddings whose shapes differ.
+        ShardingError: the mesh has none of `batch_axes`, or they do not divide the batch.
+
+    Source: arXiv:2103.00020 and arXiv:2303.15343.
+    """
+    if kind not in LOSSES:
+        raise ConfigError(f"there is no {kind!r} loss: choose one of {', '.join(LOSSES)}")
+    if z_image.ndim != 2 or z_image.shape != z_text.shape:
+        raise ConfigError(
+            f"z_image {z_image.shape} and z_text {z_text.shape} must both be (batch, embed_dim): "
+            "row i of one is the pair of row i of the other"
+        )
+    if tile is None:
+        tile = default_tile()
+    elif tile < 1:
+        raise ConfigError(
+            f"tile is {tile}: give a positive number of rows, or None to have one chosen"
+        )
+    axes, devices = (), 1
+    if mesh is not None:
+        axes = tuple(axis for axis in batch_axes if axis in mesh.shape)
+        devices = math.prod(mesh.shape[axis] for axis in axes)
+        if not axes:
+            raise ShardingError(
+                f"the mesh has axes {mesh.axis_names} and none of batch_axes {batch_axes}: name "
+                "the axes that the batch is sharded over"
+            )
+        if len(z_image) % devices:
+            raise ShardingError(
+                f"a batch of {len(z_image)} does not divide over the {devices} devices of mesh "
+                f"axes {axes}: choose a multiple of {devices}"
+            )
+    return _loss(kind, mesh, Ring(tile, axes, devices), z_image, z_text, logit_scale, logit_bias)
+
+
+def default_tile() -> int:
+    """Side of a tile: what stays in cache on a CPU, what fills the matrix units elsewhere."""
+    return 1024 if jax.default_backend() == "cpu" else 4096
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _loss(kind, mesh, ring, *inputs):
+    return _on_mesh(LOSSES[kind].value, mesh, ring, PartitionSpec())(*inputs)
+
+
+def _forward(kind, mesh, ring, *inputs):
+    """The loss is one number, so its gradients are known now but for one factor: keep them."""
+    rows, number = PartitionSpec(ring.axes), PartitionSpec()
+    gradient_specs = rows, rows, number, number
+    run = _on_mesh(LOSSES[kind].value_and_gradients, mesh, ring, (number, gradient_specs))
+    loss, gradients = run(*inputs)
+    return loss, jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, inputs)
+
+
+def _backward(kind, mesh, ring, gradients, factor):
+    return jax.tree.map(lambda g: (factor * g).astype(g.dtype), gradients)
+
+
+_loss.defvjp(_forward, _backward)
+
+
+def _on_mesh(function, mesh, ring, out_specs):
+    """`function(ring, *inputs)` on every device's own rows."""
+    function = functools.partial(function, ring)
+    if mesh is None:
+        return function
+    rows, number = PartitionSpec(ring.axes), PartitionSpec()
+    # What the tiles make does not vary over unused axes by construction; the check of it is left
+    # out because it asks loop carries to be marked, in ways that differ between JAX versions.
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(rows, rows, number, number),
+        out_specs=out_specs,
+        check_vma=False,
+    )

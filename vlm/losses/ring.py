@@ -1,0 +1,175 @@
+"""Every image meets every text: in tiles inside a device, around a ring between devices.
+
+The logits of a global batch of B pairs form a B x B matrix that is too large to store. Both losses
+need only sums along its rows (one per image) and its columns (one per text), so it is enough to
+look at one tile at a time and add up. Device k of n keeps its b = B / n images; blocks of b texts
+travel the ring, each **together with the sums of its columns**, until every device has seen them:
+
+              device 0      device 1      device 2
+    step 0    I0 . T0       I1 . T1       I2 . T2       the own block: it holds the positives
+    step 1    I0 . T2       I1 . T0       I2 . T1       T -> the next device, before the products
+    step 2    I0 . T1       I1 . T2       I2 . T0       the sums of T follow after them
+    home      sums of T0    sums of T1    sums of T2
+
+A text block is sent on before it is multiplied, and a step starts the sums of its columns afresh
+while those of the earlier steps are still on their way: no product waits for the network.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+# The logit of a pair that does not count. Finite, so that differences of two stay numbers.
+HIDDEN = jnp.finfo(jnp.float32).min
+
+Hide = Callable[[Float[Array, "t t"]], Float[Array, "t t"]]
+
+
+@dataclass(frozen=True)
+class Ring:
+    """How a global batch is cut: over `devices` along mesh `axes`, then into tiles of side `tile`.
+
+    Its methods run on each device of a `jax.shard_map` over `axes`, or anywhere if there are none.
+    """
+
+    tile: int
+    axes: tuple[str, ...] = ()
+    devices: int = 1
+
+    def all_pairs(
+        self,
+        visit: Callable[[Any, Any, Hide], tuple[Any, Any]],
+        merge: Callable[[Any, Any], Any],
+        images: Any,
+        texts: Any,
+        empty: tuple[Any, Any],
+    ) -> tuple[Any, Any]:
+        """Visit all negative pairs of the global batch; merge what each tile says of its rows.
+
+        Args:
+            visit: `visit(images, texts, hide) -> (image_sums, text_sums)` for t images and t texts;
+                `hide` gives the logits of positives and of padding the value `HIDDEN`.
+            merge: joins two partial sums, of images or of texts.
+            images, texts: what `visit` needs to know of each; trees of arrays (b, ...).
+            empty: the neutral elements of `merge` for images and texts; trees of arrays (b, ...).
+
+        Returns:
+            the merged sums of the local images and of the local texts.
+        """
+        b = jax.tree.leaves(images)[0].shape[0]
+        count = -(-b // self.tile)
+        t = -(-b // count)
+        images, texts = _cut(images, count, t), _cut(texts, count, t)
+        image_sums, no_sums = _cut(empty[0], count, t), _cut(empty[1], count, t)
+
+        def block(image_sums, texts, *, own):
+            """One block of texts against the local images; `own`: it holds their positives."""
+
+            def tile(i, j, sums):
+                image_sums, text_sums = sums
+                hide = _hide(i * t, j * t, b, own=own, padded=count * t != b)
+                image_part, text_part = visit(_at(images, i), _at(texts, j), hide)
+                image_sums = _put(image_sums, i, merge(_at(image_sums, i), image_part))
+                return image_sums, merge(text_sums, text_part)
+
+            def column_of_tiles(j, sums):
+                image_sums, text_sums = sums
+                start = image_sums, _at(no_sums, j)
+                image_sums, column = lax.fori_loop(0, count, lambda i, s: tile(i, j, s), start)
+                return image_sums, _put(text_sums, j, column)
+
+            return lax.fori_loop(0, count, column_of_tiles, (image_sums, no_sums))
+
+        def step(_, carry):
+            image_sums, texts, text_sums = carry
+            next_texts, earlier = self._send(texts), self._send(text_sums)
+            image_sums, later = block(image_sums, texts, own=False)
+            return image_sums, next_texts, merge(earlier, later)
+
+        next_texts = self._send(texts)
+        image_sums, text_sums = block(image_sums, texts, own=True)
+        if self.devices > 1:
+            carry = image_sums, next_texts, text_sums
+            image_sums, _, text_sums = lax.fori_loop(1, self.devices, step, carry)
+        return _join(image_sums, b), _join(self._send(text_sums), b)
+
+    def total(self, x: Float[Array, ""]) -> Float[Array, ""]:
+        """The sum of a number over the devices."""
+        return lax.psum(x, self.axes) if self.axes else x
+
+    def _send(self, block):
+        """Every device's block to the next device."""
+        if not self.axes:
+            return block
+        onward = [(k, (k + 1) % self.devices) for k in range(self.devices)]
+        return jax.tree.map(lambda x: lax.ppermute(x, self.axes, onward), block)
+
+
+def add(a: Any, b: Any) -> Any:
+    """The `merge` of plain sums."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def dot(x: Float[Array, "m d"], y: Float[Array, "n d"]) -> Float[Array, "m n"]:
+    """x @ y.T with products in the inputs' type and float32 sums."""
+    return jnp.einsum("md,nd->mn", x, y, preferred_element_type=jnp.float32)
+
+
+def dot_pairs(x: Float[Array, "b d"], y: Float[Array, "b d"]) -> Float[Array, " b"]:
+    """The diagonal of `dot`: each image with its own text."""
+    return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
+
+
+def pull_back(
+    g: Float[Array, "m n"], x: Float[Array, "m d"], y: Float[Array, "n d"]
+) -> tuple[Float[Array, "m d"], Float[Array, "n d"]]:
+    """The gradients of `dot`'s inputs for the gradient `g` of its output, in float32."""
+    dx = jnp.einsum("mn,nd->md", g.astype(y.dtype), y, preferred_element_type=jnp.float32)
+    dy = jnp.einsum("mn,md->nd", g.astype(x.dtype), x, preferred_element_type=jnp.float32)
+    return dx, dy
+
+
+def _hide(row: Array, column: Array, b: int, *, padded: bool, own: bool) -> Hide:
+    """Hides the positives of the own block, and rows and columns from b on."""
+
+    def hide(logits):
+        if not padded and not own:
+            return logits
+        rows = row + lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+        columns = column + lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+        hidden = jnp.zeros((), bool)
+        if own:
+            hidden |= rows == columns
+        if padded:
+            hidden |= (rows >= b) | (columns >= b)
+        return jnp.where(hidden, HIDDEN, logits)
+
+    return hide
+
+
+def _cut(tree, count, t):
+    """(b, ...) -> (count, t, ...), padded by repeating the last row."""
+
+    def cut(x):
+        pad = [(0, count * t - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, pad, mode="edge").reshape(count, t, *x.shape[1:])
+
+    return jax.tree.map(cut, tree)
+
+
+def _join(tree, b):
+    """The inverse of `_cut`."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:b], tree)
+
+
+def _at(tree, i):
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+
+
+def _put(tree, i, values):
+    return jax.tree.map(lambda x, v: lax.dynamic_update_index_in_dim(x, v, i, 0), tree, values)

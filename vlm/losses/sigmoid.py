@@ -1,0 +1,91 @@
+"""The sigmoid loss of SigLIP (Zhai et al., 2023, arXiv:2303.15343).
+
+Every pair is a question of its own: do this image and this text belong together? A positive costs
+softplus(-l_ii), a negative softplus(l_ij), and the loss is their sum over all pairs divided by B.
+A pair's gradient depends on its own logit alone,
+
+    B dL/dl_ij = sigmoid(l_ij)        B dL/dl_ii = -sigmoid(-l_ii)
+
+so one look at a tile yields its share of the loss and of the gradients: one trip is enough.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vlm.losses.ring import Ring, add, dot, dot_pairs, pull_back
+
+
+def sigmoid_loss(
+    z_image: Float[Array, "b d"],
+    z_text: Float[Array, "b d"],
+    logit_scale: Float[Array, ""],
+    logit_bias: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """Binary cross-entropy of every pair in the batch, summed and divided by B.
+
+    logits = exp(logit_scale) * z_image @ z_text.T + logit_bias, in float32. Holds the B x B matrix:
+    this is the definition that `contrastive_loss` computes in tiles.
+
+    Source: arXiv:2303.15343, algorithm 1.
+    """
+    z_image, z_text = z_image.astype(jnp.float32), z_text.astype(jnp.float32)
+    logits = jnp.exp(logit_scale) * z_image @ z_text.T
+    if logit_bias is not None:
+        logits += logit_bias
+    belongs = 2 * jnp.eye(len(logits)) - 1  # +1 for positives, -1 for negatives
+    return jax.nn.softplus(-belongs * logits).sum() / len(logits)
+
+
+def value(
+    ring: Ring,
+    z_image: Float[Array, "b d"],
+    z_text: Float[Array, "b d"],
+    logit_scale: Float[Array, ""],
+    logit_bias: Float[Array, ""] | None,
+) -> Float[Array, ""]:
+    """The loss of the global batch: one trip around the ring."""
+    scale, bias = jnp.exp(logit_scale), _zero_if_none(logit_bias)
+
+    def visit(x, y, hide):
+        return jax.nn.softplus(hide(scale * dot(x, y) + bias)).sum(1), ()
+
+    none = jnp.zeros(len(z_image), jnp.float32)
+    negatives, _ = ring.all_pairs(visit, add, z_image, z_text, (none, ()))
+    positives = jax.nn.softplus(-(scale * dot_pairs(z_image, z_text) + bias))
+    return ring.total(jnp.sum(positives + negatives)) / (len(z_image) * ring.devices)
+
+
+def value_and_gradients(
+    ring: Ring,
+    z_image: Float[Array, "b d"],
+    z_text: Float[Array, "b d"],
+    logit_scale: Float[Array, ""],
+    logit_bias: Float[Array, ""] | None,
+) -> tuple[Float[Array, ""], tuple]:
+    """The loss and the gradients of its four inputs: the same trip, with the gradients on board."""
+    scale, bias = jnp.exp(logit_scale), _zero_if_none(logit_bias)
+
+    def visit(x, y, hide):
+        logits = hide(scale * dot(x, y) + bias)
+        g = jax.nn.sigmoid(logits)
+        d_image, d_text = pull_back(g, x, y)
+        return (jax.nn.softplus(logits).sum(1), g.sum(1), d_image), d_text
+
+    per_image, per_width = jnp.zeros(len(z_image)), jnp.zeros(z_image.shape)
+    none = (per_image, per_image, per_width), per_width
+    (losses, g, d_image), d_text = ring.all_pairs(visit, add, z_image, z_text, none)
+
+    logits = scale * dot_pairs(z_image, z_text) + bias
+    positive = -jax.nn.sigmoid(-logits)
+    mean = 1 / (len(logits) * ring.devices)
+    loss = mean * ring.total(jnp.sum(losses + jax.nn.softplus(-logits)))
+    d_image = mean * scale * (d_image + positive[:, None] * z_text)
+    d_text = mean * scale * (d_text + positive[:, None] * z_image)
+    d_scale = ring.total(jnp.sum(z_image * d_image))  # l = exp(t) x.y + b, so dl/dt = x . dl/dx
+    d_bias = None if logit_bias is None else mean * ring.total(jnp.sum(g + positive))
+    return loss, (d_image, d_text, d_scale, d_bias)
+
+
+def _zero_if_none(logit_bias):
+    return 0.0 if logit_bias is None else logit_bias

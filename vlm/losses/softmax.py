@@ -1,0 +1,135 @@
+"""The softmax loss of CLIP (Radford et al., 2021, arXiv:2103.00020).
+
+Row i of the logits says which text image i belongs to, column i which image text i belongs to. Seen
+from one row, with the positive logit l_ii and the negatives l_ij, the cross-entropy is
+
+    -log softmax(l_i)_i = log sum_j exp(l_ij) - l_ii = softplus(lse_i - l_ii)
+
+where lse_i = log sum_{j != i} exp(l_ij). It needs two numbers from the negatives, their maximum
+and the sum of their exponentials below it, and they can be gathered tile by tile in any order.
+So can those of the columns, from the same tile. The gradient is a second look at the tiles:
+
+    2B dL/dl_ij = exp(l_ij) / sum_k exp(l_ik) + exp(l_ij) / sum_k exp(l_kj)        (j != i)
+    2B dL/dl_ii = -(the share of the negatives in row i + that in column i)
+
+Positives and negatives apart, nothing is a small difference of large numbers: the loss and its
+gradient keep their digits however well the pairs are told apart.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vlm.losses.ring import HIDDEN, Ring, add, dot, dot_pairs, pull_back
+
+
+def softmax_loss(
+    z_image: Float[Array, "b d"],
+    z_text: Float[Array, "b d"],
+    logit_scale: Float[Array, ""],
+    logit_bias: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """Cross-entropy over all B texts and all B images, the mean of both directions.
+
+    logits = exp(logit_scale) * z_image @ z_text.T + logit_bias, in float32. Holds the B x B matrix:
+    this is the definition that `contrastive_loss` computes in tiles.
+
+    Source: arXiv:2103.00020, figure 3.
+    """
+    z_image, z_text = z_image.astype(jnp.float32), z_text.astype(jnp.float32)
+    logits = jnp.exp(logit_scale) * z_image @ z_text.T
+    if logit_bias is not None:
+        logits += logit_bias
+    positives = jnp.diagonal(logits)
+    image_to_text = jax.nn.logsumexp(logits, axis=1) - positives
+    text_to_image = jax.nn.logsumexp(logits, axis=0) - positives
+    return (image_to_text.mean() + text_to_image.mean()) / 2
+
+
+class Statistics(NamedTuple):
+    """The sum of a set of exponentials in two numbers: exp(max) * sum."""
+
+    max: Float[Array, "..."]
+    sum: Float[Array, "..."]
+
+
+def merge(a: Statistics, b: Statistics) -> Statistics:
+    """The statistics of two sets of logits together."""
+    top = jnp.maximum(a.max, b.max)
+    return Statistics(top, a.sum * jnp.exp(a.max - top) + b.sum * jnp.exp(b.max - top))
+
+
+def value(
+    ring: Ring,
+    z_image: Float[Array, "b d"],
+    z_text: Float[Array, "b d"],
+    logit_scale: Float[Array, ""],
+    logit_bias: Float[Array, ""] | None,
+) -> Float[Array, ""]:
+    """The loss of the global batch: one trip around the ring. A bias changes nothing."""
+    scale = jnp.exp(logit_scale)
+    rows, columns = _negatives(ring, z_image, z_text, scale)
+    return _loss(ring, scale * dot_pairs(z_image, z_text), rows, columns)
+
+
+def value_and_gradients(
+    ring: Ring,
+    z_image: Float[Array, "b d"],
+    z_text: Float[Array, "b d"],
+    logit_scale: Float[Array, ""],
+    logit_bias: Float[Array, ""] | None,
+) -> tuple[Float[Array, ""], tuple]:
+    """The loss and the gradients of its four inputs: a second trip, with the statistics at hand."""
+    scale = jnp.exp(logit_scale)
+    positives = scale * dot_pairs(z_image, z_text)
+    rows, columns = _negatives(ring, z_image, z_text, scale)
+    own = Statistics(positives, jnp.ones_like(positives))
+    all_rows, all_columns = merge(rows, own), merge(columns, own)
+
+    def visit(images, texts, hide):
+        (x, row), (y, column) = images, texts
+        logits = hide(scale * dot(x, y))
+        in_row = jnp.exp(logits - row.max[:, None]) / row.sum[:, None]
+        in_column = jnp.exp(logits - column.max) / column.sum
+        return pull_back(in_row + in_column, x, y)
+
+    none = jnp.zeros(z_image.shape, jnp.float32)
+    d_image, d_text = ring.all_pairs(
+        visit, add, (z_image, all_rows), (z_text, all_columns), (none, none)
+    )
+    negative = _share(rows, all_rows) + _share(columns, all_columns)
+    mean = scale / (2 * len(positives) * ring.devices)
+    d_image = mean * (d_image - negative[:, None] * z_text)
+    d_text = mean * (d_text - negative[:, None] * z_image)
+    d_scale = ring.total(jnp.sum(z_image * d_image))  # l = exp(t) x.y, so dl/dt = x . dl/dx
+    d_bias = None if logit_bias is None else jnp.zeros_like(logit_bias)
+    return _loss(ring, positives, rows, columns), (d_image, d_text, d_scale, d_bias)
+
+
+def _negatives(ring, z_image, z_text, scale) -> tuple[Statistics, Statistics]:
+    """The statistics of the negatives, of each row and of each column."""
+
+    def visit(x, y, hide):
+        logits = hide(scale * dot(x, y))
+        row, column = logits.max(1), logits.max(0)
+        return (
+            Statistics(row, jnp.exp(logits - row[:, None]).sum(1)),
+            Statistics(column, jnp.exp(logits - column).sum(0)),
+        )
+
+    zeros = jnp.zeros(len(z_image), jnp.float32)
+    none = Statistics(zeros + HIDDEN, zeros)
+    return ring.all_pairs(visit, merge, z_image, z_text, (none, none))
+
+
+def _loss(ring, positives, rows: Statistics, columns: Statistics) -> Float[Array, ""]:
+    in_row = jax.nn.softplus(rows.max - positives + jnp.log(rows.sum))
+    in_column = jax.nn.softplus(columns.max - positives + jnp.log(columns.sum))
+    return ring.total(jnp.sum(in_row + in_column)) / (2 * len(positives) * ring.devices)
+
+
+def _share(part: Statistics, whole: Statistics) -> Float[Array, " b"]:
+    """The share of some logits in the softmax over more of them."""
+    return part.sum * jnp.exp(part.max - whole.max) / whole.sum
