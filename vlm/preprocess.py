@@ -1,7 +1,7 @@
 """Images to pixels: careful opening, resizing as the reference code does, and normalisation.
 
 Two backends resize. `pillow` is what torchvision and transformers do with PIL images; `tensor` is
-what they do with uint8 tensors (transformers' default since version 5), written here in numpy.
+what they do with uint8 tensors (transformers' default since version 5), in numpy to the same bits.
 """
 
 import io
@@ -21,7 +21,7 @@ ImageLike = Image.Image | str | os.PathLike | bytes | np.ndarray
 
 MAX_PIXELS = 89_478_485  # a quarter of a GiB as RGB: where Pillow itself begins to warn
 
-_PILLOW_KERNELS = {
+PILLOW_KERNELS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -59,21 +59,24 @@ class Preprocess:
             DataError: a file is missing or unreadable, an image too large, an array of another
                 shape or type; the message names it.
         """
-        resize = self.pixels if self.config.backend == "pillow" else self._float_pixels
         images = [images] if _is_one(images) else images
-        rows = [resize(image, f"image {i}") for i, image in enumerate(images)]
+        rows = [self.pixels(image, f"image {i}") for i, image in enumerate(images)]
         size = self.config.image_size
         return self.normalize(np.stack(rows) if rows else np.zeros((0, size, size, 3), np.uint8))
 
     def pixels(self, image: ImageLike, name: str = "the image") -> UInt8[np.ndarray, "s s 3"]:
         """The resized image before normalisation; `name` is what errors call it if it has none."""
-        if self.config.backend == "tensor":
-            return np.rint(self._float_pixels(image, name)).astype(np.uint8)
         config, opened = self.config, self.open(image, name)
         (width, height), box = self._layout(*opened.size)
+        if config.backend == "tensor":
+            array = resize_tensor(
+                np.asarray(opened), height, width, config.kernel, antialias=config.antialias
+            )
+            left, top, right, bottom = box or (0, 0, width, height)
+            return array[top:bottom, left:right]
         if opened.size != (width, height):
-            opened = opened.resize((width, height), _PILLOW_KERNELS[config.kernel])
-        return np.asarray(opened if box is None else opened.crop(box))
+            opened = opened.resize((width, height), PILLOW_KERNELS[config.kernel])
+        return np.array(opened if box is None else opened.crop(box))
 
     def normalize(
         self, pixels: UInt8[Array, "*n 3"] | Float[Array, "*n 3"]
@@ -89,17 +92,6 @@ class Preprocess:
         return open_image(
             image, background=self.config.background, max_pixels=self.max_pixels, name=name
         )
-
-    def _float_pixels(self, image: ImageLike, name: str) -> Float32[np.ndarray, "s s 3"]:
-        config, opened = self.config, np.asarray(self.open(image, name))
-        (width, height), box = self._layout(opened.shape[1], opened.shape[0])
-        left, top, right, bottom = box or (0, 0, width, height)
-        # Rows and columns outside the crop are never computed.
-        rows = resize_matrix(opened.shape[0], height, config.kernel, config.antialias)[top:bottom]
-        columns = resize_matrix(opened.shape[1], width, config.kernel, config.antialias)[left:right]
-        wide = np.einsum("xw,hwc->hxc", columns, opened.astype(np.float32), optimize=True)
-        out = np.einsum("yh,hxc->yxc", rows, wide, optimize=True)
-        return np.clip(out, 0, 255)
 
     def _layout(self, width: int, height: int):
         """The size to resize to, and the box to crop from that or None."""
@@ -148,9 +140,37 @@ def open_image(
         raise DataError(f"{name} cannot be decoded ({error}): replace or remove it") from None
 
 
+def resize_tensor(
+    array: UInt8[np.ndarray, "h w c"], height: int, width: int, kernel: str, *, antialias: bool
+) -> UInt8[np.ndarray, "height width c"]:
+    """Resize as PyTorch's `interpolate` does uint8 tensors: columns, then rows, rounded after each.
+
+    Its weights are 16-bit integers with a common exponent, so it is neither Pillow nor exact.
+    """
+    if array.shape[1] != width:
+        weights, bits = _fixed_point(resize_matrix(array.shape[1], width, kernel, antialias))
+        array = _shift(np.einsum("xw,hwc->hxc", weights, array, optimize=True), bits)
+    if array.shape[0] != height:
+        weights, bits = _fixed_point(resize_matrix(array.shape[0], height, kernel, antialias))
+        array = _shift(np.einsum("yh,hxc->yxc", weights, array, optimize=True), bits)
+    return array
+
+
+def _fixed_point(matrix: Float[np.ndarray, "n m"]) -> tuple[Float[np.ndarray, "n m"], int]:
+    """Integer weights (as float64, whose products are exact and fast) and their exponent."""
+    bits = 0
+    while bits < 22 and int(0.5 + matrix.max() * 2 ** (bits + 1)) < 2**15:
+        bits += 1
+    return np.trunc(matrix * 2.0**bits + np.where(matrix < 0, -0.5, 0.5)), bits
+
+
+def _shift(sums: Float[np.ndarray, "*n"], bits: int) -> UInt8[np.ndarray, "*n"]:
+    return np.clip(np.floor((sums + 2.0 ** (bits - 1)) * 2.0**-bits), 0, 255).astype(np.uint8)
+
+
 def resize_matrix(
     source: int, target: int, kernel: str, antialias: bool
-) -> Float32[np.ndarray, "target source"]:
+) -> Float[np.ndarray, "target source"]:
     """The weights by which `source` pixels make `target`, as PyTorch's `interpolate` has them.
 
     Half-pixel centres (align_corners=False). With antialias the kernel widens when shrinking and
@@ -159,7 +179,7 @@ def resize_matrix(
     scale = source / target
     if kernel == "nearest":
         taken = np.minimum((np.arange(target) * scale).astype(int), source - 1)
-        return np.eye(source, dtype=np.float32)[taken]
+        return np.eye(source)[taken]
     center = (np.arange(target) + 0.5) * scale
     weights = np.zeros((target, source))
     if antialias:
@@ -169,12 +189,12 @@ def resize_matrix(
             first, last = max(int(c - reach + 0.5), 0), min(int(c + reach + 0.5), source)
             values = _kernel(kernel, (np.arange(first, last) - c + 0.5) / stretch, cubic=-0.5)
             row[first:last] = values / values.sum()
-        return weights.astype(np.float32)
+        return weights
     reach = _SUPPORT[kernel]
     for row, c in zip(weights, center - 0.5, strict=True):
         near = np.arange(int(np.floor(c)) - reach + 1, int(np.floor(c)) + reach + 1)
         np.add.at(row, np.clip(near, 0, source - 1), _kernel(kernel, near - c, cubic=-0.75))
-    return weights.astype(np.float32)
+    return weights
 
 
 _SUPPORT = {"bilinear": 1, "bicubic": 2, "lanczos": 3}
@@ -216,7 +236,7 @@ def _opened(data: bytes, name: str, max_pixels: int) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data))
     except Image.DecompressionBombError:
-        raise DataError(_too_large(name, "far more", max_pixels)) from None
+        raise DataError(_too_large(name, "too many", max_pixels)) from None
     except (OSError, ValueError, SyntaxError, EOFError):
         raise DataError(f"{name} is not an image that Pillow reads: replace or remove it") from None
 
@@ -231,10 +251,8 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
 
 def _too_large(name: str, pixels: str, max_pixels: int) -> str:
     return (
-        f"{name} has {pixels} pixels than the limit of {max_pixels:,}: raise max_pixels to trust it"
-        if pixels == "far more"
-        else f"{name} has {pixels} pixels, over the limit of {max_pixels:,}: "
-        "raise max_pixels if you trust it"
+        f"{name} has {pixels} pixels, over the limit of {max_pixels:,}: raise max_pixels if you "
+        "trust it"
     )
 
 

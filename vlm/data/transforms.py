@@ -9,15 +9,10 @@ from PIL import Image
 
 from vlm.config import AugmentConfig
 from vlm.errors import ConfigError
+from vlm.preprocess import PILLOW_KERNELS
 
 _ATTEMPTS = 10  # at a crop that fits, as in torchvision
 DRAWS = 2 * _ATTEMPTS + 2 + 1 + 4  # uniform numbers that one image uses: crop, flip, colours
-_KERNELS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's mode L
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 _RGB = np.linalg.inv(_YIQ)
@@ -53,7 +48,9 @@ class Augment:
         box = crop_box(image.width, image.height, self.config, u[: 2 * _ATTEMPTS + 2])
         u = u[2 * _ATTEMPTS + 2 :]
         # One resample makes crop and size at once.
-        pixels = np.asarray(image.resize((self.size, self.size), _KERNELS[self.kernel], box=box))
+        pixels = np.asarray(
+            image.resize((self.size, self.size), PILLOW_KERNELS[self.kernel], box=box)
+        )
         if self.config.flip and u[0] < 0.5:
             pixels = pixels[:, ::-1]
         if not (self.config.jitter or self.config.hue):
