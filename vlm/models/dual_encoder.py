@@ -30,9 +30,8 @@ class DualEncoder(nnx.Module):
         self.vision = VisionTower(config.vision, config.embed_dim, execution=execution, rngs=rngs)
         self.text = TextTower(config.text, config.embed_dim, execution=execution, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.asarray(math.log(config.init_scale), jnp.float32))
-        self.logit_bias = None
-        if config.init_bias is not None:
-            self.logit_bias = nnx.Param(jnp.asarray(config.init_bias, jnp.float32))
+        bias = config.init_bias
+        self.logit_bias = None if bias is None else nnx.Param(jnp.asarray(bias, jnp.float32))
 
     def encode_image(
         self, images: Float[Array, "b h w 3"], *, key: PRNGKeyArray | None = None

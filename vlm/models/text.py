@@ -5,9 +5,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vlm.config import TextConfig
 from vlm.errors import ConfigError
-from vlm.models.vision import projection
+from vlm.models.vision import map_pool, projection
 from vlm.nn.layers import LayerNorm
-from vlm.nn.pooling import MapPool, end_pool, mean_pool
+from vlm.nn.pooling import end_pool, mean_pool
 from vlm.nn.transformer import Execution, Transformer
 
 
@@ -36,17 +36,7 @@ class TextTower(nnx.Module):
             rngs=rngs,
         )
         self.norm = LayerNorm(c.width, c.norm_eps, rngs=rngs)
-        self.pool = None
-        if c.pool == "map":
-            self.pool = MapPool(
-                c.width,
-                c.heads,
-                c.mlp_dim,
-                act=c.activation,
-                norm_eps=c.norm_eps,
-                dtype=dtype,
-                rngs=rngs,
-            )
+        self.pool = map_pool(c, dtype=dtype, rngs=rngs) if c.pool == "map" else None
         self.projection = projection(c, embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(

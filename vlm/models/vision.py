@@ -44,17 +44,7 @@ class VisionTower(nnx.Module):
             rngs=rngs,
         )
         self.norm = LayerNorm(c.width, c.norm_eps, rngs=rngs)
-        self.pool = None
-        if c.pool == "map":
-            self.pool = MapPool(
-                c.width,
-                c.heads,
-                c.mlp_dim,
-                act=c.activation,
-                norm_eps=c.norm_eps,
-                dtype=dtype,
-                rngs=rngs,
-            )
+        self.pool = map_pool(c, dtype=dtype, rngs=rngs) if c.pool == "map" else None
         self.projection = projection(c, embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -93,6 +83,19 @@ def projection(config, embed_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> n
         embed_dim,
         use_bias=config.projection == "linear_bias",
         kernel_init=nnx.initializers.normal(config.width**-0.5),
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def map_pool(config, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> MapPool:
+    """The attention pooling of a tower."""
+    return MapPool(
+        config.width,
+        config.heads,
+        config.mlp_dim,
+        act=config.activation,
+        norm_eps=config.norm_eps,
         dtype=dtype,
         rngs=rngs,
     )
