@@ -2,14 +2,14 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 from vlm.config import ModelConfig
 from vlm.models.text import TextTower
 from vlm.models.vision import VisionTower
+from vlm.nn.layers import split_keys
 from vlm.nn.transformer import Execution
 
 
@@ -34,27 +34,27 @@ class DualEncoder(nnx.Module):
         self.logit_bias = None if bias is None else nnx.Param(jnp.asarray(bias, jnp.float32))
 
     def encode_image(
-        self, images: Float[Array, "b h w 3"], *, key: PRNGKeyArray | None = None
+        self, images: Float[Array, "b h w 3"], *, keys: Key[Array, "b"] | None = None
     ) -> Float[Array, "b e"]:
         """Normalised images to unit-norm float32 embeddings."""
-        return unit_norm(self.vision(images, key=key))
+        return unit_norm(self.vision(images, keys=keys))
 
     def encode_text(
-        self, tokens: Int[Array, "b n"], *, key: PRNGKeyArray | None = None
+        self, tokens: Int[Array, "b n"], *, keys: Key[Array, "b"] | None = None
     ) -> Float[Array, "b e"]:
         """Token ids to unit-norm float32 embeddings."""
-        return unit_norm(self.text(tokens, key=key))
+        return unit_norm(self.text(tokens, keys=keys))
 
     def __call__(
         self,
         images: Float[Array, "b h w 3"],
         tokens: Int[Array, "b n"],
         *,
-        key: PRNGKeyArray | None = None,
+        keys: Key[Array, "b"] | None = None,
     ) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
-        """Embed both halves of a batch. With a `key`, dropout and patch dropout are on."""
-        image_key, text_key = (None, None) if key is None else jax.random.split(key)
-        return self.encode_image(images, key=image_key), self.encode_text(tokens, key=text_key)
+        """Embed both halves of a batch. With `keys`, one for each example, all dropout is on."""
+        image_keys, text_keys = split_keys(keys)
+        return self.encode_image(images, keys=image_keys), self.encode_text(tokens, keys=text_keys)
 
 
 def unit_norm(x: Float[Array, "b e"]) -> Float[Array, "b e"]:

@@ -1,7 +1,7 @@
 """The text tower: a transformer over token ids."""
 
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 from vlm.config import TextConfig
 from vlm.errors import ConfigError
@@ -40,14 +40,14 @@ class TextTower(nnx.Module):
         self.projection = projection(c, embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, tokens: Int[Array, "b n"], *, key: PRNGKeyArray | None = None
+        self, tokens: Int[Array, "b n"], *, keys: Key[Array, "b"] | None = None
     ) -> Float[Array, "b e"]:
-        """Embed texts. With a `key`, dropout is on."""
+        """Embed texts. With `keys`, one for each example, dropout is on."""
         c = self.config
         x = self.embedding[...].astype(self.dtype)[tokens]
         x = x + self.position[...].astype(self.dtype)[: tokens.shape[1]]
         real = None if c.pad_id is None else tokens != c.pad_id  # (b, n)
-        x = self.transformer(x, None if real is None else real[:, None, None, :], key=key)
+        x = self.transformer(x, None if real is None else real[:, None, None, :], keys=keys)
 
         if c.pool == "end":
             x = self.norm(end_pool(x, tokens, c.end_id))

@@ -1,12 +1,11 @@
 """The image tower: a Vision Transformer."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key
 
 from vlm.config import VisionConfig
-from vlm.nn.layers import LayerNorm
+from vlm.nn.layers import LayerNorm, split_keys
 from vlm.nn.patches import ConvStem, PatchStem, drop_patches
 from vlm.nn.pooling import MapPool, mean_pool
 from vlm.nn.transformer import Execution, Transformer
@@ -48,22 +47,22 @@ class VisionTower(nnx.Module):
         self.projection = projection(c, embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, images: Float[Array, "b h w 3"], *, key: PRNGKeyArray | None = None
+        self, images: Float[Array, "b h w 3"], *, keys: Key[Array, "b"] | None = None
     ) -> Float[Array, "b e"]:
-        """Embed images. With a `key`, dropout and patch dropout are on."""
+        """Embed images. With `keys`, one for each example, dropout and patch dropout are on."""
         c = self.config
-        patch_key, block_key = (None, None) if key is None else jax.random.split(key)
+        patch_keys, block_keys = split_keys(keys)
         x = self.stem(images)
         position = self.position[...].astype(x.dtype)
         if self.class_token is None:
-            x = drop_patches(x + position, c.patch_dropout, patch_key)
+            x = drop_patches(x + position, c.patch_dropout, patch_keys)
         else:
-            x = drop_patches(x + position[1:], c.patch_dropout, patch_key)
+            x = drop_patches(x + position[1:], c.patch_dropout, patch_keys)
             first = self.class_token[...].astype(x.dtype) + position[0]
             x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, x.shape[2])), x], axis=1)
         if self.pre_norm is not None:
             x = self.pre_norm(x)
-        x = self.transformer(x, key=block_key)
+        x = self.transformer(x, keys=block_keys)
 
         if c.pool == "class":
             x = self.norm(x[:, 0])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key
 
 from vlm.config import Activation
 
@@ -32,12 +32,26 @@ def activation(name: Activation):
     return {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}[name]
 
 
-def dropout(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Float[Array, "..."]:
-    """Zero a share `rate` of `x` and scale the rest; without a key, `x` as it is (inference)."""
-    if key is None or rate == 0:
+def dropout(
+    x: Float[Array, "b ..."], rate: float, keys: Key[Array, "b"] | None
+) -> Float[Array, "b ..."]:
+    """Zero a share `rate` of `x` and scale the rest; without keys, `x` as it is (inference).
+
+    Every example has a key of its own, so its mask does not depend on the batch it is in: a batch
+    cut into micro-batches, or over devices, draws the same masks.
+    """
+    if keys is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
     return jnp.where(keep, x / (1 - rate), 0)
+
+
+def split_keys(keys: Key[Array, "b"] | None) -> tuple[Key[Array, "b"] | None, ...]:
+    """Two independent keys for each example, or two times None."""
+    if keys is None:
+        return None, None
+    pairs = jax.vmap(jax.random.split)(keys)
+    return pairs[:, 0], pairs[:, 1]
 
 
 class LayerNorm(nnx.Module):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key
 
 
 class PatchStem(nnx.Module):
@@ -54,16 +54,16 @@ class ConvStem(nnx.Module):
 
 
 def drop_patches(
-    tokens: Float[Array, "b n d"], rate: float, key: PRNGKeyArray | None
+    tokens: Float[Array, "b n d"], rate: float, keys: Key[Array, "b"] | None
 ) -> Float[Array, "b m d"]:
     """Keep a random share `1 - rate` of each image's tokens (FLIP, arXiv:2212.00794).
 
-    Without a key, all of them (inference). The kept tokens stay in their order.
+    Without keys, all of them (inference). The kept tokens stay in their order.
     """
-    if key is None or rate == 0:
+    if keys is None or rate == 0:
         return tokens
-    b, n, _ = tokens.shape
+    n = tokens.shape[1]
     kept = max(1, round(n * (1 - rate)))
-    scores = jax.random.uniform(key, (b, n))
+    scores = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
     indices = jnp.sort(lax.top_k(scores, kept)[1], axis=1)
     return jnp.take_along_axis(tokens, indices[..., None], axis=1)

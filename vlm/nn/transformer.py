@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Key
 
 from vlm.config import Activation, RematPolicy
 from vlm.nn.attention import Attention
-from vlm.nn.layers import LayerNorm, Mlp, dropout
+from vlm.nn.layers import LayerNorm, Mlp, dropout, split_keys
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "b n d"],
         mask: Bool[Array, "b #h #q n"] | None,
-        key: PRNGKeyArray | None,
+        keys: Key[Array, "b"] | None,
     ) -> Float[Array, "b n d"]:
-        keys = (None, None) if key is None else jax.random.split(key)
+        attention_keys, mlp_keys = split_keys(keys)
         y = self.attention(self.attention_norm(x), mask=mask, causal=self.causal)
-        x = x + dropout(y, self.dropout_rate, keys[0])
+        x = x + dropout(y, self.dropout_rate, attention_keys)
         y = self.mlp(self.mlp_norm(x))
-        return x + dropout(y, self.dropout_rate, keys[1])
+        return x + dropout(y, self.dropout_rate, mlp_keys)
 
 
 class Transformer(nnx.Module):
@@ -103,20 +103,22 @@ class Transformer(nnx.Module):
         x: Float[Array, "b n d"],
         mask: Bool[Array, "b #h #q n"] | None = None,
         *,
-        key: PRNGKeyArray | None = None,
+        keys: Key[Array, "b"] | None = None,
     ) -> Float[Array, "b n d"]:
-        """Run the blocks; with a `key`, dropout is on."""
+        """Run the blocks; with `keys`, one for each example, dropout is on."""
         block, parameters = nnx.split(self.blocks)
-        keys = None if key is None else jax.random.split(key, self.depth)
 
-        def layer(x, parameters_and_key):
-            parameters, key = parameters_and_key
-            return nnx.merge(block, parameters)(x, mask, key), None
+        def layer(x, number_and_parameters):
+            number, parameters = number_and_parameters
+            layer_keys = keys
+            if keys is not None:
+                layer_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+            return nnx.merge(block, parameters)(x, mask, layer_keys), None
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=_policy(self.remat), prevent_cse=not self.scan)
         x, _ = lax.scan(
-            layer, x, (parameters, keys), length=self.depth, unroll=1 if self.scan else self.depth
+            layer, x, (jnp.arange(self.depth), parameters), unroll=1 if self.scan else self.depth
         )
         return x
 
