@@ -245,9 +245,21 @@ def test_a_model_that_shares_only_the_text_tower_is_refused(index, make_model, t
     renamed.name = "runs/colours"
     assert len(RetrievalIndex.load(tmp_path / "index", renamed)) == 6  # the same weights, moved
     other, stranger = make_model(), make_model(seed=1)
-    other.name, other.encode_image = "locked-text", stranger.encode_image
-    with pytest.raises(CheckpointError, match="'locked-text' embeds differently"):
+    other.encode_image = stranger.encode_image
+    with pytest.raises(CheckpointError, match="'colours' embeds differently"):
         RetrievalIndex.load(tmp_path / "index", other)
+
+
+def test_equal_files_are_trusted_without_a_look_at_the_image_tower(index, make_model, tmp_path):
+    index.model.fingerprint = "abc"
+    index.save(tmp_path / "index")
+    model = make_model()
+    model.fingerprint = "abc"
+    RetrievalIndex.load(tmp_path / "index", model)
+    assert model.seen == 0
+    model.fingerprint = "def"  # the same weights in another file
+    RetrievalIndex.load(tmp_path / "index", model)
+    assert model.seen == 1
 
 
 def test_torn_and_foreign_folders(index, model, tmp_path):

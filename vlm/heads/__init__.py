@@ -7,6 +7,7 @@ Every head takes an object with this face, which `vlm.load` gives:
     logit_scale, logit_bias               the logits are scale * cosine + bias
     loss                                  "softmax" or "sigmoid": the rule from logits to scores
     name                                  what the model is called
+    fingerprint                           of its weights file, if it has one (optional)
 
 Their modules are imported on use: only `few_shot` needs JAX, and `inputs` and `show` are shared.
 """

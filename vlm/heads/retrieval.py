@@ -22,7 +22,7 @@ TILE_BYTES = 64 << 20  # of stored rows multiplied at once, in float32
 QUERY_BLOCK = 256
 
 # What an index remembers of its model: the embeddings of these two. Equal weights give them again
-# under any name; a model that was trained further, or another one of the same name, does not.
+# under any name and in any format; a model that was trained further does not, whatever its name.
 PROBE_TEXT = "a photo of a red car in the snow"
 PROBE_IMAGE = np.add.outer(np.arange(0, 256, 4), np.arange(64)).astype(np.uint8)[..., None] * (
     np.array([1, 2, 3], np.uint8)
@@ -250,6 +250,7 @@ class RetrievalIndex:
             "format": "vlm retrieval index",
             "version": VERSION,
             "model": self.model.name,
+            "fingerprint": getattr(self.model, "fingerprint", None),
             "embed_dim": self.embed_dim,
             "dtype": self.dtype,
             "count": len(self),
@@ -367,9 +368,10 @@ def _check_model(meta: dict[str, Any], model: Any, folder: Path) -> None:
             f"{model.name!r} makes {len(z_text)}: {mend}"
         )
     same = float(z_text @ np.asarray(meta["probe_text"], np.float32)) >= SAME
-    if same and model.name != meta["model"]:
-        # Two models may share a text tower; the image tower is asked only when the names differ,
-        # so that a text search of a large index need not compile it.
+    fingerprint = getattr(model, "fingerprint", None)
+    if same and (fingerprint is None or fingerprint != meta.get("fingerprint")):
+        # Two models may share a text tower. Equal files need no such proof, so that a text search
+        # does not have to compile the image tower.
         z_image = np.asarray(model.encode_image([PROBE_IMAGE]), np.float32)[0]
         same = float(z_image @ np.asarray(meta["probe_image"], np.float32)) >= SAME
     if not same:
