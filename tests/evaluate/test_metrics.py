@@ -1,6 +1,7 @@
 """Metrics against brute force, closed forms and the properties that define them."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -97,6 +98,18 @@ def test_a_collapsed_model_scores_zero_not_chance_and_not_all():
     assert zero_shot_metrics(z, z, np.arange(100))["top5"].value == 0
     assert pair_retrieval_metrics(z, z)["image_to_text_R@10"].value == 0
     assert topk_accuracy(np.zeros((5, 7)), np.arange(5), ks=(1,))[1].value == 0
+
+
+def test_memory_is_bounded_by_a_tile():
+    """The full matrix of similarities would take 240 MB; a tile and its comparison take 40."""
+    rng = np.random.default_rng(0)
+    z_image, z_text = unit(rng, 3000, 4), unit(rng, 20_000, 4)
+    positives = np.stack([rng.integers(0, 3000, 20_000), np.arange(20_000)], axis=1)
+    tracemalloc.start()
+    pair_retrieval_metrics(z_image, z_text, positives)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 90e6
 
 
 def test_topk_accuracy_agrees_with_sorting():

@@ -1,6 +1,7 @@
 """The index: exactness, its folder, and what it refuses."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,19 @@ def test_top_k_equals_a_full_stable_sort(seed, k, tile):
     for row, at, values in zip(products, positions, scores, strict=True):
         np.testing.assert_array_equal(at, np.argsort(-row, kind="stable")[:k])
         np.testing.assert_array_equal(values, row[at])
+
+
+def test_search_memory_is_bounded_by_a_tile(monkeypatch):
+    """All products would take 80 MB; a float16 index of 13 MB is widened 1 MB at a time."""
+    monkeypatch.setattr(retrieval, "TILE_BYTES", 1 << 20)
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((200_000, 32)).astype(np.float16)
+    query = rng.standard_normal((100, 32)).astype(np.float32)
+    tracemalloc.start()
+    top_k(query, [rows], 10)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5e6
 
 
 def test_text_image_and_embedding_queries_agree(index, folder, model, paint):

@@ -56,7 +56,8 @@ class RetrievalIndex:
 
     Args:
         model: what `vlm.load` gives.
-        dtype: of the stored embeddings; float16 halves the memory and moves a cosine by under 1e-3.
+        dtype: of the stored embeddings; float16 halves the memory, moves a cosine by under
+            1e-3, and is slower to search on a CPU.
     """
 
     def __init__(self, model: Any, dtype: Literal["float32", "float16"] = "float32"):
