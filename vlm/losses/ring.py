@@ -110,6 +110,11 @@ class Ring:
         return jax.tree.map(lambda x: lax.ppermute(x, self.axes, onward), block)
 
 
+def at_least_float32(x: Array) -> Array:
+    """`x` in float32, unless it is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def add(a: Any, b: Any) -> Any:
     """The `merge` of plain sums."""
     return jax.tree.map(jnp.add, a, b)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vlm.losses.ring import Ring, add, dot, dot_pairs, pull_back
+from vlm.losses.ring import Ring, add, at_least_float32, dot, dot_pairs, pull_back
 
 
 def sigmoid_loss(
@@ -24,13 +24,12 @@ def sigmoid_loss(
 ) -> Float[Array, ""]:
     """Binary cross-entropy of every pair in the batch, summed and divided by B.
 
-    logits = exp(logit_scale) * z_image @ z_text.T + logit_bias, in float32. Holds the B x B matrix:
-    this is the definition that `contrastive_loss` computes in tiles.
+    logits = exp(logit_scale) * z_image @ z_text.T + logit_bias, in float32 or wider. Holds the
+    B x B matrix: this is the definition that `contrastive_loss` computes in tiles.
 
     Source: arXiv:2303.15343, algorithm 1.
     """
-    z_image, z_text = z_image.astype(jnp.float32), z_text.astype(jnp.float32)
-    logits = jnp.exp(logit_scale) * z_image @ z_text.T
+    logits = jnp.exp(logit_scale) * at_least_float32(z_image) @ at_least_float32(z_text).T
     if logit_bias is not None:
         logits += logit_bias
     belongs = 2 * jnp.eye(len(logits)) - 1  # +1 for positives, -1 for negatives

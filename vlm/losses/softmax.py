@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vlm.losses.ring import HIDDEN, Ring, add, dot, dot_pairs, pull_back
+from vlm.losses.ring import HIDDEN, Ring, add, at_least_float32, dot, dot_pairs, pull_back
 
 
 def softmax_loss(
@@ -33,13 +33,12 @@ def softmax_loss(
 ) -> Float[Array, ""]:
     """Cross-entropy over all B texts and all B images, the mean of both directions.
 
-    logits = exp(logit_scale) * z_image @ z_text.T + logit_bias, in float32. Holds the B x B matrix:
-    this is the definition that `contrastive_loss` computes in tiles.
+    logits = exp(logit_scale) * z_image @ z_text.T + logit_bias, in float32 or wider. Holds the
+    B x B matrix: this is the definition that `contrastive_loss` computes in tiles.
 
     Source: arXiv:2103.00020, figure 3.
     """
-    z_image, z_text = z_image.astype(jnp.float32), z_text.astype(jnp.float32)
-    logits = jnp.exp(logit_scale) * z_image @ z_text.T
+    logits = jnp.exp(logit_scale) * at_least_float32(z_image) @ at_least_float32(z_text).T
     if logit_bias is not None:
         logits += logit_bias
     positives = jnp.diagonal(logits)

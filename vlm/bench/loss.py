@@ -1,0 +1,197 @@
+"""The contrastive losses on this machine: exactness, memory, and time against the arithmetic floor.
+
+Loss and backward pass need at least 8 B^2 d floating-point operations: the logits twice (2 B^2 d
+each), because nobody stores them, and a product for either embedding's gradient. Divided by the
+rate at which this machine multiplies large matrices, measured in the same rounds, that is the
+floor. (The sigmoid loss makes its logits once, so it can end below.)
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+from rich.table import Table
+
+from vlm.errors import ShardingError
+from vlm.losses import contrastive_loss, sigmoid_loss, softmax_loss
+
+PLAIN = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
+DENSE_LIMIT = 2**31  # bytes of one B x B matrix, above which the dense losses are not run
+CHECKED_BATCH = 2048  # the errors are measured at this batch: its float64 reference is quick
+
+
+def bench_loss(
+    batch_size: int = 16_384,
+    embed_dim: int = 512,
+    *,
+    kinds: Sequence[Literal["softmax", "sigmoid"]] = ("softmax", "sigmoid"),
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    tile: int | None = None,
+    dense: bool = True,
+    devices: Sequence[jax.Device] | None = None,
+    rounds: int = 5,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Measure loss and backward pass in tiles, beside the dense loss and the floor; print a table.
+
+    Times are the best of `rounds` interleaved rounds, after one to warm up. Memory is what the
+    compiler allots to temporaries on each device. Errors are relative to the plain loss in float64.
+
+    Args:
+        batch_size, embed_dim: B pairs over all devices, and d.
+        dtype: of the embeddings; auto is float32 on a CPU and bfloat16 elsewhere.
+        dense: also measure the plain loss where its B x B matrix stays under 2 GiB.
+        devices: all of JAX's devices unless given.
+
+    Returns:
+        the printed figures as JSON values: seconds, bytes, operations per second.
+
+    Raises:
+        ShardingError: the devices do not divide the batch.
+    """
+    devices = list(devices or jax.devices())
+    if batch_size % len(devices):
+        raise ShardingError(
+            f"a batch of {batch_size} does not divide over {len(devices)} devices: choose a "
+            f"multiple of {len(devices)}"
+        )
+    if dtype == "auto":
+        dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
+    mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+    inputs = _place(_inputs(batch_size, embed_dim, dtype), mesh)
+
+    runs, memory = {}, {}
+    for kind in kinds:
+        forms = {"tiles": _in_tiles(kind, mesh, tile)}
+        if dense and 4 * batch_size**2 <= DENSE_LIMIT:
+            forms["dense"] = PLAIN[kind]
+        for form, loss in forms.items():
+            compiled = _with_gradients(loss).lower(*inputs).compile()
+            runs[kind, form] = lambda run=compiled: run(*inputs)
+            memory[kind, form] = compiled.memory_analysis().temp_size_in_bytes
+    product, product_flops = _product(mesh, dtype)
+    seconds = _best_times({"product": product, **runs}, rounds)
+    rate = product_flops / seconds.pop("product")
+    floor = 8 * batch_size**2 * embed_dim / rate
+
+    result = {
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "batch_size": batch_size,
+        "embed_dim": embed_dim,
+        "dtype": dtype,
+        "product_flops_per_second": rate,
+        "floor_seconds": floor,
+        "losses": [
+            {
+                "loss": kind,
+                "form": form,
+                "seconds": seconds[kind, form],
+                "times_floor": seconds[kind, form] / floor,
+                "temporary_bytes": memory[kind, form],
+            }
+            for kind, form in runs
+        ],
+    }
+    checked = max(len(devices), min(batch_size, CHECKED_BATCH) // len(devices) * len(devices))
+    result["checked_batch_size"] = checked
+    result["errors"] = {k: _errors(k, mesh, tile, checked, embed_dim, dtype) for k in kinds}
+    _print(result, console or Console())
+    return result
+
+
+def _inputs(batch_size, embed_dim, dtype) -> tuple:
+    """Embeddings of unit norm, pairs alike; scale and bias as early in training."""
+    image, noise = jax.random.normal(jax.random.key(0), (2, batch_size, embed_dim))
+    pairs = (x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (image, image + 3 * noise))
+    return *(x.astype(dtype) for x in pairs), jnp.log(20.0), jnp.float32(-10.0)
+
+
+def _place(inputs, mesh):
+    rows, number = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    return jax.device_put(inputs, (rows, rows, number, number))
+
+
+def _in_tiles(kind, mesh, tile) -> Callable:
+    return lambda *inputs: contrastive_loss(*inputs, kind=kind, mesh=mesh, tile=tile)
+
+
+def _with_gradients(loss) -> Callable:
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))
+
+
+def _product(mesh, dtype):
+    """A product of large square matrices, one on each device, and its operations."""
+    side = 2048 if mesh.devices.flat[0].platform == "cpu" else 8192
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    matrices = jax.device_put(jnp.ones((mesh.size, side, side), dtype), sharding)
+    run = jax.jit(lambda m: m @ m)
+    return lambda: run(matrices), 2 * mesh.size * side**3
+
+
+def _best_times(runs: dict[Any, Callable], rounds: int) -> dict[Any, float]:
+    """The best seconds of `rounds` calls of each, in turns so that all meet the same load."""
+    best = {}
+    for name, run in runs.items():
+        jax.block_until_ready(run())
+        best[name] = float("inf")
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def _errors(kind, mesh, tile, batch_size, embed_dim, dtype) -> dict[str, float]:
+    """Relative errors, in Euclidean norm, of the loss and of the gradient of each input."""
+    inputs = _inputs(batch_size, embed_dim, dtype)
+    run = _with_gradients(_in_tiles(kind, mesh, tile))
+    value, gradients = run(*_place(inputs, mesh))
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        exact = [jnp.asarray(np.asarray(x, np.float64)) for x in inputs]
+        true_value, true_gradients = _with_gradients(PLAIN[kind])(*exact)
+    names = ("value", "z_image", "z_text", "logit_scale", "logit_bias")
+    pairs = zip(names, (value, *gradients), (true_value, *true_gradients), strict=True)
+    errors = {}
+    for name, ours, true in pairs:
+        ours, true = np.asarray(ours, np.float64), np.asarray(true)
+        size = np.linalg.norm(true)
+        # The softmax loss does not feel the bias: its true gradient is zero up to rounding.
+        errors[name] = float(np.linalg.norm(ours - true) / (size if size > 1e-12 else 1.0))
+    return errors
+
+
+def _print(result, console):
+    console.print(
+        f"[bold]Contrastive loss and gradients[/] on {result['devices']} x {result['device']}: "
+        f"batch {result['batch_size']:,}, width {result['embed_dim']}, {result['dtype']}; "
+        f"products at {result['product_flops_per_second'] / 1e9:,.0f} GFLOP/s, "
+        f"floor {result['floor_seconds']:.3g} s"
+    )
+    table = Table()
+    for column in ("loss", "form", "time", "x floor", "temporaries / device"):
+        table.add_column(column, justify="left" if column in ("loss", "form") else "right")
+    for row in result["losses"]:
+        table.add_row(
+            row["loss"],
+            row["form"],
+            f"{row['seconds']:.3g} s",
+            f"{row['times_floor']:.2f}",
+            f"{row['temporary_bytes'] / 1e6:,.0f} MB",
+        )
+    console.print(table)
+    errors = Table(
+        title=f"relative error against float64 at batch {result['checked_batch_size']:,}"
+    )
+    errors.add_column("loss")
+    for name in next(iter(result["errors"].values())):
+        errors.add_column(name, justify="right")
+    for kind, values in result["errors"].items():
+        errors.add_row(kind, *(f"{value:.1e}" for value in values.values()))
+    console.print(errors)
