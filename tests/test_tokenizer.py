@@ -20,7 +20,7 @@ def with_rules(**changes) -> Tokenizer:
 
 
 @given(st.lists(st.text(max_size=40), max_size=5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_rows_end_with_eos_then_pad_and_decode_to_their_text(texts):
     tokens = TOKENIZER(texts)
     assert tokens.shape == (len(texts), 12)

@@ -78,7 +78,7 @@ class TfdsSource:
             ) from None
         except (ValueError, KeyError):
             raise DataError(
-                f"{where} has no split {split!r}: it has {', '.join(builder.info.splits)}"
+                f"{where} has no split {split!r}: it has {', '.join(sorted(builder.info.splits))}"
             ) from None
 
     def __len__(self) -> int:
