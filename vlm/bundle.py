@@ -1,0 +1,413 @@
+"""A model as a contract: towers, image preprocessing and tokenizer as one object.
+
+A saved bundle is a folder: `bundle.json` (what the model is, and the rules for its inputs),
+`model.safetensors` (its parameters under our names) and `tokenizer.json` (its vocabulary).
+"""
+
+import collections
+import functools
+import itertools
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float32
+from PIL import Image
+
+from vlm import tokenizer as tokenizers
+from vlm._version import __version__
+from vlm.config import ModelConfig, PreprocessConfig, TokenizerConfig, from_dict, to_dict
+from vlm.errors import CheckpointError, ConfigError, DataError
+from vlm.models.dual_encoder import DualEncoder
+from vlm.nn.transformer import Execution
+from vlm.paths import as_path, cache_dir
+from vlm.preprocess import ImageLike, Preprocess
+from vlm.tokenizer import Tokenizer
+from vlm.weights.files import SafetensorsFiles, write_safetensors
+from vlm.weights.rules import Rule, fill, flat_arrays, flat_shapes
+
+BUNDLE_FILE = "bundle.json"
+WEIGHTS_FILE = "model.safetensors"
+FORMAT = 1  # of the folder; raised when an older reader would misread it
+
+_TEXT_STEP = 16  # tokens: lengths of causal text are rounded up to a multiple of this
+
+
+class Bundle:
+    """A model with everything it needs to take images and texts as they come.
+
+    Compiles once per shape: batches are rounded up to a power of two, and texts of a causal tower
+    to a few lengths; the padding is invisible to the caller. A model whose parameters lie on a mesh
+    splits its batches over that mesh.
+
+    Raises:
+        ConfigError: the three parts contradict each other.
+    """
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        preprocess: Preprocess,
+        tokenizer: Tokenizer,
+        name: str,
+        *,
+        fingerprint: str | None = None,
+    ):
+        text, vision = model.config.text, model.config.vision
+        if tokenizer.vocab_size > text.vocab_size:
+            raise ConfigError(
+                f"{name}: the tokenizer has {tokenizer.vocab_size:,} tokens and the model's "
+                f"embedding table {text.vocab_size:,}: give the tokenizer it was trained with"
+            )
+        if tokenizer.config.context_length > text.context_length:
+            raise ConfigError(
+                f"{name}: the tokenizer makes rows of {tokenizer.config.context_length} tokens and "
+                f"the model takes {text.context_length}: set both context_length the same"
+            )
+        if preprocess.config.image_size != vision.image_size:
+            raise ConfigError(
+                f"{name}: images are prepared at {preprocess.config.image_size} pixels and the "
+                f"model takes {vision.image_size}: set both image_size the same"
+            )
+        self.model = model
+        self.preprocess = preprocess
+        self.tokenizer = tokenizer
+        self.name = name
+        self.fingerprint = fingerprint  # of the parameters, known once saved or loaded
+
+    # ------------------------------------------------------------------ what heads ask for
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def loss(self) -> Literal["softmax", "sigmoid"]:
+        """The loss the model was trained with: the rule that turns its logits into scores."""
+        return self.config.loss
+
+    @property
+    def embed_dim(self) -> int:
+        return self.config.embed_dim
+
+    @functools.cached_property
+    def logit_scale(self) -> float:
+        """The factor of the cosine in the logits (the exponential is taken)."""
+        return math.exp(float(_to_host(self.model.logit_scale[...])))
+
+    @functools.cached_property
+    def logit_bias(self) -> float:
+        """What is added to the logits; 0 for a model without a bias."""
+        bias = self.model.logit_bias
+        return 0.0 if bias is None else float(_to_host(bias[...]))
+
+    def encode_image(
+        self, images: ImageLike | Iterable[ImageLike], batch_size: int | None = None
+    ) -> Float32[np.ndarray, "n d"]:
+        """Unit-norm embeddings of images: PIL images, paths, bytes or uint8 arrays.
+
+        Any iterable is streamed: no more than two batches of pixels are held, and the next is
+        decoded on threads while one is computed. `batch_size` defaults to 32 on CPU, else 256.
+
+        Raises:
+            DataError: an image is missing or unreadable; the message names it.
+        """
+        size = self._batch_size(batch_size)
+        batches = ((rows, None) for rows in self._pixels(_one_or_many(images), size))
+        return self._run(self._image_program, batches, size)
+
+    def encode_text(
+        self, texts: str | Iterable[str], batch_size: int | None = None
+    ) -> Float32[np.ndarray, "n d"]:
+        """Unit-norm embeddings of texts.
+
+        A text too long for the model loses its tail; `tokenizer.count_truncated` counts them.
+
+        Raises:
+            DataError: a text is not a string.
+        """
+        size = self._batch_size(batch_size)
+        stream = iter([texts] if isinstance(texts, str) else texts)
+        chunks = iter(lambda: list(itertools.islice(stream, size)), [])
+        batches = ((self._shorten(self.tokenizer(chunk)), self._pad_row) for chunk in chunks)
+        return self._run(self._text_program, batches, size)
+
+    # ---------------------------------------------------------------------------- saving
+
+    def save(self, folder: epath.PathLike) -> None:
+        """Write the bundle as a folder; a reader never sees half of it.
+
+        In a run of several processes, all must call this; the first one writes.
+        """
+        folder = as_path(folder)
+        arrays = flat_arrays(self.model)
+        if jax.process_count() > 1:
+            arrays = [(name, _to_host(array)) for name, array in arrays]
+        if jax.process_index() != 0:
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unique = uuid.uuid4().hex[:8]
+        new = folder.parent / f".{folder.name}.{unique}.new"
+        old = folder.parent / f".{folder.name}.{unique}.old"
+        try:
+            new.mkdir()
+            self.tokenizer.save(new)
+            (new / tokenizers.RULES_FILE).unlink()  # the rules go into bundle.json
+            self.fingerprint = write_safetensors(new / WEIGHTS_FILE, arrays, {"format": "vlm"})
+            description = {
+                "format": FORMAT,
+                "version": __version__,
+                "name": self.name,
+                "fingerprint": self.fingerprint,
+                "model": to_dict(self.config),
+                "preprocess": to_dict(self.preprocess.config),
+                "tokenizer": to_dict(self.tokenizer.config),
+            }
+            (new / BUNDLE_FILE).write_text(json.dumps(description, indent=2) + "\n")
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+        finally:
+            for leftover in (new, old):
+                if leftover.exists():
+                    leftover.rmtree()
+
+    # -------------------------------------------------------------------------- encoding
+
+    @functools.cached_property
+    def _split(self):
+        return nnx.split(self.model)
+
+    @functools.cached_property
+    def _mesh(self) -> Mesh | None:
+        for leaf in jax.tree.leaves(self._split[1]):
+            if isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh.size > 1:
+                return leaf.sharding.mesh
+        return None
+
+    @functools.cached_property
+    def _image_program(self):
+        def encode(model: DualEncoder, pixels):
+            return model.encode_image(self.preprocess.normalize(pixels))
+
+        return self._program(encode)
+
+    @functools.cached_property
+    def _text_program(self):
+        return self._program(lambda model, tokens: model.encode_text(tokens))
+
+    def _program(self, encode):
+        """`encode` over the parameters and a batch, jitted; on a mesh the result is whole again."""
+        graph, _ = self._split
+        whole = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
+        return jax.jit(
+            lambda state, rows: encode(nnx.merge(graph, state), rows), out_shardings=whole
+        )
+
+    def _run(self, program, batches, size: int) -> Float32[np.ndarray, "n d"]:
+        """The rows of all batches; a batch is fetched while the next one is computed."""
+        parts: list[Any] = [np.zeros((0, self.embed_dim), np.float32)]
+        pending = None
+        for rows, filler in batches:
+            done, pending = (
+                pending,
+                (program(self._split[1], self._place(rows, filler, size)), rows),
+            )
+            if done is not None:
+                parts.append(np.asarray(done[0])[: len(done[1])])
+        if pending is not None:
+            parts.append(np.asarray(pending[0])[: len(pending[1])])
+        return np.concatenate(parts)
+
+    def _place(self, rows: np.ndarray, filler: np.ndarray | None, size: int):
+        """`rows` padded to a size that is compiled for, on the devices that compute it."""
+        padded = min(1 << (len(rows) - 1).bit_length(), size)
+        devices = 1
+        if self._mesh is not None:
+            axes = tuple(name for name in self._mesh.axis_names if name != "tensor")
+            devices = math.prod(self._mesh.shape[name] for name in axes)
+            padded = -(-padded // devices) * devices
+        if padded > len(rows):
+            extra = np.zeros((padded - len(rows), *rows.shape[1:]), rows.dtype)
+            if filler is not None:
+                extra[:] = filler[: rows.shape[1]]
+            rows = np.concatenate([rows, extra])
+        if self._mesh is None:
+            return rows
+        return jax.device_put(rows, NamedSharding(self._mesh, PartitionSpec(axes)))
+
+    def _pixels(self, images: Iterator[ImageLike], size: int) -> Iterator[np.ndarray]:
+        """Batches of uint8 pixels, decoded on threads ahead of the one that is asked for."""
+        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "vlm-decode")
+        numbered = enumerate(images)
+        window: collections.deque = collections.deque()
+
+        def submit(count: int) -> None:
+            for number, image in itertools.islice(numbered, count):
+                window.append(pool.submit(self.preprocess.pixels, image, f"image {number}"))
+
+        try:
+            submit(2 * size)
+            while window:
+                rows = [window.popleft().result() for _ in range(min(size, len(window)))]
+                submit(len(rows))
+                yield np.stack(rows)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    @functools.cached_property
+    def _pad_row(self) -> np.ndarray:
+        return self.tokenizer("")[0]
+
+    def _shorten(self, tokens: np.ndarray) -> np.ndarray:
+        """Rows without their common padding, where it cannot be seen: a causal tower never looks
+        beyond the token it is pooled at."""
+        text = self.config.text
+        if not text.causal or text.pool != "end":
+            return tokens
+        last = int(np.argmax(tokens == text.end_id, axis=1).max()) + 1
+        return tokens[:, : min(-(-last // _TEXT_STEP) * _TEXT_STEP, tokens.shape[1])]
+
+    def _batch_size(self, batch_size: int | None) -> int:
+        if batch_size is None:
+            return 32 if jax.default_backend() == "cpu" else 256
+        if batch_size < 1:
+            raise ConfigError(f"batch_size {batch_size} holds nothing: make it at least 1")
+        return batch_size
+
+    # -------------------------------------------------------------------------- display
+
+    def _facts(self) -> list[tuple[str, str]]:
+        c = self.config
+        count = sum(math.prod(shape) for shape in flat_shapes(self.model).values())
+        return [
+            ("parameters", f"{count / 1e6:,.1f} M"),
+            ("image", f"{c.vision.image_size} px, patches of {c.vision.patch_size}"),
+            ("text", f"{c.text.context_length} tokens of {c.text.vocab_size:,}"),
+            ("embedding", f"{c.embed_dim}"),
+            ("loss", c.loss),
+        ]
+
+    def __repr__(self) -> str:
+        facts = ", ".join(f"{name} {value}" for name, value in self._facts())
+        return f"Bundle({self.name}: {facts})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in self._facts())
+        return f"<table><caption>{self.name}</caption>{rows}</table>"
+
+
+def load(
+    model: epath.PathLike,
+    *,
+    image_size: int | None = None,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+) -> Bundle:
+    """The bundle that `model` names: a bundle folder, or a run folder that holds one.
+
+    Args:
+        image_size: another resolution, in pixels; position embeddings are resized.
+        dtype: of parameters and computation, "float32" or "bfloat16".
+        mesh: where the parameters lie, replicated; None: the default device.
+        revision: of a Hub model.
+
+    Raises:
+        CheckpointError: nothing there, or something torn or of another architecture.
+    """
+    _use_compilation_cache()
+    kind = _dtype(dtype)
+    path = as_path(model)
+    placement = None
+    if mesh is not None:
+        # Its axes as Auto: the towers leave the placement of what they compute to the compiler.
+        whole = NamedSharding(Mesh(mesh.devices, mesh.axis_names), PartitionSpec())
+        placement = lambda name, shape: whole  # noqa: E731
+    for folder in (path, path / "bundle"):
+        if (folder / BUNDLE_FILE).exists():
+            return _load_own(folder, kind, placement)
+    if not path.exists():
+        raise CheckpointError(f"there is no model {os.fspath(path)!r}: check the path")
+    if (path / "checkpoints").exists():
+        raise CheckpointError(
+            f"the run {path} has no bundle yet, which is written after each evaluation and at the "
+            f"end: finish it with vlm train --resume {path}"
+        )
+    raise CheckpointError(f"{path} is not a model: it has no {BUNDLE_FILE}")
+
+
+def _load_own(folder: epath.Path, dtype, placement) -> Bundle:
+    """Read what `Bundle.save` wrote."""
+    file = folder / BUNDLE_FILE
+    try:
+        about = json.loads(file.read_text())
+        version = about["format"]
+        if version > FORMAT:
+            raise CheckpointError(
+                f"{file} is of format {version} and this vlm reads up to {FORMAT}: update vlm"
+            )
+        config = from_dict(ModelConfig, about["model"])
+        preprocess = Preprocess(from_dict(PreprocessConfig, about["preprocess"]))
+        rules = from_dict(TokenizerConfig, about["tokenizer"])
+        name, fingerprint = about["name"], about["fingerprint"]
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{file} is not as saved ({error}): save the bundle again") from None
+    try:
+        tokenizer = Tokenizer.from_file(folder / tokenizers.VOCABULARY_FILE, rules)
+    except DataError as error:
+        raise CheckpointError(f"the bundle {folder} is incomplete: {error}") from None
+    skeleton = abstract_model(config, dtype)
+    same = [Rule(name, name) for name in flat_shapes(skeleton)]
+    tensors = SafetensorsFiles([folder / WEIGHTS_FILE])
+    model = fill(skeleton, same, tensors, dtype=dtype, placement=placement)
+    return Bundle(model, preprocess, tokenizer, name, fingerprint=fingerprint)
+
+
+def abstract_model(config: ModelConfig, dtype) -> DualEncoder:
+    """A model of shapes alone, to be filled."""
+    execution = Execution(dtype=dtype)
+    return nnx.eval_shape(lambda: DualEncoder(config, execution=execution, rngs=nnx.Rngs(0)))
+
+
+def _dtype(name: str):
+    known = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    if name not in known:
+        raise ConfigError(f"dtype {name!r} is not supported: choose float32 or bfloat16")
+    return known[name]
+
+
+def _one_or_many(images: Any) -> Iterator[Any]:
+    shape = getattr(images, "shape", None)
+    if isinstance(images, str | bytes | os.PathLike | Image.Image) or (shape and len(shape) < 4):
+        return iter([images])
+    if not isinstance(images, Iterable):
+        raise DataError(
+            f"images is a {type(images).__name__}: give PIL images, paths, bytes or uint8 arrays"
+        )
+    return iter(images)
+
+
+def _to_host(array: jax.Array) -> np.ndarray:
+    """The whole of an array, also where parts of it lie on other hosts."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
+def _use_compilation_cache() -> None:
+    """Keep compiled programs across processes, unless the user has said where or not to."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", os.fspath(cache_dir() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,273 @@
+"""How a checkpoint's parameters become ours and back: tables of rules, and what applies them.
+
+A family is a table of `Rule`s. Applying it is all or nothing: a parameter that no rule takes, one
+of ours that no rule fills, and a shape that differs are collected into one error.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Shaped
+
+from vlm.errors import CheckpointError
+from vlm.weights.files import Tensors
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A change of layout: what shape they have for one of ours, and the way there and back."""
+
+    shape: Callable[[Shape], Shape]
+    read: Callable[[np.ndarray, Shape], np.ndarray]  # theirs, our shape -> ours
+    write: Callable[[np.ndarray], np.ndarray]  # ours -> theirs
+
+
+SAME = Transform(lambda s: s, lambda x, s: x, lambda x: x)
+FLAT = Transform(  # biases of heads, probes, anything whose axes merely merge
+    lambda s: (math.prod(s),), lambda x, s: x.reshape(s), lambda x: x.reshape(-1)
+)
+LINEAR = Transform(  # torch's (out, in); heads split the last axis of ours
+    lambda s: (math.prod(s[1:]), s[0]),
+    lambda x, s: x.T.reshape(s),
+    lambda x: x.reshape(x.shape[0], -1).T,
+)
+OUT = Transform(  # torch's (out, in) of the projection after the heads
+    lambda s: (s[-1], math.prod(s[:-1])),
+    lambda x, s: x.T.reshape(s),
+    lambda x: x.reshape(-1, x.shape[-1]).T,
+)
+CONV = Transform(  # torch's OIHW, ours HWIO
+    lambda s: (s[3], s[2], s[0], s[1]),
+    lambda x, s: x.transpose(2, 3, 1, 0),
+    lambda x: x.transpose(3, 2, 0, 1),
+)
+SCALAR = Transform(lambda s: (), lambda x, s: x.reshape(s), lambda x: x.reshape(()))
+SCALAR_1 = Transform(lambda s: (1,), lambda x, s: x.reshape(s), lambda x: x.reshape(1))
+
+
+def leading(count: int) -> Transform:
+    """Ours with `count` axes of length one in front."""
+    ones = (1,) * count
+    return Transform(
+        lambda s: ones + s, lambda x, s: x.reshape(s), lambda x: x.reshape(ones + x.shape)
+    )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row: their name, our name, the change of layout. "{}" is the number of a layer.
+
+    With several names of ours, theirs is their concatenation along its first axis.
+    """
+
+    theirs: str
+    ours: str | tuple[str, ...]
+    transform: Transform = SAME
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one of our arrays: the whole, or one layer; and where it comes from."""
+
+    theirs: str
+    ours: str
+    layer: int | None
+    transform: Transform
+    shape: Shape  # of ours, without the layer axis
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def their_shape(self) -> Shape:
+        """The shape of the whole tensor of theirs."""
+        shape = self.transform.shape(self.shape)
+        return shape if self.parts == 1 else (shape[0] * self.parts, *shape[1:])
+
+    def read(self, tensors: Tensors) -> Shaped[np.ndarray, "..."]:
+        if self.parts == 1:
+            theirs = tensors.read(self.theirs)
+        else:
+            rows = self.transform.shape(self.shape)[0]
+            theirs = tensors.read(self.theirs, self.part * rows, (self.part + 1) * rows)
+        return self.transform.read(theirs, self.shape)
+
+
+def expand(rules: Sequence[Rule], shapes: dict[str, Shape]) -> list[Piece]:
+    """The rules spelled out, layer by layer, for a model whose arrays have these `shapes`."""
+    pieces = []
+    for rule in rules:
+        names = (rule.ours,) if isinstance(rule.ours, str) else rule.ours
+        for part, name in enumerate(names):
+            if name not in shapes:
+                pieces.append(Piece(rule.theirs, name, None, rule.transform, ()))
+                continue
+            shape = shapes[name]
+            layered = "{}" in rule.theirs
+            for layer in range(shape[0]) if layered else [None]:
+                theirs = rule.theirs if layer is None else rule.theirs.format(layer)
+                one = shape[1:] if layered else shape
+                pieces.append(Piece(theirs, name, layer, rule.transform, one, part, len(names)))
+    return pieces
+
+
+def check(
+    pieces: Sequence[Piece],
+    shapes: dict[str, Shape],
+    tensors: Tensors,
+    ignored: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Refuse what does not match on either side, all of it in one error.
+
+    Raises:
+        CheckpointError: lists every parameter that is missing, left over or of another shape.
+    """
+    expected = {piece.theirs: piece for piece in pieces}
+    filled = {piece.ours for piece in pieces}
+    missing = [name for name in expected if name not in tensors.shapes]
+    over = [name for name in tensors.shapes if name not in expected and not ignored(name)]
+    empty = [name for name in shapes if name not in filled]
+    unknown = sorted(filled - set(shapes))
+    other = [
+        f"{name} {tensors.shapes[name]} (the model has {piece.their_shape})"
+        for name, piece in expected.items()
+        if name in tensors.shapes
+        and piece.ours in shapes
+        and tuple(tensors.shapes[name]) != piece.their_shape
+    ]
+    faults = [
+        (missing, "missing from the file"),
+        (over, "in the file without a place in the model"),
+        (empty, "of the model that nothing fills"),
+        (unknown, "that the model does not have"),
+        (other, "of another shape"),
+    ]
+    found = [
+        f"{len(names)} parameter{'s' * (len(names) > 1)} {what}: {', '.join(names)}"
+        for names, what in faults
+        if names
+    ]
+    if found:
+        raise CheckpointError(
+            f"{tensors.where} does not fit the architecture that its configuration describes; "
+            + "; ".join(found)
+        )
+
+
+def flat_shapes(model: nnx.Module) -> dict[str, Shape]:
+    """The shape of each parameter of a model, abstract or real, by its dotted name."""
+    return {name: tuple(value.shape) for name, value in _flat(model)}
+
+
+def flat_arrays(model: nnx.Module) -> list[tuple[str, jax.Array]]:
+    """Each parameter of a model by its dotted name, sorted."""
+    return sorted((name, value.get_value()) for name, value in _flat(model))
+
+
+def fill(
+    model: nnx.Module,
+    rules: Sequence[Rule],
+    tensors: Tensors,
+    *,
+    dtype: np.dtype,
+    placement: Callable[[str, Shape], jax.sharding.Sharding] | None = None,
+    ignored: Callable[[str], bool] = lambda name: False,
+) -> nnx.Module:
+    """The abstract `model` made real with what the rules find in `tensors`.
+
+    One tensor of theirs is held at a time, and of each of our arrays only the shards of this host's
+    devices. Floating tensors take `dtype`, but the scale and bias of the logits stay float32.
+    """
+    shapes = flat_shapes(model)
+    pieces = expand(rules, shapes)
+    check(pieces, shapes, tensors, ignored)
+    by_name: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        by_name.setdefault(piece.ours, []).append(piece)
+    graph, state = nnx.split(model)
+    flat = {}
+    for path, variable in state.flat_state():
+        name = ".".join(map(str, path))
+        kind = np.dtype(np.float32) if name.startswith("logit_") else np.dtype(dtype)
+        sharding = None if placement is None else placement(name, shapes[name])
+        array = _array(by_name[name], shapes[name], tensors, kind, sharding)
+        flat[path] = variable.replace(array)
+    return nnx.merge(graph, nnx.State.from_flat_path(flat))
+
+
+def write(model: nnx.Module, rules: Sequence[Rule]) -> Iterator[tuple[str, "Pending"]]:
+    """Their names and tensors, in the order of the rules; each is made when it is asked for."""
+    arrays = dict(flat_arrays(model))
+    pieces: dict[str, list[Piece]] = {}
+    for piece in expand(rules, flat_shapes(model)):
+        pieces.setdefault(piece.theirs, []).append(piece)
+    for name, parts in pieces.items():
+        yield name, Pending(parts, arrays)
+
+
+class Pending:
+    """A tensor of theirs that is made from ours when numpy asks for it."""
+
+    def __init__(self, pieces: list[Piece], arrays: dict[str, jax.Array]):
+        self.shape = pieces[0].their_shape
+        self.dtype = arrays[pieces[0].ours].dtype
+        self._pieces, self._arrays = pieces, arrays
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        parts = []
+        for piece in self._pieces:
+            ours = self._arrays[piece.ours]
+            ours = np.asarray(ours if piece.layer is None else ours[piece.layer])
+            parts.append(piece.transform.write(ours))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _flat(model: nnx.Module) -> Iterable[tuple[str, nnx.Variable]]:
+    state = nnx.state(model, nnx.Param).flat_state()
+    return [(".".join(map(str, path)), variable) for path, variable in state]
+
+
+def _array(pieces, shape, tensors, dtype, sharding) -> jax.Array:
+    """One of our arrays from its pieces, layer by layer, into the buffers of this host's shards."""
+    if sharding is None:
+        buffer = _aligned(shape, dtype)
+        for piece in pieces:
+            buffer[_at(piece)] = piece.read(tensors)
+        return jax.device_put(buffer, may_alias=True)
+    places = sharding.addressable_devices_indices_map(shape)
+    spans = {device: _spans(index, shape) for device, index in places.items()}
+    buffers = {span: _aligned([b - a for a, b in span], dtype) for span in set(spans.values())}
+    for piece in pieces:
+        value = None
+        for span, buffer in buffers.items():
+            rest = span
+            if piece.layer is not None:
+                first, last = span[0]
+                if not first <= piece.layer < last:
+                    continue
+                buffer, rest = buffer[piece.layer - first], span[1:]
+            value = piece.read(tensors) if value is None else value
+            buffer[...] = value[tuple(slice(a, b) for a, b in rest)]
+    shards = [jax.device_put(buffers[span], device) for device, span in spans.items()]
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _at(piece: Piece):
+    return ... if piece.layer is None else piece.layer
+
+
+def _spans(index: tuple[slice, ...], shape: Shape) -> tuple[tuple[int, int], ...]:
+    return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory on a cache line, which the CPU's runtime takes over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
