@@ -274,9 +274,10 @@ class Bundle:
         """Rows without their common padding, where it cannot be seen: a causal tower never looks
         beyond the token it is pooled at."""
         text = self.config.text
-        if not text.causal or text.pool != "end":
+        if not text.causal or text.pool not in ("end", "argmax"):
             return tokens
-        last = int(np.argmax(tokens == text.end_id, axis=1).max()) + 1
+        pooled = np.argmax(tokens == text.end_id if text.pool == "end" else tokens, axis=1)
+        last = int(pooled.max()) + 1
         return tokens[:, : min(-(-last // _TEXT_STEP) * _TEXT_STEP, tokens.shape[1])]
 
     def _batch_size(self, batch_size: int | None) -> int:

@@ -35,10 +35,15 @@ class VisionConfig:
     heads: int = 12
     mlp_dim: int = 3072
     stem: Literal["linear", "conv"] = "linear"  # conv: stride-2 3x3 stages (arXiv:2106.14881)
-    stem_widths: tuple[int, ...] = ()  # channels of the conv stages; patch_size is 2 ** their number
+    stem_widths: tuple[
+        int, ...
+    ] = ()  # channels of the conv stages; patch_size is 2 ** their number
     patch_bias: bool = True
     pool: Literal["class", "mean", "map"] = "map"
+    class_token: bool = False  # a learned first token, also where the pool is of another kind
     pre_norm: bool = False  # a LayerNorm between embedding and blocks (CLIP)
+    norm_pooled: bool = False  # the final LayerNorm after mean pooling instead of before it
+    layer_scale: bool = False  # learned factors on each branch of a block (arXiv:2103.17239)
     projection: Literal["none", "linear", "linear_bias"] = "none"  # pooled width -> embed_dim
     activation: Activation = "gelu_tanh"
     norm_eps: float = 1e-6
@@ -57,9 +62,11 @@ class TextConfig:
     heads: int = 12
     mlp_dim: int = 3072
     causal: bool = False
-    pool: Literal["end", "last", "mean", "map"] = "last"
-    end_id: int | None = None  # the token `pool="end"` looks for (its first occurrence)
+    # argmax pools at the highest id, which in OpenAI's vocabulary is the end token.
+    pool: Literal["end", "argmax", "first", "last", "mean", "map"] = "last"
+    end_id: int | None = None  # of pool="end": the token whose first occurrence is pooled at
     pad_id: int | None = None  # set: padding is masked in attention and in mean or MAP pooling
+    layer_scale: bool = False
     projection: Literal["none", "linear", "linear_bias"] = "linear_bias"
     activation: Activation = "gelu_tanh"
     norm_eps: float = 1e-6
@@ -120,7 +127,11 @@ class PreprocessConfig:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     short_side: int | None = None  # crop: what the short side becomes first; None: image_size
     crop_offset: Literal["round", "floor"] = "round"  # of odd margins: torchvision, transformers
-    background: tuple[int, int, int] | None = (255, 255, 255)  # under transparency; None drops alpha
+    background: tuple[int, int, int] | None = (
+        255,
+        255,
+        255,
+    )  # under transparency; None drops alpha
 
 
 @dataclass(frozen=True)
@@ -224,6 +235,7 @@ class Experiment:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; auto: bfloat16 off CPU
     remat: RematPolicy = "none"
     scan: bool = True  # blocks as one scanned loop; False unrolls them
+    lock: Literal["none", "vision", "text"] = "none"  # a tower that is not trained (LiT)
     seed: int = 0
     log_every: int = 10  # steps
     eval_every: float | None = None  # share of the run; None: at the end alone
@@ -235,7 +247,9 @@ class Experiment:
         lengths = ("steps", "epochs", "examples", "seconds")
         given = [name for name in lengths if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ConfigError(f"a run has one length, but {' and '.join(given)} are all set: keep one")
+            raise ConfigError(
+                f"a run has one length, but {' and '.join(given)} are all set: keep one"
+            )
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size "

@@ -1,5 +1,6 @@
 """The text tower: a transformer over token ids."""
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
@@ -7,7 +8,7 @@ from vlm.config import TextConfig
 from vlm.errors import ConfigError
 from vlm.models.vision import map_pool, projection
 from vlm.nn.layers import LayerNorm
-from vlm.nn.pooling import end_pool, mean_pool
+from vlm.nn.pooling import mean_pool, token_pool
 from vlm.nn.transformer import Execution, Transformer
 
 
@@ -32,6 +33,7 @@ class TextTower(nnx.Module):
             norm_eps=c.norm_eps,
             dropout_rate=c.dropout,
             causal=c.causal,
+            layer_scale=c.layer_scale,
             execution=execution,
             rngs=rngs,
         )
@@ -50,7 +52,11 @@ class TextTower(nnx.Module):
         x = self.transformer(x, None if real is None else real[:, None, None, :], keys=keys)
 
         if c.pool == "end":
-            x = self.norm(end_pool(x, tokens, c.end_id))
+            x = self.norm(token_pool(x, jnp.argmax(tokens == c.end_id, axis=1)))
+        elif c.pool == "argmax":
+            x = self.norm(token_pool(x, jnp.argmax(tokens, axis=1)))
+        elif c.pool == "first":
+            x = self.norm(x[:, 0])
         elif c.pool == "last":
             x = self.norm(x[:, -1])
         elif c.pool == "mean":

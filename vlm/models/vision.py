@@ -24,7 +24,7 @@ class VisionTower(nnx.Module):
         else:
             self.stem = PatchStem(c.patch_size, c.width, bias=c.patch_bias, dtype=dtype, rngs=rngs)
 
-        has_class = c.pool == "class"
+        has_class = c.class_token or c.pool == "class"
         normal = nnx.initializers.normal(c.width**-0.5)
         self.class_token = nnx.Param(normal(rngs.params(), (c.width,))) if has_class else None
         count = (c.image_size // c.patch_size) ** 2 + has_class
@@ -39,6 +39,7 @@ class VisionTower(nnx.Module):
             act=c.activation,
             norm_eps=c.norm_eps,
             dropout_rate=c.dropout,
+            layer_scale=c.layer_scale,
             execution=execution,
             rngs=rngs,
         )
@@ -67,7 +68,8 @@ class VisionTower(nnx.Module):
         if c.pool == "class":
             x = self.norm(x[:, 0])
         elif c.pool == "mean":
-            x = mean_pool(self.norm(x))
+            patches = x if self.class_token is None else x[:, 1:]
+            x = self.norm(mean_pool(patches)) if c.norm_pooled else mean_pool(self.norm(patches))
         else:
             x = self.pool(self.norm(x))
         return x if self.projection is None else self.projection(x)

@@ -48,9 +48,6 @@ def mean_pool(
     return (x * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
 
 
-def end_pool(
-    x: Float[Array, "b n d"], tokens: Int[Array, "b n"], end_id: int
-) -> Float[Array, "b d"]:
-    """The token at the first `end_id` of each text."""
-    position = jnp.argmax(tokens == end_id, axis=1)
+def token_pool(x: Float[Array, "b n d"], position: Int[Array, "b"]) -> Float[Array, "b d"]:
+    """The token at one position of each sequence."""
     return jnp.take_along_axis(x, position[:, None, None], axis=1)[:, 0]

@@ -22,6 +22,9 @@ class Execution:
     scan: bool = True  # False unrolls the blocks: slower to compile, at times faster to run
 
 
+LAYER_SCALE = 1e-4  # where the factors of layer scale start
+
+
 class Block(nnx.Module):
     """A pre-norm transformer block."""
 
@@ -35,6 +38,7 @@ class Block(nnx.Module):
         norm_eps: float,
         dropout_rate: float,
         causal: bool,
+        layer_scale: bool,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -42,6 +46,9 @@ class Block(nnx.Module):
         self.attention = Attention(width, heads, dtype=dtype, rngs=rngs)
         self.mlp_norm = LayerNorm(width, norm_eps, rngs=rngs)
         self.mlp = Mlp(width, mlp_dim, act, dtype=dtype, rngs=rngs)
+        small = jnp.full(width, LAYER_SCALE)
+        self.attention_scale = nnx.Param(small) if layer_scale else None
+        self.mlp_scale = nnx.Param(small) if layer_scale else None
         self.dropout_rate = dropout_rate
         self.causal = causal
 
@@ -53,8 +60,10 @@ class Block(nnx.Module):
     ) -> Float[Array, "b n d"]:
         attention_keys, mlp_keys = split_keys(keys)
         y = self.attention(self.attention_norm(x), mask=mask, causal=self.causal)
+        y = y if self.attention_scale is None else y * self.attention_scale[...].astype(y.dtype)
         x = x + dropout(y, self.dropout_rate, attention_keys)
         y = self.mlp(self.mlp_norm(x))
+        y = y if self.mlp_scale is None else y * self.mlp_scale[...].astype(y.dtype)
         return x + dropout(y, self.dropout_rate, mlp_keys)
 
 
@@ -75,6 +84,7 @@ class Transformer(nnx.Module):
         norm_eps: float,
         dropout_rate: float = 0.0,
         causal: bool = False,
+        layer_scale: bool = False,
         execution: Execution,
         rngs: nnx.Rngs,
     ):
@@ -89,6 +99,7 @@ class Transformer(nnx.Module):
                 norm_eps=norm_eps,
                 dropout_rate=dropout_rate,
                 causal=causal,
+                layer_scale=layer_scale,
                 dtype=execution.dtype,
                 rngs=rngs,
             )
