@@ -124,17 +124,16 @@ def test_resuming_anywhere_gives_the_remaining_batches_bit_for_bit(config, chang
 
 def test_worker_processes_change_nothing(config):
     expected = list(itertools.islice(make(config), 8))
-    for workers in (1, 2):
-        iterator = make(dataclasses.replace(config, workers=workers, prefetch=1))
-        for batch in expected[:5]:
-            assert_equal(next(iterator), batch)
-        state = iterator.get_state()
-        iterator.close()
-        resumed = make(dataclasses.replace(config, workers=3 - workers))  # of another count
-        resumed.set_state(state)
-        for batch in expected[5:]:
-            assert_equal(next(resumed), batch)
-        resumed.close()
+    iterator = make(dataclasses.replace(config, workers=2, prefetch=1))
+    for batch in expected[:5]:
+        assert_equal(next(iterator), batch)
+    state = iterator.get_state()
+    iterator.close()
+    resumed = make(dataclasses.replace(config, workers=1))  # of another count
+    resumed.set_state(state)
+    for batch in expected[5:]:
+        assert_equal(next(resumed), batch)
+    resumed.close()
 
 
 def test_orbax_saves_and_restores_the_iterator(config, tmp_path):
