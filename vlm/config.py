@@ -143,7 +143,8 @@ class TokenizerConfig:
     bos_id: int | None = None
     eos_id: int | None = 1
     lowercase: bool = False
-    clean: Literal["none", "clip", "siglip"] = "none"  # text cleaning before the vocabulary
+    # Cleaning before the vocabulary: see vlm/cleaning.py.
+    clean: Literal["none", "clip", "clip_cased", "clip_canonical", "siglip"] = "none"
     keep_eos: bool = True  # a truncated text still ends with eos
     pad_side: Literal["right", "left"] = "right"
     parse_special: bool = False  # "<eos>" spelled out in a text is that token (transformers: yes)

@@ -1,0 +1,130 @@
+"""The mesh, where parameters and batches live on it, and global arrays from per-host data."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vlm.config import MeshConfig
+from vlm.errors import ShardingError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # a batch is cut over both
+
+# Which dimension of a parameter lies over `tensor`, by the last two names of its path. Heads and
+# MLP columns are independent, so each device computes its own and one sum joins them (Megatron,
+# arXiv:1909.08053). Counted from the end: stacked blocks carry a layer axis in front.
+TENSOR_DIMENSION = {
+    ("query", "kernel"): -2,
+    ("query", "bias"): -2,
+    ("key", "kernel"): -2,
+    ("key", "bias"): -2,
+    ("value", "kernel"): -2,
+    ("value", "bias"): -2,
+    ("out", "kernel"): -3,
+    ("up", "kernel"): -1,
+    ("up", "bias"): -1,
+    ("down", "kernel"): -2,
+    ("text", "embedding"): -2,
+}
+
+# Below this size a parameter is not worth a gather: every device keeps it whole.
+SMALLEST_SHARDED = 2**14  # elements
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of axes ("data", "fsdp", "tensor") over all devices.
+
+    Raises:
+        ShardingError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    wanted = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ShardingError(
+            f"mesh {wanted}: sizes are positive, and at most one is -1 and takes what is left"
+        )
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = max(1, len(devices) // math.prod(s for s in sizes if s != -1))
+    if math.prod(sizes) != len(devices):
+        raise ShardingError(
+            f"mesh {wanted} needs a number of devices that its sizes multiply to, and there are "
+            f"{len(devices)}: change the mesh, or leave one size at -1"
+        )
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+
+
+def check_batch(batch_size: int, mesh: Mesh, what: str = "batch_size") -> None:
+    """Raise a ShardingError unless `batch_size` rows divide over the mesh."""
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size % ways:
+        lower = batch_size // ways * ways
+        nearest = f"{lower} or {lower + ways}" if lower else f"{ways}"
+        raise ShardingError(
+            f"{what} {batch_size} does not divide over the {ways} devices of mesh axes "
+            f"data x fsdp: choose {nearest}"
+        )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, P())
+
+
+def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Where one parameter lives: `tensor` by its name, `fsdp` over its largest free dimension."""
+    spec: list[str | None] = [None] * len(shape)
+    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    dimension = TENSOR_DIMENSION.get(path[-2:])
+    if dimension is not None and -dimension <= len(shape) and shape[dimension] % tensor == 0:
+        spec[dimension] = "tensor" if tensor > 1 else None
+    # The layer axis of stacked blocks is the scan's own: a block must be whole where it runs.
+    first = 1 if "blocks" in path else 0
+    free = [d for d in range(first, len(shape)) if spec[d] is None and shape[d] % fsdp == 0]
+    if free and fsdp > 1 and math.prod(shape) >= SMALLEST_SHARDED:
+        spec[max(free, key=lambda d: shape[d])] = "fsdp"
+    return P(*spec)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of every array of a tree of parameters, or of a state that mirrors them.
+
+    Optimizer moments and averages have their parameter's names at the end of their path, so the
+    same rules place them.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(mesh, parameter_spec(_names(path), x.shape, mesh)), tree
+    )
+
+
+def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This host's rows of a batch as part of global arrays."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+
+
+def placement(tree: Any, depth: int = 2) -> list[tuple[str, str, int, int]]:
+    """Rows of a table: parameter group, its specs, elements in all, and bytes on each device."""
+    groups: dict[str, tuple[set[str], int, int]] = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        group = "/".join(_names(path)[:depth])
+        specs, elements, bytes_ = groups.get(group, (set(), 0, 0))
+        local = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        spec = str(x.sharding.spec).replace("PartitionSpec", "")
+        groups[group] = (specs | {spec}, elements + x.size, bytes_ + local)
+    return [(g, " ".join(sorted(s)), n, size) for g, (s, n, size) in groups.items()]
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """A pytree path as plain names."""
+    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)

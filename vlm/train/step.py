@@ -1,0 +1,188 @@
+"""One training step: a pure function of (state, batch), jitted with its shardings and donated."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Int, Key, UInt8
+
+from vlm.config import Experiment
+from vlm.losses import cached_value_and_grad, contrastive_loss
+from vlm.models.dual_encoder import DualEncoder
+from vlm.nn.transformer import Execution
+from vlm.preprocess import Preprocess
+from vlm.sharding import batch_sharding, replicated, shardings
+from vlm.train.optimizer import learning_rate, make_optimizer
+
+Params = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that a step changes, and all that a checkpoint keeps of the model."""
+
+    step: Int[Array, ""]
+    total_steps: Int[Array, ""]
+    params: Params  # trained
+    frozen: Params  # of a locked tower: no gradient, no optimizer state
+    opt_state: Any
+    ema: Params | None
+    skipped: Int[Array, ""]  # steps whose loss or gradient was not finite
+
+
+class Trainer:
+    """The jitted functions of a run: `init`, `step`, `embed`.
+
+    The module's graph is split from its parameters once, here; the functions see plain trees.
+    """
+
+    def __init__(self, experiment: Experiment, mesh: Mesh):
+        self.experiment, self.mesh = experiment, mesh
+        self.preprocess = Preprocess(experiment.preprocess)
+        self.optimizer = make_optimizer(experiment.optimizer)
+        self.graph = nnx.graphdef(nnx.eval_shape(self._build))
+        self.abstract_state = jax.eval_shape(self._init, jnp.int32(1))
+        self.state_shardings = shardings(self.abstract_state, mesh)
+        batch, whole = batch_sharding(mesh), replicated(mesh)
+        self.init = jax.jit(self._init, out_shardings=self.state_shardings)
+        self.step = jax.jit(
+            self._step,
+            in_shardings=(self.state_shardings, batch),
+            out_shardings=(self.state_shardings, whole),
+            donate_argnums=0,
+        )
+        self.embed_images = jax.jit(self._embed_images, out_shardings=whole)
+        self.embed_texts = jax.jit(self._embed_texts, out_shardings=whole)
+
+    # ------------------------------------------------------------------------ the step
+
+    def _step(self, state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict]:
+        config = self.experiment.optimizer
+        keys = self._example_keys(state.step)
+        loss, grads = self._value_and_grad(state, batch, keys)
+
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        rate = learning_rate(config, state.step / state.total_steps)
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        params["logit_scale"] = jnp.minimum(params["logit_scale"], jnp.log(config.max_scale))
+        ema = self._average(state.ema, params, state.step)
+
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        after = TrainState(
+            step=state.step + 1,
+            total_steps=state.total_steps,
+            params=_where(finite, params, state.params),
+            frozen=state.frozen,
+            opt_state=_where(finite, opt_state, state.opt_state),
+            ema=_where(finite, ema, state.ema),
+            skipped=state.skipped + ~finite,
+        )
+        metrics = {
+            "loss": loss,
+            "learning_rate": rate,
+            "scale": jnp.exp(after.params["logit_scale"]),
+            "grad_norm": grad_norm,
+            "finite": finite,
+        }
+        if "logit_bias" in after.params:
+            metrics["bias"] = after.params["logit_bias"]
+        for tower in ("vision", "text"):
+            if tower in grads:
+                metrics[f"grad_norm_{tower}"] = optax.global_norm(grads[tower])
+                metrics[f"param_norm_{tower}"] = optax.global_norm(after.params[tower])
+        return after, metrics
+
+    def _value_and_grad(
+        self, state: TrainState, batch: dict, keys: Key[Array, "b"]
+    ) -> tuple[Array, Params]:
+        """The loss of the whole batch and its gradient, by micro-batches where configured."""
+
+        def embed(params, batch, keys):
+            model = self._model({**params, **state.frozen})
+            images = self.preprocess.normalize(batch["images"])
+            return model(images, batch["tokens"], keys=keys)
+
+        def loss(params, z_image, z_text):
+            return contrastive_loss(
+                z_image,
+                z_text,
+                params["logit_scale"],
+                params.get("logit_bias"),
+                kind=self.experiment.model.loss,
+                mesh=self.mesh,
+            )
+
+        size, micro = self.experiment.batch_size, self.experiment.micro_batch_size
+        if micro is None or micro == size:
+            return jax.value_and_grad(lambda p: loss(p, *embed(p, batch, keys)))(state.params)
+        # Every k-th row to the same micro-batch: the sharded axis stays whole on its devices.
+        count = size // micro
+        cut = jax.tree.map(
+            lambda x: x.reshape(micro, count, *x.shape[1:]).swapaxes(0, 1), (batch, keys)
+        )
+        return cached_value_and_grad(embed, loss)(state.params, *cut)
+
+    def _example_keys(self, step: Int[Array, ""]) -> Key[Array, "b"]:
+        """A key for each example of this step's batch, for dropout and patch dropout."""
+        key = jax.random.fold_in(jax.random.key(self.experiment.seed), step)
+        return jax.random.split(key, self.experiment.batch_size)
+
+    def _average(self, ema: Params | None, params: Params, step: Array) -> Params | None:
+        """Exponential moving average, its decay ramped up so that the start is soon forgotten."""
+        if ema is None:
+            return None
+        decay = jnp.minimum(self.experiment.optimizer.ema, (1 + step) / (10 + step))
+        return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), ema, params)
+
+    # ------------------------------------------------------------- the state and its model
+
+    def _build(self) -> DualEncoder:
+        e = self.experiment
+        execution = Execution(dtype=compute_dtype(e.dtype), remat=e.remat, scan=e.scan)
+        return DualEncoder(e.model, execution=execution, rngs=nnx.Rngs(e.seed))
+
+    def _model(self, params: Params) -> DualEncoder:
+        return nnx.merge(self.graph, params)
+
+    def _init(self, total_steps: Int[Array, ""]) -> TrainState:
+        params = nnx.to_pure_dict(nnx.state(self._build()))
+        frozen = {}
+        if self.experiment.lock != "none":
+            frozen = {self.experiment.lock: params.pop(self.experiment.lock)}
+        return TrainState(
+            step=jnp.int32(0),
+            total_steps=total_steps,
+            params=params,
+            frozen=frozen,
+            opt_state=self.optimizer.init(params),
+            ema=params if self.experiment.optimizer.ema is not None else None,
+            skipped=jnp.int32(0),
+        )
+
+    def model(self, state: TrainState) -> DualEncoder:
+        """The model as it is used: of averaged parameters where there is an average."""
+        params = state.params if state.ema is None else state.ema
+        return self._model({**params, **state.frozen})
+
+    def _embed_images(self, state: TrainState, images: UInt8[Array, "b h w 3"]):
+        return self.model(state).encode_image(self.preprocess.normalize(images))
+
+    def _embed_texts(self, state: TrainState, tokens: Int[Array, "b l"]):
+        return self.model(state).encode_text(tokens)
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The dtype of products and activations: "auto" is bfloat16 but on a CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def _where(condition: Bool[Array, ""], new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
