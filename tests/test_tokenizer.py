@@ -113,8 +113,8 @@ def test_settings_inside_a_tokenizer_json_do_not_count(tmp_path):
 def test_bad_input(tmp_path):
     with pytest.raises(DataError, match=r"text 1 is 3"):
         TOKENIZER(["a", 3])
-    with pytest.raises(ConfigError, match=r"clean 'clip'.*choose one of none"):
-        with_rules(clean="clip")
+    with pytest.raises(ConfigError, match=r"clean 'clap'.*choose one of none"):
+        with_rules(clean="clap")
     with pytest.raises(ConfigError, match=r"eos_id is 300.*300 tokens"):
         with_rules(eos_id=300)
     with pytest.raises(ConfigError, match="context_length 1 "):
