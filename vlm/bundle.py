@@ -34,6 +34,7 @@ from vlm.nn.transformer import Execution
 from vlm.paths import as_path, cache_dir
 from vlm.preprocess import ImageLike, Preprocess
 from vlm.tokenizer import Tokenizer
+from vlm.weights.checkpoint import Checkpoint, open_checkpoint
 from vlm.weights.files import SafetensorsFiles, write_safetensors
 from vlm.weights.rules import Rule, fill, flat_arrays, flat_shapes
 
@@ -317,7 +318,7 @@ def load(
     mesh: Mesh | None = None,
     revision: str | None = None,
 ) -> Bundle:
-    """The bundle that `model` names: a bundle folder, or a run folder that holds one.
+    """The bundle that `model` names: a bundle, a run folder that holds one, or a public checkpoint.
 
     Args:
         image_size: another resolution, in pixels; position embeddings are resized.
@@ -339,6 +340,8 @@ def load(
     for folder in (path, path / "bundle"):
         if (folder / BUNDLE_FILE).exists():
             return _load_own(folder, kind, placement)
+    if (checkpoint := open_checkpoint(path)) is not None:
+        return _load_public(checkpoint, kind, placement)
     if not path.exists():
         raise CheckpointError(f"there is no model {os.fspath(path)!r}: check the path")
     if (path / "checkpoints").exists():
@@ -346,7 +349,9 @@ def load(
             f"the run {path} has no bundle yet, which is written after each evaluation and at the "
             f"end: finish it with vlm train --resume {path}"
         )
-    raise CheckpointError(f"{path} is not a model: it has no {BUNDLE_FILE}")
+    raise CheckpointError(
+        f"{path} is not a model: it has none of {BUNDLE_FILE}, config.json, open_clip_config.json"
+    )
 
 
 def _load_own(folder: epath.Path, dtype, placement) -> Bundle:
@@ -374,6 +379,19 @@ def _load_own(folder: epath.Path, dtype, placement) -> Bundle:
     tensors = SafetensorsFiles([folder / WEIGHTS_FILE])
     model = fill(skeleton, same, tensors, dtype=dtype, placement=placement)
     return Bundle(model, preprocess, tokenizer, name, fingerprint=fingerprint)
+
+
+def _load_public(checkpoint: Checkpoint, dtype, placement) -> Bundle:
+    """Read a checkpoint of a public format."""
+    model = fill(
+        abstract_model(checkpoint.config, dtype),
+        checkpoint.rules,
+        checkpoint.tensors,
+        dtype=dtype,
+        placement=placement,
+        ignored=checkpoint.ignored,
+    )
+    return Bundle(model, Preprocess(checkpoint.preprocess), checkpoint.tokenizer, checkpoint.name)
 
 
 def abstract_model(config: ModelConfig, dtype) -> DualEncoder:

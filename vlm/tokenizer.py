@@ -5,7 +5,7 @@ how ids become rows of a fixed length after. Both belong to the model that was t
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
@@ -13,17 +13,13 @@ from etils import epath
 from jaxtyping import Int32
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from vlm.cleaning import CLEANERS
 from vlm.config import TokenizerConfig, from_dict, to_dict
 from vlm.errors import ConfigError, DataError
 from vlm.paths import as_path
 
 VOCABULARY_FILE = "tokenizer.json"
 RULES_FILE = "vlm_tokenizer.json"
-
-# What happens to a text before the vocabulary sees it, by the name in `TokenizerConfig.clean`.
-CLEANERS: dict[str, Callable[[str], str]] = {
-    "none": lambda text: text,
-}
 
 
 class Tokenizer:

@@ -1,0 +1,156 @@
+"""Writes `golden/hf_*`: small random models as transformers saves them, and what they compute.
+
+Run with the extra `peers` installed: python tests/weights/make_huggingface.py
+"""
+
+import json
+import pathlib
+
+import numpy as np
+import tokenizers
+import torch
+from PIL import Image
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+)
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+TEXTS = ["a photo of a cat", "Two DOGS!", "", "naïve café 🙂", "very long " * 30, "x"]
+
+
+def images(seed: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shapes = [(40, 57), (33, 31), (64, 20)]
+    return [rng.integers(0, 256, (*shape, 3)).astype(np.uint8) for shape in shapes]
+
+
+def small_vocabulary(specials: list[str]) -> tokenizers.Tokenizer:
+    vocabulary = tokenizers.Tokenizer(models.BPE())
+    vocabulary.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    vocabulary.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    vocabulary.train_from_iterator(["a photo of a cat", "two dogs", "very long"], trainer)
+    return vocabulary
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """No parameter keeps the value it starts with, so that a rule that skips one is seen."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "logit_scale" in name:
+                parameter.fill_(2.3)
+            elif "logit_bias" in name:
+                parameter.fill_(-3.1)
+            else:
+                centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+                spread = 0.3 / max(1.0, parameter.shape[-1] ** 0.5 / 4) if parameter.ndim else 0.1
+                parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=generator))
+
+
+def record(folder, model, processor, vocabulary, context, pad, eos, seed):
+    raw = images(seed)
+    pixels = processor([Image.fromarray(i) for i in raw], return_tensors="pt")["pixel_values"]
+    vocabulary.enable_padding(length=context, pad_id=pad, pad_token=vocabulary.id_to_token(pad))
+    vocabulary.enable_truncation(context)
+    tokens = torch.tensor([e.ids for e in vocabulary.encode_batch(TEXTS)])
+    vocabulary.no_padding()
+    vocabulary.no_truncation()
+    with torch.no_grad():
+        out = model(pixel_values=pixels, input_ids=tokens)
+    np.savez_compressed(
+        folder / "outputs.npz",
+        **{f"image/{i}": image for i, image in enumerate(raw)},
+        pixels=pixels.permute(0, 2, 3, 1).numpy(),
+        tokens=tokens.numpy().astype(np.int32),
+        z_image=out.image_embeds.numpy(),
+        z_text=out.text_embeds.numpy(),
+        logits=out.logits_per_image.numpy(),
+        texts=np.array(TEXTS),
+    )
+
+
+def tokenizer_files(folder, vocabulary, kind, pad, eos):
+    (folder / "tokenizer.json").write_text(vocabulary.to_str())
+    about = {"tokenizer_class": kind, "pad_token": vocabulary.id_to_token(pad),
+             "eos_token": vocabulary.id_to_token(eos), "model_max_length": 77}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+
+
+def clip(name: str, *, old: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    folder = GOLDEN / name
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = small_vocabulary([])
+    vocabulary.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    bos, eos = (vocabulary.token_to_id(t) for t in ("<|startoftext|>", "<|endoftext|>"))
+    vocabulary.post_processor = processors.RobertaProcessing(
+        ("<|endoftext|>", eos), ("<|startoftext|>", bos), False, False
+    )
+    config = CLIPConfig(
+        text_config={
+            "vocab_size": vocabulary.get_vocab_size(), "hidden_size": 24, "intermediate_size": 40,
+            "num_hidden_layers": 3, "num_attention_heads": 3, "max_position_embeddings": 13,
+            "hidden_act": "gelu" if old else "quick_gelu", "eos_token_id": 2 if old else eos,
+            "bos_token_id": bos,
+        },
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 36, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "image_size": 30, "patch_size": 6,
+            "hidden_act": "gelu" if old else "quick_gelu",
+        },
+        projection_dim=20,
+    )  # fmt: skip
+    model = CLIPModel(config).eval()
+    randomise(model, seed)
+    model.save_pretrained(folder)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 33 if old else 30}, crop_size=30)
+    processor.save_pretrained(folder)
+    tokenizer_files(folder, vocabulary, "CLIPTokenizer", eos, eos)
+    record(folder, model, processor, vocabulary, 13, eos, eos, seed)
+
+
+def siglip(name: str, *, projection: int | None, seed: int) -> None:
+    torch.manual_seed(seed)
+    folder = GOLDEN / name
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = small_vocabulary(["<pad>", "<eos>"])
+    vocabulary.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 1)]
+    )
+    text = {
+        "vocab_size": vocabulary.get_vocab_size(), "hidden_size": 24, "intermediate_size": 37,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 11,
+    }  # fmt: skip
+    if projection is not None:
+        text["projection_size"] = projection
+    vision = {
+        "hidden_size": projection or 24, "intermediate_size": 35, "num_hidden_layers": 2,
+        "num_attention_heads": 2 if projection else 3, "image_size": 28, "patch_size": 7,
+    }  # fmt: skip
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).eval()
+    randomise(model, seed)
+    model.save_pretrained(folder, max_shard_size="60KB" if projection else "5GB")
+    processor = SiglipImageProcessorPil(size={"height": 28, "width": 28}, resample=2)
+    processor.save_pretrained(folder)
+    tokenizer_files(folder, vocabulary, "GemmaTokenizerFast", 0, 1)
+    record(folder, model, processor, vocabulary, 11, 0, 1, seed)
+
+
+if __name__ == "__main__":
+    clip("hf_clip", old=False, seed=0)
+    clip("hf_clip_old", old=True, seed=1)
+    siglip("hf_siglip", projection=None, seed=2)
+    siglip("hf_siglip_wide", projection=28, seed=3)

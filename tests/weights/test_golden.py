@@ -1,0 +1,50 @@
+"""Every family against outputs that its own code recorded: see the make_*.py beside this file."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from vlm.bundle import load
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+FAMILIES = sorted(path.name for path in GOLDEN.iterdir() if (path / "outputs.npz").exists())
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request):
+    folder = GOLDEN / request.param
+    return load(folder), np.load(folder / "outputs.npz")
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def test_towers_compute_what_theirs_do(case):
+    bundle, golden = case
+    z_image = np.asarray(bundle.model.encode_image(golden["pixels"]))
+    z_text = np.asarray(bundle.model.encode_text(golden["tokens"]))
+    assert np.abs(z_image - unit(golden["z_image"])).max() < 2e-6
+    assert np.abs(z_text - unit(golden["z_text"])).max() < 2e-6
+    logits = bundle.logit_scale * z_image @ z_text.T + bundle.logit_bias
+    assert np.abs(logits - golden["logits"]).max() < 2e-5
+
+
+def test_pixels_and_tokens_are_theirs(case):
+    bundle, golden = case
+    raw = [golden[f"image/{i}"] for i in range(len(golden["pixels"]))]
+    assert np.abs(bundle.preprocess(raw) - golden["pixels"]).max() < 1e-6
+    if "texts" in golden:
+        tokens = bundle.tokenizer(golden["texts"].tolist())
+        assert np.array_equal(tokens, golden["tokens"])
+
+
+def test_end_to_end(case):
+    """Raw images and texts, through buckets and cut padding, give the same embeddings."""
+    bundle, golden = case
+    raw = [golden[f"image/{i}"] for i in range(len(golden["pixels"]))]
+    assert np.abs(bundle.encode_image(raw) - unit(golden["z_image"])).max() < 5e-6
+    if "texts" in golden:
+        z_text = bundle.encode_text(golden["texts"].tolist())
+        assert np.abs(z_text - unit(golden["z_text"])).max() < 2e-6

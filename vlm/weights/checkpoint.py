@@ -1,0 +1,109 @@
+"""A public checkpoint in a folder or file: which family it is, and what it holds."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from etils import epath
+
+from vlm.config import ModelConfig, PreprocessConfig
+from vlm.errors import CheckpointError
+from vlm.tokenizer import Tokenizer
+from vlm.weights import huggingface
+from vlm.weights.files import SafetensorsFiles, Tensors
+from vlm.weights.processors import huggingface_preprocess
+from vlm.weights.rules import Rule
+from vlm.weights.vocabularies import check_vocabulary, huggingface_tokenizer
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint says about itself; its tensors are not read yet."""
+
+    name: str
+    config: ModelConfig
+    preprocess: PreprocessConfig
+    tokenizer: Tokenizer
+    tensors: Tensors
+    rules: Sequence[Rule]
+    ignored: Callable[[str], bool] = field(default=lambda name: False)
+
+
+def open_checkpoint(path: epath.Path) -> Checkpoint | None:
+    """The checkpoint in a folder or file, or None where none is recognised.
+
+    Raises:
+        CheckpointError: it is of a known format, but incomplete, torn or contradictory.
+    """
+    if (path / "config.json").exists():
+        return _open_huggingface(path)
+    return None
+
+
+def _open_huggingface(folder: epath.Path) -> Checkpoint:
+    values = read_json(folder / "config.json")
+    config = huggingface.model_config(values, os.fspath(folder / "config.json"))
+    family = values["model_type"]
+    tokenizer = huggingface_tokenizer(folder, config)
+    check_vocabulary(tokenizer, config, folder)
+    return Checkpoint(
+        folder.name,
+        config,
+        _huggingface_preprocess(folder),
+        tokenizer,
+        weights(folder, "model", "pytorch_model"),
+        huggingface.RULES[family],
+        huggingface.ignored,
+    )
+
+
+def _huggingface_preprocess(folder: epath.Path) -> PreprocessConfig:
+    """From `preprocessor_config.json`, or the part of `processor_config.json` that holds it."""
+    path = folder / "preprocessor_config.json"
+    if path.exists():
+        return huggingface_preprocess(read_json(path), os.fspath(path))
+    path = folder / "processor_config.json"
+    if path.exists() and (values := read_json(path).get("image_processor")):
+        return huggingface_preprocess(values, os.fspath(path))
+    raise CheckpointError(
+        f"{folder} has no preprocessor_config.json: save or download the processor beside the model"
+    )
+
+
+def weights(folder: epath.Path, *stems: str) -> Tensors:
+    """The tensors of `STEM.safetensors`, whole or in the shards that an index lists.
+
+    Raises:
+        CheckpointError: none of them is there, or a shard is missing.
+    """
+    for stem in stems:
+        index = folder / f"{stem}.safetensors.index.json"
+        if (folder / f"{stem}.safetensors").exists():
+            return SafetensorsFiles([folder / f"{stem}.safetensors"])
+        if index.exists():
+            try:
+                shards = sorted(set(read_json(index)["weight_map"].values()))
+            except (KeyError, AttributeError, TypeError):
+                raise CheckpointError(f"{index} lists no shards: download it again") from None
+            return SafetensorsFiles([folder / shard for shard in shards])
+    wanted = " or ".join(f"{stem}.safetensors" for stem in stems)
+    raise CheckpointError(f"{folder} has no {wanted}: the download is incomplete")
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: it is missing, torn, or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): download it again") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds no object of fields: download it again")
+    return values

@@ -1,0 +1,208 @@
+"""Hugging Face folders: `CLIPModel` and `SiglipModel`, as `save_pretrained` writes them.
+
+A `config.json` holds only what differs from the defaults of its time, so those defaults are here.
+"""
+
+from typing import Any
+
+from vlm.config import Activation, ModelConfig, TextConfig, VisionConfig
+from vlm.errors import CheckpointError
+from vlm.weights.layers import fused, heads, linear, norm, out
+from vlm.weights.rules import CONV, SCALAR, SCALAR_1, Rule, leading
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "quick_gelu": "quick_gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+# The defaults of transformers' configuration classes.
+_TOWER = {
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+}
+DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "clip": {
+        "vision": _TOWER
+        | {"image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+        "text": {
+            "num_hidden_layers": 12,
+            "num_attention_heads": 8,
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "vocab_size": 49408,
+            "max_position_embeddings": 77,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+            "eos_token_id": 49407,
+        },
+        "model": {"projection_dim": 512},
+    },
+    "siglip": {
+        "vision": _TOWER
+        | {
+            "image_size": 224,
+            "patch_size": 16,
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_eps": 1e-6,
+            "vision_use_head": True,
+        },
+        "text": _TOWER
+        | {
+            "vocab_size": 32000,
+            "max_position_embeddings": 64,
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_eps": 1e-6,
+            "projection_size": None,
+        },
+        "model": {},
+    },
+}
+FAMILIES = tuple(DEFAULTS)
+
+
+def model_config(values: dict[str, Any], where: str) -> ModelConfig:
+    """Our configuration of a `config.json` of these families.
+
+    Raises:
+        CheckpointError: another family, an unknown activation, or a size that cannot be.
+    """
+    family = values.get("model_type")
+    if family not in DEFAULTS:
+        raise CheckpointError(
+            f"{where} describes a model of type {family!r}: vlm reads {', '.join(FAMILIES)}"
+        )
+    defaults = DEFAULTS[family]
+    parts = {}
+    for part in ("vision", "text"):
+        given = values.get(f"{part}_config_dict") or values.get(f"{part}_config") or {}
+        if not isinstance(given, dict):
+            raise CheckpointError(f"{where}: {part}_config is {given!r}, not an object of fields")
+        parts[part] = defaults[part] | {k: v for k, v in given.items() if v is not None}
+    vision, text = parts["vision"], parts["text"]
+    for part, fields in parts.items():
+        for name, default in defaults[part].items():
+            if type(default) is int and type(fields[name]) is not int:
+                raise CheckpointError(
+                    f"{where}: {part}_config.{name} is {fields[name]!r}, not a whole number"
+                )
+    if (channels := vision.get("num_channels", 3)) != 3:
+        raise CheckpointError(f"{where}: images have {channels} channels, and vlm takes RGB alone")
+    vision_tower = {
+        "image_size": vision["image_size"],
+        "patch_size": vision["patch_size"],
+        **_tower(vision, f"{where}: vision_config"),
+    }
+    text_tower = {
+        "vocab_size": text["vocab_size"],
+        "context_length": text["max_position_embeddings"],
+        **_tower(text, f"{where}: text_config"),
+    }
+    if family == "clip":
+        # An eos_token_id of 2 is an old mistake: such a model pools at the highest id.
+        end = text["eos_token_id"]
+        pool = {"pool": "argmax"} if end == 2 else {"pool": "end", "end_id": end}
+        return ModelConfig(
+            VisionConfig(
+                **vision_tower, pool="class", pre_norm=True, patch_bias=False, projection="linear"
+            ),
+            TextConfig(**text_tower, causal=True, projection="linear", **pool),
+            embed_dim=(defaults["model"] | values)["projection_dim"],
+            loss="softmax",
+        )
+    if not vision["vision_use_head"]:
+        raise CheckpointError(f"{where}: a SigLIP image tower without its head makes no embedding")
+    return ModelConfig(
+        VisionConfig(**vision_tower, pool="map"),
+        TextConfig(**text_tower, pool="last", projection="linear_bias"),
+        embed_dim=text["projection_size"] or text["hidden_size"],
+        loss="sigmoid",
+        init_scale=10.0,
+        init_bias=-10.0,
+    )
+
+
+def _tower(values: dict[str, Any], where: str) -> dict[str, Any]:
+    name = values["hidden_act"]
+    if name not in ACTIVATIONS:
+        raise CheckpointError(
+            f"{where} has the activation {name!r}: vlm knows {', '.join(ACTIVATIONS)}"
+        )
+    return {
+        "width": values["hidden_size"],
+        "depth": values["num_hidden_layers"],
+        "heads": values["num_attention_heads"],
+        "mlp_dim": values["intermediate_size"],
+        "activation": ACTIVATIONS[name],
+        "norm_eps": values["layer_norm_eps"],
+    }
+
+
+# --------------------------------------------------------------------- their names and ours
+
+
+def _blocks(theirs: str, ours: str) -> list[Rule]:
+    layer, block = f"{theirs}.encoder.layers.{{}}", f"{ours}.transformer.blocks"
+    return [
+        *norm(f"{layer}.layer_norm1", f"{block}.attention_norm"),
+        *heads(f"{layer}.self_attn.q_proj", f"{block}.attention.query"),
+        *heads(f"{layer}.self_attn.k_proj", f"{block}.attention.key"),
+        *heads(f"{layer}.self_attn.v_proj", f"{block}.attention.value"),
+        *out(f"{layer}.self_attn.out_proj", f"{block}.attention.out"),
+        *norm(f"{layer}.layer_norm2", f"{block}.mlp_norm"),
+        *linear(f"{layer}.mlp.fc1", f"{block}.mlp.up"),
+        *linear(f"{layer}.mlp.fc2", f"{block}.mlp.down"),
+    ]
+
+
+CLIP_RULES: list[Rule] = [
+    Rule("logit_scale", "logit_scale", SCALAR),
+    Rule("vision_model.embeddings.class_embedding", "vision.class_token"),
+    Rule("vision_model.embeddings.patch_embedding.weight", "vision.stem.kernel", CONV),
+    Rule("vision_model.embeddings.position_embedding.weight", "vision.position"),
+    *norm("vision_model.pre_layrnorm", "vision.pre_norm"),  # their spelling
+    *_blocks("vision_model", "vision"),
+    *norm("vision_model.post_layernorm", "vision.norm"),
+    *linear("visual_projection", "vision.projection", bias=False),
+    Rule("text_model.embeddings.token_embedding.weight", "text.embedding"),
+    Rule("text_model.embeddings.position_embedding.weight", "text.position"),
+    *_blocks("text_model", "text"),
+    *norm("text_model.final_layer_norm", "text.norm"),
+    *linear("text_projection", "text.projection", bias=False),
+]
+
+_HEAD = "vision_model.head"
+SIGLIP_RULES: list[Rule] = [
+    Rule("logit_scale", "logit_scale", SCALAR_1),
+    Rule("logit_bias", "logit_bias", SCALAR_1),
+    Rule("vision_model.embeddings.patch_embedding.weight", "vision.stem.kernel", CONV),
+    Rule("vision_model.embeddings.patch_embedding.bias", "vision.stem.bias"),
+    Rule("vision_model.embeddings.position_embedding.weight", "vision.position"),
+    *_blocks("vision_model", "vision"),
+    *norm("vision_model.post_layernorm", "vision.norm"),
+    Rule(f"{_HEAD}.probe", "vision.pool.probe", leading(1)),
+    *fused(
+        f"{_HEAD}.attention.in_proj_weight",
+        f"{_HEAD}.attention.in_proj_bias",
+        "vision.pool.attention",
+        ("query", "key", "value"),
+    ),
+    *out(f"{_HEAD}.attention.out_proj", "vision.pool.attention.out"),
+    *norm(f"{_HEAD}.layernorm", "vision.pool.norm"),
+    *linear(f"{_HEAD}.mlp.fc1", "vision.pool.mlp.up"),
+    *linear(f"{_HEAD}.mlp.fc2", "vision.pool.mlp.down"),
+    Rule("text_model.embeddings.token_embedding.weight", "text.embedding"),
+    Rule("text_model.embeddings.position_embedding.weight", "text.position"),
+    *_blocks("text_model", "text"),
+    *norm("text_model.final_layer_norm", "text.norm"),
+    *linear("text_model.head", "text.projection"),
+]
+RULES = {"clip": CLIP_RULES, "siglip": SIGLIP_RULES}
+
+
+def ignored(name: str) -> bool:
+    """Buffers that older versions saved and that hold nothing learned."""
+    return name.endswith(".position_ids")

@@ -1,0 +1,117 @@
+"""Image preprocessing as a checkpoint's own file describes it.
+
+The names "CLIPImageProcessor" and "SiglipImageProcessor" meant Pillow when these models were made
+and published, and mean torchvision's tensors since transformers 5; their files do not say which.
+We keep to the authors' Pillow, and to tensors for the names that end in "Fast".
+"""
+
+from typing import Any
+
+from vlm.config import PreprocessConfig
+from vlm.errors import CheckpointError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_PIL_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
+
+
+def huggingface_preprocess(values: dict[str, Any], where: str) -> PreprocessConfig:
+    """Our rules for a `preprocessor_config.json`.
+
+    Raises:
+        CheckpointError: a step that vlm does not do, or one that it needs and the file leaves out.
+    """
+    for step in ("do_resize", "do_rescale"):
+        if values.get(step) is False:
+            raise CheckpointError(f"{where} turns {step} off, and a model takes images of one size")
+    factor = values.get("rescale_factor", 1 / 255)
+    if abs(factor * 255 - 1) > 1e-6:
+        raise CheckpointError(f"{where} has rescale_factor {factor!r}: vlm knows 1/255 alone")
+    kernel = _PIL_RESAMPLE.get(values.get("resample", 3))
+    if kernel is None:
+        raise CheckpointError(
+            f"{where} has resample {values['resample']!r}: vlm knows "
+            + ", ".join(f"{number} ({name})" for number, name in _PIL_RESAMPLE.items())
+        )
+    name = values.get("image_processor_type") or values.get("feature_extractor_type") or ""
+    family = "crop" if "CLIP" in name else "squash"
+    size = _edges(values.get("size", 224), f"{where}: size", square=family == "squash")
+    common = {
+        "kernel": kernel,
+        "backend": "tensor" if name.endswith("Fast") else "pillow",
+        "mean": (0.0,) * 3,
+        "std": (1.0,) * 3,
+    }
+    if values.get("do_normalize", True):
+        fallback = (CLIP_MEAN, CLIP_STD) if family == "crop" else ((0.5,) * 3, (0.5,) * 3)
+        common["mean"] = _three(values.get("image_mean", fallback[0]), f"{where}: image_mean")
+        common["std"] = _three(values.get("image_std", fallback[1]), f"{where}: image_std")
+    if values.get("do_center_crop", family == "crop"):
+        crop = _edges(values.get("crop_size", 224), f"{where}: crop_size", square=True)
+        short = size["shortest_edge"]
+        if short is not None:
+            return PreprocessConfig(
+                image_size=crop["height"],
+                resize="crop",
+                short_side=None if short == crop["height"] else short,
+                crop_offset="floor",
+                **common,
+            )
+        if size["height"] != crop["height"]:
+            raise CheckpointError(f"{where} squashes and then crops, which vlm does not do")
+    if size["height"] is None:
+        raise CheckpointError(
+            f"{where} resizes the shortest edge and does not crop, but the model takes images of "
+            "one size"
+        )
+    return PreprocessConfig(image_size=size["height"], resize="squash", **common)
+
+
+def open_clip_preprocess(values: dict[str, Any], image_size: int, where: str) -> PreprocessConfig:
+    """Our rules for the `preprocess_cfg` of an `open_clip_config.json`; absent fields are OpenAI's.
+
+    Raises:
+        CheckpointError: a way of resizing that vlm does not do.
+    """
+    mode = values.get("resize_mode") or "shortest"
+    resize = {"shortest": "crop", "squash": "squash"}.get(mode)
+    if resize is None:
+        raise CheckpointError(f"{where}: resize_mode is {mode!r}: vlm knows shortest and squash")
+    kernel = values.get("interpolation") or "bicubic"
+    if kernel == "random":  # of training; open_clip's evaluation then takes bicubic
+        kernel = "bicubic"
+    if kernel not in ("bicubic", "bilinear", "nearest"):
+        raise CheckpointError(
+            f"{where}: interpolation is {kernel!r}: vlm knows bicubic, bilinear and nearest"
+        )
+    return PreprocessConfig(
+        image_size=image_size,
+        resize=resize,
+        kernel=kernel,
+        mean=_three(values.get("mean") or CLIP_MEAN, f"{where}: mean"),
+        std=_three(values.get("std") or CLIP_STD, f"{where}: std"),
+    )
+
+
+def _edges(size: Any, where: str, *, square: bool) -> dict[str, int | None]:
+    """Sizes in their several spellings: a number, {shortest_edge}, {height, width}."""
+    if isinstance(size, int):
+        size = {"height": size, "width": size} if square else {"shortest_edge": size}
+    if isinstance(size, list | tuple) and len(size) == 2:
+        size = {"height": size[0], "width": size[1]}
+    if not isinstance(size, dict) or not (size.keys() & {"shortest_edge", "height"}):
+        raise CheckpointError(f"{where} is {size!r}: vlm knows height and width, or shortest_edge")
+    if size.get("height") != size.get("width"):
+        raise CheckpointError(f"{where} is {size!r}, not a square: vlm takes square images alone")
+    if size.get("longest_edge") is not None:
+        raise CheckpointError(f"{where} is {size!r}: vlm does not resize by the longest edge")
+    return {"shortest_edge": size.get("shortest_edge"), "height": size.get("height")}
+
+
+def _three(values: Any, where: str) -> tuple[float, float, float]:
+    if isinstance(values, int | float):
+        values = [values] * 3
+    if len(values) != 3:
+        raise CheckpointError(f"{where} is {values!r}, not one number for each of red, green, blue")
+    return tuple(float(v) for v in values)

@@ -1,0 +1,136 @@
+"""SentencePiece `.model` files as `tokenizers` vocabularies, read without that library.
+
+The file is one protocol buffer:
+https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+"""
+
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import tokenizers
+from etils import epath
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from vlm.errors import CheckpointError
+
+SPACE = "▁"  # stands for a space
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)  # kinds of pieces
+_UNIGRAM, _BPE = 1, 2  # kinds of models
+
+
+def read(path: epath.PathLike) -> tokenizers.Tokenizer:
+    """The vocabulary of a `.model` file, with its own normalisation and no special tokens added.
+
+    Raises:
+        CheckpointError: missing, torn, or a kind of model other than unigram and BPE.
+    """
+    path = epath.Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    try:
+        return _build(data)
+    except (ValueError, IndexError, struct.error, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not a SentencePiece model: {error}") from None
+
+
+def _build(data: bytes) -> tokenizers.Tokenizer:
+    pieces: list[tuple[str, float, int]] = []
+    trainer: dict[int, Any] = {}
+    normalizer: dict[int, Any] = {}
+    for number, value in _fields(data):
+        if number == 1:
+            piece = dict(_fields(value))
+            score = struct.unpack("<f", piece.get(2, b"\0\0\0\0"))[0]
+            pieces.append((piece[1].decode(), score, piece.get(3, _NORMAL)))
+        elif number == 2:
+            trainer = dict(_fields(value))
+        elif number == 3:
+            normalizer = dict(_fields(value))
+    if not pieces:
+        raise ValueError("it has no pieces")
+    kind = trainer.get(3, _UNIGRAM)
+    unknown = next((i for i, p in enumerate(pieces) if p[2] == _UNKNOWN), None)
+    byte_fallback = bool(trainer.get(35, 0))
+    if kind == _UNIGRAM:
+        scored = [(text, score) for text, score, _ in pieces]
+        model = models.Unigram(scored, unk_id=unknown, byte_fallback=byte_fallback)
+    elif kind == _BPE:
+        model = _bpe(pieces, unknown, byte_fallback)
+    else:
+        raise ValueError(f"it is of kind {kind}, and only unigram (1) and BPE (2) are read")
+    vocabulary = tokenizers.Tokenizer(model)
+    vocabulary.add_special_tokens(
+        [AddedToken(p[0], normalized=False, special=True) for p in pieces if p[2] == _CONTROL]
+    )
+    vocabulary.add_tokens(
+        [AddedToken(p[0], normalized=False, special=False) for p in pieces if p[2] == _USER]
+    )
+    steps = []
+    if charsmap := normalizer.get(2, b""):
+        steps.append(normalizers.Precompiled(charsmap))
+    if normalizer.get(4, 1):  # remove_extra_whitespaces
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if steps:
+        vocabulary.normalizer = normalizers.Sequence(steps)
+    scheme = "always" if normalizer.get(3, 1) else "never"  # add_dummy_prefix
+    vocabulary.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, scheme, split=kind == _UNIGRAM)
+    vocabulary.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(SPACE, scheme)]
+    )
+    return vocabulary
+
+
+def _bpe(pieces, unknown: int | None, byte_fallback: bool) -> models.BPE:
+    """Merges in the order of the scores of what they make, as SentencePiece applies them."""
+    vocab = {text: i for i, (text, _, _) in enumerate(pieces)}
+    merges = []
+    for text, i in vocab.items():
+        if pieces[i][2] not in (_NORMAL, _USER):
+            continue
+        for cut in range(1, len(text)):
+            left, right = text[:cut], text[cut:]
+            if left in vocab and right in vocab:
+                merges.append((-pieces[i][1], vocab[left], vocab[right], left, right))
+    merges.sort()
+    return models.BPE(
+        vocab=vocab,
+        merges=[(left, right) for *_, left, right in merges],
+        unk_token=None if unknown is None else pieces[unknown][0],
+        fuse_unk=True,
+        byte_fallback=byte_fallback,
+    )
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """The fields of one message: integers as int, everything else as bytes."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        number, wire = key >> 3, key & 7
+        if wire == 0:
+            value, at = _varint(data, at)
+        elif wire in (1, 2, 5):
+            if wire == 2:
+                size, at = _varint(data, at)
+            else:
+                size = 8 if wire == 1 else 4
+            value, at = data[at : at + size], at + size
+            if at > len(data):
+                raise ValueError("it ends too early")
+        else:
+            raise ValueError(f"it has wire type {wire}")
+        yield number, value
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7

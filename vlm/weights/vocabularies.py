@@ -1,0 +1,183 @@
+"""Tokenizers of public checkpoints, from the files beside them."""
+
+import json
+import pathlib
+from typing import Any
+
+import tokenizers
+from etils import epath
+
+from vlm.config import ModelConfig, TokenizerConfig
+from vlm.errors import CheckpointError, ConfigError
+from vlm.tokenizer import Tokenizer
+from vlm.weights import sentencepiece
+
+CLIP_BOS, CLIP_EOS, CLIP_SIZE = 49406, 49407, 49408
+
+
+def clip_tokenizer(context_length: int, *, clean: str = "clip", keep_eos: bool = True) -> Tokenizer:
+    """OpenAI's vocabulary, cleaning and padding, which open_clip's `SimpleTokenizer` shares."""
+    path = pathlib.Path(__file__).parent / "clip" / "tokenizer.json"
+    rules = TokenizerConfig(
+        context_length=context_length,
+        pad_id=0,
+        bos_id=CLIP_BOS,
+        eos_id=CLIP_EOS,
+        clean=clean,
+        keep_eos=keep_eos,
+        parse_special=True,
+    )
+    return Tokenizer.from_file(path, rules)
+
+
+def huggingface_tokenizer(
+    folder: epath.Path, config: ModelConfig, *, clean: str = "none"
+) -> Tokenizer:
+    """The tokenizer that transformers saved in `folder`, with the rules of its class.
+
+    Raises:
+        CheckpointError: its files are missing or torn.
+    """
+    about = _json(folder / "tokenizer_config.json", default={})
+    kind = about.get("tokenizer_class", "").removesuffix("Fast")
+    length = config.text.context_length
+    pieces = folder / "spiece.model"
+    if kind in ("Siglip", "SiglipTokenizer") and pieces.exists():
+        return siglip_tokenizer(pieces, length, clean=clean if clean != "none" else "siglip")
+    path = folder / "tokenizer.json"
+    if path.exists():
+        vocabulary = _vocabulary(path.read_text(), path)
+    elif pieces.exists():
+        vocabulary = sentencepiece.read(pieces)
+    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        vocabulary = _clip_from_merges(folder)
+    else:
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json: save or download the tokenizer beside the model"
+        )
+    if "Gemma" in kind or "Siglip2" in kind:
+        _lowercase(vocabulary)  # as SigLIP 2 was trained
+    if vocabulary.post_processor is None and kind in ("GemmaTokenizer", "Siglip2Tokenizer"):
+        specials = [vocabulary.token_to_id(_content(about.get("eos_token", "<eos>")))]
+    else:
+        specials = vocabulary.encode("", add_special_tokens=True).ids
+    eos = vocabulary.token_to_id(_content(about.get("eos_token")) or "")
+    bos_id, eos_id = _ends(specials, eos, folder)
+    pad = vocabulary.token_to_id(_content(about.get("pad_token")) or "")
+    if pad is None:
+        padding = vocabulary.padding
+        pad = padding["pad_id"] if padding else eos_id
+    rules = TokenizerConfig(
+        context_length=length,
+        pad_id=0 if pad is None else pad,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        clean=clean,
+        pad_side=about.get("padding_side", "right"),
+        parse_special=True,
+    )
+    return Tokenizer(vocabulary, rules)
+
+
+def siglip_tokenizer(
+    path: epath.PathLike, context_length: int, *, clean: str = "siglip"
+) -> Tokenizer:
+    """A SentencePiece vocabulary with the rules of SigLIP's first version: pad and end are "</s>".
+
+    Raises:
+        CheckpointError: the file is missing or is not a SentencePiece model.
+    """
+    vocabulary = sentencepiece.read(path)
+    end = vocabulary.token_to_id("</s>")
+    if end is None:
+        raise CheckpointError(
+            f"{path} has no token </s>, with which SigLIP ends and pads its texts"
+        )
+    rules = TokenizerConfig(
+        context_length=context_length, pad_id=end, eos_id=end, clean=clean, parse_special=True
+    )
+    return Tokenizer(vocabulary, rules)
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Any) -> None:
+    """Refuse a tokenizer that makes ids the model has no embedding for."""
+    if tokenizer.vocab_size > config.text.vocab_size:
+        raise CheckpointError(
+            f"{where}: its tokenizer has {tokenizer.vocab_size:,} tokens and its embedding table "
+            f"{config.text.vocab_size:,} rows: they are not of one model"
+        )
+
+
+def _clip_from_merges(folder: epath.Path) -> tokenizers.Tokenizer:
+    """`vocab.json` and `merges.txt`, as transformers' CLIPTokenizer puts them together."""
+    from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
+
+    vocab = _json(folder / "vocab.json")
+    lines = (folder / "merges.txt").read_text().split("\n")
+    merges = [tuple(line.split()) for line in lines if len(line.split()) == 2 and line[0] != "#"]
+    try:
+        bos, eos = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
+        model = models.BPE(
+            vocab=vocab, merges=merges, end_of_word_suffix="</w>", unk_token="<|endoftext|>"
+        )
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{folder}: vocab.json and merges.txt do not fit: {error}") from None
+    vocabulary = tokenizers.Tokenizer(model)
+    vocabulary.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    vocabulary.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    vocabulary.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    vocabulary.post_processor = processors.RobertaProcessing(
+        ("<|endoftext|>", eos), ("<|startoftext|>", bos), False, False
+    )
+    return vocabulary
+
+
+def _lowercase(vocabulary: tokenizers.Tokenizer) -> None:
+    from tokenizers import normalizers
+
+    if "Lowercase" in repr(vocabulary.normalizer):
+        return
+    first = [] if vocabulary.normalizer is None else [vocabulary.normalizer]
+    vocabulary.normalizer = normalizers.Sequence([normalizers.Lowercase(), *first])
+
+
+def _ends(specials: list[int], eos: int | None, where: Any) -> tuple[int | None, int | None]:
+    """The begin and end tokens among those that an empty text is given."""
+    if len(specials) == 2:
+        return specials[0], specials[1]
+    if len(specials) == 1:
+        return (None, specials[0]) if eos in (None, specials[0]) else (specials[0], None)
+    if not specials:
+        return None, None
+    raise CheckpointError(f"{where}: its tokenizer adds {len(specials)} special tokens, not 1 or 2")
+
+
+def _vocabulary(text: str, where: Any) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{where} is not a tokenizer.json: {error}") from None
+
+
+def _content(token: Any) -> str | None:
+    """A token's text, which is saved plain or as an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _json(path: epath.Path, default: Any = None) -> Any:
+    if default is not None and not path.exists():
+        return default
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): download it again") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
