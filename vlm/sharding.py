@@ -103,7 +103,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     same rules place them.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: NamedSharding(mesh, parameter_spec(_names(path), x.shape, mesh)), tree
+        lambda path, x: NamedSharding(mesh, parameter_spec(path_names(path), x.shape, mesh)), tree
     )
 
 
@@ -117,7 +117,7 @@ def placement(tree: Any, depth: int = 2) -> list[tuple[str, str, int, int]]:
     """Rows of a table: parameter group, its specs, elements in all, and bytes on each device."""
     groups: dict[str, tuple[set[str], int, int]] = {}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        group = "/".join(_names(path)[:depth])
+        group = "/".join(path_names(path)[:depth])
         specs, elements, bytes_ = groups.get(group, (set(), 0, 0))
         local = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         spec = str(x.sharding.spec).replace("PartitionSpec", "")
@@ -125,6 +125,6 @@ def placement(tree: Any, depth: int = 2) -> list[tuple[str, str, int, int]]:
     return [(g, " ".join(sorted(s)), n, size) for g, (s, n, size) in groups.items()]
 
 
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """A pytree path as plain names."""
+def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """The path of a leaf in a pytree, as plain names."""
     return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)

@@ -63,6 +63,7 @@ class TfdsSource:
     """A split of a prepared TFDS data set, read without TensorFlow."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, config: DataConfig):
+        self.credits = builder.info.redistribution_info.license or ""  # as the metadata states them
         features, where = builder.info.features, f"the data set {builder.info.full_name}"
         check_features(config, list(features), where)
         self._label = config.label
@@ -167,6 +168,11 @@ def vocabulary_texts(config: DataConfig) -> list[str]:
     """Every caption of the training split: what a vocabulary of the data's own is learned from."""
     source = open_source(config, config.train_split)
     return [text for i in range(len(source)) for text in captions_of(source[i], config)]
+
+
+def credits(config: DataConfig) -> str:
+    """The licence and authors of the data, as its metadata states them; empty if it does not."""
+    return getattr(open_source(config, config.train_split), "credits", "")
 
 
 def first_captions(source: Source, config: DataConfig) -> list[str]:

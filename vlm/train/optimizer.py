@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Float
 
 from vlm.config import OptimizerConfig
+from vlm.sharding import path_names
 
 # Parameters that weight decay pulls towards zero: those that multiply. Not norms, biases, scale.
 DECAYED = {"kernel", "embedding", "position", "probe"}
@@ -87,7 +88,7 @@ def _muon_dimensions(params: Any) -> Any:
 
 
 def _matrix_axes(path: tuple, x: Any) -> optax.contrib.MuonDimensionNumbers | None:
-    names = _names(path)
+    names = path_names(path)
     if "blocks" not in names or names[-1] != "kernel":
         return None
     if names[-2] == "out":  # (layer, heads, head_dim, width)
@@ -98,7 +99,7 @@ def _matrix_axes(path: tuple, x: Any) -> optax.contrib.MuonDimensionNumbers | No
 
 def decay_mask(params: Any) -> Any:
     """True where weight decay applies."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: _names(path)[-1] in DECAYED, params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_names(path)[-1] in DECAYED, params)
 
 
 def _scale_by_layer(decay: float) -> optax.GradientTransformation:
@@ -110,13 +111,13 @@ def _scale_by_layer(decay: float) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         depth = {
-            _names(path)[0]: x.shape[0]
+            path_names(path)[0]: x.shape[0]
             for path, x in jax.tree_util.tree_leaves_with_path(updates)
-            if "blocks" in _names(path)
+            if "blocks" in path_names(path)
         }
 
         def scale(path, x):
-            names = _names(path)
+            names = path_names(path)
             if "blocks" in names:
                 factors = decay ** jnp.arange(depth[names[0]], 0, -1, dtype=x.dtype)
                 return x * factors.reshape(-1, *(1,) * (x.ndim - 1))
@@ -127,7 +128,3 @@ def _scale_by_layer(decay: float) -> optax.GradientTransformation:
         return jax.tree_util.tree_map_with_path(scale, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def _names(path: tuple) -> tuple[str, ...]:
-    return tuple(str(getattr(k, "key", k)) for k in path)

@@ -1,0 +1,100 @@
+"""The run folder: what a run is called, where its files lie, and how one is opened again.
+
+config.json  checkpoints/  tokenizer/  log.jsonl  tensorboard/  bundle/  results.json  report.html
+"""
+
+import datetime
+import json
+import os
+
+import jax
+from etils import epath
+
+from vlm.config import Experiment, from_dict, to_dict
+from vlm.errors import CheckpointError, ConfigError
+from vlm.paths import as_path
+
+
+class Run:
+    """A run's folder. Its files are written by the first process alone."""
+
+    def __init__(self, folder: epath.Path, experiment: Experiment):
+        self.folder = folder
+        self.experiment = experiment
+
+    @classmethod
+    def create(cls, experiment: Experiment) -> "Run":
+        """A new folder for `experiment`, at its `run_dir` or under runs/ by name and date.
+
+        Raises:
+            ConfigError: the folder holds a run already, or cannot be made.
+        """
+        folder = as_path(experiment.run_dir or _fresh(experiment.name))
+        config = folder / "config.json"
+        if config.exists():
+            raise ConfigError(
+                f"{folder} already holds a run: go on with `vlm train --resume {folder}`, or give "
+                "another --run-dir"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                config.write_text(json.dumps(to_dict(experiment), indent=2))
+        except OSError as error:
+            raise ConfigError(
+                f"the run folder {folder} cannot be written ({error.strerror or error}): give "
+                "another --run-dir"
+            ) from None
+        return cls(folder, experiment)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike) -> "Run":
+        """The run that lies in `folder`.
+
+        Raises:
+            CheckpointError: no run there, or a config that this version cannot read.
+        """
+        folder = as_path(folder)
+        config = folder / "config.json"
+        if not config.exists():
+            raise CheckpointError(
+                f"{folder} is no run folder (it has no config.json): give a folder that "
+                "`vlm train` made"
+            )
+        try:
+            return cls(folder, from_dict(Experiment, json.loads(config.read_text())))
+        except (ValueError, ConfigError) as error:
+            raise CheckpointError(f"{config} cannot be read: {error}") from None
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def tokenizer(self) -> epath.Path:
+        return self.folder / "tokenizer"
+
+    @property
+    def log(self) -> epath.Path:
+        return self.folder / "log.jsonl"
+
+    @property
+    def tensorboard(self) -> epath.Path:
+        return self.folder / "tensorboard"
+
+    @property
+    def bundle(self) -> epath.Path:
+        return self.folder / "bundle"
+
+    @property
+    def results(self) -> epath.Path:
+        return self.folder / "results.json"
+
+
+def _fresh(name: str) -> str:
+    """A name under runs/ that no other run has taken."""
+    start = f"runs/{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    folder, number = start, 2
+    while os.path.exists(folder):
+        folder, number = f"{start}-{number}", number + 1
+    return folder
