@@ -39,7 +39,8 @@ class VisionConfig:
         int, ...
     ] = ()  # channels of the conv stages; patch_size is 2 ** their number
     patch_bias: bool = True
-    pool: Literal["class", "mean", "map"] = "map"
+    pool: Literal["class", "mean", "map", "query"] = "map"  # query: CoCa's attentional pooler
+    pool_heads: int | None = None  # of the attention in map and query pooling; None: heads
     class_token: bool = False  # a learned first token, also where the pool is of another kind
     pre_norm: bool = False  # a LayerNorm between embedding and blocks (CLIP)
     norm_pooled: bool = False  # the final LayerNorm after mean pooling instead of before it
@@ -62,8 +63,9 @@ class TextConfig:
     heads: int = 12
     mlp_dim: int = 3072
     causal: bool = False
-    # argmax pools at the highest id, which in OpenAI's vocabulary is the end token.
-    pool: Literal["end", "argmax", "first", "last", "mean", "map"] = "last"
+    # argmax: at the highest id, which in OpenAI's vocabulary is the end token; class: at a learned
+    # last token (CoCa).
+    pool: Literal["end", "argmax", "first", "last", "class", "mean", "map"] = "last"
     end_id: int | None = None  # of pool="end": the token whose first occurrence is pooled at
     pad_id: int | None = None  # set: padding is masked in attention and in mean or MAP pooling
     layer_scale: bool = False
@@ -87,6 +89,8 @@ class ModelConfig:
     def __post_init__(self):
         for tower in (self.vision, self.text):
             name = type(tower).__name__
+            if tower.pool == "query" and tower.projection == "none":
+                raise ConfigError(f'{name}.pool "query" needs a projection: set it to "linear"')
             if tower.width % tower.heads:
                 raise ConfigError(
                     f"{name}.width {tower.width} is not a multiple of heads {tower.heads}: "

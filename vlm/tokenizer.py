@@ -145,6 +145,10 @@ class Tokenizer:
             raise DataError(f"{as_path(path)} is not a tokenizer.json: {error}") from None
         return cls(vocabulary, config)
 
+    def with_rules(self, config: TokenizerConfig) -> "Tokenizer":
+        """The same vocabulary under other rules."""
+        return Tokenizer(self._vocabulary, config)
+
     def __reduce__(self):  # reader processes get their own copy
         return Tokenizer, (self._vocabulary, self.config)
 

@@ -23,7 +23,10 @@ class TextTower(nnx.Module):
         self.dtype = dtype
         table, position = nnx.initializers.normal(0.02), nnx.initializers.normal(0.01)
         self.embedding = nnx.Param(table(rngs.params(), (c.vocab_size, c.width)))
-        self.position = nnx.Param(position(rngs.params(), (c.context_length, c.width)))
+        has_class = c.pool == "class"
+        self.class_token = nnx.Param(position(rngs.params(), (c.width,))) if has_class else None
+        count = c.context_length + has_class
+        self.position = nnx.Param(position(rngs.params(), (count, c.width)))
         self.transformer = Transformer(
             c.width,
             c.depth,
@@ -39,7 +42,7 @@ class TextTower(nnx.Module):
         )
         self.norm = LayerNorm(c.width, c.norm_eps, rngs=rngs)
         self.pool = map_pool(c, dtype=dtype, rngs=rngs) if c.pool == "map" else None
-        self.projection = projection(c, embed_dim, dtype=dtype, rngs=rngs)
+        self.projection = projection(c, c.width, embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, tokens: Int[Array, "b n"], *, keys: Key[Array, "b"] | None = None
@@ -47,8 +50,14 @@ class TextTower(nnx.Module):
         """Embed texts. With `keys`, one for each example, dropout is on."""
         c = self.config
         x = self.embedding[...].astype(self.dtype)[tokens]
-        x = x + self.position[...].astype(self.dtype)[: tokens.shape[1]]
         real = None if c.pad_id is None else tokens != c.pad_id  # (b, n)
+        if self.class_token is not None:
+            last = self.class_token[...].astype(self.dtype)
+            x = jnp.concatenate([x, jnp.broadcast_to(last, (len(x), 1, len(last)))], axis=1)
+            if real is not None:
+                # CoCa's weights were trained with the mask one place too far to the right.
+                real = jnp.pad(real, ((0, 0), (1, 0)), constant_values=True)
+        x = x + self.position[...].astype(self.dtype)[: x.shape[1]]
         x = self.transformer(x, None if real is None else real[:, None, None, :], keys=keys)
 
         if c.pool == "end":
@@ -57,7 +66,7 @@ class TextTower(nnx.Module):
             x = self.norm(token_pool(x, jnp.argmax(tokens, axis=1)))
         elif c.pool == "first":
             x = self.norm(x[:, 0])
-        elif c.pool == "last":
+        elif c.pool in ("last", "class"):
             x = self.norm(x[:, -1])
         elif c.pool == "mean":
             x = mean_pool(self.norm(x), real)

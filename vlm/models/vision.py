@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Key
 from vlm.config import VisionConfig
 from vlm.nn.layers import LayerNorm, split_keys
 from vlm.nn.patches import ConvStem, PatchStem, drop_patches
-from vlm.nn.pooling import MapPool, mean_pool
+from vlm.nn.pooling import MapPool, QueryPool, mean_pool
 from vlm.nn.transformer import Execution, Transformer
 
 
@@ -43,9 +43,16 @@ class VisionTower(nnx.Module):
             execution=execution,
             rngs=rngs,
         )
-        self.norm = LayerNorm(c.width, c.norm_eps, rngs=rngs)
-        self.pool = map_pool(c, dtype=dtype, rngs=rngs) if c.pool == "map" else None
-        self.projection = projection(c, embed_dim, dtype=dtype, rngs=rngs)
+        pooled_width = embed_dim if c.pool == "query" else c.width
+        self.norm = LayerNorm(pooled_width, c.norm_eps, rngs=rngs)
+        if c.pool == "query":
+            heads = c.pool_heads or c.heads
+            self.pool = QueryPool(
+                c.width, embed_dim, heads, norm_eps=c.norm_eps, dtype=dtype, rngs=rngs
+            )
+        else:
+            self.pool = map_pool(c, dtype=dtype, rngs=rngs) if c.pool == "map" else None
+        self.projection = projection(c, pooled_width, embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, images: Float[Array, "b h w 3"], *, keys: Key[Array, "b"] | None = None
@@ -67,6 +74,8 @@ class VisionTower(nnx.Module):
 
         if c.pool == "class":
             x = self.norm(x[:, 0])
+        elif c.pool == "query":
+            x = self.norm(self.pool(x))
         elif c.pool == "mean":
             patches = x if self.class_token is None else x[:, 1:]
             x = self.norm(mean_pool(patches)) if c.norm_pooled else mean_pool(self.norm(patches))
@@ -75,15 +84,17 @@ class VisionTower(nnx.Module):
         return x if self.projection is None else self.projection(x)
 
 
-def projection(config, embed_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear | None:
-    """The layer from a tower's width to the shared space, or None where the widths agree."""
+def projection(
+    config, width: int, embed_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> nnx.Linear | None:
+    """The layer from a tower's pooled width to the shared space, or None where they agree."""
     if config.projection == "none":
         return None
     return nnx.Linear(
-        config.width,
+        width,
         embed_dim,
         use_bias=config.projection == "linear_bias",
-        kernel_init=nnx.initializers.normal(config.width**-0.5),
+        kernel_init=nnx.initializers.normal(width**-0.5),
         dtype=dtype,
         rngs=rngs,
     )
@@ -93,7 +104,7 @@ def map_pool(config, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> MapPool:
     """The attention pooling of a tower."""
     return MapPool(
         config.width,
-        config.heads,
+        getattr(config, "pool_heads", None) or config.heads,
         config.mlp_dim,
         act=config.activation,
         norm_eps=config.norm_eps,

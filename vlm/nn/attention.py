@@ -45,9 +45,20 @@ def _attend_by_head(query, key, value, mask, *, causal):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention: projections of shape (width, heads, head_dim) and back."""
+    """Multi-head attention: projections of shape (width, heads, head_dim) and back.
 
-    def __init__(self, width: int, heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    What is attended to may have another width, `context_width`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        context_width: int | None = None,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         def project(inputs, outputs, axis):
             init = nnx.initializers.xavier_uniform()
             return nnx.LinearGeneral(
@@ -56,8 +67,8 @@ class Attention(nnx.Module):
 
         split = (heads, width // heads)
         self.query = project(width, split, -1)
-        self.key = project(width, split, -1)
-        self.value = project(width, split, -1)
+        self.key = project(context_width or width, split, -1)
+        self.value = project(context_width or width, split, -1)
         self.out = project(split, width, (-2, -1))
 
     def __call__(

@@ -38,6 +38,33 @@ class MapPool(nnx.Module):
         return x[:, 0]
 
 
+class QueryPool(nnx.Module):
+    """CoCa's attentional pooler with its first query: normalised tokens to another width.
+
+    (Yu et al., 2022, arXiv:2205.01917, as open_clip has it.)
+    """
+
+    def __init__(
+        self,
+        width: int,
+        embed_dim: int,
+        heads: int,
+        *,
+        norm_eps: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.query = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (embed_dim,)))
+        self.query_norm = LayerNorm(embed_dim, norm_eps, rngs=rngs)
+        self.context_norm = LayerNorm(width, norm_eps, rngs=rngs)
+        self.attention = Attention(embed_dim, heads, context_width=width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b e"]:
+        query = self.query_norm(self.query[...].astype(x.dtype))
+        query = jnp.broadcast_to(query, (x.shape[0], 1, query.shape[-1]))
+        return self.attention(query, self.context_norm(x))[:, 0]
+
+
 def mean_pool(
     x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None
 ) -> Float[Array, "b d"]:

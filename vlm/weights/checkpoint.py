@@ -11,11 +11,15 @@ from etils import epath
 from vlm.config import ModelConfig, PreprocessConfig
 from vlm.errors import CheckpointError
 from vlm.tokenizer import Tokenizer
-from vlm.weights import huggingface
+from vlm.weights import huggingface, open_clip
 from vlm.weights.files import SafetensorsFiles, Tensors
-from vlm.weights.processors import huggingface_preprocess
+from vlm.weights.processors import huggingface_preprocess, open_clip_preprocess
 from vlm.weights.rules import Rule
-from vlm.weights.vocabularies import check_vocabulary, huggingface_tokenizer
+from vlm.weights.vocabularies import (
+    check_vocabulary,
+    huggingface_tokenizer,
+    open_clip_tokenizer,
+)
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,10 @@ def open_checkpoint(path: epath.Path) -> Checkpoint | None:
     Raises:
         CheckpointError: it is of a known format, but incomplete, torn or contradictory.
     """
-    if (path / "config.json").exists():
+    if (path / "config.json").exists() and _has_huggingface_model(path):
         return _open_huggingface(path)
+    if (path / "open_clip_config.json").exists():
+        return _open_open_clip(path)
     return None
 
 
@@ -56,6 +62,37 @@ def _open_huggingface(folder: epath.Path) -> Checkpoint:
         weights(folder, "model", "pytorch_model"),
         huggingface.RULES[family],
         huggingface.ignored,
+    )
+
+
+def _has_huggingface_model(folder: epath.Path) -> bool:
+    """Whether `config.json` is that of the model; beside open_clip's files it may be a remnant."""
+    if not (folder / "open_clip_config.json").exists():
+        return True
+    return read_json(folder / "config.json").get("model_type") in huggingface.FAMILIES and any(
+        (folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")
+    )
+
+
+def _open_open_clip(folder: epath.Path) -> Checkpoint:
+    where = os.fspath(folder / "open_clip_config.json")
+    values = read_json(folder / "open_clip_config.json")
+    model = values.get("model_cfg")
+    if not isinstance(model, dict):
+        raise CheckpointError(f"{where} has no model_cfg: download it again")
+    tensors = weights(folder, "open_clip_model", "open_clip_pytorch_model")
+    config = open_clip.model_config(model, tensors.shapes, where)
+    tokenizer = open_clip_tokenizer(folder, model["text_cfg"], config)
+    check_vocabulary(tokenizer, config, folder)
+    image_size = config.vision.image_size
+    return Checkpoint(
+        folder.name,
+        config,
+        open_clip_preprocess(values.get("preprocess_cfg") or {}, image_size, where),
+        tokenizer,
+        tensors,
+        open_clip.rules(config, tensors.shapes),
+        open_clip.ignored,
     )
 
 

@@ -17,6 +17,7 @@ from vlm.errors import CheckpointError
 from vlm.weights.files import Tensors
 
 Shape = tuple[int, ...]
+ANY = -1  # a size that a rule leaves open
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ CONV = Transform(  # torch's OIHW, ours HWIO
 )
 SCALAR = Transform(lambda s: (), lambda x, s: x.reshape(s), lambda x: x.reshape(()))
 SCALAR_1 = Transform(lambda s: (1,), lambda x, s: x.reshape(s), lambda x: x.reshape(1))
+
+
+# Theirs has any number of rows, and ours is the first of them; there is no way back.
+FIRST_ROW = Transform(lambda s: (ANY, *s), lambda x, s: x[0], lambda x: x[None])
 
 
 def leading(count: int) -> Transform:
@@ -138,7 +143,7 @@ def check(
         for name, piece in expected.items()
         if name in tensors.shapes
         and piece.ours in shapes
-        and tuple(tensors.shapes[name]) != piece.their_shape
+        and not _fits(tuple(tensors.shapes[name]), piece.their_shape)
     ]
     faults = [
         (missing, "missing from the file"),
@@ -157,6 +162,12 @@ def check(
             f"{tensors.where} does not fit the architecture that its configuration describes; "
             + "; ".join(found)
         )
+
+
+def _fits(shape: Shape, wanted: Shape) -> bool:
+    return len(shape) == len(wanted) and all(
+        b in (a, ANY) for a, b in zip(shape, wanted, strict=True)
+    )
 
 
 def flat_shapes(model: nnx.Module) -> dict[str, Shape]:

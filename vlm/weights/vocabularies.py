@@ -1,5 +1,6 @@
 """Tokenizers of public checkpoints, from the files beside them."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -77,6 +78,36 @@ def huggingface_tokenizer(
         parse_special=True,
     )
     return Tokenizer(vocabulary, rules)
+
+
+# The cleaning of open_clip's tokenizers by the name in `tokenizer_kwargs`.
+_OPEN_CLIP_CLEAN = {"lower": "clip", "whitespace": "clip_cased", "canonicalize": "clip_canonical"}
+
+
+def open_clip_tokenizer(folder: epath.Path, text: dict[str, Any], config: ModelConfig) -> Tokenizer:
+    """The tokenizer that open_clip's `get_tokenizer` makes for a `text_cfg`.
+
+    Raises:
+        CheckpointError: its files are missing, or it has an option that vlm does not know.
+    """
+    options = dict(text.get("tokenizer_kwargs") or {})
+    name = text.get("hf_tokenizer_name")
+    clean = options.pop("clean", "whitespace" if name else "lower")
+    strip = options.pop("strip_sep_token", False)
+    options.pop("trust_remote_code", None)
+    if options or clean not in _OPEN_CLIP_CLEAN:
+        raise CheckpointError(
+            f"{folder}: text_cfg.tokenizer_kwargs is {text['tokenizer_kwargs']!r}, and vlm knows "
+            f"strip_sep_token, and clean of {', '.join(_OPEN_CLIP_CLEAN)}"
+        )
+    clean = _OPEN_CLIP_CLEAN[clean]
+    if not name:
+        return clip_tokenizer(config.text.context_length, clean=clean)
+    tokenizer = huggingface_tokenizer(folder, config, clean=clean)
+    if strip:  # the separator, which ends a text, becomes token 0
+        rules = dataclasses.replace(tokenizer.config, eos_id=0)
+        tokenizer = tokenizer.with_rules(rules)
+    return tokenizer
 
 
 def siglip_tokenizer(

@@ -1,0 +1,154 @@
+"""Writes `golden/oc_*`: small random models as open_clip's own folders, and what they compute.
+
+Run with the extra `peers` installed: python tests/weights/make_open_clip.py
+"""
+
+import json
+import logging
+import pathlib
+
+import numpy as np
+import open_clip
+import safetensors.torch
+import torch
+from make_huggingface import TEXTS, images, randomise, small_vocabulary
+from open_clip import model as oc_model
+from open_clip.coca_model import CoCa
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+from tokenizers import processors
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+VISION = {"image_size": 28, "patch_size": 7, "width": 30, "head_width": 10, "layers": 2,
+          "mlp_ratio": 1.3}  # fmt: skip
+TEXT = {"context_length": 12, "width": 24, "heads": 3, "layers": 2, "mlp_ratio": 1.7,
+        "hf_tokenizer_name": "here"}  # fmt: skip
+
+CASES = {
+    # As LAION and DataComp, with layer scale as in CLIPA's ViT-*-alt.
+    "oc_vit": {
+        "embed_dim": 20,
+        "vision_cfg": VISION | {"ls_init_value": 0.1},
+        "text_cfg": TEXT | {"ls_init_value": 0.1},
+    },
+    # As MetaCLIP's worldwide models: quick-GELU, pooled at the end token.
+    "oc_quick": {
+        "embed_dim": 20,
+        "quick_gelu": True,
+        "vision_cfg": VISION,
+        "text_cfg": TEXT | {"pool_type": "eos", "eos_id": 1},
+    },
+    # As CLIPA: no norm before the blocks, the mean of the patches, bidirectional text.
+    "oc_mean": {
+        "embed_dim": 20,
+        "custom_text": True,
+        "vision_cfg": VISION
+        | {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True,
+           "pos_embed_type": "sin_cos_2d", "norm_kwargs": {"eps": 1e-6},
+           "act_kwargs": {"approximate": "tanh"}, "width": 28, "head_width": 7},
+        "text_cfg": TEXT
+        | {"no_causal_mask": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6},
+           "act_kwargs": {"approximate": "tanh"}},
+    },
+    # The SigLIP exports: timm's tower.
+    "oc_siglip": {
+        "embed_dim": 36,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": {"image_size": 28, "timm_model_name": "vit_base_patch16_siglip_224",
+                       "timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"},
+        "text_cfg": TEXT
+        | {"no_causal_mask": True, "proj_bias": True, "pool_type": "last",
+           "norm_kwargs": {"eps": 1e-6}, "tokenizer_kwargs": {"clean": "canonicalize"}},
+    },
+    "oc_coca": {
+        "embed_dim": 16,
+        "custom_text": True,
+        "vision_cfg": VISION
+        | {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 5,
+           "output_tokens": True},
+        "text_cfg": TEXT | {"embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": {"context_length": 12, "width": 16, "heads": 2, "layers": 1,
+                           "mlp_ratio": 1, "attn_pooler_heads": 2},
+    },
+}  # fmt: skip
+PREPROCESS = {
+    "oc_siglip": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic",
+                  "resize_mode": "squash"},
+    "oc_mean": {"interpolation": "bilinear"},
+}  # fmt: skip
+
+
+def build(config: dict) -> torch.nn.Module:
+    config = json.loads(json.dumps(config))
+    custom = config.pop("custom_text", False)
+    if "multimodal_cfg" in config:
+        return CoCa(**config)
+    if config["vision_cfg"].get("timm_model_name"):
+        # The tower of that name is far too large for a golden file: the same class, small.
+        small = VisionTransformer(
+            img_size=28, patch_size=7, embed_dim=36, depth=2, num_heads=12, mlp_ratio=1.6,
+            class_token=False, global_pool="map", num_classes=0,
+        )  # fmt: skip
+        model = oc_model.CustomTextCLIP(
+            **(config | {"vision_cfg": dict(VISION, width=32, head_width=8)})
+        )
+        model.visual = torch.nn.Module()
+        model.visual.trunk = small
+        model.visual.forward = small.forward
+        return model
+    return (oc_model.CustomTextCLIP if custom else oc_model.CLIP)(**config)
+
+
+def main() -> None:
+    for seed, (name, config) in enumerate(CASES.items(), 10):
+        torch.manual_seed(seed)
+        folder = GOLDEN / name
+        folder.mkdir(parents=True, exist_ok=True)
+        vocabulary = small_vocabulary(["<pad>", "<eos>"])
+        vocabulary.post_processor = processors.TemplateProcessing(
+            single="$A <eos>", special_tokens=[("<eos>", 1)]
+        )
+        (folder / "tokenizer.json").write_text(vocabulary.to_str())
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>",
+                 "eos_token": "<eos>"}  # fmt: skip
+        (folder / "tokenizer_config.json").write_text(json.dumps(about))
+        config["text_cfg"]["vocab_size"] = vocabulary.get_vocab_size()
+        model = build(config).eval()
+        randomise(model, seed)
+        preprocess = PREPROCESS.get(name, {})
+        description = {"model_cfg": config, "preprocess_cfg": preprocess}
+        (folder / "open_clip_config.json").write_text(json.dumps(description, indent=2))
+        state = {k: v.contiguous() for k, v in model.state_dict().items()}
+        safetensors.torch.save_file(state, folder / "open_clip_model.safetensors")
+
+        raw = images(seed)
+        transform = image_transform_v2(PreprocessCfg(size=28, **preprocess), is_train=False)
+        pixels = torch.stack([transform(Image.fromarray(image)) for image in raw])
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+        tokens = tokenizer(TEXTS)
+        with torch.no_grad():
+            z_image = torch.nn.functional.normalize(
+                model.visual(pixels) if name == "oc_siglip" else model.encode_image(pixels), dim=-1
+            )
+            z_text = torch.nn.functional.normalize(model.encode_text(tokens), dim=-1)
+            logits = model.logit_scale.exp() * z_image @ z_text.T
+            if model.logit_bias is not None:
+                logits = logits + model.logit_bias
+        np.savez_compressed(
+            folder / "outputs.npz",
+            **{f"image/{i}": image for i, image in enumerate(raw)},
+            pixels=pixels.permute(0, 2, 3, 1).numpy(),
+            tokens=tokens.numpy().astype(np.int32),
+            z_image=z_image.numpy(),
+            z_text=z_text.numpy(),
+            logits=logits.numpy(),
+            texts=np.array(TEXTS),
+        )
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    main()

@@ -1,0 +1,331 @@
+"""open_clip folders: `open_clip_config.json` beside the weights, native or timm image towers.
+
+Covers LAION, DataComp, DFN, MetaCLIP, CLIPA, the SigLIP exports, and the contrastive half of CoCa.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vlm.config import Activation, ModelConfig, TextConfig, VisionConfig
+from vlm.errors import CheckpointError
+from vlm.weights.layers import fused, heads, linear, norm, out
+from vlm.weights.rules import CONV, FIRST_ROW, FLAT, LINEAR, SCALAR, SCALAR_1, Rule, leading
+
+# The defaults of open_clip's CLIPVisionCfg and CLIPTextCfg: those that vlm honours ...
+VISION = {
+    "layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16,
+    "image_size": 224, "ls_init_value": None, "patch_dropout": 0.0, "attentional_pool": False,
+    "attn_pooler_queries": 256, "attn_pooler_heads": 8, "no_ln_pre": False,
+    "pos_embed_type": "learnable", "final_ln_after_pool": False, "pool_type": "tok",
+    "output_tokens": False, "act_kwargs": None, "norm_kwargs": None,
+    "timm_model_name": None, "timm_model_pretrained": False, "timm_pool": "avg",
+    "timm_proj": "linear", "timm_proj_bias": False, "timm_drop": 0.0, "timm_drop_path": None,
+}  # fmt: skip
+TEXT = {
+    "context_length": 77, "vocab_size": 49408, "hf_tokenizer_name": None, "tokenizer_kwargs": None,
+    "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0, "ls_init_value": None,
+    "embed_cls": False, "pad_id": 0, "eos_id": 2, "no_causal_mask": False,
+    "final_ln_after_pool": False, "pool_type": "argmax", "proj_bias": False, "proj_type": "linear",
+    "output_tokens": False, "act_kwargs": None, "norm_kwargs": None,
+}  # fmt: skip
+# ... and those that no known checkpoint sets, which are refused unless they are off.
+OFF = (
+    "block_type", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn",
+    "scale_fc", "tokenizer_mode", "hf_model_name", "hf_model_pretrained", "hf_proj_type",
+    "hf_pooler_type",
+)  # fmt: skip
+
+# timm's SigLIP towers: heads by their size, and those made with tanh-GELU instead of the exact one.
+TIMM_SIGLIP = re.compile(r"vit_(base|large|so400m|giantopt)_patch(\d+)_siglip_(\d+)(\..*)?$")
+TIMM_HEADS = {"base": 12, "large": 16, "so400m": 16, "giantopt": 16}
+TIMM_TANH = re.compile(r"vit_(base_patch32|large_patch16_siglip_512|so400m_patch16|giantopt)")
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def model_config(values: dict[str, Any], shapes: Shapes, where: str) -> ModelConfig:
+    """Our configuration of a `model_cfg`; sizes that only timm knows are read off the `shapes`.
+
+    Raises:
+        CheckpointError: a field, activation or kind of tower that vlm does not have.
+    """
+    try:
+        embed_dim = values["embed_dim"]
+        given = values["vision_cfg"], values["text_cfg"]
+    except KeyError as error:
+        raise CheckpointError(f"{where}: model_cfg has no {error.args[0]!r}") from None
+    vision = _fields(given[0], VISION, f"{where}: vision_cfg")
+    text = _fields(given[1], TEXT, f"{where}: text_cfg")
+    quick = bool(values.get("quick_gelu", False))
+    bias = values.get("init_logit_bias")
+    if vision["timm_model_name"]:
+        image_tower = _timm_siglip(vision, shapes, where)
+    else:
+        image_tower = _vision(vision, quick, where)
+    return ModelConfig(
+        image_tower,
+        _text(text, quick, embed_dim, where),
+        embed_dim=embed_dim,
+        loss="softmax" if bias is None else "sigmoid",
+        init_bias=None if bias is None else float(bias),
+    )
+
+
+def _vision(c: dict[str, Any], quick: bool, where: str) -> VisionConfig:
+    if isinstance(c["layers"], list):
+        raise CheckpointError(f"{where} describes a ResNet image tower, which vlm does not read")
+    if c["pool_type"] not in ("tok", "avg"):
+        raise CheckpointError(f"{where}: vision_cfg.pool_type {c['pool_type']!r} is unknown to vlm")
+    pool = {"tok": "class", "avg": "mean"}[c["pool_type"]]
+    if c["attentional_pool"]:
+        if c["attentional_pool"] is not True or pool != "class":
+            raise CheckpointError(f"{where}: vlm reads attentional_pool true, with pool_type 'tok'")
+        pool = "query"
+    return VisionConfig(
+        image_size=_side(c["image_size"], f"{where}: vision_cfg.image_size"),
+        patch_size=_side(c["patch_size"], f"{where}: vision_cfg.patch_size"),
+        width=c["width"],
+        depth=c["layers"],
+        heads=c["width"] // c["head_width"],
+        mlp_dim=int(c["width"] * c["mlp_ratio"]),
+        pool=pool,
+        pool_heads=c["attn_pooler_heads"] if pool == "query" else None,
+        class_token=True,
+        pre_norm=not c["no_ln_pre"],
+        norm_pooled=c["final_ln_after_pool"] and pool == "mean",
+        layer_scale=c["ls_init_value"] is not None,
+        patch_bias=False,
+        projection="linear",
+        activation=_activation(c, quick, f"{where}: vision_cfg"),
+        norm_eps=(c["norm_kwargs"] or {}).get("eps", 1e-5),
+        patch_dropout=c["patch_dropout"],
+    )
+
+
+def _text(c: dict[str, Any], quick: bool, embed_dim: int, where: str) -> TextConfig:
+    pools = {"argmax": "argmax", "eos": "end", "first": "first", "last": "last"}
+    if c["pool_type"] not in pools:
+        raise CheckpointError(f"{where}: text_cfg.pool_type {c['pool_type']!r} is unknown to vlm")
+    pool = "class" if c["embed_cls"] else pools[c["pool_type"]]
+    projection = "linear_bias" if c["proj_bias"] else "linear"
+    if c["proj_type"] == "none":
+        projection = "none"
+    elif c["proj_type"] != "linear":
+        raise CheckpointError(f"{where}: text_cfg.proj_type {c['proj_type']!r} is unknown to vlm")
+    return TextConfig(
+        vocab_size=c["vocab_size"],
+        context_length=c["context_length"],
+        width=c["width"],
+        depth=c["layers"],
+        heads=c["heads"],
+        mlp_dim=int(c["width"] * c["mlp_ratio"]),
+        causal=not c["no_causal_mask"],
+        pool=pool,
+        end_id=c["eos_id"] if pool == "end" else None,
+        pad_id=c["pad_id"] if pool == "class" else None,
+        layer_scale=c["ls_init_value"] is not None,
+        projection=projection,
+        activation=_activation(c, quick, f"{where}: text_cfg"),
+        norm_eps=(c["norm_kwargs"] or {}).get("eps", 1e-5),
+    )
+
+
+def _timm_siglip(c: dict[str, Any], shapes: Shapes, where: str) -> VisionConfig:
+    name = c["timm_model_name"]
+    match = TIMM_SIGLIP.match(name)
+    if not match or c["timm_pool"] != "map" or c["timm_proj"] not in ("none", None, ""):
+        raise CheckpointError(
+            f"{where}: the image tower {name!r} is not one that vlm reads: of timm's it reads "
+            "SigLIP's, vit_*_siglip_*, with attention pooling and no projection"
+        )
+    try:
+        width, _, patch, _ = shapes["visual.trunk.patch_embed.proj.weight"]
+        mlp_dim = shapes["visual.trunk.blocks.0.mlp.fc1.weight"][0]
+    except (KeyError, ValueError):
+        raise CheckpointError(f"{where}: the weights are not those of timm's {name}") from None
+    depth = sum(bool(re.fullmatch(r"visual\.trunk\.blocks\.\d+\.norm1\.weight", n)) for n in shapes)
+    return VisionConfig(
+        image_size=_side(c["image_size"], f"{where}: vision_cfg.image_size"),
+        patch_size=patch,
+        width=width,
+        depth=depth,
+        heads=TIMM_HEADS[match[1]],
+        mlp_dim=mlp_dim,
+        pool="map",
+        activation="gelu_tanh" if TIMM_TANH.match(name) else "gelu",
+        norm_eps=1e-6,
+    )
+
+
+def _activation(c: dict[str, Any], quick: bool, where: str) -> Activation:
+    options = c["act_kwargs"] or {}
+    if quick and not options:
+        return "quick_gelu"
+    if not quick and options.keys() <= {"approximate"}:
+        known: dict[str, Activation] = {"none": "gelu", "tanh": "gelu_tanh"}
+        if (kind := options.get("approximate", "none")) in known:
+            return known[kind]
+    raise CheckpointError(f"{where} has act_kwargs {options!r}, an activation unknown to vlm")
+
+
+def _fields(given: Any, known: dict[str, Any], where: str) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise CheckpointError(f"{where} is {given!r}, not an object of fields")
+    if given.get("hf_model_name"):
+        raise CheckpointError(
+            f"{where}: the text tower {given['hf_model_name']!r} of transformers is not one that "
+            "vlm reads: it reads open_clip's own"
+        )
+    for name, value in given.items():
+        if name in known:
+            if isinstance(known[name], int) and not isinstance(value, int | list):
+                raise CheckpointError(f"{where}.{name} is {value!r}, not a whole number")
+        elif name not in OFF or value not in (None, False):
+            raise CheckpointError(f"{where} has {name} {value!r}, which vlm does not know")
+    return known | {k: v for k, v in given.items() if k in known}
+
+
+def _side(size: Any, where: str) -> int:
+    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
+        size = size[0]
+    if not isinstance(size, int):
+        raise CheckpointError(f"{where} is {size!r}: vlm takes squares alone")
+    return size
+
+
+# --------------------------------------------------------------------- their names and ours
+
+
+def rules(config: ModelConfig, shapes: Shapes) -> list[Rule]:
+    """The table for a model of this configuration, whose tensors have these `shapes`."""
+    prefix = "text." if any(name.startswith("text.") for name in shapes) else ""
+    timm = any(name.startswith("visual.trunk.") for name in shapes)
+    scalar = SCALAR_1 if shapes.get("logit_scale") == (1,) else SCALAR
+    logits = [Rule("logit_scale", "logit_scale", scalar)]
+    if config.init_bias is not None:
+        logits.append(Rule("logit_bias", "logit_bias", scalar))
+    image = TIMM_RULES if timm else _vision_rules(config)
+    return [*logits, *image, *_text_rules(config.text, prefix)]
+
+
+def _blocks(theirs: str, ours: str, *, layer_scale: bool) -> list[Rule]:
+    scales = [
+        Rule(f"{theirs}.ls_1.gamma", f"{ours}.attention_scale"),
+        Rule(f"{theirs}.ls_2.gamma", f"{ours}.mlp_scale"),
+    ]
+    return [
+        *norm(f"{theirs}.ln_1", f"{ours}.attention_norm"),
+        *fused(
+            f"{theirs}.attn.in_proj_weight",
+            f"{theirs}.attn.in_proj_bias",
+            f"{ours}.attention",
+            ("query", "key", "value"),
+        ),
+        *out(f"{theirs}.attn.out_proj", f"{ours}.attention.out"),
+        *norm(f"{theirs}.ln_2", f"{ours}.mlp_norm"),
+        *linear(f"{theirs}.mlp.c_fc", f"{ours}.mlp.up"),
+        *linear(f"{theirs}.mlp.c_proj", f"{ours}.mlp.down"),
+        *(scales if layer_scale else []),
+    ]
+
+
+def _vision_rules(config: ModelConfig) -> list[Rule]:
+    c = config.vision
+    pre_norm = norm("visual.ln_pre", "vision.pre_norm") if c.pre_norm else []
+    pool = _query_pool(same_width=c.width == config.embed_dim) if c.pool == "query" else []
+    return [
+        Rule("visual.class_embedding", "vision.class_token"),
+        Rule("visual.positional_embedding", "vision.position"),
+        Rule("visual.conv1.weight", "vision.stem.kernel", CONV),
+        *pre_norm,
+        *_blocks(
+            "visual.transformer.resblocks.{}",
+            "vision.transformer.blocks",
+            layer_scale=c.layer_scale,
+        ),
+        *pool,
+        *norm("visual.ln_post", "vision.norm"),
+        Rule("visual.proj", "vision.projection.kernel"),  # (in, out) already
+    ]
+
+
+def _query_pool(*, same_width: bool) -> list[Rule]:
+    """CoCa's attentional pooler, of which the contrastive half uses the first query alone."""
+    theirs, ours = "visual.attn_pool", "vision.pool"
+    names = ("query", "key", "value")
+    kernels = tuple(f"{ours}.attention.{name}.kernel" for name in names)
+    if same_width:  # torch then keeps the three in one matrix
+        matrices = [Rule(f"{theirs}.attn.in_proj_weight", kernels, LINEAR)]
+    else:
+        matrices = [
+            Rule(f"{theirs}.attn.{name[0]}_proj_weight", kernel, LINEAR)
+            for name, kernel in zip(names, kernels, strict=True)
+        ]
+    biases = tuple(f"{ours}.attention.{name}.bias" for name in names)
+    return [
+        Rule(f"{theirs}.query", f"{ours}.query", FIRST_ROW),
+        *matrices,
+        Rule(f"{theirs}.attn.in_proj_bias", biases, FLAT),
+        *out(f"{theirs}.attn.out_proj", f"{ours}.attention.out"),
+        *norm(f"{theirs}.ln_q", f"{ours}.query_norm"),
+        *norm(f"{theirs}.ln_k", f"{ours}.context_norm"),
+    ]
+
+
+def _text_rules(c: TextConfig, prefix: str) -> list[Rule]:
+    projection = {
+        "none": [],
+        "linear": [Rule(f"{prefix}text_projection", "text.projection.kernel")],  # (in, out)
+        "linear_bias": linear(f"{prefix}text_projection", "text.projection"),
+    }[c.projection]
+    token = [Rule(f"{prefix}cls_emb", "text.class_token")] if c.pool == "class" else []
+    return [
+        Rule(f"{prefix}token_embedding.weight", "text.embedding"),
+        Rule(f"{prefix}positional_embedding", "text.position"),
+        *token,
+        *_blocks(
+            f"{prefix}transformer.resblocks.{{}}",
+            "text.transformer.blocks",
+            layer_scale=c.layer_scale,
+        ),
+        *norm(f"{prefix}ln_final", "text.norm"),
+        *projection,
+    ]
+
+
+_TRUNK, _BLOCK, _OURS = "visual.trunk", "visual.trunk.blocks.{}", "vision.transformer.blocks"
+TIMM_RULES: list[Rule] = [
+    Rule(f"{_TRUNK}.patch_embed.proj.weight", "vision.stem.kernel", CONV),
+    Rule(f"{_TRUNK}.patch_embed.proj.bias", "vision.stem.bias"),
+    Rule(f"{_TRUNK}.pos_embed", "vision.position", leading(1)),
+    *norm(f"{_BLOCK}.norm1", f"{_OURS}.attention_norm"),
+    *fused(
+        f"{_BLOCK}.attn.qkv.weight",
+        f"{_BLOCK}.attn.qkv.bias",
+        f"{_OURS}.attention",
+        ("query", "key", "value"),
+    ),
+    *out(f"{_BLOCK}.attn.proj", f"{_OURS}.attention.out"),
+    *norm(f"{_BLOCK}.norm2", f"{_OURS}.mlp_norm"),
+    *linear(f"{_BLOCK}.mlp.fc1", f"{_OURS}.mlp.up"),
+    *linear(f"{_BLOCK}.mlp.fc2", f"{_OURS}.mlp.down"),
+    *norm(f"{_TRUNK}.norm", "vision.norm"),
+    Rule(f"{_TRUNK}.attn_pool.latent", "vision.pool.probe", leading(1)),
+    *heads(f"{_TRUNK}.attn_pool.q", "vision.pool.attention.query"),
+    *fused(
+        f"{_TRUNK}.attn_pool.kv.weight",
+        f"{_TRUNK}.attn_pool.kv.bias",
+        "vision.pool.attention",
+        ("key", "value"),
+    ),
+    *out(f"{_TRUNK}.attn_pool.proj", "vision.pool.attention.out"),
+    *norm(f"{_TRUNK}.attn_pool.norm", "vision.pool.norm"),
+    *linear(f"{_TRUNK}.attn_pool.mlp.fc1", "vision.pool.mlp.up"),
+    *linear(f"{_TRUNK}.attn_pool.mlp.fc2", "vision.pool.mlp.down"),
+]
+
+
+def ignored(name: str) -> bool:
+    """Buffers that hold nothing learned, and CoCa's captioning half."""
+    return name.endswith("attn_mask") or name.startswith("text_decoder.")
