@@ -49,14 +49,16 @@ class Ring:
         texts: Any,
         empty: tuple[Any, Any],
     ) -> tuple[Any, Any]:
-        """Visit all negative pairs of the global batch; merge what each tile says of its rows.
+        """Visit all negative pairs of the global batch; merge what each tile says of both sides.
+
+        Images are rows and texts are columns: arrays of images are (b, ...), of texts (..., b).
 
         Args:
             visit: `visit(images, texts, hide) -> (image_sums, text_sums)` for t images and t texts;
                 `hide` gives the logits of positives and of padding the value `HIDDEN`.
             merge: joins two partial sums, of images or of texts.
-            images, texts: what `visit` needs to know of each; trees of arrays (b, ...).
-            empty: the neutral elements of `merge` for images and texts; trees of arrays (b, ...).
+            images, texts: trees of what `visit` needs to know of the local ones.
+            empty: trees of the neutral elements of `merge`, for the local images and texts.
 
         Returns:
             the merged sums of the local images and of the local texts.
@@ -64,8 +66,8 @@ class Ring:
         b = jax.tree.leaves(images)[0].shape[0]
         count = -(-b // self.tile)
         t = -(-b // count)
-        images, texts = _cut(images, count, t), _cut(texts, count, t)
-        image_sums, no_sums = _cut(empty[0], count, t), _cut(empty[1], count, t)
+        images, image_sums = (_cut(x, count, t, axis=0) for x in (images, empty[0]))
+        texts, no_sums = (_cut(x, count, t, axis=-1) for x in (texts, empty[1]))
 
         def block(image_sums, texts, *, own):
             """One block of texts against the local images; `own`: it holds their positives."""
@@ -96,7 +98,7 @@ class Ring:
         if self.devices > 1:
             carry = image_sums, next_texts, text_sums
             image_sums, _, text_sums = lax.fori_loop(1, self.devices, step, carry)
-        return _join(image_sums, b), _join(self._send(text_sums), b)
+        return _join(image_sums, b, axis=0), _join(self._send(text_sums), b, axis=-1)
 
     def total(self, x: Float[Array, ""]) -> Float[Array, ""]:
         """The sum of a number over the devices."""
@@ -120,23 +122,22 @@ def add(a: Any, b: Any) -> Any:
     return jax.tree.map(jnp.add, a, b)
 
 
-def dot(x: Float[Array, "m d"], y: Float[Array, "n d"]) -> Float[Array, "m n"]:
-    """x @ y.T with products in the inputs' type and float32 sums."""
-    return jnp.einsum("md,nd->mn", x, y, preferred_element_type=jnp.float32)
-
-
-def dot_pairs(x: Float[Array, "b d"], y: Float[Array, "b d"]) -> Float[Array, " b"]:
-    """The diagonal of `dot`: each image with its own text."""
-    return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
+def dot(x: Float[Array, "m d"], y: Float[Array, "d n"]) -> Float[Array, "m n"]:
+    """x @ y with products in the inputs' type and float32 sums."""
+    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
 def pull_back(
-    g: Float[Array, "m n"], x: Float[Array, "m d"], y: Float[Array, "n d"]
-) -> tuple[Float[Array, "m d"], Float[Array, "n d"]]:
+    g: Float[Array, "m n"], x: Float[Array, "m d"], y: Float[Array, "d n"]
+) -> tuple[Float[Array, "m d"], Float[Array, "d n"]]:
     """The gradients of `dot`'s inputs for the gradient `g` of its output, in float32."""
-    dx = jnp.einsum("mn,nd->md", g.astype(y.dtype), y, preferred_element_type=jnp.float32)
-    dy = jnp.einsum("mn,md->nd", g.astype(x.dtype), x, preferred_element_type=jnp.float32)
-    return dx, dy
+    g = g.astype(x.dtype)
+    return dot(g, y.T), dot(x.T, g)
+
+
+def dot_pairs(x: Float[Array, "b d"], y: Float[Array, "b d"]) -> Float[Array, " b"]:
+    """Each image with its own text."""
+    return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
 
 
 def _hide(row: Array, column: Array, b: int, *, padded: bool, own: bool) -> Hide:
@@ -157,19 +158,29 @@ def _hide(row: Array, column: Array, b: int, *, padded: bool, own: bool) -> Hide
     return hide
 
 
-def _cut(tree, count, t):
-    """(b, ...) -> (count, t, ...), padded by repeating the last row."""
+def _cut(tree, count, t, axis):
+    """Axis b -> (count, t), with count in front; padded by repeating the last entry."""
 
     def cut(x):
-        pad = [(0, count * t - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
-        return jnp.pad(x, pad, mode="edge").reshape(count, t, *x.shape[1:])
+        before, after = x.shape[: axis % x.ndim], x.shape[axis % x.ndim + 1 :]
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (0, count * t - x.shape[axis])
+        tiles = jnp.pad(x, pad, mode="edge").reshape(*before, count, t, *after)
+        return jnp.moveaxis(tiles, len(before), 0)
 
     return jax.tree.map(cut, tree)
 
 
-def _join(tree, b):
+def _join(tree, b, axis):
     """The inverse of `_cut`."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:b], tree)
+
+    def join(tiles):
+        at = axis % (tiles.ndim - 1)
+        x = jnp.moveaxis(tiles, 0, at)
+        x = x.reshape(*x.shape[:at], -1, *x.shape[at + 2 :])
+        return jax.lax.slice_in_dim(x, 0, b, axis=at)
+
+    return jax.tree.map(join, tree)
 
 
 def _at(tree, i):

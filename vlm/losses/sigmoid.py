@@ -50,7 +50,7 @@ def value(
         return jax.nn.softplus(hide(scale * dot(x, y) + bias)).sum(1), ()
 
     none = jnp.zeros(len(z_image), jnp.float32)
-    negatives, _ = ring.all_pairs(visit, add, z_image, z_text, (none, ()))
+    negatives, _ = ring.all_pairs(visit, add, z_image, z_text.T, (none, ()))
     positives = jax.nn.softplus(-(scale * dot_pairs(z_image, z_text) + bias))
     return ring.total(jnp.sum(positives + negatives)) / (len(z_image) * ring.devices)
 
@@ -72,15 +72,15 @@ def value_and_gradients(
         return (jax.nn.softplus(logits).sum(1), g.sum(1), d_image), d_text
 
     per_image, per_width = jnp.zeros(len(z_image)), jnp.zeros(z_image.shape)
-    none = (per_image, per_image, per_width), per_width
-    (losses, g, d_image), d_text = ring.all_pairs(visit, add, z_image, z_text, none)
+    none = (per_image, per_image, per_width), per_width.T
+    (losses, g, d_image), d_text = ring.all_pairs(visit, add, z_image, z_text.T, none)
 
     logits = scale * dot_pairs(z_image, z_text) + bias
     positive = -jax.nn.sigmoid(-logits)
     mean = 1 / (len(logits) * ring.devices)
     loss = mean * ring.total(jnp.sum(losses + jax.nn.softplus(-logits)))
     d_image = mean * scale * (d_image + positive[:, None] * z_text)
-    d_text = mean * scale * (d_text + positive[:, None] * z_image)
+    d_text = mean * scale * (d_text.T + positive[:, None] * z_image)
     d_scale = ring.total(jnp.sum(z_image * d_image))  # l = exp(t) x.y + b, so dl/dt = x . dl/dx
     d_bias = None if logit_bias is None else mean * ring.total(jnp.sum(g + positive))
     return loss, (d_image, d_text, d_scale, d_bias)

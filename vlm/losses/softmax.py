@@ -95,13 +95,12 @@ def value_and_gradients(
         return pull_back(in_row + in_column, x, y)
 
     none = jnp.zeros(z_image.shape, jnp.float32)
-    d_image, d_text = ring.all_pairs(
-        visit, add, (z_image, all_rows), (z_text, all_columns), (none, none)
-    )
+    images, texts = (z_image, all_rows), (z_text.T, all_columns)
+    d_image, d_text = ring.all_pairs(visit, add, images, texts, (none, none.T))
     negative = _share(rows, all_rows) + _share(columns, all_columns)
     mean = scale / (2 * len(positives) * ring.devices)
     d_image = mean * (d_image - negative[:, None] * z_text)
-    d_text = mean * (d_text - negative[:, None] * z_image)
+    d_text = mean * (d_text.T - negative[:, None] * z_image)
     d_scale = ring.total(jnp.sum(z_image * d_image))  # l = exp(t) x.y, so dl/dt = x . dl/dx
     d_bias = None if logit_bias is None else jnp.zeros_like(logit_bias)
     return _loss(ring, positives, rows, columns), (d_image, d_text, d_scale, d_bias)
@@ -120,7 +119,7 @@ def _negatives(ring, z_image, z_text, scale) -> tuple[Statistics, Statistics]:
 
     zeros = jnp.zeros(len(z_image), jnp.float32)
     none = Statistics(zeros + HIDDEN, zeros)
-    return ring.all_pairs(visit, merge, z_image, z_text, (none, none))
+    return ring.all_pairs(visit, merge, z_image, z_text.T, (none, none))
 
 
 def _loss(ring, positives, rows: Statistics, columns: Statistics) -> Float[Array, ""]:
