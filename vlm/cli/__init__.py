@@ -1,0 +1,125 @@
+"""The command `vlm`: one module per door, each imported only when it is opened.
+
+A new command is a module with a `main(args)` and a line in `COMMANDS`.
+"""
+
+import difflib
+import errno
+import importlib
+import os
+import sys
+from typing import NamedTuple
+
+from vlm._version import __version__
+from vlm.cli.parse import UsageError
+from vlm.errors import VlmError
+
+
+class Command(NamedTuple):
+    """A door: what it is for, and the module that opens it."""
+
+    summary: str
+    module: str
+    function: str = "main"
+
+
+COMMANDS = {
+    "train": Command("train the model that a config describes, or resume a run", "train"),
+    "eval": Command("measure a model on held-out data", "evaluate"),
+    "classify": Command("name what images show, in words of your choice", "classify"),
+    "embed": Command("write the embeddings of images to a file", "embed"),
+    "index": Command("make images searchable", "index"),
+    "search": Command("find images by a text or by another image", "search"),
+    "bench loss": Command("measure the contrastive losses on this machine", "bench", "loss"),
+}
+
+USAGE = """\
+usage: vlm COMMAND ...
+
+Contrastive vision-language models in JAX.
+
+{commands}
+
+Examples:
+  vlm train configs/openmoji.py
+  vlm classify runs/openmoji photo.jpg --labels "dog,cat,pizza"
+  vlm COMMAND --help
+
+--version prints the version; --debug, with any command, shows the traceback of an error."""
+
+INTERRUPTED, CLOSED_PIPE = 130, 141  # as shells report SIGINT and SIGPIPE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return the exit code: 0, 1 for a failure, 2 for wrong usage.
+
+    A failure is one sentence on stderr, and with `--debug` its traceback.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    try:
+        code = _dispatch(args)
+        sys.stdout.flush()  # a reader that left is noticed here, not at exit
+        return code
+    except SystemExit as stop:  # of --help
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Python would complain at exit: give it a sink.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+    except Exception as error:
+        if debug:
+            raise
+        print(f"vlm: {explain(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def explain(error: Exception) -> str:
+    """What happened, in one sentence with the mend."""
+    if isinstance(error, VlmError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" to write {error.filename}" if error.filename else ""
+        return f"the disk is full: there is no room{where}, so free some and run the command again"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror[0].lower()}{error.strerror[1:]}"
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        return f"out of memory: use a smaller model or batch, or more devices ({text[:200]})"
+    return (
+        f"an error that vlm did not expect, {type(error).__name__}: {text[:300]} "
+        "(run it again with --debug to see where)"
+    )
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        rows = (f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+        print(USAGE.format(commands="\n".join(rows)))
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(f"vlm {__version__}")
+        return 0
+    name = args[0] if args[0] in COMMANDS else " ".join(args[:2])
+    if name not in COMMANDS:
+        raise UsageError(_unknown(args))
+    command = COMMANDS[name]
+    module = importlib.import_module(f"vlm.cli.{command.module}")
+    getattr(module, command.function)(args[len(name.split()) :])
+    return 0
+
+
+def _unknown(args: list[str]) -> str:
+    group = [name for name in COMMANDS if name.startswith(f"{args[0]} ")]
+    if group:
+        return f"{args[0]} needs one more word: choose vlm {', vlm '.join(group)}"
+    if args[0].startswith("-"):
+        return f"the command comes first, and {args[0]} is none: see vlm --help"
+    close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+    mend = f"did you mean vlm {close[0]}?" if close else "vlm --help lists the commands"
+    return f"there is no command {args[0]!r}: {mend}"

@@ -1,0 +1,100 @@
+"""`vlm classify`: which label fits an image best."""
+
+import json as jsonlib
+import sys
+from typing import Annotated
+
+from tyro.conf import arg
+
+from vlm.cli import parse, runtime
+from vlm.cli.parse import UsageError
+
+
+def main(args: list[str]) -> None:
+    parse.call(classify, "vlm classify", args)
+
+
+def classify(
+    model: Annotated[str, arg(metavar="MODEL")],
+    images: Annotated[tuple[str, ...], arg(metavar="IMAGES...")],
+    /,
+    labels: Annotated[str | None, arg(metavar="A,B,...")] = None,
+    labels_file: Annotated[str | None, arg(metavar="FILE")] = None,
+    templates: Annotated[tuple[str, ...], arg(metavar="TEMPLATES...")] = (),
+    top: int = 5,
+    json: bool = False,
+) -> None:
+    """Name what images show: the labels that fit each one best, with calibrated scores.
+
+    Examples:
+      vlm classify runs/openmoji photo.jpg --labels "dog,cat,pizza"
+      vlm classify runs/openmoji photos/ --labels-file names.txt --top 1 --json
+
+    Args:
+        model: a run folder, a bundle, or a public checkpoint.
+        images: files, folders (searched whole) and globs.
+        labels: the names to choose from, separated by commas.
+        labels_file: the names to choose from, one on each line of a text file.
+        templates: sentences in which {} stands for the label, or the name of a set: plain, photo,
+            clip_best, siglip. By default a run's own captions ("{}"), else "a photo of a {}.".
+        top: how many labels to show for each image.
+        json: one JSON object for each image.
+    """
+    names = _labels(labels, labels_file)
+    if not images:
+        raise UsageError("vlm classify needs images: give files, folders or globs after the model")
+    if top < 1:
+        raise UsageError(f"--top {top} shows nothing: ask for at least 1")
+    runtime.prepare_inference()
+    from vlm.bundle import load
+    from vlm.cli.images import find_images
+    from vlm.cli.terminal import bar, chunks, progress
+    from vlm.heads.zero_shot import ZeroShotClassifier
+
+    paths = find_images(images)
+    classifier = ZeroShotClassifier(load(model), names, _sentences(templates, model))
+    shown = progress(paths, "classifying", len(paths))
+    for chunk in chunks(shown):
+        for path, best in zip(chunk, classifier(chunk).top(top), strict=True):
+            if json:
+                row = [{"label": label, "score": round(score, 6)} for label, score in best]
+                print(jsonlib.dumps({"image": str(path), "labels": row}, ensure_ascii=False))
+            else:
+                print(path)
+                for label, score in best:
+                    print(f"  {score:6.1%}  {bar(score):<20}  {label}")
+        sys.stdout.flush()
+
+
+def _labels(labels: str | None, file: str | None) -> list[str]:
+    """The names of `--labels` or of `--labels-file`.
+
+    Raises:
+        UsageError: neither or both, or no names in them.
+    """
+    if (labels is None) == (file is None):
+        raise UsageError('say what to choose from: either --labels "dog,cat" or --labels-file FILE')
+    if file is None:
+        names, where = labels.split(","), "--labels"
+    else:
+        try:
+            with open(file, encoding="utf-8") as lines:
+                names, where = lines.read().splitlines(), file
+        except UnicodeDecodeError:
+            raise UsageError(f"{file} is not a UTF-8 text: give one label on each line") from None
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise UsageError(f"{where} holds no labels: give at least one, such as dog,cat,pizza")
+    return names
+
+
+def _sentences(templates: tuple[str, ...], model: str) -> tuple[str, ...]:
+    from vlm.cli.runs import experiment_of
+    from vlm.heads.prompts import TEMPLATES
+
+    if len(templates) == 1 and templates[0] in TEMPLATES:
+        return TEMPLATES[templates[0]]
+    if templates:
+        return templates
+    run = experiment_of(model)
+    return TEMPLATES["photo"] if run is None else run.data.templates

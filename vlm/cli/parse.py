@@ -1,0 +1,85 @@
+"""Arguments to calls: typed functions and dataclasses as command lines, wrong usage as a sentence.
+
+tyro makes the parsers and the help. What it says of wrong usage is a box of several lines on
+stderr; here that becomes one sentence.
+"""
+
+import contextlib
+import functools
+import inspect
+import io
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from vlm.errors import VlmError
+
+T = TypeVar("T")
+
+_STYLE = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class UsageError(VlmError):
+    """A command line that cannot be: the exit code is 2, as of other commands."""
+
+
+def call(function: Callable[..., None], prog: str, args: list[str]) -> None:
+    """Call `function` with `args`: positional-only parameters by place, the others as options.
+
+    Raises:
+        UsageError: the arguments do not fit.
+    """
+
+    @functools.wraps(function)
+    def bound(*values, **options):
+        return functools.partial(function, *values, **options)
+
+    about = inspect.cleandoc(function.__doc__ or "").split("\n\nArgs:")[0]
+    _cli(bound, prog, args, description=about)()
+
+
+def options(default: T, prog: str, args: list[str], about: str) -> T:
+    """The dataclass `default` with the fields that `args` name, such as `--mesh.fsdp 4`.
+
+    Raises:
+        UsageError: an unknown field, or a value that is not of its type.
+    """
+    return _cli(type(default), prog, args, default=default, description=about)
+
+
+def _cli(target: Any, prog: str, args: list[str], **settings: Any) -> Any:
+    import tyro
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                target,
+                prog=prog,
+                args=args,
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
+                **settings,
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise UsageError(sentence(complaint.getvalue(), prog)) from None
+    finally:
+        complaint.close()
+
+
+def sentence(box: str, prog: str) -> str:
+    """What a box of tyro's says, in one sentence."""
+    lines = [_STYLE.sub("", line).strip("│ \n") for line in box.splitlines()]
+    lines = [line for line in lines if not line.startswith("╭") and not line.startswith("╰")]
+    rules = [i for i, line in enumerate(lines) if line.startswith("──")] or [len(lines)]
+    said, rest = " ".join(lines[: rules[0]]), " ".join(lines[rules[0] :])
+    said = said or "the arguments do not fit"
+    mend = f"see {prog} --help"
+    if meant := re.search(r"[Pp]erhaps you meant:? +(--[\w.-]+)", rest):
+        mend = f"did you mean {meant[1]}?"
+    if wrong := re.search(r"Error parsing (\S+): .*?('[^']*')$", said):
+        kind = re.search(rf"{re.escape(wrong[1])} +(\S+)", rest)
+        said = f"{wrong[1]} takes {kind[1] if kind else 'something else'}, not {wrong[2]}"
+    said = said[0].lower() + said[1:].rstrip(".")
+    return f"{said}: {mend}"

@@ -1,0 +1,23 @@
+"""What a run folder remembers of itself, read without JAX."""
+
+import json
+
+from vlm.config import Experiment, from_dict
+from vlm.errors import CheckpointError, ConfigError
+from vlm.paths import as_path
+
+
+def experiment_of(model: str) -> Experiment | None:
+    """The experiment of a run folder; None for any other model.
+
+    Raises:
+        CheckpointError: a run whose config cannot be read.
+    """
+    folder = as_path(model)
+    file = folder / "config.json"  # Hugging Face folders have one too, of another kind
+    if not file.exists() or not any((folder / n).exists() for n in ("bundle", "checkpoints")):
+        return None
+    try:
+        return from_dict(Experiment, json.loads(file.read_text()))
+    except (ValueError, ConfigError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None

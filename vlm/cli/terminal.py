@@ -1,0 +1,45 @@
+"""What a command shows while it works (on stderr) and what it says (on stdout)."""
+
+import itertools
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+
+CHUNK = 256  # items that are worked on before their results are shown
+
+
+def chunks(items: Sequence[T]) -> Iterator[list[T]]:
+    """The items in lists of at most `CHUNK`, so that results come while the rest is worked on."""
+    stream = iter(items)
+    return iter(lambda: list(itertools.islice(stream, CHUNK)), [])
+
+
+def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+    """The items as they pass, counted on the terminal; silent where stderr is not one."""
+    console = Console(file=sys.stderr)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    shown = console.is_terminal and total > 1
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
+        yield from bar.track(items, total=total, description=what)
+
+
+def bar(share: float, width: int = 20) -> str:
+    """A line of blocks as long as `share` of `width`."""
+    eighths = round(8 * width * min(max(share, 0.0), 1.0))
+    full, rest = divmod(eighths, 8)
+    return "█" * full + (chr(0x2590 - rest) if rest else "")
+
+
+def say(text: str) -> None:
+    """A line for the reader of the terminal, beside the results."""
+    print(text, file=sys.stderr)
