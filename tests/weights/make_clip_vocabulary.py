@@ -43,9 +43,7 @@ def main() -> None:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    vocabulary.decoder = decoders.Sequence(
-        [decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)]
-    )
+    vocabulary.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
     vocabulary.add_special_tokens(SPECIALS)
     out = pathlib.Path(__file__).parents[2] / "vlm" / "weights" / "clip" / "tokenizer.json"
     out.write_text(vocabulary.to_str())

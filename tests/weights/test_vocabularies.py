@@ -1,0 +1,76 @@
+"""Vocabularies: OpenAI's own, SentencePiece files, and folders that lack something."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from etils import epath
+
+from vlm.config import ModelConfig, TextConfig
+from vlm.errors import CheckpointError
+from vlm.weights.vocabularies import clip_tokenizer, huggingface_tokenizer, siglip_tokenizer
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def test_clip_ids_are_open_clips():
+    golden = np.load(GOLDEN / "clip_tokens.npz")
+    pairs = zip(golden["texts"], golden["lengths"], strict=True)
+    texts = [bytes(text).ljust(n, b"\0").decode() for text, n in pairs]
+    assert np.array_equal(clip_tokenizer(77)(texts), golden["tokens"])
+
+
+def test_clip_rows_begin_end_and_decode():
+    tokenizer = clip_tokenizer(10)
+    rows = tokenizer(["a photo of a cat", "", "long " * 50])
+    assert rows[:, 0].tolist() == [49406] * 3
+    assert rows[0].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 0, 0, 0]
+    assert rows[1, :3].tolist() == [49406, 49407, 0]
+    assert rows[2, -1] == 49407
+    assert tokenizer.decode(rows) == ["a photo of a cat", "", " ".join(["long"] * 8)]
+    assert tokenizer.count_truncated(["short", "long " * 50]) == 1
+
+
+def test_sentencepiece_file_of_siglip():
+    golden = np.load(GOLDEN / "siglip_tokens.npz")
+    tokenizer = siglip_tokenizer(GOLDEN / "spiece.model", 16)
+    assert np.array_equal(tokenizer(golden["texts"].tolist()), golden["tokens"])
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 5000])
+def test_torn_sentencepiece_file(size, tmp_path):
+    whole = (GOLDEN / "spiece.model").read_bytes()
+    (tmp_path / "spiece.model").write_bytes(whole[:size] + (b"\xff" * 9 if size == 5000 else b""))
+    with pytest.raises(CheckpointError, match="SentencePiece model"):
+        siglip_tokenizer(tmp_path / "spiece.model", 16)
+
+
+def test_folders_without_what_a_tokenizer_needs(tmp_path):
+    config = ModelConfig(text=TextConfig(vocab_size=300, context_length=8))
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        huggingface_tokenizer(epath.Path(tmp_path), config)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"is not a tokenizer\.json"):
+        huggingface_tokenizer(epath.Path(tmp_path), config)
+    (tmp_path / "tokenizer_config.json").write_text("[1")
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        huggingface_tokenizer(epath.Path(tmp_path), config)
+
+
+def test_vocab_and_merges_files(tmp_path):
+    """Old CLIP folders have no tokenizer.json, but OpenAI's vocabulary in two files."""
+    from vlm.weights import vocabularies
+
+    packaged = pathlib.Path(vocabularies.__file__).parent / "clip" / "tokenizer.json"
+    model = json.loads(packaged.read_text())["model"]
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocab = {names.get(token, token): i for token, i in model["vocab"].items()}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
+    (tmp_path / "merges.txt").write_text("\n".join(lines))
+    config = ModelConfig(text=TextConfig(vocab_size=49408, context_length=12))
+    rows = huggingface_tokenizer(epath.Path(tmp_path), config)(["a photo of a CAT"])
+    expected = clip_tokenizer(12)(["a photo of a cat"])
+    expected[expected == 0] = 49407  # transformers pads with the end token
+    assert np.array_equal(rows, expected)
