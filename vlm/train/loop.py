@@ -23,11 +23,13 @@ from vlm.train.run import Run
 from vlm.train.step import Trainer, TrainState
 
 
-def train(experiment: Experiment | None = None, *, resume: str | os.PathLike | None = None) -> epath.Path:
+def train(
+    experiment: Experiment | None = None, *, resume: str | os.PathLike | None = None
+) -> epath.Path:
     """Train `experiment` in a new run folder, or go on with the run in `resume`.
 
-    Returns the run folder. SIGINT and SIGTERM save a checkpoint and leave; a resumed run ends as if it had
-    not been left.
+    Returns the run folder. SIGINT and SIGTERM save a checkpoint and leave; a resumed run ends as if
+    it had not been left.
 
     Raises:
         VlmError: whatever a user can mend, from a wrong batch size to a full disk.
