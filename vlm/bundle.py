@@ -37,6 +37,7 @@ from vlm.tokenizer import Tokenizer
 from vlm.weights.checkpoint import Checkpoint, open_checkpoint
 from vlm.weights.files import SafetensorsFiles, write_safetensors
 from vlm.weights.rules import Rule, fill, flat_arrays, flat_shapes
+from vlm.weights.writing import Format, write_folder
 
 BUNDLE_FILE = "bundle.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -146,11 +147,18 @@ class Bundle:
 
     # ---------------------------------------------------------------------------- saving
 
-    def save(self, folder: epath.PathLike) -> None:
+    def save(self, folder: epath.PathLike, format: Format | Literal["vlm"] = "vlm") -> None:
         """Write the bundle as a folder; a reader never sees half of it.
 
-        In a run of several processes, all must call this; the first one writes.
+        With `format` "huggingface" or "open_clip", as transformers or open_clip would open it. In a
+        run of several processes, all must call this; the first one writes.
+
+        Raises:
+            CheckpointError: the format has no place for something that the model has.
         """
+        if format != "vlm":
+            write_folder(folder, format, self.model, self.preprocess, self.tokenizer)
+            return
         folder = as_path(folder)
         arrays = flat_arrays(self.model)
         if jax.process_count() > 1:

@@ -64,6 +64,11 @@ class Tokenizer:
         """Number of rows that an embedding table of this vocabulary needs."""
         return max(self._vocabulary.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    @property
+    def vocabulary(self) -> tokenizers.Tokenizer:
+        """A copy of the vocabulary, without the rules."""
+        return tokenizers.Tokenizer.from_str(self._vocabulary.to_str())
+
     def __call__(self, texts: str | Sequence[str]) -> Int32[np.ndarray, "n l"]:
         """Token ids of each text; one string counts as a list of one.
 

@@ -1,0 +1,181 @@
+"""Whole models beside transformers and open_clip: features, logits, and writing back.
+
+Random weights at published sizes, saved by their own code and loaded as a user's folder would be.
+Run with the extra `peers` installed beside vlm: python tests/peers/models.py [NAME ...]
+"""
+
+import gc
+import json
+import pathlib
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "weights")]
+TEXTS = ["a photo of a cat", "two dogs running on the beach", "", "naïve café 🙂", "long " * 100]
+
+
+def pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    out = []
+    for height, width in ((480, 640), (300, 200), (64, 900), (224, 224)):
+        y, x = np.mgrid[:height, :width]
+        ramp = np.stack([x * 255 // width, y * 255 // height, (x // 7 + y // 9) % 2 * 255], -1)
+        noise = rng.integers(-40, 40, ramp.shape)
+        out.append(Image.fromarray(np.clip(ramp + noise, 0, 255).astype(np.uint8)))
+    return out
+
+
+def unit(x: torch.Tensor) -> np.ndarray:
+    return torch.nn.functional.normalize(x, dim=-1).numpy()
+
+
+def compare(name: str, folder: pathlib.Path, z_image, z_text, logits) -> None:
+    from vlm.bundle import load
+
+    start = time.perf_counter()
+    bundle = load(folder)
+    seconds = time.perf_counter() - start
+    ours_image, ours_text = bundle.encode_image(pictures()), bundle.encode_text(TEXTS)
+    ours = bundle.logit_scale * ours_image @ ours_text.T + bundle.logit_bias
+    differences = [np.abs(a - b).max() for a, b in ((ours_image, z_image), (ours_text, z_text))]
+    print(
+        f"{name:34} image {differences[0]:.1e}  text {differences[1]:.1e}  "
+        f"logits {np.abs(ours - logits).max():.1e}  loaded in {seconds:.1f} s",
+        flush=True,
+    )
+
+
+def open_clip_model(name: str) -> None:
+    import open_clip
+    import safetensors.torch
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    torch.manual_seed(0)
+    model = open_clip.create_model(name).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        config = open_clip.get_model_config(name)
+        preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3} if "SigLIP" in name else {}
+        if "SigLIP" in name:
+            preprocess["resize_mode"] = "squash"
+        about = {"model_cfg": config, "preprocess_cfg": preprocess}
+        (folder / "open_clip_config.json").write_text(json.dumps(about))
+        state = {k: v.contiguous() for k, v in model.state_dict().items()}
+        safetensors.torch.save_file(state, folder / "open_clip_model.safetensors")
+        size = model.visual.image_size
+        size = size[0] if isinstance(size, tuple) else size
+        transform = image_transform_v2(PreprocessCfg(size=size, **preprocess), is_train=False)
+        tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
+        with torch.no_grad():
+            pixels = torch.stack([transform(p) for p in pictures()])
+            z_image = unit(model.encode_image(pixels))
+            z_text = unit(model.encode_text(tokenizer(TEXTS)))
+            scale = model.logit_scale.exp().item()
+            bias = model.logit_bias.item() if model.logit_bias is not None else 0.0
+        del model, state
+        gc.collect()
+        compare(f"open_clip {name}", folder, z_image, z_text, scale * z_image @ z_text.T + bias)
+
+
+def transformers_model(kind: str) -> None:
+    import transformers
+    from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+
+    from vlm.weights.vocabularies import clip_tokenizer
+    from vlm.weights.writing import standalone
+
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        if kind == "CLIPModel":
+            config = transformers.CLIPConfig()
+            processor = CLIPImageProcessorPil()
+        else:
+            text = {"vocab_size": 49408, "max_position_embeddings": 64}
+            config = transformers.SiglipConfig(text_config=text)
+            processor = SiglipImageProcessorPil()
+        model = getattr(transformers, kind)(config).eval()
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        length = 77 if kind == "CLIPModel" else 64
+        vocabulary = standalone(clip_tokenizer(length))
+        (folder / "tokenizer.json").write_text(vocabulary.to_str())
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<end_of_text>",
+                 "bos_token": "<start_of_text>", "eos_token": "<end_of_text>"}  # fmt: skip
+        (folder / "tokenizer_config.json").write_text(json.dumps(about))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokens = tokenizer(
+            TEXTS, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )["input_ids"]
+        pixels = processor(pictures(), return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            out = model(pixel_values=pixels, input_ids=tokens)
+        del model
+        gc.collect()
+        compare(
+            f"transformers {kind}", folder, out.image_embeds.numpy(), out.text_embeds.numpy(),
+            out.logits_per_image.numpy(),
+        )  # fmt: skip
+
+
+def written_back() -> None:
+    """Our golden folders, written by us, opened by transformers and open_clip."""
+    import open_clip
+    import transformers
+
+    from vlm.bundle import load
+
+    golden = ROOT / "tests" / "weights" / "golden"
+    for name, form in (("hf_clip", "huggingface"), ("hf_siglip_wide", "huggingface"),
+                       ("oc_quick", "huggingface"), ("oc_vit", "open_clip"),
+                       ("oc_mean", "open_clip"), ("hf_clip", "open_clip")):  # fmt: skip
+        bundle = load(golden / name)
+        outputs = np.load(golden / name / "outputs.npz")
+        pixels = torch.from_numpy(outputs["pixels"]).permute(0, 3, 1, 2)
+        tokens = torch.from_numpy(outputs["tokens"]).long()
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            folder = pathlib.Path(folder) / "out"
+            bundle.save(folder, format=form)
+            if form == "huggingface":
+                model = transformers.AutoModel.from_pretrained(folder).eval()
+                out = model(pixel_values=pixels, input_ids=tokens)
+                z_image, z_text = out.image_embeds.numpy(), out.text_embeds.numpy()
+                tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+                theirs = tokenizer(
+                    outputs["texts"].tolist(), padding="max_length", truncation=True,
+                    return_tensors="np",
+                )["input_ids"]  # fmt: skip
+            else:
+                model = open_clip.create_model(f"local-dir:{folder}").eval()
+                z_image, z_text = unit(model.encode_image(pixels)), unit(model.encode_text(tokens))
+                theirs = open_clip.get_tokenizer(f"local-dir:{folder}")(outputs["texts"].tolist())
+                theirs = theirs.numpy()
+            ours_image = np.asarray(bundle.model.encode_image(outputs["pixels"]))
+            ours_text = np.asarray(bundle.model.encode_text(outputs["tokens"]))
+            same = np.array_equal(theirs, outputs["tokens"])
+            print(
+                f"{name} written as {form:12} image {np.abs(ours_image - z_image).max():.1e}  "
+                f"text {np.abs(ours_text - z_text).max():.1e}  tokens equal: {same}",
+                flush=True,
+            )
+
+
+CASES = {
+    "back": written_back,
+    "CLIPModel": lambda: transformers_model("CLIPModel"),
+    "SiglipModel": lambda: transformers_model("SiglipModel"),
+    **{
+        name: lambda name=name: open_clip_model(name)
+        for name in ("ViT-B-32", "ViT-B-32-quickgelu", "ViT-M-16-alt", "coca_ViT-B-32", "RN50")
+    },
+}
+
+if __name__ == "__main__":
+    for case in sys.argv[1:] or CASES:
+        CASES[case]()
