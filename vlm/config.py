@@ -48,6 +48,9 @@ class VisionConfig:
     projection: Literal["none", "linear", "linear_bias"] = "none"  # pooled width -> embed_dim
     activation: Activation = "gelu_tanh"
     norm_eps: float = 1e-6
+    # Blocks in the four stages of OpenAI's ResNet, which then takes the place of the ViT: `width` is
+    # its stem's, `heads` its attention pool's, patch_size 32, and it is its own projection.
+    resnet: tuple[int, ...] = ()
     dropout: float = 0.0
     patch_dropout: float = 0.0  # share of the patches left out while training (FLIP)
 
@@ -96,6 +99,8 @@ class ModelConfig:
                     f"{name}.width {tower.width} is not a multiple of heads {tower.heads}: "
                     "choose a width that the heads divide"
                 )
+            if getattr(tower, "resnet", ()):
+                continue
             if tower.projection == "none" and tower.width != self.embed_dim:
                 raise ConfigError(
                     f"{name} has no projection, so its width {tower.width} must equal embed_dim "
@@ -241,11 +246,17 @@ class Experiment:
     remat: RematPolicy = "none"
     scan: bool = True  # blocks as one scanned loop; False unrolls them
     lock: Literal["none", "vision", "text"] = "none"  # a tower that is not trained (LiT)
+    init_from: str | None = None  # a model to start from: whatever `vlm.load` takes
+    init_towers: Literal["both", "vision", "text"] = "both"  # what is taken of it
+    # (share of the run, pixels): smaller images to begin with, as ((0.8, 112),); then the full size.
+    image_sizes: tuple[tuple[float, int], ...] = ()
+    text_masking: float = 0.0  # share of a text's places left out while training, padding first
     seed: int = 0
     log_every: int = 10  # steps
     eval_every: float | None = None  # share of the run; None: at the end alone
     checkpoint_every: float = 0.25  # share of the run
     keep_checkpoints: int = 2
+    profile: tuple[int, int] | None = None  # first and last step of a trace by jax.profiler
     run_dir: str | None = None  # None: runs/NAME-DATE
 
     def __post_init__(self):
@@ -255,6 +266,16 @@ class Experiment:
             raise ConfigError(
                 f"a run has one length, but {' and '.join(given)} are all set: keep one"
             )
+        for name in given:
+            if getattr(self, name) <= 0:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}: a run takes more than that, so make it "
+                    "positive"
+                )
+        for name in ("batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}: make it at least 1")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size "
@@ -269,6 +290,24 @@ class Experiment:
             raise ConfigError(
                 f"tokenizer.context_length {self.tokenizer.context_length} is not the model's "
                 f"{self.model.text.context_length}: set both to the same number"
+            )
+        patch = self.model.vision.patch_size
+        if any(size % patch or size < patch for _, size in self.image_sizes):
+            raise ConfigError(
+                f"image_sizes {self.image_sizes} are not all multiples of patch_size {patch}: "
+                "choose sizes that the patches tile"
+            )
+        if sum(share for share, _ in self.image_sizes) > 1 or any(
+            share <= 0 for share, _ in self.image_sizes
+        ):
+            raise ConfigError(
+                f"image_sizes {self.image_sizes} must have positive shares of the run that add up "
+                "to at most 1: what is left trains at the full size"
+            )
+        if not 0 <= self.text_masking < 1:
+            raise ConfigError(
+                f"text_masking {self.text_masking} is a share of the text: choose at least 0 and "
+                "below 1"
             )
 
 

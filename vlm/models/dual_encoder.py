@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from vlm.config import ModelConfig
+from vlm.models.resnet import ResNetTower
 from vlm.models.text import TextTower
 from vlm.models.vision import VisionTower
 from vlm.nn.layers import split_keys
@@ -27,7 +28,8 @@ class DualEncoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        self.vision = VisionTower(config.vision, config.embed_dim, execution=execution, rngs=rngs)
+        image_tower = ResNetTower if config.vision.resnet else VisionTower
+        self.vision = image_tower(config.vision, config.embed_dim, execution=execution, rngs=rngs)
         self.text = TextTower(config.text, config.embed_dim, execution=execution, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.asarray(math.log(config.init_scale), jnp.float32))
         bias = config.init_bias

@@ -47,7 +47,7 @@ def _attend_by_head(query, key, value, mask, *, causal):
 class Attention(nnx.Module):
     """Multi-head attention: projections of shape (width, heads, head_dim) and back.
 
-    What is attended to may have another width, `context_width`.
+    What is attended to may have another width, `context_width`, and so may the result.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Attention(nnx.Module):
         heads: int,
         *,
         context_width: int | None = None,
+        output_width: int | None = None,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -69,7 +70,7 @@ class Attention(nnx.Module):
         self.query = project(width, split, -1)
         self.key = project(context_width or width, split, -1)
         self.value = project(context_width or width, split, -1)
-        self.out = project(split, width, (-2, -1))
+        self.out = project(split, output_width or width, (-2, -1))
 
     def __call__(
         self,

@@ -11,12 +11,14 @@ from etils import epath
 from vlm.config import ModelConfig, PreprocessConfig
 from vlm.errors import CheckpointError
 from vlm.tokenizer import Tokenizer
-from vlm.weights import huggingface, open_clip
+from vlm.weights import huggingface, open_clip, openai
 from vlm.weights.files import SafetensorsFiles, Tensors
 from vlm.weights.processors import huggingface_preprocess, open_clip_preprocess
 from vlm.weights.rules import Rule
+from vlm.weights.torch_pickle import TorchFile
 from vlm.weights.vocabularies import (
     check_vocabulary,
+    clip_tokenizer,
     huggingface_tokenizer,
     open_clip_tokenizer,
 )
@@ -41,6 +43,10 @@ def open_checkpoint(path: epath.Path) -> Checkpoint | None:
     Raises:
         CheckpointError: it is of a known format, but incomplete, torn or contradictory.
     """
+    if path.is_file():
+        if path.suffix in (".pt", ".pth"):
+            return _open_openai(path)
+        return None
     if (path / "config.json").exists() and _has_huggingface_model(path):
         return _open_huggingface(path)
     if (path / "open_clip_config.json").exists():
@@ -96,6 +102,29 @@ def _open_open_clip(folder: epath.Path) -> Checkpoint:
     )
 
 
+def _open_openai(path: epath.Path) -> Checkpoint:
+    where = os.fspath(path)
+    tensors = TorchFile(path)
+    if not tensors.is_script and "input_resolution" not in tensors.shapes:
+        # open_clip's training files have the same names and another activation: never guess.
+        raise CheckpointError(
+            f"{where} does not say what model it is of: put it as open_clip_pytorch_model.bin into "
+            "a folder with its open_clip_config.json, and load the folder"
+        )
+    config = openai.model_config(tensors.shapes, where)
+    tokenizer = clip_tokenizer(config.text.context_length)
+    check_vocabulary(tokenizer, config, where)
+    return Checkpoint(
+        path.stem,
+        config,
+        openai.preprocess_config(config.vision.image_size),
+        tokenizer,
+        tensors,
+        open_clip.rules(config, tensors.shapes),
+        openai.ignored,
+    )
+
+
 def _huggingface_preprocess(folder: epath.Path) -> PreprocessConfig:
     """From `preprocessor_config.json`, or the part of `processor_config.json` that holds it."""
     path = folder / "preprocessor_config.json"
@@ -110,7 +139,7 @@ def _huggingface_preprocess(folder: epath.Path) -> PreprocessConfig:
 
 
 def weights(folder: epath.Path, *stems: str) -> Tensors:
-    """The tensors of `STEM.safetensors`, whole or in the shards that an index lists.
+    """The tensors of `STEM.safetensors`, whole or in the shards that an index lists, or `STEM.bin`.
 
     Raises:
         CheckpointError: none of them is there, or a shard is missing.
@@ -125,6 +154,9 @@ def weights(folder: epath.Path, *stems: str) -> Tensors:
             except (KeyError, AttributeError, TypeError):
                 raise CheckpointError(f"{index} lists no shards: download it again") from None
             return SafetensorsFiles([folder / shard for shard in shards])
+    for stem in stems:
+        if (folder / f"{stem}.bin").exists():
+            return TorchFile(folder / f"{stem}.bin")
     wanted = " or ".join(f"{stem}.safetensors" for stem in stems)
     raise CheckpointError(f"{folder} has no {wanted}: the download is incomplete")
 

@@ -74,7 +74,17 @@ def model_config(values: dict[str, Any], shapes: Shapes, where: str) -> ModelCon
 
 def _vision(c: dict[str, Any], quick: bool, where: str) -> VisionConfig:
     if isinstance(c["layers"], list):
-        raise CheckpointError(f"{where} describes a ResNet image tower, which vlm does not read")
+        return VisionConfig(
+            image_size=_side(c["image_size"], f"{where}: vision_cfg.image_size"),
+            patch_size=32,
+            width=c["width"],
+            depth=0,
+            heads=c["width"] * 32 // c["head_width"],
+            mlp_dim=0,
+            pool="class",
+            projection="none",
+            resnet=tuple(c["layers"]),
+        )
     if c["pool_type"] not in ("tok", "avg"):
         raise CheckpointError(f"{where}: vision_cfg.pool_type {c['pool_type']!r} is unknown to vlm")
     pool = {"tok": "class", "avg": "mean"}[c["pool_type"]]
@@ -179,7 +189,7 @@ def _fields(given: Any, known: dict[str, Any], where: str) -> dict[str, Any]:
         )
     for name, value in given.items():
         if name in known:
-            if isinstance(known[name], int) and not isinstance(value, int | list):
+            if isinstance(known[name], int) and not isinstance(value, int | list | None):
                 raise CheckpointError(f"{where}.{name} is {value!r}, not a whole number")
         elif name not in OFF or value not in (None, False):
             raise CheckpointError(f"{where} has {name} {value!r}, which vlm does not know")
@@ -206,6 +216,8 @@ def rules(config: ModelConfig, shapes: Shapes) -> list[Rule]:
     if config.init_bias is not None:
         logits.append(Rule("logit_bias", "logit_bias", scalar))
     image = TIMM_RULES if timm else _vision_rules(config)
+    if config.vision.resnet:
+        image = _resnet_rules(config.vision.resnet)
     return [*logits, *image, *_text_rules(config.text, prefix)]
 
 
@@ -247,6 +259,40 @@ def _vision_rules(config: ModelConfig) -> list[Rule]:
         *pool,
         *norm("visual.ln_post", "vision.norm"),
         Rule("visual.proj", "vision.projection.kernel"),  # (in, out) already
+    ]
+
+
+def _batch_norm(theirs: str, ours: str) -> list[Rule]:
+    return [
+        *norm(theirs, ours),
+        Rule(f"{theirs}.running_mean", f"{ours}.mean"),
+        Rule(f"{theirs}.running_var", f"{ours}.var"),
+    ]
+
+
+def _resnet_rules(stages: tuple[int, ...]) -> list[Rule]:
+    table = []
+    for i in range(3):
+        table.append(Rule(f"visual.conv{i + 1}.weight", f"vision.stem.{i}.kernel", CONV))
+        table += _batch_norm(f"visual.bn{i + 1}", f"vision.stem_norms.{i}")
+    for stage, depth in enumerate(stages):
+        for number in range(depth):
+            theirs, ours = f"visual.layer{stage + 1}.{number}", f"vision.stages.{stage}.{number}"
+            for i in (1, 2, 3):
+                table.append(Rule(f"{theirs}.conv{i}.weight", f"{ours}.conv{i}.kernel", CONV))
+                table += _batch_norm(f"{theirs}.bn{i}", f"{ours}.norm{i}")
+            if number == 0:  # a stage begins with another width or size
+                short = f"{theirs}.downsample"
+                table.append(Rule(f"{short}.0.weight", f"{ours}.shortcut.kernel", CONV))
+                table += _batch_norm(f"{short}.1", f"{ours}.shortcut_norm")
+    pool = "visual.attnpool"
+    return [
+        *table,
+        Rule(f"{pool}.positional_embedding", "vision.position"),
+        *heads(f"{pool}.q_proj", "vision.pool.query"),
+        *heads(f"{pool}.k_proj", "vision.pool.key"),
+        *heads(f"{pool}.v_proj", "vision.pool.value"),
+        *out(f"{pool}.c_proj", "vision.pool.out"),
     ]
 
 
@@ -328,4 +374,4 @@ TIMM_RULES: list[Rule] = [
 
 def ignored(name: str) -> bool:
     """Buffers that hold nothing learned, and CoCa's captioning half."""
-    return name.endswith("attn_mask") or name.startswith("text_decoder.")
+    return name.endswith(("attn_mask", "num_batches_tracked")) or name.startswith("text_decoder.")

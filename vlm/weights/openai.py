@@ -1,0 +1,97 @@
+"""OpenAI's own files, `ViT-B-32.pt` and the like: TorchScript archives whose shapes say it all."""
+
+import math
+import re
+from collections.abc import Mapping
+
+from vlm.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
+from vlm.errors import CheckpointError
+from vlm.weights.processors import CLIP_MEAN, CLIP_STD
+
+_HEAD_DIM = 64  # of all of OpenAI's models
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def model_config(shapes: Shapes, where: str) -> ModelConfig:
+    """The configuration of an OpenAI checkpoint, from the shapes of its tensors.
+
+    Raises:
+        CheckpointError: the tensors are not those of an OpenAI model.
+    """
+    try:
+        vision = _vit(shapes) if "visual.proj" in shapes else _resnet(shapes)
+        context_length, width = shapes["positional_embedding"]
+        vocab_size, _ = shapes["token_embedding.weight"]
+        mlp_dim = shapes["transformer.resblocks.0.mlp.c_fc.weight"][0]
+        _, embed_dim = shapes["text_projection"]
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{where} is not one of OpenAI's CLIP models ({error})") from None
+    text = TextConfig(
+        vocab_size=vocab_size,
+        context_length=context_length,
+        width=width,
+        depth=_count(shapes, r"transformer\.resblocks\.\d+\.ln_1\.weight"),
+        heads=width // _HEAD_DIM,
+        mlp_dim=mlp_dim,
+        causal=True,
+        pool="argmax",
+        projection="linear",
+        activation="quick_gelu",
+        norm_eps=1e-5,
+    )
+    return ModelConfig(vision, text, embed_dim=embed_dim, loss="softmax")
+
+
+def preprocess_config(image_size: int) -> PreprocessConfig:
+    """The pixels that all of OpenAI's models take."""
+    return PreprocessConfig(image_size=image_size, resize="crop", mean=CLIP_MEAN, std=CLIP_STD)
+
+
+def ignored(name: str) -> bool:
+    """Numbers beside the parameters, and counters of batch norm."""
+    return name in ("input_resolution", "context_length", "vocab_size") or name.endswith(
+        ("attn_mask", "num_batches_tracked")
+    )
+
+
+def _vit(shapes: Shapes) -> VisionConfig:
+    width, _, patch_size, _ = shapes["visual.conv1.weight"]
+    grid = math.isqrt(shapes["visual.positional_embedding"][0] - 1)
+    return VisionConfig(
+        image_size=grid * patch_size,
+        patch_size=patch_size,
+        width=width,
+        depth=_count(shapes, r"visual\.transformer\.resblocks\.\d+\.ln_1\.weight"),
+        heads=width // _HEAD_DIM,
+        mlp_dim=shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0],
+        pool="class",
+        class_token=True,
+        pre_norm=True,
+        patch_bias=False,
+        projection="linear",
+        activation="quick_gelu",
+        norm_eps=1e-5,
+    )
+
+
+def _resnet(shapes: Shapes) -> VisionConfig:
+    grid = math.isqrt(shapes["visual.attnpool.positional_embedding"][0] - 1)
+    width = shapes["visual.conv3.weight"][0]
+    return VisionConfig(
+        image_size=grid * 32,
+        patch_size=32,
+        width=width,
+        depth=0,
+        heads=width * 32 // _HEAD_DIM,
+        mlp_dim=0,
+        pool="class",
+        projection="none",
+        resnet=tuple(
+            _count(shapes, rf"visual\.layer{stage}\.\d+\.conv1\.weight") for stage in (1, 2, 3, 4)
+        ),
+    )
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    return sum(bool(re.fullmatch(pattern, name)) for name in shapes)
