@@ -11,12 +11,13 @@ from etils import epath
 from vlm.config import ModelConfig, PreprocessConfig
 from vlm.errors import CheckpointError
 from vlm.tokenizer import Tokenizer
-from vlm.weights import huggingface, open_clip, openai
+from vlm.weights import big_vision, huggingface, open_clip, openai
 from vlm.weights.files import SafetensorsFiles, Tensors
 from vlm.weights.processors import huggingface_preprocess, open_clip_preprocess
 from vlm.weights.rules import Rule
 from vlm.weights.torch_pickle import TorchFile
 from vlm.weights.vocabularies import (
+    big_vision_tokenizer,
     check_vocabulary,
     clip_tokenizer,
     huggingface_tokenizer,
@@ -46,6 +47,8 @@ def open_checkpoint(path: epath.Path) -> Checkpoint | None:
     if path.is_file():
         if path.suffix in (".pt", ".pth"):
             return _open_openai(path)
+        if path.suffix == ".npz":
+            return _open_big_vision(path)
         return None
     if (path / "config.json").exists() and _has_huggingface_model(path):
         return _open_huggingface(path)
@@ -122,6 +125,22 @@ def _open_openai(path: epath.Path) -> Checkpoint:
         tensors,
         open_clip.rules(config, tensors.shapes),
         openai.ignored,
+    )
+
+
+def _open_big_vision(path: epath.Path) -> Checkpoint:
+    tensors = big_vision.NpzFile(path)
+    config = big_vision.model_config(tensors.shapes, os.fspath(path))
+    tokenizer = big_vision_tokenizer(path.parent, config)
+    check_vocabulary(tokenizer, config, path)
+    return Checkpoint(
+        path.stem,
+        config,
+        big_vision.preprocess_config(config.vision.image_size),
+        tokenizer,
+        tensors,
+        big_vision.rules(config),
+        big_vision.ignored,
     )
 
 

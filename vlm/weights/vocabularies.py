@@ -130,6 +130,39 @@ def siglip_tokenizer(
     return Tokenizer(vocabulary, rules)
 
 
+# big_vision's vocabularies by their size, and the model files they are.
+BIG_VISION = {
+    32_000: "gs://t5-data/vocabs/cc_en.32000/sentencepiece.model",
+    250_000: "gs://t5-data/vocabs/mc4.250000.100extra/sentencepiece.model",
+    256_000: "gs://big_vision/gemma_tokenizer.model",
+}
+_BESIDE = ("sentencepiece.model", "spiece.model", "tokenizer.model", "gemma_tokenizer.model")
+
+
+def big_vision_tokenizer(folder: epath.Path, config: ModelConfig) -> Tokenizer:
+    """The SentencePiece file beside an `.npz`, with the rules of SigLIP 1 or of SigLIP 2 (Gemma's).
+
+    Raises:
+        CheckpointError: there is none, which the message says where to get.
+    """
+    length, size = config.text.context_length, config.text.vocab_size
+    path = next((folder / name for name in _BESIDE if (folder / name).exists()), None)
+    if path is None:
+        where = BIG_VISION.get(size, f"of the {size:,} tokens it was trained with")
+        raise CheckpointError(
+            f"{folder} has no vocabulary, which big_vision keeps apart: put the SentencePiece file "
+            f"{where} beside the .npz as {_BESIDE[0]}"
+        )
+    vocabulary = sentencepiece.read(path)
+    if vocabulary.token_to_id("<eos>") is not None:
+        names = (vocabulary.token_to_id("<pad>"), vocabulary.token_to_id("<eos>"))
+        rules = TokenizerConfig(
+            context_length=length, pad_id=names[0], eos_id=names[1], lowercase=True
+        )
+        return Tokenizer(vocabulary, rules)
+    return siglip_tokenizer(path, length, clean="none")
+
+
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Any) -> None:
     """Refuse a tokenizer that makes ids the model has no embedding for."""
     if tokenizer.vocab_size > config.text.vocab_size:
