@@ -1,0 +1,400 @@
+"""The command line on real files: what it prints, what it writes, and how it fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from safetensors import safe_open
+
+import vlm
+from vlm.cli import COMMANDS, main
+from vlm.cli.images import find_images
+from vlm.errors import VlmError
+
+
+@pytest.fixture(scope="module")
+def run():
+    return str(tiny.run())
+
+
+@pytest.fixture(scope="module")
+def data():
+    return tiny.folder() / "data"
+
+
+@pytest.fixture
+def do(capsys):
+    """Run a command that must succeed, and return what it said on stdout."""
+
+    def do(*args):
+        code = main([str(arg) for arg in args])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return out
+
+    return do
+
+
+@pytest.fixture
+def fail(capsys):
+    """Run a command that must fail, and return its one sentence."""
+
+    def fail(*args, code):
+        got = main([str(arg) for arg in args])
+        err = capsys.readouterr().err
+        assert got == code
+        assert err.startswith("vlm: ")
+        assert err.count("\n") == 1, "more than one line"
+        assert "Traceback" not in err
+        return err.removeprefix("vlm: ").strip()
+
+    return fail
+
+
+def shell(*args, **options):
+    command = [sys.executable, "-m", "vlm", *map(str, args)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+
+
+# ------------------------------------------------------------------------------------ help
+
+
+def test_help_lists_every_command(do, capsys):
+    shown = do("--help")
+    for name, command in COMMANDS.items():
+        assert name in shown
+        assert command.summary in shown
+    assert main([]) == 2
+    assert capsys.readouterr().out == shown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself_by_an_example(do, name):
+    shown = do(*name.split(), "--help")
+    assert "Example" in shown
+    assert f"\n  vlm {name}" in shown
+
+
+def test_version(do):
+    assert do("--version") == f"vlm {vlm.__version__}\n"
+
+
+def test_help_of_a_config_shows_its_own_values(do):
+    shown = do("train", tiny.folder() / "shapes.py", "--help")
+    assert "--optimizer.learning-rate FLOAT" in shown
+    assert "(default: shapes)" in shown
+
+
+# ------------------------------------------------------------------------------------ train
+
+
+@pytest.mark.slow
+def test_train_makes_a_run_with_the_fields_that_were_named(do, tmp_path):
+    out = tmp_path / "made"
+    options = ["--run-dir", out, "--steps", "2", "--optimizer.learning-rate", "3e-4"]
+    said = do("train", tiny.folder() / "shapes.py", *options, "--data.captions", "caption")
+    assert said == f"{out}\n"
+    config = vlm.load_config(out / "config.json")
+    assert config.optimizer.learning_rate == 3e-4
+    assert config.steps == 2
+    assert config.data.captions == ("caption",)
+    assert vlm.load(out).name == "shapes"
+
+
+@pytest.mark.slow
+def test_a_finished_run_resumes_to_its_end(do, run):
+    before = (tiny.run() / "results.json").read_text()
+    assert do("train", "--resume", run) == f"{run}\n"
+    after = (tiny.run() / "results.json").read_text()
+    assert [r["metrics"] for r in json.loads(after)["results"]] == [
+        r["metrics"] for r in json.loads(before)["results"]
+    ]
+
+
+# --------------------------------------------------------------------------------- evaluate
+
+
+@pytest.mark.slow
+def test_eval_of_a_run_agrees_with_the_run_itself(do, run, tmp_path):
+    out = tmp_path / "results.json"
+    report = json.loads(do("eval", run, "--json", "--out", out))
+    assert vlm.Report.load(out).to_json() == json.dumps(report, indent=2, ensure_ascii=False)
+    own = json.loads((tiny.run() / "results.json").read_text())
+    assert [r["metrics"] for r in report["results"]] == [r["metrics"] for r in own["results"]]
+    table = do("eval", run, "--tasks", "zero-shot")
+    assert "top1" in table
+    assert "R@1" not in table
+
+
+@pytest.mark.slow
+def test_eval_of_a_bundle_on_named_data(do, run, data):
+    options = ["--data.source", data, "--data.label", "caption", "--data.templates", "{}", "see {}"]
+    report = vlm.Report.from_json(do("eval", f"{run}/bundle", "--json", *options))
+    assert report["zero-shot"].provenance.templates == ("{}", "see {}")
+    assert set(report["zero-shot"].metrics) == {"top1", "top5"}
+
+
+# --------------------------------------------------------------------------------- classify
+
+
+def test_classify_says_what_the_head_says(do, run, data):
+    labels = ["a red square", "a blue stripe"]
+    said = do("classify", run, data, "--labels", ", ".join(labels), "--json").splitlines()
+    paths = find_images([str(data)])
+    top = vlm.ZeroShotClassifier(vlm.load(run), labels, ["{}"])(paths).top(5)
+    for line, path, best in zip(said, paths, top, strict=True):
+        row = json.loads(line)
+        assert row["image"] == str(path)
+        assert [(x["label"], x["score"]) for x in row["labels"]] == [
+            (label, pytest.approx(score, abs=1e-5)) for label, score in best
+        ]
+
+
+def test_classify_for_readers(do, run, data, tmp_path):
+    image, names = data / "test-red-square.png", tmp_path / "names.txt"
+    names.write_text("a red square\n\na cat, or a dog\n", encoding="utf-8")
+    said = do("classify", run, image, "--labels-file", names, "--top", "1").splitlines()
+    assert said[0] == str(image)
+    assert len(said) == 2
+    assert "%" in said[1]
+    several = do("classify", run, image, "--labels-file", names, "--templates", "plain")
+    assert "a cat, or a dog" in several
+
+
+# ---------------------------------------------------------------------------- embed, search
+
+
+def test_embed_writes_what_the_model_encodes(do, run, data, tmp_path):
+    paths = find_images([str(data / "test-*.png")])
+    z = vlm.load(run).encode_image(paths)
+    do("embed", run, data / "test-*.png", tmp_path / "new" / "z.npz")
+    do("embed", run, *paths, tmp_path / "z.safetensors")
+    with np.load(tmp_path / "new" / "z.npz") as file:
+        assert np.array_equal(file["embeddings"], z)
+        assert file["ids"].tolist() == [str(path) for path in paths]
+    with safe_open(tmp_path / "z.safetensors", "numpy") as file:
+        assert np.array_equal(file.get_tensor("embeddings"), z)
+        assert json.loads(file.metadata()["ids"]) == [str(path) for path in paths]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "z.safetensors"]
+
+
+def test_search_of_an_index_and_of_a_folder(do, run, data, tmp_path):
+    do("index", run, data, tmp_path / "index")
+    do("index", run, data, tmp_path / "index")  # again, in its place
+    image = data / "test-blue-stripe.png"
+    for options in ([tmp_path / "index"], [data, "--model", run]):
+        where, *options = options
+        hits = do("search", where, image, "--k", "3", "--json", *options).splitlines()
+        assert len(hits) == 3
+        assert json.loads(hits[0]) == {"id": str(image), "score": pytest.approx(1, abs=1e-5)}
+        said = do("search", where, "a blue stripe", *options).splitlines()
+        assert len(said) == 5
+        assert all(str(data) in line for line in said)
+
+
+def test_an_index_whose_model_has_moved(do, fail, run, data, tmp_path):
+    do("index", run, data, tmp_path / "index", "--dtype", "float16")
+    about = tmp_path / "index" / "model.json"
+    assert json.loads(about.read_text()) == {"model": run}
+    about.write_text(json.dumps({"model": str(tmp_path / "gone")}))
+    assert "--model" in fail("search", tmp_path / "index", "red", code=1)
+    assert do("search", tmp_path / "index", "red", "--model", run)
+    about.unlink()
+    assert "--model" in fail("search", tmp_path / "index", "red", code=1)
+
+
+# ----------------------------------------------------------------------------------- bench
+
+
+@pytest.mark.slow
+def test_bench_loss_prints_its_figures(do):
+    said = do(
+        *("bench", "loss", "--batch-size", "64", "--embed-dim", "8", "--rounds", "1"),
+        *("--kinds", "sigmoid", "--json"),
+    )
+    figures = json.loads(said)
+    assert figures["batch_size"] == 64
+    assert {row["loss"] for row in figures["losses"]} == {"sigmoid"}
+
+
+# ---------------------------------------------------------------------------------- images
+
+
+def test_images_are_found_in_order_and_once(tmp_path):
+    for name in ("b/2.PNG", "b/1.jpg", "b/notes.txt", "b/.hidden.png", ".dot/3.png", "a[1].webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "odd.bin").touch()
+
+    def found(*places):
+        paths = find_images([str(tmp_path / place) for place in places])
+        return [str(path.relative_to(tmp_path)) for path in paths]
+
+    assert found("") == ["a[1].webp", "b/1.jpg", "b/2.PNG"]
+    assert found("b/2.PNG", "b", "b/*.jpg") == ["b/2.PNG", "b/1.jpg"]
+    assert found("**/*.*") == ["a[1].webp", "b/1.jpg", "b/2.PNG"]
+    assert found("a[1].webp", "odd.bin") == ["a[1].webp", "odd.bin"]  # named: taken as they are
+    for wrong, said in {".dot/x": "no image", "*.gif": "matches", "*.bin": "matches"}.items():
+        with pytest.raises(VlmError, match=said):
+            found(wrong)
+
+
+# ------------------------------------------------------------------------------- bad input
+
+RED = ("--labels", "red,blue")
+WRONG_USAGE = {
+    ("clasify",): r"no command 'clasify': did you mean vlm classify\?",
+    ("--verbose",): "the command comes first",
+    ("bench",): "vlm bench loss",
+    ("train",): "needs a config",
+    ("train", "--resume"): "needs the folder of the run",
+    ("train", "--resume", "RUN", "--steps", "3"): "resumed as it was",
+    ("train", "--steps", "3"): "config comes first",
+    ("train", "CONFIG", "extra"): "extra",
+    ("train", "CONFIG", "--optimizer.learning-rat", "1"): r"did you mean --optimizer.learning-rate",
+    ("train", "CONFIG", "--optimizer.learning-rate", "fast"): "takes FLOAT, not 'fast'",
+    ("train", "CONFIG", "--remat", "some"): "'some'.*'dots'",
+    ("train", "CONFIG", "--steps"): "--steps",
+    ("classify",): "MODEL",
+    ("classify", "RUN"): "choose from",
+    ("classify", "RUN", *RED): "needs images",
+    ("classify", "RUN", "DATA"): "--labels",
+    ("classify", "RUN", "DATA", "--labels", " , ,"): "no labels",
+    ("classify", "RUN", "DATA", "--labels-file", "IMAGE"): "not a UTF-8 text",
+    ("classify", "RUN", "DATA", *RED, "--labels-file", "IMAGE"): "either",
+    ("classify", "RUN", "DATA", *RED, "--top", "0"): "--top 0",
+    ("classify", "RUN", "DATA", *RED, "--top", "few"): "--top takes INT, not 'few'",
+    ("classify", "RUN", "DATA", *RED, "--lables", "x"): r"did you mean --labels\?",
+    ("embed", "RUN", "IMAGE"): "vlm embed MODEL IMAGES OUT",
+    ("embed", "RUN", "DATA", "IMAGE"): r"\.npz or \.safetensors",
+    ("index", "RUN", "IMAGE"): "vlm index MODEL IMAGES OUT",
+    ("index", "RUN", "IMAGE", "DATA"): "something else is there",
+    ("search", "DATA", "red"): "--model MODEL",
+    ("search", "DATA", " "): "empty",
+    ("search", "DATA", "red", "--k", "0"): "--k 0",
+    ("eval",): "model comes first",
+    ("eval", "DATA"): "--data.source NAME",
+    ("eval", "RUN", "--tasks", "captioning"): "'captioning'",
+    ("eval", "RUN", "--data.eval-split", "None"): "--data.eval-split",
+    ("eval", "RUN", "--data.label", "caption", "--tasks", "retrieval"): "keep --tasks zero-shot",
+}
+FAILURES = {
+    ("train", "nowhere.py"): r"no config file 'nowhere\.py'",
+    ("train", "BROKEN"): "ZeroDivisionError",
+    ("train", "NONE"): "binds no `config`",
+    ("train", "CONFIG", "--model.vision.width", "7"): "width 7 is not a multiple",
+    ("train", "CONFIG", "--batch-size", "7", "--run-dir", "NEW"): "batch_size 7",
+    ("train", "CONFIG", "--data.source", "gone.csv", "--run-dir", "NEW"): r"gone\.csv",
+    ("train", "CONFIG", "--run-dir", "RUN"): "already holds a run",
+    ("train", "--resume", "DATA"): "is no run folder",
+    ("classify", "nowhere", "DATA", *RED): "'nowhere'",
+    ("classify", "LEFT", "DATA", *RED): "vlm train --resume",
+    ("classify", "RUN", "nowhere.png", *RED): r"no image 'nowhere\.png'",
+    ("classify", "RUN", "EMPTY", *RED): "holds no images",
+    ("classify", "RUN", "TORN", *RED): r"torn\.png",
+    ("classify", "RUN", "DATA", "--labels", "red,red"): "'red' is given twice",
+    ("classify", "RUN", "DATA", "--labels-file", "nowhere.txt"): r"nowhere\.txt: no such file",
+    ("classify", "RUN", "DATA", *RED, "--templates", "a photo"): "'a photo'",
+    ("embed", "RUN", "TORN", "NEW.npz"): r"torn\.png",
+    ("embed", "RUN", "IMAGE", "TORN/z.npz"): r"torn\.png.*[a-z]",
+    ("search", "nowhere", "red"): "'nowhere'",
+    ("search", "DATA", "nowhere.png", "--model", "RUN"): r"no image 'nowhere\.png'",
+    ("eval", "RUN", "--data.eval-split", "dev"): "no rows of split 'dev'",
+}
+
+
+@pytest.fixture(scope="module")
+def places(run, data, tmp_path_factory):
+    """What the names in capitals stand for."""
+    folder = tmp_path_factory.mktemp("places")
+    (folder / "empty").mkdir()
+    (folder / "left" / "checkpoints").mkdir(parents=True)
+    (folder / "left" / "config.json").write_text((tiny.run() / "config.json").read_text())
+    (folder / "torn.png").write_bytes((data / "test-red-square.png").read_bytes()[:50])
+    (folder / "broken.py").write_text("1 / 0\n")
+    (folder / "none.py").write_text("x = 1\n")
+    return {
+        "RUN": run,
+        "DATA": data,
+        "CONFIG": tiny.folder() / "shapes.py",
+        "IMAGE": data / "test-red-square.png",
+        "EMPTY": folder / "empty",
+        "LEFT": folder / "left",
+        "TORN": folder / "torn.png",
+        "BROKEN": folder / "broken.py",
+        "NONE": folder / "none.py",
+        "NEW": folder / "new",
+        "NEW.npz": folder / "new.npz",
+        "TORN/z.npz": folder / "torn.png" / "z.npz",
+    }
+
+
+@pytest.mark.parametrize("args", WRONG_USAGE, ids=" ".join)
+def test_wrong_usage_is_one_sentence(fail, places, args):
+    said = fail(*(places.get(arg, arg) for arg in args), code=2)
+    assert _matches(WRONG_USAGE[args], said)
+
+
+@pytest.mark.parametrize("args", FAILURES, ids=" ".join)
+def test_a_failure_is_one_sentence(fail, places, args):
+    said = fail(*(places.get(arg, arg) for arg in args), code=1)
+    assert _matches(FAILURES[args], said)
+    assert not places["NEW.npz"].exists()
+
+
+def _matches(pattern, said):
+    import re
+
+    return re.search(pattern, said) or pytest.fail(f"{pattern!r} is not in {said!r}")
+
+
+def test_a_run_folder_whose_config_is_torn(fail, run, data, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text('{"name": ')
+    assert "config.json" in fail("eval", tmp_path, code=1)
+    assert "config.json" in fail("train", "--resume", tmp_path, code=1)
+
+
+def test_debug_shows_where(run):
+    with pytest.raises(VlmError, match="nowhere"):
+        main(["--debug", "classify", run, "nowhere.png", "--labels", "red"])
+    with pytest.raises(VlmError, match="nowhere"):
+        main(["classify", run, "nowhere.png", "--labels", "red", "--debug"])
+
+
+# ------------------------------------------------------------- the world outside the process
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_is_one_sentence():
+    with open("/dev/full", "w") as full, shell("--help", stdout=full) as process:
+        assert process.stderr.read().startswith("vlm: the disk is full: ")
+        assert process.wait() == 1
+
+
+def test_a_reader_that_leaves_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    with shell("--help", stdout=write) as process:
+        os.close(write)
+        assert process.stderr.read() == ""
+        assert process.wait() == 141
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_ctrl_c_is_quiet(tmp_path):
+    waiting = tmp_path / "labels"
+    os.mkfifo(waiting)
+    image = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(image)
+    with shell("classify", "model", image, "--labels-file", waiting) as process:
+        with open(waiting, "w"):  # opens once the command reads
+            process.send_signal(signal.SIGINT)
+            assert process.stderr.read() == ""
+        assert process.wait() == 130

@@ -1,0 +1,136 @@
+"""The house stays in order: a room imports only from rooms above it, and none outgrows itself."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "vlm"
+
+# Highest first: what a room may import from stands before it. Rooms of one line are equals that
+# may see each other.
+ROOMS = (
+    "errors",
+    "_version",
+    "config",
+    "paths",
+    "sharding",
+    "nn",
+    "losses",
+    "models",
+    "cleaning preprocess tokenizer",
+    "data",
+    "weights",
+    "bundle",
+    "heads",
+    "evaluate",
+    "adapt",
+    "train",
+    "plan",
+    "bench",
+    "serve",
+    "cli",
+    "__main__",
+)
+RANK = {room: rank for rank, line in enumerate(ROOMS) for room in line.split()}
+
+FOREIGN = {"torch", "torchvision", "tensorflow", "transformers", "open_clip", "pickle", "requests"}
+LONGEST = 500  # lines
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(source: str) -> list[tuple[int, str]]:
+    """(line, full name) of everything that a module imports, at its top or inside a function."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            # `from vlm import tokenizer` names a room in the second half.
+            names = [f"{base}.{alias.name}" for alias in node.names] if base == "vlm" else [base]
+            found += [(node.lineno, name) for name in names]
+    return found
+
+
+def faults(room: str, source: str) -> list[str]:
+    """What a module of `room` imports that it must not."""
+    found = []
+    for line, name in imports(source):
+        top, *rest = name.split(".")
+        if top in FOREIGN:
+            found.append(f"line {line}: {top} is not for use at run time")
+        elif top == "":
+            found.append(f"line {line}: {name} is relative, write it in full")
+        elif top == "vlm" and (not rest or rest[0] not in RANK):
+            found.append(f"line {line}: {name} is no room")
+        elif top == "vlm" and RANK[rest[0]] > RANK[room]:
+            found.append(f"line {line}: {room} is above {rest[0]} and must not import from it")
+    return found
+
+
+def test_there_are_modules_and_every_room_has_its_place():
+    assert len(MODULES) > 40
+    assert {room_of(path) for path in MODULES} - {"__init__"} <= set(RANK)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_upwards(path):
+    if path != PACKAGE / "__init__.py":  # the front: it names what lies in the rooms, lazily
+        assert faults(room_of(path), path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("losses", "from vlm.train.step import Trainer"),
+        ("losses", "import vlm.train.step"),
+        ("losses", "def f():\n    from vlm.bundle import load"),
+        ("config", "from vlm import paths"),
+        ("heads", "import vlm"),
+        ("heads", "from vlm import load"),
+        ("heads", "from ..train import step"),
+        ("heads", "from . import show"),
+        ("weights", "import torch.nn"),
+        ("weights", "from transformers import CLIPModel"),
+        ("data", "import tensorflow as tf"),
+        ("train", "if True:\n    from vlm.cli import main"),
+    ],
+)
+def test_a_wrong_import_is_found(room, source):
+    assert len(faults(room, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("train", "from vlm.losses import softmax_loss\nimport vlm.errors"),
+        ("bundle", "from vlm import tokenizer"),
+        ("losses", "from vlm.losses.ring import Ring"),
+        ("data", "import tensorflow_datasets as tfds"),
+        ("cli", "from vlm.train.loop import train"),
+    ],
+)
+def test_a_right_import_is_let_through(room, source):
+    assert faults(room, source) == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_are_short_and_named_by_what_is_inside(path):
+    assert len(path.read_text().splitlines()) <= LONGEST
+    assert path.stem not in ("utils", "util", "helpers", "misc", "common")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_command_line_prints(path):
+    calls = [
+        node.lineno
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+    ]
+    assert room_of(path) == "cli" or calls == []

@@ -1,0 +1,72 @@
+"""A run of `vlm train` so small that it takes seconds: drawn shapes, two thin towers."""
+
+import atexit
+import functools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 70, 220)}
+
+CONFIG = """\
+from vlm.config import *
+
+config = Experiment(
+    name="shapes",
+    model=ModelConfig(
+        vision=VisionConfig(
+            image_size=16, patch_size=8, width=16, depth=1, heads=2, mlp_dim=16,
+            pool="mean", projection="linear",
+        ),
+        text=TextConfig(
+            vocab_size=280, context_length=12, width=16, depth=1, heads=2, mlp_dim=16,
+            pool="mean", pad_id=0, projection="linear",
+        ),
+        embed_dim=16,
+    ),
+    preprocess=PreprocessConfig(image_size=16),
+    tokenizer=TokenizerConfig(context_length=12),
+    data=DataConfig(source={data!r}),
+    batch_size=8,
+    steps=40,
+    log_every=20,
+    checkpoint_every=1.0,
+)
+"""
+
+
+@functools.cache
+def folder() -> Path:
+    """A folder with the data set `data/` and the config `shapes.py`; gone when Python ends."""
+    held = tempfile.TemporaryDirectory(prefix="vlm-test-")
+    atexit.register(held.cleanup)
+    path = Path(held.name)
+    data = path / "data"
+    data.mkdir()
+    rows = ["image,caption,split"]
+    y, x = np.mgrid[-12:12, -12:12]
+    shapes = {"square": np.maximum(abs(x), abs(y)) < 9, "stripe": abs(y) < 4}
+    for split in ("train", "test"):
+        for colour, rgb in COLOURS.items():
+            for shape, inside in shapes.items():
+                pixels = np.full((24, 24, 3), 255, np.uint8)
+                pixels[np.roll(inside, len(rows) % 3 - 1, axis=1)] = rgb
+                name = f"{split}-{colour}-{shape}.png"
+                Image.fromarray(pixels).save(data / name)
+                caption = f"a {colour} {shape}"
+                rows += [f"{name},{caption},{split}"] * (2 if split == "train" else 1)
+    (data / "captions.csv").write_text("\n".join(rows) + "\n")
+    (path / "shapes.py").write_text(CONFIG.format(data=str(data)))
+    return path
+
+
+@functools.cache
+def run() -> Path:
+    """The finished run folder, made by the command itself."""
+    from vlm.cli import main
+
+    out = folder() / "run"
+    assert main(["train", str(folder() / "shapes.py"), "--run-dir", str(out)]) == 0
+    return out
