@@ -1,0 +1,67 @@
+"""Two processes that work in turn, so that both meet the same machine at the same time."""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+# `vlm train` sets this for itself: large buffers in huge pages.
+OURS = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+class Peer:
+    """`script --as name`, waiting for its turn in a process of its own."""
+
+    def __init__(self, script: str, name: str, *options: str):
+        self.name, pipe = name, subprocess.PIPE
+        self.process = subprocess.Popen(
+            [sys.executable, script, "--as", name, *options],
+            stdin=pipe,
+            stdout=pipe,
+            text=True,
+            env=os.environ | (OURS if name == "ours" else {}),
+        )
+
+    def take(self, request: str) -> tuple[float, ...]:
+        """Send a request and wait for the numbers of its answer."""
+        self.process.stdin.write(f"{request}\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("answer "):
+                return tuple(map(float, line.split()[1:]))
+        raise SystemExit(f"{self.name} stopped; its error is above")
+
+
+def requests() -> Iterator[str]:
+    """What the other side asks for, until it stops."""
+    for line in sys.stdin:
+        yield line.strip()
+
+
+def answer(*numbers: float) -> None:
+    print("answer", *numbers, flush=True)
+
+
+def time_of(function) -> float:
+    """Seconds that `function` takes."""
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def compare(peers: list[Peer], requests: list[str], rounds: int) -> None:
+    """Ask ours and theirs in turn, and print the medians of the first number and their ratio."""
+    for request in requests:
+        for peer in peers:
+            peer.take(request)  # compile, and warm the caches
+        values = {peer.name: [] for peer in peers}
+        for _ in range(rounds):
+            for peer in peers:
+                values[peer.name].append(peer.take(request)[0])
+        ours, theirs = (statistics.median(values[name]) for name in ("ours", "theirs"))
+        print(
+            f"{request:12} vlm {ours:8.3f}  peer {theirs:8.3f} per second: {ours / theirs:.2f}x",
+            flush=True,
+        )
