@@ -30,6 +30,7 @@ from vlm._version import __version__
 from vlm.config import ModelConfig, PreprocessConfig, TokenizerConfig, from_dict, to_dict
 from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.models.dual_encoder import DualEncoder
+from vlm.nn.naflex import Patches
 from vlm.nn.transformer import Execution
 from vlm.paths import as_path, cache_dir
 from vlm.preprocess import ImageLike, Preprocess
@@ -126,7 +127,7 @@ class Bundle:
             DataError: an image is missing or unreadable; the message names it.
         """
         size = self._batch_size(batch_size)
-        batches = ((rows, None) for rows in self._pixels(_one_or_many(images), size))
+        batches = self._pixels(_one_or_many(images), size)
         return self._run(self._image_program, batches, size)
 
     def encode_text(
@@ -142,7 +143,7 @@ class Bundle:
         size = self._batch_size(batch_size)
         stream = iter([texts] if isinstance(texts, str) else texts)
         chunks = iter(lambda: list(itertools.islice(stream, size)), [])
-        batches = ((self._shorten(self.tokenizer(chunk)), self._pad_row) for chunk in chunks)
+        batches = (self._shorten(self.tokenizer(chunk)) for chunk in chunks)
         return self._run(self._text_program, batches, size)
 
     # ---------------------------------------------------------------------------- saving
@@ -227,36 +228,38 @@ class Bundle:
     def _run(self, program, batches, size: int) -> Float32[np.ndarray, "n d"]:
         """The rows of all batches; a batch is fetched while the next one is computed."""
         parts: list[Any] = [np.zeros((0, self.embed_dim), np.float32)]
-        pending = None
-        for rows, filler in batches:
-            done, pending = (
-                pending,
-                (program(self._split[1], self._place(rows, filler, size)), rows),
-            )
-            if done is not None:
-                parts.append(np.asarray(done[0])[: len(done[1])])
-        if pending is not None:
-            parts.append(np.asarray(pending[0])[: len(pending[1])])
+        running: collections.deque = collections.deque()
+
+        def fetch() -> None:
+            z, count = running.popleft()
+            parts.append(np.asarray(z)[:count])
+
+        for rows in batches:
+            count = len(rows.mask if isinstance(rows, Patches) else rows)
+            z = program(self._split[1], self._place(rows, count, size))
+            running.append((z, count))
+            if len(running) > 1:
+                fetch()
+        while running:
+            fetch()
         return np.concatenate(parts)
 
-    def _place(self, rows: np.ndarray, filler: np.ndarray | None, size: int):
-        """`rows` padded to a size that is compiled for, on the devices that compute it."""
-        padded = min(1 << (len(rows) - 1).bit_length(), size)
-        devices = 1
-        if self._mesh is not None:
-            axes = tuple(name for name in self._mesh.axis_names if name != "tensor")
-            devices = math.prod(self._mesh.shape[name] for name in axes)
-            padded = -(-padded // devices) * devices
-        if padded > len(rows):
-            extra = np.zeros((padded - len(rows), *rows.shape[1:]), rows.dtype)
-            if filler is not None:
-                extra[:] = filler[: rows.shape[1]]
-            rows = np.concatenate([rows, extra])
+    def _place(self, rows: np.ndarray | Patches, count: int, size: int):
+        """`rows` padded to a number that is compiled for, on the devices that compute them."""
+        padded = min(1 << (count - 1).bit_length(), size)
+        axes = () if self._mesh is None else self._mesh.axis_names
+        axes = tuple(name for name in axes if name != "tensor")
+        ways = math.prod(self._mesh.shape[name] for name in axes)
+        padded = -(-padded // ways) * ways
+        # Repeats of the last row: unlike zeros, they are something that the model may see.
+        if padded > count:
+            spread = np.minimum(np.arange(padded), count - 1)
+            rows = jax.tree.map(lambda x: x[spread], rows)
         if self._mesh is None:
             return rows
         return jax.device_put(rows, NamedSharding(self._mesh, PartitionSpec(axes)))
 
-    def _pixels(self, images: Iterator[ImageLike], size: int) -> Iterator[np.ndarray]:
+    def _pixels(self, images: Iterator[ImageLike], size: int) -> Iterator[np.ndarray | Patches]:
         """Batches of uint8 pixels, decoded on threads ahead of the one that is asked for."""
         pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "vlm-decode")
         numbered = enumerate(images)
@@ -271,13 +274,9 @@ class Bundle:
             while window:
                 rows = [window.popleft().result() for _ in range(min(size, len(window)))]
                 submit(len(rows))
-                yield np.stack(rows)
+                yield self.preprocess.collate(rows)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-    @functools.cached_property
-    def _pad_row(self) -> np.ndarray:
-        return self.tokenizer("")[0]
 
     def _shorten(self, tokens: np.ndarray) -> np.ndarray:
         """Rows without their common padding, where it cannot be seen: a causal tower never looks

@@ -48,9 +48,11 @@ class VisionConfig:
     projection: Literal["none", "linear", "linear_bias"] = "none"  # pooled width -> embed_dim
     activation: Activation = "gelu_tanh"
     norm_eps: float = 1e-6
-    # Blocks in the four stages of OpenAI's ResNet, which then takes the place of the ViT: `width` is
-    # its stem's, `heads` its attention pool's, patch_size 32, and it is its own projection.
+    # Blocks in the four stages of OpenAI's ResNet, which then takes the place of the ViT: `width`
+    # is its stem's, `heads` its attention pool's, patch_size 32, and it is its own projection.
     resnet: tuple[int, ...] = ()
+    # NaFlex (SigLIP 2): any aspect, at most this many patches; image_size is the position grid's.
+    max_patches: int | None = None
     dropout: float = 0.0
     patch_dropout: float = 0.0  # share of the patches left out while training (FLIP)
 
@@ -128,7 +130,10 @@ class PreprocessConfig:
     """How an image becomes the pixels a model was trained on."""
 
     image_size: int = 224
-    resize: Literal["squash", "crop"] = "squash"  # crop: short side to size, then the centre
+    # crop: short side to size, then the centre; naflex: see VisionConfig.max_patches.
+    resize: Literal["squash", "crop", "naflex"] = "squash"
+    patch_size: int | None = None  # naflex
+    max_patches: int | None = None  # naflex
     kernel: Literal["bicubic", "bilinear", "lanczos", "nearest"] = "bicubic"
     backend: Literal["pillow", "tensor"] = "pillow"  # tensor: as torchvision does on float tensors
     antialias: bool = True  # of the tensor backend; Pillow always does
@@ -248,7 +253,7 @@ class Experiment:
     lock: Literal["none", "vision", "text"] = "none"  # a tower that is not trained (LiT)
     init_from: str | None = None  # a model to start from: whatever `vlm.load` takes
     init_towers: Literal["both", "vision", "text"] = "both"  # what is taken of it
-    # (share of the run, pixels): smaller images to begin with, as ((0.8, 112),); then the full size.
+    # (share of the run, pixels): smaller images to begin with, as ((0.8, 112),); the rest is full.
     image_sizes: tuple[tuple[float, int], ...] = ()
     text_masking: float = 0.0  # share of a text's places left out while training, padding first
     seed: int = 0
@@ -304,6 +309,8 @@ class Experiment:
                 f"image_sizes {self.image_sizes} must have positive shares of the run that add up "
                 "to at most 1: what is left trains at the full size"
             )
+        if self.image_sizes and self.model.vision.resnet:
+            raise ConfigError("image_sizes needs a Vision Transformer: leave it empty for a ResNet")
         if not 0 <= self.text_masking < 1:
             raise ConfigError(
                 f"text_masking {self.text_masking} is a share of the text: choose at least 0 and "

@@ -5,6 +5,7 @@ what they do with uint8 tensors (transformers' default since version 5), in nump
 """
 
 import io
+import math
 import os
 from collections.abc import Iterable
 
@@ -15,6 +16,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from vlm.config import PreprocessConfig
 from vlm.errors import ConfigError, DataError
+from vlm.nn.naflex import Patches
 from vlm.paths import as_path
 
 ImageLike = Image.Image | str | os.PathLike | bytes | np.ndarray
@@ -28,6 +30,7 @@ PILLOW_KERNELS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 _ORIENTATION = 0x0112  # the EXIF tag
+NAFLEX_STEP = 64  # patches: sequences are padded to a multiple, so that few shapes are compiled
 
 
 class Preprocess:
@@ -47,12 +50,16 @@ class Preprocess:
             )
         if config.backend == "tensor" and config.kernel == "lanczos" and not config.antialias:
             raise ConfigError("the lanczos kernel needs antialias=True: set it, or choose bicubic")
+        if config.resize == "naflex" and not (config.patch_size and config.max_patches):
+            raise ConfigError('resize "naflex" needs patch_size and max_patches: set both')
         if min(config.std) <= 0:
             raise ConfigError(f"std {config.std} must be positive: pixels are divided by it")
         self.config = config
         self.max_pixels = max_pixels
 
-    def __call__(self, images: ImageLike | Iterable[ImageLike]) -> Float32[np.ndarray, "n s s 3"]:
+    def __call__(
+        self, images: ImageLike | Iterable[ImageLike]
+    ) -> Float32[np.ndarray, "n s s 3"] | Patches:
         """Normalised pixels of each image; one image counts as a list of one.
 
         Raises:
@@ -62,7 +69,16 @@ class Preprocess:
         images = [images] if _is_one(images) else images
         rows = [self.pixels(image, f"image {i}") for i, image in enumerate(images)]
         size = self.config.image_size
-        return self.normalize(np.stack(rows) if rows else np.zeros((0, size, size, 3), np.uint8))
+        if rows:
+            return self.normalize(self.collate(rows))
+        return self.normalize(np.zeros((0, size, size, 3), np.uint8))
+
+    def collate(self, rows: list[np.ndarray]) -> np.ndarray | Patches:
+        """What `pixels` made of several images, as one batch."""
+        c = self.config
+        if c.resize != "naflex":
+            return np.stack(rows)
+        return collate(rows, c.patch_size, c.image_size // c.patch_size, step=NAFLEX_STEP)
 
     def pixels(self, image: ImageLike, name: str = "the image") -> UInt8[np.ndarray, "s s 3"]:
         """The resized image before normalisation; `name` is what errors call it if it has none."""
@@ -79,9 +95,11 @@ class Preprocess:
         return np.array(opened if box is None else opened.crop(box))
 
     def normalize(
-        self, pixels: UInt8[Array, "*n 3"] | Float[Array, "*n 3"]
-    ) -> Float32[Array, "*n 3"]:
+        self, pixels: UInt8[Array, "*n 3"] | Float[Array, "*n 3"] | Patches
+    ) -> Float32[Array, "*n 3"] | Patches:
         """`(pixels / 255 - mean) / std` for values in 0..255; numpy or jax, also inside `jit`."""
+        if isinstance(pixels, Patches):
+            return pixels._replace(pixels=self.normalize(pixels.pixels))
         mean = np.asarray(self.config.mean, np.float32)
         std = np.asarray(self.config.std, np.float32)
         # In torchvision's order, so that float32 results are the same bit for bit.
@@ -96,6 +114,9 @@ class Preprocess:
     def _layout(self, width: int, height: int):
         """The size to resize to, and the box to crop from that or None."""
         config = self.config
+        if config.resize == "naflex":
+            height, width = target_size(height, width, config.patch_size, config.max_patches)
+            return (width, height), None
         if config.resize == "squash":
             return (config.image_size, config.image_size), None
         short = config.short_side or config.image_size
@@ -195,6 +216,41 @@ def resize_matrix(
         near = np.arange(int(np.floor(c)) - reach + 1, int(np.floor(c)) + reach + 1)
         np.add.at(row, np.clip(near, 0, source - 1), _kernel(kernel, near - c, cubic=-0.75))
     return weights
+
+
+def target_size(height: int, width: int, patch_size: int, max_patches: int) -> tuple[int, int]:
+    """NaFlex: height and width, multiples of the patch size, of the largest image in the budget.
+
+    The bisection is that of the reference code (Hugging Face's `Siglip2ImageProcessor`), to the
+    step: where it stops decides the size.
+    """
+
+    def scaled(scale: float, size: int) -> int:
+        return max(patch_size, math.ceil(size * scale / patch_size) * patch_size)
+
+    low, high, eps = 1e-6, 100.0, 1e-5
+    while high - low >= eps:
+        scale = (low + high) / 2
+        count = (scaled(scale, height) / patch_size) * (scaled(scale, width) / patch_size)
+        low, high = (scale, high) if count <= max_patches else (low, scale)
+    return scaled(low, height), scaled(low, width)
+
+
+def collate(images: list[np.ndarray], patch_size: int, grid: int, step: int) -> Patches:
+    """Resized images, (h, w, 3) each, as one batch; its length is a multiple of `step` patches."""
+    shapes = [(image.shape[0] // patch_size, image.shape[1] // patch_size) for image in images]
+    length = -(-max(h * w for h, w in shapes) // step) * step
+    pixels = np.zeros((len(images), length, patch_size**2, 3), images[0].dtype)
+    rows = np.zeros((len(images), length, grid), np.float32)
+    columns = np.zeros_like(rows)
+    mask = np.zeros((len(images), length), bool)
+    for i, (image, (h, w)) in enumerate(zip(images, shapes, strict=True)):
+        cut = image.reshape(h, patch_size, w, patch_size, 3).transpose(0, 2, 1, 3, 4)
+        pixels[i, : h * w] = cut.reshape(h * w, patch_size**2, 3)
+        rows[i, : h * w] = np.repeat(resize_matrix(grid, h, "bilinear", True), w, axis=0)
+        columns[i, : h * w] = np.tile(resize_matrix(grid, w, "bilinear", True), (h, 1))
+        mask[i, : h * w] = True
+    return Patches(pixels, rows, columns, mask)
 
 
 _SUPPORT = {"bilinear": 1, "bicubic": 2, "lanczos": 3}

@@ -15,6 +15,9 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
+    Siglip2Config,
+    Siglip2ImageProcessorPil,
+    Siglip2Model,
     SiglipConfig,
     SiglipImageProcessorPil,
     SiglipModel,
@@ -149,7 +152,50 @@ def siglip(name: str, *, projection: int | None, seed: int) -> None:
     record(folder, model, processor, vocabulary, 11, 0, 1, seed)
 
 
+def naflex(name: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    folder = GOLDEN / name
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = small_vocabulary(["<pad>", "<eos>"])
+    vocabulary.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 1)]
+    )
+    text = {
+        "vocab_size": vocabulary.get_vocab_size(), "hidden_size": 24, "intermediate_size": 37,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 11,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 24, "intermediate_size": 43, "num_hidden_layers": 2,
+        "num_attention_heads": 3, "num_patches": 25, "patch_size": 6,
+    }  # fmt: skip
+    model = Siglip2Model(Siglip2Config(text_config=text, vision_config=vision)).eval()
+    randomise(model, seed)
+    model.save_pretrained(folder)
+    processor = Siglip2ImageProcessorPil(patch_size=6, max_num_patches=31)
+    processor.save_pretrained(folder)
+    tokenizer_files(folder, vocabulary, "GemmaTokenizerFast", 0, 1)
+    raw = images(seed)
+    inputs = processor([Image.fromarray(i) for i in raw], return_tensors="pt")
+    vocabulary.enable_padding(length=11, pad_id=0, pad_token="<pad>")
+    vocabulary.enable_truncation(11)
+    tokens = torch.tensor([e.ids for e in vocabulary.encode_batch(TEXTS)])
+    with torch.no_grad():
+        out = model(**inputs, input_ids=tokens)
+    np.savez_compressed(
+        folder / "naflex.npz",
+        **{f"image/{i}": image for i, image in enumerate(raw)},
+        pixels=inputs["pixel_values"].numpy(),
+        mask=inputs["pixel_attention_mask"].numpy(),
+        shapes=inputs["spatial_shapes"].numpy(),
+        texts=np.array(TEXTS),
+        z_image=out.image_embeds.numpy(),
+        z_text=out.text_embeds.numpy(),
+        logits=out.logits_per_image.numpy(),
+    )
+
+
 if __name__ == "__main__":
+    naflex("hf_naflex", seed=4)
     clip("hf_clip", old=False, seed=0)
     clip("hf_clip_old", old=True, seed=1)
     siglip("hf_siglip", projection=None, seed=2)

@@ -11,6 +11,7 @@ from vlm.models.resnet import ResNetTower
 from vlm.models.text import TextTower
 from vlm.models.vision import VisionTower
 from vlm.nn.layers import split_keys
+from vlm.nn.naflex import Patches
 from vlm.nn.transformer import Execution
 
 
@@ -36,7 +37,7 @@ class DualEncoder(nnx.Module):
         self.logit_bias = None if bias is None else nnx.Param(jnp.asarray(bias, jnp.float32))
 
     def encode_image(
-        self, images: Float[Array, "b h w 3"], *, keys: Key[Array, "b"] | None = None
+        self, images: Float[Array, "b h w 3"] | Patches, *, keys: Key[Array, "b"] | None = None
     ) -> Float[Array, "b e"]:
         """Normalised images to unit-norm float32 embeddings."""
         return unit_norm(self.vision(images, keys=keys))

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Key
 
 from vlm.config import VisionConfig
 from vlm.nn.layers import LayerNorm, split_keys
+from vlm.nn.naflex import Patches
 from vlm.nn.patches import ConvStem, PatchStem, drop_patches
 from vlm.nn.pooling import MapPool, QueryPool, mean_pool
 from vlm.nn.transformer import Execution, Transformer
@@ -55,10 +56,12 @@ class VisionTower(nnx.Module):
         self.projection = projection(c, pooled_width, embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, images: Float[Array, "b h w 3"], *, keys: Key[Array, "b"] | None = None
+        self, images: Float[Array, "b h w 3"] | Patches, *, keys: Key[Array, "b"] | None = None
     ) -> Float[Array, "b e"]:
         """Embed images. With `keys`, one for each example, dropout and patch dropout are on."""
         c = self.config
+        if isinstance(images, Patches):
+            return self._embed_patches(images, keys)
         patch_keys, block_keys = split_keys(keys)
         x = self.stem(images)
         position = self.position[...].astype(x.dtype)
@@ -81,6 +84,16 @@ class VisionTower(nnx.Module):
             x = self.norm(mean_pool(patches)) if c.norm_pooled else mean_pool(self.norm(patches))
         else:
             x = self.pool(self.norm(x))
+        return x if self.projection is None else self.projection(x)
+
+    def _embed_patches(self, images: Patches, keys: Key[Array, "b"] | None) -> Float[Array, "b e"]:
+        """Embed images of different shapes: padding is masked in attention and in pooling."""
+        x = self.stem.project(images.pixels.reshape(*images.mask.shape, -1))
+        weights = images.rows[..., :, None] * images.columns[..., None, :]
+        position = weights.reshape(*images.mask.shape, -1) @ self.position[...]
+        x = x + position.astype(x.dtype)
+        x = self.transformer(x, images.mask[:, None, None, :], keys=keys)
+        x = self.pool(self.norm(x), images.mask)
         return x if self.projection is None else self.projection(x)
 
 

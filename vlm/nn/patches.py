@@ -26,10 +26,15 @@ class PatchStem(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
-        p, width = self.kernel.shape[0], self.kernel.shape[-1]
+        p = self.kernel.shape[0]
         b, h, w, c = images.shape
         patches = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
-        patches = patches.reshape(b, (h // p) * (w // p), p * p * c).astype(self.dtype)
+        return self.project(patches.reshape(b, (h // p) * (w // p), p * p * c))
+
+    def project(self, patches: Float[Array, "b n k"]) -> Float[Array, "b n d"]:
+        """Tokens of patches that are cut and flattened already, k = patch_size ** 2 * 3."""
+        width = self.kernel.shape[-1]
+        patches = patches.astype(self.dtype)
         tokens = patches @ self.kernel[...].reshape(-1, width).astype(self.dtype)
         return tokens if self.bias is None else tokens + self.bias[...].astype(self.dtype)
 

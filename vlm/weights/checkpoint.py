@@ -66,7 +66,7 @@ def _open_huggingface(folder: epath.Path) -> Checkpoint:
     return Checkpoint(
         folder.name,
         config,
-        _huggingface_preprocess(folder),
+        _huggingface_preprocess(folder, config.vision.image_size),
         tokenizer,
         weights(folder, "model", "pytorch_model"),
         huggingface.RULES[family],
@@ -144,14 +144,14 @@ def _open_big_vision(path: epath.Path) -> Checkpoint:
     )
 
 
-def _huggingface_preprocess(folder: epath.Path) -> PreprocessConfig:
+def _huggingface_preprocess(folder: epath.Path, image_size: int) -> PreprocessConfig:
     """From `preprocessor_config.json`, or the part of `processor_config.json` that holds it."""
     path = folder / "preprocessor_config.json"
     if path.exists():
-        return huggingface_preprocess(read_json(path), os.fspath(path))
+        return huggingface_preprocess(read_json(path), os.fspath(path), image_size)
     path = folder / "processor_config.json"
     if path.exists() and (values := read_json(path).get("image_processor")):
-        return huggingface_preprocess(values, os.fspath(path))
+        return huggingface_preprocess(values, os.fspath(path), image_size)
     raise CheckpointError(
         f"{folder} has no preprocessor_config.json: save or download the processor beside the model"
     )

@@ -1,14 +1,15 @@
-"""Hugging Face folders: `CLIPModel` and `SiglipModel`, as `save_pretrained` writes them.
+"""Hugging Face folders: `CLIPModel`, `SiglipModel` and NaFlex, as `save_pretrained` writes them.
 
 A `config.json` holds only what differs from the defaults of its time, so those defaults are here.
 """
 
+import math
 from typing import Any
 
 from vlm.config import Activation, ModelConfig, TextConfig, VisionConfig
 from vlm.errors import CheckpointError
 from vlm.weights.layers import fused, heads, linear, norm, out
-from vlm.weights.rules import CONV, SCALAR, SCALAR_1, Rule, leading
+from vlm.weights.rules import CONV, OUT, SCALAR, SCALAR_1, Rule, leading
 
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
@@ -61,6 +62,10 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
         "model": {},
     },
 }
+DEFAULTS["siglip2"] = DEFAULTS["siglip"] | {
+    "vision": {k: v for k, v in DEFAULTS["siglip"]["vision"].items() if k != "image_size"}
+    | {"num_patches": 256}
+}
 FAMILIES = tuple(DEFAULTS)
 
 
@@ -91,6 +96,14 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
                 )
     if (channels := vision.get("num_channels", 3)) != 3:
         raise CheckpointError(f"{where}: images have {channels} channels, and vlm takes RGB alone")
+    naflex = family == "siglip2"
+    if naflex:  # a square grid of positions, and as many patches at most as it has
+        grid = math.isqrt(vision["num_patches"])
+        if grid**2 != vision["num_patches"]:
+            raise CheckpointError(
+                f"{where}: vision_config.num_patches {vision['num_patches']} is not a square"
+            )
+        vision["image_size"] = grid * vision["patch_size"]
     vision_tower = {
         "image_size": vision["image_size"],
         "patch_size": vision["patch_size"],
@@ -116,7 +129,11 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     if not vision["vision_use_head"]:
         raise CheckpointError(f"{where}: a SigLIP image tower without its head makes no embedding")
     return ModelConfig(
-        VisionConfig(**vision_tower, pool="map"),
+        VisionConfig(
+            **vision_tower,
+            pool="map",
+            max_patches=vision["num_patches"] if naflex else None,
+        ),
         TextConfig(**text_tower, pool="last", projection="linear_bias"),
         embed_dim=text["projection_size"] or text["hidden_size"],
         loss="sigmoid",
@@ -200,7 +217,13 @@ SIGLIP_RULES: list[Rule] = [
     *norm("text_model.final_layer_norm", "text.norm"),
     *linear("text_model.head", "text.projection"),
 ]
-RULES = {"clip": CLIP_RULES, "siglip": SIGLIP_RULES}
+# NaFlex: the stem is a Linear over flattened patches.
+_STEM = "vision_model.embeddings.patch_embedding.weight"
+SIGLIP2_RULES: list[Rule] = [
+    Rule(_STEM, "vision.stem.kernel", OUT) if rule.theirs == _STEM else rule
+    for rule in SIGLIP_RULES
+]
+RULES = {"clip": CLIP_RULES, "siglip": SIGLIP_RULES, "siglip2": SIGLIP2_RULES}
 
 
 def ignored(name: str) -> bool:

@@ -5,6 +5,7 @@ and published, and mean torchvision's tensors since transformers 5; their files 
 We keep to the authors' Pillow, and to tensors for the names that end in "Fast".
 """
 
+import math
 from typing import Any
 
 from vlm.config import PreprocessConfig
@@ -16,27 +17,29 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _PIL_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 
 
-def huggingface_preprocess(values: dict[str, Any], where: str) -> PreprocessConfig:
-    """Our rules for a `preprocessor_config.json`.
+def huggingface_preprocess(
+    values: dict[str, Any], where: str, grid_size: int | None = None
+) -> PreprocessConfig:
+    """Our rules for a `preprocessor_config.json`; `grid_size` is a NaFlex model's image_size.
 
     Raises:
         CheckpointError: a step that vlm does not do, or one that it needs and the file leaves out.
     """
+    name = values.get("image_processor_type") or values.get("feature_extractor_type") or ""
     for step in ("do_resize", "do_rescale"):
         if values.get(step) is False:
             raise CheckpointError(f"{where} turns {step} off, and a model takes images of one size")
     factor = values.get("rescale_factor", 1 / 255)
     if abs(factor * 255 - 1) > 1e-6:
         raise CheckpointError(f"{where} has rescale_factor {factor!r}: vlm knows 1/255 alone")
-    kernel = _PIL_RESAMPLE.get(values.get("resample", 3))
+    naflex = name.startswith("Siglip2")
+    kernel = _PIL_RESAMPLE.get(values.get("resample", 2 if naflex else 3))
     if kernel is None:
         raise CheckpointError(
             f"{where} has resample {values['resample']!r}: vlm knows "
             + ", ".join(f"{number} ({name})" for number, name in _PIL_RESAMPLE.items())
         )
-    name = values.get("image_processor_type") or values.get("feature_extractor_type") or ""
     family = "crop" if "CLIP" in name else "squash"
-    size = _edges(values.get("size", 224), f"{where}: size", square=family == "squash")
     common = {
         "kernel": kernel,
         "backend": "tensor" if name.endswith("Fast") else "pillow",
@@ -47,6 +50,21 @@ def huggingface_preprocess(values: dict[str, Any], where: str) -> PreprocessConf
         fallback = (CLIP_MEAN, CLIP_STD) if family == "crop" else ((0.5,) * 3, (0.5,) * 3)
         common["mean"] = _three(values.get("image_mean", fallback[0]), f"{where}: image_mean")
         common["std"] = _three(values.get("image_std", fallback[1]), f"{where}: image_std")
+    if naflex:
+        patch_size, patches = values.get("patch_size", 16), values.get("max_num_patches", 256)
+        if not isinstance(patch_size, int) or not isinstance(patches, int):
+            raise CheckpointError(
+                f"{where}: patch_size {patch_size!r} and max_num_patches {patches!r} are not both "
+                "whole numbers"
+            )
+        return PreprocessConfig(
+            image_size=grid_size or math.isqrt(patches) * patch_size,
+            resize="naflex",
+            patch_size=patch_size,
+            max_patches=patches,
+            **common,
+        )
+    size = _edges(values.get("size", 224), f"{where}: size", square=family == "squash")
     if values.get("do_center_crop", family == "crop"):
         crop = _edges(values.get("crop_size", 224), f"{where}: crop_size", square=True)
         short = size["shortest_edge"]
