@@ -95,10 +95,10 @@ def test_help_of_a_config_shows_its_own_values(do):
 
 
 @pytest.mark.slow
-def test_train_makes_a_run_with_the_fields_that_were_named(do, tmp_path):
+def test_train_makes_a_run_with_the_fields_that_were_named(tmp_path):
     out = tmp_path / "made"
     options = ["--run-dir", out, "--steps", "2", "--optimizer.learning-rate", "3e-4"]
-    said = do("train", tiny.folder() / "shapes.py", *options, "--data.captions", "caption")
+    said = tiny.train(tiny.folder() / "shapes.py", *options, "--data.captions", "caption")
     assert said == f"{out}\n"
     config = vlm.load_config(out / "config.json")
     assert config.optimizer.learning_rate == 3e-4
@@ -108,9 +108,9 @@ def test_train_makes_a_run_with_the_fields_that_were_named(do, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_run_resumes_to_its_end(do, run):
+def test_a_finished_run_resumes_to_its_end(run):
     before = (tiny.run() / "results.json").read_text()
-    assert do("train", "--resume", run) == f"{run}\n"
+    assert tiny.train("--resume", run) == f"{run}\n"
     after = (tiny.run() / "results.json").read_text()
     assert [r["metrics"] for r in json.loads(after)["results"]] == [
         r["metrics"] for r in json.loads(before)["results"]
@@ -209,7 +209,14 @@ def test_an_index_whose_model_has_moved(do, fail, run, data, tmp_path):
     assert "--model" in fail("search", tmp_path / "index", "red", code=1)
 
 
-# ----------------------------------------------------------------------------------- bench
+# --------------------------------------------------------------------------- convert, bench
+
+
+def test_convert_gives_the_same_model(do, run, data, tmp_path):
+    do("convert", run, tmp_path / "bundle")
+    z = vlm.load(run).encode_image(data / "test-red-square.png")
+    again = vlm.load(tmp_path / "bundle").encode_image(data / "test-red-square.png")
+    assert np.array_equal(again, z)
 
 
 @pytest.mark.slow
@@ -275,6 +282,8 @@ WRONG_USAGE = {
     ("embed", "RUN", "DATA", "IMAGE"): r"\.npz or \.safetensors",
     ("index", "RUN", "IMAGE"): "vlm index MODEL IMAGES OUT",
     ("index", "RUN", "IMAGE", "DATA"): "something else is there",
+    ("convert", "RUN", "DATA"): "is there already",
+    ("convert", "RUN", "NEW", "--format", "onnx"): "'onnx'",
     ("search", "DATA", "red"): "--model MODEL",
     ("search", "DATA", " "): "empty",
     ("search", "DATA", "red", "--k", "0"): "--k 0",
@@ -303,6 +312,7 @@ FAILURES = {
     ("classify", "RUN", "DATA", *RED, "--templates", "a photo"): "'a photo'",
     ("embed", "RUN", "TORN", "NEW.npz"): r"torn\.png",
     ("embed", "RUN", "IMAGE", "TORN/z.npz"): r"torn\.png.*[a-z]",
+    ("convert", "nowhere", "NEW"): "'nowhere'",
     ("search", "nowhere", "red"): "'nowhere'",
     ("search", "DATA", "nowhere.png", "--model", "RUN"): r"no image 'nowhere\.png'",
     ("eval", "RUN", "--data.eval-split", "dev"): "no rows of split 'dev'",

@@ -30,6 +30,7 @@ COMMANDS = {
     "embed": Command("write the embeddings of images to a file", "embed"),
     "index": Command("make images searchable", "index"),
     "search": Command("find images by a text or by another image", "search"),
+    "convert": Command("write a model in the format of another library", "convert"),
     "bench loss": Command("measure the contrastive losses on this machine", "bench", "loss"),
 }
 

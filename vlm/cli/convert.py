@@ -1,0 +1,45 @@
+"""`vlm convert`: a model in the format of another library."""
+
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from vlm.cli import parse, runtime
+from vlm.cli.parse import UsageError
+from vlm.paths import as_path
+
+
+def main(args: list[str]) -> None:
+    parse.call(convert, "vlm convert", args)
+
+
+def convert(
+    model: Annotated[str, arg(metavar="MODEL")],
+    out: Annotated[str, arg(metavar="OUT")],
+    /,
+    format: Literal["vlm", "huggingface", "open_clip"] = "vlm",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> None:
+    """Write a model as a folder: weights, image preprocessing and tokenizer together.
+
+    A model that the format cannot describe in full is refused, with what it has no place for.
+
+    Examples:
+      vlm convert runs/openmoji openmoji-hf --format huggingface
+      vlm convert ViT-B-32/ my-bundle
+
+    Args:
+        model: a run folder, a bundle, or a public checkpoint.
+        out: a folder that is not there yet.
+        format: what reads it: this library, transformers, or open_clip.
+        dtype: of the weights.
+    """
+    folder = as_path(out)
+    if folder.exists():
+        raise UsageError(f"{out!r} is there already: name a folder that is not")
+    runtime.prepare_inference()
+    from vlm.bundle import load
+    from vlm.cli.terminal import say
+
+    load(model, dtype=dtype).save(folder, format)
+    say(f"{model} as {format} in {out}")
