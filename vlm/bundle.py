@@ -37,6 +37,8 @@ from vlm.preprocess import ImageLike, Preprocess
 from vlm.tokenizer import Tokenizer
 from vlm.weights.checkpoint import Checkpoint, open_checkpoint
 from vlm.weights.files import SafetensorsFiles, write_safetensors
+from vlm.weights.hub import download, is_hub_id
+from vlm.weights.resolution import Positions, resized
 from vlm.weights.rules import Rule, fill, flat_arrays, flat_shapes
 from vlm.weights.writing import Format, write_folder
 
@@ -325,7 +327,10 @@ def load(
     mesh: Mesh | None = None,
     revision: str | None = None,
 ) -> Bundle:
-    """The bundle that `model` names: a bundle, a run folder that holds one, or a public checkpoint.
+    """The bundle that `model` names: a bundle, a run folder with one, or a public checkpoint.
+
+    A public checkpoint is a Hub id, a folder in the layout of transformers or open_clip, a
+    big_vision `.npz` or an OpenAI `.pt`.
 
     Args:
         image_size: another resolution, in pixels; position embeddings are resized.
@@ -346,11 +351,17 @@ def load(
         placement = lambda name, shape: whole  # noqa: E731
     for folder in (path, path / "bundle"):
         if (folder / BUNDLE_FILE).exists():
-            return _load_own(folder, kind, placement)
-    if (checkpoint := open_checkpoint(path)) is not None:
-        return _load_public(checkpoint, kind, placement)
+            return _resized(
+                _load_own(folder, kind, placement), image_size, "bicubic_antialias", kind
+            )
+    name = None
     if not path.exists():
-        raise CheckpointError(f"there is no model {os.fspath(path)!r}: check the path")
+        if not is_hub_id(os.fspath(model)):
+            raise CheckpointError(f"there is no model {os.fspath(path)!r}: check the path")
+        name, path = os.fspath(model), download(os.fspath(model), revision)
+    if (checkpoint := open_checkpoint(path)) is not None:
+        bundle = _load_public(checkpoint, kind, placement, name)
+        return _resized(bundle, image_size, checkpoint.positions, kind)
     if (path / "checkpoints").exists():
         raise CheckpointError(
             f"the run {path} has no bundle yet, which is written after each evaluation and at the "
@@ -388,7 +399,7 @@ def _load_own(folder: epath.Path, dtype, placement) -> Bundle:
     return Bundle(model, preprocess, tokenizer, name, fingerprint=fingerprint)
 
 
-def _load_public(checkpoint: Checkpoint, dtype, placement) -> Bundle:
+def _load_public(checkpoint: Checkpoint, dtype, placement, name: str | None) -> Bundle:
     """Read a checkpoint of a public format."""
     model = fill(
         abstract_model(checkpoint.config, dtype),
@@ -398,7 +409,18 @@ def _load_public(checkpoint: Checkpoint, dtype, placement) -> Bundle:
         placement=placement,
         ignored=checkpoint.ignored,
     )
-    return Bundle(model, Preprocess(checkpoint.preprocess), checkpoint.tokenizer, checkpoint.name)
+    preprocess = Preprocess(checkpoint.preprocess)
+    return Bundle(model, preprocess, checkpoint.tokenizer, name or checkpoint.name)
+
+
+def _resized(bundle: Bundle, image_size: int | None, positions: Positions, dtype) -> Bundle:
+    """The bundle at another image size, or as it is."""
+    if image_size is None:
+        return bundle
+    model, preprocess = resized(
+        bundle.model, bundle.preprocess.config, image_size, positions, dtype=dtype
+    )
+    return Bundle(model, Preprocess(preprocess), bundle.tokenizer, bundle.name)
 
 
 def abstract_model(config: ModelConfig, dtype) -> DualEncoder:

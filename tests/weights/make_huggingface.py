@@ -123,6 +123,13 @@ def clip(name: str, *, old: bool, seed: int) -> None:
     processor.save_pretrained(folder)
     tokenizer_files(folder, vocabulary, "CLIPTokenizer", eos, eos)
     record(folder, model, processor, vocabulary, 13, eos, eos, seed)
+    pixels = torch.randn(2, 3, 42, 42)
+    with torch.no_grad():
+        z = model.get_image_features(pixel_values=pixels, interpolate_pos_encoding=True)
+        z = getattr(z, "pooler_output", z)
+    np.savez_compressed(
+        folder / "resized.npz", pixels=pixels.permute(0, 2, 3, 1).numpy(), z_image=z.numpy()
+    )
 
 
 def siglip(name: str, *, projection: int | None, seed: int) -> None:

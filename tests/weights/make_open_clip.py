@@ -137,6 +137,19 @@ def main() -> None:
             logits = model.logit_scale.exp() * z_image @ z_text.T
             if model.logit_bias is not None:
                 logits = logits + model.logit_bias
+        if name == "oc_vit":
+            larger = json.loads(json.dumps(config))
+            larger["vision_cfg"]["image_size"] = 49
+            larger = build(larger).eval()
+            resized = model.state_dict()
+            oc_model.resize_pos_embed(resized, larger)
+            larger.load_state_dict(resized)
+            big = torch.randn(2, 3, 49, 49)
+            with torch.no_grad():
+                z = larger.encode_image(big).numpy()
+            np.savez_compressed(
+                folder / "resized.npz", pixels=big.permute(0, 2, 3, 1).numpy(), z_image=z
+            )
         np.savez_compressed(
             folder / "outputs.npz",
             **{f"image/{i}": image for i, image in enumerate(raw)},

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from etils import epath
@@ -14,6 +14,7 @@ from vlm.tokenizer import Tokenizer
 from vlm.weights import big_vision, huggingface, open_clip, openai
 from vlm.weights.files import SafetensorsFiles, Tensors
 from vlm.weights.processors import huggingface_preprocess, open_clip_preprocess
+from vlm.weights.resolution import Positions
 from vlm.weights.rules import Rule
 from vlm.weights.torch_pickle import TorchFile
 from vlm.weights.vocabularies import (
@@ -35,7 +36,8 @@ class Checkpoint:
     tokenizer: Tokenizer
     tensors: Tensors
     rules: Sequence[Rule]
-    ignored: Callable[[str], bool] = field(default=lambda name: False)
+    ignored: Callable[[str], bool]
+    positions: Positions  # how the family resizes its position embeddings
 
 
 def open_checkpoint(path: epath.Path) -> Checkpoint | None:
@@ -71,6 +73,7 @@ def _open_huggingface(folder: epath.Path) -> Checkpoint:
         weights(folder, "model", "pytorch_model"),
         huggingface.RULES[family],
         huggingface.ignored,
+        "bicubic",
     )
 
 
@@ -102,6 +105,7 @@ def _open_open_clip(folder: epath.Path) -> Checkpoint:
         tensors,
         open_clip.rules(config, tensors.shapes),
         open_clip.ignored,
+        "bicubic_antialias",
     )
 
 
@@ -125,6 +129,7 @@ def _open_openai(path: epath.Path) -> Checkpoint:
         tensors,
         open_clip.rules(config, tensors.shapes),
         openai.ignored,
+        "bicubic_antialias",
     )
 
 
@@ -141,6 +146,7 @@ def _open_big_vision(path: epath.Path) -> Checkpoint:
         tensors,
         big_vision.rules(config),
         big_vision.ignored,
+        "zoom",
     )
 
 

@@ -1,0 +1,73 @@
+"""Hub names without a network: what is cached loads, and what is not says where it would be."""
+
+import pathlib
+import shutil
+
+import pytest
+
+from vlm.bundle import load
+from vlm.errors import CheckpointError
+from vlm.weights.hub import is_hub_id, needed
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def cached(cache, name, source, leave_out=()):
+    """A model in the layout of the Hub's cache."""
+    folder = cache / ("models--" + name.replace("/", "--"))
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc123")
+    shutil.copytree(source, folder / "snapshots" / "abc123")
+    for name in leave_out:
+        (folder / "snapshots" / "abc123" / name).unlink()
+    return folder
+
+
+def test_a_cached_model_loads(offline):
+    cached(offline, "someone/model", GOLDEN / "hf_clip")
+    assert load("someone/model").name == "someone/model"
+    assert load("hf-hub:someone/model").embed_dim == 20
+
+
+def test_no_network_and_no_copy(offline):
+    with pytest.raises(CheckpointError) as caught:
+        load("someone/absent")
+    message = str(caught.value)
+    assert "cannot be reached" in message
+    assert "model.safetensors would be put under" in message
+    assert str(offline / "models--someone--absent") in message
+
+
+@pytest.mark.parametrize(
+    "missing", ["model.safetensors", "tokenizer.json", "preprocessor_config.json"]
+)
+def test_half_a_download(offline, missing):
+    cached(offline, "someone/half", GOLDEN / "hf_clip", leave_out=[missing])
+    with pytest.raises(CheckpointError, match=missing.replace(".", r"\.")):
+        load("someone/half")
+
+
+def test_only_what_is_needed_is_fetched():
+    files = ["README.md", "config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json",
+             "onnx/model.onnx", "flax_model.msgpack", "open_clip_model.safetensors", "merges.txt",
+             "open_clip_config.json", "sub/config.json"]  # fmt: skip
+    assert needed(files) == ["config.json", "tokenizer.json", "merges.txt",
+                             "open_clip_config.json", "model.safetensors"]  # fmt: skip
+    sharded = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+               "model.safetensors.index.json"]  # fmt: skip
+    assert set(needed(sharded)) == set(sharded)
+    assert needed(["open_clip_pytorch_model.bin", "a.png"]) == ["open_clip_pytorch_model.bin"]
+
+
+def test_what_looks_like_a_hub_name():
+    assert is_hub_id("google/siglip2-base-patch16-256")
+    assert not any(map(is_hub_id, ["/abs/path", "a/b/c", "name", "gs://bucket/x.npz", "./run/x"]))
