@@ -1,0 +1,199 @@
+"""Checkpoints that are not what they say: each is refused in one sentence that names the place."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from vlm.bundle import load
+from vlm.errors import CheckpointError, ConfigError
+from vlm.weights.files import SafetensorsFiles, write_safetensors
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def copy(name):
+        return pathlib.Path(shutil.copytree(GOLDEN / name, tmp_path / name))
+
+    return copy
+
+
+def edit(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda v: v["vision_config"].update(hidden_act="swish"),
+            "vision_config.*'swish'.*quick_gelu",
+        ),
+        (lambda v: v.update(model_type="blip"), "model of type 'blip'.*clip, siglip"),
+        (lambda v: v.pop("model_type"), "model of type None"),
+        (lambda v: v["text_config"].update(hidden_size="24"), r"text_config\.hidden_size is '24'"),
+        (lambda v: v["vision_config"].update(patch_size=[6, 6]), r"patch_size is \[6, 6\]"),
+        (lambda v: v["vision_config"].update(num_channels=1), "1 channels"),
+        (lambda v: v.update(vision_config=[1]), "vision_config is .*, not an object"),
+        (lambda v: v["text_config"].update(num_attention_heads=5), "not a multiple of heads 5"),
+        (lambda v: v["text_config"].update(num_hidden_layers=4), "missing from the file.*layers.3"),
+        (lambda v: v["text_config"].update(num_hidden_layers=2), "without a place.*layers.2"),
+        (lambda v: v.update(projection_dim=21), r"\(20, 24\) \(the model has \(21, 24\)\)"),
+    ],
+)
+def test_huggingface_configurations(folder, change, message):
+    path = folder("hf_clip")
+    edit(path / "config.json", change)
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.pop("embed_dim"), "model_cfg has no 'embed_dim'"),
+        (lambda m: m["vision_cfg"].update(layers=True), "missing|without a place"),
+        (lambda m: m["vision_cfg"].update(qk_norm=True), "qk_norm True, which vlm does not know"),
+        (lambda m: m["vision_cfg"].update(novelty=3), "novelty 3, which vlm does not know"),
+        (lambda m: m["vision_cfg"].update(act_kwargs={"x": 1}), "activation unknown to vlm"),
+        (lambda m: m["text_cfg"].update(hf_model_name="xlm-roberta-base"), "'xlm-roberta-base'"),
+        (lambda m: m["text_cfg"].update(pool_type="none"), "pool_type 'none' is unknown"),
+        (lambda m: m["text_cfg"].update(tokenizer_kwargs={"x": 1}), "tokenizer_kwargs is"),
+        (lambda m: m["vision_cfg"].update(timm_model_name="resnet50"), "'resnet50' is not one"),
+        (lambda m: m["vision_cfg"].update(image_size=[28, 35]), "takes squares alone"),
+    ],
+)
+def test_open_clip_configurations(folder, change, message):
+    path = folder("oc_vit")
+    edit(path / "open_clip_config.json", lambda v: change(v["model_cfg"]))
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"do_resize": False}, "turns do_resize off"),
+        ({"resample": 9}, "resample 9"),
+        ({"rescale_factor": 1.0}, "rescale_factor 1.0"),
+        ({"size": {"longest_edge": 30}}, "longest_edge"),
+        ({"crop_size": {"height": 30, "width": 20}}, "not a square"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean"),
+        ({"crop_size": 24, "size": 24}, "prepared at 24 pixels and the model takes 30"),
+    ],
+)
+def test_processors(folder, change, message):
+    path = folder("hf_clip")
+    edit(path / "preprocessor_config.json", lambda v: v.update(change))
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        load(path)
+
+
+def test_a_missing_shard_and_a_torn_one(folder):
+    path = folder("hf_siglip_wide")
+    shard = path / "model-00002-of-00004.safetensors"
+    if not shard.exists():
+        shard = sorted(path.glob("model-*.safetensors"))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    with pytest.raises(CheckpointError, match=rf"{shard.name} is truncated"):
+        load(path)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=rf"there is no .*{shard.name}"):
+        load(path)
+
+
+def test_torn_json(folder):
+    path = folder("oc_vit")
+    (path / "open_clip_config.json").write_text('{"model_cfg": {')
+    with pytest.raises(CheckpointError, match=r"open_clip_config\.json is not JSON"):
+        load(path)
+
+
+def test_damaged_safetensors_headers(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, [("a", np.arange(6, dtype=np.float32))], {})
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    for bad in (
+        whole[8 : 8 + length].replace(b"F32", b"Q99"),
+        whole[8 : 8 + length].replace(b"[6]", b"[7]"),
+        whole[8 : 8 + length].replace(b"{", b"[", 1),
+        b"\xff" * length,
+    ):
+        path.write_bytes(whole[:8] + bad + whole[8 + length :])
+        with pytest.raises(CheckpointError, match="damaged header"):
+            SafetensorsFiles([path])
+
+
+def test_written_safetensors_are_the_librarys(tmp_path):
+    from safetensors.numpy import load_file
+
+    rng = np.random.default_rng(0)
+    arrays = [("b", rng.standard_normal((3, 5)).astype(np.float16)), ("a", np.arange(4)),
+              ("s", np.float32(3.5)), ("empty", np.zeros((0, 2), np.float32))]  # fmt: skip
+    write_safetensors(tmp_path / "x.safetensors", arrays, {"format": "pt"})
+    theirs = load_file(tmp_path / "x.safetensors")
+    ours = SafetensorsFiles([tmp_path / "x.safetensors"])
+    for name, array in arrays:
+        assert np.array_equal(theirs[name], array)
+        assert np.array_equal(ours.read(name), array)
+    assert np.array_equal(ours.read("b", 1, 3), arrays[0][1][1:3])
+    assert ours.metadata == {"format": "pt"}
+
+
+MEMORY = """
+import resource, sys
+import numpy as np
+from vlm.config import ModelConfig, TextConfig, VisionConfig
+from vlm.bundle import abstract_model
+from vlm.weights.files import SafetensorsFiles
+from vlm.weights.rules import fill
+from vlm.weights import huggingface
+import jax, jax.numpy as jnp
+
+jnp.zeros(1).block_until_ready()
+values = {"model_type": "clip", "projection_dim": 256,
+          "vision_config": {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8},
+          "text_config": {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6}}
+config = huggingface.model_config(values, "here")
+model = abstract_model(config, jnp.float32)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = fill(model, huggingface.RULES["clip"], SafetensorsFiles([sys.argv[1]]), dtype=np.float32)
+jax.block_until_ready(jax.tree.leaves(model))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
+def test_peak_memory_of_loading(tmp_path):
+    """A checkpoint of n bytes loads in less than 1.3 n."""
+    import jax.numpy as jnp
+
+    from vlm.bundle import abstract_model
+    from vlm.weights import huggingface
+    from vlm.weights.rules import expand, flat_shapes
+
+    values = {"model_type": "clip", "projection_dim": 256,
+              "vision_config": {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8},
+              "text_config": {"hidden_size": 384, "intermediate_size": 1536,
+                              "num_attention_heads": 6}}  # fmt: skip
+    model = abstract_model(huggingface.model_config(values, "here"), jnp.float32)
+    shapes = {
+        p.theirs: p.their_shape for p in expand(huggingface.RULES["clip"], flat_shapes(model))
+    }
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, [(n, np.zeros(s, np.float32)) for n, s in shapes.items()], {})
+    size = path.stat().st_size
+    assert size > 2e8
+    run = [sys.executable, "-c", MEMORY, str(path)]
+    out = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert int(out.stdout) < 1.3 * size, f"{int(out.stdout) / size:.2f} n"

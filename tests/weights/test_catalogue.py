@@ -1,0 +1,32 @@
+"""The table of known models holds together."""
+
+import pytest
+
+from vlm.errors import ConfigError
+from vlm.weights.catalogue import ENTRIES, find, table
+from vlm.weights.hub import is_hub_id
+
+
+def test_names_are_unique_and_loadable_in_form():
+    names = [entry.name for entry in ENTRIES]
+    assert len(names) == len(set(names)) > 40
+    assert all(is_hub_id(name) or name.endswith(".pt") for name in names)
+
+
+def test_a_figure_has_its_source_and_is_in_range():
+    for entry in ENTRIES:
+        assert (entry.imagenet is None) == (entry.source is None)
+        assert entry.imagenet is None or 50 < entry.imagenet < 90
+        assert entry.context_length in (16, 64, 77)
+        assert 224 <= entry.image_size <= 512
+
+
+def test_one_and_all():
+    assert find("laion/CLIP-ViT-B-32-laion2B-s34B-b79K").imagenet == 66.56
+    columns, rows = table()
+    assert len(rows) == len(ENTRIES)
+    assert {len(row) for row in rows} == {len(columns)}
+    with pytest.raises(ConfigError, match=r"no 'siglip2-base'; it has google/siglip2-base"):
+        find("siglip2-base")
+    with pytest.raises(ConfigError, match="vlm models"):
+        find("qwerty")
