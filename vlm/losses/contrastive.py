@@ -30,7 +30,8 @@ def contrastive_loss(
 
     Equals `softmax_loss` or `sigmoid_loss` and their gradients without ever holding the B x B
     matrix: B / n rows on each of n devices meet the texts of the others around a ring, in tiles.
-    Products run in the type of the embeddings, everything else in float32.
+    Products run in the type of the embeddings (and at JAX's default matmul precision, which on a
+    GPU or TPU rounds float32 factors unless it is set), everything else in float32.
 
     Args:
         z_image, z_text: embeddings, row i of one belonging to row i of the other; on a mesh, global
@@ -38,10 +39,10 @@ def contrastive_loss(
         logit_scale: logarithm of the factor on the cosines.
         logit_bias: added to every logit; None for no bias.
         mesh: None for one device; axes besides `batch_axes` hold copies.
-        tile: side of a tile; None chooses one.
+        tile: upper bound on the side of a tile; None chooses one.
 
     Raises:
-        ConfigError: unknown kind, tile below 1, or embeddings whose shapes differ.
+        ConfigError: unknown kind, tile below 1, no pairs, or embeddings whose shapes differ.
         ShardingError: the mesh has none of `batch_axes`, or they do not divide the batch.
 
     Source: arXiv:2103.00020 and arXiv:2303.15343.
@@ -53,8 +54,10 @@ def contrastive_loss(
             f"z_image {z_image.shape} and z_text {z_text.shape} must both be (batch, embed_dim): "
             "row i of one is the pair of row i of the other"
         )
+    if len(z_image) == 0:
+        raise ConfigError("the batch is empty: a contrastive loss needs at least one pair")
     if tile is None:
-        tile = default_tile()
+        tile = default_tile(mesh)
     elif tile < 1:
         raise ConfigError(
             f"tile is {tile}: give a positive number of rows, or None to have one chosen"
@@ -76,9 +79,11 @@ def contrastive_loss(
     return _loss(kind, mesh, Ring(tile, axes, devices), z_image, z_text, logit_scale, logit_bias)
 
 
-def default_tile() -> int:
+def default_tile(mesh: Mesh | None) -> int:
     """Side of a tile: what stays in cache on a CPU, what fills the matrix units elsewhere."""
-    return 1024 if jax.default_backend() == "cpu" else 4096
+    # The mesh decides, not the host: a program for a TPU may be compiled where there is none.
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return 1024 if platform == "cpu" else 4096
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
