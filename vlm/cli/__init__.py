@@ -11,6 +11,7 @@ import sys
 from typing import NamedTuple
 
 from vlm._version import __version__
+from vlm.cli import runtime
 from vlm.cli.parse import UsageError
 from vlm.errors import VlmError
 
@@ -56,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
 
     A failure is one sentence on stderr, and with `--debug` its traceback.
     """
+    if argv is None:  # the real command line, whose process is ours
+        runtime.restart_with_huge_pages(sys.argv[1:])
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
