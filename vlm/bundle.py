@@ -31,15 +31,15 @@ from vlm.config import ModelConfig, PreprocessConfig, TokenizerConfig, from_dict
 from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.models.dual_encoder import DualEncoder
 from vlm.nn.naflex import Patches
-from vlm.nn.transformer import Execution
 from vlm.paths import as_path, cache_dir
 from vlm.preprocess import ImageLike, Preprocess
 from vlm.tokenizer import Tokenizer
+from vlm.weights.building import Tower, abstract_model, fill_towers
 from vlm.weights.checkpoint import Checkpoint, open_checkpoint
 from vlm.weights.files import SafetensorsFiles, write_safetensors
 from vlm.weights.hub import download, is_hub_id
 from vlm.weights.resolution import Positions, resized
-from vlm.weights.rules import Rule, fill, flat_arrays, flat_shapes
+from vlm.weights.rules import Rule, flat_arrays, flat_shapes
 from vlm.weights.writing import Format, write_folder
 
 BUNDLE_FILE = "bundle.json"
@@ -128,6 +128,7 @@ class Bundle:
         Raises:
             DataError: an image is missing or unreadable; the message names it.
         """
+        self._check_tower(self.model.vision, "image")
         size = self._batch_size(batch_size)
         batches = self._pixels(_one_or_many(images), size)
         return self._run(self._image_program, batches, size)
@@ -142,6 +143,7 @@ class Bundle:
         Raises:
             DataError: a text is not a string.
         """
+        self._check_tower(self.model.text, "text")
         size = self._batch_size(batch_size)
         stream = iter([texts] if isinstance(texts, str) else texts)
         chunks = iter(lambda: list(itertools.islice(stream, size)), [])
@@ -159,6 +161,8 @@ class Bundle:
         Raises:
             CheckpointError: the format has no place for something that the model has.
         """
+        for tower, name in ((self.model.vision, "image"), (self.model.text, "text")):
+            self._check_tower(tower, name)
         if format != "vlm":
             write_folder(folder, format, self.model, self.preprocess, self.tokenizer)
             return
@@ -290,6 +294,12 @@ class Bundle:
         last = int(pooled.max()) + 1
         return tokens[:, : min(-(-last // _TEXT_STEP) * _TEXT_STEP, tokens.shape[1])]
 
+    def _check_tower(self, tower: nnx.Module | None, name: str) -> None:
+        if tower is None:
+            raise ConfigError(
+                f"{self.name} was loaded without its {name} tower: load it with tower='both'"
+            )
+
     def _batch_size(self, batch_size: int | None) -> int:
         if batch_size is None:
             return 32 if jax.default_backend() == "cpu" else 256
@@ -326,6 +336,7 @@ def load(
     dtype: str = "float32",
     mesh: Mesh | None = None,
     revision: str | None = None,
+    tower: Tower = "both",
 ) -> Bundle:
     """The bundle that `model` names: a bundle, a run folder with one, or a public checkpoint.
 
@@ -337,6 +348,7 @@ def load(
         dtype: of parameters and computation, "float32" or "bfloat16".
         mesh: where the parameters lie, replicated; None: the default device.
         revision: of a Hub model.
+        tower: "image" or "text" reads that half alone; the other cannot encode then.
 
     Raises:
         CheckpointError: nothing there, or something torn or of another architecture.
@@ -351,16 +363,15 @@ def load(
         placement = lambda name, shape: whole  # noqa: E731
     for folder in (path, path / "bundle"):
         if (folder / BUNDLE_FILE).exists():
-            return _resized(
-                _load_own(folder, kind, placement), image_size, "bicubic_antialias", kind
-            )
+            bundle = _load_own(folder, kind, placement, tower)
+            return _resized(bundle, image_size, "bicubic_antialias", kind)
     name = None
     if not path.exists():
         if not is_hub_id(os.fspath(model)):
             raise CheckpointError(f"there is no model {os.fspath(path)!r}: check the path")
         name, path = os.fspath(model), download(os.fspath(model), revision)
     if (checkpoint := open_checkpoint(path)) is not None:
-        bundle = _load_public(checkpoint, kind, placement, name)
+        bundle = _load_public(checkpoint, kind, placement, name, tower)
         return _resized(bundle, image_size, checkpoint.positions, kind)
     if (path / "checkpoints").exists():
         raise CheckpointError(
@@ -372,7 +383,7 @@ def load(
     )
 
 
-def _load_own(folder: epath.Path, dtype, placement) -> Bundle:
+def _load_own(folder: epath.Path, dtype, placement, tower: Tower) -> Bundle:
     """Read what `Bundle.save` wrote."""
     file = folder / BUNDLE_FILE
     try:
@@ -395,16 +406,19 @@ def _load_own(folder: epath.Path, dtype, placement) -> Bundle:
     skeleton = abstract_model(config, dtype)
     same = [Rule(name, name) for name in flat_shapes(skeleton)]
     tensors = SafetensorsFiles([folder / WEIGHTS_FILE])
-    model = fill(skeleton, same, tensors, dtype=dtype, placement=placement)
+    model = fill_towers(skeleton, same, tensors, tower, dtype=dtype, placement=placement)
     return Bundle(model, preprocess, tokenizer, name, fingerprint=fingerprint)
 
 
-def _load_public(checkpoint: Checkpoint, dtype, placement, name: str | None) -> Bundle:
+def _load_public(
+    checkpoint: Checkpoint, dtype, placement, name: str | None, tower: Tower
+) -> Bundle:
     """Read a checkpoint of a public format."""
-    model = fill(
+    model = fill_towers(
         abstract_model(checkpoint.config, dtype),
         checkpoint.rules,
         checkpoint.tensors,
+        tower,
         dtype=dtype,
         placement=placement,
         ignored=checkpoint.ignored,
@@ -421,12 +435,6 @@ def _resized(bundle: Bundle, image_size: int | None, positions: Positions, dtype
         bundle.model, bundle.preprocess.config, image_size, positions, dtype=dtype
     )
     return Bundle(model, Preprocess(preprocess), bundle.tokenizer, bundle.name)
-
-
-def abstract_model(config: ModelConfig, dtype) -> DualEncoder:
-    """A model of shapes alone, to be filled."""
-    execution = Execution(dtype=dtype)
-    return nnx.eval_shape(lambda: DualEncoder(config, execution=execution, rngs=nnx.Rngs(0)))
 
 
 def _dtype(name: str):

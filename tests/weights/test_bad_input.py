@@ -153,8 +153,8 @@ def test_written_safetensors_are_the_librarys(tmp_path):
 MEMORY = """
 import resource, sys
 import numpy as np
-from vlm.config import ModelConfig, TextConfig, VisionConfig
-from vlm.bundle import abstract_model
+from vlm.weights.building import abstract_model
+
 from vlm.weights.files import SafetensorsFiles
 from vlm.weights.rules import fill
 from vlm.weights import huggingface
@@ -162,7 +162,8 @@ import jax, jax.numpy as jnp
 
 jnp.zeros(1).block_until_ready()
 values = {"model_type": "clip", "projection_dim": 256,
-          "vision_config": {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8},
+          "vision_config": {"hidden_size": 512, "intermediate_size": 2048,
+                            "num_attention_heads": 8},
           "text_config": {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6}}
 config = huggingface.model_config(values, "here")
 model = abstract_model(config, jnp.float32)
@@ -178,12 +179,13 @@ def test_peak_memory_of_loading(tmp_path):
     """A checkpoint of n bytes loads in less than 1.3 n."""
     import jax.numpy as jnp
 
-    from vlm.bundle import abstract_model
     from vlm.weights import huggingface
+    from vlm.weights.building import abstract_model
     from vlm.weights.rules import expand, flat_shapes
 
     values = {"model_type": "clip", "projection_dim": 256,
-              "vision_config": {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8},
+              "vision_config": {"hidden_size": 512, "intermediate_size": 2048,
+                                "num_attention_heads": 8},
               "text_config": {"hidden_size": 384, "intermediate_size": 1536,
                               "num_attention_heads": 6}}  # fmt: skip
     model = abstract_model(huggingface.model_config(values, "here"), jnp.float32)

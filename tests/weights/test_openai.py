@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm.bundle import abstract_model, load
+from vlm.bundle import load
 from vlm.errors import CheckpointError
 from vlm.weights import open_clip, openai
+from vlm.weights.building import abstract_model
 from vlm.weights.rules import fill
 from vlm.weights.torch_pickle import TorchFile
 

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from vlm.config import ModelConfig, PreprocessConfig
 from vlm.errors import ConfigError
 from vlm.models.dual_encoder import DualEncoder
-from vlm.nn.transformer import Execution
 from vlm.preprocess import resize_matrix
+from vlm.weights.building import abstract_model
 
 # transformers: bicubic without antialias; open_clip and timm: with; big_vision: scipy's linear
 # zoom, which keeps the corners in place.
@@ -76,11 +76,7 @@ def resize_positions(
 
 def with_config(model: DualEncoder, config: ModelConfig, *, dtype: jnp.dtype) -> DualEncoder:
     """The parameters of `model`, without a copy, under another configuration."""
-    graph, _ = nnx.split(
-        nnx.eval_shape(
-            lambda: DualEncoder(config, execution=Execution(dtype=dtype), rngs=nnx.Rngs(0))
-        )
-    )
+    graph, _ = nnx.split(abstract_model(config, dtype))
     return nnx.merge(graph, nnx.state(model))
 
 
