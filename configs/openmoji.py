@@ -1,6 +1,7 @@
 """A small CLIP on OpenMoji: 3,741 drawings with captions, a few minutes on two CPU cores.
 
-The held-out images are skin-tone variants whose combinations are new and whose parts are not.
+The held-out images are skin-tone variants whose combinations are new and whose parts are not. So the
+recipe is kind to colour, and the text tower is shallow: one layer composes, two learn by heart.
 """
 
 from vlm.config import (
@@ -20,7 +21,9 @@ config = Experiment(
     model=ModelConfig(
         vision=VisionConfig(
             image_size=64,
-            patch_size=8,
+            patch_size=16,
+            stem="conv",
+            stem_widths=(16, 32, 64, 128),
             width=192,
             depth=4,
             heads=4,
@@ -31,9 +34,9 @@ config = Experiment(
         ),
         text=TextConfig(
             vocab_size=2048,
-            context_length=24,
+            context_length=20,
             width=192,
-            depth=2,
+            depth=1,
             heads=4,
             mlp_dim=768,
             pool="mean",
@@ -44,16 +47,15 @@ config = Experiment(
         embed_dim=192,
     ),
     preprocess=PreprocessConfig(image_size=64, kernel="bilinear"),
-    tokenizer=TokenizerConfig(context_length=24),
+    tokenizer=TokenizerConfig(context_length=20),
     data=DataConfig(
         source="openmoji",
-        captions=("caption",),
-        augment=AugmentConfig(crop=(0.75, 1.0), jitter=0.1),
+        augment=AugmentConfig(crop=(0.85, 1.0), aspect=(0.9, 1.11), jitter=0.05),
         cache=True,
     ),
-    optimizer=OptimizerConfig(name="muon", learning_rate=2e-3),
+    optimizer=OptimizerConfig(name="muon", learning_rate=2e-3, weight_decay=0.5),
     batch_size=256,
-    epochs=2,
-    scan=False,
-    eval_every=0.25,
+    epochs=26,
+    scan=False,  # a few blocks: faster unrolled
+    eval_every=0.2,
 )
