@@ -1,5 +1,6 @@
 """The mesh, where parameters and batches live on it, and global arrays from per-host data."""
 
+import functools
 import math
 from typing import Any
 
@@ -107,22 +108,47 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     )
 
 
+@functools.cache
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): a batch is cut into `count` equal shares and this process reads one of them.
+
+    Processes that hold copies of the same rows, as along `tensor`, read the same share.
+
+    Raises:
+        ShardingError: the rows of two processes overlap in part.
+    """
+    count = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    rows: dict[int, set[int]] = {}
+    for device, (index, *_) in batch_sharding(mesh).devices_indices_map((count,)).items():
+        rows.setdefault(device.process_index, set()).add(index.start or 0)
+    shares = sorted({tuple(sorted(r)) for r in rows.values()})
+    if sum(map(len, shares)) != count or len(set(map(len, shares))) > 1:
+        raise ShardingError(
+            f"mesh {dict(mesh.shape)} gives the {len(rows)} processes shares of a batch that "
+            "overlap in part: let the devices of a process divide the sizes of data x fsdp"
+        )
+    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
+
+
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's rows of a batch as part of global arrays."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+    """This process's share of a batch as part of global arrays."""
+    sharding, (_, shares) = batch_sharding(mesh), batch_share(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, x, (len(x) * shares, *x.shape[1:]))
+        for name, x in batch.items()
+    }
 
 
 def placement(tree: Any, depth: int = 2) -> list[tuple[str, str, int, int]]:
-    """Rows of a table: parameter group, its specs, elements in all, and bytes on each device."""
+    """Rows of a table: group of arrays, the mesh axes they lie over, elements, bytes per device."""
     groups: dict[str, tuple[set[str], int, int]] = {}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         group = "/".join(path_names(path)[:depth])
-        specs, elements, bytes_ = groups.get(group, (set(), 0, 0))
+        axes, elements, bytes_ = groups.get(group, (set(), 0, 0))
         local = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        spec = str(x.sharding.spec).replace("PartitionSpec", "")
-        groups[group] = (specs | {spec}, elements + x.size, bytes_ + local)
-    return [(g, " ".join(sorted(s)), n, size) for g, (s, n, size) in groups.items()]
+        over = " x ".join(axis for axis in x.sharding.spec if axis) or "whole"
+        groups[group] = (axes | {over}, elements + x.size, bytes_ + local)
+    return [(g, ", ".join(sorted(s)), n, size) for g, (s, n, size) in groups.items()]
 
 
 def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:

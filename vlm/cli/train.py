@@ -15,10 +15,15 @@ Progress goes to stderr, and the run folder is printed at the end. Ctrl-C saves 
 leaves; a second one stops at once. A run goes on with --resume, and with nothing else: its config
 is its own.
 
+Several hosts: start the same command on each. Cloud TPU, SLURM, Open MPI and Kubernetes are found
+by themselves; elsewhere add --coordinator HOST:PORT --processes N --process-id I, or set
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
 Examples:
   vlm train configs/openmoji.py
   vlm train configs/openmoji.py --optimizer.learning-rate 3e-4 --epochs 10
-  vlm train --resume runs/openmoji"""
+  vlm train --resume runs/openmoji
+  vlm train --resume runs/openmoji --coordinator 10.0.0.1:1234 --processes 2 --process-id 0"""
 
 USAGE = """\
 usage: vlm train CONFIG [--FIELD VALUE ...]
@@ -35,6 +40,9 @@ def main(args: list[str]) -> None:
         if not args:
             raise UsageError("vlm train needs a config, such as configs/openmoji.py")
         return
+    args, hosts = _hosts(args)
+    if not args:
+        raise UsageError("vlm train needs a config, such as configs/openmoji.py")
     first, *rest = args[0].split("=", 1) + args[1:]
     if first == "--resume":
         if len(rest) != 1:
@@ -43,16 +51,44 @@ def main(args: list[str]) -> None:
                 if rest
                 else "--resume needs the folder of the run: vlm train --resume RUN"
             )
-        return _train(resume=rest[0])
+        return _train(hosts, resume=rest[0])
     if first.startswith("-"):
         raise UsageError(f"the config comes first: vlm train CONFIG {first} ...")
     about = ABOUT.format(config=first)
-    return _train(parse.options(load_config(first), "vlm train CONFIG", args[1:], about))
+    return _train(hosts, parse.options(load_config(first), "vlm train CONFIG", args[1:], about))
 
 
-def _train(*given: Any, resume: str | None = None) -> None:
+HOSTS = {
+    "--coordinator": ("coordinator", str),
+    "--processes": ("process_count", int),
+    "--process-id": ("process_id", int),
+}
+
+
+def _hosts(args: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The arguments without those of `vlm.distributed.start`, and these."""
+    rest, hosts = [], {}
+    stream = iter(args)
+    for arg in stream:
+        name, given, value = arg.partition("=")
+        if name not in HOSTS:
+            rest.append(arg)
+            continue
+        key, kind = HOSTS[name]
+        value = value if given else next(stream, "")
+        try:
+            hosts[key] = kind(value)
+        except ValueError:
+            raise UsageError(f"{name} takes a number, not {value!r}") from None
+    return rest, hosts
+
+
+def _train(hosts: dict[str, Any], *given: Any, resume: str | None = None) -> None:
     import jax
 
+    from vlm import distributed
+
+    distributed.start(**hosts)
     from vlm.train.loop import train
 
     folder = train(*given, resume=resume)

@@ -17,7 +17,7 @@ from vlm.evaluate.runner import Report, Result, provenance
 from vlm.evaluate.tasks import DataInfo
 from vlm.sharding import BATCH_AXES, batch_sharding
 from vlm.tokenizer import Tokenizer
-from vlm.train.logs import read_log
+from vlm.train.logs import read_log, say
 from vlm.train.run import Run
 from vlm.train.step import Trainer, TrainState
 
@@ -52,6 +52,12 @@ class HeldOut:
             pair_retrieval_metrics(z_image, z_captions[self.target]),
         )
 
+    def metrics(self, state: TrainState) -> dict[str, float]:
+        """All metrics as a row of the log."""
+        zero_shot, retrieval = self.measure(*self.embed(state))
+        say(f"step {int(state.step)}  held-out top-1 {zero_shot['top1']}")
+        return {f"eval/{name}": float(value) for name, value in (zero_shot | retrieval).items()}
+
     def _in_batches(self, embed, state, rows: np.ndarray) -> np.ndarray:
         """Rows through `embed`, a fixed number at a time; every process holds all of them."""
         sharding = batch_sharding(self.trainer.mesh)
@@ -79,6 +85,7 @@ def finish(run: Run, held: HeldOut, state: TrainState, bundle: Bundle, credits: 
             Result(f"retrieval among {len(held.images):,} pairs", retrieval, source),
         )
     )
+    scale, bias = bundle.logit_scale, bundle.logit_bias  # of all processes together
     if jax.process_index() == 0:
         report.save(run.results)
         write_report(
@@ -91,8 +98,8 @@ def finish(run: Run, held: HeldOut, state: TrainState, bundle: Bundle, credits: 
             z_image=z_image,
             z_captions=z_captions,
             config=to_dict(run.experiment),
-            logit_scale=bundle.logit_scale,
-            logit_bias=bundle.logit_bias,
+            logit_scale=scale,
+            logit_bias=bias,
             loss=bundle.loss,
             facts=_facts(state),
             credits=credits,

@@ -1,19 +1,21 @@
 """What a run says while it goes: a console line, a JSONL file and TensorBoard."""
 
 import json
-import sys
 import time
 from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from vlm.errors import TrainingError
+from vlm.sharding import placement
 from vlm.train.run import Run
+from vlm.train.step import TrainState
 
-console = Console(file=sys.stderr)
+console = Console(stderr=True)
 
 
 class Logs:
@@ -90,9 +92,10 @@ class Logs:
         seconds = now - self._since
         row = {
             "step": steps[-1],
-            **{k: v for k, v in values[-1].items() if k != "finite"},
+            **{k: v for k, v in values[-1].items() if k not in ("finite", "tokens")},
             "loss": float(np.mean([v["loss"] for v in values])),
             "pairs_per_s": count * self._batch_size / seconds,
+            "tokens_per_s": sum(v["tokens"] for v in values) / seconds,
             "data_wait": self._wait / seconds,
             "seconds": now - self._start,
         }
@@ -111,8 +114,8 @@ class Logs:
         self.write(row)
         if bad and self._stop:
             raise TrainingError(
-                f"the loss or its gradient was not finite at step {bad[0]}: the parameters are "
-                "those from before it and the last checkpoint is kept; lower "
+                f"the loss or its gradient was not finite at step {bad[0]}: that step changed "
+                "nothing, the run stopped, and its earlier checkpoints are kept; lower "
                 "--optimizer.learning-rate, or skip such steps with --optimizer.nonfinite skip"
             )
 
@@ -126,10 +129,31 @@ class Logs:
             if name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(name, value, row["step"])
 
-    def say(self, text: str) -> None:
-        """A line for the reader, above the progress display."""
-        if self._primary:
-            console.print(text, highlight=False)
+
+def say(text: RenderableType) -> None:
+    """Something for the reader, from the first process alone; above the progress display."""
+    if jax.process_index() == 0:
+        console.print(text, highlight=False)
+
+
+def placement_table(state: TrainState) -> Table:
+    """Where the state lives: each group of arrays, over which mesh axes, and its size."""
+    table = Table(title="placement", title_justify="left")
+    table.add_column("group")
+    table.add_column("over")
+    table.add_column("elements", justify="right")
+    table.add_column("bytes per device", justify="right")
+    groups = {"": state.params, "locked": state.frozen, "average": state.ema}
+    groups |= {"optimizer": state.opt_state}
+    total = 0
+    for name, tree in groups.items():
+        depth = 0 if name else 2
+        for group, axes, elements, size in placement(tree, depth):
+            table.add_row(group or name, axes, f"{elements:,}", f"{size:,}")
+            total += size
+    table.add_section()
+    table.add_row("in all", "", "", f"{total:,}")
+    return table
 
 
 def read_log(run: Run) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The run folder: what a run is called, where its files lie, and how one is opened again.
 
-config.json  checkpoints/  tokenizer/  log.jsonl  tensorboard/  bundle/  results.json  report.html
+config.json  checkpoints/  tokenizer/  log.jsonl  tensorboard/  profile/  bundle/  results.json
+report.html
 """
 
 import datetime
@@ -11,6 +12,7 @@ import jax
 from etils import epath
 
 from vlm.config import Experiment, from_dict, to_dict
+from vlm.distributed import broadcast_text
 from vlm.errors import CheckpointError, ConfigError
 from vlm.paths import as_path
 
@@ -29,23 +31,16 @@ class Run:
         Raises:
             ConfigError: the folder holds a run already, or cannot be made.
         """
-        folder = as_path(experiment.run_dir or _fresh(experiment.name))
-        config = folder / "config.json"
-        if config.exists():
-            raise ConfigError(
-                f"{folder} already holds a run: go on with `vlm train --resume {folder}`, or give "
-                "another --run-dir"
-            )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
-                config.write_text(json.dumps(to_dict(experiment), indent=2))
-        except OSError as error:
-            raise ConfigError(
-                f"the run folder {folder} cannot be written ({error.strerror or error}): give "
-                "another --run-dir"
-            ) from None
-        return cls(folder, experiment)
+        folder, said = "", ""
+        if jax.process_index() == 0:
+            try:
+                folder = os.fspath(_new_folder(experiment))
+            except ConfigError as error:
+                said = str(error)
+        folder, said = json.loads(broadcast_text(json.dumps([folder, said])))
+        if said:
+            raise ConfigError(said)
+        return cls(as_path(folder), experiment)
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> "Run":
@@ -89,6 +84,25 @@ class Run:
     @property
     def results(self) -> epath.Path:
         return self.folder / "results.json"
+
+
+def _new_folder(experiment: Experiment) -> epath.Path:
+    folder = as_path(experiment.run_dir or _fresh(experiment.name))
+    config = folder / "config.json"
+    if config.exists():
+        raise ConfigError(
+            f"{folder} already holds a run: go on with `vlm train --resume {folder}`, or give "
+            "another --run-dir"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        config.write_text(json.dumps(to_dict(experiment), indent=2))
+    except OSError as error:
+        raise ConfigError(
+            f"the run folder {folder} cannot be written ({error.strerror or error}): give "
+            "another --run-dir"
+        ) from None
+    return folder
 
 
 def _fresh(name: str) -> str:

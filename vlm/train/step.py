@@ -1,5 +1,6 @@
 """One training step: a pure function of (state, batch), jitted with its shardings and donated."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +11,19 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, Key, UInt8
 
-from vlm.config import Experiment
+from vlm.config import Experiment, TokenizerConfig
 from vlm.losses import cached_value_and_grad, contrastive_loss
 from vlm.models.dual_encoder import DualEncoder
 from vlm.nn.transformer import Execution
 from vlm.preprocess import Preprocess
 from vlm.sharding import batch_sharding, replicated, shardings
+from vlm.train.masking import kept_tokens, mask_tokens
 from vlm.train.optimizer import learning_rate, make_optimizer
+from vlm.train.resolution import shrink, with_grid
 
 Params = dict[str, Any]
+
+_MASKING = 1  # folded into an example's key for its text mask: another stream than the towers'
 
 
 @jax.tree_util.register_dataclass
@@ -41,30 +46,40 @@ class Trainer:
     The module's graph is split from its parameters once, here; the functions see plain trees.
     """
 
-    def __init__(self, experiment: Experiment, mesh: Mesh):
+    def __init__(self, experiment: Experiment, mesh: Mesh, rules: TokenizerConfig | None = None):
         self.experiment, self.mesh = experiment, mesh
+        self.rules = rules or experiment.tokenizer  # which tokens are padding, begin and end
         self.preprocess = Preprocess(experiment.preprocess)
         self.optimizer = make_optimizer(experiment.optimizer)
         self.graph = nnx.graphdef(nnx.eval_shape(self._build))
         self.abstract_state = jax.eval_shape(self._init, jnp.int32(1))
         self.state_shardings = shardings(self.abstract_state, mesh)
-        batch, whole = batch_sharding(mesh), replicated(mesh)
+        whole = replicated(mesh)
         self.init = jax.jit(self._init, out_shardings=self.state_shardings)
-        self.step = jax.jit(
-            self._step,
-            in_shardings=(self.state_shardings, batch),
-            out_shardings=(self.state_shardings, whole),
-            donate_argnums=0,
-        )
+        self.step = self.step_at(experiment.model.vision.image_size)
         self.embed_images = jax.jit(self._embed_images, out_shardings=whole)
         self.embed_texts = jax.jit(self._embed_texts, out_shardings=whole)
 
     # ------------------------------------------------------------------------ the step
 
-    def _step(self, state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict]:
+    @functools.cache  # noqa: B019 (a trainer lives as long as its run)
+    def step_at(self, image_size: int):
+        """`step` for images shrunk to `image_size` pixels: one program for each size."""
+        whole = replicated(self.mesh)
+        return jax.jit(
+            functools.partial(self._step, image_size=image_size),
+            in_shardings=(self.state_shardings, batch_sharding(self.mesh)),
+            out_shardings=(self.state_shardings, whole),
+            donate_argnums=0,
+        )
+
+    def _step(
+        self, state: TrainState, batch: dict[str, Array], *, image_size: int
+    ) -> tuple[TrainState, dict]:
+        """The state after one step, and what to log of it."""
         config = self.experiment.optimizer
         keys = self._example_keys(state.step)
-        loss, grads = self._value_and_grad(state, batch, keys)
+        loss, grads = self._value_and_grad(state, batch, keys, image_size)
 
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         rate = learning_rate(config, state.step / state.total_steps)
@@ -89,6 +104,7 @@ class Trainer:
             "scale": jnp.exp(after.params["logit_scale"]),
             "grad_norm": grad_norm,
             "finite": finite,
+            "tokens": jnp.float32(self.tokens_per_step(image_size)),
         }
         if "logit_bias" in after.params:
             metrics["bias"] = after.params["logit_bias"]
@@ -99,14 +115,23 @@ class Trainer:
         return after, metrics
 
     def _value_and_grad(
-        self, state: TrainState, batch: dict, keys: Key[Array, "b"]
+        self, state: TrainState, batch: dict, keys: Key[Array, "b"], size: int
     ) -> tuple[Array, Params]:
         """The loss of the whole batch and its gradient, by micro-batches where configured."""
 
+        e = self.experiment
+
         def embed(params, batch, keys):
-            model = self._model({**params, **state.frozen})
+            params = {**params, **state.frozen}
             images = self.preprocess.normalize(batch["images"])
-            return model(images, batch["tokens"], keys=keys)
+            if size != e.model.vision.image_size:
+                images = shrink(images, size)
+                params["vision"] = with_grid(params["vision"], size // e.model.vision.patch_size)
+            tokens = batch["tokens"]
+            if e.text_masking:
+                mask_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _MASKING)
+                tokens = mask_tokens(tokens, e.text_masking, mask_keys, self.rules)
+            return self._model(params)(images, tokens, keys=keys)
 
         def loss(params, z_image, z_text):
             return contrastive_loss(
@@ -114,19 +139,27 @@ class Trainer:
                 z_text,
                 params["logit_scale"],
                 params.get("logit_bias"),
-                kind=self.experiment.model.loss,
+                kind=e.model.loss,
                 mesh=self.mesh,
             )
 
-        size, micro = self.experiment.batch_size, self.experiment.micro_batch_size
-        if micro is None or micro == size:
+        micro = e.micro_batch_size
+        if micro is None or micro == e.batch_size:
             return jax.value_and_grad(lambda p: loss(p, *embed(p, batch, keys)))(state.params)
         # Every k-th row to the same micro-batch: the sharded axis stays whole on its devices.
-        count = size // micro
+        count = e.batch_size // micro
         cut = jax.tree.map(
             lambda x: x.reshape(micro, count, *x.shape[1:]).swapaxes(0, 1), (batch, keys)
         )
         return cached_value_and_grad(embed, loss)(state.params, *cut)
+
+    def tokens_per_step(self, image_size: int) -> int:
+        """How many tokens the towers see in a step: patches and words that are not left out."""
+        e, vision = self.experiment, self.experiment.model.vision
+        patches = (image_size // vision.patch_size) ** 2
+        patches = max(1, round(patches * (1 - vision.patch_dropout)))
+        words = kept_tokens(e.model.text.context_length, e.text_masking)
+        return e.batch_size * (patches + words)
 
     def _example_keys(self, step: Int[Array, ""]) -> Key[Array, "b"]:
         """A key for each example of this step's batch, for dropout and patch dropout."""

@@ -1,0 +1,111 @@
+"""What a run starts from: its tokenizer, the weights of another model, its newest checkpoint."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlm import bundle
+from vlm.config import Experiment, to_dict
+from vlm.data.pipeline import TrainIterator
+from vlm.data.sources import vocabulary_texts
+from vlm.distributed import first_process_first
+from vlm.errors import ConfigError
+from vlm.tokenizer import Tokenizer, train_bpe
+from vlm.train.checkpoint import Checkpoints
+from vlm.train.length import length_in_steps
+from vlm.train.logs import say
+from vlm.train.run import Run
+from vlm.train.step import Trainer, TrainState
+
+
+def the_tokenizer(run: Run) -> Tokenizer:
+    """The run's tokenizer: kept with it, the starting model's, from a file, or the data's own."""
+    with first_process_first():
+        if not run.tokenizer.exists():
+            _first_tokenizer(run.experiment).save(run.tokenizer)
+        return Tokenizer.load(run.tokenizer)
+
+
+def start(
+    trainer: Trainer, batches: TrainIterator, checkpoints: Checkpoints, *, resumed: bool
+) -> TrainState:
+    """The state to begin with: of the newest checkpoint, or fresh."""
+    abstract = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        trainer.abstract_state,
+        trainer.state_shardings,
+    )
+    restored = checkpoints.restore(abstract, say=say)
+    if restored is not None:
+        state, data_state = restored
+        batches.set_state(data_state)
+        return state
+    if resumed:
+        say("the run has no checkpoint yet: it starts from step 0")
+    state = trainer.init(jnp.int32(length_in_steps(trainer, batches)))
+    return state if trainer.experiment.init_from is None else from_model(trainer, state)
+
+
+def from_model(trainer: Trainer, state: TrainState) -> TrainState:
+    """A fresh state with the weights of the model `init_from`, or of one of its towers.
+
+    Raises:
+        ConfigError: that model is another one than the config's; the message names what differs.
+    """
+    e = trainer.experiment
+    other = bundle.load(e.init_from, image_size=e.model.vision.image_size)
+    towers = ("vision", "text") if e.init_towers == "both" else (e.init_towers,)
+    _check_same(e, other, towers)
+    loaded = nnx.to_pure_dict(nnx.state(other.model))
+    ours = {**state.params, **state.frozen}
+    wanted = ours if e.init_towers == "both" else towers
+    loaded = {name: loaded[name] for name in wanted if name in loaded}
+    places = {**trainer.state_shardings.params, **trainer.state_shardings.frozen}
+    ours |= jax.tree.map(_place, loaded, {name: places[name] for name in loaded})
+    frozen = {name: ours.pop(name) for name in state.frozen}
+    # The average begins where the parameters do, in buffers of its own: the step donates them all.
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, ours)
+    return dataclasses.replace(state, params=ours, frozen=frozen, ema=ema)
+
+
+def _place(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def _check_same(e: Experiment, other: bundle.Bundle, towers: tuple[str, ...]) -> None:
+    """Raise a ConfigError that lists every field in which the two models differ."""
+    pairs = {"model.embed_dim": (other.config.embed_dim, e.model.embed_dim)}
+    for tower in towers:
+        theirs, ours = (to_dict(getattr(model, tower)) for model in (other.config, e.model))
+        pairs |= {
+            f"model.{tower}.{name}": (theirs[name], ours[name])
+            for name in ours
+            if name not in ("dropout", "patch_dropout")  # of training alone
+        }
+    if "vision" in towers:
+        theirs, ours = other.preprocess.config, e.preprocess
+        pairs |= {
+            f"preprocess.{name}": (getattr(theirs, name), getattr(ours, name))
+            for name in ("mean", "std")
+        }
+    differ = [f"{k} is {a!r} there and {b!r} here" for k, (a, b) in pairs.items() if a != b]
+    if differ:
+        raise ConfigError(
+            f"init_from {e.init_from!r} is another model than the config's ({'; '.join(differ)}): "
+            "make the config agree, or take the tower that does with init_towers"
+        )
+
+
+def _first_tokenizer(experiment: Experiment) -> Tokenizer:
+    if experiment.init_from is not None and experiment.init_towers != "vision":
+        return bundle.load(experiment.init_from).tokenizer
+    if experiment.tokenizer_file is not None:
+        return Tokenizer.from_file(experiment.tokenizer_file, experiment.tokenizer)
+    return train_bpe(
+        vocabulary_texts(experiment.data),
+        experiment.model.text.vocab_size,
+        experiment.tokenizer.context_length,
+        lowercase=experiment.tokenizer.lowercase,
+    )

@@ -1,0 +1,36 @@
+"""A trace of chosen steps by `jax.profiler`, to be opened with XProf or Perfetto."""
+
+import jax
+
+from vlm.train.run import Run
+from vlm.train.step import TrainState
+
+
+class Trace:
+    """Records the steps `first` to `last`, counted from 1, of `steps`; nothing where it is None."""
+
+    def __init__(self, run: Run, steps: tuple[int, int] | None):
+        self._folder = run.folder / "profile"
+        self._first, self._last = steps or (-1, -1)
+        self._on = False
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stop()
+
+    def before(self, step: int, state: TrainState) -> None:
+        """Begin or end the trace where it is time; `step` steps are done and led to `state`."""
+        if step not in (self._first - 1, self._last):
+            return
+        jax.block_until_ready(state.step)  # steps are dispatched ahead of the device
+        self._stop()
+        if step == self._first - 1:
+            jax.profiler.start_trace(self._folder)
+            self._on = True
+
+    def _stop(self) -> None:
+        if self._on:
+            jax.profiler.stop_trace()
+            self._on = False
