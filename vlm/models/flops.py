@@ -16,15 +16,13 @@ from dataclasses import dataclass
 
 from vlm.config import Experiment, ModelConfig, TextConfig, VisionConfig
 
-# The parts of a transformer block. `scores` are the two products without parameters in attention.
-BLOCK_PARTS = ("projections", "scores", "mlp")
-
-# What each rematerialisation policy computes again in the backward pass.
+# The share of each part that a rematerialisation policy computes again in the backward pass. No
+# gradient needs a block's last product, so even "full" computes half an MLP.
 RECOMPUTED = {
-    "none": (),
-    "dots": (),
-    "dots_no_batch": ("scores",),
-    "full": BLOCK_PARTS,
+    "none": {},
+    "dots": {},
+    "dots_no_batch": {"scores": 1.0},
+    "full": {"projections": 1.0, "scores": 1.0, "mlp": 0.5},
 }
 
 
@@ -113,8 +111,8 @@ def step_flops(experiment: Experiment) -> dict[str, PartFlops]:
                 backward = flops  # pixels need no gradient
             if e.lock == tower:
                 backward = 0.0
-            elif part in RECOMPUTED.get(e.remat, ()):
-                recomputed += flops
+            else:
+                recomputed += RECOMPUTED[e.remat].get(part, 0.0) * flops
             parts[f"{tower}/{part}"] = PartFlops(flops, backward, recomputed)
     product = 2 * batch**2 * e.model.embed_dim
     # Tiles of the softmax loss are computed once for its sums and once for its gradient.
@@ -134,6 +132,7 @@ def executed_flops(experiment: Experiment) -> float:
 
 
 def _blocks(config, tokens: int) -> dict[str, float]:
+    """Of all blocks: `scores` are the two products without parameters in attention."""
     width = config.width
     return {
         "projections": config.depth * 2 * tokens * 4 * width**2,

@@ -1,0 +1,32 @@
+"""A dual encoder small enough to compile in seconds, with every kind of part."""
+
+from vlm.config import (
+    Experiment,
+    MeshConfig,
+    ModelConfig,
+    PreprocessConfig,
+    TextConfig,
+    TokenizerConfig,
+    VisionConfig,
+)
+
+
+def experiment(
+    batch_size=64, mesh=None, loss="softmax", vision=None, text=None, **fields
+) -> Experiment:
+    tower = {"width": 64, "heads": 4, "mlp_dim": 256}
+    return Experiment(
+        name="small",
+        model=ModelConfig(
+            vision=VisionConfig(image_size=32, patch_size=8, depth=3, **tower, **(vision or {})),
+            text=TextConfig(vocab_size=512, context_length=16, depth=2, **tower, **(text or {})),
+            embed_dim=64,
+            loss=loss,
+            init_bias=None if loss == "softmax" else -10.0,
+        ),
+        preprocess=PreprocessConfig(image_size=32),
+        tokenizer=TokenizerConfig(context_length=16),
+        batch_size=batch_size,
+        mesh=mesh or MeshConfig(),
+        **fields,
+    )

@@ -1,0 +1,99 @@
+"""The analytic FLOPs are those of the program: counted in its jaxpr, and by XLA itself."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from small import experiment
+
+from vlm.config import MeshConfig
+from vlm.models.dual_encoder import DualEncoder
+from vlm.models.flops import encode_flops, executed_flops, model_flops, step_flops
+from vlm.nn.transformer import Execution
+from vlm.plan.compile import batch_of
+from vlm.sharding import make_mesh
+from vlm.train.step import Trainer
+
+
+def counted(jaxpr) -> float:
+    """Operations of all products in a jaxpr, loops multiplied out."""
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        name, times = eqn.primitive.name, 1
+        if name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            left = eqn.invars[0].aval.shape
+            total += (
+                2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[d] for d in contracted)
+            )
+        if name == "conv_general_dilated":
+            numbers = eqn.params["dimension_numbers"]
+            kernel = eqn.invars[1].aval.shape
+            outputs = kernel[numbers.rhs_spec[0]]
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / outputs
+        if name == "scan":
+            times = eqn.params["length"]
+        if name == "while":
+            raise AssertionError("a loop of unknown length")
+        inner = [counted(j) for j in jax.core.jaxprs_in_params(eqn.params)]
+        # The forms of attention for each platform compute the same products.
+        total += times * (max(inner, default=0) if name == "cond" else sum(inner))
+    return total
+
+
+def step_products(e) -> float:
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    trainer = Trainer(e, mesh)
+    return counted(jax.make_jaxpr(trainer._step)(trainer.abstract_state, batch_of(e)).jaxpr)
+
+
+CASES = {
+    "all again": {"remat": "full", "micro_batch_size": 16},
+    "SigLIP, FLIP": {
+        "loss": "sigmoid",
+        "remat": "dots_no_batch",
+        "vision": {"patch_dropout": 0.5},
+        "text": {"pool": "map"},
+        "text_masking": 0.25,
+    },
+    "LiT": {"lock": "vision", "vision": {"pool": "class", "projection": "linear"}},
+    "CoCa": {"vision": {"pool": "query", "projection": "linear"}, "text": {"pool": "class"}},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_executed_flops_are_the_products_of_the_step(case):
+    e = experiment(**CASES[case])
+    # What the jaxpr holds beyond: gradients of the pixels and of unused halves of tiles.
+    assert executed_flops(e) == pytest.approx(step_products(e), rel=0.02)
+
+
+def test_forward_flops_are_those_that_xla_counts():
+    """XLA counts every elementwise operation too: at this width they are less than a tenth."""
+    config = experiment().model
+    model = nnx.eval_shape(
+        lambda: DualEncoder(config, execution=Execution(scan=False), rngs=nnx.Rngs(0))
+    )
+    graph, state = nnx.split(model)
+    images = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((4, 16), jnp.int32)
+    run = jax.jit(lambda state, i, t: nnx.merge(graph, state)(i, t))
+    cost = run.lower(state, images, tokens).cost_analysis()
+    ours = 4 * sum(encode_flops(config))
+    assert ours <= cost["flops"] <= 1.12 * ours
+
+
+def test_mathematics_asks_for_no_more_whatever_is_computed_again():
+    plain = model_flops(experiment())
+    assert model_flops(experiment(remat="full")) == plain
+    assert model_flops(experiment(micro_batch_size=16)) == plain
+    assert executed_flops(experiment(remat="full")) > executed_flops(experiment(remat="dots"))
+    assert model_flops(experiment(lock="vision")) < plain
+
+
+def test_flops_grow_with_the_batch_and_those_of_the_loss_with_its_square():
+    one, two = step_flops(experiment(batch_size=64)), step_flops(experiment(batch_size=128))
+    for name in one:
+        assert two[name].model == (4 if name == "loss" else 2) * one[name].model

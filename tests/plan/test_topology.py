@@ -1,0 +1,103 @@
+"""Names of slices and meshes: what is known is understood, what is not is named."""
+
+import importlib.util
+
+import pytest
+from small import experiment
+
+from vlm.errors import ConfigError, ShardingError
+from vlm.plan import plan
+from vlm.plan.chips import CHIPS, chip_of
+from vlm.plan.topology import parse_mesh, parse_topology, topology_devices
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "devices"),
+    [
+        ("v5e:16x16", 256, 256),
+        ("v5p:8x8x8", 512, 512),
+        ("v4:2x2x1", 4, 4),
+        ("V6E:1x1", 1, 1),
+        ("tpu7x:4x4x4", 64, 128),
+        ("v5p:4x4x12", 192, 192),
+        ("h100:8", 8, 8),
+        ("cpu:8", 8, 8),
+    ],
+)
+def test_a_slice_by_its_name(name, chips, devices):
+    topology = parse_topology(name)
+    assert (topology.chips, topology.device_count) == (chips, devices)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("v5x:4x4", r"'v5x:4x4' names no known chip.*v5e:\{1x1"),
+        ("v5", "names no known chip"),
+        ("h10:8", "did you mean h100"),
+        ("v5e", "needs a shape after the colon"),
+        ("v5e:", "needs a shape"),
+        ("v5e:4x-4", "needs a shape"),
+        ("v5e:0x4", "needs a shape"),
+        ("v5e:3x3", "no v5e slice of shape 3x3: the known are v5e"),
+        ("v5p:16x16", "no v5p slice"),
+        ("v5p:64x64x64", "up to 6144 chips"),
+        ("h100:2x4", "no h100 slice"),
+        ("cpu:9999", "asks for 9999 CPU devices and JAX has"),
+    ],
+)
+def test_a_slice_that_is_not(name, said):
+    with pytest.raises(ConfigError, match=said):
+        parse_topology(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("data=32,fsdp=8", (32, 8, 1)),
+        ("32x8", (32, 8, 1)),
+        ("4x2x2", (4, 2, 2)),
+        ("fsdp=8", (-1, 8, 1)),
+        ("data=-1, tensor=2", (-1, 1, 2)),
+    ],
+)
+def test_a_mesh_by_its_sizes(text, sizes):
+    mesh = parse_mesh(text)
+    assert (mesh.data, mesh.fsdp, mesh.tensor) == sizes
+
+
+@pytest.mark.parametrize("text", ["model=4", "data", "data=x", "", "4x", "2x2x2x2"])
+def test_a_mesh_that_is_not(text):
+    with pytest.raises(ConfigError, match="is not understood"):
+        parse_mesh(text)
+
+
+@pytest.mark.parametrize("topology", ["h100:8", "cpu:8"])
+def test_a_mesh_that_does_not_fit_the_slice(topology):
+    with pytest.raises(ShardingError, match=f"topology {topology}: mesh .*8"):
+        plan(experiment(), topology, "data=3")
+
+
+def test_a_batch_that_does_not_divide():
+    with pytest.raises(ShardingError, match="batch_size 60 does not divide"):
+        plan(experiment(batch_size=60), "h100:8")
+
+
+def test_without_the_compiler_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r'pip install "vlm-jax\[tpu\]"'):
+        topology_devices(parse_topology("v5e:2x2"))
+
+
+def test_a_model_that_fits_at_no_batch():
+    huge = experiment(text={"vocab_size": 500_000_000})
+    with pytest.raises(ConfigError, match=r"take .* GiB of each device .*--mesh fsdp="):
+        plan(huge, "h100:64")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("NVIDIA H100 80GB HBM3", "h100"), ("cpu", None)],
+)
+def test_the_chip_behind_a_device(kind, name):
+    assert chip_of(kind) == CHIPS.get(name)

@@ -1,0 +1,97 @@
+"""`vlm plan`: what a slice of chips will do with a config, before it is rented."""
+
+import dataclasses
+import json as jsonlib
+from typing import Literal
+
+from vlm.cli import parse
+from vlm.cli.terminal import say
+from vlm.config import load_config
+
+Remat = Literal["none", "dots", "dots_no_batch", "full"]
+
+
+def main(args: list[str]) -> None:
+    parse.call(plan, "vlm plan", args)
+
+
+def plan(
+    config: str,
+    /,
+    topology: tuple[str, ...] = ("v5e:16x16",),
+    mesh: tuple[str, ...] = (),
+    batch_size: int | None = None,
+    micro_batch_size: int | None = None,
+    batch_per_chip: int | None = None,
+    remat: tuple[Remat, ...] = (),
+    largest_batch: bool = False,
+    sweep: bool = False,
+    compiles: int = 4,
+    json: bool = False,
+) -> None:
+    """Compile the training step of a config for chips that are not here, and say what it takes.
+
+    Memory, communication and operations are read from the compiled program; the time is what the
+    chip's published rates allow. TPU slices need the extra `tpu`; GPUs are counted by hand.
+
+    Examples:
+      vlm plan configs/siglip_b16.py --topology v5e:16x16
+      vlm plan configs/siglip_b16.py --topology v5p:4x4x4 --mesh data=8,fsdp=8 --largest-batch
+      vlm plan configs/clip_b16.py --sweep --topology v5e:4x4 v6e:4x4 h100:8 --batch-per-chip 256
+
+    Args:
+        config: a config file, such as configs/siglip_b16.py, or a run's config.json.
+        topology: a slice: v4, v5e, v5p, v6e or tpu7x and its shape; a100, h100, h200 or b200 and
+            their number; cpu and its number of devices. Several with --sweep.
+        mesh: such as data=32,fsdp=8; the config's own where not given. Several with --sweep.
+        batch_size: the global batch, in place of the config's.
+        micro_batch_size: in place of the config's.
+        batch_per_chip: the global batch as so many pairs on each chip.
+        remat: what blocks compute again, in place of the config's. Several with --sweep.
+        largest_batch: also look for the largest batch that fits; some more compilations.
+        sweep: compare all combinations in one table.
+        compiles: how many of the best rows of a sweep are compiled; the others are counted by hand.
+        json: print the plan as JSON, and the table on stderr.
+    """
+    from rich.console import Console
+
+    from vlm.plan import plan as make
+    from vlm.plan import sweep as compare
+    from vlm.plan.report import show, show_sweep
+    from vlm.plan.topology import parse_topology
+
+    experiment = load_config(config)
+    console = Console(stderr=json)
+    if not console.is_terminal:
+        console = Console(stderr=json, width=132)
+    if not sweep:
+        for name, values in (("topology", topology), ("mesh", mesh), ("remat", remat)):
+            if len(values) > 1:
+                raise parse.UsageError(
+                    f"--{name} {' '.join(values)} are several: give one, or compare with --sweep"
+                )
+    sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
+    changes = {name: size for name, size in sizes.items() if size is not None}
+    if batch_per_chip and not sweep:
+        changes["batch_size"] = batch_per_chip * parse_topology(topology[0]).chips
+    if remat and not sweep:
+        changes["remat"] = remat[0]
+    experiment = dataclasses.replace(experiment, **changes)
+    if sweep:
+        plans = compare(
+            experiment,
+            topology,
+            mesh,
+            **({"remats": remat} if remat else {}),
+            compiles=compiles,
+            batch_per_chip=batch_per_chip,
+            say=say,
+        )
+        show_sweep(plans, console)
+        found = [p.to_dict() for p in plans]
+    else:
+        made = make(experiment, topology[0], mesh[0] if mesh else None, largest=largest_batch)
+        show(made, console)
+        found = made.to_dict()
+    if json:
+        print(jsonlib.dumps(found))

@@ -1,0 +1,118 @@
+"""What a step takes where no compiler can be asked: counted by hand, and labelled so.
+
+Everything is per device. The counts follow a pre-norm block in `e`-byte activations of width w, MLP
+width m, h heads and n tokens; they are for ranking configurations and for chips without a
+compiler at hand, not a substitute for compiling.
+"""
+
+from dataclasses import dataclass
+
+from vlm.config import Experiment
+from vlm.models.flops import step_flops
+from vlm.plan.chips import Chip
+from vlm.plan.compile import StateBytes
+
+TILE = 4096  # side of the loss's tiles on an accelerator
+
+
+@dataclass(frozen=True)
+class AnalyticMemory:
+    """Bytes of one device in the backward pass, where a step takes most."""
+
+    state: int  # parameters, optimizer, averages
+    gradients: int
+    activations: float  # kept for the backward pass
+    working: float  # of the block at hand, and the loss's tiles
+
+    @property
+    def peak(self) -> float:
+        return self.state + self.gradients + self.activations + self.working
+
+
+def analytic_memory(
+    experiment: Experiment, state: StateBytes, batch_ways: int, tensor_ways: int = 1
+) -> AnalyticMemory:
+    """The memory of a step on each device, the batch cut `batch_ways` times."""
+    e = experiment
+    rows = (e.micro_batch_size or e.batch_size) / batch_ways
+    kept, block = 0.0, 0.0
+    for tower, tokens, config in _towers(e):
+        width, mlp, scores = config.width, config.mlp_dim, config.heads * tokens
+        size = 2 if e.dtype != "float32" else 4
+        inside = size * (6 * width + mlp) / tensor_ways
+        saved = {
+            "full": 0.0,
+            "dots_no_batch": inside,
+            "dots": inside + (size * width + 4 * scores) / tensor_ways,
+            "none": 2 * inside + 16 * width + (4 + size) * scores / tensor_ways,
+        }
+        everything = saved["none"] + size * width
+        if e.lock != tower:
+            kept += rows * tokens * config.depth * (saved.get(e.remat, inside) + size * width)
+        block = max(block, rows * tokens * everything)
+    local = e.batch_size / batch_ways
+    side = min(TILE, local)
+    tiles = 3 * 4 * side**2 + 8 * 4 * local * e.model.embed_dim
+    images = 3 * e.model.vision.image_size**2 * (4 + 2) * rows
+    return AnalyticMemory(
+        state=state.parameters + state.optimizer + state.averages,
+        gradients=state.parameters if e.lock == "none" else state.parameters // 2,
+        activations=kept + images,
+        working=block + tiles,
+    )
+
+
+def analytic_operations(
+    experiment: Experiment, chip: Chip, chips: int, state: StateBytes, *, fused_attention: bool
+) -> tuple[float, float, float]:
+    """Seconds of arithmetic, of memory traffic, and of both one after the other, on one chip.
+
+    Products run at the arithmetic rate; normalisations, activations, residual sums, the update,
+    and attention's weights where it is not fused, at the memory's.
+    """
+    e, size = experiment, 2 if experiment.dtype != "float32" else 4
+    arithmetic = sum(p.executed for p in step_flops(e).values()) / chips / chip.flops
+    rows = e.batch_size / chips
+    traffic = 0.0
+    for tower, tokens, config in _towers(e):
+        forward = size * (8 * config.width + 2 * config.mlp_dim)
+        if not fused_attention:
+            forward += config.heads * tokens * (2 * 4 + 2 * size)
+        passes = 1 if e.lock == tower else (4 if e.remat == "full" else 3)
+        traffic += rows * tokens * config.depth * passes * forward
+    # The update reads parameters, gradients and moments, and writes all but the gradients.
+    traffic += 3 * state.parameters + 2 * state.optimizer + 2 * state.averages
+    elementwise = traffic / chip.memory_rate
+    return arithmetic, elementwise, arithmetic + elementwise
+
+
+def analytic_traffic(
+    experiment: Experiment, parameters: int, mesh_shape: dict[str, int]
+) -> dict[str, float]:
+    """Bytes that each device sends in a step, by place: ring algorithms over float32 parameters.
+
+    `parameters` are the bytes of all trained parameters, whole.
+    """
+    data, fsdp = mesh_shape["data"], mesh_shape["fsdp"]
+    ways = data * fsdp
+    sent = {}
+    if ways > 1:
+        sent["gradient reduction"] = 2 * parameters * (ways - 1) / ways
+        blocks = experiment.batch_size * experiment.model.embed_dim * 4
+        trips = 2 if experiment.model.loss == "softmax" else 1
+        # Each trip carries the text block, and the last one its gradient too.
+        sent["loss ring"] = blocks * (trips + 1) * (ways - 1) / ways
+    if fsdp > 1:
+        gathers = 3 if experiment.remat == "full" else 2
+        sent["FSDP gathers"] = gathers * parameters * (fsdp - 1) / fsdp / 2
+    return sent
+
+
+def _towers(experiment: Experiment):
+    vision, text = experiment.model.vision, experiment.model.text
+    patches = (vision.image_size // vision.patch_size) ** 2
+    patches = max(1, round(patches * (1 - vision.patch_dropout)))
+    patches += vision.class_token or vision.pool == "class"
+    words = max(1, round(text.context_length * (1 - experiment.text_masking)))
+    yield "vision", patches, vision
+    yield "text", words, text

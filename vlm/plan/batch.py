@@ -1,0 +1,110 @@
+"""The largest batch that a slice can hold, in few compilations."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jax.sharding import Mesh
+
+from vlm.config import Experiment
+from vlm.errors import ConfigError
+from vlm.plan.compile import CompiledStep, compile_step
+from vlm.plan.topology import Topology
+from vlm.sharding import BATCH_AXES
+
+ROWS = 8  # per device: a batch grows in steps of so many
+
+
+@dataclass(frozen=True)
+class LargestBatch:
+    """The largest global batch found, the rematerialisation that allows it, and what was tried."""
+
+    batch_size: int
+    remat: str
+    peak: float
+    tried: tuple[tuple[int, float, bool], ...]  # (batch, bytes of a device, whether it fits)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"basis": "compiled", "tried": list(self.tried)}
+
+
+def largest_batch(
+    experiment: Experiment, where: Topology, mesh: Mesh, limit: float | None, compiles: int = 5
+) -> LargestBatch | None:
+    """Look for the largest batch with all of a block rematerialised, the policy that holds most.
+
+    Memory is close to linear in the batch, so the line through the last two tries says where to
+    look next. None for devices of unknown memory.
+
+    Raises:
+        ConfigError: not even the smallest batch fits.
+    """
+    if limit is None:
+        return None
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    unit = ways * ROWS
+
+    def peak(units: int) -> tuple[float, bool]:
+        e = dataclasses.replace(
+            experiment, batch_size=units * unit, micro_batch_size=None, remat="full"
+        )
+        step = compile_step(e, mesh)
+        if isinstance(step, CompiledStep):
+            return step.peak, step.peak <= limit
+        return step.used or math.inf, False
+
+    start = max(1, experiment.batch_size // unit)
+    units, tried = search(peak, start, limit, compiles)
+    if units is None:
+        least = min(tried, key=lambda t: t[1])
+        raise ConfigError(
+            f"not even a batch of {least[0] * unit} fits {where.name} ({least[1] / 2**30:.1f} GiB "
+            f"of {limit / 2**30:.1f}): spread the parameters with --mesh fsdp=N, take chips of "
+            "more memory, or a smaller model"
+        )
+    found = {t[0]: t for t in tried}[units]
+    return LargestBatch(
+        units * unit, "full", found[1], tuple((u * unit, p, fits) for u, p, fits in tried)
+    )
+
+
+def search(
+    peak: Callable[[int], tuple[float, bool]], start: int, limit: float, calls: int
+) -> tuple[int | None, list[tuple[int, float, bool]]]:
+    """The largest whole number whose `peak` fits, found by secants and then bisection.
+
+    Ends when the answer is known to within 2%, or after so many calls.
+    """
+    tried: dict[int, tuple[float, bool]] = {}
+    units = start
+    while len(tried) < calls and units not in tried:
+        tried[units] = peak(units)
+        fitting = max((u for u, (_, fits) in tried.items() if fits), default=0)
+        failing = min((u for u, (_, fits) in tried.items() if not fits), default=None)
+        if failing is not None and failing - max(fitting, 0) <= max(1, 0.02 * failing):
+            break
+        known = sorted((u, p) for u, (p, _) in tried.items() if math.isfinite(p))
+        if len(known) >= 2:
+            (u1, p1), (u2, p2) = _nearest(known, limit)
+            slope = (p2 - p1) / (u2 - u1)
+            units = int(u1 + (0.99 * limit - p1) / slope) if slope > 0 else 2 * units
+        elif known:
+            share = limit / known[0][1]
+            units = int(units * (1.5 * share if share > 1 else 0.8 * share))
+        else:
+            units //= 2
+        units = max(units, fitting + 1)
+        if failing is not None:
+            units = min(units, failing - 1)
+            if units == fitting or units in tried:
+                units = (fitting + failing) // 2
+        units = max(1, units)
+    fits = [u for u, (_, ok) in tried.items() if ok]
+    return max(fits, default=None), [(u, p, ok) for u, (p, ok) in tried.items()]
+
+
+def _nearest(known: list[tuple[int, float]], limit: float) -> list[tuple[int, float]]:
+    """The two tries whose memory is closest to the limit, smaller first."""
+    return sorted(sorted(known, key=lambda t: abs(t[1] - limit))[:2])

@@ -1,0 +1,167 @@
+"""Which bytes cross the interconnect in a step, why and how often: read off a compiled program."""
+
+import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlm.plan.hlo import Computation, Instruction, Program
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+
+LOSS_RING, LOSS_SUMS = "loss ring", "loss sums"
+GRADIENTS, FSDP = "gradient reduction", "FSDP gathers"
+TENSOR, ACTIVATIONS, NORMS = "tensor-parallel sums", "activations", "norms and metrics"
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of communication in one place of the program, summed over a step."""
+
+    place: str  # why: one of the names above
+    kind: str  # what: one of KINDS
+    axes: tuple[str, ...]  # of the mesh, over which the devices of a group differ
+    group: int  # devices that take part together
+    count: int  # runs in a step
+    payload: float  # bytes on each device and step: the whole array that is reduced or gathered
+    sent: float  # bytes that each device sends in a step, by the ring algorithm
+
+
+def collectives(
+    program: Program,
+    mesh_shape: dict[str, int],
+    parameter_shapes: Collection[tuple[int, ...]] = (),
+) -> list[Collective]:
+    """All communication of one step, largest first.
+
+    Args:
+        program: of the optimised module.
+        mesh_shape: sizes of the mesh axes by name, in the order of the devices.
+        parameter_shapes: of one layer's parameters, whole; a gathered array of such a shape is a
+            parameter, any other an activation.
+    """
+    known = {_plain(shape) for shape in parameter_shapes}
+    sums: dict[tuple, list[float]] = {}
+    for found, computation, times in _found(program):
+        kind = _kind(found, computation)
+        operand = sum(
+            computation.instructions[name].bytes
+            for name in found.operands
+            if name in computation.instructions
+        )
+        axes, group = _group(found, mesh_shape)
+        if group < 2 or not operand:
+            continue
+        payload, sent = _traffic(kind, operand, group)
+        gathered = {_plain(array.dims) for array in found.arrays}
+        place = _place(kind, found.op_name, axes, bool(known & gathered))
+        row = sums.setdefault((place, kind, axes, group), [0, 0.0, 0.0])
+        row[0] += times
+        row[1] += times * payload
+        row[2] += times * sent
+    rows = [Collective(*key, int(row[0]), row[1], row[2]) for key, row in sums.items()]
+    return sorted(rows, key=lambda row: -row.sent)
+
+
+def _found(program: Program):
+    for instruction, computation, times in program.walk():
+        if _is_collective(instruction):
+            yield instruction, computation, times
+        inside = program.fused(instruction)
+        if inside is not None:
+            for i in inside.instructions.values():
+                if _is_collective(i):
+                    yield i, inside, times
+
+
+def _is_collective(instruction: Instruction) -> bool:
+    return instruction.opcode.removesuffix("-start") in KINDS
+
+
+def _kind(found: Instruction, computation: Computation) -> str:
+    """The TPU compiler writes a reduce-scatter as an all-reduce that is sliced where it is made."""
+    if "all-reduce-scatter" in computation.name:
+        return "reduce-scatter"
+    return found.opcode.removesuffix("-start")
+
+
+def _traffic(kind: str, operand: float, group: int) -> tuple[float, float]:
+    """(payload, bytes sent by each device) for operands of so many bytes on each device."""
+    others = (group - 1) / group
+    if kind == "all-reduce":
+        return operand, 2 * others * operand
+    if kind == "all-gather":
+        return group * operand, (group - 1) * operand
+    if kind in ("reduce-scatter", "all-to-all"):
+        return operand, others * operand
+    return operand, operand
+
+
+def _place(kind: str, op_name: str, axes: tuple[str, ...], of_parameter: bool) -> str:
+    if kind == "collective-permute" and "shard_map" in op_name:
+        return LOSS_RING
+    # The compiler joins small reductions and names the whole after one of them: shapes know better.
+    if "shard_map" in op_name and not of_parameter:
+        return LOSS_SUMS
+    if axes == ("tensor",):
+        return TENSOR
+    if kind == "all-gather" and of_parameter:
+        return FSDP
+    if kind in ("all-reduce", "reduce-scatter") and ("transpose(" in op_name or of_parameter):
+        return GRADIENTS
+    if "jvp" in op_name:
+        return ACTIVATIONS
+    return NORMS
+
+
+def _group(found: Instruction, mesh_shape: dict[str, int]) -> tuple[tuple[str, ...], int]:
+    """The mesh axes of a collective's groups, and the devices in each."""
+    if found.opcode.startswith("collective-permute"):
+        pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", found.text)
+        members = {int(n) for n in re.findall(r"\d+", pairs[1])} if pairs else set()
+        return _axes(_cycle(pairs[1] if pairs else "", members), mesh_shape)
+    text = found.text
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+        sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        used = re.findall(r"'(\w+)'", named[2])
+        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        one_group = tuple(slice(None) if axis in used else 0 for axis in sizes)
+        return _axes(ids[one_group].ravel().tolist(), mesh_shape)
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape, source = ([int(n) for n in iota[k].split(",")] for k in (1, 2))
+        ids = np.arange(math.prod(source)).reshape(source)
+        if iota[3]:
+            ids = ids.transpose([int(n) for n in iota[3].split(",")])
+        return _axes(ids.reshape(shape)[0].tolist(), mesh_shape)
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        return _axes([int(n) for n in listed[1].split(",") if n], mesh_shape)
+    return tuple(mesh_shape), math.prod(mesh_shape.values())  # {}: all of them
+
+
+def _cycle(pairs: str, members: set[int]) -> list[int]:
+    """The devices around which a permutation of one of them travels."""
+    numbers = [int(n) for n in re.findall(r"\d+", pairs)]
+    onward = dict(zip(numbers[::2], numbers[1::2], strict=False))
+    if not onward:
+        return []
+    start = here = min(members)
+    cycle = [start]
+    while (here := onward.get(here, start)) != start and len(cycle) <= len(members):
+        cycle.append(here)
+    return cycle
+
+
+def _axes(group: list[int], mesh_shape: dict[str, int]) -> tuple[tuple[str, ...], int]:
+    if len(group) < 2:
+        return (), len(group)
+    places = np.array(np.unravel_index(group, tuple(mesh_shape.values())))
+    varies = [len(set(row)) > 1 for row in places.tolist()]
+    axes = tuple(axis for axis, v in zip(mesh_shape, varies, strict=True) if v)
+    return axes, len(group)
+
+
+def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape whatever its order and its axes of size one."""
+    return tuple(sorted(n for n in shape if n > 1))

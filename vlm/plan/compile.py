@@ -1,0 +1,201 @@
+"""The real training step, compiled for devices that need not be there, and what it takes."""
+
+import dataclasses
+import functools
+import math
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from vlm.config import Experiment
+from vlm.losses import contrastive_loss
+from vlm.plan.collectives import Collective, collectives
+from vlm.plan.hlo import Program, parse
+from vlm.sharding import AXES, batch_sharding, path_names, replicated, shardings
+from vlm.train.step import Trainer, TrainState
+
+
+@dataclass(frozen=True)
+class DoesNotFit:
+    """The compiler's refusal: the step takes `used` bytes of each device's memory."""
+
+    used: float | None
+    limit: float | None
+    message: str
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes on each device of what a step keeps, by its shardings."""
+
+    parameters: int
+    optimizer: int
+    averages: int
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """A step as the compiler laid it out; bytes are those of one device."""
+
+    arguments: int
+    outputs: int
+    aliased: int  # outputs that take the place of arguments
+    temporaries: int
+    program: Program
+    collectives: list[Collective]
+    kept: int | None  # of the temporaries: what loops over layers keep for the backward pass
+    seconds: float  # that tracing and compiling took
+
+    @property
+    def peak(self) -> int:
+        """Bytes in use at once: arguments, what is not donated of the outputs, temporaries."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries
+
+
+def with_dtype(experiment: Experiment, platform: str) -> Experiment:
+    """The experiment with its compute dtype spelled out, as "auto" will be on that platform."""
+    if experiment.dtype != "auto":
+        return experiment
+    return dataclasses.replace(experiment, dtype="float32" if platform == "cpu" else "bfloat16")
+
+
+def batch_of(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a global batch."""
+    size, batch = experiment.model.vision.image_size, experiment.batch_size
+    length = experiment.model.text.context_length
+    return {
+        "images": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8),
+        "tokens": jax.ShapeDtypeStruct((batch, length), jnp.int32),
+    }
+
+
+def compile_step(experiment: Experiment, mesh: Mesh) -> CompiledStep | DoesNotFit:
+    """Compile the step of `experiment` on `mesh`; nothing is allotted and nothing runs."""
+    began = time.perf_counter()
+    trainer = Trainer(experiment, mesh)
+    lowered = trainer.step.lower(trainer.abstract_state, batch_of(experiment))
+    compiled = _compile(lowered)
+    if isinstance(compiled, DoesNotFit):
+        return compiled
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    program = parse(compiled.as_text())
+    shape = dict(mesh.shape)
+    return CompiledStep(
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        program=program,
+        collectives=collectives(program, shape, layer_shapes(trainer.abstract_state)),
+        kept=_kept_by_loops(program, experiment),
+        seconds=seconds,
+    )
+
+
+def compile_loss(experiment: Experiment, mesh: Mesh) -> int | None:
+    """Temporary bytes of the loss and its gradients alone, per device; None: it does not fit."""
+    batch, width = experiment.batch_size, experiment.model.embed_dim
+    rows, number = batch_sharding(mesh), replicated(mesh)
+    z = jax.ShapeDtypeStruct((batch, width), jnp.float32, sharding=rows)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=number)
+    bias = scalar if experiment.model.init_bias is not None else None
+
+    def loss(*inputs):
+        return contrastive_loss(*inputs, kind=experiment.model.loss, mesh=mesh)
+
+    inputs = (z, z, scalar, bias)
+    gradient = jax.value_and_grad(loss, argnums=(0, 1, 2) if bias is None else (0, 1, 2, 3))
+    compiled = _compile(jax.jit(gradient).lower(*inputs))
+    if isinstance(compiled, DoesNotFit):
+        return None
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def abstract_state(experiment: Experiment) -> TrainState:
+    """Shapes of the state of a step, which depend on few of an experiment's fields."""
+    return _abstract_state(
+        Experiment(
+            model=experiment.model,
+            preprocess=experiment.preprocess,
+            tokenizer=experiment.tokenizer,
+            optimizer=experiment.optimizer,
+            lock=experiment.lock,
+        )
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_state(experiment: Experiment) -> TrainState:
+    one = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Trainer(experiment, one).abstract_state
+
+
+def state_bytes(state: TrainState, mesh: Mesh | AbstractMesh) -> StateBytes:
+    """Bytes of a state on each device of a mesh; parameters include those of a locked tower."""
+
+    def bytes_of(*names: str) -> int:
+        trees = [getattr(state, name) for name in names]
+        sizes = jax.tree.map(
+            lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize,
+            trees,
+            shardings(trees, mesh),
+        )
+        return sum(jax.tree.leaves(sizes))
+
+    return StateBytes(
+        parameters=bytes_of("params", "frozen"),
+        optimizer=bytes_of("opt_state"),
+        averages=bytes_of("ema"),
+    )
+
+
+def layer_shapes(state: TrainState) -> set[tuple[int, ...]]:
+    """The shapes of all matrices among the parameters, whole and one layer at a time."""
+    shapes = set()
+    for path, x in jax.tree_util.tree_leaves_with_path((state.params, state.frozen)):
+        stacked = "blocks" in path_names(path)
+        if x.ndim - stacked >= 2:
+            shapes |= {x.shape[1:], x.shape} if stacked else {x.shape}
+    return shapes
+
+
+def _compile(lowered: Any) -> Any:
+    try:
+        return lowered.compile()
+    except Exception as error:  # of the compiler's own type; anything but a full memory goes on
+        message = str(error)
+        if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+            raise
+        sizes = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+        used = _bytes(*sizes.group(1, 2)) if sizes else None
+        limit = _bytes(*sizes.group(3, 4)) if sizes else None
+        return DoesNotFit(used, limit, " ".join(message.split())[:300])
+
+
+def _bytes(number: str, unit: str) -> float:
+    return float(number) * 2 ** (10 * " KMGT".index(unit or " "))
+
+
+def _kept_by_loops(program: Program, experiment: Experiment) -> int | None:
+    """Bytes of the stacked arrays that forward loops over layers make for the backward pass."""
+    depths = {experiment.model.vision.depth, experiment.model.text.depth}
+    if not experiment.scan:
+        return None
+    total = 0
+    for loop, _, _ in program.walk():
+        if loop.opcode != "while" or "transpose(" in loop.op_name or "shard_map" in loop.op_name:
+            continue
+        if program.trip_count(loop) not in depths:
+            continue
+        body = program.computations[loop.called("body")]
+        for array, name in zip(loop.arrays, body.root.operands, strict=False):
+            passed = body.instructions[name].opcode == "get-tuple-element"
+            if not passed and array.dims[:1] and array.dims[0] in depths:
+                total += array.bytes
+    return total

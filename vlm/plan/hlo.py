@@ -1,0 +1,354 @@
+"""A compiled program read back: its instructions, and how often each one runs.
+
+XLA prints a compiled program as text. What a loop does is there once, whatever its trip count, so
+everything that is counted here is multiplied along the way from the entry to the instruction.
+The format is that of XLA's HLO text (openxla.org/xla/operation_semantics).
+"""
+
+import functools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+BITS = {"pred": 8, "token": 0, "opaque": 0, "tuple": 0}
+
+# Instructions that move no data of their own.
+FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "while",
+    "conditional",
+    "call",
+    "optimization-barrier",
+    "domain",
+    "iota",
+}
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array of an instruction's result."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    in_hbm: bool = True  # False: in a chip's own fast memory (a layout with S(...))
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.dims) * dtype_bits(self.dtype) // 8
+
+
+@dataclass
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]  # the result, a tuple flattened
+    operands: tuple[str, ...]
+    text: str  # the attributes after the operands
+    root: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return sum(array.bytes for array in self.arrays)
+
+    @functools.cached_property
+    def op_name(self) -> str:
+        """The path of JAX's transformations and functions that the instruction came from."""
+        found = re.search(r'op_name="([^"]*)"', self.text)
+        return found[1] if found else ""
+
+    def called(self, attribute: str) -> str | None:
+        """The computation that an attribute such as `body` names."""
+        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
+        return found[1] if found else None
+
+
+@dataclass
+class Computation:
+    """A function of the program."""
+
+    name: str
+    instructions: dict[str, Instruction] = field(default_factory=dict)
+
+    @property
+    def root(self) -> Instruction:
+        return next(i for i in self.instructions.values() if i.root)
+
+
+@dataclass
+class Program:
+    """All computations of a compiled module."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+    def walk(self) -> Iterator[tuple[Instruction, Computation, int]]:
+        """Every instruction that runs, with how often; bodies of fusions are not entered."""
+        yield from self._walk(self.entry, 1)
+
+    def _walk(self, name: str, times: int) -> Iterator[tuple[Instruction, Computation, int]]:
+        computation = self.computations[name]
+        for instruction in computation.instructions.values():
+            yield instruction, computation, times
+            if instruction.opcode == "while":
+                trips = self.trip_count(instruction)
+                yield from self._walk(instruction.called("body"), times * trips)
+            elif instruction.opcode in ("call", "async-start"):
+                inner = instruction.called("to_apply") or instruction.called("calls")
+                if inner:
+                    yield from self._walk(inner, times)
+            elif instruction.opcode == "conditional":
+                branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.text)
+                names = branches[1].split(",") if branches else []
+                names += [instruction.called(f"{kind}_computation") for kind in ("true", "false")]
+                for branch in filter(None, names):
+                    yield from self._walk(branch.strip().lstrip("%"), times)
+
+    def trip_count(self, loop: Instruction) -> int:
+        """How often a `while` runs: as XLA knows it, or the bound that its condition has."""
+        known = re.search(r'known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)', loop.text)
+        if known:
+            return int(known[1])
+        condition = self.computations[loop.called("condition")]
+        bounds = [
+            int(i.text_value)
+            for i in condition.instructions.values()
+            if i.opcode == "constant" and re.fullmatch(r"\d+", i.text_value)
+        ]
+        return max(bounds, default=1)
+
+    def fused(self, instruction: Instruction) -> Computation | None:
+        """What a fusion computes inside."""
+        name = instruction.called("calls") if instruction.opcode == "fusion" else None
+        return self.computations.get(name) if name else None
+
+    # ---------------------------------------------------------------------- costs
+
+    def flops(self, instruction: Instruction, computation: Computation) -> float:
+        """Operations of the products and convolutions in one run of an instruction."""
+        inside = self.fused(instruction)
+        if inside is not None:
+            return sum(self.flops(i, inside) for i in inside.instructions.values())
+        if instruction.opcode == "dot":
+            return _dot_flops(instruction, computation)
+        if instruction.opcode == "convolution":
+            return _convolution_flops(instruction, computation)
+        return 0.0
+
+    def memory_bytes(self, instruction: Instruction, computation: Computation) -> float:
+        """Bytes between memory and chip in one run of an instruction: operands and results once.
+
+        Slices of a larger array, and updates in place, count for the part that they touch.
+        """
+        if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
+            return 0.0
+        if instruction.opcode.startswith(("async", "collective", "all-", "reduce-scatter")):
+            return 0.0  # counted as communication
+        inside = self.fused(instruction)
+        operands = [computation.instructions.get(name) for name in instruction.operands]
+        if inside is None:
+            if instruction.opcode in ("dynamic-slice", "slice", "gather"):
+                return 2 * _hbm(instruction.arrays)
+            if instruction.opcode in ("dynamic-update-slice", "scatter") and len(operands) > 1:
+                return 2 * _hbm(operands[1].arrays) if operands[1] else 0.0
+            read = sum(_hbm(x.arrays) for x in operands if x is not None)
+            return read + _hbm(instruction.arrays)
+        parameters = {}
+        for i in inside.instructions.values():
+            if i.opcode == "parameter":
+                parameters[int(i.text_value)] = i.name
+        total = 0.0
+        for number, operand in enumerate(operands):
+            if operand is not None:
+                total += min(
+                    _hbm(operand.arrays), _touched(inside, parameters.get(number), operand)
+                )
+        return total + _written(inside, instruction)
+
+
+def parse(text: str) -> Program:
+    """The program of `jax.stages.Compiled.as_text()`."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None or not line.startswith(" "):
+            head = re.match(r"(ENTRY )?%?([\w.\-]+) (\(.*)?.*\{\s*$", line)
+            if head and not line.startswith("HloModule"):
+                current = computations.setdefault(head[2], Computation(head[2]))
+                entry = head[2] if head[1] else entry
+            continue
+        if line.strip() == "}":
+            current = None
+            continue
+        instruction = _instruction(line)
+        if instruction is not None:
+            current.instructions[instruction.name] = instruction
+    return Program(computations, entry)
+
+
+def dtype_bits(name: str) -> int:
+    """Bits of one element: "bf16" is 16, "f8e4m3fn" is 8, "pred" takes a byte."""
+    if name in BITS:
+        return BITS[name]
+    found = re.match(r"[a-z]+(\d+)", name)
+    return int(found[1]) if found else 32
+
+
+class _Line(Instruction):
+    """An instruction with the raw text between its parentheses: a constant's value or a number."""
+
+    text_value: str = ""
+
+
+def _instruction(line: str) -> Instruction | None:
+    found = re.match(r"\s*(ROOT )?%?([\w.\-]+) = ", line)
+    if not found:
+        return None
+    rest = line[found.end() :]
+    shape, rest = _shape(rest)
+    head = re.match(r"\s*([\w\-]+)\(", rest)
+    if not head:
+        return None
+    inside, after = _balanced(rest[head.end() - 1 :])
+    instruction = _Line(
+        found[2],
+        head[1],
+        _arrays(shape),
+        tuple(re.findall(r"%([\w.\-]+)", inside)),
+        after,
+        bool(found[1]),
+    )
+    instruction.text_value = inside.strip()
+    return instruction
+
+
+def _shape(text: str) -> tuple[str, str]:
+    if text.startswith("("):
+        inside, rest = _balanced(text)
+        return inside, rest
+    end = text.index(" ")
+    return text[:end], text[end:]
+
+
+def _balanced(text: str) -> tuple[str, str]:
+    """What stands between the first parenthesis and its partner, and what follows."""
+    depth = 0
+    for end, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return text[1:end], text[end + 1 :]
+    return text[1:], ""
+
+
+def _arrays(shape: str) -> tuple[Array, ...]:
+    arrays = []
+    for dtype, dims, layout in re.findall(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\](\{[^}]*\})?", shape):
+        sizes = tuple(int(n.lstrip("<=")) for n in dims.split(",") if n)
+        arrays.append(Array(dtype, sizes, "S(" not in layout))
+    return tuple(arrays)
+
+
+def _hbm(arrays) -> float:
+    return float(sum(array.bytes for array in arrays if array.in_hbm))
+
+
+def _touched(inside: Computation, parameter: str | None, operand: Instruction) -> float:
+    """Bytes that a fusion reads of one operand: slices alone, where nothing else looks at it."""
+    total = 0.0
+    for i in inside.instructions.values():
+        if parameter in i.operands:
+            if i.opcode in ("dynamic-slice", "slice", "gather"):
+                total += i.bytes if operand.arrays and operand.arrays[0].in_hbm else 0.0
+            elif i.opcode == "dynamic-update-slice" and i.operands[0] == parameter:
+                continue  # the rest of the array stays where it is
+            else:
+                return math.inf
+    return total
+
+
+def _written(inside: Computation, fusion: Instruction) -> float:
+    """Bytes that a fusion writes: the update alone, where its root updates in place."""
+    root = inside.root
+    while root.opcode in ("bitcast", "copy", "convert") and root.operands:
+        root = inside.instructions.get(root.operands[0], root)
+        if root.opcode == "parameter":
+            break
+    roots = [root]
+    if root.opcode == "tuple":
+        roots = [inside.instructions[name] for name in root.operands]
+    total = 0.0
+    for array, r in zip(fusion.arrays, roots, strict=False):
+        if r.opcode == "dynamic-update-slice":
+            update = inside.instructions.get(r.operands[1])
+            total += update.bytes if update is not None and array.in_hbm else 0.0
+        else:
+            total += _hbm([array])
+    return total
+
+
+def _dot_flops(instruction: Instruction, computation: Computation) -> float:
+    left = computation.instructions[instruction.operands[0]].arrays[0]
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
+    dims = [int(d) for d in contracted[1].split(",") if d] if contracted else []
+    return 2.0 * math.prod(instruction.arrays[0].dims) * math.prod(left.dims[d] for d in dims)
+
+
+def _convolution_flops(instruction: Instruction, computation: Computation) -> float:
+    """A convolution's products with real elements: padding and holes of dilation do not count.
+
+    The TPU compiler writes every matrix product as a convolution, batch axes as windows.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.text)
+    left, right = (computation.instructions[name].arrays[0] for name in instruction.operands[:2])
+    out = instruction.arrays[0]
+    source, kernel, result = labels[1], labels[2], labels[3]
+    spatial = [c for c in kernel if c.isdigit()]
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", _window(instruction.text)))
+
+    def values(name: str, default: str) -> list[str]:
+        return window.get(name, "x".join([default] * len(spatial))).split("x")
+
+    strides, pads = values("stride", "1"), values("pad", "0_0")
+    holes, gaps = values("lhs_dilate", "1"), values("rhs_dilate", "1")
+    pairs = 1
+    for d, digit in enumerate(sorted(spatial)):
+        pairs *= _meetings(
+            left.dims[source.index(digit)],
+            right.dims[kernel.index(digit)],
+            out.dims[result.index(digit)],
+            int(strides[d]),
+            int(pads[d].split("_")[0]),
+            int(holes[d]),
+            int(gaps[d]),
+        )
+    groups = re.search(r"batch_group_count=(\d+)", instruction.text)
+    batch = out.dims[result.index("b")] / (int(groups[1]) if groups else 1)
+    features = out.dims[result.index("f")] * right.dims[kernel.index("i")]
+    return 2.0 * pairs * batch * features
+
+
+def _window(text: str) -> str:
+    found = re.search(r"window=\{([^}]*)\}", text)
+    return found[1] if found else ""
+
+
+@functools.cache
+def _meetings(
+    size: int, window: int, outputs: int, stride: int, pad: int, hole: int, gap: int
+) -> int:
+    """Pairs of output and window positions, along one axis, that meet an element of the input."""
+    total = 0
+    for output in range(outputs):
+        for k in range(window):
+            place = output * stride + k * gap - pad
+            total += 0 <= place <= (size - 1) * hole and place % hole == 0
+    return total

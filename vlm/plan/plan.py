@@ -1,0 +1,282 @@
+"""The plan of one experiment on one slice."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from vlm.config import Experiment, MeshConfig
+from vlm.errors import ConfigError, ShardingError
+from vlm.models.flops import PartFlops, model_flops, step_flops
+from vlm.plan.analytic import analytic_memory, analytic_traffic
+from vlm.plan.batch import LargestBatch, largest_batch
+from vlm.plan.collectives import LOSS_RING, Collective
+from vlm.plan.compile import (
+    CompiledStep,
+    DoesNotFit,
+    StateBytes,
+    abstract_state,
+    compile_loss,
+    compile_step,
+    state_bytes,
+    with_dtype,
+)
+from vlm.plan.roofline import ATTAINED, Roofline, analytic_roofline, compiled_roofline, mfu
+from vlm.plan.topology import Topology, parse_mesh, parse_topology, topology_devices
+from vlm.sharding import AXES, BATCH_AXES, check_batch, make_mesh
+
+BASES = {
+    "compiled": "read from the program that the compiler made for this slice",
+    "analytic": "counted by hand from the model and the published figures of the chip",
+    "guess": f"assuming that {ATTAINED:.0%} of the published rates is reached",
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device. `activations` is None where the compiler's layout does not tell."""
+
+    basis: Literal["compiled", "analytic"]
+    parameters: int
+    optimizer: int
+    averages: int
+    activations: float | None
+    temporaries: float  # all of them, activations included
+    loss: int | None  # temporaries of the loss and its gradients, compiled alone
+    peak: float
+    limit: float | None  # None: a CPU's is not known
+
+    @property
+    def share(self) -> float | None:
+        return self.peak / self.limit if self.limit else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one slice will do with one experiment."""
+
+    experiment: Experiment
+    topology: Topology
+    mesh: dict[str, int]
+    flops: dict[str, PartFlops]
+    memory: Memory
+    collectives: list[Collective]
+    sent: dict[str, float]  # bytes that each device sends in a step, by place
+    roofline: Roofline | None  # None: no published figures, such as for a CPU
+    fits: bool
+    refusal: str | None  # the compiler's words, where the step does not fit
+    largest: LargestBatch | None
+    compile_seconds: float | None
+
+    @property
+    def step_seconds(self) -> float | None:
+        return self.roofline.predicted if self.roofline else None
+
+    @property
+    def pairs_per_second(self) -> float | None:
+        return self.experiment.batch_size / self.step_seconds if self.roofline else None
+
+    @property
+    def mfu(self) -> float | None:
+        if not self.roofline:
+            return None
+        return mfu(self.experiment, self.topology, self.roofline.predicted)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values: bytes per device, seconds, operations of the whole step."""
+        basis = self.memory.basis
+        result = {
+            "name": self.experiment.name,
+            "topology": self.topology.name,
+            "chips": self.topology.chips,
+            "devices": self.topology.device_count,
+            "mesh": self.mesh,
+            "batch_size": self.experiment.batch_size,
+            "micro_batch_size": self.experiment.micro_batch_size,
+            "dtype": self.experiment.dtype,
+            "remat": self.experiment.remat,
+            "fits": self.fits,
+            "refusal": self.refusal,
+            "memory": dataclasses.asdict(self.memory) | {"share": self.memory.share},
+            "flops": {
+                "basis": "analytic",
+                "model": sum(p.model for p in self.flops.values()),
+                "executed": sum(p.executed for p in self.flops.values()),
+                "parts": {name: dataclasses.asdict(p) for name, p in self.flops.items()},
+            },
+            "collectives": {
+                "basis": basis,
+                "sent": self.sent,
+                "rows": [dataclasses.asdict(c) | {"axes": list(c.axes)} for c in self.collectives],
+            },
+            "largest_batch": self.largest.to_dict() if self.largest else None,
+            "compile_seconds": self.compile_seconds,
+            "bases": BASES,
+        }
+        if self.roofline:
+            r = self.roofline
+            result["roofline"] = dataclasses.asdict(r) | {"seconds": r.seconds, "bound": r.bound}
+            result["prediction"] = {
+                "basis": "guess",
+                "step_seconds": self.step_seconds,
+                "pairs_per_second": self.pairs_per_second,
+                "pairs_per_second_per_chip": self.pairs_per_second / self.topology.chips,
+                "mfu": self.mfu,
+            }
+            result["chip"] = dataclasses.asdict(self.topology.chip)
+        return result
+
+
+def plan(
+    experiment: Experiment,
+    topology: str,
+    mesh: str | MeshConfig | None = None,
+    *,
+    largest: bool = False,
+    loss: bool = True,
+    compiled: bool = True,
+) -> Plan:
+    """Plan `experiment` on a slice such as "v5e:16x16", "v5p:8x8x8", "h100:8" or "cpu:8".
+
+    Args:
+        mesh: "data=32,fsdp=8", a `MeshConfig`, or None for the experiment's own.
+        largest: also look for the largest batch that fits; some more compilations.
+        loss: also compile the loss alone, for its temporaries.
+        compiled: False counts by hand what could be compiled.
+
+    Raises:
+        ConfigError: an unknown topology, no compiler for it, or a model that fits at no batch.
+        ShardingError: the mesh does not fit the slice, or the batch the mesh.
+    """
+    where = parse_topology(topology)
+    e = with_dtype(experiment, "cpu" if where.chip is None else where.chip.platform)
+    if mesh is not None:
+        e = dataclasses.replace(e, mesh=parse_mesh(mesh) if isinstance(mesh, str) else mesh)
+    compiled = compiled and where.compiles
+    grid = the_mesh(e, where, compiled=compiled)
+    check_batch(e.batch_size, grid)
+    check_batch(e.micro_batch_size or e.batch_size, grid, "micro_batch_size")
+
+    abstract = abstract_state(e)
+    state = state_bytes(abstract, grid)
+    check_state(state, where, dict(grid.shape))
+    step = compile_step(e, grid) if compiled else None
+    memory, fits, refusal = _memory(e, where, grid, state, step, loss=loss and compiled)
+    found, sent = [], {}
+    if isinstance(step, CompiledStep):
+        found = step.collectives
+        for c in found:
+            sent[c.place] = sent.get(c.place, 0.0) + c.sent
+    else:
+        whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract.params))
+        sent = analytic_traffic(e, whole, dict(grid.shape))
+    return Plan(
+        experiment=e,
+        topology=where,
+        mesh=dict(grid.shape),
+        flops=step_flops(e),
+        memory=memory,
+        collectives=found,
+        sent=sent,
+        roofline=_roofline(e, where, state, step, sent),
+        fits=fits,
+        refusal=refusal,
+        largest=largest_batch(e, where, grid, memory.limit) if largest and compiled else None,
+        compile_seconds=getattr(step, "seconds", None),
+    )
+
+
+def the_mesh(experiment: Experiment, where: Topology, *, compiled: bool) -> Mesh | AbstractMesh:
+    """The experiment's mesh over the devices of a slice, or over none where nothing compiles.
+
+    Raises:
+        ShardingError: the sizes do not multiply to the number of devices.
+    """
+    try:
+        if compiled:
+            return make_mesh(experiment.mesh, topology_devices(where))
+        sizes = [getattr(experiment.mesh, axis) for axis in AXES]
+        if sizes.count(-1) == 1:
+            taken = math.prod(n for n in sizes if n != -1)
+            sizes[sizes.index(-1)] = max(1, where.device_count // taken)
+        if math.prod(sizes) != where.device_count or min(sizes) < 1:
+            raise ShardingError(
+                f"mesh {' x '.join(map(str, sizes))} does not multiply to the "
+                f"{where.device_count} devices: change the mesh, or leave one size at -1"
+            )
+        return AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    except ShardingError as error:
+        raise ShardingError(f"topology {where.name}: {error}") from None
+
+
+def check_state(state: StateBytes, where: Topology, mesh: dict[str, int]) -> None:
+    """Raise a ConfigError if parameters, gradients and optimizer alone are too much for a chip."""
+    if where.chip is None:
+        return
+    limit = where.chip.memory / where.chip.devices
+    needed = 2 * state.parameters + state.optimizer + state.averages
+    if needed <= limit:
+        return
+    ways = 2 ** math.ceil(math.log2(needed / limit * mesh["fsdp"] * 1.25))
+    if ways <= where.device_count:
+        mend = f"spread them with --mesh fsdp={ways}"
+    else:
+        mend = "take more chips, chips of more memory, or optimizer adafactor, and no average"
+    raise ConfigError(
+        f"parameters, gradients and optimizer take {needed / 2**30:.1f} GiB of each device of "
+        f"{where.name}, which has {limit / 2**30:.1f}: no batch fits, so {mend}"
+    )
+
+
+def _memory(e, where, grid, state, step, *, loss) -> tuple[Memory, bool, str | None]:
+    ways = int(np.prod([grid.shape[axis] for axis in BATCH_AXES]))
+    limit = where.chip.memory / where.chip.devices if where.chip else None
+    common = dataclasses.asdict(state) | {"limit": limit}
+    if isinstance(step, CompiledStep):
+        memory = Memory(
+            basis="compiled",
+            activations=step.kept,
+            temporaries=step.temporaries,
+            loss=compile_loss(e, grid) if loss else None,
+            peak=step.peak,
+            **common,
+        )
+        return memory, limit is None or step.peak <= limit, None
+    counted = analytic_memory(e, state, ways, grid.shape["tensor"])
+    refused = isinstance(step, DoesNotFit)
+    known = refused and step.used
+    memory = Memory(
+        basis="compiled" if known else "analytic",
+        activations=counted.activations,
+        temporaries=counted.peak - counted.state,
+        loss=None,
+        peak=step.used if known else counted.peak,
+        **common,
+    )
+    fits = not refused and (limit is None or counted.peak <= limit)
+    return memory, fits, step.message if refused else None
+
+
+def _roofline(e, where, state, step, sent) -> Roofline | None:
+    if where.chip is None:
+        return None
+    if isinstance(step, CompiledStep):
+        return compiled_roofline(where, step)
+    fused = where.chip.platform == "gpu"
+    return analytic_roofline(e, where, state, sent, fused_attention=fused)
+
+
+def ring_ratio(plan: Plan) -> float:
+    """Bytes of the loss ring over what the method asks for: the global text block on each trip, and
+    its gradient on the last one. Softmax takes two trips, sigmoid one.
+    """
+    e = plan.experiment
+    arrays = 3 if e.model.loss == "softmax" else 2
+    return plan.sent.get(LOSS_RING, 0.0) / (arrays * 4 * e.batch_size * e.model.embed_dim)
+
+
+__all__ = ["BASES", "Memory", "Plan", "model_flops", "plan", "ring_ratio"]

@@ -1,0 +1,69 @@
+"""Many plans in one table: topologies, meshes and rematerialisation policies against each other."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+from vlm.config import Experiment, MeshConfig
+from vlm.errors import ConfigError, VlmError
+from vlm.plan.plan import Plan, plan
+from vlm.plan.topology import parse_topology
+
+REMATS = ("none", "dots", "dots_no_batch", "full")
+
+
+def sweep(
+    experiment: Experiment,
+    topologies: Sequence[str],
+    meshes: Sequence[str | MeshConfig] = (),
+    remats: Sequence[str] = REMATS,
+    *,
+    compiles: int = 4,
+    batch_per_chip: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Plan]:
+    """Plans of every combination, fastest per chip first.
+
+    All are counted by hand; the `compiles` most promising ones that have a compiler are then
+    compiled, and their rows replaced.
+
+    Args:
+        meshes: None or empty tries all-data, and fsdp over 8 devices and over all.
+        batch_per_chip: set, the global batch follows the number of chips.
+        say: told what is compiled.
+
+    Raises:
+        ConfigError: an unknown topology, or no combination that can be.
+    """
+    plans, faults = [], []
+    for name in topologies:
+        where = parse_topology(name)
+        e = experiment
+        if batch_per_chip:
+            e = dataclasses.replace(
+                e, batch_size=batch_per_chip * where.chips, micro_batch_size=None
+            )
+        for mesh in meshes or default_meshes(where.device_count):
+            for remat in remats:
+                candidate = dataclasses.replace(e, remat=remat)
+                try:
+                    plans.append(plan(candidate, name, mesh, compiled=False))
+                except VlmError as error:
+                    faults.append(str(error))
+    if not plans:
+        raise ConfigError(f"no combination can be: {faults[0]}")
+    from vlm.plan.report import order
+
+    plans.sort(key=order)
+    for i, rough in enumerate(plans[:compiles]):
+        if rough.topology.compiles:
+            say(f"compiling {rough.topology.name} {rough.mesh} remat {rough.experiment.remat}")
+            mesh = MeshConfig(**rough.mesh)
+            plans[i] = plan(rough.experiment, rough.topology.name, mesh, loss=False)
+    return sorted(plans, key=order)
+
+
+def default_meshes(devices: int) -> list[MeshConfig]:
+    """All over data; parameters over 8 devices; parameters over all."""
+    sizes = sorted({1, math.gcd(devices, 8), devices})
+    return [MeshConfig(data=devices // n, fsdp=n) for n in sizes]

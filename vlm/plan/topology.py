@@ -1,0 +1,163 @@
+"""Where a plan is for: a slice of chips by its name, and the devices that stand for it."""
+
+import difflib
+import importlib.util
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from vlm.config import MeshConfig
+from vlm.errors import ConfigError
+from vlm.plan.chips import CHIPS, Chip
+
+# Slices of one torus that Cloud TPU offers (its pages named in chips.py). Larger slices of the
+# 3D generations are any sizes that are multiples of 4, smallest first.
+FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+# What the cloud calls one machine of each: the compiler asks where it runs, and this will do.
+MACHINES = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4", "tpu7x": "tpu7x-8"}
+LARGEST = {"v4": 4096, "v5p": 6144, "tpu7x": 9216}  # chips
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A slice: its chip, its shape, and how many JAX devices it has."""
+
+    name: str
+    chip: Chip | None  # None: this machine's CPU
+    shape: tuple[int, ...]
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def devices_per_chip(self) -> int:
+        return self.chip.devices if self.chip else 1
+
+    @property
+    def device_count(self) -> int:
+        return self.chips * self.devices_per_chip
+
+    @property
+    def compiles(self) -> bool:
+        """Whether there is a compiler for it without the device at hand."""
+        return self.chip is None or self.chip.platform == "tpu"
+
+
+def parse_topology(name: str) -> Topology:
+    """The slice that a name such as "v5e:16x16", "v5p:8x8x8", "h100:8" or "cpu:8" stands for.
+
+    Raises:
+        ConfigError: an unknown chip or shape; the message lists those that are known.
+    """
+    kind, _, shape = name.strip().lower().partition(":")
+    if kind != "cpu" and kind not in CHIPS:
+        close = difflib.get_close_matches(kind, CHIPS, n=1)
+        mend = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(
+            f"topology {name!r} names no known chip: {mend}the known are {known_topologies()}"
+        )
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        raise ConfigError(
+            f"topology {name!r} needs a shape after the colon: the known are {known_topologies()}"
+        )
+    sizes = tuple(map(int, shape.split("x")))
+    if kind == "cpu":
+        topology = Topology(f"cpu:{shape}", None, sizes)
+        if topology.chips > len(jax.devices("cpu")):
+            raise ConfigError(
+                f"topology {name!r} asks for {topology.chips} CPU devices and JAX has "
+                f"{len(jax.devices('cpu'))}: set XLA_FLAGS="
+                f"--xla_force_host_platform_device_count={topology.chips}"
+            )
+        return topology
+    chip = CHIPS[kind]
+    if not _exists(chip, sizes, shape):
+        raise ConfigError(
+            f"there is no {kind} slice of shape {shape}: the known are {known_topologies(kind)}"
+        )
+    return Topology(f"{kind}:{shape}", chip, sizes)
+
+
+def known_topologies(kind: str | None = None) -> str:
+    """The names that `parse_topology` takes, as a sentence."""
+    texts = []
+    for name, chip in CHIPS.items():
+        if kind in (None, name):
+            if chip.platform == "gpu":
+                texts.append(f"{name}:COUNT")
+            elif chip.dimensions == 2:
+                texts.append(f"{name}:{{{','.join(FLAT)}}}")
+            else:
+                texts.append(f"{name}:{{{','.join(CUBES)},... up to {LARGEST[name]} chips}}")
+    return "; ".join(texts) + ("; cpu:COUNT" if kind is None else "")
+
+
+def _exists(chip: Chip, sizes: tuple[int, ...], shape: str) -> bool:
+    if chip.platform == "gpu":
+        return len(sizes) == 1
+    if chip.dimensions == 2:
+        return shape in FLAT
+    cube = len(sizes) == 3 and all(s % 4 == 0 for s in sizes) and list(sizes) == sorted(sizes)
+    return shape in CUBES or (cube and math.prod(sizes) <= LARGEST[chip.name])
+
+
+def topology_devices(topology: Topology) -> list[Any]:
+    """Devices to compile for; those of a TPU slice exist in the compiler alone.
+
+    Raises:
+        ConfigError: the TPU compiler is not installed, or does not know the slice.
+    """
+    if topology.chip is None:
+        return jax.devices("cpu")[: topology.chips]
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(
+            f"a plan for {topology.name} needs the TPU compiler, which is not installed: "
+            'pip install "vlm-jax[tpu]"'
+        )
+    # Without these the compiler asks the cloud's metadata server where it is, for minutes.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", MACHINES[topology.chip.name])
+    # Nothing is run: other processes, or the lock file of one that was killed, do not matter.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    options = {}
+    if topology.chips == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        described = topologies.get_topology_desc(topology.name, "tpu", **options)
+    except Exception as error:  # whatever the plugin raises
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"the installed TPU compiler does not take topology {topology.name} ({reason}): "
+            "choose another shape or a newer libtpu"
+        ) from None
+    return list(described.devices)
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """A mesh written as "data=32,fsdp=8" or, in the order data, fsdp, tensor, as "32x8".
+
+    Raises:
+        ConfigError: something else, or an unknown axis.
+    """
+    axes = ("data", "fsdp", "tensor")
+    if re.fullmatch(r"-?\d+(x-?\d+){0,2}", text):
+        return MeshConfig(**dict(zip(axes, map(int, text.split("x")), strict=False)))
+    sizes = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis.strip() not in axes or not re.fullmatch(r"-?\d+", size.strip()):
+            raise ConfigError(
+                f"mesh {text!r} is not understood at {part!r}: write data=32,fsdp=8,tensor=1, or "
+                "32x8x1 in that order"
+            )
+        sizes[axis.strip()] = int(size)
+    return MeshConfig(**({"data": -1} | sizes if "data" not in sizes else sizes))
