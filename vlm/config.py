@@ -39,8 +39,11 @@ class VisionConfig:
         int, ...
     ] = ()  # channels of the conv stages; patch_size is 2 ** their number
     patch_bias: bool = True
+    # Rotary positions beside the learned ones (Perception Encoder), counted from this number.
+    rotary: int | None = None
     pool: Literal["class", "mean", "map", "query"] = "map"  # query: CoCa's attentional pooler
     pool_heads: int | None = None  # of the attention in map and query pooling; None: heads
+    pool_mlp_dim: int | None = None  # of map pooling; None: mlp_dim
     class_token: bool = False  # a learned first token, also where the pool is of another kind
     pre_norm: bool = False  # a LayerNorm between embedding and blocks (CLIP)
     norm_pooled: bool = False  # the final LayerNorm after mean pooling instead of before it

@@ -3,6 +3,7 @@
 Run with the extra `peers` installed: python tests/weights/make_open_clip.py
 """
 
+import functools
 import json
 import logging
 import pathlib
@@ -16,6 +17,8 @@ from open_clip import model as oc_model
 from open_clip.coca_model import CoCa
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from timm.layers import LayerNorm
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from tokenizers import processors
 
@@ -63,6 +66,14 @@ CASES = {
         | {"no_causal_mask": True, "proj_bias": True, "pool_type": "last",
            "norm_kwargs": {"eps": 1e-6}, "tokenizer_kwargs": {"clean": "canonicalize"}},
     },
+    # PE-Core: timm's tower with rotary positions.
+    "oc_pe": {
+        "embed_dim": 20,
+        "custom_text": True,
+        "vision_cfg": {"image_size": 28, "timm_model_name": "vit_pe_core_tiny_patch16_384",
+                       "timm_model_pretrained": False, "timm_pool": "map", "timm_proj": None},
+        "text_cfg": TEXT | {},
+    },
     "oc_coca": {
         "embed_dim": 16,
         "custom_text": True,
@@ -88,10 +99,19 @@ def build(config: dict) -> torch.nn.Module:
         return CoCa(**config)
     if config["vision_cfg"].get("timm_model_name"):
         # The tower of that name is far too large for a golden file: the same class, small.
-        small = VisionTransformer(
-            img_size=28, patch_size=7, embed_dim=36, depth=2, num_heads=12, mlp_ratio=1.6,
-            class_token=False, global_pool="map", num_classes=0,
-        )  # fmt: skip
+        if "pe_core" in config["vision_cfg"]["timm_model_name"]:
+            small = Eva(
+                img_size=28, patch_size=7, embed_dim=24, depth=2, num_heads=3, mlp_ratio=1.5,
+                global_pool="map", attn_type="rope", use_pre_transformer_norm=True,
+                use_rot_pos_emb=True, ref_feat_shape=(4, 4), rope_grid_offset=1.0,
+                rope_grid_indexing="xy", attn_pool_num_heads=8, attn_pool_mlp_ratio=1.25,
+                norm_layer=functools.partial(LayerNorm, eps=1e-5), num_classes=20,
+            )  # fmt: skip
+        else:
+            small = VisionTransformer(
+                img_size=28, patch_size=7, embed_dim=36, depth=2, num_heads=12, mlp_ratio=1.6,
+                class_token=False, global_pool="map", num_classes=0,
+            )  # fmt: skip
         model = oc_model.CustomTextCLIP(
             **(config | {"vision_cfg": dict(VISION, width=32, head_width=8)})
         )
@@ -130,9 +150,9 @@ def main() -> None:
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
         tokens = tokenizer(TEXTS)
         with torch.no_grad():
-            z_image = torch.nn.functional.normalize(
-                model.visual(pixels) if name == "oc_siglip" else model.encode_image(pixels), dim=-1
-            )
+            timm = name in ("oc_siglip", "oc_pe")
+            z_image = model.visual(pixels) if timm else model.encode_image(pixels)
+            z_image = torch.nn.functional.normalize(z_image, dim=-1)
             z_text = torch.nn.functional.normalize(model.encode_text(tokens), dim=-1)
             logits = model.logit_scale.exp() * z_image @ z_text.T
             if model.logit_bias is not None:

@@ -9,6 +9,7 @@ from vlm.nn.layers import LayerNorm, split_keys
 from vlm.nn.naflex import Patches
 from vlm.nn.patches import ConvStem, PatchStem, drop_patches
 from vlm.nn.pooling import MapPool, QueryPool, mean_pool
+from vlm.nn.rotary import grid_rotation
 from vlm.nn.transformer import Execution, Transformer
 
 
@@ -73,7 +74,11 @@ class VisionTower(nnx.Module):
             x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, x.shape[2])), x], axis=1)
         if self.pre_norm is not None:
             x = self.pre_norm(x)
-        x = self.transformer(x, keys=block_keys)
+        rotation = None
+        if c.rotary is not None:
+            grid, before = c.image_size // c.patch_size, int(self.class_token is not None)
+            rotation = grid_rotation(grid, c.width // c.heads, first=c.rotary, before=before)
+        x = self.transformer(x, keys=block_keys, rotation=rotation)
 
         if c.pool == "class":
             x = self.norm(x[:, 0])
@@ -118,7 +123,7 @@ def map_pool(config, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> MapPool:
     return MapPool(
         config.width,
         getattr(config, "pool_heads", None) or config.heads,
-        config.mlp_dim,
+        getattr(config, "pool_mlp_dim", None) or config.mlp_dim,
         act=config.activation,
         norm_eps=config.norm_eps,
         dtype=dtype,

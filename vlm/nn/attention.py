@@ -6,6 +6,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from vlm.nn.rotary import Rotation, rotate
+
 
 def attend(
     query: Float[Array, "b q h d"],
@@ -79,8 +81,11 @@ class Attention(nnx.Module):
         mask: Bool[Array, "b #h #q k"] | None = None,
         *,
         causal: bool = False,
+        rotation: Rotation | None = None,
     ) -> Float[Array, "b q d"]:
         """Tokens of `x` attend to those of `context`, by default their own."""
         context = x if context is None else context
         query, key, value = self.query(x), self.key(context), self.value(context)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         return self.out(attend(query, key, value, mask, causal=causal))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Key
 from vlm.config import Activation, RematPolicy
 from vlm.nn.attention import Attention
 from vlm.nn.layers import LayerNorm, Mlp, dropout, split_keys
+from vlm.nn.rotary import Rotation
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,11 @@ class Block(nnx.Module):
         x: Float[Array, "b n d"],
         mask: Bool[Array, "b #h #q n"] | None,
         keys: Key[Array, "b"] | None,
+        rotation: Rotation | None = None,
     ) -> Float[Array, "b n d"]:
         attention_keys, mlp_keys = split_keys(keys)
-        y = self.attention(self.attention_norm(x), mask=mask, causal=self.causal)
+        y = self.attention_norm(x)
+        y = self.attention(y, mask=mask, causal=self.causal, rotation=rotation)
         y = y if self.attention_scale is None else y * self.attention_scale[...].astype(y.dtype)
         x = x + dropout(y, self.dropout_rate, attention_keys)
         y = self.mlp(self.mlp_norm(x))
@@ -115,6 +118,7 @@ class Transformer(nnx.Module):
         mask: Bool[Array, "b #h #q n"] | None = None,
         *,
         keys: Key[Array, "b"] | None = None,
+        rotation: Rotation | None = None,
     ) -> Float[Array, "b n d"]:
         """Run the blocks; with `keys`, one for each example, dropout is on."""
         block, parameters = nnx.split(self.blocks)
@@ -124,7 +128,7 @@ class Transformer(nnx.Module):
             layer_keys = keys
             if keys is not None:
                 layer_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-            return nnx.merge(block, parameters)(x, mask, layer_keys), None
+            return nnx.merge(block, parameters)(x, mask, layer_keys, rotation), None
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=_policy(self.remat), prevent_cse=not self.scan)

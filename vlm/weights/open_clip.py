@@ -41,6 +41,10 @@ TIMM_SIGLIP = re.compile(r"vit_(base|large|so400m|giantopt)_patch(\d+)_siglip_(\
 TIMM_HEADS = {"base": 12, "large": 16, "so400m": 16, "giantopt": 16}
 TIMM_TANH = re.compile(r"vit_(base_patch32|large_patch16_siglip_512|so400m_patch16|giantopt)")
 
+# timm's Perception Encoders (PE-Core): heads by their size.
+TIMM_PE = re.compile(r"vit_pe_core_(tiny|small|base|large|gigantic)_patch(\d+)_(\d+)(\..*)?$")
+PE_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "gigantic": 16}
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -143,11 +147,12 @@ def _text(c: dict[str, Any], quick: bool, embed_dim: int, where: str) -> TextCon
 
 def _timm_siglip(c: dict[str, Any], shapes: Shapes, where: str) -> VisionConfig:
     name = c["timm_model_name"]
-    match = TIMM_SIGLIP.match(name)
-    if not match or c["timm_pool"] != "map" or c["timm_proj"] not in ("none", None, ""):
+    match, encoder = TIMM_SIGLIP.match(name), TIMM_PE.match(name)
+    known = (match and c["timm_proj"] == "none") or (encoder and not c["timm_proj"])
+    if not known or c["timm_pool"] != "map":
         raise CheckpointError(
             f"{where}: the image tower {name!r} is not one that vlm reads: of timm's it reads "
-            "SigLIP's, vit_*_siglip_*, with attention pooling and no projection"
+            "vit_*_siglip_* and vit_pe_core_*, with attention pooling and no extra projection"
         )
     try:
         width, _, patch, _ = shapes["visual.trunk.patch_embed.proj.weight"]
@@ -155,6 +160,25 @@ def _timm_siglip(c: dict[str, Any], shapes: Shapes, where: str) -> VisionConfig:
     except (KeyError, ValueError):
         raise CheckpointError(f"{where}: the weights are not those of timm's {name}") from None
     depth = sum(bool(re.fullmatch(r"visual\.trunk\.blocks\.\d+\.norm1\.weight", n)) for n in shapes)
+    if encoder:
+        return VisionConfig(
+            image_size=_side(c["image_size"], f"{where}: vision_cfg.image_size"),
+            patch_size=patch,
+            width=width,
+            depth=depth,
+            heads=PE_HEADS[encoder[1]],
+            mlp_dim=mlp_dim,
+            pool="map",
+            pool_heads=8,
+            pool_mlp_dim=shapes["visual.trunk.attn_pool.mlp.fc1.weight"][0],
+            class_token="visual.trunk.cls_token" in shapes,
+            pre_norm=True,
+            patch_bias=False,
+            rotary=0 if encoder[1] == "gigantic" else 1,
+            projection="linear_bias",
+            activation="gelu",
+            norm_eps=1e-5,
+        )
     return VisionConfig(
         image_size=_side(c["image_size"], f"{where}: vision_cfg.image_size"),
         patch_size=patch,
@@ -216,6 +240,8 @@ def rules(config: ModelConfig, shapes: Shapes) -> list[Rule]:
     if config.init_bias is not None:
         logits.append(Rule("logit_bias", "logit_bias", scalar))
     image = TIMM_RULES if timm else _vision_rules(config)
+    if config.vision.rotary is not None:
+        image = _pe_rules(config.vision)
     if config.vision.resnet:
         image = _resnet_rules(config.vision.resnet)
     return [*logits, *image, *_text_rules(config.text, prefix)]
@@ -370,6 +396,17 @@ TIMM_RULES: list[Rule] = [
     *linear(f"{_TRUNK}.attn_pool.mlp.fc1", "vision.pool.mlp.up"),
     *linear(f"{_TRUNK}.attn_pool.mlp.fc2", "vision.pool.mlp.down"),
 ]
+
+
+def _pe_rules(c: VisionConfig) -> list[Rule]:
+    """The Perception Encoder in timm: SigLIP's tower with a class token, a norm and a head."""
+    token = [Rule(f"{_TRUNK}.cls_token", "vision.class_token", leading(2))] if c.class_token else []
+    return [
+        *(rule for rule in TIMM_RULES if rule.ours != "vision.stem.bias"),
+        *token,
+        *norm(f"{_TRUNK}.norm_pre", "vision.pre_norm"),
+        *linear(f"{_TRUNK}.head", "vision.projection"),
+    ]
 
 
 def ignored(name: str) -> bool:

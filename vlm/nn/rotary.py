@@ -1,0 +1,32 @@
+"""Rotary position embeddings over a square grid of patches (Su et al., arXiv:2104.09864)."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+Rotation = tuple[Float[Array, "n d"], Float[Array, "n d"]]  # sines and cosines, one row a token
+
+
+def grid_rotation(grid: int, head_dim: int, *, first: int, before: int) -> Rotation:
+    """The rotation of each patch of a `grid` x `grid` image, as the Perception Encoder has it.
+
+    Half of the channels turn with the column, half with the row, both counted from `first`; the
+    `before` tokens in front of the patches are not turned (arXiv:2504.13181).
+    """
+    count = head_dim // 4
+    bands = 10_000.0 ** -(np.arange(count, dtype=np.float32) / count)
+    rows, columns = np.divmod(np.arange(grid * grid), grid)
+    angles = np.concatenate(
+        [(columns + first)[:, None] * bands, (rows + first)[:, None] * bands], axis=1
+    )
+    angles = np.repeat(angles.astype(np.float32), 2, axis=1)  # pairs of channels turn together
+    angles = np.concatenate([np.zeros((before, head_dim), np.float32), angles])
+    return jnp.asarray(np.sin(angles)), jnp.asarray(np.cos(angles))
+
+
+def rotate(x: Float[Array, "b n h d"], rotation: Rotation) -> Float[Array, "b n h d"]:
+    """Turn neighbouring pairs of channels of each token."""
+    sin, cos = (part[:, None] for part in rotation)
+    wide = x.astype(jnp.float32)
+    turned = jnp.stack([-wide[..., 1::2], wide[..., ::2]], axis=-1).reshape(x.shape)
+    return (wide * cos + turned * sin).astype(x.dtype)
