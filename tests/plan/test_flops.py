@@ -46,7 +46,7 @@ def counted(jaxpr) -> float:
 def step_products(e) -> float:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     trainer = Trainer(e, mesh)
-    return counted(jax.make_jaxpr(trainer._step)(trainer.abstract_state, batch_of(e)).jaxpr)
+    return counted(jax.make_jaxpr(trainer.step)(trainer.abstract_state, batch_of(e)).jaxpr)
 
 
 CASES = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json as jsonlib
+import os
 from typing import Literal
 
 from vlm.cli import parse
@@ -53,6 +54,7 @@ def plan(
         compiles: how many of the best rows of a sweep are compiled; the others are counted by hand.
         json: print the plan as JSON, and the table on stderr.
     """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs: leave devices alone
     from rich.console import Console
 
     from vlm.plan import plan as make
