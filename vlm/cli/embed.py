@@ -20,8 +20,7 @@ def main(args: list[str]) -> None:
 
 def embed(
     model: Annotated[str, arg(metavar="MODEL")],
-    images: Annotated[tuple[str, ...], arg(metavar="IMAGES...")],
-    out: Annotated[str, arg(metavar="OUT")],
+    images_and_out: Annotated[tuple[str, ...], arg(metavar="IMAGES... OUT")],
     /,
     batch_size: int | None = None,
 ) -> None:
@@ -36,10 +35,11 @@ def embed(
 
     Args:
         model: a run folder, a bundle, or a public checkpoint.
-        images: files, folders (searched whole) and globs.
-        out: a file that ends in .npz or .safetensors; written whole or not at all.
+        images_and_out: files, folders (searched whole) and globs; and last a file that ends in .npz
+            or .safetensors, which is written whole or not at all.
         batch_size: images encoded at once; None leaves it to the model.
     """
+    *images, out = images_and_out or ("",)
     if not images:
         raise UsageError("vlm embed needs images and a file to write: vlm embed MODEL IMAGES OUT")
     if not out.endswith(SUFFIXES):

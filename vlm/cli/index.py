@@ -21,8 +21,7 @@ def main(args: list[str]) -> None:
 
 def index(
     model: Annotated[str, arg(metavar="MODEL")],
-    images: Annotated[tuple[str, ...], arg(metavar="IMAGES...")],
-    out: Annotated[str, arg(metavar="OUT")],
+    images_and_out: Annotated[tuple[str, ...], arg(metavar="IMAGES... OUT")],
     /,
     dtype: Literal["float32", "float16"] = "float32",
     batch_size: int | None = None,
@@ -37,11 +36,11 @@ def index(
 
     Args:
         model: a run folder, a bundle, or a public checkpoint.
-        images: files, folders (searched whole) and globs.
-        out: the folder of the index.
+        images_and_out: files, folders (searched whole) and globs; and last the folder of the index.
         dtype: of the stored embeddings; float16 halves the file and moves scores by under 1e-3.
         batch_size: images encoded at once; None leaves it to the model.
     """
+    *images, out = images_and_out or ("",)
     if not images:
         raise UsageError("vlm index needs images and a folder to write: vlm index MODEL IMAGES OUT")
     folder = Path(out)
@@ -53,7 +52,7 @@ def index(
     runtime.prepare_inference()
     from vlm.cli.terminal import say
 
-    made = index_of(model, list(images), dtype, batch_size)
+    made = index_of(model, images, dtype, batch_size)
     made.save(folder)
     loadable = os.path.abspath(as_path(model)) if as_path(model).exists() else model
     about = {"model": model if is_remote(model) else loadable}

@@ -70,16 +70,26 @@ def _cli(target: Any, prog: str, args: list[str], **settings: Any) -> Any:
 
 def sentence(box: str, prog: str) -> str:
     """What a box of tyro's says, in one sentence."""
-    lines = [_STYLE.sub("", line).strip("│ \n") for line in box.splitlines()]
-    lines = [line for line in lines if not line.startswith("╭") and not line.startswith("╰")]
-    rules = [i for i, line in enumerate(lines) if line.startswith("──")] or [len(lines)]
-    said, rest = " ".join(lines[: rules[0]]), " ".join(lines[rules[0] :])
-    said = said or "the arguments do not fit"
+    lines = [_STYLE.sub("", line).strip("│╭╮╰╯ \n") for line in box.splitlines()]
+    sections: list[list[str]] = [[]]
+    for line in lines:
+        if re.fullmatch(r"[─-]{3,}", line):
+            sections.append([])
+        elif line and not line.startswith("─ "):  # the title, where the edge is drawn by lines
+            sections[-1].append(line)
+    sections = [section for section in sections if section]
+    if not box.lstrip().startswith("╭"):  # in ASCII the title is a section of its own
+        sections = sections[1:]
+    message, *others = sections or [["the arguments do not fit"]]
+    said, rest = " ".join(message), " ".join(line for section in others for line in section)
     mend = f"see {prog} --help"
     if meant := re.search(r"[Pp]erhaps you meant:? +(--[\w.-]+)", rest):
         mend = f"did you mean {meant[1]}?"
     if wrong := re.search(r"Error parsing (\S+): .*?('[^']*')$", said):
         kind = re.search(rf"{re.escape(wrong[1])} +(\S+)", rest)
         said = f"{wrong[1]} takes {kind[1] if kind else 'something else'}, not {wrong[2]}"
+    if said.startswith("Missing from"):
+        names = [line for line in message if line.isupper()]
+        said = f"{prog} needs {' and '.join(names)}" if names else said
     said = said[0].lower() + said[1:].rstrip(".")
     return f"{said}: {mend}"
