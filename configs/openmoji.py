@@ -27,7 +27,7 @@ config = Experiment(
             width=192,
             depth=4,
             heads=4,
-            mlp_dim=768,
+            mlp_dim=384,
             pool="mean",
             projection="linear",
             activation="gelu",
@@ -38,7 +38,7 @@ config = Experiment(
             width=192,
             depth=1,
             heads=4,
-            mlp_dim=768,
+            mlp_dim=384,
             pool="mean",
             pad_id=0,
             projection="linear",
@@ -55,7 +55,7 @@ config = Experiment(
     ),
     optimizer=OptimizerConfig(name="muon", learning_rate=2e-3, weight_decay=0.5),
     batch_size=256,
-    epochs=26,
+    epochs=24,
     scan=False,  # a few blocks: faster unrolled
     eval_every=0.2,
 )
