@@ -1,7 +1,7 @@
 """A small CLIP on OpenMoji: 3,741 drawings with captions, a few minutes on two CPU cores.
 
-The held-out images are skin-tone variants whose combinations are new and whose parts are not. So the
-recipe is kind to colour, and the text tower is shallow: one layer composes, two learn by heart.
+The held-out images are skin-tone variants whose combinations are new and whose parts are not. So
+the recipe is kind to colour, and the text tower shallow: one layer composes, two learn by heart.
 """
 
 from vlm.config import (

@@ -13,50 +13,11 @@ import argparse
 import statistics
 import time
 
+from openmoji_plain import config
 from turns import Peer, answer, requests
 
-BATCH, STEPS = 256, 4
-CROP, JITTER, RATE, CONTEXT, VOCABULARY = (0.5, 1.0), 0.3, 1e-3, 24, 2048
-
-
-def experiment():
-    """open_clip's plain ViT at image 64, patch 8; text of 4 layers; its recipe."""
-    from vlm import config as c
-
-    tower = {"width": 192, "heads": 4, "mlp_dim": 768, "activation": "gelu", "norm_eps": 1e-5}
-    return c.Experiment(
-        name="peer",
-        model=c.ModelConfig(
-            vision=c.VisionConfig(
-                image_size=64,
-                patch_size=8,
-                depth=6,
-                pool="class",
-                pre_norm=True,
-                patch_bias=False,
-                projection="linear",
-                **tower,
-            ),
-            text=c.TextConfig(
-                vocab_size=VOCABULARY,
-                context_length=CONTEXT,
-                depth=4,
-                causal=True,
-                pool="end",
-                end_id=1,
-                projection="linear",
-                **tower,
-            ),
-            embed_dim=192,
-        ),
-        preprocess=c.PreprocessConfig(image_size=64),
-        tokenizer=c.TokenizerConfig(context_length=CONTEXT),
-        data=c.DataConfig(augment=c.AugmentConfig(crop=CROP, jitter=JITTER), cache=True),
-        optimizer=c.OptimizerConfig(learning_rate=RATE),
-        batch_size=BATCH,
-        epochs=30,
-        scan=False,
-    )
+STEPS, BATCH = 4, config.batch_size
+TEXT, AUGMENT = config.model.text, config.data.augment
 
 
 def ours() -> None:
@@ -69,11 +30,10 @@ def ours() -> None:
     from vlm.tokenizer import train_bpe
     from vlm.train.step import Trainer
 
-    e = experiment()
-    mesh = make_mesh(e.mesh)
-    trainer = Trainer(e, mesh)
-    tokenizer = train_bpe(vocabulary_texts(e.data), VOCABULARY, CONTEXT)
-    batches = train_batches(e.data, trainer.preprocess, tokenizer, batch_size=BATCH, seed=0)
+    mesh = make_mesh(config.mesh)
+    trainer = Trainer(config, mesh)
+    tokenizer = train_bpe(vocabulary_texts(config.data), TEXT.vocab_size, TEXT.context_length)
+    batches = train_batches(config.data, trainer.preprocess, tokenizer, batch_size=BATCH, seed=0)
     state = trainer.init(jnp.int32(1000))
     wait = 0.0
     for steps in map(int, requests()):
@@ -99,13 +59,14 @@ def theirs(workers: int) -> None:
     from vlm.preprocess import Preprocess
     from vlm.tokenizer import train_bpe
 
-    e = experiment()
-    source = CachedSource(open_source(e.data, "train"), "image", Preprocess(e.preprocess))
+    source = CachedSource(open_source(config.data, "train"), "image", Preprocess(config.preprocess))
     rows = [source[i] for i in range(len(source))]
     images = [Image.fromarray(np.asarray(row["image"])) for row in rows]
-    tokenizer = train_bpe(vocabulary_texts(e.data), VOCABULARY, CONTEXT)
+    tokenizer = train_bpe(vocabulary_texts(config.data), TEXT.vocab_size, TEXT.context_length)
     tokens = torch.from_numpy(tokenizer([row["caption"] for row in rows])).long()
-    augment = AugmentationCfg(scale=CROP, color_jitter=(JITTER,) * 3, color_jitter_prob=1.0)
+    augment = AugmentationCfg(
+        scale=AUGMENT.crop, color_jitter=(AUGMENT.jitter,) * 3, color_jitter_prob=1.0
+    )
     transform = image_transform(64, is_train=True, aug_cfg=augment)
 
     class Pairs(torch.utils.data.Dataset):
@@ -116,9 +77,11 @@ def theirs(workers: int) -> None:
             return transform(images[i]), tokens[i]
 
     tower = {"width": 192, "layers": 6, "head_width": 48, "image_size": 64, "patch_size": 8}
-    text = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": 192, "heads": 4}
-    model = CLIP(192, tower, {**text, "layers": 4}, output_dict=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), eps=1e-6)
+    text = {"context_length": TEXT.context_length, "vocab_size": TEXT.vocab_size}
+    model = CLIP(192, tower, {**text, "width": 192, "heads": 4, "layers": 4}, output_dict=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.optimizer.learning_rate, betas=(0.9, 0.98), eps=1e-6
+    )
     loss_of = ClipLoss()
 
     def forever():
