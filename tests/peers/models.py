@@ -172,7 +172,14 @@ CASES = {
     "SiglipModel": lambda: transformers_model("SiglipModel"),
     **{
         name: lambda name=name: open_clip_model(name)
-        for name in ("ViT-B-32", "ViT-B-32-quickgelu", "ViT-M-16-alt", "coca_ViT-B-32", "RN50")
+        for name in (
+            "ViT-B-32",
+            "ViT-B-32-quickgelu",
+            "ViT-M-16-alt",
+            "coca_ViT-B-32",
+            "RN50",
+            "PE-Core-B-16",
+        )
     },
 }
 
