@@ -56,11 +56,17 @@ def start(
             f"all three ({str(error).rstrip('.')})"
         ) from None
     except RuntimeError as error:
-        if given == (None, None, None) and "before any JAX calls" in str(error):
+        late = "before any JAX calls" in str(error)
+        if late and given == (None, None, None):
             return
+        mend = (
+            "start them before anything uses JAX"
+            if late
+            else f"start all {given[1]}, and check that each reaches process 0 there"
+        )
         raise ConfigError(
-            f"the processes of the run did not come together at {given[0]}: start all of them, and "
-            f"check that the others reach process 0 ({str(error).splitlines()[0]})"
+            f"the processes of the run did not come together at {given[0]}: {mend} "
+            f"({str(error).splitlines()[0]})"
         ) from None
     if jax.process_count() > 1:
         threading.Thread(target=_watch, name="vlm-watch", daemon=True).start()
@@ -108,9 +114,12 @@ def _watch() -> None:
     """Give signs of life and end this process when another is gone. Process 0 looks at them all."""
     client, me = global_state.client, jax.process_index()
     seen = {i: ("", time.monotonic()) for i in range(jax.process_count())}
-    beat = 0
+    beat, looked = 0, time.monotonic()
     while True:
         beat += 1
+        if time.monotonic() - looked > 5 * PERIOD:  # we were asleep ourselves: look afresh
+            seen = {i: (last, time.monotonic()) for i, (last, _) in seen.items()}
+        looked = time.monotonic()
         try:
             client.key_value_set(f"{_ALIVE}{me}", f"{beat} {socket.gethostname()}", True)
             verdict = _get(client, _VERDICT)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import args
 
 from vlm.errors import CheckpointError
 from vlm.sharding import path_names
@@ -15,8 +16,17 @@ class Checkpoints:
 
     def __init__(self, folder: epath.Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        # Named here so that a resumed run can look into a checkpoint before it restores one.
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        for kind in (args.StandardSave, args.StandardRestore):
+            handlers.add("state", kind)
+        for kind in (args.JsonSave, args.JsonRestore):
+            handlers.add("data", kind)
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(), options=options, handler_registry=handlers
+        )
         self.folder = folder
+        self._torn: list[int] = []  # passed over by `restore`
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -36,11 +46,11 @@ class Checkpoints:
         Raises:
             CheckpointError: this or the previous write failed, say because the disk is full.
         """
+        while self._torn:  # nothing is written behind a newer checkpoint, even a torn one
+            self._manager.delete(self._torn.pop())
         if step in self._manager.all_steps():
             return
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)
-        )
+        arguments = args.Composite(state=args.StandardSave(state), data=args.JsonSave(data_state))
         try:
             self._manager.save(step, args=arguments)
         except (OSError, ValueError) as error:
@@ -74,8 +84,8 @@ class Checkpoints:
                 self._check_architecture(step, abstract)
                 restored = self._manager.restore(
                     step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
+                    args=args.Composite(
+                        state=args.StandardRestore(abstract), data=args.JsonRestore()
                     ),
                 )
             except CheckpointError:
@@ -83,6 +93,7 @@ class Checkpoints:
             except Exception as error:  # whatever a torn file makes the reader say
                 say(f"checkpoint {step} of {self.folder} is torn and is passed over")
                 last_error = error
+                self._torn.append(step)
                 continue
             return restored["state"], restored["data"]
         if steps:
