@@ -65,7 +65,7 @@ def theirs(workers: int) -> None:
     tokenizer = train_bpe(vocabulary_texts(config.data), TEXT.vocab_size, TEXT.context_length)
     tokens = torch.from_numpy(tokenizer([row["caption"] for row in rows])).long()
     augment = AugmentationCfg(
-        scale=AUGMENT.crop, color_jitter=(AUGMENT.jitter,) * 3, color_jitter_prob=1.0
+        scale=AUGMENT.crop, color_jitter=(AUGMENT.jitter,) * 3 + (0.0,), color_jitter_prob=1.0
     )
     transform = image_transform(64, is_train=True, aug_cfg=augment)
 

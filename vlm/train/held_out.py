@@ -10,11 +10,13 @@ from jaxtyping import Float, Int
 from vlm.bundle import Bundle
 from vlm.config import Experiment, to_dict
 from vlm.data.pipeline import eval_batches
-from vlm.data.sources import all_captions, held_out
+from vlm.data.sources import all_captions, held_out, open_source
+from vlm.evaluate.gallery import gallery_png
 from vlm.evaluate.metrics import Metric, pair_retrieval_metrics, zero_shot_metrics
 from vlm.evaluate.report import write_report
 from vlm.evaluate.runner import Report, Result, provenance
 from vlm.evaluate.tasks import DataInfo
+from vlm.heads.zero_shot import to_scores
 from vlm.sharding import BATCH_AXES, batch_sharding
 from vlm.tokenizer import Tokenizer
 from vlm.train.logs import read_log, say
@@ -22,6 +24,7 @@ from vlm.train.run import Run
 from vlm.train.step import Trainer, TrainState
 
 ROWS = 256  # embedded at a time
+SHOWN = 8  # images in the gallery
 
 
 class HeldOut:
@@ -104,7 +107,26 @@ def finish(run: Run, held: HeldOut, state: TrainState, bundle: Bundle, credits: 
             facts=_facts(state),
             credits=credits,
         )
+        scores = to_scores(scale * z_image @ z_captions.T + bias, bundle.loss)
+        _draw_gallery(run, held, scores)
     return report
+
+
+def _draw_gallery(run: Run, held: HeldOut, scores: Float[np.ndarray, "n m"]) -> None:
+    """Some held-out images, evenly spaced, with their best captions, as a picture to show."""
+    data = run.experiment.data
+    source = open_source(data, data.eval_split)
+    chosen = np.linspace(0, len(held.images) - 1, min(SHOWN, len(held.images))).astype(int)
+    best = np.argsort(-scores[chosen], axis=1)[:, :4]
+    gallery_png(
+        run.folder / "gallery.png",
+        [source[int(i)][data.image] for i in chosen],
+        [
+            [(held.captions[j], float(scores[i, j])) for j in row]
+            for i, row in zip(chosen, best, strict=True)
+        ],
+        right=[held.captions[held.target[i]] for i in chosen],
+    )
 
 
 def _facts(state: TrainState) -> dict[str, Any]:
