@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "vlm"
 ROOMS = (
     "errors",
     "_version",
+    "chips",
     "config",
     "paths",
     "sharding",

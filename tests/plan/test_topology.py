@@ -5,9 +5,9 @@ import importlib.util
 import pytest
 from small import experiment
 
+from vlm.chips import CHIPS, chip_of
 from vlm.errors import ConfigError, ShardingError
 from vlm.plan import plan
-from vlm.plan.chips import CHIPS, chip_of
 from vlm.plan.topology import parse_mesh, parse_topology, topology_devices
 
 

@@ -34,6 +34,10 @@ COMMANDS = {
     "convert": Command("write a model in the format of another library", "convert"),
     "plan": Command("say what a slice of chips will do with a config", "plan"),
     "bench loss": Command("measure the contrastive losses on this machine", "bench", "loss"),
+    "bench train": Command("measure a training step on this machine", "bench", "train"),
+    "bench encode": Command("measure encoding on this machine", "bench", "encode"),
+    "bench data": Command("measure reading and augmenting on this machine", "bench", "data"),
+    "bench search": Command("measure search on this machine", "bench", "search"),
 }
 
 USAGE = """\

@@ -1,5 +1,6 @@
 """`vlm bench`: measured figures on the machine at hand."""
 
+import dataclasses
 import json as jsonlib
 from typing import Literal
 
@@ -50,6 +51,196 @@ def bench_loss(
         dtype=dtype,
         tile=tile,
         dense=dense,
+        rounds=rounds,
+        console=Console(stderr=json),
+    )
+    if json:
+        print(jsonlib.dumps(figures))
+
+
+def train(args: list[str]) -> None:
+    parse.call(bench_train, "vlm bench train", args)
+
+
+def bench_train(
+    config: str,
+    /,
+    batch_size: int | None = None,
+    remat: Literal["none", "dots", "dots_no_batch", "full"] | None = None,
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None,
+    rounds: int = 3,
+    trace: str | None = None,
+    json: bool = False,
+) -> None:
+    """Measure the training step of a config on this machine: pairs/s, MFU, memory, its parts.
+
+    The batch is random: nothing is read and nothing is saved.
+
+    Examples:
+      vlm bench train configs/openmoji.py
+      vlm bench train configs/clip_b16_laion.py --batch-size 256 --trace trace/
+
+    Args:
+        config: a config file, or a run's config.json.
+        batch_size: global, in place of the config's.
+        remat: in place of the config's.
+        dtype: of products and activations, in place of the config's.
+        rounds: of measuring; the best counts.
+        trace: a folder for a device trace of one step.
+        json: print the figures as one JSON object, and the table on stderr.
+    """
+    from rich.console import Console
+
+    from vlm.config import load_config
+
+    changes = {"batch_size": batch_size, "remat": remat, "dtype": dtype}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if batch_size is not None:
+        changes["micro_batch_size"] = None
+    experiment = dataclasses.replace(load_config(config), **changes)
+
+    from vlm.bench.train import bench_train as measure
+
+    figures = measure(experiment, rounds=rounds, trace=trace, console=Console(stderr=json))
+    if json:
+        print(jsonlib.dumps(figures))
+
+
+def encode(args: list[str]) -> None:
+    parse.call(bench_encode, "vlm bench encode", args)
+
+
+def bench_encode(
+    model: str,
+    /,
+    batch_sizes: tuple[int, ...] = (1, 8, 32),
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    rounds: int = 3,
+    trace: str | None = None,
+    json: bool = False,
+) -> None:
+    """Measure how fast a model encodes images and texts on one device of this machine.
+
+    Weights and inputs are random, so a config is enough. Decoding of images is not part of it.
+
+    Examples:
+      vlm bench encode configs/clip_b32_datacomp.py
+      vlm bench encode configs/siglip_b16.py --batch-sizes 64 256 --dtype bfloat16
+
+    Args:
+        model: a config file, or a run's config.json.
+        batch_sizes: of images and of texts.
+        dtype: of products and activations.
+        rounds: of measuring; the best counts.
+        trace: a folder for a device trace of the largest batch of images.
+        json: print the figures as one JSON object, and the table on stderr.
+    """
+    from rich.console import Console
+
+    from vlm.config import load_config
+
+    experiment = load_config(model)
+
+    from vlm.bench.encode import bench_encode as measure
+
+    figures = measure(
+        experiment.model,
+        name=experiment.name,
+        batch_sizes=batch_sizes,
+        dtype=dtype,
+        rounds=rounds,
+        trace=trace,
+        console=Console(stderr=json),
+    )
+    if json:
+        print(jsonlib.dumps(figures))
+
+
+def data(args: list[str]) -> None:
+    parse.call(bench_data, "vlm bench data", args)
+
+
+def bench_data(
+    config: str,
+    /,
+    batches: int = 8,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    step_seconds: float | None = None,
+    json: bool = False,
+) -> None:
+    """Measure how fast this machine makes the training batches of a config.
+
+    Examples:
+      vlm bench data configs/openmoji.py
+      vlm bench data configs/clip_b32_cc12m.py --workers 32 --step-seconds 0.5
+
+    Args:
+        config: a config file, or a run's config.json.
+        batches: how many to time, after the first.
+        batch_size: in place of the config's.
+        workers: reader processes, in place of the config's.
+        step_seconds: of a training step, to say what share of the time it would wait.
+        json: print the figures as one JSON object, and the table on stderr.
+    """
+    from rich.console import Console
+
+    from vlm.config import load_config
+
+    experiment = load_config(config)
+    if batch_size is not None:
+        experiment = dataclasses.replace(experiment, batch_size=batch_size, micro_batch_size=None)
+    if workers is not None:
+        reading = dataclasses.replace(experiment.data, workers=workers)
+        experiment = dataclasses.replace(experiment, data=reading)
+
+    from vlm.bench.data import bench_data as measure
+
+    figures = measure(
+        experiment, batches=batches, step_seconds=step_seconds, console=Console(stderr=json)
+    )
+    if json:
+        print(jsonlib.dumps(figures))
+
+
+def search(args: list[str]) -> None:
+    parse.call(bench_search, "vlm bench search", args)
+
+
+def bench_search(
+    items: tuple[int, ...] = (10_000, 100_000),
+    embed_dim: int = 512,
+    queries: tuple[int, ...] = (1, 64),
+    k: int = 10,
+    dtype: Literal["float32", "float16"] = "float32",
+    rounds: int = 3,
+    json: bool = False,
+) -> None:
+    """Measure exact search over random embeddings, beside the time to read them all once.
+
+    Examples:
+      vlm bench search
+      vlm bench search --items 1000000 --queries 1 256 --dtype float16
+
+    Args:
+        items: sizes of the index.
+        embed_dim: width of the embeddings.
+        queries: how many are asked at once.
+        k: nearest to find.
+        dtype: of the stored embeddings.
+        rounds: of measuring; the best counts.
+        json: print the figures as one JSON object, and the table on stderr.
+    """
+    from rich.console import Console
+
+    from vlm.bench.search import bench_search as measure
+
+    figures = measure(
+        items,
+        embed_dim,
+        queries=queries,
+        k=k,
+        dtype=dtype,
         rounds=rounds,
         console=Console(stderr=json),
     )

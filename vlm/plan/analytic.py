@@ -7,9 +7,9 @@ compiler at hand, not a substitute for compiling.
 
 from dataclasses import dataclass
 
+from vlm.chips import Chip
 from vlm.config import Experiment
 from vlm.models.flops import step_flops
-from vlm.plan.chips import Chip
 from vlm.plan.compile import StateBytes
 
 TILE = 4096  # side of the loss's tiles on an accelerator

@@ -153,6 +153,8 @@ class Program:
             return 0.0
         if instruction.opcode.startswith(("async", "collective", "all-", "reduce-scatter")):
             return 0.0  # counted as communication
+        if prefetches(instruction):  # (source, part in fast memory, context)
+            return float(instruction.arrays[1].bytes) if len(instruction.arrays) > 1 else 0.0
         inside = self.fused(instruction)
         operands = [computation.instructions.get(name) for name in instruction.operands]
         if inside is None:
@@ -173,6 +175,11 @@ class Program:
                     _hbm(operand.arrays), _touched(inside, parameters.get(number), operand)
                 )
         return total + _written(inside, instruction)
+
+
+def prefetches(instruction: Instruction) -> bool:
+    """Whether an instruction begins to move data while others compute."""
+    return instruction.opcode in ("copy-start", "slice-start", "dynamic-slice-start")
 
 
 def parse(text: str) -> Program:

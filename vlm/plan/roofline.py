@@ -8,12 +8,13 @@ hides behind the tiles it feeds; the rest is counted in full, for the worst case
 from dataclasses import dataclass
 from typing import Literal
 
+from vlm.chips import Chip
 from vlm.config import Experiment
 from vlm.models.flops import model_flops
 from vlm.plan.analytic import analytic_operations
-from vlm.plan.chips import Chip
 from vlm.plan.collectives import LOSS_RING, Collective
 from vlm.plan.compile import CompiledStep, StateBytes
+from vlm.plan.hlo import prefetches
 from vlm.plan.topology import Topology
 
 # The share of its published rates that a chip reaches on well-shaped work. A guess.
@@ -63,12 +64,15 @@ def compiled_roofline(topology: Topology, step: CompiledStep) -> Roofline:
         arithmetic = times * program.flops(instruction, computation) / flops_rate
         traffic = times * program.memory_bytes(instruction, computation) / memory_rate
         compute, memory = compute + arithmetic, memory + traffic
+        if prefetches(instruction):
+            continue
         operations += max(arithmetic, traffic)
         if "shard_map" in instruction.op_name:
             loss += max(arithmetic, traffic)
     ring = sum(_seconds(c, topology) for c in step.collectives if c.place == LOSS_RING)
     rest = sum(_seconds(c, topology) for c in step.collectives if c.place != LOSS_RING)
     exposed = rest + max(0.0, ring - loss)
+    operations = max(operations, memory)  # what is fetched ahead still has to be fetched
     return Roofline(compute, memory, ring + rest, operations, exposed, "compiled")
 
 

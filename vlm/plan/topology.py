@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 
+from vlm.chips import CHIPS, Chip
 from vlm.config import MeshConfig
 from vlm.errors import ConfigError
-from vlm.plan.chips import CHIPS, Chip
 
 # Slices of one torus that Cloud TPU offers (its pages named in chips.py). Larger slices of the
 # 3D generations are any sizes that are multiples of 4, smallest first.

@@ -10,7 +10,9 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from vlm.chips import chip_of
 from vlm.errors import TrainingError
+from vlm.models.flops import model_flops
 from vlm.sharding import placement
 from vlm.train.run import Run
 from vlm.train.step import TrainState
@@ -29,6 +31,10 @@ class Logs:
         self._batch_size, self._every = experiment.batch_size, experiment.log_every
         self._stop = experiment.optimizer.nonfinite == "stop"
         self._total = total_steps
+        # Of the whole mesh; with a resolution schedule the steps are not all alike.
+        chip = chip_of(jax.devices()[0].device_kind)
+        self._flops = None if experiment.image_sizes else model_flops(experiment)
+        self._peak = jax.device_count() * chip.flops / chip.devices if chip else None
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._wait, self._since, self._start = 0.0, time.perf_counter(), time.perf_counter()
         self._primary = jax.process_index() == 0
@@ -99,6 +105,10 @@ class Logs:
             "data_wait": self._wait / seconds,
             "seconds": now - self._start,
         }
+        if self._flops:
+            row["model_flops_per_s"] = self._flops * count / seconds
+            if self._peak:
+                row["mfu"] = row["model_flops_per_s"] / self._peak
         self._wait, self._since = 0.0, now
         bad = [step for step, v in zip(steps, values, strict=True) if not v["finite"]]
         if bad:

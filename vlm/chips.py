@@ -1,4 +1,4 @@
-"""Published figures of the chips that a plan knows, each with its source.
+"""Published figures of the chips that the project knows, each with its source.
 
 Peak rates are dense bfloat16 products with float32 accumulation. Interconnect figures are those
 of one direction: what a chip can send in a second over one link of its torus (TPU) or in all

@@ -1,0 +1,39 @@
+"""CLIP ViT-B/32 on CC12M shards, on one box of eight GPUs (arXiv:2102.08981).
+
+@PLAN@
+"""
+
+from vlm.config import (
+    AugmentConfig,
+    DataConfig,
+    Experiment,
+    OptimizerConfig,
+    PreprocessConfig,
+    TokenizerConfig,
+)
+from vlm.models.variants import clip
+
+config = Experiment(
+    name="clip-b32-cc12m",
+    model=clip("B/32"),
+    preprocess=PreprocessConfig(
+        resize="crop",
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711),
+    ),
+    tokenizer=TokenizerConfig(
+        context_length=77, pad_id=0, bos_id=49_406, eos_id=49_407, clean="clip"
+    ),
+    tokenizer_file="vlm/weights/clip/tokenizer.json",  # OpenAI's, from the root of the repository
+    data=DataConfig(
+        source="/data/cc12m/{00000..01242}.tar",
+        eval_split=None,
+        captions=("txt",),
+        augment=AugmentConfig(crop=(0.5, 1.0)),
+        workers=32,
+    ),
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.03, weight_decay=0.2),
+    batch_size=8_192,
+    epochs=32,
+    remat="dots_no_batch",
+)

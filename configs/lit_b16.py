@@ -1,0 +1,38 @@
+"""LiT: a locked ViT-B/16 and a text tower that learns to read it (arXiv:2111.07991).
+
+The image tower comes from `init_from`; it gets no gradient and no optimizer state.
+
+@PLAN@
+"""
+
+from vlm.config import (
+    AugmentConfig,
+    DataConfig,
+    Experiment,
+    OptimizerConfig,
+    PreprocessConfig,
+    TokenizerConfig,
+)
+from vlm.models.variants import siglip
+
+config = Experiment(
+    name="lit-b16",
+    model=siglip("B/16"),
+    init_from="gs://BUCKET/siglip-b16",
+    init_towers="vision",
+    lock="vision",
+    preprocess=PreprocessConfig(backend="tensor", kernel="bilinear"),
+    tokenizer=TokenizerConfig(context_length=64, pad_id=1, eos_id=1, clean="siglip"),
+    tokenizer_file="gs://BUCKET/tokenizers/c4_en/tokenizer.json",
+    data=DataConfig(
+        source="gs://BUCKET/pairs/{000000..099999}.tar",
+        eval_split=None,
+        captions=("txt",),
+        augment=AugmentConfig(crop=(1.0, 1.0), aspect=(1.0, 1.0)),
+        workers=16,
+    ),
+    optimizer=OptimizerConfig(name="adafactor", learning_rate=1e-3, weight_decay=1e-4),
+    batch_size=16_384,
+    examples=900_000_000,
+    remat="dots_no_batch",
+)

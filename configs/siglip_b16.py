@@ -1,0 +1,38 @@
+"""SigLIP ViT-B/16 on WebDataset shards, 40 billion pairs seen (arXiv:2303.15343).
+
+The paper's data is not public; any shards of images and texts serve.
+
+@PLAN@
+"""
+
+from vlm.config import (
+    AugmentConfig,
+    DataConfig,
+    Experiment,
+    OptimizerConfig,
+    PreprocessConfig,
+    TokenizerConfig,
+)
+from vlm.models.variants import siglip
+
+config = Experiment(
+    name="siglip-b16",
+    model=siglip("B/16"),
+    preprocess=PreprocessConfig(backend="tensor", kernel="bilinear"),
+    tokenizer=TokenizerConfig(context_length=64, pad_id=1, eos_id=1, clean="siglip"),
+    tokenizer_file="gs://BUCKET/tokenizers/c4_en/tokenizer.json",
+    data=DataConfig(
+        source="gs://BUCKET/pairs/{000000..099999}.tar",
+        eval_split=None,
+        captions=("txt",),
+        augment=AugmentConfig(crop=(1.0, 1.0), aspect=(1.0, 1.0)),
+        workers=16,
+    ),
+    optimizer=OptimizerConfig(
+        name="adafactor", learning_rate=1e-3, b1=0.9, weight_decay=1e-4, schedule="rsqrt"
+    ),
+    batch_size=32_768,
+    examples=40_000_000_000,
+    remat="full",
+    checkpoint_every=0.01,
+)

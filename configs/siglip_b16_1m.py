@@ -1,0 +1,36 @@
+"""SigLIP ViT-B/16 at a batch of 1,048,576 pairs on 512 chips (arXiv:2303.15343, section 4.2).
+
+@PLAN@
+"""
+
+from vlm.config import (
+    AugmentConfig,
+    DataConfig,
+    Experiment,
+    OptimizerConfig,
+    PreprocessConfig,
+    TokenizerConfig,
+)
+from vlm.models.variants import siglip
+
+config = Experiment(
+    name="siglip-b16-1m",
+    model=siglip("B/16"),
+    preprocess=PreprocessConfig(backend="tensor", kernel="bilinear"),
+    tokenizer=TokenizerConfig(context_length=64, pad_id=1, eos_id=1, clean="siglip"),
+    tokenizer_file="gs://BUCKET/tokenizers/c4_en/tokenizer.json",
+    data=DataConfig(
+        source="gs://BUCKET/pairs/{000000..099999}.tar",
+        eval_split=None,
+        captions=("txt",),
+        augment=AugmentConfig(crop=(1.0, 1.0), aspect=(1.0, 1.0)),
+        workers=16,
+    ),
+    optimizer=OptimizerConfig(
+        name="adafactor", learning_rate=1e-3, weight_decay=1e-4, schedule="rsqrt"
+    ),
+    batch_size=1_048_576,
+    examples=40_000_000_000,
+    remat="full",
+    checkpoint_every=0.02,
+)

@@ -1,0 +1,38 @@
+"""SigLIP ViT-So400m/14 on WebDataset shards, 40 billion pairs seen (arXiv:2303.15343).
+
+@PLAN@
+"""
+
+from vlm.config import (
+    AugmentConfig,
+    DataConfig,
+    Experiment,
+    MeshConfig,
+    OptimizerConfig,
+    PreprocessConfig,
+    TokenizerConfig,
+)
+from vlm.models.variants import siglip
+
+config = Experiment(
+    name="siglip-so400m",
+    model=siglip("So400m/14"),
+    preprocess=PreprocessConfig(backend="tensor", kernel="bilinear"),
+    tokenizer=TokenizerConfig(context_length=64, pad_id=1, eos_id=1, clean="siglip"),
+    tokenizer_file="gs://BUCKET/tokenizers/c4_en/tokenizer.json",
+    data=DataConfig(
+        source="gs://BUCKET/pairs/{000000..099999}.tar",
+        eval_split=None,
+        captions=("txt",),
+        augment=AugmentConfig(crop=(1.0, 1.0), aspect=(1.0, 1.0)),
+        workers=16,
+    ),
+    optimizer=OptimizerConfig(
+        name="adafactor", learning_rate=1e-3, weight_decay=1e-4, schedule="rsqrt"
+    ),
+    mesh=MeshConfig(data=-1, fsdp=8),
+    batch_size=32_768,
+    examples=40_000_000_000,
+    remat="full",
+    checkpoint_every=0.01,
+)

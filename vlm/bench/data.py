@@ -1,0 +1,92 @@
+"""The input pipeline on this machine: pairs per second of reading, augmenting and tokenizing."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+
+from vlm.config import Experiment
+from vlm.data.pipeline import train_batches
+from vlm.data.sources import vocabulary_texts
+from vlm.preprocess import Preprocess
+from vlm.tokenizer import Tokenizer, train_bpe
+
+
+def bench_data(
+    experiment: Experiment,
+    *,
+    batches: int = 8,
+    step_seconds: float | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Draw training batches as a run would, and nothing else; print what came of it.
+
+    The first batch starts the readers and fills caches; the others count.
+
+    Args:
+        batches: how many to time.
+        step_seconds: of a training step, to say whether it would wait.
+
+    Returns:
+        the printed figures as JSON values.
+
+    Raises:
+        DataError: no such data.
+    """
+    e, data = experiment, experiment.data
+    stream = train_batches(
+        data, Preprocess(e.preprocess), _tokenizer(e), batch_size=e.batch_size, seed=e.seed
+    )
+    began = time.perf_counter()
+    next(stream)
+    first = time.perf_counter() - began
+    times = []
+    for _ in range(batches):
+        began = time.perf_counter()
+        next(stream)
+        times.append(time.perf_counter() - began)
+    stream.close()
+    seconds = sum(times) / batches
+    result = {
+        "source": data.source,
+        "batch_size": e.batch_size,
+        "image_size": e.preprocess.image_size,
+        "workers": data.workers,
+        "cache": data.cache,
+        "first_seconds": first,
+        "seconds": seconds,
+        "pairs_per_second": e.batch_size / seconds,
+        "step_seconds": step_seconds,
+        "waiting": max(0.0, 1 - step_seconds / seconds) if step_seconds else None,
+    }
+    _print(result, console or Console())
+    return result
+
+
+def _tokenizer(e: Experiment) -> Tokenizer:
+    """The vocabulary of the config's file, or one learned from the captions as a run learns it."""
+    if e.tokenizer_file is not None:
+        return Tokenizer.from_file(e.tokenizer_file, e.tokenizer)
+    rules = e.tokenizer
+    texts = vocabulary_texts(e.data)
+    size = e.model.text.vocab_size
+    return train_bpe(texts, size, rules.context_length, lowercase=rules.lowercase)
+
+
+def _print(result, console):
+    console.print(
+        f"[bold]{result['source']}[/]: batches of {result['batch_size']:,} images of "
+        f"{result['image_size']} pixels, {result['workers']} reader processes",
+        highlight=False,
+    )
+    console.print(
+        f"{result['pairs_per_second']:,.1f} pairs/s ({result['seconds']:.3g} s a batch; the first "
+        f"took {result['first_seconds']:.3g} s)",
+        highlight=False,
+    )
+    if result["waiting"] is not None:
+        console.print(
+            f"a step of {result['step_seconds']:.3g} s would wait {result['waiting']:.1%} of the "
+            "time",
+            highlight=False,
+        )

@@ -1,0 +1,108 @@
+"""Encoding on this machine: images and texts per second by batch size, and how near to the peak."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from vlm.bench.measure import best_times, product, published_rate, traced
+from vlm.config import ModelConfig
+from vlm.models.dual_encoder import DualEncoder
+from vlm.models.flops import encode_flops
+from vlm.nn.transformer import Execution
+
+
+def bench_encode(
+    config: ModelConfig,
+    *,
+    name: str = "model",
+    batch_sizes: Sequence[int] = (1, 8, 32),
+    dtype: str = "float32",
+    rounds: int = 3,
+    trace: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Measure both towers on one device, with random weights and inputs; print a table.
+
+    Args:
+        batch_sizes: of images and of texts.
+        rounds: of measuring, in turns; the best counts.
+        trace: a folder for a device trace of the largest batch, by `jax.profiler`.
+
+    Returns:
+        the printed figures as JSON values: seconds, inputs and operations per second.
+    """
+    device = jax.devices()[0]
+    execution = Execution(dtype=jnp.dtype(dtype))
+    model = DualEncoder(config, execution=execution, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(model)
+    image = jax.jit(lambda state, x: nnx.merge(graph, state).encode_image(x))
+    text = jax.jit(lambda state, x: nnx.merge(graph, state).encode_text(x))
+    size, length = config.vision.image_size, config.text.context_length
+    key = jax.random.key(0)
+    runs = {}
+    for n in batch_sizes:
+        pixels = jax.random.normal(key, (n, size, size, 3))
+        tokens = jax.random.randint(key, (n, length), 0, config.text.vocab_size)
+        runs["image", n] = lambda x=pixels: image(state, x)
+        runs["text", n] = lambda x=tokens: text(state, x)
+    multiply, product_flops = product(dtype)
+    seconds = best_times({**runs, "product": multiply}, rounds)
+    if trace:
+        with traced(trace):
+            jax.block_until_ready(runs["image", max(batch_sizes)]())
+    rate = product_flops / seconds.pop("product")
+    peak = published_rate([device])
+    flops = dict(zip(("image", "text"), encode_flops(config), strict=True))
+    rows = []
+    for (tower, n), time in seconds.items():
+        done = n * flops[tower] / time
+        rows.append(
+            {
+                "tower": tower,
+                "batch_size": n,
+                "seconds": time,
+                "per_second": n / time,
+                "flops_per_second": done,
+                "of_products": done / rate,
+                "of_peak": done / peak if peak else None,
+            }
+        )
+    result = {
+        "name": name,
+        "device": device.device_kind,
+        "dtype": dtype,
+        "flops": flops,
+        "product_flops_per_second": rate,
+        "rows": rows,
+    }
+    _print(result, console or Console())
+    return result
+
+
+def _print(result, console):
+    console.print(
+        f"[bold]{result['name']}[/] on {result['device']}, {result['dtype']}: "
+        f"{result['flops']['image'] / 1e9:,.2f} GFLOP an image, "
+        f"{result['flops']['text'] / 1e9:,.2f} a text; large products at "
+        f"{result['product_flops_per_second'] / 1e9:,.0f} GFLOP/s",
+        highlight=False,
+    )
+    table = Table("tower")
+    for name in ("batch", "time", "per second", "GFLOP/s", "of products", "of the peak"):
+        table.add_column(name, justify="right")
+    for row in result["rows"]:
+        table.add_row(
+            row["tower"],
+            f"{row['batch_size']:,}",
+            f"{1e3 * row['seconds']:.3g} ms",
+            f"{row['per_second']:,.1f}",
+            f"{row['flops_per_second'] / 1e9:,.0f}",
+            f"{row['of_products']:.0%}",
+            "" if row["of_peak"] is None else f"{row['of_peak']:.1%}",
+        )
+    console.print(table)

@@ -1,0 +1,104 @@
+"""Exact search on this machine: queries per second over a growing index, beside the memory's limit.
+
+A query reads every stored row once; how fast this machine reads memory, measured by a copy of the
+same rows, is the floor for one query at a time.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vlm.heads.retrieval import RetrievalIndex
+
+
+class _Embeddings:
+    """Stands where a model would: the rows and queries are embeddings already."""
+
+    name = "embeddings"
+
+
+def bench_search(
+    items: Sequence[int] = (10_000, 100_000),
+    embed_dim: int = 512,
+    *,
+    queries: Sequence[int] = (1, 64),
+    k: int = 10,
+    dtype: str = "float32",
+    rounds: int = 3,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Measure `RetrievalIndex.search` over random unit embeddings; print a table.
+
+    Args:
+        items: sizes of the index.
+        queries: how many are asked at once.
+        dtype: of the stored embeddings, float32 or float16.
+        rounds: of measuring; the best counts.
+
+    Returns:
+        the printed figures as JSON values.
+
+    Raises:
+        ConfigError: another dtype.
+    """
+    rng = np.random.default_rng(0)
+    rows = []
+    for n in items:
+        z = rng.standard_normal((n, embed_dim), np.float32)
+        index = RetrievalIndex(_Embeddings(), dtype=dtype)
+        index.add(z, ids=range(n))
+        copy = _best(lambda z=z: z.copy(), rounds) / 2  # a copy reads and writes
+        for count in queries:
+            asked = z[rng.integers(0, n, count)]
+            hits = index.search(asked, k=k)
+            found = sum(h[0].score > 0.999 for h in hits)
+            seconds = _best(lambda i=index, a=asked: i.search(a, k=k), rounds)
+            rows.append(
+                {
+                    "items": n,
+                    "queries": count,
+                    "seconds": seconds,
+                    "queries_per_second": count / seconds,
+                    "flops_per_second": 2 * n * embed_dim * count / seconds,
+                    "times_reading": seconds / copy,
+                    "found_themselves": found / count,
+                }
+            )
+    result = {"embed_dim": embed_dim, "k": k, "dtype": dtype, "rows": rows}
+    _print(result, console or Console())
+    return result
+
+
+def _best(run, rounds: int) -> float:
+    run()
+    best = float("inf")
+    for _ in range(rounds):
+        began = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def _print(result, console):
+    console.print(
+        f"[bold]Exact search[/] of {result['k']} nearest, width {result['embed_dim']}, "
+        f"{result['dtype']}",
+        highlight=False,
+    )
+    table = Table()
+    for name in ("items", "queries at once", "time", "queries/s", "GFLOP/s", "x reading the rows"):
+        table.add_column(name, justify="right")
+    for row in result["rows"]:
+        table.add_row(
+            f"{row['items']:,}",
+            f"{row['queries']:,}",
+            f"{1e3 * row['seconds']:.3g} ms",
+            f"{row['queries_per_second']:,.0f}",
+            f"{row['flops_per_second'] / 1e9:,.1f}",
+            f"{row['times_reading']:.1f}",
+        )
+    console.print(table)

@@ -1,0 +1,145 @@
+"""The training step on this machine: its time, what its parts take, and MFU.
+
+Model FLOPs are counted by hand (vlm/models/flops.py); they are set against the published peak of
+the chip and against the rate at which this machine multiplies large matrices in the same rounds.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vlm.bench.measure import best_times, peak_bytes, product, published_rate, traced
+from vlm.config import Experiment
+from vlm.losses import contrastive_loss
+from vlm.models.flops import step_flops
+from vlm.sharding import check_batch, global_batch, make_mesh
+from vlm.train.step import Trainer, compute_dtype
+
+
+def bench_train(
+    experiment: Experiment,
+    *,
+    rounds: int = 3,
+    trace: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Measure the real step on random data, beside its parts; print a table.
+
+    The parts are measured alone, so that they need not add up: XLA overlaps and fuses over them.
+
+    Args:
+        rounds: of measuring, in turns; the best counts.
+        trace: a folder for a device trace of one step, by `jax.profiler`.
+
+    Returns:
+        the printed figures as JSON values: seconds, bytes, operations per second.
+
+    Raises:
+        ShardingError: the mesh does not fit the devices, or the batch the mesh.
+    """
+    e = experiment
+    mesh = make_mesh(e.mesh)
+    check_batch(e.batch_size, mesh)
+    check_batch(e.micro_batch_size or e.batch_size, mesh, "micro_batch_size")
+    devices = list(mesh.devices.flat)
+    trainer = Trainer(e, mesh)
+    batch = global_batch(_random_batch(e), mesh)
+    compiled = trainer.step.lower(trainer.abstract_state, batch).compile()
+    memory = compiled.memory_analysis()
+    planned = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+    held = {"state": trainer.init(jnp.int32(1000))}
+
+    def step():
+        held["state"], metrics = compiled(held["state"], batch)
+        return metrics
+
+    z = trainer.embed_texts(held["state"], batch["tokens"])
+    scale, bias = jnp.float32(2.0), jnp.float32(-10.0)
+    loss = jax.jit(
+        jax.grad(
+            lambda *inputs: contrastive_loss(*inputs, kind=e.model.loss, mesh=mesh),
+            argnums=(0, 1, 2, 3),
+        )
+    )
+    dtype = str(compute_dtype(e.dtype))
+    multiply, product_flops = product(dtype)
+    runs = {
+        "step": step,
+        "images, forward": lambda: trainer.embed_images(held["state"], batch["images"]),
+        "texts, forward": lambda: trainer.embed_texts(held["state"], batch["tokens"]),
+        "loss and its gradients": lambda: loss(z, z, scale, bias),
+        "product": multiply,
+    }
+    seconds = best_times(runs, rounds)
+    if trace:
+        with traced(trace):
+            jax.block_until_ready(step())
+    measured_rate = product_flops / seconds.pop("product")
+    parts = step_flops(e)
+    model = sum(p.model for p in parts.values())
+    peak, step_seconds = published_rate(devices), seconds["step"]
+    result = {
+        "name": e.name,
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "batch_size": e.batch_size,
+        "dtype": dtype,
+        "remat": e.remat,
+        "seconds": seconds,
+        "pairs_per_second": e.batch_size / step_seconds,
+        "model_flops": model,
+        "executed_flops": sum(p.executed for p in parts.values()),
+        "model_flops_per_second": model / step_seconds,
+        "mfu": model / step_seconds / peak if peak else None,
+        "product_flops_per_second": measured_rate,
+        "of_products": model / step_seconds / measured_rate,
+        "planned_peak_bytes": planned,
+        "measured_peak_bytes": peak_bytes(devices[0]),
+    }
+    _print(result, console or Console())
+    return result
+
+
+def _random_batch(e: Experiment) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    size, text = e.model.vision.image_size, e.model.text
+    rows = e.batch_size // jax.process_count()
+    return {
+        "images": rng.integers(0, 256, (rows, size, size, 3), np.uint8),
+        "tokens": rng.integers(0, text.vocab_size, (rows, text.context_length), np.int32),
+    }
+
+
+def _print(result, console):
+    step = result["seconds"]["step"]
+    console.print(
+        f"[bold]{result['name']}[/] on {result['devices']} x {result['device']}: batch "
+        f"{result['batch_size']:,}, {result['dtype']}, remat {result['remat']}",
+        highlight=False,
+    )
+    table = Table("part")
+    table.add_column("time", justify="right")
+    table.add_column("of the step", justify="right")
+    for name, seconds in result["seconds"].items():
+        table.add_row(name, f"{seconds:.3g} s", f"{seconds / step:.0%}")
+    console.print(table)
+    rates = f"{result['pairs_per_second']:,.1f} pairs/s, "
+    rates += f"{result['model_flops_per_second'] / 1e12:,.2f} TFLOP/s of the model"
+    if result["mfu"] is not None:
+        rates += f", MFU {result['mfu']:.1%}"
+    rates += f"; {result['of_products']:.0%} of the rate of large products here"
+    console.print(rates, highlight=False)
+    planned, measured = result["planned_peak_bytes"], result["measured_peak_bytes"]
+    memory = f"memory of a device: {planned / 2**30:,.2f} GiB by the compiler"
+    if measured is not None:
+        memory += f", {measured / 2**30:,.2f} GiB measured ({planned / measured:.0%})"
+    console.print(memory, highlight=False)
