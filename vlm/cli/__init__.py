@@ -32,6 +32,7 @@ COMMANDS = {
     "index": Command("make images searchable", "index"),
     "search": Command("find images by a text or by another image", "search"),
     "convert": Command("write a model in the format of another library", "convert"),
+    "models": Command("list the known public checkpoints", "models"),
     "plan": Command("say what a slice of chips will do with a config", "plan"),
     "bench loss": Command("measure the contrastive losses on this machine", "bench", "loss"),
     "bench train": Command("measure a training step on this machine", "bench", "train"),
