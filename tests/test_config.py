@@ -1,0 +1,138 @@
+"""Experiments: JSON there and back, and every wrong field named with its mend."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from vlm.config import (
+    Experiment,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TextConfig,
+    TokenizerConfig,
+    VisionConfig,
+    from_dict,
+    load_config,
+    to_dict,
+)
+from vlm.errors import ConfigError
+
+LINEAR = {"projection": "linear"}
+
+
+def test_an_experiment_survives_json():
+    experiment = Experiment(
+        name="x",
+        mesh=MeshConfig(data=2, fsdp=4),
+        optimizer=OptimizerConfig(ema=0.999, clip_norm=None),
+        image_sizes=((0.5, 112), (0.25, 160)),
+        profile=(10, 20),
+        epochs=3,
+    )
+    plain = json.loads(json.dumps(to_dict(experiment)))
+    assert from_dict(Experiment, plain) == experiment
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": 5, "epochs": 1.0}, "one length, but steps and epochs are all set"),
+        ({"steps": 0}, "steps is 0: a run takes more"),
+        ({"seconds": -1.0}, "seconds is -1.0"),
+        ({"batch_size": 0}, "batch_size is 0: make it at least 1"),
+        ({"log_every": 0}, "log_every is 0"),
+        ({"batch_size": 10, "micro_batch_size": 4}, "10 is not a multiple of micro_batch_size 4"),
+        (
+            {"tokenizer": TokenizerConfig(context_length=8)},
+            "context_length 8 is not the model's 64",
+        ),
+        ({"text_masking": 1.0}, "text_masking 1.0 is a share"),
+        ({"image_sizes": ((0.5, 100),)}, "multiples of patch_size 16"),
+        ({"image_sizes": ((0.0, 112),)}, "positive shares"),
+    ],
+)
+def test_an_experiment_that_cannot_be_is_refused(changes, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        Experiment(**changes)
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "said"),
+    [
+        ({"width": 100}, {}, "VisionConfig.width 100 is not a multiple of heads 12"),
+        ({}, {"width": 512, "heads": 8, "projection": "none"}, "must equal embed_dim 768"),
+        ({"image_size": 200}, {}, "image_size 200 is not a multiple of patch_size 16"),
+        (
+            {"stem": "conv", "stem_widths": (8, 16)},
+            {},
+            "2 stages makes patches of 4 pixels, not 16",
+        ),
+        ({"pool": "query", "projection": "none"}, {}, 'pool "query" needs a projection'),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused(vision, text, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        ModelConfig(vision=VisionConfig(**(LINEAR | vision)), text=TextConfig(**(LINEAR | text)))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"batch": 4}, "Experiment has no field 'batch': it has name, model"),
+        ({"model": {"vision": {"widht": 4}}}, "Experiment.model.vision has no field 'widht'"),
+        ({"batch_size": "many"}, "Experiment.batch_size must be int, not 'many'"),
+        ({"batch_size": True}, "Experiment.batch_size must be int, not True"),
+        ({"lock": "both"}, "Experiment.lock is 'both': choose one of 'none', 'vision', 'text'"),
+        ({"profile": [1]}, "Experiment.profile takes 2 values, not [1]"),
+        ({"data": []}, "Experiment.data must be an object of fields, not []"),
+    ],
+)
+def test_a_wrong_field_is_named_by_its_path(values, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        from_dict(Experiment, values)
+
+
+def test_a_config_file_is_python_or_json(tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text("import vlm.config as c\nconfig = c.Experiment(name='here', steps=3)\n")
+    experiment = load_config(file)
+    assert experiment.name == "here"
+    other = tmp_path / "config.json"
+    other.write_text(json.dumps(to_dict(experiment)))
+    assert load_config(other) == experiment
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.py", "config = 3", "binds no `config` of type"),
+        ("a.py", "1 / 0", "failed with ZeroDivisionError: division by zero"),
+        ("a.py", "def", "failed with SyntaxError"),
+        ("a.json", "{", "is not JSON"),
+    ],
+)
+def test_a_broken_config_file_is_named(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_config(tmp_path / name)
+    assert name in str(caught.value)
+
+
+def test_a_missing_config_file_is_named():
+    with pytest.raises(ConfigError, match=r"no config file 'nowhere\.py'"):
+        load_config("nowhere.py")
+
+
+def test_a_field_of_the_wrong_type_in_a_config_file_is_named(tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text("import vlm.config as c\nconfig = c.Experiment(batch_size=2.5)\n")
+    with pytest.raises(ConfigError, match=r"batch_size must be int, not 2\.5"):
+        load_config(file)
+
+
+def test_experiments_are_values():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Experiment().steps = 3
