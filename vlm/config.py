@@ -183,7 +183,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where pairs come from. Captions are drawn at random from all `captions` features of an image."""
+    """Where pairs come from. A caption is drawn at random from all `captions` of an image."""
 
     source: str = "openmoji"  # "openmoji", "tfds:NAME", or a path that says what it is
     train_split: str = "train"
@@ -399,8 +399,8 @@ def load_config(path: str | os.PathLike) -> Experiment:
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise ConfigError(
-            f"there is no config file {path!r}: give the path of a Python file that binds `config`, "
-            "such as configs/openmoji.py"
+            f"there is no config file {path!r}: give the path of a Python file that binds "
+            "`config`, such as configs/openmoji.py"
         )
     if path.endswith(".json"):
         try:

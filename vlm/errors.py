@@ -1,4 +1,4 @@
-"""The project's own errors: each message is one sentence that names the value, the place and the mend."""
+"""The project's own errors: each message is one sentence with the value, the place and the mend."""
 
 
 class VlmError(Exception):
