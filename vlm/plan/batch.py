@@ -14,6 +14,7 @@ from vlm.plan.compile import CompiledStep, compile_step
 from vlm.plan.topology import Topology
 from vlm.sharding import BATCH_AXES
 
+NEAR = 0.02  # of the answer: how near is near enough
 ROWS = 8  # per device: a batch grows in steps of so many
 
 
@@ -73,7 +74,7 @@ def largest_batch(
 def search(
     peak: Callable[[int], tuple[float, bool]], start: int, limit: float, calls: int
 ) -> tuple[int | None, list[tuple[int, float, bool]]]:
-    """The largest whole number whose `peak` fits, found by secants and then bisection.
+    """The largest whole number whose `peak` fits, by secants kept inside a shrinking bracket.
 
     Ends when the answer is known to within 2%, or after so many calls.
     """
@@ -83,28 +84,32 @@ def search(
         tried[units] = peak(units)
         fitting = max((u for u, (_, fits) in tried.items() if fits), default=0)
         failing = min((u for u, (_, fits) in tried.items() if not fits), default=None)
-        if failing is not None and failing - max(fitting, 0) <= max(1, 0.02 * failing):
+        units = _guess({u: p for u, (p, _) in tried.items()}, fitting, failing, limit)
+        near = max(1, math.floor(NEAR * fitting))
+        if failing is None:
+            units = min(max(units, fitting + near), 8 * fitting)
+            continue
+        gap = failing - fitting
+        if gap <= near:
             break
-        known = sorted((u, p) for u, (p, _) in tried.items() if math.isfinite(p))
-        if len(known) >= 2:
-            (u1, p1), (u2, p2) = _nearest(known, limit)
-            slope = (p2 - p1) / (u2 - u1)
-            units = int(u1 + (0.99 * limit - p1) / slope) if slope > 0 else 2 * units
-        elif known:
-            share = limit / known[0][1]
-            units = int(units * (1.5 * share if share > 1 else 0.8 * share))
-        else:
-            units //= 2
-        units = max(units, fitting + 1)
-        if failing is not None:
-            units = min(units, failing - 1)
-            if units == fitting or units in tried:
-                units = (fitting + failing) // 2
-        units = max(1, units)
+        # Never so close to an end that the bracket hardly shrinks.
+        inner = max(1, gap // 8)
+        units = min(max(units, fitting + inner), failing - inner)
     fits = [u for u, (_, ok) in tried.items() if ok]
     return max(fits, default=None), [(u, p, ok) for u, (p, ok) in tried.items()]
 
 
-def _nearest(known: list[tuple[int, float]], limit: float) -> list[tuple[int, float]]:
-    """The two tries whose memory is closest to the limit, smaller first."""
-    return sorted(sorted(known, key=lambda t: abs(t[1] - limit))[:2])
+def _guess(peaks: dict[int, float], fitting: int, failing: int | None, limit: float) -> int:
+    """Where the line through two tries meets the limit: through the bracket's ends, or the last."""
+    known = sorted(u for u, p in peaks.items() if math.isfinite(p))
+    pair = [u for u in (fitting, failing) if u in known]
+    if len(pair) < 2:
+        pair = known[-2:] if failing is None else known[:2]
+    if len(pair) < 2:
+        if not known:
+            return (fitting + (failing or 0)) // 2
+        share = limit / peaks[known[0]]
+        return int(known[0] * (2 * share if share > 1 else 0.8 * share))
+    low, high = pair
+    slope = (peaks[high] - peaks[low]) / (high - low)
+    return int(low + (0.995 * limit - peaks[low]) / slope) if slope > 0 else 2 * high

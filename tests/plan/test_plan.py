@@ -1,0 +1,130 @@
+"""Plans of a small model: for a TPU slice without a TPU, for virtual CPU devices, for GPUs."""
+
+import importlib.util
+import json
+
+import pytest
+from small import experiment
+
+from vlm.config import MeshConfig
+from vlm.models.flops import executed_flops
+from vlm.plan import plan, sweep
+from vlm.plan.collectives import GRADIENTS, LOSS_RING, collectives
+from vlm.plan.hlo import parse
+from vlm.plan.plan import ring_ratio
+
+TPU = importlib.util.find_spec("libtpu") is not None
+
+
+@pytest.mark.skipif(not TPU, reason="the TPU compiler is not installed (extra `tpu`)")
+def test_a_tpu_slice_without_a_tpu(monkeypatch):
+    e = experiment(batch_size=1024)
+    made = plan(e, "v5e:2x2")
+    assert made.fits
+    assert made.memory.basis == "compiled"
+    assert made.experiment.dtype == "bfloat16"
+    places = {c.place: c for c in made.collectives}
+    ring, gradients = places[LOSS_RING], places[GRADIENTS]
+    assert (ring.kind, ring.group) == ("collective-permute", 4)
+    assert (gradients.kind, gradients.group) == ("all-reduce", 4)
+    # Every trained parameter is summed once, in float32 or in half of it.
+    assert 0.45 <= gradients.payload / made.memory.parameters <= 1.05
+    assert 0.3 <= ring_ratio(made) <= 1.1
+    counted = sum(made_flops(made))
+    assert counted * 4 == pytest.approx(executed_flops(e), rel=0.02)
+    assert 0 < made.mfu < 1
+    assert json.loads(json.dumps(made.to_dict()))["memory"]["basis"] == "compiled"
+
+
+def made_flops(made):
+    from vlm.plan.compile import compile_step
+    from vlm.plan.plan import the_mesh
+
+    step = compile_step(made.experiment, the_mesh(made.experiment, made.topology, compiled=True))
+    for instruction, computation, times in step.program.walk():
+        yield times * step.program.flops(instruction, computation)
+
+
+def test_gpus_are_counted_by_hand_and_say_so():
+    made = plan(experiment(batch_size=512), "h100:8", MeshConfig(data=2, fsdp=4))
+    found = made.to_dict()
+    assert found["memory"]["basis"] == found["collectives"]["basis"] == "analytic"
+    assert found["roofline"]["basis"] == "analytic"
+    assert found["prediction"]["basis"] == "guess"
+    assert found["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_a_sweep_puts_the_fastest_that_fits_first():
+    plans = sweep(experiment(batch_size=512), ["h100:8", "a100:8"], batch_per_chip=64)
+    assert all(p.fits for p in plans)
+    rates = [p.pairs_per_second / p.topology.chips for p in plans]
+    assert rates == sorted(rates, reverse=True)
+    assert plans[0].topology.name == "h100:8"
+    assert len(plans) == 2 * 2 * 4
+
+
+PROGRAM = """\
+HloModule step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%body (t: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %t = (s32[], f32[8,16]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = f32[8,16]{1,0} get-tuple-element(%t), index=1
+  %sent = f32[8,16]{1,0} collective-permute(%x), channel_id=1, \
+source_target_pairs={{0,1},{1,2},{2,3},{3,0}}, metadata={op_name="jit(f)/shard_map/ppermute"}
+  ROOT %r = (s32[], f32[8,16]{1,0}) tuple(%i, %sent)
+}
+
+%condition (t: (s32[], f32[8,16])) -> pred[] {
+  %t = (s32[], f32[8,16]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %n = s32[] constant(5)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (p: f32[8,16], w: f32[16,32]) -> f32[8,32] {
+  %p = f32[8,16]{1,0:T(8,128)} parameter(0)
+  %w = f32[16,32]{1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[8,16]{1,0}) tuple(%zero, %p)
+  %loop = (s32[], f32[8,16]{1,0}) while(%start), condition=%condition, body=%body
+  %y = f32[8,16]{1,0} get-tuple-element(%loop), index=1
+  %g = f32[16,32]{1,0} all-reduce(%w), replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add, \
+metadata={op_name="jit(f)/transpose(jvp())/dot"}
+  ROOT %d = f32[8,32]{1,0} dot(%y, %g), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+
+
+def test_a_program_is_read_with_its_loops_multiplied_out():
+    program = parse(PROGRAM)
+    rows = {c.place: c for c in collectives(program, {"data": 2, "fsdp": 2})}
+    ring, gradients = rows[LOSS_RING], rows[GRADIENTS]
+    assert (ring.count, ring.sent, ring.group) == (5, 5 * 4 * 8 * 16, 4)
+    assert ring.axes == ("data", "fsdp")
+    # Groups {0, 2} and {1, 3}: over the first axis. Two devices send their half there and back.
+    assert (gradients.axes, gradients.group) == (("data",), 2)
+    assert gradients.sent == gradients.payload == 4 * 16 * 32
+    flops = [times * program.flops(i, c) for i, c, times in program.walk()]
+    assert sum(flops) == 2 * 8 * 16 * 32
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        "{{0,1},{2,3}}",
+        "[2,2]<=[4]",
+        "mesh['a'=2,'b'=1,'c'=2] {'c'}",
+    ],
+)
+def test_groups_in_every_notation(groups):
+    text = PROGRAM.replace("[2,2]<=[2,2]T(1,0)", groups)
+    rows = {c.place: c for c in collectives(parse(text), {"data": 2, "fsdp": 2})}
+    assert rows[GRADIENTS].axes == ("fsdp",)
