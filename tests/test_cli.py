@@ -98,7 +98,9 @@ def test_help_of_a_config_shows_its_own_values(do):
 def test_train_makes_a_run_with_the_fields_that_were_named(tmp_path):
     out = tmp_path / "made"
     options = ["--run-dir", out, "--steps", "2", "--optimizer.learning-rate", "3e-4"]
-    said = tiny.train(tiny.folder() / "shapes.py", *options, "--data.captions", "caption")
+    said = tiny.command(
+        "train", tiny.folder() / "shapes.py", *options, "--data.captions", "caption"
+    )
     assert said == f"{out}\n"
     config = vlm.load_config(out / "config.json")
     assert config.optimizer.learning_rate == 3e-4
@@ -110,7 +112,7 @@ def test_train_makes_a_run_with_the_fields_that_were_named(tmp_path):
 @pytest.mark.slow
 def test_a_finished_run_resumes_to_its_end(run):
     before = (tiny.run() / "results.json").read_text()
-    assert tiny.train("--resume", run) == f"{run}\n"
+    assert tiny.command("train", "--resume", run) == f"{run}\n"
     after = (tiny.run() / "results.json").read_text()
     assert [r["metrics"] for r in json.loads(after)["results"]] == [
         r["metrics"] for r in json.loads(before)["results"]
@@ -220,11 +222,9 @@ def test_convert_gives_the_same_model(do, run, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_bench_loss_prints_its_figures(do):
-    said = do(
-        *("bench", "loss", "--batch-size", "64", "--embed-dim", "8", "--rounds", "1"),
-        *("--kinds", "sigmoid", "--json"),
-    )
+def test_bench_loss_prints_its_figures():
+    sizes = ("--batch-size", 64, "--embed-dim", 8, "--rounds", 1, "--kinds", "sigmoid")
+    said = tiny.command("bench", "loss", *sizes, "--json")
     figures = json.loads(said)
     assert figures["batch_size"] == 64
     assert {row["loss"] for row in figures["losses"]} == {"sigmoid"}

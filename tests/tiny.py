@@ -68,14 +68,13 @@ def folder() -> Path:
 @functools.cache
 def run() -> Path:
     """The finished run folder."""
-    return Path(train(folder() / "shapes.py", "--run-dir", folder() / "run").strip())
+    config, out = folder() / "shapes.py", folder() / "run"
+    return Path(command("train", config, "--run-dir", out).strip())
 
 
-def train(*args) -> str:
-    """What `vlm train` prints, in a process of its own with one device: it is done soonest so."""
-    command = [sys.executable, "-m", "vlm", "train", *map(str, args)]
-    done = subprocess.run(
-        command, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True
-    )
+def command(*args) -> str:
+    """What `vlm` prints, in a process of its own with one device: heavy work is done soonest so."""
+    line = [sys.executable, "-m", "vlm", *map(str, args)]
+    done = subprocess.run(line, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
