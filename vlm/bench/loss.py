@@ -129,7 +129,7 @@ def _product(mesh, dtype):
     """Products of large square matrices on every device, and their operations in all."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     side = 2048 if on_cpu else 8192
-    times = max(1, 16 // mesh.size) if on_cpu else 16  # the devices of a CPU share its cores
+    times = max(1, 8 // mesh.size) if on_cpu else 16  # the devices of a CPU share its cores
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     matrices = jax.device_put(jnp.ones((mesh.size, side, side), dtype), sharding)
     run = jax.jit(lambda m: m @ m)
