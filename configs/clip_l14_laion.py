@@ -1,6 +1,10 @@
 """CLIP ViT-L/14 on LAION-2B shards, 34 billion pairs seen (arXiv:2212.07143).
 
-@PLAN@
+`vlm plan configs/clip_l14_laion.py --topology v5p:4x4x8` says:
+
+    peak of a chip                    15 GiB of 95 (analytic)
+    FLOPs of the model and step       17.2 PFLOP (analytic)
+    step, bound by compute            673 ms, 48,700 pairs/s, MFU 44% (guess)
 """
 
 from vlm.config import (

@@ -2,7 +2,11 @@
 
 Prepare the data once with `tfds build coco_captions --file_format array_record`.
 
-@PLAN@
+`vlm plan configs/clip_s16_coco.py --topology h100:1` says:
+
+    peak of a chip                    17 GiB of 74.5 (analytic)
+    FLOPs of the model and step       0.019 PFLOP (analytic)
+    step, bound by memory             67 ms, 7,700 pairs/s, MFU 29% (guess)
 """
 
 from vlm.config import (

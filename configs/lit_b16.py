@@ -2,7 +2,11 @@
 
 The image tower comes from `init_from`; it gets no gradient and no optimizer state.
 
-@PLAN@
+`vlm plan configs/lit_b16.py --topology v5e:8x8` says:
+
+    peak of a chip                    7.4 GiB of 16 (analytic)
+    FLOPs of the model and step       1.12 PFLOP (analytic)
+    step, bound by compute            196 ms, 83,600 pairs/s, MFU 46% (guess)
 """
 
 from vlm.config import (

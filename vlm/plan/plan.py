@@ -29,6 +29,9 @@ from vlm.plan.roofline import ATTAINED, Roofline, analytic_roofline, compiled_ro
 from vlm.plan.topology import Topology, parse_mesh, parse_topology, topology_devices
 from vlm.sharding import AXES, BATCH_AXES, check_batch, make_mesh
 
+# `vlm.nn.attention.attend` writes attention's weights to memory on every kind of chip.
+FUSED_ATTENTION = False
+
 BASES = {
     "compiled": "read from the program that the compiler made for this slice",
     "analytic": "counted by hand from the model and the published figures of the chip",
@@ -266,8 +269,7 @@ def _roofline(e, where, state, step, sent) -> Roofline | None:
         return None
     if isinstance(step, CompiledStep):
         return compiled_roofline(where, step)
-    fused = where.chip.platform == "gpu"
-    return analytic_roofline(e, where, state, sent, fused_attention=fused)
+    return analytic_roofline(e, where, state, sent, fused_attention=FUSED_ATTENTION)
 
 
 def ring_ratio(plan: Plan) -> float:
