@@ -1,6 +1,6 @@
 """CLIP ViT-B/32 on DataComp shards, 12.8 billion pairs seen (arXiv:2304.14108, scale "large").
 
-`vlm plan configs/clip_b32_datacomp.py --topology v5e:16x16` says:
+Counted by hand for v5e:16x16; `vlm plan configs/clip_b32_datacomp.py --topology v5e:16x16` compiles it:
 
     peak of a chip                    5.1 GiB of 16 (analytic)
     FLOPs of the model and step       1.45 PFLOP (analytic)

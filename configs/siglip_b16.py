@@ -7,7 +7,7 @@ The paper's data is not public; any shards of images and texts serve.
     peak of a chip                    4.55 GiB of 16 (compiled; the loss alone 315 KiB)
     sent by a chip and step           gradients 772 MiB, loss ring 144 MiB (compiled)
     FLOPs of the model and step       4.56 PFLOP (analytic)
-    step, bound by compute            259 ms, 126,000 pairs/s, MFU 35% (guess)
+    step, bound by compute            259 ms, 126,000 pairs/s, MFU 35% (guess, counted by hand)
 """
 
 from vlm.config import (
