@@ -1,6 +1,7 @@
 """CLIP ViT-B/16 on LAION-2B shards, 34 billion pairs seen (arXiv:2212.07143).
 
-Counted by hand for v5e:16x16; `vlm plan configs/clip_b16_laion.py --topology v5e:16x16` compiles it:
+Counted by hand for v5e:16x16, which this compiles:
+`vlm plan configs/clip_b16_laion.py --topology v5e:16x16`
 
     peak of a chip                    4.3 GiB of 16 (analytic)
     FLOPs of the model and step       4.04 PFLOP (analytic)

@@ -1,6 +1,7 @@
 """CLIP ViT-B/32 on DataComp shards, 12.8 billion pairs seen (arXiv:2304.14108, scale "large").
 
-Counted by hand for v5e:16x16; `vlm plan configs/clip_b32_datacomp.py --topology v5e:16x16` compiles it:
+Counted by hand for v5e:16x16, which this compiles:
+`vlm plan configs/clip_b32_datacomp.py --topology v5e:16x16`
 
     peak of a chip                    5.1 GiB of 16 (analytic)
     FLOPs of the model and step       1.45 PFLOP (analytic)

@@ -1,6 +1,7 @@
 """CLIP ViT-L/14 on LAION-2B shards, 34 billion pairs seen (arXiv:2212.07143).
 
-Counted by hand for v5p:4x4x8; `vlm plan configs/clip_l14_laion.py --topology v5p:4x4x8` compiles it:
+Counted by hand for v5p:4x4x8, which this compiles:
+`vlm plan configs/clip_l14_laion.py --topology v5p:4x4x8`
 
     peak of a chip                    15 GiB of 95 (analytic)
     FLOPs of the model and step       17.2 PFLOP (analytic)

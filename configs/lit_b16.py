@@ -2,7 +2,8 @@
 
 The image tower comes from `init_from`; it gets no gradient and no optimizer state.
 
-Counted by hand for v5e:8x8; `vlm plan configs/lit_b16.py --topology v5e:8x8` compiles it:
+Counted by hand for v5e:8x8, which this compiles:
+`vlm plan configs/lit_b16.py --topology v5e:8x8`
 
     peak of a chip                    7.4 GiB of 16 (analytic)
     FLOPs of the model and step       1.12 PFLOP (analytic)

@@ -1,6 +1,7 @@
 """SigLIP ViT-B/16 at a batch of 1,048,576 pairs on 512 chips (arXiv:2303.15343, section 4.2).
 
-Counted by hand for v5p:8x8x8; `vlm plan configs/siglip_b16_1m.py --topology v5p:8x8x8` compiles it:
+Counted by hand for v5p:8x8x8, which this compiles:
+`vlm plan configs/siglip_b16_1m.py --topology v5p:8x8x8`
 
     temporaries of the loss           54 MB (compiled alone)
     peak of a chip                    35 GiB of 95 (analytic)

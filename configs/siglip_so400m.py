@@ -1,6 +1,7 @@
 """SigLIP ViT-So400m/14 on WebDataset shards, 40 billion pairs seen (arXiv:2303.15343).
 
-Counted by hand for v5p:4x8x8; `vlm plan configs/siglip_so400m.py --topology v5p:4x8x8` compiles it:
+Counted by hand for v5p:4x8x8, which this compiles:
+`vlm plan configs/siglip_so400m.py --topology v5p:4x8x8`
 
     peak of a chip                    6.3 GiB of 95 (analytic)
     FLOPs of the model and step       26.9 PFLOP (analytic)
