@@ -1,0 +1,199 @@
+"""One step is the same step however it is cut: into micro-batches, over devices, at any time."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vlm import sharding
+from vlm.config import Experiment, MeshConfig
+from vlm.errors import TrainingError
+from vlm.sharding import global_batch, make_mesh, path_names
+from vlm.train.logs import Logs
+from vlm.train.run import Run
+from vlm.train.step import Trainer, TrainState
+
+
+def make(experiment: Experiment, devices: int = 1) -> Trainer:
+    return Trainer(experiment, make_mesh(experiment.mesh, jax.devices()[:devices]))
+
+
+def batch(step: int, size: int = 16) -> dict[str, np.ndarray]:
+    """Random images, each with a text that has something to do with it."""
+    random = np.random.default_rng(step)
+    images = random.integers(0, 256, (size, 16, 16, 3), np.uint8)
+    tokens = np.concatenate([images[:, :8, 0, 0] % 250 + 2, np.zeros((size, 8))], 1)
+    return {"images": images, "tokens": tokens.astype(np.int32)}
+
+
+def run(trainer: Trainer, steps: int, state: TrainState | None = None):
+    """The losses of some steps, and the state after them."""
+    state = trainer.init(jnp.int32(20)) if state is None else state
+    losses = []
+    for step in range(steps):
+        state, metrics = trainer.step(state, global_batch(batch(step), trainer.mesh))
+        losses.append(float(metrics["loss"]))
+    return losses, state
+
+
+def copy(state: TrainState) -> TrainState:
+    """The step consumes its state."""
+    return jax.tree.map(jnp.copy, state)
+
+
+def assert_near(a, b, tolerance):
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(a)]
+    for path, x, y in zip(paths, jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        worst = np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)).max()
+        assert worst <= tolerance, (path_names(path), worst)
+
+
+NOISY = {"vision": {"dropout": 0.1, "patch_dropout": 0.5}, "text": {"dropout": 0.1}}
+
+
+@pytest.fixture(scope="module")
+def noisy(tiny):
+    """Dropout, patch dropout and text masking on; averaged parameters."""
+    experiment = tiny(**NOISY, optimizer={"ema": 0.99, "warmup": 0.0}, text_masking=0.25)
+    trainer = make(experiment)
+    return trainer, *run(trainer, 3)
+
+
+@pytest.mark.parametrize(("devices", "micro", "tolerance"), [(1, 4, 1e-6), (4, 8, 1e-5)])
+def test_micro_batches_are_the_batch(noisy, devices, micro, tolerance):
+    trainer, losses, state = noisy
+    experiment = dataclasses.replace(trainer.experiment, micro_batch_size=micro)
+    got_losses, got = run(make(experiment, devices), 3)
+    np.testing.assert_allclose(got_losses, losses, rtol=tolerance)
+    assert_near(got.params, state.params, tolerance)
+    assert_near(got.ema, state.ema, tolerance)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny):
+    trainer = make(tiny())
+    return trainer, *run(trainer, 20)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(),
+        MeshConfig(data=1, fsdp=8),
+        MeshConfig(data=2, fsdp=2, tensor=2),
+    ],
+    ids=["data", "fsdp", "all"],
+)
+def test_eight_devices_are_one_device(alone, tiny, mesh, monkeypatch):
+    monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 1)
+    _, losses, _ = alone
+    trainer = make(tiny(mesh=mesh), devices=8)
+    got, state = run(trainer, 20)
+    np.testing.assert_allclose(got, losses, rtol=1e-5)
+    if mesh.fsdp > 1:  # parameters, moments and all lie in parts
+        kernel = state.params["text"]["transformer"]["blocks"]["mlp"]["up"]["kernel"]
+        moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape]
+        for x in (kernel, *moments):
+            assert x.addressable_shards[0].data.size == x.size // (mesh.fsdp * mesh.tensor)
+
+
+def test_the_loss_falls(alone):
+    _, losses, state = alone
+    assert losses[-1] < losses[0]
+    assert int(state.step) == 20
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(alone):
+    trainer, _, state = alone
+    state = copy(state)
+    state.params["logit_scale"] = jnp.float32(100)  # its exponential is not a float32
+    before = copy(state)
+    after, metrics = trainer.step(state, global_batch(batch(0), trainer.mesh))
+    assert not metrics["finite"]
+    assert int(after.skipped) == 1
+    assert int(after.step) == int(before.step) + 1
+    assert_near((after.params, after.opt_state), (before.params, before.opt_state), 0)
+    after.params["logit_scale"] = jnp.float32(2)
+    after, metrics = trainer.step(after, global_batch(batch(0), trainer.mesh))
+    assert metrics["finite"]
+    assert int(after.skipped) == 1
+
+
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
+def test_the_log_stops_or_counts(tiny, tmp_path, nonfinite):
+    experiment = tiny(run_dir=str(tmp_path / "run"), optimizer={"nonfinite": nonfinite})
+    whole = Run.create(experiment)
+    fine = {"loss": jnp.float32(1), "finite": jnp.array(True), "tokens": jnp.float32(5)}
+    with Logs(whole, first_step=0, total_steps=8) as logs:
+        for step in (1, 2):
+            logs.step(step, fine, 0.0)
+        logs.step(3, fine | {"finite": jnp.array(False)}, 0.0)
+        if nonfinite == "stop":
+            with pytest.raises(TrainingError, match=r"not finite at step 3.*nonfinite skip"):
+                logs.step(4, fine, 0.0)
+        else:
+            logs.step(4, fine, 0.0)
+    assert '"nonfinite": 1' in whole.log.read_text()
+
+
+def test_the_scale_is_capped(alone):
+    trainer, _, state = alone
+    state = copy(state)
+    state.params["logit_scale"] = jnp.log(jnp.float32(150))
+    _, metrics = trainer.step(state, global_batch(batch(0), trainer.mesh))
+    assert float(metrics["scale"]) == pytest.approx(100, rel=1e-5)
+
+
+def test_the_average_follows_the_parameters(noisy):
+    trainer, _, state = noisy
+    before = copy(state)
+    after, _ = trainer.step(copy(state), global_batch(batch(3), trainer.mesh))
+    decay = min(0.99, (1 + 3) / (10 + 3))  # after three steps the ramp still rules
+    expected = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, before.ema, after.params)
+    assert_near(after.ema, expected, 1e-6)
+    used = trainer.model(after).logit_bias[...]
+    assert float(used) == float(after.ema["logit_bias"])
+
+
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_a_locked_tower_has_no_gradient_and_no_optimizer_state(tiny, tower):
+    other = {"vision": "text", "text": "vision"}[tower]
+    trainer = make(tiny(lock=tower, optimizer={"ema": 0.9}))
+    state = trainer.init(jnp.int32(20))
+    for part in (state.params, state.opt_state, state.ema):
+        names = {n for p, _ in jax.tree_util.tree_leaves_with_path(part) for n in path_names(p)}
+        assert tower not in names
+        assert other in names
+    before = copy(state.frozen)
+    data = global_batch(batch(0), trainer.mesh)
+    keys = trainer._example_keys(state.step)
+    compute = functools.partial(trainer._value_and_grad, size=16)
+    _, gradient = jax.eval_shape(compute, state, data, keys)
+    assert set(gradient) == {other, "logit_scale", "logit_bias"}
+    _, after = run(trainer, 3, state)
+    assert_near(after.frozen, before, 0)
+
+
+def test_small_images_take_fewer_tokens_and_train_all_positions(alone):
+    trainer, _, state = alone
+    before = np.asarray(state.params["vision"]["position"])
+    halfway = dataclasses.replace(copy(state), total_steps=jnp.int32(40))
+    after, metrics = trainer.step_at(8)(halfway, global_batch(batch(0), trainer.mesh))
+    moved = np.abs(np.asarray(after.params["vision"]["position"]) - before).max(1)
+    assert (moved > 0).all()
+    assert metrics["tokens"] == 16 * (4 + 16)
+    assert trainer.tokens_per_step(16) == 16 * (16 + 16)
+
+
+def test_norms_are_logged_for_each_tower(alone):
+    trainer, _, state = alone
+    after, metrics = trainer.step(copy(state), global_batch(batch(0), trainer.mesh))
+    for tower in ("vision", "text"):
+        norm = float(optax.global_norm(after.params[tower]))
+        assert float(metrics[f"param_norm_{tower}"]) == pytest.approx(norm, rel=1e-5)
+    parts = np.array([float(metrics[f"grad_norm_{tower}"]) for tower in ("vision", "text")])
+    assert 0 < np.square(parts).sum() <= float(metrics["grad_norm"]) ** 2 * (1 + 1e-5)
