@@ -37,10 +37,19 @@ def counted(jaxpr) -> float:
             times = eqn.params["length"]
         if name == "while":
             raise AssertionError("a loop of unknown length")
-        inner = [counted(j) for j in jax.core.jaxprs_in_params(eqn.params)]
+        inner = [counted(j) for j in inner_jaxprs(eqn.params)]
         # The forms of attention for each platform compute the same products.
         total += times * (max(inner, default=0) if name == "cond" else sum(inner))
     return total
+
+
+def inner_jaxprs(parameters):
+    """The jaxprs among an equation's parameters, closed or open, alone or in a tuple."""
+    for value in parameters.values():
+        for each in value if isinstance(value, tuple | list) else (value,):
+            each = getattr(each, "jaxpr", each)
+            if hasattr(each, "eqns"):
+                yield each
 
 
 def step_products(e) -> float:

@@ -144,6 +144,10 @@ class Program:
             return _convolution_flops(instruction, computation)
         return 0.0
 
+    def total_flops(self) -> float:
+        """Operations of all products in one run of the program, on one device."""
+        return sum(times * self.flops(i, computation) for i, computation, times in self.walk())
+
     def memory_bytes(self, instruction: Instruction, computation: Computation) -> float:
         """Bytes between memory and chip in one run of an instruction: operands and results once.
 

@@ -74,6 +74,7 @@ class Plan:
     refusal: str | None  # the compiler's words, where the step does not fit
     largest: LargestBatch | None
     compile_seconds: float | None
+    compiled_flops: float | None  # of the products in the program of one device
 
     @property
     def step_seconds(self) -> float | None:
@@ -109,6 +110,7 @@ class Plan:
                 "basis": "analytic",
                 "model": sum(p.model for p in self.flops.values()),
                 "executed": sum(p.executed for p in self.flops.values()),
+                "compiled_per_device": self.compiled_flops,
                 "parts": {name: dataclasses.asdict(p) for name, p in self.flops.items()},
             },
             "collectives": {
@@ -190,6 +192,7 @@ def plan(
         refusal=refusal,
         largest=largest_batch(e, where, grid, memory.limit) if largest and compiled else None,
         compile_seconds=getattr(step, "seconds", None),
+        compiled_flops=step.program.total_flops() if isinstance(step, CompiledStep) else None,
     )
 
 
