@@ -1,0 +1,42 @@
+"""Patches: a stem is a convolution, and patch dropout keeps count and order."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from vlm.nn.patches import PatchStem, drop_patches
+
+KEYS = jax.random.split(jax.random.key(0), 8)
+
+
+def test_a_linear_stem_is_a_strided_convolution():
+    stem = PatchStem(4, 32, bias=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    images = jax.random.normal(jax.random.key(1), (2, 16, 12, 3))
+    convolved = lax.conv_general_dilated(
+        images, stem.kernel[...], (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(stem(images), convolved.reshape(2, 12, 32), atol=1e-5)
+
+
+def test_dropped_patches_leave_the_others_in_order():
+    tokens = jnp.broadcast_to(jnp.arange(20.0)[None, :, None], (8, 20, 3))
+    kept = drop_patches(tokens, 0.75, KEYS)
+    assert kept.shape == (8, 5, 3)
+    assert (np.diff(kept[..., 0], axis=1) > 0).all()
+    assert len({tuple(row) for row in np.asarray(kept[..., 0]).tolist()}) > 1  # each its own
+
+
+def test_every_patch_is_kept_equally_often():
+    keys = jax.random.split(jax.random.key(3), 4000)
+    tokens = jnp.broadcast_to(jnp.arange(8.0)[None, :, None], (4000, 8, 1))
+    kept = np.asarray(drop_patches(tokens, 0.5, keys)).astype(int)
+    counts = np.bincount(kept.ravel(), minlength=8)
+    assert (np.abs(counts - 2000) < 5 * np.sqrt(1000)).all()  # five standard deviations
+
+
+def test_without_keys_or_rate_all_patches_stay():
+    tokens = jnp.ones((2, 9, 3))
+    assert drop_patches(tokens, 0.5, None) is tokens
+    assert drop_patches(tokens, 0.0, KEYS[:2]) is tokens

@@ -1,0 +1,92 @@
+"""Scanned blocks: the same function however it is computed, and causal where it says so."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vlm.nn.transformer import Execution, Transformer
+
+X = jax.random.normal(jax.random.key(0), (4, 6, 32))
+KEYS = jax.random.split(jax.random.key(1), 4)
+
+
+def build(key, *, causal=False, dropout_rate=0.0, **execution) -> Transformer:
+    return Transformer(
+        32,
+        2,
+        2,
+        64,
+        act="gelu_tanh",
+        norm_eps=1e-6,
+        dropout_rate=dropout_rate,
+        causal=causal,
+        execution=Execution(**execution),
+        rngs=nnx.Rngs(key),
+    )
+
+
+def make(**settings):
+    """A stack of random weights as one program, `stack(x, mask=None, keys=None)`."""
+    run = jax.jit(lambda key, x, mask, keys: build(key, **settings)(x, mask, keys=keys))
+    return lambda x, mask=None, keys=None: run(jax.random.key(0), x, mask, keys)
+
+
+def value_and_gradients(**settings):
+    graph = nnx.graphdef(nnx.eval_shape(lambda: build(jax.random.key(0), **settings)))
+    parameters = jax.jit(lambda key: nnx.state(build(key)))(jax.random.key(0))
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(parameters):
+        return jnp.square(nnx.merge(graph, parameters)(X, keys=KEYS) - 1).mean()
+
+    return loss(parameters)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return value_and_gradients(dropout_rate=0.2)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("remat", ["none", "full", "dots", "dots_no_batch"])
+def test_remat_and_unrolling_change_nothing(plain, remat, scan):
+    got = value_and_gradients(dropout_rate=0.2, remat=remat, scan=scan)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_a_causal_stack_never_looks_ahead():
+    stack = make(causal=True)
+    # Not a constant: the norm before each branch would take it away.
+    changed = X.at[:, 4:].multiply(jnp.linspace(-1, 1, X.shape[-1]))
+    before, after = stack(X), stack(changed)
+    np.testing.assert_array_equal(before[:, :4], after[:, :4])
+    assert np.abs(before[:, 4:] - after[:, 4:]).max() > 1e-3
+    sees = make()
+    assert np.abs(sees(X)[:, :4] - sees(changed)[:, :4]).max() > 1e-3
+
+
+def test_masked_tokens_are_invisible():
+    stack = make()
+    mask = jnp.arange(6) < 4
+    before = stack(X, mask[None, None, None, :])
+    after = stack(X.at[:, 4:].add(1.0), mask[None, None, None, :])
+    np.testing.assert_array_equal(before[:, :4], after[:, :4])
+
+
+def test_bfloat16_is_near_float32():
+    wide, narrow = make()(X), make(dtype=jnp.bfloat16)(X.astype(jnp.bfloat16))
+    assert narrow.dtype == jnp.bfloat16
+    # Two blocks of rounding to 8 bits: 2^-8 a step, relative to outputs of order 1.
+    assert np.abs(wide - narrow.astype(jnp.float32)).mean() < 2e-2
+
+
+def test_an_example_draws_the_same_mask_in_any_batch():
+    stack = make(dropout_rate=0.5)
+    whole = stack(X, keys=KEYS)
+    part = stack(X[2:], keys=KEYS[2:])
+    np.testing.assert_allclose(whole[2:], part, atol=1e-6)
+    assert np.abs(whole - stack(X, keys=KEYS[::-1])).max() > 1e-2

@@ -1,0 +1,121 @@
+"""Two processes over loopback are one run: the same losses, the same end, left and found again."""
+
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load as load_safetensors
+
+from vlm.train.loop import train
+
+sys.path.insert(0, os.path.dirname(__file__))
+from processes import environment, losses, send_at, start, wait, weights, write_config
+
+pytestmark = pytest.mark.slow
+PATIENCE = 8  # seconds until a silent process counts as gone; 30 outside of tests
+STEPS = 60
+
+
+class Pair:
+    """Two processes of four devices each, as a user starts them on two hosts."""
+
+    def __init__(self, arguments: list, folder: Path, cache: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.logs = [folder / f"log{i}" for i in range(2)]
+        self.processes = [
+            start(
+                arguments,
+                environment(
+                    cache,
+                    4,
+                    JAX_COORDINATOR_ADDRESS=address,
+                    JAX_NUM_PROCESSES="2",
+                    JAX_PROCESS_ID=str(i),
+                    VLM_PATIENCE=str(PATIENCE),
+                ),
+                log,
+            )
+            for i, log in enumerate(self.logs)
+        ]
+
+    def wait(self, *codes: int | None) -> list[str]:
+        try:
+            parts = zip(self.processes, self.logs, codes or (0, 0), strict=True)
+            return [wait(*part) for part in parts]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+
+@pytest.fixture(scope="module")
+def pair(tiny, tmp_path_factory):
+    """A run of two processes that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("pair")
+    experiment = tiny(
+        steps=STEPS,
+        checkpoint_every=0.1,
+        log_every=1,
+        vision={"dropout": 0.1},
+        data={"eval_split": "test"},
+    )
+    config = write_config(experiment, folder / "config.json")
+    run = folder / "run"
+    said = Pair([config, "--run-dir", run], folder, folder / "cache").wait()
+    return run, config, folder / "cache", experiment, said
+
+
+def test_two_processes_are_one(pair, tmp_path):
+    import dataclasses
+
+    run, _, _, experiment, said = pair
+    one = tmp_path / "run"
+    train(dataclasses.replace(experiment, run_dir=str(one)))
+    np.testing.assert_allclose(losses(run)[:10], losses(one)[:10], rtol=1e-6)
+    ours, theirs = (load_safetensors(weights(r)) for r in (one, run))
+    for name in ours:
+        np.testing.assert_allclose(theirs[name], ours[name], atol=1e-5, err_msg=name)
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert steps == list(range(1, STEPS + 1))  # one log, of one process
+    assert (run / "report.html").exists()
+    assert "step 1/60" in said[0]
+    assert "step 1/60" not in said[1]
+
+
+def test_a_pair_is_killed_and_told_to_leave_and_ends_the_same(pair, tmp_path):
+    whole, config, cache, _, _ = pair
+    run = tmp_path / "run"
+
+    first = Pair([config, "--run-dir", run], tmp_path, cache)
+    send_at(signal.SIGKILL, random.randrange(8, 20), run, first.processes[1:])
+    began = time.monotonic()
+    said, _ = first.wait(1, -signal.SIGKILL)
+    assert time.monotonic() - began < PATIENCE + 30
+    assert f"process 1 of 2 on {socket.gethostname()} died" in said
+    assert "vlm train --resume" in said
+
+    second = Pair(["--resume", run], tmp_path, cache)
+    send_at(signal.SIGTERM, random.randrange(30, 40), run, second.processes)
+    assert "left at step" in second.wait(0, 0)[0]
+
+    Pair(["--resume", run], tmp_path, cache).wait()
+    assert weights(run) == weights(whole)
+    assert losses(run) == losses(whole)
+
+
+def test_an_error_of_one_is_an_error_of_all(pair, tmp_path):
+    _, config, cache, _, _ = pair
+    Path(tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    said = Pair([config, "--run-dir", tmp_path / "run"], tmp_path, cache).wait(1, 1)
+    for one in said:
+        assert "already holds a run" in one

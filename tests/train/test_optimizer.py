@@ -1,0 +1,176 @@
+"""Schedules by worked values; update rules by what they do to parameters."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vlm.config import OptimizerConfig
+from vlm.sharding import path_names
+from vlm.train.optimizer import decay_mask, learning_rate, make_optimizer
+
+KEY = jax.random.key(0)
+
+
+def parameters():
+    """Names and shapes as the towers have them: two stacked blocks and what lies around them."""
+    shapes = {
+        "stem": {"kernel": (4, 4, 3, 32), "bias": (32,)},
+        "position": (16, 32),
+        "transformer": {
+            "blocks": {
+                "attention": {
+                    "query": {"kernel": (2, 32, 2, 16), "bias": (2, 2, 16)},
+                    "out": {"kernel": (2, 2, 16, 32), "bias": (2, 32)},
+                },
+                "mlp": {"up": {"kernel": (2, 32, 64), "bias": (2, 64)}},
+                "mlp_norm": {"scale": (2, 32), "bias": (2, 32)},
+            }
+        },
+        "norm": {"scale": (32,), "bias": (32,)},
+        "projection": {"kernel": (32, 16)},
+    }
+    leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    keys = jax.random.split(KEY, len(leaves))
+    leaves = [jax.random.normal(k, s) for k, s in zip(keys, leaves, strict=True)]
+    return {"vision": tree.unflatten(leaves), "logit_scale": jnp.float32(2.0)}
+
+
+def by_name(tree) -> dict[str, jax.Array]:
+    return {"/".join(path_names(p)): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "cooldown", "values"),
+    [
+        ("cosine", 0.2, 0.2, {0: 0, 0.1: 0.5, 0.2: 1, 0.6: 0.5, 1: 0}),
+        ("cosine", 0.0, 0.2, {0: 1, 1 / 3: 0.75, 1: 0}),
+        (
+            "rsqrt",
+            0.04,
+            0.2,
+            {0.02: 0.5, 0.04: 1, 0.16: 0.5, 0.64: 0.25, 0.9: 0.5 * 0.2 / 0.9**0.5, 1: 0},
+        ),
+        ("wsd", 0.1, 0.4, {0.05: 0.5, 0.1: 1, 0.6: 1, 0.8: 0.5, 1: 0}),
+        ("constant", 0.1, 0.4, {0.05: 0.5, 0.1: 1, 1: 1}),
+    ],
+)
+def test_schedules_have_their_worked_values(schedule, warmup, cooldown, values):
+    config = OptimizerConfig(
+        learning_rate=2e-3, schedule=schedule, warmup=warmup, cooldown=cooldown
+    )
+    for progress, share in values.items():
+        rate = float(learning_rate(config, jnp.float32(progress)))
+        assert rate == pytest.approx(2e-3 * share, rel=1e-5, abs=1e-9), progress
+
+
+def test_decay_pulls_what_multiplies_and_nothing_else():
+    decayed = {name for name, yes in by_name(decay_mask(parameters())).items() if yes}
+    blocks = "vision/transformer/blocks"
+    assert decayed == {
+        "vision/stem/kernel",
+        "vision/position",
+        f"{blocks}/attention/query/kernel",
+        f"{blocks}/attention/out/kernel",
+        f"{blocks}/mlp/up/kernel",
+        "vision/projection/kernel",
+    }
+    # Without a gradient, an update is the decay alone.
+    config = OptimizerConfig(weight_decay=0.1)
+    params = parameters()
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    rule = make_optimizer(config)
+    updates, _ = rule.update(zeros, rule.init(params), params)
+    for name, update in by_name(updates).items():
+        expected = 0.1 * by_name(params)[name] if name in decayed else 0 * update
+        np.testing.assert_allclose(update, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
+def test_every_rule_reduces_a_loss(name):
+    config = OptimizerConfig(name=name, weight_decay=0.0)
+    rule, start = make_optimizer(config), parameters()
+    target = jax.tree.map(lambda x: 0.3 * jnp.sin(7 * x), start)
+
+    def loss(params):
+        return optax.global_norm(jax.tree.map(jnp.subtract, params, target))
+
+    @jax.jit
+    def step(params, state):
+        updates, state = rule.update(jax.grad(loss)(params), state, params)
+        return jax.tree.map(lambda p, u: p - 0.05 * u, params, updates), state
+
+    params, state = start, rule.init(start)
+    for _ in range(60):
+        params, state = step(params, state)
+    assert loss(params) < 0.6 * loss(start)  # Muon takes steps of one length, however far it is
+
+
+def test_the_first_step_of_adam_and_lion_is_the_sign_of_the_gradient():
+    params = parameters()
+    gradient = jax.tree.map(lambda x: 1e-3 * x, params)
+    for name in ("adamw", "lion"):
+        config = OptimizerConfig(name=name, weight_decay=0.0, clip_norm=None, eps=1e-12)
+        rule = make_optimizer(config)
+        updates, _ = rule.update(gradient, rule.init(params), params)
+        for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(gradient), strict=True):
+            np.testing.assert_allclose(u, np.sign(g), atol=1e-4)
+
+
+def test_muon_makes_the_blocks_matrices_orthogonal():
+    params = parameters()
+    rule = make_optimizer(OptimizerConfig(name="muon", weight_decay=0.0))
+    updates, _ = rule.update(params, rule.init(params), params)
+    blocks = updates["vision"]["transformer"]["blocks"]
+    for matrices in (
+        blocks["attention"]["query"]["kernel"].reshape(2, 32, 32),
+        blocks["attention"]["out"]["kernel"].reshape(2, 32, 32),
+        blocks["mlp"]["up"]["kernel"],
+    ):
+        for matrix in matrices:
+            values = np.linalg.svd(matrix, compute_uv=False)
+            assert values.max() / np.median(values) < 1.7  # Newton-Schulz: about 0.7 to 1.2
+            rms = float(jnp.sqrt(jnp.square(matrix).mean()))
+            assert 0.1 < rms < 0.3  # 0.2, as Adam's updates have
+
+
+def test_adafactor_keeps_its_momentum_in_bfloat16():
+    state = make_optimizer(OptimizerConfig(name="adafactor")).init(parameters())
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    full = sum(x.size for x in jax.tree.leaves(parameters()))
+    assert sum(x.size for x in floats if x.dtype == jnp.bfloat16) == full
+    # Second moments of matrices are kept as rows and columns: little beside the parameters.
+    assert sum(x.size for x in floats if x.dtype == jnp.float32) < 0.5 * full
+
+
+def test_clipping_bounds_the_gradient_of_the_whole_model():
+    params = parameters()
+    gradient = jax.tree.map(lambda x: 100 * x, params)
+    config = OptimizerConfig(name="lion", weight_decay=0.0, clip_norm=1.0)
+    rule = make_optimizer(config)
+    _, state = rule.update(gradient, rule.init(params), params)
+    moments = [x for x in jax.tree.leaves(state) if x.ndim]
+    assert float(optax.global_norm(moments)) == pytest.approx((1 - config.b2) * 1.0, rel=0.05)
+
+
+def test_lower_layers_learn_more_slowly():
+    plain = OptimizerConfig(weight_decay=0.1)
+    params = parameters()
+    updates = []
+    for config in (plain, dataclasses.replace(plain, layer_decay=0.5)):
+        rule = make_optimizer(config)
+        updates.append(by_name(rule.update(params, rule.init(params), params)[0]))
+    for name, update in updates[0].items():
+        factor = np.divide(updates[1][name], update)
+        if "blocks" in name:  # the upper of two blocks at 1/2, the lower at 1/4
+            np.testing.assert_allclose(factor[1], 0.5, rtol=1e-5)
+            np.testing.assert_allclose(factor[0], 0.25, rtol=1e-5)
+        elif "stem" in name or "position" in name:
+            np.testing.assert_allclose(factor, 0.125, rtol=1e-5)
+        else:
+            np.testing.assert_allclose(factor, 1, rtol=1e-5)
+    assert math.isclose(float(updates[1]["logit_scale"]), float(updates[0]["logit_scale"]))
