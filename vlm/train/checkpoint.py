@@ -1,5 +1,7 @@
 """Checkpoints of a run: state and data position together, written while training goes on."""
 
+import functools
+import sys
 from typing import Any
 
 import jax
@@ -94,6 +96,7 @@ class Checkpoints:
                 say(f"checkpoint {step} of {self.folder} is torn and is passed over")
                 last_error = error
                 self._torn.append(step)
+                _hush_late_reads()
                 continue
             return restored["state"], restored["data"]
         if steps:
@@ -126,6 +129,21 @@ class Checkpoints:
             f"a checkpoint could not be written to {self.folder} ({error}); {kept}: make room and "
             "resume the run"
         )
+
+
+@functools.cache
+def _hush_late_reads() -> None:
+    """Silence the reads that were on their way when one of them found a torn file.
+
+    Each would end in a traceback, because the event loop that waited for it is gone.
+    """
+    before = sys.unraisablehook
+
+    def hook(late: Any) -> None:
+        if str(late.exc_value) != "Event loop is closed":
+            before(late)
+
+    sys.unraisablehook = hook
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
