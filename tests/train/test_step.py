@@ -58,7 +58,10 @@ NOISY = {"vision": {"dropout": 0.1, "patch_dropout": 0.5}, "text": {"dropout": 0
 @pytest.fixture(scope="module")
 def noisy(tiny):
     """Dropout, patch dropout and text masking on; averaged parameters."""
-    experiment = tiny(**NOISY, optimizer={"ema": 0.99, "warmup": 0.0}, text_masking=0.25)
+    # Adam divides a gradient by its own size: with a tiny eps it would show the rounding of those
+    # near zero, which another order of summing changes, as large as any update.
+    rule = {"ema": 0.99, "warmup": 0.0, "eps": 1e-3}
+    experiment = tiny(**NOISY, optimizer=rule, text_masking=0.25)
     trainer = make(experiment)
     return trainer, *run(trainer, 3)
 
