@@ -20,7 +20,7 @@ def python(code: str) -> str:
 
 
 def seconds(code: str) -> float:
-    """Of processor time in a fresh process: on a busy machine the clock would tell of the others."""
+    """Of processor time in a fresh process: the clock would tell of all else that runs."""
     before = os.times()
     python(code)
     after = os.times()
