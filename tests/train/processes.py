@@ -10,13 +10,15 @@ from pathlib import Path
 
 from vlm.config import Experiment, to_dict
 
+# Programs compile in half the time and run slower: what is tested is equality, not speed.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 LIMIT = 400  # seconds that a process may take, compiling on a busy machine included
 
 
 def environment(cache: Path, devices: int = 1, **more: str) -> dict[str, str]:
     """Of a process with so many devices, whose compiled programs are kept for the next one."""
     return os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "COLUMNS": "200",
