@@ -189,6 +189,11 @@ def test_places_without_a_model(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="vlm train --resume"):
         load(tmp_path / "run")
+    # A run's config.json, or what is left of one, is not taken for a public model's.
+    for text in ('{"name": "shapes", "model": {}}', '{"name": '):
+        (tmp_path / "run" / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match="has no bundle yet.*vlm train --resume"):
+            load(tmp_path / "run")
     with pytest.raises(ConfigError, match="float12"):
         load(tmp_path, dtype="float12")
 

@@ -361,7 +361,6 @@ def _matches(pattern, said):
     return re.search(pattern, said) or pytest.fail(f"{pattern!r} is not in {said!r}")
 
 
-@pytest.mark.xfail(strict=True, reason="load takes the run's config.json for Hugging Face's")
 def test_a_run_that_has_no_bundle_yet(fail, run, data, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text((tiny.run() / "config.json").read_text())

@@ -370,14 +370,14 @@ def load(
         if not is_hub_id(os.fspath(model)):
             raise CheckpointError(f"there is no model {os.fspath(path)!r}: check the path")
         name, path = os.fspath(model), download(os.fspath(model), revision)
-    if (checkpoint := open_checkpoint(path)) is not None:
-        bundle = _load_public(checkpoint, kind, placement, name, tower)
-        return _resized(bundle, image_size, checkpoint.positions, kind)
     if (path / "checkpoints").exists():
         raise CheckpointError(
             f"the run {path} has no bundle yet, which is written after each evaluation and at the "
             f"end: finish it with vlm train --resume {path}"
         )
+    if (checkpoint := open_checkpoint(path)) is not None:
+        bundle = _load_public(checkpoint, kind, placement, name, tower)
+        return _resized(bundle, image_size, checkpoint.positions, kind)
     raise CheckpointError(
         f"{path} is not a model: it has none of {BUNDLE_FILE}, config.json, open_clip_config.json"
     )
