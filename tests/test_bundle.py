@@ -9,12 +9,14 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from vlm import sharding
 from vlm.bundle import Bundle, load
 from vlm.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
-from vlm.errors import CheckpointError, ConfigError, DataError
+from vlm.errors import CheckpointError, ConfigError, DataError, ShardingError
 from vlm.models.dual_encoder import DualEncoder
 from vlm.preprocess import Preprocess
 from vlm.tokenizer import train_bpe
+from vlm.weights.rules import flat_arrays
 
 CAPTIONS = ["a red circle", "a blue square", "two dogs", "a cat on a mat " * 6]
 CONFIG = ModelConfig(
@@ -140,14 +142,41 @@ def test_bfloat16_halves_the_parameters_and_stays_close(bundle, images, tmp_path
     assert cosine.min() > 0.999
 
 
-def test_on_a_mesh(bundle, images, tmp_path):
-    if jax.device_count() < 4:
-        pytest.skip("needs 4 devices")
+@pytest.mark.parametrize(
+    ("sizes", "axes"),
+    [
+        ((2, 2), ("data", "fsdp")),
+        ((2, 4), ("tensor", "fsdp")),  # any order, and axes left out
+        ((2, 2, 2), ("data", "fsdp", "tensor")),
+    ],
+)
+def test_a_mesh_holds_the_parameters_in_parts(bundle, images, tmp_path, monkeypatch, sizes, axes):
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices")
+    monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 1)
     bundle.save(tmp_path / "b")
-    mesh = jax.make_mesh((2, 2), ("data", "fsdp"))
+    mesh = jax.make_mesh(sizes, axes)
     spread = load(tmp_path / "b", mesh=mesh)
     assert np.allclose(spread.encode_image(images), bundle.encode_image(images), atol=2e-6)
     assert np.allclose(spread.encode_text(CAPTIONS), bundle.encode_text(CAPTIONS), atol=2e-6)
+    whole = dict(flat_arrays(bundle.model))
+    for name, array in flat_arrays(spread.model):
+        assert np.array_equal(array, whole[name])
+        wanted = sharding.parameter_spec(tuple(name.split(".")), array.shape, array.sharding.mesh)
+        assert array.sharding.spec == wanted
+    ways = mesh.shape["fsdp"] * mesh.shape.get("tensor", 1)
+    kernel = spread.model.text.transformer.blocks.mlp.up.kernel[...]
+    assert kernel.addressable_shards[0].data.size == kernel.size // ways
+    assert load(tmp_path / "b", mesh=mesh, image_size=64).model.vision.position.shape == (16, 24)
+    # Written from a mesh, it is the same bundle.
+    spread.save(tmp_path / "again")
+    assert spread.fingerprint == bundle.fingerprint
+
+
+def test_a_mesh_of_other_axes(bundle, tmp_path):
+    bundle.save(tmp_path / "b")
+    with pytest.raises(ShardingError, match=r"an axis 'model'.*data, fsdp, tensor"):
+        load(tmp_path / "b", mesh=jax.make_mesh((1,), ("model",)))
 
 
 def test_shows_itself_in_a_line(bundle):
@@ -192,7 +221,7 @@ def test_places_without_a_model(tmp_path):
     # A run's config.json, or what is left of one, is not taken for a public model's.
     for text in ('{"name": "shapes", "model": {}}', '{"name": '):
         (tmp_path / "run" / "config.json").write_text(text)
-        with pytest.raises(CheckpointError, match="has no bundle yet.*vlm train --resume"):
+        with pytest.raises(CheckpointError, match=r"has no bundle yet.*vlm train --resume"):
             load(tmp_path / "run")
     with pytest.raises(ConfigError, match="float12"):
         load(tmp_path, dtype="float12")

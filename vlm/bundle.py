@@ -34,11 +34,11 @@ from vlm.nn.naflex import Patches
 from vlm.paths import as_path, cache_dir
 from vlm.preprocess import ImageLike, Preprocess
 from vlm.tokenizer import Tokenizer
-from vlm.weights.building import Tower, abstract_model, fill_towers
+from vlm.weights.building import Tower, abstract_model, fill_towers, placement
 from vlm.weights.checkpoint import Checkpoint, open_checkpoint
 from vlm.weights.files import SafetensorsFiles, write_safetensors
 from vlm.weights.hub import download, is_hub_id
-from vlm.weights.resolution import Positions, resized
+from vlm.weights.resolution import at_context_length, at_image_size, resizing
 from vlm.weights.rules import Rule, flat_arrays, flat_shapes
 from vlm.weights.writing import Format, write_folder
 
@@ -163,15 +163,16 @@ class Bundle:
         """
         for tower, name in ((self.model.vision, "image"), (self.model.text, "text")):
             self._check_tower(tower, name)
-        if format != "vlm":
-            write_folder(folder, format, self.model, self.preprocess, self.tokenizer)
-            return
-        folder = as_path(folder)
-        arrays = flat_arrays(self.model)
+        model = self.model
         if jax.process_count() > 1:
-            arrays = [(name, _to_host(array)) for name, array in arrays]
+            graph, state = nnx.split(model)
+            model = nnx.merge(graph, jax.tree.map(_to_host, state))
         if jax.process_index() != 0:
             return
+        if format != "vlm":
+            write_folder(folder, format, model, self.preprocess, self.tokenizer)
+            return
+        folder, arrays = as_path(folder), flat_arrays(model)
         folder.parent.mkdir(parents=True, exist_ok=True)
         unique = uuid.uuid4().hex[:8]
         new = folder.parent / f".{folder.name}.{unique}.new"
@@ -333,6 +334,7 @@ def load(
     model: epath.PathLike,
     *,
     image_size: int | None = None,
+    context_length: int | None = None,
     dtype: str = "float32",
     mesh: Mesh | None = None,
     revision: str | None = None,
@@ -345,27 +347,58 @@ def load(
 
     Args:
         image_size: another resolution, in pixels; position embeddings are resized.
+        context_length: another number of tokens in a text; position embeddings are cut, or
+            interpolated where the model's own code does.
         dtype: of parameters and computation, "float32" or "bfloat16".
-        mesh: where the parameters lie, replicated; None: the default device.
+        mesh: where the parameters lie, cut by the rules of `vlm.sharding`; each host reads and
+            holds its own share. None: the default device.
         revision: of a Hub model.
         tower: "image" or "text" reads that half alone; the other cannot encode then.
 
     Raises:
         CheckpointError: nothing there, or something torn or of another architecture.
+        ConfigError: a size that the model cannot take.
+        ShardingError: a mesh with axes that no rule speaks of.
     """
     _use_compilation_cache()
-    kind = _dtype(dtype)
-    path = as_path(model)
-    placement = None
-    if mesh is not None:
-        # Its axes as Auto: the towers leave the placement of what they compute to the compiler.
-        whole = NamedSharding(Mesh(mesh.devices, mesh.axis_names), PartitionSpec())
-        placement = lambda name, shape: whole  # noqa: E731
+    kind, place = _dtype(dtype), None if mesh is None else placement(mesh)
+    checkpoint, name = _open(model, revision)
+    config, preprocess = at_image_size(checkpoint.config, checkpoint.preprocess, image_size)
+    config, tokenizer = at_context_length(
+        config, checkpoint.tokenizer, context_length, checkpoint.text_positions
+    )
+    filled = fill_towers(
+        abstract_model(config, kind),
+        resizing(
+            checkpoint.rules,
+            checkpoint.config,
+            config,
+            checkpoint.positions,
+            checkpoint.text_positions,
+        ),
+        checkpoint.tensors,
+        tower,
+        dtype=kind,
+        placement=place,
+        ignored=checkpoint.ignored,
+    )
+    same = config == checkpoint.config
+    return Bundle(
+        filled,
+        Preprocess(preprocess),
+        tokenizer,
+        name,
+        fingerprint=checkpoint.fingerprint if same else None,
+    )
+
+
+def _open(model: epath.PathLike, revision: str | None) -> tuple[Checkpoint, str]:
+    """The checkpoint that `model` names, and what to call it."""
+    path, name = as_path(model), None
     for folder in (path, path / "bundle"):
         if (folder / BUNDLE_FILE).exists():
-            bundle = _load_own(folder, kind, placement, tower)
-            return _resized(bundle, image_size, "bicubic_antialias", kind)
-    name = None
+            checkpoint = _open_own(folder)
+            return checkpoint, checkpoint.name
     if not path.exists():
         if not is_hub_id(os.fspath(model)):
             raise CheckpointError(f"there is no model {os.fspath(path)!r}: check the path")
@@ -376,15 +409,14 @@ def load(
             f"end: finish it with vlm train --resume {path}"
         )
     if (checkpoint := open_checkpoint(path)) is not None:
-        bundle = _load_public(checkpoint, kind, placement, name, tower)
-        return _resized(bundle, image_size, checkpoint.positions, kind)
+        return checkpoint, name or checkpoint.name
     raise CheckpointError(
         f"{path} is not a model: it has none of {BUNDLE_FILE}, config.json, open_clip_config.json"
     )
 
 
-def _load_own(folder: epath.Path, dtype, placement, tower: Tower) -> Bundle:
-    """Read what `Bundle.save` wrote."""
+def _open_own(folder: epath.Path) -> Checkpoint:
+    """What `Bundle.save` wrote; its tensors are not read yet."""
     file = folder / BUNDLE_FILE
     try:
         about = json.loads(file.read_text())
@@ -394,7 +426,7 @@ def _load_own(folder: epath.Path, dtype, placement, tower: Tower) -> Bundle:
                 f"{file} is of format {version} and this vlm reads up to {FORMAT}: update vlm"
             )
         config = from_dict(ModelConfig, about["model"])
-        preprocess = Preprocess(from_dict(PreprocessConfig, about["preprocess"]))
+        preprocess = from_dict(PreprocessConfig, about["preprocess"])
         rules = from_dict(TokenizerConfig, about["tokenizer"])
         name, fingerprint = about["name"], about["fingerprint"]
     except (ValueError, KeyError, TypeError, ConfigError) as error:
@@ -403,38 +435,18 @@ def _load_own(folder: epath.Path, dtype, placement, tower: Tower) -> Bundle:
         tokenizer = Tokenizer.from_file(folder / tokenizers.VOCABULARY_FILE, rules)
     except DataError as error:
         raise CheckpointError(f"the bundle {folder} is incomplete: {error}") from None
-    skeleton = abstract_model(config, dtype)
-    same = [Rule(name, name) for name in flat_shapes(skeleton)]
-    tensors = SafetensorsFiles([folder / WEIGHTS_FILE])
-    model = fill_towers(skeleton, same, tensors, tower, dtype=dtype, placement=placement)
-    return Bundle(model, preprocess, tokenizer, name, fingerprint=fingerprint)
-
-
-def _load_public(
-    checkpoint: Checkpoint, dtype, placement, name: str | None, tower: Tower
-) -> Bundle:
-    """Read a checkpoint of a public format."""
-    model = fill_towers(
-        abstract_model(checkpoint.config, dtype),
-        checkpoint.rules,
-        checkpoint.tensors,
-        tower,
-        dtype=dtype,
-        placement=placement,
-        ignored=checkpoint.ignored,
+    names = flat_shapes(abstract_model(config, jnp.float32))
+    return Checkpoint(
+        name,
+        config,
+        preprocess,
+        tokenizer,
+        SafetensorsFiles([folder / WEIGHTS_FILE]),
+        [Rule(name, name) for name in names],
+        lambda name: False,
+        "bicubic_antialias",
+        fingerprint=fingerprint,
     )
-    preprocess = Preprocess(checkpoint.preprocess)
-    return Bundle(model, preprocess, checkpoint.tokenizer, name or checkpoint.name)
-
-
-def _resized(bundle: Bundle, image_size: int | None, positions: Positions, dtype) -> Bundle:
-    """The bundle at another image size, or as it is."""
-    if image_size is None:
-        return bundle
-    model, preprocess = resized(
-        bundle.model, bundle.preprocess.config, image_size, positions, dtype=dtype
-    )
-    return Bundle(model, Preprocess(preprocess), bundle.tokenizer, bundle.name)
 
 
 def _dtype(name: str):

@@ -62,6 +62,10 @@ class NpzFile:
         for name in self._added:
             del self.shapes[name]
         self._archive: Any = None
+        self._held: tuple[str, Any] = (
+            "",
+            None,
+        )  # the last member: its layers are asked for in turn
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Shaped[np.ndarray, "..."]:
         array = self._one(name)
@@ -75,9 +79,12 @@ class NpzFile:
         try:
             if self._archive is None:
                 self._archive = np.load(self._path.open("rb"), allow_pickle=False)
-            array = self._archive[member]
+            if self._held[0] != member:
+                self._held = "", None  # before the next one is there
+                self._held = member, self._archive[member]
         except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise CheckpointError(f"{self.where} ends inside {member} ({error})") from None
+        array = self._held[1]
         if array.dtype == np.dtype("V2"):
             array = array.view(ml_dtypes.bfloat16)
         return array if layer is None else array[layer]

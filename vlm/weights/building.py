@@ -5,11 +5,13 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from vlm.config import ModelConfig
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, ShardingError
 from vlm.models.dual_encoder import DualEncoder
 from vlm.nn.transformer import Execution
+from vlm.sharding import AXES, parameter_spec
 from vlm.weights.files import Tensors
 from vlm.weights.rules import Rule, expand, fill, flat_shapes
 
@@ -20,6 +22,26 @@ def abstract_model(config: ModelConfig, dtype: jnp.dtype) -> DualEncoder:
     """A model of shapes alone, to be filled."""
     execution = Execution(dtype=dtype)
     return nnx.eval_shape(lambda: DualEncoder(config, execution=execution, rngs=nnx.Rngs(0)))
+
+
+def placement(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """Where each parameter lies on a mesh, by its dotted name and its shape.
+
+    Raises:
+        ShardingError: the mesh has axes that no rule speaks of.
+    """
+    if unknown := [name for name in mesh.axis_names if name not in AXES]:
+        raise ShardingError(
+            f"the mesh has an axis {unknown[0]!r}, and parameters lie over {', '.join(AXES)}: make "
+            "it with vlm.sharding.make_mesh"
+        )
+    # All axes, in their order and as Auto: the towers leave what they compute to the compiler.
+    order = [mesh.axis_names.index(name) for name in AXES if name in mesh.axis_names]
+    devices = mesh.devices.transpose(order)
+    whole = Mesh(devices.reshape([mesh.shape.get(name, 1) for name in AXES]), AXES)
+    return lambda name, shape: NamedSharding(
+        whole, parameter_spec(tuple(name.split(".")), shape, whole)
+    )
 
 
 def fill_towers(

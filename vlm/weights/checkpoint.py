@@ -14,7 +14,7 @@ from vlm.tokenizer import Tokenizer
 from vlm.weights import big_vision, huggingface, open_clip, openai
 from vlm.weights.files import SafetensorsFiles, Tensors
 from vlm.weights.processors import huggingface_preprocess, open_clip_preprocess
-from vlm.weights.resolution import Positions
+from vlm.weights.resolution import Positions, TextPositions
 from vlm.weights.rules import Rule
 from vlm.weights.torch_pickle import TorchFile
 from vlm.weights.vocabularies import (
@@ -37,7 +37,9 @@ class Checkpoint:
     tensors: Tensors
     rules: Sequence[Rule]
     ignored: Callable[[str], bool]
-    positions: Positions  # how the family resizes its position embeddings
+    positions: Positions  # how the family resizes its position embeddings: of images ...
+    text_positions: TextPositions = "cut"  # ... and of texts
+    fingerprint: str | None = None  # of the parameters, where they carry one
 
 
 def open_checkpoint(path: epath.Path) -> Checkpoint | None:
@@ -106,6 +108,7 @@ def _open_open_clip(folder: epath.Path) -> Checkpoint:
         open_clip.rules(config, tensors.shapes),
         open_clip.ignored,
         "bicubic_antialias",
+        "linear",
     )
 
 
@@ -130,6 +133,7 @@ def _open_openai(path: epath.Path) -> Checkpoint:
         open_clip.rules(config, tensors.shapes),
         openai.ignored,
         "bicubic_antialias",
+        "linear",
     )
 
 

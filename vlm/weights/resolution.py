@@ -1,44 +1,41 @@
-"""Another image size for a loaded model: position embeddings resized as its family's code does."""
+"""Another image size or context length: position embeddings resized as their family's code does."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Float
 
 from vlm.config import ModelConfig, PreprocessConfig
 from vlm.errors import ConfigError
-from vlm.models.dual_encoder import DualEncoder
 from vlm.preprocess import resize_matrix
-from vlm.weights.building import abstract_model
+from vlm.tokenizer import Tokenizer
+from vlm.weights.rules import Rule, Transform
 
 # transformers: bicubic without antialias; open_clip and timm: with; big_vision: scipy's linear
 # zoom, which keeps the corners in place.
 Positions = Literal["bicubic", "bicubic_antialias", "zoom"]
+# open_clip interpolates the positions of a text, both ways; elsewhere the first ones are taken.
+TextPositions = Literal["cut", "linear"]
 
 
-def resized(
-    model: DualEncoder,
-    preprocess: PreprocessConfig,
-    image_size: int,
-    positions: Positions,
-    *,
-    dtype: jnp.dtype,
-) -> tuple[DualEncoder, PreprocessConfig]:
-    """The model and its preprocessing at `image_size` pixels.
+def at_image_size(
+    config: ModelConfig, preprocess: PreprocessConfig, image_size: int | None
+) -> tuple[ModelConfig, PreprocessConfig]:
+    """What a model and its preprocessing are at `image_size` pixels; None changes nothing.
 
     Raises:
         ConfigError: the patches do not tile that size, or the tower is of one size alone.
     """
-    config, vision = model.config, model.config.vision
-    if image_size == preprocess.image_size and not vision.max_patches:
-        return model, preprocess
-    if vision.resnet:
+    vision = config.vision
+    if image_size is None or (image_size == preprocess.image_size and not vision.max_patches):
+        return config, preprocess
+    if vision.resnet or vision.rotary is not None:
+        # timm stretches the rotary positions of another size to the grid that was trained.
+        kind = "ResNet tower" if vision.resnet else "tower with rotary positions"
         raise ConfigError(
-            f"image_size {image_size}: a ResNet tower takes {vision.image_size} pixels alone"
+            f"image_size {image_size}: a {kind} takes {vision.image_size} pixels alone"
         )
     if image_size < vision.patch_size or image_size % vision.patch_size:
         lower = max(image_size // vision.patch_size, 1) * vision.patch_size
@@ -46,19 +43,68 @@ def resized(
             f"image_size {image_size} is not tiled by patches of {vision.patch_size} pixels: "
             f"choose {lower} or {lower + vision.patch_size}"
         )
-    grid, old = image_size // vision.patch_size, vision.image_size // vision.patch_size
     if vision.max_patches:  # NaFlex resizes its positions to each image anyway
-        return model, dataclasses.replace(preprocess, max_patches=grid**2)
+        return config, dataclasses.replace(
+            preprocess, max_patches=(image_size // vision.patch_size) ** 2
+        )
     config = dataclasses.replace(config, vision=dataclasses.replace(vision, image_size=image_size))
-    position = np.asarray(model.vision.position[...], np.float32)
-    moved = jnp.asarray(resize_positions(position, old, grid, positions), dtype)
-    sharding = model.vision.position[...].sharding
-    model = with_config(model, config, dtype=dtype)
-    model.vision.position.set_value(jax.device_put(moved, sharding))
     short = preprocess.short_side
     if short is not None:
         short = round(short * image_size / preprocess.image_size)
-    return model, dataclasses.replace(preprocess, image_size=image_size, short_side=short)
+    return config, dataclasses.replace(preprocess, image_size=image_size, short_side=short)
+
+
+def at_context_length(
+    config: ModelConfig, tokenizer: Tokenizer, context_length: int | None, positions: TextPositions
+) -> tuple[ModelConfig, Tokenizer]:
+    """What a model and its tokenizer are for rows of `context_length` tokens; None: as they are.
+
+    Raises:
+        ConfigError: too short for a text, or longer than positions that are not interpolated.
+    """
+    text = config.text
+    if context_length is None:
+        return config, tokenizer
+    if context_length > text.context_length and positions == "cut":
+        raise ConfigError(
+            f"context_length {context_length}: the model has positions for {text.context_length} "
+            "tokens, and its own code does not make more of them: choose at most "
+            f"{text.context_length}"
+        )
+    rules = dataclasses.replace(tokenizer.config, context_length=context_length)
+    tokenizer = tokenizer.with_rules(rules)
+    text = dataclasses.replace(text, context_length=context_length)
+    return dataclasses.replace(config, text=text), tokenizer
+
+
+def resizing(
+    rules: Sequence[Rule],
+    old: ModelConfig,
+    new: ModelConfig,
+    positions: Positions,
+    text_positions: TextPositions,
+) -> list[Rule]:
+    """The rules of a checkpoint of the model `old`, reading its positions for the model `new`."""
+    changes = {}  # our name: how many positions they have, and what is made of them
+    grids = [c.vision.image_size // c.vision.patch_size for c in (old, new)]
+    if grids[0] != grids[1]:
+        first = old.vision.class_token or old.vision.pool == "class"
+        changes["vision.position"] = (
+            grids[0] ** 2 + first,
+            lambda x: resize_positions(x, grids[0], grids[1], positions),
+        )
+    lengths = [c.text.context_length + (c.text.pool == "class") for c in (old, new)]
+    if lengths[0] != lengths[1]:
+        changes["text.position"] = (
+            lengths[0],
+            lambda x: resize_text_positions(x, lengths[1], text_positions),
+        )
+    return [
+        dataclasses.replace(rule, transform=_then(rule.transform, *changes[rule.ours]))
+        if rule.ours in changes
+        else rule
+        for rule in rules
+    ]
 
 
 def resize_positions(
@@ -74,10 +120,24 @@ def resize_positions(
     return np.concatenate([first, grid.reshape(new**2, -1)])
 
 
-def with_config(model: DualEncoder, config: ModelConfig, *, dtype: jnp.dtype) -> DualEncoder:
-    """The parameters of `model`, without a copy, under another configuration."""
-    graph, _ = nnx.split(abstract_model(config, dtype))
-    return nnx.merge(graph, nnx.state(model))
+def resize_text_positions(
+    position: Float[np.ndarray, "n d"], new: int, positions: TextPositions
+) -> Float[np.ndarray, "m d"]:
+    """The position embeddings of a text of `new` tokens."""
+    if positions == "cut":
+        return position[:new]
+    return resize_matrix(len(position), new, "bilinear", antialias=False) @ position
+
+
+def _then(
+    transform: Transform, count: int, change: Callable[[np.ndarray], np.ndarray]
+) -> Transform:
+    """`transform` of a table of `count` positions, changed after it is read."""
+
+    def read(theirs: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        return change(np.asarray(transform.read(theirs, (count, *shape[1:])), np.float32))
+
+    return Transform(lambda shape: transform.shape((count, *shape[1:])), read, transform.write)
 
 
 def _corner_matrix(old: int, new: int) -> Float[np.ndarray, "new old"]:

@@ -18,6 +18,8 @@ from vlm.weights.files import Tensors
 
 Shape = tuple[int, ...]
 ANY = -1  # a size that a rule leaves open
+Spans = tuple[tuple[int, int], ...]  # the first and past the last index along each axis
+_PART = 2**24  # elements of a table that are read at a time
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,21 @@ class Piece:
         shape = self.transform.shape(self.shape)
         return shape if self.parts == 1 else (shape[0] * self.parts, *shape[1:])
 
-    def read(self, tensors: Tensors) -> Shaped[np.ndarray, "..."]:
+    @property
+    def row_by_row(self) -> bool:
+        """Whether our rows are theirs, so that some can be read without the others."""
+        return self.transform is SAME and self.parts == 1 and len(self.shape) > 1
+
+    def read(
+        self, tensors: Tensors, start: int = 0, stop: int | None = None
+    ) -> Shaped[np.ndarray, "..."]:
+        """Our array, or its rows `start:stop` where they are `row_by_row`."""
+        if self.row_by_row:
+            return tensors.read(self.theirs, start, stop)
         if self.parts == 1:
-            theirs = tensors.read(self.theirs)
-        else:
-            rows = self.transform.shape(self.shape)[0]
-            theirs = tensors.read(self.theirs, self.part * rows, (self.part + 1) * rows)
+            return self.transform.read(tensors.read(self.theirs), self.shape)
+        rows = self.transform.shape(self.shape)[0]
+        theirs = tensors.read(self.theirs, self.part * rows, (self.part + 1) * rows)
         return self.transform.read(theirs, self.shape)
 
 
@@ -191,8 +202,9 @@ def fill(
 ) -> nnx.Module:
     """The abstract `model` made real with what the rules find in `tensors`.
 
-    One tensor of theirs is held at a time, and of each of our arrays only the shards of this host's
-    devices. Floating tensors take `dtype`, but the scale and bias of the logits stay float32.
+    One tensor of theirs is held at a time, of a table no more than a part, and of each of our
+    arrays the shards of this host's devices alone. Floating tensors take `dtype`, but the scale
+    and bias of the logits stay float32.
     """
     shapes = flat_shapes(model)
     pieces = expand(rules, shapes)
@@ -244,35 +256,50 @@ def _flat(model: nnx.Module) -> Iterable[tuple[str, nnx.Variable]]:
 
 
 def _array(pieces, shape, tensors, dtype, sharding) -> jax.Array:
-    """One of our arrays from its pieces, layer by layer, into the buffers of this host's shards."""
+    """One of our arrays from its pieces, by way of the buffers of this host's shards."""
     if sharding is None:
         buffer = _aligned(shape, dtype)
-        for piece in pieces:
-            buffer[_at(piece)] = piece.read(tensors)
-        return jax.device_put(buffer, may_alias=True)
-    places = sharding.addressable_devices_indices_map(shape)
-    spans = {device: _spans(index, shape) for device, index in places.items()}
-    buffers = {span: _aligned([b - a for a, b in span], dtype) for span in set(spans.values())}
+        buffers = {tuple((0, size) for size in shape): buffer}
+    else:
+        places = sharding.addressable_devices_indices_map(shape)
+        spans = {device: _spans(index, shape) for device, index in places.items()}
+        buffers = {span: _aligned([b - a for a, b in span], dtype) for span in set(spans.values())}
     for piece in pieces:
-        value = None
-        for span, buffer in buffers.items():
-            rest = span
-            if piece.layer is not None:
-                first, last = span[0]
-                if not first <= piece.layer < last:
-                    continue
-                buffer, rest = buffer[piece.layer - first], span[1:]
-            value = piece.read(tensors) if value is None else value
-            buffer[...] = value[tuple(slice(a, b) for a, b in rest)]
+        _pour(piece, tensors, buffers)
+    if sharding is None:
+        return jax.device_put(buffer, may_alias=True)
     shards = [jax.device_put(buffers[span], device) for device, span in spans.items()]
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
-def _at(piece: Piece):
-    return ... if piece.layer is None else piece.layer
+def _pour(piece: Piece, tensors: Tensors, buffers: dict[Spans, np.ndarray]) -> None:
+    """What each buffer wants of one piece, read no more than once and a large table in parts."""
+    targets = []
+    for span, buffer in buffers.items():
+        if piece.layer is None:
+            targets.append((span, buffer))
+        elif span[0][0] <= piece.layer < span[0][1]:
+            targets.append((span[1:], buffer[piece.layer - span[0][0]]))
+    if not targets:
+        return
+    if not piece.row_by_row:
+        value = piece.read(tensors)
+        for span, buffer in targets:
+            buffer[...] = value[tuple(slice(a, b) for a, b in span)]
+        return
+    step = max(1, _PART // math.prod(piece.shape[1:]))
+    last = max(span[0][1] for span, _ in targets)
+    for start in range(min(span[0][0] for span, _ in targets), last, step):
+        stop = min(start + step, last)
+        value = piece.read(tensors, start, stop)
+        for (rows, *rest), buffer in targets:
+            low, high = max(rows[0], start), min(rows[1], stop)
+            if low < high:
+                cut = (slice(low - start, high - start), *(slice(a, b) for a, b in rest))
+                buffer[low - rows[0] : high - rows[0]] = value[cut]
 
 
-def _spans(index: tuple[slice, ...], shape: Shape) -> tuple[tuple[int, int], ...]:
+def _spans(index: tuple[slice, ...], shape: Shape) -> Spans:
     return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
 
 
