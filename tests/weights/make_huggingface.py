@@ -201,9 +201,26 @@ def naflex(name: str, seed: int) -> None:
     )
 
 
+def pickled() -> None:
+    """The weights of `hf_clip` as the shards of a `pytorch_model.bin`, from before safetensors."""
+    from safetensors.torch import load_file
+
+    folder = GOLDEN / "hf_clip_bin"
+    folder.mkdir(exist_ok=True)
+    tensors = load_file(GOLDEN / "hf_clip" / "model.safetensors")
+    names, where = sorted(tensors), {}
+    for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
+        shard = f"pytorch_model-{number:05}-of-00002.bin"
+        torch.save({name: tensors[name] for name in part}, folder / shard)
+        where |= dict.fromkeys(part, shard)
+    index = {"metadata": {"total_size": 0}, "weight_map": where}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index, indent=2))
+
+
 if __name__ == "__main__":
     naflex("hf_naflex", seed=4)
     clip("hf_clip", old=False, seed=0)
     clip("hf_clip_old", old=True, seed=1)
     siglip("hf_siglip", projection=None, seed=2)
     siglip("hf_siglip_wide", projection=28, seed=3)
+    pickled()

@@ -122,6 +122,23 @@ def build(config: dict) -> torch.nn.Module:
     return (oc_model.CustomTextCLIP if custom else oc_model.CLIP)(**config)
 
 
+def other_lengths(model: torch.nn.Module, config: dict, folder: pathlib.Path) -> None:
+    """Texts through the same model with fewer and with more positions, as open_clip makes them."""
+    out = {}
+    for length in (7, 19):
+        other = json.loads(json.dumps(config))
+        other["text_cfg"]["context_length"] = length
+        other = build(other).eval()
+        state = model.state_dict()
+        oc_model.resize_text_pos_embed(state, other)
+        other.load_state_dict(state)
+        tokens = open_clip.get_tokenizer(f"local-dir:{folder}", context_length=length)(TEXTS)
+        with torch.no_grad():
+            z = torch.nn.functional.normalize(other.encode_text(tokens), dim=-1)
+        out |= {f"tokens/{length}": tokens.numpy().astype(np.int32), f"z_text/{length}": z.numpy()}
+    np.savez_compressed(folder / "context.npz", texts=np.array(TEXTS), **out)
+
+
 def main() -> None:
     for seed, (name, config) in enumerate(CASES.items(), 10):
         torch.manual_seed(seed)
@@ -157,6 +174,8 @@ def main() -> None:
             logits = model.logit_scale.exp() * z_image @ z_text.T
             if model.logit_bias is not None:
                 logits = logits + model.logit_bias
+        if name in ("oc_vit", "oc_coca"):
+            other_lengths(model, config, folder)
         if name == "oc_vit":
             larger = json.loads(json.dumps(config))
             larger["vision_cfg"]["image_size"] = 49

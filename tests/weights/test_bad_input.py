@@ -12,6 +12,7 @@ import pytest
 from vlm.bundle import load
 from vlm.errors import CheckpointError, ConfigError
 from vlm.weights.files import SafetensorsFiles, write_safetensors
+from vlm.weights.rules import flat_arrays
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -108,6 +109,34 @@ def test_a_missing_shard_and_a_torn_one(folder):
         load(path)
     shard.unlink()
     with pytest.raises(CheckpointError, match=rf"there is no .*{shard.name}"):
+        load(path)
+
+
+def test_shards_of_a_pytorch_file(folder):
+    """Read as the safetensors they were made of; a missing shard is named."""
+    path = folder("hf_clip")
+    whole = load(path)
+    (path / "model.safetensors").unlink()
+    shutil.copytree(GOLDEN / "hf_clip_bin", path, dirs_exist_ok=True)
+    for (name, a), (_, b) in zip(
+        flat_arrays(whole.model), flat_arrays(load(path).model), strict=True
+    ):
+        assert np.array_equal(a, b), name
+    shard = path / "pytorch_model-00002-of-00002.bin"
+    data = shard.read_bytes()
+    shard.write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match=rf"{shard.name} is no zip archive: it is torn"):
+        load(path)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=rf"there is no .*{shard.name}"):
+        load(path)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}'])
+def test_an_index_that_lists_nothing(folder, text):
+    path = folder("hf_siglip_wide")
+    (path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"index\.json lists no shards: download it again"):
         load(path)
 
 

@@ -65,6 +65,9 @@ def test_only_what_is_needed_is_fetched():
     sharded = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
                "model.safetensors.index.json"]  # fmt: skip
     assert set(needed(sharded)) == set(sharded)
+    pickled = [name.replace("model", "pytorch_model").replace("safetensors", "bin")
+               for name in sharded]  # fmt: skip
+    assert set(needed(pickled)) == set(pickled)
     assert needed(["open_clip_pytorch_model.bin", "a.png"]) == ["open_clip_pytorch_model.bin"]
 
 

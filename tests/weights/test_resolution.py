@@ -47,3 +47,52 @@ def test_resizing_keeps_constants_corners_and_other_tokens(positions):
 def test_sizes_that_patches_do_not_tile(size):
     with pytest.raises(ConfigError, match=rf"image_size {size} is not tiled by patches of 6"):
         load(GOLDEN / "hf_clip", image_size=size)
+
+
+# ------------------------------------------------------------------------- context length
+
+
+@pytest.mark.parametrize("length", [7, 19])
+@pytest.mark.parametrize("name", ["oc_vit", "oc_coca"])
+def test_texts_of_another_length_are_open_clips(name, length):
+    bundle = load(GOLDEN / name, context_length=length)
+    golden = np.load(GOLDEN / name / "context.npz")
+    texts = golden["texts"].tolist()
+    assert np.array_equal(bundle.tokenizer(texts), golden[f"tokens/{length}"])
+    assert np.abs(bundle.encode_text(texts) - golden[f"z_text/{length}"]).max() < 2e-6
+    assert bundle.config.text.context_length == bundle.tokenizer.config.context_length == length
+
+
+@pytest.mark.parametrize("name", ["hf_clip", "hf_siglip", "bv_siglip/model.npz"])
+def test_elsewhere_a_shorter_text_takes_the_first_positions(name, tmp_path):
+    """As transformers' towers do with rows of fewer tokens."""
+    whole, cut = load(GOLDEN / name), load(GOLDEN / name, context_length=6)
+    texts = ["a photo of a cat", "x", "very long " * 30]
+    tokens = cut.tokenizer(texts)
+    assert tokens.shape == (3, 6)
+    assert np.abs(cut.encode_text(texts) - whole.model.encode_text(tokens)).max() < 2e-6
+    # What was loaded so is saved so, and a cut bundle is not lengthened again.
+    cut.save(tmp_path / "b")
+    again = load(tmp_path / "b")
+    assert np.array_equal(again.encode_text(texts), cut.encode_text(texts))
+    with pytest.raises(ConfigError, match=r"context_length 7: .* for 6 tokens.* at most 6"):
+        load(tmp_path / "b", context_length=7)
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "said"),
+    [
+        ("hf_clip", 100, "context_length 100: the model has positions for"),
+        ("hf_clip", 2, "context_length 2 leaves no room for text beside 2 special tokens"),
+        ("oc_vit", 0, "context_length 0 leaves no room"),
+        ("oc_vit", -3, "context_length -3 leaves no room"),
+    ],
+)
+def test_context_lengths_that_cannot_be(name, length, said):
+    with pytest.raises(ConfigError, match=said):
+        load(GOLDEN / name, context_length=length)
+
+
+def test_rotary_positions_are_of_one_size():
+    with pytest.raises(ConfigError, match="image_size 56: a tower with rotary positions takes 28"):
+        load(GOLDEN / "oc_pe", image_size=56)

@@ -12,7 +12,7 @@ from vlm.config import ModelConfig, PreprocessConfig
 from vlm.errors import CheckpointError
 from vlm.tokenizer import Tokenizer
 from vlm.weights import big_vision, huggingface, open_clip, openai
-from vlm.weights.files import SafetensorsFiles, Tensors
+from vlm.weights.files import SafetensorsFiles, Shards, Tensors
 from vlm.weights.processors import huggingface_preprocess, open_clip_preprocess
 from vlm.weights.resolution import Positions, TextPositions
 from vlm.weights.rules import Rule
@@ -168,26 +168,36 @@ def _huggingface_preprocess(folder: epath.Path, image_size: int) -> PreprocessCo
 
 
 def weights(folder: epath.Path, *stems: str) -> Tensors:
-    """The tensors of `STEM.safetensors`, whole or in the shards that an index lists, or `STEM.bin`.
+    """The tensors of `STEM.safetensors` or `STEM.bin`, whole or in the shards that an index lists.
 
     Raises:
         CheckpointError: none of them is there, or a shard is missing.
     """
-    for stem in stems:
-        index = folder / f"{stem}.safetensors.index.json"
-        if (folder / f"{stem}.safetensors").exists():
-            return SafetensorsFiles([folder / f"{stem}.safetensors"])
-        if index.exists():
-            try:
-                shards = sorted(set(read_json(index)["weight_map"].values()))
-            except (KeyError, AttributeError, TypeError):
-                raise CheckpointError(f"{index} lists no shards: download it again") from None
-            return SafetensorsFiles([folder / shard for shard in shards])
-    for stem in stems:
-        if (folder / f"{stem}.bin").exists():
-            return TorchFile(folder / f"{stem}.bin")
+    for ending in ("safetensors", "bin"):
+        for stem in stems:
+            files = [folder / f"{stem}.{ending}"]
+            if not files[0].exists():
+                files = _shards(folder / f"{stem}.{ending}.index.json")
+            if files:
+                if ending == "safetensors":
+                    return SafetensorsFiles(files)
+                return Shards([TorchFile(file) for file in files])
     wanted = " or ".join(f"{stem}.safetensors" for stem in stems)
     raise CheckpointError(f"{folder} has no {wanted}: the download is incomplete")
+
+
+def _shards(index: epath.Path) -> list[epath.Path]:
+    """The files that an index lists, in their order; none if there is no index."""
+    if not index.exists():
+        return []
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        files = [index.parent / name for name in names]
+    except (KeyError, AttributeError, TypeError):
+        files = []
+    if not files:
+        raise CheckpointError(f"{index} lists no shards: download it again")
+    return files
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -130,6 +130,18 @@ class SafetensorsFiles:
         if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"shape {shape} does not fill bytes {begin} to {end}")
         return _Entry(path, data + begin, shape, dtype)
+
+
+class Shards:
+    """The tensors of several files that share a checkpoint."""
+
+    def __init__(self, files: Sequence[Tensors]):
+        self.where = files[0].where
+        self._files = {name: file for file in files for name in file.shapes}
+        self.shapes = {name: file.shapes[name] for name, file in self._files.items()}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Shaped[np.ndarray, "..."]:
+        return self._files[name].read(name, start, stop)
 
 
 class Arrays:

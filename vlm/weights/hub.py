@@ -13,7 +13,7 @@ _SMALL = re.compile(r"[^/]+\.(json|txt|model)")  # configurations and vocabulari
 _WEIGHTS = (
     re.compile(r"model(-\d+-of-\d+)?\.safetensors"),
     re.compile(r"open_clip_(pytorch_)?model\.safetensors"),
-    re.compile(r"pytorch_model\.bin"),
+    re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin"),
     re.compile(r"open_clip_pytorch_model\.bin"),
 )
 
