@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 
 import numpy as np
 import pytest
@@ -19,9 +18,6 @@ from vlm.config import (
     TokenizerConfig,
     VisionConfig,
 )
-
-# Real processes that are killed and resumed take minutes: VLM_ALL_TESTS=1 runs them too.
-collect_ignore = [] if os.environ.get("VLM_ALL_TESTS") else ["test_hosts.py", "test_resume.py"]
 
 COLOURS = {"red": (220, 30, 30), "green": (20, 160, 60), "blue": (40, 60, 210), "black": (0, 0, 0)}
 PLACES = [(row, column) for row in ("top", "middle", "bottom") for column in ("left", "right")]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vlm.config import Experiment, to_dict
 
-# Programs compile in half the time and run slower: what is tested is equality, not speed.
+# As in tests/conftest.py: what is tested is equality, not speed.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 LIMIT = 400  # seconds that a process may take, compiling on a busy machine included
 

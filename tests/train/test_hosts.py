@@ -1,22 +1,18 @@
 """Two processes over loopback are one run: the same losses, the same end, left and found again."""
 
 import json
-import os
 import random
 import signal
 import socket
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import environment, losses, send_at, start, wait, weights, write_config
 from safetensors.numpy import load as load_safetensors
 
 from vlm.train.loop import train
-
-sys.path.insert(0, os.path.dirname(__file__))
-from processes import environment, losses, send_at, start, wait, weights, write_config
 
 pytestmark = pytest.mark.slow
 PATIENCE = 8  # seconds until a silent process counts as gone; 30 outside of tests

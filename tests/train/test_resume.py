@@ -7,21 +7,11 @@ import random
 import resource
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load as load_safetensors
-
-from vlm import sharding
-from vlm.config import MeshConfig, from_dict, to_dict
-from vlm.errors import CheckpointError, ConfigError, ShardingError, TrainingError
-from vlm.train.length import due
-from vlm.train.loop import train
-
-sys.path.insert(0, os.path.dirname(__file__))
 from processes import (
     environment,
     last_step,
@@ -32,6 +22,13 @@ from processes import (
     weights,
     write_config,
 )
+from safetensors.numpy import load as load_safetensors
+
+from vlm import sharding
+from vlm.config import MeshConfig, from_dict, to_dict
+from vlm.errors import CheckpointError, ConfigError, ShardingError, TrainingError
+from vlm.train.length import due
+from vlm.train.loop import train
 
 STEPS = 150
 NOISE = {"vision": {"dropout": 0.1, "patch_dropout": 0.25}, "optimizer": {"ema": 0.99}}
