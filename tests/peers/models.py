@@ -88,7 +88,7 @@ def transformers_model(kind: str) -> None:
     from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
     from vlm.weights.vocabularies import clip_tokenizer
-    from vlm.weights.writing import standalone
+    from vlm.weights.writing_parts import standalone
 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -166,8 +166,72 @@ def written_back() -> None:
             )
 
 
+def towers_written() -> None:
+    """Models made here at full size with towers of timm's and a ResNet, opened by open_clip."""
+    import jax
+    import open_clip
+    from flax import nnx
+
+    from vlm.bundle import Bundle, load
+    from vlm.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
+    from vlm.models.dual_encoder import DualEncoder
+    from vlm.preprocess import Preprocess
+    from vlm.weights import timm
+    from vlm.weights.rules import flat_arrays
+
+    resnet = VisionConfig(
+        image_size=224, patch_size=32, width=64, depth=0, heads=32, mlp_dim=0, pool="class",
+        projection="none", resnet=(3, 4, 6, 3),
+    )  # fmt: skip
+    towers = {name: timm.TOWERS[name] for name in TIMM_NAMES} | {"RN50": resnet}
+    golden = load(ROOT / "tests" / "weights" / "golden" / "oc_siglip")
+    for name, vision in towers.items():
+        siglip = "siglip" in name
+        text = TextConfig(
+            vocab_size=golden.config.text.vocab_size, context_length=12, width=64, depth=2, heads=4,
+            mlp_dim=172, causal=not siglip, pool="last" if siglip else "argmax",
+            projection="linear_bias" if siglip else "linear", norm_eps=1e-6 if siglip else 1e-5,
+            activation="gelu_tanh" if siglip else "quick_gelu" if vision.resnet else "gelu",
+        )  # fmt: skip
+        embed_dim = vision.width if vision.projection == "none" and not vision.resnet else 1024
+        config = ModelConfig(vision, text, embed_dim, init_bias=-9.5 if siglip else None)
+        model, rng = DualEncoder(config, rngs=nnx.Rngs(0)), np.random.default_rng(0)
+        for path, variable in nnx.state(model, nnx.Param).flat_state():
+            noise = rng.standard_normal(variable.shape, np.float32) * 0.02
+            noise = np.abs(noise) if path[-1] == "var" else noise
+            variable.set_value(variable.get_value() + noise)
+        resize = "squash" if siglip else "crop"
+        preprocess = Preprocess(PreprocessConfig(image_size=vision.image_size, resize=resize))
+        bundle = Bundle(model, preprocess, golden.tokenizer, name)
+        z_image, z_text = bundle.encode_image(pictures()), bundle.encode_text(TEXTS)
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            folder = pathlib.Path(folder) / "out"
+            bundle.save(folder, format="open_clip")
+            again = load(folder)
+            pairs = zip(flat_arrays(model), flat_arrays(again.model), strict=True)
+            equal = all(a == b and np.array_equal(x, y) for (a, x), (b, y) in pairs)
+            jax.clear_caches()
+            theirs, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+            theirs.eval()
+            tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS)
+            pixels = torch.stack([transform(p) for p in pictures()])
+            image = np.abs(unit(theirs.encode_image(pixels)) - z_image).max()
+            words = np.abs(unit(theirs.encode_text(tokens)) - z_text).max()
+            print(
+                f"{name:34} written as open_clip: image {image:.1e}  text {words:.1e}  "
+                f"read back bit-equal: {equal}",
+                flush=True,
+            )
+        del model, bundle, again, theirs
+        gc.collect()
+
+
+TIMM_NAMES = ("vit_base_patch16_siglip_224", "vit_base_patch32_siglip_256",
+              "vit_pe_core_tiny_patch16_384", "vit_pe_core_base_patch16_224")  # fmt: skip
+
 CASES = {
     "back": written_back,
+    "towers": towers_written,
     "CLIPModel": lambda: transformers_model("CLIPModel"),
     "SiglipModel": lambda: transformers_model("SiglipModel"),
     **{

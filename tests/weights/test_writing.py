@@ -1,15 +1,26 @@
 """Ours to a public format and back: bit-equal parameters, equal tokens, and honest refusals."""
 
 import dataclasses
+import json
+import math
 import pathlib
 
 import numpy as np
 import pytest
+from flax import nnx
+from safetensors import safe_open
 
-from vlm.bundle import load
+from vlm.bundle import Bundle, load
+from vlm.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
 from vlm.errors import CheckpointError
-from vlm.weights.rules import flat_arrays
-from vlm.weights.writing import huggingface_config, open_clip_config
+from vlm.models.dual_encoder import DualEncoder
+from vlm.preprocess import Preprocess
+from vlm.tokenizer import train_bpe
+from vlm.weights import timm
+from vlm.weights.building import abstract_model
+from vlm.weights.rules import flat_arrays, flat_shapes
+from vlm.weights.writing_huggingface import huggingface_config
+from vlm.weights.writing_open_clip import open_clip_config
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ROUND_TRIPS = [
@@ -21,7 +32,10 @@ ROUND_TRIPS = [
 
 @pytest.mark.parametrize(("name", "form"), ROUND_TRIPS)
 def test_there_and_back_is_bit_equal(name, form, tmp_path):
-    ours = load(GOLDEN / name)
+    there_and_back(load(GOLDEN / name), form, tmp_path)
+
+
+def there_and_back(ours, form, tmp_path):
     ours.save(tmp_path / "theirs", format=form)
     again = load(tmp_path / "theirs")
     before, after = flat_arrays(ours.model), flat_arrays(again.model)
@@ -39,7 +53,8 @@ def test_there_and_back_is_bit_equal(name, form, tmp_path):
         ours.preprocess.config, crop_offset=again.preprocess.config.crop_offset
     )
     texts = ["a photo of a cat", "Two DOGS!", "", "x" * 90]
-    if not (name.startswith("hf") and form == "open_clip"):  # open_clip always joins white space
+    # open_clip always joins white space.
+    if form != "open_clip" or ours.tokenizer.config.clean != "none":
         texts.append("tabs\tand\nlines")
     assert np.array_equal(ours.tokenizer(texts), again.tokenizer(texts))
 
@@ -54,6 +69,90 @@ def test_nothing_is_written_over_or_in_part(tmp_path):
         bundle.save(tmp_path / "out", format="open_clip")
 
 
+# timm's towers by name alone are too large for a test: small ones take their names here.
+SMALL_TOWERS = {
+    "oc_siglip": "vit_base_patch16_siglip_224",
+    "oc_pe": "vit_pe_core_tiny_patch16_384",
+}
+
+
+@pytest.mark.parametrize("name", SMALL_TOWERS)
+def test_timms_towers_there_and_back(name, tmp_path, monkeypatch):
+    ours = load(GOLDEN / name)
+    with pytest.raises(CheckpointError, match=r"none of timm's image towers is .* nearest"):
+        ours.save(tmp_path / "theirs", format="open_clip")
+    monkeypatch.setitem(timm.TOWERS, SMALL_TOWERS[name], ours.config.vision)
+    there_and_back(ours, "open_clip", tmp_path)
+    before, after = (
+        json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+        for folder in (GOLDEN / name, tmp_path / "theirs")
+    )
+    assert before["vision_cfg"] == after["vision_cfg"]
+    assert before.get("init_logit_bias") == after.get("init_logit_bias")
+    with (
+        safe_open(GOLDEN / name / "open_clip_model.safetensors", "np") as theirs,
+        safe_open(tmp_path / "theirs" / "open_clip_model.safetensors", "np") as written,
+    ):
+        assert set(theirs.keys()) == set(written.keys())
+        for key in written.keys():  # noqa: SIM118 (not a dict)
+            assert np.array_equal(theirs.get_tensor(key), written.get_tensor(key)), key
+
+
+def test_the_table_of_timms_towers():
+    """Every tower is what timm makes of its name, and has as many parameters."""
+    recorded = json.loads((GOLDEN / "timm_towers.json").read_text())
+    assert set(recorded) == set(timm.TOWERS)
+    for name, theirs in recorded.items():
+        tower, count = timm.TOWERS[name], theirs.pop("parameters")
+        ours = dataclasses.asdict(tower) | {
+            "pool_heads": tower.pool_heads or tower.heads,
+            "pool_mlp_dim": tower.pool_mlp_dim or tower.mlp_dim,
+        }
+        assert {field: ours[field] for field in theirs} == theirs, name
+        embed_dim = tower.width if tower.projection == "none" else 1024
+        model = abstract_model(ModelConfig(tower, SMALL_TEXT, embed_dim=embed_dim), np.float32)
+        assert sum(map(math.prod, flat_shapes(model.vision).values())) == count, name
+        assert timm.tower_name(tower) == name
+
+
+SMALL_TEXT = TextConfig(
+    vocab_size=280, context_length=12, width=16, depth=1, heads=2, mlp_dim=24, causal=True,
+    pool="argmax", projection="linear", activation="quick_gelu", norm_eps=1e-5,
+)  # fmt: skip
+
+
+def test_a_resnet_there_and_back(tmp_path):
+    vision = VisionConfig(
+        image_size=64, patch_size=32, width=8, depth=0, heads=8, mlp_dim=0, pool="class",
+        projection="none", resnet=(1, 2, 1, 1),
+    )  # fmt: skip
+    config = ModelConfig(vision, SMALL_TEXT, embed_dim=20)
+    model, rng = DualEncoder(config, rngs=nnx.Rngs(0)), np.random.default_rng(0)
+    for _, variable in nnx.state(model, nnx.Param).flat_state():
+        noise = rng.standard_normal(variable.shape, np.float32)
+        variable.set_value(variable.get_value() + np.abs(noise) * 0.1)
+    preprocess = Preprocess(PreprocessConfig(image_size=64, resize="crop"))
+    tokenizer = train_bpe(["a photo of a cat", "two dogs"], 280, 12)
+    there_and_back(Bundle(model, preprocess, tokenizer, "resnet"), "open_clip", tmp_path)
+    values = json.loads((tmp_path / "theirs" / "open_clip_config.json").read_text())["model_cfg"]
+    assert values["vision_cfg"]["layers"] == [1, 2, 1, 1]
+    assert values["quick_gelu"] is True
+
+
+def test_half_a_coca_is_not_written():
+    bundle = load(GOLDEN / "oc_coca")
+    with pytest.raises(CheckpointError, match=r"CoCa with its captioning decoder.*vlm bundle"):
+        open_clip_config(bundle.config, bundle.tokenizer)
+
+
+def test_naflex_is_not_written_as_a_model_of_fixed_size():
+    bundle = load(GOLDEN / "hf_naflex")
+    with pytest.raises(CheckpointError, match=r"vision\.max_patches 25 \(None\)"):
+        huggingface_config(bundle.config, bundle.tokenizer)
+    with pytest.raises(CheckpointError, match=r"max_patches None \(not 25\)"):
+        open_clip_config(bundle.config, bundle.tokenizer)
+
+
 def test_refusals_list_everything():
     bundle = load(GOLDEN / "hf_siglip")
     vision = dataclasses.replace(bundle.config.vision, layer_scale=True, pre_norm=True)
@@ -62,5 +161,16 @@ def test_refusals_list_everything():
         CheckpointError, match=r"layer_scale True \(False\).*pre_norm True \(False\)"
     ):
         huggingface_config(config, bundle.tokenizer)
+    vision = dataclasses.replace(vision, pool="mean", class_token=False)
+    config = dataclasses.replace(config, vision=vision)
     with pytest.raises(CheckpointError, match=r"patch_bias True \(False\).*projection 'none'"):
+        open_clip_config(config, bundle.tokenizer)
+    vision = timm.TOWERS["vit_base_patch16_siglip_224"]
+    vision = dataclasses.replace(vision, activation="gelu_tanh")
+    config = dataclasses.replace(config, vision=vision, embed_dim=768)
+    with pytest.raises(
+        CheckpointError,
+        match=r"vit_base_patch16_siglip_224 is the nearest and has "
+        r"activation 'gelu' \(not 'gelu_tanh'\)",
+    ):
         open_clip_config(config, bundle.tokenizer)

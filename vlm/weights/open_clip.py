@@ -3,14 +3,14 @@
 Covers LAION, DataComp, DFN, MetaCLIP, CLIPA, the SigLIP exports, and the contrastive half of CoCa.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from vlm.config import Activation, ModelConfig, TextConfig, VisionConfig
 from vlm.errors import CheckpointError
+from vlm.weights import timm
 from vlm.weights.layers import fused, heads, linear, norm, out
-from vlm.weights.rules import CONV, FIRST_ROW, FLAT, LINEAR, SCALAR, SCALAR_1, Rule, leading
+from vlm.weights.rules import CONV, FIRST_ROW, FLAT, LINEAR, SCALAR, SCALAR_1, Rule
 
 # The defaults of open_clip's CLIPVisionCfg and CLIPTextCfg: those that vlm honours ...
 VISION = {
@@ -36,15 +36,6 @@ OFF = (
     "hf_pooler_type",
 )  # fmt: skip
 
-# timm's SigLIP towers: heads by their size, and those made with tanh-GELU instead of the exact one.
-TIMM_SIGLIP = re.compile(r"vit_(base|large|so400m|giantopt)_patch(\d+)_siglip_(\d+)(\..*)?$")
-TIMM_HEADS = {"base": 12, "large": 16, "so400m": 16, "giantopt": 16}
-TIMM_TANH = re.compile(r"vit_(base_patch32|large_patch16_siglip_512|so400m_patch16|giantopt)")
-
-# timm's Perception Encoders (PE-Core): heads by their size.
-TIMM_PE = re.compile(r"vit_pe_core_(tiny|small|base|large|gigantic)_patch(\d+)_(\d+)(\..*)?$")
-PE_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "gigantic": 16}
-
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -63,8 +54,10 @@ def model_config(values: dict[str, Any], shapes: Shapes, where: str) -> ModelCon
     text = _fields(given[1], TEXT, f"{where}: text_cfg")
     quick = bool(values.get("quick_gelu", False))
     bias = values.get("init_logit_bias")
-    if vision["timm_model_name"]:
-        image_tower = _timm_siglip(vision, shapes, where)
+    if name := vision["timm_model_name"]:
+        image_size = _side(vision["image_size"], f"{where}: vision_cfg.image_size")
+        pool, proj = vision["timm_pool"], vision["timm_proj"]
+        image_tower = timm.vision_config(name, image_size, pool, proj, shapes, where)
     else:
         image_tower = _vision(vision, quick, where)
     return ModelConfig(
@@ -145,53 +138,6 @@ def _text(c: dict[str, Any], quick: bool, embed_dim: int, where: str) -> TextCon
     )
 
 
-def _timm_siglip(c: dict[str, Any], shapes: Shapes, where: str) -> VisionConfig:
-    name = c["timm_model_name"]
-    match, encoder = TIMM_SIGLIP.match(name), TIMM_PE.match(name)
-    known = (match and c["timm_proj"] == "none") or (encoder and not c["timm_proj"])
-    if not known or c["timm_pool"] != "map":
-        raise CheckpointError(
-            f"{where}: the image tower {name!r} is not one that vlm reads: of timm's it reads "
-            "vit_*_siglip_* and vit_pe_core_*, with attention pooling and no extra projection"
-        )
-    try:
-        width, _, patch, _ = shapes["visual.trunk.patch_embed.proj.weight"]
-        mlp_dim = shapes["visual.trunk.blocks.0.mlp.fc1.weight"][0]
-    except (KeyError, ValueError):
-        raise CheckpointError(f"{where}: the weights are not those of timm's {name}") from None
-    depth = sum(bool(re.fullmatch(r"visual\.trunk\.blocks\.\d+\.norm1\.weight", n)) for n in shapes)
-    if encoder:
-        return VisionConfig(
-            image_size=_side(c["image_size"], f"{where}: vision_cfg.image_size"),
-            patch_size=patch,
-            width=width,
-            depth=depth,
-            heads=PE_HEADS[encoder[1]],
-            mlp_dim=mlp_dim,
-            pool="map",
-            pool_heads=8,
-            pool_mlp_dim=shapes["visual.trunk.attn_pool.mlp.fc1.weight"][0],
-            class_token="visual.trunk.cls_token" in shapes,
-            pre_norm=True,
-            patch_bias=False,
-            rotary=0 if encoder[1] == "gigantic" else 1,
-            projection="linear_bias",
-            activation="gelu",
-            norm_eps=1e-5,
-        )
-    return VisionConfig(
-        image_size=_side(c["image_size"], f"{where}: vision_cfg.image_size"),
-        patch_size=patch,
-        width=width,
-        depth=depth,
-        heads=TIMM_HEADS[match[1]],
-        mlp_dim=mlp_dim,
-        pool="map",
-        activation="gelu_tanh" if TIMM_TANH.match(name) else "gelu",
-        norm_eps=1e-6,
-    )
-
-
 def _activation(c: dict[str, Any], quick: bool, where: str) -> Activation:
     options = c["act_kwargs"] or {}
     if quick and not options:
@@ -234,16 +180,16 @@ def _side(size: Any, where: str) -> int:
 def rules(config: ModelConfig, shapes: Shapes) -> list[Rule]:
     """The table for a model of this configuration, whose tensors have these `shapes`."""
     prefix = "text." if any(name.startswith("text.") for name in shapes) else ""
-    timm = any(name.startswith("visual.trunk.") for name in shapes)
     scalar = SCALAR_1 if shapes.get("logit_scale") == (1,) else SCALAR
     logits = [Rule("logit_scale", "logit_scale", scalar)]
     if config.init_bias is not None:
         logits.append(Rule("logit_bias", "logit_bias", scalar))
-    image = TIMM_RULES if timm else _vision_rules(config)
-    if config.vision.rotary is not None:
-        image = _pe_rules(config.vision)
     if config.vision.resnet:
         image = _resnet_rules(config.vision.resnet)
+    elif config.vision.pool == "map":  # of timm's towers alone
+        image = timm.rules(config.vision)
+    else:
+        image = _vision_rules(config)
     return [*logits, *image, *_text_rules(config.text, prefix)]
 
 
@@ -363,49 +309,6 @@ def _text_rules(c: TextConfig, prefix: str) -> list[Rule]:
         ),
         *norm(f"{prefix}ln_final", "text.norm"),
         *projection,
-    ]
-
-
-_TRUNK, _BLOCK, _OURS = "visual.trunk", "visual.trunk.blocks.{}", "vision.transformer.blocks"
-TIMM_RULES: list[Rule] = [
-    Rule(f"{_TRUNK}.patch_embed.proj.weight", "vision.stem.kernel", CONV),
-    Rule(f"{_TRUNK}.patch_embed.proj.bias", "vision.stem.bias"),
-    Rule(f"{_TRUNK}.pos_embed", "vision.position", leading(1)),
-    *norm(f"{_BLOCK}.norm1", f"{_OURS}.attention_norm"),
-    *fused(
-        f"{_BLOCK}.attn.qkv.weight",
-        f"{_BLOCK}.attn.qkv.bias",
-        f"{_OURS}.attention",
-        ("query", "key", "value"),
-    ),
-    *out(f"{_BLOCK}.attn.proj", f"{_OURS}.attention.out"),
-    *norm(f"{_BLOCK}.norm2", f"{_OURS}.mlp_norm"),
-    *linear(f"{_BLOCK}.mlp.fc1", f"{_OURS}.mlp.up"),
-    *linear(f"{_BLOCK}.mlp.fc2", f"{_OURS}.mlp.down"),
-    *norm(f"{_TRUNK}.norm", "vision.norm"),
-    Rule(f"{_TRUNK}.attn_pool.latent", "vision.pool.probe", leading(1)),
-    *heads(f"{_TRUNK}.attn_pool.q", "vision.pool.attention.query"),
-    *fused(
-        f"{_TRUNK}.attn_pool.kv.weight",
-        f"{_TRUNK}.attn_pool.kv.bias",
-        "vision.pool.attention",
-        ("key", "value"),
-    ),
-    *out(f"{_TRUNK}.attn_pool.proj", "vision.pool.attention.out"),
-    *norm(f"{_TRUNK}.attn_pool.norm", "vision.pool.norm"),
-    *linear(f"{_TRUNK}.attn_pool.mlp.fc1", "vision.pool.mlp.up"),
-    *linear(f"{_TRUNK}.attn_pool.mlp.fc2", "vision.pool.mlp.down"),
-]
-
-
-def _pe_rules(c: VisionConfig) -> list[Rule]:
-    """The Perception Encoder in timm: SigLIP's tower with a class token, a norm and a head."""
-    token = [Rule(f"{_TRUNK}.cls_token", "vision.class_token", leading(2))] if c.class_token else []
-    return [
-        *(rule for rule in TIMM_RULES if rule.ours != "vision.stem.bias"),
-        *token,
-        *norm(f"{_TRUNK}.norm_pre", "vision.pre_norm"),
-        *linear(f"{_TRUNK}.head", "vision.projection"),
     ]
 
 

@@ -1,0 +1,215 @@
+"""timm's image towers inside open_clip folders: SigLIP's and the Perception Encoder's (PE-Core).
+
+A folder gives the tower's name alone, from which timm knows the sizes: `TOWERS` has them too.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from vlm.config import VisionConfig
+from vlm.errors import CheckpointError
+from vlm.weights.layers import fused, heads, linear, norm, out
+from vlm.weights.rules import CONV, Rule, leading
+
+_SIGLIP = re.compile(r"vit_(base|large|so400m|giantopt)_patch(\d+)_siglip_(\d+)(\..*)?$")
+_PE = re.compile(r"vit_pe_core_(tiny|small|base|large|gigantic)_patch(\d+)_(\d+)(\..*)?$")
+# Those of SigLIP's made with tanh-GELU instead of the exact one.
+_TANH = re.compile(r"vit_(base_patch32|large_patch16_siglip_512|so400m_patch16|giantopt)")
+_PE_POOL_HEADS = 8
+
+# Width, depth, heads and width of the MLP by a name's size.
+_SIGLIP_SIZES = {
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+    "so400m": (1152, 27, 16, 4304),
+    "giantopt": (1536, 40, 16, 6144),
+}
+_PE_SIZES = {
+    "tiny": (192, 12, 3, 768),
+    "small": (384, 12, 6, 1536),
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+    "gigantic": (1536, 50, 16, 8960),
+}
+
+
+def _siglip(name: str, width: int, depth: int, heads: int, mlp_dim: int) -> VisionConfig:
+    """The tower of that name, whose sizes may be others; patches and image are the name's."""
+    _, patch_size, image_size, _ = _SIGLIP.match(name).groups()
+    return VisionConfig(
+        image_size=int(image_size),
+        patch_size=int(patch_size),
+        width=width,
+        depth=depth,
+        heads=heads,
+        mlp_dim=mlp_dim,
+        pool="map",
+        activation="gelu_tanh" if _TANH.match(name) else "gelu",
+        norm_eps=1e-6,
+    )
+
+
+def _pe(name: str, width: int, depth: int, heads: int, mlp_dim: int) -> VisionConfig:
+    size, patch_size, image_size, _ = _PE.match(name).groups()
+    return VisionConfig(
+        image_size=int(image_size),
+        patch_size=int(patch_size),
+        width=width,
+        depth=depth,
+        heads=heads,
+        mlp_dim=mlp_dim,
+        pool="map",
+        pool_heads=_PE_POOL_HEADS,
+        pool_mlp_dim=4 * width,
+        class_token=size != "gigantic",
+        pre_norm=True,
+        patch_bias=False,
+        rotary=0 if size == "gigantic" else 1,
+        projection="linear_bias",
+        activation="gelu",
+        norm_eps=1e-5,
+    )
+
+
+def _known() -> dict[str, VisionConfig]:
+    siglip = (
+        "base_patch32_siglip_256 base_patch16_siglip_224 base_patch16_siglip_256 "
+        "base_patch16_siglip_384 base_patch16_siglip_512 large_patch16_siglip_256 "
+        "large_patch16_siglip_384 large_patch16_siglip_512 so400m_patch14_siglip_224 "
+        "so400m_patch14_siglip_378 so400m_patch16_siglip_256 so400m_patch16_siglip_384 "
+        "so400m_patch16_siglip_512 giantopt_patch16_siglip_256 giantopt_patch16_siglip_384"
+    )
+    pe = (
+        "tiny_patch16_384 small_patch16_384 base_patch16_224 large_patch14_336 gigantic_patch14_448"
+    )
+    towers = {}
+    for end in siglip.split():
+        towers[f"vit_{end}"] = _siglip(f"vit_{end}", *_SIGLIP_SIZES[end.split("_")[0]])
+    for end in pe.split():
+        towers[f"vit_pe_core_{end}"] = _pe(f"vit_pe_core_{end}", *_PE_SIZES[end.split("_")[0]])
+    return towers
+
+
+TOWERS = _known()
+
+
+def vision_config(
+    name: str,
+    image_size: int,
+    pool: str,
+    proj: str | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    where: str,
+) -> VisionConfig:
+    """The tower `name`, with the sizes that the `shapes` of its tensors have.
+
+    Raises:
+        CheckpointError: not one of these towers, or one with another pool or projection.
+    """
+    siglip, pe = _SIGLIP.match(name), _PE.match(name)
+    known = (siglip and proj == "none") or (pe and not proj)
+    if not known or pool != "map":
+        raise CheckpointError(
+            f"{where}: the image tower {name!r} is not one that vlm reads: of timm's it reads "
+            "vit_*_siglip_* and vit_pe_core_*, with attention pooling and no extra projection"
+        )
+    try:
+        width, _, patch_size, _ = shapes["visual.trunk.patch_embed.proj.weight"]
+        mlp_dim = shapes["visual.trunk.blocks.0.mlp.fc1.weight"][0]
+        pool_mlp_dim = shapes["visual.trunk.attn_pool.mlp.fc1.weight"][0]
+    except (KeyError, ValueError):
+        raise CheckpointError(f"{where}: the weights are not those of timm's {name}") from None
+    depth = sum(bool(re.fullmatch(r"visual\.trunk\.blocks\.\d+\.norm1\.weight", n)) for n in shapes)
+    make, sizes = (_siglip, _SIGLIP_SIZES) if siglip else (_pe, _PE_SIZES)
+    count = sizes[(siglip or pe)[1]][2]
+    return dataclasses.replace(
+        make(name, width, depth, count, mlp_dim),
+        image_size=image_size,
+        patch_size=patch_size,
+        pool_mlp_dim=pool_mlp_dim if pe else None,
+    )
+
+
+def tower_name(config: VisionConfig) -> str:
+    """The name of timm's tower that is exactly this one.
+
+    Raises:
+        CheckpointError: there is none; the message says how the nearest one differs.
+    """
+    ours = _spelled_out(config)
+    found = []
+    for name, tower in TOWERS.items():
+        theirs = _spelled_out(tower)
+        differ = [field for field in ours if ours[field] != theirs[field]]
+        if not differ:
+            return name
+        found.append((len(differ), name, differ, theirs))
+    _, name, differ, theirs = min(found, key=lambda item: item[0])
+    raise CheckpointError(
+        f"none of timm's image towers is the model's: {name} is the nearest and has "
+        + ", ".join(f"{field} {theirs[field]!r} (not {ours[field]!r})" for field in differ)
+        + ": save the model as a vlm bundle instead"
+    )
+
+
+def _spelled_out(c: VisionConfig) -> dict[str, object]:
+    """The fields that decide what is computed, defaults filled in."""
+    fields = dataclasses.asdict(c)
+    fields["pool_heads"] = c.pool_heads or c.heads
+    fields["pool_mlp_dim"] = c.pool_mlp_dim or c.mlp_dim
+    for name in ("dropout", "patch_dropout", "norm_pooled"):
+        del fields[name]
+    return fields
+
+
+# --------------------------------------------------------------------- their names and ours
+
+_TRUNK, _BLOCK, _OURS = "visual.trunk", "visual.trunk.blocks.{}", "vision.transformer.blocks"
+
+
+def rules(c: VisionConfig) -> list[Rule]:
+    """The table of a tower: SigLIP's, or with rotary positions the Perception Encoder's."""
+    return _SIGLIP_RULES if c.rotary is None else _pe_rules(c)
+
+
+_SIGLIP_RULES: list[Rule] = [
+    Rule(f"{_TRUNK}.patch_embed.proj.weight", "vision.stem.kernel", CONV),
+    Rule(f"{_TRUNK}.patch_embed.proj.bias", "vision.stem.bias"),
+    Rule(f"{_TRUNK}.pos_embed", "vision.position", leading(1)),
+    *norm(f"{_BLOCK}.norm1", f"{_OURS}.attention_norm"),
+    *fused(
+        f"{_BLOCK}.attn.qkv.weight",
+        f"{_BLOCK}.attn.qkv.bias",
+        f"{_OURS}.attention",
+        ("query", "key", "value"),
+    ),
+    *out(f"{_BLOCK}.attn.proj", f"{_OURS}.attention.out"),
+    *norm(f"{_BLOCK}.norm2", f"{_OURS}.mlp_norm"),
+    *linear(f"{_BLOCK}.mlp.fc1", f"{_OURS}.mlp.up"),
+    *linear(f"{_BLOCK}.mlp.fc2", f"{_OURS}.mlp.down"),
+    *norm(f"{_TRUNK}.norm", "vision.norm"),
+    Rule(f"{_TRUNK}.attn_pool.latent", "vision.pool.probe", leading(1)),
+    *heads(f"{_TRUNK}.attn_pool.q", "vision.pool.attention.query"),
+    *fused(
+        f"{_TRUNK}.attn_pool.kv.weight",
+        f"{_TRUNK}.attn_pool.kv.bias",
+        "vision.pool.attention",
+        ("key", "value"),
+    ),
+    *out(f"{_TRUNK}.attn_pool.proj", "vision.pool.attention.out"),
+    *norm(f"{_TRUNK}.attn_pool.norm", "vision.pool.norm"),
+    *linear(f"{_TRUNK}.attn_pool.mlp.fc1", "vision.pool.mlp.up"),
+    *linear(f"{_TRUNK}.attn_pool.mlp.fc2", "vision.pool.mlp.down"),
+]
+
+
+def _pe_rules(c: VisionConfig) -> list[Rule]:
+    """SigLIP's tower with a class token, a norm before the blocks and a head."""
+    token = [Rule(f"{_TRUNK}.cls_token", "vision.class_token", leading(2))] if c.class_token else []
+    return [
+        *(rule for rule in _SIGLIP_RULES if rule.ours != "vision.stem.bias"),
+        *token,
+        *norm(f"{_TRUNK}.norm_pre", "vision.pre_norm"),
+        *linear(f"{_TRUNK}.head", "vision.projection"),
+    ]

@@ -1,0 +1,128 @@
+"""A bundle as a folder of transformers' `CLIPModel` or `SiglipModel`."""
+
+from typing import Any
+
+from etils import epath
+
+from vlm.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
+from vlm.models.dual_encoder import DualEncoder
+from vlm.preprocess import Preprocess
+from vlm.tokenizer import Tokenizer
+from vlm.weights import huggingface
+from vlm.weights.files import write_safetensors
+from vlm.weights.rules import write
+from vlm.weights.writing_parts import check, dump, refuse, tokenizer_files
+
+
+def write_huggingface(
+    folder: epath.Path, model: DualEncoder, preprocess: Preprocess, tokenizer: Tokenizer
+) -> None:
+    """Write the files of a folder that transformers opens.
+
+    Raises:
+        CheckpointError: transformers has no place for something.
+    """
+    values, family = huggingface_config(model.config, tokenizer)
+    dump(folder / "config.json", values)
+    dump(folder / "preprocessor_config.json", _huggingface_preprocess(preprocess.config, family))
+    tokenizer_files(folder, tokenizer)
+    tensors = write(model, huggingface.RULES[family])
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+
+
+def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[str, Any], str]:
+    """The `config.json` of a model, and its family.
+
+    Raises:
+        CheckpointError: lists all that transformers' CLIPModel and SiglipModel do not have.
+    """
+    vision, text = config.vision, config.text
+    clip = vision.pool == "class"
+    common = {"resnet": (), "stem": "linear", "rotary": None, "max_patches": None}
+    common |= {"norm_pooled": False, "layer_scale": False, "pool_heads": None, "pool_mlp_dim": None}
+    if clip:
+        wanted = (
+            common | {"pre_norm": True, "patch_bias": False, "projection": "linear"},
+            {"causal": True, "projection": "linear", "layer_scale": False, "pad_id": None},
+        )
+    else:
+        wanted = (
+            common
+            | {"pool": "map", "pre_norm": False, "patch_bias": True, "projection": "none"}
+            | {"class_token": False},
+            {"causal": False, "pool": "last", "projection": "linear_bias", "layer_scale": False}
+            | {"pad_id": None},
+        )
+    check("transformers", config, *wanted)
+    if clip and text.pool not in ("end", "argmax"):
+        refuse("transformers", [f"text.pool {text.pool!r} (end or argmax)"])
+    if not clip and config.init_bias is None:
+        refuse("transformers", ["no logit_bias (SiglipModel has one)"])
+    if clip and config.init_bias is not None:
+        refuse("transformers", ["a logit_bias (CLIPModel has none)"])
+    rules = tokenizer.config
+    ends = {"bos_token_id": rules.bos_id, "eos_token_id": rules.eos_id}
+    text_values = _huggingface_tower(text) | {
+        "vocab_size": text.vocab_size,
+        "max_position_embeddings": text.context_length,
+        "pad_token_id": rules.pad_id,
+        **ends,
+    }
+    if clip:
+        text_values["eos_token_id"] = 2 if text.pool == "argmax" else text.end_id
+        text_values["projection_dim"] = config.embed_dim
+    else:
+        text_values["projection_size"] = config.embed_dim
+    vision_values = _huggingface_tower(vision) | {
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+    }
+    family = "clip" if clip else "siglip"
+    values = {
+        "architectures": ["CLIPModel" if clip else "SiglipModel"],
+        "model_type": family,
+        "dtype": "float32",
+        "text_config": text_values | {"model_type": f"{family}_text_model"},
+        "vision_config": vision_values | {"model_type": f"{family}_vision_model"},
+    }
+    if clip:
+        values["projection_dim"] = config.embed_dim
+    return values, family
+
+
+def _huggingface_tower(c: VisionConfig | TextConfig) -> dict[str, Any]:
+    names = {
+        ours: theirs for theirs, ours in huggingface.ACTIVATIONS.items() if theirs != "gelu_new"
+    }
+    return {
+        "hidden_size": c.width,
+        "num_hidden_layers": c.depth,
+        "num_attention_heads": c.heads,
+        "intermediate_size": c.mlp_dim,
+        "hidden_act": names[c.activation],
+        "layer_norm_eps": c.norm_eps,
+    }
+
+
+def _huggingface_preprocess(c: PreprocessConfig, family: str) -> dict[str, Any]:
+    name = "CLIPImageProcessor" if family == "clip" else "SiglipImageProcessor"
+    kernels = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+    square = {"height": c.image_size, "width": c.image_size}
+    values = {
+        "image_processor_type": name + ("Fast" if c.backend == "tensor" else ""),
+        "do_resize": True,
+        "resample": kernels[c.kernel],
+        "size": square,
+        "do_center_crop": c.resize == "crop",
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(c.mean),
+        "image_std": list(c.std),
+        "do_convert_rgb": True,
+    }
+    if c.resize == "crop":
+        if family != "clip":
+            refuse("transformers", ["centre crops with SiglipModel, whose processor squashes"])
+        values |= {"size": {"shortest_edge": c.short_side or c.image_size}, "crop_size": square}
+    return values

@@ -1,0 +1,181 @@
+"""A bundle as a folder of open_clip: its own towers, or timm's where they are the model's."""
+
+from typing import Any
+
+from etils import epath
+
+from vlm.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
+from vlm.errors import CheckpointError
+from vlm.models.dual_encoder import DualEncoder
+from vlm.preprocess import Preprocess
+from vlm.tokenizer import Tokenizer
+from vlm.weights import open_clip, timm
+from vlm.weights.files import write_safetensors
+from vlm.weights.rules import write
+from vlm.weights.writing_parts import check, dump, refuse, tokenizer_files
+
+
+def write_open_clip(
+    folder: epath.Path, model: DualEncoder, preprocess: Preprocess, tokenizer: Tokenizer
+) -> None:
+    """Write the files of a folder that open_clip opens as "local-dir:FOLDER".
+
+    Raises:
+        CheckpointError: open_clip has no place for something.
+    """
+    values = open_clip_config(model.config, tokenizer)
+    description = {"model_cfg": values, "preprocess_cfg": _preprocess(preprocess.config)}
+    dump(folder / "open_clip_config.json", description)
+    if values["text_cfg"].get("hf_tokenizer_name"):
+        tokenizer_files(folder, tokenizer)
+    shapes = {"text.token_embedding.weight": (), "logit_scale": ()}
+    tensors = write(model, open_clip.rules(model.config, shapes))
+    write_safetensors(folder / "open_clip_model.safetensors", tensors, {"format": "pt"})
+
+
+def _preprocess(p: PreprocessConfig) -> dict[str, Any]:
+    if p.backend != "pillow":
+        refuse("open_clip", ["the tensor backend of preprocessing (pillow)"])
+    if p.kernel == "lanczos" or p.short_side is not None:
+        refuse("open_clip", [f"preprocessing by {p.kernel} from short side {p.short_side}"])
+    return {
+        "size": p.image_size,
+        "mode": "RGB",
+        "mean": list(p.mean),
+        "std": list(p.std),
+        "interpolation": p.kernel,
+        "resize_mode": "shortest" if p.resize == "crop" else "squash",
+    }
+
+
+def open_clip_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The `model_cfg` of a model.
+
+    Raises:
+        CheckpointError: lists all that open_clip's towers do not have.
+    """
+    vision, text = config.vision, config.text
+    if vision.pool == "query":
+        raise CheckpointError(
+            "open_clip opens a CoCa with its captioning decoder alone, and this is the contrastive "
+            "half, which has none: save the model as a vlm bundle instead"
+        )
+    if vision.resnet:
+        image_tower = _resnet(vision)
+    elif vision.pool == "map":
+        image_tower = _timm(vision)
+    else:
+        image_tower = _native(config)
+    values: dict[str, Any] = {
+        "embed_dim": config.embed_dim,
+        "custom_text": True,
+        "vision_cfg": image_tower,
+        "text_cfg": _text(text) | _tokenizer(tokenizer),
+    }
+    if text.activation == "quick_gelu":
+        values["quick_gelu"] = True
+    if config.init_bias is not None:
+        values["init_logit_bias"] = config.init_bias
+    return values
+
+
+def _native(config: ModelConfig) -> dict[str, Any]:
+    c = config.vision
+    check("open_clip", config, {"stem": "linear", "patch_bias": False, "projection": "linear"}, {})
+    faults = []
+    if c.pool == "mean" and not c.class_token:
+        faults.append("vision.pool 'mean' without a class token beside the patches")
+    if c.rotary is not None:
+        faults.append(f"vision.rotary {c.rotary} with vision.pool {c.pool!r}")
+    if (c.activation == "quick_gelu") != (config.text.activation == "quick_gelu"):
+        faults.append("quick_gelu in one tower alone")
+    if faults:
+        refuse("open_clip", faults)
+    return {
+        "image_size": c.image_size,
+        "patch_size": c.patch_size,
+        "head_width": c.width // c.heads,
+        "no_ln_pre": not c.pre_norm,
+        "pool_type": {"class": "tok", "mean": "avg"}[c.pool],
+        "final_ln_after_pool": c.norm_pooled,
+        **_tower(c, "vision"),
+    }
+
+
+def _resnet(c: VisionConfig) -> dict[str, Any]:
+    return {
+        "image_size": c.image_size,
+        "layers": list(c.resnet),
+        "width": c.width,
+        "head_width": c.width * 32 // c.heads,
+        "patch_size": None,
+    }
+
+
+def _timm(c: VisionConfig) -> dict[str, Any]:
+    return {
+        "image_size": c.image_size,
+        "timm_model_name": timm.tower_name(c),
+        "timm_model_pretrained": False,
+        "timm_pool": "map",
+        # PE's head is timm's own classifier; "none" is of a tower without one.
+        "timm_proj": "none" if c.projection == "none" else None,
+    }
+
+
+def _text(c: TextConfig) -> dict[str, Any]:
+    pools = {"argmax": "argmax", "end": "eos", "first": "first", "last": "last"}
+    faults = []
+    if c.pool not in pools:
+        faults.append(f"text.pool {c.pool!r} (end, argmax, first or last)")
+    if c.pad_id is not None:
+        faults.append("a mask over padding in the text tower")
+    if faults:
+        refuse("open_clip", faults)
+    values = {
+        "context_length": c.context_length,
+        "vocab_size": c.vocab_size,
+        "heads": c.heads,
+        "no_causal_mask": not c.causal,
+        "pool_type": pools[c.pool],
+        "proj_bias": c.projection == "linear_bias",
+        "proj_type": "none" if c.projection == "none" else "linear",
+        **_tower(c, "text"),
+    }
+    return values | ({"eos_id": c.end_id} if c.pool == "end" else {})
+
+
+def _tower(c: VisionConfig | TextConfig, name: str) -> dict[str, Any]:
+    ratio = c.mlp_dim / c.width
+    for digits in range(1, 18):  # open_clip takes a ratio and truncates: the shortest that fits
+        rounded = round(ratio + 0.5 / c.width, digits)
+        if int(c.width * rounded) == c.mlp_dim:
+            break
+    else:
+        refuse("open_clip", [f"{name}.mlp_dim {c.mlp_dim}, which no ratio of {c.width} gives"])
+    values = {"width": c.width, "layers": c.depth, "mlp_ratio": rounded}
+    if int(c.width * 4.0) == c.mlp_dim:
+        values["mlp_ratio"] = 4.0
+    if c.norm_eps != 1e-5:
+        values["norm_kwargs"] = {"eps": c.norm_eps}
+    if c.activation == "gelu_tanh":
+        values["act_kwargs"] = {"approximate": "tanh"}
+    if c.layer_scale:
+        values["ls_init_value"] = 1e-4
+    return values
+
+
+def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Nothing for CLIP's own vocabulary; open_clip reads others from the folder."""
+    rules = tokenizer.config
+    clean = {ours: theirs for theirs, ours in CLEAN.items()}.get(rules.clean)
+    if rules.bos_id == 49406 and rules.eos_id == 49407 and tokenizer.vocab_size == 49408 and clean:
+        return {} if clean == "lower" else {"tokenizer_kwargs": {"clean": clean}}
+    # open_clip always cleans; "whitespace" is the least it does.
+    return {
+        "hf_tokenizer_name": "tokenizer.json of this folder",
+        "tokenizer_kwargs": {"clean": clean or "whitespace"},
+    }
+
+
+CLEAN = {"lower": "clip", "whitespace": "clip_cased", "canonicalize": "clip_canonical"}

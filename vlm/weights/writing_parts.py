@@ -1,0 +1,81 @@
+"""What folders for other libraries share: a tokenizer that stands alone, JSON, and refusals."""
+
+import json
+import string
+from typing import Any, NoReturn
+
+import tokenizers
+from etils import epath
+from tokenizers import Regex, normalizers, processors
+
+from vlm.config import ModelConfig
+from vlm.errors import CheckpointError
+from vlm.tokenizer import Tokenizer
+
+
+def standalone(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """The vocabulary with our rules inside: cleaning as normalisation, and the special tokens.
+
+    The repair of mojibake and HTML entities has no form there, as in transformers' own CLIP.
+    """
+    rules, vocabulary = tokenizer.config, tokenizer.vocabulary
+    steps = []
+    if rules.clean != "none":
+        steps = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    if rules.clean in ("siglip", "clip_canonical"):
+        marks = "".join("\\" + mark for mark in string.punctuation)
+        steps = [normalizers.Replace(Regex(f"[{marks}]"), ""), *steps]
+    if rules.lowercase or rules.clean in ("clip", "siglip", "clip_canonical"):
+        steps.append(normalizers.Lowercase())
+    if rules.clean == "clip":
+        steps.insert(0, normalizers.NFC())
+    if steps:
+        if vocabulary.normalizer is not None:
+            steps.append(vocabulary.normalizer)
+        vocabulary.normalizer = normalizers.Sequence(steps)
+    names = {i: vocabulary.id_to_token(i) for i in (rules.bos_id, rules.eos_id) if i is not None}
+    row = [names.get(rules.bos_id), "$A", names.get(rules.eos_id)]
+    vocabulary.post_processor = processors.TemplateProcessing(
+        single=" ".join(part for part in row if part),
+        special_tokens=[(name, i) for i, name in names.items()],
+    )
+    return vocabulary
+
+
+def tokenizer_files(folder: epath.Path, tokenizer: Tokenizer) -> None:
+    """`tokenizer.json` that does by itself what our rules do, and its `tokenizer_config.json`."""
+    rules = tokenizer.config
+    vocabulary = standalone(tokenizer)
+    (folder / "tokenizer.json").write_text(vocabulary.to_str(pretty=True))
+    names = {"bos_token": rules.bos_id, "eos_token": rules.eos_id, "pad_token": rules.pad_id}
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": rules.context_length,
+        "padding_side": rules.pad_side,
+        **{name: vocabulary.id_to_token(i) for name, i in names.items() if i is not None},
+    }
+    dump(folder / "tokenizer_config.json", about)
+
+
+def check(form: str, config: ModelConfig, vision: dict[str, Any], text: dict[str, Any]) -> None:
+    """Refuse a model unless the fields of its towers have these values."""
+    found = [
+        f"{name}.{field} {getattr(tower, field)!r} ({value!r})"
+        for name, tower, fields in (("vision", config.vision, vision), ("text", config.text, text))
+        for field, value in fields.items()
+        if getattr(tower, field) != value
+    ]
+    if found:
+        refuse(form, found)
+
+
+def refuse(form: str, found: list[str]) -> NoReturn:
+    """Raise the CheckpointError that a format has no place for all of `found`."""
+    raise CheckpointError(
+        f"{form} has no place for {', '.join(found)}: save the model as a vlm bundle instead"
+    )
+
+
+def dump(path: epath.Path, values: dict[str, Any]) -> None:
+    """Write a JSON file as both libraries do."""
+    path.write_text(json.dumps(values, indent=2) + "\n")
