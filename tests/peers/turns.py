@@ -1,6 +1,12 @@
-"""Two processes that work in turn, so that both meet the same machine at the same time."""
+"""Two processes that work in turn, so that both meet the same machine at the same time.
 
+Out of its turn a process and all its workers stand still: no queue fills up at the other's cost.
+"""
+
+import atexit
+import contextlib
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,16 +28,24 @@ class Peer:
             stdout=pipe,
             text=True,
             env=os.environ | (OURS if name == "ours" else {}),
+            process_group=0,
         )
+        atexit.register(self.stop)
 
     def take(self, request: str) -> tuple[float, ...]:
         """Send a request and wait for the numbers of its answer."""
+        os.killpg(self.process.pid, signal.SIGCONT)
         self.process.stdin.write(f"{request}\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith("answer "):
+                os.killpg(self.process.pid, signal.SIGSTOP)
                 return tuple(map(float, line.split()[1:]))
         raise SystemExit(f"{self.name} stopped; its error is above")
+
+    def stop(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def requests() -> Iterator[str]:
