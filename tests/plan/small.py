@@ -15,11 +15,12 @@ def experiment(
     batch_size=64, mesh=None, loss="softmax", vision=None, text=None, **fields
 ) -> Experiment:
     tower = {"width": 64, "heads": 4, "mlp_dim": 256}
+    pixels = {"image_size": 32, "patch_size": 8, "depth": 3} | tower | (vision or {})
     words = {"vocab_size": 512, "context_length": 16, "depth": 2} | tower | (text or {})
     return Experiment(
         name="small",
         model=ModelConfig(
-            vision=VisionConfig(image_size=32, patch_size=8, depth=3, **tower, **(vision or {})),
+            vision=VisionConfig(**pixels),
             text=TextConfig(**words),
             embed_dim=64,
             loss=loss,

@@ -1,12 +1,20 @@
 """Multi-head attention, with the fastest form that each kind of device has."""
 
+import functools
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
+from vlm.nn import tpu_attention
 from vlm.nn.rotary import Rotation, rotate
+from vlm.sharding import AXES, BATCH_AXES
 
 
 def attend(
@@ -20,16 +28,62 @@ def attend(
     """softmax(query key^T / sqrt(d)) value (Vaswani et al., 2017, arXiv:1706.03762).
 
     `mask` is true where a query may look. The softmax is taken in float32. The form is chosen
-    when the computation is lowered, so that a plan for a TPU made on a CPU sees the TPU's.
+    when the computation is lowered, so that a plan for a TPU made on a CPU sees the TPU's: a kernel
+    that keeps the weights on the chip where it takes such arrays, on a TPU or an NVIDIA GPU.
     """
-    return lax.platform_dependent(
-        query,
-        key,
-        value,
-        mask,
-        cpu=lambda *args: _attend_by_head(*args, causal=causal),
-        default=lambda q, k, v, m: jax.nn.dot_product_attention(q, k, v, mask=m, is_causal=causal),
+    dense = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
+    forms = {
+        "cpu": functools.partial(_attend_by_head, causal=causal),
+        "default": lambda query, key, value, mask: dense(query, key, value, mask=mask),
+    }
+    mesh = _mesh_of(query)
+    if mesh is not None and tpu_attention.fits(query, key, mask):
+        forms["tpu"] = _each_on_its_own(mesh, query.shape, mask is not None, causal)
+    if mask is None and query.shape == key.shape and _cudnn_takes(query):
+        forms["cuda"] = lambda query, key, value, mask: _at_even_length(dense, query, key, value)
+    return lax.platform_dependent(query, key, value, mask, **forms)
+
+
+def _mesh_of(x: Array) -> AbstractMesh | None:
+    """The mesh over which the partitioner will cut a traced array, if its type tells."""
+    mesh = jax.typeof(x).sharding.mesh
+    known = tuple(mesh.axis_names) == AXES and set(mesh.axis_types) == {AxisType.Auto}
+    return mesh if known else None
+
+
+def _each_on_its_own(mesh: AbstractMesh, shape: tuple[int, ...], masked: bool, causal: bool):
+    """The TPU's kernel on each device's examples and heads: nothing can cut it but its caller."""
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    examples = BATCH_AXES if shape[0] % ways == 0 else None
+    heads = "tensor" if shape[2] % mesh.shape["tensor"] == 0 else None
+    rows = P(examples, None, heads, None)
+    return jax.shard_map(
+        functools.partial(tpu_attention.attend, causal=causal),
+        mesh=mesh,
+        in_specs=(rows, rows, rows, P(examples) if masked else P()),
+        out_specs=rows,
+        check_vma=False,
     )
+
+
+def _at_even_length(attention, query, key, value, implementation="cudnn"):
+    """Self-attention by cuDNN, whose backward pass takes even lengths: an odd one is padded."""
+    b, n = query.shape[:2]
+    if n % 2 == 0:
+        return attention(query, key, value, implementation=implementation)
+    query, key, value = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (query, key, value))
+    real = {"query_seq_lengths": jnp.full(b, n), "key_value_seq_lengths": jnp.full(b, n)}
+    return attention(query, key, value, **real, implementation=implementation)[:, :n]
+
+
+def _cudnn_takes(query: Array) -> bool:
+    """Whether cuDNN's attention runs here (an Ampere GPU or later) and takes such arrays."""
+    if query.dtype not in (jnp.bfloat16, jnp.float16) or query.shape[1] < 2:
+        return False
+    if query.shape[-1] % 8 or query.shape[-1] > 128 or jax.default_backend() != "gpu":
+        return False
+    generation = getattr(jax.devices()[0], "compute_capability", "0")  # AMD's is no number
+    return re.fullmatch(r"\d+\.\d+", generation) is not None and float(generation) >= 8
 
 
 def _attend_by_head(query, key, value, mask, *, causal):

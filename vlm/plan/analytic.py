@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from vlm.chips import Chip
 from vlm.config import Experiment
 from vlm.models.flops import step_flops
+from vlm.nn.tpu_attention import LONGEST
 from vlm.plan.compile import StateBytes
 
 TILE = 4096  # side of the loss's tiles on an accelerator
@@ -30,14 +31,19 @@ class AnalyticMemory:
 
 
 def analytic_memory(
-    experiment: Experiment, state: StateBytes, batch_ways: int, tensor_ways: int = 1
+    experiment: Experiment,
+    chip: Chip | None,
+    state: StateBytes,
+    batch_ways: int,
+    tensor_ways: int = 1,
 ) -> AnalyticMemory:
     """The memory of a step on each device, the batch cut `batch_ways` times."""
     e = experiment
     rows = (e.micro_batch_size or e.batch_size) / batch_ways
     kept, block = 0.0, 0.0
     for tower, tokens, config in _towers(e):
-        width, mlp, scores = config.width, config.mlp_dim, config.heads * tokens
+        width, mlp = config.width, config.mlp_dim
+        scores = 0 if fused_attention(e, chip, tokens, config) else config.heads * tokens
         size = 2 if e.dtype != "float32" else 4
         inside = size * (6 * width + mlp) / tensor_ways
         saved = {
@@ -63,7 +69,7 @@ def analytic_memory(
 
 
 def analytic_operations(
-    experiment: Experiment, chip: Chip, chips: int, state: StateBytes, *, fused_attention: bool
+    experiment: Experiment, chip: Chip, chips: int, state: StateBytes
 ) -> tuple[float, float, float]:
     """Seconds of arithmetic, of memory traffic, and of both one after the other, on one chip.
 
@@ -76,7 +82,7 @@ def analytic_operations(
     traffic = 0.0
     for tower, tokens, config in _towers(e):
         forward = size * (8 * config.width + 2 * config.mlp_dim)
-        if not fused_attention:
+        if not fused_attention(e, chip, tokens, config):
             forward += config.heads * tokens * (2 * 4 + 2 * size)
         passes = 1 if e.lock == tower else (4 if e.remat == "full" else 3)
         traffic += rows * tokens * config.depth * passes * forward
@@ -106,6 +112,15 @@ def analytic_traffic(
         gathers = 3 if experiment.remat == "full" else 2
         sent["FSDP gathers"] = gathers * parameters * (fsdp - 1) / fsdp / 2
     return sent
+
+
+def fused_attention(experiment: Experiment, chip: Chip | None, tokens: int, config) -> bool:
+    """Whether a tower's attention keeps its weights on the chip: see `vlm.nn.attention.attend`."""
+    if chip is None or experiment.dtype == "float32":
+        return False
+    if chip.platform == "tpu":
+        return tokens <= LONGEST
+    return getattr(config, "pad_id", None) is None and config.width // config.heads % 8 == 0
 
 
 def _towers(experiment: Experiment):

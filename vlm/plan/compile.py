@@ -78,7 +78,13 @@ def compile_step(experiment: Experiment, mesh: Mesh) -> CompiledStep | DoesNotFi
     """Compile the step of `experiment` on `mesh`; nothing is allotted and nothing runs."""
     began = time.perf_counter()
     trainer = Trainer(experiment, mesh)
-    lowered = trainer.step.lower(trainer.abstract_state, batch_of(experiment))
+    # With their shardings, as a run's arrays have them: attention reads the mesh off their types.
+    state, batch = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        (trainer.abstract_state, batch_of(experiment)),
+        (trainer.state_shardings, dict.fromkeys(("images", "tokens"), batch_sharding(mesh))),
+    )
+    lowered = trainer.step.lower(state, batch)
     compiled = _compile(lowered)
     if isinstance(compiled, DoesNotFit):
         return compiled

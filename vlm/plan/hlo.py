@@ -83,6 +83,13 @@ class Computation:
     def root(self) -> Instruction:
         return next(i for i in self.instructions.values() if i.root)
 
+    def parameter(self, number: int) -> str | None:
+        """The name of a parameter by its number."""
+        for i in self.instructions.values():
+            if i.opcode == "parameter" and int(i.text_value) == number:
+                return i.name
+        return None
+
 
 @dataclass
 class Program:
@@ -134,7 +141,7 @@ class Program:
     # ---------------------------------------------------------------------- costs
 
     def flops(self, instruction: Instruction, computation: Computation) -> float:
-        """Operations of the products and convolutions in one run of an instruction."""
+        """Operations of the products, convolutions and kernels in one run of an instruction."""
         inside = self.fused(instruction)
         if inside is not None:
             return sum(self.flops(i, inside) for i in inside.instructions.values())
@@ -142,6 +149,9 @@ class Program:
             return _dot_flops(instruction, computation)
         if instruction.opcode == "convolution":
             return _convolution_flops(instruction, computation)
+        if instruction.opcode == "custom-call":  # a kernel says what it computes
+            said = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.text)
+            return float(said[1]) if said else 0.0
         return 0.0
 
     def total_flops(self) -> float:
@@ -157,6 +167,8 @@ class Program:
             return 0.0
         if instruction.opcode.startswith(("async", "collective", "all-", "reduce-scatter")):
             return 0.0  # counted as communication
+        if "ConcatBitcast" in instruction.text:
+            return 0.0  # slices that were fetched one by one, side by side already
         if prefetches(instruction):  # (source, part in fast memory, context)
             return float(instruction.arrays[1].bytes) if len(instruction.arrays) > 1 else 0.0
         inside = self.fused(instruction)
@@ -168,17 +180,28 @@ class Program:
                 return 2 * _hbm(operands[1].arrays) if operands[1] else 0.0
             read = sum(_hbm(x.arrays) for x in operands if x is not None)
             return read + _hbm(instruction.arrays)
-        parameters = {}
-        for i in inside.instructions.values():
-            if i.opcode == "parameter":
-                parameters[int(i.text_value)] = i.name
         total = 0.0
         for number, operand in enumerate(operands):
-            if operand is not None:
-                total += min(
-                    _hbm(operand.arrays), _touched(inside, parameters.get(number), operand)
-                )
+            whole = 0.0 if operand is None else _hbm(operand.arrays)
+            if whole:
+                total += min(whole, self._touched(inside, number))
         return total + _written(inside, instruction)
+
+    def _touched(self, inside: Computation, number: int) -> float:
+        """Bytes that a fusion reads of an operand: slices alone, where nothing else looks at it."""
+        parameter, total = inside.parameter(number), 0.0
+        for i in inside.instructions.values():
+            if parameter not in i.operands:
+                continue
+            within = self.fused(i)  # fusions are nested where a product has fused operands
+            if within is not None:
+                for place, name in enumerate(i.operands):
+                    total += self._touched(within, place) if name == parameter else 0.0
+            elif i.opcode in ("dynamic-slice", "slice", "gather"):
+                total += i.bytes
+            elif i.opcode != "dynamic-update-slice" or i.operands[0] != parameter:
+                return math.inf  # an update leaves the rest of the array where it is
+        return total
 
 
 def prefetches(instruction: Instruction) -> bool:
@@ -270,20 +293,6 @@ def _arrays(shape: str) -> tuple[Array, ...]:
 
 def _hbm(arrays) -> float:
     return float(sum(array.bytes for array in arrays if array.in_hbm))
-
-
-def _touched(inside: Computation, parameter: str | None, operand: Instruction) -> float:
-    """Bytes that a fusion reads of one operand: slices alone, where nothing else looks at it."""
-    total = 0.0
-    for i in inside.instructions.values():
-        if parameter in i.operands:
-            if i.opcode in ("dynamic-slice", "slice", "gather"):
-                total += i.bytes if operand.arrays and operand.arrays[0].in_hbm else 0.0
-            elif i.opcode == "dynamic-update-slice" and i.operands[0] == parameter:
-                continue  # the rest of the array stays where it is
-            else:
-                return math.inf
-    return total
 
 
 def _written(inside: Computation, fusion: Instruction) -> float:

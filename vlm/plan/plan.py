@@ -29,9 +29,6 @@ from vlm.plan.roofline import ATTAINED, Roofline, analytic_roofline, compiled_ro
 from vlm.plan.topology import Topology, parse_mesh, parse_topology, topology_devices
 from vlm.sharding import AXES, BATCH_AXES, check_batch, make_mesh
 
-# `vlm.nn.attention.attend` writes attention's weights to memory on every kind of chip.
-FUSED_ATTENTION = False
-
 BASES = {
     "compiled": "read from the program that the compiler made for this slice",
     "analytic": "counted by hand from the model and the published figures of the chip",
@@ -252,7 +249,7 @@ def _memory(e, where, grid, state, step, *, loss) -> tuple[Memory, bool, str | N
             **common,
         )
         return memory, limit is None or step.peak <= limit, None
-    counted = analytic_memory(e, state, ways, grid.shape["tensor"])
+    counted = analytic_memory(e, where.chip, state, ways, grid.shape["tensor"])
     refused = isinstance(step, DoesNotFit)
     known = refused and step.used
     memory = Memory(
@@ -272,7 +269,7 @@ def _roofline(e, where, state, step, sent) -> Roofline | None:
         return None
     if isinstance(step, CompiledStep):
         return compiled_roofline(where, step)
-    return analytic_roofline(e, where, state, sent, fused_attention=FUSED_ATTENTION)
+    return analytic_roofline(e, where, state, sent)
 
 
 def ring_ratio(plan: Plan) -> float:

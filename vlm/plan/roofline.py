@@ -81,14 +81,10 @@ def analytic_roofline(
     topology: Topology,
     state: StateBytes,
     sent: dict[str, float],
-    *,
-    fused_attention: bool,
 ) -> Roofline:
     """The roofline of a step counted by hand."""
     chip, chips = topology.chip, topology.chips
-    compute, memory, operations = analytic_operations(
-        experiment, chip, chips, state, fused_attention=fused_attention
-    )
+    compute, memory, operations = analytic_operations(experiment, chip, chips, state)
     rate = _rate(chip, topology, everyone=True)
     ring = sent.get(LOSS_RING, 0.0) / _ring_rate(chip, topology)
     rest = sum(b for place, b in sent.items() if place != LOSS_RING) / rate

@@ -131,6 +131,8 @@ def topology_devices(topology: Topology) -> list[Any]:
     options = {}
     if topology.chips == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
+    if topology.chip.name == "v4":
+        options["chip_config_name"] = "megacore"  # both cores of a chip as one device
     try:
         described = topologies.get_topology_desc(topology.name, "tpu", **options)
     except Exception as error:  # whatever the plugin raises

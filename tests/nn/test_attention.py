@@ -1,0 +1,152 @@
+"""The TPU's attention kernel, run by an interpreter, against attention written out."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from vlm.config import MeshConfig
+from vlm.nn import tpu_attention
+from vlm.nn.attention import (
+    _at_even_length,
+    _attend_by_head,
+    _each_on_its_own,
+    _mesh_of,
+    attend,
+)
+from vlm.sharding import batch_sharding, make_mesh
+
+interpreted = functools.partial(tpu_attention.attend, interpret=True)
+
+
+def arrays(b, n, heads, d, *, masked=False, dtype=jnp.bfloat16):
+    """Queries, keys, values, a gradient of the result, and a mask that leaves some keys."""
+    rng = np.random.default_rng(0)
+    x = [jnp.asarray(rng.standard_normal((b, n, heads, d)), dtype) for _ in range(4)]
+    lengths = rng.integers(1, n, (b, 1, 1, 1))
+    return *x, jnp.asarray(np.arange(n) < lengths) if masked else None
+
+
+def with_gradients(function, query, key, value, gradient, mask, **options):
+    """The result and the gradients of its three inputs, in float32."""
+    result, pull_back = jax.vjp(lambda *x: function(*x, mask, **options), query, key, value)
+    return [np.asarray(x, np.float32) for x in (result, *pull_back(gradient.astype(result.dtype)))]
+
+
+@pytest.mark.parametrize(
+    ("shape", "causal", "masked"),
+    [
+        ((3, 17, 4, 64), False, False),
+        ((3, 17, 4, 64), True, True),
+        ((2, 77, 3, 64), True, False),  # heads that fill no register pairs
+        ((2, 33, 4, 72), False, True),  # So400m's heads, padded to 128 dimensions
+        ((5, 130, 2, 64), False, False),
+    ],
+)
+def test_the_kernel_and_its_gradients(shape, causal, masked):
+    *x, mask = arrays(*shape, masked=masked)
+    assert tpu_attention.fits(x[0], x[1], mask)
+    exact = with_gradients(
+        functools.partial(_attend_by_head, causal=causal),
+        *(a.astype(jnp.float32) for a in x),
+        mask,
+    )
+    rounded = with_gradients(functools.partial(_attend_by_head, causal=causal), *x, mask)
+    kernel = with_gradients(interpreted, *x, mask, causal=causal)
+    for want, plain, got in zip(exact, rounded, kernel, strict=True):
+        # As near as bfloat16 comes: no further from the exact than the written-out form, by much.
+        assert np.abs(got - want).max() <= 2 * np.abs(plain - want).max() + 1e-3
+
+
+def test_blocks_that_the_batch_does_not_fill(monkeypatch):
+    """Three examples in blocks of two, and four heads in blocks of two."""
+    monkeypatch.setattr(tpu_attention, "BLOCK", 2 * 16 * 128)
+    *x, mask = arrays(3, 16, 4, 64, masked=True)
+    assert tpu_attention._heads_per_run(4, 64, 16) == 2
+    blocks = with_gradients(interpreted, *x, mask)
+    monkeypatch.undo()
+    for a, b in zip(blocks, with_gradients(interpreted, *x, mask), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_text_of_padding_alone_is_finite():
+    *x, _ = arrays(2, 16, 2, 64)
+    found = with_gradients(interpreted, *x, jnp.zeros((2, 1, 1, 16), bool))
+    assert all(np.isfinite(a).all() for a in found)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_every_device_takes_its_own_examples_and_heads(tensor, monkeypatch):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=-1, tensor=tensor))
+    *x, mask = arrays(8, 16, 4, 64, masked=True)
+    x, mask = jax.device_put((x, mask), batch_sharding(mesh))
+    monkeypatch.setattr(tpu_attention, "attend", interpreted)
+
+    @jax.jit
+    def run(query, key, value, gradient, mask):
+        form = _each_on_its_own(_mesh_of(query), query.shape, True, False)
+        result, pull_back = jax.vjp(lambda *a: form(*a, mask), query, key, value)
+        return result, *pull_back(gradient)
+
+    compiled = run.lower(*x, mask).compile()
+    if tensor == 1:
+        assert "all-gather" not in compiled.as_text()
+    whole = with_gradients(interpreted, *jax.device_get(x), jax.device_get(mask))
+    for a, b in zip(run(*x, mask), whole, strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "mask"),
+    [
+        (((2, 16, 2, 64), "float32"), ((2, 16, 2, 64), "float32"), None),
+        (((2, 1, 2, 64), "bfloat16"), ((2, 16, 2, 64), "bfloat16"), None),  # pooling's one query
+        (((2, 2048, 2, 64), "bfloat16"), ((2, 2048, 2, 64), "bfloat16"), None),
+        (((2, 16, 2, 64), "bfloat16"), ((2, 16, 2, 64), "bfloat16"), (2, 1, 16, 16)),
+        (((2, 16, 2, 64), "bfloat16"), ((2, 16, 2, 64), "bfloat16"), (1, 1, 1, 16)),
+    ],
+)
+def test_what_the_kernel_does_not_take(query, key, mask):
+    query, key = (jax.ShapeDtypeStruct(*x) for x in (query, key))
+    mask = None if mask is None else jax.ShapeDtypeStruct(mask, bool)
+    assert not tpu_attention.fits(query, key, mask)
+
+
+def test_a_mesh_is_read_off_the_types_of_arrays():
+    mesh = make_mesh(MeshConfig())
+    x = jnp.zeros((8, 16, 2, 64))
+    found = []
+    run = jax.jit(lambda x: found.append(_mesh_of(x)))
+    run(x)
+    run(jax.device_put(x, batch_sharding(mesh)))
+    other = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    run(jax.device_put(x, NamedSharding(other, jax.sharding.PartitionSpec("rows"))))
+    assert found[0] is None
+    assert dict(found[1].shape) == dict(mesh.shape)
+    assert found[2] is None
+
+
+def test_on_this_machine_the_form_of_a_cpu_runs_whatever_else_was_traced():
+    mesh = make_mesh(MeshConfig())
+    query, key, value, _, mask = arrays(8, 16, 2, 64, masked=True)
+    whole = _attend_by_head(query, key, value, mask, causal=False)
+    placed = jax.device_put((query, key, value, mask), batch_sharding(mesh))
+    np.testing.assert_allclose(
+        np.asarray(jax.jit(attend)(*placed), np.float32), np.asarray(whole, np.float32), atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_an_odd_length_padded_for_cudnn(causal):
+    *x, _ = arrays(2, 7, 2, 8, dtype=jnp.float32)
+    dense = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
+
+    def padded(query, key, value, mask):
+        return _at_even_length(dense, query, key, value, implementation="xla")
+
+    plain = with_gradients(functools.partial(_attend_by_head, causal=causal), *x, None)
+    for a, b in zip(with_gradients(padded, *x, None), plain, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)

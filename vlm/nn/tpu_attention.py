@@ -1,0 +1,182 @@
+"""Attention as one TPU kernel: weights never leave the chip.
+
+The sequences of the towers are short (77 words, 257 patches), so all weights of one head fit
+the chip's fast memory. That makes the kernel simpler than FlashAttention (arXiv:2205.14135): no
+softmax over blocks, and a backward pass of one visit that needs the inputs alone.
+
+Arrays stay as the projections make them, (b, n, h * d) with heads side by side, so that nothing is
+transposed or padded on the way. One run of the kernel takes some examples and some heads.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, BFloat16, Bool
+
+LANES = 128  # of a vector register, the unit of the last axis
+HEAD = 64  # the unit of a head's dimensions: others would straddle registers
+LONGEST = 1024  # tokens: matrices of weights of more do not fit the fast memory
+BLOCK = 2**17  # elements of one array that a run of the kernel takes, about
+
+
+class _Form(NamedTuple):
+    """What the kernels are specialised on."""
+
+    scale: float
+    causal: bool
+    interpret: bool  # run in Python, on any device: for tests
+
+
+def fits(query: Array, key: Array, mask: Array | None) -> bool:
+    """Whether the kernel takes these arrays: bfloat16, self-attention, at most a mask of keys."""
+    n = query.shape[1]
+    return (
+        query.dtype == jnp.bfloat16
+        and query.shape == key.shape
+        and 8 <= n <= LONGEST
+        and (mask is None or mask.shape == (len(query), 1, 1, n))
+    )
+
+
+def attend(
+    query: BFloat16[Array, "b n h d"],
+    key: BFloat16[Array, "b n h d"],
+    value: BFloat16[Array, "b n h d"],
+    mask: Bool[Array, "b 1 1 n"] | None = None,
+    *,
+    causal: bool = False,
+    interpret: bool = False,
+) -> BFloat16[Array, "b n h d"]:
+    """softmax(query key^T / sqrt(d)) value, for arrays that `fits` says the kernel takes.
+
+    Products have bfloat16 factors and float32 sums; the softmax is in float32. On a mesh it must
+    run inside `jax.shard_map`: the partitioner cannot look inside a kernel.
+    """
+    d = query.shape[-1]
+    form = _Form(d**-0.5, causal, interpret)
+    # Zeros change no product, and the matrix units take 128 dimensions in the time of 72.
+    width = [(0, 0)] * 3 + [(0, -d % HEAD)]
+    query, key, value = (jnp.pad(x, width) for x in (query, key, value))
+    # As float32, which every generation loads and broadcasts.
+    keep = None if mask is None else mask[:, 0].astype(jnp.float32)
+    return _attention(form, query, key, value, keep)[..., :d]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(form, query, key, value, keep):
+    return _forward(form, query, key, value, keep)
+
+
+def _attention_forward(form, query, key, value, keep):
+    return _attention(form, query, key, value, keep), (query, key, value, keep)
+
+
+def _attention_backward(form, residuals, gradient):
+    query, key, value, keep = residuals
+    gradients = _backward(form, query, key, value, keep, gradient)
+    return *gradients, None if keep is None else jnp.zeros_like(keep)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+# ------------------------------------------------------------------------ the kernels
+
+
+def _forward(form: _Form, query, key, value, keep):
+    def one_head(q, k, v, keep):
+        powers, total = _softmax(form, q, k, keep)
+        return (_dot(powers.astype(v.dtype), v, 1, 0) / total,)
+
+    return _run(form, one_head, 1, 2, [query, key, value], keep)[0]
+
+
+def _backward(form: _Form, query, key, value, keep, gradient):
+    def one_head(q, k, v, g, keep):
+        powers, total = _softmax(form, q, k, keep)
+        weights = powers / total
+        d_value = _dot(weights.astype(g.dtype), g, 0, 0)
+        d_weights = _dot(g, v, 1, 1)
+        mean = jnp.sum(weights * d_weights, axis=-1, keepdims=True)
+        d_logits = (weights * (d_weights - mean) * form.scale).astype(q.dtype)
+        return _dot(d_logits, k, 1, 0), _dot(d_logits, q, 0, 0), d_value
+
+    return tuple(_run(form, one_head, 3, 5, [query, key, value, gradient], keep))
+
+
+def _softmax(form: _Form, q, k, keep):
+    """exp(logits - their maximum) and its sums, in float32."""
+    logits = _dot(q, k, 1, 1) * form.scale
+    least = jnp.finfo(jnp.float32).min
+    if form.causal:
+        rows, columns = (lax.broadcasted_iota(jnp.int32, logits.shape, d) for d in (0, 1))
+        logits = jnp.where(rows >= columns, logits, least)
+    if keep is not None:
+        logits = jnp.where(keep > 0, logits, least)
+    powers = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    return powers, powers.sum(axis=-1, keepdims=True)
+
+
+def _dot(x, y, x_axis: int, y_axis: int):
+    """The sum of products over one axis of each, in float32."""
+    numbers = (((x_axis,), (y_axis,)), ((), ()))
+    return lax.dot_general(x, y, numbers, preferred_element_type=jnp.float32)
+
+
+def _run(form: _Form, one_head, results: int, products: int, arrays, keep):
+    """`one_head` for every example and head: (n, d) arrays and the mask in, (n, d) arrays out."""
+    shape = arrays[0].shape
+    b, n, heads, d = shape
+    per_run = _heads_per_run(heads, d, n)
+    lanes = per_run * d
+    examples = max(1, min(b, BLOCK // (n * lanes)))
+
+    def kernel(*refs):
+        inputs, outputs = refs[:-results], refs[-results:]
+        keep_ref = None
+        if keep is not None:
+            *inputs, keep_ref = inputs
+
+        def one_example(i, _):
+            own_keep = None if keep_ref is None else keep_ref[i]
+            for h in range(per_run):
+                own = slice(h * d, (h + 1) * d)
+                found = one_head(*(ref[i, :, own] for ref in inputs), own_keep)
+                for ref, x in zip(outputs, found, strict=True):
+                    ref[i, :, own] = x.astype(ref.dtype)
+            return _
+
+        lax.fori_loop(0, examples, one_example, 0)
+
+    flat = [x.reshape(b, n, heads * d) for x in arrays]
+    block = pl.BlockSpec((examples, n, lanes), lambda i, j: (i, 0, j))
+    blocks = [block] * len(flat)
+    if keep is not None:
+        flat.append(keep)
+        blocks.append(pl.BlockSpec((examples, 1, n), lambda i, j: (i, 0, 0)))
+    found = pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(b, examples), heads // per_run),
+        in_specs=blocks,
+        out_specs=[block] * results,
+        out_shape=[jax.ShapeDtypeStruct(flat[0].shape, arrays[0].dtype)] * results,
+        cost_estimate=pl.CostEstimate(
+            flops=products * 2 * b * heads * n**2 * d,
+            transcendentals=b * heads * n**2,
+            bytes_accessed=(len(arrays) + results) * 2 * math.prod(shape),
+        ),
+        interpret=form.interpret,
+        name="attention" if results == 1 else "attention_backward",
+    )(*flat)
+    return [x.reshape(shape) for x in found]
+
+
+def _heads_per_run(heads: int, d: int, n: int) -> int:
+    """Heads that fill whole registers side by side, and enough of them to be worth a run."""
+    whole = [h for h in range(1, heads) if heads % h == 0 and h * d % LANES == 0]
+    return next((h for h in whole if h * d * n >= BLOCK // 2), heads)
