@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import environment, losses, send_at, start, wait, weights, write_config
+from processes import KILLS, environment, losses, send_at, start, wait, weights, write_config
 from safetensors.numpy import load as load_safetensors
 
 from vlm.train.loop import train
@@ -87,7 +87,8 @@ def test_two_processes_are_one(pair, tmp_path):
     assert "step 1/60" not in said[1]
 
 
-def test_a_pair_is_killed_and_told_to_leave_and_ends_the_same(pair, tmp_path):
+@pytest.mark.parametrize("_", range(KILLS))
+def test_a_pair_is_killed_and_told_to_leave_and_ends_the_same(pair, tmp_path, _):
     whole, config, cache, _, _ = pair
     run = tmp_path / "run"
 

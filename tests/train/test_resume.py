@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from processes import (
+    KILLS,
     environment,
     last_step,
     losses,
@@ -50,7 +51,8 @@ def alone(tiny, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_a_run_ends_bit_for_bit_the_same(alone, tmp_path):
+@pytest.mark.parametrize("_", range(KILLS))
+def test_killed_at_any_moment_a_run_ends_bit_for_bit_the_same(alone, tmp_path, _):
     whole, config, env = alone
     run, log = tmp_path / "run", tmp_path / "log"
     first = start([config, "--run-dir", run], env, log)
@@ -258,6 +260,7 @@ def test_things_are_due_at_their_share_of_the_run():
 def test_what_does_not_fit_is_refused_before_training(tiny, tmp_path, changes, error, said):
     with pytest.raises(error, match=said):
         train(tiny(run_dir=str(tmp_path / "run"), **changes))
+    assert not (tmp_path / "run").exists()  # free for the next attempt
 
 
 def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(killed):

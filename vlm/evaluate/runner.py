@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from etils import epath
@@ -112,18 +113,19 @@ class Report:
     def __rich__(self) -> Table:
         """The table that `rich.print` shows."""
         table = Table(title=f"Evaluation of {self._models()}", title_justify="left")
-        table.add_column("task", no_wrap=True)
-        table.add_column("data")
+        table.add_column("task", overflow="fold")
         table.add_column("metric", no_wrap=True)
         for heading in ("value", "95% interval", "n"):
             table.add_column(heading, justify="right", no_wrap=True)
         for result in self.results:
             table.add_section()
-            head = [result.task, str(result.provenance.data)]
-            for name, metric in result.metrics.items():
-                interval = f"{metric.low:.1%} – {metric.high:.1%}"
-                table.add_row(*head, name, f"[bold]{metric.value:.1%}", interval, f"{metric.n:,}")
-                head = ["", ""]
+            heads = [result.task, f"[dim]{result.provenance.data}"]
+            rows = [
+                (name, f"[bold]{m.value:.1%}", f"{m.low:.1%} – {m.high:.1%}", f"{m.n:,}")
+                for name, m in result.metrics.items()
+            ]
+            for head, row in zip_longest(heads, rows, fillvalue=""):
+                table.add_row(head, *row)
         return table
 
     def _repr_html_(self) -> str:

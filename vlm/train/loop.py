@@ -38,29 +38,31 @@ def train(
     """
     run = Run.create(experiment) if resume is None else Run.open(resume)
     experiment = run.experiment
-    mesh = make_mesh(experiment.mesh)
-    check_batch(experiment.batch_size, mesh)
-    check_batch(experiment.micro_batch_size or experiment.batch_size, mesh, "micro_batch_size")
+    with run.starting():
+        mesh = make_mesh(experiment.mesh)
+        check_batch(experiment.batch_size, mesh)
+        check_batch(experiment.micro_batch_size or experiment.batch_size, mesh, "micro_batch_size")
 
-    tokenizer = the_tokenizer(run)
-    trainer = Trainer(experiment, mesh, tokenizer.config)
-    share, shares = batch_share(mesh)
-    batches = train_batches(
-        experiment.data,
-        trainer.preprocess,
-        tokenizer,
-        batch_size=experiment.batch_size // shares,
-        seed=experiment.seed,
-        process_index=share,
-        process_count=shares,
-    )
-    held = HeldOut(experiment, trainer, tokenizer) if experiment.data.eval_split else None
+        tokenizer = the_tokenizer(run)
+        trainer = Trainer(experiment, mesh, tokenizer.config)
+        share, shares = batch_share(mesh)
+        batches = train_batches(
+            experiment.data,
+            trainer.preprocess,
+            tokenizer,
+            batch_size=experiment.batch_size // shares,
+            seed=experiment.seed,
+            process_index=share,
+            process_count=shares,
+        )
+        held = HeldOut(experiment, trainer, tokenizer) if experiment.data.eval_split else None
 
     with (
         contextlib.closing(batches),
         Checkpoints(run.checkpoints, experiment.keep_checkpoints) as checkpoints,
     ):
-        state = start(trainer, batches, checkpoints, resumed=resume is not None)
+        with run.starting():
+            state = start(trainer, batches, checkpoints, resumed=resume is not None)
         step, total = int(state.step), int(state.total_steps)
         say(f"run folder {run.folder}")
         say(placement_table(state))

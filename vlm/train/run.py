@@ -4,9 +4,11 @@ config.json  checkpoints/  tokenizer/  log.jsonl  tensorboard/  profile/  bundle
 report.html
 """
 
+import contextlib
 import datetime
 import json
 import os
+from collections.abc import Iterator
 
 import jax
 from etils import epath
@@ -20,9 +22,10 @@ from vlm.paths import as_path
 class Run:
     """A run's folder. Its files are written by the first process alone."""
 
-    def __init__(self, folder: epath.Path, experiment: Experiment):
+    def __init__(self, folder: epath.Path, experiment: Experiment, *, new: bool = False):
         self.folder = folder
         self.experiment = experiment
+        self._new = new
 
     @classmethod
     def create(cls, experiment: Experiment) -> "Run":
@@ -40,7 +43,7 @@ class Run:
         folder, said = json.loads(broadcast_text(json.dumps([folder, said])))
         if said:
             raise ConfigError(said)
-        return cls(as_path(folder), experiment)
+        return cls(as_path(folder), experiment, new=True)
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> "Run":
@@ -60,6 +63,21 @@ class Run:
             return cls(folder, from_dict(Experiment, json.loads(config.read_text())))
         except (ValueError, ConfigError) as error:
             raise CheckpointError(f"{config} cannot be read: {error}") from None
+
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """While a run prepares: if that fails, a new run leaves no files behind."""
+        try:
+            yield
+        except BaseException:
+            if self._new and jax.process_index() == 0:
+                for made in (self.tokenizer, self.checkpoints):
+                    if made.exists():
+                        made.rmtree()
+                (self.folder / "config.json").unlink(missing_ok=True)
+                if not any(self.folder.iterdir()):
+                    self.folder.rmdir()
+            raise
 
     @property
     def checkpoints(self) -> epath.Path:
