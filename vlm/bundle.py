@@ -405,8 +405,8 @@ def _open(model: epath.PathLike, revision: str | None) -> tuple[Checkpoint, str]
         name, path = os.fspath(model), download(os.fspath(model), revision)
     if (path / "checkpoints").exists():
         raise CheckpointError(
-            f"the run {path} has no bundle yet, which is written after each evaluation and at the "
-            f"end: finish it with vlm train --resume {path}"
+            f"the run {path} has no bundle yet, which is written at its end: finish it with "
+            f"vlm train --resume {path}"
         )
     if (checkpoint := open_checkpoint(path)) is not None:
         return checkpoint, name or checkpoint.name
