@@ -129,3 +129,40 @@ def test_groups_in_every_notation(groups):
     text = PROGRAM.replace("[2,2]<=[2,2]T(1,0)", groups)
     rows = {c.place: c for c in collectives(parse(text), {"data": 2, "fsdp": 2})}
     assert rows[GRADIENTS].axes == ("fsdp",)
+
+
+NESTED = """\
+HloModule step
+
+%inner (a: bf16[24,64], i: s32[]) -> bf16[64] {
+  %a = bf16[24,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = bf16[1,64]{1,0} dynamic-slice(%a, %i, %zero), dynamic_slice_sizes={1,64}
+  ROOT %flat = bf16[64]{0} bitcast(%slice)
+}
+
+%outer (b: bf16[24,64], j: s32[]) -> bf16[64] {
+  %b = bf16[24,64]{1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %layer = bf16[64]{0} fusion(%b, %j), kind=kLoop, calls=%inner
+  ROOT %twice = bf16[64]{0} add(%layer, %layer)
+}
+
+ENTRY %main (p: bf16[24,64], k: s32[]) -> bf16[64] {
+  %p = bf16[24,64]{1,0} parameter(0)
+  %k = s32[]{:S(6)} parameter(1)
+  %fused = bf16[64]{0} fusion(%p, %k), kind=kLoop, calls=%outer
+  ROOT %kernel = bf16[64]{0} custom-call(%fused), custom_call_target="tpu_custom_call", \
+backend_config={"custom_call_config":{"body":"","cost_estimate":{"flops":"640","transcendentals":"1"}}}
+}
+"""
+
+
+def test_kernels_say_what_they_compute_and_nested_fusions_what_they_read():
+    program = parse(NESTED)
+    entry = program.computations["main"]
+    fused, kernel = entry.instructions["fused"], entry.instructions["kernel"]
+    assert program.memory_bytes(fused, entry) == 2 * 64 + 2 * 64  # one layer in, one out
+    assert program.flops(kernel, entry) == program.total_flops() == 640
+    assert program.memory_bytes(kernel, entry) == 2 * 64 + 2 * 64
