@@ -8,6 +8,7 @@ import pathlib
 
 import numpy as np
 import torch
+from open_clip.transform import CenterCropOrPad, ResizeKeepRatio
 from PIL import Image
 from torchvision.transforms import v2
 from transformers import (
@@ -50,6 +51,9 @@ for i, image in enumerate(np.rint(im).astype(np.uint8) for im in images()):
         for size in (16, 17):
             crop = v2.Compose([v2.Resize(size, mode), v2.CenterCrop(size)])
             squash = v2.Resize((size, size), mode)
+            if kernel != "lanczos":
+                padded = CenterCropOrPad(size, fill=77)(ResizeKeepRatio(size, 1.0, mode)(pil))
+                out[f"pillow/pad/{kernel}/{size}/{i}"] = np.asarray(padded)
             out[f"pillow/crop/{kernel}/{size}/{i}"] = np.asarray(crop(pil))
             out[f"pillow/squash/{kernel}/{size}/{i}"] = np.asarray(squash(pil))
             for antialias in (True, False):

@@ -64,7 +64,7 @@ def test_an_experiment_that_cannot_be_is_refused(changes, said):
     [
         ({"width": 100}, {}, "VisionConfig.width 100 is not a multiple of heads 12"),
         ({}, {"width": 512, "heads": 8, "projection": "none"}, "must equal embed_dim 768"),
-        ({"image_size": 200}, {}, "image_size 200 is not a multiple of patch_size 16"),
+        ({"image_size": 12}, {}, "image_size 12 holds no patch of patch_size 16"),
         (
             {"stem": "conv", "stem_widths": (8, 16)},
             {},

@@ -20,7 +20,9 @@ COUNT = sum(name.startswith("input/") for name in GOLDEN.files)
 def config_of(case: str) -> PreprocessConfig:
     match case.split("/"):
         case ["pillow", resize, kernel, size]:
-            return PreprocessConfig(image_size=int(size), resize=resize, kernel=kernel)
+            return PreprocessConfig(
+                image_size=int(size), resize=resize, kernel=kernel, fill=(77, 77, 77)
+            )
         case ["tensor", antialias, kernel, size]:
             return PreprocessConfig(
                 image_size=int(size),

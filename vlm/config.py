@@ -112,9 +112,10 @@ class ModelConfig:
                     f'{self.embed_dim}: set projection="linear" or make them equal'
                 )
         vision = self.vision
-        if vision.image_size % vision.patch_size:
+        # What is left over at the right and below is not looked at, as in SigLIP So400m/14@384.
+        if vision.image_size < vision.patch_size:
             raise ConfigError(
-                f"image_size {vision.image_size} is not a multiple of patch_size "
+                f"image_size {vision.image_size} holds no patch of patch_size "
                 f"{vision.patch_size}: choose an image size that the patches tile"
             )
         if vision.stem == "conv" and 2 ** len(vision.stem_widths) != vision.patch_size:
@@ -133,8 +134,10 @@ class PreprocessConfig:
     """How an image becomes the pixels a model was trained on."""
 
     image_size: int = 224
-    # crop: short side to size, then the centre; naflex: see VisionConfig.max_patches.
-    resize: Literal["squash", "crop", "naflex"] = "squash"
+    # crop: short side to size, then the centre; pad: long side to size, then `fill` around it;
+    # naflex: see VisionConfig.max_patches.
+    resize: Literal["squash", "crop", "pad", "naflex"] = "squash"
+    fill: tuple[int, int, int] = (0, 0, 0)  # pad
     patch_size: int | None = None  # naflex
     max_patches: int | None = None  # naflex
     kernel: Literal["bicubic", "bilinear", "lanczos", "nearest"] = "bicubic"

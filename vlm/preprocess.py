@@ -50,6 +50,8 @@ class Preprocess:
             )
         if config.backend == "tensor" and config.kernel == "lanczos" and not config.antialias:
             raise ConfigError("the lanczos kernel needs antialias=True: set it, or choose bicubic")
+        if config.resize == "pad" and config.backend != "pillow":
+            raise ConfigError('resize "pad" needs the backend "pillow": set it, or choose squash')
         if config.resize == "naflex" and not (config.patch_size and config.max_patches):
             raise ConfigError('resize "naflex" needs patch_size and max_patches: set both')
         if min(config.std) <= 0:
@@ -92,6 +94,10 @@ class Preprocess:
             return array[top:bottom, left:right]
         if opened.size != (width, height):
             opened = opened.resize((width, height), PILLOW_KERNELS[config.kernel])
+        if config.resize == "pad":
+            canvas = Image.new("RGB", (config.image_size,) * 2, config.fill)
+            canvas.paste(opened, box)
+            opened, box = canvas, None
         return np.array(opened if box is None else opened.crop(box))
 
     def normalize(
@@ -112,13 +118,18 @@ class Preprocess:
         )
 
     def _layout(self, width: int, height: int):
-        """The size to resize to, and the box to crop from that or None."""
+        """The size to resize to, and the box to crop from that, or to paste it into, or None."""
         config = self.config
         if config.resize == "naflex":
             height, width = target_size(height, width, config.patch_size, config.max_patches)
             return (width, height), None
         if config.resize == "squash":
             return (config.image_size, config.image_size), None
+        if config.resize == "pad":  # open_clip's ResizeKeepRatio and CenterCropOrPad
+            ratio = max(width, height) / config.image_size
+            size = tuple(max(1, round(side / ratio)) for side in (width, height))
+            left, top = ((config.image_size - side) // 2 for side in size)
+            return size, (left, top, left + size[0], top + size[1])
         short = config.short_side or config.image_size
         # torchvision truncates the long side: int(short * long / short_now).
         if width <= height:

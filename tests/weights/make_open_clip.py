@@ -144,8 +144,8 @@ def timm_towers() -> None:
     """What timm's towers are by their names, for the table in `vlm/weights/timm.py`."""
     towers = {}
     for name in timm.list_models(["vit_*_siglip_*", "vit_pe_core_*"]):
-        if "_gap_" in name or name.endswith("so400m_patch14_siglip_384"):
-            continue  # without attention pooling; of a size that its patches do not tile
+        if "_gap_" in name:
+            continue  # without attention pooling
         with torch.device("meta"):
             model = timm.create_model(name, num_classes=1024 * ("pe_core" in name))
         block, pool = model.blocks[0], model.attn_pool

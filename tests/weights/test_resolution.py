@@ -1,6 +1,8 @@
 """Another image size: positions resized as each family's own code does."""
 
+import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -96,3 +98,21 @@ def test_context_lengths_that_cannot_be(name, length, said):
 def test_rotary_positions_are_of_one_size():
     with pytest.raises(ConfigError, match="image_size 56: a tower with rotary positions takes 28"):
         load(GOLDEN / "oc_pe", image_size=56)
+
+
+def test_pixels_beyond_the_last_patch_are_not_looked_at(tmp_path):
+    """SigLIP So400m/14@384 has 27 patches of 14 pixels along a side, and 6 pixels over."""
+    whole = load(GOLDEN / "hf_siglip")
+    folder = pathlib.Path(shutil.copytree(GOLDEN / "hf_siglip", tmp_path / "untiled"))
+    for file, change in (
+        ("config.json", lambda v: v["vision_config"].update(image_size=33)),
+        ("preprocessor_config.json", lambda v: v.update(size={"height": 33, "width": 33})),
+    ):
+        values = json.loads((folder / file).read_text())
+        change(values)
+        (folder / file).write_text(json.dumps(values))
+    untiled = load(folder)
+    pixels = np.random.default_rng(0).standard_normal((2, 33, 33, 3)).astype(np.float32)
+    expected = whole.model.encode_image(pixels[:, :28, :28])
+    assert np.array_equal(untiled.model.encode_image(pixels), expected)
+    assert untiled.encode_image(np.zeros((9, 7, 3), np.uint8)).shape == (1, untiled.embed_dim)

@@ -13,7 +13,8 @@ class PatchStem(nnx.Module):
     """Cut an image into square patches and project each one.
 
     The kernel has a convolution's layout, (patch, patch, 3, width), and is applied as one matrix
-    product over flattened patches.
+    product over flattened patches. Pixels beyond the last whole patch are left out, as by a
+    convolution without padding.
     """
 
     def __init__(
@@ -28,8 +29,9 @@ class PatchStem(nnx.Module):
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
         p = self.kernel.shape[0]
         b, h, w, c = images.shape
-        patches = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
-        return self.project(patches.reshape(b, (h // p) * (w // p), p * p * c))
+        h, w = h // p, w // p
+        patches = images[:, : h * p, : w * p].reshape(b, h, p, w, p, c).transpose(0, 1, 3, 2, 4, 5)
+        return self.project(patches.reshape(b, h * w, p * p * c))
 
     def project(self, patches: Float[Array, "b n k"]) -> Float[Array, "b n d"]:
         """Tokens of patches that are cut and flattened already, k = patch_size ** 2 * 3."""

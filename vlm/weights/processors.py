@@ -93,9 +93,14 @@ def open_clip_preprocess(values: dict[str, Any], image_size: int, where: str) ->
         CheckpointError: a way of resizing that vlm does not do.
     """
     mode = values.get("resize_mode") or "shortest"
-    resize = {"shortest": "crop", "squash": "squash"}.get(mode)
+    resize = {"shortest": "crop", "longest": "pad", "squash": "squash"}.get(mode)
     if resize is None:
-        raise CheckpointError(f"{where}: resize_mode is {mode!r}: vlm knows shortest and squash")
+        raise CheckpointError(
+            f"{where}: resize_mode is {mode!r}: vlm knows shortest, longest and squash"
+        )
+    fill = values.get("fill_color") or 0
+    if not isinstance(fill, int) or not 0 <= fill <= 255:
+        raise CheckpointError(f"{where}: fill_color is {fill!r}: vlm knows grey levels, 0 to 255")
     kernel = values.get("interpolation") or "bicubic"
     if kernel == "random":  # of training; open_clip's evaluation then takes bicubic
         kernel = "bicubic"
@@ -106,6 +111,7 @@ def open_clip_preprocess(values: dict[str, Any], image_size: int, where: str) ->
     return PreprocessConfig(
         image_size=image_size,
         resize=resize,
+        fill=(fill,) * 3,
         kernel=kernel,
         mean=_three(values.get("mean") or CLIP_MEAN, f"{where}: mean"),
         std=_three(values.get("std") or CLIP_STD, f"{where}: std"),

@@ -77,8 +77,9 @@ def _known() -> dict[str, VisionConfig]:
         "base_patch32_siglip_256 base_patch16_siglip_224 base_patch16_siglip_256 "
         "base_patch16_siglip_384 base_patch16_siglip_512 large_patch16_siglip_256 "
         "large_patch16_siglip_384 large_patch16_siglip_512 so400m_patch14_siglip_224 "
-        "so400m_patch14_siglip_378 so400m_patch16_siglip_256 so400m_patch16_siglip_384 "
-        "so400m_patch16_siglip_512 giantopt_patch16_siglip_256 giantopt_patch16_siglip_384"
+        "so400m_patch14_siglip_378 so400m_patch14_siglip_384 so400m_patch16_siglip_256 "
+        "so400m_patch16_siglip_384 so400m_patch16_siglip_512 giantopt_patch16_siglip_256 "
+        "giantopt_patch16_siglip_384"
     )
     pe = (
         "tiny_patch16_384 small_patch16_384 base_patch16_224 large_patch14_336 gigantic_patch14_448"

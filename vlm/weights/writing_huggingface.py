@@ -105,6 +105,8 @@ def _huggingface_tower(c: VisionConfig | TextConfig) -> dict[str, Any]:
 
 
 def _huggingface_preprocess(c: PreprocessConfig, family: str) -> dict[str, Any]:
+    if c.resize == "pad":
+        refuse("transformers", ["preprocessing that pads to the square"])
     name = "CLIPImageProcessor" if family == "clip" else "SiglipImageProcessor"
     kernels = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
     square = {"height": c.image_size, "width": c.image_size}

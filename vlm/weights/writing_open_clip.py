@@ -38,13 +38,17 @@ def _preprocess(p: PreprocessConfig) -> dict[str, Any]:
         refuse("open_clip", ["the tensor backend of preprocessing (pillow)"])
     if p.kernel == "lanczos" or p.short_side is not None:
         refuse("open_clip", [f"preprocessing by {p.kernel} from short side {p.short_side}"])
+    if len(set(p.fill)) > 1:
+        refuse("open_clip", [f"preprocess.fill {p.fill} (a grey)"])
+    modes = {"crop": "shortest", "pad": "longest", "squash": "squash"}
     return {
         "size": p.image_size,
         "mode": "RGB",
         "mean": list(p.mean),
         "std": list(p.std),
         "interpolation": p.kernel,
-        "resize_mode": "shortest" if p.resize == "crop" else "squash",
+        "resize_mode": modes[p.resize],
+        "fill_color": p.fill[0],
     }
 
 
