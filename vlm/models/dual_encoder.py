@@ -4,7 +4,6 @@ import math
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from vlm.config import ModelConfig
@@ -58,29 +57,10 @@ class DualEncoder(nnx.Module):
     ) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
         """Embed both halves of a batch. With `keys`, one for each example, all dropout is on."""
         image_keys, text_keys = split_keys(keys)
-        z_image = self.encode_image(images, keys=image_keys)
-        z_image, text = _in_turn(z_image, self.text)
-        return z_image, unit_norm(text(tokens, keys=text_keys))
+        return self.encode_image(images, keys=image_keys), self.encode_text(tokens, keys=text_keys)
 
 
 def unit_norm(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
     """`x` in float32 at length one."""
     x = x.astype(jnp.float32)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
-def _in_turn(
-    z_image: Float[Array, "b e"], text: TextTower
-) -> tuple[Float[Array, "b e"], TextTower]:
-    """The same two; on a CPU the text tower waits for `z_image`, and its gradient comes first.
-
-    XLA would run both towers at once there, and on the same cores each slows the other down.
-    """
-    graph, params = nnx.split(text)
-    z_image, params = lax.platform_dependent(
-        z_image,
-        params,
-        cpu=lambda *both: lax.optimization_barrier(both),
-        default=lambda *both: both,
-    )
-    return z_image, nnx.merge(graph, params)
