@@ -6,7 +6,7 @@
     peak of a chip                    25.2 GiB of 95 (compiled)
     sent by a chip and step           gradients 774 MiB, loss ring 4.5 GiB (compiled)
     FLOPs of the model and step       151 PFLOP (analytic)
-    step, bound by compute            1.18 s, 889,000 pairs/s, MFU 54% (guess, compiled program)
+    step, bound by compute            1.18 s, 887,000 pairs/s, MFU 54% (guess, compiled program)
 """
 
 from vlm.config import (
