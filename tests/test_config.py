@@ -66,6 +66,11 @@ def test_an_experiment_that_cannot_be_is_refused(changes, said):
         ({}, {"width": 512, "heads": 8, "projection": "none"}, "must equal embed_dim 768"),
         ({"image_size": 12}, {}, "image_size 12 holds no patch of patch_size 16"),
         (
+            {"image_size": 72, "stem": "conv", "stem_widths": (8, 8, 16, 16)},
+            {},
+            "image_size 72 is no multiple of that",
+        ),
+        (
             {"stem": "conv", "stem_widths": (8, 16)},
             {},
             "2 stages makes patches of 4 pixels, not 16",

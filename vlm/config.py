@@ -124,6 +124,11 @@ class ModelConfig:
                 f"{2 ** len(vision.stem_widths)} pixels, not {vision.patch_size}: give "
                 "log2(patch_size) stem_widths"
             )
+        if vision.stem == "conv" and vision.image_size % vision.patch_size:
+            raise ConfigError(
+                f"a conv stem halves the image until patches of {vision.patch_size} pixels are "
+                f"left, and image_size {vision.image_size} is no multiple of that: choose one"
+            )
 
 
 # ------------------------------------------------------------------- the input contract

@@ -6,9 +6,15 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from vlm.nn.patches import PatchStem, drop_patches
+from vlm.nn.patches import PatchStem, _halve, _halve_by_product, drop_patches
 
 KEYS = jax.random.split(jax.random.key(0), 8)
+
+
+def test_a_conv_stem_by_products_is_the_convolution():
+    x, kernel = jax.random.normal(jax.random.key(0), (2, 8, 12, 3)), jnp.ones((3, 3, 3, 5)) / 9
+    kernel = kernel * jax.random.normal(jax.random.key(1), kernel.shape)
+    np.testing.assert_allclose(_halve_by_product(x, kernel), _halve(x, kernel), atol=1e-5)
 
 
 def test_a_linear_stem_is_a_strided_convolution():

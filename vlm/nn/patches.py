@@ -61,15 +61,24 @@ class ConvStem(nnx.Module):
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
         x = images.astype(self.dtype)
         for kernel, norm in zip(self.kernels, self.norms, strict=True):
-            x = lax.conv_general_dilated(
-                x,
-                kernel[...].astype(self.dtype),
-                window_strides=(2, 2),
-                padding="SAME",
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
+            kernel = kernel[...].astype(self.dtype)
+            x = lax.platform_dependent(x, kernel, cpu=_halve_by_product, default=_halve)
             x = gelu(norm(x))
         return self.project(x.reshape(x.shape[0], -1, x.shape[-1]))
+
+
+def _halve(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"]) -> Float[Array, "b p q d"]:
+    """A 3x3 convolution of stride 2; with even sides, p = h / 2 and q = w / 2."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=numbers)
+
+
+def _halve_by_product(x, kernel):
+    """The same as one matrix product: XLA's CPU convolutions crawl inside a loop."""
+    h, w = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))  # as "SAME" does for even sides
+    windows = [x[:, i : i + h : 2, j : j + w : 2] for i in range(3) for j in range(3)]
+    return jnp.concatenate(windows, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def drop_patches(
