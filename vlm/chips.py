@@ -5,8 +5,9 @@ of one direction: what a chip can send in a second over one link of its torus (T
 (NVLink).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 GB, GIB, TERA = 1e9, 2**30, 1e12
 
@@ -150,3 +151,9 @@ def chip_of(device_kind: str) -> Chip | None:
         if part.lower() in device_kind.lower():
             return CHIPS[name]
     return None
+
+
+def published_rate(devices: Sequence[Any]) -> float | None:
+    """Peak operations per second of JAX devices of one kind together, where the table has them."""
+    chip = chip_of(devices[0].device_kind)
+    return len(devices) * chip.flops / chip.devices if chip else None

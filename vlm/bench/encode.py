@@ -9,7 +9,8 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from vlm.bench.measure import best_times, product, published_rate, traced
+from vlm.bench.measure import best_times, product, traced
+from vlm.chips import published_rate
 from vlm.config import ModelConfig
 from vlm.models.dual_encoder import DualEncoder
 from vlm.models.flops import encode_flops

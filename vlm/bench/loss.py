@@ -6,7 +6,6 @@ rate at which this machine multiplies large matrices, measured in the same round
 floor. (The sigmoid loss makes its logits once, so it can end below.)
 """
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
+from vlm.bench.measure import best_times
 from vlm.errors import ShardingError
 from vlm.losses import contrastive_loss, sigmoid_loss, softmax_loss
 
@@ -75,7 +75,7 @@ def bench_loss(
             runs[kind, form] = lambda run=compiled: run(*inputs)
             memory[kind, form] = compiled.memory_analysis().temp_size_in_bytes
     product, product_flops = _product(mesh, dtype)
-    seconds = _best_times({"product": product, **runs}, rounds)
+    seconds = best_times({"product": product, **runs}, rounds)
     rate = product_flops / seconds.pop("product")
     floor = 8 * batch_size**2 * embed_dim / rate
 
@@ -134,20 +134,6 @@ def _product(mesh, dtype):
     matrices = jax.device_put(jnp.ones((mesh.size, side, side), dtype), sharding)
     run = jax.jit(lambda m: m @ m)
     return lambda: [run(matrices) for _ in range(times)], times * 2 * mesh.size * side**3
-
-
-def _best_times(runs: dict[Any, Callable], rounds: int) -> dict[Any, float]:
-    """The best seconds of `rounds` calls of each, in turns so that all meet the same load."""
-    best = {}
-    for name, run in runs.items():
-        jax.block_until_ready(run())
-        best[name] = float("inf")
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
 
 
 def _errors(kind, mesh, tile, batch_size, embed_dim, dtype) -> dict[str, float]:

@@ -8,8 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlm.chips import chip_of
-
 
 def best_times(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
     """The best seconds of `rounds` calls of each, in turns so that all meet the same load."""
@@ -31,12 +29,6 @@ def product(dtype: str) -> tuple[Callable[[], Any], float]:
     matrix = jnp.ones((side, side), dtype)
     run = jax.jit(jnp.matmul)
     return lambda: [run(matrix, matrix) for _ in range(8)], 8 * 2 * side**3
-
-
-def published_rate(devices: list[jax.Device]) -> float | None:
-    """Peak operations per second of the devices together, where the table of chips has them."""
-    chip = chip_of(devices[0].device_kind)
-    return len(devices) * chip.flops / chip.devices if chip else None
 
 
 def peak_bytes(device: jax.Device) -> int | None:

@@ -12,7 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vlm.bench.measure import best_times, peak_bytes, product, published_rate, traced
+from vlm.bench.measure import best_times, peak_bytes, product, traced
+from vlm.chips import published_rate
 from vlm.config import Experiment
 from vlm.losses import contrastive_loss
 from vlm.models.flops import step_flops

@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from vlm.chips import chip_of
+from vlm.chips import published_rate
 from vlm.errors import TrainingError
 from vlm.models.flops import model_flops
 from vlm.sharding import placement
@@ -32,9 +32,8 @@ class Logs:
         self._stop = experiment.optimizer.nonfinite == "stop"
         self._total = total_steps
         # Of the whole mesh; with a resolution schedule the steps are not all alike.
-        chip = chip_of(jax.devices()[0].device_kind)
         self._flops = None if experiment.image_sizes else model_flops(experiment)
-        self._peak = jax.device_count() * chip.flops / chip.devices if chip else None
+        self._peak = published_rate(jax.devices())
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._wait, self._since, self._start = 0.0, time.perf_counter(), time.perf_counter()
         self._primary = jax.process_index() == 0
