@@ -263,6 +263,15 @@ def test_what_does_not_fit_is_refused_before_training(tiny, tmp_path, changes, e
     assert not (tmp_path / "run").exists()  # free for the next attempt
 
 
+def test_a_run_that_cannot_start_leaves_what_it_found(tiny, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "mine").write_text("kept")
+    with pytest.raises(ShardingError):
+        train(tiny(run_dir=str(tmp_path), batch_size=12))
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]
+    assert (tmp_path / "checkpoints" / "mine").read_text() == "kept"
+
+
 def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(killed):
     experiment = json.loads((killed / "config.json").read_text())
     experiment["optimizer"]["learning_rate"] = 1e38

@@ -22,10 +22,10 @@ from vlm.paths import as_path
 class Run:
     """A run's folder. Its files are written by the first process alone."""
 
-    def __init__(self, folder: epath.Path, experiment: Experiment, *, new: bool = False):
+    def __init__(self, folder: epath.Path, experiment: Experiment):
         self.folder = folder
         self.experiment = experiment
-        self._new = new
+        self._found: set[str] | None = None  # what lay in a new run's folder before it
 
     @classmethod
     def create(cls, experiment: Experiment) -> "Run":
@@ -43,7 +43,10 @@ class Run:
         folder, said = json.loads(broadcast_text(json.dumps([folder, said])))
         if said:
             raise ConfigError(said)
-        return cls(as_path(folder), experiment, new=True)
+        run = cls(as_path(folder), experiment)
+        if jax.process_index() == 0:
+            run._found = {path.name for path in run.folder.iterdir()} - {"config.json"}
+        return run
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> "Run":
@@ -66,16 +69,15 @@ class Run:
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
-        """While a run prepares: if that fails, a new run leaves no files behind."""
+        """While a run prepares: if that fails, a new run leaves nothing of its own behind."""
         try:
             yield
         except BaseException:
-            if self._new and jax.process_index() == 0:
-                for made in (self.tokenizer, self.checkpoints):
-                    if made.exists():
-                        made.rmtree()
-                (self.folder / "config.json").unlink(missing_ok=True)
-                if not any(self.folder.iterdir()):
+            if self._found is not None:
+                for path in self.folder.iterdir():
+                    if path.name not in self._found:
+                        path.rmtree() if path.is_dir() else path.unlink()
+                if not self._found:
                     self.folder.rmdir()
             raise
 
