@@ -1,6 +1,10 @@
 """Eight virtual devices and quick compilation, asked for before JAX starts."""
 
 import os
+import signal
+
+# A runner in the background may ignore Ctrl-C, and the processes that tests start inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Programs compile in half the time and run slower: what is tested is what they compute.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
