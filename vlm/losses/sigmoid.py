@@ -66,10 +66,9 @@ def value_and_gradients(
     scale, bias = jnp.exp(logit_scale), _zero_if_none(logit_bias)
 
     def visit(x, y, hide):
-        logits = hide(scale * dot(x, y) + bias)
-        g = jax.nn.sigmoid(logits)
+        losses, g = _softplus_and_sigmoid(hide(scale * dot(x, y) + bias))
         d_image, d_text = pull_back(g, x, y)
-        return (jax.nn.softplus(logits).sum(1), g.sum(1), d_image), d_text
+        return (losses.sum(1), g.sum(1), d_image), d_text
 
     per_image, per_width = jnp.zeros(len(z_image)), jnp.zeros(z_image.shape)
     none = (per_image, per_image, per_width), per_width.T
@@ -84,6 +83,12 @@ def value_and_gradients(
     d_scale = ring.total(jnp.sum(z_image * d_image))  # l = exp(t) x.y + b, so dl/dt = x . dl/dx
     d_bias = None if logit_bias is None else mean * ring.total(jnp.sum(g + positive))
     return loss, (d_image, d_text, d_scale, d_bias)
+
+
+def _softplus_and_sigmoid(x: Array) -> tuple[Array, Array]:
+    """A negative's loss and its derivative, from one exponential that cannot overflow."""
+    e = jnp.exp(-jnp.abs(x))
+    return jnp.maximum(x, 0) + jnp.log1p(e), jnp.where(x > 0, 1, e) / (1 + e)
 
 
 def _zero_if_none(logit_bias):
