@@ -77,6 +77,8 @@ class TextConfig:
     end_id: int | None = None  # of pool="end": the token whose first occurrence is pooled at
     pad_id: int | None = None  # set: padding is masked in attention and in mean or MAP pooling
     layer_scale: bool = False
+    # post: after each residual sum and after the embeddings, none at the end (BERT).
+    norm: Literal["pre", "post"] = "pre"
     projection: Literal["none", "linear", "linear_bias"] = "linear_bias"
     activation: Activation = "gelu_tanh"
     norm_eps: float = 1e-6
@@ -169,7 +171,7 @@ class TokenizerConfig:
     eos_id: int | None = 1
     lowercase: bool = False
     # Cleaning before the vocabulary: see vlm/cleaning.py.
-    clean: Literal["none", "clip", "clip_cased", "clip_canonical", "siglip"] = "none"
+    clean: Literal["none", "clip", "clip_cased", "clip_canonical", "siglip", "bert"] = "none"
     keep_eos: bool = True  # a truncated text still ends with eos
     pad_side: Literal["right", "left"] = "right"
     parse_special: bool = False  # "<eos>" spelled out in a text is that token (transformers: yes)

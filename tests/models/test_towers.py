@@ -72,12 +72,19 @@ def test_every_text_tower_embeds(pool, pad_id):
     assert np.isfinite(z).all()
 
 
+@pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("pool", ["mean", "map", "first", "end"])
-def test_padding_is_invisible(pool):
-    tower = text(pool=pool, end_id=3, pad_id=0)
+def test_padding_is_invisible(pool, norm):
+    tower = text(pool=pool, end_id=3, pad_id=0, norm=norm)
     np.testing.assert_allclose(tower(TOKENS), tower(TOKENS[:, :6]), atol=1e-5)
-    seen = text(pool=pool, end_id=3)  # without pad_id it is a token as any other
+    seen = text(pool=pool, end_id=3, norm=norm)  # without pad_id it is a token as any other
     assert np.abs(seen(TOKENS) - seen(TOKENS[:, :6])).max() > 1e-4
+
+
+def test_a_post_norm_tower_pools_normalised_tokens():
+    z = text(pool="first", norm="post", projection="none", width=24)(TOKENS)
+    np.testing.assert_allclose(z.mean(1), 0, atol=1e-5)
+    np.testing.assert_allclose(jnp.square(z).mean(1), 1, atol=1e-4)
 
 
 def test_a_causal_tower_does_not_see_beyond_the_end():

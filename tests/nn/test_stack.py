@@ -12,7 +12,7 @@ X = jax.random.normal(jax.random.key(0), (4, 6, 32))
 KEYS = jax.random.split(jax.random.key(1), 4)
 
 
-def build(key, *, causal=False, dropout_rate=0.0, **execution) -> Transformer:
+def build(key, *, causal=False, dropout_rate=0.0, norm="pre", **execution) -> Transformer:
     return Transformer(
         32,
         2,
@@ -22,6 +22,7 @@ def build(key, *, causal=False, dropout_rate=0.0, **execution) -> Transformer:
         norm_eps=1e-6,
         dropout_rate=dropout_rate,
         causal=causal,
+        norm=norm,
         execution=Execution(**execution),
         rngs=nnx.Rngs(key),
     )
@@ -45,15 +46,16 @@ def value_and_gradients(**settings):
     return loss(parameters)
 
 
-@pytest.fixture(scope="module")
-def plain():
-    return value_and_gradients(dropout_rate=0.2)
+@pytest.fixture(scope="module", params=["pre", "post"])
+def plain(request):
+    return request.param, value_and_gradients(dropout_rate=0.2, norm=request.param)
 
 
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("remat", ["none", "full", "dots", "dots_no_batch"])
 def test_remat_and_unrolling_change_nothing(plain, remat, scan):
-    got = value_and_gradients(dropout_rate=0.2, remat=remat, scan=scan)
+    norm, plain = plain
+    got = value_and_gradients(dropout_rate=0.2, norm=norm, remat=remat, scan=scan)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 

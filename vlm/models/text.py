@@ -27,6 +27,8 @@ class TextTower(nnx.Module):
         self.class_token = nnx.Param(position(rngs.params(), (c.width,))) if has_class else None
         count = c.context_length + has_class
         self.position = nnx.Param(position(rngs.params(), (count, c.width)))
+        post = c.norm == "post"
+        self.embedding_norm = LayerNorm(c.width, c.norm_eps, rngs=rngs) if post else None
         self.transformer = Transformer(
             c.width,
             c.depth,
@@ -37,10 +39,11 @@ class TextTower(nnx.Module):
             dropout_rate=c.dropout,
             causal=c.causal,
             layer_scale=c.layer_scale,
+            norm=c.norm,
             execution=execution,
             rngs=rngs,
         )
-        self.norm = LayerNorm(c.width, c.norm_eps, rngs=rngs)
+        self.norm = None if post else LayerNorm(c.width, c.norm_eps, rngs=rngs)
         self.pool = map_pool(c, dtype=dtype, rngs=rngs) if c.pool == "map" else None
         self.projection = projection(c, c.width, embed_dim, dtype=dtype, rngs=rngs)
 
@@ -58,18 +61,21 @@ class TextTower(nnx.Module):
                 # CoCa's weights were trained with the mask one place too far to the right.
                 real = jnp.pad(real, ((0, 0), (1, 0)), constant_values=True)
         x = x + self.position[...].astype(self.dtype)[: x.shape[1]]
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         x = self.transformer(x, None if real is None else real[:, None, None, :], keys=keys)
 
+        norm = self.norm or (lambda x: x)  # the blocks of a post-norm tower end with one
         if c.pool == "end":
-            x = self.norm(token_pool(x, jnp.argmax(tokens == c.end_id, axis=1)))
+            x = norm(token_pool(x, jnp.argmax(tokens == c.end_id, axis=1)))
         elif c.pool == "argmax":
-            x = self.norm(token_pool(x, jnp.argmax(tokens, axis=1)))
+            x = norm(token_pool(x, jnp.argmax(tokens, axis=1)))
         elif c.pool == "first":
-            x = self.norm(x[:, 0])
+            x = norm(x[:, 0])
         elif c.pool in ("last", "class"):
-            x = self.norm(x[:, -1])
+            x = norm(x[:, -1])
         elif c.pool == "mean":
-            x = mean_pool(self.norm(x), real)
+            x = mean_pool(norm(x), real)
         else:
-            x = self.pool(self.norm(x), real)
+            x = self.pool(norm(x), real)
         return x if self.projection is None else self.projection(x)

@@ -1,6 +1,7 @@
-"""The pre-norm transformer as one stack of blocks: a leading layer axis, scanned."""
+"""The transformer as one stack of blocks: a leading layer axis, scanned."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from vlm.config import Activation, RematPolicy
 from vlm.nn.attention import Attention
 from vlm.nn.layers import LayerNorm, Mlp, dropout, split_keys
 from vlm.nn.rotary import Rotation
+from vlm.sharding import by_rows, cut_over_fsdp, gathered
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ LAYER_SCALE = 1e-4  # where the factors of layer scale start
 
 
 class Block(nnx.Module):
-    """A pre-norm transformer block."""
+    """A transformer block, normalised before its two parts or after their residual sums (BERT)."""
 
     def __init__(
         self,
@@ -40,6 +42,7 @@ class Block(nnx.Module):
         dropout_rate: float,
         causal: bool,
         layer_scale: bool,
+        norm: Literal["pre", "post"],
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -52,6 +55,7 @@ class Block(nnx.Module):
         self.mlp_scale = nnx.Param(small) if layer_scale else None
         self.dropout_rate = dropout_rate
         self.causal = causal
+        self.post = norm == "post"
 
     def __call__(
         self,
@@ -61,13 +65,15 @@ class Block(nnx.Module):
         rotation: Rotation | None = None,
     ) -> Float[Array, "b n d"]:
         attention_keys, mlp_keys = split_keys(keys)
-        y = self.attention_norm(x)
+        y = x if self.post else self.attention_norm(x)
         y = self.attention(y, mask=mask, causal=self.causal, rotation=rotation)
         y = y if self.attention_scale is None else y * self.attention_scale[...].astype(y.dtype)
         x = x + dropout(y, self.dropout_rate, attention_keys)
-        y = self.mlp(self.mlp_norm(x))
+        x = self.attention_norm(x) if self.post else x
+        y = self.mlp(x if self.post else self.mlp_norm(x))
         y = y if self.mlp_scale is None else y * self.mlp_scale[...].astype(y.dtype)
-        return x + dropout(y, self.dropout_rate, mlp_keys)
+        x = x + dropout(y, self.dropout_rate, mlp_keys)
+        return self.mlp_norm(x) if self.post else x
 
 
 class Transformer(nnx.Module):
@@ -88,6 +94,7 @@ class Transformer(nnx.Module):
         dropout_rate: float = 0.0,
         causal: bool = False,
         layer_scale: bool = False,
+        norm: Literal["pre", "post"] = "pre",
         execution: Execution,
         rngs: nnx.Rngs,
     ):
@@ -103,6 +110,7 @@ class Transformer(nnx.Module):
                 dropout_rate=dropout_rate,
                 causal=causal,
                 layer_scale=layer_scale,
+                norm=norm,
                 dtype=execution.dtype,
                 rngs=rngs,
             )
@@ -111,6 +119,7 @@ class Transformer(nnx.Module):
         self.depth = depth
         self.remat = execution.remat
         self.scan = execution.scan
+        self.dtype = execution.dtype
 
     def __call__(
         self,
@@ -125,12 +134,13 @@ class Transformer(nnx.Module):
 
         def layer(x, number_and_parameters):
             number, parameters = number_and_parameters
+            parameters, x = gathered(parameters, self.dtype), by_rows(x)
             layer_keys = keys
             if keys is not None:
                 layer_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
             return nnx.merge(block, parameters)(x, mask, layer_keys, rotation), None
 
-        if self.remat != "none":
+        if self.remat != "none" or cut_over_fsdp(x):
             layer = jax.checkpoint(layer, policy=_policy(self.remat), prevent_cse=not self.scan)
         x, _ = lax.scan(
             layer, x, (jnp.arange(self.depth), parameters), unroll=1 if self.scan else self.depth
@@ -142,6 +152,8 @@ def _policy(name: RematPolicy):
     """What a block keeps for its backward pass."""
     policies = jax.checkpoint_policies
     return {
+        # Whole parameters, kept for every layer, would undo what `fsdp` is for: gather them again.
+        "none": lambda primitive, *_, **__: primitive.name != "sharding_constraint",
         "full": policies.nothing_saveable,
         "dots": policies.dots_saveable,
         "dots_no_batch": policies.dots_with_no_batch_dims_saveable,
