@@ -365,7 +365,10 @@ def load(
     checkpoint, name = _open(model, revision)
     config, preprocess = at_image_size(checkpoint.config, checkpoint.preprocess, image_size)
     config, tokenizer = at_context_length(
-        config, checkpoint.tokenizer, context_length, checkpoint.text_positions
+        config,
+        checkpoint.tokenizer,
+        context_length or checkpoint.context_length,
+        checkpoint.text_positions,
     )
     filled = fill_towers(
         abstract_model(config, kind),

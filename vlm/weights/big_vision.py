@@ -1,7 +1,8 @@
-"""big_vision's `.npz` files: SigLIP, SigLIP 2 and LiT with a text transformer.
+"""big_vision's `.npz` files: SigLIP, SigLIP 2, and LiT with a text transformer or a BERT.
 
 Their layout is ours but for names: https://github.com/google-research/big_vision. The shapes say
-every size, and the code has one activation (tanh-GELU) and one epsilon.
+every size but the heads of a BERT, and the code has one activation (tanh-GELU). The BERT is that
+of flaxformer (https://github.com/google/flaxformer, architectures/bert) without its pooler.
 """
 
 import math
@@ -17,19 +18,33 @@ from jaxtyping import Shaped
 
 from vlm.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
 from vlm.errors import CheckpointError
-from vlm.weights.rules import SCALAR_1, Rule, Transform, leading
+from vlm.weights.rules import FLAT, SCALAR_1, Rule, Transform, leading
 
 _STACKED = re.compile(r"(.*/)encoderblock/(.*)")
 _IMAGE_BLOCK = r"img/Transformer/encoderblock_\d+/LayerNorm_0/scale"
 _TEXT_BLOCK = r"txt/Encoder_0/encoderblock_\d+/LayerNorm_0/scale"
+_OLD_IMAGE_POSITION = (
+    "img/Transformer/posembed_input/pos_embedding",
+    "img/Transformer/pos_embedding",
+)
+
+_BERT = "txt/BertEncoder_0"
+_BERT_LAYER = f"{_BERT}/encoder_block/layer_sequence/layers_{{}}"
+_BERT_TABLES = f"{_BERT}/embedder/embedders_{{}}_ids/embedding"
+_BERT_POSITION, _BERT_SEGMENT = _BERT_TABLES.format("position"), _BERT_TABLES.format("segment")
+# Width and depth: heads. Its kernels are (width, width), so the shapes do not say them, and
+# big_vision builds these two alone.
+BERT_HEADS = {(768, 12): 12, (1024, 24): 16}
 
 
 class NpzFile:
     """The parameters of an `.npz`, as big_vision names them, with its history ironed out.
 
     Names lose "params/"; one stacked `encoderblock` appears as `encoderblock_0`, `_1`, ...;
-    bfloat16, which numpy saves as raw pairs of bytes, is bfloat16 again; and a second position
-    embedding of the text tower, which old files carry, is added to the first.
+    bfloat16, which numpy saves as raw pairs of bytes, is bfloat16 again; a second position
+    embedding of the text tower, which old files carry, is added to the first, and so is the
+    segment embedding of a BERT, whose texts are all of segment 0; and the first position of old
+    image towers, which is that of the class token, is added to the class token.
 
     Raises:
         CheckpointError: the file is missing, torn, or no `.npz` of numbers.
@@ -61,17 +76,47 @@ class NpzFile:
         ]
         for name in self._added:
             del self.shapes[name]
+        if _BERT_POSITION in self.shapes:
+            wanted, found = self.shapes[_BERT_POSITION][1:], self.shapes.pop(_BERT_SEGMENT, ())
+            if found[1:] != wanted:
+                raise CheckpointError(
+                    f"{path} has no {_BERT_SEGMENT} as wide as its positions, which every BERT "
+                    "has: get it again"
+                )
+        self._image_position()
         self._archive: Any = None
         self._held: tuple[str, Any] = (
             "",
             None,
         )  # the last member: its layers are asked for in turn
 
+    def _image_position(self) -> None:
+        """Old image towers: positions inside the encoder, the first of them the class token's."""
+        for old in _OLD_IMAGE_POSITION:
+            if old in self.shapes and "img/pos_embedding" not in self.shapes:
+                self.shapes["img/pos_embedding"] = self.shapes.pop(old)
+                self._members["img/pos_embedding"] = self._members.pop(old)
+        shape = self.shapes.get("img/pos_embedding", ())
+        self._class_position = (
+            "img/cls" in self.shapes
+            and len(shape) == 3
+            and math.isqrt(shape[1]) ** 2 == shape[1] - 1
+        )
+        if self._class_position:
+            self.shapes["img/pos_embedding"] = (shape[0], shape[1] - 1, shape[2])
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Shaped[np.ndarray, "..."]:
         array = self._one(name)
         if name == "txt/pos_embedding":
             for extra in self._added:
                 array = array.astype(np.float32) + self._one(extra).astype(np.float32)
+        if name == _BERT_POSITION:
+            array = array.astype(np.float32) + self._one(_BERT_SEGMENT)[0].astype(np.float32)
+        if self._class_position and name == "img/pos_embedding":
+            array = array[:, 1:]
+        if self._class_position and name == "img/cls":
+            first = self._one("img/pos_embedding")[:, :1]
+            array = array.astype(np.float32) + first.astype(np.float32)
         return array[start:stop] if array.ndim else array
 
     def _one(self, name: str) -> np.ndarray:
@@ -107,22 +152,12 @@ def model_config(shapes: dict[str, tuple[int, ...]], where: str) -> ModelConfig:
     """The configuration of a big_vision two-tower model, from the shapes of its parameters.
 
     Raises:
-        CheckpointError: it has no such towers, or a text tower of another kind (BERT).
+        CheckpointError: it has no such towers, or a BERT whose heads are not known.
     """
-    if any(name.startswith("txt/BertModel") for name in shapes):
-        raise CheckpointError(f"{where} has a BERT as its text tower, which vlm does not read")
     try:
         vision = _vision(shapes)
-        _, context_length, width = shapes["txt/pos_embedding"]
-        vocab_size, _ = shapes["txt/Embed_0/embedding"]
-        text = TextConfig(
-            vocab_size=vocab_size,
-            context_length=context_length,
-            **_tower(shapes, "txt/Encoder_0", _TEXT_BLOCK),
-            pool="map" if "txt/MAPHead_0/probe" in shapes else "last",
-            projection="linear_bias" if "txt/head/kernel" in shapes else "none",
-        )
-        embed_dim = shapes["txt/head/kernel"][1] if "txt/head/kernel" in shapes else width
+        text = _bert(shapes, where) if _BERT_POSITION in shapes else _text(shapes)
+        embed_dim = shapes["txt/head/kernel"][1] if "txt/head/kernel" in shapes else text.width
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{where} is no two-tower model of big_vision ({error})") from None
     sigmoid = "b" in shapes
@@ -156,6 +191,45 @@ def _vision(shapes) -> VisionConfig:
     )
 
 
+def _text(shapes) -> TextConfig:
+    _, context_length, _ = shapes["txt/pos_embedding"]
+    vocab_size, _ = shapes["txt/Embed_0/embedding"]
+    return TextConfig(
+        vocab_size=vocab_size,
+        context_length=context_length,
+        **_tower(shapes, "txt/Encoder_0", _TEXT_BLOCK),
+        pool="map" if "txt/MAPHead_0/probe" in shapes else "last",
+        projection="linear_bias" if "txt/head/kernel" in shapes else "none",
+    )
+
+
+def _bert(shapes, where: str) -> TextConfig:
+    """BERT with a linear layer on its [CLS] token; padding, which is token 0, is masked."""
+    context_length, width = shapes[_BERT_POSITION]
+    vocab_size, _ = shapes[_BERT_TABLES.format("token")]
+    layers = re.compile(_BERT_LAYER.replace("{}", r"(\d+)") + "/")
+    depth = len({match[1] for name in shapes if (match := layers.match(name))})
+    if (width, depth) not in BERT_HEADS:
+        raise CheckpointError(
+            f"{where} has a BERT of width {width} and {depth} layers, and the file does not say "
+            "its heads: vlm knows those of BERT-Base (768, 12) and BERT-Large (1024, 24)"
+        )
+    return TextConfig(
+        vocab_size=vocab_size,
+        context_length=context_length,
+        width=width,
+        depth=depth,
+        heads=BERT_HEADS[width, depth],
+        mlp_dim=shapes[_BERT_LAYER.format(0) + "/mlp_block/mlp/dense_layer/kernel"][1],
+        norm="post",
+        pool="first",
+        pad_id=0,
+        projection="linear_bias" if "txt/head/kernel" in shapes else "none",
+        activation="gelu_tanh",
+        norm_eps=1e-12,
+    )
+
+
 def _tower(shapes, encoder: str, block: str) -> dict[str, Any]:
     query = shapes[f"{encoder}/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"]
     return {
@@ -182,11 +256,50 @@ def rules(config: ModelConfig) -> list[Rule]:
         *_encoder("img/Transformer", "vision"),
         *_pool("img", "vision", config.vision.pool),
         *(_dense("img/head", "vision.projection") if config.vision.projection != "none" else []),
+        *(_bert_rules() if config.text.norm == "post" else _text_rules(config.text)),
+        *(_dense("txt/head", "text.projection") if config.text.projection != "none" else []),
+    ]
+
+
+def _text_rules(c: TextConfig) -> list[Rule]:
+    return [
         Rule("txt/Embed_0/embedding", "text.embedding"),
         Rule("txt/pos_embedding", "text.position", leading(1)),
         *_encoder("txt/Encoder_0", "text"),
-        *_pool("txt", "text", config.text.pool),
-        *(_dense("txt/head", "text.projection") if config.text.projection != "none" else []),
+        *_pool("txt", "text", c.pool),
+    ]
+
+
+# Kernels and biases whose heads are merged; the input comes first in both, so nothing is turned.
+_MERGED = Transform(
+    lambda s: (s[0], math.prod(s[1:])), lambda x, s: x.reshape(s), lambda x: x.reshape(len(x), -1)
+)
+_MERGED_OUT = Transform(
+    lambda s: (math.prod(s[:-1]), s[-1]),
+    lambda x, s: x.reshape(s),
+    lambda x: x.reshape(-1, x.shape[-1]),
+)
+
+
+def _bert_rules() -> list[Rule]:
+    block, attention = "text.transformer.blocks", f"{_BERT_LAYER}/attention_block"
+    mlp, rules = f"{_BERT_LAYER}/mlp_block", []
+    for part in ("query", "key", "value"):
+        theirs, ours = f"{attention}/attention_layer/{part}", f"{block}.attention.{part}"
+        rules.append(Rule(f"{theirs}/kernel", f"{ours}.kernel", _MERGED))
+        rules.append(Rule(f"{theirs}/bias", f"{ours}.bias", FLAT))
+    out = f"{block}.attention.out"
+    return [
+        Rule(_BERT_TABLES.format("token"), "text.embedding"),
+        Rule(_BERT_POSITION, "text.position"),
+        *_norm(f"{_BERT}/layer_norm", "text.embedding_norm"),
+        *rules,
+        Rule(f"{attention}/dense_layer/kernel", f"{out}.kernel", _MERGED_OUT),
+        Rule(f"{attention}/dense_layer/bias", f"{out}.bias"),
+        *_norm(f"{attention}/layer_norm", f"{block}.attention_norm"),
+        *_dense(f"{mlp}/mlp/dense_layer", f"{block}.mlp.up"),
+        *_dense(f"{mlp}/dense_layer", f"{block}.mlp.down"),
+        *_norm(f"{mlp}/layer_norm", f"{block}.mlp_norm"),
     ]
 
 

@@ -18,6 +18,7 @@ from vlm.weights.resolution import Positions, TextPositions
 from vlm.weights.rules import Rule
 from vlm.weights.torch_pickle import TorchFile
 from vlm.weights.vocabularies import (
+    bert_tokenizer,
     big_vision_tokenizer,
     check_vocabulary,
     clip_tokenizer,
@@ -39,6 +40,7 @@ class Checkpoint:
     ignored: Callable[[str], bool]
     positions: Positions  # how the family resizes its position embeddings: of images ...
     text_positions: TextPositions = "cut"  # ... and of texts
+    context_length: int | None = None  # that it is used with, where it has positions for more
     fingerprint: str | None = None  # of the parameters, where they carry one
 
 
@@ -140,7 +142,10 @@ def _open_openai(path: epath.Path) -> Checkpoint:
 def _open_big_vision(path: epath.Path) -> Checkpoint:
     tensors = big_vision.NpzFile(path)
     config = big_vision.model_config(tensors.shapes, os.fspath(path))
-    tokenizer = big_vision_tokenizer(path.parent, config)
+    if config.text.norm == "post":
+        tokenizer = bert_tokenizer(path, config)
+    else:
+        tokenizer = big_vision_tokenizer(path.parent, config)
     check_vocabulary(tokenizer, config, path)
     return Checkpoint(
         path.stem,
@@ -151,6 +156,7 @@ def _open_big_vision(path: epath.Path) -> Checkpoint:
         big_vision.rules(config),
         big_vision.ignored,
         "zoom",
+        context_length=tokenizer.config.context_length,
     )
 
 

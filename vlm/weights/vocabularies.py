@@ -163,6 +163,71 @@ def big_vision_tokenizer(folder: epath.Path, config: ModelConfig) -> Tokenizer:
     return siglip_tokenizer(path, length, clean="none")
 
 
+# Every published LiT model has texts of 16 tokens, though a BERT has positions for 512.
+_BERT_LENGTH = 16
+_BERT = "uncased_L-12_H-768_A-12 (github.com/google-research/bert)"
+
+
+def bert_tokenizer(path: epath.Path, config: ModelConfig) -> Tokenizer:
+    """The WordPiece vocabulary beside an `.npz` with a BERT, by the rules of `bert_tokenize`.
+
+    [CLS], the text, padding of zeros; no [SEP]. (big_vision/pp/proj/flaxformer/bert_ops.py, over
+    tensorflow_text's BertTokenizer: see `vlm.cleaning.bert`.)
+
+    Raises:
+        CheckpointError: there is none, or it is not that of the model.
+    """
+    # As in the bucket that the models come from: LiT-B16B.npz and LiT-B16B.txt.
+    names = (f"{path.stem}.txt", "vocab.txt", "tokenizer.json")
+    file = next((path.parent / name for name in names if (path.parent / name).exists()), None)
+    if file is None:
+        raise CheckpointError(
+            f"{path.parent} has no vocabulary, which big_vision keeps apart: put the vocab.txt of "
+            f"{_BERT} beside the .npz"
+        )
+    vocab = _wordpiece_json(file) if file.suffix == ".json" else _wordpiece_lines(file)
+    if missing := [token for token in ("[CLS]", "[UNK]") if token not in vocab]:
+        raise CheckpointError(f"{file} has no {missing[0]}: give the vocabulary of a BERT")
+    if len(vocab) != config.text.vocab_size:
+        raise CheckpointError(
+            f"{file} has {len(vocab):,} tokens and the embedding table of {path} "
+            f"{config.text.vocab_size:,} rows: they are not of one model"
+        )
+    model = tokenizers.models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100)
+    vocabulary = tokenizers.Tokenizer(model)
+    vocabulary.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", behavior="removed")
+    vocabulary.decoder = tokenizers.decoders.WordPiece()
+    rules = TokenizerConfig(
+        context_length=min(_BERT_LENGTH, config.text.context_length),
+        pad_id=0,
+        bos_id=vocab["[CLS]"],
+        eos_id=None,
+        clean="bert",
+    )
+    return Tokenizer(vocabulary, rules)
+
+
+def _wordpiece_lines(path: epath.Path) -> dict[str, int]:
+    """The tokens of a `vocab.txt`, each by the number of its line."""
+    try:
+        lines = path.read_text().split("\n")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is no vocab.txt ({error}): download it again") from None
+    lines = lines[:-1] if not lines[-1] else lines
+    vocab = {line.rstrip("\r"): number for number, line in enumerate(lines)}
+    if len(vocab) != len(lines):
+        raise CheckpointError(f"{path} has a token twice: download it again")
+    return vocab
+
+
+def _wordpiece_json(path: epath.Path) -> dict[str, int]:
+    """The tokens of a `tokenizer.json`; the rules in it are transformers', not big_vision's."""
+    vocabulary = _vocabulary(path.read_text(), path)
+    if not isinstance(vocabulary.model, tokenizers.models.WordPiece):
+        raise CheckpointError(f"{path} holds no WordPiece, which is what a BERT has")
+    return vocabulary.get_vocab(with_added_tokens=False)
+
+
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Any) -> None:
     """Refuse a tokenizer that makes ids the model has no embedding for."""
     if tokenizer.vocab_size > config.text.vocab_size:

@@ -43,7 +43,8 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[
     if clip:
         wanted = (
             common | {"pre_norm": True, "patch_bias": False, "projection": "linear"},
-            {"causal": True, "projection": "linear", "layer_scale": False, "pad_id": None},
+            {"causal": True, "projection": "linear", "layer_scale": False, "pad_id": None}
+            | {"norm": "pre"},
         )
     else:
         wanted = (
@@ -51,7 +52,7 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[
             | {"pool": "map", "pre_norm": False, "patch_bias": True, "projection": "none"}
             | {"class_token": False},
             {"causal": False, "pool": "last", "projection": "linear_bias", "layer_scale": False}
-            | {"pad_id": None},
+            | {"pad_id": None, "norm": "pre"},
         )
     check("transformers", config, *wanted)
     if clip and text.pool not in ("end", "argmax"):

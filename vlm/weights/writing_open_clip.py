@@ -134,6 +134,8 @@ def _text(c: TextConfig) -> dict[str, Any]:
         faults.append(f"text.pool {c.pool!r} (end, argmax, first or last)")
     if c.pad_id is not None:
         faults.append("a mask over padding in the text tower")
+    if c.norm != "pre":
+        faults.append(f"text.norm {c.norm!r} ('pre')")
     if faults:
         refuse("open_clip", faults)
     values = {

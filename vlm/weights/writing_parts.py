@@ -17,8 +17,13 @@ def standalone(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """The vocabulary with our rules inside: cleaning as normalisation, and the special tokens.
 
     The repair of mojibake and HTML entities has no form there, as in transformers' own CLIP.
+
+    Raises:
+        CheckpointError: the cleaning is BERT's, whose case folding has none either.
     """
     rules, vocabulary = tokenizer.config, tokenizer.vocabulary
+    if rules.clean == "bert":
+        refuse("tokenizer.json", ["the cleaning 'bert' of the tokenizer"])
     steps = []
     if rules.clean != "none":
         steps = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
