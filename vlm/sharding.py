@@ -5,8 +5,10 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.custom_derivatives import linear_call
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vlm.config import MeshConfig
@@ -106,6 +108,59 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, x: NamedSharding(mesh, parameter_spec(path_names(path), x.shape, mesh)), tree
     )
+
+
+def mesh_of(x: jax.Array) -> AbstractMesh | None:
+    """The mesh over which the partitioner will cut a traced array, if its type tells."""
+    mesh = jax.typeof(x).sharding.mesh
+    known = tuple(mesh.axis_names) == AXES and set(mesh.axis_types) == {AxisType.Auto}
+    return mesh if known else None
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+    """A traced array of activations, cut by rows over the batch axes and whole otherwise.
+
+    Left to itself, the partitioner may follow the parameters' `fsdp` axis instead, and move
+    activations, which are large, rather than parameters.
+    """
+    mesh = mesh_of(x)
+    if mesh is None or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
+
+
+def cut_over_fsdp(x: jax.Array) -> bool:
+    """Whether the mesh of a traced array cuts parameters over `fsdp`."""
+    mesh = mesh_of(x)
+    return mesh is not None and mesh.shape["fsdp"] > 1
+
+
+def gathered(parameters: Any, dtype: jnp.dtype) -> Any:
+    """Traced parameters as they are computed with: whole over `fsdp`, each cut one in `dtype`.
+
+    Each device holds its part and gathers the others where they are used; the gradient is summed
+    and cut again there (ZeRO, arXiv:1910.02054, as XLA's partitioner does it).
+    """
+
+    constrain = jax.lax.with_sharding_constraint
+
+    def whole(path, x):
+        if not cut_over_fsdp(x):
+            return x
+        mesh = mesh_of(x)
+        spec = parameter_spec(path_names(path), x.shape, mesh)
+        if "fsdp" not in spec:
+            return x
+        parts = NamedSharding(mesh, spec)
+        together = NamedSharding(mesh, P(*(None if axis == "fsdp" else axis for axis in spec)))
+        return linear_call(
+            lambda _, x: constrain(constrain(x, parts), together),
+            lambda _, gradient: constrain(gradient, parts),
+            (),
+            x.astype(dtype),
+        )
+
+    return jax.tree_util.tree_map_with_path(whole, parameters)
 
 
 @functools.cache

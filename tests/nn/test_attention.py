@@ -14,10 +14,9 @@ from vlm.nn.attention import (
     _at_even_length,
     _attend_by_head,
     _each_on_its_own,
-    _mesh_of,
     attend,
 )
-from vlm.sharding import batch_sharding, make_mesh
+from vlm.sharding import batch_sharding, make_mesh, mesh_of
 
 interpreted = functools.partial(tpu_attention.attend, interpret=True)
 
@@ -87,7 +86,7 @@ def test_every_device_takes_its_own_examples_and_heads(tensor, monkeypatch):
 
     @jax.jit
     def run(query, key, value, gradient, mask):
-        form = _each_on_its_own(_mesh_of(query), query.shape, True, False)
+        form = _each_on_its_own(mesh_of(query), query.shape, True, False)
         result, pull_back = jax.vjp(lambda *a: form(*a, mask), query, key, value)
         return result, *pull_back(gradient)
 
@@ -119,7 +118,7 @@ def test_a_mesh_is_read_off_the_types_of_arrays():
     mesh = make_mesh(MeshConfig())
     x = jnp.zeros((8, 16, 2, 64))
     found = []
-    run = jax.jit(lambda x: found.append(_mesh_of(x)))
+    run = jax.jit(lambda x: found.append(mesh_of(x)))
     run(x)
     run(jax.device_put(x, batch_sharding(mesh)))
     other = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from vlm.nn import tpu_attention
 from vlm.nn.rotary import Rotation, rotate
-from vlm.sharding import AXES, BATCH_AXES
+from vlm.sharding import BATCH_AXES, mesh_of
 
 
 def attend(
@@ -36,19 +36,12 @@ def attend(
         "cpu": functools.partial(_attend_by_head, causal=causal),
         "default": lambda query, key, value, mask: dense(query, key, value, mask=mask),
     }
-    mesh = _mesh_of(query)
+    mesh = mesh_of(query)
     if mesh is not None and tpu_attention.fits(query, key, mask):
         forms["tpu"] = _each_on_its_own(mesh, query.shape, mask is not None, causal)
     if mask is None and query.shape == key.shape and _cudnn_takes(query):
         forms["cuda"] = lambda query, key, value, mask: _at_even_length(dense, query, key, value)
     return lax.platform_dependent(query, key, value, mask, **forms)
-
-
-def _mesh_of(x: Array) -> AbstractMesh | None:
-    """The mesh over which the partitioner will cut a traced array, if its type tells."""
-    mesh = jax.typeof(x).sharding.mesh
-    known = tuple(mesh.axis_names) == AXES and set(mesh.axis_types) == {AxisType.Auto}
-    return mesh if known else None
 
 
 def _each_on_its_own(mesh: AbstractMesh, shape: tuple[int, ...], masked: bool, causal: bool):

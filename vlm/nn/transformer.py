@@ -131,6 +131,7 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "b n d"]:
         """Run the blocks; with `keys`, one for each example, dropout is on."""
         block, parameters = nnx.split(self.blocks)
+        parameters = nnx.to_pure_dict(parameters)
 
         def layer(x, number_and_parameters):
             number, parameters = number_and_parameters
@@ -148,12 +149,24 @@ class Transformer(nnx.Module):
         return x
 
 
+# What is cheap to do again. Kept, it would hold every layer's parameters whole, which is what a
+# mesh with `fsdp` is there to avoid.
+_MOVES = {
+    "linear_call",  # the gather of `vlm.sharding.gathered`
+    "sharding_constraint",
+    "reshape",
+    "transpose",
+    "squeeze",
+    "broadcast_in_dim",
+    "convert_element_type",
+}
+
+
 def _policy(name: RematPolicy):
     """What a block keeps for its backward pass."""
     policies = jax.checkpoint_policies
     return {
-        # Whole parameters, kept for every layer, would undo what `fsdp` is for: gather them again.
-        "none": lambda primitive, *_, **__: primitive.name != "sharding_constraint",
+        "none": lambda primitive, *_, **__: primitive.name not in _MOVES,
         "full": policies.nothing_saveable,
         "dots": policies.dots_saveable,
         "dots_no_batch": policies.dots_with_no_batch_dims_saveable,

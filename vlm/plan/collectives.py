@@ -42,7 +42,7 @@ def collectives(
         parameter_shapes: of one layer's parameters, whole; a gathered array of such a shape is a
             parameter, any other an activation.
     """
-    known = {_plain(shape) for shape in parameter_shapes}
+    known = {_plain(cut) for shape in parameter_shapes for cut in _cuts(shape, mesh_shape)}
     sums: dict[tuple, list[float]] = {}
     for found, computation, times in _found(program):
         kind = _kind(found, computation)
@@ -55,8 +55,8 @@ def collectives(
         if group < 2 or not operand:
             continue
         payload, sent = _traffic(kind, operand, group)
-        gathered = {_plain(array.dims) for array in found.arrays}
-        place = _place(kind, found.op_name, axes, bool(known & gathered))
+        of_parameter = any(_is_known(array.dims, known, kind, group) for array in found.arrays)
+        place = _place(kind, found.op_name, axes, of_parameter)
         row = sums.setdefault((place, kind, axes, group), [0, 0.0, 0.0])
         row[0] += times
         row[1] += times * payload
@@ -66,14 +66,18 @@ def collectives(
 
 
 def _found(program: Program):
+    # The TPU compiler spreads one collective over a chain of fusions, to run beside their work;
+    # its channel says that it is the same one.
+    fused = set()
     for instruction, computation, times in program.walk():
         if _is_collective(instruction):
             yield instruction, computation, times
         inside = program.fused(instruction)
-        if inside is not None:
-            for i in inside.instructions.values():
-                if _is_collective(i):
-                    yield i, inside, times
+        for i in inside.instructions.values() if inside else ():
+            channel = re.search(r"channel_id=(\d+)", i.text)
+            if _is_collective(i) and not (channel and channel[1] in fused):
+                fused.add(channel[1] if channel else None)
+                yield i, inside, times
 
 
 def _is_collective(instruction: Instruction) -> bool:
@@ -109,6 +113,9 @@ def _place(kind: str, op_name: str, axes: tuple[str, ...], of_parameter: bool) -
         return TENSOR
     if kind == "all-gather" and of_parameter:
         return FSDP
+    if kind == "collective-permute" and of_parameter:
+        # A gather or a reduction, cut into the steps of the product that it feeds or follows.
+        return GRADIENTS if "transpose(" in op_name else FSDP
     if kind in ("all-reduce", "reduce-scatter") and ("transpose(" in op_name or of_parameter):
         return GRADIENTS
     if "jvp" in op_name:
@@ -123,21 +130,29 @@ def _group(found: Instruction, mesh_shape: dict[str, int]) -> tuple[tuple[str, .
         members = {int(n) for n in re.findall(r"\d+", pairs[1])} if pairs else set()
         return _axes(_cycle(pairs[1] if pairs else "", members), mesh_shape)
     text = found.text
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+    order = r", device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)"
+    if named := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:{order})? ?\{{([^}}]*)\}}", text):
         sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        used = re.findall(r"'(\w+)'", named[2])
-        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        used = re.findall(r"'(\w+)'", named[4])
+        ids = np.arange(math.prod(sizes.values()))
+        if named[2]:
+            ids = _reordered(ids, named[2], named[3])
+        ids = ids.reshape(tuple(sizes.values()))
         one_group = tuple(slice(None) if axis in used else 0 for axis in sizes)
         return _axes(ids[one_group].ravel().tolist(), mesh_shape)
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, source = ([int(n) for n in iota[k].split(",")] for k in (1, 2))
-        ids = np.arange(math.prod(source)).reshape(source)
-        if iota[3]:
-            ids = ids.transpose([int(n) for n in iota[3].split(",")])
+        shape = [int(n) for n in iota[1].split(",")]
+        ids = _reordered(np.arange(math.prod(shape)), iota[2], iota[3])
         return _axes(ids.reshape(shape)[0].tolist(), mesh_shape)
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
         return _axes([int(n) for n in listed[1].split(",") if n], mesh_shape)
     return tuple(mesh_shape), math.prod(mesh_shape.values())  # {}: all of them
+
+
+def _reordered(ids: np.ndarray, shape: str, axes: str | None) -> np.ndarray:
+    """The order that the compiler writes as a shape such as "2,4" and its axes, such as "1,0"."""
+    ids = ids.reshape([int(n) for n in shape.split(",")])
+    return ids.transpose([int(n) for n in axes.split(",")]) if axes else ids
 
 
 def _cycle(pairs: str, members: set[int]) -> list[int]:
@@ -160,6 +175,23 @@ def _axes(group: list[int], mesh_shape: dict[str, int]) -> tuple[tuple[str, ...]
     varies = [len(set(row)) > 1 for row in places.tolist()]
     axes = tuple(axis for axis, v in zip(mesh_shape, varies, strict=True) if v)
     return axes, len(group)
+
+
+def _is_known(dims: tuple[int, ...], known: set, kind: str, group: int) -> bool:
+    """Whether an array has the shape of a parameter; one that is passed on, of a device's part."""
+    if kind != "collective-permute":
+        return _plain(dims) in known
+    wholes = ((*dims[:i], n * group, *dims[i + 1 :]) for i, n in enumerate(dims))
+    return any(_plain(whole) in known for whole in wholes)
+
+
+def _cuts(shape: tuple[int, ...], mesh_shape: dict[str, int]):
+    """A parameter's shape, and what each dimension that `tensor` may cut makes of it."""
+    yield shape
+    ways = mesh_shape.get("tensor", 1)
+    for i, n in enumerate(shape):
+        if ways > 1 and n % ways == 0:
+            yield (*shape[:i], n // ways, *shape[i + 1 :])
 
 
 def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
