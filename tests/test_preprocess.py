@@ -245,6 +245,8 @@ def test_configs_that_cannot_be():
         ({"image_size": 8, "short_side": 7}, "short_side 7"),
         ({"std": (0.5, 0.0, 0.5)}, "must be positive"),
         ({"backend": "tensor", "kernel": "lanczos", "antialias": False}, "lanczos"),
+        ({"backend": "tensorflow", "kernel": "bilinear"}, "antialias=False"),
+        ({"backend": "tensorflow", "antialias": False}, 'kernel="bilinear"'),
     ]:
         with pytest.raises(ConfigError, match=message):
             Preprocess(PreprocessConfig(**changes))

@@ -367,7 +367,7 @@ def load(
     config, tokenizer = at_context_length(
         config,
         checkpoint.tokenizer,
-        context_length or checkpoint.context_length,
+        checkpoint.context_length if context_length is None else context_length,
         checkpoint.text_positions,
     )
     filled = fill_towers(

@@ -148,8 +148,9 @@ class PreprocessConfig:
     patch_size: int | None = None  # naflex
     max_patches: int | None = None  # naflex
     kernel: Literal["bicubic", "bilinear", "lanczos", "nearest"] = "bicubic"
-    backend: Literal["pillow", "tensor"] = "pillow"  # tensor: as torchvision does on float tensors
-    antialias: bool = True  # of the tensor backend; Pillow always does
+    # tensor: as torchvision does on uint8 tensors; tensorflow: as big_vision does.
+    backend: Literal["pillow", "tensor", "tensorflow"] = "pillow"
+    antialias: bool = True  # of the tensor backend; Pillow always does, big_vision never
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     short_side: int | None = None  # crop: what the short side becomes first; None: image_size

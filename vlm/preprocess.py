@@ -1,7 +1,8 @@
 """Images to pixels: careful opening, resizing as the reference code does, and normalisation.
 
-Two backends resize. `pillow` is what torchvision and transformers do with PIL images; `tensor` is
-what they do with uint8 tensors (transformers' default since version 5), in numpy to the same bits.
+Three backends resize. `pillow` is what torchvision and transformers do with PIL images; `tensor` is
+what they do with uint8 tensors (transformers' default since version 5), and `tensorflow` is what
+big_vision does, both in numpy to the same bits.
 """
 
 import io
@@ -50,6 +51,10 @@ class Preprocess:
             )
         if config.backend == "tensor" and config.kernel == "lanczos" and not config.antialias:
             raise ConfigError("the lanczos kernel needs antialias=True: set it, or choose bicubic")
+        if config.backend == "tensorflow" and (config.kernel != "bilinear" or config.antialias):
+            raise ConfigError(
+                'the backend "tensorflow" has one form: set kernel="bilinear" and antialias=False'
+            )
         if config.resize == "pad" and config.backend != "pillow":
             raise ConfigError('resize "pad" needs the backend "pillow": set it, or choose squash')
         if config.resize == "naflex" and not (config.patch_size and config.max_patches):
@@ -86,10 +91,14 @@ class Preprocess:
         """The resized image before normalisation; `name` is what errors call it if it has none."""
         config, opened = self.config, self.open(image, name)
         (width, height), box = self._layout(*opened.size)
-        if config.backend == "tensor":
-            array = resize_tensor(
-                np.asarray(opened), height, width, config.kernel, antialias=config.antialias
-            )
+        if config.backend != "pillow":
+            array = np.asarray(opened)
+            if config.backend == "tensorflow":
+                array = resize_tensorflow(array, height, width)
+            else:
+                array = resize_tensor(
+                    array, height, width, config.kernel, antialias=config.antialias
+                )
             left, top, right, bottom = box or (0, 0, width, height)
             return array[top:bottom, left:right]
         if opened.size != (width, height):
@@ -186,6 +195,30 @@ def resize_tensor(
         weights, bits = _fixed_point(resize_matrix(array.shape[0], height, kernel, antialias))
         array = _shift(np.einsum("yh,hxc->yxc", weights, array, optimize=True), bits)
     return array
+
+
+def resize_tensorflow(
+    array: UInt8[np.ndarray, "h w c"], height: int, width: int
+) -> UInt8[np.ndarray, "height width c"]:
+    """Resize as big_vision does: TensorFlow's bilinear interpolation, cut to whole numbers.
+
+    `tf.image.resize(image, size, "bilinear", antialias=False)` and a cast to uint8, in float32 and
+    in its order, since the cast rounds nothing.
+    """
+    left, right, across = _neighbours(array.shape[1], width)
+    top, bottom, down = _neighbours(array.shape[0], height)
+    wide = array.astype(np.float32)
+    wide = wide[:, left] + (wide[:, right] - wide[:, left]) * across[:, None]
+    return (wide[top] + (wide[bottom] - wide[top]) * down[:, None, None]).astype(np.uint8)
+
+
+def _neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The two of `source` pixels around each of `target`, and how far it lies between them."""
+    half, scale = np.float32(0.5), np.float32(source) / np.float32(target)
+    at = (np.arange(target, dtype=np.float32) + half) * scale - half
+    low = np.floor(at)
+    before, after = np.maximum(low, 0), np.minimum(np.ceil(at), source - 1)
+    return before.astype(int), after.astype(int), at - low
 
 
 def _fixed_point(matrix: Float[np.ndarray, "n m"]) -> tuple[Float[np.ndarray, "n m"], int]:

@@ -1,8 +1,9 @@
-"""Writes `golden/bert_tokens.npz`: what big_vision's `bert_tokenize` makes of awkward strings.
+"""Writes `golden/bert_tokens.npz` and `golden/tensorflow_pixels.npz`: big_vision's inputs.
 
-The reference is tensorflow_text's BertTokenizer with the vocabulary of `make_lit.py`; the rows
-are put together as big_vision does. Run where tensorflow_text is installed, with no need of vlm:
-python tests/weights/make_bert_tokens.py
+What its `bert_tokenize` makes of awkward strings, by tensorflow_text's BertTokenizer with the
+vocabulary of `make_lit.py`, and its `resize` of small images, by TensorFlow.
+Run where tensorflow_text is installed, with no need of vlm:
+python tests/weights/make_lit_inputs.py
 """
 
 import pathlib
@@ -53,3 +54,12 @@ np.savez_compressed(
     lengths=np.array([len(text.encode()) for text in texts]),  # numpy drops trailing zero bytes
     tokens=np.concatenate([first, rows.numpy()], axis=1).astype(np.int32),
 )
+
+pixels, rng = {}, np.random.default_rng(4)
+for i, (height, width) in enumerate(((37, 53), (28, 28), (9, 5), (1, 1), (64, 23), (100, 28))):
+    image = rng.integers(0, 256, (height, width, 3), np.uint8)
+    image = image // 64 * 64 if i % 2 else image  # flat areas, where whole numbers stay so
+    resized = tf.image.resize(image, (28, 28), method="bilinear", antialias=False)
+    pixels[f"image/{i}"] = image
+    pixels[f"resized/{i}"] = tf.cast(tf.clip_by_value(resized, 0, 255), tf.uint8).numpy()
+np.savez_compressed(GOLDEN / "tensorflow_pixels.npz", **pixels)

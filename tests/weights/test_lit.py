@@ -1,5 +1,6 @@
 """LiT with a BERT: big_vision's `.npz` with the names of flaxformer, and its WordPiece."""
 
+import dataclasses
 import math
 import pathlib
 import re
@@ -10,13 +11,16 @@ import pytest
 import tokenizers
 from etils import epath
 
-from vlm.bundle import load
+from vlm.bundle import Bundle, load
 from vlm.config import ModelConfig, TextConfig
 from vlm.errors import CheckpointError, ConfigError
+from vlm.preprocess import Preprocess
 from vlm.weights import big_vision
 from vlm.weights.building import abstract_model
 from vlm.weights.rules import expand, flat_shapes
 from vlm.weights.vocabularies import bert_tokenizer
+from vlm.weights.writing_huggingface import huggingface_config
+from vlm.weights.writing_open_clip import open_clip_config
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 LIT = GOLDEN / "bv_lit"
@@ -70,6 +74,26 @@ def test_there_and_back_as_a_bundle_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
+def test_no_other_format_has_a_place_for_what_a_bert_adds(tmp_path):
+    clip, lit = load(GOLDEN / "hf_clip"), load(LIT / "model.npz")
+    post = dataclasses.replace(clip.config.text, norm="post")
+    config = dataclasses.replace(clip.config, text=post)
+    for configured in (huggingface_config, open_clip_config):
+        with pytest.raises(
+            CheckpointError, match=r"no place for text\.norm 'post' \('pre'\): save"
+        ):
+            configured(config, clip.tokenizer)
+    tokenizer = lit.tokenizer.with_rules(
+        dataclasses.replace(lit.tokenizer.config, context_length=config.text.context_length)
+    )
+    with pytest.raises(CheckpointError, match="no place for the cleaning 'bert'"):
+        Bundle(clip.model, clip.preprocess, tokenizer, "x").save(tmp_path / "x", "huggingface")
+    size = clip.config.vision.image_size
+    bundle = Bundle(clip.model, Preprocess(big_vision.preprocess_config(size)), clip.tokenizer, "x")
+    with pytest.raises(CheckpointError, match="no place for TensorFlow's resizing"):
+        bundle.save(tmp_path / "x", "huggingface")
+
+
 def test_the_published_file_is_understood():
     """LiT-B16B: names, shapes and the number of parameters that big_vision's lit.ipynb prints."""
     sizes = {18: 768, 15: 768, 12: 768, 26: 3072, 22: 3072, 3: 12, 6: 64, 17: 197, 114: 30522}
@@ -94,7 +118,17 @@ def test_the_published_file_is_understood():
     assert {piece.theirs: piece.their_shape for piece in pieces} == published
 
 
-# ------------------------------------------------------------------------------- the texts
+# ----------------------------------------------------------------- the images and the texts
+
+
+def test_pixels_are_tensorflows():
+    golden, preprocess = (
+        np.load(GOLDEN / "tensorflow_pixels.npz"),
+        load(LIT / "model.npz").preprocess,
+    )
+    for i in range(6):
+        pixels = preprocess.pixels(golden[f"image/{i}"])
+        np.testing.assert_array_equal(pixels, golden[f"resized/{i}"], err_msg=f"image {i}")
 
 
 def small(length=16, **changes) -> ModelConfig:

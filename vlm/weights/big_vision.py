@@ -78,7 +78,7 @@ class NpzFile:
             del self.shapes[name]
         if _BERT_POSITION in self.shapes:
             wanted, found = self.shapes[_BERT_POSITION][1:], self.shapes.pop(_BERT_SEGMENT, ())
-            if found[1:] != wanted:
+            if found[1:] != wanted or 0 in found:
                 raise CheckpointError(
                     f"{path} has no {_BERT_SEGMENT} as wide as its positions, which every BERT "
                     "has: get it again"
@@ -171,9 +171,9 @@ def model_config(shapes: dict[str, tuple[int, ...]], where: str) -> ModelConfig:
 
 
 def preprocess_config(image_size: int) -> PreprocessConfig:
-    """`resize(N)|value_range(-1, 1)`: TensorFlow's bilinear resizing, without antialias."""
+    """`resize(N)|value_range(-1, 1)`."""
     return PreprocessConfig(
-        image_size=image_size, kernel="bilinear", backend="tensor", antialias=False
+        image_size=image_size, kernel="bilinear", backend="tensorflow", antialias=False
     )
 
 

@@ -106,6 +106,8 @@ def _huggingface_tower(c: VisionConfig | TextConfig) -> dict[str, Any]:
 
 
 def _huggingface_preprocess(c: PreprocessConfig, family: str) -> dict[str, Any]:
+    if c.backend == "tensorflow":
+        refuse("transformers", ["TensorFlow's resizing of images (pillow or tensor)"])
     if c.resize == "pad":
         refuse("transformers", ["preprocessing that pads to the square"])
     name = "CLIPImageProcessor" if family == "clip" else "SiglipImageProcessor"

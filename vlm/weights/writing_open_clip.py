@@ -35,7 +35,7 @@ def write_open_clip(
 
 def _preprocess(p: PreprocessConfig) -> dict[str, Any]:
     if p.backend != "pillow":
-        refuse("open_clip", ["the tensor backend of preprocessing (pillow)"])
+        refuse("open_clip", [f"the {p.backend} backend of preprocessing (pillow)"])
     if p.kernel == "lanczos" or p.short_side is not None:
         refuse("open_clip", [f"preprocessing by {p.kernel} from short side {p.short_side}"])
     if len(set(p.fill)) > 1:
