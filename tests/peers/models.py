@@ -124,6 +124,33 @@ def transformers_model(kind: str) -> None:
         )  # fmt: skip
 
 
+def lit() -> None:
+    """LiT-B16B at its size: timm's and transformers' towers in a file of big_vision's layout."""
+    from make_lit import embed_text, lit, towers, vocabulary
+
+    from vlm.bundle import load
+
+    torch.manual_seed(0)
+    image = {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
+    text = {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12,
+            "num_attention_heads": 12, "intermediate_size": 3072,
+            "max_position_embeddings": 512, "type_vocab_size": 2}  # fmt: skip
+    vision, bert, head = towers(image, 3072, text, 768, image_head=True)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        path = pathlib.Path(folder) / "LiT-B16B.npz"
+        np.savez(path, **lit(vision, bert, head, 4.39))
+        words = vocabulary()
+        words += [f"[unused{i}]" for i in range(text["vocab_size"] - len(words))]
+        path.with_suffix(".txt").write_text("\n".join(words))
+        # Pixels and ids by ours: the towers are what is compared here.
+        bundle = load(path)
+        pixels = bundle.preprocess(pictures()).transpose(0, 3, 1, 2)
+        z_image = unit(vision(torch.from_numpy(pixels.copy())))
+        z_text = embed_text(bert, head, torch.from_numpy(bundle.tokenizer(TEXTS)).long())
+        del bundle
+        compare("big_vision LiT-B16B", path, z_image, z_text, np.exp(4.39) * z_image @ z_text.T)
+
+
 def written_back() -> None:
     """Our golden folders, written by us, opened by transformers and open_clip."""
     import open_clip
@@ -241,6 +268,7 @@ TIMM_NAMES = ("vit_base_patch32_siglip_256", "vit_pe_core_base_patch16_224",
 CASES = {
     "back": written_back,
     "towers": towers_written,
+    "LiT-B16B": lit,
     "CLIPModel": lambda: transformers_model("CLIPModel"),
     "SiglipModel": lambda: transformers_model("SiglipModel"),
     **{

@@ -65,6 +65,7 @@ def main() -> None:
     report("open_clip SimpleTokenizer", clip_tokenizer(77)(texts), theirs, texts)
     huggingface(texts)
     siglip()
+    bert()
 
 
 def huggingface(texts: list[str]) -> None:
@@ -125,6 +126,55 @@ def siglip() -> None:
             texts, padding="max_length", truncation=True, max_length=64, return_tensors="np"
         )
         report("transformers SiglipTokenizer", ours(texts), theirs["input_ids"], texts)
+
+
+def bert() -> None:
+    """transformers' BertTokenizer over a WordPiece vocabulary trained here.
+
+    big_vision uses tensorflow_text's, which folds case and compatibility forms, parts words at
+    control characters, and counts the bytes of long words (`tests/weights/make_lit_inputs.py`
+    compares with that). Left out are the strings with a character that the two treat differently,
+    and what is younger than Unicode 3.2 or beyond its first plane, for theirs has older tables.
+    """
+    import tokenizers
+    from etils import epath
+    from transformers import BertTokenizer
+
+    from vlm.cleaning import _FOLDED
+    from vlm.config import ModelConfig, TextConfig
+    from vlm.weights.vocabularies import bert_tokenizer
+
+    def bare(text: str) -> str:
+        text = unicodedata.normalize("NFD", text)
+        return "".join(c for c in text if unicodedata.category(c) != "Mn")
+
+    def alike(text: str) -> bool:
+        ours = bare(text.translate(_FOLDED))
+        words = max(map(len, ours.encode().split()), default=0)
+        others = {"Cc", "Cf", "Cn", "Co", "Zs", "Zl", "Zp"}
+        return (
+            ours == bare(text).lower()
+            and words <= 100
+            and max(text, default="") <= "\uffff"
+            and all(c in " \t\n\r" or not {kind(c), old.category(c)} & others for c in text)
+        )
+
+    kind, old = unicodedata.category, unicodedata.ucd_3_2_0
+    texts = [text for text in strings(90_000) if alike(text) and "\ufffd" not in text][:10_000]
+    with tempfile.TemporaryDirectory() as folder:
+        folder = epath.Path(folder)
+        learner = tokenizers.BertWordPieceTokenizer(lowercase=True)
+        learner.train_from_iterator(texts, vocab_size=3000, show_progress=False)
+        learner.save_model(str(folder))
+        size = learner.get_vocab_size()
+        config = ModelConfig(text=TextConfig(vocab_size=size, context_length=512))
+        ours = bert_tokenizer(folder / "model.npz", config)
+        theirs = BertTokenizer.from_pretrained(str(folder), do_lower_case=True)
+    rows = theirs(texts, padding="max_length", truncation=True, max_length=64)["input_ids"]
+    # Theirs ends with [SEP] and ours does not.
+    rows = [[i for i in row if i != theirs.sep_token_id][:16] for row in rows]
+    rows = np.array([row + [0] * (16 - len(row)) for row in rows])
+    report("transformers BertTokenizer", ours(texts), rows, texts)
 
 
 if __name__ == "__main__":
