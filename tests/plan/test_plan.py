@@ -9,7 +9,7 @@ from small import experiment
 from vlm.config import MeshConfig
 from vlm.models.flops import executed_flops
 from vlm.plan import plan, sweep
-from vlm.plan.collectives import ACTIVATIONS, GRADIENTS, LOSS_RING, collectives
+from vlm.plan.collectives import ACTIVATIONS, FSDP, GRADIENTS, LOSS_RING, collectives
 from vlm.plan.compile import compile_step
 from vlm.plan.hlo import parse
 from vlm.plan.plan import ring_ratio
@@ -17,13 +17,17 @@ from vlm.plan.topology import topology_devices
 from vlm.sharding import make_mesh
 
 TPU = importlib.util.find_spec("libtpu") is not None
+# Towers with heads of 64 dimensions, as the public models have.
+TPU_HEADS = {
+    "vision": {"width": 128, "heads": 2, "projection": "linear"},
+    "text": {"width": 128, "heads": 2},
+}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not TPU, reason="the TPU compiler is not installed (extra `tpu`)")
 def test_a_tpu_slice_without_a_tpu():
-    heads = {"width": 128, "heads": 2}  # of 64 dimensions, as the public models have
-    e = experiment(1024, vision=heads | {"projection": "linear"}, text=heads)
+    e = experiment(1024, **TPU_HEADS)
     made = plan(e, "v5e:2x2", loss=False)
     assert made.fits
     assert made.memory.basis == "compiled"
@@ -45,6 +49,37 @@ def test_a_tpu_slice_without_a_tpu():
     assert len(kernels) == 4
     assert 0 < made.mfu < 1
     assert json.loads(json.dumps(made.to_dict()))["memory"]["basis"] == "compiled"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TPU, reason="the TPU compiler is not installed (extra `tpu`)")
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_weak_scaling_from_8_to_512_chips(loss):
+    """At 128 pairs a chip: constant memory, and a ring that carries each block as often as ever."""
+    plans = {
+        chips: plan(experiment(128 * chips, loss=loss, **TPU_HEADS), f"v5p:{shape}")
+        for chips, shape in ((8, "2x2x2"), (512, "8x8x8"))
+    }
+    small, large = plans[8].memory, plans[512].memory
+    assert large.peak == pytest.approx(small.peak, rel=0.05)
+    assert large.loss == pytest.approx(small.loss, rel=0.05)
+    for chips, made in plans.items():
+        # Text and its gradient, float32, on each of two passes over the global batch.
+        passes = 2 * 2 * 4 * 128 * chips * made.experiment.model.embed_dim
+        assert 0 < made.sent[LOSS_RING] <= 1.1 * passes
+
+
+def test_fsdp_moves_parameters_and_no_activations():
+    """Each layer's parameters are gathered for each pass; the batch stays where it is."""
+    rows, mesh = 1024, MeshConfig(data=2, fsdp=4)
+    e = experiment(rows, mesh, remat="full", dtype="bfloat16", **TPU_HEADS)
+    made = plan(e, "cpu:8", loss=False)
+    sent = made.sent
+    cut = 4 * made.memory.parameters  # whole, but for the small ones that are not cut
+    assert cut < sent[FSDP] < 3 * cut
+    assert sent[GRADIENTS] < 3 * cut
+    one_activation = 4 * rows * e.model.text.context_length * 128 / 8
+    assert sent.get(ACTIVATIONS, 0) < one_activation
 
 
 def test_gpus_are_counted_by_hand_and_say_so():
@@ -123,12 +158,41 @@ def test_a_program_is_read_with_its_loops_multiplied_out():
         "{{0,1},{2,3}}",
         "[2,2]<=[4]",
         "mesh['a'=2,'b'=1,'c'=2] {'c'}",
+        "mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}",
     ],
 )
 def test_groups_in_every_notation(groups):
     text = PROGRAM.replace("[2,2]<=[2,2]T(1,0)", groups)
     rows = {c.place: c for c in collectives(parse(text), {"data": 2, "fsdp": 2})}
     assert rows[GRADIENTS].axes == ("fsdp",)
+
+
+CHAIN = """\
+HloModule step
+
+%begin (a: f32[8,32]) -> f32[16,32] {
+  %a = f32[8,32]{1,0} parameter(0)
+  ROOT %g1 = f32[16,32]{1,0} all-gather(%a), channel_id=7, replica_groups={{0,1},{2,3}}, \
+dimensions={0}, metadata={op_name="jit(f)/jvp()/sharding_constraint"}
+}
+
+%end (b: f32[8,32]) -> f32[16,32] {
+  %b = f32[8,32]{1,0} parameter(0)
+  ROOT %g2 = f32[16,32]{1,0} all-gather(%b), channel_id=7, replica_groups={{0,1},{2,3}}, \
+dimensions={0}, metadata={op_name="jit(f)/jvp()/sharding_constraint"}
+}
+
+ENTRY %main (p: f32[8,32]) -> f32[16,32] {
+  %p = f32[8,32]{1,0} parameter(0)
+  %first = f32[16,32]{1,0} fusion(%p), kind=kCustom, calls=%begin
+  ROOT %last = f32[16,32]{1,0} fusion(%p), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_a_collective_spread_over_fusions_is_one():
+    (gather,) = collectives(parse(CHAIN), {"data": 2, "fsdp": 2}, [(16, 32)])
+    assert (gather.place, gather.count, gather.sent) == (FSDP, 1, 4 * 8 * 32)
 
 
 NESTED = """\

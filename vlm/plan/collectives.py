@@ -118,6 +118,8 @@ def _place(kind: str, op_name: str, axes: tuple[str, ...], of_parameter: bool) -
         return GRADIENTS if "transpose(" in op_name else FSDP
     if kind in ("all-reduce", "reduce-scatter") and ("transpose(" in op_name or of_parameter):
         return GRADIENTS
+    if kind == "reduce-scatter" and "jvp" not in op_name:
+        return GRADIENTS
     if "jvp" in op_name:
         return ACTIVATIONS
     return NORMS

@@ -41,14 +41,14 @@ def show_sweep(plans: list[Plan], console: Console) -> None:
     table = Table(
         "topology", "mesh", "remat", title="pairs per second and chip (a guess from the roofline)"
     )
-    for name in ("batch", "memory", "of it", "step", "pairs/s", "per chip", "MFU"):
+    for name in ("batch", "memory", "of it", "sent", "step", "pairs/s", "per chip", "MFU"):
         table.add_column(name, justify="right")
     table.add_column("bound")
     table.add_column("basis")
     for p in sorted(plans, key=order):
         sizes = "x".join(str(n) for n in p.mesh.values())
         row = [p.topology.name, sizes, p.experiment.remat, f"{p.experiment.batch_size:,}"]
-        row += [_size(p.memory.peak), _percent(p.memory.share)]
+        row += [_size(p.memory.peak), _percent(p.memory.share), _size(sum(p.sent.values()))]
         if p.fits and p.roofline:
             per_chip = p.pairs_per_second / p.topology.chips
             row += [_time_of(p.step_seconds), f"{p.pairs_per_second:,.0f}", f"{per_chip:,.0f}"]
