@@ -1,12 +1,13 @@
 """Joining a run of several processes: what is missing is named. Real pairs: train/test_hosts.py."""
 
+import socket
 import subprocess
 import sys
 
 import jax
 import pytest
 
-from vlm import distributed
+from vlm import distributed, last_words
 from vlm.errors import ConfigError, TrainingError
 
 
@@ -52,3 +53,18 @@ def test_who_gave_no_sign_of_life_is_named(monkeypatch):
     assert distributed._missing(alive | {"vlm/alive/0": "2 a"}, seen) is None
     said = distributed._missing(alive | {"vlm/alive/0": "3 a"}, seen)
     assert said == "process 1 of 1 on b died: it gave no sign of life for 30 s"
+
+
+@pytest.mark.parametrize(
+    ("word", "answers", "said"), [("", False, "gone"), ("left", False, ""), ("", True, "")]
+)
+def test_last_words_are_for_a_silent_end_without_process_0(word, answers, said):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        if answers:
+            other.listen()
+        arguments = [last_words.__file__, "127.0.0.1", str(other.getsockname()[1]), "gone"]
+        done = subprocess.run(
+            [sys.executable, *arguments], input=word, capture_output=True, text=True, check=True
+        )
+    assert done.stderr.strip() == said

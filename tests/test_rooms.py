@@ -16,6 +16,7 @@ ROOMS = (
     "config",
     "paths",
     "sharding",
+    "last_words",
     "distributed",
     "nn",
     "losses",

@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ import numpy as np
 from jax._src.distributed import global_state  # its key-value store has no public name yet
 from jax.experimental import multihost_utils
 
+from vlm import last_words
 from vlm.errors import ConfigError, VlmError
 
 PERIOD = 1.0  # seconds between signs of life
@@ -70,6 +72,8 @@ def start(
         ) from None
     if jax.process_count() > 1:
         threading.Thread(target=_watch, name="vlm-watch", daemon=True).start()
+        if jax.process_index() != 0:
+            _start_last_words()
 
 
 @contextlib.contextmanager
@@ -128,14 +132,9 @@ def _watch() -> None:
                 if verdict is not None:
                     client.key_value_set(_VERDICT, verdict)
         except jax.errors.JaxRuntimeError:
-            return  # the coordinator is gone or we are at the end: JAX's own client sees to both
+            return  # process 0 is gone, and JAX ends us (see last_words), or we are at the end
         if verdict is not None and not verdict.startswith(_name(me)):
-            print(
-                f"vlm: {verdict}; all processes of the run stop, and `vlm train --resume RUN` goes "
-                "on from its last checkpoint",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(_farewell(verdict), file=sys.stderr, flush=True)
             _linger()
             _leave()
         time.sleep(PERIOD)
@@ -176,7 +175,39 @@ def _linger() -> None:
 def _leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
+    _take_leave()
     os._exit(1)
+
+
+_words: subprocess.Popen | None = None  # the program beside this process: see `last_words`
+
+
+def _start_last_words() -> None:
+    """Have it said if this process ends because process 0 is gone."""
+    global _words
+    address = global_state.coordinator_address
+    host, _, port = address.rpartition(":")
+    sentence = _farewell(f"{_name(0)} at {address} died")
+    _words = subprocess.Popen(
+        [sys.executable, "-S", "-E", last_words.__file__, host.strip("[]"), port, sentence],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # a Ctrl-C is not meant for it
+    )
+    atexit.register(_take_leave)
+
+
+def _take_leave() -> None:
+    """This process ends in order, or has said itself why it ends: nothing is left to say."""
+    if _words is not None and _words.poll() is None:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            _words.communicate(b"left", timeout=5)
+
+
+def _farewell(verdict: str) -> str:
+    return (
+        f"vlm: {verdict}; all processes of the run stop, and `vlm train --resume RUN` goes on from "
+        "its last checkpoint"
+    )
 
 
 def _number(given: int | None, variable: str) -> int | None:

@@ -109,6 +109,23 @@ def test_a_pair_is_killed_and_told_to_leave_and_ends_the_same(pair, tmp_path, _)
     assert losses(run) == losses(whole)
 
 
+def test_the_process_where_all_meet_dies(pair, tmp_path):
+    """The other one is ended by JAX, which does not say which it was; a program beside it does."""
+    _, config, cache, _, _ = pair
+    run = tmp_path / "run"
+    two = Pair([config, "--run-dir", run], tmp_path, cache)
+    send_at(signal.SIGKILL, 8, run, two.processes[:1])
+    began = time.monotonic()
+    two.wait(-signal.SIGKILL, None)
+    assert two.processes[1].returncode != 0
+    said = ""
+    while "died" not in said and time.monotonic() - began < PATIENCE + 30:
+        said = two.logs[1].read_text()
+        time.sleep(0.1)
+    assert "process 0 of 2 at 127.0.0.1:" in said
+    assert "vlm train --resume" in said
+
+
 def test_an_error_of_one_is_an_error_of_all(pair, tmp_path):
     _, config, cache, _, _ = pair
     Path(tmp_path / "run").mkdir()
