@@ -35,14 +35,13 @@ from vlm.paths import as_path, cache_dir
 from vlm.preprocess import ImageLike, Preprocess
 from vlm.tokenizer import Tokenizer
 from vlm.weights.building import Tower, abstract_model, fill_towers, placement
-from vlm.weights.checkpoint import Checkpoint, open_checkpoint
+from vlm.weights.checkpoint import BUNDLE_FILE, Checkpoint, open_checkpoint
 from vlm.weights.files import SafetensorsFiles, write_safetensors
 from vlm.weights.hub import download, is_hub_id
 from vlm.weights.resolution import at_context_length, at_image_size, resizing
 from vlm.weights.rules import Rule, flat_arrays, flat_shapes
 from vlm.weights.writing import Format, write_folder
 
-BUNDLE_FILE = "bundle.json"
 WEIGHTS_FILE = "model.safetensors"
 FORMAT = 1  # of the folder; raised when an older reader would misread it
 
@@ -397,22 +396,37 @@ def load(
 
 def _open(model: epath.PathLike, revision: str | None) -> tuple[Checkpoint, str]:
     """The checkpoint that `model` names, and what to call it."""
-    path, name = as_path(model), None
+    path = as_path(model)
+    if path.exists():
+        checkpoint = _open_path(path)
+        return checkpoint, checkpoint.name
+    name = os.fspath(model)
+    if not is_hub_id(name):
+        raise CheckpointError(f"there is no model {name!r}: check the path")
+    path, unreached = download(name, revision)
+    try:
+        return _open_path(path), name
+    except CheckpointError as error:
+        if unreached is None:
+            raise
+        raise CheckpointError(
+            f"{error} (this is what the cache holds of {name}, for the Hub was not at hand: "
+            f"{unreached})"
+        ) from None
+
+
+def _open_path(path: epath.Path) -> Checkpoint:
+    """The checkpoint in a folder or file of this disk."""
     for folder in (path, path / "bundle"):
         if (folder / BUNDLE_FILE).exists():
-            checkpoint = _open_own(folder)
-            return checkpoint, checkpoint.name
-    if not path.exists():
-        if not is_hub_id(os.fspath(model)):
-            raise CheckpointError(f"there is no model {os.fspath(path)!r}: check the path")
-        name, path = os.fspath(model), download(os.fspath(model), revision)
+            return _open_own(folder)
     if (path / "checkpoints").exists():
         raise CheckpointError(
             f"the run {path} has no bundle yet, which is written at its end: finish it with "
             f"vlm train --resume {path}"
         )
     if (checkpoint := open_checkpoint(path)) is not None:
-        return checkpoint, name or checkpoint.name
+        return checkpoint
     raise CheckpointError(
         f"{path} is not a model: it has none of {BUNDLE_FILE}, config.json, open_clip_config.json"
     )

@@ -1,4 +1,7 @@
-"""Hub names without a network: what is cached loads, and what is not says where it would be."""
+"""Hub names without a network: what is cached loads, and what is not says where it would be.
+
+With one: test_hub_download.py.
+"""
 
 import pathlib
 import shutil
@@ -7,7 +10,7 @@ import pytest
 
 from vlm.bundle import load
 from vlm.errors import CheckpointError
-from vlm.weights.hub import is_hub_id, needed
+from vlm.weights.hub import is_hub_id
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -54,21 +57,6 @@ def test_half_a_download(offline, missing):
     cached(offline, "someone/half", GOLDEN / "hf_clip", leave_out=[missing])
     with pytest.raises(CheckpointError, match=missing.replace(".", r"\.")):
         load("someone/half")
-
-
-def test_only_what_is_needed_is_fetched():
-    files = ["README.md", "config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json",
-             "onnx/model.onnx", "flax_model.msgpack", "open_clip_model.safetensors", "merges.txt",
-             "open_clip_config.json", "sub/config.json"]  # fmt: skip
-    assert needed(files) == ["config.json", "tokenizer.json", "merges.txt",
-                             "open_clip_config.json", "model.safetensors"]  # fmt: skip
-    sharded = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
-               "model.safetensors.index.json"]  # fmt: skip
-    assert set(needed(sharded)) == set(sharded)
-    pickled = [name.replace("model", "pytorch_model").replace("safetensors", "bin")
-               for name in sharded]  # fmt: skip
-    assert set(needed(pickled)) == set(pickled)
-    assert needed(["open_clip_pytorch_model.bin", "a.png"]) == ["open_clip_pytorch_model.bin"]
 
 
 def test_what_looks_like_a_hub_name():

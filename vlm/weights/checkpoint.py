@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,11 @@ from vlm.weights.vocabularies import (
     huggingface_tokenizer,
     open_clip_tokenizer,
 )
+
+BUNDLE_FILE = "bundle.json"  # of a folder in our own format
+# The names of a folder's weights without their ending, best first.
+HUGGINGFACE_WEIGHTS = ("model", "pytorch_model")
+OPEN_CLIP_WEIGHTS = ("open_clip_model", "open_clip_pytorch_model")
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def open_checkpoint(path: epath.Path) -> Checkpoint | None:
         if path.suffix == ".npz":
             return _open_big_vision(path)
         return None
-    if (path / "config.json").exists() and _has_huggingface_model(path):
+    if (path / "config.json").exists() and is_huggingface(path, {f.name for f in path.iterdir()}):
         return _open_huggingface(path)
     if (path / "open_clip_config.json").exists():
         return _open_open_clip(path)
@@ -74,19 +79,22 @@ def _open_huggingface(folder: epath.Path) -> Checkpoint:
         config,
         _huggingface_preprocess(folder, config.vision.image_size),
         tokenizer,
-        weights(folder, "model", "pytorch_model"),
+        weights(folder, *HUGGINGFACE_WEIGHTS),
         huggingface.RULES[family],
         huggingface.ignored,
         "bicubic",
     )
 
 
-def _has_huggingface_model(folder: epath.Path) -> bool:
-    """Whether `config.json` is that of the model; beside open_clip's files it may be a remnant."""
-    if not (folder / "open_clip_config.json").exists():
+def is_huggingface(folder: epath.Path, files: Collection[str]) -> bool:
+    """Whether `config.json` is that of the model; beside open_clip's files it may be a remnant.
+
+    `files` are the names in the folder, or of what is still to come into it.
+    """
+    if "open_clip_config.json" not in files:
         return True
     return read_json(folder / "config.json").get("model_type") in huggingface.FAMILIES and any(
-        (folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")
+        name in files for name in ("model.safetensors", "model.safetensors.index.json")
     )
 
 
@@ -96,7 +104,7 @@ def _open_open_clip(folder: epath.Path) -> Checkpoint:
     model = values.get("model_cfg")
     if not isinstance(model, dict):
         raise CheckpointError(f"{where} has no model_cfg: download it again")
-    tensors = weights(folder, "open_clip_model", "open_clip_pytorch_model")
+    tensors = weights(folder, *OPEN_CLIP_WEIGHTS)
     config = open_clip.model_config(model, tensors.shapes, where)
     tokenizer = open_clip_tokenizer(folder, model["text_cfg"], config)
     check_vocabulary(tokenizer, config, folder)
@@ -183,7 +191,7 @@ def weights(folder: epath.Path, *stems: str) -> Tensors:
         for stem in stems:
             files = [folder / f"{stem}.{ending}"]
             if not files[0].exists():
-                files = _shards(folder / f"{stem}.{ending}.index.json")
+                files = shards(folder / f"{stem}.{ending}.index.json")
             if files:
                 if ending == "safetensors":
                     return SafetensorsFiles(files)
@@ -192,7 +200,7 @@ def weights(folder: epath.Path, *stems: str) -> Tensors:
     raise CheckpointError(f"{folder} has no {wanted}: the download is incomplete")
 
 
-def _shards(index: epath.Path) -> list[epath.Path]:
+def shards(index: epath.Path) -> list[epath.Path]:
     """The files that an index lists, in their order; none if there is no index."""
     if not index.exists():
         return []
