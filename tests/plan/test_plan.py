@@ -230,3 +230,28 @@ def test_kernels_say_what_they_compute_and_nested_fusions_what_they_read():
     assert program.memory_bytes(fused, entry) == 2 * 64 + 2 * 64  # one layer in, one out
     assert program.flops(kernel, entry) == program.total_flops() == 640
     assert program.memory_bytes(kernel, entry) == 2 * 64 + 2 * 64
+
+
+def test_an_array_passed_through_in_place_is_read_where_it_is_sliced():
+    """As for tpu7x: the array goes through a fusion that is its alias, and then a slice is read."""
+    alias = """\
+%same (c: bf16[24,64]) -> bf16[24,64] {
+  %c = bf16[24,64]{1,0} parameter(0)
+  ROOT %copy = bf16[24,64]{1,0} copy(%c)
+}
+
+%inner"""
+    passed = "%whole = bf16[24,64]{1,0} fusion(%a), output_to_operand_aliasing={{}: (0, {})}, "
+    text = NESTED.replace("%inner", alias, 1).replace("dynamic-slice(%a", "dynamic-slice(%whole")
+    text = text.replace("  %zero", f"  {passed}kind=kLoop, calls=%same\n  %zero", 1)
+    program = parse(text)
+    entry = program.computations["main"]
+    assert program.memory_bytes(entry.instructions["fused"], entry) == 2 * 64 + 2 * 64
+
+
+def test_a_reduction_that_runs_beside_the_rest_is_counted():
+    """As for tpu7x: collectives are called asynchronously."""
+    text = CHAIN.replace("fusion(%p), kind=kCustom, calls", "call-start(%p), to_apply", 1)
+    text = text.replace("fusion(%p), kind=kCustom, calls=%end", "call-done(%first)")
+    (gather,) = collectives(parse(text), {"data": 2, "fsdp": 2}, [(16, 32)])
+    assert (gather.place, gather.count) == (FSDP, 1)

@@ -109,7 +109,7 @@ class Program:
             if instruction.opcode == "while":
                 trips = self.trip_count(instruction)
                 yield from self._walk(instruction.called("body"), times * trips)
-            elif instruction.opcode in ("call", "async-start"):
+            elif instruction.opcode in ("call", "call-start", "async-start"):
                 inner = instruction.called("to_apply") or instruction.called("calls")
                 if inner:
                     yield from self._walk(inner, times)
@@ -189,17 +189,19 @@ class Program:
 
     def _touched(self, inside: Computation, number: int) -> float:
         """Bytes that a fusion reads of an operand: slices alone, where nothing else looks at it."""
-        parameter, total = inside.parameter(number), 0.0
+        same, total = {inside.parameter(number)}, 0.0  # all names of the operand's array
         for i in inside.instructions.values():
-            if parameter not in i.operands:
+            if not same & set(i.operands):
                 continue
             within = self.fused(i)  # fusions are nested where a product has fused operands
-            if within is not None:
+            if i.opcode == "bitcast" or (within and "output_to_operand_aliasing" in i.text):
+                same.add(i.name)
+            elif within is not None:
                 for place, name in enumerate(i.operands):
-                    total += self._touched(within, place) if name == parameter else 0.0
+                    total += self._touched(within, place) if name in same else 0.0
             elif i.opcode in ("dynamic-slice", "slice", "gather"):
                 total += i.bytes
-            elif i.opcode != "dynamic-update-slice" or i.operands[0] != parameter:
+            elif i.opcode != "dynamic-update-slice" or i.operands[0] not in same:
                 return math.inf  # an update leaves the rest of the array where it is
         return total
 
