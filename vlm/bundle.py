@@ -349,8 +349,9 @@ def load(
         context_length: another number of tokens in a text; position embeddings are cut, or
             interpolated where the model's own code does.
         dtype: of parameters and computation, "float32" or "bfloat16".
-        mesh: where the parameters lie, cut by the rules of `vlm.sharding`; each host reads and
-            holds its own share. None: the default device.
+        mesh: where the parameters lie, cut by the rules of `vlm.sharding`; each host reads the
+            checkpoint, a tensor at a time, and holds its own share. All hosts encode the same
+            inputs, and all get the embeddings. None: the default device.
         revision: of a Hub model.
         tower: "image" or "text" reads that half alone; the other cannot encode then.
 
