@@ -1,7 +1,9 @@
 """The benches measure what they say and answer in JSON."""
 
+import dataclasses
 import io
 import json
+from pathlib import Path
 
 import jax
 import pytest
@@ -15,6 +17,8 @@ from vlm.bench.train import bench_train
 from vlm.config import load_config
 from vlm.errors import ShardingError
 from vlm.models.flops import model_flops
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
 
 
 @pytest.fixture
@@ -44,9 +48,15 @@ def test_a_training_step_and_its_parts(paper, tmp_path):
     assert "pairs/s" in paper.file.getvalue()
 
 
-def test_a_step_whose_batch_does_not_divide():
-    import dataclasses
+@pytest.mark.slow
+def test_the_memory_that_the_compiler_plans_is_what_a_step_takes(paper):
+    e = load_config(str(CONFIGS / "openmoji.py"))
+    result = bench_train(dataclasses.replace(e, batch_size=512), rounds=1, console=paper)
+    planned, measured = result["planned_peak_bytes"], result["measured_peak_bytes"]
+    assert planned == pytest.approx(measured, rel=0.1)
 
+
+def test_a_step_whose_batch_does_not_divide():
     with pytest.raises(ShardingError, match="batch_size 9 does not divide"):
         bench_train(dataclasses.replace(small(), batch_size=9))
 

@@ -1,6 +1,10 @@
 """How the benches measure: the best of interleaved rounds, beside what the machine can do."""
 
 import contextlib
+import ctypes
+import gc
+import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -35,6 +39,30 @@ def peak_bytes(device: jax.Device) -> int | None:
     """The most bytes that were in use on a device so far, where it counts them."""
     stats = device.memory_stats() or {}
     return stats.get("peak_bytes_in_use")
+
+
+def resident_peak(run: Callable[[], Any]) -> int | None:
+    """The most bytes that `run` takes over what the process holds without it; None but on Linux.
+
+    A CPU device counts nothing itself, so this is the resident memory of the process. A first call
+    brings what stays: code, threads and their stacks. What `run` holds must be its own.
+    """
+    process = pathlib.Path("/proc/self")
+    if not sys.platform.startswith("linux") or not (process / "clear_refs").exists():
+        return None
+    run()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # musl has no such call
+        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system
+    before = _status("VmRSS")
+    (process / "clear_refs").write_text("5")  # the high-water mark starts anew
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 @contextlib.contextmanager
