@@ -135,32 +135,31 @@ def cut_over_fsdp(x: jax.Array) -> bool:
     return mesh is not None and mesh.shape["fsdp"] > 1
 
 
-def gathered(parameters: Any, dtype: jnp.dtype) -> Any:
-    """Traced parameters as they are computed with: whole over `fsdp`, each cut one in `dtype`.
+def gathered(block: Any, layers: int, dtype: jnp.dtype) -> Any:
+    """Traced parameters of one of `layers` stacked blocks, whole over `fsdp`; kernels in `dtype`.
 
     Each device holds its part and gathers the others where they are used; the gradient is summed
     and cut again there (ZeRO, arXiv:1910.02054, as XLA's partitioner does it).
     """
-
     constrain = jax.lax.with_sharding_constraint
 
     def whole(path, x):
         if not cut_over_fsdp(x):
             return x
         mesh = mesh_of(x)
-        spec = parameter_spec(path_names(path), x.shape, mesh)
+        _, *spec = parameter_spec(("blocks", *path_names(path)), (layers, *x.shape), mesh)
         if "fsdp" not in spec:
             return x
-        parts = NamedSharding(mesh, spec)
+        parts = NamedSharding(mesh, P(*spec))
         together = NamedSharding(mesh, P(*(None if axis == "fsdp" else axis for axis in spec)))
         return linear_call(
             lambda _, x: constrain(constrain(x, parts), together),
             lambda _, gradient: constrain(gradient, parts),
             (),
-            x.astype(dtype),
+            x.astype(dtype) if x.ndim > 1 else x,  # half the bytes; norms compute in float32
         )
 
-    return jax.tree_util.tree_map_with_path(whole, parameters)
+    return jax.tree_util.tree_map_with_path(whole, block)
 
 
 @functools.cache

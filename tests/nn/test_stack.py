@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from vlm.config import MeshConfig
 from vlm.nn.transformer import Execution, Transformer
+from vlm.sharding import batch_sharding, make_mesh, shardings
 
 X = jax.random.normal(jax.random.key(0), (4, 6, 32))
 KEYS = jax.random.split(jax.random.key(1), 4)
@@ -92,3 +94,42 @@ def test_an_example_draws_the_same_mask_in_any_batch():
     part = stack(X[2:], keys=KEYS[2:])
     np.testing.assert_allclose(whole[2:], part, atol=1e-6)
     assert np.abs(whole - stack(X, keys=KEYS[::-1])).max() > 1e-2
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_parameters_cut_over_fsdp_compute_the_same_in_bfloat16(remat, monkeypatch):
+    """Every device works on the same rows either way, with the same parameters to the bit."""
+    monkeypatch.setattr("vlm.sharding.SMALLEST_SHARDED", 512)  # even the scales of norms are cut
+    rows = jax.random.normal(jax.random.key(2), (8, 6, 256), jnp.bfloat16)
+    stack = Transformer(
+        256,
+        2,
+        4,
+        256,
+        act="gelu_tanh",
+        norm_eps=1e-6,
+        execution=Execution(dtype=jnp.bfloat16, remat=remat),
+        rngs=nnx.Rngs(0),
+    )
+    graph, parameters = nnx.split(stack)
+    parameters = nnx.to_pure_dict(parameters)
+    scale = parameters["blocks"]["attention_norm"]["scale"]
+    parameters["blocks"]["attention_norm"]["scale"] = scale + jnp.linspace(0, 1e-3, 256)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(parameters, rows):
+        return jnp.square(nnx.merge(graph, parameters)(rows).astype(jnp.float32)).mean()
+
+    (value, gradients), (whole, expected) = (
+        loss(
+            jax.device_put(parameters, shardings(parameters, mesh)),
+            jax.device_put(rows, batch_sharding(mesh)),
+        )
+        for mesh in (make_mesh(MeshConfig(1, 8)), make_mesh(MeshConfig(8, 1)))
+    )
+    specs = {x.sharding.spec for x in jax.tree.leaves(gradients["blocks"]["attention_norm"])}
+    assert all("fsdp" in spec for spec in specs)
+    np.testing.assert_allclose(value, whole, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02 * np.abs(b).max())  # sums in bfloat16

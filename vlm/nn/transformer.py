@@ -135,7 +135,7 @@ class Transformer(nnx.Module):
 
         def layer(x, number_and_parameters):
             number, parameters = number_and_parameters
-            parameters, x = gathered(parameters, self.dtype), by_rows(x)
+            parameters, x = gathered(parameters, self.depth, self.dtype), by_rows(x)
             layer_keys = keys
             if keys is not None:
                 layer_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)

@@ -75,9 +75,10 @@ def _found(program: Program):
         inside = program.fused(instruction)
         for i in inside.instructions.values() if inside else ():
             channel = re.search(r"channel_id=(\d+)", i.text)
-            if _is_collective(i) and not (channel and channel[1] in fused):
-                fused.add(channel[1] if channel else None)
-                yield i, inside, times
+            if not _is_collective(i) or (channel and channel[1] in fused):
+                continue
+            fused |= {channel[1]} if channel else set()
+            yield i, inside, times
 
 
 def _is_collective(instruction: Instruction) -> bool:
