@@ -124,7 +124,8 @@ def by_rows(x: jax.Array) -> jax.Array:
     activations, which are large, rather than parameters.
     """
     mesh = mesh_of(x)
-    if mesh is None or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+    ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if ways == 1 or x.shape[0] % ways:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
 
