@@ -25,6 +25,49 @@ RematPolicy = Literal["none", "full", "dots", "dots_no_batch"]
 
 
 @dataclass(frozen=True)
+class FastViTStage:
+    """A stage of FastViT: `depth` blocks of one width, each a mixer of places and an MLP."""
+
+    depth: int
+    width: int
+    mlp_dim: int
+    heads: int = 0  # of the attention that mixes; 0: a 3x3 convolution does
+    norm: bool = False  # a LayerNorm before the attention
+    halve: bool = True  # begins with a 7x7 convolution of stride 2
+    squeeze: int = 0  # hidden channels of that one's squeeze-and-excitation; 0: it has none
+    position: bool = False  # a 7x7 convolution that gives positions (arXiv:2102.10882)
+
+
+@dataclass(frozen=True)
+class FastViTConfig:
+    """The parts of FastViT, reparameterised (Vasu et al., 2023, arXiv:2303.14189)."""
+
+    stem_width: int
+    stages: tuple[FastViTStage, ...]
+    squeeze: int  # hidden channels of squeeze-and-excitation after the last convolution
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels along each side of a place of the last stage."""
+        return 4 * 2 ** sum(stage.halve for stage in self.stages)
+
+    def __post_init__(self):
+        inputs = self.stem_width
+        for number, stage in enumerate(self.stages):
+            where = f"FastViTStage {number}"
+            if stage.heads and stage.width % stage.heads:
+                raise ConfigError(
+                    f"{where}: width {stage.width} is not a multiple of heads {stage.heads}"
+                )
+            if stage.width % inputs or not (stage.halve or stage.width == inputs):
+                raise ConfigError(
+                    f"{where}: width {stage.width} after {inputs}: a stage that halves takes a "
+                    "multiple of the width before it, and another the same width"
+                )
+            inputs = stage.width
+
+
+@dataclass(frozen=True)
 class VisionConfig:
     """A Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929)."""
 
@@ -54,6 +97,8 @@ class VisionConfig:
     # Blocks in the four stages of OpenAI's ResNet, which then takes the place of the ViT: `width`
     # is its stem's, `heads` its attention pool's, patch_size 32, and it is its own projection.
     resnet: tuple[int, ...] = ()
+    # FastViT (MobileCLIP), likewise in the ViT's place: `width` is what is pooled, by its mean.
+    fastvit: FastViTConfig | None = None
     # NaFlex (SigLIP 2): any aspect, at most this many patches; image_size is the position grid's.
     max_patches: int | None = None
     dropout: float = 0.0
@@ -114,6 +159,15 @@ class ModelConfig:
                     f'{self.embed_dim}: set projection="linear" or make them equal'
                 )
         vision = self.vision
+        if (parts := vision.fastvit) is not None and (
+            vision.width % parts.stages[-1].width
+            or vision.patch_size != parts.patch_size
+            or (vision.pool, vision.projection) != ("mean", "linear_bias")
+        ):
+            raise ConfigError(
+                f"a FastViT of these stages has patch_size {parts.patch_size}, a width that is a "
+                f'multiple of {parts.stages[-1].width}, pool "mean" and projection "linear_bias"'
+            )
         # What is left over at the right and below is not looked at, as in SigLIP So400m/14@384.
         if vision.image_size < vision.patch_size:
             raise ConfigError(
@@ -323,8 +377,10 @@ class Experiment:
                 f"image_sizes {self.image_sizes} must have positive shares of the run that add up "
                 "to at most 1: what is left trains at the full size"
             )
-        if self.image_sizes and self.model.vision.resnet:
-            raise ConfigError("image_sizes needs a Vision Transformer: leave it empty for a ResNet")
+        if self.image_sizes and (self.model.vision.resnet or self.model.vision.fastvit):
+            raise ConfigError(
+                "image_sizes needs a Vision Transformer: leave it empty for a ResNet or a FastViT"
+            )
         if not 0 <= self.text_masking < 1:
             raise ConfigError(
                 f"text_masking {self.text_masking} is a share of the text: choose at least 0 and "

@@ -58,12 +58,16 @@ def open_clip_model(name: str) -> None:
 
     torch.manual_seed(0)
     model = open_clip.create_model(name).eval()
+    if "MobileCLIP" in name:
+        random_numbers(model)
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         config = open_clip.get_model_config(name)
         preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3} if "SigLIP" in name else {}
         if "SigLIP" in name:
             preprocess["resize_mode"] = "squash"
+        if "MobileCLIP" in name:
+            preprocess = {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear"}
         about = {"model_cfg": config, "preprocess_cfg": preprocess}
         (folder / "open_clip_config.json").write_text(json.dumps(about))
         state = {k: v.contiguous() for k, v in model.state_dict().items()}
@@ -81,6 +85,23 @@ def open_clip_model(name: str) -> None:
         del model, state
         gc.collect()
         compare(f"open_clip {name}", folder, z_image, z_text, scale * z_image @ z_text.T + bias)
+
+
+def random_numbers(model: torch.nn.Module) -> None:
+    """Batch norms as if they had seen images, and factors by which every branch matters."""
+    for name, tensor in model.state_dict().items():
+        if name.endswith("running_mean"):
+            tensor.normal_(0, 0.2)
+        elif name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+        elif name.endswith("gamma"):
+            tensor.normal_(0, 0.1)
+        elif name.endswith((".bn.weight", "identity.weight")) or (
+            name.endswith("norm.weight") and "visual" in name
+        ):
+            tensor.uniform_(0.3, 0.7)
+        elif name.endswith("bias") and "visual" in name:
+            tensor.normal_(0, 0.1)
 
 
 def transformers_model(kind: str) -> None:
@@ -280,6 +301,8 @@ CASES = {
             "coca_ViT-B-32",
             "RN50",
             "PE-Core-B-16",
+            "MobileCLIP2-S0",
+            "MobileCLIP2-S4",
         )
     },
 }

@@ -51,6 +51,8 @@ def vision_flops(config: VisionConfig, embed_dim: int, *, training: bool = False
     c = config
     if c.resnet:
         return _resnet(c, embed_dim)
+    if c.fastvit is not None:
+        return _fastvit(c, embed_dim)
     grid = c.image_size // c.patch_size
     tokens = grid**2
     if c.stem == "conv":
@@ -107,7 +109,8 @@ def step_flops(experiment: Experiment) -> dict[str, PartFlops]:
         for part, flops in forward.items():
             flops = batch * flops
             backward, recomputed = 2 * flops, again * flops
-            if part == "stem" and e.model.vision.stem == "linear" and not e.model.vision.resnet:
+            vit = not (e.model.vision.resnet or e.model.vision.fastvit)
+            if part == "stem" and e.model.vision.stem == "linear" and vit:
                 backward = flops  # pixels need no gradient
             if e.lock == tower:
                 backward = 0.0
@@ -174,3 +177,34 @@ def _resnet(config: VisionConfig, embed_dim: int) -> dict[str, float]:
     tokens = size**2 + 1
     pool = 2 * (inputs**2 + 2 * tokens * inputs**2 + 2 * tokens * inputs + inputs * embed_dim)
     return {"stem": stem, "stages": stages, "pool": pool}
+
+
+def _fastvit(config: VisionConfig, embed_dim: int) -> dict[str, float]:
+    """Convolutions and attention of FastViT (vlm/models/fastvit.py), depthwise ones included."""
+    parts, width = config.fastvit, config.fastvit.stem_width
+    size = _half(config.image_size)
+    stem = 2 * size**2 * 27 * width
+    size = _half(size)
+    stem += 2 * size**2 * (9 * width + width**2)
+    stages = 0.0
+    for s in parts.stages:
+        if s.halve:
+            size = _half(size)
+            stages += 2 * size**2 * (49 * s.width + s.width**2) + 4 * s.width * s.squeeze
+        places = size**2
+        stages += 2 * places * 49 * s.width * s.position
+        mixer = 2 * places * (4 * s.width**2 + 2 * places * s.width) if s.heads else 0.0
+        mixer = mixer or 2 * places * 9 * s.width
+        stages += s.depth * (mixer + 2 * places * (49 * s.width + 2 * s.width * s.mlp_dim))
+    pool = 2 * size**2 * 9 * config.width + 4 * config.width * parts.squeeze
+    return {
+        "stem": stem,
+        "stages": stages,
+        "pool": pool,
+        "projection": _projection(config, config.width, embed_dim),
+    }
+
+
+def _half(size: int) -> int:
+    """What a padded stride of 2 leaves of a side."""
+    return (size + 1) // 2

@@ -11,7 +11,7 @@ from etils import epath
 from vlm.config import ModelConfig, PreprocessConfig
 from vlm.errors import CheckpointError
 from vlm.tokenizer import Tokenizer
-from vlm.weights import big_vision, huggingface, open_clip, openai
+from vlm.weights import big_vision, fastvit, huggingface, open_clip, openai
 from vlm.weights.files import SafetensorsFiles, Shards, Tensors
 from vlm.weights.processors import huggingface_preprocess, open_clip_preprocess
 from vlm.weights.resolution import Positions, TextPositions
@@ -106,6 +106,8 @@ def _open_open_clip(folder: epath.Path) -> Checkpoint:
         raise CheckpointError(f"{where} has no model_cfg: download it again")
     tensors = weights(folder, *OPEN_CLIP_WEIGHTS)
     config = open_clip.model_config(model, tensors.shapes, where)
+    if config.vision.fastvit is not None:
+        tensors = fastvit.Fused(tensors, config.vision, model["vision_cfg"]["timm_model_name"])
     tokenizer = open_clip_tokenizer(folder, model["text_cfg"], config)
     check_vocabulary(tokenizer, config, folder)
     image_size = config.vision.image_size

@@ -8,7 +8,7 @@ from typing import Any
 
 from vlm.config import Activation, ModelConfig, TextConfig, VisionConfig
 from vlm.errors import CheckpointError
-from vlm.weights import timm
+from vlm.weights import fastvit, timm
 from vlm.weights.layers import fused, heads, linear, norm, out
 from vlm.weights.rules import CONV, FIRST_ROW, FLAT, LINEAR, SCALAR, SCALAR_1, Rule
 
@@ -57,7 +57,8 @@ def model_config(values: dict[str, Any], shapes: Shapes, where: str) -> ModelCon
     if name := vision["timm_model_name"]:
         image_size = _side(vision["image_size"], f"{where}: vision_cfg.image_size")
         pool, proj = vision["timm_pool"], vision["timm_proj"]
-        image_tower = timm.vision_config(name, image_size, pool, proj, shapes, where)
+        family = fastvit if fastvit.NAME.match(name) else timm
+        image_tower = family.vision_config(name, image_size, pool, proj, shapes, where)
     else:
         image_tower = _vision(vision, quick, where)
     return ModelConfig(
@@ -186,6 +187,8 @@ def rules(config: ModelConfig, shapes: Shapes) -> list[Rule]:
         logits.append(Rule("logit_bias", "logit_bias", scalar))
     if config.vision.resnet:
         image = _resnet_rules(config.vision.resnet)
+    elif config.vision.fastvit is not None:
+        image = fastvit.rules(config.vision)
     elif config.vision.pool == "map":  # of timm's towers alone
         image = timm.rules(config.vision)
     else:

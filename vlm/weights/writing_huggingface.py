@@ -38,7 +38,7 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[
     """
     vision, text = config.vision, config.text
     clip = vision.pool == "class"
-    common = {"resnet": (), "stem": "linear", "rotary": None, "max_patches": None}
+    common = {"resnet": (), "fastvit": None, "stem": "linear", "rotary": None, "max_patches": None}
     common |= {"norm_pooled": False, "layer_scale": False, "pool_heads": None, "pool_mlp_dim": None}
     if clip:
         wanted = (

@@ -64,6 +64,8 @@ def open_clip_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
             "open_clip opens a CoCa with its captioning decoder alone, and this is the contrastive "
             "half, which has none: save the model as a vlm bundle instead"
         )
+    if vision.fastvit is not None:
+        refuse("open_clip", ["a FastViT whose branches are fused"])
     if vision.resnet:
         image_tower = _resnet(vision)
     elif vision.pool == "map":

@@ -1,0 +1,381 @@
+"""MobileCLIP's image towers inside open_clip folders: timm's FastViT, whose branches are fused.
+
+While it is trained a block is a sum of convolutions, batch norms, skips and factors. All of them
+are linear, and `Fused` reads the one convolution that they are (arXiv:2303.14189, section 3).
+"""
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from jaxtyping import Shaped
+
+from vlm.config import FastViTConfig, FastViTStage, VisionConfig
+from vlm.errors import CheckpointError
+from vlm.weights.files import Tensors
+from vlm.weights.layers import fused, linear, norm, out
+from vlm.weights.rules import CONV, Rule, Transform
+
+Shape = tuple[int, ...]
+NAME = re.compile(r"fastvit_mci([0-4])(\..*)?$")  # those that timm made for MobileCLIP
+_TRUNK = "visual.trunk"
+_HEAD_WIDTH = 32
+_EPS = 1e-5  # of all their norms
+
+
+def _large(name: str) -> bool:
+    """MobileCLIP2's S3 and S4: a LayerNorm before attention, and no scale branch in the stem."""
+    return NAME.match(name)[1] in "34"
+
+
+def vision_config(
+    name: str,
+    image_size: int,
+    pool: str,
+    proj: str | None,
+    shapes: Mapping[str, Shape],
+    where: str,
+) -> VisionConfig:
+    """The tower `name`, with the sizes that the `shapes` of its tensors have.
+
+    Raises:
+        CheckpointError: another pool or projection, or the weights of something else.
+    """
+    if pool != "avg" or proj:
+        raise CheckpointError(
+            f"{where}: the image tower {name!r} has timm_pool {pool!r} and timm_proj {proj!r}: "
+            "vlm reads it with the mean of the image (avg) and no extra projection"
+        )
+    try:
+        stages = tuple(_stages(name, shapes))
+        width = shapes[f"{_TRUNK}.head.fc.weight"][1]
+        parts = FastViTConfig(
+            stem_width=_kernel(shapes, f"{_TRUNK}.stem.0", "conv_kxk.0.conv")[0],
+            stages=stages,
+            squeeze=shapes[f"{_TRUNK}.final_conv.se.fc1.weight"][0],
+        )
+    except (KeyError, IndexError):
+        raise CheckpointError(f"{where}: the weights are not those of timm's {name}") from None
+    return VisionConfig(
+        image_size=image_size,
+        patch_size=parts.patch_size,
+        width=width,
+        depth=0,
+        heads=1,
+        mlp_dim=0,
+        pool="mean",
+        projection="linear_bias",
+        activation="gelu",
+        norm_eps=_EPS,
+        fastvit=parts,
+    )
+
+
+def _stages(name: str, shapes: Mapping[str, Shape]):
+    first = re.compile(rf"{re.escape(_TRUNK)}\.stages\.(\d+)\.blocks\.(\d+)\.mlp\.fc1\.weight")
+    found = [match for match in map(first.fullmatch, shapes) if match]
+    for number in range(1 + max(int(match[1]) for match in found) if found else 0):
+        stage = f"{_TRUNK}.stages.{number}"
+        mlp_dim, width = shapes[f"{stage}.blocks.0.mlp.fc1.weight"][:2]
+        attends = f"{stage}.blocks.0.token_mixer.qkv.weight" in shapes
+        yield FastViTStage(
+            depth=sum(int(match[1]) == number for match in found),
+            width=width,
+            mlp_dim=mlp_dim,
+            heads=width // _HEAD_WIDTH if attends else 0,
+            norm=attends and _large(name),
+            halve=any(n.startswith(f"{stage}.downsample.") for n in shapes),
+            squeeze=shapes.get(f"{stage}.downsample.proj.0.se.fc1.weight", (0,))[0],
+            position=any(n.startswith(f"{stage}.pos_emb.") for n in shapes),
+        )
+
+
+def _kernel(shapes: Mapping[str, Shape], block: str, branch: str) -> Shape:
+    """The shape of a block's kernel, of one branch or of all of them fused already."""
+    fused = f"{block}.reparam_conv.weight"
+    return shapes[fused] if fused in shapes else shapes[f"{block}.{branch}.weight"]
+
+
+# --------------------------------------------------------------- many branches as one
+
+
+class Fused:
+    """The tensors of a FastViT with one convolution for each block, `reparam_conv` as in timm.
+
+    Blocks that are one already are read as they are. Sums are taken in float64.
+
+    Raises:
+        CheckpointError: lists every branch that is missing or of another shape.
+    """
+
+    def __init__(self, tensors: Tensors, config: VisionConfig, name: str):
+        self.where = tensors.where
+        self._tensors = tensors
+        self._needed: dict[str, Shape] = {}
+        self._made: dict[str, tuple[Shape, Callable[[], np.ndarray]]] = {}
+        self._stem(config.fastvit.stem_width, scale=not _large(name))
+        inputs = config.fastvit.stem_width
+        for number, stage in enumerate(config.fastvit.stages):
+            self._stage(f"{_TRUNK}.stages.{number}", stage, inputs)
+            inputs = stage.width
+        self._block(f"{_TRUNK}.final_conv", inputs, config.width, 3)
+        self._check()
+        self.shapes = {n: s for n, s in tensors.shapes.items() if n not in self._needed}
+        self.shapes |= {n: shape for n, (shape, _) in self._made.items()}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Shaped[np.ndarray, "..."]:
+        if name in self._made:
+            return self._made[name][1]()[start:stop]
+        return self._tensors.read(name, start, stop)
+
+    def _check(self) -> None:
+        have = self._tensors.shapes
+        faults = [
+            f"{name} is missing"
+            if name not in have
+            else f"{name} has the shape {tuple(have[name])} and not {shape}"
+            for name, shape in self._needed.items()
+            if tuple(have.get(name, ())) != shape
+        ]
+        if faults:
+            raise CheckpointError(
+                f"{self.where} does not hold every branch of its FastViT: " + ", ".join(faults)
+            )
+
+    def _stem(self, width: int, *, scale: bool) -> None:
+        stem = f"{_TRUNK}.stem"
+        self._block(f"{stem}.0", 3, width, 3, depthwise=False, scale=scale)
+        self._block(f"{stem}.1", width, width, 3, scale=scale)
+        self._block(f"{stem}.2", width, width, 1, depthwise=False, identity=True)
+
+    def _stage(self, stage: str, s: FastViTStage, inputs: int) -> None:
+        if s.halve:
+            self._block(f"{stage}.downsample.proj.0", inputs, s.width, 7, large=True)
+            project = f"{stage}.downsample.proj.1"
+            self._block(project, s.width, s.width, 1, depthwise=False, identity=True)
+        if s.position:
+            self._position(f"{stage}.pos_emb", s.width)
+        for number in range(s.depth):
+            block = f"{stage}.blocks.{number}"
+            if s.heads:
+                self._attention(block, s)
+            else:
+                self._mixer(f"{block}.token_mixer", s.width)
+            parts = self._conv(f"{block}.mlp.conv", s.width, 1, 7)
+            self._put(f"{block}.mlp.conv", (s.width, 1, 7, 7), lambda parts=parts: parts(7))
+            gamma = f"{block}.layer_scale{'_2' if s.heads else ''}.gamma"
+            self._scaled(f"{block}.mlp.fc2", gamma, (s.width, s.mlp_dim, 1, 1))
+
+    def _block(
+        self,
+        block: str,
+        inputs: int,
+        outputs: int,
+        size: int,
+        *,
+        depthwise: bool = True,
+        scale: bool = True,
+        identity: bool = False,
+        large: bool = False,
+    ) -> None:
+        """A block with its branches: of a halving (`large`), or MobileOne's (arXiv:2206.04040)."""
+        if f"{block}.reparam_conv.weight" in self._tensors.shapes:
+            return
+        groups = 1 if depthwise else inputs
+        if large:
+            names = [(f"{block}.large_conv", size), (f"{block}.small_conv", 3)]
+        else:
+            names = [(f"{block}.conv_kxk.0", size)]
+            names += [(f"{block}.conv_scale", 1)] if scale and size > 1 else []
+        branches = [self._conv(name, outputs, groups, own) for name, own in names]
+        if identity:
+            branches.append(self._identity(f"{block}.identity", outputs, groups))
+        self._put(block, (outputs, groups, size, size), lambda: _sum(b(size) for b in branches))
+
+    def _mixer(self, mixer: str, width: int) -> None:
+        """x + scale * (mixer(x) - norm(x))."""
+        if f"{mixer}.reparam_conv.weight" in self._tensors.shapes:
+            return
+        branches = [
+            self._conv(f"{mixer}.mixer.conv_kxk.0", width, 1, 3),
+            self._conv(f"{mixer}.mixer.conv_scale", width, 1, 1),
+            self._identity(f"{mixer}.mixer.identity", width, 1),
+        ]
+        normed = self._identity(f"{mixer}.norm.identity", width, 1)
+        gamma = self._need(f"{mixer}.layer_scale.gamma", (width, 1, 1))
+
+        def make():
+            kernel, bias = _sum(branch(3) for branch in branches)
+            less, least = normed(3)
+            scale = self._wide(gamma).reshape(-1)
+            kernel = _skip(width, 1, 3) + scale[:, None, None, None] * (kernel - less)
+            return kernel, scale * (bias - least)
+
+        self._put(mixer, (width, 1, 3, 3), make)
+
+    def _position(self, position: str, width: int) -> None:
+        if f"{position}.reparam_conv.weight" in self._tensors.shapes:
+            return
+        weight = self._need(f"{position}.pos_enc.weight", (width, 1, 7, 7))
+        bias = self._need(f"{position}.pos_enc.bias", (width,))
+        self._put(
+            position,
+            (width, 1, 7, 7),
+            lambda: (self._wide(weight) + _skip(width, 1, 7), self._wide(bias)),
+        )
+
+    def _attention(self, block: str, s: FastViTStage) -> None:
+        """A batch norm before it and the factors after it go into its matrices."""
+        qkv = f"{block}.token_mixer.qkv"
+        matrix = self._need(f"{qkv}.weight", (3 * s.width, s.width))
+        if s.norm:
+            self._made[f"{qkv}.weight"] = (3 * s.width, s.width), lambda: self._wide(matrix)
+            self._made[f"{qkv}.bias"] = (3 * s.width,), lambda: np.zeros(3 * s.width)
+        else:
+            affine = self._batch_norm(f"{block}.norm", s.width)
+            shape = (3 * s.width, s.width)
+            self._made[f"{qkv}.weight"] = shape, lambda: self._wide(matrix) * affine()[0]
+            self._made[f"{qkv}.bias"] = shape[:1], lambda: self._wide(matrix) @ affine()[1]
+        gamma = f"{block}.layer_scale_1.gamma"
+        self._scaled(f"{block}.token_mixer.proj", gamma, (s.width, s.width))
+
+    def _scaled(self, layer: str, gamma: str, shape: Shape) -> None:
+        """A layer whose outputs are multiplied by factors."""
+        self._need(gamma, (shape[0], 1, 1))
+        for end, full in (("weight", shape), ("bias", shape[:1])):
+            name = self._need(f"{layer}.{end}", full)
+            column = (-1,) + (1,) * (len(full) - 1)
+            make = functools.partial(self._product, name, gamma, column)
+            self._made[name] = full, make
+
+    def _product(self, name: str, gamma: str, column: Shape) -> np.ndarray:
+        return self._wide(name) * self._wide(gamma).reshape(column)
+
+    # A branch is a function from the size of the block's kernel to its own kernel and bias.
+
+    def _conv(self, branch: str, outputs: int, groups: int, size: int):
+        """A convolution and the batch norm after it."""
+        weight = self._need(f"{branch}.conv.weight", (outputs, groups, size, size))
+        affine = self._batch_norm(f"{branch}.bn", outputs)
+
+        def make(full: int):
+            scale, shift = affine()
+            edge = (full - size) // 2
+            kernel = self._wide(weight) * scale[:, None, None, None]
+            return np.pad(kernel, ((0, 0), (0, 0), (edge, edge), (edge, edge))), shift
+
+        return make
+
+    def _identity(self, branch: str, width: int, groups: int):
+        """A batch norm of the block's input."""
+        affine = self._batch_norm(branch, width)
+
+        def make(full: int):
+            scale, shift = affine()
+            return _skip(width, groups, full) * scale[:, None, None, None], shift
+
+        return make
+
+    def _batch_norm(self, name: str, width: int):
+        """Its factors and summands at inference."""
+        ends = ("weight", "bias", "running_mean", "running_var")
+        names = [self._need(f"{name}.{end}", (width,)) for end in ends]
+
+        def make():
+            scale, shift, mean, var = map(self._wide, names)
+            scale = scale / np.sqrt(var + _EPS)
+            return scale, shift - mean * scale
+
+        return make
+
+    def _put(self, block: str, shape: Shape, make) -> None:
+        self._made[f"{block}.reparam_conv.weight"] = shape, lambda: make()[0]
+        self._made[f"{block}.reparam_conv.bias"] = shape[:1], lambda: make()[1]
+
+    def _need(self, name: str, shape: Shape) -> str:
+        self._needed[name] = shape
+        return name
+
+    def _wide(self, name: str) -> np.ndarray:
+        return self._tensors.read(name).astype(np.float64)
+
+
+def _sum(branches):
+    kernels, biases = zip(*branches, strict=True)
+    return sum(kernels), sum(biases)
+
+
+def _skip(width: int, groups: int, size: int) -> np.ndarray:
+    """The kernel that changes nothing."""
+    kernel = np.zeros((width, groups, size, size))
+    kernel[np.arange(width), np.arange(width) % groups, size // 2, size // 2] = 1
+    return kernel
+
+
+# --------------------------------------------------------------------- their names and ours
+
+_POINT = Transform(  # a 1x1 convolution of torch's, OIHW, ours a matrix
+    lambda s: (s[1], s[0], 1, 1),
+    lambda x, s: x[:, :, 0, 0].T,
+    lambda x: x.T[:, :, None, None],
+)
+
+
+def rules(c: VisionConfig) -> list[Rule]:
+    """The table of a tower, for tensors that are `Fused`."""
+    stem, last = f"{_TRUNK}.stem", f"{_TRUNK}.final_conv"
+    table = [
+        *_conv(f"{stem}.0", "vision.stem"),
+        *_conv(f"{stem}.1", "vision.stem_halve"),
+        *_point(f"{stem}.2.reparam_conv", "vision.stem_project"),
+    ]
+    for number, stage in enumerate(c.fastvit.stages):
+        table += _stage_rules(f"{_TRUNK}.stages.{number}", f"vision.stages.{number}", stage)
+    return [
+        *table,
+        *_conv(last, "vision.last"),
+        *_squeeze(f"{last}.se", "vision.squeeze"),
+        *linear(f"{_TRUNK}.head.fc", "vision.projection"),
+    ]
+
+
+def _stage_rules(theirs: str, ours: str, stage: FastViTStage) -> list[Rule]:
+    table = []
+    if stage.halve:
+        down = f"{theirs}.downsample.proj"
+        table += _conv(f"{down}.0", f"{ours}.halve.conv")
+        if stage.squeeze:
+            table += _squeeze(f"{down}.0.se", f"{ours}.halve.squeeze")
+        table += _point(f"{down}.1.reparam_conv", f"{ours}.halve.project")
+    if stage.position:
+        table += _conv(f"{theirs}.pos_emb", f"{ours}.position")
+    for number in range(stage.depth):
+        block, layer = f"{theirs}.blocks.{number}", f"{ours}.layers.{number}"
+        if stage.heads:
+            qkv, parts = f"{block}.token_mixer.qkv", ("query", "key", "value")
+            table += fused(f"{qkv}.weight", f"{qkv}.bias", f"{layer}.attention", parts)
+            table += out(f"{block}.token_mixer.proj", f"{layer}.attention.out")
+        else:
+            table += _conv(f"{block}.token_mixer", f"{layer}.mixer")
+        if stage.norm:
+            table += norm(f"{block}.norm", f"{layer}.norm")
+        table += _conv(f"{block}.mlp.conv", f"{layer}.conv")
+        table += _point(f"{block}.mlp.fc1", f"{layer}.mlp.up")
+        table += _point(f"{block}.mlp.fc2", f"{layer}.mlp.down")
+    return table
+
+
+def _conv(theirs: str, ours: str) -> list[Rule]:
+    return [
+        Rule(f"{theirs}.reparam_conv.weight", f"{ours}.kernel", CONV),
+        Rule(f"{theirs}.reparam_conv.bias", f"{ours}.bias"),
+    ]
+
+
+def _point(theirs: str, ours: str) -> list[Rule]:
+    return [Rule(f"{theirs}.weight", f"{ours}.kernel", _POINT), Rule(f"{theirs}.bias", f"{ours}.bias")]
+
+
+def _squeeze(theirs: str, ours: str) -> list[Rule]:
+    return [*_point(f"{theirs}.fc1", f"{ours}.down"), *_point(f"{theirs}.fc2", f"{ours}.up")]
