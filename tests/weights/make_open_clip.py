@@ -18,8 +18,9 @@ from open_clip import model as oc_model
 from open_clip.coca_model import CoCa
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from timm.layers import LayerNorm
+from timm.layers import LayerNorm, LayerNorm2d
 from timm.models.eva import Eva
+from timm.models.fastvit import FastVit, RepConditionalPosEnc
 from timm.models.vision_transformer import VisionTransformer
 from tokenizers import processors
 
@@ -75,6 +76,30 @@ CASES = {
                        "timm_model_pretrained": False, "timm_pool": "map", "timm_proj": None},
         "text_cfg": TEXT | {},
     },
+    # MobileCLIP: timm's FastViT, with a batch norm before attention as in S0 to S2 ...
+    "oc_fastvit": {
+        "embed_dim": 20,
+        "custom_text": True,
+        "vision_cfg": {"image_size": 28, "timm_model_name": "fastvit_mci0",
+                       "timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": None},
+        "text_cfg": TEXT | {"no_causal_mask": True},
+    },
+    # ... and with a LayerNorm, and fewer branches in the stem, as in S3 and S4.
+    "oc_fastvit_large": {
+        "embed_dim": 20,
+        "custom_text": True,
+        "vision_cfg": {"image_size": 28, "timm_model_name": "fastvit_mci3",
+                       "timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": None},
+        "text_cfg": TEXT | {"no_causal_mask": True},
+    },
+    # MobileCLIP2-L-14: timm's ViT of CLIP.
+    "oc_timm_clip": {
+        "embed_dim": 20,
+        "custom_text": True,
+        "vision_cfg": {"image_size": 28, "timm_model_name": "vit_base_patch16_clip_224",
+                       "timm_model_pretrained": False, "timm_pool": "token", "timm_proj": None},
+        "text_cfg": TEXT | {},
+    },
     "oc_coca": {
         "embed_dim": 16,
         "custom_text": True,
@@ -86,10 +111,15 @@ CASES = {
                            "mlp_ratio": 1, "attn_pooler_heads": 2},
     },
 }  # fmt: skip
+SEEDS = {"oc_vit": 10, "oc_quick": 11, "oc_mean": 12, "oc_siglip": 13, "oc_pe": 14,
+         "oc_coca": 15, "oc_fastvit": 16, "oc_fastvit_large": 17,
+         "oc_timm_clip": 18}  # fmt: skip
 PREPROCESS = {
     "oc_siglip": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic",
                   "resize_mode": "squash"},
     "oc_mean": {"interpolation": "bilinear"},
+    "oc_fastvit": {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear",
+                   "resize_mode": "shortest"},
 }  # fmt: skip
 
 
@@ -108,6 +138,13 @@ def build(config: dict) -> torch.nn.Module:
                 rope_grid_indexing="xy", attn_pool_num_heads=8, attn_pool_mlp_ratio=1.25,
                 norm_layer=functools.partial(LayerNorm, eps=1e-5), num_classes=20,
             )  # fmt: skip
+        elif "fastvit" in config["vision_cfg"]["timm_model_name"]:
+            small = fastvit(large=config["vision_cfg"]["timm_model_name"].endswith("3"))
+        elif "clip" in config["vision_cfg"]["timm_model_name"]:
+            small = VisionTransformer(
+                img_size=28, patch_size=7, embed_dim=24, depth=2, num_heads=12, mlp_ratio=1.6,
+                pre_norm=True, norm_layer=functools.partial(LayerNorm, eps=1e-5), num_classes=20,
+            )  # fmt: skip
         else:
             small = VisionTransformer(
                 img_size=28, patch_size=7, embed_dim=36, depth=2, num_heads=12, mlp_ratio=1.6,
@@ -121,6 +158,30 @@ def build(config: dict) -> torch.nn.Module:
         model.visual.forward = small.forward
         return model
     return (oc_model.CustomTextCLIP if custom else oc_model.CLIP)(**config)
+
+
+def fastvit(*, large: bool) -> FastVit:
+    """Small and odd: a stage of attention with positions, and one that keeps the width."""
+    position = functools.partial(RepConditionalPosEnc, spatial_shape=(7, 7))
+    more = {"norm_layer": functools.partial(LayerNorm2d, eps=1e-5), "stem_use_scale_branch": False}
+    return FastVit(
+        layers=(1, 2, 1), embed_dims=(8, 16, 32), mlp_ratios=(1.5, 1.3, 1.7),
+        downsamples=(False, True, True), se_downsamples=(False, not large, False),
+        pos_embs=(None, None, position), token_mixers=("repmixer", "repmixer", "attention"),
+        layer_scale_init_value=0.1, lkc_use_act=True, num_classes=20, **(more if large else {}),
+    )  # fmt: skip
+
+
+def random_statistics(model: torch.nn.Module, seed: int) -> None:
+    """Batch norms as if they had seen images."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("running_mean"):
+            tensor.normal_(0, 0.2, generator=generator)
+        elif name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        elif name.endswith((".bn.weight", "identity.weight")):
+            tensor.uniform_(0.7, 1.7, generator=generator)
 
 
 def other_lengths(model: torch.nn.Module, config: dict, folder: pathlib.Path) -> None:
@@ -169,7 +230,8 @@ def timm_towers() -> None:
 
 
 def main() -> None:
-    for seed, (name, config) in enumerate(CASES.items(), 10):
+    for name, config in CASES.items():
+        seed = SEEDS[name]
         torch.manual_seed(seed)
         folder = GOLDEN / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,6 +246,7 @@ def main() -> None:
         config["text_cfg"]["vocab_size"] = vocabulary.get_vocab_size()
         model = build(config).eval()
         randomise(model, seed)
+        random_statistics(model, seed)
         preprocess = PREPROCESS.get(name, {})
         description = {"model_cfg": config, "preprocess_cfg": preprocess}
         (folder / "open_clip_config.json").write_text(json.dumps(description, indent=2))
@@ -196,7 +259,7 @@ def main() -> None:
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
         tokens = tokenizer(TEXTS)
         with torch.no_grad():
-            timm = name in ("oc_siglip", "oc_pe")
+            timm = config["vision_cfg"].get("timm_model_name")
             z_image = model.visual(pixels) if timm else model.encode_image(pixels)
             z_image = torch.nn.functional.normalize(z_image, dim=-1)
             z_text = torch.nn.functional.normalize(model.encode_text(tokens), dim=-1)

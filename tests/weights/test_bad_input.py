@@ -8,9 +8,11 @@ import sys
 
 import numpy as np
 import pytest
+from etils import epath
 
 from vlm.bundle import load
 from vlm.errors import CheckpointError, ConfigError
+from vlm.weights.checkpoint import open_checkpoint
 from vlm.weights.files import SafetensorsFiles, write_safetensors
 from vlm.weights.rules import flat_arrays
 
@@ -229,3 +231,77 @@ def test_peak_memory_of_loading(tmp_path):
     run = [sys.executable, "-c", MEMORY, str(path)]
     out = subprocess.run(run, capture_output=True, text=True, check=True)
     assert int(out.stdout) < 1.3 * size, f"{int(out.stdout) / size:.2f} n"
+
+
+def without(path, *names, **others):
+    """The weights in a folder written anew, without some tensors and with others instead."""
+    path = path / "open_clip_model.safetensors"
+    file = SafetensorsFiles([path])
+    arrays = {name: file.read(name) for name in file.shapes if name not in names} | others
+    write_safetensors(path, arrays.items(), {})
+
+
+TRUNK = "visual.trunk."
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("stem.0.conv_scale.conv.weight", "every branch of its FastViT: .*conv_scale.* is missing"),
+        ("stages.1.blocks.1.token_mixer.norm.identity.bias", "norm.identity.bias is missing"),
+        ("stages.2.pos_emb.pos_enc.bias", "pos_enc.bias is missing"),
+        ("stages.2.downsample.proj.0.small_conv.bn.running_var", "running_var is missing"),
+        ("stages.2.blocks.0.layer_scale_1.gamma", "layer_scale_1.gamma is missing"),
+        ("stages.2.blocks.0.norm.running_mean", "norm.running_mean is missing"),
+        ("final_conv.se.fc2.bias", "1 parameter missing from the file: .*se.fc2.bias"),
+        ("head.fc.weight", "the weights are not those of timm's fastvit_mci0"),
+    ],
+)
+def test_a_fastvit_without_a_branch(folder, name, message):
+    path = folder("oc_fastvit")
+    without(path, TRUNK + name)
+    with pytest.raises(CheckpointError, match=message):
+        load(path)
+
+
+def test_a_fastvit_with_other_branches(folder):
+    path = folder("oc_fastvit")
+    norm = TRUNK + "stem.0.identity.weight"
+    without(path, **{norm: np.ones(8, np.float32)})
+    with pytest.raises(CheckpointError, match=r"without a place .*stem\.0\.identity"):
+        load(path)
+    scale = TRUNK + "stem.0.conv_scale.conv.weight"
+    without(path, norm, **{scale: np.ones((8, 3, 3, 3), np.float32)})
+    with pytest.raises(CheckpointError, match=r"has the shape \(8, 3, 3, 3\) and not \(8, 3, 1"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"timm_model_name": "fastvit_sa12"}, "'fastvit_sa12' is not one that vlm reads"),
+        ({"timm_model_name": "vit_base_mci_224"}, "'vit_base_mci_224' is not one that vlm reads"),
+        ({"timm_pool": "max"}, "timm_pool 'max'.*the mean of the image"),
+        ({"timm_proj": "linear"}, "timm_proj 'linear'.*no extra projection"),
+    ],
+)
+def test_towers_beside_fastvit(folder, change, message):
+    path = folder("oc_fastvit")
+    edit(path / "open_clip_config.json", lambda v: v["model_cfg"]["vision_cfg"].update(change))
+    with pytest.raises(CheckpointError, match=message):
+        load(path)
+
+
+def test_a_fastvit_fused_by_timm_is_the_same_model(folder):
+    """Blocks that are one convolution already, under timm's name for it, are read as they are."""
+    whole = load(path := folder("oc_fastvit"))
+    file = open_checkpoint(epath.Path(path)).tensors
+    kept = {n: file.read(n).astype(np.float32) for n in file.shapes if "mlp" not in n}
+    kept = {n: array for n, array in kept.items() if "stem" in n or "final_conv" in n}
+    old = SafetensorsFiles([path / "open_clip_model.safetensors"]).shapes
+    gone = [n for n in old if n.startswith((TRUNK + "stem", TRUNK + "final_conv"))]
+    without(path, *gone, **kept)
+    for (name, a), (_, b) in zip(
+        flat_arrays(whole.model), flat_arrays(load(path).model), strict=True
+    ):
+        assert np.array_equal(a, b), name

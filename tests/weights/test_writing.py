@@ -139,6 +139,18 @@ def test_a_resnet_there_and_back(tmp_path):
     assert values["quick_gelu"] is True
 
 
+@pytest.mark.parametrize("form", ["open_clip", "huggingface"])
+def test_a_fastvit_is_not_written(form, tmp_path):
+    bundle = load(GOLDEN / "oc_fastvit")
+    with pytest.raises(CheckpointError, match=rf"{form}|transformers.*vlm bundle instead"):
+        bundle.save(tmp_path / "out", format=form)
+    bundle.save(tmp_path / "bundle")
+    again = load(tmp_path / "bundle")
+    assert again.config == bundle.config
+    for (name, a), (_, b) in zip(flat_arrays(bundle.model), flat_arrays(again.model), strict=True):
+        assert np.array_equal(a, b), name
+
+
 def test_half_a_coca_is_not_written():
     bundle = load(GOLDEN / "oc_coca")
     with pytest.raises(CheckpointError, match=r"CoCa with its captioning decoder.*vlm bundle"):

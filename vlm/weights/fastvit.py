@@ -374,7 +374,10 @@ def _conv(theirs: str, ours: str) -> list[Rule]:
 
 
 def _point(theirs: str, ours: str) -> list[Rule]:
-    return [Rule(f"{theirs}.weight", f"{ours}.kernel", _POINT), Rule(f"{theirs}.bias", f"{ours}.bias")]
+    return [
+        Rule(f"{theirs}.weight", f"{ours}.kernel", _POINT),
+        Rule(f"{theirs}.bias", f"{ours}.bias"),
+    ]
 
 
 def _squeeze(theirs: str, ours: str) -> list[Rule]:

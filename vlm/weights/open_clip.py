@@ -189,7 +189,8 @@ def rules(config: ModelConfig, shapes: Shapes) -> list[Rule]:
         image = _resnet_rules(config.vision.resnet)
     elif config.vision.fastvit is not None:
         image = fastvit.rules(config.vision)
-    elif config.vision.pool == "map":  # of timm's towers alone
+    elif config.vision.pool == "map" or config.vision.projection == "linear_bias":
+        # Of timm's towers alone.
         image = timm.rules(config.vision)
     else:
         image = _vision_rules(config)

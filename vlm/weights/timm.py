@@ -1,4 +1,4 @@
-"""timm's image towers inside open_clip folders: SigLIP's and the Perception Encoder's (PE-Core).
+"""timm's image towers inside open_clip folders: SigLIP's, the Perception Encoder's, and CLIP's ViT.
 
 A folder gives the tower's name alone, from which timm knows the sizes: `TOWERS` has them too.
 """
@@ -14,6 +14,7 @@ from vlm.weights.rules import CONV, Rule, leading
 
 _SIGLIP = re.compile(r"vit_(base|large|so400m|giantopt)_patch(\d+)_siglip_(\d+)(\..*)?$")
 _PE = re.compile(r"vit_pe_core_(tiny|small|base|large|gigantic)_patch(\d+)_(\d+)(\..*)?$")
+_CLIP = re.compile(r"vit_(base|large)_patch(\d+)_clip_(\d+)(\..*)?$")  # MobileCLIP2-L-14's
 # Those of SigLIP's made with tanh-GELU instead of the exact one.
 _TANH = re.compile(r"vit_(base_patch32|large_patch16_siglip_512|so400m_patch16|giantopt)")
 _PE_POOL_HEADS = 8
@@ -108,12 +109,15 @@ def vision_config(
     Raises:
         CheckpointError: not one of these towers, or one with another pool or projection.
     """
+    if _CLIP.match(name) and pool == "token" and not proj:
+        return _clip(name, image_size, shapes, where)
     siglip, pe = _SIGLIP.match(name), _PE.match(name)
     known = (siglip and proj == "none") or (pe and not proj)
     if not known or pool != "map":
         raise CheckpointError(
             f"{where}: the image tower {name!r} is not one that vlm reads: of timm's it reads "
-            "vit_*_siglip_* and vit_pe_core_*, with attention pooling and no extra projection"
+            "vit_*_siglip_* and vit_pe_core_* with attention pooling, fastvit_mci* with the mean, "
+            "and vit_{base,large}_patch*_clip_* with the class token, without extra projection"
         )
     try:
         width, _, patch_size, _ = shapes["visual.trunk.patch_embed.proj.weight"]
@@ -129,6 +133,31 @@ def vision_config(
         image_size=image_size,
         patch_size=patch_size,
         pool_mlp_dim=pool_mlp_dim if pe else None,
+    )
+
+
+def _clip(name: str, image_size: int, shapes, where: str) -> VisionConfig:
+    try:
+        width, _, patch_size, _ = shapes[f"{_TRUNK}.patch_embed.proj.weight"]
+        mlp_dim = shapes[f"{_TRUNK}.blocks.0.mlp.fc1.weight"][0]
+    except (KeyError, ValueError):
+        raise CheckpointError(f"{where}: the weights are not those of timm's {name}") from None
+    return VisionConfig(
+        image_size=image_size,
+        patch_size=patch_size,
+        width=width,
+        depth=sum(
+            bool(re.fullmatch(r"visual\.trunk\.blocks\.\d+\.norm1\.weight", n)) for n in shapes
+        ),
+        heads=_SIGLIP_SIZES[_CLIP.match(name)[1]][2],
+        mlp_dim=mlp_dim,
+        pool="class",
+        class_token=True,
+        pre_norm=True,
+        patch_bias=False,
+        projection="linear_bias",
+        activation="gelu",
+        norm_eps=1e-5,
     )
 
 
@@ -170,7 +199,9 @@ _TRUNK, _BLOCK, _OURS = "visual.trunk", "visual.trunk.blocks.{}", "vision.transf
 
 
 def rules(c: VisionConfig) -> list[Rule]:
-    """The table of a tower: SigLIP's, or with rotary positions the Perception Encoder's."""
+    """The table of a tower: CLIP's, SigLIP's, or with rotary positions the Perception Encoder's."""
+    if c.pool == "class":
+        return [rule for rule in _pe_rules(c) if "attn_pool" not in rule.theirs]
     return _SIGLIP_RULES if c.rotary is None else _pe_rules(c)
 
 
