@@ -8,6 +8,8 @@ import pytest
 
 from vlm.config import (
     Experiment,
+    FastViTConfig,
+    FastViTStage,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -59,6 +61,23 @@ def test_an_experiment_that_cannot_be_is_refused(changes, said):
         Experiment(**changes)
 
 
+STAGES = (FastViTStage(1, 8, 12, halve=False), FastViTStage(1, 32, 40, 2, True, True, 4, True))
+FASTVIT = {
+    "patch_size": 8, "width": 64, "depth": 0, "heads": 1, "mlp_dim": 0, "pool": "mean",
+    "projection": "linear_bias", "fastvit": FastViTConfig(8, STAGES, squeeze=4),
+}  # fmt: skip
+
+
+def test_stages_of_a_fastvit_survive_json_and_are_checked():
+    vision = VisionConfig(**FASTVIT)
+    assert from_dict(VisionConfig, to_dict(vision)) == vision
+    assert from_dict(VisionConfig, {"resnet": [1, 2]}).fastvit is None  # as older files say
+    with pytest.raises(ConfigError, match="FastViTStage 0: width 32 is not a multiple of heads 3"):
+        FastViTConfig(8, (FastViTStage(1, 32, 40, 3),), squeeze=4)
+    with pytest.raises(ConfigError, match="FastViTStage 0: width 32 after 8"):
+        FastViTConfig(8, (FastViTStage(1, 32, 40, halve=False),), squeeze=4)
+
+
 @pytest.mark.parametrize(
     ("vision", "text", "said"),
     [
@@ -76,6 +95,8 @@ def test_an_experiment_that_cannot_be_is_refused(changes, said):
             "2 stages makes patches of 4 pixels, not 16",
         ),
         ({"pool": "query", "projection": "none"}, {}, 'pool "query" needs a projection'),
+        (FASTVIT | {"patch_size": 16}, {}, "a FastViT of these stages has patch_size 8"),
+        (FASTVIT | {"projection": "linear"}, {}, 'pool "mean" and projection "linear_bias"'),
     ],
 )
 def test_a_model_that_cannot_be_is_refused(vision, text, said):
