@@ -62,9 +62,14 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
 
 
+def batch_ways(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts a mesh cuts a batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch(batch_size: int, mesh: Mesh, what: str = "batch_size") -> None:
     """Raise a ShardingError unless `batch_size` rows divide over the mesh."""
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    ways = batch_ways(mesh)
     if batch_size % ways:
         lower = batch_size // ways * ways
         nearest = f"{lower} or {lower + ways}" if lower else f"{ways}"
@@ -124,7 +129,7 @@ def by_rows(x: jax.Array) -> jax.Array:
     activations, which are large, rather than parameters.
     """
     mesh = mesh_of(x)
-    ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    ways = 1 if mesh is None else batch_ways(mesh)
     if ways == 1 or x.shape[0] % ways:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
@@ -172,7 +177,7 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     Raises:
         ShardingError: the rows of two processes overlap in part.
     """
-    count = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    count = batch_ways(mesh)
     rows: dict[int, set[int]] = {}
     for device, (index, *_) in batch_sharding(mesh).devices_indices_map((count,)).items():
         rows.setdefault(device.process_index, set()).add(index.start or 0)

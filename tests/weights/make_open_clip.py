@@ -31,6 +31,13 @@ VISION = {"image_size": 28, "patch_size": 7, "width": 30, "head_width": 10, "lay
 TEXT = {"context_length": 12, "width": 24, "heads": 3, "layers": 2, "mlp_ratio": 1.7,
         "hf_tokenizer_name": "here"}  # fmt: skip
 
+
+def trunk(name: str, pool: str, proj: str | None = None) -> dict:
+    """An image tower of timm's."""
+    return {"image_size": 28, "timm_model_name": name, "timm_model_pretrained": False,
+            "timm_pool": pool, "timm_proj": proj}  # fmt: skip
+
+
 CASES = {
     # As LAION and DataComp, with layer scale as in CLIPA's ViT-*-alt.
     "oc_vit": {
@@ -62,8 +69,7 @@ CASES = {
         "embed_dim": 36,
         "init_logit_bias": -10,
         "custom_text": True,
-        "vision_cfg": {"image_size": 28, "timm_model_name": "vit_base_patch16_siglip_224",
-                       "timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"},
+        "vision_cfg": trunk("vit_base_patch16_siglip_224", "map", "none"),
         "text_cfg": TEXT
         | {"no_causal_mask": True, "proj_bias": True, "pool_type": "last",
            "norm_kwargs": {"eps": 1e-6}, "tokenizer_kwargs": {"clean": "canonicalize"}},
@@ -72,33 +78,29 @@ CASES = {
     "oc_pe": {
         "embed_dim": 20,
         "custom_text": True,
-        "vision_cfg": {"image_size": 28, "timm_model_name": "vit_pe_core_tiny_patch16_384",
-                       "timm_model_pretrained": False, "timm_pool": "map", "timm_proj": None},
-        "text_cfg": TEXT | {},
+        "vision_cfg": trunk("vit_pe_core_tiny_patch16_384", "map"),
+        "text_cfg": TEXT,
     },
     # MobileCLIP: timm's FastViT, with a batch norm before attention as in S0 to S2 ...
     "oc_fastvit": {
         "embed_dim": 20,
         "custom_text": True,
-        "vision_cfg": {"image_size": 28, "timm_model_name": "fastvit_mci0",
-                       "timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": None},
+        "vision_cfg": trunk("fastvit_mci0", "avg"),
         "text_cfg": TEXT | {"no_causal_mask": True},
     },
     # ... and with a LayerNorm, and fewer branches in the stem, as in S3 and S4.
     "oc_fastvit_large": {
         "embed_dim": 20,
         "custom_text": True,
-        "vision_cfg": {"image_size": 28, "timm_model_name": "fastvit_mci3",
-                       "timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": None},
+        "vision_cfg": trunk("fastvit_mci3", "avg"),
         "text_cfg": TEXT | {"no_causal_mask": True},
     },
     # MobileCLIP2-L-14: timm's ViT of CLIP.
     "oc_timm_clip": {
         "embed_dim": 20,
         "custom_text": True,
-        "vision_cfg": {"image_size": 28, "timm_model_name": "vit_base_patch16_clip_224",
-                       "timm_model_pretrained": False, "timm_pool": "token", "timm_proj": None},
-        "text_cfg": TEXT | {},
+        "vision_cfg": trunk("vit_base_patch16_clip_224", "token"),
+        "text_cfg": TEXT,
     },
     "oc_coca": {
         "embed_dim": 16,

@@ -1,7 +1,6 @@
 """Multi-head attention, with the fastest form that each kind of device has."""
 
 import functools
-import math
 import re
 
 import jax
@@ -14,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from vlm.nn import tpu_attention
 from vlm.nn.rotary import Rotation, rotate
-from vlm.sharding import BATCH_AXES, mesh_of
+from vlm.sharding import BATCH_AXES, batch_ways, mesh_of
 
 
 def attend(
@@ -46,8 +45,7 @@ def attend(
 
 def _each_on_its_own(mesh: AbstractMesh, shape: tuple[int, ...], masked: bool, causal: bool):
     """The TPU's kernel on each device's examples and heads: nothing can cut it but its caller."""
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    examples = BATCH_AXES if shape[0] % ways == 0 else None
+    examples = BATCH_AXES if shape[0] % batch_ways(mesh) == 0 else None
     heads = "tensor" if shape[2] % mesh.shape["tensor"] == 0 else None
     rows = P(examples, None, heads, None)
     return jax.shard_map(

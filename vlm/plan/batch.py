@@ -12,7 +12,7 @@ from vlm.config import Experiment
 from vlm.errors import ConfigError
 from vlm.plan.compile import CompiledStep, compile_step
 from vlm.plan.topology import Topology
-from vlm.sharding import BATCH_AXES
+from vlm.sharding import batch_ways
 
 NEAR = 0.02  # of the answer: how near is near enough
 ROWS = 8  # per device: a batch grows in steps of so many
@@ -44,8 +44,7 @@ def largest_batch(
     """
     if limit is None:
         return None
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    unit = ways * ROWS
+    unit = batch_ways(mesh) * ROWS
 
     def peak(units: int) -> tuple[float, bool]:
         e = dataclasses.replace(

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from vlm.config import Experiment, MeshConfig
@@ -27,7 +26,7 @@ from vlm.plan.compile import (
 )
 from vlm.plan.roofline import ATTAINED, Roofline, analytic_roofline, compiled_roofline, mfu
 from vlm.plan.topology import Topology, parse_mesh, parse_topology, topology_devices
-from vlm.sharding import AXES, BATCH_AXES, check_batch, make_mesh
+from vlm.sharding import AXES, batch_ways, check_batch, make_mesh
 
 BASES = {
     "compiled": "read from the program that the compiler made for this slice",
@@ -236,7 +235,6 @@ def check_state(state: StateBytes, where: Topology, mesh: dict[str, int]) -> Non
 
 
 def _memory(e, where, grid, state, step, *, loss) -> tuple[Memory, bool, str | None]:
-    ways = int(np.prod([grid.shape[axis] for axis in BATCH_AXES]))
     limit = where.chip.memory / where.chip.devices if where.chip else None
     common = dataclasses.asdict(state) | {"limit": limit}
     if isinstance(step, CompiledStep):
@@ -249,7 +247,7 @@ def _memory(e, where, grid, state, step, *, loss) -> tuple[Memory, bool, str | N
             **common,
         )
         return memory, limit is None or step.peak <= limit, None
-    counted = analytic_memory(e, where.chip, state, ways, grid.shape["tensor"])
+    counted = analytic_memory(e, where.chip, state, batch_ways(grid), grid.shape["tensor"])
     refused = isinstance(step, DoesNotFit)
     known = refused and step.used
     memory = Memory(

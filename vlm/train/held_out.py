@@ -17,7 +17,7 @@ from vlm.evaluate.report import write_report
 from vlm.evaluate.runner import Report, Result, provenance
 from vlm.evaluate.tasks import DataInfo
 from vlm.heads.zero_shot import to_scores
-from vlm.sharding import BATCH_AXES, batch_sharding
+from vlm.sharding import batch_sharding, batch_ways
 from vlm.tokenizer import Tokenizer
 from vlm.train.logs import read_log, say
 from vlm.train.run import Run
@@ -32,7 +32,7 @@ class HeldOut:
 
     def __init__(self, experiment: Experiment, trainer: Trainer, tokenizer: Tokenizer):
         self.experiment, self.trainer = experiment, trainer
-        ways = int(np.prod([trainer.mesh.shape[axis] for axis in BATCH_AXES]))
+        ways = batch_ways(trainer.mesh)
         self._rows = -(-ROWS // ways) * ways
         data = experiment.data
         self.captions = all_captions(data)

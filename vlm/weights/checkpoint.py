@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,23 +189,28 @@ def weights(folder: epath.Path, *stems: str) -> Tensors:
     Raises:
         CheckpointError: none of them is there, or a shard is missing.
     """
-    for ending in ("safetensors", "bin"):
-        for stem in stems:
-            files = [folder / f"{stem}.{ending}"]
-            if not files[0].exists():
-                files = shards(folder / f"{stem}.{ending}.index.json")
-            if files:
-                if ending == "safetensors":
-                    return SafetensorsFiles(files)
-                return Shards([TorchFile(file) for file in files])
+    for name in weight_names(*stems):
+        file = folder / name
+        if not file.exists():
+            continue
+        files = shards(file) if name.endswith(".index.json") else [file]
+        if ".safetensors" in name:
+            return SafetensorsFiles(files)
+        return Shards([TorchFile(file) for file in files])
     wanted = " or ".join(f"{stem}.safetensors" for stem in stems)
     raise CheckpointError(f"{folder} has no {wanted}: the download is incomplete")
 
 
+def weight_names(*stems: str) -> Iterator[str]:
+    """What a folder's weights may be called, best first: whole, or the index of their shards."""
+    for ending in ("safetensors", "bin"):
+        for stem in stems:
+            yield f"{stem}.{ending}"
+            yield f"{stem}.{ending}.index.json"
+
+
 def shards(index: epath.Path) -> list[epath.Path]:
-    """The files that an index lists, in their order; none if there is no index."""
-    if not index.exists():
-        return []
+    """The files that an index lists, in their order."""
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
         files = [index.parent / name for name in names]

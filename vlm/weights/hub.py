@@ -16,6 +16,7 @@ from vlm.weights.checkpoint import (
     is_huggingface,
     read_json,
     shards,
+    weight_names,
 )
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -116,11 +117,9 @@ def _weights(name: str, folder: epath.Path, files: Collection[str]) -> str:
         stems = HUGGINGFACE_WEIGHTS
     else:
         stems = OPEN_CLIP_WEIGHTS
-    for ending in ("safetensors", "bin"):
-        for stem in stems:
-            for file in (f"{stem}.{ending}", f"{stem}.{ending}.index.json"):
-                if file in files:
-                    return file
+    for file in weight_names(*stems):
+        if file in files:
+            return file
     raise CheckpointError(
         f"the Hub model {name!r} has no {stems[0]}.safetensors and no {stems[-1]}.bin: vlm reads "
         "these formats of weights, so choose a model that has one of them"

@@ -73,6 +73,33 @@ def _pe(name: str, width: int, depth: int, heads: int, mlp_dim: int) -> VisionCo
     )
 
 
+def _clip(name: str, width: int, depth: int, heads: int, mlp_dim: int) -> VisionConfig:
+    _, patch_size, image_size, _ = _CLIP.match(name).groups()
+    return VisionConfig(
+        image_size=int(image_size),
+        patch_size=int(patch_size),
+        width=width,
+        depth=depth,
+        heads=heads,
+        mlp_dim=mlp_dim,
+        pool="class",
+        class_token=True,
+        pre_norm=True,
+        patch_bias=False,
+        projection="linear_bias",
+        activation="gelu",
+        norm_eps=1e-5,
+    )
+
+
+# Names, the timm_pool and timm_proj that they are read with, and the tower of a name and its sizes.
+_FAMILIES = (
+    (_SIGLIP, ("map", "none"), _siglip, _SIGLIP_SIZES),
+    (_PE, ("map", None), _pe, _PE_SIZES),
+    (_CLIP, ("token", None), _clip, _SIGLIP_SIZES),
+)
+
+
 def _known() -> dict[str, VisionConfig]:
     siglip = (
         "base_patch32_siglip_256 base_patch16_siglip_224 base_patch16_siglip_256 "
@@ -109,55 +136,27 @@ def vision_config(
     Raises:
         CheckpointError: not one of these towers, or one with another pool or projection.
     """
-    if _CLIP.match(name) and pool == "token" and not proj:
-        return _clip(name, image_size, shapes, where)
-    siglip, pe = _SIGLIP.match(name), _PE.match(name)
-    known = (siglip and proj == "none") or (pe and not proj)
-    if not known or pool != "map":
+    ends = pool, proj or None
+    family = next((f for f in _FAMILIES if f[0].match(name) and f[1] == ends), None)
+    if family is None:
         raise CheckpointError(
             f"{where}: the image tower {name!r} is not one that vlm reads: of timm's it reads "
             "vit_*_siglip_* and vit_pe_core_* with attention pooling, fastvit_mci* with the mean, "
             "and vit_{base,large}_patch*_clip_* with the class token, without extra projection"
         )
+    pattern, _, make, sizes = family
     try:
         width, _, patch_size, _ = shapes["visual.trunk.patch_embed.proj.weight"]
         mlp_dim = shapes["visual.trunk.blocks.0.mlp.fc1.weight"][0]
-        pool_mlp_dim = shapes["visual.trunk.attn_pool.mlp.fc1.weight"][0]
+        pool_mlp_dim = shapes["visual.trunk.attn_pool.mlp.fc1.weight"][0] if pool == "map" else None
     except (KeyError, ValueError):
         raise CheckpointError(f"{where}: the weights are not those of timm's {name}") from None
     depth = sum(bool(re.fullmatch(r"visual\.trunk\.blocks\.\d+\.norm1\.weight", n)) for n in shapes)
-    make, sizes = (_siglip, _SIGLIP_SIZES) if siglip else (_pe, _PE_SIZES)
-    count = sizes[(siglip or pe)[1]][2]
     return dataclasses.replace(
-        make(name, width, depth, count, mlp_dim),
+        make(name, width, depth, sizes[pattern.match(name)[1]][2], mlp_dim),
         image_size=image_size,
         patch_size=patch_size,
-        pool_mlp_dim=pool_mlp_dim if pe else None,
-    )
-
-
-def _clip(name: str, image_size: int, shapes, where: str) -> VisionConfig:
-    try:
-        width, _, patch_size, _ = shapes[f"{_TRUNK}.patch_embed.proj.weight"]
-        mlp_dim = shapes[f"{_TRUNK}.blocks.0.mlp.fc1.weight"][0]
-    except (KeyError, ValueError):
-        raise CheckpointError(f"{where}: the weights are not those of timm's {name}") from None
-    return VisionConfig(
-        image_size=image_size,
-        patch_size=patch_size,
-        width=width,
-        depth=sum(
-            bool(re.fullmatch(r"visual\.trunk\.blocks\.\d+\.norm1\.weight", n)) for n in shapes
-        ),
-        heads=_SIGLIP_SIZES[_CLIP.match(name)[1]][2],
-        mlp_dim=mlp_dim,
-        pool="class",
-        class_token=True,
-        pre_norm=True,
-        patch_bias=False,
-        projection="linear_bias",
-        activation="gelu",
-        norm_eps=1e-5,
+        pool_mlp_dim=pool_mlp_dim if make is _pe else None,
     )
 
 
@@ -198,14 +197,7 @@ def _spelled_out(c: VisionConfig) -> dict[str, object]:
 _TRUNK, _BLOCK, _OURS = "visual.trunk", "visual.trunk.blocks.{}", "vision.transformer.blocks"
 
 
-def rules(c: VisionConfig) -> list[Rule]:
-    """The table of a tower: CLIP's, SigLIP's, or with rotary positions the Perception Encoder's."""
-    if c.pool == "class":
-        return [rule for rule in _pe_rules(c) if "attn_pool" not in rule.theirs]
-    return _SIGLIP_RULES if c.rotary is None else _pe_rules(c)
-
-
-_SIGLIP_RULES: list[Rule] = [
+_TOWER_RULES: list[Rule] = [
     Rule(f"{_TRUNK}.patch_embed.proj.weight", "vision.stem.kernel", CONV),
     Rule(f"{_TRUNK}.patch_embed.proj.bias", "vision.stem.bias"),
     Rule(f"{_TRUNK}.pos_embed", "vision.position", leading(1)),
@@ -221,6 +213,8 @@ _SIGLIP_RULES: list[Rule] = [
     *linear(f"{_BLOCK}.mlp.fc1", f"{_OURS}.mlp.up"),
     *linear(f"{_BLOCK}.mlp.fc2", f"{_OURS}.mlp.down"),
     *norm(f"{_TRUNK}.norm", "vision.norm"),
+]
+_POOL_RULES: list[Rule] = [
     Rule(f"{_TRUNK}.attn_pool.latent", "vision.pool.probe", leading(1)),
     *heads(f"{_TRUNK}.attn_pool.q", "vision.pool.attention.query"),
     *fused(
@@ -236,11 +230,14 @@ _SIGLIP_RULES: list[Rule] = [
 ]
 
 
-def _pe_rules(c: VisionConfig) -> list[Rule]:
-    """SigLIP's tower with a class token, a norm before the blocks and a head."""
+def rules(c: VisionConfig) -> list[Rule]:
+    """The table of a tower: SigLIP's, the Perception Encoder's, or CLIP's."""
+    table = [*_TOWER_RULES, *(_POOL_RULES if c.pool == "map" else [])]
+    if not c.pre_norm:  # SigLIP's; the others have a norm before the blocks, and a head
+        return table
     token = [Rule(f"{_TRUNK}.cls_token", "vision.class_token", leading(2))] if c.class_token else []
     return [
-        *(rule for rule in _SIGLIP_RULES if rule.ours != "vision.stem.bias"),
+        *(rule for rule in table if rule.ours != "vision.stem.bias"),
         *token,
         *norm(f"{_TRUNK}.norm_pre", "vision.pre_norm"),
         *linear(f"{_TRUNK}.head", "vision.projection"),
