@@ -57,5 +57,6 @@ config = Experiment(
     batch_size=256,
     epochs=24,
     scan=False,  # a few blocks: faster unrolled
+    remat="none",  # and so small that nothing needs computing again
     eval_every=0.2,
 )

@@ -18,6 +18,9 @@ from vlm.errors import ConfigError
 T = TypeVar("T")
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+# What a block keeps for its backward pass: all of it ("none" is computed again); what goes into and
+# comes out of attention, and the MLP's hidden layer ("dots"); that without attention's result
+# ("dots_no_batch"); its input alone ("full").
 RematPolicy = Literal["none", "full", "dots", "dots_no_batch"]
 
 
@@ -316,7 +319,7 @@ class Experiment:
     examples: int | None = None
     seconds: float | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; auto: bfloat16 off CPU
-    remat: RematPolicy = "none"
+    remat: RematPolicy = "dots_no_batch"
     scan: bool = True  # blocks as one scanned loop; False unrolls them
     lock: Literal["none", "vision", "text"] = "none"  # a tower that is not trained (LiT)
     init_from: str | None = None  # a model to start from: whatever `vlm.load` takes

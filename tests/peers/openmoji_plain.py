@@ -41,4 +41,5 @@ config = c.Experiment(
     batch_size=256,
     epochs=30,
     scan=False,  # a few blocks: faster unrolled
+    remat="none",
 )

@@ -66,6 +66,7 @@ def step_products(e) -> float:
 
 
 CASES = {
+    "products kept": {"remat": "dots"},
     "all again": {"remat": "full", "micro_batch_size": 16},
     "SigLIP, FLIP": {
         "loss": "sigmoid",

@@ -27,7 +27,7 @@ TPU_HEADS = {
 @pytest.mark.slow
 @pytest.mark.skipif(not TPU, reason="the TPU compiler is not installed (extra `tpu`)")
 def test_a_tpu_slice_without_a_tpu():
-    e = experiment(1024, **TPU_HEADS)
+    e = experiment(1024, remat="dots", **TPU_HEADS)
     made = plan(e, "v5e:2x2", loss=False)
     assert made.fits
     assert made.memory.basis == "compiled"
@@ -44,7 +44,7 @@ def test_a_tpu_slice_without_a_tpu():
     assert ACTIVATIONS not in places
     step = compile_step(made.experiment, make_mesh(e.mesh, topology_devices(made.topology)))
     kernels = [i.name for i, _, _ in step.program.walk() if "tpu_custom_call" in i.text]
-    # Forward and backward, in the loop over the layers of each tower.
+    # Forward and backward, in the loop over the layers of each tower: its result is kept.
     assert sum(name.startswith("attention_backward") for name in kernels) == 2
     assert len(kernels) == 4
     assert 0 < made.mfu < 1
@@ -230,6 +230,15 @@ def test_kernels_say_what_they_compute_and_nested_fusions_what_they_read():
     assert program.memory_bytes(fused, entry) == 2 * 64 + 2 * 64  # one layer in, one out
     assert program.flops(kernel, entry) == program.total_flops() == 640
     assert program.memory_bytes(kernel, entry) == 2 * 64 + 2 * 64
+
+
+def test_room_for_an_array_moves_nothing():
+    """As the TPU's compiler allots what a loop over layers will fill."""
+    room = '  %room = bf16[24,64]{1,0} custom-call(), custom_call_target="AllocateBuffer"\n'
+    program = parse(NESTED.replace("  ROOT %kernel", f"{room}  ROOT %kernel"))
+    entry = program.computations["main"]
+    assert entry.instructions["room"].bytes == 2 * 24 * 64
+    assert program.memory_bytes(entry.instructions["room"], entry) == 0
 
 
 def test_an_array_passed_through_in_place_is_read_where_it_is_sliced():

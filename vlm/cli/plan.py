@@ -25,6 +25,7 @@ def plan(
     micro_batch_size: int | None = None,
     batch_per_chip: int | None = None,
     remat: tuple[Remat, ...] = (),
+    unroll: bool = False,
     largest_batch: bool = False,
     sweep: bool = False,
     compiles: int = 4,
@@ -38,7 +39,7 @@ def plan(
     Examples:
       vlm plan configs/siglip_b16.py --topology v5e:16x16
       vlm plan configs/siglip_b16.py --topology v5p:4x4x4 --mesh data=8,fsdp=8 --largest-batch
-      vlm plan configs/clip_b16.py --sweep --topology v5e:4x4 v6e:4x4 h100:8 --batch-per-chip 256
+      vlm plan configs/clip_b16_laion.py --sweep --topology v5e:4x4 v6e:4x4 h100:8 --batch-per-chip 256
 
     Args:
         config: a config file, such as configs/siglip_b16.py, or a run's config.json.
@@ -49,6 +50,7 @@ def plan(
         micro_batch_size: in place of the config's.
         batch_per_chip: the global batch as so many pairs on each chip.
         remat: what blocks compute again, in place of the config's. Several with --sweep.
+        unroll: one program for every block in place of a loop over them: minutes to compile.
         largest_batch: also look for the largest batch that fits; some more compilations.
         sweep: compare all combinations in one table.
         compiles: how many of the best rows of a sweep are compiled; the others are counted by hand.
@@ -78,6 +80,8 @@ def plan(
         changes["batch_size"] = batch_per_chip * parse_topology(topology[0]).chips
     if remat and not sweep:
         changes["remat"] = remat[0]
+    if unroll:
+        changes["scan"] = False
     experiment = dataclasses.replace(experiment, **changes)
     if sweep:
         plans = compare(

@@ -7,13 +7,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from vlm.nn import tpu_attention
+from vlm.nn.layers import linear
 from vlm.nn.rotary import Rotation, rotate
 from vlm.sharding import BATCH_AXES, batch_ways, mesh_of
+
+PROJECTED, ATTENDED = "projected", "attended"  # into and out of attention: what remat may keep
 
 
 def attend(
@@ -130,7 +134,13 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b q d"]:
         """Tokens of `x` attend to those of `context`, by default their own."""
         context = x if context is None else context
-        query, key, value = self.query(x), self.key(context), self.value(context)
+        query, key, value = (
+            checkpoint_name(linear(layer, tokens), PROJECTED)
+            for layer, tokens in ((self.query, x), (self.key, context), (self.value, context))
+        )
+        heads, head_dim = self.query.kernel.shape[-2:]
+        query, key, value = (y.reshape(*y.shape[:2], heads, head_dim) for y in (query, key, value))
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        return self.out(attend(query, key, value, mask, causal=causal))
+        y = attend(query, key, value, mask, causal=causal)
+        return linear(self.out, checkpoint_name(y.reshape(*x.shape[:2], -1), ATTENDED))

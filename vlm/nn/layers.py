@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from vlm.config import Activation
+
+HIDDEN = "hidden"  # of an MLP, before its activation: the name by which remat keeps it
 
 
 def gelu(x: Array) -> Array:
@@ -54,6 +57,30 @@ def split_keys(keys: Key[Array, "b"] | None) -> tuple[Key[Array, "b"] | None, ..
     return pairs[:, 0], pairs[:, 1]
 
 
+def linear(layer: nnx.Linear | nnx.LinearGeneral, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+    """What a linear layer makes of `x`, with the axes of its kernel side by side.
+
+    The heads of attention are not an axis of what is computed: 64 dimensions of one head would
+    fill half of a TPU's registers, and half of the memory that is kept and moved.
+    """
+    kernel = layer.kernel[...].reshape(x.shape[-1], -1).astype(layer.dtype)
+    y = _product(x.astype(layer.dtype), kernel)
+    return y if layer.bias is None else y + layer.bias[...].reshape(-1).astype(layer.dtype)
+
+
+def _product(x: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Array, "*b o"]:
+    """The matrix product, on a CPU over one axis of rows.
+
+    The kernel's gradient sums over all rows: over one axis XLA reads both factors where they lie,
+    over two it transposes them first.
+    """
+
+    def flat(x, kernel):
+        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+    return lax.platform_dependent(x, kernel, cpu=flat, default=jnp.matmul)
+
+
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis, in float32 whatever the dtype of its input."""
 
@@ -81,4 +108,5 @@ class Mlp(nnx.Module):
         self.act = act
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        return self.down(activation(self.act)(self.up(x)))
+        hidden = checkpoint_name(linear(self.up, x), HIDDEN)
+        return linear(self.down, activation(self.act)(hidden))

@@ -10,8 +10,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
 from vlm.config import Activation, RematPolicy
-from vlm.nn.attention import Attention
-from vlm.nn.layers import LayerNorm, Mlp, dropout, split_keys
+from vlm.nn.attention import ATTENDED, PROJECTED, Attention
+from vlm.nn.layers import HIDDEN, LayerNorm, Mlp, dropout, split_keys
 from vlm.nn.rotary import Rotation
 from vlm.sharding import by_rows, cut_over_fsdp, gathered
 
@@ -21,7 +21,7 @@ class Execution:
     """How a tower is computed, as opposed to what it computes."""
 
     dtype: jnp.dtype = jnp.float32  # of activations and products; parameters stay float32
-    remat: RematPolicy = "none"
+    remat: RematPolicy = "dots_no_batch"
     scan: bool = True  # False unrolls the blocks: slower to compile, at times faster to run
 
 
@@ -163,11 +163,15 @@ _MOVES = {
 
 
 def _policy(name: RematPolicy):
-    """What a block keeps for its backward pass."""
-    policies = jax.checkpoint_policies
-    return {
-        "none": lambda primitive, *_, **__: primitive.name not in _MOVES,
-        "full": policies.nothing_saveable,
-        "dots": policies.dots_saveable,
-        "dots_no_batch": policies.dots_with_no_batch_dims_saveable,
+    """What a block keeps for its backward pass, beside its input.
+
+    The product after attention is always done again: its result would cost as much to keep.
+    """
+    if name == "none":
+        return lambda primitive, *_, **__: primitive.name not in _MOVES
+    kept = {
+        "full": (),
+        "dots_no_batch": (PROJECTED, HIDDEN),
+        "dots": (PROJECTED, ATTENDED, HIDDEN),
     }[name]
+    return jax.checkpoint_policies.save_only_these_names(*kept)

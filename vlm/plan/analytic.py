@@ -45,12 +45,12 @@ def analytic_memory(
         width, mlp = config.width, config.mlp_dim
         scores = 0 if fused_attention(e, chip, tokens, config) else config.heads * tokens
         size = 2 if e.dtype != "float32" else 4
-        inside = size * (6 * width + mlp) / tensor_ways
+        inside = size * (3 * width + mlp) / tensor_ways
         saved = {
             "full": 0.0,
             "dots_no_batch": inside,
-            "dots": inside + (size * width + 4 * scores) / tensor_ways,
-            "none": 2 * inside + 16 * width + (4 + size) * scores / tensor_ways,
+            "dots": inside + size * width / tensor_ways,
+            "none": 2 * inside + 22 * width + (4 + size) * scores / tensor_ways,
         }
         everything = saved["none"] + size * width
         if e.lock != tower:

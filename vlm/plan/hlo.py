@@ -167,8 +167,9 @@ class Program:
             return 0.0
         if instruction.opcode.startswith(("async", "collective", "all-", "reduce-scatter")):
             return 0.0  # counted as communication
-        if "ConcatBitcast" in instruction.text:
-            return 0.0  # slices that were fetched one by one, side by side already
+        # Slices that were fetched one by one, side by side already; room that a loop will fill.
+        if re.search(r'"(ConcatBitcast|AllocateBuffer)"', instruction.text):
+            return 0.0
         if prefetches(instruction):  # (source, part in fast memory, context)
             return float(instruction.arrays[1].bytes) if len(instruction.arrays) > 1 else 0.0
         inside = self.fused(instruction)
