@@ -18,9 +18,9 @@ from vlm.errors import ConfigError
 T = TypeVar("T")
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
-# What a block keeps for its backward pass: all of it ("none" is computed again); what goes into and
-# comes out of attention, and the MLP's hidden layer ("dots"); that without attention's result
-# ("dots_no_batch"); its input alone ("full").
+# What a block keeps for its backward pass, beside its input: everything, so that nothing is
+# computed again ("none"); what goes into and comes out of attention, and the MLP's hidden layer
+# ("dots"); that without attention's result ("dots_no_batch"); no more ("full").
 RematPolicy = Literal["none", "full", "dots", "dots_no_batch"]
 
 

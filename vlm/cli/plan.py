@@ -39,7 +39,7 @@ def plan(
     Examples:
       vlm plan configs/siglip_b16.py --topology v5e:16x16
       vlm plan configs/siglip_b16.py --topology v5p:4x4x4 --mesh data=8,fsdp=8 --largest-batch
-      vlm plan configs/clip_b16_laion.py --sweep --topology v5e:4x4 v6e:4x4 h100:8 --batch-per-chip 256
+      vlm plan configs/siglip_b16.py --sweep --topology v5e:4x4 v6e:4x4 h100:8 --batch-per-chip 256
 
     Args:
         config: a config file, such as configs/siglip_b16.py, or a run's config.json.
