@@ -32,6 +32,8 @@ def test_a_tpu_slice_without_a_tpu():
     assert made.fits
     assert made.memory.basis == "compiled"
     assert made.experiment.dtype == "bfloat16"
+    # Of five blocks on 16 tokens of 256 pairs: input, query, key, value, attention, hidden layer.
+    assert made.memory.activations == 5 * 16 * 256 * (5 * 128 + 256) * 2
     places = {c.place: c for c in made.collectives}
     ring, gradients = places[LOSS_RING], places[GRADIENTS]
     assert (ring.kind, ring.group) == ("collective-permute", 4)

@@ -201,7 +201,9 @@ def _kept_by_loops(program: Program, experiment: Experiment) -> int | None:
             continue
         body = program.computations[loop.called("body")]
         for array, name in zip(loop.arrays, body.root.operands, strict=False):
-            passed = body.instructions[name].opcode == "get-tuple-element"
+            element = body.instructions[name]  # of the loop's state, or of what a fusion made
+            source = body.instructions.get(element.operands[0]) if element.operands else None
+            passed = element.opcode == "get-tuple-element" and source.opcode == "parameter"
             if not passed and array.dims[:1] and array.dims[0] in depths:
                 total += array.bytes
     return total
