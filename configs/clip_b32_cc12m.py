@@ -2,9 +2,9 @@
 
 `vlm plan configs/clip_b32_cc12m.py --topology h100:8` says:
 
-    peak of a chip                    25 GiB of 74.5 (analytic)
+    peak of a chip                    19 GiB of 74.5 (analytic)
     FLOPs of the model and step       0.36 PFLOP (analytic)
-    step, bound by compute            91 ms, 90,400 pairs/s, MFU 50% (guess)
+    step, bound by compute            92 ms, 89,000 pairs/s, MFU 50% (guess)
 """
 
 from vlm.config import (

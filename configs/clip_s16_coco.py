@@ -4,9 +4,9 @@ Prepare the data once with `tfds build coco_captions --file_format array_record`
 
 `vlm plan configs/clip_s16_coco.py --topology h100:1` says:
 
-    peak of a chip                    17 GiB of 74.5 (analytic)
+    peak of a chip                    13 GiB of 74.5 (analytic)
     FLOPs of the model and step       0.019 PFLOP (analytic)
-    step, bound by compute            46 ms, 11,200 pairs/s, MFU 43% (guess)
+    step, bound by compute            46 ms, 11,000 pairs/s, MFU 42% (guess)
 """
 
 from vlm.config import (

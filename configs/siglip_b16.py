@@ -4,10 +4,10 @@ The paper's data is not public; any shards of images and texts serve.
 
 `vlm plan configs/siglip_b16.py --topology v5e:16x16` says:
 
-    peak of a chip                    9.21 GiB of 16 (compiled; the loss alone 315 KiB)
+    peak of a chip                    8.53 GiB of 16 (compiled; the loss alone 315 KiB)
     sent by a chip and step           gradients 772 MiB, loss ring 144 MiB (compiled)
     FLOPs of the model and step       4.56 PFLOP (analytic)
-    step, bound by compute            153 ms, 214,000 pairs/s, MFU 59% (guess, compiled program)
+    step, bound by compute            137 ms, 239,000 pairs/s, MFU 66% (guess, compiled program)
 """
 
 from vlm.config import (

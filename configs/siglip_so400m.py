@@ -2,11 +2,11 @@
 
 `vlm plan configs/siglip_so400m.py --topology v5p:4x8x8` says:
 
-    peak of a chip                    29.8 GiB of 95 (compiled; the loss alone 1.87 MiB)
-    sent by a chip and step           parameters (FSDP) 2,828 MiB, gradients 1,884 MiB,
+    peak of a chip                    27.4 GiB of 95 (compiled; the loss alone 1.87 MiB)
+    sent by a chip and step           parameters (FSDP) 2.8 GiB, gradients 1.8 GiB,
                                       loss ring 216 MiB (compiled)
     FLOPs of the model and step       26.9 PFLOP (analytic)
-    step, bound by compute            451 ms, 72,700 pairs/s, MFU 51% (guess, compiled program)
+    step, bound by compute            442 ms, 74,200 pairs/s, MFU 52% (guess, compiled program)
 """
 
 from vlm.config import (
