@@ -35,69 +35,61 @@ _PE_SIZES = {
 }
 
 
-def _siglip(name: str, width: int, depth: int, heads: int, mlp_dim: int) -> VisionConfig:
-    """The tower of that name, whose sizes may be others; patches and image are the name's."""
-    _, patch_size, image_size, _ = _SIGLIP.match(name).groups()
-    return VisionConfig(
-        image_size=int(image_size),
-        patch_size=int(patch_size),
-        width=width,
-        depth=depth,
-        heads=heads,
-        mlp_dim=mlp_dim,
-        pool="map",
-        activation="gelu_tanh" if _TANH.match(name) else "gelu",
-        norm_eps=1e-6,
-    )
+def _siglip(name: str, width: int) -> dict:
+    tanh = _TANH.match(name)
+    return {"pool": "map", "activation": "gelu_tanh" if tanh else "gelu", "norm_eps": 1e-6}
 
 
-def _pe(name: str, width: int, depth: int, heads: int, mlp_dim: int) -> VisionConfig:
-    size, patch_size, image_size, _ = _PE.match(name).groups()
-    return VisionConfig(
-        image_size=int(image_size),
-        patch_size=int(patch_size),
-        width=width,
-        depth=depth,
-        heads=heads,
-        mlp_dim=mlp_dim,
-        pool="map",
-        pool_heads=_PE_POOL_HEADS,
-        pool_mlp_dim=4 * width,
-        class_token=size != "gigantic",
-        pre_norm=True,
-        patch_bias=False,
-        rotary=0 if size == "gigantic" else 1,
-        projection="linear_bias",
-        activation="gelu",
-        norm_eps=1e-5,
-    )
+def _pe(name: str, width: int) -> dict:
+    gigantic = _PE.match(name)[1] == "gigantic"
+    return {
+        "pool": "map",
+        "pool_heads": _PE_POOL_HEADS,
+        "pool_mlp_dim": 4 * width,
+        "class_token": not gigantic,
+        "pre_norm": True,
+        "patch_bias": False,
+        "rotary": 0 if gigantic else 1,
+        "projection": "linear_bias",
+        "activation": "gelu",
+        "norm_eps": 1e-5,
+    }
 
 
-def _clip(name: str, width: int, depth: int, heads: int, mlp_dim: int) -> VisionConfig:
-    _, patch_size, image_size, _ = _CLIP.match(name).groups()
-    return VisionConfig(
-        image_size=int(image_size),
-        patch_size=int(patch_size),
-        width=width,
-        depth=depth,
-        heads=heads,
-        mlp_dim=mlp_dim,
-        pool="class",
-        class_token=True,
-        pre_norm=True,
-        patch_bias=False,
-        projection="linear_bias",
-        activation="gelu",
-        norm_eps=1e-5,
-    )
+def _clip(name: str, width: int) -> dict:
+    return {
+        "pool": "class",
+        "class_token": True,
+        "pre_norm": True,
+        "patch_bias": False,
+        "projection": "linear_bias",
+        "activation": "gelu",
+        "norm_eps": 1e-5,
+    }
 
 
-# Names, the timm_pool and timm_proj that they are read with, and the tower of a name and its sizes.
+# Names, the timm_pool and timm_proj that they are read with, what else makes the tower of a name
+# and its width, and the sizes.
 _FAMILIES = (
     (_SIGLIP, ("map", "none"), _siglip, _SIGLIP_SIZES),
     (_PE, ("map", None), _pe, _PE_SIZES),
     (_CLIP, ("token", None), _clip, _SIGLIP_SIZES),
 )
+
+
+def _tower(family: tuple, name: str, width: int, depth: int, heads: int, mlp_dim: int):
+    """The tower of that name, whose sizes may be others; patches and image are the name's."""
+    pattern, _, other, _ = family
+    _, patch_size, image_size, _ = pattern.match(name).groups()
+    return VisionConfig(
+        image_size=int(image_size),
+        patch_size=int(patch_size),
+        width=width,
+        depth=depth,
+        heads=heads,
+        mlp_dim=mlp_dim,
+        **other(name, width),
+    )
 
 
 def _known() -> dict[str, VisionConfig]:
@@ -113,10 +105,10 @@ def _known() -> dict[str, VisionConfig]:
         "tiny_patch16_384 small_patch16_384 base_patch16_224 large_patch14_336 gigantic_patch14_448"
     )
     towers = {}
-    for end in siglip.split():
-        towers[f"vit_{end}"] = _siglip(f"vit_{end}", *_SIGLIP_SIZES[end.split("_")[0]])
-    for end in pe.split():
-        towers[f"vit_pe_core_{end}"] = _pe(f"vit_pe_core_{end}", *_PE_SIZES[end.split("_")[0]])
+    for family, start, ends in ((_FAMILIES[0], "vit_", siglip), (_FAMILIES[1], "vit_pe_core_", pe)):
+        for end in ends.split():
+            sizes = family[3][end.split("_")[0]]
+            towers[start + end] = _tower(family, start + end, *sizes)
     return towers
 
 
@@ -144,7 +136,7 @@ def vision_config(
             "vit_*_siglip_* and vit_pe_core_* with attention pooling, fastvit_mci* with the mean, "
             "and vit_{base,large}_patch*_clip_* with the class token, without extra projection"
         )
-    pattern, _, make, sizes = family
+    pattern, _, _, sizes = family
     try:
         width, _, patch_size, _ = shapes["visual.trunk.patch_embed.proj.weight"]
         mlp_dim = shapes["visual.trunk.blocks.0.mlp.fc1.weight"][0]
@@ -153,10 +145,10 @@ def vision_config(
         raise CheckpointError(f"{where}: the weights are not those of timm's {name}") from None
     depth = sum(bool(re.fullmatch(r"visual\.trunk\.blocks\.\d+\.norm1\.weight", n)) for n in shapes)
     return dataclasses.replace(
-        make(name, width, depth, sizes[pattern.match(name)[1]][2], mlp_dim),
+        _tower(family, name, width, depth, sizes[pattern.match(name)[1]][2], mlp_dim),
         image_size=image_size,
         patch_size=patch_size,
-        pool_mlp_dim=pool_mlp_dim if make is _pe else None,
+        pool_mlp_dim=pool_mlp_dim if pattern is _PE else None,
     )
 
 
