@@ -2,7 +2,7 @@
 
 `vlm plan configs/clip_b32_cc12m.py --topology h100:8` says:
 
-    peak of a chip                    19 GiB of 74.5 (analytic)
+    peak of a chip                    20 GiB of 74.5 (analytic)
     FLOPs of the model and step       0.36 PFLOP (analytic)
     step, bound by compute            92 ms, 89,000 pairs/s, MFU 50% (guess)
 """

@@ -50,11 +50,12 @@ def analytic_memory(
             "full": 0.0,
             "dots_no_batch": inside,
             "dots": inside + size * width / tensor_ways,
-            "none": 2 * inside + 22 * width + (4 + size) * scores / tensor_ways,
+            "none": (size * (12 * width + 2 * mlp) + (4 + size) * scores) / tensor_ways
+            + 16 * width,
         }
         everything = saved["none"] + size * width
         if e.lock != tower:
-            kept += rows * tokens * config.depth * (saved.get(e.remat, inside) + size * width)
+            kept += rows * tokens * config.depth * (saved[e.remat] + size * width)
         block = max(block, rows * tokens * everything)
     local = e.batch_size / batch_ways
     side = min(TILE, local)
