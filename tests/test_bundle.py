@@ -13,9 +13,9 @@ from vlm import sharding
 from vlm.bundle import Bundle, load
 from vlm.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
 from vlm.errors import CheckpointError, ConfigError, DataError, ShardingError
+from vlm.inputs.preprocess import Preprocess
+from vlm.inputs.tokenizer import train_bpe
 from vlm.models.dual_encoder import DualEncoder
-from vlm.preprocess import Preprocess
-from vlm.tokenizer import train_bpe
 from vlm.weights.rules import flat_arrays
 
 CAPTIONS = ["a red circle", "a blue square", "two dogs", "a cat on a mat " * 6]

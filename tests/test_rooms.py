@@ -16,12 +16,11 @@ ROOMS = (
     "config",
     "paths",
     "sharding",
-    "last_words",
-    "distributed",
+    "cluster",
     "nn",
     "losses",
     "models",
-    "cleaning preprocess tokenizer",
+    "inputs",
     "data",
     "weights",
     "bundle",
@@ -55,7 +54,7 @@ def imports(source: str) -> list[tuple[int, str]]:
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
-            # `from vlm import tokenizer` names a room in the second half.
+            # `from vlm import bundle` names a room in the second half.
             names = [f"{base}.{alias.name}" for alias in node.names] if base == "vlm" else [base]
             found += [(node.lineno, name) for name in names]
     return found
@@ -116,7 +115,7 @@ def test_a_wrong_import_is_found(room, source):
     ("room", "source"),
     [
         ("train", "from vlm.losses import softmax_loss\nimport vlm.errors"),
-        ("bundle", "from vlm import tokenizer"),
+        ("heads", "from vlm import bundle"),
         ("losses", "from vlm.losses.ring import Ring"),
         ("data", "import tensorflow_datasets as tfds"),
         ("cli", "from vlm.train.loop import train"),

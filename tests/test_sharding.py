@@ -15,7 +15,7 @@ from vlm.sharding import (
     global_batch,
     make_mesh,
     parameter_spec,
-    placement,
+    placement_rows,
     shardings,
 )
 
@@ -96,5 +96,5 @@ def test_the_placement_table_counts_bytes_on_one_device():
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
     tree = {"text": {"mlp": {"kernel": jnp.zeros((128, 128)), "bias": jnp.zeros(128)}}}
     tree = jax.device_put(tree, shardings(tree, mesh))
-    assert placement(tree) == [("text/mlp", "fsdp, whole", BIG + 128, 4 * (BIG // 8 + 128))]
-    assert placement(tree, 0) == [("", "fsdp, whole", BIG + 128, 4 * (BIG // 8 + 128))]
+    assert placement_rows(tree) == [("text/mlp", "fsdp, whole", BIG + 128, 4 * (BIG // 8 + 128))]
+    assert placement_rows(tree, 0) == [("", "fsdp, whole", BIG + 128, 4 * (BIG // 8 + 128))]

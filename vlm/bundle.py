@@ -25,16 +25,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
 from PIL import Image
 
-from vlm import tokenizer as tokenizers
 from vlm._version import __version__
 from vlm.config import ModelConfig, PreprocessConfig, TokenizerConfig, from_dict, to_dict
 from vlm.errors import CheckpointError, ConfigError, DataError
+from vlm.inputs import tokenizer as tokenizers
+from vlm.inputs.opening import ImageLike
+from vlm.inputs.preprocess import Preprocess
+from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
 from vlm.nn.naflex import Patches
 from vlm.paths import as_path, cache_dir
-from vlm.preprocess import ImageLike, Preprocess
-from vlm.tokenizer import Tokenizer
-from vlm.weights.building import Tower, abstract_model, fill_towers, placement
+from vlm.weights.building import Tower, abstract_model, fill_towers, parameter_shardings
 from vlm.weights.checkpoint import BUNDLE_FILE, Checkpoint, open_checkpoint
 from vlm.weights.files import SafetensorsFiles, write_safetensors
 from vlm.weights.hub import download, is_hub_id
@@ -361,7 +362,7 @@ def load(
         ShardingError: a mesh with axes that no rule speaks of.
     """
     _use_compilation_cache()
-    kind, place = _dtype(dtype), None if mesh is None else placement(mesh)
+    kind, place = _dtype(dtype), None if mesh is None else parameter_shardings(mesh)
     checkpoint, name = _open(model, revision)
     config, preprocess = at_image_size(checkpoint.config, checkpoint.preprocess, image_size)
     config, tokenizer = at_context_length(

@@ -199,7 +199,7 @@ def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     }
 
 
-def placement(tree: Any, depth: int = 2) -> list[tuple[str, str, int, int]]:
+def placement_rows(tree: Any, depth: int = 2) -> list[tuple[str, str, int, int]]:
     """Rows of a table: group of arrays, the mesh axes they lie over, elements, bytes per device."""
     groups: dict[str, tuple[set[str], int, int]] = {}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):

@@ -13,7 +13,7 @@ from vlm.data import openmoji
 from vlm.data.drawing import draw_all
 from vlm.data.sources import open_source
 from vlm.errors import DataError
-from vlm.preprocess import open_image
+from vlm.inputs.opening import open_image
 
 # A part of the emoji, so that a build takes a second; everything else is the real thing.
 SMALL_BUILD = """

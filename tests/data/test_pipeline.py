@@ -14,8 +14,8 @@ from vlm.config import AugmentConfig, DataConfig, PreprocessConfig
 from vlm.data.pipeline import TrainBatches, count_examples, eval_batches, train_batches
 from vlm.data.sources import captions_of, open_source
 from vlm.errors import ConfigError, DataError
-from vlm.preprocess import Preprocess
-from vlm.tokenizer import train_bpe
+from vlm.inputs.preprocess import Preprocess
+from vlm.inputs.tokenizer import train_bpe
 
 COUNT = 37
 TOKENIZER = train_bpe([f"picture {i}" for i in range(COUNT)], 300, 12)

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-from vlm.config import AugmentConfig
+from vlm.config import AugmentConfig, PreprocessConfig
 from vlm.data.transforms import DRAWS, Augment, color_map, crop_box
 from vlm.errors import ConfigError
-from vlm.preprocess import Preprocess, PreprocessConfig
+from vlm.inputs.preprocess import Preprocess
 
 UNIT = st.floats(0, 1, exclude_max=True)
 NOISE = Image.fromarray(np.random.default_rng(0).integers(60, 190, (40, 40, 3), np.uint8))

@@ -237,7 +237,7 @@ def towers_written() -> None:
 
     from vlm.bundle import Bundle, load
     from vlm.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
-    from vlm.preprocess import Preprocess
+    from vlm.inputs.preprocess import Preprocess
     from vlm.weights import timm
     from vlm.weights.building import abstract_model
     from vlm.weights.files import Arrays

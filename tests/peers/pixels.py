@@ -57,7 +57,7 @@ def main() -> None:
         SiglipImageProcessorPil,
     )
 
-    from vlm.preprocess import Preprocess
+    from vlm.inputs.preprocess import Preprocess
     from vlm.weights.processors import huggingface_preprocess, open_clip_preprocess
 
     rng = np.random.default_rng(0)

@@ -140,8 +140,8 @@ def bert() -> None:
     from etils import epath
     from transformers import BertTokenizer
 
-    from vlm.cleaning import _FOLDED
     from vlm.config import ModelConfig, TextConfig
+    from vlm.inputs.cleaning import _FOLDED
     from vlm.weights.vocabularies import bert_tokenizer
 
     def bare(text: str) -> str:

@@ -26,8 +26,8 @@ def ours() -> None:
 
     from vlm.data.pipeline import train_batches
     from vlm.data.sources import vocabulary_texts
+    from vlm.inputs.tokenizer import train_bpe
     from vlm.sharding import global_batch, make_mesh
-    from vlm.tokenizer import train_bpe
     from vlm.train.step import Trainer
 
     mesh = make_mesh(config.mesh)
@@ -56,8 +56,8 @@ def theirs(workers: int) -> None:
     from PIL import Image
 
     from vlm.data.sources import CachedSource, open_source, vocabulary_texts
-    from vlm.preprocess import Preprocess
-    from vlm.tokenizer import train_bpe
+    from vlm.inputs.preprocess import Preprocess
+    from vlm.inputs.tokenizer import train_bpe
 
     source = CachedSource(open_source(config.data, "train"), "image", Preprocess(config.preprocess))
     rows = [source[i] for i in range(len(source))]

@@ -28,7 +28,7 @@ from safetensors.numpy import load as load_safetensors
 from vlm import sharding
 from vlm.config import MeshConfig, from_dict, to_dict
 from vlm.errors import CheckpointError, ConfigError, ShardingError, TrainingError
-from vlm.train.length import due
+from vlm.train.length import is_due
 from vlm.train.loop import train
 
 STEPS = 150
@@ -242,9 +242,9 @@ def test_seconds_become_steps_that_a_resumed_run_keeps(tiny, tmp_path, monkeypat
 
 
 def test_things_are_due_at_their_share_of_the_run():
-    assert [s for s in range(1, 13) if due(s, 12, 0.25)] == [3, 6, 9]
-    assert [s for s in range(1, 4) if due(s, 3, 0.01)] == [1, 2]
-    assert not any(due(s, 12, None) for s in range(13))
+    assert [s for s in range(1, 13) if is_due(s, 12, 0.25)] == [3, 6, 9]
+    assert [s for s in range(1, 4) if is_due(s, 3, 0.01)] == [1, 2]
+    assert not any(is_due(s, 12, None) for s in range(13))
 
 
 @pytest.mark.parametrize(

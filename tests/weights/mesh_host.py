@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 
-from vlm import distributed
+from vlm.cluster import processes
 from vlm.errors import VlmError
 
 TEXTS = ["a photo of a cat", "two dogs", "a red circle on a mat", "", "five"]
@@ -18,7 +18,7 @@ def images() -> list[np.ndarray]:
 
 
 def main(checkpoint: str, fsdp: str, out: str) -> None:
-    distributed.start()
+    processes.start()
     import jax
 
     import vlm

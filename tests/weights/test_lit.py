@@ -14,7 +14,7 @@ from etils import epath
 from vlm.bundle import Bundle, load
 from vlm.config import ModelConfig, TextConfig
 from vlm.errors import CheckpointError, ConfigError
-from vlm.preprocess import Preprocess
+from vlm.inputs.preprocess import Preprocess
 from vlm.weights import big_vision
 from vlm.weights.building import abstract_model
 from vlm.weights.rules import expand, flat_shapes

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vlm.bundle import load
-from vlm.preprocess import target_size
+from vlm.inputs.naflex import target_size
 
 FOLDER = pathlib.Path(__file__).parent / "golden" / "hf_naflex"
 

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from vlm.bundle import Bundle, load
 from vlm.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
 from vlm.errors import CheckpointError
+from vlm.inputs.preprocess import Preprocess
+from vlm.inputs.tokenizer import train_bpe
 from vlm.models.dual_encoder import DualEncoder
-from vlm.preprocess import Preprocess
-from vlm.tokenizer import train_bpe
 from vlm.weights import timm
 from vlm.weights.building import abstract_model
 from vlm.weights.rules import flat_arrays, flat_shapes

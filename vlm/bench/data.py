@@ -8,8 +8,8 @@ from rich.console import Console
 from vlm.config import Experiment
 from vlm.data.pipeline import train_batches
 from vlm.data.sources import vocabulary_texts
-from vlm.preprocess import Preprocess
-from vlm.tokenizer import Tokenizer, train_bpe
+from vlm.inputs.preprocess import Preprocess
+from vlm.inputs.tokenizer import Tokenizer, train_bpe
 
 
 def bench_data(

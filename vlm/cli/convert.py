@@ -39,7 +39,7 @@ def convert(
         raise UsageError(f"{out!r} is there already: name a folder that is not")
     runtime.prepare_inference()
     from vlm.bundle import load
-    from vlm.cli.terminal import say
+    from vlm.cli.terminal import print_status
 
     load(model, dtype=dtype).save(folder, format)
-    say(f"{model} as {format} in {out}")
+    print_status(f"{model} as {format} in {out}")

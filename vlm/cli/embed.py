@@ -50,13 +50,13 @@ def embed(
     runtime.prepare_inference()
     from vlm.bundle import load
     from vlm.cli.images import find_images
-    from vlm.cli.terminal import progress, say
+    from vlm.cli.terminal import print_status, progress
 
     paths = find_images(images)
     bundle = load(model)
     z_image = bundle.encode_image(progress(paths, "encoding", len(paths)), batch_size)
     write(out, z_image, [str(path) for path in paths])
-    say(f"{len(paths):,} embeddings of {bundle.embed_dim} dimensions in {out}")
+    print_status(f"{len(paths):,} embeddings of {bundle.embed_dim} dimensions in {out}")
 
 
 def write(out: str, z: np.ndarray, ids: Sequence[str]) -> None:

@@ -50,14 +50,14 @@ def index(
             "already: name a new folder"
         )
     runtime.prepare_inference()
-    from vlm.cli.terminal import say
+    from vlm.cli.terminal import print_status
 
     made = index_of(model, images, dtype, batch_size)
     made.save(folder)
     loadable = os.path.abspath(as_path(model)) if as_path(model).exists() else model
     about = {"model": model if is_remote(model) else loadable}
     (folder / MODEL_FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
-    say(f"{len(made):,} images in {out}; search them with: vlm search {out} QUERY")
+    print_status(f"{len(made):,} images in {out}; search them with: vlm search {out} QUERY")
 
 
 def index_of(

@@ -6,7 +6,7 @@ import os
 from typing import Literal
 
 from vlm.cli import parse
-from vlm.cli.terminal import say
+from vlm.cli.terminal import print_status
 from vlm.config import load_config
 
 Remat = Literal["none", "dots", "dots_no_batch", "full"]
@@ -91,7 +91,7 @@ def plan(
             **({"remats": remat} if remat else {}),
             compiles=compiles,
             batch_per_chip=batch_per_chip,
-            say=say,
+            report=print_status,
         )
         show_sweep(plans, console)
         found = [p.to_dict() for p in plans]

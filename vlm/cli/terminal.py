@@ -40,6 +40,6 @@ def bar(share: float, width: int = 20) -> str:
     return "█" * full + (chr(0x2590 - rest) if rest else "")
 
 
-def say(text: str) -> None:
+def print_status(text: str) -> None:
     """A line for the reader of the terminal, beside the results."""
     print(text, file=sys.stderr)

@@ -66,7 +66,7 @@ HOSTS = {
 
 
 def _hosts(args: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """The arguments without those of `vlm.distributed.start`, and these."""
+    """The arguments without those of `vlm.cluster.processes.start`, and these."""
     rest, hosts = [], {}
     stream = iter(args)
     for arg in stream:
@@ -86,9 +86,9 @@ def _hosts(args: list[str]) -> tuple[list[str], dict[str, Any]]:
 def _train(hosts: dict[str, Any], *given: Any, resume: str | None = None) -> None:
     import jax
 
-    from vlm import distributed
+    from vlm.cluster import processes
 
-    distributed.start(**hosts)
+    processes.start(**hosts)
     from vlm.train.loop import train
 
     folder = train(*given, resume=resume)

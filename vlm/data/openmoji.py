@@ -191,8 +191,8 @@ def known_emoji() -> list[Emoji]:
                 Emoji(
                     text=text,
                     caption=english_caption(text, names["en"]),
-                    captions={language: _words(names[language]) for language in LANGUAGES},
-                    aliases=[_words(alias) for alias in names.get("alias", ())],
+                    captions={language: _death_reporter(names[language]) for language in LANGUAGES},
+                    aliases=[_death_reporter(alias) for alias in names.get("alias", ())],
                     svg=os.path.join(folder, svg),
                 )
             )
@@ -204,7 +204,7 @@ def english_caption(text: str, name: str) -> str:
 
     What varies stands behind a colon: tones and hair, members of a group, a flag's country, a key.
     """
-    name = _words(name)
+    name = _death_reporter(name)
     first = ord(text[0])
     if first in _FLAG_LETTERS or (len(text) > 1 and ord(text[-1]) in _TAGS):
         return f"flag: {name}"
@@ -242,7 +242,7 @@ def test_code_points(emoji: list[Emoji]) -> set[str]:
 test_code_points.__test__ = False  # not a pytest function, whatever its name
 
 
-def _words(name: str) -> str:
+def _death_reporter(name: str) -> str:
     return re.sub(r"\s+", " ", name.strip(":").replace("_", " ").replace(",", ", ")).strip()
 
 

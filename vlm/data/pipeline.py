@@ -21,8 +21,8 @@ from vlm.data.randomness import permute, uniforms
 from vlm.data.sources import CachedSource, Source, captions_of, open_source
 from vlm.data.transforms import DRAWS, Augment
 from vlm.errors import ConfigError, DataError
-from vlm.preprocess import Preprocess
-from vlm.tokenizer import Tokenizer
+from vlm.inputs.preprocess import Preprocess
+from vlm.inputs.tokenizer import Tokenizer
 
 Batch = dict[str, Any]
 

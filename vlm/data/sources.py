@@ -16,8 +16,8 @@ from jaxtyping import Int32
 from vlm.config import DataConfig
 from vlm.data import openmoji
 from vlm.errors import DataError
+from vlm.inputs.preprocess import Preprocess
 from vlm.paths import as_path, cache_dir
-from vlm.preprocess import Preprocess
 
 KNOWN = (
     '"openmoji"',

@@ -9,7 +9,7 @@ from PIL import Image
 
 from vlm.config import AugmentConfig
 from vlm.errors import ConfigError
-from vlm.preprocess import PILLOW_KERNELS
+from vlm.inputs.resizing import PILLOW_KERNELS
 
 _ATTEMPTS = 10  # at a crop that fits, as in torchvision
 DRAWS = 2 * _ATTEMPTS + 2 + 1 + 4  # uniform numbers that one image uses: crop, flip, colours

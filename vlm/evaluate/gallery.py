@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from vlm.errors import DataError
-from vlm.preprocess import open_image
+from vlm.inputs.opening import open_image
 
 # All lengths in pixels of the file, which is drawn for screens of two pixels per point.
 PICTURE, PADDING, GAP, RADIUS = 190, 20, 24, 20

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from vlm.errors import DataError
-from vlm.preprocess import open_image
+from vlm.inputs.opening import open_image
 
 escape = html.escape
 

@@ -25,7 +25,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 # The logit of a pair that does not count. Finite, so that differences of two stay numbers.
-HIDDEN = jnp.finfo(jnp.float32).min
+MASKED_LOGIT = jnp.finfo(jnp.float32).min
 
 Hide = Callable[[Float[Array, "t t"]], Float[Array, "t t"]]
 
@@ -55,7 +55,7 @@ class Ring:
 
         Args:
             visit: `visit(images, texts, hide) -> (image_sums, text_sums)` for t images and t texts;
-                `hide` gives the logits of positives and of padding the value `HIDDEN`.
+                `hide` gives the logits of positives and of padding the value `MASKED_LOGIT`.
             merge: joins two partial sums, of images or of texts.
             images, texts: trees of what `visit` needs to know of the local ones.
             empty: trees of the neutral elements of `merge`, for the local images and texts.
@@ -153,7 +153,7 @@ def _hide(row: Array, column: Array, b: int, *, padded: bool, own: bool) -> Hide
             hidden |= rows == columns
         if padded:
             hidden |= (rows >= b) | (columns >= b)
-        return jnp.where(hidden, HIDDEN, logits)
+        return jnp.where(hidden, MASKED_LOGIT, logits)
 
     return hide
 

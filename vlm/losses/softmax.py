@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vlm.losses.ring import HIDDEN, Ring, add, at_least_float32, dot, dot_pairs, pull_back
+from vlm.losses.ring import MASKED_LOGIT, Ring, add, at_least_float32, dot, dot_pairs, pull_back
 
 
 def softmax_loss(
@@ -118,7 +118,7 @@ def _negatives(ring, z_image, z_text, scale) -> tuple[Statistics, Statistics]:
         )
 
     zeros = jnp.zeros(len(z_image), jnp.float32)
-    none = Statistics(zeros + HIDDEN, zeros)
+    none = Statistics(zeros + MASKED_LOGIT, zeros)
     return ring.all_pairs(visit, merge, z_image, z_text.T, (none, none))
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Key
 
 from vlm.config import Activation
 
-HIDDEN = "hidden"  # of an MLP, before its activation: the name by which remat keeps it
+MLP_HIDDEN = "hidden"  # of an MLP, before its activation: the name by which remat keeps it
 
 
 def gelu(x: Array) -> Array:
@@ -108,5 +108,5 @@ class Mlp(nnx.Module):
         self.act = act
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        hidden = checkpoint_name(linear(self.up, x), HIDDEN)
+        hidden = checkpoint_name(linear(self.up, x), MLP_HIDDEN)
         return linear(self.down, activation(self.act)(hidden))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from vlm.config import Activation, RematPolicy
 from vlm.nn.attention import ATTENDED, PROJECTED, Attention
-from vlm.nn.layers import HIDDEN, LayerNorm, Mlp, dropout, split_keys
+from vlm.nn.layers import MLP_HIDDEN, LayerNorm, Mlp, dropout, split_keys
 from vlm.nn.rotary import Rotation
 from vlm.sharding import by_rows, cut_over_fsdp, gathered
 
@@ -171,7 +171,7 @@ def _policy(name: RematPolicy):
         return lambda primitive, *_, **__: primitive.name not in _MOVES
     kept = {
         "full": (),
-        "dots_no_batch": (PROJECTED, HIDDEN),
-        "dots": (PROJECTED, ATTENDED, HIDDEN),
+        "dots_no_batch": (PROJECTED, MLP_HIDDEN),
+        "dots": (PROJECTED, ATTENDED, MLP_HIDDEN),
     }[name]
     return jax.checkpoint_policies.save_only_these_names(*kept)

@@ -158,7 +158,7 @@ def plan(
     if mesh is not None:
         e = dataclasses.replace(e, mesh=parse_mesh(mesh) if isinstance(mesh, str) else mesh)
     compiled = compiled and where.compiles
-    grid = the_mesh(e, where, compiled=compiled)
+    grid = plan_mesh(e, where, compiled=compiled)
     check_batch(e.batch_size, grid)
     check_batch(e.micro_batch_size or e.batch_size, grid, "micro_batch_size")
 
@@ -192,7 +192,7 @@ def plan(
     )
 
 
-def the_mesh(experiment: Experiment, where: Topology, *, compiled: bool) -> Mesh | AbstractMesh:
+def plan_mesh(experiment: Experiment, where: Topology, *, compiled: bool) -> Mesh | AbstractMesh:
     """The experiment's mesh over the devices of a slice, or over none where nothing compiles.
 
     Raises:

@@ -20,7 +20,7 @@ def sweep(
     *,
     compiles: int = 4,
     batch_per_chip: int | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> list[Plan]:
     """Plans of every combination, fastest per chip first.
 
@@ -30,7 +30,7 @@ def sweep(
     Args:
         meshes: None or empty tries all-data, and fsdp over 8 devices and over all.
         batch_per_chip: set, the global batch follows the number of chips.
-        say: told what is compiled.
+        report: told what is compiled.
 
     Raises:
         ConfigError: an unknown topology, or no combination that can be.
@@ -57,7 +57,7 @@ def sweep(
     plans.sort(key=order)
     for i, rough in enumerate(plans[:compiles]):
         if rough.topology.compiles:
-            say(f"compiling {rough.topology.name} {rough.mesh} remat {rough.experiment.remat}")
+            report(f"compiling {rough.topology.name} {rough.mesh} remat {rough.experiment.remat}")
             mesh = MeshConfig(**rough.mesh)
             plans[i] = plan(rough.experiment, rough.topology.name, mesh, loss=False)
     return sorted(plans, key=order)

@@ -69,11 +69,11 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
 
-    def restore(self, abstract: Any, say=print) -> tuple[Any, dict[str, int]] | None:
+    def restore(self, abstract: Any, report=print) -> tuple[Any, dict[str, int]] | None:
         """The newest whole checkpoint as (state, data_state); None if there is none at all.
 
         `abstract` gives shapes, dtypes and shardings: a checkpoint of one mesh restores onto
-        another. A torn checkpoint is passed over for the one before it, and `say` tells so.
+        another. A torn checkpoint is passed over for the one before it, and `report` tells so.
 
         Raises:
             CheckpointError: there are checkpoints and none can be read, or they hold another
@@ -93,7 +93,7 @@ class Checkpoints:
             except CheckpointError:
                 raise
             except Exception as error:  # whatever a torn file makes the reader say
-                say(f"checkpoint {step} of {self.folder} is torn and is passed over")
+                report(f"checkpoint {step} of {self.folder} is torn and is passed over")
                 last_error = error
                 self._torn.append(step)
                 _hush_late_reads()

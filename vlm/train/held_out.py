@@ -17,9 +17,9 @@ from vlm.evaluate.report import write_report
 from vlm.evaluate.runner import Report, Result, provenance
 from vlm.evaluate.tasks import DataInfo
 from vlm.heads.zero_shot import to_scores
+from vlm.inputs.tokenizer import Tokenizer
 from vlm.sharding import batch_sharding, batch_ways
-from vlm.tokenizer import Tokenizer
-from vlm.train.logs import read_log, say
+from vlm.train.logs import print_on_first_process, read_log
 from vlm.train.run import Run
 from vlm.train.step import Trainer, TrainState
 
@@ -58,7 +58,7 @@ class HeldOut:
     def metrics(self, state: TrainState) -> dict[str, float]:
         """All metrics as a row of the log."""
         zero_shot, retrieval = self.measure(*self.embed(state))
-        say(f"step {int(state.step)}  held-out top-1 {zero_shot['top1']}")
+        print_on_first_process(f"step {int(state.step)}  held-out top-1 {zero_shot['top1']}")
         return {f"eval/{name}": float(value) for name, value in (zero_shot | retrieval).items()}
 
     def _in_batches(self, embed, state, rows: np.ndarray) -> np.ndarray:

@@ -50,7 +50,7 @@ def seconds_per_step(trainer: Trainer, batches: TrainIterator, steps: int = 3) -
     return slowest
 
 
-def due(step: int, total: int, share: float | None) -> bool:
+def is_due(step: int, total: int, share: float | None) -> bool:
     """Whether something that happens every `share` of the run happens after `step`."""
     if share is None:
         return False

@@ -13,7 +13,7 @@ from rich.table import Table
 from vlm.chips import published_rate
 from vlm.errors import TrainingError
 from vlm.models.flops import model_flops
-from vlm.sharding import placement
+from vlm.sharding import placement_rows
 from vlm.train.run import Run
 from vlm.train.step import TrainState
 
@@ -139,7 +139,7 @@ class Logs:
                 self._board.add_scalar(name, value, row["step"])
 
 
-def say(text: RenderableType) -> None:
+def print_on_first_process(text: RenderableType) -> None:
     """Something for the reader, from the first process alone; above the progress display."""
     if jax.process_index() == 0:
         console.print(text, highlight=False)
@@ -157,7 +157,7 @@ def placement_table(state: TrainState) -> Table:
     total = 0
     for name, tree in groups.items():
         depth = 0 if name else 2
-        for group, axes, elements, size in placement(tree, depth):
+        for group, axes, elements, size in placement_rows(tree, depth):
             table.add_row(group or name, axes, f"{elements:,}", f"{size:,}")
             total += size
     table.add_section()

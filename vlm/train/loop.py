@@ -7,31 +7,31 @@ import time
 from etils import epath
 
 from vlm.bundle import Bundle
+from vlm.cluster.processes import stop_all_on_failure
 from vlm.config import Experiment
 from vlm.data.pipeline import train_batches
 from vlm.data.sources import credits
-from vlm.distributed import together
 from vlm.sharding import batch_share, check_batch, global_batch, make_mesh
 from vlm.train.checkpoint import Checkpoints
 from vlm.train.held_out import HeldOut, finish
 from vlm.train.interrupt import Interrupted
-from vlm.train.length import due
-from vlm.train.logs import Logs, placement_table, say
+from vlm.train.length import is_due
+from vlm.train.logs import Logs, placement_table, print_on_first_process
 from vlm.train.resolution import image_size_at
 from vlm.train.run import Run
-from vlm.train.start import start, the_tokenizer
+from vlm.train.start import open_tokenizer, start
 from vlm.train.step import Trainer
 from vlm.train.trace import Trace
 
 
-@together()
+@stop_all_on_failure()
 def train(
     experiment: Experiment | None = None, *, resume: str | os.PathLike | None = None
 ) -> epath.Path:
     """Train `experiment` in a new run folder, or go on with the run in `resume`.
 
     Returns the run folder. SIGINT and SIGTERM save a checkpoint and leave; a resumed run ends as if
-    it had not been left. With several processes, `vlm.distributed.start` comes first.
+    it had not been left. With several processes, `vlm.cluster.processes.start` comes first.
 
     Raises:
         VlmError: whatever a user can mend, from a wrong batch size to a full disk.
@@ -43,7 +43,7 @@ def train(
         check_batch(experiment.batch_size, mesh)
         check_batch(experiment.micro_batch_size or experiment.batch_size, mesh, "micro_batch_size")
 
-        tokenizer = the_tokenizer(run)
+        tokenizer = open_tokenizer(run)
         trainer = Trainer(experiment, mesh, tokenizer.config)
         share, shares = batch_share(mesh)
         batches = train_batches(
@@ -64,8 +64,8 @@ def train(
         with run.starting():
             state = start(trainer, batches, checkpoints, resumed=resume is not None)
         step, total = int(state.step), int(state.total_steps)
-        say(f"run folder {run.folder}")
-        say(placement_table(state))
+        print_on_first_process(f"run folder {run.folder}")
+        print_on_first_process(placement_table(state))
         with (
             Logs(run, first_step=step, total_steps=total) as logs,
             Trace(run, experiment.profile) as trace,
@@ -81,23 +81,23 @@ def train(
                 step += 1
                 logs.step(step, metrics, waited)
 
-                if held and due(step, total, experiment.eval_every):
+                if held and is_due(step, total, experiment.eval_every):
                     logs.flush()
                     logs.write({"step": step, **held.metrics(state)})
                     logs.restart_clock()
-                if due(step, total, experiment.checkpoint_every):
+                if is_due(step, total, experiment.checkpoint_every):
                     logs.flush()
                     checkpoints.save(step, state, batches.get_state())
             logs.flush()
             checkpoints.save(step, state, batches.get_state())
             checkpoints.wait()
     if step < total:
-        say(f"left at step {step}; go on with `vlm train --resume {run.folder}`")
+        print_on_first_process(f"left at step {step}; go on with `vlm train --resume {run.folder}`")
         return run.folder
 
     bundle = Bundle(trainer.model(state), trainer.preprocess, tokenizer, name=experiment.name)
     bundle.save(run.bundle)
     if held:
-        say(finish(run, held, state, bundle, credits(experiment.data)))
-        say(f"report {run.folder / 'report.html'}")
+        print_on_first_process(finish(run, held, state, bundle, credits(experiment.data)))
+        print_on_first_process(f"report {run.folder / 'report.html'}")
     return run.folder

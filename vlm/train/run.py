@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
+from vlm.cluster.processes import broadcast_text
 from vlm.config import Experiment, from_dict, to_dict
-from vlm.distributed import broadcast_text
 from vlm.errors import CheckpointError, ConfigError
 from vlm.paths import as_path
 

@@ -7,20 +7,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlm import bundle
+from vlm.cluster.processes import first_process_first
 from vlm.config import Experiment, to_dict
 from vlm.data.pipeline import TrainIterator
 from vlm.data.sources import vocabulary_texts
-from vlm.distributed import first_process_first
 from vlm.errors import ConfigError
-from vlm.tokenizer import Tokenizer, train_bpe
+from vlm.inputs.tokenizer import Tokenizer, train_bpe
 from vlm.train.checkpoint import Checkpoints
 from vlm.train.length import length_in_steps
-from vlm.train.logs import say
+from vlm.train.logs import print_on_first_process
 from vlm.train.run import Run
 from vlm.train.step import Trainer, TrainState
 
 
-def the_tokenizer(run: Run) -> Tokenizer:
+def open_tokenizer(run: Run) -> Tokenizer:
     """The run's tokenizer: kept with it, the starting model's, from a file, or the data's own."""
     with first_process_first():
         if not run.tokenizer.exists():
@@ -37,13 +37,13 @@ def start(
         trainer.abstract_state,
         trainer.state_shardings,
     )
-    restored = checkpoints.restore(abstract, say=say)
+    restored = checkpoints.restore(abstract, report=print_on_first_process)
     if restored is not None:
         state, data_state = restored
         batches.set_state(data_state)
         return state
     if resumed:
-        say("the run has no checkpoint yet: it starts from step 0")
+        print_on_first_process("the run has no checkpoint yet: it starts from step 0")
     state = trainer.init(jnp.int32(length_in_steps(trainer, batches)))
     return state if trainer.experiment.init_from is None else from_model(trainer, state)
 

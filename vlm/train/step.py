@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, Key, UInt8
 
 from vlm.config import Experiment, TokenizerConfig
+from vlm.inputs.preprocess import Preprocess
 from vlm.losses import cached_value_and_grad, contrastive_loss
 from vlm.models.dual_encoder import DualEncoder
 from vlm.nn.transformer import Execution
-from vlm.preprocess import Preprocess
 from vlm.sharding import batch_sharding, replicated, shardings
 from vlm.train.masking import kept_tokens, mask_tokens
 from vlm.train.optimizer import learning_rate, make_optimizer

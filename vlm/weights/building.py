@@ -24,7 +24,7 @@ def abstract_model(config: ModelConfig, dtype: jnp.dtype) -> DualEncoder:
     return nnx.eval_shape(lambda: DualEncoder(config, execution=execution, rngs=nnx.Rngs(0)))
 
 
-def placement(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+def parameter_shardings(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     """Where each parameter lies on a mesh, by its dotted name and its shape.
 
     Raises:

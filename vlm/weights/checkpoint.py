@@ -10,7 +10,7 @@ from etils import epath
 
 from vlm.config import ModelConfig, PreprocessConfig
 from vlm.errors import CheckpointError
-from vlm.tokenizer import Tokenizer
+from vlm.inputs.tokenizer import Tokenizer
 from vlm.weights import big_vision, fastvit, huggingface, open_clip, openai
 from vlm.weights.files import SafetensorsFiles, Shards, Tensors
 from vlm.weights.processors import huggingface_preprocess, open_clip_preprocess

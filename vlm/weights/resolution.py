@@ -9,8 +9,8 @@ from jaxtyping import Float
 
 from vlm.config import ModelConfig, PreprocessConfig
 from vlm.errors import ConfigError
-from vlm.preprocess import resize_matrix
-from vlm.tokenizer import Tokenizer
+from vlm.inputs.resizing import resize_matrix
+from vlm.inputs.tokenizer import Tokenizer
 from vlm.weights.rules import Rule, Transform
 
 # transformers: bicubic without antialias; open_clip and timm: with; big_vision: scipy's linear

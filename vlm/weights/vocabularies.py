@@ -10,7 +10,7 @@ from etils import epath
 
 from vlm.config import ModelConfig, TokenizerConfig
 from vlm.errors import CheckpointError, ConfigError
-from vlm.tokenizer import Tokenizer
+from vlm.inputs.tokenizer import Tokenizer
 from vlm.weights import sentencepiece
 
 CLIP_BOS, CLIP_EOS, CLIP_SIZE = 49406, 49407, 49408
@@ -172,7 +172,7 @@ def bert_tokenizer(path: epath.Path, config: ModelConfig) -> Tokenizer:
     """The WordPiece vocabulary beside an `.npz` with a BERT, by the rules of `bert_tokenize`.
 
     [CLS], the text, padding of zeros; no [SEP]. (big_vision/pp/proj/flaxformer/bert_ops.py, over
-    tensorflow_text's BertTokenizer: see `vlm.cleaning.bert`.)
+    tensorflow_text's BertTokenizer: see `vlm.inputs.cleaning.bert`.)
 
     Raises:
         CheckpointError: there is none, or it is not that of the model.

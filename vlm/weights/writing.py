@@ -9,10 +9,10 @@ from typing import Literal
 from etils import epath
 
 from vlm.errors import CheckpointError
+from vlm.inputs.preprocess import Preprocess
+from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
 from vlm.paths import as_path
-from vlm.preprocess import Preprocess
-from vlm.tokenizer import Tokenizer
 from vlm.weights.writing_huggingface import write_huggingface
 from vlm.weights.writing_open_clip import write_open_clip
 

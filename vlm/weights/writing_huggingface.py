@@ -5,9 +5,9 @@ from typing import Any
 from etils import epath
 
 from vlm.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
+from vlm.inputs.preprocess import Preprocess
+from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
-from vlm.preprocess import Preprocess
-from vlm.tokenizer import Tokenizer
 from vlm.weights import huggingface
 from vlm.weights.files import write_safetensors
 from vlm.weights.rules import write

@@ -6,9 +6,9 @@ from etils import epath
 
 from vlm.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
 from vlm.errors import CheckpointError
+from vlm.inputs.preprocess import Preprocess
+from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
-from vlm.preprocess import Preprocess
-from vlm.tokenizer import Tokenizer
 from vlm.weights import open_clip, timm
 from vlm.weights.files import write_safetensors
 from vlm.weights.rules import write

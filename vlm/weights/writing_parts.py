@@ -10,7 +10,7 @@ from tokenizers import Regex, normalizers, processors
 
 from vlm.config import ModelConfig
 from vlm.errors import CheckpointError
-from vlm.tokenizer import Tokenizer
+from vlm.inputs.tokenizer import Tokenizer
 
 
 def standalone(tokenizer: Tokenizer) -> tokenizers.Tokenizer:

@@ -10,7 +10,8 @@ from PIL import Image, ImageCms
 
 from vlm.config import PreprocessConfig
 from vlm.errors import ConfigError, DataError
-from vlm.preprocess import Preprocess, open_image
+from vlm.inputs.opening import open_image
+from vlm.inputs.preprocess import Preprocess
 
 GOLDEN = np.load(pathlib.Path(__file__).with_name("preprocess_golden.npz"))
 CASES = sorted({name.rpartition("/")[0] for name in GOLDEN.files} - {"input"})

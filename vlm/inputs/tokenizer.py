@@ -13,9 +13,9 @@ from etils import epath
 from jaxtyping import Int32
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from vlm.cleaning import CLEANERS
 from vlm.config import TokenizerConfig, from_dict, to_dict
 from vlm.errors import ConfigError, DataError
+from vlm.inputs.cleaning import CLEANERS
 from vlm.paths import as_path
 
 VOCABULARY_FILE = "tokenizer.json"

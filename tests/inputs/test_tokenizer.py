@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vlm.config import TokenizerConfig
 from vlm.errors import ConfigError, DataError
-from vlm.tokenizer import Tokenizer, train_bpe
+from vlm.inputs.tokenizer import Tokenizer, train_bpe
 
 TEXTS = ["woman running", "man running: dark skin tone", "flag: Åland", "走る女", "a dog, a cat"]
 TOKENIZER = train_bpe(TEXTS, 300, 12)

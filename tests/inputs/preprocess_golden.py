@@ -1,6 +1,6 @@
 """Writes `preprocess_golden.npz`: pixels by torchvision and transformers of small awkward images.
 
-Run with the extra `peers` installed: python tests/preprocess_golden.py
+Run with the extra `peers` installed: python tests/inputs/preprocess_golden.py
 Every output is stored as uint8 levels.
 """
 

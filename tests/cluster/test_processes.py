@@ -7,23 +7,23 @@ import sys
 import jax
 import pytest
 
-from vlm import distributed, last_words
+from vlm.cluster import processes, report_death, watch
 from vlm.errors import ConfigError, TrainingError
 
 
 def test_outside_of_a_cluster_there_is_one_process():
     assert jax.device_count() == 8  # JAX is in use already, which is no harm here
-    distributed.start()
+    processes.start()
     assert jax.process_count() == 1
 
 
 def test_too_late_is_said():
     with pytest.raises(ConfigError, match="start them before anything uses JAX"):
-        distributed.start("127.0.0.1:1", 2, 0)
+        processes.start("127.0.0.1:1", 2, 0)
 
 
 def test_a_part_is_not_enough():
-    code = "from vlm import distributed; distributed.start('127.0.0.1:1', process_id=0)"
+    code = "from vlm.cluster import processes; processes.start('127.0.0.1:1', process_id=0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "needs the coordinator's host:port, the number of processes and the id" in done.stderr
     assert "has 127.0.0.1:1, None and 0: give all three" in done.stderr
@@ -33,37 +33,37 @@ def test_a_part_is_not_enough():
 def test_a_variable_that_is_no_number_is_named(monkeypatch, variable):
     monkeypatch.setenv(variable, "two")
     with pytest.raises(ConfigError, match=f"{variable} is 'two': make it a number"):
-        distributed.start()
+        processes.start()
 
 
 def test_alone_everything_is_itself():
-    assert distributed.broadcast_text("run/é") == "run/é"
-    with distributed.first_process_first():
+    assert processes.broadcast_text("run/é") == "run/é"
+    with processes.first_process_first():
         pass
-    with pytest.raises(TrainingError, match=r"^as it was$"), distributed.together():
+    with pytest.raises(TrainingError, match=r"^as it was$"), processes.stop_all_on_failure():
         raise TrainingError("as it was")
 
 
 def test_who_gave_no_sign_of_life_is_named(monkeypatch):
     clock = iter([0.0, 20.0, 31.0])
-    monkeypatch.setattr(distributed.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(watch.time, "monotonic", lambda: next(clock))
     seen = {0: ("", 0.0), 1: ("", 0.0)}
     alive = {"vlm/alive/0": "1 a", "vlm/alive/1": "1 b"}
-    assert distributed._missing(alive, seen) is None
-    assert distributed._missing(alive | {"vlm/alive/0": "2 a"}, seen) is None
-    said = distributed._missing(alive | {"vlm/alive/0": "3 a"}, seen)
+    assert watch._missing(alive, seen) is None
+    assert watch._missing(alive | {"vlm/alive/0": "2 a"}, seen) is None
+    said = watch._missing(alive | {"vlm/alive/0": "3 a"}, seen)
     assert said == "process 1 of 1 on b died: it gave no sign of life for 30 s"
 
 
 @pytest.mark.parametrize(
     ("word", "answers", "said"), [("", False, "gone"), ("left", False, ""), ("", True, "")]
 )
-def test_last_words_are_for_a_silent_end_without_process_0(word, answers, said):
+def test_a_death_is_reported_after_a_silent_end_without_process_0(word, answers, said):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         if answers:
             other.listen()
-        arguments = [last_words.__file__, "127.0.0.1", str(other.getsockname()[1]), "gone"]
+        arguments = [report_death.__file__, "127.0.0.1", str(other.getsockname()[1]), "gone"]
         done = subprocess.run(
             [sys.executable, *arguments], input=word, capture_output=True, text=True, check=True
         )

@@ -1,0 +1,104 @@
+"""Several processes, one on each host, as one run: they start, agree, and stop together.
+
+Starting and agreeing is JAX's coordination service. What is added here is that a run whose process
+is gone ends everywhere, in a bounded time, with a sentence that says which one it was.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from vlm.cluster import watch
+from vlm.errors import ConfigError, VlmError
+
+
+def start(
+    coordinator: str | None = None, process_count: int | None = None, process_id: int | None = None
+) -> None:
+    """Join the other processes of this run, if there are any. Call it before anything uses JAX.
+
+    What is not given comes from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or
+    from the cluster that JAX recognises: Cloud TPU, SLURM, Open MPI, a Kubernetes Job or JobSet.
+
+    Args:
+        coordinator: "host:port" of process 0, the same for all.
+
+    Raises:
+        ConfigError: only a part is given and no cluster knows the rest, or JAX is in use already.
+    """
+    given = (
+        coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        _number(process_count, "JAX_NUM_PROCESSES"),
+        _number(process_id, "JAX_PROCESS_ID"),
+    )
+    try:
+        jax.distributed.initialize(*given)
+    except ValueError as error:  # JAX recognises no cluster that completes what is given
+        if given == (None, None, None):
+            return
+        raise ConfigError(
+            f"a run of several processes needs the coordinator's host:port, the number of "
+            f"processes and the id of each, and has {given[0]}, {given[1]} and {given[2]}: give "
+            f"all three ({str(error).rstrip('.')})"
+        ) from None
+    except RuntimeError as error:
+        late = "before any JAX calls" in str(error)
+        if late and given == (None, None, None):
+            return
+        mend = (
+            "start them before anything uses JAX"
+            if late
+            else f"start all {given[1]}, and check that each reaches process 0 there"
+        )
+        raise ConfigError(
+            f"the processes of the run did not come together at {given[0]}: {mend} "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+    if jax.process_count() > 1:
+        watch.start()
+
+
+@contextlib.contextmanager
+def stop_all_on_failure() -> Iterator[None]:
+    """What runs in here fails in all processes if it fails in one, and each says why."""
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() > 1:
+            if not isinstance(error, VlmError):  # maybe a neighbour died and left us an odd error
+                time.sleep(watch.PATIENCE + 3 * watch.PERIOD)  # then the watch ends us here
+            watch.end_all(error)
+        raise
+
+
+@contextlib.contextmanager
+def first_process_first() -> Iterator[None]:
+    """Process 0 runs the block before the others, who then find what it has made."""
+    if jax.process_count() > 1 and jax.process_index() != 0:
+        multihost_utils.sync_global_devices("the first process is done")
+    yield
+    if jax.process_count() > 1 and jax.process_index() == 0:
+        multihost_utils.sync_global_devices("the first process is done")
+
+
+def broadcast_text(text: str) -> str:
+    """The text of process 0, in all processes; at most 4,096 bytes of it."""
+    if jax.process_count() == 1:
+        return text
+    room = np.zeros(4096, np.uint8)
+    encoded = np.frombuffer(text.encode()[: len(room)], np.uint8)
+    room[: len(encoded)] = encoded
+    return bytes(multihost_utils.broadcast_one_to_all(room)).rstrip(b"\0").decode(errors="ignore")
+
+
+def _number(given: int | None, variable: str) -> int | None:
+    value = os.environ.get(variable) if given is None else given
+    try:
+        return None if value is None else int(value)
+    except ValueError:
+        raise ConfigError(f"{variable} is {value!r}: make it a number") from None

@@ -1,0 +1,133 @@
+"""The watch over the processes of a run: each gives signs of life, and all end when one is gone."""
+
+import atexit
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+from jax._src.distributed import global_state  # its key-value store has no public name yet
+
+from vlm.cluster import report_death
+
+PERIOD = 1.0  # seconds between signs of life
+# Seconds without one after which a process counts as gone; JAX's own limit comes long after.
+PATIENCE = float(os.environ.get("VLM_PATIENCE", 30))
+_VERDICT, _ALIVE = "vlm/verdict", "vlm/alive/"
+
+
+def start() -> None:
+    """Begin to watch, in a thread of this process."""
+    threading.Thread(target=_watch, name="vlm-watch", daemon=True).start()
+    if jax.process_index() != 0:
+        _start_death_reporter()
+
+
+def end_all(error: Exception) -> None:
+    """Have all processes end, each with a sentence that says what happened in this one."""
+    said = f"{_name(jax.process_index())} failed: {error}"
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first
+        global_state.client.key_value_set(_VERDICT, said)
+    _linger()
+    # JAX's own way out waits for processes that will never come.
+    atexit.register(_leave)
+
+
+def _watch() -> None:
+    """Give signs of life and end this process when another is gone. Process 0 looks at them all."""
+    client, me = global_state.client, jax.process_index()
+    seen = {i: ("", time.monotonic()) for i in range(jax.process_count())}
+    beat, looked = 0, time.monotonic()
+    while True:
+        beat += 1
+        if time.monotonic() - looked > 5 * PERIOD:  # we were asleep ourselves: look afresh
+            seen = {i: (last, time.monotonic()) for i, (last, _) in seen.items()}
+        looked = time.monotonic()
+        try:
+            client.key_value_set(f"{_ALIVE}{me}", f"{beat} {socket.gethostname()}", True)
+            verdict = _get(client, _VERDICT)
+            if me == 0 and verdict is None:
+                verdict = _missing(dict(client.key_value_dir_get(_ALIVE)), seen)
+                if verdict is not None:
+                    client.key_value_set(_VERDICT, verdict)
+        except jax.errors.JaxRuntimeError:
+            return  # process 0 is gone, and JAX ends us (see `report_death`), or we are at the end
+        if verdict is not None and not verdict.startswith(_name(me)):
+            print(_end_message(verdict), file=sys.stderr, flush=True)
+            _linger()
+            _leave()
+        time.sleep(PERIOD)
+
+
+def _missing(beats: dict[str, str], seen: dict[int, tuple[str, float]]) -> str | None:
+    """Who has given no sign of life for too long; updates `seen`, (beat, when) of each process."""
+    now = time.monotonic()
+    for process, (beat, when) in seen.items():
+        new = beats.get(f"{_ALIVE}{process}", "")
+        if new != beat:
+            seen[process] = new, now
+        elif now - when > PATIENCE:
+            host = f" on {beat.split(' ', 1)[1]}" if beat else ""
+            return f"{_name(process)}{host} died: it gave no sign of life for {PATIENCE:.0f} s"
+    return None
+
+
+def _get(client, key: str) -> str | None:
+    try:
+        return client.key_value_try_get(key)
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" in str(error):
+            return None
+        raise
+
+
+def _name(process: int) -> str:
+    return f"process {process} of {jax.process_count()}"
+
+
+def _linger() -> None:
+    """The verdict lies with process 0: it goes last."""
+    if jax.process_index() == 0:
+        time.sleep(3 * PERIOD)
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _end_death_reporter()
+    os._exit(1)
+
+
+_death_reporter: subprocess.Popen | None = None  # see `report_death`
+
+
+def _start_death_reporter() -> None:
+    """Have it said if this process ends because process 0 is gone."""
+    global _death_reporter
+    address = global_state.coordinator_address
+    host, _, port = address.rpartition(":")
+    sentence = _end_message(f"{_name(0)} at {address} died")
+    _death_reporter = subprocess.Popen(
+        [sys.executable, "-S", "-E", report_death.__file__, host.strip("[]"), port, sentence],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # a Ctrl-C is not meant for it
+    )
+    atexit.register(_end_death_reporter)
+
+
+def _end_death_reporter() -> None:
+    """This process ends in order, or has said itself why it ends: nothing is left to say."""
+    if _death_reporter is not None and _death_reporter.poll() is None:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            _death_reporter.communicate(b"left", timeout=5)
+
+
+def _end_message(verdict: str) -> str:
+    return (
+        f"vlm: {verdict}; all processes of the run stop, and `vlm train --resume RUN` goes on from "
+        "its last checkpoint"
+    )

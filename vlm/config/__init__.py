@@ -1,0 +1,24 @@
+"""What an experiment is: frozen dataclasses, their JSON form, and the loading of `configs/*.py`.
+
+A config file is Python that binds one name, `config`, to an `Experiment`. Everything a run does
+follows from that value: it is written to the run folder as JSON and read back from there.
+"""
+
+from vlm.config.data import AugmentConfig as AugmentConfig
+from vlm.config.data import DataConfig as DataConfig
+from vlm.config.files import check_types as check_types
+from vlm.config.files import from_dict as from_dict
+from vlm.config.files import load_config as load_config
+from vlm.config.files import to_dict as to_dict
+from vlm.config.inputs import PreprocessConfig as PreprocessConfig
+from vlm.config.inputs import TokenizerConfig as TokenizerConfig
+from vlm.config.model import Activation as Activation
+from vlm.config.model import FastViTConfig as FastViTConfig
+from vlm.config.model import FastViTStage as FastViTStage
+from vlm.config.model import ModelConfig as ModelConfig
+from vlm.config.model import TextConfig as TextConfig
+from vlm.config.model import VisionConfig as VisionConfig
+from vlm.config.training import Experiment as Experiment
+from vlm.config.training import MeshConfig as MeshConfig
+from vlm.config.training import OptimizerConfig as OptimizerConfig
+from vlm.config.training import RematPolicy as RematPolicy

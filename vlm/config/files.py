@@ -1,0 +1,110 @@
+"""Configs as JSON and back, and the loading of `configs/*.py`."""
+
+import dataclasses
+import json
+import os
+import runpy
+import types
+import typing
+from typing import Any, Literal, TypeVar
+
+from vlm.config.training import Experiment
+from vlm.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The dataclass `config` as plain JSON values; tuples become lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
+    """Rebuild a dataclass from `to_dict`'s form.
+
+    Raises:
+        ConfigError: a field is unknown or has another type; the message names it by its path.
+    """
+    where = where or cls.__name__
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must be an object of fields, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{where} has no field {name!r}: it has {', '.join(known)}")
+    converted = {
+        name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()
+    }
+    try:
+        return cls(**converted)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type `hint` asks for, or a ConfigError that names `where`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        options = [a for a in args if a is not type(None)]
+        for option in options[:-1]:
+            try:
+                return _convert(option, value, where)
+            except ConfigError:
+                continue
+        return _convert(options[-1], value, where)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{where} is {value!r}: choose one of {', '.join(map(repr, args))}")
+    if origin is tuple:
+        if isinstance(value, list | tuple):
+            inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
+            if len(inner) == len(value):
+                return tuple(_convert(a, v, where) for a, v in zip(inner, value, strict=True))
+            raise ConfigError(f"{where} takes {len(args)} values, not {value!r}")
+        raise ConfigError(f"{where} must be a list, not {value!r}")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Any or (isinstance(value, hint) and (hint is bool or not isinstance(value, bool))):
+        return value
+    raise ConfigError(f"{where} must be {hint.__name__}, not {value!r}")
+
+
+def check_types(config: T) -> T:
+    """The same config, after a check of every field against its declared type."""
+    return from_dict(type(config), to_dict(config))
+
+
+def load_config(path: str | os.PathLike) -> Experiment:
+    """The `Experiment` that a config file binds to the name `config`; also reads a run's JSON.
+
+    Raises:
+        ConfigError: no such file, an error inside it, or no Experiment in it.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise ConfigError(
+            f"there is no config file {path!r}: give the path of a Python file that binds "
+            "`config`, such as configs/openmoji.py"
+        )
+    if path.endswith(".json"):
+        try:
+            with open(path, encoding="utf-8") as f:
+                return from_dict(Experiment, json.load(f))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} is not JSON: {error}") from None
+    try:
+        names = runpy.run_path(path)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{path} failed with {type(error).__name__}: {error}") from error
+    config = names.get("config")
+    if not isinstance(config, Experiment):
+        raise ConfigError(f"{path} binds no `config` of type vlm.Experiment: add `config = ...`")
+    return check_types(config)

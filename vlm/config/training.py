@@ -1,0 +1,135 @@
+"""One run of training: the update rule, the mesh, and the experiment that holds everything."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vlm.config.data import DataConfig
+from vlm.config.inputs import PreprocessConfig, TokenizerConfig
+from vlm.config.model import ModelConfig
+from vlm.errors import ConfigError
+
+# What a block keeps for its backward pass, beside its input: everything, so that nothing is
+# computed again ("none"); what goes into and comes out of attention, and the MLP's hidden layer
+# ("dots"); that without attention's result ("dots_no_batch"); no more ("full").
+RematPolicy = Literal["none", "full", "dots", "dots_no_batch"]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule, its schedule and its safeguards."""
+
+    name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
+    learning_rate: float = 1e-3
+    schedule: Literal["cosine", "rsqrt", "wsd", "constant"] = "cosine"
+    warmup: float = 0.05  # share of the run's steps
+    cooldown: float = 0.2  # share of the run's steps that rsqrt and wsd take to decay
+    weight_decay: float = 0.1  # on matrices, never on norms, biases, scale or embeddings' bias
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-6
+    clip_norm: float | None = 1.0
+    layer_decay: float = 1.0  # learning rate of a block relative to the block above it
+    ema: float | None = None  # decay of the exponential moving average of the parameters
+    max_scale: float = 100.0  # cap of exp(logit_scale): CLIP's ln(100)
+    nonfinite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1 and takes what is left of the devices."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run of `vlm train`, whole."""
+
+    name: str = "experiment"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    tokenizer_file: str | None = None  # a tokenizer.json; None: the data's own vocabulary
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    batch_size: int = 1024  # global
+    micro_batch_size: int | None = None  # global too; None: the whole batch at once
+    # The length of the run: exactly one of these.
+    steps: int | None = None
+    epochs: float | None = None
+    examples: int | None = None
+    seconds: float | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; auto: bfloat16 off CPU
+    remat: RematPolicy = "dots_no_batch"
+    scan: bool = True  # blocks as one scanned loop; False unrolls them
+    lock: Literal["none", "vision", "text"] = "none"  # a tower that is not trained (LiT)
+    init_from: str | None = None  # a model to start from: whatever `vlm.load` takes
+    init_towers: Literal["both", "vision", "text"] = "both"  # what is taken of it
+    # (share of the run, pixels): smaller images to begin with, as ((0.8, 112),); the rest is full.
+    image_sizes: tuple[tuple[float, int], ...] = ()
+    text_masking: float = 0.0  # share of a text's places left out while training, padding first
+    seed: int = 0
+    log_every: int = 10  # steps
+    eval_every: float | None = None  # share of the run; None: at the end alone
+    checkpoint_every: float = 0.25  # share of the run
+    keep_checkpoints: int = 2
+    profile: tuple[int, int] | None = None  # first and last step of a trace by jax.profiler
+    run_dir: str | None = None  # None: runs/NAME-DATE
+
+    def __post_init__(self):
+        lengths = ("steps", "epochs", "examples", "seconds")
+        given = [name for name in lengths if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(
+                f"a run has one length, but {' and '.join(given)} are all set: keep one"
+            )
+        for name in given:
+            if getattr(self, name) <= 0:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}: a run takes more than that, so make it "
+                    "positive"
+                )
+        for name in ("batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}: make it at least 1")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ConfigError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size}: choose one that divides it"
+            )
+        if self.preprocess.image_size != self.model.vision.image_size:
+            raise ConfigError(
+                f"preprocess.image_size {self.preprocess.image_size} is not the model's "
+                f"{self.model.vision.image_size}: set both to the same number"
+            )
+        if self.tokenizer.context_length != self.model.text.context_length:
+            raise ConfigError(
+                f"tokenizer.context_length {self.tokenizer.context_length} is not the model's "
+                f"{self.model.text.context_length}: set both to the same number"
+            )
+        patch = self.model.vision.patch_size
+        if any(size % patch or size < patch for _, size in self.image_sizes):
+            raise ConfigError(
+                f"image_sizes {self.image_sizes} are not all multiples of patch_size {patch}: "
+                "choose sizes that the patches tile"
+            )
+        if sum(share for share, _ in self.image_sizes) > 1 or any(
+            share <= 0 for share, _ in self.image_sizes
+        ):
+            raise ConfigError(
+                f"image_sizes {self.image_sizes} must have positive shares of the run that add up "
+                "to at most 1: what is left trains at the full size"
+            )
+        if self.image_sizes and (self.model.vision.resnet or self.model.vision.fastvit):
+            raise ConfigError(
+                "image_sizes needs a Vision Transformer: leave it empty for a ResNet or a FastViT"
+            )
+        if not 0 <= self.text_masking < 1:
+            raise ConfigError(
+                f"text_masking {self.text_masking} is a share of the text: choose at least 0 and "
+                "below 1"
+            )

@@ -1,0 +1,137 @@
+"""Images to pixels, by the rules of one model: opened, resized, cut, and normalised."""
+
+import os
+from collections.abc import Iterable
+
+import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
+from PIL import Image
+
+from vlm.config import PreprocessConfig
+from vlm.errors import ConfigError
+from vlm.inputs import naflex
+from vlm.inputs.opening import MAX_PIXELS, ImageLike, open_image
+from vlm.inputs.resizing import PILLOW_KERNELS, resize_tensor, resize_tensorflow
+from vlm.nn.naflex import Patches
+
+
+class Preprocess:
+    """What a model expects of its images, as a function.
+
+    An image is a PIL image, a path (local or remote), the bytes of an image file, or a uint8 array
+    of shape (h, w), (h, w, 1), (h, w, 3) or (h, w, 4). `max_pixels` bounds what is decoded.
+    """
+
+    def __init__(self, config: PreprocessConfig, *, max_pixels: int = MAX_PIXELS):
+        if config.image_size < 1:
+            raise ConfigError(f"image_size {config.image_size} has no pixels: make it at least 1")
+        if config.short_side is not None and config.short_side < config.image_size:
+            raise ConfigError(
+                f"short_side {config.short_side} is smaller than the crop of image_size "
+                f"{config.image_size}: make it at least as large"
+            )
+        if config.backend == "tensor" and config.kernel == "lanczos" and not config.antialias:
+            raise ConfigError("the lanczos kernel needs antialias=True: set it, or choose bicubic")
+        if config.backend == "tensorflow" and (config.kernel != "bilinear" or config.antialias):
+            raise ConfigError(
+                'the backend "tensorflow" has one form: set kernel="bilinear" and antialias=False'
+            )
+        if config.resize == "pad" and config.backend != "pillow":
+            raise ConfigError('resize "pad" needs the backend "pillow": set it, or choose squash')
+        if config.resize == "naflex" and not (config.patch_size and config.max_patches):
+            raise ConfigError('resize "naflex" needs patch_size and max_patches: set both')
+        if min(config.std) <= 0:
+            raise ConfigError(f"std {config.std} must be positive: pixels are divided by it")
+        self.config = config
+        self.max_pixels = max_pixels
+
+    def __call__(
+        self, images: ImageLike | Iterable[ImageLike]
+    ) -> Float32[np.ndarray, "n s s 3"] | Patches:
+        """Normalised pixels of each image; one image counts as a list of one.
+
+        Raises:
+            DataError: a file is missing or unreadable, an image too large, an array of another
+                shape or type; the message names it.
+        """
+        images = [images] if _is_one(images) else images
+        rows = [self.pixels(image, f"image {i}") for i, image in enumerate(images)]
+        size = self.config.image_size
+        if rows:
+            return self.normalize(self.collate(rows))
+        return self.normalize(np.zeros((0, size, size, 3), np.uint8))
+
+    def collate(self, rows: list[np.ndarray]) -> np.ndarray | Patches:
+        """What `pixels` made of several images, as one batch."""
+        c = self.config
+        if c.resize != "naflex":
+            return np.stack(rows)
+        return naflex.collate(rows, c.patch_size, c.image_size // c.patch_size, step=naflex.STEP)
+
+    def pixels(self, image: ImageLike, name: str = "the image") -> UInt8[np.ndarray, "s s 3"]:
+        """The resized image before normalisation; `name` is what errors call it if it has none."""
+        config, opened = self.config, self.open(image, name)
+        (width, height), box = self._layout(*opened.size)
+        if config.backend != "pillow":
+            array = np.asarray(opened)
+            if config.backend == "tensorflow":
+                array = resize_tensorflow(array, height, width)
+            else:
+                array = resize_tensor(
+                    array, height, width, config.kernel, antialias=config.antialias
+                )
+            left, top, right, bottom = box or (0, 0, width, height)
+            return array[top:bottom, left:right]
+        if opened.size != (width, height):
+            opened = opened.resize((width, height), PILLOW_KERNELS[config.kernel])
+        if config.resize == "pad":
+            canvas = Image.new("RGB", (config.image_size,) * 2, config.fill)
+            canvas.paste(opened, box)
+            opened, box = canvas, None
+        return np.array(opened if box is None else opened.crop(box))
+
+    def normalize(
+        self, pixels: UInt8[Array, "*n 3"] | Float[Array, "*n 3"] | Patches
+    ) -> Float32[Array, "*n 3"] | Patches:
+        """`(pixels / 255 - mean) / std` for values in 0..255; numpy or jax, also inside `jit`."""
+        if isinstance(pixels, Patches):
+            return pixels._replace(pixels=self.normalize(pixels.pixels))
+        mean = np.asarray(self.config.mean, np.float32)
+        std = np.asarray(self.config.std, np.float32)
+        # In torchvision's order, so that float32 results are the same bit for bit.
+        return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+
+    def open(self, image: ImageLike, name: str = "the image") -> Image.Image:
+        """The image in mode RGB, upright, on the background: see `open_image`."""
+        return open_image(
+            image, background=self.config.background, max_pixels=self.max_pixels, name=name
+        )
+
+    def _layout(self, width: int, height: int):
+        """The size to resize to, and the box to crop from that, or to paste it into, or None."""
+        config = self.config
+        if config.resize == "naflex":
+            height, width = naflex.target_size(height, width, config.patch_size, config.max_patches)
+            return (width, height), None
+        if config.resize == "squash":
+            return (config.image_size, config.image_size), None
+        if config.resize == "pad":  # open_clip's ResizeKeepRatio and CenterCropOrPad
+            ratio = max(width, height) / config.image_size
+            size = tuple(max(1, round(side / ratio)) for side in (width, height))
+            left, top = ((config.image_size - side) // 2 for side in size)
+            return size, (left, top, left + size[0], top + size[1])
+        short = config.short_side or config.image_size
+        # torchvision truncates the long side: int(short * long / short_now).
+        if width <= height:
+            size = (short, int(short * height / width))
+        else:
+            size = (int(short * width / height), short)
+        margins = [(side - config.image_size) / 2 for side in size]
+        left, top = (round(m) if config.crop_offset == "round" else int(m) for m in margins)
+        return size, (left, top, left + config.image_size, top + config.image_size)
+
+
+def _is_one(images) -> bool:
+    if isinstance(images, Image.Image | str | os.PathLike | bytes):
+        return True
+    return hasattr(images, "shape") and len(images.shape) < 4
