@@ -125,6 +125,44 @@ def test_a_right_import_is_let_through(room, source):
     assert faults(room, source) == []
 
 
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Names that import each other in a circle, or nothing."""
+
+    def walk(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        for other in sorted(graph.get(name, ())):
+            if found := walk(other, [*way, name]):
+                return found
+        return []
+
+    return next((found for name in sorted(graph) if (found := walk(name, []))), [])
+
+
+def neighbours(room: str, source: str) -> set[str]:
+    """Modules of its own room that a module imports, at its top or inside a function."""
+    found = {name.split(".")[2] for _, name in imports(source) if name.startswith(f"vlm.{room}.")}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == f"vlm.{room}":
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("room", sorted({room_of(path) for path in MODULES} - {"data"}))
+def test_no_circle_of_imports_inside_a_room(room):
+    graph = {
+        path.stem: neighbours(room, path.read_text())
+        for path in (PACKAGE / room).glob("*.py")
+        if path.stem != "__init__"  # the front: it names what lies in the room, lazily
+    }
+    assert circle(graph) == []
+
+
+def test_a_circle_is_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}}) == []
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_modules_are_short_and_named_by_what_is_inside(path):
     assert len(path.read_text().splitlines()) <= LONGEST

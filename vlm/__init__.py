@@ -1,15 +1,28 @@
 """vlm: contrastive vision-language models in JAX.
 
-The names below are what most programs need. They load on first use, so `import vlm` is instant;
-the rooms they come from (`vlm.losses`, `vlm.models`, ...) are there by their own names too.
+The names below are what most programs need, and the rooms they come from (`vlm.losses`,
+`vlm.models`, ...). All of them load on first use, so `import vlm` is instant.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from etils import epy
 
 from vlm._version import __version__ as __version__
 
-if TYPE_CHECKING:  # the same names for type checkers and editors; a test compares the two lists
+with epy.lazy_api_imports(globals()):
+    from vlm import bench as bench
+    from vlm import cluster as cluster
+    from vlm import config as config
+    from vlm import data as data
+    from vlm import evaluate as evaluate
+    from vlm import heads as heads
+    from vlm import inputs as inputs
+    from vlm import losses as losses
+    from vlm import models as models
+    from vlm import nn as nn
+    from vlm import plan as plan
+    from vlm import sharding as sharding
+    from vlm import train as train
+    from vlm import weights as weights
     from vlm.bundle import Bundle as Bundle
     from vlm.bundle import load as load
     from vlm.config import AugmentConfig as AugmentConfig
@@ -30,6 +43,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from vlm.errors import TrainingError as TrainingError
     from vlm.errors import VlmError as VlmError
     from vlm.evaluate.runner import Report as Report
+    from vlm.evaluate.tasks import DataInfo as DataInfo
     from vlm.evaluate.tasks import RetrievalTask as RetrievalTask
     from vlm.evaluate.tasks import ZeroShotTask as ZeroShotTask
     from vlm.heads.few_shot import FewShotClassifier as FewShotClassifier
@@ -37,51 +51,4 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from vlm.heads.retrieval import RetrievalIndex as RetrievalIndex
     from vlm.heads.zero_shot import ZeroShotClassifier as ZeroShotClassifier
 
-_HOMES = {
-    "vlm.bundle": ("Bundle", "load"),
-    "vlm.config": (
-        "AugmentConfig",
-        "DataConfig",
-        "Experiment",
-        "MeshConfig",
-        "ModelConfig",
-        "OptimizerConfig",
-        "PreprocessConfig",
-        "TextConfig",
-        "TokenizerConfig",
-        "VisionConfig",
-        "load_config",
-    ),
-    "vlm.errors": (
-        "CheckpointError",
-        "ConfigError",
-        "DataError",
-        "ShardingError",
-        "TrainingError",
-        "VlmError",
-    ),
-    "vlm.evaluate.runner": ("Report",),
-    "vlm.evaluate.tasks": ("RetrievalTask", "ZeroShotTask"),
-    "vlm.heads.few_shot": ("FewShotClassifier",),
-    "vlm.heads.prompts": ("TEMPLATES",),
-    "vlm.heads.retrieval": ("RetrievalIndex",),
-    "vlm.heads.zero_shot": ("ZeroShotClassifier",),
-}
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
-_ROOMS = ("config", "data", "evaluate", "heads", "losses", "models", "nn", "sharding", "train")
-
-__all__ = ["__version__", *sorted(_HOME)]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        value = getattr(importlib.import_module(_HOME[name]), name)
-        globals()[name] = value  # the next use does not come here
-        return value
-    if name in _ROOMS:
-        return importlib.import_module(f"vlm.{name}")
-    raise AttributeError(f"module 'vlm' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_ROOMS})
+del epy

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import runpy
 import types
 import typing
@@ -83,15 +84,13 @@ def check_types(config: T) -> T:
 def load_config(path: str | os.PathLike) -> Experiment:
     """The `Experiment` that a config file binds to the name `config`; also reads a run's JSON.
 
+    Args:
+        path: a file, or the bare name of a config that comes with vlm, such as "openmoji".
+
     Raises:
         ConfigError: no such file, an error inside it, or no Experiment in it.
     """
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise ConfigError(
-            f"there is no config file {path!r}: give the path of a Python file that binds "
-            "`config`, such as configs/openmoji.py"
-        )
+    path = _config_file(os.fspath(path))
     if path.endswith(".json"):
         try:
             with open(path, encoding="utf-8") as f:
@@ -108,3 +107,28 @@ def load_config(path: str | os.PathLike) -> Experiment:
     if not isinstance(config, Experiment):
         raise ConfigError(f"{path} binds no `config` of type vlm.Experiment: add `config = ...`")
     return check_types(config)
+
+
+def shipped_configs() -> dict[str, pathlib.Path]:
+    """The configs that come with vlm, by name."""
+    package = pathlib.Path(__file__).parent.parent
+    # In a wheel they lie inside the package, in a clone beside it.
+    folders = (package / "configs", package.parent / "configs")
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    return {} if folder is None else {file.stem: file for file in sorted(folder.glob("*.py"))}
+
+
+def _config_file(path: str) -> str:
+    """The file that `path` names: itself, or a config that comes with vlm."""
+    if os.path.isfile(path):
+        return path
+    shipped = shipped_configs()
+    # "configs/openmoji.py" is what the documentation says, and it works without a clone too.
+    name = path.removeprefix("configs/").removesuffix(".py")
+    if name in shipped:
+        return os.fspath(shipped[name])
+    known = f", or a name among {', '.join(shipped)}" if shipped else ""
+    raise ConfigError(
+        f"there is no config file {path!r}: give the path of a Python file that binds "
+        f"`config`{known}"
+    )

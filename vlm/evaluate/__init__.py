@@ -1,1 +1,11 @@
 """Evaluation: metrics with confidence intervals, tasks, the runner and the report."""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from vlm.evaluate import metrics as metrics
+    from vlm.evaluate.runner import Report as Report
+    from vlm.evaluate.runner import evaluate as evaluate
+    from vlm.evaluate.tasks import DataInfo as DataInfo
+    from vlm.evaluate.tasks import RetrievalTask as RetrievalTask
+    from vlm.evaluate.tasks import ZeroShotTask as ZeroShotTask

@@ -8,6 +8,13 @@ Every head takes an object with this face, which `vlm.load` gives:
     loss                                  "softmax" or "sigmoid": the rule from logits to scores
     name                                  what the model is called
     fingerprint                           of its weights file, if it has one (optional)
-
-Their modules are imported on use: only `few_shot` needs JAX, and `inputs` and `show` are shared.
 """
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from vlm.heads.few_shot import FewShotClassifier as FewShotClassifier
+    from vlm.heads.prompts import TEMPLATES as TEMPLATES
+    from vlm.heads.retrieval import RetrievalIndex as RetrievalIndex
+    from vlm.heads.zero_shot import Classification as Classification
+    from vlm.heads.zero_shot import ZeroShotClassifier as ZeroShotClassifier

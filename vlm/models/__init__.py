@@ -1,1 +1,10 @@
 """The two towers, the dual encoder, and the named sizes."""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from vlm.models import flops as flops
+    from vlm.models import variants as variants
+    from vlm.models.dual_encoder import DualEncoder as DualEncoder
+    from vlm.models.text import TextTower as TextTower
+    from vlm.models.vision import VisionTower as VisionTower
