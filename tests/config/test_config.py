@@ -13,9 +13,10 @@ from vlm.config import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    ResNetConfig,
     TextConfig,
     TokenizerConfig,
-    VisionConfig,
+    ViTConfig,
     from_dict,
     load_config,
     to_dict,
@@ -62,26 +63,74 @@ def test_an_experiment_that_cannot_be_is_refused(changes, said):
 
 
 STAGES = (FastViTStage(1, 8, 12, halve=False), FastViTStage(1, 32, 40, 2, True, True, 4, True))
-FASTVIT = {
-    "patch_size": 8, "width": 64, "depth": 0, "heads": 1, "mlp_dim": 0, "pool": "mean",
-    "projection": "linear_bias", "fastvit": FastViTConfig(8, STAGES, squeeze=4),
+FASTVIT = FastViTConfig(8, STAGES, width=64, squeeze=4, image_size=32)
+RESNET = ResNetConfig(image_size=64, depths=(1, 2), width=8, heads=4)
+
+
+@pytest.mark.parametrize("vision", [ViTConfig(pool="class"), FASTVIT, RESNET], ids=lambda v: v.kind)
+def test_every_kind_of_tower_survives_json(vision):
+    model = ModelConfig(vision, TextConfig(projection="linear"), embed_dim=768)
+    plain = json.loads(json.dumps(to_dict(model)))
+    assert plain["vision"]["kind"] == vision.kind
+    assert from_dict(ModelConfig, plain) == model
+    assert from_dict(type(vision), plain["vision"]) == vision
+
+
+# As bundles and run folders said it when one class was all kinds of tower.
+OLDER = {
+    "image_size": 32, "patch_size": 8, "width": 64, "depth": 0, "heads": 4, "mlp_dim": 0,
+    "stem": "linear", "pool": "mean", "projection": "linear_bias", "norm_eps": 1e-5,
+    "resnet": [], "fastvit": None,
 }  # fmt: skip
 
 
-def test_stages_of_a_fastvit_survive_json_and_are_checked():
-    vision = VisionConfig(**FASTVIT)
-    assert from_dict(VisionConfig, to_dict(vision)) == vision
-    assert from_dict(VisionConfig, {"resnet": [1, 2]}).fastvit is None  # as older files say
+@pytest.mark.parametrize(
+    ("values", "tower"),
+    [
+        (
+            OLDER,
+            ViTConfig(
+                image_size=32, patch_size=8, width=64, depth=0, heads=4, mlp_dim=0, pool="mean",
+                projection="linear_bias", norm_eps=1e-5,
+            ),
+        ),
+        (OLDER | {"resnet": [1, 2], "width": 8, "image_size": 64}, RESNET),
+        (
+            OLDER
+            | {"fastvit": {"stem_width": 8, "stages": to_dict(FASTVIT)["stages"], "squeeze": 4}},
+            FASTVIT,
+        ),
+        ({}, ViTConfig()),
+    ],
+)  # fmt: skip
+def test_towers_of_the_older_form_become_those_of_today(values, tower):
+    text = to_dict(TextConfig(projection="linear"))
+    embed_dim = {"embed_dim": 768}
+    assert from_dict(ModelConfig, {"vision": values, "text": text, **embed_dim}).vision == tower
+
+
+def test_stages_of_a_fastvit_are_checked():
     with pytest.raises(ConfigError, match="FastViTStage 0: width 32 is not a multiple of heads 3"):
-        FastViTConfig(8, (FastViTStage(1, 32, 40, 3),), squeeze=4)
+        FastViTConfig(8, (FastViTStage(1, 32, 40, 3),), width=64, squeeze=4)
     with pytest.raises(ConfigError, match="FastViTStage 0: width 32 after 8"):
-        FastViTConfig(8, (FastViTStage(1, 32, 40, halve=False),), squeeze=4)
+        FastViTConfig(8, (FastViTStage(1, 32, 40, halve=False),), width=64, squeeze=4)
+    with pytest.raises(ConfigError, match="width 65 is not a multiple of the last stage's 32"):
+        dataclasses.replace(FASTVIT, width=65)
+
+
+def test_a_resnet_is_checked():
+    with pytest.raises(ConfigError, match=r"pools 64 channels.* not a multiple of heads 7"):
+        dataclasses.replace(RESNET, heads=7)
+    with pytest.raises(ConfigError, match="image_size 4 holds no patch of patch_size 8"):
+        dataclasses.replace(RESNET, image_size=4)
+    with pytest.raises(ConfigError, match="each stage needs a block"):
+        dataclasses.replace(RESNET, depths=(1, 0))
 
 
 @pytest.mark.parametrize(
     ("vision", "text", "said"),
     [
-        ({"width": 100}, {}, "VisionConfig.width 100 is not a multiple of heads 12"),
+        ({"width": 100}, {}, "ViTConfig.width 100 is not a multiple of heads 12"),
         ({}, {"width": 512, "heads": 8, "projection": "none"}, "must equal embed_dim 768"),
         ({"image_size": 12}, {}, "image_size 12 holds no patch of patch_size 16"),
         (
@@ -95,13 +144,11 @@ def test_stages_of_a_fastvit_survive_json_and_are_checked():
             "2 stages makes patches of 4 pixels, not 16",
         ),
         ({"pool": "query", "projection": "none"}, {}, 'pool "query" needs a projection'),
-        (FASTVIT | {"patch_size": 16}, {}, "a FastViT of these stages has patch_size 8"),
-        (FASTVIT | {"projection": "linear"}, {}, 'pool "mean" and projection "linear_bias"'),
     ],
 )
 def test_a_model_that_cannot_be_is_refused(vision, text, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
-        ModelConfig(vision=VisionConfig(**(LINEAR | vision)), text=TextConfig(**(LINEAR | text)))
+        ModelConfig(vision=ViTConfig(**(LINEAR | vision)), text=TextConfig(**(LINEAR | text)))
 
 
 @pytest.mark.parametrize(
@@ -109,6 +156,11 @@ def test_a_model_that_cannot_be_is_refused(vision, text, said):
     [
         ({"batch": 4}, "Experiment has no field 'batch': it has name, model"),
         ({"model": {"vision": {"widht": 4}}}, "Experiment.model.vision has no field 'widht'"),
+        (
+            {"model": {"vision": {"kind": "mlp"}}},
+            "Experiment.model.vision.kind is 'mlp': choose one of vit, resnet, fastvit",
+        ),
+        ({"model": {"vision": 3}}, "Experiment.model.vision must be an object of fields, not 3"),
         ({"batch_size": "many"}, "Experiment.batch_size must be int, not 'many'"),
         ({"batch_size": True}, "Experiment.batch_size must be int, not True"),
         ({"lock": "both"}, "Experiment.lock is 'both': choose one of 'none', 'vision', 'text'"),

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vlm.config import ModelConfig, TextConfig, VisionConfig
+from vlm.config import ModelConfig, TextConfig, ViTConfig
 from vlm.errors import ConfigError
 from vlm.models.dual_encoder import DualEncoder
 from vlm.models.text import TextTower
-from vlm.models.vision import VisionTower
+from vlm.models.vit import ViTTower
 from vlm.nn.transformer import Execution
 
-VISION = VisionConfig(
+VISION = ViTConfig(
     image_size=16, patch_size=4, width=32, depth=2, heads=2, mlp_dim=64, projection="linear"
 )
 TEXT = TextConfig(
@@ -27,7 +27,7 @@ TOKENS = jnp.array([[5, 6, 7, 3, 0, 0, 0, 0, 0, 0], [9, 3, 0, 0, 0, 0, 0, 0, 0, 
 
 
 def vision(dtype=jnp.float32, **changes):
-    return compiled(VisionTower, dataclasses.replace(VISION, **changes), dtype)
+    return compiled(ViTTower, dataclasses.replace(VISION, **changes), dtype)
 
 
 def text(dtype=jnp.float32, **changes):

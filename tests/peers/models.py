@@ -236,17 +236,14 @@ def towers_written() -> None:
     import open_clip
 
     from vlm.bundle import Bundle, load
-    from vlm.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
+    from vlm.config import ModelConfig, PreprocessConfig, ResNetConfig, TextConfig
     from vlm.inputs.preprocess import Preprocess
     from vlm.weights import timm
     from vlm.weights.building import abstract_model
     from vlm.weights.files import Arrays
     from vlm.weights.rules import Rule, fill, flat_arrays, flat_shapes
 
-    resnet = VisionConfig(
-        image_size=224, patch_size=32, width=64, depth=0, heads=32, mlp_dim=0, pool="class",
-        projection="none", resnet=(3, 4, 6, 3),
-    )  # fmt: skip
+    resnet = ResNetConfig()
     towers = {"RN50": resnet} | {name: timm.TOWERS[name] for name in TIMM_NAMES}
     golden = load(ROOT / "tests" / "weights" / "golden" / "oc_siglip")
     for name, vision in towers.items():
@@ -255,9 +252,9 @@ def towers_written() -> None:
             vocab_size=golden.config.text.vocab_size, context_length=12, width=64, depth=2, heads=4,
             mlp_dim=172, causal=not siglip, pool="last" if siglip else "argmax",
             projection="linear_bias" if siglip else "linear", norm_eps=1e-6 if siglip else 1e-5,
-            activation="gelu_tanh" if siglip else "quick_gelu" if vision.resnet else "gelu",
+            activation="gelu_tanh" if siglip else "quick_gelu" if vision is resnet else "gelu",
         )  # fmt: skip
-        embed_dim = vision.width if vision.projection == "none" and not vision.resnet else 1024
+        embed_dim = vision.width if getattr(vision, "projection", "") == "none" else 1024
         config = ModelConfig(vision, text, embed_dim, init_bias=-9.5 if siglip else None)
         shapes = flat_shapes(skeleton := abstract_model(config, np.dtype(np.float32)))
         numbers = Arrays({n: random_parameter(n, shape) for n, shape in shapes.items()}, name)

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from small import experiment
 
-from vlm.config import FastViTConfig, FastViTStage, MeshConfig, VisionConfig
+from vlm.config import FastViTConfig, FastViTStage, MeshConfig
 from vlm.models.dual_encoder import DualEncoder
 from vlm.models.fastvit import FastViTTower
 from vlm.models.flops import (
@@ -118,10 +118,7 @@ def test_flops_grow_with_the_batch_and_those_of_the_loss_with_its_square():
 
 def test_flops_of_a_fastvit():
     stages = (FastViTStage(1, 8, 12, halve=False), FastViTStage(2, 32, 40, 2, True, True, 4, True))
-    vision = VisionConfig(
-        image_size=30, patch_size=8, width=64, depth=0, heads=1, mlp_dim=0, pool="mean",
-        projection="linear_bias", fastvit=FastViTConfig(8, stages, squeeze=4),
-    )  # fmt: skip
+    vision = FastViTConfig(8, stages, width=64, squeeze=4, image_size=30)
     tower = FastViTTower(vision, 20, execution=Execution(), rngs=nnx.Rngs(0))
     jaxpr = jax.make_jaxpr(tower)(jnp.zeros((1, 30, 30, 3))).jaxpr
     assert sum(vision_flops(vision, 20).values()) == counted(jaxpr)

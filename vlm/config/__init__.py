@@ -12,13 +12,19 @@ from vlm.config.files import load_config as load_config
 from vlm.config.files import to_dict as to_dict
 from vlm.config.inputs import PreprocessConfig as PreprocessConfig
 from vlm.config.inputs import TokenizerConfig as TokenizerConfig
-from vlm.config.model import Activation as Activation
-from vlm.config.model import FastViTConfig as FastViTConfig
-from vlm.config.model import FastViTStage as FastViTStage
 from vlm.config.model import ModelConfig as ModelConfig
 from vlm.config.model import TextConfig as TextConfig
-from vlm.config.model import VisionConfig as VisionConfig
+from vlm.config.model import kept_tokens as kept_tokens
+from vlm.config.towers import Activation as Activation
+from vlm.config.towers import FastViTConfig as FastViTConfig
+from vlm.config.towers import FastViTStage as FastViTStage
+from vlm.config.towers import ResNetConfig as ResNetConfig
+from vlm.config.towers import VisionTowerConfig as VisionTowerConfig
+from vlm.config.towers import ViTConfig as ViTConfig
 from vlm.config.training import Experiment as Experiment
 from vlm.config.training import MeshConfig as MeshConfig
 from vlm.config.training import OptimizerConfig as OptimizerConfig
 from vlm.config.training import RematPolicy as RematPolicy
+
+# The ViT is what most people mean by a vision tower, and this is what their configs call it.
+VisionConfig = ViTConfig

@@ -9,6 +9,7 @@ import types
 import typing
 from typing import Any, Literal, TypeVar
 
+from vlm.config.towers import from_older_form
 from vlm.config.training import Experiment
 from vlm.errors import ConfigError
 
@@ -16,8 +17,20 @@ T = TypeVar("T")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The dataclass `config` as plain JSON values; tuples become lists."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """The dataclass `config` as plain JSON values; tuples become lists.
+
+    A class that is one of several kinds, such as an image tower, says which under "kind".
+    """
+    return _plain(config)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        kind = {"kind": value.kind} if hasattr(value, "kind") else {}
+        return kind | {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
@@ -29,6 +42,8 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     where = where or cls.__name__
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be an object of fields, not {values!r}")
+    if hasattr(cls, "kind"):
+        values = {name: value for name, value in values.items() if name != "kind"}
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls)]
     for name in values:
@@ -52,6 +67,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in args:
             return None
         options = [a for a in args if a is not type(None)]
+        if all(hasattr(option, "kind") for option in options):
+            return _of_a_kind(options, value, where)
         for option in options[:-1]:
             try:
                 return _convert(option, value, where)
@@ -74,6 +91,17 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is Any or (isinstance(value, hint) and (hint is bool or not isinstance(value, bool))):
         return value
     raise ConfigError(f"{where} must be {hint.__name__}, not {value!r}")
+
+
+def _of_a_kind(options: list[type], value: Any, where: str) -> Any:
+    """The one of several classes whose kind `value` names."""
+    if isinstance(value, dict) and "kind" not in value:
+        value = from_older_form(value)
+    kinds = {option.kind: option for option in options}
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if isinstance(value, dict) and kind not in kinds:
+        raise ConfigError(f"{where}.kind is {kind!r}: choose one of {', '.join(kinds)}")
+    return from_dict(kinds.get(kind, options[0]), value, where)
 
 
 def check_types(config: T) -> T:

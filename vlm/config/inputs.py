@@ -10,7 +10,7 @@ class PreprocessConfig:
 
     image_size: int = 224
     # crop: short side to size, then the centre; pad: long side to size, then `fill` around it;
-    # naflex: see VisionConfig.max_patches.
+    # naflex: see ViTConfig.max_patches.
     resize: Literal["squash", "crop", "pad", "naflex"] = "squash"
     fill: tuple[int, int, int] = (0, 0, 0)  # pad
     patch_size: int | None = None  # naflex

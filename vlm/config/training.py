@@ -124,9 +124,10 @@ class Experiment:
                 f"image_sizes {self.image_sizes} must have positive shares of the run that add up "
                 "to at most 1: what is left trains at the full size"
             )
-        if self.image_sizes and (self.model.vision.resnet or self.model.vision.fastvit):
+        if self.image_sizes and self.model.vision.kind != "vit":
             raise ConfigError(
-                "image_sizes needs a Vision Transformer: leave it empty for a ResNet or a FastViT"
+                "image_sizes needs a Vision Transformer, and the image tower is a "
+                f"{type(self.model.vision).__name__}: leave it empty"
             )
         if not 0 <= self.text_masking < 1:
             raise ConfigError(

@@ -155,10 +155,9 @@ def _facts(rows: list[dict], config: Mapping[str, Any], more: Mapping[str, str])
     facts: dict[str, str] = {}
     vision, text = (_get(config, f"model.{tower}") or {} for tower in ("vision", "text"))
     if vision:
-        facts["Image tower"] = (
-            f"{vision.get('image_size')} px, patch {vision.get('patch_size')}, width "
-            f"{vision.get('width')}, depth {vision.get('depth')}, heads {vision.get('heads')}"
-        )
+        sizes = {"patch": "patch_size", "width": "width", "depth": "depth", "heads": "heads"}
+        known = [f"{name} {vision[field]}" for name, field in sizes.items() if field in vision]
+        facts["Image tower"] = ", ".join([f"{vision.get('image_size')} px", *known])
     if text:
         facts["Text tower"] = (
             f"length {text.get('context_length')}, width {text.get('width')}, depth "

@@ -7,10 +7,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from vlm.config import ModelConfig
-from vlm.models.fastvit import FastViTTower
-from vlm.models.resnet import ResNetTower
 from vlm.models.text import TextTower
-from vlm.models.vision import VisionTower
+from vlm.models.towers import vision_tower
 from vlm.nn.layers import split_keys
 from vlm.nn.naflex import Patches
 from vlm.nn.transformer import Execution
@@ -30,12 +28,7 @@ class DualEncoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        image_tower = VisionTower
-        if config.vision.resnet:
-            image_tower = ResNetTower
-        elif config.vision.fastvit is not None:
-            image_tower = FastViTTower
-        self.vision = image_tower(config.vision, config.embed_dim, execution=execution, rngs=rngs)
+        self.vision = vision_tower(config.vision, config.embed_dim, execution=execution, rngs=rngs)
         self.text = TextTower(config.text, config.embed_dim, execution=execution, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.asarray(math.log(config.init_scale), jnp.float32))
         bias = config.init_bias

@@ -4,36 +4,33 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from vlm.config import VisionConfig
+from vlm.config import FastViTConfig
 from vlm.nn.fastvit import Conv, Squeeze, Stage
 from vlm.nn.layers import gelu
 from vlm.nn.transformer import Execution
 
 
 class FastViTTower(nnx.Module):
-    """Normalised images to embeddings of `embed_dim` dimensions (not yet of unit norm).
-
-    `config.width` is that of the last convolution, whose mean over the image is projected.
-    """
+    """Normalised images to embeddings of `embed_dim` dimensions (not yet of unit norm)."""
 
     def __init__(
-        self, config: VisionConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs
+        self, config: FastViTConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs
     ):
-        c, parts = config, config.fastvit
+        c = config
         options = {"dtype": execution.dtype, "rngs": rngs}
         self.config = config
         self.dtype = execution.dtype
-        inputs = parts.stem_width
+        inputs = c.stem_width
         self.stem = Conv(3, inputs, 3, stride=2, depthwise=False, **options)
         self.stem_halve = Conv(inputs, inputs, 3, stride=2, **options)
         self.stem_project = nnx.Linear(inputs, inputs, **options)
         stages = []
-        for stage in parts.stages:
+        for stage in c.stages:
             stages.append(Stage(stage, inputs, norm_eps=c.norm_eps, **options))
             inputs = stage.width
         self.stages = nnx.List(stages)
         self.last = Conv(inputs, c.width, 3, **options)
-        self.squeeze = Squeeze(c.width, parts.squeeze, **options)
+        self.squeeze = Squeeze(c.width, c.squeeze, **options)
         self.projection = nnx.Linear(c.width, embed_dim, **options)
 
     def __call__(
@@ -46,3 +43,34 @@ class FastViTTower(nnx.Module):
             x = stage(x)
         x = gelu(self.squeeze(self.last(x)))
         return self.projection(x.astype(jnp.float32).mean((1, 2)).astype(self.dtype))
+
+
+def flops(config: FastViTConfig, embed_dim: int, *, training: bool = False) -> dict[str, float]:
+    """Forward FLOPs of one image, by part; depthwise convolutions included."""
+    width = config.stem_width
+    size = _half(config.image_size)
+    stem = 2 * size**2 * 27 * width
+    size = _half(size)
+    stem += 2 * size**2 * (9 * width + width**2)
+    stages = 0.0
+    for s in config.stages:
+        if s.halve:
+            size = _half(size)
+            stages += 2 * size**2 * (49 * s.width + s.width**2) + 4 * s.width * s.squeeze
+        places = size**2
+        stages += 2 * places * 49 * s.width * s.position
+        mixer = 2 * places * (4 * s.width**2 + 2 * places * s.width) if s.heads else 0.0
+        mixer = mixer or 2 * places * 9 * s.width
+        stages += s.depth * (mixer + 2 * places * (49 * s.width + 2 * s.width * s.mlp_dim))
+    pool = 2 * size**2 * 9 * config.width + 4 * config.width * config.squeeze
+    return {
+        "stem": stem,
+        "stages": stages,
+        "pool": pool,
+        "projection": 2 * config.width * embed_dim,
+    }
+
+
+def _half(size: int) -> int:
+    """What a padded stride of 2 leaves of a side."""
+    return (size + 1) // 2

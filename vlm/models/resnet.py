@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from vlm.config import VisionConfig
+from vlm.config import ResNetConfig
 from vlm.nn.attention import Attention
 from vlm.nn.resnet import EXPANSION, Bottleneck, FrozenBatchNorm, average_pool, conv
 from vlm.nn.transformer import Execution
@@ -14,12 +14,11 @@ from vlm.nn.transformer import Execution
 class ResNetTower(nnx.Module):
     """Normalised images to embeddings of `embed_dim` dimensions (not yet of unit norm).
 
-    `width` is the stem's, `heads` the attention pool's, and a token of that pool is 32 pixels wide
-    (Radford et al., 2021, arXiv:2103.00020, section 2.4).
+    (Radford et al., 2021, arXiv:2103.00020, section 2.4.)
     """
 
     def __init__(
-        self, config: VisionConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs
+        self, config: ResNetConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs
     ):
         c, dtype = config, execution.dtype
         self.config = config
@@ -34,7 +33,7 @@ class ResNetTower(nnx.Module):
         )
         self.stem_norms = nnx.List([FrozenBatchNorm(w) for w in (half, half, c.width)])
         inputs, stages = c.width, []
-        for stage, depth in enumerate(c.resnet):
+        for stage, depth in enumerate(c.depths):
             width = c.width * 2**stage
             blocks = []
             for number in range(depth):
@@ -43,9 +42,8 @@ class ResNetTower(nnx.Module):
                 inputs = width * EXPANSION
             stages.append(nnx.List(blocks))
         self.stages = nnx.List(stages)
-        count = (c.image_size // 32) ** 2 + 1
         normal = nnx.initializers.normal(inputs**-0.5)
-        self.position = nnx.Param(normal(rngs.params(), (count, inputs)))
+        self.position = nnx.Param(normal(rngs.params(), (c.tokens(), inputs)))
         self.pool = Attention(inputs, c.heads, output_width=embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -63,3 +61,22 @@ class ResNetTower(nnx.Module):
         x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1)
         x = x + self.position[...].astype(x.dtype)
         return self.pool(x[:, :1], x)[:, 0]
+
+
+def flops(config: ResNetConfig, embed_dim: int, *, training: bool = False) -> dict[str, float]:
+    """Forward FLOPs of one image, by part: stem, stages and the attention pooling."""
+    half, size = config.width // 2, config.image_size // 2
+    stem = 2 * size**2 * 9 * (3 * half + half**2 + half * config.width)
+    size, inputs, stages = size // 2, config.width, 0.0
+    for stage, depth in enumerate(config.depths):
+        width, outputs = config.width * 2**stage, config.width * 2**stage * EXPANSION
+        for block in range(depth):
+            before = size
+            size //= 2 if stage > 0 and block == 0 else 1
+            stages += 2 * before**2 * (inputs * width + 9 * width**2)
+            stages += 2 * size**2 * width * outputs
+            stages += 2 * size**2 * inputs * outputs if block == 0 else 0
+            inputs = outputs
+    tokens = size**2 + 1
+    pool = 2 * (inputs**2 + 2 * tokens * inputs**2 + 2 * tokens * inputs + inputs * embed_dim)
+    return {"stem": stem, "stages": stages, "pool": pool}

@@ -5,8 +5,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from vlm.config import TextConfig
-from vlm.errors import ConfigError
-from vlm.models.vision import map_pool, projection
+from vlm.models.counting import block_flops, map_pool_flops, projection_flops
+from vlm.models.ends import map_pool, projection
 from vlm.nn.layers import LayerNorm
 from vlm.nn.pooling import mean_pool, token_pool
 from vlm.nn.transformer import Execution, Transformer
@@ -17,8 +17,6 @@ class TextTower(nnx.Module):
 
     def __init__(self, config: TextConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs):
         c, dtype = config, execution.dtype
-        if c.pool == "end" and c.end_id is None:
-            raise ConfigError('TextConfig.pool "end" needs end_id, the id of the end token: set it')
         self.config = config
         self.dtype = dtype
         table, position = nnx.initializers.normal(0.02), nnx.initializers.normal(0.01)
@@ -79,3 +77,16 @@ class TextTower(nnx.Module):
         else:
             x = self.pool(norm(x), real)
         return x if self.projection is None else self.projection(x)
+
+
+def text_flops(config: TextConfig, embed_dim: int, *, masking: float = 0.0) -> dict[str, float]:
+    """Forward FLOPs of one text, by part: projections, scores, mlp, pool, projection.
+
+    `masking` is the share of its places that training leaves out.
+    """
+    c, tokens = config, config.tokens(masking=masking)
+    return {
+        **block_flops(c, tokens),
+        "pool": map_pool_flops(c.width, c.mlp_dim, tokens) if c.pool == "map" else 0.0,
+        "projection": projection_flops(c, c.width, embed_dim),
+    }

@@ -12,7 +12,7 @@ CLIP lacks, and of SigLIP and SigLIP 2 (arXiv:2303.15343, arXiv:2502.14786).
 import dataclasses
 from typing import Any, NamedTuple
 
-from vlm.config import ModelConfig, TextConfig, VisionConfig
+from vlm.config import ModelConfig, TextConfig, ViTConfig
 from vlm.errors import ConfigError
 
 
@@ -62,7 +62,7 @@ PATCHES = {
 NAMES = tuple(f"{size}/{patch}" for size, patches in PATCHES.items() for patch in patches)
 
 
-def vision(name: str, **changes: Any) -> VisionConfig:
+def vision(name: str, **changes: Any) -> ViTConfig:
     """The image tower called `name`, with `changes` to other fields of its config.
 
     Raises:
@@ -70,7 +70,7 @@ def vision(name: str, **changes: Any) -> VisionConfig:
     """
     size, patch = _parse(name)
     return dataclasses.replace(
-        VisionConfig(**VISION[size]._asdict(), patch_size=patch, image_size=224), **changes
+        ViTConfig(**VISION[size]._asdict(), patch_size=patch, image_size=224), **changes
     )
 
 

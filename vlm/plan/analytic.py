@@ -125,10 +125,8 @@ def fused_attention(experiment: Experiment, chip: Chip | None, tokens: int, conf
 
 
 def _towers(experiment: Experiment):
+    """The towers that are stacks of transformer blocks, and the tokens that their blocks see."""
     vision, text = experiment.model.vision, experiment.model.text
-    patches = (vision.image_size // vision.patch_size) ** 2
-    patches = max(1, round(patches * (1 - vision.patch_dropout)))
-    patches += vision.class_token or vision.pool == "class"
-    words = max(1, round(text.context_length * (1 - experiment.text_masking)))
-    yield "vision", patches, vision
-    yield "text", words, text
+    if vision.kind == "vit":
+        yield "vision", vision.tokens(training=True), vision
+    yield "text", text.tokens(masking=experiment.text_masking), text

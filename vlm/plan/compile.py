@@ -190,7 +190,8 @@ def _bytes(number: str, unit: str) -> float:
 
 def _kept_by_loops(program: Program, experiment: Experiment) -> int | None:
     """Bytes of the stacked arrays that forward loops over layers make for the backward pass."""
-    depths = {experiment.model.vision.depth, experiment.model.text.depth}
+    towers = (experiment.model.vision, experiment.model.text)
+    depths = {tower.depth for tower in towers if hasattr(tower, "depth")}
     if not experiment.scan:
         return None
     total = 0

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, Key
 
-from vlm.config import TokenizerConfig
+from vlm.config import TokenizerConfig, kept_tokens
 
 
 def mask_tokens(
@@ -36,8 +36,3 @@ def mask_tokens(
     scores = jnp.where(special, 2.0, jnp.where(padding, -1.0, scores))
     chosen = jnp.sort(lax.top_k(scores, kept)[1], axis=1)
     return jnp.take_along_axis(tokens, chosen, axis=1)
-
-
-def kept_tokens(n: int, rate: float, specials: int = 0) -> int:
-    """How many of `n` places stay."""
-    return max(1, specials, round(n * (1 - rate)))

@@ -17,7 +17,7 @@ from vlm.losses import cached_value_and_grad, contrastive_loss
 from vlm.models.dual_encoder import DualEncoder
 from vlm.nn.transformer import Execution
 from vlm.sharding import batch_sharding, replicated, shardings
-from vlm.train.masking import kept_tokens, mask_tokens
+from vlm.train.masking import mask_tokens
 from vlm.train.optimizer import learning_rate, make_optimizer
 from vlm.train.resolution import shrink, with_grid
 
@@ -155,11 +155,9 @@ class Trainer:
 
     def tokens_per_step(self, image_size: int) -> int:
         """How many tokens the towers see in a step: patches and words that are not left out."""
-        e, vision = self.experiment, self.experiment.model.vision
-        patches = (image_size // vision.patch_size) ** 2
-        patches = max(1, round(patches * (1 - vision.patch_dropout)))
-        words = kept_tokens(e.model.text.context_length, e.text_masking)
-        return e.batch_size * (patches + words)
+        e = self.experiment
+        patches = e.model.vision.tokens(image_size, training=True)
+        return e.batch_size * (patches + e.model.text.tokens(masking=e.text_masking))
 
     def _example_keys(self, step: Int[Array, ""]) -> Key[Array, "b"]:
         """A key for each example of this step's batch, for dropout and patch dropout."""

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Shaped
 
-from vlm.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
+from vlm.config import ModelConfig, PreprocessConfig, TextConfig, ViTConfig
 from vlm.errors import CheckpointError
 from vlm.weights.rules import FLAT, SCALAR_1, Rule, Transform, leading
 
@@ -177,11 +177,11 @@ def preprocess_config(image_size: int) -> PreprocessConfig:
     )
 
 
-def _vision(shapes) -> VisionConfig:
+def _vision(shapes) -> ViTConfig:
     patch_size, _, _, _ = shapes["img/embedding/kernel"]
     has_class = "img/cls" in shapes
     grid = math.isqrt(shapes["img/pos_embedding"][1])
-    return VisionConfig(
+    return ViTConfig(
         image_size=grid * patch_size,
         patch_size=patch_size,
         **_tower(shapes, "img/Transformer", _IMAGE_BLOCK),
@@ -311,7 +311,7 @@ _WITHOUT_FIRST = Transform(
 )
 
 
-def _position(c: VisionConfig) -> list[Rule]:
+def _position(c: ViTConfig) -> list[Rule]:
     if c.class_token:
         return [
             Rule("img/cls", "vision.class_token", leading(2)),

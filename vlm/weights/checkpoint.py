@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from vlm.config import ModelConfig, PreprocessConfig
+from vlm.config import FastViTConfig, ModelConfig, PreprocessConfig
 from vlm.errors import CheckpointError
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.weights import big_vision, fastvit, huggingface, open_clip, openai
@@ -106,7 +106,7 @@ def _open_open_clip(folder: epath.Path) -> Checkpoint:
         raise CheckpointError(f"{where} has no model_cfg: download it again")
     tensors = weights(folder, *OPEN_CLIP_WEIGHTS)
     config = open_clip.model_config(model, tensors.shapes, where)
-    if config.vision.fastvit is not None:
+    if isinstance(config.vision, FastViTConfig):
         tensors = fastvit.Fused(tensors, config.vision, model["vision_cfg"]["timm_model_name"])
     tokenizer = open_clip_tokenizer(folder, model["text_cfg"], config)
     check_vocabulary(tokenizer, config, folder)

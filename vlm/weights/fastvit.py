@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from jaxtyping import Shaped
 
-from vlm.config import FastViTConfig, FastViTStage, VisionConfig
+from vlm.config import FastViTConfig, FastViTStage
 from vlm.errors import CheckpointError
 from vlm.weights.files import Tensors
 from vlm.weights.layers import fused, linear, norm, out
@@ -36,7 +36,7 @@ def vision_config(
     proj: str | None,
     shapes: Mapping[str, Shape],
     where: str,
-) -> VisionConfig:
+) -> FastViTConfig:
     """The tower `name`, with the sizes that the `shapes` of its tensors have.
 
     Raises:
@@ -49,27 +49,16 @@ def vision_config(
         )
     try:
         stages = tuple(_stages(name, shapes))
-        width = shapes[f"{_TRUNK}.head.fc.weight"][1]
-        parts = FastViTConfig(
+        return FastViTConfig(
+            image_size=image_size,
             stem_width=_kernel(shapes, f"{_TRUNK}.stem.0", "conv_kxk.0.conv")[0],
             stages=stages,
+            width=shapes[f"{_TRUNK}.head.fc.weight"][1],
             squeeze=shapes[f"{_TRUNK}.final_conv.se.fc1.weight"][0],
+            norm_eps=_EPS,
         )
     except (KeyError, IndexError):
         raise CheckpointError(f"{where}: the weights are not those of timm's {name}") from None
-    return VisionConfig(
-        image_size=image_size,
-        patch_size=parts.patch_size,
-        width=width,
-        depth=0,
-        heads=1,
-        mlp_dim=0,
-        pool="mean",
-        projection="linear_bias",
-        activation="gelu",
-        norm_eps=_EPS,
-        fastvit=parts,
-    )
 
 
 def _stages(name: str, shapes: Mapping[str, Shape]):
@@ -109,14 +98,14 @@ class Fused:
         CheckpointError: lists every branch that is missing or of another shape.
     """
 
-    def __init__(self, tensors: Tensors, config: VisionConfig, name: str):
+    def __init__(self, tensors: Tensors, config: FastViTConfig, name: str):
         self.where = tensors.where
         self._tensors = tensors
         self._needed: dict[str, Shape] = {}
         self._made: dict[str, tuple[Shape, Callable[[], np.ndarray]]] = {}
-        self._stem(config.fastvit.stem_width, scale=not _large(name))
-        inputs = config.fastvit.stem_width
-        for number, stage in enumerate(config.fastvit.stages):
+        self._stem(config.stem_width, scale=not _large(name))
+        inputs = config.stem_width
+        for number, stage in enumerate(config.stages):
             self._stage(f"{_TRUNK}.stages.{number}", stage, inputs)
             inputs = stage.width
         self._block(f"{_TRUNK}.final_conv", inputs, config.width, 3)
@@ -322,7 +311,7 @@ _POINT = Transform(  # a 1x1 convolution of torch's, OIHW, ours a matrix
 )
 
 
-def rules(c: VisionConfig) -> list[Rule]:
+def rules(c: FastViTConfig) -> list[Rule]:
     """The table of a tower, for tensors that are `Fused`."""
     stem, last = f"{_TRUNK}.stem", f"{_TRUNK}.final_conv"
     table = [
@@ -330,7 +319,7 @@ def rules(c: VisionConfig) -> list[Rule]:
         *_conv(f"{stem}.1", "vision.stem_halve"),
         *_point(f"{stem}.2.reparam_conv", "vision.stem_project"),
     ]
-    for number, stage in enumerate(c.fastvit.stages):
+    for number, stage in enumerate(c.stages):
         table += _stage_rules(f"{_TRUNK}.stages.{number}", f"vision.stages.{number}", stage)
     return [
         *table,

@@ -6,7 +6,7 @@ A `config.json` holds only what differs from the defaults of its time, so those 
 import math
 from typing import Any
 
-from vlm.config import Activation, ModelConfig, TextConfig, VisionConfig
+from vlm.config import Activation, ModelConfig, TextConfig, ViTConfig
 from vlm.errors import CheckpointError
 from vlm.weights.layers import fused, heads, linear, norm, out
 from vlm.weights.rules import CONV, OUT, SCALAR, SCALAR_1, Rule, leading
@@ -119,7 +119,7 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
         end = text["eos_token_id"]
         pool = {"pool": "argmax"} if end == 2 else {"pool": "end", "end_id": end}
         return ModelConfig(
-            VisionConfig(
+            ViTConfig(
                 **vision_tower, pool="class", pre_norm=True, patch_bias=False, projection="linear"
             ),
             TextConfig(**text_tower, causal=True, projection="linear", **pool),
@@ -129,7 +129,7 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     if not vision["vision_use_head"]:
         raise CheckpointError(f"{where}: a SigLIP image tower without its head makes no embedding")
     return ModelConfig(
-        VisionConfig(
+        ViTConfig(
             **vision_tower,
             pool="map",
             max_patches=vision["num_patches"] if naflex else None,

@@ -6,7 +6,14 @@ Covers LAION, DataComp, DFN, MetaCLIP, CLIPA, the SigLIP exports, and the contra
 from collections.abc import Mapping
 from typing import Any
 
-from vlm.config import Activation, ModelConfig, TextConfig, VisionConfig
+from vlm.config import (
+    Activation,
+    FastViTConfig,
+    ModelConfig,
+    ResNetConfig,
+    TextConfig,
+    ViTConfig,
+)
 from vlm.errors import CheckpointError
 from vlm.weights import fastvit, timm
 from vlm.weights.layers import fused, heads, linear, norm, out
@@ -70,18 +77,13 @@ def model_config(values: dict[str, Any], shapes: Shapes, where: str) -> ModelCon
     )
 
 
-def _vision(c: dict[str, Any], quick: bool, where: str) -> VisionConfig:
+def _vision(c: dict[str, Any], quick: bool, where: str) -> ViTConfig | ResNetConfig:
     if isinstance(c["layers"], list):
-        return VisionConfig(
+        return ResNetConfig(
             image_size=_side(c["image_size"], f"{where}: vision_cfg.image_size"),
-            patch_size=32,
+            depths=tuple(c["layers"]),
             width=c["width"],
-            depth=0,
             heads=c["width"] * 32 // c["head_width"],
-            mlp_dim=0,
-            pool="class",
-            projection="none",
-            resnet=tuple(c["layers"]),
         )
     if c["pool_type"] not in ("tok", "avg"):
         raise CheckpointError(f"{where}: vision_cfg.pool_type {c['pool_type']!r} is unknown to vlm")
@@ -90,7 +92,7 @@ def _vision(c: dict[str, Any], quick: bool, where: str) -> VisionConfig:
         if c["attentional_pool"] is not True or pool != "class":
             raise CheckpointError(f"{where}: vlm reads attentional_pool true, with pool_type 'tok'")
         pool = "query"
-    return VisionConfig(
+    return ViTConfig(
         image_size=_side(c["image_size"], f"{where}: vision_cfg.image_size"),
         patch_size=_side(c["patch_size"], f"{where}: vision_cfg.patch_size"),
         width=c["width"],
@@ -185,9 +187,9 @@ def rules(config: ModelConfig, shapes: Shapes) -> list[Rule]:
     logits = [Rule("logit_scale", "logit_scale", scalar)]
     if config.init_bias is not None:
         logits.append(Rule("logit_bias", "logit_bias", scalar))
-    if config.vision.resnet:
-        image = _resnet_rules(config.vision.resnet)
-    elif config.vision.fastvit is not None:
+    if isinstance(config.vision, ResNetConfig):
+        image = _resnet_rules(config.vision.depths)
+    elif isinstance(config.vision, FastViTConfig):
         image = fastvit.rules(config.vision)
     elif config.vision.pool == "map" or config.vision.projection == "linear_bias":
         # Of timm's towers alone.

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from vlm.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
+from vlm.config import ModelConfig, PreprocessConfig, ResNetConfig, TextConfig, ViTConfig
 from vlm.errors import CheckpointError
 from vlm.weights.processors import CLIP_MEAN, CLIP_STD
 
@@ -55,10 +55,10 @@ def ignored(name: str) -> bool:
     )
 
 
-def _vit(shapes: Shapes) -> VisionConfig:
+def _vit(shapes: Shapes) -> ViTConfig:
     width, _, patch_size, _ = shapes["visual.conv1.weight"]
     grid = math.isqrt(shapes["visual.positional_embedding"][0] - 1)
-    return VisionConfig(
+    return ViTConfig(
         image_size=grid * patch_size,
         patch_size=patch_size,
         width=width,
@@ -75,21 +75,16 @@ def _vit(shapes: Shapes) -> VisionConfig:
     )
 
 
-def _resnet(shapes: Shapes) -> VisionConfig:
+def _resnet(shapes: Shapes) -> ResNetConfig:
     grid = math.isqrt(shapes["visual.attnpool.positional_embedding"][0] - 1)
     width = shapes["visual.conv3.weight"][0]
-    return VisionConfig(
+    return ResNetConfig(
         image_size=grid * 32,
-        patch_size=32,
-        width=width,
-        depth=0,
-        heads=width * 32 // _HEAD_DIM,
-        mlp_dim=0,
-        pool="class",
-        projection="none",
-        resnet=tuple(
+        depths=tuple(
             _count(shapes, rf"visual\.layer{stage}\.\d+\.conv1\.weight") for stage in (1, 2, 3, 4)
         ),
+        width=width,
+        heads=width * 32 // _HEAD_DIM,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from vlm.config import ModelConfig, PreprocessConfig
+from vlm.config import ModelConfig, PreprocessConfig, ViTConfig
 from vlm.errors import ConfigError
 from vlm.inputs.resizing import resize_matrix
 from vlm.inputs.tokenizer import Tokenizer
@@ -29,13 +29,12 @@ def at_image_size(
         ConfigError: the patches do not tile that size, or the tower is of one size alone.
     """
     vision = config.vision
-    if image_size is None or (image_size == preprocess.image_size and not vision.max_patches):
+    flexible = getattr(vision, "max_patches", None) is not None
+    if image_size is None or (image_size == preprocess.image_size and not flexible):
         return config, preprocess
-    if vision.resnet or vision.rotary is not None:
-        # timm stretches the rotary positions of another size to the grid that was trained.
-        kind = "ResNet tower" if vision.resnet else "tower with rotary positions"
+    if vision.one_size:
         raise ConfigError(
-            f"image_size {image_size}: a {kind} takes {vision.image_size} pixels alone"
+            f"image_size {image_size}: a {vision.one_size} takes {vision.image_size} pixels alone"
         )
     if image_size < vision.patch_size or image_size % vision.patch_size:
         lower = max(image_size // vision.patch_size, 1) * vision.patch_size
@@ -43,7 +42,7 @@ def at_image_size(
             f"image_size {image_size} is not tiled by patches of {vision.patch_size} pixels: "
             f"choose {lower} or {lower + vision.patch_size}"
         )
-    if vision.max_patches:  # NaFlex resizes its positions to each image anyway
+    if flexible:  # NaFlex resizes its positions to each image anyway
         return config, dataclasses.replace(
             preprocess, max_patches=(image_size // vision.patch_size) ** 2
         )
@@ -87,8 +86,8 @@ def resizing(
     """The rules of a checkpoint of the model `old`, reading its positions for the model `new`."""
     changes = {}  # our name: how many positions they have, and what is made of them
     grids = [c.vision.image_size // c.vision.patch_size for c in (old, new)]
-    if grids[0] != grids[1]:
-        first = old.vision.class_token or old.vision.pool == "class"
+    if grids[0] != grids[1] and isinstance(old.vision, ViTConfig):
+        first = old.vision.has_class_token
         changes["vision.position"] = (
             grids[0] ** 2 + first,
             lambda x: resize_positions(x, grids[0], grids[1], positions),

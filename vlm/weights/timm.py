@@ -7,7 +7,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from vlm.config import VisionConfig
+from vlm.config import ViTConfig
 from vlm.errors import CheckpointError
 from vlm.weights.layers import fused, heads, linear, norm, out
 from vlm.weights.rules import CONV, Rule, leading
@@ -81,7 +81,7 @@ def _tower(family: tuple, name: str, width: int, depth: int, heads: int, mlp_dim
     """The tower of that name, whose sizes may be others; patches and image are the name's."""
     pattern, _, other, _ = family
     _, patch_size, image_size, _ = pattern.match(name).groups()
-    return VisionConfig(
+    return ViTConfig(
         image_size=int(image_size),
         patch_size=int(patch_size),
         width=width,
@@ -92,7 +92,7 @@ def _tower(family: tuple, name: str, width: int, depth: int, heads: int, mlp_dim
     )
 
 
-def _known() -> dict[str, VisionConfig]:
+def _known() -> dict[str, ViTConfig]:
     siglip = (
         "base_patch32_siglip_256 base_patch16_siglip_224 base_patch16_siglip_256 "
         "base_patch16_siglip_384 base_patch16_siglip_512 large_patch16_siglip_256 "
@@ -122,7 +122,7 @@ def vision_config(
     proj: str | None,
     shapes: Mapping[str, tuple[int, ...]],
     where: str,
-) -> VisionConfig:
+) -> ViTConfig:
     """The tower `name`, with the sizes that the `shapes` of its tensors have.
 
     Raises:
@@ -152,7 +152,7 @@ def vision_config(
     )
 
 
-def tower_name(config: VisionConfig) -> str:
+def tower_name(config: ViTConfig) -> str:
     """The name of timm's tower that is exactly this one.
 
     Raises:
@@ -174,7 +174,7 @@ def tower_name(config: VisionConfig) -> str:
     )
 
 
-def _spelled_out(c: VisionConfig) -> dict[str, object]:
+def _spelled_out(c: ViTConfig) -> dict[str, object]:
     """The fields that decide what is computed, defaults filled in."""
     fields = dataclasses.asdict(c)
     fields["pool_heads"] = c.pool_heads or c.heads
@@ -222,7 +222,7 @@ _POOL_RULES: list[Rule] = [
 ]
 
 
-def rules(c: VisionConfig) -> list[Rule]:
+def rules(c: ViTConfig) -> list[Rule]:
     """The table of a tower: SigLIP's, the Perception Encoder's, or CLIP's."""
     table = [*_TOWER_RULES, *(_POOL_RULES if c.pool == "map" else [])]
     if not c.pre_norm:  # SigLIP's; the others have a norm before the blocks, and a head

@@ -4,7 +4,7 @@ from typing import Any
 
 from etils import epath
 
-from vlm.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
+from vlm.config import ModelConfig, PreprocessConfig, TextConfig, ViTConfig
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
@@ -37,8 +37,10 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[
         CheckpointError: lists all that transformers' CLIPModel and SiglipModel do not have.
     """
     vision, text = config.vision, config.text
+    if not isinstance(vision, ViTConfig):
+        refuse("transformers", [f"an image tower of the kind {vision.kind!r} ('vit')"])
     clip = vision.pool == "class"
-    common = {"resnet": (), "fastvit": None, "stem": "linear", "rotary": None, "max_patches": None}
+    common = {"stem": "linear", "rotary": None, "max_patches": None}
     common |= {"norm_pooled": False, "layer_scale": False, "pool_heads": None, "pool_mlp_dim": None}
     if clip:
         wanted = (
@@ -91,7 +93,7 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[
     return values, family
 
 
-def _huggingface_tower(c: VisionConfig | TextConfig) -> dict[str, Any]:
+def _huggingface_tower(c: ViTConfig | TextConfig) -> dict[str, Any]:
     names = {
         ours: theirs for theirs, ours in huggingface.ACTIVATIONS.items() if theirs != "gelu_new"
     }

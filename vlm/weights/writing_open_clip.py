@@ -4,7 +4,14 @@ from typing import Any
 
 from etils import epath
 
-from vlm.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
+from vlm.config import (
+    FastViTConfig,
+    ModelConfig,
+    PreprocessConfig,
+    ResNetConfig,
+    TextConfig,
+    ViTConfig,
+)
 from vlm.errors import CheckpointError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
@@ -59,15 +66,15 @@ def open_clip_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
         CheckpointError: lists all that open_clip's towers do not have.
     """
     vision, text = config.vision, config.text
-    if vision.pool == "query":
+    if isinstance(vision, ResNetConfig):
+        image_tower = _resnet(vision)
+    elif isinstance(vision, FastViTConfig):
+        refuse("open_clip", ["a FastViT whose branches are fused"])
+    elif vision.pool == "query":
         raise CheckpointError(
             "open_clip opens a CoCa with its captioning decoder alone, and this is the contrastive "
             "half, which has none: save the model as a vlm bundle instead"
         )
-    if vision.fastvit is not None:
-        refuse("open_clip", ["a FastViT whose branches are fused"])
-    if vision.resnet:
-        image_tower = _resnet(vision)
     elif vision.pool == "map":
         image_tower = _timm(vision)
     else:
@@ -108,17 +115,17 @@ def _native(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _resnet(c: VisionConfig) -> dict[str, Any]:
+def _resnet(c: ResNetConfig) -> dict[str, Any]:
     return {
         "image_size": c.image_size,
-        "layers": list(c.resnet),
+        "layers": list(c.depths),
         "width": c.width,
         "head_width": c.width * 32 // c.heads,
         "patch_size": None,
     }
 
 
-def _timm(c: VisionConfig) -> dict[str, Any]:
+def _timm(c: ViTConfig) -> dict[str, Any]:
     return {
         "image_size": c.image_size,
         "timm_model_name": timm.tower_name(c),
@@ -153,7 +160,7 @@ def _text(c: TextConfig) -> dict[str, Any]:
     return values | ({"eos_id": c.end_id} if c.pool == "end" else {})
 
 
-def _tower(c: VisionConfig | TextConfig, name: str) -> dict[str, Any]:
+def _tower(c: ViTConfig | TextConfig, name: str) -> dict[str, Any]:
     ratio = c.mlp_dim / c.width
     for digits in range(1, 18):  # open_clip takes a ratio and truncates: the shortest that fits
         rounded = round(ratio + 0.5 / c.width, digits)

@@ -1,24 +1,29 @@
-"""The image tower: a Vision Transformer."""
+"""The Vision Transformer (arXiv:2010.11929), in the forms that public models have."""
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from vlm.config import VisionConfig
+from vlm.config import ViTConfig
+from vlm.models.counting import (
+    block_flops,
+    map_pool_flops,
+    projection_flops,
+    query_pool_flops,
+)
+from vlm.models.ends import map_pool, projection
 from vlm.nn.layers import LayerNorm, split_keys
 from vlm.nn.naflex import Patches
 from vlm.nn.patches import ConvStem, PatchStem, drop_patches
-from vlm.nn.pooling import MapPool, QueryPool, mean_pool
+from vlm.nn.pooling import QueryPool, mean_pool
 from vlm.nn.rotary import grid_rotation
 from vlm.nn.transformer import Execution, Transformer
 
 
-class VisionTower(nnx.Module):
+class ViTTower(nnx.Module):
     """Normalised images to embeddings of `embed_dim` dimensions (not yet of unit norm)."""
 
-    def __init__(
-        self, config: VisionConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: ViTConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs):
         c, dtype = config, execution.dtype
         self.config = config
         if c.stem == "conv":
@@ -26,7 +31,7 @@ class VisionTower(nnx.Module):
         else:
             self.stem = PatchStem(c.patch_size, c.width, bias=c.patch_bias, dtype=dtype, rngs=rngs)
 
-        has_class = c.class_token or c.pool == "class"
+        has_class = c.has_class_token
         normal = nnx.initializers.normal(c.width**-0.5)
         self.class_token = nnx.Param(normal(rngs.params(), (c.width,))) if has_class else None
         count = (c.image_size // c.patch_size) ** 2 + has_class
@@ -76,7 +81,7 @@ class VisionTower(nnx.Module):
             x = self.pre_norm(x)
         rotation = None
         if c.rotary is not None:
-            grid, before = c.image_size // c.patch_size, int(self.class_token is not None)
+            grid, before = c.image_size // c.patch_size, int(c.has_class_token)
             rotation = grid_rotation(grid, c.width // c.heads, first=c.rotary, before=before)
         x = self.transformer(x, keys=block_keys, rotation=rotation)
 
@@ -102,30 +107,30 @@ class VisionTower(nnx.Module):
         return x if self.projection is None else self.projection(x)
 
 
-def projection(
-    config, width: int, embed_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
-) -> nnx.Linear | None:
-    """The layer from a tower's pooled width to the shared space, or None where they agree."""
-    if config.projection == "none":
-        return None
-    return nnx.Linear(
-        width,
-        embed_dim,
-        use_bias=config.projection == "linear_bias",
-        kernel_init=nnx.initializers.normal(width**-0.5),
-        dtype=dtype,
-        rngs=rngs,
-    )
-
-
-def map_pool(config, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> MapPool:
-    """The attention pooling of a tower."""
-    return MapPool(
-        config.width,
-        getattr(config, "pool_heads", None) or config.heads,
-        getattr(config, "pool_mlp_dim", None) or config.mlp_dim,
-        act=config.activation,
-        norm_eps=config.norm_eps,
-        dtype=dtype,
-        rngs=rngs,
-    )
+def flops(config: ViTConfig, embed_dim: int, *, training: bool = False) -> dict[str, float]:
+    """Forward FLOPs of one image, by part: stem, projections, scores, mlp, pool, projection."""
+    c = config
+    tokens = c.tokens()
+    patches = tokens - c.has_class_token
+    if c.stem == "conv":
+        stem, size, channels = 0.0, c.image_size, 3
+        for width in c.stem_widths:
+            size //= 2
+            stem += 2 * size**2 * 9 * channels * width
+            channels = width
+        stem += 2 * patches * channels * c.width
+    else:
+        stem = 2 * patches * c.patch_size**2 * 3 * c.width
+    if training:
+        tokens = c.tokens(training=True)
+    pool = 0.0
+    if c.pool == "map":
+        pool = map_pool_flops(c.width, c.pool_mlp_dim or c.mlp_dim, tokens)
+    elif c.pool == "query":
+        pool = query_pool_flops(c.width, embed_dim, tokens)
+    return {
+        "stem": stem,
+        **block_flops(c, tokens),
+        "pool": pool,
+        "projection": projection_flops(c, embed_dim if c.pool == "query" else c.width, embed_dim),
+    }

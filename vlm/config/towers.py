@@ -1,0 +1,244 @@
+"""The image towers: a class for each kind of them, with its own fields and its own checks.
+
+Whoever holds one may ask any of them the same few things: `image_size`, `patch_size` (pixels along
+each side of a place that is pooled), `tokens`, `check_space`, and, by `one_size`, why the tower
+takes images of a single size, if it does.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from vlm.errors import ConfigError
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """A Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929)."""
+
+    kind: ClassVar[str] = "vit"
+
+    image_size: int = 224  # pixels, square
+    patch_size: int = 16  # pixels per token, along each side
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_dim: int = 3072
+    stem: Literal["linear", "conv"] = "linear"  # conv: stride-2 3x3 stages (arXiv:2106.14881)
+    stem_widths: tuple[
+        int, ...
+    ] = ()  # channels of the conv stages; patch_size is 2 ** their number
+    patch_bias: bool = True
+    # Rotary positions beside the learned ones (Perception Encoder), counted from this number.
+    rotary: int | None = None
+    pool: Literal["class", "mean", "map", "query"] = "map"  # query: CoCa's attentional pooler
+    pool_heads: int | None = None  # of the attention in map and query pooling; None: heads
+    pool_mlp_dim: int | None = None  # of map pooling; None: mlp_dim
+    class_token: bool = False  # a learned first token, also where the pool is of another kind
+    pre_norm: bool = False  # a LayerNorm between embedding and blocks (CLIP)
+    norm_pooled: bool = False  # the final LayerNorm after mean pooling instead of before it
+    layer_scale: bool = False  # learned factors on each branch of a block (arXiv:2103.17239)
+    projection: Literal["none", "linear", "linear_bias"] = "none"  # pooled width -> embed_dim
+    activation: Activation = "gelu_tanh"
+    norm_eps: float = 1e-6
+    # NaFlex (SigLIP 2): any aspect, at most this many patches; image_size is the position grid's.
+    max_patches: int | None = None
+    dropout: float = 0.0
+    patch_dropout: float = 0.0  # share of the patches left out while training (FLIP)
+
+    def __post_init__(self):
+        check_heads(self)
+        if self.pool == "query" and self.projection == "none":
+            raise ConfigError('ViTConfig.pool "query" needs a projection: set it to "linear"')
+        # What is left over at the right and below is not looked at, as in SigLIP So400m/14@384.
+        check_image_size(self)
+        if self.stem == "conv" and 2 ** len(self.stem_widths) != self.patch_size:
+            raise ConfigError(
+                f"a conv stem of {len(self.stem_widths)} stages makes patches of "
+                f"{2 ** len(self.stem_widths)} pixels, not {self.patch_size}: give "
+                "log2(patch_size) stem_widths"
+            )
+        if self.stem == "conv" and self.image_size % self.patch_size:
+            raise ConfigError(
+                f"a conv stem halves the image until patches of {self.patch_size} pixels are "
+                f"left, and image_size {self.image_size} is no multiple of that: choose one"
+            )
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.class_token or self.pool == "class"
+
+    @property
+    def one_size(self) -> str | None:
+        # timm stretches the rotary positions of another size to the grid that was trained.
+        return None if self.rotary is None else "tower with rotary positions"
+
+    def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
+        """Tokens that the blocks see of one image of `image_size` pixels (None: the tower's own).
+
+        The class token counts. While `training`, patch dropout leaves out its share of the patches.
+        """
+        patches = ((image_size or self.image_size) // self.patch_size) ** 2
+        if self.max_patches is not None and image_size is None:
+            patches = self.max_patches
+        if training and self.patch_dropout:
+            patches = max(1, round(patches * (1 - self.patch_dropout)))
+        return patches + self.has_class_token
+
+    def check_space(self, embed_dim: int) -> None:
+        """Refuse a space that the tower cannot embed into."""
+        check_projection(self, embed_dim)
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """OpenAI's ResNet with an attention pool, which is its projection too (arXiv:2103.00020)."""
+
+    kind: ClassVar[str] = "resnet"
+
+    image_size: int = 224  # pixels, square
+    depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks of each stage
+    width: int = 64  # channels of the stem; each stage doubles them
+    heads: int = 32  # of the attention pool
+
+    def __post_init__(self):
+        check_image_size(self)
+        if not self.depths or min(self.depths) < 1:
+            raise ConfigError(f"ResNetConfig.depths {self.depths}: each stage needs a block")
+        if self.pooled_width % self.heads:
+            raise ConfigError(
+                f"ResNetConfig pools {self.pooled_width} channels, which is not a multiple of "
+                f"heads {self.heads}: choose heads that divide it"
+            )
+
+    @property
+    def patch_size(self) -> int:
+        return 4 * 2 ** (len(self.depths) - 1)
+
+    @property
+    def pooled_width(self) -> int:
+        """Channels of the last stage: four times its blocks' width."""
+        return 4 * self.width * 2 ** (len(self.depths) - 1)
+
+    @property
+    def one_size(self) -> str:
+        return "ResNet tower"
+
+    def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
+        """Tokens of the attention pool: the places of the last stage, and their mean."""
+        return ((image_size or self.image_size) // self.patch_size) ** 2 + 1
+
+    def check_space(self, embed_dim: int) -> None:
+        """Any space will do: the pool projects."""
+
+
+@dataclass(frozen=True)
+class FastViTStage:
+    """A stage of FastViT: `depth` blocks of one width, each a mixer of places and an MLP."""
+
+    depth: int
+    width: int
+    mlp_dim: int
+    heads: int = 0  # of the attention that mixes; 0: a 3x3 convolution does
+    norm: bool = False  # a LayerNorm before the attention
+    halve: bool = True  # begins with a 7x7 convolution of stride 2
+    squeeze: int = 0  # hidden channels of that one's squeeze-and-excitation; 0: it has none
+    position: bool = False  # a 7x7 convolution that gives positions (arXiv:2102.10882)
+
+
+@dataclass(frozen=True)
+class FastViTConfig:
+    """FastViT, reparameterised, as MobileCLIP has it (Vasu et al., 2023, arXiv:2303.14189)."""
+
+    kind: ClassVar[str] = "fastvit"
+
+    stem_width: int
+    stages: tuple[FastViTStage, ...]
+    width: int  # of the last convolution, whose mean over the image is projected
+    squeeze: int  # hidden channels of squeeze-and-excitation after the last convolution
+    image_size: int = 256  # pixels, square
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        inputs = self.stem_width
+        for number, stage in enumerate(self.stages):
+            where = f"FastViTStage {number}"
+            if stage.heads and stage.width % stage.heads:
+                raise ConfigError(
+                    f"{where}: width {stage.width} is not a multiple of heads {stage.heads}"
+                )
+            if stage.width % inputs or not (stage.halve or stage.width == inputs):
+                raise ConfigError(
+                    f"{where}: width {stage.width} after {inputs}: a stage that halves takes a "
+                    "multiple of the width before it, and another the same width"
+                )
+            inputs = stage.width
+        if self.width % inputs:
+            raise ConfigError(
+                f"FastViTConfig.width {self.width} is not a multiple of the last stage's {inputs}"
+            )
+        check_image_size(self)
+
+    @property
+    def patch_size(self) -> int:
+        return 4 * 2 ** sum(stage.halve for stage in self.stages)
+
+    @property
+    def one_size(self) -> None:
+        return None
+
+    def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
+        """Places of the last convolution, of which the mean is taken."""
+        return (-(-(image_size or self.image_size) // self.patch_size)) ** 2
+
+    def check_space(self, embed_dim: int) -> None:
+        """Any space will do: a linear layer projects."""
+
+
+# Every kind of image tower. A new one is a class above, its name here, and its module in
+# `vlm/models/` with one line in `vlm/models/towers.py`.
+VisionTowerConfig = ViTConfig | ResNetConfig | FastViTConfig
+
+
+def check_heads(tower) -> None:
+    """Refuse a width that the heads do not divide."""
+    if tower.width % tower.heads:
+        raise ConfigError(
+            f"{type(tower).__name__}.width {tower.width} is not a multiple of heads "
+            f"{tower.heads}: choose a width that the heads divide"
+        )
+
+
+def check_image_size(tower: VisionTowerConfig) -> None:
+    """Refuse an image smaller than a patch."""
+    if tower.image_size < tower.patch_size:
+        raise ConfigError(
+            f"image_size {tower.image_size} holds no patch of patch_size {tower.patch_size}: "
+            "choose an image size that the patches tile"
+        )
+
+
+def check_projection(tower, embed_dim: int) -> None:
+    """Refuse a tower without a projection whose width is not `embed_dim`."""
+    if tower.projection == "none" and tower.width != embed_dim:
+        raise ConfigError(
+            f"{type(tower).__name__} has no projection, so its width {tower.width} must equal "
+            f'embed_dim {embed_dim}: set projection="linear" or make them equal'
+        )
+
+
+def from_older_form(values: dict) -> dict:
+    """The fields of a tower as they are now, from those of one class for all kinds.
+
+    Bundles and run folders of that time have `resnet` and `fastvit` beside the ViT's fields.
+    """
+    values = dict(values)
+    depths, fastvit = values.pop("resnet", ()), values.pop("fastvit", None)
+    if depths:
+        same = {name: values[name] for name in ("image_size", "width", "heads") if name in values}
+        return {"kind": "resnet", "depths": depths, **same}
+    if fastvit is not None:
+        same = {n: values[n] for n in ("image_size", "width", "norm_eps") if n in values}
+        return {"kind": "fastvit", **fastvit, **same}
+    return {"kind": "vit", **values}

@@ -1,0 +1,28 @@
+"""Forward FLOPs of the layers that several towers have: see `vlm.models.flops` for what counts."""
+
+
+def block_flops(config, tokens: int) -> dict[str, float]:
+    """Of a transformer's blocks; `scores` are the two products without parameters in attention."""
+    width = config.width
+    return {
+        "projections": config.depth * 2 * tokens * 4 * width**2,
+        "scores": config.depth * 2 * 2 * tokens**2 * width,
+        "mlp": config.depth * 2 * tokens * 2 * width * config.mlp_dim,
+    }
+
+
+def map_pool_flops(width: int, mlp_dim: int, tokens: int) -> float:
+    """Attention pooling: one query, a key and a value for each token, and an MLP."""
+    attention = 2 * (2 * width**2 + 2 * tokens * width**2 + 2 * tokens * width)
+    return attention + 2 * 2 * width * mlp_dim
+
+
+def query_pool_flops(width: int, embed_dim: int, tokens: int) -> float:
+    """CoCa's pooling, at the width of the space."""
+    keys_and_values = 2 * tokens * width * embed_dim
+    return 2 * (2 * embed_dim**2 + keys_and_values + 2 * tokens * embed_dim)
+
+
+def projection_flops(config, width: int, embed_dim: int) -> float:
+    """The layer from the pooled width to the space, where there is one."""
+    return 0.0 if config.projection == "none" else 2 * width * embed_dim

@@ -1,0 +1,33 @@
+"""Which module makes the image tower of each kind of config."""
+
+from flax import nnx
+
+from vlm.config import FastViTConfig, ResNetConfig, VisionTowerConfig, ViTConfig
+from vlm.models import fastvit, resnet, vit
+from vlm.nn.transformer import Execution
+
+# Each module has its tower and the count of its forward FLOPs.
+_KINDS = {
+    ViTConfig: (vit.ViTTower, vit.flops),
+    ResNetConfig: (resnet.ResNetTower, resnet.flops),
+    FastViTConfig: (fastvit.FastViTTower, fastvit.flops),
+}
+
+
+def vision_tower(
+    config: VisionTowerConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs
+) -> nnx.Module:
+    """The tower of `config`: normalised images (b, h, w, 3) to embeddings (b, embed_dim)."""
+    tower, _ = _KINDS[type(config)]
+    return tower(config, embed_dim, execution=execution, rngs=rngs)
+
+
+def vision_flops(
+    config: VisionTowerConfig, embed_dim: int, *, training: bool = False
+) -> dict[str, float]:
+    """Forward FLOPs of one image, by part: such as stem, projections, scores, mlp, projection.
+
+    With `training`, patch dropout leaves out its share of the tokens.
+    """
+    _, flops = _KINDS[type(config)]
+    return flops(config, embed_dim, training=training)
