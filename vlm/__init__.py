@@ -28,13 +28,16 @@ with epy.lazy_api_imports(globals()):
     from vlm.config import AugmentConfig as AugmentConfig
     from vlm.config import DataConfig as DataConfig
     from vlm.config import Experiment as Experiment
+    from vlm.config import FastViTConfig as FastViTConfig
     from vlm.config import MeshConfig as MeshConfig
     from vlm.config import ModelConfig as ModelConfig
     from vlm.config import OptimizerConfig as OptimizerConfig
     from vlm.config import PreprocessConfig as PreprocessConfig
+    from vlm.config import ResNetConfig as ResNetConfig
     from vlm.config import TextConfig as TextConfig
     from vlm.config import TokenizerConfig as TokenizerConfig
     from vlm.config import VisionConfig as VisionConfig
+    from vlm.config import ViTConfig as ViTConfig
     from vlm.config import load_config as load_config
     from vlm.errors import CheckpointError as CheckpointError
     from vlm.errors import ConfigError as ConfigError
