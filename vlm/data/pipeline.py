@@ -20,6 +20,12 @@ from vlm.config import DataConfig
 from vlm.data.randomness import permute, uniforms
 from vlm.data.sources import CachedSource, Source, captions_of, open_source
 from vlm.data.transforms import DRAWS, Augment
+from vlm.data.workers import (
+    buffered_batches,
+    check_shared_memory,
+    deaf_to_signals,
+    end_with_parent,
+)
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
@@ -69,6 +75,12 @@ class TrainBatches:
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def batch_bytes(self) -> int:
+        """Of one batch of this process, pixels and tokens."""
+        size, length = self._preprocess.config.image_size, self._tokenizer.config.context_length
+        return self._batch_size * (size * size * 3 + 4 * length)
+
     def __getitem__(self, step: int) -> Batch:
         first = int(step) * self._global_batch + self._offset
         positions = np.arange(first, first + self._batch_size)
@@ -114,9 +126,12 @@ class TrainIterator(grain.DatasetIterator):
         return len(self._batches)
 
     def __next__(self) -> Batch:
-        if self._reader is None:
+        if self._reader is not None:
+            batch = next(self._reader)
+        else:
             self._reader = self._read_from(self._step)
-        batch = next(self._reader)
+            with deaf_to_signals():  # grain starts its workers when it is asked for a batch
+                batch = next(self._reader)
         self._step += 1
         return batch
 
@@ -153,11 +168,13 @@ class TrainIterator(grain.DatasetIterator):
         if self._workers:
             if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which we do not use
                 flags.FLAGS.mark_as_parsed()
+            check_shared_memory(self._workers, self._prefetch, self._batches.batch_bytes)
+            buffer, _ = buffered_batches(self._workers, self._prefetch)
             options = grain.MultiprocessingOptions(
-                num_workers=self._workers, per_worker_buffer_size=max(1, self._prefetch)
+                num_workers=self._workers, per_worker_buffer_size=buffer
             )
             read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-            return iter(data.to_iter_dataset(read).mp_prefetch(options))
+            return iter(data.to_iter_dataset(read).mp_prefetch(options, end_with_parent))
         read = grain.ReadOptions(
             num_threads=self._threads if self._prefetch else 0, prefetch_buffer_size=self._prefetch
         )
