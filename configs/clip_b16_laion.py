@@ -13,23 +13,12 @@ from vlm.config import (
     DataConfig,
     Experiment,
     OptimizerConfig,
-    PreprocessConfig,
-    TokenizerConfig,
 )
-from vlm.models.variants import clip
+from vlm.models import recipes
 
 config = Experiment(
+    **recipes.clip("B/16"),
     name="clip-b16-laion",
-    model=clip("B/16"),
-    preprocess=PreprocessConfig(
-        resize="crop",
-        mean=(0.48145466, 0.4578275, 0.40821073),
-        std=(0.26862954, 0.26130258, 0.27577711),
-    ),
-    tokenizer=TokenizerConfig(
-        context_length=77, pad_id=0, bos_id=49_406, eos_id=49_407, clean="clip"
-    ),
-    tokenizer_file="vlm/weights/clip/tokenizer.json",  # OpenAI's, from the root of the repository
     data=DataConfig(
         source="gs://BUCKET/laion2b-en/{000000..231349}.tar",
         eval_split=None,

@@ -14,23 +14,12 @@ from vlm.config import (
     DataConfig,
     Experiment,
     OptimizerConfig,
-    PreprocessConfig,
-    TokenizerConfig,
 )
-from vlm.models.variants import clip
+from vlm.models import recipes
 
 config = Experiment(
+    **recipes.clip("S/16"),
     name="clip-s16-coco",
-    model=clip("S/16"),
-    preprocess=PreprocessConfig(
-        resize="crop",
-        mean=(0.48145466, 0.4578275, 0.40821073),
-        std=(0.26862954, 0.26130258, 0.27577711),
-    ),
-    tokenizer=TokenizerConfig(
-        context_length=77, pad_id=0, bos_id=49_406, eos_id=49_407, clean="clip"
-    ),
-    tokenizer_file="vlm/weights/clip/tokenizer.json",  # OpenAI's, from the root of the repository
     data=DataConfig(
         source="tfds:coco_captions",
         eval_split="val",

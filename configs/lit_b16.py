@@ -15,20 +15,15 @@ from vlm.config import (
     DataConfig,
     Experiment,
     OptimizerConfig,
-    PreprocessConfig,
-    TokenizerConfig,
 )
-from vlm.models.variants import siglip
+from vlm.models import recipes
 
 config = Experiment(
+    **recipes.siglip("B/16", tokenizer_file="gs://BUCKET/tokenizers/c4_en/tokenizer.json"),
     name="lit-b16",
-    model=siglip("B/16"),
     init_from="gs://BUCKET/siglip-b16",
     init_towers="vision",
     lock="vision",
-    preprocess=PreprocessConfig(backend="tensor", kernel="bilinear"),
-    tokenizer=TokenizerConfig(context_length=64, pad_id=1, eos_id=1, clean="siglip"),
-    tokenizer_file="gs://BUCKET/tokenizers/c4_en/tokenizer.json",
     data=DataConfig(
         source="gs://BUCKET/pairs/{000000..099999}.tar",
         eval_split=None,

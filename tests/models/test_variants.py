@@ -6,9 +6,11 @@ import jax
 import pytest
 from flax import nnx
 
+from vlm.config import Experiment
 from vlm.errors import ConfigError
-from vlm.models import variants
+from vlm.models import recipes, variants
 from vlm.models.dual_encoder import DualEncoder
+from vlm.train.start import tokenizer_of
 
 
 def millions(config) -> tuple[float, float]:
@@ -52,3 +54,16 @@ def test_an_unknown_name_lists_the_known():
         variants.vision("B/8")
     with pytest.raises(ConfigError, match=r"no CLIP of size 'So400m/14'.*H/14"):
         variants.clip("So400m/14")
+
+
+def test_a_recipe_is_a_model_with_its_pixels_and_its_tokens():
+    experiment = Experiment(**recipes.clip("B/16", image_size=384, init_scale=10.0), steps=1)
+    assert experiment.model.init_scale == 10
+    assert experiment.model.vision.image_size == experiment.preprocess.image_size == 384
+    tokens = tokenizer_of(experiment)(["A cat", "two dogs"])
+    assert tokens.shape[1] == experiment.model.text.context_length == 77
+    assert tokens.max() == experiment.model.text.vocab_size - 1 == experiment.tokenizer.eos_id
+    siglip = Experiment(**recipes.siglip("S/16", tokenizer_file="t.json"), steps=1)
+    assert (siglip.model.loss, siglip.tokenizer_file) == ("sigmoid", "t.json")
+    with pytest.raises(ConfigError, match="no CLIP of size 'So400m/14'"):
+        recipes.clip("So400m/14")

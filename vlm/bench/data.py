@@ -7,9 +7,8 @@ from rich.console import Console
 
 from vlm.config import Experiment
 from vlm.data.pipeline import train_batches
-from vlm.data.sources import vocabulary_texts
 from vlm.inputs.preprocess import Preprocess
-from vlm.inputs.tokenizer import Tokenizer, train_bpe
+from vlm.train.start import tokenizer_of
 
 
 def bench_data(
@@ -35,7 +34,7 @@ def bench_data(
     """
     e, data = experiment, experiment.data
     stream = train_batches(
-        data, Preprocess(e.preprocess), _tokenizer(e), batch_size=e.batch_size, seed=e.seed
+        data, Preprocess(e.preprocess), tokenizer_of(e), batch_size=e.batch_size, seed=e.seed
     )
     began = time.perf_counter()
     next(stream)
@@ -61,16 +60,6 @@ def bench_data(
     }
     _print(result, console or Console())
     return result
-
-
-def _tokenizer(e: Experiment) -> Tokenizer:
-    """The vocabulary of the config's file, or one learned from the captions as a run learns it."""
-    if e.tokenizer_file is not None:
-        return Tokenizer.from_file(e.tokenizer_file, e.tokenizer)
-    rules = e.tokenizer
-    texts = vocabulary_texts(e.data)
-    size = e.model.text.vocab_size
-    return train_bpe(texts, size, rules.context_length, lowercase=rules.lowercase)
 
 
 def _print(result, console):

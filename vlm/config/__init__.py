@@ -10,6 +10,8 @@ from vlm.config.files import check_types as check_types
 from vlm.config.files import from_dict as from_dict
 from vlm.config.files import load_config as load_config
 from vlm.config.files import to_dict as to_dict
+from vlm.config.inputs import CLIP_MEAN as CLIP_MEAN
+from vlm.config.inputs import CLIP_STD as CLIP_STD
 from vlm.config.inputs import PreprocessConfig as PreprocessConfig
 from vlm.config.inputs import TokenizerConfig as TokenizerConfig
 from vlm.config.model import ModelConfig as ModelConfig

@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+# Of the images that OpenAI's CLIP was trained on, which most models since keep to.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 @dataclass(frozen=True)
 class PreprocessConfig:

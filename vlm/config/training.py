@@ -51,7 +51,8 @@ class Experiment:
     model: ModelConfig = field(default_factory=ModelConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    tokenizer_file: str | None = None  # a tokenizer.json; None: the data's own vocabulary
+    # A tokenizer.json, or "clip" for OpenAI's in the package; None: the data's own vocabulary.
+    tokenizer_file: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

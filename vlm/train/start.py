@@ -18,6 +18,7 @@ from vlm.train.length import length_in_steps
 from vlm.train.logs import print_on_first_process
 from vlm.train.run import Run
 from vlm.train.step import Trainer, TrainState
+from vlm.weights.vocabularies import CLIP_VOCABULARY
 
 
 def open_tokenizer(run: Run) -> Tokenizer:
@@ -101,11 +102,18 @@ def _check_same(e: Experiment, other: bundle.Bundle, towers: tuple[str, ...]) ->
 def _first_tokenizer(experiment: Experiment) -> Tokenizer:
     if experiment.init_from is not None and experiment.init_towers != "vision":
         return bundle.load(experiment.init_from).tokenizer
-    if experiment.tokenizer_file is not None:
-        return Tokenizer.from_file(experiment.tokenizer_file, experiment.tokenizer)
+    return tokenizer_of(experiment)
+
+
+def tokenizer_of(experiment: Experiment) -> Tokenizer:
+    """The tokenizer of a run from scratch: of the config's file, or learned from the captions."""
+    e = experiment
+    if e.tokenizer_file is not None:
+        path = CLIP_VOCABULARY if e.tokenizer_file == "clip" else e.tokenizer_file
+        return Tokenizer.from_file(path, e.tokenizer)
     return train_bpe(
-        vocabulary_texts(experiment.data),
-        experiment.model.text.vocab_size,
-        experiment.tokenizer.context_length,
-        lowercase=experiment.tokenizer.lowercase,
+        vocabulary_texts(e.data),
+        e.model.text.vocab_size,
+        e.tokenizer.context_length,
+        lowercase=e.tokenizer.lowercase,
     )

@@ -4,9 +4,16 @@ import math
 import re
 from collections.abc import Mapping
 
-from vlm.config import ModelConfig, PreprocessConfig, ResNetConfig, TextConfig, ViTConfig
+from vlm.config import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ModelConfig,
+    PreprocessConfig,
+    ResNetConfig,
+    TextConfig,
+    ViTConfig,
+)
 from vlm.errors import CheckpointError
-from vlm.weights.processors import CLIP_MEAN, CLIP_STD
 
 _HEAD_DIM = 64  # of all of OpenAI's models
 

@@ -8,11 +8,8 @@ We keep to the authors' Pillow, and to tensors for the names that end in "Fast".
 import math
 from typing import Any
 
-from vlm.config import PreprocessConfig
+from vlm.config import CLIP_MEAN, CLIP_STD, PreprocessConfig
 from vlm.errors import CheckpointError
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _PIL_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 

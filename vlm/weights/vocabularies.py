@@ -13,12 +13,12 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.weights import sentencepiece
 
+CLIP_VOCABULARY = pathlib.Path(__file__).parent / "clip" / "tokenizer.json"
 CLIP_BOS, CLIP_EOS, CLIP_SIZE = 49406, 49407, 49408
 
 
 def clip_tokenizer(context_length: int, *, clean: str = "clip", keep_eos: bool = True) -> Tokenizer:
     """OpenAI's vocabulary, cleaning and padding, which open_clip's `SimpleTokenizer` shares."""
-    path = pathlib.Path(__file__).parent / "clip" / "tokenizer.json"
     rules = TokenizerConfig(
         context_length=context_length,
         pad_id=0,
@@ -28,7 +28,7 @@ def clip_tokenizer(context_length: int, *, clean: str = "clip", keep_eos: bool =
         keep_eos=keep_eos,
         parse_special=True,
     )
-    return Tokenizer.from_file(path, rules)
+    return Tokenizer.from_file(CLIP_VOCABULARY, rules)
 
 
 def huggingface_tokenizer(
