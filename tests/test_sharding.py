@@ -1,5 +1,8 @@
 """The mesh and its rules: what divides is cut, what does not is refused with the mend."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,3 +101,52 @@ def test_the_placement_table_counts_bytes_on_one_device():
     tree = jax.device_put(tree, shardings(tree, mesh))
     assert placement_rows(tree) == [("text/mlp", "fsdp, whole", BIG + 128, 4 * (BIG // 8 + 128))]
     assert placement_rows(tree, 0) == [("", "fsdp, whole", BIG + 128, 4 * (BIG // 8 + 128))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device of a TPU slice as `make_mesh` looks at it."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int = 0
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v6 lite"
+
+    @property
+    def process_index(self) -> int:
+        x, y, _ = self.coords
+        return 1000 * self.slice_index + 8 * (y // 2) + x // 2
+
+
+def torus(size: int, slices: int = 1) -> list[Chip]:
+    places = [(x, y, 0) for y in range(size) for x in range(size)]
+    return [Chip(s * len(places) + i, p, s) for s in range(slices) for i, p in enumerate(places)]
+
+
+@pytest.mark.parametrize("tensor", [2, 4, 8, 16])
+@pytest.mark.parametrize("fsdp", [1, 2, 8, 16])
+def test_any_sizes_lie_on_a_torus_with_the_inner_axes_on_neighbours(fsdp, tensor):
+    """As on v6e:16x16: mesh axes may share an axis of the torus (25 of 27 were refused)."""
+    mesh = make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor), torus(16))
+    assert dict(mesh.shape) == {"data": 256 // fsdp // tensor, "fsdp": fsdp, "tensor": tensor}
+    assert len(set(mesh.devices.flat)) == 256
+    for group in mesh.devices.reshape(-1, tensor):
+        for one, other in itertools.pairwise(group):
+            steps = [abs(a - b) for a, b in zip(one.coords, other.coords, strict=True)]
+            assert sum(min(s, 16 - s) for s in steps) <= 2
+
+
+def test_slices_are_joined_along_data():
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2), torus(4, slices=2))
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 4, "tensor": 2}
+    for index, rows in enumerate(mesh.devices):
+        assert {chip.slice_index for chip in rows.flat} == {index // 2}
+
+
+@pytest.mark.parametrize("config", [MeshConfig(1, 32, 1), MeshConfig(1, 4, 8), MeshConfig(-1, 32)])
+def test_a_mesh_that_would_cut_parameters_over_slices_is_refused(config):
+    said = "2 slices are joined along data: make data a multiple of 2, and fsdp x tensor at most"
+    with pytest.raises(ShardingError, match=said):
+        make_mesh(config, torus(4, slices=2))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import linear_call
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -41,10 +42,37 @@ SMALLEST_SHARDED = 2**14  # elements
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh of axes ("data", "fsdp", "tensor") over all devices.
 
+    On a TPU the inner axes lie on neighbours of the torus, and several slices are joined along
+    `data` alone: what crosses the data center's network is a sum of gradients and the loss ring.
+
     Raises:
-        ShardingError: the sizes do not multiply to the number of devices.
+        ShardingError: the sizes do not multiply to the number of devices, or `data` does not
+            divide over the slices.
     """
     devices = jax.devices() if devices is None else devices
+    if devices[0].platform != "tpu":  # GPUs of a box, and CPU devices, come in order
+        grid = np.asarray(devices).reshape(mesh_sizes(config, len(devices)))
+    else:
+        slices: dict[int, list[jax.Device]] = {}
+        for device in devices:
+            slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+        data, fsdp, tensor = mesh_sizes(config, len(devices), len(slices))
+        shape = (data // len(slices), fsdp, tensor)
+        grid = np.concatenate(
+            [
+                mesh_utils.create_device_mesh(shape, part, allow_split_physical_axes=True)
+                for _, part in sorted(slices.items())
+            ]
+        )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_sizes(config: MeshConfig, devices: int, slices: int = 1) -> tuple[int, int, int]:
+    """The sizes of a mesh over so many devices, the one that is -1 filled in.
+
+    Raises:
+        ShardingError: they do not multiply to the devices, or `data` does not divide over slices.
+    """
     sizes = [config.data, config.fsdp, config.tensor]
     wanted = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
@@ -52,14 +80,19 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"mesh {wanted}: sizes are positive, and at most one is -1 and takes what is left"
         )
     if -1 in sizes:
-        sizes[sizes.index(-1)] = max(1, len(devices) // math.prod(s for s in sizes if s != -1))
-    if math.prod(sizes) != len(devices):
+        sizes[sizes.index(-1)] = max(1, devices // math.prod(s for s in sizes if s != -1))
+    if math.prod(sizes) != devices:
         raise ShardingError(
             f"mesh {wanted} needs a number of devices that its sizes multiply to, and there are "
-            f"{len(devices)}: change the mesh, or leave one size at -1"
+            f"{devices}: change the mesh, or leave one size at -1"
         )
-    types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    if sizes[0] % slices:
+        raise ShardingError(
+            f"mesh {wanted} gives data {sizes[0]}, and {slices} slices are joined along data: make "
+            f"data a multiple of {slices}, and fsdp x tensor at most the {devices // slices} "
+            "devices of a slice"
+        )
+    return tuple(sizes)
 
 
 def batch_ways(mesh: Mesh | AbstractMesh) -> int:

@@ -10,6 +10,12 @@ from vlm.config import (
     VisionConfig,
 )
 
+# Towers with heads of 64 dimensions, as the public models have.
+TPU_HEADS = {
+    "vision": {"width": 128, "heads": 2, "projection": "linear"},
+    "text": {"width": 128, "heads": 2},
+}
+
 
 def experiment(
     batch_size=64, mesh=None, loss="softmax", vision=None, text=None, **fields

@@ -20,6 +20,8 @@ from vlm.plan.topology import parse_mesh, parse_topology, topology_devices
         ("V6E:1x1", 1, 1),
         ("tpu7x:4x4x4", 64, 128),
         ("v5p:4x4x12", 192, 192),
+        ("2xv5e:16x16", 512, 512),
+        ("3xtpu7x:2x2x1", 12, 24),
         ("h100:8", 8, 8),
         ("cpu:8", 8, 8),
     ],
@@ -43,6 +45,12 @@ def test_a_slice_by_its_name(name, chips, devices):
         ("v5p:16x16", "no v5p slice"),
         ("v5p:64x64x64", "up to 6144 chips"),
         ("h100:2x4", "no h100 slice"),
+        ("2xh100:8", "only TPUs come in slices, so count the devices: h100:16"),
+        ("2xcpu:4", "count the devices: cpu:8"),
+        ("0xv5e:4x4", "has 0 slices: take 1 to 256"),
+        ("999xv5e:4x4", "has 999 slices"),
+        ("2xv5x:4x4", "names no known chip"),
+        ("2xv5e:3x3", "no v5e slice of shape 3x3"),
         ("cpu:9999", "asks for 9999 CPU devices and JAX has"),
     ],
 )
@@ -76,6 +84,11 @@ def test_a_mesh_that_is_not(text):
 def test_a_mesh_that_does_not_fit_the_slice(topology):
     with pytest.raises(ShardingError, match=f"topology {topology}: mesh .*8"):
         plan(experiment(), topology, "data=3")
+
+
+def test_slices_that_a_mesh_would_cut_parameters_over():
+    with pytest.raises(ShardingError, match=r"topology 2xv5e:4x4: .*make data a multiple of 2"):
+        plan(experiment(), "2xv5e:4x4", "data=1,fsdp=32", compiled=False)
 
 
 def test_a_batch_that_does_not_divide():

@@ -32,7 +32,7 @@ class LargestBatch:
 
 
 def largest_batch(
-    experiment: Experiment, where: Topology, mesh: Mesh, limit: float | None, compiles: int = 5
+    experiment: Experiment, topology: Topology, mesh: Mesh, limit: float | None, compiles: int = 5
 ) -> LargestBatch | None:
     """Look for the largest batch with all of a block rematerialised, the policy that holds most.
 
@@ -60,9 +60,9 @@ def largest_batch(
     if units is None:
         least = min(tried, key=lambda t: t[1])
         raise ConfigError(
-            f"not even a batch of {least[0] * unit} fits {where.name} ({least[1] / 2**30:.1f} GiB "
-            f"of {limit / 2**30:.1f}): spread the parameters with --mesh fsdp=N, take chips of "
-            "more memory, or a smaller model"
+            f"not even a batch of {least[0] * unit} fits {topology.name} "
+            f"({least[1] / 2**30:.1f} GiB of {limit / 2**30:.1f}): spread the parameters with "
+            "--mesh fsdp=N, take chips of more memory, or a smaller model"
         )
     found = {t[0]: t for t in tried}[units]
     return LargestBatch(

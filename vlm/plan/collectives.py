@@ -10,6 +10,13 @@ import numpy as np
 from vlm.plan.hlo import Computation, Instruction, Program
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+# What the TPU compiler sends through the hosts, from slice to slice.
+BETWEEN_SLICES = {
+    "ONE_TO_ONE": "collective-permute",
+    "ALL_REDUCE": "all-reduce",
+    "ALL_GATHER": "all-gather",
+    "REDUCE_SCATTER": "reduce-scatter",
+}
 
 LOSS_RING, LOSS_SUMS = "loss ring", "loss sums"
 GRADIENTS, FSDP = "gradient reduction", "FSDP gathers"
@@ -27,12 +34,14 @@ class Collective:
     count: int  # runs in a step
     payload: float  # bytes on each device and step: the whole array that is reduced or gathered
     sent: float  # bytes that each device sends in a step, by the ring algorithm
+    between_slices: bool = False  # over the data center's network
 
 
 def collectives(
     program: Program,
     mesh_shape: dict[str, int],
     parameter_shapes: Collection[tuple[int, ...]] = (),
+    slices: int = 1,
 ) -> list[Collective]:
     """All communication of one step, largest first.
 
@@ -41,27 +50,37 @@ def collectives(
         mesh_shape: sizes of the mesh axes by name, in the order of the devices.
         parameter_shapes: of one layer's parameters, whole; a gathered array of such a shape is a
             parameter, any other an activation.
+        slices: that the devices form, joined along `data`.
     """
     known = {_plain(cut) for shape in parameter_shapes for cut in _cuts(shape, mesh_shape)}
     sums: dict[tuple, list[float]] = {}
     for found, computation, times in _found(program):
-        kind = _kind(found, computation)
-        operand = sum(
-            computation.instructions[name].bytes
-            for name in found.operands
-            if name in computation.instructions
-        )
-        axes, group = _group(found, mesh_shape)
-        if group < 2 or not operand:
-            continue
-        payload, sent = _traffic(kind, operand, group)
-        of_parameter = any(_is_known(array.dims, known, kind, group) for array in found.arrays)
-        place = _place(kind, found.op_name, axes, of_parameter)
-        row = sums.setdefault((place, kind, axes, group), [0, 0.0, 0.0])
+        between = re.search(r'_xla_megascale_transfer_type="(\w+)"', found.text)
+        if between:
+            kind, axes, group = BETWEEN_SLICES.get(between[1], "all-to-all"), ("data",), slices
+            payload, sent = _traffic(kind, found.arrays[0].bytes, group)
+            place = LOSS_RING if kind == "collective-permute" else GRADIENTS
+        else:
+            kind = _kind(found, computation)
+            operand = sum(
+                computation.instructions[name].bytes
+                for name in found.operands
+                if name in computation.instructions
+            )
+            axes, group = _group(found, mesh_shape)
+            if group < 2 or not operand:
+                continue
+            payload, sent = _traffic(kind, operand, group)
+            of_parameter = any(_is_known(array.dims, known, kind, group) for array in found.arrays)
+            place = _place(kind, found.op_name, axes, of_parameter)
+        row = sums.setdefault((place, kind, axes, group, bool(between)), [0, 0.0, 0.0])
         row[0] += times
         row[1] += times * payload
         row[2] += times * sent
-    rows = [Collective(*key, int(row[0]), row[1], row[2]) for key, row in sums.items()]
+    rows = [
+        Collective(*key[:4], int(row[0]), row[1], row[2], between_slices=key[4])
+        for key, row in sums.items()
+    ]
     return sorted(rows, key=lambda row: -row.sent)
 
 
@@ -82,6 +101,8 @@ def _found(program: Program):
 
 
 def _is_collective(instruction: Instruction) -> bool:
+    if instruction.opcode == "send":
+        return "_xla_megascale_transfer_type" in instruction.text
     return instruction.opcode.removesuffix("-start") in KINDS
 
 

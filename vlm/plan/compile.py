@@ -98,10 +98,17 @@ def compile_step(experiment: Experiment, mesh: Mesh) -> CompiledStep | DoesNotFi
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         program=program,
-        collectives=collectives(program, shape, layer_shapes(trainer.abstract_state)),
+        collectives=collectives(
+            program, shape, layer_shapes(trainer.abstract_state), slice_count(mesh)
+        ),
         kept=_kept_by_loops(program, experiment),
         seconds=seconds,
     )
+
+
+def slice_count(mesh: Mesh) -> int:
+    """How many slices a mesh's devices form."""
+    return len({getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat})
 
 
 def compile_loss(experiment: Experiment, mesh: Mesh) -> int | None:

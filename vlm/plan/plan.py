@@ -13,7 +13,7 @@ from vlm.errors import ConfigError, ShardingError
 from vlm.models.flops import PartFlops, model_flops, step_flops
 from vlm.plan.analytic import analytic_memory, analytic_traffic
 from vlm.plan.batch import LargestBatch, largest_batch
-from vlm.plan.collectives import LOSS_RING, Collective
+from vlm.plan.collectives import Collective
 from vlm.plan.compile import (
     CompiledStep,
     DoesNotFit,
@@ -26,7 +26,7 @@ from vlm.plan.compile import (
 )
 from vlm.plan.roofline import ATTAINED, Roofline, analytic_roofline, compiled_roofline, mfu
 from vlm.plan.topology import Topology, parse_mesh, parse_topology, topology_devices
-from vlm.sharding import AXES, batch_ways, check_batch, make_mesh
+from vlm.sharding import AXES, batch_ways, check_batch, make_mesh, mesh_sizes
 
 BASES = {
     "compiled": "read from the program that the compiler made for this slice",
@@ -134,7 +134,7 @@ class Plan:
 
 def plan(
     experiment: Experiment,
-    topology: str,
+    topology: str | Topology,
     mesh: str | MeshConfig | None = None,
     *,
     largest: bool = False,
@@ -144,6 +144,7 @@ def plan(
     """Plan `experiment` on a slice such as "v5e:16x16", "v5p:8x8x8", "h100:8" or "cpu:8".
 
     Args:
+        topology: "2xv5e:16x16" are two slices, joined by the data center's network.
         mesh: "data=32,fsdp=8", a `MeshConfig`, or None for the experiment's own.
         largest: also look for the largest batch that fits; some more compilations.
         loss: also compile the loss alone, for its temporaries.
@@ -153,20 +154,21 @@ def plan(
         ConfigError: an unknown topology, no compiler for it, or a model that fits at no batch.
         ShardingError: the mesh does not fit the slice, or the batch the mesh.
     """
-    where = parse_topology(topology)
-    e = with_dtype(experiment, "cpu" if where.chip is None else where.chip.platform)
+    if isinstance(topology, str):
+        topology = parse_topology(topology)
+    e = with_dtype(experiment, "cpu" if topology.chip is None else topology.chip.platform)
     if mesh is not None:
         e = dataclasses.replace(e, mesh=parse_mesh(mesh) if isinstance(mesh, str) else mesh)
-    compiled = compiled and where.compiles
-    grid = plan_mesh(e, where, compiled=compiled)
+    compiled = compiled and topology.compiles
+    grid = plan_mesh(e, topology, compiled=compiled)
     check_batch(e.batch_size, grid)
     check_batch(e.micro_batch_size or e.batch_size, grid, "micro_batch_size")
 
     abstract = abstract_state(e)
     state = state_bytes(abstract, grid)
-    check_state(state, where, dict(grid.shape))
+    check_state(state, topology, dict(grid.shape))
     step = compile_step(e, grid) if compiled else None
-    memory, fits, refusal = _memory(e, where, grid, state, step, loss=loss and compiled)
+    memory, fits, refusal = _memory(e, topology, grid, state, step, loss=loss and compiled)
     found, sent = [], {}
     if isinstance(step, CompiledStep):
         found = step.collectives
@@ -177,22 +179,22 @@ def plan(
         sent = analytic_traffic(e, whole, dict(grid.shape))
     return Plan(
         experiment=e,
-        topology=where,
+        topology=topology,
         mesh=dict(grid.shape),
         flops=step_flops(e),
         memory=memory,
         collectives=found,
         sent=sent,
-        roofline=_roofline(e, where, state, step, sent),
+        roofline=_roofline(e, topology, state, step, sent),
         fits=fits,
         refusal=refusal,
-        largest=largest_batch(e, where, grid, memory.limit) if largest and compiled else None,
+        largest=largest_batch(e, topology, grid, memory.limit) if largest and compiled else None,
         compile_seconds=getattr(step, "seconds", None),
         compiled_flops=step.program.total_flops() if isinstance(step, CompiledStep) else None,
     )
 
 
-def plan_mesh(experiment: Experiment, where: Topology, *, compiled: bool) -> Mesh | AbstractMesh:
+def plan_mesh(experiment: Experiment, topology: Topology, *, compiled: bool) -> Mesh | AbstractMesh:
     """The experiment's mesh over the devices of a slice, or over none where nothing compiles.
 
     Raises:
@@ -200,42 +202,34 @@ def plan_mesh(experiment: Experiment, where: Topology, *, compiled: bool) -> Mes
     """
     try:
         if compiled:
-            return make_mesh(experiment.mesh, topology_devices(where))
-        sizes = [getattr(experiment.mesh, axis) for axis in AXES]
-        if sizes.count(-1) == 1:
-            taken = math.prod(n for n in sizes if n != -1)
-            sizes[sizes.index(-1)] = max(1, where.device_count // taken)
-        if math.prod(sizes) != where.device_count or min(sizes) < 1:
-            raise ShardingError(
-                f"mesh {' x '.join(map(str, sizes))} does not multiply to the "
-                f"{where.device_count} devices: change the mesh, or leave one size at -1"
-            )
-        return AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+            return make_mesh(experiment.mesh, topology_devices(topology))
+        sizes = mesh_sizes(experiment.mesh, topology.device_count, topology.slices)
+        return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     except ShardingError as error:
-        raise ShardingError(f"topology {where.name}: {error}") from None
+        raise ShardingError(f"topology {topology.name}: {error}") from None
 
 
-def check_state(state: StateBytes, where: Topology, mesh: dict[str, int]) -> None:
+def check_state(state: StateBytes, topology: Topology, mesh: dict[str, int]) -> None:
     """Raise a ConfigError if parameters, gradients and optimizer alone are too much for a chip."""
-    if where.chip is None:
+    if topology.chip is None:
         return
-    limit = where.chip.memory / where.chip.devices
+    limit = topology.chip.memory / topology.chip.devices
     needed = 2 * state.parameters + state.optimizer + state.averages
     if needed <= limit:
         return
     ways = 2 ** math.ceil(math.log2(needed / limit * mesh["fsdp"] * 1.25))
-    if ways <= where.device_count:
+    if ways <= topology.device_count:
         mend = f"spread them with --mesh fsdp={ways}"
     else:
         mend = "take more chips, chips of more memory, or optimizer adafactor, and no average"
     raise ConfigError(
         f"parameters, gradients and optimizer take {needed / 2**30:.1f} GiB of each device of "
-        f"{where.name}, which has {limit / 2**30:.1f}: no batch fits, so {mend}"
+        f"{topology.name}, which has {limit / 2**30:.1f}: no batch fits, so {mend}"
     )
 
 
-def _memory(e, where, grid, state, step, *, loss) -> tuple[Memory, bool, str | None]:
-    limit = where.chip.memory / where.chip.devices if where.chip else None
+def _memory(e, topology, grid, state, step, *, loss) -> tuple[Memory, bool, str | None]:
+    limit = topology.chip.memory / topology.chip.devices if topology.chip else None
     common = dataclasses.asdict(state) | {"limit": limit}
     if isinstance(step, CompiledStep):
         memory = Memory(
@@ -247,7 +241,7 @@ def _memory(e, where, grid, state, step, *, loss) -> tuple[Memory, bool, str | N
             **common,
         )
         return memory, limit is None or step.peak <= limit, None
-    counted = analytic_memory(e, where.chip, state, batch_ways(grid), grid.shape["tensor"])
+    counted = analytic_memory(e, topology.chip, state, batch_ways(grid), grid.shape["tensor"])
     refused = isinstance(step, DoesNotFit)
     known = refused and step.used
     memory = Memory(
@@ -262,21 +256,12 @@ def _memory(e, where, grid, state, step, *, loss) -> tuple[Memory, bool, str | N
     return memory, fits, step.message if refused else None
 
 
-def _roofline(e, where, state, step, sent) -> Roofline | None:
-    if where.chip is None:
+def _roofline(e, topology, state, step, sent) -> Roofline | None:
+    if topology.chip is None:
         return None
     if isinstance(step, CompiledStep):
-        return compiled_roofline(where, step)
-    return analytic_roofline(e, where, state, sent)
+        return compiled_roofline(topology, step)
+    return analytic_roofline(e, topology, state, sent)
 
 
-def ring_ratio(plan: Plan) -> float:
-    """Bytes of the loss ring over what the method asks for: the global text block on each trip, and
-    its gradient on the last one. Softmax takes two trips, sigmoid one.
-    """
-    e = plan.experiment
-    arrays = 3 if e.model.loss == "softmax" else 2
-    return plan.sent.get(LOSS_RING, 0.0) / (arrays * 4 * e.batch_size * e.model.embed_dim)
-
-
-__all__ = ["BASES", "Memory", "Plan", "model_flops", "plan", "ring_ratio"]
+__all__ = ["BASES", "Memory", "Plan", "model_flops", "plan"]

@@ -37,13 +37,13 @@ def sweep(
     """
     plans, faults = [], []
     for name in topologies:
-        where = parse_topology(name)
+        topology = parse_topology(name)
         e = experiment
         if batch_per_chip:
             e = dataclasses.replace(
-                e, batch_size=batch_per_chip * where.chips, micro_batch_size=None
+                e, batch_size=batch_per_chip * topology.chips, micro_batch_size=None
             )
-        for mesh in meshes or default_meshes(where.device_count):
+        for mesh in meshes or default_meshes(topology.device_count):
             for remat in remats:
                 candidate = dataclasses.replace(e, remat=remat)
                 try:

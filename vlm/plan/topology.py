@@ -21,19 +21,21 @@ CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8",
 # What the cloud calls one machine of each: the compiler asks where it runs, and this will do.
 MACHINES = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4", "tpu7x": "tpu7x-8"}
 LARGEST = {"v4": 4096, "v5p": 6144, "tpu7x": 9216}  # chips
+MOST_SLICES = 256
 
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice: its chip, its shape, and how many JAX devices it has."""
+    """A slice or several: the chip, the shape of each slice, and how many JAX devices there are."""
 
     name: str
     chip: Chip | None  # None: this machine's CPU
     shape: tuple[int, ...]
+    slices: int = 1  # joined by the data center's network
 
     @property
     def chips(self) -> int:
-        return math.prod(self.shape)
+        return self.slices * math.prod(self.shape)
 
     @property
     def devices_per_chip(self) -> int:
@@ -52,10 +54,14 @@ class Topology:
 def parse_topology(name: str) -> Topology:
     """The slice that a name such as "v5e:16x16", "v5p:8x8x8", "h100:8" or "cpu:8" stands for.
 
+    "2xv5e:16x16" are two slices of that shape.
+
     Raises:
         ConfigError: an unknown chip or shape; the message lists those that are known.
     """
     kind, _, shape = name.strip().lower().partition(":")
+    several = re.fullmatch(r"(\d+)x([a-z].*)", kind)
+    slices, kind = (int(several[1]), several[2]) if several else (1, kind)
     if kind != "cpu" and kind not in CHIPS:
         close = difflib.get_close_matches(kind, CHIPS, n=1)
         mend = f"did you mean {close[0]}? " if close else ""
@@ -67,6 +73,13 @@ def parse_topology(name: str) -> Topology:
             f"topology {name!r} needs a shape after the colon: the known are {known_topologies()}"
         )
     sizes = tuple(map(int, shape.split("x")))
+    if several and (kind == "cpu" or CHIPS[kind].platform != "tpu"):
+        raise ConfigError(
+            f"topology {name!r}: only TPUs come in slices, so count the devices: "
+            f"{kind}:{max(1, slices) * math.prod(sizes)}"
+        )
+    if not 1 <= slices <= MOST_SLICES:
+        raise ConfigError(f"topology {name!r} has {slices} slices: take 1 to {MOST_SLICES}")
     if kind == "cpu":
         topology = Topology(f"cpu:{shape}", None, sizes)
         if topology.chips > len(jax.devices("cpu")):
@@ -81,7 +94,8 @@ def parse_topology(name: str) -> Topology:
         raise ConfigError(
             f"there is no {kind} slice of shape {shape}: the known are {known_topologies(kind)}"
         )
-    return Topology(f"{kind}:{shape}", chip, sizes)
+    prefix = f"{slices}x" if slices > 1 else ""
+    return Topology(f"{prefix}{kind}:{shape}", chip, sizes, slices)
 
 
 def known_topologies(kind: str | None = None) -> str:
@@ -129,12 +143,15 @@ def topology_devices(topology: Topology) -> list[Any]:
     from jax.experimental import topologies
 
     options = {}
-    if topology.chips == 1:
+    if math.prod(topology.shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if topology.chip.name == "v4":
         options["chip_config_name"] = "megacore"  # both cores of a chip as one device
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
+    one_slice = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
     try:
-        described = topologies.get_topology_desc(topology.name, "tpu", **options)
+        described = topologies.get_topology_desc(one_slice, "tpu", **options)
     except Exception as error:  # whatever the plugin raises
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
