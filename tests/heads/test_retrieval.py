@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm.errors import CheckpointError, ConfigError, DataError
-from vlm.heads import retrieval
-from vlm.heads.retrieval import Hits, RetrievalIndex, top_k
+from vlm.heads import index_folder, retrieval, top_k
+from vlm.heads.retrieval import Hits, RetrievalIndex
 
 COLOURS = ["red", "green", "blue", "yellow", "white", "black"]
 
@@ -54,8 +54,8 @@ def test_top_k_equals_a_full_stable_sort(seed, k, tile):
     query = rng.integers(-2, 3, (5, 3)).astype(np.float32)
     blocks = np.split(rows, np.sort(rng.integers(0, len(rows) + 1, 3)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval, "TILE_BYTES", tile)
-        positions, scores = top_k(query, [b for b in blocks if len(b)], k)
+        patch.setattr(top_k, "TILE_BYTES", tile)
+        positions, scores = top_k.top_k(query, [b for b in blocks if len(b)], k)
     products = query @ rows.T
     for row, at, values in zip(products, positions, scores, strict=True):
         np.testing.assert_array_equal(at, np.argsort(-row, kind="stable")[:k])
@@ -64,12 +64,12 @@ def test_top_k_equals_a_full_stable_sort(seed, k, tile):
 
 def test_search_memory_is_bounded_by_a_tile(monkeypatch):
     """All products would take 80 MB; a float16 index of 13 MB is widened 1 MB at a time."""
-    monkeypatch.setattr(retrieval, "TILE_BYTES", 1 << 20)
+    monkeypatch.setattr(top_k, "TILE_BYTES", 1 << 20)
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((200_000, 32)).astype(np.float16)
     query = rng.standard_normal((100, 32)).astype(np.float32)
     tracemalloc.start()
-    top_k(query, [rows], 10)
+    top_k.top_k(query, [rows], 10)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 5e6
@@ -150,7 +150,7 @@ def test_half_precision_halves_the_rows_and_keeps_the_cosines(model, index, fold
     exact = {hit.id: hit.score for hit in index.search("red", k=6)}
     for hit in half.search("red", k=6):
         assert hit.score == pytest.approx(exact[hit.id], abs=1e-3)
-    assert half._rows[0].nbytes * 2 == index._rows[0].nbytes
+    assert half._items.rows[0].nbytes * 2 == index._items.rows[0].nbytes
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_save_and_load_give_the_same_answers(model, folder, tmp_path, dtype):
     index.add(["some text", "other text"], ids=[41, 42])
     index.save(tmp_path / "index")
     loaded = RetrievalIndex.load(tmp_path / "index", model)
-    assert isinstance(loaded._rows[0], np.memmap)
+    assert isinstance(loaded._items.rows[0], np.memmap)
     assert loaded.ids == index.ids
     assert loaded.dtype == dtype
     for query in ("red", "white", "some text"):
@@ -224,8 +224,8 @@ def test_a_loaded_index_grows_and_saves_over_itself(model, index, tmp_path):
     loaded.save(tmp_path / "index")
     again = RetrievalIndex.load(tmp_path / "index", model)
     assert again.ids == (*index.ids, 6)
-    assert loaded.search("night", k=1)[0].id == 6  # the map of the removed file still serves
-    assert len(list((tmp_path / "index").iterdir())) == 2
+    assert loaded.search("night", k=1)[0].id == 6
+    assert len(list((tmp_path / "index").iterdir())) == 5  # the first shard stayed as it was
 
 
 def test_a_save_that_dies_leaves_the_old_index(model, index, tmp_path, monkeypatch):
@@ -235,14 +235,14 @@ def test_a_save_that_dies_leaves_the_old_index(model, index, tmp_path, monkeypat
     def die(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(retrieval.os, "replace", die)  # the last step of all
+    monkeypatch.setattr(index_folder.os, "replace", die)  # the last step of all
     with pytest.raises(KeyboardInterrupt):
         index.save(tmp_path / "index")
     monkeypatch.undo()
     assert len(RetrievalIndex.load(tmp_path / "index", model)) == 6
     index.save(tmp_path / "index")
     assert len(RetrievalIndex.load(tmp_path / "index", model)) == 7
-    assert len(list((tmp_path / "index").iterdir())) == 2  # the leavings are gone
+    assert len(list((tmp_path / "index").iterdir())) == 5  # two shards, and no leavings
 
 
 def test_another_model_is_refused(index, make_model, tmp_path):
@@ -290,16 +290,25 @@ def test_torn_and_foreign_folders(index, model, tmp_path):
 
     broken("version 99", version=99)
     broken("does not describe", format="something")
-    broken("no usable 'ids'", ids=None)
-    broken("is torn: 5 ids", ids=meta["ids"][:-1])
-    broken("is torn", count=9)
+    shard = meta["shards"][0]
+    broken("no usable 'shards'", shards=None)
+    broken("is torn: 6 ids", shards=[{**shard, "count": 5}])
     broken("is torn", probe_text=[1.0])
-    broken("cannot be read", embeddings="gone.npy")
+    broken("names an id twice", shards=[shard, shard])
+    broken("cannot be read", shards=[{**shard, "name": "gone"}])
+    broken("codes of no known kind", coding="pq")
+    broken("cannot be read", removed="removed-gone.npy")
+    ids = path / f"items-{shard['name']}.json"
+    whole = ids.read_text()
+    for torn, match in (("{", "is not JSON"), ("[]", "is torn"), ('{"ids": [1]}', "torn: 1 ids")):
+        ids.write_text(torn)
+        broken(match)
+    ids.write_text(whole)
     (path / "index.json").write_text("{")
     with pytest.raises(CheckpointError, match="is not JSON"):
         RetrievalIndex.load(path, model)
     (path / "index.json").write_text(json.dumps(meta))
-    data = path / meta["embeddings"]
+    data = path / f"rows-{shard['name']}.npy"
     data.write_bytes(data.read_bytes()[:-7])
     with pytest.raises(CheckpointError, match="cannot be read"):
         RetrievalIndex.load(path, model)

@@ -16,8 +16,8 @@ from vlm.evaluate.chart import Line, line_chart, smooth
 from vlm.evaluate.metrics import Metric
 from vlm.evaluate.page import page, section
 from vlm.evaluate.runner import Report
-from vlm.heads.retrieval import top_k
 from vlm.heads.show import data_uri
+from vlm.heads.top_k import top_k
 from vlm.heads.zero_shot import to_scores
 
 SHOTS, GUESSES = 24, 5  # held-out images shown, and captions under each

@@ -1,39 +1,33 @@
-"""Retrieval: an exact nearest-neighbour index over embeddings, on disk and in bounded memory."""
+"""Retrieval: a nearest-neighbour index over embeddings, exact, on disk and in bounded memory."""
 
 import itertools
-import json
 import os
-import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 from jaxtyping import Float
 
 from vlm.errors import CheckpointError, ConfigError
-from vlm.heads import show
+from vlm.heads import index_folder, show
+from vlm.heads.codes import CANDIDATES, LEAST, Coding, candidates
+from vlm.heads.identity import check_identity, identity
 from vlm.heads.inputs import SUFFIXES, Kind, default_id, kind, split
+from vlm.heads.items import Id, Items
+from vlm.heads.metadata import Value, Where, checked_columns, matching
 from vlm.heads.prompts import normalise
+from vlm.heads.query import Query, embed_queries, queries_in
+from vlm.heads.top_k import rescored, top_k
 
-VERSION = 1  # of the folder's format
 CHUNK = 8192  # items encoded before their embeddings are stored
-TILE_BYTES = 64 << 20  # of stored rows multiplied at once, in float32
 QUERY_BLOCK = 256
-
-# What an index remembers of its model: the embeddings of these two. Equal weights give them again
-# under any name and in any format; a model that was trained further does not, whatever its name.
-PROBE_TEXT = "a photo of a red car in the snow"
-PROBE_IMAGE = np.add.outer(np.arange(0, 256, 4), np.arange(64)).astype(np.uint8)[..., None] * (
-    np.array([1, 2, 3], np.uint8)
-)
-SAME = 0.999  # the least cosine of a probe with itself across machines and precisions
 
 
 class Hit(NamedTuple):
     """One answer: the id it was added under, and its cosine with the query."""
 
-    id: str | int
+    id: Id
     score: float
 
 
@@ -49,6 +43,14 @@ class Hits(list[Hit]):
         return f"<div>{''.join(cards) or 'no hits'}</div>"
 
 
+class Searcher(Protocol):
+    """Another way to search the same rows: the devices of a mesh, or a faiss index."""
+
+    def search(
+        self, z_query: np.ndarray, k: int, allowed: np.ndarray | None, min_score: float
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]: ...
+
+
 class RetrievalIndex:
     """Finds the images or texts nearest to a text, an image or an embedding, exactly.
 
@@ -58,20 +60,37 @@ class RetrievalIndex:
         model: what `vlm.load` gives.
         dtype: of the stored embeddings; float16 halves the memory, moves a cosine by under
             1e-3, and is slower to search on a CPU.
+        coding: what is scanned first. None: the embeddings themselves, and the answers are exact.
+            "int8" or "binary": codes a quarter or a thirty-second as large, whose best candidates
+            are then scored exactly. Once the index is saved, memory holds the codes alone.
+
+    Raises:
+        ConfigError: another dtype or coding.
     """
 
-    def __init__(self, model: Any, dtype: Literal["float32", "float16"] = "float32"):
+    def __init__(
+        self,
+        model: Any,
+        dtype: Literal["float32", "float16"] = "float32",
+        coding: Coding | None = None,
+    ):
         if dtype not in ("float32", "float16"):
             raise ConfigError(f"dtype is {dtype!r}: an index stores 'float32' or 'float16'")
-        self.model, self.dtype = model, dtype
-        self._ids: list[str | int] = []
-        self._known: set[str | int] = set()
-        self._rows: list[np.ndarray] = []  # (n_i, d) each; the first may be mapped from disk
+        if coding not in (None, *CANDIDATES):
+            raise ConfigError(f"coding is {coding!r}: it must be 'int8', 'binary' or None")
+        self.model = model
+        self._items = Items(dtype, coding)
+        self._make_searcher: Callable[[list[np.ndarray]], Searcher] | None = None
+        self._searcher: Searcher | None = None
 
     # ------------------------------------------------------------------------------- adding
 
     def add(
-        self, items: Any, ids: Iterable[str | int] | None = None, batch_size: int | None = None
+        self,
+        items: Any,
+        ids: Iterable[Id] | None = None,
+        batch_size: int | None = None,
+        metadata: Mapping[str, Iterable[Value]] | None = None,
     ) -> None:
         """Encode and store images, texts or embeddings, from any iterable, in bounded memory.
 
@@ -82,53 +101,94 @@ class RetrievalIndex:
             ids: a name for each, texts or integers; by default the path of a picture on disk, or
                 else its running number in the index.
             batch_size: of encoding images; None leaves it to the model.
+            metadata: columns of texts or numbers, one value per item, for `where` in `search`.
 
         Raises:
-            ConfigError: an id given twice or already in the index, another number of ids than
-                items, items of several kinds, or a `str` that names a picture on this disk.
+            ConfigError: an id given twice or already in the index, another number of ids or values
+                than items, items of several kinds, or a `str` that names a picture on this disk.
             DataError: an embedding that is zero or not finite.
         """
+        self._add(items, ids, batch_size, metadata or {}, replace=False)
+
+    def update(
+        self,
+        items: Any,
+        ids: Iterable[Id] | None = None,
+        batch_size: int | None = None,
+        metadata: Mapping[str, Iterable[Value]] | None = None,
+    ) -> None:
+        """Like `add`, where an item takes the place of the one that has its id, if there is one."""
+        self._add(items, ids, batch_size, metadata or {}, replace=True)
+
+    def remove(self, ids: Id | Iterable[Id]) -> None:
+        """Take items out of the index.
+
+        Raises:
+            ConfigError: an id that is not in the index; then nothing is removed.
+        """
+        self._items.remove([ids] if isinstance(ids, str | int) else ids)
+
+    def merge(self, other: "RetrievalIndex", replace: bool = False) -> None:
+        """Take over all items of another index of the same model.
+
+        Args:
+            other: stays as it is.
+            replace: let its items take the place of those with the same ids.
+
+        Raises:
+            ConfigError: an id that both have, without `replace`.
+            CheckpointError: an index of a model that embeds differently.
+        """
+        if other.model is not self.model:
+            check_identity(identity(other.model), self.model, Path("the other index"))
+        if other is self or not len(other):
+            return
+        taken = other._items
+        for name in () if replace else taken.at:
+            if name in self:
+                raise ConfigError(f"id {name!r} is in both indexes: merge with replace=True")
+        positions = np.flatnonzero(taken.live)
+        step = range(0, len(positions), CHUNK)
+        rows = [np.asarray(taken.rows_at(positions[i : i + CHUNK]), self.dtype) for i in step]
+        columns = {n: [c[p] for p in positions] for n, c in taken.columns.items()}
+        self._items.add(rows, [taken.ids[p] for p in positions], columns)
+        self._searcher = None
+
+    def _add(self, items, ids, batch_size, metadata, replace: bool) -> None:
         what, stream, single = split(items, "add")
         if single and isinstance(ids, str | int):
             ids = [ids]
         if isinstance(ids, str):
             raise ConfigError(f"ids is the text {ids!r}: give a list with one id per item")
-        new_ids: list[str | int] = []
-        fresh: set[str | int] = set()
-        stream = self._named(stream, what, iter(ids) if ids is not None else None, new_ids, fresh)
+        new_ids: list[Id] = []
+        stream = self._named(stream, what, iter(ids) if ids is not None else None, new_ids, replace)
         rows = []
-        while True:
-            head = list(itertools.islice(stream, 1))
-            if not head:
-                break
+        while head := list(itertools.islice(stream, 1)):
             chunk = itertools.chain(head, itertools.islice(stream, CHUNK - 1))
             z = self._encode(chunk, what, batch_size)
-            if self._rows and z.shape[1] != self.embed_dim:
-                raise ConfigError(
-                    f"embeddings of {z.shape[1]} dimensions do not fit an index of "
-                    f"{self.embed_dim}: encode them with {self.model.name}"
-                )
+            self._check_width(z, "embeddings")
             rows.append(z.astype(self.dtype))
-        self._rows += rows
-        self._ids += new_ids
-        self._known |= fresh
+        self._items.add(rows, new_ids, checked_columns(metadata, len(new_ids)))
+        self._searcher = None
 
     def _named(
         self,
         stream: Iterator[Any],
         what: Kind | None,
         ids: Iterator[Any] | None,
-        new_ids: list[str | int],
-        fresh: set[str | int],
+        new_ids: list[Id],
+        replace: bool,
     ) -> Iterator[Any]:
         """The items as they pass, each with its kind checked and its id noted in `new_ids`."""
+        fresh: set[Id] = set()
+        known, first = self._items.at, self._items.next_number
         for number, item in enumerate(stream):
             if (found := kind(item, "add")) != what:
                 raise ConfigError(
                     f"add got {what}s and, as item {number}, {found}: add them in separate calls"
                 )
             if ids is None:
-                name = default_id(item, len(self) + number)
+                name = default_id(item, first + number)
             else:
                 name = next(ids, None)
                 if name is None:
@@ -137,10 +197,11 @@ class RetrievalIndex:
             name = os.fspath(name) if isinstance(name, os.PathLike) else name
             if not isinstance(name, str | int) or isinstance(name, bool):
                 raise ConfigError(f"id {name!r} of item {number} is no text and no integer")
-            if name in self._known or name in fresh:
+            if name in fresh or (name in known and not replace):
+                mend = "leave the item out" if replace else "leave the item out, or call `update`"
                 raise ConfigError(
                     f"id {name!r} is in the index already: ids name one item each, "
-                    "so give `ids` of your own or leave the item out"
+                    f"so give `ids` of your own, {mend}"
                 )
             fresh.add(name)
             new_ids.append(name)
@@ -163,109 +224,232 @@ class RetrievalIndex:
             z = np.stack(rows)
         return normalise(z, f"the embedding of an item ({what})")
 
+    def _check_width(self, z: np.ndarray, what: str) -> None:
+        if self.embed_dim and z.shape[1] != self.embed_dim:
+            raise ConfigError(
+                f"{what} of {z.shape[1]} dimensions cannot go with an index of {self.embed_dim}: "
+                f"encode with {self.model.name}"
+            )
+
     # ---------------------------------------------------------------------------- searching
 
-    def search(self, query: Any, k: int = 5) -> Hits | list[Hits]:
+    def search(
+        self,
+        query: Any,
+        k: int = 5,
+        *,
+        where: Where | None = None,
+        min_score: float | None = None,
+        min_probability: float | None = None,
+    ) -> Hits | list[Hits]:
         """The k nearest items by cosine, best first; equals in the order they were added.
 
         Args:
-            query: a text, a picture or an embedding; or a list of one of these (or an (n, d)
-                array), which gives a list of results.
-            k: answers per query; all of the index if it holds fewer.
+            query: a text, a picture, an embedding or a `Query`, which adds and subtracts those; or
+                a list of one of these (or an (n, d) array), which gives a list of results.
+            k: answers per query; all that qualify if there are fewer.
+            where: which items may be answers, by their metadata: `{"camera": "X100"}`,
+                `{"year": [2023, 2024]}`, or a function of the columns as arrays.
+            min_score: the least cosine of an answer.
+            min_probability: the same as a probability, for a model of the sigmoid loss.
 
         Raises:
-            ConfigError: a k below 1, a query of no known kind or of another width, or a `str` that
-                names a picture on this disk.
+            ConfigError: a k below 1, a query of no known kind or of another width, a `str` that
+                names a picture on this disk, an unknown column, or a probability that the model's
+                score rule does not define.
         """
         if k < 1:
             raise ConfigError(f"k is {k}: ask for at least one answer")
-        what, stream, single = split(query, "search")
-        queries = list(stream)
-        for i, item in enumerate(queries):
-            if (found := kind(item, "search")) != what:
-                raise ConfigError(f"query {i} is {found}, the first is {what}: search them apart")
-        if not queries:
+        z, single = self._query_embeddings(query)
+        least = self._least_score(min_score, min_probability)
+        if not len(z):
             return []
-        z = self._encode(queries, what)
-        if self._rows and z.shape[1] != self.embed_dim:
-            raise ConfigError(
-                f"a query of {z.shape[1]} dimensions does not fit an index of {self.embed_dim}: "
-                f"encode it with {self.model.name}"
-            )
-        results = []
-        for start in range(0, len(z), QUERY_BLOCK):
-            positions, scores = top_k(z[start : start + QUERY_BLOCK], self._rows, k)
-            for row, values in zip(positions, scores, strict=True):
-                pairs = zip(row.tolist(), values.tolist(), strict=True)
-                results.append(Hits(Hit(self._ids[i], s) for i, s in pairs))
+        items = self._items
+        allowed = None if items.live.all() else items.live
+        if where is not None:
+            allowed = items.live & matching(items.columns, len(items.ids), where)
+        results = self._nearest(z, k, allowed, least)
         return results[0] if single else results
 
+    def like(self, ids: Id | Sequence[Id], k: int = 5, *, where: Where | None = None) -> Hits:
+        """More like these: the k items nearest to the mean of some items, without those.
+
+        Raises:
+            ConfigError: an id that is not in the index, no ids, or a k below 1.
+        """
+        if k < 1:
+            raise ConfigError(f"k is {k}: ask for at least one answer")
+        items = self._items
+        positions = [items.position(i) for i in ([ids] if isinstance(ids, str | int) else ids)]
+        if not positions:
+            raise ConfigError("there are no ids to find more like: give at least one")
+        rows = np.asarray(items.rows_at(np.asarray(positions)), np.float32)
+        z = normalise(rows.mean(axis=0, keepdims=True), "the mean of the items")
+        allowed = items.live.copy()
+        allowed[positions] = False
+        if where is not None:
+            allowed &= matching(items.columns, len(items.ids), where)
+        return self._nearest(z, k, allowed, -np.inf)[0]
+
+    def place(self, mesh: Any, approximate: bool = False) -> None:
+        """Search on the devices of a mesh from now on, or with None on the host again.
+
+        Each device holds its share of the rows; the answers are the same. With `approximate` a TPU
+        finds them by `approx_max_k`, which may miss a few.
+        """
+
+        def on_devices(rows: list[np.ndarray]) -> Searcher:
+            from vlm.heads.device_search import DeviceSearch
+
+            return DeviceSearch(rows, mesh, approximate)
+
+        self.search_with(None if mesh is None else on_devices)
+
+    def search_with(self, make: Callable[[list[np.ndarray]], Searcher] | None) -> None:
+        """Search by what `make` builds of the rows, such as `vlm.heads.exchange.faiss_search`.
+
+        It is built at the next search, and again when items were added. None goes back to the host.
+        """
+        self._make_searcher, self._searcher = make, None
+
+    def _query_embeddings(self, query: Any) -> tuple[np.ndarray, bool]:
+        if (mixed := queries_in(query)) is not None:
+            z, single = embed_queries(self.model, mixed), isinstance(query, Query)
+        else:
+            what, stream, single = split(query, "search")
+            queries = list(stream)
+            for i, item in enumerate(queries):
+                if (found := kind(item, "search")) != what:
+                    raise ConfigError(
+                        f"query {i} is {found}, the first is {what}: search them apart, or as Query"
+                    )
+            if not queries:
+                return np.zeros((0, 1), np.float32), single
+            z = self._encode(queries, what)
+        self._check_width(z, "a query")
+        return z, single
+
+    def _least_score(self, score: float | None, probability: float | None) -> float:
+        if probability is None:
+            return -np.inf if score is None else score
+        if self.model.loss != "sigmoid":
+            raise ConfigError(
+                f"{self.model.name} was trained with the {self.model.loss} loss, which gives a "
+                "pair no probability of its own: give min_score, a cosine"
+            )
+        if score is not None or not 0 < probability < 1:
+            raise ConfigError(
+                f"min_probability is {probability}: give one between 0 and 1, and no min_score"
+            )
+        logit = np.log(probability / (1 - probability))
+        return float((logit - self.model.logit_bias) / self.model.logit_scale)
+
+    def _nearest(self, z: np.ndarray, k: int, allowed: np.ndarray | None, least: float):
+        if not len(self) or (allowed is not None and not allowed.any()):
+            return [Hits() for _ in z]
+        self._items.join_small_blocks()
+        if self._make_searcher and self._searcher is None:
+            self._searcher = self._make_searcher(self._items.rows)
+        results = []
+        for start in range(0, len(z), QUERY_BLOCK):
+            found = self._top_k(z[start : start + QUERY_BLOCK], k, allowed, least)
+            for row, values in zip(*found, strict=True):
+                pairs = zip(row.tolist(), values.tolist(), strict=True)
+                results.append(Hits(Hit(self._items.ids[i], s) for i, s in pairs))
+        return results
+
+    def _top_k(self, z: np.ndarray, k: int, allowed: np.ndarray | None, least: float):
+        if self._searcher is not None:
+            return self._searcher.search(z, k, allowed, least)
+        rows = self._items.rows
+        if self.coding is None:
+            return top_k(z, rows, k, allowed=allowed, min_score=least)
+        count = max(LEAST, CANDIDATES[self.coding] * k)
+        codes, centre = self._items.codes, self._items.centre
+        proposed = candidates(z, codes, count, self.coding, centre, allowed)
+        best = [rescored(q, rows, p, k, least) for q, p in zip(z, proposed, strict=True)]
+        return [at for at, _ in best], [scores for _, scores in best]
+
+    # ------------------------------------------------------------------------------ reading
+
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._items.at)
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._items.at
 
     @property
-    def ids(self) -> tuple[str | int, ...]:
+    def dtype(self) -> str:
+        """Of the stored embeddings."""
+        return self._items.dtype
+
+    @property
+    def coding(self) -> Coding | None:
+        """The codes that are scanned first, if any."""
+        return self._items.coding
+
+    @property
+    def ids(self) -> tuple[Id, ...]:
         """The ids, in the order in which they were added."""
-        return tuple(self._ids)
+        return tuple(itertools.compress(self._items.ids, self._items.live))
 
     @property
     def embed_dim(self) -> int | None:
         """The width of the embeddings; None while the index is empty."""
-        return self._rows[0].shape[1] if self._rows else None
+        return self._items.embed_dim
+
+    @property
+    def columns(self) -> dict[str, list[Value]]:
+        """The metadata by column, in the order of `ids`."""
+        live = self._items.live
+        return {n: list(itertools.compress(c, live)) for n, c in self._items.columns.items()}
+
+    def metadata(self, id: Id) -> dict[str, Value]:
+        """The metadata of one item.
+
+        Raises:
+            ConfigError: an id that is not in the index.
+        """
+        at = self._items.position(id)
+        return {name: column[at] for name, column in self._items.columns.items()}
+
+    def embeddings(self, ids: Sequence[Id] | None = None) -> Float[np.ndarray, "n d"]:
+        """The stored embeddings of some items, or of all in the order of `ids`, as float32.
+
+        Raises:
+            ConfigError: an id that is not in the index.
+        """
+        at = np.flatnonzero(self._items.live)
+        if ids is not None:
+            at = np.asarray([self._items.position(name) for name in ids], np.int64)
+        return np.asarray(self._items.rows_at(at), np.float32)
 
     def __repr__(self) -> str:
-        size = sum(rows.nbytes for rows in self._rows) / 2**20
-        width = f" x {self.embed_dim}" if self._rows else ""
-        return (
-            f"RetrievalIndex({self.model.name}, {len(self):,}{width} {self.dtype}, {size:.1f} MiB)"
-        )
+        held = self._items.rows if self.coding is None else self._items.codes
+        size = sum(part.nbytes for part in held) / 2**20
+        width = f" x {self.embed_dim}" if self.embed_dim else ""
+        kept = self.dtype if self.coding is None else f"{self.dtype}, {self.coding} codes"
+        return f"RetrievalIndex({self.model.name}, {len(self):,}{width} {kept}, {size:.1f} MiB)"
 
     # --------------------------------------------------------------------- saving and loading
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the index to a folder, or over the index that is there.
 
-        The embeddings go to a file of a new name and `index.json`, which names it, is replaced at
-        the end: whoever opens the folder at any moment finds the old index or the new one, whole.
+        An index that was saved there or loaded from there writes only what is new. Whoever opens
+        the folder at any moment finds the old index or the new one, whole. From then on the
+        embeddings are mapped from the folder, and memory holds those that are added later.
 
         Raises:
             CheckpointError: the folder holds something else.
             ConfigError: the index is empty.
         """
         folder = Path(folder)
-        if not self._rows:
+        if not len(self):
             raise ConfigError(f"the index is empty: add items before saving it to {folder}")
-        if folder.exists() and not folder.is_dir():
-            raise CheckpointError(f"{folder} is a file: choose a folder for the index")
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / "index.json").is_file():
-            raise CheckpointError(f"{folder} holds other files and no index: choose another folder")
+        index_folder.check_target(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"embeddings-{uuid.uuid4().hex[:12]}.npy"
-        out = np.lib.format.open_memmap(
-            folder / name, mode="w+", dtype=self.dtype, shape=(len(self), self.embed_dim)
-        )
-        np.concatenate(self._rows, out=out)
-        out.flush()
-        del out
-        meta = {
-            "format": "vlm retrieval index",
-            "version": VERSION,
-            "model": self.model.name,
-            "fingerprint": getattr(self.model, "fingerprint", None),
-            "embed_dim": self.embed_dim,
-            "dtype": self.dtype,
-            "count": len(self),
-            "embeddings": name,
-            "probe_text": self.model.encode_text([PROBE_TEXT])[0].tolist(),
-            "probe_image": self.model.encode_image([PROBE_IMAGE])[0].tolist(),
-            "ids": self._ids,
-        }
-        partial = folder / f"{name}.json"
-        partial.write_text(json.dumps(meta), encoding="utf-8")
-        os.replace(partial, folder / "index.json")
-        for old in folder.glob("embeddings-*.npy*"):
-            if old.name != name:
-                old.unlink(missing_ok=True)
+        self._items.save(folder, identity(self.model))
 
     @classmethod
     def load(cls, folder: str | os.PathLike, model: Any) -> Self:
@@ -275,108 +459,15 @@ class RetrievalIndex:
             CheckpointError: no index there, a torn or foreign one, or one of another model.
         """
         folder = Path(folder)
-        meta = _read_meta(folder)
-        file = folder / Path(meta["embeddings"]).name  # never outside of the folder
-        try:
-            rows = np.load(file, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{file} cannot be read ({error}): build the index again"
-            ) from None
-        ids = meta["ids"]
-        described = (meta["count"], meta["embed_dim"])
-        widths = {len(meta["probe_text"]), len(meta["probe_image"]), meta["embed_dim"]}
-        if (
-            rows.shape != described
-            or len(ids) != len(rows)
-            or rows.dtype != meta["dtype"]
-            or len(widths) > 1
-        ):
-            raise CheckpointError(
-                f"{folder} is torn: {len(ids)} ids and {rows.dtype} embeddings of shape "
-                f"{rows.shape}, described as {meta['dtype']} {described}: build the index again"
-            )
-        _check_model(meta, model, folder)
-        index = cls(model, rows.dtype.name)
-        index._ids, index._known, index._rows = ids, set(ids), [rows]
+        while True:
+            meta = index_folder.read_description(folder)
+            try:
+                items = Items.open(folder, meta)
+                break
+            except CheckpointError:  # unless another process replaced it while it was being read
+                if index_folder.read_description(folder) == meta:
+                    raise
+        check_identity(meta, model, folder)
+        index = cls(model, items.dtype, items.coding)
+        index._items = items
         return index
-
-
-def top_k(
-    z_query: Float[np.ndarray, "q d"], blocks: Iterable[Float[np.ndarray, "n d"]], k: int
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Positions and scores of the k largest products per query, over rows given in blocks.
-
-    Exact; equal scores keep the order of the rows. Memory: one tile of rows in float32 and its
-    products, whatever the size of the index.
-    """
-    best_at = [np.zeros(0, np.int64)] * len(z_query)
-    best = [np.zeros(0, np.float32)] * len(z_query)
-    floor = np.full(len(z_query), -np.inf, np.float32)  # what a new row must exceed to enter
-    start = 0
-    for block in blocks:
-        step = max(1, TILE_BYTES // (4 * max(block.shape[1], len(z_query))))
-        for offset in range(0, len(block), step):
-            tile = np.asarray(block[offset : offset + step], np.float32)
-            products = z_query @ tile.T
-            for q in np.flatnonzero(products.max(axis=1) > floor):
-                row = products[q]
-                new = np.flatnonzero(row > floor[q])
-                if len(new) > k:  # the k-th largest, and all that equal it, before the sort
-                    new = new[row[new] >= np.partition(row[new], -k)[-k]]
-                scores = np.concatenate([best[q], row[new]])
-                order = np.argsort(-scores, kind="stable")[:k]
-                best[q] = scores[order]
-                best_at[q] = np.concatenate([best_at[q], new + start + offset])[order]
-                if len(order) == k:
-                    floor[q] = best[q][-1]
-        start += len(block)
-    return best_at, best
-
-
-def _read_meta(folder: Path) -> dict[str, Any]:
-    """The description of a saved index, or a CheckpointError that says why there is none."""
-    path = folder / "index.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} holds no index: give a folder that an index was saved to")
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): build the index again") from None
-    if not isinstance(meta, dict) or meta.get("format") != "vlm retrieval index":
-        raise CheckpointError(f"{path} does not describe a retrieval index of vlm: give its folder")
-    if meta.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path} has version {meta.get('version')!r} and this vlm reads {VERSION}: "
-            "install the vlm that wrote it, or build the index again"
-        )
-    for name, types in {
-        "model": str, "embed_dim": int, "count": int, "embeddings": str, "ids": list,
-        "dtype": str, "probe_text": list, "probe_image": list,
-    }.items():  # fmt: skip
-        if not isinstance(meta.get(name), types):
-            raise CheckpointError(f"{path} has no usable {name!r}: build the index again")
-    return meta
-
-
-def _check_model(meta: dict[str, Any], model: Any, folder: Path) -> None:
-    """Raise a CheckpointError unless `model` embeds as the index's own model did."""
-    mend = f"load {meta['model']!r} as it was, or build the index again with {model.name!r}"
-    z_text = np.asarray(model.encode_text([PROBE_TEXT]), np.float32)[0]
-    if len(z_text) != meta["embed_dim"]:
-        raise CheckpointError(
-            f"{folder} holds embeddings of {meta['embed_dim']} dimensions and the model "
-            f"{model.name!r} makes {len(z_text)}: {mend}"
-        )
-    same = float(z_text @ np.asarray(meta["probe_text"], np.float32)) >= SAME
-    fingerprint = getattr(model, "fingerprint", None)
-    if same and (fingerprint is None or fingerprint != meta.get("fingerprint")):
-        # Two models may share a text tower. Equal files need no such proof, so that a text search
-        # does not have to compile the image tower.
-        z_image = np.asarray(model.encode_image([PROBE_IMAGE]), np.float32)[0]
-        same = float(z_image @ np.asarray(meta["probe_image"], np.float32)) >= SAME
-    if not same:
-        raise CheckpointError(
-            f"{folder} was built by the model {meta['model']!r}, and {model.name!r} embeds "
-            f"differently: {mend}"
-        )

@@ -108,10 +108,14 @@ class ZeroShotClassifier:
         A stream is encoded in bounded memory; the logits of all images are kept.
         """
         z_image, first = encode_images(self.model, images, batch_size)
-        logits = self.model.logit_scale * (z_image @ self.z_labels.T) + self.model.logit_bias
-        return Classification(self.labels, logits.astype(np.float32), self.model.loss, first)
+        return Classification(self.labels, self.logits(z_image), self.model.loss, first)
 
     classify = __call__
+
+    def logits(self, z_image: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
+        """The logits of embeddings over the labels: one matrix product."""
+        logits = self.model.logit_scale * (z_image @ self.z_labels.T) + self.model.logit_bias
+        return logits.astype(np.float32)
 
     def __repr__(self) -> str:
         names = ", ".join(self.labels[:4]) + (", ..." if len(self.labels) > 4 else "")

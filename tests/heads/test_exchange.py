@@ -1,0 +1,101 @@
+"""Folders of clip-retrieval, and faiss."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vlm.errors import CheckpointError, ConfigError
+from vlm.heads import exchange
+from vlm.heads.exchange import faiss_search, read_clip_retrieval, to_faiss, write_clip_retrieval
+from vlm.heads.retrieval import RetrievalIndex
+
+
+def unit(n, d=16, seed=0):
+    z = np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32)
+    return z / np.linalg.norm(z, axis=1, keepdims=True)
+
+
+def test_a_folder_as_clip_retrieval_writes_it(model, tmp_path):
+    """Half precision, partitions with leading zeros, and columns that are no values."""
+    z = unit(25).astype(np.float16)
+    for folder in ("img_emb", "text_emb", "metadata"):
+        (tmp_path / folder).mkdir()
+    for part, rows in enumerate((slice(0, 10), slice(10, 25))):
+        np.save(tmp_path / f"img_emb/img_emb_{part:02}.npy", z[rows])
+        n = len(z[rows])
+        table = {
+            "image_path": [f"{part}/{i}.jpg" for i in range(n)],
+            "caption": [f"caption {i}" for i in range(n)],
+            "similarity": pa.array(np.linspace(0, 1, n), pa.float32()),
+            "exif": [[1, 2]] * n,
+        }
+        pq.write_table(pa.table(table), tmp_path / f"metadata/metadata_{part:02}.parquet")
+    index = read_clip_retrieval(tmp_path, model)
+    assert len(index) == 25
+    assert index.search(z[12].astype(np.float32), k=1)[0].id == "1/2.jpg"
+    assert index.metadata("1/2.jpg")["caption"] == "caption 2"
+    assert set(index.columns) == {"caption", "similarity"}
+    with pytest.raises(CheckpointError, match="no text_emb/text_emb_0"):
+        read_clip_retrieval(tmp_path, model, modality="text")
+
+
+def test_round_trip(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(exchange, "PARTITION", 7)
+    index = RetrievalIndex(model)
+    index.add(unit(20), ids=[f"{i}.png" for i in range(20)], metadata={"n": range(20)})
+    index.remove("3.png")
+    write_clip_retrieval(index, tmp_path / "out")
+    assert len(list((tmp_path / "out/img_emb").iterdir())) == 3
+    again = read_clip_retrieval(tmp_path / "out", model)
+    assert again.ids == index.ids
+    assert again.columns == index.columns
+    np.testing.assert_allclose(again.embeddings(), index.embeddings(), atol=1e-6)
+    with pytest.raises(CheckpointError, match="is there already"):
+        write_clip_retrieval(index, tmp_path / "out")
+
+
+def test_bad_folders(model, tmp_path, make_model):
+    index = RetrievalIndex(model)
+    index.add(unit(5), ids=list("abcde"))
+    write_clip_retrieval(index, tmp_path / "out")
+    with pytest.raises(ConfigError, match="makes embeddings of 8"):
+        read_clip_retrieval(tmp_path / "out", make_model(embed_dim=8))
+    np.save(tmp_path / "out/img_emb/img_emb_0.npy", unit(4))
+    with pytest.raises(CheckpointError, match="has 4 rows and column"):
+        read_clip_retrieval(tmp_path / "out", model)
+    (tmp_path / "out/img_emb/img_emb_0.npy").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_clip_retrieval(tmp_path / "out", model)
+    with pytest.raises(ConfigError, match="empty"):
+        write_clip_retrieval(RetrievalIndex(model), tmp_path / "new")
+
+
+def test_faiss(model):
+    pytest.importorskip("faiss")
+    index = RetrievalIndex(model)
+    index.add(unit(200), metadata={"n": range(200)})
+    queries = unit(3, seed=1)
+    expected = index.search(queries, k=5)
+    ids = [[hit.id for hit in hits] for hits in expected]
+    index.search_with(faiss_search())
+    assert [[hit.id for hit in hits] for hits in index.search(queries, k=5)] == ids
+    kept = index.search(queries[0], k=5, where=lambda c: c["n"] < 50, min_score=0.1)
+    assert kept
+    assert all(hit.id < 50 and hit.score >= 0.1 for hit in kept)
+    index.remove(ids[0][0])
+    assert index.search(queries[0], k=4)[0].id == ids[0][1]
+    for factory in ("IVF4,Flat", "HNSW16"):
+        index.search_with(faiss_search(factory))
+        assert all(h.id < 50 for h in index.search(queries[0], where=lambda c: c["n"] < 50))
+    scores, positions = to_faiss(index).search(queries, 1)
+    assert index.ids[positions[1, 0]] == ids[1][0]
+    assert scores[1, 0] == pytest.approx(expected[1][0].score, abs=1e-6)
+    with pytest.raises(ConfigError, match="faiss knows no index 'Nonsense'"):
+        to_faiss(index, "Nonsense")
+
+
+def test_without_faiss(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    with pytest.raises(ConfigError, match="pip install faiss-cpu"):
+        faiss_search()

@@ -1,0 +1,115 @@
+"""Compact codes of embeddings: what a search scans first, before exact scores decide.
+
+"int8" keeps a byte for each dimension and one scale a row; "binary" keeps the sign of each
+dimension, after the mean of the first rows is taken off, and compares codes by the number of equal
+bits. Both only propose candidates: the rows themselves, which may stay on disk, give the scores.
+"""
+
+import functools
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from vlm.heads.top_k import top_k
+
+Coding = Literal["int8", "binary"]
+
+# Candidates for each answer that is asked for, and the least number of them.
+CANDIDATES: dict[str, int] = {"int8": 4, "binary": 40}
+LEAST = 100
+SCANNED = 1 << 16  # rows of bits compared in one call; the last ones are padded to this
+
+
+class Codes:
+    """The codes of a block of rows.
+
+    Attributes:
+        values: (n, d) int8, or (n, ceil(d / 32)) uint32 of signs.
+        scale: (n,) float32 for int8, so that a row is about values * scale; None for binary.
+    """
+
+    def __init__(self, values: np.ndarray, scale: np.ndarray | None = None):
+        self.values, self.scale = values, scale
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+
+def encode(rows: Float[np.ndarray, "n d"], coding: Coding, centre: np.ndarray) -> Codes:
+    """The codes of rows; `centre` (d,) is taken off before signs are."""
+    rows = np.asarray(rows, np.float32)
+    if coding == "int8":
+        scale = np.abs(rows).max(axis=1) / 127
+        return Codes(np.rint(rows / scale[:, None]).astype(np.int8), scale.astype(np.float32))
+    return Codes(signs(rows, centre))
+
+
+def signs(rows: Float[np.ndarray, "n d"], centre: Float[np.ndarray, " d"]) -> np.ndarray:
+    """The sign bits of rows - centre, packed into uint32 with zeros at the end."""
+    packed = np.packbits(rows > centre, axis=1)
+    packed = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 4)))
+    return np.ascontiguousarray(packed).view(np.uint32)
+
+
+def candidates(
+    z_query: Float[np.ndarray, "q d"],
+    blocks: list[Codes],
+    count: int,
+    coding: Coding,
+    centre: Float[np.ndarray, " d"],
+    allowed: Bool[np.ndarray, " n"] | None = None,
+) -> list[np.ndarray]:
+    """For each query the positions of the `count` rows that its codes put first, and their equals.
+
+    Codes of signs come with ties, which are all returned.
+    """
+    if coding == "int8":
+        values, scales = [b.values for b in blocks], [b.scale for b in blocks]
+        return top_k(z_query, values, count, allowed=allowed, scales=scales)[0]
+    bits = signs(z_query, centre)
+    differing = np.concatenate([_differing(block.values, bits) for block in blocks], axis=1)
+    found = []
+    for row in differing:
+        if allowed is not None:
+            row = np.where(allowed, row, np.iinfo(np.uint16).max)
+        sizes = np.cumsum(np.bincount(row))
+        limit = int(np.searchsorted(sizes, count))
+        at = np.flatnonzero(row <= limit)
+        found.append(at if allowed is None else at[allowed[at]])
+    return found
+
+
+def _differing(codes: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """(q, n) uint16: the number of bits in which each query and each row differ."""
+    out = np.empty((len(queries), len(codes)), np.uint16)
+    program = _bit_counter()
+    for start in range(0, len(codes), SCANNED):
+        tile = codes[start : start + SCANNED]
+        rows = len(tile)
+        if rows < SCANNED:
+            size = min(SCANNED, 1 << (rows - 1).bit_length())
+            tile = np.pad(tile, ((0, size - rows), (0, 0)))
+        for q, query in enumerate(queries):
+            out[q, start : start + rows] = np.asarray(program(tile, query))[:rows]
+    return out
+
+
+@functools.cache
+def _bit_counter():
+    # XLA counts bits with the vector instructions for it: several times as fast as NumPy.
+    import jax
+    import jax.numpy as jnp
+
+    cpu = jax.local_devices(backend="cpu")[0]
+
+    @jax.jit
+    def count(codes, query):
+        return jax.lax.population_count(codes ^ query).astype(jnp.uint16).sum(1, dtype=jnp.uint16)
+
+    def on_host(codes, query):
+        with jax.default_device(cpu):
+            return count(codes, query)
+
+    return on_host

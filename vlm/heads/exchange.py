@@ -1,0 +1,225 @@
+"""Indexes of other programs: the folders of clip-retrieval, and faiss.
+
+A clip-retrieval folder (github.com/rom1504/clip-retrieval) holds `img_emb/img_emb_0.npy`,
+`text_emb/text_emb_0.npy` and `metadata/metadata_0.parquet`, each in equal partitions, with the
+columns `image_path` and `caption` among the metadata.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from vlm.errors import CheckpointError, ConfigError, DataError
+from vlm.heads.metadata import Value
+from vlm.heads.retrieval import RetrievalIndex, Searcher
+
+PARTITION = 1 << 18  # rows
+PATH = "image_path"
+Modality = Literal["img", "text"]
+
+
+def read_clip_retrieval(
+    folder: str | os.PathLike, model: Any, modality: Modality = "img", dtype: str = "float32"
+) -> RetrievalIndex:
+    """An index of the embeddings in a clip-retrieval folder, with its metadata.
+
+    The ids are the paths of the images, or running numbers where the metadata has none.
+
+    Args:
+        folder: as `clip-retrieval inference` writes it.
+        model: the model that made the embeddings.
+        modality: whose embeddings, "img" or "text".
+        dtype: of the index.
+
+    Raises:
+        CheckpointError: no such embeddings, or partitions that disagree with their metadata.
+        ConfigError: embeddings of another width than the model's.
+    """
+    folder = Path(folder)
+    parts = _partitions(folder, f"{modality}_emb", "npy")
+    if not parts:
+        raise CheckpointError(
+            f"{folder} has no {modality}_emb/{modality}_emb_0.npy: give a folder that "
+            "clip-retrieval wrote"
+        )
+    width = np.asarray(model.encode_text(["a"])).shape[1]
+    metadata = _partitions(folder, "metadata", "parquet")
+    index = RetrievalIndex(model, dtype=dtype)
+    for number, file in parts.items():
+        try:
+            z = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be read ({error}): copy it again") from None
+        if z.ndim != 2 or z.shape[1] != width:
+            raise ConfigError(
+                f"{file} has shape {z.shape} and {model.name} makes embeddings of {width} "
+                "dimensions: load the model that made them"
+            )
+        columns = _columns(metadata[number]) if number in metadata else {}
+        for name, column in columns.items():
+            if len(column) != len(z):
+                raise CheckpointError(
+                    f"{file} has {len(z)} rows and column {name!r} of its metadata {len(column)}: "
+                    "copy the folder again"
+                )
+        paths = columns.pop(PATH, None) or [None] * len(z)
+        ids = [len(index) + i if path is None else path for i, path in enumerate(paths)]
+        if len(z):
+            index.add(np.asarray(z, np.float32), ids=ids, metadata=columns)
+    return index
+
+
+def write_clip_retrieval(index: RetrievalIndex, folder: str | os.PathLike) -> None:
+    """Write the embeddings and metadata of an index of images as a clip-retrieval folder.
+
+    Raises:
+        CheckpointError: the folder has files in it already.
+        ConfigError: the index is empty.
+    """
+    folder = Path(folder)
+    if not len(index):
+        raise ConfigError("the index is empty: add items before writing it")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} is there already: choose a new folder")
+    ids, columns = index.ids, index.columns
+    for number, start in enumerate(range(0, len(ids), PARTITION)):
+        rows = slice(start, start + PARTITION)
+        part = {PATH: [str(name) for name in ids[rows]]}
+        part |= {name: column[rows] for name, column in columns.items() if name != PATH}
+        write_partition(folder, number, index.embeddings(ids[rows]), part)
+
+
+def write_partition(
+    folder: Path, number: int, z: np.ndarray, columns: dict[str, list[Value]]
+) -> None:
+    """One partition of a clip-retrieval folder, metadata last; a reader never sees half of a file.
+
+    Args:
+        folder: the whole folder.
+        number: of the partition, from 0.
+        z: (n, d) embeddings of images.
+        columns: their metadata, with `image_path`.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    for name in ("img_emb", "metadata"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    embeddings = folder / "img_emb" / f"img_emb_{number}.npy"
+    metadata = folder / "metadata" / f"metadata_{number}.parquet"
+    partial = embeddings.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        np.save(file, z, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, embeddings)
+    partial = metadata.with_suffix(".partial")
+    pyarrow.parquet.write_table(pyarrow.table(columns), partial)
+    os.replace(partial, metadata)
+
+
+def faiss_search(factory: str = "Flat") -> Callable[[list[np.ndarray]], Searcher]:
+    """What lets `RetrievalIndex.search_with` search by faiss; exact for "Flat".
+
+    Args:
+        factory: the description of an index as `faiss.index_factory` reads it, such as
+            "IVF1024,Flat" or "HNSW32".
+
+    Raises:
+        ConfigError: faiss is not installed, or does not know the description.
+    """
+    _faiss()
+    return lambda rows: _FaissSearch(rows, factory)
+
+
+def to_faiss(index: RetrievalIndex, factory: str = "Flat") -> Any:
+    """A faiss index of inner products over the embeddings, numbered in the order of `index.ids`.
+
+    Raises:
+        ConfigError: faiss is not installed or does not know the description; an empty index.
+    """
+    if not len(index):
+        raise ConfigError("the index is empty: add items before handing it to faiss")
+    return _build([index.embeddings()], factory)
+
+
+class _FaissSearch:
+    def __init__(self, rows: list[np.ndarray], factory: str):
+        self._index = _build(rows, factory)
+
+    def search(self, z_query, k, allowed=None, min_score=-np.inf):
+        faiss, options = _faiss(), {}
+        if allowed is not None:
+            selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+            kinds = {"IVF": "SearchParametersIVF", "HNSW": "SearchParametersHNSW"}
+            name = type(faiss.downcast_index(self._index)).__name__
+            kind = next((kinds[part] for part in kinds if part in name), "SearchParameters")
+            options["params"] = getattr(faiss, kind)(sel=selector)
+        k = min(k, self._index.ntotal)
+        scores, positions = self._index.search(np.ascontiguousarray(z_query), k, **options)
+        found = (positions >= 0) & (scores >= min_score)
+        return (
+            [row[f] for row, f in zip(positions, found, strict=True)],
+            [row[f] for row, f in zip(scores, found, strict=True)],
+        )
+
+
+def _build(rows: Sequence[np.ndarray], factory: str) -> Any:
+    faiss = _faiss()
+    try:
+        index = faiss.index_factory(rows[0].shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"faiss knows no index {factory!r} ({str(error).splitlines()[-1]}): see its index "
+            "factory, such as 'Flat' or 'IVF1024,Flat'"
+        ) from None
+    if not index.is_trained:
+        index.train(np.concatenate([np.asarray(block, np.float32) for block in rows]))
+    for block in rows:
+        index.add(np.asarray(block, np.float32))
+    return index
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError:
+        raise ConfigError("faiss is not installed: pip install faiss-cpu") from None
+    return faiss
+
+
+def _partitions(folder: Path, kind: str, suffix: str) -> dict[int, Path]:
+    """The files of a kind by the number of their partition, in order."""
+    found = {
+        int(match[1]): file
+        for file in (folder / kind).glob(f"{kind}_*.{suffix}")
+        if (match := re.fullmatch(rf"{kind}_(\d+)\.{suffix}", file.name))
+    }
+    return dict(sorted(found.items()))
+
+
+def _columns(file: Path) -> dict[str, list[Value]]:
+    """The columns of a Parquet file that hold texts and numbers."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(file)
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise DataError(f"{file} cannot be read ({error}): copy it again") from None
+    return dict(_plain(table))
+
+
+def _plain(table: Any) -> Iterator[tuple[str, list[Value]]]:
+    import pyarrow.types as types
+
+    for name in table.column_names:
+        kind = table.schema.field(name).type
+        if types.is_string(kind) or types.is_large_string(kind) or types.is_primitive(kind):
+            values = table.column(name).to_pylist()
+            if all(value is None or isinstance(value, str | int | float) for value in values):
+                yield name, values

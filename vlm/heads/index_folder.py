@@ -1,0 +1,195 @@
+"""The folder of a saved index: shards that are never changed, and one small file that names them.
+
+    index.json           what the index is, and its shards in order; replaced as a whole
+    rows-ID.npy          (n, d) embeddings of a shard
+    items-ID.json        their ids, and their metadata by column
+    codes-ID.npy         compact codes, if the index has them (and scale-ID.npy for int8)
+    removed-ID.npy       positions of rows that are no longer in the index
+
+New shards are on disk before `index.json` names them, and files that it no longer names go last:
+whoever opens the folder, or is killed while writing it, finds the old index or the new one, whole.
+"""
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm.errors import CheckpointError
+from vlm.heads.codes import Codes
+from vlm.heads.identity import FIELDS
+
+FORMAT = "vlm retrieval index"
+VERSION = 2  # of the folder's format; 1, which had a single shard, is still read
+SHARD_ROWS = 1 << 18
+WRITTEN_ROWS = 1 << 14  # copied at once
+
+DESCRIPTION = "index.json"
+PARTS = ("rows", "items", "codes", "scale", "removed", "embeddings")  # the last of version 1
+PATTERNS = (*(f"{part}-*" for part in PARTS), f"{DESCRIPTION}.*")
+
+
+def check_target(folder: Path) -> None:
+    """Raise a CheckpointError if something else lies where an index is to be written."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file: choose a folder for the index")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / DESCRIPTION).is_file():
+        raise CheckpointError(f"{folder} holds other files and no index: choose another folder")
+
+
+def write_shard(
+    folder: Path,
+    rows: Iterator[np.ndarray],
+    shape: tuple[int, int],
+    dtype: np.dtype,
+    items: dict[str, Any],
+    codes: Codes | None,
+) -> str:
+    """Write one shard and return its name; `rows` come in pieces, in order."""
+    name = uuid.uuid4().hex[:12]
+    with open(folder / f"rows-{name}.npy", "wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": shape})
+        for piece in rows:
+            file.write(np.ascontiguousarray(piece, dtype).data)
+        _to_disk(file)
+    with open(folder / f"items-{name}.json", "w", encoding="utf-8") as file:
+        json.dump(items, file, ensure_ascii=False)
+        _to_disk(file)
+    if codes is not None:
+        parts = {"codes": codes.values} | ({} if codes.scale is None else {"scale": codes.scale})
+        for part, values in parts.items():
+            with open(folder / f"{part}-{name}.npy", "wb") as file:
+                np.save(file, values, allow_pickle=False)
+                _to_disk(file)
+    return name
+
+
+def read_rows(folder: Path, name: str) -> np.ndarray:
+    """The rows of a shard, mapped."""
+    return _mapped(folder / f"rows-{name}.npy")
+
+
+def write_removed(folder: Path, positions: np.ndarray) -> str | None:
+    """Write the positions of removed rows and return the name of their file, if there are any."""
+    if not len(positions):
+        return None
+    name = f"removed-{uuid.uuid4().hex[:12]}.npy"
+    with open(folder / name, "wb") as file:
+        np.save(file, positions.astype(np.int64), allow_pickle=False)
+        _to_disk(file)
+    return name
+
+
+def publish(folder: Path, description: dict[str, Any]) -> None:
+    """Make `description` the index of the folder, then remove the files that it does not name."""
+    partial = folder / f"{DESCRIPTION}.{uuid.uuid4().hex[:8]}"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump({"format": FORMAT, "version": VERSION, **description}, file, ensure_ascii=False)
+        _to_disk(file)
+    os.replace(partial, folder / DESCRIPTION)
+    named = {shard["name"] for shard in description["shards"]}
+    for pattern in PATTERNS:
+        for old in folder.glob(pattern):
+            kept = old.stem.partition("-")[2] in named or old.name == description["removed"]
+            if not kept:
+                old.unlink(missing_ok=True)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What `index.json` says, or a CheckpointError that says why there is no index."""
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no index: give a folder that an index was saved to")
+    meta = _json(path)
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise CheckpointError(f"{path} does not describe a retrieval index of vlm: give its folder")
+    if meta.get("version") not in (1, VERSION):
+        raise CheckpointError(
+            f"{path} has version {meta.get('version')!r} and this vlm reads {VERSION}: "
+            "install the vlm that wrote it, or build the index again"
+        )
+    fields: dict[str, type] = {**FIELDS, "embed_dim": int, "dtype": str}
+    fields |= {"shards": list} if meta["version"] == VERSION else {"embeddings": str, "ids": list}
+    for name, kind in fields.items():
+        if not isinstance(meta.get(name), kind):
+            raise CheckpointError(f"{path} has no usable {name!r}: build the index again")
+    if {len(meta["probe_text"]), len(meta["probe_image"])} != {meta["embed_dim"]}:
+        raise CheckpointError(f"{folder} is torn: its widths disagree: build the index again")
+    return meta
+
+
+def read_shards(folder: Path, meta: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Each shard: name (None in a folder of version 1), rows and codes mapped, ids and columns.
+
+    Raises:
+        CheckpointError: files that are missing, torn, or at odds with their description.
+    """
+    if meta["version"] == 1:
+        rows = _mapped(folder / Path(meta["embeddings"]).name)
+        _check(folder, meta, rows, meta.get("count"), len(meta["ids"]))
+        yield {"name": None, "rows": rows, "ids": meta["ids"], "columns": {}, "codes": None}
+        return
+    for shard in meta["shards"]:
+        name = Path(str(shard.get("name") if isinstance(shard, dict) else None)).name
+        rows = read_rows(folder, name)
+        items = _json(folder / f"items-{name}.json")
+        usable = isinstance(items, dict) and isinstance(items.get("ids"), list)
+        columns = items.get("columns", {}) if usable else None
+        if not isinstance(columns, dict) or any(
+            not isinstance(column, list) or len(column) != len(items["ids"])
+            for column in columns.values()
+        ):
+            raise CheckpointError(f"{folder / f'items-{name}.json'} is torn: build the index again")
+        _check(folder, meta, rows, shard.get("count"), len(items["ids"]))
+        codes = None
+        if meta.get("coding"):
+            scale = _mapped(folder / f"scale-{name}.npy") if meta["coding"] == "int8" else None
+            codes = Codes(np.array(_mapped(folder / f"codes-{name}.npy")), scale)
+            if len(codes.values) != len(rows):
+                raise CheckpointError(f"{folder} is torn: codes of another number than rows")
+        yield {"name": name, "rows": rows, "ids": items["ids"], "columns": columns, "codes": codes}
+
+
+def read_removed(folder: Path, meta: dict[str, Any], count: int) -> np.ndarray:
+    """The positions of removed rows, of `count` in all."""
+    if not meta.get("removed"):
+        return np.zeros(0, np.int64)
+    removed = np.array(_mapped(folder / Path(meta["removed"]).name))
+    if removed.ndim != 1 or removed.dtype != np.int64 or (removed >= count).any():
+        raise CheckpointError(f"{folder} is torn: {meta['removed']} names rows that are not there")
+    return removed
+
+
+def _check(folder: Path, meta: dict[str, Any], rows: np.ndarray, count: Any, ids: int) -> None:
+    described = (count, meta["embed_dim"])
+    if rows.shape != described or ids != len(rows) or rows.dtype != meta["dtype"]:
+        raise CheckpointError(
+            f"{folder} is torn: {ids} ids and {rows.dtype} embeddings of shape {rows.shape}, "
+            f"described as {meta['dtype']} {described}: build the index again"
+        )
+
+
+def _mapped(file: Path) -> np.ndarray:
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}): build the index again") from None
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): build the index again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): build the index again") from None
+
+
+def _to_disk(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

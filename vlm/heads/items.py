@@ -1,0 +1,240 @@
+"""The items of an index: ids, metadata and embeddings, in memory or mapped from their folder."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from vlm.errors import CheckpointError, ConfigError
+from vlm.heads import index_folder
+from vlm.heads.codes import CANDIDATES, Codes, Coding, encode
+from vlm.heads.metadata import Value
+
+SMALL = 8192  # rows: blocks that are smaller together are joined
+MOST_REMOVED, MOST_SHARDS = 0.25, 64  # beyond these a save writes everything anew
+
+Id = str | int
+
+
+@dataclass
+class Block:
+    """Rows that were added together; `name` is their shard in the folder of the index, if any."""
+
+    rows: np.ndarray
+    codes: Codes | None
+    name: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class Items:
+    """What an index holds, by position. A removed item keeps its position until a save drops it.
+
+    Attributes:
+        ids, columns, live: of every position: its id, its metadata, whether it is there still.
+        at: the position of each id that is there.
+        blocks: the embeddings, in order.
+        centre: (d,), what the signs of binary codes are taken around.
+    """
+
+    def __init__(self, dtype: str, coding: Coding | None):
+        self.dtype, self.coding = dtype, coding
+        self.ids: list[Id] = []
+        self.columns: dict[str, list[Value]] = {}
+        self.live = np.zeros(0, bool)
+        self.at: dict[Id, int] = {}
+        self.blocks: list[Block] = []
+        self.centre: np.ndarray | None = None
+        self.next_number = 0  # above every integer id and every position so far
+        self.folder: Path | None = None  # of the blocks that have a name
+
+    @property
+    def embed_dim(self) -> int | None:
+        return self.blocks[0].rows.shape[1] if self.blocks else None
+
+    @property
+    def rows(self) -> list[np.ndarray]:
+        return [block.rows for block in self.blocks]
+
+    @property
+    def codes(self) -> list[Codes]:
+        return [block.codes for block in self.blocks if block.codes is not None]
+
+    def position(self, id: Id) -> int:
+        """Where an id lies.
+
+        Raises:
+            ConfigError: it is not there.
+        """
+        try:
+            return self.at[id]
+        except (KeyError, TypeError):
+            raise ConfigError(f"the index has no id {id!r}: `ids` lists those it has") from None
+
+    def rows_at(self, positions: np.ndarray) -> np.ndarray:
+        """The rows at these positions, in this order, as they are stored."""
+        out = np.empty((len(positions), self.embed_dim or 0), self.dtype)
+        start = 0
+        for block in self.blocks:
+            here = (positions >= start) & (positions < start + len(block))
+            if here.any():
+                out[here] = block.rows[positions[here] - start]
+            start += len(block)
+        return out
+
+    # ------------------------------------------------------------------------------ changing
+
+    def add(self, rows: list[np.ndarray], ids: list[Id], columns: dict[str, list[Value]]) -> None:
+        """Append checked items; those that have an id of theirs already are replaced."""
+        if not ids:
+            return
+        if self.coding and self.centre is None:
+            self.centre = np.asarray(rows[0], np.float32).mean(axis=0)
+        blocks = [Block(z, self._codes_of(z)) for z in rows]
+        count = len(self.ids)
+        for name in columns.keys() - self.columns.keys():
+            self.columns[name] = [None] * count
+        for name, column in self.columns.items():
+            column += columns.get(name, [None] * len(ids))
+        replaced = [self.at[name] for name in ids if name in self.at]
+        self.live = np.concatenate([self.live, np.ones(len(ids), bool)])
+        self.live[replaced] = False
+        self.ids += ids
+        self._count_on(ids)
+        self.at |= zip(ids, range(count, count + len(ids)), strict=True)
+        self.blocks += blocks
+
+    def _count_on(self, ids: list[Id]) -> None:
+        numbers = (1 + name for name in ids if isinstance(name, int))
+        self.next_number = max(self.next_number, len(self.ids), max(numbers, default=0))
+
+    def remove(self, ids: Iterable[Id]) -> None:
+        """Take items out; with an unknown id, none at all."""
+        ids = list(ids)
+        self.live[[self.position(name) for name in ids]] = False
+        for name in ids:
+            self.at.pop(name, None)
+
+    def join_small_blocks(self) -> None:
+        """Neighbouring blocks of a few rows, none of which has been saved, become one."""
+        joined: list[Block] = []
+        for block in self.blocks:
+            last = joined[-1] if joined else None
+            if last and not (last.name or block.name) and len(last) + len(block) <= SMALL:
+                rows = np.concatenate([last.rows, block.rows])
+                joined[-1] = Block(rows, self._codes_of(rows))
+            else:
+                joined.append(block)
+        self.blocks = joined
+
+    def _codes_of(self, rows: np.ndarray) -> Codes | None:
+        return None if self.coding is None else encode(rows, self.coding, self.centre)
+
+    # --------------------------------------------------------------------- saving and opening
+
+    def save(self, folder: Path, model: dict[str, Any]) -> None:
+        """Write what the folder does not have yet, and let it be the index; then rows are mapped.
+
+        Args:
+            folder: new, empty, or of an index.
+            model: what is kept of the model, see `vlm.heads.identity`.
+        """
+        home = self.folder == folder.resolve() and all(
+            (folder / f"rows-{block.name}.npy").is_file() for block in self.blocks if block.name
+        )
+        removed = len(self.ids) - len(self.at)
+        few = sum(block.name is not None for block in self.blocks) < MOST_SHARDS
+        if not (home and few and removed <= MOST_REMOVED * len(self.ids)):
+            self._write_all(folder)
+        else:
+            self._write_new(folder)
+        described = {
+            **model,
+            "embed_dim": self.embed_dim,
+            "dtype": self.dtype,
+            "coding": self.coding,
+            "centre": None if self.centre is None else self.centre.tolist(),
+            "shards": [{"name": block.name, "count": len(block)} for block in self.blocks],
+            "removed": index_folder.write_removed(folder, np.flatnonzero(~self.live)),
+        }
+        self.folder = folder.resolve()
+        index_folder.publish(folder, described)
+
+    def _write_all(self, folder: Path) -> None:
+        live = np.flatnonzero(self.live)
+        cuts = range(0, len(live), index_folder.SHARD_ROWS)
+        self.blocks = [self._shard(folder, live[i : i + index_folder.SHARD_ROWS]) for i in cuts]
+        self.ids = [self.ids[i] for i in live]
+        self.columns = {n: [c[i] for i in live] for n, c in self.columns.items()}
+        self.at = {name: i for i, name in enumerate(self.ids)}
+        self.live = np.ones(len(live), bool)
+
+    def _write_new(self, folder: Path) -> None:
+        blocks, start = [], 0
+        for saved, group in itertools.groupby(self.blocks, lambda block: block.name is not None):
+            group = list(group)
+            count = sum(map(len, group))
+            if saved:
+                blocks += group
+            else:
+                cuts = range(start, start + count, index_folder.SHARD_ROWS)
+                ends = (min(i + index_folder.SHARD_ROWS, start + count) for i in cuts)
+                pairs = zip(cuts, ends, strict=True)
+                blocks += [self._shard(folder, np.arange(i, end)) for i, end in pairs]
+            start += count
+        self.blocks = blocks
+
+    def _shard(self, folder: Path, positions: np.ndarray) -> Block:
+        """Write the items at these positions as one shard and open it."""
+
+        def pieces() -> Iterator[np.ndarray]:
+            for i in range(0, len(positions), index_folder.WRITTEN_ROWS):
+                yield self.rows_at(positions[i : i + index_folder.WRITTEN_ROWS])
+
+        codes = self._codes_at(positions)
+        items = {
+            "ids": [self.ids[i] for i in positions],
+            "columns": {n: [c[i] for i in positions] for n, c in self.columns.items()},
+        }
+        shape = (len(positions), self.embed_dim or 0)
+        name = index_folder.write_shard(folder, pieces(), shape, self.dtype, items, codes)
+        return Block(index_folder.read_rows(folder, name), codes, name)
+
+    def _codes_at(self, positions: np.ndarray) -> Codes | None:
+        if self.coding is None:
+            return None
+        values = np.concatenate([codes.values for codes in self.codes])[positions]
+        scales = [codes.scale for codes in self.codes if codes.scale is not None]
+        return Codes(values, np.concatenate(scales)[positions] if scales else None)
+
+    @classmethod
+    def open(cls, folder: Path, meta: dict[str, Any]) -> Self:
+        """The items of a saved index, by what its description says.
+
+        Raises:
+            CheckpointError: torn files.
+        """
+        coding = meta.get("coding")
+        if coding not in (None, *CANDIDATES) or (coding and not isinstance(meta["centre"], list)):
+            raise CheckpointError(f"{folder} has codes of no known kind: build the index again")
+        items = cls(meta["dtype"], coding)
+        items.centre = np.asarray(meta["centre"], np.float32) if coding else None
+        for shard in index_folder.read_shards(folder, meta):
+            count = len(items.ids)
+            for name in shard["columns"].keys() | items.columns.keys():
+                column = items.columns.setdefault(name, [None] * count)
+                column += shard["columns"].get(name, [None] * len(shard["ids"]))
+            items.ids += shard["ids"]
+            items.blocks.append(Block(shard["rows"], shard["codes"], shard["name"]))
+        items.live = np.ones(len(items.ids), bool)
+        items.live[index_folder.read_removed(folder, meta, len(items.ids))] = False
+        items.at = {items.ids[i]: int(i) for i in np.flatnonzero(items.live)}
+        if len(items.at) != items.live.sum():
+            raise CheckpointError(f"{folder} is torn: it names an id twice: build the index again")
+        items.folder = folder.resolve()
+        items._count_on(items.ids)
+        return items

@@ -1,0 +1,94 @@
+"""Metadata of an index: columns of values beside the rows, and the filters that read them."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from vlm.errors import ConfigError
+
+Value = str | int | float | bool | None
+Where = Mapping[str, Any] | Callable[[dict[str, np.ndarray]], np.ndarray]
+
+
+def checked_columns(metadata: Mapping[str, Iterable[Value]], count: int) -> dict[str, list[Value]]:
+    """The columns as lists of `count` plain values.
+
+    Raises:
+        ConfigError: another number of values, or one that is no text, number, truth value or None.
+    """
+    columns = {}
+    for name, values in metadata.items():
+        if not isinstance(name, str) or not name or isinstance(values, str):
+            raise ConfigError(f"metadata column {name!r} must be a name with a list of values")
+        column = [value.item() if isinstance(value, np.generic) else value for value in values]
+        if len(column) != count:
+            raise ConfigError(
+                f"metadata column {name!r} has {len(column)} values for {count} items: "
+                "give one each"
+            )
+        for value in column:
+            if value is not None and not isinstance(value, str | int | float):
+                raise ConfigError(
+                    f"metadata column {name!r} holds {value!r}: give texts, numbers or None"
+                )
+        columns[name] = column
+    return columns
+
+
+def as_array(column: list[Value]) -> np.ndarray:
+    """A column to compute with: numbers, or texts; what is missing is NaN or the empty text."""
+    known = [value for value in column if value is not None]
+    if known and all(isinstance(value, str) for value in known):
+        return np.asarray(["" if value is None else value for value in column])
+    if any(isinstance(value, str) for value in known):
+        return np.asarray(column, object)
+    if len(known) < len(column):
+        return np.asarray([np.nan if value is None else value for value in column], np.float64)
+    return np.asarray(column)
+
+
+def matching(
+    columns: Mapping[str, list[Value]], count: int, where: Where
+) -> Bool[np.ndarray, " n"]:
+    """Which of `count` rows a filter lets through.
+
+    Args:
+        columns: the metadata.
+        count: the number of rows.
+        where: for each named column the value it must equal, or a list, set or tuple of values of
+            which it must be one; or a function of the columns, as arrays, that gives a truth value
+            for each row: `lambda columns: columns["year"] >= 2020`.
+
+    Raises:
+        ConfigError: an unknown column, or a function that gives something else.
+    """
+    if callable(where):
+        try:
+            kept = np.asarray(where({name: as_array(column) for name, column in columns.items()}))
+        except KeyError as error:
+            raise ConfigError(_unknown(error.args[0], columns)) from None
+        if kept.shape != (count,) or kept.dtype != bool:
+            raise ConfigError(
+                f"the filter gave {kept.dtype}{kept.shape}: it must give a truth value for each of "
+                f"the {count} rows"
+            )
+        return kept
+    if not isinstance(where, Mapping):
+        raise ConfigError(
+            f"where is a {type(where).__name__}: give a dict of columns and values, or a function"
+        )
+    kept = np.ones(count, bool)
+    for name, wanted in where.items():
+        if name not in columns:
+            raise ConfigError(_unknown(name, columns))
+        several = isinstance(wanted, list | tuple | set | frozenset)
+        allowed = set(wanted) if several else {wanted}
+        kept &= np.fromiter((value in allowed for value in columns[name]), bool, count)
+    return kept
+
+
+def _unknown(name: Any, columns: Mapping[str, Any]) -> str:
+    known = ", ".join(sorted(columns)) or "none: give `metadata` when adding"
+    return f"the index has no metadata column {name!r}; it has {known}"

@@ -1,0 +1,132 @@
+"""Classification by neighbours: what the nearest labelled or captioned items say of an image.
+
+Alone it is k-nearest-neighbour classification; joined with a zero-shot classifier, what the
+literature calls retrieval-augmented classification (Long et al., 2022, arXiv:2202.11233; Iscen et
+al., 2023, arXiv:2306.07196).
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from vlm.errors import ConfigError
+from vlm.heads.prompts import normalise
+from vlm.heads.retrieval import RetrievalIndex
+from vlm.heads.zero_shot import Classification, ZeroShotClassifier, encode_images, to_scores
+
+Evidence = Literal["label", "caption"]
+
+
+class NeighbourClassifier:
+    """Classifies images by the items of an index that are nearest to them.
+
+    Each of the k nearest items votes with a weight of exp(cosine / temperature), as in the k-NN
+    evaluation of Wu et al., 2018 (arXiv:1805.01978). With a label column it votes for its label;
+    with a caption column, for the classes whose prompts its caption is near to.
+
+    Args:
+        index: images with a metadata column of labels or captions.
+        column: the name of that column; items without a value do not vote.
+        k: neighbours asked.
+        zero_shot: a classifier to join; needed for captions, whose classes it names.
+        share: how much of the joined probability the neighbours have; the classifier has the rest.
+        temperature: of the votes.
+
+    Raises:
+        ConfigError: an empty index, no such column, captions without `zero_shot`, a label that
+            `zero_shot` does not have, a share outside 0 to 1, a temperature or k that is not
+            positive.
+    """
+
+    def __init__(
+        self,
+        index: RetrievalIndex,
+        column: str,
+        k: int = 20,
+        zero_shot: ZeroShotClassifier | None = None,
+        share: float = 0.5,
+        temperature: float = 0.07,
+        evidence: Evidence = "label",
+    ):
+        if not len(index):
+            raise ConfigError("the index is empty: neighbours need items to be found among")
+        if column not in index.columns:
+            known = ", ".join(sorted(index.columns)) or "none"
+            raise ConfigError(f"the index has no metadata column {column!r}; it has {known}")
+        if k < 1 or not temperature > 0 or not 0 <= share <= 1:
+            raise ConfigError(
+                f"k {k}, temperature {temperature} and share {share}: k is at least 1, the "
+                "temperature above 0, the share from 0 to 1"
+            )
+        self.index, self.column, self.k = index, column, k
+        self.zero_shot, self.share, self.temperature = zero_shot, share, temperature
+        told = dict(zip(index.ids, index.columns[column], strict=True))
+        told = {name: str(value) for name, value in told.items() if value not in (None, "")}
+        if not told:
+            raise ConfigError(f"the metadata column {column!r} has no values: neighbours need some")
+        if evidence == "caption":
+            if zero_shot is None:
+                raise ConfigError("captions name no classes: give a zero_shot classifier too")
+            self.labels = zero_shot.labels
+            self._votes = _caption_votes(zero_shot, told)
+        else:
+            names = sorted(set(told.values()))
+            self.labels = tuple(names) if zero_shot is None else zero_shot.labels
+            at = {label: i for i, label in enumerate(self.labels)}
+            for label in names:
+                if label not in at:
+                    raise ConfigError(
+                        f"label {label!r} of column {column!r} is none of the classifier's: "
+                        "name it there, or leave it out of the index"
+                    )
+            eye = np.eye(len(self.labels), dtype=np.float32)
+            self._votes = {name: eye[at[label]] for name, label in told.items()}
+
+    def __call__(self, images: Any, batch_size: int | None = None) -> Classification:
+        """Classify one image or any iterable of them; the scores of an image sum to one."""
+        z_image, first = encode_images(self.index.model, images, batch_size)
+        return Classification(self.labels, self.logits(z_image), "softmax", first)
+
+    classify = __call__
+
+    def logits(self, z_image: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
+        """The logarithms of the joined probabilities of image embeddings."""
+        mine = self.votes(z_image)
+        if self.zero_shot is not None:
+            shown = to_scores(self.zero_shot.logits(z_image), "softmax")
+            mine = self.share * mine + (1 - self.share) * shown
+        return np.log(np.maximum(mine, 1e-12)).astype(np.float32)
+
+    def votes(self, z_image: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
+        """What the neighbours alone say, as probabilities."""
+        voters = set(self._votes)
+        kept = self.index.columns[self.column]
+        known = [value not in (None, "") for value in kept]
+        where = None if all(known) else (lambda columns: _has_value(columns[self.column]))
+        out = np.zeros((len(z_image), len(self.labels)), np.float32)
+        for row, hits in zip(out, self.index.search(z_image, self.k, where=where), strict=True):
+            scores = np.array([hit.score for hit in hits if hit.id in voters])
+            weights = np.exp((scores - scores.max(initial=-1)) / self.temperature)
+            for weight, hit in zip(weights, (h for h in hits if h.id in voters), strict=True):
+                row += weight / weights.sum() * self._votes[hit.id]
+        return out
+
+    def __repr__(self) -> str:
+        joined = "" if self.zero_shot is None else f" and zero-shot ({1 - self.share:.0%})"
+        return f"NeighbourClassifier({len(self.labels)} labels, {self.k} neighbours{joined})"
+
+
+def _caption_votes(zero_shot: ZeroShotClassifier, told: dict[Any, str]) -> dict[Any, np.ndarray]:
+    """For each item, the class probabilities of its caption by the classifier's own prompts."""
+    captions: Sequence[str] = list(dict.fromkeys(told.values()))
+    z = normalise(zero_shot.model.encode_text(list(captions)), "the embedding of a caption")
+    votes = dict(zip(captions, to_scores(zero_shot.logits(z), "softmax"), strict=True))
+    return {name: votes[caption] for name, caption in told.items()}
+
+
+def _has_value(column: np.ndarray) -> np.ndarray:
+    if column.dtype.kind == "f":
+        return ~np.isnan(column)
+    return np.asarray([value not in (None, "") for value in column.tolist()], bool)

@@ -1,0 +1,115 @@
+"""Queries that add and subtract: twice this text and a picture, without that."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from vlm.errors import ConfigError
+from vlm.heads.inputs import kind
+from vlm.heads.prompts import normalise
+
+
+class Query:
+    """A weighted sum of texts, pictures and embeddings, as one direction to search in.
+
+    Each part is embedded with unit norm, multiplied by its weight and added; the sum is scaled to
+    unit norm again (word arithmetic in a shared space: Kiros et al., 2014, arXiv:1411.2539).
+
+        2 * Query("golden retriever") + Query(Path("this.jpg")) - Query("fruit")
+
+    Args:
+        item: a text, a picture (`pathlib.Path`, PIL image or array of pixels) or an embedding.
+        weight: how much of it.
+
+    Raises:
+        ConfigError: a weight that is zero or not finite, or an item of no known kind.
+    """
+
+    def __init__(self, item: Any, weight: float = 1.0):
+        kind(item, "a query")
+        self.terms: tuple[tuple[float, Any], ...] = ((_weight(weight), item),)
+
+    def __add__(self, other: "Query") -> "Query":
+        return _of((*self.terms, *_query(other).terms))
+
+    def __sub__(self, other: "Query") -> "Query":
+        return self + -1.0 * _query(other)
+
+    def __mul__(self, factor: float) -> "Query":
+        factor = _weight(factor)
+        return _of(tuple((weight * factor, item) for weight, item in self.terms))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "Query":
+        return self * -1.0
+
+    def __repr__(self) -> str:
+        said = [f"{weight:+g} x {item!r}" for weight, item in self.terms]
+        return f"Query({' '.join(said)})"
+
+
+def embed_queries(model: Any, queries: Iterable[Query]) -> Float[np.ndarray, "q d"]:
+    """The unit-norm direction of each query; every text and picture is encoded in one call.
+
+    Raises:
+        DataError: terms that cancel, or an embedding that is not finite.
+        ConfigError: embeddings of another width than the model's.
+    """
+    terms = [(q, w, item) for q, query in enumerate(queries) for w, item in query.terms]
+    count = 1 + max((q for q, *_ in terms), default=-1)
+    kinds = [kind(item, "a query") for *_, item in terms]
+    parts: dict[int, np.ndarray] = {}
+    for what, encode in (("text", model.encode_text), ("image", model.encode_image)):
+        at = [i for i, found in enumerate(kinds) if found == what]
+        if at:
+            z = np.asarray(encode([terms[i][2] for i in at]), np.float32)
+            parts |= dict(zip(at, z, strict=True))
+    for i, found in enumerate(kinds):
+        if found == "embedding":
+            parts[i] = np.asarray(terms[i][2], np.float32)
+    widths = {len(z) for z in parts.values()}
+    if len(widths) > 1:
+        raise ConfigError(
+            f"the parts of a query have {' and '.join(map(str, sorted(widths)))} dimensions: "
+            f"encode its embeddings with {model.name}"
+        )
+    total = np.zeros((count, widths.pop() if widths else 1), np.float32)
+    for i, (q, weight, _) in enumerate(terms):
+        total[q] += weight * normalise(parts[i][None], "the embedding of a part of a query")[0]
+    # What is left of equal parts that cancel is rounding, and has no direction.
+    total[np.linalg.norm(total, axis=1) < 1e-4] = 0
+    return normalise(total, "the sum of a query's parts")
+
+
+def queries_in(query: Any) -> Iterator[Query] | None:
+    """The `Query` objects that `query` is or lists; None if it is something else."""
+    if isinstance(query, Query):
+        return iter([query])
+    if isinstance(query, list | tuple) and query and all(isinstance(q, Query) for q in query):
+        return iter(query)
+    return None
+
+
+def _of(terms: tuple[tuple[float, Any], ...]) -> Query:
+    made = Query.__new__(Query)
+    made.terms = terms
+    return made
+
+
+def _query(other: Any) -> Query:
+    if not isinstance(other, Query):
+        raise ConfigError(
+            f"a query and a {type(other).__name__} cannot be added: "
+            f"wrap it, such as Query({other!r})"
+        )
+    return other
+
+
+def _weight(weight: Any) -> float:
+    number = isinstance(weight, int | float | np.number) and not isinstance(weight, bool)
+    if not number or not np.isfinite(weight) or weight == 0:
+        raise ConfigError(f"the weight {weight!r} of a part of a query must be a number but not 0")
+    return float(weight)

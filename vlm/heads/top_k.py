@@ -1,0 +1,96 @@
+"""Exact search on the host: the k rows nearest to each query, in one pass over memory."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+TILE_BYTES = 64 << 20  # of stored rows multiplied at once, in float32
+WIDENED_BYTES = 2 << 20  # of rows that are widened to float32 first: the copy stays in the cache
+SPARSE = 0.1  # below this share of allowed rows only those are multiplied
+
+
+def top_k(
+    z_query: Float[np.ndarray, "q d"],
+    blocks: Iterable[np.ndarray],
+    k: int,
+    *,
+    allowed: Bool[np.ndarray, " n"] | None = None,
+    min_score: float = -np.inf,
+    scales: Iterable[Float[np.ndarray, " n"] | None] | None = None,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Positions and scores of the k largest products per query, over rows given in blocks.
+
+    Exact; equal scores keep the order of the rows. Memory: one tile of rows in float32 and its
+    products, whatever the size of the index.
+
+    Args:
+        z_query: the queries.
+        blocks: rows (n_i, d), float32 or narrower; of all blocks together there are n.
+        k: answers per query; there are fewer if fewer rows qualify.
+        allowed: the rows that may be answers; all by default.
+        min_score: the least score of an answer.
+        scales: for each block, what its rows' products are multiplied by, if anything.
+    """
+    count = len(z_query)
+    best_at = [np.zeros(0, np.int64)] * count
+    best = [np.zeros(0, np.float32)] * count
+    # What a new row must exceed to enter.
+    floor = np.full(count, np.nextafter(np.float32(min_score), np.float32(-np.inf)), np.float32)
+    scale_of = iter(scales) if scales is not None else None
+    start = 0
+    for block in blocks:
+        factors = next(scale_of) if scale_of is not None else None
+        size = TILE_BYTES if block.dtype == np.float32 else min(WIDENED_BYTES, TILE_BYTES)
+        step = max(1, size // (4 * max(block.shape[1], count)))
+        for offset in range(0, len(block), step):
+            rows = slice(offset, offset + step)
+            here = None if allowed is None else allowed[start + offset :][: len(block[rows])]
+            if here is not None and not here.any():
+                continue
+            picked = None
+            if here is not None and here.mean() < SPARSE:
+                picked = np.flatnonzero(here)
+                tile = np.asarray(block[rows][picked], np.float32)
+            else:
+                tile = np.asarray(block[rows], np.float32)
+            products = z_query @ tile.T
+            if factors is not None:
+                products *= factors[rows] if picked is None else factors[rows][picked]
+            if here is not None and picked is None:
+                products[:, ~here] = -np.inf
+            for q in np.flatnonzero(products.max(axis=1) > floor):
+                row = products[q]
+                new = np.flatnonzero(row > floor[q])
+                if len(new) > k:  # the k-th largest, and all that equal it, before the sort
+                    new = new[row[new] >= np.partition(row[new], -k)[-k]]
+                scores = np.concatenate([best[q], row[new]])
+                order = np.argsort(-scores, kind="stable")[:k]
+                best[q] = scores[order]
+                at = (new if picked is None else picked[new]) + start + offset
+                best_at[q] = np.concatenate([best_at[q], at])[order]
+                if len(order) == k:
+                    floor[q] = best[q][-1]
+        start += len(block)
+    return best_at, best
+
+
+def rescored(
+    z_query: Float[np.ndarray, " d"],
+    blocks: list[np.ndarray],
+    positions: np.ndarray,
+    k: int,
+    min_score: float = -np.inf,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of the rows at `positions` by their exact products, equal ones in row order."""
+    positions = np.sort(positions)
+    starts = np.cumsum([0, *map(len, blocks)])
+    scores = np.empty(len(positions), np.float32)
+    for block, first, last in zip(blocks, starts[:-1], starts[1:], strict=True):
+        low, high = np.searchsorted(positions, [first, last])
+        if high > low:
+            rows = np.asarray(block[positions[low:high] - first], np.float32)
+            scores[low:high] = rows @ z_query
+    order = np.argsort(-scores, kind="stable")[:k]
+    order = order[scores[order] >= min_score]
+    return positions[order], scores[order]
