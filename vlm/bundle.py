@@ -26,8 +26,8 @@ from jaxtyping import Float32
 from PIL import Image
 
 from vlm._version import __version__
-from vlm.config import ModelConfig, PreprocessConfig, TokenizerConfig, from_dict, to_dict
-from vlm.errors import CheckpointError, ConfigError, DataError
+from vlm.config import ModelConfig, to_dict
+from vlm.errors import ConfigError, DataError
 from vlm.inputs import tokenizer as tokenizers
 from vlm.inputs.opening import ImageLike
 from vlm.inputs.preprocess import Preprocess
@@ -36,15 +36,12 @@ from vlm.models.dual_encoder import DualEncoder
 from vlm.nn.naflex import Patches
 from vlm.paths import as_path, cache_dir
 from vlm.weights.building import Tower, abstract_model, fill_towers, parameter_shardings
-from vlm.weights.checkpoint import BUNDLE_FILE, Checkpoint, open_checkpoint
-from vlm.weights.files import SafetensorsFiles, write_safetensors
-from vlm.weights.hub import download, is_hub_id
+from vlm.weights.files import write_safetensors
+from vlm.weights.opening import open_model
+from vlm.weights.own import BUNDLE_FILE, FORMAT, WEIGHTS_FILE
 from vlm.weights.resolution import at_context_length, at_image_size, resizing
-from vlm.weights.rules import Rule, flat_arrays, flat_shapes
+from vlm.weights.rules import flat_arrays, flat_shapes
 from vlm.weights.writing import Format, write_folder
-
-WEIGHTS_FILE = "model.safetensors"
-FORMAT = 1  # of the folder; raised when an older reader would misread it
 
 _TEXT_STEP = 16  # tokens: lengths of causal text are rounded up to a multiple of this
 
@@ -363,7 +360,7 @@ def load(
     """
     _use_compilation_cache()
     kind, place = _dtype(dtype), None if mesh is None else parameter_shardings(mesh)
-    checkpoint, name = _open(model, revision)
+    checkpoint, name = open_model(model, revision)
     config, preprocess = at_image_size(checkpoint.config, checkpoint.preprocess, image_size)
     config, tokenizer = at_context_length(
         config,
@@ -393,78 +390,6 @@ def load(
         tokenizer,
         name,
         fingerprint=checkpoint.fingerprint if same else None,
-    )
-
-
-def _open(model: epath.PathLike, revision: str | None) -> tuple[Checkpoint, str]:
-    """The checkpoint that `model` names, and what to call it."""
-    path = as_path(model)
-    if path.exists():
-        checkpoint = _open_path(path)
-        return checkpoint, checkpoint.name
-    name = os.fspath(model)
-    if not is_hub_id(name):
-        raise CheckpointError(f"there is no model {name!r}: check the path")
-    path, unreached = download(name, revision)
-    try:
-        return _open_path(path), name
-    except CheckpointError as error:
-        if unreached is None:
-            raise
-        raise CheckpointError(
-            f"{error} (this is what the cache holds of {name}, for the Hub was not at hand: "
-            f"{unreached})"
-        ) from None
-
-
-def _open_path(path: epath.Path) -> Checkpoint:
-    """The checkpoint in a folder or file of this disk."""
-    for folder in (path, path / "bundle"):
-        if (folder / BUNDLE_FILE).exists():
-            return _open_own(folder)
-    if (path / "checkpoints").exists():
-        raise CheckpointError(
-            f"the run {path} has no bundle yet, which is written at its end: finish it with "
-            f"vlm train --resume {path}"
-        )
-    if (checkpoint := open_checkpoint(path)) is not None:
-        return checkpoint
-    raise CheckpointError(
-        f"{path} is not a model: it has none of {BUNDLE_FILE}, config.json, open_clip_config.json"
-    )
-
-
-def _open_own(folder: epath.Path) -> Checkpoint:
-    """What `Bundle.save` wrote; its tensors are not read yet."""
-    file = folder / BUNDLE_FILE
-    try:
-        about = json.loads(file.read_text())
-        version = about["format"]
-        if version > FORMAT:
-            raise CheckpointError(
-                f"{file} is of format {version} and this vlm reads up to {FORMAT}: update vlm"
-            )
-        config = from_dict(ModelConfig, about["model"])
-        preprocess = from_dict(PreprocessConfig, about["preprocess"])
-        rules = from_dict(TokenizerConfig, about["tokenizer"])
-        name, fingerprint = about["name"], about["fingerprint"]
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{file} is not as saved ({error}): save the bundle again") from None
-    try:
-        tokenizer = Tokenizer.from_file(folder / tokenizers.VOCABULARY_FILE, rules)
-    except DataError as error:
-        raise CheckpointError(f"the bundle {folder} is incomplete: {error}") from None
-    names = flat_shapes(abstract_model(config, jnp.float32))
-    return Checkpoint(
-        name,
-        config,
-        preprocess,
-        tokenizer,
-        SafetensorsFiles([folder / WEIGHTS_FILE]),
-        [Rule(name, name) for name in names],
-        lambda name: False,
-        "bicubic_antialias",
-        fingerprint=fingerprint,
     )
 
 

@@ -12,8 +12,8 @@ from etils import epath
 
 from vlm.bundle import load
 from vlm.errors import CheckpointError, ConfigError
-from vlm.weights.checkpoint import open_checkpoint
 from vlm.weights.files import SafetensorsFiles, write_safetensors
+from vlm.weights.opening import open_checkpoint
 from vlm.weights.rules import flat_arrays
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

@@ -18,7 +18,9 @@ from jaxtyping import Shaped
 
 from vlm.config import ModelConfig, PreprocessConfig, TextConfig, ViTConfig
 from vlm.errors import CheckpointError
+from vlm.weights.checkpoint import Checkpoint
 from vlm.weights.rules import FLAT, SCALAR_1, Rule, Transform, leading
+from vlm.weights.vocabularies import bert_tokenizer, big_vision_tokenizer, check_vocabulary
 
 _STACKED = re.compile(r"(.*/)encoderblock/(.*)")
 _IMAGE_BLOCK = r"img/Transformer/encoderblock_\d+/LayerNorm_0/scale"
@@ -146,6 +148,37 @@ def _header(archive, name: str) -> tuple[int, ...]:
         if dtype.hasobject:
             raise ValueError(f"{name} holds objects, not numbers")
         return shape
+
+
+def recognises(path: epath.Path) -> bool:
+    """Whether `path` may be one of big_vision's files."""
+    return path.suffix == ".npz" and path.is_file()
+
+
+def open_checkpoint(path: epath.Path) -> Checkpoint:
+    """The checkpoint in a file, with the vocabulary beside it.
+
+    Raises:
+        CheckpointError: it is torn, has no such towers, or no vocabulary beside it.
+    """
+    tensors = NpzFile(path)
+    config = model_config(tensors.shapes, os.fspath(path))
+    if config.text.norm == "post":
+        tokenizer = bert_tokenizer(path, config)
+    else:
+        tokenizer = big_vision_tokenizer(path.parent, config)
+    check_vocabulary(tokenizer, config, path)
+    return Checkpoint(
+        path.stem,
+        config,
+        preprocess_config(config.vision.image_size),
+        tokenizer,
+        tensors,
+        rules(config),
+        ignored,
+        "zoom",
+        context_length=tokenizer.config.context_length,
+    )
 
 
 def model_config(shapes: dict[str, tuple[int, ...]], where: str) -> ModelConfig:

@@ -8,16 +8,9 @@ from collections.abc import Collection
 from etils import epath
 
 from vlm.errors import CheckpointError
-from vlm.weights import huggingface
-from vlm.weights.checkpoint import (
-    BUNDLE_FILE,
-    HUGGINGFACE_WEIGHTS,
-    OPEN_CLIP_WEIGHTS,
-    is_huggingface,
-    read_json,
-    shards,
-    weight_names,
-)
+from vlm.weights import huggingface, open_clip
+from vlm.weights.checkpoint import read_json, shards, weight_names
+from vlm.weights.own import BUNDLE_FILE
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Which model it is; the first that a repository has is there whenever anything of it is.
@@ -110,13 +103,13 @@ def _weights(name: str, folder: epath.Path, files: Collection[str]) -> str:
         CheckpointError: they are of another architecture, or there are none.
     """
     if BUNDLE_FILE in files:
-        stems = HUGGINGFACE_WEIGHTS[:1]
-    elif "config.json" in files and is_huggingface(folder, files):
+        stems = huggingface.WEIGHTS[:1]
+    elif "config.json" in files and huggingface.is_huggingface(folder, files):
         # Refused here, another model's weights are not fetched in vain.
         huggingface.model_config(read_json(folder / "config.json"), f"config.json of {name}")
-        stems = HUGGINGFACE_WEIGHTS
+        stems = huggingface.WEIGHTS
     else:
-        stems = OPEN_CLIP_WEIGHTS
+        stems = open_clip.WEIGHTS
     for file in weight_names(*stems):
         if file in files:
             return file

@@ -4,12 +4,19 @@ A `config.json` holds only what differs from the defaults of its time, so those 
 """
 
 import math
+import os
+from collections.abc import Collection
 from typing import Any
 
-from vlm.config import Activation, ModelConfig, TextConfig, ViTConfig
+from etils import epath
+
+from vlm.config import Activation, ModelConfig, PreprocessConfig, TextConfig, ViTConfig
 from vlm.errors import CheckpointError
+from vlm.weights.checkpoint import Checkpoint, read_json, weights
 from vlm.weights.layers import fused, heads, linear, norm, out
+from vlm.weights.processors import huggingface_preprocess
 from vlm.weights.rules import CONV, OUT, SCALAR, SCALAR_1, Rule, leading
+from vlm.weights.vocabularies import check_vocabulary, huggingface_tokenizer
 
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
@@ -67,6 +74,62 @@ DEFAULTS["siglip2"] = DEFAULTS["siglip"] | {
     | {"num_patches": 256}
 }
 FAMILIES = tuple(DEFAULTS)
+WEIGHTS = ("model", "pytorch_model")  # their names without the ending, best first
+
+
+def recognises(path: epath.Path) -> bool:
+    """Whether `path` is a folder of transformers."""
+    return (path / "config.json").exists() and is_huggingface(
+        path, {f.name for f in path.iterdir()}
+    )
+
+
+def open_checkpoint(folder: epath.Path) -> Checkpoint:
+    """The checkpoint in a folder.
+
+    Raises:
+        CheckpointError: another family, or one that is incomplete, torn or contradictory.
+    """
+    values = read_json(folder / "config.json")
+    config = model_config(values, os.fspath(folder / "config.json"))
+    family = values["model_type"]
+    tokenizer = huggingface_tokenizer(folder, config)
+    check_vocabulary(tokenizer, config, folder)
+    return Checkpoint(
+        folder.name,
+        config,
+        _preprocess(folder, config.vision.image_size),
+        tokenizer,
+        weights(folder, *WEIGHTS),
+        RULES[family],
+        ignored,
+        "bicubic",
+    )
+
+
+def is_huggingface(folder: epath.Path, files: Collection[str]) -> bool:
+    """Whether `config.json` is that of the model; beside open_clip's files it may be a remnant.
+
+    `files` are the names in the folder, or of what is still to come into it.
+    """
+    if "open_clip_config.json" not in files:
+        return True
+    return read_json(folder / "config.json").get("model_type") in FAMILIES and any(
+        name in files for name in ("model.safetensors", "model.safetensors.index.json")
+    )
+
+
+def _preprocess(folder: epath.Path, image_size: int) -> PreprocessConfig:
+    """From `preprocessor_config.json`, or the part of `processor_config.json` that holds it."""
+    path = folder / "preprocessor_config.json"
+    if path.exists():
+        return huggingface_preprocess(read_json(path), os.fspath(path), image_size)
+    path = folder / "processor_config.json"
+    if path.exists() and (values := read_json(path).get("image_processor")):
+        return huggingface_preprocess(values, os.fspath(path), image_size)
+    raise CheckpointError(
+        f"{folder} has no preprocessor_config.json: save or download the processor beside the model"
+    )
 
 
 def model_config(values: dict[str, Any], where: str) -> ModelConfig:

@@ -3,8 +3,11 @@
 Covers LAION, DataComp, DFN, MetaCLIP, CLIPA, the SigLIP exports, and the contrastive half of CoCa.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any
+
+from etils import epath
 
 from vlm.config import (
     Activation,
@@ -16,8 +19,11 @@ from vlm.config import (
 )
 from vlm.errors import CheckpointError
 from vlm.weights import fastvit, timm
+from vlm.weights.checkpoint import Checkpoint, read_json, weights
 from vlm.weights.layers import fused, heads, linear, norm, out
+from vlm.weights.processors import open_clip_preprocess
 from vlm.weights.rules import CONV, FIRST_ROW, FLAT, LINEAR, SCALAR, SCALAR_1, Rule
+from vlm.weights.vocabularies import check_vocabulary, open_clip_tokenizer
 
 # The defaults of open_clip's CLIPVisionCfg and CLIPTextCfg: those that vlm honours ...
 VISION = {
@@ -43,7 +49,46 @@ OFF = (
     "hf_pooler_type",
 )  # fmt: skip
 
+# The names of its weights without their ending, best first.
+WEIGHTS = ("open_clip_model", "open_clip_pytorch_model")
+
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+def recognises(path: epath.Path) -> bool:
+    """Whether `path` is a folder of open_clip."""
+    return (path / "open_clip_config.json").exists()
+
+
+def open_checkpoint(folder: epath.Path) -> Checkpoint:
+    """The checkpoint in a folder.
+
+    Raises:
+        CheckpointError: towers that vlm does not have, or something incomplete or torn.
+    """
+    where = os.fspath(folder / "open_clip_config.json")
+    values = read_json(folder / "open_clip_config.json")
+    model = values.get("model_cfg")
+    if not isinstance(model, dict):
+        raise CheckpointError(f"{where} has no model_cfg: download it again")
+    tensors = weights(folder, *WEIGHTS)
+    config = model_config(model, tensors.shapes, where)
+    if isinstance(config.vision, FastViTConfig):
+        tensors = fastvit.Fused(tensors, config.vision, model["vision_cfg"]["timm_model_name"])
+    tokenizer = open_clip_tokenizer(folder, model["text_cfg"], config)
+    check_vocabulary(tokenizer, config, folder)
+    image_size = config.vision.image_size
+    return Checkpoint(
+        folder.name,
+        config,
+        open_clip_preprocess(values.get("preprocess_cfg") or {}, image_size, where),
+        tokenizer,
+        tensors,
+        rules(config, tensors.shapes),
+        ignored,
+        "bicubic_antialias",
+        "linear",
+    )
 
 
 def model_config(values: dict[str, Any], shapes: Shapes, where: str) -> ModelConfig:

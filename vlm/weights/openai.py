@@ -1,8 +1,11 @@
 """OpenAI's own files, `ViT-B-32.pt` and the like: TorchScript archives whose shapes say it all."""
 
 import math
+import os
 import re
 from collections.abc import Mapping
+
+from etils import epath
 
 from vlm.config import (
     CLIP_MEAN,
@@ -14,10 +17,49 @@ from vlm.config import (
     ViTConfig,
 )
 from vlm.errors import CheckpointError
+from vlm.weights import open_clip
+from vlm.weights.checkpoint import Checkpoint
+from vlm.weights.torch_pickle import TorchFile
+from vlm.weights.vocabularies import check_vocabulary, clip_tokenizer
 
 _HEAD_DIM = 64  # of all of OpenAI's models
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+def recognises(path: epath.Path) -> bool:
+    """Whether `path` may be one of OpenAI's files."""
+    return path.suffix in (".pt", ".pth") and path.is_file()
+
+
+def open_checkpoint(path: epath.Path) -> Checkpoint:
+    """The checkpoint in a file.
+
+    Raises:
+        CheckpointError: it is torn, or does not say what model it is of.
+    """
+    where = os.fspath(path)
+    tensors = TorchFile(path)
+    if not tensors.is_script and "input_resolution" not in tensors.shapes:
+        # open_clip's training files have the same names and another activation: never guess.
+        raise CheckpointError(
+            f"{where} does not say what model it is of: put it as open_clip_pytorch_model.bin into "
+            "a folder with its open_clip_config.json, and load the folder"
+        )
+    config = model_config(tensors.shapes, where)
+    tokenizer = clip_tokenizer(config.text.context_length)
+    check_vocabulary(tokenizer, config, where)
+    return Checkpoint(
+        path.stem,
+        config,
+        preprocess_config(config.vision.image_size),
+        tokenizer,
+        tensors,
+        open_clip.rules(config, tensors.shapes),
+        ignored,
+        "bicubic_antialias",
+        "linear",
+    )
 
 
 def model_config(shapes: Shapes, where: str) -> ModelConfig:

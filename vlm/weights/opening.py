@@ -1,0 +1,58 @@
+"""Opening a model by whatever names it: a path or a Hub id, of any family that vlm reads.
+
+A family is a module with two functions. `recognises(path)` looks at the names in a folder, or at
+that of a file; `open_checkpoint(path)` says in one visit what the model is, its rules, its pixels
+and its tokens. A new family is one such module, and its name in `FAMILIES`.
+"""
+
+import os
+
+from etils import epath
+
+from vlm.errors import CheckpointError
+from vlm.paths import as_path
+from vlm.weights import big_vision, huggingface, open_clip, openai, own
+from vlm.weights.checkpoint import Checkpoint
+from vlm.weights.hub import download, is_hub_id
+
+FAMILIES = (own, huggingface, open_clip, openai, big_vision)  # the first that recognises it opens
+
+
+def open_model(model: epath.PathLike, revision: str | None) -> tuple[Checkpoint, str]:
+    """The checkpoint that `model` names, and what to call it.
+
+    Raises:
+        CheckpointError: there is nothing, or something torn or of another architecture.
+    """
+    path = as_path(model)
+    if path.exists():
+        checkpoint = open_checkpoint(path)
+        return checkpoint, checkpoint.name
+    name = os.fspath(model)
+    if not is_hub_id(name):
+        raise CheckpointError(f"there is no model {name!r}: check the path")
+    path, unreached = download(name, revision)
+    try:
+        return open_checkpoint(path), name
+    except CheckpointError as error:
+        if unreached is None:
+            raise
+        raise CheckpointError(
+            f"{error} (this is what the cache holds of {name}, for the Hub was not at hand: "
+            f"{unreached})"
+        ) from None
+
+
+def open_checkpoint(path: epath.Path) -> Checkpoint:
+    """The checkpoint in a folder or file of this disk.
+
+    Raises:
+        CheckpointError: no family recognises it, or it is incomplete, torn or contradictory.
+    """
+    for family in FAMILIES:
+        if family.recognises(path):
+            return family.open_checkpoint(path)
+    raise CheckpointError(
+        f"{path} is not a model: it has none of {own.BUNDLE_FILE}, config.json, "
+        "open_clip_config.json"
+    )

@@ -1,0 +1,73 @@
+"""Our own format: a folder that `Bundle.save` writes."""
+
+import json
+
+import jax.numpy as jnp
+from etils import epath
+
+from vlm.config import ModelConfig, PreprocessConfig, TokenizerConfig, from_dict
+from vlm.errors import CheckpointError, ConfigError, DataError
+from vlm.inputs import tokenizer as tokenizers
+from vlm.inputs.tokenizer import Tokenizer
+from vlm.weights.building import abstract_model
+from vlm.weights.checkpoint import Checkpoint
+from vlm.weights.files import SafetensorsFiles
+from vlm.weights.rules import Rule, flat_shapes
+
+BUNDLE_FILE = "bundle.json"
+WEIGHTS_FILE = "model.safetensors"
+FORMAT = 1  # of the folder; raised when an older reader would misread it
+
+
+def recognises(path: epath.Path) -> bool:
+    """Whether `path` is a bundle, or a run folder."""
+    return _bundle(path) is not None or (path / "checkpoints").exists()
+
+
+def open_checkpoint(path: epath.Path) -> Checkpoint:
+    """What `Bundle.save` wrote.
+
+    Raises:
+        CheckpointError: it is of a later format, incomplete or torn, or a run that is not finished.
+    """
+    folder = _bundle(path)
+    if folder is None:
+        raise CheckpointError(
+            f"the run {path} has no bundle yet, which is written at its end: finish it with "
+            f"vlm train --resume {path}"
+        )
+    file = folder / BUNDLE_FILE
+    try:
+        about = json.loads(file.read_text())
+        version = about["format"]
+        if version > FORMAT:
+            raise CheckpointError(
+                f"{file} is of format {version} and this vlm reads up to {FORMAT}: update vlm"
+            )
+        config = from_dict(ModelConfig, about["model"])
+        preprocess = from_dict(PreprocessConfig, about["preprocess"])
+        rules = from_dict(TokenizerConfig, about["tokenizer"])
+        name, fingerprint = about["name"], about["fingerprint"]
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{file} is not as saved ({error}): save the bundle again") from None
+    try:
+        tokenizer = Tokenizer.from_file(folder / tokenizers.VOCABULARY_FILE, rules)
+    except DataError as error:
+        raise CheckpointError(f"the bundle {folder} is incomplete: {error}") from None
+    names = flat_shapes(abstract_model(config, jnp.float32))
+    return Checkpoint(
+        name,
+        config,
+        preprocess,
+        tokenizer,
+        SafetensorsFiles([folder / WEIGHTS_FILE]),
+        [Rule(name, name) for name in names],
+        lambda name: False,
+        "bicubic_antialias",
+        fingerprint=fingerprint,
+    )
+
+
+def _bundle(path: epath.Path) -> epath.Path | None:
+    """The folder of the bundle at `path`, or in the run at `path`."""
+    return next((f for f in (path, path / "bundle") if (f / BUNDLE_FILE).exists()), None)
