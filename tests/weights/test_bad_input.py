@@ -63,7 +63,7 @@ def test_huggingface_configurations(folder, change, message):
     ("change", "message"),
     [
         (lambda m: m.pop("embed_dim"), "model_cfg has no 'embed_dim'"),
-        (lambda m: m["vision_cfg"].update(layers=True), "missing|without a place"),
+        (lambda m: m["vision_cfg"].update(layers=True), "vision_cfg.layers is True, not a whole"),
         (lambda m: m["vision_cfg"].update(qk_norm=True), "qk_norm True, which vlm does not know"),
         (lambda m: m["vision_cfg"].update(novelty=3), "novelty 3, which vlm does not know"),
         (lambda m: m["vision_cfg"].update(act_kwargs={"x": 1}), "activation unknown to vlm"),
@@ -134,11 +134,19 @@ def test_shards_of_a_pytorch_file(folder):
         load(path)
 
 
-@pytest.mark.parametrize("text", ["{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}'])
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": {}}', '{"weight_map": null}'])
 def test_an_index_that_lists_nothing(folder, text):
     path = folder("hf_siglip_wide")
     (path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"index\.json lists no shards: download it again"):
+        load(path)
+
+
+@pytest.mark.parametrize("shard", ["../x.safetensors", "/x.safetensors", "a/b", "..", "", 3, ["a"]])
+def test_an_index_that_names_what_is_not_beside_it(folder, shard):
+    path = folder("hf_siglip_wide")
+    edit(path / "model.safetensors.index.json", lambda v: v["weight_map"].update(a=shard))
+    with pytest.raises(CheckpointError, match=r"index\.json names the shard .*a file beside"):
         load(path)
 
 

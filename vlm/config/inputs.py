@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from vlm.config.bounds import check_bounds
+
 # Of the images that OpenAI's CLIP was trained on, which most models since keep to.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -33,6 +35,9 @@ class PreprocessConfig:
         255,
     )  # under transparency; None drops alpha
 
+    def __post_init__(self):
+        check_bounds(self)
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
@@ -48,3 +53,6 @@ class TokenizerConfig:
     keep_eos: bool = True  # a truncated text still ends with eos
     pad_side: Literal["right", "left"] = "right"
     parse_special: bool = False  # "<eos>" spelled out in a text is that token (transformers: yes)
+
+    def __post_init__(self):
+        check_bounds(self)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vlm.config.bounds import check_bounds
 from vlm.config.towers import (
     Activation,
     VisionTowerConfig,
@@ -38,6 +39,7 @@ class TextConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
+        check_bounds(self)
         check_heads(self)
         if self.pool == "end" and self.end_id is None:
             raise ConfigError('TextConfig.pool "end" needs end_id, the id of the end token: set it')
@@ -71,5 +73,6 @@ class ModelConfig:
     init_bias: float | None = None  # None: no bias (CLIP); SigLIP starts at -10
 
     def __post_init__(self):
+        check_bounds(self)
         self.vision.check_space(self.embed_dim)
         self.text.check_space(self.embed_dim)

@@ -8,6 +8,7 @@ takes images of a single size, if it does.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from vlm.config.bounds import check_bounds
 from vlm.errors import ConfigError
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
@@ -48,6 +49,7 @@ class ViTConfig:
     patch_dropout: float = 0.0  # share of the patches left out while training (FLIP)
 
     def __post_init__(self):
+        check_bounds(self)
         check_heads(self)
         if self.pool == "query" and self.projection == "none":
             raise ConfigError('ViTConfig.pool "query" needs a projection: set it to "linear"')
@@ -103,6 +105,7 @@ class ResNetConfig:
     heads: int = 32  # of the attention pool
 
     def __post_init__(self):
+        check_bounds(self)
         check_image_size(self)
         if not self.depths or min(self.depths) < 1:
             raise ConfigError(f"ResNetConfig.depths {self.depths}: each stage needs a block")
@@ -146,6 +149,9 @@ class FastViTStage:
     squeeze: int = 0  # hidden channels of that one's squeeze-and-excitation; 0: it has none
     position: bool = False  # a 7x7 convolution that gives positions (arXiv:2102.10882)
 
+    def __post_init__(self):
+        check_bounds(self)
+
 
 @dataclass(frozen=True)
 class FastViTConfig:
@@ -161,6 +167,7 @@ class FastViTConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self):
+        check_bounds(self)
         inputs = self.stem_width
         for number, stage in enumerate(self.stages):
             where = f"FastViTStage {number}"

@@ -143,12 +143,7 @@ class Tokenizer:
         Raises:
             DataError: the file is missing or is not a `tokenizer.json`.
         """
-        text = _read(as_path(path))
-        try:
-            vocabulary = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{as_path(path)} is not a tokenizer.json: {error}") from None
-        return cls(vocabulary, config)
+        return cls(read_vocabulary(path), config)
 
     def with_rules(self, config: TokenizerConfig) -> "Tokenizer":
         """The same vocabulary under other rules."""
@@ -170,6 +165,23 @@ class Tokenizer:
         texts = [text.encode("utf-8", "replace").decode() for text in texts]
         encoded = self._vocabulary.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
+
+
+def read_vocabulary(path: epath.PathLike) -> tokenizers.Tokenizer:
+    """The vocabulary in a `tokenizer.json`.
+
+    Raises:
+        DataError: the file is missing or is not a `tokenizer.json`.
+    """
+    text = _read(as_path(path))
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except BaseException as error:
+        # The library raises bare Exception, and where its Rust code panics a BaseException.
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        reason = str(error)[:200]
+        raise DataError(f"{as_path(path)} is not a tokenizer.json: {reason}") from None
 
 
 def train_bpe(

@@ -1,19 +1,21 @@
 """What a checkpoint says about itself, and the files of a folder that hold its parameters."""
 
-import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from etils import epath
 
 from vlm.config import ModelConfig, PreprocessConfig
 from vlm.errors import CheckpointError
 from vlm.inputs.tokenizer import Tokenizer
+from vlm.weights.fields import fields, read_json, show
 from vlm.weights.files import SafetensorsFiles, Shards, Tensors
 from vlm.weights.resolution import Positions, TextPositions
 from vlm.weights.rules import Rule
 from vlm.weights.torch_pickle import TorchFile
+
+_SHARD = re.compile(r"\w[\w.-]*")  # no path, so that nothing outside the folder is read
 
 
 @dataclass(frozen=True)
@@ -60,29 +62,18 @@ def weight_names(*stems: str) -> Iterator[str]:
 
 
 def shards(index: epath.Path) -> list[epath.Path]:
-    """The files that an index lists, in their order."""
-    try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        files = [index.parent / name for name in names]
-    except (KeyError, AttributeError, TypeError):
-        files = []
-    if not files:
-        raise CheckpointError(f"{index} lists no shards: download it again")
-    return files
-
-
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The files that an index lists, in their order.
 
     Raises:
-        CheckpointError: it is missing, torn, or holds something else.
+        CheckpointError: it lists none, or something other than the names of files beside it.
     """
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): download it again") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds no object of fields: download it again")
-    return values
+    names = list(fields(read_json(index).get("weight_map"), f"{index}: weight_map").values())
+    for name in names:
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise CheckpointError(
+                f"{index} names the shard {show(name)}: a shard is a file beside its index, so "
+                "download it again"
+            )
+    if not names:
+        raise CheckpointError(f"{index} lists no shards: download it again")
+    return [index.parent / name for name in sorted(set(names))]

@@ -9,7 +9,8 @@ from etils import epath
 
 from vlm.errors import CheckpointError
 from vlm.weights import huggingface, open_clip
-from vlm.weights.checkpoint import read_json, shards, weight_names
+from vlm.weights.checkpoint import shards, weight_names
+from vlm.weights.fields import read_json
 from vlm.weights.own import BUNDLE_FILE
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")

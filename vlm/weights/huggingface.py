@@ -5,6 +5,7 @@ A `config.json` holds only what differs from the defaults of its time, so those 
 
 import math
 import os
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -12,7 +13,8 @@ from etils import epath
 
 from vlm.config import Activation, ModelConfig, PreprocessConfig, TextConfig, ViTConfig
 from vlm.errors import CheckpointError
-from vlm.weights.checkpoint import Checkpoint, read_json, weights
+from vlm.weights.checkpoint import Checkpoint, weights
+from vlm.weights.fields import fields, read_json, show, whole, with_defaults
 from vlm.weights.layers import fused, heads, linear, norm, out
 from vlm.weights.processors import huggingface_preprocess
 from vlm.weights.rules import CONV, OUT, SCALAR, SCALAR_1, Rule, leading
@@ -74,6 +76,8 @@ DEFAULTS["siglip2"] = DEFAULTS["siglip"] | {
     | {"num_patches": 256}
 }
 FAMILIES = tuple(DEFAULTS)
+# Classes of transformers with one tower, or with another head in place of the projections.
+_PARTIAL = re.compile(r"For[A-Z]\w*$|VisionModel$|TextModel$|WithProjection$")
 WEIGHTS = ("model", "pytorch_model")  # their names without the ending, best first
 
 
@@ -126,7 +130,8 @@ def _preprocess(folder: epath.Path, image_size: int) -> PreprocessConfig:
         return huggingface_preprocess(read_json(path), os.fspath(path), image_size)
     path = folder / "processor_config.json"
     if path.exists() and (values := read_json(path).get("image_processor")):
-        return huggingface_preprocess(values, os.fspath(path), image_size)
+        where = f"{path}: image_processor"
+        return huggingface_preprocess(fields(values, where), where, image_size)
     raise CheckpointError(
         f"{folder} has no preprocessor_config.json: save or download the processor beside the model"
     )
@@ -139,26 +144,23 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
         CheckpointError: another family, an unknown activation, or a size that cannot be.
     """
     family = values.get("model_type")
-    if family not in DEFAULTS:
+    if not isinstance(family, str) or family not in DEFAULTS:
         raise CheckpointError(
-            f"{where} describes a model of type {family!r}: vlm reads {', '.join(FAMILIES)}"
+            f"{where} describes a model of type {show(family)}: vlm reads {', '.join(FAMILIES)}"
         )
+    _check_architecture(values.get("architectures"), where)
     defaults = DEFAULTS[family]
     parts = {}
     for part in ("vision", "text"):
-        given = values.get(f"{part}_config_dict") or values.get(f"{part}_config") or {}
-        if not isinstance(given, dict):
-            raise CheckpointError(f"{where}: {part}_config is {given!r}, not an object of fields")
-        parts[part] = defaults[part] | {k: v for k, v in given.items() if v is not None}
+        name = f"{part}_config_dict" if values.get(f"{part}_config_dict") else f"{part}_config"
+        given = fields(values.get(name), f"{where}: {name}")
+        parts[part] = with_defaults(given, defaults[part], f"{where}: {part}_config")
+        channels = whole(given.get("num_channels") or 3, f"{where}: {part}_config.num_channels")
+        if channels != 3:
+            raise CheckpointError(
+                f"{where}: images have {channels} channels, and vlm takes RGB alone"
+            )
     vision, text = parts["vision"], parts["text"]
-    for part, fields in parts.items():
-        for name, default in defaults[part].items():
-            if type(default) is int and type(fields[name]) is not int:
-                raise CheckpointError(
-                    f"{where}: {part}_config.{name} is {fields[name]!r}, not a whole number"
-                )
-    if (channels := vision.get("num_channels", 3)) != 3:
-        raise CheckpointError(f"{where}: images have {channels} channels, and vlm takes RGB alone")
     naflex = family == "siglip2"
     if naflex:  # a square grid of positions, and as many patches at most as it has
         grid = math.isqrt(vision["num_patches"])
@@ -186,7 +188,7 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
                 **vision_tower, pool="class", pre_norm=True, patch_bias=False, projection="linear"
             ),
             TextConfig(**text_tower, causal=True, projection="linear", **pool),
-            embed_dim=(defaults["model"] | values)["projection_dim"],
+            embed_dim=with_defaults(values, defaults["model"], where)["projection_dim"],
             loss="softmax",
         )
     if not vision["vision_use_head"]:
@@ -198,11 +200,23 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
             max_patches=vision["num_patches"] if naflex else None,
         ),
         TextConfig(**text_tower, pool="last", projection="linear_bias"),
-        embed_dim=text["projection_size"] or text["hidden_size"],
+        embed_dim=whole(
+            text["projection_size"] or text["hidden_size"], f"{where}: text_config.projection_size"
+        ),
         loss="sigmoid",
         init_scale=10.0,
         init_bias=-10.0,
     )
+
+
+def _check_architecture(names: Any, where: str) -> None:
+    """Refuse what shares a family's `model_type` and is no dual encoder."""
+    name = names[0] if isinstance(names, list) and names else None
+    if isinstance(name, str) and _PARTIAL.search(name):
+        raise CheckpointError(
+            f"{where} describes a {show(name)}, which has not both towers with their projections: "
+            "give the dual encoder that it was made from"
+        )
 
 
 def _tower(values: dict[str, Any], where: str) -> dict[str, Any]:

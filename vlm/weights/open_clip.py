@@ -19,7 +19,19 @@ from vlm.config import (
 )
 from vlm.errors import CheckpointError
 from vlm.weights import fastvit, timm
-from vlm.weights.checkpoint import Checkpoint, read_json, weights
+from vlm.weights.checkpoint import Checkpoint, weights
+from vlm.weights.fields import (
+    MAX_LAYERS,
+    MAX_PIXELS,
+    fields,
+    flag,
+    number,
+    read_json,
+    show,
+    string,
+    whole,
+    with_defaults,
+)
 from vlm.weights.layers import fused, heads, linear, norm, out
 from vlm.weights.processors import open_clip_preprocess
 from vlm.weights.rules import CONV, FIRST_ROW, FLAT, LINEAR, SCALAR, SCALAR_1, Rule
@@ -81,7 +93,9 @@ def open_checkpoint(folder: epath.Path) -> Checkpoint:
     return Checkpoint(
         folder.name,
         config,
-        open_clip_preprocess(values.get("preprocess_cfg") or {}, image_size, where),
+        open_clip_preprocess(
+            fields(values.get("preprocess_cfg"), f"{where}: preprocess_cfg"), image_size, where
+        ),
         tokenizer,
         tensors,
         rules(config, tensors.shapes),
@@ -97,16 +111,17 @@ def model_config(values: dict[str, Any], shapes: Shapes, where: str) -> ModelCon
     Raises:
         CheckpointError: a field, activation or kind of tower that vlm does not have.
     """
-    try:
-        embed_dim = values["embed_dim"]
-        given = values["vision_cfg"], values["text_cfg"]
-    except KeyError as error:
-        raise CheckpointError(f"{where}: model_cfg has no {error.args[0]!r}") from None
-    vision = _fields(given[0], VISION, f"{where}: vision_cfg")
-    text = _fields(given[1], TEXT, f"{where}: text_cfg")
-    quick = bool(values.get("quick_gelu", False))
+    for name in ("embed_dim", "vision_cfg", "text_cfg"):
+        if values.get(name) is None:
+            raise CheckpointError(f"{where}: model_cfg has no {name!r}")
+    embed_dim = whole(values["embed_dim"], f"{where}: model_cfg.embed_dim")
+    vision = _fields(values["vision_cfg"], VISION, f"{where}: vision_cfg")
+    text = _fields(values["text_cfg"], TEXT, f"{where}: text_cfg")
+    quick = flag(values.get("quick_gelu") or False, f"{where}: model_cfg.quick_gelu")
     bias = values.get("init_logit_bias")
-    if name := vision["timm_model_name"]:
+    if bias is not None:
+        bias = number(bias, f"{where}: model_cfg.init_logit_bias")
+    if name := string(vision["timm_model_name"] or "", f"{where}: vision_cfg.timm_model_name"):
         image_size = _side(vision["image_size"], f"{where}: vision_cfg.image_size")
         pool, proj = vision["timm_pool"], vision["timm_proj"]
         family = fastvit if fastvit.NAME.match(name) else timm
@@ -118,7 +133,7 @@ def model_config(values: dict[str, Any], shapes: Shapes, where: str) -> ModelCon
         _text(text, quick, embed_dim, where),
         embed_dim=embed_dim,
         loss="softmax" if bias is None else "sigmoid",
-        init_bias=None if bias is None else float(bias),
+        init_bias=bias,
     )
 
 
@@ -126,7 +141,7 @@ def _vision(c: dict[str, Any], quick: bool, where: str) -> ViTConfig | ResNetCon
     if isinstance(c["layers"], list):
         return ResNetConfig(
             image_size=_side(c["image_size"], f"{where}: vision_cfg.image_size"),
-            depths=tuple(c["layers"]),
+            depths=_stages(c["layers"], f"{where}: vision_cfg.layers"),
             width=c["width"],
             heads=c["width"] * 32 // c["head_width"],
         )
@@ -141,7 +156,7 @@ def _vision(c: dict[str, Any], quick: bool, where: str) -> ViTConfig | ResNetCon
         image_size=_side(c["image_size"], f"{where}: vision_cfg.image_size"),
         patch_size=_side(c["patch_size"], f"{where}: vision_cfg.patch_size"),
         width=c["width"],
-        depth=c["layers"],
+        depth=whole(c["layers"], f"{where}: vision_cfg.layers", high=MAX_LAYERS),
         heads=c["width"] // c["head_width"],
         mlp_dim=int(c["width"] * c["mlp_ratio"]),
         pool=pool,
@@ -153,7 +168,7 @@ def _vision(c: dict[str, Any], quick: bool, where: str) -> ViTConfig | ResNetCon
         patch_bias=False,
         projection="linear",
         activation=_activation(c, quick, f"{where}: vision_cfg"),
-        norm_eps=(c["norm_kwargs"] or {}).get("eps", 1e-5),
+        norm_eps=_epsilon(c, f"{where}: vision_cfg"),
         patch_dropout=c["patch_dropout"],
     )
 
@@ -172,7 +187,7 @@ def _text(c: dict[str, Any], quick: bool, embed_dim: int, where: str) -> TextCon
         vocab_size=c["vocab_size"],
         context_length=c["context_length"],
         width=c["width"],
-        depth=c["layers"],
+        depth=whole(c["layers"], f"{where}: text_cfg.layers", high=MAX_LAYERS),
         heads=c["heads"],
         mlp_dim=int(c["width"] * c["mlp_ratio"]),
         causal=not c["no_causal_mask"],
@@ -182,44 +197,63 @@ def _text(c: dict[str, Any], quick: bool, embed_dim: int, where: str) -> TextCon
         layer_scale=c["ls_init_value"] is not None,
         projection=projection,
         activation=_activation(c, quick, f"{where}: text_cfg"),
-        norm_eps=(c["norm_kwargs"] or {}).get("eps", 1e-5),
+        norm_eps=_epsilon(c, f"{where}: text_cfg"),
     )
 
 
 def _activation(c: dict[str, Any], quick: bool, where: str) -> Activation:
-    options = c["act_kwargs"] or {}
+    options = fields(c["act_kwargs"], f"{where}.act_kwargs")
     if quick and not options:
         return "quick_gelu"
     if not quick and options.keys() <= {"approximate"}:
         known: dict[str, Activation] = {"none": "gelu", "tanh": "gelu_tanh"}
-        if (kind := options.get("approximate", "none")) in known:
+        kind = options.get("approximate", "none")
+        if isinstance(kind, str) and kind in known:
             return known[kind]
-    raise CheckpointError(f"{where} has act_kwargs {options!r}, an activation unknown to vlm")
+    raise CheckpointError(f"{where} has act_kwargs {show(options)}, an activation unknown to vlm")
+
+
+def _epsilon(c: dict[str, Any], where: str) -> float:
+    """That of the norms; torch's default where none is given."""
+    options = fields(c["norm_kwargs"], f"{where}.norm_kwargs")
+    return with_defaults(options, {"eps": 1e-5}, f"{where}.norm_kwargs")["eps"]
 
 
 def _fields(given: Any, known: dict[str, Any], where: str) -> dict[str, Any]:
-    if not isinstance(given, dict):
-        raise CheckpointError(f"{where} is {given!r}, not an object of fields")
-    if given.get("hf_model_name"):
+    given = fields(given, where)
+    if name := given.get("hf_model_name"):
         raise CheckpointError(
-            f"{where}: the text tower {given['hf_model_name']!r} of transformers is not one that "
-            "vlm reads: it reads open_clip's own"
+            f"{where}: the text tower {show(name)} of transformers is not one that vlm reads: it "
+            "reads open_clip's own"
         )
     for name, value in given.items():
-        if name in known:
-            if isinstance(known[name], int) and not isinstance(value, int | list | None):
-                raise CheckpointError(f"{where}.{name} is {value!r}, not a whole number")
-        elif name not in OFF or value not in (None, False):
-            raise CheckpointError(f"{where} has {name} {value!r}, which vlm does not know")
-    return known | {k: v for k, v in given.items() if k in known}
+        if name not in known and (name not in OFF or value not in (None, False)):
+            raise CheckpointError(f"{where} has {name} {show(value)}, which vlm does not know")
+    # These may be a number or a list, and a flag or a kind: who reads them checks them.
+    several = {name: None for name in _SEVERAL if name in known}
+    values = with_defaults(given, known | several, where)
+    values = known | {name: v for name, v in values.items() if v is not None}
+    if "timm_proj" in given and given["timm_proj"] is None:  # null: none; absent: a linear one
+        values["timm_proj"] = None
+    return values
+
+
+_SEVERAL = ("layers", "image_size", "patch_size", "attentional_pool")
 
 
 def _side(size: Any, where: str) -> int:
     if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
     if not isinstance(size, int):
-        raise CheckpointError(f"{where} is {size!r}: vlm takes squares alone")
-    return size
+        raise CheckpointError(f"{where} is {show(size)}: vlm takes squares alone")
+    return whole(size, where, high=MAX_PIXELS)
+
+
+def _stages(layers: list[Any], where: str) -> tuple[int, ...]:
+    """The blocks in the four stages of a ResNet."""
+    if len(layers) != 4:
+        raise CheckpointError(f"{where} is {show(layers)}: a ResNet has four stages")
+    return tuple(whole(blocks, where, high=MAX_LAYERS) for blocks in layers)
 
 
 # --------------------------------------------------------------------- their names and ours
@@ -299,12 +333,12 @@ def _resnet_rules(stages: tuple[int, ...]) -> list[Rule]:
         table.append(Rule(f"visual.conv{i + 1}.weight", f"vision.stem.{i}.kernel", CONV))
         table += _batch_norm(f"visual.bn{i + 1}", f"vision.stem_norms.{i}")
     for stage, depth in enumerate(stages):
-        for number in range(depth):
-            theirs, ours = f"visual.layer{stage + 1}.{number}", f"vision.stages.{stage}.{number}"
+        for block in range(depth):
+            theirs, ours = f"visual.layer{stage + 1}.{block}", f"vision.stages.{stage}.{block}"
             for i in (1, 2, 3):
                 table.append(Rule(f"{theirs}.conv{i}.weight", f"{ours}.conv{i}.kernel", CONV))
                 table += _batch_norm(f"{theirs}.bn{i}", f"{ours}.norm{i}")
-            if number == 0:  # a stage begins with another width or size
+            if block == 0:  # a stage begins with another width or size
                 short = f"{theirs}.downsample"
                 table.append(Rule(f"{short}.0.weight", f"{ours}.shortcut.kernel", CONV))
                 table += _batch_norm(f"{short}.1", f"{ours}.shortcut_norm")

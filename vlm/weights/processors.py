@@ -10,6 +10,7 @@ from typing import Any
 
 from vlm.config import CLIP_MEAN, CLIP_STD, PreprocessConfig
 from vlm.errors import CheckpointError
+from vlm.weights.fields import MAX_PIXELS, flag, number, show, string, whole
 
 _PIL_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 
@@ -23,17 +24,19 @@ def huggingface_preprocess(
         CheckpointError: a step that vlm does not do, or one that it needs and the file leaves out.
     """
     name = values.get("image_processor_type") or values.get("feature_extractor_type") or ""
+    name = string(name, f"{where}: image_processor_type")
     for step in ("do_resize", "do_rescale"):
-        if values.get(step) is False:
+        if not _on(values, step, True, where):
             raise CheckpointError(f"{where} turns {step} off, and a model takes images of one size")
-    factor = values.get("rescale_factor", 1 / 255)
+    factor = number(values.get("rescale_factor", 1 / 255), f"{where}: rescale_factor")
     if abs(factor * 255 - 1) > 1e-6:
         raise CheckpointError(f"{where} has rescale_factor {factor!r}: vlm knows 1/255 alone")
     naflex = name.startswith("Siglip2")
-    kernel = _PIL_RESAMPLE.get(values.get("resample", 2 if naflex else 3))
+    resample = values.get("resample", 2 if naflex else 3)
+    kernel = _PIL_RESAMPLE.get(resample) if type(resample) is int else None
     if kernel is None:
         raise CheckpointError(
-            f"{where} has resample {values['resample']!r}: vlm knows "
+            f"{where} has resample {show(resample)}: vlm knows "
             + ", ".join(f"{number} ({name})" for number, name in _PIL_RESAMPLE.items())
         )
     family = "crop" if "CLIP" in name else "squash"
@@ -43,17 +46,13 @@ def huggingface_preprocess(
         "mean": (0.0,) * 3,
         "std": (1.0,) * 3,
     }
-    if values.get("do_normalize", True):
+    if _on(values, "do_normalize", True, where):
         fallback = (CLIP_MEAN, CLIP_STD) if family == "crop" else ((0.5,) * 3, (0.5,) * 3)
         common["mean"] = _three(values.get("image_mean", fallback[0]), f"{where}: image_mean")
-        common["std"] = _three(values.get("image_std", fallback[1]), f"{where}: image_std")
+        common["std"] = _deviation(values.get("image_std", fallback[1]), f"{where}: image_std")
     if naflex:
-        patch_size, patches = values.get("patch_size", 16), values.get("max_num_patches", 256)
-        if not isinstance(patch_size, int) or not isinstance(patches, int):
-            raise CheckpointError(
-                f"{where}: patch_size {patch_size!r} and max_num_patches {patches!r} are not both "
-                "whole numbers"
-            )
+        patch_size = whole(values.get("patch_size", 16), f"{where}: patch_size", high=MAX_PIXELS)
+        patches = whole(values.get("max_num_patches", 256), f"{where}: max_num_patches")
         return PreprocessConfig(
             image_size=grid_size or math.isqrt(patches) * patch_size,
             resize="naflex",
@@ -62,7 +61,7 @@ def huggingface_preprocess(
             **common,
         )
     size = _edges(values.get("size", 224), f"{where}: size", square=family == "squash")
-    if values.get("do_center_crop", family == "crop"):
+    if _on(values, "do_center_crop", family == "crop", where):
         crop = _edges(values.get("crop_size", 224), f"{where}: crop_size", square=True)
         short = size["shortest_edge"]
         if short is not None:
@@ -89,21 +88,19 @@ def open_clip_preprocess(values: dict[str, Any], image_size: int, where: str) ->
     Raises:
         CheckpointError: a way of resizing that vlm does not do.
     """
-    mode = values.get("resize_mode") or "shortest"
+    mode = string(values.get("resize_mode") or "shortest", f"{where}: resize_mode")
     resize = {"shortest": "crop", "longest": "pad", "squash": "squash"}.get(mode)
     if resize is None:
         raise CheckpointError(
             f"{where}: resize_mode is {mode!r}: vlm knows shortest, longest and squash"
         )
-    fill = values.get("fill_color") or 0
-    if not isinstance(fill, int) or not 0 <= fill <= 255:
-        raise CheckpointError(f"{where}: fill_color is {fill!r}: vlm knows grey levels, 0 to 255")
+    fill = whole(values.get("fill_color") or 0, f"{where}: fill_color", 0, 255)  # a grey level
     kernel = values.get("interpolation") or "bicubic"
     if kernel == "random":  # of training; open_clip's evaluation then takes bicubic
         kernel = "bicubic"
     if kernel not in ("bicubic", "bilinear", "nearest"):
         raise CheckpointError(
-            f"{where}: interpolation is {kernel!r}: vlm knows bicubic, bilinear and nearest"
+            f"{where}: interpolation is {show(kernel)}: vlm knows bicubic, bilinear and nearest"
         )
     return PreprocessConfig(
         image_size=image_size,
@@ -111,8 +108,13 @@ def open_clip_preprocess(values: dict[str, Any], image_size: int, where: str) ->
         fill=(fill,) * 3,
         kernel=kernel,
         mean=_three(values.get("mean") or CLIP_MEAN, f"{where}: mean"),
-        std=_three(values.get("std") or CLIP_STD, f"{where}: std"),
+        std=_deviation(values.get("std") or CLIP_STD, f"{where}: std"),
     )
+
+
+def _on(values: dict[str, Any], step: str, default: bool, where: str) -> bool:
+    """Whether a step is taken; null turns it off, as in transformers."""
+    return flag(values.get(step, default) or False, f"{where}: {step}")
 
 
 def _edges(size: Any, where: str, *, square: bool) -> dict[str, int | None]:
@@ -122,17 +124,31 @@ def _edges(size: Any, where: str, *, square: bool) -> dict[str, int | None]:
     if isinstance(size, list | tuple) and len(size) == 2:
         size = {"height": size[0], "width": size[1]}
     if not isinstance(size, dict) or not (size.keys() & {"shortest_edge", "height"}):
-        raise CheckpointError(f"{where} is {size!r}: vlm knows height and width, or shortest_edge")
+        raise CheckpointError(
+            f"{where} is {show(size)}: vlm knows height and width, or shortest_edge"
+        )
     if size.get("height") != size.get("width"):
-        raise CheckpointError(f"{where} is {size!r}, not a square: vlm takes square images alone")
+        raise CheckpointError(
+            f"{where} is {show(size)}, not a square: vlm takes square images alone"
+        )
     if size.get("longest_edge") is not None:
-        raise CheckpointError(f"{where} is {size!r}: vlm does not resize by the longest edge")
-    return {"shortest_edge": size.get("shortest_edge"), "height": size.get("height")}
+        raise CheckpointError(f"{where} is {show(size)}: vlm does not resize by the longest edge")
+    edges = {name: size.get(name) for name in ("shortest_edge", "height")}
+    return {
+        name: None if edge is None else whole(edge, f"{where}.{name}", high=MAX_PIXELS)
+        for name, edge in edges.items()
+    }
 
 
-def _three(values: Any, where: str) -> tuple[float, float, float]:
+def _deviation(values: Any, where: str) -> tuple[float, float, float]:
+    return _three(values, where, above=0.0)
+
+
+def _three(values: Any, where: str, *, above: float = -math.inf) -> tuple[float, float, float]:
     if isinstance(values, int | float):
         values = [values] * 3
-    if len(values) != 3:
-        raise CheckpointError(f"{where} is {values!r}, not one number for each of red, green, blue")
-    return tuple(float(v) for v in values)
+    if not isinstance(values, list | tuple) or len(values) != 3:
+        raise CheckpointError(
+            f"{where} is {show(values)}, not one number for each of red, green, blue"
+        )
+    return tuple(number(value, where, above=above) for value in values)

@@ -1,17 +1,17 @@
 """Tokenizers of public checkpoints, from the files beside them."""
 
 import dataclasses
-import json
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 from etils import epath
 
 from vlm.config import ModelConfig, TokenizerConfig
-from vlm.errors import CheckpointError, ConfigError
-from vlm.inputs.tokenizer import Tokenizer
+from vlm.errors import CheckpointError, DataError
+from vlm.inputs.tokenizer import Tokenizer, read_vocabulary
 from vlm.weights import sentencepiece
+from vlm.weights.fields import fields, read_json, show, string
 
 CLIP_VOCABULARY = pathlib.Path(__file__).parent / "clip" / "tokenizer.json"
 CLIP_BOS, CLIP_EOS, CLIP_SIZE = 49406, 49407, 49408
@@ -39,15 +39,17 @@ def huggingface_tokenizer(
     Raises:
         CheckpointError: its files are missing or torn.
     """
-    about = _json(folder / "tokenizer_config.json", default={})
-    kind = about.get("tokenizer_class", "").removesuffix("Fast")
+    file = folder / "tokenizer_config.json"
+    about = read_json(file) if file.exists() else {}
+    kind = string(about.get("tokenizer_class") or "", f"{file}: tokenizer_class")
+    kind = kind.removesuffix("Fast")
     length = config.text.context_length
     pieces = folder / "spiece.model"
     if kind in ("Siglip", "SiglipTokenizer") and pieces.exists():
         return siglip_tokenizer(pieces, length, clean=clean if clean != "none" else "siglip")
     path = folder / "tokenizer.json"
     if path.exists():
-        vocabulary = _vocabulary(path.read_text(), path)
+        vocabulary = _vocabulary(path)
     elif pieces.exists():
         vocabulary = sentencepiece.read(pieces)
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
@@ -58,13 +60,17 @@ def huggingface_tokenizer(
         )
     if "Gemma" in kind or "Siglip2" in kind:
         _lowercase(vocabulary)  # as SigLIP 2 was trained
+    eos_token = _content(about, "eos_token", file)
+    eos = vocabulary.token_to_id(eos_token)
     if vocabulary.post_processor is None and kind in ("GemmaTokenizer", "Siglip2Tokenizer"):
-        specials = [vocabulary.token_to_id(_content(about.get("eos_token", "<eos>")))]
+        name = eos_token or "<eos>"
+        specials = [vocabulary.token_to_id(name)]
+        if specials == [None]:
+            raise CheckpointError(f"{file}: eos_token {show(name)} is not in its vocabulary")
     else:
         specials = vocabulary.encode("", add_special_tokens=True).ids
-    eos = vocabulary.token_to_id(_content(about.get("eos_token")) or "")
     bos_id, eos_id = _ends(specials, eos, folder)
-    pad = vocabulary.token_to_id(_content(about.get("pad_token")) or "")
+    pad = vocabulary.token_to_id(_content(about, "pad_token", file))
     if pad is None:
         padding = vocabulary.padding
         pad = padding["pad_id"] if padding else eos_id
@@ -74,7 +80,7 @@ def huggingface_tokenizer(
         bos_id=bos_id,
         eos_id=eos_id,
         clean=clean,
-        pad_side=about.get("padding_side", "right"),
+        pad_side=_side(about, file),
         parse_special=True,
     )
     return Tokenizer(vocabulary, rules)
@@ -84,20 +90,23 @@ def huggingface_tokenizer(
 _OPEN_CLIP_CLEAN = {"lower": "clip", "whitespace": "clip_cased", "canonicalize": "clip_canonical"}
 
 
-def open_clip_tokenizer(folder: epath.Path, text: dict[str, Any], config: ModelConfig) -> Tokenizer:
+def open_clip_tokenizer(
+    folder: epath.Path, values: dict[str, Any], config: ModelConfig
+) -> Tokenizer:
     """The tokenizer that open_clip's `get_tokenizer` makes for a `text_cfg`.
 
     Raises:
         CheckpointError: its files are missing, or it has an option that vlm does not know.
     """
-    options = dict(text.get("tokenizer_kwargs") or {})
-    name = text.get("hf_tokenizer_name")
+    where = f"{folder}: text_cfg"
+    options = dict(fields(values.get("tokenizer_kwargs"), f"{where}.tokenizer_kwargs"))
+    name = string(values.get("hf_tokenizer_name") or "", f"{where}.hf_tokenizer_name")
     clean = options.pop("clean", "whitespace" if name else "lower")
     strip = options.pop("strip_sep_token", False)
     options.pop("trust_remote_code", None)
-    if options or clean not in _OPEN_CLIP_CLEAN:
+    if options or not isinstance(clean, str) or clean not in _OPEN_CLIP_CLEAN:
         raise CheckpointError(
-            f"{folder}: text_cfg.tokenizer_kwargs is {text['tokenizer_kwargs']!r}, and vlm knows "
+            f"{where}.tokenizer_kwargs is {show(values['tokenizer_kwargs'])}, and vlm knows "
             f"strip_sep_token, and clean of {', '.join(_OPEN_CLIP_CLEAN)}"
         )
     clean = _OPEN_CLIP_CLEAN[clean]
@@ -222,7 +231,7 @@ def _wordpiece_lines(path: epath.Path) -> dict[str, int]:
 
 def _wordpiece_json(path: epath.Path) -> dict[str, int]:
     """The tokens of a `tokenizer.json`; the rules in it are transformers', not big_vision's."""
-    vocabulary = _vocabulary(path.read_text(), path)
+    vocabulary = _vocabulary(path)
     if not isinstance(vocabulary.model, tokenizers.models.WordPiece):
         raise CheckpointError(f"{path} holds no WordPiece, which is what a BERT has")
     return vocabulary.get_vocab(with_added_tokens=False)
@@ -241,8 +250,11 @@ def _clip_from_merges(folder: epath.Path) -> tokenizers.Tokenizer:
     """`vocab.json` and `merges.txt`, as transformers' CLIPTokenizer puts them together."""
     from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 
-    vocab = _json(folder / "vocab.json")
-    lines = (folder / "merges.txt").read_text().split("\n")
+    vocab = read_json(folder / "vocab.json")
+    try:
+        lines = (folder / "merges.txt").read_text().split("\n")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{folder}/merges.txt is no text ({error}): get it again") from None
     merges = [tuple(line.split()) for line in lines if len(line.split()) == 2 and line[0] != "#"]
     try:
         bos, eos = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
@@ -289,24 +301,24 @@ def _ends(specials: list[int], eos: int | None, where: Any) -> tuple[int | None,
     raise CheckpointError(f"{where}: its tokenizer adds {len(specials)} special tokens, not 1 or 2")
 
 
-def _vocabulary(text: str, where: Any) -> tokenizers.Tokenizer:
+def _vocabulary(path: epath.Path) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{where} is not a tokenizer.json: {error}") from None
+        return read_vocabulary(path)
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
 
 
-def _content(token: Any) -> str | None:
-    """A token's text, which is saved plain or as an object."""
-    return token.get("content") if isinstance(token, dict) else token
+def _content(about: dict[str, Any], name: str, file: epath.Path) -> str:
+    """A token's text, which is saved plain or as an object; empty where there is none."""
+    token = about.get(name)
+    if isinstance(token, dict):
+        token = token.get("content")
+    return string(token or "", f"{file}: {name}")
 
 
-def _json(path: epath.Path, default: Any = None) -> Any:
-    if default is not None and not path.exists():
-        return default
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): download it again") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+def _side(about: dict[str, Any], file: epath.Path) -> Literal["left", "right"]:
+    """Where the padding of a text stands."""
+    side = about.get("padding_side") or "right"
+    if side not in ("left", "right"):
+        raise CheckpointError(f"{file}: padding_side is {show(side)}, not left or right")
+    return side
