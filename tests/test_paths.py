@@ -29,3 +29,10 @@ def test_remote_paths_stay_remote():
     assert is_remote("gs://bucket/x")
     assert not is_remote("/data/x")
     assert os.fspath(as_path("~/x")) == os.path.expanduser("~/x")
+
+
+def test_addresses_that_are_not_read():
+    with pytest.raises(ConfigError, match=r"https://x/y is an address of the web.*download it"):
+        as_path("https://x/y")
+    with pytest.raises(ConfigError, match=r"file:///x begins with file://: give a local path"):
+        as_path("file:///x")

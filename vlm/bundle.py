@@ -11,8 +11,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
@@ -23,13 +22,13 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
-from PIL import Image
 
 from vlm._version import __version__
 from vlm.config import ModelConfig, to_dict
 from vlm.errors import ConfigError, DataError
 from vlm.inputs import tokenizer as tokenizers
-from vlm.inputs.opening import ImageLike
+from vlm.inputs.batches import pixel_batches
+from vlm.inputs.opening import ImageLike, OnError, one_or_many
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
@@ -115,19 +114,25 @@ class Bundle:
         return 0.0 if bias is None else float(_to_host(bias[...]))
 
     def encode_image(
-        self, images: ImageLike | Iterable[ImageLike], batch_size: int | None = None
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        batch_size: int | None = None,
+        *,
+        on_error: OnError | None = None,
     ) -> Float32[np.ndarray, "n d"]:
         """Unit-norm embeddings of images: PIL images, paths, bytes or uint8 arrays.
 
         Any iterable is streamed: no more than two batches of pixels are held, and the next is
         decoded on threads while one is computed. `batch_size` defaults to 32 on CPU, else 256.
+        `on_error` is told the position of each image that cannot be read, and why, in order; such
+        an image has no row. Without it the first one ends the call.
 
         Raises:
             DataError: an image is missing or unreadable; the message names it.
         """
         self._check_tower(self.model.vision, "image")
         size = self._batch_size(batch_size)
-        batches = self._pixels(_one_or_many(images), size)
+        batches = pixel_batches(self.preprocess, one_or_many(images), size, on_error)
         return self._run(self._image_program, batches, size)
 
     def encode_text(
@@ -263,25 +268,6 @@ class Bundle:
             return rows
         return jax.device_put(rows, NamedSharding(self._mesh, PartitionSpec(axes)))
 
-    def _pixels(self, images: Iterator[ImageLike], size: int) -> Iterator[np.ndarray | Patches]:
-        """Batches of uint8 pixels, decoded on threads ahead of the one that is asked for."""
-        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "vlm-decode")
-        numbered = enumerate(images)
-        window: collections.deque = collections.deque()
-
-        def submit(count: int) -> None:
-            for number, image in itertools.islice(numbered, count):
-                window.append(pool.submit(self.preprocess.pixels, image, f"image {number}"))
-
-        try:
-            submit(2 * size)
-            while window:
-                rows = [window.popleft().result() for _ in range(min(size, len(window)))]
-                submit(len(rows))
-                yield self.preprocess.collate(rows)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
     def _shorten(self, tokens: np.ndarray) -> np.ndarray:
         """Rows without their common padding, where it cannot be seen: a causal tower never looks
         beyond the token it is pooled at."""
@@ -398,17 +384,6 @@ def _dtype(name: str):
     if name not in known:
         raise ConfigError(f"dtype {name!r} is not supported: choose float32 or bfloat16")
     return known[name]
-
-
-def _one_or_many(images: Any) -> Iterator[Any]:
-    shape = getattr(images, "shape", None)
-    if isinstance(images, str | bytes | os.PathLike | Image.Image) or (shape and len(shape) < 4):
-        return iter([images])
-    if not isinstance(images, Iterable):
-        raise DataError(
-            f"images is a {type(images).__name__}: give PIL images, paths, bytes or uint8 arrays"
-        )
-    return iter(images)
 
 
 def _to_host(array: jax.Array) -> np.ndarray:

@@ -31,8 +31,21 @@ def cache_dir() -> epath.Path:
 
 
 def as_path(path: epath.PathLike) -> epath.Path:
-    """`path` with `~` expanded; `gs://` and `s3://` stay remote."""
-    return epath.Path(path).expanduser()
+    """`path` with `~` expanded; `gs://` and `s3://` stay remote.
+
+    Raises:
+        ConfigError: an address of the web, or of another kind that is not read.
+    """
+    try:
+        return epath.Path(path).expanduser()
+    except KeyError:  # by which epath says that it does not know the scheme
+        scheme = os.fspath(path).partition("://")[0]
+    if scheme.lower() in ("http", "https", "ftp"):
+        raise ConfigError(
+            f"{path} is an address of the web, from which nothing is read: download it first, and "
+            "give the path of the file"
+        )
+    raise ConfigError(f"{path} begins with {scheme}://: give a local path, or gs:// or s3://")
 
 
 def is_remote(path: epath.PathLike) -> bool:

@@ -41,7 +41,7 @@ def test_bad_queries(model, paint):
         Query("red", float("nan"))
     with pytest.raises(ConfigError, match=r"such as Query\('blue'\)"):
         Query("red") + "blue"
-    with pytest.raises(ConfigError, match="a query got a NoneType"):
+    with pytest.raises(DataError, match="a query got a NoneType"):
         Query(None)
     with pytest.raises(ConfigError, match="have 3 and 16 dimensions"):
         embed_queries(model, [Query("red") + Query(np.ones(3, np.float32))])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm.errors import CheckpointError, ConfigError, DataError
+from vlm.errors import CheckpointError, ConfigError, DataError, VlmError
 from vlm.heads import index_folder, retrieval, top_k
 from vlm.heads.retrieval import Hits, RetrievalIndex
 
@@ -171,7 +171,7 @@ def test_half_precision_halves_the_rows_and_keeps_the_cosines(model, index, fold
 )
 def test_a_refused_add_changes_nothing(index, items, ids, message):
     before = index.search("red", k=9)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(VlmError, match=message):
         index.add(items, ids=ids)
     assert len(index) == 6
     assert index.search("red", k=9) == before
@@ -186,7 +186,7 @@ def test_other_refusals(index, folder, model):
         index.add(folder / "red.png")
     with pytest.raises(ConfigError, match="k is 0"):
         index.search("red", k=0)
-    with pytest.raises(ConfigError, match="search got a NoneType"):
+    with pytest.raises(DataError, match="search got a NoneType"):
         index.search(None)
     with pytest.raises(ConfigError, match="query 1 is image"):
         index.search(["red", folder / "red.png"])

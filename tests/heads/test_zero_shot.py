@@ -141,7 +141,7 @@ def test_bad_use(model, paint):
     classify = ZeroShotClassifier(model, LABELS)
     with pytest.raises(ConfigError, match="no images"):
         classify([])
-    with pytest.raises(ConfigError, match="images is a int"):
+    with pytest.raises(DataError, match="images is a int"):
         classify(3)
     with pytest.raises(ConfigError, match="k is 0"):
         classify(paint("red")).top(0)

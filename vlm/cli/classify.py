@@ -26,6 +26,8 @@ def classify(
 ) -> None:
     """Name what images show: the labels that fit each one best, with calibrated scores.
 
+    An image that cannot be read is named and left out, and the command fails at its end.
+
     Examples:
       vlm classify runs/openmoji photo.jpg --labels "dog,cat,pizza"
       vlm classify runs/openmoji photos/ --labels-file names.txt --top 1 --json
@@ -47,15 +49,16 @@ def classify(
         raise UsageError(f"--top {top} shows nothing: ask for at least 1")
     runtime.prepare_inference()
     from vlm.bundle import load
-    from vlm.cli.images import find_images
+    from vlm.cli.images import Unreadable, find_images
     from vlm.cli.terminal import bar, chunks, progress
     from vlm.heads.zero_shot import ZeroShotClassifier
 
     paths = find_images(images)
     classifier = ZeroShotClassifier(load(model), names, _sentences(templates, model))
-    shown = progress(paths, "classifying", len(paths))
-    for chunk in chunks(shown):
-        for path, best in zip(chunk, classifier(chunk).top(top), strict=True):
+    unreadable = Unreadable(len(paths))
+    for chunk in chunks(progress(paths, "classifying", len(paths))):
+        rows = classifier(chunk, on_error=unreadable.among(chunk)).top(top)
+        for path, best in zip(unreadable.others(chunk), rows, strict=True):
             if json:
                 row = [{"label": label, "score": round(score, 6)} for label, score in best]
                 print(jsonlib.dumps({"image": str(path), "labels": row}, ensure_ascii=False))
@@ -64,6 +67,7 @@ def classify(
                 for label, score in best:
                     print(f"  {score:6.1%}  {bar(score):<20}  {label}")
         sys.stdout.flush()
+    unreadable.finish()
 
 
 def _labels(labels: str | None, file: str | None) -> list[str]:

@@ -26,7 +26,8 @@ def embed(
 ) -> None:
     """Write the embeddings of images to a file: float32 rows of unit norm, and an id for each.
 
-    The id is the image's path. An .npz holds the arrays "embeddings" and "ids"; a .safetensors
+    The id is the image's path. An image that cannot be read is named and left out, and the command
+    fails at its end. An .npz holds the arrays "embeddings" and "ids"; a .safetensors
     holds "embeddings", and the ids as a JSON list in its metadata.
 
     Examples:
@@ -49,14 +50,18 @@ def embed(
         )
     runtime.prepare_inference()
     from vlm.bundle import load
-    from vlm.cli.images import find_images
+    from vlm.cli.images import Unreadable, find_images
     from vlm.cli.terminal import print_status, progress
 
     paths = find_images(images)
     bundle = load(model)
-    z_image = bundle.encode_image(progress(paths, "encoding", len(paths)), batch_size)
-    write(out, z_image, [str(path) for path in paths])
-    print_status(f"{len(paths):,} embeddings of {bundle.embed_dim} dimensions in {out}")
+    unreadable = Unreadable(len(paths))
+    shown = progress(paths, "encoding", len(paths))
+    z_image = bundle.encode_image(shown, batch_size, on_error=unreadable.among(paths))
+    if len(z_image):
+        write(out, z_image, [str(path) for path in unreadable.others(paths)])
+        print_status(f"{len(z_image):,} embeddings of {bundle.embed_dim} dimensions in {out}")
+    unreadable.finish()
 
 
 def write(out: str, z: np.ndarray, ids: Sequence[str]) -> None:

@@ -1,14 +1,15 @@
-"""The IMAGES of a command: files, folders and globs as one list of pictures."""
+"""The IMAGES of a command: files, folders and globs as one list of pictures, and the bad ones."""
 
 import glob
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from etils import epath
 
 from vlm.errors import DataError
-from vlm.heads.inputs import SUFFIXES
+from vlm.inputs.opening import SUFFIXES, OnError
 from vlm.paths import as_path
 
 
@@ -27,6 +28,45 @@ def find_images(places: Sequence[str]) -> list[epath.Path]:
         for path in _pictures(place):
             found.setdefault(os.fspath(path), path)
     return list(found.values())
+
+
+class Unreadable:
+    """The pictures of a command that cannot be read: each is named at once, counted at the end.
+
+    Args:
+        total: how many pictures the command has; if that is one, its error is the command's.
+    """
+
+    def __init__(self, total: int):
+        self._total = total
+        self._bad: set[str] = set()
+
+    def among(self, paths: Sequence[epath.Path]) -> OnError:
+        """The `on_error` of an encoder that is given `paths`."""
+
+        def on_error(position: int, error: DataError) -> None:
+            if self._total == 1:
+                raise error
+            self._bad.add(os.fspath(paths[position]))
+            print(f"vlm: {error}", file=sys.stderr, flush=True)
+
+        return on_error
+
+    def others(self, paths: Sequence[epath.Path]) -> list[epath.Path]:
+        """Those of `paths` that could be read."""
+        return [path for path in paths if os.fspath(path) not in self._bad]
+
+    def finish(self) -> None:
+        """Let the command fail if any could not be read.
+
+        Raises:
+            DataError: how many.
+        """
+        if self._bad:
+            raise DataError(
+                f"{len(self._bad):,} of {self._total:,} images could not be read and were left "
+                "out: replace or remove those named above"
+            )
 
 
 def _pictures(place: str) -> Iterable[epath.Path]:

@@ -28,7 +28,8 @@ def index(
 ) -> None:
     """Make images searchable: write an index that `vlm search` opens, and remembers its model.
 
-    An index that lies at OUT already is replaced once the new one is whole.
+    An index that lies at OUT already is replaced once the new one is whole. An image that cannot be
+    read is named and left out, and the command fails at its end.
 
     Example:
       vlm index runs/openmoji photos/ my-index
@@ -52,12 +53,13 @@ def index(
     runtime.prepare_inference()
     from vlm.cli.terminal import print_status
 
-    made = index_of(model, images, dtype, batch_size)
+    made, unreadable = index_of(model, images, dtype, batch_size)
     made.save(folder)
     loadable = os.path.abspath(as_path(model)) if as_path(model).exists() else model
     about = {"model": model if is_remote(model) else loadable}
     (folder / MODEL_FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
     print_status(f"{len(made):,} images in {out}; search them with: vlm search {out} QUERY")
+    unreadable.finish()
 
 
 def index_of(
@@ -65,17 +67,21 @@ def index_of(
     images: list[str],
     dtype: Literal["float32", "float16"] = "float32",
     batch_size: int | None = None,
-) -> Any:
-    """A `RetrievalIndex` of the images at these places."""
+) -> tuple[Any, Any]:
+    """A `RetrievalIndex` of the images at these places, and the `Unreadable` ones among them."""
     from vlm.bundle import load
-    from vlm.cli.images import find_images
+    from vlm.cli.images import Unreadable, find_images
     from vlm.cli.terminal import progress
     from vlm.heads.retrieval import RetrievalIndex
 
     paths = find_images(images)
     made = RetrievalIndex(load(model), dtype)
-    made.add(progress(paths, "encoding", len(paths)), batch_size=batch_size)
-    return made
+    unreadable = Unreadable(len(paths))
+    shown = progress(paths, "encoding", len(paths))
+    made.add(shown, batch_size=batch_size, on_error=unreadable.among(paths))
+    if not len(made):
+        unreadable.finish()
+    return made, unreadable
 
 
 def is_index(folder: Path) -> bool:

@@ -48,21 +48,24 @@ def search(
     runtime.prepare_inference()
     from vlm.cli.terminal import bar
 
-    for hit in _open(where, model).search(_query(query), k):
+    index, unreadable = _open(where, model)
+    for hit in index.search(_query(query), k):
         if json:
             print(jsonlib.dumps({"id": hit.id, "score": round(hit.score, 6)}, ensure_ascii=False))
         else:
             print(f"{hit.score:6.3f}  {bar(hit.score):<20}  {hit.id}")
+    unreadable.finish()
 
 
-def _open(where: str, model: str | None) -> Any:
-    """The index at `where`, or one made now of the images there."""
+def _open(where: str, model: str | None) -> tuple[Any, Any]:
+    """The index at `where`, or one made now of the images there and the `Unreadable` among them."""
     from vlm.bundle import load
+    from vlm.cli.images import Unreadable
     from vlm.heads.retrieval import RetrievalIndex
 
     folder = Path(where).expanduser()
     if is_index(folder):
-        return RetrievalIndex.load(folder, load(model or model_of(folder)))
+        return RetrievalIndex.load(folder, load(model or model_of(folder))), Unreadable(0)
     if not folder.exists():
         raise CheckpointError(
             f"there is no index and no folder of images {where!r}: check the path, or build an "
@@ -78,7 +81,7 @@ def _open(where: str, model: str | None) -> Any:
 
 def _query(query: str) -> str | Path:
     """A text, or the image of that name: the words of a file name are never what was meant."""
-    from vlm.heads.inputs import SUFFIXES
+    from vlm.inputs.opening import SUFFIXES
 
     path = Path(query).expanduser()
     if path.suffix.lower() not in SUFFIXES:

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, DataError
+from vlm.inputs.opening import SUFFIXES, is_image
 
 Kind = Literal["image", "text", "embedding"]
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 
 
 def kind(item: Any, where: str) -> Kind:
@@ -23,7 +21,8 @@ def kind(item: Any, where: str) -> Kind:
     image file is a picture; a one-dimensional array of floats is an embedding.
 
     Raises:
-        ConfigError: none of these, or a `str` that names a picture on this disk.
+        ConfigError: a `str` that names a picture on this disk.
+        DataError: none of these.
     """
     if isinstance(item, str):
         # Searching for the words of a file name is never what was meant: refuse, do not guess.
@@ -33,14 +32,11 @@ def kind(item: Any, where: str) -> Kind:
                 "wrap it in pathlib.Path(...) to use the picture"
             )
         return "text"
-    if isinstance(item, Image.Image | os.PathLike | bytes):
+    if is_image(item):
         return "image"
-    shape, dtype = getattr(item, "shape", None), getattr(item, "dtype", None)
-    if shape is not None and len(shape) == 1 and _is_float(dtype):
+    if len(getattr(item, "shape", ())) == 1 and _is_float(item.dtype):
         return "embedding"
-    if shape is not None and len(shape) in (2, 3):
-        return "image"
-    raise ConfigError(
+    raise DataError(
         f"{where} got a {type(item).__name__}: give a text (str), a picture (pathlib.Path, PIL "
         "image or array of pixels) or an embedding (a vector of floats)"
     )
@@ -58,7 +54,7 @@ def split(items: Any, where: str) -> tuple[Kind | None, Iterator[Any], bool]:
         single = len(shape) == (1 if _is_float(items.dtype) and len(shape) < 3 else 3)
         single = single or (len(shape) == 2 and not _is_float(items.dtype))
     else:
-        single = isinstance(items, str | bytes | os.PathLike | Image.Image)
+        single = is_image(items)
     if single:
         return kind(items, where), iter([items]), True
     if not isinstance(items, Iterable):
@@ -66,18 +62,6 @@ def split(items: Any, where: str) -> tuple[Kind | None, Iterator[Any], bool]:
     items = iter(items)
     first = list(itertools.islice(items, 1))
     return kind(first[0], where) if first else None, itertools.chain(first, items), False
-
-
-def one_or_many(images: Any) -> Iterator[Any]:
-    """An iterator over `images`, or over the one image that it is; here a `str` is a path."""
-    shape = getattr(images, "shape", None)
-    if isinstance(images, str | bytes | os.PathLike | Image.Image) or (shape and len(shape) < 4):
-        return iter([images])
-    if not isinstance(images, Iterable):
-        raise ConfigError(
-            f"images is a {type(images).__name__}: give PIL images, paths or arrays of pixels"
-        )
-    return iter(images)
 
 
 def default_id(item: Any, number: int) -> str | int:

@@ -9,16 +9,17 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 import numpy as np
 from jaxtyping import Float
 
-from vlm.errors import CheckpointError, ConfigError
+from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.heads import index_folder, show
 from vlm.heads.codes import CANDIDATES, LEAST, Coding, candidates
 from vlm.heads.identity import check_identity, identity
-from vlm.heads.inputs import SUFFIXES, Kind, default_id, kind, split
+from vlm.heads.inputs import Kind, default_id, kind, split
 from vlm.heads.items import Id, Items
 from vlm.heads.metadata import Value, Where, checked_columns, matching
 from vlm.heads.prompts import normalise
 from vlm.heads.query import Query, embed_queries, queries_in
 from vlm.heads.top_k import rescored, top_k
+from vlm.inputs.opening import SUFFIXES, OnError
 
 CHUNK = 8192  # items encoded before their embeddings are stored
 QUERY_BLOCK = 256
@@ -91,6 +92,8 @@ class RetrievalIndex:
         ids: Iterable[Id] | None = None,
         batch_size: int | None = None,
         metadata: Mapping[str, Iterable[Value]] | None = None,
+        *,
+        on_error: OnError | None = None,
     ) -> None:
         """Encode and store images, texts or embeddings, from any iterable, in bounded memory.
 
@@ -102,13 +105,15 @@ class RetrievalIndex:
                 else its running number in the index.
             batch_size: of encoding images; None leaves it to the model.
             metadata: columns of texts or numbers, one value per item, for `where` in `search`.
+            on_error: told the position of each image that cannot be read, and why; such an image
+                is left out. None: the first one fails the `add`.
 
         Raises:
             ConfigError: an id given twice or already in the index, another number of ids or values
                 than items, items of several kinds, or a `str` that names a picture on this disk.
             DataError: an embedding that is zero or not finite.
         """
-        self._add(items, ids, batch_size, metadata or {}, replace=False)
+        self._add(items, ids, batch_size, metadata or {}, on_error, replace=False)
 
     def update(
         self,
@@ -116,9 +121,11 @@ class RetrievalIndex:
         ids: Iterable[Id] | None = None,
         batch_size: int | None = None,
         metadata: Mapping[str, Iterable[Value]] | None = None,
+        *,
+        on_error: OnError | None = None,
     ) -> None:
         """Like `add`, where an item takes the place of the one that has its id, if there is one."""
-        self._add(items, ids, batch_size, metadata or {}, replace=True)
+        self._add(items, ids, batch_size, metadata or {}, on_error, replace=True)
 
     def remove(self, ids: Id | Iterable[Id]) -> None:
         """Take items out of the index.
@@ -154,7 +161,7 @@ class RetrievalIndex:
         self._items.add(rows, [taken.ids[p] for p in positions], columns)
         self._searcher = None
 
-    def _add(self, items, ids, batch_size, metadata, replace: bool) -> None:
+    def _add(self, items, ids, batch_size, metadata, on_error, replace: bool) -> None:
         what, stream, single = split(items, "add")
         if single and isinstance(ids, str | int):
             ids = [ids]
@@ -162,13 +169,24 @@ class RetrievalIndex:
             raise ConfigError(f"ids is the text {ids!r}: give a list with one id per item")
         new_ids: list[Id] = []
         stream = self._named(stream, what, iter(ids) if ids is not None else None, new_ids, replace)
-        rows = []
+        rows, unread, first = [], set(), 0
+
+        def leave_out(number: int, error: DataError) -> None:
+            unread.add(first + number)
+            on_error(first + number, error)
+
         while head := list(itertools.islice(stream, 1)):
             chunk = itertools.chain(head, itertools.islice(stream, CHUNK - 1))
-            z = self._encode(chunk, what, batch_size)
+            z = self._encode(chunk, what, batch_size, leave_out if on_error else None)
+            first += CHUNK
             self._check_width(z, "embeddings")
             rows.append(z.astype(self.dtype))
-        self._items.add(rows, new_ids, checked_columns(metadata, len(new_ids)))
+        columns = checked_columns(metadata, len(new_ids))
+        if unread:
+            kept = [number for number in range(len(new_ids)) if number not in unread]
+            new_ids = [new_ids[number] for number in kept]
+            columns = {name: [values[i] for i in kept] for name, values in columns.items()}
+        self._items.add([z for z in rows if len(z)], new_ids, columns)
         self._searcher = None
 
     def _named(
@@ -210,12 +228,18 @@ class RetrievalIndex:
             raise ConfigError(f"there are more ids than the {len(new_ids)} items: give one each")
 
     def _encode(
-        self, items: Iterable[Any], what: Kind | None, batch_size: int | None = None
+        self,
+        items: Iterable[Any],
+        what: Kind | None,
+        batch_size: int | None = None,
+        on_error: OnError | None = None,
     ) -> Float[np.ndarray, "n d"]:
         if what == "text":
             z = self.model.encode_text(list(items))
         elif what == "image":
-            options = {} if batch_size is None else {"batch_size": batch_size}
+            options: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
+            if on_error is not None:
+                options["on_error"] = on_error
             z = self.model.encode_image(items, **options)
         else:
             rows = [np.asarray(item, np.float32) for item in items]
@@ -254,9 +278,10 @@ class RetrievalIndex:
             min_probability: the same as a probability, for a model of the sigmoid loss.
 
         Raises:
-            ConfigError: a k below 1, a query of no known kind or of another width, a `str` that
-                names a picture on this disk, an unknown column, or a probability that the model's
-                score rule does not define.
+            ConfigError: a k below 1, a query of another width, a `str` that names a picture on this
+                disk, an unknown column, or a probability that the model's score rule does not
+                define.
+            DataError: a query of no known kind.
         """
         if k < 1:
             raise ConfigError(f"k is {k}: ask for at least one answer")

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, DataError
 from vlm.heads import show
-from vlm.heads.inputs import one_or_many
 from vlm.heads.prompts import TEMPLATES, class_embeddings, class_prompts
+from vlm.inputs.opening import OnError, one_or_many
 
 Rule = Literal["softmax", "sigmoid"]
 
@@ -102,12 +102,15 @@ class ZeroShotClassifier:
         self.labels = tuple(self.prompts)
         self.z_labels = class_embeddings(model, self.prompts)
 
-    def __call__(self, images: Any, batch_size: int | None = None) -> Classification:
+    def __call__(
+        self, images: Any, batch_size: int | None = None, *, on_error: OnError | None = None
+    ) -> Classification:
         """Classify one image or any iterable of them: PIL images, paths or arrays of pixels.
 
-        A stream is encoded in bounded memory; the logits of all images are kept.
+        A stream is encoded in bounded memory; the logits of all images are kept. `on_error` is told
+        of each image that cannot be read, which then has no row: see `Bundle.encode_image`.
         """
-        z_image, first = encode_images(self.model, images, batch_size)
+        z_image, first = encode_images(self.model, images, batch_size, on_error)
         return Classification(self.labels, self.logits(z_image), self.model.loss, first)
 
     classify = __call__
@@ -138,25 +141,31 @@ def to_scores(logits: Float[np.ndarray, "n m"], rule: Rule) -> Float[np.ndarray,
 
 
 def encode_images(
-    model: Any, images: Any, batch_size: int | None = None
+    model: Any, images: Any, batch_size: int | None = None, on_error: OnError | None = None
 ) -> tuple[Float[np.ndarray, "n d"], tuple[Any, ...]]:
     """The embeddings of a stream of images, and its first few images to show.
 
     Raises:
         ConfigError: no images.
     """
-    first: list[Any] = []
+    first: dict[int, Any] = {}
 
     def watched(stream: Iterator[Any]) -> Iterator[Any]:
-        for image in stream:
+        for number, image in enumerate(stream):
             if len(first) < SHOWN:
-                first.append(image)
+                first[number] = image
             yield image
+
+    def leave_out(number: int, error: DataError) -> None:
+        first.pop(number, None)
+        on_error(number, error)
 
     stream = one_or_many(images)
     head = list(itertools.islice(stream, 1))
     if not head:
         raise ConfigError("there are no images: give at least one")
-    options = {} if batch_size is None else {"batch_size": batch_size}
+    options: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
+    if on_error is not None:
+        options["on_error"] = leave_out
     z_image = model.encode_image(watched(itertools.chain(head, stream)), **options)
-    return np.asarray(z_image, np.float32), tuple(first)
+    return np.asarray(z_image, np.float32), tuple(first.values())

@@ -1,21 +1,76 @@
 """Careful opening: any image, from wherever it comes, as its author meant it to look, in RGB."""
 
+import contextlib
 import io
 import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
-from vlm.errors import DataError
+from vlm.errors import ConfigError, DataError
 from vlm.paths import as_path
 
 ImageLike = Image.Image | str | os.PathLike | bytes | np.ndarray
+OnError = Callable[[int, DataError], None]  # is told the position of an image, and what is wrong
+
+# The formats that pictures are kept and sent in, by Pillow's names, and how their files end. Pillow
+# knows thirty more, and tries them all: PostScript, for which it starts Ghostscript; game textures
+# and medical or weather data, for which it is not made; some that any bytes may pass for.
+FORMATS = {  # in the order in which they are tried
+    "JPEG": (".jpg", ".jpeg", ".jfif"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "AVIF": (".avif",),
+    "TIFF": (".tif", ".tiff"),
+    "JPEG2000": (".jp2",),
+    "PPM": (".pbm", ".pgm", ".pnm", ".ppm"),
+    "QOI": (".qoi",),
+}
+SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 MAX_PIXELS = 89_478_485  # a quarter of a GiB as RGB: where Pillow itself begins to warn
 
 _ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def is_image(item: Any) -> bool:
+    """Whether `item` is one image: a PIL image, a path, the bytes of a file, an array of pixels.
+
+    An array is one image if it has two or three dimensions; of more it is many, and of fewer a
+    list, say of paths. What the image holds is for `open_image` to say.
+    """
+    if isinstance(item, Image.Image | str | os.PathLike | bytes):
+        return True
+    return len(getattr(item, "shape", ())) in (2, 3)
+
+
+def one_or_many(images: Any) -> Iterator[Any]:
+    """An iterator over `images`, or over the one image that it is.
+
+    Raises:
+        DataError: neither an image nor a collection of them.
+    """
+    if is_image(images):
+        return iter([images])
+    if not isinstance(images, Iterable) or hasattr(images, "read"):  # an open file gives its lines
+        raise DataError(_not_an_image("images", images))
+    return iter(images)
 
 
 def open_image(
@@ -28,36 +83,79 @@ def open_image(
     """Any image in mode RGB, as its author meant it to look.
 
     EXIF orientation is applied, transparency lies on `background` (None drops the alpha channel),
-    16-bit and float greyscale are scaled to 8 bits.
+    16-bit and float greyscale are scaled to 8 bits. A file is of one of `FORMATS`, whatever its
+    name, and whole: a damaged one is refused even where Pillow was told to let it pass
+    (`ImageFile.LOAD_TRUNCATED_IMAGES`). Of several frames the first is taken.
 
     Raises:
-        DataError: missing, empty, unreadable, too large, or not an image; the message names it.
+        DataError: missing, empty, damaged, too large, or not an image; the message names it.
     """
     if isinstance(image, Image.Image):
         name = getattr(image, "filename", "") or name
     elif isinstance(image, str | os.PathLike):
         name = os.fspath(image)
-        image = _opened(_read(as_path(image)), name, max_pixels)
+        image = _opened(_read(image), name, max_pixels)
     elif isinstance(image, bytes):
         image = _opened(image, name, max_pixels)
     else:
         image = _from_array(image, name)
     _check_size(image, name, max_pixels)
     try:
+        with _strictly():
+            # Before anything else is asked of the image: Pillow decodes for its EXIF data as well,
+            # and what failed to decode once is half an image that decodes the second time.
+            image.load()
+        _check_size(image, name, max_pixels)  # a frame may be larger than its header said
         return _to_rgb(_upright(image), background)
-    except (OSError, ValueError, SyntaxError, EOFError, ImageCms.PyCMSError) as error:
-        raise DataError(f"{name} cannot be decoded ({error}): replace or remove it") from None
+    except Image.DecompressionBombError:
+        raise DataError(_too_large(name, "too many", max_pixels)) from None
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's readers raise whatever their parsing runs into
+        raise DataError(
+            f"{name} cannot be decoded ({_reason(error)}): replace or remove it"
+        ) from error
 
 
-def _read(path: epath.Path) -> bytes:
+class _Switch(threading.local):
+    """Pillow's LOAD_TRUNCATED_IMAGES for a program that has set it: off where we decode."""
+
+    off = False
+
+    def __bool__(self) -> bool:
+        return not self.off
+
+
+_SWITCH = _Switch()
+
+
+@contextlib.contextmanager
+def _strictly() -> Iterator[None]:
+    """Damaged images raise in this thread, also in a program that lets Pillow fill them up."""
+    if not ImageFile.LOAD_TRUNCATED_IMAGES:
+        yield
+        return
+    ImageFile.LOAD_TRUNCATED_IMAGES = _SWITCH  # its other threads see no difference
+    _SWITCH.off = True
     try:
+        yield
+    finally:
+        _SWITCH.off = False
+
+
+def _read(image: epath.PathLike) -> bytes:
+    try:
+        path = as_path(image)
         return path.read_bytes()
+    except ConfigError as error:
+        raise DataError(str(error)) from None
     except FileNotFoundError:
         raise DataError(f"there is no image {path}: check the path") from None
     except IsADirectoryError:
         raise DataError(f"{path} is a folder, not an image: give the files inside it") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # a bucket's client has errors of its own
+        reason = getattr(error, "strerror", None) or _reason(error)
+        raise DataError(f"{os.fspath(image)} cannot be read ({reason})") from error
 
 
 def _opened(data: bytes, name: str, max_pixels: int) -> Image.Image:
@@ -66,11 +164,46 @@ def _opened(data: bytes, name: str, max_pixels: int) -> Image.Image:
     if max_pixels > (Image.MAX_IMAGE_PIXELS or max_pixels):
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit, else lower than the one asked for
     try:
-        return Image.open(io.BytesIO(data))
+        with _strictly():
+            return Image.open(io.BytesIO(data), formats=tuple(FORMATS))
     except Image.DecompressionBombError:
         raise DataError(_too_large(name, "too many", max_pixels)) from None
-    except (OSError, ValueError, SyntaxError, EOFError):
-        raise DataError(f"{name} is not an image that Pillow reads: replace or remove it") from None
+    except UnidentifiedImageError:
+        raise DataError(_unidentified(data, name)) from None
+    except Exception as error:
+        raise DataError(f"{name} is damaged ({_reason(error)}): replace or remove it") from error
+
+
+# What is often found under the name of an image, by how it begins.
+_MISTAKEN = {
+    b"<!doctype html": "a web page",
+    b"<html": "a web page",
+    b"<?xml": "XML, such as an SVG drawing",
+    b"<svg": "an SVG drawing",
+    b"%pdf": "a PDF",
+    b"%!ps": "PostScript",
+    b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file)",
+}
+
+
+def _unidentified(data: bytes, name: str) -> str:
+    """What to say of bytes that no reader knows."""
+    start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    is_heif = data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+    kind = "HEIC" if is_heif else next((k for s, k in _MISTAKEN.items() if start.startswith(s)), "")
+    if kind:
+        return f"{name} is {kind}, not an image of {_or_list(FORMATS)}: convert or remove it"
+    return f"{name} is not an image, or a damaged one, of {_or_list(FORMATS)}: replace or remove it"
+
+
+def _or_list(words: Iterable[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} or {last}"
+
+
+def _reason(error: Exception) -> str:
+    """An exception in a few words on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
@@ -88,8 +221,29 @@ def _too_large(name: str, pixels: str, max_pixels: int) -> str:
     )
 
 
-def _from_array(image, name: str) -> Image.Image:
-    array = np.asarray(image)
+def _not_an_image(name: str, item: Any) -> str:
+    return (
+        f"{name} is a {type(item).__name__}: give a PIL image, a path, the bytes of an image file "
+        "or a uint8 array"
+    )
+
+
+def as_array(image: Any, name: str = "the image") -> np.ndarray:
+    """An array of NumPy or of another library, as one of NumPy; it may share its memory.
+
+    Raises:
+        DataError: it is no array, or lies where NumPy cannot read it.
+    """
+    if not getattr(image, "shape", ()):
+        raise DataError(_not_an_image(name, image))
+    try:
+        return np.asarray(image)
+    except Exception as error:  # say, a tensor that is on its way through a gradient
+        raise DataError(f"{name} is no array that NumPy reads ({_reason(error)})") from error
+
+
+def _from_array(image: Any, name: str) -> Image.Image:
+    array = as_array(image, name)
     if array.dtype != np.uint8:
         raise DataError(
             f"{name} is an array of {array.dtype}, not uint8: scale it to 0..255 and convert it"
@@ -107,15 +261,15 @@ def _from_array(image, name: str) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    """A decoded image, turned as its EXIF orientation says."""
     try:
-        turned = image.getexif().get(_ORIENTATION, 1) != 1
-    except Exception:  # damaged metadata says nothing, and the pixels may be whole
-        return image
-    return ImageOps.exif_transpose(image) if turned else image
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged metadata says nothing, and the pixels are whole
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int] | None) -> Image.Image:
-    image.load()
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":

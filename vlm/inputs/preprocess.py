@@ -1,6 +1,5 @@
 """Images to pixels, by the rules of one model: opened, resized, cut, and normalised."""
 
-import os
 from collections.abc import Iterable
 
 import numpy as np
@@ -10,7 +9,7 @@ from PIL import Image
 from vlm.config import PreprocessConfig
 from vlm.errors import ConfigError
 from vlm.inputs import naflex
-from vlm.inputs.opening import MAX_PIXELS, ImageLike, open_image
+from vlm.inputs.opening import MAX_PIXELS, ImageLike, one_or_many, open_image
 from vlm.inputs.resizing import PILLOW_KERNELS, resize_tensor, resize_tensorflow
 from vlm.nn.naflex import Patches
 
@@ -54,8 +53,7 @@ class Preprocess:
             DataError: a file is missing or unreadable, an image too large, an array of another
                 shape or type; the message names it.
         """
-        images = [images] if _is_one(images) else images
-        rows = [self.pixels(image, f"image {i}") for i, image in enumerate(images)]
+        rows = [self.pixels(image, f"image {i}") for i, image in enumerate(one_or_many(images))]
         size = self.config.image_size
         if rows:
             return self.normalize(self.collate(rows))
@@ -129,9 +127,3 @@ class Preprocess:
         margins = [(side - config.image_size) / 2 for side in size]
         left, top = (round(m) if config.crop_offset == "round" else int(m) for m in margins)
         return size, (left, top, left + config.image_size, top + config.image_size)
-
-
-def _is_one(images) -> bool:
-    if isinstance(images, Image.Image | str | os.PathLike | bytes):
-        return True
-    return hasattr(images, "shape") and len(images.shape) < 4

@@ -9,7 +9,7 @@ import os
 
 from etils import epath
 
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, ConfigError
 from vlm.paths import as_path
 from vlm.weights import big_vision, huggingface, open_clip, openai, own
 from vlm.weights.checkpoint import Checkpoint
@@ -24,7 +24,12 @@ def open_model(model: epath.PathLike, revision: str | None) -> tuple[Checkpoint,
     Raises:
         CheckpointError: there is nothing, or something torn or of another architecture.
     """
-    path = as_path(model)
+    try:
+        path = as_path(model)
+    except ConfigError as error:
+        hub = os.fspath(model).partition("huggingface.co/")[2].rstrip("/")
+        mend = f", or its Hub id: {hub!r}" if is_hub_id(hub) else ""
+        raise CheckpointError(f"{error}{mend}") from None
     if path.exists():
         checkpoint = open_checkpoint(path)
         return checkpoint, checkpoint.name

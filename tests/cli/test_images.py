@@ -1,0 +1,120 @@
+"""Folders with broken pictures in them: each is named, the others are worked on, the end fails."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+import vlm
+from vlm.cli import main
+
+BROKEN = ("empty.png", "half.png", "page.jpg", "gone.png")
+GOOD = ("a.png", "café 象 🦄.png", "one.gif", "thin.png", "z.png")
+
+
+@pytest.fixture(scope="module")
+def run():
+    return str(tiny.run())
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder as people have them: five pictures, four files that are none."""
+    folder = tmp_path_factory.mktemp("photos")
+    whole = (tiny.folder() / "data" / "test-red-square.png").read_bytes()
+    for name in ("a.png", "café 象 🦄.png", "z.png"):
+        (folder / name).write_bytes(whole)
+    Image.new("RGB", (1, 1), (200, 0, 0)).save(folder / "one.gif")
+    Image.new("RGB", (1, 30_000), (200, 0, 0)).save(folder / "thin.png")
+    (folder / "empty.png").touch()
+    (folder / "half.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "page.jpg").write_text("<!DOCTYPE html><html><body>404</body></html>")
+    (folder / "gone.png").symlink_to(folder / "was-here.png")
+    (folder / "notes.txt").write_text("not asked for")
+    return folder
+
+
+@pytest.fixture
+def fails(capsys):
+    """Run a command that ends with exit code 1: what it printed, and its sentences on stderr."""
+
+    def fails(*args):
+        assert main([str(arg) for arg in args]) == 1
+        out, err = capsys.readouterr()
+        return out, [line for line in err.splitlines() if line.startswith("vlm: ")]
+
+    return fails
+
+
+def names_of(said, folder):
+    """The broken files that the sentences name, and the last sentence, which counts them."""
+    *each, last = said
+    assert len(each) == len(BROKEN)
+    for name in BROKEN:
+        assert sum(f"{folder / name}" in line for line in each) == 1
+    assert "4 of 9 images could not be read and were left out" in last
+
+
+def test_classify_goes_on(fails, run, photos):
+    out, said = fails("classify", run, photos, "--labels", "red,blue", "--json")
+    names_of(said, photos)
+    assert [json.loads(line)["image"] for line in out.splitlines()] == [
+        str(photos / name) for name in sorted(GOOD)
+    ]
+    alone = vlm.ZeroShotClassifier(vlm.load(run), ["red", "blue"], ["{}"])(photos / "a.png")
+    shown = json.loads(out.splitlines()[0])["labels"][0]
+    assert (shown["label"], shown["score"]) == (
+        alone.top(1)[0][0][0],
+        pytest.approx(alone.top(1)[0][0][1], abs=1e-5),
+    )
+
+
+def test_embed_goes_on(fails, run, photos, tmp_path):
+    _, said = fails("embed", run, photos, tmp_path / "z.npz", "--batch-size", 2)
+    names_of(said, photos)
+    with np.load(tmp_path / "z.npz") as file:
+        assert file["ids"].tolist() == [str(photos / name) for name in sorted(GOOD)]
+        z = vlm.load(run).encode_image([photos / name for name in sorted(GOOD)])
+        np.testing.assert_allclose(file["embeddings"], z, atol=2e-6)
+
+
+def test_index_and_search_go_on(fails, run, photos, tmp_path, capsys):
+    _, said = fails("index", run, photos, tmp_path / "index")
+    names_of(said, photos)
+    assert main(["search", str(tmp_path / "index"), str(photos / "a.png"), "--json"]) == 0
+    hits = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {os.path.basename(hit["id"]) for hit in hits} == set(GOOD)
+    out, said = fails("search", photos, photos / "a.png", "--model", run, "--json")
+    names_of(said, photos)
+    assert {json.loads(line)["id"] for line in out.splitlines()} == {hit["id"] for hit in hits}
+
+
+def test_nothing_that_can_be_read_writes_nothing(fails, run, photos, tmp_path):
+    broken = [photos / name for name in ("empty.png", "half.png", "page.jpg")]
+    for command, out in (("embed", tmp_path / "z.npz"), ("index", tmp_path / "index")):
+        _, said = fails(command, run, *broken, out)
+        assert "3 of 3 images could not be read" in said[-1]
+        assert not out.exists()
+
+
+def test_one_alone_is_one_sentence(fails, run, photos):
+    for name, why in {
+        "empty.png": "is empty",
+        "half.png": "cannot be decoded",
+        "page.jpg": "is a web page, not an image",
+    }.items():
+        _, (said,) = fails("classify", run, photos / name, "--labels", "red,blue")
+        assert name in said
+        assert why in said
+
+
+def test_addresses_of_the_web_are_no_images(fails, run):
+    url = "https://example.org/cat.jpg"
+    _, (said,) = fails("classify", run, url, "--labels", "red,blue")
+    assert f"{url} is an address of the web" in said
+    assert "download it first" in said
+    _, (said,) = fails("classify", url, tiny.folder() / "data", "--labels", "red,blue")
+    assert f"{url} is an address of the web" in said
