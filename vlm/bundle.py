@@ -25,7 +25,7 @@ from jaxtyping import Float32
 
 from vlm._version import __version__
 from vlm.config import ModelConfig, to_dict
-from vlm.errors import ConfigError, DataError
+from vlm.errors import ConfigError
 from vlm.inputs import tokenizer as tokenizers
 from vlm.inputs.batches import pixel_batches
 from vlm.inputs.opening import ImageLike, OnError, one_or_many

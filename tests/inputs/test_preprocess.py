@@ -242,7 +242,7 @@ def test_decompression_bombs_are_refused_and_the_limit_moves():
 
 def test_configs_that_cannot_be():
     for changes, message in [
-        ({"image_size": 0}, "image_size 0"),
+        ({"image_size": 0}, "image_size is 0"),
         ({"image_size": 8, "short_side": 7}, "short_side 7"),
         ({"std": (0.5, 0.0, 0.5)}, "must be positive"),
         ({"backend": "tensor", "kernel": "lanczos", "antialias": False}, "lanczos"),
