@@ -5,6 +5,7 @@ import json as jsonlib
 from typing import Literal
 
 from vlm.cli import parse
+from vlm.config import RematPolicy
 
 
 def loss(args: list[str]) -> None:
@@ -66,7 +67,7 @@ def bench_train(
     config: str,
     /,
     batch_size: int | None = None,
-    remat: Literal["none", "dots", "dots_no_batch", "full"] | None = None,
+    remat: RematPolicy | None = None,
     dtype: Literal["auto", "float32", "bfloat16"] | None = None,
     rounds: int = 3,
     trace: str | None = None,

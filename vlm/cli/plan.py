@@ -3,13 +3,10 @@
 import dataclasses
 import json as jsonlib
 import os
-from typing import Literal
 
 from vlm.cli import parse
 from vlm.cli.terminal import print_status
-from vlm.config import load_config
-
-Remat = Literal["none", "dots", "dots_no_batch", "full"]
+from vlm.config import RematPolicy, load_config
 
 
 def main(args: list[str]) -> None:
@@ -24,7 +21,7 @@ def plan(
     batch_size: int | None = None,
     micro_batch_size: int | None = None,
     batch_per_chip: int | None = None,
-    remat: tuple[Remat, ...] = (),
+    remat: tuple[RematPolicy, ...] = (),
     unroll: bool = False,
     largest_batch: bool = False,
     sweep: bool = False,

@@ -11,7 +11,7 @@ from vlm.errors import ConfigError
 # What a block keeps for its backward pass, beside its input: everything, so that nothing is
 # computed again ("none"); what goes into and comes out of attention, and the MLP's hidden layer
 # ("dots"); that without attention's result ("dots_no_batch"); no more ("full").
-RematPolicy = Literal["none", "full", "dots", "dots_no_batch"]
+RematPolicy = Literal["none", "dots", "dots_no_batch", "full"]  # the most memory first
 
 
 @dataclass(frozen=True)

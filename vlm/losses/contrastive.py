@@ -83,6 +83,11 @@ def default_tile(mesh: Mesh | None) -> int:
     """Side of a tile: what stays in cache on a CPU, what fills the matrix units elsewhere."""
     # The mesh decides, not the host: a program for a TPU may be compiled where there is none.
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return tile_side(platform)
+
+
+def tile_side(platform: str) -> int:
+    """Side of a tile on a kind of device."""
     return 1024 if platform == "cpu" else 4096
 
 

@@ -17,16 +17,7 @@ from dataclasses import dataclass
 from vlm.config import Experiment, ModelConfig
 from vlm.models.text import text_flops
 from vlm.models.towers import vision_flops
-
-# The share of each part that a rematerialisation policy computes again in the backward pass. No
-# gradient needs a block's last product, so even "full" computes half an MLP; one product in four
-# of attention's projections is never kept, and attention's weights are not.
-RECOMPUTED = {
-    "none": {},
-    "dots": {"projections": 0.25, "scores": 0.5},
-    "dots_no_batch": {"projections": 0.25, "scores": 1.0},
-    "full": {"projections": 1.0, "scores": 1.0, "mlp": 0.5},
-}
+from vlm.nn.remat import recomputed_share
 
 
 @dataclass(frozen=True)
@@ -71,7 +62,7 @@ def step_flops(experiment: Experiment) -> dict[str, PartFlops]:
             if e.lock == tower:
                 backward = 0.0
             else:
-                recomputed += RECOMPUTED[e.remat].get(part, 0.0) * flops
+                recomputed += recomputed_share(e.remat, part) * flops
             parts[f"{tower}/{part}"] = PartFlops(flops, backward, recomputed)
     product = 2 * batch**2 * e.model.embed_dim
     # Tiles of the softmax loss are computed once for its sums and once for its gradient.

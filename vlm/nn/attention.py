@@ -14,10 +14,9 @@ from jaxtyping import Array, Bool, Float
 
 from vlm.nn import tpu_attention
 from vlm.nn.layers import linear
+from vlm.nn.remat import ATTENDED, PROJECTED
 from vlm.nn.rotary import Rotation, rotate
 from vlm.sharding import BATCH_AXES, batch_ways, mesh_of
-
-PROJECTED, ATTENDED = "projected", "attended"  # into and out of attention: what remat may keep
 
 
 def attend(

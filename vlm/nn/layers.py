@@ -8,8 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from vlm.config import Activation
-
-MLP_HIDDEN = "hidden"  # of an MLP, before its activation: the name by which remat keeps it
+from vlm.nn.remat import MLP_HIDDEN
 
 
 def gelu(x: Array) -> Array:

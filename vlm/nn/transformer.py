@@ -10,8 +10,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
 from vlm.config import Activation, RematPolicy
-from vlm.nn.attention import ATTENDED, PROJECTED, Attention
-from vlm.nn.layers import MLP_HIDDEN, LayerNorm, Mlp, dropout, split_keys
+from vlm.nn.attention import Attention
+from vlm.nn.layers import LayerNorm, Mlp, dropout, split_keys
+from vlm.nn.remat import checkpoint_policy
 from vlm.nn.rotary import Rotation
 from vlm.sharding import by_rows, cut_over_fsdp, gathered
 
@@ -142,36 +143,10 @@ class Transformer(nnx.Module):
             return nnx.merge(block, parameters)(x, mask, layer_keys, rotation), None
 
         if self.remat != "none" or cut_over_fsdp(x):
-            layer = jax.checkpoint(layer, policy=_policy(self.remat), prevent_cse=not self.scan)
+            layer = jax.checkpoint(
+                layer, policy=checkpoint_policy(self.remat), prevent_cse=not self.scan
+            )
         x, _ = lax.scan(
             layer, x, (jnp.arange(self.depth), parameters), unroll=1 if self.scan else self.depth
         )
         return x
-
-
-# What is cheap to do again. Kept, it would hold every layer's parameters whole, which is what a
-# mesh with `fsdp` is there to avoid.
-_MOVES = {
-    "linear_call",  # the gather of `vlm.sharding.gathered`
-    "sharding_constraint",
-    "reshape",
-    "transpose",
-    "squeeze",
-    "broadcast_in_dim",
-    "convert_element_type",
-}
-
-
-def _policy(name: RematPolicy):
-    """What a block keeps for its backward pass, beside its input.
-
-    The product after attention is always done again: its result would cost as much to keep.
-    """
-    if name == "none":
-        return lambda primitive, *_, **__: primitive.name not in _MOVES
-    kept = {
-        "full": (),
-        "dots_no_batch": (PROJECTED, MLP_HIDDEN),
-        "dots": (PROJECTED, ATTENDED, MLP_HIDDEN),
-    }[name]
-    return jax.checkpoint_policies.save_only_these_names(*kept)

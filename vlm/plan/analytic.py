@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from vlm.chips import Chip
 from vlm.config import Experiment
+from vlm.losses.contrastive import tile_side
 from vlm.models.flops import step_flops
+from vlm.nn.remat import ATTENDED, KEPT, MLP_HIDDEN, PROJECTED
 from vlm.nn.tpu_attention import LONGEST
 from vlm.plan.compile import StateBytes
-
-TILE = 4096  # side of the loss's tiles on an accelerator
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,19 @@ def analytic_memory(
         width, mlp = config.width, config.mlp_dim
         scores = 0 if fused_attention(e, chip, tokens, config) else config.heads * tokens
         size = 2 if e.dtype != "float32" else 4
-        inside = size * (3 * width + mlp) / tensor_ways
-        saved = {
-            "full": 0.0,
-            "dots_no_batch": inside,
-            "dots": inside + size * width / tensor_ways,
-            "none": (size * (12 * width + 2 * mlp) + (4 + size) * scores) / tensor_ways
-            + 16 * width,
-        }
-        everything = saved["none"] + size * width
+        block_bytes = (size * (12 * width + 2 * mlp) + (4 + size) * scores) / tensor_ways
+        block_bytes += 16 * width
+        named = {PROJECTED: 3 * width, ATTENDED: width, MLP_HIDDEN: mlp}
+        names = KEPT[e.remat]
+        saved = block_bytes
+        if names is not None:
+            saved = size * sum(named[name] for name in names) / tensor_ways
+        everything = block_bytes + size * width
         if e.lock != tower:
-            kept += rows * tokens * config.depth * (saved[e.remat] + size * width)
+            kept += rows * tokens * config.depth * (saved + size * width)
         block = max(block, rows * tokens * everything)
     local = e.batch_size / batch_ways
-    side = min(TILE, local)
+    side = min(tile_side("cpu" if chip is None else chip.platform), local)
     tiles = 3 * 4 * side**2 + 8 * 4 * local * e.model.embed_dim
     images = 3 * e.model.vision.image_size**2 * (4 + 2) * rows
     return AnalyticMemory(

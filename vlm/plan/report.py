@@ -1,9 +1,12 @@
 """A plan and a sweep as tables for the terminal; every figure beside how it came to be."""
 
+from typing import get_args
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vlm.config import RematPolicy
 from vlm.plan.plan import BASES, Plan
 
 
@@ -146,10 +149,10 @@ def _time(plan: Plan) -> Table:
 
 def _mend(plan: Plan) -> str:
     e = plan.experiment
-    order = ("none", "dots", "dots_no_batch", "full")
     mends = []
-    if e.remat in order and e.remat != "full":
-        mends.append(f"--remat {order[order.index(e.remat) + 1]}")
+    policies = get_args(RematPolicy)
+    if e.remat != policies[-1]:
+        mends.append(f"--remat {policies[policies.index(e.remat) + 1]}")
     if e.micro_batch_size is None:
         mends.append(f"--micro-batch-size {e.batch_size // 2}")
     if plan.mesh.get("fsdp", 1) == 1 and plan.topology.device_count > 1:

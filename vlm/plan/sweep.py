@@ -3,13 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import get_args
 
-from vlm.config import Experiment, MeshConfig
+from vlm.config import Experiment, MeshConfig, RematPolicy
 from vlm.errors import ConfigError, VlmError
 from vlm.plan.plan import Plan, plan
 from vlm.plan.topology import parse_topology
 
-REMATS = ("none", "dots", "dots_no_batch", "full")
+REMATS = get_args(RematPolicy)
 
 
 def sweep(
