@@ -9,14 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm.errors import ConfigError, DataError
-from vlm.evaluate import metrics
+from vlm.evaluate import intervals, metrics
+from vlm.evaluate.classification import classification_metrics
+from vlm.evaluate.intervals import bootstrap_mean, proportion
 from vlm.evaluate.metrics import (
     best_ranks,
-    bootstrap_mean,
     pair_retrieval_metrics,
-    proportion,
     retrieval_recall,
-    topk_accuracy,
     zero_shot_metrics,
 )
 
@@ -97,7 +96,7 @@ def test_a_collapsed_model_scores_zero_not_chance_and_not_all():
     z = np.repeat(unit(np.random.default_rng(0), 1, 511), 100, axis=0)
     assert zero_shot_metrics(z, z, np.arange(100))["top5"].value == 0
     assert pair_retrieval_metrics(z, z)["image_to_text_R@10"].value == 0
-    assert topk_accuracy(np.zeros((5, 7)), np.arange(5), ks=(1,))[1].value == 0
+    assert classification_metrics(np.zeros((5, 7)), np.arange(5))["top1"].value == 0
 
 
 def test_memory_is_bounded_by_a_tile():
@@ -110,14 +109,6 @@ def test_memory_is_bounded_by_a_tile():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 90e6
-
-
-def test_topk_accuracy_agrees_with_sorting():
-    rng = np.random.default_rng(1)
-    scores, target = rng.standard_normal((200, 30)), rng.integers(0, 30, 200)
-    order = np.argsort(-scores, axis=1)
-    for k, metric in topk_accuracy(scores, target, ks=(1, 5, 30)).items():
-        assert metric.value == np.mean([t in row[:k] for t, row in zip(target, order, strict=True)])
 
 
 # ------------------------------------------------------------------------------- intervals
@@ -136,14 +127,14 @@ def test_wilson_bounds_solve_the_equation_that_defines_them(n, share):
     metric = proportion(hits, n)
     assert 0 <= metric.low <= metric.value <= metric.high <= 1
     for bound in (metric.low, metric.high):
-        distance = metrics.Z95 * math.sqrt(bound * (1 - bound) / n)
+        distance = intervals.Z95 * math.sqrt(bound * (1 - bound) / n)
         assert abs(metric.value - bound) == pytest.approx(distance, abs=1e-7)
 
 
 def test_bootstrap_agrees_with_the_normal_interval_and_repeats():
     values = np.random.default_rng(0).exponential(size=2000)
     metric = bootstrap_mean(values)
-    half = metrics.Z95 * values.std() / math.sqrt(len(values))
+    half = intervals.Z95 * values.std() / math.sqrt(len(values))
     assert metric.low == pytest.approx(values.mean() - half, abs=0.15 * half)
     assert metric.high == pytest.approx(values.mean() + half, abs=0.15 * half)
     assert metric == bootstrap_mean(values)
@@ -161,7 +152,7 @@ def test_bad_input_is_named():
     with pytest.raises(DataError, match="target 3 of image 2"):
         zero_shot_metrics(z, z, np.array([0, 1, 3]))
     with pytest.raises(DataError, match="target -1 of image 0"):
-        topk_accuracy(z, np.array([-1, 1, 2]))
+        classification_metrics(z, np.array([-1, 1, 2]))
     with pytest.raises(DataError, match="3 integers"):
         zero_shot_metrics(z, z, np.array([0.0, 1.0, 2.0]))
     with pytest.raises(DataError, match="3 and 2 dimensions"):
@@ -177,7 +168,7 @@ def test_bad_input_is_named():
     with pytest.raises(ConfigError, match="k is 0"):
         zero_shot_metrics(z, z, np.arange(3), ks=(0,))
     with pytest.raises(DataError, match="not finite"):
-        topk_accuracy(broken, np.arange(3))
+        classification_metrics(broken, np.arange(3))
     with pytest.raises(DataError, match="zero trials"):
         proportion(0, 0)
     with pytest.raises(DataError, match="finite numbers"):

@@ -12,7 +12,8 @@ from PIL import Image, ImageFont
 from vlm.config import Experiment, to_dict
 from vlm.errors import DataError
 from vlm.evaluate.gallery import GOOD, GOOD_BAR, fit, gallery_png
-from vlm.evaluate.metrics import pair_retrieval_metrics, proportion, zero_shot_metrics
+from vlm.evaluate.intervals import proportion
+from vlm.evaluate.metrics import pair_retrieval_metrics, zero_shot_metrics
 from vlm.evaluate.report import GUESSES, QUERIES, SHOTS, spread, write_report
 from vlm.evaluate.runner import Report, Result, provenance
 from vlm.evaluate.tasks import DataInfo

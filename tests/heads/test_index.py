@@ -326,8 +326,6 @@ def test_an_index_larger_than_its_memory(tmp_path):
         index = RetrievalIndex(Model())
         used = int(open("/proc/self/statm").read().split()[5]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_DATA, (used + (64 << 20),) * 2)
-        from vlm.heads import top_k
-        top_k.TILE_BYTES = 4 << 20
         rng = np.random.default_rng(0)
         for part in range(17):
             index.add(rng.standard_normal((4096, 512), np.float32))

@@ -54,7 +54,8 @@ def test_top_k_equals_a_full_stable_sort(seed, k, tile):
     query = rng.integers(-2, 3, (5, 3)).astype(np.float32)
     blocks = np.split(rows, np.sort(rng.integers(0, len(rows) + 1, 3)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(top_k, "TILE_BYTES", tile)
+        patch.setattr(top_k, "PRODUCT_BYTES", tile)
+        patch.setattr(top_k, "FIRST_ROWS", 1 + seed % 9)
         positions, scores = top_k.top_k(query, [b for b in blocks if len(b)], k)
     products = query @ rows.T
     for row, at, values in zip(products, positions, scores, strict=True):
@@ -64,7 +65,7 @@ def test_top_k_equals_a_full_stable_sort(seed, k, tile):
 
 def test_search_memory_is_bounded_by_a_tile(monkeypatch):
     """All products would take 80 MB; a float16 index of 13 MB is widened 1 MB at a time."""
-    monkeypatch.setattr(top_k, "TILE_BYTES", 1 << 20)
+    monkeypatch.setattr(top_k, "PRODUCT_BYTES", 1 << 20)
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((200_000, 32)).astype(np.float16)
     query = rng.standard_normal((100, 32)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy and retrieval recall, each with its 95% confidence interval.
+"""Accuracy among captions and retrieval recall, each with its 95% confidence interval.
 
 Everything here is a pure function of embeddings or scores, so a trainer can call it in the middle
 of a run. One quantity carries it all: the *rank* of a query's best right answer, that is how many
@@ -6,16 +6,13 @@ wrong answers score at least as high. A tie counts against the model, so a colla
 gives every caption the same embedding scores zero rather than chance or, worse, all right.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int
 
-from vlm.errors import ConfigError, DataError
-
-Z95 = 1.959963984540054  # the 97.5% quantile of the standard normal distribution
+from vlm.errors import DataError
+from vlm.evaluate.intervals import Metric, hit_rate
 
 # Cosines in float32 closer than this are one number: the order in which a product sums its terms
 # moves them by a few 1e-7, and a tie must not be broken by that.
@@ -23,22 +20,6 @@ TIE = 1e-6
 
 # A tile of similarities is at most this large (32 MB in float32), whatever the sizes of the sets.
 QUERY_BLOCK, KEY_BLOCK = 1024, 8192
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A measured value, its 95% confidence interval, and the number of queries behind it."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def __float__(self) -> float:
-        return self.value
-
-    def __str__(self) -> str:
-        return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}] of {self.n:,}"
 
 
 # -------------------------------------------------------------------------- the public face
@@ -63,7 +44,7 @@ def zero_shot_metrics(
         ConfigError: a k below 1.
     """
     z_image, z_captions = _embeddings(z_image, "z_image"), _embeddings(z_captions, "z_captions")
-    target = _target(target, len(z_image), len(z_captions))
+    target = checked_target(target, len(z_image), len(z_captions))
     rows = np.arange(len(target))
     ranks = best_ranks(z_image, z_captions, np.stack([rows, target], axis=1))
     return {f"top{k}": hit_rate(ranks, k) for k in ks}
@@ -79,7 +60,8 @@ def pair_retrieval_metrics(
 
     A query is a hit when any of its positives is among its first k answers, as COCO and Flickr30k
     retrieval is scored (Karpathy and Fei-Fei, 2015, arXiv:1412.2306). Texts and images without a
-    positive serve as distractors and are not queries.
+    positive serve as distractors and are not queries. The captions of one image are not
+    independent: the intervals count them as one cluster.
 
     Args:
         z_image: image embeddings, unit norm.
@@ -117,30 +99,10 @@ def retrieval_recall(
         ("text_to_image", z_text, z_image, positives[:, ::-1]),
     ):
         ranks = best_ranks(z_query, z_key, pairs)
-        result[way] = {k: hit_rate(ranks[ranks >= 0], k) for k in ks}
+        asked = ranks >= 0
+        groups = clusters(pairs, len(z_query), len(z_key))[asked]
+        result[way] = {k: hit_rate(ranks[asked], k, groups) for k in ks}
     return result
-
-
-def topk_accuracy(
-    scores: Num[np.ndarray, "n m"],
-    target: Int[np.ndarray, " n"],
-    ks: Sequence[int] = (1, 5),
-) -> dict[int, Metric]:
-    """Share of rows whose target is among the k highest scores, by k; ties count as misses.
-
-    Raises:
-        DataError: sizes that disagree, a target out of range, scores that are not finite.
-        ConfigError: a k below 1.
-    """
-    scores = np.asarray(scores)
-    if scores.ndim != 2 or not scores.size:
-        raise DataError(f"scores must be (n, m) and not empty, not of shape {scores.shape}")
-    if not np.isfinite(scores).all():
-        raise DataError("scores hold values that are not finite: look at the model's weights")
-    target = _target(target, *scores.shape)
-    chosen = np.take_along_axis(scores, target[:, None], axis=1)
-    ranks = (scores >= chosen).sum(axis=1) - 1  # the target itself is not its own rival
-    return {k: hit_rate(ranks, k) for k in ks}
 
 
 # ----------------------------------------------------------------------------------- ranks
@@ -197,61 +159,14 @@ def best_ranks(
     return ranks
 
 
-# ------------------------------------------------------------------------------- intervals
+def clusters(pairs: Int[np.ndarray, "p 2"], queries: int, keys: int) -> Int[np.ndarray, " queries"]:
+    """For each query the group of those that it shares right answers with, directly or not."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-
-def hit_rate(ranks: Int[np.ndarray, " n"], k: int) -> Metric:
-    """The share of ranks below k, with its Wilson interval.
-
-    Raises:
-        DataError: no ranks at all.
-        ConfigError: a k below 1.
-    """
-    if k < 1:
-        raise ConfigError(f"k is {k}: the first k answers are counted from k = 1")
-    return proportion(int((np.asarray(ranks) < k).sum()), len(ranks))
-
-
-def proportion(hits: int, n: int) -> Metric:
-    """`hits` of `n` independent trials, with the Wilson score interval at 95%.
-
-    It keeps its coverage near 0 and 1 and for small n, where the normal interval does not
-    (Wilson, 1927, doi:10.1080/01621459.1927.10502953; Brown, Cai and DasGupta, 2001).
-
-    Raises:
-        DataError: no trials.
-    """
-    if n < 1:
-        raise DataError(
-            "a proportion of zero trials is undefined: evaluate on at least one example"
-        )
-    p, z2 = hits / n, Z95**2
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    # At p = 0 and p = 1 the bounds are exact; rounding must not move the value outside of them.
-    return Metric(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)), n)
-
-
-def bootstrap_mean(values: Num[np.ndarray, " n"], resamples: int = 2000, seed: int = 0) -> Metric:
-    """The mean of `values` with its percentile bootstrap interval at 95%; `seed` fixes the result.
-
-    For means that are no proportions, such as mean reciprocal rank or mean per-class accuracy
-    (Efron, 1979, doi:10.1214/aos/1176344552). Memory is O(n), whatever the number of resamples.
-
-    Raises:
-        DataError: no values, or values that are not finite.
-        ConfigError: fewer than 100 resamples, too few for a 95% interval.
-    """
-    values = np.asarray(values, np.float64)
-    if values.ndim != 1 or not values.size or not np.isfinite(values).all():
-        raise DataError("a bootstrap takes a list of finite numbers, and at least one")
-    if resamples < 100:
-        raise ConfigError(f"resamples is {resamples}: give at least 100 for a 95% interval")
-    rng = np.random.default_rng(seed)
-    n = len(values)
-    means = [values[rng.integers(0, n, n)].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Metric(float(values.mean()), float(low), float(high), n)
+    edges = (np.ones(len(pairs), bool), (pairs[:, 0], queries + pairs[:, 1]))
+    graph = coo_array(edges, shape=(queries + keys,) * 2)
+    return connected_components(graph, directed=False)[1][:queries]
 
 
 # ---------------------------------------------------------------------------------- checks
@@ -279,7 +194,7 @@ def _pairs(pairs: np.ndarray) -> np.ndarray:
     return pairs
 
 
-def _target(target: np.ndarray, n: int, m: int) -> np.ndarray:
+def checked_target(target: np.ndarray, n: int, m: int) -> np.ndarray:
     """`target` as n indices below m, or a DataError that names the first that is not."""
     target = np.asarray(target)
     if target.shape != (n,) or not np.issubdtype(target.dtype, np.integer):

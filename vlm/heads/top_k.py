@@ -1,12 +1,14 @@
 """Exact search on the host: the k rows nearest to each query, in one pass over memory."""
 
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-TILE_BYTES = 64 << 20  # of stored rows multiplied at once, in float32
-WIDENED_BYTES = 2 << 20  # of rows that are widened to float32 first: the copy stays in the cache
+PRODUCT_BYTES = 16 << 20  # of scores held at once; rows in float32 are read where they lie
+WIDENED_BYTES = 1 << 20  # of rows widened to float32 at once, for each query, up to 32 of them
+FIRST_ROWS = 1 << 14  # few at first: from then on most rows fall below the k-th best so far
 SPARSE = 0.1  # below this share of allowed rows only those are multiplied
 
 
@@ -21,8 +23,8 @@ def top_k(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Positions and scores of the k largest products per query, over rows given in blocks.
 
-    Exact; equal scores keep the order of the rows. Memory: one tile of rows in float32 and its
-    products, whatever the size of the index.
+    Exact; equal scores keep the order of the rows. Memory: the scores of one tile, and its rows if
+    they are narrower than float32, whatever the size of the index.
 
     Args:
         z_query: the queries.
@@ -41,10 +43,12 @@ def top_k(
     start = 0
     for block in blocks:
         factors = next(scale_of) if scale_of is not None else None
-        size = TILE_BYTES if block.dtype == np.float32 else min(WIDENED_BYTES, TILE_BYTES)
-        step = max(1, size // (4 * max(block.shape[1], count)))
-        for offset in range(0, len(block), step):
-            rows = slice(offset, offset + step)
+        step = _tile_rows(block, count)
+        ends = range(min(FIRST_ROWS, step) if start == 0 else step, len(block) + step, step)
+        for offset, end in itertools.pairwise((0, *ends)):
+            rows = slice(offset, end)
+            if not len(block[rows]):
+                break
             here = None if allowed is None else allowed[start + offset :][: len(block[rows])]
             if here is not None and not here.any():
                 continue
@@ -73,6 +77,14 @@ def top_k(
                     floor[q] = best[q][-1]
         start += len(block)
     return best_at, best
+
+
+def _tile_rows(block: np.ndarray, queries: int) -> int:
+    """How many rows of a block are multiplied at once."""
+    rows = PRODUCT_BYTES // (4 * queries)
+    if block.dtype != np.float32:
+        rows = min(rows, WIDENED_BYTES * min(queries, 32) // (4 * block.shape[1]))
+    return max(1, rows)
 
 
 def rescored(
