@@ -7,10 +7,8 @@ A saved bundle is a folder: `bundle.json` (what the model is, and the rules for 
 import collections
 import functools
 import itertools
-import json
 import math
 import os
-import uuid
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -23,23 +21,20 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
 
-from vlm._version import __version__
-from vlm.config import ModelConfig, to_dict
+from vlm.config import ModelConfig
 from vlm.errors import ConfigError
-from vlm.inputs import tokenizer as tokenizers
 from vlm.inputs.batches import pixel_batches
 from vlm.inputs.opening import ImageLike, OnError, one_or_many
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
 from vlm.nn.naflex import Patches
-from vlm.paths import as_path, cache_dir
+from vlm.paths import cache_dir
+from vlm.weights import own
 from vlm.weights.building import Tower, abstract_model, fill_towers, parameter_shardings
-from vlm.weights.files import write_safetensors
 from vlm.weights.opening import open_model
-from vlm.weights.own import BUNDLE_FILE, FORMAT, WEIGHTS_FILE
 from vlm.weights.resolution import at_context_length, at_image_size, resizing
-from vlm.weights.rules import flat_arrays, flat_shapes
+from vlm.weights.rules import flat_shapes
 from vlm.weights.writing import Format, write_folder
 
 _TEXT_STEP = 16  # tokens: lengths of causal text are rounded up to a multiple of this
@@ -155,13 +150,14 @@ class Bundle:
     # ---------------------------------------------------------------------------- saving
 
     def save(self, folder: epath.PathLike, format: Format | Literal["vlm"] = "vlm") -> None:
-        """Write the bundle as a folder; a reader never sees half of it.
+        """Write the bundle as a folder, or over the bundle that is there; never half of it.
 
         With `format` "huggingface" or "open_clip", as transformers or open_clip would open it. In a
         run of several processes, all must call this; the first one writes.
 
         Raises:
-            CheckpointError: the format has no place for something that the model has.
+            CheckpointError: the folder holds something else or cannot be written, or the format has
+                no place for something that the model has.
         """
         for tower, name in ((self.model.vision, "image"), (self.model.text, "text")):
             self._check_tower(tower, name)
@@ -174,33 +170,7 @@ class Bundle:
         if format != "vlm":
             write_folder(folder, format, model, self.preprocess, self.tokenizer)
             return
-        folder, arrays = as_path(folder), flat_arrays(model)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unique = uuid.uuid4().hex[:8]
-        new = folder.parent / f".{folder.name}.{unique}.new"
-        old = folder.parent / f".{folder.name}.{unique}.old"
-        try:
-            new.mkdir()
-            self.tokenizer.save(new)
-            (new / tokenizers.RULES_FILE).unlink()  # the rules go into bundle.json
-            self.fingerprint = write_safetensors(new / WEIGHTS_FILE, arrays, {"format": "vlm"})
-            description = {
-                "format": FORMAT,
-                "version": __version__,
-                "name": self.name,
-                "fingerprint": self.fingerprint,
-                "model": to_dict(self.config),
-                "preprocess": to_dict(self.preprocess.config),
-                "tokenizer": to_dict(self.tokenizer.config),
-            }
-            (new / BUNDLE_FILE).write_text(json.dumps(description, indent=2) + "\n")
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
-        finally:
-            for leftover in (new, old):
-                if leftover.exists():
-                    leftover.rmtree()
+        self.fingerprint = own.write(folder, model, self.preprocess, self.tokenizer, self.name)
 
     # -------------------------------------------------------------------------- encoding
 

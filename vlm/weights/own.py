@@ -5,17 +5,22 @@ import json
 import jax.numpy as jnp
 from etils import epath
 
-from vlm.config import ModelConfig, PreprocessConfig, TokenizerConfig, from_dict
+from vlm._version import __version__
+from vlm.config import ModelConfig, PreprocessConfig, TokenizerConfig, from_dict, to_dict
 from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.inputs import tokenizer as tokenizers
+from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
+from vlm.models.dual_encoder import DualEncoder
 from vlm.weights.building import abstract_model
 from vlm.weights.checkpoint import Checkpoint
-from vlm.weights.files import SafetensorsFiles
-from vlm.weights.rules import Rule, flat_shapes
+from vlm.weights.files import SafetensorsFiles, write_safetensors
+from vlm.weights.new_folder import new_folder
+from vlm.weights.rules import Rule, flat_arrays, flat_shapes
 
 BUNDLE_FILE = "bundle.json"
 WEIGHTS_FILE = "model.safetensors"
+FILES = frozenset([BUNDLE_FILE, WEIGHTS_FILE, tokenizers.VOCABULARY_FILE])
 FORMAT = 1  # of the folder; raised when an older reader would misread it
 
 
@@ -66,6 +71,35 @@ def open_checkpoint(path: epath.Path) -> Checkpoint:
         "bicubic_antialias",
         fingerprint=fingerprint,
     )
+
+
+def write(
+    folder: epath.PathLike,
+    model: DualEncoder,
+    preprocess: Preprocess,
+    tokenizer: Tokenizer,
+    name: str,
+) -> str:
+    """Write a bundle as a folder, or over the bundle that is there; returns its fingerprint.
+
+    Raises:
+        CheckpointError: the folder holds something else, or cannot be written.
+    """
+    with new_folder(folder, FILES) as new:
+        tokenizer.save(new)
+        (new / tokenizers.RULES_FILE).unlink()  # the rules go into bundle.json
+        fingerprint = write_safetensors(new / WEIGHTS_FILE, flat_arrays(model), {"format": "vlm"})
+        description = {
+            "format": FORMAT,
+            "version": __version__,
+            "name": name,
+            "fingerprint": fingerprint,
+            "model": to_dict(model.config),
+            "preprocess": to_dict(preprocess.config),
+            "tokenizer": to_dict(tokenizer.config),
+        }
+        (new / BUNDLE_FILE).write_text(json.dumps(description, indent=2) + "\n")
+    return fingerprint
 
 
 def _bundle(path: epath.Path) -> epath.Path | None:

@@ -3,16 +3,14 @@
 What a format cannot say about a model is an error that names it: nothing is written then.
 """
 
-import uuid
 from typing import Literal
 
 from etils import epath
 
-from vlm.errors import CheckpointError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
-from vlm.paths import as_path
+from vlm.weights.new_folder import new_folder
 from vlm.weights.writing_huggingface import write_huggingface
 from vlm.weights.writing_open_clip import write_open_clip
 
@@ -31,15 +29,6 @@ def write_folder(
     Raises:
         CheckpointError: the folder exists already, or the format has no place for something.
     """
-    folder = as_path(folder)
-    if folder.exists():
-        raise CheckpointError(f"{folder} exists already: give the path of a new folder")
     writer = {"huggingface": write_huggingface, "open_clip": write_open_clip}[form]
-    new = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.new"
-    new.mkdir(parents=True)
-    try:
+    with new_folder(folder) as new:
         writer(new, model, preprocess, tokenizer)
-        new.rename(folder)
-    finally:
-        if new.exists():
-            new.rmtree()
