@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from vlm.config import AugmentConfig, DataConfig, PreprocessConfig
+from vlm.data.examples import captions_of
 from vlm.data.pipeline import TrainBatches, count_examples, eval_batches, train_batches
-from vlm.data.sources import captions_of, open_source
+from vlm.data.sources import open_source
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
@@ -52,6 +53,7 @@ def numbers(batch) -> list[int]:
 
 
 def assert_equal(a, b):
+    a, b = ({k: v for k, v in x.items() if k != "bad"} for x in (a, b))
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)

@@ -8,8 +8,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from vlm.config import DataConfig
-from vlm.data.sources import all_captions, captions_of, held_out, open_source, vocabulary_texts
-from vlm.data.webdataset import expand_shards
+from vlm.data.examples import captions_of
+from vlm.data.sources import all_captions, held_out, open_source, vocabulary_texts
+from vlm.data.storage import expand
 from vlm.errors import DataError
 
 
@@ -241,7 +242,7 @@ def test_shards_have_random_access(shards, pattern):
             assert captions_of(example, config) == [f"Käse {i}", f"title {i}"]
             red = Image.open(io.BytesIO(example["image"])).getpixel((0, 0))[0]
             assert red == pytest.approx(20 * i, abs=3)
-    assert len(list((shards / "cache" / "shards").iterdir())) == 3
+    assert len(list((shards / "cache" / "shards").iterdir())) == 1
 
 
 def test_a_shard_that_changed_is_read_anew(shards):
@@ -263,17 +264,16 @@ def test_shards_that_are_wrong(shards):
         ("bare.tar", "hold no image"),
         ("none.tar", "no shard .*none.tar"),
         ("none-*.tar", "no shards .*none"),
-        ("train-{000..003}.tar", "no shard .*train-003.tar"),
     ]:
         with pytest.raises(DataError, match=message):
             open_source(DataConfig(str(shards / name)), "train")
-    with pytest.raises(DataError, match=r"example 0 in .*mute.tar has no 'caption'"):
-        open_source(DataConfig(str(shards / "mute.tar")), "train")[0]
+    with pytest.raises(DataError, match=r"example 0 in .*mute.tar has no feature 'caption'"):
+        open_source(DataConfig(str(shards / "mute.tar")), "train")
     with pytest.raises(DataError, match=r"no \{split\} in it"):
         open_source(DataConfig(str(shards / "train-*.tar")), "test")
 
 
 def test_ranges_expand_in_order():
-    names = expand_shards("gs://bucket/{0..1}/x-{08..11}.tar")
+    names = expand("gs://bucket/{0..1}/x-{08..11}.tar")
     assert names[:2] == ["gs://bucket/0/x-08.tar", "gs://bucket/0/x-09.tar"]
     assert len(names) == 8

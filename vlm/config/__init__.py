@@ -6,6 +6,8 @@ follows from that value: it is written to the run folder as JSON and read back f
 
 from vlm.config.data import AugmentConfig as AugmentConfig
 from vlm.config.data import DataConfig as DataConfig
+from vlm.config.data import FieldFilter as FieldFilter
+from vlm.config.data import MixturePart as MixturePart
 from vlm.config.files import check_types as check_types
 from vlm.config.files import from_dict as from_dict
 from vlm.config.files import load_config as load_config

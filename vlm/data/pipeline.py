@@ -1,25 +1,26 @@
-"""Examples to batches. A training batch is a pure function of its step; grain reads ahead.
+"""The front door: training batches in order, with a position for a checkpoint; evaluation batches.
 
-Sample g of a run (counted over all processes and epochs) is example `shuffle(g mod n)` of epoch
-g // n, and its crop, colours and caption are drawn from g. Global batch i holds samples i B to
-(i + 1) B - 1 and each process makes its own slice. So a run resumes exactly from a step
-number, on any number of processes or workers, and within an epoch no sample is lost or repeated.
+Where a batch comes from is the business of `random_access` and of `lanes`; grain runs them ahead in
+threads or worker processes.
 """
 
-import os
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Int
-from PIL import Image
+from etils import epath
 
 from vlm.config import DataConfig
-from vlm.data.randomness import permute, uniforms
-from vlm.data.sources import CachedSource, Source, captions_of, open_source
-from vlm.data.transforms import DRAWS, Augment
+from vlm.data.examples import captions_of, check_captions, check_filters
+from vlm.data.faults import BadSamples
+from vlm.data.lanes import LaneBatches, LaneOrder, count_lanes, threads_for
+from vlm.data.making import Maker
+from vlm.data.mixture import part_configs
+from vlm.data.random_access import Batch, StepOrder, TrainBatches, decoding_threads
+from vlm.data.sources import CachedSource, open_source, open_stream, streams
 from vlm.data.workers import (
     buffered_batches,
     check_shared_memory,
@@ -30,155 +31,88 @@ from vlm.errors import ConfigError, DataError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 
-Batch = dict[str, Any]
-
-_FOREVER = 2**40  # steps: grain wants a length, and nobody trains this long
-
-
-class TrainBatches:
-    """Random access to the training batches of one process: `batches[step]`."""
-
-    def __init__(
-        self,
-        source: Source,
-        config: DataConfig,
-        preprocess: Preprocess,
-        tokenizer: Tokenizer,
-        *,
-        batch_size: int,
-        seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
-        epochs: float | None = None,
-    ):
-        _check_share(batch_size, process_index, process_count)
-        self._source = source
-        self._config = config
-        self._tokenizer = tokenizer
-        self._preprocess = preprocess
-        self._augment = Augment(
-            config.augment, preprocess.config.image_size, preprocess.config.kernel
-        )
-        self._seed = seed
-        self._batch_size = batch_size
-        self._global_batch = batch_size * process_count
-        self._offset = batch_size * process_index
-        self._length = _FOREVER
-        if self._global_batch > len(source):
-            raise DataError(
-                f"the global batch of {self._global_batch} is larger than the {len(source)} "
-                f"examples of {config.source} {config.train_split}: choose a smaller batch_size"
-            )
-        if epochs is not None:
-            self._length = int(epochs * len(source)) // self._global_batch
-
-    def __len__(self) -> int:
-        return self._length
-
-    @property
-    def batch_bytes(self) -> int:
-        """Of one batch of this process, pixels and tokens."""
-        size, length = self._preprocess.config.image_size, self._tokenizer.config.context_length
-        return self._batch_size * (size * size * 3 + 4 * length)
-
-    def __getitem__(self, step: int) -> Batch:
-        first = int(step) * self._global_batch + self._offset
-        positions = np.arange(first, first + self._batch_size)
-        draws = uniforms(self._seed, positions, DRAWS + 1)  # the last one chooses the caption
-        size = self._preprocess.config.image_size
-        images = np.empty((self._batch_size, size, size, 3), np.uint8)
-        texts = []
-        for row, u, index in zip(images, draws, self.indices(positions), strict=True):
-            example = self._source[index]
-            image = example[self._config.image]
-            if not isinstance(image, Image.Image):  # else cached: RGB already
-                image = self._preprocess.open(image, f"the image of example {index}")
-            self._augment(image, u[:-1], row)
-            captions = captions_of(example, self._config)
-            texts.append(captions[int(u[-1] * len(captions))])
-        return {"images": images, "tokens": self._tokenizer(texts)}
-
-    def indices(self, positions: Int[np.ndarray, "b"]) -> list[int]:
-        """Which example stands at each position of the run."""
-        count = len(self._source)
-        epochs, places = positions // count, positions % count
-        out = np.empty_like(positions)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            out[here] = permute(self._seed, epoch, places[here], count)
-        return out.tolist()
-
 
 class TrainIterator(grain.DatasetIterator):
     """Batches in order, made ahead by threads or worker processes.
 
-    The state is the next step's number, whatever the workers have read ahead.
+    The state is where the next batch begins, whatever the workers have read ahead.
     """
 
-    def __init__(self, batches: TrainBatches, *, prefetch: int, threads: int, workers: int):
+    def __init__(self, order: StepOrder | LaneOrder, *, prefetch: int, bad: BadSamples):
         super().__init__()
-        self._batches = batches
-        self._prefetch, self._threads, self._workers = prefetch, threads, workers
+        self._order, self._prefetch = order, prefetch
+        self.bad = bad  # the samples that were passed over so far
         self._step = 0
         self._reader: grain.DatasetIterator | None = None
 
     def __len__(self) -> int:
-        return len(self._batches)
+        if self._order.length is None:
+            raise TypeError("a stream has no length: give the run its length in steps or examples")
+        return self._order.length
 
     def __next__(self) -> Batch:
         if self._reader is not None:
-            batch = next(self._reader)
+            elements = self._take()
         else:
-            self._reader = self._read_from(self._step)
+            self._reader = self._open()
             with deaf_to_signals():  # grain starts its workers when it is asked for a batch
-                batch = next(self._reader)
+                elements = self._take()
+        batch = self._order.join(elements)
+        self.bad.take(self._step, len(batch["tokens"]), json.loads(batch.pop("bad")))
         self._step += 1
         return batch
 
-    def get_state(self) -> dict[str, int]:
-        """What a checkpoint needs to go on from here: plain JSON."""
-        return {"step": self._step}
+    def get_state(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on from here: plain JSON, the same in every process.
 
-    def set_state(self, state: dict[str, int]) -> None:
+        Of a stream that several processes read, all of them must ask for it at the same step.
+        """
+        return {**self._order.state(self._step), "bad": self.bad.state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
         """Go on as the iterator would have that gave `state`.
 
         Raises:
             DataError: not a state of this iterator.
         """
         step = state.get("step") if isinstance(state, dict) else None
-        if not isinstance(step, int) or not 0 <= step <= len(self._batches):
+        length = self._order.length
+        if not isinstance(step, int) or step < 0 or (length is not None and step > length):
             raise DataError(f"{state!r} is not the state of a data iterator of this run")
+        self._order.restore(state)
         self.close()
         self._step = step
+        self.bad.restore(state.get("bad", {"seen": 0, "kinds": {}}), step)
 
     def start_prefetch(self) -> None:
         """Begin to read ahead before the first batch is asked for, say while a step compiles."""
         if self._reader is None:
-            self._reader = self._read_from(self._step)
+            self._reader = self._open()
             self._reader.start_prefetch()
 
     def close(self) -> None:
         """Stop the readers; the iterator can go on later."""
+        self.bad.flush()
         if self._reader is not None:
             self._reader.close()
             self._reader = None
 
-    def _read_from(self, step: int) -> grain.DatasetIterator:
-        data = grain.MapDataset.source(self._batches).slice(slice(step, None))
-        if self._workers:
+    def _take(self) -> list[Batch]:
+        return [next(self._reader) for _ in range(self._order.parts)]
+
+    def _open(self) -> grain.DatasetIterator:
+        data = self._order.read()
+        if self._order.workers:
             if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which we do not use
                 flags.FLAGS.mark_as_parsed()
-            check_shared_memory(self._workers, self._prefetch, self._batches.batch_bytes)
-            buffer, _ = buffered_batches(self._workers, self._prefetch)
+            ahead = self._prefetch * self._order.parts
+            check_shared_memory(self._order.workers, ahead, self._order.element_bytes)
+            buffer, _ = buffered_batches(self._order.workers, ahead)
             options = grain.MultiprocessingOptions(
-                num_workers=self._workers, per_worker_buffer_size=buffer
+                num_workers=self._order.workers, per_worker_buffer_size=buffer
             )
-            read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-            return iter(data.to_iter_dataset(read).mp_prefetch(options, end_with_parent))
-        read = grain.ReadOptions(
-            num_threads=self._threads if self._prefetch else 0, prefetch_buffer_size=self._prefetch
-        )
-        return iter(data.to_iter_dataset(read))
+            data = data.mp_prefetch(options, end_with_parent)
+        return iter(data)
 
 
 def train_batches(
@@ -191,24 +125,41 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     epochs: float | None = None,
+    run_folder: epath.PathLike | None = None,
 ) -> TrainIterator:
     """This process's training batches: `images` uint8 (b, s, s, 3), `tokens` int32 (b, l).
 
     `batch_size` is this process's share. Without `epochs` the batches never end. The iterator's
-    `get_state` and `set_state` make it part of a checkpoint.
+    `get_state` and `set_state` make it part of a checkpoint. Bad samples are passed over, counted
+    in the iterator's `bad`, and named in `bad-samples.jsonl` of `run_folder`.
 
     Raises:
-        DataError: no such data, an image that cannot be read, or a batch larger than the data.
+        DataError: no such data, more bad samples than the config allows, or a batch larger than
+            the data.
         ConfigError: sizes or options that cannot be.
     """
+    _check_share(batch_size, process_index, process_count)
+    check_captions(config)
+    check_filters(config.keep)
     if config.cache and config.workers:
         raise ConfigError(
             f"data.cache keeps images in this process, so data.workers {config.workers} processes "
             "could not share it: set one of them off"
         )
+    bad = BadSamples(config.max_bad_share, run_folder, process_index)
+    if streams(config):
+        if epochs is not None:
+            raise ConfigError(
+                f"{config.source} is read as a stream, whose number of examples is not known, so "
+                "epochs have no meaning: give steps or examples"
+            )
+        order: StepOrder | LaneOrder = _lane_order(
+            config, preprocess, tokenizer, batch_size, seed, process_index, process_count
+        )
+        return TrainIterator(order, prefetch=config.prefetch, bad=bad)
     source = open_source(config, config.train_split)
     batches = TrainBatches(
-        CachedSource(source, config.image, preprocess) if config.cache else source,
+        CachedSource(source, config, preprocess) if config.cache else source,
         config,
         preprocess,
         tokenizer,
@@ -218,9 +169,48 @@ def train_batches(
         process_count=process_count,
         epochs=epochs,
     )
-    # Decoding releases the GIL and gains from more threads; what follows it does not.
-    threads = 1 if config.cache else min(config.prefetch, os.cpu_count() or 1)
-    return TrainIterator(batches, prefetch=config.prefetch, threads=threads, workers=config.workers)
+    for fault in getattr(source, "faults", ()):  # of whole shards, known before the first step
+        bad.take(0, 0, [fault])
+    order = StepOrder(
+        batches,
+        prefetch=config.prefetch,
+        threads=decoding_threads(config),
+        workers=config.workers,
+    )
+    return TrainIterator(order, prefetch=config.prefetch, bad=bad)
+
+
+def _lane_order(
+    config: DataConfig,
+    preprocess: Preprocess,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    seed: int,
+    process_index: int,
+    process_count: int,
+) -> LaneOrder:
+    if config.cache:
+        raise ConfigError(
+            "data.cache keeps whole data sets in memory, and a stream has no end: set it off"
+        )
+    global_batch = batch_size * process_count
+    stream = open_stream(
+        config,
+        lambda shards: count_lanes(config, global_batch, shards, process_count),
+        seed=seed,
+        process_count=process_count,
+    )
+    each = stream.lanes // process_count
+    batches = LaneBatches(
+        stream,
+        range(each * process_index, each * (process_index + 1)),
+        batch_size // each,
+        Maker([config, *part_configs(config)], preprocess),
+        tokenizer,
+        max_bad_in_a_row=config.max_bad_in_a_row,
+        threads=threads_for(config),
+    )
+    return LaneOrder(batches, config.workers, config.prefetch)
 
 
 def eval_batches(
@@ -270,8 +260,18 @@ def eval_batches(
 
 
 def count_examples(config: DataConfig, split: str | None = None) -> int:
-    """Number of examples in a split, by default the training split."""
-    return len(open_source(config, split or config.train_split))
+    """Number of examples in a split, by default the training split.
+
+    Raises:
+        ConfigError: they are read as a stream, which does not know it.
+    """
+    split = split or config.train_split
+    if split == config.train_split and streams(config):
+        raise ConfigError(
+            f"{config.source} is read as a stream, whose number of examples is not known: give the "
+            "run's length in steps or examples instead of epochs"
+        )
+    return len(open_source(config, split))
 
 
 def _check_share(batch_size: int, process_index: int, process_count: int) -> None:

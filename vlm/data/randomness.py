@@ -44,6 +44,12 @@ def permute(
     return out.astype(np.int64)
 
 
+def key(*words: int) -> int:
+    """A seed of its own for whatever `words` say, such as (seed, purpose, number)."""
+    with np.errstate(over="ignore"):
+        return int(_key(*words))
+
+
 def _key(*words: int) -> np.uint64:
     key = np.uint64(0)
     for word in words:

@@ -1,108 +1,190 @@
-"""Random access to the examples of a data set: `open_source` gives a sequence of feature dicts.
-
-An example keeps the features of its data set under their own names. Images stay encoded; text is
-`str` (or a list of them), a class label is its name. What is asked of any source: `len(source)`,
-`source[i]`, and to be picklable, since reader processes get their own copy.
-"""
+"""The front door to sources: which module opens what `data.source` names, and what it holds."""
 
 import os
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
 
 import numpy as np
-import tensorflow_datasets as tfds
 from jaxtyping import Int32
 
 from vlm.config import DataConfig
-from vlm.data import openmoji
-from vlm.errors import DataError
+from vlm.data import mixture
+from vlm.data.examples import Example, Source, captions_of, passes
+from vlm.data.faults import BadSample
+from vlm.data.lanes import Stream
+from vlm.data.making import open_image_of
+from vlm.data.random_access import IndexedStream
+from vlm.data.randomness import key
+from vlm.data.shard_stream import find_shards, open_shards_as_stream
+from vlm.errors import ConfigError, DataError
 from vlm.inputs.preprocess import Preprocess
-from vlm.paths import as_path, cache_dir
+from vlm.paths import as_path, cache_dir, is_remote
 
 KNOWN = (
     '"openmoji"',
     '"tfds:NAME" (a prepared TFDS data set)',
-    "a table of image paths and captions (.csv, .tsv, .jsonl)",
-    "a folder with captions.csv, captions.tsv or captions.jsonl",
-    "WebDataset shards (.tar, with * or {000..099})",
+    "WebDataset shards (.tar, with *, {000..099} or {a,b})",
+    "a table of images and captions (.csv, .tsv, .jsonl, .parquet)",
+    "ArrayRecord files (.array_record)",
+    "Arrow files (.arrow), or a folder that Hugging Face datasets saved",
+    "a folder with captions.csv, .tsv or .jsonl, a text beside each image, or class folders",
 )
-
-Example = dict[str, Any]
-
-
-class Source(Protocol):
-    """A sequence of examples, the same each time it is opened."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Example: ...
 
 
 def open_source(config: DataConfig, split: str) -> Source:
-    """The examples of one split of `config.source`.
+    """The examples of one split of `config.source`, with random access.
 
     Raises:
         DataError: the source or split does not exist, or lacks a feature that the config names.
     """
-    name = config.source
-    if name == "openmoji":
-        builder = openmoji.prepare(as_path(config.data_dir or cache_dir() / "data"))
-        return TfdsSource(builder, split, config)
-    if name.startswith("tfds:"):
-        return TfdsSource(_prepared(name.removeprefix("tfds:"), config.data_dir), split, config)
-    from vlm.data import table, webdataset  # the rarer kinds load on use
+    source = _open(config, split)
+    if config.keep and split == config.train_split:
+        return FilteredSource(source, config)
+    return source
 
-    if ".tar" in os.path.basename(name):
-        return webdataset.open_shards(config, split)
-    if name.endswith(table.SUFFIXES) or as_path(name).is_dir():
-        return table.open_table(config, split)
+
+def _open(config: DataConfig, split: str) -> Source:
+    name = config.source
+    # The rarer kinds load on use.
+    match kind_of(name):
+        case "openmoji":
+            from vlm.data import openmoji, prepared
+
+            builder = openmoji.prepare(as_path(config.data_dir or cache_dir() / "data"))
+            return prepared.TfdsSource(builder, split, config)
+        case "tfds":
+            from vlm.data.prepared import open_prepared
+
+            return open_prepared(name.removeprefix("tfds:"), split, config)
+        case "tar":
+            from vlm.data.shard_index import open_shards
+
+            return open_shards(config, split)
+        case "array_record":
+            from vlm.data.array_record import open_array_record
+
+            return open_array_record(config, split)
+        case "parquet":
+            from vlm.data.parquet import open_parquet
+
+            return open_parquet(config, split)
+        case "arrow":
+            from vlm.data.arrow import open_arrow
+
+            return open_arrow(config, split)
+        case "table":
+            from vlm.data.table import open_table
+
+            return open_table(config, split)
+        case "folder":
+            from vlm.data.folder import open_folder
+
+            return open_folder(config, split)
     raise DataError(f"data.source {name!r} is unknown: give {'; '.join(KNOWN)}")
 
 
-class TfdsSource:
-    """A split of a prepared TFDS data set, read without TensorFlow."""
+def kind_of(name: str) -> str | None:
+    """Which module opens a source of this name; None when none does."""
+    if name == "openmoji":
+        return name
+    if name.startswith("tfds:"):
+        return "tfds"
+    last = os.path.basename(name.split("::")[0])
+    if ".tar" in last:
+        return "tar"
+    for ending, kind in _ENDINGS.items():
+        if ending in last:
+            return kind
+    if name.endswith(TABLES):
+        return "table"
+    folder = as_path(name)
+    if not folder.is_dir():
+        return None
+    if any((folder / f"captions{suffix}").exists() for suffix in TABLES):
+        return "table"
+    if any((folder / file).exists() for file in ("state.json", "dataset_dict.json")):
+        return "arrow"
+    return "folder"
 
-    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, config: DataConfig):
-        self.credits = builder.info.redistribution_info.license or ""  # as the metadata states them
-        features, where = builder.info.features, f"the data set {builder.info.full_name}"
-        check_features(config, list(features), where)
-        self._label = config.label
-        self._image = config.image  # bytes that stay bytes
-        self._names = features[config.label].names if config.label else None
-        try:
-            decoders = {config.image: tfds.decode.SkipDecoding()}
-            self._records = builder.as_data_source(split, decoders=decoders)
-        except NotImplementedError as error:
+
+_ENDINGS = {".array_record": "array_record", ".parquet": "parquet", ".arrow": "arrow"}
+TABLES = (".csv", ".tsv", ".jsonl")
+
+
+def streams(config: DataConfig) -> bool:
+    """Whether training reads in lanes: a mixture, or shards that are streamed.
+
+    Raises:
+        ConfigError: `data.access` asks for a stream of what has none.
+    """
+    if config.mixture:
+        return True
+    kind = kind_of(config.source)
+    if config.access == "stream" and kind not in ("tar", "parquet"):
+        raise ConfigError(
+            f"{config.source} cannot be read as a stream, which needs .tar or .parquet shards: set "
+            'data.access="auto"'
+        )
+    if config.access != "auto":
+        return config.access == "stream"
+    if kind == "parquet":
+        from vlm.data.parquet import holds_images
+
+        return is_remote(config.source) or holds_images(config)
+    return kind == "tar" and is_remote(config.source)
+
+
+def open_stream(
+    config: DataConfig, lanes: Callable[[int], int], *, seed: int, process_count: int
+) -> Stream:
+    """The training samples of `config` in lanes, after a look at the first of them.
+
+    `lanes` gives the number of lanes for a number of shards.
+
+    Raises:
+        DataError: no shards or too few, or shards that do not hold what the config names.
+        ConfigError: a mixture that cannot be.
+    """
+    if not config.mixture:
+        shards = find_shards(config)
+        return open_shards_as_stream(config, shards, lanes(len(shards)), seed, process_count)
+    configs = mixture.part_configs(config)
+    found = [find_shards(part) if streams(part) else None for part in configs]
+    count = lanes(min((len(shards) for shards in found if shards), default=2**31))
+    parts: list[Stream] = []
+    for number, (part, shards) in enumerate(zip(configs, found, strict=True)):
+        part_seed = key(seed, 5, number)
+        if shards:
+            parts.append(open_shards_as_stream(part, shards, count, part_seed, process_count))
+        else:
+            parts.append(IndexedStream(open_source(part, part.train_split), count, part_seed))
+    return mixture.Mixture(config, parts, lanes=count, seed=seed)
+
+
+class FilteredSource:
+    """The examples that pass `config.keep`; all are looked at once, when it is opened."""
+
+    def __init__(self, source: Source, config: DataConfig):
+        self._source = source
+        kept = [i for i in range(len(source)) if passes(source[i], config.keep)]
+        self._kept = np.array(kept, np.int64)
+        if not kept:
             raise DataError(
-                f"{where} is stored as {builder.info.file_format.value}, which has no random "
-                f'access: prepare it with file_format="array_record" ({error})'
-            ) from None
-        except (ValueError, KeyError):
-            raise DataError(
-                f"{where} has no split {split!r}: it has {', '.join(sorted(builder.info.splits))}"
-            ) from None
+                f"data.keep passes none of the {len(source):,} examples of {config.source}: loosen "
+                "it"
+            )
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._kept)
 
     def __getitem__(self, index: int) -> Example:
-        record = self._records[int(index)]
-        example = {k: v if k == self._image else _text(v) for k, v in record.items()}
-        if self._label:
-            example[self._label] = self._names[int(example[self._label])]
-        return example
-
-    @property
-    def label_names(self) -> list[str] | None:
-        """All class names in the order of their ids, when the config asks for a label."""
-        return self._names
+        return self._source[int(self._kept[index])]
 
 
 class CachedSource:
     """The same examples, each opened once and kept with its image decoded (mode RGB)."""
 
-    def __init__(self, source: Source, image: str, preprocess: Preprocess):
-        self._source, self._image, self._preprocess = source, image, preprocess
+    def __init__(self, source: Source, config: DataConfig, preprocess: Preprocess):
+        self._source, self._config, self._preprocess = source, config, preprocess
         self._kept: list[Example | None] = [None] * len(source)
 
     def __len__(self) -> int:
@@ -112,30 +194,11 @@ class CachedSource:
         example = self._kept[index]
         if example is None:  # two threads may both come here: they make equal examples
             example = dict(self._source[index])
-            example[self._image] = self._preprocess.open(
-                example[self._image], f"the image of example {index}"
+            example[self._config.image] = open_image_of(
+                example, self._config, self._preprocess, f"example {index}"
             )
             self._kept[index] = example
         return example
-
-
-def captions_of(example: Example, config: DataConfig) -> list[str]:
-    """Every caption of an example: of all `config.captions`, or its label in each template.
-
-    Raises:
-        DataError: there is none.
-    """
-    if config.label:
-        return [template.format(example[config.label]) for template in config.templates]
-    captions: list[str] = []
-    for feature in config.captions:
-        value = example[feature]
-        captions.extend([value] if isinstance(value, str) else value)
-    captions = [caption for caption in captions if caption]
-    if not captions:
-        features = ", ".join(config.captions)
-        raise DataError(f"an example has no caption in {features}: remove it or name more features")
-    return captions
 
 
 def all_captions(config: DataConfig) -> list[str]:
@@ -143,12 +206,13 @@ def all_captions(config: DataConfig) -> list[str]:
 
     An image counts with its first caption; with a label, every class counts, seen or not.
     """
-    splits = [config.train_split, config.eval_split]
+    splits = [None if streams(config) else config.train_split, config.eval_split]
     sources = [open_source(config, split) for split in splits if split]
     names = getattr(sources[0], "label_names", None)
     if names:
         return [config.templates[0].format(name) for name in names]
-    return list(dict.fromkeys(c for source in sources for c in first_captions(source, config)))
+    found = (texts[0] for source in sources for texts in _captions(source, config))
+    return list(dict.fromkeys(found))
 
 
 def held_out(config: DataConfig) -> Int32[np.ndarray, "n"]:
@@ -165,13 +229,23 @@ def held_out(config: DataConfig) -> Int32[np.ndarray, "n"]:
 
 
 def vocabulary_texts(config: DataConfig) -> list[str]:
-    """Every caption of the training split: what a vocabulary of the data's own is learned from."""
+    """Every caption of the training split: what a vocabulary of the data's own is learned from.
+
+    Raises:
+        ConfigError: the split is read as a stream, and not whole before the run.
+    """
+    if streams(config):
+        raise ConfigError(
+            "a stream is not read whole to learn a vocabulary from it: name one with tokenizer_file"
+        )
     source = open_source(config, config.train_split)
-    return [text for i in range(len(source)) for text in captions_of(source[i], config)]
+    return [text for texts in _captions(source, config) for text in texts]
 
 
 def credits(config: DataConfig) -> str:
     """The licence and authors of the data, as its metadata states them; empty if it does not."""
+    if streams(config):
+        return ""
     return getattr(open_source(config, config.train_split), "credits", "")
 
 
@@ -180,42 +254,10 @@ def first_captions(source: Source, config: DataConfig) -> list[str]:
     return [captions_of(source[i], config)[0] for i in range(len(source))]
 
 
-def check_features(config: DataConfig, known: Sequence[str], where: str) -> None:
-    """Raise a DataError that names the first feature of `config` that `known` lacks."""
-    wanted = {"data.image": [config.image]}
-    wanted |= {"data.label": [config.label]} if config.label else {"data.captions": config.captions}
-    for field, features in wanted.items():
-        for feature in features:
-            if feature not in known:
-                raise DataError(
-                    f"{where} has no feature {feature!r} that {field} names: "
-                    f"it has {', '.join(sorted(known))}"
-                )
-    if not config.label and not config.captions:
-        raise DataError("data.captions is empty and data.label not set: name what to read")
-
-
-def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-    try:
-        builder = tfds.builder(name, data_dir=data_dir)
-    except Exception as error:  # TFDS has many kinds of not found, and import errors of its own
-        raise DataError(f"TFDS knows no data set {name!r} ({_first_line(error)})") from None
-    if not builder.info.splits:
-        raise DataError(
-            f"the TFDS data set {name!r} is not prepared in {builder.data_dir}: set data_dir to "
-            f"where it is, or prepare it with tfds.builder({name!r}, file_format="
-            '"array_record").download_and_prepare()'
-        )
-    return builder
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _text(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    if isinstance(value, list | np.ndarray) and len(value) and isinstance(value[0], bytes):
-        return [item.decode(errors="replace") for item in value]
-    return value
+def _captions(source: Source, config: DataConfig) -> Iterator[list[str]]:
+    """The captions of each example that has any."""
+    for i in range(len(source)):
+        try:
+            yield captions_of(source[i], config)
+        except BadSample:
+            continue

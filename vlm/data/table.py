@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from vlm.config import DataConfig
-from vlm.data.sources import check_features
+from vlm.data.examples import check_features
 from vlm.errors import DataError
 from vlm.paths import as_path, is_remote
 

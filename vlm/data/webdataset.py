@@ -1,159 +1,113 @@
-"""WebDataset shards with random access: an index of every member of the tar files.
+"""WebDataset shards as img2dataset writes them: what the members of an example become.
 
 In a shard (github.com/webdataset/webdataset) files that share a name up to the first dot are one
 example: `000017.jpg`, `000017.txt`, `000017.json`. Here extensions become features: an image is
-`config.image`, `.txt` is the first of `config.captions`, and the fields of `.json` keep their
-names. Only tar headers are read to make the index, which is kept in the cache folder.
+`config.image`, `.txt` is the first of `config.captions`, the fields of `.json` keep their names,
+and any other extension that the config names is text. A `.parquet` beside a shard, as img2dataset
+writes one, adds its columns by `key`.
 """
 
-import glob
-import hashlib
+import functools
 import json
-import os
-import re
-import tarfile
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-from etils import epath
-
 from vlm.config import DataConfig
-from vlm.errors import DataError
-from vlm.paths import as_path, cache_dir, is_remote
+from vlm.data import tar
+from vlm.data.examples import WHERE, Example, wanted_features
+from vlm.data.faults import BadSample
+from vlm.data.shards import Record
+from vlm.data.storage import FrontToBack
 
-_IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jp2")
-_KINDS = ("image", "txt", "json")
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jp2")
 
 
-class ShardSource:
-    """Examples of tar shards; reads the bytes of one example and nothing else."""
+class TarFormat:
+    """How a stream reads tar shards; an offset is the byte at which an example begins."""
 
-    def __init__(self, shards: list[str], index: np.ndarray, config: DataConfig):
-        self._shards, self._index, self._config = shards, index, config
+    kind = "tar"
 
-    def __len__(self) -> int:
-        return len(self._index)
+    def __init__(self, config: DataConfig, *, sidecar: bool = False, contents: bool = True):
+        self._config, self._sidecar = config, sidecar
+        self._wanted = wanted_extensions(config) if contents else frozenset()
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        shard, *spans = self._index[index].tolist()
-        path, config = self._shards[shard], self._config
-        parts = {}
-        with as_path(path).open("rb") as f:
-            for kind, start, size in zip(_KINDS, spans[::2], spans[1::2], strict=True):
-                if start:
-                    f.seek(start)
-                    parts[kind] = f.read(size)
-        example: dict[str, Any] = {}
-        where = f"example {index} in {path}"
+    def read(self, shard: str, offset: int, number: int, chunk: int) -> Iterator[Record]:
+        """The examples of a shard from the one that begins at `offset`.
+
+        Raises:
+            OSError, Torn: where it cannot be read on.
+        """
+        more = sidecar_of(shard, self._config) if self._sidecar else None
+        file = FrontToBack(shard, offset, chunk)
         try:
-            if "json" in parts:
-                example |= json.loads(parts["json"])
-            if "txt" in parts and config.captions:
-                example[config.captions[0]] = parts["txt"].decode().strip()
-        except (ValueError, TypeError) as error:
-            raise DataError(f"the text of {where} cannot be read: {error}") from None
-        example[config.image] = parts["image"]
-        for feature in (config.label,) if config.label else config.captions:
-            if feature not in example:
-                raise DataError(f"{where} has no {feature!r}: it has {', '.join(sorted(example))}")
-        return example
+            for group in tar.groups(file, self._wanted):
+                try:
+                    example = example_of(group.parts, self._config, shard, group.key, more)
+                except BadSample as bad:
+                    example = bad
+                yield Record(example, group.end)
+        finally:
+            file.close()
 
 
-def open_shards(config: DataConfig, split: str) -> ShardSource:
-    """The examples of the shards that `config.source` names, `{split}` in it replaced by `split`.
+def wanted_extensions(config: DataConfig) -> frozenset[str]:
+    """The extensions of the members that are read."""
+    return frozenset([*IMAGES, "txt", "json", *wanted_features(config)])
 
-    The source may hold `*` and ranges such as `{00000..00099}`, on local disk or in a bucket.
+
+def example_of(
+    parts: dict[str, bytes],
+    config: DataConfig,
+    shard: str,
+    key: str,
+    sidecar: dict[str, dict[str, Any]] | None = None,
+) -> Example:
+    """The example that some members of a tar file make.
 
     Raises:
-        DataError: no shard, a shard that is torn, or no example in them.
+        BadSample: there is no image, or a text that is none.
     """
-    pattern = config.source
-    if "{split}" not in pattern and split != config.train_split:
-        raise DataError(
-            f"data.source {pattern!r} has no {{split}} in it, so there is no split {split!r}: name "
-            "the shards by split, or set eval_split=None"
-        )
-    shards = expand_shards(pattern.replace("{split}", split))
-    with ThreadPoolExecutor(16) as pool:  # headers wait for the disk or the bucket
-        tables = list(pool.map(_index_of, shards))
-    index = np.concatenate(
-        [np.insert(table, 0, number, axis=1) for number, table in enumerate(tables)]
-    )
-    if not len(index):
-        raise DataError(f"the shards {pattern} hold no image: is each named like 000017.jpg?")
-    return ShardSource(shards, index, config)
+    where = f"{shard}: {key}"
+    image = next((parts[extension] for extension in IMAGES if extension in parts), None)
+    if image is None:
+        raise BadSample("no image", where, f"{where} has no image")
+    example: Example = {}
+    try:
+        if "json" in parts:
+            fields = json.loads(parts["json"])
+            if not isinstance(fields, dict):
+                raise ValueError("the JSON is not an object with named fields")
+            example |= fields
+        for feature in wanted_features(config):
+            if feature in parts and feature not in IMAGES:
+                example[feature] = parts[feature].decode().strip()
+        if "txt" in parts and config.captions:
+            example[config.captions[0]] = parts["txt"].decode().strip()
+    except ValueError as error:  # of JSON and of UTF-8
+        why = f"the text of {where} cannot be read: {error}"
+        raise BadSample("broken text", where, why) from None
+    if sidecar is not None:
+        example = sidecar.get(key.rpartition("/")[2], {}) | example
+    example[config.image] = image
+    example[WHERE] = where
+    return example
 
 
-def expand_shards(pattern: str) -> list[str]:
-    """The shards that a pattern names, in order.
+@functools.lru_cache(2)
+def sidecar_of(shard: str, config: DataConfig) -> dict[str, dict[str, Any]]:
+    """The rows of the `.parquet` beside a shard, by their key: the features that are wanted.
 
     Raises:
-        DataError: none of them exists, or one of a range is missing.
+        OSError: it cannot be read.
+        DataError: pyarrow is not installed.
     """
-    names = [pattern]
-    while found := re.search(r"\{(\d+)\.\.(\d+)\}", names[0]):
-        first, last = found.groups()
-        numbers = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
-        names = [name.replace(found.group(), n, 1) for name in names for n in numbers]
-    shards = []
-    for name in names:
-        if "*" not in name:
-            shards.append(name)
-        elif is_remote(name):
-            folder, _, last = name.rpartition("/")
-            shards += sorted(os.fspath(p) for p in epath.Path(folder).glob(last))
-        else:
-            shards += sorted(glob.glob(os.path.expanduser(name)))
-    if not shards:
-        raise DataError(f"there are no shards {pattern}: check data.source")
-    return shards
+    from vlm.data.parquet import read_columns
+
+    path = sidecar_path(shard)
+    rows = read_columns(path, ["key", *wanted_features(config)])
+    return {str(row.pop("key")): row for row in rows}
 
 
-def _index_of(shard: str) -> np.ndarray:
-    """(examples, 6) int64: offset and size of the image, text and JSON; 0 for what is not there."""
-    path = as_path(shard)
-    try:
-        stat = path.stat()
-    except OSError:
-        raise DataError(f"there is no shard {shard}: check data.source") from None
-    key = hashlib.sha256(f"{shard} {stat.length} {stat.mtime}".encode()).hexdigest()[:32]
-    kept = cache_dir() / "shards" / f"{key}.npy"
-    if kept.exists():
-        try:
-            return np.load(os.fspath(kept))
-        except (OSError, ValueError, EOFError):
-            pass  # torn: make it again
-    table = _read_headers(path, shard)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=kept.parent)
-    with os.fdopen(handle, "wb") as f:
-        np.save(f, table)
-    os.replace(name, kept)
-    return table
-
-
-def _read_headers(path: epath.Path, shard: str) -> np.ndarray:
-    groups: dict[str, list[int]] = {}
-    try:
-        with path.open("rb") as f, tarfile.open(fileobj=f, mode="r:") as tar:
-            length = path.stat().length
-            for member in tar:
-                folder, _, file = member.name.rpartition("/")
-                stem, _, extension = file.partition(".")
-                extension = extension.lower()
-                kind = "image" if extension in _IMAGES else extension
-                if not member.isfile() or not stem or kind not in _KINDS:
-                    continue
-                if member.offset_data + member.size > length:
-                    raise tarfile.ReadError("unexpected end of data")
-                spans = groups.setdefault(f"{folder}/{stem}", [0] * (2 * len(_KINDS)))
-                place = 2 * _KINDS.index(kind)
-                spans[place : place + 2] = member.offset_data, member.size
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(
-            f"the shard {shard} is torn or no tar file ({error}): fetch it again"
-        ) from None
-    rows = [spans for spans in groups.values() if spans[0]]
-    return np.array(rows, np.int64).reshape(len(rows), 2 * len(_KINDS))
+def sidecar_path(shard: str) -> str:
+    """Where img2dataset puts the table of a shard."""
+    return shard.removesuffix(".tar") + ".parquet"

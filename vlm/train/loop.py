@@ -54,6 +54,7 @@ def train(
             seed=experiment.seed,
             process_index=share,
             process_count=shares,
+            run_folder=run.folder,
         )
         held = HeldOut(experiment, trainer, tokenizer) if experiment.data.eval_split else None
 
@@ -91,6 +92,8 @@ def train(
             logs.flush()
             checkpoints.save(step, state, batches.get_state())
             checkpoints.wait()
+    if said := batches.bad.report():
+        print_on_first_process(said)
     if step < total:
         print_on_first_process(f"left at step {step}; go on with `vlm train --resume {run.folder}`")
         return run.folder

@@ -1,0 +1,102 @@
+"""ArrayRecord files of `tf.train.Example` records, as TFDS, Beam and `vlm data prepare` write them.
+
+A feature of one value is that value, of several a list. Bytes are text, except those of the image.
+"""
+
+from typing import Any
+
+from tensorflow_datasets.proto import tf_example_pb2
+
+from vlm.config import DataConfig
+from vlm.data.examples import WHERE, Example, check_features
+from vlm.data.faults import BadSample
+from vlm.data.storage import expand
+from vlm.errors import DataError
+
+
+class ArrayRecordSource:
+    """The records of some files, in order."""
+
+    def __init__(self, names: list[str], config: DataConfig):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        self._config, self._where = config, config.source
+        try:
+            self._records = ArrayRecordDataSource(names)
+            count = len(self._records)
+        except Exception as error:  # the reader has errors of its own kinds
+            raise DataError(
+                f"{config.source} cannot be read as ArrayRecord ({error}): check data.source"
+            ) from None
+        if not count:
+            raise DataError(f"{config.source} holds no records: check data.source")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        where = f"record {index} of {self._where}"
+        try:
+            record = self._records[int(index)]
+        except Exception as error:
+            raise BadSample("failed read", where, f"{where} cannot be read ({error})") from None
+        return parse(record, self._config.image, where)
+
+
+def open_array_record(config: DataConfig, split: str) -> ArrayRecordSource:
+    """The records of the files that `config.source` names, `{split}` in it replaced by `split`.
+
+    Raises:
+        DataError: no files or no records, or none with the features that the config names.
+    """
+    if "{split}" not in config.source and split != config.train_split:
+        raise DataError(
+            f"data.source {config.source!r} has no {{split}} in it, so there is no split "
+            f"{split!r}: name the files by split, or set eval_split=None"
+        )
+    source = ArrayRecordSource(expand(config.source.replace("{split}", split)), config)
+    known = [name for name in source[0] if name != WHERE]
+    check_features(config, known, f"record 0 of {config.source}")
+    return source
+
+
+def parse(record: bytes, image: str, where: str) -> Example:
+    """A record as an example; the feature `image` stays bytes.
+
+    Raises:
+        BadSample: it is no `tf.train.Example`.
+    """
+    try:
+        features = tf_example_pb2.Example.FromString(record).features.feature
+    except Exception as error:  # of protobuf
+        why = f"{where} is no tf.train.Example ({error})"
+        raise BadSample("broken record", where, why) from None
+    example: Example = {WHERE: where}
+    for name, feature in features.items():
+        kind = feature.WhichOneof("kind")
+        if kind is None:
+            continue
+        values: list[Any] = list(getattr(feature, kind).value)
+        if kind == "bytes_list" and name != image:
+            values = [value.decode(errors="replace") for value in values]
+        example[name] = values[0] if len(values) == 1 else values
+    return example
+
+
+def serialize(example: Example) -> bytes:
+    """An example as `parse` reads it: bytes, texts, numbers, and lists of them."""
+    message = tf_example_pb2.Example()
+    for name, value in example.items():
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        values = [v for v in values if v is not None]
+        if name == WHERE or not values:
+            continue
+        feature = message.features.feature[name]
+        if all(isinstance(v, bool | int) for v in values):
+            feature.int64_list.value.extend(int(v) for v in values)
+        elif all(isinstance(v, int | float) for v in values):
+            feature.float_list.value.extend(float(v) for v in values)
+        else:
+            encoded = (v if isinstance(v, bytes) else str(v).encode() for v in values)
+            feature.bytes_list.value.extend(encoded)
+    return message.SerializeToString()

@@ -1,0 +1,151 @@
+"""Arrow files, memory-mapped: what the library `datasets` of Hugging Face saves, without it.
+
+A source is a folder of `save_to_disk`, of one split or several, or the `.arrow` files themselves.
+An image is bytes, a path, or the pair of both that `datasets` keeps; a class label is its name.
+"""
+
+import bisect
+import itertools
+import json
+import os
+from typing import Any
+
+from vlm.config import DataConfig
+from vlm.data.examples import WHERE, Example, check_features
+from vlm.data.faults import BadSample
+from vlm.data.storage import expand
+from vlm.errors import DataError
+from vlm.paths import as_path, is_remote
+
+
+class ArrowSource:
+    """The rows of some Arrow files; only the pages of a row that is read come into memory."""
+
+    def __init__(self, files: list[str], config: DataConfig, names: list[str] | None = None):
+        self._files, self._config, self.label_names = files, config, names
+        self._open()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Example:
+        number = bisect.bisect_right(self._ends, index)
+        batch, row = self._batches[number], index - (self._ends[number - 1] if number else 0)
+        where = f"row {index} of {self._config.source}"
+        try:
+            example = {name: batch.column(name)[row].as_py() for name in batch.schema.names}
+        except Exception as error:  # of damaged pages
+            raise BadSample("broken row", where, f"{where} cannot be read ({error})") from None
+        return plain(example, self._config, where, self.label_names)
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the features."""
+        return self._batches[0].schema.names if self._batches else []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_batches", "_ends")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._open()
+
+    def _open(self) -> None:
+        pyarrow = import_pyarrow()
+        self._batches = []
+        for name in self._files:
+            try:
+                mapped = pyarrow.memory_map(name)
+                try:
+                    table = pyarrow.ipc.open_stream(mapped).read_all()
+                except pyarrow.ArrowInvalid:  # the other of Arrow's two formats
+                    table = pyarrow.ipc.open_file(mapped).read_all()
+            except (pyarrow.ArrowInvalid, OSError) as error:
+                raise DataError(
+                    f"{name} cannot be read as Arrow ({error}): check data.source"
+                ) from None
+            self._batches += [batch for batch in table.to_batches() if batch.num_rows]
+        self._ends = list(itertools.accumulate(batch.num_rows for batch in self._batches))
+
+
+def open_arrow(config: DataConfig, split: str) -> ArrowSource:
+    """The rows of a split.
+
+    Raises:
+        DataError: no such split or file, pyarrow is not installed, or a feature is missing.
+    """
+    if is_remote(config.source):
+        raise DataError(
+            f"Arrow files are mapped into memory, so {config.source} must lie on this machine's "
+            "disk: copy it, or stream Parquet files instead"
+        )
+    folder = as_path(config.source)
+    names = None
+    if folder.is_dir():
+        files, info = _saved(folder, config, split)
+        feature = info.get("features", {}).get(config.label or "", {})
+        names = feature.get("names") if isinstance(feature, dict) else None
+    else:
+        if "{split}" not in config.source and split != config.train_split:
+            raise DataError(
+                f"data.source {config.source!r} has no {{split}} in it, so there is no split "
+                f"{split!r}: name the files by split, or set eval_split=None"
+            )
+        files = expand(config.source.replace("{split}", split))
+    source = ArrowSource(files, config, names)
+    if not len(source):
+        raise DataError(f"{config.source} has no rows of split {split!r}: check data.source")
+    check_features(config, source.columns, f"the table {config.source}")
+    return source
+
+
+def plain(row: dict[str, Any], config: DataConfig, where: str, names: list[str] | None) -> Example:
+    """A row of Arrow values as an example."""
+    image = row.get(config.image)
+    if isinstance(image, dict):  # as `datasets` keeps an image
+        image = image.get("bytes") or image.get("path")
+        row[config.image] = image
+    if names and config.label and isinstance(row.get(config.label), int):
+        label = row[config.label]
+        row[config.label] = names[label] if 0 <= label < len(names) else None
+    row[WHERE] = where
+    return row
+
+
+def import_pyarrow() -> Any:
+    """The package `pyarrow`.
+
+    Raises:
+        DataError: the extra is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(
+            'Arrow and Parquet need the package pyarrow: run pip install "vlm-jax[arrow]"'
+        ) from None
+    return pyarrow
+
+
+def _saved(folder: Any, config: DataConfig, split: str) -> tuple[list[str], dict[str, Any]]:
+    several = folder / "dataset_dict.json"
+    if several.exists():
+        splits = json.loads(several.read_text())["splits"]
+        if split not in splits:
+            raise DataError(f"{folder} has no split {split!r}: it has {', '.join(sorted(splits))}")
+        folder = folder / split
+    elif split != config.train_split:
+        raise DataError(
+            f"{folder} has one split and no {split!r}: set eval_split=None, or name its folder"
+        )
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        files = [os.fspath(folder / file["filename"]) for file in state["_data_files"]]
+        info = json.loads((folder / "dataset_info.json").read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder} is not as the library datasets saves one ({error}): save it again"
+        ) from None
+    return files, info

@@ -1,0 +1,162 @@
+"""What every source gives: examples as dicts of features, and the captions inside them.
+
+An example keeps the features of its data set under their own names. Images stay encoded; text is
+`str` (or a list of them), a class label is its name.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol
+
+from vlm.config import DataConfig, FieldFilter
+from vlm.data.faults import BadSample
+from vlm.errors import ConfigError, DataError
+
+Example = dict[str, Any]
+
+# Under this name, which no feature can have, a source may say where an example came from.
+WHERE = "\0where"
+PART = "\0part"  # and to which source of a mixture it belongs
+
+
+class Source(Protocol):
+    """A sequence of examples, the same each time it is opened; picklable, for reader processes."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+def captions_of(example: Example, config: DataConfig) -> list[str]:
+    """Every caption of an example: of all `config.captions`, or its label in each template.
+
+    Raises:
+        BadSample: there is none.
+    """
+    return [caption for captions in _by_feature(example, config) for caption in captions]
+
+
+def choose_caption(example: Example, config: DataConfig, u: float) -> str:
+    """The caption that the uniform number `u` picks.
+
+    With `config.caption_weights` it first picks a feature, among those that have a caption, and
+    then one of its captions; without, one of all.
+
+    Raises:
+        BadSample: there is none.
+    """
+    if not config.caption_weights or config.label:
+        captions = captions_of(example, config)
+        return captions[int(u * len(captions))]
+    found = _by_feature(example, config)
+    pairs = zip(config.caption_weights, found, strict=True)
+    weights = [weight if captions else 0.0 for weight, captions in pairs]
+    total = sum(weights)
+    if total == 0:  # those with a weight have none
+        captions = [caption for captions in found for caption in captions]
+        return captions[int(u * len(captions))]
+    u *= total
+    for weight, captions in zip(weights, found, strict=True):
+        if weight and u < weight:
+            return captions[int(u / weight * len(captions))]
+        u -= weight
+    captions = [c for c in found if c][-1]  # rounding
+    return captions[-1]
+
+
+def check_captions(config: DataConfig) -> None:
+    """Refuse weights that cannot be.
+
+    Raises:
+        ConfigError: not one for each feature, or none above zero.
+    """
+    weights = config.caption_weights
+    if not weights:
+        return
+    if len(weights) != len(config.captions):
+        raise ConfigError(
+            f"data.caption_weights has {len(weights)} weights for the {len(config.captions)} "
+            "features of data.captions: give one for each"
+        )
+    if min(weights) < 0 or sum(weights) <= 0:
+        raise ConfigError(
+            f"data.caption_weights {weights} pick no caption: give weights of at least 0, and one "
+            "above it"
+        )
+
+
+def passes(example: Example, filters: Sequence[FieldFilter]) -> bool:
+    """Whether an example has all that `filters` ask for."""
+    return all(_passes(example.get(f.feature), f) for f in filters)
+
+
+def check_filters(filters: Sequence[FieldFilter]) -> None:
+    """Refuse filters that ask for nothing.
+
+    Raises:
+        ConfigError: no feature, or no condition on it.
+    """
+    for f in filters:
+        if not f.feature or (f.at_least is None and f.at_most is None and not f.one_of):
+            raise ConfigError(
+                f"data.keep has {f}, which asks for nothing: name a feature, and at_least, at_most "
+                "or one_of"
+            )
+
+
+def wanted_features(config: DataConfig) -> list[str]:
+    """The features beside the image that training reads, each once."""
+    texts = [config.label] if config.label else list(config.captions)
+    return list(dict.fromkeys([*texts, *(f.feature for f in config.keep)]))
+
+
+def check_features(config: DataConfig, known: Collection[str], where: str) -> None:
+    """Raise a DataError that names the first feature of `config` that `known` lacks."""
+    wanted = {"data.image": [config.image]}
+    wanted |= {"data.label": [config.label]} if config.label else {"data.captions": config.captions}
+    wanted |= {"data.keep": [f.feature for f in config.keep]}
+    for field, features in wanted.items():
+        for feature in features:
+            if feature not in known:
+                raise DataError(
+                    f"{where} has no feature {feature!r} that {field} names: "
+                    f"it has {', '.join(sorted(known))}"
+                )
+    if not config.label and not config.captions:
+        raise DataError("data.captions is empty and data.label not set: name what to read")
+
+
+def _by_feature(example: Example, config: DataConfig) -> list[list[str]]:
+    """The captions of each of `config.captions`, at least one in all."""
+    where = example.get(WHERE, "an example")
+    if config.label:
+        label = example.get(config.label)
+        if label is None or label == "":
+            raise BadSample("no label", where, f"{where} has no label in {config.label}")
+        return [[template.format(label)] for template in config.templates]
+    found = []
+    for feature in config.captions:
+        value = example.get(feature)
+        texts = list(value) if isinstance(value, list | tuple) else [value]
+        found.append([text for text in texts if isinstance(text, str) and text.strip()])
+    if not any(found):
+        features = ", ".join(config.captions)
+        raise BadSample(
+            "no caption",
+            where,
+            f"{where} has no caption in {features}: remove it or name more features",
+        )
+    return found
+
+
+def _passes(value: Any, f: FieldFilter) -> bool:
+    if f.one_of and str(value) not in f.one_of:
+        return False
+    if f.at_least is None and f.at_most is None:
+        return True
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return False
+    return (f.at_least is None or number >= f.at_least) and (
+        f.at_most is None or number <= f.at_most
+    )

@@ -1,0 +1,133 @@
+"""Bad samples: what is wrong with them, how many a run bears, and where they are written down."""
+
+import collections
+import json
+import os
+import time
+from typing import Any
+
+from etils import epath
+
+from vlm.errors import DataError
+from vlm.paths import as_path, is_remote
+
+FILE = "bad-samples.jsonl"
+
+_AT_LEAST = 100  # bad samples, before their share means anything
+_FLUSH_SECONDS = 60.0  # between writes to a bucket, where a file is always written whole
+
+
+class BadSample(DataError):
+    """A sample that cannot be trained on: its `kind` in a few words, where it is, and why."""
+
+    def __init__(self, kind: str, where: str, why: str):
+        super().__init__(why)
+        self.kind, self.where = kind, where
+
+    def __reduce__(self):
+        return BadSample, (self.kind, self.where, str(self))
+
+    def record(self) -> dict[str, str]:
+        """As a row of the run's file."""
+        return {"kind": self.kind, "where": self.where, "why": str(self)}
+
+
+class TooManyBad(DataError):
+    """More bad samples than the config allows."""
+
+    @classmethod
+    def in_a_row(cls, count: int, last: BadSample) -> "TooManyBad":
+        return cls(
+            f"{count} bad samples came one after another, the last of them in {last.where} "
+            f"({last}): check the data, or raise data.max_bad_in_a_row"
+        )
+
+
+class BadSamples:
+    """Counts the bad samples of a run by kind, and writes each to a file.
+
+    The counts are part of a checkpoint, so that a resumed run stops where the whole one would. The
+    file is of one process; rows of steps that a resumed run repeats are written anew.
+    """
+
+    def __init__(self, max_share: float, folder: epath.PathLike | None, process_index: int = 0):
+        self._max_share = max_share
+        self._path = None
+        if folder is not None:
+            name = FILE if process_index == 0 else f"bad-samples-{process_index}.jsonl"
+            self._path = as_path(folder) / name
+        self._rows: list[str] = []  # not yet written
+        self._written_at = time.monotonic()
+        self.kinds: collections.Counter[str] = collections.Counter()
+        self.seen = 0  # good and bad
+
+    def take(self, step: int, rows: int, bad: list[dict[str, str]]) -> None:
+        """Count a batch of `rows` good samples and the bad ones that were met on the way to it.
+
+        Raises:
+            TooManyBad: their share has passed the limit.
+        """
+        self.seen += rows + len(bad)
+        if not bad:
+            return
+        self.kinds.update(record["kind"] for record in bad)
+        if self._path is not None:
+            self._rows += [json.dumps({"step": step, **record}) + "\n" for record in bad]
+            if not is_remote(self._path) or time.monotonic() - self._written_at > _FLUSH_SECONDS:
+                self.flush()
+        total = self.kinds.total()
+        if total > _AT_LEAST and total > self._max_share * self.seen:
+            self.flush()
+            last = bad[-1]
+            raise TooManyBad(
+                f"{total:,} of {self.seen:,} samples are bad ({self.summary()}), more than the "
+                f"{self._max_share:.1%} of data.max_bad_share, the last of them in "
+                f"{last['where']} ({last['why']}): check the data, or raise the limit"
+            )
+
+    def summary(self) -> str:
+        """Such as `3 broken image, 1 no caption`."""
+        return ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.most_common())
+
+    def report(self) -> str:
+        """A line for the end of a run; empty if all was well."""
+        if not self.kinds:
+            return ""
+        where = "" if self._path is None else f", named in {self._path}"
+        return f"{self.kinds.total():,} of {self.seen:,} samples were bad ({self.summary()}){where}"
+
+    def flush(self) -> None:
+        """Write what is not yet written."""
+        if not self._rows or self._path is None:
+            return
+        rows, self._rows = "".join(self._rows), []
+        self._written_at = time.monotonic()
+        if is_remote(self._path):
+            before = self._path.read_text() if self._path.exists() else ""
+            self._path.write_text(before + rows)
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with open(os.fspath(self._path), "a", encoding="utf-8") as f:
+            f.write(rows)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"seen": self.seen, "kinds": dict(self.kinds)}
+
+    def restore(self, state: dict[str, Any], step: int) -> None:
+        """Go on from `state`, before batch number `step`."""
+        self.seen, self.kinds = int(state["seen"]), collections.Counter(state["kinds"])
+        self._rows = []
+        if self._path is None or not self._path.exists():
+            return
+        lines = self._path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if _step(line) < step]
+        if len(kept) < len(lines):
+            self._path.write_text("".join(kept))
+
+
+def _step(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # torn when the run was killed
+        return float("inf")

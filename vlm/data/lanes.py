@@ -1,0 +1,314 @@
+"""Batches out of lanes: the same for any number of workers, and of processes that divides them.
+
+Rows l b to (l + 1) b - 1 of every global batch come from lane l, the next b good samples of it. A
+process owns whole lanes, and so does each of its workers, who make their rows of every batch. The
+position of a lane travels with the rows, so that what workers have read ahead never counts.
+"""
+
+import collections
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
+
+import grain
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from vlm.config import DataConfig
+from vlm.data.faults import BadSample, TooManyBad
+from vlm.data.making import NUMBERS, Maker
+from vlm.data.randomness import uniforms
+from vlm.data.shards import FILTERED, Lane, Sample
+from vlm.errors import ConfigError, DataError
+from vlm.inputs.tokenizer import Tokenizer
+
+MOST_LANES = 256  # chosen for a config that does not say
+
+_READERS = 32  # threads that wait for the disk or the bucket
+_PIECE = 4  # samples that a thread makes at a time
+_MAX_FILTERED = 1_000_000  # in a row, before the filter is taken to let nothing through
+
+Position = list[Any]  # of one lane: JSON
+
+
+class Stream(Protocol):
+    """What can be read in lanes: shards, or a mixture of sources."""
+
+    lanes: int
+    seed: int
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def lane(self, number: int, position: Position | None, pool: ThreadPoolExecutor) -> Lane: ...
+
+
+def count_lanes(config: DataConfig, global_batch: int, shards: int, process_count: int) -> int:
+    """The number of lanes: the config's, or the largest divisor of the batch that shards can fill.
+
+    Raises:
+        ConfigError: it does not divide the batch, or the processes do not divide it.
+    """
+    lanes = config.lanes
+    if lanes is None:
+        most = min(MOST_LANES, shards, global_batch)
+        lanes = max(n for n in range(1, most + 1) if global_batch % n == 0)
+    elif lanes < 1 or global_batch % lanes:
+        raise ConfigError(
+            f"data.lanes {lanes} does not divide the batch of {global_batch}: choose a divisor"
+        )
+    if lanes % process_count:
+        raise ConfigError(
+            f"{lanes} lanes cannot be shared evenly by {process_count} processes: set data.lanes "
+            f"to a multiple of {process_count} that divides the batch of {global_batch}"
+            + (f"; there are {shards:,} shards, one lane needs one" if shards < 2**31 else "")
+        )
+    return lanes
+
+
+class LaneBatches(grain.IterDataset):
+    """The rows that some lanes contribute to each batch, without end.
+
+    An element has `images`, `tokens`, and as JSON `bad` (records) and `lanes` (their positions
+    after it, by number).
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        lanes: Sequence[int],
+        rows: int,
+        maker: Maker,
+        tokenizer: Tokenizer,
+        *,
+        max_bad_in_a_row: int,
+        threads: int,
+    ):
+        super().__init__()
+        self.stream, self.rows, self.maker, self.tokenizer = stream, rows, maker, tokenizer
+        self.lanes = list(lanes)
+        self.max_bad_in_a_row, self.threads = max_bad_in_a_row, threads
+        self.starts: Mapping[int, Position] = {}
+
+    def element_bytes(self, parts: int) -> int:
+        """Of one element where `parts` of them make a batch, pixels and tokens."""
+        size, length = self.maker.size, self.tokenizer.config.context_length
+        return -(-len(self.lanes) // parts) * self.rows * (size * size * 3 + 4 * length)
+
+    def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
+        """Keep the lanes of worker `sl.start` of `sl.step`: what grain asks of its sources."""
+        self.lanes = [part.tolist() for part in np.array_split(self.lanes, sl.step)][sl.start]
+
+    def __iter__(self) -> "LaneIterator":
+        return LaneIterator(self)
+
+
+class _Made(NamedTuple):
+    """A sample on its way: what it became, and where its lane stood after it."""
+
+    text: str | BadSample | None
+    image: np.ndarray
+
+
+class _Piece(NamedTuple):
+    made: Future
+    after: list[Position]
+
+
+class LaneIterator(grain.DatasetIterator):
+    """Reads and decodes in threads, ahead by as much as one batch."""
+
+    def __init__(self, batches: LaneBatches):
+        super().__init__()
+        self._batches = batches
+        self._readers = ThreadPoolExecutor(min(_READERS, len(batches.lanes)), "read")
+        self._decoders = ThreadPoolExecutor(max(1, batches.threads), "decode")
+        self._lanes = {
+            number: batches.stream.lane(number, batches.starts.get(number), self._readers)
+            for number in batches.lanes
+        }
+        self._ahead = {number: collections.deque[_Piece]() for number in self._lanes}
+        self._ready = {number: collections.deque() for number in self._lanes}
+        self._in_a_row = dict.fromkeys(self._lanes, 0)
+        self._filtered = dict.fromkeys(self._lanes, 0)
+        self._reach = -(-batches.rows // _PIECE) * 2  # pieces that are made ahead in each lane
+
+    def __next__(self) -> dict[str, Any]:
+        b, rows = self._batches, self._batches.rows
+        size = b.maker.size
+        images = np.empty((len(self._lanes) * rows, size, size, 3), np.uint8)
+        texts: list[str] = []
+        bad: list[dict[str, str]] = []
+        after: dict[str, Position] = {}
+        for number in self._lanes:
+            self._fill(number)
+        for number in self._lanes:
+            for _ in range(rows):
+                made, position = self._next_good(number, bad)
+                images[len(texts)] = made.image
+                texts.append(made.text)
+            after[str(number)] = position
+        for number in self._lanes:
+            self._fill(number)  # decoders go on while the texts become tokens
+        tokens = b.tokenizer(texts)
+        return {
+            "images": images,
+            "tokens": tokens,
+            "bad": json.dumps(bad),
+            "lanes": json.dumps(after),
+        }
+
+    def get_state(self) -> dict[str, Any]:
+        """Nothing: positions travel with the elements."""
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Not used: an iterator begins at its dataset's `starts`."""
+
+    def close(self) -> None:
+        """Stop reading and decoding."""
+        self._decoders.shutdown(cancel_futures=True)
+        for lane in self._lanes.values():
+            lane.close()
+        self._readers.shutdown(cancel_futures=True)
+
+    def _next_good(self, number: int, bad: list) -> tuple[_Made, Position]:
+        ready = self._ready[number]
+        while True:
+            while not ready:
+                self._fill(number)
+                piece = self._ahead[number].popleft()
+                ready.extend(zip(piece.made.result(), piece.after, strict=True))
+            made, position = ready.popleft()
+            if isinstance(made.text, str):
+                self._in_a_row[number] = self._filtered[number] = 0
+                return made, position
+            if made.text is FILTERED:
+                self._filtered[number] += 1
+                if self._filtered[number] == _MAX_FILTERED:
+                    raise DataError(
+                        f"data.keep has passed none of the last {_MAX_FILTERED:,} examples of lane "
+                        f"{number}: loosen it"
+                    )
+                continue
+            bad.append(made.text.record())
+            self._in_a_row[number] += 1
+            if self._in_a_row[number] >= self._batches.max_bad_in_a_row:
+                raise TooManyBad.in_a_row(self._in_a_row[number], made.text)
+
+    def _fill(self, number: int) -> None:
+        ahead, lane = self._ahead[number], self._lanes[number]
+        while len(ahead) < self._reach:
+            samples, after = [], []
+            for _ in range(min(_PIECE, self._batches.rows)):
+                samples.append(next(lane))
+                after.append(lane.position())
+            ahead.append(_Piece(self._decoders.submit(self._make, samples), after))
+
+    def _make(self, samples: list[Sample]) -> list[_Made]:
+        maker, seed = self._batches.maker, self._batches.stream.seed
+        draws = uniforms(seed, np.array([sample.position for sample in samples]), NUMBERS)
+        images = np.empty((len(samples), maker.size, maker.size, 3), np.uint8)
+        made = []
+        for sample, u, image in zip(samples, draws, images, strict=True):
+            text = sample.example
+            try:
+                if callable(text):  # read here, in one of several threads
+                    text = text()
+                if isinstance(text, dict):
+                    text = maker(text, u, image, "an example")
+            except BadSample as fault:
+                text = fault
+            made.append(_Made(text, image))
+        return made
+
+
+class LaneOrder:
+    """The order of a stream's batches, for `TrainIterator`: positions by lane."""
+
+    length = None  # without end
+
+    def __init__(self, batches: LaneBatches, workers: int, prefetch: int):
+        self._batches = batches
+        self.workers = min(workers, len(batches.lanes))
+        self.parts = max(1, self.workers)  # elements that make a batch
+        self.element_bytes = batches.element_bytes(self.parts)
+        self._prefetch = prefetch
+        self._at: dict[str, Position] = {}
+
+    def read(self) -> grain.IterDataset:
+        """The elements from the position on."""
+        self._batches.starts = {int(number): at for number, at in self._at.items()}
+        if self.workers:
+            return self._batches
+        return grain.experimental.ThreadPrefetchIterDataset(
+            self._batches, prefetch_buffer_size=self._prefetch
+        )
+
+    def join(self, elements: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch that the elements of all workers make; the position moves behind it."""
+        for element in elements:
+            self._at |= json.loads(element.pop("lanes"))
+        first = elements[0]
+        if len(elements) == 1:
+            return first
+        bad = [record for element in elements for record in json.loads(element.pop("bad"))]
+        names = [name for name in first if name != "bad"]
+        joined = {name: np.concatenate([e[name] for e in elements]) for name in names}
+        return joined | {"bad": json.dumps(bad)}
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The positions of all lanes, of all processes: every process must ask at the same step."""
+        stream = self._batches.stream
+        return {
+            "step": step,
+            "data": stream.fingerprint,
+            "count": stream.lanes,
+            "lanes": _of_all_processes(self._at),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go to the positions of `state`.
+
+        Raises:
+            DataError: it is of other shards, or of another number of lanes.
+        """
+        stream = self._batches.stream
+        if state.get("data") != stream.fingerprint:
+            raise DataError(
+                f"the position is of other data ({state.get('data')!r}, here "
+                f"{stream.fingerprint!r}: number and names of the shards): resume with the shards "
+                "that the run began with"
+            )
+        if state.get("count") != stream.lanes:
+            raise DataError(
+                f"the position is of {state.get('count')} lanes and the run has {stream.lanes}: "
+                f"set data.lanes to {state.get('count')}"
+            )
+        lanes = state.get("lanes")
+        mine = [str(number) for number in self._batches.lanes]
+        if not isinstance(lanes, dict) or (lanes and not set(mine) <= set(lanes)):
+            raise DataError("the position of a stream lacks lanes: it is of another run")
+        self._at = {number: lanes[number] for number in mine if number in lanes}
+
+
+def threads_for(config: DataConfig) -> int:
+    """Decoding threads of a process: all cores in one process, else one in each worker."""
+    return 1 if config.workers else os.cpu_count() or 1
+
+
+def _of_all_processes(at: dict[str, Position]) -> dict[str, Position]:
+    if jax.process_count() == 1 or not at:
+        return dict(at)
+    text = np.frombuffer(json.dumps(at).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array([len(text)], np.int32))
+    room = np.zeros(int(lengths.max()), np.uint8)
+    room[: len(text)] = text
+    texts = multihost_utils.process_allgather(room)
+    gathered: dict[str, Position] = {}
+    for row, length in zip(texts, lengths.ravel().tolist(), strict=True):
+        gathered |= json.loads(bytes(row[:length]))
+    return dict(sorted(gathered.items(), key=lambda item: int(item[0])))

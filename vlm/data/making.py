@@ -1,0 +1,81 @@
+"""One example to what the model takes of it: a changed image and a text."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from vlm.config import DataConfig
+from vlm.data.examples import PART, WHERE, Example, choose_caption
+from vlm.data.faults import BadSample
+from vlm.data.storage import read_file
+from vlm.data.transforms import DRAWS, Augment
+from vlm.errors import DataError
+from vlm.inputs.preprocess import Preprocess
+
+NUMBERS = DRAWS + 1  # uniform numbers for one example: the last one chooses the caption
+
+
+class Maker:
+    """Makes the rows of training batches; safe to call from several threads.
+
+    Given several configs, an example says under `PART` which of them it belongs to.
+    """
+
+    def __init__(self, configs: Sequence[DataConfig], preprocess: Preprocess):
+        self._configs, self._preprocess = list(configs), preprocess
+        self.size = preprocess.config.image_size
+        self._augment = Augment(configs[0].augment, self.size, preprocess.config.kernel)
+
+    def __call__(
+        self, example: Example, u: np.ndarray, out: UInt8[np.ndarray, "s s 3"], where: str
+    ) -> str:
+        """Write the changed image into `out` by the `NUMBERS` numbers `u`; returns the text.
+
+        `where` says where the example lies, if it does not say so itself.
+
+        Raises:
+            BadSample: there is no text, or the image cannot be opened.
+        """
+        config = self._configs[example.get(PART, 0)]
+        text = choose_caption(example, config, u[-1])
+        self._augment(open_image_of(example, config, self._preprocess, where), u[:-1], out)
+        return text
+
+
+def open_image_of(
+    example: Example, config: DataConfig, preprocess: Preprocess, where: str
+) -> Image.Image:
+    """The image of an example in mode RGB, opened if it is not yet.
+
+    Raises:
+        BadSample: there is none, or it cannot be opened.
+    """
+    where = example.get(WHERE, where)
+    image = example.get(config.image)
+    name = f"the image of {where}"
+    if isinstance(image, Image.Image):  # cached
+        return image
+    if image is None:
+        raise BadSample("no image", where, f"{where} has no image")
+    if isinstance(image, str | os.PathLike):
+        where = name = os.fspath(image)
+        try:
+            image = read_file(name)
+        except FileNotFoundError:
+            why = f"there is no image {name}: check the path"
+            raise BadSample("missing image", where, why) from None
+        except OSError as error:
+            why = f"{name} cannot be read ({error.strerror or error})"
+            raise BadSample("failed read", where, why) from None
+    try:
+        return preprocess.open(image, name)
+    except DataError as error:
+        raise BadSample("broken image", where, str(error)) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever else bad bytes make a decoder raise
+        why = f"{name} cannot be decoded ({error}): replace or remove it"
+        raise BadSample("broken image", where, why) from None

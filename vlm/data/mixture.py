@@ -1,0 +1,121 @@
+"""Several sources as one stream: each sample of a lane comes from a part that its number draws.
+
+Every part is read in the same lanes, and a lane's position is how many samples it gave and the
+positions of its parts: one position for all, whatever kinds of source they are.
+"""
+
+import dataclasses
+from concurrent.futures import Executor
+from typing import Any
+
+import numpy as np
+
+from vlm.config import DataConfig, MixturePart
+from vlm.data.examples import PART
+from vlm.data.lanes import Stream
+from vlm.data.randomness import key, uniforms
+from vlm.data.shards import Lane, Sample
+from vlm.errors import ConfigError
+
+
+def part_configs(config: DataConfig) -> list[DataConfig]:
+    """The config of each part: the mixture's, with what the part says of its own."""
+    configs = []
+    for part in config.mixture:
+        own = {
+            field.name: value
+            for field in dataclasses.fields(part)
+            if field.name not in ("weight", "epochs", "examples")
+            and (value := getattr(part, field.name)) is not None
+        }
+        configs.append(dataclasses.replace(config, mixture=(), **own))
+    return configs
+
+
+class Mixture:
+    """Parts and how often each is drawn.
+
+    Raises:
+        ConfigError: weights that cannot be, or passes over a part of unknown size.
+    """
+
+    def __init__(self, config: DataConfig, parts: list[Stream], *, lanes: int, seed: int):
+        self.parts, self.lanes, self.seed = parts, lanes, seed
+        weights = np.array(_weights(config.mixture, parts))
+        self._bounds = np.cumsum(weights / weights.sum())
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for the same parts in the same order."""
+        return " + ".join(part.fingerprint for part in self.parts)
+
+    def lane(self, number: int, position: list[Any] | None, pool: Executor) -> "MixtureLane":
+        """Lane `number`, at its beginning or at what its `position()` was."""
+        taken, *places = position or [0, *[None] * len(self.parts)]
+        lanes = [
+            part.lane(number, place, pool) for part, place in zip(self.parts, places, strict=True)
+        ]
+        return MixtureLane(self, number, lanes, taken)
+
+    def part_of(self, lane: int, number: int) -> int:
+        """The part that sample `number` of a lane comes from."""
+        u = uniforms(key(self.seed, 4, lane), np.array([number]), 1)[0, 0]
+        return min(int(np.searchsorted(self._bounds, u, "right")), len(self.parts) - 1)
+
+
+class MixtureLane:
+    """One lane: those of its parts, in turns that are drawn."""
+
+    def __init__(self, mixture: Mixture, number: int, lanes: list[Lane], taken: int):
+        self._mixture, self._number, self._lanes, self._taken = mixture, number, lanes, taken
+
+    def __next__(self) -> Sample:
+        part = self._mixture.part_of(self._number, self._taken)
+        self._taken += 1
+        example, position = next(self._lanes[part])
+        if isinstance(example, dict):
+            example[PART] = part + 1  # 0 is the mixture's own config
+        elif callable(example):
+            example = _tagged(example, part + 1)
+        return Sample(example, position * len(self._lanes) + part)
+
+    def position(self) -> list[Any]:
+        """How many samples are taken, and where each part stands."""
+        return [self._taken, *(lane.position() for lane in self._lanes)]
+
+    def close(self) -> None:
+        """Close the parts."""
+        for lane in self._lanes:
+            lane.close()
+
+
+def _tagged(read, part: int):
+    return lambda: {**read(), PART: part}
+
+
+def _weights(mixture: tuple[MixturePart, ...], parts: list[Stream]) -> list[float]:
+    by_passes = any(part.epochs is not None for part in mixture)
+    weights = []
+    for part, stream in zip(mixture, parts, strict=True):
+        if not by_passes:
+            weights.append(1.0 if part.weight is None else part.weight)
+            continue
+        if part.epochs is None or part.weight is not None:
+            raise ConfigError(
+                f"the part {part.source} of data.mixture has "
+                f"{'a weight' if part.weight is not None else 'no epochs'} beside parts with "
+                "epochs: give every part a weight, or every part epochs"
+            )
+        source = getattr(stream, "source", None)
+        examples = part.examples or (len(source) if source is not None else None)
+        if examples is None:
+            raise ConfigError(
+                f"the part {part.source} of data.mixture is a stream, which does not know how many "
+                "examples it has: say so with examples=N, or give weights instead of epochs"
+            )
+        weights.append(part.epochs * examples)
+    if min(weights) < 0 or sum(weights) <= 0:
+        raise ConfigError(
+            f"data.mixture has weights {weights}: give each at least 0, and one above it"
+        )
+    return weights

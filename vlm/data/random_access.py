@@ -1,0 +1,213 @@
+"""Batches of a source of random access: each is a pure function of its step.
+
+Sample g of a run (counted over all processes and epochs) is example `shuffle(g mod n)` of epoch
+g // n, and its crop, colours and caption are drawn from g. Global batch i holds samples i B to
+(i + 1) B - 1 and each process makes its own slice. So a run resumes exactly from a step
+number, on any number of processes or workers, and within an epoch no sample is lost or repeated.
+In the place of a bad sample stands another example, drawn from g too; all others stay where they
+are.
+"""
+
+import functools
+import json
+import os
+from concurrent.futures import Executor
+from typing import Any
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from vlm.config import DataConfig
+from vlm.data.examples import Source
+from vlm.data.faults import BadSample, TooManyBad
+from vlm.data.making import NUMBERS, Maker
+from vlm.data.randomness import key, permute, uniforms
+from vlm.data.shards import Sample
+from vlm.errors import DataError
+from vlm.inputs.preprocess import Preprocess
+from vlm.inputs.tokenizer import Tokenizer
+
+Batch = dict[str, Any]
+
+_FOREVER = 2**40  # steps: grain wants a length, and nobody trains this long
+
+
+def places(seed: int, positions: Int[np.ndarray, "b"], count: int) -> Int[np.ndarray, "b"]:
+    """Which of `count` examples stands at each position of a run."""
+    epochs, within = positions // count, positions % count
+    out = np.empty_like(positions)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        out[here] = permute(seed, epoch, within[here], count)
+    return out
+
+
+class TrainBatches:
+    """Random access to the training batches of one process: `batches[step]`.
+
+    Beside `images` and `tokens` a batch has `bad`: what was replaced in it, as JSON.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        preprocess: Preprocess,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        epochs: float | None = None,
+    ):
+        self._source = source
+        self._tokenizer = tokenizer
+        self._maker = Maker([config], preprocess)
+        self._seed = seed
+        self._batch_size = batch_size
+        self._global_batch = batch_size * process_count
+        self._offset = batch_size * process_index
+        self._length = _FOREVER
+        self._max_bad_in_a_row = config.max_bad_in_a_row
+        if self._global_batch > len(source):
+            raise DataError(
+                f"the global batch of {self._global_batch} is larger than the {len(source)} "
+                f"examples of {config.source} {config.train_split}: choose a smaller batch_size"
+            )
+        if epochs is not None:
+            self._length = int(epochs * len(source)) // self._global_batch
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, step: int) -> Batch:
+        first = int(step) * self._global_batch + self._offset
+        positions = np.arange(first, first + self._batch_size)
+        draws = uniforms(self._seed, positions, NUMBERS)
+        size = self._maker.size
+        images = np.empty((self._batch_size, size, size, 3), np.uint8)
+        bad: list[dict[str, str]] = []
+        indices = places(self._seed, positions, len(self._source)).tolist()
+        texts = [
+            self._make(index, u, row, position, bad)
+            for row, u, index, position in zip(
+                images, draws, indices, positions.tolist(), strict=True
+            )
+        ]
+        return {"images": images, "tokens": self._tokenizer(texts), "bad": json.dumps(bad)}
+
+    @property
+    def examples(self) -> int:
+        """How many the source has."""
+        return len(self._source)
+
+    @property
+    def batch_bytes(self) -> int:
+        """Of one batch of this process, pixels and tokens."""
+        size, length = self._maker.size, self._tokenizer.config.context_length
+        return self._batch_size * (size * size * 3 + 4 * length)
+
+    def _make(self, index: int, u: np.ndarray, out: np.ndarray, position: int, bad: list) -> str:
+        """The text of an example whose image goes to `out`, or of the first good one after it."""
+        for attempt in range(self._max_bad_in_a_row):
+            try:
+                return self._maker(self._source[index], u, out, f"example {index}")
+            except BadSample as fault:
+                bad.append(fault.record())
+                last = fault
+                other = uniforms(key(self._seed, 3, attempt), np.array([position]), 1)[0, 0]
+                index = int(other * len(self._source))
+        raise TooManyBad.in_a_row(self._max_bad_in_a_row, last)
+
+
+class StepOrder:
+    """The order of such batches, for `TrainIterator`: its position is the step's number."""
+
+    parts = 1
+
+    def __init__(self, batches: TrainBatches, *, prefetch: int, threads: int, workers: int):
+        self._batches, self.workers = batches, workers
+        self._prefetch, self._threads = prefetch, threads
+        self._step = 0
+        self.length = len(batches)
+        self.element_bytes = batches.batch_bytes
+
+    def read(self) -> grain.IterDataset:
+        """The batches from the position on."""
+        data = grain.MapDataset.source(self._batches).slice(slice(self._step, None))
+        if self.workers:
+            return data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+        threads = self._threads if self._prefetch else 0
+        return data.to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._prefetch)
+        )
+
+    def join(self, elements: list[Batch]) -> Batch:
+        """The one element as it is; the position moves behind it."""
+        self._step += 1
+        return elements[0]
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The step, and what shows that the data is the same."""
+        return {"step": step, "examples": self._batches.examples}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go to `state`.
+
+        Raises:
+            DataError: it is of other data.
+        """
+        examples = state.get("examples", self._batches.examples)  # older runs did not say
+        if "lanes" in state or examples != self._batches.examples:
+            raise DataError(
+                f"the position is of other data ({examples:,} examples, here "
+                f"{self._batches.examples:,}): resume with the data that the run began with"
+                if "lanes" not in state
+                else "the position is of a stream, and the data has random access: set "
+                'data.access="stream"'
+            )
+        self._step = state["step"]
+
+
+def decoding_threads(config: DataConfig) -> int:
+    """Threads that make batches: decoding releases the GIL and gains from more than one."""
+    return 1 if config.cache else min(config.prefetch, os.cpu_count() or 1)
+
+
+class IndexedStream:
+    """A source of random access in lanes: lane l of n takes positions l, l + n, l + 2n, ..."""
+
+    def __init__(self, source: Source, lanes: int, seed: int):
+        self.source, self.lanes, self.seed = source, lanes, seed
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for the same number of examples."""
+        return f"{len(self.source)} examples"
+
+    def lane(self, number: int, position: list[int] | None, pool: Executor) -> "IndexedLane":
+        """Lane `number`, at its beginning or at what its `position()` was."""
+        return IndexedLane(self, number, position[0] if position else 0)
+
+
+class IndexedLane:
+    """One lane of a source of random access; its samples are read where they are made."""
+
+    def __init__(self, stream: IndexedStream, number: int, taken: int):
+        self._stream, self._number, self._taken = stream, number, taken
+
+    def __next__(self) -> Sample:
+        stream = self._stream
+        position = self._taken * stream.lanes + self._number
+        index = places(stream.seed, np.array([position]), len(stream.source))[0]
+        self._taken += 1
+        return Sample(functools.partial(stream.source.__getitem__, int(index)), position)
+
+    def position(self) -> list[int]:
+        """How many samples are taken."""
+        return [self._taken]
+
+    def close(self) -> None:
+        """Nothing is open."""

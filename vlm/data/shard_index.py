@@ -1,0 +1,283 @@
+"""WebDataset shards with random access: where each example begins, in a memory-mapped file.
+
+Eight bytes an example. All processes and workers of a machine share the file's pages. `vlm data
+index` writes it beside the shards; else it is made when the shards are opened, in the cache folder.
+The file: the length of its header (8 bytes), the header (JSON, padded), and for each shard the
+offsets of its examples and of its end (uint64, little-endian).
+"""
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt64
+
+from vlm.config import DataConfig
+from vlm.data import tar
+from vlm.data.examples import Example, check_features
+from vlm.data.faults import BadSample
+from vlm.data.storage import FrontToBack, exists, expand, read_file, read_range, size_of
+from vlm.data.webdataset import IMAGES, example_of, sidecar_of, sidecar_path, wanted_extensions
+from vlm.errors import DataError
+from vlm.paths import as_path, cache_dir, is_remote
+
+SUFFIX = ".vlm-index"
+VERSION = 1
+
+_LENGTH = struct.Struct("<Q")
+_READERS = 16  # threads: headers wait for the disk or the bucket
+_CHECKED = 8  # shards whose size is compared with the index, before it is believed
+
+
+class ShardSource:
+    """Examples of tar shards; reads the bytes of one example, at once, and nothing else."""
+
+    def __init__(self, path: str, names: Sequence[str], config: DataConfig):
+        self._path, self._config = path, config
+        self._open()
+        self._names = list(names)
+        self.faults: list[dict[str, str]] = self._header["faults"]
+        self._sidecar = False
+        if not len(self):
+            raise DataError(_nothing(config, self.faults))
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = int(np.searchsorted(self._first, index, "right")) - 1
+        name = self._names[shard]
+        start, end = self._offsets[index + shard : index + shard + 2].tolist()
+        config = self._config
+        try:
+            file = FrontToBack.of(read_range(name, start, end))
+            group = next(tar.groups(file, wanted_extensions(config)))
+            more = sidecar_of(name, config) if self._sidecar else None
+        except (OSError, tar.Torn, StopIteration) as error:
+            why = f"example {index} of {name} cannot be read where the index says ({error})"
+            raise BadSample("failed read", name, why) from None
+        return example_of(group.parts, config, name, group.key, more)
+
+    def use_sidecars(self) -> None:
+        """Add the columns of the tables beside the shards to their examples."""
+        self._sidecar = True
+
+    def shard_name(self, index: int) -> str:
+        """The shard that holds an example."""
+        return self._names[int(np.searchsorted(self._first, index, "right")) - 1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        for name in ("_offsets", "_first", "_header"):
+            state.pop(name)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._open()
+
+    def _open(self) -> None:
+        self._header, self._offsets = read_index(self._path)
+        counts = [shard[2] for shard in self._header["shards"]]
+        self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def open_shards(config: DataConfig, split: str) -> ShardSource:
+    """The examples of the shards that `config.source` names, `{split}` in it replaced by `split`.
+
+    A shard that is torn or missing gives the examples that it has; `faults` of the source says so.
+
+    Raises:
+        DataError: no shard, no example in them, or none with what the config names.
+    """
+    pattern = config.source
+    if "{split}" not in pattern and split != config.train_split:
+        raise DataError(
+            f"data.source {pattern!r} has no {{split}} in it, so there is no split {split!r}: name "
+            "the shards by split, or set eval_split=None"
+        )
+    names = expand(pattern.replace("{split}", split))
+    source = ShardSource(_index_for(names, config), names, config)
+    _check_first(source, config)
+    return source
+
+
+def beside(names: Sequence[str]) -> str:
+    """Where the prepared index of these shards lies."""
+    folder = names[0].rpartition("/")[0]
+    short = "\n".join(name.rpartition("/")[2] for name in names)
+    stem = hashlib.sha256(short.encode()).hexdigest()[:12]
+    return f"{folder}/{stem}{SUFFIX}" if folder else f"{stem}{SUFFIX}"
+
+
+def write_index(names: Sequence[str], path: str, *, progress=iter) -> dict[str, Any]:
+    """Read the headers of all shards and write their index to `path`; returns its header.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    shards, faults, tables = [], [], []
+    with ThreadPoolExecutor(_READERS) as pool:
+        for name, (offsets, size, fault) in zip(
+            names, progress(pool.map(_offsets_of, names)), strict=True
+        ):
+            shards.append([name.rpartition("/")[2], size, max(0, len(offsets) - 1)])
+            tables.append(offsets)
+            if fault is not None:
+                faults.append(fault.record())
+    header = {"version": VERSION, "shards": shards, "faults": faults}
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + _LENGTH.size) % 64)
+    flat = np.concatenate(tables).astype("<u8") if tables else np.zeros(0, "<u8")
+    data = [_LENGTH.pack(len(text)), text, flat.tobytes()]
+    if is_remote(path):
+        as_path(path).write_bytes(b"".join(data))
+        return header
+    handle, made = tempfile.mkstemp(dir=os.path.dirname(path) or ".")
+    with os.fdopen(handle, "wb") as f:
+        f.writelines(data)
+    os.replace(made, path)
+    return header
+
+
+def read_index(path: str) -> tuple[dict[str, Any], UInt64[np.ndarray, "n"]]:
+    """The header and the offsets of an index, memory-mapped.
+
+    Raises:
+        DataError: it is torn, or of another version.
+    """
+    try:
+        with open(path, "rb") as f:
+            (length,) = _LENGTH.unpack(f.read(_LENGTH.size))
+            header = json.loads(f.read(length))
+        if header["version"] != VERSION:
+            raise ValueError(f"version {header['version']}")
+        count = sum(shard[2] for shard in header["shards"]) + len(header["shards"])
+        if not count:
+            return header, np.zeros(0, np.uint64)
+        return header, np.memmap(path, "<u8", "r", _LENGTH.size + length, (count,))
+    except (OSError, ValueError, KeyError, TypeError, struct.error, MemoryError) as error:
+        raise DataError(
+            f"the index {path} cannot be read ({error}): make it anew with vlm data index"
+        ) from None
+
+
+def _index_for(names: list[str], config: DataConfig) -> str:
+    prepared = beside(names)
+    kept = cache_dir() / "shards"
+    kept.mkdir(parents=True, exist_ok=True)
+    if exists(prepared):
+        path = prepared
+        if is_remote(prepared):
+            data = read_file(prepared)
+            path = os.fspath(kept / f"{hashlib.sha256(data).hexdigest()[:32]}{SUFFIX}")
+            if not os.path.exists(path):
+                _write_whole(path, data)
+        _check_sizes(read_index(path)[0], names, prepared)
+        return path
+    # What changes a shard changes its length or its time, and so the name of the index.
+    with ThreadPoolExecutor(_READERS) as pool:
+        said = "\n".join(pool.map(_stamp, names))
+    path = os.fspath(kept / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}{SUFFIX}")
+    if os.path.exists(path):
+        try:
+            read_index(path)
+            return path
+        except DataError:
+            pass  # torn: make it again
+    write_index(names, path)
+    return path
+
+
+def _write_whole(path: str, data: bytes) -> None:
+    handle, made = tempfile.mkstemp(dir=os.path.dirname(path))
+    with os.fdopen(handle, "wb") as f:
+        f.write(data)
+    os.replace(made, path)
+
+
+def _stamp(name: str) -> str:
+    try:
+        if is_remote(name):
+            return f"{name} {size_of(name)}"
+        stat = os.stat(name)
+        return f"{name} {stat.st_size} {stat.st_mtime_ns}"
+    except OSError:
+        return f"{name} missing"
+
+
+def _check_sizes(header: dict[str, Any], names: list[str], path: str) -> None:
+    shards = header["shards"]
+    if [shard[0] for shard in shards] != [name.rpartition("/")[2] for name in names]:
+        raise DataError(f"the index {path} is of other shards: make it anew with vlm data index")
+    for i in np.linspace(0, len(names) - 1, min(_CHECKED, len(names))).astype(int).tolist():
+        try:
+            size = size_of(names[i])
+        except OSError:
+            size = 0
+        if size != shards[i][1]:
+            raise DataError(
+                f"the shard {names[i]} has {size:,} bytes and its index {path} says "
+                f"{shards[i][1]:,}: make it anew with vlm data index"
+            )
+
+
+def _offsets_of(name: str) -> tuple[UInt64[np.ndarray, "n"], int, BadSample | None]:
+    """Where the examples with an image begin, and the end of the last one; the shard's length."""
+    offsets: list[int] = []
+    fault, size, end = None, 0, 0
+    try:
+        size = size_of(name)
+        for start, group in _with_starts(FrontToBack(name)):
+            if group.end > size:
+                raise tar.Torn(f"{group.key} ends at byte {group.end:,} of {size:,}")
+            if any(extension in group.parts for extension in IMAGES):
+                offsets.append(start)
+            end = group.end
+    except FileNotFoundError:
+        fault = BadSample("missing shard", name, f"there is no shard {name}")
+    except tar.Torn as error:
+        why = f"the shard {name} is torn or no tar file ({error})"
+        fault = BadSample("torn shard", name, why)
+    except OSError as error:
+        why = f"the shard {name} cannot be read ({error})"
+        fault = BadSample("failed read", name, why)
+    return np.array([*offsets, end], np.uint64), size, fault
+
+
+def _with_starts(file: FrontToBack) -> Iterator[tuple[int, tar.Group]]:
+    start = 0
+    try:
+        for group in tar.groups(file, contents=False):
+            yield start, group
+            start = group.end
+    finally:
+        file.close()
+
+
+def _check_first(source: ShardSource, config: DataConfig) -> None:
+    """Compare the first example with the config, unless it is a bad one."""
+    try:
+        known = [name for name in source[0] if not name.startswith("\0")]
+    except BadSample:
+        return
+    missing = [name for name in config.captions if name not in known and not config.label]
+    if missing and exists(sidecar_path(source.shard_name(0))):
+        source.use_sidecars()
+        known = [name for name in source[0] if not name.startswith("\0")]
+    if config.label or missing:
+        check_features(config, known, f"example 0 in {source.shard_name(0)}")
+
+
+def _nothing(config: DataConfig, faults: list[dict[str, str]]) -> str:
+    if faults:
+        return f"{faults[-1]['why']}: fetch it again, or check data.source"
+    return f"the shards {config.source} hold no image: is each named like 000017.jpg?"

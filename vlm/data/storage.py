@@ -1,0 +1,234 @@
+"""Files wherever they lie: names that stand for many, and reading front to back with retries.
+
+A path on this machine's disk, or a URL of a bucket (`gs://`, `s3://`), the Hub (`hf://`) or a web
+server (`http://`, `https://`), through the file systems of `fsspec`.
+"""
+
+import glob
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import fsspec
+
+from vlm.errors import DataError
+from vlm.paths import is_remote
+
+T = TypeVar("T")
+
+CHUNK = 4 << 20  # bytes of one read: large, so that a bucket's latency is small beside it
+ATTEMPTS = 5  # at a read that fails for a moment
+BACKOFF = 0.5  # seconds before the second attempt, doubled for each one after
+
+# What will not get better by itself.
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_LIST = re.compile(r"\{([^{}]*,[^{}]*)\}")
+_WILD = re.compile(r"[*?\[]")
+_PACKAGES = {"gs": "vlm-jax[gcs]", "gcs": "vlm-jax[gcs]", "s3": "s3fs", "http": "aiohttp"}
+
+
+def expand(pattern: str) -> list[str]:
+    """The files that a pattern names, in order: ranges `{000..099}`, lists `{a,b}`, `*` and `::`.
+
+    `::` stands between patterns. What is named one by one need not exist; what matches `*` does.
+
+    Raises:
+        DataError: a pattern with `*` matches nothing.
+    """
+    files = []
+    for part in pattern.split("::"):
+        for name in _braces(part.strip()):
+            files += _matches(name) if _WILD.search(name) else [os.path.expanduser(name)]
+    if not files or not all(files):
+        raise DataError(f"there are no shards {pattern}: check data.source")
+    return files
+
+
+def open_file(path: str) -> Any:
+    """A binary file open for reading, local or remote, that can seek and buffers nothing itself.
+
+    Raises:
+        OSError: as the file system says.
+        DataError: there is no driver for this kind of URL.
+    """
+    if not is_remote(path):
+        return open(path, "rb", buffering=0)
+    system, inner = _system(path)
+    return system.open(inner, "rb", cache_type="none", block_size=CHUNK)
+
+
+def size_of(path: str) -> int:
+    """The length of a file in bytes.
+
+    Raises:
+        OSError: as the file system says.
+    """
+    if not is_remote(path):
+        return os.stat(path).st_size
+    system, inner = _system(path)
+    return system.size(inner)
+
+
+def read_file(path: str) -> bytes:
+    """A whole file, tried again where that may help.
+
+    Raises:
+        OSError: as the file system says.
+    """
+
+    def read() -> bytes:
+        with open_file(path) as f:
+            return f.read()
+
+    return retry(read)
+
+
+def read_range(path: str, start: int, end: int) -> bytes:
+    """The bytes of a file from `start` to before `end`, by one request.
+
+    Raises:
+        OSError: as the file system says.
+    """
+
+    def read() -> bytes:
+        if is_remote(path):
+            system, inner = _system(path)
+            return system.cat_file(inner, start=start, end=end)
+        with open(path, "rb", buffering=0) as f:
+            f.seek(start)
+            return f.read(end - start)
+
+    return retry(read)
+
+
+def exists(path: str) -> bool:
+    """Whether there is such a file."""
+    if not is_remote(path):
+        return os.path.exists(path)
+    system, inner = _system(path)
+    return system.exists(inner)
+
+
+def retry(action: Callable[[], T]) -> T:
+    """What `action` returns; after an error that may pass it is tried again, later each time.
+
+    Raises:
+        OSError: the last error, or one that will not pass.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return action()
+        except (*_FINAL, DataError):
+            raise
+        except Exception as error:  # each file system has kinds of its own
+            if attempt == ATTEMPTS - 1:
+                raise error if isinstance(error, OSError) else OSError(_first_line(error)) from None
+            time.sleep(BACKOFF * 2**attempt * random.uniform(0.5, 1.0))
+    raise AssertionError("unreachable")
+
+
+class FrontToBack:
+    """A file read from `offset` to its end in large pieces, opened again where a read fails."""
+
+    def __init__(self, path: str, offset: int = 0, chunk: int = CHUNK):
+        self._path, self._chunk = path, chunk
+        self._file: Any = None
+        self._buffer = memoryview(b"")
+        self.offset = offset  # of the next byte that `read` gives
+
+    @classmethod
+    def of(cls, data: bytes) -> "FrontToBack":
+        """The same over bytes that are there already."""
+        file = cls("")
+        file._buffer = memoryview(data)
+        return file
+
+    def read(self, count: int) -> bytes:
+        """The next `count` bytes; fewer at the end of the file.
+
+        Raises:
+            OSError: the file is not there, or cannot be read after several attempts.
+        """
+        parts = []
+        left = count
+        while left:
+            if not len(self._buffer):
+                self._buffer = memoryview(retry(self._more))
+                if not len(self._buffer):
+                    break
+            part = self._buffer[:left]
+            parts.append(part)
+            self._buffer = self._buffer[len(part) :]
+            self.offset += len(part)
+            left -= len(part)
+        return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
+
+    def skip(self, count: int) -> None:
+        """Pass over `count` bytes."""
+        inside = min(count, len(self._buffer))
+        self._buffer = self._buffer[inside:]
+        self.offset += count
+        if count > inside and self._file is not None:
+            self._file.seek(self.offset)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.close()
+
+    def _more(self) -> bytes:
+        if not self._path:
+            return b""
+        try:
+            if self._file is None:
+                self._file = open_file(self._path)
+                if self.offset:
+                    self._file.seek(self.offset)
+            return self._file.read(self._chunk)
+        except BaseException:
+            try:
+                self.close()
+            except Exception:
+                self._file = None
+            raise
+
+
+def _braces(pattern: str) -> list[str]:
+    for regex, options in ((_RANGE, _range), (_LIST, lambda found: found[1].split(","))):
+        if found := regex.search(pattern):
+            head, tail = pattern[: found.start()], _braces(pattern[found.end() :])
+            return [f"{head}{option}{rest}" for option in options(found) for rest in tail]
+    return [pattern]
+
+
+def _range(found: re.Match) -> list[str]:
+    first, last = found.groups()
+    return [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
+
+
+def _matches(pattern: str) -> list[str]:
+    if not is_remote(pattern):
+        return sorted(glob.glob(os.path.expanduser(pattern)))
+    scheme = pattern.split("://")[0]
+    system, inner = _system(pattern)
+    names = sorted(retry(lambda: system.glob(inner)))
+    return [name if "://" in name else f"{scheme}://{name.lstrip('/')}" for name in names]
+
+
+def _system(path: str) -> tuple[Any, str]:
+    try:
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        scheme = path.split("://")[0]
+        package = _PACKAGES.get(scheme.removesuffix("s") if scheme == "https" else scheme)
+        mend = f"run pip install {package!r}" if package else "check data.source"
+        raise DataError(f"there is no driver for {path} ({error}): {mend}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
