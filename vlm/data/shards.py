@@ -7,7 +7,6 @@ a position is five numbers and what the shuffle held is read again from the star
 What cannot be read takes one place in that order, as a `BadSample`, and the lane goes on after it.
 """
 
-import itertools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
@@ -109,13 +108,17 @@ class Shards:
         order = key(self.seed, 1)
         return int(permute(order, epoch, np.array([place]), len(self.names))[0])
 
-    def samples(self, lane: int, place: Place) -> Iterator[tuple[Sample, Place]]:
-        """The samples of a lane as they lie in its shards, each with the place after it."""
+    def samples(self, lane: int, place: Place) -> Iterator[tuple[Sample | None, Place]]:
+        """The samples of a lane as they lie in its shards, each with the place after it.
+
+        Between two epochs comes None.
+        """
         epoch, turn, offset, number = place
         while True:
             shard = self.shard_of(lane, epoch, turn)
             if shard is None:
                 epoch, turn, offset, number = epoch + 1, 0, 0, 0
+                yield None, Place(epoch)
                 continue
             base = (epoch * len(self.names) + shard) << _NUMBERS
             name, after = self.names[shard], Place(epoch, turn + 1)
@@ -148,6 +151,7 @@ class ShardLane:
         self._block: list[Sample | None] = []
         self._order: list[int] = []
         self._taken = 0
+        self._closed = False
         self._ahead: Future = pool.submit(self._read)
 
     def __next__(self) -> Sample:
@@ -164,13 +168,22 @@ class ShardLane:
 
     def close(self) -> None:
         """Wait for the read that is under way, and read no more."""
+        self._closed = True
         if not self._ahead.cancel():
             self._ahead.exception()
         self._reading.close()
 
     def _read(self) -> tuple[list[Sample], Place]:
-        read = list(itertools.islice(self._reading, self._shards.block))
-        return [sample for sample, _ in read], read[-1][1]
+        block, place = [], self._next_start
+        for sample, after in self._reading:
+            if self._closed:
+                break
+            place = after
+            if sample is not None:
+                block.append(sample)
+            if len(block) == self._shards.block or (sample is None and block):
+                break  # full, or the epoch is over: data that is small is not read again and again
+        return block, place
 
     def _take_block(self) -> None:
         self._block, end = self._ahead.result()

@@ -199,11 +199,13 @@ class FrontToBack:
 
 
 def _braces(pattern: str) -> list[str]:
-    for regex, options in ((_RANGE, _range), (_LIST, lambda found: found[1].split(","))):
-        if found := regex.search(pattern):
-            head, tail = pattern[: found.start()], _braces(pattern[found.end() :])
-            return [f"{head}{option}{rest}" for option in options(found) for rest in tail]
-    return [pattern]
+    found = [f for regex in (_RANGE, _LIST) if (f := regex.search(pattern))]
+    if not found:
+        return [pattern]
+    first = min(found, key=lambda f: f.start())
+    options = _range(first) if first.re is _RANGE else first[1].split(",")
+    rests = _braces(pattern[first.end() :])
+    return [f"{pattern[: first.start()]}{option}{rest}" for option in options for rest in rests]
 
 
 def _range(found: re.Match) -> list[str]:

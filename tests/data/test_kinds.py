@@ -1,0 +1,141 @@
+"""Every kind of source: the same batches for any workers and processes, resumed anywhere."""
+
+import dataclasses
+import itertools
+import json
+
+import kinds
+import numpy as np
+import pytest
+from kinds import KINDS, PREPROCESS, TOKENIZER, numbers_of
+
+from vlm.data.lanes import LaneOrder
+from vlm.data.pipeline import TrainIterator, train_batches
+
+STEPS, BATCH = 26, 8
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def config(request, tmp_path_factory):
+    return kinds.make(request.param, tmp_path_factory.mktemp("kind") / "data")
+
+
+@pytest.fixture(scope="module")
+def whole(config):
+    """The batches of one uninterrupted run, and the state before each."""
+    iterator = make(config)
+    states, batches = [], []
+    for _ in range(STEPS):
+        states.append(json.dumps(iterator.get_state()))
+        batches.append(next(iterator))
+    iterator.close()
+    return batches, states
+
+
+def make(config, index: int = 0, count: int = 1) -> TrainIterator:
+    return train_batches(
+        config,
+        PREPROCESS,
+        TOKENIZER,
+        batch_size=BATCH // count,
+        seed=3,
+        process_index=index,
+        process_count=count,
+    )
+
+
+class InThisProcess:
+    """What grain makes of a stream's batches in several workers, without starting processes."""
+
+    def __init__(self, order: LaneOrder, workers: int):
+        self._parts, order.parts = [], workers
+        for worker in range(workers):
+            part = order.read()
+            part = part._parent if hasattr(part, "_parent") else part
+            copy = type(part).__new__(type(part))
+            copy.__dict__ |= part.__dict__
+            copy.set_slice(slice(worker, None, workers))
+            self._parts.append(iter(copy))
+        self._turns = itertools.cycle(self._parts)
+
+    def __next__(self):
+        return next(next(self._turns))
+
+    def close(self):
+        for part in self._parts:
+            part.close()
+
+
+def resume(config, state: str, workers: int, index: int = 0, count: int = 1) -> TrainIterator:
+    iterator = make(config, index, count)
+    iterator.set_state(json.loads(state))
+    if isinstance(iterator._order, LaneOrder):
+        workers = min(workers, len(iterator._order._batches.lanes))
+        iterator._reader = InThisProcess(iterator._order, workers)
+    return iterator
+
+
+def assert_same(batch, expected):
+    for name in ("images", "tokens"):
+        np.testing.assert_array_equal(batch[name], expected[name], err_msg=name)
+
+
+def test_twenty_resumes_with_other_workers_go_on_exactly(config, whole):
+    batches, states = whole
+    rng = np.random.default_rng(1)
+    for number, start in enumerate(rng.integers(0, STEPS - 2, 20).tolist()):
+        iterator = resume(config, states[start], workers=1 + number % 4)
+        for batch in batches[start : start + 2]:
+            assert_same(next(iterator), batch)
+        assert json.loads(json.dumps(iterator.get_state())) == json.loads(states[start + 2])
+        iterator.close()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_make_the_same_global_batches(config, whole, count):
+    batches, _ = whole
+    parts = [make(config, index, count) for index in range(count)]
+    for expected in batches[:6]:
+        rows = [next(part) for part in parts]
+        joined = {k: np.concatenate([row[k] for row in rows]) for k in ("images", "tokens")}
+        assert_same(joined, expected)
+    state = {**parts[0].get_state()}
+    if "lanes" in state:  # as a checkpoint of all processes has them
+        state["lanes"] = {k: v for part in parts for k, v in part.get_state()["lanes"].items()}
+    alone = resume(config, json.dumps(state), workers=3)
+    assert_same(next(alone), batches[6])
+    for part in [*parts, alone]:
+        part.close()
+
+
+def test_every_sample_comes_once_in_an_epoch(config, whole):
+    seen = [number for batch in whole[0] for number in numbers_of(batch)]
+    if config.mixture:
+        return
+    expected = {n for n in range(kinds.COUNT) if n % 2} if config.keep else set(range(kinds.COUNT))
+    assert set(seen) == expected
+    if config.lanes is None:
+        assert sorted(seen[: kinds.COUNT]) == sorted(expected)
+
+
+def test_the_order_is_shuffled_and_another_in_each_epoch(config, whole):
+    seen = [number for batch in whole[0] for number in numbers_of(batch)]
+    ups = np.mean(np.diff(seen) == 1)
+    assert ups < 0.3
+    assert seen[:16] != seen[len(seen) // 2 :][:16]
+
+
+@pytest.mark.slow
+def test_real_workers_change_nothing(tmp_path):
+    config = kinds.make("mixture", tmp_path / "data")
+    expected = list(itertools.islice(make(config), 5))
+    iterator = make(dataclasses.replace(config, workers=2, prefetch=1))
+    for batch in expected[:3]:
+        assert_same(next(iterator), batch)
+    state = iterator.get_state()
+    iterator.close()
+    resumed = make(dataclasses.replace(config, prefetch=2))
+    resumed.set_state(state)
+    for batch in expected[3:]:
+        assert_same(next(resumed), batch)
+    resumed.close()
