@@ -29,7 +29,13 @@ config = Experiment(
         workers=16,
     ),
     optimizer=OptimizerConfig(
-        name="adafactor", learning_rate=1e-3, b1=0.9, weight_decay=1e-4, schedule="rsqrt"
+        name="adafactor",
+        learning_rate=1e-3,
+        b2=0.95,
+        weight_decay=1e-4,
+        weight_decay_rule="big_vision",
+        schedule="rsqrt",
+        max_scale=None,
     ),
     batch_size=32_768,
     examples=40_000_000_000,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import optax
 import pytest
 
 from vlm.config import OptimizerConfig
+from vlm.errors import ConfigError
 from vlm.sharding import path_names
 from vlm.train.optimizer import decay_mask, learning_rate, make_optimizer
 
@@ -19,7 +21,7 @@ KEY = jax.random.key(0)
 def parameters():
     """Names and shapes as the towers have them: two stacked blocks and what lies around them."""
     shapes = {
-        "stem": {"kernel": (4, 4, 3, 32), "bias": (32,)},
+        "stem": {"kernels": {"0": (3, 3, 3, 32)}, "kernel": (4, 4, 3, 32), "bias": (32,)},
         "position": (16, 32),
         "transformer": {
             "blocks": {
@@ -68,10 +70,46 @@ def test_schedules_have_their_worked_values(schedule, warmup, cooldown, values):
         assert rate == pytest.approx(2e-3 * share, rel=1e-5, abs=1e-9), progress
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "rsqrt", "wsd"])
+def test_a_schedule_ends_at_its_end(schedule):
+    config = OptimizerConfig(learning_rate=1e-3, end_learning_rate=1e-4, schedule=schedule)
+    ends = [float(learning_rate(config, jnp.float32(p))) for p in (0.0, config.warmup, 0.999, 1.0)]
+    assert ends[0] == 0
+    assert ends[1] == pytest.approx(1e-3)
+    assert 1e-4 < ends[2] < 1.1e-4
+    assert ends[3] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"learning_rate": -1e-3}, "learning_rate is -0.001: make it positive"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"layer_decay": -0.5}, "layer_decay is -0.5"),
+        ({"layer_decay": 1.5}, "layer_decay is 1.5: a block learns no faster"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0: make it positive"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1: make it 0 or more"),
+        ({"text_rate": -1.0}, "text_rate is -1.0"),
+        ({"b1": 1.0}, "b1 is 1.0: choose at least 0 and below 1"),
+        ({"b2": -0.1}, "b2 is -0.1"),
+        ({"ema": 1.5}, "ema is 1.5"),
+        ({"warmup": 1.0}, "warmup is 1.0"),
+        ({"cooldown": 1.2}, "cooldown is 1.2, a share of the run"),
+        ({"end_learning_rate": 1.0}, "end_learning_rate 1.0 is above learning_rate 0.001"),
+        ({"schedule": "constant", "end_learning_rate": 1e-5}, "never comes to end_learning_rate"),
+        ({"weight_decay": 0.2, "weight_decay_rule": "big_vision"}, "of every kernel at every step"),
+    ],
+)
+def test_rates_that_cannot_be_are_refused(changes, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        OptimizerConfig(**changes)
+
+
 def test_decay_pulls_what_multiplies_and_nothing_else():
     decayed = {name for name, yes in by_name(decay_mask(parameters())).items() if yes}
     blocks = "vision/transformer/blocks"
     assert decayed == {
+        "vision/stem/kernels/0",
         "vision/stem/kernel",
         "vision/position",
         f"{blocks}/attention/query/kernel",
@@ -79,6 +117,8 @@ def test_decay_pulls_what_multiplies_and_nothing_else():
         f"{blocks}/mlp/up/kernel",
         "vision/projection/kernel",
     }
+    kernels = {n for n, yes in by_name(decay_mask(parameters(), "big_vision")).items() if yes}
+    assert kernels == decayed - {"vision/position"}
     # Without a gradient, an update is the decay alone.
     config = OptimizerConfig(weight_decay=0.1)
     params = parameters()
@@ -176,3 +216,51 @@ def test_lower_layers_learn_more_slowly():
         else:
             np.testing.assert_allclose(factor, 1, rtol=1e-5)
     assert math.isclose(float(updates[1]["logit_scale"]), float(updates[0]["logit_scale"]))
+
+
+def names_to(shapes: dict[str, tuple[int, ...]]) -> dict:
+    """A tree of ones, from paths to shapes."""
+    tree: dict = {}
+    for name, shape in shapes.items():
+        *parents, leaf = name.split("/")
+        at = tree
+        for parent in parents:
+            at = at.setdefault(parent, {})
+        at[leaf] = jnp.ones(shape)
+    return tree
+
+
+# The names that the towers give; after each the power of the decay that it is due.
+RESNET = {
+    "stem/0/kernel": 4, "stem_norms/0/scale": 4, "stages/0/0/conv1/kernel": 3,
+    "stages/0/1/conv1/kernel": 2, "stages/1/0/shortcut/kernel": 1, "pool/query/kernel": 0,
+    "position": 0,
+}  # fmt: skip
+FASTVIT = {
+    "stem/kernel": 4, "stem_halve/kernel": 4, "stem_project/kernel": 4,
+    "stages/0/layers/0/mixer/kernel": 3, "stages/1/halve/conv/kernel": 2,
+    "stages/1/layers/0/mlp/up/kernel": 2, "stages/1/layers/1/conv/kernel": 1, "last/kernel": 0,
+    "squeeze/down/kernel": 0, "projection/kernel": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tower", [RESNET, FASTVIT], ids=["resnet", "fastvit"])
+def test_lower_layers_of_a_convolutional_tower_learn_more_slowly(tower):
+    text = {"text/transformer/blocks/mlp/up/bias": (3, 2), "text/embedding": (2, 2)}
+    ones = names_to({f"vision/{name}": (2, 2) for name in tower} | text)
+    rule = make_optimizer(OptimizerConfig(name="lion", weight_decay=0, layer_decay=0.5))
+    got = by_name(rule.update(ones, rule.init(ones), ones)[0])
+    for name, power in tower.items():
+        np.testing.assert_allclose(got[f"vision/{name}"], 0.5**power, err_msg=name)
+    np.testing.assert_allclose(got["text/embedding"], 0.5**4)
+    blocks = got["text/transformer/blocks/mlp/up/bias"]
+    np.testing.assert_allclose(blocks[:, 0], [0.125, 0.25, 0.5])
+
+
+def test_a_tower_has_a_rate_of_its_own():
+    ones = names_to({"vision/norm/scale": (2,), "text/norm/scale": (2,), "logit_scale": ()})
+    rule = make_optimizer(OptimizerConfig(name="lion", vision_rate=0.1, text_rate=0.0))
+    got = by_name(rule.update(ones, rule.init(ones), ones)[0])
+    np.testing.assert_allclose(got["vision/norm/scale"], 0.1)
+    np.testing.assert_allclose(got["text/norm/scale"], 0)
+    assert float(got["logit_scale"]) == 1

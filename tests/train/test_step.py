@@ -104,6 +104,18 @@ def test_eight_devices_are_one_device(alone, tiny, mesh, monkeypatch):
             assert x.addressable_shards[0].data.size == x.size // (mesh.fsdp * mesh.tensor)
 
 
+@pytest.mark.parametrize("name", ["lion", "adafactor"])
+def test_rules_without_scale_are_the_same_on_eight_devices(tiny, name, monkeypatch):
+    """Lion and Adafactor make any gradient large, rounding too: there must be no such gradient."""
+    monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 1)
+    states = []
+    for mesh, devices in ((MeshConfig(), 1), (MeshConfig(data=2, fsdp=2, tensor=2), 8)):
+        experiment = tiny(mesh=mesh, optimizer={"name": name})
+        states.append(run(make(experiment, devices), 8)[1].params)
+    # Each step moves a parameter by about 1e-3; Adafactor's momentum is rounded to bfloat16.
+    assert_near(*states, tolerance=1e-4)
+
+
 def test_the_loss_falls(alone):
     _, losses, state = alone
     assert losses[-1] < losses[0]

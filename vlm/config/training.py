@@ -19,19 +19,63 @@ class OptimizerConfig:
     """The update rule, its schedule and its safeguards."""
 
     name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # at its peak
+    end_learning_rate: float = 0.0  # at the end of cosine, rsqrt and wsd
     schedule: Literal["cosine", "rsqrt", "wsd", "constant"] = "cosine"
     warmup: float = 0.05  # share of the run's steps
     cooldown: float = 0.2  # share of the run's steps that rsqrt and wsd take to decay
-    weight_decay: float = 0.1  # on matrices, never on norms, biases, scale or embeddings' bias
+    weight_decay: float = 0.1  # never on norms, biases, scale
+    # open_clip: a step takes learning_rate * weight_decay of every matrix, as in PyTorch and optax.
+    # big_vision: it takes weight_decay, times the schedule alone, of every kernel.
+    weight_decay_rule: Literal["open_clip", "big_vision"] = "open_clip"
     b1: float = 0.9
-    b2: float = 0.98
+    b2: float = 0.98  # of Adafactor: the most that it grows to
     eps: float = 1e-6
-    clip_norm: float | None = 1.0
+    clip_norm: float | None = 1.0  # of the whole gradient
     layer_decay: float = 1.0  # learning rate of a block relative to the block above it
+    vision_rate: float = 1.0  # learning rate of the image tower relative to `learning_rate`
+    text_rate: float = 1.0  # likewise of the text tower
     ema: float | None = None  # decay of the exponential moving average of the parameters
-    max_scale: float = 100.0  # cap of exp(logit_scale): CLIP's ln(100)
+    max_scale: float | None = 100.0  # cap of exp(logit_scale): CLIP's; None: no cap (SigLIP)
     nonfinite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does
+
+    def __post_init__(self):
+        for name in ("learning_rate", "eps", "clip_norm", "max_scale", "layer_decay"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"optimizer.{name} is {value}: make it positive")
+        for name in ("end_learning_rate", "weight_decay", "vision_rate", "text_rate"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}: make it 0 or more")
+        for name in ("b1", "b2", "ema", "warmup"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ConfigError(f"optimizer.{name} is {value}: choose at least 0 and below 1")
+        if not 0 <= self.cooldown <= 1:
+            raise ConfigError(
+                f"optimizer.cooldown is {self.cooldown}, a share of the run: choose from 0 to 1"
+            )
+        if self.layer_decay > 1:
+            raise ConfigError(
+                f"optimizer.layer_decay is {self.layer_decay}: a block learns no faster than the "
+                "one above it, so choose at most 1"
+            )
+        if self.end_learning_rate > self.learning_rate:
+            raise ConfigError(
+                f"optimizer.end_learning_rate {self.end_learning_rate} is above learning_rate "
+                f"{self.learning_rate}, the peak: make it lower"
+            )
+        if self.end_learning_rate and self.schedule == "constant":
+            raise ConfigError(
+                'optimizer.schedule "constant" never comes to end_learning_rate '
+                f"{self.end_learning_rate}: choose another schedule or leave it at 0"
+            )
+        if self.weight_decay_rule == "big_vision" and self.weight_decay > 0.05:
+            raise ConfigError(
+                f"optimizer.weight_decay {self.weight_decay} by big_vision's rule takes that share "
+                "of every kernel at every step: give a share such as 1e-4, or choose "
+                'weight_decay_rule "open_clip"'
+            )
 
 
 @dataclass(frozen=True)

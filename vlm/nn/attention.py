@@ -133,9 +133,16 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b q d"]:
         """Tokens of `x` attend to those of `context`, by default their own."""
         context = x if context is None else context
+        # A bias of the keys adds one number to all logits of a query, which softmax does not see.
+        # So its gradient is zero, and what would come out is rounding, which Adafactor and Lion
+        # would make as large as any other. A rotation turns it by places, and then it does matter.
         query, key, value = (
-            checkpoint_name(linear(layer, tokens), PROJECTED)
-            for layer, tokens in ((self.query, x), (self.key, context), (self.value, context))
+            checkpoint_name(linear(layer, tokens, fixed_bias=fixed), PROJECTED)
+            for layer, tokens, fixed in (
+                (self.query, x, False),
+                (self.key, context, rotation is None),
+                (self.value, context, False),
+            )
         )
         heads, head_dim = self.query.kernel.shape[-2:]
         query, key, value = (y.reshape(*y.shape[:2], heads, head_dim) for y in (query, key, value))

@@ -56,15 +56,22 @@ def split_keys(keys: Key[Array, "b"] | None) -> tuple[Key[Array, "b"] | None, ..
     return pairs[:, 0], pairs[:, 1]
 
 
-def linear(layer: nnx.Linear | nnx.LinearGeneral, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+def linear(
+    layer: nnx.Linear | nnx.LinearGeneral, x: Float[Array, "*b i"], *, fixed_bias: bool = False
+) -> Float[Array, "*b o"]:
     """What a linear layer makes of `x`, with the axes of its kernel side by side.
+
+    A `fixed_bias` gets no gradient.
 
     The heads of attention are not an axis of what is computed: 64 dimensions of one head would
     fill half of a TPU's registers, and half of the memory that is kept and moved.
     """
     kernel = layer.kernel[...].reshape(x.shape[-1], -1).astype(layer.dtype)
     y = _product(x.astype(layer.dtype), kernel)
-    return y if layer.bias is None else y + layer.bias[...].reshape(-1).astype(layer.dtype)
+    if layer.bias is None:
+        return y
+    bias = layer.bias[...].reshape(-1).astype(layer.dtype)
+    return y + (lax.stop_gradient(bias) if fixed_bias else bias)
 
 
 def _product(x: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Array, "*b o"]:

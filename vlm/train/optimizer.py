@@ -4,6 +4,7 @@ A schedule is a function of the run's progress in [0, 1], so that a run's length
 steps, epochs, examples or seconds and lives in the state, not in the compiled step.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -14,47 +15,59 @@ from jaxtyping import Array, Float
 from vlm.config import OptimizerConfig
 from vlm.sharding import path_names
 
-# Parameters that weight decay pulls towards zero: those that multiply. Not norms, biases, scale.
-DECAYED = {"kernel", "embedding", "position", "probe"}
+# Parameters that weight decay pulls towards zero. In open_clip all that have two axes or more; in
+# big_vision kernels alone (`wd_mults` of its `optax.py`). Never norms, biases, scale.
+KERNELS = {"kernel", "kernels"}  # the convolutions of a stem are a list of kernels
+DECAYED = {"open_clip": KERNELS | {"embedding", "position", "probe"}, "big_vision": KERNELS}
 
 
 def learning_rate(config: OptimizerConfig, progress: Float[Array, ""]) -> Float[Array, ""]:
     """The learning rate after a share `progress` of the run.
 
-    Linear warm-up, then one of: half a cosine to zero (arXiv:1608.03983); the reciprocal square
-    root of the progress, cooled down to zero (arXiv:2106.04560); a plateau, cooled down to zero
-    (warmup-stable-decay, arXiv:2405.18392); a plateau.
+    Linear warm-up from zero, then one of: half a cosine (arXiv:1608.03983); the reciprocal square
+    root of the progress and a cooldown (arXiv:2106.04560); a plateau and a cooldown
+    (warmup-stable-decay, arXiv:2405.18392), all three down to `end_learning_rate`; a plateau.
     """
     warmup, cooldown = config.warmup, config.cooldown
     rise = jnp.minimum(1.0, progress / warmup) if warmup > 0 else jnp.ones(())
     fall = jnp.clip((1 - progress) / cooldown, 0, 1) if cooldown > 0 else jnp.ones(())
+    peak = jnp.float32(config.learning_rate)
     if config.schedule == "cosine":
         past = jnp.clip((progress - warmup) / (1 - warmup), 0, 1)
-        shape = rise * 0.5 * (1 + jnp.cos(jnp.pi * past))
+        fall = 0.5 * (1 + jnp.cos(jnp.pi * past))
     elif config.schedule == "rsqrt":
         start = max(warmup, 1e-3)
-        shape = rise * jnp.sqrt(start / jnp.maximum(progress, start)) * fall
-    elif config.schedule == "wsd":
-        shape = rise * fall
-    else:
-        shape = rise
-    return config.learning_rate * shape
+        peak = peak * jnp.sqrt(start / jnp.maximum(progress, start))
+    elif config.schedule == "constant":
+        fall = jnp.ones(())
+    return rise * (config.end_learning_rate + (peak - config.end_learning_rate) * fall)
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Gradients to updates, but for the learning rate, which the step multiplies in.
 
-    Clipping by the global norm, the update rule, decoupled weight decay, and layer-wise decay.
+    Clipping by the global norm, the update rule, rates by tower and layer, decoupled weight decay.
+    With `weight_decay_rule` "open_clip" a step takes learning rate * weight_decay of a parameter,
+    as PyTorch's AdamW does, and rates by tower and layer scale that too. With "big_vision" it takes
+    weight_decay * (learning rate / its peak), whatever the peak and the rates.
     """
     parts = []
     if config.clip_norm is not None:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
     parts.append(_rule(config))
-    if config.weight_decay:
-        parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
+    rates = []
     if config.layer_decay != 1.0:
-        parts.append(_scale_by_layer(config.layer_decay))
-    return optax.chain(*parts)
+        rates.append(_scale_by_layer(config.layer_decay))
+    if (config.vision_rate, config.text_rate) != (1.0, 1.0):
+        rates.append(_scale_by_tower({"vision": config.vision_rate, "text": config.text_rate}))
+    if config.weight_decay:
+        mask = functools.partial(decay_mask, rule=config.weight_decay_rule)
+        if config.weight_decay_rule == "big_vision":
+            share = config.weight_decay / config.learning_rate  # the step multiplies the rate in
+            rates.append(optax.add_decayed_weights(share, mask=mask))
+        else:
+            rates.insert(0, optax.add_decayed_weights(config.weight_decay, mask=mask))
+    return optax.chain(*parts, *rates)
 
 
 def _rule(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -63,15 +76,13 @@ def _rule(config: OptimizerConfig) -> optax.GradientTransformation:
         return adam
     if config.name == "lion":  # arXiv:2302.06675
         return optax.scale_by_lion(b1=config.b1, b2=config.b2)
-    if config.name == "adafactor":  # as big_vision scales it (arXiv:2106.04560): bfloat16 momentum
-        return optax.chain(
-            optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=32),
-            optax.clip_by_block_rms(1.0),
-            optax.ema(config.b1, debias=False, accumulator_dtype=jnp.bfloat16),
-        )
+    if config.name == "adafactor":  # arXiv:1804.04235 in the form of arXiv:2106.04560
+        momentum = optax.ema(config.b1, debias=False, accumulator_dtype=jnp.bfloat16)
+        return optax.chain(_factored_rms(config.b2), momentum)
     # Muon orthogonalises the momentum of the blocks' matrices (Jordan et al., 2024,
-    # kellerjordan.github.io/posts/muon); the rest are Adam's. Its updates are scaled to the
-    # root-mean-square of Adam's (arXiv:2502.16982), so one learning rate serves both.
+    # kellerjordan.github.io/posts/muon); the rest are Adam's, both with Nesterov's momentum as
+    # optax has it. Its updates are scaled to the root-mean-square of Adam's (arXiv:2502.16982), so
+    # one learning rate serves both.
     return optax.contrib.muon(
         learning_rate=-1.0,  # the step subtracts the update, so undo the sign here
         adam_b1=config.b1,
@@ -80,6 +91,47 @@ def _rule(config: OptimizerConfig) -> optax.GradientTransformation:
         muon_weight_dimension_numbers=_muon_dimensions,
         consistent_rms=0.2,
     )
+
+
+def _factored_rms(cap: float) -> optax.GradientTransformation:
+    """Adafactor's division by the root-mean-square of gradients, kept as rows and columns.
+
+    The memory of the second moment grows with the steps, and no longer than `cap` allows: without
+    one, a long run would end with a second moment of tens of thousands of steps. The layers of a
+    stack are parameters of their own, and no axis to factor over.
+    """
+
+    def decay(step, exponent):
+        t = jnp.asarray(step, jnp.float32) + 1
+        return jnp.minimum(cap, 1 - t**-exponent)
+
+    rule = optax.scale_by_factored_rms(
+        decay_rate=0.8, min_dim_size_to_factor=32, decay_rate_fn=decay
+    )
+
+    def stack_of(params):
+        def name(path, _):
+            names = path_names(path)
+            return names[0] if "blocks" in names else "alone"
+
+        return jax.tree_util.tree_map_with_path(name, params)
+
+    stacked = _by_layer(rule)
+    return optax.partition({"alone": rule, "vision": stacked, "text": stacked}, stack_of)
+
+
+def _by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`rule` for arrays with a leading axis of layers, as if each layer stood alone."""
+
+    def init(params):
+        return jax.vmap(rule.init)(params) if jax.tree.leaves(params) else optax.EmptyState()
+
+    def update(updates, state, params=None):
+        if not jax.tree.leaves(updates):  # the tower is locked, or has no stack
+            return updates, state
+        return jax.vmap(rule.update)(updates, state, params)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _muon_dimensions(params: Any) -> Any:
@@ -97,34 +149,74 @@ def _matrix_axes(path: tuple, x: Any) -> optax.contrib.MuonDimensionNumbers | No
     return optax.contrib.MuonDimensionNumbers((1,), tuple(range(2, x.ndim)))
 
 
-def decay_mask(params: Any) -> Any:
-    """True where weight decay applies."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path_names(path)[-1] in DECAYED, params)
+def decay_mask(params: Any, rule: str = "open_clip") -> Any:
+    """True where weight decay applies by that rule."""
+
+    def decays(path, _):
+        *_, parent, leaf = ("", *path_names(path))
+        # An item of a list is called by its number: the list's name says what it is.
+        return (parent if leaf.isdigit() else leaf) in DECAYED[rule]
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def _scale_by_tower(rates: dict[str, float]) -> optax.GradientTransformation:
+    """Scale the updates of each tower by its rate; scale and bias of the logits keep theirs."""
+
+    def scale(path, x):
+        return x * rates.get(path_names(path)[0], 1.0)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
 
 
 def _scale_by_layer(decay: float) -> optax.GradientTransformation:
     """Scale the updates of block i of n by decay^(n - i), and of what lies below by decay^(n + 1).
 
-    What follows the blocks keeps its rate (arXiv:2003.10555, arXiv:2106.08254).
+    What follows the blocks keeps its rate (arXiv:2003.10555, arXiv:2106.08254). The blocks of a
+    convolutional tower are counted through all of its stages.
     """
-    above = {"norm", "pool", "projection", "logit_scale", "logit_bias"}
 
-    def update(updates, state, params=None):
-        depth = {
-            path_names(path)[0]: x.shape[0]
-            for path, x in jax.tree_util.tree_leaves_with_path(updates)
-            if "blocks" in path_names(path)
-        }
+    def update(updates, _):
+        leaves = jax.tree_util.tree_leaves_with_path(updates)
+        blocks: dict[str, set] = {}
+        staged = set()
+        for path, x in leaves:
+            names = path_names(path)
+            if "blocks" in names:
+                blocks.setdefault(names[0], set()).update(range(x.shape[0]))
+            elif (block := _block_in_stages(names)) is not None:
+                blocks.setdefault(names[0], set()).add(block)
+                staged.add(names[0])
+        order = {tower: sorted(found) for tower, found in blocks.items()}
 
         def scale(path, x):
             names = path_names(path)
             if "blocks" in names:
-                factors = decay ** jnp.arange(depth[names[0]], 0, -1, dtype=x.dtype)
+                factors = decay ** jnp.arange(len(order[names[0]]), 0, -1, dtype=x.dtype)
                 return x * factors.reshape(-1, *(1,) * (x.ndim - 1))
-            if names[0] in above or names[1] in above:
+            if (block := _block_in_stages(names)) is not None:
+                found = order[names[0]]
+                return x * decay ** (len(found) - found.index(block))
+            if _is_above_blocks(names, stages=names[0] in staged):
                 return x
-            return x * decay ** (depth[names[0]] + 1)
+            return x * decay ** (len(order[names[0]]) + 1)
 
-        return jax.tree_util.tree_map_with_path(scale, updates), state
+        return jax.tree_util.tree_map_with_path(scale, updates)
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(update)
+
+
+def _block_in_stages(names: tuple[str, ...]) -> tuple[int, int] | None:
+    """(stage, block) of a parameter of a tower of stages; what a stage begins with is block 0."""
+    if "stages" not in names:
+        return None
+    numbers = [int(n) for n in names[names.index("stages") + 1 :] if n.isdigit()]
+    return numbers[0], numbers[1] if len(numbers) > 1 else 0
+
+
+def _is_above_blocks(names: tuple[str, ...], *, stages: bool) -> bool:
+    if names[0] in ("logit_scale", "logit_bias"):
+        return True
+    if stages:  # below them is a stem, and a ResNet's positions are those of its pool
+        return not names[1].startswith("stem")
+    return names[1] in ("norm", "pool", "projection")

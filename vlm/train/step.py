@@ -84,7 +84,8 @@ class Trainer:
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         rate = learning_rate(config, state.step / state.total_steps)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-        params["logit_scale"] = jnp.minimum(params["logit_scale"], jnp.log(config.max_scale))
+        if config.max_scale is not None:
+            params["logit_scale"] = jnp.minimum(params["logit_scale"], jnp.log(config.max_scale))
         ema = self._average(state.ema, params, state.step)
 
         grad_norm = optax.global_norm(grads)
