@@ -6,16 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 
 from vlm.config import MeshConfig
 from vlm.nn import tpu_attention
 from vlm.nn.attention import (
+    Attention,
     _at_even_length,
     _attend_by_head,
     _each_on_its_own,
     attend,
 )
+from vlm.nn.rotary import grid_rotation
 from vlm.sharding import batch_sharding, make_mesh, mesh_of
 
 interpreted = functools.partial(tpu_attention.attend, interpret=True)
@@ -149,3 +152,21 @@ def test_an_odd_length_padded_for_cudnn(causal):
     plain = with_gradients(functools.partial(_attend_by_head, causal=causal), *x, None)
     for a, b in zip(with_gradients(padded, *x, None), plain, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_keys_bias_has_no_gradient_but_where_keys_turn():
+    """It adds one number to all logits of a query, so its gradient could only be rounding."""
+    attention = Attention(16, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(attention)
+    x = jax.random.normal(jax.random.key(1), (2, 4, 16))
+
+    def largest(rotation):
+        total = jax.grad(lambda s: (nnx.merge(graph, s)(x, rotation=rotation) ** 3).sum())(state)
+        return {
+            name: float(jnp.abs(total[name]["bias"][...]).max())
+            for name in ("query", "key", "value")
+        }
+
+    plain, turned = largest(None), largest(grid_rotation(2, 8, first=0, before=0))
+    assert plain["key"] == 0
+    assert min(plain["query"], plain["value"], *turned.values()) > 1e-3

@@ -83,7 +83,7 @@ def test_a_schedule_ends_at_its_end(schedule):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"learning_rate": -1e-3}, "learning_rate is -0.001: make it positive"),
+        ({"learning_rate": -1e-3}, "learning_rate is -0.001: make it 0 or more"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"layer_decay": -0.5}, "layer_decay is -0.5"),
         ({"layer_decay": 1.5}, "layer_decay is 1.5: a block learns no faster"),

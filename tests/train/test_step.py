@@ -104,16 +104,14 @@ def test_eight_devices_are_one_device(alone, tiny, mesh, monkeypatch):
             assert x.addressable_shards[0].data.size == x.size // (mesh.fsdp * mesh.tensor)
 
 
-@pytest.mark.parametrize("name", ["lion", "adafactor"])
-def test_rules_without_scale_are_the_same_on_eight_devices(tiny, name, monkeypatch):
-    """Lion and Adafactor make any gradient large, rounding too: there must be no such gradient."""
+def test_lion_is_the_same_on_eight_devices(tiny, monkeypatch):
+    """It makes any gradient as large as any other, also mere rounding: there must be none."""
     monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 1)
     states = []
     for mesh, devices in ((MeshConfig(), 1), (MeshConfig(data=2, fsdp=2, tensor=2), 8)):
-        experiment = tiny(mesh=mesh, optimizer={"name": name})
-        states.append(run(make(experiment, devices), 8)[1].params)
-    # Each step moves a parameter by about 1e-3; Adafactor's momentum is rounded to bfloat16.
-    assert_near(*states, tolerance=1e-4)
+        experiment = tiny(mesh=mesh, optimizer={"name": "lion"})
+        states.append(run(make(experiment, devices), 6)[1].params)
+    assert_near(*states, tolerance=1e-6)  # each step moves a parameter by up to 1e-3
 
 
 def test_the_loss_falls(alone):
@@ -177,7 +175,7 @@ def test_the_average_follows_the_parameters(noisy):
 @pytest.mark.parametrize("tower", ["vision", "text"])
 def test_a_locked_tower_has_no_gradient_and_no_optimizer_state(tiny, tower):
     other = {"vision": "text", "text": "vision"}[tower]
-    trainer = make(tiny(lock=tower, optimizer={"ema": 0.9}))
+    trainer = make(tiny(lock=tower, init_from="model", optimizer={"ema": 0.9}))
     state = trainer.init(jnp.int32(20))
     for part in (state.params, state.opt_state, state.ema):
         names = {n for p, _ in jax.tree_util.tree_leaves_with_path(part) for n in path_names(p)}

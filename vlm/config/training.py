@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vlm.config.data import DataConfig
+from vlm.config.evaluation import EvalConfig
 from vlm.config.inputs import PreprocessConfig, TokenizerConfig
 from vlm.config.model import ModelConfig
 from vlm.errors import ConfigError
@@ -40,11 +41,12 @@ class OptimizerConfig:
     nonfinite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does
 
     def __post_init__(self):
-        for name in ("learning_rate", "eps", "clip_norm", "max_scale", "layer_decay"):
+        for name in ("eps", "clip_norm", "max_scale", "layer_decay"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"optimizer.{name} is {value}: make it positive")
-        for name in ("end_learning_rate", "weight_decay", "vision_rate", "text_rate"):
+        rates = ("learning_rate", "end_learning_rate", "vision_rate", "text_rate")
+        for name in (*rates, "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"optimizer.{name} is {getattr(self, name)}: make it 0 or more")
         for name in ("b1", "b2", "ema", "warmup"):
@@ -69,6 +71,11 @@ class OptimizerConfig:
             raise ConfigError(
                 'optimizer.schedule "constant" never comes to end_learning_rate '
                 f"{self.end_learning_rate}: choose another schedule or leave it at 0"
+            )
+        if self.weight_decay_rule == "big_vision" and not self.learning_rate:
+            raise ConfigError(
+                'optimizer.weight_decay_rule "big_vision" measures the schedule by its peak, so '
+                "learning_rate must be positive"
             )
         if self.weight_decay_rule == "big_vision" and self.weight_decay > 0.05:
             raise ConfigError(
@@ -98,6 +105,9 @@ class Experiment:
     # A tokenizer.json, or "clip" for OpenAI's in the package; None: the data's own vocabulary.
     tokenizer_file: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
+    # Data sets to measure on, beside the held-out split of `data`, all of whose captions are
+    # embedded each time: large data has its `eval_split` at None and something here.
+    evals: tuple[EvalConfig, ...] = ()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     batch_size: int = 1024  # global
@@ -174,8 +184,60 @@ class Experiment:
                 "image_sizes needs a Vision Transformer, and the image tower is a "
                 f"{type(self.model.vision).__name__}: leave it empty"
             )
+        self._check_vision()
+        self._check_evaluation()
+        if self.lock != "none" and self.init_from is None:
+            raise ConfigError(
+                f"lock {self.lock!r} keeps a tower as it starts, and without init_from that is at "
+                "random: name the model that it comes from"
+            )
+        if self.lock != "none" and self.init_towers not in ("both", self.lock):
+            raise ConfigError(
+                f"lock {self.lock!r} keeps a tower as it starts, and init_towers "
+                f'{self.init_towers!r} leaves it at random: set init_towers to "both" or '
+                f"{self.lock!r}"
+            )
         if not 0 <= self.text_masking < 1:
             raise ConfigError(
                 f"text_masking {self.text_masking} is a share of the text: choose at least 0 and "
                 "below 1"
+            )
+
+    def _check_vision(self) -> None:
+        vision = self.model.vision
+        if self.preprocess.resize == "naflex" or getattr(vision, "max_patches", None):
+            raise ConfigError(
+                "a NaFlex model cannot be trained as one, since training takes square images of "
+                f'one size: set preprocess.resize="squash" and model.vision.max_patches=None to '
+                f"train at {vision.image_size} pixels"
+            )
+        if not 0 <= getattr(vision, "patch_dropout", 0.0) < 1:
+            raise ConfigError(
+                f"patch_dropout {vision.patch_dropout} is a share of the patches: choose at least "
+                "0 and below 1"
+            )
+        if getattr(vision, "rotary", None) is not None and (
+            vision.patch_dropout or self.image_sizes
+        ):
+            what = "image_sizes" if self.image_sizes else "patch_dropout"
+            raise ConfigError(
+                f"{what} needs a tower without rotary positions, which are those of the whole "
+                f"grid: leave it {'empty' if self.image_sizes else 'at 0'}"
+            )
+
+    def _check_evaluation(self) -> None:
+        names = [config.name for config in self.evals]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"two of evals are called {name!r}: give each a name of its own")
+        for name in ("eval_every", "checkpoint_every"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise ConfigError(
+                    f"{name} is {share}, a share of the run: choose above 0 and at most 1"
+                )
+        if self.eval_every is not None and not self.evals and not self.data.eval_split:
+            raise ConfigError(
+                f"eval_every is {self.eval_every}, and there is nothing to evaluate on: set "
+                "data.eval_split or evals"
             )

@@ -1,6 +1,7 @@
-"""The held-out split of a run: measured during training, and at its end with a report."""
+"""The evaluations of a run: measured during training, and at its end with a report."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,8 +10,7 @@ from jaxtyping import Float, Int
 
 from vlm.bundle import Bundle
 from vlm.config import Experiment, to_dict
-from vlm.data.pipeline import eval_batches
-from vlm.data.sources import all_captions, held_out, open_source
+from vlm.data.sources import all_captions, first_captions, open_source
 from vlm.evaluate.gallery import gallery_png
 from vlm.evaluate.metrics import Metric, pair_retrieval_metrics, zero_shot_metrics
 from vlm.evaluate.report import write_report
@@ -18,34 +18,67 @@ from vlm.evaluate.runner import Report, Result, provenance
 from vlm.evaluate.tasks import DataInfo
 from vlm.heads.zero_shot import to_scores
 from vlm.inputs.tokenizer import Tokenizer
-from vlm.sharding import batch_sharding, batch_ways
+from vlm.train.evaluation import Embedder, Inputs, Pixels, info, open_task
 from vlm.train.logs import print_on_first_process, read_log
 from vlm.train.run import Run
 from vlm.train.step import Trainer, TrainState
 
-ROWS = 256  # embedded at a time
 SHOWN = 8  # images in the gallery
 
 
-class HeldOut:
-    """Images the run does not train on, among all captions of the data."""
+class Evaluations:
+    """All that a run is measured on: its own held-out split, and the data sets of `evals`.
+
+    Raises:
+        DataError: data that is not there, or does not have what its task needs.
+    """
 
     def __init__(self, experiment: Experiment, trainer: Trainer, tokenizer: Tokenizer):
-        self.experiment, self.trainer = experiment, trainer
-        ways = batch_ways(trainer.mesh)
-        self._rows = -(-ROWS // ways) * ways
-        data = experiment.data
-        self.captions = all_captions(data)
-        self.target: Int[np.ndarray, n] = held_out(data)
-        self._tokens = tokenizer(self.captions)
-        batches = eval_batches(data, trainer.preprocess, tokenizer, batch_size=self._rows)
-        self.images = np.concatenate([b["images"][b["mask"]] for b in batches])
+        embedder, inputs = Embedder(trainer), Inputs(trainer.preprocess, tokenizer)
+        self.held = HeldOut(experiment, embedder, inputs) if experiment.data.eval_split else None
+        self.tasks = [open_task(config, embedder, inputs) for config in experiment.evals]
+
+    def __bool__(self) -> bool:
+        return self.held is not None or bool(self.tasks)
+
+    def metrics(self, state: TrainState) -> dict[str, float]:
+        """All metrics as a row of the log."""
+        row: dict[str, Metric] = {}
+        if self.held is not None:
+            zero_shot, retrieval = self.held.measure(*self.held.embed(state))
+            row |= zero_shot | retrieval
+            said = f"held-out top-1 {zero_shot['top1']}"
+            print_on_first_process(f"step {int(state.step)}  {said}")
+        for task in self.tasks:
+            found = task.measure(state)
+            name, first = task.config.name, next(iter(found))
+            row |= {f"{name}/{metric}": value for metric, value in found.items()}
+            print_on_first_process(f"step {int(state.step)}  {name} {first} {found[first]}")
+        return {f"eval/{name}": float(value) for name, value in row.items()}
+
+
+class HeldOut:
+    """Images the run does not train on, among all captions of the data, which must be small."""
+
+    def __init__(self, experiment: Experiment, embedder: Embedder, inputs: Inputs):
+        self._embedder, self._inputs, self._data = embedder, inputs, experiment.data
+        self._source = open_source(self._data, self._data.eval_split)
+        self.captions = all_captions(self._data)
+        index = {caption: i for i, caption in enumerate(self.captions)}
+        own = first_captions(self._source, self._data)
+        self.target: Int[np.ndarray, n] = np.array([index[text] for text in own], np.int32)
+        self._tokens = inputs.tokenizer(self.captions)
+
+    @property
+    def images(self) -> Sequence[Pixels]:
+        """The images as the model takes them, each read when it is asked for."""
+        return _Images(self)
 
     def embed(self, state: TrainState) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "m d"]]:
         """Unit-norm embeddings of the images and of all captions."""
         return (
-            self._in_batches(self.trainer.embed_images, state, self.images),
-            self._in_batches(self.trainer.embed_texts, state, self._tokens),
+            self._embedder.images(state, len(self.target), self.images.__getitem__),
+            self._embedder.texts(state, self._tokens),
         )
 
     def measure(self, z_image, z_captions) -> tuple[dict[str, Metric], dict[str, Metric]]:
@@ -55,68 +88,84 @@ class HeldOut:
             pair_retrieval_metrics(z_image, z_captions[self.target]),
         )
 
-    def metrics(self, state: TrainState) -> dict[str, float]:
-        """All metrics as a row of the log."""
-        zero_shot, retrieval = self.measure(*self.embed(state))
-        print_on_first_process(f"step {int(state.step)}  held-out top-1 {zero_shot['top1']}")
-        return {f"eval/{name}": float(value) for name, value in (zero_shot | retrieval).items()}
 
-    def _in_batches(self, embed, state, rows: np.ndarray) -> np.ndarray:
-        """Rows through `embed`, a fixed number at a time; every process holds all of them."""
-        sharding = batch_sharding(self.trainer.mesh)
-        out = []
-        for first in range(0, len(rows), self._rows):
-            part = rows[first : first + self._rows]
-            padding = [(0, self._rows - len(part))] + [(0, 0)] * (rows.ndim - 1)
-            padded = np.pad(part, padding)
-            batch = jax.make_array_from_callback(padded.shape, sharding, padded.__getitem__)
-            out.append(np.asarray(embed(state, batch))[: len(part)])
-        return np.concatenate(out)
+class _Images(Sequence):
+    """The images of a held-out split, read on use."""
+
+    def __init__(self, held: HeldOut):
+        self._held = held
+
+    def __len__(self) -> int:
+        return len(self._held.target)
+
+    def __getitem__(self, i: int) -> Pixels:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        held = self._held
+        return held._inputs.pixels(held._source[int(i)], held._data, i)
 
 
-def finish(run: Run, held: HeldOut, state: TrainState, bundle: Bundle, credits: str) -> Report:
-    """Measure the finished run, and write its results and report."""
-    start = time.perf_counter()
-    z_image, z_captions = held.embed(state)
-    zero_shot, retrieval = held.measure(z_image, z_captions)
-    data = run.experiment.data
-    info = DataInfo(data.source, split=data.eval_split or "")
-    source = provenance(bundle.name, info, ("{}",), time.perf_counter() - start)
-    report = Report(
-        (
+def finish(
+    run: Run, evaluations: Evaluations, state: TrainState, bundle: Bundle, credits: str
+) -> Report:
+    """Measure the finished run, and write its results, and the report of its held-out split."""
+    held, data = evaluations.held, run.experiment.data
+    results, embedded = [], None
+    if held is not None:
+        start = time.perf_counter()
+        embedded = held.embed(state)
+        zero_shot, retrieval = held.measure(*embedded)
+        about = DataInfo(data.source, split=data.eval_split or "")
+        source = provenance(bundle.name, about, ("{}",), time.perf_counter() - start)
+        results = [
             Result(f"zero-shot over {len(held.captions):,} captions", zero_shot, source),
-            Result(f"retrieval among {len(held.images):,} pairs", retrieval, source),
-        )
-    )
+            Result(f"retrieval among {len(held.target):,} pairs", retrieval, source),
+        ]
+    for task in evaluations.tasks:
+        start, config = time.perf_counter(), task.config
+        found = task.measure(state)
+        templates = config.templates if config.task == "zero-shot" else ("{}",)
+        seconds = time.perf_counter() - start
+        source = provenance(bundle.name, info(config), templates, seconds)
+        results.append(Result(f"{config.name} {config.task}", found, source))
+    report = Report(tuple(results))
     scale, bias = bundle.logit_scale, bundle.logit_bias  # of all processes together
     if jax.process_index() == 0:
         report.save(run.results)
-        write_report(
-            run.folder,
-            history=read_log(run),
-            results=report,
-            images=list(held.images),
-            captions=held.captions,
-            target=held.target,
-            z_image=z_image,
-            z_captions=z_captions,
-            config=to_dict(run.experiment),
-            logit_scale=scale,
-            logit_bias=bias,
-            loss=bundle.loss,
-            facts=_facts(state),
-            credits=credits,
-        )
-        scores = to_scores(scale * z_image @ z_captions.T + bias, bundle.loss)
-        _draw_gallery(run, held, scores)
+        if held is not None:
+            _show(run, held, report, state, embedded, (scale, bias, bundle.loss), credits)
     return report
+
+
+def _show(run: Run, held: HeldOut, report: Report, state, embedded, score_rule, credits) -> None:
+    """Write the report of the held-out split, and draw its gallery."""
+    z_image, z_captions = embedded
+    scale, bias, loss = score_rule
+    write_report(
+        run.folder,
+        history=read_log(run),
+        results=report,
+        images=held.images,
+        captions=held.captions,
+        target=held.target,
+        z_image=z_image,
+        z_captions=z_captions,
+        config=to_dict(run.experiment),
+        logit_scale=scale,
+        logit_bias=bias,
+        loss=loss,
+        facts=_facts(state),
+        credits=credits,
+    )
+    _draw_gallery(run, held, to_scores(scale * z_image @ z_captions.T + bias, loss))
 
 
 def _draw_gallery(run: Run, held: HeldOut, scores: Float[np.ndarray, "n m"]) -> None:
     """Some held-out images, evenly spaced, with their best captions, as a picture to show."""
     data = run.experiment.data
     source = open_source(data, data.eval_split)
-    chosen = np.linspace(0, len(held.images) - 1, min(SHOWN, len(held.images))).astype(int)
+    count = len(held.target)
+    chosen = np.linspace(0, count - 1, min(SHOWN, count)).astype(int)
     best = np.argsort(-scores[chosen], axis=1)[:, :4]
     gallery_png(
         run.folder / "gallery.png",

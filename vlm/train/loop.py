@@ -13,7 +13,7 @@ from vlm.data.pipeline import train_batches
 from vlm.data.sources import credits
 from vlm.sharding import batch_share, check_batch, global_batch, make_mesh
 from vlm.train.checkpoint import Checkpoints
-from vlm.train.held_out import HeldOut, finish
+from vlm.train.held_out import Evaluations, finish
 from vlm.train.interrupt import Interrupted
 from vlm.train.length import is_due
 from vlm.train.logs import Logs, placement_table, print_on_first_process
@@ -56,7 +56,7 @@ def train(
             process_count=shares,
             run_folder=run.folder,
         )
-        held = HeldOut(experiment, trainer, tokenizer) if experiment.data.eval_split else None
+        evaluations = Evaluations(experiment, trainer, tokenizer)
 
     with (
         contextlib.closing(batches),
@@ -82,9 +82,9 @@ def train(
                 step += 1
                 logs.step(step, metrics, waited)
 
-                if held and is_due(step, total, experiment.eval_every):
+                if evaluations and is_due(step, total, experiment.eval_every):
                     logs.flush()
-                    logs.write({"step": step, **held.metrics(state)})
+                    logs.write({"step": step, **evaluations.metrics(state)})
                     logs.restart_clock()
                 if is_due(step, total, experiment.checkpoint_every):
                     logs.flush()
@@ -100,7 +100,9 @@ def train(
 
     bundle = Bundle(trainer.model(state), trainer.preprocess, tokenizer, name=experiment.name)
     bundle.save(run.bundle)
-    if held:
-        print_on_first_process(finish(run, held, state, bundle, credits(experiment.data)))
-        print_on_first_process(f"report {run.folder / 'report.html'}")
+    if evaluations:
+        report = finish(run, evaluations, state, bundle, credits(experiment.data))
+        print_on_first_process(report)
+        if evaluations.held is not None:
+            print_on_first_process(f"report {run.folder / 'report.html'}")
     return run.folder

@@ -59,6 +59,8 @@ def from_model(trainer: Trainer, state: TrainState) -> TrainState:
     other = bundle.load(e.init_from, image_size=e.model.vision.image_size)
     towers = ("vision", "text") if e.init_towers == "both" else (e.init_towers,)
     _check_same(e, other, towers)
+    if e.init_towers == "both":
+        _check_scale(e, other)
     loaded = nnx.to_pure_dict(nnx.state(other.model))
     ours = {**state.params, **state.frozen}
     wanted = ours if e.init_towers == "both" else towers
@@ -96,6 +98,16 @@ def _check_same(e: Experiment, other: bundle.Bundle, towers: tuple[str, ...]) ->
         raise ConfigError(
             f"init_from {e.init_from!r} is another model than the config's ({'; '.join(differ)}): "
             "make the config agree, or take the tower that does with init_towers"
+        )
+
+
+def _check_scale(e: Experiment, other: bundle.Bundle) -> None:
+    """Refuse a scale of the logits that the first step would cut down."""
+    cap, scale = e.optimizer.max_scale, other.logit_scale
+    if cap is not None and scale > cap * (1 + 1e-5):
+        raise ConfigError(
+            f"init_from {e.init_from!r} has a scale of {scale:.4g}, which the first step would cut "
+            f"to optimizer.max_scale {cap:g}: set that to None, or higher"
         )
 
 
