@@ -25,7 +25,7 @@ config = Experiment(
         source="gs://BUCKET/pairs/{000000..099999}.tar",
         eval_split=None,
         captions=("txt",),
-        augment=AugmentConfig(crop=(1.0, 1.0), aspect=(1.0, 1.0)),
+        augment=AugmentConfig(crop=None),
         workers=16,
     ),
     optimizer=OptimizerConfig(

@@ -17,8 +17,32 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(60, 190, (40, 40, 3), 
 
 def augmented(image, config, u=None, size=40, **changes):
     out = np.empty((size, size, 3), np.uint8)
-    Augment(config, size, **changes)(image, np.full(DRAWS, 0.5) if u is None else u, out)
+    preprocess = Preprocess(PreprocessConfig(image_size=size, **changes))
+    Augment(config, preprocess)(image, np.full(DRAWS, 0.5) if u is None else u, out)
     return out
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"kernel": "bilinear", "backend": "tensor"},
+        {"kernel": "bilinear", "backend": "tensorflow", "antialias": False},
+        {"resize": "crop"},
+        {"resize": "pad"},
+    ],
+    ids=["siglip", "big_vision", "clip", "pad"],
+)
+def test_without_a_crop_training_resizes_as_evaluation_does(inputs):
+    """A centre crop of the same aspect would keep two thirds of an image of 640 x 427."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (43, 64, 3), np.uint8))
+    got = augmented(image, AugmentConfig(crop=None), size=16, **inputs)
+    expected = Preprocess(PreprocessConfig(image_size=16, **inputs)).pixels(image)
+    np.testing.assert_array_equal(got, expected)
+    mirrored = augmented(
+        image, AugmentConfig(crop=None, flip=True), np.zeros(DRAWS), size=16, **inputs
+    )
+    np.testing.assert_array_equal(mirrored, expected[:, ::-1])
 
 
 @given(

@@ -8,8 +8,9 @@ from typing import Literal
 class AugmentConfig:
     """Random changes of a training image."""
 
-    crop: tuple[float, float] = (0.9, 1.0)  # share of the image's area that a crop keeps
-    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    # Share of the image's area that a crop keeps. None: no crop, but the model's own resizing.
+    crop: tuple[float, float] | None = (0.9, 1.0)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)  # of the crop
     jitter: float = 0.0  # brightness, contrast, saturation: factors in 1 +- jitter
     hue: float = 0.0  # in turns of the colour circle, at most 0.5
     flip: bool = False

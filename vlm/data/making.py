@@ -27,7 +27,7 @@ class Maker:
     def __init__(self, configs: Sequence[DataConfig], preprocess: Preprocess):
         self._configs, self._preprocess = list(configs), preprocess
         self.size = preprocess.config.image_size
-        self._augment = Augment(configs[0].augment, self.size, preprocess.config.kernel)
+        self._augment = Augment(configs[0].augment, preprocess)
 
     def __call__(
         self, example: Example, u: np.ndarray, out: UInt8[np.ndarray, "s s 3"], where: str

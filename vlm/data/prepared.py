@@ -1,5 +1,9 @@
-"""Prepared TFDS data sets, by name or by builder, read without TensorFlow."""
+"""Prepared TFDS data sets, by name, folder or builder, read without TensorFlow.
 
+A feature inside others has a name of its own: COCO's captions are `captions/text`.
+"""
+
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -8,6 +12,7 @@ import tensorflow_datasets as tfds
 from vlm.config import DataConfig
 from vlm.data.examples import Example, check_features
 from vlm.errors import DataError
+from vlm.paths import as_path
 
 
 def open_prepared(name: str, split: str, config: DataConfig) -> "TfdsSource":
@@ -24,11 +29,18 @@ class TfdsSource:
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, config: DataConfig):
         self.credits = builder.info.redistribution_info.license or ""  # as the metadata states them
-        features, where = builder.info.features, f"the data set {builder.info.full_name}"
+        features = dict(_flat_features(builder.info.features))
+        where = f"the data set {builder.info.full_name}"
         check_features(config, list(features), where)
         self._label = config.label
         self._image = config.image  # bytes that stay bytes
-        self._names = features[config.label].names if config.label else None
+        self._names = _label_names(features[config.label], where, config) if config.label else None
+        for name in () if config.label else config.captions:
+            if features[name].np_dtype not in (np.object_, np.str_):
+                raise DataError(
+                    f"the feature {name!r} of {where} that data.captions names has no text but "
+                    f"{np.dtype(features[name].np_dtype)}: name one that has"
+                )
         try:
             decoders = {config.image: tfds.decode.SkipDecoding()}
             self._records = builder.as_data_source(split, decoders=decoders)
@@ -46,8 +58,8 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        record = self._records[int(index)]
-        example = {k: v if k == self._image else _text(v) for k, v in record.items()}
+        record = _flat(self._records[int(index)])
+        example = {k: v if k == self._image else _text(v) for k, v in record}
         if self._label:
             example[self._label] = self._names[int(example[self._label])]
         return example
@@ -59,17 +71,63 @@ class TfdsSource:
 
 
 def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+    """The builder of a prepared data set, from its files alone where they are found."""
+    folder = as_path(name)
+    if (folder / "dataset_info.json").exists():
+        return tfds.builder_from_directory(folder)
+    where = {} if data_dir is None else {"data_dir": data_dir}
     try:
-        builder = tfds.builder(name, data_dir=data_dir)
-    except Exception as error:  # TFDS has many kinds of not found, and import errors of its own
+        return tfds.core.read_only_builder.builder_from_files(name, **where)
+    except Exception:  # not there: perhaps the user's own, of a class that this process knows
+        pass
+    how = f'prepare it with tfds.builder({name!r}, file_format="array_record")'
+    try:
+        builder = tfds.builder(name, **where)
+    except ImportError as error:  # the classes of TFDS itself want TensorFlow
+        raise DataError(
+            f"the TFDS data set {name!r} is not prepared in {_data_dir(data_dir)}: set data_dir to "
+            f"where it is, or where TensorFlow is installed {how}.download_and_prepare() "
+            f"({_first_line(error)})"
+        ) from None
+    except Exception as error:  # TFDS has many kinds of not found
         raise DataError(f"TFDS knows no data set {name!r} ({_first_line(error)})") from None
     if not builder.info.splits:
         raise DataError(
             f"the TFDS data set {name!r} is not prepared in {builder.data_dir}: set data_dir to "
-            f"where it is, or prepare it with tfds.builder({name!r}, file_format="
-            '"array_record").download_and_prepare()'
+            f"where it is, or {how}.download_and_prepare()"
         )
     return builder
+
+
+def _data_dir(given: str | None) -> str:
+    return given or tfds.core.constants.DATA_DIR
+
+
+def _flat_features(features: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """Each feature with its name; those inside a dict, or a sequence of dicts, by their path."""
+    for name, feature in features.items():
+        inner = getattr(feature, "feature", feature)  # what a sequence is of
+        if isinstance(inner, tfds.features.FeaturesDict):
+            yield from _flat_features(inner, f"{above}{name}/")
+        else:
+            yield above + name, inner
+
+
+def _flat(record: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{name}/")
+        else:
+            yield above + name, value
+
+
+def _label_names(feature: Any, where: str, config: DataConfig) -> list[str]:
+    if not isinstance(feature, tfds.features.ClassLabel):
+        raise DataError(
+            f"the feature {config.label!r} of {where} that data.label names is no class label but "
+            f"a {type(feature).__name__}: name one that is"
+        )
+    return feature.names
 
 
 def _first_line(error: Exception) -> str:

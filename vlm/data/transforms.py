@@ -9,6 +9,7 @@ from PIL import Image
 
 from vlm.config import AugmentConfig
 from vlm.errors import ConfigError
+from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.resizing import PILLOW_KERNELS
 
 _ATTEMPTS = 10  # at a crop that fits, as in torchvision
@@ -20,18 +21,16 @@ _RGB = np.linalg.inv(_YIQ)
 
 @dataclass(frozen=True)
 class Augment:
-    """The changes of `config`, made to images that become `size` x `size` pixels."""
+    """The changes of `config`, made to images that become what the model of `preprocess` takes."""
 
     config: AugmentConfig
-    size: int
-    kernel: str = "bicubic"
+    preprocess: Preprocess
 
     def __post_init__(self):
         config = self.config
-        low, high = config.crop
-        if not 0 < low <= high <= 1:
+        if config.crop is not None and not 0 < config.crop[0] <= config.crop[1] <= 1:
             raise ConfigError(
-                f"augment.crop {config.crop} must be two shares, 0 < low <= high <= 1"
+                f"augment.crop {config.crop} must be two shares, 0 < low <= high <= 1, or None"
             )
         if not 0 < config.aspect[0] <= config.aspect[1]:
             raise ConfigError(f"augment.aspect {config.aspect} must be two ratios, 0 < low <= high")
@@ -45,12 +44,15 @@ class Augment:
     ):
         """Write the changed `image` (mode RGB) into `out`, by `DRAWS` uniform numbers."""
         u = u.tolist()
-        box = crop_box(image.width, image.height, self.config, u[: 2 * _ATTEMPTS + 2])
+        if self.config.crop is None:
+            pixels = self.preprocess.pixels(image)
+        else:
+            inputs = self.preprocess.config
+            box = crop_box(image.width, image.height, self.config, u[: 2 * _ATTEMPTS + 2])
+            # One resample makes crop and size at once.
+            size, kernel = (inputs.image_size,) * 2, PILLOW_KERNELS[inputs.kernel]
+            pixels = np.asarray(image.resize(size, kernel, box=box))
         u = u[2 * _ATTEMPTS + 2 :]
-        # One resample makes crop and size at once.
-        pixels = np.asarray(
-            image.resize((self.size, self.size), PILLOW_KERNELS[self.kernel], box=box)
-        )
         if self.config.flip and u[0] < 0.5:
             pixels = pixels[:, ::-1]
         if not (self.config.jitter or self.config.hue):

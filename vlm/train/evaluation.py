@@ -9,7 +9,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import Float, Int, UInt8
 
 from vlm.config import DataConfig, EvalConfig
-from vlm.data.sources import Source, captions_of, open_source
+from vlm.data.examples import Source, captions_of
+from vlm.data.sources import open_source
 from vlm.errors import DataError
 from vlm.evaluate.metrics import Metric, pair_retrieval_metrics, zero_shot_metrics
 from vlm.evaluate.tasks import DataInfo
