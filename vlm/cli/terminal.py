@@ -1,8 +1,9 @@
 """What a command shows while it works (on stderr) and what it says (on stdout)."""
 
+import contextlib
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console
@@ -31,6 +32,18 @@ def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
     shown = console.is_terminal and total > 1
     with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
         yield from bar.track(items, total=total, description=what)
+
+
+@contextlib.contextmanager
+def counter(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A function that shows how many of how many are done (None: unknown), on a terminal."""
+    console = Console(file=sys.stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as shown:
+        task = shown.add_task(what, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 def bar(share: float, width: int = 20) -> str:

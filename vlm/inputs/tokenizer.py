@@ -96,9 +96,12 @@ class Tokenizer:
 
     def count_truncated(self, texts: str | Sequence[str]) -> int:
         """How many of `texts` are too long for `context_length` and lose their tail."""
-        config = self.config
-        room = config.context_length - sum(i is not None for i in (config.bos_id, config.eos_id))
-        return sum(len(ids) > room for ids in self._encode(texts))
+        return sum(length > self.config.context_length for length in self.lengths(texts))
+
+    def lengths(self, texts: str | Sequence[str]) -> list[int]:
+        """How many tokens each text has, bos and eos included and nothing cut."""
+        specials = sum(i is not None for i in (self.config.bos_id, self.config.eos_id))
+        return [len(ids) + specials for ids in self._encode(texts)]
 
     def decode(self, tokens: Int32[np.ndarray, "n l"] | Sequence[Sequence[int]]) -> list[str]:
         """The text of each row, up to its eos and without special tokens."""

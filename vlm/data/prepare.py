@@ -1,0 +1,288 @@
+"""A data set rewritten as shards that train fast: resized, without duplicates, filtered, checked.
+
+Each shard is written under another name and put in place when it is whole, with a line in
+`manifest.jsonl`: its examples, length, SHA-256, what was left out on the way, and the place from
+which the next shard reads. A run that was stopped goes on behind the last line.
+"""
+
+import collections
+import hashlib
+import io
+import itertools
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from vlm.config import DataConfig
+from vlm.data.array_record import serialize
+from vlm.data.examples import Example, captions_of, passes
+from vlm.data.faults import BadSample
+from vlm.data.making import open_image_of
+from vlm.data.reading import InOrder, Read
+from vlm.data.survey import identity
+from vlm.errors import ConfigError, DataError
+from vlm.inputs.preprocess import Preprocess
+from vlm.paths import as_path, is_remote
+
+MANIFEST = "manifest.jsonl"
+_HASHES = "hashes"  # of what is kept, so that a resumed run knows duplicates
+_AT_ONCE = 64  # examples that the threads work on
+_TEXT_KINDS = (str, int, float, bool, list)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is done to a data set on the way."""
+
+    form: Literal["tar", "array_record"] = "tar"
+    examples: int = 10_000  # of a shard
+    short_side: int | None = None  # pixels: larger images are made smaller; None keeps files as is
+    quality: int = 92  # of the JPEG files that are made
+    deduplicate: bool = False  # leave out images that look like one before
+    min_side: int = 0  # pixels: leave out smaller ones
+
+
+class Kept(NamedTuple):
+    """An example to be written."""
+
+    image: bytes
+    suffix: str
+    features: dict[str, Any]
+    captions: list[str]
+    mark: bytes
+
+
+def prepare(
+    config: DataConfig,
+    split: str,
+    out: epath.PathLike,
+    wanted: Preparation,
+    preprocess: Preprocess,
+    *,
+    report: Callable[[int, int | None], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Write the examples of a split as shards into the folder `out`, or go on with that.
+
+    `report` is told how many examples are read, and of how many. Returns totals: shards, examples,
+    bytes, and what was left out by kind.
+
+    Raises:
+        DataError: the source cannot be opened, or `out` holds something else.
+        ConfigError: sizes that cannot be.
+    """
+    if wanted.examples < 1 or not 1 <= wanted.quality <= 100:
+        raise ConfigError(
+            f"a shard of {wanted.examples} examples of quality {wanted.quality} cannot be: give at "
+            "least 1 example, and a quality of 1 to 100"
+        )
+    folder = as_path(out)
+    if is_remote(folder):
+        raise DataError(f"{folder} is in a bucket: prepare into a local folder and copy it there")
+    source = InOrder(config, split)
+    about = {"source": config.source, "split": split, **asdict(wanted)}
+    about |= {"captions": config.captions, "label": config.label, "keep": config.keep}
+    about = json.loads(json.dumps(about, default=asdict))
+    done = _begun(folder, about)
+    place = done[-1]["next"] if done else None
+    seen = {mark for line in done for mark in _marks(folder, line["shard"])}
+    read = done[-1]["read"] if done else 0
+    left_out: collections.Counter[str] = collections.Counter()
+    kept: list[Kept] = []
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for example, after in _in_parallel(source.read(place), pool, config, wanted, preprocess):
+            read, place = read + 1, after
+            if isinstance(example, BadSample):
+                left_out[example.kind] += 1
+            elif wanted.deduplicate and example.mark in seen:
+                left_out["duplicate"] += 1
+            else:
+                seen.add(example.mark)
+                kept.append(example)
+            if len(kept) == wanted.examples:
+                done.append(_write(folder, split, kept, wanted, len(done), left_out, read, place))
+                kept, left_out = [], collections.Counter()
+            if read % 256 == 0:
+                report(read, source.count)
+    if kept or left_out:
+        done.append(_write(folder, split, kept, wanted, len(done), left_out, read, place))
+    report(read, source.count)
+    return _totals(done)
+
+
+def check(folder: epath.PathLike) -> int:
+    """Compare every shard with its checksum; returns how many there are.
+
+    Raises:
+        DataError: one is missing or differs.
+    """
+    folder = as_path(folder)
+    lines = _lines(folder)
+    for line in lines:
+        if not line["file"]:
+            continue
+        path = folder / line["file"]
+        if not path.exists() or _sha256(path) != line["sha256"]:
+            raise DataError(f"{path} is missing or not as it was written: prepare it again")
+    return len(lines)
+
+
+def _in_parallel(
+    reads: Iterator[Read],
+    pool: ThreadPoolExecutor,
+    config: DataConfig,
+    wanted: Preparation,
+    preprocess: Preprocess,
+) -> Iterator[tuple[Kept | BadSample, list[int]]]:
+    while some := list(itertools.islice(reads, _AT_ONCE)):
+        made = pool.map(lambda read: _make(read.example, config, wanted, preprocess), some)
+        yield from zip(made, (read.after for read in some), strict=True)
+
+
+def _make(
+    example: Example | BadSample, config: DataConfig, wanted: Preparation, preprocess: Preprocess
+) -> Kept | BadSample:
+    if isinstance(example, BadSample):
+        return example
+    if not passes(example, config.keep):
+        return BadSample("filtered", "", "data.keep left it out")
+    try:
+        captions = captions_of(example, config)
+        image = open_image_of(example, config, preprocess, "an example")
+    except BadSample as fault:
+        return fault
+    if min(image.size) < wanted.min_side:
+        return BadSample("too small", "", f"it has {image.width}x{image.height} pixels")
+    stored = example[config.image]
+    if isinstance(stored, str | os.PathLike):
+        stored = as_path(stored).read_bytes()
+    data, suffix = stored, _suffix(stored)
+    if wanted.short_side is not None and min(image.size) > wanted.short_side:
+        scale = wanted.short_side / min(image.size)
+        size = (round(image.width * scale), round(image.height * scale))
+        smaller, buffer = image.resize(size, Image.Resampling.LANCZOS), io.BytesIO()
+        smaller.save(buffer, "JPEG", quality=wanted.quality)
+        data, suffix = buffer.getvalue(), "jpg"
+    features = {
+        name: value
+        for name, value in example.items()
+        if name != config.image and not name.startswith("\0") and isinstance(value, _TEXT_KINDS)
+    }
+    return Kept(data, suffix, features, captions, identity(image))
+
+
+def _suffix(data: bytes) -> str:
+    with Image.open(io.BytesIO(data)) as image:
+        return {"JPEG": "jpg", "TIFF": "tif"}.get(image.format or "", (image.format or "").lower())
+
+
+def _write(
+    folder: epath.Path,
+    split: str,
+    kept: list[Kept],
+    wanted: Preparation,
+    number: int,
+    left_out: collections.Counter,
+    read: int,
+    place: list[int] | None,
+) -> dict[str, Any]:
+    name = f"{split}-{number:05d}.{'tar' if wanted.form == 'tar' else 'array_record'}"
+    line: dict[str, Any] = {"shard": number, "file": name if kept else None}
+    if kept:
+        part = folder / f"{name}.part"
+        (_write_tar if wanted.form == "tar" else _write_records)(part, kept, number)
+        line |= {"bytes": part.stat().length, "sha256": _sha256(part)}
+        os.replace(part, folder / name)
+        marks = folder / _HASHES
+        marks.mkdir(exist_ok=True)
+        (marks / f"{number:05d}").write_bytes(b"".join(k.mark for k in kept))
+    line |= {"examples": len(kept), "left_out": dict(left_out), "read": read, "next": place}
+    with open(folder / MANIFEST, "a", encoding="utf-8") as f:
+        f.write(json.dumps(line) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+    return line
+
+
+def _write_tar(path: epath.Path, kept: list[Kept], number: int) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for i, item in enumerate(kept):
+            text = json.dumps(item.features, ensure_ascii=False).encode()
+            parts = {item.suffix: item.image, "txt": item.captions[0].encode(), "json": text}
+            for suffix, data in parts.items():
+                info = tarfile.TarInfo(f"{number:05d}{i:06d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def _write_records(path: epath.Path, kept: list[Kept], number: int) -> None:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
+    for item in kept:
+        writer.write(serialize({"caption": item.captions, **item.features, "image": item.image}))
+    writer.close()
+
+
+def _begun(folder: epath.Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The shards that an earlier run finished, after a look at whether it did the same."""
+    note = folder / "preparation.json"
+    if note.exists():
+        if json.loads(note.read_text()) != about:
+            raise DataError(
+                f"{folder} was begun with other settings ({note} has them): name another folder, "
+                "or give those"
+            )
+        return _lines(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise DataError(f"{folder} is not empty: name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(about, indent=2) + "\n")
+    return []
+
+
+def _lines(folder: epath.Path) -> list[dict[str, Any]]:
+    path, lines = folder / MANIFEST, []
+    if not path.exists():
+        return []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # torn when the run was killed: its shard is written again
+            break
+    whole = "".join(json.dumps(line) + "\n" for line in lines)
+    if whole != path.read_text():
+        path.write_text(whole)
+    return lines
+
+
+def _marks(folder: epath.Path, number: int) -> list[bytes]:
+    path = folder / _HASHES / f"{number:05d}"
+    if not path.exists():
+        return []
+    data = np.frombuffer(path.read_bytes(), "S8")
+    return [bytes(mark).ljust(8, b"\0") for mark in data]
+
+
+def _sha256(path: epath.Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _totals(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    left_out: collections.Counter[str] = collections.Counter()
+    for line in lines:
+        left_out.update(line["left_out"])
+    return {
+        "shards": sum(line["file"] is not None for line in lines),
+        "examples": sum(line["examples"] for line in lines),
+        "bytes": sum(line.get("bytes", 0) for line in lines),
+        "left_out": dict(left_out),
+    }

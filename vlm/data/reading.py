@@ -1,0 +1,64 @@
+"""A data set once through, in the order in which it lies: for a look at it, and to rewrite it."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from vlm.config import DataConfig
+from vlm.data.examples import Example
+from vlm.data.faults import BadSample
+from vlm.data.shard_stream import find_shards, format_of
+from vlm.data.sources import open_source, streams
+from vlm.data.storage import CHUNK
+from vlm.data.tar import Torn
+
+
+class Read(NamedTuple):
+    """An example or what is wrong with it, and the place from which the next one is read."""
+
+    example: Example | BadSample
+    after: list[int]
+
+
+class InOrder:
+    """The examples of a split, from any place on.
+
+    Raises:
+        DataError: as the source does when it is opened.
+    """
+
+    def __init__(self, config: DataConfig, split: str):
+        self._shards = None
+        self.credits = ""
+        self.count: int | None = None  # of examples, where it is known before they are read
+        if streams(config) and split == config.train_split:
+            self._shards = find_shards(config)
+            self._format = format_of(config, self._shards)
+            self.said = f"{len(self._shards):,} shards, read as a stream"
+        else:
+            self._source = open_source(config, split)
+            self.count = len(self._source)
+            self.credits = getattr(self._source, "credits", "")
+            self.said = f"{self.count:,} examples"
+
+    def read(self, place: list[int] | None = None) -> Iterator[Read]:
+        """The examples from `place` on, by default all."""
+        if self._shards is None:
+            (first,) = place or [0]
+            for index in range(first, self.count or 0):
+                try:
+                    example: Example | BadSample = self._source[index]
+                except BadSample as fault:
+                    example = fault
+                yield Read(example, [index + 1])
+            return
+        shard, offset, number = place or [0, 0, 0]
+        for now in range(shard, len(self._shards)):
+            name = self._shards[now]
+            try:
+                for record in self._format.read(name, offset, number, CHUNK):
+                    number += 1
+                    yield Read(record.example, [now, record.end, number])
+            except (OSError, Torn) as error:
+                fault = BadSample("broken shard", name, f"{name} cannot be read on: {error}")
+                yield Read(fault, [now + 1, 0, 0])
+            offset = number = 0

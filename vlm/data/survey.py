@@ -1,0 +1,152 @@
+"""What a data set holds, from a look at some of its examples."""
+
+import collections
+import hashlib
+import io
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlm.config import DataConfig
+from vlm.data.examples import Example, captions_of
+from vlm.data.faults import BadSample
+from vlm.data.making import open_image_of
+from vlm.data.reading import InOrder, Read
+from vlm.inputs.preprocess import Preprocess
+from vlm.inputs.tokenizer import Tokenizer
+
+THUMBNAIL = 160  # pixels of the long side
+
+
+@dataclass
+class Survey:
+    """Figures of the examples that were looked at; lists hold one entry for each good one."""
+
+    source: str
+    said: str  # how much there is
+    looked_at: int = 0
+    good: int = 0
+    features: dict[str, str] = field(default_factory=dict)  # name to type
+    captions: list[int] = field(default_factory=list)  # of each example
+    tokens: list[int] = field(default_factory=list)  # of each first caption, not cut
+    context_length: int = 0
+    sizes: list[tuple[int, int]] = field(default_factory=list)  # width, height
+    file_bytes: list[int] = field(default_factory=list)
+    duplicates: int = 0  # images that are, pixel for pixel or nearly, one before them
+    bad: list[dict[str, str]] = field(default_factory=list)
+    shown: list[tuple[bytes, list[str]]] = field(default_factory=list)  # JPEG thumbnails, captions
+
+    @property
+    def too_long(self) -> int:
+        """First captions that lose their tail."""
+        return sum(count > self.context_length for count in self.tokens)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures as JSON values."""
+        kinds = collections.Counter(record["kind"] for record in self.bad)
+        return {
+            "source": self.source,
+            "holds": self.said,
+            "looked_at": self.looked_at,
+            "good": self.good,
+            "bad": dict(kinds),
+            "duplicates": self.duplicates,
+            "features": self.features,
+            "captions_each": _spread(self.captions),
+            "tokens_each": _spread(self.tokens),
+            "context_length": self.context_length,
+            "captions_too_long": self.too_long,
+            "width": _spread([width for width, _ in self.sizes]),
+            "height": _spread([height for _, height in self.sizes]),
+            "file_bytes": _spread(self.file_bytes),
+        }
+
+
+def survey(
+    config: DataConfig,
+    split: str,
+    preprocess: Preprocess,
+    tokenizer: Tokenizer,
+    *,
+    limit: int,
+    thumbnails: int,
+    progress: Callable[[Iterable[Read], int], Iterator[Read]],
+) -> Survey:
+    """Look at the first `limit` examples of a split.
+
+    Raises:
+        DataError: as the source does when it is opened.
+    """
+    source = InOrder(config, split)
+    found = Survey(config.source, source.said, context_length=tokenizer.config.context_length)
+    total = limit if source.count is None else min(limit, source.count)
+    seen: set[bytes] = set()
+    for read in progress(itertools.islice(source.read(), limit), total):
+        found.looked_at += 1
+        try:
+            if isinstance(read.example, BadSample):
+                raise read.example
+            _look(found, read.example, config, preprocess, tokenizer, seen, thumbnails)
+        except BadSample as fault:
+            found.bad.append(fault.record())
+    return found
+
+
+def fingerprint(image: Image.Image) -> bytes:
+    """Eight bytes that are equal for images that look the same: the difference hash, 64 bits."""
+    small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
+    return np.packbits(small[:, 1:] > small[:, :-1]).tobytes()
+
+
+def identity(image: Image.Image) -> bytes:
+    """What marks duplicates: the difference hash, and the mean colour for flat images."""
+    mean = np.asarray(image.resize((1, 1), Image.Resampling.BOX)).astype(np.uint8) // 8
+    return hashlib.blake2b(fingerprint(image) + mean.tobytes(), digest_size=8).digest()
+
+
+def _look(
+    found: Survey,
+    example: Example,
+    config: DataConfig,
+    preprocess: Preprocess,
+    tokenizer: Tokenizer,
+    seen: set[bytes],
+    thumbnails: int,
+) -> None:
+    for name, value in example.items():
+        if not name.startswith("\0") and value is not None:
+            found.features.setdefault(name, type(value).__name__)
+    captions = captions_of(example, config)
+    image = open_image_of(example, config, preprocess, f"example {found.looked_at - 1}")
+    found.good += 1
+    found.captions.append(len(captions))
+    found.tokens += tokenizer.lengths(captions[0])
+    found.sizes.append(image.size)
+    stored = example.get(config.image)
+    if isinstance(stored, bytes):
+        found.file_bytes.append(len(stored))
+    mark = identity(image)
+    found.duplicates += mark in seen
+    seen.add(mark)
+    if len(found.shown) < thumbnails:
+        small = image.copy()
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        out = io.BytesIO()
+        small.save(out, "JPEG", quality=85)
+        found.shown.append((out.getvalue(), captions))
+
+
+def _spread(values: list[int]) -> dict[str, float] | None:
+    if not values:
+        return None
+    low, middle, high = np.percentile(values, [0, 50, 100])
+    return {
+        "min": float(low),
+        "median": float(middle),
+        "p95": float(np.percentile(values, 95)),
+        "max": float(high),
+    }
