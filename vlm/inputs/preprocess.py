@@ -13,6 +13,8 @@ from vlm.inputs.opening import MAX_PIXELS, ImageLike, one_or_many, open_image
 from vlm.inputs.resizing import PILLOW_KERNELS, resize_tensor, resize_tensorflow
 from vlm.nn.naflex import Patches
 
+MAX_WEIGHTS = 1 << 24  # of a resize by matrices, and its pixels: half a GiB all in all
+
 
 class Preprocess:
     """What a model expects of its images, as a function.
@@ -22,8 +24,6 @@ class Preprocess:
     """
 
     def __init__(self, config: PreprocessConfig, *, max_pixels: int = MAX_PIXELS):
-        if config.image_size < 1:
-            raise ConfigError(f"image_size {config.image_size} has no pixels: make it at least 1")
         if config.short_side is not None and config.short_side < config.image_size:
             raise ConfigError(
                 f"short_side {config.short_side} is smaller than the crop of image_size "
@@ -39,8 +39,6 @@ class Preprocess:
             raise ConfigError('resize "pad" needs the backend "pillow": set it, or choose squash')
         if config.resize == "naflex" and not (config.patch_size and config.max_patches):
             raise ConfigError('resize "naflex" needs patch_size and max_patches: set both')
-        if min(config.std) <= 0:
-            raise ConfigError(f"std {config.std} must be positive: pixels are divided by it")
         self.config = config
         self.max_pixels = max_pixels
 
@@ -68,7 +66,7 @@ class Preprocess:
 
     def pixels(self, image: ImageLike, name: str = "the image") -> UInt8[np.ndarray, "s s 3"]:
         """The resized image before normalisation; `name` is what errors call it if it has none."""
-        config, opened = self.config, self.open(image, name)
+        config, opened = self.config, self._shortened(self.open(image, name))
         (width, height), box = self._layout(*opened.size)
         if config.backend != "pillow":
             array = np.asarray(opened)
@@ -104,6 +102,29 @@ class Preprocess:
         return open_image(
             image, background=self.config.background, max_pixels=self.max_pixels, name=name
         )
+
+    def _shortened(self, image: Image.Image) -> Image.Image:
+        """An image so long that resizing it would not fit in memory, made shorter first.
+
+        For a crop as much is cut from both ends, so that the middle stays where it is; else the
+        long side is averaged. Either differs a little from the reference, which runs out of memory.
+        """
+        (width, height), _ = self._layout(*image.size)
+        between = image.height * width  # the columns are resized first
+        if self.config.backend == "pillow":
+            limit, largest = self.max_pixels, max(between, width * height)
+        else:
+            weights = max(image.width * width, image.height * height)
+            limit, largest = MAX_WEIGHTS, max(between, width * height, weights)
+        if largest <= limit:
+            return image
+        long, short = max(image.size), min(image.size)
+        if self.config.resize == "crop":
+            cut = max(0, long - 3 * short - 64) // 2
+            left, top = (cut, 0) if image.width == long else (0, cut)
+            return image.crop((left, top, image.width - left, image.height - top))
+        factor = -(-largest // limit)
+        return image.reduce((factor, 1) if image.width == long else (1, factor))
 
     def _layout(self, width: int, height: int):
         """The size to resize to, and the box to crop from that, or to paste it into, or None."""
