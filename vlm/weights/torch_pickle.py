@@ -1,15 +1,22 @@
 """PyTorch's files (`.pt`, `.bin`) without PyTorch and without trusting them.
 
-They are zip archives of a pickle and of raw storages. A pickle can import and call anything, so
-this unpickler knows the names that tensors are made of and refuses every other; what those names
-stand for here are records, which read their numbers from the archive when they are asked for.
+They are zip archives of a pickle and of raw storages. Python's own unpickler builds and calls
+whatever a pickle asks for; this one reads the few opcodes that tensors are written with, and makes
+strings, numbers, lists, dicts and records of them. Nothing that it makes can be called or can
+change anything else, and each of a tensor's numbers is checked against the storage it lies in.
+
+https://docs.python.org/3/library/pickletools.html
 """
 
-import collections
+import math
 import os
-import pickle
+import pickletools
+import re
+import struct
 import zipfile
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import ml_dtypes
@@ -18,25 +25,56 @@ from etils import epath
 from jaxtyping import Shaped
 
 from vlm.errors import CheckpointError
+from vlm.weights.fields import show
 
 _STORAGES = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
+    "DoubleStorage": np.dtype(np.float64),
+    "FloatStorage": np.dtype(np.float32),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
 }
+_REBUILD = ("_rebuild_tensor_v2", "_rebuild_tensor")
+# Names that stand for their first argument: a parameter is its tensor, a tuple or list of
+# TorchScript's is itself, and so is what carries a note of its type.
+_FIRST = {
+    ("torch._utils", "_rebuild_parameter"),
+    ("torch", "Size"),
+    ("torch.jit._pickle", "build_intlist"),
+    ("torch.jit._pickle", "build_boollist"),
+    ("torch.jit._pickle", "build_doublelist"),
+    ("torch.jit._pickle", "build_tensorlist"),
+    ("torch.jit._pickle", "restore_type_tag"),
+}
+_MAX_PICKLE = 100_000_000  # bytes
+_MAX_DEPTH = 100  # of modules inside modules
+_MAX_AXES = 32
+_MAX_NAME = 500  # characters
+_MAX_VALUES = 200_000  # in all modules together; the same one may stand in several places
+
+
+@dataclass(frozen=True)
+class _Name:
+    """Something that the pickle names, never the thing itself."""
+
+    module: str
+    name: str
+
+    @property
+    def is_script(self) -> bool:
+        return self.module == "__torch__" or self.module.startswith("__torch__.")
 
 
 @dataclass(frozen=True)
 class _Storage:
     key: str
     dtype: np.dtype
+    count: int  # elements, as the pickle says
 
 
 @dataclass(frozen=True)
@@ -46,66 +84,191 @@ class _Tensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # elements
 
+    @property
+    def span(self) -> int:
+        """Elements from its first to its last, both counted."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
 
+
+@dataclass
 class _Module:
     """Stands for any module of a TorchScript archive: a bag of what its state holds."""
 
-    def __setstate__(self, state: Any) -> None:
-        self.state = state if isinstance(state, dict) else {}
+    state: dict = field(default_factory=dict)
 
 
-def _rebuild_tensor(storage, offset, size, stride, *rest) -> _Tensor:
-    if not isinstance(storage, _Storage):
-        raise pickle.UnpicklingError("a tensor without a storage")
-    return _Tensor(storage, int(offset), tuple(map(int, size)), tuple(map(int, stride)))
+class _RefusedError(Exception):
+    """What a pickle of tensors does not do."""
 
 
-def _rebuild_parameter(tensor, *rest):
-    return tensor
+def _unpickle(data: bytes) -> Any:
+    """What a pickle makes, of plain values and the records above.
+
+    Raises:
+        _RefusedError: it does something that no file of tensors does.
+        ValueError, IndexError, KeyError: it is damaged.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def since_mark() -> list[Any]:
+        start = marks.pop()
+        values = stack[start:]
+        del stack[start:]
+        return values
+
+    for opcode, value, _ in pickletools.genops(data):
+        match opcode.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "STOP":
+                return stack.pop()
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
+            case (
+                "BININT" | "BININT1" | "BININT2" | "LONG1" | "LONG4" | "BINFLOAT"
+                | "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8"
+            ):  # fmt: skip
+                stack.append(value)
+            case "BINPUT" | "LONG_BINPUT":
+                memo[value] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[value])
+            case "MARK":
+                marks.append(len(stack))
+            case "POP":
+                stack.pop()
+            case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT":
+                stack.append({"EMPTY_TUPLE": (), "EMPTY_LIST": [], "EMPTY_DICT": {}}[opcode.name])
+            case "TUPLE":
+                stack.append(tuple(since_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(opcode.name[-1])
+                values = tuple(stack[-count:])
+                if len(values) < count:
+                    raise IndexError("the stack is empty")
+                del stack[-count:]
+                stack.append(values)
+            case "APPEND" | "APPENDS":
+                values = [stack.pop()] if opcode.name == "APPEND" else since_mark()
+                _of(list, stack[-1]).extend(values)
+            case "SETITEM" | "SETITEMS":
+                values = [stack.pop(-2), stack.pop()] if opcode.name == "SETITEM" else since_mark()
+                _set_items(_of(dict, stack[-1]), values)
+            case "GLOBAL":
+                stack.append(_named(*value.split(" ", 1)))
+            case "STACK_GLOBAL":
+                name, module = stack.pop(), stack.pop()
+                stack.append(_named(_of(str, module), _of(str, name)))
+            case "BINPERSID":
+                stack.append(_storage(stack.pop()))
+            case "REDUCE":
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(_call(_of(_Name, function), _of(tuple, arguments)))
+            case "NEWOBJ":
+                arguments, kind = stack.pop(), stack.pop()
+                if arguments != () or not _of(_Name, kind).is_script:
+                    raise _RefusedError(f"it makes an object of {kind.module}.{kind.name}")
+                stack.append(_Module())
+            case "BUILD":
+                _build(stack.pop(-2), stack[-1], stack)
+            case name:
+                raise _RefusedError(f"it has the opcode {name}")
+    raise ValueError("it does not end")
 
 
-def _first(value, *rest):
+def _of(kind: type, value: Any) -> Any:
+    if type(value) is not kind:
+        raise _RefusedError(f"it takes a {type(value).__name__} for a {kind.__name__}")
     return value
 
 
-_ALLOWED = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch", "Size"): tuple,
-    # TorchScript's lists, and its note of their type.
-    ("torch.jit._pickle", "build_intlist"): _first,
-    ("torch.jit._pickle", "build_boollist"): _first,
-    ("torch.jit._pickle", "build_doublelist"): _first,
-    ("torch.jit._pickle", "build_tensorlist"): _first,
-    ("torch.jit._pickle", "restore_type_tag"): _first,
-    **{("torch", name): np.dtype(dtype) for name, dtype in _STORAGES.items()},
-}
+def _named(module: str, name: str) -> _Name:
+    found = _Name(module, name)
+    known = (
+        (module, name) == ("collections", "OrderedDict")
+        or (module == "torch" and name in _STORAGES)
+        or (module == "torch._utils" and name in _REBUILD)
+        or (module, name) in _FIRST
+        or found.is_script
+    )
+    if not known:
+        raise _RefusedError(f"it wants to import {show(f'{module}.{name}')[1:-1]}")
+    return found
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED:
-            return _ALLOWED[module, name]
-        if module == "__torch__" or module.startswith("__torch__."):
-            return _Module
-        raise pickle.UnpicklingError(f"it wants to import {module}.{name}")
+def _set_items(target: dict, values: list[Any]) -> None:
+    if len(values) % 2:
+        raise ValueError("a key without a value")
+    for key, value in zip(values[::2], values[1::2], strict=True):
+        if type(key) not in (str, int):
+            raise _RefusedError(f"it has a key that is a {type(key).__name__}")
+        target[key] = value
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        if not isinstance(pid, tuple) or len(pid) < 3 or pid[0] != "storage":
-            raise pickle.UnpicklingError(f"an unknown record {pid!r}")
-        if not isinstance(pid[1], np.dtype):
-            raise pickle.UnpicklingError("a storage without a type")
-        return _Storage(str(pid[2]), pid[1])
+
+def _build(target: Any, state: Any, stack: list[Any]) -> None:
+    """Give `target`, which takes the place of `state` on the stack, its state."""
+    if type(target) is _Module and not target.state and type(state) is dict:
+        target.state = state
+    elif type(target) is not dict:  # an OrderedDict has attributes, which are of no use here
+        raise _RefusedError(f"it changes a {type(target).__name__}")
+    stack[-1] = target
+
+
+def _storage(record: Any) -> _Storage:
+    if type(record) is not tuple or len(record) != 5 or record[0] != "storage":
+        raise _RefusedError("it has a record that is not of a storage")
+    _, kind, key, _, count = record
+    if type(kind) is not _Name or kind.module != "torch" or kind.name not in _STORAGES:
+        raise _RefusedError("it has a storage without a type of numbers")
+    if type(key) is not str or not re.fullmatch(r"\w{1,100}", key) or type(count) is not int:
+        raise _RefusedError(f"it has a storage by the name {show(key)}")
+    return _Storage(key, _STORAGES[kind.name], count)
+
+
+def _call(function: _Name, arguments: tuple) -> Any:
+    name = (function.module, function.name)
+    if name == ("collections", "OrderedDict") and not arguments:
+        return {}
+    if name in _FIRST and arguments:
+        return arguments[0]
+    if function.module == "torch._utils" and function.name in _REBUILD and len(arguments) >= 4:
+        return _tensor(*arguments[:4])
+    raise _RefusedError(f"it wants to call {function.module}.{function.name}")
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> _Tensor:
+    """A tensor whose every element lies in its storage, each of them at a place of its own."""
+    numbers = (offset, *_of(tuple, size), *_of(tuple, stride))
+    if any(type(n) is not int or n < 0 for n in numbers) or len(size) != len(stride):
+        raise _RefusedError(
+            f"it has a tensor of shape {show(size)}, strides {show(stride)} and offset "
+            f"{show(offset)}"
+        )
+    tensor = _Tensor(_of(_Storage, storage), offset, size, stride)
+    if len(size) > _MAX_AXES:
+        raise _RefusedError(f"it has a tensor of {len(size)} axes")
+    if math.prod(size) > tensor.span:
+        raise _RefusedError(f"it has a tensor of shape {show(size)} that overlaps itself")
+    if offset + tensor.span > storage.count:
+        raise _RefusedError(
+            f"it has a tensor of shape {show(size)} that ends outside its storage of "
+            f"{show(storage.count)} numbers"
+        )
+    return tensor
 
 
 class TorchFile:
     """The tensors of one file of `torch.save` or `torch.jit.save`, read when asked for.
 
     Raises:
-        CheckpointError: missing, torn, of PyTorch's format before 1.6, or a pickle that would
-            import something other than tensors.
+        CheckpointError: missing, torn, of PyTorch's format before 1.6, or a pickle that does
+            something other than describe tensors.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -113,31 +276,39 @@ class TorchFile:
         self.where = os.fspath(path)
         try:
             with self._path.open("rb") as file, zipfile.ZipFile(file) as archive:
-                names = archive.namelist()
+                members = archive.infolist()
+                names = [member.filename for member in members]
                 pickles = [n for n in names if n.count("/") == 1 and n.endswith("/data.pkl")]
-                if len(pickles) != 1:
+                if len(set(pickles)) != 1:
                     raise CheckpointError(f"{path} is a zip archive, but not one of PyTorch's")
-                self._root = pickles[0].removesuffix("data.pkl")
-                with archive.open(pickles[0]) as stream:
-                    content = _Unpickler(stream).load()
-        except zipfile.BadZipFile:
+                root = pickles[0].removesuffix("data.pkl")
+                self._members = self._find(members, root)
+                pickle = archive.getinfo(pickles[0])
+                if pickle.file_size > _MAX_PICKLE:
+                    raise _RefusedError(f"its pickle has {pickle.file_size:,} bytes")
+                content = _unpickle(archive.read(pickle))
+                self._size = self._path.stat().length
+        except zipfile.BadZipFile as error:
+            reason = "is no zip archive" if "not a zip" in str(error) else f"is damaged ({error})"
             raise CheckpointError(
-                f"{path} is no zip archive: it is torn, or from a PyTorch before 1.6; load it and "
-                "save it again with torch, or get it as safetensors"
+                f"{path} {reason}: it is torn, or from a PyTorch before 1.6; load it and save it "
+                "again with torch, or get it as safetensors"
             ) from None
         except FileNotFoundError:
             raise CheckpointError(f"there is no {path}: the checkpoint is incomplete") from None
         except CheckpointError:
             raise
-        except pickle.UnpicklingError as error:
+        except _RefusedError as error:
             raise CheckpointError(
                 f"{path} is refused, for {error}: a checkpoint holds tensors alone; get it as "
                 "safetensors"
             ) from None
-        except Exception as error:  # a damaged pickle fails in any way
-            raise CheckpointError(f"{path} is damaged ({error}): download it again") from None
+        except Exception as error:  # a damaged pickle or archive fails in any way
+            raise CheckpointError(
+                f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}): download it again"
+            ) from None
         self.is_script = isinstance(content, _Module)
-        self._tensors = dict(_flat("", _state(content)))
+        self._tensors = self._named_tensors(content)
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Shaped[np.ndarray, "..."]:
@@ -146,26 +317,77 @@ class TorchFile:
         offset = tensor.offset
         if shape:
             first, last, _ = slice(start, stop).indices(shape[0])
-            offset, shape = offset + first * strides[0], (last - first, *shape[1:])
-        span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+            offset, shape = offset + first * strides[0], (max(last - first, 0), *shape[1:])
         if 0 in shape:
             return np.zeros(shape, dtype)
-        member = f"{self._root}data/{tensor.storage.key}"
-        try:
-            with (
-                self._path.open("rb") as file,
-                zipfile.ZipFile(file) as archive,
-                archive.open(member) as stream,
-            ):
-                stream.seek(offset * dtype.itemsize)
-                data = stream.read(span * dtype.itemsize)
-        except (KeyError, OSError, zipfile.BadZipFile) as error:
-            raise CheckpointError(f"{self.where} has no whole {name} ({error})") from None
-        if len(data) != span * dtype.itemsize:
-            raise CheckpointError(f"{self.where} ends inside {name}: download it again")
+        span = _Tensor(tensor.storage, offset, shape, strides).span
+        data = self._read(tensor.storage, offset * dtype.itemsize, span * dtype.itemsize, name)
         flat = np.frombuffer(data, dtype)
         steps = [s * dtype.itemsize for s in strides]
         return np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False)
+
+    def _read(self, storage: _Storage, offset: int, size: int, name: str) -> bytes:
+        """A range of the bytes of a storage; of the whole of it the checksum is compared."""
+        member = self._members[storage.key]
+        try:
+            with self._path.open("rb") as file:
+                file.seek(member.header_offset)
+                # The local header: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT
+                header = struct.unpack("<4s22xHH", file.read(30))
+                if header[0] != b"PK\x03\x04":
+                    raise CheckpointError(f"{self.where} has no {name} where its directory says")
+                file.seek(sum(header[1:]) + offset, os.SEEK_CUR)
+                data = file.read(size)
+        except (OSError, struct.error) as error:
+            raise CheckpointError(f"{self.where} has no whole {name} ({error})") from None
+        if len(data) != size:
+            raise CheckpointError(f"{self.where} ends inside {name}: download it again")
+        if size == member.file_size and zlib.crc32(data) != member.CRC:
+            raise CheckpointError(f"{self.where} is damaged in {name}: download it again")
+        return data
+
+    def _find(self, members: list[zipfile.ZipInfo], root: str) -> dict[str, zipfile.ZipInfo]:
+        """The members of the archive that hold storages, by their keys."""
+        found: dict[str, zipfile.ZipInfo] = {}
+        for member in members:
+            if not member.filename.startswith(f"{root}data/") and (
+                member.filename != f"{root}data.pkl"
+            ):
+                continue
+            key = member.filename.removeprefix(f"{root}data/")
+            if key in found:
+                raise _RefusedError(f"it has two members {show(member.filename)}")
+            if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+                raise _RefusedError(f"its member {show(member.filename)} is compressed")
+            found[key] = member
+        return found
+
+    def _named_tensors(self, content: Any) -> dict[str, _Tensor]:
+        """The tensors by their dotted names, once each is seen to lie in the file."""
+        tensors: dict[str, _Tensor] = {}
+        total = 0
+        try:
+            for name, tensor in _flat(_state(content)):
+                if name in tensors:
+                    raise _RefusedError(f"it has two tensors {show(name)}")
+                tensors[name] = tensor
+                storage, size = tensor.storage, tensor.storage.dtype.itemsize
+                member = self._members.get(storage.key)
+                if member is None or member.file_size < storage.count * size:
+                    raise CheckpointError(
+                        f"{self.where} has no whole storage {storage.key} of {show(name)}: "
+                        "download it again"
+                    )
+                total += math.prod(tensor.shape) * size
+                # Two names may share a storage, as tied weights do; a thousand are an attack.
+                if total > 2 * self._size:
+                    raise _RefusedError("its tensors together are larger than twice the file")
+        except _RefusedError as error:
+            raise CheckpointError(
+                f"{self.where} is refused, for {error}: a checkpoint holds tensors alone; get it "
+                "as safetensors"
+            ) from None
+        return tensors
 
 
 def _state(content: Any) -> Any:
@@ -178,12 +400,22 @@ def _state(content: Any) -> Any:
     return content
 
 
-def _flat(prefix: str, node: Any):
+def _flat(content: Any) -> Iterator[tuple[str, _Tensor]]:
     """Every tensor of nested dicts and modules by its dotted name."""
-    if isinstance(node, _Tensor):
-        yield prefix, node
-    elif isinstance(node, _Module | dict):
-        for name, value in (
-            node if isinstance(node, dict) else vars(node).get("state", {})
-        ).items():
-            yield from _flat(f"{prefix}.{name}" if prefix else str(name), value)
+    stack: list[tuple[str, Any, int]] = [("", content, 0)]
+    for _ in range(_MAX_VALUES):
+        if not stack:
+            return
+        prefix, node, depth = stack.pop()
+        if isinstance(node, _Tensor):
+            yield prefix, node
+        elif isinstance(node, _Module | dict):
+            if depth > _MAX_DEPTH:
+                raise _RefusedError("it holds itself, or is nested too deep")
+            items = (node.state if isinstance(node, _Module) else node).items()
+            for name, value in reversed(items):
+                full = f"{prefix}.{name}" if prefix else str(name)
+                if len(full) > _MAX_NAME:
+                    raise _RefusedError(f"it has the name {show(full)}")
+                stack.append((full, value, depth + 1))
+    raise _RefusedError(f"it has more than {_MAX_VALUES:,} values")
