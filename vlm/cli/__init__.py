@@ -130,6 +130,7 @@ def _dispatch(args: list[str]) -> int:
     if name not in COMMANDS:
         raise UsageError(_unknown(args))
     command = COMMANDS[name]
+    runtime.leave_out_absent_tpu()
     module = importlib.import_module(f"vlm.cli.{command.module}")
     getattr(module, command.function)(args[len(name.split()) :])
     return 0

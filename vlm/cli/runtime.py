@@ -4,8 +4,11 @@ JAX and XLA read their environment once, when they are imported, so a door calls
 imports a room that does. Compiled programs are kept by `vlm.load` itself.
 """
 
+import glob
+import importlib.util
 import os
 import sys
+from importlib import metadata
 
 # Large buffers in huge pages: XLA allocates them anew at every step, and the page faults of small
 # pages take a fifth of a training step on a CPU. glibc reads this when a process starts.
@@ -16,6 +19,27 @@ INFERENCE = {
     # A model that only encodes takes little: leave the rest of a GPU to what else runs there.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
+
+# A TPU that this machine can use shows itself as a device, or in a variable of its cloud.
+TPU_DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
+TPU_VARIABLES = ("TPU_", "CLOUD_TPU_", "COLAB_TPU_", "JAX_FORCE_TPU_INIT")
+
+
+def leave_out_absent_tpu() -> None:
+    """Let JAX start on the CPU where libtpu is installed, say to plan, and there is no TPU.
+
+    JAX would start libtpu to see, which prints errors. A machine with the plugin of another device
+    is left to JAX, and so is one whose user has named the platforms.
+    """
+    if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
+        return
+    if any(glob.glob(pattern) for pattern in TPU_DEVICES):
+        return
+    if any(name.startswith(TPU_VARIABLES) for name in os.environ):
+        return
+    if importlib.util.find_spec("jax_plugins") or metadata.entry_points(group="jax_plugins"):
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def prepare_inference() -> None:
