@@ -7,6 +7,7 @@ import re
 import pytest
 
 from vlm.config import (
+    ConvNeXtConfig,
     Experiment,
     FastViTConfig,
     FastViTStage,
@@ -16,6 +17,7 @@ from vlm.config import (
     ResNetConfig,
     TextConfig,
     TokenizerConfig,
+    ViTaminConfig,
     ViTConfig,
     from_dict,
     load_config,
@@ -67,7 +69,10 @@ FASTVIT = FastViTConfig(8, STAGES, width=64, squeeze=4, image_size=32)
 RESNET = ResNetConfig(image_size=64, depths=(1, 2), width=8, heads=4)
 
 
-@pytest.mark.parametrize("vision", [ViTConfig(pool="class"), FASTVIT, RESNET], ids=lambda v: v.kind)
+KINDS = [ViTConfig(pool="class"), FASTVIT, RESNET, ConvNeXtConfig(), ViTaminConfig()]
+
+
+@pytest.mark.parametrize("vision", KINDS, ids=lambda v: v.kind)
 def test_every_kind_of_tower_survives_json(vision):
     model = ModelConfig(vision, TextConfig(projection="linear"), embed_dim=768)
     plain = json.loads(json.dumps(to_dict(model)))
@@ -118,6 +123,15 @@ def test_stages_of_a_fastvit_are_checked():
         dataclasses.replace(FASTVIT, width=65)
 
 
+def test_towers_of_convolutions_are_checked():
+    with pytest.raises(ConfigError, match=r"ConvNeXtConfig has depths \(3, 3\)"):
+        ConvNeXtConfig(depths=(3, 3))
+    with pytest.raises(ConfigError, match="image_size 100 is no multiple of 16"):
+        ViTaminConfig(image_size=100)
+    with pytest.raises(ConfigError, match="a nested stem halves 5 times"):
+        ViTConfig(stem="nested", stem_widths=(8,) * 5)
+
+
 def test_a_resnet_is_checked():
     with pytest.raises(ConfigError, match=r"pools 64 channels.* not a multiple of heads 7"):
         dataclasses.replace(RESNET, heads=7)
@@ -158,7 +172,7 @@ def test_a_model_that_cannot_be_is_refused(vision, text, said):
         ({"model": {"vision": {"widht": 4}}}, "Experiment.model.vision has no field 'widht'"),
         (
             {"model": {"vision": {"kind": "mlp"}}},
-            "Experiment.model.vision.kind is 'mlp': choose one of vit, resnet, fastvit",
+            "Experiment.model.vision.kind is 'mlp': choose one of vit, resnet",
         ),
         ({"model": {"vision": 3}}, "Experiment.model.vision must be an object of fields, not 3"),
         ({"batch_size": "many"}, "Experiment.batch_size must be int, not 'many'"),

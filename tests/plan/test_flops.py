@@ -1,5 +1,6 @@
 """The analytic FLOPs are those of the program: counted in its jaxpr, and by XLA itself."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,16 +9,22 @@ import pytest
 from flax import nnx
 from small import experiment
 
-from vlm.config import FastViTConfig, FastViTStage, MeshConfig
+from vlm.config import (
+    ConvNeXtConfig,
+    FastViTConfig,
+    FastViTStage,
+    MeshConfig,
+    ViTaminConfig,
+    ViTConfig,
+)
 from vlm.models.dual_encoder import DualEncoder
-from vlm.models.fastvit import FastViTTower
 from vlm.models.flops import (
     encode_flops,
     executed_flops,
     model_flops,
     step_flops,
-    vision_flops,
 )
+from vlm.models.towers import vision_flops, vision_tower
 from vlm.nn.transformer import Execution
 from vlm.plan.compile import batch_of
 from vlm.sharding import make_mesh
@@ -116,9 +123,28 @@ def test_flops_grow_with_the_batch_and_those_of_the_loss_with_its_square():
         assert two[name].model == (4 if name == "loss" else 2) * one[name].model
 
 
-def test_flops_of_a_fastvit():
-    stages = (FastViTStage(1, 8, 12, halve=False), FastViTStage(2, 32, 40, 2, True, True, 4, True))
-    vision = FastViTConfig(8, stages, width=64, squeeze=4, image_size=30)
-    tower = FastViTTower(vision, 20, execution=Execution(), rngs=nnx.Rngs(0))
-    jaxpr = jax.make_jaxpr(tower)(jnp.zeros((1, 30, 30, 3))).jaxpr
+STAGES = (FastViTStage(1, 8, 12, halve=False), FastViTStage(2, 32, 40, 2, True, True, 4, True))
+TOWERS = [
+    FastViTConfig(8, STAGES, width=64, squeeze=4, image_size=30),
+    ConvNeXtConfig(44, (1, 2, 1), (8, 16, 24), (16, 20, 40), projection="mlp"),
+    ViTaminConfig(48, 8, (8, 16), (2, 1), width=24, depth=2, heads=3, mlp_dim=20),
+    ViTConfig(32, 8, 24, 2, 3, 40, stem="nested", stem_widths=(8, 12), pool="class", mlp="swiglu",
+              projection="linear"),
+    ViTConfig(32, 8, 24, 2, 3, 40, pool="map", pool_mlp_dim=100, projection="linear"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("vision", TOWERS, ids=lambda v: getattr(v, "stem", v.kind))
+def test_flops_of_a_tower_are_those_of_its_program(vision):
+    execution, size = Execution(remat="none"), vision.image_size
+    tower = vision_tower(vision, 20, execution=execution, rngs=nnx.Rngs(0))
+    jaxpr = jax.make_jaxpr(tower)(jnp.zeros((1, size, size, 3))).jaxpr
     assert sum(vision_flops(vision, 20).values()) == counted(jaxpr)
+
+
+def test_flops_of_naflex_are_of_as_many_patches_as_it_takes():
+    square = ViTConfig(64, 16, 24, 2, 3, 40, pool="map", projection="linear")
+    long = dataclasses.replace(square, max_patches=48)
+    ours, theirs = vision_flops(long, 20), vision_flops(square, 20)
+    assert (ours["mlp"], ours["scores"]) == (3 * theirs["mlp"], 9 * theirs["scores"])
+    assert ours["pool"] > 2 * theirs["pool"]

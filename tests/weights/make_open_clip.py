@@ -7,22 +7,30 @@ import functools
 import json
 import logging
 import pathlib
+import sys
+from collections import OrderedDict
 
 import numpy as np
 import open_clip
 import safetensors.torch
 import timm
 import torch
+import transformers
 from make_huggingface import TEXTS, images, randomise, small_vocabulary
 from open_clip import model as oc_model
 from open_clip.coca_model import CoCa
+from open_clip.hf_model import HFTextEncoder
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from timm.layers import LayerNorm, LayerNorm2d
+from timm.layers import HybridEmbed, LayerNorm, LayerNorm2d, Mlp
+from timm.models import vitamin
+from timm.models.convnext import ConvNeXt
 from timm.models.eva import Eva
 from timm.models.fastvit import FastVit, RepConditionalPosEnc
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_hybrid import ConvStem
 from tokenizers import processors
+from torch import nn
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -32,9 +40,9 @@ TEXT = {"context_length": 12, "width": 24, "heads": 3, "layers": 2, "mlp_ratio":
         "hf_tokenizer_name": "here"}  # fmt: skip
 
 
-def trunk(name: str, pool: str, proj: str | None = None) -> dict:
+def trunk(name: str, pool: str, proj: str | None = None, image_size: int = 28) -> dict:
     """An image tower of timm's."""
-    return {"image_size": 28, "timm_model_name": name, "timm_model_pretrained": False,
+    return {"image_size": image_size, "timm_model_name": name, "timm_model_pretrained": False,
             "timm_pool": pool, "timm_proj": proj}  # fmt: skip
 
 
@@ -102,6 +110,65 @@ CASES = {
         "vision_cfg": trunk("vit_base_patch16_clip_224", "token"),
         "text_cfg": TEXT,
     },
+    # ConvNeXt as LAION trained it, with a linear layer or an MLP after timm's own pool.
+    "oc_convnext": {
+        "embed_dim": 20,
+        "vision_cfg": trunk("convnext_base", "", "linear", 44),
+        "text_cfg": TEXT,
+    },
+    "oc_convnext_mlp": {
+        "embed_dim": 20,
+        "vision_cfg": trunk("convnext_xxlarge", "", "mlp", 32),
+        "text_cfg": TEXT,
+    },
+    # EVA-CLIP: a plain ViT without a bias on its keys, EVA-02's gated blocks with rotary
+    # positions, and the enormous one with norms after its branches.
+    "oc_eva01": {
+        "embed_dim": 20,
+        "custom_text": True,
+        "vision_cfg": trunk("eva_giant_patch14_224", "token"),
+        "text_cfg": TEXT,
+    },
+    "oc_eva02": {
+        "embed_dim": 20,
+        "custom_text": True,
+        "vision_cfg": trunk("eva02_base_patch16_clip_224", "token"),
+        "text_cfg": TEXT,
+    },
+    "oc_eva02_enormous": {
+        "embed_dim": 20,
+        "custom_text": True,
+        "vision_cfg": trunk("eva02_enormous_patch14_clip_224", "token"),
+        "text_cfg": TEXT,
+    },
+    "oc_vitamin": {
+        "embed_dim": 20,
+        "custom_text": True,
+        "vision_cfg": trunk("vitamin_small_224", "", "linear", 48),
+        "text_cfg": TEXT,
+    },
+    "oc_mobileclip_b": {
+        "embed_dim": 20,
+        "custom_text": True,
+        "vision_cfg": trunk("vit_base_mci_224", "token", None, 32),
+        "text_cfg": TEXT,
+    },
+    # Text towers of transformers: XLM-RoBERTa's with the mean and an MLP, and NLLB's encoder.
+    "oc_xlm_roberta": {
+        "embed_dim": 20,
+        "custom_text": True,
+        "vision_cfg": VISION,
+        "text_cfg": {"hf_model_name": "xlm-roberta-base", "hf_tokenizer_name": "here",
+                     "hf_pooler_type": "mean_pooler", "context_length": 12},
+    },
+    "oc_nllb": {
+        "embed_dim": 20,
+        "custom_text": True,
+        "vision_cfg": VISION,
+        "text_cfg": {"hf_model_name": "facebook/nllb-200-distilled-600M",
+                     "hf_tokenizer_name": "here", "hf_proj_type": "linear",
+                     "hf_pooler_type": "cls_pooler", "context_length": 12},
+    },
     "oc_coca": {
         "embed_dim": 16,
         "custom_text": True,
@@ -115,7 +182,9 @@ CASES = {
 }  # fmt: skip
 SEEDS = {"oc_vit": 10, "oc_quick": 11, "oc_mean": 12, "oc_siglip": 13, "oc_pe": 14,
          "oc_coca": 15, "oc_fastvit": 16, "oc_fastvit_large": 17,
-         "oc_timm_clip": 18}  # fmt: skip
+         "oc_timm_clip": 18, "oc_convnext": 19, "oc_convnext_mlp": 20, "oc_eva01": 21,
+         "oc_eva02": 22, "oc_eva02_enormous": 23, "oc_vitamin": 24, "oc_mobileclip_b": 25,
+         "oc_xlm_roberta": 26, "oc_nllb": 27}  # fmt: skip
 PREPROCESS = {
     "oc_siglip": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic",
                   "resize_mode": "squash"},
@@ -130,36 +199,110 @@ def build(config: dict) -> torch.nn.Module:
     custom = config.pop("custom_text", False)
     if "multimodal_cfg" in config:
         return CoCa(**config)
+    if name := config["text_cfg"].get("hf_model_name"):
+        model = oc_model.CustomTextCLIP(**(config | {"text_cfg": dict(TEXT)}))
+        model.text = text_encoder(name, config)
+        return model
     if config["vision_cfg"].get("timm_model_name"):
         # The tower of that name is far too large for a golden file: the same class, small.
-        if "pe_core" in config["vision_cfg"]["timm_model_name"]:
-            small = Eva(
-                img_size=28, patch_size=7, embed_dim=24, depth=2, num_heads=3, mlp_ratio=1.5,
-                global_pool="map", attn_type="rope", use_pre_transformer_norm=True,
-                use_rot_pos_emb=True, ref_feat_shape=(4, 4), rope_grid_offset=1.0,
-                rope_grid_indexing="xy", attn_pool_num_heads=8, attn_pool_mlp_ratio=1.25,
-                norm_layer=functools.partial(LayerNorm, eps=1e-5), num_classes=20,
-            )  # fmt: skip
-        elif "fastvit" in config["vision_cfg"]["timm_model_name"]:
-            small = fastvit(large=config["vision_cfg"]["timm_model_name"].endswith("3"))
-        elif "clip" in config["vision_cfg"]["timm_model_name"]:
-            small = VisionTransformer(
-                img_size=28, patch_size=7, embed_dim=24, depth=2, num_heads=12, mlp_ratio=1.6,
-                pre_norm=True, norm_layer=functools.partial(LayerNorm, eps=1e-5), num_classes=20,
-            )  # fmt: skip
-        else:
-            small = VisionTransformer(
-                img_size=28, patch_size=7, embed_dim=36, depth=2, num_heads=12, mlp_ratio=1.6,
-                class_token=False, global_pool="map", num_classes=0,
-            )  # fmt: skip
-        model = oc_model.CustomTextCLIP(
-            **(config | {"vision_cfg": dict(VISION, width=32, head_width=8)})
-        )
+        make = oc_model.CustomTextCLIP if custom else oc_model.CLIP
+        model = make(**(config | {"vision_cfg": dict(VISION, width=32, head_width=8)}))
         model.visual = torch.nn.Module()
-        model.visual.trunk = small
-        model.visual.forward = small.forward
+        model.visual.trunk = small_trunk(config["vision_cfg"]["timm_model_name"])
+        model.visual.head = torch.nn.Sequential(head(config))
+        model.visual.forward = lambda x: model.visual.head(model.visual.trunk(x))
         return model
     return (oc_model.CustomTextCLIP if custom else oc_model.CLIP)(**config)
+
+
+def head(config: dict) -> OrderedDict:
+    """What open_clip's TimmModel puts behind a tower without a classifier."""
+    projection = config["vision_cfg"]["timm_proj"]
+    width = 30 if "vitamin" in config["vision_cfg"]["timm_model_name"] else 32
+    if projection == "linear":
+        return OrderedDict(drop=nn.Dropout(0.0), proj=nn.Linear(width, 20, bias=False))
+    if projection == "mlp":
+        return OrderedDict(mlp=Mlp(width, 40, 20, bias=(True, False)))
+    return OrderedDict()
+
+
+def small_trunk(name: str) -> torch.nn.Module:
+    """The class of timm's tower `name`, small."""
+    eps = functools.partial(LayerNorm, eps=1e-5)
+    if "pe_core" in name:
+        return Eva(
+            img_size=28, patch_size=7, embed_dim=24, depth=2, num_heads=3, mlp_ratio=1.5,
+            global_pool="map", attn_type="rope", use_pre_transformer_norm=True,
+            use_rot_pos_emb=True, ref_feat_shape=(4, 4), rope_grid_offset=1.0,
+            rope_grid_indexing="xy", attn_pool_num_heads=8, attn_pool_mlp_ratio=1.25,
+            norm_layer=eps, num_classes=20,
+        )  # fmt: skip
+    if "eva" in name:
+        gated = {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True,
+                 "scale_attn_inner": True, "use_rot_pos_emb": True,
+                 "ref_feat_shape": (16, 16)}  # fmt: skip
+        gated = gated if "eva02_base" in name else {"use_post_norm": "enormous" in name}
+        width, count = (48, 12) if "eva02_base" in name else (32, 16)
+        return Eva(
+            img_size=28, patch_size=7, embed_dim=width, depth=2, num_heads=count, mlp_ratio=1.6,
+            global_pool="token", num_classes=20, **gated,
+        )  # fmt: skip
+    if "convnext" in name:
+        more = {"norm_eps": 1e-5} if "xxlarge" in name else {}
+        return ConvNeXt(depths=(1, 2, 1, 1), dims=(8, 16, 24, 32), num_classes=0,
+                        ls_init_value=0.1, **more)  # fmt: skip
+    if "vitamin" in name:
+        cfg = vitamin.VitCfg(embed_dim=(8, 16, 30), depths=(2, 1, 1), stem_width=8)
+        embed = functools.partial(HybridEmbed, backbone=vitamin.MbConvStages(cfg=cfg), proj=False)
+        return VisionTransformer(
+            img_size=48, patch_size=1, embed_dim=30, depth=2, num_heads=6, mlp_ratio=1.4,
+            class_token=False, global_pool="avg", embed_layer=embed, num_classes=0,
+            mlp_layer=vitamin.GeGluMlp,
+        )  # fmt: skip
+    if "mci" in name:
+        stem = ConvStem(channels=(8, 12, 24), stride=(2, 2, 2), kernel_size=(2, 2, 2), padding=0,
+                        act_layer=nn.GELU)  # fmt: skip
+        return VisionTransformer(
+            img_size=32, patch_size=1, embed_dim=24, depth=2, num_heads=12, mlp_ratio=1.6,
+            no_embed_class=True, num_classes=20,
+            embed_layer=functools.partial(HybridEmbed, backbone=stem, proj=False),
+        )  # fmt: skip
+    if "fastvit" in name:
+        return fastvit(large=name.endswith("3"))
+    if "clip" in name:
+        return VisionTransformer(
+            img_size=28, patch_size=7, embed_dim=24, depth=2, num_heads=12, mlp_ratio=1.6,
+            pre_norm=True, norm_layer=eps, num_classes=20,
+        )  # fmt: skip
+    return VisionTransformer(
+        img_size=28, patch_size=7, embed_dim=36, depth=2, num_heads=12, mlp_ratio=1.6,
+        class_token=False, global_pool="map", num_classes=0,
+    )  # fmt: skip
+
+
+def text_encoder(name: str, config: dict) -> HFTextEncoder:
+    """The class of transformers' encoder `name`, small, in open_clip's frame."""
+    text = config["text_cfg"]
+    if "roberta" in name:
+        small = transformers.XLMRobertaConfig(
+            vocab_size=text["vocab_size"], hidden_size=24, num_hidden_layers=2,
+            num_attention_heads=12, intermediate_size=34, max_position_embeddings=20,
+            type_vocab_size=1, layer_norm_eps=1e-5, pad_token_id=1,
+        )  # fmt: skip
+    else:
+        small = transformers.M2M100Config(
+            vocab_size=text["vocab_size"], d_model=32, encoder_layers=2, decoder_layers=1,
+            encoder_attention_heads=16, decoder_attention_heads=2, encoder_ffn_dim=44,
+            decoder_ffn_dim=8, max_position_embeddings=1024, scale_embedding=True, pad_token_id=1,
+        )  # fmt: skip
+    encoder = HFTextEncoder(
+        name, config["embed_dim"], small, text["hf_pooler_type"], text.get("hf_proj_type", "mlp")
+    )
+    if "nllb" in name:
+        encoder.transformer = encoder.transformer.encoder
+    else:
+        encoder.transformer.pooler = None
+    return encoder
 
 
 def fastvit(*, large: bool) -> FastVit:
@@ -231,15 +374,20 @@ def timm_towers() -> None:
     (GOLDEN / "timm_towers.json").write_text(json.dumps(towers, indent=1) + "\n")
 
 
-def main() -> None:
-    for name, config in CASES.items():
+def main(names: list[str]) -> None:
+    for name in names or CASES:
+        config = CASES[name]
         seed = SEEDS[name]
         torch.manual_seed(seed)
         folder = GOLDEN / name
         folder.mkdir(parents=True, exist_ok=True)
-        vocabulary = small_vocabulary(["<pad>", "<eos>"])
+        encoder = config["text_cfg"].get("hf_model_name")
+        # RoBERTa's padding is token 1, and a text begins and ends with tokens of its own.
+        specials = ["<s>", "<pad>", "<eos>"] if encoder else ["<pad>", "<eos>"]
+        vocabulary = small_vocabulary(specials)
         vocabulary.post_processor = processors.TemplateProcessing(
-            single="$A <eos>", special_tokens=[("<eos>", 1)]
+            single="<s> $A <eos>" if encoder else "$A <eos>",
+            special_tokens=[(token, i) for i, token in enumerate(specials) if token != "<pad>"],
         )
         (folder / "tokenizer.json").write_text(vocabulary.to_str())
         about = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>",
@@ -256,7 +404,8 @@ def main() -> None:
         safetensors.torch.save_file(state, folder / "open_clip_model.safetensors")
 
         raw = images(seed)
-        transform = image_transform_v2(PreprocessCfg(size=28, **preprocess), is_train=False)
+        size = config["vision_cfg"]["image_size"]
+        transform = image_transform_v2(PreprocessCfg(size=size, **preprocess), is_train=False)
         pixels = torch.stack([transform(Image.fromarray(image)) for image in raw])
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
         tokens = tokenizer(TEXTS)
@@ -297,5 +446,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
-    main()
+    main(sys.argv[1:])
     timm_towers()

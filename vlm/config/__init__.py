@@ -21,10 +21,13 @@ from vlm.config.model import ModelConfig as ModelConfig
 from vlm.config.model import TextConfig as TextConfig
 from vlm.config.model import kept_tokens as kept_tokens
 from vlm.config.towers import Activation as Activation
+from vlm.config.towers import ConvNeXtConfig as ConvNeXtConfig
 from vlm.config.towers import FastViTConfig as FastViTConfig
 from vlm.config.towers import FastViTStage as FastViTStage
+from vlm.config.towers import MlpKind as MlpKind
 from vlm.config.towers import ResNetConfig as ResNetConfig
 from vlm.config.towers import VisionTowerConfig as VisionTowerConfig
+from vlm.config.towers import ViTaminConfig as ViTaminConfig
 from vlm.config.towers import ViTConfig as ViTConfig
 from vlm.config.training import Experiment as Experiment
 from vlm.config.training import MeshConfig as MeshConfig

@@ -33,7 +33,8 @@ class TextConfig:
     layer_scale: bool = False
     # post: after each residual sum and after the embeddings, none at the end (BERT).
     norm: Literal["pre", "post"] = "pre"
-    projection: Literal["none", "linear", "linear_bias"] = "linear_bias"
+    # mlp: two layers without biases, their mean width between them.
+    projection: Literal["none", "linear", "linear_bias", "mlp"] = "linear_bias"
     activation: Activation = "gelu_tanh"
     norm_eps: float = 1e-6
     dropout: float = 0.0

@@ -11,7 +11,10 @@ from typing import ClassVar, Literal
 from vlm.config.bounds import check_bounds
 from vlm.errors import ConfigError
 
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
+# swiglu: EVA-02's, whose gated hidden layer is normalised; geglu: ViTamin's, which normalises its
+# input a second time.
+MlpKind = Literal["plain", "swiglu", "geglu"]
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,17 @@ class ViTConfig:
     depth: int = 12
     heads: int = 12
     mlp_dim: int = 3072
-    stem: Literal["linear", "conv"] = "linear"  # conv: stride-2 3x3 stages (arXiv:2106.14881)
-    stem_widths: tuple[
-        int, ...
-    ] = ()  # channels of the conv stages; patch_size is 2 ** their number
+    # conv: stride-2 3x3 stages (arXiv:2106.14881); nested: patches of patches, with batch norms
+    # between them (MobileCLIP-B).
+    stem: Literal["linear", "conv", "nested"] = "linear"
+    # Channels of the conv stages, 2 ** their number being patch_size; of a nested stem all but
+    # the last one's, each of which halves.
+    stem_widths: tuple[int, ...] = ()
     patch_bias: bool = True
     # Rotary positions beside the learned ones (Perception Encoder), counted from this number.
     rotary: int | None = None
+    rotary_span: int | None = None  # positions as of a grid of so many rows; None: as they are
+    rotary_rows_first: bool = False  # the first half of the channels turns with the row (EVA-02)
     pool: Literal["class", "mean", "map", "query"] = "map"  # query: CoCa's attentional pooler
     pool_heads: int | None = None  # of the attention in map and query pooling; None: heads
     pool_mlp_dim: int | None = None  # of map pooling; None: mlp_dim
@@ -40,8 +47,13 @@ class ViTConfig:
     pre_norm: bool = False  # a LayerNorm between embedding and blocks (CLIP)
     norm_pooled: bool = False  # the final LayerNorm after mean pooling instead of before it
     layer_scale: bool = False  # learned factors on each branch of a block (arXiv:2103.17239)
+    # branch: after each branch of a block, before it is added (EVA-02-E).
+    norm: Literal["pre", "branch"] = "pre"
+    mlp: MlpKind = "plain"
+    attention_norm: bool = False  # a LayerNorm between attention and its last product (EVA-02)
+    key_bias: bool = True
     projection: Literal["none", "linear", "linear_bias"] = "none"  # pooled width -> embed_dim
-    activation: Activation = "gelu_tanh"
+    activation: Activation = "gelu_tanh"  # of the plain MLP, and of map pooling's
     norm_eps: float = 1e-6
     # NaFlex (SigLIP 2): any aspect, at most this many patches; image_size is the position grid's.
     max_patches: int | None = None
@@ -60,6 +72,11 @@ class ViTConfig:
                 f"a conv stem of {len(self.stem_widths)} stages makes patches of "
                 f"{2 ** len(self.stem_widths)} pixels, not {self.patch_size}: give "
                 "log2(patch_size) stem_widths"
+            )
+        if self.stem == "nested" and self.patch_size % 2 ** len(self.stem_widths):
+            raise ConfigError(
+                f"a nested stem halves {len(self.stem_widths)} times, which patch_size "
+                f"{self.patch_size} cannot: give fewer stem_widths"
             )
         if self.stem == "conv" and self.image_size % self.patch_size:
             raise ConfigError(
@@ -203,9 +220,97 @@ class FastViTConfig:
         """Any space will do: a linear layer projects."""
 
 
+@dataclass(frozen=True)
+class ConvNeXtConfig:
+    """ConvNeXt (Liu et al., 2022, arXiv:2201.03545): stages of depthwise 7x7 convolutions."""
+
+    kind: ClassVar[str] = "convnext"
+
+    image_size: int = 256  # pixels, square
+    depths: tuple[int, ...] = (3, 3, 27, 3)  # blocks of each stage
+    widths: tuple[int, ...] = (128, 256, 512, 1024)
+    mlp_dims: tuple[int, ...] = (512, 1024, 2048, 4096)
+    norm_eps: float = 1e-6
+    # From the normalised mean to embed_dim; mlp: two layers, twice embed_dim wide between them.
+    projection: Literal["none", "linear", "mlp"] = "linear"
+
+    def __post_init__(self):
+        counts = {len(self.depths), len(self.widths), len(self.mlp_dims)}
+        if len(counts) != 1 or not self.depths or min(self.depths) < 1:
+            raise ConfigError(
+                f"ConvNeXtConfig has depths {self.depths}, widths {self.widths} and mlp_dims "
+                f"{self.mlp_dims}: give one of each for every stage, and a block at least"
+            )
+        check_image_size(self)
+
+    @property
+    def patch_size(self) -> int:
+        return 4 * 2 ** (len(self.depths) - 1)
+
+    @property
+    def width(self) -> int:
+        """Channels of the last stage, which are pooled."""
+        return self.widths[-1]
+
+    @property
+    def one_size(self) -> None:
+        return None
+
+    def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
+        """Places of the last stage, of which the mean is taken."""
+        return ((image_size or self.image_size) // self.patch_size) ** 2
+
+    def check_space(self, embed_dim: int) -> None:
+        """Refuse a space that the tower cannot embed into."""
+        check_projection(self, embed_dim)
+
+
+@dataclass(frozen=True)
+class ViTaminConfig:
+    """ViTamin (Chen et al., 2024, arXiv:2404.02132): two stages of convolutions, then a ViT."""
+
+    kind: ClassVar[str] = "vitamin"
+
+    image_size: int = 224  # pixels, square
+    stem_width: int = 128
+    conv_widths: tuple[int, int] = (128, 256)
+    conv_depths: tuple[int, int] = (2, 4)
+    width: int = 768  # of the blocks after them
+    depth: int = 14
+    heads: int = 12
+    mlp_dim: int = 1536  # of each half of their gated MLP
+    norm_eps: float = 1e-6
+    projection: Literal["none", "linear"] = "linear"
+
+    def __post_init__(self):
+        check_heads(self)
+        check_image_size(self)
+        if self.image_size % self.patch_size:
+            raise ConfigError(
+                f"image_size {self.image_size} is no multiple of {self.patch_size}, to which "
+                "ViTamin's convolutions shrink it: choose one"
+            )
+
+    @property
+    def patch_size(self) -> int:
+        return 16
+
+    @property
+    def one_size(self) -> None:
+        return None
+
+    def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
+        """Tokens that the blocks see, of which the mean is taken."""
+        return ((image_size or self.image_size) // self.patch_size) ** 2
+
+    def check_space(self, embed_dim: int) -> None:
+        """Refuse a space that the tower cannot embed into."""
+        check_projection(self, embed_dim)
+
+
 # Every kind of image tower. A new one is a class above, its name here, and its module in
 # `vlm/models/` with one line in `vlm/models/towers.py`.
-VisionTowerConfig = ViTConfig | ResNetConfig | FastViTConfig
+VisionTowerConfig = ViTConfig | ResNetConfig | FastViTConfig | ConvNeXtConfig | ViTaminConfig
 
 
 def check_heads(tower) -> None:

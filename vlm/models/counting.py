@@ -4,10 +4,11 @@
 def block_flops(config, tokens: int) -> dict[str, float]:
     """Of a transformer's blocks; `scores` are the two products without parameters in attention."""
     width = config.width
+    products = 2 if getattr(config, "mlp", "plain") == "plain" else 3  # a gate beside them
     return {
         "projections": config.depth * 2 * tokens * 4 * width**2,
         "scores": config.depth * 2 * 2 * tokens**2 * width,
-        "mlp": config.depth * 2 * tokens * 2 * width * config.mlp_dim,
+        "mlp": config.depth * 2 * tokens * products * width * config.mlp_dim,
     }
 
 
@@ -25,4 +26,8 @@ def query_pool_flops(width: int, embed_dim: int, tokens: int) -> float:
 
 def projection_flops(config, width: int, embed_dim: int) -> float:
     """The layer from the pooled width to the space, where there is one."""
-    return 0.0 if config.projection == "none" else 2 * width * embed_dim
+    if config.projection == "none":
+        return 0.0
+    if config.projection == "mlp":
+        return 2 * (width + embed_dim) * ((width + embed_dim) // 2)
+    return 2 * width * embed_dim

@@ -2,16 +2,20 @@
 
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
+from vlm.nn.layers import gelu
 from vlm.nn.pooling import MapPool
 
 
 def projection(
     config, width: int, embed_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
-) -> nnx.Linear | None:
+) -> nnx.Module | None:
     """The layer from a tower's pooled width to the shared space, or None where they agree."""
     if config.projection == "none":
         return None
+    if config.projection == "mlp":
+        return MlpProjection(width, (width + embed_dim) // 2, embed_dim, dtype=dtype, rngs=rngs)
     return nnx.Linear(
         width,
         embed_dim,
@@ -20,6 +24,17 @@ def projection(
         dtype=dtype,
         rngs=rngs,
     )
+
+
+class MlpProjection(nnx.Module):
+    """Two linear layers without biases, and a GELU between them."""
+
+    def __init__(self, width: int, hidden: int, embed_dim: int, *, dtype, rngs: nnx.Rngs):
+        self.up = nnx.Linear(width, hidden, use_bias=False, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(hidden, embed_dim, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b e"]:
+        return self.down(gelu(self.up(x)))
 
 
 def map_pool(config, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> MapPool:

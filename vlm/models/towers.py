@@ -2,14 +2,23 @@
 
 from flax import nnx
 
-from vlm.config import FastViTConfig, ResNetConfig, VisionTowerConfig, ViTConfig
-from vlm.models import fastvit, resnet, vit
+from vlm.config import (
+    ConvNeXtConfig,
+    FastViTConfig,
+    ResNetConfig,
+    VisionTowerConfig,
+    ViTaminConfig,
+    ViTConfig,
+)
+from vlm.models import convnext, fastvit, resnet, vit, vitamin
 from vlm.nn.transformer import Execution
 
 # Each module has its tower and the count of its forward FLOPs.
 _KINDS = {
     ViTConfig: (vit.ViTTower, vit.flops),
     ResNetConfig: (resnet.ResNetTower, resnet.flops),
+    ConvNeXtConfig: (convnext.ConvNeXtTower, convnext.flops),
+    ViTaminConfig: (vitamin.ViTaminTower, vitamin.flops),
     FastViTConfig: (fastvit.FastViTTower, fastvit.flops),
 }
 

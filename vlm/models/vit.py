@@ -14,7 +14,7 @@ from vlm.models.counting import (
 from vlm.models.ends import map_pool, projection
 from vlm.nn.layers import LayerNorm, split_keys
 from vlm.nn.naflex import Patches
-from vlm.nn.patches import ConvStem, PatchStem, drop_patches
+from vlm.nn.patches import ConvStem, NestedStem, PatchStem, drop_patches
 from vlm.nn.pooling import QueryPool, mean_pool
 from vlm.nn.rotary import grid_rotation
 from vlm.nn.transformer import Execution, Transformer
@@ -28,6 +28,8 @@ class ViTTower(nnx.Module):
         self.config = config
         if c.stem == "conv":
             self.stem = ConvStem(c.stem_widths, c.width, dtype=dtype, rngs=rngs)
+        elif c.stem == "nested":
+            self.stem = NestedStem(c.patch_size, c.stem_widths, c.width, dtype=dtype, rngs=rngs)
         else:
             self.stem = PatchStem(c.patch_size, c.width, bias=c.patch_bias, dtype=dtype, rngs=rngs)
 
@@ -47,6 +49,10 @@ class ViTTower(nnx.Module):
             norm_eps=c.norm_eps,
             dropout_rate=c.dropout,
             layer_scale=c.layer_scale,
+            norm=c.norm,
+            mlp=c.mlp,
+            attention_norm=c.attention_norm,
+            key_bias=c.key_bias,
             execution=execution,
             rngs=rngs,
         )
@@ -82,7 +88,14 @@ class ViTTower(nnx.Module):
         rotation = None
         if c.rotary is not None:
             grid, before = c.image_size // c.patch_size, int(c.has_class_token)
-            rotation = grid_rotation(grid, c.width // c.heads, first=c.rotary, before=before)
+            rotation = grid_rotation(
+                grid,
+                c.width // c.heads,
+                first=c.rotary,
+                before=before,
+                span=c.rotary_span,
+                rows_first=c.rotary_rows_first,
+            )
         x = self.transformer(x, keys=block_keys, rotation=rotation)
 
         if c.pool == "class":
@@ -119,6 +132,13 @@ def flops(config: ViTConfig, embed_dim: int, *, training: bool = False) -> dict[
             stem += 2 * size**2 * 9 * channels * width
             channels = width
         stem += 2 * patches * channels * c.width
+    elif c.stem == "nested":
+        inputs = (3, *c.stem_widths)
+        places, taps, stem = patches * 4 ** len(c.stem_widths), 0, 0.0
+        for number, width in enumerate((*c.stem_widths, c.width)):
+            taps = 4 if number else c.patch_size**2 // 4 ** len(c.stem_widths)
+            stem += 2 * places * taps * inputs[number] * width
+            places //= 4
     else:
         stem = 2 * patches * c.patch_size**2 * 3 * c.width
     if training:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from vlm.nn import tpu_attention
-from vlm.nn.layers import linear
+from vlm.nn.layers import LayerNorm, linear
 from vlm.nn.remat import ATTENDED, PROJECTED
 from vlm.nn.rotary import Rotation, rotate
 from vlm.sharding import BATCH_AXES, batch_ways, mesh_of
@@ -97,7 +97,8 @@ def _attend_by_head(query, key, value, mask, *, causal):
 class Attention(nnx.Module):
     """Multi-head attention: projections of shape (width, heads, head_dim) and back.
 
-    What is attended to may have another width, `context_width`, and so may the result.
+    What is attended to may have another width, `context_width`, and so may the result. With
+    `norm_eps`, what comes out of attention is normalised before the last product.
     """
 
     def __init__(
@@ -107,19 +108,28 @@ class Attention(nnx.Module):
         *,
         context_width: int | None = None,
         output_width: int | None = None,
+        key_bias: bool = True,
+        norm_eps: float | None = None,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        def project(inputs, outputs, axis):
+        def project(inputs, outputs, axis, *, bias=True):
             init = nnx.initializers.xavier_uniform()
             return nnx.LinearGeneral(
-                inputs, outputs, axis=axis, kernel_init=init, dtype=dtype, rngs=rngs
+                inputs,
+                outputs,
+                axis=axis,
+                use_bias=bias,
+                kernel_init=init,
+                dtype=dtype,
+                rngs=rngs,
             )
 
         split = (heads, width // heads)
         self.query = project(width, split, -1)
-        self.key = project(context_width or width, split, -1)
+        self.key = project(context_width or width, split, -1, bias=key_bias)
         self.value = project(context_width or width, split, -1)
+        self.norm = None if norm_eps is None else LayerNorm(width, norm_eps, rngs=rngs)
         self.out = project(split, output_width or width, (-2, -1))
 
     def __call__(
@@ -149,4 +159,5 @@ class Attention(nnx.Module):
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         y = attend(query, key, value, mask, causal=causal)
-        return linear(self.out, checkpoint_name(y.reshape(*x.shape[:2], -1), ATTENDED))
+        y = checkpoint_name(y.reshape(*x.shape[:2], -1), ATTENDED)
+        return linear(self.out, y if self.norm is None else self.norm(y))

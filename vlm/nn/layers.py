@@ -29,9 +29,14 @@ def quick_gelu(x: Array) -> Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+def relu(x: Array) -> Array:
+    """max(x, 0), as NLLB's encoder uses it."""
+    return jax.nn.relu(x)
+
+
 def activation(name: Activation):
     """The activation function of that name."""
-    return {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}[name]
+    return {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu, "relu": relu}[name]
 
 
 def dropout(
@@ -116,3 +121,36 @@ class Mlp(nnx.Module):
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         hidden = checkpoint_name(linear(self.up, x), MLP_HIDDEN)
         return linear(self.down, activation(self.act)(hidden))
+
+
+class SwiGlu(nnx.Module):
+    """EVA-02's MLP: a gated hidden layer, normalised before it is projected (arXiv:2303.11331)."""
+
+    def __init__(self, width: int, mlp_dim: int, norm_eps: float, *, dtype, rngs: nnx.Rngs):
+        options = {"kernel_init": nnx.initializers.xavier_uniform(), "dtype": dtype, "rngs": rngs}
+        self.gate = nnx.Linear(width, mlp_dim, **options)
+        self.up = nnx.Linear(width, mlp_dim, **options)
+        self.norm = LayerNorm(mlp_dim, norm_eps, rngs=rngs)
+        self.down = nnx.Linear(mlp_dim, width, **options)
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        gate = checkpoint_name(linear(self.gate, x), MLP_HIDDEN)
+        hidden = checkpoint_name(linear(self.up, x), MLP_HIDDEN)
+        return linear(self.down, self.norm(jax.nn.silu(gate) * hidden))
+
+
+class GeGlu(nnx.Module):
+    """ViTamin's MLP: its input normalised once more, and a gate by GELU (arXiv:2404.02132)."""
+
+    def __init__(self, width: int, mlp_dim: int, norm_eps: float, *, dtype, rngs: nnx.Rngs):
+        options = {"kernel_init": nnx.initializers.xavier_uniform(), "dtype": dtype, "rngs": rngs}
+        self.norm = LayerNorm(width, norm_eps, rngs=rngs)
+        self.gate = nnx.Linear(width, mlp_dim, **options)
+        self.up = nnx.Linear(width, mlp_dim, **options)
+        self.down = nnx.Linear(mlp_dim, width, **options)
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        x = self.norm(x)
+        gate = checkpoint_name(linear(self.gate, x), MLP_HIDDEN)
+        hidden = checkpoint_name(linear(self.up, x), MLP_HIDDEN)
+        return linear(self.down, gelu(gate) * hidden)

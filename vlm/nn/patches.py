@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from vlm.nn.layers import LayerNorm, gelu
+from vlm.nn.resnet import FrozenBatchNorm
 
 
 class PatchStem(nnx.Module):
@@ -27,11 +28,8 @@ class PatchStem(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
-        p = self.kernel.shape[0]
-        b, h, w, c = images.shape
-        h, w = h // p, w // p
-        patches = images[:, : h * p, : w * p].reshape(b, h, p, w, p, c).transpose(0, 1, 3, 2, 4, 5)
-        return self.project(patches.reshape(b, h * w, p * p * c))
+        patches = _squares(images, self.kernel.shape[0])
+        return self.project(patches.reshape(patches.shape[0], -1, patches.shape[-1]))
 
     def project(self, patches: Float[Array, "b n k"]) -> Float[Array, "b n d"]:
         """Tokens of patches that are cut and flattened already, k = patch_size ** 2 * 3."""
@@ -39,6 +37,20 @@ class PatchStem(nnx.Module):
         patches = patches.astype(self.dtype)
         tokens = patches @ self.kernel[...].reshape(-1, width).astype(self.dtype)
         return tokens if self.bias is None else tokens + self.bias[...].astype(self.dtype)
+
+
+class PatchConv(nnx.Module):
+    """A convolution without overlap, `size` x `size` with a stride of `size`, as one product."""
+
+    def __init__(self, size: int, inputs: int, outputs: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.lecun_normal(in_axis=(0, 1, 2))
+        self.kernel = nnx.Param(init(rngs.params(), (size, size, inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs))
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
+        kernel = self.kernel[...].reshape(-1, self.kernel.shape[-1]).astype(self.dtype)
+        return _squares(x, self.kernel.shape[0]) @ kernel + self.bias[...].astype(self.dtype)
 
 
 class ConvStem(nnx.Module):
@@ -65,6 +77,46 @@ class ConvStem(nnx.Module):
             x = lax.platform_dependent(x, kernel, cpu=_halve_by_product, default=_halve)
             x = gelu(norm(x))
         return self.project(x.reshape(x.shape[0], -1, x.shape[-1]))
+
+
+class NestedStem(nnx.Module):
+    """Patches of patches: each layer projects squares of what came before, without overlap.
+
+    All but the last have a batch norm and a GELU (MobileCLIP-B, arXiv:2311.17049).
+    """
+
+    def __init__(
+        self, patch_size: int, widths: tuple[int, ...], width: int, *, dtype, rngs: nnx.Rngs
+    ):
+        init = nnx.initializers.he_normal(in_axis=(0, 1, 2))
+        sizes = (patch_size // 2 ** len(widths), *(2 for _ in widths))
+        outputs = (*widths, width)
+        inputs = (3, *widths)
+        self.kernels = nnx.List(
+            nnx.Param(init(rngs.params(), (size, size, i, o)))
+            for size, i, o in zip(sizes, inputs, outputs, strict=True)
+        )
+        self.norms = nnx.List(FrozenBatchNorm(w) for w in widths)
+        self.bias = nnx.Param(jnp.zeros(width))
+        self.dtype = dtype
+
+    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+        x = images.astype(self.dtype)
+        for number, kernel in enumerate(self.kernels):
+            x = _squares(x, kernel.shape[0]) @ kernel[...].reshape(-1, kernel.shape[-1]).astype(
+                self.dtype
+            )
+            if number < len(self.norms):
+                x = gelu(self.norms[number](x))
+        return (x + self.bias[...].astype(self.dtype)).reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _squares(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b p q k"]:
+    """Squares of `size` x `size`, flattened; what fills none at the far edges is left out."""
+    b, h, w, c = x.shape
+    h, w = h // size, w // size
+    x = x[:, : h * size, : w * size].reshape(b, h, size, w, size, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h, w, size * size * c)
 
 
 def _halve(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"]) -> Float[Array, "b p q d"]:

@@ -7,17 +7,28 @@ from jaxtyping import Array, Float
 Rotation = tuple[Float[Array, "n d"], Float[Array, "n d"]]  # sines and cosines, one row a token
 
 
-def grid_rotation(grid: int, head_dim: int, *, first: int, before: int) -> Rotation:
+def grid_rotation(
+    grid: int,
+    head_dim: int,
+    *,
+    first: int,
+    before: int,
+    span: int | None = None,
+    rows_first: bool = False,
+) -> Rotation:
     """The rotation of each patch of a `grid` x `grid` image, as the Perception Encoder has it.
 
     Half of the channels turn with the column, half with the row, both counted from `first`; the
-    `before` tokens in front of the patches are not turned (arXiv:2504.13181).
+    `before` tokens in front of the patches are not turned (arXiv:2504.13181). EVA-02 takes rows
+    first, and with `span` the positions of a grid of so many rows (arXiv:2303.11331).
     """
     count = head_dim // 4
     bands = 10_000.0 ** -(np.arange(count, dtype=np.float32) / count)
-    rows, columns = np.divmod(np.arange(grid * grid), grid)
+    halves = np.divmod(np.arange(grid * grid), grid)  # rows, columns
+    halves = halves if rows_first else halves[::-1]
+    stretch = np.float32(1) if span is None else np.float32(span) / np.float32(grid)
     angles = np.concatenate(
-        [(columns + first)[:, None] * bands, (rows + first)[:, None] * bands], axis=1
+        [(half * stretch + first).astype(np.float32)[:, None] * bands for half in halves], axis=1
     )
     angles = np.repeat(angles.astype(np.float32), 2, axis=1)  # pairs of channels turn together
     angles = np.concatenate([np.zeros((before, head_dim), np.float32), angles])

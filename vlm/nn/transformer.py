@@ -9,9 +9,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
-from vlm.config import Activation, RematPolicy
+from vlm.config import Activation, MlpKind, RematPolicy
 from vlm.nn.attention import Attention
-from vlm.nn.layers import LayerNorm, Mlp, dropout, split_keys
+from vlm.nn.layers import GeGlu, LayerNorm, Mlp, SwiGlu, dropout, split_keys
 from vlm.nn.remat import checkpoint_policy
 from vlm.nn.rotary import Rotation
 from vlm.sharding import by_rows, cut_over_fsdp, gathered
@@ -30,7 +30,11 @@ LAYER_SCALE = 1e-4  # where the factors of layer scale start
 
 
 class Block(nnx.Module):
-    """A transformer block, normalised before its two parts or after their residual sums (BERT)."""
+    """A transformer block of attention and an MLP.
+
+    It is normalised before each of them ("pre"), after each residual sum ("post", BERT), or after
+    each of them, before the sum ("branch", EVA-02-E).
+    """
 
     def __init__(
         self,
@@ -43,20 +47,34 @@ class Block(nnx.Module):
         dropout_rate: float,
         causal: bool,
         layer_scale: bool,
-        norm: Literal["pre", "post"],
+        norm: Literal["pre", "post", "branch"],
+        mlp: MlpKind,
+        attention_norm: bool,
+        key_bias: bool,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         self.attention_norm = LayerNorm(width, norm_eps, rngs=rngs)
-        self.attention = Attention(width, heads, dtype=dtype, rngs=rngs)
+        self.attention = Attention(
+            width,
+            heads,
+            key_bias=key_bias,
+            norm_eps=norm_eps if attention_norm else None,
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.mlp_norm = LayerNorm(width, norm_eps, rngs=rngs)
-        self.mlp = Mlp(width, mlp_dim, act, dtype=dtype, rngs=rngs)
+        if mlp == "plain":
+            self.mlp = Mlp(width, mlp_dim, act, dtype=dtype, rngs=rngs)
+        else:
+            gated = {"swiglu": SwiGlu, "geglu": GeGlu}[mlp]
+            self.mlp = gated(width, mlp_dim, norm_eps, dtype=dtype, rngs=rngs)
         small = jnp.full(width, LAYER_SCALE)
         self.attention_scale = nnx.Param(small) if layer_scale else None
         self.mlp_scale = nnx.Param(small) if layer_scale else None
         self.dropout_rate = dropout_rate
         self.causal = causal
-        self.post = norm == "post"
+        self.norm = norm
 
     def __call__(
         self,
@@ -66,15 +84,17 @@ class Block(nnx.Module):
         rotation: Rotation | None = None,
     ) -> Float[Array, "b n d"]:
         attention_keys, mlp_keys = split_keys(keys)
-        y = x if self.post else self.attention_norm(x)
+        y = self.attention_norm(x) if self.norm == "pre" else x
         y = self.attention(y, mask=mask, causal=self.causal, rotation=rotation)
         y = y if self.attention_scale is None else y * self.attention_scale[...].astype(y.dtype)
+        y = self.attention_norm(y) if self.norm == "branch" else y
         x = x + dropout(y, self.dropout_rate, attention_keys)
-        x = self.attention_norm(x) if self.post else x
-        y = self.mlp(x if self.post else self.mlp_norm(x))
+        x = self.attention_norm(x) if self.norm == "post" else x
+        y = self.mlp(self.mlp_norm(x) if self.norm == "pre" else x)
         y = y if self.mlp_scale is None else y * self.mlp_scale[...].astype(y.dtype)
+        y = self.mlp_norm(y) if self.norm == "branch" else y
         x = x + dropout(y, self.dropout_rate, mlp_keys)
-        return self.mlp_norm(x) if self.post else x
+        return self.mlp_norm(x) if self.norm == "post" else x
 
 
 class Transformer(nnx.Module):
@@ -95,7 +115,10 @@ class Transformer(nnx.Module):
         dropout_rate: float = 0.0,
         causal: bool = False,
         layer_scale: bool = False,
-        norm: Literal["pre", "post"] = "pre",
+        norm: Literal["pre", "post", "branch"] = "pre",
+        mlp: MlpKind = "plain",
+        attention_norm: bool = False,
+        key_bias: bool = True,
         execution: Execution,
         rngs: nnx.Rngs,
     ):
@@ -112,6 +135,9 @@ class Transformer(nnx.Module):
                 causal=causal,
                 layer_scale=layer_scale,
                 norm=norm,
+                mlp=mlp,
+                attention_norm=attention_norm,
+                key_bias=key_bias,
                 dtype=execution.dtype,
                 rngs=rngs,
             )

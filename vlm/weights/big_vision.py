@@ -19,7 +19,7 @@ from jaxtyping import Shaped
 from vlm.config import ModelConfig, PreprocessConfig, TextConfig, ViTConfig
 from vlm.errors import CheckpointError
 from vlm.weights.checkpoint import Checkpoint
-from vlm.weights.rules import FLAT, SCALAR_1, Rule, Transform, leading
+from vlm.weights.rules import FLAT, SCALAR_1, WITHOUT_FIRST, Rule, Transform, leading
 from vlm.weights.vocabularies import bert_tokenizer, big_vision_tokenizer, check_vocabulary
 
 _STACKED = re.compile(r"(.*/)encoderblock/(.*)")
@@ -336,19 +336,11 @@ def _bert_rules() -> list[Rule]:
     ]
 
 
-# Their class token has no position; ours has the first row, which is then zero.
-_WITHOUT_FIRST = Transform(
-    lambda s: (1, s[0] - 1, s[1]),
-    lambda x, s: np.concatenate([np.zeros_like(x[0, :1]), x[0]]),
-    lambda x: x[None, 1:],
-)
-
-
 def _position(c: ViTConfig) -> list[Rule]:
     if c.class_token:
         return [
             Rule("img/cls", "vision.class_token", leading(2)),
-            Rule("img/pos_embedding", "vision.position", _WITHOUT_FIRST),
+            Rule("img/pos_embedding", "vision.position", WITHOUT_FIRST),
         ]
     return [Rule("img/pos_embedding", "vision.position", leading(1))]
 

@@ -11,14 +11,15 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from jaxtyping import Shaped
 
-from vlm.config import FastViTConfig, FastViTStage
+from vlm.config import FastViTConfig, FastViTStage, VisionTowerConfig
 from vlm.errors import CheckpointError
 from vlm.weights.files import Tensors
-from vlm.weights.layers import fused, linear, norm, out
-from vlm.weights.rules import CONV, Rule, Transform
+from vlm.weights.layers import conv, fused, linear, norm, out, point
+from vlm.weights.rules import Rule
 
 Shape = tuple[int, ...]
 NAME = re.compile(r"fastvit_mci([0-4])(\..*)?$")  # those that timm made for MobileCLIP
+READS = "fastvit_mci* with the mean"
 _TRUNK = "visual.trunk"
 _HEAD_WIDTH = 32
 _EPS = 1e-5  # of all their norms
@@ -304,26 +305,25 @@ def _skip(width: int, groups: int, size: int) -> np.ndarray:
 
 # --------------------------------------------------------------------- their names and ours
 
-_POINT = Transform(  # a 1x1 convolution of torch's, OIHW, ours a matrix
-    lambda s: (s[1], s[0], 1, 1),
-    lambda x, s: x[:, :, 0, 0].T,
-    lambda x: x.T[:, :, None, None],
-)
+
+def owns(config: VisionTowerConfig) -> bool:
+    """Whether a tower is one of these."""
+    return isinstance(config, FastViTConfig)
 
 
 def rules(c: FastViTConfig) -> list[Rule]:
     """The table of a tower, for tensors that are `Fused`."""
     stem, last = f"{_TRUNK}.stem", f"{_TRUNK}.final_conv"
     table = [
-        *_conv(f"{stem}.0", "vision.stem"),
-        *_conv(f"{stem}.1", "vision.stem_halve"),
-        *_point(f"{stem}.2.reparam_conv", "vision.stem_project"),
+        *conv(f"{stem}.0.reparam_conv", "vision.stem"),
+        *conv(f"{stem}.1.reparam_conv", "vision.stem_halve"),
+        *point(f"{stem}.2.reparam_conv", "vision.stem_project"),
     ]
     for number, stage in enumerate(c.stages):
         table += _stage_rules(f"{_TRUNK}.stages.{number}", f"vision.stages.{number}", stage)
     return [
         *table,
-        *_conv(last, "vision.last"),
+        *conv(f"{last}.reparam_conv", "vision.last"),
         *_squeeze(f"{last}.se", "vision.squeeze"),
         *linear(f"{_TRUNK}.head.fc", "vision.projection"),
     ]
@@ -333,12 +333,12 @@ def _stage_rules(theirs: str, ours: str, stage: FastViTStage) -> list[Rule]:
     table = []
     if stage.halve:
         down = f"{theirs}.downsample.proj"
-        table += _conv(f"{down}.0", f"{ours}.halve.conv")
+        table += conv(f"{down}.0.reparam_conv", f"{ours}.halve.conv")
         if stage.squeeze:
             table += _squeeze(f"{down}.0.se", f"{ours}.halve.squeeze")
-        table += _point(f"{down}.1.reparam_conv", f"{ours}.halve.project")
+        table += point(f"{down}.1.reparam_conv", f"{ours}.halve.project")
     if stage.position:
-        table += _conv(f"{theirs}.pos_emb", f"{ours}.position")
+        table += conv(f"{theirs}.pos_emb.reparam_conv", f"{ours}.position")
     for number in range(stage.depth):
         block, layer = f"{theirs}.blocks.{number}", f"{ours}.layers.{number}"
         if stage.heads:
@@ -346,28 +346,14 @@ def _stage_rules(theirs: str, ours: str, stage: FastViTStage) -> list[Rule]:
             table += fused(f"{qkv}.weight", f"{qkv}.bias", f"{layer}.attention", parts)
             table += out(f"{block}.token_mixer.proj", f"{layer}.attention.out")
         else:
-            table += _conv(f"{block}.token_mixer", f"{layer}.mixer")
+            table += conv(f"{block}.token_mixer.reparam_conv", f"{layer}.mixer")
         if stage.norm:
             table += norm(f"{block}.norm", f"{layer}.norm")
-        table += _conv(f"{block}.mlp.conv", f"{layer}.conv")
-        table += _point(f"{block}.mlp.fc1", f"{layer}.mlp.up")
-        table += _point(f"{block}.mlp.fc2", f"{layer}.mlp.down")
+        table += conv(f"{block}.mlp.conv.reparam_conv", f"{layer}.conv")
+        table += point(f"{block}.mlp.fc1", f"{layer}.mlp.up")
+        table += point(f"{block}.mlp.fc2", f"{layer}.mlp.down")
     return table
 
 
-def _conv(theirs: str, ours: str) -> list[Rule]:
-    return [
-        Rule(f"{theirs}.reparam_conv.weight", f"{ours}.kernel", CONV),
-        Rule(f"{theirs}.reparam_conv.bias", f"{ours}.bias"),
-    ]
-
-
-def _point(theirs: str, ours: str) -> list[Rule]:
-    return [
-        Rule(f"{theirs}.weight", f"{ours}.kernel", _POINT),
-        Rule(f"{theirs}.bias", f"{ours}.bias"),
-    ]
-
-
 def _squeeze(theirs: str, ours: str) -> list[Rule]:
-    return [*_point(f"{theirs}.fc1", f"{ours}.down"), *_point(f"{theirs}.fc2", f"{ours}.up")]
+    return [*point(f"{theirs}.fc1", f"{ours}.down"), *point(f"{theirs}.fc2", f"{ours}.up")]

@@ -1,6 +1,12 @@
 """Rules for the layers that every family from torch is made of."""
 
-from vlm.weights.rules import FLAT, LINEAR, OUT, Rule
+from vlm.weights.rules import CONV, FLAT, LINEAR, OUT, Rule, Transform
+
+POINT = Transform(  # a 1x1 convolution of torch's, OIHW, ours a matrix
+    lambda s: (s[1], s[0], 1, 1),
+    lambda x, s: x[:, :, 0, 0].T,
+    lambda x: x.T[:, :, None, None],
+)
 
 
 def norm(theirs: str, ours: str) -> list[Rule]:
@@ -32,4 +38,29 @@ def fused(weight: str, bias: str, ours: str, parts: tuple[str, ...]) -> list[Rul
     return [
         Rule(weight, tuple(f"{ours}.{part}.kernel" for part in parts), LINEAR),
         Rule(bias, tuple(f"{ours}.{part}.bias" for part in parts), FLAT),
+    ]
+
+
+def conv(theirs: str, ours: str) -> list[Rule]:
+    """A torch Conv2d."""
+    return [
+        Rule(f"{theirs}.weight", f"{ours}.kernel", CONV),
+        Rule(f"{theirs}.bias", f"{ours}.bias"),
+    ]
+
+
+def point(theirs: str, ours: str) -> list[Rule]:
+    """A torch Conv2d of 1x1 that is a Linear of ours."""
+    return [
+        Rule(f"{theirs}.weight", f"{ours}.kernel", POINT),
+        Rule(f"{theirs}.bias", f"{ours}.bias"),
+    ]
+
+
+def batch_norm(theirs: str, ours: str) -> list[Rule]:
+    """A torch BatchNorm with its statistics."""
+    return [
+        *norm(theirs, ours),
+        Rule(f"{theirs}.running_mean", f"{ours}.mean"),
+        Rule(f"{theirs}.running_var", f"{ours}.var"),
     ]

@@ -18,7 +18,7 @@ from vlm.config import (
     ViTConfig,
 )
 from vlm.errors import CheckpointError
-from vlm.weights import fastvit, timm
+from vlm.weights import fastvit, text_encoders, timm_towers
 from vlm.weights.checkpoint import Checkpoint, weights
 from vlm.weights.fields import (
     MAX_LAYERS,
@@ -32,7 +32,7 @@ from vlm.weights.fields import (
     whole,
     with_defaults,
 )
-from vlm.weights.layers import fused, heads, linear, norm, out
+from vlm.weights.layers import batch_norm, fused, heads, linear, norm, out
 from vlm.weights.processors import open_clip_preprocess
 from vlm.weights.rules import CONV, FIRST_ROW, FLAT, LINEAR, SCALAR, SCALAR_1, Rule
 from vlm.weights.vocabularies import check_vocabulary, open_clip_tokenizer
@@ -53,12 +53,13 @@ TEXT = {
     "embed_cls": False, "pad_id": 0, "eos_id": 2, "no_causal_mask": False,
     "final_ln_after_pool": False, "pool_type": "argmax", "proj_bias": False, "proj_type": "linear",
     "output_tokens": False, "act_kwargs": None, "norm_kwargs": None,
+    "hf_model_name": None, "hf_model_pretrained": True, "hf_proj_type": None,
+    "hf_pooler_type": None,
 }  # fmt: skip
 # ... and those that no known checkpoint sets, which are refused unless they are off.
 OFF = (
     "block_type", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn",
-    "scale_fc", "tokenizer_mode", "hf_model_name", "hf_model_pretrained", "hf_proj_type",
-    "hf_pooler_type",
+    "scale_fc", "tokenizer_mode",
 )  # fmt: skip
 
 # The names of its weights without their ending, best first.
@@ -87,6 +88,9 @@ def open_checkpoint(folder: epath.Path) -> Checkpoint:
     config = model_config(model, tensors.shapes, where)
     if isinstance(config.vision, FastViTConfig):
         tensors = fastvit.Fused(tensors, config.vision, model["vision_cfg"]["timm_model_name"])
+    encoder = text_encoders.reads(tensors.shapes)
+    if encoder:
+        tensors = text_encoders.Folded(tensors, config.text)
     tokenizer = open_clip_tokenizer(folder, model["text_cfg"], config)
     check_vocabulary(tokenizer, config, folder)
     image_size = config.vision.image_size
@@ -101,8 +105,16 @@ def open_checkpoint(folder: epath.Path) -> Checkpoint:
         rules(config, tensors.shapes),
         ignored,
         "bicubic_antialias",
-        "linear",
+        "cut" if encoder else "linear",
+        context_length=_context_length(model["text_cfg"]) if encoder else None,
     )
+
+
+def _context_length(text: dict[str, Any]) -> int:
+    """Of a text in front of an encoder of transformers, which has positions for more."""
+    return with_defaults(text, {"context_length": TEXT["context_length"]}, "text_cfg")[
+        "context_length"
+    ]
 
 
 def model_config(values: dict[str, Any], shapes: Shapes, where: str) -> ModelConfig:
@@ -124,13 +136,16 @@ def model_config(values: dict[str, Any], shapes: Shapes, where: str) -> ModelCon
     if name := string(vision["timm_model_name"] or "", f"{where}: vision_cfg.timm_model_name"):
         image_size = _side(vision["image_size"], f"{where}: vision_cfg.image_size")
         pool, proj = vision["timm_pool"], vision["timm_proj"]
-        family = fastvit if fastvit.NAME.match(name) else timm
-        image_tower = family.vision_config(name, image_size, pool, proj, shapes, where)
+        image_tower = timm_towers.vision_config(name, image_size, pool, proj, shapes, where)
     else:
         image_tower = _vision(vision, quick, where)
+    if text["hf_model_name"]:
+        text_tower = text_encoders.text_config(text, embed_dim, shapes, where)
+    else:
+        text_tower = _text(text, quick, where)
     return ModelConfig(
         image_tower,
-        _text(text, quick, embed_dim, where),
+        text_tower,
         embed_dim=embed_dim,
         loss="softmax" if bias is None else "sigmoid",
         init_bias=bias,
@@ -173,7 +188,7 @@ def _vision(c: dict[str, Any], quick: bool, where: str) -> ViTConfig | ResNetCon
     )
 
 
-def _text(c: dict[str, Any], quick: bool, embed_dim: int, where: str) -> TextConfig:
+def _text(c: dict[str, Any], quick: bool, where: str) -> TextConfig:
     pools = {"argmax": "argmax", "eos": "end", "first": "first", "last": "last"}
     if c["pool_type"] not in pools:
         raise CheckpointError(f"{where}: text_cfg.pool_type {c['pool_type']!r} is unknown to vlm")
@@ -221,11 +236,6 @@ def _epsilon(c: dict[str, Any], where: str) -> float:
 
 def _fields(given: Any, known: dict[str, Any], where: str) -> dict[str, Any]:
     given = fields(given, where)
-    if name := given.get("hf_model_name"):
-        raise CheckpointError(
-            f"{where}: the text tower {show(name)} of transformers is not one that vlm reads: it "
-            "reads open_clip's own"
-        )
     for name, value in given.items():
         if name not in known and (name not in OFF or value not in (None, False)):
             raise CheckpointError(f"{where} has {name} {show(value)}, which vlm does not know")
@@ -268,14 +278,15 @@ def rules(config: ModelConfig, shapes: Shapes) -> list[Rule]:
         logits.append(Rule("logit_bias", "logit_bias", scalar))
     if isinstance(config.vision, ResNetConfig):
         image = _resnet_rules(config.vision.depths)
-    elif isinstance(config.vision, FastViTConfig):
-        image = fastvit.rules(config.vision)
-    elif config.vision.pool == "map" or config.vision.projection == "linear_bias":
-        # Of timm's towers alone.
-        image = timm.rules(config.vision)
+    elif (family := timm_towers.family_of(config.vision)) is not None:
+        image = family.rules(config.vision)
     else:
         image = _vision_rules(config)
-    return [*logits, *image, *_text_rules(config.text, prefix)]
+    if text_encoders.reads(shapes):
+        text = text_encoders.rules(config.text)
+    else:
+        text = _text_rules(config.text, prefix)
+    return [*logits, *image, *text]
 
 
 def _blocks(theirs: str, ours: str, *, layer_scale: bool) -> list[Rule]:
@@ -319,29 +330,21 @@ def _vision_rules(config: ModelConfig) -> list[Rule]:
     ]
 
 
-def _batch_norm(theirs: str, ours: str) -> list[Rule]:
-    return [
-        *norm(theirs, ours),
-        Rule(f"{theirs}.running_mean", f"{ours}.mean"),
-        Rule(f"{theirs}.running_var", f"{ours}.var"),
-    ]
-
-
 def _resnet_rules(stages: tuple[int, ...]) -> list[Rule]:
     table = []
     for i in range(3):
         table.append(Rule(f"visual.conv{i + 1}.weight", f"vision.stem.{i}.kernel", CONV))
-        table += _batch_norm(f"visual.bn{i + 1}", f"vision.stem_norms.{i}")
+        table += batch_norm(f"visual.bn{i + 1}", f"vision.stem_norms.{i}")
     for stage, depth in enumerate(stages):
         for block in range(depth):
             theirs, ours = f"visual.layer{stage + 1}.{block}", f"vision.stages.{stage}.{block}"
             for i in (1, 2, 3):
                 table.append(Rule(f"{theirs}.conv{i}.weight", f"{ours}.conv{i}.kernel", CONV))
-                table += _batch_norm(f"{theirs}.bn{i}", f"{ours}.norm{i}")
+                table += batch_norm(f"{theirs}.bn{i}", f"{ours}.norm{i}")
             if block == 0:  # a stage begins with another width or size
                 short = f"{theirs}.downsample"
                 table.append(Rule(f"{short}.0.weight", f"{ours}.shortcut.kernel", CONV))
-                table += _batch_norm(f"{short}.1", f"{ours}.shortcut_norm")
+                table += batch_norm(f"{short}.1", f"{ours}.shortcut_norm")
     pool = "visual.attnpool"
     return [
         *table,
@@ -399,4 +402,8 @@ def _text_rules(c: TextConfig, prefix: str) -> list[Rule]:
 
 def ignored(name: str) -> bool:
     """Buffers that hold nothing learned, and CoCa's captioning half."""
-    return name.endswith(("attn_mask", "num_batches_tracked")) or name.startswith("text_decoder.")
+    return (
+        name.endswith(("attn_mask", "num_batches_tracked"))
+        or name.startswith("text_decoder.")
+        or text_encoders.ignored(name)
+    )

@@ -66,6 +66,14 @@ def leading(count: int) -> Transform:
     )
 
 
+# Their class token has no position; ours has the first row, which is then zero.
+WITHOUT_FIRST = Transform(
+    lambda s: (1, s[0] - 1, s[1]),
+    lambda x, s: np.concatenate([np.zeros_like(x[0, :1]), x[0]]),
+    lambda x: x[None, 1:],
+)
+
+
 @dataclass(frozen=True)
 class Rule:
     """One row: their name, our name, the change of layout. "{}" is the number of a layer.

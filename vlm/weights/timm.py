@@ -7,7 +7,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from vlm.config import ViTConfig
+from vlm.config import VisionTowerConfig, ViTConfig
 from vlm.errors import CheckpointError
 from vlm.weights.layers import fused, heads, linear, norm, out
 from vlm.weights.rules import CONV, Rule, leading
@@ -15,6 +15,11 @@ from vlm.weights.rules import CONV, Rule, leading
 _SIGLIP = re.compile(r"vit_(base|large|so400m|giantopt)_patch(\d+)_siglip_(\d+)(\..*)?$")
 _PE = re.compile(r"vit_pe_core_(tiny|small|base|large|gigantic)_patch(\d+)_(\d+)(\..*)?$")
 _CLIP = re.compile(r"vit_(base|large)_patch(\d+)_clip_(\d+)(\..*)?$")  # MobileCLIP2-L-14's
+NAME = re.compile("|".join(pattern.pattern for pattern in (_SIGLIP, _PE, _CLIP)))
+READS = (
+    "vit_*_siglip_* and vit_pe_core_* with attention pooling, vit_{base,large}_patch*_clip_* with "
+    "the class token"
+)
 # Those of SigLIP's made with tanh-GELU instead of the exact one.
 _TANH = re.compile(r"vit_(base_patch32|large_patch16_siglip_512|so400m_patch16|giantopt)")
 _PE_POOL_HEADS = 8
@@ -132,9 +137,8 @@ def vision_config(
     family = next((f for f in _FAMILIES if f[0].match(name) and f[1] == ends), None)
     if family is None:
         raise CheckpointError(
-            f"{where}: the image tower {name!r} is not one that vlm reads: of timm's it reads "
-            "vit_*_siglip_* and vit_pe_core_* with attention pooling, fastvit_mci* with the mean, "
-            "and vit_{base,large}_patch*_clip_* with the class token, without extra projection"
+            f"{where}: the image tower {name!r} has timm_pool {pool!r} and timm_proj {proj!r}: vlm "
+            f"reads {READS}, without an extra projection"
         )
     pattern, _, _, sizes = family
     try:
@@ -143,13 +147,18 @@ def vision_config(
         pool_mlp_dim = shapes["visual.trunk.attn_pool.mlp.fc1.weight"][0] if pool == "map" else None
     except (KeyError, ValueError):
         raise CheckpointError(f"{where}: the weights are not those of timm's {name}") from None
-    depth = sum(bool(re.fullmatch(r"visual\.trunk\.blocks\.\d+\.norm1\.weight", n)) for n in shapes)
+    depth = block_count(shapes)
     return dataclasses.replace(
         _tower(family, name, width, depth, sizes[pattern.match(name)[1]][2], mlp_dim),
         image_size=image_size,
         patch_size=patch_size,
         pool_mlp_dim=pool_mlp_dim if pattern is _PE else None,
     )
+
+
+def block_count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many blocks the tensors of one of timm's towers are of."""
+    return sum(bool(re.fullmatch(r"visual\.trunk\.blocks\.\d+\.norm1\.weight", n)) for n in shapes)
 
 
 def tower_name(config: ViTConfig) -> str:
@@ -189,19 +198,26 @@ def _spelled_out(c: ViTConfig) -> dict[str, object]:
 _TRUNK, _BLOCK, _OURS = "visual.trunk", "visual.trunk.blocks.{}", "vision.transformer.blocks"
 
 
+def attention_rules() -> list[Rule]:
+    """Of the blocks of timm's ViT: all but the MLP."""
+    return [
+        *norm(f"{_BLOCK}.norm1", f"{_OURS}.attention_norm"),
+        *fused(
+            f"{_BLOCK}.attn.qkv.weight",
+            f"{_BLOCK}.attn.qkv.bias",
+            f"{_OURS}.attention",
+            ("query", "key", "value"),
+        ),
+        *out(f"{_BLOCK}.attn.proj", f"{_OURS}.attention.out"),
+        *norm(f"{_BLOCK}.norm2", f"{_OURS}.mlp_norm"),
+    ]
+
+
 _TOWER_RULES: list[Rule] = [
     Rule(f"{_TRUNK}.patch_embed.proj.weight", "vision.stem.kernel", CONV),
     Rule(f"{_TRUNK}.patch_embed.proj.bias", "vision.stem.bias"),
     Rule(f"{_TRUNK}.pos_embed", "vision.position", leading(1)),
-    *norm(f"{_BLOCK}.norm1", f"{_OURS}.attention_norm"),
-    *fused(
-        f"{_BLOCK}.attn.qkv.weight",
-        f"{_BLOCK}.attn.qkv.bias",
-        f"{_OURS}.attention",
-        ("query", "key", "value"),
-    ),
-    *out(f"{_BLOCK}.attn.proj", f"{_OURS}.attention.out"),
-    *norm(f"{_BLOCK}.norm2", f"{_OURS}.mlp_norm"),
+    *attention_rules(),
     *linear(f"{_BLOCK}.mlp.fc1", f"{_OURS}.mlp.up"),
     *linear(f"{_BLOCK}.mlp.fc2", f"{_OURS}.mlp.down"),
     *norm(f"{_TRUNK}.norm", "vision.norm"),
@@ -220,6 +236,24 @@ _POOL_RULES: list[Rule] = [
     *linear(f"{_TRUNK}.attn_pool.mlp.fc1", "vision.pool.mlp.up"),
     *linear(f"{_TRUNK}.attn_pool.mlp.fc2", "vision.pool.mlp.down"),
 ]
+
+
+def owns(config: VisionTowerConfig) -> bool:
+    """Whether a tower is one of these: they pool by attention, or end in a layer with a bias."""
+    return isinstance(config, ViTConfig) and (
+        config.pool == "map" or config.projection == "linear_bias"
+    )
+
+
+def options(c: ViTConfig) -> dict[str, str | None]:
+    """The fields of a `vision_cfg` that make this tower of timm's.
+
+    Raises:
+        CheckpointError: timm has no name for it.
+    """
+    # PE's head is timm's own classifier; "none" is of a tower without one.
+    proj = "none" if c.projection == "none" else None
+    return {"timm_model_name": tower_name(c), "timm_pool": "map", "timm_proj": proj}
 
 
 def rules(c: ViTConfig) -> list[Rule]:

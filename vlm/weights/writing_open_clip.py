@@ -16,7 +16,7 @@ from vlm.errors import CheckpointError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
-from vlm.weights import open_clip, timm
+from vlm.weights import open_clip, timm, timm_towers
 from vlm.weights.files import write_safetensors
 from vlm.weights.rules import write
 from vlm.weights.writing_parts import check, dump, refuse, tokenizer_files
@@ -70,13 +70,17 @@ def open_clip_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
         image_tower = _resnet(vision)
     elif isinstance(vision, FastViTConfig):
         refuse("open_clip", ["a FastViT whose branches are fused"])
-    elif vision.pool == "query":
+    elif isinstance(vision, ViTConfig) and vision.pool == "query":
         raise CheckpointError(
             "open_clip opens a CoCa with its captioning decoder alone, and this is the contrastive "
             "half, which has none: save the model as a vlm bundle instead"
         )
-    elif vision.pool == "map":
-        image_tower = _timm(vision)
+    elif (family := timm_towers.family_of(vision)) not in (None, timm) or (vision.pool == "map"):
+        image_tower = {
+            "image_size": vision.image_size,
+            "timm_model_pretrained": False,
+            **family.options(vision),
+        }
     else:
         image_tower = _native(config)
     values: dict[str, Any] = {
@@ -122,17 +126,6 @@ def _resnet(c: ResNetConfig) -> dict[str, Any]:
         "width": c.width,
         "head_width": c.width * 32 // c.heads,
         "patch_size": None,
-    }
-
-
-def _timm(c: ViTConfig) -> dict[str, Any]:
-    return {
-        "image_size": c.image_size,
-        "timm_model_name": timm.tower_name(c),
-        "timm_model_pretrained": False,
-        "timm_pool": "map",
-        # PE's head is timm's own classifier; "none" is of a tower without one.
-        "timm_proj": "none" if c.projection == "none" else None,
     }
 
 

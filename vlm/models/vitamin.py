@@ -1,0 +1,80 @@
+"""ViTamin (arXiv:2404.02132): stages of convolutions, then blocks with a gated MLP."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from vlm.config import ViTaminConfig
+from vlm.models.counting import projection_flops
+from vlm.models.ends import projection
+from vlm.nn.layers import LayerNorm
+from vlm.nn.transformer import Execution, Transformer
+from vlm.nn.vitamin import EXPANSION, ConvStages
+
+
+class ViTaminTower(nnx.Module):
+    """Normalised images to embeddings of `embed_dim` dimensions (not yet of unit norm)."""
+
+    def __init__(
+        self, config: ViTaminConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs
+    ):
+        c, dtype = config, execution.dtype
+        self.config = config
+        self.dtype = dtype
+        self.stem = ConvStages(
+            c.stem_width,
+            c.conv_widths,
+            c.conv_depths,
+            c.width,
+            norm_eps=c.norm_eps,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        normal = nnx.initializers.normal(c.width**-0.5)
+        self.position = nnx.Param(normal(rngs.params(), (c.tokens(), c.width)))
+        self.transformer = Transformer(
+            c.width,
+            c.depth,
+            c.heads,
+            c.mlp_dim,
+            act="gelu",
+            norm_eps=c.norm_eps,
+            mlp="geglu",
+            execution=execution,
+            rngs=rngs,
+        )
+        self.norm = LayerNorm(c.width, c.norm_eps, rngs=rngs)
+        self.projection = projection(c, c.width, embed_dim, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, images: Float[Array, "b h w 3"], *, keys: Key[Array, "b"] | None = None
+    ) -> Float[Array, "b e"]:
+        """Embed images; nothing here is random."""
+        x = self.stem(images)
+        x = self.transformer(x + self.position[...].astype(x.dtype), keys=keys)
+        x = self.norm(x.astype(jnp.float32).mean(1)).astype(self.dtype)
+        return x if self.projection is None else self.projection(x)
+
+
+def flops(config: ViTaminConfig, embed_dim: int, *, training: bool = False) -> dict[str, float]:
+    """Forward FLOPs of one image, by part: stem, projections, scores, mlp, projection."""
+    c, size = config, config.image_size // 2
+    stem = 2 * size**2 * 9 * (3 * c.stem_width + c.stem_width**2)
+    inputs = c.stem_width
+    for outputs, depth in zip(c.conv_widths, c.conv_depths, strict=True):
+        hidden = EXPANSION * outputs
+        for number in range(depth):
+            before = size
+            size = (size + 1) // 2 if number == 0 else size
+            stem += 2 * before**2 * inputs * hidden + 2 * size**2 * hidden * (9 + outputs)
+            stem += 2 * size**2 * inputs * outputs * (inputs != outputs)
+            inputs = outputs
+    tokens = c.tokens()
+    stem += 2 * tokens * 9 * inputs * c.width
+    return {
+        "stem": stem,
+        "projections": c.depth * 2 * tokens * 4 * c.width**2,
+        "scores": c.depth * 4 * tokens**2 * c.width,
+        "mlp": c.depth * 2 * tokens * 3 * c.width * c.mlp_dim,
+        "projection": projection_flops(c, c.width, embed_dim),
+    }

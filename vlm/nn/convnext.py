@@ -1,0 +1,76 @@
+"""The parts of ConvNeXt (Liu et al., 2022, arXiv:2201.03545)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from vlm.nn.fastvit import Conv
+from vlm.nn.layers import LayerNorm, Mlp
+from vlm.nn.patches import PatchConv
+from vlm.nn.remat import checkpoint_policy
+from vlm.nn.transformer import Execution
+
+LAYER_SCALE = 1e-6  # where the factors of a block start
+
+
+class ConvNeXtBlock(nnx.Module):
+    """A depthwise 7x7 convolution and an MLP over the channels, added to the block's input."""
+
+    def __init__(
+        self, width: int, mlp_dim: int, *, norm_eps: float, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        self.conv = Conv(width, width, 7, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(width, norm_eps, rngs=rngs)
+        self.mlp = Mlp(width, mlp_dim, "gelu", dtype=dtype, rngs=rngs)
+        self.scale = nnx.Param(jnp.full(width, LAYER_SCALE))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        y = self.mlp(self.norm(self.conv(x)))
+        return x + y * self.scale[...].astype(y.dtype)
+
+
+class ConvNeXtStage(nnx.Module):
+    """Blocks of one width, stacked along a leading axis, after a halving where there is one."""
+
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        depth: int,
+        mlp_dim: int,
+        *,
+        halve: bool,
+        norm_eps: float,
+        execution: Execution,
+        rngs: nnx.Rngs,
+    ):
+        dtype = execution.dtype
+        self.halve_norm = LayerNorm(inputs, norm_eps, rngs=rngs) if halve else None
+        self.halve = PatchConv(2, inputs, width, dtype=dtype, rngs=rngs) if halve else None
+
+        @nnx.split_rngs(splits=depth)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> ConvNeXtBlock:
+            return ConvNeXtBlock(width, mlp_dim, norm_eps=norm_eps, dtype=dtype, rngs=rngs)
+
+        self.blocks = stack(rngs)
+        self.depth = depth
+        self.remat, self.scan = execution.remat, execution.scan
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
+        if self.halve is not None:
+            x = self.halve(self.halve_norm(x))
+        block, parameters = nnx.split(self.blocks)
+
+        def layer(x, parameters):
+            return nnx.merge(block, parameters)(x), None
+
+        if self.remat != "none":
+            policy = checkpoint_policy(self.remat)
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=not self.scan)
+        unroll = 1 if self.scan else self.depth
+        x, _ = lax.scan(layer, x, nnx.to_pure_dict(parameters), unroll=unroll)
+        return x
