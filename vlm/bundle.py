@@ -8,7 +8,6 @@ import collections
 import functools
 import itertools
 import math
-import os
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -29,7 +28,7 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
 from vlm.nn.naflex import Patches
-from vlm.paths import cache_dir
+from vlm.paths import keep_compiled_programs
 from vlm.weights import own
 from vlm.weights.building import Tower, abstract_model, fill_towers, parameter_shardings
 from vlm.weights.opening import open_model
@@ -314,7 +313,7 @@ def load(
         ConfigError: a size that the model cannot take.
         ShardingError: a mesh with axes that no rule speaks of.
     """
-    _use_compilation_cache()
+    keep_compiled_programs()
     kind, place = _dtype(dtype), None if mesh is None else parameter_shardings(mesh)
     checkpoint, name = open_model(model, revision)
     config, preprocess = at_image_size(checkpoint.config, checkpoint.preprocess, image_size)
@@ -361,10 +360,3 @@ def _to_host(array: jax.Array) -> np.ndarray:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
-
-
-def _use_compilation_cache() -> None:
-    """Keep compiled programs across processes, unless the user has said where or not to."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", os.fspath(cache_dir() / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,10 +1,12 @@
 """Local and remote paths, and the cache folder. A remote path is `gs://...` or `s3://...`."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 from etils import epath
 
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, VlmError
 
 
 def cache_dir() -> epath.Path:
@@ -51,3 +53,68 @@ def as_path(path: epath.PathLike) -> epath.Path:
 def is_remote(path: epath.PathLike) -> bool:
     """Whether `path` names a bucket rather than this machine's disk."""
     return "://" in os.fspath(path)
+
+
+def on_disk(path: epath.PathLike) -> epath.Path:
+    """`path` from the root of the disk. A remote path is whole already (epath would break it)."""
+    return epath.Path(path) if is_remote(path) else epath.Path(path).absolute()
+
+
+@contextlib.contextmanager
+def in_one_sentence(what: str, mend: str) -> Iterator[None]:
+    """Errors of a disk or bucket in here end as "WHAT (why): MEND".
+
+    Raises:
+        ConfigError: that sentence; for a bucket it says what is wrong with it, or with the
+            credentials.
+    """
+    try:
+        yield
+    except VlmError:
+        raise
+    except Exception as error:  # the clients of buckets have errors of their own
+        why = why_not(error)
+        if why is None:
+            raise
+        raise ConfigError(f"{what} ({why}): {mend}") from error
+
+
+# What the clients of buckets say, by a part of it, and what it means. The first that fits counts.
+_MEANINGS = (
+    ("extra", "gs:// paths need the extra gcs: pip install 'vlm-jax[gcs]'"),
+    ("credentials", "the machine has no credentials for it: run `gcloud auth application-default "
+     "login`, or give the machine a service account"),
+    ("forbidden", "the machine's account may not do this: grant it Storage Object Admin on the "
+     "bucket"),
+    ("bucket", "there is no such bucket"),
+)  # fmt: skip
+_SIGNS = {
+    "extra": ("should be installed", "no module named"),
+    "credentials": ("credentials", "anonymous caller", "unauthenticated", "401"),
+    "forbidden": ("forbidden", "permission_denied", "permission denied to", "403"),
+    "bucket": ("bucket does not exist", "/upload/storage", "specified bucket", "not_found"),
+}
+
+
+def why_not(error: Exception) -> str | None:
+    """Why a disk or bucket refused, in a few words; None for an error of another kind."""
+    said = " ".join(f"{type(error).__name__} {error}".split())
+    here = isinstance(error, OSError) and error.errno is not None
+    if here:
+        return error.strerror or str(error)
+    for meaning, sentence in _MEANINGS:
+        if any(sign in said.lower() for sign in _SIGNS[meaning]):
+            return sentence
+    remote = ("gcsfs", "aiohttp", "google", "requests", "fsspec", "botocore", "s3fs")
+    if isinstance(error, OSError) or type(error).__module__.split(".")[0] in remote:
+        return said[:300]
+    return None
+
+
+def keep_compiled_programs() -> None:
+    """Keep what JAX compiles in the cache folder, unless the user has said where or not to."""
+    import jax  # this module is light for those who only name paths
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", os.fspath(cache_dir() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,6 +124,14 @@ class Bucket:
         self._proxy.server_close()
         self._server.kill()
         self._server.wait()
+
+    def write(self, name: str, content: bytes) -> None:
+        """Put an object there, at once."""
+        host, port = self.backend
+        place = f"/upload/storage/v1/b/{NAME}/o?uploadType=media&name={urllib.parse.quote(name)}"
+        request = urllib.request.Request(f"http://{host}:{port}{place}", content, method="POST")
+        with urllib.request.urlopen(request) as answer:
+            answer.read()
 
     def environment(self) -> dict[str, str]:
         """What tells clients to come here: gcsfs and Google's client, and TensorStore."""

@@ -38,6 +38,7 @@ def test_a_variable_that_is_no_number_is_named(monkeypatch, variable):
 
 def test_alone_everything_is_itself():
     assert processes.broadcast_text("run/é") == "run/é"
+    assert processes.exchange_texts("run/é") == ["run/é"]
     with processes.first_process_first():
         pass
     with pytest.raises(TrainingError, match=r"^as it was$"), processes.stop_all_on_failure():

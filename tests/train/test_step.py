@@ -13,7 +13,9 @@ from vlm import sharding
 from vlm.config import Experiment, MeshConfig
 from vlm.errors import TrainingError
 from vlm.sharding import global_batch, make_mesh, path_names
+from vlm.train.activity import Activity
 from vlm.train.logs import Logs
+from vlm.train.mirror import Mirror
 from vlm.train.run import Run
 from vlm.train.step import Trainer, TrainState
 
@@ -141,15 +143,20 @@ def test_the_log_stops_or_counts(tiny, tmp_path, nonfinite):
     experiment = tiny(run_dir=str(tmp_path / "run"), optimizer={"nonfinite": nonfinite})
     whole = Run.create(experiment)
     fine = {"loss": jnp.float32(1), "finite": jnp.array(True), "tokens": jnp.float32(5)}
-    with Logs(whole, first_step=0, total_steps=8) as logs:
-        for step in (1, 2):
-            logs.step(step, fine, 0.0)
-        logs.step(3, fine | {"finite": jnp.array(False)}, 0.0)
+    with (
+        Mirror(whole.folder) as mirror,
+        Logs(whole, mirror, Activity(), first_step=0, total_steps=8) as logs,
+    ):
+        for step in (1, 2, 4, 5):
+            logs.step(step, fine)
+            if step == 2:
+                logs.step(3, fine | {"finite": jnp.array(False)})
+        # The row of step 4 is written when the device has surely come so far.
         if nonfinite == "stop":
             with pytest.raises(TrainingError, match=r"not finite at step 3.*nonfinite skip"):
-                logs.step(4, fine, 0.0)
+                logs.step(6, fine)
         else:
-            logs.step(4, fine, 0.0)
+            logs.step(6, fine)
     assert '"nonfinite": 1' in whole.log.read_text()
 
 

@@ -5,15 +5,15 @@ from typing import Any
 
 from vlm.cli import parse
 from vlm.cli.parse import UsageError
-from vlm.config import load_config
+from vlm.config import Experiment, load_config
 
 ABOUT = """\
 Train the model that a config describes. Every field of the config is an option; the defaults shown
 are those of {config}.
 
 Progress goes to stderr, and the run folder is printed at the end. Ctrl-C saves a checkpoint and
-leaves; a second one stops at once. A run goes on with --resume, and with nothing else: its config
-is its own.
+leaves; a second one stops at once. A run goes on with --resume and its own config; what leaves its
+checkpoints valid may be changed beside it (mesh, length, learning rate, rhythms, workers).
 
 Several hosts: start the same command on each. Cloud TPU, SLURM, Open MPI and Kubernetes are found
 by themselves; elsewhere add --coordinator HOST:PORT --processes N --process-id I, or set
@@ -23,11 +23,12 @@ Examples:
   vlm train configs/openmoji.py
   vlm train configs/openmoji.py --optimizer.learning-rate 3e-4 --epochs 10
   vlm train --resume runs/openmoji
+  vlm train --resume runs/openmoji --mesh.fsdp 4 --checkpoint-minutes 5
   vlm train --resume runs/openmoji --coordinator 10.0.0.1:1234 --processes 2 --process-id 0"""
 
 USAGE = """\
 usage: vlm train CONFIG [--FIELD VALUE ...]
-       vlm train --resume RUN
+       vlm train --resume RUN [--FIELD VALUE ...]
 
 {about}
 
@@ -45,13 +46,11 @@ def main(args: list[str]) -> None:
         raise UsageError("vlm train needs a config, such as configs/openmoji.py")
     first, *rest = args[0].split("=", 1) + args[1:]
     if first == "--resume":
-        if len(rest) != 1:
-            raise UsageError(
-                "a run is resumed as it was: vlm train --resume RUN, with nothing beside it"
-                if rest
-                else "--resume needs the folder of the run: vlm train --resume RUN"
-            )
-        return _train(hosts, resume=rest[0])
+        if not rest or rest[0].startswith("-"):
+            raise UsageError("--resume needs the folder of the run: vlm train --resume RUN")
+        run, *options = rest
+        changed = _changed(run, options) if options else None
+        return _train(hosts, changed, resume=run)
     if first.startswith("-"):
         raise UsageError(f"the config comes first: vlm train CONFIG {first} ...")
     about = ABOUT.format(config=first)
@@ -83,7 +82,21 @@ def _hosts(args: list[str]) -> tuple[list[str], dict[str, Any]]:
     return rest, hosts
 
 
-def _train(hosts: dict[str, Any], *given: Any, resume: str | None = None) -> None:
+def _changed(run: str, options: list[str]) -> Experiment:
+    """The experiment of a run with the fields that `options` name."""
+    from vlm.paths import as_path
+    from vlm.train.changes import LENGTHS, without_length
+    from vlm.train.run import experiment_in
+
+    experiment = experiment_in(as_path(run))
+    if any(option.split("=")[0] in {f"--{name}" for name in LENGTHS} for option in options):
+        experiment = without_length(experiment)
+    return parse.options(
+        experiment, "vlm train --resume RUN", options, ABOUT.format(config="that run")
+    )
+
+
+def _train(hosts: dict[str, Any], experiment: Experiment | None, resume: str | None = None) -> None:
     import jax
 
     from vlm.cluster import processes
@@ -91,6 +104,6 @@ def _train(hosts: dict[str, Any], *given: Any, resume: str | None = None) -> Non
     processes.start(**hosts)
     from vlm.train.loop import train
 
-    folder = train(*given, resume=resume)
+    folder = train(experiment, resume=resume)
     if jax.process_index() == 0:
         print(os.fspath(folder))

@@ -5,12 +5,13 @@ is gone ends everywhere, in a bounded time, with a sentence that says which one 
 """
 
 import contextlib
+import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
-import numpy as np
+from jax._src.distributed import global_state  # its key-value store has no public name yet
 from jax.experimental import multihost_utils
 
 from vlm.cluster import watch
@@ -87,13 +88,32 @@ def first_process_first() -> Iterator[None]:
 
 
 def broadcast_text(text: str) -> str:
-    """The text of process 0, in all processes; at most 4,096 bytes of it."""
+    """The text of process 0, in all processes; no device takes part."""
+    return text if jax.process_count() == 1 else _put(text)(0)
+
+
+def exchange_texts(text: str) -> list[str]:
+    """The texts of all processes, by their index, in all processes; no device takes part."""
     if jax.process_count() == 1:
-        return text
-    room = np.zeros(4096, np.uint8)
-    encoded = np.frombuffer(text.encode()[: len(room)], np.uint8)
-    room[: len(encoded)] = encoded
-    return bytes(multihost_utils.broadcast_one_to_all(room)).rstrip(b"\0").decode(errors="ignore")
+        return [text]
+    get = _put(text)
+    return [get(process) for process in range(jax.process_count())]
+
+
+def process_name(process: int | None = None) -> str:
+    """What messages call a process, by default this one."""
+    return watch.name(jax.process_index() if process is None else process)
+
+
+_calls = itertools.count()  # all processes make the same calls in the same order
+_LONG = 7 * 24 * 3600 * 1000  # milliseconds: a process that died is noticed by the watch
+
+
+def _put(text: str) -> Callable[[int], str]:
+    """Lay down this process's text, and return how to get that of another one."""
+    client, place = global_state.client, f"vlm/said/{next(_calls)}/"
+    client.key_value_set(f"{place}{jax.process_index()}", f"={text}")
+    return lambda process: client.blocking_key_value_get(f"{place}{process}", _LONG)[1:]
 
 
 def _number(given: int | None, variable: str) -> int | None:

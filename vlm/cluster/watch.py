@@ -18,6 +18,7 @@ PERIOD = 1.0  # seconds between signs of life
 # Seconds without one after which a process counts as gone; JAX's own limit comes long after.
 PATIENCE = float(os.environ.get("VLM_PATIENCE", 30))
 _VERDICT, _ALIVE = "vlm/verdict", "vlm/alive/"
+_doing = ""  # what this process is at, told with each sign of life
 
 
 def start() -> None:
@@ -29,12 +30,28 @@ def start() -> None:
 
 def end_all(error: Exception) -> None:
     """Have all processes end, each with a sentence that says what happened in this one."""
-    said = f"{_name(jax.process_index())} failed: {error}"
+    said = f"{name(jax.process_index())} failed: {error}"
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first
         global_state.client.key_value_set(_VERDICT, said)
     _linger()
     # JAX's own way out waits for processes that will never come.
     atexit.register(_leave)
+
+
+def tell(doing: str) -> None:
+    """Have the other processes know what this one is doing, from its next sign of life on."""
+    global _doing
+    _doing = doing
+
+
+def told() -> dict[int, tuple[str, str]]:
+    """(host, what it is doing) of each process, as its last sign of life told it."""
+    try:
+        signs = global_state.client.key_value_dir_get(_ALIVE)
+    except jax.errors.JaxRuntimeError:
+        return {}
+    parts = {int(key.removeprefix(_ALIVE)): sign.split(" ", 2) for key, sign in signs}
+    return {process: (host, doing) for process, (_, host, doing) in sorted(parts.items())}
 
 
 def _watch() -> None:
@@ -48,7 +65,7 @@ def _watch() -> None:
             seen = {i: (last, time.monotonic()) for i, (last, _) in seen.items()}
         looked = time.monotonic()
         try:
-            client.key_value_set(f"{_ALIVE}{me}", f"{beat} {socket.gethostname()}", True)
+            client.key_value_set(f"{_ALIVE}{me}", f"{beat} {socket.gethostname()} {_doing}", True)
             verdict = _get(client, _VERDICT)
             if me == 0 and verdict is None:
                 verdict = _missing(dict(client.key_value_dir_get(_ALIVE)), seen)
@@ -56,7 +73,7 @@ def _watch() -> None:
                     client.key_value_set(_VERDICT, verdict)
         except jax.errors.JaxRuntimeError:
             return  # process 0 is gone, and JAX ends us (see `report_death`), or we are at the end
-        if verdict is not None and not verdict.startswith(_name(me)):
+        if verdict is not None and not verdict.startswith(name(me)):
             print(_end_message(verdict), file=sys.stderr, flush=True)
             _linger()
             _leave()
@@ -71,8 +88,8 @@ def _missing(beats: dict[str, str], seen: dict[int, tuple[str, float]]) -> str |
         if new != beat:
             seen[process] = new, now
         elif now - when > PATIENCE:
-            host = f" on {beat.split(' ', 1)[1]}" if beat else ""
-            return f"{_name(process)}{host} died: it gave no sign of life for {PATIENCE:.0f} s"
+            host = f" on {beat.split(' ')[1]}" if beat else ""
+            return f"{name(process)}{host} died: it gave no sign of life for {PATIENCE:.0f} s"
     return None
 
 
@@ -85,7 +102,8 @@ def _get(client, key: str) -> str | None:
         raise
 
 
-def _name(process: int) -> str:
+def name(process: int) -> str:
+    """What messages call a process."""
     return f"process {process} of {jax.process_count()}"
 
 
@@ -110,7 +128,7 @@ def _start_death_reporter() -> None:
     global _death_reporter
     address = global_state.coordinator_address
     host, _, port = address.rpartition(":")
-    sentence = _end_message(f"{_name(0)} at {address} died")
+    sentence = _end_message(f"{name(0)} at {address} died")
     _death_reporter = subprocess.Popen(
         [sys.executable, "-S", "-E", report_death.__file__, host.strip("[]"), port, sentence],
         stdin=subprocess.PIPE,

@@ -130,7 +130,9 @@ class Experiment:
     log_every: int = 10  # steps
     eval_every: float | None = None  # share of the run; None: at the end alone
     checkpoint_every: float = 0.25  # share of the run
-    keep_checkpoints: int = 2
+    checkpoint_minutes: float | None = 15.0  # and so long after the one before
+    keep_checkpoints: int = 2  # the newest ones
+    keep_hours: float | None = None  # and for good, one of every so many hours
     profile: tuple[int, int] | None = None  # first and last step of a trace by jax.profiler
     run_dir: str | None = None  # None: runs/NAME-DATE
 
@@ -151,6 +153,10 @@ class Experiment:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}: make it at least 1")
+        for name in ("checkpoint_minutes", "keep_hours"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} is {value}: make it positive, or leave it out")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size "

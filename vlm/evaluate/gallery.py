@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vlm.errors import DataError
 from vlm.inputs.opening import open_image
+from vlm.paths import as_path
 
 # All lengths in pixels of the file, which is drawn for screens of two pixels per point.
 PICTURE, PADDING, GAP, RADIUS = 190, 20, 24, 20
@@ -74,7 +75,8 @@ def gallery_png(
             is_right = right is not None and caption == right[i]
             _caption_line(draw, font, (x, y), caption, score, is_right)
             y += LINE
-    sheet.save(path, "PNG")
+    with as_path(path).open("wb") as file:  # a bucket's too
+        sheet.save(file, "PNG")
 
 
 def _caption_line(

@@ -18,8 +18,9 @@ from vlm.evaluate.runner import Report, Result, provenance
 from vlm.evaluate.tasks import DataInfo
 from vlm.heads.zero_shot import to_scores
 from vlm.inputs.tokenizer import Tokenizer
+from vlm.train.console import print_on_first_process
 from vlm.train.evaluation import Embedder, Inputs, Pixels, info, open_task
-from vlm.train.logs import print_on_first_process, read_log
+from vlm.train.logs import read_log
 from vlm.train.run import Run
 from vlm.train.step import Trainer, TrainState
 

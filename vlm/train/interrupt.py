@@ -1,9 +1,15 @@
 """Leaving a run early: Ctrl-C, SIGTERM and the preemption notices of clusters."""
 
+import os
 import signal
+import time
 
 import jax
 from jax.experimental import multihost_utils
+
+# Seconds between a notice of preemption and the end: 30 on Google's machines and in Kubernetes,
+# unless its terminationGracePeriodSeconds says more.
+GRACE = float(os.environ.get("VLM_GRACE", 30))
 
 
 class Interrupted:
@@ -14,7 +20,7 @@ class Interrupted:
     """
 
     def __enter__(self) -> "Interrupted":
-        self._asked = False
+        self._asked: float | None = None  # when
         self._alone = jax.process_count() == 1
         signals = (signal.SIGINT, signal.SIGTERM) if self._alone else (signal.SIGINT,)
         self._previous = {s: signal.signal(s, self._ask) for s in signals}
@@ -25,12 +31,30 @@ class Interrupted:
             signal.signal(number, handler)
 
     def _ask(self, number, frame) -> None:
-        if self._asked and number == signal.SIGINT:
+        if self._asked is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._asked = True
+        self._asked = time.monotonic()
         if not self._alone:
             signal.raise_signal(signal.SIGTERM)
 
     def at(self, step: int) -> bool:
         """Whether to leave before `step`. All processes ask at each step and hear the same."""
-        return self._asked if self._alone else multihost_utils.reached_preemption_sync_point(step)
+        if self._alone:
+            return self._asked is not None
+        leave = multihost_utils.reached_preemption_sync_point(step)
+        if leave and self._asked is None:
+            self._asked = time.monotonic()
+        return leave
+
+    def announce(self, step: int, seconds: float | None, newest: int | None) -> str:
+        """What to say before the last save, given how long the last checkpoint took to write."""
+        left = GRACE - (time.monotonic() - self._asked)
+        said = f"asked to leave: saving step {step}"
+        if seconds is not None and seconds > left:
+            fallback = "step 0" if newest is None else f"step {newest}"
+            said += (
+                f"; the last checkpoint took {seconds:.0f} s and {max(left, 0):.0f} s of the "
+                f"{GRACE:.0f} s of grace (VLM_GRACE) are left: if the machine goes first, the run "
+                f"goes on from {fallback}"
+            )
+        return said

@@ -4,8 +4,9 @@ import time
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 
+from vlm.cluster.processes import broadcast_text
+from vlm.config import Experiment
 from vlm.data.pipeline import TrainIterator, count_examples
 from vlm.errors import ConfigError
 from vlm.sharding import global_batch
@@ -30,24 +31,39 @@ def length_in_steps(trainer: Trainer, batches: TrainIterator) -> int:
         return max(1, int(e.epochs * count_examples(e.data) / e.batch_size))
     if e.seconds is None:
         raise ConfigError("the run has no length: set one of steps, epochs, examples, seconds")
-    return max(1, int(e.seconds / seconds_per_step(trainer, batches)))
+    return max(1, int(e.seconds / seconds_per_step(trainer, batches, e.seconds / 10)))
 
 
-def seconds_per_step(trainer: Trainer, batches: TrainIterator, steps: int = 3) -> float:
-    """Time of a step at the full image size, measured on a state that is thrown away."""
+def seconds_per_step(
+    trainer: Trainer, batches: TrainIterator, limit: float, steps: int = 3
+) -> float:
+    """Time of a step at the full image size with its wait for data, on a state that is thrown away.
+
+    Batches that were made while the step compiled are used up first. Takes little more than `limit`
+    seconds, compiling apart, but for one step.
+    """
     state, position = trainer.init(jnp.int32(1)), batches.get_state()
     batch = global_batch(next(batches), trainer.mesh)
-    batches.set_state(position)
-    times = []
-    for _ in range(steps + 1):
-        began = time.perf_counter()
-        state, metrics = trainer.step(state, batch)
+    state, metrics = trainer.step(state, batch)
+    jax.block_until_ready(metrics)  # compiled
+    data, began, drawn = trainer.experiment.data, time.monotonic(), 0
+    while drawn < data.prefetch * max(1, data.workers) and time.monotonic() - began < limit:
+        next(batches)
+        drawn += 1
+    times: list[float] = []
+    began = time.monotonic()
+    while len(times) < steps and _all_go_on(not times or time.monotonic() - began < limit):
+        start = time.monotonic()
+        state, metrics = trainer.step(state, global_batch(next(batches), trainer.mesh))
         jax.block_until_ready(metrics)
-        times.append(time.perf_counter() - began)
-    slowest = max(times[1:])  # the first one compiled
-    if jax.process_count() > 1:
-        slowest = float(multihost_utils.broadcast_one_to_all(jnp.float32(slowest)))
-    return slowest
+        times.append(time.monotonic() - start)
+    batches.set_state(position)
+    return float(broadcast_text(repr(max(times))))
+
+
+def _all_go_on(go_on: bool) -> bool:
+    """What the first process decides: a step needs them all."""
+    return broadcast_text("go on" if go_on else "") == "go on"
 
 
 def is_due(step: int, total: int, share: float | None) -> bool:
@@ -56,3 +72,35 @@ def is_due(step: int, total: int, share: float | None) -> bool:
         return False
     every = max(1, round(total * share))
     return step % every == 0 and step < total
+
+
+class CheckpointRhythm:
+    """When a checkpoint is due: after every share of the run, and after so many minutes.
+
+    All processes must agree, and their clocks do not. So they ask the first one's, at steps that
+    all know beforehand: each time half as far away as the checkpoint seems to be.
+    """
+
+    def __init__(self, experiment: Experiment, first_step: int, total: int):
+        self._share, self._total = experiment.checkpoint_every, total
+        minutes = experiment.checkpoint_minutes
+        self._seconds = None if minutes is None else 60 * minutes
+        self._last = self._asked = time.monotonic()
+        self._asked_at, self._ask_next = first_step, first_step + 1
+
+    def is_due(self, step: int, writing: bool) -> bool:
+        """Whether to save after `step`. `writing`: one is on its way, and minutes wait for it."""
+        due = is_due(step, self._total, self._share)
+        if self._seconds is not None and step >= self._ask_next and step < self._total:
+            now = time.monotonic()
+            rate = (step - self._asked_at) / max(now - self._asked, 1e-9)
+            left = self._seconds - (now - self._last)
+            wait = 1 if writing else int(left * rate / 2)
+            answer = "save" if left <= 0 and not writing else str(max(1, wait))
+            answer = broadcast_text(answer)
+            due = due or answer == "save"
+            self._asked, self._asked_at = now, step
+            self._ask_next = step + (1 if answer == "save" else int(answer))
+        if due:
+            self._last = time.monotonic()
+        return due

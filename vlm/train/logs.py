@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -14,35 +13,42 @@ from vlm.chips import published_rate
 from vlm.errors import TrainingError
 from vlm.models.flops import model_flops
 from vlm.sharding import placement_rows
+from vlm.train.activity import DATA, DEVICE, STEP, Activity
+from vlm.train.console import console, print_on_first_process
+from vlm.train.mirror import Mirror
 from vlm.train.run import Run
 from vlm.train.step import TrainState
-
-console = Console(stderr=True)
 
 
 class Logs:
     """Collects the metrics of every step and writes a row every `log_every` steps.
 
-    Metrics stay on the device until a row is due, so that the host never waits inside the loop.
+    Metrics stay on the device until the host is two steps further, so that the device never waits
+    for the host: a row is written two steps late, and at the end of the run at once.
     """
 
-    def __init__(self, run: Run, *, first_step: int, total_steps: int):
+    def __init__(
+        self, run: Run, mirror: Mirror, activity: Activity, *, first_step: int, total_steps: int
+    ):
         experiment = run.experiment
         self._batch_size, self._every = experiment.batch_size, experiment.log_every
         self._stop = experiment.optimizer.nonfinite == "stop"
-        self._total = total_steps
+        self._first, self._total = first_step, total_steps
         # Of the whole mesh; with a resolution schedule the steps are not all alike.
         self._flops = None if experiment.image_sizes else model_flops(experiment)
         self._peak = published_rate(jax.devices())
-        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._wait, self._since, self._start = 0.0, time.perf_counter(), time.perf_counter()
+        self._ahead: list[tuple[int, dict[str, jax.Array]]] = []  # may still be computed
+        self._done: list[tuple[int, dict[str, jax.Array]]] = []  # of the next row
+        self._activity = activity
+        self._start = time.perf_counter()
+        self.restart_clock()
         self._primary = jax.process_index() == 0
         self._file = self._board = None
         if self._primary:
-            self._file = _reopen(run, first_step)
+            self._file = _reopen(run, mirror, first_step)
             from tensorboardX import SummaryWriter  # 0.1 s, and only where files are written
 
-            self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step)
+            self._board = SummaryWriter(str(mirror.local / "tensorboard"), purge_step=first_step)
         self._progress = Progress(
             TextColumn("[bold]{task.completed}/{task.total}"),
             BarColumn(bar_width=24),
@@ -67,32 +73,53 @@ class Logs:
 
     def restart_clock(self) -> None:
         """Begin to measure now: what came before was not training."""
-        self._wait, self._since = 0.0, time.perf_counter()
+        self._waited, self._since = self._activity.seconds[DATA], time.perf_counter()
 
-    def step(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
-        """Take the metrics of step number `step` (counted from 1), which waited for data so long.
+    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Take the metrics of step number `step`, counted from 1.
 
         Raises:
             TrainingError: a loss or gradient was not finite and the run is told to stop.
         """
-        self._pending.append((step, metrics))
-        self._wait += waited
-        if len(self._pending) > 2:  # keep the host at most two steps ahead of the device
-            jax.block_until_ready(self._pending[-3][1]["loss"])
-        if step % self._every == 0 or step == self._total:
-            self.flush()
+        self._ahead.append((step, metrics))
+        if step == self._first + 1:
+            jax.block_until_ready(metrics)
+            self._write_start(step)
+        self._take_done(2)  # keep the host at most two steps ahead of the device
 
     def flush(self) -> None:
-        """Write a row for the steps since the last one.
+        """Write rows for all steps since the last one; waits for the device.
 
         Raises:
             TrainingError: as `step`.
         """
-        if not self._pending:
-            return
-        steps, metrics = zip(*self._pending, strict=True)
+        self._take_done(0)
+        if self._done:
+            self._write_row()
+
+    def _take_done(self, ahead: int) -> None:
+        """Wait until no more than `ahead` steps are computed, and write the rows that are due."""
+        while len(self._ahead) > ahead:
+            jax.block_until_ready(self._ahead[0][1]["loss"])
+            self._done.append(self._ahead.pop(0))
+            if self._done[-1][0] % self._every == 0:
+                self._write_row()
+
+    def _write_start(self, step: int) -> None:
+        """How long the run took to its first step, and where the time went."""
+        parts = {name: s for name, s in self._activity.seconds.items() if s >= 0.05}
+        seconds = time.monotonic() - self._activity.began
+        named = {DATA: "first batch", STEP: "compiling", DEVICE: "first step"}
+        parts = {named.get(name, name): s for name, s in parts.items()}
+        said = ", ".join(f"{name} {s:.1f} s" for name, s in parts.items())
+        print_on_first_process(f"first step after {seconds:.1f} s: {said}")
+        row = {f"start/{name.replace(' ', '_')}": s for name, s in parts.items()}
+        self.write({"step": step, "start/seconds": seconds, **row})
+
+    def _write_row(self) -> None:
+        steps, metrics = zip(*self._done, strict=True)
         values = [{k: float(v) for k, v in m.items()} for m in jax.device_get(metrics)]
-        count, self._pending = len(steps), []
+        count, self._done = len(steps), []
         now = time.perf_counter()
         seconds = now - self._since
         row = {
@@ -101,14 +128,14 @@ class Logs:
             "loss": float(np.mean([v["loss"] for v in values])),
             "pairs_per_s": count * self._batch_size / seconds,
             "tokens_per_s": sum(v["tokens"] for v in values) / seconds,
-            "data_wait": self._wait / seconds,
+            "data_wait": (self._activity.seconds[DATA] - self._waited) / seconds,
             "seconds": now - self._start,
         }
         if self._flops:
             row["model_flops_per_s"] = self._flops * count / seconds
             if self._peak:
                 row["mfu"] = row["model_flops_per_s"] / self._peak
-        self._wait, self._since = 0.0, now
+        self.restart_clock()
         bad = [step for step, v in zip(steps, values, strict=True) if not v["finite"]]
         if bad:
             row["nonfinite"] = len(bad)
@@ -124,25 +151,20 @@ class Logs:
         if bad and self._stop:
             raise TrainingError(
                 f"the loss or its gradient was not finite at step {bad[0]}: that step changed "
-                "nothing, the run stopped, and its earlier checkpoints are kept; lower "
-                "--optimizer.learning-rate, or skip such steps with --optimizer.nonfinite skip"
+                "nothing, the run stopped, and its earlier checkpoints are kept; go on with "
+                "--optimizer.nonfinite skip or a lower --optimizer.learning-rate beside --resume"
             )
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append a row to the JSONL file and to TensorBoard."""
-        if not self._primary:
+    def write(self, *rows: dict[str, Any]) -> None:
+        """Append rows to the JSONL file and to TensorBoard."""
+        if not self._primary or not rows:
             return
-        self._file.write(json.dumps(row) + "\n")
+        self._file.writelines(json.dumps(row) + "\n" for row in rows)
         self._file.flush()
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
-                self._board.add_scalar(name, value, row["step"])
-
-
-def print_on_first_process(text: RenderableType) -> None:
-    """Something for the reader, from the first process alone; above the progress display."""
-    if jax.process_index() == 0:
-        console.print(text, highlight=False)
+        for row in rows:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(name, value, row["step"])
 
 
 def placement_table(state: TrainState) -> Table:
@@ -177,10 +199,10 @@ def read_log(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _reopen(run: Run, first_step: int):
+def _reopen(run: Run, mirror: Mirror, first_step: int):
     """The log file, without the rows of steps that the resumed run will take again."""
     rows = [row for row in read_log(run) if row["step"] <= first_step]
-    file = run.log.open("w")
+    file = (mirror.local / run.log.name).open("w")
     file.writelines(json.dumps(row) + "\n" for row in rows)
     file.flush()
     return file

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import time
 
 from etils import epath
 
@@ -11,12 +10,16 @@ from vlm.cluster.processes import stop_all_on_failure
 from vlm.config import Experiment
 from vlm.data.pipeline import train_batches
 from vlm.data.sources import credits
+from vlm.paths import keep_compiled_programs
 from vlm.sharding import batch_share, check_batch, global_batch, make_mesh
+from vlm.train.activity import DATA, DEVICE, STEP, Activity
 from vlm.train.checkpoint import Checkpoints
+from vlm.train.console import print_on_first_process
 from vlm.train.held_out import Evaluations, finish
 from vlm.train.interrupt import Interrupted
-from vlm.train.length import is_due
-from vlm.train.logs import Logs, placement_table, print_on_first_process
+from vlm.train.length import CheckpointRhythm, is_due
+from vlm.train.logs import Logs, placement_table
+from vlm.train.mirror import Mirror
 from vlm.train.resolution import image_size_at
 from vlm.train.run import Run
 from vlm.train.start import open_tokenizer, start
@@ -31,14 +34,24 @@ def train(
     """Train `experiment` in a new run folder, or go on with the run in `resume`.
 
     Returns the run folder. SIGINT and SIGTERM save a checkpoint and leave; a resumed run ends as if
-    it had not been left. With several processes, `vlm.cluster.processes.start` comes first.
+    it had not been left. Given both, the run goes on as `experiment`, which may differ where its
+    checkpoints stay valid. With several processes, `vlm.cluster.processes.start` comes first.
 
     Raises:
         VlmError: whatever a user can mend, from a wrong batch size to a full disk.
     """
-    run = Run.create(experiment) if resume is None else Run.open(resume)
+    keep_compiled_programs()
+    with Activity() as doing:
+        return _train(doing, experiment, resume)
+
+
+def _train(
+    doing: Activity, experiment: Experiment | None, resume: str | os.PathLike | None
+) -> epath.Path:
+    with doing("opening the run"):
+        run = Run.create(experiment) if resume is None else Run.open(resume, experiment)
     experiment = run.experiment
-    with run.starting():
+    with run.starting(), doing("opening the data"):
         mesh = make_mesh(experiment.mesh)
         check_batch(experiment.batch_size, mesh)
         check_batch(experiment.micro_batch_size or experiment.batch_size, mesh, "micro_batch_size")
@@ -60,48 +73,71 @@ def train(
 
     with (
         contextlib.closing(batches),
-        Checkpoints(run.checkpoints, experiment.keep_checkpoints) as checkpoints,
+        Checkpoints(
+            run.checkpoints, experiment.keep_checkpoints, experiment.keep_hours
+        ) as checkpoints,
     ):
-        with run.starting():
-            state = start(trainer, batches, checkpoints, resumed=resume is not None)
+        with run.starting(), doing("making the state"):
+            state = start(run, trainer, batches, checkpoints)
         step, total = int(state.step), int(state.total_steps)
+        run.record_start(step, total)
+        rhythm = CheckpointRhythm(experiment, step, total)
         print_on_first_process(f"run folder {run.folder}")
         print_on_first_process(placement_table(state))
         with (
-            Logs(run, first_step=step, total_steps=total) as logs,
-            Trace(run, experiment.profile) as trace,
+            Mirror(run.folder) as mirror,
+            Logs(run, mirror, doing, first_step=step, total_steps=total) as logs,
+            Trace(mirror, experiment.profile) as trace,
             Interrupted() as interrupted,
         ):
+
+            def save() -> None:
+                logs.flush()
+                with doing("writing a checkpoint"):
+                    mirror.copy()  # a run that goes on from here has its log up to here
+                    checkpoints.save(step, state, batches.get_state())
+
             while step < total and not interrupted.at(step):
                 trace.before(step, state)
-                waited = time.perf_counter()
-                batch = global_batch(next(batches), mesh)
-                waited = time.perf_counter() - waited
-                step_once = trainer.step_at(image_size_at(experiment, step, total))
-                state, metrics = step_once(state, batch)
+                with doing(DATA):
+                    batch = global_batch(next(batches), mesh)
+                with doing(STEP):
+                    step_once = trainer.step_at(image_size_at(experiment, step, total))
+                    state, metrics = step_once(state, batch)
                 step += 1
-                logs.step(step, metrics, waited)
+                with doing(DEVICE):
+                    logs.step(step, metrics)
 
                 if evaluations and is_due(step, total, experiment.eval_every):
                     logs.flush()
-                    logs.write({"step": step, **evaluations.metrics(state)})
+                    with doing("evaluating"):
+                        logs.write({"step": step, **evaluations.metrics(state)})
                     logs.restart_clock()
-                if is_due(step, total, experiment.checkpoint_every):
-                    logs.flush()
-                    checkpoints.save(step, state, batches.get_state())
-            logs.flush()
-            checkpoints.save(step, state, batches.get_state())
-            checkpoints.wait()
+                logs.write(*checkpoints.finished())
+                if rhythm.is_due(step, checkpoints.writing):
+                    save()
+                doing.step = step
+            if step < total:
+                print_on_first_process(
+                    interrupted.announce(step, checkpoints.seconds, checkpoints.newest)
+                )
+            save()
+            with doing("waiting for the last checkpoint"):
+                checkpoints.wait()
+                logs.write(*checkpoints.finished())
+    print_on_first_process(doing.summary())
     if said := batches.bad.report():
         print_on_first_process(said)
     if step < total:
         print_on_first_process(f"left at step {step}; go on with `vlm train --resume {run.folder}`")
         return run.folder
 
-    bundle = Bundle(trainer.model(state), trainer.preprocess, tokenizer, name=experiment.name)
-    bundle.save(run.bundle)
+    with doing("writing the bundle"):
+        bundle = Bundle(trainer.model(state), trainer.preprocess, tokenizer, name=experiment.name)
+        bundle.save(run.bundle)
     if evaluations:
-        report = finish(run, evaluations, state, bundle, credits(experiment.data))
+        with doing("evaluating"):
+            report = finish(run, evaluations, state, bundle, credits(experiment.data))
         print_on_first_process(report)
         if evaluations.held is not None:
             print_on_first_process(f"report {run.folder / 'report.html'}")

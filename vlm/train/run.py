@@ -1,7 +1,7 @@
 """The run folder: what a run is called, where its files lie, and how one is opened again.
 
-config.json  checkpoints/  tokenizer/  log.jsonl  tensorboard/  profile/  bundle/  results.json
-report.html
+config.json  history.jsonl  checkpoints/  tokenizer/  log.jsonl  tensorboard/  profile/  bundle/
+results.json  report.html
 """
 
 import contextlib
@@ -9,22 +9,26 @@ import datetime
 import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from etils import epath
 
+from vlm._version import __version__
 from vlm.cluster.processes import broadcast_text
 from vlm.config import Experiment, from_dict, to_dict
 from vlm.errors import CheckpointError, ConfigError
-from vlm.paths import as_path
+from vlm.paths import as_path, in_one_sentence
+from vlm.train.changes import check_changes
+from vlm.train.preflight import check_folder, check_same_everywhere
 
 
 class Run:
     """A run's folder. Its files are written by the first process alone."""
 
-    def __init__(self, folder: epath.Path, experiment: Experiment):
-        self.folder = folder
-        self.experiment = experiment
+    def __init__(self, folder: epath.Path, experiment: Experiment, resumed: bool = False):
+        self.folder, self.experiment, self.resumed = folder, experiment, resumed
+        self.changes: dict[str, list[Any]] = {}  # of a resumed run: [before, now] by field
         self._found: set[str] | None = None  # what lay in a new run's folder before it
 
     @classmethod
@@ -32,8 +36,10 @@ class Run:
         """A new folder for `experiment`, at its `run_dir` or under runs/ by name and date.
 
         Raises:
-            ConfigError: the folder holds a run already, or cannot be made.
+            ConfigError: the folder holds a run already, or cannot be made; or the processes do
+                not agree on the experiment, or do not all see the folder.
         """
+        check_same_everywhere(experiment, resumed=False)
         folder, said = "", ""
         if jax.process_index() == 0:
             try:
@@ -46,26 +52,55 @@ class Run:
         run = cls(as_path(folder), experiment)
         if jax.process_index() == 0:
             run._found = {path.name for path in run.folder.iterdir()} - {"config.json"}
+        with run.starting():
+            check_folder(run.folder)
         return run
 
     @classmethod
-    def open(cls, folder: str | os.PathLike) -> "Run":
-        """The run that lies in `folder`.
+    def open(cls, folder: str | os.PathLike, changed: Experiment | None = None) -> "Run":
+        """The run that lies in `folder`, to go on with as it was or as `changed`.
 
         Raises:
             CheckpointError: no run there, or a config that this version cannot read.
+            ConfigError: a change that would make its checkpoints mean something else; or the
+                processes do not agree, or do not all see the folder.
         """
         folder = as_path(folder)
-        config = folder / "config.json"
-        if not config.exists():
-            raise CheckpointError(
-                f"{folder} is no run folder (it has no config.json): give a folder that "
-                "`vlm train` made"
-            )
-        try:
-            return cls(folder, from_dict(Experiment, json.loads(config.read_text())))
-        except (ValueError, ConfigError) as error:
-            raise CheckpointError(f"{config} cannot be read: {error}") from None
+        before = experiment_in(folder)
+        run = cls(folder, before if changed is None else changed, resumed=True)
+        run.changes = check_changes(before, run.experiment)
+        check_same_everywhere(run.experiment, resumed=True)
+        check_folder(folder)
+        return run
+
+    def record_start(self, step: int, total: int) -> None:
+        """A line in the history: one for every start, with what was changed before it."""
+        if jax.process_index() != 0:
+            return
+        if self.changes:
+            self._write(self.config, json.dumps(to_dict(self.experiment), indent=2))
+        row = {
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "step": step,
+            "total_steps": total,
+            "changes": self.changes,
+            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "processes": jax.process_count(),
+            "vlm": __version__,
+            "jax": jax.__version__,
+        }
+        before = self.history.read_text() if self.history.exists() else ""
+        self._write(self.history, before + json.dumps(row) + "\n")
+
+    def last_total(self) -> int | None:
+        """How many steps the run was to take when it was last started; None if not known."""
+        text = self.history.read_text() if self.history.exists() else ""
+        rows = text.splitlines()
+        return json.loads(rows[-1])["total_steps"] if rows else None
+
+    def _write(self, file: epath.Path, text: str) -> None:
+        with in_one_sentence(f"{file} cannot be written", "make it writable, and resume the run"):
+            file.write_text(text)
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
@@ -74,12 +109,21 @@ class Run:
             yield
         except BaseException:
             if self._found is not None:
-                for path in self.folder.iterdir():
+                # A folder of a bucket is gone with the last thing in it, and has nothing to remove.
+                for path in self.folder.iterdir() if self.folder.is_dir() else ():
                     if path.name not in self._found:
                         path.rmtree() if path.is_dir() else path.unlink()
-                if not self._found:
+                if not self._found and self.folder.is_dir():
                     self.folder.rmdir()
             raise
+
+    @property
+    def config(self) -> epath.Path:
+        return self.folder / "config.json"
+
+    @property
+    def history(self) -> epath.Path:
+        return self.folder / "history.jsonl"
 
     @property
     def checkpoints(self) -> epath.Path:
@@ -94,10 +138,6 @@ class Run:
         return self.folder / "log.jsonl"
 
     @property
-    def tensorboard(self) -> epath.Path:
-        return self.folder / "tensorboard"
-
-    @property
     def bundle(self) -> epath.Path:
         return self.folder / "bundle"
 
@@ -106,22 +146,38 @@ class Run:
         return self.folder / "results.json"
 
 
-def _new_folder(experiment: Experiment) -> epath.Path:
-    folder = as_path(experiment.run_dir or _fresh(experiment.name))
+def experiment_in(folder: epath.Path) -> Experiment:
+    """The experiment of the run in `folder`.
+
+    Raises:
+        CheckpointError: no run there, or a config that this version cannot read.
+        ConfigError: the folder cannot be read; the message says why.
+    """
     config = folder / "config.json"
-    if config.exists():
-        raise ConfigError(
-            f"{folder} already holds a run: go on with `vlm train --resume {folder}`, or give "
-            "another --run-dir"
+    with in_one_sentence(f"{config} cannot be read", "check the path, and that you may read it"):
+        text = config.read_text() if config.exists() else None
+    if text is None:
+        raise CheckpointError(
+            f"{folder} is no run folder (it has no config.json): give a folder that "
+            "`vlm train` made"
         )
     try:
+        return from_dict(Experiment, json.loads(text))
+    except (ValueError, ConfigError) as error:
+        raise CheckpointError(f"{config} cannot be read: {error}") from None
+
+
+def _new_folder(experiment: Experiment) -> epath.Path:
+    folder = as_path(experiment.run_dir or _fresh(experiment.name))
+    with in_one_sentence(f"the run folder {folder} cannot be written", "give another --run-dir"):
+        config = folder / "config.json"
+        if config.exists():
+            raise ConfigError(
+                f"{folder} already holds a run: go on with `vlm train --resume {folder}`, or give "
+                "another --run-dir"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         config.write_text(json.dumps(to_dict(experiment), indent=2))
-    except OSError as error:
-        raise ConfigError(
-            f"the run folder {folder} cannot be written ({error.strerror or error}): give "
-            "another --run-dir"
-        ) from None
     return folder
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from vlm import bundle
@@ -13,9 +14,10 @@ from vlm.data.pipeline import TrainIterator
 from vlm.data.sources import vocabulary_texts
 from vlm.errors import ConfigError
 from vlm.inputs.tokenizer import Tokenizer, train_bpe
+from vlm.train.changes import LENGTHS
 from vlm.train.checkpoint import Checkpoints
+from vlm.train.console import print_on_first_process
 from vlm.train.length import length_in_steps
-from vlm.train.logs import print_on_first_process
 from vlm.train.run import Run
 from vlm.train.step import Trainer, TrainState
 from vlm.weights.vocabularies import CLIP_VOCABULARY
@@ -30,7 +32,7 @@ def open_tokenizer(run: Run) -> Tokenizer:
 
 
 def start(
-    trainer: Trainer, batches: TrainIterator, checkpoints: Checkpoints, *, resumed: bool
+    run: Run, trainer: Trainer, batches: TrainIterator, checkpoints: Checkpoints
 ) -> TrainState:
     """The state to begin with: of the newest checkpoint, or fresh."""
     abstract = jax.tree.map(
@@ -42,11 +44,34 @@ def start(
     if restored is not None:
         state, data_state = restored
         batches.set_state(data_state)
-        return state
-    if resumed:
+        return _with_length(run, trainer, batches, state)
+    if run.resumed:
         print_on_first_process("the run has no checkpoint yet: it starts from step 0")
     state = trainer.init(jnp.int32(length_in_steps(trainer, batches)))
     return state if trainer.experiment.init_from is None else from_model(trainer, state)
+
+
+def _with_length(
+    run: Run, trainer: Trainer, batches: TrainIterator, state: TrainState
+) -> TrainState:
+    """The state of a resumed run with the length that the run has by now.
+
+    Raises:
+        ConfigError: the run is further than that already.
+    """
+    changed = any(name in run.changes for name in LENGTHS)
+    total = length_in_steps(trainer, batches) if changed else run.last_total()
+    step = int(state.step)
+    if total is None or total == int(state.total_steps):
+        return state
+    if total < step:
+        raise ConfigError(
+            f"the run is at step {step} already, and cannot be {total} steps long: give it more"
+        )
+    total_steps = jax.make_array_from_callback(
+        (), state.total_steps.sharding, lambda _: np.int32(total)
+    )
+    return dataclasses.replace(state, total_steps=total_steps)
 
 
 def from_model(trainer: Trainer, state: TrainState) -> TrainState:

@@ -2,15 +2,15 @@
 
 import jax
 
-from vlm.train.run import Run
+from vlm.train.mirror import Mirror
 from vlm.train.step import TrainState
 
 
 class Trace:
     """Records the steps `first` to `last`, counted from 1, of `steps`; nothing where it is None."""
 
-    def __init__(self, run: Run, steps: tuple[int, int] | None):
-        self._folder = run.folder / "profile"
+    def __init__(self, mirror: Mirror, steps: tuple[int, int] | None):
+        self._folder = mirror.local / "profile"
         self._first, self._last = steps or (-1, -1)
         self._on = False
 

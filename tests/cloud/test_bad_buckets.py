@@ -1,0 +1,107 @@
+"""What is wrong with a bucket, or with the hosts, is one sentence before the first step."""
+
+import json
+import signal
+import sys
+
+import pytest
+from hosts import Hosts
+from pod import whole_checkpoints
+
+pytestmark = pytest.mark.slow
+
+
+def refused(pod, run: str, *options: str) -> str:
+    """What `vlm train` says of a run folder that it refuses."""
+    line = [sys.executable, "-m", "vlm", "train", pod.folder / "pod.py", "--run-dir", run]
+    hosts = Hosts([*line, *options], pod.folder / "refused", pod.env)
+    said = hosts.wait()[0]
+    assert hosts.processes[0].returncode == 1, said
+    assert "first step after" not in said
+    assert "Traceback" not in said[said.rindex("vlm: ") :]
+    return said[said.rindex("vlm: ") :]
+
+
+def test_a_bucket_that_does_not_exist(pod):
+    said = refused(pod, "gs://no-such-bucket/runs/a")
+    assert "the run folder gs://no-such-bucket/runs/a cannot be written" in said
+    assert "there is no such bucket" in said
+
+
+@pytest.mark.parametrize(
+    ("code", "part", "says"),
+    [
+        ("403", "refused403", "grant it Storage Object Admin"),
+        ("401", "refused401", "no credentials for it: run `gcloud auth application-default login`"),
+        # What the log may do, TensorStore may not: its credentials are its own.
+        ("403", "refused-seen%2F.seen", "cannot write checkpoints to"),
+    ],
+)
+def test_a_bucket_that_may_not_be_written(pod, code, part, says):
+    name = part.split("%2F")[0]
+    where = f"upload/storage/v1/b/bucket/o?uploadType=media&name=runs%2F{part}"
+    pod.bucket.fail(code, part if "seen" not in part else where, 40)
+    said = refused(pod, f"gs://bucket/runs/{name}")
+    pod.bucket.faults.clear()
+    assert says in said
+
+
+# A host with a disk of its own where the other one has the run, and a host with another command.
+ODD_HOST = """
+import os, sys
+from vlm.cli import main
+from vlm.train import preflight
+
+preflight.SHARED_AFTER = 1.0
+odd = os.environ["JAX_PROCESS_ID"] == "1"
+if odd and sys.argv[1] == "disk":
+    os.chdir("other")
+more = ["--seed", "2"] if odd and sys.argv[1] == "seed" else []
+sys.exit(main(["train", *sys.argv[2:], *more]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "run", "says"),
+    [
+        ("disk", "run", "does not see the run folder run that process 0 of 2 made: put it where"),
+        ("seed", "gs://bucket/runs/differ", "--seed is 2 here and 0 there"),
+    ],
+)
+def test_hosts_that_share_no_folder_or_differ(pod, tmp_path, what, run, says):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "start.py").write_text(ODD_HOST)
+    train = f"{sys.executable} start.py {what} {pod.folder / 'pod.py'} --run-dir {run}"
+    line = ["sh", "-c", f"cd {tmp_path} && exec {train}"]
+    for said in Hosts(line, pod.folder / "refused", pod.env, count=2).wait():
+        assert says in said
+        assert "first step after" not in said
+
+
+def test_a_passing_error_does_not_cost_the_newest_checkpoint(pod):
+    """403 is what no client tries again: a token that was renewed too late, say."""
+    run, bucket = pod.run("passing"), pod.bucket
+    hosts = Hosts(pod.go("passing"), pod.folder / "passing", pod.env)
+    with bucket.hold("passing%2Fcheckpoints%2F48") as reached:
+        while not reached.wait(0.2):
+            assert hosts.running(), hosts.wait()
+        hosts.signal(signal.SIGKILL)
+        hosts.wait()
+    before = {
+        p.name for p in (run / "checkpoints").iterdir() if (p / "commit_success.txt").exists()
+    }
+    newest = max(before, key=int)
+
+    bucket.fail("403", f"passing%2Fcheckpoints%2F{newest}%2Fstate", 10_000)
+    hosts = Hosts(pod.go("passing"), pod.folder / "passing", pod.env)
+    said = hosts.wait()[0]
+    bucket.faults.clear()
+    assert hosts.processes[0].returncode == 1
+    assert f"checkpoint {newest} of gs://bucket/runs/passing/checkpoints could not be read" in said
+    assert "does not prove it torn: nothing was changed" in said
+    assert whole_checkpoints(run) == before
+
+    bucket.fail("403", f"passing%2Fcheckpoints%2F{newest}%2Fstate", 2)
+    Hosts(pod.go("passing"), pod.folder / "passing", pod.env).finish()
+    history = [json.loads(x) for x in (run / "history.jsonl").read_text().splitlines()]
+    assert history[-1]["step"] == newest

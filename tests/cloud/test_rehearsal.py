@@ -1,0 +1,119 @@
+"""A run's life on a pod, rehearsed: the real commands against a bucket that is far and unsure."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hosts import LIMIT, Hosts
+from pod import STEPS, losses, rows, torn_checkpoints, weights, whole_checkpoints
+from safetensors.numpy import load as load_safetensors
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def whole(pod):
+    """The run of two hosts that nobody disturbed."""
+    Hosts(pod.go("whole"), pod.folder / "whole", pod.env, count=2).finish()
+    return pod.run("whole")
+
+
+@pytest.fixture(scope="module")
+def disturbed(pod, whole):
+    """The same run: unsure bucket, told to leave in a checkpoint, a host killed in another."""
+    run, folder = pod.run("disturbed"), pod.folder / "disturbed"
+    bucket = pod.bucket
+
+    # A passing 503 and a broken connection; told to leave while a checkpoint is on its way.
+    bucket.fail("503", "config.json", 2)
+    bucket.fail("503", "disturbed%2Fcheckpoints%2F12", 3)
+    bucket.fail("reset", "disturbed%2Flog.jsonl", 1)
+    first = Hosts(pod.go("disturbed"), folder, pod.env, count=2)
+    with bucket.hold("disturbed%2Fcheckpoints%2F24") as reached:
+        wait_for(reached, first)
+        first.signal(signal.SIGTERM)
+        time.sleep(1)
+    said = first.finish()
+    assert "left at step" in said[0]
+    newest = whole_checkpoints(run)[-1]
+    assert f"left at step {newest};" in said[0]
+    shutil.copytree(run, pod.run("left"))
+
+    # A host is killed in the middle of a checkpoint, while reading it breaks off now and then.
+    bucket.fail("reset", f"disturbed%2Fcheckpoints%2F{newest}%2Fstate", 2)
+    second = Hosts(pod.go("disturbed"), folder, pod.env, count=2)
+    with bucket.hold("disturbed%2Fcheckpoints%2F48") as reached:
+        wait_for(reached, second)
+        second.signal(signal.SIGKILL, 1)
+        said = second.wait()
+    assert "process 1 of 2" in said[0]
+    assert "died" in said[0]
+    assert "vlm train --resume" in said[0]
+
+    third = Hosts(pod.go("disturbed"), folder, pod.env, count=2).finish()
+    assert "step 48" not in third[0].split("first step after")[0]
+    return run
+
+
+def wait_for(reached, hosts: Hosts) -> None:
+    end = time.monotonic() + LIMIT
+    while not reached.wait(0.2):
+        assert hosts.running(), "the run ended early:\n" + "\n".join(hosts.wait())
+        assert time.monotonic() < end, "the run did not come so far"
+
+
+def test_left_and_killed_on_two_hosts_a_run_ends_bit_for_bit_the_same(whole, disturbed):
+    assert weights(disturbed) == weights(whole)
+    assert losses(disturbed) == losses(whole)
+    assert [step for step, _ in losses(whole)] == list(range(1, STEPS + 1))
+
+
+def test_the_history_and_the_log_tell_what_happened(pod, disturbed):
+    history = [json.loads(x) for x in (disturbed / "history.jsonl").read_text().splitlines()]
+    assert [start["processes"] for start in history] == [2, 2, 2]
+    assert history[0]["step"] == 0 < history[1]["step"] < history[2]["step"]
+    written = [row for row in rows(disturbed) if "checkpoint/seconds" in row]
+    assert written
+    assert all(row["checkpoint/seconds"] >= row["checkpoint/stall"] for row in written)
+    assert any("start/compiling" in row for row in rows(disturbed))
+    assert list((disturbed / "tensorboard").iterdir())
+    assert len(whole_checkpoints(disturbed)) == 2
+    assert not torn_checkpoints(disturbed)  # nothing half is left behind
+
+
+def test_it_goes_on_over_another_number_of_hosts_and_another_mesh(pod, whole, disturbed):
+    line = [sys.executable, "-m", "vlm", "train", "--resume", "gs://bucket/runs/left"]
+    options = ["--mesh.fsdp", "2", "--checkpoint-minutes", "5"]
+    Hosts([*line, *options], pod.folder / "left", pod.env, devices=2).finish()
+    ours, theirs = (load_safetensors(weights(run)) for run in (pod.run("left"), whole))
+    for name in theirs:
+        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4, err_msg=name)
+    last = json.loads((pod.run("left") / "history.jsonl").read_text().splitlines()[-1])
+    assert last["processes"] == 1
+    assert last["changes"] == {"checkpoint_minutes": [15.0, 5.0], "mesh.fsdp": [1, 2]}
+
+
+def test_the_bundle_is_read_back_and_measured(pod, whole):
+    code = """
+import sys
+import vlm
+model = vlm.load("gs://bucket/runs/whole")
+print(model.name, model.encode_text(["a red square"]).shape)
+from vlm.cli import main
+sys.exit(main(["classify", "gs://bucket/runs/whole", sys.argv[1], "--labels", "red,blue"]))
+"""
+    import tiny
+
+    picture = next((tiny.folder() / "data").glob("test-red-*.png"))
+    done = subprocess.run(
+        [sys.executable, "-c", code, picture],
+        env=pod.env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "pod (1, 16)" in done.stdout
+    assert "red" in done.stdout

@@ -1,0 +1,140 @@
+"""When things are due, how long a run is, what it says when it stands still, where its log is."""
+
+import time
+
+import pytest
+
+from vlm.config import Experiment
+from vlm.data.pipeline import train_batches
+from vlm.inputs.tokenizer import train_bpe
+from vlm.sharding import make_mesh
+from vlm.train import activity, interrupt, length, mirror
+from vlm.train.activity import DATA, Activity
+from vlm.train.interrupt import Interrupted
+from vlm.train.length import CheckpointRhythm, seconds_per_step
+from vlm.train.mirror import Mirror
+from vlm.train.step import Trainer
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("seconds", [0.1, 7.0, 40.0, 100.0])
+def test_checkpoints_come_by_the_minute_whatever_a_step_takes(monkeypatch, seconds):
+    clock = Clock()
+    monkeypatch.setattr(length, "time", clock)
+    experiment = Experiment(checkpoint_every=1.0, checkpoint_minutes=1.0)
+    rhythm, saved = CheckpointRhythm(experiment, 0, 100_000), []
+    for step in range(1, 50_000):
+        clock.now += seconds
+        if rhythm.is_due(step, writing=False):
+            saved.append(clock.now)
+        if clock.now > 2000:
+            break
+    gaps = [b - a for a, b in zip([1000.0, *saved], saved, strict=False)]
+    assert len(gaps) >= 9
+    assert all(60 <= gap <= 60 + seconds + 1e-6 for gap in gaps)
+
+
+def test_a_checkpoint_on_its_way_is_waited_for_and_shares_count_too(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(length, "time", clock)
+    rhythm = CheckpointRhythm(Experiment(checkpoint_every=0.5, checkpoint_minutes=1.0), 0, 100)
+    due = []
+    for step in range(1, 100):
+        clock.now += 10
+        if rhythm.is_due(step, writing=20 <= step < 40):
+            due.append(step)
+    assert due[:4] == [6, 12, 18, 40]
+    assert 50 in due
+    assert 56 in due  # a minute after the share's
+
+
+class Slow:
+    """Batches that take their time."""
+
+    def __init__(self, batches, seconds: float):
+        self.batches, self.seconds = batches, seconds
+        self.get_state, self.set_state = batches.get_state, batches.set_state
+
+    def __next__(self):
+        time.sleep(self.seconds)
+        return next(self.batches)
+
+
+def test_seconds_count_the_wait_for_data(tiny):
+    experiment = tiny(steps=None, seconds=30.0)
+    tokenizer = train_bpe(["a red bar", "a blue square"], 300, 16)
+    trainer = Trainer(experiment, make_mesh(experiment.mesh), tokenizer.config)
+    batches = train_batches(
+        experiment.data, trainer.preprocess, tokenizer, batch_size=16, seed=0
+    )  # fmt: skip
+    next(batches)
+    before = batches.get_state()
+    taken = seconds_per_step(trainer, Slow(batches, 0.5), limit=3.0)
+    assert taken >= 0.5
+    assert batches.get_state() == before  # the run trains on what was measured
+    began = time.monotonic()
+    seconds_per_step(trainer, Slow(batches, 2.0), limit=1.0)
+    assert time.monotonic() - began < 30  # not prefetch + 4 waits of 2 s beside the compiling
+    batches.close()
+
+
+def test_a_run_that_stands_still_says_what_it_waits_for(monkeypatch, capfd):
+    monkeypatch.setattr(activity, "PATIENCE", 0.2)
+    with Activity() as doing:
+        doing.step = 7
+        with doing(DATA):
+            time.sleep(1.0)
+        for _ in range(10):
+            with doing("evaluating"):
+                time.sleep(0.05)
+    said = " ".join(capfd.readouterr().err.split())
+    assert "no progress for 0 s: the run is waiting for data at step 7" in said
+    assert said.count("no progress") <= 3  # after twice the time, and twice that
+    assert "evaluating" not in said
+    assert doing.seconds[DATA] >= 1.0
+    assert "waiting for data" in doing.summary()
+
+
+def test_a_log_is_seen_in_a_bucket_while_it_grows(monkeypatch, tmp_path):
+    monkeypatch.setattr(mirror, "is_remote", lambda path: True)
+    monkeypatch.setattr(mirror, "PERIOD", 0.1)
+    with Mirror(tmp_path) as copied, (copied.local / "log.jsonl").open("w") as log:
+        assert copied.local != tmp_path
+        for rows in range(1, 4):
+            log.write("row\n")
+            log.flush()
+            end = time.monotonic() + 20
+            while not (tmp_path / "log.jsonl").exists() or (
+                (tmp_path / "log.jsonl").read_text() != "row\n" * rows
+            ):
+                assert time.monotonic() < end
+                time.sleep(0.02)
+        log.write("last\n")
+        log.flush()
+    assert (tmp_path / "log.jsonl").read_text() == "row\n" * 3 + "last\n"
+    assert not copied.local.exists()
+
+
+def test_on_a_disk_a_log_is_where_it_is(tmp_path):
+    with Mirror(tmp_path) as copied:
+        assert copied.local == tmp_path
+        copied.copy()
+
+
+def test_too_little_grace_is_said(monkeypatch):
+    monkeypatch.setattr(interrupt, "GRACE", 30.0)
+    with Interrupted() as interrupted:
+        assert not interrupted.at(3)
+        interrupted._ask(15, None)
+        assert interrupted.at(3)
+        assert interrupted.announce(3, 5.0, 2) == "asked to leave: saving step 3"
+        said = interrupted.announce(3, 45.0, 2)
+    assert "took 45 s and 30 s of the 30 s of grace (VLM_GRACE) are left" in said
+    assert said.endswith("goes on from step 2")

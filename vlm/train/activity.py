@@ -1,0 +1,82 @@
+"""What a run is doing and for how long: the parts of its time, and a word when it stands still."""
+
+import collections
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+
+from vlm.cluster import watch
+from vlm.train.console import print_on_first_process
+
+# Seconds without a change of activity after which the run says what it waits for.
+PATIENCE = float(os.environ.get("VLM_STALL", 60))
+
+DATA = "waiting for data"
+DEVICE = "waiting for the device"
+STEP = "starting a step"  # the first time compiles it
+
+
+class Activity:
+    """Says what the run is doing: `with activity(DATA): ...`, one inside the other if need be.
+
+    `seconds` has the time of each activity so far. As a context, it watches over itself: if one
+    activity lasts longer than `VLM_STALL` seconds, the first process says which it is, at which
+    step, and what the other processes are doing; again after twice the time, and so on.
+    """
+
+    def __init__(self):
+        self.seconds: collections.Counter[str] = collections.Counter()
+        self.began = time.monotonic()
+        self.step = 0
+        self._now, self._since = "starting", self.began
+        self._over = threading.Event()
+
+    @contextlib.contextmanager
+    def __call__(self, doing: str) -> Iterator[None]:
+        outer, began = self._now, time.monotonic()
+        self._now, self._since = doing, began
+        try:
+            yield
+        finally:
+            now = time.monotonic()
+            self.seconds[doing] += now - began
+            self._now, self._since = outer, now
+
+    def __enter__(self) -> "Activity":
+        threading.Thread(target=self._watch, name="vlm-activity", daemon=True).start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._over.set()
+
+    def summary(self) -> str:
+        """Where the time went, the largest part first."""
+        whole = time.monotonic() - self.began
+        parts = ", ".join(f"{doing} {s / whole:.1%}" for doing, s in self.seconds.most_common())
+        return f"{whole:.0f} s in all: {parts}"
+
+    def _watch(self) -> None:
+        since, patience = self._since, PATIENCE
+        while not self._over.wait(min(1.0, PATIENCE / 4)):
+            watch.tell(f"{self._now} at step {self.step}")
+            if self._since != since:
+                since, patience = self._since, PATIENCE
+            elif time.monotonic() - since > patience:
+                patience *= 2
+                print_on_first_process(self._standing_still(time.monotonic() - since))
+
+    def _standing_still(self, seconds: float) -> str:
+        said = f"no progress for {seconds:.0f} s: the run is {self._now} at step {self.step}"
+        others: dict[str, list[str]] = {}
+        if jax.process_count() > 1:
+            for process, (host, doing) in watch.told().items():
+                if doing != f"{self._now} at step {self.step}":
+                    others.setdefault(doing, []).append(f"{process} on {host}")
+        for doing, who in others.items():
+            more = f" and {len(who) - 4} more" if len(who) > 4 else ""
+            said += f"; process {', '.join(who[:4])}{more} is {doing}"
+        return said
