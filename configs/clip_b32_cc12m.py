@@ -13,6 +13,7 @@ from vlm.config import (
     Experiment,
     OptimizerConfig,
 )
+from vlm.evaluate.standard import coco, imagenet
 from vlm.models import recipes
 
 config = Experiment(
@@ -25,6 +26,11 @@ config = Experiment(
         augment=AugmentConfig(crop=(0.5, 1.0)),
         workers=32,
     ),
+    evals=(
+        imagenet(class_names="/data/imagenet_names.txt", data_dir="/data/tfds"),
+        coco(data_dir="/data/tfds"),
+    ),
+    eval_every=1 / 32,  # an epoch
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.03, weight_decay=0.2),
     batch_size=8_192,
     epochs=32,

@@ -14,6 +14,7 @@ from vlm.config import (
     Experiment,
     OptimizerConfig,
 )
+from vlm.evaluate.standard import coco, imagenet
 from vlm.models import recipes
 
 config = Experiment(
@@ -26,6 +27,11 @@ config = Experiment(
         augment=AugmentConfig(crop=(0.9, 1.0)),
         workers=16,
     ),
+    evals=(
+        imagenet(class_names="gs://BUCKET/imagenet_names.txt", data_dir="gs://BUCKET/tfds"),
+        coco(data_dir="gs://BUCKET/tfds"),
+    ),
+    eval_every=0.02,
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.005, weight_decay=0.2),
     batch_size=32_768,
     examples=12_800_000_000,

@@ -15,6 +15,7 @@ from vlm.config import (
     Experiment,
     OptimizerConfig,
 )
+from vlm.evaluate.standard import coco
 from vlm.models import recipes
 
 config = Experiment(
@@ -22,11 +23,13 @@ config = Experiment(
     name="clip-s16-coco",
     data=DataConfig(
         source="tfds:coco_captions",
-        eval_split="val",
-        captions=("captions",),
+        eval_split=None,
+        captions=("captions/text",),
         augment=AugmentConfig(crop=(0.5, 1.0), flip=True),
         workers=8,
     ),
+    evals=(coco(),),
+    eval_every=1 / 30,  # an epoch
     optimizer=OptimizerConfig(learning_rate=5e-4, weight_decay=0.2),
     batch_size=512,
     epochs=30,

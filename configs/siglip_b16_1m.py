@@ -15,6 +15,7 @@ from vlm.config import (
     Experiment,
     OptimizerConfig,
 )
+from vlm.evaluate.standard import coco, imagenet
 from vlm.models import recipes
 
 config = Experiment(
@@ -27,6 +28,15 @@ config = Experiment(
         augment=AugmentConfig(crop=None),
         workers=16,
     ),
+    evals=(
+        imagenet(
+            class_names="gs://BUCKET/imagenet_names.txt",
+            templates="siglip",
+            data_dir="gs://BUCKET/tfds",
+        ),
+        coco(data_dir="gs://BUCKET/tfds"),
+    ),
+    eval_every=0.02,
     optimizer=OptimizerConfig(
         name="adafactor",
         learning_rate=1e-3,

@@ -217,11 +217,6 @@ class Experiment:
                 f'one size: set preprocess.resize="squash" and model.vision.max_patches=None to '
                 f"train at {vision.image_size} pixels"
             )
-        if not 0 <= getattr(vision, "patch_dropout", 0.0) < 1:
-            raise ConfigError(
-                f"patch_dropout {vision.patch_dropout} is a share of the patches: choose at least "
-                "0 and below 1"
-            )
         if getattr(vision, "rotary", None) is not None and (
             vision.patch_dropout or self.image_sizes
         ):

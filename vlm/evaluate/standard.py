@@ -1,0 +1,45 @@
+"""The evaluations that papers report, as configs name them."""
+
+from vlm.config import EvalConfig
+from vlm.heads.prompts import TEMPLATES
+
+
+def imagenet(
+    source: str = "tfds:imagenet2012",
+    *,
+    class_names: str,
+    templates: str = "clip_best",
+    data_dir: str | None = None,
+) -> EvalConfig:
+    """Zero-shot classification of ImageNet's 50,000 validation images (arXiv:1409.0575).
+
+    Args:
+        source: the prepared TFDS data set, or a folder with `validation/n01440764/*.JPEG`.
+        class_names: a text file with a line `n01440764<tab>tench` for each class: the labels are
+            numbers of WordNet, which no text tower knows.
+        templates: the name of a list in `vlm.heads.prompts.TEMPLATES`.
+        data_dir: where TFDS data is prepared.
+    """
+    return EvalConfig(
+        name="imagenet",
+        source=source,
+        split="validation",
+        class_names=class_names,
+        templates=TEMPLATES[templates],
+        data_dir=data_dir,
+    )
+
+
+def coco(source: str = "tfds:coco_captions", *, data_dir: str | None = None) -> EvalConfig:
+    """Retrieval among COCO's 5,000 test images and all of their captions (arXiv:1504.00325).
+
+    The split is that of Karpathy and Fei-Fei (arXiv:1412.2306), as TFDS has it.
+    """
+    return EvalConfig(
+        name="coco",
+        task="retrieval",
+        source=source,
+        split="test",
+        captions=("captions/text",),
+        data_dir=data_dir,
+    )
