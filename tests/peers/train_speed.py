@@ -59,7 +59,9 @@ def theirs(workers: int) -> None:
     from vlm.inputs.preprocess import Preprocess
     from vlm.inputs.tokenizer import train_bpe
 
-    source = CachedSource(open_source(config.data, "train"), "image", Preprocess(config.preprocess))
+    source = CachedSource(
+        open_source(config.data, "train"), config.data, Preprocess(config.preprocess)
+    )
     rows = [source[i] for i in range(len(source))]
     images = [Image.fromarray(np.asarray(row["image"])) for row in rows]
     tokenizer = train_bpe(vocabulary_texts(config.data), TEXT.vocab_size, TEXT.context_length)
