@@ -1,7 +1,10 @@
-"""Eight virtual devices and quick compilation, asked for before JAX starts."""
+"""Eight virtual devices, quick compilation and checked types, before JAX and vlm start."""
 
 import os
 import signal
+
+import jaxtyping
+import pytest
 
 # A runner in the background may ignore Ctrl-C, and the processes that tests start inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -13,7 +16,18 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"
 )
 
+jaxtyping.install_import_hook("vlm", "type_checker.check")
+
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no worker is left alone with one of them."""
     items.sort(key=lambda item: "train" not in item.path.parts)
+
+
+@pytest.fixture(autouse=True)
+def _types(request):
+    """A test that gives arguments of a wrong type on purpose says so with the mark `untyped`."""
+    untyped = request.node.get_closest_marker("untyped") is not None
+    jaxtyping.config.update("jaxtyping_disable", untyped)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

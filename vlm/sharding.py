@@ -2,15 +2,16 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import linear_call
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from vlm.config import MeshConfig
 from vlm.errors import ShardingError
@@ -39,7 +40,7 @@ TENSOR_DIMENSION = {
 SMALLEST_SHARDED = 2**14  # elements
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of axes ("data", "fsdp", "tensor") over all devices.
 
     On a TPU the inner axes lie on neighbours of the torus, and several slices are joined along
@@ -122,7 +123,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """Where one parameter lives: `tensor` by its name, `fsdp` over its largest free dimension."""
     spec: list[str | None] = [None] * len(shape)
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
@@ -137,7 +138,7 @@ def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) ->
     return P(*spec)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The sharding of every array of a tree of parameters, or of a state that mirrors them.
 
     Optimizer moments and averages have their parameter's names at the end of their path, so the
@@ -174,7 +175,7 @@ def cut_over_fsdp(x: jax.Array) -> bool:
     return mesh is not None and mesh.shape["fsdp"] > 1
 
 
-def gathered(block: Any, layers: int, dtype: jnp.dtype) -> Any:
+def gathered(block: Any, layers: int, dtype: DTypeLike) -> Any:
     """Traced parameters of one of `layers` stacked blocks, whole over `fsdp`; kernels in `dtype`.
 
     Each device holds its part and gathers the others where they are used; the gradient is summed

@@ -165,6 +165,7 @@ def test_a_model_that_cannot_be_is_refused(vision, text, said):
         ModelConfig(vision=ViTConfig(**(LINEAR | vision)), text=TextConfig(**(LINEAR | text)))
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("values", "said"),
     [
@@ -218,6 +219,7 @@ def test_a_missing_config_file_is_named():
         load_config("nowhere.py")
 
 
+@pytest.mark.untyped
 def test_a_field_of_the_wrong_type_in_a_config_file_is_named(tmp_path):
     file = tmp_path / "config.py"
     file.write_text("import vlm.config as c\nconfig = c.Experiment(batch_size=2.5)\n")

@@ -152,6 +152,7 @@ def test_orbax_saves_and_restores_the_iterator(config, tmp_path):
     assert_equal(next(fresh), expected)
 
 
+@pytest.mark.untyped
 def test_a_state_of_something_else_is_refused(config):
     for state in ({}, {"step": -1}, {"step": "3"}, None):
         with pytest.raises(DataError, match="not the state"):

@@ -140,6 +140,7 @@ def test_hue_turns_colours_and_keeps_luma():
     np.testing.assert_allclose(matrix @ grey + offset, grey, atol=1e-3)
 
 
+@pytest.mark.untyped
 def test_impossible_settings_are_named():
     for changes in (
         {"crop": (0.0, 1.0)},

@@ -184,6 +184,7 @@ def test_the_captions_of_an_image_are_one_cluster():
     assert wide.low == narrow.low  # eight captions of four images are worth four
 
 
+@pytest.mark.untyped
 def test_bad_input():
     with pytest.raises(DataError, match="give one for each image and class"):
         mean_average_precision(np.zeros((3, 2)), np.zeros((2, 2), bool))

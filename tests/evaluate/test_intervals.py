@@ -60,6 +60,7 @@ def test_bootstrap_of_clusters():
     assert 0.91 <= coverage(found, 0) <= 0.985
 
 
+@pytest.mark.untyped
 def test_worked_values():
     hits = np.array([1, 1, 1, 1, 0, 0, 0, 0], bool)
     # Clusters of two equal trials are worth four trials, apart from the quantile.

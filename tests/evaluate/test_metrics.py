@@ -143,6 +143,7 @@ def test_bootstrap_agrees_with_the_normal_interval_and_repeats():
 # ------------------------------------------------------------------------------- bad input
 
 
+@pytest.mark.untyped
 def test_bad_input_is_named():
     z = np.eye(3, dtype=np.float32)
     broken = z.copy()

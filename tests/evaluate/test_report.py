@@ -177,6 +177,7 @@ def test_a_log_without_curves_makes_a_page_without_charts(run, tmp_path):
     assert "Training</h2>" not in page
 
 
+@pytest.mark.untyped
 def test_sizes_that_disagree_are_named(run, tmp_path):
     with pytest.raises(DataError, match="40 images got 39 targets"):
         write_report(tmp_path, **{**run, "target": run["target"][:-1]})

@@ -108,6 +108,7 @@ def test_bad_reports(report, tmp_path):
         Report.from_json(torn)
 
 
+@pytest.mark.untyped
 def test_bad_tasks():
     images, target = pictures()
     with pytest.raises(ConfigError, match=r"'red' of colours 1\.0\.0 .* is given twice"):

@@ -71,6 +71,7 @@ def test_both_heads_learn_from_four_images_each(model, paint, method):
     assert "colours, 4 labels" in repr(classify)
 
 
+@pytest.mark.untyped
 def test_bad_input(model, paint):
     images = [paint("red"), paint("blue")]
     with pytest.raises(ConfigError, match="2 images and 3 labels"):

@@ -107,6 +107,7 @@ def test_merge(index, model, make_model):
 # ------------------------------------------------------------------------------------- filters
 
 
+@pytest.mark.untyped
 def test_filters(index):
     z = unit(40)
     index.add(unit(2, seed=4), ids=["p", "q"], metadata={"camera": ["X100", None]})
@@ -138,6 +139,7 @@ def test_a_filter_equals_the_search_of_what_it_keeps(model):
         np.testing.assert_array_equal(ids(hits), np.argsort(-(z[:keep] @ z[5]))[:10])
 
 
+@pytest.mark.untyped
 def test_bad_metadata(index):
     for metadata, match in (
         ({"year": [1]}, "has 1 values for 2 items"),

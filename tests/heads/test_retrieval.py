@@ -154,6 +154,7 @@ def test_half_precision_halves_the_rows_and_keeps_the_cosines(model, index, fold
     assert half._items.rows[0].nbytes * 2 == index._items.rows[0].nbytes
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("items", "ids", "message"),
     [
@@ -178,6 +179,7 @@ def test_a_refused_add_changes_nothing(index, items, ids, message):
     assert index.search("red", k=9) == before
 
 
+@pytest.mark.untyped
 def test_other_refusals(index, folder, model):
     with pytest.raises(ConfigError, match=r"wrap it in pathlib\.Path"):
         index.add([str(folder / "red.png")])

@@ -116,6 +116,7 @@ def test_an_unreadable_picture_does_not_break_the_display(model, paint, tmp_path
     assert "red" in result._repr_html_()
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("labels", "templates", "message"),
     [
@@ -137,6 +138,7 @@ def test_bad_labels_and_templates(model, labels, templates, message):
         ZeroShotClassifier(model, labels, templates)
 
 
+@pytest.mark.untyped
 def test_bad_use(model, paint):
     classify = ZeroShotClassifier(model, LABELS)
     with pytest.raises(ConfigError, match="no images"):

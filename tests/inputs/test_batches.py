@@ -69,6 +69,7 @@ def test_a_canvas_and_a_buffer_that_are_used_again():
     np.testing.assert_array_equal(pixels(filled()), expected)
 
 
+@pytest.mark.untyped
 def test_bad_images_are_told_in_order_and_left_out(tmp_path):
     good = noise(7)
     half = io.BytesIO()

@@ -234,6 +234,7 @@ def test_addresses_of_the_web(address):
 # ------------------------------------------------------------------------ what counts as an image
 
 
+@pytest.mark.untyped
 def test_one_rule_for_what_an_image_is(tmp_path, files, photo):
     array = np.asarray(photo)
     one = ["a.png", tmp_path, files["PNG"], photo, array, array[..., 0], array[..., :1]]

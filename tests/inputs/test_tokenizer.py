@@ -110,6 +110,7 @@ def test_settings_inside_a_tokenizer_json_do_not_count(tmp_path):
     np.testing.assert_array_equal(loaded(TEXTS), TOKENIZER(TEXTS))
 
 
+@pytest.mark.untyped
 def test_bad_input(tmp_path):
     with pytest.raises(DataError, match=r"text 1 is 3"):
         TOKENIZER(["a", 3])

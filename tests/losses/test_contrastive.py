@@ -250,6 +250,7 @@ def test_memory_of_a_large_batch_on_eight_devices(kind):
 # --------------------------------------------------------------------------- bad input
 
 
+@pytest.mark.untyped
 def test_bad_input_is_named():
     image, text = pairs(12, 4)
     numbers = scalars(10)

@@ -96,7 +96,7 @@ def test_every_device_takes_its_own_examples_and_heads(tensor, monkeypatch):
     compiled = run.lower(*x, mask).compile()
     if tensor == 1:
         assert "all-gather" not in compiled.as_text()
-    whole = with_gradients(interpreted, *jax.device_get(x), jax.device_get(mask))
+    whole = with_gradients(interpreted, *jax.device_get(x), jnp.asarray(jax.device_get(mask)))
     for a, b in zip(run(*x, mask), whole, strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=1e-2)
 

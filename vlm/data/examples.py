@@ -5,7 +5,7 @@ An example keeps the features of its data set under their own names. Images stay
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from vlm.config import DataConfig, FieldFilter
 from vlm.data.faults import BadSample
@@ -18,6 +18,7 @@ WHERE = "\0where"
 PART = "\0part"  # and to which source of a mixture it belongs
 
 
+@runtime_checkable
 class Source(Protocol):
     """A sequence of examples, the same each time it is opened; picklable, for reader processes."""
 

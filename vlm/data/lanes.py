@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import grain
 import jax
@@ -34,6 +34,7 @@ _MAX_FILTERED = 1_000_000  # in a row, before the filter is taken to let nothing
 Position = list[Any]  # of one lane: JSON
 
 
+@runtime_checkable
 class Stream(Protocol):
     """What can be read in lanes: shards, or a mixture of sources."""
 

@@ -10,7 +10,7 @@ What cannot be read takes one place in that order, as a `BadSample`, and the lan
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Record(NamedTuple):
     end: int
 
 
+@runtime_checkable
 class Format(Protocol):
     """How shards of one kind are read front to back."""
 
@@ -57,6 +58,7 @@ class Place(NamedTuple):
     number: int = 0  # of examples of the shard that lie behind it
 
 
+@runtime_checkable
 class Lane(Protocol):
     """An endless sequence of samples with a position of a few integers."""
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from vlm.errors import ConfigError
 from vlm.evaluate.metrics import Metric, pair_retrieval_metrics, zero_shot_metrics
@@ -44,7 +45,7 @@ class ZeroShotTask:
 
     images: Iterable[Any]
     captions: Sequence[str]
-    target: Sequence[int]
+    target: Sequence[int] | Int[np.ndarray, "n"]
     data: DataInfo
     templates: Sequence[str] = TEMPLATES["plain"]
     ks: Sequence[int] = (1, 5)

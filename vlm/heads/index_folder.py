@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from vlm.errors import CheckpointError
 from vlm.heads.codes import Codes
@@ -45,7 +46,7 @@ def write_shard(
     folder: Path,
     rows: Iterator[np.ndarray],
     shape: tuple[int, int],
-    dtype: np.dtype,
+    dtype: DTypeLike,
     items: dict[str, Any],
     codes: Codes | None,
 ) -> str:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -212,7 +212,7 @@ class Items:
         return Codes(values, np.concatenate(scales)[positions] if scales else None)
 
     @classmethod
-    def open(cls, folder: Path, meta: dict[str, Any]) -> Self:
+    def open(cls, folder: Path, meta: dict[str, Any]) -> "Items":
         """The items of a saved index, by what its description says.
 
         Raises:

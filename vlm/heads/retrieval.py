@@ -4,7 +4,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -44,6 +44,7 @@ class Hits(list[Hit]):
         return f"<div>{''.join(cards) or 'no hits'}</div>"
 
 
+@runtime_checkable
 class Searcher(Protocol):
     """Another way to search the same rows: the devices of a mesh, or a faiss index."""
 
@@ -477,7 +478,7 @@ class RetrievalIndex:
         self._items.save(folder, identity(self.model))
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, model: Any) -> Self:
+    def load(cls, folder: str | os.PathLike, model: Any) -> "RetrievalIndex":
         """Open a saved index; the embeddings stay on disk, mapped, until a search reads them.
 
         Raises:

@@ -125,7 +125,7 @@ class ZeroShotClassifier:
         return f"ZeroShotClassifier({self.model.name}, {len(self.labels)} labels: {names})"
 
 
-def to_scores(logits: Float[np.ndarray, "n m"], rule: Rule) -> Float[np.ndarray, "n m"]:
+def to_scores(logits: Float[np.ndarray, "*n m"], rule: Rule) -> Float[np.ndarray, "*n m"]:
     """Probabilities from logits: softmax over the labels, or an independent sigmoid for each.
 
     Raises:

@@ -14,6 +14,7 @@ from vlm.inputs.resizing import PILLOW_KERNELS, resize_tensor, resize_tensorflow
 from vlm.nn.naflex import Patches
 
 MAX_WEIGHTS = 1 << 24  # of a resize by matrices, and its pixels: half a GiB all in all
+Pixels = np.ndarray | Array
 
 
 class Preprocess:
@@ -64,7 +65,7 @@ class Preprocess:
             return np.stack(rows)
         return naflex.collate(rows, c.patch_size, c.image_size // c.patch_size, step=naflex.STEP)
 
-    def pixels(self, image: ImageLike, name: str = "the image") -> UInt8[np.ndarray, "s s 3"]:
+    def pixels(self, image: ImageLike, name: str = "the image") -> UInt8[np.ndarray, "h w 3"]:
         """The resized image before normalisation; `name` is what errors call it if it has none."""
         config, opened = self.config, self._shortened(self.open(image, name))
         (width, height), box = self._layout(*opened.size)
@@ -87,8 +88,8 @@ class Preprocess:
         return np.array(opened if box is None else opened.crop(box))
 
     def normalize(
-        self, pixels: UInt8[Array, "*n 3"] | Float[Array, "*n 3"] | Patches
-    ) -> Float32[Array, "*n 3"] | Patches:
+        self, pixels: UInt8[Pixels, "*n 3"] | Float[Pixels, "*n 3"] | Patches
+    ) -> Float32[Pixels, "*n 3"] | Patches:
         """`(pixels / 255 - mean) / std` for values in 0..255; numpy or jax, also inside `jit`."""
         if isinstance(pixels, Patches):
             return pixels._replace(pixels=self.normalize(pixels.pixels))

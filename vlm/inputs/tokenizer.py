@@ -103,7 +103,9 @@ class Tokenizer:
         specials = sum(i is not None for i in (self.config.bos_id, self.config.eos_id))
         return [len(ids) + specials for ids in self._encode(texts)]
 
-    def decode(self, tokens: Int32[np.ndarray, "n l"] | Sequence[Sequence[int]]) -> list[str]:
+    def decode(
+        self, tokens: Int32[np.ndarray, "n l"] | Sequence[Int32[np.ndarray, "l"] | Sequence[int]]
+    ) -> list[str]:
         """The text of each row, up to its eos and without special tokens."""
         config, texts = self.config, []
         for row in np.asarray(tokens).tolist():

@@ -1,7 +1,7 @@
 """What stands at the end of a tower: pooling by attention, and the way into the shared space."""
 
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vlm.nn.layers import gelu
@@ -9,7 +9,7 @@ from vlm.nn.pooling import MapPool
 
 
 def projection(
-    config, width: int, embed_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    config, width: int, embed_dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.Module | None:
     """The layer from a tower's pooled width to the shared space, or None where they agree."""
     if config.projection == "none":
@@ -37,7 +37,7 @@ class MlpProjection(nnx.Module):
         return self.down(gelu(self.up(x)))
 
 
-def map_pool(config, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> MapPool:
+def map_pool(config, *, dtype: DTypeLike, rngs: nnx.Rngs) -> MapPool:
     """The attention pooling of a tower."""
     return MapPool(
         config.width,

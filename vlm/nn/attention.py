@@ -10,6 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from vlm.nn import tpu_attention
@@ -20,10 +21,10 @@ from vlm.sharding import BATCH_AXES, batch_ways, mesh_of
 
 
 def attend(
-    query: Float[Array, "b q h d"],
+    query: Float[Array, "#b q h d"],
     key: Float[Array, "b k h d"],
     value: Float[Array, "b k h d"],
-    mask: Bool[Array, "b #h #q k"] | None = None,
+    mask: Bool[Array, "#b #h #q k"] | None = None,
     *,
     causal: bool = False,
 ) -> Float[Array, "b q h d"]:
@@ -110,7 +111,7 @@ class Attention(nnx.Module):
         output_width: int | None = None,
         key_bias: bool = True,
         norm_eps: float | None = None,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         def project(inputs, outputs, axis, *, bias=True):
@@ -134,9 +135,9 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "b q d"],
+        x: Float[Array, "#b q d"],
         context: Float[Array, "b k d"] | None = None,
-        mask: Bool[Array, "b #h #q k"] | None = None,
+        mask: Bool[Array, "#b #h #q k"] | None = None,
         *,
         causal: bool = False,
         rotation: Rotation | None = None,

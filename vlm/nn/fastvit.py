@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vlm.nn.attention import Attention
@@ -30,7 +31,7 @@ class Conv(nnx.Module):
         *,
         stride: int = 1,
         depthwise: bool = True,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         shape = (size, size, 1 if depthwise else inputs, outputs)
@@ -78,7 +79,7 @@ def _shift_and_add(x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 d"], 
 class Squeeze(nnx.Module):
     """Squeeze-and-excitation: channels weighed by what the whole image shows (arXiv:1709.01507)."""
 
-    def __init__(self, width: int, hidden: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.down = nnx.Linear(width, hidden, dtype=dtype, rngs=rngs)
         self.up = nnx.Linear(hidden, width, dtype=dtype, rngs=rngs)
 
@@ -115,7 +116,7 @@ class Layer(nnx.Module):
         heads: int,
         *,
         norm_eps: float | None,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         normed = heads and norm_eps is not None

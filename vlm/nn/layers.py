@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from vlm.config import Activation
@@ -111,7 +112,7 @@ class Mlp(nnx.Module):
     """Two linear layers with an activation between them."""
 
     def __init__(
-        self, width: int, mlp_dim: int, act: Activation, *, dtype: jnp.dtype, rngs: nnx.Rngs
+        self, width: int, mlp_dim: int, act: Activation, *, dtype: DTypeLike, rngs: nnx.Rngs
     ):
         init = nnx.initializers.xavier_uniform()
         self.up = nnx.Linear(width, mlp_dim, kernel_init=init, dtype=dtype, rngs=rngs)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from vlm.nn.layers import LayerNorm, gelu
@@ -19,7 +20,7 @@ class PatchStem(nnx.Module):
     """
 
     def __init__(
-        self, patch_size: int, width: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs
+        self, patch_size: int, width: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
     ):
         shape = (patch_size, patch_size, 3, width)
         init = nnx.initializers.lecun_normal(in_axis=(0, 1, 2))
@@ -42,7 +43,7 @@ class PatchStem(nnx.Module):
 class PatchConv(nnx.Module):
     """A convolution without overlap, `size` x `size` with a stride of `size`, as one product."""
 
-    def __init__(self, size: int, inputs: int, outputs: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, size: int, inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_normal(in_axis=(0, 1, 2))
         self.kernel = nnx.Param(init(rngs.params(), (size, size, inputs, outputs)))
         self.bias = nnx.Param(jnp.zeros(outputs))
@@ -59,7 +60,7 @@ class ConvStem(nnx.Module):
     A position is normalised over its channels, as in ConvNeXt (arXiv:2201.03545), not over a batch.
     """
 
-    def __init__(self, widths: tuple[int, ...], width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, widths: tuple[int, ...], width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         init = nnx.initializers.he_normal(in_axis=(0, 1, 2))
         inputs = (3, *widths[:-1])
         self.kernels = nnx.List(

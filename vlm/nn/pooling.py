@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm.config import Activation
@@ -20,7 +21,7 @@ class MapPool(nnx.Module):
         *,
         act: Activation,
         norm_eps: float,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         init = nnx.initializers.xavier_uniform()
@@ -51,7 +52,7 @@ class QueryPool(nnx.Module):
         heads: int,
         *,
         norm_eps: float,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.query = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (embed_dim,)))

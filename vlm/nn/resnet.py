@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 EXPANSION = 4  # of a block's channels in its output
@@ -54,7 +55,7 @@ def conv(inputs: int, outputs: int, size: int, *, strides: int = 1, dtype, rngs)
 class Bottleneck(nnx.Module):
     """1x1, 3x3 and 1x1 convolutions, with average pooling in place of a stride."""
 
-    def __init__(self, inputs: int, width: int, stride: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, width: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         outputs = width * EXPANSION
         self.conv1 = conv(inputs, width, 1, dtype=dtype, rngs=rngs)
         self.norm1 = FrozenBatchNorm(width)

@@ -32,7 +32,10 @@ class _Form(NamedTuple):
     interpret: bool  # run in Python, on any device: for tests
 
 
-def fits(query: Array, key: Array, mask: Array | None) -> bool:
+Shaped = Array | jax.ShapeDtypeStruct
+
+
+def fits(query: Shaped, key: Shaped, mask: Shaped | None) -> bool:
     """Whether the kernel takes these arrays: bfloat16, self-attention, at most a mask of keys."""
     n = query.shape[1]
     return (

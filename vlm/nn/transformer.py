@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
 from vlm.config import Activation, MlpKind, RematPolicy
@@ -21,7 +22,7 @@ from vlm.sharding import by_rows, cut_over_fsdp, gathered
 class Execution:
     """How a tower is computed, as opposed to what it computes."""
 
-    dtype: jnp.dtype = jnp.float32  # of activations and products; parameters stay float32
+    dtype: DTypeLike = jnp.float32  # of activations and products; parameters stay float32
     remat: RematPolicy = "dots_no_batch"
     scan: bool = True  # False unrolls the blocks: slower to compile, at times faster to run
 
@@ -51,7 +52,7 @@ class Block(nnx.Module):
         mlp: MlpKind,
         attention_norm: bool,
         key_bias: bool,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.attention_norm = LayerNorm(width, norm_eps, rngs=rngs)
@@ -79,7 +80,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b n d"],
-        mask: Bool[Array, "b #h #q n"] | None,
+        mask: Bool[Array, "#b #h #q n"] | None,
         keys: Key[Array, "b"] | None,
         rotation: Rotation | None = None,
     ) -> Float[Array, "b n d"]:
@@ -151,7 +152,7 @@ class Transformer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b n d"],
-        mask: Bool[Array, "b #h #q n"] | None = None,
+        mask: Bool[Array, "#b #h #q n"] | None = None,
         *,
         keys: Key[Array, "b"] | None = None,
         rotation: Rotation | None = None,

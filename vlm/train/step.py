@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -209,7 +210,7 @@ class Trainer:
         return self.model(state).encode_text(tokens)
 
 
-def compute_dtype(name: str) -> jnp.dtype:
+def compute_dtype(name: str) -> np.dtype:
     """The dtype of products and activations: "auto" is bfloat16 but on a CPU."""
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"

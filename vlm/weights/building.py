@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
 
 from vlm.config import ModelConfig
 from vlm.errors import ConfigError, ShardingError
@@ -18,7 +18,7 @@ from vlm.weights.rules import Rule, expand, fill, flat_shapes
 Tower = Literal["both", "image", "text"]
 
 
-def abstract_model(config: ModelConfig, dtype: jnp.dtype) -> DualEncoder:
+def abstract_model(config: ModelConfig, dtype: DTypeLike) -> DualEncoder:
     """A model of shapes alone, to be filled."""
     execution = Execution(dtype=dtype)
     return nnx.eval_shape(lambda: DualEncoder(config, execution=execution, rngs=nnx.Rngs(0)))

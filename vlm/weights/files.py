@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -36,6 +36,7 @@ DTYPES = {
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 
 
+@runtime_checkable
 class Tensors(Protocol):
     """A checkpoint's tensors by name."""
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Shaped
+from numpy.typing import DTypeLike
 
 from vlm.errors import CheckpointError
 from vlm.weights.files import Tensors
@@ -204,7 +205,7 @@ def fill(
     rules: Sequence[Rule],
     tensors: Tensors,
     *,
-    dtype: np.dtype,
+    dtype: DTypeLike,
     placement: Callable[[str, Shape], jax.sharding.Sharding] | None = None,
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> nnx.Module:
