@@ -1,4 +1,6 @@
 import colorsys
+import dataclasses
+import io
 
 import numpy as np
 import pytest
@@ -6,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-from vlm.config import AugmentConfig, PreprocessConfig
+from vlm.config import AugmentConfig, DataConfig, PreprocessConfig
+from vlm.data.making import NUMBERS, Maker
+from vlm.data.randomness import uniforms
 from vlm.data.transforms import DRAWS, Augment, color_map, crop_box
 from vlm.errors import ConfigError
 from vlm.inputs.preprocess import Preprocess
@@ -152,3 +156,54 @@ def test_impossible_settings_are_named():
     ):
         with pytest.raises(ConfigError, match=f"augment.{next(iter(changes))}"):
             Augment(AugmentConfig(**changes), 8)
+
+
+def photo(width: int, height: int, orientation: int = 1) -> bytes:
+    """A JPEG of smooth colours with some detail, as a camera makes it."""
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [np.sin(x / 37 + k) + np.cos(y / 53 - k) + 0.2 * np.sin(x * y / 9000) for k in range(3)]
+    pixels = np.clip(127 + 50 * np.stack(waves, -1), 0, 255).astype(np.uint8)
+    out, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(out, "JPEG", quality=92, exif=exif)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize(
+    ("width", "height", "fraction"),
+    [(120, 90, 1), (280, 210, 2), (641, 433, 4), (1603, 1201, 8), (1600, 1200, 8)],
+)
+def test_a_fraction_of_a_jpeg_gives_the_same_crop(width, height, fraction, orientation):
+    config = AugmentConfig(crop=(0.6, 0.9), flip=True, jitter=0.2)
+    maker = Maker([DataConfig(augment=config)], Preprocess(PreprocessConfig(image_size=64)))
+    whole = dataclasses.replace(config, draft=False)
+    slow = Maker([DataConfig(augment=whole)], Preprocess(PreprocessConfig(image_size=64)))
+    data = photo(width, height, orientation)
+    decoded = []
+
+    def smallest(w, h):
+        decoded.append((w, h))
+        return maker._augment.smallest(w, h, draws[:-1])
+
+    for draws in uniforms(0, np.arange(5), NUMBERS):
+        a, b = np.empty((2, 64, 64, 3), np.uint8)
+        example = {"image": data, "caption": "x"}
+        assert maker(example, draws, a, "") == slow(example, draws, b, "") == "x"
+        error = np.abs(a.astype(int) - b)
+        assert error.mean() < 0.7
+        assert error.max() < 30
+        image = maker._preprocess.open(data, "", smallest)
+        upright = (height, width) if orientation == 6 else (width, height)
+        assert not decoded or decoded[-1] == upright
+        turned = orientation != 1 and (width % 8 or height % 8)  # then it is decoded whole
+        assert round(upright[0] / image.width) == (1 if turned else fraction)
+
+
+def test_other_formats_and_the_models_own_resize_are_decoded_whole():
+    out = io.BytesIO()
+    Image.open(io.BytesIO(photo(640, 480))).save(out, "PNG")
+    whole = Preprocess(PreprocessConfig(image_size=8))
+    assert whole.open(out.getvalue(), "", lambda w, h: (1, 1)).size == (640, 480)
+    none = Augment(AugmentConfig(crop=None), whole)
+    assert none.smallest(640, 480, np.zeros(NUMBERS - 1)) == (640, 480)

@@ -11,7 +11,8 @@ import argparse
 import itertools
 
 import numpy as np
-from turns import Peer, answer, compare, requests, time_of
+
+from vlm.bench.turns import Peer, answer, compare, requests, time_of
 
 BATCH = 32
 REPEATS = {"image": 2, "text": 4, "train": 2}

@@ -162,9 +162,10 @@ def data(args: list[str]) -> None:
 
 
 def bench_data(
-    config: str,
+    config: str | None = None,
     /,
     batches: int = 8,
+    rounds: int = 5,
     batch_size: int | None = None,
     workers: int | None = None,
     step_seconds: float | None = None,
@@ -172,19 +173,32 @@ def bench_data(
 ) -> None:
     """Measure how fast this machine makes the training batches of a config.
 
+    Without a config: of drawn photographs in shards, beside bare decoding, storage that is slow to
+    open, and open_clip's pipeline where that is installed.
+
     Examples:
+      vlm bench data
       vlm bench data configs/openmoji.py
       vlm bench data configs/clip_b32_cc12m.py --workers 32 --step-seconds 0.5
 
     Args:
         config: a config file, or a run's config.json.
         batches: how many to time, after the first.
+        rounds: of turns, without a config; the median counts.
         batch_size: in place of the config's.
         workers: reader processes, in place of the config's.
         step_seconds: of a training step, to say what share of the time it would wait.
         json: print the figures as one JSON object, and the table on stderr.
     """
     from rich.console import Console
+
+    if config is None:
+        from vlm.bench.shards import bench_shards
+
+        figures = bench_shards(rounds=rounds, batches=batches, console=Console(stderr=json))
+        if json:
+            print(jsonlib.dumps(figures))
+        return
 
     from vlm.config import load_config
 

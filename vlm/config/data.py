@@ -14,6 +14,8 @@ class AugmentConfig:
     jitter: float = 0.0  # brightness, contrast, saturation: factors in 1 +- jitter
     hue: float = 0.0  # in turns of the colour circle, at most 0.5
     flip: bool = False
+    # JPEG files are decoded at 1/2, 1/4 or 1/8 where the crop still has all the pixels it needs.
+    draft: bool = True
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class BadSamples:
     """
 
     def __init__(self, max_share: float, folder: epath.PathLike | None, process_index: int = 0):
-        self._max_share = max_share
+        self._max_share, self.process_index = max_share, process_index
         self._path = None
         if folder is not None:
             name = FILE if process_index == 0 else f"bad-samples-{process_index}.jsonl"
@@ -115,8 +115,9 @@ class BadSamples:
         return {"seen": self.seen, "kinds": dict(self.kinds)}
 
     def restore(self, state: dict[str, Any], step: int) -> None:
-        """Go on from `state`, before batch number `step`."""
-        self.seen, self.kinds = int(state["seen"]), collections.Counter(state["kinds"])
+        """Go on from `state`, of each process by its number, before batch number `step`."""
+        mine = state.get(str(self.process_index), {"seen": 0, "kinds": {}})
+        self.seen, self.kinds = int(mine["seen"]), collections.Counter(mine["kinds"])
         self._rows = []
         if self._path is None or not self._path.exists():
             return

@@ -268,7 +268,7 @@ class LaneOrder:
             "step": step,
             "data": stream.fingerprint,
             "count": stream.lanes,
-            "lanes": _of_all_processes(self._at),
+            "lanes": of_all_processes(self._at),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -301,7 +301,8 @@ def threads_for(config: DataConfig) -> int:
     return 1 if config.workers else os.cpu_count() or 1
 
 
-def _of_all_processes(at: dict[str, Position]) -> dict[str, Position]:
+def of_all_processes(at: dict[str, Any]) -> dict[str, Any]:
+    """What every process has under its own numbers, together; all of them must ask at once."""
     if jax.process_count() == 1 or not at:
         return dict(at)
     text = np.frombuffer(json.dumps(at).encode(), np.uint8)
@@ -309,7 +310,7 @@ def _of_all_processes(at: dict[str, Position]) -> dict[str, Position]:
     room = np.zeros(int(lengths.max()), np.uint8)
     room[: len(text)] = text
     texts = multihost_utils.process_allgather(room)
-    gathered: dict[str, Position] = {}
+    gathered: dict[str, Any] = {}
     for row, length in zip(texts, lengths.ravel().tolist(), strict=True):
         gathered |= json.loads(bytes(row[:length]))
     return dict(sorted(gathered.items(), key=lambda item: int(item[0])))

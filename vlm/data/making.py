@@ -13,6 +13,7 @@ from vlm.data.faults import BadSample
 from vlm.data.storage import read_file
 from vlm.data.transforms import DRAWS, Augment
 from vlm.errors import DataError
+from vlm.inputs.opening import Smallest
 from vlm.inputs.preprocess import Preprocess
 
 NUMBERS = DRAWS + 1  # uniform numbers for one example: the last one chooses the caption
@@ -41,14 +42,25 @@ class Maker:
         """
         config = self._configs[example.get(PART, 0)]
         text = choose_caption(example, config, u[-1])
-        self._augment(open_image_of(example, config, self._preprocess, where), u[:-1], out)
+        sizes: list[tuple[int, int]] = []
+
+        def smallest(width: int, height: int) -> tuple[int, int]:
+            sizes.append((width, height))
+            return self._augment.smallest(width, height, u[:-1])
+
+        image = open_image_of(example, config, self._preprocess, where, smallest)
+        self._augment(image, u[:-1], out, sizes[0] if sizes else None)
         return text
 
 
 def open_image_of(
-    example: Example, config: DataConfig, preprocess: Preprocess, where: str
+    example: Example,
+    config: DataConfig,
+    preprocess: Preprocess,
+    where: str,
+    smallest: Smallest | None = None,
 ) -> Image.Image:
-    """The image of an example in mode RGB, opened if it is not yet.
+    """The image of an example in mode RGB, opened if it is not yet; `smallest` as in `open_image`.
 
     Raises:
         BadSample: there is none, or it cannot be opened.
@@ -71,7 +83,7 @@ def open_image_of(
             why = f"{name} cannot be read ({error.strerror or error})"
             raise BadSample("failed read", where, why) from None
     try:
-        return preprocess.open(image, name)
+        return preprocess.open(image, name, smallest)
     except DataError as error:
         raise BadSample("broken image", where, str(error)) from None
     except MemoryError:

@@ -16,7 +16,13 @@ from etils import epath
 from vlm.config import DataConfig
 from vlm.data.examples import captions_of, check_captions, check_filters
 from vlm.data.faults import BadSamples
-from vlm.data.lanes import LaneBatches, LaneOrder, count_lanes, threads_for
+from vlm.data.lanes import (
+    LaneBatches,
+    LaneOrder,
+    count_lanes,
+    of_all_processes,
+    threads_for,
+)
 from vlm.data.making import Maker
 from vlm.data.mixture import part_configs
 from vlm.data.random_access import Batch, StepOrder, TrainBatches, decoding_threads
@@ -65,9 +71,10 @@ class TrainIterator(grain.DatasetIterator):
     def get_state(self) -> dict[str, Any]:
         """What a checkpoint needs to go on from here: plain JSON, the same in every process.
 
-        Of a stream that several processes read, all of them must ask for it at the same step.
+        Where there are several, all of them must ask for it at the same step.
         """
-        return {**self._order.state(self._step), "bad": self.bad.state()}
+        bad = {str(self.bad.process_index): self.bad.state()}
+        return {**self._order.state(self._step), "bad": of_all_processes(bad)}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on as the iterator would have that gave `state`.
@@ -82,7 +89,7 @@ class TrainIterator(grain.DatasetIterator):
         self._order.restore(state)
         self.close()
         self._step = step
-        self.bad.restore(state.get("bad", {"seen": 0, "kinds": {}}), step)
+        self.bad.restore(state.get("bad", {}), step)
 
     def start_prefetch(self) -> None:
         """Begin to read ahead before the first batch is asked for, say while a step compiles."""

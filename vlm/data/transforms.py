@@ -40,15 +40,26 @@ class Augment:
             raise ConfigError(f"augment.hue {config.hue} must lie in 0..0.5 turns")
 
     def __call__(
-        self, image: Image.Image, u: Float[np.ndarray, "draws"], out: UInt8[np.ndarray, "s s 3"]
+        self,
+        image: Image.Image,
+        u: Float[np.ndarray, "draws"],
+        out: UInt8[np.ndarray, "s s 3"],
+        size: tuple[int, int] | None = None,
     ):
-        """Write the changed `image` (mode RGB) into `out`, by `DRAWS` uniform numbers."""
+        """Write the changed `image` (mode RGB) into `out`, by `DRAWS` uniform numbers.
+
+        `size` is the width and height of the whole image, where a fraction of it was decoded.
+        """
         u = u.tolist()
         if self.config.crop is None:
             pixels = self.preprocess.pixels(image)
         else:
             inputs = self.preprocess.config
-            box = crop_box(image.width, image.height, self.config, u[: 2 * _ATTEMPTS + 2])
+            box = crop_box(*(size or image.size), self.config, u[: 2 * _ATTEMPTS + 2])
+            if size is not None and image.size != size:
+                fraction = round(size[0] / image.width)  # of whole numbers: pixels keep their place
+                edges = (*image.size, *image.size)
+                box = tuple(min(x / fraction, e) for x, e in zip(box, edges, strict=True))
             # One resample makes crop and size at once.
             size, kernel = (inputs.image_size,) * 2, PILLOW_KERNELS[inputs.kernel]
             pixels = np.asarray(image.resize(size, kernel, box=box))
@@ -65,6 +76,17 @@ class Augment:
         values += offset + np.float32(0.5)  # the cast below truncates, so this rounds
         np.clip(values, 0, 255, out=values)
         out[...] = values.reshape(out.shape)  # casts while it copies
+
+    def smallest(self, width: int, height: int, u: Float[np.ndarray, "draws"]) -> tuple[int, int]:
+        """How small the image may be decoded so that its crop has as many pixels as are made."""
+        if self.config.crop is None or not self.config.draft:
+            return width, height
+        left, top, right, bottom = crop_box(
+            width, height, self.config, u[: 2 * _ATTEMPTS + 2].tolist()
+        )
+        spare = min(right - left, bottom - top) / self.preprocess.config.image_size
+        fraction = next((n for n in (8, 4, 2) if spare >= n), 1)
+        return width // fraction, height // fraction
 
 
 def crop_box(

@@ -16,6 +16,7 @@ from vlm.errors import ConfigError, DataError
 from vlm.paths import as_path
 
 ImageLike = Image.Image | str | os.PathLike | bytes | np.ndarray
+Smallest = Callable[[int, int], tuple[int, int]]  # of an image's width and height
 OnError = Callable[[int, DataError], None]  # is told the position of an image, and what is wrong
 
 # The formats that pictures are kept and sent in, by Pillow's names, and how their files end. Pillow
@@ -47,6 +48,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_LYING = tuple(_TURNS[tag] for tag in (5, 6, 7, 8))  # they change width and height
 
 
 def is_image(item: Any) -> bool:
@@ -79,6 +81,7 @@ def open_image(
     background: tuple[int, int, int] | None = (255, 255, 255),
     max_pixels: int = MAX_PIXELS,
     name: str = "the image",
+    smallest: Smallest | None = None,
 ) -> Image.Image:
     """Any image in mode RGB, as its author meant it to look.
 
@@ -86,6 +89,9 @@ def open_image(
     16-bit and float greyscale are scaled to 8 bits. A file is of one of `FORMATS`, whatever its
     name, and whole: a damaged one is refused even where Pillow was told to let it pass
     (`ImageFile.LOAD_TRUNCATED_IMAGES`). Of several frames the first is taken.
+
+    `smallest` is told the width and height of a JPEG file and says how small it may come out: it is
+    decoded at 1/2, 1/4 or 1/8 of its size where that is no smaller, which is several times as fast.
 
     Raises:
         DataError: missing, empty, damaged, too large, or not an image; the message names it.
@@ -101,6 +107,8 @@ def open_image(
         image = _from_array(image, name)
     _check_size(image, name, max_pixels)
     try:
+        if smallest is not None and image.format == "JPEG":
+            _draft(image, smallest)
         with _strictly():
             # Before anything else is asked of the image: Pillow decodes for its EXIF data as well,
             # and what failed to decode once is half an image that decodes the second time.
@@ -260,13 +268,27 @@ def _from_array(image: Any, name: str) -> Image.Image:
     return Image.fromarray(array)
 
 
+def _draft(image: Any, smallest: Smallest) -> None:
+    """Set a JPEG file to be decoded at a fraction of its size."""
+    turn = _turn(image)
+    if turn is not None and (image.width % 8 or image.height % 8):
+        return  # turned, the last pixel, which stands for a part of one, would be the first
+    lies = turn in _LYING
+    width, height = smallest(*(reversed(image.size) if lies else image.size))
+    image.draft(None, (height, width) if lies else (width, height))
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """A decoded image, turned as its EXIF orientation says."""
-    try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged metadata says nothing, and the pixels are whole
-        turn = None
+    turn = _turn(image)
     return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged metadata says nothing, and the pixels are whole
+        return None
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int] | None) -> Image.Image:

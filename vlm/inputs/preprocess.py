@@ -9,7 +9,7 @@ from PIL import Image
 from vlm.config import PreprocessConfig
 from vlm.errors import ConfigError
 from vlm.inputs import naflex
-from vlm.inputs.opening import MAX_PIXELS, ImageLike, one_or_many, open_image
+from vlm.inputs.opening import MAX_PIXELS, ImageLike, Smallest, one_or_many, open_image
 from vlm.inputs.resizing import PILLOW_KERNELS, resize_tensor, resize_tensorflow
 from vlm.nn.naflex import Patches
 
@@ -98,10 +98,16 @@ class Preprocess:
         # In torchvision's order, so that float32 results are the same bit for bit.
         return (pixels.astype(np.float32) / np.float32(255) - mean) / std
 
-    def open(self, image: ImageLike, name: str = "the image") -> Image.Image:
+    def open(
+        self, image: ImageLike, name: str = "the image", smallest: Smallest | None = None
+    ) -> Image.Image:
         """The image in mode RGB, upright, on the background: see `open_image`."""
         return open_image(
-            image, background=self.config.background, max_pixels=self.max_pixels, name=name
+            image,
+            background=self.config.background,
+            max_pixels=self.max_pixels,
+            name=name,
+            smallest=smallest,
         )
 
     def _shortened(self, image: Image.Image) -> Image.Image:

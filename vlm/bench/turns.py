@@ -18,16 +18,19 @@ OURS = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 class Peer:
-    """`script --as name`, waiting for its turn in a process of its own."""
+    """`script --as name`, waiting for its turn in a process of its own.
 
-    def __init__(self, script: str, name: str, *options: str):
+    With `module` the script is the name of one.
+    """
+
+    def __init__(self, script: str, name: str, *options: str, module: bool = False):
         self.name, pipe = name, subprocess.PIPE
         self.process = subprocess.Popen(
-            [sys.executable, script, "--as", name, *options],
+            [sys.executable, *(["-m"] if module else []), script, "--as", name, *options],
             stdin=pipe,
             stdout=pipe,
             text=True,
-            env=os.environ | (OURS if name == "ours" else {}),
+            env=os.environ | (OURS if name.startswith("ours") else {}),
             process_group=0,
         )
         atexit.register(self.stop)
@@ -41,7 +44,7 @@ class Peer:
             if line.startswith("answer "):
                 os.killpg(self.process.pid, signal.SIGSTOP)
                 return tuple(map(float, line.split()[1:]))
-        raise SystemExit(f"{self.name} stopped; its error is above")
+        raise RuntimeError(f"{self.name} stopped; its error is above")
 
     def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -55,7 +58,9 @@ def requests() -> Iterator[str]:
 
 
 def answer(*numbers: float) -> None:
-    print("answer", *numbers, flush=True)
+    """Say the numbers that were asked for."""
+    sys.stdout.write(" ".join(["answer", *map(str, numbers)]) + "\n")
+    sys.stdout.flush()
 
 
 def time_of(function) -> float:
@@ -75,7 +80,7 @@ def compare(peers: list[Peer], requests: list[str], rounds: int) -> None:
             for peer in peers:
                 values[peer.name].append(peer.take(request)[0])
         ours, theirs = (statistics.median(values[name]) for name in ("ours", "theirs"))
-        print(
-            f"{request:12} vlm {ours:8.3f}  peer {theirs:8.3f} per second: {ours / theirs:.2f}x",
-            flush=True,
+        sys.stdout.write(
+            f"{request:12} vlm {ours:8.3f}  peer {theirs:8.3f} per second: {ours / theirs:.2f}x\n"
         )
+        sys.stdout.flush()

@@ -1,0 +1,221 @@
+"""Shards to augmented batches: ours, from slow storage, bare decoding, and open_clip, in turn.
+
+Drawn photographs in WebDataset shards, as JPEG; crops of 80 to 100% to 224 pixels and a caption to
+tokens. Each side is a process of its own that uses every core, and they take turns.
+"""
+
+import argparse
+import functools
+import io
+import itertools
+import os
+import tarfile
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from vlm.bench import slow_storage
+from vlm.bench.turns import Peer, answer, requests
+from vlm.config import AugmentConfig, DataConfig, PreprocessConfig
+
+SIZES = ((640, 427), (1280, 960))
+SHARDS, EACH, DIFFERENT = 16, 200, 40
+BATCH, SIDE, CONTEXT = 256, 224, 77
+AUGMENT = AugmentConfig(crop=(0.8, 1.0))
+PREPROCESS = PreprocessConfig(image_size=SIDE, resize="crop")
+
+
+def bench_shards(
+    *, rounds: int = 5, batches: int = 6, console: Console | None = None
+) -> dict[str, Any]:
+    """Print pairs per second of each side for images of two sizes; the medians of the rounds.
+
+    open_clip's pipeline (its `get_wds_dataset`) takes part where the extra `peers` is installed.
+    """
+    names = ["ours", "ours, slow storage", "bare"]
+    if find_spec("open_clip_train") and find_spec("webdataset") and find_spec("pandas"):
+        names.append("open_clip")
+    result: dict[str, Any] = {"cores": _cores(), "batch_size": BATCH}
+    table = Table("640x427 / 1280x960 JPEG to 224", *names, box=None)
+    for width, height in SIZES:
+        with tempfile.TemporaryDirectory(prefix="vlm-bench-") as folder:
+            write_shards(Path(folder), width, height)
+            peers = [Peer(__name__, name, "--folder", folder, module=True) for name in names]
+            speeds: dict[str, list[float]] = {name: [] for name in names}
+            try:
+                for number in range(rounds + 1):
+                    for peer in peers:
+                        (speed,) = peer.take(str(batches))
+                        if number:  # the first one fills caches and starts workers
+                            speeds[peer.name].append(speed)
+            finally:
+                for peer in peers:
+                    peer.stop()
+        figures = {name: float(np.median(values)) for name, values in speeds.items()}
+        ratios = {
+            "of_bare": figures["ours"] / figures["bare"],
+            "slow_of_local": figures["ours, slow storage"] / figures["ours"],
+        }
+        if "open_clip" in figures:
+            ratios["of_open_clip"] = figures["ours"] / figures["open_clip"]
+        result[f"{width}x{height}"] = {"pairs_per_second": figures, **ratios}
+        table.add_row(f"{width}x{height}", *(f"{figures[name]:,.0f} pairs/s" for name in names))
+        table.add_row(
+            "  ours is",
+            "",
+            f"{ratios['slow_of_local']:.2f} of local",
+            f"{ratios['of_bare']:.2f} of it",
+            *([f"{ratios['of_open_clip']:.2f}x"] if "open_clip" in figures else []),
+        )
+    (console or Console()).print(table)
+    return result
+
+
+def write_shards(folder: Path, width: int, height: int) -> None:
+    """Drawn photographs with detail at every scale, each in several shards."""
+    images = [_photo(number, width, height) for number in range(DIFFERENT)]
+    for shard in range(SHARDS):
+        with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
+            for i in range(EACH):
+                number = shard * EACH + i
+                text = f"a photograph of something, number {number}, seen from the side"
+                for suffix, data in (("jpg", images[number % DIFFERENT]), ("txt", text.encode())):
+                    info = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+
+
+def _photo(seed: int, width: int, height: int) -> bytes:
+    rng = np.random.default_rng(seed)
+    pixels = np.zeros((height, width, 3))
+    for level in range(2, 9):  # one over the frequency, as in photographs
+        grid = rng.normal(size=(2**level, 2**level, 3))
+        for channel in range(3):
+            layer = Image.fromarray(grid[..., channel].astype(np.float32))
+            pixels[..., channel] += np.asarray(layer.resize((width, height))) * 90 / level**1.5
+    out = io.BytesIO()
+    image = Image.fromarray(np.clip(pixels + 127, 0, 255).astype(np.uint8))
+    image.save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _serve(batches, ahead: int) -> None:
+    """Answer each request for a number of batches with the pairs per second they took."""
+    for count in map(int, requests()):
+        for _ in range(ahead):  # made before the turn began
+            next(batches)
+        began = time.perf_counter()
+        for _ in range(count):
+            next(batches)
+        answer(count * BATCH / (time.perf_counter() - began))
+
+
+def _ours(folder: str) -> None:
+    from vlm.data.pipeline import train_batches
+    from vlm.inputs.preprocess import Preprocess
+    from vlm.weights.vocabularies import clip_tokenizer
+
+    slow_storage.register()
+    config = DataConfig(
+        f"{folder}/{{000..{SHARDS - 1:03d}}}.tar",
+        eval_split=None,
+        access="stream",
+        augment=AUGMENT,
+        shuffle=2048,
+        prefetch=2,
+    )
+    batches = train_batches(
+        config, Preprocess(PREPROCESS), clip_tokenizer(CONTEXT), batch_size=BATCH, seed=0
+    )
+    _serve(batches, ahead=4)
+
+
+def _bare(folder: str) -> None:
+    """Decoding at the fraction that the crop allows, and resizing: nothing else."""
+    from vlm.data.making import NUMBERS
+    from vlm.data.randomness import uniforms
+    from vlm.data.transforms import Augment
+    from vlm.inputs.preprocess import Preprocess
+
+    augment = Augment(AUGMENT, Preprocess(PREPROCESS))
+    with tarfile.open(f"{folder}/000.tar") as tar:
+        images = [tar.extractfile(m).read() for m in tar if m.name.endswith(".jpg")][:DIFFERENT]
+    out = threading.local()
+
+    def one(number: int) -> None:
+        out.pixels = getattr(out, "pixels", None)
+        if out.pixels is None:
+            out.pixels = np.empty((SIDE, SIDE, 3), np.uint8)
+        u = draws[number % len(draws)]
+        image = Image.open(io.BytesIO(images[number % DIFFERENT]))
+        size = image.size
+        image.draft(None, augment.smallest(*size, u[:-1]))
+        augment(image, u[:-1], out.pixels, size)
+
+    draws = uniforms(0, np.arange(997), NUMBERS)
+    numbers = itertools.count()
+    cores = _cores()
+
+    def batch() -> None:
+        some = [next(numbers) for _ in range(BATCH)]
+        list(pool.map(lambda part: [one(n) for n in part], [some[k::cores] for k in range(cores)]))
+
+    with ThreadPoolExecutor(cores) as pool:
+        _serve(iter(lambda: batch() or True, None), ahead=1)
+
+
+def _open_clip(folder: str) -> None:
+    """open_clip's own pipeline, with a worker on each core; nothing of the product needs it."""
+    from importlib import import_module
+
+    open_clip, data = import_module("open_clip"), import_module("open_clip_train.data")
+    expand = data.tar_file_expander  # newer releases of webdataset mark the end of a shard
+    data.tar_file_expander = functools.partial(expand, eof_value=None)
+    augment = open_clip.AugmentationCfg(scale=AUGMENT.crop)
+    transform = open_clip.image_transform(SIDE, is_train=True, aug_cfg=augment)
+    arguments = argparse.Namespace(
+        train_data=f"{folder}/{{000..{SHARDS - 1:03d}}}.tar",
+        train_num_samples=10**9,
+        train_data_upsampling_factors=None,
+        dataset_resampled=True,
+        seed=0,
+        batch_size=BATCH,
+        workers=_cores(),
+        world_size=1,
+    )
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    loader = data.get_wds_dataset(arguments, transform, True, tokenizer=tokenizer).dataloader
+    _serve(iter(loader), ahead=2 * _cores() + 2)
+
+
+def main() -> None:
+    """One side of the comparison, asked over its standard input."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--as", dest="name", required=True)
+    parser.add_argument("--folder", required=True)
+    args = parser.parse_args()
+    if args.name == "ours":
+        _ours(args.folder)
+    elif args.name == "ours, slow storage":
+        _ours(f"slow://{args.folder}")
+    elif args.name == "bare":
+        _bare(args.folder)
+    else:
+        _open_clip(args.folder)
+
+
+if __name__ == "__main__":
+    main()
