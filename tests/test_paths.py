@@ -2,6 +2,7 @@ import os
 
 import pytest
 
+from vlm import paths
 from vlm.errors import ConfigError
 from vlm.paths import as_path, cache_dir, is_remote
 
@@ -36,3 +37,27 @@ def test_addresses_that_are_not_read():
         as_path("https://x/y")
     with pytest.raises(ConfigError, match=r"file:///x begins with file://: give a local path"):
         as_path("file:///x")
+
+
+def test_what_buckets_say_is_understood():
+    class HttpError(Exception):
+        __module__ = "gcsfs.retry"
+
+    said = {
+        OSError(28, "No space left on device"): "No space left on device",
+        HttpError("Anonymous caller does not have storage.objects.create, 401"): "no credentials",
+        OSError("Forbidden: https://storage.googleapis.com/b/x"): "grant it Storage Object Admin",
+        FileNotFoundError("Bucket does not exist: x"): "there is no such bucket",
+        ValueError("PERMISSION_DENIED: HTTP response code: 403"): "Storage Object Admin",
+        ImportError("To use epath.Path with gs://, TensorFlow should be installed."): "extra gcs",
+        HttpError("backend error, 503"): "503",
+    }
+    for error, part in said.items():
+        assert part in paths.why_not(error)
+    assert paths.why_not(ValueError("shapes differ")) is None
+    assert paths.why_not(ImportError("No module named 'matplotlib'")) is None
+    with (
+        pytest.raises(ConfigError, match=r"x cannot be read \(there is no such bucket\): look"),
+        paths.in_one_sentence("x cannot be read", "look again"),
+    ):
+        raise FileNotFoundError("Bucket does not exist: x")

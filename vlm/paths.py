@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 
 from etils import epath
@@ -79,36 +80,36 @@ def in_one_sentence(what: str, mend: str) -> Iterator[None]:
         raise ConfigError(f"{what} ({why}): {mend}") from error
 
 
-# What the clients of buckets say, by a part of it, and what it means. The first that fits counts.
-_MEANINGS = (
-    ("extra", "gs:// paths need the extra gcs: pip install 'vlm-jax[gcs]'"),
-    ("credentials", "the machine has no credentials for it: run `gcloud auth application-default "
-     "login`, or give the machine a service account"),
-    ("forbidden", "the machine's account may not do this: grant it Storage Object Admin on the "
-     "bucket"),
-    ("bucket", "there is no such bucket"),
-)  # fmt: skip
-_SIGNS = {
-    "extra": ("should be installed", "no module named"),
-    "credentials": ("credentials", "anonymous caller", "unauthenticated", "401"),
-    "forbidden": ("forbidden", "permission_denied", "permission denied to", "403"),
-    "bucket": ("bucket does not exist", "/upload/storage", "specified bucket", "not_found"),
-}
+# What the clients of buckets say, by a part of it, and what that means. The first that fits counts.
+_MEANINGS = {
+    ("default credentials", "invalid credentials", "anonymous caller", "unauthenticated", " 401",
+     "'code': 401"): "the machine has no credentials for it: run `gcloud auth application-default "
+    "login`, or give the machine a service account",
+    ("forbidden", "permission_denied", "permission denied", " 403", "'code': 403"):
+    "the machine's account may not do this: grant it Storage Object Admin on the bucket",
+    ("bucket does not exist", "/upload/storage", "specified bucket", "bucket not found"):
+    "there is no such bucket",
+}  # fmt: skip
+_CLIENTS = {"gcsfs", "aiohttp", "google", "requests", "urllib3", "fsspec", "botocore", "s3fs"}
 
 
 def why_not(error: Exception) -> str | None:
     """Why a disk or bucket refused, in a few words; None for an error of another kind."""
     said = " ".join(f"{type(error).__name__} {error}".split())
-    here = isinstance(error, OSError) and error.errno is not None
-    if here:
+    if isinstance(error, ImportError):
+        if any(name in said for name in ("gcsfs", "fsspec", "epath.Path")):
+            return "gs:// paths need the extra gcs: pip install 'vlm-jax[gcs]'"
+        return None
+    if isinstance(error, OSError) and error.errno is not None:
         return error.strerror or str(error)
-    for meaning, sentence in _MEANINGS:
-        if any(sign in said.lower() for sign in _SIGNS[meaning]):
-            return sentence
-    remote = ("gcsfs", "aiohttp", "google", "requests", "fsspec", "botocore", "s3fs")
-    if isinstance(error, OSError) or type(error).__module__.split(".")[0] in remote:
-        return said[:300]
-    return None
+    of_tensorstore = isinstance(error, ValueError) and re.match(r"[A-Z_]{5,}: ", str(error))
+    client = type(error).__module__.split(".")[0] in _CLIENTS
+    if not (isinstance(error, OSError) or client or of_tensorstore):
+        return None
+    for signs, meaning in _MEANINGS.items():
+        if any(sign in said.lower() for sign in signs):
+            return meaning
+    return said[:300]
 
 
 def keep_compiled_programs() -> None:

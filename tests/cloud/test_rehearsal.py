@@ -105,15 +105,18 @@ import vlm
 model = vlm.load("gs://bucket/runs/whole")
 print(model.name, model.encode_text(["a red square"]).shape)
 from vlm.cli import main
-sys.exit(main(["classify", "gs://bucket/runs/whole", sys.argv[1], "--labels", "red,blue"]))
+run, picture, data = "gs://bucket/runs/whole", *sys.argv[1:]
+assert main(["classify", run, picture, "--labels", "red,blue"]) == 0
+sys.exit(main(["eval", run, "--data.source", data, "--data.eval-split", "test"]))
 """
     import tiny
 
     picture = next((tiny.folder() / "data").glob("test-red-*.png"))
     done = subprocess.run(
-        [sys.executable, "-c", code, picture],
+        [sys.executable, "-c", code, picture, tiny.folder() / "data"],
         env=pod.env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "pod (1, 16)" in done.stdout
     assert "red" in done.stdout
+    assert "top1" in done.stdout

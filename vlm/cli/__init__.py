@@ -14,6 +14,7 @@ from vlm._version import __version__
 from vlm.cli import runtime
 from vlm.cli.parse import UsageError
 from vlm.errors import VlmError
+from vlm.paths import why_not
 
 
 class Command(NamedTuple):
@@ -108,6 +109,8 @@ def explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror[0].lower()}{error.strerror[1:]}"
+    if (why := why_not(error)) is not None:  # of a bucket, say
+        return f"a file could not be read or written ({why}): mend that and run the command again"
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
         return f"out of memory: use a smaller model or batch, or more devices ({text[:200]})"

@@ -20,7 +20,7 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from vlm.cluster.processes import broadcast_text, exchange_texts, process_name
 from vlm.errors import CheckpointError
-from vlm.paths import on_disk, why_not
+from vlm.paths import in_one_sentence, on_disk, why_not
 from vlm.sharding import path_names
 
 # Seconds before a checkpoint that cannot be read is tried again: buckets and shared disks have
@@ -48,9 +48,10 @@ class Checkpoints:
             handlers.add("state", kind)
         for kind in (args.JsonSave, args.JsonRestore):
             handlers.add("data", kind)
-        self._manager = ocp.CheckpointManager(
-            on_disk(folder), options=options, handler_registry=handlers
-        )
+        with in_one_sentence(f"the checkpoints in {folder} cannot be listed", "resume the run"):
+            self._manager = ocp.CheckpointManager(
+                on_disk(folder), options=options, handler_registry=handlers
+            )
         self.folder = folder
         self.seconds: float | None = None  # that the last one took until it was whole
         self._writing: dict[str, Any] | None = None  # the row of the one on its way

@@ -4,7 +4,6 @@ An object in a bucket cannot be appended to. What a log or TensorBoard writes wo
 once the file is closed, and be lost if the run is killed.
 """
 
-import contextlib
 import os
 import tempfile
 import threading
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from etils import epath
 
-from vlm.paths import is_remote, why_not
+from vlm.paths import in_one_sentence, is_remote
 from vlm.train.console import print_on_first_process
 
 PERIOD = 10.0  # seconds between two copies of what has changed
@@ -50,10 +49,17 @@ class Mirror:
             self._held.cleanup()
 
     def copy(self) -> None:
-        """Copy what has changed, and return once it is there."""
+        """Copy what has changed, and return once it is there.
+
+        Raises:
+            ConfigError: the bucket refused; the message says why.
+        """
         if self._held is None:
             return
-        with self._copying:
+        failed = in_one_sentence(
+            f"the log could not be copied to {self.folder}", "resume the run when it answers"
+        )
+        with self._copying, failed:
             for path in sorted(Path(self._held.name).rglob("*")):
                 name = os.path.relpath(path, self._held.name)
                 if path.is_file() and self._sizes.get(name) != (size := path.stat().st_size):
@@ -67,9 +73,5 @@ class Mirror:
                 self._failed = None
             except Exception as error:  # the next copy has all that this one lacks
                 if self._failed is None:
-                    self._failed = why_not(error) or str(error)
-                    with contextlib.suppress(Exception):
-                        print_on_first_process(
-                            f"the log could not be copied to {self.folder} ({self._failed}); it "
-                            "is tried again"
-                        )
+                    self._failed = str(error)
+                    print_on_first_process(f"{self._failed}; it is tried again")
