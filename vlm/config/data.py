@@ -53,9 +53,11 @@ class DataConfig:
 
     source: str = "openmoji"  # "openmoji", "tfds:NAME", or a path that says what it is
     train_split: str = "train"
+    # Of small data: its images are looked up among all captions of both splits. Large data has
+    # None here, and names what to measure on in `evals`.
     eval_split: str | None = "test"
-    image: str = "image"
-    captions: tuple[str, ...] = ("caption",)
+    image: str = "image"  # the feature that holds it
+    captions: tuple[str, ...] = ("caption",)  # features; one inside another is called a/b
     caption_weights: tuple[float, ...] = ()  # one for each of `captions`; (): all texts alike
     label: str | None = None  # a class-label feature instead of captions, put into `templates`
     templates: tuple[str, ...] = ("{}",)

@@ -21,11 +21,11 @@ class EvalConfig:
     image: str = "image"
     captions: tuple[str, ...] = ("captions/text",)  # of retrieval: all of them are an image's own
     label: str = "label"  # of zero-shot
-    # Of zero-shot, where labels are no words: a text file with a line for each label, in their
-    # order, or with lines LABEL<tab>NAME.
+    # Where labels are no words: a text file with a line for each, in their order, or with lines
+    # LABEL<tab>NAME.
     class_names: str | None = None
-    templates: tuple[str, ...] = ("a photo of a {}.",)
-    data_dir: str | None = None  # where prepared data lives; None: the cache folder
+    templates: tuple[str, ...] = ("a photo of a {}.",)  # of zero-shot: sentences around a name
+    data_dir: str | None = None  # where prepared data lives; None: TFDS's own folder
     examples: int | None = None  # the first ones of the split; None: all
 
     def __post_init__(self):

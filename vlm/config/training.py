@@ -105,9 +105,7 @@ class Experiment:
     # A tokenizer.json, or "clip" for OpenAI's in the package; None: the data's own vocabulary.
     tokenizer_file: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
-    # Data sets to measure on, beside the held-out split of `data`, all of whose captions are
-    # embedded each time: large data has its `eval_split` at None and something here.
-    evals: tuple[EvalConfig, ...] = ()
+    evals: tuple[EvalConfig, ...] = ()  # data sets to measure on, beside `data.eval_split`
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     batch_size: int = 1024  # global

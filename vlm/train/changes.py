@@ -26,6 +26,7 @@ CHANGEABLE = {
     "optimizer.cooldown",
     "log_every",
     "eval_every",
+    "evals",
     "checkpoint_every",
     "checkpoint_minutes",
     "keep_checkpoints",
