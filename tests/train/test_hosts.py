@@ -12,6 +12,7 @@ import pytest
 from processes import KILLS, environment, losses, send_at, start, wait, weights, write_config
 from safetensors.numpy import load as load_safetensors
 
+from vlm.config import EvalConfig
 from vlm.train.loop import train
 
 pytestmark = pytest.mark.slow
@@ -53,15 +54,18 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pair(tiny, tmp_path_factory):
-    """A run of two processes that nobody disturbed."""
+def pair(tiny, drawings, tmp_path_factory):
+    """A run of two processes that nobody disturbed; it is measured on its held-out split twice."""
     folder = tmp_path_factory.mktemp("pair")
+    again = EvalConfig("again", "retrieval", drawings, "test", captions=("caption",))
+    classes = EvalConfig("classes", "zero-shot", drawings, "test", label="caption")
     experiment = tiny(
         steps=STEPS,
         checkpoint_every=0.1,
         log_every=1,
         vision={"dropout": 0.1},
         data={"eval_split": "test"},
+        evals=(again, classes),
     )
     config = write_config(experiment, folder / "config.json")
     run = folder / "run"
@@ -83,6 +87,11 @@ def test_two_processes_are_one(pair, tmp_path):
     steps = [row["step"] for row in rows if "loss" in row]
     assert steps == list(range(1, STEPS + 1))  # one log, of one process
     assert (run / "report.html").exists()
+    results = json.loads((run / "results.json").read_text())["results"]
+    named = {result["task"]: result["metrics"] for result in results}
+    # Each host has read its share of the images, and all have all embeddings and labels.
+    assert named["again retrieval"] == named["retrieval among 8 pairs"]
+    assert named["classes zero-shot"]["top1"]["n"] == 8
     assert "step 1/60" in said[0]
     assert "step 1/60" not in said[1]
 

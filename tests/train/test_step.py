@@ -198,6 +198,18 @@ def test_a_locked_tower_has_no_gradient_and_no_optimizer_state(tiny, tower):
     assert_near(after.frozen, before, 0)
 
 
+def test_a_locked_tower_runs_once_with_micro_batches(tiny):
+    """Its embeddings need no second pass, which the compiler leaves out."""
+    loops = []
+    for changes in ({}, {"lock": "vision", "init_from": "model"}):
+        trainer = make(tiny(micro_batch_size=8, **changes))
+        inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch(0))
+        program = trainer.step.lower(trainer.abstract_state, inputs).compile()
+        loops.append(program.as_text().count(" while("))
+    # Of micro-batches, twice; of each tower's blocks: forward, forward again, backward.
+    assert loops == [2 + 3 + 3, 2 + 1 + 3]
+
+
 def test_small_images_take_fewer_tokens_and_train_all_positions(alone):
     trainer, _, state = alone
     before = np.asarray(state.params["vision"]["position"])
