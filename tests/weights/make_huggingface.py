@@ -15,6 +15,8 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
+    MetaClip2Config,
+    MetaClip2Model,
     Siglip2Config,
     Siglip2ImageProcessorPil,
     Siglip2Model,
@@ -92,17 +94,19 @@ def tokenizer_files(folder, vocabulary, kind, pad, eos):
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
 
 
-def clip(name: str, *, old: bool, seed: int) -> None:
+def clip(name: str, *, old: bool, seed: int, worldwide: bool = False) -> None:
     torch.manual_seed(seed)
     folder = GOLDEN / name
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = small_vocabulary([])
+    # MetaCLIP 2 has the vocabulary of XLM-R, whose end token is 2.
+    vocabulary = small_vocabulary(["<|startoftext|>", "<pad>", "<|endoftext|>"] * worldwide)
     vocabulary.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
     bos, eos = (vocabulary.token_to_id(t) for t in ("<|startoftext|>", "<|endoftext|>"))
+    kinds = (MetaClip2Config, MetaClip2Model) if worldwide else (CLIPConfig, CLIPModel)
     vocabulary.post_processor = processors.RobertaProcessing(
         ("<|endoftext|>", eos), ("<|startoftext|>", bos), False, False
     )
-    config = CLIPConfig(
+    config = kinds[0](
         text_config={
             "vocab_size": vocabulary.get_vocab_size(), "hidden_size": 24, "intermediate_size": 40,
             "num_hidden_layers": 3, "num_attention_heads": 3, "max_position_embeddings": 13,
@@ -116,13 +120,16 @@ def clip(name: str, *, old: bool, seed: int) -> None:
         },
         projection_dim=20,
     )  # fmt: skip
-    model = CLIPModel(config).eval()
+    model = kinds[1](config).eval()
     randomise(model, seed)
     model.save_pretrained(folder)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 33 if old else 30}, crop_size=30)
     processor.save_pretrained(folder)
-    tokenizer_files(folder, vocabulary, "CLIPTokenizer", eos, eos)
-    record(folder, model, processor, vocabulary, 13, eos, eos, seed)
+    pad = 1 if worldwide else eos
+    tokenizer_files(folder, vocabulary, "CLIPTokenizer", pad, eos)
+    record(folder, model, processor, vocabulary, 13, pad, eos, seed)
+    if worldwide:
+        return
     pixels = torch.randn(2, 3, 42, 42)
     with torch.no_grad():
         z = model.get_image_features(pixel_values=pixels, interpolate_pos_encoding=True)
@@ -221,6 +228,7 @@ if __name__ == "__main__":
     naflex("hf_naflex", seed=4)
     clip("hf_clip", old=False, seed=0)
     clip("hf_clip_old", old=True, seed=1)
+    clip("hf_metaclip_2", old=False, seed=5, worldwide=True)
     siglip("hf_siglip", projection=None, seed=2)
     siglip("hf_siglip_wide", projection=28, seed=3)
     pickled()

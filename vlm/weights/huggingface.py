@@ -75,6 +75,7 @@ DEFAULTS["siglip2"] = DEFAULTS["siglip"] | {
     "vision": {k: v for k, v in DEFAULTS["siglip"]["vision"].items() if k != "image_size"}
     | {"num_patches": 256}
 }
+DEFAULTS["metaclip_2"] = DEFAULTS["clip"]
 FAMILIES = tuple(DEFAULTS)
 # Classes of transformers with one tower, or with another head in place of the projections.
 _PARTIAL = re.compile(r"For[A-Z]\w*$|VisionModel$|TextModel$|WithProjection$")
@@ -179,10 +180,13 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
         "context_length": text["max_position_embeddings"],
         **_tower(text, f"{where}: text_config"),
     }
-    if family == "clip":
-        # An eos_token_id of 2 is an old mistake: such a model pools at the highest id.
+    if family in ("clip", "metaclip_2"):
+        # CLIP's eos_token_id of 2 is an old mistake: such a model pools at the highest id. That of
+        # MetaCLIP 2 is XLM-R's own.
         end = text["eos_token_id"]
-        pool = {"pool": "argmax"} if end == 2 else {"pool": "end", "end_id": end}
+        pool = {"pool": "end", "end_id": end}
+        if family == "clip" and end == 2:
+            pool = {"pool": "argmax"}
         return ModelConfig(
             ViTConfig(
                 **vision_tower, pool="class", pre_norm=True, patch_bias=False, projection="linear"
@@ -300,7 +304,12 @@ SIGLIP2_RULES: list[Rule] = [
     Rule(_STEM, "vision.stem.kernel", OUT) if rule.theirs == _STEM else rule
     for rule in SIGLIP_RULES
 ]
-RULES = {"clip": CLIP_RULES, "siglip": SIGLIP_RULES, "siglip2": SIGLIP2_RULES}
+RULES = {
+    "clip": CLIP_RULES,
+    "metaclip_2": CLIP_RULES,
+    "siglip": SIGLIP_RULES,
+    "siglip2": SIGLIP2_RULES,
+}
 
 
 def ignored(name: str) -> bool:

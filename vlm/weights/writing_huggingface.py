@@ -81,8 +81,11 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[
         "patch_size": vision.patch_size,
     }
     family = "clip" if clip else "siglip"
+    architecture = "CLIPModel" if clip else "SiglipModel"
+    if clip and text.pool == "end" and text.end_id == 2:  # which CLIPModel takes for an old mistake
+        family, architecture = "metaclip_2", "MetaClip2Model"
     values = {
-        "architectures": ["CLIPModel" if clip else "SiglipModel"],
+        "architectures": [architecture],
         "model_type": family,
         "dtype": "float32",
         "text_config": text_values | {"model_type": f"{family}_text_model"},
@@ -112,7 +115,7 @@ def _huggingface_preprocess(c: PreprocessConfig, family: str) -> dict[str, Any]:
         refuse("transformers", ["TensorFlow's resizing of images (pillow or tensor)"])
     if c.resize == "pad":
         refuse("transformers", ["preprocessing that pads to the square"])
-    name = "CLIPImageProcessor" if family == "clip" else "SiglipImageProcessor"
+    name = "SiglipImageProcessor" if family == "siglip" else "CLIPImageProcessor"
     kernels = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
     square = {"height": c.image_size, "width": c.image_size}
     values = {
@@ -129,7 +132,7 @@ def _huggingface_preprocess(c: PreprocessConfig, family: str) -> dict[str, Any]:
         "do_convert_rgb": True,
     }
     if c.resize == "crop":
-        if family != "clip":
+        if family == "siglip":
             refuse("transformers", ["centre crops with SiglipModel, whose processor squashes"])
         values |= {"size": {"shortest_edge": c.short_side or c.image_size}, "crop_size": square}
     return values
