@@ -11,12 +11,19 @@ from flax import nnx
 from safetensors import safe_open
 
 from vlm.bundle import Bundle, load
-from vlm.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
+from vlm.config import (
+    ConvNeXtConfig,
+    ModelConfig,
+    PreprocessConfig,
+    ResNetConfig,
+    TextConfig,
+    ViTaminConfig,
+)
 from vlm.errors import CheckpointError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
 from vlm.models.dual_encoder import DualEncoder
-from vlm.weights import timm
+from vlm.weights import convnext, eva, mobileclip, timm, vitamin
 from vlm.weights.building import abstract_model
 from vlm.weights.rules import flat_arrays, flat_shapes
 from vlm.weights.writing_huggingface import huggingface_config
@@ -26,7 +33,8 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 ROUND_TRIPS = [
     ("hf_clip", "huggingface"), ("hf_clip_old", "huggingface"), ("hf_siglip", "huggingface"),
     ("hf_siglip_wide", "huggingface"), ("oc_vit", "open_clip"), ("oc_quick", "open_clip"),
-    ("oc_mean", "open_clip"), ("hf_clip", "open_clip"), ("oc_quick", "huggingface"),
+    ("oc_mean", "open_clip"), ("hf_metaclip_2", "huggingface"),
+    ("hf_clip", "open_clip"), ("oc_quick", "huggingface"),
 ]  # fmt: skip
 
 
@@ -43,8 +51,8 @@ def there_and_back(ours, form, tmp_path):
     assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(before, after, strict=True))
     # The same function too: what is configured differently must not matter.
     same = {"class_token": True, "norm_pooled": False, "patch_dropout": 0.0}
-    vision = [dataclasses.replace(b.config.vision, **same) for b in (ours, again)]
-    if ours.config.vision.pool == "class":
+    if getattr(ours.config.vision, "pool", None) == "class":
+        vision = [dataclasses.replace(b.config.vision, **same) for b in (ours, again)]
         assert vision[0] == vision[1]
     else:
         assert ours.config.vision == again.config.vision
@@ -98,6 +106,55 @@ def test_timms_towers_there_and_back(name, tmp_path, monkeypatch):
             assert np.array_equal(theirs.get_tensor(key), written.get_tensor(key)), key
 
 
+# Likewise of other families, which are given the names of the large ones.
+NAMED = {
+    "oc_convnext": convnext, "oc_convnext_mlp": convnext, "oc_eva01": eva, "oc_eva02": eva,
+    "oc_eva02_enormous": eva, "oc_vitamin": vitamin, "oc_mobileclip_b": mobileclip,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_other_towers_of_timms_there_and_back(name, tmp_path, monkeypatch):
+    ours = load(GOLDEN / name)
+    with pytest.raises(CheckpointError, match=r"timm has .*save the model as a vlm bundle instead"):
+        ours.save(tmp_path / "theirs", format="open_clip")
+    about = json.loads((GOLDEN / name / "open_clip_config.json").read_text())["model_cfg"]
+    monkeypatch.setattr(NAMED[name], "options", lambda config: about["vision_cfg"])
+    there_and_back(ours, "open_clip", tmp_path)
+    with (
+        safe_open(GOLDEN / name / "open_clip_model.safetensors", "np") as theirs,
+        safe_open(tmp_path / "theirs" / "open_clip_model.safetensors", "np") as written,
+    ):
+        keys = [key for key in theirs.keys() if key.startswith("visual.")]  # noqa: SIM118
+        keys = [key for key in keys if not key.endswith("num_batches_tracked")]
+        assert keys == [key for key in written.keys() if key.startswith("visual.")]  # noqa: SIM118
+        for key in keys:
+            assert np.array_equal(theirs.get_tensor(key), written.get_tensor(key)), key
+
+
+def test_towers_of_full_size_have_timms_names():
+    for name in eva._TOWERS:
+        assert eva.options(eva._tower(name))["timm_model_name"] == name
+    assert convnext.options(ConvNeXtConfig())["timm_model_name"] == "convnext_base"
+    large = ConvNeXtConfig(
+        320, (3, 4, 30, 3), (384, 768, 1536, 3072), (1536, 3072, 6144, 12288), 1e-5, "mlp"
+    )
+    assert convnext.options(large) == {
+        "timm_model_name": "convnext_xxlarge", "timm_pool": "", "timm_proj": "mlp"
+    }  # fmt: skip
+    assert vitamin.options(ViTaminConfig())["timm_model_name"] == "vitamin_base_224"
+    assert mobileclip.options(mobileclip._TOWER)["timm_model_name"] == "vit_base_mci_224"
+
+
+@pytest.mark.parametrize("name", ["oc_xlm_roberta", "oc_nllb"])
+def test_encoders_of_transformers_are_not_written(name, tmp_path):
+    bundle = load(GOLDEN / name)
+    with pytest.raises(CheckpointError, match=r"text.*save the model as a vlm bundle instead"):
+        bundle.save(tmp_path / "out", format="open_clip")
+    bundle.save(tmp_path / "out")
+    assert load(tmp_path / "out").config == bundle.config
+
+
 def test_the_table_of_timms_towers():
     """Every tower is what timm makes of its name, and has as many parameters."""
     recorded = json.loads((GOLDEN / "timm_towers.json").read_text())
@@ -122,10 +179,7 @@ SMALL_TEXT = TextConfig(
 
 
 def test_a_resnet_there_and_back(tmp_path):
-    vision = VisionConfig(
-        image_size=64, patch_size=32, width=8, depth=0, heads=8, mlp_dim=0, pool="class",
-        projection="none", resnet=(1, 2, 1, 1),
-    )  # fmt: skip
+    vision = ResNetConfig(image_size=64, depths=(1, 2, 1, 1), width=8, heads=8)
     config = ModelConfig(vision, SMALL_TEXT, embed_dim=20)
     model, rng = DualEncoder(config, rngs=nnx.Rngs(0)), np.random.default_rng(0)
     for _, variable in nnx.state(model, nnx.Param).flat_state():
