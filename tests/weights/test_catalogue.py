@@ -3,7 +3,7 @@
 import pytest
 
 from vlm.errors import ConfigError
-from vlm.weights.catalogue import ENTRIES, find, table
+from vlm.weights.catalogue import ENTRIES, choose, find, table
 from vlm.weights.hub import is_hub_id
 
 
@@ -30,3 +30,19 @@ def test_one_and_all():
         find("siglip2-base")
     with pytest.raises(ConfigError, match="vlm models"):
         find("qwerty")
+
+
+def test_a_choice_fits_all_that_is_asked():
+    found = choose(max_parameters=400, licence="open", language="de")
+    assert {e.name for e in found} >= {"laion/CLIP-ViT-B-32-xlm-roberta-base-laion5B-s13B-b90k"}
+    for entry in found:
+        assert entry.parameters <= 400
+        assert entry.licence in ("MIT", "Apache-2.0")
+        assert entry.languages in ("multilingual", "worldwide")
+    assert choose() == list(ENTRIES)
+    assert {e.licence for e in choose(licence="Apple")} == {"Apple"}
+    assert {e.languages for e in choose(language="en")} == {e.languages for e in ENTRIES}
+    with pytest.raises(ConfigError, match="no known model has the licence 'GPL': choose open, "):
+        choose(licence="GPL")
+    with pytest.raises(ConfigError, match="no known model fits all of that"):
+        choose(max_parameters=1)

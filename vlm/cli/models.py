@@ -2,6 +2,7 @@
 
 import dataclasses
 import json as jsonlib
+import re
 import sys
 from typing import Annotated
 
@@ -17,8 +18,15 @@ def main(args: list[str]) -> None:
     parse.call(models, "vlm models", args)
 
 
-def models(name: Annotated[str | None, arg(metavar="NAME")] = None, /, json: bool = False) -> None:
-    """List the known public checkpoints, or show one.
+def models(
+    name: Annotated[str | None, arg(metavar="NAME")] = None,
+    /,
+    max_params: str | None = None,
+    licence: str | None = None,
+    language: str | None = None,
+    json: bool = False,
+) -> None:
+    """List the known public checkpoints, those that fit, or one.
 
     Accuracy is zero-shot top-1 on ImageNet as its authors or open_clip published it; `vlm models
     NAME` says where. Whatever `vlm.load` reads loads, listed here or not.
@@ -26,12 +34,25 @@ def models(name: Annotated[str | None, arg(metavar="NAME")] = None, /, json: boo
     Examples:
       vlm models
       vlm models google/siglip2-base-patch16-256
+      vlm models --max-params 400M --licence open --language de
 
     Args:
         name: of a checkpoint in the table.
+        max_params: of both towers together, such as 400M or 1.5B.
+        licence: such as MIT; "open" takes any that lets you use the weights for anything.
+        language: a code such as de; models for many languages fit all of them.
         json: print JSON.
     """
-    entries = catalogue.ENTRIES if name is None else (catalogue.find(name),)
+    if name is not None and (max_params or licence or language):
+        raise parse.UsageError("vlm models takes a NAME or a choice, not both: leave one out")
+    if name is not None:
+        entries = [catalogue.find(name)]
+    else:
+        entries = catalogue.choose(
+            max_parameters=None if max_params is None else _millions(max_params),
+            licence=licence,
+            language=language,
+        )
     if json:
         values = [dataclasses.asdict(entry) for entry in entries]
         print(jsonlib.dumps(values if name is None else values[0], indent=2, ensure_ascii=False))
@@ -43,10 +64,18 @@ def models(name: Annotated[str | None, arg(metavar="NAME")] = None, /, json: boo
         for field, value in dataclasses.asdict(entries[0]).items():
             table.add_row(field.replace("_", " "), "" if value is None else str(value))
     else:
-        columns, rows = catalogue.table()
+        columns, rows = catalogue.table(entries)
         table = Table()
         for column in columns:
             table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*row)
     console.print(table)
+
+
+def _millions(text: str) -> float:
+    """A count of parameters such as 400M, 1.5B or 400000000, in millions."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([MBmb]?)", text)
+    if match is None:
+        raise parse.UsageError(f"--max-params is {text!r}: give a count such as 400M or 1.5B")
+    return float(match[1]) * {"M": 1.0, "B": 1e3, "": 1e-6}[match[2].upper()]

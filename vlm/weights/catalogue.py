@@ -4,6 +4,7 @@ Accuracy is zero-shot ImageNet top-1, parameters and FLOPs (multiply-adds) are f
 text of full length. Where no source that we could read gives a number, there is none.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlm.errors import ConfigError
@@ -23,8 +24,8 @@ class Entry:
     parameters: float | None  # millions
     image_gflops: float | None
     text_gflops: float | None
-    languages: str
-    licence: str
+    languages: str  # English, multilingual (languages that its text tower knows), or worldwide
+    licence: str | None  # None: its files do not say
     imagenet: float | None = None  # percent
     source: str | None = None  # of the accuracy
 
@@ -49,6 +50,25 @@ _PROFILE: dict[str, tuple[int, float | None, float | None, float | None]] = {
     "ViT-H/14 worldwide": (224, None, 334.59, None),
     "CoCa ViT-B/32": (224, 253.56, 9.19, 5.96),
     "CoCa ViT-L/14": (224, 638.45, 163.64, 13.3),
+    "ConvNeXt-B": (224, 151.52, 30.71, 5.96),
+    "ConvNeXt-B wide": (256, 179.39, 40.11, 9.27),
+    "ConvNeXt-B wide@320": (320, 179.39, 62.67, 9.27),
+    "ConvNeXt-L": (256, 351.77, 89.76, 17.73),
+    "ConvNeXt-L@320": (320, 351.77, 140.25, 17.73),
+    "ConvNeXt-XXL": (256, 1200.58, 395.94, 47.09),
+    "EVA-01 g/14": (224, 1136.44, 534.06, 13.3),
+    "EVA-01 g/14 plus": (224, 1366.62, 534.06, 47.09),
+    "EVA-02 B/16": (224, 149.69, 35.13, 5.96),
+    "EVA-02 L/14": (224, 427.76, 162.0, 13.3),
+    "EVA-02 L/14@336": (336, 428.08, 381.86, 13.3),
+    "EVA-02 E/14": (224, 4704.59, 2264.33, 47.09),
+    "EVA-02 E/14 plus": (224, 5044.89, 2264.33, 97.86),
+    "ViT-B/32 + RoBERTa-B": (224, 212.72, 8.82, 97.05),
+    "ViT-B/32 + XLM-R-B": (224, 366.12, 8.82, 97.05),
+    "ViT-H/14 + XLM-R-L": (224, 1193.01, 334.59, 336.42),
+    "ViT-B/32 + NLLB-600M": (224, 501.89, 8.82, 360.78),
+    "ViT-H/14 + NLLB-1.3B": (224, 1399.22, 334.59, 1133.87),
+    "MobileCLIP-B": (224, None, None, 5.96),
     "SigLIP B/16": (224, 203.16, 35.42, 11.02),
     "SigLIP B/16@256": (256, 203.2, 46.82, 11.02),
     "SigLIP B/16@256 i18n": (256, 370.63, 46.82, 11.02),
@@ -111,6 +131,47 @@ ENTRIES: tuple[Entry, ...] = tuple(
         ("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", "ViT-bigG/14", 80.09),
         ("laion/CoCa-ViT-B-32-laion2B-s13B-b90k", "CoCa ViT-B/32", 63.59),
         ("laion/CoCa-ViT-L-14-laion2B-s13B-b90k", "CoCa ViT-L/14", 75.64),
+    ])
+    + _rows("LAION ConvNeXt", "MIT", "English", 77, [
+        ("laion/CLIP-convnext_base-laion400M-s13B-b51K", "ConvNeXt-B", 66.27),
+        ("laion/CLIP-convnext_base_w-laion2B-s13B-b82K", "ConvNeXt-B wide", 70.78),
+        ("laion/CLIP-convnext_base_w-laion2B-s13B-b82K-augreg", "ConvNeXt-B wide", 71.47),
+        ("laion/CLIP-convnext_base_w-laion_aesthetic-s13B-b82K", "ConvNeXt-B wide", 70.99),
+        ("laion/CLIP-convnext_base_w_320-laion_aesthetic-s13B-b82K", "ConvNeXt-B wide@320", 71.67),
+        ("laion/CLIP-convnext_base_w_320-laion_aesthetic-s13B-b82K-augreg",
+         "ConvNeXt-B wide@320", 71.28),
+        ("laion/CLIP-convnext_large_d.laion2B-s26B-b102K-augreg", "ConvNeXt-L", 75.91),
+        ("laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft", "ConvNeXt-L@320", 76.60),
+        ("laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup", "ConvNeXt-L@320", 76.85),
+        ("laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg", "ConvNeXt-XXL", 79.07),
+        ("laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-rewind", "ConvNeXt-XXL", 79.31),
+        ("laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup", "ConvNeXt-XXL", 79.47),
+    ])
+    + _rows("LAION", "MIT", "English", 77, [
+        ("laion/CLIP-ViT-B-32-roberta-base-laion2B-s12B-b32k", "ViT-B/32 + RoBERTa-B", 61.71),
+    ])
+    + _rows("LAION", "MIT", "multilingual", 77, [
+        ("laion/CLIP-ViT-B-32-xlm-roberta-base-laion5B-s13B-b90k", "ViT-B/32 + XLM-R-B", 62.36),
+        ("laion/CLIP-ViT-H-14-frozen-xlm-roberta-large-laion5B-s13B-b90k",
+         "ViT-H/14 + XLM-R-L", 76.95),
+    ])
+    + _rows("NLLB-CLIP", None, "multilingual", 77, [
+        ("visheratin/nllb-clip-base-oc", "ViT-B/32 + NLLB-600M", None),
+        ("visheratin/nllb-clip-large-oc", "ViT-H/14 + NLLB-1.3B", None),
+    ])
+    + _rows("EVA-CLIP", "MIT", "English", 77, [
+        ("timm/eva_giant_patch14_clip_224.laion400m_s11b_b41k", "EVA-01 g/14", 78.52),
+        ("timm/eva_giant_patch14_plus_clip_224.merged2b_s11b_b114k", "EVA-01 g/14 plus", 79.33),
+        ("timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k", "EVA-02 B/16", 74.72),
+        ("timm/eva02_large_patch14_clip_224.merged2b_s4b_b131k", "EVA-02 L/14", 79.77),
+        ("timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k", "EVA-02 L/14@336", 80.39),
+        ("timm/eva02_enormous_patch14_clip_224.laion2b_s4b_b115k", "EVA-02 E/14", None),
+        ("timm/eva02_enormous_patch14_plus_clip_224.laion2b_s9b_b144k", "EVA-02 E/14 plus", None),
+    ])
+    + _rows("MobileCLIP", "Apple", "English", 77, [
+        ("apple/MobileCLIP-B-OpenCLIP", "MobileCLIP-B", None),
+        ("apple/MobileCLIP-B-LT-OpenCLIP", "MobileCLIP-B", None),
+        ("timm/MobileCLIP2-B-OpenCLIP", "MobileCLIP-B", None),
     ])
     + _rows("DataComp", "MIT", "English", 77, [
         ("laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K", "ViT-B/32", 69.17),
@@ -187,11 +248,54 @@ def find(name: str) -> Entry:
     raise ConfigError(f"the table of known models has no {name!r}{hint}")
 
 
-def table() -> tuple[list[str], list[list[str]]]:
-    """The columns and the rows of the whole table, as text."""
+# Licences that let anyone use the weights for anything.
+OPEN_LICENCES = ("MIT", "Apache-2.0")
+
+
+def choose(
+    *,
+    max_parameters: float | None = None,
+    licence: str | None = None,
+    language: str | None = None,
+) -> list[Entry]:
+    """The entries that fit, in the order of the table.
+
+    Args:
+        max_parameters: millions of both towers together; entries without a count do not fit.
+        licence: a name, or "open" for any of `OPEN_LICENCES`; entries without one do not fit.
+        language: a code such as "de". English models fit "en" alone, the others every language:
+            their authors give no lists that agree.
+
+    Raises:
+        ConfigError: nothing fits, or no entry has that licence at all.
+    """
+    licences = {entry.licence for entry in ENTRIES if entry.licence is not None}
+    wanted = set(OPEN_LICENCES) if licence == "open" else {licence}
+    if licence is not None and not wanted & licences:
+        raise ConfigError(
+            f"no known model has the licence {licence!r}: choose open, "
+            + ", ".join(sorted(licences))
+        )
+    found = [
+        entry
+        for entry in ENTRIES
+        if (
+            max_parameters is None
+            or (entry.parameters is not None and entry.parameters <= max_parameters)
+        )
+        and (licence is None or entry.licence in wanted)
+        and (language is None or language == "en" or entry.languages != "English")
+    ]
+    if not found:
+        raise ConfigError("no known model fits all of that: see `vlm models` for what there is")
+    return found
+
+
+def table(entries: Sequence[Entry] = ENTRIES) -> tuple[list[str], list[list[str]]]:
+    """The columns and the rows of a table of entries, as text."""
     columns = ["model", "family", "architecture", "pixels", "tokens", "M params",
                "GFLOPs image", "GFLOPs text", "languages", "licence", "ImageNet %"]  # fmt: skip
-    return columns, [_row(entry) for entry in ENTRIES]
+    return columns, [_row(entry) for entry in entries]
 
 
 def _row(e: Entry) -> list[str]:
@@ -201,5 +305,5 @@ def _row(e: Entry) -> list[str]:
     return [
         e.name, e.family, e.architecture, str(e.image_size), str(e.context_length),
         number(e.parameters), number(e.image_gflops), number(e.text_gflops), e.languages,
-        e.licence, number(e.imagenet),
+        e.licence or "", number(e.imagenet),
     ]  # fmt: skip

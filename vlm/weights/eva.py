@@ -15,7 +15,7 @@ from vlm.weights.rules import CONV, FLAT, LINEAR, Rule, leading
 from vlm.weights.timm import block_count
 
 NAME = re.compile(
-    r"(eva_giant_patch14_224|eva02_(?:base|large|enormous)_patch\d+_clip_\d+)(\..*)?$"
+    r"(eva_giant_patch14_(?:clip_)?224|eva02_(?:base|large|enormous)_patch\d+_clip_\d+)(\..*)?$"
 )
 READS = "eva_giant_patch14_224 and eva02_*_clip_* with the class token"
 _TRUNK, _BLOCK, _OURS = "visual.trunk", "visual.trunk.blocks.{}", "vision.transformer.blocks"
@@ -74,7 +74,7 @@ def vision_config(
     Raises:
         CheckpointError: another pool or projection, a name that timm lacks, or other weights.
     """
-    name = NAME.match(name)[1]
+    name = NAME.match(name)[1].replace("giant_patch14_clip", "giant_patch14")  # of one form
     if (pool, proj) != ("token", None) or name not in _TOWERS:
         raise CheckpointError(
             f"{where}: the image tower {name!r} has timm_pool {pool!r} and timm_proj {proj!r}: "
