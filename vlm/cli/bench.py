@@ -195,7 +195,7 @@ def bench_data(
     if config is None:
         from vlm.bench.shards import bench_shards
 
-        figures = bench_shards(rounds=rounds, batches=batches, console=Console(stderr=json))
+        figures = bench_shards(rounds=rounds, console=Console(stderr=json))
         if json:
             print(jsonlib.dumps(figures))
         return

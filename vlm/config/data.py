@@ -14,6 +14,10 @@ class AugmentConfig:
     jitter: float = 0.0  # brightness, contrast, saturation: factors in 1 +- jitter
     hue: float = 0.0  # in turns of the colour circle, at most 0.5
     flip: bool = False
+    randaugment: tuple[int, int] | None = None  # operations (at most 4), magnitude (0 to 30)
+    grey: float = 0.0  # share of the images that lose their colour
+    blur: float = 0.0  # share of the images that are blurred, by 0.1 to 2 pixels
+    solarise: float = 0.0  # share of the images whose bright half is inverted
     # JPEG files are decoded at 1/2, 1/4 or 1/8 where the crop still has all the pixels it needs.
     draft: bool = True
 

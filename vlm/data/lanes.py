@@ -19,8 +19,7 @@ from jax.experimental import multihost_utils
 
 from vlm.config import DataConfig
 from vlm.data.faults import BadSample, TooManyBad
-from vlm.data.making import NUMBERS, Maker
-from vlm.data.randomness import uniforms
+from vlm.data.making import Maker
 from vlm.data.shards import FILTERED, Lane, Sample
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.tokenizer import Tokenizer
@@ -211,7 +210,7 @@ class LaneIterator(grain.DatasetIterator):
 
     def _make(self, samples: list[Sample]) -> list[_Made]:
         maker, seed = self._batches.maker, self._batches.stream.seed
-        draws = uniforms(seed, np.array([sample.position for sample in samples]), NUMBERS)
+        draws = maker.draws(seed, np.array([sample.position for sample in samples]))
         images = np.empty((len(samples), maker.size, maker.size, 3), np.uint8)
         made = []
         for sample, u, image in zip(samples, draws, images, strict=True):

@@ -4,19 +4,21 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from vlm.config import DataConfig
+from vlm.data import augmentations
 from vlm.data.examples import PART, WHERE, Example, choose_caption
 from vlm.data.faults import BadSample
+from vlm.data.randomness import key, uniforms
 from vlm.data.storage import read_file
 from vlm.data.transforms import DRAWS, Augment
 from vlm.errors import DataError
 from vlm.inputs.opening import Smallest
 from vlm.inputs.preprocess import Preprocess
 
-NUMBERS = DRAWS + 1  # uniform numbers for one example: the last one chooses the caption
+NUMBERS = DRAWS + 1  # uniform numbers for any example: the last one chooses the caption
 
 
 class Maker:
@@ -28,12 +30,24 @@ class Maker:
     def __init__(self, configs: Sequence[DataConfig], preprocess: Preprocess):
         self._configs, self._preprocess = list(configs), preprocess
         self.size = preprocess.config.image_size
-        self._augment = Augment(configs[0].augment, preprocess)
+        augment = configs[0].augment
+        augmentations.check(augment)
+        self._augment = Augment(augment, preprocess)
+        self._changes = augment if augmentations.is_on(augment) else None
+
+    def draws(self, seed: int, positions: Int[np.ndarray, "b"]) -> Float[np.ndarray, "b numbers"]:
+        """The uniform numbers that make the example at each of `positions`."""
+        base = uniforms(seed, positions, NUMBERS)
+        if self._changes is None:
+            return base
+        # Of another seed, so that what they are added to stays as it is without them.
+        more = uniforms(key(seed, 6), positions, augmentations.DRAWS)
+        return np.concatenate([base, more], axis=1)
 
     def __call__(
         self, example: Example, u: np.ndarray, out: UInt8[np.ndarray, "s s 3"], where: str
     ) -> str:
-        """Write the changed image into `out` by the `NUMBERS` numbers `u`; returns the text.
+        """Write the changed image into `out` by its numbers `u` of `draws`; returns the text.
 
         `where` says where the example lies, if it does not say so itself.
 
@@ -41,15 +55,17 @@ class Maker:
             BadSample: there is no text, or the image cannot be opened.
         """
         config = self._configs[example.get(PART, 0)]
-        text = choose_caption(example, config, u[-1])
+        text = choose_caption(example, config, u[DRAWS])
         sizes: list[tuple[int, int]] = []
 
         def smallest(width: int, height: int) -> tuple[int, int]:
             sizes.append((width, height))
-            return self._augment.smallest(width, height, u[:-1])
+            return self._augment.smallest(width, height, u[:DRAWS])
 
         image = open_image_of(example, config, self._preprocess, where, smallest)
-        self._augment(image, u[:-1], out, sizes[0] if sizes else None)
+        self._augment(image, u[:DRAWS], out, sizes[0] if sizes else None)
+        if self._changes is not None:
+            augmentations.change(out, self._changes, u[NUMBERS:])
         return text
 
 

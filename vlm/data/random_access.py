@@ -21,7 +21,7 @@ from jaxtyping import Int
 from vlm.config import DataConfig
 from vlm.data.examples import Source
 from vlm.data.faults import BadSample, TooManyBad
-from vlm.data.making import NUMBERS, Maker
+from vlm.data.making import Maker
 from vlm.data.randomness import key, permute, uniforms
 from vlm.data.shards import Sample
 from vlm.errors import DataError
@@ -85,7 +85,7 @@ class TrainBatches:
     def __getitem__(self, step: int) -> Batch:
         first = int(step) * self._global_batch + self._offset
         positions = np.arange(first, first + self._batch_size)
-        draws = uniforms(self._seed, positions, NUMBERS)
+        draws = self._maker.draws(self._seed, positions)
         size = self._maker.size
         images = np.empty((self._batch_size, size, size, 3), np.uint8)
         bad: list[dict[str, str]] = []

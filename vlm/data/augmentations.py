@@ -1,0 +1,117 @@
+"""Stronger random changes, after the crop: RandAugment, grey, blur, solarise.
+
+RandAugment (Cubuk et al., 2020, arXiv:1909.13719) with the operations and ranges of torchvision, of
+magnitude 0 to 30; the rest as SimCLR (arXiv:2002.05709) and BYOL (arXiv:2006.07733) use them.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from vlm.config import AugmentConfig
+from vlm.errors import ConfigError
+
+MOST_OPERATIONS = 4
+DRAWS = 2 * MOST_OPERATIONS + 1 + 2 + 1  # uniform numbers: RandAugment, grey, blur, solarise
+
+_LEVELS = 30
+_MEAN = (124, 116, 104)  # fills what a shift or a turn uncovers: ImageNet's mean colour
+
+
+def is_on(config: AugmentConfig) -> bool:
+    """Whether `config` asks for any of these."""
+    return bool(config.randaugment or config.grey or config.blur or config.solarise)
+
+
+def check(config: AugmentConfig) -> None:
+    """Refuse settings that cannot be.
+
+    Raises:
+        ConfigError: a probability outside 0..1, or a RandAugment of unknown strength.
+    """
+    for name in ("grey", "blur", "solarise"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ConfigError(
+                f"augment.{name} {getattr(config, name)} is a probability: choose one in 0..1"
+            )
+    if config.randaugment is None:
+        return
+    count, magnitude = config.randaugment
+    if not (0 <= count <= MOST_OPERATIONS and 0 <= magnitude <= _LEVELS):
+        raise ConfigError(
+            f"augment.randaugment {config.randaugment} must be a number of operations, at most "
+            f"{MOST_OPERATIONS}, and a magnitude of 0 to {_LEVELS}"
+        )
+
+
+def change(
+    pixels: UInt8[np.ndarray, "h w 3"], config: AugmentConfig, u: Float[np.ndarray, "draws"]
+) -> None:
+    """Change `pixels` in place, by `DRAWS` uniform numbers."""
+    image, u = Image.fromarray(pixels), u.tolist()
+    count, magnitude = config.randaugment or (0, 0)
+    for k in range(count):
+        operation = _OPERATIONS[int(u[2 * k] * len(_OPERATIONS))]
+        image = operation(image, magnitude / _LEVELS, 1 if u[2 * k + 1] < 0.5 else -1)
+    grey, blur, sigma, solarise = u[2 * MOST_OPERATIONS :]
+    if grey < config.grey:
+        image = image.convert("L").convert("RGB")
+    if blur < config.blur:
+        image = image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * sigma))
+    if solarise < config.solarise:
+        image = ImageOps.solarize(image, 128)
+    pixels[...] = np.asarray(image)
+
+
+def _shift(x: float, y: float) -> Callable[[Image.Image, float, int], Image.Image]:
+    def move(image: Image.Image, m: float, sign: int) -> Image.Image:
+        far = sign * m * 150 / 331
+        return _affine(image, (1, 0, -x * far * image.width, 0, 1, -y * far * image.height))
+
+    return move
+
+
+def _shear(x: float, y: float) -> Callable[[Image.Image, float, int], Image.Image]:
+    def lean(image: Image.Image, m: float, sign: int) -> Image.Image:
+        slope = sign * m * 0.3
+        return _affine(image, (1, -x * slope, 0, -y * slope, 1, 0))
+
+    return lean
+
+
+def _rotate(image: Image.Image, m: float, sign: int) -> Image.Image:
+    angle = math.radians(30) * m * sign
+    cos, sin = math.cos(angle), math.sin(angle)
+    x, y = image.width / 2, image.height / 2
+    return _affine(image, (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y))
+
+
+def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
+    return image.transform(
+        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=_MEAN
+    )
+
+
+def _enhance(kind: type) -> Callable[[Image.Image, float, int], Image.Image]:
+    return lambda image, m, sign: kind(image).enhance(1 + sign * 0.9 * m)
+
+
+_OPERATIONS: tuple[Callable[[Image.Image, float, int], Image.Image], ...] = (
+    lambda image, m, sign: image,
+    _shear(1, 0),
+    _shear(0, 1),
+    _shift(1, 0),
+    _shift(0, 1),
+    _rotate,
+    _enhance(ImageEnhance.Brightness),
+    _enhance(ImageEnhance.Color),
+    _enhance(ImageEnhance.Contrast),
+    _enhance(ImageEnhance.Sharpness),
+    lambda image, m, sign: ImageOps.posterize(image, 8 - round(4 * m)),
+    lambda image, m, sign: ImageOps.solarize(image, round(255 * (1 - m)) + (m == 0)),
+    lambda image, m, sign: ImageOps.autocontrast(image),
+    lambda image, m, sign: ImageOps.equalize(image),
+)
