@@ -17,6 +17,9 @@ from vlm.errors import CheckpointError, ConfigError, DataError, ShardingError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
 from vlm.models.dual_encoder import DualEncoder
+from vlm.weights import files
+from vlm.weights.digests import Checked, digests, older_fingerprint
+from vlm.weights.files import Arrays, SafetensorsFiles
 from vlm.weights.rules import flat_arrays
 
 CAPTIONS = ["a red circle", "a blue square", "two dogs", "a cat on a mat " * 6]
@@ -126,6 +129,66 @@ def test_saved_and_loaded_is_the_same_bundle(bundle, images, tmp_path):
     assert make(seed=1).fingerprint is None
     make(seed=1).save(tmp_path / "other")
     assert load(tmp_path / "other").fingerprint != bundle.fingerprint
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_weights_that_are_not_the_bundles_own(bundle, tmp_path):
+    """A flipped bit anywhere, and another model's file, are noticed by what reads them."""
+    bundle.save(tmp_path / "b")
+    weights = tmp_path / "b" / "model.safetensors"
+    whole = weights.read_bytes()
+    where = SafetensorsFiles([weights])._entries
+    for name, entry in where.items():
+        flip(weights, entry.offset + entry.size // 2)
+        with pytest.raises(CheckpointError, match=f"{name} in .* is not what was saved"):
+            load(tmp_path / "b")
+        weights.write_bytes(whole)
+    # The text tower alone does not read what is damaged in the other.
+    flip(weights, where["vision.stem.kernel"].offset)
+    z = load(tmp_path / "b", tower="text").encode_text(["a"])
+    assert np.array_equal(z, bundle.encode_text(["a"]))
+    make(seed=1).save(tmp_path / "other")
+    weights.write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="damaged, or of another model than"):
+        load(tmp_path / "b")
+
+
+def test_each_host_checks_what_it_reads(tmp_path, monkeypatch):
+    """Rows of a table, cut anywhere, are checked in the parts that they lie in."""
+    monkeypatch.setattr(files, "_PART", 12)
+    table = np.arange(50, dtype=np.float32).reshape(10, 5)
+    found = {"a": digests("a", table)}
+    assert len(found["a"]) == 5
+    checked = Checked(Arrays({"a": table}, "here"), found)
+    for start, stop in ((0, 10), (0, 1), (3, 4), (3, 9), (7, 7), (9, 10)):
+        assert np.array_equal(checked.read("a", start, stop), table[start:stop])
+    table[4, 2] += 1
+    assert np.array_equal(checked.read("a", 6, 10), table[6:])
+    for start, stop in ((0, 10), (4, 5), (5, 6), (3, 9)):
+        with pytest.raises(CheckpointError, match="a in here is not what was saved"):
+            checked.read("a", start, stop)
+
+
+def test_a_bundle_from_before_there_were_digests(bundle, images, tmp_path):
+    bundle.save(tmp_path / "b")
+    about = json.loads((tmp_path / "b" / "bundle.json").read_text())
+    weights = tmp_path / "b" / "model.safetensors"
+    del about["digests"]
+    (tmp_path / "b" / "bundle.json").write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match="safetensors is not what was saved"):
+        load(tmp_path / "b")
+    about["fingerprint"] = older_fingerprint(SafetensorsFiles([weights]))
+    (tmp_path / "b" / "bundle.json").write_text(json.dumps(about))
+    assert np.array_equal(load(tmp_path / "b").encode_image(images), bundle.encode_image(images))
+    about["digests"] = {"vision.stem.kernel": ["0" * 32]}
+    (tmp_path / "b" / "bundle.json").write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match=r"not as saved .*not those of its"):
+        load(tmp_path / "b")
 
 
 def test_weights_open_with_the_safetensors_library(bundle, tmp_path):
@@ -253,7 +316,7 @@ def test_torn_bundles(bundle, tmp_path):
     weights.write_bytes(whole)
 
     about.write_text(text[:40])
-    with pytest.raises(CheckpointError, match="not as saved"):
+    with pytest.raises(CheckpointError, match=r"bundle\.json is not JSON"):
         load(tmp_path / "b")
     values = json.loads(text)
     about.write_text(json.dumps(values | {"format": 99}))

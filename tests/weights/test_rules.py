@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlm.weights import rules
+from vlm.weights import files, rules
 from vlm.weights.files import Arrays
 from vlm.weights.rules import LINEAR, SAME, Piece
 
@@ -40,7 +40,7 @@ def pour(piece, spans, theirs=TABLE):
     ],
 )
 def test_a_table_is_read_in_strips_and_only_where_it_is_wanted(spans, part, monkeypatch):
-    monkeypatch.setattr(rules, "_PART", part)
+    monkeypatch.setattr(files, "_PART", part)
     buffers, reads = pour(Piece("x", "ours", None, SAME, (40, 6)), spans)
     for (rows, columns), buffer in buffers.items():
         assert np.array_equal(buffer, TABLE[slice(*rows), slice(*columns)])

@@ -170,7 +170,7 @@ def test_nothing_that_the_process_shares_can_be_changed(tmp_path, target, state)
 
 
 def test_cycles_and_laughs(tmp_path):
-    start = time.monotonic()
+    start = time.process_time()
     cyclic = {"a": tensor()}
     cyclic["s"] = cyclic
     refused(tmp_path / "a.bin", cyclic, "holds itself|larger than twice the file")
@@ -187,7 +187,7 @@ def test_cycles_and_laughs(tmp_path):
     assert TorchFile(write(tmp_path / "a.bin", deep)).shapes == {}
     deep = b"\x80\x02" + b"}X\1\0\0\0a" * 100_000 + b"N" + b"s" * 100_000 + b"."
     refused(tmp_path / "a.bin", deep, "nested too deep")
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(

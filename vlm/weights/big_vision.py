@@ -8,6 +8,7 @@ of flaxformer (https://github.com/google/flaxformer, architectures/bert) without
 import math
 import os
 import re
+import threading
 import zipfile
 from typing import Any
 
@@ -87,6 +88,7 @@ class NpzFile:
                 )
         self._image_position()
         self._archive: Any = None
+        self._lock = threading.Lock()
         self._held: tuple[str, Any] = (
             "",
             None,
@@ -122,6 +124,10 @@ class NpzFile:
         return array[start:stop] if array.ndim else array
 
     def _one(self, name: str) -> np.ndarray:
+        with self._lock:  # the archive and the last member are shared
+            return self._read_one(name)
+
+    def _read_one(self, name: str) -> np.ndarray:
         member, layer = self._members[name]
         try:
             if self._archive is None:

@@ -13,7 +13,8 @@ from jaxtyping import Shaped
 
 from vlm.config import FastViTConfig, FastViTStage, VisionTowerConfig
 from vlm.errors import CheckpointError
-from vlm.weights.files import Tensors
+from vlm.weights.fields import some
+from vlm.weights.files import Tensors, read_parameter
 from vlm.weights.layers import conv, fused, linear, norm, out, point
 from vlm.weights.rules import Rule
 
@@ -130,7 +131,7 @@ class Fused:
         ]
         if faults:
             raise CheckpointError(
-                f"{self.where} does not hold every branch of its FastViT: " + ", ".join(faults)
+                f"{self.where} does not hold every branch of its FastViT: {some(faults)}"
             )
 
     def _stem(self, width: int, *, scale: bool) -> None:
@@ -288,7 +289,7 @@ class Fused:
         return name
 
     def _wide(self, name: str) -> np.ndarray:
-        return self._tensors.read(name).astype(np.float64)
+        return read_parameter(self._tensors, name).astype(np.float64)
 
 
 def _sum(branches):

@@ -7,13 +7,14 @@ weights are seen not to fit.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from vlm.errors import CheckpointError
 
+_SHOWN, _LONG = 20, 120  # names in a message, and characters of each
 _MAX_FILE = 200_000_000  # bytes; the largest published tokenizer.json has 35 million
 MAX_LAYERS = 1_000
 MAX_PIXELS = 16_384  # along a side
@@ -157,3 +158,11 @@ def show(value: Any) -> str:
     except RecursionError:
         return "a deeply nested value"
     return shown if len(shown) <= 80 else f"{shown[:60]}... ({len(shown):,} characters)"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    shown = [name if name.isprintable() else repr(name) for name in names[:_SHOWN]]
+    shown = [name if len(name) <= _LONG else f"{name[:_LONG]}..." for name in shown]
+    more = f", and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return ", ".join(shown) + more

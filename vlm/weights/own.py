@@ -1,8 +1,10 @@
 """Our own format: a folder that `Bundle.save` writes."""
 
 import json
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from vlm._version import __version__
@@ -14,7 +16,9 @@ from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
 from vlm.weights.building import abstract_model
 from vlm.weights.checkpoint import Checkpoint
-from vlm.weights.files import SafetensorsFiles, write_safetensors
+from vlm.weights.digests import Checked, digests, fingerprint, older_fingerprint
+from vlm.weights.fields import read_json, string, whole
+from vlm.weights.files import SafetensorsFiles, Tensors, write_safetensors
 from vlm.weights.new_folder import new_folder
 from vlm.weights.rules import Rule, flat_arrays, flat_shapes
 
@@ -42,35 +46,56 @@ def open_checkpoint(path: epath.Path) -> Checkpoint:
             f"vlm train --resume {path}"
         )
     file = folder / BUNDLE_FILE
+    about = read_json(file)
+    version = whole(about.get("format"), f"{file}: format")
+    if version > FORMAT:
+        raise CheckpointError(
+            f"{file} is of format {version} and this vlm reads up to {FORMAT}: update vlm"
+        )
     try:
-        about = json.loads(file.read_text())
-        version = about["format"]
-        if version > FORMAT:
-            raise CheckpointError(
-                f"{file} is of format {version} and this vlm reads up to {FORMAT}: update vlm"
-            )
         config = from_dict(ModelConfig, about["model"])
         preprocess = from_dict(PreprocessConfig, about["preprocess"])
         rules = from_dict(TokenizerConfig, about["tokenizer"])
-        name, fingerprint = about["name"], about["fingerprint"]
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{file} is not as saved ({error}): save the bundle again") from None
+        name, saved = string(about["name"], "name"), string(about["fingerprint"], "fingerprint")
+        found = _digests(about, saved)
+    except (ValueError, KeyError, TypeError, ConfigError, CheckpointError) as error:
+        raise CheckpointError(
+            f"{file} is not as saved ({str(error)[:400]}): save the bundle again"
+        ) from None
     try:
         tokenizer = Tokenizer.from_file(folder / tokenizers.VOCABULARY_FILE, rules)
-    except DataError as error:
+    except (DataError, ConfigError) as error:
         raise CheckpointError(f"the bundle {folder} is incomplete: {error}") from None
+    tensors: Tensors = SafetensorsFiles([folder / WEIGHTS_FILE])
+    if found is not None:
+        tensors = Checked(tensors, found)
+    elif older_fingerprint(tensors) != saved:
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE} is not what was saved: it is damaged, or of another model "
+            f"than the {BUNDLE_FILE} beside it; save or copy the bundle again"
+        )
     names = flat_shapes(abstract_model(config, jnp.float32))
     return Checkpoint(
         name,
         config,
         preprocess,
         tokenizer,
-        SafetensorsFiles([folder / WEIGHTS_FILE]),
+        tensors,
         [Rule(name, name) for name in names],
         lambda name: False,
         "bicubic_antialias",
-        fingerprint=fingerprint,
+        fingerprint=saved,
     )
+
+
+def _digests(about: dict[str, Any], saved: str) -> dict[str, list[str]] | None:
+    """The digests that belong to a fingerprint; None in a bundle from before they were kept."""
+    found = about.get("digests")
+    if found is None:
+        return None
+    if not isinstance(found, dict) or fingerprint(found) != saved:
+        raise ValueError("its digests are not those of its fingerprint")
+    return found
 
 
 def write(
@@ -88,18 +113,24 @@ def write(
     with new_folder(folder, FILES) as new:
         tokenizer.save(new)
         (new / tokenizers.RULES_FILE).unlink()  # the rules go into bundle.json
-        fingerprint = write_safetensors(new / WEIGHTS_FILE, flat_arrays(model), {"format": "vlm"})
+        found: dict[str, list[str]] = {}
+
+        def written(name: str, values: np.ndarray) -> None:
+            found[name] = digests(name, values)
+
+        write_safetensors(new / WEIGHTS_FILE, flat_arrays(model), {"format": "vlm"}, written)
         description = {
             "format": FORMAT,
             "version": __version__,
             "name": name,
-            "fingerprint": fingerprint,
+            "fingerprint": fingerprint(found),
             "model": to_dict(model.config),
             "preprocess": to_dict(preprocess.config),
             "tokenizer": to_dict(tokenizer.config),
+            "digests": found,
         }
         (new / BUNDLE_FILE).write_text(json.dumps(description, indent=2) + "\n")
-    return fingerprint
+    return fingerprint(found)
 
 
 def _bundle(path: epath.Path) -> epath.Path | None:

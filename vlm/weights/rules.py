@@ -5,7 +5,9 @@ of ours that no rule fills, and a shape that differs are collected into one erro
 """
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import jax
@@ -15,12 +17,13 @@ from jaxtyping import Shaped
 from numpy.typing import DTypeLike
 
 from vlm.errors import CheckpointError
-from vlm.weights.files import Tensors
+from vlm.weights.fields import some
+from vlm.weights.files import Tensors, part_rows, read_parameter
 
 Shape = tuple[int, ...]
 ANY = -1  # a size that a rule leaves open
 Spans = tuple[tuple[int, int], ...]  # the first and past the last index along each axis
-_PART = 2**24  # elements of a table that are read at a time
+_THREADS = 4  # that read and copy at most, each a part or a tensor at a time
 
 
 @dataclass(frozen=True)
@@ -113,14 +116,16 @@ class Piece:
     def read(
         self, tensors: Tensors, start: int = 0, stop: int | None = None
     ) -> Shaped[np.ndarray, "..."]:
-        """Our array, or its rows `start:stop` where they are `row_by_row`."""
-        if self.row_by_row:
-            return tensors.read(self.theirs, start, stop)
-        if self.parts == 1:
-            return self.transform.read(tensors.read(self.theirs), self.shape)
-        rows = self.transform.shape(self.shape)[0]
-        theirs = tensors.read(self.theirs, self.part * rows, (self.part + 1) * rows)
-        return self.transform.read(theirs, self.shape)
+        """Our array, or its rows `start:stop` where they are `row_by_row`.
+
+        Raises:
+            CheckpointError: theirs are not floating-point numbers.
+        """
+        if not self.row_by_row and self.parts > 1:
+            rows = self.transform.shape(self.shape)[0]
+            start, stop = self.part * rows, (self.part + 1) * rows
+        theirs = read_parameter(tensors, self.theirs, start, stop)
+        return theirs if self.row_by_row else self.transform.read(theirs, self.shape)
 
 
 def expand(rules: Sequence[Rule], shapes: dict[str, Shape]) -> list[Piece]:
@@ -150,7 +155,8 @@ def check(
     """Refuse what does not match on either side, all of it in one error.
 
     Raises:
-        CheckpointError: lists every parameter that is missing, left over or of another shape.
+        CheckpointError: says how many parameters are missing, left over or of another shape, and
+            names the first of each.
     """
     expected = {piece.theirs: piece for piece in pieces}
     filled = {piece.ours for piece in pieces}
@@ -173,15 +179,27 @@ def check(
         (other, "of another shape"),
     ]
     found = [
-        f"{len(names)} parameter{'s' * (len(names) > 1)} {what}: {', '.join(names)}"
+        f"{len(names)} parameter{'s' * (len(names) > 1)} {what}: {some(names)}"
         for names, what in faults
         if names
     ]
     if found:
+        without = _without(pieces, set(missing))
+        kind = f" (it has no {without} at all)" if without else ""
         raise CheckpointError(
-            f"{tensors.where} does not fit the architecture that its configuration describes; "
-            + "; ".join(found)
+            f"{tensors.where} does not fit the architecture that its configuration describes{kind};"
+            f" {'; '.join(found)}"
         )
+
+
+def _without(pieces: Sequence[Piece], missing: set[str]) -> str:
+    """The towers of which a file has nothing, as in a classifier made from an image tower."""
+    towers = {"vision": "image tower", "text": "text tower"}
+    theirs = {
+        said: {piece.theirs for piece in pieces if piece.ours.startswith(f"{tower}.")}
+        for tower, said in towers.items()
+    }
+    return " and no ".join(said for said, names in theirs.items() if names and names <= missing)
 
 
 def _fits(shape: Shape, wanted: Shape) -> bool:
@@ -211,9 +229,9 @@ def fill(
 ) -> nnx.Module:
     """The abstract `model` made real with what the rules find in `tensors`.
 
-    One tensor of theirs is held at a time, of a table no more than a part, and of each of our
-    arrays the shards of this host's devices alone. Floating tensors take `dtype`, but the scale
-    and bias of the logits stay float32.
+    A few threads read: each holds one tensor of theirs at a time, of a table no more than a part,
+    and of each of our arrays the shards of this host's devices alone. Floating tensors take
+    `dtype`, but the scale and bias of the logits stay float32.
     """
     shapes = flat_shapes(model)
     pieces = expand(rules, shapes)
@@ -222,13 +240,23 @@ def fill(
     for piece in pieces:
         by_name.setdefault(piece.ours, []).append(piece)
     graph, state = nnx.split(model)
-    flat = {}
-    for path, variable in state.flat_state():
+
+    def make(path: tuple) -> jax.Array:
         name = ".".join(map(str, path))
         kind = np.dtype(np.float32) if name.startswith("logit_") else np.dtype(dtype)
         sharding = None if placement is None else placement(name, shapes[name])
-        array = _array(by_name[name], shapes[name], tensors, kind, sharding)
-        flat[path] = variable.replace(array)
+        return _array(by_name[name], shapes[name], tensors, kind, sharding)
+
+    variables = dict(state.flat_state())
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "vlm-weights") as pool:
+        arrays = [pool.submit(make, path) for path in variables]
+        try:
+            flat = {
+                path: variable.replace(array.result())
+                for (path, variable), array in zip(variables.items(), arrays, strict=True)
+            }
+        finally:  # after an error the rest is not read
+            pool.shutdown(cancel_futures=True)
     return nnx.merge(graph, nnx.State.from_flat_path(flat))
 
 
@@ -296,10 +324,10 @@ def _pour(piece: Piece, tensors: Tensors, buffers: dict[Spans, np.ndarray]) -> N
         for span, buffer in targets:
             buffer[...] = value[tuple(slice(a, b) for a, b in span)]
         return
-    step = max(1, _PART // math.prod(piece.shape[1:]))
-    last = max(span[0][1] for span, _ in targets)
-    for start in range(min(span[0][0] for span, _ in targets), last, step):
-        stop = min(start + step, last)
+    step = part_rows(piece.shape)
+    first, last = min(span[0][0] for span, _ in targets), max(span[0][1] for span, _ in targets)
+    for part in range(first // step, -(-last // step)):
+        start, stop = max(part * step, first), min((part + 1) * step, last)
         value = piece.read(tensors, start, stop)
         for (rows, *rest), buffer in targets:
             low, high = max(rows[0], start), min(rows[1], stop)
