@@ -45,7 +45,7 @@ def test_an_experiment_survives_json():
     ("changes", "said"),
     [
         ({"steps": 5, "epochs": 1.0}, "one length, but steps and epochs are all set"),
-        ({"steps": 0}, "steps is 0: a run takes more"),
+        ({"steps": 0}, "steps is 0: make it positive"),
         ({"seconds": -1.0}, "seconds is -1.0"),
         ({"batch_size": 0}, "batch_size is 0: make it at least 1"),
         ({"log_every": 0}, "log_every is 0"),

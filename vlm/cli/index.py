@@ -104,7 +104,7 @@ def model_of(folder: Path) -> str:
         ) from None
     if os.path.isabs(model) and not os.path.exists(model):
         raise CheckpointError(
-            f"the index {folder} was built by {model}, which is there no more: name the place it "
+            f"the index {folder} was built by {model}, which is no longer there: name the place it "
             "has moved to with --model MODEL"
         )
     return model

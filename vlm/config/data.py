@@ -6,40 +6,80 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes of a training image."""
+    """Random changes of a training image.
 
-    # Share of the image's area that a crop keeps. None: no crop, but the model's own resizing.
+    Args:
+        crop: Smallest and largest share of the image's area that a random crop keeps. None: no
+            crop, but the model's own resizing, as in evaluation.
+        aspect: Smallest and largest ratio of width to height of a crop.
+        jitter: Strength of random changes of brightness, contrast and saturation: each factor
+            is drawn from 1 - jitter to 1 + jitter.
+        hue: Largest random change of hue, in turns of the colour circle: at most 0.5.
+        flip: Mirror half of the images, left to right.
+        randaugment: RandAugment: how many operations (at most 4), and their magnitude (0 to
+            30). None: no operations.
+        grey: Share of the images that lose their colour.
+        blur: Share of the images that are blurred, by 0.1 to 2 pixels.
+        solarise: Share of the images whose bright half is inverted.
+        draft: Decode JPEG files at 1/2, 1/4 or 1/8 where the crop still has all the pixels it
+            needs.
+    """
+
     crop: tuple[float, float] | None = (0.9, 1.0)
-    aspect: tuple[float, float] = (3 / 4, 4 / 3)  # of the crop
-    jitter: float = 0.0  # brightness, contrast, saturation: factors in 1 +- jitter
-    hue: float = 0.0  # in turns of the colour circle, at most 0.5
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    jitter: float = 0.0
+    hue: float = 0.0
     flip: bool = False
-    randaugment: tuple[int, int] | None = None  # operations (at most 4), magnitude (0 to 30)
-    grey: float = 0.0  # share of the images that lose their colour
-    blur: float = 0.0  # share of the images that are blurred, by 0.1 to 2 pixels
-    solarise: float = 0.0  # share of the images whose bright half is inverted
-    # JPEG files are decoded at 1/2, 1/4 or 1/8 where the crop still has all the pixels it needs.
+    randaugment: tuple[int, int] | None = None
+    grey: float = 0.0
+    blur: float = 0.0
+    solarise: float = 0.0
     draft: bool = True
 
 
 @dataclass(frozen=True)
 class FieldFilter:
-    """Which examples are kept, by one of their features. An example without the feature is not."""
+    """Which examples are kept, by one of their features. An example without the feature is not.
+
+    Args:
+        feature: Name of the feature that is looked at.
+        at_least: Keep examples whose number is at least this, such as an aesthetic score.
+        at_most: Keep examples whose number is at most this.
+        one_of: Keep examples whose text is one of these, such as a language.
+    """
 
     feature: str = ""
-    at_least: float | None = None  # of a number, such as an aesthetic score
+    at_least: float | None = None
     at_most: float | None = None
-    one_of: tuple[str, ...] = ()  # of a text, such as a language
+    one_of: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class MixturePart:
-    """One source of a mixture. What is None is as in the `DataConfig` that holds it."""
+    """One source of a mixture. What is None is as in the `DataConfig` that holds it.
+
+    Args:
+        source: Where this part's examples come from: whatever `DataConfig.source` takes.
+        weight: Share of the samples that this part gives, relative to the other parts.
+        epochs: In place of a weight: passes over this part, relative to those over the other
+            parts.
+        examples: How many examples the part has, where `epochs` needs the number and the source
+            cannot tell.
+        train_split: Name of its training split.
+        image: Name of its image feature.
+        captions: Names of its caption features.
+        caption_weights: Weights of its caption features.
+        label: Name of its class-label feature, in place of captions.
+        templates: Sentences around its labels.
+        keep: Train on the examples of this part that pass all of these filters.
+        access: How its examples are read: see `DataConfig.access`.
+        data_dir: Where its prepared data lies.
+    """
 
     source: str = "openmoji"
-    weight: float | None = None  # share of the samples, relative to the other parts
-    epochs: float | None = None  # instead: passes over it, relative to those over the other parts
-    examples: int | None = None  # how many it has, where `epochs` needs that and it cannot tell
+    weight: float | None = None
+    epochs: float | None = None
+    examples: int | None = None
     train_split: str | None = None
     image: str | None = None
     captions: tuple[str, ...] | None = None
@@ -53,31 +93,57 @@ class MixturePart:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where pairs come from. A caption is drawn at random from all `captions` of an image."""
+    """Where pairs come from. A caption is drawn at random from all `captions` of an image.
 
-    source: str = "openmoji"  # "openmoji", "tfds:NAME", or a path that says what it is
+    Args:
+        source: Where examples come from: "openmoji", "tfds:NAME" for a prepared TFDS data set,
+            or the path of shards, of a table or of a folder.
+        train_split: Name of the split to train on.
+        eval_split: Name of the split that is held out: its images are looked up among all
+            captions of both splits. None, as large data has it: see `Experiment.evals`.
+        image: Name of the feature that holds the image.
+        captions: Names of the features that hold captions; a nested one is written as
+            captions/text. One caption of an image is drawn at random.
+        caption_weights: How often each of `captions` is drawn, relative to the others. Empty:
+            all texts of an image alike.
+        label: Name of a class-label feature that is used in place of captions: its name is put
+            into `templates`.
+        templates: Sentences around a label, such as 'a photo of a {}.'; one is drawn at random.
+        keep: Train on the examples that pass all of these filters.
+        augment: Random changes of training images.
+        cache: Keep decoded images in memory, for data that fits there.
+        workers: Number of reader processes. 0: threads of the training process read.
+        prefetch: Number of batches that are made ahead of the training step.
+        data_dir: Folder where prepared data lies. None: vlm's cache folder.
+        access: How examples are read. random: by an index, in an order that is new for each
+            epoch; stream: shards front to back; auto: what is remote is streamed, and what is
+            local is indexed.
+        lanes: Of streams: number of shards that are read side by side. It must divide the
+            global batch, and the number of processes must divide it. None: the largest divisor
+            of the batch up to 256 and the number of shards.
+        shuffle: Of streams: number of samples that are shuffled at a time, over all lanes.
+        mixture: Several sources to train on, in place of `source`.
+        max_bad_share: The run stops when a larger share of its samples than this is broken.
+        max_bad_in_a_row: The run stops when this many samples in a row are broken.
+    """
+
+    source: str = "openmoji"
     train_split: str = "train"
-    # Of small data: its images are looked up among all captions of both splits. Large data has
-    # None here, and names what to measure on in `evals`.
     eval_split: str | None = "test"
-    image: str = "image"  # the feature that holds it
-    captions: tuple[str, ...] = ("caption",)  # features; one inside another is called a/b
-    caption_weights: tuple[float, ...] = ()  # one for each of `captions`; (): all texts alike
-    label: str | None = None  # a class-label feature instead of captions, put into `templates`
+    image: str = "image"
+    captions: tuple[str, ...] = ("caption",)
+    caption_weights: tuple[float, ...] = ()
+    label: str | None = None
     templates: tuple[str, ...] = ("{}",)
-    keep: tuple[FieldFilter, ...] = ()  # train on the examples that pass all of these
+    keep: tuple[FieldFilter, ...] = ()
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    cache: bool = False  # keep decoded images in memory
-    workers: int = 0  # reader processes; 0 reads in threads of this process
-    prefetch: int = 2  # batches made ahead of the step
-    data_dir: str | None = None  # where prepared data lives; None: the cache folder
-    # stream: read shards front to back; random: by an index; auto: stream what is remote.
+    cache: bool = False
+    workers: int = 0
+    prefetch: int = 2
+    data_dir: str | None = None
     access: Literal["auto", "random", "stream"] = "auto"
-    # Of streams: shards that are read side by side. It divides the global batch, and processes
-    # divide it. None: the largest divisor of the batch up to 256 and the number of shards.
     lanes: int | None = None
-    shuffle: int = 8192  # of streams: samples that are shuffled at a time, over all lanes
-    mixture: tuple[MixturePart, ...] = ()  # several sources instead of `source`, for training
-    # A run stops when more of its samples than this are bad, or so many one after another.
+    shuffle: int = 8192
+    mixture: tuple[MixturePart, ...] = ()
     max_bad_share: float = 0.05
     max_bad_in_a_row: int = 256

@@ -12,21 +12,37 @@ class EvalConfig:
 
     zero-shot: images into the classes of `label`, each described by `templates`: `top1`, `top5`.
     retrieval: images and all of their captions, both ways, as COCO is measured: recall at 1, 5, 10.
+
+    Args:
+        name: What the evaluation is called in the log, as eval/NAME/top1, and in the report.
+        task: zero-shot: images into the classes of `label`, each described by `templates`;
+            top-1 and top-5 accuracy. retrieval: images and all of their captions, both ways, as
+            COCO is measured; recall at 1, 5 and 10.
+        source: Where examples come from: whatever `DataConfig.source` takes.
+        split: Name of the split to measure on.
+        image: Name of the feature that holds the image.
+        captions: Of retrieval: names of the features that hold captions; all of them belong to
+            their image.
+        label: Of zero-shot: name of the feature that holds the class.
+        class_names: Of zero-shot, where labels are no words: a text file with a line for each
+            label in their order, or with lines LABEL<tab>NAME.
+        templates: Of zero-shot: sentences around the name of a class; their embeddings are
+            averaged.
+        data_dir: Folder where prepared data lies. None: the folder of TFDS itself.
+        examples: Measure on this many examples, the first of the split. None: all.
     """
 
-    name: str = "eval"  # in the log, as eval/NAME/top1, and in the report
+    name: str = "eval"
     task: Literal["zero-shot", "retrieval"] = "zero-shot"
-    source: str = "tfds:imagenet2012"  # whatever `DataConfig.source` takes
+    source: str = "tfds:imagenet2012"
     split: str = "validation"
     image: str = "image"
-    captions: tuple[str, ...] = ("captions/text",)  # of retrieval: all of them are an image's own
-    label: str = "label"  # of zero-shot
-    # Where labels are no words: a text file with a line for each, in their order, or with lines
-    # LABEL<tab>NAME.
+    captions: tuple[str, ...] = ("captions/text",)
+    label: str = "label"
     class_names: str | None = None
-    templates: tuple[str, ...] = ("a photo of a {}.",)  # of zero-shot: sentences around a name
-    data_dir: str | None = None  # where prepared data lives; None: TFDS's own folder
-    examples: int | None = None  # the first ones of the split; None: all
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    data_dir: str | None = None
+    examples: int | None = None
 
     def __post_init__(self):
         where = f"evals {self.name!r}"

@@ -12,28 +12,48 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """How an image becomes the pixels a model was trained on."""
+    """How an image becomes the pixels a model was trained on.
+
+    Args:
+        image_size: Side of the square that the model takes, in pixels.
+        resize: squash: both sides to the square; crop: the short side to size, then the centre;
+            pad: the long side to size, then `fill` around it; naflex: any aspect within
+            `max_patches`.
+        fill: Colour (red, green, blue) around an image that is padded.
+        patch_size: Of naflex: side of a patch, in pixels.
+        max_patches: Of naflex: most patches that an image may have.
+        kernel: Interpolation of the resize.
+        backend: Whose arithmetic resizes: pillow, as torchvision does with PIL images; tensor,
+            as it does with uint8 tensors; tensorflow, as big_vision does.
+        antialias: Whether the tensor backend widens its kernel when it shrinks an image; pillow
+            always does, tensorflow never.
+        mean: Mean of red, green and blue that is subtracted, of values from 0 to 1.
+        std: Standard deviation of red, green and blue that is divided by.
+        short_side: Of crop: length that the short side is resized to before the crop, in
+            pixels. None: image_size.
+        crop_offset: Of crop: how an odd margin is halved. round, as torchvision does; floor, as
+            transformers does.
+        background: Colour (red, green, blue) under transparent pixels. None: the alpha channel
+            is dropped.
+    """
 
     image_size: int = 224
-    # crop: short side to size, then the centre; pad: long side to size, then `fill` around it;
-    # naflex: see ViTConfig.max_patches.
     resize: Literal["squash", "crop", "pad", "naflex"] = "squash"
-    fill: tuple[int, int, int] = (0, 0, 0)  # pad
-    patch_size: int | None = None  # naflex
-    max_patches: int | None = None  # naflex
+    fill: tuple[int, int, int] = (0, 0, 0)
+    patch_size: int | None = None
+    max_patches: int | None = None
     kernel: Literal["bicubic", "bilinear", "lanczos", "nearest"] = "bicubic"
-    # tensor: as torchvision does on uint8 tensors; tensorflow: as big_vision does.
     backend: Literal["pillow", "tensor", "tensorflow"] = "pillow"
-    antialias: bool = True  # of the tensor backend; Pillow always does, big_vision never
+    antialias: bool = True
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    short_side: int | None = None  # crop: what the short side becomes first; None: image_size
-    crop_offset: Literal["round", "floor"] = "round"  # of odd margins: torchvision, transformers
+    short_side: int | None = None
+    crop_offset: Literal["round", "floor"] = "round"
     background: tuple[int, int, int] | None = (
         255,
         255,
         255,
-    )  # under transparency; None drops alpha
+    )
 
     def __post_init__(self):
         check_bounds(self)
@@ -41,18 +61,31 @@ class PreprocessConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The rules around a `tokenizer.json` that make text the tokens a model was trained on."""
+    """The rules around a `tokenizer.json` that make text the tokens a model was trained on.
+
+    Args:
+        context_length: Number of tokens in a row.
+        pad_id: Token that fills a row after the text.
+        bos_id: Token before the text. None: there is none.
+        eos_id: Token after the text. None: there is none.
+        lowercase: Make the text lower-case first.
+        clean: How text is cleaned before the vocabulary is applied, by the name of the family
+            that does it: see vlm/inputs/cleaning.py.
+        keep_eos: Let a text that is too long still end with its end token.
+        pad_side: Side of the text on which padding stands.
+        parse_special: Read a special token that is spelled out in a text, such as <eos>, as
+            that token, as transformers does.
+    """
 
     context_length: int = 64
     pad_id: int = 0
     bos_id: int | None = None
     eos_id: int | None = 1
     lowercase: bool = False
-    # Cleaning before the vocabulary: see vlm/inputs/cleaning.py.
     clean: Literal["none", "clip", "clip_cased", "clip_canonical", "siglip", "bert"] = "none"
-    keep_eos: bool = True  # a truncated text still ends with eos
+    keep_eos: bool = True
     pad_side: Literal["right", "left"] = "right"
-    parse_special: bool = False  # "<eos>" spelled out in a text is that token (transformers: yes)
+    parse_special: bool = False
 
     def __post_init__(self):
         check_bounds(self)

@@ -16,7 +16,33 @@ from vlm.errors import ConfigError
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A text transformer: causal with end-token pooling (CLIP), or bidirectional (SigLIP)."""
+    """A text transformer: causal with end-token pooling (CLIP), or bidirectional (SigLIP).
+
+    Args:
+        vocab_size: Number of tokens in the vocabulary: rows of the embedding table.
+        context_length: Number of tokens in a text: rows of the position embeddings.
+        width: Width of the tokens in the blocks.
+        depth: Number of blocks.
+        heads: Number of attention heads; they divide the width.
+        mlp_dim: Width of the hidden layer of a block's MLP.
+        causal: Let a token see only those before it, as CLIP does.
+        pool: Token or tokens that stand for the text. end: the first end token; argmax: the one
+            of the highest id, which in OpenAI's vocabulary is the end token; first, last: by
+            position; class: a learned last token (CoCa); mean: of all; map: pooling by
+            attention.
+        end_id: Of pool end: id of the end token.
+        pad_id: Id of the padding, which is then masked in attention and in mean and map
+            pooling. None: nothing is masked.
+        layer_scale: Learn a factor for each channel of each branch of a block
+            (arXiv:2103.17239).
+        norm: Where blocks normalise. pre: before each branch; post: after each residual sum and
+            after the embeddings (BERT).
+        projection: Layer from the pooled token to the shared space. mlp: two layers without
+            biases, their mean width between them.
+        activation: Activation of the MLPs.
+        norm_eps: Epsilon of the layer norms.
+        dropout: Share of the values that dropout sets to zero while training.
+    """
 
     vocab_size: int = 32_000
     context_length: int = 64
@@ -25,15 +51,11 @@ class TextConfig:
     heads: int = 12
     mlp_dim: int = 3072
     causal: bool = False
-    # argmax: at the highest id, which in OpenAI's vocabulary is the end token; class: at a learned
-    # last token (CoCa).
     pool: Literal["end", "argmax", "first", "last", "class", "mean", "map"] = "last"
-    end_id: int | None = None  # of pool="end": the token whose first occurrence is pooled at
-    pad_id: int | None = None  # set: padding is masked in attention and in mean or MAP pooling
+    end_id: int | None = None
+    pad_id: int | None = None
     layer_scale: bool = False
-    # post: after each residual sum and after the embeddings, none at the end (BERT).
     norm: Literal["pre", "post"] = "pre"
-    # mlp: two layers without biases, their mean width between them.
     projection: Literal["none", "linear", "linear_bias", "mlp"] = "linear_bias"
     activation: Activation = "gelu_tanh"
     norm_eps: float = 1e-6
@@ -64,14 +86,25 @@ def kept_tokens(count: int, masking: float, specials: int = 0) -> int:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Two towers into one space of `embed_dim` dimensions, and the scale and bias of the logits."""
+    """Two towers into one space of `embed_dim` dimensions, and the scale and bias of the logits.
+
+    Args:
+        vision: The image tower.
+        text: The text tower.
+        embed_dim: Dimensions of the shared space.
+        loss: Contrastive loss of training, which is also the rule that turns logits into
+            scores: softmax (CLIP) or sigmoid (SigLIP).
+        init_scale: Factor of the cosines in the logits at the start of training.
+        init_bias: Bias of the logits at the start of training. None: no bias (CLIP); SigLIP
+            starts at -10.
+    """
 
     vision: VisionTowerConfig = field(default_factory=ViTConfig)
     text: TextConfig = field(default_factory=TextConfig)
     embed_dim: int = 768
-    loss: Literal["softmax", "sigmoid"] = "softmax"  # also the rule that turns logits into scores
-    init_scale: float = 1 / 0.07  # of `exp(logit_scale)`
-    init_bias: float | None = None  # None: no bias (CLIP); SigLIP starts at -10
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    init_scale: float = 1 / 0.07
+    init_bias: float | None = None
 
     def __post_init__(self):
         check_bounds(self)

@@ -19,46 +19,81 @@ MlpKind = Literal["plain", "swiglu", "geglu"]
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """A Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929)."""
+    """A Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929).
+
+    Args:
+        image_size: Side of the square image, in pixels.
+        patch_size: Side of a patch, in pixels: each is a token.
+        width: Width of the tokens in the blocks.
+        depth: Number of blocks.
+        heads: Number of attention heads; they divide the width.
+        mlp_dim: Width of the hidden layer of a block's MLP.
+        stem: How patches become tokens. linear: one product; conv: stages of 3x3 convolutions
+            of stride 2 (arXiv:2106.14881); nested: patches of patches with batch norms between
+            them (MobileCLIP-B).
+        stem_widths: Channels of the stages of a conv stem, 2 ** their number being patch_size;
+            of a nested stem those of all stages but the last.
+        patch_bias: Add a bias to the patch embedding.
+        rotary: Add rotary positions to the learned ones, counted from this number (Perception
+            Encoder). None: learned positions alone.
+        rotary_span: Take rotary positions as those of a grid of this many rows. None: as they
+            are.
+        rotary_rows_first: Turn the first half of the channels with the row (EVA-02).
+        pool: What stands for the image. class: a learned first token; mean: of all tokens; map:
+            pooling by attention (SigLIP); query: CoCa's attentional pooler.
+        pool_heads: Number of heads of map and query pooling. None: as `heads`.
+        pool_mlp_dim: Width of the hidden layer of map pooling's MLP. None: as `mlp_dim`.
+        class_token: Add a learned first token, also where the pool is of another kind.
+        pre_norm: Normalise between the embedding and the blocks (CLIP).
+        norm_pooled: Normalise after mean pooling in place of before it.
+        layer_scale: Learn a factor for each channel of each branch of a block
+            (arXiv:2103.17239).
+        norm: Where blocks normalise. pre: before each branch; branch: after each branch, before
+            it is added (EVA-02-E).
+        mlp: Kind of the blocks' MLP. plain: two layers; swiglu: gated, its hidden layer
+            normalised (EVA-02); geglu: gated, its input normalised twice (ViTamin).
+        attention_norm: Normalise between attention and its last product (EVA-02).
+        key_bias: Add a bias to the keys of attention.
+        projection: Layer from the pooled token to the shared space.
+        activation: Activation of the plain MLP, and of map pooling's.
+        norm_eps: Epsilon of the layer norms.
+        max_patches: Of NaFlex (SigLIP 2), which takes any aspect: most patches of an image;
+            image_size is then that of the grid of positions. None: square images.
+        dropout: Share of the values that dropout sets to zero while training.
+        patch_dropout: Share of the patches that are left out while training (FLIP).
+    """
 
     kind: ClassVar[str] = "vit"
 
-    image_size: int = 224  # pixels, square
-    patch_size: int = 16  # pixels per token, along each side
+    image_size: int = 224
+    patch_size: int = 16
     width: int = 768
     depth: int = 12
     heads: int = 12
     mlp_dim: int = 3072
-    # conv: stride-2 3x3 stages (arXiv:2106.14881); nested: patches of patches, with batch norms
-    # between them (MobileCLIP-B).
     stem: Literal["linear", "conv", "nested"] = "linear"
-    # Channels of the conv stages, 2 ** their number being patch_size; of a nested stem all but
-    # the last one's, each of which halves.
     stem_widths: tuple[int, ...] = ()
     patch_bias: bool = True
-    # Rotary positions beside the learned ones (Perception Encoder), counted from this number.
     rotary: int | None = None
-    rotary_span: int | None = None  # positions as of a grid of so many rows; None: as they are
-    rotary_rows_first: bool = False  # the first half of the channels turns with the row (EVA-02)
-    pool: Literal["class", "mean", "map", "query"] = "map"  # query: CoCa's attentional pooler
-    pool_heads: int | None = None  # of the attention in map and query pooling; None: heads
-    pool_mlp_dim: int | None = None  # of map pooling; None: mlp_dim
-    class_token: bool = False  # a learned first token, also where the pool is of another kind
-    pre_norm: bool = False  # a LayerNorm between embedding and blocks (CLIP)
-    norm_pooled: bool = False  # the final LayerNorm after mean pooling instead of before it
-    layer_scale: bool = False  # learned factors on each branch of a block (arXiv:2103.17239)
-    # branch: after each branch of a block, before it is added (EVA-02-E).
+    rotary_span: int | None = None
+    rotary_rows_first: bool = False
+    pool: Literal["class", "mean", "map", "query"] = "map"
+    pool_heads: int | None = None
+    pool_mlp_dim: int | None = None
+    class_token: bool = False
+    pre_norm: bool = False
+    norm_pooled: bool = False
+    layer_scale: bool = False
     norm: Literal["pre", "branch"] = "pre"
     mlp: MlpKind = "plain"
-    attention_norm: bool = False  # a LayerNorm between attention and its last product (EVA-02)
+    attention_norm: bool = False
     key_bias: bool = True
-    projection: Literal["none", "linear", "linear_bias"] = "none"  # pooled width -> embed_dim
-    activation: Activation = "gelu_tanh"  # of the plain MLP, and of map pooling's
+    projection: Literal["none", "linear", "linear_bias"] = "none"
+    activation: Activation = "gelu_tanh"
     norm_eps: float = 1e-6
-    # NaFlex (SigLIP 2): any aspect, at most this many patches; image_size is the position grid's.
     max_patches: int | None = None
     dropout: float = 0.0
-    patch_dropout: float = 0.0  # share of the patches left out while training (FLIP)
+    patch_dropout: float = 0.0
 
     def __post_init__(self):
         check_bounds(self)
@@ -112,14 +147,21 @@ class ViTConfig:
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    """OpenAI's ResNet with an attention pool, which is its projection too (arXiv:2103.00020)."""
+    """OpenAI's ResNet with an attention pool, which is its projection too (arXiv:2103.00020).
+
+    Args:
+        image_size: Side of the square image, in pixels.
+        depths: Number of blocks in each stage.
+        width: Channels of the stem; each stage doubles them.
+        heads: Number of heads of the attention pool.
+    """
 
     kind: ClassVar[str] = "resnet"
 
-    image_size: int = 224  # pixels, square
-    depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks of each stage
-    width: int = 64  # channels of the stem; each stage doubles them
-    heads: int = 32  # of the attention pool
+    image_size: int = 224
+    depths: tuple[int, ...] = (3, 4, 6, 3)
+    width: int = 64
+    heads: int = 32
 
     def __post_init__(self):
         check_bounds(self)
@@ -155,16 +197,28 @@ class ResNetConfig:
 
 @dataclass(frozen=True)
 class FastViTStage:
-    """A stage of FastViT: `depth` blocks of one width, each a mixer of places and an MLP."""
+    """A stage of FastViT: `depth` blocks of one width, each a mixer of places and an MLP.
+
+    Args:
+        depth: Number of blocks.
+        width: Channels of the stage.
+        mlp_dim: Width of the hidden layer of a block's MLP.
+        heads: Number of heads of the attention that mixes places. 0: a 3x3 convolution mixes
+            them.
+        norm: Normalise before the attention.
+        halve: Begin with a 7x7 convolution of stride 2.
+        squeeze: Hidden channels of that convolution's squeeze-and-excitation. 0: it has none.
+        position: Give positions by a 7x7 convolution (arXiv:2102.10882).
+    """
 
     depth: int
     width: int
     mlp_dim: int
-    heads: int = 0  # of the attention that mixes; 0: a 3x3 convolution does
-    norm: bool = False  # a LayerNorm before the attention
-    halve: bool = True  # begins with a 7x7 convolution of stride 2
-    squeeze: int = 0  # hidden channels of that one's squeeze-and-excitation; 0: it has none
-    position: bool = False  # a 7x7 convolution that gives positions (arXiv:2102.10882)
+    heads: int = 0
+    norm: bool = False
+    halve: bool = True
+    squeeze: int = 0
+    position: bool = False
 
     def __post_init__(self):
         check_bounds(self)
@@ -172,15 +226,24 @@ class FastViTStage:
 
 @dataclass(frozen=True)
 class FastViTConfig:
-    """FastViT, reparameterised, as MobileCLIP has it (Vasu et al., 2023, arXiv:2303.14189)."""
+    """FastViT, reparameterised, as MobileCLIP has it (Vasu et al., 2023, arXiv:2303.14189).
+
+    Args:
+        stem_width: Channels of the stem.
+        stages: The stages, one after another.
+        width: Channels of the last convolution, whose mean over the image is projected.
+        squeeze: Hidden channels of squeeze-and-excitation after the last convolution.
+        image_size: Side of the square image, in pixels.
+        norm_eps: Epsilon of the layer norms.
+    """
 
     kind: ClassVar[str] = "fastvit"
 
     stem_width: int
     stages: tuple[FastViTStage, ...]
-    width: int  # of the last convolution, whose mean over the image is projected
-    squeeze: int  # hidden channels of squeeze-and-excitation after the last convolution
-    image_size: int = 256  # pixels, square
+    width: int
+    squeeze: int
+    image_size: int = 256
     norm_eps: float = 1e-5
 
     def __post_init__(self):
@@ -222,16 +285,25 @@ class FastViTConfig:
 
 @dataclass(frozen=True)
 class ConvNeXtConfig:
-    """ConvNeXt (Liu et al., 2022, arXiv:2201.03545): stages of depthwise 7x7 convolutions."""
+    """ConvNeXt (Liu et al., 2022, arXiv:2201.03545): stages of depthwise 7x7 convolutions.
+
+    Args:
+        image_size: Side of the square image, in pixels.
+        depths: Number of blocks in each stage.
+        widths: Channels of each stage.
+        mlp_dims: Width of the hidden layer of the blocks in each stage.
+        norm_eps: Epsilon of the layer norms.
+        projection: Layer from the normalised mean to the shared space. mlp: two layers, twice
+            embed_dim wide between them.
+    """
 
     kind: ClassVar[str] = "convnext"
 
-    image_size: int = 256  # pixels, square
-    depths: tuple[int, ...] = (3, 3, 27, 3)  # blocks of each stage
+    image_size: int = 256
+    depths: tuple[int, ...] = (3, 3, 27, 3)
     widths: tuple[int, ...] = (128, 256, 512, 1024)
     mlp_dims: tuple[int, ...] = (512, 1024, 2048, 4096)
     norm_eps: float = 1e-6
-    # From the normalised mean to embed_dim; mlp: two layers, twice embed_dim wide between them.
     projection: Literal["none", "linear", "mlp"] = "linear"
 
     def __post_init__(self):
@@ -267,18 +339,31 @@ class ConvNeXtConfig:
 
 @dataclass(frozen=True)
 class ViTaminConfig:
-    """ViTamin (Chen et al., 2024, arXiv:2404.02132): two stages of convolutions, then a ViT."""
+    """ViTamin (Chen et al., 2024, arXiv:2404.02132): two stages of convolutions, then a ViT.
+
+    Args:
+        image_size: Side of the square image, in pixels.
+        stem_width: Channels of the stem.
+        conv_widths: Channels of the two stages of convolutions.
+        conv_depths: Number of blocks in the two stages of convolutions.
+        width: Width of the tokens in the blocks after them.
+        depth: Number of those blocks.
+        heads: Number of attention heads; they divide the width.
+        mlp_dim: Width of each half of a block's gated MLP.
+        norm_eps: Epsilon of the layer norms.
+        projection: Layer from the mean of the tokens to the shared space.
+    """
 
     kind: ClassVar[str] = "vitamin"
 
-    image_size: int = 224  # pixels, square
+    image_size: int = 224
     stem_width: int = 128
     conv_widths: tuple[int, int] = (128, 256)
     conv_depths: tuple[int, int] = (2, 4)
-    width: int = 768  # of the blocks after them
+    width: int = 768
     depth: int = 14
     heads: int = 12
-    mlp_dim: int = 1536  # of each half of their gated MLP
+    mlp_dim: int = 1536
     norm_eps: float = 1e-6
     projection: Literal["none", "linear"] = "linear"
 

@@ -17,28 +17,55 @@ RematPolicy = Literal["none", "dots", "dots_no_batch", "full"]  # the most memor
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The update rule, its schedule and its safeguards."""
+    """The update rule, its schedule and its safeguards.
+
+    Args:
+        name: The update rule.
+        learning_rate: Learning rate at its peak.
+        end_learning_rate: Learning rate at the end of the schedules cosine, rsqrt and wsd.
+        schedule: How the learning rate goes on after the warm-up. rsqrt: inverse square root of
+            the step; wsd: constant, then decay.
+        warmup: Share of the run's steps in which the learning rate rises from 0.
+        cooldown: Share of the run's steps in which rsqrt and wsd decay to the end.
+        weight_decay: Strength of weight decay; norms, biases and the logits' scale and bias
+            have none.
+        weight_decay_rule: What weight_decay is multiplied by. open_clip: a step takes
+            learning_rate * weight_decay of every matrix, as in PyTorch and optax; big_vision:
+            it takes weight_decay, times the schedule relative to its peak, of every kernel.
+        b1: Decay of the average of gradients.
+        b2: Decay of the average of squared gradients; of Adafactor, the most that it grows to.
+        eps: Number that keeps divisions by small averages finite.
+        clip_norm: Largest norm of the whole gradient; a longer one is scaled down. None: no
+            limit.
+        layer_decay: Learning rate of a block relative to that of the block above it.
+        vision_rate: Learning rate of the image tower relative to learning_rate.
+        text_rate: Learning rate of the text tower relative to learning_rate.
+        ema: Decay of the moving average of the parameters, which is what the run leaves. None:
+            no average.
+        max_scale: Largest factor of the cosines in the logits; CLIP's is 100. None: no limit
+            (SigLIP).
+        nonfinite: What happens at a loss or gradient that is not finite. stop: the run ends;
+            skip: the step changes nothing.
+    """
 
     name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
-    learning_rate: float = 1e-3  # at its peak
-    end_learning_rate: float = 0.0  # at the end of cosine, rsqrt and wsd
+    learning_rate: float = 1e-3
+    end_learning_rate: float = 0.0
     schedule: Literal["cosine", "rsqrt", "wsd", "constant"] = "cosine"
-    warmup: float = 0.05  # share of the run's steps
-    cooldown: float = 0.2  # share of the run's steps that rsqrt and wsd take to decay
-    weight_decay: float = 0.1  # never on norms, biases, scale
-    # open_clip: a step takes learning_rate * weight_decay of every matrix, as in PyTorch and optax.
-    # big_vision: it takes weight_decay, times the schedule alone, of every kernel.
+    warmup: float = 0.05
+    cooldown: float = 0.2
+    weight_decay: float = 0.1
     weight_decay_rule: Literal["open_clip", "big_vision"] = "open_clip"
     b1: float = 0.9
-    b2: float = 0.98  # of Adafactor: the most that it grows to
+    b2: float = 0.98
     eps: float = 1e-6
-    clip_norm: float | None = 1.0  # of the whole gradient
-    layer_decay: float = 1.0  # learning rate of a block relative to the block above it
-    vision_rate: float = 1.0  # learning rate of the image tower relative to `learning_rate`
-    text_rate: float = 1.0  # likewise of the text tower
-    ema: float | None = None  # decay of the exponential moving average of the parameters
-    max_scale: float | None = 100.0  # cap of exp(logit_scale): CLIP's; None: no cap (SigLIP)
-    nonfinite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does
+    clip_norm: float | None = 1.0
+    layer_decay: float = 1.0
+    vision_rate: float = 1.0
+    text_rate: float = 1.0
+    ema: float | None = None
+    max_scale: float | None = 100.0
+    nonfinite: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self):
         for name in ("eps", "clip_norm", "max_scale", "layer_decay"):
@@ -87,7 +114,15 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1 and takes what is left of the devices."""
+    """Sizes of the mesh axes; one of them may be -1 and takes what is left of the devices.
+
+    Args:
+        data: Size of the axis that only the batch is cut over. -1: what the other axes leave of
+            the devices.
+        fsdp: Size of the axis that the batch and the parameters are cut over.
+        tensor: Size of the axis that attention heads and the hidden layers of MLPs are cut
+            over.
+    """
 
     data: int = -1
     fsdp: int = 1
@@ -96,43 +131,89 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One run of `vlm train`, whole."""
+    """One run of `vlm train`, whole.
+
+    Args:
+        name: Name of the run and of its model.
+        model: The towers, and the space that they share.
+        preprocess: How an image becomes pixels.
+        tokenizer: How a text becomes tokens.
+        tokenizer_file: The vocabulary: a tokenizer.json, or "clip" for OpenAI's, which comes
+            with vlm. None: one is learned from the data.
+        data: Where pairs come from.
+        evals: Data sets to measure on, beside the held-out split of `data`. All captions of
+            that split are embedded each time, so large data has eval_split None and something
+            here.
+        optimizer: The update rule, its schedule and its safeguards.
+        mesh: How the devices are laid out.
+        batch_size: Number of pairs in a step, over all devices and hosts.
+        micro_batch_size: Number of pairs that the towers take at a time, over all devices; the
+            loss is still that of the whole batch. None: the whole batch at once.
+        steps: Length of the run in steps. Give one of steps, epochs, examples and seconds.
+        epochs: Length of the run in passes over the data. Give one of steps, epochs, examples
+            and seconds.
+        examples: Length of the run in pairs seen. Give one of steps, epochs, examples and
+            seconds.
+        seconds: Length of the run in seconds of training, which become a number of steps at the
+            start. Give one of steps, epochs, examples and seconds.
+        dtype: Type that the towers compute in; parameters stay float32. auto: bfloat16, but
+            float32 on a CPU.
+        remat: What a block keeps for its backward pass, the most memory first. none:
+            everything; dots: what goes into and comes out of attention, and the MLP's hidden
+            layer; dots_no_batch: that without attention's result; full: its input alone.
+        scan: Compile the blocks as a loop over one of them. False: each for itself, which takes
+            longer to compile.
+        lock: A tower that is not trained (LiT).
+        init_from: A model to start from: whatever `vlm.load` takes. None: start at random.
+        init_towers: Which towers are taken from that model.
+        image_sizes: Smaller images to begin with, as pairs of a share of the run and a size in
+            pixels; the rest of the run is at the full size.
+        text_masking: Share of a text's places that are left out while training, padding first.
+        seed: Seed of everything that is random: parameters, order of the data, augmentation,
+            dropout.
+        log_every: Number of steps between two rows of the log.
+        eval_every: Share of the run between two evaluations. None: at the end alone.
+        checkpoint_every: Share of the run between two checkpoints.
+        checkpoint_minutes: Most minutes between two checkpoints. None: by checkpoint_every
+            alone.
+        keep_checkpoints: Number of checkpoints to keep, the newest ones.
+        keep_hours: Keep one checkpoint of every so many hours for good. None: the newest alone.
+        profile: First and last step of a trace by jax.profiler. None: no trace.
+        run_dir: Folder of the run, local or remote. None: runs/NAME-DATE.
+    """
 
     name: str = "experiment"
     model: ModelConfig = field(default_factory=ModelConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    # A tokenizer.json, or "clip" for OpenAI's in the package; None: the data's own vocabulary.
     tokenizer_file: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
-    evals: tuple[EvalConfig, ...] = ()  # data sets to measure on, beside `data.eval_split`
+    evals: tuple[EvalConfig, ...] = ()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    batch_size: int = 1024  # global
-    micro_batch_size: int | None = None  # global too; None: the whole batch at once
-    # The length of the run: exactly one of these.
+    batch_size: int = 1024
+    micro_batch_size: int | None = None
     steps: int | None = None
     epochs: float | None = None
     examples: int | None = None
     seconds: float | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; auto: bfloat16 off CPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: RematPolicy = "dots_no_batch"
-    scan: bool = True  # blocks as one scanned loop; False unrolls them
-    lock: Literal["none", "vision", "text"] = "none"  # a tower that is not trained (LiT)
-    init_from: str | None = None  # a model to start from: whatever `vlm.load` takes
-    init_towers: Literal["both", "vision", "text"] = "both"  # what is taken of it
-    # (share of the run, pixels): smaller images to begin with, as ((0.8, 112),); the rest is full.
+    scan: bool = True
+    lock: Literal["none", "vision", "text"] = "none"
+    init_from: str | None = None
+    init_towers: Literal["both", "vision", "text"] = "both"
     image_sizes: tuple[tuple[float, int], ...] = ()
-    text_masking: float = 0.0  # share of a text's places left out while training, padding first
+    text_masking: float = 0.0
     seed: int = 0
-    log_every: int = 10  # steps
-    eval_every: float | None = None  # share of the run; None: at the end alone
-    checkpoint_every: float = 0.25  # share of the run
-    checkpoint_minutes: float | None = 15.0  # and so long after the one before
-    keep_checkpoints: int = 2  # the newest ones
-    keep_hours: float | None = None  # and for good, one of every so many hours
-    profile: tuple[int, int] | None = None  # first and last step of a trace by jax.profiler
-    run_dir: str | None = None  # None: runs/NAME-DATE
+    log_every: int = 10
+    eval_every: float | None = None
+    checkpoint_every: float = 0.25
+    checkpoint_minutes: float | None = 15.0
+    keep_checkpoints: int = 2
+    keep_hours: float | None = None
+    profile: tuple[int, int] | None = None
+    run_dir: str | None = None
 
     def __post_init__(self):
         lengths = ("steps", "epochs", "examples", "seconds")
@@ -143,10 +224,7 @@ class Experiment:
             )
         for name in given:
             if getattr(self, name) <= 0:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)}: a run takes more than that, so make it "
-                    "positive"
-                )
+                raise ConfigError(f"{name} is {getattr(self, name)}: make it positive")
         for name in ("batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
             value = getattr(self, name)
             if value is not None and value < 1:

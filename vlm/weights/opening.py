@@ -43,8 +43,8 @@ def open_model(model: epath.PathLike, revision: str | None) -> tuple[Checkpoint,
         if unreached is None:
             raise
         raise CheckpointError(
-            f"{error} (this is what the cache holds of {name}, for the Hub was not at hand: "
-            f"{unreached})"
+            f"{error} (this is what the cache holds of {name}, because the Hub could not be "
+            f"reached: {unreached})"
         ) from None
 
 
