@@ -1,5 +1,6 @@
 """The bundle: what goes in comes out the same after saving, whatever the batch and the source."""
 
+import dataclasses
 import itertools
 import json
 
@@ -243,6 +244,32 @@ def test_a_mesh_of_other_axes(bundle, tmp_path):
     bundle.save(tmp_path / "b")
     with pytest.raises(ShardingError, match=r"an axis 'model'.*data, fsdp, tensor"):
         load(tmp_path / "b", mesh=jax.make_mesh((1,), ("model",)))
+
+
+@pytest.mark.parametrize("backend", ["tensor", "tensorflow"])
+def test_images_are_resized_by_the_code_that_is_asked_for(bundle, images, tmp_path, backend):
+    bundle.save(tmp_path / "b")
+    other = load(tmp_path / "b", resize_backend=backend)
+    kernel = {"tensor": "bicubic", "tensorflow": "bilinear"}[backend]
+    assert other.preprocess.config == dataclasses.replace(
+        bundle.preprocess.config, backend=backend, kernel=kernel, antialias=backend == "tensor"
+    )
+    by_hand = Bundle(bundle.model, Preprocess(other.preprocess.config), bundle.tokenizer, "x")
+    assert np.array_equal(other.encode_image(images), by_hand.encode_image(images))
+    assert not np.array_equal(other.encode_image(images), bundle.encode_image(images))
+    other.save(tmp_path / "again")
+    assert load(tmp_path / "again").preprocess.config == other.preprocess.config
+    same = load(tmp_path / "again", resize_backend=backend).preprocess.config
+    assert same == other.preprocess.config
+
+
+def test_a_code_to_resize_by_that_does_not_fit(bundle, tmp_path):
+    padded = PreprocessConfig(image_size=32, resize="pad")
+    Bundle(bundle.model, Preprocess(padded), bundle.tokenizer, "x").save(tmp_path / "b")
+    with pytest.raises(ConfigError, match="resize_backend is 'torch': choose 'pillow', 'tensor'"):
+        load(tmp_path / "b", resize_backend="torch")
+    with pytest.raises(ConfigError, match=r'resize "pad" needs the backend "pillow"'):
+        load(tmp_path / "b", resize_backend="tensor")
 
 
 def test_shows_itself_in_a_line(bundle):

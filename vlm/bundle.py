@@ -24,7 +24,7 @@ from vlm.config import ModelConfig
 from vlm.errors import ConfigError
 from vlm.inputs.batches import pixel_batches
 from vlm.inputs.opening import ImageLike, OnError, one_or_many
-from vlm.inputs.preprocess import Preprocess
+from vlm.inputs.preprocess import Preprocess, resized_by
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
 from vlm.nn.naflex import Patches
@@ -291,6 +291,7 @@ def load(
     mesh: Mesh | None = None,
     revision: str | None = None,
     tower: Tower = "both",
+    resize_backend: Literal["pillow", "tensor", "tensorflow"] | None = None,
 ) -> Bundle:
     """The bundle that `model` names: a bundle, a run folder with one, or a public checkpoint.
 
@@ -307,6 +308,10 @@ def load(
             inputs, and all get the embeddings. None: the default device.
         revision: of a Hub model.
         tower: "image" or "text" reads that half alone; the other cannot encode then.
+        resize_backend: how images are resized, where the checkpoint's files say another way than
+            its authors used, or the other way round: "pillow"; "tensor", as torchvision does uint8
+            tensors and with it transformers 5; "tensorflow", as big_vision does. Embeddings move a
+            little. None: as the files say.
 
     Raises:
         CheckpointError: nothing there, or something torn or of another architecture.
@@ -317,6 +322,8 @@ def load(
     kind, place = _dtype(dtype), None if mesh is None else parameter_shardings(mesh)
     checkpoint, name = open_model(model, revision)
     config, preprocess = at_image_size(checkpoint.config, checkpoint.preprocess, image_size)
+    if resize_backend is not None:
+        preprocess = resized_by(preprocess, resize_backend)
     config, tokenizer = at_context_length(
         config,
         checkpoint.tokenizer,

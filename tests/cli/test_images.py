@@ -1,7 +1,9 @@
 """Folders with broken pictures in them: each is named, the others are worked on, the end fails."""
 
+import io
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -118,3 +120,17 @@ def test_addresses_of_the_web_are_no_images(fails, run):
     assert "download it first" in said
     _, (said,) = fails("classify", url, tiny.folder() / "data", "--labels", "red,blue")
     assert f"{url} is an address of the web" in said
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_a_terminal_cannot_show(run, tmp_path, monkeypatch, encoding):
+    image = os.path.join(os.fsencode(tmp_path), "café ".encode() + b"\xe9.png")  # and Latin-1
+    shutil.copy(tiny.folder() / "data" / "test-red-square.png", image)
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding))
+    assert main(["classify", run, str(tmp_path), "--labels", "red,blue"]) == 0
+    first = shown.getvalue().splitlines()[0]
+    assert first == (image if encoding == "utf-8" else os.fsencode(tmp_path) + b"/caf? ?.png")
+    assert main(["index", run, str(tmp_path), str(tmp_path / "index")]) == 0
+    assert main(["search", str(tmp_path / "index"), "red", "--json"]) == 0
+    assert main(["embed", run, str(tmp_path), str(tmp_path / "z.safetensors")]) == 0

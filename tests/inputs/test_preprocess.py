@@ -11,7 +11,8 @@ from PIL import Image, ImageCms
 from vlm.config import PreprocessConfig
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.opening import open_image
-from vlm.inputs.preprocess import Preprocess
+from vlm.inputs.preprocess import Preprocess, resized_by
+from vlm.weights.processors import huggingface_preprocess
 
 GOLDEN = np.load(pathlib.Path(__file__).with_name("preprocess_golden.npz"))
 CASES = sorted({name.rpartition("/")[0] for name in GOLDEN.files} - {"input"})
@@ -282,3 +283,14 @@ def test_configs_that_cannot_be():
     ]:
         with pytest.raises(ConfigError, match=message):
             Preprocess(PreprocessConfig(**changes))
+
+
+def test_the_tensor_backend_is_that_of_the_fast_processors():
+    values = {"size": {"shortest_edge": 224}, "crop_size": 224, "do_resize": True}
+    slow, fast = (
+        huggingface_preprocess(values | {"image_processor_type": f"CLIPImageProcessor{end}"}, "x")
+        for end in ("", "Fast")
+    )
+    assert slow.backend == "pillow"
+    assert resized_by(slow, "tensor") == fast
+    assert resized_by(fast, "pillow") == slow

@@ -6,6 +6,7 @@ A new command is a module with a `main(args)` and a line in `COMMANDS`.
 import difflib
 import errno
 import importlib
+import io
 import os
 import sys
 from typing import NamedTuple
@@ -70,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:  # the real command line, whose process is ours
         runtime.restart_with_huge_pages(sys.argv[1:])
     args = list(sys.argv[1:] if argv is None else argv)
+    _print_any_name()
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     try:
@@ -89,6 +91,14 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"vlm: {explain(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+def _print_any_name() -> None:
+    """Let stdout take every file name: as its bytes where it is UTF-8, else with "?" in it."""
+    stdout = sys.stdout
+    if isinstance(stdout, io.TextIOWrapper) and stdout.errors == "strict":
+        utf8 = stdout.encoding.lower().replace("-", "") == "utf8"
+        stdout.reconfigure(errors="surrogateescape" if utf8 else "replace")
 
 
 def _let_go_of_stdout() -> None:

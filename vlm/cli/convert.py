@@ -22,11 +22,12 @@ def convert(
 ) -> None:
     """Write a model as a folder: weights, image preprocessing and tokenizer together.
 
-    A model that the format cannot describe in full is refused, with what it has no place for.
+    A model that the format cannot describe in full is refused, with what it has no place for:
+    transformers holds CLIP's and SigLIP's ViTs, open_clip also ResNets, and vlm everything.
 
     Examples:
-      vlm convert runs/openmoji openmoji-hf --format huggingface
-      vlm convert ViT-B-32/ my-bundle
+      vlm convert runs/openmoji my-bundle
+      vlm convert ViT-B-32/ vit-b-32-hf --format huggingface
 
     Args:
         model: a run folder, a bundle, or a public checkpoint.

@@ -20,9 +20,19 @@ INFERENCE = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
 
-# A TPU that this machine can use shows itself as a device, or in a variable of its cloud.
+# A TPU that this machine can use shows itself as a device, or in a variable of its cloud. (JAX and
+# libtpu leave TPU_SKIP_MDS_QUERY and TPU_LIBRARY_PATH behind where there is none.)
 TPU_DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
-TPU_VARIABLES = ("TPU_", "CLOUD_TPU_", "COLAB_TPU_", "JAX_FORCE_TPU_INIT")
+TPU_VARIABLES = (
+    "TPU_NAME",
+    "TPU_WORKER_ID",
+    "TPU_PROCESS_ADDRESSES",
+    "TPU_VISIBLE_CHIPS",
+    "TPU_VISIBLE_DEVICES",
+    "CLOUD_TPU_TASK_ID",
+    "COLAB_TPU_ADDR",
+    "JAX_FORCE_TPU_INIT",
+)
 
 
 def leave_out_absent_tpu() -> None:
@@ -35,7 +45,7 @@ def leave_out_absent_tpu() -> None:
         return
     if any(glob.glob(pattern) for pattern in TPU_DEVICES):
         return
-    if any(name.startswith(TPU_VARIABLES) for name in os.environ):
+    if any(name in os.environ for name in TPU_VARIABLES):
         return
     if importlib.util.find_spec("jax_plugins") or metadata.entry_points(group="jax_plugins"):
         return

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
@@ -14,7 +14,7 @@ T = TypeVar("T")
 CHUNK = 256  # items that are worked on before their results are shown
 
 
-def chunks(items: Sequence[T]) -> Iterator[list[T]]:
+def chunks(items: Iterable[T]) -> Iterator[list[T]]:
     """The items in lists of at most `CHUNK`, so that results come while the rest is worked on."""
     stream = iter(items)
     return iter(lambda: list(itertools.islice(stream, CHUNK)), [])

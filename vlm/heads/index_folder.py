@@ -59,7 +59,7 @@ def write_shard(
             file.write(np.ascontiguousarray(piece, dtype).data)
         _to_disk(file)
     with open(folder / f"items-{name}.json", "w", encoding="utf-8") as file:
-        json.dump(items, file, ensure_ascii=False)
+        json.dump(items, file)  # in ASCII: a file name may be no valid UTF-8
         _to_disk(file)
     if codes is not None:
         parts = {"codes": codes.values} | ({} if codes.scale is None else {"scale": codes.scale})

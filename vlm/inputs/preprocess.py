@@ -1,6 +1,8 @@
 """Images to pixels, by the rules of one model: opened, resized, cut, and normalised."""
 
+import dataclasses
 from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
@@ -155,3 +157,23 @@ class Preprocess:
         margins = [(side - config.image_size) / 2 for side in size]
         left, top = (round(m) if config.crop_offset == "round" else int(m) for m in margins)
         return size, (left, top, left + config.image_size, top + config.image_size)
+
+
+def resized_by(
+    config: PreprocessConfig, backend: Literal["pillow", "tensor", "tensorflow"]
+) -> PreprocessConfig:
+    """The same preprocessing with another code to resize by, in the form that this code has.
+
+    Raises:
+        ConfigError: an unknown backend, or one that this preprocessing does not allow.
+    """
+    if backend not in ("pillow", "tensor", "tensorflow"):
+        raise ConfigError(
+            f"resize_backend is {backend!r}: choose 'pillow', 'tensor' or 'tensorflow'"
+        )
+    if backend == config.backend:
+        return config
+    form = {"antialias": backend != "tensorflow"}
+    if backend == "tensorflow":
+        form["kernel"] = "bilinear"
+    return dataclasses.replace(config, backend=backend, **form)

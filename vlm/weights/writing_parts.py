@@ -74,10 +74,17 @@ def check(form: str, config: ModelConfig, vision: dict[str, Any], text: dict[str
         refuse(form, found)
 
 
+HOLDS = {
+    "transformers": "CLIP's and SigLIP's ViTs",
+    "open_clip": "CLIP's ViTs and ResNets, and ViTs of timm with attention pooling",
+}
+
+
 def refuse(form: str, found: list[str]) -> NoReturn:
     """Raise the CheckpointError that a format has no place for all of `found`."""
+    holds = f" ({form} holds {HOLDS[form]})" if form in HOLDS else ""
     raise CheckpointError(
-        f"{form} has no place for {', '.join(found)}: save the model as a vlm bundle instead"
+        f"{form} has no place for {', '.join(found)}: save the model as a vlm bundle instead{holds}"
     )
 
 
