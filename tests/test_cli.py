@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from safetensors import safe_open
 
 import vlm
 from vlm.cli import COMMANDS, main
+from vlm.cli import embed as embed_command
 from vlm.cli.images import find_images
 from vlm.errors import VlmError
 
@@ -200,6 +203,78 @@ def test_search_of_an_index_and_of_a_folder(do, run, data, tmp_path):
         assert all(str(data) in line for line in said)
 
 
+def test_index_again_encodes_what_changed(do, run, data, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    names = ["test-red-square.png", "test-blue-stripe.png", "test-red-stripe.png"]
+    for name in names:
+        shutil.copy(data / name, photos / name)
+    index = tmp_path / "index"
+
+    def said(*options):
+        assert main(["index", run, str(photos), str(index), *options]) == 0
+        return re.search(r"(\d+) images .*\((\d+) encoded, (\d+) removed", capsys.readouterr().err)
+
+    assert said().groups() == ("3", "3", "0")
+    assert said().groups() == ("3", "0", "0")
+    (photos / names[0]).unlink()
+    shutil.copy(data / "test-blue-square.png", photos / names[1])  # another picture, the same name
+    assert said().groups() == ("2", "1", "1")
+    hits = do("search", index, photos / names[1], "--json").splitlines()
+    assert json.loads(hits[0])["id"] == str(photos / names[1])
+    assert said("--coding", "int8").groups() == ("2", "2", "0")
+    assert said("--coding", "int8", "--anew").groups() == ("2", "2", "0")
+
+
+def test_search_that_adds_subtracts_and_filters(do, fail, run, data, tmp_path):
+    index = tmp_path / "index"
+    do("index", run, data, index)
+    made = vlm.RetrievalIndex.load(index, vlm.load(run))
+    image = data / "test-blue-stripe.png"
+    from vlm.heads.query import Query
+
+    options = ["--weight", "2", "--plus", image, "--minus", "red", "--json", "--k", "3"]
+    hits = do("search", index, "a stripe", *options).splitlines()
+    expected = made.search(2 * Query("a stripe") + Query(image) - Query("red"), k=3)
+    assert [json.loads(h)["id"] for h in hits] == [h.id for h in expected]
+    liked = do("search", index, image, "--like", "--json").splitlines()
+    assert [json.loads(h)["id"] for h in liked] == [h.id for h in made.like(str(image))]
+    assert do("search", index, "red", "--where", "bytes<0") == ""
+    assert len(do("search", index, "red", "--k", "2", "--where", "bytes>0").splitlines()) == 2
+    assert do("search", index, "red", "--min-score", "1.1") == ""
+    assert "no condition" in fail("search", index, "red", "--where", "bytes", code=2)
+    assert "no metadata column 'size'" in fail("search", index, "red", "--where", "size>1", code=1)
+    assert "no id" in fail("search", index, "nowhere", "--like", code=1)
+
+
+def test_embed_goes_on_where_it_was(do, run, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed_command, "PART", 2)
+    paths = find_images([str(data / "test-*.png")])
+    model = vlm.load(run)
+    out = tmp_path / "z.npz"
+    do("embed", run, *paths, tmp_path / "folder")
+    z = model.encode_image(paths)
+    parts = sorted((tmp_path / "folder" / "img_emb").iterdir())
+    assert len(parts) == -(-len(paths) // 2)
+    # As a kill leaves it: the last part has embeddings and no metadata yet.
+    last = len(parts) - 1
+    (tmp_path / "folder" / "metadata" / f"metadata_{last}.parquet").unlink()
+    calls = []
+    encode = vlm.Bundle.encode_image
+    monkeypatch.setattr(
+        vlm.Bundle, "encode_image", lambda *a, **o: calls.append(1) or encode(*a, **o)
+    )
+    do("embed", run, *paths, tmp_path / "folder")
+    assert len(calls) == 1
+    rows = [np.load(tmp_path / "folder" / "img_emb" / f"img_emb_{i}.npy") for i in range(last + 1)]
+    np.testing.assert_allclose(np.concatenate(rows), z, atol=1e-6)
+    do("embed", run, *paths, out)
+    with np.load(out) as file:
+        np.testing.assert_allclose(file["embeddings"], z, atol=1e-6)
+        assert file["ids"].tolist() == [str(path) for path in paths]
+    assert not (tmp_path / "z.npz.partial").exists()
+
+
 def test_an_index_whose_model_has_moved(do, fail, run, data, tmp_path):
     do("index", run, data, tmp_path / "index", "--dtype", "float16")
     about = tmp_path / "index" / "model.json"
@@ -280,6 +355,7 @@ WRONG_USAGE = {
     ("classify", "RUN", "DATA", *RED, "--lables", "x"): r"did you mean --labels\?",
     ("embed", "RUN", "IMAGE"): "vlm embed MODEL IMAGES OUT",
     ("embed", "RUN", "DATA", "IMAGE"): r"\.npz or \.safetensors",
+    ("embed", "RUN", "IMAGE", "DATA"): "something else is there",
     ("index", "RUN", "IMAGE"): "vlm index MODEL IMAGES OUT",
     ("index", "RUN", "IMAGE", "DATA"): "something else is there",
     ("convert", "RUN", "DATA"): "is there already",

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from vlm.errors import ConfigError
-from vlm.heads.few_shot import FewShotClassifier, class_means, fit_linear
+from vlm.heads.few_shot import METHODS, FewShotClassifier, class_means, fit_head
+from vlm.heads.linear_probe import fit_linear, fit_swept
+from vlm.heads.zero_shot import ZeroShotClassifier
 
 COLOURS = ["red", "green", "blue", "yellow"]
 
@@ -31,7 +33,7 @@ def gradients(z, target, weight, bias, l2):
 @pytest.mark.parametrize("l2", [0.1, 1.0, 30.0])
 def test_the_linear_probe_reaches_the_optimum(l2):
     z, target = clusters()
-    weight, bias = fit_linear(z, target, l2)
+    weight, bias = fit_linear(z, target, l2, tolerance=1e-5)
     for gradient in gradients(z, target, weight, bias, l2):
         assert np.abs(gradient).max() < 3e-5
 
@@ -58,11 +60,12 @@ def test_class_means_worked():
     np.testing.assert_allclose(means, [[0.5**0.5, 0.5**0.5], [0, -1]], atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["linear", "mean"])
-def test_both_heads_learn_from_four_images_each(model, paint, method):
+@pytest.mark.parametrize("method", METHODS)
+def test_heads_learn_from_four_images_each(model, paint, method):
     labels = COLOURS * 4
     images = [paint(c, noise=60, seed=i) for i, c in enumerate(labels)]
-    classify = FewShotClassifier.fit(model, images, labels, method=method)
+    zero_shot = ZeroShotClassifier(model, sorted(COLOURS))
+    classify = FewShotClassifier.fit(model, images, labels, method, zero_shot=zero_shot)
     fresh = [paint(c, noise=60, seed=100 + i) for i, c in enumerate(labels)]
     result = classify(fresh)
     assert [row[0][0] for row in result.top(1)] == labels
@@ -86,3 +89,70 @@ def test_bad_input(model, paint):
         FewShotClassifier.fit(model, images, ["a", "b"], method="svm")
     with pytest.raises(ConfigError, match="l2 is 0"):
         FewShotClassifier.fit(model, images, ["a", "b"], l2=0)
+    with pytest.raises(ConfigError, match="'anchored' starts from zero_shot"):
+        FewShotClassifier.fit(model, images, ["a", "b"], "anchored")
+    known = ZeroShotClassifier(model, ["a", "c"])
+    with pytest.raises(ConfigError, match="label 'b' is none of the 2 classes"):
+        FewShotClassifier.fit(model, images, ["a", "b"], "cache", zero_shot=known)
+    with pytest.raises(ConfigError, match="no validation images"):
+        fit_swept(np.eye(2, 4), np.arange(2), np.zeros((0, 4)), np.arange(0))
+
+
+def test_the_anchored_optimum(model):
+    """The gradient of the penalised objective, by the textbook formula in float64."""
+    z, target = clusters()
+    prior = 3 * np.random.default_rng(1).standard_normal((24, 3)).astype(np.float32)
+    weight, bias = fit_linear(z, target, 5.0, prior, tolerance=1e-5)
+    assert not bias.any()
+    scale = np.sqrt(24)
+    fit, _ = gradients(z, target, weight, bias, 1e-12)
+    assert np.abs(fit + 5.0 / 60 * (weight - prior) / scale).max() < 3e-5
+    firm, _ = fit_linear(z, target, 1e6, prior)
+    np.testing.assert_allclose(firm, prior, atol=1e-2)
+
+
+def digits(seed=0):
+    """Digits of scikit-learn, and class embeddings made of others, moved by a pixel."""
+    data = pytest.importorskip("sklearn.datasets").load_digits()
+    order = np.random.default_rng(seed).permutation(len(data.target))
+    x, y = data.images[order], data.target[order]
+    mean = x.mean(0)
+
+    def unit(rows):
+        return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+    moved = np.roll(x[:300], 1, axis=2) - mean
+    classes = unit(np.stack([moved[y[:300] == c].mean(0).ravel() for c in range(10)]))
+    return unit((x[300:] - mean).reshape(-1, 64)), y[300:], classes
+
+
+@pytest.mark.parametrize("shots", [1, 4, 16])
+def test_anchored_is_never_below_zero_shot(shots):
+    z, y, classes = digits()
+    prior = 50 * classes.T
+    zero, anchored = [], []
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(len(y))
+        train, test = order[:700], order[700:]
+        chosen = np.concatenate([train[y[train] == c][:shots] for c in range(10)])
+        for found, logits in (
+            (zero, z[test] @ prior),
+            (
+                anchored,
+                fit_head(z[chosen], y[chosen], "anchored", prior=prior, scale=50.0)(z[test]),
+            ),
+        ):
+            found.append((logits.argmax(1) == y[test]).mean())
+    assert np.mean(anchored) > np.mean(zero) + 0.02
+
+
+@pytest.mark.peers
+def test_the_plain_probe_agrees_with_scikit_learn():
+    linear = pytest.importorskip("sklearn.linear_model")
+    z, y, _ = digits()
+    weight, bias = fit_linear(z[:700], y[:700], 1.0)
+    peer = linear.LogisticRegression(C=1.0, max_iter=5000, tol=1e-6).fit(8 * z[:700], y[:700])
+    ours = (z[700:] @ weight + bias).argmax(1)
+    assert abs((ours == y[700:]).mean() - peer.score(8 * z[700:], y[700:])) <= 0.003
+    _, l2 = fit_swept(z[:500], y[:500], z[500:700], y[500:700], (1.0, 1e6))
+    assert l2 == 1.0  # so large a penalty leaves the classes' shares alone

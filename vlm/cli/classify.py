@@ -2,7 +2,7 @@
 
 import json as jsonlib
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
@@ -22,6 +22,9 @@ def classify(
     labels_file: Annotated[str | None, arg(metavar="FILE")] = None,
     templates: Annotated[tuple[str, ...], arg(metavar="TEMPLATES...")] = (),
     top: int = 5,
+    none: str | None = None,
+    multi_label: bool = False,
+    threshold: float = 0.0,
     json: bool = False,
 ) -> None:
     """Name what images show: the labels that fit each one best, with calibrated scores.
@@ -31,15 +34,21 @@ def classify(
     Examples:
       vlm classify runs/openmoji photo.jpg --labels "dog,cat,pizza"
       vlm classify runs/openmoji photos/ --labels-file names.txt --top 1 --json
+      vlm classify runs/openmoji photos/ --labels "dog,cat" --none "a photo." --threshold 0.5
 
     Args:
         model: a run folder, a bundle, or a public checkpoint.
         images: files, folders (searched whole) and globs.
         labels: the names to choose from, separated by commas.
-        labels_file: the names to choose from, one on each line of a text file.
+        labels_file: the names to choose from: one on each line of a text file; a JSON list;
+            FILE.json:KEY, an entry of CLIP_benchmark's files; tfds:NAME; or open_clip:imagenet.
         templates: sentences in which {} stands for the label, or the name of a set: plain, photo,
-            clip_best, siglip. By default a run's own captions ("{}"), else "a photo of a {}.".
+            clip_best, siglip; or the same places as of labels-file. By default a run's own captions
+            ("{}"), else "a photo of a {}.".
         top: how many labels to show for each image.
+        none: a sentence for images that show none of the labels; it makes one more label.
+        multi_label: each label is a question of its own, and an image may have several.
+        threshold: the least score to show.
         json: one JSON object for each image.
     """
     names = _labels(labels, labels_file)
@@ -54,11 +63,13 @@ def classify(
     from vlm.heads.zero_shot import ZeroShotClassifier
 
     paths = find_images(images)
-    classifier = ZeroShotClassifier(load(model), names, _sentences(templates, model))
+    sentences = _sentences(templates, model)
+    classifier = ZeroShotClassifier(load(model), names, sentences, none, multi_label)
     unreadable = Unreadable(len(paths))
     for chunk in chunks(progress(paths, "classifying", len(paths))):
         rows = classifier(chunk, on_error=unreadable.among(chunk)).top(top)
         for path, best in zip(unreadable.others(chunk), rows, strict=True):
+            best = [pair for pair in best if pair[1] >= threshold]
             if json:
                 row = [{"label": label, "score": round(score, 6)} for label, score in best]
                 print(jsonlib.dumps({"image": str(path), "labels": row}, ensure_ascii=False))
@@ -70,7 +81,7 @@ def classify(
     unreadable.finish()
 
 
-def _labels(labels: str | None, file: str | None) -> list[str]:
+def _labels(labels: str | None, file: str | None) -> Any:
     """The names of `--labels` or of `--labels-file`.
 
     Raises:
@@ -80,6 +91,10 @@ def _labels(labels: str | None, file: str | None) -> list[str]:
         raise UsageError('say what to choose from: either --labels "dog,cat" or --labels-file FILE')
     if file is None:
         names, where = labels.split(","), "--labels"
+    elif _is_place(file):
+        from vlm.heads.labels import read_labels
+
+        return read_labels(file)
     else:
         try:
             with open(file, encoding="utf-8") as lines:
@@ -92,12 +107,21 @@ def _labels(labels: str | None, file: str | None) -> list[str]:
     return names
 
 
+def _is_place(text: str) -> bool:
+    """Whether a text names a JSON file or data set of labels or templates."""
+    return text.startswith(("tfds:", "open_clip:")) or ".json" in text
+
+
 def _sentences(templates: tuple[str, ...], model: str) -> tuple[str, ...]:
     from vlm.cli.runs import experiment_of
     from vlm.heads.prompts import TEMPLATES
 
     if len(templates) == 1 and templates[0] in TEMPLATES:
         return TEMPLATES[templates[0]]
+    if len(templates) == 1 and _is_place(templates[0]):
+        from vlm.heads.labels import read_templates
+
+        return read_templates(templates[0])
     if templates:
         return templates
     run = experiment_of(model)

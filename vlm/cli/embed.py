@@ -1,17 +1,24 @@
-"""`vlm embed`: images to embeddings in a file that any program reads."""
+"""`vlm embed`: images to embeddings in a file, or a folder, that any program reads."""
 
+import hashlib
 import json
 import os
-from collections.abc import Sequence
-from typing import Annotated
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 from tyro.conf import arg
 
 from vlm.cli import parse, runtime
 from vlm.cli.parse import UsageError
+from vlm.errors import DataError
 
 SUFFIXES = (".npz", ".safetensors")
+PART = 16_384  # images that are encoded before they are kept: what a kill costs at most
+PLAN = "vlm-embed.json"  # in the folder of the parts: what they are of
 
 
 def main(args: list[str]) -> None:
@@ -28,55 +35,139 @@ def embed(
 
     The id is the image's path. An image that cannot be read is named and left out, and the command
     fails at its end. An .npz holds the arrays "embeddings" and "ids"; a .safetensors
-    holds "embeddings", and the ids as a JSON list in its metadata.
+    holds "embeddings", and the ids as a JSON list in its metadata. Any other OUT is a folder in the
+    form of clip-retrieval: img_emb/img_emb_0.npy and metadata/metadata_0.parquet, and so on.
+
+    Millions of images take the memory of a few thousand. A command that was killed goes on where it
+    was when it is run again.
 
     Examples:
       vlm embed runs/openmoji photos/ photos.npz
       vlm embed runs/openmoji a.png "more/*.jpg" out.safetensors
+      vlm embed runs/openmoji photos/ photo-embeddings/
 
     Args:
         model: a run folder, a bundle, or a public checkpoint.
         images_and_out: files, folders (searched whole) and globs; and last a file that ends in .npz
-            or .safetensors, which is written whole or not at all.
+            or .safetensors, which is written whole or not at all, or a folder.
         batch_size: images encoded at once; None leaves it to the model.
     """
     *images, out = images_and_out or ("",)
     if not images:
         raise UsageError("vlm embed needs images and a file to write: vlm embed MODEL IMAGES OUT")
-    if not out.endswith(SUFFIXES):
+    as_file = out.endswith(SUFFIXES)
+    parts = Path(f"{out}.partial" if as_file else out)
+    if parts.is_file() or (parts.is_dir() and any(parts.iterdir()) and not _plan(parts)):
         raise UsageError(
-            f"the last argument, {out!r}, is where embeddings go: let it end in "
-            f"{' or '.join(SUFFIXES)}"
+            f"the last argument, {out!r}, is where embeddings go, and something else is there: "
+            f"name a new folder, or a file that ends in {' or '.join(SUFFIXES)}"
         )
     runtime.prepare_inference()
     from vlm.bundle import load
     from vlm.cli.images import Unreadable, find_images
-    from vlm.cli.terminal import print_status, progress
+    from vlm.cli.terminal import print_status
 
     paths = find_images(images)
     bundle = load(model)
     unreadable = Unreadable(len(paths))
-    shown = progress(paths, "encoding", len(paths))
-    z_image = bundle.encode_image(shown, batch_size, on_error=unreadable.among(paths))
-    if len(z_image):
-        write(out, z_image, [str(path) for path in unreadable.others(paths)])
-        print_status(f"{len(z_image):,} embeddings of {bundle.embed_dim} dimensions in {out}")
+    kept = embed_parts(bundle, paths, parts, batch_size, unreadable)
+    if kept and as_file:
+        _join(parts, out, kept, bundle.embed_dim)
+    if as_file:
+        shutil.rmtree(parts)
+    if kept:
+        print_status(f"{kept:,} embeddings of {bundle.embed_dim} dimensions in {out}")
     unreadable.finish()
 
 
-def write(out: str, z: np.ndarray, ids: Sequence[str]) -> None:
-    """Embeddings and ids as a file; a reader never sees half of it."""
-    partial = f"{out}.partial"
-    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-    try:
-        if out.endswith(".npz"):
-            with open(partial, "wb") as file:
-                np.savez(file, embeddings=z, ids=np.array(ids))
-        else:
-            from safetensors.numpy import save_file
+def embed_parts(
+    bundle: Any, paths: list[Any], folder: Path, batch_size: int | None, unreadable: Any
+) -> int:
+    """Embed images into a folder of parts, those left out that are there; how many could be read.
 
-            save_file({"embeddings": z}, partial, {"ids": json.dumps(list(ids))})
-        os.replace(partial, out)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    Raises:
+        DataError: the folder holds parts of other images or another model.
+    """
+    from vlm.cli.terminal import progress
+    from vlm.heads.exchange import PATH, write_partition
+
+    listed = hashlib.sha256("\n".join(map(os.fspath, paths)).encode()).hexdigest()
+    plan = {"model": bundle.fingerprint or bundle.name, "images": listed, "part": PART}
+    there = _plan(folder)
+    if there and there != plan:
+        raise DataError(
+            f"{folder} holds embeddings of other images or another model: remove it or name "
+            "another place"
+        )
+    os.makedirs(folder, exist_ok=True)
+    try:
+        (folder / PLAN).write_text(json.dumps(plan), encoding="utf-8")
+        kept, shown = 0, progress(paths, "encoding", len(paths))
+        for number, start in enumerate(range(0, len(paths), PART)):
+            part = paths[start : start + PART]
+            done = _ids(folder, number)
+            if done is not None:
+                unreadable.found_before(set(map(os.fspath, part)) - set(done))
+                for _ in part:
+                    next(shown)
+            else:
+                stream = (next(shown) for _ in part)
+                z = bundle.encode_image(stream, batch_size, on_error=unreadable.among(part))
+                done = [str(path) for path in unreadable.others(part)]
+                write_partition(folder, number, z, {PATH: done})
+            kept += len(done)
+        return kept
+    except BaseException:
+        if not any(folder.glob("metadata/*.parquet")):  # nothing to go on from
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _plan(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _ids(folder: Path, number: int) -> list[str] | None:
+    """The ids of a part, if it was finished: its metadata is written last."""
+    from vlm.heads.exchange import PATH
+
+    file = folder / "metadata" / f"metadata_{number}.parquet"
+    if not file.is_file():
+        return None
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(file, columns=[PATH]).column(PATH).to_pylist()
+
+
+def _join(folder: Path, out: str, count: int, width: int) -> None:
+    """The parts as one file, a part at a time; a reader never sees half of it."""
+    numbers = range(len(list((folder / "metadata").glob("*.parquet"))))
+    ids = [name for number in numbers for name in _ids(folder, number) or []]
+
+    def rows() -> Iterator[bytes]:
+        for number in numbers:
+            yield np.load(folder / "img_emb" / f"img_emb_{number}.npy").tobytes()
+
+    partial = folder / "whole"
+    if out.endswith(".npz"):
+        with zipfile.ZipFile(partial, "w", allowZip64=True) as file:
+            with file.open("embeddings.npy", "w", force_zip64=True) as member:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (count, width)}
+                np.lib.format.write_array_header_1_0(member, header)
+                for block in rows():
+                    member.write(block)
+            with file.open("ids.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.array(ids), allow_pickle=False)
+    else:
+        about = {"dtype": "F32", "shape": [count, width], "data_offsets": [0, 4 * count * width]}
+        head = {"__metadata__": {"ids": json.dumps(ids)}, "embeddings": about}
+        text = json.dumps(head).encode()
+        text += b" " * (-len(text) % 8)
+        with open(partial, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for block in rows():
+                file.write(block)
+    os.replace(partial, out)

@@ -56,6 +56,12 @@ class Unreadable:
         """Those of `paths` that could be read."""
         return [path for path in paths if os.fspath(path) not in self._bad]
 
+    def found_before(self, names: set[str]) -> None:
+        """Count pictures that an earlier run of the command could not read."""
+        for name in sorted(names):
+            print(f"vlm: {name} could not be read earlier", file=sys.stderr, flush=True)
+        self._bad |= names
+
     def finish(self) -> None:
         """Let the command fail if any could not be read.
 

@@ -12,6 +12,8 @@ from vlm.cli.parse import UsageError
 from vlm.errors import CheckpointError
 from vlm.paths import as_path, is_remote
 
+KEPT = 16_384  # images that are encoded before they are kept: what a kill costs at most
+STATE = ("bytes", "modified")  # the metadata columns that tell whether an image changed
 MODEL_FILE = "model.json"  # beside the index: which MODEL built it, so that a search can load it
 
 
@@ -24,12 +26,16 @@ def index(
     images_and_out: Annotated[tuple[str, ...], arg(metavar="IMAGES... OUT")],
     /,
     dtype: Literal["float32", "float16"] = "float32",
+    coding: Literal["int8", "binary"] | None = None,
     batch_size: int | None = None,
+    anew: bool = False,
 ) -> None:
     """Make images searchable: write an index that `vlm search` opens, and remembers its model.
 
-    An index that lies at OUT already is replaced once the new one is whole. An image that cannot be
-    read is named and left out, and the command fails at its end.
+    Where an index of the same model and kind lies at OUT already, only what changed is encoded:
+    new images and those of another size or date come in, those that are no longer there go. Any
+    other index is replaced once the new one is whole. An image that cannot be read is named and
+    left out, and the command fails at its end.
 
     Example:
       vlm index runs/openmoji photos/ my-index
@@ -39,7 +45,10 @@ def index(
         model: a run folder, a bundle, or a public checkpoint.
         images_and_out: files, folders (searched whole) and globs; and last the folder of the index.
         dtype: of the stored embeddings; float16 halves the file and moves scores by under 1e-3.
+        coding: search by codes a quarter (int8) or a thirty-second (binary) as large, which are all
+            that has to fit in memory; the best candidates are then scored exactly.
         batch_size: images encoded at once; None leaves it to the model.
+        anew: encode all images, whatever lies at OUT.
     """
     *images, out = images_and_out or ("",)
     if not images:
@@ -51,23 +60,47 @@ def index(
             "already: name a new folder"
         )
     runtime.prepare_inference()
-    from vlm.cli.terminal import print_status
+    from vlm.bundle import load
+    from vlm.cli.images import Unreadable, find_images
+    from vlm.cli.terminal import print_status, progress
+    from vlm.heads.retrieval import RetrievalIndex
 
-    made, unreadable = index_of(model, images, dtype, batch_size)
-    made.save(folder)
-    loadable = os.path.abspath(as_path(model)) if as_path(model).exists() else model
-    about = {"model": model if is_remote(model) else loadable}
-    (folder / MODEL_FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
-    print_status(f"{len(made):,} images in {out}; search them with: vlm search {out} QUERY")
+    paths, bundle = find_images(images), load(model)
+    made = None if anew else _index_of_the_same_kind(folder, bundle, dtype, coding)
+    grows = made is not None or not folder.exists()
+    made = made or RetrievalIndex(bundle, dtype, coding)
+    unreadable = Unreadable(len(paths))
+    state = {os.fspath(path): _state(path) for path in paths}
+    columns = made.columns
+    held = zip(*(columns.get(name, ()) for name in STATE), strict=True)
+    known = dict(zip(made.ids, held, strict=False))
+    gone = [name for name in made.ids if name not in state]
+    made.remove(gone)
+    fresh = [path for path in paths if known.get(os.fspath(path)) != state[os.fspath(path)]]
+    shown = progress(fresh, "encoding", len(fresh))
+    for start in range(0, len(fresh), KEPT):
+        part = fresh[start : start + KEPT]
+        of_part = [state[os.fspath(path)] for path in part]
+        metadata = dict(zip(STATE, zip(*of_part, strict=True), strict=True))
+        stream = (next(shown) for _ in part)
+        made.update(stream, None, batch_size, metadata, on_error=unreadable.among(part))
+        if grows and len(made) and start + KEPT < len(fresh):
+            _save(made, folder, model)  # a kill costs what came after
+    # One that can be read no longer is not what the index holds.
+    bad = {os.fspath(p) for p in fresh} - {os.fspath(p) for p in unreadable.others(fresh)}
+    made.remove([name for name in bad if name in made])
+    if not len(made):
+        unreadable.finish()
+    if fresh or gone or bad or not is_index(folder):
+        _save(made, folder, model)
+    print_status(
+        f"{len(made):,} images in {out} ({len(fresh) - len(bad):,} encoded, {len(gone):,} "
+        f"removed); search them with: vlm search {out} QUERY"
+    )
     unreadable.finish()
 
 
-def index_of(
-    model: str,
-    images: list[str],
-    dtype: Literal["float32", "float16"] = "float32",
-    batch_size: int | None = None,
-) -> tuple[Any, Any]:
+def index_of(model: str, images: list[str]) -> tuple[Any, Any]:
     """A `RetrievalIndex` of the images at these places, and the `Unreadable` ones among them."""
     from vlm.bundle import load
     from vlm.cli.images import Unreadable, find_images
@@ -75,13 +108,42 @@ def index_of(
     from vlm.heads.retrieval import RetrievalIndex
 
     paths = find_images(images)
-    made = RetrievalIndex(load(model), dtype)
+    made = RetrievalIndex(load(model))
     unreadable = Unreadable(len(paths))
-    shown = progress(paths, "encoding", len(paths))
-    made.add(shown, batch_size=batch_size, on_error=unreadable.among(paths))
+    made.add(progress(paths, "encoding", len(paths)), on_error=unreadable.among(paths))
     if not len(made):
         unreadable.finish()
     return made, unreadable
+
+
+def _index_of_the_same_kind(folder: Path, bundle: Any, dtype: str, coding: str | None) -> Any:
+    """The index at `folder`, if it is whole, of this model and kind, and knows its files' state."""
+    from vlm.heads.retrieval import RetrievalIndex
+
+    if not is_index(folder):
+        return None
+    try:
+        there = RetrievalIndex.load(folder, bundle)
+    except CheckpointError:
+        return None
+    same = (there.dtype, there.coding) == (dtype, coding) and set(STATE) <= set(there.columns)
+    return there if same else None
+
+
+def _state(path: Any) -> tuple[int, int | None]:
+    """What tells whether a file changed: its size, and when it was written, in nanoseconds."""
+    if is_remote(path):
+        found = path.stat()
+        return found.length, found.mtime
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
+
+
+def _save(made: Any, folder: Path, model: str) -> None:
+    made.save(folder)
+    loadable = os.path.abspath(as_path(model)) if as_path(model).exists() else model
+    about = {"model": model if is_remote(model) else loadable}
+    (folder / MODEL_FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
 
 
 def is_index(folder: Path) -> bool:

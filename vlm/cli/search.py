@@ -1,6 +1,9 @@
 """`vlm search`: find images by a text, or by another image."""
 
+import contextlib
 import json as jsonlib
+import operator
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,34 +14,55 @@ from vlm.cli.index import index_of, is_index, model_of
 from vlm.cli.parse import UsageError
 from vlm.errors import CheckpointError, DataError
 
+COMPARISONS = {
+    "=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
+    ">": operator.gt, ">=": operator.ge,
+}  # fmt: skip
+
 
 def main(args: list[str]) -> None:
     parse.call(search, "vlm search", args)
 
 
 def search(
-    where: Annotated[str, arg(metavar="WHERE")],
+    index: Annotated[str, arg(metavar="INDEX")],
     query: Annotated[str, arg(metavar="QUERY")],
     /,
     model: Annotated[str | None, arg(metavar="MODEL")] = None,
     k: int = 5,
+    plus: Annotated[tuple[str, ...], arg(metavar="QUERY...")] = (),
+    minus: Annotated[tuple[str, ...], arg(metavar="QUERY...")] = (),
+    weight: float = 1.0,
+    like: bool = False,
+    where: Annotated[tuple[str, ...], arg(metavar="COLUMN=VALUE...")] = (),
+    min_score: float | None = None,
+    min_probability: float | None = None,
     json: bool = False,
 ) -> None:
     """Find the images that a text, or another image, is nearest to.
 
-    WHERE is an index that `vlm index` wrote, which knows its model; or a folder of images, which is
+    INDEX is one that `vlm index` wrote, which knows its model; or a folder of images, which is
     encoded anew each time by the --model that you name.
 
     Examples:
       vlm search my-index "a red car in the snow"
       vlm search my-index like-this.jpg --k 20
+      vlm search my-index "golden retriever" --weight 2 --plus this.jpg --minus fruit
+      vlm search my-index photos/dog.jpg --like --where "bytes>100000"
       vlm search photos/ "a red car in the snow" --model runs/openmoji
 
     Args:
-        where: an index, or a folder of images.
+        index: an index, or a folder of images.
         query: a text, or the path of an image.
         model: for a folder of images; for an index only if its model has moved.
         k: how many to show.
+        plus: texts and images to add to the query.
+        minus: texts and images to take off it.
+        weight: of the query itself; those added and taken off count once.
+        like: the query is the id of an image in the index; find others like it.
+        where: conditions on the metadata, of =, !=, <, <=, > and >=; all must hold.
+        min_score: the least cosine to show.
+        min_probability: the least probability to show, for a model of the sigmoid loss.
         json: one JSON object for each image found.
     """
     if k < 1:
@@ -48,8 +72,23 @@ def search(
     runtime.prepare_inference()
     from vlm.cli.terminal import bar
 
-    index, unreadable = _open(where, model)
-    for hit in index.search(_query(query), k):
+    conditions = [_condition(text) for text in where]
+    opened, unreadable = _open(index, model)
+    options: dict[str, Any] = {}
+    if conditions:
+        options["where"] = lambda columns: _all_hold(conditions, columns)
+    if like:
+        hits = opened.like(query, k, **options)
+    else:
+        asked = _query(query)
+        if plus or minus or weight != 1:
+            from vlm.heads.query import Query
+
+            asked = sum((Query(_query(text)) for text in plus), start=Query(asked, weight))
+            asked = sum((-Query(_query(text)) for text in minus), start=asked)
+        options |= {"min_score": min_score, "min_probability": min_probability}
+        hits = opened.search(asked, k, **options)
+    for hit in hits:
         if json:
             print(jsonlib.dumps({"id": hit.id, "score": round(hit.score, 6)}, ensure_ascii=False))
         else:
@@ -77,6 +116,37 @@ def _open(where: str, model: str | None) -> tuple[Any, Any]:
             f"MODEL, or build an index once with vlm index MODEL {where} OUT"
         )
     return index_of(model, [where])
+
+
+def _condition(text: str) -> tuple[str, Any, str | float]:
+    """The column, the comparison and the value of `COLUMN=VALUE` or the like.
+
+    Raises:
+        UsageError: it is none.
+    """
+    found = re.fullmatch(r"\s*([^=<>!]+?)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", text)
+    if not found:
+        raise UsageError(
+            f'--where {text!r} is no condition: write COLUMN=VALUE, such as "year>=2020"'
+        )
+    value: str | float = found[3]
+    with contextlib.suppress(ValueError):
+        value = float(value)
+    return found[1], COMPARISONS[found[2]], value
+
+
+def _all_hold(conditions: list[tuple[str, Any, str | float]], columns: dict[str, Any]) -> Any:
+    import numpy as np
+
+    kept = np.True_
+    for name, holds, value in conditions:
+        column = columns[name]
+        if column.dtype.kind == "U":  # texts are compared as texts
+            value = f"{value:g}" if isinstance(value, float) else value
+        elif isinstance(value, str):
+            raise UsageError(f"--where compares the numbers of {name!r} with the text {value!r}")
+        kept = kept & holds(column, value)
+    return kept
 
 
 def _query(query: str) -> str | Path:

@@ -1,37 +1,69 @@
 """Few-shot classification: a head fitted on the embeddings of a handful of labelled images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Float, Int
 
 from vlm.errors import ConfigError
-from vlm.heads.prompts import normalise
-from vlm.heads.zero_shot import Classification, encode_images
+from vlm.heads.linear_probe import fit_linear, fit_swept
+from vlm.heads.prompts import indices, normalise
+from vlm.heads.zero_shot import Classification, ZeroShotClassifier, encode_images
 
-Method = Literal["linear", "mean"]
+Method = Literal["linear", "mean", "anchored", "cache", "tuned_cache"]
+METHODS: tuple[Method, ...] = ("linear", "mean", "anchored", "cache", "tuned_cache")
+FROM_ZERO_SHOT = ("anchored", "cache", "tuned_cache")
+
+# How far a class's weights are expected to move from its prompts' embedding, as a cosine times the
+# logit scale: the standard deviation of the prior that "anchored" is the most probable value under.
+MOVE = 0.2
+
+# The residual ratio and sharpness of Tip-Adapter (arXiv:2207.09519, section 4.1), as published.
+RATIO, SHARPNESS = 1.0, 5.5
+TUNING_STEPS, TUNING_RATE = 100, 1e-3
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """Logits are z_image @ weight + bias: weight (d, m), bias (m,)."""
+
+    weight: Float[np.ndarray, "d m"]
+    bias: Float[np.ndarray, " m"]
+
+    def __call__(self, z_image: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
+        return z_image @ self.weight + self.bias
+
+
+@dataclass(frozen=True)
+class CacheHead:
+    """Zero-shot logits plus the votes of cached examples, each by its nearness (Tip-Adapter).
+
+    Attributes:
+        zero_shot: (d, m), so that z_image @ zero_shot are the zero-shot logits.
+        keys: (n, d) embeddings of the examples. values: (n, m) their classes, one-hot.
+    """
+
+    zero_shot: Float[np.ndarray, "d m"]
+    keys: Float[np.ndarray, "n d"]
+    values: Float[np.ndarray, "n m"]
+
+    def __call__(self, z_image: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
+        nearness = np.exp(SHARPNESS * (z_image @ self.keys.T - 1))
+        return z_image @ self.zero_shot + RATIO * nearness @ self.values
 
 
 class FewShotClassifier:
     """Classifies images into the classes of a few labelled examples; made by `fit`.
 
     Attributes:
-        labels: the m class names, sorted.
-        weight: (d, m) and bias: (m,), so that logits are z_image @ weight + bias.
+        labels: the m class names: those of the zero-shot classifier, or sorted.
+        head: from embeddings to logits.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        labels: Sequence[str],
-        weight: Float[np.ndarray, "d m"],
-        bias: Float[np.ndarray, " m"],
-    ):
-        self.model, self.labels, self.weight, self.bias = model, tuple(labels), weight, bias
+    def __init__(self, model: Any, labels: Sequence[str], head: LinearHead | CacheHead):
+        self.model, self.labels, self.head = model, tuple(labels), head
 
     @classmethod
     def fit(
@@ -40,8 +72,10 @@ class FewShotClassifier:
         images: Any,
         labels: Sequence[str],
         method: Method = "linear",
-        l2: float = 1.0,
+        l2: float | None = None,
         batch_size: int | None = None,
+        zero_shot: ZeroShotClassifier | None = None,
+        validation: tuple[Iterable[Any], Sequence[str]] | None = None,
     ) -> "FewShotClassifier":
         """Fit a head on labelled images; the model itself stays as it is.
 
@@ -49,47 +83,109 @@ class FewShotClassifier:
             model: what `vlm.load` gives.
             images: PIL images, paths or arrays of pixels, any iterable.
             labels: the class of each image.
-            method: "linear", the linear probe of CLIP (arXiv:2103.00020, appendix A.3); or "mean",
-                the nearest class mean (prototypical networks, arXiv:1703.05175), for one to four
-                examples per class.
-            l2: the linear probe's penalty; see `fit_linear`.
+            method: "linear", the linear probe of CLIP (arXiv:2103.00020, appendix A.3). "mean", the
+                nearest class mean (prototypical networks, arXiv:1703.05175). "anchored", a linear
+                probe that starts from the zero-shot weights and is held to them, the more firmly
+                the fewer images there are of a class. "cache", Tip-Adapter (arXiv:2207.09519):
+                zero-shot logits and the votes of the images, nothing trained; "tuned_cache" trains
+                the cached embeddings on the images themselves.
+            l2: the penalty of "linear" and "anchored"; see `fit_linear`. By default 1 for "linear",
+                and what follows from the number of images for "anchored".
             batch_size: of encoding; None leaves it to the model.
+            zero_shot: the classifier to start from; "anchored" and the caches need one.
+            validation: images and labels to choose the penalty of "linear" by.
 
         Raises:
             ConfigError: no images, another number of labels than images, fewer than two classes,
-                an unknown method, an l2 that is not positive.
+                an unknown method, an l2 that is not positive, a label that `zero_shot` lacks, or
+                no `zero_shot` where the method starts from it.
         """
+        if method not in METHODS:
+            raise ConfigError(f"method is {method!r}: it must be one of {', '.join(METHODS)}")
+        if method in FROM_ZERO_SHOT and zero_shot is None:
+            raise ConfigError(f"method {method!r} starts from zero_shot: give a ZeroShotClassifier")
         labels = list(labels)
         if not all(isinstance(label, str) for label in labels):
             raise ConfigError("labels must be texts, the class name of each image")
-        names, target = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
+        names = sorted(set(labels)) if zero_shot is None else list(zero_shot.labels)
+        target = indices(labels, names)
         if len(names) < 2:
             raise ConfigError(f"labels hold {len(names)} class(es): give examples of at least two")
-        if method not in ("linear", "mean"):
-            raise ConfigError(f"method is {method!r}: it must be 'linear' or 'mean'")
         z_image, _ = encode_images(model, images, batch_size)
         if len(z_image) != len(labels):
             raise ConfigError(
                 f"{len(z_image)} images and {len(labels)} labels: give one label each"
             )
-        if method == "linear":
-            weight, bias = fit_linear(z_image, target, l2)
-        else:
-            weight = model.logit_scale * class_means(z_image, target).T
-            bias = np.zeros(len(names), np.float32)
-        return cls(model, names.tolist(), weight, bias)
+        if validation is not None and method == "linear" and l2 is None:
+            z, _ = encode_images(model, validation[0], batch_size)
+            against = indices(list(validation[1]), names)
+            (weight, bias), _ = fit_swept(z_image, target, z, against)
+            return cls(model, names, LinearHead(weight, bias))
+        scale = model.logit_scale
+        prior = None if zero_shot is None else scale * zero_shot.z_labels.T
+        return cls(model, names, fit_head(z_image, target, method, l2, prior, scale, len(names)))
 
     def __call__(self, images: Any, batch_size: int | None = None) -> Classification:
         """Classify one image or any iterable of them; scores of an image sum to one."""
         z_image, first = encode_images(self.model, images, batch_size)
         # The classes exclude each other by the way they were fitted, whatever the model's own rule.
-        return Classification(self.labels, z_image @ self.weight + self.bias, "softmax", first)
+        return Classification(self.labels, self.logits(z_image), "softmax", first)
 
     classify = __call__
+
+    def logits(self, z_image: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
+        """The logits of embeddings over the labels."""
+        return self.head(z_image).astype(np.float32)
 
     def __repr__(self) -> str:
         names = ", ".join(self.labels[:4]) + (", ..." if len(self.labels) > 4 else "")
         return f"FewShotClassifier({self.model.name}, {len(self.labels)} labels: {names})"
+
+
+def fit_head(
+    z_image: Float[np.ndarray, "n d"],
+    target: Int[np.ndarray, " n"],
+    method: Method,
+    l2: float | None = None,
+    prior: Float[np.ndarray, "d m"] | None = None,
+    scale: float = 1.0,
+    classes: int | None = None,
+) -> LinearHead | CacheHead:
+    """The head of `FewShotClassifier.fit`, from embeddings.
+
+    Args:
+        z_image: embeddings of the examples, unit norm.
+        target: their classes.
+        method, l2: see `FewShotClassifier.fit`.
+        prior: zero-shot weights, the logit scale times the embeddings of the classes.
+        scale: the logit scale.
+        classes: their number, if some have no example.
+    """
+    m = classes or int(target.max()) + 1
+    if method == "linear":
+        return LinearHead(*fit_linear(z_image, target, 1.0 if l2 is None else l2, classes=m))
+    if method == "mean":
+        return LinearHead(scale * class_means(z_image, target).T, np.zeros(m, np.float32))
+    if prior is None:
+        raise ConfigError(f"method {method!r} starts from zero-shot weights: give them as `prior`")
+    if method == "anchored":
+        strength = anchored_l2(len(z_image) / m, scale, z_image.shape[1]) if l2 is None else l2
+        return LinearHead(*fit_linear(z_image, target, strength, prior, classes=m))
+    values = np.eye(m, dtype=np.float32)[target]
+    keys = z_image if method == "cache" else _tuned_keys(prior, z_image, values)
+    return CacheHead(prior, keys, values)
+
+
+def anchored_l2(shots: float, scale: float, embed_dim: int) -> float:
+    """The penalty of "anchored" for so many images of a class.
+
+    With many images it is that of a Gaussian prior around the zero-shot weights whose standard
+    deviation is `MOVE` times the logit scale, in the units of `fit_linear`. A single image says
+    little of the spread of its class, which the likelihood does not know: the penalty grows by
+    one plus the inverse of the number of images, as the variance of a mean does.
+    """
+    spread = MOVE * scale
+    return (1 + 1 / max(shots, 1e-3)) * embed_dim / spread**2
 
 
 def class_means(
@@ -101,71 +197,30 @@ def class_means(
     return normalise(total, "the mean embedding of a class")
 
 
-def fit_linear(
-    z_image: Float[np.ndarray, "n d"],
-    target: Int[np.ndarray, " n"],
-    l2: float = 1.0,
-    max_steps: int = 1000,
-    tolerance: float = 1e-5,
-) -> tuple[Float[np.ndarray, "d m"], Float[np.ndarray, " m"]]:
-    """Multinomial logistic regression on embeddings, solved by L-BFGS to its optimum.
+def _tuned_keys(prior, z_image, values) -> np.ndarray:
+    """Cached embeddings trained to classify the examples, each by the others' votes.
 
-    Minimises the sum of cross-entropies plus l2 / 2 times the squared norm of the weights, on
-    embeddings scaled by sqrt(d), so that a coordinate has about unit variance and `l2` means the
-    same at any width (it is scikit-learn's 1 / C). The bias carries no penalty.
-
-    Args:
-        z_image: embeddings, unit norm.
-        target: classes 0 .. m - 1.
-        l2: weight of the penalty; larger for fewer or noisier examples.
-        max_steps: an upper bound on the L-BFGS steps.
-        tolerance: the gradient norm, per example, at which the optimum is reached.
-
-    Returns:
-        The weights and bias for unscaled embeddings.
-
-    Raises:
-        ConfigError: an l2 that is not positive (the optimum would be at infinity).
+    An example's own key would always vote for it, and teach nothing: it is left out.
     """
-    if not l2 > 0:
-        raise ConfigError(f"l2 is {l2}: it must be positive, or separable classes have no optimum")
-    n, d = z_image.shape
-    scale = np.float32(np.sqrt(d))
-    params = (
-        jnp.zeros((d, int(target.max()) + 1), jnp.float32),
-        jnp.zeros(int(target.max()) + 1, jnp.float32),
-    )
-    x, y = jnp.asarray(z_image, jnp.float32) * scale, jnp.asarray(target)
-    weight, bias = _minimise(params, x, y, jnp.float32(l2 / n), max_steps, tolerance)
-    return np.asarray(weight) * scale, np.asarray(bias)
+    import jax
+    import jax.numpy as jnp
+    import optax
 
+    zero, values = jnp.asarray(z_image @ prior), jnp.asarray(values)
+    others = 1 - jnp.eye(len(z_image))
+    x = jnp.asarray(z_image)
 
-def _objective(params, x, y, l2):
-    weight, bias = params
-    losses = optax.softmax_cross_entropy_with_integer_labels(x @ weight + bias, y)
-    return losses.mean() + l2 / 2 * jnp.sum(weight**2)
+    def loss(keys):
+        nearness = jnp.exp(SHARPNESS * (x @ keys.T - 1)) * others
+        logits = zero + RATIO * nearness @ values
+        return optax.softmax_cross_entropy(logits, values).mean()
 
+    solver = optax.adamw(optax.cosine_decay_schedule(TUNING_RATE, TUNING_STEPS), eps=1e-4)
 
-@jax.jit
-def _minimise(params, x, y, l2, max_steps, tolerance):
-    """L-BFGS with a zoom line search (Nocedal and Wright, 2006, chapters 3 and 7)."""
-    solver = optax.lbfgs()
+    def step(carry, _):
+        keys, state = carry
+        updates, state = solver.update(jax.grad(loss)(keys), state, keys)
+        return (optax.apply_updates(keys, updates), state), None
 
-    def objective(params):
-        return _objective(params, x, y, l2)
-
-    value_and_grad: Callable = optax.value_and_grad_from_state(objective)
-
-    def step(carry):
-        params, state, _, i = carry
-        value, grad = value_and_grad(params, state=state)
-        updates, state = solver.update(
-            grad, state, params, value=value, grad=grad, value_fn=objective
-        )
-        return optax.apply_updates(params, updates), state, optax.tree.norm(grad), i + 1
-
-    def unfinished(carry):
-        return (carry[2] > tolerance) & (carry[3] < max_steps)
-
-    start = (params, solver.init(params), jnp.float32(jnp.inf), jnp.int32(0))
-    return jax.lax.while_loop(unfinished, step, start)[0]
+    tuned = jax.jit(lambda keys: jax.lax.scan(step, (keys, solver.init(keys)), None, TUNING_STEPS))
+    return np.asarray(tuned(x)[0][0])

@@ -1,12 +1,18 @@
 """Prompts: the sentences that stand for a class, and the one embedding made of them."""
 
+import hashlib
+import io
+import json
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
+from vlm._version import __version__
 from vlm.errors import ConfigError, DataError
+from vlm.paths import cache_dir
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     # The label is itself a caption.
@@ -39,6 +45,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 CHUNK = 4096  # prompts in memory at once
+CACHED = 256  # prompts from which on their embeddings are kept
 
 
 def class_prompts(
@@ -115,6 +122,84 @@ def class_embeddings(
             total = np.zeros((len(prompts), z.shape[1]), np.float32)
         np.add.at(total, owner[start : start + CHUNK], z)
     return normalise(total, "the mean of a label's prompt embeddings")
+
+
+def cached_embeddings(model: Any, prompts: Mapping[str, Sequence[str]]) -> Float[np.ndarray, "m d"]:
+    """`class_embeddings`, kept in the cache folder by what they are made of, if they are many.
+
+    The key is a hash of the prompts and of the model's weights and inputs; a model whose weights
+    have no fingerprint is encoded anew.
+    """
+    fingerprint = getattr(model, "fingerprint", None)
+    if not fingerprint or sum(map(len, prompts.values())) < CACHED:
+        return class_embeddings(model, prompts)
+    tokenizer = getattr(model, "tokenizer", None)
+    parts = [__version__, fingerprint, repr(getattr(model, "config", None))]
+    parts += [repr(getattr(tokenizer, "config", None)), json.dumps(list(prompts.items()))]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    file = cache_dir() / "classifiers" / f"{key}.npy"
+    if file.is_file():
+        try:
+            z = np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
+            if z.shape[0] == len(prompts):
+                return z
+        except (OSError, ValueError):
+            pass  # torn: made again below
+    z = class_embeddings(model, prompts)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.parent / f"{key}.{uuid.uuid4().hex[:8]}"
+    out = io.BytesIO()
+    np.save(out, z, allow_pickle=False)
+    partial.write_bytes(out.getvalue())
+    partial.replace(file)
+    return z
+
+
+def leaves_of(
+    labels: Sequence[str] | Mapping[str, Any], templates: Sequence[str]
+) -> tuple[Sequence[str] | Mapping[str, Sequence[str]], list[dict[str, list[str]]]]:
+    """The labels at the ends of a hierarchy, and for each level its nodes with their labels.
+
+    A mapping inside a mapping is a node; None in the place of sentences means the templates.
+
+    Raises:
+        ConfigError: a label or node twice.
+    """
+    if not isinstance(labels, Mapping):
+        return labels, []
+    leaves: dict[str, Any] = {}
+    levels: list[dict[str, list[str]]] = []
+
+    def walk(name: str, held: Any, depth: int) -> list[str]:
+        if not isinstance(held, Mapping):
+            if name in leaves:
+                raise ConfigError(f"label {name!r} is given twice: keep one")
+            filled = [t.replace("{}", name) for t in templates]
+            leaves[name] = filled if held is None else held
+            return [name]
+        under = [leaf for child, own in held.items() for leaf in walk(child, own, depth + 1)]
+        levels.extend({} for _ in range(depth + 1 - len(levels)))
+        if name in levels[depth]:
+            raise ConfigError(f"group {name!r} is given twice: keep one")
+        levels[depth][name] = under
+        return under
+
+    for name, held in labels.items():
+        walk(name, held, 0)
+    return leaves, levels
+
+
+def indices(labels: Sequence[str], names: Sequence[str]) -> Int[np.ndarray, " n"]:
+    """Where each label stands among the names.
+
+    Raises:
+        ConfigError: a label that is none of them.
+    """
+    at = {name: i for i, name in enumerate(names)}
+    for label in labels:
+        if label not in at:
+            raise ConfigError(f"label {label!r} is none of the {len(names)} classes: name it there")
+    return np.array([at[label] for label in labels], np.int64)
 
 
 def normalise(z: Float[np.ndarray, "n d"], what: str) -> Float[np.ndarray, "n d"]:

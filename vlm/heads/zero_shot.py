@@ -1,20 +1,27 @@
 """Zero-shot classification: labels are sentences, and the nearest sentence wins."""
 
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from json import dumps, loads
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from vlm.errors import ConfigError, DataError
+from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.heads import show
-from vlm.heads.prompts import TEMPLATES, class_embeddings, class_prompts
+from vlm.heads.calibration import fit_temperature
+from vlm.heads.identity import check_identity, identity
+from vlm.heads.prompts import TEMPLATES, cached_embeddings, class_prompts, indices, leaves_of
 from vlm.inputs.opening import OnError, one_or_many
 
 Rule = Literal["softmax", "sigmoid"]
 
+NONE = "none of these"
+KEY = "vlm zero-shot classifier"  # of a saved one's description
 SHOWN = 12  # pictures that a result keeps to show in a notebook
 
 
@@ -54,6 +61,36 @@ class Classification:
             for row, values in zip(order, scores, strict=True)
         ]
 
+    def above(self, threshold: float = 0.5) -> list[list[tuple[str, float]]]:
+        """For each image every (label, score) of at least `threshold`, best first; perhaps none."""
+        rows = self.top(len(self.labels))
+        return [[pair for pair in row if pair[1] >= threshold] for row in rows]
+
+    def grouped(self, groups: Mapping[str, Sequence[str]]) -> "Classification":
+        """The same images over groups of labels; a label in no group stays by itself.
+
+        The probability of a group is the sum of its labels', where they exclude each other, and
+        else that of its best one.
+
+        Raises:
+            ConfigError: a label that is not there, or in two groups.
+        """
+        columns: dict[str, list[int]] = {}
+        at = {label: i for i, label in enumerate(self.labels)}
+        left = dict(at)
+        for group, members in groups.items():
+            columns[group] = []
+            for label in members:
+                if label not in left:
+                    why = "in two groups" if label in at else "none of the labels"
+                    raise ConfigError(f"label {label!r} of group {group!r} is {why}")
+                columns[group].append(left.pop(label))
+        columns |= {label: [i] for label, i in left.items()}
+        joined = [self.logits[:, members] for members in columns.values()]
+        join = np.logaddexp.reduce if self.rule == "softmax" else np.max
+        logits = np.stack([join(part, axis=1) for part in joined], axis=1)
+        return Classification(tuple(columns), logits, self.rule, self.images)
+
     def __len__(self) -> int:
         return len(self.logits)
 
@@ -84,8 +121,19 @@ class ZeroShotClassifier:
 
     Args:
         model: what `vlm.load` gives.
-        labels: names that go into the templates, or a mapping from label to its own sentences.
+        labels: names that go into the templates, or a mapping from label to its own sentences (None
+            for the templates); nested mappings are a hierarchy, whose levels are in `groups`.
+            `vlm.heads.labels.read_labels` reads them from files and data sets.
         templates: sentences in which `{}` stands for the label; their embeddings are averaged.
+        none: sentences for an image that shows none of the labels, such as "a photo."; they make
+            one more label, "none of these".
+        multi_label: each label is a question of its own. A model of the softmax loss is asked
+            whether the label or `none` is nearer ("a photo." by default).
+
+    Attributes:
+        groups: for each level of a hierarchy, from the top, its nodes and all labels under them;
+            for `Classification.grouped`.
+        temperature: what logits are divided by; see `calibrate`.
 
     Raises:
         ConfigError: no labels, a label twice, a template without `{}`.
@@ -94,13 +142,30 @@ class ZeroShotClassifier:
     def __init__(
         self,
         model: Any,
-        labels: Sequence[str] | Mapping[str, Sequence[str]],
+        labels: Sequence[str] | Mapping[str, Any],
         templates: Sequence[str] = TEMPLATES["photo"],
+        none: Sequence[str] | str | None = None,
+        multi_label: bool = False,
     ):
-        self.model = model
-        self.prompts = class_prompts(labels, templates)
-        self.labels = tuple(self.prompts)
-        self.z_labels = class_embeddings(model, self.prompts)
+        self.model, self.multi_label, self.temperature = model, multi_label, 1.0
+        leaves, self.groups = leaves_of(labels, templates)
+        self.prompts = class_prompts(leaves, templates)
+        if none is None and multi_label and model.loss == "softmax":
+            none = "a photo."
+        if none is not None:
+            if NONE in self.prompts:
+                raise ConfigError(f"label {NONE!r} is what `none` adds: leave it out")
+            own = {NONE: [none] if isinstance(none, str) else none}
+            self.prompts |= class_prompts(own, templates)
+        self.z_labels = cached_embeddings(model, self.prompts)
+        # In a multi-label choice `none` is what every label is measured against.
+        self._against = none is not None and multi_label and model.loss == "softmax"
+        self.labels = tuple(self.prompts)[: -1 if self._against else None]
+
+    @property
+    def rule(self) -> Rule:
+        """From logits to scores: the model's own, or a sigmoid for each of several labels."""
+        return "sigmoid" if self.multi_label else self.model.loss
 
     def __call__(
         self, images: Any, batch_size: int | None = None, *, on_error: OnError | None = None
@@ -111,14 +176,78 @@ class ZeroShotClassifier:
         of each image that cannot be read, which then has no row: see `Bundle.encode_image`.
         """
         z_image, first = encode_images(self.model, images, batch_size, on_error)
-        return Classification(self.labels, self.logits(z_image), self.model.loss, first)
+        return Classification(self.labels, self.logits(z_image), self.rule, first)
 
     classify = __call__
+
+    def calibrate(
+        self, images: Any, labels: Sequence[str], batch_size: int | None = None
+    ) -> "ZeroShotClassifier":
+        """Fit the temperature on a few labelled images, so that scores are probabilities of them.
+
+        The order of the labels stays as it is. Returns the classifier itself.
+
+        Raises:
+            ConfigError: no images, another number of labels, or a label that is not there.
+        """
+        z_image, _ = encode_images(self.model, images, batch_size)
+        target = indices(labels, self.labels)
+        if len(labels) != len(z_image):
+            raise ConfigError(f"{len(z_image)} images and {len(labels)} labels: give one each")
+        self.temperature = 1.0
+        self.temperature = fit_temperature(self.logits(z_image), target, self.rule)
+        return self
 
     def logits(self, z_image: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
         """The logits of embeddings over the labels: one matrix product."""
         logits = self.model.logit_scale * (z_image @ self.z_labels.T) + self.model.logit_bias
-        return logits.astype(np.float32)
+        if self._against:
+            logits = logits[:, :-1] - logits[:, -1:]
+        return (logits / self.temperature).astype(np.float32)
+
+    def save(self, file: str | os.PathLike) -> None:
+        """Write the classifier to a `.safetensors` file: its embeddings, and how they were made."""
+        from safetensors.numpy import save_file
+
+        about = {
+            "prompts": self.prompts,
+            "groups": self.groups,
+            "multi_label": self.multi_label,
+            "against": self._against,
+            "temperature": self.temperature,
+            **identity(self.model),
+        }
+        partial = f"{os.fspath(file)}.partial"
+        save_file({"z_labels": self.z_labels}, partial, {KEY: dumps(about)})
+        os.replace(partial, file)
+
+    @classmethod
+    def load(cls, file: str | os.PathLike, model: Any) -> "ZeroShotClassifier":
+        """Open what `save` wrote; nothing is encoded but what proves that the model is the same.
+
+        Raises:
+            CheckpointError: no such file, another file, or one of another model.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, "numpy") as held:
+                about = loads(held.metadata()[KEY])
+                z_labels = held.get_tensor("z_labels")
+            made = cls.__new__(cls)
+            made.model, made.z_labels = model, z_labels
+            made.prompts = {name: tuple(own) for name, own in about["prompts"].items()}
+            made.groups, made.multi_label = about["groups"], about["multi_label"]
+            made._against, made.temperature = about["against"], about["temperature"]
+            if len(z_labels) != len(made.prompts):
+                raise ValueError("another number of embeddings than labels")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{file} is no zero-shot classifier ({error}): save it again"
+            ) from None
+        check_identity(about, model, Path(file))
+        made.labels = tuple(made.prompts)[: -1 if made._against else None]
+        return made
 
     def __repr__(self) -> str:
         names = ", ".join(self.labels[:4]) + (", ..." if len(self.labels) > 4 else "")

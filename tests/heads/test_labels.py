@@ -1,0 +1,160 @@
+"""Labels from every place, hierarchies, none of these, calibration, and a classifier on disk."""
+
+import json
+
+import numpy as np
+import pytest
+
+from vlm.errors import CheckpointError, ConfigError, DataError
+from vlm.heads import prompts
+from vlm.heads.calibration import fit_temperature
+from vlm.heads.labels import read_labels, read_templates
+from vlm.heads.zero_shot import Classification, ZeroShotClassifier
+
+
+def test_labels_from_files(tmp_path):
+    (tmp_path / "names.txt").write_text("dog\n\n cat \n")
+    assert read_labels(tmp_path / "names.txt") == ["dog", "cat"]
+    (tmp_path / "names.json").write_text('["dog", "cat"]')
+    assert read_labels(str(tmp_path / "names.json")) == ["dog", "cat"]
+    file = tmp_path / "en_classnames.json"
+    file.write_text(json.dumps({"pets": ["dog", "cat"], "vtab/x": ["a"]}))
+    assert read_labels(f"{file}:pets") == ["dog", "cat"]
+    assert read_labels(f"{file}:wds/pets") == ["dog", "cat"]
+    templates = tmp_path / "templates.json"
+    templates.write_text(json.dumps({"pets": ["a photo of a {c}."], "cupl": {"dog": ["it barks"]}}))
+    assert read_templates(f"{templates}:pets") == ["a photo of a {}."]
+    assert read_templates(f"{templates}:cupl") == {"dog": ["it barks"]}
+    assert read_labels(["a"]) == ["a"]
+
+
+@pytest.mark.peers
+def test_the_names_of_an_installed_open_clip():
+    open_clip = pytest.importorskip("open_clip")
+    names, templates = read_labels("open_clip:imagenet"), read_templates("open_clip:imagenet")
+    assert list(names) == list(open_clip.IMAGENET_CLASSNAMES)
+    filled = [template.replace("{}", "dog") for template in templates]
+    assert filled == [template("dog") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+
+
+def test_bad_places(tmp_path):
+    (tmp_path / "a.json").write_text('{"x": ["a"], "y": 3}')
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "torn.json").write_text("[")
+    for place, match in {
+        "nowhere.txt": "no file 'nowhere.txt' of labels",
+        f"{tmp_path}/a.json:z": "no labels of 'z': it has x, y",
+        f"{tmp_path}/a.json:y": "no list of labels",
+        f"{tmp_path}/a.json": "name one of its entries",
+        f"{tmp_path}/empty.txt": "holds no labels",
+        f"{tmp_path}/torn.json": "is not JSON",
+        "tfds:no_such_data": "TFDS does not know the data set 'no_such_data'",
+    }.items():
+        with pytest.raises(DataError, match=match):
+            read_labels(place)
+    with pytest.raises(ConfigError, match="no labels of 'cifar10'"):
+        read_labels("open_clip:cifar10")
+
+
+def test_a_hierarchy(model, paint):
+    tree = {
+        "warm": {"red": None, "yellow": ["bright yellow"]},
+        "cold": {"blue": None},
+        "black": None,
+    }
+    classify = ZeroShotClassifier(model, tree, templates=["a {} wall"])
+    assert classify.labels == ("red", "yellow", "blue", "black")
+    assert classify.prompts["red"] == ("a red wall",)
+    assert classify.groups == [{"warm": ["red", "yellow"], "cold": ["blue"]}]
+    result = classify([paint("red"), paint("blue")])
+    grouped = result.grouped(classify.groups[0])
+    assert grouped.labels == ("warm", "cold", "black")
+    expected = result.scores @ np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    np.testing.assert_allclose(grouped.scores, expected, atol=1e-5)
+    with pytest.raises(ConfigError, match="'red' of group 'b' is in two groups"):
+        result.grouped({"a": ["red"], "b": ["red"]})
+    with pytest.raises(ConfigError, match="'red' is given twice"):
+        ZeroShotClassifier(model, {"a": {"red": None}, "b": {"red": None}})
+
+
+def test_none_of_these(model, paint):
+    classify = ZeroShotClassifier(model, ["red", "blue"], none="a green photo")
+    top = classify([paint("red"), paint("green")]).top(1)
+    assert [row[0][0] for row in top] == ["red", "none of these"]
+    with pytest.raises(ConfigError, match="is what `none` adds"):
+        ZeroShotClassifier(model, ["none of these"], none="a photo")
+
+
+def test_several_labels(model, paint):
+    """Each label is a two-way choice against `none`, whatever the other labels are."""
+    classify = ZeroShotClassifier(model, ["red", "green", "blue"], none="black", multi_label=True)
+    result = classify([paint("red"), paint("black")])
+    z, against = model.encode_image([paint("red")])[0], model.encode_text(["black"])[0]
+    cosines = classify.z_labels[:3] @ z - against @ z
+    np.testing.assert_allclose(result.scores[0], 1 / (1 + np.exp(-50 * cosines)), atol=1e-4)
+    assert result.labels == ("red", "green", "blue")
+    assert "red" in [label for label, _ in result.above(0.5)[0]]
+    assert result.above(0.99)[1] == []
+    model.loss = "sigmoid"
+    assert ZeroShotClassifier(model, ["red"], multi_label=True).rule == "sigmoid"
+
+
+def test_temperature(model, paint):
+    rng = np.random.default_rng(0)
+    target = rng.integers(0, 4, 2000)
+    logits = rng.standard_normal((2000, 4))
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    target = np.array([rng.choice(4, p=row) for row in p])
+    assert fit_temperature(7 * logits, target) == pytest.approx(7, rel=0.1)
+    assert 0.3 < fit_temperature(np.array([[9.0, 0.0]]), np.array([0])) < 1.5  # one label is little
+    classify = ZeroShotClassifier(model, ["red", "blue"])
+    before = classify(paint("red")).logits
+    classify.calibrate([paint("red"), paint("blue")], ["red", "blue"])
+    np.testing.assert_allclose(
+        classify(paint("red")).logits * classify.temperature, before, rtol=1e-4
+    )
+    with pytest.raises(ConfigError, match="'green' is none of the 2 classes"):
+        classify.calibrate([paint("red")], ["green"])
+    with pytest.raises(ConfigError, match="2 images and 1 labels"):
+        classify.calibrate([paint("red"), paint("blue")], ["red"])
+
+
+def test_save_and_load(model, paint, tmp_path, make_model):
+    classify = ZeroShotClassifier(model, ["red", "{braces}"], none="black", multi_label=True)
+    classify.temperature = 2.0
+    classify.save(tmp_path / "c.safetensors")
+    again = ZeroShotClassifier.load(tmp_path / "c.safetensors", model)
+    assert again.labels == classify.labels
+    np.testing.assert_array_equal(again(paint("red")).logits, classify(paint("red")).logits)
+    with pytest.raises(CheckpointError, match="embeds differently"):
+        ZeroShotClassifier.load(tmp_path / "c.safetensors", make_model(seed=1))
+    (tmp_path / "torn").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="is no zero-shot classifier"):
+        ZeroShotClassifier.load(tmp_path / "torn", model)
+
+
+def test_many_prompts_are_embedded_once(make_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(prompts, "CACHED", 5)
+    labels = [f"thing {i}" for i in range(20)]
+    first, second, other = make_model(), make_model(), make_model(seed=1)
+    first.fingerprint = second.fingerprint = "same"
+    other.fingerprint = "another"
+    z = ZeroShotClassifier(first, labels).z_labels
+    monkeypatch.setattr(second, "encode_text", lambda texts: pytest.fail("encoded again"))
+    np.testing.assert_array_equal(ZeroShotClassifier(second, labels).z_labels, z)
+    assert not np.allclose(ZeroShotClassifier(other, labels).z_labels, z)
+    file = next((tmp_path / "classifiers").glob("*.npy"))
+    file.write_bytes(b"torn")
+    ZeroShotClassifier(first, labels)
+
+
+def test_ten_thousand_classes_take_few_calls(model, paint):
+    calls = []
+    encode = model.encode_text
+    model.encode_text = lambda texts: calls.append(len(texts)) or encode(texts)
+    classify = ZeroShotClassifier(model, [f"c{i}" for i in range(10_000)], templates=["{}"])
+    assert max(calls) == 4096
+    assert len(calls) == 3
+    assert classify(paint("red")).logits.shape == (1, 10_000)
+    assert isinstance(classify(paint("red")), Classification)

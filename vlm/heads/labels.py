@@ -1,0 +1,141 @@
+"""Where labels and templates come from: lists, files, data sets, and what other tools install.
+
+["dog", "cat"]                    names, or a mapping from a name to sentences of its own
+"names.txt"                       one name on each line
+"names.json"                      a list, or a mapping from a name to its sentences
+"en_classnames.json:cifar10"      the entry of a data set, in the form of CLIP_benchmark
+"tfds:cifar10"                    the names that a TFDS data set gives its classes
+"open_clip:imagenet"              those in an installed open_clip
+"""
+
+import ast
+import importlib.util
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm.errors import ConfigError, DataError
+
+Labels = Sequence[str] | Mapping[str, Sequence[str]]
+IMAGENET = {"labels": "IMAGENET_CLASSNAMES", "templates": "OPENAI_IMAGENET_TEMPLATES"}
+SIMPLE = "SIMPLE_IMAGENET_TEMPLATES"
+
+
+def read_labels(source: str | os.PathLike | Labels) -> Labels:
+    """Labels from any of the places above; a list or a mapping stays as it is.
+
+    Raises:
+        ConfigError: a place of no known kind.
+        DataError: a file that is missing or holds something else.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return source
+    place = os.fspath(source)
+    if place.startswith("tfds:"):
+        return _tfds_names(place.removeprefix("tfds:"))
+    if place.startswith("open_clip:"):
+        return _open_clip(place.removeprefix("open_clip:"), "labels")
+    return _from_file(place, "labels")
+
+
+def read_templates(source: str | os.PathLike | Sequence[str]) -> Sequence[str] | Mapping:
+    """Templates from a JSON file in the form of CLIP_benchmark, or from an installed open_clip.
+
+    Its `{c}` becomes our `{}`. A mapping gives a class its own sentences (CuPL, arXiv:2209.03320)
+    and stands in the place of labels.
+
+    Raises:
+        ConfigError, DataError: see `read_labels`.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return source
+    place = os.fspath(source)
+    if place.startswith("open_clip:"):
+        return _open_clip(place.removeprefix("open_clip:"), "templates")
+    found = _from_file(place, "templates")
+    if isinstance(found, Mapping):
+        return found
+    return [template.replace("{c}", "{}") for template in found]
+
+
+def _from_file(place: str, what: str) -> Any:
+    path, _, key = place.rpartition(":") if not os.path.isfile(place) else (place, "", "")
+    if not path:
+        path, key = place, ""
+    file = Path(path).expanduser()
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"there is no file {path!r} of {what}: check the path") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not a UTF-8 text: give one name on each line") from None
+    if file.suffix != ".json":
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+        if not names:
+            raise DataError(f"{path} holds no {what}: give one on each line")
+        return names
+    try:
+        held = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}): write it again") from None
+    if key:
+        entry = key if not isinstance(held, dict) or key in held else key.rpartition("/")[2]
+        if not isinstance(held, dict) or entry not in held:
+            known = ", ".join(list(held)[:8]) if isinstance(held, dict) else "no names at all"
+            raise DataError(f"{path} has no {what} of {key!r}: it has {known}")
+        held = held[entry]
+    of_texts = isinstance(held, list) and all(isinstance(name, str) for name in held)
+    of_lists = isinstance(held, dict) and all(
+        isinstance(own, list) and all(isinstance(text, str) for text in own)
+        for own in held.values()
+    )
+    if not (of_texts or of_lists):
+        hint = (
+            f"name one of its entries, {path}:{next(iter(held))}" if isinstance(held, dict) else ""
+        )
+        raise DataError(f"{path} holds no list of {what}: {hint or 'write a list of texts'}")
+    return held
+
+
+def _tfds_names(name: str) -> list[str]:
+    import tensorflow_datasets as tfds
+
+    name, _, feature = name.partition(":")
+    try:
+        features = tfds.builder(name).info.features
+    except Exception as error:
+        raise DataError(
+            f"TFDS does not know the data set {name!r} ({type(error).__name__}): check its name, "
+            "and that it is prepared on this machine"
+        ) from None
+    named = [f for f in ([feature] if feature else features) if hasattr(features.get(f), "names")]
+    if not named:
+        raise DataError(f"the data set {name!r} has no feature {feature or 'of labels'!r}")
+    return list(features[named[0]].names)
+
+
+def _open_clip(name: str, what: str) -> list[str]:
+    """What `open_clip.zero_shot_metadata` defines, read from its source: it would import torch."""
+    if name not in ("imagenet", "imagenet_simple"):
+        raise ConfigError(f"open_clip has no {what} of {name!r}: it has those of imagenet")
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None or spec.origin is None:
+        raise ConfigError("open_clip is not installed: pip install open_clip_torch")
+    file = Path(spec.origin).parent / "zero_shot_metadata.py"
+    wanted = IMAGENET[what] if name == "imagenet" or what == "labels" else SIMPLE
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == wanted:
+            return [_text(element) for element in node.value.elts]
+    raise DataError(f"{file} defines no {wanted}: install another open_clip")
+
+
+def _text(node: Any) -> str:
+    """A text, or the text that a lambda of one argument formats, with `{}` for it."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Lambda) and isinstance(node.body, ast.JoinedStr):
+        parts = node.body.values
+        return "".join(p.value if isinstance(p, ast.Constant) else "{}" for p in parts)
+    raise DataError("open_clip writes its templates in a form that vlm does not know")
