@@ -48,9 +48,12 @@ with epy.lazy_api_imports(globals()):
     from vlm.evaluate.runner import Report as Report
     from vlm.evaluate.tasks import DataInfo as DataInfo
     from vlm.evaluate.tasks import RetrievalTask as RetrievalTask
+    from vlm.evaluate.tasks import SelectionTask as SelectionTask
     from vlm.evaluate.tasks import ZeroShotTask as ZeroShotTask
     from vlm.heads.few_shot import FewShotClassifier as FewShotClassifier
+    from vlm.heads.neighbours import NeighbourClassifier as NeighbourClassifier
     from vlm.heads.prompts import TEMPLATES as TEMPLATES
+    from vlm.heads.query import Query as Query
     from vlm.heads.retrieval import RetrievalIndex as RetrievalIndex
     from vlm.heads.zero_shot import ZeroShotClassifier as ZeroShotClassifier
 

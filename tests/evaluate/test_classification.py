@@ -47,9 +47,9 @@ def test_worked_values():
     scores, relevant = np.array([[3.0], [2.0], [1.0]]), np.array([[1], [0], [1]], bool)
     assert mean_average_precision(scores, relevant).value == pytest.approx((1 + 2 / 3) / 2)
     # 0.75 and 0.95 sure, one right and one wrong: gaps of 0.25 and 0.95, each of half the images.
-    sure = np.array([[0.75, 0.25], [0.95, 0.05]])
-    assert calibration_error(sure, np.array([0, 1])).value == pytest.approx((0.25 + 0.95) / 2)
-    assert reliability(sure, np.array([0, 1])) == [(0.75, 1.0, 1), (0.95, 0.0, 1)]
+    sure, right = np.array([0.75, 0.95]), np.array([True, False])
+    assert calibration_error(sure, right).value == pytest.approx((0.25 + 0.95) / 2)
+    assert reliability(sure, right) == [(0.75, 1.0, 1), (0.95, 0.0, 1)]
 
 
 def test_ties_count_as_misses():
@@ -78,8 +78,8 @@ def test_calibration_agrees_with_scikit_learn(scored):
     share, mean = calibration.calibration_curve(right, sure, n_bins=15)
     counts = np.histogram(sure, np.linspace(0, 1, 16))[0]
     expected = np.abs(share - mean) @ (counts[counts > 0] / len(p))
-    assert calibration_error(p, target).value == pytest.approx(expected, abs=1e-6)
-    np.testing.assert_allclose([r[1] for r in reliability(p, target)], share, atol=1e-6)
+    assert calibration_error(sure, right).value == pytest.approx(expected, abs=1e-6)
+    np.testing.assert_allclose([r[1] for r in reliability(sure, right)], share, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +189,6 @@ def test_bad_input():
     with pytest.raises(DataError, match="give one for each image and class"):
         mean_average_precision(np.zeros((3, 2)), np.zeros((2, 2), bool))
     with pytest.raises(DataError, match="not finite"):
-        calibration_error(np.full((2, 2), np.nan), np.array([0, 1]))
+        calibration_error(np.full(2, np.nan), np.array([True, False]))
     with pytest.raises(DataError, match="the same number of instances"):
         selection_metrics(np.zeros((3, 2, 4)), np.zeros((2, 2, 4)))

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from vlm.cli import parse, runtime
 from vlm.cli.parse import UsageError
@@ -16,12 +16,17 @@ directions, each with its 95% interval.
 
 A run is measured on the data it was trained for. Any other model needs --data.source.
 
+--tasks names data of their own instead: tfds:NAME, folder:PATH (a folder for each class),
+wds:SHARDS, retrieval:NAME, or a suite: vtab, datacomp38, flickr30k, coco, imagenet. What is not on
+this machine is named and left out; nothing is downloaded.
+
 Examples:
   vlm eval runs/openmoji
   vlm eval ViT-B-32/ --data.source tfds:cifar10 --data.label label
+  vlm eval ViT-B-32/ --tasks tfds:cifar10,retrieval:coco_captions,folder:photos --out results/
   vlm eval runs/openmoji --tasks zero-shot --out results.json"""
 
-Task = Literal["zero-shot", "retrieval"]
+OWN = ("zero-shot", "retrieval")  # tasks over the data that the options describe
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,12 @@ class Options:
     """What to measure, and on what."""
 
     data: DataConfig
-    tasks: tuple[Task, ...] = ()  # by default both; of data with a label, zero-shot alone
+    # zero-shot, retrieval (by default both; of data with a label, zero-shot alone), or see above
+    tasks: tuple[str, ...] = ()
     json: bool = False  # print the report as JSON instead of a table
-    out: str | None = None  # a file for the report as JSON
+    # A file that ends in .json, for the report; or a folder, for a page, a file of CLIP_benchmark's
+    # form and a Parquet file of each query for every task. Tasks that are there are not done again.
+    out: str | None = None
 
 
 def main(args: list[str]) -> None:
@@ -41,7 +49,7 @@ def main(args: list[str]) -> None:
         raise UsageError("the model comes first: vlm eval MODEL [--data.source NAME] ...")
     model, *rest = args
     run = experiment_of(model)
-    named = any(arg.split("=")[0] == "--data.source" for arg in rest)
+    named = any(arg.split("=")[0] in ("--data.source", "--tasks") for arg in rest)
     if run is None and not named and not {"-h", "--help"} & set(rest):
         raise UsageError(
             f"{model} is no run of vlm, so say what to measure it on: --data.source NAME, such as "
@@ -57,15 +65,73 @@ def evaluate(model: str, options: Options) -> None:
     from rich.console import Console
 
     from vlm.bundle import load
+    from vlm.evaluate.results_folder import write_result
     from vlm.evaluate.runner import evaluate as run_tasks
 
-    report = run_tasks(load(model), tasks(options))
-    if options.out:
-        report.save(options.out)
+    if set(options.tasks) <= set(OWN):
+        report = run_tasks(load(model), tasks(options))
+        if options.out and options.out.endswith(".json"):
+            report.save(options.out)
+        elif options.out:
+            for result in report.results:
+                write_result(options.out, result)
+            _finish(options.out, report)
+    else:
+        report = _run_named(model, options)
     if options.json:
         print(report.to_json())
     else:
         Console().print(report)
+
+
+def _run_named(model: str, options: Options) -> Any:
+    """The report of tasks and suites by name: those that are finished are read, others measured."""
+    from vlm.bundle import load
+    from vlm.cli.terminal import print_status
+    from vlm.errors import ConfigError, DataError
+    from vlm.evaluate.results_folder import read_result, write_gallery, write_result
+    from vlm.evaluate.runner import Report, measure
+    from vlm.evaluate.suites import Missing, expand, open_task
+
+    try:
+        names = expand(options.tasks)
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
+    folder = options.out if options.out and not options.out.endswith(".json") else None
+    bundle, results = load(model), []
+    for name in names:
+        done = read_result(folder, name) if folder else None
+        if done is not None and done.provenance.evidence.get("fingerprint") == bundle.fingerprint:
+            results.append(done)
+            continue
+        task = open_task(name, options.data.data_dir)
+        if isinstance(task, Missing):
+            print_status(f"left out {name}: {task.why}")
+            continue
+        results.append(measure(bundle, task))
+        if folder:
+            write_gallery(folder, results[-1], task)
+            write_result(folder, results[-1])
+    if not results:
+        raise DataError(f"none of the tasks {', '.join(names)} can be measured here: see above")
+    report = Report(tuple(results))
+    if folder:
+        _finish(folder, report)
+    elif options.out:
+        report.save(options.out)
+    return report
+
+
+def _finish(folder: str, report: Any) -> None:
+    """The report of a folder of results, and its page."""
+    from etils import epath
+
+    from vlm.evaluate.evaluation_page import write_page
+    from vlm.evaluate.results_folder import RESULTS, read_gallery
+
+    report.save(epath.Path(folder) / RESULTS)
+    galleries = {result.task: read_gallery(folder, result.task) for result in report.results}
+    write_page(epath.Path(folder) / "report.html", report, galleries=galleries)
 
 
 def tasks(options: Options) -> list[Any]:

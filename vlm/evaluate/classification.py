@@ -87,21 +87,21 @@ def mean_average_precision(
 
 
 def calibration_error(
-    probabilities: Float[np.ndarray, "n m"],
-    target: Int[np.ndarray, " n"],
+    confidence: Float[np.ndarray, " n"],
+    right: Bool[np.ndarray, " n"],
     bins: int = BINS,
     resamples: int = RESAMPLES,
 ) -> Metric:
     """The expected calibration error: how far confidence is from accuracy, on the whole.
 
-    The images are put into bins of equal width by their highest probability; the error is the mean
-    over bins, weighted by their images, of |accuracy - mean confidence|. Of few images it is above
-    zero even for a calibrated model. The interval is a bootstrap over images.
+    The images are put into bins of equal width by the score of what is predicted; the error is the
+    mean over bins, weighted by their images, of |accuracy - mean confidence|. Of few images it is
+    above zero even for a calibrated model. The interval is a bootstrap over images.
 
     Raises:
         DataError: sizes that disagree, values that are not finite.
     """
-    confidence, right, at = _binned(probabilities, target, bins)
+    confidence, right, at = _binned(confidence, right, bins)
 
     def error(weights: np.ndarray) -> float:
         gaps = np.bincount(at, weights * (right - confidence), minlength=bins)
@@ -111,10 +111,10 @@ def calibration_error(
 
 
 def reliability(
-    probabilities: Float[np.ndarray, "n m"], target: Int[np.ndarray, " n"], bins: int = BINS
+    confidence: Float[np.ndarray, " n"], right: Bool[np.ndarray, " n"], bins: int = BINS
 ) -> list[tuple[float, float, int]]:
     """For each bin with images: their mean confidence, their accuracy, their number."""
-    confidence, right, at = _binned(probabilities, target, bins)
+    confidence, right, at = _binned(confidence, right, bins)
     rows = []
     for b in range(bins):
         here = at == b
@@ -143,8 +143,10 @@ def checked_scores(scores: np.ndarray) -> np.ndarray:
     return scores
 
 
-def _binned(probabilities, target, bins):
-    p = checked_scores(probabilities).astype(np.float64)
-    confidence, right = p.max(axis=1), (p.argmax(axis=1) == np.asarray(target)).astype(np.float64)
+def _binned(confidence, right, bins):
+    confidence = checked_scores(np.asarray(confidence)[:, None]).astype(np.float64)[:, 0]
+    right = np.asarray(right, np.float64)
+    if right.shape != confidence.shape:
+        raise DataError(f"{len(confidence)} scores and {len(right)} outcomes: give one each")
     at = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
     return confidence, right, at

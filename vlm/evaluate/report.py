@@ -108,7 +108,7 @@ def write_report(
         section(
             "Results",
             "Each with its 95% confidence interval, over n queries. Ties count as misses.",
-            _table(results),
+            results_table(results),
         ),
         section(
             "Held-out images and what the model calls them",
@@ -128,7 +128,7 @@ def write_report(
     name = str(config.get("name", "experiment"))
     lead = f"A training run of vlm on {_get(config, 'data.source') or 'its data'}."
     path = epath.Path(run_dir) / "report.html"
-    html = page(name, lead, sections, [credits, *_footnotes(results)])
+    html = page(name, lead, sections, [credits, *footnotes(results)])
     partial = path.parent / "report.html.partial"
     partial.write_text(html)
     partial.replace(path)
@@ -231,7 +231,8 @@ def _accuracy(rows: list[dict], key: str, name: str, color: int) -> Line:
     return Line(name, x, y, low, high, markers=True, color=color)
 
 
-def _table(results: Report) -> str:
+def results_table(results: Report) -> str:
+    """The metrics of every task with their intervals, as HTML."""
     rows = []
     for result in results.results:
         head = f"<td>{escape(result.task)}</td><td>{escape(str(result.provenance.data))}</td>"
@@ -316,7 +317,7 @@ def _config(config: Mapping[str, Any]) -> str:
     return f'<details class="card"><summary>As JSON</summary><pre>{text}</pre></details>'
 
 
-def _footnotes(results: Report) -> Iterable[str]:
+def footnotes(results: Report) -> Iterable[str]:
     """One sentence per provenance that differs in more than its task."""
     for origin in dict.fromkeys(
         (r.provenance.model, r.provenance.device, tuple(r.provenance.versions.items()))

@@ -17,8 +17,9 @@ from rich.table import Table
 
 from vlm._version import __version__
 from vlm.errors import CheckpointError, ConfigError
-from vlm.evaluate.metrics import Metric
-from vlm.evaluate.tasks import DataInfo, RetrievalTask, ZeroShotTask
+from vlm.evaluate.evidence import Samples, model_facts
+from vlm.evaluate.intervals import Metric
+from vlm.evaluate.tasks import DataInfo, Task
 from vlm.heads.show import escape
 
 FORMAT, VERSION = "vlm evaluation report", 1
@@ -36,6 +37,9 @@ class Provenance:
     seconds: float  # of encoding and scoring
     device: str
     versions: dict[str, str]
+    # By hash or in words, as far as they are known: `fingerprint` (of the weights), `preprocess`,
+    # `tokenizer`, `dtype`, `data_hash` (images and targets), `texts_hash` (captions, class names).
+    evidence: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,9 @@ class Result:
     task: str
     metrics: dict[str, Metric]
     provenance: Provenance
+    kind: str = ""  # of the task, as CLIP_benchmark calls it
+    # Of each query; not in the JSON, but a Parquet file of its own.
+    samples: Samples | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,9 @@ class Report:
 
     def to_json(self) -> str:
         """The report as JSON; `from_json` gives an equal report back."""
-        results = [dataclasses.asdict(result) for result in self.results]
+        results = [dataclasses.asdict(dataclasses.replace(r, samples=None)) for r in self.results]
+        for result in results:
+            del result["samples"]
         body = {"format": FORMAT, "version": VERSION, "results": results}
         return json.dumps(body, indent=2, ensure_ascii=False)
 
@@ -145,7 +154,7 @@ class Report:
         return ", ".join(dict.fromkeys(result.provenance.model for result in self.results))
 
 
-def evaluate(model: Any, tasks: Iterable[ZeroShotTask | RetrievalTask]) -> Report:
+def evaluate(model: Any, tasks: Iterable[Task]) -> Report:
     """Measure a model on every task.
 
     Raises:
@@ -158,18 +167,25 @@ def evaluate(model: Any, tasks: Iterable[ZeroShotTask | RetrievalTask]) -> Repor
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"two tasks are called {name!r}: give each a `name` of its own")
-    results = []
-    for task in tasks:
-        start = time.perf_counter()
-        metrics = task.measure(model)
-        seconds = time.perf_counter() - start
-        origin = provenance(model.name, task.data, task.templates, seconds)
-        results.append(Result(task.name, metrics, origin))
-    return Report(tuple(results))
+    return Report(tuple(measure(model, task) for task in tasks))
+
+
+def measure(model: Any, task: Task) -> Result:
+    """The result of one task, with its samples."""
+    start = time.perf_counter()
+    found = task.measure(model)
+    seconds = time.perf_counter() - start
+    evidence = {"data_hash": found.data_hash, "texts_hash": found.texts_hash, **model_facts(model)}
+    origin = provenance(model.name, task.data, task.templates, seconds, evidence)
+    return Result(task.name, found.metrics, origin, task.kind, found.samples)
 
 
 def provenance(
-    model: str, data: DataInfo, templates: Sequence[str] = ("{}",), seconds: float = 0.0
+    model: str,
+    data: DataInfo,
+    templates: Sequence[str] = ("{}",),
+    seconds: float = 0.0,
+    evidence: dict[str, str] | None = None,
 ) -> Provenance:
     """The provenance of a measurement made just now, in this process, on its devices."""
     import jax
@@ -185,6 +201,7 @@ def provenance(
         seconds=round(seconds, 3),
         device=f"{len(devices)} x {devices[0].device_kind}",
         versions=versions,
+        evidence=evidence or {},
     )
 
 
@@ -193,6 +210,7 @@ def _result(values: dict[str, Any]) -> Result:
     return Result(
         task=values["task"],
         metrics={name: Metric(**metric) for name, metric in values["metrics"].items()},
+        kind=values.get("kind", ""),
         provenance=Provenance(
             **{
                 **origin,

@@ -1,6 +1,6 @@
 """Tasks: what is asked of a model, and over which data. A task measures; the runner records."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +8,15 @@ import numpy as np
 from jaxtyping import Int
 
 from vlm.errors import ConfigError
-from vlm.evaluate.metrics import Metric, pair_retrieval_metrics, zero_shot_metrics
+from vlm.evaluate.classification import calibration_error, mean_per_class_recall
+from vlm.evaluate.evidence import Hashing, Samples, digest
+from vlm.evaluate.intervals import Metric
+from vlm.evaluate.metrics import best_ranks, clusters, pair_retrieval_metrics, zero_shot_metrics
+from vlm.evaluate.selection import selection_hits, selection_metrics
 from vlm.heads.prompts import TEMPLATES, check_templates, class_embeddings
+from vlm.heads.zero_shot import to_scores
+
+BLOCK = 1024  # images scored at once
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,22 @@ class DataInfo:
         return f"{self.name}{version}{split}"
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a task found.
+
+    Attributes:
+        metrics: by name.
+        samples: a row per query: its rank (how many wrong answers were as good), its cluster, more.
+        data_hash: of the images and targets. texts_hash: of the captions or class names.
+    """
+
+    metrics: dict[str, Metric]
+    samples: Samples
+    data_hash: str
+    texts_hash: str
+
+
 @dataclass(frozen=True, eq=False)
 class ZeroShotTask:
     """Choose each image's caption, or class, among all of them: top-k accuracy.
@@ -38,6 +61,9 @@ class ZeroShotTask:
         templates: sentences around a caption; the caption alone by default.
         ks: the k of top-k.
         name: of the task in a report.
+        classes: the captions are classes of many images: mean recall per class and calibration are
+            measured too.
+        image_at: an image again by its number, for a page that shows some of them.
 
     Raises:
         ConfigError: a caption given twice (its images could never be right), a bad template.
@@ -50,6 +76,10 @@ class ZeroShotTask:
     templates: Sequence[str] = TEMPLATES["plain"]
     ks: Sequence[int] = (1, 5)
     name: str = "zero-shot"
+    classes: bool = False
+    image_at: Callable[[int], Any] | None = None
+
+    kind = "zeroshot_classification"  # as CLIP_benchmark calls it
 
     def __post_init__(self):
         check_templates(self.templates)
@@ -62,11 +92,23 @@ class ZeroShotTask:
                 )
             seen.add(caption)
 
-    def measure(self, model: Any) -> dict[str, Metric]:
-        """`top1`, `top5`, ... of the model."""
+    def measure(self, model: Any) -> Measured:
+        """`top1`, `top5`, ... of the model; of classes more."""
         z_captions = class_embeddings(model, self.captions, self.templates)
-        z_image = model.encode_image(self.images)
-        return zero_shot_metrics(z_image, z_captions, np.asarray(self.target), self.ks)
+        images, target = Hashing(self.images), np.asarray(self.target)
+        z_image = np.asarray(model.encode_image(images), np.float32)
+        metrics = zero_shot_metrics(z_image, z_captions, target, self.ks)
+        rows = np.arange(len(target))
+        ranks = best_ranks(z_image, z_captions, np.stack([rows, target], axis=1))
+        predicted, confidence = _best(model, z_image, z_captions)
+        if self.classes:
+            metrics["mean_per_class_recall"] = mean_per_class_recall(ranks, target)
+            metrics["calibration_error"] = calibration_error(confidence, predicted == target)
+        samples = {
+            "query": rows, "target": target, "predicted": predicted, "rank": ranks,
+            "confidence": confidence, "cluster": rows,
+        }  # fmt: skip
+        return Measured(metrics, samples, images.digest(target), digest(self.captions))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,11 +131,82 @@ class RetrievalTask:
     ks: Sequence[int] = (1, 5, 10)
     name: str = "retrieval"
 
+    kind = "zeroshot_retrieval"
     templates = TEMPLATES["plain"]  # the texts are whole sentences already
 
-    def measure(self, model: Any) -> dict[str, Metric]:
+    def measure(self, model: Any) -> Measured:
         """`image_to_text_R@1`, ..., `text_to_image_R@10` of the model."""
-        z_text = model.encode_text(list(self.texts))
-        z_image = model.encode_image(self.images)
-        positives = None if self.positives is None else np.asarray(self.positives)
-        return pair_retrieval_metrics(z_image, z_text, positives, self.ks)
+        z_text = np.asarray(model.encode_text(list(self.texts)), np.float32)
+        images = Hashing(self.images)
+        z_image = np.asarray(model.encode_image(images), np.float32)
+        pairs = None if self.positives is None else np.asarray(self.positives)
+        metrics = pair_retrieval_metrics(z_image, z_text, pairs, self.ks)
+        if pairs is None:
+            pairs = np.repeat(np.arange(len(z_image))[:, None], 2, axis=1)
+        parts = []
+        for way, z_query, z_key, own in (
+            ("image_to_text", z_image, z_text, pairs),
+            ("text_to_image", z_text, z_image, pairs[:, ::-1]),
+        ):
+            ranks = best_ranks(z_query, z_key, own)
+            asked = np.flatnonzero(ranks >= 0)
+            groups = clusters(own, len(z_query), len(z_key))[asked]
+            parts.append((np.full(len(asked), way), asked, ranks[asked], groups))
+        names = ("direction", "query", "rank", "cluster")
+        samples = {
+            n: np.concatenate(p) for n, p in zip(names, zip(*parts, strict=True), strict=True)
+        }
+        return Measured(metrics, samples, images.digest(pairs.ravel()), digest(self.texts))
+
+
+@dataclass(frozen=True, eq=False)
+class SelectionTask:
+    """Tell the captions of an instance apart by its images: Winoground, SugarCrepe.
+
+    Args:
+        images: the images of each instance, all instances with the same number of them.
+        texts: the captions of each instance; image j belongs to caption j.
+        data: where the instances come from.
+        name: of the task in a report.
+    """
+
+    images: Iterable[Sequence[Any]]
+    texts: Sequence[Sequence[str]]
+    data: DataInfo
+    name: str = "selection"
+
+    kind = "image_caption_selection"
+    templates = TEMPLATES["plain"]
+
+    def measure(self, model: Any) -> Measured:
+        """`image_acc`, `text_acc` and `acc` of the model."""
+        count = len(self.texts)
+        images = Hashing(image for own in self.images for image in own)
+        z_image = np.asarray(model.encode_image(images), np.float32)
+        z_text = np.asarray(model.encode_text([t for own in self.texts for t in own]), np.float32)
+        if not count or len(z_image) % count or len({len(own) for own in self.texts}) > 1:
+            raise ConfigError(
+                f"{self.data}: {count} instances with {len(z_image)} images and {len(z_text)} "
+                "captions: give each the same number of both"
+            )
+        z_image = z_image.reshape(count, -1, z_image.shape[1])
+        z_text = z_text.reshape(count, -1, z_text.shape[1])
+        hits = selection_hits(z_image, z_text)
+        rows = np.arange(count)
+        samples = {"query": rows, "cluster": rows, "rank": 1 - hits["acc"].astype(np.int64), **hits}
+        texts = [text for own in self.texts for text in own]
+        return Measured(selection_metrics(z_image, z_text), samples, images.digest(), digest(texts))
+
+
+Task = ZeroShotTask | RetrievalTask | SelectionTask
+
+
+def _best(model: Any, z_image: np.ndarray, z_captions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The best caption of each image, and its score; a block of images at a time."""
+    predicted, confidence = [], []
+    scale, bias = getattr(model, "logit_scale", 1.0), getattr(model, "logit_bias", 0.0)
+    for start in range(0, len(z_image), BLOCK):
+        logits = scale * (z_image[start : start + BLOCK] @ z_captions.T) + bias
+        predicted.append(logits.argmax(axis=1))
+        confidence.append(to_scores(logits, getattr(model, "loss", "softmax")).max(axis=1))
+    return np.concatenate(predicted), np.concatenate(confidence)

@@ -19,7 +19,7 @@ def top_k(
     *,
     allowed: Bool[np.ndarray, " n"] | None = None,
     min_score: float = -np.inf,
-    scales: Iterable[Float[np.ndarray, " n"] | None] | None = None,
+    scales: Iterable[np.ndarray | None] | None = None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Positions and scores of the k largest products per query, over rows given in blocks.
 

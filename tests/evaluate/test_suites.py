@@ -1,0 +1,149 @@
+"""Tasks by name over real files, their folder of results, and the page."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm.errors import CheckpointError, ConfigError
+from vlm.evaluate.comparison import compare
+from vlm.evaluate.evaluation_page import write_page
+from vlm.evaluate.results_folder import (
+    read_gallery,
+    read_report,
+    read_result,
+    write_gallery,
+    write_result,
+)
+from vlm.evaluate.runner import Report, evaluate, measure
+from vlm.evaluate.suites import Missing, expand, open_task
+from vlm.evaluate.tasks import DataInfo, SelectionTask
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 70, 220)}
+
+
+class Model:
+    """Means of pictures against colour words, with noise that differs by model."""
+
+    loss, logit_scale, logit_bias = "softmax", 10.0, 0.0
+
+    def __init__(self, name="a", noise=0.0):
+        self.name, self.fingerprint, self.noise = name, name, noise
+
+    def encode_image(self, images, batch_size=32):
+        from vlm.inputs.opening import open_image
+
+        rows = [np.asarray(open_image(image), np.float32).mean((0, 1)) for image in images]
+        rng = np.random.default_rng(len(self.name))
+        z = np.array(rows) / 127 - 1 + self.noise * rng.standard_normal((len(rows), 3))
+        return (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32)
+
+    def encode_text(self, texts):
+        at = [next((c for c in COLOURS if c in text), "red") for text in texts]
+        z = np.array([COLOURS[c] for c in at], np.float32) / 127 - 1
+        return z / np.linalg.norm(z, axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for colour, value in COLOURS.items():
+        (folder / "test" / colour).mkdir(parents=True)
+        for i in range(8):
+            pixels = (np.array(value) + 90 * rng.standard_normal((6, 6, 3)) * (i % 3)).clip(0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / "test" / colour / f"{i}.png")
+    return folder
+
+
+def test_suites_are_named_and_expanded():
+    assert len(expand(("vtab",))) == 19
+    assert len(expand(("datacomp38",))) == 38
+    assert expand(("coco,tfds:mnist", "coco")) == ["retrieval:coco_captions", "tfds:mnist"]
+    with pytest.raises(ConfigError, match="no task or suite 'captioning'"):
+        expand(("captioning",))
+
+
+def test_what_is_not_here_is_named(tmp_path):
+    for name in ("tfds:cifar10", "retrieval:flickr30k", f"folder:{tmp_path}/gone"):
+        missing = open_task(name, data_dir=str(tmp_path))
+        assert isinstance(missing, Missing)
+        assert missing.why
+    assert not list(tmp_path.iterdir())  # and nothing was downloaded
+
+
+def test_a_folder_is_classified_and_recorded(photos, tmp_path):
+    name = f"folder:{photos}"
+    task = open_task(name)
+    result = measure(Model(), task)
+    assert set(result.metrics) == {"top1", "mean_per_class_recall", "calibration_error"}
+    assert result.metrics["top1"].n == 24
+    assert result.provenance.evidence["fingerprint"] == "a"
+    write_gallery(tmp_path, result, task)
+    write_result(tmp_path, result)
+    body = json.loads(
+        next(p for p in tmp_path.glob("*.json") if "gallery" not in p.name).read_text()
+    )
+    assert {"dataset", "model", "pretrained", "task", "metrics", "language"} <= set(body)
+    assert body["task"] == "zeroshot_classification"
+    assert body["metrics"]["acc1"] == result.metrics["top1"].value
+    again = read_result(tmp_path, name)
+    assert again == result
+    for column, values in result.samples.items():
+        np.testing.assert_array_equal(again.samples[column], values)
+    assert read_result(tmp_path, "another") is None
+    assert read_gallery(tmp_path, name)
+    Report((result,)).save(tmp_path / "results.json")
+    assert read_report(tmp_path)[name].samples is not None
+
+
+def test_the_data_hash_sees_the_pixels(photos, tmp_path):
+    hashes = [
+        measure(Model(), open_task(f"folder:{photos}")).provenance.evidence["data_hash"]
+        for _ in range(2)
+    ]
+    assert hashes[0] == hashes[1]
+    path = photos / "test" / "red" / "0.png"
+    kept = path.read_bytes()
+    Image.new("RGB", (6, 6), (200, 30, 30)).save(path)
+    changed = measure(Model(), open_task(f"folder:{photos}")).provenance.evidence["data_hash"]
+    path.write_bytes(kept)
+    assert changed != hashes[0]
+
+
+def test_the_page_of_two_runs_stands_alone(photos, tmp_path):
+    task = f"folder:{photos}"
+    a, b = (Report((measure(m, open_task(task)),)) for m in (Model(), Model("bb", 0.8)))
+    write_gallery(tmp_path, b.results[0], open_task(task))
+    galleries = {task: read_gallery(tmp_path, task)}
+    write_page(tmp_path / "one.html", a, galleries=galleries)
+    write_page(tmp_path / "two.html", a, b, compare(a[task], b[task]), galleries)
+    for name in ("one.html", "two.html"):
+        page = (tmp_path / name).read_text()
+        assert not re.findall(r'(?:src|href)="(?!data:)', page)
+        assert page.count("Reliability") == (1 if name == "one.html" else 2)
+        assert "Confusion" in page
+        assert "data:image/webp" in page
+    assert "McNemar" in page
+
+
+def test_selection(tmp_path):
+    red, blue = (Image.new("RGB", (4, 4), COLOURS[c]) for c in ("red", "blue"))
+    task = SelectionTask(
+        [[red, blue]] * 3, [["red", "blue"]] * 2 + [["blue", "red"]], DataInfo("w")
+    )
+    found = evaluate(Model(), [task])["selection"]
+    assert found.metrics["acc"].value == pytest.approx(2 / 3)
+    assert found.kind == "image_caption_selection"
+    with pytest.raises(ConfigError, match="give each the same number"):
+        evaluate(Model(), [SelectionTask([[red], [blue]], [["a"], ["b", "c"]], DataInfo("w"))])
+
+
+def test_bad_folders(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is no result of vlm"):
+        read_result(tmp_path, "x")
+    with pytest.raises(CheckpointError, match="there is no report"):
+        read_report(tmp_path)

@@ -1,0 +1,64 @@
+"""`vlm compare`: which of two models is better, on the same examples, and how sure that is."""
+
+from typing import Annotated
+
+from tyro.conf import arg
+
+from vlm.cli import parse
+from vlm.cli.parse import UsageError
+
+
+def main(args: list[str]) -> None:
+    parse.call(compare, "vlm compare", args)
+
+
+def compare(
+    a: Annotated[str, arg(metavar="A")],
+    b: Annotated[str, arg(metavar="B")],
+    /,
+    json: bool = False,
+    out: Annotated[str | None, arg(metavar="FILE.html")] = None,
+) -> None:
+    """Compare two evaluations, example by example: A and B are folders that vlm eval --out wrote.
+
+    Of every task that both have: the difference with its paired bootstrap interval, McNemar's
+    test, which examples only one of the two gets right, and the smallest difference that the data
+    could show. Results of different data are refused.
+
+    Examples:
+      vlm eval MODEL-A --tasks tfds:cifar10 --out a/
+      vlm eval MODEL-B --tasks tfds:cifar10 --out b/
+      vlm compare a/ b/ --out comparison.html
+
+    Args:
+        a: one folder of results.
+        b: the other.
+        json: the comparisons as JSON.
+        out: a page with both side by side.
+    """
+    from rich.console import Console
+
+    from vlm.evaluate.comparison import as_json, as_table
+    from vlm.evaluate.comparison import compare as compare_results
+    from vlm.evaluate.evaluation_page import write_page
+    from vlm.evaluate.results_folder import read_gallery, read_report
+
+    if out and not out.endswith(".html"):
+        raise UsageError(f"--out {out!r} is no page: let it end in .html")
+    one, other = read_report(a), read_report(b)
+    names = [result.task for result in other.results]
+    both = [result for result in one.results if result.task in names]
+    if not both:
+        raise UsageError(
+            f"{a} has the tasks {', '.join(r.task for r in one.results)} and {b} has "
+            f"{', '.join(names)}: evaluate both models on the same tasks"
+        )
+    found = [c for result in both for c in compare_results(result, other[result.task])]
+    if out:
+        galleries = {r.task: read_gallery(a, r.task) | read_gallery(b, r.task) for r in both}
+        write_page(out, one, other, found, galleries)
+    if json:
+        print(as_json(found))
+    else:
+        models = [report.results[0].provenance.model for report in (one, other)]
+        Console().print(as_table(found, *models))

@@ -1,0 +1,92 @@
+"""Accuracy against the number of labelled images of a class, for every head, as one picture."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from vlm.errors import DataError
+from vlm.evaluate.chart import Line, line_chart
+from vlm.evaluate.intervals import Metric, clustered_proportion, proportion
+from vlm.heads.few_shot import Method, fit_head
+
+SHOTS = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What each head reaches.
+
+    Attributes:
+        zero_shot: without any labelled image.
+        points: by method and shots; n counts images times rounds, which are clusters of one image.
+    """
+
+    zero_shot: Metric
+    points: dict[str, dict[int, Metric]]
+
+    def svg(self, title: str = "Accuracy by labelled images of a class") -> str:
+        """The picture, for a page or a file."""
+        shots = sorted({k for row in self.points.values() for k in row})
+        lines = [Line("zero-shot", shots, [self.zero_shot.value] * len(shots))]
+        for color, (method, row) in enumerate(self.points.items(), 1):
+            values = [row[k].value for k in shots]
+            low, high = [row[k].low for k in shots], [row[k].high for k in shots]
+            lines.append(Line(method, shots, values, low, high, markers=True, color=color))
+        return line_chart(lines, title, "labelled images", lambda y: f"{100 * y:.3g}%")
+
+
+def accuracy_by_shots(
+    z_image: Float[np.ndarray, "n d"],
+    target: Int[np.ndarray, " n"],
+    prior: Float[np.ndarray, "d m"],
+    scale: float,
+    methods: Sequence[Method] = ("linear", "mean", "anchored", "cache"),
+    shots: Sequence[int] = SHOTS,
+    rounds: int = 3,
+    seed: int = 0,
+) -> Curve:
+    """Top-1 accuracy on half of the images, after so many of each class from the other half.
+
+    Args:
+        z_image: embeddings, unit norm.
+        target: their classes.
+        prior: zero-shot weights, the logit scale times the embeddings of the classes.
+        scale: the logit scale.
+        methods: of `fit_head`.
+        shots: labelled images of a class; a class that has fewer gives all of them.
+        rounds: of drawing; the halves stay as they are.
+        seed: of the halves and the draws.
+
+    Raises:
+        DataError: a class without an image to learn from.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(target))
+    train, test = order[: len(order) // 2], order[len(order) // 2 :]
+    classes = prior.shape[1]
+    own = [train[target[train] == c] for c in range(classes)]
+    if not all(map(len, own)):
+        raise DataError(f"class {[len(o) for o in own].index(0)} has no image to learn from")
+    right = (z_image[test] @ prior).argmax(1) == target[test]
+    zero_shot = proportion(int(right.sum()), len(right))
+    hits: dict[tuple[str, int], list[np.ndarray]] = {}
+    for _ in range(rounds):
+        drawn = [rng.permutation(o) for o in own]
+        for k in shots:
+            chosen = np.concatenate([o[:k] for o in drawn])
+            for method in methods:
+                head = fit_head(
+                    z_image[chosen], target[chosen], method, None, prior, scale, classes
+                )
+                found = head(z_image[test]).argmax(1) == target[test]
+                hits.setdefault((method, k), []).append(found)
+    groups = np.tile(np.arange(len(test)), rounds)
+    return Curve(
+        zero_shot,
+        {
+            m: {k: clustered_proportion(np.concatenate(hits[m, k]), groups) for k in shots}
+            for m in methods
+        },
+    )
