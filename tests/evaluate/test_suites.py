@@ -116,8 +116,10 @@ def test_the_data_hash_sees_the_pixels(photos, tmp_path):
 def test_the_page_of_two_runs_stands_alone(photos, tmp_path):
     task = f"folder:{photos}"
     a, b = (Report((measure(m, open_task(task)),)) for m in (Model(), Model("bb", 0.8)))
-    write_gallery(tmp_path, b.results[0], open_task(task))
-    galleries = {task: read_gallery(tmp_path, task)}
+    galleries = []
+    for report, place in ((a, tmp_path / "a"), (b, tmp_path / "b")):
+        write_gallery(place, report.results[0], open_task(task))
+        galleries.append({task: read_gallery(place, task)})
     write_page(tmp_path / "one.html", a, galleries=galleries)
     write_page(tmp_path / "two.html", a, b, compare(a[task], b[task]), galleries)
     for name in ("one.html", "two.html"):

@@ -55,7 +55,7 @@ def compare(
         )
     found = [c for result in both for c in compare_results(result, other[result.task])]
     if out:
-        galleries = {r.task: read_gallery(a, r.task) | read_gallery(b, r.task) for r in both}
+        galleries = [{r.task: read_gallery(place, r.task) for r in both} for place in (a, b)]
         write_page(out, one, other, found, galleries)
     if json:
         print(as_json(found))

@@ -131,7 +131,7 @@ def _finish(folder: str, report: Any) -> None:
 
     report.save(epath.Path(folder) / RESULTS)
     galleries = {result.task: read_gallery(folder, result.task) for result in report.results}
-    write_page(epath.Path(folder) / "report.html", report, galleries=galleries)
+    write_page(epath.Path(folder) / "report.html", report, galleries=[galleries])
 
 
 def tasks(options: Options) -> list[Any]:

@@ -23,7 +23,7 @@ def write_page(
     report: Report,
     other: Report | None = None,
     comparisons: Sequence[Comparison] = (),
-    galleries: Mapping[str, Gallery] | None = None,
+    galleries: Sequence[Mapping[str, Gallery]] = (),
 ) -> None:
     """Write the page of a report, or of two side by side with what sets them apart.
 
@@ -32,11 +32,11 @@ def write_page(
         report: with the samples of its results, if they are to be shown.
         other: another report.
         comparisons: of the two.
-        galleries: pictures of some queries, by task.
+        galleries: for each report, pictures of some of its queries, by task.
     """
-    galleries = galleries or {}
+    seen = [*galleries, {}, {}][:2]
     compared = _compared(comparisons) + "".join(
-        _sets_apart(c, galleries.get(c.task, {})) for c in comparisons
+        _sets_apart(c, *(gallery.get(c.task, {}) for gallery in seen)) for c in comparisons
     )
     sections = [section("Comparison", "B against A, by paired tests.", compared)]
     reports = [report] if other is None else [report, other]
@@ -49,7 +49,8 @@ def write_page(
         pair = [result]
         if other is not None:
             pair += [r for r in other.results if r.task == result.task]
-        parts = [_task(one, galleries.get(result.task, {})) for one in pair]
+        pictures = [gallery.get(result.task, {}) for gallery in seen]
+        parts = [_task(one, own) for one, own in zip(pair, pictures, strict=False)]
         if any(parts):
             body = "".join(f"<div>{part}</div>" for part in parts)
             sections.append(section(result.task, str(result.provenance.data), _side_by_side(body)))
@@ -146,10 +147,11 @@ def _confusion(predicted: np.ndarray, target: np.ndarray) -> str:
     )
 
 
-def _sets_apart(c: Comparison, gallery: Gallery) -> str:
-    """Pictures of queries that only one of the two gets right."""
+def _sets_apart(c: Comparison, of_a: Gallery, of_b: Gallery) -> str:
+    """Pictures of queries that only one of the two gets right, and what the other calls them."""
     parts = []
-    for title, queries in (("Only B is right", c.gained), ("Only A is right", c.lost)):
+    sides = (("Only B is right", c.gained, of_a), ("Only A is right", c.lost, of_b))
+    for title, queries, gallery in sides:
         shown = [_figure(gallery[q], "") for q in queries if q in gallery]
         if shown:
             parts.append(_card(f"{c.task}: {title}", f'<div class="strip">{"".join(shown)}</div>'))

@@ -44,7 +44,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th { text-align: left; font-size: 12.5px; font-weight: 500; color: var(--soft) }
 th, td { padding: 8px 18px; border-bottom: 1px solid var(--edge); white-space: nowrap }
 tr:last-child td { border-bottom: 0 } .right { text-align: right }
-.interval { position: relative; width: 220px; height: 18px }
+.interval { position: relative; width: 150px; height: 18px }
 .interval i { position: absolute; inset: 8px 0 auto 0; height: 2px; background: var(--edge) }
 .interval u { position: absolute; top: 6px; height: 6px; border-radius: 3px; background: var(--c0);
   opacity: .35 }

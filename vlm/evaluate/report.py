@@ -32,6 +32,8 @@ ACCURACIES = {"top1": "Top-1", "top5": "Top-5"}
 NAMES = {
     "top1": "Top-1 accuracy",
     "top5": "Top-5 accuracy",
+    "mean_per_class_recall": "Mean recall per class",
+    "calibration_error": "Calibration error",
     "image_to_text_R@1": "Image → text, R@1",
     "image_to_text_R@5": "Image → text, R@5",
     "image_to_text_R@10": "Image → text, R@10",
