@@ -224,7 +224,7 @@ def test_eval_batches_are_in_order_complete_and_equal_in_form(config):
             assert batch["images"].shape == (batch_size, 8, 8, 3)
             np.testing.assert_array_equal(batch["tokens"], TOKENIZER(batch["captions"]))
             for image, i, m in zip(batch["images"], batch["ids"], batch["mask"], strict=True):
-                expected = PREPROCESS.pixels(source[i]["image"]) if m else 0
+                expected = PREPROCESS.pixels(source[int(i)]["image"]) if m else 0
                 np.testing.assert_array_equal(image, np.broadcast_to(expected, image.shape))
 
 
