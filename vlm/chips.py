@@ -2,9 +2,14 @@
 
 Peak rates are dense bfloat16 products with float32 accumulation. Interconnect figures are those
 of one direction: what a chip can send in a second over one link of its torus (TPU) or in all
-(NVLink).
+(NVLink, or PCIe where there is none). `network` is a chip's share of what its machine can send
+to other machines. A machine's threads and memory are those of the type that Google Cloud offers
+for it (docs.cloud.google.com/tpu/docs and /compute/docs/gpus: 4 TPUs, or 8 GPUs); AWS's
+g6e.48xlarge for the L40S, and one superchip for GH200.
 """
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,19 +28,54 @@ class Chip:
     memory_rate: float  # bytes per second
     link_rate: float  # bytes per second, one direction of one link
     links: int  # of the chip: two for each dimension of its torus
+    network: float  # bytes per second that leave a machine, for each of its chips
+    box: int  # chips of one machine, which NVLink or PCIe joins if they are GPUs
+    cores: int | None  # hardware threads of a machine (vCPUs)
+    host_memory: float | None  # bytes of a machine
     source: str
+    unit: int = 16  # rows and columns that a matrix unit multiplies at once
     devices: int = 1
+    reserved: float = 0.0  # bytes of each device that a TPU's runtime keeps to itself
 
     @property
     def dimensions(self) -> int:
         """Of the torus that the chips of a slice form; 0 where a switch joins them all."""
         return self.links // 2 if self.platform == "tpu" else 0
 
+    @property
+    def usable(self) -> float:
+        """Bytes of each device that a program may use.
+
+        On a TPU, what the compiler lets a program have; on a GPU, the share that JAX takes at its
+        start: 75%, or XLA_PYTHON_CLIENT_MEM_FRACTION (docs.jax.dev, GPU memory allocation).
+        """
+        if self.platform == "tpu":
+            return self.memory / self.devices - self.reserved
+        return self.memory * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
+
 
 CLOUD = "docs.cloud.google.com/tpu/docs/"
+HBM = "memory: the compiler's own limit"
 CHIPS = {
     chip.name: chip
     for chip in (
+        Chip(
+            "v3",
+            "tpu",
+            flops=123 * TERA,
+            memory=32 * GIB,
+            memory_rate=900 * GB,
+            link_rate=70 * GB,
+            links=4,
+            network=3.125 * GB,
+            box=4,
+            cores=96,
+            host_memory=340 * GB,
+            unit=128,
+            source=f"{CLOUD}v3; links: arXiv:2304.01433, table 4; network: taken as v5e's; {HBM}",
+            devices=2,
+            reserved=0.52 * GIB,
+        ),
         Chip(
             "v4",
             "tpu",
@@ -44,7 +84,13 @@ CHIPS = {
             memory_rate=1228 * GB,
             link_rate=50 * GB,
             links=6,
-            source=f"{CLOUD}v4; links: arXiv:2304.01433, table 4",
+            network=6.25 * GB,
+            box=4,
+            cores=240,
+            host_memory=407 * GB,
+            unit=128,
+            source=f"{CLOUD}v4; links: arXiv:2304.01433, table 4; network: taken as v5p's; {HBM}",
+            reserved=1.25 * GIB,
         ),
         Chip(
             "v5e",
@@ -54,17 +100,34 @@ CHIPS = {
             memory_rate=819 * GB,
             link_rate=50 * GB,
             links=4,
-            source=f"{CLOUD}v5e (400 GB/s in both directions over 4 ports)",
+            network=3.125 * GB,
+            box=4,
+            cores=112,
+            host_memory=192 * GB,
+            unit=128,
+            source=(
+                f"{CLOUD}v5e (400 GB/s in both directions over 4 ports; two 100 Gb/s adapters "
+                f"for 8); {HBM}"
+            ),
+            reserved=0.25 * GIB,
         ),
         Chip(
             "v5p",
             "tpu",
             flops=459 * TERA,
-            memory=95 * GIB,
+            memory=95.74 * GIB,
             memory_rate=2765 * GB,
             link_rate=100 * GB,
             links=6,
-            source=f"{CLOUD}v5p (1,200 GB/s in both directions; 3D torus)",
+            network=6.25 * GB,
+            box=4,
+            cores=208,
+            host_memory=448 * GB,
+            unit=128,
+            source=(
+                f"{CLOUD}v5p (1,200 GB/s in both directions; 3D torus; network of 50 Gb/s a "
+                f"chip); {HBM}"
+            ),
         ),
         Chip(
             "v6e",
@@ -74,7 +137,16 @@ CHIPS = {
             memory_rate=1638 * GB,
             link_rate=100 * GB,
             links=4,
-            source=f"{CLOUD}v6e (800 GB/s in both directions over 4 ports)",
+            network=12.5 * GB,
+            box=4,
+            cores=180,
+            host_memory=720 * GB,
+            unit=256,
+            source=(
+                f"{CLOUD}v6e (800 GB/s in both directions over 4 ports; four 200 Gb/s adapters "
+                f"for 8); {HBM}"
+            ),
+            reserved=0.75 * GIB,
         ),
         Chip(
             "tpu7x",
@@ -84,8 +156,17 @@ CHIPS = {
             memory_rate=7380 * GB,
             link_rate=100 * GB,
             links=6,
-            source=f"{CLOUD}tpu7x (1,200 GB/s in both directions; two devices per chip)",
+            network=12.5 * GB,
+            box=4,
+            cores=224,
+            host_memory=960 * GB,
+            unit=256,
+            source=(
+                f"{CLOUD}tpu7x (1,200 GB/s in both directions; two devices per chip); network: "
+                f"taken as v6e's; {HBM}"
+            ),
             devices=2,
+            reserved=1.25 * GIB,
         ),
         Chip(
             "a100",
@@ -95,7 +176,31 @@ CHIPS = {
             memory_rate=2039 * GB,
             link_rate=300 * GB,
             links=1,
-            source="NVIDIA A100 80GB SXM data sheet (NVLink 600 GB/s in both directions)",
+            network=25 * GB,
+            box=8,
+            cores=96,
+            host_memory=1360 * GB,
+            source=(
+                "NVIDIA A100 80GB SXM data sheet (NVLink 600 GB/s in both directions); DGX "
+                "A100: 8 adapters of 200 Gb/s"
+            ),
+        ),
+        Chip(
+            "a100-40",
+            "gpu",
+            flops=312 * TERA,
+            memory=40 * GB,
+            memory_rate=1555 * GB,
+            link_rate=300 * GB,
+            links=1,
+            network=25 * GB,
+            box=8,
+            cores=96,
+            host_memory=680 * GB,
+            source=(
+                "NVIDIA A100 40GB SXM data sheet (NVLink 600 GB/s in both directions); DGX "
+                "A100: 8 adapters of 200 Gb/s"
+            ),
         ),
         Chip(
             "h100",
@@ -105,7 +210,31 @@ CHIPS = {
             memory_rate=3350 * GB,
             link_rate=450 * GB,
             links=1,
-            source="NVIDIA H100 SXM data sheet (dense; NVLink 900 GB/s in both directions)",
+            network=50 * GB,
+            box=8,
+            cores=208,
+            host_memory=1872 * GB,
+            source=(
+                "NVIDIA H100 SXM data sheet (dense; NVLink 900 GB/s in both directions); DGX "
+                "H100: 8 adapters of 400 Gb/s"
+            ),
+        ),
+        Chip(
+            "h100-pcie",
+            "gpu",
+            flops=756 * TERA,
+            memory=80 * GB,
+            memory_rate=2000 * GB,
+            link_rate=64 * GB,
+            links=1,
+            network=25 * GB,
+            box=8,
+            cores=None,
+            host_memory=None,
+            source=(
+                "NVIDIA H100 PCIe data sheet (dense; PCIe 128 GB/s in both directions, a bridge "
+                "of pairs left out); network: an assumption, 200 Gb/s each"
+            ),
         ),
         Chip(
             "h200",
@@ -115,7 +244,31 @@ CHIPS = {
             memory_rate=4800 * GB,
             link_rate=450 * GB,
             links=1,
-            source="NVIDIA H200 SXM data sheet (dense; NVLink 900 GB/s in both directions)",
+            network=50 * GB,
+            box=8,
+            cores=224,
+            host_memory=2952 * GB,
+            source=(
+                "NVIDIA H200 SXM data sheet (dense; NVLink 900 GB/s in both directions); DGX "
+                "H200: 8 adapters of 400 Gb/s"
+            ),
+        ),
+        Chip(
+            "gh200",
+            "gpu",
+            flops=990 * TERA,
+            memory=96 * GB,
+            memory_rate=4000 * GB,
+            link_rate=50 * GB,
+            links=1,
+            network=50 * GB,
+            box=1,
+            cores=72,
+            host_memory=480 * GB,
+            source=(
+                "NVIDIA GH200 data sheet (dense; 96 GB HBM3; one superchip a machine); network: "
+                "an assumption, 400 Gb/s each"
+            ),
         ),
         Chip(
             "b200",
@@ -125,30 +278,79 @@ CHIPS = {
             memory_rate=7700 * GB,
             link_rate=900 * GB,
             links=1,
-            source="NVIDIA HGX B200 data sheet (dense; NVLink 1.8 TB/s in both directions)",
+            network=50 * GB,
+            box=8,
+            cores=224,
+            host_memory=3968 * GB,
+            source=(
+                "NVIDIA HGX B200 data sheet (dense; NVLink 1.8 TB/s in both directions); DGX "
+                "B200: 8 adapters of 400 Gb/s"
+            ),
+        ),
+        Chip(
+            "l4",
+            "gpu",
+            flops=121 * TERA,
+            memory=24 * GB,
+            memory_rate=300 * GB,
+            link_rate=32 * GB,
+            links=1,
+            network=1.5625 * GB,
+            box=8,
+            cores=96,
+            host_memory=384 * GB,
+            source=(
+                "NVIDIA L4 data sheet (dense: half of 242; PCIe 64 GB/s in both directions); "
+                "Google's g2-standard-96: 100 Gb/s for 8"
+            ),
+        ),
+        Chip(
+            "l40s",
+            "gpu",
+            flops=362 * TERA,
+            memory=48 * GB,
+            memory_rate=864 * GB,
+            link_rate=32 * GB,
+            links=1,
+            network=6.25 * GB,
+            box=8,
+            cores=192,
+            host_memory=1536 * GB,
+            source=(
+                "NVIDIA L40S data sheet (dense; PCIe 64 GB/s in both directions); AWS "
+                "g6e.48xlarge: 400 Gb/s for 8"
+            ),
         ),
     )
 }
 
-# What JAX calls the devices of these chips (`Device.device_kind`), by a part of the name.
+# What JAX calls the devices of these chips (`Device.device_kind`), by a part of the name; the
+# first that is found counts.
 KINDS = {
+    "TPU v3": "v3",
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
     "TPU v5": "v5p",
     "TPU v6": "v6e",
     "TPU7x": "tpu7x",
+    "A100-SXM4-40GB": "a100-40",
+    "A100-PCIE-40GB": "a100-40",
     "A100": "a100",
+    "GH200": "gh200",
+    "H100 PCIe": "h100-pcie",
     "H100": "h100",
     "H200": "h200",
     "B200": "b200",
+    "L40S": "l40s",
+    "NVIDIA L4": "l4",
 }
 
 
 def chip_of(device_kind: str) -> Chip | None:
     """The chip behind a JAX device, or None where the table has none (such as a CPU)."""
     for part, name in KINDS.items():
-        if part.lower() in device_kind.lower():
+        if re.search(rf"{part}(?!\d)", device_kind, re.IGNORECASE):  # an L40 is no L4
             return CHIPS[name]
     return None
 

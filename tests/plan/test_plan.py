@@ -1,17 +1,22 @@
 """Plans of a small model: for a TPU slice without a TPU, for virtual CPU devices, for GPUs."""
 
+import dataclasses
 import importlib.util
+import io
 import json
 
 import pytest
+from published import ROWS
+from rich.console import Console
 from small import TPU_HEADS, experiment
 
 from vlm.config import MeshConfig
-from vlm.models.flops import executed_flops
+from vlm.models.flops import step_flops
 from vlm.plan import plan, sweep
 from vlm.plan.collectives import ACTIVATIONS, FSDP, GRADIENTS, LOSS_RING, collectives
-from vlm.plan.compile import compile_step
+from vlm.plan.compile import compile_step, parse_refusal
 from vlm.plan.hlo import parse
+from vlm.plan.report import show, show_sweep
 from vlm.plan.topology import topology_devices
 from vlm.sharding import make_mesh
 
@@ -37,14 +42,16 @@ def test_a_tpu_slice_without_a_tpu():
     # The text block on each of two trips, and its gradient on the last one.
     assert 0.3 <= made.sent[LOSS_RING] / (3 * 4 * 1024 * e.model.embed_dim) <= 1.1
     # The attention kernel computes its weights once more in the backward pass.
-    assert made.compiled_flops * 4 == pytest.approx(executed_flops(e), rel=0.03)
+    assert made.compiled_flops * 4 == pytest.approx(
+        sum(part.executed for part in step_flops(e).values()), rel=0.03
+    )
     assert ACTIVATIONS not in places
     step = compile_step(made.experiment, make_mesh(e.mesh, topology_devices(made.topology)))
     kernels = [i.name for i, _, _ in step.program.walk() if "tpu_custom_call" in i.text]
     # Forward and backward, in the loop over the layers of each tower: its result is kept.
     assert sum(name.startswith("attention_backward") for name in kernels) == 2
     assert len(kernels) == 4
-    assert 0 < made.mfu < 1
+    assert 0 < made.mfu.low < made.mfu.high < 1
     assert json.loads(json.dumps(made.to_dict()))["memory"]["basis"] == "compiled"
 
 
@@ -84,18 +91,79 @@ def test_gpus_are_counted_by_hand_and_say_so():
     found = made.to_dict()
     assert found["memory"]["basis"] == found["collectives"]["basis"] == "analytic"
     assert found["roofline"]["basis"] == "analytic"
-    assert found["prediction"]["basis"] == "guess"
+    assert found["prediction"]["basis"] == "expected"
+    low, high = found["prediction"]["step_seconds"]
+    assert low < high <= 1.5001 * low
+    assert "H100" in found["prediction"]["evidence"]
     assert found["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
     assert json.loads(json.dumps(found)) == found
 
 
 def test_a_sweep_puts_the_fastest_that_fits_first():
-    plans = sweep(experiment(batch_size=512), ["h100:8", "a100:8"], batch_per_chip=64)
+    plans = sweep(experiment(batch_size=512), ["h100:8", "l4:8"], batch_per_chip=64)
     assert all(p.fits for p in plans)
-    rates = [p.pairs_per_second / p.topology.chips for p in plans]
+    rates = [p.pairs_per_second.middle / p.topology.chips for p in plans]
     assert rates == sorted(rates, reverse=True)
     assert plans[0].topology.name == "h100:8"
     assert len(plans) == 2 * 2 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TPU, reason="the TPU compiler is not installed (extra `tpu`)")
+def test_compiled_and_hand_counted_plans_are_never_ranked_together():
+    """However fast a GPU looks by hand, what was compiled stands in a table of its own."""
+    e = experiment(64, **TPU_HEADS)
+    plans = sweep(e, ["b200:4", "v5e:2x2"], ["data=4"], ["dots", "full"], compiles=1)
+    assert [p.compiled for p in plans] == [True, False, False, False]
+    assert plans[0].topology.name == "v5e:2x2"
+    text = printed(lambda console: show_sweep(plans, console))
+    first, second = text.split("counted by hand")
+    assert "compiled" in first
+    assert "b200" not in first
+    assert "b200" in second
+
+
+def test_boxes_of_gpus_reduce_inside_first():
+    """NeMo measured 92% of 8 H100's speed on each of 128, and 96% on A100; 52% was predicted."""
+    e = next(row.experiment for row in ROWS if row.model == "CLIP g/14")
+    e = dataclasses.replace(e, remat="full")
+    for chip, least, most in (("h100", 0.85, 0.99), ("a100", 0.88, 0.99)):
+        one, many = (
+            plan(dataclasses.replace(e, batch_size=64 * n), f"{chip}:{n}", compiled=False)
+            for n in (8, 128)
+        )
+        each = [p.pairs_per_second.middle / p.topology.chips for p in (one, many)]
+        assert least < each[1] / each[0] < most
+
+
+@pytest.mark.parametrize("width", [80, 132])
+def test_a_plan_can_be_read_in_so_many_columns(width):
+    made = plan(experiment(512, examples=10**9), "h100-pcie:64", "data=32,fsdp=2")
+    text = printed(lambda console: show(made, console, 2.5), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "time to 1,000,000,000 examples" in text.replace("1,000,000,256", "1,000,000,000")
+    plans = sweep(experiment(2**17), ["h100-pcie:64", "2xv5e:16x16"], compiles=0)
+    text = printed(lambda console: show_sweep(plans, console), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "2xv5e:16x16" in text
+    assert "dots_no_batch" in text
+
+
+def test_a_step_that_does_not_fit_has_no_time():
+    e = experiment(2**21, remat="none")
+    made = plan(e, "l4:8")
+    assert not made.fits
+    assert made.step_seconds is made.mfu is made.needs() is None
+    assert "prediction" not in made.to_dict()
+    text = printed(lambda console: show(made, console))
+    assert "This does not fit" in text
+    assert "MFU" not in text
+
+
+def printed(show, width=80) -> str:
+    file = io.StringIO()
+    show(Console(file=file, width=width))
+    return file.getvalue()
 
 
 PROGRAM = """\
@@ -261,3 +329,66 @@ def test_a_reduction_that_runs_beside_the_rest_is_counted():
     text = text.replace("fusion(%p), kind=kCustom, calls=%end", "call-done(%first)")
     (gather,) = collectives(parse(text), {"data": 2, "fsdp": 2}, [(16, 32)])
     assert (gather.place, gather.count) == (FSDP, 1)
+
+
+BETWEEN = """\
+HloModule step
+
+ENTRY %main (p: f32[8,32]) -> f32[8,32] {
+  %p = f32[8,32]{1,0} parameter(0)
+  %t = token[] after-all()
+  %s = (f32[8,32]{1,0}, u32[], token[]) send(%p, %t), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target={{100002->200000}},\
+_xla_megascale_transfer_type="ONE_TO_ONE"}
+  %a = (f32[8,32]{1,0}, u32[], token[]) send(%p, %t), channel_id=3, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %r = f32[8,32]{1,0} copy(%p)
+}
+"""
+
+
+def test_what_goes_from_slice_to_slice_is_counted():
+    found = {c.place: c for c in collectives(parse(BETWEEN), {"data": 4, "fsdp": 2}, slices=2)}
+    ring, gradients = found[LOSS_RING], found[GRADIENTS]
+    assert ring.between_slices
+    assert gradients.between_slices
+    assert (ring.kind, ring.sent) == ("collective-permute", 4 * 8 * 32)
+    assert (gradients.kind, gradients.sent) == ("all-reduce", 2 * 4 * 8 * 32 / 2)
+
+
+@pytest.mark.parametrize(
+    ("message", "used", "limit"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (35.44G) exceeds available HBM (30.75G).",
+            35.44,
+            30.75,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
+            "space hbm. Used 63.80G of 30.75G hbm. Exceeded hbm capacity by 33.05G.",
+            63.80,
+            30.75,
+        ),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 34359738368 bytes.", None, None),
+    ],
+)
+def test_a_refusal_in_all_its_forms(message, used, limit):
+    refusal = parse_refusal(message)
+    gib = [n and n / 2**30 for n in (refusal.used, refusal.limit)]
+    assert gib == [pytest.approx(used), pytest.approx(limit)] if used else gib == [None, None]
+    assert parse_refusal("INVALID_ARGUMENT: something else") is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TPU, reason="the TPU compiler is not installed (extra `tpu`)")
+def test_a_step_that_the_compiler_refuses_says_its_size():
+    wide = {"image_size": 224, "patch_size": 4, "width": 2048, "heads": 32, "mlp_dim": 8192}
+    e = experiment(2048, remat="none", vision={**wide, "projection": "linear"})
+    e = dataclasses.replace(e, preprocess=dataclasses.replace(e.preprocess, image_size=224))
+    made = plan(e, "v4:2x2x1", loss=False)
+    assert not made.fits
+    assert made.memory.basis == "compiled"
+    assert made.memory.peak > made.memory.limit == 30.75 * 2**30
+    assert made.roofline is None

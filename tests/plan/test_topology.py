@@ -8,7 +8,7 @@ from small import experiment
 from vlm.chips import CHIPS, chip_of
 from vlm.errors import ConfigError, ShardingError
 from vlm.plan import plan
-from vlm.plan.topology import parse_mesh, parse_topology, topology_devices
+from vlm.plan.topology import local_topology, parse_mesh, parse_topology, topology_devices
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,42 @@ def test_a_model_that_fits_at_no_batch():
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("NVIDIA H100 80GB HBM3", "h100"), ("cpu", None)],
+    [
+        ("TPU v3", "v3"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L40", None),
+        ("cpu", None),
+    ],
 )
 def test_the_chip_behind_a_device(kind, name):
     assert chip_of(kind) == CHIPS.get(name)
+
+
+@pytest.mark.parametrize(
+    ("chip", "gib"), [("v3", 15.48), ("v4", 30.75), ("v5e", 15.75), ("v5p", 95.74), ("v6e", 31.25)]
+)
+def test_a_program_may_use_what_the_compiler_lets_it_have(chip, gib):
+    assert CHIPS[chip].usable == pytest.approx(gib * 2**30)
+
+
+def test_jax_takes_three_quarters_of_a_gpu_or_what_it_is_told(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert CHIPS["h100"].usable == 0.75 * 80e9
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    assert CHIPS["h100"].usable == 0.95 * 80e9
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="extra `tpu`")
+@pytest.mark.parametrize("name", ["v3:4x4", "v5e:2x4", "v4:2x2x2", "tpu7x:2x2x1", "2xv6e:2x2"])
+def test_the_slice_that_devices_form(name):
+    topology = parse_topology(name)
+    found = local_topology(topology_devices(topology))
+    assert (found.name, found.chips, found.slices) == (name, topology.chips, topology.slices)

@@ -4,6 +4,7 @@ Model FLOPs are counted by hand (vlm/models/flops.py); they are set against the 
 the chip and against the rate at which this machine multiplies large matrices in the same rounds.
 """
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,11 +13,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from vlm._version import __version__
 from vlm.bench.measure import best_times, peak_bytes, product, resident_peak, traced
-from vlm.chips import published_rate
+from vlm.chips import CHIPS, published_rate
 from vlm.config import Experiment
+from vlm.errors import ConfigError
 from vlm.losses import contrastive_loss
 from vlm.models.flops import step_flops
+from vlm.plan import plan
+from vlm.plan.calibration import Measurement, calibration_of, read_measurements, save_measurement
+from vlm.plan.compile import read_step, state_bytes, with_dtype
+from vlm.plan.roofline import compiled_roofline
+from vlm.plan.topology import local_topology
 from vlm.sharding import check_batch, global_batch, make_mesh
 from vlm.train.step import Trainer, compute_dtype
 
@@ -26,6 +34,7 @@ def bench_train(
     *,
     rounds: int = 3,
     trace: str | None = None,
+    save: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Measure the real step on random data, beside its parts; print a table.
@@ -35,11 +44,13 @@ def bench_train(
     Args:
         rounds: of measuring, in turns; the best counts.
         trace: a folder for a device trace of one step, by `jax.profiler`.
+        save: a file to add the step's time to, for `vlm plan --calibration`.
 
     Returns:
         the printed figures as JSON values: seconds, bytes, operations per second.
 
     Raises:
+        ConfigError: `save` on a device without published figures, or to a file of another kind.
         ShardingError: the mesh does not fit the devices, or the batch the mesh.
     """
     e = experiment
@@ -47,6 +58,8 @@ def bench_train(
     check_batch(e.batch_size, mesh)
     check_batch(e.micro_batch_size or e.batch_size, mesh, "micro_batch_size")
     devices = list(mesh.devices.flat)
+    if save:
+        check_saving(save, devices)
     trainer = Trainer(e, mesh)
     batch = global_batch(_random_batch(e), mesh)
     compiled = trainer.step.lower(trainer.abstract_state, batch).compile()
@@ -107,8 +120,49 @@ def bench_train(
         "planned_peak_bytes": planned,
         "measured_peak_bytes": resident or peak_bytes(devices[0]),
     }
+    if save:
+        middle = predicted_seconds(trainer, compiled)
+        result["predicted_seconds"] = middle
+        save_measurement(save, _measurement(e, devices, step_seconds, middle))
     _print(result, console or Console())
     return result
+
+
+def check_saving(file: str, devices: list[Any]) -> None:
+    """Raise a ConfigError if a calibration cannot be measured here, or not be written to `file`."""
+    kind = devices[0].device_kind
+    if local_topology(devices) is None:
+        raise ConfigError(
+            f"--save {file} is for vlm plan, which has no published figures of a {kind}: measure "
+            f"on one of {', '.join(CHIPS)}"
+        )
+    if Path(file).exists():
+        read_measurements(file)
+
+
+def predicted_seconds(trainer: Trainer, compiled: Any) -> float:
+    """The middle of the range that the plan expects of a compiled step, without a calibration."""
+    topology = local_topology(list(trainer.mesh.devices.flat))
+    e = with_dtype(trainer.experiment, topology.chip.platform)
+    calibration = calibration_of(topology.chip.name)
+    if topology.chip.platform == "tpu":
+        step = read_step(compiled, trainer, 0.0)
+        state = state_bytes(trainer.abstract_state, trainer.mesh)
+        return compiled_roofline(e, topology, state, step).predicted(calibration).middle
+    return plan(e, topology, compiled=False, loss=False).step_seconds.middle
+
+
+def _measurement(e: Experiment, devices: list[Any], measured: float, predicted: float):
+    return Measurement(
+        chip=local_topology(devices).chip.name,
+        name=e.name,
+        devices=len(devices),
+        batch_size=e.batch_size,
+        remat=e.remat,
+        measured=measured,
+        predicted=predicted,
+        versions={"jax": jax.__version__, "vlm": __version__},
+    )
 
 
 def _resident(trainer: Trainer, compiled: Any, batch: dict[str, jax.Array]) -> int | None:

@@ -71,6 +71,7 @@ def bench_train(
     dtype: Literal["auto", "float32", "bfloat16"] | None = None,
     rounds: int = 3,
     trace: str | None = None,
+    save: str | None = None,
     json: bool = False,
 ) -> None:
     """Measure the training step of a config on this machine: pairs/s, MFU, memory, its parts.
@@ -80,6 +81,7 @@ def bench_train(
     Examples:
       vlm bench train configs/openmoji.py
       vlm bench train configs/clip_b16_laion.py --batch-size 256 --trace trace/
+      vlm bench train configs/clip_b16_laion.py --batch-size 256 --save v5e.json
 
     Args:
         config: a config file, or a run's config.json.
@@ -88,6 +90,7 @@ def bench_train(
         dtype: of products and activations, in place of the config's.
         rounds: of measuring; the best counts.
         trace: a folder for a device trace of one step.
+        save: a file that the step's time is added to, for vlm plan --calibration FILE.
         json: print the figures as one JSON object, and the table on stderr.
     """
     from rich.console import Console
@@ -102,7 +105,9 @@ def bench_train(
 
     from vlm.bench.train import bench_train as measure
 
-    figures = measure(experiment, rounds=rounds, trace=trace, console=Console(stderr=json))
+    figures = measure(
+        experiment, rounds=rounds, trace=trace, save=save, console=Console(stderr=json)
+    )
     if json:
         print(jsonlib.dumps(figures))
 

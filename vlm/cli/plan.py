@@ -26,21 +26,27 @@ def plan(
     largest_batch: bool = False,
     sweep: bool = False,
     compiles: int = 4,
+    calibration: str | None = None,
+    price: float | None = None,
     json: bool = False,
 ) -> None:
     """Compile the training step of a config for chips that are not here, and say what it takes.
 
-    Memory, communication and operations are read from the compiled program; the time is what the
-    chip's published rates allow. TPU slices need the extra `tpu`; GPUs are counted by hand.
+    Memory, communication and operations are read from the compiled program; times are ranges, from
+    what such steps reached on such chips elsewhere. TPU slices need the extra `tpu`; GPUs are
+    counted by hand.
 
     Examples:
       vlm plan configs/siglip_b16.py --topology v5e:16x16
       vlm plan configs/siglip_b16.py --topology v5p:4x4x4 --mesh data=8,fsdp=8 --largest-batch
       vlm plan configs/siglip_b16.py --sweep --topology v5e:4x4 v6e:4x4 h100:8 --batch-per-chip 256
 
+      vlm plan configs/siglip_b16.py --topology 2xv5e:16x16 --price 1.2
+
     Args:
         config: a config file, such as configs/siglip_b16.py, or a run's config.json.
-        topology: a slice: v4, v5e, v5p, v6e or tpu7x and its shape; a100, h100, h200 or b200 and
+        topology: a slice: v3, v4, v5e, v5p, v6e or tpu7x and its shape, after the number of slices
+            if there are several; a100, a100-40, h100, h100-pcie, h200, gh200, b200, l4 or l40s and
             their number; cpu and its number of devices. Several with --sweep.
         mesh: such as data=32,fsdp=8; the config's own where not given. Several with --sweep.
         batch_size: the global batch, in place of the config's.
@@ -51,6 +57,8 @@ def plan(
         largest_batch: also look for the largest batch that fits; some more compilations.
         sweep: compare all combinations in one table.
         compiles: how many of the best rows of a sweep are compiled; the others are counted by hand.
+        calibration: a file of steps measured on this kind of chip, by vlm bench train --save FILE.
+        price: of one chip for an hour, to say what the run costs.
         json: print the plan as JSON, and the table on stderr.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs: leave devices alone
@@ -61,6 +69,8 @@ def plan(
     from vlm.plan.report import show, show_sweep
     from vlm.plan.topology import parse_topology
 
+    if price is not None and not 0 <= price < float("inf"):
+        raise parse.UsageError(f"--price {price} cannot be: give at least 0, for a chip's hour")
     experiment = load_config(config)
     console = Console(stderr=json)
     if not console.is_terminal:
@@ -88,13 +98,20 @@ def plan(
             **({"remats": remat} if remat else {}),
             compiles=compiles,
             batch_per_chip=batch_per_chip,
+            calibration=calibration,
             report=print_status,
         )
         show_sweep(plans, console)
-        found = [p.to_dict() for p in plans]
+        found = [p.to_dict(price) for p in plans]
     else:
-        made = make(experiment, topology[0], mesh[0] if mesh else None, largest=largest_batch)
-        show(made, console)
-        found = made.to_dict()
+        made = make(
+            experiment,
+            topology[0],
+            mesh[0] if mesh else None,
+            largest=largest_batch,
+            calibration=calibration,
+        )
+        show(made, console, price)
+        found = made.to_dict(price)
     if json:
         print(jsonlib.dumps(found))

@@ -74,8 +74,3 @@ def step_flops(experiment: Experiment) -> dict[str, PartFlops]:
 def model_flops(experiment: Experiment) -> float:
     """Model FLOPs of one training step over the global batch."""
     return sum(part.model for part in step_flops(experiment).values())
-
-
-def executed_flops(experiment: Experiment) -> float:
-    """FLOPs that one training step computes, recomputation included."""
-    return sum(part.executed for part in step_flops(experiment).values())

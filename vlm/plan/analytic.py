@@ -5,6 +5,7 @@ width m, h heads and n tokens; they are for ranking configurations and for chips
 compiler at hand, not a substitute for compiling.
 """
 
+import math
 from dataclasses import dataclass
 
 from vlm.chips import Chip
@@ -13,6 +14,7 @@ from vlm.losses.contrastive import tile_side
 from vlm.models.flops import step_flops
 from vlm.nn.remat import ATTENDED, KEPT, MLP_HIDDEN, PROJECTED
 from vlm.nn.tpu_attention import LONGEST
+from vlm.plan.collectives import FSDP, GRADIENTS, LOSS_RING, TENSOR
 from vlm.plan.compile import StateBytes
 
 
@@ -70,14 +72,22 @@ def analytic_memory(
 
 def analytic_operations(
     experiment: Experiment, chip: Chip, chips: int, state: StateBytes
-) -> tuple[float, float, float]:
-    """Seconds of arithmetic, of memory traffic, and of both one after the other, on one chip.
+) -> tuple[float, float]:
+    """Seconds of arithmetic and of memory-bound work on one chip, at its published rates.
 
-    Products run at the arithmetic rate; normalisations, activations, residual sums, the update,
-    and attention's weights where it is not fused, at the memory's.
+    Products run at the arithmetic rate, in whole matrix units; normalisations, activations,
+    residual sums, the update, and attention's weights where it is not fused, at the memory's.
     """
     e, size = experiment, 2 if experiment.dtype != "float32" else 4
-    arithmetic = sum(p.executed for p in step_flops(e).values()) / chips / chip.flops
+    padding = {
+        (tower, part): factor
+        for tower, _, config in _towers(e)
+        for part, factor in _paddings(config, chip.unit).items()
+    }
+    arithmetic = sum(
+        part.executed * padding.get(tuple(name.split("/")), 1.0)
+        for name, part in step_flops(e).items()
+    )
     rows = e.batch_size / chips
     traffic = 0.0
     for tower, tokens, config in _towers(e):
@@ -87,9 +97,21 @@ def analytic_operations(
         passes = 1 if e.lock == tower else (4 if e.remat == "full" else 3)
         traffic += rows * tokens * config.depth * passes * forward
     # The update reads parameters, gradients and moments, and writes all but the gradients.
-    traffic += 3 * state.parameters + 2 * state.optimizer + 2 * state.averages
-    elementwise = traffic / chip.memory_rate
-    return arithmetic, elementwise, arithmetic + elementwise
+    update = 3 * state.parameters + 2 * state.optimizer + 2 * state.averages
+    seconds = (traffic + update * chip.devices) / chip.memory_rate
+    return arithmetic / chips / chip.flops, seconds
+
+
+def unit_padding(size: int, unit: int) -> float:
+    """How much longer a product takes for an axis of `size` that fills whole units of `unit`."""
+    return math.ceil(size / unit) * unit / size
+
+
+def _paddings(config, unit: int) -> dict[str, float]:
+    """Of a tower's blocks: each product has two axes of features, heads beside them in `scores`."""
+    width, mlp = unit_padding(config.width, unit), unit_padding(config.mlp_dim, unit)
+    head = unit_padding(config.width // config.heads, unit)
+    return {"projections": width**2, "scores": head, "mlp": width * mlp}
 
 
 def analytic_traffic(
@@ -99,18 +121,27 @@ def analytic_traffic(
 
     `parameters` are the bytes of all trained parameters, whole.
     """
-    data, fsdp = mesh_shape["data"], mesh_shape["fsdp"]
+    data, fsdp, tensor = (mesh_shape[axis] for axis in ("data", "fsdp", "tensor"))
     ways = data * fsdp
     sent = {}
     if ways > 1:
-        sent["gradient reduction"] = 2 * parameters * (ways - 1) / ways
+        sent[GRADIENTS] = 2 * parameters / tensor * (ways - 1) / ways
         blocks = experiment.batch_size * experiment.model.embed_dim * 4
         trips = 2 if experiment.model.loss == "softmax" else 1
         # Each trip carries the text block, and the last one its gradient too.
-        sent["loss ring"] = blocks * (trips + 1) * (ways - 1) / ways
+        sent[LOSS_RING] = blocks * (trips + 1) * (ways - 1) / ways
+    if tensor > 1:
+        # Two sums over each block and pass, of activations that the members hold whole.
+        size = 4 if experiment.dtype == "float32" else 2
+        passes = 3 if experiment.remat == "full" else 2
+        moved = sum(
+            experiment.batch_size / ways * tokens * config.width * config.depth * size
+            for _, tokens, config in _towers(experiment)
+        )
+        sent[TENSOR] = 2 * passes * moved * 2 * (tensor - 1) / tensor
     if fsdp > 1:
         gathers = 3 if experiment.remat == "full" else 2
-        sent["FSDP gathers"] = gathers * parameters * (fsdp - 1) / fsdp / 2
+        sent[FSDP] = gathers * parameters / tensor * (fsdp - 1) / fsdp / 2
     return sent
 
 

@@ -88,20 +88,22 @@ def compile_step(experiment: Experiment, mesh: Mesh) -> CompiledStep | DoesNotFi
     compiled = _compile(lowered)
     if isinstance(compiled, DoesNotFit):
         return compiled
-    seconds = time.perf_counter() - began
+    return read_step(compiled, trainer, time.perf_counter() - began)
+
+
+def read_step(compiled: Any, trainer: Trainer, seconds: float) -> CompiledStep:
+    """What a compiled step takes, which took `seconds` to compile."""
     memory = compiled.memory_analysis()
     program = parse(compiled.as_text())
-    shape = dict(mesh.shape)
+    mesh, shapes = trainer.mesh, layer_shapes(trainer.abstract_state)
     return CompiledStep(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         program=program,
-        collectives=collectives(
-            program, shape, layer_shapes(trainer.abstract_state), slice_count(mesh)
-        ),
-        kept=_kept_by_loops(program, experiment),
+        collectives=collectives(program, dict(mesh.shape), shapes, slice_count(mesh)),
+        kept=_kept_by_loops(program, trainer.experiment),
         seconds=seconds,
     )
 
@@ -182,13 +184,32 @@ def _compile(lowered: Any) -> Any:
     try:
         return lowered.compile()
     except Exception as error:  # of the compiler's own type; anything but a full memory goes on
-        message = str(error)
-        if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+        refusal = parse_refusal(str(error))
+        if refusal is None:
             raise
-        sizes = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
-        used = _bytes(*sizes.group(1, 2)) if sizes else None
-        limit = _bytes(*sizes.group(3, 4)) if sizes else None
-        return DoesNotFit(used, limit, " ".join(message.split())[:300])
+        return refusal
+
+
+# "Used 17.37G of 15.75G hbm", and from newer compilers "the total memory required for HLO
+# temporaries (35.44G) exceeds available HBM (30.75G)", where arguments are not in the first number.
+REFUSALS = (
+    r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
+    r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
+    r"requires ([\d.]+)([KMGT]?)i?B? .{0,80}?(?:only|have|capacity of) ([\d.]+)([KMGT]?)",
+)
+
+
+def parse_refusal(message: str) -> DoesNotFit | None:
+    """What a compiler's message says of a memory that is too small; None: it says nothing of it."""
+    text = " ".join(message.split())
+    full = ("RESOURCE_EXHAUSTED", "Ran out of memory", "Out of memory", "exceeds available HBM")
+    if not any(words in text for words in full):
+        return None
+    for pattern in REFUSALS:
+        if sizes := re.search(pattern, text):
+            used, limit = _bytes(*sizes.group(1, 2)), _bytes(*sizes.group(3, 4))
+            return DoesNotFit(used, limit, text[:300])
+    return DoesNotFit(None, None, text[:300])
 
 
 def _bytes(number: str, unit: str) -> float:

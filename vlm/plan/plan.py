@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -13,6 +14,7 @@ from vlm.errors import ConfigError, ShardingError
 from vlm.models.flops import PartFlops, model_flops, step_flops
 from vlm.plan.analytic import analytic_memory, analytic_traffic
 from vlm.plan.batch import LargestBatch, largest_batch
+from vlm.plan.calibration import Calibration, Range, calibration_of
 from vlm.plan.collectives import Collective
 from vlm.plan.compile import (
     CompiledStep,
@@ -24,14 +26,16 @@ from vlm.plan.compile import (
     state_bytes,
     with_dtype,
 )
-from vlm.plan.roofline import ATTAINED, Roofline, analytic_roofline, compiled_roofline, mfu
+from vlm.plan.needs import Needs, needs
+from vlm.plan.roofline import Roofline, analytic_roofline, compiled_roofline, mfu
 from vlm.plan.topology import Topology, parse_mesh, parse_topology, topology_devices
 from vlm.sharding import AXES, batch_ways, check_batch, make_mesh, mesh_sizes
 
 BASES = {
     "compiled": "read from the program that the compiler made for this slice",
     "analytic": "counted by hand from the model and the published figures of the chip",
-    "guess": f"assuming that {ATTAINED:.0%} of the published rates is reached",
+    "estimate": "from round figures that vlm/plan/needs.py names",
+    "expected": "a range: the shares of the published rates that such steps reached elsewhere",
 }
 
 
@@ -65,7 +69,9 @@ class Plan:
     memory: Memory
     collectives: list[Collective]
     sent: dict[str, float]  # bytes that each device sends in a step, by place
-    roofline: Roofline | None  # None: no published figures, such as for a CPU
+    roofline: Roofline | None  # None: it does not fit, or no published figures (a CPU)
+    calibration: Calibration | None
+    state_bytes: int  # parameters, optimizer and averages, whole
     fits: bool
     refusal: str | None  # the compiler's words, where the step does not fit
     largest: LargestBatch | None
@@ -73,20 +79,40 @@ class Plan:
     compiled_flops: float | None  # of the products in the program of one device
 
     @property
-    def step_seconds(self) -> float | None:
-        return self.roofline.predicted if self.roofline else None
+    def compiled(self) -> bool:
+        """Whether the compiler had its say, be it that the step does not fit."""
+        return self.memory.basis == "compiled" or self.refusal is not None
 
     @property
-    def pairs_per_second(self) -> float | None:
-        return self.experiment.batch_size / self.step_seconds if self.roofline else None
-
-    @property
-    def mfu(self) -> float | None:
-        if not self.roofline:
+    def step_seconds(self) -> Range | None:
+        if not self.roofline or not self.calibration:
             return None
-        return mfu(self.experiment, self.topology, self.roofline.predicted)
+        return self.roofline.predicted(self.calibration)
 
-    def to_dict(self) -> dict[str, Any]:
+    @property
+    def pairs_per_second(self) -> Range | None:
+        seconds = self.step_seconds
+        return seconds.inverse(self.experiment.batch_size) if seconds else None
+
+    @property
+    def mfu(self) -> Range | None:
+        seconds = self.step_seconds
+        return seconds.inverse(mfu(self.experiment, self.topology, 1.0)) if seconds else None
+
+    def needs(self, price: float | None = None) -> Needs | None:
+        """What the run asks for besides its step; None where its time is not known.
+
+        Raises:
+            ConfigError: a negative price.
+        """
+        if price is not None and not 0 <= price < math.inf:
+            raise ConfigError(f"a price of {price} for a chip's hour cannot be: give at least 0")
+        seconds = self.step_seconds
+        if seconds is None:
+            return None
+        return needs(self.experiment, self.topology, seconds, self.state_bytes, price)
+
+    def to_dict(self, price: float | None = None) -> dict[str, Any]:
         """The plan as JSON values: bytes per device, seconds, operations of the whole step."""
         basis = self.memory.basis
         result = {
@@ -121,13 +147,16 @@ class Plan:
         if self.roofline:
             r = self.roofline
             result["roofline"] = dataclasses.asdict(r) | {"seconds": r.seconds, "bound": r.bound}
+            rate = self.pairs_per_second
             result["prediction"] = {
-                "basis": "guess",
-                "step_seconds": self.step_seconds,
-                "pairs_per_second": self.pairs_per_second,
-                "pairs_per_second_per_chip": self.pairs_per_second / self.topology.chips,
-                "mfu": self.mfu,
+                "basis": "expected",
+                "evidence": self.calibration.evidence,
+                "step_seconds": _ends(self.step_seconds),
+                "pairs_per_second": _ends(rate),
+                "pairs_per_second_per_chip": _ends(rate.scaled(1 / self.topology.chips)),
+                "mfu": _ends(self.mfu),
             }
+            result["needs"] = self.needs(price).to_dict()
             result["chip"] = dataclasses.asdict(self.topology.chip)
         return result
 
@@ -140,6 +169,7 @@ def plan(
     largest: bool = False,
     loss: bool = True,
     compiled: bool = True,
+    calibration: str | Path | None = None,
 ) -> Plan:
     """Plan `experiment` on a slice such as "v5e:16x16", "v5p:8x8x8", "h100:8" or "cpu:8".
 
@@ -149,9 +179,11 @@ def plan(
         largest: also look for the largest batch that fits; some more compilations.
         loss: also compile the loss alone, for its temporaries.
         compiled: False counts by hand what could be compiled.
+        calibration: a file of measurements on this kind of chip (`vlm bench train --save`).
 
     Raises:
-        ConfigError: an unknown topology, no compiler for it, or a model that fits at no batch.
+        ConfigError: an unknown topology, no compiler for it, a calibration of another kind of
+            chip, or a model that fits at no batch.
         ShardingError: the mesh does not fit the slice, or the batch the mesh.
     """
     if isinstance(topology, str):
@@ -160,6 +192,9 @@ def plan(
     if mesh is not None:
         e = dataclasses.replace(e, mesh=parse_mesh(mesh) if isinstance(mesh, str) else mesh)
     compiled = compiled and topology.compiles
+    if calibration and topology.chip is None:
+        raise ConfigError(f"{topology.name} has no published rates: leave --calibration out")
+    calibrated = calibration_of(topology.chip.name, calibration) if topology.chip else None
     grid = plan_mesh(e, topology, compiled=compiled)
     check_batch(e.batch_size, grid)
     check_batch(e.micro_batch_size or e.batch_size, grid, "micro_batch_size")
@@ -185,7 +220,9 @@ def plan(
         memory=memory,
         collectives=found,
         sent=sent,
-        roofline=_roofline(e, topology, state, step, sent),
+        roofline=_roofline(e, topology, state, step, sent, dict(grid.shape)) if fits else None,
+        calibration=calibrated,
+        state_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)),
         fits=fits,
         refusal=refusal,
         largest=largest_batch(e, topology, grid, memory.limit) if largest and compiled else None,
@@ -213,7 +250,7 @@ def check_state(state: StateBytes, topology: Topology, mesh: dict[str, int]) -> 
     """Raise a ConfigError if parameters, gradients and optimizer alone are too much for a chip."""
     if topology.chip is None:
         return
-    limit = topology.chip.memory / topology.chip.devices
+    limit = topology.chip.usable
     needed = 2 * state.parameters + state.optimizer + state.averages
     if needed <= limit:
         return
@@ -224,12 +261,12 @@ def check_state(state: StateBytes, topology: Topology, mesh: dict[str, int]) -> 
         mend = "take more chips, chips of more memory, or optimizer adafactor, and no average"
     raise ConfigError(
         f"parameters, gradients and optimizer take {needed / 2**30:.1f} GiB of each device of "
-        f"{topology.name}, which has {limit / 2**30:.1f}: no batch fits, so {mend}"
+        f"{topology.name}, which has {limit / 2**30:.1f} to use: no batch fits, so {mend}"
     )
 
 
 def _memory(e, topology, grid, state, step, *, loss) -> tuple[Memory, bool, str | None]:
-    limit = topology.chip.memory / topology.chip.devices if topology.chip else None
+    limit = topology.chip.usable if topology.chip else None
     common = dataclasses.asdict(state) | {"limit": limit}
     if isinstance(step, CompiledStep):
         memory = Memory(
@@ -256,12 +293,16 @@ def _memory(e, topology, grid, state, step, *, loss) -> tuple[Memory, bool, str 
     return memory, fits, step.message if refused else None
 
 
-def _roofline(e, topology, state, step, sent) -> Roofline | None:
+def _roofline(e, topology, state, step, sent, mesh) -> Roofline | None:
     if topology.chip is None:
         return None
     if isinstance(step, CompiledStep):
-        return compiled_roofline(topology, step)
-    return analytic_roofline(e, topology, state, sent)
+        return compiled_roofline(e, topology, state, step)
+    return analytic_roofline(e, topology, state, sent, mesh)
+
+
+def _ends(found: Range) -> list[float]:
+    return [found.low, found.high]
 
 
 __all__ = ["BASES", "Memory", "Plan", "model_flops", "plan"]

@@ -1,17 +1,21 @@
 """A plan and a sweep as tables for the terminal; every figure beside how it came to be."""
 
+from collections.abc import Callable
 from typing import get_args
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from vlm.config import RematPolicy
+from vlm.plan.calibration import Range
+from vlm.plan.needs import DECODES, Needs
 from vlm.plan.plan import BASES, Plan
 
 
-def show(plan: Plan, console: Console) -> None:
-    """Print a plan."""
+def show(plan: Plan, console: Console, price: float | None = None) -> None:
+    """Print a plan; with a price of a chip's hour, what the run costs."""
     e, mesh = plan.experiment, " x ".join(f"{a} {n}" for a, n in plan.mesh.items() if n > 1)
     console.print(
         f"[bold]{escape(e.name)}[/] on {plan.topology.name} ({plan.topology.chips} chips, mesh "
@@ -24,6 +28,16 @@ def show(plan: Plan, console: Console) -> None:
         console.print(_communication(plan))
     if plan.roofline:
         console.print(_time(plan))
+        needed = plan.needs(price)
+        console.print(_needs(needed))
+        if needed.data_bound:
+            console.print(
+                f"[bold red]Bound by data.[/] A host has {needed.cores_limit:.0f} cores, which "
+                f"open some {needed.cores_limit * DECODES:,.0f} images/s, and its chips take "
+                f"{_of(needed.images_per_second, _count)}: prepare smaller images, or rent more "
+                "cores to a chip (vlm bench data measures).",
+                highlight=False,
+            )
     if plan.largest:
         found = plan.largest
         console.print(
@@ -40,32 +54,55 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def show_sweep(plans: list[Plan], console: Console) -> None:
-    """Print plans side by side, the most pairs per second and chip first."""
-    table = Table(
-        "topology", "mesh", "remat", title="pairs per second and chip (a guess from the roofline)"
-    )
-    for name in ("batch", "memory", "of it", "sent", "step", "pairs/s", "per chip", "MFU"):
-        table.add_column(name, justify="right")
-    table.add_column("bound")
-    table.add_column("basis")
-    for p in sorted(plans, key=order):
-        sizes = "x".join(str(n) for n in p.mesh.values())
-        row = [p.topology.name, sizes, p.experiment.remat, f"{p.experiment.batch_size:,}"]
-        row += [_size(p.memory.peak), _percent(p.memory.share), _size(sum(p.sent.values()))]
-        if p.fits and p.roofline:
-            per_chip = p.pairs_per_second / p.topology.chips
-            row += [_time_of(p.step_seconds), f"{p.pairs_per_second:,.0f}", f"{per_chip:,.0f}"]
-            row += [_percent(p.mfu), p.roofline.bound]
-        else:
-            row += ["", "", "", "", "does not fit" if not p.fits else ""]
-        table.add_row(*row, p.memory.basis)
-    console.print(table)
+    """Print plans side by side, the most pairs per second and chip first.
+
+    Compiled plans and those counted by hand are tables of their own.
+    """
+    for compiled, title in ((True, "compiled"), (False, "counted by hand")):
+        rows = sorted((p for p in plans if p.compiled == compiled), key=order)
+        if rows:
+            console.print(_sweep_table(rows, title, wide=console.width >= 100))
+    console.print(f"[dim]expected: {BASES['expected']}[/]", highlight=False)
 
 
 def order(plan: Plan) -> tuple:
-    """Plans that fit first, the fastest per chip before the others."""
-    rate = plan.pairs_per_second / plan.topology.chips if plan.roofline else 0.0
-    return not plan.fits, -rate
+    """Compiled plans first, those that fit before others, the fastest per chip before slower."""
+    rate = plan.pairs_per_second.middle / plan.topology.chips if plan.roofline else 0.0
+    return not plan.compiled, not plan.fits, -rate
+
+
+def _sweep_table(plans: list[Plan], title: str, *, wide: bool) -> Table:
+    table = Table(
+        title=f"{title}: the most pairs per second and chip first",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("topology", "mesh", "remat"):
+        table.add_column(name, no_wrap=True)
+    for name in ("batch", "mem", "step", "a chip", "MFU"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if wide:
+        table.add_column("sent", justify="right")
+        table.add_column("pairs/s", justify="right")
+        table.add_column("bound")
+    for p in plans:
+        sizes = "x".join(str(n) for n in p.mesh.values())
+        memory = f"{p.memory.share:.0%}" if p.memory.share else _size(p.memory.peak)
+        batch = _short(p.experiment.batch_size)
+        row = [p.topology.name, sizes, p.experiment.remat, batch, memory]
+        if p.roofline:
+            rate = p.pairs_per_second
+            row += [_of(p.step_seconds, _short_time, "-")]
+            row += [_of(rate.scaled(1 / p.topology.chips), _short, "-")]
+            row += [_of(p.mfu, "{:.0%}".format, "-")]
+        else:
+            row += ["" if p.fits else "too large", "", ""]
+        if wide:
+            row += [_size(sum(p.sent.values()))]
+            row += [_of(rate, _count, "-"), p.roofline.bound] if p.roofline else ["", ""]
+        table.add_row(*row)
+    return table
 
 
 def _memory(plan: Plan) -> Table:
@@ -84,7 +121,7 @@ def _memory(plan: Plan) -> Table:
         table.add_row("  the loss, compiled alone", _size(m.loss), "compiled")
     table.add_row("[bold]peak[/]", f"[bold]{_size(m.peak)}[/]", m.basis)
     if m.limit:
-        table.add_row(f"share of {_size(m.limit)}", _percent(m.share), m.basis)
+        table.add_row(f"share of the {_size(m.limit)} to use", _percent(m.share), m.basis)
     return table
 
 
@@ -103,9 +140,8 @@ def _flops(plan: Plan) -> Table:
             _percent(part.executed / executed),
         )
     table.add_section()
-    table.add_row(
-        "[bold]all[/]", f"{_flop(model)} of the model", "", f"{_flop(executed)} executed", ""
-    )
+    table.add_row("[bold]all of the model[/]", _flop(model))
+    table.add_row("[bold]all, with what is computed again[/]", _flop(executed))
     return table
 
 
@@ -117,13 +153,13 @@ def _communication(plan: Plan) -> Table:
             table.add_row(place, _size(sent))
         return table
     table = Table("communication (compiled)", "kind", "over")
-    for name in ("runs", "bytes", "sent by each device"):
+    for name in ("runs", "sent"):
         table.add_column(name, justify="right")
     for c in plan.collectives:
         if c.sent < 1e-4 * sum(plan.sent.values()):
             continue
-        axes = " x ".join(c.axes)
-        table.add_row(c.place, c.kind, axes, f"{c.count:,}", _size(c.payload), _size(c.sent))
+        axes = "slices" if c.between_slices else " x ".join(c.axes)
+        table.add_row(c.place, c.kind, axes, f"{c.count:,}", _size(c.sent))
     return table
 
 
@@ -137,14 +173,53 @@ def _time(plan: Plan) -> Table:
     table.add_row("communication alone", _time_of(r.interconnect), r.basis)
     table.add_row("operations, one by one", _time_of(r.operations), r.basis)
     table.add_row("communication that nothing hides", _time_of(r.exposed), r.basis)
+    rate = plan.pairs_per_second
     table.add_row(
-        f"[bold]step, bound by {r.bound}[/]", f"[bold]{_time_of(r.predicted)}[/]", "guess"
+        f"[bold]step, bound by {r.bound}[/]",
+        f"[bold]{_of(plan.step_seconds, _time_of)}[/]",
+        "expected",
     )
-    table.add_row("pairs/s", f"{plan.pairs_per_second:,.0f}", "guess")
-    per_chip = plan.pairs_per_second / plan.topology.chips
-    table.add_row("pairs/s and chip", f"{per_chip:,.0f}", "guess")
-    table.add_row("MFU", _percent(plan.mfu), "guess")
+    table.add_row("pairs/s", _of(rate, _count), "expected")
+    table.add_row("pairs/s and chip", _of(rate.scaled(1 / plan.topology.chips), _count), "expected")
+    table.add_row("MFU", _of(plan.mfu, _percent), "expected")
+    table.caption = plan.calibration.evidence
     return table
+
+
+def _needs(n: Needs) -> Table:
+    table = Table("the run", title=None)
+    table.add_column("", justify="right")
+    table.add_column("basis")
+    if n.seconds:
+        what = f"time to {n.examples:,} examples" if n.examples else "time"
+        table.add_row(what, _of(n.seconds, _long_time), "expected")
+        table.add_row("chip-hours", _of(n.chip_hours, _count), "expected")
+    if n.cost:
+        table.add_row("cost at that price", _of(n.cost, _count), "expected")
+    table.add_row("checkpoint", _size(n.checkpoint_bytes), "analytic")
+    table.add_row("  written beside training in", _time_of(n.checkpoint_seconds), "estimate")
+    table.add_section()
+    of = f" of {_size(n.host_memory_limit)}" if n.host_memory_limit else ""
+    hosts = f"{n.hosts} hosts, each" if n.hosts > 1 else "the host"
+    table.add_row(f"{hosts}: memory", f"{_size(n.host_memory)}{of}", "estimate")
+    table.add_row("  images/s", _of(n.images_per_second, _count), "expected")
+    table.add_row("  MB/s", _of(n.bytes_per_second.scaled(1e-6), _count), "estimate")
+    of = f" of {n.cores_limit:.0f}" if n.cores_limit else ""
+    table.add_row("  cores", f"{_of(n.cores, _count)}{of}", "estimate")
+    return table
+
+
+def _of(found: Range, text: Callable[[float], str], to: str = " to ") -> str:
+    """ "137 to 206 ms": a unit that both ends share is said once."""
+    low, high = text(found.low), text(found.high)
+    if low == high:
+        return low
+    number, _, unit = low.partition(" ")
+    if unit and high.endswith(f" {unit}"):
+        return f"{number}{to}{high}"
+    if low.endswith("%"):
+        return f"{low[:-1]}{to}{high}"
+    return f"{low}{to}{high}"
 
 
 def _mend(plan: Plan) -> str:
@@ -178,5 +253,25 @@ def _time_of(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
+def _long_time(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} seconds"
+
+
+def _count(n: float) -> str:
+    return f"{n:,.0f}" if n >= 10 else f"{n:.2g}"
+
+
+def _short_time(seconds: float) -> str:
+    number, unit = (seconds, "s") if seconds >= 1 else (1e3 * seconds, "ms")
+    return f"{number:.0f} {unit}" if number >= 10 else f"{number:.2g} {unit}"
+
+
+def _short(n: float) -> str:
+    return f"{n / 1e3:,.0f}k" if n >= 10_000 else _count(n)
+
+
 def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"
+    return "" if share is None else f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"

@@ -2,66 +2,93 @@
 
 Each instruction takes at least the longer of its arithmetic and its memory traffic at the chip's
 published rates, and they run one after the other. Communication runs beside them: the loss ring
-hides behind the tiles it feeds; the rest is counted in full, for the worst case.
+hides behind the tiles it feeds; the rest is counted in full, for the worst case. What share of the
+published rates is reached says `vlm.plan.calibration`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from vlm.chips import Chip
 from vlm.config import Experiment
 from vlm.models.flops import model_flops
-from vlm.plan.analytic import analytic_operations
-from vlm.plan.collectives import LOSS_RING, Collective
+from vlm.plan.analytic import analytic_operations, unit_padding
+from vlm.plan.calibration import Calibration, Range
+from vlm.plan.collectives import LOSS_RING, TENSOR, Collective
 from vlm.plan.compile import CompiledStep, StateBytes
 from vlm.plan.hlo import prefetches
 from vlm.plan.topology import Topology
 
-# The share of its published rates that a chip reaches on well-shaped work. A guess.
-ATTAINED = 0.85
-# Bytes per second and chip between boxes of NVIDIA GPUs: one 400 Gb/s adapter for each. A guess.
-NETWORK = 50e9
-BOX = 8  # GPUs that NVLink joins
+# A GPU's host starts kernels one by one: about so many a layer, forward and backward, and seconds
+# for each. A TPU's step is one program. Both are estimates; they matter to small models alone.
+LAUNCHES, LAUNCH_SECONDS = 60, 4e-6
+# Tensor-parallel sums stand in the way of every block: of NVLink's rate they reached so much where
+# ViT G/14 on 4 was measured beside the same on 1 (JAX-Toolbox; that on 8 fits it too).
+TENSOR_SHARE = 0.22
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds of one step on each chip."""
+    """Seconds of one step on each chip, at the published rates."""
 
-    compute: float  # all arithmetic at the peak rate
-    memory: float  # all memory traffic at the peak rate
-    interconnect: float  # all communication at the links' rate
+    compute: float  # all arithmetic, in whole matrix units
+    memory: float  # all memory traffic
+    interconnect: float  # all communication
     operations: float  # instruction by instruction, the longer of arithmetic and memory
     exposed: float  # communication that nothing hides
+    launches: float  # starting kernels one by one
     basis: Literal["compiled", "analytic"]
+
+    @property
+    def waiting(self) -> float:
+        """Memory-bound work: what operations take beyond their arithmetic."""
+        return max(0.0, self.operations - self.compute)
 
     @property
     def seconds(self) -> float:
         """The least time that the published rates allow."""
-        return self.operations + self.exposed
+        return max(self.operations, self.launches) + self.exposed
 
-    @property
-    def predicted(self) -> float:
-        """The time to expect: at the attained share of the published rates."""
-        return self.seconds / ATTAINED
+    def predicted(self, calibration: Calibration) -> Range:
+        """The time to expect."""
+        shares = calibration.shares
+        operations = self.compute / shares.arithmetic + self.waiting / shares.memory
+        return calibration.seconds(max(operations, self.launches) + self.exposed)
 
     @property
     def bound(self) -> str:
-        """What takes most of the time: compute, memory or interconnect."""
-        waiting = max(0.0, self.operations - self.compute)
-        shares = {"compute": self.compute, "memory": waiting, "interconnect": self.exposed}
+        """What takes most of the time: compute, memory, interconnect or launches."""
+        shares = {
+            "compute": self.compute,
+            "memory": self.waiting,
+            "interconnect": self.exposed,
+            "launches": self.launches if self.launches > self.operations else 0.0,
+        }
         return max(shares, key=shares.get)
 
 
-def compiled_roofline(topology: Topology, step: CompiledStep) -> Roofline:
-    """The roofline of a compiled step, instruction by instruction."""
+def compiled_roofline(
+    experiment: Experiment, topology: Topology, state: StateBytes, step: CompiledStep
+) -> Roofline:
+    """The roofline of a compiled step, instruction by instruction.
+
+    Elementwise work that is fused into products keeps the vector units busy beside them, which the
+    program does not tell: where the count by hand is more than the memory-bound instructions', it
+    stands.
+    """
     chip = topology.chip
     flops_rate = chip.flops / chip.devices
     memory_rate = chip.memory_rate / chip.devices
     compute = memory = operations = loss = 0.0
     program = step.program
+    model = experiment.model
+    blocks = model.vision if model.vision.kind == "vit" else model.text
+    kernel_padding = unit_padding(blocks.width // blocks.heads, chip.unit)
     for instruction, computation, times in program.walk():
         arithmetic = times * program.flops(instruction, computation) / flops_rate
+        if "tpu_custom_call" in instruction.text:  # attention: a head may fill half a unit
+            arithmetic *= kernel_padding
         traffic = times * program.memory_bytes(instruction, computation) / memory_rate
         compute, memory = compute + arithmetic, memory + traffic
         if prefetches(instruction):
@@ -72,8 +99,10 @@ def compiled_roofline(topology: Topology, step: CompiledStep) -> Roofline:
     ring = sum(_seconds(c, topology) for c in step.collectives if c.place == LOSS_RING)
     rest = sum(_seconds(c, topology) for c in step.collectives if c.place != LOSS_RING)
     exposed = rest + max(0.0, ring - loss)
-    operations = max(operations, memory)  # what is fetched ahead still has to be fetched
-    return Roofline(compute, memory, ring + rest, operations, exposed, "compiled")
+    _, vector = analytic_operations(experiment, chip, topology.chips, state)
+    # What is fetched ahead still has to be fetched.
+    operations = max(operations, memory, compute + vector)
+    return Roofline(compute, memory, ring + rest, operations, exposed, 0.0, "compiled")
 
 
 def analytic_roofline(
@@ -81,16 +110,28 @@ def analytic_roofline(
     topology: Topology,
     state: StateBytes,
     sent: dict[str, float],
+    mesh: dict[str, int],
 ) -> Roofline:
     """The roofline of a step counted by hand."""
     chip, chips = topology.chip, topology.chips
-    compute, memory, operations = analytic_operations(experiment, chip, chips, state)
-    rate = _rate(chip, topology, everyone=True)
+    compute, memory = analytic_operations(experiment, chip, chips, state)
     ring = sent.get(LOSS_RING, 0.0) / _ring_rate(chip, topology)
-    rest = sum(b for place, b in sent.items() if place != LOSS_RING) / rate
+    rest = 0.0
+    for place, amount in sent.items():
+        if place == LOSS_RING:
+            continue
+        if place == TENSOR:  # among neighbours
+            rest += _group_seconds(amount, mesh["tensor"], topology) / TENSOR_SHARE
+        else:
+            rest += _group_seconds(amount, topology.device_count, topology)
     share = 6 * experiment.batch_size**2 * experiment.model.embed_dim / chips / chip.flops
     exposed = rest + max(0.0, ring - share)
-    return Roofline(compute, memory, ring + rest, operations, exposed, "analytic")
+    launches = 0.0
+    if chip.platform == "gpu":
+        towers = (experiment.model.vision, experiment.model.text)
+        layers = sum(getattr(tower, "depth", 0) for tower in towers)
+        launches = layers * LAUNCHES * LAUNCH_SECONDS
+    return Roofline(compute, memory, ring + rest, compute + memory, exposed, launches, "analytic")
 
 
 def mfu(experiment: Experiment, topology: Topology, seconds: float) -> float:
@@ -100,29 +141,37 @@ def mfu(experiment: Experiment, topology: Topology, seconds: float) -> float:
 
 def _seconds(collective: Collective, topology: Topology) -> float:
     chip = topology.chip
+    if collective.between_slices:
+        return collective.sent / (chip.network / chip.devices)
     if collective.kind == "collective-permute":
         return collective.sent / _ring_rate(chip, topology)
-    everyone = collective.group == topology.device_count
-    return collective.sent / _rate(chip, topology, everyone=everyone)
+    return _group_seconds(collective.sent, collective.group, topology)
 
 
 def _ring_rate(chip: Chip, topology: Topology) -> float:
     """To one neighbour: one link of a torus; all links where a switch joins the chips."""
-    if chip.platform == "gpu" and topology.chips > BOX:
-        return NETWORK
+    if chip.platform == "gpu" and topology.chips > chip.box:
+        # One GPU of a box sends to the next box, by all of its adapters together.
+        return min(chip.link_rate, chip.box * chip.network)
     return chip.link_rate / chip.devices
 
 
-def _rate(chip: Chip, topology: Topology, *, everyone: bool) -> float:
-    """Of reductions and gathers: both directions of every dimension that the group spans.
+def _group_seconds(sent: float, group: int, topology: Topology) -> float:
+    """Of reductions and gathers in which `group` devices take part, each sending so many bytes.
 
-    A dimension without wrap-around has half the rate. A group that is not the whole slice is taken
-    to span one dimension.
+    GPUs reduce inside their box first, so that a device sends its share of the box's bytes alone
+    to other boxes (NCCL's trees and rings over all adapters). On a torus, both directions of every
+    dimension that the group spans carry them; a dimension without wrap-around has half the rate,
+    and a group that is not the whole slice is taken to span one dimension.
     """
+    chip = topology.chip
     if chip.platform == "gpu":
-        return chip.link_rate if topology.chips <= BOX else NETWORK
+        inside = sent / chip.link_rate if chip.box > 1 else 0.0
+        return inside + (sent / chip.box / chip.network if group > chip.box else 0.0)
     wraps = 16 if chip.dimensions == 2 else 4
     spans = [n for n in topology.shape if n > 1] or [1]
     links = [2 if n % wraps == 0 else 1 for n in spans]
-    total = sum(links) if everyone else max(links)
-    return total * chip.link_rate / chip.devices
+    whole = group == math.prod(topology.shape) * chip.devices
+    total = sum(links) if whole else max(links)
+    # Devices of one chip reduce between themselves first: the links carry a chip's bytes once.
+    return sent / (total * chip.link_rate)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import get_args
 
 from vlm.config import Experiment, MeshConfig, RematPolicy
@@ -21,12 +22,13 @@ def sweep(
     *,
     compiles: int = 4,
     batch_per_chip: int | None = None,
+    calibration: str | Path | None = None,
     report: Callable[[str], None] = lambda text: None,
 ) -> list[Plan]:
-    """Plans of every combination, fastest per chip first.
+    """Plans of every combination, compiled ones first, and of each kind the fastest per chip first.
 
     All are counted by hand; the `compiles` most promising ones that have a compiler are then
-    compiled, and their rows replaced.
+    compiled, and their rows replaced. The two kinds are not ranked against each other.
 
     Args:
         meshes: None or empty tries all-data, and fsdp over 8 devices and over all.
@@ -48,7 +50,9 @@ def sweep(
             for remat in remats:
                 candidate = dataclasses.replace(e, remat=remat)
                 try:
-                    plans.append(plan(candidate, name, mesh, compiled=False))
+                    plans.append(
+                        plan(candidate, topology, mesh, compiled=False, calibration=calibration)
+                    )
                 except VlmError as error:
                     faults.append(str(error))
     if not plans:
@@ -56,11 +60,12 @@ def sweep(
     from vlm.plan.report import order
 
     plans.sort(key=order)
-    for i, rough in enumerate(plans[:compiles]):
-        if rough.topology.compiles:
-            report(f"compiling {rough.topology.name} {rough.mesh} remat {rough.experiment.remat}")
-            mesh = MeshConfig(**rough.mesh)
-            plans[i] = plan(rough.experiment, rough.topology.name, mesh, loss=False)
+    promising = [i for i, rough in enumerate(plans) if rough.topology.compiles][:compiles]
+    for i in promising:
+        rough = plans[i]
+        report(f"compiling {rough.topology.name} {rough.mesh} remat {rough.experiment.remat}")
+        mesh = MeshConfig(**rough.mesh)
+        plans[i] = plan(rough.experiment, rough.topology, mesh, loss=False, calibration=calibration)
     return sorted(plans, key=order)
 
 

@@ -5,12 +5,13 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from vlm.chips import CHIPS, Chip
+from vlm.chips import CHIPS, Chip, chip_of
 from vlm.config import MeshConfig
 from vlm.errors import ConfigError
 
@@ -19,7 +20,14 @@ from vlm.errors import ConfigError
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
 # What the cloud calls one machine of each: the compiler asks where it runs, and this will do.
-MACHINES = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4", "tpu7x": "tpu7x-8"}
+MACHINES = {
+    "v3": "v3-8",
+    "v4": "v4-8",
+    "v5e": "v5litepod-4",
+    "v5p": "v5p-8",
+    "v6e": "v6e-4",
+    "tpu7x": "tpu7x-8",
+}
 LARGEST = {"v4": 4096, "v5p": 6144, "tpu7x": 9216}  # chips
 MOST_SLICES = 256
 
@@ -159,6 +167,20 @@ def topology_devices(topology: Topology) -> list[Any]:
             "choose another shape or a newer libtpu"
         ) from None
     return list(described.devices)
+
+
+def local_topology(devices: Sequence[Any]) -> Topology | None:
+    """The slice that the devices of a run form; None for a kind without published figures."""
+    chip = chip_of(devices[0].device_kind)
+    if chip is None:
+        return None
+    slices = len({getattr(d, "slice_index", None) or 0 for d in devices})
+    shape: tuple[int, ...] = (len(devices) // chip.devices // slices,)
+    if chip.platform == "tpu":
+        sides = zip(*(d.coords for d in devices), strict=True)
+        shape = tuple(len(set(side)) for side in sides)[: max(2, chip.dimensions)]
+    prefix = f"{slices}x" if slices > 1 else ""
+    return Topology(f"{prefix}{chip.name}:{'x'.join(map(str, shape))}", chip, shape, slices)
 
 
 def parse_mesh(text: str) -> MeshConfig:

@@ -1,0 +1,184 @@
+"""What share of its published rates a kind of chip reaches: fitted to measurements, as a range.
+
+A step's time is that of its arithmetic, of its memory-bound work and of the communication that
+nothing hides, each at a share of the published rate. The shares of a kind of chip are fitted to
+throughputs that others published (tests/plan/published.py; `python tests/plan/fit.py` prints the
+fit), and kinds that nobody published contrastive or ViT training for borrow them, which `evidence`
+says. `vlm bench train --save FILE` measures on the chip at hand, and `vlm plan --calibration FILE`
+corrects the prediction by it.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm.chips import CHIPS
+from vlm.errors import ConfigError
+
+WIDTH = 1.5  # high over low of a prediction from published figures
+MEASURED_WIDTH = 1.2  # of one from the same chip, measured by the user
+FORMAT = "vlm-calibration-1"
+
+
+@dataclass(frozen=True)
+class Range:
+    """From `low` to `high`, where a measurement is expected."""
+
+    low: float
+    high: float
+
+    @property
+    def middle(self) -> float:
+        return math.sqrt(self.low * self.high)
+
+    def scaled(self, factor: float) -> "Range":
+        return Range(self.low * factor, self.high * factor)
+
+    def inverse(self, numerator: float = 1.0) -> "Range":
+        """Of `numerator` over what this is a range of: examples/s from seconds."""
+        return Range(numerator / self.high, numerator / self.low)
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The shares of a chip's published rates that a training step reaches, and how we know."""
+
+    arithmetic: float
+    memory: float
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One step on a real chip beside its prediction, as `vlm bench train --save` writes it."""
+
+    chip: str
+    name: str
+    devices: int
+    batch_size: int
+    remat: str
+    measured: float  # seconds
+    predicted: float  # seconds, the middle of the range without this file
+    versions: dict[str, str]
+
+    @property
+    def factor(self) -> float:
+        return self.measured / self.predicted
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What turns a roofline into a range of seconds for one kind of chip."""
+
+    shares: Shares
+    factor: float = 1.0  # of measurements at hand
+    width: float = WIDTH
+    measurements: tuple[Measurement, ...] = ()
+
+    @property
+    def evidence(self) -> str:
+        if not self.measurements:
+            return self.shares.evidence
+        names = ", ".join(f"{m.name} at batch {m.batch_size:,}" for m in self.measurements)
+        return f"measured on this chip: {names}"
+
+    def seconds(self, middle: float) -> Range:
+        side = math.sqrt(self.width)
+        return Range(middle * self.factor / side, middle * self.factor * side)
+
+
+# Of memory-bound work: the published steps do not differ enough in it to tell kinds apart.
+# Communication that nothing hides is best counted at its whole rate.
+MEMORY = 0.5
+LLM = "and the MFU of MaxText's own language models (v5e 56 to 67%, v5p 64 to 71%, v6e 39 to 50%)"
+SHARES = {
+    "v3": Shares(0.52, MEMORY, "5 published trainings of ViT on v3, 2020 and 2023"),
+    "v4": Shares(0.57, MEMORY, "4 published trainings of SigLIP and SigLiT on v4, 2023"),
+    "v5e": Shares(0.57, MEMORY, f"borrowed from v4 {LLM}"),
+    "v5p": Shares(0.63, MEMORY, f"borrowed from v4 {LLM}"),
+    "v6e": Shares(0.41, MEMORY, f"borrowed from v4 {LLM}"),
+    "tpu7x": Shares(0.41, MEMORY, "borrowed from v6e"),
+    "a100": Shares(0.45, MEMORY, "15 published trainings of ViT and CLIP on A100, 2023"),
+    "a100-40": Shares(0.45, MEMORY, "15 published trainings of ViT and CLIP on A100, 2023"),
+    "h100": Shares(0.22, MEMORY, "6 published trainings of ViT and CLIP on H100, 2023"),
+    "h100-pcie": Shares(0.22, MEMORY, "borrowed from H100 SXM"),
+    "h200": Shares(0.22, MEMORY, "borrowed from H100"),
+    "gh200": Shares(0.22, MEMORY, "borrowed from H100"),
+    "b200": Shares(0.22, MEMORY, "borrowed from H100"),
+    "l4": Shares(0.45, MEMORY, "borrowed from A100"),
+    "l40s": Shares(0.45, MEMORY, "borrowed from A100"),
+}
+
+
+def calibration_of(chip: str, file: str | Path | None = None) -> Calibration:
+    """The calibration of a kind of chip, corrected by a file of measurements.
+
+    Raises:
+        ConfigError: the file is not there, is no calibration, or is of another kind of chip.
+    """
+    shares = SHARES[chip]
+    if file is None:
+        return Calibration(shares)
+    measurements = read_measurements(file)
+    fitting = tuple(m for m in measurements if m.chip == chip)
+    if not fitting:
+        others = sorted({m.chip for m in measurements})
+        raise ConfigError(
+            f"calibration {file} was measured on {', '.join(others)} and the plan is for {chip}: "
+            f"measure there with vlm bench train CONFIG --save FILE, or leave --calibration out"
+        )
+    factors = sorted(m.factor for m in fitting)
+    factor = math.exp(sum(map(math.log, factors)) / len(factors))
+    width = min(WIDTH, max(MEASURED_WIDTH, factors[-1] / factors[0]))
+    return Calibration(shares, factor, width, fitting)
+
+
+def read_measurements(file: str | Path) -> list[Measurement]:
+    """The measurements of a file that `vlm bench train --save` wrote.
+
+    Raises:
+        ConfigError: there is no such file, or it is something else.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ConfigError(
+            f"there is no calibration file {file}: write one on the chip with "
+            "vlm bench train CONFIG --save FILE"
+        )
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']!r}")
+        found = [Measurement(**entry) for entry in content["measurements"]]
+        good = [m for m in found if m.chip in CHIPS and m.measured > 0 and m.predicted > 0]
+        if not found or len(good) < len(found):
+            raise ValueError("it holds no times of a known chip")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error
+        raise ConfigError(
+            f"{file} is no calibration ({reason}): write one with "
+            "vlm bench train CONFIG --save FILE"
+        ) from None
+    return found
+
+
+def save_measurement(file: str | Path, measurement: Measurement) -> None:
+    """Add a measurement to a file; one of the same chip, config and batch takes its place.
+
+    Raises:
+        ConfigError: the file is there and is no calibration.
+    """
+    path = Path(file)
+    kept: list[Measurement] = read_measurements(path) if path.exists() else []
+
+    def same(m: Measurement) -> tuple[Any, ...]:
+        return m.chip, m.name, m.devices, m.batch_size, m.remat
+
+    kept = [m for m in kept if same(m) != same(measurement)]
+    content = {"format": FORMAT, "measurements": [asdict(m) for m in (*kept, measurement)]}
+    path.write_text(json.dumps(content, indent=1) + "\n")
