@@ -101,7 +101,7 @@ def batch_ways(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def check_batch(batch_size: int, mesh: Mesh, what: str = "batch_size") -> None:
+def check_batch(batch_size: int, mesh: Mesh | AbstractMesh, what: str = "batch_size") -> None:
     """Raise a ShardingError unless `batch_size` rows divide over the mesh."""
     ways = batch_ways(mesh)
     if batch_size % ways:
@@ -113,12 +113,12 @@ def check_batch(batch_size: int, mesh: Mesh, what: str = "batch_size") -> None:
         )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Rows of a batch over `data` and `fsdp`."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, P())
 

@@ -103,7 +103,7 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch):
 
 
 def test_a_model_that_fits_at_no_batch():
-    huge = experiment(text={"vocab_size": 500_000_000})
+    huge = experiment(text={"vocab_size": 2**24, "width": 4096, "heads": 32})
     with pytest.raises(ConfigError, match=r"take .* GiB of each device .*--mesh fsdp="):
         plan(huge, "h100:64")
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Int, Key, UInt8
 
 from vlm.config import Experiment, TokenizerConfig
@@ -32,13 +32,14 @@ _MASKING = 1  # folded into an example's key for its text mask: another stream t
 class TrainState:
     """All that a step changes, and all that a checkpoint keeps of the model."""
 
-    step: Int[Array, ""]
-    total_steps: Int[Array, ""]
-    params: Params  # trained
-    frozen: Params  # of a locked tower: no gradient, no optimizer state
+    # Trees of one form hold their arrays, shapes of arrays, or shardings.
+    step: Any  # Int[Array, ""]
+    total_steps: Any  # Int[Array, ""]
+    params: Any  # Params: trained
+    frozen: Any  # Params: of a locked tower: no gradient, no optimizer state
     opt_state: Any
-    ema: Params | None
-    skipped: Int[Array, ""]  # steps whose loss or gradient was not finite
+    ema: Any  # Params | None
+    skipped: Any  # Int[Array, ""]: steps whose loss or gradient was not finite
 
 
 class Trainer:
@@ -47,7 +48,12 @@ class Trainer:
     The module's graph is split from its parameters once, here; the functions see plain trees.
     """
 
-    def __init__(self, experiment: Experiment, mesh: Mesh, rules: TokenizerConfig | None = None):
+    def __init__(
+        self,
+        experiment: Experiment,
+        mesh: Mesh | AbstractMesh,
+        rules: TokenizerConfig | None = None,
+    ):
         self.experiment, self.mesh = experiment, mesh
         self.rules = rules or experiment.tokenizer  # which tokens are padding, begin and end
         self.preprocess = Preprocess(experiment.preprocess)
