@@ -85,7 +85,11 @@ CASES = {
         "text": {"pool": "map"},
         "text_masking": 0.25,
     },
-    "LiT": {"lock": "vision", "init_from": "model", "vision": {"pool": "class", "projection": "linear"}},
+    "LiT": {
+        "lock": "vision",
+        "init_from": "model",
+        "vision": {"pool": "class", "projection": "linear"},
+    },
     "CoCa": {"vision": {"pool": "query", "projection": "linear"}, "text": {"pool": "class"}},
 }
 
