@@ -12,6 +12,10 @@ import torch
 from PIL import Image
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AltCLIPConfig,
+    AltCLIPModel,
+    ChineseCLIPConfig,
+    ChineseCLIPModel,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -65,7 +69,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
                 parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=generator))
 
 
-def record(folder, model, processor, vocabulary, context, pad, eos, seed):
+def record(folder, model, processor, vocabulary, context, pad, eos, seed, masked=False):
     raw = images(seed)
     pixels = processor([Image.fromarray(i) for i in raw], return_tensors="pt")["pixel_values"]
     vocabulary.enable_padding(length=context, pad_id=pad, pad_token=vocabulary.id_to_token(pad))
@@ -74,7 +78,8 @@ def record(folder, model, processor, vocabulary, context, pad, eos, seed):
     vocabulary.no_padding()
     vocabulary.no_truncation()
     with torch.no_grad():
-        out = model(pixel_values=pixels, input_ids=tokens)
+        mask = {"attention_mask": (tokens != pad).long()} if masked else {}
+        out = model(pixel_values=pixels, input_ids=tokens, **mask)
     np.savez_compressed(
         folder / "outputs.npz",
         **{f"image/{i}": image for i, image in enumerate(raw)},
@@ -137,6 +142,45 @@ def clip(name: str, *, old: bool, seed: int, worldwide: bool = False) -> None:
     np.savez_compressed(
         folder / "resized.npz", pixels=pixels.permute(0, 2, 3, 1).numpy(), z_image=z.numpy()
     )
+
+
+def bert_clip(name: str, kind: str, seed: int) -> None:
+    """Chinese CLIP, or AltCLIP: CLIP's image tower, and a text tower of BERT's kind."""
+    torch.manual_seed(seed)
+    folder = GOLDEN / name
+    folder.mkdir(parents=True, exist_ok=True)
+    alt = kind == "altclip"
+    specials = ["<s>", "<pad>", "</s>"] if alt else ["[PAD]", "[CLS]", "[SEP]"]
+    bos, pad, eos = (0, 1, 2) if alt else (1, 0, 2)
+    vocabulary = small_vocabulary(specials)
+    first, last = specials[bos], specials[eos]
+    vocabulary.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}", special_tokens=[(first, bos), (last, eos)]
+    )
+    text = {
+        "vocab_size": vocabulary.get_vocab_size(), "hidden_size": 24, "intermediate_size": 37,
+        "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 13,
+        "pad_token_id": pad,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 36, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "image_size": 30, "patch_size": 6,
+    }  # fmt: skip
+    if alt:
+        config = AltCLIPConfig(
+            text_config=text | {"project_dim": 18}, vision_config=vision, projection_dim=20
+        )
+        model = AltCLIPModel(config).eval()
+    else:
+        config = ChineseCLIPConfig(text_config=text, vision_config=vision, projection_dim=20)
+        model = ChineseCLIPModel(config).eval()
+    randomise(model, seed)
+    model.save_pretrained(folder)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 30}, crop_size=30)
+    processor.save_pretrained(folder)
+    tokenizer_files(folder, vocabulary, "PreTrainedTokenizerFast", pad, eos)
+    length = 11 if alt else 13
+    record(folder, model, processor, vocabulary, length, pad, eos, seed, masked=True)
 
 
 def siglip(name: str, *, projection: int | None, seed: int) -> None:
@@ -228,6 +272,8 @@ if __name__ == "__main__":
     naflex("hf_naflex", seed=4)
     clip("hf_clip", old=False, seed=0)
     clip("hf_clip_old", old=True, seed=1)
+    bert_clip("hf_chinese_clip", "chinese_clip", seed=6)
+    bert_clip("hf_altclip", "altclip", seed=7)
     clip("hf_metaclip_2", old=False, seed=5, worldwide=True)
     siglip("hf_siglip", projection=None, seed=2)
     siglip("hf_siglip_wide", projection=28, seed=3)

@@ -37,6 +37,7 @@ class TextConfig:
             (arXiv:2103.17239).
         norm: Where blocks normalise. pre: before each branch; post: after each residual sum and
             after the embeddings (BERT).
+        last_norm: Of norm post: normalise what the blocks give once more (AltCLIP).
         projection: Layer from the pooled token to the shared space. mlp: two layers without
             biases, their mean width between them.
         activation: Activation of the MLPs.
@@ -56,6 +57,7 @@ class TextConfig:
     pad_id: int | None = None
     layer_scale: bool = False
     norm: Literal["pre", "post"] = "pre"
+    last_norm: bool = False
     projection: Literal["none", "linear", "linear_bias", "mlp"] = "linear_bias"
     activation: Activation = "gelu_tanh"
     norm_eps: float = 1e-6

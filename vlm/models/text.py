@@ -41,7 +41,8 @@ class TextTower(nnx.Module):
             execution=execution,
             rngs=rngs,
         )
-        self.norm = None if post else LayerNorm(c.width, c.norm_eps, rngs=rngs)
+        last = not post or c.last_norm
+        self.norm = LayerNorm(c.width, c.norm_eps, rngs=rngs) if last else None
         self.pool = map_pool(c, dtype=dtype, rngs=rngs) if c.pool == "map" else None
         self.projection = projection(c, c.width, embed_dim, dtype=dtype, rngs=rngs)
 

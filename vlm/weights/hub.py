@@ -8,7 +8,7 @@ from collections.abc import Collection
 from etils import epath
 
 from vlm.errors import CheckpointError
-from vlm.weights import huggingface, open_clip
+from vlm.weights import bert_clip, huggingface, open_clip
 from vlm.weights.checkpoint import shards, weight_names
 from vlm.weights.fields import read_json
 from vlm.weights.own import BUNDLE_FILE
@@ -107,7 +107,9 @@ def _weights(name: str, folder: epath.Path, files: Collection[str]) -> str:
         stems = huggingface.WEIGHTS[:1]
     elif "config.json" in files and huggingface.is_huggingface(folder, files):
         # Refused here, another model's weights are not fetched in vain.
-        huggingface.model_config(read_json(folder / "config.json"), f"config.json of {name}")
+        values = read_json(folder / "config.json")
+        family = bert_clip if values.get("model_type") in bert_clip.MODEL_TYPES else huggingface
+        family.model_config(values, f"config.json of {name}")
         stems = huggingface.WEIGHTS
     else:
         stems = open_clip.WEIGHTS

@@ -77,6 +77,7 @@ DEFAULTS["siglip2"] = DEFAULTS["siglip"] | {
 }
 DEFAULTS["metaclip_2"] = DEFAULTS["clip"]
 FAMILIES = tuple(DEFAULTS)
+OTHERS = ("chinese_clip", "altclip")  # read by `vlm.weights.bert_clip`
 # Classes of transformers with one tower, or with another head in place of the projections.
 _PARTIAL = re.compile(r"For[A-Z]\w*$|VisionModel$|TextModel$|WithProjection$")
 WEIGHTS = ("model", "pytorch_model")  # their names without the ending, best first
@@ -103,7 +104,7 @@ def open_checkpoint(folder: epath.Path) -> Checkpoint:
     return Checkpoint(
         folder.name,
         config,
-        _preprocess(folder, config.vision.image_size),
+        preprocess_config(folder, config.vision.image_size),
         tokenizer,
         weights(folder, *WEIGHTS),
         RULES[family],
@@ -119,12 +120,12 @@ def is_huggingface(folder: epath.Path, files: Collection[str]) -> bool:
     """
     if "open_clip_config.json" not in files:
         return True
-    return read_json(folder / "config.json").get("model_type") in FAMILIES and any(
+    return read_json(folder / "config.json").get("model_type") in (*FAMILIES, *OTHERS) and any(
         name in files for name in ("model.safetensors", "model.safetensors.index.json")
     )
 
 
-def _preprocess(folder: epath.Path, image_size: int) -> PreprocessConfig:
+def preprocess_config(folder: epath.Path, image_size: int) -> PreprocessConfig:
     """From `preprocessor_config.json`, or the part of `processor_config.json` that holds it."""
     path = folder / "preprocessor_config.json"
     if path.exists():
@@ -147,20 +148,14 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     family = values.get("model_type")
     if not isinstance(family, str) or family not in DEFAULTS:
         raise CheckpointError(
-            f"{where} describes a model of type {show(family)}: vlm reads {', '.join(FAMILIES)}"
+            f"{where} describes a model of type {show(family)}: vlm reads "
+            + ", ".join((*FAMILIES, *OTHERS))
         )
-    _check_architecture(values.get("architectures"), where)
+    check_architecture(values.get("architectures"), where)
     defaults = DEFAULTS[family]
     parts = {}
     for part in ("vision", "text"):
-        name = f"{part}_config_dict" if values.get(f"{part}_config_dict") else f"{part}_config"
-        given = fields(values.get(name), f"{where}: {name}")
-        parts[part] = with_defaults(given, defaults[part], f"{where}: {part}_config")
-        channels = whole(given.get("num_channels") or 3, f"{where}: {part}_config.num_channels")
-        if channels != 3:
-            raise CheckpointError(
-                f"{where}: images have {channels} channels, and vlm takes RGB alone"
-            )
+        parts[part] = tower_fields(values, part, defaults[part], where)
     vision, text = parts["vision"], parts["text"]
     naflex = family == "siglip2"
     if naflex:  # a square grid of positions, and as many patches at most as it has
@@ -173,12 +168,12 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     vision_tower = {
         "image_size": vision["image_size"],
         "patch_size": vision["patch_size"],
-        **_tower(vision, f"{where}: vision_config"),
+        **tower_sizes(vision, f"{where}: vision_config"),
     }
     text_tower = {
         "vocab_size": text["vocab_size"],
         "context_length": text["max_position_embeddings"],
-        **_tower(text, f"{where}: text_config"),
+        **tower_sizes(text, f"{where}: text_config"),
     }
     if family in ("clip", "metaclip_2"):
         # CLIP's eos_token_id of 2 is an old mistake: such a model pools at the highest id. That of
@@ -213,7 +208,23 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     )
 
 
-def _check_architecture(names: Any, where: str) -> None:
+def tower_fields(
+    values: dict[str, Any], part: str, defaults: dict[str, Any], where: str
+) -> dict[str, Any]:
+    """The fields of one tower, "vision" or "text", with the defaults of its class.
+
+    Raises:
+        CheckpointError: a field of another type or size, or images that are not RGB.
+    """
+    name = f"{part}_config_dict" if values.get(f"{part}_config_dict") else f"{part}_config"
+    given = fields(values.get(name), f"{where}: {name}")
+    channels = whole(given.get("num_channels") or 3, f"{where}: {part}_config.num_channels")
+    if channels != 3:
+        raise CheckpointError(f"{where}: images have {channels} channels, and vlm takes RGB alone")
+    return with_defaults(given, defaults, f"{where}: {part}_config")
+
+
+def check_architecture(names: Any, where: str) -> None:
     """Refuse what shares a family's `model_type` and is no dual encoder."""
     name = names[0] if isinstance(names, list) and names else None
     if isinstance(name, str) and _PARTIAL.search(name):
@@ -223,7 +234,8 @@ def _check_architecture(names: Any, where: str) -> None:
         )
 
 
-def _tower(values: dict[str, Any], where: str) -> dict[str, Any]:
+def tower_sizes(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Our fields for the sizes, activation and epsilon of one tower."""
     name = values["hidden_act"]
     if name not in ACTIVATIONS:
         raise CheckpointError(

@@ -11,11 +11,18 @@ from etils import epath
 
 from vlm.errors import CheckpointError, ConfigError
 from vlm.paths import as_path
-from vlm.weights import big_vision, huggingface, open_clip, openai, own
+from vlm.weights import bert_clip, big_vision, huggingface, open_clip, openai, own
 from vlm.weights.checkpoint import Checkpoint
 from vlm.weights.hub import download, is_hub_id
 
-FAMILIES = (own, huggingface, open_clip, openai, big_vision)  # the first that recognises it opens
+FAMILIES = (
+    own,
+    bert_clip,
+    huggingface,
+    open_clip,
+    openai,
+    big_vision,
+)  # the first that recognises it opens
 
 
 def open_model(model: epath.PathLike, revision: str | None) -> tuple[Checkpoint, str]:

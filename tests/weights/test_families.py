@@ -1,0 +1,115 @@
+"""Families by name: what is unknown, unpaired or of another width is refused before it is read."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from vlm.bundle import load
+from vlm.errors import CheckpointError
+from vlm.weights.files import SafetensorsFiles, write_safetensors
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def refuse_to_read(self, name, start=0, stop=None):
+    """In place of reading: shapes and names alone decide."""
+    raise AssertionError(f"{name} was read")
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    monkeypatch.setattr(SafetensorsFiles, "read", refuse_to_read)
+
+
+def copy(name: str, folder: pathlib.Path) -> pathlib.Path:
+    shutil.copytree(GOLDEN / name, folder)
+    return folder
+
+
+def with_config(name: str, folder: pathlib.Path, tower: str, **fields) -> pathlib.Path:
+    """A folder of open_clip with other fields in the config of a tower."""
+    file = copy(name, folder) / "open_clip_config.json"
+    values = json.loads(file.read_text())
+    values["model_cfg"][tower] |= fields
+    file.write_text(json.dumps(values))
+    return folder
+
+
+def with_tensors(name: str, folder: pathlib.Path, change) -> pathlib.Path:
+    """A folder of open_clip with other tensors: `change(name, array)`, None leaves one out."""
+    file = copy(name, folder) / "open_clip_model.safetensors"
+    tensors = SafetensorsFiles([file])
+    arrays = {n: change(n, tensors.read(n)) for n in tensors.shapes}
+    write_safetensors(file, [(n, a) for n, a in arrays.items() if a is not None], {})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "tower", "fields", "said"),
+    [
+        ("oc_convnext", "vision_cfg", {"timm_model_name": "swin_tiny"}, "'swin_tiny' is not one"),
+        ("oc_convnext", "vision_cfg", {"timm_proj": "conv"}, "timm_proj 'conv'"),
+        ("oc_convnext", "vision_cfg", {"timm_model_name": "vitamin_base_224"}, "not those of timm"),
+        ("oc_eva02", "vision_cfg", {"timm_pool": "avg"}, "timm_pool 'avg'"),
+        ("oc_eva02", "vision_cfg", {"timm_model_name": "eva_giant_patch14_224"}, "not those of"),
+        ("oc_vitamin", "vision_cfg", {"timm_pool": "map"}, "timm_pool 'map'"),
+        ("oc_mobileclip_b", "vision_cfg", {"timm_proj": "linear"}, "timm_proj 'linear'"),
+        ("oc_nllb", "text_cfg", {"hf_model_name": "google/mt5-base"}, "'google/mt5-base' of"),
+        ("oc_nllb", "text_cfg", {"hf_pooler_type": "max_pooler"}, "hf_pooler_type is 'max_pooler'"),
+        ("oc_xlm_roberta", "text_cfg", {"hf_pooler_type": "cls_pooler"}, "is 'cls_pooler'"),
+        ("oc_xlm_roberta", "text_cfg", {"hf_proj_type": "conv"}, "hf_proj_type is 'conv'"),
+    ],
+)
+def test_what_a_family_does_not_read_is_named(name, tower, fields, said, tmp_path, unread):
+    folder = with_config(name, tmp_path / "model", tower, **fields)
+    with pytest.raises(CheckpointError, match=said):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["oc_convnext", "oc_eva02", "oc_vitamin", "oc_mobileclip_b"])
+def test_an_image_tower_without_its_text_is_refused(name, tmp_path, monkeypatch):
+    image = ("visual.", "logit_")
+    folder = with_tensors(name, tmp_path / "model", lambda n, x: x if n.startswith(image) else None)
+    monkeypatch.setattr(SafetensorsFiles, "read", refuse_to_read)
+    with pytest.raises(CheckpointError, match=r"missing from the file: .*token_embedding"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["oc_xlm_roberta", "oc_nllb"])
+def test_a_text_tower_without_its_image_is_refused(name, tmp_path, monkeypatch):
+    folder = with_tensors(
+        name, tmp_path / "model", lambda n, x: None if n.startswith("visual.") else x
+    )
+    monkeypatch.setattr(SafetensorsFiles, "read", refuse_to_read)
+    with pytest.raises(CheckpointError, match=r"missing from the file: .*visual\."):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("oc_convnext", "visual.trunk.stages.1.downsample.1.weight"),
+        ("oc_eva02", "visual.trunk.blocks.1.mlp.norm.weight"),
+        ("oc_vitamin", "visual.trunk.blocks.0.mlp.w1.weight"),
+        ("oc_mobileclip_b", "visual.trunk.patch_embed.backbone.1.bn.weight"),
+        ("oc_xlm_roberta", "text.proj.2.weight"),
+        ("oc_nllb", "text.transformer.layers.1.fc2.weight"),
+    ],
+)
+def test_weights_of_another_width_are_refused(name, tensor, tmp_path, monkeypatch):
+    folder = with_tensors(
+        name, tmp_path / "model", lambda n, x: np.repeat(x, 2, axis=-1) if n == tensor else x
+    )
+    monkeypatch.setattr(SafetensorsFiles, "read", refuse_to_read)
+    with pytest.raises(CheckpointError, match=f"of another shape: {tensor.replace('.', '[.]')}"):
+        load(folder)
+
+
+def test_a_family_of_transformers_that_is_not_known_is_refused(tmp_path, unread):
+    file = copy("hf_altclip", tmp_path / "model") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "flava"}))
+    with pytest.raises(CheckpointError, match=r"type 'flava': vlm reads clip, .*altclip"):
+        load(tmp_path / "model")
