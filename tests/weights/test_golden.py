@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,8 +24,8 @@ def unit(x):
 
 def test_towers_compute_what_theirs_do(case):
     bundle, golden = case
-    z_image = np.asarray(bundle.model.encode_image(golden["pixels"]))
-    z_text = np.asarray(bundle.model.encode_text(golden["tokens"]))
+    z_image = np.asarray(bundle.model.encode_image(jnp.asarray(golden["pixels"])))
+    z_text = np.asarray(bundle.model.encode_text(jnp.asarray(golden["tokens"])))
     assert np.abs(z_image - unit(golden["z_image"])).max() < 2e-6
     assert np.abs(z_text - unit(golden["z_text"])).max() < 2e-6
     logits = bundle.logit_scale * z_image @ z_text.T + bundle.logit_bias
