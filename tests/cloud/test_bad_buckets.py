@@ -87,10 +87,8 @@ def test_a_passing_error_does_not_cost_the_newest_checkpoint(pod):
             assert hosts.running(), hosts.wait()
         hosts.signal(signal.SIGKILL)
         hosts.wait()
-    before = {
-        p.name for p in (run / "checkpoints").iterdir() if (p / "commit_success.txt").exists()
-    }
-    newest = max(before, key=int)
+    before = whole_checkpoints(run)
+    newest = before[-1]
 
     bucket.fail("403", f"passing%2Fcheckpoints%2F{newest}%2Fstate", 10_000)
     hosts = Hosts(pod.go("passing"), pod.folder / "passing", pod.env)
