@@ -112,6 +112,7 @@ def environment(folder: Path, bucket: dict[str, str]) -> dict[str, str]:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0",  # spares a start anew
             "COLUMNS": "200",
+            "VLM_STALL": "5",
             # The layout of a bucket is asked for over gRPC, which the storage server does not know.
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }

@@ -54,6 +54,7 @@ def disturbed(pod, whole):
     assert "process 1 of 2" in said[0]
     assert "died" in said[0]
     assert "vlm train --resume" in said[0]
+    assert "the run has been w" in said[0]  # waiting, or writing a checkpoint, with the other gone
 
     third = Hosts(pod.go("disturbed"), folder, pod.env, count=2).finish()
     assert "step 48" not in third[0].split("first step after")[0]

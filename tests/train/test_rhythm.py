@@ -5,8 +5,9 @@ import time
 import pytest
 
 from vlm.config import Experiment
-from vlm.data.pipeline import train_batches
+from vlm.data.pipeline import TrainIterator, train_batches
 from vlm.inputs.tokenizer import train_bpe
+from vlm.paths import as_path
 from vlm.sharding import make_mesh
 from vlm.train import activity, interrupt, length, mirror
 from vlm.train.activity import DATA, Activity
@@ -55,19 +56,7 @@ def test_a_checkpoint_on_its_way_is_waited_for_and_shares_count_too(monkeypatch)
     assert 56 in due  # a minute after the share's
 
 
-class Slow:
-    """Batches that take their time."""
-
-    def __init__(self, batches, seconds: float):
-        self.batches, self.seconds = batches, seconds
-        self.get_state, self.set_state = batches.get_state, batches.set_state
-
-    def __next__(self):
-        time.sleep(self.seconds)
-        return next(self.batches)
-
-
-def test_seconds_count_the_wait_for_data(tiny):
+def test_seconds_count_the_wait_for_data(tiny, monkeypatch):
     experiment = tiny(steps=None, seconds=30.0)
     tokenizer = train_bpe(["a red bar", "a blue square"], 300, 16)
     trainer = Trainer(experiment, make_mesh(experiment.mesh), tokenizer.config)
@@ -75,13 +64,22 @@ def test_seconds_count_the_wait_for_data(tiny):
         experiment.data, trainer.preprocess, tokenizer, batch_size=16, seed=0
     )  # fmt: skip
     next(batches)
-    before = batches.get_state()
-    taken = seconds_per_step(trainer, Slow(batches, 0.5), limit=3.0)
-    assert taken >= 0.5
+    before, quick = batches.get_state(), TrainIterator.__next__
+
+    def take(seconds: float):
+        def slowly(self):
+            time.sleep(seconds)
+            return quick(self)
+
+        monkeypatch.setattr(TrainIterator, "__next__", slowly)
+
+    take(0.5)
+    assert seconds_per_step(trainer, batches, limit=3.0) >= 0.5
     assert batches.get_state() == before  # the run trains on what was measured
+    take(2.0)
     began = time.monotonic()
-    seconds_per_step(trainer, Slow(batches, 2.0), limit=1.0)
-    assert time.monotonic() - began < 30  # not prefetch + 4 waits of 2 s beside the compiling
+    seconds_per_step(trainer, batches, limit=1.0)
+    assert time.monotonic() - began < 60  # one step, not all that could be measured
     batches.close()
 
 
@@ -95,8 +93,8 @@ def test_a_run_that_stands_still_says_what_it_waits_for(monkeypatch, capfd):
             with doing("evaluating"):
                 time.sleep(0.05)
     said = " ".join(capfd.readouterr().err.split())
-    assert "no progress for 0 s: the run is waiting for data at step 7" in said
-    assert said.count("no progress") <= 3  # after twice the time, and twice that
+    assert "the run has been waiting for data for 0 s, at step 7" in said
+    assert said.count("the run has been") <= 3  # after twice the time, and twice that
     assert "evaluating" not in said
     assert doing.seconds[DATA] >= 1.0
     assert "waiting for data" in doing.summary()
@@ -105,7 +103,7 @@ def test_a_run_that_stands_still_says_what_it_waits_for(monkeypatch, capfd):
 def test_a_log_is_seen_in_a_bucket_while_it_grows(monkeypatch, tmp_path):
     monkeypatch.setattr(mirror, "is_remote", lambda path: True)
     monkeypatch.setattr(mirror, "PERIOD", 0.1)
-    with Mirror(tmp_path) as copied, (copied.local / "log.jsonl").open("w") as log:
+    with Mirror(as_path(tmp_path)) as copied, (copied.local / "log.jsonl").open("w") as log:
         assert copied.local != tmp_path
         for rows in range(1, 4):
             log.write("row\n")
@@ -123,7 +121,7 @@ def test_a_log_is_seen_in_a_bucket_while_it_grows(monkeypatch, tmp_path):
 
 
 def test_on_a_disk_a_log_is_where_it_is(tmp_path):
-    with Mirror(tmp_path) as copied:
+    with Mirror(as_path(tmp_path)) as copied:
         assert copied.local == tmp_path
         copied.copy()
 

@@ -67,10 +67,10 @@ class Activity:
                 since, patience = self._since, PATIENCE
             elif time.monotonic() - since > patience:
                 patience *= 2
-                print_on_first_process(self._standing_still(time.monotonic() - since))
+                print_on_first_process(self._what_it_waits_for(time.monotonic() - since))
 
-    def _standing_still(self, seconds: float) -> str:
-        said = f"no progress for {seconds:.0f} s: the run is {self._now} at step {self.step}"
+    def _what_it_waits_for(self, seconds: float) -> str:
+        said = f"the run has been {self._now} for {seconds:.0f} s, at step {self.step}"
         others: dict[str, list[str]] = {}
         if jax.process_count() > 1:
             for process, (host, doing) in watch.told().items():
