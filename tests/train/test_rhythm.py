@@ -32,14 +32,15 @@ def test_checkpoints_come_by_the_minute_whatever_a_step_takes(monkeypatch, secon
     experiment = Experiment(checkpoint_every=1.0, checkpoint_minutes=1.0)
     rhythm, saved = CheckpointRhythm(experiment, 0, 100_000), []
     for step in range(1, 50_000):
-        clock.now += seconds
+        ahead = step < 4 or (saved and clock.now == saved[-1])  # started, but not yet computed
+        clock.now += 1e-3 if ahead else seconds
         if rhythm.is_due(step, writing=False):
             saved.append(clock.now)
         if clock.now > 2000:
             break
     gaps = [b - a for a, b in zip([1000.0, *saved], saved, strict=False)]
     assert len(gaps) >= 9
-    assert all(60 <= gap <= 60 + seconds + 1e-6 for gap in gaps)
+    assert all(60 <= gap <= 60 + 2 * seconds for gap in gaps)
 
 
 def test_a_checkpoint_on_its_way_is_waited_for_and_shares_count_too(monkeypatch):

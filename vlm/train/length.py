@@ -85,21 +85,23 @@ class CheckpointRhythm:
         self._share, self._total = experiment.checkpoint_every, total
         minutes = experiment.checkpoint_minutes
         self._seconds = None if minutes is None else 60 * minutes
-        self._last = self._asked = time.monotonic()
-        self._asked_at, self._ask_next = first_step, first_step + 1
+        self._last = self._began = time.monotonic()
+        self._first, self._ask_next = first_step, first_step + 1
 
     def is_due(self, step: int, writing: bool) -> bool:
         """Whether to save after `step`. `writing`: one is on its way, and minutes wait for it."""
         due = is_due(step, self._total, self._share)
         if self._seconds is not None and step >= self._ask_next and step < self._total:
             now = time.monotonic()
-            rate = (step - self._asked_at) / max(now - self._asked, 1e-9)
+            # Over the whole run, and no further than that: the first steps may only be started
+            # here, and computed later.
+            done = step - self._first
+            rate = done / max(now - self._began, 1e-9)
             left = self._seconds - (now - self._last)
-            wait = 1 if writing else int(left * rate / 2)
+            wait = 1 if writing else min(done, int(left * rate / 2))
             answer = "save" if left <= 0 and not writing else str(max(1, wait))
             answer = broadcast_text(answer)
             due = due or answer == "save"
-            self._asked, self._asked_at = now, step
             self._ask_next = step + (1 if answer == "save" else int(answer))
         if due:
             self._last = time.monotonic()
