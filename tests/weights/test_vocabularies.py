@@ -5,11 +5,17 @@ import pathlib
 
 import numpy as np
 import pytest
+import tokenizers
 from etils import epath
 
 from vlm.config import ModelConfig, TextConfig
 from vlm.errors import CheckpointError
-from vlm.weights.vocabularies import clip_tokenizer, huggingface_tokenizer, siglip_tokenizer
+from vlm.weights.vocabularies import (
+    clip_tokenizer,
+    huggingface_tokenizer,
+    open_clip_tokenizer,
+    siglip_tokenizer,
+)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -74,3 +80,33 @@ def test_vocab_and_merges_files(tmp_path):
     expected = clip_tokenizer(12)(["a photo of a cat"])
     expected[expected == 0] = 49407  # transformers pads with the end token
     assert np.array_equal(rows, expected)
+
+
+@pytest.mark.parametrize("strip", [False, True])
+def test_a_separator_inside_a_text(tmp_path, strip):
+    """open_clip's `strip_sep_token` makes every separator of a row token 0, those of the text too:
+    `torch.where(input_ids == sep_token_id, 0, input_ids)` over what transformers gives it."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "cat", "[", "]", "sep"]
+    vocab = {word: i for i, word in enumerate(words)}
+    bert = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
+    bert.normalizer = tokenizers.normalizers.BertNormalizer()
+    bert.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    bert.add_special_tokens(words[:4])
+    bert.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    bert.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "BertTokenizer", "pad_token": "[PAD]", "sep_token": "[SEP]"}'
+    )
+    options = {"hf_tokenizer_name": "bert-base-uncased"}
+    options["tokenizer_kwargs"] = {"strip_sep_token": strip}
+    text = TextConfig(vocab_size=9, context_length=8, width=768)
+    ours = open_clip_tokenizer(epath.Path(tmp_path), options, ModelConfig(text=text))
+
+    bert.enable_truncation(8)
+    bert.enable_padding(length=8)
+    texts = ["a cat", "a [SEP] cat", "[SEP]", "a[SEP][SEP]cat", "a [sep] cat", "cat " * 20, ""]
+    expected = np.array([encoding.ids for encoding in bert.encode_batch(texts)])
+    if strip:
+        expected = np.where(expected == 3, 0, expected)
+    assert np.array_equal(ours(texts), expected)
+    assert ours.decode(ours(["a cat"])) == ["a cat"]

@@ -75,6 +75,8 @@ class TokenizerConfig:
         pad_side: Side of the text on which padding stands.
         parse_special: Read a special token that is spelled out in a text, such as <eos>, as
             that token, as transformers does.
+        zeroed_id: Token that becomes 0 wherever it stands in a row, as with strip_sep_token of
+            open_clip. None: there is none.
     """
 
     context_length: int = 64
@@ -86,6 +88,7 @@ class TokenizerConfig:
     keep_eos: bool = True
     pad_side: Literal["right", "left"] = "right"
     parse_special: bool = False
+    zeroed_id: int | None = None
 
     def __post_init__(self):
         check_bounds(self)

@@ -92,6 +92,8 @@ class Tokenizer:
                 row[: len(ids)] = ids
             else:
                 row[len(row) - len(ids) :] = ids
+        if config.zeroed_id is not None:
+            out[out == config.zeroed_id] = 0
         return out
 
     def count_truncated(self, texts: str | Sequence[str]) -> int:

@@ -113,8 +113,8 @@ def open_clip_tokenizer(
     if not name:
         return clip_tokenizer(config.text.context_length, clean=clean)
     tokenizer = huggingface_tokenizer(folder, config, clean=clean)
-    if strip:  # the separator, which ends a text, becomes token 0
-        rules = dataclasses.replace(tokenizer.config, eos_id=0)
+    if strip:  # the separator, which ends a text and may be spelled out inside it
+        rules = dataclasses.replace(tokenizer.config, zeroed_id=tokenizer.config.eos_id)
         tokenizer = tokenizer.with_rules(rules)
     return tokenizer
 
