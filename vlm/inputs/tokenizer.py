@@ -46,7 +46,13 @@ class Tokenizer:
                 f"{len(specials)} special tokens: make it larger"
             )
         # Copied: cutting, padding and specials are ours to do, and the caller's object stays as is.
-        self._vocabulary = tokenizers.Tokenizer.from_str(vocabulary.to_str())
+        try:
+            self._vocabulary = tokenizers.Tokenizer.from_str(vocabulary.to_str())
+        except Exception as error:  # the library raises bare Exception
+            raise ConfigError(
+                f"this vocabulary contradicts itself ({str(error)[:200]}): give the one that the "
+                "model was trained with"
+            ) from None
         self._vocabulary.no_truncation()
         self._vocabulary.no_padding()
         self._vocabulary.encode_special_tokens = not config.parse_special

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import threading
-import zipfile
 from typing import Any
 
 import ml_dtypes
@@ -20,6 +19,7 @@ from jaxtyping import Shaped
 from vlm.config import ModelConfig, PreprocessConfig, TextConfig, ViTConfig
 from vlm.errors import CheckpointError
 from vlm.weights.checkpoint import Checkpoint
+from vlm.weights.fields import show
 from vlm.weights.rules import FLAT, SCALAR_1, WITHOUT_FIRST, Rule, Transform, leading
 from vlm.weights.vocabularies import bert_tokenizer, big_vision_tokenizer, check_vocabulary
 
@@ -62,8 +62,9 @@ class NpzFile:
                 members = {name: _header(archive, name) for name in archive.files}
         except FileNotFoundError:
             raise CheckpointError(f"there is no {path}: check the path") from None
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
-            raise CheckpointError(f"{path} is torn or no .npz ({error}): get it again") from None
+        except Exception as error:  # a damaged archive fails in any way
+            reason = show(str(error))
+            raise CheckpointError(f"{path} is torn or no .npz ({reason}): get it again") from None
         self._members: dict[str, tuple[str, int | None]] = {}  # our name: member, layer
         self.shapes: dict[str, tuple[int, ...]] = {}
         for member, shape in members.items():
@@ -135,8 +136,10 @@ class NpzFile:
             if self._held[0] != member:
                 self._held = "", None  # before the next one is there
                 self._held = member, self._archive[member]
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise CheckpointError(f"{self.where} ends inside {member} ({error})") from None
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.where} is damaged in {show(member)} ({show(str(error))}): get it again"
+            ) from None
         array = self._held[1]
         if array.dtype == np.dtype("V2"):
             array = array.view(ml_dtypes.bfloat16)
