@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm.bundle import Bundle
 from vlm.config import EvalConfig
 from vlm.data.sources import vocabulary_texts
 from vlm.errors import ConfigError, DataError
@@ -137,11 +138,12 @@ def test_a_run_is_measured_on_its_own_split_and_on_others(parts, tiny, walls, op
     assert not Evaluations(tiny(), trainer, inputs.tokenizer)
 
 
-def test_a_scale_above_its_cap_is_refused(tiny):
-    class Model:
-        logit_scale = 117.3
-
-    _check_scale(tiny(optimizer={"max_scale": None}), Model)
+def test_a_scale_above_its_cap_is_refused(parts, tiny):
+    trainer, state, inputs = parts
+    scale = jnp.log(jnp.float32(117.3))  # of a public SigLIP
+    model = trainer.model(dataclasses.replace(state, params=state.params | {"logit_scale": scale}))
+    other = Bundle(model, inputs.preprocess, inputs.tokenizer, name="public")
+    _check_scale(tiny(optimizer={"max_scale": None}), other)
     said = "scale of 117.3, which the first step would cut to optimizer.max_scale 100"
     with pytest.raises(ConfigError, match=re.escape(said)):
-        _check_scale(tiny(init_from="model"), Model)
+        _check_scale(tiny(init_from="model"), other)

@@ -71,7 +71,7 @@ class HeldOut:
         self._tokens = inputs.tokenizer(self.captions)
 
     @property
-    def images(self) -> Sequence[Pixels]:
+    def images(self) -> "_Images":
         """The images as the model takes them, each read when it is asked for."""
         return _Images(self)
 
