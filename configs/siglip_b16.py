@@ -7,7 +7,7 @@ The paper's data is not public; any shards of images and texts serve.
     peak of a chip                    8.53 GiB of 16 (compiled; the loss alone 315 KiB)
     sent by a chip and step           gradients 772 MiB, loss ring 144 MiB (compiled)
     FLOPs of the model and step       4.56 PFLOP (analytic)
-    step, bound by compute            137 ms, 239,000 pairs/s, MFU 66% (guess, compiled program)
+    step, bound by compute            215 to 323 ms, 101k to 152k pairs/s, MFU 28 to 42% (by hand)
 """
 
 from vlm.config import (

@@ -6,7 +6,7 @@
     peak of a chip                    27.6 GiB of 95 (compiled)
     sent by a chip and step           gradients 774 MiB, loss ring 4.5 GiB (compiled)
     FLOPs of the model and step       151 PFLOP (analytic)
-    step, bound by compute            1.13 s, 924,000 pairs/s, MFU 57% (guess, compiled program)
+    step, bound by compute            1.46 to 2.19 s, 480k to 719k pairs/s, MFU 29 to 44% (by hand)
 """
 
 from vlm.config import (

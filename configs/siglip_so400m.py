@@ -6,7 +6,7 @@
     sent by a chip and step           parameters (FSDP) 2.8 GiB, gradients 1.8 GiB,
                                       loss ring 216 MiB (compiled)
     FLOPs of the model and step       26.9 PFLOP (analytic)
-    step, bound by compute            442 ms, 74,200 pairs/s, MFU 52% (guess, compiled program)
+    step, bound by compute            407 to 610 ms, 54k to 81k pairs/s, MFU 37 to 56% (by hand)
 """
 
 from vlm.config import (

@@ -108,6 +108,11 @@ def test_a_model_that_fits_at_no_batch():
         plan(huge, "h100:64")
 
 
+def test_a_locked_tower_is_planned_wherever_it_comes_from():
+    e = experiment(512, lock="vision", init_from="model")
+    assert plan(e, "h100:8").mfu.high < plan(experiment(512), "h100:8").mfu.high
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

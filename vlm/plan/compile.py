@@ -141,6 +141,8 @@ def abstract_state(experiment: Experiment) -> TrainState:
             tokenizer=experiment.tokenizer,
             optimizer=experiment.optimizer,
             lock=experiment.lock,
+            init_from=experiment.init_from,
+            init_towers=experiment.init_towers,
         )
     )
 
