@@ -350,6 +350,7 @@ class ViTaminConfig:
         depth: Number of those blocks.
         heads: Number of attention heads; they divide the width.
         mlp_dim: Width of each half of a block's gated MLP.
+        position: Add learned positions to the tokens; ViTamin-XL has none.
         norm_eps: Epsilon of the layer norms.
         projection: Layer from the mean of the tokens to the shared space.
     """
@@ -364,6 +365,7 @@ class ViTaminConfig:
     depth: int = 14
     heads: int = 12
     mlp_dim: int = 1536
+    position: bool = True
     norm_eps: float = 1e-6
     projection: Literal["none", "linear"] = "linear"
 
@@ -381,8 +383,8 @@ class ViTaminConfig:
         return 16
 
     @property
-    def one_size(self) -> None:
-        return None
+    def one_size(self) -> str:
+        return "ViTamin tower"
 
     def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
         """Tokens that the blocks see, of which the mean is taken."""

@@ -30,8 +30,11 @@ class ViTaminTower(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        normal = nnx.initializers.normal(c.width**-0.5)
-        self.position = nnx.Param(normal(rngs.params(), (c.tokens(), c.width)))
+        position = None
+        if c.position:
+            normal = nnx.initializers.normal(c.width**-0.5)
+            position = nnx.Param(normal(rngs.params(), (c.tokens(), c.width)))
+        self.position = position
         self.transformer = Transformer(
             c.width,
             c.depth,
@@ -51,7 +54,8 @@ class ViTaminTower(nnx.Module):
     ) -> Float[Array, "b e"]:
         """Embed images; nothing here is random."""
         x = self.stem(images)
-        x = self.transformer(x + self.position[...].astype(x.dtype), keys=keys)
+        x = x if self.position is None else x + self.position[...].astype(x.dtype)
+        x = self.transformer(x, keys=keys)
         x = self.norm(x.astype(jnp.float32).mean(1)).astype(self.dtype)
         return x if self.projection is None else self.projection(x)
 

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-Rotation = tuple[Float[Array, "n d"], Float[Array, "n d"]]  # sines and cosines, one row a token
+# Sines and cosines, one row a token, as wide as a head.
+Rotation = tuple[Float[Array, "n r"], Float[Array, "n r"]]
 
 
 def grid_rotation(

@@ -61,6 +61,7 @@ def vision_config(
             depth=block_count(shapes),
             heads=_SIZES[NAME.match(name)[1]][-1],
             mlp_dim=shapes[f"{_TRUNK}.blocks.0.mlp.w0.weight"][0],
+            position=f"{_TRUNK}.pos_embed" in shapes,
             projection=proj,
         )
     except (KeyError, IndexError):
@@ -81,6 +82,7 @@ def options(c: ViTaminConfig) -> dict[str, str | None]:
     ours = c.stem_width, c.conv_widths, c.width, c.depth, c.heads
     for size, pixels in _PIXELS.items():
         same = ours == _SIZES[size] and c.conv_depths == _DEPTHS and c.mlp_dim == 2 * c.width
+        same = same and c.position == (size != "xlarge")
         if same and c.image_size in pixels and c.norm_eps == 1e-6:
             name = f"vitamin_{size}_{c.image_size}"
             return {"timm_model_name": name, "timm_pool": "", "timm_proj": c.projection}
@@ -116,7 +118,7 @@ def rules(c: ViTaminConfig) -> list[Rule]:
         *table,
         *norm(f"{_STEM}.pool.norm", "vision.stem.last_norm"),
         *conv(f"{_STEM}.pool.proj", "vision.stem.last"),
-        Rule(f"{_TRUNK}.pos_embed", "vision.position", leading(1)),
+        *([Rule(f"{_TRUNK}.pos_embed", "vision.position", leading(1))] if c.position else []),
         *attention_rules(),
         *norm(f"{block}.mlp.norm", f"{ours}.mlp.norm"),
         *linear(f"{block}.mlp.w0", f"{ours}.mlp.gate"),
