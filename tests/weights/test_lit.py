@@ -6,6 +6,7 @@ import pathlib
 import re
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -42,8 +43,8 @@ def folder(tmp_path):
 
 def test_towers_compute_what_theirs_do():
     bundle, golden = load(LIT / "model.npz"), np.load(LIT / "expected.npz")
-    z_image = np.asarray(bundle.model.encode_image(golden["pixels"]))
-    z_text = np.asarray(bundle.model.encode_text(golden["tokens"][:, :16]))
+    z_image = np.asarray(bundle.model.encode_image(jnp.asarray(golden["pixels"])))
+    z_text = np.asarray(bundle.model.encode_text(jnp.asarray(golden["tokens"][:, :16])))
     assert np.abs(z_image - golden["z_image"]).max() < 2e-6
     assert np.abs(z_text - golden["z_short"]).max() < 2e-6
     assert np.abs(bundle.logit_scale * z_image @ z_text.T - golden["logits"]).max() < 2e-5
@@ -54,7 +55,7 @@ def test_towers_compute_what_theirs_do():
 def test_longer_texts_as_far_as_there_are_positions():
     golden = np.load(LIT / "expected.npz")
     bundle = load(LIT / "model.npz", context_length=21)
-    z_text = np.asarray(bundle.model.encode_text(golden["tokens"]))
+    z_text = np.asarray(bundle.model.encode_text(jnp.asarray(golden["tokens"])))
     assert np.abs(z_text - golden["z_text"]).max() < 2e-6
     assert bundle.tokenizer("cat").shape == (1, 21)
     with pytest.raises(ConfigError, match="positions for 21 tokens"):
@@ -237,5 +238,5 @@ def test_newer_files_name_the_positions_of_images_otherwise(folder):
         },
     )
     bundle, golden = load(path), np.load(LIT / "expected.npz")
-    z_image = np.asarray(bundle.model.encode_image(golden["pixels"]))
+    z_image = np.asarray(bundle.model.encode_image(jnp.asarray(golden["pixels"])))
     assert np.abs(z_image - golden["z_image"]).max() < 2e-6

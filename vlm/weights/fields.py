@@ -14,7 +14,7 @@ from etils import epath
 
 from vlm.errors import CheckpointError
 
-_SHOWN, _LONG = 20, 120  # names in a message, and characters of each
+_SHOWN, _LONG = 20, 240  # names in a message, and characters of each
 _MAX_FILE = 200_000_000  # bytes; the largest published tokenizer.json has 35 million
 MAX_LAYERS = 1_000
 MAX_PIXELS = 16_384  # along a side
