@@ -496,3 +496,25 @@ def test_ctrl_c_is_quiet(tmp_path):
             process.send_signal(signal.SIGINT)
             assert process.stderr.read() == ""
         assert process.wait() == 130
+
+
+def test_eval_by_name_goes_on_and_compare_says_which_is_better(
+    do, fail, run, data, tmp_path, capsys
+):
+    for name in ("red", "blue"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for shape in ("square", "stripe"):
+            shutil.copy(data / f"test-{name}-{shape}.png", tmp_path / "photos" / name)
+    task, out = f"folder:{tmp_path / 'photos'}", tmp_path / "out"
+    do("eval", run, "--tasks", f"{task},tfds:no_such_data", "--out", out)
+    assert main(["eval", run, "--tasks", f"{task},tfds:no_such_data"]) == 0
+    assert "left out tfds:no_such_data: " in capsys.readouterr().err
+    names = sorted(path.name.split(".", 1)[1] for path in out.iterdir())
+    assert names == ["gallery.json", "html", "json", "json", "parquet"]
+    before = (out / "results.json").read_text()
+    do("eval", run, "--tasks", task, "--out", out)  # finished: read, not measured again
+    assert (out / "results.json").read_text() == before
+    found = json.loads(do("compare", out, out, "--json", "--out", tmp_path / "page.html"))
+    assert found[0]["p_value"] == 1
+    assert (tmp_path / "page.html").exists()
+    assert "there is no report" in fail("compare", tmp_path, out, code=1)

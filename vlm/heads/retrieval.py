@@ -22,6 +22,7 @@ from vlm.heads.top_k import rescored, top_k
 from vlm.inputs.opening import SUFFIXES, OnError
 
 CHUNK = 8192  # items encoded before their embeddings are stored
+EMBEDDINGS = 1 << 17  # the same of embeddings: a search is fastest over large blocks
 QUERY_BLOCK = 256
 
 
@@ -177,7 +178,8 @@ class RetrievalIndex:
             on_error(first + number, error)
 
         while head := list(itertools.islice(stream, 1)):
-            chunk = itertools.chain(head, itertools.islice(stream, CHUNK - 1))
+            size = EMBEDDINGS if what == "embedding" else CHUNK
+            chunk = itertools.chain(head, itertools.islice(stream, size - 1))
             z = self._encode(chunk, what, batch_size, leave_out if on_error else None)
             first += CHUNK
             self._check_width(z, "embeddings")
