@@ -253,10 +253,8 @@ class RetrievalIndex:
 
     def _check_width(self, z: np.ndarray, what: str) -> None:
         if self.embed_dim and z.shape[1] != self.embed_dim:
-            raise ConfigError(
-                f"{what} of {z.shape[1]} dimensions cannot go with an index of {self.embed_dim}: "
-                f"encode with {self.model.name}"
-            )
+            fit = f"{z.shape[1]} dimensions cannot go with an index of {self.embed_dim}"
+            raise ConfigError(f"{what} of {fit}: encode with {self.model.name}")
 
     # ---------------------------------------------------------------------------- searching
 
@@ -311,8 +309,8 @@ class RetrievalIndex:
         positions = [items.position(i) for i in ([ids] if isinstance(ids, str | int) else ids)]
         if not positions:
             raise ConfigError("there are no ids to find more like: give at least one")
-        rows = np.asarray(items.rows_at(np.asarray(positions)), np.float32)
-        z = normalise(rows.mean(axis=0, keepdims=True), "the mean of the items")
+        rows = items.rows_at(np.asarray(positions)).astype(np.float32)
+        z = normalise(rows.mean(0, keepdims=True), "the mean of the items")
         allowed = items.live.copy()
         allowed[positions] = False
         if where is not None:
