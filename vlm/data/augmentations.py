@@ -48,7 +48,7 @@ def check(config: AugmentConfig) -> None:
 
 
 def change(
-    pixels: UInt8[np.ndarray, "h w 3"], config: AugmentConfig, u: Float[np.ndarray, "draws"]
+    pixels: UInt8[np.ndarray, "h w 3"], config: AugmentConfig, u: Float[np.ndarray, " draws"]
 ) -> None:
     """Change `pixels` in place, by `DRAWS` uniform numbers."""
     image, u = Image.fromarray(pixels), u.tolist()

@@ -35,7 +35,7 @@ class Maker:
         self._augment = Augment(augment, preprocess)
         self._changes = augment if augmentations.is_on(augment) else None
 
-    def draws(self, seed: int, positions: Int[np.ndarray, "b"]) -> Float[np.ndarray, "b numbers"]:
+    def draws(self, seed: int, positions: Int[np.ndarray, " b"]) -> Float[np.ndarray, "b numbers"]:
         """The uniform numbers that make the example at each of `positions`."""
         base = uniforms(seed, positions, NUMBERS)
         if self._changes is None:

@@ -33,7 +33,7 @@ Batch = dict[str, Any]
 _FOREVER = 2**40  # steps: grain wants a length, and nobody trains this long
 
 
-def places(seed: int, positions: Int[np.ndarray, "b"], count: int) -> Int[np.ndarray, "b"]:
+def places(seed: int, positions: Int[np.ndarray, " b"], count: int) -> Int[np.ndarray, " b"]:
     """Which of `count` examples stands at each position of a run."""
     epochs, within = positions // count, positions % count
     out = np.empty_like(positions)

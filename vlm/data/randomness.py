@@ -12,7 +12,7 @@ _ROUNDS = 6
 
 
 def uniforms(
-    seed: int, positions: Int[np.ndarray, "b"], count: int
+    seed: int, positions: Int[np.ndarray, " b"], count: int
 ) -> Float[np.ndarray, "b count"]:
     """`count` numbers in [0, 1) for each position: SplitMix64 (Steele et al., 2014) as a hash."""
     with np.errstate(over="ignore"):
@@ -22,8 +22,8 @@ def uniforms(
 
 
 def permute(
-    seed: int, epoch: int, places: Int[np.ndarray, "b"], count: int
-) -> Int[np.ndarray, "b"]:
+    seed: int, epoch: int, places: Int[np.ndarray, " b"], count: int
+) -> Int[np.ndarray, " b"]:
     """Where each of `places` in 0..count-1 goes in the shuffled order of `epoch`.
 
     A Feistel network permutes the next even power of two; what falls outside walks on until it

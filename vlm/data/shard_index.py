@@ -148,7 +148,7 @@ def write_index(names: Sequence[str], path: str, *, progress=iter) -> dict[str, 
     return header
 
 
-def read_index(path: str) -> tuple[dict[str, Any], UInt64[np.ndarray, "n"]]:
+def read_index(path: str) -> tuple[dict[str, Any], UInt64[np.ndarray, " n"]]:
     """The header and the offsets of an index, memory-mapped.
 
     Raises:
@@ -230,7 +230,7 @@ def _check_sizes(header: dict[str, Any], names: list[str], path: str) -> None:
             )
 
 
-def _offsets_of(name: str) -> tuple[UInt64[np.ndarray, "n"], int, BadSample | None]:
+def _offsets_of(name: str) -> tuple[UInt64[np.ndarray, " n"], int, BadSample | None]:
     """Where the examples with an image begin, and the end of the last one; the shard's length."""
     offsets: list[int] = []
     fault, size, end = None, 0, 0

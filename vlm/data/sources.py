@@ -215,7 +215,7 @@ def all_captions(config: DataConfig) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def held_out(config: DataConfig) -> Int32[np.ndarray, "n"]:
+def held_out(config: DataConfig) -> Int32[np.ndarray, " n"]:
     """For each image of the evaluation split, the index of its caption in `all_captions`.
 
     Raises:

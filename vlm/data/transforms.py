@@ -42,7 +42,7 @@ class Augment:
     def __call__(
         self,
         image: Image.Image,
-        u: Float[np.ndarray, "draws"],
+        u: Float[np.ndarray, " draws"],
         out: UInt8[np.ndarray, "s s 3"],
         size: tuple[int, int] | None = None,
     ):
@@ -77,7 +77,7 @@ class Augment:
         np.clip(values, 0, 255, out=values)
         out[...] = values.reshape(out.shape)  # casts while it copies
 
-    def smallest(self, width: int, height: int, u: Float[np.ndarray, "draws"]) -> tuple[int, int]:
+    def smallest(self, width: int, height: int, u: Float[np.ndarray, " draws"]) -> tuple[int, int]:
         """How small the image may be decoded so that its crop has as many pixels as are made."""
         if self.config.crop is None or not self.config.draft:
             return width, height

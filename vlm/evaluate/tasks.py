@@ -71,7 +71,7 @@ class ZeroShotTask:
 
     images: Iterable[Any]
     captions: Sequence[str]
-    target: Sequence[int] | Int[np.ndarray, "n"]
+    target: Sequence[int] | Int[np.ndarray, " n"]
     data: DataInfo
     templates: Sequence[str] = TEMPLATES["plain"]
     ks: Sequence[int] = (1, 5)

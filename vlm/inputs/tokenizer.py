@@ -112,7 +112,7 @@ class Tokenizer:
         return [len(ids) + specials for ids in self._encode(texts)]
 
     def decode(
-        self, tokens: Int32[np.ndarray, "n l"] | Sequence[Int32[np.ndarray, "l"] | Sequence[int]]
+        self, tokens: Int32[np.ndarray, "n l"] | Sequence[Int32[np.ndarray, " l"] | Sequence[int]]
     ) -> list[str]:
         """The text of each row, up to its eos and without special tokens."""
         config, texts = self.config, []

@@ -50,7 +50,7 @@ class ConvNeXtTower(nnx.Module):
         self.hidden, self.projection = hidden, projection
 
     def __call__(
-        self, images: Float[Array, "b h w 3"], *, keys: Key[Array, "b"] | None = None
+        self, images: Float[Array, "b h w 3"], *, keys: Key[Array, " b"] | None = None
     ) -> Float[Array, "b e"]:
         """Embed images; nothing here is random."""
         x = self.stem_norm(self.stem(images.astype(self.dtype)))

@@ -35,13 +35,13 @@ class DualEncoder(nnx.Module):
         self.logit_bias = None if bias is None else nnx.Param(jnp.asarray(bias, jnp.float32))
 
     def encode_image(
-        self, images: Float[Array, "b h w 3"] | Patches, *, keys: Key[Array, "b"] | None = None
+        self, images: Float[Array, "b h w 3"] | Patches, *, keys: Key[Array, " b"] | None = None
     ) -> Float[Array, "b e"]:
         """Normalised images to unit-norm float32 embeddings."""
         return unit_norm(self.vision(images, keys=keys))
 
     def encode_text(
-        self, tokens: Int[Array, "b n"], *, keys: Key[Array, "b"] | None = None
+        self, tokens: Int[Array, "b n"], *, keys: Key[Array, " b"] | None = None
     ) -> Float[Array, "b e"]:
         """Token ids to unit-norm float32 embeddings."""
         return unit_norm(self.text(tokens, keys=keys))
@@ -51,7 +51,7 @@ class DualEncoder(nnx.Module):
         images: Float[Array, "b h w 3"],
         tokens: Int[Array, "b n"],
         *,
-        keys: Key[Array, "b"] | None = None,
+        keys: Key[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
         """Embed both halves of a batch. With `keys`, one for each example, all dropout is on."""
         image_keys, text_keys = split_keys(keys)

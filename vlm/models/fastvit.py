@@ -34,7 +34,7 @@ class FastViTTower(nnx.Module):
         self.projection = nnx.Linear(c.width, embed_dim, **options)
 
     def __call__(
-        self, images: Float[Array, "b h w 3"], *, keys: Key[Array, "b"] | None = None
+        self, images: Float[Array, "b h w 3"], *, keys: Key[Array, " b"] | None = None
     ) -> Float[Array, "b e"]:
         """Embed images; nothing here is random."""
         x = gelu(self.stem(images.astype(self.dtype)))

@@ -47,7 +47,7 @@ class ResNetTower(nnx.Module):
         self.pool = Attention(inputs, c.heads, output_width=embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, images: Float[Array, "b h w 3"], *, keys: Key[Array, "b"] | None = None
+        self, images: Float[Array, "b h w 3"], *, keys: Key[Array, " b"] | None = None
     ) -> Float[Array, "b e"]:
         """Embed images; nothing here is random."""
         x = images.astype(self.dtype)

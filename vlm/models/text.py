@@ -47,7 +47,7 @@ class TextTower(nnx.Module):
         self.projection = projection(c, c.width, embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, tokens: Int[Array, "b n"], *, keys: Key[Array, "b"] | None = None
+        self, tokens: Int[Array, "b n"], *, keys: Key[Array, " b"] | None = None
     ) -> Float[Array, "b e"]:
         """Embed texts. With `keys`, one for each example, dropout is on."""
         c = self.config

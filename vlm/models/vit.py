@@ -68,7 +68,7 @@ class ViTTower(nnx.Module):
         self.projection = projection(c, pooled_width, embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, images: Float[Array, "b h w 3"] | Patches, *, keys: Key[Array, "b"] | None = None
+        self, images: Float[Array, "b h w 3"] | Patches, *, keys: Key[Array, " b"] | None = None
     ) -> Float[Array, "b e"]:
         """Embed images. With `keys`, one for each example, dropout and patch dropout are on."""
         c = self.config
@@ -109,7 +109,7 @@ class ViTTower(nnx.Module):
             x = self.pool(self.norm(x))
         return x if self.projection is None else self.projection(x)
 
-    def _embed_patches(self, images: Patches, keys: Key[Array, "b"] | None) -> Float[Array, "b e"]:
+    def _embed_patches(self, images: Patches, keys: Key[Array, " b"] | None) -> Float[Array, "b e"]:
         """Embed images of different shapes: padding is masked in attention and in pooling."""
         x = self.stem.project(images.pixels.reshape(*images.mask.shape, -1))
         weights = images.rows[..., :, None] * images.columns[..., None, :]

@@ -50,7 +50,7 @@ class ViTaminTower(nnx.Module):
         self.projection = projection(c, c.width, embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, images: Float[Array, "b h w 3"], *, keys: Key[Array, "b"] | None = None
+        self, images: Float[Array, "b h w 3"], *, keys: Key[Array, " b"] | None = None
     ) -> Float[Array, "b e"]:
         """Embed images; nothing here is random."""
         x = self.stem(images)

@@ -41,7 +41,7 @@ def activation(name: Activation):
 
 
 def dropout(
-    x: Float[Array, "b ..."], rate: float, keys: Key[Array, "b"] | None
+    x: Float[Array, "b ..."], rate: float, keys: Key[Array, " b"] | None
 ) -> Float[Array, "b ..."]:
     """Zero a share `rate` of `x` and scale the rest; without keys, `x` as it is (inference).
 
@@ -54,7 +54,7 @@ def dropout(
     return jnp.where(keep, x / (1 - rate), 0)
 
 
-def split_keys(keys: Key[Array, "b"] | None) -> tuple[Key[Array, "b"] | None, ...]:
+def split_keys(keys: Key[Array, " b"] | None) -> tuple[Key[Array, " b"] | None, ...]:
     """Two independent keys for each example, or two times None."""
     if keys is None:
         return None, None

@@ -135,7 +135,7 @@ def _halve_by_product(x, kernel):
 
 
 def drop_patches(
-    tokens: Float[Array, "b n d"], rate: float, keys: Key[Array, "b"] | None
+    tokens: Float[Array, "b n d"], rate: float, keys: Key[Array, " b"] | None
 ) -> Float[Array, "b m d"]:
     """Keep a random share `1 - rate` of each image's tokens (FLIP, arXiv:2212.00794).
 

@@ -76,6 +76,6 @@ def mean_pool(
     return (x * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
 
 
-def token_pool(x: Float[Array, "b n d"], position: Int[Array, "b"]) -> Float[Array, "b d"]:
+def token_pool(x: Float[Array, "b n d"], position: Int[Array, " b"]) -> Float[Array, "b d"]:
     """The token at one position of each sequence."""
     return jnp.take_along_axis(x, position[:, None, None], axis=1)[:, 0]

@@ -81,7 +81,7 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "b n d"],
         mask: Bool[Array, "#b #h #q n"] | None,
-        keys: Key[Array, "b"] | None,
+        keys: Key[Array, " b"] | None,
         rotation: Rotation | None = None,
     ) -> Float[Array, "b n d"]:
         attention_keys, mlp_keys = split_keys(keys)
@@ -154,7 +154,7 @@ class Transformer(nnx.Module):
         x: Float[Array, "b n d"],
         mask: Bool[Array, "#b #h #q n"] | None = None,
         *,
-        keys: Key[Array, "b"] | None = None,
+        keys: Key[Array, " b"] | None = None,
         rotation: Rotation | None = None,
     ) -> Float[Array, "b n d"]:
         """Run the blocks; with `keys`, one for each example, dropout is on."""

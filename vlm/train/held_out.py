@@ -67,7 +67,7 @@ class HeldOut:
         self.captions = all_captions(self._data)
         index = {caption: i for i, caption in enumerate(self.captions)}
         own = first_captions(self._source, self._data)
-        self.target: Int[np.ndarray, n] = np.array([index[text] for text in own], np.int32)
+        self.target: Int[np.ndarray, " n"] = np.array([index[text] for text in own], np.int32)
         self._tokens = inputs.tokenizer(self.captions)
 
     @property

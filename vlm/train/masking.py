@@ -9,7 +9,7 @@ from vlm.config import TokenizerConfig, kept_tokens
 
 
 def mask_tokens(
-    tokens: Int[Array, "b n"], rate: float, keys: Key[Array, "b"], rules: TokenizerConfig
+    tokens: Int[Array, "b n"], rate: float, keys: Key[Array, " b"], rules: TokenizerConfig
 ) -> Int[Array, "b m"]:
     """Keep a share `1 - rate` of each row's places, in their order.
 

@@ -123,7 +123,7 @@ class Trainer:
         return after, metrics
 
     def _value_and_grad(
-        self, state: TrainState, batch: dict, keys: Key[Array, "b"], size: int
+        self, state: TrainState, batch: dict, keys: Key[Array, " b"], size: int
     ) -> tuple[Array, Params]:
         """The loss of the whole batch and its gradient, by micro-batches where configured."""
 
@@ -167,7 +167,7 @@ class Trainer:
         patches = e.model.vision.tokens(image_size, training=True)
         return e.batch_size * (patches + e.model.text.tokens(masking=e.text_masking))
 
-    def _example_keys(self, step: Int[Array, ""]) -> Key[Array, "b"]:
+    def _example_keys(self, step: Int[Array, ""]) -> Key[Array, " b"]:
         """A key for each example of this step's batch, for dropout and patch dropout."""
         key = jax.random.fold_in(jax.random.key(self.experiment.seed), step)
         return jax.random.split(key, self.experiment.batch_size)
