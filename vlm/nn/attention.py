@@ -141,7 +141,7 @@ class Attention(nnx.Module):
         *,
         causal: bool = False,
         rotation: Rotation | None = None,
-    ) -> Float[Array, "b q d"]:
+    ) -> Float[Array, "b q e"]:
         """Tokens of `x` attend to those of `context`, by default their own."""
         context = x if context is None else context
         # A bias of the keys adds one number to all logits of a query, which softmax does not see.
