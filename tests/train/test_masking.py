@@ -1,6 +1,7 @@
 """Text masking keeps order, the special tokens and, while it can, the words."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ def row(words: int, pad: int = 0) -> list[int]:
 
 
 def masked(tokens: list[int], rate: float, rules=RULES) -> np.ndarray:
-    return np.asarray(mask_tokens(np.array([tokens] * len(KEYS)), rate, KEYS, rules))
+    return np.asarray(mask_tokens(jnp.array([tokens] * len(KEYS)), rate, KEYS, rules))
 
 
 def test_padding_goes_first():

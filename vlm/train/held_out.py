@@ -1,8 +1,9 @@
 """The evaluations of a run: measured during training, and at its end with a report."""
 
+import operator
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import numpy as np
@@ -99,11 +100,12 @@ class _Images(Sequence):
     def __len__(self) -> int:
         return len(self._held.target)
 
-    def __getitem__(self, i: int) -> Pixels:
+    def __getitem__(self, i: SupportsIndex) -> Pixels:
+        i = operator.index(i)
         if not 0 <= i < len(self):
             raise IndexError(i)
         held = self._held
-        return held._inputs.pixels(held._source[int(i)], held._data, i)
+        return held._inputs.pixels(held._source[i], held._data, i)
 
 
 def finish(
