@@ -263,6 +263,7 @@ def test_images_are_resized_by_the_code_that_is_asked_for(bundle, images, tmp_pa
     assert same == other.preprocess.config
 
 
+@pytest.mark.untyped
 def test_a_code_to_resize_by_that_does_not_fit(bundle, tmp_path):
     padded = PreprocessConfig(image_size=32, resize="pad")
     Bundle(bundle.model, Preprocess(padded), bundle.tokenizer, "x").save(tmp_path / "b")

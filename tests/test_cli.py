@@ -336,7 +336,6 @@ WRONG_USAGE = {
     ("bench",): "vlm bench loss",
     ("train",): "needs a config",
     ("train", "--resume"): "needs the folder of the run",
-    ("train", "--resume", "RUN", "--steps", "3"): "resumed as it was",
     ("train", "--steps", "3"): "config comes first",
     ("train", "CONFIG", "extra"): "extra",
     ("train", "CONFIG", "--optimizer.learning-rat", "1"): r"did you mean --optimizer.learning-rate",

@@ -156,7 +156,7 @@ def test_the_python(place, monkeypatch, code):
 @pytest.mark.slow
 def test_what_runs_elsewhere_is_spelled_right(parsed_only):
     found = [words for block in blocks(FAR, "sh") for words in of_vlm(commands(block))]
-    assert len(found) >= 6
+    assert len(found) >= 4
     for words in found:
         must(words)
 
@@ -179,7 +179,7 @@ def test_what_stands_in_sentences_is_spelled_right(parsed_only, line):
 @pytest.mark.slow
 def test_the_plans_of_the_table(place, monkeypatch):
     rows = re.findall(r"^\| `(configs/\S+) (--topology [^`]+)`", README, re.MULTILINE)
-    assert len(rows) >= 6
+    assert len(rows) >= 4
     monkeypatch.chdir(place)
     for config, options in rows:
         must(["plan", config, *options.split(), *SHORTENED["plan"]])

@@ -32,7 +32,7 @@ def experiment(
             loss=loss,
             init_bias=None if loss == "softmax" else -10.0,
         ),
-        preprocess=PreprocessConfig(image_size=32),
+        preprocess=PreprocessConfig(image_size=pixels["image_size"]),
         tokenizer=TokenizerConfig(context_length=16),
         batch_size=batch_size,
         mesh=mesh or MeshConfig(),

@@ -386,7 +386,6 @@ def test_a_refusal_in_all_its_forms(message, used, limit):
 def test_a_step_that_the_compiler_refuses_says_its_size():
     wide = {"image_size": 224, "patch_size": 4, "width": 2048, "heads": 32, "mlp_dim": 8192}
     e = experiment(2048, remat="none", vision={**wide, "projection": "linear"})
-    e = dataclasses.replace(e, preprocess=dataclasses.replace(e.preprocess, image_size=224))
     made = plan(e, "v4:2x2x1", loss=False)
     assert not made.fits
     assert made.memory.basis == "compiled"

@@ -3,6 +3,7 @@
 import pathlib
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,8 +17,8 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 def test_towers_compute_what_theirs_do(name):
     bundle = load(GOLDEN / name / "model.npz")
     golden = np.load(GOLDEN / name / "expected.npz")
-    z_image = np.asarray(bundle.model.encode_image(golden["pixels"]))
-    z_text = np.asarray(bundle.model.encode_text(golden["tokens"]))
+    z_image = np.asarray(bundle.model.encode_image(jnp.asarray(golden["pixels"])))
+    z_text = np.asarray(bundle.model.encode_text(jnp.asarray(golden["tokens"])))
     assert np.abs(z_image - golden["z_image"]).max() < 2e-6
     assert np.abs(z_text - golden["z_text"]).max() < 2e-6
     logits = bundle.logit_scale * z_image @ z_text.T + bundle.logit_bias

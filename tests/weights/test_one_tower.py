@@ -38,6 +38,7 @@ def test_each_half_encodes_as_the_whole(name, monkeypatch, tmp_path):
         half.encode_image(image)
 
 
+@pytest.mark.untyped
 def test_bundles_too_and_their_faults(tmp_path):
     whole = load(GOLDEN / "hf_clip")
     whole.save(tmp_path / "b")

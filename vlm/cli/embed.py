@@ -91,7 +91,7 @@ def embed_parts(
     from vlm.cli.terminal import progress
     from vlm.heads.exchange import PATH, write_partition
 
-    listed = hashlib.sha256("\n".join(map(os.fspath, paths)).encode()).hexdigest()
+    listed = hashlib.sha256("\n".join(map(_id, paths)).encode()).hexdigest()
     plan = {"model": bundle.fingerprint or bundle.name, "images": listed, "part": PART}
     there = _plan(folder)
     if there and there != plan:
@@ -107,13 +107,13 @@ def embed_parts(
             part = paths[start : start + PART]
             done = _ids(folder, number)
             if done is not None:
-                unreadable.found_before(set(map(os.fspath, part)) - set(done))
+                unreadable.found_before(set(map(_id, part)) - set(done))
                 for _ in part:
                     next(shown)
             else:
                 stream = (next(shown) for _ in part)
                 z = bundle.encode_image(stream, batch_size, on_error=unreadable.among(part))
-                done = [str(path) for path in unreadable.others(part)]
+                done = [_id(path) for path in unreadable.others(part)]
                 write_partition(folder, number, z, {PATH: done})
             kept += len(done)
         return kept
@@ -121,6 +121,11 @@ def embed_parts(
         if not any(folder.glob("metadata/*.parquet")):  # nothing to go on from
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _id(path: Any) -> str:
+    """The id of an image: its path, whose bytes that are no UTF-8 are written out."""
+    return os.fspath(path).encode("utf-8", "backslashreplace").decode()
 
 
 def _plan(folder: Path) -> dict[str, Any] | None:

@@ -131,12 +131,18 @@ def _index_of_the_same_kind(folder: Path, bundle: Any, dtype: str, coding: str |
 
 
 def _state(path: Any) -> tuple[int, int | None]:
-    """What tells whether a file changed: its size, and when it was written, in nanoseconds."""
-    if is_remote(path):
-        found = path.stat()
-        return found.length, found.mtime
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns
+    """What tells whether a file changed: its size, and when it was written, in nanoseconds.
+
+    One that is not there, such as where a link is broken, has none, and is looked at again.
+    """
+    try:
+        if is_remote(path):
+            found = path.stat()
+            return found.length, found.mtime
+        found = os.stat(path)
+        return found.st_size, found.st_mtime_ns
+    except OSError:
+        return -1, None
 
 
 def _save(made: Any, folder: Path, model: str) -> None:

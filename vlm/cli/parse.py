@@ -5,6 +5,7 @@ stderr; here that becomes one sentence.
 """
 
 import contextlib
+import difflib
 import functools
 import inspect
 import io
@@ -83,8 +84,10 @@ def sentence(box: str, prog: str) -> str:
     message, *others = sections or [["the arguments do not fit"]]
     said, rest = " ".join(message), " ".join(line for section in others for line in section)
     mend = f"see {prog} --help"
-    if meant := re.search(r"[Pp]erhaps you meant:? +(--[\w.-]+)", rest):
-        mend = f"did you mean {meant[1]}?"
+    if meant := re.findall(r"--[\w.-]+", rest.partition("erhaps you meant")[2]):
+        typed = re.search(r"--[\w.-]+", said)
+        closest = difflib.get_close_matches(typed[0] if typed else meant[0], meant, 1, cutoff=0)
+        mend = f"did you mean {closest[0]}?"
     if wrong := re.search(r"Error parsing (\S+): .*?('[^']*')$", said):
         kind = re.search(rf"{re.escape(wrong[1])} +(\S+)", rest)
         said = f"{wrong[1]} takes {kind[1] if kind else 'something else'}, not {wrong[2]}"

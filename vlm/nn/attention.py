@@ -136,7 +136,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "#b q d"],
-        context: Float[Array, "b k d"] | None = None,
+        context: Float[Array, "b k c"] | None = None,
         mask: Bool[Array, "#b #h #q k"] | None = None,
         *,
         causal: bool = False,
