@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import grain
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
+from vlm.cluster.processes import exchange_texts
 from vlm.config import DataConfig
 from vlm.data.faults import BadSample, TooManyBad
 from vlm.data.making import Maker
@@ -304,12 +304,7 @@ def of_all_processes(at: dict[str, Any]) -> dict[str, Any]:
     """What every process has under its own numbers, together; all of them must ask at once."""
     if jax.process_count() == 1 or not at:
         return dict(at)
-    text = np.frombuffer(json.dumps(at).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.array([len(text)], np.int32))
-    room = np.zeros(int(lengths.max()), np.uint8)
-    room[: len(text)] = text
-    texts = multihost_utils.process_allgather(room)
     gathered: dict[str, Any] = {}
-    for row, length in zip(texts, lengths.ravel().tolist(), strict=True):
-        gathered |= json.loads(bytes(row[:length]))
+    for text in exchange_texts(json.dumps(at)):
+        gathered |= json.loads(text)
     return dict(sorted(gathered.items(), key=lambda item: int(item[0])))
