@@ -23,3 +23,8 @@ class ShardingError(VlmError):
 
 class TrainingError(VlmError):
     """A training run that had to stop, such as a loss that is no longer finite."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says first, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

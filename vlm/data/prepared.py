@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from vlm.config import DataConfig
 from vlm.data.examples import Example, check_features
-from vlm.errors import DataError
+from vlm.errors import DataError, first_line
 from vlm.paths import as_path
 
 
@@ -87,10 +87,10 @@ def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
         raise DataError(
             f"the TFDS data set {name!r} is not prepared in {_data_dir(data_dir)}: set data_dir to "
             f"where it is, or where TensorFlow is installed {how}.download_and_prepare() "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from None
     except Exception as error:  # TFDS has many kinds of not found
-        raise DataError(f"TFDS knows no data set {name!r} ({_first_line(error)})") from None
+        raise DataError(f"TFDS knows no data set {name!r} ({first_line(error)})") from None
     if not builder.info.splits:
         raise DataError(
             f"the TFDS data set {name!r} is not prepared in {builder.data_dir}: set data_dir to "
@@ -128,10 +128,6 @@ def _label_names(feature: Any, where: str, config: DataConfig) -> list[str]:
             f"a {type(feature).__name__}: name one that is"
         )
     return feature.names
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _text(value: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from vlm.errors import DataError
+from vlm.errors import DataError, first_line
 from vlm.paths import is_remote
 
 T = TypeVar("T")
@@ -126,7 +126,7 @@ def retry(action: Callable[[], T]) -> T:
             raise
         except Exception as error:  # each file system has kinds of its own
             if attempt == ATTEMPTS - 1:
-                raise error if isinstance(error, OSError) else OSError(_first_line(error)) from None
+                raise error if isinstance(error, OSError) else OSError(first_line(error)) from None
             time.sleep(BACKOFF * 2**attempt * random.uniform(0.5, 1.0))
     raise AssertionError("unreachable")
 
@@ -230,7 +230,3 @@ def _system(path: str) -> tuple[Any, str]:
         package = _PACKAGES.get(scheme.removesuffix("s") if scheme == "https" else scheme)
         mend = f"run pip install {package!r}" if package else "check data.source"
         raise DataError(f"there is no driver for {path} ({error}): {mend}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
