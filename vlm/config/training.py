@@ -9,10 +9,8 @@ from vlm.config.inputs import PreprocessConfig, TokenizerConfig
 from vlm.config.model import ModelConfig
 from vlm.errors import ConfigError
 
-# What a block keeps for its backward pass, beside its input: everything, so that nothing is
-# computed again ("none"); what goes into and comes out of attention, and the MLP's hidden layer
-# ("dots"); that without attention's result ("dots_no_batch"); no more ("full").
-RematPolicy = Literal["none", "dots", "dots_no_batch", "full"]  # the most memory first
+# What a block keeps for its backward pass, the most memory first: see `Experiment.remat`.
+RematPolicy = Literal["none", "dots", "dots_no_batch", "full"]
 
 
 @dataclass(frozen=True)
