@@ -53,8 +53,19 @@ def main(args: list[str]) -> None:
         return _train(hosts, changed, resume=run)
     if first.startswith("-"):
         raise UsageError(f"the config comes first: vlm train CONFIG {first} ...")
-    about = ABOUT.format(config=first)
-    return _train(hosts, parse.options(load_config(first), "vlm train CONFIG", args[1:], about))
+    return _train(hosts, experiment_of(args))
+
+
+def experiment_of(args: list[str]) -> Experiment:
+    """The experiment of a config with the fields that options name, such as CONFIG --epochs 3.
+
+    Raises:
+        ConfigError: no such config, or fields that contradict each other.
+        UsageError: options that do not fit.
+    """
+    config, *options = args
+    experiment = _before(load_config(config), options)
+    return parse.options(experiment, "vlm train CONFIG", options, ABOUT.format(config=config))
 
 
 HOSTS = {
@@ -85,15 +96,20 @@ def _hosts(args: list[str]) -> tuple[list[str], dict[str, Any]]:
 def _changed(run: str, options: list[str]) -> Experiment:
     """The experiment of a run with the fields that `options` name."""
     from vlm.paths import as_path
-    from vlm.train.changes import LENGTHS, without_length
     from vlm.train.run import experiment_in
 
-    experiment = experiment_in(as_path(run))
-    if any(option.split("=")[0] in {f"--{name}" for name in LENGTHS} for option in options):
-        experiment = without_length(experiment)
+    experiment = _before(experiment_in(as_path(run)), options)
     return parse.options(
         experiment, "vlm train --resume RUN", options, ABOUT.format(config="that run")
     )
+
+
+def _before(experiment: Experiment, options: list[str]) -> Experiment:
+    """The experiment that `options` change: without its length where they name another."""
+    from vlm.train.changes import LENGTHS, without_length
+
+    named = {option.split("=")[0].removeprefix("--") for option in options}
+    return without_length(experiment) if named & set(LENGTHS) else experiment
 
 
 def _train(hosts: dict[str, Any], experiment: Experiment | None, resume: str | None = None) -> None:
