@@ -1,7 +1,8 @@
 """A model as a contract: towers, image preprocessing and tokenizer as one object.
 
 A saved bundle is a folder: `bundle.json` (what the model is, and the rules for its inputs),
-`model.safetensors` (its parameters under our names) and `tokenizer.json` (its vocabulary).
+`model.safetensors` (its parameters under our names) and `tokenizer.json` (its vocabulary). An
+adapter is saved alone, and opens with the model that it belongs to.
 """
 
 import collections
@@ -16,24 +17,27 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
 
-from vlm.config import ModelConfig
-from vlm.errors import ConfigError
+from vlm.config import AdapterConfig, ModelConfig
+from vlm.errors import CheckpointError, ConfigError
 from vlm.inputs.batches import pixel_batches
 from vlm.inputs.opening import ImageLike, OnError, one_or_many
 from vlm.inputs.preprocess import Preprocess, resized_by
 from vlm.inputs.tokenizer import Tokenizer
+from vlm.models import adapters
 from vlm.models.dual_encoder import DualEncoder
 from vlm.nn.naflex import Patches
 from vlm.paths import keep_compiled_programs
+from vlm.sharding import shardings, to_host
 from vlm.weights import own
+from vlm.weights.adapter import AdapterOrigin, SavedAdapter, write_adapter
 from vlm.weights.building import Tower, abstract_model, fill_towers, parameter_shardings
-from vlm.weights.opening import open_model
+from vlm.weights.identity import fingerprint_of, fingerprint_of_arrays
+from vlm.weights.opening import open_adapter, open_model, source_of
 from vlm.weights.resolution import at_context_length, at_image_size, resizing
-from vlm.weights.rules import flat_shapes
+from vlm.weights.rules import flat_arrays, flat_shapes
 from vlm.weights.writing import Format, write_folder
 
 _TEXT_STEP = 16  # tokens: lengths of causal text are rounded up to a multiple of this
@@ -58,6 +62,8 @@ class Bundle:
         name: str,
         *,
         fingerprint: str | None = None,
+        source: str | None = None,
+        adapter: AdapterOrigin | None = None,
     ):
         text, vision = model.config.text, model.config.vision
         if tokenizer.vocab_size > text.vocab_size:
@@ -80,6 +86,8 @@ class Bundle:
         self.tokenizer = tokenizer
         self.name = name
         self.fingerprint = fingerprint  # of the parameters, known once saved or loaded
+        self.source = source  # what `load` was given
+        self.adapter = adapter  # None: the model has none
 
     # ------------------------------------------------------------------ what heads ask for
 
@@ -99,13 +107,13 @@ class Bundle:
     @functools.cached_property
     def logit_scale(self) -> float:
         """The factor of the cosine in the logits (the exponential is taken)."""
-        return math.exp(float(_to_host(self.model.logit_scale[...])))
+        return math.exp(float(to_host(self.model.logit_scale[...])))
 
     @functools.cached_property
     def logit_bias(self) -> float:
         """What is added to the logits; 0 for a model without a bias."""
         bias = self.model.logit_bias
-        return 0.0 if bias is None else float(_to_host(bias[...]))
+        return 0.0 if bias is None else float(to_host(bias[...]))
 
     def encode_image(
         self,
@@ -146,13 +154,86 @@ class Bundle:
         batches = (self._shorten(self.tokenizer(chunk)) for chunk in chunks)
         return self._run(self._text_program, batches, size)
 
+    # -------------------------------------------------------------------------- adapters
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """The fingerprint of the checkpoint that this is, an adapter left out.
+
+        Raises:
+            CheckpointError: the checkpoint is not where it was loaded from.
+        """
+        if self.adapter is not None:
+            return self.adapter.base_fingerprint
+        if self.fingerprint is not None:
+            return self.fingerprint
+        if self.source is not None:
+            checkpoint, _ = open_model(self.source, None)
+            return fingerprint_of(checkpoint)
+        return fingerprint_of_arrays((name, to_host(x)) for name, x in flat_arrays(self.model))
+
+    def merged(self) -> "Bundle":
+        """The same with its adapter inside its kernels; itself if it has none."""
+        if self.adapter is None:
+            return self
+        return Bundle(
+            adapters.merged(self.model),
+            self.preprocess,
+            self.tokenizer,
+            self.name,
+            fingerprint=self.fingerprint,
+            source=self.source,
+        )
+
+    def with_adapter(self, adapter: adapters.Adapter, config: AdapterConfig) -> "Bundle":
+        """The same with an adapter in place of any that it has.
+
+        The kernels under it are kept as its config says.
+
+        Raises:
+            ConfigError: the adapter is for another model.
+        """
+        model = adapters.quantized(self.model) if config.quantize == "int8" else self.model
+        base = self.source if self.adapter is None else self.adapter.base
+        model = adapters.attach(model, adapter)
+        if self._mesh is not None:
+            graph, state = nnx.split(model)
+            state = nnx.to_pure_dict(state)
+            model = nnx.merge(graph, jax.device_put(state, shardings(state, self._mesh)))
+        return Bundle(
+            model,
+            self.preprocess,
+            self.tokenizer,
+            self.name,
+            adapter=AdapterOrigin(config, base, self.identity),
+        )
+
+    def save_adapter(self, folder: epath.PathLike) -> None:
+        """Write the adapter alone as a small folder, which `load` opens with the model under it.
+
+        In a run of several processes, all must call this; the first one writes.
+
+        Raises:
+            ConfigError: there is no adapter, or the model under it was not loaded from anywhere.
+            CheckpointError: the folder holds something else or cannot be written.
+        """
+        if self.adapter is None:
+            raise ConfigError(f"{self.name} has no adapter: save it with Bundle.save")
+        factors = jax.tree.map(to_host, adapters.adapter_of(self.model))
+        if jax.process_index() == 0:
+            length, pixels = self.tokenizer.config.context_length, self.preprocess.config
+            self.fingerprint = write_adapter(
+                folder, factors, self.adapter, self.name, pixels, length
+            )
+
     # ---------------------------------------------------------------------------- saving
 
     def save(self, folder: epath.PathLike, format: Format | Literal["vlm"] = "vlm") -> None:
         """Write the bundle as a folder, or over the bundle that is there; never half of it.
 
-        With `format` "huggingface" or "open_clip", as transformers or open_clip would open it. In a
-        run of several processes, all must call this; the first one writes.
+        An adapter is merged into what is written. With `format` "huggingface" or "open_clip", as
+        transformers or open_clip would open it. In a run of several processes, all must call this;
+        the first one writes.
 
         Raises:
             CheckpointError: the folder holds something else or cannot be written, or the format has
@@ -160,16 +241,18 @@ class Bundle:
         """
         for tower, name in ((self.model.vision, "image"), (self.model.text, "text")):
             self._check_tower(tower, name)
-        model = self.model
+        model = self.merged().model
         if jax.process_count() > 1:
             graph, state = nnx.split(model)
-            model = nnx.merge(graph, jax.tree.map(_to_host, state))
+            model = nnx.merge(graph, jax.tree.map(to_host, state))
         if jax.process_index() != 0:
             return
         if format != "vlm":
             write_folder(folder, format, model, self.preprocess, self.tokenizer)
             return
-        self.fingerprint = own.write(folder, model, self.preprocess, self.tokenizer, self.name)
+        written = own.write(folder, model, self.preprocess, self.tokenizer, self.name)
+        if self.adapter is None:
+            self.fingerprint = written
 
     # -------------------------------------------------------------------------- encoding
 
@@ -292,8 +375,12 @@ def load(
     revision: str | None = None,
     tower: Tower = "both",
     resize_backend: Literal["pillow", "tensor", "tensorflow"] | None = None,
+    base: epath.PathLike | None = None,
 ) -> Bundle:
     """The bundle that `model` names: a bundle, a run folder with one, or a public checkpoint.
+
+    An adapter's folder opens with the model that it belongs to, which `base` finds where it has
+    moved.
 
     A public checkpoint is a Hub id, a folder in the layout of transformers or open_clip, a
     big_vision `.npz` or an OpenAI `.pt`.
@@ -312,13 +399,19 @@ def load(
             its authors used, or the other way round: "pillow"; "tensor", as torchvision does uint8
             tensors and with it transformers 5; "tensorflow", as big_vision does. Embeddings move a
             little. None: as the files say.
+        base: where the model of an adapter lies by now. None: where it was.
 
     Raises:
-        CheckpointError: nothing there, or something torn or of another architecture.
+        CheckpointError: nothing there, or something torn or of another architecture; or an
+            adapter of another model than `base`.
         ConfigError: a size that the model cannot take.
         ShardingError: a mesh with axes that no rule speaks of.
     """
     keep_compiled_programs()
+    if (saved := open_adapter(model)) is not None:
+        sizes = {"image_size": image_size, "context_length": context_length}
+        options = {"dtype": dtype, "mesh": mesh, "tower": tower, "resize_backend": resize_backend}
+        return _load_adapted(saved, base, sizes, **options)
     kind, place = _dtype(dtype), None if mesh is None else parameter_shardings(mesh)
     checkpoint, name = open_model(model, revision)
     config, preprocess = at_image_size(checkpoint.config, checkpoint.preprocess, image_size)
@@ -352,7 +445,46 @@ def load(
         tokenizer,
         name,
         fingerprint=checkpoint.fingerprint if same else None,
+        source=source_of(model),
     )
+
+
+def _load_adapted(
+    saved: SavedAdapter, base: epath.PathLike | None, sizes: dict[str, int | None], **options: Any
+) -> Bundle:
+    """An adapter with the model that it belongs to, at the size that it was trained at."""
+    place, pixels = saved.origin.base if base is None else base, saved.preprocess
+    if place is None:
+        raise CheckpointError(
+            f"the adapter {saved.where} does not say which model it belongs to: name it with base"
+        )
+    if pixels is not None:
+        trained = {"image_size": pixels.image_size, "context_length": saved.context_length}
+        sizes = {name: sizes[name] or trained[name] for name in sizes}
+    try:
+        below = load(place, **sizes, **options).merged()
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the model under the adapter {saved.where} does not open: {error} (name it with base "
+            "if it has moved)"
+        ) from None
+    if pixels is not None and pixels.image_size == below.preprocess.config.image_size:
+        backend = options["resize_backend"]
+        below.preprocess = Preprocess(resized_by(pixels, backend) if backend else pixels)
+    return adapted(below, saved)
+
+
+def adapted(bundle: Bundle, saved: SavedAdapter) -> Bundle:
+    """A bundle with an adapter that was saved.
+
+    Raises:
+        CheckpointError: the adapter is of another model.
+    """
+    saved.check_base(bundle.identity, bundle.name)
+    factors = saved.factors_for(bundle.model, bundle.tokenizer)
+    new = bundle.with_adapter(factors, saved.origin.config)
+    new.name, new.fingerprint, new.source = saved.name, saved.fingerprint, saved.where
+    return new
 
 
 def _dtype(name: str):
@@ -360,10 +492,3 @@ def _dtype(name: str):
     if name not in known:
         raise ConfigError(f"dtype {name!r} is not supported: choose float32 or bfloat16")
     return known[name]
-
-
-def _to_host(array: jax.Array) -> np.ndarray:
-    """The whole of an array, also where parts of it lie on other hosts."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)

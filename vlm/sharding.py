@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import linear_call
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
@@ -35,6 +36,13 @@ TENSOR_DIMENSION = {
     ("down", "kernel"): -2,
     ("text", "embedding"): -2,
 }
+# What belongs to a kernel lies as that does: the heads and columns of a layer are side by side in
+# its adapter and in the factors of an int8 kernel.
+OUTPUTS, INPUTS = ("query", "key", "value", "up"), ("out", "down")
+TENSOR_DIMENSION |= {(layer, "lora", "b"): -1 for layer in OUTPUTS}
+TENSOR_DIMENSION |= {(layer, "lora", "magnitude"): -1 for layer in OUTPUTS}
+TENSOR_DIMENSION |= {(layer, "kernel_scale"): -1 for layer in OUTPUTS}
+TENSOR_DIMENSION |= {(layer, "lora", "a"): -2 for layer in INPUTS}
 
 # Below this size a parameter is not worth a gather: every device keeps it whole.
 SMALLEST_SHARDED = 2**14  # elements
@@ -127,7 +135,7 @@ def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | A
     """Where one parameter lives: `tensor` by its name, `fsdp` over its largest free dimension."""
     spec: list[str | None] = [None] * len(shape)
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
-    dimension = TENSOR_DIMENSION.get(path[-2:])
+    dimension = TENSOR_DIMENSION.get(path[-3:] if "lora" in path else path[-2:])
     if dimension is not None and -dimension <= len(shape) and shape[dimension] % tensor == 0:
         spec[dimension] = "tensor" if tensor > 1 else None
     # The layer axis of stacked blocks is the scan's own: a block must be whole where it runs.
@@ -196,7 +204,8 @@ def gathered(block: Any, layers: int, dtype: DTypeLike) -> Any:
             lambda _, x: constrain(constrain(x, parts), together),
             lambda _, gradient: constrain(gradient, parts),
             (),
-            x.astype(dtype) if x.ndim > 1 else x,  # half the bytes; norms compute in float32
+            # Half the bytes; norms compute in float32, and whole numbers are a quarter already.
+            x.astype(dtype) if x.ndim > 1 and jnp.issubdtype(x.dtype, jnp.floating) else x,
         )
 
     return jax.tree_util.tree_map_with_path(whole, block)
@@ -231,6 +240,13 @@ def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
         name: jax.make_array_from_process_local_data(sharding, x, (len(x) * shares, *x.shape[1:]))
         for name, x in batch.items()
     }
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole of an array, also where parts of it lie on other hosts."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def placement_rows(tree: Any, depth: int = 2) -> list[tuple[str, str, int, int]]:

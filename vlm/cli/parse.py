@@ -5,11 +5,13 @@ stderr; here that becomes one sentence.
 """
 
 import contextlib
+import dataclasses
 import difflib
 import functools
 import inspect
 import io
 import re
+import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -45,7 +47,19 @@ def options(default: T, prog: str, args: list[str], about: str) -> T:
     Raises:
         UsageError: an unknown field, or a value that is not of its type.
     """
-    return _cli(type(default), prog, args, default=default, description=about)
+    return _cli(type(default), prog, args, default=_begun(default, args), description=about)
+
+
+def _begun(default: T, args: list[str]) -> T:
+    """`default` with each part that is None and of which `args` name a field, as it begins."""
+    for name, hint in typing.get_type_hints(type(default)).items():
+        part = next(
+            (kind for kind in typing.get_args(hint) if dataclasses.is_dataclass(kind)), None
+        )
+        named = any(arg.startswith(f"--{name.replace('_', '-')}.") for arg in args)
+        if part is not None and getattr(default, name) is None and named:
+            default = dataclasses.replace(default, **{name: part()})
+    return default
 
 
 def _cli(target: Any, prog: str, args: list[str], **settings: Any) -> Any:

@@ -22,6 +22,7 @@ JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 Examples:
   vlm train configs/openmoji.py
   vlm train configs/openmoji.py --optimizer.learning-rate 3e-4 --epochs 10
+  vlm train configs/openmoji.py --init-from runs/openmoji --adapter.rank 8
   vlm train --resume runs/openmoji
   vlm train --resume runs/openmoji --mesh.fsdp 4 --checkpoint-minutes 5
   vlm train --resume runs/openmoji --coordinator 10.0.0.1:1234 --processes 2 --process-id 0"""

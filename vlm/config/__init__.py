@@ -4,6 +4,7 @@ A config file is Python that binds one name, `config`, to an `Experiment`. Every
 follows from that value: it is written to the run folder as JSON and read back from there.
 """
 
+from vlm.config.adapters import AdapterConfig as AdapterConfig
 from vlm.config.data import AugmentConfig as AugmentConfig
 from vlm.config.data import DataConfig as DataConfig
 from vlm.config.data import FieldFilter as FieldFilter

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vlm.config.adapters import AdapterConfig
 from vlm.config.data import DataConfig
 from vlm.config.evaluation import EvalConfig
 from vlm.config.inputs import PreprocessConfig, TokenizerConfig
@@ -164,6 +165,8 @@ class Experiment:
         lock: A tower that is not trained (LiT).
         init_from: A model to start from: whatever `vlm.load` takes. None: start at random.
         init_towers: Which towers are taken from that model.
+        adapter: Low-rank adapters, which alone are trained; the run leaves them as a small bundle.
+            None: the model itself is trained.
         image_sizes: Smaller images to begin with, as pairs of a share of the run and a size in
             pixels; the rest of the run is at the full size.
         text_masking: Share of a text's places that are left out while training, padding first.
@@ -201,6 +204,7 @@ class Experiment:
     lock: Literal["none", "vision", "text"] = "none"
     init_from: str | None = None
     init_towers: Literal["both", "vision", "text"] = "both"
+    adapter: AdapterConfig | None = None
     image_sizes: tuple[tuple[float, int], ...] = ()
     text_masking: float = 0.0
     seed: int = 0
@@ -266,6 +270,13 @@ class Experiment:
             )
         self._check_vision()
         self._check_evaluation()
+        if self.adapter is not None and (self.lock != "none" or self.init_towers != "both"):
+            field = "lock" if self.lock != "none" else "init_towers"
+            raise ConfigError(
+                f"adapter freezes both towers of one model, and {field} is "
+                f"{getattr(self, field)!r}: leave it out, and choose a tower with adapter.targets, "
+                'such as "text.*"'
+            )
         if self.lock != "none" and self.init_from is None:
             raise ConfigError(
                 f"lock {self.lock!r} keeps a tower as it starts, and without init_from that is at "

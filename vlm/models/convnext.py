@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Key
 
 from vlm.config import ConvNeXtConfig
 from vlm.nn.convnext import ConvNeXtStage
-from vlm.nn.layers import LayerNorm, gelu
+from vlm.nn.layers import LayerNorm, Linear, gelu
 from vlm.nn.patches import PatchConv
 from vlm.nn.transformer import Execution
 
@@ -43,10 +43,10 @@ class ConvNeXtTower(nnx.Module):
         options = {"dtype": dtype, "rngs": rngs, "use_bias": False}
         hidden, projection = None, None
         if c.projection == "mlp":
-            hidden = nnx.Linear(inputs, 2 * embed_dim, dtype=dtype, rngs=rngs)
-            projection = nnx.Linear(2 * embed_dim, embed_dim, **options)
+            hidden = Linear(inputs, 2 * embed_dim, dtype=dtype, rngs=rngs)
+            projection = Linear(2 * embed_dim, embed_dim, **options)
         elif c.projection == "linear":
-            projection = nnx.Linear(inputs, embed_dim, **options)
+            projection = Linear(inputs, embed_dim, **options)
         self.hidden, self.projection = hidden, projection
 
     def __call__(

@@ -4,7 +4,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from vlm.nn.layers import gelu
+from vlm.nn.layers import Linear, gelu
 from vlm.nn.pooling import MapPool
 
 
@@ -16,7 +16,7 @@ def projection(
         return None
     if config.projection == "mlp":
         return MlpProjection(width, (width + embed_dim) // 2, embed_dim, dtype=dtype, rngs=rngs)
-    return nnx.Linear(
+    return Linear(
         width,
         embed_dim,
         use_bias=config.projection == "linear_bias",
@@ -30,8 +30,8 @@ class MlpProjection(nnx.Module):
     """Two linear layers without biases, and a GELU between them."""
 
     def __init__(self, width: int, hidden: int, embed_dim: int, *, dtype, rngs: nnx.Rngs):
-        self.up = nnx.Linear(width, hidden, use_bias=False, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(hidden, embed_dim, use_bias=False, dtype=dtype, rngs=rngs)
+        self.up = Linear(width, hidden, use_bias=False, dtype=dtype, rngs=rngs)
+        self.down = Linear(hidden, embed_dim, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b e"]:
         return self.down(gelu(self.up(x)))

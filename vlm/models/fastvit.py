@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Key
 
 from vlm.config import FastViTConfig
 from vlm.nn.fastvit import Conv, Squeeze, Stage
-from vlm.nn.layers import gelu
+from vlm.nn.layers import Linear, gelu
 from vlm.nn.transformer import Execution
 
 
@@ -23,7 +23,7 @@ class FastViTTower(nnx.Module):
         inputs = c.stem_width
         self.stem = Conv(3, inputs, 3, stride=2, depthwise=False, **options)
         self.stem_halve = Conv(inputs, inputs, 3, stride=2, **options)
-        self.stem_project = nnx.Linear(inputs, inputs, **options)
+        self.stem_project = Linear(inputs, inputs, **options)
         stages = []
         for stage in c.stages:
             stages.append(Stage(stage, inputs, norm_eps=c.norm_eps, **options))
@@ -31,7 +31,7 @@ class FastViTTower(nnx.Module):
         self.stages = nnx.List(stages)
         self.last = Conv(inputs, c.width, 3, **options)
         self.squeeze = Squeeze(c.width, c.squeeze, **options)
-        self.projection = nnx.Linear(c.width, embed_dim, **options)
+        self.projection = Linear(c.width, embed_dim, **options)
 
     def __call__(
         self, images: Float[Array, "b h w 3"], *, keys: Key[Array, " b"] | None = None

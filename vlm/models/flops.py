@@ -56,12 +56,9 @@ def step_flops(experiment: Experiment) -> dict[str, PartFlops]:
     for tower, forward in towers.items():
         for part, flops in forward.items():
             flops = batch * flops
-            backward, recomputed = 2 * flops, again * flops
-            if part == "stem" and getattr(e.model.vision, "stem", None) == "linear":
-                backward = flops  # pixels need no gradient
-            if e.lock == tower:
-                backward = 0.0
-            else:
+            passes, recomputed = _backward_passes(e, tower, part), again * flops
+            backward = passes * flops
+            if passes:
                 recomputed += recomputed_share(e.remat, part) * flops
             parts[f"{tower}/{part}"] = PartFlops(flops, backward, recomputed)
     product = 2 * batch**2 * e.model.embed_dim
@@ -69,6 +66,22 @@ def step_flops(experiment: Experiment) -> dict[str, PartFlops]:
     extra = product if e.model.loss == "softmax" else 0.0
     parts["loss"] = PartFlops(product, 2 * product, extra)
     return {name: part for name, part in parts.items() if part.executed}
+
+
+def _backward_passes(e: Experiment, tower: str, part: str) -> int:
+    """How many times a part's forward FLOPs its gradients take: of its inputs, of its kernels."""
+    if e.lock == tower:
+        return 0
+    passes = 2
+    if part == "stem" and getattr(e.model.vision, "stem", None) == "linear":
+        passes = 1  # pixels need no gradient
+    if e.adapter is None:
+        return passes
+    # Frozen kernels need none, and the factors beside them take a percent that is left out.
+    other = {"vision": "text.", "text": "vision."}[tower]
+    targets = e.adapter.targets
+    adapted = not targets or any(not pattern.startswith(other) for pattern in targets)
+    return passes - 1 if adapted else 0
 
 
 def model_flops(experiment: Experiment) -> float:

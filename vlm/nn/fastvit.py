@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vlm.nn.attention import Attention
-from vlm.nn.layers import LayerNorm, Mlp, gelu
+from vlm.nn.layers import LayerNorm, Linear, Mlp, gelu
 
 
 class Conv(nnx.Module):
@@ -80,8 +80,8 @@ class Squeeze(nnx.Module):
     """Squeeze-and-excitation: channels weighed by what the whole image shows (arXiv:1709.01507)."""
 
     def __init__(self, width: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.down = nnx.Linear(width, hidden, dtype=dtype, rngs=rngs)
-        self.up = nnx.Linear(hidden, width, dtype=dtype, rngs=rngs)
+        self.down = Linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.up = Linear(hidden, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         weights = jax.nn.sigmoid(self.up(jax.nn.relu(self.down(x.mean((1, 2))))))
@@ -94,7 +94,7 @@ class Halving(nnx.Module):
     def __init__(self, inputs: int, outputs: int, squeeze: int, *, dtype, rngs: nnx.Rngs):
         self.conv = Conv(inputs, outputs, 7, stride=2, dtype=dtype, rngs=rngs)
         self.squeeze = Squeeze(outputs, squeeze, dtype=dtype, rngs=rngs) if squeeze else None
-        self.project = nnx.Linear(outputs, outputs, dtype=dtype, rngs=rngs)
+        self.project = Linear(outputs, outputs, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
         x = self.conv(x)

@@ -67,17 +67,35 @@ def linear(
 ) -> Float[Array, "*b o"]:
     """What a linear layer makes of `x`, with the axes of its kernel side by side.
 
-    A `fixed_bias` gets no gradient.
+    A `fixed_bias` gets no gradient. The kernel may be of whole numbers (`vlm.nn.int8`), and the
+    layer may have an adapter (`vlm.nn.lora`).
 
     The heads of attention are not an axis of what is computed: 64 dimensions of one head would
     fill half of a TPU's registers, and half of the memory that is kept and moved.
     """
-    kernel = layer.kernel[...].reshape(x.shape[-1], -1).astype(layer.dtype)
-    y = _product(x.astype(layer.dtype), kernel)
+    x = x.astype(layer.dtype)
+    kernel = layer.kernel[...].reshape(x.shape[-1], -1)
+    y = _product(x, kernel.astype(layer.dtype))
+    outputs = getattr(layer, "kernel_scale", None)
+    if outputs is not None:
+        y = y * outputs[...].astype(layer.dtype)
+    if (lora := getattr(layer, "lora", None)) is not None:
+        scale = lora.scale[...].astype(layer.dtype)
+        low = _product(x, lora.a[...].astype(layer.dtype)) * scale
+        y = y + _product(low, lora.b[...].astype(layer.dtype))
+        factors = lora.column_factors(kernel if outputs is None else kernel * outputs[...])
+        y = y if factors is None else y * factors.astype(layer.dtype)
     if layer.bias is None:
         return y
     bias = layer.bias[...].reshape(-1).astype(layer.dtype)
     return y + (lax.stop_gradient(bias) if fixed_bias else bias)
+
+
+class Linear(nnx.Linear):
+    """A linear layer that is computed by `linear`."""
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        return linear(self, x)
 
 
 def _product(x: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Array, "*b o"]:

@@ -7,7 +7,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from vlm.nn.layers import LayerNorm, gelu
+from vlm.nn.layers import LayerNorm, Linear, gelu
 from vlm.nn.resnet import FrozenBatchNorm
 
 
@@ -68,7 +68,7 @@ class ConvStem(nnx.Module):
             for i, o in zip(inputs, widths, strict=True)
         )
         self.norms = nnx.List(LayerNorm(w, 1e-6, rngs=rngs) for w in widths)
-        self.project = nnx.Linear(widths[-1], width, dtype=dtype, rngs=rngs)
+        self.project = Linear(widths[-1], width, dtype=dtype, rngs=rngs)
         self.dtype = dtype
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:

@@ -64,7 +64,7 @@ def analytic_memory(
     images = 3 * e.model.vision.image_size**2 * (4 + 2) * rows
     return AnalyticMemory(
         state=state.parameters + state.optimizer + state.averages,
-        gradients=state.parameters if e.lock == "none" else state.parameters // 2,
+        gradients=state.trained,
         activations=kept + images,
         working=block + tiles,
     )
@@ -97,7 +97,7 @@ def analytic_operations(
         passes = 1 if e.lock == tower else (4 if e.remat == "full" else 3)
         traffic += rows * tokens * config.depth * passes * forward
     # The update reads parameters, gradients and moments, and writes all but the gradients.
-    update = 3 * state.parameters + 2 * state.optimizer + 2 * state.averages
+    update = 3 * state.trained + 2 * state.optimizer + 2 * state.averages
     seconds = (traffic + update * chip.devices) / chip.memory_rate
     return arithmetic / chips / chip.flops, seconds
 

@@ -33,7 +33,8 @@ class DoesNotFit:
 class StateBytes:
     """Bytes on each device of what a step keeps, by its shardings."""
 
-    parameters: int
+    parameters: int  # all of them
+    trained: int  # the parameters that have a gradient
     optimizer: int
     averages: int
 
@@ -143,6 +144,7 @@ def abstract_state(experiment: Experiment) -> TrainState:
             lock=experiment.lock,
             init_from=experiment.init_from,
             init_towers=experiment.init_towers,
+            adapter=experiment.adapter,
         )
     )
 
@@ -154,7 +156,7 @@ def _abstract_state(experiment: Experiment) -> TrainState:
 
 
 def state_bytes(state: TrainState, mesh: Mesh | AbstractMesh) -> StateBytes:
-    """Bytes of a state on each device of a mesh; parameters include those of a locked tower."""
+    """Bytes of a state on each device of a mesh; parameters include those that are not trained."""
 
     def bytes_of(*names: str) -> int:
         trees = [getattr(state, name) for name in names]
@@ -167,6 +169,7 @@ def state_bytes(state: TrainState, mesh: Mesh | AbstractMesh) -> StateBytes:
 
     return StateBytes(
         parameters=bytes_of("params", "frozen"),
+        trained=bytes_of("params"),
         optimizer=bytes_of("opt_state"),
         averages=bytes_of("ema"),
     )

@@ -5,7 +5,6 @@ import os
 
 from etils import epath
 
-from vlm.bundle import Bundle
 from vlm.cluster.processes import stop_all_on_failure
 from vlm.config import Experiment
 from vlm.data.pipeline import train_batches
@@ -17,6 +16,7 @@ from vlm.train.checkpoint import Checkpoints
 from vlm.train.console import print_on_first_process
 from vlm.train.held_out import Evaluations, finish
 from vlm.train.interrupt import Interrupted
+from vlm.train.leaving import leave_bundle
 from vlm.train.length import CheckpointRhythm, is_due
 from vlm.train.logs import Logs, placement_table
 from vlm.train.mirror import Mirror
@@ -95,7 +95,7 @@ def _train(
                 logs.flush()
                 with doing("writing a checkpoint"):
                     mirror.copy()  # a run that goes on from here has its log up to here
-                    checkpoints.save(step, state, batches.get_state())
+                    checkpoints.save(step, trainer.kept(state), batches.get_state())
 
             while step < total and not interrupted.at(step):
                 trace.before(step, state)
@@ -133,8 +133,7 @@ def _train(
         return run.folder
 
     with doing("writing the bundle"):
-        bundle = Bundle(trainer.model(state), trainer.preprocess, tokenizer, name=experiment.name)
-        bundle.save(run.bundle)
+        bundle = leave_bundle(run, trainer, state, tokenizer)
     if evaluations:
         with doing("evaluating"):
             report = finish(run, evaluations, state, bundle, credits(experiment.data))

@@ -1,7 +1,7 @@
 """The run folder: what a run is called, where its files lie, and how one is opened again.
 
 config.json  history.jsonl  checkpoints/  tokenizer/  log.jsonl  tensorboard/  profile/  bundle/
-results.json  report.html
+results.json  report.html, and base.json where an adapter is trained
 """
 
 import contextlib
@@ -92,6 +92,33 @@ class Run:
         before = self.history.read_text() if self.history.exists() else ""
         self._write(self.history, before + json.dumps(row) + "\n")
 
+    def record_base(self, model: str, fingerprint: str) -> None:
+        """Write down which model lies under the run's adapter."""
+        if jax.process_index() == 0:
+            about = {"model": model, "fingerprint": fingerprint}
+            self._write(self.base_file, json.dumps(about, indent=2) + "\n")
+
+    def base(self) -> tuple[str, str]:
+        """The model under the run's adapter, as (what `vlm.load` takes, its fingerprint)."""
+        try:
+            about = json.loads(self.base_file.read_text())
+            return about["model"], about["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise CheckpointError(
+                f"{self.base_file} does not say which model lies under the adapter of the run: "
+                "start a new run"
+            ) from None
+
+    def check_base(self, fingerprint: str) -> None:
+        """Raise a CheckpointError unless the model under the run's adapter is as it was."""
+        model, wanted = self.base()
+        if fingerprint != wanted:
+            raise CheckpointError(
+                f"init_from {self.experiment.init_from!r} is another model by now (fingerprint "
+                f"{fingerprint[:12]}) than when the run began ({wanted[:12]} of {model}): put that "
+                "one back, or start a new run"
+            )
+
     def last_total(self) -> int | None:
         """How many steps the run was to take when it was last started; None if not known."""
         text = self.history.read_text() if self.history.exists() else ""
@@ -124,6 +151,10 @@ class Run:
     @property
     def history(self) -> epath.Path:
         return self.folder / "history.jsonl"
+
+    @property
+    def base_file(self) -> epath.Path:
+        return self.folder / "base.json"
 
     @property
     def checkpoints(self) -> epath.Path:

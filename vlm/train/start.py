@@ -14,10 +14,12 @@ from vlm.data.pipeline import TrainIterator
 from vlm.data.sources import vocabulary_texts
 from vlm.errors import ConfigError
 from vlm.inputs.tokenizer import Tokenizer, train_bpe
+from vlm.models import adapters
 from vlm.train.changes import LENGTHS
 from vlm.train.checkpoint import Checkpoints
 from vlm.train.console import print_on_first_process
 from vlm.train.length import length_in_steps
+from vlm.train.partition import Params, joined
 from vlm.train.run import Run
 from vlm.train.step import Trainer, TrainState
 from vlm.weights.vocabularies import CLIP_VOCABULARY
@@ -40,15 +42,28 @@ def start(
         trainer.abstract_state,
         trainer.state_shardings,
     )
-    restored = checkpoints.restore(abstract, report=print_on_first_process)
+    restored = checkpoints.restore(trainer.kept(abstract), report=print_on_first_process)
     if restored is not None:
         state, data_state = restored
+        if trainer.experiment.adapter is not None:
+            state = _with_base(run, trainer, state)
         batches.set_state(data_state)
         return _with_length(run, trainer, batches, state)
     if run.resumed:
         print_on_first_process("the run has no checkpoint yet: it starts from step 0")
+    e = trainer.experiment
+    if e.adapter is not None and e.init_from is None:
+        raise ConfigError(
+            "an adapter is trained beside a model as it is, and without init_from that is at "
+            "random: name the model with --init-from"
+        )
     state = trainer.init(jnp.int32(length_in_steps(trainer, batches)))
-    return state if trainer.experiment.init_from is None else from_model(trainer, state)
+    if e.init_from is None:
+        return state
+    other = starting_model(e)
+    if e.adapter is not None:
+        run.record_base(other.source, other.identity)
+    return from_model(trainer, state, other)
 
 
 def _with_length(
@@ -74,28 +89,54 @@ def _with_length(
     return dataclasses.replace(state, total_steps=total_steps)
 
 
-def from_model(trainer: Trainer, state: TrainState) -> TrainState:
-    """A fresh state with the weights of the model `init_from`, or of one of its towers.
+def starting_model(experiment: Experiment) -> bundle.Bundle:
+    """The model `init_from`, at the run's size of image, any adapter merged into it."""
+    size = experiment.model.vision.image_size
+    return bundle.load(experiment.init_from, image_size=size).merged()
+
+
+def from_model(trainer: Trainer, state: TrainState, other: bundle.Bundle) -> TrainState:
+    """A fresh state with the weights of another model, or of one of its towers.
 
     Raises:
         ConfigError: that model is another one than the config's; the message names what differs.
     """
     e = trainer.experiment
-    other = bundle.load(e.init_from, image_size=e.model.vision.image_size)
     towers = ("vision", "text") if e.init_towers == "both" else (e.init_towers,)
     _check_same(e, other, towers)
     if e.init_towers == "both":
         _check_scale(e, other)
-    loaded = nnx.to_pure_dict(nnx.state(other.model))
-    ours = {**state.params, **state.frozen}
+    loaded = _parameters(trainer, other)
+    ours = joined(state.params, state.frozen)
     wanted = ours if e.init_towers == "both" else towers
     loaded = {name: loaded[name] for name in wanted if name in loaded}
-    places = {**trainer.state_shardings.params, **trainer.state_shardings.frozen}
+    places = joined(trainer.state_shardings.params, trainer.state_shardings.frozen)
     ours |= jax.tree.map(_place, loaded, {name: places[name] for name in loaded})
-    frozen = {name: ours.pop(name) for name in state.frozen}
+    params, frozen = trainer.divide(ours)
     # The average begins where the parameters do, in buffers of its own: the step donates them all.
-    ema = None if state.ema is None else jax.tree.map(jnp.copy, ours)
-    return dataclasses.replace(state, params=ours, frozen=frozen, ema=ema)
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    return dataclasses.replace(state, params=params, frozen=frozen, ema=ema)
+
+
+def _with_base(run: Run, trainer: Trainer, state: TrainState) -> TrainState:
+    """A restored state with the model under its adapter, which its checkpoints do not hold.
+
+    Raises:
+        CheckpointError: that model has changed since the run began.
+    """
+    other = starting_model(trainer.experiment)
+    run.check_base(other.identity)
+    _, frozen = trainer.divide(_parameters(trainer, other))
+    frozen = jax.tree.map(_place, frozen, trainer.state_shardings.frozen)
+    return dataclasses.replace(state, frozen=frozen)
+
+
+def _parameters(trainer: Trainer, other: bundle.Bundle) -> Params:
+    """The parameters of a model as the run has them: with a fresh adapter if it trains one."""
+    e, model = trainer.experiment, other.model
+    if e.adapter is not None:
+        model = adapters.prepared(model, e.adapter, e.seed)
+    return nnx.to_pure_dict(nnx.state(model))
 
 
 def _place(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -1,5 +1,6 @@
 """One training step: a pure function of (state, batch), jitted with its shardings and donated."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +16,14 @@ from jaxtyping import Array, Bool, Int, Key, UInt8
 from vlm.config import Experiment, TokenizerConfig
 from vlm.inputs.preprocess import Preprocess
 from vlm.losses import cached_value_and_grad, contrastive_loss
+from vlm.models import adapters
 from vlm.models.dual_encoder import DualEncoder
 from vlm.nn.transformer import Execution
 from vlm.sharding import batch_sharding, replicated, shardings
 from vlm.train.masking import mask_tokens
 from vlm.train.optimizer import learning_rate, make_optimizer
+from vlm.train.partition import Params, joined, partition
 from vlm.train.resolution import shrink, with_grid
-
-Params = dict[str, Any]
 
 _MASKING = 1  # folded into an example's key for its text mask: another stream than the towers'
 
@@ -36,7 +37,7 @@ class TrainState:
     step: Any  # Int[Array, ""]
     total_steps: Any  # Int[Array, ""]
     params: Any  # Params: trained
-    frozen: Any  # Params: of a locked tower: no gradient, no optimizer state
+    frozen: Any  # Params: the rest of the model: no gradient, no optimizer state
     opt_state: Any
     ema: Any  # Params | None
     skipped: Any  # Int[Array, ""]: steps whose loss or gradient was not finite
@@ -91,7 +92,7 @@ class Trainer:
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         rate = learning_rate(config, state.step / state.total_steps)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-        if config.max_scale is not None:
+        if config.max_scale is not None and "logit_scale" in params:
             params["logit_scale"] = jnp.minimum(params["logit_scale"], jnp.log(config.max_scale))
         ema = self._average(state.ema, params, state.step)
 
@@ -106,16 +107,17 @@ class Trainer:
             ema=_where(finite, ema, state.ema),
             skipped=state.skipped + ~finite,
         )
+        model = joined(after.params, after.frozen)
         metrics = {
             "loss": loss,
             "learning_rate": rate,
-            "scale": jnp.exp(after.params["logit_scale"]),
+            "scale": jnp.exp(model["logit_scale"]),
             "grad_norm": grad_norm,
             "finite": finite,
             "tokens": jnp.float32(self.tokens_per_step(image_size)),
         }
-        if "logit_bias" in after.params:
-            metrics["bias"] = after.params["logit_bias"]
+        if "logit_bias" in model:
+            metrics["bias"] = model["logit_bias"]
         for tower in ("vision", "text"):
             if tower in grads:
                 metrics[f"grad_norm_{tower}"] = optax.global_norm(grads[tower])
@@ -130,7 +132,7 @@ class Trainer:
         e = self.experiment
 
         def embed(params, batch, keys):
-            params = {**params, **state.frozen}
+            params = joined(params, state.frozen)
             images = self.preprocess.normalize(batch["images"])
             if size != e.model.vision.image_size:
                 images = shrink(images, size)
@@ -142,6 +144,7 @@ class Trainer:
             return self._model(params)(images, tokens, keys=keys)
 
         def loss(params, z_image, z_text):
+            params = joined(params, state.frozen)
             return contrastive_loss(
                 z_image,
                 z_text,
@@ -184,16 +187,14 @@ class Trainer:
     def _build(self) -> DualEncoder:
         e = self.experiment
         execution = Execution(dtype=compute_dtype(e.dtype), remat=e.remat, scan=e.scan)
-        return DualEncoder(e.model, execution=execution, rngs=nnx.Rngs(e.seed))
+        model = DualEncoder(e.model, execution=execution, rngs=nnx.Rngs(e.seed))
+        return model if e.adapter is None else adapters.prepared(model, e.adapter, e.seed)
 
     def _model(self, params: Params) -> DualEncoder:
         return nnx.merge(self.graph, params)
 
     def _init(self, total_steps: Int[Array, ""]) -> TrainState:
-        params = nnx.to_pure_dict(nnx.state(self._build()))
-        frozen = {}
-        if self.experiment.lock != "none":
-            frozen = {self.experiment.lock: params.pop(self.experiment.lock)}
+        params, frozen = self.divide(nnx.to_pure_dict(nnx.state(self._build())))
         return TrainState(
             step=jnp.int32(0),
             total_steps=total_steps,
@@ -204,10 +205,23 @@ class Trainer:
             skipped=jnp.int32(0),
         )
 
+    def divide(self, params: Params) -> tuple[Params, Params]:
+        """(what is trained of a whole model, the rest)."""
+        e = self.experiment
+        if e.adapter is not None:
+            return partition(params, adapters.is_trained)
+        return partition(params, lambda path: path[0] != e.lock)
+
+    def kept(self, state: TrainState) -> TrainState:
+        """What a checkpoint holds of a state: without the model under an adapter."""
+        if self.experiment.adapter is None:
+            return state
+        return dataclasses.replace(state, frozen={})
+
     def model(self, state: TrainState) -> DualEncoder:
         """The model as it is used: of averaged parameters where there is an average."""
         params = state.params if state.ema is None else state.ema
-        return self._model({**params, **state.frozen})
+        return self._model(joined(params, state.frozen))
 
     def _embed_images(self, state: TrainState, images: UInt8[Array, "b h w 3"]):
         return self.model(state).encode_image(self.preprocess.normalize(images))

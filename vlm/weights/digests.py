@@ -55,7 +55,8 @@ class Checked:
         CheckpointError: from `read`, where they differ.
     """
 
-    def __init__(self, tensors: Tensors, found: Digests):
+    def __init__(self, tensors: Tensors, found: Digests, beside: str = "bundle.json"):
+        self.beside = beside  # the file that has the digests
         self.where = os.fspath(tensors.where)
         self.shapes = tensors.shapes
         self._tensors, self._digests = tensors, found
@@ -81,7 +82,7 @@ class Checked:
         if number >= len(parts) or parts[number] != _digest(name, shape, start, values):
             raise CheckpointError(
                 f"{name} in {self.where} is not what was saved: the file is damaged, or of another "
-                "model than the bundle.json beside it; save or copy the bundle again"
+                f"model than the {self.beside} beside it; save or copy both again"
             )
 
 

@@ -10,8 +10,9 @@ import os
 from etils import epath
 
 from vlm.errors import CheckpointError, ConfigError
-from vlm.paths import as_path
-from vlm.weights import bert_clip, big_vision, huggingface, open_clip, openai, own
+from vlm.paths import as_path, on_disk
+from vlm.weights import adapter, bert_clip, big_vision, huggingface, open_clip, openai, own, peft
+from vlm.weights.adapter import SavedAdapter
 from vlm.weights.checkpoint import Checkpoint
 from vlm.weights.hub import download, is_hub_id
 
@@ -53,6 +54,28 @@ def open_model(model: epath.PathLike, revision: str | None) -> tuple[Checkpoint,
             f"{error} (this is what the cache holds of {name}, because the Hub could not be "
             f"reached: {unreached})"
         ) from None
+
+
+def source_of(model: epath.PathLike) -> str:
+    """What `open_model` takes for the same model from any working directory."""
+    path = as_path(model)
+    return os.fspath(on_disk(path) if path.exists() else model)
+
+
+def open_adapter(path: epath.PathLike) -> SavedAdapter | None:
+    """The adapter in a folder of this disk, ours or peft's; None if it is no adapter.
+
+    Raises:
+        CheckpointError: it is torn, or of a kind that is not supported.
+    """
+    try:
+        path = as_path(path)
+    except ConfigError:  # an address, of which `open_model` says what is wrong
+        return None
+    for form, opened in ((adapter, adapter.open_adapter), (peft, peft.open_peft)):
+        if form.recognises(path):
+            return opened(path)
+    return None
 
 
 def open_checkpoint(path: epath.Path) -> Checkpoint:

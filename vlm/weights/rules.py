@@ -260,6 +260,21 @@ def fill(
     return nnx.merge(graph, nnx.State.from_flat_path(flat))
 
 
+def read_all(
+    model: nnx.Module,
+    rules: Sequence[Rule],
+    tensors: Tensors,
+    ignored: Callable[[str], bool] = lambda name: False,
+) -> Iterator[tuple[str, jax.Array]]:
+    """Each parameter of an abstract model in float32 by its name, one at a time."""
+    shapes = flat_shapes(model)
+    pieces = expand(rules, shapes)
+    check(pieces, shapes, tensors, ignored)
+    for name, shape in shapes.items():
+        own = [piece for piece in pieces if piece.ours == name]
+        yield name, _array(own, shape, tensors, np.dtype(np.float32), None)
+
+
 def write(model: nnx.Module, rules: Sequence[Rule]) -> Iterator[tuple[str, "Pending"]]:
     """Their names and tensors, in the order of the rules; each is made when it is asked for."""
     arrays = dict(flat_arrays(model))

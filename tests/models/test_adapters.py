@@ -1,0 +1,250 @@
+"""Adapters over whole models: they change nothing at first, merge exactly, add up and pad."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vlm.bundle import load
+from vlm.config import AdapterConfig
+from vlm.errors import ConfigError
+from vlm.models import adapters
+from vlm.nn.lora import column_lengths
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "weights" / "golden"
+# One of each kind of tower and of MLP.
+FAMILIES = (
+    "hf_clip",
+    "hf_siglip",
+    "hf_naflex",
+    "hf_altclip",
+    "bv_lit",
+    "oc_coca",
+    "oc_convnext_mlp",
+    "oc_eva02_enormous",
+    "oc_eva02",
+    "oc_fastvit_large",
+    "oc_mobileclip_b",
+    "oc_pe",
+    "oc_vitamin",
+    "oc_xlm_roberta",
+    "openai_resnet.pt",
+)
+
+
+def outputs(model, golden):
+    """Both embeddings, of models of one form by one program."""
+    graph, state = nnx.split(model)
+    both = embed(graph, state, jnp.asarray(golden["pixels"]), jnp.asarray(golden["tokens"]))
+    return np.concatenate([np.asarray(z) for z in both])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def embed(graph, state, pixels, tokens):
+    model = nnx.merge(graph, state)
+    return model.encode_image(pixels), model.encode_text(tokens)
+
+
+def random_factors(adapter, seed=0):
+    """The same layers and ranks with factors that all matter."""
+    random = np.random.default_rng(seed)
+
+    def drawn(x):
+        return jnp.asarray(random.standard_normal(x.shape), jnp.float32)
+
+    return {
+        name: adapters.Factors(
+            drawn(f.a) * 0.3,
+            drawn(f.b) * 0.1,
+            f.scale,
+            None if f.magnitude is None else f.magnitude * (1 + 0.1 * drawn(f.magnitude)),
+        )
+        for name, f in adapter.items()
+    }
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request):
+    file = request.param
+    golden = file.replace(".pt", ".npz") if file.endswith(".pt") else f"{file}/outputs.npz"
+    model, golden = load(GOLDEN / file).model, np.load(GOLDEN / golden)
+    return model, golden, outputs(model, golden)
+
+
+def every_layer(model, **changes):
+    layers = adapters.linear_layers(model)
+    least = min(min(s.inputs, s.outputs) for s in map(adapters.size_of, layers.values()))
+    return AdapterConfig(rank=min(4, least), targets=("*",), **changes)
+
+
+def test_every_linear_layer_begins_as_it_was_and_merges(case):
+    model, golden, before = case
+    adapter = adapters.fresh(model, every_layer(model), jax.random.key(0))
+    assert adapter.keys() == adapters.linear_layers(model).keys()
+    assert np.array_equal(outputs(adapters.attach(model, adapter), golden), before)
+
+    attached = adapters.attach(model, random_factors(adapter))
+    changed = outputs(attached, golden)
+    assert np.abs(changed - before).max() > 1e-3
+    assert np.abs(outputs(adapters.merged(attached), golden) - changed).max() < 1e-6
+    off = {n: adapters.Factors(f.a, f.b, f.scale * 0) for n, f in random_factors(adapter).items()}
+    assert np.array_equal(outputs(adapters.attach(model, off), golden), before)
+    assert adapters.adapter_of(adapters.detach(attached)) == {}
+
+
+# ------------------------------------------------------------------- a model of two blocks a tower
+
+
+@pytest.fixture(scope="module")
+def small():
+    return load(GOLDEN / "hf_clip").model, np.load(GOLDEN / "hf_clip" / "outputs.npz")
+
+
+def test_projections_of_attention_and_mlps_are_the_default(small):
+    names = adapters.targeted(small[0], ())
+    blocks = "transformer.blocks"
+    assert names == sorted(
+        f"{tower}.{blocks}.{layer}"
+        for tower in ("vision", "text")
+        for layer in (
+            *(f"attention.{part}" for part in ("query", "key", "value", "out")),
+            "mlp.up",
+            "mlp.down",
+        )
+    )
+    assert adapters.targeted(small[0], ("text.*.query", "*.projection")) == [
+        f"text.{blocks}.attention.query",
+        "text.projection",
+        "vision.projection",
+    ]
+
+
+def test_a_resnet_has_its_pool(small):
+    names = adapters.targeted(load(GOLDEN / "openai_resnet.pt").model, ("vision.*",))
+    assert names == [f"vision.pool.{part}" for part in ("key", "out", "query", "value")]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"targets": ("text.*", "image.*")},
+            r"'image\.\*' matches no linear layer: the model has text\.projection, text\.trans",
+        ),
+        ({"targets": ("vision.stem",)}, "no linear layer, but vision.stem, which is a PatchStem"),
+        ({"rank": 4000}, r"adapter.rank 4000 is larger than text\.\S+, a matrix of \d+ x \d+: ch"),
+    ],
+)
+def test_what_cannot_be_adapted_is_named(small, config, message):
+    with pytest.raises(ConfigError, match=message):
+        adapters.fresh(small[0], AdapterConfig(**config), jax.random.key(0))
+
+
+def test_an_adapter_of_another_model_is_refused(small):
+    model, _ = small
+    config = AdapterConfig(rank=2, targets=("text.*.query",))
+    adapter = adapters.fresh(model, config, jax.random.key(0))
+    (factors,) = adapter.values()
+    with pytest.raises(ConfigError, match=r"is for text\.pool, which the model does not have"):
+        adapters.attach(model, {"text.pool": factors})
+    with pytest.raises(ConfigError, match=r"of text\.projection has a of .* and the layer takes"):
+        adapters.attach(model, {"text.projection": factors})
+
+
+@pytest.mark.parametrize("fields", [{"rank": -1}, {"alpha": -1.0}, {"alpha": float("nan")}])
+def test_sizes_that_cannot_be(fields):
+    with pytest.raises(ConfigError, match=rf"adapter\.{next(iter(fields))} is .*: make it 0 or"):
+        AdapterConfig(**fields)
+
+
+def test_rank_zero_is_the_model(small):
+    model, golden = small
+    adapter = adapters.fresh(model, AdapterConfig(rank=0), jax.random.key(0))
+    attached = adapters.attach(model, adapter)
+    assert np.array_equal(outputs(attached, golden), outputs(model, golden))
+    assert np.array_equal(outputs(adapters.merged(attached), golden), outputs(model, golden))
+
+
+def test_dora_begins_near_the_model_and_merges(small):
+    """A column divided by its own length is rounded once, so the start is not bit-equal."""
+    model, golden = small
+    before = outputs(model, golden)
+    adapter = adapters.fresh(model, every_layer(model, dora=True), jax.random.key(0))
+    assert np.abs(outputs(adapters.attach(model, adapter), golden) - before).max() < 1e-6
+    adapter = random_factors(adapter)
+    attached = adapters.attach(model, adapter)
+    changed = outputs(attached, golden)
+    assert np.abs(outputs(adapters.merged(attached), golden) - changed).max() < 1e-6
+    lengths = column_lengths(
+        adapters.matrix(adapters.linear_layers(adapters.merged(attached))["text.projection"])
+    )
+    assert np.allclose(lengths, np.abs(adapter["text.projection"].magnitude), rtol=1e-5)
+    off = {n: dataclasses.replace(f, scale=f.scale * 0) for n, f in adapter.items()}
+    assert np.array_equal(outputs(adapters.attach(model, off), golden), before)
+
+
+def test_a_sum_of_adapters_is_their_sum(small):
+    """Of matrices, seen where only one layer is adapted: the whole model is not linear in them."""
+    model, _ = small
+    name = "vision.transformer.blocks.mlp.up"
+    parts = []
+    for seed, rank in ((0, 2), (1, 3)):
+        config = AdapterConfig(rank=rank, alpha=1.0, targets=(name,))
+        adapter = adapters.fresh(model, config, jax.random.key(seed))
+        parts.append(random_factors(adapter, seed))
+    whole = adapters.stacked(parts, [0.5, -2.0])
+    assert whole[name].rank == 5
+
+    def added(adapter):
+        merged = adapters.linear_layers(adapters.merged(adapters.attach(model, adapter)))[name]
+        return adapters.matrix(merged) - adapters.matrix(adapters.linear_layers(model)[name])
+
+    want = 0.5 * added(parts[0]) - 2.0 * added(parts[1])
+    np.testing.assert_allclose(added(whole), want, atol=1e-6)
+
+
+def test_padded_adapters_have_one_form_and_compute_the_same(small):
+    model, golden = small
+    adapters_ = [
+        random_factors(adapters.fresh(model, AdapterConfig(rank=r, targets=t), jax.random.key(r)))
+        for r, t in ((2, ("text.*",)), (4, ("*.query",)))
+    ]
+    same = adapters.padded(adapters_)
+    assert jax.tree.map(jnp.shape, same[0]) == jax.tree.map(jnp.shape, same[1])
+    for before, after in zip(adapters_, same, strict=True):
+        want = outputs(adapters.attach(model, before), golden)
+        got = outputs(adapters.attach(model, after), golden)
+        assert np.abs(got - want).max() < 1e-6
+
+
+def test_dora_has_no_sum_and_no_switch_with_lora(small):
+    both = [
+        adapters.fresh(small[0], AdapterConfig(rank=1, dora=dora), jax.random.key(0))
+        for dora in (False, True)
+    ]
+    with pytest.raises(ConfigError, match="is DoRA's, whose lengths of columns have no sum"):
+        adapters.stacked(both, [1.0, 1.0])
+    with pytest.raises(ConfigError, match="is DoRA's and another is not"):
+        adapters.padded(both)
+
+
+def test_int8_kernels_are_near_and_merge(small):
+    model, golden = small
+    before = outputs(model, golden)
+    whole = adapters.quantized(model)
+    kernel = adapters.linear_layers(whole)["text.transformer.blocks.mlp.up"].kernel
+    assert kernel.dtype == jnp.int8
+    assert kernel.get_value().max() == 127
+    near = outputs(whole, golden)
+    assert 1e-5 < np.abs(near - before).max() < 0.05
+    assert np.abs(outputs(adapters.merged(whole), golden) - near).max() < 1e-6
+    for dora in (False, True):
+        adapter = adapters.fresh(whole, AdapterConfig(rank=2, dora=dora), jax.random.key(0))
+        attached = adapters.attach(whole, random_factors(adapter))
+        changed = outputs(attached, golden)
+        assert np.abs(outputs(adapters.merged(attached), golden) - changed).max() < 1e-6
