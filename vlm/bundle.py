@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -31,9 +30,8 @@ from vlm.models.dual_encoder import DualEncoder
 from vlm.nn.naflex import Patches
 from vlm.paths import keep_compiled_programs
 from vlm.sharding import shardings, to_host
-from vlm.weights import own
+from vlm.weights import building, own
 from vlm.weights.adapter import AdapterOrigin, SavedAdapter, write_adapter
-from vlm.weights.building import Tower, abstract_model, fill_towers, parameter_shardings
 from vlm.weights.identity import fingerprint_of, fingerprint_of_arrays
 from vlm.weights.opening import open_adapter, open_model, source_of
 from vlm.weights.resolution import at_context_length, at_image_size, resizing
@@ -154,7 +152,21 @@ class Bundle:
         batches = (self._shorten(self.tokenizer(chunk)) for chunk in chunks)
         return self._run(self._text_program, batches, size)
 
-    # -------------------------------------------------------------------------- adapters
+    # ---------------------------------------------------------------------------- variants
+
+    def with_parameters(self, parameters: nnx.State, name: str | None = None) -> "Bundle":
+        """The same model with other parameters, by the programs that are compiled already.
+
+        Args:
+            parameters: of the same structure, shapes and types, as `nnx.state(bundle.model)` has.
+            name: of the new bundle; this one's by default.
+        """
+        graph, _ = self._split
+        model = nnx.merge(graph, parameters)
+        other = Bundle(model, self.preprocess, self.tokenizer, name or self.name)
+        other._split = graph, parameters
+        other._image_program, other._text_program = self._image_program, self._text_program
+        return other
 
     @functools.cached_property
     def identity(self) -> str:
@@ -373,7 +385,7 @@ def load(
     dtype: str = "float32",
     mesh: Mesh | None = None,
     revision: str | None = None,
-    tower: Tower = "both",
+    tower: building.Tower = "both",
     resize_backend: Literal["pillow", "tensor", "tensorflow"] | None = None,
     base: epath.PathLike | None = None,
 ) -> Bundle:
@@ -412,7 +424,10 @@ def load(
         sizes = {"image_size": image_size, "context_length": context_length}
         options = {"dtype": dtype, "mesh": mesh, "tower": tower, "resize_backend": resize_backend}
         return _load_adapted(saved, base, sizes, **options)
-    kind, place = _dtype(dtype), None if mesh is None else parameter_shardings(mesh)
+    kind, place = (
+        building.parameter_dtype(dtype),
+        None if mesh is None else building.parameter_shardings(mesh),
+    )
     checkpoint, name = open_model(model, revision)
     config, preprocess = at_image_size(checkpoint.config, checkpoint.preprocess, image_size)
     if resize_backend is not None:
@@ -423,8 +438,8 @@ def load(
         checkpoint.context_length if context_length is None else context_length,
         checkpoint.text_positions,
     )
-    filled = fill_towers(
-        abstract_model(config, kind),
+    filled = building.fill_towers(
+        building.abstract_model(config, kind),
         resizing(
             checkpoint.rules,
             checkpoint.config,
@@ -485,10 +500,3 @@ def adapted(bundle: Bundle, saved: SavedAdapter) -> Bundle:
     new = bundle.with_adapter(factors, saved.origin.config)
     new.name, new.fingerprint, new.source = saved.name, saved.fingerprint, saved.where
     return new
-
-
-def _dtype(name: str):
-    known = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-    if name not in known:
-        raise ConfigError(f"dtype {name!r} is not supported: choose float32 or bfloat16")
-    return known[name]

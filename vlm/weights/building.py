@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
@@ -16,6 +17,18 @@ from vlm.weights.files import Tensors
 from vlm.weights.rules import Rule, expand, fill, flat_shapes
 
 Tower = Literal["both", "image", "text"]
+
+
+def parameter_dtype(name: str) -> DTypeLike:
+    """The type of parameters of that name.
+
+    Raises:
+        ConfigError: another than float32 and bfloat16.
+    """
+    known = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    if name not in known:
+        raise ConfigError(f"dtype {name!r} is not supported: choose float32 or bfloat16")
+    return known[name]
 
 
 def abstract_model(config: ModelConfig, dtype: DTypeLike) -> DualEncoder:
