@@ -424,10 +424,8 @@ def load(
         sizes = {"image_size": image_size, "context_length": context_length}
         options = {"dtype": dtype, "mesh": mesh, "tower": tower, "resize_backend": resize_backend}
         return _load_adapted(saved, base, sizes, **options)
-    kind, place = (
-        building.parameter_dtype(dtype),
-        None if mesh is None else building.parameter_shardings(mesh),
-    )
+    kind = building.parameter_dtype(dtype)
+    place = None if mesh is None else building.parameter_shardings(mesh)
     checkpoint, name = open_model(model, revision)
     config, preprocess = at_image_size(checkpoint.config, checkpoint.preprocess, image_size)
     if resize_backend is not None:
