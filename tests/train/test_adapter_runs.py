@@ -55,21 +55,6 @@ def test_trees_divide_and_join_again():
     assert joined(trained, rest) == tree
 
 
-def test_the_adapter_alone_is_trained_and_learns(tiny):
-    trainer = make(tiny(adapter=EVERYTHING, optimizer={"learning_rate": 3e-2}))
-    state = trainer.init(jnp.int32(20))
-    before = jax.tree.map(np.asarray, state)
-    losses, after = run(trainer, 8, state)
-    assert losses[-1] < losses[0]
-    assert all("lora" in name and not name.endswith("scale") for name in names(state.params))
-    assert all("lora" in n or n.endswith("count") for n in names(trainer.abstract_state.opt_state))
-    assert len(names(state.params)) == 12 * 3
-    same = jax.tree.map(lambda x, y: np.array_equal(x, y), before.frozen, after.frozen)
-    assert all(jax.tree.leaves(same))
-    moved = jax.tree.map(lambda x, y: not np.array_equal(x, y), before.params, after.params)
-    assert all(jax.tree.leaves(moved)), moved
-
-
 def test_int8_takes_the_memory_that_it_says(tiny):
     def bytes_of(quantize):
         trainer = make(tiny(adapter=AdapterConfig(rank=1, quantize=quantize)))
@@ -84,17 +69,37 @@ def test_int8_takes_the_memory_that_it_says(tiny):
     assert 2.5 * kernels < bytes_of("none") - bytes_of("int8") < 3 * kernels
 
 
-def test_one_device_or_eight(tiny, base):
-    """With parameters cut over `fsdp` and `tensor` too."""
+@pytest.fixture(scope="module")
+def one(tiny, base):
+    """On one device: the trainer, its state before, the losses of some steps, the state after."""
     rule = {"learning_rate": 1e-2, "eps": 1e-3}
     e = tiny(adapter=EVERYTHING, init_from=base, optimizer=rule, vision=NOISE["vision"])
-    losses = {}
-    for devices, mesh in ((1, MeshConfig()), (8, MeshConfig(data=2, fsdp=2, tensor=2))):
-        trainer = make(dataclasses.replace(e, mesh=mesh), devices)
-        state = from_model(trainer, trainer.init(jnp.int32(20)), load(base))
-        losses[devices], _ = run(trainer, 4, state)
-    assert losses[1][0] != losses[1][3]
-    np.testing.assert_allclose(losses[8], losses[1], rtol=1e-5)
+    trainer = make(e)
+    state = from_model(trainer, trainer.init(jnp.int32(20)), load(base))
+    before = jax.tree.map(np.asarray, state)
+    return trainer, before, *run(trainer, 6, state)
+
+
+def test_the_adapter_alone_is_trained_and_learns(one):
+    _, before, losses, after = one
+    assert losses[-1] < losses[0]
+    assert all("lora" in name and not name.endswith("scale") for name in names(after.params))
+    assert all("lora" in n or n.endswith("count") for n in names(after.opt_state))
+    assert len(names(after.params)) == 12 * 3
+    same = jax.tree.map(lambda x, y: np.array_equal(x, y), before.frozen, after.frozen)
+    assert all(jax.tree.leaves(same))
+    moved = jax.tree.map(lambda x, y: not np.array_equal(x, y), before.params, after.params)
+    assert all(jax.tree.leaves(moved)), moved
+
+
+def test_eight_devices_take_the_steps_of_one(one, base):
+    """With parameters cut over `fsdp` and `tensor`."""
+    trainer, _, losses, _ = one
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    trainer = make(dataclasses.replace(trainer.experiment, mesh=mesh), 8)
+    state = from_model(trainer, trainer.init(jnp.int32(20)), load(base))
+    got, _ = run(trainer, 4, state)
+    np.testing.assert_allclose(got, losses[:4], rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

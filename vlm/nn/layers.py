@@ -79,7 +79,8 @@ def linear(
     outputs = getattr(layer, "kernel_scale", None)
     if outputs is not None:
         y = y * outputs[...].astype(layer.dtype)
-    if (lora := getattr(layer, "lora", None)) is not None:
+    lora = getattr(layer, "lora", None)
+    if lora is not None and lora.a.shape[-1]:  # a rank of zero adds nothing
         scale = lora.scale[...].astype(layer.dtype)
         low = _product(x, lora.a[...].astype(layer.dtype)) * scale
         y = y + _product(low, lora.b[...].astype(layer.dtype))
