@@ -9,6 +9,7 @@ from etils import epy
 from vlm._version import __version__ as __version__
 
 with epy.lazy_api_imports(globals()):
+    from vlm import adapt as adapt
     from vlm import bench as bench
     from vlm import cluster as cluster
     from vlm import config as config

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from vlm.errors import ConfigError
+from vlm.errors import CheckpointError, ConfigError
 from vlm.heads.few_shot import METHODS, FewShotClassifier, class_means, fit_head
 from vlm.heads.linear_probe import fit_linear, fit_swept
+from vlm.heads.saved import load_classifier
 from vlm.heads.zero_shot import ZeroShotClassifier
 
 COLOURS = ["red", "green", "blue", "yellow"]
@@ -156,3 +157,21 @@ def test_the_plain_probe_agrees_with_scikit_learn():
     assert abs((ours == y[700:]).mean() - peer.score(8 * z[700:], y[700:])) <= 0.003
     _, l2 = fit_swept(z[:500], y[:500], z[500:700], y[500:700], (1.0, 1e6))
     assert l2 == 1.0  # so large a penalty leaves the classes' shares alone
+
+
+@pytest.mark.parametrize("method", ["anchored", "cache"])
+def test_a_saved_head_says_the_same(model, make_model, paint, method, tmp_path):
+    labels = COLOURS * 2
+    images = [paint(c, noise=60, seed=i) for i, c in enumerate(labels)]
+    zero_shot = ZeroShotClassifier(model, COLOURS)
+    made = FewShotClassifier.fit(model, images, labels, method, zero_shot=zero_shot)
+    made.save(tmp_path / "head.safetensors")
+    found = load_classifier(tmp_path / "head.safetensors", model)
+    assert found.labels == made.labels
+    np.testing.assert_array_equal(found(images).logits, made(images).logits)
+    with pytest.raises(CheckpointError, match="embeds differently"):
+        load_classifier(tmp_path / "head.safetensors", make_model(seed=1))
+    with pytest.raises(CheckpointError, match="is no zero-shot classifier"):
+        ZeroShotClassifier.load(tmp_path / "head.safetensors", model)
+    zero_shot.save(tmp_path / "words.safetensors")
+    assert load_classifier(tmp_path / "words.safetensors", model).labels == zero_shot.labels

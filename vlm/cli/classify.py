@@ -25,6 +25,7 @@ def classify(
     none: str | None = None,
     multi_label: bool = False,
     threshold: float = 0.0,
+    classifier: Annotated[str | None, arg(metavar="FILE")] = None,
     json: bool = False,
 ) -> None:
     """Name what images show: the labels that fit each one best, with calibrated scores.
@@ -35,6 +36,7 @@ def classify(
       vlm classify runs/openmoji photo.jpg --labels "dog,cat,pizza"
       vlm classify runs/openmoji photos/ --labels-file names.txt --top 1 --json
       vlm classify runs/openmoji photos/ --labels "dog,cat" --none "a photo." --threshold 0.5
+      vlm classify runs/openmoji photos/ --classifier prompt.safetensors
 
     Args:
         model: a run folder, a bundle, or a public checkpoint.
@@ -49,9 +51,12 @@ def classify(
         none: a sentence for images that show none of the labels; it makes one more label.
         multi_label: each label is a question of its own, and an image may have several.
         threshold: the least score to show.
+        classifier: a file that a classifier was saved to, in place of labels.
         json: one JSON object for each image.
     """
-    names = _labels(labels, labels_file)
+    if classifier is not None and (labels or labels_file or templates or none or multi_label):
+        raise UsageError("a saved classifier has its own labels and sentences: leave out others")
+    names = None if classifier is not None else _labels(labels, labels_file)
     if not images:
         raise UsageError("vlm classify needs images: give files, folders or globs after the model")
     if top < 1:
@@ -60,14 +65,18 @@ def classify(
     from vlm.bundle import load
     from vlm.cli.images import Unreadable, find_images
     from vlm.cli.terminal import bar, chunks, progress
+    from vlm.heads.saved import load_classifier
     from vlm.heads.zero_shot import ZeroShotClassifier
 
     paths = find_images(images)
-    sentences = _sentences(templates, model)
-    classifier = ZeroShotClassifier(load(model), names, sentences, none, multi_label)
+    if classifier is not None:
+        classify_images = load_classifier(classifier, load(model))
+    else:
+        sentences = sentences_of(templates, model)
+        classify_images = ZeroShotClassifier(load(model), names, sentences, none, multi_label)
     unreadable = Unreadable(len(paths))
     for chunk in chunks(progress(paths, "classifying", len(paths))):
-        rows = classifier(chunk, on_error=unreadable.among(chunk)).top(top)
+        rows = classify_images(chunk, on_error=unreadable.among(chunk)).top(top)
         for path, best in zip(unreadable.others(chunk), rows, strict=True):
             best = [pair for pair in best if pair[1] >= threshold]
             if json:
@@ -112,7 +121,8 @@ def _is_place(text: str) -> bool:
     return text.startswith(("tfds:", "open_clip:")) or ".json" in text
 
 
-def _sentences(templates: tuple[str, ...], model: str) -> tuple[str, ...]:
+def sentences_of(templates: tuple[str, ...], model: str) -> tuple[str, ...]:
+    """The templates of an option, or by default those of a run, or the usual one."""
     from vlm.cli.runs import experiment_of
     from vlm.heads.prompts import TEMPLATES
 

@@ -96,7 +96,7 @@ def line_chart(
             parts.append(f'<polyline class="{shade} c{line.color}" points="{path}"/>')
         last = runs[-1][-1]
         for i in (i for run in runs for i in run if line.markers):
-            value = f"{line.name} at {x_label} {line.x[i]:,.0f}: {y_format(line.y[i])}"
+            value = f"{line.name} at {x_label} {line.x[i]:,.10g}: {y_format(line.y[i])}"
             parts.append(
                 f'<circle class="dot c{line.color}" cx="{px(line.x[i]):.1f}" '
                 f'cy="{py(line.y[i]):.1f}" r="3.2"><title>{escape(value)}</title></circle>'
@@ -105,6 +105,21 @@ def line_chart(
             names.append((py(line.y[last]), line, y_format(line.y[last])))
     parts += _names(names)
     return "".join([*parts, "</svg>"])
+
+
+def alone(svg: str) -> str:
+    """A chart outside of a page, such as in a notebook: with the few rules that it needs."""
+    return f'<div class="vlm-chart"><style>{_RULES}</style>{svg}</div>' if svg else ""
+
+
+_RULES = (
+    ".vlm-chart{max-width:640px}.vlm-chart .rule{stroke:#8884}"
+    ".vlm-chart .tick,.vlm-chart .axis{fill:#888;font-size:12px}"
+    ".vlm-chart .line{fill:none;stroke:currentColor;stroke-width:2.2}.vlm-chart .faint{opacity:.3}"
+    ".vlm-chart .band{fill:currentColor;opacity:.14}.vlm-chart .dot{fill:currentColor}"
+    ".vlm-chart .name{fill:currentColor;font-size:13px}.vlm-chart .c0{color:#3b5bdb}"
+    ".vlm-chart .c1{color:#0c8599}.vlm-chart .c2{color:#e8590c}.vlm-chart .c3{color:#862e9c}"
+)
 
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:

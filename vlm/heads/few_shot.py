@@ -1,5 +1,6 @@
 """Few-shot classification: a head fitted on the embeddings of a handful of labelled images."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,12 +9,15 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vlm.errors import ConfigError
+from vlm.heads.classifier_file import reading_classifier, write_classifier
 from vlm.heads.linear_probe import fit_linear, fit_swept
 from vlm.heads.prompts import indices, normalise
 from vlm.heads.zero_shot import Classification, ZeroShotClassifier, encode_images
+from vlm.inputs.opening import OnError
 
 Method = Literal["linear", "mean", "anchored", "cache", "tuned_cache"]
 METHODS: tuple[Method, ...] = ("linear", "mean", "anchored", "cache", "tuned_cache")
+KEY = "vlm few-shot classifier"  # of a saved one's description
 FROM_ZERO_SHOT = ("anchored", "cache", "tuned_cache")
 
 # How far a class's weights are expected to move from its prompts' embedding, as a cosine times the
@@ -125,9 +129,14 @@ class FewShotClassifier:
         prior = None if zero_shot is None else scale * zero_shot.z_labels.T
         return cls(model, names, fit_head(z_image, target, method, l2, prior, scale, len(names)))
 
-    def __call__(self, images: Any, batch_size: int | None = None) -> Classification:
-        """Classify one image or any iterable of them; scores of an image sum to one."""
-        z_image, first = encode_images(self.model, images, batch_size)
+    def __call__(
+        self, images: Any, batch_size: int | None = None, *, on_error: OnError | None = None
+    ) -> Classification:
+        """Classify one image or any iterable of them; scores of an image sum to one.
+
+        `on_error` is told of each image that cannot be read, as by a `ZeroShotClassifier`.
+        """
+        z_image, first = encode_images(self.model, images, batch_size, on_error)
         # The classes exclude each other by the way they were fitted, whatever the model's own rule.
         return Classification(self.labels, self.logits(z_image), "softmax", first)
 
@@ -136,6 +145,26 @@ class FewShotClassifier:
     def logits(self, z_image: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
         """The logits of embeddings over the labels."""
         return self.head(z_image).astype(np.float32)
+
+    def save(self, file: str | os.PathLike) -> None:
+        """Write the classifier to a `.safetensors` file."""
+        about = {"labels": self.labels, "head": type(self.head).__name__}
+        write_classifier(file, KEY, self.model, about, vars(self.head))
+
+    @classmethod
+    def load(cls, file: str | os.PathLike, model: Any) -> "FewShotClassifier":
+        """Open what `save` wrote.
+
+        Raises:
+            CheckpointError: no such file, another file, or one of another model.
+        """
+        kinds = {kind.__name__: kind for kind in (LinearHead, CacheHead)}
+        with reading_classifier(file, KEY, model) as (about, tensors):
+            made = cls(model, about["labels"], kinds[about["head"]](**tensors))
+            weights = tensors["weight" if isinstance(made.head, LinearHead) else "zero_shot"]
+            if weights.shape[1] != len(made.labels):
+                raise ValueError("another number of weights than labels")
+        return made
 
     def __repr__(self) -> str:
         names = ", ".join(self.labels[:4]) + (", ..." if len(self.labels) > 4 else "")

@@ -4,17 +4,15 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from json import dumps, loads
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from vlm.errors import CheckpointError, ConfigError, DataError
+from vlm.errors import ConfigError, DataError
 from vlm.heads import show
 from vlm.heads.calibration import fit_temperature
-from vlm.heads.identity import check_identity, identity
+from vlm.heads.classifier_file import reading_classifier, write_classifier
 from vlm.heads.prompts import TEMPLATES, cached_embeddings, class_prompts, indices, leaves_of
 from vlm.inputs.opening import OnError, one_or_many
 
@@ -207,19 +205,14 @@ class ZeroShotClassifier:
 
     def save(self, file: str | os.PathLike) -> None:
         """Write the classifier to a `.safetensors` file: its embeddings, and how they were made."""
-        from safetensors.numpy import save_file
-
         about = {
             "prompts": self.prompts,
             "groups": self.groups,
             "multi_label": self.multi_label,
             "against": self._against,
             "temperature": self.temperature,
-            **identity(self.model),
         }
-        partial = f"{os.fspath(file)}.partial"
-        save_file({"z_labels": self.z_labels}, partial, {KEY: dumps(about)})
-        os.replace(partial, file)
+        write_classifier(file, KEY, self.model, about, {"z_labels": self.z_labels})
 
     @classmethod
     def load(cls, file: str | os.PathLike, model: Any) -> "ZeroShotClassifier":
@@ -228,24 +221,14 @@ class ZeroShotClassifier:
         Raises:
             CheckpointError: no such file, another file, or one of another model.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(file, "numpy") as held:
-                about = loads(held.metadata()[KEY])
-                z_labels = held.get_tensor("z_labels")
-            made = cls.__new__(cls)
-            made.model, made.z_labels = model, z_labels
+        made = cls.__new__(cls)
+        with reading_classifier(file, KEY, model) as (about, tensors):
+            made.model, made.z_labels = model, tensors["z_labels"]
             made.prompts = {name: tuple(own) for name, own in about["prompts"].items()}
             made.groups, made.multi_label = about["groups"], about["multi_label"]
             made._against, made.temperature = about["against"], about["temperature"]
-            if len(z_labels) != len(made.prompts):
+            if len(made.z_labels) != len(made.prompts):
                 raise ValueError("another number of embeddings than labels")
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{file} is no zero-shot classifier ({error}): save it again"
-            ) from None
-        check_identity(about, model, Path(file))
         made.labels = tuple(made.prompts)[: -1 if made._against else None]
         return made
 

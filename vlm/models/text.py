@@ -47,11 +47,22 @@ class TextTower(nnx.Module):
         self.projection = projection(c, c.width, embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, tokens: Int[Array, "b n"], *, keys: Key[Array, " b"] | None = None
+        self,
+        tokens: Int[Array, "b n"],
+        *,
+        keys: Key[Array, " b"] | None = None,
+        context: tuple[Float[Array, "b k d"], Int[Array, "b k"]] | None = None,
     ) -> Float[Array, "b e"]:
-        """Embed texts. With `keys`, one for each example, dropout is on."""
+        """Embed texts. With `keys`, one for each example, dropout is on.
+
+        `context` is vectors and their places in the texts: there they stand in for the embeddings
+        of tokens, which masks and pooling still go by (arXiv:2109.01134).
+        """
         c = self.config
         x = self.embedding[...].astype(self.dtype)[tokens]
+        if context is not None:
+            vectors, places = context
+            x = x.at[jnp.arange(len(x))[:, None], places].set(vectors.astype(self.dtype))
         real = None if c.pad_id is None else tokens != c.pad_id  # (b, n)
         if self.class_token is not None:
             last = self.class_token[...].astype(self.dtype)

@@ -1,0 +1,122 @@
+"""Rows of tokens with room for learned vectors before the label: [begin] context label [end]."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from vlm.errors import ConfigError
+from vlm.heads.prompts import class_prompts
+
+
+class PromptRows(NamedTuple):
+    """The sentences of m labels as tokens.
+
+    Attributes:
+        tokens: (m, l). places: (m, k) of the context in each row.
+        words: the k tokens that stood there; none if the vectors stand for no words.
+    """
+
+    tokens: Int[np.ndarray, "m l"]
+    places: Int[np.ndarray, "m k"]
+    words: tuple[int, ...]
+
+
+def prompt_rows(
+    model: Any, labels: Sequence[str], template: str, n_ctx: int | None = None
+) -> PromptRows:
+    """The rows of `template` filled with each label.
+
+    Args:
+        model: what `vlm.load` gives.
+        labels: the names.
+        template: a sentence with `{}` for the label. Without `n_ctx`, the context takes the place
+            of the tokens before the label, and begins as their embeddings.
+        n_ctx: so many vectors in place of the words before the label.
+
+    Raises:
+        ConfigError: labels or a template that cannot be, no words before the label and no `n_ctx`,
+            or a row that has no room for it; the message names the label.
+    """
+    before, _, after = template.partition("{}")
+    own = class_prompts(list(labels), [template])
+    words = _content(model, [before.strip()])[0] if before.strip() else []
+    if n_ctx is None:
+        if not words:
+            raise ConfigError(
+                f"template {template!r} has no words before the label: say with n_ctx how many "
+                "vectors stand there"
+            )
+        texts = [sentence for (sentence,) in own.values()]
+    else:
+        if n_ctx < 1:
+            raise ConfigError(f"n_ctx is {n_ctx}: learn at least one vector")
+        texts = [f"{label}{after}" for label in own]
+    k = len(words) if n_ctx is None else n_ctx
+    filled = zip(own, _content(model, texts), strict=True)
+    contents = {}
+    for label, ids in filled:
+        if n_ctx is not None:
+            # What stands there is never read; it must be neither padding nor an end.
+            ids = ids[:1] * k + ids
+        elif ids[:k] != words:
+            raise ConfigError(
+                f"the tokenizer joins label {label!r} with the words before it in {template!r}: "
+                "give n_ctx, whose vectors are joined with nothing"
+            )
+        contents[label] = ids
+    tokens, places = _rows(model.tokenizer, contents, k)
+    return PromptRows(_cut(model, tokens, contents), places, () if n_ctx else tuple(words))
+
+
+def _content(model: Any, texts: list[str]) -> list[list[int]]:
+    """The tokens of each text without those that begin, end and fill its row."""
+    tokenizer = model.tokenizer
+    config = tokenizer.config
+    rows, lengths = tokenizer(texts), tokenizer.lengths(texts)
+    begin, end = (int(i is not None) for i in (config.bos_id, config.eos_id))
+    found = []
+    for text, row, length in zip(texts, rows.tolist(), lengths, strict=True):
+        if length > len(row):
+            raise ConfigError(
+                f"{text!r} is {length} tokens long and the model takes {len(row)}: shorten it"
+            )
+        ids = row[:length] if config.pad_side == "right" else row[len(row) - length :]
+        found.append(ids[begin : len(ids) - end])
+        if not found[-1]:
+            raise ConfigError(f"{text!r} has no tokens of its own: give it a name with some")
+    return found
+
+
+def _rows(tokenizer: Any, contents: dict[str, list[int]], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that the tokenizer would make of these tokens, and the first k places in each."""
+    config = tokenizer.config
+    head = [] if config.bos_id is None else [config.bos_id]
+    tail = [] if config.eos_id is None else [config.eos_id]
+    tokens = np.full((len(contents), config.context_length), config.pad_id, np.int32)
+    places = np.zeros((len(contents), k), np.int32)
+    for row, place, (label, ids) in zip(tokens, places, contents.items(), strict=True):
+        whole = head + ids + tail
+        if len(whole) > len(row):
+            raise ConfigError(
+                f"label {label!r} with {k} context vectors is {len(whole)} tokens long and the "
+                f"model takes {len(row)}: learn fewer vectors, or shorten the label"
+            )
+        start = 0 if config.pad_side == "right" else len(row) - len(whole)
+        row[start : start + len(whole)] = whole
+        place[:] = start + len(head) + np.arange(k)
+    if config.zeroed_id is not None:
+        tokens[tokens == config.zeroed_id] = 0
+    return tokens, places
+
+
+def _cut(model: Any, tokens: np.ndarray, contents: dict[str, list[int]]) -> np.ndarray:
+    """Rows without their common padding, where the tower cannot see it."""
+    text, config = model.config.text, model.tokenizer.config
+    blind = text.causal and text.pool in ("end", "argmax")
+    masked = text.pad_id is not None and text.pool in ("mean", "map", "first")
+    if config.pad_side == "left" or not (blind or masked):
+        return tokens
+    specials = sum(i is not None for i in (config.bos_id, config.eos_id))
+    return tokens[:, : max(map(len, contents.values())) + specials]

@@ -1,0 +1,164 @@
+"""Classification by learned prompts: vectors in the place of words around each label.
+
+CoOp (arXiv:2109.01134) has one context for all images, so that its classes are embedded once.
+CoCoOp (arXiv:2203.05557) moves the context by what a small net sees in each image.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from vlm.errors import ConfigError
+from vlm.heads.classifier_file import reading_classifier, write_classifier
+from vlm.heads.prompt_rows import PromptRows
+from vlm.heads.zero_shot import Classification, encode_images
+from vlm.inputs.opening import OnError
+
+KEY = "vlm prompted classifier"  # of a saved one's description
+PROMPTS = 256  # that the text tower takes at a time
+NET = ("inner", "inner_bias", "outer", "outer_bias")
+
+
+class PromptedClassifier:
+    """Classifies images by sentences whose context was learned; made by `vlm.adapt.learn_prompt`.
+
+    Args:
+        model: what `vlm.load` gives, with its text tower.
+        labels: the m class names.
+        rows: their sentences as tokens, with room for the context.
+        context: (k, w) vectors in the space of token embeddings.
+        net: of CoCoOp: an image's embedding to what is added to each of the vectors, as two layers
+            (`inner`, `inner_bias`, `outer`, `outer_bias`) with a ReLU between them.
+        z_labels: (m, d) embeddings of the classes, if they are known.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        labels: Sequence[str],
+        rows: PromptRows,
+        context: Float[np.ndarray, "k w"],
+        net: Mapping[str, np.ndarray] | None = None,
+        z_labels: Float[np.ndarray, "m d"] | None = None,
+    ):
+        self.model, self.labels, self.rows = model, tuple(labels), rows
+        self.context, self.net = context, None if net is None else dict(net)
+        self._encode = prompt_encoder(model)
+        self.z_labels = self._embed(context[None])[0] if z_labels is None else z_labels
+
+    def __call__(
+        self, images: Any, batch_size: int | None = None, *, on_error: OnError | None = None
+    ) -> Classification:
+        """Classify one image or any iterable of them; scores of an image sum to one.
+
+        `on_error` is told of each image that cannot be read, as by a `ZeroShotClassifier`.
+        """
+        z_image, first = encode_images(self.model, images, batch_size, on_error)
+        # The contexts were learned with classes that exclude each other.
+        return Classification(self.labels, self.logits(z_image), "softmax", first)
+
+    classify = __call__
+
+    def logits(self, z_image: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
+        """The logits of embeddings over the labels.
+
+        With a net the text tower runs for each image anew.
+        """
+        scale, bias = self.model.logit_scale, self.model.logit_bias
+        if self.net is None:
+            return (scale * (z_image @ self.z_labels.T) + bias).astype(np.float32)
+        parts = [np.zeros((0, len(self.labels)), np.float32)]
+        block = max(1, PROMPTS // len(self.labels))
+        for start in range(0, len(z_image), block):
+            z = z_image[start : start + block]
+            moved = self.context + np.asarray(shift(self.net, z))[:, None]
+            parts.append(scale * np.einsum("nd,nmd->nm", z, self._embed(moved)) + bias)
+        return np.concatenate(parts).astype(np.float32)
+
+    def _embed(self, contexts: np.ndarray) -> np.ndarray:
+        """(n, m, d) embeddings of all labels in each of n contexts (n, k, w)."""
+        n, m = len(contexts), len(self.labels)
+        owner = np.repeat(np.arange(n), m)
+        row = np.tile(np.arange(m), n)
+        count = min(PROMPTS, 1 << (len(owner) - 1).bit_length())
+        parts = []
+        for start in range(0, len(owner), count):
+            # Repeats of the last one, so that few shapes are compiled.
+            at = np.minimum(np.arange(start, start + count), len(owner) - 1)
+            tokens, places = self.rows.tokens[row[at]], self.rows.places[row[at]]
+            parts.append(np.asarray(self._encode(tokens, contexts[owner[at]], places)))
+        return np.concatenate(parts)[: len(owner)].reshape(n, m, -1)
+
+    def save(self, file: str | os.PathLike) -> None:
+        """Write the classifier to a `.safetensors` file: contexts, class embeddings, and the net.
+
+        Embeddings of images whose model has the same text tower are all that it needs.
+        """
+        tensors = {
+            "tokens": self.rows.tokens,
+            "places": self.rows.places,
+            "context": self.context,
+            "z_labels": self.z_labels,
+            **(self.net or {}),
+        }
+        about = {"labels": self.labels, "words": self.rows.words}
+        write_classifier(file, KEY, self.model, about, tensors)
+
+    @classmethod
+    def load(cls, file: str | os.PathLike, model: Any) -> "PromptedClassifier":
+        """Open what `save` wrote.
+
+        Raises:
+            CheckpointError: no such file, another file, or one of another model.
+        """
+        with reading_classifier(file, KEY, model) as (about, held):
+            rows = PromptRows(held["tokens"], held["places"], tuple(about["words"]))
+            net = {name: held[name] for name in NET} if NET[0] in held else None
+            if not len(about["labels"]) == len(rows.tokens) == len(held["z_labels"]):
+                raise ValueError("another number of embeddings than labels")
+            made = cls(model, about["labels"], rows, held["context"], net, held["z_labels"])
+        return made
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.labels[:4]) + (", ..." if len(self.labels) > 4 else "")
+        how = "" if self.net is None else " moved by each image"
+        return (
+            f"PromptedClassifier({self.model.name}, {len(self.context)} vectors{how}, "
+            f"{len(self.labels)} labels: {names})"
+        )
+
+
+def prompt_encoder(model: Any) -> Any:
+    """A compiled function from tokens (n, l), contexts (n, k, w) and places to embeddings (n, d).
+
+    Raises:
+        ConfigError: a model without a text tower to put vectors into.
+    """
+    import jax
+    from flax import nnx
+
+    from vlm.models.dual_encoder import unit_norm
+
+    tower = getattr(getattr(model, "model", None), "text", None)
+    if tower is None:
+        raise ConfigError(
+            f"{getattr(model, 'name', model)} has no text tower that takes learned vectors: give "
+            "a model that vlm.load opened with both towers"
+        )
+    graph, state = nnx.split(tower)
+
+    @jax.jit
+    def encode(state, tokens, contexts, places):
+        return unit_norm(nnx.merge(graph, state)(tokens, context=(contexts, places)))
+
+    return lambda tokens, contexts, places: encode(state, tokens, contexts, places)
+
+
+def shift(net: Mapping[str, Any], z_image: Any) -> Any:
+    """What the net of CoCoOp adds to every vector of the context, for each image: (n, w)."""
+    hidden = z_image @ net["inner"] + net["inner_bias"]
+    hidden = hidden * (hidden > 0)
+    return hidden @ net["outer"] + net["outer_bias"]

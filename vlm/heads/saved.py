@@ -1,0 +1,27 @@
+"""A saved classifier of any kind, by what its file says it is."""
+
+import os
+from typing import Any
+
+from vlm.errors import CheckpointError
+from vlm.heads import few_shot, prompted, zero_shot
+from vlm.heads.classifier_file import kind_of_classifier
+
+KINDS = {
+    zero_shot.KEY: zero_shot.ZeroShotClassifier,
+    few_shot.KEY: few_shot.FewShotClassifier,
+    prompted.KEY: prompted.PromptedClassifier,
+}
+Classifier = zero_shot.ZeroShotClassifier | few_shot.FewShotClassifier | prompted.PromptedClassifier
+
+
+def load_classifier(file: str | os.PathLike, model: Any) -> Classifier:
+    """Open what the `save` of any classifier wrote, with the model that it was made by.
+
+    Raises:
+        CheckpointError: no such file, another file, or a classifier of another model.
+    """
+    kind = kind_of_classifier(file)
+    if kind not in KINDS:
+        raise CheckpointError(f"{file} is a {kind}, which this vlm does not know: update vlm")
+    return KINDS[kind].load(file, model)
