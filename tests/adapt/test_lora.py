@@ -28,7 +28,7 @@ def made(base, folder, config, seed):
     factors = {
         name: adapters.Factors(
             np.asarray(f.a),
-            random.standard_normal(f.b.shape).astype(np.float32),
+            0.1 * random.standard_normal(f.b.shape).astype(np.float32),
             np.asarray(f.scale),
             None if f.magnitude is None else np.asarray(f.magnitude) * 1.2,
         )
