@@ -11,8 +11,8 @@ ABOUT = """\
 Train the model that a config describes. Every field of the config is an option; the defaults shown
 are those of {config}.
 
-With --init-from and any of --adapter.rank, .alpha, .targets, .dora, .quantize, low-rank adapters are
-trained beside the model as it is (their help: add --adapter.rank 8 --help).
+With --init-from and any of --adapter.rank, .alpha, .targets, .dora and .quantize, low-rank adapters
+are trained beside the model as it is (their help: add --adapter.rank 8 --help).
 
 Progress goes to stderr, and the run folder is printed at the end. Ctrl-C saves a checkpoint and
 leaves; a second one stops at once. A run goes on with --resume and its own config; what leaves its
