@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
-from test_step import make, run
+from test_step import copy, make, run
 
 from vlm.bundle import Bundle, load
 from vlm.config import AdapterConfig, MeshConfig
@@ -77,12 +77,13 @@ def one(tiny, base):
     trainer = make(e)
     state = from_model(trainer, trainer.init(jnp.int32(20)), load(base))
     before = jax.tree.map(np.asarray, state)
-    return trainer, before, *run(trainer, 6, state)
+    return trainer, before, *run(trainer, 12, state)
 
 
 def test_the_adapter_alone_is_trained_and_learns(one):
-    _, before, losses, after = one
-    assert losses[-1] < losses[0]
+    trainer, before, losses, after = one
+    (again,), _ = run(trainer, 1, copy(after))  # the first batch
+    assert again < losses[0] - 0.1
     assert all("lora" in name and not name.endswith("scale") for name in names(after.params))
     assert all("lora" in n or n.endswith("count") for n in names(after.opt_state))
     assert len(names(after.params)) == 12 * 3
