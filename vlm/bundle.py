@@ -458,7 +458,7 @@ def load(
         tokenizer,
         name,
         fingerprint=checkpoint.fingerprint if same else None,
-        source=source_of(model),
+        source=source_of(model) if revision is None else None,
     )
 
 

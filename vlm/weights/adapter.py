@@ -144,8 +144,8 @@ def write_adapter(
     """
     if origin.base is None:
         raise ConfigError(
-            f"the model under the adapter of {name} was not loaded from anywhere: save it, load "
-            "it, and put the adapter on that"
+            f"the model under the adapter of {name} is not that of a path or an id alone: save it, "
+            "load it from there, and put the adapter on that"
         )
     arrays = [
         (f"{layer}.lora.{part}", np.asarray(getattr(factors, part)))
