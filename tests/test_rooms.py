@@ -26,6 +26,7 @@ ROOMS = (
     "bundle",
     "heads",
     "evaluate",
+    "explain",
     "train",
     "adapt",
     "plan",

@@ -32,6 +32,7 @@ COMMANDS = {
     "eval": Command("measure a model on held-out data", "evaluate"),
     "compare": Command("say which of two evaluated models is better, and how sure", "compare"),
     "classify": Command("name what images show, in words of your choice", "classify"),
+    "explain": Command("show which places of an image speak for a text", "explain"),
     "embed": Command("write the embeddings of images to a file", "embed"),
     "index": Command("make images searchable", "index"),
     "search": Command("find images by a text or by another image", "search"),
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         _let_go_of_stdout()
         if debug:
             raise
-        print(f"vlm: {explain(error)}", file=sys.stderr)
+        print(f"vlm: {in_one_sentence(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 
@@ -111,7 +112,7 @@ def _let_go_of_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def explain(error: Exception) -> str:
+def in_one_sentence(error: Exception) -> str:
     """What happened, in one sentence with the mend."""
     if isinstance(error, VlmError):
         return str(error)

@@ -70,7 +70,7 @@ class Preprocess:
     def pixels(self, image: ImageLike, name: str = "the image") -> UInt8[np.ndarray, "h w 3"]:
         """The resized image before normalisation; `name` is what errors call it if it has none."""
         config, opened = self.config, self._shortened(self.open(image, name))
-        (width, height), box = self._layout(*opened.size)
+        (width, height), box = self.layout(*opened.size)
         if config.backend != "pillow":
             array = np.asarray(opened)
             if config.backend == "tensorflow":
@@ -118,7 +118,7 @@ class Preprocess:
         For a crop as much is cut from both ends, so that the middle stays where it is; else the
         long side is averaged. Either differs a little from the reference, which runs out of memory.
         """
-        (width, height), _ = self._layout(*image.size)
+        (width, height), _ = self.layout(*image.size)
         between = image.height * width  # the columns are resized first
         if self.config.backend == "pillow":
             limit, largest = self.max_pixels, max(between, width * height)
@@ -135,7 +135,7 @@ class Preprocess:
         factor = -(-largest // limit)
         return image.reduce((factor, 1) if image.width == long else (1, factor))
 
-    def _layout(self, width: int, height: int):
+    def layout(self, width: int, height: int):
         """The size to resize to, and the box to crop from that, or to paste it into, or None."""
         config = self.config
         if config.resize == "naflex":

@@ -8,6 +8,7 @@ from vlm.config import ConvNeXtConfig
 from vlm.nn.convnext import ConvNeXtStage
 from vlm.nn.layers import LayerNorm, Linear, gelu
 from vlm.nn.patches import PatchConv
+from vlm.nn.taps import Taps, tap
 from vlm.nn.transformer import Execution
 
 
@@ -50,13 +51,29 @@ class ConvNeXtTower(nnx.Module):
         self.hidden, self.projection = hidden, projection
 
     def __call__(
-        self, images: Float[Array, "b h w 3"], *, keys: Key[Array, " b"] | None = None
+        self,
+        images: Float[Array, "b h w 3"],
+        *,
+        keys: Key[Array, " b"] | None = None,
+        taps: Taps | None = None,
     ) -> Float[Array, "b e"]:
-        """Embed images; nothing here is random."""
+        """Embed images; nothing here is random. `taps` are given the output of each stage."""
+        x = self._places(images, taps)
+        return self._embedding(x.astype(jnp.float32).mean((1, 2)))
+
+    def dense(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n e"]:
+        """An embedding of every place, as if the whole image looked like it."""
+        x = self._places(images, None)
+        return self._embedding(x.reshape(x.shape[0], -1, x.shape[-1]).astype(jnp.float32))
+
+    def _places(self, images: Float[Array, "b h w 3"], taps: Taps | None):
         x = self.stem_norm(self.stem(images.astype(self.dtype)))
-        for stage in self.stages:
-            x = stage(x)
-        x = self.norm(x.astype(jnp.float32).mean((1, 2))).astype(self.dtype)
+        for number, stage in enumerate(self.stages):
+            x = tap(taps, f"stages/{number}", stage(x))
+        return x
+
+    def _embedding(self, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
+        x = self.norm(x).astype(self.dtype)
         if self.hidden is not None:
             x = gelu(self.hidden(x))
         return x if self.projection is None else self.projection(x)

@@ -11,6 +11,7 @@ from vlm.models.text import TextTower
 from vlm.models.towers import vision_tower
 from vlm.nn.layers import split_keys
 from vlm.nn.naflex import Patches
+from vlm.nn.taps import Taps
 from vlm.nn.transformer import Execution
 
 
@@ -35,16 +36,24 @@ class DualEncoder(nnx.Module):
         self.logit_bias = None if bias is None else nnx.Param(jnp.asarray(bias, jnp.float32))
 
     def encode_image(
-        self, images: Float[Array, "b h w 3"] | Patches, *, keys: Key[Array, " b"] | None = None
+        self,
+        images: Float[Array, "b h w 3"] | Patches,
+        *,
+        keys: Key[Array, " b"] | None = None,
+        taps: Taps | None = None,
     ) -> Float[Array, "b e"]:
-        """Normalised images to unit-norm float32 embeddings."""
-        return unit_norm(self.vision(images, keys=keys))
+        """Normalised images to unit-norm float32 embeddings; `taps` note what lies between."""
+        return unit_norm(self.vision(images, keys=keys, taps=taps))
 
     def encode_text(
-        self, tokens: Int[Array, "b n"], *, keys: Key[Array, " b"] | None = None
+        self,
+        tokens: Int[Array, "b n"],
+        *,
+        keys: Key[Array, " b"] | None = None,
+        taps: Taps | None = None,
     ) -> Float[Array, "b e"]:
-        """Token ids to unit-norm float32 embeddings."""
-        return unit_norm(self.text(tokens, keys=keys))
+        """Token ids to unit-norm float32 embeddings; `taps` note what lies between."""
+        return unit_norm(self.text(tokens, keys=keys, taps=taps))
 
     def __call__(
         self,
@@ -58,7 +67,7 @@ class DualEncoder(nnx.Module):
         return self.encode_image(images, keys=image_keys), self.encode_text(tokens, keys=text_keys)
 
 
-def unit_norm(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
+def unit_norm(x: Float[Array, "*b e"]) -> Float[Array, "*b e"]:
     """`x` in float32 at length one."""
     x = x.astype(jnp.float32)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

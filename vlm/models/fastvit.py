@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Key
 from vlm.config import FastViTConfig
 from vlm.nn.fastvit import Conv, Squeeze, Stage
 from vlm.nn.layers import Linear, gelu
+from vlm.nn.taps import Taps, tap
 from vlm.nn.transformer import Execution
 
 
@@ -34,15 +35,27 @@ class FastViTTower(nnx.Module):
         self.projection = Linear(c.width, embed_dim, **options)
 
     def __call__(
-        self, images: Float[Array, "b h w 3"], *, keys: Key[Array, " b"] | None = None
+        self,
+        images: Float[Array, "b h w 3"],
+        *,
+        keys: Key[Array, " b"] | None = None,
+        taps: Taps | None = None,
     ) -> Float[Array, "b e"]:
-        """Embed images; nothing here is random."""
+        """Embed images; nothing here is random. `taps` are given the output of each stage."""
+        x = self._places(images, taps)
+        return self.projection(x.astype(jnp.float32).mean((1, 2)).astype(self.dtype))
+
+    def dense(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n e"]:
+        """An embedding of every place, as if the whole image looked like it."""
+        x = self._places(images, None)
+        return self.projection(x.reshape(x.shape[0], -1, x.shape[-1]))
+
+    def _places(self, images: Float[Array, "b h w 3"], taps: Taps | None):
         x = gelu(self.stem(images.astype(self.dtype)))
         x = gelu(self.stem_project(gelu(self.stem_halve(x))))
-        for stage in self.stages:
-            x = stage(x)
-        x = gelu(self.squeeze(self.last(x)))
-        return self.projection(x.astype(jnp.float32).mean((1, 2)).astype(self.dtype))
+        for number, stage in enumerate(self.stages):
+            x = tap(taps, f"stages/{number}", stage(x))
+        return tap(taps, f"stages/{len(self.stages)}", gelu(self.squeeze(self.last(x))))
 
 
 def flops(config: FastViTConfig, embed_dim: int, *, training: bool = False) -> dict[str, float]:

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Key
 from vlm.config import ResNetConfig
 from vlm.nn.attention import Attention
 from vlm.nn.resnet import EXPANSION, Bottleneck, FrozenBatchNorm, average_pool, conv
+from vlm.nn.taps import Taps, part, tap
 from vlm.nn.transformer import Execution
 
 
@@ -47,20 +48,41 @@ class ResNetTower(nnx.Module):
         self.pool = Attention(inputs, c.heads, output_width=embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, images: Float[Array, "b h w 3"], *, keys: Key[Array, " b"] | None = None
+        self,
+        images: Float[Array, "b h w 3"],
+        *,
+        keys: Key[Array, " b"] | None = None,
+        taps: Taps | None = None,
     ) -> Float[Array, "b e"]:
-        """Embed images; nothing here is random."""
+        """Embed images; nothing here is random.
+
+        `taps` are given the output of each stage, and "pool/attention".
+        """
+        x = self._places(images, taps)
+        x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1)
+        x = x + self.position[...].astype(x.dtype)
+        return self.pool(x[:, :1], x, taps=part(taps, "pool"))[:, 0]
+
+    def dense(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n e"]:
+        """An embedding of every place, which looks at itself alone in the attention that pools.
+
+        So its value is projected, and no mixture of values (MaskCLIP, arXiv:2112.01071).
+        """
+        x = self._places(images, None)
+        x = x + self.position[...].astype(x.dtype)[1:]
+        alone = x.reshape(-1, 1, x.shape[-1])
+        return self.pool(alone).reshape(*x.shape[:2], -1)
+
+    def _places(self, images: Float[Array, "b h w 3"], taps: Taps | None) -> Float[Array, "b n d"]:
         x = images.astype(self.dtype)
         for layer, norm in zip(self.stem, self.stem_norms, strict=True):
             x = jax.nn.relu(norm(layer(x)))
         x = average_pool(x, 2)
-        for blocks in self.stages:
+        for number, blocks in enumerate(self.stages):
             for block in blocks:
                 x = block(x)
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
-        x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1)
-        x = x + self.position[...].astype(x.dtype)
-        return self.pool(x[:, :1], x)[:, 0]
+            x = tap(taps, f"stages/{number}", x)
+        return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def flops(config: ResNetConfig, embed_dim: int, *, training: bool = False) -> dict[str, float]:

@@ -9,6 +9,7 @@ from vlm.models.counting import block_flops, map_pool_flops, projection_flops
 from vlm.models.ends import map_pool, projection
 from vlm.nn.layers import LayerNorm
 from vlm.nn.pooling import mean_pool, token_pool
+from vlm.nn.taps import Taps, part, tap
 from vlm.nn.transformer import Execution, Transformer
 
 
@@ -52,17 +53,20 @@ class TextTower(nnx.Module):
         *,
         keys: Key[Array, " b"] | None = None,
         context: tuple[Float[Array, "b k d"], Int[Array, "b k"]] | None = None,
+        taps: Taps | None = None,
     ) -> Float[Array, "b e"]:
         """Embed texts. With `keys`, one for each example, dropout is on.
 
         `context` is vectors and their places in the texts: there they stand in for the embeddings
-        of tokens, which masks and pooling still go by (arXiv:2109.01134).
+        of tokens, which masks and pooling still go by (arXiv:2109.01134). `taps` are given
+        "embedding", what the stack notes, and "pool/attention" of a map pool.
         """
         c = self.config
         x = self.embedding[...].astype(self.dtype)[tokens]
         if context is not None:
             vectors, places = context
             x = x.at[jnp.arange(len(x))[:, None], places].set(vectors.astype(self.dtype))
+        x = tap(taps, "embedding", x)
         real = None if c.pad_id is None else tokens != c.pad_id  # (b, n)
         if self.class_token is not None:
             last = self.class_token[...].astype(self.dtype)
@@ -73,7 +77,8 @@ class TextTower(nnx.Module):
         x = x + self.position[...].astype(self.dtype)[: x.shape[1]]
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        x = self.transformer(x, None if real is None else real[:, None, None, :], keys=keys)
+        mask = None if real is None else real[:, None, None, :]
+        x = self.transformer(x, mask, keys=keys, taps=taps)
 
         norm = self.norm or (lambda x: x)  # the blocks of a post-norm tower end with one
         if c.pool == "end":
@@ -87,7 +92,7 @@ class TextTower(nnx.Module):
         elif c.pool == "mean":
             x = mean_pool(norm(x), real)
         else:
-            x = self.pool(norm(x), real)
+            x = self.pool(norm(x), real, taps=part(taps, "pool"))
         return x if self.projection is None else self.projection(x)
 
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from vlm.config import ViTConfig
 from vlm.models.counting import (
@@ -17,6 +17,7 @@ from vlm.nn.naflex import Patches
 from vlm.nn.patches import ConvStem, NestedStem, PatchStem, drop_patches
 from vlm.nn.pooling import QueryPool, mean_pool
 from vlm.nn.rotary import grid_rotation
+from vlm.nn.taps import Taps, part, tap
 from vlm.nn.transformer import Execution, Transformer
 
 
@@ -68,12 +69,44 @@ class ViTTower(nnx.Module):
         self.projection = projection(c, pooled_width, embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, images: Float[Array, "b h w 3"] | Patches, *, keys: Key[Array, " b"] | None = None
+        self,
+        images: Float[Array, "b h w 3"] | Patches,
+        *,
+        keys: Key[Array, " b"] | None = None,
+        taps: Taps | None = None,
     ) -> Float[Array, "b e"]:
-        """Embed images. With `keys`, one for each example, dropout and patch dropout are on."""
+        """Embed images. With `keys`, one for each example, dropout and patch dropout are on.
+
+        `taps` are given "stem", what the stack notes, and "pool/attention" of an attention pool.
+        """
+        x, mask = self._tokens(images, keys, taps)
+        if self.config.pool == "mean" and self.class_token is not None:
+            x = x[:, 1:]
+        return self._embedding(x, mask, taps)
+
+    def dense(self, images: Float[Array, "b h w 3"] | Patches) -> Float[Array, "b n e"]:
+        """An embedding of every patch: in the attention that pools, it looks at itself alone.
+
+        So it is the value, and no mixture of values, that is projected (MaskCLIP,
+        arXiv:2112.01071). Tokens of a class-token tower are stopped before the last block.
+        """
+        taps = Taps()
+        x, _ = self._tokens(images, None, taps)
+        if self.config.pool == "class":
+            before = [taps.found["stem"], *taps.found["blocks/output"]]
+            x = self.transformer.last(before[-2].reshape(-1, 1, x.shape[-1])).reshape(x.shape)
+        if self.class_token is not None:
+            x = x[:, 1:]
+        alone = self._embedding(x.reshape(-1, 1, x.shape[-1]))
+        return alone.reshape(*x.shape[:2], -1)
+
+    def _tokens(
+        self, images: Float[Array, "b h w 3"] | Patches, keys, taps: Taps | None
+    ) -> tuple[Float[Array, "b n d"], Bool[Array, "b n"] | None]:
+        """What the blocks make of the tokens, and which of them are real where some are not."""
         c = self.config
         if isinstance(images, Patches):
-            return self._embed_patches(images, keys)
+            return self._of_patches(images, keys, taps), images.mask
         patch_keys, block_keys = split_keys(keys)
         x = self.stem(images)
         position = self.position[...].astype(x.dtype)
@@ -96,28 +129,34 @@ class ViTTower(nnx.Module):
                 span=c.rotary_span,
                 rows_first=c.rotary_rows_first,
             )
-        x = self.transformer(x, keys=block_keys, rotation=rotation)
+        x = tap(taps, "stem", x)
+        return self.transformer(x, keys=block_keys, rotation=rotation, taps=taps), None
 
+    def _embedding(
+        self,
+        x: Float[Array, "b n d"],
+        mask: Bool[Array, "b n"] | None = None,
+        taps: Taps | None = None,
+    ) -> Float[Array, "b e"]:
+        """The tokens pooled and projected; those of a mean pool are without the class token."""
+        c = self.config
         if c.pool == "class":
             x = self.norm(x[:, 0])
         elif c.pool == "query":
-            x = self.norm(self.pool(x))
+            x = self.norm(self.pool(x, taps=part(taps, "pool")))
         elif c.pool == "mean":
-            patches = x if self.class_token is None else x[:, 1:]
-            x = self.norm(mean_pool(patches)) if c.norm_pooled else mean_pool(self.norm(patches))
+            x = self.norm(mean_pool(x)) if c.norm_pooled else mean_pool(self.norm(x))
         else:
-            x = self.pool(self.norm(x))
+            x = self.pool(self.norm(x), mask, taps=part(taps, "pool"))
         return x if self.projection is None else self.projection(x)
 
-    def _embed_patches(self, images: Patches, keys: Key[Array, " b"] | None) -> Float[Array, "b e"]:
-        """Embed images of different shapes: padding is masked in attention and in pooling."""
+    def _of_patches(self, images: Patches, keys, taps: Taps | None) -> Float[Array, "b n d"]:
+        """Tokens of images of different shapes: padding is masked in attention."""
         x = self.stem.project(images.pixels.reshape(*images.mask.shape, -1))
         weights = images.rows[..., :, None] * images.columns[..., None, :]
         position = weights.reshape(*images.mask.shape, -1) @ self.position[...]
-        x = x + position.astype(x.dtype)
-        x = self.transformer(x, images.mask[:, None, None, :], keys=keys)
-        x = self.pool(self.norm(x), images.mask)
-        return x if self.projection is None else self.projection(x)
+        x = tap(taps, "stem", x + position.astype(x.dtype))
+        return self.transformer(x, images.mask[:, None, None, :], keys=keys, taps=taps)
 
 
 def flops(config: ViTConfig, embed_dim: int, *, training: bool = False) -> dict[str, float]:

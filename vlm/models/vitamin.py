@@ -8,6 +8,7 @@ from vlm.config import ViTaminConfig
 from vlm.models.counting import projection_flops
 from vlm.models.ends import projection
 from vlm.nn.layers import LayerNorm
+from vlm.nn.taps import Taps, tap
 from vlm.nn.transformer import Execution, Transformer
 from vlm.nn.vitamin import EXPANSION, ConvStages
 
@@ -50,13 +51,30 @@ class ViTaminTower(nnx.Module):
         self.projection = projection(c, c.width, embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, images: Float[Array, "b h w 3"], *, keys: Key[Array, " b"] | None = None
+        self,
+        images: Float[Array, "b h w 3"],
+        *,
+        keys: Key[Array, " b"] | None = None,
+        taps: Taps | None = None,
     ) -> Float[Array, "b e"]:
-        """Embed images; nothing here is random."""
+        """Embed images; nothing here is random.
+
+        `taps` are given "stem" and what the stack notes.
+        """
+        x = self._places(images, keys, taps)
+        return self._embedding(x.astype(jnp.float32).mean(1))
+
+    def dense(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n e"]:
+        """An embedding of every place, as if the whole image looked like it."""
+        return self._embedding(self._places(images, None, None).astype(jnp.float32))
+
+    def _places(self, images: Float[Array, "b h w 3"], keys, taps: Taps | None):
         x = self.stem(images)
         x = x if self.position is None else x + self.position[...].astype(x.dtype)
-        x = self.transformer(x, keys=keys)
-        x = self.norm(x.astype(jnp.float32).mean(1)).astype(self.dtype)
+        return self.transformer(tap(taps, "stem", x), keys=keys, taps=taps)
+
+    def _embedding(self, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
+        x = self.norm(x).astype(self.dtype)
         return x if self.projection is None else self.projection(x)
 
 

@@ -17,6 +17,7 @@ from vlm.nn import tpu_attention
 from vlm.nn.layers import LayerNorm, linear
 from vlm.nn.remat import ATTENDED, PROJECTED
 from vlm.nn.rotary import Rotation, rotate
+from vlm.nn.taps import Taps, tap
 from vlm.sharding import BATCH_AXES, batch_ways, mesh_of
 
 
@@ -81,7 +82,7 @@ def _cudnn_takes(query: Array) -> bool:
     return re.fullmatch(r"\d+\.\d+", generation) is not None and float(generation) >= 8
 
 
-def _attend_by_head(query, key, value, mask, *, causal):
+def _attend_by_head(query, key, value, mask, *, causal, taps: Taps | None = None):
     """Attention with the heads outermost: XLA's CPU products want the batch axes in front."""
     query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))  # (b, h, n, d)
     logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
@@ -91,7 +92,7 @@ def _attend_by_head(query, key, value, mask, *, causal):
         mask = visible if mask is None else mask & visible
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    weights = tap(taps, "attention", jax.nn.softmax(logits, axis=-1)).astype(value.dtype)
     return jnp.einsum("bhqk,bhkd->bhqd", weights, value).transpose(0, 2, 1, 3)
 
 
@@ -141,8 +142,12 @@ class Attention(nnx.Module):
         *,
         causal: bool = False,
         rotation: Rotation | None = None,
+        taps: Taps | None = None,
     ) -> Float[Array, "b q e"]:
-        """Tokens of `x` attend to those of `context`, by default their own."""
+        """Tokens of `x` attend to those of `context`, by default their own.
+
+        `taps` are given the weights of "attention", (b, h, q, k), which the fused forms never hold.
+        """
         context = x if context is None else context
         # A bias of the keys adds one number to all logits of a query, which softmax does not see.
         # So its gradient is zero, and what would come out is rounding, which Adafactor and Lion
@@ -159,6 +164,9 @@ class Attention(nnx.Module):
         query, key, value = (y.reshape(*y.shape[:2], heads, head_dim) for y in (query, key, value))
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        y = attend(query, key, value, mask, causal=causal)
+        if taps is None:
+            y = attend(query, key, value, mask, causal=causal)
+        else:
+            y = _attend_by_head(query, key, value, mask, causal=causal, taps=taps)
         y = checkpoint_name(y.reshape(*x.shape[:2], -1), ATTENDED)
         return linear(self.out, y if self.norm is None else self.norm(y))

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vlm.config import Activation
 from vlm.nn.attention import Attention
 from vlm.nn.layers import LayerNorm, Mlp
+from vlm.nn.taps import Taps
 
 
 class MapPool(nnx.Module):
@@ -31,10 +32,15 @@ class MapPool(nnx.Module):
         self.mlp = Mlp(width, mlp_dim, act, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None
+        self,
+        x: Float[Array, "b n d"],
+        mask: Bool[Array, "b n"] | None = None,
+        *,
+        taps: Taps | None = None,
     ) -> Float[Array, "b d"]:
         probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
-        x = self.attention(probe, x, None if mask is None else mask[:, None, None, :])
+        mask = None if mask is None else mask[:, None, None, :]
+        x = self.attention(probe, x, mask, taps=taps)
         x = x + self.mlp(self.norm(x))
         return x[:, 0]
 
@@ -60,10 +66,12 @@ class QueryPool(nnx.Module):
         self.context_norm = LayerNorm(width, norm_eps, rngs=rngs)
         self.attention = Attention(embed_dim, heads, context_width=width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b e"]:
+    def __call__(
+        self, x: Float[Array, "b n d"], *, taps: Taps | None = None
+    ) -> Float[Array, "b e"]:
         query = self.query_norm(self.query[...].astype(x.dtype))
         query = jnp.broadcast_to(query, (x.shape[0], 1, query.shape[-1]))
-        return self.attention(query, self.context_norm(x))[:, 0]
+        return self.attention(query, self.context_norm(x), taps=taps)[:, 0]
 
 
 def mean_pool(

@@ -15,6 +15,7 @@ from vlm.nn.attention import Attention
 from vlm.nn.layers import GeGlu, LayerNorm, Mlp, SwiGlu, dropout, split_keys
 from vlm.nn.remat import checkpoint_policy
 from vlm.nn.rotary import Rotation
+from vlm.nn.taps import Taps, changes_below, tap
 from vlm.sharding import by_rows, cut_over_fsdp, gathered
 
 
@@ -83,10 +84,11 @@ class Block(nnx.Module):
         mask: Bool[Array, "#b #h #q n"] | None,
         keys: Key[Array, " b"] | None,
         rotation: Rotation | None = None,
+        taps: Taps | None = None,
     ) -> Float[Array, "b n d"]:
         attention_keys, mlp_keys = split_keys(keys)
         y = self.attention_norm(x) if self.norm == "pre" else x
-        y = self.attention(y, mask=mask, causal=self.causal, rotation=rotation)
+        y = self.attention(y, mask=mask, causal=self.causal, rotation=rotation, taps=taps)
         y = y if self.attention_scale is None else y * self.attention_scale[...].astype(y.dtype)
         y = self.attention_norm(y) if self.norm == "branch" else y
         x = x + dropout(y, self.dropout_rate, attention_keys)
@@ -95,7 +97,7 @@ class Block(nnx.Module):
         y = y if self.mlp_scale is None else y * self.mlp_scale[...].astype(y.dtype)
         y = self.mlp_norm(y) if self.norm == "branch" else y
         x = x + dropout(y, self.dropout_rate, mlp_keys)
-        return self.mlp_norm(x) if self.norm == "post" else x
+        return tap(taps, "output", self.mlp_norm(x) if self.norm == "post" else x)
 
 
 class Transformer(nnx.Module):
@@ -156,24 +158,37 @@ class Transformer(nnx.Module):
         *,
         keys: Key[Array, " b"] | None = None,
         rotation: Rotation | None = None,
+        taps: Taps | None = None,
     ) -> Float[Array, "b n d"]:
-        """Run the blocks; with `keys`, one for each example, dropout is on."""
+        """Run the blocks; with `keys`, one for each example, dropout is on.
+
+        `taps` are given "blocks/attention" and "blocks/output" with a leading layer axis.
+        """
         block, parameters = nnx.split(self.blocks)
         parameters = nnx.to_pure_dict(parameters)
 
-        def layer(x, number_and_parameters):
-            number, parameters = number_and_parameters
+        def layer(x, numbered):
+            number, parameters, changes = numbered
             parameters, x = gathered(parameters, self.depth, self.dtype), by_rows(x)
             layer_keys = keys
             if keys is not None:
                 layer_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-            return nnx.merge(block, parameters)(x, mask, layer_keys, rotation), None
+            noted = None if taps is None else Taps(changes)
+            x = nnx.merge(block, parameters)(x, mask, layer_keys, rotation, noted)
+            return x, None if noted is None else noted.found
 
         if self.remat != "none" or cut_over_fsdp(x):
             layer = jax.checkpoint(
                 layer, policy=checkpoint_policy(self.remat), prevent_cse=not self.scan
             )
-        x, _ = lax.scan(
-            layer, x, (jnp.arange(self.depth), parameters), unroll=1 if self.scan else self.depth
-        )
+        layers = (jnp.arange(self.depth), parameters, changes_below(taps, "blocks"))
+        x, found = lax.scan(layer, x, layers, unroll=1 if self.scan else self.depth)
+        for name, value in (found or {}).items():
+            taps.found[f"{taps.prefix}blocks/{name}"] = value
         return x
+
+    def last(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """What the last block alone makes of `x`."""
+        block, parameters = nnx.split(self.blocks)
+        parameters = jax.tree.map(lambda p: p[-1], nnx.to_pure_dict(parameters))
+        return nnx.merge(block, parameters)(x, None, None)

@@ -1,0 +1,229 @@
+"""Explanations of every kind of tower: what they add up to, where they point, what they refuse."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import vlm
+from vlm.cli import main
+from vlm.config import ConvNeXtConfig, PreprocessConfig
+from vlm.errors import ConfigError, DataError
+from vlm.explain.explanation import Explanation, check_method, explain
+from vlm.explain.geometry import grid, on_image
+from vlm.explain.methods import place_maps
+from vlm.inputs.preprocess import Preprocess
+from vlm.nn.taps import Taps
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "weights" / "golden"
+KINDS = {
+    "class": "oc_vit",
+    "mean": "oc_mean",
+    "map": "hf_siglip",
+    "naflex": "hf_naflex",
+    "query": "oc_coca",
+    "rotary": "oc_pe",
+    "resnet": "openai_resnet.pt",
+    "convnext": "oc_convnext",
+    "fastvit": "oc_fastvit",
+    "vitamin": "oc_vitamin",
+}
+TEXT = "a small dog"
+
+
+def photo(size=(90, 60)):
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8))
+    return small.resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request):
+    return vlm.load(GOLDEN / KINDS[request.param])
+
+
+@pytest.fixture(scope="module", params=["class", "naflex", "resnet"])
+def some_model(request):
+    return vlm.load(GOLDEN / KINDS[request.param])
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return vlm.load(GOLDEN / "oc_vit")
+
+
+def normalised(model, pixels):
+    return model.preprocess.normalize(model.preprocess.collate([pixels]))
+
+
+def test_the_path_adds_up_to_the_cosine(model):
+    z_text = model.encode_text([TEXT])
+    pixels = model.preprocess.pixels(photo()).astype(np.float32)
+    blank = np.broadcast_to(pixels.mean((0, 1)), pixels.shape)
+    maps, cosine = place_maps(model.model, normalised(model, pixels), z_text, "path")
+    nothing, start = place_maps(model.model, normalised(model, blank), z_text, "path")
+    expected = (model.encode_image([photo()]) @ z_text.T)[0, 0]
+    assert float(cosine[0]) == pytest.approx(expected, abs=1e-5)
+    whole = float(cosine[0] - start[0])
+    assert float(maps.sum()) == pytest.approx(whole, abs=0.05 * abs(whole) + 2e-3)
+    assert np.abs(maps).max() > 1e-5
+    assert np.abs(nothing).max() < 1e-6
+
+
+def test_every_place_has_a_likeness_of_its_own(model):
+    pixels = model.preprocess.pixels(photo())
+    z_text = model.encode_text([TEXT])
+    maps, _ = place_maps(model.model, normalised(model, pixels), z_text, "similarity")
+    rows, columns = grid(model.config.vision, model.preprocess, photo().size)
+    places = np.asarray(maps)[0, : rows * columns]
+    assert np.abs(places).max() <= 1 + 1e-5
+    assert places.std() > 1e-4
+
+
+def test_towers_note_what_lies_between_and_give_the_same(some_model):
+    model = some_model
+    images = jax.tree.map(jnp.asarray, normalised(model, model.preprocess.pixels(photo())))
+    z_text = jnp.asarray(model.encode_text([TEXT]))
+
+    @jax.jit
+    def score(changes):
+        taps = Taps(changes)
+        z = model.model.encode_image(images, taps=taps)
+        return (z * z_text).sum(), (taps.found, z)
+
+    _, (found, z) = score({})
+    np.testing.assert_allclose(z, model.encode_image([photo()]), atol=3e-6)
+    for name, weights in found.items():
+        if name.endswith("attention"):
+            np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+    if "stem" in found:
+        depth = model.config.vision.depth
+        assert found["blocks/attention"].shape[0] == depth
+        assert found["blocks/output"].shape == (depth, *found["stem"].shape)
+    # A small change of an intermediate does what its gradient says.
+    name = "blocks/attention" if "stem" in found else "stages/0"
+    direction = jax.random.normal(jax.random.key(0), found[name].shape)
+    gradient, _ = jax.grad(score, has_aux=True)({name: 0 * direction})
+    up, down = (score({name: size * direction})[0] for size in (1e-2, -1e-2))
+    slope = float((gradient[name] * direction).sum())
+    assert slope == pytest.approx(float(up - down) / 2e-2, rel=0.1, abs=1e-3)
+
+
+def test_a_tower_that_is_not_asked_gives_nothing_more(clip):
+    """The scan of the blocks has one output, the tokens; with taps it has what they note too."""
+    images = normalised(clip, clip.preprocess.pixels(photo()))
+
+    def outputs(taps):
+        program = jax.make_jaxpr(lambda x: clip.model.encode_image(x, taps=taps))(images)
+        (scan,) = [e for e in program.eqns if e.primitive.name == "scan"]
+        return len(scan.outvars)
+
+    assert (outputs(None), outputs(Taps())) == (1, 3)
+
+
+@pytest.mark.parametrize("method", ["attention", "gradcam"])
+def test_the_other_methods_give_maps_that_depend_on_the_text(some_model, method):
+    model = some_model
+    pixels = [model.preprocess.pixels(photo())] * 2
+    images = model.preprocess.normalize(model.preprocess.collate(pixels))
+    z_text = model.encode_text([TEXT, "something else"])
+    maps = np.asarray(place_maps(model.model, images, z_text, method)[0])
+    assert (maps >= 0).all()
+    assert maps.std(1).max() > 0
+    assert np.abs(maps[0] - maps[1]).max() > 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PreprocessConfig(image_size=32, resize="squash"),
+        PreprocessConfig(image_size=32, resize="crop"),
+        PreprocessConfig(image_size=32, resize="crop", short_side=40),
+        PreprocessConfig(image_size=32, resize="pad"),
+        PreprocessConfig(resize="naflex", patch_size=8, max_patches=20, image_size=32),
+    ],
+    ids=lambda config: f"{config.resize}{config.short_side or ''}",
+)
+@pytest.mark.parametrize("size", [(64, 64), (120, 70), (50, 90)])
+def test_a_place_comes_back_to_where_the_model_saw_it(config, size):
+    """A spot drawn where a place's heat lies is what that place is shown."""
+    preprocess = Preprocess(config)
+    width, height = size
+    seen = preprocess.pixels(Image.new("RGB", size)).shape[:2]
+    rows, columns = seen[0] // 8, seen[1] // 8
+    for place in ((rows // 2, columns // 2), (rows // 2 - 1, columns // 2 - 1)):
+        places = np.zeros((rows, columns), np.float32)
+        places[place] = 1
+        heat = on_image(places, preprocess, 8, size)
+        assert heat.shape == (height, width)
+        shown = np.repeat(np.uint8(255 * heat**2)[..., None], 3, 2)
+        pixels = preprocess.pixels(shown).astype(float)[..., 0]
+        by_place = pixels.reshape(rows, 8, columns, 8).sum((1, 3))
+        assert np.unravel_index(by_place.argmax(), by_place.shape) == place
+
+
+def test_what_was_cropped_away_has_no_heat():
+    preprocess = Preprocess(PreprocessConfig(image_size=32, resize="crop"))
+    heat = on_image(np.ones((4, 4), np.float32), preprocess, 8, (100, 50))
+    assert heat[:, :24].max() == heat[:, 76:].max() == 0
+    assert heat[:, 26:74].min() == pytest.approx(1)
+
+
+def test_tokens_are_left_out_one_by_one(clip):
+    found = explain(clip, photo(), TEXT)
+    assert "".join(name for name, _ in found.tokens).replace(" ", "") == "asmalldog"
+    z_image = clip.encode_image([photo()])
+    rows = clip.tokenizer([TEXT])
+    first = 0 if clip.tokenizer.config.bos_id is None else 1
+    without = np.append(np.delete(rows[0], first), clip.tokenizer.config.pad_id)
+    z = clip.model.encode_text(jnp.asarray(without[None], jnp.int32))
+    assert found.tokens[0][1] == pytest.approx(
+        found.cosine - float((z @ z_image.T)[0, 0]), abs=1e-5
+    )
+
+
+def test_an_explanation_shows_and_saves_itself(clip, tmp_path):
+    found = vlm.explain(clip, photo(), "a <b> dog")
+    assert isinstance(found, Explanation)
+    assert (found.heat.shape, found.heat.dtype) == ((60, 90), np.float32)
+    assert (found.heat.min() >= 0) & (found.heat.max() <= 1)
+    assert found.logit == pytest.approx(clip.logit_scale * found.cosine, abs=1e-3)
+    assert "&lt;b&gt;" in found._repr_html_()
+    assert found._repr_html_().count("<img") == 2
+    found.save(tmp_path / "heat.png")
+    assert Image.open(tmp_path / "heat.png").size == (90, 60)
+    assert "a <b> dog" in repr(found)
+
+
+def test_the_command(tmp_path, capsys):
+    photo().save(tmp_path / "photo.png")
+    out = tmp_path / "heat.png"
+    line = ["explain", str(GOLDEN / "oc_vit"), str(tmp_path / "photo.png"), TEXT, "--out", str(out)]
+    assert main(line) == 0
+    assert capsys.readouterr().out.startswith("cosine ")
+    assert Image.open(out).size == (90, 60)
+    assert main([*line[:-1], "heat.jpg"]) == 2
+    assert "ends in .png" in capsys.readouterr().err
+    assert main([*line[:2], str(tmp_path / "none.png"), TEXT]) == 1
+    assert "none.png" in capsys.readouterr().err
+
+
+@pytest.mark.untyped
+def test_bad_input(clip):
+    with pytest.raises(ConfigError, match="choose one of path"):
+        explain(clip, photo(), TEXT, method="magic")
+    with pytest.raises(DataError, match="give one string"):
+        explain(clip, photo(), ["a", "b"])
+    with pytest.raises(DataError, match="one image"):
+        explain(clip, [photo(), photo()], TEXT)
+    with pytest.raises(DataError):
+        explain(clip, b"no image", TEXT)
+    with pytest.raises(ConfigError, match='choose "path"'):
+        check_method("attention", ConvNeXtConfig())
+    with pytest.raises(ConfigError, match="without its text tower"):
+        explain(vlm.load(GOLDEN / "oc_vit", tower="image"), photo(), TEXT)
+    with pytest.raises(ConfigError, match="without its image tower"):
+        explain(vlm.load(GOLDEN / "oc_vit", tower="text"), photo(), TEXT)

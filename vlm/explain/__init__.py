@@ -1,0 +1,24 @@
+"""Why a model says so: heat maps, masks and maps of embeddings.
+
+The room is a function too: `vlm.explain(model, image, text)` is `vlm.explain.explain`.
+"""
+
+import sys
+import types
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from vlm.explain.explanation import Explanation as Explanation
+    from vlm.explain.explanation import explain as explain
+
+
+class _Callable(types.ModuleType):
+    def __call__(self, model, image, text, **options):
+        """See `vlm.explain.explain`."""
+        from vlm.explain.explanation import explain
+
+        return explain(model, image, text, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -1,0 +1,150 @@
+"""How much each place of an image speaks for a text, by several methods, as one jitted function.
+
+All explain the cosine between an image and a text, and give a number for each place that the tower
+pools, row by row.
+"""
+
+import functools
+import math
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from vlm.config import ResNetConfig, VisionTowerConfig
+from vlm.models.dual_encoder import DualEncoder, unit_norm
+from vlm.nn.naflex import Patches
+from vlm.nn.taps import Taps
+
+Method = Literal["path", "attention", "similarity", "gradcam"]
+METHODS: tuple[Method, ...] = get_args(Method)
+STEPS = 8  # between the blank image and the image, of "path"
+
+Images = Float[Array | np.ndarray, "b h w 3"] | Patches
+Found = dict[str, Array]
+
+
+def place_maps(
+    model: DualEncoder, images: Images, z_text: Float[Array | np.ndarray, "b e"], method: Method
+) -> tuple[Float[Array, "b n"], Float[Array, " b"]]:
+    """The relevance of each place of normalised images, and the cosines that it explains.
+
+    path: what a place adds to the cosine on the way from a blank image, of the image's mean
+        colour, to the image: integrated gradients (arXiv:1703.01365) of the first tokens, or of
+        the first stage of convolutions. Over all places it sums up to the whole difference.
+    attention: what more attention to a place would add, in all layers (LeGrad, arXiv:2404.03214).
+    similarity: the cosine of the place's own embedding (MaskCLIP, arXiv:2112.01071).
+    gradcam: Grad-CAM at the last layer that has places (arXiv:1610.02391).
+
+    Args:
+        z_text: the unit-norm embedding of the text that each image is explained for.
+    """
+    graph, state = nnx.split(model)
+    return _place_maps(graph, state, images, z_text, method)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "method"))
+def _place_maps(graph, state, images, z_text, method: Method):
+    model = nnx.merge(graph, state)
+    images = jax.tree.map(jnp.asarray, images)
+    found, cosine = run(model, images, z_text, {})
+    if method == "similarity":
+        places = jnp.einsum("bne,be->bn", unit_norm(model.vision.dense(images)), z_text)
+    else:
+        form = {"path": _path, "attention": _attention, "gradcam": _gradcam}[method]
+        places = form(model, images, z_text, found)
+    return places, cosine
+
+
+def run(
+    model: DualEncoder, images: Images, z_text: Float[Array, "b e"], changes: Found
+) -> tuple[Found, Float[Array, " b"]]:
+    """The image tower's intermediates after `changes`, and the cosines with the texts."""
+    taps = Taps(changes)
+    z_image = model.encode_image(images, taps=taps)
+    return taps.found, (z_image * z_text).sum(-1)
+
+
+def gradients(model, images, z_text, changes: Found) -> Found:
+    """The gradient of the cosines by the intermediates that `changes` names, after them."""
+    return jax.grad(lambda changes: run(model, images, z_text, changes)[1].sum())(changes)
+
+
+def _path(model, images, z_text, found: Found) -> Float[Array, "b n"]:
+    name = "stem" if "stem" in found else "stages/0"
+    blank, _ = run(model, _blank(images), z_text, {})
+    whole = found[name] - blank[name]
+
+    def step(total, share):
+        return total + gradients(model, images, z_text, {name: (share - 1) * whole})[name], None
+
+    shares = (jnp.arange(STEPS) + 0.5) / STEPS
+    total, _ = jax.lax.scan(step, jnp.zeros_like(whole), shares)
+    added = (total / STEPS * whole).sum(-1)
+    if added.ndim == 2:
+        return _without_first(model.config.vision, added)
+    return _summed_to(added, found[_last_stage(found)].shape[1])
+
+
+def _attention(model, images, z_text, found: Found) -> Float[Array, "b n"]:
+    weights = {name: w for name, w in found.items() if name.endswith("attention")}
+    zeros = jax.tree.map(jnp.zeros_like, weights)
+    total = 0.0
+    for gradient in gradients(model, images, z_text, zeros).values():
+        wanted = jax.nn.relu(gradient).mean((-3, -2))  # over heads and queries
+        wanted = wanted.sum(0) if gradient.ndim == 5 else wanted  # the blocks are stacked
+        total += wanted / jnp.maximum(wanted.max(-1, keepdims=True), 1e-30)
+    return _without_first(model.config.vision, total)
+
+
+def _gradcam(model, images, z_text, found: Found) -> Float[Array, "b n"]:
+    if "stem" not in found:
+        name = _last_stage(found)
+        x, gradient = found[name], gradients(model, images, z_text, {name: found[name] * 0})[name]
+        x, gradient = (y.reshape(y.shape[0], -1, y.shape[-1]) for y in (x, gradient))
+    else:
+        # The patches that come out of the last block of a class-token tower count for nothing.
+        by_class = getattr(model.config.vision, "pool", None) == "class"
+        layers = jnp.concatenate([found["stem"][None], found["blocks/output"]])
+        zeros = {"stem": found["stem"] * 0, "blocks/output": found["blocks/output"] * 0}
+        given = gradients(model, images, z_text, zeros)
+        given = jnp.concatenate([given["stem"][None], given["blocks/output"]])
+        x, gradient = (y[-2 if by_class else -1] for y in (layers, given))
+        first = int(_has_first(model.config.vision))
+        x, gradient = x[:, first:], gradient[:, first:]
+    return jax.nn.relu((x * gradient.mean(1, keepdims=True)).sum(-1))
+
+
+def _blank(images: Images) -> Images:
+    """Images of the same shapes in their mean colours."""
+    if not isinstance(images, Patches):
+        return jnp.broadcast_to(images.mean((1, 2), keepdims=True), images.shape)
+    real = images.mask[..., None, None]
+    mean = (images.pixels.mean(2, keepdims=True) * real).sum(1, keepdims=True)
+    mean = mean / images.mask.sum(1)[:, None, None, None]
+    return images._replace(pixels=jnp.broadcast_to(mean, images.pixels.shape) * real)
+
+
+def _last_stage(found: Found) -> str:
+    """The name of what the last stage of convolutions gave."""
+    return f"stages/{sum(name.startswith('stages/') for name in found) - 1}"
+
+
+def _summed_to(values: Float[Array, "b h w"], side: int) -> Float[Array, "b n"]:
+    """Sums over squares, so that `side` are left along each side."""
+    size = 2 ** round(math.log2(values.shape[1] / side))
+    edge = max(0, side * size - values.shape[1])
+    values = jnp.pad(values, ((0, 0), (0, edge), (0, edge)))[:, : side * size, : side * size]
+    return values.reshape(-1, side, size, side, size).sum((2, 4)).reshape(-1, side * side)
+
+
+def _has_first(tower: VisionTowerConfig) -> bool:
+    """Whether there is a token before those of places: a class token, or the mean of a ResNet."""
+    return isinstance(tower, ResNetConfig) or getattr(tower, "has_class_token", False)
+
+
+def _without_first(tower: VisionTowerConfig, values: Float[Array, "b m"]) -> Float[Array, "b n"]:
+    return values[:, int(_has_first(tower)) :]
