@@ -21,6 +21,7 @@ ROOMS = (
     "losses",
     "models",
     "inputs",
+    "display",
     "data",
     "weights",
     "bundle",

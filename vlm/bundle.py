@@ -18,7 +18,9 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
+from rich.table import Table
 
+from vlm import display
 from vlm.config import AdapterConfig, ModelConfig
 from vlm.errors import CheckpointError, ConfigError
 from vlm.inputs.batches import pixel_batches
@@ -373,8 +375,10 @@ class Bundle:
         return f"Bundle({self.name}: {facts})"
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in self._facts())
-        return f"<table><caption>{self.name}</caption>{rows}</table>"
+        return display.facts(self.name, dict(self._facts()))
+
+    def __rich__(self) -> Table:
+        return display.facts_table(self.name, dict(self._facts()))
 
 
 def load(

@@ -1,21 +1,24 @@
 """Explanations of every kind of tower: what they add up to, where they point, what they refuse."""
 
+import dataclasses
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 import vlm
 from vlm.cli import main
-from vlm.config import ConvNeXtConfig, PreprocessConfig
+from vlm.config import ConvNeXtConfig, PreprocessConfig, ResNetConfig
 from vlm.errors import ConfigError, DataError
 from vlm.explain.explanation import Explanation, check_method, explain
 from vlm.explain.geometry import grid, on_image
 from vlm.explain.methods import place_maps
 from vlm.inputs.preprocess import Preprocess
+from vlm.models.dual_encoder import DualEncoder
 from vlm.nn.taps import Taps
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "weights" / "golden"
@@ -26,7 +29,7 @@ KINDS = {
     "naflex": "hf_naflex",
     "query": "oc_coca",
     "rotary": "oc_pe",
-    "resnet": "openai_resnet.pt",
+    "resnet": None,  # OpenAI's golden one has no vocabulary
     "convnext": "oc_convnext",
     "fastvit": "oc_fastvit",
     "vitamin": "oc_vitamin",
@@ -40,14 +43,26 @@ def photo(size=(90, 60)):
     return small.resize(size, Image.Resampling.BICUBIC)
 
 
+def load(kind):
+    """A model of random weights whose tower is of that kind."""
+    if kind != "resnet":
+        return vlm.load(GOLDEN / KINDS[kind])
+    clip = vlm.load(GOLDEN / "oc_vit")
+    tower = ResNetConfig(image_size=32, depths=(1, 1), width=8, heads=2)
+    config = dataclasses.replace(clip.config, vision=tower)
+    encoder = DualEncoder(config, rngs=nnx.Rngs(0))
+    preprocess = Preprocess(PreprocessConfig(image_size=32))
+    return vlm.Bundle(encoder, preprocess, clip.tokenizer, "resnet")
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def model(request):
-    return vlm.load(GOLDEN / KINDS[request.param])
+    return load(request.param)
 
 
 @pytest.fixture(scope="module", params=["class", "naflex", "resnet"])
 def some_model(request):
-    return vlm.load(GOLDEN / KINDS[request.param])
+    return load(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +95,7 @@ def test_every_place_has_a_likeness_of_its_own(model):
     rows, columns = grid(model.config.vision, model.preprocess, photo().size)
     places = np.asarray(maps)[0, : rows * columns]
     assert np.abs(places).max() <= 1 + 1e-5
-    assert places.std() > 1e-4
+    assert len(places) == 1 or places.std() > 1e-4
 
 
 def test_towers_note_what_lies_between_and_give_the_same(some_model):

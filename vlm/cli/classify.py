@@ -64,7 +64,8 @@ def classify(
     runtime.prepare_inference()
     from vlm.bundle import load
     from vlm.cli.images import Unreadable, find_images
-    from vlm.cli.terminal import bar, chunks, progress
+    from vlm.cli.terminal import chunks, progress
+    from vlm.display import bar
     from vlm.heads.saved import load_classifier
     from vlm.heads.zero_shot import ZeroShotClassifier
 

@@ -1,5 +1,6 @@
 """`vlm explain`: which places of an image speak for a text, as a picture."""
 
+import sys
 from typing import Annotated, Literal
 
 from tyro.conf import arg
@@ -40,7 +41,8 @@ def explain(
         raise UsageError(f"--out {out!r} is no PNG: give a name that ends in .png")
     runtime.prepare_inference()
     from vlm.bundle import load
-    from vlm.cli.terminal import bar, print_status
+    from vlm.cli.terminal import print_status
+    from vlm.display import bar, inline_image
     from vlm.explain.explanation import explain
 
     found = explain(load(model), as_path(image), text, method=method)
@@ -49,4 +51,7 @@ def explain(
     for token, fall in found.tokens:
         print(f"  {fall:+.4f}  {bar(fall / most):<20}  {token}")
     found.save(out)
+    drawn = inline_image(found.picture()) if sys.stdout.isatty() else None
+    if drawn:
+        print(drawn)
     print_status(f"heat map by {found.method} in {out}")

@@ -70,7 +70,7 @@ def search(
     if not query.strip():
         raise UsageError("the query is empty: give a text or the path of an image")
     runtime.prepare_inference()
-    from vlm.cli.terminal import bar
+    from vlm.display import bar
 
     conditions = [_condition(text) for text in where]
     opened, unreadable = _open(index, model)

@@ -46,13 +46,6 @@ def counter(what: str) -> Iterator[Callable[[int, int | None], None]]:
         yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
-def bar(share: float, width: int = 20) -> str:
-    """A line of blocks as long as `share` of `width`."""
-    eighths = round(8 * width * min(max(share, 0.0), 1.0))
-    full, rest = divmod(eighths, 8)
-    return "█" * full + (chr(0x2590 - rest) if rest else "")
-
-
 def print_status(text: str) -> None:
     """A line for the reader of the terminal, beside the results."""
     print(text, file=sys.stderr)

@@ -11,12 +11,12 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 
+from vlm.display import data_uri
 from vlm.errors import DataError
 from vlm.evaluate.chart import Line, line_chart, smooth
 from vlm.evaluate.metrics import Metric
 from vlm.evaluate.page import page, section
 from vlm.evaluate.runner import Report
-from vlm.heads.show import data_uri
 from vlm.heads.top_k import top_k
 from vlm.heads.zero_shot import to_scores
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from vlm.display import data_uri
 from vlm.errors import CheckpointError, VlmError
 from vlm.evaluate.evidence import Samples, read_samples, write_samples
 from vlm.evaluate.runner import Report, Result
 from vlm.evaluate.tasks import Task
-from vlm.heads.show import data_uri
 
 RESULTS = "results.json"
 SHOWN = 12  # of the surest right answers, and of the surest wrong ones

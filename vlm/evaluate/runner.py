@@ -16,11 +16,11 @@ from etils import epath
 from rich.table import Table
 
 from vlm._version import __version__
+from vlm.display import escape
 from vlm.errors import CheckpointError, ConfigError
 from vlm.evaluate.evidence import Samples, model_facts
 from vlm.evaluate.intervals import Metric
 from vlm.evaluate.tasks import DataInfo, Task
-from vlm.heads.show import escape
 
 FORMAT, VERSION = "vlm evaluation report", 1
 LIBRARIES = ("jax", "flax", "numpy", "pillow", "tokenizers")

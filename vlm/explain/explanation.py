@@ -8,13 +8,13 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from vlm import display
 from vlm.config import ConvNeXtConfig, FastViTConfig, VisionTowerConfig
 from vlm.errors import ConfigError, DataError
 from vlm.explain.geometry import grid, on_image
 from vlm.explain.methods import METHODS, Method, place_maps
 from vlm.explain.picture import overlay
 from vlm.explain.words import token_importance
-from vlm.heads import show
 from vlm.inputs.opening import ImageLike, is_image
 from vlm.paths import as_path
 
@@ -64,10 +64,10 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         most = max((abs(fall) for _, fall in self.tokens), default=0.0)
-        words = show.bars(self.tokens, most)
-        head = f"<b>{show.escape(self.text)}</b><br>cosine {self.cosine:.3f}, by {self.method}"
-        pictures = show.thumbnail(self.image, 224) + show.thumbnail(self.picture(), 224)
-        return show.card(pictures, f"<p>{head}</p>{words}")
+        words = display.bars(self.tokens, most)
+        head = f"<b>{display.escape(self.text)}</b><br>cosine {self.cosine:.3f}, by {self.method}"
+        pictures = display.thumbnail(self.image, 224) + display.thumbnail(self.picture(), 224)
+        return display.card(pictures, f"<p>{head}</p>{words}")
 
 
 def explain(model: Any, image: ImageLike, text: str, *, method: Method = "path") -> Explanation:

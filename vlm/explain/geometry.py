@@ -36,14 +36,9 @@ def on_image(
     """
     config, (width, height) = preprocess.config, size
     (resized_width, resized_height), box = preprocess.layout(width, height)
-    rows, columns = places.shape
-    # The pixels that the model was shown, of which patches may leave a strip at the far edges.
     shown = (config.image_size, config.image_size)
-    shown = (resized_width, resized_height) if config.resize == "naflex" else shown
-    fine = _resized(places, (columns * patch_size, rows * patch_size))
-    seen = np.full((shown[1], shown[0]), outside, np.float32)
-    fine = fine[: shown[1], : shown[0]]
-    seen[: fine.shape[0], : fine.shape[1]] = fine
+    shown = (resized_height, resized_width) if config.resize == "naflex" else shown
+    seen = on_pixels(places, patch_size, shown, outside)
     if config.resize == "pad":
         left, top, right, bottom = box
         return _resized(seen[top:bottom, left:right], size)
@@ -57,6 +52,23 @@ def on_image(
     if right > left and bottom > top:
         whole[top:bottom, left:right] = _resized(seen, (right - left, bottom - top))
     return whole
+
+
+def on_pixels(
+    places: Float[np.ndarray, "p q"],
+    patch_size: int,
+    shape: tuple[int, int],
+    outside: float = 0.0,
+) -> Float[np.ndarray, "h w"]:
+    """A map of places as one of the pixels that the model was shown, `shape` of them.
+
+    Patches may leave a strip at the far edges, which is `outside`.
+    """
+    rows, columns = places.shape
+    fine = _resized(places, (columns * patch_size, rows * patch_size))[: shape[0], : shape[1]]
+    seen = np.full(shape, outside, np.float32)
+    seen[: fine.shape[0], : fine.shape[1]] = fine
+    return seen
 
 
 def _resized(values: Float[np.ndarray, "p q"], size: tuple[int, int]) -> Float[np.ndarray, "h w"]:

@@ -59,6 +59,17 @@ def _place_maps(graph, state, images, z_text, method: Method):
     return places, cosine
 
 
+def dense_embeddings(model: DualEncoder, images: Images) -> Float[Array, "b n e"]:
+    """The unit-norm embedding of each place on its own: see the towers' `dense`."""
+    graph, state = nnx.split(model)
+    return _dense(graph, state, images)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _dense(graph, state, images):
+    return unit_norm(nnx.merge(graph, state).vision.dense(jax.tree.map(jnp.asarray, images)))
+
+
 def run(
     model: DualEncoder, images: Images, z_text: Float[Array, "b e"], changes: Found
 ) -> tuple[Found, Float[Array, " b"]]:

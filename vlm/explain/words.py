@@ -1,8 +1,11 @@
 """Which tokens of a text its likeness to an image hangs on."""
 
+import functools
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 from jaxtyping import Float
 
 
@@ -22,8 +25,13 @@ def token_importance(
     for i in at:
         rest, pad = np.delete(row, i), [config.pad_id]
         rows.append(np.concatenate([rest, pad] if config.pad_side == "right" else [pad, rest]))
-    z = model.encode_tokens(np.stack(rows).astype(np.int32))
-    cosines = z @ z_image
+    graph, state = nnx.split(model.model)
+    cosines = np.asarray(_encode(graph, state, np.stack(rows).astype(np.int32))) @ z_image
     names = [model.tokenizer.decode([row[i : i + 1]])[0] for i in at]
     falls = cosines[0] - cosines[1:]
     return tuple((name, float(fall)) for name, fall in zip(names, falls, strict=True))
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _encode(graph, state, tokens) -> jax.Array:
+    return nnx.merge(graph, state).encode_text(tokens)

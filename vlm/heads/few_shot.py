@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
+from rich.table import Table
 
+from vlm import display
 from vlm.errors import ConfigError
 from vlm.heads.classifier_file import reading_classifier, write_classifier
 from vlm.heads.linear_probe import fit_linear, fit_swept
@@ -169,6 +171,19 @@ class FewShotClassifier:
     def __repr__(self) -> str:
         names = ", ".join(self.labels[:4]) + (", ..." if len(self.labels) > 4 else "")
         return f"FewShotClassifier({self.model.name}, {len(self.labels)} labels: {names})"
+
+    def _repr_html_(self) -> str:
+        return display.facts("Few-shot classifier", self._facts())
+
+    def __rich__(self) -> Table:
+        return display.facts_table("Few-shot classifier", self._facts())
+
+    def _facts(self) -> dict[str, str]:
+        return {
+            "model": str(self.model.name),
+            "labels": display.listed(self.labels),
+            "head": type(self.head).__name__,
+        }
 
 
 def fit_head(

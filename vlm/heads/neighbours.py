@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
+from rich.table import Table
 
+from vlm import display
 from vlm.errors import ConfigError
 from vlm.heads.prompts import normalise
 from vlm.heads.retrieval import RetrievalIndex
@@ -116,6 +118,20 @@ class NeighbourClassifier:
     def __repr__(self) -> str:
         joined = "" if self.zero_shot is None else f" and zero-shot ({1 - self.share:.0%})"
         return f"NeighbourClassifier({len(self.labels)} labels, {self.k} neighbours{joined})"
+
+    def _repr_html_(self) -> str:
+        return display.facts("Classifier by nearest neighbours", self._facts())
+
+    def __rich__(self) -> Table:
+        return display.facts_table("Classifier by nearest neighbours", self._facts())
+
+    def _facts(self) -> dict[str, str]:
+        own = f"{self.share:.0%}" if self.zero_shot is not None else "100%"
+        return {
+            "model": str(self.index.model.name),
+            "labels": display.listed(self.labels),
+            "neighbours": f"{self.k} of {len(self.index):,}, whose share is {own}",
+        }
 
 
 def _caption_votes(zero_shot: ZeroShotClassifier, told: dict[Any, str]) -> dict[Any, np.ndarray]:

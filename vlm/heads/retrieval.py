@@ -4,14 +4,16 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
+from vlm import display
 from vlm.errors import CheckpointError, ConfigError, DataError
-from vlm.heads import index_folder, show
+from vlm.heads import index_folder
 from vlm.heads.codes import CANDIDATES, LEAST, Coding, candidates
+from vlm.heads.hits import Hit, Hits, picture_of
 from vlm.heads.identity import check_identity, identity
 from vlm.heads.inputs import Kind, default_id, kind, split
 from vlm.heads.items import Id, Items
@@ -19,30 +21,11 @@ from vlm.heads.metadata import Value, Where, checked_columns, matching
 from vlm.heads.prompts import normalise
 from vlm.heads.query import Query, embed_queries, queries_in
 from vlm.heads.top_k import rescored, top_k
-from vlm.inputs.opening import SUFFIXES, OnError
+from vlm.inputs.opening import OnError
 
 CHUNK = 8192  # items encoded before their embeddings are stored
 EMBEDDINGS = 1 << 17  # the same of embeddings: a search is fastest over large blocks
 QUERY_BLOCK = 256
-
-
-class Hit(NamedTuple):
-    """One answer: the id it was added under, and its cosine with the query."""
-
-    id: Id
-    score: float
-
-
-class Hits(list[Hit]):
-    """The answers to one query, best first."""
-
-    def _repr_html_(self) -> str:
-        cards = []
-        for hit in self:
-            on_disk = isinstance(hit.id, str) and os.path.splitext(hit.id)[1].lower() in SUFFIXES
-            picture = show.thumbnail(hit.id) if on_disk else ""
-            cards.append(show.card(picture, show.bars([(str(hit.id), hit.score)])))
-        return f"<div>{''.join(cards) or 'no hits'}</div>"
 
 
 @runtime_checkable
@@ -456,6 +439,10 @@ class RetrievalIndex:
         width = f" x {self.embed_dim}" if self.embed_dim else ""
         kept = self.dtype if self.coding is None else f"{self.dtype}, {self.coding} codes"
         return f"RetrievalIndex({self.model.name}, {len(self):,}{width} {kept}, {size:.1f} MiB)"
+
+    def _repr_html_(self) -> str:
+        pictures = "".join(picture_of(id) for id in self.ids[:8])
+        return f"<div><p>{display.escape(repr(self))}</p>{pictures}</div>"
 
     # --------------------------------------------------------------------- saving and loading
 

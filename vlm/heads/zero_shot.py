@@ -8,9 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
+from rich.console import Group
+from rich.padding import Padding
+from rich.table import Table
 
+from vlm import display
 from vlm.errors import ConfigError, DataError
-from vlm.heads import show
 from vlm.heads.calibration import fit_temperature
 from vlm.heads.classifier_file import reading_classifier, write_classifier
 from vlm.heads.prompts import TEMPLATES, cached_embeddings, class_prompts, indices, leaves_of
@@ -104,11 +107,16 @@ class Classification:
 
     def _repr_html_(self) -> str:
         # A row of a result that kept no pictures is shown all the same.
-        pictures = [show.thumbnail(image) for image in self.images]
+        pictures = [display.thumbnail(image) for image in self.images]
         rows = itertools.zip_longest(pictures, self._first().top(5), fillvalue="")
-        cards = "".join(show.card(picture, show.bars(row)) for picture, row in rows)
+        cards = "".join(display.card(picture, display.bars(row)) for picture, row in rows)
         more = f"<p>and {len(self) - SHOWN} more images</p>" if len(self) > SHOWN else ""
         return f"<div>{cards}{more}</div>"
+
+    def __rich__(self) -> Group:
+        blocks = [Padding(display.bar_table(row), (0, 0, 1, 0)) for row in self._first().top(5)]
+        more = [f"and {len(self) - SHOWN} more images"] if len(self) > SHOWN else []
+        return Group(*blocks, *more)
 
     def _first(self) -> "Classification":
         return Classification(self.labels, self.logits[:SHOWN], self.rule)
@@ -235,6 +243,21 @@ class ZeroShotClassifier:
     def __repr__(self) -> str:
         names = ", ".join(self.labels[:4]) + (", ..." if len(self.labels) > 4 else "")
         return f"ZeroShotClassifier({self.model.name}, {len(self.labels)} labels: {names})"
+
+    def _repr_html_(self) -> str:
+        return display.facts("Zero-shot classifier", self._facts())
+
+    def __rich__(self) -> Table:
+        return display.facts_table("Zero-shot classifier", self._facts())
+
+    def _facts(self) -> dict[str, str]:
+        return {
+            "model": str(self.model.name),
+            "labels": display.listed(self.labels),
+            "sentences": display.listed([s for own in self.prompts.values() for s in own], 3),
+            "scores by": self.rule,
+            "temperature": f"{self.temperature:.3g}",
+        }
 
 
 def to_scores(logits: Float[np.ndarray, "*n m"], rule: Rule) -> Float[np.ndarray, "*n m"]:

@@ -1,6 +1,7 @@
 """The plan of one experiment on one slice."""
 
 import dataclasses
+import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,10 @@ from typing import Any, Literal
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
 
+from vlm import display
 from vlm.config import Experiment, MeshConfig
 from vlm.errors import ConfigError, ShardingError
 from vlm.models.flops import PartFlops, model_flops, step_flops
@@ -27,16 +31,10 @@ from vlm.plan.compile import (
     with_dtype,
 )
 from vlm.plan.needs import Needs, needs
+from vlm.plan.report import BASES, show
 from vlm.plan.roofline import Roofline, analytic_roofline, compiled_roofline, mfu
 from vlm.plan.topology import Topology, parse_mesh, parse_topology, topology_devices
 from vlm.sharding import AXES, batch_ways, check_batch, make_mesh, mesh_sizes
-
-BASES = {
-    "compiled": "read from the program that the compiler made for this slice",
-    "analytic": "counted by hand from the model and the published figures of the chip",
-    "estimate": "from round figures that vlm/plan/needs.py names",
-    "expected": "a range: the shares of the published rates that such steps reached elsewhere",
-}
 
 
 @dataclass(frozen=True)
@@ -111,6 +109,15 @@ class Plan:
         if seconds is None:
             return None
         return needs(self.experiment, self.topology, seconds, self.state_bytes, price)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        drawn = io.StringIO()
+        own = Console(width=options.max_width, file=drawn, force_terminal=True)
+        show(self, own)
+        yield Text.from_ansi(drawn.getvalue())
+
+    def _repr_html_(self) -> str:
+        return display.as_html(self)
 
     def to_dict(self, price: float | None = None) -> dict[str, Any]:
         """The plan as JSON values: bytes per device, seconds, operations of the whole step."""

@@ -1,7 +1,10 @@
-"""A plan and a sweep as tables for the terminal; every figure beside how it came to be."""
+"""A plan and a sweep as tables for the terminal; every figure beside how it came to be.
+
+A `plan` here is a `vlm.plan.Plan`, which shows itself by these tables.
+"""
 
 from collections.abc import Callable
-from typing import get_args
+from typing import Any, get_args
 
 from rich import box
 from rich.console import Console
@@ -11,10 +14,16 @@ from rich.table import Table
 from vlm.config import RematPolicy
 from vlm.plan.calibration import Range
 from vlm.plan.needs import DECODES, Needs
-from vlm.plan.plan import BASES, Plan
+
+BASES = {
+    "compiled": "read from the program that the compiler made for this slice",
+    "analytic": "counted by hand from the model and the published figures of the chip",
+    "estimate": "from round figures that vlm/plan/needs.py names",
+    "expected": "a range: the shares of the published rates that such steps reached elsewhere",
+}
 
 
-def show(plan: Plan, console: Console, price: float | None = None) -> None:
+def show(plan: Any, console: Console, price: float | None = None) -> None:
     """Print a plan; with a price of a chip's hour, what the run costs."""
     e, mesh = plan.experiment, " x ".join(f"{a} {n}" for a, n in plan.mesh.items() if n > 1)
     console.print(
@@ -53,7 +62,7 @@ def show(plan: Plan, console: Console, price: float | None = None) -> None:
     )
 
 
-def show_sweep(plans: list[Plan], console: Console) -> None:
+def show_sweep(plans: list[Any], console: Console) -> None:
     """Print plans side by side, the most pairs per second and chip first.
 
     Compiled plans and those counted by hand are tables of their own.
@@ -65,13 +74,13 @@ def show_sweep(plans: list[Plan], console: Console) -> None:
     console.print(f"[dim]expected: {BASES['expected']}[/]", highlight=False)
 
 
-def order(plan: Plan) -> tuple:
+def order(plan: Any) -> tuple:
     """Compiled plans first, those that fit before others, the fastest per chip before slower."""
     rate = plan.pairs_per_second.middle / plan.topology.chips if plan.roofline else 0.0
     return not plan.compiled, not plan.fits, -rate
 
 
-def _sweep_table(plans: list[Plan], title: str, *, wide: bool) -> Table:
+def _sweep_table(plans: list[Any], title: str, *, wide: bool) -> Table:
     table = Table(
         title=f"{title}: the most pairs per second and chip first",
         box=box.SIMPLE_HEAD,
@@ -105,7 +114,7 @@ def _sweep_table(plans: list[Plan], title: str, *, wide: bool) -> Table:
     return table
 
 
-def _memory(plan: Plan) -> Table:
+def _memory(plan: Any) -> Table:
     m = plan.memory
     table = Table("memory of one device", title=None)
     table.add_column("", justify="right")
@@ -125,7 +134,7 @@ def _memory(plan: Plan) -> Table:
     return table
 
 
-def _flops(plan: Plan) -> Table:
+def _flops(plan: Any) -> Table:
     model = sum(p.model for p in plan.flops.values())
     executed = sum(p.executed for p in plan.flops.values())
     table = Table("FLOPs of a step (analytic)")
@@ -145,7 +154,7 @@ def _flops(plan: Plan) -> Table:
     return table
 
 
-def _communication(plan: Plan) -> Table:
+def _communication(plan: Any) -> Table:
     if not plan.collectives:
         table = Table("communication (analytic)")
         table.add_column("sent by each device", justify="right")
@@ -163,7 +172,7 @@ def _communication(plan: Plan) -> Table:
     return table
 
 
-def _time(plan: Plan) -> Table:
+def _time(plan: Any) -> Table:
     r = plan.roofline
     table = Table("time of a step")
     table.add_column("", justify="right")
@@ -222,7 +231,7 @@ def _of(found: Range, text: Callable[[float], str], to: str = " to ") -> str:
     return f"{low}{to}{high}"
 
 
-def _mend(plan: Plan) -> str:
+def _mend(plan: Any) -> str:
     e = plan.experiment
     mends = []
     policies = get_args(RematPolicy)

@@ -1,0 +1,99 @@
+"""Results show themselves in a notebook and in a terminal."""
+
+import io
+import pathlib
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+import vlm
+from vlm import display
+
+GOLDEN = pathlib.Path(__file__).parent / "weights" / "golden"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return vlm.load(GOLDEN / "oc_vit")
+
+
+@pytest.fixture(scope="module")
+def results(model, tmp_path_factory):
+    """One of everything that shows itself."""
+    folder = tmp_path_factory.mktemp("photos")
+    paths = [folder / f"{colour}.png" for colour in ("red", "blue")]
+    for path in paths:
+        Image.new("RGB", (40, 30), path.stem).save(path)
+    classify = vlm.ZeroShotClassifier(model, ["a <dog>", "a cat"])
+    index = vlm.RetrievalIndex(model)
+    index.add(paths)
+    shots = vlm.FewShotClassifier.fit(model, paths, ["a <dog>", "a cat"])
+    return {
+        "bundle": model,
+        "classifier": classify,
+        "classification": classify(paths),
+        "few shots": shots,
+        "index": index,
+        "hits": index.search("a dog", k=2),
+    }
+
+
+KINDS = ("bundle", "classifier", "classification", "few shots", "index", "hits")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_notebook_shows_it(results, kind):
+    page = results[kind]._repr_html_()
+    assert page.startswith("<")
+    assert "<dog>" not in page
+    if kind in ("classification", "index", "hits"):
+        assert page.count("<img") == 2
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "index"])
+def test_a_terminal_shows_it(results, kind):
+    out = io.StringIO()
+    Console(file=out, width=80).print(results[kind])
+    text = out.getvalue()
+    assert "object at 0x" not in text
+    words = {"bundle": "oc_vit", "classifier": "<dog>", "few shots": "<dog>"}
+    assert words.get(kind, "█" if kind == "classification" else "png") in text
+
+
+def test_a_plan_shows_itself():
+    from vlm.plan.plan import plan
+
+    found = plan(vlm.load_config("openmoji"), "v5e:2x2", "data=4", compiled=False)
+    out = io.StringIO()
+    Console(file=out, width=100).print(found)
+    assert "memory of one device" in out.getvalue()
+    assert "memory of one device" in found._repr_html_()
+    assert found._repr_html_().startswith("<pre")
+
+
+def test_bars_are_as_long_as_their_scores():
+    assert [len(display.bar(share)) for share in (0, 0.5, 1, 2)] == [0, 10, 20, 20]
+    assert "width:50.0%" in display.bars([("a", 1.0)], 2.0)
+    assert "&lt;b&gt;" in display.bars([("<b>", 1.0)])
+
+
+def test_an_image_that_cannot_be_read_is_left_out(tmp_path):
+    assert display.thumbnail(tmp_path / "nothing.png") == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "start"),
+    [
+        ({}, None),
+        ({"KITTY_WINDOW_ID": "1"}, "\033_Ga=T,f=100,"),
+        ({"TERM_PROGRAM": "iTerm.app"}, "\033]1337;File=inline=1;"),
+    ],
+)
+def test_terminals_that_draw_images(monkeypatch, variables, start):
+    for name in ("KITTY_WINDOW_ID", "TERM_PROGRAM", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    drawn = display.inline_image(Image.new("RGB", (300, 200)))
+    assert drawn is None if start is None else drawn.startswith(start)

@@ -1,0 +1,148 @@
+"""How results look: small pictures and bars, in a notebook (HTML) and in a terminal (rich).
+
+Colours are translucent or inherited, so that light and dark pages both show them well.
+"""
+
+import base64
+import html
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from vlm.errors import DataError
+from vlm.inputs.opening import open_image
+
+escape = html.escape
+
+# The colour of the n-th of several things, told apart without colour vision too (Okabe and Ito).
+COLOURS = (
+    (0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167),
+    (86, 180, 233), (213, 94, 0), (240, 228, 66), (120, 120, 120),
+)  # fmt: skip
+
+
+def data_uri(image: Any, size: int = 96) -> str:
+    """`image` at most `size` pixels on a side as a `data:` address, WebP encoded."""
+    picture = open_image(image)
+    picture.thumbnail((size, size), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    picture.save(out, "WEBP", quality=88, method=4)
+    return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def thumbnail(image: Any, size: int = 96) -> str:
+    """An `<img>` of the picture, or nothing where it cannot be read: a display never fails."""
+    try:
+        uri = data_uri(image, size)
+    except (DataError, OSError, ValueError):
+        return ""
+    style = f"width:{size}px;height:{size}px;object-fit:contain;border-radius:6px"
+    return f'<img src="{uri}" alt="" style="{style}">'
+
+
+def bars(rows: Sequence[tuple[str, float]], scale: float = 1.0) -> str:
+    """Lines of label, score and a bar as long as score / scale."""
+    lines = []
+    for label, score in rows:
+        width = 100 * min(max(score / scale, 0.0), 1.0) if scale else 0.0
+        lines.append(
+            '<div style="position:relative;margin:2px 0;padding:1px 6px;min-width:220px">'
+            f'<div style="position:absolute;inset:0;width:{width:.1f}%;border-radius:4px;'
+            'background:rgba(92,124,250,.28)"></div>'
+            '<div style="position:relative;display:flex;justify-content:space-between;gap:16px">'
+            f"<span>{escape(label)}</span>"
+            f'<span style="font-variant-numeric:tabular-nums;opacity:.75">{score:.3f}</span>'
+            "</div></div>"
+        )
+    return "".join(lines)
+
+
+def card(picture: str, body: str) -> str:
+    """A picture, if there is one, beside its body."""
+    return (
+        '<div style="display:inline-flex;gap:10px;align-items:center;margin:6px 14px 6px 0">'
+        f"{picture}<div>{body}</div></div>"
+    )
+
+
+def facts(title: str, rows: Mapping[str, str]) -> str:
+    """A small table of names and values under a title."""
+    lines = "".join(
+        f'<tr><th style="text-align:left">{escape(name)}</th><td>{escape(value)}</td></tr>'
+        for name, value in rows.items()
+    )
+    return f"<table><caption>{escape(title)}</caption>{lines}</table>"
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """How many there are, and the first of them."""
+    shown = ", ".join(names[:most])
+    return f"{len(names):,}: {shown}{', ...' if len(names) > most else ''}"
+
+
+# --------------------------------------------------------------------------- in a terminal
+
+
+def bar(share: float, width: int = 20) -> str:
+    """A line of blocks as long as `share` of `width`."""
+    eighths = round(8 * width * min(max(share, 0.0), 1.0))
+    full, rest = divmod(eighths, 8)
+    return "█" * full + (chr(0x2590 - rest) if rest else "")
+
+
+def bar_table(rows: Iterable[tuple[str, float]], scale: float = 1.0) -> Table:
+    """Lines of label, score and a bar, for `rich.print`."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(overflow="fold")
+    table.add_column(justify="right", style="dim")
+    table.add_column(style="blue", no_wrap=True)
+    for label, score in rows:
+        table.add_row(Text(label), f"{score:.3f}", bar(score / scale if scale else 0.0))
+    return table
+
+
+def facts_table(title: str, rows: Mapping[str, str]) -> Table:
+    """A small table of names and values under a title, for `rich.print`."""
+    table = Table(title=Text(title), title_justify="left", show_header=False, box=None)
+    for name, value in rows.items():
+        table.add_row(Text(name, style="dim"), Text(value))
+    return table
+
+
+def inline_image(image: Any, size: int = 240) -> str | None:
+    """The escape sequence that draws an image, in a terminal that says it can; else None.
+
+    kitty's graphics protocol (also WezTerm and Ghostty), and iTerm2's inline images.
+    """
+    program, term = os.environ.get("TERM_PROGRAM", ""), os.environ.get("TERM", "")
+    kitty = "KITTY_WINDOW_ID" in os.environ or "kitty" in term or program in ("ghostty", "WezTerm")
+    if not kitty and program != "iTerm.app":
+        return None
+    picture = open_image(image)
+    picture.thumbnail((size, size), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    picture.save(out, "PNG")
+    text = base64.b64encode(out.getvalue()).decode()
+    if not kitty:
+        return f"\033]1337;File=inline=1;size={len(out.getvalue())}:{text}\a"
+    chunks = [text[i : i + 4096] for i in range(0, len(text), 4096)]
+    return "".join(
+        f"\033_G{'a=T,f=100,' if i == 0 else ''}m={int(i + 1 < len(chunks))};{chunk}\033\\"
+        for i, chunk in enumerate(chunks)
+    )
+
+
+def as_html(renderable: RenderableType, width: int = 110) -> str:
+    """What `rich.print` would show, as HTML with the colours of the page."""
+    from rich.console import Console
+
+    console = Console(record=True, width=width, file=io.StringIO(), force_jupyter=False)
+    console.print(renderable)
+    text = console.export_html(inline_styles=True, code_format="{code}")
+    return f'<pre style="line-height:1.3;white-space:pre">{text}</pre>'

@@ -1,0 +1,122 @@
+"""Zero-shot segmentation: every place of an image goes to the label that it is most like."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from PIL import Image
+
+from vlm import display
+from vlm.errors import ConfigError, DataError
+from vlm.explain.geometry import grid, on_image
+from vlm.explain.methods import dense_embeddings
+from vlm.heads.prompts import TEMPLATES
+from vlm.heads.zero_shot import ZeroShotClassifier, to_scores
+from vlm.inputs.opening import ImageLike, is_image
+from vlm.paths import as_path
+
+
+@dataclass(frozen=True, repr=False)
+class Segmentation:
+    """An image cut up by labels.
+
+    Attributes:
+        labels: the m names, in the order of the scores; the last may be "none of these".
+        scores: (m, h, w) float32 in the image's own pixels: the probability of each label there.
+        mask: (h, w), the index of the best label; -1 where the model was not shown the image.
+        image: the image as it was opened.
+    """
+
+    labels: tuple[str, ...]
+    scores: Float[np.ndarray, "m h w"]
+    mask: Int[np.ndarray, "h w"]
+    image: Image.Image = field(compare=False)
+
+    @property
+    def shares(self) -> list[tuple[str, float]]:
+        """Each label with its share of the pixels that the model was shown."""
+        seen = self.mask[self.mask >= 0]
+        return [(label, float((seen == i).mean())) for i, label in enumerate(self.labels)]
+
+    def picture(self) -> Image.Image:
+        """The image with each label in a colour of its own."""
+        palette = np.array(display.COLOURS, np.float32)
+        colours = palette[self.mask % len(palette)]
+        seen = (self.mask >= 0)[..., None]
+        pixels = np.asarray(self.image, np.float32)
+        mixed = np.where(seen, 0.45 * pixels + 0.55 * colours, 0.3 * pixels + 0.7 * 255)
+        return Image.fromarray(mixed.astype(np.uint8))
+
+    def save(self, file: str | os.PathLike) -> None:
+        """Write the picture as a PNG."""
+        with as_path(file).open("wb") as out:
+            self.picture().save(out, "PNG")
+
+    def __repr__(self) -> str:
+        shares = ", ".join(f"{label} {share:.0%}" for label, share in self.shares)
+        return f"Segmentation({self.image.width} x {self.image.height}: {shares})"
+
+    def _repr_html_(self) -> str:
+        lines = []
+        for i, (label, share) in enumerate(self.shares):
+            red, green, blue = display.COLOURS[i % len(display.COLOURS)]
+            dot = f"width:12px;height:12px;border-radius:3px;background:rgb({red},{green},{blue})"
+            lines.append(
+                '<div style="display:flex;gap:8px;align-items:center">'
+                f'<div style="{dot}"></div>{display.escape(label)} {share:.0%}</div>'
+            )
+        pictures = display.thumbnail(self.image, 224) + display.thumbnail(self.picture(), 224)
+        return display.card(pictures, "".join(lines))
+
+
+def segment(
+    model: Any,
+    image: ImageLike,
+    labels: Sequence[str] | Mapping[str, Any],
+    templates: Sequence[str] = TEMPLATES["photo"],
+    none: Sequence[str] | str | None = None,
+) -> Segmentation:
+    """Cut one image up by labels named in words, without any training (arXiv:2112.01071).
+
+    The tower embeds each of its places on its own, and each goes to the nearest label; between the
+    middles of places the scores are interpolated. It is a rough cut, as fine as the places are.
+
+    Args:
+        model: what `vlm.load` gives, with both towers.
+        image: a PIL image, a path, the bytes of a file or an array of pixels.
+        labels, templates, none: as of `vlm.ZeroShotClassifier`; with `none`, such as "a photo.",
+            one more label takes what shows none of them.
+
+    Raises:
+        ConfigError: as of `vlm.ZeroShotClassifier`, or a model without its image tower.
+        DataError: the image cannot be read, or is no image.
+
+    Example:
+        >>> vlm.explain.segment(model, "park.jpg", ["dog", "grass", "sky"])  # doctest: +SKIP
+    """
+    if not is_image(image):
+        raise DataError(f"one image is cut up at a time, not a {type(image).__name__}")
+    if model.model.vision is None:
+        raise ConfigError(
+            f"{model.name} was loaded without its image tower: load it with tower='both'"
+        )
+    classifier = ZeroShotClassifier(model, labels, templates, none)
+    opened = model.preprocess.open(image)
+    pixels = model.preprocess.pixels(opened)
+    batch = model.preprocess.normalize(model.preprocess.collate([pixels]))
+    rows, columns = grid(model.config.vision, model.preprocess, opened.size)
+    z = np.asarray(dense_embeddings(model.model, batch))[0, : rows * columns]
+    by_place = to_scores(classifier.logits(z), classifier.rule)
+    patch_size = model.config.vision.patch_size
+    scores = np.stack(
+        [
+            on_image(np.float32(of_label), model.preprocess, patch_size, opened.size, outside=-1)
+            for of_label in by_place.T.reshape(-1, rows, columns)
+        ]
+    )
+    seen = scores.min(0) >= 0
+    mask = np.where(seen, scores.argmax(0), -1)
+    return Segmentation(classifier.labels, np.maximum(scores, 0), mask, opened)
