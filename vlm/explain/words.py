@@ -25,8 +25,10 @@ def token_importance(
     for i in at:
         rest, pad = np.delete(row, i), [config.pad_id]
         rows.append(np.concatenate([rest, pad] if config.pad_side == "right" else [pad, rest]))
+    padded = rows + [row] * ((1 << len(at).bit_length()) - len(rows))  # few shapes to compile
     graph, state = nnx.split(model.model)
-    cosines = np.asarray(_encode(graph, state, np.stack(rows).astype(np.int32))) @ z_image
+    z = _encode(graph, state, np.stack(padded).astype(np.int32))
+    cosines = np.asarray(z)[: len(rows)] @ z_image
     names = [model.tokenizer.decode([row[i : i + 1]])[0] for i in at]
     falls = cosines[0] - cosines[1:]
     return tuple((name, float(fall)) for name, fall in zip(names, falls, strict=True))
