@@ -274,7 +274,8 @@ def check_state(state: StateBytes, topology: Topology, mesh: dict[str, int]) -> 
 
 def _memory(e, topology, grid, state, step, *, loss) -> tuple[Memory, bool, str | None]:
     limit = topology.chip.usable if topology.chip else None
-    common = dataclasses.asdict(state) | {"limit": limit}
+    shown = ("parameters", "optimizer", "averages")
+    common = {name: getattr(state, name) for name in shown} | {"limit": limit}
     if isinstance(step, CompiledStep):
         memory = Memory(
             basis="compiled",
