@@ -1,11 +1,12 @@
 """Do explanations tell the truth? Deletion and insertion curves, beside random maps and Grad-CAM.
 
-    for KIND in class mean map query rotary resnet convnext fastvit vitamin; do
-        KIND=$KIND vlm train tests/explain/towers.py --run-dir runs/$KIND
+    KIND=mean vlm train tests/explain/towers.py --run-dir runs/mean
+    for KIND in class map query rotary resnet convnext fastvit vitamin; do
+        KIND=$KIND TEXT=runs/mean vlm train tests/explain/towers.py --run-dir runs/$KIND
     done
     python tests/explain/curves.py runs/*
 
-Of each model: the area under the curves over 120 of its held-out images, where the text is the
+Of each model: the area under the curves over 80 of its held-out images, where the text is the
 image's own caption among theirs. Small deletion and large insertion are good.
 "by" says how much better `vlm.explain` is than another map, image by image, with a bootstrap
 interval of 95%; it is won where the interval is above 0. A plain ViT with a map pool is measured a
@@ -30,7 +31,7 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.models.dual_encoder import DualEncoder
 
 OURS = "path"  # what `vlm.explain` takes
-IMAGES = 120
+IMAGES = 80
 
 
 def measure(model: Bundle, images: list, captions: list[str], methods) -> dict[str, Faithfulness]:

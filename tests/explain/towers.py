@@ -1,7 +1,9 @@
 """A small tower of every kind, to train on OpenMoji in a minute or two and explain: `KIND` chooses.
 
-    KIND=map vlm train tests/explain/towers.py --run-dir runs/map
+    KIND=mean vlm train tests/explain/towers.py --run-dir runs/mean
+    KIND=map TEXT=runs/mean vlm train tests/explain/towers.py --run-dir runs/map
 
+The first one trains both towers, and the others learn to meet its text tower, which is locked.
 Images of 64 pixels have 8 x 8 places in every tower, so that the heat maps of all are as fine.
 """
 
@@ -44,7 +46,7 @@ PLAIN = VIT | {"stem": "linear", "stem_widths": (), "projection": "none"}
 
 TOWERS = {
     "class": ViTConfig(**VIT, pool="class"),
-    "mean": ViTConfig(**VIT, pool="mean"),
+    "mean": ViTConfig(**VIT | {"depth": 3}, pool="mean"),
     "map": ViTConfig(**PLAIN, pool="map"),
     "query": ViTConfig(**VIT, pool="query"),
     "rotary": ViTConfig(**VIT, pool="class", rotary=0),
@@ -71,6 +73,21 @@ TOWERS = {
         heads=4,
         mlp_dim=96,
     ),
+}
+
+
+BOTH = {
+    "optimizer": OptimizerConfig(name="muon", learning_rate=3e-3, weight_decay=0.3),
+    "steps": 330,
+    "scan": False,
+    "remat": "none",
+}
+IMAGE_ALONE = {
+    "optimizer": OptimizerConfig(learning_rate=2e-3),
+    "steps": 120,
+    "init_from": os.environ.get("TEXT", "runs/mean"),
+    "init_towers": "text",
+    "lock": "text",
 }
 
 
@@ -102,10 +119,8 @@ def experiment(kind: str) -> Experiment:
             augment=AugmentConfig(crop=(0.7, 1.0), aspect=(0.9, 1.11), jitter=0.05),
             cache=True,
         ),
-        optimizer=OptimizerConfig(learning_rate=2e-3),
+        **(BOTH if kind == "mean" else IMAGE_ALONE),
         batch_size=128,
-        steps=150,
-        remat="none",
         log_every=20,
         eval_every=1.0,
     )
