@@ -18,10 +18,9 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
-from rich.table import Table
 
-from vlm import display
 from vlm.config import AdapterConfig, ModelConfig
+from vlm.display import FactSheet
 from vlm.errors import CheckpointError, ConfigError
 from vlm.inputs.batches import pixel_batches
 from vlm.inputs.opening import ImageLike, OnError, one_or_many
@@ -43,7 +42,7 @@ from vlm.weights.writing import Format, write_folder
 _TEXT_STEP = 16  # tokens: lengths of causal text are rounded up to a multiple of this
 
 
-class Bundle:
+class Bundle(FactSheet):
     """A model with everything it needs to take images and texts as they come.
 
     Compiles once per shape: batches are rounded up to a power of two, and texts of a causal tower
@@ -359,26 +358,20 @@ class Bundle:
 
     # -------------------------------------------------------------------------- display
 
-    def _facts(self) -> list[tuple[str, str]]:
+    def _facts(self) -> tuple[str, dict[str, str]]:
         c = self.config
         count = sum(math.prod(shape) for shape in flat_shapes(self.model).values())
-        return [
-            ("parameters", f"{count / 1e6:,.1f} M"),
-            ("image", f"{c.vision.image_size} px, patches of {c.vision.patch_size}"),
-            ("text", f"{c.text.context_length} tokens of {c.text.vocab_size:,}"),
-            ("embedding", f"{c.embed_dim}"),
-            ("loss", c.loss),
-        ]
+        return self.name, {
+            "parameters": f"{count / 1e6:,.1f} M",
+            "image": f"{c.vision.image_size} px, patches of {c.vision.patch_size}",
+            "text": f"{c.text.context_length} tokens of {c.text.vocab_size:,}",
+            "embedding": f"{c.embed_dim}",
+            "loss": c.loss,
+        }
 
     def __repr__(self) -> str:
-        facts = ", ".join(f"{name} {value}" for name, value in self._facts())
+        facts = ", ".join(f"{name} {value}" for name, value in self._facts()[1].items())
         return f"Bundle({self.name}: {facts})"
-
-    def _repr_html_(self) -> str:
-        return display.facts(self.name, dict(self._facts()))
-
-    def __rich__(self) -> Table:
-        return display.facts_table(self.name, dict(self._facts()))
 
 
 def load(

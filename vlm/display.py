@@ -80,6 +80,19 @@ def facts(title: str, rows: Mapping[str, str]) -> str:
     return f"<table><caption>{escape(title)}</caption>{lines}</table>"
 
 
+class FactSheet:
+    """What shows itself as a small table: `_facts` gives its title and its rows."""
+
+    def _facts(self) -> tuple[str, dict[str, str]]:
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        return facts(*self._facts())
+
+    def __rich__(self) -> Table:
+        return facts_table(*self._facts())
+
+
 def listed(names: Sequence[str], most: int = 6) -> str:
     """How many there are, and the first of them."""
     shown = ", ".join(names[:most])

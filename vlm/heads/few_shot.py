@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
-from rich.table import Table
 
 from vlm import display
 from vlm.errors import ConfigError
@@ -60,7 +59,7 @@ class CacheHead:
         return z_image @ self.zero_shot + RATIO * nearness @ self.values
 
 
-class FewShotClassifier:
+class FewShotClassifier(display.FactSheet):
     """Classifies images into the classes of a few labelled examples; made by `fit`.
 
     Attributes:
@@ -172,14 +171,8 @@ class FewShotClassifier:
         names = ", ".join(self.labels[:4]) + (", ..." if len(self.labels) > 4 else "")
         return f"FewShotClassifier({self.model.name}, {len(self.labels)} labels: {names})"
 
-    def _repr_html_(self) -> str:
-        return display.facts("Few-shot classifier", self._facts())
-
-    def __rich__(self) -> Table:
-        return display.facts_table("Few-shot classifier", self._facts())
-
-    def _facts(self) -> dict[str, str]:
-        return {
+    def _facts(self) -> tuple[str, dict[str, str]]:
+        return "Few-shot classifier", {
             "model": str(self.model.name),
             "labels": display.listed(self.labels),
             "head": type(self.head).__name__,

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
-from rich.table import Table
 
 from vlm import display
 from vlm.errors import ConfigError
@@ -21,7 +20,7 @@ from vlm.heads.zero_shot import Classification, ZeroShotClassifier, encode_image
 Evidence = Literal["label", "caption"]
 
 
-class NeighbourClassifier:
+class NeighbourClassifier(display.FactSheet):
     """Classifies images by the items of an index that are nearest to them.
 
     Each of the k nearest items votes with a weight of exp(cosine / temperature), as in the k-NN
@@ -119,15 +118,9 @@ class NeighbourClassifier:
         joined = "" if self.zero_shot is None else f" and zero-shot ({1 - self.share:.0%})"
         return f"NeighbourClassifier({len(self.labels)} labels, {self.k} neighbours{joined})"
 
-    def _repr_html_(self) -> str:
-        return display.facts("Classifier by nearest neighbours", self._facts())
-
-    def __rich__(self) -> Table:
-        return display.facts_table("Classifier by nearest neighbours", self._facts())
-
-    def _facts(self) -> dict[str, str]:
+    def _facts(self) -> tuple[str, dict[str, str]]:
         own = f"{self.share:.0%}" if self.zero_shot is not None else "100%"
-        return {
+        return "Classifier by nearest neighbours", {
             "model": str(self.index.model.name),
             "labels": display.listed(self.labels),
             "neighbours": f"{self.k} of {len(self.index):,}, whose share is {own}",

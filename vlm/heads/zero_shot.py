@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Float
 from rich.console import Group
 from rich.padding import Padding
-from rich.table import Table
 
 from vlm import display
 from vlm.errors import ConfigError, DataError
@@ -122,7 +121,7 @@ class Classification:
         return Classification(self.labels, self.logits[:SHOWN], self.rule)
 
 
-class ZeroShotClassifier:
+class ZeroShotClassifier(display.FactSheet):
     """Classifies images into labels named in words (Radford et al., 2021, arXiv:2103.00020).
 
     Args:
@@ -244,14 +243,8 @@ class ZeroShotClassifier:
         names = ", ".join(self.labels[:4]) + (", ..." if len(self.labels) > 4 else "")
         return f"ZeroShotClassifier({self.model.name}, {len(self.labels)} labels: {names})"
 
-    def _repr_html_(self) -> str:
-        return display.facts("Zero-shot classifier", self._facts())
-
-    def __rich__(self) -> Table:
-        return display.facts_table("Zero-shot classifier", self._facts())
-
-    def _facts(self) -> dict[str, str]:
-        return {
+    def _facts(self) -> tuple[str, dict[str, str]]:
+        return "Zero-shot classifier", {
             "model": str(self.model.name),
             "labels": display.listed(self.labels),
             "sentences": display.listed([s for own in self.prompts.values() for s in own], 3),
