@@ -22,6 +22,7 @@ with epy.lazy_api_imports(globals()):
     from vlm import models as models
     from vlm import nn as nn
     from vlm import plan as plan
+    from vlm import serve as serve
     from vlm import sharding as sharding
     from vlm import train as train
     from vlm import weights as weights

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32, UInt8
 
 from vlm.config import AdapterConfig, ModelConfig
 from vlm.display import FactSheet
@@ -28,6 +28,7 @@ from vlm.inputs.preprocess import Preprocess, resized_by
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models import adapters
 from vlm.models.dual_encoder import DualEncoder
+from vlm.models.text import shortened
 from vlm.nn.naflex import Patches
 from vlm.paths import keep_compiled_programs
 from vlm.sharding import shardings, to_host
@@ -38,8 +39,6 @@ from vlm.weights.opening import open_adapter, open_model, source_of
 from vlm.weights.resolution import at_context_length, at_image_size, resizing
 from vlm.weights.rules import flat_arrays, flat_shapes
 from vlm.weights.writing import Format, write_folder
-
-_TEXT_STEP = 16  # tokens: lengths of causal text are rounded up to a multiple of this
 
 
 class Bundle(FactSheet):
@@ -150,8 +149,17 @@ class Bundle(FactSheet):
         size = self._batch_size(batch_size)
         stream = iter([texts] if isinstance(texts, str) else texts)
         chunks = iter(lambda: list(itertools.islice(stream, size)), [])
-        batches = (self._shorten(self.tokenizer(chunk)) for chunk in chunks)
+        batches = (shortened(self.tokenizer(chunk), self.config.text) for chunk in chunks)
         return self._run(self._text_program, batches, size)
+
+    def encode_pixels(self, rows: UInt8[np.ndarray, "n h w 3"] | Patches) -> Float32[Any, "n d"]:
+        """Unit-norm embeddings of one batch that `preprocess.collate` made, computed at once."""
+        count = len(rows.mask if isinstance(rows, Patches) else rows)
+        return self._run(self._image_program, [rows], 1 << (count - 1).bit_length())
+
+    def encode_tokens(self, tokens: Int32[np.ndarray, "n l"]) -> Float32[Any, "n d"]:
+        """Unit-norm embeddings of one batch of rows of the tokenizer, computed at once."""
+        return self._run(self._text_program, [tokens], 1 << (len(tokens) - 1).bit_length())
 
     # ---------------------------------------------------------------------------- variants
 
@@ -332,16 +340,6 @@ class Bundle(FactSheet):
         if self._mesh is None:
             return rows
         return jax.device_put(rows, NamedSharding(self._mesh, PartitionSpec(axes)))
-
-    def _shorten(self, tokens: np.ndarray) -> np.ndarray:
-        """Rows without their common padding, where it cannot be seen: a causal tower never looks
-        beyond the token it is pooled at."""
-        text = self.config.text
-        if not text.causal or text.pool not in ("end", "argmax"):
-            return tokens
-        pooled = np.argmax(tokens == text.end_id if text.pool == "end" else tokens, axis=1)
-        last = int(pooled.max()) + 1
-        return tokens[:, : min(-(-last // _TEXT_STEP) * _TEXT_STEP, tokens.shape[1])]
 
     def _check_tower(self, tower: nnx.Module | None, name: str) -> None:
         if tower is None:

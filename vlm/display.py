@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlm.errors import DataError
-from vlm.inputs.opening import open_image
+from vlm.inputs.opening import MAX_PIXELS, open_image
 
 escape = html.escape
 
@@ -29,11 +29,25 @@ COLOURS = (
 
 def data_uri(image: Any, size: int = 96) -> str:
     """`image` at most `size` pixels on a side as a `data:` address, WebP encoded."""
-    picture = open_image(image)
+    return "data:image/webp;base64," + base64.b64encode(webp(image, size)).decode()
+
+
+def webp(image: Any, size: int, max_pixels: int = MAX_PIXELS) -> bytes:
+    """The WebP file of `image` at most `size` pixels on a side; JPEG files are decoded no larger.
+
+    Raises:
+        DataError: see `vlm.inputs.open_image`.
+    """
+
+    def smallest(width: int, height: int) -> tuple[int, int]:
+        share = min(1.0, 2 * size / max(width, height))  # twice the size: sharper once reduced
+        return max(1, round(width * share)), max(1, round(height * share))
+
+    picture = open_image(image, max_pixels=max_pixels, smallest=smallest)
     picture.thumbnail((size, size), Image.Resampling.LANCZOS)
     out = io.BytesIO()
     picture.save(out, "WEBP", quality=88, method=4)
-    return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
+    return out.getvalue()
 
 
 def thumbnail(image: Any, size: int = 96) -> str:

@@ -46,6 +46,7 @@ def main(rounds: int = 5) -> None:
     import torch
 
     from vlm.bundle import load
+    from vlm.models.text import shortened
 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +77,7 @@ def main(rounds: int = 5) -> None:
             return np.asarray(ours._image_program(ours._split[1], pixels))
 
         def our_text():
-            return np.asarray(ours._text_program(ours._split[1], ours._shorten(rows)))
+            return np.asarray(ours._text_program(ours._split[1], shortened(rows, ours.config.text)))
 
         seconds = {f: [] for f in (our_image, their_image, our_text, their_text)}
         for number in range(rounds + 1):

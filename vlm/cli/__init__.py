@@ -36,6 +36,7 @@ COMMANDS = {
     "embed": Command("write the embeddings of images to a file", "embed"),
     "index": Command("make images searchable", "index"),
     "search": Command("find images by a text or by another image", "search"),
+    "serve": Command("answer over HTTP, with a page to search by", "serve"),
     "convert": Command("write a model in the format of another library", "convert"),
     "models": Command("list the known public checkpoints", "models"),
     "data show": Command("say what a data set holds, with a page of it", "data", "show_main"),

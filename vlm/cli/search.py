@@ -2,7 +2,6 @@
 
 import contextlib
 import json as jsonlib
-import operator
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,11 +12,6 @@ from vlm.cli import parse, runtime
 from vlm.cli.index import index_of, is_index, model_of
 from vlm.cli.parse import UsageError
 from vlm.errors import CheckpointError, DataError
-
-COMPARISONS = {
-    "=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
-    ">": operator.gt, ">=": operator.ge,
-}  # fmt: skip
 
 
 def main(args: list[str]) -> None:
@@ -71,12 +65,13 @@ def search(
         raise UsageError("the query is empty: give a text or the path of an image")
     runtime.prepare_inference()
     from vlm.display import bar
+    from vlm.heads.conditions import Condition, where_all
 
     conditions = [_condition(text) for text in where]
     opened, unreadable = _open(index, model)
     options: dict[str, Any] = {}
     if conditions:
-        options["where"] = lambda columns: _all_hold(conditions, columns)
+        options["where"] = where_all([Condition(*condition) for condition in conditions])
     if like:
         hits = opened.like(query, k, **options)
     else:
@@ -118,7 +113,7 @@ def _open(where: str, model: str | None) -> tuple[Any, Any]:
     return index_of(model, [where])
 
 
-def _condition(text: str) -> tuple[str, Any, str | float]:
+def _condition(text: str) -> tuple[str, str, str | float]:
     """The column, the comparison and the value of `COLUMN=VALUE` or the like.
 
     Raises:
@@ -132,21 +127,7 @@ def _condition(text: str) -> tuple[str, Any, str | float]:
     value: str | float = found[3]
     with contextlib.suppress(ValueError):
         value = float(value)
-    return found[1], COMPARISONS[found[2]], value
-
-
-def _all_hold(conditions: list[tuple[str, Any, str | float]], columns: dict[str, Any]) -> Any:
-    import numpy as np
-
-    kept = np.True_
-    for name, holds, value in conditions:
-        column = columns[name]
-        if column.dtype.kind == "U":  # texts are compared as texts
-            value = f"{value:g}" if isinstance(value, float) else value
-        elif isinstance(value, str):
-            raise UsageError(f"--where compares the numbers of {name!r} with the text {value!r}")
-        kept = kept & holds(column, value)
-    return kept
+    return found[1], found[2], value
 
 
 def _query(query: str) -> str | Path:

@@ -1,8 +1,9 @@
 """The text tower: a transformer over token ids."""
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Int32, Key
 
 from vlm.config import TextConfig
 from vlm.models.counting import block_flops, map_pool_flops, projection_flops
@@ -11,6 +12,8 @@ from vlm.nn.layers import LayerNorm
 from vlm.nn.pooling import mean_pool, token_pool
 from vlm.nn.taps import Taps, part, tap
 from vlm.nn.transformer import Execution, Transformer
+
+LENGTH_STEP = 16  # tokens: lengths of causal text are rounded up to a multiple of this
 
 
 class TextTower(nnx.Module):
@@ -107,3 +110,15 @@ def text_flops(config: TextConfig, embed_dim: int, *, masking: float = 0.0) -> d
         "pool": map_pool_flops(c.width, c.mlp_dim, tokens) if c.pool == "map" else 0.0,
         "projection": projection_flops(c, c.width, embed_dim),
     }
+
+
+def shortened(tokens: Int32[np.ndarray, "n l"], config: TextConfig) -> Int32[np.ndarray, "n m"]:
+    """Rows without their common padding, where it cannot be seen.
+
+    A causal tower never looks beyond the token it is pooled at; of any other the rows stay whole.
+    """
+    if not config.causal or config.pool not in ("end", "argmax"):
+        return tokens
+    pooled = np.argmax(tokens == config.end_id if config.pool == "end" else tokens, axis=1)
+    last = int(pooled.max()) + 1
+    return tokens[:, : min(-(-last // LENGTH_STEP) * LENGTH_STEP, tokens.shape[1])]

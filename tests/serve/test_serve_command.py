@@ -1,0 +1,146 @@
+"""`vlm serve` as a user starts it: what it refuses, what it exports, how it stops."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+from serving import drawn, small_bundle
+
+from vlm.cli import main
+from vlm.serve.running import bound
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with a model, the pictures, and an index of them by that model."""
+    folder = tmp_path_factory.mktemp("saved")
+    small_bundle().save(folder / "model")
+    (folder / "pictures").mkdir()
+    for number in range(3):
+        drawn(number).save(folder / "pictures" / f"{number}.png")
+    assert (
+        main(["index", *map(str, (folder / "model", folder / "pictures", folder / "index"))]) == 0
+    )
+    return folder
+
+
+@pytest.fixture
+def fail(capsys):
+    """Run `vlm serve` so that it fails, and return its one sentence."""
+
+    def fail(*args, code=1):
+        capsys.readouterr()
+        assert main(["serve", *map(str, args)]) == code
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vlm: ")]
+        assert len(said) == 1
+        return said[0]
+
+    return fail
+
+
+def test_a_port_in_use_is_said_before_anything_is_loaded(fail):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"the port {port} of 127.0.0.1 is in use" in fail("nothing", "--port", port)
+    assert "no address of this machine" in fail("nothing", "--host", "192.0.2.1", "--port", 0)
+    assert "between 0 and 65535" in fail("nothing", "--port", 70_000)
+
+
+def test_what_cannot_be_served_is_refused_in_one_sentence(fail, saved, tmp_path):
+    assert "there is no model" in fail(tmp_path / "nothing", "--port", 0)
+    small_bundle(seed=1, name="another").save(tmp_path / "another")
+    said = fail(saved / "index", "--model", tmp_path / "another", "--port", 0)
+    assert "embeds differently" in said
+    assert "both towers" in fail(saved / "index", "--tower", "text", code=2)
+    assert "API key is empty" in fail(saved / "model", "--api-key", "", code=2)
+    assert "body_bytes is 0" in fail(saved / "model", "--port", 0, "--max-body-mib", 0)
+
+
+def test_without_its_extra_it_says_how_to_install_it(fail, saved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "vlm.serve.running")
+    assert "pip install 'vlm-jax[serve]'" in fail(saved / "model", "--port", 0)
+
+
+def test_compose_files_name_what_they_mount(fail, saved, tmp_path, capsys):
+    out = tmp_path / "deploy"
+    assert main(["serve", str(saved / "index"), "--export", "compose", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "Dockerfile", "compose.yaml", "prometheus.yml",
+    ]  # fmt: skip
+    text = (out / "compose.yaml").read_text()
+    for folder in ("index", "model", "pictures"):
+        assert f'- "{saved / folder}:{saved / folder}:ro"' in text
+    assert f'command: ["{saved / "index"}", "--model", "{saved / "model"}"]' in text
+    assert 'targets: ["vlm:8000"]' in (out / "prometheus.yml").read_text()
+    assert "vlm-jax[serve]" in (out / "Dockerfile").read_text()
+    assert "is not empty" in fail(saved / "index", "--export", "compose", out)
+    assert "--export takes compose" in fail(saved / "index", "--export", "helm", out, code=2)
+
+
+def test_compose_files_are_yaml(saved, tmp_path):
+    yaml = pytest.importorskip("yaml")
+    odd = tmp_path / 'a "b" $c'
+    os.symlink(saved / "model", odd)
+    main(["serve", str(odd), "--export", "compose", str(tmp_path / "out")])
+    compose = yaml.safe_load((tmp_path / "out" / "compose.yaml").read_text())
+    assert compose["services"]["vlm"]["command"] == [str(odd).replace("$", "$$")]
+    assert set(compose["services"]) == {"vlm", "prometheus"}
+    assert yaml.safe_load((tmp_path / "out" / "prometheus.yml").read_text())["scrape_configs"]
+
+
+@pytest.mark.slow
+def test_sigterm_lets_what_is_inside_be_answered(saved):
+    line = [sys.executable, "-m", "vlm", "serve", saved / "index", "--port", "0"]
+    process = subprocess.Popen(
+        [*map(str, line), "--max-batch", "2"],
+        env=os.environ | {"XLA_FLAGS": "", "VLM_API_KEYS": "one, two"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    said = ""
+    while "serving at" not in said:
+        said = process.stderr.readline()
+        assert said, "it ended before it served"
+    url = re.search(r"http://\S+", said)[0]
+    answers, errors = [], []
+
+    def ask(number):
+        body = json.dumps({"input": [f"text {number} {i}" for i in range(100)]}).encode()
+        headers = {"Content-Type": "application/json", "Authorization": "Bearer two"}
+        request = urllib.request.Request(f"{url}v1/embeddings", body, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                answers.append(len(json.loads(reply.read())["data"]))
+        except Exception as error:
+            errors.append(error)
+
+    ask(0)
+    threads = [threading.Thread(target=ask, args=(number,)) for number in (1, 2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join()
+    assert process.wait(30) == 0
+    assert process.stderr.read() == ""
+    assert answers.count(100) + sum("refused" in str(error) for error in errors) == 3
+    assert answers.count(100) >= 1
+
+
+def test_a_bound_port_is_free_again_once_it_is_closed():
+    taken = bound("127.0.0.1", 0)
+    port = taken.getsockname()[1]
+    taken.close()
+    bound("127.0.0.1", port).close()

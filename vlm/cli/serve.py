@@ -1,0 +1,185 @@
+"""`vlm serve`: a model or an index behind HTTP, with a page to search by."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from vlm.cli import parse, runtime
+from vlm.cli.index import is_index, model_of
+from vlm.cli.parse import UsageError
+from vlm.cli.terminal import print_status
+from vlm.errors import ConfigError
+from vlm.paths import as_path, is_remote
+
+KEYS = "VLM_API_KEYS"  # of the environment: keys with commas between them
+
+
+def main(args: list[str]) -> None:
+    parse.call(serve, "vlm serve", args)
+
+
+def serve(
+    served: Annotated[str, arg(metavar="INDEX|MODEL")],
+    /,
+    model: Annotated[str | None, arg(metavar="MODEL")] = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: Annotated[tuple[str, ...], arg(metavar="KEY...")] = (),
+    name: str | None = None,
+    tower: Literal["both", "image", "text"] = "both",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    templates: Annotated[tuple[str, ...], arg(metavar="TEMPLATES...")] = (),
+    max_batch: int | None = None,
+    max_body_mib: int = 16,
+    max_items: int = 256,
+    max_megapixels: float = 32,
+    max_waiting: int | None = None,
+    timeout: float = 30,
+    allow_urls: bool = False,
+    export: Annotated[tuple[str, ...], arg(metavar="compose OUT")] = (),
+) -> None:
+    """Serve a model, or an index with its model, and a page to search by in the browser.
+
+    The page is at /. Programs find /v1/embeddings in OpenAI's form, /v1/classify, /v1/search and
+    /v1/models, described by /openapi.json; /healthz and /metrics are for those who run it. Requests
+    of many clients are computed in joint batches. SIGTERM lets what is inside be answered first.
+
+    Examples:
+      vlm serve my-index
+      vlm serve runs/openmoji --port 9000 --api-key SECRET
+      vlm serve my-index --export compose deploy/
+
+    Args:
+        served: an index that vlm index wrote, or a run folder, a bundle or a public checkpoint.
+        model: of an index, if it has moved.
+        host: to listen at; 0.0.0.0 is every address of this machine.
+        port: to listen at; 0 takes a free one.
+        api_key: which requests must bring, in place of those that VLM_API_KEYS holds.
+        name: of the model, as clients name it.
+        tower: of a model without an index: load one alone, and take only images or texts.
+        dtype: of products and activations.
+        templates: sentences of labels in which {} stands for the label, where a request gives none.
+        max_batch: items computed at once; 32 on a CPU, else 256.
+        max_body_mib: of a request.
+        max_items: images and texts of a request.
+        max_megapixels: of an image, before it is resized.
+        max_waiting: items of all requests without an answer yet, beyond which new ones are refused;
+            eight batches by default.
+        timeout: seconds that an answer may take.
+        allow_urls: fetch images that clients name by an address (http, https).
+        export: "compose" and a folder: write a Dockerfile and a compose file with Prometheus there,
+            and serve nothing.
+    """
+    keys = api_key or tuple(key for key in os.environ.get(KEYS, "").split(",") if key.strip())
+    keys = tuple(key.strip() for key in keys)
+    if not all(keys):
+        raise UsageError("an API key is empty: give --api-key a text")
+    if export:
+        _export(served, model, export)
+        return
+    runtime.prepare_inference()
+    try:
+        from vlm.serve.limits import Limits
+        from vlm.serve.running import LOOPBACK, bound
+        from vlm.serve.running import serve as run
+    except ImportError as error:
+        raise _extra_missing(error) from None
+    folder = Path(served).expanduser()
+    has_index = not is_remote(served) and is_index(folder)
+    if has_index and tower != "both":
+        raise UsageError("an index needs both towers: leave --tower out")
+    taken = bound(host, port)  # first: a model may take minutes
+    try:
+        from vlm.bundle import load
+        from vlm.serve.app import create_app
+    except ImportError as error:
+        raise _extra_missing(error) from None
+
+    source = model or (model_of(folder) if has_index else served)
+    print_status(f"loading {source}")
+    bundle = load(source, tower=tower, dtype=dtype)
+    largest = max_batch or _largest_batch()
+    limits = Limits(
+        body_bytes=max_body_mib << 20,
+        items=max_items,
+        pixels=int(max_megapixels * 1e6),
+        waiting=max_waiting or max(8 * largest, max_items),
+        waiting_bytes=16 * (max_body_mib << 20),
+        seconds=timeout,
+        urls=allow_urls,
+    )
+    app = create_app(
+        bundle,
+        index=folder if has_index else None,
+        name=name,
+        limits=limits,
+        keys=keys,
+        templates=_templates(templates, source),
+        local=host in LOOPBACK and not keys,
+        max_batch=largest,
+    )
+    app.state.service.model.warm_up(lambda said: print_status(f"compiling for {said}"))
+    if host not in LOOPBACK and not keys:
+        print_status("anyone who reaches this machine may ask: --api-key KEY asks for a key")
+    run(app, host, port, taken=taken, ready=lambda url: print_status(f"serving at {url}"))
+
+
+def _largest_batch() -> int:
+    import jax
+
+    return 32 if jax.default_backend() == "cpu" else 256
+
+
+def _templates(given: tuple[str, ...], source: str) -> tuple[str, ...]:
+    from vlm.cli.classify import sentences_of
+
+    return sentences_of(given, source)
+
+
+def _export(served: str, model: str | None, export: tuple[str, ...]) -> None:
+    if len(export) != 2 or export[0] != "compose":
+        raise UsageError("--export takes compose and a folder, such as --export compose deploy/")
+    from vlm.serve.compose import write_compose
+
+    mounts: dict[Path, bool] = {}
+
+    def mounted(place: str) -> str:
+        """A place of this disk, whole, to be mounted; any other name as it is."""
+        if is_remote(place) or not as_path(place).exists():
+            return place
+        path = Path(os.path.abspath(as_path(place)))
+        mounts[path] = path.exists()
+        return str(path)
+
+    folder = Path(served).expanduser()
+    options: tuple[str, ...] = ()
+    if not is_remote(served) and is_index(folder):
+        options = ("--model", mounted(model or model_of(folder)))
+        for pictures in _picture_folders(folder):
+            mounts[pictures] = pictures.is_dir()
+    for file in write_compose(Path(export[1]).expanduser(), mounted(served), mounts, options):
+        print(file)
+
+
+def _picture_folders(folder: Path) -> list[Path]:
+    """The folders above all pictures of an index, so that its pictures can be shown."""
+    from vlm.heads import index_folder
+
+    meta = index_folder.read_description(folder)
+    ids = [id for shard in index_folder.read_shards(folder, meta) for id in shard["ids"]]
+    places = {os.path.dirname(os.path.abspath(id)) for id in ids if isinstance(id, str)}
+    places = {place for place in places if os.path.isdir(place)}
+    if not places:
+        return []
+    above = os.path.commonpath(sorted(places))
+    return [Path(above)] if above != os.sep else sorted(Path(place) for place in places)
+
+
+def _extra_missing(error: ImportError) -> Any:
+    if error.name and error.name.partition(".")[0] == "vlm":
+        return error
+    return ConfigError(
+        f"vlm serve needs {error.name}, which is not installed: pip install 'vlm-jax[serve]'"
+    )

@@ -1,0 +1,51 @@
+// Small pieces of the page.
+
+export const $ = (id) => document.getElementById(id);
+
+export function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value !== false && value !== undefined) element.setAttribute(name, value);
+  }
+  element.append(...children.filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+export function debounced(milliseconds, run) {
+  let timer;
+  const later = (...values) => {
+    clearTimeout(timer);
+    timer = setTimeout(() => run(...values), milliseconds);
+  };
+  later.now = (...values) => {
+    clearTimeout(timer);
+    return run(...values);
+  };
+  return later;
+}
+
+// The latest of several requests counts: those before it are given up.
+export function latest(run) {
+  let current;
+  return async (...values) => {
+    current?.abort();
+    const mine = (current = new AbortController());
+    try {
+      return await run(mine.signal, ...values);
+    } catch (error) {
+      if (error.name !== "AbortError") throw error;
+    }
+  };
+}
+
+// Ids are often long paths, whose end says most.
+export function shortName(id) {
+  return String(id).split(/[\\/]/).pop() || String(id);
+}
+
+export function complain(error) {
+  const box = $("problem");
+  box.textContent = error ? error.message : "";
+  box.hidden = !error;
+}

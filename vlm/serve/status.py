@@ -1,0 +1,81 @@
+"""What is served and how it fares: `/v1/models`, `/healthz` and `/metrics`."""
+
+import asyncio
+import time
+
+import numpy as np
+from fastapi import APIRouter
+from fastapi.responses import PlainTextResponse
+
+from vlm.serve.limits import Refused
+from vlm.serve.protocol import Health, ModelCard, ModelsAnswer
+from vlm.serve.service import Service
+
+HEALTH_SECONDS = 10.0
+FRESH_SECONDS = 1.0  # that a finding of health is told again
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(tags=["status"])
+    bundle = service.model.bundle
+    checking = asyncio.Lock()
+    last: list[tuple[float, Health]] = []
+
+    def card() -> ModelCard:
+        towers = {"image": bundle.model.vision, "text": bundle.model.text}
+        return ModelCard(
+            id=service.name,
+            created=int(service.started),
+            embed_dim=bundle.embed_dim,
+            modalities=[name for name, tower in towers.items() if tower is not None],
+            image_size=bundle.config.vision.image_size,
+            context_length=bundle.tokenizer.config.context_length,
+            loss=bundle.loss,
+            index=service.gallery is not None,
+            heat=service.explain is not None,
+        )
+
+    @router.get("/v1/models")
+    async def models() -> ModelsAnswer:
+        """The model that is served."""
+        return ModelsAnswer(data=[card()])
+
+    @router.get("/v1/models/{model:path}")
+    async def model(model: str) -> ModelCard:
+        """The model of that name, if it is here."""
+        service.check_model(model)
+        return card()
+
+    @router.get("/healthz")
+    async def healthz() -> Health:
+        """Encodes a small image and a word, before all that waits, and says how long it took."""
+        async with checking:
+            if last and time.monotonic() - last[0][0] < FRESH_SECONDS:
+                return last[0][1]
+            seconds = {}
+            try:
+                async with asyncio.timeout(HEALTH_SECONDS):
+                    for tower in card().modalities:
+                        start = time.perf_counter()
+                        if tower == "image":
+                            image = np.zeros((8, 8, 3), np.uint8)
+                            answer = service.model.image(image, first=True)
+                        else:
+                            answer = service.model.texts(["health"], first=True)[0]
+                        await asyncio.wrap_future(answer)
+                        seconds[tower] = round(time.perf_counter() - start, 6)
+            except Exception as error:
+                raise Refused(
+                    f"the model does not answer ({type(error).__name__})", 503, "unhealthy"
+                ) from error
+            last[:] = [(time.monotonic(), Health(model=service.name, seconds=seconds))]
+            return last[0][1]
+
+    @router.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> PlainTextResponse:
+        """Counts and times, as Prometheus reads them."""
+        for kind, depth in service.model.batcher.depths().items():
+            service.metrics.depth.labels(kind.tower, str(kind.length)).set(depth)
+        return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    return router
