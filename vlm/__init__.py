@@ -16,6 +16,7 @@ with epy.lazy_api_imports(globals()):
     from vlm import data as data
     from vlm import evaluate as evaluate
     from vlm import explain as explain
+    from vlm import export as export
     from vlm import heads as heads
     from vlm import inputs as inputs
     from vlm import losses as losses

@@ -38,6 +38,7 @@ COMMANDS = {
     "search": Command("find images by a text or by another image", "search"),
     "serve": Command("answer over HTTP, with a page to search by", "serve"),
     "convert": Command("write a model in the format of another library", "convert"),
+    "export": Command("write a model as programs that run without vlm", "export"),
     "models": Command("list the known public checkpoints", "models"),
     "data show": Command("say what a data set holds, with a page of it", "data", "show_main"),
     "data prepare": Command("write data as shards that train fast", "data", "prepare_main"),

@@ -56,7 +56,7 @@ def classify(
     """
     if classifier is not None and (labels or labels_file or templates or none or multi_label):
         raise UsageError("a saved classifier has its own labels and sentences: leave out others")
-    names = None if classifier is not None else _labels(labels, labels_file)
+    names = None if classifier is not None else labels_of(labels, labels_file)
     if not images:
         raise UsageError("vlm classify needs images: give files, folders or globs after the model")
     if top < 1:
@@ -91,7 +91,7 @@ def classify(
     unreadable.finish()
 
 
-def _labels(labels: str | None, file: str | None) -> Any:
+def labels_of(labels: str | None, file: str | None) -> Any:
     """The names of `--labels` or of `--labels-file`.
 
     Raises:
@@ -104,7 +104,7 @@ def _labels(labels: str | None, file: str | None) -> Any:
     elif _is_place(file):
         from vlm.heads.labels import read_labels
 
-        return read_labels(file)
+        return readlabels_of(file)
     else:
         try:
             with open(file, encoding="utf-8") as lines:

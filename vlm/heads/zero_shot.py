@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from rich.console import Group
 from rich.padding import Padding
 
@@ -19,6 +19,7 @@ from vlm.heads.prompts import TEMPLATES, cached_embeddings, class_prompts, indic
 from vlm.inputs.opening import OnError, one_or_many
 
 Rule = Literal["softmax", "sigmoid"]
+Embeddings = np.ndarray | Array
 
 NONE = "none of these"
 KEY = "vlm zero-shot classifier"  # of a saved one's description
@@ -203,8 +204,8 @@ class ZeroShotClassifier(display.FactSheet):
         self.temperature = fit_temperature(self.logits(z_image), target, self.rule)
         return self
 
-    def logits(self, z_image: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
-        """The logits of embeddings over the labels: one matrix product."""
+    def logits(self, z_image: Float[Embeddings, "n d"]) -> Float[Embeddings, "n m"]:
+        """The logits of embeddings over the labels: one matrix product, also inside `jit`."""
         logits = self.model.logit_scale * (z_image @ self.z_labels.T) + self.model.logit_bias
         if self._against:
             logits = logits[:, :-1] - logits[:, -1:]

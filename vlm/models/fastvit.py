@@ -5,7 +5,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from vlm.config import FastViTConfig
-from vlm.nn.fastvit import Conv, Squeeze, Stage
+from vlm.nn.conv import Conv
+from vlm.nn.fastvit import Squeeze, Stage
 from vlm.nn.layers import Linear, gelu
 from vlm.nn.taps import Taps, tap
 from vlm.nn.transformer import Execution

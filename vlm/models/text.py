@@ -73,7 +73,7 @@ class TextTower(nnx.Module):
         real = None if c.pad_id is None else tokens != c.pad_id  # (b, n)
         if self.class_token is not None:
             last = self.class_token[...].astype(self.dtype)
-            x = jnp.concatenate([x, jnp.broadcast_to(last, (len(x), 1, len(last)))], axis=1)
+            x = jnp.concatenate([x, jnp.broadcast_to(last, (x.shape[0], 1, len(last)))], axis=1)
             if real is not None:
                 # CoCa's weights were trained with the mask one place too far to the right.
                 real = jnp.pad(real, ((0, 0), (1, 0)), constant_values=True)

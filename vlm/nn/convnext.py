@@ -7,7 +7,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from vlm.nn.fastvit import Conv
+from vlm.nn.conv import Conv
 from vlm.nn.layers import LayerNorm, Mlp
 from vlm.nn.patches import PatchConv
 from vlm.nn.remat import checkpoint_policy

@@ -6,7 +6,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from vlm.nn.fastvit import Conv
+from vlm.nn.conv import Conv
 from vlm.nn.layers import LayerNorm, gelu, linear
 
 EXPANSION = 4  # of a block's channels inside it

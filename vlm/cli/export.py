@@ -1,0 +1,73 @@
+"""`vlm export`: a model for programs that have no vlm."""
+
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from vlm.cli import parse, runtime
+from vlm.cli.classify import labels_of, sentences_of
+
+
+def main(args: list[str]) -> None:
+    parse.call(export, "vlm export", args)
+
+
+def export(
+    model: Annotated[str, arg(metavar="MODEL")],
+    out: Annotated[str, arg(metavar="OUT")],
+    /,
+    format: Literal["stablehlo", "onnx", "savedmodel"] = "stablehlo",
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32",
+    tower: Literal["both", "image", "text"] | None = None,
+    labels: Annotated[str | None, arg(metavar="A,B,...")] = None,
+    labels_file: Annotated[str | None, arg(metavar="FILE")] = None,
+    templates: Annotated[tuple[str, ...], arg(metavar="TEMPLATES...")] = (),
+    batches: Annotated[tuple[int, ...], arg(metavar="SIZES...")] = (),
+) -> None:
+    """Write a model as programs that run without vlm: its towers, or a classifier.
+
+    Beside them stand the preprocessing (export.json), tokenizer.json, and a README.md with the code
+    to call them. Each program is compared with the model before the folder appears.
+
+    Examples:
+      vlm export runs/openmoji exported --format onnx
+      vlm export ViT-B-32/ small --format onnx --dtype int8 --tower image
+      vlm export runs/openmoji pets --labels "dog,cat"
+
+    Args:
+        model: a run folder, a bundle, or a public checkpoint.
+        out: a folder that is not there yet.
+        format: stablehlo is opened by JAX; onnx (extra onnx) by onnxruntime and others; savedmodel
+            (extra savedmodel) by TensorFlow.
+        dtype: what parameters are kept as. int8 makes the files a quarter as large.
+        tower: what is exported; by default both towers, or with labels the classifier alone.
+        labels: export a classifier of these names, separated by commas.
+        labels_file: the same from a file or data set, as of vlm classify.
+        templates: sentences in which {} stands for the label, as of vlm classify.
+        batches: sizes of batches to compare with the model in; by default all from 1 to 33, and
+            some of them in the formats that compile each.
+    """
+    asked = labels is not None or labels_file is not None
+    names = labels_of(labels, labels_file) if asked else None
+    runtime.prepare_inference()
+    from vlm.bundle import load
+    from vlm.cli.terminal import print_status
+    from vlm.export import export as write
+    from vlm.heads.zero_shot import ZeroShotClassifier
+
+    bundle = load(model)
+    classifier = None
+    if names is not None:
+        classifier = ZeroShotClassifier(bundle, names, sentences_of(templates, model))
+    found = write(
+        bundle,
+        out,
+        format,
+        dtype=dtype,
+        tower=tower,
+        classifier=classifier,
+        batches=batches or None,
+    )
+    print_status(f"{model} as {format} in {out}")
+    for name, difference in found.differences.items():
+        print_status(f"  {name}: within {difference:.1e} of the original")

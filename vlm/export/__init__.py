@@ -1,0 +1,14 @@
+"""Models for programs that have no vlm: StableHLO, ONNX and TensorFlow's SavedModel.
+
+A format is a module with `write(program, folder)`, `opened(program, folder)` and a few facts; what
+all of them share is what they write (`programs`), what stands beside it (`contract`), and the proof
+that the copy computes what the original does (`checking`).
+"""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from vlm.export.exporting import Exported as Exported
+    from vlm.export.exporting import export as export
+
+del epy

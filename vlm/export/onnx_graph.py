@@ -1,0 +1,223 @@
+"""A function of JAX as an ONNX graph: its jaxpr is walked, and each primitive becomes nodes.
+
+Loops are unrolled, calls are followed, and what depends on constants alone is computed here, so
+that what remains is what the function does to its input. `jax2onnx` was tried first: 0.17 knows no
+`platform_index`, which attention is chosen by, and forbids the orbax that vlm needs.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import onnx
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+from vlm.errors import CheckpointError
+
+OPSET, IR_VERSION = 18, 9  # of 2022 and 2023: what runtimes of today read
+
+
+class Tensor(NamedTuple):
+    """A value that a node makes.
+
+    Where its shape has a one, the value of the jaxpr may be longer: broadcasting is left to the
+    nodes that use it.
+    """
+
+    name: str
+    shape: tuple[Any, ...]  # numbers, and multiples of the symbolic batch
+    dtype: np.dtype
+
+
+Value = Tensor | np.ndarray  # an array is known now
+Rule = Callable[..., Value]
+
+
+class Graph:
+    """Nodes and initializers, as they are added."""
+
+    def __init__(self, batch: Any):
+        self.batch = batch  # JAX's symbolic dimension
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self._count = 0
+        self._known: dict[tuple, str] = {}
+        self._kept: list[np.ndarray] = []  # so that no id is given twice
+        self._batch_name: str | None = None
+
+    def node(self, kind: str, inputs: Sequence[Value | str], **attributes: Any) -> str:
+        """Add a node; returns the name of its output."""
+        self._count += 1
+        name = f"{kind.lower()}_{self._count}"
+        names = [value if isinstance(value, str) else self.name_of(value) for value in inputs]
+        self.nodes.append(onnx.helper.make_node(kind, names, [name], **attributes))
+        return name
+
+    def name_of(self, value: Value) -> str:
+        """The name that a node takes a value by; a known one becomes an initializer, once."""
+        if isinstance(value, Tensor):
+            return value.name
+        small = value.size <= 16
+        key = (value.dtype.str, value.shape, value.tobytes()) if small else (id(value),)
+        if key not in self._known:
+            self._known[key] = f"constant_{len(self._known)}"
+            self._kept.append(value)
+            self.initializers.append(
+                onnx.TensorProto(
+                    name=self._known[key],
+                    data_type=element_type(value.dtype),
+                    dims=value.shape,
+                    raw_data=np.ascontiguousarray(value).tobytes(),
+                )
+            )
+        return self._known[key]
+
+    def shape(self, dims: Sequence[Any], *, inferred: bool = False) -> str:
+        """A shape as an input of a node; with `inferred`, the runtime finds out the batch's."""
+        if inferred and sum(not isinstance(dim, int) for dim in dims) == 1:
+            dims = [dim if isinstance(dim, int) else -1 for dim in dims]
+        if all(isinstance(dim, int) for dim in dims):
+            return self.name_of(np.asarray(dims, np.int64))
+        if self._batch_name is None:
+            whole = self.node("Shape", ["input"])
+            self._batch_name = self.node("Slice", [whole, np.array([0]), np.array([1])])
+        parts = []
+        for dim in dims:
+            if isinstance(dim, int):
+                parts.append(self.name_of(np.array([dim], np.int64)))
+                continue
+            times = dim // self.batch
+            if not isinstance(times, int) or times * self.batch != dim:
+                raise CheckpointError(f"onnx has no form for a shape of {dim}: choose stablehlo")
+            parts.append(self.node("Mul", [self._batch_name, np.array([times], np.int64)]))
+        return self.node("Concat", parts, axis=0)
+
+    def full(self, value: Value, shape: tuple[Any, ...]) -> Value:
+        """A value with nothing left to broadcast."""
+        if tuple(value.shape) == tuple(shape):
+            return value
+        if isinstance(value, np.ndarray) and all(isinstance(dim, int) for dim in shape):
+            return np.broadcast_to(value, shape)
+        name = self.node("Expand", [value, self.shape(shape)])
+        return Tensor(name, tuple(shape), np.dtype(value.dtype))
+
+
+def element_type(dtype: Any) -> int:
+    """ONNX's number of a type."""
+    return onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+
+
+def from_jax(
+    function: Callable, row: tuple[int, ...], dtype: Any, names: tuple[str, str], rules: dict
+) -> onnx.ModelProto:
+    """A function of one batch as a model, its input and output called `names`.
+
+    Raises:
+        CheckpointError: the function does something that no rule has a form for.
+    """
+    (batch,) = jax.export.symbolic_shape("batch")
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(
+        jax.ShapeDtypeStruct((batch, *row), dtype)
+    )
+    graph = Graph(batch)
+    rows = Tensor("input", (batch, *row), np.dtype(dtype))
+    with jax.default_device(jax.devices("cpu")[0]):
+        (result,) = _run(graph, jaxpr.jaxpr, jaxpr.consts, [rows], rules)
+    result = graph.full(result, shapes.shape)
+    graph.nodes.append(onnx.helper.make_node("Identity", [graph.name_of(result)], ["output"]))
+    for node in graph.nodes:
+        node.input[:] = [names[0] if name == "input" else name for name in node.input]
+        node.output[:] = [names[1] if name == "output" else name for name in node.output]
+    ends = [
+        onnx.helper.make_tensor_value_info(name, element_type(kind), ["batch", *shape])
+        for name, kind, shape in (
+            (names[0], dtype, row),
+            (names[1], shapes.dtype, shapes.shape[1:]),
+        )
+    ]
+    made = onnx.helper.make_graph(graph.nodes, "vlm", ends[:1], ends[1:], graph.initializers)
+    return onnx.helper.make_model(
+        made, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
+    )
+
+
+# ------------------------------------------------------------------------------ walking
+
+
+def _run(
+    graph: Graph, jaxpr: Jaxpr, consts: Sequence, inputs: Sequence[Value], rules: dict[str, Rule]
+) -> list[Value]:
+    known: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+    known |= {var: np.asarray(value) for var, value in zip(jaxpr.constvars, consts, strict=True)}
+
+    def value_of(atom: Any) -> Value:
+        return np.asarray(atom.val, atom.aval.dtype) if isinstance(atom, Literal) else known[atom]
+
+    for eqn in jaxpr.eqns:
+        found = _values(graph, eqn, [value_of(atom) for atom in eqn.invars], rules)
+        known |= dict(zip(eqn.outvars, found, strict=True))
+    return [value_of(atom) for atom in jaxpr.outvars]
+
+
+def _values(graph: Graph, eqn: JaxprEqn, inputs: list[Value], rules: dict) -> list[Value]:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "platform_index":  # the form for any device is the plainest one
+        return [np.asarray(params["platforms"].index(None), np.int32)]
+    if name == "cond" and isinstance(inputs[0], np.ndarray):
+        branch = params["branches"][int(inputs[0])]
+        return _run(graph, branch.jaxpr, branch.consts, inputs[1:], rules)
+    if name == "scan":
+        return _unrolled(graph, eqn, inputs, rules)
+    for inner in ("jaxpr", "call_jaxpr"):
+        if inner in params and name not in rules:
+            called = params[inner]
+            if not isinstance(called, ClosedJaxpr):
+                return _run(graph, called, (), inputs, rules)
+            return _run(graph, called.jaxpr, called.consts, inputs, rules)
+    if (folded := _folded(eqn, inputs)) is not None:
+        return folded
+    if name not in rules:
+        raise CheckpointError(
+            f"onnx export has no form for JAX's {name!r}, which this model uses: choose stablehlo"
+        )
+    return [rules[name](graph, eqn, *inputs)]
+
+
+def _unrolled(graph: Graph, eqn: JaxprEqn, inputs: list[Value], rules: dict) -> list[Value]:
+    """A scan as its steps, one after another."""
+    consts, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+    body, length = eqn.params["jaxpr"], eqn.params["length"]
+    fixed, carry, rows = inputs[:consts], inputs[consts:][:carried], inputs[consts + carried :]
+    if len(eqn.outvars) > carried or eqn.params["reverse"]:
+        raise CheckpointError("onnx export takes scans that carry alone: choose stablehlo")
+    for number in range(length):
+        step = []
+        for value in rows:
+            if isinstance(value, np.ndarray):
+                step.append(value[number])
+            else:
+                name = graph.node("Gather", [value, np.asarray(number, np.int64)], axis=0)
+                step.append(Tensor(name, value.shape[1:], value.dtype))
+        carry = _run(graph, body.jaxpr, body.consts, [*fixed, *carry, *step], rules)
+    return carry
+
+
+def _folded(eqn: JaxprEqn, inputs: list[Value]) -> list[Value] | None:
+    """The results of an equation whose inputs are known, or None."""
+    shapes = [var.aval.shape for var in (*eqn.invars, *eqn.outvars)]
+    if not all(isinstance(value, np.ndarray) for value in inputs):
+        return None
+    if not all(isinstance(dim, int) for shape in shapes for dim in shape):
+        return None
+    (out,) = eqn.outvars
+    name = eqn.primitive.name
+    if name == "broadcast_in_dim":
+        return None  # left to the nodes that use it
+    if name == "convert_element_type" and out.aval.dtype.itemsize > inputs[0].dtype.itemsize:
+        return None  # a parameter that is kept narrow stays so in the file
+    whole = [
+        np.broadcast_to(value, var.aval.shape)
+        for value, var in zip(inputs, eqn.invars, strict=True)
+    ]
+    return [np.asarray(eqn.primitive.bind(*whole, **eqn.params))]

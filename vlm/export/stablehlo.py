@@ -1,0 +1,33 @@
+"""StableHLO by `jax.export`: a file that JAX alone opens, on a CPU, a GPU or a TPU."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from etils import epath
+
+from vlm.export.programs import Program
+
+BFLOAT16 = "bfloat16"  # what bfloat16 parameters are computed with
+PLATFORMS = ("cpu", "cuda", "tpu")
+BATCHES = (1, 2, 7, 33)  # that are tried: each is compiled
+
+USE = """\
+import jax
+{program} = jax.export.deserialize(open("{program}.stablehlo", "rb").read())
+{output} = {program}.call({input})"""
+
+
+def write(program: Program, folder: epath.Path) -> None:
+    """Write `NAME.stablehlo`, whose batch may be of any size on any of `PLATFORMS`."""
+    (batch,) = jax.export.symbolic_shape("batch")
+    rows = jax.ShapeDtypeStruct((batch, *program.row), program.dtype)
+    exported = jax.export.export(jax.jit(program.function), platforms=PLATFORMS)(rows)
+    (folder / f"{program.name}.stablehlo").write_bytes(exported.serialize())
+
+
+def opened(program: Program, folder: epath.Path) -> Callable[[np.ndarray], np.ndarray]:
+    """The file as a function of a batch."""
+    data = (folder / f"{program.name}.stablehlo").read_bytes()
+    call = jax.jit(jax.export.deserialize(bytearray(data)).call)
+    return lambda rows: np.asarray(call(rows))

@@ -1,0 +1,68 @@
+"""Convolutions with a bias, in the form that each kind of device is quick at."""
+
+import functools
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+class Conv(nnx.Module):
+    """A convolution of `size` x `size`, padded so that a stride of one keeps the image's size.
+
+    `depthwise`, each output looks at one input alone; `outputs` is then a multiple of `inputs`.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        *,
+        stride: int = 1,
+        depthwise: bool = True,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        shape = (size, size, 1 if depthwise else inputs, outputs)
+        init = nnx.initializers.he_normal(in_axis=(0, 1, 2))
+        self.kernel = nnx.Param(init(rngs.params(), shape))
+        self.bias = nnx.Param(jnp.zeros(outputs))
+        self.stride, self.depthwise, self.dtype = stride, depthwise, dtype
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
+        kernel = self.kernel[...].astype(self.dtype)
+        form = functools.partial(_convolve, stride=self.stride)
+        if self.depthwise:
+            by_shifts = functools.partial(_shift_and_add, stride=self.stride)
+            x = lax.platform_dependent(x, kernel, cpu=by_shifts, default=form)
+        else:
+            x = form(x, kernel)
+        return x + self.bias[...].astype(self.dtype)
+
+
+def _convolve(x: Float[Array, "b h w c"], kernel: Float[Array, "k k i d"], *, stride: int):
+    edge = kernel.shape[0] // 2
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        ((edge, edge), (edge, edge)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1] // kernel.shape[2],
+    )
+
+
+def _shift_and_add(x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 d"], *, stride: int):
+    """The same of a depthwise kernel: XLA's CPU convolutions crawl over many groups."""
+    size, (h, w) = kernel.shape[0], x.shape[1:3]
+    x = jnp.repeat(x, kernel.shape[-1] // x.shape[-1], axis=-1)
+    edge = (size // 2, size // 2)
+    x = jnp.pad(x, ((0, 0), edge, edge, (0, 0)))
+    return sum(
+        x[:, i : i + h : stride, j : j + w : stride] * kernel[i, j, 0]
+        for i in range(size)
+        for j in range(size)
+    )
