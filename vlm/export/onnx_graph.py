@@ -220,4 +220,5 @@ def _folded(eqn: JaxprEqn, inputs: list[Value]) -> list[Value] | None:
         np.broadcast_to(value, var.aval.shape)
         for value, var in zip(inputs, eqn.invars, strict=True)
     ]
-    return [np.asarray(eqn.primitive.bind(*whole, **eqn.params))]
+    found = eqn.primitive.bind(*whole, **eqn.params)
+    return [np.asarray(x) for x in (found if eqn.primitive.multiple_results else [found])]

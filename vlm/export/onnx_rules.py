@@ -143,10 +143,12 @@ def pad(graph: Graph, eqn: JaxprEqn, x: Value, fill: Value) -> Tensor:
 
 
 def gather(graph: Graph, eqn: JaxprEqn, x: Value, indices: Value) -> Tensor:
-    """Rows along one axis: of a table, at one place, or at a place of each example."""
+    """A known piece, or rows along one axis: of a table, or at a place of each example."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     whole, at = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
     x, indices = graph.full(x, whole), graph.full(indices, at)
+    if isinstance(indices, np.ndarray) and indices.ndim == 1:
+        return _piece(graph, eqn, x, indices)
     last = np.array([len(at) - 1], np.int64)
     if len(numbers.start_index_map) != 1 or len(at) == 0 or at[-1] != 1:
         raise _refuse(eqn)
@@ -162,6 +164,18 @@ def gather(graph: Graph, eqn: JaxprEqn, x: Value, indices: Value) -> Tensor:
             raise _refuse(eqn)
         return _made(eqn, graph.node("Gather", [x, places], axis=axis))
     return _made(eqn, _at_each(graph, eqn, x, places))
+
+
+def _piece(graph: Graph, eqn: JaxprEqn, x: Value, starts: np.ndarray) -> Tensor:
+    """What indexing with numbers and slices takes, where the batch is symbolic."""
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    axes = np.array(numbers.start_index_map, np.int64)
+    lengths = np.array([sizes[axis] for axis in axes], np.int64)
+    starts = starts.astype(np.int64)
+    name = graph.node("Slice", [x, starts, starts + lengths, axes])
+    if numbers.collapsed_slice_dims:
+        name = graph.node("Squeeze", [name, np.array(numbers.collapsed_slice_dims, np.int64)])
+    return _made(eqn, name)
 
 
 def _at_each(graph: Graph, eqn: JaxprEqn, x: Value, places: str) -> str:
