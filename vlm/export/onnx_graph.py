@@ -195,7 +195,7 @@ def _unrolled(graph: Graph, eqn: JaxprEqn, inputs: list[Value], rules: dict) -> 
         step = []
         for value in rows:
             if isinstance(value, np.ndarray):
-                step.append(value[number])
+                step.append(np.asarray(value[number]))
             else:
                 name = graph.node("Gather", [value, np.asarray(number, np.int64)], axis=0)
                 step.append(Tensor(name, value.shape[1:], value.dtype))

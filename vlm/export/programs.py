@@ -15,6 +15,7 @@ from vlm.bundle import Bundle
 from vlm.errors import ConfigError
 from vlm.export.storing import Dtype, restored, stored
 from vlm.heads.zero_shot import ZeroShotClassifier, to_scores
+from vlm.models.adapters import merged
 from vlm.weights.building import Tower, abstract_model
 
 Name = Literal["image", "text", "classifier"]
@@ -104,7 +105,7 @@ def _program(
     skeleton = abstract_model(bundle.config, jnp.dtype(compute))
     setattr(skeleton, other, None)  # its parameters do not travel with this one
     graph, _ = nnx.split(skeleton)
-    _, state = nnx.split(bundle.model)
+    _, state = nnx.split(merged(bundle.model))
     flat = {path: value for path, value in state.flat_state() if path[0] != other}
     held = {
         path: stored(path, np.asarray(value.get_value()), dtype) for path, value in flat.items()
