@@ -104,7 +104,7 @@ def labels_of(labels: str | None, file: str | None) -> Any:
     elif _is_place(file):
         from vlm.heads.labels import read_labels
 
-        return readlabels_of(file)
+        return read_labels(file)
     else:
         try:
             with open(file, encoding="utf-8") as lines:
