@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 
 import jaxtyping
 import pytest
@@ -15,6 +16,12 @@ QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"
 )
+
+# A program is compiled once in a session: its workers and the processes that tests start find it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    programs = tempfile.TemporaryDirectory(prefix="vlm-programs-")  # gone when the session ends
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 jaxtyping.install_import_hook("vlm", "type_checker.check")
 

@@ -109,7 +109,6 @@ def environment(folder: Path, bucket: dict[str, str]) -> dict[str, str]:
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "VLM_CACHE": str(folder / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0",  # spares a start anew
             "COLUMNS": "200",
             "VLM_STALL": "5",

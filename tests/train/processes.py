@@ -16,12 +16,10 @@ KILLS = int(os.environ.get("VLM_KILLS", "1"))  # how often a run is killed and r
 LIMIT = 400  # seconds that a process may take, compiling on a busy machine included
 
 
-def environment(cache: Path, devices: int = 1, **more: str) -> dict[str, str]:
-    """Of a process with so many devices, whose compiled programs are kept for the next one."""
+def environment(devices: int = 1, **more: str) -> dict[str, str]:
+    """Of a process with so many devices; it finds the programs that the session has compiled."""
     return os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "COLUMNS": "200",
         **more,
     }

@@ -41,10 +41,10 @@ def test_a_run_of_eight_devices_goes_on_over_four(tiny, tmp_path):
     experiment = tiny(steps=6, mesh=MeshConfig(data=8), log_every=1)
     config = write_config(experiment, tmp_path / "config.json")
     run, log = tmp_path / "run", tmp_path / "log"
-    env = environment(tmp_path / "cache", 8)
+    env = environment(8)
     wait(start([config, "--run-dir", run], env, log), log)
 
-    env = environment(tmp_path / "cache", 4)
+    env = environment(4)
     refused = wait(start(["--resume", run], env, log), log, 1)
     assert "mesh data 8 x fsdp 1 x tensor 1 needs" in refused
     mesh = ["--mesh.data", "1", "--mesh.fsdp", "4"]

@@ -23,7 +23,7 @@ STEPS = 60
 class Pair:
     """Two processes of four devices each, as a user starts them on two hosts."""
 
-    def __init__(self, arguments: list, folder: Path, cache: Path):
+    def __init__(self, arguments: list, folder: Path):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -32,7 +32,6 @@ class Pair:
             start(
                 arguments,
                 environment(
-                    cache,
                     4,
                     JAX_COORDINATOR_ADDRESS=address,
                     JAX_NUM_PROCESSES="2",
@@ -69,14 +68,14 @@ def pair(tiny, drawings, tmp_path_factory):
     )
     config = write_config(experiment, folder / "config.json")
     run = folder / "run"
-    said = Pair([config, "--run-dir", run], folder, folder / "cache").wait()
-    return run, config, folder / "cache", experiment, said
+    said = Pair([config, "--run-dir", run], folder).wait()
+    return run, config, experiment, said
 
 
 def test_two_processes_are_one(pair, tmp_path):
     import dataclasses
 
-    run, _, _, experiment, said = pair
+    run, _, experiment, said = pair
     one = tmp_path / "run"
     train(dataclasses.replace(experiment, run_dir=str(one)))
     np.testing.assert_allclose(losses(run)[:10], losses(one)[:10], rtol=1e-6)
@@ -98,10 +97,10 @@ def test_two_processes_are_one(pair, tmp_path):
 
 @pytest.mark.parametrize("_", range(KILLS))
 def test_a_pair_is_killed_and_told_to_leave_and_ends_the_same(pair, tmp_path, _):
-    whole, config, cache, _, _ = pair
+    whole, config, _, _ = pair
     run = tmp_path / "run"
 
-    first = Pair([config, "--run-dir", run], tmp_path, cache)
+    first = Pair([config, "--run-dir", run], tmp_path)
     send_at(signal.SIGKILL, random.randrange(8, 20), run, first.processes[1:])
     began = time.monotonic()
     said, _ = first.wait(1, -signal.SIGKILL)
@@ -109,20 +108,20 @@ def test_a_pair_is_killed_and_told_to_leave_and_ends_the_same(pair, tmp_path, _)
     assert f"process 1 of 2 on {socket.gethostname()} died" in said
     assert "vlm train --resume" in said
 
-    second = Pair(["--resume", run], tmp_path, cache)
+    second = Pair(["--resume", run], tmp_path)
     send_at(signal.SIGTERM, random.randrange(30, 40), run, second.processes)
     assert "left at step" in second.wait(0, 0)[0]
 
-    Pair(["--resume", run], tmp_path, cache).wait()
+    Pair(["--resume", run], tmp_path).wait()
     assert weights(run) == weights(whole)
     assert losses(run) == losses(whole)
 
 
 def test_the_process_where_all_meet_dies(pair, tmp_path):
     """The other one is ended by JAX, which does not say which it was; a program beside it does."""
-    _, config, cache, _, _ = pair
+    _, config, _, _ = pair
     run = tmp_path / "run"
-    two = Pair([config, "--run-dir", run], tmp_path, cache)
+    two = Pair([config, "--run-dir", run], tmp_path)
     send_at(signal.SIGKILL, 8, run, two.processes[:1])
     began = time.monotonic()
     two.wait(-signal.SIGKILL, None)
@@ -136,9 +135,9 @@ def test_the_process_where_all_meet_dies(pair, tmp_path):
 
 
 def test_an_error_of_one_is_an_error_of_all(pair, tmp_path):
-    _, config, cache, _, _ = pair
+    _, config, _, _ = pair
     Path(tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
-    said = Pair([config, "--run-dir", tmp_path / "run"], tmp_path, cache).wait(1, 1)
+    said = Pair([config, "--run-dir", tmp_path / "run"], tmp_path).wait(1, 1)
     for one in said:
         assert "already holds a run" in one

@@ -29,7 +29,7 @@ def test_a_run_that_waits_for_its_workers_saves_the_step_at_hand(tiny, tmp_path,
     with log.open("w") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "vlm", "train", config, "--run-dir", run],
-            env=environment(tmp_path / "cache", GLIBC_TUNABLES="glibc.malloc.hugetlb=0"),
+            env=environment(GLIBC_TUNABLES="glibc.malloc.hugetlb=0"),
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,

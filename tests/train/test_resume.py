@@ -10,7 +10,6 @@ import signal
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from processes import (
@@ -45,7 +44,7 @@ def alone(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     experiment = tiny(steps=STEPS, checkpoint_every=0.1, log_every=1, **NOISE)
     config = write_config(experiment, folder / "config.json")
-    env = environment(folder / "cache")
+    env = environment()
     run = folder / "run"
     wait(start([config, "--run-dir", run], env, folder / "log"), folder / "log")
     return run, config, env
@@ -82,18 +81,6 @@ def test_told_to_leave_a_run_saves_and_goes_on_later(alone, tmp_path, number):
 
 
 # --------------------------------------------------------------- one process, damaged folders
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kept_programs(tmp_path_factory):
-    """Compiled programs are kept: every resumed run here has the same step."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("cache")))
-    jax.config.update(names[1], 0)
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
