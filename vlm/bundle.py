@@ -284,8 +284,9 @@ class Bundle(FactSheet):
     @functools.cached_property
     def _mesh(self) -> Mesh | None:
         for leaf in jax.tree.leaves(self._split[1]):
-            if isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh.size > 1:
-                return leaf.sharding.mesh
+            mesh = leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None
+            if isinstance(mesh, Mesh) and mesh.size > 1:
+                return mesh
         return None
 
     @functools.cached_property
@@ -329,9 +330,9 @@ class Bundle(FactSheet):
     def _place(self, rows: np.ndarray | Patches, count: int, size: int):
         """`rows` padded to a number that is compiled for, on the devices that compute them."""
         padded = min(1 << (count - 1).bit_length(), size)
-        axes = () if self._mesh is None else self._mesh.axis_names
-        axes = tuple(name for name in axes if name != "tensor")
-        ways = math.prod(self._mesh.shape[name] for name in axes)
+        sizes = {} if self._mesh is None else dict(self._mesh.shape)
+        axes = tuple(name for name in sizes if name != "tensor")
+        ways = math.prod(sizes[name] for name in axes)
         padded = -(-padded // ways) * ways
         # Repeats of the last row: unlike zeros, they are something that the model may see.
         if padded > count:

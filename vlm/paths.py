@@ -116,6 +116,6 @@ def keep_compiled_programs() -> None:
     """Keep what JAX compiles in the cache folder, unless the user has said where or not to."""
     import jax  # this module is light for those who only name paths
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", os.fspath(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -23,7 +23,7 @@ BATCH_AXES = ("data", "fsdp")  # a batch is cut over both
 # Which dimension of a parameter lies over `tensor`, by the last two names of its path. Heads and
 # MLP columns are independent, so each device computes its own and one sum joins them (Megatron,
 # arXiv:1909.08053). Counted from the end: stacked blocks carry a layer axis in front.
-TENSOR_DIMENSION = {
+TENSOR_DIMENSION: dict[tuple[str, ...], int] = {
     ("query", "kernel"): -2,
     ("query", "bias"): -2,
     ("key", "kernel"): -2,
@@ -62,7 +62,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if devices[0].platform != "tpu":  # GPUs of a box, and CPU devices, come in order
         grid = np.asarray(devices).reshape(mesh_sizes(config, len(devices)))
     else:
-        slices: dict[int, list[jax.Device]] = {}
+        slices: dict[int, list[Any]] = {}
         for device in devices:
             slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
         data, fsdp, tensor = mesh_sizes(config, len(devices), len(slices))
@@ -101,7 +101,8 @@ def mesh_sizes(config: MeshConfig, devices: int, slices: int = 1) -> tuple[int, 
             f"data a multiple of {slices}, and fsdp x tensor at most the {devices // slices} "
             "devices of a slice"
         )
-    return tuple(sizes)
+    data, fsdp, tensor = sizes
+    return data, fsdp, tensor
 
 
 def batch_ways(mesh: Mesh | AbstractMesh) -> int:
@@ -171,8 +172,7 @@ def by_rows(x: jax.Array) -> jax.Array:
     activations, which are large, rather than parameters.
     """
     mesh = mesh_of(x)
-    ways = 1 if mesh is None else batch_ways(mesh)
-    if ways == 1 or x.shape[0] % ways:
+    if mesh is None or batch_ways(mesh) == 1 or x.shape[0] % batch_ways(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
 
@@ -192,9 +192,9 @@ def gathered(block: Any, layers: int, dtype: DTypeLike) -> Any:
     constrain = jax.lax.with_sharding_constraint
 
     def whole(path, x):
-        if not cut_over_fsdp(x):
-            return x
         mesh = mesh_of(x)
+        if mesh is None or mesh.shape["fsdp"] == 1:
+            return x
         _, *spec = parameter_spec(("blocks", *path_names(path)), (layers, *x.shape), mesh)
         if "fsdp" not in spec:
             return x
@@ -212,7 +212,7 @@ def gathered(block: Any, layers: int, dtype: DTypeLike) -> Any:
 
 
 @functools.cache
-def batch_share(mesh: Mesh) -> tuple[int, int]:
+def batch_share(mesh: Mesh | AbstractMesh) -> tuple[int, int]:
     """(index, count): a batch is cut into `count` equal shares and this process reads one of them.
 
     Processes that hold copies of the same rows, as along `tensor`, read the same share.
@@ -233,7 +233,7 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 
-def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def global_batch(batch: dict[str, np.ndarray], mesh: Mesh | AbstractMesh) -> dict[str, jax.Array]:
     """This process's share of a batch as part of global arrays."""
     sharding, (_, shares) = batch_sharding(mesh), batch_share(mesh)
     return {

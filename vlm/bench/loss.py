@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
+from vlm.bench import measure
 from vlm.bench.measure import best_times
 from vlm.errors import ShardingError
 from vlm.losses import contrastive_loss, sigmoid_loss, softmax_loss
@@ -33,7 +34,7 @@ def bench_loss(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     tile: int | None = None,
     dense: bool = True,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     rounds: int = 5,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -73,7 +74,8 @@ def bench_loss(
         for form, loss in forms.items():
             compiled = _with_gradients(loss).lower(*inputs).compile()
             runs[kind, form] = lambda run=compiled: run(*inputs)
-            memory[kind, form] = compiled.memory_analysis().temp_size_in_bytes
+            analysis: Any = compiled.memory_analysis()
+            memory[kind, form] = analysis.temp_size_in_bytes
     product, product_flops = _product(mesh, dtype)
     seconds = best_times({"product": product, **runs}, rounds)
     rate = product_flops / seconds.pop("product")
@@ -121,15 +123,17 @@ def _in_tiles(kind, mesh, tile) -> Callable:
     return lambda *inputs: contrastive_loss(*inputs, kind=kind, mesh=mesh, tile=tile)
 
 
-def _with_gradients(loss) -> Callable:
+def _with_gradients(loss):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))
 
 
 def _product(mesh, dtype):
     """Products of large square matrices on every device, and their operations in all."""
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    side = 2048 if on_cpu else 8192
-    times = max(1, 8 // mesh.size) if on_cpu else 16  # the devices of a CPU share its cores
+    platform = mesh.devices.flat[0].platform
+    side = measure.matrix_side(platform)
+    times = (
+        max(1, 8 // mesh.size) if platform == "cpu" else 16
+    )  # the devices of a CPU share its cores
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     matrices = jax.device_put(jnp.ones((mesh.size, side, side), dtype), sharding)
     run = jax.jit(lambda m: m @ m)

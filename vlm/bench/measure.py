@@ -13,6 +13,11 @@ import jax
 import jax.numpy as jnp
 
 
+def matrix_side(platform: str) -> int:
+    """Of the square matrices whose product shows how fast a device multiplies."""
+    return 2048 if platform == "cpu" else 8192
+
+
 def best_times(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
     """The best seconds of `rounds` calls of each, in turns so that all meet the same load."""
     best = {}
@@ -29,13 +34,13 @@ def best_times(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, 
 
 def product(dtype: str) -> tuple[Callable[[], Any], float]:
     """Products of large square matrices on one device, and their operations."""
-    side = 2048 if jax.default_backend() == "cpu" else 8192
+    side = matrix_side(jax.default_backend())
     matrix = jnp.ones((side, side), dtype)
     run = jax.jit(jnp.matmul)
     return lambda: [run(matrix, matrix) for _ in range(8)], 8 * 2 * side**3
 
 
-def peak_bytes(device: jax.Device) -> int | None:
+def peak_bytes(device: Any) -> int | None:
     """The most bytes that were in use on a device so far, where it counts them."""
     stats = device.memory_stats() or {}
     return stats.get("peak_bytes_in_use")

@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from vlm.heads.items import Stored
 from vlm.heads.retrieval import RetrievalIndex
 
 
@@ -27,7 +28,7 @@ def bench_search(
     *,
     queries: Sequence[int] = (1, 64),
     k: int = 10,
-    dtype: str = "float32",
+    dtype: Stored = "float32",
     rounds: int = 3,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def bench_search(
         copy = _best(lambda z=z: z.copy(), rounds) / 2  # a copy reads and writes
         for count in queries:
             asked = z[rng.integers(0, n, count)]
-            hits = index.search(asked, k=k)
+            hits: Any = index.search(asked, k=k)  # a list, as of a batch
             found = sum(h[0].score > 0.999 for h in hits)
             seconds = _best(lambda i=index, a=asked: i.search(a, k=k), rounds)
             rows.append(

@@ -149,7 +149,8 @@ def _bare(folder: str) -> None:
 
     augment = Augment(AUGMENT, Preprocess(PREPROCESS))
     with tarfile.open(f"{folder}/000.tar") as tar:
-        images = [tar.extractfile(m).read() for m in tar if m.name.endswith(".jpg")][:DIFFERENT]
+        files = [tar.extractfile(m) for m in tar if m.name.endswith(".jpg")]
+        images = [file.read() for file in files if file is not None][:DIFFERENT]
     out = threading.local()
 
     def one(number: int) -> None:
@@ -178,7 +179,8 @@ def _open_clip(folder: str) -> None:
     """open_clip's own pipeline, with a worker on each core; nothing of the product needs it."""
     from importlib import import_module
 
-    open_clip, data = import_module("open_clip"), import_module("open_clip_train.data")
+    open_clip = import_module("open_clip")
+    data: Any = import_module("open_clip_train.data")
     expand = data.tar_file_expander  # newer releases of webdataset mark the end of a shard
     data.tar_file_expander = functools.partial(expand, eof_value=None)
     augment = open_clip.AugmentationCfg(scale=AUGMENT.crop)
@@ -200,7 +202,7 @@ def _open_clip(folder: str) -> None:
 
 def main() -> None:
     """One side of the comparison, asked over its standard input."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="One side of the comparison.")
     parser.add_argument("--as", dest="name", required=True)
     parser.add_argument("--folder", required=True)
     args = parser.parse_args()

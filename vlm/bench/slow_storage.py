@@ -17,7 +17,7 @@ class SlowFileSystem(LocalFileSystem):
     def _strip_protocol(cls, path):
         return LocalFileSystem._strip_protocol(str(path).removeprefix("slow://"))
 
-    def open(self, path, mode="rb", **options):
+    def open(self, path, mode="rb", **options):  # pyright: ignore[reportIncompatibleMethodOverride]
         """The file, after the time that a bucket takes."""
         time.sleep(OPEN_SECONDS)
         return _Slow(open(self._strip_protocol(path), mode, buffering=0))

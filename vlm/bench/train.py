@@ -58,19 +58,14 @@ def bench_train(
     check_batch(e.batch_size, mesh)
     check_batch(e.micro_batch_size or e.batch_size, mesh, "micro_batch_size")
     devices = list(mesh.devices.flat)
+    on_cpu = devices[0].platform == "cpu"
     if save:
         check_saving(save, devices)
     trainer = Trainer(e, mesh)
-    batch = global_batch(_random_batch(e), mesh)
+    batch = global_batch(random_batch(e), mesh)
     compiled = trainer.step.lower(trainer.abstract_state, batch).compile()
-    memory = compiled.memory_analysis()
-    planned = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
-    resident = _resident(trainer, compiled, batch) if devices[0].platform == "cpu" else None
+    planned = planned_peak(compiled)
+    resident = step_resident_peak(trainer, compiled, batch) if on_cpu else None
     held = {"state": trainer.init(jnp.int32(1000))}
 
     def step():
@@ -121,7 +116,7 @@ def bench_train(
         "measured_peak_bytes": resident or peak_bytes(devices[0]),
     }
     if save:
-        middle = predicted_seconds(trainer, compiled)
+        middle = predicted_seconds(trainer, compiled, devices)
         result["predicted_seconds"] = middle
         save_measurement(save, _measurement(e, devices, step_seconds, middle))
     _print(result, console or Console())
@@ -140,21 +135,27 @@ def check_saving(file: str, devices: list[Any]) -> None:
         read_measurements(file)
 
 
-def predicted_seconds(trainer: Trainer, compiled: Any) -> float:
+def predicted_seconds(trainer: Trainer, compiled: Any, devices: list[Any]) -> float:
     """The middle of the range that the plan expects of a compiled step, without a calibration."""
-    topology = local_topology(list(trainer.mesh.devices.flat))
-    e = with_dtype(trainer.experiment, topology.chip.platform)
-    calibration = calibration_of(topology.chip.name)
-    if topology.chip.platform == "tpu":
+    topology = local_topology(devices)
+    assert topology is not None  # `check_saving` has seen that it is known
+    chip = topology.rated_chip
+    e = with_dtype(trainer.experiment, chip.platform)
+    calibration = calibration_of(chip.name)
+    if chip.platform == "tpu":
         step = read_step(compiled, trainer, 0.0)
         state = state_bytes(trainer.abstract_state, trainer.mesh)
         return compiled_roofline(e, topology, state, step).predicted(calibration).middle
-    return plan(e, topology, compiled=False, loss=False).step_seconds.middle
+    expected = plan(e, topology, compiled=False, loss=False).step_seconds
+    assert expected is not None  # a chip with published figures
+    return expected.middle
 
 
 def _measurement(e: Experiment, devices: list[Any], measured: float, predicted: float):
+    topology = local_topology(devices)
+    assert topology is not None  # `check_saving` has seen that it is known
     return Measurement(
-        chip=local_topology(devices).chip.name,
+        chip=topology.rated_chip.name,
         name=e.name,
         devices=len(devices),
         batch_size=e.batch_size,
@@ -165,7 +166,18 @@ def _measurement(e: Experiment, devices: list[Any], measured: float, predicted: 
     )
 
 
-def _resident(trainer: Trainer, compiled: Any, batch: dict[str, jax.Array]) -> int | None:
+def planned_peak(compiled: Any) -> int:
+    """The bytes of each device that the compiler has laid out for a program."""
+    memory = compiled.memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+
+
+def step_resident_peak(trainer: Trainer, compiled: Any, batch: dict[str, jax.Array]) -> int | None:
     """Bytes of the process in which CPU devices run, at a step's peak, as a share for each."""
 
     def two_steps():
@@ -176,11 +188,11 @@ def _resident(trainer: Trainer, compiled: Any, batch: dict[str, jax.Array]) -> i
     peak = resident_peak(two_steps)
     if peak is None:
         return None
-    local = len(trainer.mesh.local_devices)
+    local = len(trainer.mesh.local_devices or ())
     return (peak + sum(x.nbytes for x in batch.values()) // jax.process_count()) // local
 
 
-def _random_batch(e: Experiment) -> dict[str, np.ndarray]:
+def random_batch(e: Experiment) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     size, text = e.model.vision.image_size, e.model.text
     rows = e.batch_size // jax.process_count()

@@ -38,9 +38,12 @@ class Peer:
     def take(self, request: str) -> tuple[float, ...]:
         """Send a request and wait for the numbers of its answer."""
         os.killpg(self.process.pid, signal.SIGCONT)
-        self.process.stdin.write(f"{request}\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
+        told, answers = self.process.stdin, self.process.stdout
+        assert told is not None
+        assert answers is not None
+        told.write(f"{request}\n")
+        told.flush()
+        for line in answers:
             if line.startswith("answer "):
                 os.killpg(self.process.pid, signal.SIGSTOP)
                 return tuple(map(float, line.split()[1:]))

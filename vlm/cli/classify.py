@@ -97,10 +97,10 @@ def labels_of(labels: str | None, file: str | None) -> Any:
     Raises:
         UsageError: neither or both, or no names in them.
     """
-    if (labels is None) == (file is None):
-        raise UsageError('say what to choose from: either --labels "dog,cat" or --labels-file FILE')
-    if file is None:
+    if labels is not None and file is None:
         names, where = labels.split(","), "--labels"
+    elif labels is not None or file is None:
+        raise UsageError('say what to choose from: either --labels "dog,cat" or --labels-file FILE')
     elif _is_place(file):
         from vlm.heads.labels import read_labels
 
@@ -132,7 +132,7 @@ def sentences_of(templates: tuple[str, ...], model: str) -> tuple[str, ...]:
     if len(templates) == 1 and _is_place(templates[0]):
         from vlm.heads.labels import read_templates
 
-        return read_templates(templates[0])
+        return tuple(read_templates(templates[0]))
     if templates:
         return templates
     run = experiment_of(model)

@@ -197,10 +197,12 @@ def _filter(text: str) -> Any:
     from vlm.config import FieldFilter
 
     try:
-        for sign, name in ((">=", "at_least"), ("<=", "at_most")):
-            if sign in text:
-                feature, value = text.split(sign)
-                return FieldFilter(feature.strip(), **{name: float(value)})
+        if ">=" in text:
+            feature, value = text.split(">=")
+            return FieldFilter(feature.strip(), at_least=float(value))
+        if "<=" in text:
+            feature, value = text.split("<=")
+            return FieldFilter(feature.strip(), at_most=float(value))
         feature, values = text.split("=")
         return FieldFilter(feature.strip(), one_of=tuple(v.strip() for v in values.split(",")))
     except ValueError:

@@ -81,7 +81,7 @@ def index(
     for start in range(0, len(fresh), KEPT):
         part = fresh[start : start + KEPT]
         of_part = [state[os.fspath(path)] for path in part]
-        metadata = dict(zip(STATE, zip(*of_part, strict=True), strict=True))
+        metadata: dict[str, Any] = dict(zip(STATE, zip(*of_part, strict=True), strict=True))
         stream = (next(shown) for _ in part)
         made.update(stream, None, batch_size, metadata, on_error=unreadable.among(part))
         if grows and len(made) and start + KEPT < len(fresh):

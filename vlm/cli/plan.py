@@ -3,6 +3,7 @@
 import dataclasses
 import json as jsonlib
 import os
+from typing import Any
 
 from vlm.cli import parse
 from vlm.cli.terminal import print_status
@@ -82,7 +83,7 @@ def plan(
                     f"--{name} {' '.join(values)} are several: give one, or compare with --sweep"
                 )
     sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
-    changes = {name: size for name, size in sizes.items() if size is not None}
+    changes: dict[str, Any] = {n: size for n, size in sizes.items() if size is not None}
     if batch_per_chip and not sweep:
         changes["batch_size"] = batch_per_chip * parse_topology(topology[0]).chips
     if remat and not sweep:

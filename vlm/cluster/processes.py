@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
-from jax._src.distributed import global_state  # its key-value store has no public name yet
 from jax.experimental import multihost_utils
 
 from vlm.cluster import watch
@@ -111,7 +110,7 @@ _LONG = 7 * 24 * 3600 * 1000  # milliseconds: a process that died is noticed by 
 
 def _put(text: str) -> Callable[[int], str]:
     """Lay down this process's text, and return how to get that of another one."""
-    client, place = global_state.client, f"vlm/said/{next(_calls)}/"
+    client, place = watch.service(), f"vlm/said/{next(_calls)}/"
     client.key_value_set(f"{place}{jax.process_index()}", f"={text}")
     return lambda process: client.blocking_key_value_get(f"{place}{process}", _LONG)[1:]
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import jax
 from jax._src.distributed import global_state  # its key-value store has no public name yet
@@ -21,6 +22,11 @@ _VERDICT, _ALIVE = "vlm/verdict", "vlm/alive/"
 _doing = ""  # what this process is at, told with each sign of life
 
 
+def service() -> Any:
+    """The client of JAX's coordination service, whose key-value store all processes share."""
+    return global_state.client
+
+
 def start() -> None:
     """Begin to watch, in a thread of this process."""
     threading.Thread(target=_watch, name="vlm-watch", daemon=True).start()
@@ -32,7 +38,7 @@ def end_all(error: Exception) -> None:
     """Have all processes end, each with a sentence that says what happened in this one."""
     said = f"{name(jax.process_index())} failed: {error}"
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first
-        global_state.client.key_value_set(_VERDICT, said)
+        service().key_value_set(_VERDICT, said)
     _linger()
     # JAX's own way out waits for processes that will never come.
     atexit.register(_leave)
@@ -47,7 +53,7 @@ def tell(doing: str) -> None:
 def told() -> dict[int, tuple[str, str]]:
     """(host, what it is doing) of each process, as its last sign of life told it."""
     try:
-        signs = global_state.client.key_value_dir_get(_ALIVE)
+        signs = service().key_value_dir_get(_ALIVE)
     except jax.errors.JaxRuntimeError:
         return {}
     parts = {int(key.removeprefix(_ALIVE)): sign.split(" ", 2) for key, sign in signs}
@@ -56,7 +62,7 @@ def told() -> dict[int, tuple[str, str]]:
 
 def _watch() -> None:
     """Give signs of life and end this process when another is gone. Process 0 looks at them all."""
-    client, me = global_state.client, jax.process_index()
+    client, me = service(), jax.process_index()
     seen = {i: ("", time.monotonic()) for i in range(jax.process_count())}
     beat, looked = 0, time.monotonic()
     while True:
@@ -126,7 +132,7 @@ _death_reporter: subprocess.Popen | None = None  # see `report_death`
 def _start_death_reporter() -> None:
     """Have it said if this process ends because process 0 is gone."""
     global _death_reporter
-    address = global_state.coordinator_address
+    address = global_state.coordinator_address or ""
     host, _, port = address.rpartition(":")
     sentence = _end_message(f"{name(0)} at {address} died")
     _death_reporter = subprocess.Popen(

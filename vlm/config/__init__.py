@@ -16,10 +16,12 @@ from vlm.config.files import load_config as load_config
 from vlm.config.files import to_dict as to_dict
 from vlm.config.inputs import CLIP_MEAN as CLIP_MEAN
 from vlm.config.inputs import CLIP_STD as CLIP_STD
+from vlm.config.inputs import Clean as Clean
 from vlm.config.inputs import PreprocessConfig as PreprocessConfig
 from vlm.config.inputs import TokenizerConfig as TokenizerConfig
 from vlm.config.model import ModelConfig as ModelConfig
 from vlm.config.model import TextConfig as TextConfig
+from vlm.config.model import TextPool as TextPool
 from vlm.config.model import kept_tokens as kept_tokens
 from vlm.config.towers import Activation as Activation
 from vlm.config.towers import ConvNeXtConfig as ConvNeXtConfig

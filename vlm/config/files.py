@@ -26,7 +26,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        kind = {"kind": value.kind} if hasattr(value, "kind") else {}
+        name = getattr(value, "kind", None)
+        kind = {} if name is None else {"kind": name}
         return kind | {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
@@ -45,7 +46,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     if hasattr(cls, "kind"):
         values = {name: value for name, value in values.items() if name != "kind"}
     hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]
+    known = [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
     for name in values:
         if name not in known:
             raise ConfigError(f"{where} has no field {name!r}: it has {', '.join(known)}")
@@ -62,7 +63,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     """`value` as the type `hint` asks for, or a ConfigError that names `where`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)
+        return from_dict(hint, value, where)  # pyright: ignore[reportArgumentType]
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None

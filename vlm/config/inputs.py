@@ -10,6 +10,9 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+Clean = Literal["none", "clip", "clip_cased", "clip_canonical", "siglip", "bert"]
+
+
 @dataclass(frozen=True)
 class PreprocessConfig:
     """How an image becomes the pixels a model was trained on.
@@ -84,7 +87,7 @@ class TokenizerConfig:
     bos_id: int | None = None
     eos_id: int | None = 1
     lowercase: bool = False
-    clean: Literal["none", "clip", "clip_cased", "clip_canonical", "siglip", "bert"] = "none"
+    clean: Clean = "none"
     keep_eos: bool = True
     pad_side: Literal["right", "left"] = "right"
     parse_special: bool = False

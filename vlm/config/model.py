@@ -13,6 +13,8 @@ from vlm.config.towers import (
 )
 from vlm.errors import ConfigError
 
+TextPool = Literal["end", "argmax", "first", "last", "class", "mean", "map"]
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -52,7 +54,7 @@ class TextConfig:
     heads: int = 12
     mlp_dim: int = 3072
     causal: bool = False
-    pool: Literal["end", "argmax", "first", "last", "class", "mean", "map"] = "last"
+    pool: TextPool = "last"
     end_id: int | None = None
     pad_id: int | None = None
     layer_scale: bool = False

@@ -303,7 +303,7 @@ class Experiment:
                 f"train at {vision.image_size} pixels"
             )
         if getattr(vision, "rotary", None) is not None and (
-            vision.patch_dropout or self.image_sizes
+            getattr(vision, "patch_dropout", 0.0) or self.image_sizes
         ):
             what = "image_sizes" if self.image_sizes else "patch_dropout"
             raise ConfigError(

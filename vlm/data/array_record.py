@@ -13,6 +13,8 @@ from vlm.data.faults import BadSample
 from vlm.data.storage import expand
 from vlm.errors import DataError
 
+_Example: Any = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue] (made on import)
+
 
 class ArrayRecordSource:
     """The records of some files, in order."""
@@ -67,7 +69,7 @@ def parse(record: bytes, image: str, where: str) -> Example:
         BadSample: it is no `tf.train.Example`.
     """
     try:
-        features = tf_example_pb2.Example.FromString(record).features.feature
+        features = _Example.FromString(record).features.feature
     except Exception as error:  # of protobuf
         why = f"{where} is no tf.train.Example ({error})"
         raise BadSample("broken record", where, why) from None
@@ -85,7 +87,7 @@ def parse(record: bytes, image: str, where: str) -> Example:
 
 def serialize(example: Example) -> bytes:
     """An example as `parse` reads it: bytes, texts, numbers, and lists of them."""
-    message = tf_example_pb2.Example()
+    message = _Example()
     for name, value in example.items():
         values = list(value) if isinstance(value, list | tuple) else [value]
         values = [v for v in values if v is not None]

@@ -10,10 +10,19 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from typing import IO
 
 from vlm.errors import DataError
 
 _LENGTH = struct.Struct("<I")
+
+
+def _pipes(worker: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes], IO[bytes]]:
+    """What a worker reads from, what it draws into, and what it complains into."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    assert worker.stderr is not None
+    return worker.stdin, worker.stdout, worker.stderr
 
 
 def draw_png(svg: str, size: int) -> bytes:
@@ -45,21 +54,22 @@ def draw_all(paths: Sequence[str], size: int) -> Iterator[bytes]:
     ]
     try:
         for k, worker in enumerate(workers):  # read whole before the first answer: cannot block
-            worker.stdin.write("\n".join(paths[k::count]).encode())
-            worker.stdin.close()
+            asked, _, _ = _pipes(worker)
+            asked.write("\n".join(paths[k::count]).encode())
+            asked.close()
         for i, path in enumerate(paths):
-            worker = workers[i % count]
-            head = worker.stdout.read(_LENGTH.size)
+            _, drawn, errors = _pipes(workers[i % count])
+            head = drawn.read(_LENGTH.size)
             if len(head) < _LENGTH.size:
-                why = worker.stderr.read().decode(errors="replace").strip().splitlines()
+                why = errors.read().decode(errors="replace").strip().splitlines()
                 raise DataError(f"{path} cannot be drawn: {why[-1] if why else 'no answer'}")
-            yield worker.stdout.read(_LENGTH.unpack(head)[0])
+            yield drawn.read(_LENGTH.unpack(head)[0])
     finally:
         for worker in workers:
             worker.kill()
             worker.wait()
-            worker.stdout.close()
-            worker.stderr.close()
+            for pipe in _pipes(worker)[1:]:
+                pipe.close()
 
 
 def _cores() -> int:

@@ -9,7 +9,7 @@ import collections
 import json
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import grain
@@ -43,7 +43,7 @@ class Stream(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def lane(self, number: int, position: Position | None, pool: ThreadPoolExecutor) -> Lane: ...
+    def lane(self, number: int, position: Position | None, pool: Executor) -> Lane: ...
 
 
 def count_lanes(config: DataConfig, global_batch: int, shards: int, process_count: int) -> int:
@@ -147,10 +147,9 @@ class LaneIterator(grain.DatasetIterator):
             self._fill(number)
         for number in self._lanes:
             for _ in range(rows):
-                made, position = self._next_good(number, bad)
-                images[len(texts)] = made.image
-                texts.append(made.text)
-            after[str(number)] = position
+                image, text, after[str(number)] = self._next_good(number, bad)
+                images[len(texts)] = image
+                texts.append(text)
         for number in self._lanes:
             self._fill(number)  # decoders go on while the texts become tokens
         tokens = b.tokenizer(texts)
@@ -175,7 +174,7 @@ class LaneIterator(grain.DatasetIterator):
             lane.close()
         self._readers.shutdown(cancel_futures=True)
 
-    def _next_good(self, number: int, bad: list) -> tuple[_Made, Position]:
+    def _next_good(self, number: int, bad: list) -> tuple[np.ndarray, str, Position]:
         ready = self._ready[number]
         while True:
             while not ready:
@@ -185,7 +184,7 @@ class LaneIterator(grain.DatasetIterator):
             made, position = ready.popleft()
             if isinstance(made.text, str):
                 self._in_a_row[number] = self._filtered[number] = 0
-                return made, position
+                return made.image, made.text, position
             if made.text is FILTERED:
                 self._filtered[number] += 1
                 if self._filtered[number] == _MAX_FILTERED:

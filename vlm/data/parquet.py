@@ -9,7 +9,7 @@ import collections
 import functools
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from vlm.config import DataConfig
@@ -33,7 +33,9 @@ class ParquetFormat:
     def __init__(self, config: DataConfig):
         self._config = config
 
-    def read(self, shard: str, offset: int, number: int, chunk: int) -> Iterator[Record]:
+    def read(
+        self, shard: str, offset: int, number: int, chunk: int
+    ) -> Generator[Record, None, None]:
         """The rows of a shard from row `offset` on.
 
         Raises:

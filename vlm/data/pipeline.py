@@ -105,6 +105,7 @@ class TrainIterator(grain.DatasetIterator):
             self._reader = None
 
     def _take(self) -> list[Batch]:
+        assert self._reader is not None
         return [next(self._reader) for _ in range(self._order.parts)]
 
     def _open(self) -> grain.DatasetIterator:

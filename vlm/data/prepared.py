@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import constants, read_only_builder
 
 from vlm.config import DataConfig
 from vlm.data.examples import Example, check_features
@@ -22,6 +23,12 @@ def open_prepared(name: str, split: str, config: DataConfig) -> "TfdsSource":
         DataError: it is unknown or not prepared, or has no such split or feature.
     """
     return TfdsSource(_prepared(name, config.data_dir), split, config)
+
+
+def open_split(builder: tfds.core.DatasetBuilder, split: str, decoders: dict[str, Any]) -> Any:
+    """The records of a split, by number."""
+    # A decorator hides from the checker what the method takes.
+    return builder.as_data_source(split, decoders=decoders)  # pyright: ignore[reportCallIssue]
 
 
 class TfdsSource:
@@ -43,10 +50,11 @@ class TfdsSource:
                 )
         try:
             decoders = {config.image: tfds.decode.SkipDecoding()}
-            self._records = builder.as_data_source(split, decoders=decoders)
+            self._records = open_split(builder, split, decoders)
         except NotImplementedError as error:
+            form = builder.info.file_format
             raise DataError(
-                f"{where} is stored as {builder.info.file_format.value}, which has no random "
+                f"{where} is stored as {form.value if form else 'unknown'}, which has no random "
                 f'access: prepare it with file_format="array_record" ({error})'
             ) from None
         except (ValueError, KeyError):
@@ -60,7 +68,7 @@ class TfdsSource:
     def __getitem__(self, index: int) -> Example:
         record = _flat(self._records[int(index)])
         example = {k: v if k == self._image else _text(v) for k, v in record}
-        if self._label:
+        if self._label and self._names:
             example[self._label] = self._names[int(example[self._label])]
         return example
 
@@ -75,9 +83,9 @@ def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     folder = as_path(name)
     if (folder / "dataset_info.json").exists():
         return tfds.builder_from_directory(folder)
-    where = {} if data_dir is None else {"data_dir": data_dir}
+    where: dict[str, Any] = {} if data_dir is None else {"data_dir": data_dir}
     try:
-        return tfds.core.read_only_builder.builder_from_files(name, **where)
+        return read_only_builder.builder_from_files(name, **where)
     except Exception:  # not there: perhaps the user's own, of a class that this process knows
         pass
     how = f'prepare it with tfds.builder({name!r}, file_format="array_record")'
@@ -100,7 +108,7 @@ def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
 
 
 def _data_dir(given: str | None) -> str:
-    return given or tfds.core.constants.DATA_DIR
+    return given or constants.DATA_DIR
 
 
 def _flat_features(features: Any, above: str = "") -> Iterator[tuple[str, Any]]:

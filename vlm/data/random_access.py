@@ -111,6 +111,7 @@ class TrainBatches:
 
     def _make(self, index: int, u: np.ndarray, out: np.ndarray, position: int, bad: list) -> str:
         """The text of an example whose image goes to `out`, or of the first good one after it."""
+        last: BadSample | None = None
         for attempt in range(self._max_bad_in_a_row):
             try:
                 return self._maker(self._source[index], u, out, f"example {index}")
@@ -119,6 +120,7 @@ class TrainBatches:
                 last = fault
                 other = uniforms(key(self._seed, 3, attempt), np.array([position]), 1)[0, 0]
                 index = int(other * len(self._source))
+        assert last is not None  # one sample at least was looked at
         raise TooManyBad.in_a_row(self._max_bad_in_a_row, last)
 
 
@@ -136,7 +138,8 @@ class StepOrder:
 
     def read(self) -> grain.IterDataset:
         """The batches from the position on."""
-        data = grain.MapDataset.source(self._batches).slice(slice(self._step, None))
+        batches: Any = self._batches  # a sequence in all but its base class
+        data = grain.MapDataset.source(batches).slice(slice(self._step, None))
         if self.workers:
             return data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         threads = self._threads if self._prefetch else 0

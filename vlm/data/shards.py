@@ -8,7 +8,7 @@ What cannot be read takes one place in that order, as a `BadSample`, and the lan
 """
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -39,7 +39,9 @@ class Format(Protocol):
 
     kind: str
 
-    def read(self, shard: str, offset: int, number: int, chunk: int) -> Iterator[Record]: ...
+    def read(
+        self, shard: str, offset: int, number: int, chunk: int
+    ) -> Generator[Record, None, None]: ...
 
 
 class Sample(NamedTuple):
@@ -110,7 +112,9 @@ class Shards:
         order = key(self.seed, 1)
         return int(permute(order, epoch, np.array([place]), len(self.names))[0])
 
-    def samples(self, lane: int, place: Place) -> Iterator[tuple[Sample | None, Place]]:
+    def samples(
+        self, lane: int, place: Place
+    ) -> Generator[tuple[Sample | None, Place], None, None]:
         """The samples of a lane as they lie in its shards, each with the place after it.
 
         Between two epochs comes None.
@@ -162,6 +166,7 @@ class ShardLane:
         place = self._order[self._taken]
         sample, self._block[place] = self._block[place], None  # its bytes are not held twice
         self._taken += 1
+        assert sample is not None  # each place of the order is taken once
         return sample
 
     def position(self) -> list[int]:

@@ -50,28 +50,31 @@ class Augment:
 
         `size` is the width and height of the whole image, where a fraction of it was decoded.
         """
-        u = u.tolist()
+        draws: list[float] = u.tolist()
         if self.config.crop is None:
             pixels = self.preprocess.pixels(image)
         else:
             inputs = self.preprocess.config
-            box = crop_box(*(size or image.size), self.config, u[: 2 * _ATTEMPTS + 2])
+            box = crop_box(*(size or image.size), self.config, draws[: 2 * _ATTEMPTS + 2])
             if size is not None and image.size != size:
                 fraction = round(size[0] / image.width)  # of whole numbers: pixels keep their place
                 edges = (*image.size, *image.size)
-                box = tuple(min(x / fraction, e) for x, e in zip(box, edges, strict=True))
+                left, top, right, bottom = (
+                    min(x / fraction, e) for x, e in zip(box, edges, strict=True)
+                )
+                box = (left, top, right, bottom)
             # One resample makes crop and size at once.
-            size, kernel = (inputs.image_size,) * 2, PILLOW_KERNELS[inputs.kernel]
-            pixels = np.asarray(image.resize(size, kernel, box=box))
-        u = u[2 * _ATTEMPTS + 2 :]
-        if self.config.flip and u[0] < 0.5:
+            side, kernel = inputs.image_size, PILLOW_KERNELS[inputs.kernel]
+            pixels = np.asarray(image.resize((side, side), kernel, box=box))
+        draws = draws[2 * _ATTEMPTS + 2 :]
+        if self.config.flip and draws[0] < 0.5:
             pixels = pixels[:, ::-1]
         if not (self.config.jitter or self.config.hue):
             out[...] = pixels
             return
         values = pixels.reshape(-1, 3).astype(np.float32)
         mean = np.ones(len(values), np.float32) @ values / np.float32(len(values))
-        matrix, offset = color_map(self.config, u[1:5], mean)
+        matrix, offset = color_map(self.config, draws[1:5], mean)
         values = values @ matrix.T
         values += offset + np.float32(0.5)  # the cast below truncates, so this rounds
         np.clip(values, 0, 255, out=values)
@@ -96,6 +99,7 @@ def crop_box(
 
     Inception's random resized crop (Szegedy et al., 2015) as in torchvision, with real borders.
     """
+    assert config.crop is not None
     low, high = (math.log(a) for a in config.aspect)
     for k in range(_ATTEMPTS):
         area = width * height * (config.crop[0] + u[2 * k] * (config.crop[1] - config.crop[0]))

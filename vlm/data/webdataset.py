@@ -9,7 +9,7 @@ writes one, adds its columns by `key`.
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from vlm.config import DataConfig
@@ -31,7 +31,9 @@ class TarFormat:
         self._config, self._sidecar = config, sidecar
         self._wanted = wanted_extensions(config) if contents else frozenset()
 
-    def read(self, shard: str, offset: int, number: int, chunk: int) -> Iterator[Record]:
+    def read(
+        self, shard: str, offset: int, number: int, chunk: int
+    ) -> Generator[Record, None, None]:
         """The examples of a shard from the one that begins at `offset`.
 
         Raises:

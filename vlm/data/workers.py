@@ -34,7 +34,9 @@ def end_with_parent(*_) -> None:
     """Have this worker end when the run is killed: else it would wait for ever, memory in hand."""
 
     def wait() -> None:
-        multiprocessing.parent_process().join()
+        parent = multiprocessing.parent_process()
+        assert parent is not None  # grain starts workers alone
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

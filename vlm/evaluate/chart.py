@@ -1,5 +1,6 @@
 """Line charts as inline SVG: axes, labelled lines and bands, coloured by the page's style sheet."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -164,6 +165,8 @@ def smooth(values: Sequence[float], share: float = 0.02) -> list[float]:
 
 
 def _band(line: Line, run: list[int], px: Callable, py: Callable) -> str:
+    assert line.low is not None
+    assert line.high is not None
     upper = [f"{px(line.x[i]):.1f},{py(line.high[i]):.1f}" for i in run]
     lower = [f"{px(line.x[i]):.1f},{py(line.low[i]):.1f}" for i in reversed(run)]
     return f'<polygon class="band c{line.color}" points="{" ".join(upper + lower)}"/>'
@@ -199,8 +202,14 @@ def _thinned(line: Line) -> Line:
     if step <= 1:
         return line
     keep = sorted({*range(0, len(line.x), step), len(line.x) - 1})
-    picked = {
-        name: [values[i] for i in keep] if (values := getattr(line, name)) is not None else None
-        for name in ("x", "y", "low", "high")
-    }
-    return Line(line.name, markers=line.markers, faint=line.faint, color=line.color, **picked)
+
+    def picked(values: Sequence[float]) -> list[float]:
+        return [values[i] for i in keep]
+
+    return dataclasses.replace(
+        line,
+        x=picked(line.x),
+        y=picked(line.y),
+        low=None if line.low is None else picked(line.low),
+        high=None if line.high is None else picked(line.high),
+    )

@@ -11,6 +11,7 @@ from vlm.inputs.opening import open_image
 from vlm.paths import as_path
 
 # All lengths in pixels of the file, which is drawn for screens of two pixels per point.
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 PICTURE, PADDING, GAP, RADIUS = 190, 20, 24, 20
 TEXT_WIDTH, LINE, FONT = 660, 44, 24
 PAGE, CARD, EDGE = (246, 247, 249), (255, 255, 255), (222, 226, 233)
@@ -81,7 +82,7 @@ def gallery_png(
 
 def _caption_line(
     draw: ImageDraw.ImageDraw,
-    font: ImageFont.FreeTypeFont,
+    font: Font,
     corner: tuple[int, int],
     caption: str,
     score: float,
@@ -100,7 +101,7 @@ def _caption_line(
     draw.text(end, value, GOOD if is_right else SOFT, font, anchor="rm")
 
 
-def fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+def fit(text: str, font: Font, width: float) -> str:
     """The text, with its middle left out if it is wider than `width` pixels in the font.
 
     The ends of a caption tell more than its middle: what it is, and which variant.

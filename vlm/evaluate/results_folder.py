@@ -19,7 +19,7 @@ from vlm.display import data_uri
 from vlm.errors import CheckpointError, VlmError
 from vlm.evaluate.evidence import Samples, read_samples, write_samples
 from vlm.evaluate.runner import Report, Result
-from vlm.evaluate.tasks import Task
+from vlm.evaluate.tasks import Task, ZeroShotTask
 
 RESULTS = "results.json"
 SHOWN = 12  # of the surest right answers, and of the surest wrong ones
@@ -50,13 +50,13 @@ def write_result(folder: str | os.PathLike, result: Result) -> None:
 
 def write_gallery(folder: str | os.PathLike, result: Result, task: Task) -> None:
     """Keep small pictures of the images that a page or a comparison will want to show."""
-    samples, image_at = result.samples, getattr(task, "image_at", None)
-    if samples is None or image_at is None:
+    samples = result.samples
+    if samples is None or not isinstance(task, ZeroShotTask) or task.image_at is None:
         return
     pictures = {}
     for i in examples(samples, most=KEPT):
         try:
-            source = data_uri(image_at(int(samples["query"][i])), PICTURE)
+            source = data_uri(task.image_at(int(samples["query"][i])), PICTURE)
         except VlmError:
             continue  # a page goes without a picture
         names = [task.captions[int(samples[column][i])] for column in ("target", "predicted")]

@@ -133,7 +133,7 @@ def _retrieval(name: str, what: str, data_dir, split) -> Task:
         (opened[i][config.image] for i in range(len(opened))),
         [text for own in texts for text in own],
         DataInfo(source, split=found),
-        np.stack([owners, np.arange(len(owners))], axis=1),
+        [(int(owner), text) for text, owner in enumerate(owners)],
         name=name,
     )
 

@@ -54,7 +54,9 @@ class DeviceSearch:
             return out
 
         shape = (self._share * mesh.size, width)
-        self.rows = jax.make_array_from_callback(shape, self._over(P(self._axes)), read)
+        # The stub says that there may be no index, which there is here.
+        over = self._over(P(self._axes))
+        self.rows = jax.make_array_from_callback(shape, over, read)  # pyright: ignore[reportArgumentType]
 
     def search(
         self,

@@ -7,13 +7,14 @@ columns `image_path` and `caption` among the metadata.
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from vlm.errors import CheckpointError, ConfigError, DataError
+from vlm.heads.items import Id, Stored
 from vlm.heads.metadata import Value
 from vlm.heads.retrieval import RetrievalIndex, Searcher
 
@@ -23,7 +24,7 @@ Modality = Literal["img", "text"]
 
 
 def read_clip_retrieval(
-    folder: str | os.PathLike, model: Any, modality: Modality = "img", dtype: str = "float32"
+    folder: str | os.PathLike, model: Any, modality: Modality = "img", dtype: Stored = "float32"
 ) -> RetrievalIndex:
     """An index of the embeddings in a clip-retrieval folder, with its metadata.
 
@@ -67,7 +68,9 @@ def read_clip_retrieval(
                     "copy the folder again"
                 )
         paths = columns.pop(PATH, None) or [None] * len(z)
-        ids = [len(index) + i if path is None else path for i, path in enumerate(paths)]
+        ids: list[Id] = [
+            path if isinstance(path, str | int) else len(index) + i for i, path in enumerate(paths)
+        ]
         if len(z):
             index.add(np.asarray(z, np.float32), ids=ids, metadata=columns)
     return index
@@ -88,13 +91,13 @@ def write_clip_retrieval(index: RetrievalIndex, folder: str | os.PathLike) -> No
     ids, columns = index.ids, index.columns
     for number, start in enumerate(range(0, len(ids), PARTITION)):
         rows = slice(start, start + PARTITION)
-        part = {PATH: [str(name) for name in ids[rows]]}
+        part: dict[str, Sequence[Value]] = {PATH: [str(name) for name in ids[rows]]}
         part |= {name: column[rows] for name, column in columns.items() if name != PATH}
         write_partition(folder, number, index.embeddings(ids[rows]), part)
 
 
 def write_partition(
-    folder: Path, number: int, z: np.ndarray, columns: dict[str, list[Value]]
+    folder: Path, number: int, z: np.ndarray, columns: Mapping[str, Sequence[Value]]
 ) -> None:
     """One partition of a clip-retrieval folder, metadata last; a reader never sees half of a file.
 

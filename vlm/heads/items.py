@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,6 +17,7 @@ SMALL = 8192  # rows: blocks that are smaller together are joined
 MOST_REMOVED, MOST_SHARDS = 0.25, 64  # beyond these a save writes everything anew
 
 Id = str | int
+Stored = Literal["float32", "float16"]  # how the embeddings are kept
 
 
 @dataclass
@@ -41,8 +42,9 @@ class Items:
         centre: (d,), what the signs of binary codes are taken around.
     """
 
-    def __init__(self, dtype: str, coding: Coding | None):
-        self.dtype, self.coding = dtype, coding
+    def __init__(self, dtype: Stored, coding: Coding | None):
+        self.dtype: Stored = dtype
+        self.coding: Coding | None = coding
         self.ids: list[Id] = []
         self.columns: dict[str, list[Value]] = {}
         self.live = np.zeros(0, bool)
@@ -132,7 +134,10 @@ class Items:
         self.blocks = joined
 
     def _codes_of(self, rows: np.ndarray) -> Codes | None:
-        return None if self.coding is None else encode(rows, self.coding, self.centre)
+        if self.coding is None:
+            return None
+        assert self.centre is not None  # there are codes from the first rows on
+        return encode(rows, self.coding, self.centre)
 
     # --------------------------------------------------------------------- saving and opening
 

@@ -110,10 +110,13 @@ def _tfds_names(name: str) -> list[str]:
             f"TFDS does not know the data set {name!r} ({type(error).__name__}): check its name, "
             "and that it is prepared on this machine"
         ) from None
-    named = [f for f in ([feature] if feature else features) if hasattr(features.get(f), "names")]
+    known: dict[str, Any] = {}
+    if isinstance(features, tfds.features.FeaturesDict):
+        known |= features.items()
+    named = [f for f in ([feature] if feature else known) if hasattr(known.get(f), "names")]
     if not named:
         raise DataError(f"the data set {name!r} has no feature {feature or 'of labels'!r}")
-    return list(features[named[0]].names)
+    return list(known[named[0]].names)
 
 
 def _open_clip(name: str, what: str) -> list[str]:
@@ -126,7 +129,9 @@ def _open_clip(name: str, what: str) -> list[str]:
     file = Path(spec.origin).parent / "zero_shot_metadata.py"
     wanted = IMAGENET[what] if name == "imagenet" or what == "labels" else SIMPLE
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == wanted:
+        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.List | ast.Tuple):
+            continue
+        if getattr(node.targets[0], "id", None) == wanted:
             return [_text(element) for element in node.value.elts]
     raise DataError(f"{file} defines no {wanted}: install another open_clip")
 
@@ -134,8 +139,8 @@ def _open_clip(name: str, what: str) -> list[str]:
 def _text(node: Any) -> str:
     """A text, or the text that a lambda of one argument formats, with `{}` for it."""
     if isinstance(node, ast.Constant):
-        return node.value
+        return str(node.value)
     if isinstance(node, ast.Lambda) and isinstance(node.body, ast.JoinedStr):
         parts = node.body.values
-        return "".join(p.value if isinstance(p, ast.Constant) else "{}" for p in parts)
+        return "".join(_text(p) if isinstance(p, ast.Constant) else "{}" for p in parts)
     raise DataError("open_clip writes its templates in a form that vlm does not know")

@@ -107,7 +107,8 @@ class NeighbourClassifier(display.FactSheet):
         known = [value not in (None, "") for value in kept]
         where = None if all(known) else (lambda columns: _has_value(columns[self.column]))
         out = np.zeros((len(z_image), len(self.labels)), np.float32)
-        for row, hits in zip(out, self.index.search(z_image, self.k, where=where), strict=True):
+        found: Any = self.index.search(z_image, self.k, where=where)  # a list, as of a batch
+        for row, hits in zip(out, found, strict=True):
             scores = np.array([hit.score for hit in hits if hit.id in voters])
             weights = np.exp((scores - scores.max(initial=-1)) / self.temperature)
             for weight, hit in zip(weights, (h for h in hits if h.id in voters), strict=True):

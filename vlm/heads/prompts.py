@@ -121,6 +121,7 @@ def class_embeddings(
         if total is None:
             total = np.zeros((len(prompts), z.shape[1]), np.float32)
         np.add.at(total, owner[start : start + CHUNK], z)
+    assert total is not None  # there are labels
     return normalise(total, "the mean of a label's prompt embeddings")
 
 

@@ -4,7 +4,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from vlm.heads.codes import CANDIDATES, LEAST, Coding, candidates
 from vlm.heads.hits import Hit, Hits, picture_of
 from vlm.heads.identity import check_identity, identity
 from vlm.heads.inputs import Kind, default_id, kind, split
-from vlm.heads.items import Id, Items
+from vlm.heads.items import Id, Items, Stored
 from vlm.heads.metadata import Value, Where, checked_columns, matching
 from vlm.heads.prompts import normalise
 from vlm.heads.query import Query, embed_queries, queries_in
@@ -57,7 +57,7 @@ class RetrievalIndex:
     def __init__(
         self,
         model: Any,
-        dtype: Literal["float32", "float16"] = "float32",
+        dtype: Stored = "float32",
         coding: Coding | None = None,
     ):
         if dtype not in ("float32", "float16"):
@@ -375,6 +375,7 @@ class RetrievalIndex:
             return top_k(z, rows, k, allowed=allowed, min_score=least)
         count = max(LEAST, CANDIDATES[self.coding] * k)
         codes, centre = self._items.codes, self._items.centre
+        assert centre is not None
         proposed = candidates(z, codes, count, self.coding, centre, allowed)
         best = [rescored(q, rows, p, k, least) for q, p in zip(z, proposed, strict=True)]
         return [at for at, _ in best], [scores for _, scores in best]
@@ -388,7 +389,7 @@ class RetrievalIndex:
         return id in self._items.at
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Stored:
         """Of the stored embeddings."""
         return self._items.dtype
 

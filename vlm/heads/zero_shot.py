@@ -108,8 +108,12 @@ class Classification:
     def _repr_html_(self) -> str:
         # A row of a result that kept no pictures is shown all the same.
         pictures = [display.thumbnail(image) for image in self.images]
-        rows = itertools.zip_longest(pictures, self._first().top(5), fillvalue="")
-        cards = "".join(display.card(picture, display.bars(row)) for picture, row in rows)
+        rows = self._first().top(5)
+        pictures += [""] * (len(rows) - len(pictures))
+        cards = "".join(
+            display.card(picture, display.bars(row))
+            for picture, row in zip(pictures, rows, strict=True)
+        )
         more = f"<p>and {len(self) - SHOWN} more images</p>" if len(self) > SHOWN else ""
         return f"<div>{cards}{more}</div>"
 
@@ -287,6 +291,7 @@ def encode_images(
 
     def leave_out(number: int, error: DataError) -> None:
         first.pop(number, None)
+        assert on_error is not None
         on_error(number, error)
 
     stream = one_or_many(images)

@@ -42,4 +42,5 @@ def collate(images: list[np.ndarray], patch_size: int, grid: int, step: int) -> 
         rows[i, : h * w] = np.repeat(resize_matrix(grid, h, "bilinear", True), w, axis=0)
         columns[i, : h * w] = np.tile(resize_matrix(grid, w, "bilinear", True), (h, 1))
         mask[i, : h * w] = True
-    return Patches(pixels, rows, columns, mask)
+    # NumPy's until they lie on a device.
+    return Patches(pixels, rows, columns, mask)  # pyright: ignore[reportArgumentType]

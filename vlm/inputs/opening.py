@@ -154,9 +154,10 @@ def _strictly() -> Iterator[None]:
 def _read(image: epath.PathLike) -> bytes:
     try:
         path = as_path(image)
-        return path.read_bytes()
     except ConfigError as error:
         raise DataError(str(error)) from None
+    try:
+        return path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"there is no image {path}: check the path") from None
     except IsADirectoryError:
@@ -298,7 +299,9 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int] | None) -> Imag
         return Image.fromarray(_eight_bits(image)).convert("RGB")
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        made = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert made is not None  # a new image, since it is not changed in place
+        return made
     has_alpha = image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info
     if has_alpha and background is not None:
         if image.mode == "La":

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
@@ -65,6 +65,7 @@ class Preprocess:
         c = self.config
         if c.resize != "naflex":
             return np.stack(rows)
+        assert c.patch_size is not None  # `__init__` has checked it
         return naflex.collate(rows, c.patch_size, c.image_size // c.patch_size, step=naflex.STEP)
 
     def pixels(self, image: ImageLike, name: str = "the image") -> UInt8[np.ndarray, "h w 3"]:
@@ -84,11 +85,17 @@ class Preprocess:
         if opened.size != (width, height):
             opened = opened.resize((width, height), PILLOW_KERNELS[config.kernel])
         if config.resize == "pad":
-            canvas = Image.new("RGB", (config.image_size,) * 2, config.fill)
+            canvas = Image.new("RGB", (config.image_size, config.image_size), config.fill)
             canvas.paste(opened, box)
             opened, box = canvas, None
         return np.array(opened if box is None else opened.crop(box))
 
+    @overload
+    def normalize(self, pixels: Patches) -> Patches: ...
+    @overload
+    def normalize(self, pixels: UInt8[Array, "*n 3"] | Float[Array, "*n 3"]) -> Array: ...
+    @overload
+    def normalize(self, pixels: np.ndarray) -> np.ndarray: ...
     def normalize(
         self, pixels: UInt8[Pixels, "*n 3"] | Float[Pixels, "*n 3"] | Patches
     ) -> Float32[Pixels, "*n 3"] | Patches:
@@ -139,7 +146,10 @@ class Preprocess:
         """The size to resize to, and the box to crop from that, or to paste it into, or None."""
         config = self.config
         if config.resize == "naflex":
-            height, width = naflex.target_size(height, width, config.patch_size, config.max_patches)
+            patch_size, most = config.patch_size, config.max_patches
+            assert patch_size is not None  # `__init__` has checked both
+            assert most is not None
+            height, width = naflex.target_size(height, width, patch_size, most)
             return (width, height), None
         if config.resize == "squash":
             return (config.image_size, config.image_size), None
@@ -173,7 +183,6 @@ def resized_by(
         )
     if backend == config.backend:
         return config
-    form = {"antialias": backend != "tensorflow"}
     if backend == "tensorflow":
-        form["kernel"] = "bilinear"
-    return dataclasses.replace(config, backend=backend, **form)
+        return dataclasses.replace(config, backend=backend, antialias=False, kernel="bilinear")
+    return dataclasses.replace(config, backend=backend, antialias=True)

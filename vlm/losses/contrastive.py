@@ -5,7 +5,7 @@ import math
 from typing import Literal
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from vlm.errors import ConfigError, ShardingError
@@ -22,7 +22,7 @@ def contrastive_loss(
     logit_bias: Float[Array, ""] | None = None,
     *,
     kind: Literal["softmax", "sigmoid"],
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     batch_axes: tuple[str, ...] = ("data", "fsdp"),
     tile: int | None = None,
 ) -> Float[Array, ""]:
@@ -79,10 +79,12 @@ def contrastive_loss(
     return _loss(kind, mesh, Ring(tile, axes, devices), z_image, z_text, logit_scale, logit_bias)
 
 
-def default_tile(mesh: Mesh | None) -> int:
+def default_tile(mesh: Mesh | AbstractMesh | None) -> int:
     """Side of a tile: what stays in cache on a CPU, what fills the matrix units elsewhere."""
     # The mesh decides, not the host: a program for a TPU may be compiled where there is none.
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    platform = jax.default_backend()
+    if isinstance(mesh, Mesh):  # and not without devices
+        platform = mesh.devices.flat[0].platform
     return tile_side(platform)
 
 

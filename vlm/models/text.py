@@ -95,6 +95,7 @@ class TextTower(nnx.Module):
         elif c.pool == "mean":
             x = mean_pool(norm(x), real)
         else:
+            assert self.pool is not None
             x = self.pool(norm(x), real, taps=part(taps, "pool"))
         return x if self.projection is None else self.projection(x)
 

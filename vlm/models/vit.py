@@ -15,7 +15,7 @@ from vlm.models.ends import map_pool, projection
 from vlm.nn.layers import LayerNorm, split_keys
 from vlm.nn.naflex import Patches
 from vlm.nn.patches import ConvStem, NestedStem, PatchStem, drop_patches
-from vlm.nn.pooling import QueryPool, mean_pool
+from vlm.nn.pooling import MapPool, QueryPool, mean_pool
 from vlm.nn.rotary import grid_rotation
 from vlm.nn.taps import Taps, part, tap
 from vlm.nn.transformer import Execution, Transformer
@@ -142,16 +142,18 @@ class ViTTower(nnx.Module):
         c = self.config
         if c.pool == "class":
             x = self.norm(x[:, 0])
-        elif c.pool == "query":
+        elif isinstance(self.pool, QueryPool):
             x = self.norm(self.pool(x, taps=part(taps, "pool")))
         elif c.pool == "mean":
             x = self.norm(mean_pool(x)) if c.norm_pooled else mean_pool(self.norm(x))
         else:
+            assert isinstance(self.pool, MapPool)
             x = self.pool(self.norm(x), mask, taps=part(taps, "pool"))
         return x if self.projection is None else self.projection(x)
 
     def _of_patches(self, images: Patches, keys, taps: Taps | None) -> Float[Array, "b n d"]:
         """Tokens of images of different shapes: padding is masked in attention."""
+        assert isinstance(self.stem, PatchStem)
         x = self.stem.project(images.pixels.reshape(*images.mask.shape, -1))
         weights = images.rows[..., :, None] * images.columns[..., None, :]
         position = weights.reshape(*images.mask.shape, -1) @ self.position[...]

@@ -37,7 +37,8 @@ class Conv(nnx.Module):
         form = functools.partial(_convolve, stride=self.stride)
         if self.depthwise:
             by_shifts = functools.partial(_shift_and_add, stride=self.stride)
-            x = lax.platform_dependent(x, kernel, cpu=by_shifts, default=form)
+            # The checker takes the stride for one of the results.
+            x = lax.platform_dependent(x, kernel, cpu=by_shifts, default=form)  # pyright: ignore[reportAssignmentType]
         else:
             x = form(x, kernel)
         return x + self.bias[...].astype(self.dtype)

@@ -7,6 +7,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from vlm.config import RematPolicy
 from vlm.nn.conv import Conv
 from vlm.nn.layers import LayerNorm, Mlp
 from vlm.nn.patches import PatchConv
@@ -58,10 +59,11 @@ class ConvNeXtStage(nnx.Module):
 
         self.blocks = stack(rngs)
         self.depth = depth
-        self.remat, self.scan = execution.remat, execution.scan
+        self.remat: RematPolicy = execution.remat
+        self.scan = execution.scan
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
-        if self.halve is not None:
+        if self.halve is not None and self.halve_norm is not None:
             x = self.halve(self.halve_norm(x))
         block, parameters = nnx.split(self.blocks)
 

@@ -57,8 +57,9 @@ class Layer(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        normed = heads and norm_eps is not None
-        self.norm = LayerNorm(width, norm_eps, rngs=rngs) if normed else None
+        self.norm = None
+        if heads and norm_eps is not None:
+            self.norm = LayerNorm(width, norm_eps, rngs=rngs)
         self.attention = Attention(width, heads, dtype=dtype, rngs=rngs) if heads else None
         self.mixer = None if heads else Conv(width, width, 3, dtype=dtype, rngs=rngs)
         self.conv = Conv(width, width, 7, dtype=dtype, rngs=rngs)
@@ -66,6 +67,7 @@ class Layer(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         if self.attention is None:
+            assert self.mixer is not None
             x = self.mixer(x)
         else:
             tokens = x.reshape(x.shape[0], -1, x.shape[-1])

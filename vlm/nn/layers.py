@@ -136,7 +136,7 @@ class Mlp(nnx.Module):
         init = nnx.initializers.xavier_uniform()
         self.up = nnx.Linear(width, mlp_dim, kernel_init=init, dtype=dtype, rngs=rngs)
         self.down = nnx.Linear(mlp_dim, width, kernel_init=init, dtype=dtype, rngs=rngs)
-        self.act = act
+        self.act: Activation = act
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         hidden = checkpoint_name(linear(self.up, x), MLP_HIDDEN)

@@ -72,6 +72,6 @@ class Bottleneck(nnx.Module):
         y = jax.nn.relu(self.norm1(self.conv1(x)))
         y = jax.nn.relu(self.norm2(self.conv2(y)))
         y = self.norm3(self.conv3(average_pool(y, self.stride)))
-        if self.shortcut is not None:
+        if self.shortcut is not None and self.shortcut_norm is not None:
             x = self.shortcut_norm(self.shortcut(average_pool(x, self.stride)))
         return jax.nn.relu(x + y)

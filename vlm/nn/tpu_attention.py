@@ -67,11 +67,12 @@ def attend(
     query, key, value = (jnp.pad(x, width) for x in (query, key, value))
     # As float32, which every generation loads and broadcasts.
     keep = None if mask is None else mask[:, 0].astype(jnp.float32)
-    return _attention(form, query, key, value, keep)[..., :d]
+    out: jax.Array = _attention(form, query, key, value, keep)
+    return out[..., :d]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(form, query, key, value, keep):
+def _attention(form, query, key, value, keep) -> jax.Array:
     return _forward(form, query, key, value, keep)
 
 
@@ -91,7 +92,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 # ------------------------------------------------------------------------ the kernels
 
 
-def _forward(form: _Form, query, key, value, keep):
+def _forward(form: _Form, query, key, value, keep) -> jax.Array:
     def one_head(q, k, v, keep):
         powers, total = _softmax(form, q, k, keep)
         return (_dot(powers.astype(v.dtype), v, 1, 0) / total,)

@@ -147,7 +147,7 @@ class Transformer(nnx.Module):
 
         self.blocks = stack(rngs)
         self.depth = depth
-        self.remat = execution.remat
+        self.remat: RematPolicy = execution.remat
         self.scan = execution.scan
         self.dtype = execution.dtype
 

@@ -6,10 +6,11 @@ compiler at hand, not a substitute for compiling.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vlm.chips import Chip
-from vlm.config import Experiment
+from vlm.config import Experiment, TextConfig, ViTConfig
 from vlm.losses.contrastive import tile_side
 from vlm.models.flops import step_flops
 from vlm.nn.remat import ATTENDED, KEPT, MLP_HIDDEN, PROJECTED
@@ -80,14 +81,11 @@ def analytic_operations(
     """
     e, size = experiment, 2 if experiment.dtype != "float32" else 4
     padding = {
-        (tower, part): factor
+        f"{tower}/{part}": factor
         for tower, _, config in _towers(e)
         for part, factor in _paddings(config, chip.unit).items()
     }
-    arithmetic = sum(
-        part.executed * padding.get(tuple(name.split("/")), 1.0)
-        for name, part in step_flops(e).items()
-    )
+    arithmetic = sum(part.executed * padding.get(name, 1.0) for name, part in step_flops(e).items())
     rows = e.batch_size / chips
     traffic = 0.0
     for tower, tokens, config in _towers(e):
@@ -154,9 +152,9 @@ def fused_attention(experiment: Experiment, chip: Chip | None, tokens: int, conf
     return getattr(config, "pad_id", None) is None and config.width // config.heads % 8 == 0
 
 
-def _towers(experiment: Experiment):
+def _towers(experiment: Experiment) -> Iterator[tuple[str, int, ViTConfig | TextConfig]]:
     """The towers that are stacks of transformer blocks, and the tokens that their blocks see."""
     vision, text = experiment.model.vision, experiment.model.text
-    if vision.kind == "vit":
+    if isinstance(vision, ViTConfig):
         yield "vision", vision.tokens(training=True), vision
     yield "text", text.tokens(masking=experiment.text_masking), text

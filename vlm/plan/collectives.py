@@ -78,8 +78,8 @@ def collectives(
         row[1] += times * payload
         row[2] += times * sent
     rows = [
-        Collective(*key[:4], int(row[0]), row[1], row[2], between_slices=key[4])
-        for key, row in sums.items()
+        Collective(place, kind, axes, group, int(row[0]), row[1], row[2], between)
+        for (place, kind, axes, group, between), row in sums.items()
     ]
     return sorted(rows, key=lambda row: -row.sent)
 
@@ -92,7 +92,9 @@ def _found(program: Program):
         if _is_collective(instruction):
             yield instruction, computation, times
         inside = program.fused(instruction)
-        for i in inside.instructions.values() if inside else ():
+        if inside is None:
+            continue
+        for i in inside.instructions.values():
             channel = re.search(r"channel_id=(\d+)", i.text)
             if not _is_collective(i) or (channel and channel[1] in fused):
                 continue

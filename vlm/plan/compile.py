@@ -109,8 +109,10 @@ def read_step(compiled: Any, trainer: Trainer, seconds: float) -> CompiledStep:
     )
 
 
-def slice_count(mesh: Mesh) -> int:
+def slice_count(mesh: Mesh | AbstractMesh) -> int:
     """How many slices a mesh's devices form."""
+    if isinstance(mesh, AbstractMesh):
+        return 1
     return len({getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat})
 
 
@@ -224,7 +226,7 @@ def _bytes(number: str, unit: str) -> float:
 def _kept_by_loops(program: Program, experiment: Experiment) -> int | None:
     """Bytes of the stacked arrays that forward loops over layers make for the backward pass."""
     towers = (experiment.model.vision, experiment.model.text)
-    depths = {tower.depth for tower in towers if hasattr(tower, "depth")}
+    depths = {getattr(tower, "depth", None) for tower in towers} - {None}
     if not experiment.scan:
         return None
     total = 0
@@ -233,11 +235,13 @@ def _kept_by_loops(program: Program, experiment: Experiment) -> int | None:
             continue
         if program.trip_count(loop) not in depths:
             continue
-        body = program.computations[loop.called("body")]
+        body = program.computations[loop.calls("body")]
         for array, name in zip(loop.arrays, body.root.operands, strict=False):
             element = body.instructions[name]  # of the loop's state, or of what a fusion made
             source = body.instructions.get(element.operands[0]) if element.operands else None
-            passed = element.opcode == "get-tuple-element" and source.opcode == "parameter"
+            passed = element.opcode == "get-tuple-element" and (
+                source is not None and source.opcode == "parameter"
+            )
             if not passed and array.dims[:1] and array.dims[0] in depths:
                 total += array.bytes
     return total

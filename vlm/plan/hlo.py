@@ -55,6 +55,7 @@ class Instruction:
     operands: tuple[str, ...]
     text: str  # the attributes after the operands
     root: bool = False
+    inside: str = ""  # the raw text between its parentheses: a constant's value or a number
 
     @property
     def bytes(self) -> int:
@@ -71,6 +72,12 @@ class Instruction:
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
         return found[1] if found else None
 
+    def calls(self, attribute: str) -> str:
+        """The computation of an attribute that such an instruction always has."""
+        name = self.called(attribute)
+        assert name is not None, f"{self.name} has no {attribute}"
+        return name
+
 
 @dataclass
 class Computation:
@@ -86,7 +93,7 @@ class Computation:
     def parameter(self, number: int) -> str | None:
         """The name of a parameter by its number."""
         for i in self.instructions.values():
-            if i.opcode == "parameter" and int(i.text_value) == number:
+            if i.opcode == "parameter" and int(i.inside) == number:
                 return i.name
         return None
 
@@ -108,7 +115,7 @@ class Program:
             yield instruction, computation, times
             if instruction.opcode == "while":
                 trips = self.trip_count(instruction)
-                yield from self._walk(instruction.called("body"), times * trips)
+                yield from self._walk(instruction.calls("body"), times * trips)
             elif instruction.opcode in ("call", "call-start", "async-start"):
                 inner = instruction.called("to_apply") or instruction.called("calls")
                 if inner:
@@ -125,11 +132,11 @@ class Program:
         known = re.search(r'known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)', loop.text)
         if known:
             return int(known[1])
-        condition = self.computations[loop.called("condition")]
+        condition = self.computations[loop.calls("condition")]
         bounds = [
-            int(i.text_value)
+            int(i.inside)
             for i in condition.instructions.values()
-            if i.opcode == "constant" and re.fullmatch(r"\d+", i.text_value)
+            if i.opcode == "constant" and re.fullmatch(r"\d+", i.inside)
         ]
         return max(bounds, default=1)
 
@@ -240,12 +247,6 @@ def dtype_bits(name: str) -> int:
     return int(found[1]) if found else 32
 
 
-class _Line(Instruction):
-    """An instruction with the raw text between its parentheses: a constant's value or a number."""
-
-    text_value: str = ""
-
-
 def _instruction(line: str) -> Instruction | None:
     found = re.match(r"\s*(ROOT )?%?([\w.\-]+) = ", line)
     if not found:
@@ -256,16 +257,15 @@ def _instruction(line: str) -> Instruction | None:
     if not head:
         return None
     inside, after = _balanced(rest[head.end() - 1 :])
-    instruction = _Line(
+    return Instruction(
         found[2],
         head[1],
         _arrays(shape),
         tuple(re.findall(r"%([\w.\-]+)", inside)),
         after,
         bool(found[1]),
+        inside.strip(),
     )
-    instruction.text_value = inside.strip()
-    return instruction
 
 
 def _shape(text: str) -> tuple[str, str]:
@@ -333,7 +333,8 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.text)
     left, right = (computation.instructions[name].arrays[0] for name in instruction.operands[:2])
     out = instruction.arrays[0]
-    source, kernel, result = labels[1], labels[2], labels[3]
+    assert labels is not None, f"{instruction.name} has no dim_labels"
+    source, kernel, result = labels.groups()
     spatial = [c for c in kernel if c.isdigit()]
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", _window(instruction.text)))
 

@@ -59,7 +59,7 @@ def needs(
         state_bytes: parameters, optimizer and averages, whole.
         price: of a chip for an hour, in whatever money.
     """
-    e, chip = experiment, topology.chip
+    e, chip = experiment, topology.rated_chip
     hosts = math.ceil(topology.chips / chip.box)
     steps = run_steps(e)
     seconds = step_seconds.scaled(steps) if steps else None

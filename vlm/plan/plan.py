@@ -32,7 +32,7 @@ from vlm.plan.compile import (
 )
 from vlm.plan.needs import Needs, needs
 from vlm.plan.report import BASES, show
-from vlm.plan.roofline import Roofline, analytic_roofline, compiled_roofline, mfu
+from vlm.plan.roofline import Prediction, Roofline, analytic_roofline, compiled_roofline, mfu
 from vlm.plan.topology import Topology, parse_mesh, parse_topology, topology_devices
 from vlm.sharding import AXES, batch_ways, check_batch, make_mesh, mesh_sizes
 
@@ -82,20 +82,30 @@ class Plan:
         return self.memory.basis == "compiled" or self.refusal is not None
 
     @property
-    def step_seconds(self) -> Range | None:
+    def prediction(self) -> Prediction | None:
         if not self.roofline or not self.calibration:
             return None
-        return self.roofline.predicted(self.calibration)
+        seconds = self.roofline.predicted(self.calibration)
+        rate = seconds.inverse(self.experiment.batch_size)
+        return Prediction(
+            step_seconds=seconds,
+            pairs_per_second=rate,
+            pairs_per_second_per_chip=rate.scaled(1 / self.topology.chips),
+            mfu=seconds.inverse(mfu(self.experiment, self.topology, 1.0)),
+            evidence=self.calibration.evidence,
+        )
+
+    @property
+    def step_seconds(self) -> Range | None:
+        return self.prediction.step_seconds if self.prediction else None
 
     @property
     def pairs_per_second(self) -> Range | None:
-        seconds = self.step_seconds
-        return seconds.inverse(self.experiment.batch_size) if seconds else None
+        return self.prediction.pairs_per_second if self.prediction else None
 
     @property
     def mfu(self) -> Range | None:
-        seconds = self.step_seconds
-        return seconds.inverse(mfu(self.experiment, self.topology, 1.0)) if seconds else None
+        return self.prediction.mfu if self.prediction else None
 
     def needs(self, price: float | None = None) -> Needs | None:
         """What the run asks for besides its step; None where its time is not known.
@@ -151,20 +161,19 @@ class Plan:
             "compile_seconds": self.compile_seconds,
             "bases": BASES,
         }
-        if self.roofline:
-            r = self.roofline
+        if (r := self.roofline) and (found := self.prediction):
             result["roofline"] = dataclasses.asdict(r) | {"seconds": r.seconds, "bound": r.bound}
-            rate = self.pairs_per_second
             result["prediction"] = {
                 "basis": "expected",
-                "evidence": self.calibration.evidence,
-                "step_seconds": _ends(self.step_seconds),
-                "pairs_per_second": _ends(rate),
-                "pairs_per_second_per_chip": _ends(rate.scaled(1 / self.topology.chips)),
-                "mfu": _ends(self.mfu),
+                "evidence": found.evidence,
+                "step_seconds": _ends(found.step_seconds),
+                "pairs_per_second": _ends(found.pairs_per_second),
+                "pairs_per_second_per_chip": _ends(found.pairs_per_second_per_chip),
+                "mfu": _ends(found.mfu),
             }
-            result["needs"] = self.needs(price).to_dict()
-            result["chip"] = dataclasses.asdict(self.topology.chip)
+            needed = self.needs(price)
+            result["needs"] = needed.to_dict() if needed else None
+            result["chip"] = dataclasses.asdict(self.topology.rated_chip)
         return result
 
 
@@ -209,7 +218,7 @@ def plan(
     abstract = abstract_state(e)
     state = state_bytes(abstract, grid)
     check_state(state, topology, dict(grid.shape))
-    step = compile_step(e, grid) if compiled else None
+    step = compile_step(e, grid) if isinstance(grid, Mesh) else None
     memory, fits, refusal = _memory(e, topology, grid, state, step, loss=loss and compiled)
     found, sent = [], {}
     if isinstance(step, CompiledStep):
@@ -232,7 +241,11 @@ def plan(
         state_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)),
         fits=fits,
         refusal=refusal,
-        largest=largest_batch(e, topology, grid, memory.limit) if largest and compiled else None,
+        largest=(
+            largest_batch(e, topology, grid, memory.limit)
+            if largest and isinstance(grid, Mesh)
+            else None
+        ),
         compile_seconds=getattr(step, "seconds", None),
         compiled_flops=step.program.total_flops() if isinstance(step, CompiledStep) else None,
     )
@@ -272,33 +285,44 @@ def check_state(state: StateBytes, topology: Topology, mesh: dict[str, int]) -> 
     )
 
 
-def _memory(e, topology, grid, state, step, *, loss) -> tuple[Memory, bool, str | None]:
+def _memory(
+    e: Experiment,
+    topology: Topology,
+    grid: Mesh | AbstractMesh,
+    state: StateBytes,
+    step: CompiledStep | DoesNotFit | None,
+    *,
+    loss: bool,
+) -> tuple[Memory, bool, str | None]:
     limit = topology.chip.usable if topology.chip else None
-    shown = ("parameters", "optimizer", "averages")
-    common = {name: getattr(state, name) for name in shown} | {"limit": limit}
     if isinstance(step, CompiledStep):
         memory = Memory(
             basis="compiled",
             activations=step.kept,
             temporaries=step.temporaries,
-            loss=compile_loss(e, grid) if loss else None,
+            loss=compile_loss(e, grid) if loss and isinstance(grid, Mesh) else None,
             peak=step.peak,
-            **common,
+            limit=limit,
+            parameters=state.parameters,
+            optimizer=state.optimizer,
+            averages=state.averages,
         )
         return memory, limit is None or step.peak <= limit, None
     counted = analytic_memory(e, topology.chip, state, batch_ways(grid), grid.shape["tensor"])
-    refused = isinstance(step, DoesNotFit)
-    known = refused and step.used
+    known = step.used if step is not None else None
     memory = Memory(
         basis="compiled" if known else "analytic",
         activations=counted.activations,
         temporaries=counted.peak - counted.state,
         loss=None,
-        peak=step.used if known else counted.peak,
-        **common,
+        peak=known or counted.peak,
+        limit=limit,
+        parameters=state.parameters,
+            optimizer=state.optimizer,
+            averages=state.averages,
     )
-    fits = not refused and (limit is None or counted.peak <= limit)
-    return memory, fits, step.message if refused else None
+    fits = step is None and (limit is None or counted.peak <= limit)
+    return memory, fits, None if step is None else step.message
 
 
 def _roofline(e, topology, state, step, sent, mesh) -> Roofline | None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from vlm.config import RematPolicy
 from vlm.plan.calibration import Range
 from vlm.plan.needs import DECODES, Needs
+from vlm.plan.roofline import Prediction, Roofline
 
 BASES = {
     "compiled": "read from the program that the compiler made for this slice",
@@ -35,11 +36,11 @@ def show(plan: Any, console: Console, price: float | None = None) -> None:
     console.print(_flops(plan))
     if plan.sent:
         console.print(_communication(plan))
-    if plan.roofline:
-        console.print(_time(plan))
-        needed = plan.needs(price)
-        console.print(_needs(needed))
-        if needed.data_bound:
+    if plan.roofline and plan.prediction:
+        console.print(_time(plan.roofline, plan.prediction))
+        if needed := plan.needs(price):
+            console.print(_needs(needed))
+        if needed and needed.data_bound and needed.cores_limit:
             console.print(
                 f"[bold red]Bound by data.[/] A host has {needed.cores_limit:.0f} cores, which "
                 f"open some {needed.cores_limit * DECODES:,.0f} images/s, and its chips take "
@@ -76,7 +77,7 @@ def show_sweep(plans: list[Any], console: Console) -> None:
 
 def order(plan: Any) -> tuple:
     """Compiled plans first, those that fit before others, the fastest per chip before slower."""
-    rate = plan.pairs_per_second.middle / plan.topology.chips if plan.roofline else 0.0
+    rate = plan.prediction.pairs_per_second_per_chip.middle if plan.prediction else 0.0
     return not plan.compiled, not plan.fits, -rate
 
 
@@ -100,16 +101,17 @@ def _sweep_table(plans: list[Any], title: str, *, wide: bool) -> Table:
         memory = f"{p.memory.share:.0%}" if p.memory.share else _size(p.memory.peak)
         batch = _short(p.experiment.batch_size)
         row = [p.topology.name, sizes, p.experiment.remat, batch, memory]
-        if p.roofline:
-            rate = p.pairs_per_second
-            row += [_of(p.step_seconds, _short_time, "-")]
-            row += [_of(rate.scaled(1 / p.topology.chips), _short, "-")]
-            row += [_of(p.mfu, "{:.0%}".format, "-")]
+        found = p.prediction
+        if found:
+            row += [_of(found.step_seconds, _short_time, "-")]
+            row += [_of(found.pairs_per_second_per_chip, _short, "-")]
+            row += [_of(found.mfu, "{:.0%}".format, "-")]
         else:
             row += ["" if p.fits else "too large", "", ""]
         if wide:
             row += [_size(sum(p.sent.values()))]
-            row += [_of(rate, _count, "-"), p.roofline.bound] if p.roofline else ["", ""]
+            row += [_of(found.pairs_per_second, _count, "-")] if found else [""]
+            row += [p.roofline.bound] if p.roofline else [""]
         table.add_row(*row)
     return table
 
@@ -172,8 +174,7 @@ def _communication(plan: Any) -> Table:
     return table
 
 
-def _time(plan: Any) -> Table:
-    r = plan.roofline
+def _time(r: Roofline, expected: Prediction) -> Table:
     table = Table("time of a step")
     table.add_column("", justify="right")
     table.add_column("basis")
@@ -182,16 +183,16 @@ def _time(plan: Any) -> Table:
     table.add_row("communication alone", _time_of(r.interconnect), r.basis)
     table.add_row("operations, one by one", _time_of(r.operations), r.basis)
     table.add_row("communication that nothing hides", _time_of(r.exposed), r.basis)
-    rate = plan.pairs_per_second
     table.add_row(
         f"[bold]step, bound by {r.bound}[/]",
-        f"[bold]{_of(plan.step_seconds, _time_of)}[/]",
+        f"[bold]{_of(expected.step_seconds, _time_of)}[/]",
         "expected",
     )
-    table.add_row("pairs/s", _of(rate, _count), "expected")
-    table.add_row("pairs/s and chip", _of(rate.scaled(1 / plan.topology.chips), _count), "expected")
-    table.add_row("MFU", _of(plan.mfu, _percent), "expected")
-    table.caption = plan.calibration.evidence
+    table.add_row("pairs/s", _of(expected.pairs_per_second, _count), "expected")
+    per_chip = _of(expected.pairs_per_second_per_chip, _count)
+    table.add_row("pairs/s and chip", per_chip, "expected")
+    table.add_row("MFU", _of(expected.mfu, _percent), "expected")
+    table.caption = expected.evidence
     return table
 
 
@@ -202,6 +203,7 @@ def _needs(n: Needs) -> Table:
     if n.seconds:
         what = f"time to {n.examples:,} examples" if n.examples else "time"
         table.add_row(what, _of(n.seconds, _long_time), "expected")
+    if n.chip_hours:
         table.add_row("chip-hours", _of(n.chip_hours, _count), "expected")
     if n.cost:
         table.add_row("cost at that price", _of(n.cost, _count), "expected")

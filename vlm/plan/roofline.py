@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vlm.chips import Chip
-from vlm.config import Experiment
+from vlm.config import Experiment, ViTConfig
 from vlm.models.flops import model_flops
 from vlm.plan.analytic import analytic_operations, unit_padding
 from vlm.plan.calibration import Calibration, Range
@@ -65,7 +65,18 @@ class Roofline:
             "interconnect": self.exposed,
             "launches": self.launches if self.launches > self.operations else 0.0,
         }
-        return max(shares, key=shares.get)
+        return max(shares, key=lambda name: shares[name])
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is expected of the step: each figure a range, and where its width comes from."""
+
+    step_seconds: Range
+    pairs_per_second: Range
+    pairs_per_second_per_chip: Range
+    mfu: Range
+    evidence: str
 
 
 def compiled_roofline(
@@ -77,13 +88,13 @@ def compiled_roofline(
     program does not tell: where the count by hand is more than the memory-bound instructions', it
     stands.
     """
-    chip = topology.chip
+    chip = topology.rated_chip
     flops_rate = chip.flops / chip.devices
     memory_rate = chip.memory_rate / chip.devices
     compute = memory = operations = loss = 0.0
     program = step.program
     model = experiment.model
-    blocks = model.vision if model.vision.kind == "vit" else model.text
+    blocks = model.vision if isinstance(model.vision, ViTConfig) else model.text
     kernel_padding = unit_padding(blocks.width // blocks.heads, chip.unit)
     for instruction, computation, times in program.walk():
         arithmetic = times * program.flops(instruction, computation) / flops_rate
@@ -113,7 +124,7 @@ def analytic_roofline(
     mesh: dict[str, int],
 ) -> Roofline:
     """The roofline of a step counted by hand."""
-    chip, chips = topology.chip, topology.chips
+    chip, chips = topology.rated_chip, topology.chips
     compute, memory = analytic_operations(experiment, chip, chips, state)
     ring = sent.get(LOSS_RING, 0.0) / _ring_rate(chip, topology)
     rest = 0.0
@@ -136,11 +147,11 @@ def analytic_roofline(
 
 def mfu(experiment: Experiment, topology: Topology, seconds: float) -> float:
     """Model FLOPs utilisation (arXiv:2204.02311, appendix B) of steps that take so long."""
-    return model_flops(experiment) / (seconds * topology.chips * topology.chip.flops)
+    return model_flops(experiment) / (seconds * topology.chips * topology.rated_chip.flops)
 
 
 def _seconds(collective: Collective, topology: Topology) -> float:
-    chip = topology.chip
+    chip = topology.rated_chip
     if collective.between_slices:
         return collective.sent / (chip.network / chip.devices)
     if collective.kind == "collective-permute":
@@ -164,7 +175,7 @@ def _group_seconds(sent: float, group: int, topology: Topology) -> float:
     dimension that the group spans carry them; a dimension without wrap-around has half the rate,
     and a group that is not the whole slice is taken to span one dimension.
     """
-    chip = topology.chip
+    chip = topology.rated_chip
     if chip.platform == "gpu":
         inside = sent / chip.link_rate if chip.box > 1 else 0.0
         return inside + (sent / chip.box / chip.network if group > chip.box else 0.0)

@@ -42,6 +42,12 @@ class Topology:
     slices: int = 1  # joined by the data center's network
 
     @property
+    def rated_chip(self) -> Chip:
+        """The chip of a slice that has one: a time is predicted for no other."""
+        assert self.chip is not None, f"{self.name} has no published rates"
+        return self.chip
+
+    @property
     def chips(self) -> int:
         return self.slices * math.prod(self.shape)
 

@@ -16,6 +16,7 @@ from orbax.checkpoint.checkpoint_managers import (
     AnyPreservationPolicy,
     EveryNSeconds,
     LatestN,
+    PreservationPolicy,
 )
 
 from vlm.cluster.processes import broadcast_text, exchange_texts, process_name
@@ -34,7 +35,7 @@ class Checkpoints:
     """The checkpoints of one run, newest last; as a context, leaving it waits for the writer."""
 
     def __init__(self, folder: epath.Path, keep: int, keep_hours: float | None = None):
-        kept = [LatestN(keep)]
+        kept: list[PreservationPolicy] = [LatestN(keep)]
         if keep_hours is not None:
             kept.append(EveryNSeconds(round(keep_hours * 3600)))
         options = ocp.CheckpointManagerOptions(

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vlm.bundle import Bundle
-from vlm.config import Experiment, to_dict
+from vlm.config import DataConfig, Experiment, to_dict
 from vlm.data.sources import all_captions, first_captions, open_source
 from vlm.evaluate.gallery import gallery_png
 from vlm.evaluate.metrics import Metric, pair_retrieval_metrics, zero_shot_metrics
@@ -59,12 +59,17 @@ class Evaluations:
         return {f"eval/{name}": float(value) for name, value in row.items()}
 
 
+def _split(data: DataConfig) -> str:
+    assert data.eval_split is not None  # a run without one holds nothing out
+    return data.eval_split
+
+
 class HeldOut:
     """Images the run does not train on, among all captions of the data, which must be small."""
 
     def __init__(self, experiment: Experiment, embedder: Embedder, inputs: Inputs):
         self._embedder, self._inputs, self._data = embedder, inputs, experiment.data
-        self._source = open_source(self._data, self._data.eval_split)
+        self._source = open_source(self._data, _split(self._data))
         self.captions = all_captions(self._data)
         index = {caption: i for i, caption in enumerate(self.captions)}
         own = first_captions(self._source, self._data)
@@ -100,7 +105,7 @@ class _Images(Sequence):
     def __len__(self) -> int:
         return len(self._held.target)
 
-    def __getitem__(self, i: SupportsIndex) -> Pixels:
+    def __getitem__(self, i: SupportsIndex) -> Pixels:  # pyright: ignore[reportIncompatibleMethodOverride]
         i = operator.index(i)
         if not 0 <= i < len(self):
             raise IndexError(i)
@@ -166,7 +171,7 @@ def _show(run: Run, held: HeldOut, report: Report, state, embedded, score_rule, 
 def _draw_gallery(run: Run, held: HeldOut, scores: Float[np.ndarray, "n m"]) -> None:
     """Some held-out images, evenly spaced, with their best captions, as a picture to show."""
     data = run.experiment.data
-    source = open_source(data, data.eval_split)
+    source = open_source(data, _split(data))
     count = len(held.target)
     chosen = np.linspace(0, count - 1, min(SHOWN, count)).astype(int)
     best = np.argsort(-scores[chosen], axis=1)[:, :4]

@@ -48,7 +48,8 @@ class Interrupted:
 
     def announce(self, step: int, seconds: float | None, newest: int | None) -> str:
         """What to say before the last save, given how long the last checkpoint took to write."""
-        left = GRACE - (time.monotonic() - self._asked)
+        asked = time.monotonic() if self._asked is None else self._asked
+        left = GRACE - (time.monotonic() - asked)
         said = f"asked to leave: saving step {step}"
         if seconds is not None and seconds > left:
             fallback = "step 0" if newest is None else f"step {newest}"

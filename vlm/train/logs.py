@@ -1,8 +1,9 @@
 """What a run says while it goes: a console line, a JSONL file and TensorBoard."""
 
 import json
+import sys
 import time
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -18,6 +19,23 @@ from vlm.train.console import console, print_on_first_process
 from vlm.train.mirror import Mirror
 from vlm.train.run import Run
 from vlm.train.step import TrainState
+
+
+def summary_writer(folder: str, first_step: int) -> Any:
+    """Writes to TensorBoard.
+
+    tensorboardX imports PyTorch where that is installed, which takes seconds, and does without it
+    as well.
+    """
+    absent = "torch" not in sys.modules
+    if absent:
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType] (cannot be imported now)
+    try:
+        from tensorboardX import SummaryWriter  # only where files are written
+    finally:
+        if absent:
+            del sys.modules["torch"]
+    return SummaryWriter(folder, purge_step=first_step)
 
 
 class Logs:
@@ -43,12 +61,11 @@ class Logs:
         self._start = time.perf_counter()
         self.restart_clock()
         self._primary = jax.process_index() == 0
-        self._file = self._board = None
+        self._file: IO[str] | None = None
+        self._board: Any = None
         if self._primary:
             self._file = _reopen(run, mirror, first_step)
-            from tensorboardX import SummaryWriter  # 0.1 s, and only where files are written
-
-            self._board = SummaryWriter(str(mirror.local / "tensorboard"), purge_step=first_step)
+            self._board = summary_writer(str(mirror.local / "tensorboard"), first_step)
         self._progress = Progress(
             TextColumn("[bold]{task.completed}/{task.total}"),
             BarColumn(bar_width=24),
@@ -67,7 +84,7 @@ class Logs:
 
     def __exit__(self, *error) -> None:
         self._progress.stop()
-        if self._primary:
+        if self._file is not None:
             self._file.close()
             self._board.close()
 
@@ -157,7 +174,7 @@ class Logs:
 
     def write(self, *rows: dict[str, Any]) -> None:
         """Append rows to the JSONL file and to TensorBoard."""
-        if not self._primary or not rows:
+        if self._file is None or not rows:
             return
         self._file.writelines(json.dumps(row) + "\n" for row in rows)
         self._file.flush()

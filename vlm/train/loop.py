@@ -9,6 +9,7 @@ from vlm.cluster.processes import stop_all_on_failure
 from vlm.config import Experiment
 from vlm.data.pipeline import train_batches
 from vlm.data.sources import credits
+from vlm.errors import ConfigError
 from vlm.paths import keep_compiled_programs
 from vlm.sharding import batch_share, check_batch, global_batch, make_mesh
 from vlm.train.activity import DATA, DEVICE, STEP, Activity
@@ -49,7 +50,12 @@ def _train(
     doing: Activity, experiment: Experiment | None, resume: str | os.PathLike | None
 ) -> epath.Path:
     with doing("opening the run"):
-        run = Run.create(experiment) if resume is None else Run.open(resume, experiment)
+        if resume is not None:
+            run = Run.open(resume, experiment)
+        elif experiment is not None:
+            run = Run.create(experiment)
+        else:
+            raise ConfigError("there is nothing to train: give an experiment, or a run to resume")
     experiment = run.experiment
     with run.starting(), doing("opening the data"):
         mesh = make_mesh(experiment.mesh)

@@ -96,7 +96,7 @@ class Trainer:
             params["logit_scale"] = jnp.minimum(params["logit_scale"], jnp.log(config.max_scale))
         ema = self._average(state.ema, params, state.step)
 
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         after = TrainState(
             step=state.step + 1,
@@ -120,8 +120,8 @@ class Trainer:
             metrics["bias"] = model["logit_bias"]
         for tower in ("vision", "text"):
             if tower in grads:
-                metrics[f"grad_norm_{tower}"] = optax.global_norm(grads[tower])
-                metrics[f"param_norm_{tower}"] = optax.global_norm(after.params[tower])
+                metrics[f"grad_norm_{tower}"] = optax.tree.norm(grads[tower])
+                metrics[f"param_norm_{tower}"] = optax.tree.norm(after.params[tower])
         return after, metrics
 
     def _value_and_grad(
@@ -179,7 +179,9 @@ class Trainer:
         """Exponential moving average, its decay ramped up so that the start is soon forgotten."""
         if ema is None:
             return None
-        decay = jnp.minimum(self.experiment.optimizer.ema, (1 + step) / (10 + step))
+        most = self.experiment.optimizer.ema
+        assert most is not None  # there is an average
+        decay = jnp.minimum(most, (1 + step) / (10 + step))
         return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), ema, params)
 
     # ------------------------------------------------------------- the state and its model

@@ -130,7 +130,9 @@ class Folded:
         tables = f"{root}.embeddings"
         self._position = f"{tables}.position_embeddings.weight"
         self._segment = f"{tables}.token_type_embeddings.weight"
-        self._first = config.pad_id + 1 if family == "altclip" else 0
+        self._first = 0
+        if family == "altclip" and config.pad_id is not None:
+            self._first = config.pad_id + 1
         self._length = config.context_length
         used = {*self._needed(family), *self._older.values()}
         shapes = {name: shape for name, shape in tensors.shapes.items() if name not in used}

@@ -289,15 +289,17 @@ def _tower(shapes, encoder: str, block: str) -> dict[str, Any]:
 
 def rules(config: ModelConfig) -> list[Rule]:
     """The table for a model of this configuration."""
+    vision = config.vision
+    assert isinstance(vision, ViTConfig)  # big_vision has no other
     bias = [] if config.init_bias is None else [Rule("b", "logit_bias", SCALAR_1)]
     return [
         Rule("t", "logit_scale", SCALAR_1),
         *bias,
         *_dense("img/embedding", "vision.stem"),
-        *_position(config.vision),
+        *_position(vision),
         *_encoder("img/Transformer", "vision"),
-        *_pool("img", "vision", config.vision.pool),
-        *(_dense("img/head", "vision.projection") if config.vision.projection != "none" else []),
+        *_pool("img", "vision", vision.pool),
+        *(_dense("img/head", "vision.projection") if vision.projection != "none" else []),
         *(_bert_rules() if config.text.norm == "post" else _text_rules(config.text)),
         *(_dense("txt/head", "text.projection") if config.text.projection != "none" else []),
     ]

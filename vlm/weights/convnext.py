@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from vlm.config import ConvNeXtConfig, VisionTowerConfig
 from vlm.errors import CheckpointError
+from vlm.weights.fields import first_group
 from vlm.weights.layers import conv, linear, norm
 from vlm.weights.rules import Rule
 
@@ -56,7 +57,7 @@ def vision_config(
         depths=tuple(sum(int(match[1]) == stage for match in found) for stage in range(count)),
         widths=tuple(shapes[name][1] for name in first),
         mlp_dims=tuple(shapes[name][0] for name in first),
-        norm_eps=_norm_eps(NAME.match(name)[1]),
+        norm_eps=_norm_eps(first_group(NAME, name)),
         projection=proj,
     )
 

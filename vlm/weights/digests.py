@@ -44,7 +44,7 @@ def older_fingerprint(tensors: Tensors) -> str:
         rows = part_rows(shape)
         for start in range(0, shape[0], rows) if shape else [0]:
             values = tensors.read(name, start, min(start + rows, shape[0]) if shape else None)
-            digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+            digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -88,5 +88,5 @@ class Checked:
 
 def _digest(name: str, shape: tuple[int, ...], start: int, values: np.ndarray) -> str:
     digest = hashlib.sha256(f"{name} {values.dtype} {list(shape)} {start}\n".encode())
-    digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+    digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:_LENGTH]

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from vlm.config import VisionTowerConfig, ViTConfig
 from vlm.errors import CheckpointError
+from vlm.weights.fields import first_group
 from vlm.weights.layers import linear, norm, out
 from vlm.weights.rules import CONV, FLAT, LINEAR, Rule, leading
 from vlm.weights.timm import block_count
@@ -74,7 +75,7 @@ def vision_config(
     Raises:
         CheckpointError: another pool or projection, a name that timm lacks, or other weights.
     """
-    name = NAME.match(name)[1].replace("giant_patch14_clip", "giant_patch14")  # of one form
+    name = first_group(NAME, name).replace("giant_patch14_clip", "giant_patch14")  # of one form
     if (pool, proj) != ("token", None) or name not in _TOWERS:
         raise CheckpointError(
             f"{where}: the image tower {name!r} has timm_pool {pool!r} and timm_proj {proj!r}: "

@@ -13,7 +13,7 @@ from jaxtyping import Shaped
 
 from vlm.config import FastViTConfig, FastViTStage, VisionTowerConfig
 from vlm.errors import CheckpointError
-from vlm.weights.fields import some
+from vlm.weights.fields import first_group, some
 from vlm.weights.files import Tensors, read_parameter
 from vlm.weights.layers import conv, fused, linear, norm, out, point
 from vlm.weights.rules import Rule
@@ -28,7 +28,7 @@ _EPS = 1e-5  # of all their norms
 
 def _large(name: str) -> bool:
     """MobileCLIP2's S3 and S4: a LayerNorm before attention, and no scale branch in the stem."""
-    return NAME.match(name)[1] in "34"
+    return first_group(NAME, name) in "34"
 
 
 def vision_config(

@@ -7,6 +7,7 @@ weights are seen not to fit.
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -115,6 +116,13 @@ def fields(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} is {show(value)}, not an object of fields")
     return value
+
+
+def first_group(pattern: re.Pattern[str], name: str) -> str:
+    """The first group of a pattern in a name that was chosen because it matches."""
+    match = pattern.match(name)
+    assert match is not None, f"{name} is of another family"
+    return match[1]
 
 
 def with_defaults(

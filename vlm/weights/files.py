@@ -46,11 +46,16 @@ _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 class Tensors(Protocol):
     """A checkpoint's tensors by name."""
 
-    where: str  # for messages
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def where(self) -> str: ...  # for messages
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Shaped[np.ndarray, "..."]:
-        """A tensor, or its rows `start:stop` along the first axis."""
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    # A tensor, or its rows `start:stop` along the first axis.
+    def read(
+        self, name: str, start: int = 0, stop: int | None = None
+    ) -> Shaped[np.ndarray, "..."]: ...
 
 
 def part_rows(shape: Sequence[int]) -> int:

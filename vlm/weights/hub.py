@@ -60,7 +60,7 @@ def download(name: str, revision: str | None = None) -> tuple[epath.Path, str | 
         about = hub.HfApi().model_info(
             name, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
         )
-        sizes = {sibling.rfilename: sibling.size for sibling in about.siblings}
+        sizes = {sibling.rfilename: sibling.size for sibling in about.siblings or ()}
 
         def fetch(file: str) -> str:
             cached = hub.try_to_load_from_cache(name, file, revision=about.sha)
@@ -74,9 +74,8 @@ def download(name: str, revision: str | None = None) -> tuple[epath.Path, str | 
                 f"the Hub model {name!r} is not of a kind that vlm reads: it has none of "
                 f"{', '.join(_CONFIGS)}"
             )
-        for file in (*configs, *(file for file in _INPUTS if file in sizes)):
-            path = fetch(file)
-        folder = epath.Path(path).parent
+        parts = (*configs, *(file for file in _INPUTS if file in sizes))
+        folder = [epath.Path(fetch(file)).parent for file in parts][-1]
         # The weights come last, so that they are not there without what belongs to them.
         file = _weights(name, folder, sizes.keys())
         path = fetch(file)

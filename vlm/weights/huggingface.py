@@ -165,12 +165,12 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
                 f"{where}: vision_config.num_patches {vision['num_patches']} is not a square"
             )
         vision["image_size"] = grid * vision["patch_size"]
-    vision_tower = {
+    vision_tower: dict[str, Any] = {
         "image_size": vision["image_size"],
         "patch_size": vision["patch_size"],
         **tower_sizes(vision, f"{where}: vision_config"),
     }
-    text_tower = {
+    text_tower: dict[str, Any] = {
         "vocab_size": text["vocab_size"],
         "context_length": text["max_position_embeddings"],
         **tower_sizes(text, f"{where}: text_config"),
@@ -179,7 +179,7 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
         # CLIP's eos_token_id of 2 is an old mistake: such a model pools at the highest id. That of
         # MetaCLIP 2 is XLM-R's own.
         end = text["eos_token_id"]
-        pool = {"pool": "end", "end_id": end}
+        pool: dict[str, Any] = {"pool": "end", "end_id": end}
         if family == "clip" and end == 2:
             pool = {"pool": "argmax"}
         return ModelConfig(

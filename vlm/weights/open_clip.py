@@ -5,7 +5,7 @@ Covers LAION, DataComp, DFN, MetaCLIP, CLIPA, the SigLIP exports, and the contra
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from etils import epath
 
@@ -15,6 +15,7 @@ from vlm.config import (
     ModelConfig,
     ResNetConfig,
     TextConfig,
+    TextPool,
     ViTConfig,
 )
 from vlm.errors import CheckpointError
@@ -32,6 +33,7 @@ from vlm.weights.fields import (
     whole,
     with_defaults,
 )
+from vlm.weights.files import Tensors
 from vlm.weights.layers import batch_norm, fused, heads, linear, norm, out
 from vlm.weights.processors import open_clip_preprocess
 from vlm.weights.rules import CONV, FIRST_ROW, FLAT, LINEAR, SCALAR, SCALAR_1, Rule
@@ -84,7 +86,7 @@ def open_checkpoint(folder: epath.Path) -> Checkpoint:
     model = values.get("model_cfg")
     if not isinstance(model, dict):
         raise CheckpointError(f"{where} has no model_cfg: download it again")
-    tensors = weights(folder, *WEIGHTS)
+    tensors: Tensors = weights(folder, *WEIGHTS)
     config = model_config(model, tensors.shapes, where)
     if isinstance(config.vision, FastViTConfig):
         tensors = fastvit.Fused(tensors, config.vision, model["vision_cfg"]["timm_model_name"])
@@ -162,7 +164,7 @@ def _vision(c: dict[str, Any], quick: bool, where: str) -> ViTConfig | ResNetCon
         )
     if c["pool_type"] not in ("tok", "avg"):
         raise CheckpointError(f"{where}: vision_cfg.pool_type {c['pool_type']!r} is unknown to vlm")
-    pool = {"tok": "class", "avg": "mean"}[c["pool_type"]]
+    pool: Literal["class", "mean", "query"] = "class" if c["pool_type"] == "tok" else "mean"
     if c["attentional_pool"]:
         if c["attentional_pool"] is not True or pool != "class":
             raise CheckpointError(f"{where}: vlm reads attentional_pool true, with pool_type 'tok'")
@@ -189,10 +191,15 @@ def _vision(c: dict[str, Any], quick: bool, where: str) -> ViTConfig | ResNetCon
 
 
 def _text(c: dict[str, Any], quick: bool, where: str) -> TextConfig:
-    pools = {"argmax": "argmax", "eos": "end", "first": "first", "last": "last"}
+    pools: dict[str, TextPool] = {
+        "argmax": "argmax",
+        "eos": "end",
+        "first": "first",
+        "last": "last",
+    }
     if c["pool_type"] not in pools:
         raise CheckpointError(f"{where}: text_cfg.pool_type {c['pool_type']!r} is unknown to vlm")
-    pool = "class" if c["embed_cls"] else pools[c["pool_type"]]
+    pool: TextPool = "class" if c["embed_cls"] else pools[c["pool_type"]]
     projection = "linear_bias" if c["proj_bias"] else "linear"
     if c["proj_type"] == "none":
         projection = "none"
@@ -312,6 +319,7 @@ def _blocks(theirs: str, ours: str, *, layer_scale: bool) -> list[Rule]:
 
 def _vision_rules(config: ModelConfig) -> list[Rule]:
     c = config.vision
+    assert isinstance(c, ViTConfig)  # the other kinds have rules of their own
     pre_norm = norm("visual.ln_pre", "vision.pre_norm") if c.pre_norm else []
     pool = _query_pool(same_width=c.width == config.embed_dim) if c.pool == "query" else []
     return [

@@ -6,12 +6,18 @@ We keep to the authors' Pillow, and to tensors for the names that end in "Fast".
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from vlm.config import CLIP_MEAN, CLIP_STD, PreprocessConfig
 from vlm.errors import CheckpointError
 from vlm.weights.fields import MAX_PIXELS, flag, number, show, string, whole
 
+# How open_clip names them.
+_RESIZE_MODES: dict[str, Literal["crop", "pad", "squash"]] = {
+    "shortest": "crop",
+    "longest": "pad",
+    "squash": "squash",
+}
 _PIL_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 
 
@@ -63,16 +69,18 @@ def huggingface_preprocess(
     size = _edges(values.get("size", 224), f"{where}: size", square=family == "squash")
     if _on(values, "do_center_crop", family == "crop", where):
         crop = _edges(values.get("crop_size", 224), f"{where}: crop_size", square=True)
-        short = size["shortest_edge"]
+        short, side = size["shortest_edge"], crop["height"]
+        if side is None:
+            raise CheckpointError(f"{where}: crop_size has no height: vlm crops to a square")
         if short is not None:
             return PreprocessConfig(
-                image_size=crop["height"],
+                image_size=side,
                 resize="crop",
-                short_side=None if short == crop["height"] else short,
+                short_side=None if short == side else short,
                 crop_offset="floor",
                 **common,
             )
-        if size["height"] != crop["height"]:
+        if size["height"] != side:
             raise CheckpointError(f"{where} squashes and then crops, which vlm does not do")
     if size["height"] is None:
         raise CheckpointError(
@@ -89,7 +97,7 @@ def open_clip_preprocess(values: dict[str, Any], image_size: int, where: str) ->
         CheckpointError: a way of resizing that vlm does not do.
     """
     mode = string(values.get("resize_mode") or "shortest", f"{where}: resize_mode")
-    resize = {"shortest": "crop", "longest": "pad", "squash": "squash"}.get(mode)
+    resize = _RESIZE_MODES.get(mode)
     if resize is None:
         raise CheckpointError(
             f"{where}: resize_mode is {mode!r}: vlm knows shortest, longest and squash"
@@ -105,7 +113,7 @@ def open_clip_preprocess(values: dict[str, Any], image_size: int, where: str) ->
     return PreprocessConfig(
         image_size=image_size,
         resize=resize,
-        fill=(fill,) * 3,
+        fill=(fill, fill, fill),
         kernel=kernel,
         mean=_three(values.get("mean") or CLIP_MEAN, f"{where}: mean"),
         std=_deviation(values.get("std") or CLIP_STD, f"{where}: std"),
@@ -151,4 +159,5 @@ def _three(values: Any, where: str, *, above: float = -math.inf) -> tuple[float,
         raise CheckpointError(
             f"{where} is {show(values)}, not one number for each of red, green, blue"
         )
-    return tuple(number(value, where, above=above) for value in values)
+    red, green, blue = (number(value, where, above=above) for value in values)
+    return red, green, blue

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from vlm.errors import CheckpointError
 from vlm.weights.fields import some
 from vlm.weights.files import Tensors, part_rows, read_parameter
 
+Model = TypeVar("Model", bound=nnx.Module)
 Shape = tuple[int, ...]
 ANY = -1  # a size that a rule leaves open
 Spans = tuple[tuple[int, int], ...]  # the first and past the last index along each axis
@@ -219,14 +221,14 @@ def flat_arrays(model: nnx.Module) -> list[tuple[str, jax.Array]]:
 
 
 def fill(
-    model: nnx.Module,
+    model: Model,
     rules: Sequence[Rule],
     tensors: Tensors,
     *,
     dtype: DTypeLike,
     placement: Callable[[str, Shape], jax.sharding.Sharding] | None = None,
     ignored: Callable[[str], bool] = lambda name: False,
-) -> nnx.Module:
+) -> Model:
     """The abstract `model` made real with what the rules find in `tensors`.
 
     A few threads read: each holds one tensor of theirs at a time, of a table no more than a part,
@@ -309,17 +311,16 @@ def _flat(model: nnx.Module) -> Iterable[tuple[str, nnx.Variable]]:
 
 def _array(pieces, shape, tensors, dtype, sharding) -> jax.Array:
     """One of our arrays from its pieces, by way of the buffers of this host's shards."""
-    if sharding is None:
-        buffer = _aligned(shape, dtype)
-        buffers = {tuple((0, size) for size in shape): buffer}
-    else:
+    whole = tuple((0, size) for size in shape)
+    spans = {None: whole}
+    if sharding is not None:
         places = sharding.addressable_devices_indices_map(shape)
         spans = {device: _spans(index, shape) for device, index in places.items()}
-        buffers = {span: _aligned([b - a for a, b in span], dtype) for span in set(spans.values())}
+    buffers = {span: _aligned([b - a for a, b in span], dtype) for span in set(spans.values())}
     for piece in pieces:
         _pour(piece, tensors, buffers)
     if sharding is None:
-        return jax.device_put(buffer, may_alias=True)
+        return jax.device_put(buffers[whole], may_alias=True)
     shards = [jax.device_put(buffers[span], device) for device, span in spans.items()]
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from vlm.config import VisionTowerConfig, ViTConfig
 from vlm.errors import CheckpointError
+from vlm.weights.fields import first_group
 from vlm.weights.layers import fused, heads, linear, norm, out
 from vlm.weights.rules import CONV, Rule, leading
 
@@ -46,7 +47,7 @@ def _siglip(name: str, width: int) -> dict:
 
 
 def _pe(name: str, width: int) -> dict:
-    gigantic = _PE.match(name)[1] == "gigantic"
+    gigantic = first_group(_PE, name) == "gigantic"
     return {
         "pool": "map",
         "pool_heads": _PE_POOL_HEADS,
@@ -149,7 +150,7 @@ def vision_config(
         raise CheckpointError(f"{where}: the weights are not those of timm's {name}") from None
     depth = block_count(shapes)
     return dataclasses.replace(
-        _tower(family, name, width, depth, sizes[pattern.match(name)[1]][2], mlp_dim),
+        _tower(family, name, width, depth, sizes[first_group(pattern, name)][2], mlp_dim),
         image_size=image_size,
         patch_size=patch_size,
         pool_mlp_dim=pool_mlp_dim if pattern is _PE else None,

@@ -112,7 +112,7 @@ def _unpickle(data: bytes) -> Any:
     """
     stack: list[Any] = []
     marks: list[int] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}  # by number
 
     def since_mark() -> list[Any]:
         start = marks.pop()
@@ -161,7 +161,7 @@ def _unpickle(data: bytes) -> Any:
                 values = [stack.pop(-2), stack.pop()] if opcode.name == "SETITEM" else since_mark()
                 _set_items(_of(dict, stack[-1]), values)
             case "GLOBAL":
-                stack.append(_named(*value.split(" ", 1)))
+                stack.append(_named(*str(value).split(" ", 1)))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
                 stack.append(_named(_of(str, module), _of(str, name)))

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from vlm.config import VisionTowerConfig, ViTaminConfig
 from vlm.errors import CheckpointError
+from vlm.weights.fields import first_group
 from vlm.weights.layers import conv, linear, norm, point
 from vlm.weights.rules import Rule, leading
 from vlm.weights.timm import attention_rules, block_count
@@ -53,13 +54,14 @@ def vision_config(
         return ViTaminConfig(
             image_size=image_size,
             stem_width=shapes[f"{_STEM}.stem.conv1.weight"][0],
-            conv_widths=tuple(
-                shapes[f"{_STEM}.stages.{stage}.0.conv3_1x1.weight"][0] for stage in (0, 1)
+            conv_widths=(
+                shapes[f"{_STEM}.stages.0.0.conv3_1x1.weight"][0],
+                shapes[f"{_STEM}.stages.1.0.conv3_1x1.weight"][0],
             ),
             conv_depths=(found.count("0"), found.count("1")),
             width=shapes[f"{_STEM}.pool.proj.weight"][0],
             depth=block_count(shapes),
-            heads=_SIZES[NAME.match(name)[1]][-1],
+            heads=_SIZES[first_group(NAME, name)][-1],
             mlp_dim=shapes[f"{_TRUNK}.blocks.0.mlp.w0.weight"][0],
             position=f"{_TRUNK}.pos_embed" in shapes,
             projection=proj,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import tokenizers
 from etils import epath
 
-from vlm.config import ModelConfig, TokenizerConfig
+from vlm.config import Clean, ModelConfig, TokenizerConfig
 from vlm.errors import CheckpointError, DataError
 from vlm.inputs.tokenizer import Tokenizer, read_vocabulary
 from vlm.weights import sentencepiece
@@ -17,7 +17,9 @@ CLIP_VOCABULARY = pathlib.Path(__file__).parent / "clip" / "tokenizer.json"
 CLIP_BOS, CLIP_EOS, CLIP_SIZE = 49406, 49407, 49408
 
 
-def clip_tokenizer(context_length: int, *, clean: str = "clip", keep_eos: bool = True) -> Tokenizer:
+def clip_tokenizer(
+    context_length: int, *, clean: Clean = "clip", keep_eos: bool = True
+) -> Tokenizer:
     """OpenAI's vocabulary, cleaning and padding, which open_clip's `SimpleTokenizer` shares."""
     rules = TokenizerConfig(
         context_length=context_length,
@@ -32,7 +34,7 @@ def clip_tokenizer(context_length: int, *, clean: str = "clip", keep_eos: bool =
 
 
 def huggingface_tokenizer(
-    folder: epath.Path, config: ModelConfig, *, clean: str = "none"
+    folder: epath.Path, config: ModelConfig, *, clean: Clean = "none"
 ) -> Tokenizer:
     """The tokenizer that transformers saved in `folder`, with the rules of its class.
 
@@ -64,9 +66,10 @@ def huggingface_tokenizer(
     eos = vocabulary.token_to_id(eos_token)
     if vocabulary.post_processor is None and kind in ("GemmaTokenizer", "Siglip2Tokenizer"):
         name = eos_token or "<eos>"
-        specials = [vocabulary.token_to_id(name)]
-        if specials == [None]:
+        token = vocabulary.token_to_id(name)
+        if token is None:
             raise CheckpointError(f"{file}: eos_token {show(name)} is not in its vocabulary")
+        specials = [token]
     else:
         specials = vocabulary.encode("", add_special_tokens=True).ids
     bos_id, eos_id = _ends(specials, eos, folder)
@@ -87,7 +90,11 @@ def huggingface_tokenizer(
 
 
 # The cleaning of open_clip's tokenizers by the name in `tokenizer_kwargs`.
-_OPEN_CLIP_CLEAN = {"lower": "clip", "whitespace": "clip_cased", "canonicalize": "clip_canonical"}
+_OPEN_CLIP_CLEAN: dict[str, Clean] = {
+    "lower": "clip",
+    "whitespace": "clip_cased",
+    "canonicalize": "clip_canonical",
+}
 
 
 def open_clip_tokenizer(
@@ -109,10 +116,10 @@ def open_clip_tokenizer(
             f"{where}.tokenizer_kwargs is {show(values['tokenizer_kwargs'])}, and vlm knows "
             f"strip_sep_token, and clean of {', '.join(_OPEN_CLIP_CLEAN)}"
         )
-    clean = _OPEN_CLIP_CLEAN[clean]
+    cleaning = _OPEN_CLIP_CLEAN[clean]
     if not name:
-        return clip_tokenizer(config.text.context_length, clean=clean)
-    tokenizer = huggingface_tokenizer(folder, config, clean=clean)
+        return clip_tokenizer(config.text.context_length, clean=cleaning)
+    tokenizer = huggingface_tokenizer(folder, config, clean=cleaning)
     if strip:  # the separator, which ends a text and may be spelled out inside it
         rules = dataclasses.replace(tokenizer.config, zeroed_id=tokenizer.config.eos_id)
         tokenizer = tokenizer.with_rules(rules)
@@ -120,7 +127,7 @@ def open_clip_tokenizer(
 
 
 def siglip_tokenizer(
-    path: epath.PathLike, context_length: int, *, clean: str = "siglip"
+    path: epath.PathLike, context_length: int, *, clean: Clean = "siglip"
 ) -> Tokenizer:
     """A SentencePiece vocabulary with the rules of SigLIP's first version: pad and end are "</s>".
 
@@ -163,11 +170,11 @@ def big_vision_tokenizer(folder: epath.Path, config: ModelConfig) -> Tokenizer:
             f"{where} beside the .npz as {_BESIDE[0]}"
         )
     vocabulary = sentencepiece.read(path)
-    if vocabulary.token_to_id("<eos>") is not None:
-        names = (vocabulary.token_to_id("<pad>"), vocabulary.token_to_id("<eos>"))
-        rules = TokenizerConfig(
-            context_length=length, pad_id=names[0], eos_id=names[1], lowercase=True
-        )
+    pad, end = vocabulary.token_to_id("<pad>"), vocabulary.token_to_id("<eos>")
+    if end is not None:
+        if pad is None:
+            raise CheckpointError(f"{path} has a token <eos> and no <pad>, which fills short texts")
+        rules = TokenizerConfig(context_length=length, pad_id=pad, eos_id=end, lowercase=True)
         return Tokenizer(vocabulary, rules)
     return siglip_tokenizer(path, length, clean="none")
 
@@ -255,7 +262,8 @@ def _clip_from_merges(folder: epath.Path) -> tokenizers.Tokenizer:
         lines = (folder / "merges.txt").read_text().split("\n")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{folder}/merges.txt is no text ({error}): get it again") from None
-    merges = [tuple(line.split()) for line in lines if len(line.split()) == 2 and line[0] != "#"]
+    pairs = (line.split() for line in lines if line[:1] != "#")
+    merges = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
     try:
         bos, eos = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
         model = models.BPE(

@@ -10,6 +10,7 @@ from vlm.config import (
     PreprocessConfig,
     ResNetConfig,
     TextConfig,
+    VisionTowerConfig,
     ViTConfig,
 )
 from vlm.errors import CheckpointError
@@ -75,14 +76,15 @@ def open_clip_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
             "open_clip opens a CoCa with its captioning decoder alone, and this is the contrastive "
             "half, which has none: save the model as a vlm bundle instead"
         )
-    elif (family := timm_towers.family_of(vision)) not in (None, timm) or (vision.pool == "map"):
+    elif (family := _timm_family(vision)) is not None:
         image_tower = {
             "image_size": vision.image_size,
             "timm_model_pretrained": False,
             **family.options(vision),
         }
     else:
-        image_tower = _native(config)
+        assert isinstance(vision, ViTConfig)  # all others have a family
+        image_tower = _native(config, vision)
     values: dict[str, Any] = {
         "embed_dim": config.embed_dim,
         "custom_text": True,
@@ -96,8 +98,15 @@ def open_clip_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
     return values
 
 
-def _native(config: ModelConfig) -> dict[str, Any]:
-    c = config.vision
+def _timm_family(vision: VisionTowerConfig) -> Any | None:
+    """The family that writes a tower by timm's name; None: open_clip has the tower itself."""
+    family = timm_towers.family_of(vision)
+    if family is timm and isinstance(vision, ViTConfig) and vision.pool != "map":
+        return None
+    return family
+
+
+def _native(config: ModelConfig, c: ViTConfig) -> dict[str, Any]:
     check("open_clip", config, {"stem": "linear", "patch_bias": False, "projection": "linear"}, {})
     faults = []
     if c.pool == "mean" and not c.class_token:

@@ -39,7 +39,8 @@ def standalone(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
             steps.append(vocabulary.normalizer)
         vocabulary.normalizer = normalizers.Sequence(steps)
     names = {i: vocabulary.id_to_token(i) for i in (rules.bos_id, rules.eos_id) if i is not None}
-    row = [names.get(rules.bos_id), "$A", names.get(rules.eos_id)]
+    row = [names.get(i) if i is not None else None for i in (rules.bos_id, rules.eos_id)]
+    row.insert(1, "$A")
     vocabulary.post_processor = processors.TemplateProcessing(
         single=" ".join(part for part in row if part),
         special_tokens=[(name, i) for i, name in names.items()],
