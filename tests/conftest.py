@@ -1,11 +1,15 @@
 """Eight virtual devices, quick compilation and checked types, before JAX and vlm start."""
 
 import os
+import pathlib
 import signal
+import sys
 import tempfile
 
 import jaxtyping
 import pytest
+
+HERE = pathlib.Path(__file__).parent
 
 # A runner in the background may ignore Ctrl-C, and the processes that tests start inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -26,9 +30,40 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 jaxtyping.install_import_hook("vlm", "type_checker.check")
 
 
+# Files of more than half a minute of a core, the longest first.
+LONGEST = (
+    "cloud/test_rehearsal.py",
+    "train/test_resume.py",
+    "train/test_hosts.py",
+    "cloud/test_bad_buckets.py",
+    "plan/test_plan.py",
+    "data/test_kinds.py",
+    "test_cli.py",
+)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: where a test waits for processes, another one goes on."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no worker is left alone with one of them."""
-    items.sort(key=lambda item: "train" not in item.path.parts)
+    turns = {name: number for number, name in enumerate(LONGEST)}
+
+    def turn(item) -> tuple[int, bool]:
+        name = item.path.relative_to(HERE).as_posix()
+        return turns.get(name, len(turns)), "train" not in item.path.parts
+
+    items.sort(key=turn)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traces():
+    """What a module has traced is let go: it is gigabytes in the end."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -4,13 +4,15 @@
     python tests/mutants.py losses/ring.py --count 0 --seed 1    all mutants of one module
 
 A mutant is a copy of the tree with one operator, constant, condition or statement changed. It is
-killed if the tests of its module fail or take far longer than they did. What survives is printed
-with its line, to be looked at: a missing test, or a change that changes nothing.
+killed if the tests of its module fail or take far longer than they did: first those of its own
+test file, then those of its room. What survives is printed with its line, to be looked at: a
+missing test, or a change that changes nothing. The table at the end has a row for each module.
 """
 
 import argparse
 import ast
 import copy
+import math
 import os
 import pathlib
 import random
@@ -162,16 +164,59 @@ def run(tree: pathlib.Path, tests: list[str], limit: float) -> tuple[bool, float
     return False, limit
 
 
+def tests_of(subject: str, name: str) -> list[list[str]]:
+    """The tests of a module in rounds, the nearest first: a mutant that one round kills is dead."""
+    own = [
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests" / name).parent.glob(f"test_{pathlib.Path(name).stem}.py")
+    ]
+    return [own, SUBJECTS[subject]] if own and own != SUBJECTS[subject] else [SUBJECTS[subject]]
+
+
+def examine(
+    tree: pathlib.Path, subject: str, path: pathlib.Path, count: int, seed: int, until: float
+) -> tuple[int, int] | None:
+    """(killed, tried) of a module's mutants; None if there was no time to begin."""
+    name = str(path.relative_to(ROOT / "vlm"))
+    rounds, limits = tests_of(subject, name), []
+    if time.monotonic() > until:
+        return None
+    for tests in rounds:
+        run(tree, tests, 3600)  # fills the cache of compiled programs
+        passes, seconds = run(tree, tests, 3600)
+        if not passes:
+            sys.exit(f"{' '.join(tests)} fail without any fault")
+        limits.append(max(LEAST, SLOWER * seconds))
+    source = path.read_text()
+    found = mutants(source)
+    if count and len(found) > count:
+        found = random.Random(f"{seed} {name}").sample(found, count)
+    target, killed, tried = tree / "vlm" / name, 0, 0
+    for line, what, mutated in found:
+        if time.monotonic() > until:
+            break
+        target.write_text(mutated)
+        alive = all(run(tree, *part)[0] for part in zip(rounds, limits, strict=True))
+        tried, killed = tried + 1, killed + (not alive)
+        if alive:
+            print(f"survived  vlm/{name}:{line}  {what}", flush=True)
+    target.write_text(source)
+    print(f"{name}: {killed} of {tried} killed", flush=True)
+    return killed, tried
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Put small faults into modules, one at a time.")
     parser.add_argument("modules", nargs="*", help="such as losses/ring.py; all subjects if none")
     parser.add_argument("--count", type=int, default=40, help="mutants of a module; 0 for all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end after so many")
     options = parser.parse_args()
 
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["HYPOTHESIS_PROFILE"] = "default"
     sys.dont_write_bytecode = True
+    until, rows = time.monotonic() + 60 * options.minutes, []
     with tempfile.TemporaryDirectory() as scratch:
         # Programs that a fault does not touch are compiled once.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{scratch}/xla"
@@ -181,37 +226,21 @@ def main() -> None:
         import optax  # noqa: F401
         import pytest  # noqa: F401
 
-        copy_ = pathlib.Path(scratch) / "tree"
+        tree = pathlib.Path(scratch) / "tree"
         ignore = shutil.ignore_patterns("__pycache__", ".*", "runs")
-        shutil.copytree(ROOT, copy_, ignore=ignore)
-        killed = total = 0
-        for subject, tests in SUBJECTS.items():
-            passes, seconds = None, 0.0
+        shutil.copytree(ROOT, tree, ignore=ignore)
+        for subject in SUBJECTS:
             place = ROOT / "vlm" / subject
             for path in [place] if place.is_file() else sorted(place.glob("*.py")):
                 name = str(path.relative_to(ROOT / "vlm"))
                 if path.name == "__init__.py" or (options.modules and name not in options.modules):
                     continue
-                if passes is None:
-                    run(copy_, tests, 3600)  # fills the cache of compiled programs
-                    passes, seconds = run(copy_, tests, 3600)
-                    if not passes:
-                        sys.exit(f"the tests of {subject} fail without any fault")
-                source = path.read_text()
-                found = mutants(source)
-                if options.count and len(found) > options.count:
-                    found = random.Random(options.seed).sample(found, options.count)
-                target, dead = copy_ / "vlm" / name, 0
-                for line, what, mutated in sorted(found):
-                    target.write_text(mutated)
-                    alive, _ = run(copy_, tests, max(LEAST, SLOWER * seconds))
-                    dead += not alive
-                    if alive:
-                        print(f"survived  vlm/{name}:{line}  {what}", flush=True)
-                target.write_text(source)
-                killed, total = killed + dead, total + len(found)
-                print(f"{name}: {dead} of {len(found)} killed", flush=True)
-        print(f"{killed} of {total} mutants killed ({killed / max(total, 1):.0%})")
+                result = examine(tree, subject, path, options.count, options.seed, until)
+                rows += [(name, *result)] if result and result[1] else []
+    rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    print(f"\n{'module':<28}{'mutants':>9}{'killed':>9}")
+    for name, killed, tried in rows:
+        print(f"{name:<28}{tried:>9}{killed:>9}{killed / max(tried, 1):>8.0%}")
 
 
 if __name__ == "__main__":

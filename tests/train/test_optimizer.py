@@ -137,7 +137,7 @@ def test_every_rule_reduces_a_loss(name):
     target = jax.tree.map(lambda x: 0.3 * jnp.sin(7 * x), start)
 
     def loss(params):
-        return optax.global_norm(jax.tree.map(jnp.subtract, params, target))
+        return optax.tree.norm(jax.tree.map(jnp.subtract, params, target))
 
     @jax.jit
     def step(params, state):
@@ -196,7 +196,7 @@ def test_clipping_bounds_the_gradient_of_the_whole_model():
     rule = make_optimizer(config)
     _, state = rule.update(gradient, rule.init(params), params)
     moments = [x for x in jax.tree.leaves(state) if x.ndim]
-    assert float(optax.global_norm(moments)) == pytest.approx((1 - config.b2) * 1.0, rel=0.05)
+    assert float(optax.tree.norm(moments)) == pytest.approx((1 - config.b2) * 1.0, rel=0.05)
 
 
 def test_lower_layers_learn_more_slowly():
