@@ -185,7 +185,9 @@ class Bundle(FactSheet):
             CheckpointError: the checkpoint is not where it was loaded from.
         """
         if self.adapter is not None:
-            return self.adapter.base_fingerprint
+            base = self.adapter.base_fingerprint
+            assert base is not None  # an adapter in use knows what it is beside
+            return base
         if self.fingerprint is not None:
             return self.fingerprint
         if self.source is not None:

@@ -53,12 +53,13 @@ def options(default: T, prog: str, args: list[str], about: str) -> T:
 def _begun(default: T, args: list[str]) -> T:
     """`default` with each part that is None and of which `args` name a field, as it begins."""
     for name, hint in typing.get_type_hints(type(default)).items():
-        part = next(
+        part: Any = next(
             (kind for kind in typing.get_args(hint) if dataclasses.is_dataclass(kind)), None
         )
         named = any(arg.startswith(f"--{name.replace('_', '-')}.") for arg in args)
         if part is not None and getattr(default, name) is None and named:
-            default = dataclasses.replace(default, **{name: part()})
+            begun: Any = default
+            default = dataclasses.replace(begun, **{name: part()})
     return default
 
 

@@ -8,7 +8,7 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ class Factors:
 
 
 Adapter = Mapping[str, Factors]
+Model = TypeVar("Model", bound=nnx.Module)
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def fresh(model: nnx.Module, config: AdapterConfig, key: Key[Array, ""]) -> dict
     return adapter
 
 
-def prepared(model: nnx.Module, config: AdapterConfig, seed: int) -> nnx.Module:
+def prepared(model: Model, config: AdapterConfig, seed: int) -> Model:
     """`model` with its kernels as the config keeps them, and a fresh adapter."""
     if config.quantize == "int8":
         model = quantized(model)
@@ -142,7 +143,7 @@ def prepared(model: nnx.Module, config: AdapterConfig, seed: int) -> nnx.Module:
 # ------------------------------------------------------------------------------ on and off
 
 
-def attach(model: nnx.Module, adapter: Adapter) -> nnx.Module:
+def attach(model: Model, adapter: Adapter) -> Model:
     """`model` with an adapter in place of any that it has; the arrays are shared.
 
     What is for a tower that the model was loaded without is left out.
@@ -174,12 +175,14 @@ def attach(model: nnx.Module, adapter: Adapter) -> nnx.Module:
                     f"the adapter of {name} has {part} of {array.shape}, and the layer takes "
                     f"{shape}: give it the model that it was trained on"
                 )
-        arrays = (factors.a, factors.b, factors.scale, factors.magnitude)
-        layers[name].lora = LowRank(*(x if x is None else jnp.asarray(x) for x in arrays))
+        a, b, scale = (jnp.asarray(x) for x in (factors.a, factors.b, factors.scale))
+        magnitude = None if factors.magnitude is None else jnp.asarray(factors.magnitude)
+        layer: Any = layers[name]  # nnx lets it have more than its class names
+        layer.lora = LowRank(a, b, scale, magnitude)
     return model
 
 
-def detach(model: nnx.Module) -> nnx.Module:
+def detach(model: Model) -> Model:
     """`model` without its adapter; the arrays are shared."""
     model = nnx.merge(*nnx.split(model))
     for layer in linear_layers(model).values():
@@ -207,7 +210,7 @@ def adapter_of(model: nnx.Module) -> dict[str, Factors]:
     }
 
 
-def merged(model: nnx.Module, dtype: Any = jnp.float32) -> nnx.Module:
+def merged(model: Model, dtype: Any = jnp.float32) -> Model:
     """`model` with its adapter inside its kernels; kernels of whole numbers take `dtype`."""
     model = nnx.merge(*nnx.split(model))
     for layer in linear_layers(model).values():
@@ -226,10 +229,11 @@ def merged(model: nnx.Module, dtype: Any = jnp.float32) -> nnx.Module:
     return model
 
 
-def quantized(model: nnx.Module) -> nnx.Module:
+def quantized(model: Model) -> Model:
     """`model` with the kernels of its linear layers as whole numbers of eight bits."""
     model = nnx.merge(*nnx.split(model))
-    for layer in linear_layers(model).values():
+    layers: dict[str, Any] = {**linear_layers(model)}  # nnx lets them have more than is declared
+    for layer in layers.values():
         if hasattr(layer, "kernel_scale"):
             continue
         whole, scale = quantize(matrix(layer))

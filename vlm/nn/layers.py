@@ -95,7 +95,8 @@ def linear(
 class Linear(nnx.Linear):
     """A linear layer that is computed by `linear`."""
 
-    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+    # nnx's own also takes where to put the result.
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return linear(self, x)
 
 

@@ -318,8 +318,8 @@ def _memory(
         peak=known or counted.peak,
         limit=limit,
         parameters=state.parameters,
-            optimizer=state.optimizer,
-            averages=state.averages,
+        optimizer=state.optimizer,
+        averages=state.averages,
     )
     fits = step is None and (limit is None or counted.peak <= limit)
     return memory, fits, None if step is None else step.message

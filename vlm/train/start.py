@@ -62,6 +62,7 @@ def start(
         return state
     other = starting_model(e)
     if e.adapter is not None:
+        assert other.source is not None  # it was loaded
         run.record_base(other.source, other.identity)
     return from_model(trainer, state, other)
 
@@ -92,6 +93,7 @@ def _with_length(
 def starting_model(experiment: Experiment) -> bundle.Bundle:
     """The model `init_from`, at the run's size of image, any adapter merged into it."""
     size = experiment.model.vision.image_size
+    assert experiment.init_from is not None
     return bundle.load(experiment.init_from, image_size=size).merged()
 
 

@@ -75,6 +75,7 @@ def open_adapter(path: epath.Path) -> SavedAdapter:
         CheckpointError: it is of a later format, torn, or not as it was saved.
     """
     folder = _folder(path)
+    assert folder is not None, f"{path} is no adapter: see `recognises`"
     file = folder / ADAPTER_FILE
     about = read_json(file)
     version = whole(about.get("format"), f"{file}: format")
@@ -176,7 +177,7 @@ def write_adapter(
     return whole_fingerprint
 
 
-def _fingerprint(base: str, found: dict[str, list[str]]) -> str:
+def _fingerprint(base: str | None, found: dict[str, list[str]]) -> str:
     """One digest for a model and what is added to it."""
     return hashlib.sha256(f"{base} {fingerprint(found)}".encode()).hexdigest()[:32]
 

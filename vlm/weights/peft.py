@@ -250,8 +250,8 @@ def _joined(
     arrays = [a, b, scale, magnitude]
     if size.layers is None:
         arrays = [array[0] for array in arrays]
-    *arrays, magnitude = (np.asarray(array, np.float32) for array in arrays)
-    return Factors(*arrays, magnitude if dora else None)
+    a, b, scale, magnitude = (np.asarray(array, np.float32) for array in arrays)
+    return Factors(a, b, scale, magnitude if dora else None)
 
 
 # ------------------------------------------------------------------------------- both ways
@@ -286,10 +286,12 @@ def _spelled_out(
 
 def _layer(factors: Factors, layer: int | None) -> Factors:
     """The adapter of one layer of a stack, without columns that padding has made zero."""
-    arrays = (factors.a, factors.b, factors.scale, factors.magnitude)
-    a, b, scale, magnitude = (
-        x if x is None else np.asarray(x if layer is None else x[layer], np.float32) for x in arrays
-    )
+
+    def own(x) -> np.ndarray:
+        return np.asarray(x if layer is None else x[layer], np.float32)
+
+    a, b, scale = (own(x) for x in (factors.a, factors.b, factors.scale))
+    magnitude = None if factors.magnitude is None else own(factors.magnitude)
     used = np.flatnonzero(np.abs(a).max(0) + np.abs(b).max(1))
     rank = int(used[-1]) + 1 if used.size else 1
     return Factors(a[:, :rank], b[:rank], scale, magnitude)
