@@ -57,9 +57,9 @@ class Layer(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.norm = None
-        if heads and norm_eps is not None:
-            self.norm = LayerNorm(width, norm_eps, rngs=rngs)
+        self.norm = (
+            LayerNorm(width, norm_eps, rngs=rngs) if heads and norm_eps is not None else None
+        )
         self.attention = Attention(width, heads, dtype=dtype, rngs=rngs) if heads else None
         self.mixer = None if heads else Conv(width, width, 3, dtype=dtype, rngs=rngs)
         self.conv = Conv(width, width, 7, dtype=dtype, rngs=rngs)
