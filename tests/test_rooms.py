@@ -1,6 +1,7 @@
 """The house stays in order: a room imports only from rooms above it, and none outgrows itself."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,12 @@ def faults(room: str, source: str) -> list[str]:
 def test_there_are_modules_and_every_room_has_its_place():
     assert len(MODULES) > 40
     assert {room_of(path) for path in MODULES} - {"__init__"} <= set(RANK)
+
+
+def test_contributing_names_the_rooms_in_this_order():
+    page = (PACKAGE.parent / ".github" / "CONTRIBUTING.md").read_text()
+    named = re.search(r"\n((?:`[a-z ]+`[ \n·]+)+)\n", page)[1].replace("`", "").replace("·", "")
+    assert named.split() == [room for room in RANK if not room.startswith("_")]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
