@@ -182,7 +182,7 @@ def test_a_resnet_there_and_back(tmp_path):
     vision = ResNetConfig(image_size=64, depths=(1, 2, 1, 1), width=8, heads=8)
     config = ModelConfig(vision, SMALL_TEXT, embed_dim=20)
     model, rng = DualEncoder(config, rngs=nnx.Rngs(0)), np.random.default_rng(0)
-    for _, variable in nnx.state(model, nnx.Param).flat_state():
+    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         noise = rng.standard_normal(variable.shape, np.float32)
         variable.set_value(variable.get_value() + np.abs(noise) * 0.1)
     preprocess = Preprocess(PreprocessConfig(image_size=64, resize="crop"))

@@ -249,7 +249,7 @@ def fill(
         sharding = None if placement is None else placement(name, shapes[name])
         return _array(by_name[name], shapes[name], tensors, kind, sharding)
 
-    variables = dict(state.flat_state())
+    variables = dict(nnx.to_flat_state(state))
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "vlm-weights") as pool:
         arrays = [pool.submit(make, path) for path in variables]
         try:
@@ -259,7 +259,7 @@ def fill(
             }
         finally:  # after an error the rest is not read
             pool.shutdown(cancel_futures=True)
-    return nnx.merge(graph, nnx.State.from_flat_path(flat))
+    return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def read_all(
@@ -305,7 +305,7 @@ class Pending:
 
 
 def _flat(model: nnx.Module) -> Iterable[tuple[str, nnx.Variable]]:
-    state = nnx.state(model, nnx.Param).flat_state()
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return [(".".join(map(str, path)), variable) for path, variable in state]
 
 
