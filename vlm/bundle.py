@@ -185,9 +185,7 @@ class Bundle(FactSheet):
             CheckpointError: the checkpoint is not where it was loaded from.
         """
         if self.adapter is not None:
-            base = self.adapter.base_fingerprint
-            assert base is not None  # an adapter in use knows what it is beside
-            return base
+            return self.adapter.base_fingerprint or ""  # an adapter in use has one
         if self.fingerprint is not None:
             return self.fingerprint
         if self.source is not None:
@@ -286,8 +284,7 @@ class Bundle(FactSheet):
     @functools.cached_property
     def _mesh(self) -> Mesh | None:
         for leaf in jax.tree.leaves(self._split[1]):
-            mesh = leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None
-            if isinstance(mesh, Mesh) and mesh.size > 1:
+            if isinstance(mesh := getattr(leaf.sharding, "mesh", None), Mesh) and mesh.size > 1:
                 return mesh
         return None
 
