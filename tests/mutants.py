@@ -37,6 +37,23 @@ SUBJECTS = {
     "data/pipeline.py": ["tests/data"],
     "weights/rules.py": ["tests/weights/test_rules.py", "tests/weights/test_golden.py"],
 }
+# The test file that is nearest to a module, where it is not the one of the same name.
+NEAREST = {
+    "losses/contrastive.py": "losses/test_contrastive.py",
+    "losses/ring.py": "losses/test_contrastive.py",
+    "losses/sigmoid.py": "losses/test_contrastive.py",
+    "losses/softmax.py": "losses/test_contrastive.py",
+    "heads/calibration.py": "heads/test_few_shot.py",
+    "heads/codes.py": "heads/test_index.py",
+    "heads/identity.py": "heads/test_index.py",
+    "heads/index_folder.py": "heads/test_index.py",
+    "heads/inputs.py": "heads/test_retrieval.py",
+    "heads/items.py": "heads/test_index.py",
+    "heads/linear_probe.py": "heads/test_few_shot.py",
+    "heads/metadata.py": "heads/test_retrieval.py",
+    "heads/prompts.py": "heads/test_zero_shot.py",
+    "heads/top_k.py": "heads/test_retrieval.py",
+}
 SWAPS = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -166,41 +183,61 @@ def run(tree: pathlib.Path, tests: list[str], limit: float) -> tuple[bool, float
 
 def tests_of(subject: str, name: str) -> list[list[str]]:
     """The tests of a module in rounds, the nearest first: a mutant that one round kills is dead."""
-    own = [
-        str(path.relative_to(ROOT))
-        for path in (ROOT / "tests" / name).parent.glob(f"test_{pathlib.Path(name).stem}.py")
-    ]
-    return [own, SUBJECTS[subject]] if own and own != SUBJECTS[subject] else [SUBJECTS[subject]]
+    own = (
+        ROOT / "tests" / NEAREST.get(name, f"{name.rpartition('/')[0]}/test_{name.split('/')[-1]}")
+    )
+    nearest = [str(own.relative_to(ROOT))]
+    return [nearest, SUBJECTS[subject]] if own.exists() else [SUBJECTS[subject]]
+
+
+class Runner:
+    """Runs tests in a copy of the tree, each set of them no longer than it may take."""
+
+    def __init__(self, tree: pathlib.Path):
+        self.tree, self._limits = tree, {}
+
+    def passes(self, tests: list[str]) -> bool:
+        return run(self.tree, tests, self._limits[tuple(tests)])[0]
+
+    def learn(self, tests: list[str]) -> None:
+        """Have them run without any fault, once, to know how long they take."""
+        if tuple(tests) not in self._limits:
+            run(self.tree, tests, 3600)  # fills the cache of compiled programs
+            well, seconds = run(self.tree, tests, 3600)
+            if not well:
+                sys.exit(f"{' '.join(tests)} fail without any fault")
+            self._limits[tuple(tests)] = max(LEAST, SLOWER * seconds)
+
+    def survives(self, target: pathlib.Path, mutated: str, rounds: list[list[str]]) -> bool:
+        """Whether every round of tests passes with the mutated source in place."""
+        source = target.read_text()
+        for tests in rounds:
+            self.learn(tests)
+            target.write_text(mutated)
+            try:
+                if not self.passes(tests):
+                    return False
+            finally:
+                target.write_text(source)
+        return True
 
 
 def examine(
-    tree: pathlib.Path, subject: str, path: pathlib.Path, count: int, seed: int, until: float
-) -> tuple[int, int] | None:
-    """(killed, tried) of a module's mutants; None if there was no time to begin."""
+    runner: Runner, subject: str, path: pathlib.Path, count: int, seed: int, until: float
+) -> tuple[int, int]:
+    """(killed, tried) of a module's mutants; fewer are tried where the time ends."""
     name = str(path.relative_to(ROOT / "vlm"))
-    rounds, limits = tests_of(subject, name), []
-    if time.monotonic() > until:
-        return None
-    for tests in rounds:
-        run(tree, tests, 3600)  # fills the cache of compiled programs
-        passes, seconds = run(tree, tests, 3600)
-        if not passes:
-            sys.exit(f"{' '.join(tests)} fail without any fault")
-        limits.append(max(LEAST, SLOWER * seconds))
-    source = path.read_text()
-    found = mutants(source)
+    found = mutants(path.read_text())
     if count and len(found) > count:
         found = random.Random(f"{seed} {name}").sample(found, count)
-    target, killed, tried = tree / "vlm" / name, 0, 0
+    killed = tried = 0
     for line, what, mutated in found:
         if time.monotonic() > until:
             break
-        target.write_text(mutated)
-        alive = all(run(tree, *part)[0] for part in zip(rounds, limits, strict=True))
+        alive = runner.survives(runner.tree / "vlm" / name, mutated, tests_of(subject, name))
         tried, killed = tried + 1, killed + (not alive)
         if alive:
             print(f"survived  vlm/{name}:{line}  {what}", flush=True)
-    target.write_text(source)
     print(f"{name}: {killed} of {tried} killed", flush=True)
     return killed, tried
 
@@ -229,14 +266,15 @@ def main() -> None:
         tree = pathlib.Path(scratch) / "tree"
         ignore = shutil.ignore_patterns("__pycache__", ".*", "runs")
         shutil.copytree(ROOT, tree, ignore=ignore)
+        runner = Runner(tree)
         for subject in SUBJECTS:
             place = ROOT / "vlm" / subject
             for path in [place] if place.is_file() else sorted(place.glob("*.py")):
                 name = str(path.relative_to(ROOT / "vlm"))
                 if path.name == "__init__.py" or (options.modules and name not in options.modules):
                     continue
-                result = examine(tree, subject, path, options.count, options.seed, until)
-                rows += [(name, *result)] if result and result[1] else []
+                result = examine(runner, subject, path, options.count, options.seed, until)
+                rows += [(name, *result)] if result[1] else []
     rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
     print(f"\n{'module':<28}{'mutants':>9}{'killed':>9}")
     for name, killed, tried in rows:
