@@ -50,13 +50,13 @@ def place_maps(
 def _place_maps(graph, state, images, z_text, method: Method):
     model = nnx.merge(graph, state)
     images = jax.tree.map(jnp.asarray, images)
+    if method == "path":
+        return _path(model, images, z_text)
     found, cosine = run(model, images, z_text, {})
     if method == "similarity":
-        places = jnp.einsum("bne,be->bn", unit_norm(model.vision.dense(images)), z_text)
-    else:
-        form = {"path": _path, "attention": _attention, "gradcam": _gradcam}[method]
-        places = form(model, images, z_text, found)
-    return places, cosine
+        return jnp.einsum("bne,be->bn", unit_norm(model.vision.dense(images)), z_text), cosine
+    form = _attention if method == "attention" else _gradcam
+    return form(model, images, z_text, found), cosine
 
 
 def dense_embeddings(model: DualEncoder, images: Images) -> Float[Array, "b n e"]:
@@ -84,10 +84,12 @@ def gradients(model, images, z_text, changes: Found) -> Found:
     return jax.grad(lambda changes: run(model, images, z_text, changes)[1].sum())(changes)
 
 
-def _path(model, images, z_text, found: Found) -> Float[Array, "b n"]:
+def _path(model, images, z_text) -> tuple[Float[Array, "b n"], Float[Array, " b"]]:
+    both = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), images, _blank(images))
+    found, cosines = run(model, both, jnp.concatenate([z_text, z_text]), {})
     name = "stem" if "stem" in found else "stages/0"
-    blank, _ = run(model, _blank(images), z_text, {})
-    whole = found[name] - blank[name]
+    there, nothing = jnp.split(found[name], 2)
+    whole = there - nothing
 
     def step(total, share):
         return total + gradients(model, images, z_text, {name: (share - 1) * whole})[name], None
@@ -96,8 +98,10 @@ def _path(model, images, z_text, found: Found) -> Float[Array, "b n"]:
     total, _ = jax.lax.scan(step, jnp.zeros_like(whole), shares)
     added = (total / STEPS * whole).sum(-1)
     if added.ndim == 2:
-        return _without_first(model.config.vision, added)
-    return _summed_to(added, found[_last_stage(found)].shape[1])
+        places = _without_first(model.config.vision, added)
+    else:
+        places = _summed_to(added, found[_last_stage(found)].shape[1])
+    return places, jnp.split(cosines, 2)[0]
 
 
 def _attention(model, images, z_text, found: Found) -> Float[Array, "b n"]:
