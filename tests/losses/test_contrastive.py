@@ -27,13 +27,15 @@ def log_sum_exp(x, axis):
     return np.log(np.exp(x - top).sum(axis, keepdims=True)) + top
 
 
-def reference(kind, z_image, z_text, logit_scale, logit_bias):
+def reference(kind, z_image, z_text, logit_scale, logit_bias, groups=None):
     """Value and the four gradients, written out by hand."""
     x, y = np.asarray(z_image, np.float64), np.asarray(z_text, np.float64)
     scale, bias = math.exp(float(logit_scale)), float(logit_bias)
     b = len(x)
     logits = scale * x @ y.T + bias
     own = np.eye(b)
+    if groups is not None:  # no exponential of this counts
+        logits = np.where((groups[:, None] == groups) & (own == 0), -1e3, logits)
     if kind == "softmax":
         rows, columns = (log_sum_exp(logits, axis) for axis in (1, 0))
         value = (rows.sum() + columns.sum() - 2 * np.trace(logits)) / (2 * b)
@@ -272,3 +274,18 @@ def test_bad_input_is_named():
     mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
     with pytest.raises(ShardingError, match=r"none of batch_axes \('data', 'fsdp'\)"):
         contrastive_loss(image, text, *numbers, kind="softmax", mesh=mesh)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("classes", [1, 5])
+def test_pairs_of_one_group_are_no_negatives(kind, classes):
+    """On a mesh, in tiles that do not divide the batch, and where no negative is left at all."""
+    z_image, z_text = pairs(24, 8)
+    groups = np.random.default_rng(1).integers(0, classes, 24)
+    inputs = (z_image, z_text, *scalars(10.0))
+    true, exact = reference(kind, *inputs, groups)
+    for shape, tile in (((1, 1, 1), None), ((4, 2, 1), 2)):
+        how = {"mesh": make_mesh(shape), "groups": jnp.asarray(groups), "tile": tile}
+        value, got = with_gradients(kind, **how)(*inputs)
+        assert float(value) == pytest.approx(true, rel=2e-6, abs=1e-7)
+        assert max(relative_errors(got, exact)) < 1e-5

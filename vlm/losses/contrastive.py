@@ -6,7 +6,7 @@ from typing import Literal
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vlm.errors import ConfigError, ShardingError
 from vlm.losses import sigmoid, softmax
@@ -23,6 +23,7 @@ def contrastive_loss(
     *,
     kind: Literal["softmax", "sigmoid"],
     mesh: Mesh | AbstractMesh | None = None,
+    groups: Int[Array, " b"] | None = None,
     batch_axes: tuple[str, ...] = ("data", "fsdp"),
     tile: int | None = None,
 ) -> Float[Array, ""]:
@@ -38,6 +39,8 @@ def contrastive_loss(
             arrays whose rows are sharded over `batch_axes` (other layouts are resharded).
         logit_scale: logarithm of the factor on the cosines.
         logit_bias: added to every logit; None for no bias.
+        groups: a number for each pair, such as its class: pairs of equal number are no negatives of
+            each other. None: every other pair is one.
         mesh: None for one device; axes besides `batch_axes` hold copies.
         tile: upper bound on the side of a tile; None chooses one.
 
@@ -49,6 +52,18 @@ def contrastive_loss(
     """
     if kind not in LOSSES:
         raise ConfigError(f"there is no {kind!r} loss: choose one of {', '.join(LOSSES)}")
+    ring = ring_of(z_image, z_text, mesh, batch_axes, tile)
+    return _loss(kind, mesh, ring, z_image, z_text, logit_scale, logit_bias, groups)
+
+
+def ring_of(
+    z_image: Float[Array, "b d"],
+    z_text: Float[Array, "b d"],
+    mesh: Mesh | AbstractMesh | None,
+    batch_axes: tuple[str, ...],
+    tile: int | None,
+) -> Ring:
+    """How a batch of pairs goes around: the checks of `contrastive_loss`, and what it raises."""
     if z_image.ndim != 2 or z_image.shape != z_text.shape:
         raise ConfigError(
             f"z_image {z_image.shape} and z_text {z_text.shape} must both be (batch, embed_dim): "
@@ -76,7 +91,7 @@ def contrastive_loss(
                 f"a batch of {len(z_image)} does not divide over the {devices} devices of mesh "
                 f"axes {axes}: choose a multiple of {devices}"
             )
-    return _loss(kind, mesh, Ring(tile, axes, devices), z_image, z_text, logit_scale, logit_bias)
+    return Ring(tile, axes, devices)
 
 
 def default_tile(mesh: Mesh | AbstractMesh | None) -> int:
@@ -95,37 +110,42 @@ def tile_side(platform: str) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _loss(kind, mesh, ring, *inputs):
-    return _on_mesh(LOSSES[kind].value, mesh, ring, PartitionSpec())(*inputs)
+    return on_mesh(LOSSES[kind].value, mesh, ring, _specs(ring), PartitionSpec())(*inputs)
+
+
+def _specs(ring: Ring) -> tuple[PartitionSpec, ...]:
+    rows, number = PartitionSpec(ring.axes), PartitionSpec()
+    return rows, rows, number, number, rows
 
 
 def _forward(kind, mesh, ring, *inputs):
     """The loss is one number, so its gradients are known now but for one factor: keep them."""
-    rows, number = PartitionSpec(ring.axes), PartitionSpec()
-    gradient_specs = rows, rows, number, number
-    run = _on_mesh(LOSSES[kind].value_and_gradients, mesh, ring, (number, gradient_specs))
+    specs = _specs(ring)
+    out = (PartitionSpec(), specs[:4])
+    run = on_mesh(LOSSES[kind].value_and_gradients, mesh, ring, specs, out)
     loss, gradients = run(*inputs)
-    return loss, jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, inputs)
+    *differentiable, _ = inputs
+    return loss, jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, tuple(differentiable))
 
 
 def _backward(kind, mesh, ring, gradients, factor):
-    return jax.tree.map(lambda g: (factor * g).astype(g.dtype), gradients)
+    return *jax.tree.map(lambda g: (factor * g).astype(g.dtype), gradients), None
 
 
 _loss.defvjp(_forward, _backward)
 
 
-def _on_mesh(function, mesh, ring, out_specs):
+def on_mesh(function, mesh, ring, in_specs, out_specs):
     """`function(ring, *inputs)` on every device's own rows."""
     function = functools.partial(function, ring)
     if mesh is None:
         return function
-    rows, number = PartitionSpec(ring.axes), PartitionSpec()
     # What the tiles make does not vary over unused axes by construction; the check of it is left
     # out because it asks loop carries to be marked, in ways that differ between JAX versions.
     return jax.shard_map(
         function,
         mesh=mesh,
-        in_specs=(rows, rows, number, number),
+        in_specs=in_specs,
         out_specs=out_specs,
         check_vma=False,
     )

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 # The logit of a pair that does not count. Finite, so that differences of two stay numbers.
 MASKED_LOGIT = jnp.finfo(jnp.float32).min
@@ -120,6 +120,13 @@ def at_least_float32(x: Array) -> Array:
 def add(a: Any, b: Any) -> Any:
     """The `merge` of plain sums."""
     return jax.tree.map(jnp.add, a, b)
+
+
+def apart(
+    logits: Float[Array, "m n"], own: Int[Array, " m"] | None, other: Int[Array, " n"] | None
+) -> Float[Array, "m n"]:
+    """The logits of negatives, but for those of pairs of one group, which do not count."""
+    return logits if own is None else jnp.where(own[:, None] == other, MASKED_LOGIT, logits)
 
 
 def dot(x: Float[Array, "m d"], y: Float[Array, "d n"]) -> Float[Array, "m n"]:

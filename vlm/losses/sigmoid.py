@@ -11,9 +11,9 @@ so one look at a tile yields its share of the loss and of the gradients: one tri
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from vlm.losses.ring import Ring, add, at_least_float32, dot, dot_pairs, pull_back
+from vlm.losses.ring import Ring, add, apart, at_least_float32, dot, dot_pairs, pull_back
 
 
 def sigmoid_loss(
@@ -42,15 +42,19 @@ def value(
     z_text: Float[Array, "b d"],
     logit_scale: Float[Array, ""],
     logit_bias: Float[Array, ""] | None,
+    groups: Int[Array, " b"] | None,
 ) -> Float[Array, ""]:
     """The loss of the global batch: one trip around the ring."""
     scale, bias = jnp.exp(logit_scale), _zero_if_none(logit_bias)
 
-    def visit(x, y, hide):
-        return jax.nn.softplus(hide(scale * dot(x, y) + bias)).sum(1), ()
+    def visit(images, texts, hide):
+        (x, own), (y, other) = images, texts
+        logits = apart(hide(scale * dot(x, y) + bias), own, other)
+        return jax.nn.softplus(logits).sum(1), ()
 
     none = jnp.zeros(len(z_image), jnp.float32)
-    negatives, _ = ring.all_pairs(visit, add, z_image, z_text.T, (none, ()))
+    images, texts = (z_image, groups), (z_text.T, groups)
+    negatives, _ = ring.all_pairs(visit, add, images, texts, (none, ()))
     positives = jax.nn.softplus(-(scale * dot_pairs(z_image, z_text) + bias))
     return ring.total(jnp.sum(positives + negatives)) / (len(z_image) * ring.devices)
 
@@ -61,18 +65,22 @@ def value_and_gradients(
     z_text: Float[Array, "b d"],
     logit_scale: Float[Array, ""],
     logit_bias: Float[Array, ""] | None,
+    groups: Int[Array, " b"] | None,
 ) -> tuple[Float[Array, ""], tuple]:
     """The loss and the gradients of its four inputs: the same trip, with the gradients on board."""
     scale, bias = jnp.exp(logit_scale), _zero_if_none(logit_bias)
 
-    def visit(x, y, hide):
-        losses, g = _softplus_and_sigmoid(hide(scale * dot(x, y) + bias))
+    def visit(images, texts, hide):
+        (x, own), (y, other) = images, texts
+        logits = apart(hide(scale * dot(x, y) + bias), own, other)
+        losses, g = _softplus_and_sigmoid(logits)
         d_image, d_text = pull_back(g, x, y)
         return (losses.sum(1), g.sum(1), d_image), d_text
 
     per_image, per_width = jnp.zeros(len(z_image)), jnp.zeros(z_image.shape)
     none = (per_image, per_image, per_width), per_width.T
-    (losses, g, d_image), d_text = ring.all_pairs(visit, add, z_image, z_text.T, none)
+    images, texts = (z_image, groups), (z_text.T, groups)
+    (losses, g, d_image), d_text = ring.all_pairs(visit, add, images, texts, none)
 
     logits = scale * dot_pairs(z_image, z_text) + bias
     positive = -jax.nn.sigmoid(-logits)

@@ -20,9 +20,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from vlm.losses.ring import MASKED_LOGIT, Ring, add, at_least_float32, dot, dot_pairs, pull_back
+from vlm.losses.ring import (
+    MASKED_LOGIT,
+    Ring,
+    add,
+    apart,
+    at_least_float32,
+    dot,
+    dot_pairs,
+    pull_back,
+)
 
 
 def softmax_loss(
@@ -66,10 +75,11 @@ def value(
     z_text: Float[Array, "b d"],
     logit_scale: Float[Array, ""],
     logit_bias: Float[Array, ""] | None,
+    groups: Int[Array, " b"] | None,
 ) -> Float[Array, ""]:
     """The loss of the global batch: one trip around the ring. A bias changes nothing."""
     scale = jnp.exp(logit_scale)
-    rows, columns = _negatives(ring, z_image, z_text, scale)
+    rows, columns = _negatives(ring, z_image, z_text, scale, groups)
     return _loss(ring, scale * dot_pairs(z_image, z_text), rows, columns)
 
 
@@ -79,23 +89,24 @@ def value_and_gradients(
     z_text: Float[Array, "b d"],
     logit_scale: Float[Array, ""],
     logit_bias: Float[Array, ""] | None,
+    groups: Int[Array, " b"] | None,
 ) -> tuple[Float[Array, ""], tuple]:
     """The loss and the gradients of its four inputs: a second trip, with the statistics at hand."""
     scale = jnp.exp(logit_scale)
     positives = scale * dot_pairs(z_image, z_text)
-    rows, columns = _negatives(ring, z_image, z_text, scale)
+    rows, columns = _negatives(ring, z_image, z_text, scale, groups)
     own = Statistics(positives, jnp.ones_like(positives))
     all_rows, all_columns = merge(rows, own), merge(columns, own)
 
     def visit(images, texts, hide):
-        (x, row), (y, column) = images, texts
-        logits = hide(scale * dot(x, y))
+        (x, row, own), (y, column, other) = images, texts
+        logits = apart(hide(scale * dot(x, y)), own, other)
         in_row = jnp.exp(logits - row.max[:, None]) / row.sum[:, None]
         in_column = jnp.exp(logits - column.max) / column.sum
         return pull_back(in_row + in_column, x, y)
 
     none = jnp.zeros(z_image.shape, jnp.float32)
-    images, texts = (z_image, all_rows), (z_text.T, all_columns)
+    images, texts = (z_image, all_rows, groups), (z_text.T, all_columns, groups)
     d_image, d_text = ring.all_pairs(visit, add, images, texts, (none, none.T))
     negative = _share(rows, all_rows) + _share(columns, all_columns)
     mean = scale / (2 * len(positives) * ring.devices)
@@ -106,11 +117,12 @@ def value_and_gradients(
     return _loss(ring, positives, rows, columns), (d_image, d_text, d_scale, d_bias)
 
 
-def _negatives(ring, z_image, z_text, scale) -> tuple[Statistics, Statistics]:
+def _negatives(ring, z_image, z_text, scale, groups) -> tuple[Statistics, Statistics]:
     """The statistics of the negatives, of each row and of each column."""
 
-    def visit(x, y, hide):
-        logits = hide(scale * dot(x, y))
+    def visit(images, texts, hide):
+        (x, own), (y, other) = images, texts
+        logits = apart(hide(scale * dot(x, y)), own, other)
         row, column = logits.max(1), logits.max(0)
         return (
             Statistics(row, jnp.exp(logits - row[:, None]).sum(1)),
@@ -119,7 +131,7 @@ def _negatives(ring, z_image, z_text, scale) -> tuple[Statistics, Statistics]:
 
     zeros = jnp.zeros(len(z_image), jnp.float32)
     none = Statistics(zeros + MASKED_LOGIT, zeros)
-    return ring.all_pairs(visit, merge, z_image, z_text.T, (none, none))
+    return ring.all_pairs(visit, merge, (z_image, groups), (z_text.T, groups), (none, none))
 
 
 def _loss(ring, positives, rows: Statistics, columns: Statistics) -> Float[Array, ""]:

@@ -1,0 +1,193 @@
+"""Contrastive-relational distillation: a student learns whom its teacher finds alike.
+
+For an image i of the batch the teacher's softmax over all texts is a distribution p_i, the
+student's is q_i, and the loss is their divergence, the mean over all images and, the other way
+round, over all texts (Vasu et al., 2024, arXiv:2311.17049, equation 2):
+
+    KL(p_i || q_i) = sum_j p_ij (t_ij - l_ij) - log sum_j exp(t_ij) + log sum_j exp(l_ij)
+
+with the logits t of the teacher and l of the student. As in `softmax.py` a row needs a few sums,
+and they can be gathered tile by tile: of exp(t), of exp(l), and of exp(t) (t - l). The gradient is
+a second look at the tiles: dKL_i/dl_ij = q_ij - p_ij.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Array, Float
+
+from vlm.errors import ConfigError
+from vlm.losses.contrastive import on_mesh, ring_of
+from vlm.losses.ring import MASKED_LOGIT, Ring, add, dot, dot_pairs, pull_back
+from vlm.losses.softmax import Statistics
+from vlm.losses.softmax import merge as merge_statistics
+
+
+def relational_loss(
+    z_image: Float[Array, "b d"],
+    z_text: Float[Array, "b d"],
+    logit_scale: Float[Array, ""],
+    teacher_image: Float[Array, "b e"],
+    teacher_text: Float[Array, "b e"],
+    teacher_scale: Float[Array, ""],
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+    batch_axes: tuple[str, ...] = ("data", "fsdp"),
+    tile: int | None = None,
+) -> Float[Array, ""]:
+    """The divergence of the student's softmax from the teacher's, in memory linear in the batch.
+
+    Differentiable in the student's embeddings and scale. The widths d and e may differ.
+
+    Args:
+        z_image, z_text: the student's embeddings, row i of one belonging to row i of the other.
+        logit_scale: logarithm of the factor on its cosines.
+        teacher_image, teacher_text: the teacher's embeddings of the same pairs.
+        teacher_scale: logarithm of the factor on its cosines.
+        mesh, batch_axes, tile: see `contrastive_loss`.
+
+    Raises:
+        ConfigError: other numbers of rows, or widths that differ within one model.
+        ShardingError: see `contrastive_loss`.
+
+    Source: arXiv:2311.17049.
+    """
+    if teacher_image.shape != teacher_text.shape or len(teacher_image) != len(z_image):
+        raise ConfigError(
+            f"the teacher's embeddings {teacher_image.shape} and {teacher_text.shape} must be a "
+            f"row for each of the student's {len(z_image)} pairs"
+        )
+    ring = ring_of(z_image, z_text, mesh, batch_axes, tile)
+    student = z_image, z_text, logit_scale
+    return _loss(mesh, ring, *student, teacher_image, teacher_text, teacher_scale)
+
+
+def relational_definition(z_image, z_text, logit_scale, teacher_image, teacher_text, teacher_scale):
+    """The same with whole matrices: what `relational_loss` computes in tiles."""
+    logits = jnp.exp(logit_scale) * z_image @ z_text.T
+    wanted = jnp.exp(teacher_scale) * teacher_image @ teacher_text.T
+    total = 0.0
+    for axis in (1, 0):
+        p, log_p = jax.nn.softmax(wanted, axis), jax.nn.log_softmax(wanted, axis)
+        total += (p * (log_p - jax.nn.log_softmax(logits, axis))).sum() / len(logits)
+    return total / 2
+
+
+class Sums(NamedTuple):
+    """What a set of pairs of logits adds to a row or a column.
+
+    `apart` is the sum of exp(t - max t) (t - l), so it goes with the teacher's maximum.
+    """
+
+    teacher: Statistics
+    student: Statistics
+    apart: Float[Array, "..."]
+
+
+def _merge(a: Sums, b: Sums) -> Sums:
+    teacher = merge_statistics(a.teacher, b.teacher)
+    apart = sum(x.apart * jnp.exp(x.teacher.max - teacher.max) for x in (a, b))
+    return Sums(teacher, merge_statistics(a.student, b.student), apart)
+
+
+def _divergence(sums: Sums) -> Float[Array, " b"]:
+    teacher, student = sums.teacher, sums.student
+    log_z = student.max + jnp.log(student.sum) - teacher.max - jnp.log(teacher.sum)
+    return sums.apart / teacher.sum + log_z
+
+
+def _value(ring: Ring, *inputs) -> Float[Array, ""]:
+    rows, columns = _sums(ring, *inputs)
+    return _mean(ring, rows, columns)
+
+
+def _value_and_gradients(ring: Ring, *inputs):
+    """The loss, and its gradients in the student's embeddings and scale: a second trip."""
+    z_image, z_text, log_scale, teacher_image, teacher_text, teacher_scale = inputs
+    rows, columns = _sums(ring, *inputs)
+    scale, teacher = jnp.exp(log_scale), jnp.exp(teacher_scale)
+
+    def share(ours, theirs, sums: Sums):
+        """q - p of a row or column."""
+        q = jnp.exp(ours - sums.student.max) / sums.student.sum
+        return q - jnp.exp(theirs - sums.teacher.max) / sums.teacher.sum
+
+    def visit(images, texts, hide):
+        (x, u, row), (y, v, column) = images, texts
+        logits = hide(scale * dot(x, y)), hide(teacher * dot(u, v))
+        row = jax.tree.map(lambda s: s[:, None], row)
+        return pull_back(share(*logits, row) + share(*logits, column), x, y)
+
+    none = jnp.zeros(z_image.shape, jnp.float32)
+    images, texts = (z_image, teacher_image, rows), (z_text.T, teacher_text.T, columns)
+    d_image, d_text = ring.all_pairs(visit, add, images, texts, (none, none.T))
+    own = scale * dot_pairs(z_image, z_text), teacher * dot_pairs(teacher_image, teacher_text)
+    own = (share(*own, rows) + share(*own, columns))[:, None]
+    mean = scale / (2 * len(z_image) * ring.devices)
+    d_image = mean * (d_image + own * z_text)
+    d_text = mean * (d_text.T + own * z_image)
+    d_scale = ring.total(jnp.sum(z_image * d_image))  # l = exp(s) x.y, so dl/ds = x . dl/dx
+    return _mean(ring, rows, columns), (d_image, d_text, d_scale)
+
+
+def _sums(ring, z_image, z_text, log_scale, teacher_image, teacher_text, teacher_scale):
+    """The sums of each row and of each column, the pair itself among them."""
+    scale, teacher = jnp.exp(log_scale), jnp.exp(teacher_scale)
+
+    def visit(images, texts, hide):
+        (x, u), (y, v) = images, texts
+        ours, theirs = hide(scale * dot(x, y)), hide(teacher * dot(u, v))
+
+        def sums(axis):
+            top, teacher_top = (t.max(axis, keepdims=True) for t in (ours, theirs))
+            e = jnp.exp(theirs - teacher_top)
+            return Sums(
+                Statistics(teacher_top.squeeze(axis), e.sum(axis)),
+                Statistics(top.squeeze(axis), jnp.exp(ours - top).sum(axis)),
+                (e * (theirs - ours)).sum(axis),
+            )
+
+        return sums(1), sums(0)
+
+    zeros = jnp.zeros(len(z_image), jnp.float32)
+    empty = Statistics(zeros + MASKED_LOGIT, zeros)
+    none = Sums(empty, empty, zeros)
+    images, texts = (z_image, teacher_image), (z_text.T, teacher_text.T)
+    rows, columns = ring.all_pairs(visit, _merge, images, texts, (none, none))
+    ours = scale * dot_pairs(z_image, z_text)
+    theirs = teacher * dot_pairs(teacher_image, teacher_text)
+    own = Sums(Statistics(theirs, zeros + 1), Statistics(ours, zeros + 1), theirs - ours)
+    return _merge(rows, own), _merge(columns, own)
+
+
+def _mean(ring: Ring, rows: Sums, columns: Sums) -> Float[Array, ""]:
+    total = jnp.sum(_divergence(rows) + _divergence(columns))
+    return ring.total(total) / (2 * len(rows.apart) * ring.devices)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss(mesh, ring, *inputs):
+    return on_mesh(_value, mesh, ring, _specs(ring), PartitionSpec())(*inputs)
+
+
+def _specs(ring: Ring) -> tuple[PartitionSpec, ...]:
+    rows, number = PartitionSpec(ring.axes), PartitionSpec()
+    return rows, rows, number, rows, rows, number
+
+
+def _forward(mesh, ring, *inputs):
+    specs = _specs(ring)
+    run = on_mesh(_value_and_gradients, mesh, ring, specs, (PartitionSpec(), specs[:3]))
+    loss, gradients = run(*inputs)
+    student = inputs[:3]
+    return loss, jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, student)
+
+
+def _backward(mesh, ring, gradients, factor):
+    return *jax.tree.map(lambda g: (factor * g).astype(g.dtype), gradients), None, None, None
+
+
+_loss.defvjp(_forward, _backward)
