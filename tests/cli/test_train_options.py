@@ -1,9 +1,13 @@
 """What the options of `vlm train` make of a config."""
 
+from pathlib import Path
+
 import pytest
 import tiny
 
+import vlm
 from vlm.cli.train import experiment_of
+from vlm.errors import VlmError
 
 CONFIG = tiny.folder() / "shapes.py"  # of 40 steps
 
@@ -18,3 +22,53 @@ def test_a_length_on_the_command_line_replaces_the_configs(options):
 
 def test_other_options_leave_the_length():
     assert experiment_of([str(CONFIG), "--batch-size", "4"]).steps == 40
+
+
+# ------------------------------------------------------------------------- starting models
+
+CLIP = str(Path(__file__).parents[1] / "weights/golden/hf_clip")
+
+
+def test_a_model_needs_no_config():
+    theirs = vlm.load(CLIP)
+    made = experiment_of(["--init-from", CLIP, "--data.source", "photos.csv", "--batch-size", "4"])
+    assert made.model == theirs.config
+    assert made.preprocess == theirs.preprocess.config
+    assert made.tokenizer == theirs.tokenizer.config
+    assert (made.init_from, made.name, made.data.source) == (
+        CLIP,
+        "hf_clip-finetuned",
+        "photos.csv",
+    )
+    assert made.optimizer.learning_rate is None  # chosen last, by the batch that was named
+
+
+@pytest.mark.parametrize("name", ["--preprocess.image-size", "--init-image-size"])
+def test_one_size_is_enough(name):
+    size = 2 * vlm.load(CLIP).config.vision.image_size
+    made = experiment_of(["--init-from", CLIP, name, str(size), "--tokenizer.context-length=9"])
+    assert made.model.vision.image_size == made.preprocess.image_size == size
+    assert made.model.text.context_length == made.tokenizer.context_length == 9
+
+
+def test_a_config_without_a_model_takes_the_models(tmp_path):
+    config = tmp_path / "mine.py"
+    config.write_text("from vlm.config import *\nconfig = Experiment(steps=3, batch_size=8)\n")
+    made = experiment_of([str(config), "--init-from", CLIP])
+    assert (made.model, made.steps) == (vlm.load(CLIP).config, 3)
+    assert experiment_of([str(CONFIG), "--init-from", CLIP]).model.embed_dim == 16  # it has its own
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--steps", "3"], "give a model to start from with --init-from"),
+        (["--init-from"], "--init-from needs a value"),
+        (["--init-from", CLIP, "--init-image-size", "big"], "takes a number, not 'big'"),
+        (["--init-from", "gone"], "there is no model 'gone'"),
+        (["--init-from", CLIP, "--init-towers", "all"], "init_towers is 'all': choose one of"),
+    ],
+)
+def test_a_start_that_cannot_be_is_one_sentence(args, said):
+    with pytest.raises(VlmError, match=said):
+        experiment_of(args)

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from restyled import restyle
 
 from vlm.config import (
     AugmentConfig,
@@ -73,6 +74,7 @@ MODEL = ModelConfig(
 )
 
 
+OPTIMIZER = {"learning_rate": 1e-3, "warmup": 0.1}
 DATA = {"eval_split": None, "augment": AugmentConfig(crop=(0.8, 1.0), jitter=0.1)}
 
 
@@ -93,7 +95,7 @@ def tiny(drawings):
             "preprocess": PreprocessConfig(image_size=parts.vision.image_size, kernel="bilinear"),
             "tokenizer": TokenizerConfig(context_length=16),
             "data": DataConfig(**(DATA | {"source": drawings} | dict(data))),
-            "optimizer": OptimizerConfig(**({"warmup": 0.1} | dict(optimizer))),
+            "optimizer": OptimizerConfig(**(OPTIMIZER | dict(optimizer))),
             "batch_size": 16,
             "steps": 12,
             "log_every": 4,
@@ -101,3 +103,24 @@ def tiny(drawings):
         return Experiment(**(settings | changes))
 
     return build
+
+
+@pytest.fixture(scope="session")
+def learned(tiny, tmp_path_factory) -> str:
+    """A run on the drawings that has learned them: what fine-tuning starts from."""
+    from vlm.train.loop import train
+
+    run = tmp_path_factory.mktemp("learned") / "run"
+    changes = {
+        "model": {"loss": "softmax", "init_bias": None, "init_scale": 10.0},
+        "optimizer": {"learning_rate": 3e-3},
+        "vision": {"depth": 1},
+        "text": {"depth": 1},
+    }
+    return str(train(tiny(run_dir=str(run), steps=250, log_every=50, **changes)))
+
+
+@pytest.fixture(scope="session")
+def pale(drawings, tmp_path_factory) -> str:
+    """The drawings in another style, each with a label beside its caption."""
+    return restyle(drawings, tmp_path_factory.mktemp("pale"))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm.bundle import Bundle
 from vlm.config import EvalConfig
 from vlm.data.sources import vocabulary_texts
-from vlm.errors import ConfigError, DataError
+from vlm.errors import DataError
 from vlm.evaluate.metrics import pair_retrieval_metrics, zero_shot_metrics
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
 from vlm.sharding import make_mesh
 from vlm.train.evaluation import Embedder, Inputs, open_task
 from vlm.train.held_out import Evaluations
-from vlm.train.start import _check_scale
 from vlm.train.step import Trainer
 
 
@@ -136,14 +133,3 @@ def test_a_run_is_measured_on_its_own_split_and_on_others(parts, tiny, walls, op
     assert {"eval/top1", "eval/image_to_text_R@1", "eval/walls/image_to_text_R@1"} <= set(row)
     assert len(opened) == 8 + 11
     assert not Evaluations(tiny(), trainer, inputs.tokenizer)
-
-
-def test_a_scale_above_its_cap_is_refused(parts, tiny):
-    trainer, state, inputs = parts
-    scale = jnp.log(jnp.float32(117.3))  # of a public SigLIP
-    model = trainer.model(dataclasses.replace(state, params=state.params | {"logit_scale": scale}))
-    other = Bundle(model, inputs.preprocess, inputs.tokenizer, name="public")
-    _check_scale(tiny(optimizer={"max_scale": None}), other)
-    said = "scale of 117.3, which the first step would cut to optimizer.max_scale 100"
-    with pytest.raises(ConfigError, match=re.escape(said)):
-        _check_scale(tiny(init_from="model"), other)

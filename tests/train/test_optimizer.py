@@ -72,7 +72,9 @@ def test_schedules_have_their_worked_values(schedule, warmup, cooldown, values):
 
 @pytest.mark.parametrize("schedule", ["cosine", "rsqrt", "wsd"])
 def test_a_schedule_ends_at_its_end(schedule):
-    config = OptimizerConfig(learning_rate=1e-3, end_learning_rate=1e-4, schedule=schedule)
+    config = OptimizerConfig(
+        learning_rate=1e-3, end_learning_rate=1e-4, schedule=schedule, warmup=0.05
+    )
     ends = [float(learning_rate(config, jnp.float32(p))) for p in (0.0, config.warmup, 0.999, 1.0)]
     assert ends[0] == 0
     assert ends[1] == pytest.approx(1e-3)
@@ -95,7 +97,10 @@ def test_a_schedule_ends_at_its_end(schedule):
         ({"ema": 1.5}, "ema is 1.5"),
         ({"warmup": 1.0}, "warmup is 1.0"),
         ({"cooldown": 1.2}, "cooldown is 1.2, a share of the run"),
-        ({"end_learning_rate": 1.0}, "end_learning_rate 1.0 is above learning_rate 0.001"),
+        (
+            {"learning_rate": 1e-3, "end_learning_rate": 1.0},
+            "end_learning_rate 1.0 is above learning_rate 0.001",
+        ),
         ({"schedule": "constant", "end_learning_rate": 1e-5}, "never comes to end_learning_rate"),
         ({"weight_decay": 0.2, "weight_decay_rule": "big_vision"}, "of every kernel at every step"),
     ],
@@ -128,6 +133,27 @@ def test_decay_pulls_what_multiplies_and_nothing_else():
     for name, update in by_name(updates).items():
         expected = 0.1 * by_name(params)[name] if name in decayed else 0 * update
         np.testing.assert_allclose(update, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule_of_decay", ["open_clip", "big_vision"])
+def test_the_pull_is_towards_the_start(rule_of_decay):
+    config = OptimizerConfig(
+        learning_rate=0.5,
+        weight_decay=0.0,
+        start_decay=0.1,
+        weight_decay_rule=rule_of_decay,
+        vision_rate=0.5,
+    )
+    rule, start = make_optimizer(config), parameters() | {"logit_scale": jnp.float32(1)}
+    state = rule.init(start)
+    moved = jax.tree.map(lambda x: x + 1.0, start)
+    zeros = jax.tree.map(jnp.zeros_like, start)
+    for _ in range(2):  # whatever the parameters are by then, it is measured from the start
+        updates, state = rule.update(zeros, state, moved)
+    for name, update in by_name(updates).items():
+        share = {"vision": 0.5}.get(name.split("/")[0], 1.0) if rule_of_decay == "open_clip" else 2
+        expected = 0.0 if name == "logit_scale" else 0.1 * share
+        np.testing.assert_allclose(update, np.full(update.shape, expected), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
@@ -244,14 +270,32 @@ FASTVIT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("tower", [RESNET, FASTVIT], ids=["resnet", "fastvit"])
+CONVNEXT = {
+    "stem/kernel": 4, "stem_norm/scale": 4, "stages/0/blocks/conv/bias": 3,
+    "stages/1/halve/kernel": 2, "stages/1/halve_norm/scale": 2, "stages/1/blocks/conv/bias": (2, 1),
+    "norm/scale": 0, "projection/kernel": 0,
+}  # fmt: skip
+VITAMIN = {
+    "stem/conv1/kernel": 5, "stem/norm1/scale": 5, "stem/stages/0/0/conv/kernel": 4,
+    "stem/stages/1/0/shortcut/kernel": 3, "stem/last/kernel": 2, "stem/last_norm/scale": 2,
+    "position": 2, "transformer/blocks/mlp/up/bias": (2, 1), "norm/scale": 0,
+    "projection/kernel": 0,
+}  # fmt: skip
+TOWERS = {"resnet": RESNET, "fastvit": FASTVIT, "convnext": CONVNEXT, "vitamin": VITAMIN}
+
+
+@pytest.mark.parametrize("tower", TOWERS.values(), ids=TOWERS)
 def test_lower_layers_of_a_convolutional_tower_learn_more_slowly(tower):
     text = {"text/transformer/blocks/mlp/up/bias": (3, 2), "text/embedding": (2, 2)}
-    ones = names_to({f"vision/{name}": (2, 2) for name in tower} | text)
+    depth = {name: np.size(power) if "blocks" in name else 2 for name, power in tower.items()}
+    ones = names_to({f"vision/{name}": (rows, 2) for name, rows in depth.items()} | text)
     rule = make_optimizer(OptimizerConfig(name="lion", weight_decay=0, layer_decay=0.5))
     got = by_name(rule.update(ones, rule.init(ones), ones)[0])
     for name, power in tower.items():
-        np.testing.assert_allclose(got[f"vision/{name}"], 0.5**power, err_msg=name)
+        expected = np.broadcast_to(
+            0.5 ** np.reshape(power, (-1, 1)).astype(float), (depth[name], 2)
+        )
+        np.testing.assert_allclose(got[f"vision/{name}"], expected, err_msg=name)
     np.testing.assert_allclose(got["text/embedding"], 0.5**4)
     blocks = got["text/transformer/blocks/mlp/up/bias"]
     np.testing.assert_allclose(blocks[:, 0], [0.125, 0.25, 0.5])

@@ -227,7 +227,8 @@ def compare(c: OptimizerConfig) -> None:
     ],
 )
 def test_a_rule_is_the_published_one(name, rule):
-    compare(OptimizerConfig(name=name, weight_decay=0.04, weight_decay_rule=rule, warmup=0.02))
+    decay = {"weight_decay": 0.04, "weight_decay_rule": rule}
+    compare(OptimizerConfig(name=name, learning_rate=1e-3, warmup=0.02, **decay))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -32,7 +32,10 @@ from vlm.train.length import is_due
 from vlm.train.loop import train
 
 STEPS = 150
-NOISE = {"vision": {"dropout": 0.1, "patch_dropout": 0.25}, "optimizer": {"ema": 0.99}}
+NOISE = {
+    "vision": {"dropout": 0.1, "patch_dropout": 0.25},
+    "optimizer": {"ema": 0.99, "start_decay": 0.1},
+}
 
 
 # --------------------------------------------------------------------------- real processes

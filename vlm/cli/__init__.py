@@ -43,6 +43,9 @@ COMMANDS = {
     "data show": Command("say what a data set holds, with a page of it", "data", "show_main"),
     "data prepare": Command("write data as shards that train fast", "data", "prepare_main"),
     "data index": Command("give tar shards random access", "data", "index_main"),
+    "data reinforce": Command(
+        "store what a teacher says of every example", "data", "reinforce_main"
+    ),
     "plan": Command("say what a slice of chips will do with a config", "plan"),
     "bench loss": Command("measure the contrastive losses on this machine", "bench", "loss"),
     "bench train": Command("measure a training step on this machine", "bench", "train"),

@@ -104,9 +104,10 @@ def bench_train(
     experiment = dataclasses.replace(load_config(config), **changes)
 
     from vlm.bench.train import bench_train as measure
+    from vlm.train.starting_model import resolve
 
     figures = measure(
-        experiment, rounds=rounds, trace=trace, save=save, console=Console(stderr=json)
+        resolve(experiment), rounds=rounds, trace=trace, save=save, console=Console(stderr=json)
     )
     if json:
         print(jsonlib.dumps(figures))
@@ -144,8 +145,9 @@ def bench_encode(
     from rich.console import Console
 
     from vlm.config import load_config
+    from vlm.train.starting_model import with_model
 
-    experiment = load_config(model)
+    experiment = with_model(load_config(model))
 
     from vlm.bench.encode import bench_encode as measure
 
@@ -206,8 +208,9 @@ def bench_data(
         return
 
     from vlm.config import load_config
+    from vlm.train.starting_model import with_model
 
-    experiment = load_config(config)
+    experiment = with_model(load_config(config))
     if batch_size is not None:
         experiment = dataclasses.replace(experiment, batch_size=batch_size, micro_batch_size=None)
     if workers is not None:

@@ -8,6 +8,7 @@ from tyro.conf import arg
 
 from vlm.cli import parse, runtime
 from vlm.cli.parse import UsageError
+from vlm.cli.runs import classifier_of
 
 
 def main(args: list[str]) -> None:
@@ -51,9 +52,12 @@ def classify(
         none: a sentence for images that show none of the labels; it makes one more label.
         multi_label: each label is a question of its own, and an image may have several.
         threshold: the least score to show.
-        classifier: a file that a classifier was saved to, in place of labels.
+        classifier: a file that a classifier was saved to, in place of labels. By default the one
+            that a run with objective classification has left.
         json: one JSON object for each image.
     """
+    if labels is None and labels_file is None and classifier is None:
+        classifier = classifier_of(model)
     if classifier is not None and (labels or labels_file or templates or none or multi_label):
         raise UsageError("a saved classifier has its own labels and sentences: leave out others")
     names = None if classifier is not None else labels_of(labels, labels_file)
@@ -73,6 +77,7 @@ def classify(
     if classifier is not None:
         classify_images = load_classifier(classifier, load(model))
     else:
+        assert names is not None
         sentences = sentences_of(templates, model)
         classify_images = ZeroShotClassifier(load(model), names, sentences, none, multi_label)
     unreadable = Unreadable(len(paths))

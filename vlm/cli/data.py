@@ -17,6 +17,10 @@ def show_main(args: list[str]) -> None:
     parse.call(show, "vlm data show", args)
 
 
+def reinforce_main(args: list[str]) -> None:
+    parse.call(reinforce, "vlm data reinforce", args)
+
+
 def prepare_main(args: list[str]) -> None:
     parse.call(prepare, "vlm data prepare", args)
 
@@ -191,6 +195,49 @@ def index(source: Source, /, out: str | None = None) -> None:
     print(f"{path}: {count:,} examples in {len(names):,} shards")
     for fault in header["faults"]:
         print(f"{fault['kind']}: {fault['why']}")
+
+
+def reinforce(
+    data: Annotated[str, arg(metavar="CONFIG|SOURCE")],
+    out: Annotated[str, arg(metavar="OUT")],
+    /,
+    teacher: Annotated[str, arg(metavar="MODEL")],
+    augmentations: int = 4,
+    seed: int = 0,
+    batch_size: int = 256,
+    dtype: Literal["float32", "float16"] = "float32",
+) -> None:
+    """Store what a teacher says of every example, changed in several ways (MobileCLIP's reinforced
+    data), so that students learn from it without running it.
+
+    Train with --distill.stored OUT: it makes the same changes again.
+
+    Example:
+      vlm data reinforce configs/openmoji.py taught/ --teacher ViT-L-14/ --augmentations 8
+
+    Args:
+        data: a config, whose data and changes of images are used; or a source, as data.source.
+        out: a folder of its own.
+        teacher: a run folder, a bundle, or a public checkpoint.
+        augmentations: how many changes of each example are kept.
+        seed: of the changes.
+        batch_size: how many the teacher embeds at a time.
+        dtype: of the stored embeddings.
+    """
+    from vlm.cli.terminal import counter
+    from vlm.config import DataConfig, load_config
+    from vlm.config.files import shipped_configs
+    from vlm.train.reinforce import reinforce as write
+
+    is_config = data.endswith(".py") or data in shipped_configs()
+    config = load_config(data).data if is_config else DataConfig(source=data)
+    settings = {"variants": augmentations, "seed": seed, "batch_size": batch_size, "dtype": dtype}
+    with counter("embedding") as report:
+        made = write(config, out, teacher, **settings, report=report)
+    print(
+        f"{made['examples']:,} examples x {made['variants']} changes, {made['width']} dimensions, "
+        f"by {teacher}, in {out}"
+    )
 
 
 def _filter(text: str) -> Any:

@@ -7,14 +7,15 @@ from typing import Any
 
 from vlm.cli import parse, runtime
 from vlm.cli.parse import UsageError
-from vlm.cli.runs import experiment_of
+from vlm.cli.runs import classifier_of, experiment_of
 from vlm.config import DataConfig
 
 ABOUT = """\
 Measure a model on held-out data: zero-shot accuracy over all captions, and retrieval in both
 directions, each with its 95% interval.
 
-A run is measured on the data it was trained for. Any other model needs --data.source.
+A run is measured on the data it was trained for; one with objective classification by the head that
+it has trained. Any other model needs --data.source.
 
 --tasks names data of their own instead: tfds:NAME, folder:PATH (a folder for each class),
 wds:SHARDS, retrieval:NAME, or a suite: vtab, datacomp38, flickr30k, coco, imagenet. What is not on
@@ -69,7 +70,8 @@ def evaluate(model: str, options: Options) -> None:
     from vlm.evaluate.runner import evaluate as run_tasks
 
     if set(options.tasks) <= set(OWN):
-        report = run_tasks(load(model), tasks(options))
+        bundle = load(model)
+        report = run_tasks(bundle, tasks(options, trained_head(model, bundle, options)))
         if options.out and options.out.endswith(".json"):
             report.save(options.out)
         elif options.out:
@@ -134,8 +136,20 @@ def _finish(folder: str, report: Any) -> None:
     write_page(epath.Path(folder) / "report.html", report, galleries=[galleries])
 
 
-def tasks(options: Options) -> list[Any]:
-    """The tasks over the evaluation split of the data.
+def trained_head(model: str, bundle: Any, options: Options) -> Any | None:
+    """The classifier that the run has left, if it is one of the data's classes."""
+    from vlm.data.sources import class_names
+    from vlm.heads.zero_shot import ZeroShotClassifier
+
+    file = classifier_of(model) if options.data.label else None
+    if file is None:
+        return None
+    made = ZeroShotClassifier.load(file, bundle)
+    return made if made.labels == tuple(class_names(options.data)) else None
+
+
+def tasks(options: Options, head: Any | None = None) -> list[Any]:
+    """The tasks over the evaluation split of the data; `head` classifies it where there is one.
 
     Raises:
         UsageError: no evaluation split, or retrieval of data that has labels and no captions.
@@ -163,6 +177,7 @@ def tasks(options: Options) -> list[Any]:
                 held_out(plain),
                 info,
                 data.templates if data.label else ("{}",),
+                z_captions=None if head is None else head.z_labels,
             )
         )
     if "retrieval" in wanted:

@@ -1,10 +1,19 @@
 """What a run folder remembers of itself, read without JAX."""
 
 import json
+import os
 
 from vlm.config import Experiment, from_dict
 from vlm.errors import CheckpointError, ConfigError
 from vlm.paths import as_path
+
+
+def classifier_of(model: str) -> str | None:
+    """The file of the classifier that a run has left, if `model` is a run that left one."""
+    from vlm.heads.zero_shot import FILE
+
+    file = as_path(model) / FILE
+    return os.fspath(file) if file.exists() else None
 
 
 def experiment_of(model: str) -> Experiment | None:

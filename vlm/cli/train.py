@@ -1,11 +1,12 @@
 """`vlm train`: from a config to a run folder."""
 
+import dataclasses
 import os
 from typing import Any
 
 from vlm.cli import parse
 from vlm.cli.parse import UsageError
-from vlm.config import Experiment, load_config
+from vlm.config import DataConfig, Experiment, from_dict, load_config, to_dict
 
 ABOUT = """\
 Train the model that a config describes. Every field of the config is an option; the defaults shown
@@ -18,6 +19,9 @@ Progress goes to stderr, and the run folder is printed at the end. Ctrl-C saves 
 leaves; a second one stops at once. A run goes on with --resume and its own config; what leaves its
 checkpoints valid may be changed beside it (mesh, length, learning rate, rhythms, workers).
 
+With --init-from the model, its pixels and its tokens are those of MODEL (whatever vlm.load takes),
+unless the config has a model of its own; --init-image-size and --init-context-length resize it.
+
 Several hosts: start the same command on each. Cloud TPU, SLURM, Open MPI and Kubernetes are found
 by themselves; elsewhere add --coordinator HOST:PORT --processes N --process-id I, or set
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
@@ -25,6 +29,8 @@ JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 Examples:
   vlm train configs/openmoji.py
   vlm train configs/openmoji.py --optimizer.learning-rate 3e-4 --epochs 10
+  vlm train --init-from google/siglip2-base-patch16-256 --data.source photos.csv
+  vlm train --init-from runs/openmoji --data.source photos/ --data.label label --objective flyp
   vlm train configs/openmoji.py --init-from runs/openmoji --adapter.rank 8
   vlm train --resume runs/openmoji
   vlm train --resume runs/openmoji --mesh.fsdp 4 --checkpoint-minutes 5
@@ -32,22 +38,28 @@ Examples:
 
 USAGE = """\
 usage: vlm train CONFIG [--FIELD VALUE ...]
+       vlm train [CONFIG] --init-from MODEL [--FIELD VALUE ...]
        vlm train --resume RUN [--FIELD VALUE ...]
 
 {about}
 
 vlm train CONFIG --help lists the fields."""
 
+NOTHING = "vlm train needs a config, such as configs/openmoji.py, or --init-from MODEL"
+
+# Of a run with a model and no config. It measures itself once it is told on what.
+FINE_TUNING = Experiment(batch_size=128, epochs=10, data=DataConfig(eval_split=None))
+
 
 def main(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(USAGE.format(about=ABOUT.format(config="that config")))
         if not args:
-            raise UsageError("vlm train needs a config, such as configs/openmoji.py")
+            raise UsageError(NOTHING)
         return
-    args, hosts = _hosts(args)
+    hosts, args = _taken(args, HOSTS)
     if not args:
-        raise UsageError("vlm train needs a config, such as configs/openmoji.py")
+        raise UsageError(NOTHING)
     first, *rest = args[0].split("=", 1) + args[1:]
     if first == "--resume":
         if not rest or rest[0].startswith("-"):
@@ -55,21 +67,41 @@ def main(args: list[str]) -> None:
         run, *options = rest
         changed = _changed(run, options) if options else None
         return _train(hosts, changed, resume=run)
-    if first.startswith("-"):
-        raise UsageError(f"the config comes first: vlm train CONFIG {first} ...")
     return _train(hosts, experiment_of(args))
 
 
 def experiment_of(args: list[str]) -> Experiment:
-    """The experiment of a config with the fields that options name, such as CONFIG --epochs 3.
+    """The experiment of a config or of a starting model, with the fields that options name.
+
+    Such as CONFIG --epochs 3, or --init-from MODEL --data.source photos.
 
     Raises:
+        CheckpointError: no such model.
         ConfigError: no such config, or fields that contradict each other.
         UsageError: options that do not fit.
     """
-    config, *options = args
-    experiment = _before(load_config(config), options)
-    return parse.options(experiment, "vlm train CONFIG", options, ABOUT.format(config=config))
+    from vlm.train.starting_model import with_model
+
+    config, options = (None, args) if args[0].startswith("-") else (args[0], args[1:])
+    start, rest = _taken(options, START)
+    if config is not None:
+        experiment = load_config(config)
+    elif "init_from" in start:
+        name = os.path.basename(start["init_from"].rstrip("/")).partition(".")[0]
+        experiment = dataclasses.replace(FINE_TUNING, name=f"{name}-finetuned")
+    else:
+        raise UsageError(
+            f"the config comes first: vlm train CONFIG {args[0]} ..., or give a model to start "
+            "from with --init-from"
+        )
+    experiment = from_dict(Experiment, to_dict(experiment) | start)
+    if experiment.model is None and experiment.init_from is not None:
+        # The other half of the contract follows a size that is named for one of them.
+        sizes, _ = _taken(rest, SIZES)
+        experiment = dataclasses.replace(experiment, **(sizes | start))
+    experiment = with_model(_before(experiment, rest))
+    about = ABOUT.format(config=config or experiment.init_from)
+    return parse.options(experiment, "vlm train CONFIG" if config else "vlm train", rest, about)
 
 
 HOSTS = {
@@ -77,24 +109,38 @@ HOSTS = {
     "--processes": ("process_count", int),
     "--process-id": ("process_id", int),
 }
+START = {
+    "--init-from": ("init_from", str),
+    "--init-towers": ("init_towers", str),
+    "--init-image-size": ("init_image_size", int),
+    "--init-context-length": ("init_context_length", int),
+}
+SIZES = {
+    "--model.vision.image-size": ("init_image_size", int),
+    "--preprocess.image-size": ("init_image_size", int),
+    "--model.text.context-length": ("init_context_length", int),
+    "--tokenizer.context-length": ("init_context_length", int),
+}
 
 
-def _hosts(args: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """The arguments without those of `vlm.cluster.processes.start`, and these."""
-    rest, hosts = [], {}
+def _taken(args: list[str], known: dict[str, tuple[str, type]]) -> tuple[dict[str, Any], list[str]]:
+    """The values of the options in `known`, and the arguments without these options."""
+    found, rest = {}, []
     stream = iter(args)
     for arg in stream:
         name, given, value = arg.partition("=")
-        if name not in HOSTS:
+        if name not in known:
             rest.append(arg)
             continue
-        key, kind = HOSTS[name]
+        key, kind = known[name]
         value = value if given else next(stream, "")
         try:
-            hosts[key] = kind(value)
+            found[key] = kind(value)
         except ValueError:
             raise UsageError(f"{name} takes a number, not {value!r}") from None
-    return rest, hosts
+        if not value:
+            raise UsageError(f"{name} needs a value: see vlm train --help")
+    return found, rest
 
 
 def _changed(run: str, options: list[str]) -> Experiment:

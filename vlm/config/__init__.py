@@ -9,6 +9,7 @@ from vlm.config.data import AugmentConfig as AugmentConfig
 from vlm.config.data import DataConfig as DataConfig
 from vlm.config.data import FieldFilter as FieldFilter
 from vlm.config.data import MixturePart as MixturePart
+from vlm.config.distillation import DistillConfig as DistillConfig
 from vlm.config.evaluation import EvalConfig as EvalConfig
 from vlm.config.files import check_types as check_types
 from vlm.config.files import from_dict as from_dict

@@ -1,10 +1,11 @@
 """One run of training: the update rule, the mesh, and the experiment that holds everything."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from vlm.config.adapters import AdapterConfig
 from vlm.config.data import DataConfig
+from vlm.config.distillation import DistillConfig
 from vlm.config.evaluation import EvalConfig
 from vlm.config.inputs import PreprocessConfig, TokenizerConfig
 from vlm.config.model import ModelConfig
@@ -20,17 +21,21 @@ class OptimizerConfig:
 
     Args:
         name: The update rule.
-        learning_rate: Learning rate at its peak.
+        learning_rate: Learning rate at its peak. None: 1e-3; of a run that starts from a model,
+            one that fine-tuning survives, by width and batch (see vlm/config/defaults.py).
         end_learning_rate: Learning rate at the end of the schedules cosine, rsqrt and wsd.
         schedule: How the learning rate goes on after the warm-up. rsqrt: inverse square root of
             the step; wsd: constant, then decay.
-        warmup: Share of the run's steps in which the learning rate rises from 0.
+        warmup: Share of the run's steps in which the learning rate rises from 0. None: 0.05, and
+            0.1 where the run starts from a model.
         cooldown: Share of the run's steps in which rsqrt and wsd decay to the end.
         weight_decay: Strength of weight decay; norms, biases and the logits' scale and bias
             have none.
         weight_decay_rule: What weight_decay is multiplied by. open_clip: a step takes
             learning_rate * weight_decay of every matrix, as in PyTorch and optax; big_vision:
             it takes weight_decay, times the schedule relative to its peak, of every kernel.
+        start_decay: Strength of a pull of all weights towards those that the run starts from
+            (L2-SP), in the units of weight_decay, in whose place it is used. 0: none.
         b1: Decay of the average of gradients.
         b2: Decay of the average of squared gradients; of Adafactor, the most that it grows to.
         eps: Number that keeps divisions by small averages finite.
@@ -41,20 +46,25 @@ class OptimizerConfig:
         text_rate: Learning rate of the text tower relative to learning_rate.
         ema: Decay of the moving average of the parameters, which is what the run leaves. None:
             no average.
-        max_scale: Largest factor of the cosines in the logits; CLIP's is 100. None: no limit
-            (SigLIP).
+        max_scale: Factor of the cosines in the logits above which no step raises it; CLIP's is
+            100. One that starts above it, as SigLIP's does, may fall. None: no limit.
         nonfinite: What happens at a loss or gradient that is not finite. stop: the run ends;
             skip: the step changes nothing.
     """
 
     name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
-    learning_rate: float = 1e-3
+    if TYPE_CHECKING:  # as those who use them have them: see `Experiment.model`
+        learning_rate: float = 1e-3
+        warmup: float = 0.05
+    else:
+        learning_rate: float | None = None
+        warmup: float | None = None
     end_learning_rate: float = 0.0
     schedule: Literal["cosine", "rsqrt", "wsd", "constant"] = "cosine"
-    warmup: float = 0.05
     cooldown: float = 0.2
     weight_decay: float = 0.1
     weight_decay_rule: Literal["open_clip", "big_vision"] = "open_clip"
+    start_decay: float = 0.0
     b1: float = 0.9
     b2: float = 0.98
     eps: float = 1e-6
@@ -72,8 +82,9 @@ class OptimizerConfig:
             if value is not None and not value > 0:
                 raise ConfigError(f"optimizer.{name} is {value}: make it positive")
         rates = ("learning_rate", "end_learning_rate", "vision_rate", "text_rate")
-        for name in (*rates, "weight_decay"):
-            if not getattr(self, name) >= 0:
+        for name in (*rates, "weight_decay", "start_decay"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
                 raise ConfigError(f"optimizer.{name} is {getattr(self, name)}: make it 0 or more")
         for name in ("b1", "b2", "ema", "warmup"):
             value = getattr(self, name)
@@ -88,17 +99,18 @@ class OptimizerConfig:
                 f"optimizer.layer_decay is {self.layer_decay}: a block learns no faster than the "
                 "one above it, so choose at most 1"
             )
-        if self.end_learning_rate > self.learning_rate:
+        peak = self.learning_rate
+        if peak is not None and self.end_learning_rate > peak:
             raise ConfigError(
                 f"optimizer.end_learning_rate {self.end_learning_rate} is above learning_rate "
-                f"{self.learning_rate}, the peak: make it lower"
+                f"{peak}, the peak: make it lower"
             )
         if self.end_learning_rate and self.schedule == "constant":
             raise ConfigError(
                 'optimizer.schedule "constant" never comes to end_learning_rate '
                 f"{self.end_learning_rate}: choose another schedule or leave it at 0"
             )
-        if self.weight_decay_rule == "big_vision" and not self.learning_rate:
+        if self.weight_decay_rule == "big_vision" and peak == 0:
             raise ConfigError(
                 'optimizer.weight_decay_rule "big_vision" measures the schedule by its peak, so '
                 "learning_rate must be positive"
@@ -134,9 +146,10 @@ class Experiment:
 
     Args:
         name: Name of the run and of its model.
-        model: The towers, and the space that they share.
-        preprocess: How an image becomes pixels.
-        tokenizer: How a text becomes tokens.
+        model: The towers, and the space that they share. None: those of init_from; without
+            one, a ViT-B/16 and a text tower beside it.
+        preprocess: How an image becomes pixels. None: as init_from has it.
+        tokenizer: How a text becomes tokens. None: as init_from has it.
         tokenizer_file: The vocabulary: a tokenizer.json, or "clip" for OpenAI's, which comes
             with vlm. None: one is learned from the data.
         data: Where pairs come from.
@@ -163,8 +176,16 @@ class Experiment:
         scan: Compile the blocks as a loop over one of them. False: each for itself, which takes
             longer to compile.
         lock: A tower that is not trained (LiT).
+        objective: What is learned. contrastive: pairs of images and texts, by the model's loss;
+            flyp: the same with the classes of data.label in sentences (arXiv:2212.00638), where
+            images of one class are no negatives of each other; classification: the image tower and
+            a head over these classes, which starts from their zero-shot text embeddings.
+        distill: A larger model to learn from, beside the pairs. None: the pairs alone.
         init_from: A model to start from: whatever `vlm.load` takes. None: start at random.
         init_towers: Which towers are taken from that model.
+        init_image_size: Side of the images in place of that model's, in pixels; its position
+            embeddings are resized.
+        init_context_length: Number of tokens of a text in place of that model's.
         adapter: Low-rank adapters, which alone are trained; the run leaves them as a small bundle.
             None: the model itself is trained.
         image_sizes: Smaller images to begin with, as pairs of a share of the run and a size in
@@ -184,9 +205,16 @@ class Experiment:
     """
 
     name: str = "experiment"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    # None until `vlm.train.starting_model.resolve`, which every run begins with: whoever looks at
+    # them does so after that, which is what a checker of types is told.
+    if TYPE_CHECKING:
+        model: ModelConfig = field(default_factory=ModelConfig)
+        preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+        tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    else:
+        model: ModelConfig | None = None
+        preprocess: PreprocessConfig | None = None
+        tokenizer: TokenizerConfig | None = None
     tokenizer_file: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     evals: tuple[EvalConfig, ...] = ()
@@ -202,8 +230,12 @@ class Experiment:
     remat: RematPolicy = "dots_no_batch"
     scan: bool = True
     lock: Literal["none", "vision", "text"] = "none"
+    objective: Literal["contrastive", "flyp", "classification"] = "contrastive"
+    distill: DistillConfig | None = None
     init_from: str | None = None
     init_towers: Literal["both", "vision", "text"] = "both"
+    init_image_size: int | None = None
+    init_context_length: int | None = None
     adapter: AdapterConfig | None = None
     image_sizes: tuple[tuple[float, int], ...] = ()
     text_masking: float = 0.0
@@ -240,22 +272,6 @@ class Experiment:
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size "
                 f"{self.micro_batch_size}: choose one that divides it"
             )
-        if self.preprocess.image_size != self.model.vision.image_size:
-            raise ConfigError(
-                f"preprocess.image_size {self.preprocess.image_size} is not the model's "
-                f"{self.model.vision.image_size}: set both to the same number"
-            )
-        if self.tokenizer.context_length != self.model.text.context_length:
-            raise ConfigError(
-                f"tokenizer.context_length {self.tokenizer.context_length} is not the model's "
-                f"{self.model.text.context_length}: set both to the same number"
-            )
-        patch = self.model.vision.patch_size
-        if any(size % patch or size < patch for _, size in self.image_sizes):
-            raise ConfigError(
-                f"image_sizes {self.image_sizes} are not all multiples of patch_size {patch}: "
-                "choose sizes that the patches tile"
-            )
         if sum(share for share, _ in self.image_sizes) > 1 or any(
             share <= 0 for share, _ in self.image_sizes
         ):
@@ -263,13 +279,18 @@ class Experiment:
                 f"image_sizes {self.image_sizes} must have positive shares of the run that add up "
                 "to at most 1: what is left trains at the full size"
             )
-        if self.image_sizes and self.model.vision.kind != "vit":
-            raise ConfigError(
-                "image_sizes needs a Vision Transformer, and the image tower is a "
-                f"{type(self.model.vision).__name__}: leave it empty"
-            )
-        self._check_vision()
+        self._check_start()
+        self._check_objective()
+        if self.model is not None or self.init_from is None:
+            self._check_model(self.model or ModelConfig())
         self._check_evaluation()
+        if not 0 <= self.text_masking < 1:
+            raise ConfigError(
+                f"text_masking {self.text_masking} is a share of the text: choose at least 0 and "
+                "below 1"
+            )
+
+    def _check_start(self) -> None:
         if self.adapter is not None and (self.lock != "none" or self.init_towers != "both"):
             field = "lock" if self.lock != "none" else "init_towers"
             raise ConfigError(
@@ -288,15 +309,67 @@ class Experiment:
                 f'{self.init_towers!r} leaves it at random: set init_towers to "both" or '
                 f"{self.lock!r}"
             )
-        if not 0 <= self.text_masking < 1:
+        sizes = (self.init_image_size, self.init_context_length)
+        if sizes != (None, None) and (self.init_from is None or self.model is not None):
             raise ConfigError(
-                f"text_masking {self.text_masking} is a share of the text: choose at least 0 and "
-                "below 1"
+                "init_image_size and init_context_length are sizes of the model that init_from "
+                "gives: name one, and leave model out"
             )
 
-    def _check_vision(self) -> None:
-        vision = self.model.vision
-        if self.preprocess.resize == "naflex" or getattr(vision, "max_patches", None):
+    def _check_objective(self) -> None:
+        if self.distill is not None and bool(self.distill.teacher) == bool(self.distill.stored):
+            raise ConfigError(
+                "distill learns from one teacher: give distill.teacher, whatever vlm.load takes, "
+                "or distill.stored, a folder of its embeddings"
+            )
+        if self.distill is not None and self.objective == "classification":
+            raise ConfigError(
+                'distill compares images and texts, and objective "classification" has no texts: '
+                'choose "flyp"'
+            )
+        if self.objective == "contrastive":
+            return
+        if self.data.label is None:
+            raise ConfigError(
+                f"objective {self.objective!r} learns classes: set data.label to the feature that "
+                "holds them"
+            )
+        if self.objective == "flyp":
+            return
+        if self.init_from is None or self.init_towers != "both":
+            raise ConfigError(
+                'objective "classification" starts from the text embeddings of a model: set '
+                'init_from, and init_towers to "both"'
+            )
+        if self.text_masking:
+            raise ConfigError('objective "classification" reads no text: leave text_masking at 0')
+
+    def _check_model(self, model: ModelConfig) -> None:
+        vision = model.vision
+        if self.preprocess is not None and self.preprocess.image_size != vision.image_size:
+            raise ConfigError(
+                f"preprocess.image_size {self.preprocess.image_size} is not the model's "
+                f"{vision.image_size}: set both to the same number"
+            )
+        length = model.text.context_length
+        if self.tokenizer is not None and self.tokenizer.context_length != length:
+            raise ConfigError(
+                f"tokenizer.context_length {self.tokenizer.context_length} is not the model's "
+                f"{length}: set both to the same number"
+            )
+        patch = vision.patch_size
+        if any(size % patch or size < patch for _, size in self.image_sizes):
+            raise ConfigError(
+                f"image_sizes {self.image_sizes} are not all multiples of patch_size {patch}: "
+                "choose sizes that the patches tile"
+            )
+        if self.image_sizes and vision.kind != "vit":
+            raise ConfigError(
+                "image_sizes needs a Vision Transformer, and the image tower is a "
+                f"{type(vision).__name__}: leave it empty"
+            )
+        naflex = self.preprocess is not None and self.preprocess.resize == "naflex"
+        if naflex or getattr(vision, "max_patches", None):
             raise ConfigError(
                 "a NaFlex model cannot be trained as one, since training takes square images of "
                 f'one size: set preprocess.resize="squash" and model.vision.max_patches=None to '

@@ -22,7 +22,7 @@ from vlm.data.faults import BadSample, TooManyBad
 from vlm.data.making import Maker
 from vlm.data.shards import FILTERED, Lane, Sample
 from vlm.errors import ConfigError, DataError
-from vlm.inputs.tokenizer import Tokenizer
+from vlm.inputs.two_tokenizers import AnyTokenizer
 
 MOST_LANES = 256  # chosen for a config that does not say
 
@@ -82,7 +82,7 @@ class LaneBatches(grain.IterDataset):
         lanes: Sequence[int],
         rows: int,
         maker: Maker,
-        tokenizer: Tokenizer,
+        tokenizer: AnyTokenizer,
         *,
         max_bad_in_a_row: int,
         threads: int,

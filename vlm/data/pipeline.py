@@ -5,7 +5,7 @@ threads or worker processes.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -26,6 +26,7 @@ from vlm.data.lanes import (
 from vlm.data.making import Maker
 from vlm.data.mixture import part_configs
 from vlm.data.random_access import Batch, StepOrder, TrainBatches, decoding_threads
+from vlm.data.reinforced import Reinforced
 from vlm.data.sources import CachedSource, open_source, open_stream, streams
 from vlm.data.workers import (
     buffered_batches,
@@ -36,6 +37,7 @@ from vlm.data.workers import (
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
+from vlm.inputs.two_tokenizers import AnyTokenizer
 
 
 class TrainIterator(grain.DatasetIterator):
@@ -48,6 +50,7 @@ class TrainIterator(grain.DatasetIterator):
         super().__init__()
         self._order, self._prefetch = order, prefetch
         self.bad = bad  # the samples that were passed over so far
+        self.finish: Callable[[Batch], Batch] = lambda batch: batch  # done to each as it is given
         self._step = 0
         self._reader: grain.DatasetIterator | None = None
 
@@ -66,7 +69,7 @@ class TrainIterator(grain.DatasetIterator):
         batch = self._order.join(elements)
         self.bad.take(self._step, len(batch["tokens"]), json.loads(batch.pop("bad")))
         self._step += 1
-        return batch
+        return self.finish(batch)
 
     def get_state(self) -> dict[str, Any]:
         """What a checkpoint needs to go on from here: plain JSON, the same in every process.
@@ -126,7 +129,7 @@ class TrainIterator(grain.DatasetIterator):
 def train_batches(
     config: DataConfig,
     preprocess: Preprocess,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     *,
     batch_size: int,
     seed: int,
@@ -134,11 +137,13 @@ def train_batches(
     process_count: int = 1,
     epochs: float | None = None,
     run_folder: epath.PathLike | None = None,
+    reinforced: Reinforced | None = None,
 ) -> TrainIterator:
     """This process's training batches: `images` uint8 (b, s, s, 3), `tokens` int32 (b, l).
 
     `batch_size` is this process's share. Without `epochs` the batches never end. The iterator's
-    `get_state` and `set_state` make it part of a checkpoint. Bad samples are passed over, counted
+    `get_state` and `set_state` make it part of a checkpoint. With a teacher's stored embeddings a
+    batch has its `teacher_image` and `teacher_text` (b, e). Bad samples are passed over, counted
     in the iterator's `bad`, and named in `bad-samples.jsonl` of `run_folder`.
 
     Raises:
@@ -156,6 +161,11 @@ def train_batches(
         )
     bad = BadSamples(config.max_bad_share, run_folder, process_index)
     if streams(config):
+        if reinforced is not None:
+            raise ConfigError(
+                f"{config.source} is read as a stream, whose examples have no number that stored "
+                'embeddings could be found by: set data.access="random"'
+            )
         if epochs is not None:
             raise ConfigError(
                 f"{config.source} is read as a stream, whose number of examples is not known, so "
@@ -176,6 +186,7 @@ def train_batches(
         process_index=process_index,
         process_count=process_count,
         epochs=epochs,
+        reinforced=reinforced,
     )
     for fault in getattr(source, "faults", ()):  # of whole shards, known before the first step
         bad.take(0, 0, [fault])
@@ -191,7 +202,7 @@ def train_batches(
 def _lane_order(
     config: DataConfig,
     preprocess: Preprocess,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     batch_size: int,
     seed: int,
     process_index: int,

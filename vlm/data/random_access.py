@@ -23,10 +23,11 @@ from vlm.data.examples import Source
 from vlm.data.faults import BadSample, TooManyBad
 from vlm.data.making import Maker
 from vlm.data.randomness import key, permute, uniforms
+from vlm.data.reinforced import Reinforced
 from vlm.data.shards import Sample
 from vlm.errors import DataError
 from vlm.inputs.preprocess import Preprocess
-from vlm.inputs.tokenizer import Tokenizer
+from vlm.inputs.two_tokenizers import AnyTokenizer
 
 Batch = dict[str, Any]
 
@@ -54,14 +55,16 @@ class TrainBatches:
         source: Source,
         config: DataConfig,
         preprocess: Preprocess,
-        tokenizer: Tokenizer,
+        tokenizer: AnyTokenizer,
         *,
         batch_size: int,
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
         epochs: float | None = None,
+        reinforced: Reinforced | None = None,
     ):
+        self._reinforced = reinforced
         self._source = source
         self._tokenizer = tokenizer
         self._maker = Maker([config], preprocess)
@@ -76,6 +79,8 @@ class TrainBatches:
                 f"the global batch of {self._global_batch} is larger than the {len(source)} "
                 f"examples of {config.source} {config.train_split}: choose a smaller batch_size"
             )
+        if reinforced is not None:
+            reinforced.check(config, len(source))
         if epochs is not None:
             self._length = int(epochs * len(source)) // self._global_batch
 
@@ -85,18 +90,25 @@ class TrainBatches:
     def __getitem__(self, step: int) -> Batch:
         first = int(step) * self._global_batch + self._offset
         positions = np.arange(first, first + self._batch_size)
-        draws = self._maker.draws(self._seed, positions)
+        indices = places(self._seed, positions, len(self._source))
+        store, variants = self._reinforced, np.zeros_like(positions)
+        if store is None:
+            draws = self._maker.draws(self._seed, positions)
+        else:
+            variants = store.choose(self._seed, positions)
+            draws = store.draws(self._maker, indices, variants)
         size = self._maker.size
         images = np.empty((self._batch_size, size, size, 3), np.uint8)
         bad: list[dict[str, str]] = []
-        indices = places(self._seed, positions, len(self._source)).tolist()
-        texts = [
-            self._make(index, u, row, position, bad)
-            for row, u, index, position in zip(
-                images, draws, indices, positions.tolist(), strict=True
-            )
+        numbers = zip(indices.tolist(), variants.tolist(), positions.tolist(), strict=True)
+        made = [
+            self._make(*number, u, row, bad)
+            for row, u, number in zip(images, draws, numbers, strict=True)
         ]
-        return {"images": images, "tokens": self._tokenizer(texts), "bad": json.dumps(bad)}
+        texts, indices = [text for text, _ in made], np.array([index for _, index in made])
+        taught = {} if store is None else store.embeddings(indices, variants)
+        tokens = self._tokenizer(texts)
+        return {"images": images, "tokens": tokens, "bad": json.dumps(bad), **taught}
 
     @property
     def examples(self) -> int:
@@ -107,19 +119,25 @@ class TrainBatches:
     def batch_bytes(self) -> int:
         """Of one batch of this process, pixels and tokens."""
         size, length = self._maker.size, self._tokenizer.config.context_length
-        return self._batch_size * (size * size * 3 + 4 * length)
+        taught = 0 if self._reinforced is None else 2 * 4 * self._reinforced.width
+        return self._batch_size * (size * size * 3 + 4 * length + taught)
 
-    def _make(self, index: int, u: np.ndarray, out: np.ndarray, position: int, bad: list) -> str:
-        """The text of an example whose image goes to `out`, or of the first good one after it."""
+    def _make(
+        self, index: int, variant: int, position: int, u: np.ndarray, out: np.ndarray, bad: list
+    ) -> tuple[str, int]:
+        """The text and index of an example whose image goes to `out`, or of a good one instead."""
         last: BadSample | None = None
         for attempt in range(self._max_bad_in_a_row):
             try:
-                return self._maker(self._source[index], u, out, f"example {index}")
+                return self._maker(self._source[index], u, out, f"example {index}"), index
             except BadSample as fault:
                 bad.append(fault.record())
                 last = fault
                 other = uniforms(key(self._seed, 3, attempt), np.array([position]), 1)[0, 0]
                 index = int(other * len(self._source))
+                if self._reinforced is not None:  # the changes are the example's own
+                    at = np.array([index]), np.array([variant])
+                    u = self._reinforced.draws(self._maker, *at)[0]
         assert last is not None  # one sample at least was looked at
         raise TooManyBad.in_a_row(self._max_bad_in_a_row, last)
 

@@ -206,13 +206,35 @@ def all_captions(config: DataConfig) -> list[str]:
 
     An image counts with its first caption; with a label, every class counts, seen or not.
     """
-    splits = [None if streams(config) else config.train_split, config.eval_split]
-    sources = [open_source(config, split) for split in splits if split]
+    if config.label:
+        return [config.templates[0].format(name) for name in class_names(config)]
+    found = (texts[0] for source in _all_splits(config) for texts in _captions(source, config))
+    return list(dict.fromkeys(found))
+
+
+def class_names(config: DataConfig) -> list[str]:
+    """The classes of `config.label`: as the data set lists them, or as its splits have them.
+
+    Raises:
+        DataError: a stream that lists none and has no split that could be read for them.
+    """
+    sources = _all_splits(config)
+    if not sources:
+        raise DataError(
+            f"{config.source} is read as a stream, whose classes are not known before: set "
+            "data.eval_split to a split that has them all"
+        )
     names = getattr(sources[0], "label_names", None)
     if names:
-        return [config.templates[0].format(name) for name in names]
-    found = (texts[0] for source in sources for texts in _captions(source, config))
-    return list(dict.fromkeys(found))
+        return list(names)
+    label = config.label or ""
+    found = (source[i].get(label) for source in sources for i in range(len(source)))
+    return list(dict.fromkeys(str(name) for name in found if name not in (None, "")))
+
+
+def _all_splits(config: DataConfig) -> list[Source]:
+    splits = [None if streams(config) else config.train_split, config.eval_split]
+    return [open_source(config, split) for split in splits if split]
 
 
 def held_out(config: DataConfig) -> Int32[np.ndarray, " n"]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from vlm.errors import ConfigError
 from vlm.evaluate.classification import calibration_error, mean_per_class_recall
@@ -63,6 +63,7 @@ class ZeroShotTask:
         name: of the task in a report.
         classes: the captions are classes of many images: mean recall per class and calibration are
             measured too.
+        z_captions: their embeddings, where these were trained; by default the model's of them.
         image_at: an image again by its number, for a page that shows some of them.
 
     Raises:
@@ -77,6 +78,7 @@ class ZeroShotTask:
     ks: Sequence[int] = (1, 5)
     name: str = "zero-shot"
     classes: bool = False
+    z_captions: Float[np.ndarray, "m d"] | None = None
     image_at: Callable[[int], Any] | None = None
 
     kind = "zeroshot_classification"  # as CLIP_benchmark calls it
@@ -94,7 +96,9 @@ class ZeroShotTask:
 
     def measure(self, model: Any) -> Measured:
         """`top1`, `top5`, ... of the model; of classes more."""
-        z_captions = class_embeddings(model, self.captions, self.templates)
+        z_captions = self.z_captions
+        if z_captions is None:
+            z_captions = class_embeddings(model, self.captions, self.templates)
         images, target = Hashing(self.images), np.asarray(self.target)
         z_image = np.asarray(model.encode_image(images), np.float32)
         metrics = zero_shot_metrics(z_image, z_captions, target, self.ks)

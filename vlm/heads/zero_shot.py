@@ -22,6 +22,7 @@ Rule = Literal["softmax", "sigmoid"]
 Embeddings = np.ndarray | Array
 
 NONE = "none of these"
+FILE = "classifier.safetensors"  # what a run calls the classifier that it leaves
 KEY = "vlm zero-shot classifier"  # of a saved one's description
 SHOWN = 12  # pictures that a result keeps to show in a notebook
 
@@ -171,6 +172,30 @@ class ZeroShotClassifier(display.FactSheet):
         # In a multi-label choice `none` is what every label is measured against.
         self._against = none is not None and multi_label and model.loss == "softmax"
         self.labels = tuple(self.prompts)[: -1 if self._against else None]
+
+    @classmethod
+    def of_embeddings(
+        cls,
+        model: Any,
+        prompts: Mapping[str, Sequence[str]],
+        z_labels: Float[np.ndarray, "m d"],
+    ) -> "ZeroShotClassifier":
+        """A classifier of embeddings that were trained, of labels with these prompts.
+
+        Raises:
+            ConfigError: another number of embeddings than labels, or of another width.
+        """
+        if z_labels.shape != (len(prompts), model.embed_dim):
+            raise ConfigError(
+                f"embeddings of shape {z_labels.shape} are not those of {len(prompts)} labels in "
+                f"{model.embed_dim} dimensions: give one row for each label"
+            )
+        made = cls.__new__(cls)
+        made.model, made.z_labels = model, np.asarray(z_labels, np.float32)
+        made.prompts = {name: tuple(own) for name, own in prompts.items()}
+        made.groups, made.multi_label = [], False
+        made._against, made.temperature, made.labels = False, 1.0, tuple(prompts)
+        return made
 
     @property
     def rule(self) -> Rule:

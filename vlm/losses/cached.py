@@ -17,8 +17,8 @@ from vlm.errors import ConfigError
 
 
 def cached_value_and_grad(
-    embed: Callable[[Any, Any, Any], tuple[Any, Any]],
-    loss: Callable[[Any, Any, Any], Any],
+    embed: Callable[[Any, Any, Any], tuple[Any, ...]],
+    loss: Callable[..., Any],
 ) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     """Value and gradient of the loss of a whole batch, with activations of one micro-batch.
 

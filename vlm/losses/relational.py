@@ -89,8 +89,8 @@ class Sums(NamedTuple):
 
 def _merge(a: Sums, b: Sums) -> Sums:
     teacher = merge_statistics(a.teacher, b.teacher)
-    apart = sum(x.apart * jnp.exp(x.teacher.max - teacher.max) for x in (a, b))
-    return Sums(teacher, merge_statistics(a.student, b.student), apart)
+    apart, other = (x.apart * jnp.exp(x.teacher.max - teacher.max) for x in (a, b))
+    return Sums(teacher, merge_statistics(a.student, b.student), apart + other)
 
 
 def _divergence(sums: Sums) -> Float[Array, " b"]:

@@ -35,6 +35,8 @@ from vlm.plan.report import BASES, show
 from vlm.plan.roofline import Prediction, Roofline, analytic_roofline, compiled_roofline, mfu
 from vlm.plan.topology import Topology, parse_mesh, parse_topology, topology_devices
 from vlm.sharding import AXES, batch_ways, check_batch, make_mesh, mesh_sizes
+from vlm.train.objectives import check_pairs_alone
+from vlm.train.starting_model import resolve
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,8 @@ def plan(
     """
     if isinstance(topology, str):
         topology = parse_topology(topology)
+    experiment = resolve(experiment)
+    check_pairs_alone(experiment, "a plan")
     e = with_dtype(experiment, "cpu" if topology.chip is None else topology.chip.platform)
     if mesh is not None:
         e = dataclasses.replace(e, mesh=parse_mesh(mesh) if isinstance(mesh, str) else mesh)

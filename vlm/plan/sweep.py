@@ -10,6 +10,7 @@ from vlm.config import Experiment, MeshConfig, RematPolicy
 from vlm.errors import ConfigError, VlmError
 from vlm.plan.plan import Plan, plan
 from vlm.plan.topology import parse_topology
+from vlm.train.starting_model import resolve
 
 REMATS = get_args(RematPolicy)
 
@@ -38,6 +39,7 @@ def sweep(
     Raises:
         ConfigError: an unknown topology, or no combination that can be.
     """
+    experiment = resolve(experiment)
     plans, faults = [], []
     for name in topologies:
         topology = parse_topology(name)

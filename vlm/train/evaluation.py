@@ -46,6 +46,10 @@ class Embedder:
             out.append(np.asarray(self._trainer.embed_texts(state, batch))[: len(part)])
         return np.concatenate(out)
 
+    def classes(self, state: TrainState) -> Float[np.ndarray, "m d"]:
+        """The weights of a classification's head: a row for each class, of any norm."""
+        return np.asarray(self._trainer.head(state))
+
     def images(
         self, state: TrainState, count: int, read: Callable[[int], Pixels]
     ) -> Float[np.ndarray, "n d"]:

@@ -69,6 +69,7 @@ class HeldOut:
 
     def __init__(self, experiment: Experiment, embedder: Embedder, inputs: Inputs):
         self._embedder, self._inputs, self._data = embedder, inputs, experiment.data
+        self._by_head = experiment.objective == "classification"
         self._source = open_source(self._data, _split(self._data))
         self.captions = all_captions(self._data)
         index = {caption: i for i, caption in enumerate(self.captions)}
@@ -82,11 +83,14 @@ class HeldOut:
         return _Images(self)
 
     def embed(self, state: TrainState) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "m d"]]:
-        """Unit-norm embeddings of the images and of all captions."""
-        return (
-            self._embedder.images(state, len(self.target), self.images.__getitem__),
-            self._embedder.texts(state, self._tokens),
-        )
+        """Unit-norm embeddings of the images and of all captions.
+
+        Of a classification, the weights of the head stand in the place of captions.
+        """
+        z_image = self._embedder.images(state, len(self.target), self.images.__getitem__)
+        if self._by_head:
+            return z_image, self._embedder.classes(state)
+        return z_image, self._embedder.texts(state, self._tokens)
 
     def measure(self, z_image, z_captions) -> tuple[dict[str, Metric], dict[str, Metric]]:
         """Zero-shot accuracy over all captions, and retrieval among the held-out pairs."""

@@ -9,7 +9,6 @@ from vlm.cluster.processes import broadcast_text
 from vlm.config import Experiment
 from vlm.data.pipeline import TrainIterator, count_examples
 from vlm.errors import ConfigError
-from vlm.sharding import global_batch
 from vlm.train.step import Trainer
 
 
@@ -43,7 +42,7 @@ def seconds_per_step(
     seconds, compiling apart, but for one step.
     """
     state, position = trainer.init(jnp.int32(1)), batches.get_state()
-    batch = global_batch(next(batches), trainer.mesh)
+    batch = trainer.place(next(batches))
     state, metrics = trainer.step(state, batch)
     jax.block_until_ready(metrics)  # compiled
     data, began, drawn = trainer.experiment.data, time.monotonic(), 0
@@ -54,7 +53,7 @@ def seconds_per_step(
     began = time.monotonic()
     while len(times) < steps and _all_go_on(not times or time.monotonic() - began < limit):
         start = time.monotonic()
-        state, metrics = trainer.step(state, global_batch(next(batches), trainer.mesh))
+        state, metrics = trainer.step(state, trainer.place(next(batches)))
         jax.block_until_ready(metrics)
         times.append(time.monotonic() - start)
     batches.set_state(position)

@@ -11,7 +11,7 @@ from vlm.data.pipeline import train_batches
 from vlm.data.sources import credits
 from vlm.errors import ConfigError
 from vlm.paths import keep_compiled_programs
-from vlm.sharding import batch_share, check_batch, global_batch, make_mesh
+from vlm.sharding import batch_share, check_batch, make_mesh
 from vlm.train.activity import DATA, DEVICE, STEP, Activity
 from vlm.train.checkpoint import Checkpoints
 from vlm.train.console import print_on_first_process
@@ -19,11 +19,13 @@ from vlm.train.held_out import Evaluations, finish
 from vlm.train.interrupt import Interrupted
 from vlm.train.leaving import leave_bundle
 from vlm.train.length import CheckpointRhythm, is_due
+from vlm.train.lesson import Lesson
 from vlm.train.logs import Logs, placement_table
 from vlm.train.mirror import Mirror
 from vlm.train.resolution import image_size_at
 from vlm.train.run import Run
 from vlm.train.start import open_tokenizer, start
+from vlm.train.starting_model import resolve
 from vlm.train.step import Trainer
 from vlm.train.trace import Trace
 
@@ -53,7 +55,7 @@ def _train(
         if resume is not None:
             run = Run.open(resume, experiment)
         elif experiment is not None:
-            run = Run.create(experiment)
+            run = Run.create(resolve(experiment))
         else:
             raise ConfigError("there is nothing to train: give an experiment, or a run to resume")
     experiment = run.experiment
@@ -63,18 +65,21 @@ def _train(
         check_batch(experiment.micro_batch_size or experiment.batch_size, mesh, "micro_batch_size")
 
         tokenizer = open_tokenizer(run)
-        trainer = Trainer(experiment, mesh, tokenizer.config)
+        lesson = Lesson(experiment, mesh, tokenizer)
+        trainer = Trainer(experiment, mesh, tokenizer.config, lesson.class_count, lesson.teacher)
         share, shares = batch_share(mesh)
         batches = train_batches(
             experiment.data,
             trainer.preprocess,
-            tokenizer,
+            lesson.tokenizer,
             batch_size=experiment.batch_size // shares,
             seed=experiment.seed,
             process_index=share,
             process_count=shares,
             run_folder=run.folder,
+            reinforced=lesson.reinforced,
         )
+        batches.finish = lesson.added
         evaluations = Evaluations(experiment, trainer, tokenizer)
 
     with (
@@ -84,7 +89,7 @@ def _train(
         ) as checkpoints,
     ):
         with run.starting(), doing("making the state"):
-            state = start(run, trainer, batches, checkpoints)
+            state = start(run, trainer, batches, checkpoints, lesson.classes)
         step, total = int(state.step), int(state.total_steps)
         run.record_start(step, total)
         rhythm = CheckpointRhythm(experiment, step, total)
@@ -103,10 +108,18 @@ def _train(
                     mirror.copy()  # a run that goes on from here has its log up to here
                     checkpoints.save(step, trainer.kept(state), batches.get_state())
 
+            def evaluate() -> None:
+                logs.flush()
+                with doing("evaluating"):
+                    logs.write({"step": step, **evaluations.metrics(state)})
+                logs.restart_clock()
+
+            if evaluations and step == 0 and experiment.init_from is not None:
+                evaluate()  # what the model can do before it learns more
             while step < total and not interrupted.at(step):
                 trace.before(step, state)
                 with doing(DATA):
-                    batch = global_batch(next(batches), mesh)
+                    batch = trainer.place(next(batches))
                 with doing(STEP):
                     step_once = trainer.step_at(image_size_at(experiment, step, total))
                     state, metrics = step_once(state, batch)
@@ -115,10 +128,7 @@ def _train(
                     logs.step(step, metrics)
 
                 if evaluations and is_due(step, total, experiment.eval_every):
-                    logs.flush()
-                    with doing("evaluating"):
-                        logs.write({"step": step, **evaluations.metrics(state)})
-                    logs.restart_clock()
+                    evaluate()
                 logs.write(*checkpoints.finished())
                 if rhythm.is_due(step, checkpoints.writing):
                     save()
@@ -140,6 +150,7 @@ def _train(
 
     with doing("writing the bundle"):
         bundle = leave_bundle(run, trainer, state, tokenizer)
+        lesson.leave(run, trainer, state)
     if evaluations:
         with doing("evaluating"):
             report = finish(run, evaluations, state, bundle, credits(experiment.data))

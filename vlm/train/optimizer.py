@@ -5,7 +5,7 @@ steps, epochs, examples or seconds and lives in the state, not in the compiled s
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,14 +60,38 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         rates.append(_scale_by_layer(config.layer_decay))
     if (config.vision_rate, config.text_rate) != (1.0, 1.0):
         rates.append(_scale_by_tower({"vision": config.vision_rate, "text": config.text_rate}))
+    decays = []
+    by_peak = config.weight_decay_rule == "big_vision"
+    per_step = config.learning_rate if by_peak else 1.0  # the step multiplies the rate in
     if config.weight_decay:
         mask = functools.partial(decay_mask, rule=config.weight_decay_rule)
-        if config.weight_decay_rule == "big_vision":
-            share = config.weight_decay / config.learning_rate  # the step multiplies the rate in
-            rates.append(optax.add_decayed_weights(share, mask=mask))
-        else:
-            rates.insert(0, optax.add_decayed_weights(config.weight_decay, mask=mask))
-    return optax.chain(*parts, *rates)
+        decays.append(optax.add_decayed_weights(config.weight_decay / per_step, mask=mask))
+    if config.start_decay:
+        decays.append(_pull_to_start(config.start_decay / per_step))
+    return optax.chain(*parts, *rates, *decays) if by_peak else optax.chain(*parts, *decays, *rates)
+
+
+def _pull_to_start(share: float) -> optax.GradientTransformation:
+    """Add `share` of each parameter's way from where it began (L2-SP, arXiv:1802.01483).
+
+    Decoupled from the update rule, as AdamW's decay is. Where it began is part of the state, and so
+    of every checkpoint. Scale and bias of the logits are left alone.
+    """
+
+    def init(params):
+        return jax.tree.map(jnp.copy, _towers(params))
+
+    def update(updates, state, params=None):
+        pulled = jax.tree.map(
+            lambda u, p, s: u + share * (p - s), _towers(updates), _towers(params), state
+        )
+        return {**updates, **pulled}, state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _towers(params: Any) -> dict[str, Any]:
+    return {name: tree for name, tree in params.items() if not name.startswith("logit_")}
 
 
 def _rule(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -173,49 +197,66 @@ def _scale_by_layer(decay: float) -> optax.GradientTransformation:
     """Scale the updates of block i of n by decay^(n - i), and of what lies below by decay^(n + 1).
 
     What follows the blocks keeps its rate (arXiv:2003.10555, arXiv:2106.08254). The blocks of a
-    convolutional tower are counted through all of its stages.
+    convolutional tower are counted through all of its stages, and ViTamin's before those of its
+    transformer.
     """
 
     def update(updates, _):
-        leaves = jax.tree_util.tree_leaves_with_path(updates)
-        blocks: dict[str, set] = {}
+        blocks: dict[str, set[Block]] = {}
         staged = set()
-        for path, x in leaves:
+        for path, x in jax.tree_util.tree_leaves_with_path(updates):
             names = path_names(path)
-            if "blocks" in names:
-                blocks.setdefault(names[0], set()).update(range(x.shape[0]))
-            elif (block := _block_in_stages(names)) is not None:
-                blocks.setdefault(names[0], set()).add(block)
+            blocks.setdefault(names[0], set()).update(_blocks(names, x.shape))
+            if names[1:2] == ("stages",):
                 staged.add(names[0])
         order = {tower: sorted(found) for tower, found in blocks.items()}
 
         def scale(path, x):
             names = path_names(path)
-            if "blocks" in names:
-                factors = decay ** jnp.arange(len(order[names[0]]), 0, -1, dtype=x.dtype)
-                return x * factors.reshape(-1, *(1,) * (x.ndim - 1))
-            if (block := _block_in_stages(names)) is not None:
-                found = order[names[0]]
-                return x * decay ** (len(found) - found.index(block))
+            found = order[names[0]]
+            own = _blocks(names, x.shape)
+            if names[1:2] == ("position",) and found[:1] and found[0].section == 0:
+                own = [Block(1)]  # ViTamin's are added where its transformer begins
+            if own:
+                factors = [decay ** (len(found) - found.index(block)) for block in own]
+                if "blocks" not in names:
+                    return x * factors[0]
+                return x * jnp.array(factors, x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
             if _is_above_blocks(names, stages=names[0] in staged):
                 return x
-            return x * decay ** (len(order[names[0]]) + 1)
+            return x * decay ** (len(found) + 1)
 
         return jax.tree_util.tree_map_with_path(scale, updates)
 
     return optax.stateless(update)
 
 
-def _block_in_stages(names: tuple[str, ...]) -> tuple[int, int] | None:
-    """(stage, block) of a parameter of a tower of stages; what a stage begins with is block 0."""
-    if "stages" not in names:
-        return None
-    numbers = [int(n) for n in names[names.index("stages") + 1 :] if n.isdigit()]
-    return numbers[0], numbers[1] if len(numbers) > 1 else 0
+class Block(NamedTuple):
+    """A block's place in its tower, in the order that an image walks through."""
+
+    section: int  # 0: of a stem that has stages; 1: after it
+    stage: int = 0
+    number: int = 0
+
+
+def _blocks(names: tuple[str, ...], shape: tuple[int, ...]) -> list[Block]:
+    """The blocks that a parameter is of: several where they are stacked, none around them.
+
+    What a stage begins with is of its first block.
+    """
+    section = int(names[1:2] != ("stem",))
+    if section == 0 and names[2].startswith("last"):
+        return [Block(1)]  # of ViTamin: between its stages and its transformer
+    numbers = [0]
+    if "stages" in names:
+        numbers = [int(n) for n in names[names.index("stages") + 1 :] if n.isdigit()]
+    if "blocks" in names:
+        return [Block(section, numbers[0], number) for number in range(shape[0])]
+    return [Block(section, *numbers[:2])] if "stages" in names else []
 
 
 def _is_above_blocks(names: tuple[str, ...], *, stages: bool) -> bool:
-    if names[0] in ("logit_scale", "logit_bias"):
+    if names[0] not in ("vision", "text"):  # scale and bias of the logits, heads
         return True
     if stages:  # below them is a stem, and a ResNet's positions are those of its pool
         return not names[1].startswith("stem")

@@ -17,7 +17,9 @@ from etils import epath
 from vlm._version import __version__
 from vlm.cluster.processes import broadcast_text
 from vlm.config import Experiment, from_dict, to_dict
+from vlm.config.defaults import as_begun
 from vlm.errors import CheckpointError, ConfigError
+from vlm.heads import zero_shot
 from vlm.paths import as_path, in_one_sentence
 from vlm.train.changes import check_changes
 from vlm.train.preflight import check_folder, check_same_everywhere
@@ -67,7 +69,8 @@ class Run:
         """
         folder = as_path(folder)
         before = experiment_in(folder)
-        run = cls(folder, before if changed is None else changed, resumed=True)
+        after = before if changed is None else as_begun(changed, before)
+        run = cls(folder, after, resumed=True)
         run.changes = check_changes(before, run.experiment)
         check_same_everywhere(run.experiment, resumed=True)
         check_folder(folder)
@@ -171,6 +174,10 @@ class Run:
     @property
     def bundle(self) -> epath.Path:
         return self.folder / "bundle"
+
+    @property
+    def classifier(self) -> epath.Path:
+        return self.folder / zero_shot.FILE
 
     @property
     def results(self) -> epath.Path:

@@ -11,20 +11,25 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Bool, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from vlm.config import Experiment, TokenizerConfig
+from vlm.config.defaults import with_defaults
 from vlm.inputs.preprocess import Preprocess
-from vlm.losses import cached_value_and_grad, contrastive_loss
+from vlm.losses import cached_value_and_grad
 from vlm.models import adapters
 from vlm.models.dual_encoder import DualEncoder
+from vlm.nn.layers import split_keys
 from vlm.nn.transformer import Execution
-from vlm.sharding import batch_sharding, replicated, shardings
+from vlm.sharding import batch_sharding, global_batch, replicated, shardings
 from vlm.train.masking import mask_tokens
+from vlm.train.objectives import HEADS, UNTRAINED, objective
 from vlm.train.optimizer import learning_rate, make_optimizer
 from vlm.train.partition import Params, joined, partition
 from vlm.train.resolution import shrink, with_grid
+from vlm.train.teacher import StoredTeacher, Teacher
 
+_PROJECTIONS = 2  # folded into the seed's key
 _MASKING = 1  # folded into an example's key for its text mask: another stream than the towers'
 
 
@@ -54,9 +59,14 @@ class Trainer:
         experiment: Experiment,
         mesh: Mesh | AbstractMesh,
         rules: TokenizerConfig | None = None,
+        classes: int = 0,
+        teacher: Teacher | StoredTeacher | None = None,
     ):
-        self.experiment, self.mesh = experiment, mesh
+        self.experiment = experiment = with_defaults(experiment)
+        self.mesh = mesh
         self.rules = rules or experiment.tokenizer  # which tokens are padding, begin and end
+        self.classes = classes  # that the head of a classification tells apart
+        self.teacher = teacher
         self.preprocess = Preprocess(experiment.preprocess)
         self.optimizer = make_optimizer(experiment.optimizer)
         self.graph = nnx.graphdef(nnx.eval_shape(self._build))
@@ -67,8 +77,14 @@ class Trainer:
         self.step = self.step_at(experiment.model.vision.image_size)
         self.embed_images = jax.jit(self._embed_images, out_shardings=whole)
         self.embed_texts = jax.jit(self._embed_texts, out_shardings=whole)
+        self.head = jax.jit(self._head, out_shardings=whole)  # (m, d), of a classification
 
     # ------------------------------------------------------------------------ the step
+
+    def place(self, batch: dict[str, np.ndarray]) -> dict[str, Array]:
+        """This process's share of a batch as global arrays, with what the teacher says of them."""
+        placed = global_batch(batch, self.mesh)
+        return placed if self.teacher is None else self.teacher(placed)
 
     @functools.cache  # noqa: B019 (a trainer lives as long as its run)
     def step_at(self, image_size: int):
@@ -93,7 +109,9 @@ class Trainer:
         rate = learning_rate(config, state.step / state.total_steps)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         if config.max_scale is not None and "logit_scale" in params:
-            params["logit_scale"] = jnp.minimum(params["logit_scale"], jnp.log(config.max_scale))
+            # A scale that starts above the limit is not cut, and rises no further.
+            limit = jnp.maximum(jnp.log(config.max_scale), state.params["logit_scale"])
+            params["logit_scale"] = jnp.minimum(params["logit_scale"], limit)
         ema = self._average(state.ema, params, state.step)
 
         grad_norm = optax.tree.norm(grads)
@@ -129,7 +147,7 @@ class Trainer:
     ) -> tuple[Array, Params]:
         """The loss of the whole batch and its gradient, by micro-batches where configured."""
 
-        e = self.experiment
+        e, scale = self.experiment, self.teacher.log_scale if self.teacher else 0.0
 
         def embed(params, batch, keys):
             params = joined(params, state.frozen)
@@ -137,22 +155,18 @@ class Trainer:
             if size != e.model.vision.image_size:
                 images = shrink(images, size)
                 params["vision"] = with_grid(params["vision"], size // e.model.vision.patch_size)
+            if e.objective == "classification":
+                image_keys, _ = split_keys(keys)
+                return (self._model(params).encode_image(images, keys=image_keys),)
             tokens = batch["tokens"]
             if e.text_masking:
                 mask_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _MASKING)
                 tokens = mask_tokens(tokens, e.text_masking, mask_keys, self.rules)
             return self._model(params)(images, tokens, keys=keys)
 
-        def loss(params, z_image, z_text):
+        def loss(params, *z):
             params = joined(params, state.frozen)
-            return contrastive_loss(
-                z_image,
-                z_text,
-                params["logit_scale"],
-                params.get("logit_bias"),
-                kind=e.model.loss,
-                mesh=self.mesh,
-            )
+            return objective(e, self.mesh, params, batch, *z, teacher_scale=scale)
 
         micro = e.micro_batch_size
         if micro is None or micro == e.batch_size:
@@ -168,7 +182,8 @@ class Trainer:
         """How many tokens the towers see in a step: patches and words that are not left out."""
         e = self.experiment
         patches = e.model.vision.tokens(image_size, training=True)
-        return e.batch_size * (patches + e.model.text.tokens(masking=e.text_masking))
+        words = e.model.text.tokens(masking=e.text_masking)
+        return e.batch_size * (patches + (0 if e.objective == "classification" else words))
 
     def _example_keys(self, step: Int[Array, ""]) -> Key[Array, " b"]:
         """A key for each example of this step's batch, for dropout and patch dropout."""
@@ -193,10 +208,16 @@ class Trainer:
         return model if e.adapter is None else adapters.prepared(model, e.adapter, e.seed)
 
     def _model(self, params: Params) -> DualEncoder:
-        return nnx.merge(self.graph, params)
+        return nnx.merge(self.graph, {k: v for k, v in params.items() if k not in HEADS})
 
     def _init(self, total_steps: Int[Array, ""]) -> TrainState:
-        params, frozen = self.divide(nnx.to_pure_dict(nnx.state(self._build())))
+        params = nnx.to_pure_dict(nnx.state(self._build()))
+        if self.experiment.objective == "classification":
+            shape = (self.classes, self.experiment.model.embed_dim)
+            params["head"] = {"kernel": jnp.zeros(shape, jnp.float32)}
+        if self.experiment.distill is not None and self.experiment.distill.projection:
+            params["distill"] = self._projections()
+        params, frozen = self.divide(params)
         return TrainState(
             step=jnp.int32(0),
             total_steps=total_steps,
@@ -207,12 +228,25 @@ class Trainer:
             skipped=jnp.int32(0),
         )
 
+    def _projections(self) -> Params:
+        """Layers from the student's space to the teacher's, for images and for texts."""
+        assert self.teacher is not None
+        e, start = self.experiment, nnx.initializers.lecun_normal()
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(e.seed), _PROJECTIONS))
+        shape = (e.model.embed_dim, self.teacher.width)
+        sides = zip(("image", "text"), keys, strict=True)
+        return {side: {"kernel": start(key, shape, jnp.float32)} for side, key in sides}
+
     def divide(self, params: Params) -> tuple[Params, Params]:
-        """(what is trained of a whole model, the rest)."""
+        """(what is trained of a whole model and its heads, the rest)."""
         e = self.experiment
-        if e.adapter is not None:
-            return partition(params, adapters.is_trained)
-        return partition(params, lambda path: path[0] != e.lock)
+        fixed = {e.lock} | UNTRAINED.get(e.objective, set())
+
+        def trained(path):
+            in_model = e.adapter is None or adapters.is_trained(path)
+            return path[0] in HEADS or (path[0] not in fixed and in_model)
+
+        return partition(params, trained)
 
     def kept(self, state: TrainState) -> TrainState:
         """What a checkpoint holds of a state: without the model under an adapter."""
@@ -222,14 +256,21 @@ class Trainer:
 
     def model(self, state: TrainState) -> DualEncoder:
         """The model as it is used: of averaged parameters where there is an average."""
-        params = state.params if state.ema is None else state.ema
-        return self._model(joined(params, state.frozen))
+        return self._model(joined(_used(state), state.frozen))
+
+    def _head(self, state: TrainState) -> Float[Array, "m d"]:
+        return _used(state)["head"]["kernel"]
 
     def _embed_images(self, state: TrainState, images: UInt8[Array, "b h w 3"]):
         return self.model(state).encode_image(self.preprocess.normalize(images))
 
     def _embed_texts(self, state: TrainState, tokens: Int[Array, "b l"]):
         return self.model(state).encode_text(tokens)
+
+
+def _used(state: TrainState) -> Params:
+    """The trained part as it is used: averaged, where there is an average."""
+    return state.params if state.ema is None else state.ema
 
 
 def compute_dtype(name: str) -> np.dtype:

@@ -1,0 +1,181 @@
+"""A teacher says what it says alone, and its student follows."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from processes import weights
+
+import vlm
+from vlm.config import DataConfig, DistillConfig, Experiment, MeshConfig, OptimizerConfig
+from vlm.errors import CheckpointError, ConfigError
+from vlm.inputs.two_tokenizers import TwoTokenizers
+from vlm.sharding import make_mesh
+from vlm.train.loop import train
+from vlm.train.step import Trainer
+from vlm.train.teacher import Teacher
+
+GOLDEN = Path(__file__).parents[1] / "weights" / "golden"
+TEACHER = str(GOLDEN / "hf_clip")
+THIN = {"vision": {"depth": 1}, "text": {"depth": 1}}
+
+
+def mesh(devices: int):
+    return make_mesh(MeshConfig(), jax.devices()[:devices])
+
+
+def pairs(teacher: Teacher, step: int = 0, size: int = 16) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(step)
+    texts = [f"a {random.choice(['red', 'blue', 'green'])} {i % 5}" for i in range(16)]
+    return {
+        "images": random.integers(0, 256, (16, size, size, 3), np.uint8),
+        "tokens": random.integers(2, 250, (16, 16)).astype(np.int32),
+        "teacher_tokens": teacher.tokenizer(texts),
+        "texts": texts,
+    }
+
+
+# -------------------------------------------------------------------------------- teacher
+
+
+@pytest.mark.parametrize("micro", [None, 8])
+def test_a_teacher_says_what_it_says_alone(tiny, micro):
+    experiment = tiny(distill=DistillConfig(TEACHER), micro_batch_size=micro)
+    bundle = vlm.load(TEACHER)
+    size = bundle.preprocess.config.image_size
+    teacher = Teacher(experiment, mesh(1))
+    batch = pairs(teacher, size=size)
+    texts = batch.pop("texts")
+    got = teacher(jax.tree.map(jnp.asarray, batch))
+    assert set(got) == {"images", "tokens", "teacher_image", "teacher_text"}
+    alone = bundle.model.encode_image(bundle.preprocess.normalize(jnp.asarray(batch["images"])))
+    np.testing.assert_allclose(got["teacher_image"], alone, atol=2e-6)
+    np.testing.assert_allclose(got["teacher_text"], bundle.encode_text(texts), atol=2e-6)
+    assert teacher.log_scale == pytest.approx(np.log(bundle.logit_scale))
+
+
+def test_tokens_of_both_are_side_by_side(tiny):
+    one, other = vlm.load(TEACHER).tokenizer, vlm.load(GOLDEN / "hf_siglip").tokenizer
+    both, texts = TwoTokenizers(one, other), ["a photo of a cat", "dogs"]
+    assert both(texts).shape[1] == both.config.context_length
+    batch = both.split({"tokens": both(texts)})
+    np.testing.assert_array_equal(batch["tokens"], one(texts))
+    np.testing.assert_array_equal(batch["teacher_tokens"], other(texts))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"teacher": "gone"}, CheckpointError, "there is no model 'gone'"),
+        (
+            {"features": 1.0},
+            ConfigError,
+            r"embeddings of \d+ dimensions and the student of 16: set",
+        ),
+        ({"teacher": str(GOLDEN / "hf_naflex")}, ConfigError, "images of any aspect"),
+    ],
+)
+def test_a_teacher_that_cannot_be_is_refused(tiny, changes, error, said):
+    config = DistillConfig(**({"teacher": TEACHER} | changes))
+    with pytest.raises(error, match=said):
+        Teacher(tiny(distill=config), mesh(1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"relations": -1.0}, r"distill\.relations is -1"),
+        ({"relations": 0.0}, "nothing is learned from the teacher"),
+        ({"temperature": 0.0}, r"distill\.temperature is 0"),
+        ({"projection": True}, r"set distill\.features"),
+        ({"teacher": ""}, "learns from one teacher"),
+        ({"stored": "taught"}, "learns from one teacher"),
+    ],
+)
+def test_a_distillation_that_cannot_be_is_refused(tiny, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        tiny(distill=DistillConfig(**({"teacher": TEACHER} | changes)))
+
+
+# ---------------------------------------------------------------------------------- steps
+
+
+def losses(experiment: Experiment, devices: int, count: int = 4) -> list[float]:
+    teacher = Teacher(experiment, mesh(devices))
+    trainer = Trainer(experiment, mesh(devices), teacher=teacher)
+    state, found = trainer.init(jnp.int32(20)), []
+    for step in range(count):
+        batch = pairs(teacher, step)
+        del batch["texts"]
+        state, metrics = trainer.step(state, trainer.place(batch))
+        found.append(float(metrics["loss"]))
+    return found
+
+
+def test_one_device_and_eight_and_micro_batches_agree(tiny):
+    config = DistillConfig(TEACHER, features=0.5, projection=True, distance="mse")
+    experiment = tiny(distill=config, **THIN)
+    alone = losses(experiment, 1)
+    cut = dataclasses.replace(experiment, micro_batch_size=8)
+    np.testing.assert_allclose(losses(cut, 8), alone, rtol=1e-5)
+
+
+def test_the_weights_weigh(tiny):
+    def first(**weights) -> float:
+        config = DistillConfig(TEACHER, projection=bool(weights.get("features")), **weights)
+        return losses(tiny(distill=config, **THIN), 1, count=1)[0]
+
+    parts = [first(task=1.0, relations=1e-9), first(task=0.0, relations=1.0)]
+    both = first(task=0.5, relations=2.0)
+    assert both == pytest.approx(0.5 * parts[0] + 2 * parts[1], rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["distilled", "classification"])
+def test_a_fine_tuned_run_goes_on_as_if_it_had_not_been_left(learned, pale, tmp_path, kind):
+    """With what it keeps beside the weights: their start, their average, projections, a head."""
+    more = {"objective": "classification"}
+    if kind == "distilled":
+        config = DistillConfig(learned, features=1.0, projection=True)
+        more = {"objective": "flyp", "distill": config}
+    optimizer = OptimizerConfig(schedule="constant", warmup=0.0, start_decay=10.0, ema=0.9)
+    whole = Experiment(
+        init_from=learned,
+        data=DataConfig(pale, label="label", templates=("a {}", "the {}"), eval_split=None),
+        optimizer=optimizer,
+        batch_size=16,
+        steps=6,
+        run_dir=str(tmp_path / "whole"),
+        **more,
+    )
+    train(whole)
+    half = dataclasses.replace(whole, steps=3, run_dir=str(tmp_path / "half"))
+    train(half)
+    train(dataclasses.replace(half, steps=6), resume=half.run_dir)
+    assert weights(tmp_path / "half") == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_its_teacher_alone(learned, tiny, drawings, tmp_path):
+    experiment = tiny(
+        distill=DistillConfig(learned, task=0.0, relations=1.0),
+        model={"loss": "softmax", "init_bias": None, "init_scale": 10.0},
+        optimizer={"learning_rate": 3e-3},
+        steps=150,
+        log_every=150,
+        run_dir=str(tmp_path / "run"),
+        **THIN,
+    )
+    student, teacher = vlm.load(train(experiment)), vlm.load(learned)
+    colours = ("red", "green", "blue", "black")
+    images = [f"{drawings}/square-{c}-top-left.png" for c in colours]
+    texts = [f"a {c} square at the top left" for c in colours]
+    for bundle in (teacher, student):
+        cosines = bundle.encode_image(images) @ bundle.encode_text(texts).T
+        assert (cosines.argmax(1) == np.arange(4)).all()

@@ -1,0 +1,128 @@
+"""A teacher's embeddings on disk are those of the very images and texts that training makes."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vlm
+from vlm.cli import main
+from vlm.config import AugmentConfig, DataConfig, DistillConfig, MeshConfig
+from vlm.data.pipeline import train_batches
+from vlm.data.reinforced import Reinforced
+from vlm.errors import ConfigError, DataError
+from vlm.sharding import make_mesh
+from vlm.train.reinforce import reinforce
+from vlm.train.teacher import Teacher
+
+CHANGES = AugmentConfig(crop=(0.5, 1.0), jitter=0.2, flip=True, grey=0.3)
+
+
+@pytest.fixture(scope="module")
+def data(drawings) -> DataConfig:
+    return DataConfig(drawings, eval_split=None, augment=CHANGES)
+
+
+@pytest.fixture(scope="module")
+def stored(data, learned, tmp_path_factory) -> str:
+    """Three variants of each drawing, by a teacher that takes images as its student does."""
+    folder = tmp_path_factory.mktemp("taught") / "store"
+    told = []
+    reinforce(data, folder, learned, variants=3, batch_size=16, report=lambda *at: told.append(at))
+    assert told[-1] == (120, 120)
+    return str(folder)
+
+
+def batches(data, learned, stored, **options):
+    model = vlm.load(learned)
+    found = train_batches(
+        data,
+        model.preprocess,
+        model.tokenizer,
+        batch_size=8,
+        seed=3,
+        reinforced=Reinforced.open(stored),
+        **options,
+    )
+    return model, found
+
+
+def test_what_is_read_is_what_the_teacher_says_of_what_is_made(data, learned, stored, tiny):
+    _, found = batches(data, learned, stored)
+    teacher = Teacher(
+        tiny(distill=DistillConfig(learned)), make_mesh(MeshConfig(), jax.devices()[:1])
+    )
+    for _ in range(3):
+        batch = next(found)
+        tokens = jnp.asarray(batch["tokens"])
+        live = teacher({"images": jnp.asarray(batch["images"]), "teacher_tokens": tokens})
+        for name in ("teacher_image", "teacher_text"):
+            np.testing.assert_allclose(batch[name], live[name], atol=2e-6)
+    found.close()
+
+
+def test_a_batch_is_the_same_from_its_position(data, learned, stored):
+    _, found = batches(data, learned, stored)
+    first, position, second = next(found), found.get_state(), next(found)
+    found.close()
+    _, again = batches(data, learned, stored)
+    again.set_state(position)
+    batch = next(again)
+    again.close()
+    for name in ("images", "tokens", "teacher_image", "teacher_text"):
+        np.testing.assert_array_equal(batch[name], second[name])
+        assert (first[name] != second[name]).any()
+
+
+def test_a_bad_sample_is_replaced_with_its_embedding(data, learned, stored, drawings, tmp_path):
+    """Training passes over it, and what stands in its place has its own embedding."""
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    lines = Path(drawings, "captions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    gone = next(row for row in rows if row["split"] == "train")
+    for row in rows:
+        row["image"] = "gone.png" if row is gone else f"{drawings}/{row['image']}"
+    (broken / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = dataclasses.replace(data, source=str(broken))
+    _, found = batches(config, learned, stored)
+    seen = [next(found) for _ in range(5)]
+    found.close()
+    assert "missing image" in found.bad.report()
+    assert all(np.isfinite(batch["teacher_image"]).all() for batch in seen)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"augment": AugmentConfig()}, r"are of data with other data\.augment"),
+        ({"captions": ("other",)}, r"no feature 'other'"),
+        ({"train_split": "test"}, r"other data\.train_split"),
+    ],
+)
+def test_embeddings_of_other_data_are_refused(data, learned, stored, changes, said):
+    with pytest.raises((ConfigError, DataError), match=said):
+        batches(dataclasses.replace(data, **changes), learned, stored)
+
+
+def test_what_is_no_store_is_refused(data, learned, stored, tmp_path):
+    with pytest.raises(DataError, match="holds no embeddings of a teacher"):
+        Reinforced.open(str(tmp_path))
+    with pytest.raises(DataError, match="is not empty: give a folder of its own"):
+        reinforce(data, stored, learned)
+    with pytest.raises(ConfigError, match="augmentations is 0"):
+        reinforce(data, tmp_path / "new", learned, variants=0)
+
+
+def test_the_command_says_what_it_made(drawings, learned, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--augmentations", "1", "--dtype", "float16", "--batch-size", "16"]
+    assert main(["data", "reinforce", drawings, str(out), "--teacher", learned, *options]) == 0
+    assert "40 examples x 1 changes, 16 dimensions" in capsys.readouterr().out
+    assert Reinforced.open(str(out)).embeddings(np.array([0]), np.array([0]))[
+        "teacher_image"
+    ].shape == (1, 16)

@@ -1,0 +1,51 @@
+"""What a run learns from another model."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """A frozen teacher, and what is learned from it beside the pairs themselves.
+
+    Args:
+        teacher: The model to learn from: whatever `vlm.load` takes. It embeds every batch.
+        stored: In its place: a folder of a teacher's embeddings, made by `vlm data reinforce`.
+        task: Weight of the run's own loss, that of its pairs.
+        relations: Weight of the divergence of the student's similarities within a batch from the
+            teacher's (arXiv:2311.17049).
+        features: Weight of the distance of the student's embeddings from the teacher's.
+        distance: How embeddings are compared. cosine: one minus their cosine; mse: their squared
+            distance.
+        projection: Learn a linear layer from the student's space to the teacher's, for features
+            of another width. It is not part of the model that the run leaves.
+        temperature: What the teacher's cosines are divided by. None: its own temperature.
+    """
+
+    teacher: str = ""
+    stored: str | None = None
+    task: float = 0.25
+    relations: float = 0.75
+    features: float = 0.0
+    distance: Literal["cosine", "mse"] = "cosine"
+    projection: bool = False
+    temperature: float | None = None
+
+    def __post_init__(self):
+        weights = {name: getattr(self, name) for name in ("task", "relations", "features")}
+        for name, weight in weights.items():
+            if not weight >= 0:
+                raise ConfigError(f"distill.{name} is {weight}: make it 0 or more")
+        if not self.relations + self.features:
+            raise ConfigError(
+                "distill.relations and distill.features are both 0, so nothing is learned from the "
+                "teacher: give one of them a weight"
+            )
+        if self.temperature is not None and not self.temperature > 0:
+            raise ConfigError(f"distill.temperature is {self.temperature}: make it positive")
+        if self.projection and not self.features:
+            raise ConfigError(
+                "distill.projection is for features, which have no weight: set distill.features"
+            )

@@ -1,0 +1,109 @@
+"""Reinforced data: a teacher's embeddings of examples, stored beside the changes that it saw.
+
+Every example is augmented `variants` times. Which changes variant v of example i has follows from
+the store's seed, so training makes them again and reads what the teacher said of them
+(arXiv:2311.17049, section 3.1).
+
+FOLDER/reinforced.json                what was embedded, by whom
+FOLDER/images.npy, FOLDER/texts.npy   (example, variant, width)
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float32, Int
+
+from vlm.config import DataConfig, to_dict
+from vlm.data.making import Maker
+from vlm.data.randomness import key, uniforms
+from vlm.errors import ConfigError, DataError
+
+FILE = "reinforced.json"
+ARRAYS = ("images", "texts")
+# What makes other images or other texts of the same examples.
+SAME = (
+    "train_split", "image", "captions", "caption_weights", "label", "templates", "keep", "augment",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Reinforced:
+    """The store in `folder`; its arrays stay on disk, and each process maps them for itself."""
+
+    folder: str
+    seed: int
+    variants: int
+    examples: int
+    width: int
+    log_scale: float  # of the teacher's logits
+    data: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str) -> "Reinforced":
+        """What `vlm data reinforce` wrote.
+
+        Raises:
+            DataError: there is none, or it is incomplete.
+        """
+        path = Path(folder)
+        try:
+            about = json.loads((path / FILE).read_text())
+            found = cls(folder, **{f.name: about[f.name] for f in dataclasses.fields(cls)[1:]})
+            shape = (found.examples, found.variants, found.width)
+            if any(np.load(path / f"{name}.npy", mmap_mode="r").shape != shape for name in ARRAYS):
+                raise ValueError("its arrays have another shape")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{folder} holds no embeddings of a teacher ({error}): make them with "
+                "vlm data reinforce"
+            ) from None
+        return found
+
+    def check(self, config: DataConfig, examples: int) -> None:
+        """Raise a ConfigError unless these are embeddings of what `config` makes."""
+        ours = {name: to_dict(config)[name] for name in SAME}
+        differ = [f"data.{name}" for name in SAME if ours[name] != self.data.get(name)]
+        if differ:
+            raise ConfigError(
+                f"the embeddings in {self.folder} are of data with other {', '.join(differ)}: "
+                "make them agree, or run vlm data reinforce again"
+            )
+        if examples != self.examples:
+            raise ConfigError(
+                f"the embeddings in {self.folder} are of {self.examples:,} examples, and "
+                f"{config.source} has {examples:,}: run vlm data reinforce again"
+            )
+
+    def choose(self, seed: int, positions: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
+        """The variant that stands at each position of a run with `seed`."""
+        return (uniforms(key(seed, 7), positions, 1)[:, 0] * self.variants).astype(np.int64)
+
+    def draws(
+        self, maker: Maker, indices: Int[np.ndarray, " b"], variants: Int[np.ndarray, " b"]
+    ) -> Float[np.ndarray, "b numbers"]:
+        """The uniform numbers that make these variants of these examples."""
+        return variant_draws(maker, self.seed, self.variants, indices, variants)
+
+    def embeddings(
+        self, indices: Int[np.ndarray, " b"], variants: Int[np.ndarray, " b"]
+    ) -> dict[str, Float32[np.ndarray, "b e"]]:
+        """What the teacher said of these variants, as a batch has it."""
+        names = zip(("teacher_image", "teacher_text"), ARRAYS, strict=True)
+        return {ours: self._map(name)[indices, variants].astype(np.float32) for ours, name in names}
+
+    def _map(self, name: str) -> np.ndarray:
+        return np.load(Path(self.folder) / f"{name}.npy", mmap_mode="r")
+
+
+def variant_draws(
+    maker: Maker,
+    seed: int,
+    count: int,
+    indices: Int[np.ndarray, " b"],
+    variants: Int[np.ndarray, " b"],
+) -> Float[np.ndarray, "b numbers"]:
+    """The uniform numbers of variants of examples, of `count` for each."""
+    return maker.draws(key(seed, 8), indices * count + variants)

@@ -1,0 +1,86 @@
+"""The classes that a run learns to tell apart: their names, their prompts and their head."""
+
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int32
+
+from vlm.bundle import load
+from vlm.config import DataConfig
+from vlm.data.random_access import Batch
+from vlm.data.sources import class_names
+from vlm.errors import ConfigError, DataError
+from vlm.heads import zero_shot
+from vlm.heads.prompts import class_prompts, normalise
+from vlm.heads.zero_shot import ZeroShotClassifier
+from vlm.inputs.tokenizer import Tokenizer
+from vlm.train.evaluation import Embedder
+from vlm.train.run import Run
+from vlm.train.step import Trainer, TrainState
+
+
+class Classes:
+    """The classes of `data.label`, each with its templates filled in.
+
+    Raises:
+        DataError: data whose classes are not known before it is read.
+        ConfigError: two classes that the tokenizer cannot tell apart.
+    """
+
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer):
+        self._data, self._tokenizer = data, tokenizer
+        self.names = class_names(data)
+        self.prompts = class_prompts(self.names, data.templates)
+        self.tokens = tokenizer([text for texts in self.prompts.values() for text in texts])
+        self._of: dict[bytes, int] = {}
+        for row, number in zip(self.tokens, self._owners(), strict=True):
+            other = self._of.setdefault(row.tobytes(), number)
+            if other != number:
+                raise ConfigError(
+                    f"the classes {self.names[other]!r} and {self.names[number]!r} are the same "
+                    f"{tokenizer.config.context_length} tokens in the templates {data.templates}: "
+                    "make the templates shorter, or the names differ"
+                )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def of(self, tokens: Int32[np.ndarray, "b l"]) -> Int32[np.ndarray, " b"]:
+        """The class of each row of tokens.
+
+        Raises:
+            DataError: a text that is none of a class; the message shows it.
+        """
+        found = [self._of.get(row.tobytes(), -1) for row in tokens]
+        if -1 in found:
+            text = self._tokenizer.decode(tokens[found.index(-1)][None])[0]
+            raise DataError(
+                f"{self._data.source} has a label that reads {text!r} and is none of the "
+                f"{len(self)} classes of the head: list it among the classes of "
+                f"data.label {self._data.label!r}, or leave its examples out with data.keep"
+            )
+        return np.array(found, np.int32)
+
+    def added(self, batch: Batch) -> Batch:
+        """The batch with the class of each example."""
+        return batch | {"classes": self.of(batch["tokens"])}
+
+    def embed(self, trainer: Trainer, state: TrainState) -> Float[np.ndarray, "m d"]:
+        """The zero-shot weights: unit-norm means of the embeddings of each class's prompts."""
+        z = Embedder(trainer).texts(state, self.tokens)
+        z = z.reshape(len(self), -1, z.shape[1]).mean(1)
+        return normalise(z, "the mean of a class's prompts")
+
+    def save(self, run: Run, trainer: Trainer, state: TrainState) -> None:
+        """Write the trained head beside the run's bundle, for `vlm classify` and `vlm eval`."""
+        kernel = Embedder(trainer).classes(state)
+        if jax.process_index() == 0:
+            made = ZeroShotClassifier.of_embeddings(load(run.bundle), self.prompts, kernel)
+            with tempfile.TemporaryDirectory() as folder:  # a run may live in a bucket
+                made.save(file := Path(folder) / zero_shot.FILE)
+                run.classifier.write_bytes(file.read_bytes())
+
+    def _owners(self) -> list[int]:
+        return [i for i, texts in enumerate(self.prompts.values()) for _ in texts]
