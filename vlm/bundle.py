@@ -50,6 +50,13 @@ class Bundle(FactSheet):
 
     Raises:
         ConfigError: the three parts contradict each other.
+
+    Example:
+        >>> model.encode_image(pictures).shape
+        (3, 16)
+        >>> z_text = model.encode_text(["a red square", "a blue stripe"])
+        >>> np.linalg.norm(z_text, axis=1).round(3).tolist()
+        [1.0, 1.0]
     """
 
     def __init__(
@@ -413,6 +420,12 @@ def load(
             adapter of another model than `base`.
         ConfigError: a size that the model cannot take.
         ShardingError: a mesh with axes that no rule speaks of.
+
+    Example:
+        >>> model.save(folder / "my-bundle")
+        >>> again = vlm.load(folder / "my-bundle")
+        >>> bool((again.encode_image(pictures) == model.encode_image(pictures)).all())
+        True
     """
     keep_compiled_programs()
     if (saved := open_adapter(model)) is not None:

@@ -2,27 +2,74 @@
 
 
 class VlmError(Exception):
-    """Anything a user can mend. The command line prints its message without a traceback."""
+    """Anything a user can mend. The command line prints its message without a traceback.
+
+    Example:
+        >>> try:
+        ...     vlm.load("no/such/folder/at/all")
+        ... except vlm.VlmError as error:
+        ...     print(type(error).__name__)
+        CheckpointError
+    """
 
 
 class ConfigError(VlmError):
-    """A configuration that cannot be: a wrong field, type, size or combination."""
+    """A configuration that cannot be: a wrong field, type, size or combination.
+
+    Example:
+        >>> try:
+        ...     vlm.ViTConfig(image_size=8, patch_size=16)
+        ... except vlm.ConfigError as error:
+        ...     print(error)
+        image_size 8 holds no patch of patch_size 16: choose an image size that the patches tile
+    """
 
 
 class DataError(VlmError):
-    """Data that is missing, unreadable, or not what its description says."""
+    """Data that is missing, unreadable, or not what its description says.
+
+    Example:
+        >>> try:
+        ...     model.encode_image("no-such-photo.png")
+        ... except vlm.DataError as error:
+        ...     print("no-such-photo.png" in str(error))
+        True
+    """
 
 
 class CheckpointError(VlmError):
-    """A run, bundle or public checkpoint that is missing, torn, or of another architecture."""
+    """A run, bundle or public checkpoint that is missing, torn, or of another architecture.
+
+    Example:
+        >>> (folder / "diary.txt").write_text("mine")
+        4
+        >>> try:
+        ...     model.save(folder)
+        ... except vlm.CheckpointError as error:
+        ...     print("would not write over it")
+        would not write over it
+    """
 
 
 class ShardingError(VlmError):
-    """A mesh or a batch that does not fit the devices."""
+    """A mesh or a batch that does not fit the devices.
+
+    Example:
+        >>> try:
+        ...     vlm.sharding.make_mesh(vlm.MeshConfig(data=3, fsdp=5))
+        ... except vlm.ShardingError as error:
+        ...     print("the sizes do not multiply to the devices")
+        the sizes do not multiply to the devices
+    """
 
 
 class TrainingError(VlmError):
-    """A training run that had to stop, such as a loss that is no longer finite."""
+    """A training run that had to stop, such as a loss that is no longer finite.
+
+    Example:
+        >>> issubclass(vlm.TrainingError, vlm.VlmError)
+        True
+    """
 
 
 def first_line(error: Exception) -> str:

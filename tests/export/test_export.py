@@ -107,14 +107,14 @@ def test_resnet(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["hf_siglip", "oc_fastvit", "oc_convnext", "oc_eva02", "oc_vitamin", "oc_mobileclip_b"]
+    "name", ["hf_siglip", "oc_fastvit", "oc_convnext", "oc_eva02", "oc_vitamin"]
 )
 def test_every_kind_of_image_tower(name, tmp_path):
     found = export(load(GOLDEN / name), tmp_path / "o", "onnx", tower="image", batches=[1, 3])
     assert found.differences["image"] < 5e-5
 
 
-@pytest.mark.parametrize("name", ["hf_chinese_clip", "oc_nllb", "oc_coca", "hf_naflex"])
+@pytest.mark.parametrize("name", ["hf_chinese_clip", "oc_coca", "hf_naflex"])
 def test_every_kind_of_text_tower(name, tmp_path):
     found = export(load(GOLDEN / name), tmp_path / "o", "onnx", tower="text", batches=[1, 3])
     assert found.differences["text"] < 1e-5

@@ -33,6 +33,11 @@ def blend(a: Bundle, b: Bundle, alpha: float = 0.5) -> Bundle:
     Raises:
         ConfigError: an alpha outside 0 to 1, or models that differ in more than their parameters;
             the message names the fields.
+
+    Example:
+        >>> half = vlm.adapt.blend(model, model, 0.5)
+        >>> bool(np.allclose(half.encode_image(pictures), model.encode_image(pictures), atol=1e-6))
+        True
     """
     if not 0 <= alpha <= 1:
         raise ConfigError(f"alpha is {alpha}: it is the share of the second model, from 0 to 1")
@@ -49,6 +54,10 @@ def soup(models: Sequence[Bundle], task: Task | None = None) -> Bundle:
 
     Raises:
         ConfigError: no models, or models that differ in more than their parameters.
+
+    Example:
+        >>> vlm.adapt.soup([model, model]).name
+        'soup of tiny, tiny'
     """
     models = list(models)
     if not models:

@@ -69,6 +69,12 @@ def learn_prompt(
     Raises:
         ConfigError: labels that are no classes or not one for each image, a model without a text
             tower, a label or template with no room for the context (see `prompt_rows`).
+
+    Example:
+        >>> labels = ["red", "green", "blue"]
+        >>> classify = vlm.adapt.learn_prompt(model, pictures, labels, n_ctx=2, steps=2)
+        >>> classify(pictures).labels
+        ('blue', 'green', 'red')
     """
     if steps < 1 or not rate > 0 or not hold >= 0:
         raise ConfigError(

@@ -26,6 +26,12 @@ def attach(
     Raises:
         CheckpointError: no adapter is there, or it belongs to another model.
         ConfigError: as many weights as folders are needed; or one of several is DoRA's.
+
+    Example:
+        >>> vlm.adapt.attach(model)
+        Traceback (most recent call last):
+            ...
+        vlm.errors.ConfigError: ...
     """
     if not folders:
         raise ConfigError("there is no adapter to attach: name at least one folder")
@@ -53,6 +59,11 @@ class AdapterSwitch(Mapping[str, Bundle]):
     Raises:
         CheckpointError: no adapter is there, or it belongs to another model.
         ConfigError: some are DoRA's and others are not.
+
+    Example:
+        >>> folders = {"birds": "runs/birds/bundle", "cars": "runs/cars/bundle"}
+        >>> switch = vlm.adapt.AdapterSwitch(model, folders)  # doctest: +SKIP
+        >>> z_birds = switch["birds"].encode_image(pictures)  # doctest: +SKIP
     """
 
     def __init__(self, bundle: Bundle, folders: Mapping[str, epath.PathLike]):
@@ -85,6 +96,12 @@ def save_peft(bundle: Bundle, folder: epath.PathLike) -> None:
         ConfigError: the bundle has no adapter.
         CheckpointError: transformers has no place for the model, or `peft` none for a layer; or
             the folder exists.
+
+    Example:
+        >>> vlm.adapt.save_peft(model, folder / "adapter")  # it has none
+        Traceback (most recent call last):
+            ...
+        vlm.errors.ConfigError: ...
     """
     factors = adapters.adapter_of(bundle.model)
     if bundle.adapter is None or not factors:

@@ -20,6 +20,12 @@ class Sweep:
     Attributes:
         alphas: the shares of the second model.
         points: by task, a metric for each alpha.
+
+    Example:
+        >>> task = vlm.RetrievalTask(pictures, ["red", "green", "blue"], vlm.DataInfo("colours"))
+        >>> found = vlm.adapt.sweep_alpha(model, model, {"colours": task}, (0.0, 1.0))
+        >>> found.alphas
+        (0.0, 1.0)
     """
 
     alphas: tuple[float, ...]
@@ -54,6 +60,11 @@ def sweep_alpha(
 
     Raises:
         ConfigError: no tasks, or see `blend`.
+
+    Example:
+        >>> task = vlm.RetrievalTask(pictures, ["red", "green", "blue"], vlm.DataInfo("colours"))
+        >>> vlm.adapt.sweep_alpha(model, model, {"colours": task}, (0.0, 1.0)).alphas
+        (0.0, 1.0)
     """
     if not tasks:
         raise ConfigError("there are no tasks to measure blends on: give at least one")

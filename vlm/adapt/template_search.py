@@ -25,6 +25,12 @@ class TemplateSearch:
         templates: the sentences to use, the most useful one first.
         accuracy: top-1 of the search itself on images that it did not see, fold by fold.
         before: top-1 of the templates that it started from, on the same images.
+
+    Example:
+        >>> labels = ["red", "green", "blue"] * 4
+        >>> found = vlm.adapt.search_templates(model, pictures * 4, labels, pool=["a {} square."])
+        >>> len(found.templates) >= 1
+        True
     """
 
     templates: tuple[str, ...]
@@ -62,6 +68,12 @@ def search_templates(
     Raises:
         ConfigError: labels that are no classes or not one for each image, fewer than two images, a
             template without `{}`.
+
+    Example:
+        >>> labels = ["red", "green", "blue"] * 4
+        >>> found = vlm.adapt.search_templates(model, pictures * 4, labels, pool=["a {} square."])
+        >>> set(found.templates) <= {"a photo of a {}.", "a {} square."}
+        True
     """
     z_image, _ = encode_images(model, images, batch_size)
     labels = list(labels)

@@ -31,6 +31,12 @@ def bench_data(
 
     Raises:
         DataError: no such data.
+
+    Example:
+        >>> from rich.console import Console
+        >>> found = vlm.bench.bench_data(experiment, batches=1, console=Console(quiet=True))
+        >>> found["batch_size"]
+        8
     """
     e, data = experiment, experiment.data
     stream = train_batches(

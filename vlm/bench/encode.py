@@ -36,6 +36,14 @@ def bench_encode(
 
     Returns:
         the printed figures as JSON values: seconds, inputs and operations per second.
+
+    Example:
+        >>> from rich.console import Console
+        >>> found = vlm.bench.bench_encode(
+        ...     experiment.model, batch_sizes=(2,), rounds=1, console=Console(quiet=True)
+        ... )
+        >>> found["flops"]["image"] > 0
+        True
     """
     device = jax.devices()[0]
     execution = Execution(dtype=jnp.dtype(dtype))

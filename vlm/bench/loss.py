@@ -54,6 +54,13 @@ def bench_loss(
 
     Raises:
         ShardingError: the devices do not divide the batch.
+
+    Example:
+        >>> from rich.console import Console
+        >>> quiet = Console(quiet=True)
+        >>> found = vlm.bench.bench_loss(64, 16, kinds=("softmax",), rounds=1, console=quiet)
+        >>> found["batch_size"]
+        64
     """
     devices = list(devices or jax.devices())
     if batch_size % len(devices):

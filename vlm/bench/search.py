@@ -45,6 +45,13 @@ def bench_search(
 
     Raises:
         ConfigError: another dtype.
+
+    Example:
+        >>> from rich.console import Console
+        >>> quiet = Console(quiet=True)
+        >>> found = vlm.bench.bench_search((100,), 16, queries=(1,), rounds=1, console=quiet)
+        >>> found["rows"][0]["items"]
+        100
     """
     rng = np.random.default_rng(0)
     rows = []

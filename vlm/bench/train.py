@@ -52,6 +52,12 @@ def bench_train(
     Raises:
         ConfigError: `save` on a device without published figures, or to a file of another kind.
         ShardingError: the mesh does not fit the devices, or the batch the mesh.
+
+    Example:
+        >>> from rich.console import Console
+        >>> found = vlm.bench.bench_train(experiment, rounds=1, console=Console(quiet=True))
+        >>> found["batch_size"]
+        8
     """
     e = experiment
     mesh = make_mesh(e.mesh)

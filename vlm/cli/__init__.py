@@ -46,6 +46,7 @@ COMMANDS = {
     "data reinforce": Command(
         "store what a teacher says of every example", "data", "reinforce_main"
     ),
+    "docs": Command("show the reference of every public name", "docs"),
     "plan": Command("say what a slice of chips will do with a config", "plan"),
     "bench loss": Command("measure the contrastive losses on this machine", "bench", "loss"),
     "bench train": Command("measure a training step on this machine", "bench", "train"),

@@ -30,6 +30,12 @@ def start(
 
     Raises:
         ConfigError: only a part is given and no cluster knows the rest, or JAX is in use already.
+
+    Example:
+        >>> vlm.cluster.start(coordinator="10.0.0.1:1234")
+        Traceback (most recent call last):
+            ...
+        vlm.errors.ConfigError: ...
     """
     given = (
         coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
@@ -65,7 +71,14 @@ def start(
 
 @contextlib.contextmanager
 def stop_all_on_failure() -> Iterator[None]:
-    """What runs in here fails in all processes if it fails in one, and each says why."""
+    """What runs in here fails in all processes if it fails in one, and each says why.
+
+    Example:
+        >>> with vlm.cluster.stop_all_on_failure():
+        ...     result = 1 + 1
+        >>> result
+        2
+    """
     try:
         yield
     except Exception as error:
@@ -78,7 +91,12 @@ def stop_all_on_failure() -> Iterator[None]:
 
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
-    """Process 0 runs the block before the others, who then find what it has made."""
+    """Process 0 runs the block before the others, who then find what it has made.
+
+    Example:
+        >>> with vlm.cluster.first_process_first():
+        ...     (folder / "prepared").mkdir(exist_ok=True)
+    """
     if jax.process_count() > 1 and jax.process_index() != 0:
         multihost_utils.sync_global_devices("the first process is done")
     yield
@@ -87,7 +105,12 @@ def first_process_first() -> Iterator[None]:
 
 
 def broadcast_text(text: str) -> str:
-    """The text of process 0, in all processes; no device takes part."""
+    """The text of process 0, in all processes; no device takes part.
+
+    Example:
+        >>> vlm.cluster.broadcast_text("runs/2025-01-01")
+        'runs/2025-01-01'
+    """
     return text if jax.process_count() == 1 else _put(text)(0)
 
 

@@ -23,6 +23,10 @@ class AugmentConfig:
         solarise: Share of the images whose bright half is inverted.
         draft: Decode JPEG files at 1/2, 1/4 or 1/8 where the crop still has all the pixels it
             needs.
+
+    Example:
+        >>> vlm.AugmentConfig(flip=True).flip
+        True
     """
 
     crop: tuple[float, float] | None = (0.9, 1.0)
@@ -46,6 +50,13 @@ class FieldFilter:
         at_least: Keep examples whose number is at least this, such as an aesthetic score.
         at_most: Keep examples whose number is at most this.
         one_of: Keep examples whose text is one of these, such as a language.
+
+    Example:
+        >>> from vlm.config import FieldFilter
+        >>> good = FieldFilter("aesthetic", at_least=5)
+        >>> data = vlm.DataConfig(source="pairs.parquet", keep=(good,))
+        >>> data.keep[0].field
+        'aesthetic'
     """
 
     feature: str = ""
@@ -74,6 +85,12 @@ class MixturePart:
         keep: Train on the examples of this part that pass all of these filters.
         access: How its examples are read: see `DataConfig.access`.
         data_dir: Where its prepared data lies.
+
+    Example:
+        >>> from vlm.config import MixturePart
+        >>> parts = MixturePart("a/*.tar", weight=2), MixturePart("b.csv", weight=1)
+        >>> vlm.DataConfig(mixture=parts).mixture[0].weight
+        2
     """
 
     source: str = "openmoji"
@@ -125,6 +142,10 @@ class DataConfig:
         mixture: Several sources to train on, in place of `source`.
         max_bad_share: The run stops when a larger share of its samples than this is broken.
         max_bad_in_a_row: The run stops when this many samples in a row are broken.
+
+    Example:
+        >>> vlm.DataConfig(source="photos/", workers=8).workers
+        8
     """
 
     source: str = "openmoji"

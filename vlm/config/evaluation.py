@@ -30,6 +30,11 @@ class EvalConfig:
             averaged.
         data_dir: Folder where prepared data lies. None: the folder of TFDS itself.
         examples: Measure on this many examples, the first of the split. None: all.
+
+    Example:
+        >>> from vlm.config import EvalConfig
+        >>> EvalConfig("pets", source="pets/", label="label").name
+        'pets'
     """
 
     name: str = "eval"

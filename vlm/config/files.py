@@ -20,6 +20,11 @@ def to_dict(config: Any) -> dict[str, Any]:
     """The dataclass `config` as plain JSON values; tuples become lists.
 
     A class that is one of several kinds, such as an image tower, says which under "kind".
+
+    Example:
+        >>> from vlm.config import to_dict
+        >>> to_dict(vlm.MeshConfig(fsdp=4))
+        {'data': -1, 'fsdp': 4, 'tensor': 1}
     """
     return _plain(config)
 
@@ -39,6 +44,15 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
 
     Raises:
         ConfigError: a field is unknown or has another type; the message names it by its path.
+
+    Example:
+        >>> from vlm.config import from_dict
+        >>> from_dict(vlm.MeshConfig, {"fsdp": 4})
+        MeshConfig(data=-1, fsdp=4, tensor=1)
+        >>> from_dict(vlm.MeshConfig, {"fdsp": 4})
+        Traceback (most recent call last):
+            ...
+        vlm.errors.ConfigError: ...
     """
     where = where or cls.__name__
     if not isinstance(values, dict):
@@ -106,7 +120,13 @@ def _of_a_kind(options: list[type], value: Any, where: str) -> Any:
 
 
 def check_types(config: T) -> T:
-    """The same config, after a check of every field against its declared type."""
+    """The same config, after a check of every field against its declared type.
+
+    Example:
+        >>> from vlm.config import check_types
+        >>> check_types(vlm.MeshConfig(fsdp=4)).fsdp
+        4
+    """
     return from_dict(type(config), to_dict(config))
 
 
@@ -118,6 +138,10 @@ def load_config(path: str | os.PathLike) -> Experiment:
 
     Raises:
         ConfigError: no such file, an error inside it, or no Experiment in it.
+
+    Example:
+        >>> vlm.load_config("openmoji").name
+        'openmoji'
     """
     path = _config_file(os.fspath(path))
     if path.endswith(".json"):

@@ -38,6 +38,10 @@ class PreprocessConfig:
             transformers does.
         background: Colour (red, green, blue) under transparent pixels. None: the alpha channel
             is dropped.
+
+    Example:
+        >>> vlm.PreprocessConfig(image_size=224, resize="crop", kernel="bicubic").resize
+        'crop'
     """
 
     image_size: int = 224
@@ -80,6 +84,10 @@ class TokenizerConfig:
             that token, as transformers does.
         zeroed_id: Token that becomes 0 wherever it stands in a row, as with strip_sep_token of
             open_clip. None: there is none.
+
+    Example:
+        >>> vlm.TokenizerConfig(context_length=77, clean="clip").context_length
+        77
     """
 
     context_length: int = 64

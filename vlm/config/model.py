@@ -45,6 +45,10 @@ class TextConfig:
         activation: Activation of the MLPs.
         norm_eps: Epsilon of the layer norms.
         dropout: Share of the values that dropout sets to zero while training.
+
+    Example:
+        >>> vlm.TextConfig(causal=True, pool="argmax", context_length=77).tokens()
+        77
     """
 
     vocab_size: int = 32_000
@@ -84,7 +88,13 @@ class TextConfig:
 
 
 def kept_tokens(count: int, masking: float, specials: int = 0) -> int:
-    """How many of a text's `count` places stay where a share `masking` is left out."""
+    """How many of a text's `count` places stay where a share `masking` is left out.
+
+    Example:
+        >>> from vlm.config import kept_tokens
+        >>> kept_tokens(64, 0.25)
+        48
+    """
     return max(1, specials, round(count * (1 - masking)))
 
 
@@ -101,6 +111,11 @@ class ModelConfig:
         init_scale: Factor of the cosines in the logits at the start of training.
         init_bias: Bias of the logits at the start of training. None: no bias (CLIP); SigLIP
             starts at -10.
+
+    Example:
+        >>> config = vlm.ModelConfig(embed_dim=768, loss="sigmoid", init_bias=-10.0)
+        >>> config.vision.patch_size, config.text.context_length
+        (16, 64)
     """
 
     vision: VisionTowerConfig = field(default_factory=ViTConfig)

@@ -61,6 +61,14 @@ class ViTConfig:
             image_size is then that of the grid of positions. None: square images.
         dropout: Share of the values that dropout sets to zero while training.
         patch_dropout: Share of the patches that are left out while training (FLIP).
+
+    Example:
+        >>> vlm.ViTConfig(image_size=224, patch_size=16, pool="map").tokens()
+        196
+        >>> vlm.ViTConfig(width=100, heads=12)
+        Traceback (most recent call last):
+            ...
+        vlm.errors.ConfigError: ...
     """
 
     kind: ClassVar[str] = "vit"
@@ -154,6 +162,10 @@ class ResNetConfig:
         depths: Number of blocks in each stage.
         width: Channels of the stem; each stage doubles them.
         heads: Number of heads of the attention pool.
+
+    Example:
+        >>> vlm.ResNetConfig(depths=(3, 4, 6, 3)).patch_size
+        32
     """
 
     kind: ClassVar[str] = "resnet"
@@ -209,6 +221,11 @@ class FastViTStage:
         halve: Begin with a 7x7 convolution of stride 2.
         squeeze: Hidden channels of that convolution's squeeze-and-excitation. 0: it has none.
         position: Give positions by a 7x7 convolution (arXiv:2102.10882).
+
+    Example:
+        >>> from vlm.config import FastViTStage
+        >>> FastViTStage(depth=2, width=64, mlp_dim=192).halve
+        True
     """
 
     depth: int
@@ -235,6 +252,12 @@ class FastViTConfig:
         squeeze: Hidden channels of squeeze-and-excitation after the last convolution.
         image_size: Side of the square image, in pixels.
         norm_eps: Epsilon of the layer norms.
+
+    Example:
+        >>> from vlm.config import FastViTStage
+        >>> stages = FastViTStage(2, 64, 192, halve=False), FastViTStage(2, 128, 384)
+        >>> vlm.FastViTConfig(stem_width=64, stages=stages, width=256, squeeze=16).patch_size
+        8
     """
 
     kind: ClassVar[str] = "fastvit"
@@ -295,6 +318,11 @@ class ConvNeXtConfig:
         norm_eps: Epsilon of the layer norms.
         projection: Layer from the normalised mean to the shared space. mlp: two layers, twice
             embed_dim wide between them.
+
+    Example:
+        >>> from vlm.config import ConvNeXtConfig
+        >>> ConvNeXtConfig(image_size=256).tokens()
+        64
     """
 
     kind: ClassVar[str] = "convnext"
@@ -353,6 +381,11 @@ class ViTaminConfig:
         position: Add learned positions to the tokens; ViTamin-XL has none.
         norm_eps: Epsilon of the layer norms.
         projection: Layer from the mean of the tokens to the shared space.
+
+    Example:
+        >>> from vlm.config import ViTaminConfig
+        >>> ViTaminConfig(image_size=224).tokens()
+        196
     """
 
     kind: ClassVar[str] = "vitamin"

@@ -50,6 +50,10 @@ class OptimizerConfig:
             100. One that starts above it, as SigLIP's does, may fall. None: no limit.
         nonfinite: What happens at a loss or gradient that is not finite. stop: the run ends;
             skip: the step changes nothing.
+
+    Example:
+        >>> vlm.OptimizerConfig(name="lion", learning_rate=3e-4).schedule
+        'cosine'
     """
 
     name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
@@ -133,6 +137,10 @@ class MeshConfig:
         fsdp: Size of the axis that the batch and the parameters are cut over.
         tensor: Size of the axis that attention heads and the hidden layers of MLPs are cut
             over.
+
+    Example:
+        >>> vlm.MeshConfig(data=-1, fsdp=8)  # data takes what is left
+        MeshConfig(data=-1, fsdp=8, tensor=1)
     """
 
     data: int = -1
@@ -202,6 +210,12 @@ class Experiment:
         keep_hours: Keep one checkpoint of every so many hours for good. None: the newest alone.
         profile: First and last step of a trace by jax.profiler. None: no trace.
         run_dir: Folder of the run, local or remote. None: runs/NAME-DATE.
+
+    Example:
+        >>> import dataclasses
+        >>> longer = dataclasses.replace(experiment, steps=100)
+        >>> longer.steps, longer.model == experiment.model
+        (100, True)
     """
 
     name: str = "experiment"

@@ -150,6 +150,14 @@ def train_batches(
         DataError: no such data, more bad samples than the config allows, or a batch larger than
             the data.
         ConfigError: sizes or options that cannot be.
+
+    Example:
+        >>> batches = vlm.data.train_batches(
+        ...     experiment.data, model.preprocess, model.tokenizer, batch_size=4, seed=0
+        ... )
+        >>> batch = next(batches)
+        >>> batch["images"].shape, batch["tokens"].shape
+        ((4, 16, 16, 3), (4, 12))
     """
     _check_share(batch_size, process_index, process_count)
     check_captions(config)
@@ -250,6 +258,13 @@ def eval_batches(
 
     Raises:
         DataError: no such data, or an image that cannot be read.
+
+    Example:
+        >>> batches = vlm.data.eval_batches(
+        ...     experiment.data, model.preprocess, model.tokenizer, batch_size=4, split="test"
+        ... )
+        >>> [int(batch["mask"].sum()) for batch in batches]
+        [4, 2]
     """
     _check_share(batch_size, process_index, process_count)
     split = split or config.eval_split

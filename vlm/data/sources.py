@@ -35,6 +35,11 @@ def open_source(config: DataConfig, split: str) -> Source:
 
     Raises:
         DataError: the source or split does not exist, or lacks a feature that the config names.
+
+    Example:
+        >>> source = vlm.data.open_source(experiment.data, "train")
+        >>> len(source)
+        12
     """
     source = _open(config, split)
     if config.keep and split == config.train_split:

@@ -58,6 +58,12 @@ def compare(a: Result, b: Result) -> list[Comparison]:
 
     Raises:
         ConfigError: results of different tasks or data, or without samples.
+
+    Example:
+        >>> task = vlm.RetrievalTask(pictures, ["red", "green", "blue"], vlm.DataInfo("colours"))
+        >>> result = vlm.evaluate.evaluate(model, [task])[task.name]
+        >>> [round(found.p_value, 1) for found in vlm.evaluate.compare(result, result)]
+        [1.0, 1.0]
     """
     for what in ("data_hash", "texts_hash"):
         one, other = a.provenance.evidence.get(what), b.provenance.evidence.get(what)

@@ -61,6 +61,16 @@ def accuracy_by_shots(
 
     Raises:
         DataError: a class without an image to learn from.
+
+    Example:
+        >>> random = np.random.default_rng(0)
+        >>> target = np.arange(40) % 2
+        >>> z = np.eye(8)[target] + random.normal(0, 0.1, (40, 8))
+        >>> z = np.float32(z / np.linalg.norm(z, axis=1, keepdims=True))
+        >>> prior = 10 * np.eye(8, 2, dtype=np.float32)
+        >>> curve = vlm.evaluate.accuracy_by_shots(z, target, prior, 10.0, ("mean",), (1, 2))
+        >>> curve.points["mean"][2].value
+        1.0
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(target))

@@ -56,7 +56,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """Results, in the order they were asked for; a JSON file, a table, or HTML."""
+    """Results, in the order they were asked for; a JSON file, a table, or HTML.
+
+    Example:
+        >>> task = vlm.RetrievalTask(pictures, ["red", "green", "blue"], vlm.DataInfo("colours"))
+        >>> report = vlm.evaluate.evaluate(model, [task])
+        >>> report[task.name].provenance.data.name
+        'colours'
+    """
 
     results: tuple[Result, ...]
 
@@ -159,6 +166,12 @@ def evaluate(model: Any, tasks: Iterable[Task]) -> Report:
 
     Raises:
         ConfigError: no tasks, or two of one name.
+
+    Example:
+        >>> task = vlm.RetrievalTask(pictures, ["red", "green", "blue"], vlm.DataInfo("colours"))
+        >>> report = vlm.evaluate.evaluate(model, [task])
+        >>> len(report.results)
+        1
     """
     tasks = list(tasks)
     names = [task.name for task in tasks]

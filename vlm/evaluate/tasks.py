@@ -21,7 +21,12 @@ BLOCK = 1024  # images scored at once
 
 @dataclass(frozen=True)
 class DataInfo:
-    """Where examples come from, precisely enough to find them again."""
+    """Where examples come from, precisely enough to find them again.
+
+    Example:
+        >>> print(vlm.DataInfo("pets", version="1.0", split="test"))
+        pets 1.0 [test]
+    """
 
     name: str
     version: str = ""
@@ -68,6 +73,13 @@ class ZeroShotTask:
 
     Raises:
         ConfigError: a caption given twice (its images could never be right), a bad template.
+
+    Example:
+        >>> data = vlm.DataInfo("colours")
+        >>> task = vlm.ZeroShotTask(pictures, ["red", "green", "blue"], [0, 1, 2], data)
+        >>> found = vlm.evaluate.evaluate(model, [task])[task.name]
+        >>> found.metrics["top1"].n
+        3
     """
 
     images: Iterable[Any]
@@ -126,6 +138,13 @@ class RetrievalTask:
         positives: (image index, text index) of every right pair; None pairs row i with row i.
         ks: the k of recall at k.
         name: of the task in a report.
+
+    Example:
+        >>> texts = ["a red square", "a green square", "a blue square"]
+        >>> task = vlm.RetrievalTask(pictures, texts, vlm.DataInfo("colours"), ks=(1, 3))
+        >>> report = vlm.evaluate.evaluate(model, [task])
+        >>> report[task.name].metrics["image_to_text_R@3"].value
+        1.0
     """
 
     images: Iterable[Any]
@@ -172,6 +191,13 @@ class SelectionTask:
         texts: the captions of each instance; image j belongs to caption j.
         data: where the instances come from.
         name: of the task in a report.
+
+    Example:
+        >>> images = [[pictures[0], pictures[2]]]
+        >>> texts = [["a red square", "a blue square"]]
+        >>> task = vlm.SelectionTask(images, texts, vlm.DataInfo("colours"))
+        >>> len(vlm.evaluate.evaluate(model, [task]).results)
+        1
     """
 
     images: Iterable[Sequence[Any]]

@@ -28,6 +28,12 @@ class EmbeddingMap:
         explained: the share of the embeddings' variance that the two axes hold; None for a
             projection that was given.
         images: the n images.
+
+    Example:
+        >>> from vlm.explain.embedding_map import embedding_map
+        >>> found = embedding_map(model.encode_image(pictures), pictures)
+        >>> len(found.images)
+        3
     """
 
     points: Float[np.ndarray, "n 2"]
@@ -123,6 +129,12 @@ def embedding_map(
     Raises:
         DataError: fewer than two images, another number of images or of points, or numbers that
             are not finite.
+
+    Example:
+        >>> from vlm.explain.embedding_map import embedding_map
+        >>> found = embedding_map(model.encode_image(pictures), pictures)
+        >>> found.points.shape
+        (3, 2)
     """
     z, images = np.asarray(z_image, np.float64), tuple(images)
     if z.ndim != 2 or len(z) < 2 or len(images) != len(z):

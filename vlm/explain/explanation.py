@@ -34,6 +34,11 @@ class Explanation:
         logit: scale * cosine + bias, by the model's scale and bias.
         method: how the heat was found; see `explain`.
         image: the image as it was opened.
+
+    Example:
+        >>> found = vlm.explain(model, pictures[0], "a red square")
+        >>> found.text
+        'a red square'
     """
 
     text: str

@@ -45,6 +45,15 @@ def faithfulness(
         batch_size: images that are encoded at once.
 
     What is deleted becomes the image's mean colour; insertion begins with the image blurred.
+
+    Example:
+        >>> pixels = [model.preprocess.pixels(picture) for picture in pictures]
+        >>> heats = [np.random.default_rng(0).random((16, 16), np.float32)] * 3
+        >>> z_text = model.encode_text(["red", "green", "blue"])
+        >>> from vlm.explain.faithfulness import faithfulness
+        >>> found = faithfulness(model, pixels, heats, z_text, np.arange(3))
+        >>> found.deletion.shape, found.insertion.shape
+        ((3,), (3,))
     """
     shown: list[np.ndarray] = []
     for image, heat in zip(pixels, heats, strict=True):

@@ -28,6 +28,12 @@ class Segmentation:
         scores: (m, h, w) float32 in the image's own pixels: the probability of each label there.
         mask: (h, w), the index of the best label; -1 where the model was not shown the image.
         image: the image as it was opened.
+
+    Example:
+        >>> from vlm.explain.segment import segment
+        >>> found = segment(model, pictures[0], ["red", "green"])
+        >>> found.labels
+        ('red', 'green')
     """
 
     labels: tuple[str, ...]

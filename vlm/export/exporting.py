@@ -45,6 +45,11 @@ class Exported:
         format: of its programs.
         dtype: of their parameters.
         differences: for each program, the largest difference of its output from the model's.
+
+    Example:
+        >>> found = vlm.export.export(model, folder / "text-tower", tower="text", batches=[2])
+        >>> found.differences["text"] < 1e-5
+        True
     """
 
     folder: epath.Path
@@ -89,6 +94,11 @@ def export(
             than 1e-4), or the format has no form for something that the model does.
         ConfigError: an unknown format or dtype, a library that is missing, a tower that is not
             there.
+
+    Example:
+        >>> found = vlm.export.export(model, folder / "exported", tower="image", batches=[2])
+        >>> sorted(file.name for file in found.folder.iterdir())
+        ['README.md', 'export.json', 'image.stablehlo']
     """
     if format not in KINDS:
         raise ConfigError(f"format {format!r} is unknown: choose one of {', '.join(KINDS)}")

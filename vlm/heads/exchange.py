@@ -39,6 +39,14 @@ def read_clip_retrieval(
     Raises:
         CheckpointError: no such embeddings, or partitions that disagree with their metadata.
         ConfigError: embeddings of another width than the model's.
+
+    Example:
+        >>> from vlm.heads import read_clip_retrieval, write_clip_retrieval
+        >>> index = vlm.RetrievalIndex(model)
+        >>> index.add(pictures, ids=["red.png", "green.png", "blue.png"])
+        >>> write_clip_retrieval(index, folder / "from-elsewhere")
+        >>> read_clip_retrieval(folder / "from-elsewhere", model).ids
+        ('red.png', 'green.png', 'blue.png')
     """
     folder = Path(folder)
     parts = _partitions(folder, f"{modality}_emb", "npy")
@@ -82,6 +90,12 @@ def write_clip_retrieval(index: RetrievalIndex, folder: str | os.PathLike) -> No
     Raises:
         CheckpointError: the folder has files in it already.
         ConfigError: the index is empty.
+
+    Example:
+        >>> from vlm.heads import write_clip_retrieval
+        >>> index = vlm.RetrievalIndex(model)
+        >>> index.add(pictures, ids=["red.png", "green.png", "blue.png"])
+        >>> write_clip_retrieval(index, folder / "clip-retrieval")
     """
     folder = Path(folder)
     if not len(index):
@@ -134,6 +148,11 @@ def faiss_search(factory: str = "Flat") -> Callable[[list[np.ndarray]], Searcher
 
     Raises:
         ConfigError: faiss is not installed, or does not know the description.
+
+    Example:
+        >>> index = vlm.RetrievalIndex(model)
+        >>> index.add(pictures, ids=["red", "green", "blue"])
+        >>> index.search_with(vlm.heads.faiss_search("HNSW32"))  # doctest: +SKIP
     """
     _faiss()
     return lambda rows: _FaissSearch(rows, factory)
@@ -144,6 +163,12 @@ def to_faiss(index: RetrievalIndex, factory: str = "Flat") -> Any:
 
     Raises:
         ConfigError: faiss is not installed or does not know the description; an empty index.
+
+    Example:
+        >>> index = vlm.RetrievalIndex(model)
+        >>> index.add(pictures, ids=["red", "green", "blue"])
+        >>> vlm.heads.to_faiss(index).ntotal  # doctest: +SKIP
+        3
     """
     if not len(index):
         raise ConfigError("the index is empty: add items before handing it to faiss")

@@ -65,6 +65,12 @@ class FewShotClassifier(display.FactSheet):
     Attributes:
         labels: the m class names: those of the zero-shot classifier, or sorted.
         head: from embeddings to logits.
+
+    Example:
+        >>> labels = ["red", "green", "blue"]
+        >>> classify = vlm.FewShotClassifier.fit(model, pictures, labels, method="mean")
+        >>> [row[0][0] for row in classify(pictures).top(1)]
+        ['red', 'green', 'blue']
     """
 
     def __init__(self, model: Any, labels: Sequence[str], head: LinearHead | CacheHead):

@@ -29,6 +29,13 @@ def read_labels(source: str | os.PathLike | Labels) -> Labels:
     Raises:
         ConfigError: a place of no known kind.
         DataError: a file that is missing or holds something else.
+
+    Example:
+        >>> from vlm.heads import read_labels
+        >>> (folder / "names.txt").write_text("cat\\ndog\\n")
+        8
+        >>> read_labels(folder / "names.txt")
+        ['cat', 'dog']
     """
     if not isinstance(source, str | os.PathLike):
         return source
@@ -48,6 +55,13 @@ def read_templates(source: str | os.PathLike | Sequence[str]) -> Sequence[str] |
 
     Raises:
         ConfigError, DataError: see `read_labels`.
+
+    Example:
+        >>> from vlm.heads import read_templates
+        >>> (folder / "sentences.json").write_text('["a photo of a {c}.", "a drawing of a {c}."]')
+        44
+        >>> list(read_templates(folder / "sentences.json"))
+        ['a photo of a {}.', 'a drawing of a {}.']
     """
     if not isinstance(source, str | os.PathLike):
         return source

@@ -39,6 +39,13 @@ class NeighbourClassifier(display.FactSheet):
         ConfigError: an empty index, no such column, captions without `zero_shot`, a label that
             `zero_shot` does not have, a share outside 0 to 1, a temperature or k that is not
             positive.
+
+    Example:
+        >>> index = vlm.RetrievalIndex(model)
+        >>> index.add(pictures, metadata={"label": ["red", "green", "blue"]})
+        >>> classify = vlm.NeighbourClassifier(index, "label", k=1)
+        >>> [row[0][0] for row in classify(pictures).top(1)]
+        ['red', 'green', 'blue']
     """
 
     def __init__(

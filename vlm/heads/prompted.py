@@ -33,6 +33,12 @@ class PromptedClassifier:
         net: of CoCoOp: an image's embedding to what is added to each of the vectors, as two layers
             (`inner`, `inner_bias`, `outer`, `outer_bias`) with a ReLU between them.
         z_labels: (m, d) embeddings of the classes, if they are known.
+
+    Example:
+        >>> labels = ["red", "green", "blue"]
+        >>> classify = vlm.adapt.learn_prompt(model, pictures, labels, n_ctx=2, steps=2)
+        >>> len(classify(pictures))
+        3
     """
 
     def __init__(

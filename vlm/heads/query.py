@@ -25,6 +25,13 @@ class Query:
 
     Raises:
         ConfigError: a weight that is zero or not finite, or an item of no known kind.
+
+    Example:
+        >>> index = vlm.RetrievalIndex(model)
+        >>> index.add(pictures, ids=["red", "green", "blue"])
+        >>> query = 2 * vlm.Query("a square") + vlm.Query(pictures[0]) - vlm.Query("a stripe")
+        >>> len(index.search(query, k=2))
+        2
     """
 
     def __init__(self, item: Any, weight: float = 1.0):

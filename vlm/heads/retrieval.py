@@ -52,6 +52,14 @@ class RetrievalIndex:
 
     Raises:
         ConfigError: another dtype or coding.
+
+    Example:
+        >>> index = vlm.RetrievalIndex(model)
+        >>> index.add(pictures, ids=["red", "green", "blue"])
+        >>> index.search(pictures[1], k=1)[0].id
+        'green'
+        >>> [hit.id for hit in index.search("a red square", k=3)].count("red")
+        1
     """
 
     def __init__(

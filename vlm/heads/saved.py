@@ -20,6 +20,11 @@ def load_classifier(file: str | os.PathLike, model: Any) -> Classifier:
 
     Raises:
         CheckpointError: no such file, another file, or a classifier of another model.
+
+    Example:
+        >>> vlm.ZeroShotClassifier(model, ["cat", "dog"]).save(folder / "pets.safetensors")
+        >>> vlm.heads.load_classifier(folder / "pets.safetensors", model).labels
+        ('cat', 'dog')
     """
     kind = kind_of_classifier(file)
     if kind not in KINDS:

@@ -36,6 +36,13 @@ class Classification:
         logits: (n, m), scale * cosine + bias.
         rule: "softmax": scores of an image sum to one. "sigmoid": each score stands alone, and
             all may be small when no label fits (SigLIP, arXiv:2303.15343).
+
+    Example:
+        >>> found = vlm.ZeroShotClassifier(model, ["cat", "dog"])(pictures)
+        >>> found.scores.shape, found.scores.sum(axis=1).round(3).tolist()
+        ((3, 2), [1.0, 1.0, 1.0])
+        >>> found.grouped({"animal": ["cat", "dog"]}).labels
+        ('animal',)
     """
 
     labels: tuple[str, ...]
@@ -148,6 +155,13 @@ class ZeroShotClassifier(display.FactSheet):
 
     Raises:
         ConfigError: no labels, a label twice, a template without `{}`.
+
+    Example:
+        >>> classify = vlm.ZeroShotClassifier(model, ["cat", "dog"], none="a photo.")
+        >>> classify.labels
+        ('cat', 'dog', 'none of these')
+        >>> len(classify(pictures).top(1))
+        3
     """
 
     def __init__(

@@ -95,6 +95,11 @@ def open_image(
 
     Raises:
         DataError: missing, empty, damaged, too large, or not an image; the message names it.
+
+    Example:
+        >>> from vlm.inputs import open_image
+        >>> open_image(np.zeros((4, 6, 3), np.uint8)).size
+        (6, 4)
     """
     if isinstance(image, Image.Image):
         name = getattr(image, "filename", "") or name

@@ -24,6 +24,12 @@ class Preprocess:
 
     An image is a PIL image, a path (local or remote), the bytes of an image file, or a uint8 array
     of shape (h, w), (h, w, 1), (h, w, 3) or (h, w, 4). `max_pixels` bounds what is decoded.
+
+    Example:
+        >>> from vlm.inputs import Preprocess
+        >>> prepare = Preprocess(vlm.PreprocessConfig(image_size=32, resize="squash"))
+        >>> prepare(pictures).shape, str(prepare.pixels(pictures[0]).dtype)
+        ((3, 32, 32, 3), 'uint8')
     """
 
     def __init__(self, config: PreprocessConfig, *, max_pixels: int = MAX_PIXELS):

@@ -31,6 +31,13 @@ class Tokenizer:
     Raises:
         ConfigError: the rules name a token that the vocabulary does not have, or a cleaning that
             does not exist.
+
+    Example:
+        >>> tokens = model.tokenizer(["a red square", "a blue stripe"])
+        >>> tokens.shape, str(tokens.dtype)
+        ((2, 12), 'int32')
+        >>> model.tokenizer.decode(tokens)
+        ['a red square', 'a blue stripe']
     """
 
     def __init__(self, vocabulary: tokenizers.Tokenizer, config: TokenizerConfig):
@@ -209,6 +216,12 @@ def train_bpe(
     Raises:
         ConfigError: `vocab_size` cannot hold the 256 bytes and the special tokens.
         DataError: there are no texts.
+
+    Example:
+        >>> from vlm.inputs import train_bpe
+        >>> tokenizer = train_bpe(["a cat", "a dog"], vocab_size=270, context_length=8)
+        >>> tokenizer.decode(tokenizer(["a dog"]))
+        ['a dog']
     """
     specials, alphabet = ["<pad>", "<eos>"], pre_tokenizers.ByteLevel.alphabet()
     smallest = len(specials) + len(alphabet)

@@ -36,6 +36,16 @@ def cached_value_and_grad(
         ConfigError: leading axes that differ.
 
     Source: arXiv:2101.06983.
+
+    Example:
+        >>> from vlm.losses import cached_value_and_grad, softmax_loss
+        >>> embed = lambda params, batch, key: (batch @ params, batch)
+        >>> loss = lambda params, z_image, z_text: softmax_loss(z_image, z_text, jnp.log(10.0))
+        >>> batches = jnp.eye(4).reshape(2, 2, 4)  # four pairs as two micro-batches
+        >>> keys = jax.random.split(jax.random.key(0), 2)
+        >>> value, gradient = cached_value_and_grad(embed, loss)(jnp.eye(4), batches, keys)
+        >>> gradient.shape
+        (4, 4)
     """
 
     def value_and_grad(params, micro_batches, keys):

@@ -49,6 +49,13 @@ def contrastive_loss(
         ShardingError: the mesh has none of `batch_axes`, or they do not divide the batch.
 
     Source: arXiv:2103.00020 and arXiv:2303.15343.
+
+    Example:
+        >>> z_image, z_text = jnp.eye(4), jnp.roll(jnp.eye(4), 1, axis=0)
+        >>> loss = lambda s: vlm.losses.contrastive_loss(z_image, z_text, s, kind="softmax")
+        >>> value, slope = jax.value_and_grad(loss)(jnp.log(10.0))
+        >>> bool(slope > 0)  # all pairs are wrong: a smaller scale would help
+        True
     """
     if kind not in LOSSES:
         raise ConfigError(f"there is no {kind!r} loss: choose one of {', '.join(LOSSES)}")

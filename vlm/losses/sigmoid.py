@@ -28,6 +28,12 @@ def sigmoid_loss(
     B x B matrix: this is the definition that `contrastive_loss` computes in tiles.
 
     Source: arXiv:2303.15343, algorithm 1.
+
+    Example:
+        >>> z = jnp.eye(4)
+        >>> loss = vlm.losses.sigmoid_loss(z, z, jnp.log(20.0), jnp.float32(-10))
+        >>> float(loss) < 1e-3
+        True
     """
     logits = jnp.exp(logit_scale) * at_least_float32(z_image) @ at_least_float32(z_text).T
     if logit_bias is not None:

@@ -19,6 +19,12 @@ class DualEncoder(nnx.Module):
     """A CLIP- or SigLIP-class model (arXiv:2103.00020, arXiv:2303.15343).
 
     logits = exp(logit_scale) * z_image z_text^T + logit_bias, for unit-norm embeddings.
+
+    Example:
+        >>> from flax import nnx
+        >>> encoder = vlm.models.DualEncoder(experiment.model, rngs=nnx.Rngs(0))
+        >>> encoder.encode_image(jnp.zeros((2, 16, 16, 3))).shape
+        (2, 16)
     """
 
     def __init__(

@@ -17,7 +17,12 @@ LENGTH_STEP = 16  # tokens: lengths of causal text are rounded up to a multiple 
 
 
 class TextTower(nnx.Module):
-    """Token ids to embeddings of `embed_dim` dimensions (not yet of unit norm)."""
+    """Token ids to embeddings of `embed_dim` dimensions (not yet of unit norm).
+
+    Example:
+        >>> model.model.text(jnp.ones((2, 12), jnp.int32)).shape
+        (2, 16)
+    """
 
     def __init__(self, config: TextConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs):
         c, dtype = config, execution.dtype

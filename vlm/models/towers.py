@@ -26,7 +26,15 @@ _KINDS = {
 def vision_tower(
     config: VisionTowerConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs
 ) -> nnx.Module:
-    """The tower of `config`: normalised images (b, h, w, 3) to embeddings (b, embed_dim)."""
+    """The tower of `config`: normalised images (b, h, w, 3) to embeddings (b, embed_dim).
+
+    Example:
+        >>> from flax import nnx
+        >>> options = {"execution": vlm.nn.Execution(), "rngs": nnx.Rngs(0)}
+        >>> tower = vlm.models.vision_tower(experiment.model.vision, 16, **options)
+        >>> type(tower).__name__
+        'ViTTower'
+    """
     tower, _ = _KINDS[type(config)]
     return tower(config, embed_dim, execution=execution, rngs=rngs)
 

@@ -22,7 +22,12 @@ from vlm.nn.transformer import Execution, Transformer
 
 
 class ViTTower(nnx.Module):
-    """Normalised images to embeddings of `embed_dim` dimensions (not yet of unit norm)."""
+    """Normalised images to embeddings of `embed_dim` dimensions (not yet of unit norm).
+
+    Example:
+        >>> model.model.vision(jnp.zeros((2, 16, 16, 3))).shape
+        (2, 16)
+    """
 
     def __init__(self, config: ViTConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs):
         c, dtype = config, execution.dtype

@@ -101,6 +101,12 @@ class Attention(nnx.Module):
 
     What is attended to may have another width, `context_width`, and so may the result. With
     `norm_eps`, what comes out of attention is normalised before the last product.
+
+    Example:
+        >>> from flax import nnx
+        >>> attention = vlm.nn.Attention(16, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        >>> attention(jnp.ones((2, 5, 16))).shape
+        (2, 5, 16)
     """
 
     def __init__(

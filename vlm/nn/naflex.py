@@ -10,6 +10,13 @@ class Patches(NamedTuple):
 
     Position embeddings are a square grid of g x g, resized to each image. That is linear, so each
     patch carries its weights over the rows and columns of the grid (SigLIP 2, arXiv:2502.14786).
+
+    Example:
+        >>> from vlm.inputs import Preprocess
+        >>> sizes = {"image_size": 32, "patch_size": 8, "max_patches": 16}
+        >>> prepare = Preprocess(vlm.PreprocessConfig(resize="naflex", **sizes))
+        >>> prepare(pictures).mask.sum(axis=1).tolist()  # patches of each image
+        [16, 16, 16]
     """
 
     pixels: Float[Array, "b n pp 3"] | UInt8[Array, "b n pp 3"]  # pp = patch_size ** 2, row-major

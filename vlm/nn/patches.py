@@ -17,6 +17,12 @@ class PatchStem(nnx.Module):
     The kernel has a convolution's layout, (patch, patch, 3, width), and is applied as one matrix
     product over flattened patches. Pixels beyond the last whole patch are left out, as by a
     convolution without padding.
+
+    Example:
+        >>> from flax import nnx
+        >>> stem = vlm.nn.PatchStem(8, 16, bias=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        >>> stem(jnp.zeros((2, 24, 32, 3))).shape  # 3 x 4 patches
+        (2, 12, 16)
     """
 
     def __init__(
@@ -58,6 +64,12 @@ class ConvStem(nnx.Module):
     """Stride-2 3x3 convolutions, each with a norm and GELU, then a projection (arXiv:2106.14881).
 
     A position is normalised over its channels, as in ConvNeXt (arXiv:2201.03545), not over a batch.
+
+    Example:
+        >>> from flax import nnx
+        >>> stem = vlm.nn.ConvStem((4, 8), 16, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        >>> stem(jnp.zeros((2, 8, 8, 3))).shape  # halved twice
+        (2, 4, 16)
     """
 
     def __init__(self, widths: tuple[int, ...], width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):

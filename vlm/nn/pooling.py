@@ -12,7 +12,14 @@ from vlm.nn.taps import Taps
 
 
 class MapPool(nnx.Module):
-    """Multi-head attention pooling: one learned probe attends to all tokens (arXiv:2106.04560)."""
+    """Multi-head attention pooling: one learned probe attends to all tokens (arXiv:2106.04560).
+
+    Example:
+        >>> from flax import nnx
+        >>> options = {"act": "gelu", "norm_eps": 1e-6, "dtype": jnp.float32, "rngs": nnx.Rngs(0)}
+        >>> vlm.nn.MapPool(16, 2, 32, **options)(jnp.ones((2, 5, 16))).shape
+        (2, 16)
+    """
 
     def __init__(
         self,
@@ -49,6 +56,12 @@ class QueryPool(nnx.Module):
     """CoCa's attentional pooler with its first query: normalised tokens to another width.
 
     (Yu et al., 2022, arXiv:2205.01917, as open_clip has it.)
+
+    Example:
+        >>> from flax import nnx
+        >>> pool = vlm.nn.QueryPool(16, 8, 2, norm_eps=1e-5, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        >>> pool(jnp.ones((2, 5, 16))).shape
+        (2, 8)
     """
 
     def __init__(

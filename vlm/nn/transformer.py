@@ -21,7 +21,12 @@ from vlm.sharding import by_rows, cut_over_fsdp, gathered
 
 @dataclass(frozen=True)
 class Execution:
-    """How a tower is computed, as opposed to what it computes."""
+    """How a tower is computed, as opposed to what it computes.
+
+    Example:
+        >>> vlm.nn.Execution(dtype=jnp.bfloat16, remat="none").scan
+        True
+    """
 
     dtype: DTypeLike = jnp.float32  # of activations and products; parameters stay float32
     remat: RematPolicy = "dots_no_batch"
@@ -36,6 +41,10 @@ class Block(nnx.Module):
 
     It is normalised before each of them ("pre"), after each residual sum ("post", BERT), or after
     each of them, before the sum ("branch", EVA-02-E).
+
+    Example:
+        >>> vlm.nn.Block.__name__, model.model.vision.transformer.blocks.mlp.up.kernel.shape
+        ('Block', (1, 16, 16))
     """
 
     def __init__(
@@ -104,6 +113,15 @@ class Transformer(nnx.Module):
     """`depth` blocks whose parameters are stacked along a leading layer axis.
 
     The stack is one `lax.scan`, so that compile time does not grow with the depth.
+
+    Example:
+        >>> from flax import nnx
+        >>> options = {"act": "gelu", "norm_eps": 1e-6, "rngs": nnx.Rngs(0)}
+        >>> stack = vlm.nn.Transformer(16, 3, 2, 32, execution=vlm.nn.Execution(), **options)
+        >>> stack(jnp.ones((2, 5, 16))).shape
+        (2, 5, 16)
+        >>> stack.blocks.mlp.up.kernel.shape  # three layers in one array
+        (3, 16, 32)
     """
 
     def __init__(

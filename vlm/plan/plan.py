@@ -60,7 +60,13 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one slice will do with one experiment."""
+    """What one slice will do with one experiment.
+
+    Example:
+        >>> found = vlm.plan.plan(experiment, "h100:8", compiled=False, loss=False)
+        >>> found.mesh
+        {'data': 8, 'fsdp': 1, 'tensor': 1}
+    """
 
     experiment: Experiment
     topology: Topology
@@ -203,6 +209,11 @@ def plan(
         ConfigError: an unknown topology, no compiler for it, a calibration of another kind of
             chip, or a model that fits at no batch.
         ShardingError: the mesh does not fit the slice, or the batch the mesh.
+
+    Example:
+        >>> found = vlm.plan.plan(experiment, "h100:8", compiled=False)
+        >>> found.fits, found.memory.basis
+        (True, 'analytic')
     """
     if isinstance(topology, str):
         topology = parse_topology(topology)

@@ -38,6 +38,11 @@ def sweep(
 
     Raises:
         ConfigError: an unknown topology, or no combination that can be.
+
+    Example:
+        >>> plans = vlm.plan.sweep(experiment, ["h100:8"], ["data=8"], ["none"], compiles=0)
+        >>> len(plans)
+        1
     """
     experiment = resolve(experiment)
     plans, faults = [], []

@@ -53,6 +53,11 @@ def create_app(
 
     Raises:
         CheckpointError: no index there, or one of another model.
+
+    Example:
+        >>> app = vlm.serve.create_app(model)
+        >>> type(app).__name__
+        'FastAPI'
     """
     limits, metrics = limits or Limits(), Metrics()
     model = Batched(

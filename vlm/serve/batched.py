@@ -41,6 +41,11 @@ class Batched:
         max_pixels: of an image before it is resized.
         seconds: that the blocking calls wait for their answer.
         observe: told of every batch: its `Kind`, its items, its seconds.
+
+    Example:
+        >>> from vlm.serve import Batched
+        >>> Batched.__name__
+        'Batched'
     """
 
     def __init__(

@@ -22,6 +22,10 @@ class Limits:
         waiting_bytes: of all bodies that are held at once; more get 429.
         seconds: that an answer may take, and that a body may take to arrive.
         urls: whether an image may be an address that the server fetches.
+
+    Example:
+        >>> vlm.serve.Limits(items=8).items
+        8
     """
 
     body_bytes: int = 16 << 20

@@ -57,6 +57,9 @@ def serve(
 
     Raises:
         ConfigError: see `bound`.
+
+    Example:
+        >>> vlm.serve.serve(vlm.serve.create_app(model))  # doctest: +SKIP
     """
     taken = taken or bound(host, port)
     shown = f"[{host}]" if ":" in host else host

@@ -32,7 +32,14 @@ _PROOFS = ("NOT_FOUND", "OUT_OF_RANGE", "DATA_LOSS", "FAILED_PRECONDITION", "INV
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest last; as a context, leaving it waits for the writer."""
+    """The checkpoints of one run, newest last; as a context, leaving it waits for the writer.
+
+    Example:
+        >>> from etils import epath
+        >>> with vlm.train.Checkpoints(epath.Path(folder / "checkpoints"), keep=2) as kept:
+        ...     print(kept.newest())
+        None
+    """
 
     def __init__(self, folder: epath.Path, keep: int, keep_hours: float | None = None):
         kept: list[PreservationPolicy] = [LatestN(keep)]

@@ -42,6 +42,12 @@ def train(
 
     Raises:
         VlmError: whatever a user can mend, from a wrong batch size to a full disk.
+
+    Example:
+        >>> vlm.train.train(resume=folder / "no-run")
+        Traceback (most recent call last):
+            ...
+        vlm.errors.CheckpointError: ...
     """
     keep_compiled_programs()
     with Activity() as doing:

@@ -50,6 +50,13 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     With `weight_decay_rule` "open_clip" a step takes learning rate * weight_decay of a parameter,
     as PyTorch's AdamW does, and rates by tower and layer scale that too. With "big_vision" it takes
     weight_decay * (learning rate / its peak), whatever the peak and the rates.
+
+    Example:
+        >>> optimizer = vlm.train.make_optimizer(vlm.OptimizerConfig(name="adamw"))
+        >>> params = {"kernel": jnp.ones((2, 2))}
+        >>> updates, _ = optimizer.update(params, optimizer.init(params), params)
+        >>> updates["kernel"].shape
+        (2, 2)
     """
     parts = []
     if config.clip_norm is not None:

@@ -36,7 +36,14 @@ _MASKING = 1  # folded into an example's key for its text mask: another stream t
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a step changes, and all that a checkpoint keeps of the model."""
+    """All that a step changes, and all that a checkpoint keeps of the model.
+
+    Example:
+        >>> mesh = vlm.sharding.make_mesh(vlm.MeshConfig())
+        >>> trainer = vlm.train.Trainer(experiment, mesh)
+        >>> trainer.abstract_state.params["vision"]["position"].shape
+        (4, 16)
+    """
 
     # Trees of one form hold their arrays, shapes of arrays, or shardings.
     step: Any  # Int[Array, ""]
@@ -52,6 +59,13 @@ class Trainer:
     """The jitted functions of a run: `init`, `step`, `embed`.
 
     The module's graph is split from its parameters once, here; the functions see plain trees.
+
+    Example:
+        >>> mesh = vlm.sharding.make_mesh(vlm.MeshConfig())
+        >>> trainer = vlm.train.Trainer(experiment, mesh)
+        >>> state = trainer.init(jnp.int32(100))
+        >>> int(state.step), int(state.total_steps)
+        (0, 100)
     """
 
     def __init__(

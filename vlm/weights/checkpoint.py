@@ -20,7 +20,15 @@ _SHARD = re.compile(r"\w[\w.-]*")  # no path, so that nothing outside the folder
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint says about itself; its tensors are not read yet."""
+    """What a checkpoint says about itself; its tensors are not read yet.
+
+    Example:
+        >>> from etils import epath
+        >>> model.save(folder / "a-bundle")
+        >>> checkpoint = vlm.weights.open_checkpoint(epath.Path(folder / "a-bundle"))
+        >>> checkpoint.config.embed_dim
+        16
+    """
 
     name: str
     config: ModelConfig

@@ -83,6 +83,13 @@ def open_checkpoint(path: epath.Path) -> Checkpoint:
 
     Raises:
         CheckpointError: no family recognises it, or it is incomplete, torn or contradictory.
+
+    Example:
+        >>> from etils import epath
+        >>> model.save(folder / "my-model")
+        >>> checkpoint = vlm.weights.open_checkpoint(epath.Path(folder / "my-model"))
+        >>> checkpoint.preprocess.image_size  # known before any tensor is read
+        16
     """
     for family in FAMILIES:
         if family.recognises(path):

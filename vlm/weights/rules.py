@@ -85,6 +85,11 @@ class Rule:
     """One row: their name, our name, the change of layout. "{}" is the number of a layer.
 
     With several names of ours, theirs is their concatenation along its first axis.
+
+    Example:
+        >>> rule = vlm.weights.Rule("visual.ln_post.weight", "vision.norm.scale")
+        >>> rule.theirs
+        'visual.ln_post.weight'
     """
 
     theirs: str
