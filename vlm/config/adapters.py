@@ -18,6 +18,11 @@ class AdapterConfig:
         dora: Train the length of each column of the adapted kernels too (DoRA).
         quantize: How the frozen kernels are kept. int8: in a quarter of the memory, as whole
             numbers with a factor for each output.
+
+    Example:
+        >>> from vlm.config import AdapterConfig
+        >>> AdapterConfig(rank=8, alpha=16.0).scale
+        2.0
     """
 
     rank: int = 8
