@@ -97,8 +97,6 @@ def test_imports_point_upwards(path):
         source = path.read_text()
         if path == PACKAGE / "weights" / "torch_pickle.py":  # the one unpickler, a restricted one
             source = source.replace("import pickle\n", "\n")
-        if path == PACKAGE / "export" / "savedmodel.py":  # it writes for TensorFlow
-            source = source.replace("import tensorflow as tf\n", "pass\n")
         assert faults(room_of(path), source) == []
 
 

@@ -52,11 +52,8 @@ class Bundle(FactSheet):
         ConfigError: the three parts contradict each other.
 
     Example:
-        >>> model.encode_image(pictures).shape
-        (3, 16)
-        >>> z_text = model.encode_text(["a red square", "a blue stripe"])
-        >>> np.linalg.norm(z_text, axis=1).round(3).tolist()
-        [1.0, 1.0]
+        >>> model.encode_image(pictures).shape, model.encode_text("a red square").shape
+        ((3, 16), (1, 16))
     """
 
     def __init__(
@@ -423,9 +420,8 @@ def load(
 
     Example:
         >>> model.save(folder / "my-bundle")
-        >>> again = vlm.load(folder / "my-bundle")
-        >>> bool((again.encode_image(pictures) == model.encode_image(pictures)).all())
-        True
+        >>> vlm.load(folder / "my-bundle").embed_dim
+        16
     """
     keep_compiled_programs()
     if (saved := open_adapter(model)) is not None:

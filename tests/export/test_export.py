@@ -156,6 +156,7 @@ def test_a_folder_that_is_there(bundle, tmp_path):
     ("options", "words"),
     [
         ({"format": "tflite"}, "format 'tflite' is unknown: choose one of stablehlo, onnx"),
+        ({"format": "savedmodel"}, "TensorFlow 2.21, the newest, reads StableHLO up to 1.13"),
         ({"dtype": "float8"}, "dtype 'float8' is unknown"),
         ({"tower": "audio"}, "tower 'audio' is unknown"),
         ({"batches": []}, "compares nothing"),

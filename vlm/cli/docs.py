@@ -77,6 +77,7 @@ def render(folder: Path) -> None:
     try:
         import pdoc
         import pdoc.render
+        import pdoc.render_helpers
     except ModuleNotFoundError:
         raise ConfigError(
             'vlm docs needs pdoc, which is not installed: run pip install "vlm-jax[docs]"'
@@ -112,9 +113,8 @@ def _signature(formatted: Callable[..., Any], signature: inspect.Signature, colo
 
 def rooms() -> list[str]:
     """vlm itself, and each of its rooms that has public names."""
-    import vlm
-
-    inside = [name for _, name, is_room in pkgutil.iter_modules(vlm.__path__) if is_room]
+    package = str(Path(__file__).parent.parent)
+    inside = [name for _, name, is_room in pkgutil.iter_modules([package]) if is_room]
     return ["vlm", *(f"vlm.{name}" for name in sorted(inside) if name != "cli")]
 
 

@@ -37,8 +37,8 @@ def export(
     Args:
         model: a run folder, a bundle, or a public checkpoint.
         out: a folder that is not there yet.
-        format: stablehlo is opened by JAX; onnx (extra onnx) by onnxruntime and others; savedmodel
-            (extra savedmodel) by TensorFlow.
+        format: stablehlo is opened by JAX; onnx (extra onnx) by onnxruntime and others.
+            savedmodel is refused as long as no TensorFlow reads what JAX writes.
         dtype: what parameters are kept as. int8 makes the files a quarter as large.
         tower: what is exported; by default both towers, or with labels the classifier alone.
         labels: export a classifier of these names, separated by commas.

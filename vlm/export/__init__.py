@@ -1,4 +1,4 @@
-"""Models for programs that have no vlm: StableHLO, ONNX and TensorFlow's SavedModel.
+"""Models for programs that have no vlm: StableHLO and ONNX.
 
 A format is a module with `write(program, folder)`, `opened(program, folder)` and a few facts; what
 all of them share is what they write (`programs`), what stands beside it (`contract`), and the proof

@@ -19,7 +19,7 @@ from vlm.paths import as_path, is_remote
 from vlm.weights.building import Tower
 from vlm.weights.new_folder import new_folder
 
-Format = Literal["stablehlo", "onnx", "savedmodel"]
+Format = Literal["stablehlo", "onnx", "savedmodel"]  # the last is refused, with its reason
 
 
 class _Kind(NamedTuple):
@@ -29,10 +29,9 @@ class _Kind(NamedTuple):
     needs: tuple[str, ...] = ()
 
 
-KINDS: dict[Format, _Kind] = {
+KINDS: dict[str, _Kind] = {
     "stablehlo": _Kind("stablehlo"),
     "onnx": _Kind("onnx_file", ("onnx", "onnxruntime")),
-    "savedmodel": _Kind("savedmodel", ("tensorflow",)),
 }
 
 
@@ -81,9 +80,9 @@ def export(
     Args:
         model: what `vlm.load` gives, in float32.
         folder: a new one.
-        format: "stablehlo" (opened by JAX), "onnx" or "savedmodel".
+        format: "stablehlo" (opened by JAX) or "onnx".
         dtype: what parameters are kept as. int8 has a scale for each row and is computed with as
-            float32; so is bfloat16 in ONNX, and elsewhere as bfloat16.
+            float32; so is bfloat16 in ONNX, and in StableHLO as bfloat16.
         tower: "both", "image" or "text"; by default both, or none where there is a classifier.
         classifier: of this model; its labels become a part of the program.
         batches: sizes of batches to compare in. None: all from 1 to 33, and some of them in the
@@ -100,6 +99,11 @@ def export(
         >>> sorted(file.name for file in found.folder.iterdir())
         ['README.md', 'export.json', 'image.stablehlo']
     """
+    if format == "savedmodel":
+        raise ConfigError(
+            "a SavedModel cannot be written: TensorFlow 2.21, the newest, reads StableHLO up to "
+            "1.13 and JAX writes a later one, so choose stablehlo or onnx"
+        )
     if format not in KINDS:
         raise ConfigError(f"format {format!r} is unknown: choose one of {', '.join(KINDS)}")
     if dtype not in ("float32", "bfloat16", "int8"):

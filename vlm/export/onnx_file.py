@@ -52,4 +52,4 @@ def opened(program: Program, folder: epath.Path) -> Callable[[np.ndarray], np.nd
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(folder / f"{program.name}.onnx"))
-    return lambda rows: session.run(None, {program.input: rows})[0]
+    return lambda rows: np.asarray(session.run(None, {program.input: rows})[0])

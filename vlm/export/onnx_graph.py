@@ -103,6 +103,16 @@ class Graph:
         return Tensor(name, tuple(shape), np.dtype(value.dtype))
 
 
+def shape_of(var: Any) -> tuple[Any, ...]:
+    """The shape of a variable of a jaxpr, whose batch may be symbolic."""
+    return var.aval.shape
+
+
+def dtype_of(var: Any) -> np.dtype:
+    """The type of a variable of a jaxpr."""
+    return np.dtype(var.aval.dtype)
+
+
 def element_type(dtype: Any) -> int:
     """ONNX's number of a type."""
     return onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
@@ -152,7 +162,7 @@ def _run(
     known |= {var: np.asarray(value) for var, value in zip(jaxpr.constvars, consts, strict=True)}
 
     def value_of(atom: Any) -> Value:
-        return np.asarray(atom.val, atom.aval.dtype) if isinstance(atom, Literal) else known[atom]
+        return np.asarray(atom.val, dtype_of(atom)) if isinstance(atom, Literal) else known[atom]
 
     for eqn in jaxpr.eqns:
         found = _values(graph, eqn, [value_of(atom) for atom in eqn.invars], rules)
@@ -205,7 +215,7 @@ def _unrolled(graph: Graph, eqn: JaxprEqn, inputs: list[Value], rules: dict) -> 
 
 def _folded(eqn: JaxprEqn, inputs: list[Value]) -> list[Value] | None:
     """The results of an equation whose inputs are known, or None."""
-    shapes = [var.aval.shape for var in (*eqn.invars, *eqn.outvars)]
+    shapes = [shape_of(var) for var in (*eqn.invars, *eqn.outvars)]
     if not all(isinstance(value, np.ndarray) for value in inputs):
         return None
     if not all(isinstance(dim, int) for shape in shapes for dim in shape):
@@ -214,10 +224,10 @@ def _folded(eqn: JaxprEqn, inputs: list[Value]) -> list[Value] | None:
     name = eqn.primitive.name
     if name == "broadcast_in_dim":
         return None  # left to the nodes that use it
-    if name == "convert_element_type" and out.aval.dtype.itemsize > inputs[0].dtype.itemsize:
+    if name == "convert_element_type" and dtype_of(out).itemsize > inputs[0].dtype.itemsize:
         return None  # a parameter that is kept narrow stays so in the file
     whole = [
-        np.broadcast_to(value, var.aval.shape)
+        np.broadcast_to(np.asarray(value), shape_of(var))
         for value, var in zip(inputs, eqn.invars, strict=True)
     ]
     found = eqn.primitive.bind(*whole, **eqn.params)

@@ -6,7 +6,15 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 
 from vlm.errors import CheckpointError
-from vlm.export.onnx_graph import Graph, Rule, Tensor, Value, element_type
+from vlm.export.onnx_graph import (
+    Graph,
+    Rule,
+    Tensor,
+    Value,
+    dtype_of,
+    element_type,
+    shape_of,
+)
 
 
 def _refuse(eqn: JaxprEqn) -> CheckpointError:
@@ -16,8 +24,8 @@ def _refuse(eqn: JaxprEqn) -> CheckpointError:
 
 
 def _made(eqn: JaxprEqn, name: str, shape: tuple | None = None) -> Tensor:
-    aval = eqn.outvars[0].aval
-    return Tensor(name, tuple(aval.shape if shape is None else shape), np.dtype(aval.dtype))
+    (out,) = eqn.outvars
+    return Tensor(name, tuple(shape_of(out) if shape is None else shape), dtype_of(out))
 
 
 def _joint(values: tuple[Value, ...]) -> tuple:
@@ -93,7 +101,7 @@ def broadcast(graph: Graph, eqn: JaxprEqn, x: Value, *_: Value) -> Value:
 
 
 def reshape(graph: Graph, eqn: JaxprEqn, x: Value, *_: Value) -> Tensor:
-    x, new = graph.full(x, eqn.invars[0].aval.shape), eqn.params["new_sizes"]
+    x, new = graph.full(x, shape_of(eqn.invars[0])), eqn.params["new_sizes"]
     return _made(eqn, graph.node("Reshape", [x, graph.shape(new, inferred=True)]))
 
 
@@ -110,7 +118,7 @@ def transpose(graph: Graph, eqn: JaxprEqn, x: Value) -> Tensor:
 
 
 def slices(graph: Graph, eqn: JaxprEqn, x: Value) -> Tensor:
-    whole = eqn.invars[0].aval.shape
+    whole = shape_of(eqn.invars[0])
     x = graph.full(x, whole)
     starts, ends = eqn.params["start_indices"], eqn.params["limit_indices"]
     steps = eqn.params["strides"] or (1,) * len(starts)
@@ -120,14 +128,14 @@ def slices(graph: Graph, eqn: JaxprEqn, x: Value) -> Tensor:
 
 
 def concatenate(graph: Graph, eqn: JaxprEqn, *inputs: Value) -> Tensor:
-    whole = [graph.full(x, var.aval.shape) for x, var in zip(inputs, eqn.invars, strict=True)]
+    whole = [graph.full(x, shape_of(var)) for x, var in zip(inputs, eqn.invars, strict=True)]
     return _made(eqn, graph.node("Concat", whole, axis=eqn.params["dimension"]))
 
 
 def stack(graph: Graph, eqn: JaxprEqn, *inputs: Value) -> Tensor:
     axis = eqn.params["axis"]
     rows = [
-        graph.node("Unsqueeze", [graph.full(x, var.aval.shape), np.array([axis], np.int64)])
+        graph.node("Unsqueeze", [graph.full(x, shape_of(var)), np.array([axis], np.int64)])
         for x, var in zip(inputs, eqn.invars, strict=True)
     ]
     return _made(eqn, graph.node("Concat", rows, axis=axis))
@@ -137,7 +145,7 @@ def pad(graph: Graph, eqn: JaxprEqn, x: Value, fill: Value) -> Tensor:
     edges = eqn.params["padding_config"]
     if any(inside or low < 0 or high < 0 for low, high, inside in edges):
         raise _refuse(eqn)
-    x = graph.full(x, eqn.invars[0].aval.shape)
+    x = graph.full(x, shape_of(eqn.invars[0]))
     pads = np.array([low for low, _, _ in edges] + [high for _, high, _ in edges], np.int64)
     return _made(eqn, graph.node("Pad", [x, pads, fill]))
 
@@ -145,7 +153,7 @@ def pad(graph: Graph, eqn: JaxprEqn, x: Value, fill: Value) -> Tensor:
 def gather(graph: Graph, eqn: JaxprEqn, x: Value, indices: Value) -> Tensor:
     """A known piece, or rows along one axis: of a table, or at a place of each example."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    whole, at = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
+    whole, at = shape_of(eqn.invars[0]), shape_of(eqn.invars[1])
     x, indices = graph.full(x, whole), graph.full(indices, at)
     if isinstance(indices, np.ndarray) and indices.ndim == 1:
         return _piece(graph, eqn, x, indices)
@@ -187,8 +195,8 @@ def _at_each(graph: Graph, eqn: JaxprEqn, x: Value, places: str) -> str:
         raise _refuse(eqn)
     if numbers.start_index_map != (batching,) or numbers.collapsed_slice_dims != (batching,):
         raise _refuse(eqn)
-    at = eqn.invars[1].aval.shape
-    if list(numbers.offset_dims) != list(range(len(at) - 1, len(eqn.outvars[0].aval.shape))):
+    at = shape_of(eqn.invars[1])
+    if list(numbers.offset_dims) != list(range(len(at) - 1, len(shape_of(eqn.outvars[0])))):
         raise _refuse(eqn)
     places = graph.node("Cast", [places], to=element_type(np.int64))
     places = graph.node("Unsqueeze", [places, np.array([-1], np.int64)])
@@ -211,7 +219,7 @@ def reduction(kind: str) -> Rule:
     """A sum or maximum over some axes."""
 
     def rule(graph: Graph, eqn: JaxprEqn, x: Value) -> Tensor:
-        x = graph.full(x, eqn.invars[0].aval.shape)
+        x = graph.full(x, shape_of(eqn.invars[0]))
         axes = np.array(eqn.params["axes"], np.int64)
         return _made(eqn, graph.node(kind, [x, axes], keepdims=0))
 
@@ -220,7 +228,7 @@ def reduction(kind: str) -> Rule:
 
 def argmax(graph: Graph, eqn: JaxprEqn, x: Value) -> Tensor:
     (axis,) = eqn.params["axes"]
-    x = graph.full(x, eqn.invars[0].aval.shape)
+    x = graph.full(x, shape_of(eqn.invars[0]))
     if x.dtype == bool:
         x = Tensor(graph.node("Cast", [x], to=element_type(np.int32)), x.shape, np.dtype(np.int32))
     found = graph.node("ArgMax", [x], axis=axis, keepdims=0)
@@ -230,7 +238,7 @@ def argmax(graph: Graph, eqn: JaxprEqn, x: Value) -> Tensor:
 def dot(graph: Graph, eqn: JaxprEqn, x: Value, y: Value) -> Tensor:
     """A matrix product where the axes lie so, else an einsum."""
     (x_sum, y_sum), (x_batch, y_batch) = eqn.params["dimension_numbers"]
-    x, y = (graph.full(v, var.aval.shape) for v, var in zip((x, y), eqn.invars, strict=True))
+    x, y = (graph.full(v, shape_of(var)) for v, var in zip((x, y), eqn.invars, strict=True))
     x_rank, y_rank = len(x.shape), len(y.shape)
     rows_by_matrix = (tuple(x_sum), tuple(y_sum), y_rank) == ((x_rank - 1,), (0,), 2)
     if rows_by_matrix and not x_batch:
@@ -252,16 +260,16 @@ def convolution(graph: Graph, eqn: JaxprEqn, x: Value, kernel: Value) -> Tensor:
     if any(d != 1 for d in p["lhs_dilation"]) or p["batch_group_count"] != 1:
         raise _refuse(eqn)
     numbers = p["dimension_numbers"]
-    x = graph.node(
-        "Transpose", [graph.full(x, eqn.invars[0].aval.shape)], perm=list(numbers.lhs_spec)
-    )
+    whole = graph.full(x, shape_of(eqn.invars[0]))
+    by_channel = graph.node("Transpose", [whole], perm=list(numbers.lhs_spec))
+    by_output: np.ndarray | str
     if isinstance(kernel, np.ndarray):
-        kernel = np.ascontiguousarray(kernel.transpose(numbers.rhs_spec))
+        by_output = np.ascontiguousarray(kernel.transpose(numbers.rhs_spec))
     else:
-        kernel = graph.node("Transpose", [kernel], perm=list(numbers.rhs_spec))
+        by_output = graph.node("Transpose", [kernel], perm=list(numbers.rhs_spec))
     y = graph.node(
         "Conv",
-        [x, kernel],
+        [by_channel, by_output],
         strides=list(p["window_strides"]),
         pads=[int(low) for low, _ in p["padding"]] + [int(high) for _, high in p["padding"]],
         dilations=list(p["rhs_dilation"]),
@@ -288,7 +296,7 @@ def window(kind: str) -> Rule:
             "strides": list(strides[1:3]),
             "pads": [int(low) for low, _ in edges[1:3]] + [int(high) for _, high in edges[1:3]],
         }
-        y = graph.node("Transpose", [graph.full(x, eqn.invars[0].aval.shape)], perm=[0, 3, 1, 2])
+        y = graph.node("Transpose", [graph.full(x, shape_of(eqn.invars[0]))], perm=[0, 3, 1, 2])
         if found == "max":
             y = graph.node("MaxPool", [y], **options)
         else:

@@ -63,19 +63,20 @@ def programs(
         ConfigError: a tower that the model was loaded without, images without one fixed size, or a
             classifier of another model.
     """
-    names: list[Name] = []
     if tower is None and classifier is None:
         tower = "both"
-    names += [name for name in ("image", "text") if tower in (name, "both")]
-    names += [] if classifier is None else ["classifier"]
     if tower not in (None, "both", "image", "text"):
         raise ConfigError(f"tower {tower!r} is unknown: choose both, image or text")
+    towers: tuple[Name, ...] = ("image", "text")
+    names: list[Name] = [name for name in towers if tower in (name, "both")]
+    if classifier is not None:
+        names.append("classifier")
     for name in names:
         _check(bundle, name, classifier)
     return [_program(bundle, name, classifier, dtype, compute) for name in names]
 
 
-def _check(bundle: Bundle, name: Name, classifier: ZeroShotClassifier | None) -> None:
+def _check(bundle: Bundle, name: Name, classifier: Any) -> None:
     needed = "text" if name == "text" else "image"
     if getattr(bundle.model, "text" if needed == "text" else "vision") is None:
         raise ConfigError(
@@ -97,7 +98,7 @@ def _check(bundle: Bundle, name: Name, classifier: ZeroShotClassifier | None) ->
 def _program(
     bundle: Bundle,
     name: Name,
-    classifier: ZeroShotClassifier | None,
+    classifier: Any,  # a ZeroShotClassifier, where it is that which is exported
     dtype: Dtype,
     compute: Literal["float32", "bfloat16"],
 ) -> Program:

@@ -23,7 +23,7 @@ def write(program: Program, folder: epath.Path) -> None:
     (batch,) = jax.export.symbolic_shape("batch")
     rows = jax.ShapeDtypeStruct((batch, *program.row), program.dtype)
     exported = jax.export.export(jax.jit(program.function), platforms=PLATFORMS)(rows)
-    (folder / f"{program.name}.stablehlo").write_bytes(exported.serialize())
+    (folder / f"{program.name}.stablehlo").write_bytes(bytes(exported.serialize()))
 
 
 def opened(program: Program, folder: epath.Path) -> Callable[[np.ndarray], np.ndarray]:

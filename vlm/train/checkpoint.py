@@ -37,7 +37,7 @@ class Checkpoints:
     Example:
         >>> from etils import epath
         >>> with vlm.train.Checkpoints(epath.Path(folder / "checkpoints"), keep=2) as kept:
-        ...     print(kept.newest())
+        ...     print(kept.newest)
         None
     """
 
