@@ -440,15 +440,10 @@ def load(
         checkpoint.context_length if context_length is None else context_length,
         checkpoint.text_positions,
     )
+    positions = checkpoint.positions, checkpoint.text_positions
     filled = building.fill_towers(
         building.abstract_model(config, kind),
-        resizing(
-            checkpoint.rules,
-            checkpoint.config,
-            config,
-            checkpoint.positions,
-            checkpoint.text_positions,
-        ),
+        resizing(checkpoint.rules, checkpoint.config, config, *positions),
         checkpoint.tensors,
         tower,
         dtype=kind,
