@@ -14,7 +14,8 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 def test_there_are_notebooks():
     names = {path.name for path in NOTEBOOKS}
-    assert {"quickstart.ipynb", "zero_shot.ipynb", "search.ipynb", "mesh.ipynb"} <= names
+    ours = ("quickstart", "zero_shot", "search", "mesh", "few_shot", "plan")
+    assert {f"{name}.ipynb" for name in ours} <= names
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

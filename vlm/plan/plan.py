@@ -130,7 +130,7 @@ class Plan:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         drawn = io.StringIO()
-        own = Console(width=options.max_width, file=drawn, force_terminal=True)
+        own = Console(width=options.max_width, file=drawn, force_terminal=True, force_jupyter=False)
         show(self, own)
         yield Text.from_ansi(drawn.getvalue())
 
