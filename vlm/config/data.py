@@ -21,6 +21,8 @@ class AugmentConfig:
         grey: Share of the images that lose their colour.
         blur: Share of the images that are blurred, by 0.1 to 2 pixels.
         solarise: Share of the images whose bright half is inverted.
+        lines: Share of the images whose dark lines are redrawn: half of them lose lines of up to
+            two pixels, half have every line made thicker by as much.
         draft: Decode JPEG files at 1/2, 1/4 or 1/8 where the crop still has all the pixels it
             needs.
 
@@ -38,6 +40,7 @@ class AugmentConfig:
     grey: float = 0.0
     blur: float = 0.0
     solarise: float = 0.0
+    lines: float = 0.0
     draft: bool = True
 
 

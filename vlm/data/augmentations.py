@@ -1,7 +1,9 @@
-"""Stronger random changes, after the crop: RandAugment, grey, blur, solarise.
+"""Stronger random changes, after the crop: RandAugment, grey, blur, solarise, lines.
 
 RandAugment (Cubuk et al., 2020, arXiv:1909.13719) with the operations and ranges of torchvision, of
-magnitude 0 to 30; the rest as SimCLR (arXiv:2002.05709) and BYOL (arXiv:2006.07733) use them.
+magnitude 0 to 30; grey, blur and solarise as SimCLR (arXiv:2002.05709) and BYOL (arXiv:2006.07733)
+use them. Lines are redrawn by grey-scale dilation and erosion, so that a model of drawings does not
+hang on the pen of one hand.
 """
 
 import math
@@ -15,15 +17,16 @@ from vlm.config import AugmentConfig
 from vlm.errors import ConfigError
 
 MOST_OPERATIONS = 4
-DRAWS = 2 * MOST_OPERATIONS + 1 + 2 + 1  # uniform numbers: RandAugment, grey, blur, solarise
+DRAWS = 2 * MOST_OPERATIONS + 1 + 2 + 1 + 1  # uniform numbers: of RandAugment, then as below
 
 _LEVELS = 30
+_SHARES = ("grey", "blur", "solarise", "lines")
 _MEAN = (124, 116, 104)  # fills what a shift or a turn uncovers: ImageNet's mean colour
 
 
 def is_on(config: AugmentConfig) -> bool:
     """Whether `config` asks for any of these."""
-    return bool(config.randaugment or config.grey or config.blur or config.solarise)
+    return bool(config.randaugment or any(getattr(config, name) for name in _SHARES))
 
 
 def check(config: AugmentConfig) -> None:
@@ -32,7 +35,7 @@ def check(config: AugmentConfig) -> None:
     Raises:
         ConfigError: a probability outside 0..1, or a RandAugment of unknown strength.
     """
-    for name in ("grey", "blur", "solarise"):
+    for name in _SHARES:
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(
                 f"augment.{name} {getattr(config, name)} is a probability: choose one in 0..1"
@@ -56,7 +59,10 @@ def change(
     for k in range(count):
         operation = _OPERATIONS[int(u[2 * k] * len(_OPERATIONS))]
         image = operation(image, magnitude / _LEVELS, 1 if u[2 * k + 1] < 0.5 else -1)
-    grey, blur, sigma, solarise = u[2 * MOST_OPERATIONS :]
+    grey, blur, sigma, solarise, lines = u[2 * MOST_OPERATIONS :]
+    if lines < config.lines:
+        thinner = lines < config.lines / 2
+        image = image.filter(ImageFilter.MaxFilter(3) if thinner else ImageFilter.MinFilter(3))
     if grey < config.grey:
         image = image.convert("L").convert("RGB")
     if blur < config.blur:
