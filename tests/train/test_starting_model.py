@@ -18,9 +18,10 @@ from vlm.weights.building import abstract_model
 from vlm.weights.rules import flat_shapes
 
 GOLDEN = Path(__file__).parents[1] / "weights" / "golden"
-FAMILIES = sorted(
-    {p.parent for name in ("config", "open_clip_config") for p in GOLDEN.glob(f"*/{name}.json")}
-)
+FAMILIES = (  # one of each kind of tower, and what is odd about its pixels or tokens
+    "hf_clip", "hf_naflex", "hf_siglip", "hf_altclip", "oc_coca", "oc_convnext", "oc_fastvit",
+    "oc_vitamin", "oc_xlm_roberta",
+)  # fmt: skip
 
 
 def rows(run) -> list[dict]:
@@ -30,8 +31,9 @@ def rows(run) -> list[dict]:
 # ------------------------------------------------------------------------- what it takes
 
 
-@pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.name)
-def test_model_pixels_and_tokens_are_the_checkpoints_of_every_family(path):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_model_pixels_and_tokens_are_the_checkpoints(name):
+    path = GOLDEN / name
     e = resolve(Experiment(init_from=str(path), steps=1))
     theirs = vlm.load(path)
     assert flat_shapes(abstract_model(e.model, jnp.float32)) == flat_shapes(theirs.model)
