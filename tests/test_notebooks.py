@@ -14,7 +14,7 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 def test_there_are_notebooks():
     names = {path.name for path in NOTEBOOKS}
-    ours = ("quickstart", "zero_shot", "search", "mesh", "few_shot", "plan")
+    ours = ("quickstart", "zero_shot", "search", "mesh", "few_shot", "plan", "adapt")
     assert {f"{name}.ipynb" for name in ours} <= names
 
 

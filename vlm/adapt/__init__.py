@@ -3,8 +3,12 @@
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
+    from vlm.adapt.adaptation import Adaptation as Adaptation
+    from vlm.adapt.adaptation import adapt as adapt
     from vlm.adapt.blending import blend as blend
     from vlm.adapt.blending import soup as soup
+    from vlm.adapt.labelled import Labelled as Labelled
+    from vlm.adapt.labelled import read_labelled as read_labelled
     from vlm.adapt.learned_prompt import learn_prompt as learn_prompt
     from vlm.adapt.lora import AdapterSwitch as AdapterSwitch
     from vlm.adapt.lora import attach as attach

@@ -28,6 +28,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("train the model that a config describes, or resume a run", "train"),
+    "adapt": Command("make a model good at labelled images, within a budget of time", "adapt"),
     "blend": Command("average models weight by weight", "blend"),
     "eval": Command("measure a model on held-out data", "evaluate"),
     "compare": Command("say which of two evaluated models is better, and how sure", "compare"),

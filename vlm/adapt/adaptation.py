@@ -1,0 +1,255 @@
+"""`vlm adapt`: tries methods within a budget, chooses by held-out images, measures, and tells.
+
+What is chosen is chosen by the validation part alone. The test data and the data out of
+distribution are measured and never looked at before.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from vlm.adapt import adaptation_page
+from vlm.adapt.cost import Cost
+from vlm.adapt.labelled import Labelled, hold_out, with_names
+from vlm.adapt.methods import METHODS, Adapted, NoTime, Setting, zero_shot
+from vlm.adapt.rows import ZERO_SHOT, Row, cells, columns_of
+from vlm.bundle import Bundle
+from vlm.errors import ConfigError
+from vlm.evaluate.intervals import Metric, proportion
+from vlm.heads.prompts import TEMPLATES
+from vlm.heads.saved import Classifier
+from vlm.heads.zero_shot import FILE, ZeroShotClassifier, encode_images
+
+SAMPLE = 32  # images that the pace is measured on
+SPARE = 0.9  # of what is left of a budget, that a try may plan with
+
+
+@dataclass(frozen=True, eq=False)
+class Adaptation:
+    """What came of it.
+
+    Attributes:
+        rows: zero-shot first, and then each method.
+        chosen: the method that is best on the validation part; of equals the first.
+        model, classifier: of that method.
+        about: what was adapted to what, in words.
+
+    Example:
+        >>> names, data = ("red", "green", "blue"), vlm.DataInfo("colours")
+        >>> labelled = vlm.adapt.Labelled(pictures * 2, np.arange(6) % 3, names, data)
+        >>> made = vlm.adapt.adapt(model, labelled, folder, budget=600, methods=["probe"])
+        >>> made["probe"].validation.n
+        3
+    """
+
+    rows: tuple[Row, ...]
+    chosen: str
+    model: Bundle
+    classifier: Classifier
+    about: dict[str, str]
+
+    def __getitem__(self, method: str) -> Row:
+        """The row of a method."""
+        return next(row for row in self.rows if row.method == method)
+
+    def save(self, folder: Path) -> None:
+        """Write model, classifier, table and page into a folder that `vlm.load` takes."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save(folder / "bundle")
+        self.classifier.save(folder / FILE)
+        held = {"chosen": self.chosen, **self.about, "methods": [asdict(row) for row in self.rows]}
+        (folder / "results.json").write_text(json.dumps(held, indent=2) + "\n")
+        page = folder / "report.html"
+        adaptation_page.write_page(page, self.rows, self.chosen, self.about)
+
+    def __rich__(self) -> Table:
+        """The table that `rich.print` shows."""
+        columns = columns_of(self.rows)
+        table = Table(title="Top-1 with 95% intervals", title_justify="left")
+        for name in ("method", "trained", "time", "memory", *columns, "note"):
+            table.add_column(name, justify="left" if name in ("method", "note") else "right")
+        for row in self.rows:
+            style = "bold" if row.method == self.chosen else ""
+            table.add_row(*cells(row, columns), style=style)
+        return table
+
+    def _repr_html_(self) -> str:
+        return adaptation_page.table(self.rows, self.chosen)
+
+
+def adapt(
+    model: Bundle,
+    data: Labelled,
+    folder: Path,
+    budget: float,
+    methods: Sequence[str] = (),
+    templates: Sequence[str] = TEMPLATES["photo"],
+    test: Labelled | None = None,
+    shifted: Labelled | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+) -> Adaptation:
+    """Try methods on labelled images within a budget, and choose one.
+
+    Args:
+        model: what `vlm.load` gives.
+        data: labelled images; a part of each class is held out to choose by.
+        folder: for runs of training.
+        budget: seconds for all tries together; measuring on `test` and `shifted` comes on top.
+        methods: names out of METHODS; by default all, as far as the budget goes.
+        templates: sentences around the names of the classes.
+        test: labelled images to measure on, of the same classes.
+        shifted: labelled images out of distribution. With classes of its own it says what the
+            model keeps of what it knew: a method that leaves the model alone keeps it all.
+        seed: of everything random.
+        say: is told what happens.
+
+    Raises:
+        ConfigError: an unknown method, a class that `data` has not, a budget too small for a try.
+        DataError: no images to hold out.
+
+    Example:
+        >>> names, data = ("red", "green", "blue"), vlm.DataInfo("colours")
+        >>> labelled = vlm.adapt.Labelled(pictures * 2, np.arange(6) % 3, names, data)
+        >>> made = vlm.adapt.adapt(model, labelled, folder, budget=600, methods=["probe"])
+        >>> [row.method for row in made.rows]
+        ['zero-shot', 'probe']
+    """
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        known = ", ".join(METHODS)
+        raise ConfigError(f"there is no method {unknown[0]!r} to adapt with: choose from {known}")
+    deadline = time.monotonic() + budget
+    train, validation = hold_out(data, seed=seed)
+    test = None if test is None else with_names(test, data.names)
+    own_classes = shifted is not None and not set(shifted.names) <= set(data.names)
+    if shifted is not None and not own_classes:
+        shifted = with_names(shifted, data.names)
+    pace = _pace(model, train, templates, len(data), budget)
+    say(f"{len(train):,} images to learn from, {len(validation):,} to choose by")
+    z_train, _ = encode_images(model, train.images)
+    z_validation, _ = encode_images(model, validation.images)
+    setting = Setting(
+        model, train, validation, z_train, z_validation, tuple(templates), folder, pace,
+        seed=seed,
+    )  # fmt: skip
+    judge = Judge(setting, test, shifted, own_classes)
+
+    made, cost = _costed(zero_shot, setting)
+    found, rows = {ZERO_SHOT: made}, [judge.row(ZERO_SHOT, made, cost)]
+    wanted = [name for name in METHODS if not methods or name in methods]
+    short = math.inf
+    for number, name in enumerate(wanted):
+        left = deadline - time.monotonic()
+        tuning = [n for n in wanted[number:] if METHODS[n].changes_model]
+        share = 1 / max(1, len(tuning)) if METHODS[name].changes_model else 1 / 2
+        try:
+            if left <= 0:
+                raise NoTime(0)
+            made, cost = _costed(METHODS[name].run, replace(setting, seconds=SPARE * left * share))
+        except NoTime as error:
+            short = min(short, error.needed)
+            rows.append(Row(name, note=f"{error}, and {max(0, left):,.0f} s were left"))
+            continue
+        found[name] = setting.found[name] = made
+        rows.append(judge.row(name, made, cost))
+        say(f"{name}: {rows[-1].validation} in {cost.seconds:.1f} s")
+    if len(found) == 1 and wanted:
+        raise ConfigError(_too_small(budget, budget + short if math.isfinite(short) else None))
+    chosen = max(found, key=lambda name: judge.validation(name, rows))
+    about = {
+        "model": model.name,
+        "data": str(data.data),
+        "classes": f"{len(data.names):,}",
+        "learned from": f"{len(train):,} images",
+        "chosen by": f"{len(validation):,} images",
+        "budget": f"{budget:,.0f} s",
+        "seed": str(seed),
+        "test": "" if test is None else str(test.data),
+        "out of distribution": "" if shifted is None else str(shifted.data),
+    }
+    best = found[chosen]
+    about = {name: value for name, value in about.items() if value}
+    return Adaptation(tuple(rows), chosen, best.model, best.classifier, about)
+
+
+class Judge:
+    """Measures what methods give; images are embedded once for all that leave the model alone."""
+
+    def __init__(
+        self, setting: Setting, test: Labelled | None, shifted: Labelled | None, own: bool
+    ):
+        self._base = setting.model
+        self._sets = {"validation": setting.validation, "test": test, "shifted": shifted}
+        self._own = own  # classes out of distribution
+        self._kept = {"validation": setting.z_validation}
+        self._templates = setting.templates
+
+    def row(self, name: str, made: Adapted, cost: Cost) -> Row:
+        measured = {
+            which: self._measure(which, labelled, made)
+            for which, labelled in self._sets.items()
+            if labelled is not None
+        }
+        return Row(name, made.trained, cost.seconds, cost.peak, note=made.note, **measured)
+
+    def validation(self, name: str, rows: list[Row]) -> float:
+        found = next(row.validation for row in rows if row.method == name)
+        return -1.0 if found is None else found.value
+
+    def _measure(self, which: str, labelled: Labelled, made: Adapted) -> Metric:
+        z = self._embeddings(which, labelled, made.model)
+        classifier: Any = made.classifier
+        if which == "shifted" and self._own:
+            # The classes are others: the question is what the model itself still knows.
+            classifier = ZeroShotClassifier(made.model, labelled.names, self._templates)
+        right = classifier.logits(z).argmax(1) == labelled.target
+        return proportion(int(right.sum()), len(right))
+
+    def _embeddings(self, which: str, labelled: Labelled, model: Bundle) -> np.ndarray:
+        if model is not self._base:
+            return encode_images(model, labelled.images)[0]
+        if which not in self._kept:
+            self._kept[which] = encode_images(model, labelled.images)[0]
+        return self._kept[which]
+
+
+def _costed(run: Callable[[Setting], Adapted], setting: Setting) -> tuple[Adapted, Cost]:
+    with Cost() as cost:
+        made = run(setting)
+    return made, cost
+
+
+def _pace(
+    model: Bundle, labelled: Labelled, templates: Sequence[str], count: int, budget: float
+) -> float:
+    """Seconds for an image and a sentence, measured.
+
+    Raises:
+        ConfigError: embedding `count` images would use the budget up.
+    """
+    sample = list(labelled.images[:SAMPLE])
+    names = [labelled.names[i] for i in labelled.target[:SAMPLE]]
+    sentences = [templates[0].replace("{}", name) for name in names]
+    start = time.monotonic()
+    for _ in range(2):  # the first time compiles
+        before = time.monotonic()
+        encode_images(model, sample)
+        model.encode_text(sentences)
+    pace = (time.monotonic() - before) / len(sample)
+    needed = before - start + pace * count
+    if needed > budget:
+        raise ConfigError(_too_small(budget, 1.5 * needed))
+    return pace
+
+
+def _too_small(budget: float, enough: float | None) -> str:
+    mend = "give more" if enough is None else f"give at least {math.ceil(enough):,} s"
+    return f"a budget of {budget:.4g} s is too small for one try here: {mend}"
