@@ -56,7 +56,7 @@ def blend(
     judge = None if greedy is None else _open(greedy)
     loaded = [load(name) for name in names]
     if len(loaded) == 2 and judge is None:
-        made = blend_models(*loaded, alpha)
+        made = blend_models(loaded[0], loaded[1], alpha)
     else:
         made = soup(loaded, judge)
     folder.mkdir(parents=True)
@@ -104,7 +104,7 @@ def _sweep(models: list[Any], tasks: dict[str, Any], alpha: float, folder: Any) 
     from vlm.adapt.sweep import sweep_alpha
     from vlm.evaluate.page import page, section
 
-    sweep = sweep_alpha(*models, tasks)
+    sweep = sweep_alpha(models[0], models[1], tasks)
     table = Table("alpha", *sweep.points)
     rows = []
     for i, share in enumerate(sweep.alphas):

@@ -15,6 +15,8 @@ def grid(
     """Rows and columns of the places that stand for an image of `size`, (width, height)."""
     c, patch = preprocess.config, tower.patch_size
     if c.resize == "naflex":
+        assert c.patch_size is not None  # both are set, as `Preprocess` has checked
+        assert c.max_patches is not None
         height, width = target_size(size[1], size[0], c.patch_size, c.max_patches)
         return height // patch, width // patch
     count = tower.tokens() - getattr(tower, "has_class_token", False)
@@ -39,7 +41,7 @@ def on_image(
     shown = (config.image_size, config.image_size)
     shown = (resized_height, resized_width) if config.resize == "naflex" else shown
     seen = on_pixels(places, patch_size, shown, outside)
-    if config.resize == "pad":
+    if config.resize == "pad" and box is not None:
         left, top, right, bottom = box
         return _resized(seen[top:bottom, left:right], size)
     if box is None:

@@ -75,7 +75,8 @@ def run(
 ) -> tuple[Found, Float[Array, " b"]]:
     """The image tower's intermediates after `changes`, and the cosines with the texts."""
     taps = Taps(changes)
-    z_image = model.encode_image(images, taps=taps)
+    rows = images if isinstance(images, Patches) else jnp.asarray(images)
+    z_image = model.encode_image(rows, taps=taps)
     return taps.found, (z_image * z_text).sum(-1)
 
 
@@ -112,7 +113,7 @@ def _attention(model, images, z_text, found: Found) -> Float[Array, "b n"]:
         wanted = jax.nn.relu(gradient).mean((-3, -2))  # over heads and queries
         wanted = wanted.sum(0) if gradient.ndim == 5 else wanted  # the blocks are stacked
         total += wanted / jnp.maximum(wanted.max(-1, keepdims=True), 1e-30)
-    return _without_first(model.config.vision, total)
+    return _without_first(model.config.vision, jnp.asarray(total))
 
 
 def _gradcam(model, images, z_text, found: Found) -> Float[Array, "b n"]:

@@ -119,7 +119,13 @@ def segment(
     patch_size = model.config.vision.patch_size
     scores = np.stack(
         [
-            on_image(np.float32(of_label), model.preprocess, patch_size, opened.size, outside=-1)
+            on_image(
+                np.asarray(of_label, np.float32),
+                model.preprocess,
+                patch_size,
+                opened.size,
+                outside=-1,
+            )
             for of_label in by_place.T.reshape(-1, rows, columns)
         ]
     )

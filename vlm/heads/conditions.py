@@ -43,6 +43,6 @@ def where_all(conditions: Sequence[Condition]) -> Callable[[Mapping[str, np.ndar
                     f"{name!r} holds texts and numbers, which {comparison} cannot order: "
                     "compare them with = or !="
                 ) from None
-        return kept
+        return np.asarray(kept)
 
     return holds

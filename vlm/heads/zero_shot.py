@@ -4,7 +4,7 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -247,6 +247,10 @@ class ZeroShotClassifier(display.FactSheet):
         self.temperature = fit_temperature(self.logits(z_image), target, self.rule)
         return self
 
+    @overload
+    def logits(self, z_image: np.ndarray) -> np.ndarray: ...
+    @overload
+    def logits(self, z_image: Array) -> Array: ...
     def logits(self, z_image: Float[Embeddings, "n d"]) -> Float[Embeddings, "n m"]:
         """The logits of embeddings over the labels: one matrix product, also inside `jit`."""
         logits = self.model.logit_scale * (z_image @ self.z_labels.T) + self.model.logit_bias

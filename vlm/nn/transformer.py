@@ -201,7 +201,7 @@ class Transformer(nnx.Module):
             )
         layers = (jnp.arange(self.depth), parameters, changes_below(taps, "blocks"))
         x, found = lax.scan(layer, x, layers, unroll=1 if self.scan else self.depth)
-        for name, value in (found or {}).items():
+        for name, value in (found or {}).items() if taps is not None else ():
             taps.found[f"{taps.prefix}blocks/{name}"] = value
         return x
 

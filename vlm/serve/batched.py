@@ -210,6 +210,7 @@ class Batched:
         config = self.preprocess.config
         if config.resize != "naflex":
             return [0]
+        assert config.max_patches is not None  # of NaFlex
         last = -(-config.max_patches // STEP) * STEP
         return list(range(STEP, last + 1, STEP))
 
@@ -233,6 +234,7 @@ class Batched:
         config = self.preprocess.config
         if not kind.length:
             return np.zeros((config.image_size, config.image_size, 3), np.uint8)
+        assert config.patch_size is not None  # of NaFlex
         return np.zeros((config.patch_size, kind.length * config.patch_size, 3), np.uint8)
 
 

@@ -53,7 +53,7 @@ class Gallery:
         """The nearest items to a query, best first, without the items it was made of."""
         where = where_all(conditions) if conditions else None
         k = min(k + len(without), len(self.ids))
-        hits = self.index.search(query, k, where=where, min_score=min_score)
+        hits: Any = self.index.search(query, k, where=where, min_score=min_score)
         left = {self.ids[number] for number in without}
         return Hits(hit for hit in hits if hit.id not in left)
 

@@ -41,7 +41,7 @@ class Item(_Strict):
 
     type: Literal["text", "image", "image_url"] | None = None
     text: Text | None = None
-    image: Text | None = Field(None, description="data:image/...;base64,...")
+    image: Text | None = Field(default=None, description="data:image/...;base64,...")
     image_url: ImageUrl | None = None
 
 
@@ -53,9 +53,13 @@ Input = Annotated[Text, Field(description="A text, or an image as a data URL.")]
 
 class EmbeddingsRequest(_Strict):
     input: Input | Annotated[list[Input], Field(min_length=1)]
-    model: Text | None = Field(None, description="As /v1/models names it; checked where given.")
+    model: Text | None = Field(
+        default=None, description="As /v1/models names it; checked where given."
+    )
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, ge=1, description="The model's own width, or left out.")
+    dimensions: int | None = Field(
+        default=None, ge=1, description="The model's own width, or left out."
+    )
     user: Text | None = None
 
 
@@ -108,9 +112,9 @@ class ClassifyRequest(_Strict):
     images: Annotated[list[Text | int], Field(min_length=1)]
     labels: Annotated[list[Text], Field(min_length=1, max_length=1000)]
     templates: Annotated[list[Text], Field(min_length=1, max_length=100)] | None = None
-    none: Text | None = Field(None, description='A sentence for "none of these".')
+    none: Text | None = Field(default=None, description='A sentence for "none of these".')
     multi_label: bool = False
-    top: int | None = Field(None, ge=1)
+    top: int | None = Field(default=None, ge=1)
     model: Text | None = None
 
 
@@ -139,9 +143,9 @@ class Term(_Strict):
     """A part of a query: exactly one of text, image and item."""
 
     text: Text | None = None
-    image: Text | None = Field(None, description="data:image/...;base64,...")
-    item: int | None = Field(None, description="The number of an item: more like this.")
-    weight: float = Field(1.0, description="Below 0: less of it.")
+    image: Text | None = Field(default=None, description="data:image/...;base64,...")
+    item: int | None = Field(default=None, description="The number of an item: more like this.")
+    weight: float = Field(default=1.0, description="Below 0: less of it.")
 
 
 class WireCondition(_Strict):
@@ -152,7 +156,7 @@ class WireCondition(_Strict):
 
 class SearchRequest(_Strict):
     query: Text | Annotated[list[Term], Field(min_length=1)]
-    k: int = Field(20, ge=1, le=1000)
+    k: int = Field(default=20, ge=1, le=1000)
     where: Annotated[list[WireCondition], Field(max_length=20)] = []
     min_score: float | None = None
     model: Text | None = None

@@ -176,7 +176,7 @@ async def outcomes(answers: Sequence[Future | Exception]) -> list[np.ndarray | E
         asyncio.wrap_future(answer) for answer in answers if not isinstance(answer, Exception)
     ]
     done = iter(await asyncio.gather(*waited, return_exceptions=True))
-    found = [answer if isinstance(answer, Exception) else next(done) for answer in answers]
+    found: list[Any] = [a if isinstance(a, Exception) else next(done) for a in answers]
     for outcome in found:
         if isinstance(outcome, BaseException) and not isinstance(outcome, VlmError):
             raise outcome  # a fault of ours, not of the item

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from typing import Any, Literal
 
 import numpy as np
 from fastapi import APIRouter
@@ -22,7 +23,10 @@ def routes(service: Service) -> APIRouter:
     last: list[tuple[float, Health]] = []
 
     def card() -> ModelCard:
-        towers = {"image": bundle.model.vision, "text": bundle.model.text}
+        towers: dict[Literal["image", "text"], Any] = {
+            "image": bundle.model.vision,
+            "text": bundle.model.text,
+        }
         return ModelCard(
             id=service.name,
             created=int(service.started),
@@ -74,7 +78,8 @@ def routes(service: Service) -> APIRouter:
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
         """Counts and times, as Prometheus reads them."""
-        for kind, depth in service.model.batcher.depths().items():
+        depths: dict[Any, int] = service.model.batcher.depths()
+        for kind, depth in depths.items():
             service.metrics.depth.labels(kind.tower, str(kind.length)).set(depth)
         return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
