@@ -90,7 +90,7 @@ def test_version(do):
 
 def test_help_of_a_config_shows_its_own_values(do):
     shown = do("train", tiny.folder() / "shapes.py", "--help")
-    assert "--optimizer.learning-rate FLOAT" in shown
+    assert "--optimizer.weight-decay FLOAT" in shown
     assert "(default: shapes)" in shown
 
 
@@ -339,7 +339,7 @@ WRONG_USAGE = {
     ("train", "--steps", "3"): "config comes first",
     ("train", "CONFIG", "extra"): "extra",
     ("train", "CONFIG", "--optimizer.learning-rat", "1"): r"did you mean --optimizer.learning-rate",
-    ("train", "CONFIG", "--optimizer.learning-rate", "fast"): "takes FLOAT, not 'fast'",
+    ("train", "CONFIG", "--optimizer.learning-rate", "fast"): "takes FLOAT or None, not 'fast'",
     ("train", "CONFIG", "--remat", "some"): "'some'.*'dots'",
     ("train", "CONFIG", "--steps"): "--steps",
     ("classify",): "MODEL",

@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from vlm.config import DataConfig, EvalConfig, Experiment, load_config
+from vlm.config.defaults import with_defaults
 from vlm.data.pipeline import train_batches
 from vlm.data.sources import open_source
 from vlm.errors import ConfigError, DataError
@@ -184,7 +185,7 @@ def test_a_feature_that_gives_no_text_is_refused(folder, changes, said):
         open_source(config, "train")
 
 
-BASE = Experiment(steps=1)
+BASE = with_defaults(Experiment(steps=1))
 
 
 @pytest.mark.parametrize(

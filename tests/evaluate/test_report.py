@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageFont
 
 from vlm.config import Experiment, to_dict
+from vlm.config.defaults import with_defaults
 from vlm.errors import DataError
 from vlm.evaluate.gallery import GOOD, GOOD_BAR, fit, gallery_png
 from vlm.evaluate.intervals import proportion
@@ -84,7 +85,7 @@ def run():
         "target": target,
         "z_image": z_image,
         "z_captions": z_captions,
-        "config": to_dict(Experiment(name="my <run>")),
+        "config": to_dict(with_defaults(Experiment(name="my <run>"))),
     }
 
 

@@ -105,7 +105,10 @@ def sentence(box: str, prog: str) -> str:
         mend = f"did you mean {closest[0]}?"
     if wrong := re.search(r"Error parsing (\S+): .*?('[^']*')$", said):
         kind = re.search(rf"{re.escape(wrong[1])} +(\S+)", rest)
-        said = f"{wrong[1]} takes {kind[1] if kind else 'something else'}, not {wrong[2]}"
+        wanted = kind[1] if kind else "something else"
+        if wanted.startswith("{None}|"):
+            wanted = f"{wanted.removeprefix('{None}|')} or None"
+        said = f"{wrong[1]} takes {wanted}, not {wrong[2]}"
     if said.startswith("Missing from"):
         names = [line for line in message if line.isupper()]
         said = f"{prog} needs {' and '.join(names)}" if names else said
