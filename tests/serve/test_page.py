@@ -209,9 +209,21 @@ def test_labels_are_scored_while_they_are_typed(opened, server):
     assert said == [best["label"], f"{100 * best['score']:.1f}%"]
 
 
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [320, 1100])
-def test_axe_finds_nothing_and_nothing_is_too_wide(opened, dark, width):
+def test_heat_lies_over_the_picture(opened):
+    page = opened()
+    search(page, "a red square")
+    page.click(".tile >> nth=0")
+    page.wait_for_selector("#heat:visible", timeout=60_000)  # it is compiled
+    boxes = [page.locator(name).bounding_box() for name in ("#heat", "#large")]
+    assert boxes[0]["width"] == pytest.approx(boxes[1]["width"], abs=2)
+    assert page.input_value("#heatText") == "a red square"
+    assert page.locator("#heatSays mark").count() >= 2
+    page.fill("#heatText", "")
+    page.wait_for_selector("#heat", state="hidden")
+
+
+@pytest.mark.parametrize(("width", "dark"), [(320, False), (1100, True)])
+def test_axe_finds_nothing_and_nothing_is_too_wide(opened, width, dark):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     page = opened(width=width, height=640, dark=dark)
     search(page, "a red square")

@@ -1,6 +1,7 @@
 """What the server answers, over a real connection."""
 
 import base64
+import copy
 import io
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 from PIL import Image
 from serving import data_url, drawn, encoded, running
 
+from vlm.bundle import Bundle
+from vlm.explain.explanation import explain
 from vlm.heads.retrieval import RetrievalIndex
 from vlm.heads.zero_shot import ZeroShotClassifier
 
@@ -226,3 +229,45 @@ def test_the_page_forbids_foreign_requests(server):
     assert {"/v1/embeddings", "/v1/classify", "/v1/search", "/v1/models", "/healthz"} <= set(
         document["paths"]
     )
+
+
+def test_heat_is_what_explain_says(server, bundle):
+    body = {"image": data_url(encoded(drawn(4))), "text": "a red square"}
+    said = server.ask("/v1/explain", body, timeout=60)  # it is compiled
+    assert said.status == 200, said.body
+    found = explain(bundle, drawn(4), "a red square")
+    heat = np.array(said.json["heat"])
+    assert heat.shape == (30, 40)
+    assert np.allclose(heat, found.heat, atol=1e-3)
+    assert said.json["score"] == pytest.approx(found.cosine, abs=1e-5)
+    assert [token["token"] for token in said.json["tokens"]] == [t for t, _ in found.tokens]
+    of_item = server.ask("/v1/explain", {**body, "image": 4}).json
+    assert np.allclose(of_item["heat"], heat, atol=1e-3)
+    for wrong, status in (({"image": 99}, 404), ({"image": "data:,"}, 400), ({"text": ""}, 422)):
+        assert server.ask("/v1/explain", {**body, **wrong}).status == status
+
+
+def test_a_large_image_has_a_small_map(server):
+    body = {"image": data_url(encoded(drawn(4, (1500, 600)))), "text": "a"}
+    heat = np.array(server.ask("/v1/explain", body).json["heat"])
+    assert heat.shape == (26, 64)
+    assert (heat >= 0).all()
+    assert (heat <= 1).all()
+
+
+def test_a_model_of_one_tower_says_so(bundle):
+    model = copy.copy(bundle.model)
+    model.text = None
+    alone = Bundle(model, bundle.preprocess, bundle.tokenizer, "eyes")
+    with running(alone) as server:
+        picture = data_url(encoded(drawn(1)))
+        assert server.ask("/v1/embeddings", {"input": picture}).status == 200
+        for path, body in (
+            ("/v1/embeddings", {"input": "a"}),
+            ("/v1/classify", {"images": [picture], "labels": ["a", "b"]}),
+            ("/v1/explain", {"image": picture, "text": "a"}),
+        ):
+            reply = server.ask(path, body)
+            assert (reply.status, reply.json["error"]["code"]) == (400, "no_tower")
+            assert "text tower" in reply.json["error"]["message"]
+        assert set(server.ask("/healthz").json["seconds"]) == {"image"}

@@ -22,6 +22,8 @@ def routes(service: Service, templates: tuple[str, ...] = TEMPLATES["photo"]) ->
     async def classify(asked: ClassifyRequest) -> ClassifyAnswer:
         """The labels of each image with their scores, best first."""
         service.check_model(asked.model)
+        for tower in ("image", "text"):
+            service.check_tower(tower)
         service.check_count(len(asked.images), "images")
         sentences = asked.templates or templates
         if len(asked.labels) * len(sentences) > MOST_SENTENCES:

@@ -204,11 +204,17 @@ class ExplainRequest(_Strict):
     model: Text | None = None
 
 
+class Token(_Open):
+    token: str
+    weight: float = Field(description="How far the score falls without it.")
+
+
 class ExplainAnswer(_Open):
     model: str
     score: float = Field(description="The cosine of image and text.")
     probability: float | None = Field(description="Of the pair, by a model of the sigmoid loss.")
     heat: list[list[float]] = Field(description="Rows of the map over the whole image, 0 to 1.")
+    tokens: list[Token]
 
 
 # ------------------------------------------------------------------------------------ status
@@ -225,7 +231,6 @@ class ModelCard(_Open):
     context_length: int
     loss: Literal["softmax", "sigmoid"]
     index: bool = Field(description="Whether /v1/search has an index to search.")
-    heat: bool = Field(description="Whether /v1/explain can say where a text is seen.")
 
 
 class ModelsAnswer(_Open):

@@ -88,8 +88,10 @@ async def _query(service: Service, gallery: Gallery, given: list[Term]) -> Query
         if term.item is not None:
             parts.append(gallery.term(term.item, term.weight))
         elif term.image is not None:
+            service.check_tower("image")
             asked.append((name, term.weight, service.image(term.image, name)))
         else:
+            service.check_tower("text")
             text = service.checked_text(term.text, name)
             asked.append((name, term.weight, service.model.texts([text])[0]))
     for (name, weight, _), row in zip(

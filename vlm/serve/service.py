@@ -31,7 +31,6 @@ class Service:
     Attributes:
         name: of the model, as clients name it.
         gallery: of an index, or None where only a model is served.
-        explain: from a bundle, an image and a text to their cosine and a map; or None.
     """
 
     model: Batched
@@ -39,7 +38,6 @@ class Service:
     limits: Limits
     metrics: Metrics
     gallery: Gallery | None = None
-    explain: Callable[[Any, Any, str], tuple[float, np.ndarray]] | None = None
     started: float = field(default_factory=time.time)
 
     @functools.cached_property
@@ -99,7 +97,7 @@ class Service:
         for i, item in enumerate(items):
             try:
                 text, image = parts_of(item, f"item {i}")
-                self._check_tower("text" if image is None else "image")
+                self.check_tower("text" if image is None else "image")
                 if image is not None:
                     answers[i] = self.image(image, f"item {i}")
                 else:
@@ -140,7 +138,8 @@ class Service:
         about = problem(str(refused), refused.code, refused.status)
         return FailedItem(index=index, error=Problem(**about))
 
-    def _check_tower(self, tower: str) -> None:
+    def check_tower(self, tower: str) -> None:
+        """Raise a Refused if the model was loaded without a tower."""
         towers = {"image": self.model.bundle.model.vision, "text": self.model.bundle.model.text}
         if towers[tower] is None:
             raise Refused(

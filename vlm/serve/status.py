@@ -36,7 +36,6 @@ def routes(service: Service) -> APIRouter:
             context_length=bundle.tokenizer.config.context_length,
             loss=bundle.loss,
             index=service.gallery is not None,
-            heat=service.explain is not None,
         )
 
     @router.get("/v1/models")

@@ -12,7 +12,7 @@ export class Inspect {
     this.card = card;
     this.step = step;
     this.heat = null;
-    $("heatForm").hidden = !card.heat;
+    $("heatForm").hidden = card.modalities.length < 2;
     $("close").addEventListener("click", () => $("inspect").close());
     $("previous").addEventListener("click", () => this.move(-1));
     $("next").addEventListener("click", () => this.move(1));
@@ -90,13 +90,20 @@ export class Inspect {
 
   async explain() {
     const text = $("heatText").value.trim();
-    if (!this.card.heat || !text) return this.forgetHeat();
+    if (!text) return this.forgetHeat();
+    if (!this.heat) $("heatSays").textContent = "Looking for it …";
     try {
       const said = await this.ask.explained(text);
       if (!said) return;
       this.heat = said.heat;
       const probability = said.probability === null ? "" : `, probability ${said.probability.toFixed(3)}`;
-      $("heatSays").textContent = `“${text}”: score ${said.score.toFixed(3)}${probability}`;
+      const most = Math.max(...said.tokens.map(({ weight }) => Math.abs(weight)), 1e-6);
+      const words = said.tokens.map(({ token, weight }) => {
+        const word = make("mark", { title: `without it the score falls by ${weight.toFixed(3)}` }, token);
+        word.style.setProperty("--share", `${Math.round(100 * Math.max(0, weight) / most)}%`);
+        return word;
+      });
+      $("heatSays").replaceChildren(...words, ` score ${said.score.toFixed(3)}${probability}`);
       this.place();
     } catch (error) {
       this.forgetHeat();
