@@ -347,13 +347,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     measures = {"throughput": throughput, "overload": overload, "soak": soak, "page": page}
     parser.add_argument("measure", choices=measures)
+    parser.add_argument("--model", type=pathlib.Path, help="a bundle to use in place of a new one")
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        save_bundle(folder / "model")
+        if args.model is None:
+            save_bundle(folder / "model")
+        else:
+            (folder / "model").symlink_to(args.model.resolve())
         measures[args.measure](args, folder)
 
 

@@ -8,6 +8,8 @@ import time
 import pytest
 from serving import drawn, encoded, running
 
+from vlm.serve.heat import warm_up
+
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed (extra test)"
 )
@@ -209,11 +211,12 @@ def test_labels_are_scored_while_they_are_typed(opened, server):
     assert said == [best["label"], f"{100 * best['score']:.1f}%"]
 
 
-def test_heat_lies_over_the_picture(opened):
+def test_heat_lies_over_the_picture(opened, bundle):
+    warm_up(bundle)
     page = opened()
     search(page, "a red square")
     page.click(".tile >> nth=0")
-    page.wait_for_selector("#heat:visible", timeout=60_000)  # it is compiled
+    page.wait_for_selector("#heat:visible", timeout=30_000)
     boxes = [page.locator(name).bounding_box() for name in ("#heat", "#large")]
     assert boxes[0]["width"] == pytest.approx(boxes[1]["width"], abs=2)
     assert page.input_value("#heatText") == "a red square"

@@ -94,6 +94,7 @@ def serve(
     try:
         from vlm.bundle import load
         from vlm.serve.app import create_app
+        from vlm.serve.heat import warm_up
     except ImportError as error:
         raise _extra_missing(error) from None
 
@@ -121,6 +122,8 @@ def serve(
         max_batch=largest,
     )
     app.state.service.model.warm_up(lambda said: print_status(f"compiling for {said}"))
+    print_status("compiling for heat maps")
+    warm_up(bundle)
     if host not in LOOPBACK and not keys:
         print_status("anyone who reaches this machine may ask: --api-key KEY asks for a key")
     run(app, host, port, taken=taken, ready=lambda url: print_status(f"serving at {url}"))

@@ -39,6 +39,12 @@ def explained(bundle: Bundle, image: Image.Image, text: str) -> ExplainAnswer:
     )
 
 
+def warm_up(bundle: Bundle) -> None:
+    """Compile what a map needs, which takes longer than a request may."""
+    if bundle.model.vision is not None and bundle.model.text is not None:
+        explained(bundle, Image.new("RGB", (bundle.config.vision.image_size,) * 2), "a cat")
+
+
 def routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["explain"])
     turn = asyncio.Lock()  # one at a time: it takes as long as many embeddings
