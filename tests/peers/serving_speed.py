@@ -33,7 +33,8 @@ def save_model(folder: pathlib.Path) -> None:
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
     torch.manual_seed(0)
-    CLIPModel(CLIPConfig()).save_pretrained(folder)
+    gelu = {"hidden_act": "gelu"}
+    CLIPModel(CLIPConfig(text_config=gelu, vision_config=gelu)).save_pretrained(folder)
     CLIPImageProcessor().save_pretrained(folder)
     end = "<|endoftext|>"
     vocabulary = str(ROOT / "vlm" / "weights" / "clip" / "tokenizer.json")
