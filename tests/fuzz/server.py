@@ -126,6 +126,10 @@ def outcome(server, number: int, fuzz_images) -> int:
 
 def run(server, numbers) -> collections.Counter:
     """How many cases had which status; eight clients ask at once."""
+    from vlm.serve.heat import warm_up
+
+    server.service.model.warm_up()
+    warm_up(server.service.model.bundle)
     fuzz_images = images()
     with ThreadPoolExecutor(CLIENTS) as pool:
         return collections.Counter(pool.map(lambda n: outcome(server, n, fuzz_images), numbers))
