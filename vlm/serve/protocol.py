@@ -145,7 +145,7 @@ class Term(_Strict):
     text: Text | None = None
     image: Text | None = Field(default=None, description="data:image/...;base64,...")
     item: int | None = Field(default=None, description="The number of an item: more like this.")
-    weight: float = Field(default=1.0, description="Below 0: less of it.")
+    weight: float = Field(default=1.0, ge=-1000, le=1000, description="Below 0: less of it.")
 
 
 class WireCondition(_Strict):
