@@ -158,7 +158,7 @@ class SearchRequest(_Strict):
     query: Text | Annotated[list[Term], Field(min_length=1)]
     k: int = Field(default=20, ge=1, le=1000)
     where: Annotated[list[WireCondition], Field(max_length=20)] = []
-    min_score: float | None = None
+    min_score: float | None = Field(default=None, ge=-10, le=10, description="A cosine.")
     model: Text | None = None
 
 
