@@ -8,6 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from vlm import adapt
 from vlm.bundle import load
@@ -55,44 +56,46 @@ def folders(base, tmp_path_factory):
         "dora": AdapterConfig(rank=2, alpha=1.0, dora=True),
         "small": AdapterConfig(rank=2, alpha=1.0, quantize="int8"),
     }
-    bundles = {
+    return folder, {
         name: made(base, folder / name, config, seed)
         for seed, (name, config) in enumerate(configs.items())
     }
-    return folder, {name: bundle.encode_text(TEXTS) for name, bundle in bundles.items()}
+
+
+def assert_same(one, other):
+    """Equal parameters, adapter and all."""
+    trees = [nnx.to_pure_dict(nnx.state(bundle.model)) for bundle in (one, other)]
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *trees)))
 
 
 @pytest.mark.parametrize("name", ["birds", "cars", "dora", "small"])
 def test_an_adapter_opens_with_its_model(base, folders, name):
-    folder, wanted = folders
-    for bundle in (load(folder / name), adapt.attach(base, folder / name)):
-        assert np.array_equal(bundle.encode_text(TEXTS), wanted[name])
-        assert bundle.name == name
-        assert np.abs(bundle.merged().encode_text(TEXTS) - wanted[name]).max() < 1e-6
+    folder, bundles = folders
     about = json.loads((folder / name / "adapter.json").read_text())
-    assert bundle.fingerprint == about["fingerprint"] == bundle.merged().fingerprint
     assert about["base"] == {"model": str(BASE), "fingerprint": base.identity}
-    assert (base.encode_text(TEXTS) != wanted[name]).any()
+    for bundle in (load(folder / name), adapt.attach(base, folder / name)):
+        assert_same(bundle, bundles[name])
+        assert bundle.name == name
+        assert bundle.fingerprint == about["fingerprint"] == bundle.merged().fingerprint
 
 
-def test_what_is_saved_whole_is_merged(base, folders, tmp_path):
-    folder, wanted = folders
-    load(folder / "small").save(tmp_path / "whole")
-    assert np.abs(load(tmp_path / "whole").encode_text(TEXTS) - wanted["small"]).max() < 1e-6
+def test_what_is_saved_whole_is_merged(folders, tmp_path):
+    bundle = load(folders[0] / "small")
+    bundle.save(tmp_path / "whole")
+    assert_same(load(tmp_path / "whole"), bundle.merged())
     assert adapters.adapter_of(load(tmp_path / "whole").model) == {}
 
 
 def test_the_model_is_known_in_every_format(base, folders, tmp_path):
     """A checkpoint of transformers is the same model after it was converted to a bundle."""
-    folder, wanted = folders
+    folder, bundles = folders
     base.save(tmp_path / "converted")
     for place in (tmp_path / "converted", BASE):
-        bundle = load(folder / "birds", base=place)
-        assert np.array_equal(bundle.encode_text(TEXTS), wanted["birds"])
+        assert_same(load(folder / "birds", base=place), bundles["birds"])
     small = load(folder / "birds", image_size=60, dtype="bfloat16", tower="image")
     assert small.config.vision.image_size == 60
     assert set(adapters.adapter_of(small.model)) == {
-        name for name in adapters.adapter_of(bundle.model) if name.startswith("vision.")
+        name for name in adapters.adapter_of(bundles["birds"].model) if name.startswith("vision.")
     }
 
 
@@ -111,39 +114,44 @@ def test_an_adapter_of_another_model_is_refused(base, folders, tmp_path):
 
 
 def test_a_sum_with_weights(base, folders):
-    folder, wanted = folders
+    folder, _ = folders
     two = [folder / "birds", folder / "cars"]
-    only = adapt.attach(base, *two, weights=[1.0, 0.0])
-    assert np.abs(only.encode_text(TEXTS) - wanted["birds"]).max() < 1e-6
-    assert only.name == "1 birds + 0 cars"
     neither = adapt.attach(base, *two, weights=[0.0, 0.0])
     assert np.array_equal(neither.encode_text(TEXTS), base.encode_text(TEXTS))
-    both = adapt.attach(base, *two)
-    halves = adapt.attach(base, *two, *two, weights=[0.5] * 4)
-    assert np.abs(both.encode_text(TEXTS) - halves.encode_text(TEXTS)).max() < 1e-6
-    assert np.abs(both.encode_text(TEXTS) - wanted["birds"]).max() > 1e-3
+
+    def kernels(bundle):
+        layers = adapters.linear_layers(bundle.merged().model)
+        return {name: adapters.matrix(layer) for name, layer in layers.items()}
+
+    both = adapt.attach(base, *two, weights=[1.0, -0.5])
+    assert both.name == "1 birds + -0.5 cars"
+    parts = [kernels(b) for b in (base, *(adapt.attach(base, folder) for folder in two))]
+    for name, kernel in kernels(both).items():
+        plain, birds, cars = (part[name] for part in parts)
+        np.testing.assert_allclose(
+            kernel, plain + (birds - plain) - 0.5 * (cars - plain), atol=1e-5, err_msg=name
+        )
     with pytest.raises(ConfigError, match="there are 1 weights for 2 adapters: give one for each"):
         adapt.attach(base, *two, weights=[1.0])
 
 
 def test_switching_takes_no_time_and_compiles_nothing(base, folders):
-    folder, wanted = folders
-    places = {name: folder / name for name in ("birds", "cars", "small")}
-    switch = adapt.AdapterSwitch(base, places)
+    folder, bundles = folders
+    switch = adapt.AdapterSwitch(base, {name: folder / name for name in ("birds", "cars", "small")})
     assert list(switch) == ["birds", "cars", "small"]
-    switch["birds"].encode_text(TEXTS)
+    z = {"birds": switch["birds"].encode_text(TEXTS)}
     program = switch["birds"]._text_program
     assert program._cache_size() == 1
-    for name in ("cars", "birds", "small", "cars"):
+    for name in ("cars", "birds", "small"):
         began = time.perf_counter()
         bundle = switch[name]
         assert time.perf_counter() - began < 5e-3
-        z = bundle.encode_text(TEXTS)
-        tolerance = 0.1 if name == "small" else 1e-6  # trained over int8, and here over float32
-        assert np.abs(z - wanted[name]).max() < tolerance
-        assert bundle.fingerprint == load(folder / name).fingerprint
-    assert switch["cars"]._text_program is program
+        z[name] = bundle.encode_text(TEXTS)
+        assert bundle.fingerprint == bundles[name].fingerprint
+        assert bundle._text_program is program
     assert program._cache_size() == 1
+    assert np.abs(z["birds"] - bundles["birds"].encode_text(TEXTS)).max() < 1e-6
+    assert np.abs(z["birds"] - z["cars"]).max() > 1e-3
     with pytest.raises(ConfigError, match="is DoRA's and another is not"):
         adapt.AdapterSwitch(base, {name: folder / name for name in ("birds", "dora")})
 

@@ -93,6 +93,7 @@ def test_the_adapter_alone_is_trained_and_learns(one):
     assert all(jax.tree.leaves(moved)), moved
 
 
+@pytest.mark.slow
 def test_eight_devices_take_the_steps_of_one(one, base):
     """With parameters cut over `fsdp` and `tensor`."""
     trainer, _, losses, _ = one
@@ -145,6 +146,7 @@ def killed(finished, tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_bit_for_bit_the_same(finished, killed):
     train(resume=killed)
     name = "adapter.safetensors"
