@@ -146,8 +146,18 @@ def test_a_method_that_does_not_fit_is_left_out_and_said(model, places, tmp_path
     data = read_labelled(str(places["train"]))
     made = adapt(model, data, tmp_path, 25.0, ("probe", "full"), ["{}"])
     assert made["full"].validation is None
-    assert made["full"].note.startswith("needs about ")
+    assert made["full"].note.startswith("it takes about ")
     assert made.chosen in ("zero-shot", "probe")
+
+
+def test_what_one_method_refuses_does_not_stop_the_others(model, places, tmp_path):
+    data = read_labelled(str(places["train"]))
+    long = [" ".join(["a"] * 12) + " {}"]  # there is no room for the class
+    made = adapt(model, data, tmp_path, 600.0, ("probe", "prompt"), long)
+    assert "tokens long and the model takes 12" in made["prompt"].note
+    assert made["probe"].validation is not None
+    with pytest.raises(ConfigError, match="tokens long and the model takes 12"):
+        adapt(model, data, tmp_path, 600.0, ("prompt",), long)
 
 
 def test_a_budget_too_small_is_one_sentence(model, places, tmp_path, capsys):

@@ -21,7 +21,7 @@ from vlm.adapt.labelled import Labelled, hold_out, with_names
 from vlm.adapt.methods import METHODS, Adapted, NoTime, Setting, zero_shot
 from vlm.adapt.rows import ZERO_SHOT, Row, cells, columns_of
 from vlm.bundle import Bundle
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, VlmError
 from vlm.evaluate.intervals import Metric, proportion
 from vlm.heads.prompts import TEMPLATES
 from vlm.heads.saved import Classifier
@@ -113,6 +113,7 @@ def adapt(
 
     Raises:
         ConfigError: an unknown method, a class that `data` has not, a budget too small for a try.
+        VlmError: what a method refused, if no other did anything.
         DataError: no images to hold out.
 
     Example:
@@ -145,7 +146,9 @@ def adapt(
     made, cost = _costed(zero_shot, setting)
     found, rows = {ZERO_SHOT: made}, [judge.row(ZERO_SHOT, made, cost)]
     wanted = [name for name in METHODS if not methods or name in methods]
-    short = math.inf
+    if "blend" in wanted and not {"lora", "full"} & set(wanted):
+        wanted.insert(-1, "full")  # something to blend
+    short, refused = math.inf, None
     for number, name in enumerate(wanted):
         left = deadline - time.monotonic()
         tuning = [n for n in wanted[number:] if METHODS[n].changes_model]
@@ -158,10 +161,16 @@ def adapt(
             short = min(short, error.needed)
             rows.append(Row(name, note=f"{error}, and {max(0, left):,.0f} s were left"))
             continue
+        except VlmError as error:  # the others may do
+            refused = error
+            rows.append(Row(name, note=str(error)))
+            continue
         found[name] = setting.found[name] = made
         rows.append(judge.row(name, made, cost))
         say(f"{name}: {rows[-1].validation} in {cost.seconds:.1f} s")
-    if len(found) == 1 and wanted:
+    if len(found) == 1 and refused is not None:
+        raise refused
+    if len(found) == 1:
         raise ConfigError(_too_small(budget, budget + short if math.isfinite(short) else None))
     chosen = max(found, key=lambda name: judge.validation(name, rows))
     about = {

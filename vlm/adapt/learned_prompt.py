@@ -23,7 +23,7 @@ from vlm.models.dual_encoder import unit_norm
 
 STEPS = 60
 BATCH, IMAGE_BATCH = 64, 4  # images in a step: of CoOp, and of CoCoOp, which embeds labels for each
-HOLD = 1.0  # KgCoOp's is 8 (arXiv:2303.13283), for photographs and a context of words
+HOLD = 1.0  # a lighter hand than the 8 of KgCoOp (arXiv:2303.13283), whose context begins as words
 INIT = 0.02  # standard deviation of vectors that stand for no words, as published
 # Steps of Adam have the size of the rate. Relative to the entries of the embedding table, a rate
 # means the same for every model.

@@ -18,6 +18,7 @@ from vlm.adapt.blending import blend
 from vlm.adapt.labelled import Labelled
 from vlm.bundle import Bundle
 from vlm.config import AdapterConfig
+from vlm.errors import ConfigError
 from vlm.heads.few_shot import CacheHead, FewShotClassifier, LinearHead, fit_head
 from vlm.heads.prompts import class_embeddings
 from vlm.heads.saved import Classifier
@@ -83,7 +84,7 @@ class NoTime(Exception):
     """A try would take longer than it may; says how long, in seconds."""
 
     def __init__(self, needed: float):
-        super().__init__(f"needs about {needed:,.0f} s")
+        super().__init__(f"it takes about {needed:,.0f} s")
         self.needed = needed
 
 
@@ -145,7 +146,7 @@ def blended(s: Setting) -> Adapted:
     """
     tuned = {name: s.found[name] for name in ("lora", "full") if name in s.found}
     if not tuned:
-        raise NoTime(math.inf)
+        raise ConfigError("there is no fine-tuned model to blend: give a larger budget")
     needed = len(tuned) * len(SHARES) * len(s.validation) * s.pace
     if needed > s.seconds:
         raise NoTime(needed)
