@@ -142,7 +142,7 @@ def blended(s: Setting) -> Adapted:
     """The fine-tuned model averaged with the one that it began from (WiSE-FT).
 
     Of the shares that are not clearly worse than the best on the validation part, by one standard
-    error, the smallest: it keeps the most of what the model knew.
+    error of the difference, the smallest: it keeps the most of what the model knew.
     """
     tuned = {name: s.found[name] for name in ("lora", "full") if name in s.found}
     if not tuned:
@@ -150,19 +150,17 @@ def blended(s: Setting) -> Adapted:
     needed = len(tuned) * len(SHARES) * len(s.validation) * s.pace
     if needed > s.seconds:
         raise NoTime(needed)
-    tried: list[tuple[float, float, str]] = []  # right answers, share, which
+    tried: dict[tuple[float, str], np.ndarray] = {}  # by share and run, which images are right
     for name, one in tuned.items():
         for share in SHARES:
             model = blend(s.model, one.model, share)
             classifier = ZeroShotClassifier(model, s.names, s.templates)
             z, _ = encode_images(model, s.validation.images)
-            right = (classifier.logits(z).argmax(1) == s.validation.target).mean()
-            tried.append((float(right), share, name))
-    best = max(right for right, *_ in tried)
-    error = math.sqrt(best * (1 - best) / len(s.validation))
-    right, share, name = min(
-        (t for t in tried if t[0] >= best - error), key=lambda t: (t[1], -t[0])
-    )
+            tried[share, name] = classifier.logits(z).argmax(1) == s.validation.target
+    best = max(tried.values(), key=lambda right: right.sum()).astype(np.float64)
+    lost = {at: best - right for at, right in tried.items()}
+    as_good = (at for at, d in lost.items() if d.mean() <= d.std() / math.sqrt(len(d)))
+    share, name = min(as_good, key=lambda at: (at[0], lost[at].mean()))
     model = blend(s.model, tuned[name].model, share)
     classifier = ZeroShotClassifier(model, s.names, s.templates)
     return Adapted(model, classifier, tuned[name].trained, f"{share:.0%} of {name}")
