@@ -22,6 +22,11 @@ class DistillConfig:
         projection: Learn a linear layer from the student's space to the teacher's, for features
             of another width. It is not part of the model that the run leaves.
         temperature: What the teacher's cosines are divided by. None: its own temperature.
+
+    Example:
+        >>> from vlm.config import DistillConfig
+        >>> DistillConfig(teacher="ViT-L-14/", features=0.5, distance="mse").task
+        0.25
     """
 
     teacher: str = ""
