@@ -14,6 +14,7 @@ from vlm.models.dual_encoder import DualEncoder
 from vlm.models.text import TextTower
 from vlm.models.vit import ViTTower
 from vlm.nn.transformer import Execution
+from vlm.nn.vitamin import average_of_three
 
 VISION = ViTConfig(
     image_size=16, patch_size=4, width=32, depth=2, heads=2, mlp_dim=64, projection="linear"
@@ -128,3 +129,12 @@ def test_dropout_needs_keys():
 def test_pooling_at_the_end_needs_to_know_the_end():
     with pytest.raises(ConfigError, match="needs end_id"):
         text(pool="end")(TOKENS)
+
+
+def test_means_of_three_have_a_gradient_in_a_compiled_program():
+    """ViTamin trains: a window's sum that starts from a traced zero could not be differentiated."""
+    x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    gradient = jax.jit(jax.grad(lambda x: average_of_three(x).sum()))(x)
+    # Each mean gives a share to what it is of: together one for each mean.
+    np.testing.assert_allclose(gradient.sum(), average_of_three(x).size, rtol=1e-6)
+    np.testing.assert_allclose(average_of_three(x)[0, 1, 1, 0], x[0, 1:4, 1:4, 0].mean())

@@ -1,6 +1,7 @@
 """The convolutions that ViTamin begins with (Chen et al., 2024, arXiv:2404.02132)."""
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
@@ -45,9 +46,10 @@ def average_of_three(x: Float[Array, "b h w c"]) -> Float[Array, "b p q c"]:
     """Means of 3x3 squares, every second one along each side; padding does not count."""
     window, strides = (1, 3, 3, 1), (1, 2, 2, 1)
     edges = ((0, 0), (1, 1), (1, 1), (0, 0))
-    total = lax.reduce_window(x, jnp.zeros((), x.dtype), lax.add, window, strides, edges)
+    zero = np.zeros((), x.dtype)  # a constant: only from one is it known as a sum, with a gradient
+    total = lax.reduce_window(x, zero, lax.add, window, strides, edges)
     ones = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
-    return total / lax.reduce_window(ones, jnp.zeros((), x.dtype), lax.add, window, strides, edges)
+    return total / lax.reduce_window(ones, zero, lax.add, window, strides, edges)
 
 
 class ConvStages(nnx.Module):
