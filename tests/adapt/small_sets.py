@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--shots", type=int, default=16)
     parser.add_argument("--budget", type=float, default=120)
     parser.add_argument("--template", default="{}")
+    parser.add_argument("--methods", nargs="*", default=[])
     options = parser.parse_args()
     from rich.console import Console
 
@@ -75,7 +76,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             made = adapt(
                 model, learn, Path(work), options.budget,
-                templates=[options.template], test=test,
+                options.methods, [options.template], test,
             )  # fmt: skip
         print(f"{name}, {options.shots} of each class: {made.chosen}")
         Console(width=160).print(made)
