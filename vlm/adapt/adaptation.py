@@ -247,7 +247,7 @@ def _pace(
     sample = list(labelled.images[:SAMPLE])
     names = [labelled.names[i] for i in labelled.target[:SAMPLE]]
     sentences = [templates[0].replace("{}", name) for name in names]
-    start = time.monotonic()
+    start = before = time.monotonic()
     for _ in range(2):  # the first time compiles
         before = time.monotonic()
         encode_images(model, sample)

@@ -73,7 +73,9 @@ def read_labelled(source: str, split: str | None = None, data_dir: str | None = 
     assert isinstance(task, ZeroShotTask)
     names = tuple(task.captions)
     if len(names) < 2:
-        raise DataError(f"{source} has the one class {names[0]!r}: give images of at least two")
+        raise DataError(
+            f"{source} has the one class {', '.join(map(repr, names))}: give images of at least two"
+        )
     return Labelled(list(task.images), np.asarray(task.target, np.int64), names, task.data)
 
 

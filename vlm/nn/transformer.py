@@ -201,8 +201,9 @@ class Transformer(nnx.Module):
             )
         layers = (jnp.arange(self.depth), parameters, changes_below(taps, "blocks"))
         x, found = lax.scan(layer, x, layers, unroll=1 if self.scan else self.depth)
-        for name, value in (found or {}).items() if taps is not None else ():
-            taps.found[f"{taps.prefix}blocks/{name}"] = value
+        if taps is not None:
+            for name, value in (found or {}).items():
+                taps.found[f"{taps.prefix}blocks/{name}"] = value
         return x
 
     def last(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:

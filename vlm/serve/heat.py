@@ -42,7 +42,8 @@ def explained(bundle: Bundle, image: Image.Image, text: str) -> ExplainAnswer:
 def warm_up(bundle: Bundle) -> None:
     """Compile what a map needs, which takes longer than a request may."""
     if bundle.model.vision is not None and bundle.model.text is not None:
-        explained(bundle, Image.new("RGB", (bundle.config.vision.image_size,) * 2), "a cat")
+        side = bundle.config.vision.image_size
+        explained(bundle, Image.new("RGB", (side, side)), "a cat")
 
 
 def routes(service: Service) -> APIRouter:
