@@ -83,8 +83,8 @@ def explain(model: Any, image: ImageLike, text: str, *, method: Method = "path")
         image: a PIL image, a path, the bytes of a file or an array of pixels.
         text: what is looked for.
         method: "path", what a place adds to the cosine on the way from a blank image to this one
-            (integrated gradients, arXiv:1703.01365), which did best for every kind of tower by
-            deletion and insertion (`python tests/explain/curves.py`); "attention", what more
+            (integrated gradients, arXiv:1703.01365), which did best by deletion and insertion for
+            the tower that was measured (`python tests/explain/curves.py`); "attention", what more
             attention to a place would add (LeGrad, arXiv:2404.03214); "similarity", the cosine of
             each place's own embedding (MaskCLIP, arXiv:2112.01071); "gradcam" (arXiv:1610.02391).
 
