@@ -25,7 +25,7 @@ from vlm.errors import ConfigError, VlmError
 from vlm.evaluate.intervals import Metric, proportion
 from vlm.heads.prompts import TEMPLATES
 from vlm.heads.saved import Classifier
-from vlm.heads.zero_shot import FILE, ZeroShotClassifier, encode_images
+from vlm.heads.zero_shot import FILE, ZeroShotClassifier, encode_images, to_scores
 
 SAMPLE = 32  # images that the pace is measured on
 SPARE = 0.9  # of what is left of a budget, that a try may plan with
@@ -37,7 +37,8 @@ class Adaptation:
 
     Attributes:
         rows: zero-shot first, and then each method.
-        chosen: the method that is best on the validation part; of equals the first.
+        chosen: the method that is best on the validation part; of equally accurate ones the one
+            that finds its labels likeliest.
         model, classifier: of that method.
         about: what was adapted to what, in words.
 
@@ -172,7 +173,7 @@ def adapt(
         raise refused
     if len(found) == 1:
         raise ConfigError(_too_small(budget, budget + short if math.isfinite(short) else None))
-    chosen = max(found, key=lambda name: judge.validation(name, rows))
+    chosen = max(found, key=judge.merit.__getitem__)
     about = {
         "model": model.name,
         "data": str(data.data),
@@ -200,6 +201,7 @@ class Judge:
         self._own = own  # classes out of distribution
         self._kept = {"validation": setting.z_validation}
         self._templates = setting.templates
+        self.merit: dict[str, tuple[float, float]] = {}  # by method, on the validation part
 
     def row(self, name: str, made: Adapted, cost: Cost) -> Row:
         measured = {
@@ -207,11 +209,16 @@ class Judge:
             for which, labelled in self._sets.items()
             if labelled is not None
         }
+        self.merit[name] = measured["validation"].value, self._likelihood(made)
         return Row(name, made.trained, cost.seconds, cost.peak, note=made.note, **measured)
 
-    def validation(self, name: str, rows: list[Row]) -> float:
-        found = next(row.validation for row in rows if row.method == name)
-        return -1.0 if found is None else found.value
+    def _likelihood(self, made: Adapted) -> float:
+        """The mean log probability of the labels of the validation part."""
+        labelled = self._sets["validation"]
+        z = self._embeddings("validation", labelled, made.model)
+        scores = to_scores(made.classifier.logits(z), "softmax")
+        own = scores[np.arange(len(labelled)), labelled.target]
+        return float(np.log(np.maximum(own, 1e-12)).mean())
 
     def _measure(self, which: str, labelled: Labelled, made: Adapted) -> Metric:
         z = self._embeddings(which, labelled, made.model)
