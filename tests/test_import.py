@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -75,6 +76,17 @@ def test_every_public_name_is_there(room, name):
     owner = importlib.import_module(room)
     assert getattr(owner, name) is not None
     assert name in dir(owner)
+
+
+def test_no_name_of_a_room_is_that_of_its_module():
+    """Importing the module would put it in the place of the name."""
+    shadowed = [
+        f"{room}.{name}"
+        for room, name in IN_ROOMS
+        if (PACKAGE.parent / room.replace(".", "/") / f"{name}.py").exists()
+        and not inspect.ismodule(getattr(importlib.import_module(room), name))
+    ]
+    assert not shadowed
 
 
 @pytest.mark.parametrize(

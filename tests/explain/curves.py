@@ -23,7 +23,7 @@ import vlm
 from vlm.bundle import Bundle
 from vlm.data.sources import first_captions, open_source
 from vlm.evaluate.intervals import bootstrap_mean
-from vlm.explain.faithfulness import Faithfulness, faithfulness
+from vlm.explain.curves import Faithfulness, faithfulness
 from vlm.explain.geometry import grid, on_pixels
 from vlm.explain.methods import METHODS, place_maps
 from vlm.inputs.opening import open_image

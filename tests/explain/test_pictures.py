@@ -8,10 +8,10 @@ from PIL import Image
 
 import vlm
 from vlm.errors import ConfigError, DataError
-from vlm.explain.embedding_map import embedding_map
-from vlm.explain.faithfulness import faithfulness
+from vlm.explain.curves import faithfulness
 from vlm.explain.picture import colours, overlay
-from vlm.explain.segment import segment
+from vlm.explain.segmentation import segment
+from vlm.explain.set_map import embedding_map
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "weights" / "golden"
 
@@ -121,7 +121,7 @@ def test_a_true_map_beats_a_false_one(monkeypatch):
         red = np.array([float(i[:8, :8, 0].mean()) / 255 for i in images], np.float32)
         return np.stack([red, 1 - red], axis=1)
 
-    monkeypatch.setattr("vlm.explain.faithfulness._encode", look)
+    monkeypatch.setattr("vlm.explain.curves._encode", look)
     true = np.zeros((16, 16), np.float32)
     true[:8, :8] = 1
     areas = faithfulness(

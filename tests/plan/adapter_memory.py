@@ -11,7 +11,7 @@ import sys
 from vlm.config import AdapterConfig, Experiment, MeshConfig, OptimizerConfig
 from vlm.models import recipes
 from vlm.plan.compile import compile_step, state_bytes, with_dtype
-from vlm.plan.plan import plan_mesh
+from vlm.plan.planning import plan_mesh
 from vlm.plan.topology import parse_topology
 from vlm.train.step import Trainer
 

@@ -16,7 +16,7 @@ from published import JUDGED, ROWS, Published
 from vlm.plan.analytic import analytic_traffic
 from vlm.plan.calibration import SHARES, calibration_of
 from vlm.plan.compile import abstract_state, state_bytes
-from vlm.plan.plan import plan_mesh
+from vlm.plan.planning import plan_mesh
 from vlm.plan.roofline import Roofline, analytic_roofline
 from vlm.plan.topology import parse_topology
 

@@ -1,7 +1,6 @@
 """Plans of a small model: for a TPU slice without a TPU, for virtual CPU devices, for GPUs."""
 
 import dataclasses
-import importlib
 import importlib.util
 import io
 import json
@@ -13,13 +12,12 @@ from small import TPU_HEADS, experiment
 
 from vlm.config import MeshConfig
 from vlm.models.flops import step_flops
-from vlm.plan import plan, sweep
+from vlm.plan import plan, planning, sweep
 from vlm.plan.collectives import ACTIVATIONS, FSDP, GRADIENTS, LOSS_RING, collectives
 from vlm.plan.compile import compile_step, parse_refusal
 from vlm.plan.hlo import parse
 from vlm.plan.report import show, show_sweep
 
-PLANNING = importlib.import_module("vlm.plan.plan")  # the package shows its function by this name
 TPU = importlib.util.find_spec("libtpu") is not None
 
 
@@ -32,7 +30,7 @@ def test_a_tpu_slice_without_a_tpu(monkeypatch):
         steps.append(compile_step(*args))
         return steps[-1]
 
-    monkeypatch.setattr(PLANNING, "compile_step", compiled)
+    monkeypatch.setattr(planning, "compile_step", compiled)
     made = plan(e, "v5e:2x2", loss=False)
     assert made.fits
     assert made.memory.basis == "compiled"

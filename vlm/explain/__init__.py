@@ -9,13 +9,13 @@ import types
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from vlm.explain.embedding_map import EmbeddingMap as EmbeddingMap
-    from vlm.explain.embedding_map import embedding_map as embedding_map
+    from vlm.explain.curves import faithfulness as faithfulness
     from vlm.explain.explanation import Explanation as Explanation
     from vlm.explain.explanation import explain as explain
-    from vlm.explain.faithfulness import faithfulness as faithfulness
-    from vlm.explain.segment import Segmentation as Segmentation
-    from vlm.explain.segment import segment as segment
+    from vlm.explain.segmentation import Segmentation as Segmentation
+    from vlm.explain.segmentation import segment as segment
+    from vlm.explain.set_map import EmbeddingMap as EmbeddingMap
+    from vlm.explain.set_map import embedding_map as embedding_map
 
 
 class _Callable(types.ModuleType):

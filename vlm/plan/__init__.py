@@ -5,7 +5,10 @@ reads memory, communication and operations off the result. For NVIDIA GPUs, whos
 wants the card, the same figures are counted by hand. Every figure says which it is.
 """
 
-from vlm.plan.plan import BASES, Plan, plan
-from vlm.plan.sweep import sweep
+from etils import epy
 
-__all__ = ["BASES", "Plan", "plan", "sweep"]
+with epy.lazy_api_imports(globals()):
+    from vlm.plan.planning import BASES as BASES
+    from vlm.plan.planning import Plan as Plan
+    from vlm.plan.planning import plan as plan
+    from vlm.plan.sweeps import sweep as sweep

@@ -30,7 +30,7 @@ class Segmentation:
         image: the image as it was opened.
 
     Example:
-        >>> from vlm.explain.segment import segment
+        >>> from vlm.explain import segment
         >>> found = segment(model, pictures[0], ["red", "green"])
         >>> found.labels
         ('red', 'green')

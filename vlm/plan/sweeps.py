@@ -8,7 +8,7 @@ from typing import get_args
 
 from vlm.config import Experiment, MeshConfig, RematPolicy
 from vlm.errors import ConfigError, VlmError
-from vlm.plan.plan import Plan, plan
+from vlm.plan.planning import Plan, plan
 from vlm.plan.topology import parse_topology
 from vlm.train.starting_model import resolve
 

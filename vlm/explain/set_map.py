@@ -30,7 +30,7 @@ class EmbeddingMap:
         images: the n images.
 
     Example:
-        >>> from vlm.explain.embedding_map import embedding_map
+        >>> from vlm.explain import embedding_map
         >>> found = embedding_map(model.encode_image(pictures), pictures)
         >>> len(found.images)
         3
@@ -131,7 +131,7 @@ def embedding_map(
             are not finite.
 
     Example:
-        >>> from vlm.explain.embedding_map import embedding_map
+        >>> from vlm.explain import embedding_map
         >>> found = embedding_map(model.encode_image(pictures), pictures)
         >>> found.points.shape
         (3, 2)

@@ -50,7 +50,7 @@ def faithfulness(
         >>> pixels = [model.preprocess.pixels(picture) for picture in pictures]
         >>> heats = [np.random.default_rng(0).random((16, 16), np.float32)] * 3
         >>> z_text = model.encode_text(["red", "green", "blue"])
-        >>> from vlm.explain.faithfulness import faithfulness
+        >>> from vlm.explain import faithfulness
         >>> found = faithfulness(model, pixels, heats, z_text, np.arange(3))
         >>> found.deletion.shape, found.insertion.shape
         ((3,), (3,))
