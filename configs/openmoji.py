@@ -2,6 +2,7 @@
 
 The held-out images are skin-tone variants whose combinations are new and whose parts are not. So
 the recipe is kind to colour, and the text tower shallow: one layer composes, two learn by heart.
+What is changed here is chosen with `--data.train-split train --data.eval-split validation`.
 """
 
 from vlm.config import (
@@ -50,6 +51,7 @@ config = Experiment(
     tokenizer=TokenizerConfig(context_length=20),
     data=DataConfig(
         source="openmoji",
+        train_split="train+validation",
         augment=AugmentConfig(crop=(0.85, 1.0), aspect=(0.9, 1.11), jitter=0.05),
         cache=True,
     ),

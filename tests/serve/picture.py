@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("out", type=pathlib.Path)
-    parser.add_argument("--text", default="a green vehicle")
+    parser.add_argument("--text", default="a boat")
     args = parser.parse_args()
 
     from playwright.sync_api import sync_playwright
