@@ -4,7 +4,8 @@
 
 Prints, for each number of shots, the accuracy on drawings of the new style that no method saw, and
 what the adapted model keeps of its accuracy on the drawings as they were. Hyperparameters are the
-defaults: nothing is chosen by the drawings that are measured.
+defaults. How strong the style is, and the defaults of learned prompts, were set with figures of
+such drawings in sight, so that these are no independent evidence for prompts.
 """
 
 import argparse

@@ -88,7 +88,7 @@ def test_a_label_makes_captions_by_templates(tiny_dir):
 
 
 def test_openmoji_candidates_and_answers(openmoji_dir):
-    config = DataConfig(data_dir=openmoji_dir)
+    config = DataConfig(data_dir=openmoji_dir, train_split="train+validation")
     captions, answers = all_captions(config), held_out(config)
     assert len(captions) == len(set(captions)) == 3944
     test = open_source(config, "test")
@@ -122,8 +122,8 @@ def test_features_that_are_not_there(openmoji_dir, changes, message):
 def test_sources_that_are_not_there(openmoji_dir, tiny_dir, tmp_path):
     with pytest.raises(DataError, match=r"'imagenet' is unknown: give \"openmoji\".*tfds:NAME"):
         open_source(DataConfig("imagenet"), "train")
-    with pytest.raises(DataError, match="no split 'validation': it has test, train"):
-        open_source(DataConfig(data_dir=openmoji_dir), "validation")
+    with pytest.raises(DataError, match="no split 'dev': it has test, train, validation"):
+        open_source(DataConfig(data_dir=openmoji_dir), "dev")
     with pytest.raises(DataError, match="TFDS knows no data set 'no_such_set'"):
         open_source(DataConfig("tfds:no_such_set", data_dir=tiny_dir), "train")
     with pytest.raises(DataError, match=r"is not prepared in .*array_record"):

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from vlm.config import OptimizerConfig, load_config
+from vlm.config.defaults import with_defaults
 from vlm.sharding import path_names
 from vlm.train.optimizer import learning_rate, make_optimizer
 
@@ -234,7 +235,7 @@ def test_a_rule_is_the_published_one(name, rule):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_recipes_first_updates_are_the_published_ones(path):
     # A hundred steps have no warm-up of half a percent: two steps of it.
-    c = load_config(path).optimizer
+    c = with_defaults(load_config(path)).optimizer
     compare(dataclasses.replace(c, warmup=max(c.warmup, 0.02)))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from vlm.adapt import adaptation_page
@@ -58,7 +59,7 @@ class Adaptation:
 
     def __getitem__(self, method: str) -> Row:
         """The row of a method."""
-        return next(row for row in self.rows if row.method == method)
+        return {row.method: row for row in self.rows}[method]
 
     def save(self, folder: Path) -> None:
         """Write model, classifier, table and page into a folder that `vlm.load` takes."""
@@ -73,9 +74,17 @@ class Adaptation:
     def __rich__(self) -> Table:
         """The table that `rich.print` shows."""
         columns = columns_of(self.rows)
-        table = Table(title="Top-1 with 95% intervals", title_justify="left")
+        table = Table(
+            title="Top-1 with 95% intervals",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),  # eight columns in eighty characters
+        )
         for name in ("method", "trained", "time", "memory", *columns, "note"):
-            table.add_column(name, justify="left" if name in ("method", "note") else "right")
+            words = name in ("method", "note")
+            table.add_column(
+                name, justify="left" if words else "right", min_width=len(name.split()[-1])
+            )
         for row in self.rows:
             style = "bold" if row.method == self.chosen else ""
             table.add_row(*cells(row, columns), style=style)

@@ -39,7 +39,8 @@ class Plan:
 
 def plan(model: Bundle, labelled: Labelled, pace: float, seconds: float) -> Plan:
     """The run that fits into `seconds`, at `pace` seconds of training for an image."""
-    batch = min(BATCH, len(labelled))
+    devices = jax.device_count()
+    batch = max(1, min(BATCH, len(labelled)) // devices) * devices  # each takes as many
     wanted = max(FEWEST_EPOCH_STEPS, math.ceil(EPOCHS * len(labelled) / batch))
     step = batch * pace
     left = seconds - START

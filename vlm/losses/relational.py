@@ -54,6 +54,14 @@ def relational_loss(
         ShardingError: see `contrastive_loss`.
 
     Source: arXiv:2311.17049.
+
+    Example:
+        >>> from vlm.losses.relational import relational_loss
+        >>> z = jnp.eye(4)
+        >>> alike = relational_loss(z, z, jnp.log(10.0), z, z, jnp.log(10.0))
+        >>> turned = relational_loss(z, z[::-1], jnp.log(10.0), z, z, jnp.log(10.0))
+        >>> bool(abs(alike) < 1e-6), bool(turned > 1)
+        (True, True)
     """
     if teacher_image.shape != teacher_text.shape or len(teacher_image) != len(z_image):
         raise ConfigError(
