@@ -20,7 +20,7 @@ from vlm.bundle import Bundle
 from vlm.config import AdapterConfig
 from vlm.errors import ConfigError
 from vlm.heads.few_shot import CacheHead, FewShotClassifier, LinearHead, fit_head
-from vlm.heads.prompts import class_embeddings
+from vlm.heads.prompts import class_embeddings, class_prompts
 from vlm.heads.saved import Classifier
 from vlm.heads.zero_shot import ZeroShotClassifier, encode_images
 
@@ -110,7 +110,7 @@ def tip(s: Setting) -> Adapted:
 def prompt(s: Setting) -> Adapted:
     """The best templates for these images, or a context learned from them on top (CoOp)."""
     searched = template_search.search_by_embeddings(
-        s.model, s.z_train, s.train.target, s.names, start=s.templates, seed=s.seed
+        s.model, s.z_train, s.train.target, s.names, _fitting(s), s.templates, s.seed
     )
     best = searched.templates[0]
     start = time.monotonic()
@@ -126,6 +126,16 @@ def prompt(s: Setting) -> Adapted:
     )  # fmt: skip
     trained = learned_prompt.trained_parameters(learned)
     return Adapted(s.model, learned, trained, f"from {best!r}, {steps} steps")
+
+
+def _fitting(s: Setting) -> list[str]:
+    """The templates of the pool whose sentences the text tower takes whole."""
+    most, lengths = s.model.tokenizer.config.context_length, s.model.tokenizer.lengths
+    return [
+        template
+        for template in template_search.POOL
+        if max(lengths([x for (x,) in class_prompts(s.names, [template]).values()])) <= most
+    ]
 
 
 def lora(s: Setting) -> Adapted:
