@@ -36,7 +36,11 @@ config = c.Experiment(
     ),
     preprocess=c.PreprocessConfig(image_size=64),
     tokenizer=c.TokenizerConfig(context_length=24),
-    data=c.DataConfig(augment=c.AugmentConfig(crop=(0.5, 1.0), jitter=0.3), cache=True),
+    data=c.DataConfig(
+        train_split="train+validation",
+        augment=c.AugmentConfig(crop=(0.5, 1.0), jitter=0.3),
+        cache=True,
+    ),
     optimizer=c.OptimizerConfig(learning_rate=1e-3),
     batch_size=256,
     epochs=30,
