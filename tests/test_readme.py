@@ -28,7 +28,10 @@ FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # What is added to a command so that it takes seconds.
 SHORTENED = {
-    "train": ["--epochs", "2", "--batch-size", "8", "--data.source", str(tiny.folder() / "data")],
+    "train": [
+        *("--epochs", "2", "--batch-size", "8"),
+        *("--data.source", str(tiny.folder() / "data"), "--data.train-split", "train"),
+    ],
     "plan": ["--sweep", "--compiles", "0"],  # counted by hand
     "bench loss": ["--batch-size", "64", "--embed-dim", "8", "--rounds", "1"],
 }

@@ -59,7 +59,7 @@ def test_a_training_step_and_its_parts(paper, tmp_path):
 
 @pytest.mark.slow
 def test_the_memory_that_the_compiler_plans_is_what_a_step_takes():
-    e = dataclasses.replace(load_config(str(CONFIGS / "openmoji.py")), batch_size=256)
+    e = dataclasses.replace(load_config(str(CONFIGS / "openmoji.py")), batch_size=512)
     trainer = Trainer(e, make_mesh(e.mesh))
     batch = global_batch(random_batch(e), trainer.mesh)
     compiled = trainer.step.lower(trainer.abstract_state, batch).compile()

@@ -146,7 +146,7 @@ def test_what_has_no_place_there_is_named(tmp_path):
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", ["hf_clip", "hf_siglip"])
 def test_an_adapter_that_was_trained_here_opens_there(name, dora, tmp_path):
-    import torch
+    torch, _ = (pytest.importorskip(package) for package in ("torch", "peft"))
     from make_peft import embeddings as their_embeddings
     from make_peft import transformers_model
     from peft import PeftModel
