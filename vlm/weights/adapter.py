@@ -21,7 +21,7 @@ from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.adapters import Adapter, Factors
 from vlm.models.dual_encoder import DualEncoder
 from vlm.weights.digests import Checked, digests, fingerprint
-from vlm.weights.fields import read_json, show, string, whole
+from vlm.weights.fields import read_json_of_format, show, string, whole
 from vlm.weights.files import SafetensorsFiles, write_safetensors
 from vlm.weights.new_folder import new_folder
 
@@ -77,12 +77,7 @@ def open_adapter(path: epath.Path) -> SavedAdapter:
     folder = _folder(path)
     assert folder is not None, f"{path} is no adapter: see `recognises`"
     file = folder / ADAPTER_FILE
-    about = read_json(file)
-    version = whole(about.get("format"), f"{file}: format")
-    if version > FORMAT:
-        raise CheckpointError(
-            f"{file} is of format {version} and this vlm reads up to {FORMAT}: update vlm"
-        )
+    about = read_json_of_format(file, FORMAT)
     try:
         base = dict(about["base"])
         saved, found = string(about["fingerprint"], "fingerprint"), dict(about["digests"])

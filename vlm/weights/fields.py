@@ -54,6 +54,21 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     return values
 
 
+def read_json_of_format(path: epath.Path, newest: int) -> dict[str, Any]:
+    """The object in a JSON file of our own, whose `format` must be one that is known.
+
+    Raises:
+        CheckpointError: as `read_json`, or it was written by a later vlm.
+    """
+    about = read_json(path)
+    version = whole(about.get("format"), f"{path}: format")
+    if version > newest:
+        raise CheckpointError(
+            f"{path} is of format {version} and this vlm reads up to {newest}: update vlm"
+        )
+    return about
+
+
 def whole(value: Any, where: str, low: int = 1, high: int = _MAX_SIZE) -> int:
     """`value` if it is a whole number from `low` to `high`.
 

@@ -17,7 +17,7 @@ from vlm.models.dual_encoder import DualEncoder
 from vlm.weights.building import abstract_model
 from vlm.weights.checkpoint import Checkpoint
 from vlm.weights.digests import Checked, digests, fingerprint, older_fingerprint
-from vlm.weights.fields import read_json, string, whole
+from vlm.weights.fields import read_json_of_format, string
 from vlm.weights.files import SafetensorsFiles, Tensors, write_safetensors
 from vlm.weights.new_folder import new_folder
 from vlm.weights.rules import Rule, flat_arrays, flat_shapes
@@ -46,12 +46,7 @@ def open_checkpoint(path: epath.Path) -> Checkpoint:
             f"vlm train --resume {path}"
         )
     file = folder / BUNDLE_FILE
-    about = read_json(file)
-    version = whole(about.get("format"), f"{file}: format")
-    if version > FORMAT:
-        raise CheckpointError(
-            f"{file} is of format {version} and this vlm reads up to {FORMAT}: update vlm"
-        )
+    about = read_json_of_format(file, FORMAT)
     try:
         config = from_dict(ModelConfig, about["model"])
         preprocess = from_dict(PreprocessConfig, about["preprocess"])
