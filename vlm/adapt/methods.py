@@ -130,12 +130,9 @@ def prompt(s: Setting) -> Adapted:
 
 def _fitting(s: Setting) -> list[str]:
     """The templates of the pool whose sentences the text tower takes whole."""
-    most, lengths = s.model.tokenizer.config.context_length, s.model.tokenizer.lengths
-    return [
-        template
-        for template in template_search.POOL
-        if max(lengths([x for (x,) in class_prompts(s.names, [template]).values()])) <= most
-    ]
+    cut = s.model.tokenizer.count_truncated
+    prompts = {t: class_prompts(s.names, [t]).values() for t in template_search.POOL}
+    return [t for t, own in prompts.items() if not cut([sentence for (sentence,) in own])]
 
 
 def lora(s: Setting) -> Adapted:
