@@ -73,19 +73,12 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=500)
     args = parser.parse_args()
 
-    from serving import drawn, running, small_bundle
-
-    from vlm.heads.retrieval import RetrievalIndex
+    from serving import running, saved_index, small_bundle
 
     bundle = small_bundle()
     with tempfile.TemporaryDirectory() as folder:
-        paths = [pathlib.Path(folder) / f"{n}.png" for n in range(8)]
-        for n, path in enumerate(paths):
-            drawn(n).save(path)
-        index = RetrievalIndex(bundle)
-        index.add(paths, metadata={"year": range(8)})
-        index.save(pathlib.Path(folder) / "index")
-        with running(bundle, index=pathlib.Path(folder) / "index") as server:
+        index = saved_index(bundle, pathlib.Path(folder), {"year": range(8)})
+        with running(bundle, index=index) as server:
             counts = conform(server.url, args.examples)
     for label, count in counts.items():
         print(f"{label}: {count:,} requests, all answered as described")

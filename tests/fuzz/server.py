@@ -141,19 +141,12 @@ def main() -> None:
     args = parser.parse_args()
     import tempfile
 
-    from serving import drawn, running, small_bundle
-
-    from vlm.heads.retrieval import RetrievalIndex
+    from serving import running, saved_index, small_bundle
 
     bundle = small_bundle()
     with tempfile.TemporaryDirectory() as folder:
-        paths = [pathlib.Path(folder) / f"{n}.png" for n in range(8)]
-        for n, path in enumerate(paths):
-            drawn(n).save(path)
-        index = RetrievalIndex(bundle)
-        index.add(paths, metadata={"year": range(2000, 2008)})
-        index.save(pathlib.Path(folder) / "index")
-        with running(bundle, index=pathlib.Path(folder) / "index") as server:
+        index = saved_index(bundle, pathlib.Path(folder), {"year": range(2000, 2008)})
+        with running(bundle, index=index) as server:
             counts = run(server, range(args.cases))
             assert server.ask("/healthz").status == 200
     print(f"{args.cases:,} cases, no 5xx and no hang: {dict(sorted(counts.items()))}")

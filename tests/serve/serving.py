@@ -21,6 +21,7 @@ from vlm.config import (
     TextConfig,
     ViTConfig,
 )
+from vlm.heads.retrieval import RetrievalIndex
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
 from vlm.models.dual_encoder import DualEncoder
@@ -53,6 +54,18 @@ def drawn(number, size=(40, 30)):
     rng = np.random.default_rng(number)
     small = rng.integers(0, 256, (3, 4, 3)).astype(np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+def saved_index(bundle, folder, metadata):
+    """The folder of an index of drawn pictures on disk, one for each value of the metadata."""
+    count = len(next(iter(metadata.values())))
+    paths = [folder / f"{number:02}.png" for number in range(count)]
+    for number, path in enumerate(paths):
+        drawn(number).save(path)
+    index = RetrievalIndex(bundle)
+    index.add(paths, metadata=metadata)
+    index.save(folder / "index")
+    return folder / "index"
 
 
 def encoded(image, form="PNG"):
