@@ -72,3 +72,14 @@ def test_a_file_that_is_missing_for_a_moment_is_waited_for(three):
     restored = three.restore(ABSTRACT)
     back.join()
     assert restored[1] == {"step": 30}
+
+
+def test_a_state_that_was_never_computed_is_no_fault_of_the_disk(three, monkeypatch):
+    """A neighbour's death in the step reaches the writer, and is told as such, by the watch."""
+
+    def save(*_, **__):
+        raise jax.errors.JaxRuntimeError("Read error [10.0.0.2]:68: Connection reset by peer")
+
+    monkeypatch.setattr(three._manager, "save", save)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="reset by peer"):
+        three.save(40, STATE, {})

@@ -221,6 +221,8 @@ class Checkpoints:
         """What a writer says, in one sentence."""
         try:
             yield
+        except jax.errors.JaxRuntimeError:  # of the step whose state this is, as when a host died
+            raise
         except Exception as error:
             kept = "there is no earlier one"
             if self.newest is not None:
