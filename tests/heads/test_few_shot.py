@@ -34,7 +34,7 @@ def gradients(z, target, weight, bias, l2):
 @pytest.mark.parametrize("l2", [0.1, 1.0, 30.0])
 def test_the_linear_probe_reaches_the_optimum(l2):
     z, target = clusters()
-    weight, bias = fit_linear(z, target, l2, tolerance=1e-5)
+    weight, bias = fit_linear(z, target, l2, tolerance=1e-9)
     for gradient in gradients(z, target, weight, bias, l2):
         assert np.abs(gradient).max() < 3e-5
 
@@ -103,7 +103,7 @@ def test_the_anchored_optimum(model):
     """The gradient of the penalised objective, by the textbook formula in float64."""
     z, target = clusters()
     prior = 3 * np.random.default_rng(1).standard_normal((24, 3)).astype(np.float32)
-    weight, bias = fit_linear(z, target, 5.0, prior, tolerance=1e-5)
+    weight, bias = fit_linear(z, target, 5.0, prior, tolerance=1e-9)
     assert not bias.any()
     scale = np.sqrt(24)
     fit, _ = gradients(z, target, weight, bias, 1e-12)

@@ -1,8 +1,8 @@
 """Linear probes: multinomial logistic regression on embeddings, to its optimum, fast.
 
-The features are centred and preconditioned by their own covariance first: in that space the
-curvature is nearly the same in every direction (Böhning, 1992, doi:10.1007/BF00048682, bounds it by
-the covariance), and L-BFGS needs a few steps where the plain problem takes many.
+The features are centred and preconditioned by their own covariance: in that space the curvature is
+nearly the same in every direction (Böhning, 1992, doi:10.1007/BF00048682, bounds it by the
+covariance), and L-BFGS needs a few steps where the plain problem takes many.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,9 @@ from jaxtyping import Float, Int
 
 from vlm.errors import ConfigError
 
-CURVATURE = 0.2  # what the preconditioner expects of the softmax; at most 1 / 2
+# The curvature of a class's logit is p (1 - p): at most 1 / m where nothing is known yet, and less
+# the better the fit. A quarter of that is what the preconditioner expects on average.
+CURVATURE = 0.25
 SWEEP = tuple(10.0**e for e in range(-2, 5))  # penalties to choose from on a validation split
 
 Weights = tuple[Float[np.ndarray, "d m"], Float[np.ndarray, " m"]]
@@ -24,7 +26,7 @@ def fit_linear(
     l2: float = 1.0,
     prior: Float[np.ndarray, "d m"] | None = None,
     max_steps: int = 1000,
-    tolerance: float = 3e-5,
+    tolerance: float = 1e-3,
     classes: int | None = None,
 ) -> Weights:
     """Multinomial logistic regression on embeddings, solved by L-BFGS to its optimum.
@@ -40,8 +42,8 @@ def fit_linear(
         prior: weights for unscaled embeddings, from which the penalty measures and the fit starts;
             there is no bias then. Zeros by default.
         max_steps: an upper bound on the L-BFGS steps.
-        tolerance: the largest entry of the gradient, per example and in the preconditioned space,
-            at which the optimum is reached.
+        tolerance: how far above its minimum the objective may still be, as a share of it: half the
+            squared norm of the preconditioned gradient, which is what a Newton step would gain.
         classes: m, if some have no example.
 
     Returns:
@@ -53,54 +55,68 @@ def fit_linear(
     if not l2 > 0:
         raise ConfigError(f"l2 is {l2}: it must be positive, or separable classes have no optimum")
     n, d = z_image.shape
-    scale = float(np.sqrt(d))
     m = classes or int(target.max()) + 1
-    x = np.asarray(z_image, np.float32) * np.float32(scale)
+    x = np.asarray(z_image, np.float32)
     # Without a bias there is nothing that could take up the mean.
-    mean = x.mean(axis=0) if prior is None else np.zeros(d, np.float32)
-    x -= mean
-    penalty = l2 / n
-    covariance = np.asarray(x.T @ x, np.float64) / n
-    lower = np.linalg.cholesky(CURVATURE * covariance + penalty * np.eye(d))
-    inverse = np.linalg.inv(lower)  # w = inverse.T @ v
-    start = np.zeros((d, m)) if prior is None else np.asarray(prior, np.float64) / scale
-    x = x @ inverse.T.astype(np.float32)
-    problem = (x, target, inverse, start, penalty)
-    v, bias = _minimise(lower.T @ start, prior is None, *problem, max_steps, tolerance)
-    weight = inverse.T @ v
-    return (
-        (weight * scale).astype(np.float32),
-        (bias - mean @ weight if prior is None else bias).astype(np.float32),
-    )
+    mean = x.mean(axis=0, dtype=np.float64) if prior is None else np.zeros(d)
+    start = np.zeros((d, m)) if prior is None else np.asarray(prior, np.float64)
+    penalty = l2 / (n * d)  # of weights for unscaled embeddings, per example
+    return _minimise(x, target, mean, start, prior is None, penalty, max_steps, tolerance)
 
 
-def _minimise(v, with_bias, x, target, inverse, start, penalty, max_steps, tolerance):
-    """L-BFGS of SciPy (Byrd, Lu, Nocedal and Zhu, 1995, doi:10.1137/0916069)."""
+def _minimise(x, target, mean, start, with_bias, penalty, max_steps, tolerance) -> Weights:
+    """L-BFGS of SciPy (Byrd, Lu, Nocedal and Zhu, 1995, doi:10.1137/0916069).
+
+    It steers v and c, where the weight is to_weight @ v and the bias, of centred rows, is unit * c.
+    """
+    from scipy.linalg import solve_triangular
     from scipy.optimize import minimize
 
-    shape, size, rows = v.shape, v.size, np.arange(len(x))
+    (n, d), (_, m) = x.shape, start.shape
+    rows, curvature = np.arange(n), CURVATURE / m
+    covariance = (x.T @ x) / np.float64(n) - np.outer(mean, mean)
+    lower = np.linalg.cholesky(curvature * covariance + penalty * np.eye(d))
+    to_weight = solve_triangular(lower, np.eye(d), lower=True).T
+    unit = curvature**-0.5
+    left = np.inf  # what a Newton step would gain, as a share of the objective
+
+    def unpacked(flat):
+        weight = to_weight @ flat[: start.size].reshape(d, m)
+        return weight, unit * flat[start.size :] - mean @ weight
 
     def evaluate(flat):
-        v, bias = flat[:size].reshape(shape), flat[size:]
-        logits = x @ v.astype(np.float32) + bias.astype(np.float32)
+        nonlocal left
+        weight, bias = unpacked(flat)
+        logits = x @ weight.astype(np.float32)
+        logits += bias.astype(np.float32)
         logits -= logits.max(axis=1, keepdims=True)
         right = logits[rows, target]
-        exp = np.exp(logits, out=logits)
-        total = exp.sum(axis=1)
+        error = np.exp(logits, out=logits)
+        total = error.sum(axis=1, keepdims=True)
         # Summed in float64, or a line search near the optimum would see rounding and no descent.
-        value = np.mean(np.log(total) - right, dtype=np.float64)
-        exp /= total[:, None]
-        exp[rows, target] -= 1
-        exp /= np.float32(len(x))
-        moved = inverse.T @ v - start
-        by_v = x.T @ exp + penalty * (inverse @ moved)
-        by_bias = exp.sum(axis=0) if with_bias else np.zeros(shape[1])
-        return value + penalty / 2 * np.sum(moved**2), np.concatenate([by_v.ravel(), by_bias])
+        value = np.mean(np.log(total[:, 0]) - right, dtype=np.float64)
+        error /= total
+        error[rows, target] -= 1
+        by_bias = error.sum(axis=0, dtype=np.float64) / n
+        moved = weight - start
+        value += penalty / 2 * np.sum(moved**2)
+        by_weight = (x.T @ error) / np.float64(n) - np.outer(mean, by_bias) + penalty * moved
+        by_bias *= unit * with_bias
+        gradient = np.concatenate([(to_weight.T @ by_weight).ravel(), by_bias])
+        left = gradient @ gradient / 2 / max(value, np.finfo(np.float64).tiny)
+        return value, gradient
 
-    first = np.concatenate([v.ravel(), np.zeros(shape[1])])
-    options = {"maxiter": max_steps, "gtol": tolerance, "ftol": 1e-9, "maxcor": 20}
-    found = minimize(evaluate, first, jac=True, method="L-BFGS-B", options=options).x
-    return found[:size].reshape(shape), found[size:]
+    def stop_at_the_optimum(intermediate_result) -> None:
+        if left <= tolerance:
+            raise StopIteration
+
+    first = np.concatenate([(lower.T @ start).ravel(), np.zeros(m)])
+    options = {"maxiter": max_steps, "gtol": 0, "ftol": 1e-14, "maxcor": 10}
+    found = minimize(
+        evaluate, first, jac=True, method="L-BFGS-B", options=options, callback=stop_at_the_optimum
+    ).x
+    weight, bias = unpacked(found)
+    return weight.astype(np.float32), bias.astype(np.float32)
 
 
 def fit_swept(
