@@ -143,6 +143,57 @@ def test_selection(tmp_path):
         evaluate(Model(), [SelectionTask([[red], [blue]], [["a"], ["b", "c"]], DataInfo("w"))])
 
 
+def lay_out(root):
+    """Winoground and SugarCrepe as their authors' files lie, of two and one examples."""
+    for folder, name, colour in (
+        ("winoground/images", "ex_0_img_0.png", "red"),
+        ("winoground/images", "ex_0_img_1.png", "blue"),
+        ("winoground/images", "ex_1_img_0.png", "red"),
+        ("winoground/images", "ex_1_img_1.png", "green"),
+        ("sugarcrepe/val2017", "000000085329.jpg", "green"),
+    ):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), COLOURS[colour]).save(root / folder / name)
+    rows = [
+        {
+            "id": i, "image_0": f"ex_{i}_img_0", "image_1": f"ex_{i}_img_1",
+            "caption_0": captions[0], "caption_1": captions[1],
+            "tag": "Noun", "secondary_tag": "", "num_main_preds": 1, "collapsed_tag": "Object",
+        }
+        for i, captions in enumerate([("red on top", "blue on top"), ("a green one", "a red one")])
+    ]  # fmt: skip
+    (root / "winoground" / "examples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    row = {
+        "filename": "000000085329.jpg",
+        "caption": "a green cup",
+        "negative_caption": "a blue cup",
+    }
+    for category in ("add_att", "swap_obj"):
+        (root / "sugarcrepe" / f"{category}.json").write_text(json.dumps({"0": row}))
+    return root
+
+
+def test_winoground_and_sugarcrepe_by_name(tmp_path):
+    names = expand(("winoground,sugarcrepe",))
+    assert len(names) == 8
+    assert all(isinstance(open_task(name, str(tmp_path)), Missing) for name in names)
+    lay_out(tmp_path)
+    tasks = {name: open_task(name, str(tmp_path)) for name in names}
+    here = {name: task for name, task in tasks.items() if not isinstance(task, Missing)}
+    assert list(here) == ["winoground", "sugarcrepe:add_att", "sugarcrepe:swap_obj"]
+    assert "replace_att.json" in tasks["sugarcrepe:replace_att"].why
+    report = evaluate(Model(), here.values())
+    for metric in ("text_acc", "image_acc", "acc"):  # the second instance is the wrong way round
+        assert report["winoground"].metrics[metric].value == 0.5
+    assert report["sugarcrepe:add_att"].metrics["acc"].value == 1
+    (tmp_path / "winoground" / "images" / "ex_1_img_1.png").unlink()
+    assert "ex_1_img_1.png" in open_task("winoground", str(tmp_path)).why
+    (tmp_path / "sugarcrepe" / "add_att.json").write_text('{"0": {"filename": 3}}')
+    assert "without the text 'filename'" in open_task("sugarcrepe:add_att", str(tmp_path)).why
+    (tmp_path / "sugarcrepe" / "add_att.json").write_text("{")
+    assert "is not JSON" in open_task("sugarcrepe:add_att", str(tmp_path)).why
+
+
 def test_bad_folders(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(CheckpointError, match="is no result of vlm"):

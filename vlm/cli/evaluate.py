@@ -18,8 +18,9 @@ A run is measured on the data it was trained for; one with objective classificat
 it has trained. Any other model needs --data.source.
 
 --tasks names data of their own instead: tfds:NAME, folder:PATH (a folder for each class),
-wds:SHARDS, retrieval:NAME, or a suite: vtab, datacomp38, flickr30k, coco, imagenet. What is not on
-this machine is named and left out; nothing is downloaded.
+wds:SHARDS, retrieval:NAME, winoground, or a suite: vtab, datacomp38, flickr30k, coco, imagenet,
+sugarcrepe. They are looked for in --data.data-dir (Winoground's and SugarCrepe's files in folders
+of these names there). What is not on this machine is named and left out; nothing is downloaded.
 
 Examples:
   vlm eval runs/openmoji

@@ -93,7 +93,7 @@ def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
         builder = tfds.builder(name, **where)
     except ImportError as error:  # the classes of TFDS itself want TensorFlow
         raise DataError(
-            f"the TFDS data set {name!r} is not prepared in {_data_dir(data_dir)}: set data_dir to "
+            f"the TFDS data set {name!r} is not prepared in {data_folder(data_dir)}: set data_dir to "
             f"where it is, or where TensorFlow is installed {how}.download_and_prepare() "
             f"({first_line(error)})"
         ) from None
@@ -107,7 +107,8 @@ def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     return builder
 
 
-def _data_dir(given: str | None) -> str:
+def data_folder(given: str | None) -> str:
+    """Where prepared data lies: as given, or where TFDS keeps it."""
     return given or constants.DATA_DIR
 
 

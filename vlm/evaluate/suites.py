@@ -5,7 +5,9 @@
     wds:shards-{0..9}.tar   classify WebDataset shards as CLIP_benchmark has them (jpg and cls)
     retrieval:coco_captions find the images of captions and the reverse, in a prepared TFDS data
                             set, or in any source of images and captions that vlm reads
-    vtab, datacomp38, flickr30k, coco, imagenet      suites: several of these
+    winoground              choose captions and images, see `vlm.evaluate.selection_files`
+    sugarcrepe:add_att      the same, of one of SugarCrepe's categories
+    vtab, datacomp38, flickr30k, coco, imagenet, sugarcrepe      suites: several of these
 
 Nothing is downloaded: what is not on this machine is named and left out.
 """
@@ -20,6 +22,7 @@ from vlm.config import DataConfig
 from vlm.data.examples import captions_of
 from vlm.data.sources import kind_of, open_source
 from vlm.errors import ConfigError, DataError, VlmError
+from vlm.evaluate import selection_files
 from vlm.evaluate.tasks import DataInfo, RetrievalTask, Task, ZeroShotTask
 from vlm.heads.prompts import TEMPLATES
 
@@ -50,7 +53,9 @@ SUITES: dict[str, tuple[str, ...]] = {
     "flickr30k": ("retrieval:flickr30k",),
     "coco": ("retrieval:coco_captions",),
     "imagenet": ("tfds:imagenet2012",),
+    "sugarcrepe": tuple(f"sugarcrepe:{category}" for category in selection_files.SUGARCREPE),
 }
+KINDS = ("tfds", "folder", "wds", "retrieval", "sugarcrepe")
 SPLITS = ("test", "validation", "train")  # in the order in which one is taken
 CAPTIONS = ("captions/text", "captions", "caption", "text")
 
@@ -73,10 +78,10 @@ def expand(names: tuple[str, ...]) -> list[str]:
     for name in (part.strip() for names_ in names for part in names_.split(",")):
         for task in SUITES.get(name, (name,)):
             kind, _, what = task.partition(":")
-            if kind not in ("tfds", "folder", "wds", "retrieval") or not what:
+            if task != "winoground" and (kind not in KINDS or not what):
                 raise ConfigError(
                     f"there is no task or suite {task!r}: name a suite ({', '.join(SUITES)}), or "
-                    "tfds:NAME, folder:PATH, wds:SHARDS or retrieval:NAME"
+                    "winoground, tfds:NAME, folder:PATH, wds:SHARDS or retrieval:NAME"
                 )
             found[task] = None
     return list(found)
@@ -88,6 +93,8 @@ def open_task(name: str, data_dir: str | None = None, split: str | None = None) 
         kind, _, what = name.partition(":")
         if kind == "retrieval":
             return _retrieval(name, what, data_dir, split)
+        if kind in ("winoground", "sugarcrepe"):
+            return _selection(name, kind, what, data_dir)
         return _classification(name, kind, what, data_dir, split)
     except VlmError as error:
         return Missing(name, str(error))
@@ -136,6 +143,15 @@ def _retrieval(name: str, what: str, data_dir, split) -> Task:
         [(int(owner), text) for text, owner in enumerate(owners)],
         name=name,
     )
+
+
+def _selection(name: str, kind: str, what: str, data_dir: str | None) -> Task:
+    from vlm.data.prepared import data_folder  # TFDS takes a while to import
+
+    folder = data_folder(data_dir)
+    if kind == "winoground":
+        return selection_files.winoground(folder, name)
+    return selection_files.sugarcrepe(folder, what, name)
 
 
 def _open(config: DataConfig, split: str | None) -> tuple[Any, str]:
