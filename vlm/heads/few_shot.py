@@ -13,8 +13,7 @@ from vlm.errors import ConfigError
 from vlm.heads.classifier_file import reading_classifier, write_classifier
 from vlm.heads.linear_probe import fit_linear, fit_swept
 from vlm.heads.prompts import indices, normalise
-from vlm.heads.zero_shot import Classification, ZeroShotClassifier, encode_images
-from vlm.inputs.opening import OnError
+from vlm.heads.zero_shot import ImageClassifier, ZeroShotClassifier, encode_images
 
 Method = Literal["linear", "mean", "anchored", "cache", "tuned_cache"]
 METHODS: tuple[Method, ...] = ("linear", "mean", "anchored", "cache", "tuned_cache")
@@ -59,7 +58,7 @@ class CacheHead:
         return z_image @ self.zero_shot + RATIO * nearness @ self.values
 
 
-class FewShotClassifier(display.FactSheet):
+class FewShotClassifier(ImageClassifier, display.FactSheet):
     """Classifies images into the classes of a few labelled examples; made by `fit`.
 
     Attributes:
@@ -135,19 +134,6 @@ class FewShotClassifier(display.FactSheet):
         scale = model.logit_scale
         prior = None if zero_shot is None else scale * zero_shot.z_labels.T
         return cls(model, names, fit_head(z_image, target, method, l2, prior, scale, len(names)))
-
-    def __call__(
-        self, images: Any, batch_size: int | None = None, *, on_error: OnError | None = None
-    ) -> Classification:
-        """Classify one image or any iterable of them; scores of an image sum to one.
-
-        `on_error` is told of each image that cannot be read, as by a `ZeroShotClassifier`.
-        """
-        z_image, first = encode_images(self.model, images, batch_size, on_error)
-        # The classes exclude each other by the way they were fitted, whatever the model's own rule.
-        return Classification(self.labels, self.logits(z_image), "softmax", first)
-
-    classify = __call__
 
     def logits(self, z_image: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
         """The logits of embeddings over the labels."""

@@ -14,15 +14,14 @@ from jaxtyping import Float
 from vlm.errors import ConfigError
 from vlm.heads.classifier_file import reading_classifier, write_classifier
 from vlm.heads.prompt_rows import PromptRows
-from vlm.heads.zero_shot import Classification, encode_images
-from vlm.inputs.opening import OnError
+from vlm.heads.zero_shot import ImageClassifier
 
 KEY = "vlm prompted classifier"  # of a saved one's description
 PROMPTS = 256  # that the text tower takes at a time
 NET = ("inner", "inner_bias", "outer", "outer_bias")
 
 
-class PromptedClassifier:
+class PromptedClassifier(ImageClassifier):
     """Classifies images by sentences whose context was learned; made by `vlm.adapt.learn_prompt`.
 
     Args:
@@ -54,19 +53,6 @@ class PromptedClassifier:
         self.context, self.net = context, None if net is None else dict(net)
         self._encode = prompt_encoder(model)
         self.z_labels = self._embed(context[None])[0] if z_labels is None else z_labels
-
-    def __call__(
-        self, images: Any, batch_size: int | None = None, *, on_error: OnError | None = None
-    ) -> Classification:
-        """Classify one image or any iterable of them; scores of an image sum to one.
-
-        `on_error` is told of each image that cannot be read, as by a `ZeroShotClassifier`.
-        """
-        z_image, first = encode_images(self.model, images, batch_size, on_error)
-        # The contexts were learned with classes that exclude each other.
-        return Classification(self.labels, self.logits(z_image), "softmax", first)
-
-    classify = __call__
 
     def logits(self, z_image: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
         """The logits of embeddings over the labels.

@@ -1,5 +1,6 @@
 """Zero-shot classification: labels are sentences, and the nearest sentence wins."""
 
+import abc
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -134,7 +135,41 @@ class Classification:
         return Classification(self.labels, self.logits[:SHOWN], self.rule)
 
 
-class ZeroShotClassifier(display.FactSheet):
+class ImageClassifier(abc.ABC):
+    """What every classifier does with images, wherever its logits come from.
+
+    Attributes:
+        model: what embeds the images.
+        labels: the m names to choose from.
+    """
+
+    model: Any
+    labels: tuple[str, ...]
+
+    @property
+    def rule(self) -> Rule:
+        """From logits to scores. Classes that were fitted together exclude each other."""
+        return "softmax"
+
+    @abc.abstractmethod
+    def logits(self, z_image: Any) -> Any:
+        """The logits (n, m) of embeddings (n, d)."""
+
+    def __call__(
+        self, images: Any, batch_size: int | None = None, *, on_error: OnError | None = None
+    ) -> Classification:
+        """Classify one image or any iterable of them: PIL images, paths or arrays of pixels.
+
+        A stream is encoded in bounded memory; the logits of all images are kept. `on_error` is told
+        of each image that cannot be read, which then has no row: see `Bundle.encode_image`.
+        """
+        z_image, first = encode_images(self.model, images, batch_size, on_error)
+        return Classification(self.labels, self.logits(z_image), self.rule, first)
+
+    classify = __call__
+
+
+class ZeroShotClassifier(ImageClassifier, display.FactSheet):
     """Classifies images into labels named in words (Radford et al., 2021, arXiv:2103.00020).
 
     Args:
@@ -215,19 +250,6 @@ class ZeroShotClassifier(display.FactSheet):
     def rule(self) -> Rule:
         """From logits to scores: the model's own, or a sigmoid for each of several labels."""
         return "sigmoid" if self.multi_label else self.model.loss
-
-    def __call__(
-        self, images: Any, batch_size: int | None = None, *, on_error: OnError | None = None
-    ) -> Classification:
-        """Classify one image or any iterable of them: PIL images, paths or arrays of pixels.
-
-        A stream is encoded in bounded memory; the logits of all images are kept. `on_error` is told
-        of each image that cannot be read, which then has no row: see `Bundle.encode_image`.
-        """
-        z_image, first = encode_images(self.model, images, batch_size, on_error)
-        return Classification(self.labels, self.logits(z_image), self.rule, first)
-
-    classify = __call__
 
     def calibrate(
         self, images: Any, labels: Sequence[str], batch_size: int | None = None
