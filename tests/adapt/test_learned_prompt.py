@@ -6,7 +6,7 @@ import tiny
 from flax import nnx
 
 import vlm
-from vlm.adapt.learned_prompt import learn_from_embeddings, learn_prompt, trained_parameters
+from vlm.adapt.learned_prompt import learn_prompt, trained_parameters
 from vlm.bundle import Bundle, load
 from vlm.errors import CheckpointError, ConfigError
 from vlm.heads.prompt_rows import prompt_rows
@@ -89,16 +89,20 @@ def images(n, d, seed=0):
     return (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32), target
 
 
+def named(target) -> list[str]:
+    return [NAMES[i] for i in target]
+
+
 @pytest.mark.parametrize("per_image", [False, True])
 def test_it_learns_the_same_each_time_and_is_kept(model, per_image, tmp_path):
     z, target = images(24, 16)
     options = {"per_image": per_image, "n_ctx": 3, "hold": 0.0, "steps": 60, "rate": 0.3}
-    made = learn_from_embeddings(model, z, target, NAMES, TEMPLATE, **options)
+    made = learn_prompt(model, z, named(target), NAMES, TEMPLATE, **options)
     before = ZeroShotClassifier(model, NAMES, [TEMPLATE])
     assert (made.logits(z).argmax(1) == target).mean() > 0.9
     assert (before.logits(z).argmax(1) == target).mean() < 0.7
     assert trained_parameters(made) == 3 * 16 + (16 + 1 + 16 + 16 if per_image else 0)
-    again = learn_from_embeddings(model, z, target, NAMES, TEMPLATE, **options)
+    again = learn_prompt(model, z, named(target), NAMES, TEMPLATE, **options)
     np.testing.assert_array_equal(again.context, made.context)
 
     made.save(tmp_path / "prompt.safetensors")
@@ -113,7 +117,7 @@ def test_it_learns_the_same_each_time_and_is_kept(model, per_image, tmp_path):
 def test_each_image_moves_the_context(model):
     """CoCoOp's logits of an image do not depend on what stands beside it."""
     z, target = images(9, 16)
-    made = learn_from_embeddings(model, z, target, NAMES, TEMPLATE, per_image=True, steps=5)
+    made = learn_prompt(model, z, named(target), NAMES, TEMPLATE, per_image=True, steps=5)
     together, alone = made.logits(z), np.concatenate([made.logits(row[None]) for row in z])
     np.testing.assert_allclose(together, alone, atol=2e-4)
     fixed = PromptedClassifier(model, NAMES, made.rows, made.context)
@@ -124,7 +128,7 @@ def test_held_firmly_it_stays_at_zero_shot(model):
     z, target = images(12, 16)
     start = ZeroShotClassifier(model, NAMES, [TEMPLATE])
     far, near = (
-        learn_from_embeddings(model, z, target, NAMES, TEMPLATE, hold=hold, rate=0.2)
+        learn_prompt(model, z, named(target), NAMES, TEMPLATE, hold=hold, rate=0.2)
         for hold in (0.0, 1e4)
     )
     moved = [np.abs(made.z_labels - start.z_labels).max() for made in (far, near)]
@@ -143,7 +147,7 @@ def test_from_images(model):
 @pytest.mark.untyped
 def test_bad_input(model, tmp_path):
     z, target = images(6, 16)
-    learn = lambda **options: learn_from_embeddings(model, z, target, NAMES, **options)  # noqa: E731
+    learn = lambda **options: learn_prompt(model, z, named(target), NAMES, **options)  # noqa: E731
     with pytest.raises(ConfigError, match="no words before the label: say with n_ctx"):
         learn(template="{}.")
     with pytest.raises(ConfigError, match=r"label 'square' with 40 context vectors is 4. tokens"):

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Float, Int
 
 from vlm.errors import ConfigError
 from vlm.heads.prompt_rows import PromptRows, prompt_rows
@@ -49,7 +48,7 @@ def learn_prompt(
 
     Args:
         model: what `vlm.load` gives.
-        images: PIL images, paths or arrays of pixels, any iterable.
+        images: PIL images, paths or arrays of pixels, any iterable; or their embeddings, (n, d).
         labels: the class of each image.
         classes: all names to choose from; those of `labels` by default, sorted.
         template: a sentence with `{}` for the label, whose words before it the context replaces
@@ -81,31 +80,13 @@ def learn_prompt(
             f"steps {steps}, rate {rate}, hold {hold}: learn at least 1 step at a rate above 0, "
             "held by 0 or more"
         )
-    z_image, _ = encode_images(model, images, batch_size)
+    embedded = isinstance(images, np.ndarray) and images.ndim == 2
+    z_image = images if embedded else encode_images(model, images, batch_size)[0]
     labels = list(labels)
     if len(labels) != len(z_image):
         raise ConfigError(f"{len(z_image)} images and {len(labels)} labels: give one label each")
     names = sorted(set(labels)) if classes is None else list(classes)
-    return learn_from_embeddings(
-        model, z_image, indices(labels, names), names, template, n_ctx, per_image, hold, steps,
-        rate, seed,
-    )  # fmt: skip
-
-
-def learn_from_embeddings(
-    model: Any,
-    z_image: Float[np.ndarray, "n d"],
-    target: Int[np.ndarray, " n"],
-    names: Sequence[str],
-    template: str = TEMPLATES["photo"][0],
-    n_ctx: int | None = None,
-    per_image: bool = False,
-    hold: float = HOLD,
-    steps: int = STEPS,
-    rate: float = RATE,
-    seed: int = 0,
-) -> PromptedClassifier:
-    """`learn_prompt`, from embeddings of the images and their classes."""
+    target = indices(labels, names)
     rows = prompt_rows(model, names, template, n_ctx)
     tower = getattr(getattr(model, "model", None), "text", None)
     if tower is None:

@@ -120,8 +120,8 @@ def prompt(s: Setting) -> Adapted:
     if steps < FEWEST:
         raise NoTime(FEWEST * step)
     has_words = bool(best.partition("{}")[0].strip())
-    learned = learned_prompt.learn_from_embeddings(
-        s.model, s.z_train, s.train.target, s.names, best,
+    learned = learned_prompt.learn_prompt(
+        s.model, s.z_train, [s.names[i] for i in s.train.target], s.names, best,
         n_ctx=None if has_words else N_CTX, steps=steps, seed=s.seed,
     )  # fmt: skip
     trained = learned_prompt.trained_parameters(learned)
