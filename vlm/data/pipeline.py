@@ -46,11 +46,17 @@ class TrainIterator(grain.DatasetIterator):
     The state is where the next batch begins, whatever the workers have read ahead.
     """
 
-    def __init__(self, order: StepOrder | LaneOrder, *, prefetch: int, bad: BadSamples):
+    def __init__(
+        self,
+        order: StepOrder | LaneOrder,
+        *,
+        prefetch: int,
+        bad: BadSamples,
+        finish: Callable[[Batch], Batch],
+    ):
         super().__init__()
-        self._order, self._prefetch = order, prefetch
+        self._order, self._prefetch, self._finish = order, prefetch, finish
         self.bad = bad  # the samples that were passed over so far
-        self.finish: Callable[[Batch], Batch] = lambda batch: batch  # done to each as it is given
         self._step = 0
         self._reader: grain.DatasetIterator | None = None
 
@@ -69,7 +75,7 @@ class TrainIterator(grain.DatasetIterator):
         batch = self._order.join(elements)
         self.bad.take(self._step, len(batch["tokens"]), json.loads(batch.pop("bad")))
         self._step += 1
-        return self.finish(batch)
+        return self._finish(batch)
 
     def get_state(self) -> dict[str, Any]:
         """What a checkpoint needs to go on from here: plain JSON, the same in every process.
@@ -138,13 +144,15 @@ def train_batches(
     epochs: float | None = None,
     run_folder: epath.PathLike | None = None,
     reinforced: Reinforced | None = None,
+    finish: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> TrainIterator:
     """This process's training batches: `images` uint8 (b, s, s, 3), `tokens` int32 (b, l).
 
     `batch_size` is this process's share. Without `epochs` the batches never end. The iterator's
     `get_state` and `set_state` make it part of a checkpoint. With a teacher's stored embeddings a
-    batch has its `teacher_image` and `teacher_text` (b, e). Bad samples are passed over, counted
-    in the iterator's `bad`, and named in `bad-samples.jsonl` of `run_folder`.
+    batch has its `teacher_image` and `teacher_text` (b, e). Each batch is given as
+    `finish` makes it, which is called in this process. Bad samples are passed over, counted in the
+    iterator's `bad`, and named in `bad-samples.jsonl` of `run_folder`.
 
     Raises:
         DataError: no such data, more bad samples than the config allows, or a batch larger than
@@ -182,7 +190,7 @@ def train_batches(
         order: StepOrder | LaneOrder = _lane_order(
             config, preprocess, tokenizer, batch_size, seed, process_index, process_count
         )
-        return TrainIterator(order, prefetch=config.prefetch, bad=bad)
+        return TrainIterator(order, prefetch=config.prefetch, bad=bad, finish=finish)
     source = open_source(config, config.train_split)
     batches = TrainBatches(
         CachedSource(source, config, preprocess) if config.cache else source,
@@ -204,7 +212,7 @@ def train_batches(
         threads=decoding_threads(config),
         workers=config.workers,
     )
-    return TrainIterator(order, prefetch=config.prefetch, bad=bad)
+    return TrainIterator(order, prefetch=config.prefetch, bad=bad, finish=finish)
 
 
 def _lane_order(

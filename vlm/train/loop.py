@@ -84,8 +84,8 @@ def _train(
             process_count=shares,
             run_folder=run.folder,
             reinforced=lesson.reinforced,
+            finish=lesson.added,
         )
-        batches.finish = lesson.added
         evaluations = Evaluations(experiment, trainer, tokenizer)
 
     with (
