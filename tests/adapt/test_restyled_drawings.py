@@ -1,24 +1,10 @@
 """The restyling of drawings that methods are measured on, and what its command calls a miss."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
-import pytest
+import restyled
 from PIL import Image, ImageDraw
 
 from vlm.evaluate.intervals import proportion
-
-
-@pytest.fixture(scope="module")
-def restyled():
-    """The script beside this file."""
-    spec = importlib.util.spec_from_file_location(
-        "restyled_drawings", Path(__file__).parent / "restyled.py"
-    )
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
 
 
 def drawing(colour):
@@ -27,7 +13,7 @@ def drawing(colour):
     return picture
 
 
-def test_a_style_that_is_never_twice_the_same_but_for_a_seed(restyled):
+def test_a_style_that_is_never_twice_the_same_but_for_a_seed():
     picture = drawing((230, 40, 40))
     first, again = (restyled.restyle(picture, np.random.default_rng(0)) for _ in range(2))
     other = restyled.restyle(picture, np.random.default_rng(1))
@@ -38,14 +24,14 @@ def test_a_style_that_is_never_twice_the_same_but_for_a_seed(restyled):
     assert paper[0] > paper[2], "the paper is brown"
 
 
-def test_colours_turn_around_grey(restyled):
+def test_colours_turn_around_grey():
     matrix = restyled.turn(0.3)
     np.testing.assert_allclose(matrix @ np.ones(3), np.ones(3), atol=1e-3)
     np.testing.assert_allclose(restyled.turn(0.0), np.eye(3), atol=1e-3)
     np.testing.assert_allclose(matrix @ restyled.turn(0.7), np.eye(3), atol=2e-2)
 
 
-def test_what_is_missed_is_named(restyled):
+def test_what_is_missed_is_named():
     base, kept = proportion(200, 400), proportion(360, 400)
     well = {
         (1, "zero-shot"): (base, kept),

@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 import pytest
+from pale import redraw
 from PIL import Image
-from restyled import restyle
 
 from vlm.config import (
     AugmentConfig,
@@ -123,4 +123,4 @@ def learned(tiny, tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def pale(drawings, tmp_path_factory) -> str:
     """The drawings in another style, each with a label beside its caption."""
-    return restyle(drawings, tmp_path_factory.mktemp("pale"))
+    return redraw(drawings, tmp_path_factory.mktemp("pale"))

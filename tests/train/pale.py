@@ -9,7 +9,7 @@ from PIL import Image
 PAPERS = {"train": (0.55, 200), "test": (0.45, 180)}  # how pale, and how grey
 
 
-def restyle(drawings: str, folder: Path) -> str:
+def redraw(drawings: str, folder: Path) -> str:
     """Write every drawing twice, for training and for testing, with a label beside its caption."""
     source = Path(drawings)
     rows = []
