@@ -159,7 +159,7 @@ def main() -> None:
         if options.model is None:
             line = [sys.executable, "-m", "vlm", "train", "openmoji", "--epochs", "6"]
             subprocess.run([*line, "--run-dir", source], check=True, stdout=subprocess.DEVNULL)
-        methods = [name for name in METHODS if name != "blend"]
+        methods = [name for name in METHODS if name not in ("distill", "blend")]
         methods = options.methods.split(",") if options.methods else methods
         shots = [int(k) for k in options.shots.split(",")]
         parts = sets(options.classes, options.kept)

@@ -22,6 +22,7 @@ from vlm.heads.saved import load_classifier
 from vlm.heads.zero_shot import FILE
 
 EACH = 6
+TEACHER = Path(__file__).parent.parent / "weights" / "golden" / "hf_clip"
 
 
 def draw(folder: Path, each: int, seed: int, cast: int = 0) -> Path:
@@ -188,14 +189,26 @@ def test_bad_options(places, tmp_path, monkeypatch, capsys, options, said):
 
 
 @pytest.mark.slow
-def test_fine_tuning_and_blends(model, places, tmp_path):
+def test_fine_tuning_with_a_teacher_and_blends(model, places, tmp_path):
+    """The teacher's embeddings are wider than the model's; `full` runs in notebooks/adapt.ipynb."""
     data, test = (read_labelled(str(places[name])) for name in ("train", "test"))
+    methods = ("prompt", "distill", "blend")
     made = adapt(
-        model, data, tmp_path, 600.0, ("prompt", "full", "blend"), ["{}"], test,
-        read_labelled(str(places["far"])),
+        model, data, tmp_path, 600.0, methods, ["{}"], test, read_labelled(str(places["far"])),
+        teacher=load(TEACHER),
     )  # fmt: skip
-    for name in ("prompt", "full", "blend"):
+    for name in methods:
         assert made[name].test.value >= made["zero-shot"].test.value - 0.15
-    assert made["full"].trained > 10 * made["prompt"].trained
-    assert "of full" in made["blend"].note
-    assert (tmp_path / "full" / "bundle").is_dir()
+    assert made["distill"].trained > 10 * made["prompt"].trained
+    assert made["blend"].note.endswith("of distill")
+    assert made.about["teacher"] == TEACHER.name
+    config = json.loads((tmp_path / "distill" / "config.json").read_text())
+    assert config["distill"]["teacher"] == str(TEACHER)
+
+
+def test_distillation_has_a_teacher_and_a_teacher_a_pupil(model, places, tmp_path):
+    data = read_labelled(str(places["train"]))
+    with pytest.raises(ConfigError, match=r"learns from another model: name one .*--teacher"):
+        adapt(model, data, tmp_path, 600.0, ("probe", "distill"))
+    with pytest.raises(ConfigError, match="a teacher is given, and probe, tip learn from none"):
+        adapt(model, data, tmp_path, 600.0, ("probe", "tip"), teacher=model)

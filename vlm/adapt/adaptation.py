@@ -17,9 +17,9 @@ from rich import box
 from rich.table import Table
 
 from vlm.adapt import adaptation_page
-from vlm.adapt.cost import Cost
+from vlm.adapt.cost import Cost, pace_of
 from vlm.adapt.labelled import Labelled, hold_out, with_names
-from vlm.adapt.methods import METHODS, Adapted, NoTime, Setting, zero_shot
+from vlm.adapt.methods import METHODS, NO_TEACHER, TUNED, Adapted, NoTime, Setting, zero_shot
 from vlm.adapt.rows import ZERO_SHOT, Row, cells, columns_of
 from vlm.bundle import Bundle
 from vlm.errors import ConfigError, VlmError
@@ -28,7 +28,6 @@ from vlm.heads.prompts import TEMPLATES
 from vlm.heads.saved import Classifier
 from vlm.heads.zero_shot import FILE, ZeroShotClassifier, encode_images, to_scores
 
-SAMPLE = 32  # images that the pace is measured on
 SPARE = 0.9  # of what is left of a budget, that a try may plan with
 
 
@@ -105,6 +104,7 @@ def adapt(
     shifted: Labelled | None = None,
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
+    teacher: Bundle | None = None,
 ) -> Adaptation:
     """Try methods on labelled images within a budget, and choose one.
 
@@ -113,16 +113,19 @@ def adapt(
         data: labelled images; a part of each class is held out to choose by.
         folder: for runs of training.
         budget: seconds for all tries together; measuring on `test` and `shifted` comes on top.
-        methods: names out of METHODS; by default all, as far as the budget goes.
+        methods: names out of METHODS; by default all, as far as the budget goes, and "distill"
+            if there is a teacher.
         templates: sentences around the names of the classes.
         test: labelled images to measure on, of the same classes.
         shifted: labelled images out of distribution. With classes of its own it says what the
             model keeps of what it knew: a method that leaves the model alone keeps it all.
         seed: of everything random.
         say: is told what happens.
+        teacher: a larger model, which "distill" learns from.
 
     Raises:
-        ConfigError: an unknown method, a class that `data` has not, a budget too small for a try.
+        ConfigError: an unknown method, "distill" without a teacher or a teacher without "distill",
+            a class that `data` has not, a budget too small for a try.
         VlmError: what a method refused, if no other did anything.
         DataError: no images to hold out.
 
@@ -137,26 +140,34 @@ def adapt(
     if unknown:
         known = ", ".join(METHODS)
         raise ConfigError(f"there is no method {unknown[0]!r} to adapt with: choose from {known}")
+    if teacher is None and "distill" in methods:
+        raise ConfigError(NO_TEACHER)
+    if teacher is not None and methods and "distill" not in methods:
+        raise ConfigError(
+            f"a teacher is given, and {', '.join(methods)} learn from none: add the method "
+            "'distill', or leave the teacher out"
+        )
     deadline = time.monotonic() + budget
     train, validation = hold_out(data, seed=seed)
     test = None if test is None else with_names(test, data.names)
     own_classes = shifted is not None and not set(shifted.names) <= set(data.names)
     if shifted is not None and not own_classes:
         shifted = with_names(shifted, data.names)
-    pace = _pace(model, train, templates, len(data), budget)
+    pace = _pace(model, train, templates[0], len(data), budget)
     say(f"{len(train):,} images to learn from, {len(validation):,} to choose by")
     z_train, _ = encode_images(model, train.images)
     z_validation, _ = encode_images(model, validation.images)
     setting = Setting(
         model, train, validation, z_train, z_validation, tuple(templates), folder, pace,
-        seed=seed,
+        seed=seed, teacher=teacher,
     )  # fmt: skip
     judge = Judge(setting, test, shifted, own_classes)
 
     made, cost = _costed(zero_shot, setting)
     found, rows = {ZERO_SHOT: made}, [judge.row(ZERO_SHOT, made, cost)]
-    wanted = [name for name in METHODS if not methods or name in methods]
-    if "blend" in wanted and not {"lora", "full"} & set(wanted):
+    able = [name for name in METHODS if teacher is not None or name != "distill"]
+    wanted = [name for name in able if not methods or name in methods]
+    if "blend" in wanted and not set(TUNED) & set(wanted):
         wanted.insert(-1, "full")  # something to blend
     short, refused = math.inf, None
     for number, name in enumerate(wanted):
@@ -185,6 +196,7 @@ def adapt(
     chosen = max(found, key=judge.merit.__getitem__)
     about = {
         "model": model.name,
+        "teacher": "" if teacher is None else teacher.name,
         "data": str(data.data),
         "classes": f"{len(data.names):,}",
         "learned from": f"{len(train):,} images",
@@ -252,24 +264,14 @@ def _costed(run: Callable[[Setting], Adapted], setting: Setting) -> tuple[Adapte
     return made, cost
 
 
-def _pace(
-    model: Bundle, labelled: Labelled, templates: Sequence[str], count: int, budget: float
-) -> float:
+def _pace(model: Bundle, labelled: Labelled, template: str, count: int, budget: float) -> float:
     """Seconds for an image and a sentence, measured.
 
     Raises:
         ConfigError: embedding `count` images would use the budget up.
     """
-    sample = list(labelled.images[:SAMPLE])
-    names = [labelled.names[i] for i in labelled.target[:SAMPLE]]
-    sentences = [templates[0].replace("{}", name) for name in names]
-    start = before = time.monotonic()
-    for _ in range(2):  # the first time compiles
-        before = time.monotonic()
-        encode_images(model, sample)
-        model.encode_text(sentences)
-    pace = (time.monotonic() - before) / len(sample)
-    needed = before - start + pace * count
+    pace, compiling = pace_of(model, labelled, template)
+    needed = compiling + pace * count
     if needed > budget:
         raise ConfigError(_too_small(budget, 1.5 * needed))
     return pace

@@ -1,4 +1,4 @@
-"""What a try costs: seconds, and the most memory while it ran."""
+"""What a try costs: seconds, before it and after, and the most memory while it ran."""
 
 import os
 import threading
@@ -7,7 +7,12 @@ from typing import Any
 
 import jax
 
+from vlm.adapt.labelled import Labelled
+from vlm.bundle import Bundle
+from vlm.heads.zero_shot import encode_images
+
 INTERVAL = 0.02  # seconds between two looks at the memory
+SAMPLE = 32  # images that the pace is measured on
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
@@ -41,6 +46,19 @@ class Cost:
 
     def _look(self) -> None:
         self.peak = max(self.peak, _held())
+
+
+def pace_of(model: Bundle, labelled: Labelled, template: str) -> tuple[float, float]:
+    """Seconds that a model takes for an image and a sentence; and to compile, before the first."""
+    sample = list(labelled.images[:SAMPLE])
+    names = [labelled.names[i] for i in labelled.target[:SAMPLE]]
+    sentences = [template.replace("{}", name) for name in names]
+    start = before = time.monotonic()
+    for _ in range(2):  # the first time compiles
+        before = time.monotonic()
+        encode_images(model, sample)
+        model.encode_text(sentences)
+    return (time.monotonic() - before) / len(sample), before - start
 
 
 def _held() -> int:

@@ -16,7 +16,14 @@ from flax import nnx
 
 from vlm.adapt.labelled import Labelled, write_table
 from vlm.bundle import Bundle, load
-from vlm.config import AdapterConfig, AugmentConfig, DataConfig, Experiment, OptimizerConfig
+from vlm.config import (
+    AdapterConfig,
+    AugmentConfig,
+    DataConfig,
+    DistillConfig,
+    Experiment,
+    OptimizerConfig,
+)
 from vlm.models import adapters
 from vlm.train.loop import train
 
@@ -56,6 +63,7 @@ def fine_tune(
     name: str,
     length: Plan,
     adapter: AdapterConfig | None = None,
+    teacher: Bundle | None = None,
     seed: int = 0,
 ) -> tuple[Bundle, int]:
     """The model after a run of training on the images, and how many parameters were trained.
@@ -70,6 +78,7 @@ def fine_tune(
         name: of the run.
         length: how long it is.
         adapter: low-rank adapters, which are trained in place of the parameters, and merged.
+        teacher: a model whose similarities within a batch are learned beside the labels.
         seed: of the order of the images and how they are changed.
 
     Raises:
@@ -96,8 +105,9 @@ def fine_tune(
         objective="flyp",
         batch_size=length.batch_size,
         steps=length.steps,
-        init_from=_start(model, folder),
+        init_from=_place_of(model, folder / "start"),
         adapter=adapter,
+        distill=None if teacher is None else DistillConfig(_place_of(teacher, folder / "teacher")),
         lock="text" if adapter is None else "none",
         seed=seed,
         checkpoint_every=1.0,
@@ -120,10 +130,10 @@ def fine_tune(
     return tuned.merged(), sum(x.size for x in arrays)
 
 
-def _start(model: Bundle, folder: Path) -> str:
-    """Where a run finds the model: where it was loaded from, or a copy of it in the folder."""
+def _place_of(model: Bundle, copy: Path) -> str:
+    """Where a run finds the model: where it was loaded from, or a copy of it."""
     if model.source is not None and model.adapter is None:
         return model.source
-    if not (folder / "start").exists():
-        model.save(folder / "start")
-    return str(folder / "start")
+    if not copy.exists():
+        model.save(copy)
+    return str(copy)

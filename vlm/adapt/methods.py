@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from vlm.adapt import fine_tuning, learned_prompt, template_search
 from vlm.adapt.blending import blend
+from vlm.adapt.cost import pace_of
 from vlm.adapt.labelled import Labelled
 from vlm.bundle import Bundle
 from vlm.config import AdapterConfig
@@ -60,6 +61,7 @@ class Setting:
         pace: seconds that both towers take for an image and a sentence.
         seconds: what a try may take.
         seed: of all that is random.
+        teacher: a model to learn from beside the labels.
         found: what the methods before gave, by name.
     """
 
@@ -73,6 +75,7 @@ class Setting:
     pace: float
     seconds: float = math.inf
     seed: int = 0
+    teacher: Bundle | None = None
     found: dict[str, Adapted] = field(default_factory=dict)
 
     @property
@@ -145,13 +148,23 @@ def full(s: Setting) -> Adapted:
     return _fine_tuned(s, "full", None)
 
 
+def distill(s: Setting) -> Adapted:
+    """As `full`, and learning how a teacher finds the images and sentences of a batch alike.
+
+    Similarities are compared, so the teacher's embeddings may have another width.
+    """
+    if s.teacher is None:
+        raise ConfigError(NO_TEACHER)
+    return _fine_tuned(s, "distill", None, s.teacher)
+
+
 def blended(s: Setting) -> Adapted:
     """The fine-tuned model averaged with the one that it began from (WiSE-FT).
 
     Of the shares that are not clearly worse than the best on the validation part, by one standard
     error of the difference, the smallest: it keeps the most of what the model knew.
     """
-    tuned = {name: s.found[name] for name in ("lora", "full") if name in s.found}
+    tuned = {name: s.found[name] for name in TUNED if name in s.found}
     if not tuned:
         raise ConfigError("there is no fine-tuned model to blend: give a larger budget")
     needed = len(tuned) * len(SHARES) * len(s.validation) * s.pace
@@ -188,8 +201,11 @@ METHODS: dict[str, Method] = {
     "prompt": Method(prompt),
     "lora": Method(lora, changes_model=True),
     "full": Method(full, changes_model=True),
+    "distill": Method(distill, changes_model=True),
     "blend": Method(blended, changes_model=True),
 }
+TUNED = ("lora", "full", "distill")  # what a blend is of
+NO_TEACHER = "method 'distill' learns from another model: name one as the teacher (--teacher MODEL)"
 
 
 def _head(s: Setting, method: Any) -> LinearHead | CacheHead:
@@ -198,12 +214,18 @@ def _head(s: Setting, method: Any) -> LinearHead | CacheHead:
     return fit_head(s.z_train, s.train.target, method, None, prior, scale, len(s.names))
 
 
-def _fine_tuned(s: Setting, name: str, adapter: AdapterConfig | None) -> Adapted:
-    plan = fine_tuning.plan(s.model, s.train, s.pace * PASSES, s.seconds)
+def _fine_tuned(
+    s: Setting, name: str, adapter: AdapterConfig | None, teacher: Bundle | None = None
+) -> Adapted:
+    pace, seconds = s.pace * PASSES, s.seconds
+    if teacher is not None:
+        of_teacher, compiling = pace_of(teacher, s.train, s.templates[0])
+        pace, seconds = pace + of_teacher, seconds - compiling
+    plan = fine_tuning.plan(s.model, s.train, pace, seconds)
     if plan.steps < FEWEST:
         raise NoTime(plan.start + FEWEST * plan.step)
     model, trained = fine_tuning.fine_tune(
-        s.model, s.train, s.templates, s.folder, name, plan, adapter, s.seed
+        s.model, s.train, s.templates, s.folder, name, plan, adapter, teacher, s.seed
     )
     classifier = ZeroShotClassifier(model, s.names, s.templates)
     return Adapted(model, classifier, trained, f"{plan.steps} steps of {plan.batch_size}")

@@ -23,6 +23,7 @@ def adapt(
     out: Annotated[str, arg(metavar="FOLDER")] = "adapted",
     budget: Annotated[str, arg(metavar="TIME")] = "5m",
     method: Annotated[tuple[str, ...], arg(metavar="METHODS...")] = (),
+    teacher: Annotated[str | None, arg(metavar="MODEL")] = None,
     test: Annotated[str | None, arg(metavar="DATA")] = None,
     out_of_distribution: Annotated[str | None, arg(metavar="DATA")] = None,
     templates: Annotated[tuple[str, ...], arg(metavar="TEMPLATES...")] = (),
@@ -40,6 +41,7 @@ def adapt(
       vlm adapt ViT-B-32/ pets/ --budget 5m --out pets-model
       vlm adapt ViT-B-32/ pets/train --test pets/test --out-of-distribution tfds:cifar10
       vlm adapt runs/openmoji mine/ --method probe prompt --budget 60s
+      vlm adapt ViT-B-32/ pets/ --method distill --teacher ViT-L-14/ --budget 1h
       vlm classify pets-model photo.jpg
 
     Args:
@@ -47,7 +49,9 @@ def adapt(
         data: the labelled images; of a data set with splits, its training split.
         out: a folder that is not there yet.
         budget: for all tries together, such as 90s, 5m or 1h; measuring on other data comes on top.
-        method: what to try, by default all that fits: probe, tip, prompt, lora, full, blend.
+        method: what to try, by default all that fits: probe, tip, prompt, lora, full, distill,
+            blend.
+        teacher: a larger model, which distill learns from.
         test: labelled images of the same classes, to measure on.
         out_of_distribution: labelled images of another kind, to measure what is kept.
         templates: sentences in which {} stands for the label, or the name of a set: plain, photo,
@@ -91,6 +95,7 @@ def adapt(
         shifted,
         seed,
         print_status,
+        None if teacher is None else load(teacher),
     )
     made.save(Path(folder))
     Console().print(made)
