@@ -15,8 +15,8 @@ from vlm.bench.data import bench_data
 from vlm.bench.encode import bench_encode
 from vlm.bench.search import bench_search
 from vlm.bench.train import bench_train, planned_peak, random_batch, step_resident_peak
-from vlm.config import load_config
-from vlm.errors import ShardingError
+from vlm.config import DistillConfig, load_config
+from vlm.errors import ConfigError, ShardingError
 from vlm.models.flops import model_flops
 from vlm.sharding import global_batch, make_mesh
 from vlm.train.step import Trainer
@@ -70,6 +70,12 @@ def test_the_memory_that_the_compiler_plans_is_what_a_step_takes():
 def test_a_step_whose_batch_does_not_divide():
     with pytest.raises(ShardingError, match="batch_size 9 does not divide"):
         bench_train(dataclasses.replace(small(), batch_size=9))
+
+
+def test_a_step_with_a_teacher_is_not_measured():
+    taught = dataclasses.replace(small(), distill=DistillConfig("teacher"))
+    with pytest.raises(ConfigError, match=r"vlm bench train is of two towers .* without distill"):
+        bench_train(taught)
 
 
 def test_encoding_by_batch_size(paper):

@@ -1,6 +1,12 @@
 """A dual encoder small enough to compile in seconds, with every kind of part."""
 
+from pathlib import Path
+
+import tiny
+
 from vlm.config import (
+    DataConfig,
+    DistillConfig,
     Experiment,
     MeshConfig,
     ModelConfig,
@@ -15,6 +21,16 @@ TPU_HEADS = {
     "vision": {"width": 128, "heads": 2, "projection": "linear"},
     "text": {"width": 128, "heads": 2},
 }
+
+TEACHER = str(Path(__file__).parent.parent / "weights" / "golden" / "hf_clip")
+
+
+def taught(how: str) -> dict:
+    """The fields of an experiment that is taught more than its pairs: six classes, or a teacher."""
+    if how == "distillation":
+        return {"distill": DistillConfig(TEACHER, features=1.0, projection=True)}
+    data = DataConfig(str(tiny.folder() / "data"), label="caption", captions=(), eval_split=None)
+    return {"objective": how, "init_from": "model", "data": data}
 
 
 def experiment(

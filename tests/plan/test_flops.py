@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from small import experiment
+from small import experiment, taught
 
 from vlm.config import (
     ConvNeXtConfig,
@@ -26,6 +26,7 @@ from vlm.models.flops import (
 from vlm.models.towers import vision_flops, vision_tower
 from vlm.nn.transformer import Execution
 from vlm.plan.compile import batch_of
+from vlm.plan.lesson import planned_lesson
 from vlm.sharding import make_mesh
 from vlm.train.step import Trainer
 
@@ -66,13 +67,14 @@ def inner_jaxprs(parameters):
 
 
 def executed(e) -> float:
-    return sum(part.executed for part in step_flops(e).values())
+    return sum(part.executed for part in step_flops(e, planned_lesson(e).taught).values())
 
 
 def step_products(e) -> float:
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    trainer = Trainer(e, mesh)
-    return counted(jax.make_jaxpr(trainer.step)(trainer.abstract_state, batch_of(e)).jaxpr)
+    mesh, lesson = make_mesh(MeshConfig(), jax.devices()[:1]), planned_lesson(e)
+    trainer = Trainer(e, mesh, classes=lesson.classes, teacher=lesson.teacher)
+    step = counted(jax.make_jaxpr(trainer.step)(trainer.abstract_state, batch_of(e)).jaxpr)
+    return step + (counted(lesson.embedding.trace(mesh).jaxpr.jaxpr) if lesson.embedding else 0)
 
 
 CASES = {
@@ -94,9 +96,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "classification", "distillation"])
 def test_executed_flops_are_the_products_of_the_step(case):
-    e = experiment(**CASES[case])
+    e = experiment(**(CASES[case] if case in CASES else taught(case)))
     # What the jaxpr holds beyond: gradients of the pixels and of unused halves of tiles.
     assert executed(e) == pytest.approx(step_products(e), rel=0.02)
 

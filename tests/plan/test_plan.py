@@ -8,9 +8,10 @@ import json
 import pytest
 from published import ROWS
 from rich.console import Console
-from small import TPU_HEADS, experiment
+from small import TEACHER, TPU_HEADS, experiment, taught
 
-from vlm.config import MeshConfig
+from vlm.config import DistillConfig, MeshConfig
+from vlm.errors import ConfigError
 from vlm.models.flops import step_flops
 from vlm.plan import plan, planning, sweep
 from vlm.plan.collectives import ACTIVATIONS, FSDP, GRADIENTS, LOSS_RING, collectives
@@ -101,6 +102,44 @@ def test_gpus_are_counted_by_hand_and_say_so():
     assert "H100" in found["prediction"]["evidence"]
     assert found["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
     assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["classification", "distillation"])
+def test_a_head_and_a_teacher_are_compiled(how):
+    """What runs has the products that are counted, those of the teacher among them."""
+    thin = {"vision": {"depth": 1}, "text": {"depth": 1}}
+    e = experiment(64, remat="none", **thin, **taught(how))
+    made = plan(e, "cpu:2", loss=how == "distillation")
+    assert made.memory.basis == "compiled"
+    executed = sum(part.executed for part in made.flops.values())
+    assert made.compiled_flops * 2 == pytest.approx(executed, rel=0.03)
+    if how == "distillation":
+        assert made.memory.loss > 0
+        assert made.memory.peak > made.memory.teacher > 0
+        assert "the teacher's parameters" in printed(lambda console: show(made, console))
+
+
+def test_a_head_and_a_teacher_are_counted():
+    plain, classes, pairs, teacher = (
+        plan(experiment(64, **fields), "h100:8", compiled=False)
+        for fields in ({}, taught("classification"), taught("flyp"), taught("distillation"))
+    )
+    assert classes.fits
+    assert teacher.fits
+    head = 2 * 64 * 6 * 64  # of six classes, once forward and twice backward
+    assert (classes.flops["head"].forward, classes.flops["head"].backward) == (head, 2 * head)
+    assert plain.flops.keys() - classes.flops.keys() >= {"text/mlp", "text/scores", "loss"}
+    assert LOSS_RING not in classes.sent
+    assert pairs.flops == plain.flops
+    assert {"teacher/vision", "teacher/text", "relations", "projection"} <= teacher.flops.keys()
+    assert teacher.flops["teacher/vision"].backward == 0
+    assert teacher.sent[LOSS_RING] > 2 * plain.sent[LOSS_RING]
+    assert teacher.memory.teacher > plain.memory.teacher == 0
+    assert teacher.memory.peak > plain.memory.peak + teacher.memory.teacher
+    wider = DistillConfig(TEACHER, features=1.0)
+    with pytest.raises(ConfigError, match=r"embeddings of \d+ dimensions and the student of 64"):
+        plan(experiment(64, distill=wider), "h100:8", compiled=False)
 
 
 def test_a_sweep_puts_the_fastest_that_fits_first():

@@ -26,6 +26,7 @@ from vlm.plan.compile import read_step, state_bytes, with_dtype
 from vlm.plan.roofline import compiled_roofline
 from vlm.plan.topology import local_topology
 from vlm.sharding import check_batch, global_batch, make_mesh
+from vlm.train.objectives import check_pairs_alone
 from vlm.train.step import Trainer, compute_dtype
 
 
@@ -50,7 +51,8 @@ def bench_train(
         the printed figures as JSON values: seconds, bytes, operations per second.
 
     Raises:
-        ConfigError: `save` on a device without published figures, or to a file of another kind.
+        ConfigError: an objective beside the pairs; `save` on a device without published figures,
+            or to a file of another kind.
         ShardingError: the mesh does not fit the devices, or the batch the mesh.
 
     Example:
@@ -60,6 +62,7 @@ def bench_train(
         8
     """
     e = experiment
+    check_pairs_alone(e, "vlm bench train")
     mesh = make_mesh(e.mesh)
     check_batch(e.batch_size, mesh)
     check_batch(e.micro_batch_size or e.batch_size, mesh, "micro_batch_size")

@@ -14,7 +14,7 @@ The compiler's own count is of no use here: it sees the body of a loop over laye
 
 from dataclasses import dataclass
 
-from vlm.config import Experiment, ModelConfig
+from vlm.config import DistillConfig, Experiment, ModelConfig
 from vlm.models.text import text_flops
 from vlm.models.towers import vision_flops
 from vlm.nn.remat import recomputed_share
@@ -37,6 +37,24 @@ class PartFlops:
         return self.model + self.recomputed
 
 
+@dataclass(frozen=True)
+class Taught:
+    """What a run is taught beside its pairs, as far as its arithmetic needs it.
+
+    Attributes:
+        classes: that the head of a classification tells apart.
+        width: of the embeddings of a teacher.
+        teacher: what embeds every batch; None where the embeddings are stored.
+    """
+
+    classes: int = 0
+    width: int = 0
+    teacher: ModelConfig | None = None
+
+
+PAIRS_ALONE = Taught()
+
+
 def encode_flops(config: ModelConfig) -> tuple[float, float]:
     """Forward FLOPs of encoding one image and one text."""
     image = vision_flops(config.vision, config.embed_dim)
@@ -44,14 +62,13 @@ def encode_flops(config: ModelConfig) -> tuple[float, float]:
     return sum(image.values()), sum(text.values())
 
 
-def step_flops(experiment: Experiment) -> dict[str, PartFlops]:
+def step_flops(experiment: Experiment, taught: Taught = PAIRS_ALONE) -> dict[str, PartFlops]:
     """FLOPs of one training step over the global batch: "vision/mlp", "text/pool", ..., "loss"."""
     e, batch = experiment, experiment.batch_size
     again = 1 if e.micro_batch_size not in (None, batch) else 0
-    towers = {
-        "vision": vision_flops(e.model.vision, e.model.embed_dim, training=True),
-        "text": text_flops(e.model.text, e.model.embed_dim, masking=e.text_masking),
-    }
+    towers = {"vision": vision_flops(e.model.vision, e.model.embed_dim, training=True)}
+    if e.objective != "classification":  # whose texts are read once, at its start
+        towers["text"] = text_flops(e.model.text, e.model.embed_dim, masking=e.text_masking)
     parts = {}
     for tower, forward in towers.items():
         for part, flops in forward.items():
@@ -61,11 +78,35 @@ def step_flops(experiment: Experiment) -> dict[str, PartFlops]:
             if passes:
                 recomputed += recomputed_share(e.remat, part) * flops
             parts[f"{tower}/{part}"] = PartFlops(flops, backward, recomputed)
-    product = 2 * batch**2 * e.model.embed_dim
+    parts |= _loss_flops(e, taught.classes)
+    if taught.teacher is not None:
+        for tower, flops in zip(("vision", "text"), encode_flops(taught.teacher), strict=True):
+            parts[f"teacher/{tower}"] = PartFlops(batch * flops, 0.0)
+    if e.distill is not None:
+        parts |= _distillation_flops(e, e.distill, taught.width)
+    return {name: part for name, part in parts.items() if part.executed}
+
+
+def _loss_flops(e: Experiment, classes: int) -> dict[str, PartFlops]:
+    if e.objective == "classification":
+        product = 2 * e.batch_size * classes * e.model.embed_dim
+        return {"head": PartFlops(product, 2 * product)}
+    product = 2 * e.batch_size**2 * e.model.embed_dim
     # Tiles of the softmax loss are computed once for its sums and once for its gradient.
     extra = product if e.model.loss == "softmax" else 0.0
-    parts["loss"] = PartFlops(product, 2 * product, extra)
-    return {name: part for name, part in parts.items() if part.executed}
+    return {"loss": PartFlops(product, 2 * product, extra)}
+
+
+def _distillation_flops(e: Experiment, config: DistillConfig, width: int) -> dict[str, PartFlops]:
+    """What it costs to compare a student with its teacher, whose embeddings are `width` wide."""
+    parts, ours = {}, 2 * e.batch_size**2 * e.model.embed_dim
+    if config.relations:
+        both = ours + 2 * e.batch_size**2 * width
+        parts["relations"] = PartFlops(both, 2 * ours, both)
+    if config.projection:
+        product = 2 * 2 * e.batch_size * e.model.embed_dim * width
+        parts["projection"] = PartFlops(product, 2 * product)
+    return parts
 
 
 def _backward_passes(e: Experiment, tower: str, part: str) -> int:
@@ -84,6 +125,6 @@ def _backward_passes(e: Experiment, tower: str, part: str) -> int:
     return passes - 1 if adapted else 0
 
 
-def model_flops(experiment: Experiment) -> float:
+def model_flops(experiment: Experiment, taught: Taught = PAIRS_ALONE) -> float:
     """Model FLOPs of one training step over the global batch."""
-    return sum(part.model for part in step_flops(experiment).values())
+    return sum(part.model for part in step_flops(experiment, taught).values())

@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import jax
+
 from vlm.chips import Chip
 from vlm.config import Experiment, TextConfig, ViTConfig
 from vlm.losses.contrastive import tile_side
@@ -17,20 +19,24 @@ from vlm.nn.remat import ATTENDED, KEPT, MLP_HIDDEN, PROJECTED
 from vlm.nn.tpu_attention import LONGEST
 from vlm.plan.collectives import FSDP, GRADIENTS, LOSS_RING, TENSOR
 from vlm.plan.compile import StateBytes
+from vlm.plan.lesson import PlannedLesson, planned_lesson
+
+FLOAT32 = 4  # bytes
 
 
 @dataclass(frozen=True)
 class AnalyticMemory:
     """Bytes of one device in the backward pass, where a step takes most."""
 
-    state: int  # parameters, optimizer, averages
+    state: int  # parameters, optimizer, averages, and the parameters of a teacher
     gradients: int
     activations: float  # kept for the backward pass
     working: float  # of the block at hand, and the loss's tiles
+    teacher: float = 0.0  # of a block of the teacher, which embeds the batch before the step
 
     @property
     def peak(self) -> float:
-        return self.state + self.gradients + self.activations + self.working
+        return self.state + max(self.gradients + self.activations + self.working, self.teacher)
 
 
 def analytic_memory(
@@ -41,9 +47,9 @@ def analytic_memory(
     tensor_ways: int = 1,
 ) -> AnalyticMemory:
     """The memory of a step on each device, the batch cut `batch_ways` times."""
-    e = experiment
+    e, lesson = experiment, planned_lesson(experiment)
     rows = (e.micro_batch_size or e.batch_size) / batch_ways
-    kept, block = 0.0, 0.0
+    kept, block, embedding = 0.0, 0.0, 0.0
     for tower, tokens, config in _towers(e):
         width, mlp = config.width, config.mlp_dim
         scores = 0 if fused_attention(e, chip, tokens, config) else config.heads * tokens
@@ -59,15 +65,23 @@ def analytic_memory(
         if e.lock != tower:
             kept += rows * tokens * config.depth * (saved + size * width)
         block = max(block, rows * tokens * everything)
+    for tokens, config in _teacher_towers(lesson):
+        block_bytes = FLOAT32 * (10 * config.width + 2 * config.mlp_dim + config.heads * tokens)
+        embedding = max(embedding, rows * tokens * block_bytes / tensor_ways)
     local = e.batch_size / batch_ways
     side = min(tile_side("cpu" if chip is None else chip.platform), local)
-    tiles = 3 * 4 * side**2 + 8 * 4 * local * e.model.embed_dim
+    # Logits, their softmax and its gradient: in tiles, or of a head.
+    tiles = 3 * 4 * (local * lesson.classes if e.objective == "classification" else side**2)
+    if e.distill is not None and e.distill.relations:
+        tiles += 3 * 4 * side**2
+    tiles += 8 * 4 * local * e.model.embed_dim + 2 * 4 * local * lesson.taught.width
     images = 3 * e.model.vision.image_size**2 * (4 + 2) * rows
     return AnalyticMemory(
-        state=state.parameters + state.optimizer + state.averages,
+        state=state.parameters + state.optimizer + state.averages + state.teacher,
         gradients=state.trained,
         activations=kept + images,
         working=block + tiles,
+        teacher=embedding + images,
     )
 
 
@@ -80,12 +94,14 @@ def analytic_operations(
     residual sums, the update, and attention's weights where it is not fused, at the memory's.
     """
     e, size = experiment, 2 if experiment.dtype != "float32" else 4
+    lesson = planned_lesson(e)
     padding = {
         f"{tower}/{part}": factor
         for tower, _, config in _towers(e)
         for part, factor in _paddings(config, chip.unit).items()
     }
-    arithmetic = sum(part.executed * padding.get(name, 1.0) for name, part in step_flops(e).items())
+    parts = step_flops(e, lesson.taught)
+    arithmetic = sum(part.executed * padding.get(name, 1.0) for name, part in parts.items())
     rows = e.batch_size / chips
     traffic = 0.0
     for tower, tokens, config in _towers(e):
@@ -94,6 +110,10 @@ def analytic_operations(
             forward += config.heads * tokens * (2 * 4 + 2 * size)
         passes = 1 if e.lock == tower else (4 if e.remat == "full" else 3)
         traffic += rows * tokens * config.depth * passes * forward
+    for tokens, config in _teacher_towers(lesson):
+        forward = FLOAT32 * (8 * config.width + 2 * config.mlp_dim)
+        forward += config.heads * tokens * 4 * FLOAT32
+        traffic += rows * tokens * config.depth * forward
     # The update reads parameters, gradients and moments, and writes all but the gradients.
     update = 3 * state.trained + 2 * state.optimizer + 2 * state.averages
     seconds = (traffic + update * chip.devices) / chip.memory_rate
@@ -120,14 +140,18 @@ def analytic_traffic(
     `parameters` are the bytes of all trained parameters, whole.
     """
     data, fsdp, tensor = (mesh_shape[axis] for axis in ("data", "fsdp", "tensor"))
-    ways = data * fsdp
+    ways, lesson = data * fsdp, planned_lesson(experiment)
     sent = {}
     if ways > 1:
         sent[GRADIENTS] = 2 * parameters / tensor * (ways - 1) / ways
-        blocks = experiment.batch_size * experiment.model.embed_dim * 4
+    if ways > 1 and experiment.objective != "classification":
+        ours = experiment.model.embed_dim
         trips = 2 if experiment.model.loss == "softmax" else 1
         # Each trip carries the text block, and the last one its gradient too.
-        sent[LOSS_RING] = blocks * (trips + 1) * (ways - 1) / ways
+        carried = (trips + 1) * ours
+        if experiment.distill is not None and experiment.distill.relations:
+            carried += 3 * ours + 2 * lesson.taught.width  # two trips, beside the teacher's texts
+        sent[LOSS_RING] = FLOAT32 * experiment.batch_size * carried * (ways - 1) / ways
     if tensor > 1:
         # Two sums over each block and pass, of activations that the members hold whole.
         size = 4 if experiment.dtype == "float32" else 2
@@ -136,10 +160,18 @@ def analytic_traffic(
             experiment.batch_size / ways * tokens * config.width * config.depth * size
             for _, tokens, config in _towers(experiment)
         )
-        sent[TENSOR] = 2 * passes * moved * 2 * (tensor - 1) / tensor
+        of_teacher = sum(
+            experiment.batch_size / ways * tokens * config.width * config.depth * FLOAT32
+            for tokens, config in _teacher_towers(lesson)
+        )
+        sent[TENSOR] = 2 * (passes * moved + of_teacher) * 2 * (tensor - 1) / tensor
     if fsdp > 1:
         gathers = 3 if experiment.remat == "full" else 2
-        sent[FSDP] = gathers * parameters / tensor * (fsdp - 1) / fsdp / 2
+        moved = gathers * parameters / 2
+        if lesson.embedding is not None:
+            leaves = jax.tree.leaves(lesson.embedding.parameters)
+            moved += sum(x.size * x.dtype.itemsize for x in leaves)  # once, in float32
+        sent[FSDP] = moved / tensor * (fsdp - 1) / fsdp
     return sent
 
 
@@ -153,8 +185,18 @@ def fused_attention(experiment: Experiment, chip: Chip | None, tokens: int, conf
 
 
 def _towers(experiment: Experiment) -> Iterator[tuple[str, int, ViTConfig | TextConfig]]:
-    """The towers that are stacks of transformer blocks, and the tokens that their blocks see."""
+    """The towers of a step that are stacks of transformer blocks, and the tokens that they see."""
     vision, text = experiment.model.vision, experiment.model.text
     if isinstance(vision, ViTConfig):
         yield "vision", vision.tokens(training=True), vision
-    yield "text", text.tokens(masking=experiment.text_masking), text
+    if experiment.objective != "classification":
+        yield "text", text.tokens(masking=experiment.text_masking), text
+
+
+def _teacher_towers(lesson: PlannedLesson) -> Iterator[tuple[int, ViTConfig | TextConfig]]:
+    """The same of a teacher that embeds every batch, which computes in float32."""
+    if (config := lesson.taught.teacher) is None:
+        return
+    if isinstance(config.vision, ViTConfig):
+        yield config.vision.tokens(), config.vision
+    yield config.text.tokens(), config.text

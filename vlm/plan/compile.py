@@ -13,11 +13,14 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from vlm.config import Experiment
-from vlm.losses import contrastive_loss
 from vlm.plan.collectives import Collective, collectives
 from vlm.plan.hlo import Program, parse
+from vlm.plan.lesson import planned_lesson
 from vlm.sharding import AXES, batch_sharding, path_names, replicated, shardings
+from vlm.train.objectives import HEADS, objective
+from vlm.train.partition import joined
 from vlm.train.step import Trainer, TrainState
+from vlm.train.teacher import DescribedTeacher
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,16 @@ class StateBytes:
     trained: int  # the parameters that have a gradient
     optimizer: int
     averages: int
+    teacher: int = 0  # the parameters of a teacher, beside the run's own
+
+
+@dataclass(frozen=True)
+class CompiledTeacher:
+    """The program by which a teacher embeds a batch, before each step; bytes of one device."""
+
+    parameters: int
+    peak: int  # while it runs, the run's state beside it
+    program: Program
 
 
 @dataclass(frozen=True)
@@ -51,11 +64,23 @@ class CompiledStep:
     collectives: list[Collective]
     kept: int | None  # of the temporaries: what loops over layers keep for the backward pass
     seconds: float  # that tracing and compiling took
+    teacher: CompiledTeacher | None = None
 
     @property
     def peak(self) -> int:
-        """Bytes in use at once: arguments, what is not donated of the outputs, temporaries."""
-        return self.arguments + self.outputs - self.aliased + self.temporaries
+        """Bytes in use at once: arguments, what is not donated of the outputs, temporaries.
+
+        A teacher's parameters lie beside them, and its program runs in its turn.
+        """
+        step = self.arguments + self.outputs - self.aliased + self.temporaries
+        if self.teacher is None:
+            return step
+        return max(step + self.teacher.parameters, self.teacher.peak)
+
+    @property
+    def programs(self) -> list[Program]:
+        """All that runs for a step."""
+        return [self.program] + ([] if self.teacher is None else [self.teacher.program])
 
 
 def with_dtype(experiment: Experiment, platform: str) -> Experiment:
@@ -67,36 +92,71 @@ def with_dtype(experiment: Experiment, platform: str) -> Experiment:
 
 def batch_of(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of a global batch."""
-    size, batch = experiment.model.vision.image_size, experiment.batch_size
-    length = experiment.model.text.context_length
-    return {
-        "images": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8),
-        "tokens": jax.ShapeDtypeStruct((batch, length), jnp.int32),
+    size, rows = experiment.model.vision.image_size, experiment.batch_size
+    length, teacher = experiment.model.text.context_length, planned_lesson(experiment).teacher
+    batch = {
+        "images": jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8),
+        "tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32),
     }
+    if experiment.objective != "contrastive":
+        batch["classes"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    if teacher is not None:
+        z = jax.ShapeDtypeStruct((rows, teacher.width), jnp.float32)
+        batch |= {"teacher_image": z, "teacher_text": z}
+    return batch
 
 
 def compile_step(experiment: Experiment, mesh: Mesh) -> CompiledStep | DoesNotFit:
     """Compile the step of `experiment` on `mesh`; nothing is allotted and nothing runs."""
     began = time.perf_counter()
-    trainer = Trainer(experiment, mesh)
+    lesson, of_batch = planned_lesson(experiment), batch_of(experiment)
+    trainer = Trainer(experiment, mesh, classes=lesson.classes, teacher=lesson.teacher)
     # With their shardings, as a run's arrays have them: attention reads the mesh off their types.
     state, batch = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        (trainer.abstract_state, batch_of(experiment)),
-        (trainer.state_shardings, dict.fromkeys(("images", "tokens"), batch_sharding(mesh))),
+        (trainer.abstract_state, of_batch),
+        (trainer.state_shardings, dict.fromkeys(of_batch, batch_sharding(mesh))),
     )
     lowered = trainer.step.lower(state, batch)
     compiled = _compile(lowered)
     if isinstance(compiled, DoesNotFit):
         return compiled
-    return read_step(compiled, trainer, time.perf_counter() - began)
+    step = read_step(compiled, trainer, time.perf_counter() - began)
+    return step if lesson.embedding is None else _with_teacher(step, lesson.embedding, trainer)
+
+
+def _with_teacher(
+    step: CompiledStep, teacher: DescribedTeacher, trainer: Trainer
+) -> CompiledStep | DoesNotFit:
+    """A step with the program of its teacher."""
+    began, mesh = time.perf_counter(), trainer.mesh
+    assert isinstance(mesh, Mesh)
+    compiled = _compile(teacher.trace(mesh).lower())
+    if isinstance(compiled, DoesNotFit):
+        return compiled
+    memory, program = compiled.memory_analysis(), parse(compiled.as_text())
+    state = state_bytes(trainer.abstract_state, mesh)
+    own = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    shapes = layer_shapes(teacher.parameters)
+    return dataclasses.replace(
+        step,
+        collectives=step.collectives
+        + collectives(program, dict(mesh.shape), shapes, slice_count(mesh)),
+        seconds=step.seconds + time.perf_counter() - began,
+        teacher=CompiledTeacher(
+            parameters=bytes_on(teacher.parameters, mesh),
+            peak=own + state.parameters + state.optimizer + state.averages,
+            program=program,
+        ),
+    )
 
 
 def read_step(compiled: Any, trainer: Trainer, seconds: float) -> CompiledStep:
     """What a compiled step takes, which took `seconds` to compile."""
     memory = compiled.memory_analysis()
     program = parse(compiled.as_text())
-    mesh, shapes = trainer.mesh, layer_shapes(trainer.abstract_state)
+    mesh, state = trainer.mesh, trainer.abstract_state
+    shapes = layer_shapes((state.params, state.frozen))
     return CompiledStep(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
@@ -118,18 +178,24 @@ def slice_count(mesh: Mesh | AbstractMesh) -> int:
 
 def compile_loss(experiment: Experiment, mesh: Mesh) -> int | None:
     """Temporary bytes of the loss and its gradients alone, per device; None: it does not fit."""
-    batch, width = experiment.batch_size, experiment.model.embed_dim
-    rows, number = batch_sharding(mesh), replicated(mesh)
-    z = jax.ShapeDtypeStruct((batch, width), jnp.float32, sharding=rows)
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=number)
-    bias = scalar if experiment.model.init_bias is not None else None
+    e, rows, whole = experiment, batch_sharding(mesh), replicated(mesh)
 
-    def loss(*inputs):
-        return contrastive_loss(*inputs, kind=experiment.model.loss, mesh=mesh)
+    def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    inputs = (z, z, scalar, bias)
-    gradient = jax.value_and_grad(loss, argnums=(0, 1, 2) if bias is None else (0, 1, 2, 3))
-    compiled = _compile(jax.jit(gradient).lower(*inputs))
+    z = jax.ShapeDtypeStruct((e.batch_size, e.model.embed_dim), jnp.float32, sharding=rows)
+    embeddings = (z,) if e.objective == "classification" else (z, z)
+    state = abstract_state(e)
+    kept = {"logit_scale", "logit_bias", *HEADS}
+    params = {k: v for k, v in joined(state.params, state.frozen).items() if k in kept}
+    params = jax.tree.map(lambda x: placed(x, whole), params)
+    batch = {k: placed(v, rows) for k, v in batch_of(e).items() if k not in ("images", "tokens")}
+
+    def loss(params, z, batch):
+        return objective(e, mesh, params, batch, *z)
+
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    compiled = _compile(gradient.lower(params, embeddings, batch))
     if isinstance(compiled, DoesNotFit):
         return None
     return compiled.memory_analysis().temp_size_in_bytes
@@ -147,6 +213,9 @@ def abstract_state(experiment: Experiment) -> TrainState:
             init_from=experiment.init_from,
             init_towers=experiment.init_towers,
             adapter=experiment.adapter,
+            objective=experiment.objective,
+            distill=experiment.distill,
+            data=experiment.data,
         )
     )
 
@@ -154,33 +223,35 @@ def abstract_state(experiment: Experiment) -> TrainState:
 @functools.lru_cache(maxsize=8)
 def _abstract_state(experiment: Experiment) -> TrainState:
     one = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return Trainer(experiment, one).abstract_state
+    lesson = planned_lesson(experiment)
+    return Trainer(experiment, one, None, lesson.classes, lesson.teacher).abstract_state
 
 
 def state_bytes(state: TrainState, mesh: Mesh | AbstractMesh) -> StateBytes:
     """Bytes of a state on each device of a mesh; parameters include those that are not trained."""
 
-    def bytes_of(*names: str) -> int:
-        trees = [getattr(state, name) for name in names]
-        sizes = jax.tree.map(
-            lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize,
-            trees,
-            shardings(trees, mesh),
-        )
-        return sum(jax.tree.leaves(sizes))
-
     return StateBytes(
-        parameters=bytes_of("params", "frozen"),
-        trained=bytes_of("params"),
-        optimizer=bytes_of("opt_state"),
-        averages=bytes_of("ema"),
+        parameters=bytes_on((state.params, state.frozen), mesh),
+        trained=bytes_on(state.params, mesh),
+        optimizer=bytes_on(state.opt_state, mesh),
+        averages=bytes_on(state.ema, mesh),
     )
 
 
-def layer_shapes(state: TrainState) -> set[tuple[int, ...]]:
-    """The shapes of all matrices among the parameters, whole and one layer at a time."""
+def bytes_on(tree: Any, mesh: Mesh | AbstractMesh) -> int:
+    """Bytes on each device of a mesh of arrays that lie as parameters do."""
+    sizes = jax.tree.map(
+        lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize,
+        tree,
+        shardings(tree, mesh),
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+def layer_shapes(parameters: Any) -> set[tuple[int, ...]]:
+    """The shapes of all matrices among parameters, whole and one layer at a time."""
     shapes = set()
-    for path, x in jax.tree_util.tree_leaves_with_path((state.params, state.frozen)):
+    for path, x in jax.tree_util.tree_leaves_with_path(parameters):
         stacked = "blocks" in path_names(path)
         if x.ndim - stacked >= 2:
             shapes |= {x.shape[1:], x.shape} if stacked else {x.shape}

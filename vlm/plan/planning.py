@@ -25,17 +25,18 @@ from vlm.plan.compile import (
     DoesNotFit,
     StateBytes,
     abstract_state,
+    bytes_on,
     compile_loss,
     compile_step,
     state_bytes,
     with_dtype,
 )
+from vlm.plan.lesson import planned_lesson
 from vlm.plan.needs import Needs, needs
 from vlm.plan.report import BASES, show
 from vlm.plan.roofline import Prediction, Roofline, analytic_roofline, compiled_roofline, mfu
 from vlm.plan.topology import Topology, parse_mesh, parse_topology, topology_devices
 from vlm.sharding import AXES, batch_ways, check_batch, make_mesh, mesh_sizes
-from vlm.train.objectives import check_pairs_alone
 from vlm.train.starting_model import resolve
 
 
@@ -47,6 +48,7 @@ class Memory:
     parameters: int
     optimizer: int
     averages: int
+    teacher: int  # the parameters of a distillation's teacher
     activations: float | None
     temporaries: float  # all of them, activations included
     loss: int | None  # temporaries of the loss and its gradients, compiled alone
@@ -218,7 +220,6 @@ def plan(
     if isinstance(topology, str):
         topology = parse_topology(topology)
     experiment = resolve(experiment)
-    check_pairs_alone(experiment, "a plan")
     e = with_dtype(experiment, "cpu" if topology.chip is None else topology.chip.platform)
     if mesh is not None:
         e = dataclasses.replace(e, mesh=parse_mesh(mesh) if isinstance(mesh, str) else mesh)
@@ -231,7 +232,10 @@ def plan(
     check_batch(e.micro_batch_size or e.batch_size, grid, "micro_batch_size")
 
     abstract = abstract_state(e)
-    state = state_bytes(abstract, grid)
+    state, lesson = state_bytes(abstract, grid), planned_lesson(e)
+    if lesson.embedding is not None:
+        of_teacher = bytes_on(lesson.embedding.parameters, grid)
+        state = dataclasses.replace(state, teacher=of_teacher)
     check_state(state, topology, dict(grid.shape))
     step = compile_step(e, grid) if isinstance(grid, Mesh) else None
     memory, fits, refusal = _memory(e, topology, grid, state, step, loss=loss and compiled)
@@ -247,7 +251,7 @@ def plan(
         experiment=e,
         topology=topology,
         mesh=dict(grid.shape),
-        flops=step_flops(e),
+        flops=step_flops(e, lesson.taught),
         memory=memory,
         collectives=found,
         sent=sent,
@@ -262,7 +266,11 @@ def plan(
             else None
         ),
         compile_seconds=getattr(step, "seconds", None),
-        compiled_flops=step.program.total_flops() if isinstance(step, CompiledStep) else None,
+        compiled_flops=(
+            sum(program.total_flops() for program in step.programs)
+            if isinstance(step, CompiledStep)
+            else None
+        ),
     )
 
 
@@ -286,7 +294,7 @@ def check_state(state: StateBytes, topology: Topology, mesh: dict[str, int]) -> 
     if topology.chip is None:
         return
     limit = topology.chip.usable
-    needed = 2 * state.parameters + state.optimizer + state.averages
+    needed = 2 * state.parameters + state.optimizer + state.averages + state.teacher
     if needed <= limit:
         return
     ways = 2 ** math.ceil(math.log2(needed / limit * mesh["fsdp"] * 1.25))
@@ -321,6 +329,7 @@ def _memory(
             parameters=state.parameters,
             optimizer=state.optimizer,
             averages=state.averages,
+            teacher=state.teacher,
         )
         return memory, limit is None or step.peak <= limit, None
     counted = analytic_memory(e, topology.chip, state, batch_ways(grid), grid.shape["tensor"])
@@ -335,6 +344,7 @@ def _memory(
         parameters=state.parameters,
         optimizer=state.optimizer,
         averages=state.averages,
+        teacher=state.teacher,
     )
     fits = step is None and (limit is None or counted.peak <= limit)
     return memory, fits, None if step is None else step.message

@@ -125,6 +125,8 @@ def _memory(plan: Any) -> Table:
     table.add_row("optimizer", _size(m.optimizer), "analytic")
     if m.averages:
         table.add_row("averages", _size(m.averages), "analytic")
+    if m.teacher:
+        table.add_row("the teacher's parameters", _size(m.teacher), "analytic")
     table.add_row("temporaries", _size(m.temporaries), m.basis)
     if m.activations is not None:
         table.add_row("  of which kept by the layers", _size(m.activations), m.basis)

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vlm.chips import Chip
-from vlm.config import Experiment, ViTConfig
+from vlm.config import Experiment, ModelConfig, ViTConfig
 from vlm.models.flops import model_flops
 from vlm.plan.analytic import analytic_operations, unit_padding
 from vlm.plan.calibration import Calibration, Range
 from vlm.plan.collectives import LOSS_RING, TENSOR, Collective
 from vlm.plan.compile import CompiledStep, StateBytes
 from vlm.plan.hlo import prefetches
+from vlm.plan.lesson import planned_lesson
 from vlm.plan.topology import Topology
 
 # A GPU's host starts kernels one by one: about so many a layer, forward and backward, and seconds
@@ -92,11 +93,11 @@ def compiled_roofline(
     flops_rate = chip.flops / chip.devices
     memory_rate = chip.memory_rate / chip.devices
     compute = memory = operations = loss = 0.0
-    program = step.program
     model = experiment.model
     blocks = model.vision if isinstance(model.vision, ViTConfig) else model.text
     kernel_padding = unit_padding(blocks.width // blocks.heads, chip.unit)
-    for instruction, computation, times in program.walk():
+    walked = ((program, *found) for program in step.programs for found in program.walk())
+    for program, instruction, computation, times in walked:
         arithmetic = times * program.flops(instruction, computation) / flops_rate
         if "tpu_custom_call" in instruction.text:  # attention: a head may fill half a unit
             arithmetic *= kernel_padding
@@ -139,15 +140,23 @@ def analytic_roofline(
     exposed = rest + max(0.0, ring - share)
     launches = 0.0
     if chip.platform == "gpu":
-        towers = (experiment.model.vision, experiment.model.text)
-        layers = sum(getattr(tower, "depth", 0) for tower in towers)
+        layers = _layers(experiment.model)
+        if experiment.objective == "classification":
+            layers = getattr(experiment.model.vision, "depth", 0)
+        if (teacher := planned_lesson(experiment).taught.teacher) is not None:
+            layers += _layers(teacher) / 3  # forward alone
         launches = layers * LAUNCHES * LAUNCH_SECONDS
     return Roofline(compute, memory, ring + rest, compute + memory, exposed, launches, "analytic")
 
 
+def _layers(model: ModelConfig) -> int:
+    return sum(getattr(tower, "depth", 0) for tower in (model.vision, model.text))
+
+
 def mfu(experiment: Experiment, topology: Topology, seconds: float) -> float:
     """Model FLOPs utilisation (arXiv:2204.02311, appendix B) of steps that take so long."""
-    return model_flops(experiment) / (seconds * topology.chips * topology.rated_chip.flops)
+    flops = model_flops(experiment, planned_lesson(experiment).taught)
+    return flops / (seconds * topology.chips * topology.rated_chip.flops)
 
 
 def _seconds(collective: Collective, topology: Topology) -> float:

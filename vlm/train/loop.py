@@ -103,7 +103,9 @@ def _train(
         print_on_first_process(placement_table(state))
         with (
             Mirror(run.folder) as mirror,
-            Logs(run, mirror, doing, first_step=step, total_steps=total) as logs,
+            Logs(
+                run, mirror, doing, first_step=step, total_steps=total, taught=trainer.taught
+            ) as logs,
             Trace(mirror, experiment.profile) as trace,
             Interrupted() as interrupted,
         ):

@@ -87,7 +87,7 @@ def cross_entropy(
 
 def check_pairs_alone(e: Experiment, what: str) -> None:
     """Raise a ConfigError unless a step of `e` is two towers and the loss of their pairs."""
-    if e.objective == "classification" or e.distill is not None:
+    if e.objective != "contrastive" or e.distill is not None:
         why = "distill" if e.distill is not None else f"objective {e.objective!r}"
         raise ConfigError(
             f"{what} is of two towers and the loss of their pairs, without {why}: leave that out"

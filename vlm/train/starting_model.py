@@ -12,13 +12,12 @@ from jaxtyping import Float
 from vlm import bundle
 from vlm.config import Experiment, ModelConfig, PreprocessConfig, to_dict
 from vlm.config.defaults import with_default_model, with_default_rates
-from vlm.errors import CheckpointError, ConfigError
+from vlm.errors import ConfigError
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models import adapters
 from vlm.train.partition import Params, joined
 from vlm.train.step import Trainer, TrainState
-from vlm.weights.checkpoint import Checkpoint
-from vlm.weights.opening import open_adapter, open_model
+from vlm.weights.opening import describe
 from vlm.weights.resolution import at_context_length, at_image_size
 
 OF_TRAINING = ("dropout", "patch_dropout")  # fields of a tower that its weights know nothing of
@@ -51,7 +50,8 @@ def with_model(experiment: Experiment) -> Experiment:
 
 
 def _described_by_checkpoint(e: Experiment) -> Experiment:
-    checkpoint, size, length = _description(e.init_from)
+    assert e.init_from is not None
+    checkpoint, size, length = describe(e.init_from)
     config, preprocess = _with_square_images(checkpoint.config, checkpoint.preprocess)
     if e.model is not None:
         size, length = e.model.vision.image_size, e.model.text.context_length
@@ -75,25 +75,6 @@ def _described_by_checkpoint(e: Experiment) -> Experiment:
     )
 
 
-def _description(model: str | None) -> tuple[Checkpoint, int | None, int | None]:
-    """What a model says of itself, its tensors not read; and the sizes that it is used at.
-
-    An adapter is described by the model under it.
-    """
-    assert model is not None
-    saved = open_adapter(model)
-    if saved is None:
-        checkpoint, _ = open_model(model, None)
-        return checkpoint, None, checkpoint.context_length
-    if saved.origin.base is None:
-        raise CheckpointError(
-            f"the adapter {model!r} does not say which model it belongs to: merge and save it first"
-        )
-    checkpoint, _ = open_model(saved.origin.base, None)
-    size = None if saved.preprocess is None else saved.preprocess.image_size
-    return checkpoint, size, saved.context_length or checkpoint.context_length
-
-
 def _with_square_images(
     config: ModelConfig, preprocess: PreprocessConfig
 ) -> tuple[ModelConfig, PreprocessConfig]:
@@ -111,7 +92,8 @@ def starting_tokenizer(e: Experiment) -> Tokenizer:
     Raises:
         ConfigError: rules with other special tokens; the message names them.
     """
-    tokenizer = _description(e.init_from)[0].tokenizer
+    assert e.init_from is not None
+    tokenizer = describe(e.init_from)[0].tokenizer
     theirs, ours = tokenizer.config, e.tokenizer
     names = {f"tokenizer.{n}": (getattr(theirs, n), getattr(ours, n)) for n in OF_VOCABULARY}
     _check_equal(e, names)

@@ -19,6 +19,7 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.losses import cached_value_and_grad
 from vlm.models import adapters
 from vlm.models.dual_encoder import DualEncoder
+from vlm.models.flops import Taught
 from vlm.nn.layers import split_keys
 from vlm.nn.transformer import Execution
 from vlm.sharding import batch_sharding, global_batch, replicated, shardings
@@ -27,7 +28,7 @@ from vlm.train.objectives import HEADS, UNTRAINED, objective
 from vlm.train.optimizer import learning_rate, make_optimizer
 from vlm.train.partition import Params, joined, partition
 from vlm.train.resolution import shrink, with_grid
-from vlm.train.teacher import StoredTeacher, Teacher
+from vlm.train.teacher import AnyTeacher, DescribedTeacher
 
 _PROJECTIONS = 2  # folded into the seed's key
 _MASKING = 1  # folded into an example's key for its text mask: another stream than the towers'
@@ -74,7 +75,7 @@ class Trainer:
         mesh: Mesh | AbstractMesh,
         rules: TokenizerConfig | None = None,
         classes: int = 0,
-        teacher: Teacher | StoredTeacher | None = None,
+        teacher: AnyTeacher | None = None,
     ):
         self.experiment = experiment = with_defaults(experiment)
         self.mesh = mesh
@@ -93,11 +94,20 @@ class Trainer:
         self.embed_texts = jax.jit(self._embed_texts, out_shardings=whole)
         self.head = jax.jit(self._head, out_shardings=whole)  # (m, d), of a classification
 
+    @property
+    def taught(self) -> Taught:
+        """What the run learns from beside its pairs, for the count of its arithmetic."""
+        teacher = self.teacher
+        if teacher is None:
+            return Taught(self.classes)
+        return Taught(self.classes, teacher.width, teacher.config)
+
     # ------------------------------------------------------------------------ the step
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, Array]:
         """This process's share of a batch as global arrays, with what the teacher says of them."""
         placed = global_batch(batch, self.mesh)
+        assert not isinstance(self.teacher, DescribedTeacher)  # it has no weights to embed by
         return placed if self.teacher is None else self.teacher(placed)
 
     @functools.cache  # noqa: B019 (a trainer lives as long as its run)

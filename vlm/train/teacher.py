@@ -1,6 +1,8 @@
 """The teacher of a distillation: a frozen model that embeds every batch beside the student."""
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +11,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from vlm import bundle
-from vlm.config import Experiment
+from vlm.config import Experiment, ModelConfig
 from vlm.data.reinforced import Reinforced
 from vlm.errors import ConfigError
-from vlm.sharding import batch_sharding
+from vlm.inputs.preprocess import Preprocess
+from vlm.sharding import batch_sharding, shardings
 from vlm.train.resolution import shrink
+from vlm.weights.building import abstract_model
+from vlm.weights.opening import describe
+from vlm.weights.resolution import at_context_length, at_image_size
 
 
 class Teacher:
@@ -30,39 +36,13 @@ class Teacher:
     def __init__(self, experiment: Experiment, mesh: Mesh):
         config = experiment.distill
         assert config is not None
-        self._bundle = bundle.load(config.teacher, mesh=mesh if mesh.size > 1 else None)
-        self.width, self.tokenizer = self._bundle.embed_dim, self._bundle.tokenizer
-        inputs = self._bundle.preprocess.config
-        if inputs.resize == "naflex":
-            raise ConfigError(
-                f"distill.teacher {config.teacher!r} takes images of any aspect (NaFlex), and "
-                "training makes square ones: give a teacher of one size"
-            )
-        _check_width(experiment, self.width)
-        self.log_scale = _log_scale(experiment, math.log(self._bundle.logit_scale))
-        self._size = inputs.image_size
-        rows = experiment.micro_batch_size or experiment.batch_size
-        self._parts = experiment.batch_size // rows
-        graph, self._state = nnx.split(self._bundle.model)
-        sharding = batch_sharding(mesh)
-
-        def embed(state, images, tokens):
-            model = nnx.merge(graph, state)
-
-            def one(part):
-                return self._embed(model, *part)
-
-            if self._parts == 1:
-                return one((images, tokens))
-            # Every k-th row to the same part: the sharded axis stays whole on its devices.
-            cut = jax.tree.map(
-                lambda x: x.reshape(rows, self._parts, *x.shape[1:]).swapaxes(0, 1),
-                (images, tokens),
-            )
-            z = jax.lax.map(one, cut)
-            return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, x.shape[-1]), z)
-
-        self._program = jax.jit(embed, out_shardings=(sharding, sharding))
+        model = bundle.load(config.teacher, mesh=mesh if mesh.size > 1 else None)
+        self.config: ModelConfig | None = model.config
+        self.width, self.tokenizer = model.embed_dim, model.tokenizer
+        _check(experiment, self.width, model.preprocess)
+        self.log_scale = _log_scale(experiment, math.log(model.logit_scale))
+        graph, self._state = nnx.split(model.model)
+        self._program = _program(graph, model.preprocess, experiment, mesh)
 
     def __call__(self, batch: dict[str, Array]) -> dict[str, Array]:
         """The batch, global, with the teacher's unit-norm embeddings in place of its tokens."""
@@ -70,15 +50,6 @@ class Teacher:
         tokens = batch.pop("teacher_tokens")
         z_image, z_text = self._program(self._state, batch["images"], tokens)
         return batch | {"teacher_image": z_image, "teacher_text": z_text}
-
-    def _embed(
-        self, model, images: UInt8[Array, "b h w 3"], tokens: Int[Array, "b l"]
-    ) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
-        pixels = images.astype(jnp.float32)
-        if pixels.shape[1] != self._size:
-            pixels = shrink(pixels, self._size)
-        pixels = self._bundle.preprocess.normalize(pixels)
-        return model.encode_image(pixels), model.encode_text(tokens)
 
 
 class StoredTeacher:
@@ -89,12 +60,14 @@ class StoredTeacher:
         ConfigError: a teacher whose features the student cannot be compared with.
     """
 
+    config: ModelConfig | None = None
+
     def __init__(self, experiment: Experiment):
         assert experiment.distill is not None
         assert experiment.distill.stored is not None
         self.embeddings = Reinforced.open(experiment.distill.stored)
         self.width = self.embeddings.width
-        _check_width(experiment, self.width)
+        _check(experiment, self.width)
         self.log_scale = _log_scale(experiment, self.embeddings.log_scale)
 
     def __call__(self, batch: dict[str, Array]) -> dict[str, Array]:
@@ -102,9 +75,85 @@ class StoredTeacher:
         return batch
 
 
-def _check_width(e: Experiment, width: int) -> None:
+class DescribedTeacher:
+    """A teacher whose weights are not read: what a plan needs to know of it.
+
+    Attributes:
+        parameters: their shapes. The factors of an adapter are not among them.
+
+    Raises:
+        CheckpointError, ConfigError: as `Teacher`.
+    """
+
+    log_scale = 0.0  # no shape depends on it
+
+    def __init__(self, experiment: Experiment):
+        assert experiment.distill is not None
+        checkpoint, size, length = describe(experiment.distill.teacher)
+        config, pixels = at_image_size(checkpoint.config, checkpoint.preprocess, size)
+        positions = checkpoint.text_positions
+        self.config, _ = at_context_length(config, checkpoint.tokenizer, length, positions)
+        self.width, self._experiment = self.config.embed_dim, experiment
+        self._preprocess = Preprocess(pixels)
+        _check(experiment, self.width, self._preprocess)
+        self._graph, self.parameters = nnx.split(abstract_model(self.config, jnp.float32))
+
+    def trace(self, mesh: Mesh) -> Any:
+        """The program of `Teacher`, traced for a mesh of devices that need not be there."""
+
+        def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        e, rows = self._experiment, batch_sharding(mesh)
+        size, length = e.model.vision.image_size, self.config.text.context_length
+        images = placed(jax.ShapeDtypeStruct((e.batch_size, size, size, 3), jnp.uint8), rows)
+        tokens = placed(jax.ShapeDtypeStruct((e.batch_size, length), jnp.int32), rows)
+        state = jax.tree.map(placed, self.parameters, shardings(self.parameters, mesh))
+        return _program(self._graph, self._preprocess, e, mesh).trace(state, images, tokens)
+
+
+AnyTeacher = Teacher | StoredTeacher | DescribedTeacher
+
+
+def _program(graph: Any, preprocess: Preprocess, experiment: Experiment, mesh: Mesh) -> Any:
+    """From a teacher's parameters, images and its tokens to embeddings, by micro-batches."""
+    rows = experiment.micro_batch_size or experiment.batch_size
+    parts = experiment.batch_size // rows
+    sharding = batch_sharding(mesh)
+
+    @functools.partial(jax.jit, out_shardings=(sharding, sharding))
+    def embed(state, images, tokens):
+        model = nnx.merge(graph, state)
+        if parts == 1:
+            return _embed(model, preprocess, images, tokens)
+        # Every k-th row to the same part: the sharded axis stays whole on its devices.
+        cut = jax.tree.map(
+            lambda x: x.reshape(rows, parts, *x.shape[1:]).swapaxes(0, 1), (images, tokens)
+        )
+        z = jax.lax.map(lambda part: _embed(model, preprocess, *part), cut)
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, x.shape[-1]), z)
+
+    return embed
+
+
+def _embed(
+    model, preprocess: Preprocess, images: UInt8[Array, "b h w 3"], tokens: Int[Array, "b l"]
+) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
+    pixels, size = images.astype(jnp.float32), preprocess.config.image_size
+    if pixels.shape[1] != size:
+        pixels = shrink(pixels, size)
+    return model.encode_image(preprocess.normalize(pixels)), model.encode_text(tokens)
+
+
+def _check(e: Experiment, width: int, preprocess: Preprocess | None = None) -> None:
+    """Raise a ConfigError if a student cannot see what its teacher sees, or be compared with it."""
     config, ours = e.distill, e.model.embed_dim
     assert config is not None
+    if preprocess is not None and preprocess.config.resize == "naflex":
+        raise ConfigError(
+            f"distill.teacher {config.teacher!r} takes images of any aspect (NaFlex), and "
+            "training makes square ones: give a teacher of one size"
+        )
     if config.features and width != ours and not config.projection:
         raise ConfigError(
             f"the teacher {config.teacher or config.stored!r} has embeddings of {width} dimensions "

@@ -78,6 +78,28 @@ def open_adapter(path: epath.PathLike) -> SavedAdapter | None:
     return None
 
 
+def describe(model: epath.PathLike) -> tuple[Checkpoint, int | None, int | None]:
+    """What a model says of itself, its tensors not read; and the sizes that it is used at.
+
+    The sizes are those of an image and of a text, where they are not its own. An adapter is
+    described by the model under it.
+
+    Raises:
+        CheckpointError: as `open_model`; or an adapter that does not say what lies under it.
+    """
+    saved = open_adapter(model)
+    if saved is None:
+        checkpoint, _ = open_model(model, None)
+        return checkpoint, None, checkpoint.context_length
+    if saved.origin.base is None:
+        raise CheckpointError(
+            f"the adapter {model!r} does not say which model it belongs to: merge and save it first"
+        )
+    checkpoint, _ = open_model(saved.origin.base, None)
+    size = None if saved.preprocess is None else saved.preprocess.image_size
+    return checkpoint, size, saved.context_length or checkpoint.context_length
+
+
 def open_checkpoint(path: epath.Path) -> Checkpoint:
     """The checkpoint in a folder or file of this disk.
 
