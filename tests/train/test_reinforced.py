@@ -109,6 +109,36 @@ def test_embeddings_of_other_data_are_refused(data, learned, stored, changes, sa
         batches(dataclasses.replace(data, **changes), learned, stored)
 
 
+def test_what_was_stopped_goes_on_and_ends_the_same(data, learned, stored, tmp_path):
+    """Also where rows beyond those that are recorded were torn as it was stopped."""
+    options = {"variants": 3, "batch_size": 16}
+
+    def stop(done, total):
+        if done == 48:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reinforce(data, tmp_path, learned, report=stop, **options)
+    with pytest.raises(DataError, match="holds no embeddings"):
+        Reinforced.open(str(tmp_path))
+    with pytest.raises(DataError, match="was begun with other seed, dtype: go on as it was begun"):
+        reinforce(data, tmp_path, learned, seed=1, dtype="float16", **options)
+    torn = np.lib.format.open_memmap(tmp_path / "images.npy", "r+")
+    torn[17:] = 7
+    torn.flush()
+    told = []
+    reinforce(data, tmp_path, learned, report=lambda *at: told.append(at), **options)
+    assert told[0] == (64, 120)
+    for name in ("images.npy", "texts.npy", "reinforced.json"):
+        whole = Path(stored, name).read_bytes()
+        assert (tmp_path / name).read_bytes() == whole
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "images.npy",
+        "texts.npy",
+        "reinforced.json",
+    }
+
+
 def test_what_is_no_store_is_refused(data, learned, stored, tmp_path):
     with pytest.raises(DataError, match="holds no embeddings of a teacher"):
         Reinforced.open(str(tmp_path))

@@ -210,14 +210,15 @@ def reinforce(
     """Store what a teacher says of every example, changed in several ways (MobileCLIP's reinforced
     data), so that students learn from it without running it.
 
-    Train with --distill.stored OUT: it makes the same changes again.
+    Train with --distill.stored OUT: it makes the same changes again. The same command goes on
+    where it was stopped.
 
     Example:
       vlm data reinforce configs/openmoji.py taught/ --teacher ViT-L-14/ --augmentations 8
 
     Args:
         data: a config, whose data and changes of images are used; or a source, as data.source.
-        out: a folder of its own.
+        out: a folder of its own; an unfinished one is finished.
         teacher: a run folder, a bundle, or a public checkpoint.
         augmentations: how many changes of each example are kept.
         seed: of the changes.

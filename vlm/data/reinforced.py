@@ -6,6 +6,7 @@ the store's seed, so training makes them again and reads what the teacher said o
 
 FOLDER/reinforced.json                what was embedded, by whom
 FOLDER/images.npy, FOLDER/texts.npy   (example, variant, width)
+FOLDER/unfinished.json                in place of the first, while they are made: how far they are
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from vlm.data.making import Maker
 from vlm.data.randomness import key, uniforms
 from vlm.errors import ConfigError, DataError
 
-FILE = "reinforced.json"
+FILE, UNFINISHED = "reinforced.json", "unfinished.json"
 ARRAYS = ("images", "texts")
 # What makes other images or other texts of the same examples.
 SAME = (

@@ -17,12 +17,13 @@ from vlm.config import DataConfig, to_dict
 from vlm.data.examples import Source
 from vlm.data.faults import BadSample
 from vlm.data.making import Maker
-from vlm.data.reinforced import ARRAYS, FILE, SAME, variant_draws
+from vlm.data.reinforced import ARRAYS, FILE, SAME, UNFINISHED, variant_draws
 from vlm.data.sources import open_source, streams
 from vlm.errors import ConfigError, DataError
 from vlm.paths import in_one_sentence
 
 THREADS = 8  # that open images
+PARTIAL = f"{UNFINISHED}.partial"
 
 
 def reinforce(
@@ -40,9 +41,10 @@ def reinforce(
 
     Images are changed as `data.augment` says, at the teacher's own size; of each variant one
     caption is embedded. A sample that cannot be read has no embedding: training passes over it too.
+    What was stopped goes on with the batch that it had come to, when it is called again alike.
 
     Args:
-        out: a folder of its own.
+        out: a folder of its own, or of the same embeddings, unfinished.
         teacher: whatever `vlm.load` takes.
         dtype: of the stored numbers: float32, or float16 in half the space.
         report: told how many variants are done, and of how many.
@@ -52,7 +54,7 @@ def reinforce(
 
     Raises:
         ConfigError: a stream, whose examples have no number; or a setting that cannot be.
-        DataError: the folder holds something else, or every sample is broken.
+        DataError: the folder holds something else or other embeddings, or every sample is broken.
         CheckpointError: there is no such teacher.
     """
     _check(data, variants, batch_size, dtype)
@@ -63,8 +65,6 @@ def reinforce(
             "square ones: give a teacher of one size"
         )
     folder = Path(out)
-    if folder.exists() and any(folder.iterdir()):
-        raise DataError(f"{folder} is not empty: give a folder of its own")
     maker = Maker([data], model.preprocess)
     shape = (len(source), variants, model.embed_dim)
     about = {
@@ -75,23 +75,61 @@ def reinforce(
         "variants": variants,
         "examples": len(source),
         "width": model.embed_dim,
+        "dtype": dtype,
         "source": data.source,
         "data": {name: to_dict(data)[name] for name in SAME},
     }
+    about = json.loads(json.dumps(about))  # as it is read again
+    begun = _begun(folder, about)
     with in_one_sentence(f"{folder} cannot be written", "give another folder"):
         folder.mkdir(parents=True, exist_ok=True)
-        kept = [
-            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.dtype(dtype), shape)
-            for name in ARRAYS
-        ]
-        _embed_all(source, maker, model, kept, seed, batch_size, report)
-        for array in kept:
-            array.flush()
+        _record(folder, about, begun)
+        options: dict[str, Any] = {"mode": "r+"}
+        if not begun:
+            options = {"mode": "w+", "dtype": np.dtype(dtype), "shape": shape}
+        kept = [np.lib.format.open_memmap(folder / f"{name}.npy", **options) for name in ARRAYS]
+
+        def keep(done: int) -> None:
+            for array in kept:
+                array.flush()
+            _record(folder, about, done)  # after the rows: those beyond it are made again
+            report(done, len(source) * variants)
+
+        _embed_all(source, maker, model, kept, seed, batch_size, begun, keep)
         if not np.isfinite(kept[0]).any():
             raise DataError(f"no sample of {data.source} can be read: look at vlm data show")
         # Last, so that what was stopped is not taken for whole.
-        (folder / FILE).write_text(json.dumps(about, indent=2) + "\n")
+        (folder / UNFINISHED).replace(folder / FILE)
     return about
+
+
+def _begun(folder: Path, about: dict[str, Any]) -> int:
+    """How many variants an earlier call embedded into the folder before it was stopped.
+
+    Raises:
+        DataError: the folder holds something else, or embeddings that were begun otherwise.
+    """
+    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if found <= {PARTIAL}:
+        return 0
+    try:
+        before = json.loads((folder / UNFINISHED).read_text())
+        done = before.pop("done")
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{folder} is not empty: give a folder of its own") from None
+    differ = [name for name in about if before.get(name) != about[name]]
+    if differ:
+        raise DataError(
+            f"{folder} was begun with other {', '.join(differ)}: go on as it was begun, or give "
+            "another folder"
+        )
+    return done
+
+
+def _record(folder: Path, about: dict[str, Any], done: int) -> None:
+    """Write down how many variants are embedded; the file is whole at any moment."""
+    (folder / PARTIAL).write_text(json.dumps({"done": done, **about}, indent=2) + "\n")
+    (folder / PARTIAL).replace(folder / UNFINISHED)
 
 
 def _check(data: DataConfig, variants: int, batch_size: int, dtype: str) -> None:
@@ -114,9 +152,10 @@ def _embed_all(
     kept: Sequence[np.ndarray],
     seed: int,
     batch_size: int,
-    report: Callable[[int, int], None],
+    begin: int,
+    keep: Callable[[int], None],
 ) -> None:
-    """Fill both arrays, a batch of variants at a time."""
+    """Fill both arrays from variant `begin` on, a batch at a time; `keep` is told how far it is."""
     graph, state = nnx.split(model.model)
 
     @jax.jit
@@ -128,7 +167,7 @@ def _embed_all(
     count, size = kept[0].shape[1], maker.size
     total = len(source) * count
     with ThreadPoolExecutor(THREADS) as pool:
-        for first in range(0, total, batch_size):
+        for first in range(begin, total, batch_size):
             rows = np.arange(first, min(first + batch_size, total))
             indices, variants = rows // count, rows % count
             draws = variant_draws(maker, seed, count, indices, variants)
@@ -147,4 +186,4 @@ def _embed_all(
             for array, found in zip(kept, z, strict=True):
                 found = np.where(good[:, None], np.asarray(found)[: len(rows)], np.nan)
                 array[indices, variants] = found
-            report(int(rows[-1]) + 1, total)
+            keep(int(rows[-1]) + 1)
