@@ -13,7 +13,7 @@ from vlm.config import Experiment, to_dict
 # As in tests/conftest.py: what is tested is equality, not speed.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 KILLS = int(os.environ.get("VLM_KILLS", "1"))  # how often a run is killed and resumed; try 20
-LIMIT = 400  # seconds that a process may take, compiling on a busy machine included
+LIMIT = int(os.environ.get("VLM_LIMIT", "400"))  # seconds that a process may take
 
 
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
