@@ -142,6 +142,14 @@ def verdicts(rows) -> list[str]:
     return missed
 
 
+def trained(folder: Path) -> str:
+    """A model that was trained on OpenMoji for six epochs."""
+    line = [sys.executable, "-m", "vlm", "train", "openmoji", "--epochs", "6"]
+    run = str(folder / "openmoji")
+    subprocess.run([*line, "--run-dir", run], check=True, stdout=subprocess.DEVNULL)
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="a run on OpenMoji; by default one of six epochs is made")
@@ -155,10 +163,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as held:
         folder = Path(held)
-        source = options.model or str(folder / "openmoji")
-        if options.model is None:
-            line = [sys.executable, "-m", "vlm", "train", "openmoji", "--epochs", "6"]
-            subprocess.run([*line, "--run-dir", source], check=True, stdout=subprocess.DEVNULL)
+        source = options.model or trained(folder)
         methods = [name for name in METHODS if name not in ("distill", "blend")]
         methods = options.methods.split(",") if options.methods else methods
         shots = [int(k) for k in options.shots.split(",")]
