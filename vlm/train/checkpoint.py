@@ -18,6 +18,7 @@ from orbax.checkpoint.checkpoint_managers import (
     LatestN,
     PreservationPolicy,
 )
+from orbax.checkpoint.type_handlers import ArrayHandler, create_type_handler_registry
 
 from vlm.cluster.processes import broadcast_text, exchange_texts, process_name
 from vlm.errors import CheckpointError
@@ -29,6 +30,10 @@ from vlm.sharding import path_names
 RETRY_AFTER = (1, 4, 15)
 # How TensorStore begins when it has read a file and that is not what was written.
 _PROOFS = ("NOT_FOUND", "OUT_OF_RANGE", "DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
+
+# Bytes from which the devices that hold the same array write a part of it each. Orbax would cut every
+# array so, and compile a program for each shape that it cuts, while the step waits.
+_SHARED_FROM = 2**20
 
 
 class Checkpoints:
@@ -52,8 +57,12 @@ class Checkpoints:
         )
         # Named here so that a resumed run can look into a checkpoint before it restores one.
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        for kind in (args.StandardSave, args.StandardRestore):
-            handlers.add("state", kind)
+        arrays = ArrayHandler(min_slice_bytes_for_replica_parallel=_SHARED_FROM)
+        state = ocp.PyTreeCheckpointHandler(
+            type_handler_registry=create_type_handler_registry((jax.Array, arrays))
+        )
+        for kind in (args.PyTreeSave, args.PyTreeRestore):
+            handlers.add("state", kind, state)
         for kind in (args.JsonSave, args.JsonRestore):
             handlers.add("data", kind)
         with in_one_sentence(f"the checkpoints in {folder} cannot be listed", "resume the run"):
@@ -101,7 +110,7 @@ class Checkpoints:
             self._manager.delete(self._torn.pop())
         if step in self._manager.all_steps():
             return
-        arguments = args.Composite(state=args.StandardSave(state), data=args.JsonSave(data_state))
+        arguments = args.Composite(state=args.PyTreeSave(state), data=args.JsonSave(data_state))
         began = time.monotonic()
         self.wait()
         with self._explained():
@@ -181,7 +190,12 @@ class Checkpoints:
 
     def _read(self, step: int, abstract: Any) -> tuple[Any, tuple[str, str, bool] | None]:
         """(what a checkpoint holds, None), or (None, (where, what went wrong, it is torn))."""
-        wanted = args.Composite(state=args.StandardRestore(abstract), data=args.JsonRestore())
+        wanted = args.Composite(
+            state=args.PyTreeRestore(
+                abstract, ocp.checkpoint_utils.construct_restore_args(abstract)
+            ),
+            data=args.JsonRestore(),
+        )
         tries = 0
         while True:
             try:
