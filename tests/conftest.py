@@ -9,17 +9,15 @@ import tempfile
 
 import jaxtyping
 import pytest
+from quick import QUICK
 
 HERE = pathlib.Path(__file__).parent
 
 # A runner in the background may ignore Ctrl-C, and the processes that tests start inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# What JAX traces is many objects that live long: looking through them all less often is 8% of a run.
+# What JAX traces is many objects that live long: looking through them less often is 8% of a run.
 gc.set_threshold(50_000, 20, 20)
-
-# Programs compile in half the time and run slower: what is tested is what they compute.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+from quick import QUICK
+
 ROOT = Path(__file__).parents[2]
-# As in tests/conftest.py: what is tested is equality, not speed.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 LIMIT = 600  # seconds that hosts may take, compiling on a busy machine included
 PATIENCE = 10  # seconds until a silent process counts as gone
 

@@ -8,10 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+from quick import QUICK
+
 from vlm.config import Experiment, to_dict
 
-# As in tests/conftest.py: what is tested is equality, not speed.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 KILLS = int(os.environ.get("VLM_KILLS", "1"))  # how often a run is killed and resumed; try 20
 LIMIT = int(os.environ.get("VLM_LIMIT", "400"))  # seconds that a process may take
 

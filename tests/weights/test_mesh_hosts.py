@@ -12,6 +12,7 @@ import mesh_host
 import numpy as np
 import pytest
 from flax import nnx
+from quick import QUICK
 
 from vlm.bundle import Bundle, load
 from vlm.models.dual_encoder import DualEncoder
@@ -19,7 +20,6 @@ from vlm.sharding import SMALLEST_SHARDED
 from vlm.weights.rules import flat_arrays
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 pytestmark = pytest.mark.slow
 
 

@@ -107,14 +107,14 @@ def _program(
     setattr(skeleton, other, None)  # its parameters do not travel with this one
     graph, _ = nnx.split(skeleton)
     _, state = nnx.split(merged(bundle.model))
-    flat = {path: value for path, value in state.flat_state() if path[0] != other}
+    flat = {path: value for path, value in nnx.to_flat_state(state) if path[0] != other}
     held = {
         path: stored(path, np.asarray(value.get_value()), dtype) for path, value in flat.items()
     }
 
     def encode(rows: Array) -> Array:
         kept = {path: flat[path].replace(restored(held[path], compute)) for path in flat}
-        model = nnx.merge(graph, nnx.State.from_flat_path(kept))
+        model = nnx.merge(graph, nnx.from_flat_state(kept))
         if name == "text":
             return model.encode_text(rows)
         return model.encode_image(bundle.preprocess.normalize(rows))
