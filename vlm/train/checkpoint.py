@@ -31,8 +31,8 @@ RETRY_AFTER = (1, 4, 15)
 # How TensorStore begins when it has read a file and that is not what was written.
 _PROOFS = ("NOT_FOUND", "OUT_OF_RANGE", "DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
 
-# Bytes from which the devices that hold the same array write a part of it each. Orbax would cut every
-# array so, and compile a program for each shape that it cuts, while the step waits.
+# Bytes from which the devices that hold the same array write a part of it each. Orbax would cut
+# every array so, and compile a program for each shape that it cuts, while the step waits.
 _SHARED_FROM = 2**20
 
 
