@@ -22,6 +22,9 @@ wds:SHARDS, retrieval:NAME, winoground, or a suite: vtab, datacomp38, flickr30k,
 sugarcrepe. They are looked for in --data.data-dir (Winoground's and SugarCrepe's files in folders
 of these names there). What is not on this machine is named and left out; nothing is downloaded.
 
+In a run of several processes, such as one on each host, each embeds a share and the first one
+prints and writes; they find each other as those of `vlm train` do.
+
 Examples:
   vlm eval runs/openmoji
   vlm eval ViT-B-32/ --data.source tfds:cifar10 --data.label label
@@ -64,34 +67,53 @@ def main(args: list[str]) -> None:
 def evaluate(model: str, options: Options) -> None:
     """Measure the model that `vlm.load` finds, and print the report."""
     runtime.prepare_inference()
+    import jax
     from rich.console import Console
 
     from vlm.bundle import load
-    from vlm.evaluate.results_folder import write_result
+    from vlm.cluster import processes
+    from vlm.evaluate.hosts import shared
     from vlm.evaluate.runner import evaluate as run_tasks
 
-    if set(options.tasks) <= set(OWN):
-        bundle = load(model)
-        report = run_tasks(bundle, tasks(options, trained_head(model, bundle, options)))
-        if options.out and options.out.endswith(".json"):
-            report.save(options.out)
-        elif options.out:
-            for result in report.results:
-                write_result(options.out, result)
-            _finish(options.out, report)
-    else:
-        report = _run_named(model, options)
+    processes.start()
+    with processes.stop_all_on_failure():
+        if set(options.tasks) <= set(OWN):
+            bundle = load(model)
+            made = tasks(options, trained_head(model, bundle, options))
+            report = run_tasks(shared(bundle), made)
+            if jax.process_index() == 0:
+                _write(options.out, report)
+        else:
+            report = _run_named(model, options)
+    if jax.process_index() != 0:
+        return
     if options.json:
         print(report.to_json())
     else:
         Console().print(report)
 
 
+def _write(out: str | None, report: Any) -> None:
+    """The report as a file that ends in .json, or as a folder of results."""
+    from vlm.evaluate.results_folder import write_result
+
+    if out and out.endswith(".json"):
+        report.save(out)
+    elif out:
+        for result in report.results:
+            write_result(out, result)
+        _finish(out, report)
+
+
 def _run_named(model: str, options: Options) -> Any:
     """The report of tasks and suites by name: those that are finished are read, others measured."""
+    import jax
+
     from vlm.bundle import load
     from vlm.cli.terminal import print_status
+    from vlm.cluster.processes import broadcast_text, exchange_texts
     from vlm.errors import ConfigError, DataError
+    from vlm.evaluate.hosts import shared
     from vlm.evaluate.results_folder import read_result, write_gallery, write_result
     from vlm.evaluate.runner import Report, measure
     from vlm.evaluate.suites import Missing, expand, open_task
@@ -100,27 +122,32 @@ def _run_named(model: str, options: Options) -> Any:
         names = expand(options.tasks)
     except ConfigError as error:
         raise UsageError(str(error)) from None
+    first = jax.process_index() == 0
     folder = options.out if options.out and not options.out.endswith(".json") else None
     bundle, results = load(model), []
     for name in names:
-        done = read_result(folder, name) if folder else None
-        if done is not None and done.provenance.evidence.get("fingerprint") == bundle.fingerprint:
+        done = read_result(folder, name) if folder and first else None
+        if done is not None and done.provenance.evidence.get("fingerprint") != bundle.fingerprint:
+            done = None
+        if broadcast_text("" if done is None else "done"):
             results.append(done)
             continue
         task = open_task(name, options.data.data_dir)
-        if isinstance(task, Missing):
-            print_status(f"left out {name}: {task.why}")
+        missing = exchange_texts(task.why if isinstance(task, Missing) else "")
+        if any(missing):
+            if first:
+                print_status(f"left out {name}: {next(filter(None, missing))}")
             continue
-        results.append(measure(bundle, task))
-        if folder:
+        results.append(measure(shared(bundle), task))
+        if folder and first:
             write_gallery(folder, results[-1], task)
             write_result(folder, results[-1])
     if not results:
         raise DataError(f"none of the tasks {', '.join(names)} can be measured here: see above")
     report = Report(tuple(results))
-    if folder:
+    if folder and first:
         _finish(folder, report)
-    elif options.out:
+    elif options.out and first:
         report.save(options.out)
     return report
 

@@ -1,0 +1,56 @@
+"""Several processes measure together: each embeds its share, and all get all embeddings."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Float
+
+ROWS = 256  # neighbouring images or texts that go to one process
+
+
+def shared(model: Any) -> Any:
+    """The model as tasks see it: alone, itself; else one whose encoding all processes share.
+
+    All processes must measure the same tasks on the same data, and they get the same results as
+    one. Each reads all of the images, of which the evidence holds a hash, and embeds its own.
+    """
+    return model if jax.process_count() == 1 else SharedModel(model)
+
+
+class SharedModel:
+    """A model whose images and texts are embedded by all processes of the run."""
+
+    def __init__(self, model: Any):
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def encode_image(self, images: Iterable[Any]) -> Float[np.ndarray, "n d"]:
+        """Unit-norm embeddings of a stream of images, in all processes."""
+        return self._gathered(images, self._model.encode_image)
+
+    def encode_text(self, texts: list[str]) -> Float[np.ndarray, "n d"]:
+        """Unit-norm embeddings of texts, in all processes."""
+        return self._gathered(texts, lambda own: self._model.encode_text(list(own)))
+
+    def _gathered(self, items: Iterable[Any], encode) -> np.ndarray:
+        count, me, processes = 0, jax.process_index(), jax.process_count()
+
+        def own() -> Iterator[Any]:
+            nonlocal count
+            for item in items:
+                if count // ROWS % processes == me:
+                    yield item
+                count += 1
+
+        z = np.asarray(encode(own()), np.float32)
+        turns = -(-count // (ROWS * processes))
+        padded = np.zeros((turns * ROWS, z.shape[1]), np.float32)
+        padded[: len(z)] = z
+        parts = multihost_utils.process_allgather(padded)  # (processes, turns * ROWS, d)
+        rows = parts.reshape(processes, turns, ROWS, -1).swapaxes(0, 1).reshape(-1, z.shape[1])
+        return rows[:count]
