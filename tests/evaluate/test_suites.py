@@ -143,6 +143,28 @@ def test_selection(tmp_path):
         evaluate(Model(), [SelectionTask([[red], [blue]], [["a"], ["b", "c"]], DataInfo("w"))])
 
 
+def test_the_page_shows_what_retrieval_found(tmp_path):
+    names = list(COLOURS)
+    rows = ["image,caption,split"]
+    for i, colour in enumerate([*names, "red"]):  # the last picture is captioned wrongly
+        Image.new("RGB", (8, 8), COLOURS[colour]).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{'a green thing' if i == 3 else f'{colour} {i}'},test")
+    (tmp_path / "captions.csv").write_text("\n".join(rows))
+    name = f"retrieval:{tmp_path}"
+    task = open_task(name)
+    result = measure(Model(), task)
+    write_gallery(tmp_path / "out", result, task)
+    gallery = read_gallery(tmp_path / "out", name)
+    said = {entry[1:] for entry in gallery.values()}
+    assert ("blue 2", "blue 2") in said  # right in both directions
+    assert ("a green thing", "red 0") in said  # a red picture
+    write_page(tmp_path / "page.html", Report((result,)), galleries=[{name: gallery}])
+    page = (tmp_path / "page.html").read_text()
+    for title in ("Texts of images: best", "Texts of images: worst", "Images of texts: worst"):
+        assert title in page
+    assert "a green thing, not red 0 (rank " in page
+
+
 def lay_out(root):
     """Winoground and SugarCrepe as their authors' files lie, of two and one examples."""
     for folder, name, colour in (

@@ -1,8 +1,8 @@
 """The linear probe beside scikit-learn's, and accuracy against shots: python tests/peers/probe.py
 
-10,000 x 512, 100 classes, for several penalties, in turns, scikit-learn at several tolerances; then the heads at 1 to 16 shots on
-data sets that scikit-learn brings along. Their zero-shot weights are the class means of images (or
-rows) that were changed: moved by a pixel, turned and blurred, or noisy.
+10,000 x 512, 100 classes, several penalties, in turns, scikit-learn at several tolerances; then the
+heads at 1 to 16 shots on data sets that scikit-learn brings along. Their zero-shot weights are the
+class means of images (or rows) that were changed: moved by a pixel, turned and blurred, or noisy.
 """
 
 import time

@@ -93,8 +93,8 @@ def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
         builder = tfds.builder(name, **where)
     except ImportError as error:  # the classes of TFDS itself want TensorFlow
         raise DataError(
-            f"the TFDS data set {name!r} is not prepared in {data_folder(data_dir)}: set data_dir to "
-            f"where it is, or where TensorFlow is installed {how}.download_and_prepare() "
+            f"the TFDS data set {name!r} is not prepared in {data_folder(data_dir)}: set data_dir "
+            f"to where it is, or where TensorFlow is installed {how}.download_and_prepare() "
             f"({first_line(error)})"
         ) from None
     except Exception as error:  # TFDS has many kinds of not found

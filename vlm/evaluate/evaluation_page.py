@@ -11,7 +11,7 @@ from vlm.evaluate.classification import confusion, reliability
 from vlm.evaluate.comparison import Comparison
 from vlm.evaluate.page import page, section
 from vlm.evaluate.report import footnotes, results_table
-from vlm.evaluate.results_folder import SHOWN, Gallery
+from vlm.evaluate.results_folder import SHOWN, Gallery, best_and_worst
 from vlm.evaluate.runner import Report, Result
 
 CLASSES = 30  # shown of a confusion matrix: those of the most errors
@@ -72,6 +72,8 @@ def _side_by_side(body: str) -> str:
 def _task(result: Result, gallery: Gallery) -> str:
     """The diagrams of one task, as far as its samples allow."""
     samples = result.samples
+    if samples is not None and "found" in samples:
+        return _retrieved(samples, gallery)
     if samples is None or "predicted" not in samples:
         return ""
     right = samples["rank"] == 0
@@ -83,6 +85,26 @@ def _task(result: Result, gallery: Gallery) -> str:
         f"{_card('Surest wrong', _examples(samples, ~right, gallery))}"
         "</div>"
     )
+
+
+WAYS = (("image_to_text", "Texts of images"), ("text_to_image", "Images of texts"))
+
+
+def _retrieved(samples: dict[str, np.ndarray], gallery: Gallery) -> str:
+    """What was found: the surest right answers, and those furthest off with their rank."""
+    cards = []
+    for way, title in WAYS:
+        for kind, rows in zip(("best", "worst"), best_and_worst(samples, way), strict=True):
+            figures = [
+                _figure(gallery[i], f"(rank {samples['rank'][i] + 1:,})" if kind == "worst" else "")
+                for i in rows
+                if i in gallery
+            ]
+            if figures:
+                cards.append(
+                    _card(f"{title}: {kind}", f'<div class="strip">{"".join(figures)}</div>')
+                )
+    return f'<div class="charts">{"".join(cards)}</div>' if cards else ""
 
 
 def _card(title: str, body: str) -> str:

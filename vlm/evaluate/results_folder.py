@@ -19,7 +19,7 @@ from vlm.display import data_uri
 from vlm.errors import CheckpointError, VlmError
 from vlm.evaluate.evidence import Samples, read_samples, write_samples
 from vlm.evaluate.runner import Report, Result
-from vlm.evaluate.tasks import Task, ZeroShotTask
+from vlm.evaluate.tasks import RetrievalTask, Task, ZeroShotTask
 
 RESULTS = "results.json"
 SHOWN = 12  # of the surest right answers, and of the surest wrong ones
@@ -50,24 +50,66 @@ def write_result(folder: str | os.PathLike, result: Result) -> None:
 
 def write_gallery(folder: str | os.PathLike, result: Result, task: Task) -> None:
     """Keep small pictures of the images that a page or a comparison will want to show."""
-    samples = result.samples
-    if samples is None or not isinstance(task, ZeroShotTask) or task.image_at is None:
+    samples, entries = result.samples, {}
+    image_at = getattr(task, "image_at", None)
+    if samples is None or image_at is None:
         return
+    if isinstance(task, ZeroShotTask):
+        for i in examples(samples, most=KEPT):
+            query = int(samples["query"][i])
+            names = [task.captions[int(samples[column][i])] for column in ("target", "predicted")]
+            entries[query] = (query, *names)
+    elif isinstance(task, RetrievalTask):
+        entries = _retrieved(samples, task)
     pictures = {}
-    for i in examples(samples, most=KEPT):
+    for key, (image, right, called) in entries.items():
         try:
-            source = data_uri(task.image_at(int(samples["query"][i])), PICTURE)
+            pictures[str(key)] = [data_uri(image_at(image), PICTURE), right, called]
         except VlmError:
             continue  # a page goes without a picture
-        names = [task.captions[int(samples[column][i])] for column in ("target", "predicted")]
-        pictures[str(samples["query"][i])] = [source, *names]
     path = epath.Path(folder) / f"{file_name(result.task)}.gallery.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(pictures, ensure_ascii=False))
 
 
+def _retrieved(samples: Samples, task: RetrievalTask) -> dict[int, tuple[int, str, str]]:
+    """Rows worth showing by their number: an image, its text or the one asked for, that found.
+
+    Of an image the text that is found, of a text the image, which goes by its own first text.
+    """
+    pairs = task.positives or [(i, i) for i in range(len(task.texts))]
+    text_of: dict[int, str] = {}
+    for image, text in pairs:
+        text_of.setdefault(int(image), task.texts[int(text)])
+    entries = {}
+    for way in ("image_to_text", "text_to_image"):
+        for i in (row for rows in best_and_worst(samples, way) for row in rows):
+            query, found = int(samples["query"][i]), int(samples["found"][i])
+            if way == "image_to_text":
+                image, right, called = query, text_of[query], task.texts[found]
+            else:
+                image, right = found, task.texts[query]
+                called = text_of.get(found, f"image {found}")
+            if samples["rank"][i] == 0:  # any of its texts is as right as its first
+                right = called = called if way == "image_to_text" else right
+            entries[i] = (image, right, called)
+    return entries
+
+
+def best_and_worst(samples: Samples, way: str) -> tuple[list[int], list[int]]:
+    """Rows of one direction: right answers of the highest cosine, and answers furthest off."""
+    rows = np.flatnonzero(samples["direction"] == way)
+    rank, score = samples["rank"][rows], samples["score"][rows]
+    best, worst = np.argsort(-score, kind="stable"), np.argsort(-rank, kind="stable")
+    best, worst = best[rank[best] == 0], worst[rank[worst] > 0]
+    return rows[best[:SHOWN]].tolist(), rows[worst[:SHOWN]].tolist()
+
+
 def read_gallery(folder: str | os.PathLike, task: str) -> Gallery:
-    """What `write_gallery` kept: by query, the picture, its class and what it was called."""
+    """What `write_gallery` kept: the picture, its class or text and what it was called.
+
+    By query; of retrieval, by row of the samples.
+    """
     path = epath.Path(folder) / f"{file_name(task)}.gallery.json"
     try:
         held = json.loads(path.read_text())

@@ -142,6 +142,7 @@ def _retrieval(name: str, what: str, data_dir, split) -> Task:
         DataInfo(source, split=found),
         [(int(owner), text) for text, owner in enumerate(owners)],
         name=name,
+        image_at=lambda i: opened[i][config.image],
     )
 
 

@@ -138,6 +138,7 @@ class RetrievalTask:
         positives: (image index, text index) of every right pair; None pairs row i with row i.
         ks: the k of recall at k.
         name: of the task in a report.
+        image_at: an image again by its number, for a page that shows some of them.
 
     Example:
         >>> texts = ["a red square", "a green square", "a blue square"]
@@ -153,6 +154,7 @@ class RetrievalTask:
     positives: Sequence[tuple[int, int]] | None = None
     ks: Sequence[int] = (1, 5, 10)
     name: str = "retrieval"
+    image_at: Callable[[int], Any] | None = None
 
     kind = "zeroshot_retrieval"
     templates = TEMPLATES["plain"]  # the texts are whole sentences already
@@ -174,8 +176,9 @@ class RetrievalTask:
             ranks = best_ranks(z_query, z_key, own)
             asked = np.flatnonzero(ranks >= 0)
             groups = clusters(own, len(z_query), len(z_key))[asked]
-            parts.append((np.full(len(asked), way), asked, ranks[asked], groups))
-        names = ("direction", "query", "rank", "cluster")
+            found, score = _nearest(z_query[asked], z_key)
+            parts.append((np.full(len(asked), way), asked, ranks[asked], found, score, groups))
+        names = ("direction", "query", "rank", "found", "score", "cluster")
         samples = {
             n: np.concatenate(p) for n, p in zip(names, zip(*parts, strict=True), strict=True)
         }
@@ -229,6 +232,16 @@ class SelectionTask:
 
 
 Task = ZeroShotTask | RetrievalTask | SelectionTask
+
+
+def _nearest(z_query: np.ndarray, z_key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The key nearest to each query, and its cosine; a block of queries at a time."""
+    found, score = [], []
+    for start in range(0, len(z_query), BLOCK):
+        cosines = z_query[start : start + BLOCK] @ z_key.T
+        found.append(cosines.argmax(axis=1))
+        score.append(cosines.max(axis=1))
+    return np.concatenate(found), np.concatenate(score)
 
 
 def _best(model: Any, z_image: np.ndarray, z_captions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
