@@ -134,7 +134,7 @@ def _run_named(model: str, options: Options) -> Any:
             continue
         task = open_task(name, options.data.data_dir)
         missing = exchange_texts(task.why if isinstance(task, Missing) else "")
-        if any(missing):
+        if isinstance(task, Missing) or any(missing):
             if first:
                 print_status(f"left out {name}: {next(filter(None, missing))}")
             continue
