@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from vlm.errors import CheckpointError, ConfigError
-from vlm.heads.few_shot import METHODS, FewShotClassifier, class_means, fit_head
+from vlm.heads.few_shot import (
+    METHODS,
+    MOVE,
+    FewShotClassifier,
+    anchored_l2,
+    class_means,
+    fit_head,
+)
 from vlm.heads.linear_probe import fit_linear, fit_swept
 from vlm.heads.saved import load_classifier
 from vlm.heads.zero_shot import ZeroShotClassifier
@@ -47,6 +54,13 @@ def test_the_optimum_does_not_depend_on_the_order_or_on_doubling():
     doubled = fit_linear(np.tile(z, (2, 1)), np.tile(target, 2), 2.0)
     for other in (shuffled, doubled):
         np.testing.assert_allclose(z @ other[0] + other[1], z @ weight + bias, atol=2e-3)
+
+
+def test_the_penalty_of_few_shots_worked():
+    many = anchored_l2(1e9, scale=10.0, embed_dim=64)
+    assert many == pytest.approx(64 / (MOVE * 10.0) ** 2)
+    assert anchored_l2(1, scale=10.0, embed_dim=64) == pytest.approx(2 * many)
+    assert anchored_l2(4, scale=10.0, embed_dim=64) == pytest.approx(1.25 * many)
 
 
 def test_stronger_penalty_smaller_weights():

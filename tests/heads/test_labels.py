@@ -107,6 +107,10 @@ def test_temperature(model, paint):
     target = np.array([rng.choice(4, p=row) for row in p])
     assert fit_temperature(7 * logits, target) == pytest.approx(7, rel=0.1)
     assert 0.3 < fit_temperature(np.array([[9.0, 0.0]]), np.array([0])) < 1.5  # one label is little
+    yes = rng.random((2000, 1)) < 1 / (1 + np.exp(-logits[:, :1]))  # of two independent labels
+    both = np.concatenate([logits[:, :1], -logits[:, :1]], axis=1)
+    independent = fit_temperature(7 * both, np.where(yes[:, 0], 0, 1), "sigmoid")
+    assert independent == pytest.approx(7, rel=0.1)
     classify = ZeroShotClassifier(model, ["red", "blue"])
     before = classify(paint("red")).logits
     classify.calibrate([paint("red"), paint("blue")], ["red", "blue"])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vlm.errors import CheckpointError, ConfigError, DataError, VlmError
 from vlm.heads import index_folder, retrieval, top_k
+from vlm.heads.hits import picture_of
 from vlm.heads.retrieval import Hits, RetrievalIndex
 
 COLOURS = ["red", "green", "blue", "yellow", "white", "black"]
@@ -335,3 +336,4 @@ def test_displays(index):
     assert page.count("<img") == 2
     assert "red.png" in page
     assert "no hits" in Hits()._repr_html_()
+    assert picture_of("a red square") == picture_of(3) == ""  # names that are no picture's path

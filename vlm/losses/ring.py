@@ -38,8 +38,8 @@ class Ring:
     """
 
     tile: int
-    axes: tuple[str, ...] = ()
-    devices: int = 1
+    axes: tuple[str, ...]
+    devices: int
 
     def all_pairs(
         self,

@@ -1,0 +1,43 @@
+"""Conditions on columns of texts, of numbers and of both."""
+
+import numpy as np
+import pytest
+
+from vlm.errors import ConfigError
+from vlm.heads.conditions import Condition, where_all
+
+COLUMNS = {
+    "year": np.array([2019, 2020, 2021]),
+    "licence": np.array(["cc-by", "cc0", "7"]),
+    "any": np.array(["red", 3.0, None], dtype=object),
+}
+
+
+@pytest.mark.parametrize(
+    ("conditions", "kept"),
+    [
+        ([], True),
+        ([("year", ">=", 2020.0)], [False, True, True]),
+        ([("year", "<", 2020.0)], [True, False, False]),
+        ([("year", "!=", 2020.0), ("licence", "=", "cc-by")], [True, False, False]),
+        ([("licence", ">", "cc-by")], [False, True, False]),
+        ([("licence", "=", 7.0)], [False, False, True]),  # a text that looks like a number
+        ([("any", "=", "red")], [True, False, False]),
+        ([("any", "!=", 3.0)], [True, False, True]),
+    ],
+)
+def test_all_must_hold(conditions, kept):
+    holds = where_all([Condition(*condition) for condition in conditions])
+    np.testing.assert_array_equal(holds(COLUMNS), kept)
+
+
+@pytest.mark.parametrize(
+    ("condition", "said"),
+    [
+        (("year", "=", "red"), "the numbers of 'year' are compared with the text 'red'"),
+        (("any", "<", 3.0), "'any' holds texts and numbers, which < cannot order"),
+    ],
+)
+def test_what_has_no_order_is_refused(condition, said):
+    with pytest.raises(ConfigError, match=said):
+        where_all([Condition(*condition)])(COLUMNS)
