@@ -199,8 +199,8 @@ def known_emoji() -> list[Emoji]:
                 Emoji(
                     text=text,
                     caption=english_caption(text, names["en"]),
-                    captions={language: _death_reporter(names[language]) for language in LANGUAGES},
-                    aliases=[_death_reporter(alias) for alias in names.get("alias", ())],
+                    captions={language: _readable(names[language]) for language in LANGUAGES},
+                    aliases=[_readable(alias) for alias in names.get("alias", ())],
                     svg=os.path.join(folder, svg),
                 )
             )
@@ -212,7 +212,7 @@ def english_caption(text: str, name: str) -> str:
 
     What varies stands behind a colon: tones and hair, members of a group, a flag's country, a key.
     """
-    name = _death_reporter(name)
+    name = _readable(name)
     first = ord(text[0])
     if first in _FLAG_LETTERS or (len(text) > 1 and ord(text[-1]) in _TAGS):
         return f"flag: {name}"
@@ -247,7 +247,7 @@ def held_out_code_points(emoji: list[Emoji]) -> dict[str, set[str]]:
     return held_out
 
 
-def _death_reporter(name: str) -> str:
+def _readable(name: str) -> str:
     return re.sub(r"\s+", " ", name.strip(":").replace("_", " ").replace(",", ", ")).strip()
 
 
