@@ -52,6 +52,7 @@ NEAREST = {
     "heads/linear_probe.py": "heads/test_few_shot.py",
     "heads/metadata.py": "heads/test_retrieval.py",
     "heads/prompted.py": "adapt/test_learned_prompt.py",
+    "heads/prompt_rows.py": "adapt/test_learned_prompt.py",
     "heads/prompts.py": "heads/test_zero_shot.py",
     "heads/top_k.py": "heads/test_retrieval.py",
 }

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from quick import AS_USERS
 
 from vlm.bundle import load
 from vlm.config import AdapterConfig
@@ -53,7 +54,7 @@ def outputs(model, golden, tower="text"):
     return np.asarray(embed(graph, state, jnp.asarray(golden[inputs]), tower))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+@functools.partial(jax.jit, static_argnums=(0, 3), compiler_options=AS_USERS or None)
 def embed(graph, state, inputs, tower):
     model = nnx.merge(graph, state)
     return {"vision": model.encode_image, "text": model.encode_text}[tower](inputs)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import AS_USERS
 
 from vlm import sharding
 from vlm.config import Experiment, MeshConfig
@@ -208,7 +209,7 @@ def test_a_locked_tower_runs_once_with_micro_batches(tiny):
     for changes in ({}, {"lock": "vision", "init_from": "model"}):
         trainer = make(tiny(micro_batch_size=8, **changes))
         inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch(0))
-        program = trainer.step.lower(trainer.abstract_state, inputs).compile()
+        program = trainer.step.lower(trainer.abstract_state, inputs).compile(AS_USERS or None)
         loops.append(program.as_text().count(" while("))
     # Of micro-batches, twice; of each tower's blocks: forward, forward again, backward.
     assert loops == [2 + 3 + 3, 2 + 1 + 3]
