@@ -144,6 +144,7 @@ def test_a_resnet_is_checked():
 @pytest.mark.parametrize(
     ("vision", "text", "said"),
     [
+        ({"registers": 2}, {}, "ViTConfig.registers 2 stand after a class token"),
         ({"width": 100}, {}, "ViTConfig.width 100 is not a multiple of heads 12"),
         ({}, {"width": 512, "heads": 8, "projection": "none"}, "must equal embed_dim 768"),
         ({"image_size": 12}, {}, "image_size 12 holds no patch of patch_size 16"),

@@ -23,8 +23,8 @@ _LARGEST = {
 _LARGEST_OTHER = 2**18
 # Those that may be 0, wherever they stand or in one class.
 _FROM_ZERO = {
-    "depth", "depths", "mlp_dim", "rotary", "pad_id", "bos_id", "eos_id", "end_id", "fill",
-    "background", "FastViTStage.heads", "FastViTStage.squeeze",
+    "depth", "depths", "mlp_dim", "rotary", "registers", "pad_id", "bos_id", "eos_id", "end_id",
+    "fill", "background", "FastViTStage.heads", "FastViTStage.squeeze",
 }  # fmt: skip
 _POSITIVE = {"norm_eps", "init_scale", "std"}
 _SHARES = {"dropout", "patch_dropout"}

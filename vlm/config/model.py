@@ -33,6 +33,9 @@ class TextConfig:
             position; class: a learned last token (CoCa); mean: of all; map: pooling by
             attention.
         end_id: Of pool end: id of the end token.
+        positions: Position embeddings. learned: a table; sinusoidal: sines, then cosines, that
+            are not learned (arXiv:1706.03762, as tensor2tensor lays them out).
+        scale_embedding: Multiply the embeddings of tokens by the root of the width.
         pad_id: Id of the padding, which is then masked in attention and in mean and map
             pooling. None: nothing is masked.
         layer_scale: Learn a factor for each channel of each branch of a block
@@ -60,6 +63,8 @@ class TextConfig:
     causal: bool = False
     pool: TextPool = "last"
     end_id: int | None = None
+    positions: Literal["learned", "sinusoidal"] = "learned"
+    scale_embedding: bool = False
     pad_id: int | None = None
     layer_scale: bool = False
     norm: Literal["pre", "post"] = "pre"

@@ -12,9 +12,9 @@ from vlm.config.bounds import check_bounds
 from vlm.errors import ConfigError
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
-# swiglu: EVA-02's, whose gated hidden layer is normalised; geglu: ViTamin's, which normalises its
-# input a second time.
-MlpKind = Literal["plain", "swiglu", "geglu"]
+# swiglu: EVA-02's, whose gated hidden layer is normalised; swiglu_plain: DINOv2's, which is not;
+# geglu: ViTamin's, which normalises its input a second time.
+MlpKind = Literal["plain", "swiglu", "swiglu_plain", "geglu"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class ViTConfig:
         pool_heads: Number of heads of map and query pooling. None: as `heads`.
         pool_mlp_dim: Width of the hidden layer of map pooling's MLP. None: as `mlp_dim`.
         class_token: Add a learned first token, also where the pool is of another kind.
+        registers: Number of learned tokens without a position after the class token
+            (arXiv:2309.16588).
         pre_norm: Normalise between the embedding and the blocks (CLIP).
         norm_pooled: Normalise after mean pooling in place of before it.
         layer_scale: Learn a factor for each channel of each branch of a block
@@ -51,7 +53,8 @@ class ViTConfig:
         norm: Where blocks normalise. pre: before each branch; branch: after each branch, before
             it is added (EVA-02-E).
         mlp: Kind of the blocks' MLP. plain: two layers; swiglu: gated, its hidden layer
-            normalised (EVA-02); geglu: gated, its input normalised twice (ViTamin).
+            normalised (EVA-02); swiglu_plain: gated, without that norm (DINOv2, TIPSv2);
+            geglu: gated, its input normalised twice (ViTamin).
         attention_norm: Normalise between attention and its last product (EVA-02).
         key_bias: Add a bias to the keys of attention.
         projection: Layer from the pooled token to the shared space.
@@ -89,6 +92,7 @@ class ViTConfig:
     pool_heads: int | None = None
     pool_mlp_dim: int | None = None
     class_token: bool = False
+    registers: int = 0
     pre_norm: bool = False
     norm_pooled: bool = False
     layer_scale: bool = False
@@ -121,6 +125,11 @@ class ViTConfig:
                 f"a nested stem halves {len(self.stem_widths)} times, which patch_size "
                 f"{self.patch_size} cannot: give fewer stem_widths"
             )
+        if self.registers and (not self.has_class_token or self.max_patches is not None):
+            raise ConfigError(
+                f"ViTConfig.registers {self.registers} stand after a class token of square images: "
+                'set class_token=True or pool="class", and no max_patches'
+            )
         if self.stem == "conv" and self.image_size % self.patch_size:
             raise ConfigError(
                 f"a conv stem halves the image until patches of {self.patch_size} pixels are "
@@ -132,6 +141,11 @@ class ViTConfig:
         return self.class_token or self.pool == "class"
 
     @property
+    def prefix_tokens(self) -> int:
+        """Tokens before those of the patches: the class token and the registers."""
+        return self.has_class_token + self.registers
+
+    @property
     def one_size(self) -> str | None:
         # timm stretches the rotary positions of another size to the grid that was trained.
         return None if self.rotary is None else "tower with rotary positions"
@@ -139,14 +153,15 @@ class ViTConfig:
     def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
         """Tokens that the blocks see of one image of `image_size` pixels (None: the tower's own).
 
-        The class token counts. While `training`, patch dropout leaves out its share of the patches.
+        The class token and the registers count. While `training`, patch dropout leaves out its
+        share of the patches.
         """
         patches = ((image_size or self.image_size) // self.patch_size) ** 2
         if self.max_patches is not None and image_size is None:
             patches = self.max_patches
         if training and self.patch_dropout:
             patches = max(1, round(patches * (1 - self.patch_dropout)))
-        return patches + self.has_class_token
+        return patches + self.prefix_tokens
 
     def check_space(self, embed_dim: int) -> None:
         """Refuse a space that the tower cannot embed into."""

@@ -19,7 +19,7 @@ def grid(
         assert c.max_patches is not None
         height, width = target_size(size[1], size[0], c.patch_size, c.max_patches)
         return height // patch, width // patch
-    count = tower.tokens() - getattr(tower, "has_class_token", False)
+    count = tower.tokens() - getattr(tower, "prefix_tokens", 0)
     side = int(count**0.5)  # a ResNet counts the mean as one more
     return side, side
 

@@ -129,7 +129,7 @@ def _gradcam(model, images, z_text, found: Found) -> Float[Array, "b n"]:
         given = gradients(model, images, z_text, zeros)
         given = jnp.concatenate([given["stem"][None], given["blocks/output"]])
         x, gradient = (y[-2 if by_class else -1] for y in (layers, given))
-        first = int(_has_first(model.config.vision))
+        first = _before_places(model.config.vision)
         x, gradient = x[:, first:], gradient[:, first:]
     return jax.nn.relu((x * gradient.mean(1, keepdims=True)).sum(-1))
 
@@ -157,10 +157,10 @@ def _summed_to(values: Float[Array, "b h w"], side: int) -> Float[Array, "b n"]:
     return values.reshape(-1, side, size, side, size).sum((2, 4)).reshape(-1, side * side)
 
 
-def _has_first(tower: VisionTowerConfig) -> bool:
-    """Whether there is a token before those of places: a class token, or the mean of a ResNet."""
-    return isinstance(tower, ResNetConfig) or getattr(tower, "has_class_token", False)
+def _before_places(tower: VisionTowerConfig) -> int:
+    """How many tokens stand before those of places, such as a class token or a ResNet's mean."""
+    return 1 if isinstance(tower, ResNetConfig) else getattr(tower, "prefix_tokens", 0)
 
 
 def _without_first(tower: VisionTowerConfig, values: Float[Array, "b m"]) -> Float[Array, "b n"]:
-    return values[:, int(_has_first(tower)) :]
+    return values[:, _before_places(tower) :]

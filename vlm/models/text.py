@@ -10,6 +10,7 @@ from vlm.models.counting import block_flops, map_pool_flops, projection_flops
 from vlm.models.ends import map_pool, projection
 from vlm.nn.layers import LayerNorm
 from vlm.nn.pooling import mean_pool, token_pool
+from vlm.nn.positions import sinusoids
 from vlm.nn.taps import Taps, part, tap
 from vlm.nn.transformer import Execution, Transformer
 
@@ -33,7 +34,8 @@ class TextTower(nnx.Module):
         has_class = c.pool == "class"
         self.class_token = nnx.Param(position(rngs.params(), (c.width,))) if has_class else None
         count = c.context_length + has_class
-        self.position = nnx.Param(position(rngs.params(), (count, c.width)))
+        learned = c.positions == "learned"
+        self.position = nnx.Param(position(rngs.params(), (count, c.width))) if learned else None
         post = c.norm == "post"
         self.embedding_norm = LayerNorm(c.width, c.norm_eps, rngs=rngs) if post else None
         self.transformer = Transformer(
@@ -74,6 +76,7 @@ class TextTower(nnx.Module):
         if context is not None:
             vectors, places = context
             x = x.at[jnp.arange(len(x))[:, None], places].set(vectors.astype(self.dtype))
+        x = x * c.width**0.5 if c.scale_embedding else x
         x = tap(taps, "embedding", x)
         real = None if c.pad_id is None else tokens != c.pad_id  # (b, n)
         if self.class_token is not None:
@@ -82,7 +85,10 @@ class TextTower(nnx.Module):
             if real is not None:
                 # CoCa's weights were trained with the mask one place too far to the right.
                 real = jnp.pad(real, ((0, 0), (1, 0)), constant_values=True)
-        x = x + self.position[...].astype(self.dtype)[: x.shape[1]]
+        if self.position is None:
+            x = x + sinusoids(x.shape[1], c.width).astype(self.dtype)
+        else:
+            x = x + self.position[...].astype(self.dtype)[: x.shape[1]]
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         mask = None if real is None else real[:, None, None, :]

@@ -44,6 +44,8 @@ class ViTTower(nnx.Module):
         self.class_token = nnx.Param(normal(rngs.params(), (c.width,))) if has_class else None
         count = (c.image_size // c.patch_size) ** 2 + has_class
         self.position = nnx.Param(normal(rngs.params(), (count, c.width)))
+        registers = (c.registers, c.width)
+        self.registers = nnx.Param(normal(rngs.params(), registers)) if c.registers else None
 
         self.pre_norm = LayerNorm(c.width, c.norm_eps, rngs=rngs) if c.pre_norm else None
         self.transformer = Transformer(
@@ -86,7 +88,7 @@ class ViTTower(nnx.Module):
         """
         x, mask = self._tokens(images, keys, taps)
         if self.config.pool == "mean" and self.class_token is not None:
-            x = x[:, 1:]
+            x = x[:, self.config.prefix_tokens :]
         return self._embedding(x, mask, taps)
 
     def dense(self, images: Float[Array, "b h w 3"] | Patches) -> Float[Array, "b n e"]:
@@ -100,8 +102,7 @@ class ViTTower(nnx.Module):
         if self.config.pool == "class":
             before = [taps.found["stem"], *taps.found["blocks/output"]]
             x = self.transformer.last(before[-2].reshape(-1, 1, x.shape[-1])).reshape(x.shape)
-        if self.class_token is not None:
-            x = x[:, 1:]
+        x = x[:, self.config.prefix_tokens :]
         alone = self._embedding(x.reshape(-1, 1, x.shape[-1]))
         return alone.reshape(*x.shape[:2], -1)
 
@@ -119,18 +120,19 @@ class ViTTower(nnx.Module):
             x = drop_patches(x + position, c.patch_dropout, patch_keys)
         else:
             x = drop_patches(x + position[1:], c.patch_dropout, patch_keys)
-            first = self.class_token[...].astype(x.dtype) + position[0]
-            x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, x.shape[2])), x], axis=1)
+            first = self.class_token[...].astype(x.dtype)[None] + position[:1]
+            if self.registers is not None:
+                first = jnp.concatenate([first, self.registers[...].astype(x.dtype)])
+            x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], *first.shape)), x], axis=1)
         if self.pre_norm is not None:
             x = self.pre_norm(x)
         rotation = None
         if c.rotary is not None:
-            grid, before = c.image_size // c.patch_size, int(c.has_class_token)
             rotation = grid_rotation(
-                grid,
+                c.image_size // c.patch_size,
                 c.width // c.heads,
                 first=c.rotary,
-                before=before,
+                before=c.prefix_tokens,
                 span=c.rotary_span,
                 rows_first=c.rotary_rows_first,
             )
@@ -170,7 +172,7 @@ def flops(config: ViTConfig, embed_dim: int, *, training: bool = False) -> dict[
     """Forward FLOPs of one image, by part: stem, projections, scores, mlp, pool, projection."""
     c = config
     tokens = c.tokens()
-    patches = tokens - c.has_class_token
+    patches = tokens - c.prefix_tokens
     if c.stem == "conv":
         stem, size, channels = 0.0, c.image_size, 3
         for width in c.stem_widths:

@@ -159,19 +159,23 @@ class Mlp(nnx.Module):
 
 
 class SwiGlu(nnx.Module):
-    """EVA-02's MLP: a gated hidden layer, normalised before it is projected (arXiv:2303.11331)."""
+    """An MLP whose hidden layer is gated by SiLU (arXiv:2002.05202).
 
-    def __init__(self, width: int, mlp_dim: int, norm_eps: float, *, dtype, rngs: nnx.Rngs):
+    EVA-02 normalises it before it is projected (arXiv:2303.11331); a `norm_eps` of None does not.
+    """
+
+    def __init__(self, width: int, mlp_dim: int, norm_eps: float | None, *, dtype, rngs: nnx.Rngs):
         options = {"kernel_init": nnx.initializers.xavier_uniform(), "dtype": dtype, "rngs": rngs}
         self.gate = nnx.Linear(width, mlp_dim, **options)
         self.up = nnx.Linear(width, mlp_dim, **options)
-        self.norm = LayerNorm(mlp_dim, norm_eps, rngs=rngs)
+        self.norm = None if norm_eps is None else LayerNorm(mlp_dim, norm_eps, rngs=rngs)
         self.down = nnx.Linear(mlp_dim, width, **options)
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         gate = checkpoint_name(linear(self.gate, x), MLP_HIDDEN)
         hidden = checkpoint_name(linear(self.up, x), MLP_HIDDEN)
-        return linear(self.down, self.norm(jax.nn.silu(gate) * hidden))
+        hidden = jax.nn.silu(gate) * hidden
+        return linear(self.down, hidden if self.norm is None else self.norm(hidden))
 
 
 class GeGlu(nnx.Module):

@@ -77,9 +77,11 @@ class Block(nnx.Module):
         self.mlp_norm = LayerNorm(width, norm_eps, rngs=rngs)
         if mlp == "plain":
             self.mlp = Mlp(width, mlp_dim, act, dtype=dtype, rngs=rngs)
+        elif mlp == "geglu":
+            self.mlp = GeGlu(width, mlp_dim, norm_eps, dtype=dtype, rngs=rngs)
         else:
-            gated = {"swiglu": SwiGlu, "geglu": GeGlu}[mlp]
-            self.mlp = gated(width, mlp_dim, norm_eps, dtype=dtype, rngs=rngs)
+            eps = norm_eps if mlp == "swiglu" else None
+            self.mlp = SwiGlu(width, mlp_dim, eps, dtype=dtype, rngs=rngs)
         small = jnp.full(width, LAYER_SCALE)
         self.attention_scale = nnx.Param(small) if layer_scale else None
         self.mlp_scale = nnx.Param(small) if layer_scale else None

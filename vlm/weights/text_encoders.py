@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32, Shaped
+from jaxtyping import Shaped
 
 from vlm.config import TextConfig
 from vlm.errors import CheckpointError
+from vlm.nn.positions import sinusoids
 from vlm.weights.fields import show
 from vlm.weights.files import Tensors
 from vlm.weights.layers import heads, linear, norm, out
@@ -164,15 +165,6 @@ class Folded:
     def _roberta_positions(self, start: int, stop: int) -> np.ndarray:
         segment = self._rows(_SEGMENT, 0, 1)
         return self._rows(_POSITION, start + _FIRST, stop + _FIRST) + segment
-
-
-def sinusoids(count: int, width: int) -> Float32[np.ndarray, "count width"]:
-    """Fairseq's positions: sines in the first half of the channels, cosines in the second."""
-    half = width // 2
-    bands = np.exp(np.arange(half, dtype=np.float32) * np.float32(-math.log(10_000) / (half - 1)))
-    angles = np.arange(count, dtype=np.float32)[:, None] * bands
-    table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-    return np.pad(table, ((0, 0), (0, width % 2))).astype(np.float32)
 
 
 # --------------------------------------------------------------------- their names and ours
