@@ -35,13 +35,13 @@ def unit(x: torch.Tensor) -> np.ndarray:
     return torch.nn.functional.normalize(x, dim=-1).numpy()
 
 
-def compare(name: str, folder: pathlib.Path, z_image, z_text, logits) -> None:
+def compare(name: str, folder: pathlib.Path, z_image, z_text, logits, texts=TEXTS) -> None:
     from vlm.bundle import load
 
     start = time.perf_counter()
     bundle = load(folder)
     seconds = time.perf_counter() - start
-    ours_image, ours_text = bundle.encode_image(pictures()), bundle.encode_text(TEXTS)
+    ours_image, ours_text = bundle.encode_image(pictures()), bundle.encode_text(texts)
     ours = bundle.logit_scale * ours_image @ ours_text.T + bundle.logit_bias
     differences = [np.abs(a - b).max() for a, b in ((ours_image, z_image), (ours_text, z_text))]
     print(
@@ -151,6 +151,33 @@ def transformers_model(kind: str) -> None:
         )  # fmt: skip
 
 
+def tipsv2() -> None:
+    """TIPSv2 B/14 at its size. Of an empty text it makes no numbers, so there is none."""
+    import make_huggingface
+    import transformers
+
+    torch.manual_seed(0)
+    texts = [text for text in TEXTS if text]
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        model = transformers.Tipsv2Model(transformers.Tipsv2Config()).eval()
+        model.save_pretrained(folder)
+        tokenizer = make_huggingface.byte_pieces()
+        processor = transformers.Tipsv2Processor(transformers.Tipsv2ImageProcessor(), tokenizer)
+        processor.image_processor.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        options = {"padding": "max_length", "truncation": True, "max_length": 64}
+        inputs = processor(images=pictures(), text=texts, return_tensors="pt", **options)
+        with torch.no_grad():
+            out = model(**inputs)
+        del model
+        gc.collect()
+        compare(
+            "transformers Tipsv2Model", folder, out.image_embeds.numpy(), out.text_embeds.numpy(),
+            out.logits_per_image.numpy(), texts,
+        )  # fmt: skip
+
+
 def lit() -> None:
     """LiT-B16B at its size: timm's and transformers' towers in a file of big_vision's layout."""
     from make_lit import embed_text, lit, towers, vocabulary
@@ -188,7 +215,9 @@ def written_back() -> None:
     golden = ROOT / "tests" / "weights" / "golden"
     for name, form in (("hf_clip", "huggingface"), ("hf_siglip_wide", "huggingface"),
                        ("oc_quick", "huggingface"), ("oc_vit", "open_clip"),
-                       ("oc_mean", "open_clip"), ("hf_clip", "open_clip")):  # fmt: skip
+                       ("oc_mean", "open_clip"), ("hf_clip", "open_clip"),
+                       ("hf_tipsv2", "huggingface"),
+                       ("hf_tipsv2_giant", "huggingface")):  # fmt: skip
         bundle = load(golden / name)
         outputs = np.load(golden / name / "outputs.npz")
         pixels = torch.from_numpy(outputs["pixels"]).permute(0, 3, 1, 2)
@@ -198,7 +227,8 @@ def written_back() -> None:
             bundle.save(folder, format=form)
             if form == "huggingface":
                 model = transformers.AutoModel.from_pretrained(folder).eval()
-                out = model(pixel_values=pixels, input_ids=tokens)
+                masked = {"attention_mask": (tokens != 0).long()} if "tipsv2" in name else {}
+                out = model(pixel_values=pixels, input_ids=tokens, **masked)
                 z_image, z_text = out.image_embeds.numpy(), out.text_embeds.numpy()
                 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
                 theirs = tokenizer(
@@ -293,6 +323,7 @@ CASES = {
     "back": written_back,
     "towers": towers_written,
     "LiT-B16B": lit,
+    "Tipsv2Model": tipsv2,
     "CLIPModel": lambda: transformers_model("CLIPModel"),
     "SiglipModel": lambda: transformers_model("SiglipModel"),
     **{

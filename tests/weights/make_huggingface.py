@@ -27,6 +27,11 @@ from transformers import (
     SiglipConfig,
     SiglipImageProcessorPil,
     SiglipModel,
+    Tipsv2Config,
+    Tipsv2ImageProcessor,
+    Tipsv2Model,
+    Tipsv2Processor,
+    Tipsv2Tokenizer,
 )
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -63,6 +68,8 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
                 parameter.fill_(2.3)
             elif "logit_bias" in name:
                 parameter.fill_(-3.1)
+            elif name == "temperature":
+                parameter.fill_(0.07)
             else:
                 centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
                 spread = 0.3 / max(1.0, parameter.shape[-1] ** 0.5 / 4) if parameter.ndim else 0.1
@@ -252,6 +259,68 @@ def naflex(name: str, seed: int) -> None:
     )
 
 
+# The embedding of an empty text is the mean of nothing, and not a number there.
+WORDS = [text for text in TEXTS if text]
+
+
+def byte_pieces() -> Tipsv2Tokenizer:
+    """A small vocabulary of the kind of TIPSv2: merged pieces of words, and bytes for the rest."""
+    merges = [("a", "t"), ("\u2581", "a"), ("o", "g"), ("d", "og"), ("\u2581", "dog"), ("c", "at")]
+    pieces = ["<pad>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+    pieces += [chr(letter) for letter in range(ord("a"), ord("z") + 1)]
+    pieces += [left + right for left, right in merges]
+    return Tipsv2Tokenizer({piece: i for i, piece in enumerate(pieces)}, merges)
+
+
+def tipsv2(name: str, *, giant: bool, seed: int) -> None:
+    """TIPSv2; `giant` has the gated MLP, and transformers' own names of the parameters."""
+    torch.manual_seed(seed)
+    folder = GOLDEN / name
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = byte_pieces()
+    config = Tipsv2Config(
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": 24, "intermediate_size": 37,
+            "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 13,
+            "scale_sqrt_depth": not giant,
+        },
+        vision_config={
+            "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 30,
+            "patch_size": 6, "mlp_ratio": 2.4, "use_swiglu_ffn": giant,
+            "num_register_tokens": 3 if giant else 1,
+        },
+    )  # fmt: skip
+    model = Tipsv2Model(config).eval()
+    randomise(model, seed)
+    model.save_pretrained(folder, save_original_format=not giant)
+    tokenizer.model_max_length = 13
+    processor = Tipsv2Processor(Tipsv2ImageProcessor(size={"height": 30, "width": 30}), tokenizer)
+    processor.image_processor.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    raw = images(seed)
+    options = {"padding": "max_length", "truncation": True, "max_length": 13}
+    inputs = processor(
+        images=[Image.fromarray(i) for i in raw], text=WORDS, return_tensors="pt", **options
+    )
+    larger = torch.rand(2, 3, 42, 42)
+    with torch.no_grad():
+        out = model(**inputs)
+        z_larger = model.get_image_features(pixel_values=larger).pooler_output
+    np.savez_compressed(
+        folder / "outputs.npz",
+        **{f"image/{i}": image for i, image in enumerate(raw)},
+        pixels=inputs["pixel_values"].permute(0, 2, 3, 1).numpy(),
+        tokens=inputs["input_ids"].numpy().astype(np.int32),
+        z_image=out.image_embeds.numpy(),
+        z_text=out.text_embeds.numpy(),
+        logits=out.logits_per_image.numpy(),
+        texts=np.array(WORDS),
+    )
+    np.savez_compressed(
+        folder / "resized.npz", pixels=larger.permute(0, 2, 3, 1).numpy(), z_image=z_larger.numpy()
+    )
+
+
 def pickled() -> None:
     """The weights of `hf_clip` as the shards of a `pytorch_model.bin`, from before safetensors."""
     from safetensors.torch import load_file
@@ -277,4 +346,6 @@ if __name__ == "__main__":
     clip("hf_metaclip_2", old=False, seed=5, worldwide=True)
     siglip("hf_siglip", projection=None, seed=2)
     siglip("hf_siglip_wide", projection=28, seed=3)
+    tipsv2("hf_tipsv2", giant=False, seed=8)
+    tipsv2("hf_tipsv2_giant", giant=True, seed=9)
     pickled()

@@ -15,7 +15,10 @@ from vlm.weights.resolution import resize_positions
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
-@pytest.mark.parametrize(("name", "size"), [("hf_clip", 42), ("hf_clip_old", 42), ("oc_vit", 49)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("hf_clip", 42), ("hf_clip_old", 42), ("oc_vit", 49), ("hf_tipsv2", 42), ("tips_jax", 42)],
+)
 def test_embeddings_at_another_size_are_theirs(name, size):
     bundle = load(GOLDEN / name, image_size=size)
     golden = np.load(GOLDEN / name / "resized.npz")

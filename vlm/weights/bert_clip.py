@@ -39,7 +39,7 @@ _TEXT: dict[str, dict[str, Any]] = {
 _PROJECTION = {"chinese_clip": 512, "altclip": 768}
 # Tokens of a text, padding included, that the authors use; a tower has positions for more.
 _LENGTH = {"chinese_clip": 52, "altclip": 77}
-MODEL_TYPES = huggingface.OTHERS
+MODEL_TYPES = tuple(_TEXT)
 _ROOT = {"chinese_clip": "text_model", "altclip": "text_model.roberta"}
 
 

@@ -20,6 +20,7 @@ from vlm.config import ModelConfig, PreprocessConfig, TextConfig, ViTConfig
 from vlm.errors import CheckpointError
 from vlm.weights.checkpoint import Checkpoint
 from vlm.weights.fields import show
+from vlm.weights.flax_layers import attention, dense, mlp, norm
 from vlm.weights.rules import FLAT, SCALAR_1, WITHOUT_FIRST, Rule, Transform, leading
 from vlm.weights.vocabularies import bert_tokenizer, big_vision_tokenizer, check_vocabulary
 
@@ -295,13 +296,13 @@ def rules(config: ModelConfig) -> list[Rule]:
     return [
         Rule("t", "logit_scale", SCALAR_1),
         *bias,
-        *_dense("img/embedding", "vision.stem"),
+        *dense("img/embedding", "vision.stem"),
         *_position(vision),
         *_encoder("img/Transformer", "vision"),
         *_pool("img", "vision", vision.pool),
-        *(_dense("img/head", "vision.projection") if vision.projection != "none" else []),
+        *(dense("img/head", "vision.projection") if vision.projection != "none" else []),
         *(_bert_rules() if config.text.norm == "post" else _text_rules(config.text)),
-        *(_dense("txt/head", "text.projection") if config.text.projection != "none" else []),
+        *(dense("txt/head", "text.projection") if config.text.projection != "none" else []),
     ]
 
 
@@ -336,14 +337,14 @@ def _bert_rules() -> list[Rule]:
     return [
         Rule(_BERT_TABLES.format("token"), "text.embedding"),
         Rule(_BERT_POSITION, "text.position"),
-        *_norm(f"{_BERT}/layer_norm", "text.embedding_norm"),
+        *norm(f"{_BERT}/layer_norm", "text.embedding_norm"),
         *rules,
         Rule(f"{attention}/dense_layer/kernel", f"{out}.kernel", _MERGED_OUT),
         Rule(f"{attention}/dense_layer/bias", f"{out}.bias"),
-        *_norm(f"{attention}/layer_norm", f"{block}.attention_norm"),
-        *_dense(f"{mlp}/mlp/dense_layer", f"{block}.mlp.up"),
-        *_dense(f"{mlp}/dense_layer", f"{block}.mlp.down"),
-        *_norm(f"{mlp}/layer_norm", f"{block}.mlp_norm"),
+        *norm(f"{attention}/layer_norm", f"{block}.attention_norm"),
+        *dense(f"{mlp}/mlp/dense_layer", f"{block}.mlp.up"),
+        *dense(f"{mlp}/dense_layer", f"{block}.mlp.down"),
+        *norm(f"{mlp}/layer_norm", f"{block}.mlp_norm"),
     ]
 
 
@@ -356,35 +357,14 @@ def _position(c: ViTConfig) -> list[Rule]:
     return [Rule("img/pos_embedding", "vision.position", leading(1))]
 
 
-def _dense(theirs: str, ours: str) -> list[Rule]:
-    return [Rule(f"{theirs}/kernel", f"{ours}.kernel"), Rule(f"{theirs}/bias", f"{ours}.bias")]
-
-
-def _norm(theirs: str, ours: str) -> list[Rule]:
-    return [Rule(f"{theirs}/scale", f"{ours}.scale"), Rule(f"{theirs}/bias", f"{ours}.bias")]
-
-
-def _attention(theirs: str, ours: str) -> list[Rule]:
-    names = ("query", "key", "value", "out")
-    return [rule for name in names for rule in _dense(f"{theirs}/{name}", f"{ours}.{name}")]
-
-
-def _mlp(theirs: str, ours: str) -> list[Rule]:
-    up, down = (
-        _dense(f"{theirs}/Dense_0", f"{ours}.up"),
-        _dense(f"{theirs}/Dense_1", f"{ours}.down"),
-    )
-    return [*up, *down]
-
-
 def _encoder(theirs: str, ours: str) -> list[Rule]:
     layer, block = f"{theirs}/encoderblock_{{}}", f"{ours}.transformer.blocks"
     return [
-        *_norm(f"{layer}/LayerNorm_0", f"{block}.attention_norm"),
-        *_attention(f"{layer}/MultiHeadDotProductAttention_0", f"{block}.attention"),
-        *_norm(f"{layer}/LayerNorm_1", f"{block}.mlp_norm"),
-        *_mlp(f"{layer}/MlpBlock_0", f"{block}.mlp"),
-        *_norm(f"{theirs}/encoder_norm", f"{ours}.norm"),
+        *norm(f"{layer}/LayerNorm_0", f"{block}.attention_norm"),
+        *attention(f"{layer}/MultiHeadDotProductAttention_0", f"{block}.attention"),
+        *norm(f"{layer}/LayerNorm_1", f"{block}.mlp_norm"),
+        *mlp(f"{layer}/MlpBlock_0", f"{block}.mlp"),
+        *norm(f"{theirs}/encoder_norm", f"{ours}.norm"),
     ]
 
 
@@ -394,9 +374,9 @@ def _pool(theirs: str, ours: str, pool: str) -> list[Rule]:
     head = f"{theirs}/MAPHead_0"
     return [
         Rule(f"{head}/probe", f"{ours}.pool.probe", leading(1)),
-        *_attention(f"{head}/MultiHeadDotProductAttention_0", f"{ours}.pool.attention"),
-        *_norm(f"{head}/LayerNorm_0", f"{ours}.pool.norm"),
-        *_mlp(f"{head}/MlpBlock_0", f"{ours}.pool.mlp"),
+        *attention(f"{head}/MultiHeadDotProductAttention_0", f"{ours}.pool.attention"),
+        *norm(f"{head}/LayerNorm_0", f"{ours}.pool.norm"),
+        *mlp(f"{head}/MlpBlock_0", f"{ours}.pool.mlp"),
     ]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from etils import epath
 
 from vlm.errors import CheckpointError
-from vlm.weights import bert_clip, huggingface, open_clip
+from vlm.weights import bert_clip, huggingface, open_clip, tipsv2
 from vlm.weights.checkpoint import shards, weight_names
 from vlm.weights.fields import read_json
 from vlm.weights.own import BUNDLE_FILE
@@ -21,6 +21,7 @@ _INPUTS = (
     "processor_config.json",
     "tokenizer_config.json",
     "tokenizer.json",
+    "tokenizer.model",
     "spiece.model",
     "vocab.json",
     "merges.txt",
@@ -74,7 +75,10 @@ def download(name: str, revision: str | None = None) -> tuple[epath.Path, str | 
                 f"the Hub model {name!r} is not of a kind that vlm reads: it has none of "
                 f"{', '.join(_CONFIGS)}"
             )
-        parts = (*configs, *(file for file in _INPUTS if file in sizes))
+        inputs = [file for file in _INPUTS if file in sizes]
+        if "tokenizer.json" in inputs and "tokenizer.model" in inputs:
+            inputs.remove("tokenizer.model")  # of which the other was made
+        parts = (*configs, *inputs)
         folder = [epath.Path(fetch(file)).parent for file in parts][-1]
         # The weights come last, so that they are not there without what belongs to them.
         file = _weights(name, folder, sizes.keys())
@@ -107,8 +111,8 @@ def _weights(name: str, folder: epath.Path, files: Collection[str]) -> str:
     elif "config.json" in files and huggingface.is_huggingface(folder, files):
         # Refused here, another model's weights are not fetched in vain.
         values = read_json(folder / "config.json")
-        family = bert_clip if values.get("model_type") in bert_clip.MODEL_TYPES else huggingface
-        family.model_config(values, f"config.json of {name}")
+        own = [f for f in (bert_clip, tipsv2) if values.get("model_type") in f.MODEL_TYPES]
+        (*own, huggingface)[0].model_config(values, f"config.json of {name}")
         stems = huggingface.WEIGHTS
     else:
         stems = open_clip.WEIGHTS

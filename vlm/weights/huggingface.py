@@ -25,6 +25,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "quick_gelu": "quick_gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "relu": "relu",
 }
 
 # The defaults of transformers' configuration classes.
@@ -77,7 +78,7 @@ DEFAULTS["siglip2"] = DEFAULTS["siglip"] | {
 }
 DEFAULTS["metaclip_2"] = DEFAULTS["clip"]
 FAMILIES = tuple(DEFAULTS)
-OTHERS = ("chinese_clip", "altclip")  # read by `vlm.weights.bert_clip`
+OTHERS = ("chinese_clip", "altclip", "tipsv2")  # read by modules of their own
 # Classes of transformers with one tower, or with another head in place of the projections.
 _PARTIAL = re.compile(r"For[A-Z]\w*$|VisionModel$|TextModel$|WithProjection$")
 WEIGHTS = ("model", "pytorch_model")  # their names without the ending, best first
@@ -248,6 +249,19 @@ def tower_sizes(values: dict[str, Any], where: str) -> dict[str, Any]:
         "mlp_dim": values["intermediate_size"],
         "activation": ACTIVATIONS[name],
         "norm_eps": values["layer_norm_eps"],
+    }
+
+
+def tower_values(c: ViTConfig | TextConfig) -> dict[str, Any]:
+    """The fields that `tower_sizes` reads, of a tower of ours."""
+    names = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "gelu_new"}
+    return {
+        "hidden_size": c.width,
+        "num_hidden_layers": c.depth,
+        "num_attention_heads": c.heads,
+        "intermediate_size": c.mlp_dim,
+        "hidden_act": names[c.activation],
+        "layer_norm_eps": c.norm_eps,
     }
 
 

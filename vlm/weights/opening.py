@@ -11,7 +11,18 @@ from etils import epath
 
 from vlm.errors import CheckpointError, ConfigError
 from vlm.paths import as_path, on_disk
-from vlm.weights import adapter, bert_clip, big_vision, huggingface, open_clip, openai, own, peft
+from vlm.weights import (
+    adapter,
+    bert_clip,
+    big_vision,
+    huggingface,
+    open_clip,
+    openai,
+    own,
+    peft,
+    tips_npz,
+    tipsv2,
+)
 from vlm.weights.adapter import SavedAdapter
 from vlm.weights.checkpoint import Checkpoint
 from vlm.weights.hub import download, is_hub_id
@@ -19,9 +30,11 @@ from vlm.weights.hub import download, is_hub_id
 FAMILIES = (
     own,
     bert_clip,
+    tipsv2,
     huggingface,
     open_clip,
     openai,
+    tips_npz,
     big_vision,
 )  # the first that recognises it opens
 

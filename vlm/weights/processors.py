@@ -2,7 +2,8 @@
 
 The names "CLIPImageProcessor" and "SiglipImageProcessor" meant Pillow when these models were made
 and published, and mean torchvision's tensors since transformers 5; their files do not say which.
-We keep to the authors' Pillow, and to tensors for the names that end in "Fast".
+We keep to the authors' Pillow, and to tensors for the names that end in "Fast" and for
+"Tipsv2ImageProcessor", which has meant them from its beginning.
 """
 
 import math
@@ -37,8 +38,8 @@ def huggingface_preprocess(
     factor = number(values.get("rescale_factor", 1 / 255), f"{where}: rescale_factor")
     if abs(factor * 255 - 1) > 1e-6:
         raise CheckpointError(f"{where} has rescale_factor {factor!r}: vlm knows 1/255 alone")
-    naflex = name.startswith("Siglip2")
-    resample = values.get("resample", 2 if naflex else 3)
+    naflex, tips = name.startswith("Siglip2"), name.startswith("Tipsv2")
+    resample = values.get("resample", 2 if naflex or tips else 3)
     kernel = _PIL_RESAMPLE.get(resample) if type(resample) is int else None
     if kernel is None:
         raise CheckpointError(
@@ -48,11 +49,11 @@ def huggingface_preprocess(
     family = "crop" if "CLIP" in name else "squash"
     common = {
         "kernel": kernel,
-        "backend": "tensor" if name.endswith("Fast") else "pillow",
+        "backend": "tensor" if name.endswith("Fast") or tips else "pillow",
         "mean": (0.0,) * 3,
         "std": (1.0,) * 3,
     }
-    if _on(values, "do_normalize", True, where):
+    if _on(values, "do_normalize", not tips, where):
         fallback = (CLIP_MEAN, CLIP_STD) if family == "crop" else ((0.5,) * 3, (0.5,) * 3)
         common["mean"] = _three(values.get("image_mean", fallback[0]), f"{where}: image_mean")
         common["std"] = _deviation(values.get("image_std", fallback[1]), f"{where}: image_std")
@@ -66,7 +67,9 @@ def huggingface_preprocess(
             max_patches=patches,
             **common,
         )
-    size = _edges(values.get("size", 224), f"{where}: size", square=family == "squash")
+    size = _edges(
+        values.get("size", 448 if tips else 224), f"{where}: size", square=family == "squash"
+    )
     if _on(values, "do_center_crop", family == "crop", where):
         crop = _edges(values.get("crop_size", 224), f"{where}: crop_size", square=True)
         short, side = size["shortest_edge"], crop["height"]

@@ -13,9 +13,9 @@ from vlm.inputs.resizing import resize_matrix
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.weights.rules import Rule, Transform
 
-# transformers: bicubic without antialias; open_clip and timm: with; big_vision: scipy's linear
-# zoom, which keeps the corners in place.
-Positions = Literal["bicubic", "bicubic_antialias", "zoom"]
+# transformers: bicubic without antialias; open_clip and timm: with it; TIPS: bilinear with it;
+# big_vision: scipy's linear zoom, which keeps the corners in place.
+Positions = Literal["bicubic", "bicubic_antialias", "bilinear_antialias", "zoom"]
 # open_clip interpolates the positions of a text, both ways; elsewhere the first ones are taken.
 TextPositions = Literal["cut", "linear"]
 
@@ -114,7 +114,8 @@ def resize_positions(
     if positions == "zoom":
         weights = _corner_matrix(old, new)
     else:
-        weights = resize_matrix(old, new, "bicubic", positions == "bicubic_antialias")
+        kernel, _, antialias = positions.partition("_")
+        weights = resize_matrix(old, new, kernel, antialias == "antialias")
     grid = np.einsum("yi,xj,ijd->yxd", weights, weights, grid.reshape(old, old, -1), optimize=True)
     return np.concatenate([first, grid.reshape(new**2, -1)])
 

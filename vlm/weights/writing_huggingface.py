@@ -1,10 +1,10 @@
-"""A bundle as a folder of transformers' `CLIPModel` or `SiglipModel`."""
+"""A bundle as a folder of transformers: `CLIPModel`, `SiglipModel`, or `Tipsv2Model` elsewhere."""
 
 from typing import Any
 
 from etils import epath
 
-from vlm.config import ModelConfig, PreprocessConfig, TextConfig, ViTConfig
+from vlm.config import ModelConfig, PreprocessConfig, ViTConfig
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
@@ -12,6 +12,7 @@ from vlm.weights import huggingface
 from vlm.weights.files import write_safetensors
 from vlm.weights.rules import write
 from vlm.weights.writing_parts import check, dump, refuse, tokenizer_files
+from vlm.weights.writing_tipsv2 import is_tipsv2, write_tipsv2
 
 
 def write_huggingface(
@@ -22,6 +23,8 @@ def write_huggingface(
     Raises:
         CheckpointError: transformers has no place for something.
     """
+    if is_tipsv2(model.config):
+        return write_tipsv2(folder, model, preprocess, tokenizer)
     values, family = huggingface_config(model.config, tokenizer)
     dump(folder / "config.json", values)
     dump(folder / "preprocessor_config.json", _huggingface_preprocess(preprocess.config, family))
@@ -40,13 +43,13 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[
     if not isinstance(vision, ViTConfig):
         refuse("transformers", [f"an image tower of the kind {vision.kind!r} ('vit')"])
     clip = vision.pool == "class"
-    common = {"stem": "linear", "rotary": None, "max_patches": None}
+    common = {"stem": "linear", "rotary": None, "max_patches": None, "mlp": "plain"}
     common |= {"norm_pooled": False, "layer_scale": False, "pool_heads": None, "pool_mlp_dim": None}
     if clip:
         wanted = (
             common | {"pre_norm": True, "patch_bias": False, "projection": "linear"},
             {"causal": True, "projection": "linear", "layer_scale": False, "pad_id": None}
-            | {"norm": "pre"},
+            | {"norm": "pre", "scale_embedding": False},
         )
     else:
         wanted = (
@@ -54,7 +57,7 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[
             | {"pool": "map", "pre_norm": False, "patch_bias": True, "projection": "none"}
             | {"class_token": False},
             {"causal": False, "pool": "last", "projection": "linear_bias", "layer_scale": False}
-            | {"pad_id": None, "norm": "pre"},
+            | {"pad_id": None, "norm": "pre", "scale_embedding": False},
         )
     check("transformers", config, *wanted)
     if clip and text.pool not in ("end", "argmax"):
@@ -65,7 +68,7 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[
         refuse("transformers", ["a logit_bias (CLIPModel has none)"])
     rules = tokenizer.config
     ends = {"bos_token_id": rules.bos_id, "eos_token_id": rules.eos_id}
-    text_values = _huggingface_tower(text) | {
+    text_values = huggingface.tower_values(text) | {
         "vocab_size": text.vocab_size,
         "max_position_embeddings": text.context_length,
         "pad_token_id": rules.pad_id,
@@ -76,7 +79,7 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[
         text_values["projection_dim"] = config.embed_dim
     else:
         text_values["projection_size"] = config.embed_dim
-    vision_values = _huggingface_tower(vision) | {
+    vision_values = huggingface.tower_values(vision) | {
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
     }
@@ -94,20 +97,6 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[
     if clip:
         values["projection_dim"] = config.embed_dim
     return values, family
-
-
-def _huggingface_tower(c: ViTConfig | TextConfig) -> dict[str, Any]:
-    names = {
-        ours: theirs for theirs, ours in huggingface.ACTIVATIONS.items() if theirs != "gelu_new"
-    }
-    return {
-        "hidden_size": c.width,
-        "num_hidden_layers": c.depth,
-        "num_attention_heads": c.heads,
-        "intermediate_size": c.mlp_dim,
-        "hidden_act": names[c.activation],
-        "layer_norm_eps": c.norm_eps,
-    }
 
 
 def _huggingface_preprocess(c: PreprocessConfig, family: str) -> dict[str, Any]:

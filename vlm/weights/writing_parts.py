@@ -48,8 +48,11 @@ def standalone(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     return vocabulary
 
 
-def tokenizer_files(folder: epath.Path, tokenizer: Tokenizer) -> None:
-    """`tokenizer.json` that does by itself what our rules do, and its `tokenizer_config.json`."""
+def tokenizer_files(folder: epath.Path, tokenizer: Tokenizer, **more: Any) -> None:
+    """`tokenizer.json` that does by itself what our rules do, and its `tokenizer_config.json`.
+
+    The latter has the fields of `more` too.
+    """
     rules = tokenizer.config
     vocabulary = standalone(tokenizer)
     (folder / "tokenizer.json").write_text(vocabulary.to_str(pretty=True))
@@ -59,6 +62,7 @@ def tokenizer_files(folder: epath.Path, tokenizer: Tokenizer) -> None:
         "model_max_length": rules.context_length,
         "padding_side": rules.pad_side,
         **{name: vocabulary.id_to_token(i) for name, i in names.items() if i is not None},
+        **more,
     }
     dump(folder / "tokenizer_config.json", about)
 
@@ -76,7 +80,7 @@ def check(form: str, config: ModelConfig, vision: dict[str, Any], text: dict[str
 
 
 HOLDS = {
-    "transformers": "CLIP's and SigLIP's ViTs",
+    "transformers": "the ViTs of CLIP, SigLIP and TIPSv2",
     "open_clip": "CLIP's ViTs and ResNets, and ViTs of timm with attention pooling",
 }
 

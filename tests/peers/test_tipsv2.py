@@ -1,0 +1,40 @@
+"""TIPSv2 beside transformers: what its processor and model make, and what is written for them."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from vlm.bundle import load
+
+pytestmark = pytest.mark.peers
+GOLDEN = pathlib.Path(__file__).parents[1] / "weights" / "golden"
+TEXTS = ["a photo of a cat", "Two DOGS on the beach!", "naïve café 🙂", "very long " * 30]
+
+
+@pytest.mark.parametrize("name", ["hf_tipsv2", "hf_tipsv2_giant"])
+def test_a_folder_of_ours_is_the_same_model_in_transformers(name, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    ours = load(GOLDEN / name)
+    ours.save(tmp_path / "out", format="huggingface")
+    model, missing = transformers.AutoModel.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(missing.values()), missing  # no parameter is new, and none is left over
+    pixels = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    length = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())[
+        "model_max_length"
+    ]
+    assert length == ours.config.text.context_length
+    rng = np.random.default_rng(1)
+    raw = [rng.integers(0, 256, shape, np.uint8) for shape in ((90, 31, 3), (17, 44, 3))]
+    words = tokenizer(TEXTS, padding="max_length", truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        out = model.eval()(**words, **pixels([torch.tensor(i).permute(2, 0, 1) for i in raw]))
+    z_image, z_text = ours.encode_image(raw), ours.encode_text(TEXTS)
+    assert np.abs(z_image - out.image_embeds.numpy()).max() < 3e-6
+    assert np.abs(z_text - out.text_embeds.numpy()).max() < 3e-6
+    logits = ours.logit_scale * z_image @ z_text.T
+    assert np.abs(logits - out.logits_per_image.numpy()).max() < 3e-5
