@@ -60,6 +60,7 @@ def ours(remat: str) -> None:
         adapter=c.AdapterConfig(rank=RANK),
         batch_size=BATCH,
         remat=remat,
+        scan=False,
     )
     trainer = Trainer(experiment, make_mesh(experiment.mesh, jax.devices()[:1]))
     images, tokens = inputs()
