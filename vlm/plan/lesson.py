@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from vlm.config import Experiment
 from vlm.data.sources import class_names
 from vlm.models.flops import Taught
-from vlm.train.teacher import DescribedTeacher, StoredTeacher
+from vlm.train.teacher import DescribedTeacher, StoredTeacher, taught_by
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,7 @@ class PlannedLesson:
 
     @property
     def taught(self) -> Taught:
-        if self.teacher is None:
-            return Taught(self.classes)
-        return Taught(self.classes, self.teacher.width, self.teacher.config)
+        return taught_by(self.classes, self.teacher)
 
 
 @functools.lru_cache(maxsize=8)

@@ -28,7 +28,7 @@ from vlm.train.objectives import HEADS, UNTRAINED, objective
 from vlm.train.optimizer import learning_rate, make_optimizer
 from vlm.train.partition import Params, joined, partition
 from vlm.train.resolution import shrink, with_grid
-from vlm.train.teacher import AnyTeacher, DescribedTeacher
+from vlm.train.teacher import AnyTeacher, DescribedTeacher, taught_by
 
 _PROJECTIONS = 2  # folded into the seed's key
 _MASKING = 1  # folded into an example's key for its text mask: another stream than the towers'
@@ -97,10 +97,7 @@ class Trainer:
     @property
     def taught(self) -> Taught:
         """What the run learns from beside its pairs, for the count of its arithmetic."""
-        teacher = self.teacher
-        if teacher is None:
-            return Taught(self.classes)
-        return Taught(self.classes, teacher.width, teacher.config)
+        return taught_by(self.classes, self.teacher)
 
     # ------------------------------------------------------------------------ the step
 

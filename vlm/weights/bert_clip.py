@@ -45,10 +45,7 @@ _ROOT = {"chinese_clip": "text_model", "altclip": "text_model.roberta"}
 
 def recognises(path: epath.Path) -> bool:
     """Whether `path` is a folder of one of these models."""
-    file = path / "config.json"
-    if not file.exists() or (path / "open_clip_config.json").exists():
-        return False
-    return read_json(file).get("model_type") in MODEL_TYPES
+    return huggingface.is_of(path, MODEL_TYPES)
 
 
 def open_checkpoint(folder: epath.Path) -> Checkpoint:

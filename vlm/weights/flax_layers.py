@@ -21,8 +21,7 @@ def attention(theirs: str, ours: str) -> list[Rule]:
 
 def mlp(theirs: str, ours: str) -> list[Rule]:
     """The MLP of big_vision and scenic."""
-    up, down = (
-        dense(f"{theirs}/Dense_0", f"{ours}.up"),
-        dense(f"{theirs}/Dense_1", f"{ours}.down"),
-    )
-    return [*up, *down]
+    return [
+        *dense(f"{theirs}/Dense_0", f"{ours}.up"),
+        *dense(f"{theirs}/Dense_1", f"{ours}.down"),
+    ]

@@ -126,6 +126,14 @@ def is_huggingface(folder: epath.Path, files: Collection[str]) -> bool:
     )
 
 
+def is_of(path: epath.Path, model_types: Collection[str]) -> bool:
+    """Whether `path` is a folder of one of these models, which have modules of their own."""
+    file = path / "config.json"
+    if not file.exists() or (path / "open_clip_config.json").exists():
+        return False
+    return read_json(file).get("model_type") in model_types
+
+
 def preprocess_config(folder: epath.Path, image_size: int) -> PreprocessConfig:
     """From `preprocessor_config.json`, or the part of `processor_config.json` that holds it."""
     path = folder / "preprocessor_config.json"

@@ -43,10 +43,7 @@ _TEMPERATURE = {"temperature_init_value": 0.005065968260169029}
 
 def recognises(path: epath.Path) -> bool:
     """Whether `path` is a folder of this model."""
-    file = path / "config.json"
-    if not file.exists() or (path / "open_clip_config.json").exists():
-        return False
-    return read_json(file).get("model_type") in MODEL_TYPES
+    return huggingface.is_of(path, MODEL_TYPES)
 
 
 def open_checkpoint(folder: epath.Path) -> Checkpoint:
