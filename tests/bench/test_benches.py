@@ -63,7 +63,8 @@ def test_the_memory_that_the_compiler_plans_is_what_a_step_takes():
     trainer = Trainer(e, make_mesh(e.mesh))
     batch = global_batch(random_batch(e), trainer.mesh)
     compiled = trainer.step.lower(trainer.abstract_state, batch).compile()
-    measured = step_resident_peak(trainer, compiled, batch)
+    # What other threads of the process take at that moment counts too: the median of three.
+    measured = sorted(step_resident_peak(trainer, compiled, batch) for _ in range(3))[1]
     assert planned_peak(compiled) == pytest.approx(measured, rel=0.1)
 
 
