@@ -36,11 +36,11 @@ def save_model(folder: pathlib.Path) -> None:
     gelu = {"hidden_act": "gelu"}
     CLIPModel(CLIPConfig(text_config=gelu, vision_config=gelu)).save_pretrained(folder)
     CLIPImageProcessor().save_pretrained(folder)
-    end = "<|endoftext|>"
+    start, end = "<start_of_text>", "<end_of_text>"  # as the vocabulary of open_clip names them
     vocabulary = str(ROOT / "vlm" / "weights" / "clip" / "tokenizer.json")
     CLIPTokenizerFast(
         tokenizer_file=vocabulary,
-        bos_token="<|startoftext|>",
+        bos_token=start,
         eos_token=end,
         pad_token=end,
         unk_token=end,

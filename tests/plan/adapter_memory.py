@@ -1,19 +1,17 @@
-"""What LoRA takes beside full fine-tuning, CLIP ViT-L/14, from the compiled steps of both.
+"""What LoRA takes beside full fine-tuning, CLIP ViT-L/14, by the compiled steps of both.
 
     python tests/plan/adapter_memory.py v5e:1x1 32
     python tests/plan/adapter_memory.py cpu:1 8
 
-Prints the bytes of the optimizer's state and the peak of a chip, and the ratios. Nothing runs.
+Prints the bytes of the optimizer's state and the peak of a chip, the time of a step where the
+chip's rates are published, and the ratios. Nothing runs.
 """
 
 import sys
 
 from vlm.config import AdapterConfig, Experiment, MeshConfig, OptimizerConfig
 from vlm.models import recipes
-from vlm.plan.compile import compile_step, state_bytes, with_dtype
-from vlm.plan.planning import plan_mesh
-from vlm.plan.topology import parse_topology
-from vlm.train.step import Trainer
+from vlm.plan import plan
 
 FORMS = {
     "full": None,
@@ -23,7 +21,7 @@ FORMS = {
 
 
 def main() -> None:
-    topology, batch = parse_topology(sys.argv[1]), int(sys.argv[2])
+    topology, batch = sys.argv[1], int(sys.argv[2])
     first = None
     for name, adapter in FORMS.items():
         e = Experiment(
@@ -33,16 +31,19 @@ def main() -> None:
             batch_size=batch,
             adapter=adapter,
         )
-        e = with_dtype(e, topology.chip.platform if topology.chip else "cpu")
-        mesh = plan_mesh(e, topology, compiled=True)
-        state = state_bytes(Trainer(e, mesh).abstract_state, mesh)
-        step = compile_step(e, mesh)
-        first = first or (state, step)
-        sys.stdout.write(
-            f"{name:20} parameters {state.parameters / 2**20:8,.1f} MiB  optimizer "
-            f"{state.optimizer / 2**20:8,.1f} MiB ({state.optimizer / first[0].optimizer:.2%})  "
-            f"peak {step.peak / 2**30:6.2f} GiB ({step.peak / first[1].peak:.1%})\n"
+        found = plan(e, topology, loss=False)
+        first = first or found
+        memory, whole = found.memory, first.memory
+        line = (
+            f"{name:20} parameters {memory.parameters / 2**20:8,.1f} MiB  optimizer "
+            f"{memory.optimizer / 2**20:8,.1f} MiB ({memory.optimizer / whole.optimizer:.2%})  "
+            f"peak {memory.peak / 2**30:6.2f} GiB ({memory.peak / whole.peak:.1%})"
         )
+        if found.step_seconds and first.step_seconds:
+            seconds = found.step_seconds
+            line += f"  step {1e3 * seconds.low:,.0f} to {1e3 * seconds.high:,.0f} ms "
+            line += f"({seconds.middle / first.step_seconds.middle:.1%})"
+        sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
 
