@@ -152,6 +152,6 @@ def _end_death_reporter() -> None:
 
 def _end_message(verdict: str) -> str:
     return (
-        f"vlm: {verdict}; all processes of the run stop, and `vlm train --resume RUN` goes on from "
-        "its last checkpoint"
+        f"vlm: {verdict}; all processes of the run stop, and training goes on from its last "
+        "checkpoint with `vlm train --resume RUN`"
     )

@@ -236,12 +236,12 @@ Task = ZeroShotTask | RetrievalTask | SelectionTask
 
 def _nearest(z_query: np.ndarray, z_key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The key nearest to each query, and its cosine; a block of queries at a time."""
-    found, score = [], []
+    found, score = np.empty(len(z_query), np.int64), np.empty(len(z_query), np.float32)
     for start in range(0, len(z_query), BLOCK):
-        cosines = z_query[start : start + BLOCK] @ z_key.T
-        found.append(cosines.argmax(axis=1))
-        score.append(cosines.max(axis=1))
-    return np.concatenate(found), np.concatenate(score)
+        block = slice(start, start + BLOCK)
+        cosines = z_query[block] @ z_key.T
+        found[block], score[block] = cosines.argmax(axis=1), cosines.max(axis=1)
+    return found, score
 
 
 def _best(model: Any, z_image: np.ndarray, z_captions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
