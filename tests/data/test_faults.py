@@ -240,6 +240,31 @@ def test_random_access_puts_another_example_in_the_place_of_a_bad_one(tmp_path):
     assert "011.jpg" in named
 
 
+@pytest.mark.parametrize("kind", ["csv", "tar, streamed"])
+def test_texts_that_lose_their_tail_are_counted_and_not_bad(kind, tmp_path):
+    config = kinds.make(kind, tmp_path / "data")
+    numbers = [n for b in itertools.islice(batches_of(config), 6) for n in numbers_of(b)]
+    lengths = TOKENIZER.lengths([f"picture {n}" for n in numbers])
+    context = min(lengths)
+    assert max(lengths) > context
+    short = TOKENIZER.with_rules(dataclasses.replace(TOKENIZER.config, context_length=context))
+    first, second = (
+        train_batches(config, PREPROCESS, short, batch_size=8, seed=0) for _ in range(2)
+    )
+    take(first, 3)
+    second.set_state(json.loads(json.dumps(first.get_state())))
+    take(second, 3)
+    cut = sum(length > context for length in lengths)
+    assert (first.bad.texts_cut, second.bad.texts_cut) == (
+        sum(length > context for length in lengths[:24]),
+        cut,
+    )
+    assert not second.bad.kinds
+    assert second.bad.report().startswith(f"{cut} of 48 texts ({cut / 48:.1%}) were too long")
+    for iterator in (first, second):
+        iterator.close()
+
+
 def refused(message: str, **changes):
     config = dataclasses.replace(FIELDS, **changes)
     with pytest.raises(DataError, match=message):

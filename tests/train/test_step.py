@@ -12,6 +12,7 @@ from quick import AS_USERS
 
 from vlm import sharding
 from vlm.config import Experiment, MeshConfig
+from vlm.data.faults import BadSamples
 from vlm.errors import TrainingError
 from vlm.sharding import global_batch, make_mesh, path_names
 from vlm.train.activity import Activity
@@ -144,9 +145,11 @@ def test_the_log_stops_or_counts(tiny, tmp_path, nonfinite):
     experiment = tiny(run_dir=str(tmp_path / "run"), optimizer={"nonfinite": nonfinite})
     whole = Run.create(experiment)
     fine = {"loss": jnp.float32(1), "finite": jnp.array(True), "tokens": jnp.float32(5)}
+    samples = BadSamples(1.0, None)
+    samples.take(0, 8, [], texts_cut=2)
     with (
         Mirror(whole.folder) as mirror,
-        Logs(whole, mirror, Activity(), first_step=0, total_steps=8) as logs,
+        Logs(whole, mirror, Activity(), first_step=0, total_steps=8, samples=samples) as logs,
     ):
         for step in (1, 2, 4, 5):
             logs.step(step, fine)
@@ -159,6 +162,7 @@ def test_the_log_stops_or_counts(tiny, tmp_path, nonfinite):
         else:
             logs.step(6, fine)
     assert '"nonfinite": 1' in whole.log.read_text()
+    assert '"texts_cut": 0.25' in whole.log.read_text()
 
 
 def test_the_scale_is_capped(alone):

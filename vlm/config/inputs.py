@@ -71,7 +71,8 @@ class TokenizerConfig:
     """The rules around a `tokenizer.json` that make text the tokens a model was trained on.
 
     Args:
-        context_length: Number of tokens in a row.
+        context_length: Number of tokens in a row. A longer text loses its tail; a run counts how
+            many did.
         pad_id: Token that fills a row after the text.
         bos_id: Token before the text. None: there is none.
         eos_id: Token after the text. None: there is none.

@@ -1,4 +1,7 @@
-"""Bad samples: what is wrong with them, how many a run bears, and where they are written down."""
+"""Bad samples: what is wrong with them, how many a run bears, and where they are written down.
+
+Beside them are counted the texts that lost their tail, which are not bad.
+"""
 
 import collections
 import json
@@ -44,7 +47,7 @@ class TooManyBad(DataError):
 
 
 class BadSamples:
-    """Counts the bad samples of a run by kind, and writes each to a file.
+    """Counts the bad samples of a run by kind and writes each to a file; counts the texts cut.
 
     The counts are part of a checkpoint, so that a resumed run stops where the whole one would. The
     file is of one process; rows of steps that a resumed run repeats are written anew.
@@ -60,14 +63,18 @@ class BadSamples:
         self._written_at = time.monotonic()
         self.kinds: collections.Counter[str] = collections.Counter()
         self.seen = 0  # good and bad
+        self.texts_cut = 0  # of good samples: too long for the context
 
-    def take(self, step: int, rows: int, bad: list[dict[str, str]]) -> None:
+    def take(self, step: int, rows: int, bad: list[dict[str, str]], texts_cut: int = 0) -> None:
         """Count a batch of `rows` good samples and the bad ones that were met on the way to it.
+
+        The texts of `texts_cut` of the good ones lost their tail.
 
         Raises:
             TooManyBad: their share has passed the limit.
         """
         self.seen += rows + len(bad)
+        self.texts_cut += texts_cut
         if not bad:
             return
         self.kinds.update(record["kind"] for record in bad)
@@ -89,12 +96,25 @@ class BadSamples:
         """Such as `3 broken image, 1 no caption`."""
         return ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.most_common())
 
+    @property
+    def good(self) -> int:
+        """How many samples were good so far."""
+        return self.seen - self.kinds.total()
+
     def report(self) -> str:
-        """A line for the end of a run; empty if all was well."""
-        if not self.kinds:
-            return ""
-        where = "" if self._path is None else f", named in {self._path}"
-        return f"{self.kinds.total():,} of {self.seen:,} samples were bad ({self.summary()}){where}"
+        """Lines for the end of a run; empty if all was well."""
+        said = []
+        if self.kinds:
+            where = "" if self._path is None else f", named in {self._path}"
+            count = f"{self.kinds.total():,} of {self.seen:,} samples"
+            said.append(f"{count} were bad ({self.summary()}){where}")
+        if self.texts_cut:
+            share = self.texts_cut / self.good
+            said.append(
+                f"{self.texts_cut:,} of {self.good:,} texts ({share:.1%}) were too long for "
+                "tokenizer.context_length and lost their tail"
+            )
+        return "\n".join(said)
 
     def flush(self) -> None:
         """Write what is not yet written."""
@@ -112,12 +132,13 @@ class BadSamples:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"seen": self.seen, "kinds": dict(self.kinds)}
+        return {"seen": self.seen, "kinds": dict(self.kinds), "texts_cut": self.texts_cut}
 
     def restore(self, state: dict[str, Any], step: int) -> None:
         """Go on from `state`, of each process by its number, before batch number `step`."""
         mine = state.get(str(self.process_index), {"seen": 0, "kinds": {}})
         self.seen, self.kinds = int(mine["seen"]), collections.Counter(mine["kinds"])
+        self.texts_cut = int(mine.get("texts_cut", 0))  # older runs did not count them
         self._rows = []
         if self._path is None or not self._path.exists():
             return

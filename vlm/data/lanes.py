@@ -72,8 +72,8 @@ def count_lanes(config: DataConfig, global_batch: int, shards: int, process_coun
 class LaneBatches(grain.IterDataset):
     """The rows that some lanes contribute to each batch, without end.
 
-    An element has `images`, `tokens`, and as JSON `bad` (records) and `lanes` (their positions
-    after it, by number).
+    An element has `images`, `tokens`, `texts_cut` (which texts lost their tail), and as JSON `bad`
+    (records) and `lanes` (their positions after it, by number).
     """
 
     def __init__(
@@ -152,10 +152,11 @@ class LaneIterator(grain.DatasetIterator):
                 texts.append(text)
         for number in self._lanes:
             self._fill(number)  # decoders go on while the texts become tokens
-        tokens = b.tokenizer(texts)
+        tokens, cut = b.tokenizer.rows(texts)
         return {
             "images": images,
             "tokens": tokens,
+            "texts_cut": cut,
             "bad": json.dumps(bad),
             "lanes": json.dumps(after),
         }

@@ -56,7 +56,7 @@ class TrainIterator(grain.DatasetIterator):
     ):
         super().__init__()
         self._order, self._prefetch, self._finish = order, prefetch, finish
-        self.bad = bad  # the samples that were passed over so far
+        self.bad = bad  # the samples that were passed over so far, and the texts that were cut
         self._step = 0
         self._reader: grain.DatasetIterator | None = None
 
@@ -73,7 +73,8 @@ class TrainIterator(grain.DatasetIterator):
             with deaf_to_signals():  # grain starts its workers when it is asked for a batch
                 elements = self._take()
         batch = self._order.join(elements)
-        self.bad.take(self._step, len(batch["tokens"]), json.loads(batch.pop("bad")))
+        cut = int(batch.pop("texts_cut").sum())
+        self.bad.take(self._step, len(batch["tokens"]), json.loads(batch.pop("bad")), cut)
         self._step += 1
         return self._finish(batch)
 
@@ -152,7 +153,8 @@ def train_batches(
     `get_state` and `set_state` make it part of a checkpoint. With a teacher's stored embeddings a
     batch has its `teacher_image` and `teacher_text` (b, e). Each batch is given as
     `finish` makes it, which is called in this process. Bad samples are passed over, counted in the
-    iterator's `bad`, and named in `bad-samples.jsonl` of `run_folder`.
+    iterator's `bad`, and named in `bad-samples.jsonl` of `run_folder`. Texts that are too long for
+    the tokenizer's context lose their tail, and are counted there too.
 
     Raises:
         DataError: no such data, more bad samples than the config allows, or a batch larger than

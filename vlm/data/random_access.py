@@ -47,7 +47,8 @@ def places(seed: int, positions: Int[np.ndarray, " b"], count: int) -> Int[np.nd
 class TrainBatches:
     """Random access to the training batches of one process: `batches[step]`.
 
-    Beside `images` and `tokens` a batch has `bad`: what was replaced in it, as JSON.
+    Beside `images` and `tokens` a batch has `texts_cut`, which texts lost their tail, and `bad`,
+    what was replaced in it, as JSON.
     """
 
     def __init__(
@@ -107,8 +108,9 @@ class TrainBatches:
         ]
         texts, indices = [text for text, _ in made], np.array([index for _, index in made])
         taught = {} if store is None else store.embeddings(indices, variants)
-        tokens = self._tokenizer(texts)
-        return {"images": images, "tokens": tokens, "bad": json.dumps(bad), **taught}
+        tokens, cut = self._tokenizer.rows(texts)
+        batch = {"images": images, "tokens": tokens, "texts_cut": cut, "bad": json.dumps(bad)}
+        return batch | taught
 
     @property
     def examples(self) -> int:

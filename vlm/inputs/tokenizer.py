@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import tokenizers
 from etils import epath
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from vlm.config import TokenizerConfig, from_dict, to_dict
@@ -88,14 +88,26 @@ class Tokenizer:
         Raises:
             DataError: a text is not a string.
         """
+        return self.rows(texts)[0]
+
+    def rows(
+        self, texts: str | Sequence[str]
+    ) -> tuple[Int32[np.ndarray, "n l"], Bool[np.ndarray, " n"]]:
+        """Token ids of each text, and which texts were too long and lost their tail.
+
+        Raises:
+            DataError: a text is not a string.
+        """
         config = self.config
         rows = self._encode(texts)
         out = np.full((len(rows), config.context_length), config.pad_id, np.int32)
+        cut = np.zeros(len(rows), bool)
         head = [] if config.bos_id is None else [config.bos_id]
         tail = [] if config.eos_id is None else [config.eos_id]
         room = config.context_length - len(head)
-        for row, ids in zip(out, rows, strict=True):
-            if len(ids) + len(tail) <= room:
+        for i, (row, ids) in enumerate(zip(out, rows, strict=True)):
+            cut[i] = len(ids) + len(tail) > room
+            if not cut[i]:
                 ids = head + ids + tail
             elif config.keep_eos:
                 ids = head + ids[: room - len(tail)] + tail
@@ -107,7 +119,7 @@ class Tokenizer:
                 row[len(row) - len(ids) :] = ids
         if config.zeroed_id is not None:
             out[out == config.zeroed_id] = 0
-        return out
+        return out, cut
 
     def count_truncated(self, texts: str | Sequence[str]) -> int:
         """How many of `texts` are too long for `context_length` and lose their tail."""

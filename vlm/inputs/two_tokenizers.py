@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from vlm.config import TokenizerConfig
 from vlm.inputs.tokenizer import Tokenizer
@@ -25,7 +25,14 @@ class TwoTokenizers:
         return dataclasses.replace(rules, context_length=length)
 
     def __call__(self, texts: str | Sequence[str]) -> Int32[np.ndarray, "n l"]:
-        return np.concatenate([self._student(texts), self._teacher(texts)], axis=1)
+        return self.rows(texts)[0]
+
+    def rows(
+        self, texts: str | Sequence[str]
+    ) -> tuple[Int32[np.ndarray, "n l"], Bool[np.ndarray, " n"]]:
+        """The rows of both, and which texts were too long for the student's."""
+        tokens, cut = self._student.rows(texts)
+        return np.concatenate([tokens, self._teacher(texts)], axis=1), cut
 
     def split(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with the tokens of each in a place of their own."""

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from vlm.chips import published_rate
+from vlm.data.faults import BadSamples
 from vlm.errors import TrainingError
 from vlm.models.flops import PAIRS_ALONE, Taught, model_flops
 from vlm.sharding import placement_rows
@@ -54,6 +55,7 @@ class Logs:
         first_step: int,
         total_steps: int,
         taught: Taught = PAIRS_ALONE,
+        samples: BadSamples | None = None,
     ):
         experiment = run.experiment
         self._batch_size, self._every = experiment.batch_size, experiment.log_every
@@ -64,7 +66,7 @@ class Logs:
         self._peak = published_rate(jax.devices())
         self._ahead: list[tuple[int, dict[str, jax.Array]]] = []  # may still be computed
         self._done: list[tuple[int, dict[str, jax.Array]]] = []  # of the next row
-        self._activity = activity
+        self._activity, self._samples = activity, samples
         self._start = time.perf_counter()
         self.restart_clock()
         self._primary = jax.process_index() == 0
@@ -155,6 +157,8 @@ class Logs:
             "data_wait": (self._activity.seconds[DATA] - self._waited) / seconds,
             "seconds": now - self._start,
         }
+        if self._samples is not None and self._samples.good:
+            row["texts_cut"] = self._samples.texts_cut / self._samples.good  # of the run so far
         if self._flops:
             row["model_flops_per_s"] = self._flops * count / seconds
             if self._peak:

@@ -104,7 +104,13 @@ def _train(
         with (
             Mirror(run.folder) as mirror,
             Logs(
-                run, mirror, doing, first_step=step, total_steps=total, taught=trainer.taught
+                run,
+                mirror,
+                doing,
+                first_step=step,
+                total_steps=total,
+                taught=trainer.taught,
+                samples=batches.bad,
             ) as logs,
             Trace(mirror, experiment.profile) as trace,
             Interrupted() as interrupted,
