@@ -50,6 +50,23 @@ def tars(folder: Path) -> str:
     return str(folder / f"{{000..{SHARDS - 1:03d}}}.tar")
 
 
+def tars_beside_tables(folder: Path) -> str:
+    """Images alone in the shards; their texts in a table beside each, as img2dataset writes it."""
+    import pyarrow
+    import pyarrow.parquet
+
+    for shard, numbers in enumerate(np.array_split(np.arange(COUNT), SHARDS)):
+        members = [(f"{n:06d}.jpg", jpeg(n)) for n in numbers.tolist()]
+        write_tar(folder / f"{shard:03d}.tar", members)
+        rows = [
+            {"key": f"{n:06d}", "caption": f"picture {n}", "language": "en" if n % 2 else "de"}
+            for n in reversed(numbers.tolist())
+        ]
+        table = pyarrow.Table.from_pylist(rows)
+        pyarrow.parquet.write_table(table, folder / f"{shard:03d}.parquet")
+    return str(folder / "*.tar")
+
+
 def images(folder: Path) -> list[str]:
     for number in range(COUNT):
         (folder / f"{number:03d}.jpg").write_bytes(jpeg(number))
@@ -75,6 +92,14 @@ def beside(folder: Path) -> DataConfig:
     for i, name in enumerate(images(folder)):
         (folder / name).with_suffix(".txt").write_text(f"picture {i}\n")
     return DataConfig(str(folder))
+
+
+def class_folders(folder: Path) -> DataConfig:
+    for number in range(COUNT):
+        inside = folder / ("odd" if number % 2 else "even") / str(number)
+        inside.mkdir(parents=True)
+        (inside / "of it.jpg").write_bytes(jpeg(number))
+    return DataConfig(str(folder), label="label", templates=("picture {}",))
 
 
 def parquet_paths(folder: Path) -> DataConfig:
@@ -148,6 +173,12 @@ KINDS: dict[str, Callable[[Path], DataConfig]] = {
         tars(folder), access="stream", lanes=4, keep=(FieldFilter("language", one_of=("en",)),)
     ),
     "tar, indexed": lambda folder: DataConfig(tars(folder)),
+    "tar with tables, streamed": lambda folder: DataConfig(
+        tars_beside_tables(folder),
+        access="stream",
+        lanes=4,
+        keep=(FieldFilter("language", one_of=("en",)),),
+    ),
     "parquet of bytes": lambda folder: dataclasses.replace(parquet_bytes(folder), lanes=4),
     "parquet of paths": parquet_paths,
     "arrow": arrow,
@@ -155,6 +186,7 @@ KINDS: dict[str, Callable[[Path], DataConfig]] = {
     "csv": csv,
     "jsonl": jsonl,
     "folder with texts": beside,
+    "class folders": class_folders,
     "mixture": mixture,
 }
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from kinds import KINDS, PREPROCESS, TOKENIZER, numbers_of
 
+from vlm.config import DataConfig
 from vlm.data.lanes import LaneOrder
 from vlm.data.pipeline import TrainIterator, train_batches
+from vlm.errors import ConfigError
 
 STEPS, BATCH = 26, 8
 
@@ -116,6 +118,40 @@ def test_every_sample_comes_once_in_an_epoch(config, whole):
     assert set(seen) == expected
     if config.lanes is None:
         assert sorted(seen[: kinds.COUNT]) == sorted(expected)
+
+
+def first_of(config):
+    iterator = make(config)
+    batch = next(iterator)
+    iterator.close()
+    return batch
+
+
+def test_a_mixture_by_epochs_is_one_by_the_weights_that_they_come_to(tmp_path):
+    config = kinds.make("mixture", tmp_path / "data")  # weights of 2 and 1
+    streamed, table = (dataclasses.replace(part, weight=None) for part in config.mixture)
+    streamed = dataclasses.replace(streamed, epochs=4, examples=kinds.COUNT)
+    table = dataclasses.replace(table, epochs=2)  # it knows how many it has
+    expected = first_of(config)
+    assert_same(first_of(dataclasses.replace(config, mixture=(streamed, table))), expected)
+    for wrong, said in (
+        ({"examples": None}, "say so with examples=N"),
+        ({"epochs": None}, "has no epochs beside parts with epochs"),
+        ({"weight": 1.0}, "has a weight beside parts with epochs"),
+        ({"epochs": -1}, r"weights \[-45, 90\]"),
+    ):
+        parts = (dataclasses.replace(streamed, **wrong), table)
+        with pytest.raises(ConfigError, match=said):
+            make(dataclasses.replace(config, mixture=parts))
+
+
+def test_indexed_shards_find_their_texts_in_the_tables_beside_them(tmp_path):
+    sources = []
+    for name, write in (("within", kinds.tars), ("beside", kinds.tars_beside_tables)):
+        (tmp_path / name).mkdir()
+        sources.append(DataConfig(write(tmp_path / name), eval_split=None, prefetch=0))
+    within, beside = map(first_of, sources)
+    assert_same(beside, within)
 
 
 def test_the_order_is_shuffled_and_another_in_each_epoch(config, whole):
