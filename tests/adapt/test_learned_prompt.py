@@ -10,7 +10,7 @@ from vlm.adapt.learned_prompt import learn_prompt, trained_parameters
 from vlm.bundle import Bundle, load
 from vlm.errors import CheckpointError, ConfigError
 from vlm.heads.prompt_rows import prompt_rows
-from vlm.heads.prompted import PromptedClassifier
+from vlm.heads.prompted import PromptedClassifier, shift
 from vlm.heads.saved import load_classifier
 from vlm.heads.zero_shot import ZeroShotClassifier
 
@@ -62,6 +62,9 @@ def test_the_words_own_embeddings_give_the_sentences(tower):
     made = PromptedClassifier(model, NAMES, rows, context)
     texts = [TEMPLATE.replace("{}", name) for name in NAMES]
     np.testing.assert_allclose(made.z_labels, model.encode_text(texts), atol=2e-6)
+    # Padding that the tower cannot see is cut off.
+    longest = max(model.tokenizer.lengths(texts))
+    assert rows.tokens.shape[1] == (longest if tower in ("clip", "bert", "mean") else 24)
     other = PromptedClassifier(model, NAMES, rows, context + np.linspace(-1, 1, 16))
     assert np.abs(other.z_labels - made.z_labels).max() > 1e-3
 
@@ -122,6 +125,10 @@ def test_each_image_moves_the_context(model):
     np.testing.assert_allclose(together, alone, atol=2e-4)
     fixed = PromptedClassifier(model, NAMES, made.rows, made.context)
     assert np.abs(fixed.logits(z) - together).max() > 1e-3
+    context = made.context + shift(made.net, z[:1])
+    moved = PromptedClassifier(model, NAMES, made.rows, context).logits(z[:1])
+    np.testing.assert_allclose(moved, together[:1], atol=2e-4)
+    assert made.logits(z[:0]).shape == (0, 3)
 
 
 def test_held_firmly_it_stays_at_zero_shot(model):

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm.errors import DataError
+
 COLOURS = {
     "black": (10, 10, 10), "white": (245, 245, 245), "red": (220, 30, 30),
     "green": (30, 180, 60), "blue": (40, 70, 220), "yellow": (240, 220, 40),
@@ -23,12 +25,18 @@ class ColourModel:
         self.projection = rng.standard_normal((3, embed_dim)).astype(np.float32)
         self.seen = 0
 
-    def encode_image(self, images, batch_size=32):
+    def encode_image(self, images, batch_size=32, on_error=None):
         single = isinstance(images, Image.Image) or getattr(images, "ndim", 4) == 3
         features = []
-        for image in [images] if single else images:
+        for number, image in enumerate([images] if single else images):
             if not isinstance(image, np.ndarray | Image.Image):
-                image = Image.open(image)
+                try:
+                    image = Image.open(image)
+                except OSError as error:
+                    if on_error is None:
+                        raise
+                    on_error(number, DataError(str(error)))
+                    continue
             self.seen += 1
             features.append(np.asarray(image, np.float32).mean((0, 1))[:3])
         return self._unit(np.array(features).reshape(-1, 3) / 127.5 - 1)

@@ -36,6 +36,17 @@ def test_the_same_answers_as_on_the_host(mesh, count, monkeypatch):
                     np.testing.assert_array_equal(a, b)
 
 
+def test_what_a_tpu_is_asked_gives_the_same_where_it_is_exact(mesh, monkeypatch):
+    monkeypatch.setattr(device_search, "TILE", 16)
+    rng = np.random.default_rng(0)
+    rows, query = rng.standard_normal((300, 6)), rng.standard_normal((4, 6))
+    search = DeviceSearch([rows.astype(np.float32)], mesh, approximate=True)
+    mask = jax.device_put(np.arange(len(search.rows)) < 300, search.rows.sharding)
+    program = device_search._program(mesh, search._share, search._tile, 5, approximate=True)
+    _, positions = program(query.astype(np.float32), search.rows, mask)
+    np.testing.assert_array_equal(positions, np.argsort(-query @ rows.T, axis=1)[:, :5])
+
+
 def test_each_device_holds_its_share_and_one_gather_brings_k_of_each(mesh):
     rows = np.random.default_rng(0).standard_normal((1000, 32)).astype(np.float32)
     search = DeviceSearch([rows], mesh)

@@ -45,14 +45,30 @@ def test_round_trip(model, tmp_path, monkeypatch):
     index = RetrievalIndex(model)
     index.add(unit(20), ids=[f"{i}.png" for i in range(20)], metadata={"n": range(20)})
     index.remove("3.png")
+    (tmp_path / "out").mkdir()  # an empty folder is as good as none
     write_clip_retrieval(index, tmp_path / "out")
     assert len(list((tmp_path / "out/img_emb").iterdir())) == 3
     again = read_clip_retrieval(tmp_path / "out", model)
     assert again.ids == index.ids
     assert again.columns == index.columns
     np.testing.assert_allclose(again.embeddings(), index.embeddings(), atol=1e-6)
-    with pytest.raises(CheckpointError, match="is there already"):
-        write_clip_retrieval(index, tmp_path / "out")
+    (tmp_path / "file").write_text("mine")
+    for taken in ("out", "file"):
+        with pytest.raises(CheckpointError, match="is there already"):
+            write_clip_retrieval(index, tmp_path / taken)
+
+
+def test_a_folder_without_metadata(model, tmp_path):
+    """Running numbers over all partitions, in the order of their numbers and not of their names."""
+    z = unit(11)
+    (tmp_path / "text_emb").mkdir()
+    for part in range(11):
+        np.save(tmp_path / f"text_emb/text_emb_{part}.npy", z[part : part + 1])
+    np.save(tmp_path / "text_emb/text_emb_old.npy", z)  # no partition
+    index = read_clip_retrieval(tmp_path, model, modality="text", dtype="float16")
+    assert index.ids == tuple(range(11))
+    assert index.dtype == "float16"
+    np.testing.assert_allclose(index.embeddings(), z, atol=1e-3)
 
 
 def test_bad_folders(model, tmp_path, make_model):
@@ -63,6 +79,9 @@ def test_bad_folders(model, tmp_path, make_model):
         read_clip_retrieval(tmp_path / "out", make_model(embed_dim=8))
     np.save(tmp_path / "out/img_emb/img_emb_0.npy", unit(4))
     with pytest.raises(CheckpointError, match="has 4 rows and column"):
+        read_clip_retrieval(tmp_path / "out", model)
+    np.save(tmp_path / "out/img_emb/img_emb_0.npy", unit(5)[0])
+    with pytest.raises(ConfigError, match=r"has shape \(16,\)"):
         read_clip_retrieval(tmp_path / "out", model)
     (tmp_path / "out/img_emb/img_emb_0.npy").write_bytes(b"torn")
     with pytest.raises(CheckpointError, match="cannot be read"):
@@ -83,6 +102,9 @@ def test_faiss(model):
     kept = index.search(queries[0], k=5, where=lambda c: c["n"] < 50, min_score=0.1)
     assert kept
     assert all(hit.id < 50 and hit.score >= 0.1 for hit in kept)
+    third = index.search(queries[0], k=5)[2].score  # itself is enough
+    assert len(index.search(queries[0], k=5, min_score=third)) == 3
+    assert len(index.search(queries[0], k=999)) == 200
     index.remove(ids[0][0])
     assert index.search(queries[0], k=4)[0].id == ids[0][1]
     for factory in ("IVF4,Flat", "HNSW16"):

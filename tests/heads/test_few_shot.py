@@ -75,6 +75,65 @@ def test_class_means_worked():
     np.testing.assert_allclose(means, [[0.5**0.5, 0.5**0.5], [0, -1]], atol=1e-6)
 
 
+def test_the_cache_worked(model):
+    """Tip-Adapter's equation: exp(-5.5 (1 - cosine)) of each example, and zero-shot logits."""
+    keys, prior = np.eye(3, 4, dtype=np.float32), np.ones((4, 2), np.float32)
+    head = fit_head(keys, np.array([0, 1, 1]), "cache", prior=prior)
+    z = np.array([[0.6, 0.8, 0, 0]], np.float32)
+    a, b, c = np.exp(-5.5 * np.array([0.4, 0.2, 1]))
+    np.testing.assert_allclose(head(z), [[1.4 + a, 1.4 + b + c]], rtol=1e-5)
+
+
+def test_tuned_keys_tell_the_examples_better_by_the_others_votes():
+    z, target = clusters(n=30, spread=1.0)
+    prior = np.zeros((24, 3), np.float32)
+
+    def loss(keys):
+        votes = np.exp(5.5 * (z @ keys.T - 1)) * (1 - np.eye(30))
+        logits = votes @ np.eye(3)[target]
+        p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        return -np.log(p[np.arange(30), target]).mean()
+
+    tuned = fit_head(z, target, "tuned_cache", prior=prior)
+    assert loss(tuned.keys) < loss(z) - 0.01
+    assert 1e-3 < np.abs(tuned.keys - z).max() <= 0.11  # 100 steps of 1e-3 at most
+
+
+def test_a_penalty_of_ones_own(model):
+    z, target = clusters()
+    prior = np.random.default_rng(1).standard_normal((24, 3)).astype(np.float32)
+    for method, given, used in (
+        ("linear", None, 1.0),
+        ("linear", 7.0, 7.0),
+        ("anchored", None, anchored_l2(20, 9.0, 24)),
+        ("anchored", 7.0, 7.0),
+    ):
+        head = fit_head(z, target, method, given, prior, scale=9.0)
+        expected = fit_linear(z, target, used, prior if method == "anchored" else None)
+        np.testing.assert_array_equal(head.weight, expected[0])
+    with pytest.raises(ConfigError, match="'anchored' starts from zero-shot weights"):
+        fit_head(z, target, "anchored")
+    assert fit_head(z, target, "linear", classes=5).weight.shape == (24, 5)
+
+
+def test_a_penalty_chosen_on_validation_images(model, paint):
+    def colours(seed):
+        return [paint(c, noise=250, seed=seed + i) for i, c in enumerate(COLOURS * 4)]
+
+    train, other = colours(0), colours(50)
+    made = FewShotClassifier.fit(model, train, COLOURS * 4, validation=(iter(other), COLOURS * 4))
+    target = np.array([sorted(COLOURS).index(c) for c in COLOURS * 4])
+    z, against = model.encode_image(train), model.encode_image(other)
+    (weight, _), l2 = fit_swept(z, target, against, target)
+    np.testing.assert_array_equal(made.head.weight, weight)
+    np.testing.assert_array_equal(weight, fit_linear(z, target, l2)[0])
+    own = FewShotClassifier.fit(model, train, COLOURS * 4, l2=3.0, validation=(other, COLOURS * 4))
+    np.testing.assert_array_equal(own.head.weight, fit_linear(z, target, 3.0)[0])
+    # Of equally good penalties the largest, as where each one tells the classes apart.
+    z, target = clusters(spread=0.05)
+    assert fit_swept(z, target, z, target, (0.1, 10.0, 1.0))[1] == 10.0
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_heads_learn_from_four_images_each(model, paint, method):
     labels = COLOURS * 4
@@ -96,6 +155,9 @@ def test_bad_input(model, paint):
         FewShotClassifier.fit(model, images, ["a", "b", "c"])
     with pytest.raises(ConfigError, match=r"1 class\(es\)"):
         FewShotClassifier.fit(model, images, ["a", "a"])
+    one = ZeroShotClassifier(model, ["a"])
+    with pytest.raises(ConfigError, match=r"1 class\(es\)"):
+        FewShotClassifier.fit(model, images, ["a", "a"], "cache", zero_shot=one)
     with pytest.raises(ConfigError, match=r"0 class\(es\)"):
         FewShotClassifier.fit(model, [], [])
     with pytest.raises(ConfigError, match="must be texts"):
@@ -187,5 +249,27 @@ def test_a_saved_head_says_the_same(model, make_model, paint, method, tmp_path):
         load_classifier(tmp_path / "head.safetensors", make_model(seed=1))
     with pytest.raises(CheckpointError, match="is no zero-shot classifier"):
         ZeroShotClassifier.load(tmp_path / "head.safetensors", model)
+    made.labels = made.labels[1:]
+    made.save(tmp_path / "short.safetensors")
+    with pytest.raises(CheckpointError, match="another number of weights than labels"):
+        load_classifier(tmp_path / "short.safetensors", model)
     zero_shot.save(tmp_path / "words.safetensors")
     assert load_classifier(tmp_path / "words.safetensors", model).labels == zero_shot.labels
+
+
+def test_files_that_are_no_classifiers(model, tmp_path):
+    numpy = pytest.importorskip("safetensors.numpy")
+    held = {"a": np.ones(2, np.float32)}
+    numpy.save_file(held, tmp_path / "bare")
+    numpy.save_file(held, tmp_path / "other", {"format": "pt"})
+    numpy.save_file(held, tmp_path / "newer", {"vlm oracle": "{}"})
+    (tmp_path / "torn").write_bytes(b"torn")
+    for name, match in {
+        "bare": "bare is no saved classifier: give",
+        "other": "other is no saved classifier: give",
+        "torn": r"torn is no saved classifier \(.+\): give",
+        "missing": r"missing is no saved classifier \(.+\): give",
+        "newer": "newer is a vlm oracle, which this vlm does not know: update vlm",
+    }.items():
+        with pytest.raises(CheckpointError, match=match):
+            load_classifier(tmp_path / name, model)

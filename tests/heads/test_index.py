@@ -99,6 +99,9 @@ def test_merge(index, model, make_model):
     assert len(index) == 42
     assert index.metadata("a") == {"year": None, "camera": "x"}
     assert index.search(unit(3, seed=5)[2], k=1)[0].id == 7
+    index.merge(index)  # which it has already
+    index.merge(RetrievalIndex(make_model()))
+    assert len(index) == 42
     stranger = RetrievalIndex(make_model(seed=1))
     with pytest.raises(CheckpointError, match="embeds differently"):
         index.merge(stranger)
@@ -145,10 +148,35 @@ def test_bad_metadata(index):
         ({"year": [1]}, "has 1 values for 2 items"),
         ({"year": [1, [2]]}, r"holds \[2\]"),
         ({"year": "ab"}, "must be a name with a list"),
+        ({"": [1, 2]}, "must be a name with a list"),
+        ({3: [1, 2]}, "must be a name with a list"),
     ):
         with pytest.raises(ConfigError, match=match):
             index.add(unit(2, seed=8), ids=["a", "b"], metadata=metadata)
     assert len(index) == 40
+
+
+def test_what_a_filter_sees(model):
+    """Numbers where all are, with NaN for those that are missing; texts; and both as they are."""
+    index = RetrievalIndex(model)
+    columns = {
+        "whole": [1, 2, 3], "gaps": [1, None, 3], "yes": [True, False, True],
+        "text": ["a", None, "c"], "both": ["a", 1, None], "none": [None] * 3,
+        "scalar": np.array([1.5, 2.5, 3.5]),
+    }  # fmt: skip
+    index.add(unit(3), metadata=columns)
+    seen = {}
+    index.search(unit(1), where=lambda c: seen.update(c) or c["yes"])
+    kinds = {name: column.dtype.kind for name, column in seen.items()}
+    assert kinds == {
+        "whole": "i", "gaps": "f", "yes": "b", "text": "U", "both": "O", "none": "f", "scalar": "f"
+    }  # fmt: skip
+    np.testing.assert_array_equal(seen["gaps"], [1, np.nan, 3])
+    assert seen["text"].tolist() == ["a", "", "c"]
+    assert seen["both"].tolist() == columns["both"]
+    assert index.metadata(1)["scalar"] == 2.5
+    assert ids(index.search(unit(3)[1], where={"text": None})) == [1]
+    assert ids(index.search(unit(3)[1], where={"whole": {2, 3}, "yes": True})) == [2]
 
 
 def test_least_score_and_probability(index):
@@ -162,8 +190,11 @@ def test_least_score_and_probability(index):
     index.model.loss, index.model.logit_bias = "sigmoid", -10.0
     expected = (1 / (1 + np.exp(10 - 50 * cosines)) >= 0.5).sum()
     assert len(index.search(z[0], k=40, min_probability=0.5)) == expected
-    with pytest.raises(ConfigError, match="min_probability is 2"):
-        index.search(z[0], min_probability=2)
+    for bad in (2, 0, 1, -1):
+        with pytest.raises(ConfigError, match=f"min_probability is {bad}"):
+            index.search(z[0], min_probability=bad)
+    with pytest.raises(ConfigError, match="and no min_score"):
+        index.search(z[0], min_probability=0.5, min_score=0.5)
 
 
 def test_more_like_these(index):
@@ -177,6 +208,10 @@ def test_more_like_these(index):
     assert ids(index.like(3, k=2, where={"year": 2009})) == [9]
     with pytest.raises(ConfigError, match="no id 99"):
         index.like(99)
+    assert len(index.like(3)) == 5
+    assert len(index.like(3, k=1)) == 1
+    with pytest.raises(ConfigError, match="k is 0"):
+        index.like(3, k=0)
     with pytest.raises(ConfigError, match="no ids"):
         index.like([])
 

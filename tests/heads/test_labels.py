@@ -1,6 +1,7 @@
 """Labels from every place, hierarchies, none of these, calibration, and a classifier on disk."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -26,6 +27,31 @@ def test_labels_from_files(tmp_path):
     assert read_templates(f"{templates}:pets") == ["a photo of a {}."]
     assert read_templates(f"{templates}:cupl") == {"dog": ["it barks"]}
     assert read_labels(["a"]) == ["a"]
+    assert read_templates(("a {}",)) == ("a {}",)
+    (tmp_path / "a:b.txt").write_text("dog")  # a name with a colon
+    assert read_labels(tmp_path / "a:b.txt") == ["dog"]
+
+
+def test_the_names_of_an_open_clip_are_read_and_not_run(tmp_path, monkeypatch):
+    """In the form that its source has; importing it would import PyTorch."""
+    (tmp_path / "open_clip").mkdir()
+    (tmp_path / "open_clip/__init__.py").write_text("raise ImportError('it was run')")
+    (tmp_path / "open_clip/zero_shot_metadata.py").write_text(
+        "import torch\n"
+        "OTHERS = ['no']\n"
+        "IMAGENET_CLASSNAMES = ('tench', \"king's crab\")\n"
+        "OPENAI_IMAGENET_TEMPLATES = (lambda c: f'a photo of the {c}.', lambda c: f'{c}')\n"
+        "SIMPLE_IMAGENET_TEMPLATES = (lambda c: f'art of a {c}.',)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "open_clip", raising=False)
+    for name in ("imagenet", "imagenet_simple"):
+        assert read_labels(f"open_clip:{name}") == ["tench", "king's crab"]
+    assert read_templates("open_clip:imagenet") == ["a photo of the {}.", "{}"]
+    assert read_templates("open_clip:imagenet_simple") == ["art of a {}."]
+    (tmp_path / "open_clip/zero_shot_metadata.py").write_text("IMAGENET_CLASSNAMES = names()")
+    with pytest.raises(DataError, match="defines no IMAGENET_CLASSNAMES"):
+        read_labels("open_clip:imagenet")
 
 
 @pytest.mark.peers
@@ -41,6 +67,10 @@ def test_bad_places(tmp_path):
     (tmp_path / "a.json").write_text('{"x": ["a"], "y": 3}')
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "torn.json").write_text("[")
+    (tmp_path / "list.json").write_text('["a"]')
+    (tmp_path / "numbers.json").write_text('["a", 1]')
+    (tmp_path / "mixed.json").write_text('{"x": ["a", 1]}')
+    (tmp_path / "pixels.txt").write_bytes(b"\xff\xfe\xff")
     for place, match in {
         "nowhere.txt": "no file 'nowhere.txt' of labels",
         f"{tmp_path}/a.json:z": "no labels of 'z': it has x, y",
@@ -48,6 +78,10 @@ def test_bad_places(tmp_path):
         f"{tmp_path}/a.json": "name one of its entries",
         f"{tmp_path}/empty.txt": "holds no labels",
         f"{tmp_path}/torn.json": "is not JSON",
+        f"{tmp_path}/list.json:x": "no labels of 'x': it has no names at all",
+        f"{tmp_path}/numbers.json": "holds no list of labels: write a list of texts",
+        f"{tmp_path}/mixed.json": "no list of labels: name one of its entries",
+        f"{tmp_path}/pixels.txt": "is not a UTF-8 text",
         "tfds:no_such_data": "TFDS does not know the data set 'no_such_data'",
     }.items():
         with pytest.raises(DataError, match=match):
@@ -75,6 +109,21 @@ def test_a_hierarchy(model, paint):
         result.grouped({"a": ["red"], "b": ["red"]})
     with pytest.raises(ConfigError, match="'red' is given twice"):
         ZeroShotClassifier(model, {"a": {"red": None}, "b": {"red": None}})
+    with pytest.raises(ConfigError, match="group 'a' is given twice"):
+        ZeroShotClassifier(model, {"x": {"a": {"red": None}}, "y": {"a": {"blue": None}}})
+    with pytest.raises(ConfigError, match="'pink' of group 'a' is none of the labels"):
+        result.grouped({"a": ["pink"]})
+
+
+def test_a_hierarchy_of_three_levels_and_labels_that_stand_alone():
+    deep = {"animal": {"dog": {"poodle": None, "pug": None}, "cat": None}, "car": None}
+    leaves, levels = prompts.leaves_of(deep, ["a {}"])
+    assert leaves == {name: [f"a {name}"] for name in ("poodle", "pug", "cat", "car")}
+    assert levels == [{"animal": ["poodle", "pug", "cat"]}, {"dog": ["poodle", "pug"]}]
+    # Labels that do not exclude each other: a group is as likely as its best one.
+    logits = np.array([[-1.0, 2.0, 0.5]], np.float32)
+    grouped = Classification(("a", "b", "c"), logits, "sigmoid").grouped({"ab": ["a", "b"]})
+    np.testing.assert_array_equal(grouped.logits, [[2.0, 0.5]])
 
 
 def test_none_of_these(model, paint):
@@ -132,9 +181,22 @@ def test_save_and_load(model, paint, tmp_path, make_model):
     np.testing.assert_array_equal(again(paint("red")).logits, classify(paint("red")).logits)
     with pytest.raises(CheckpointError, match="embeds differently"):
         ZeroShotClassifier.load(tmp_path / "c.safetensors", make_model(seed=1))
+    assert (again.groups, again.rule, again.prompts) == ([], "sigmoid", classify.prompts)
     (tmp_path / "torn").write_bytes(b"torn")
     with pytest.raises(CheckpointError, match="is no zero-shot classifier"):
         ZeroShotClassifier.load(tmp_path / "torn", model)
+    classify.z_labels = classify.z_labels[:2]
+    classify.save(tmp_path / "short.safetensors")
+    with pytest.raises(CheckpointError, match="another number of embeddings than labels"):
+        ZeroShotClassifier.load(tmp_path / "short.safetensors", model)
+    model.embed_dim = 16
+    with pytest.raises(ConfigError, match=r"shape \(2, 16\) are not those of 3 labels"):
+        ZeroShotClassifier.of_embeddings(model, classify.prompts, classify.z_labels)
+    two = {"a": ["an a"], "b": ["b"]}
+    made = ZeroShotClassifier.of_embeddings(model, two, classify.z_labels)
+    plain = classify.z_labels @ model.encode_image([paint("red")])[0]
+    np.testing.assert_allclose(made(paint("red")).logits[0], 50 * plain, rtol=1e-4)
+    assert (made.labels, made.rule, made.prompts["a"]) == (("a", "b"), "softmax", ("an a",))
 
 
 def test_many_prompts_are_embedded_once(make_model, tmp_path, monkeypatch):
@@ -148,9 +210,26 @@ def test_many_prompts_are_embedded_once(make_model, tmp_path, monkeypatch):
     monkeypatch.setattr(second, "encode_text", lambda texts: pytest.fail("encoded again"))
     np.testing.assert_array_equal(ZeroShotClassifier(second, labels).z_labels, z)
     assert not np.allclose(ZeroShotClassifier(other, labels).z_labels, z)
-    file = next((tmp_path / "classifiers").glob("*.npy"))
-    file.write_bytes(b"torn")
-    ZeroShotClassifier(first, labels)
+    held = ZeroShotClassifier(first, labels)
+    np.save(tmp_path / "objects.npy", np.array([print] * 20), allow_pickle=True)
+    np.save(tmp_path / "rows.npy", z[:3])
+    objects, few = ((tmp_path / name).read_bytes() for name in ("objects.npy", "rows.npy"))
+    for bad in (b"torn", objects, few):  # a pickle could run anything: it is not opened
+        for file in (tmp_path / "classifiers").glob("*.npy"):
+            file.write_bytes(bad)
+        np.testing.assert_array_equal(ZeroShotClassifier(first, labels).z_labels, held.z_labels)
+
+
+def test_few_prompts_and_unknown_weights_are_embedded_each_time(make_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(prompts, "CACHED", 5)
+    named, unknown = make_model(), make_model()
+    named.fingerprint = "same"
+    ZeroShotClassifier(named, ["red", "blue", "green", "black"])
+    ZeroShotClassifier(unknown, [f"thing {i}" for i in range(20)])
+    assert not (tmp_path / "classifiers").exists()
+    ZeroShotClassifier(named, ["red", "blue", "green", "black", "white"])
+    assert len(list((tmp_path / "classifiers").iterdir())) == 1  # and no leavings
 
 
 def test_ten_thousand_classes_take_few_calls(model, paint):

@@ -51,6 +51,31 @@ def test_joined_with_zero_shot(index, model, paint, evidence):
     assert joined.labels == tuple(COLOURS)
 
 
+def test_the_share_of_the_neighbours_from_none_to_all(index, model, paint):
+    zero_shot = ZeroShotClassifier(model, COLOURS)
+    z = model.encode_image([paint(c, noise=60, seed=7) for c in COLOURS])
+    zero = np.exp(zero_shot.logits(z))
+    zero /= zero.sum(1, keepdims=True)
+    near = NeighbourClassifier(index, "label", zero_shot=zero_shot).votes(z)
+    assert near.max() < 1  # 20 neighbours of five in each colour are not of one mind
+    for share in (0, 0.5, 1):
+        options = {} if share == 0.5 else {"share": share}
+        joined = NeighbourClassifier(index, "label", zero_shot=zero_shot, **options)
+        expected = share * near + (1 - share) * zero
+        np.testing.assert_allclose(np.exp(joined.logits(z)), expected, atol=1e-5)
+    assert "4 labels, 20 neighbours and zero-shot (0%)" in repr(joined)
+
+
+@pytest.mark.parametrize("values", [["a", "b", None], ["a", "b", ""], [1, 2, None]])
+def test_items_without_a_value_take_no_place_among_the_neighbours(model, values):
+    index = RetrievalIndex(model)
+    index.add(np.eye(3, 16, dtype=np.float32), metadata={"label": values})
+    classify = NeighbourClassifier(index, "label", k=1)
+    assert classify.labels == (str(values[0]), str(values[1]))
+    query = np.array([[0.1, 0.2, 0.9, *np.zeros(13)]], np.float32)  # nearest to the third
+    np.testing.assert_allclose(classify.votes(query), [[0, 1]])
+
+
 def test_bad_neighbours(index, model):
     with pytest.raises(ConfigError, match="the index is empty"):
         NeighbourClassifier(RetrievalIndex(model), "label")
@@ -60,5 +85,10 @@ def test_bad_neighbours(index, model):
         NeighbourClassifier(index, "caption", evidence="caption")
     with pytest.raises(ConfigError, match="'blue' of column 'label' is none"):
         NeighbourClassifier(index, "label", zero_shot=ZeroShotClassifier(model, ["red", "green"]))
-    with pytest.raises(ConfigError, match="share 2"):
-        NeighbourClassifier(index, "label", share=2)
+    for bad in ({"share": 2}, {"share": -0.1}, {"temperature": 0}, {"k": 0}):
+        with pytest.raises(ConfigError, match="k is at least 1, the temperature above 0"):
+            NeighbourClassifier(index, "label", **bad)
+    empty = RetrievalIndex(model)
+    empty.add(np.eye(2, 16, dtype=np.float32), metadata={"label": [None, ""]})
+    with pytest.raises(ConfigError, match="'label' has no values"):
+        NeighbourClassifier(empty, "label")

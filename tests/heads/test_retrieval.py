@@ -104,6 +104,9 @@ def test_a_list_of_queries_gives_a_list_of_results(index, model, paint):
 
 
 def test_fewer_items_than_k_and_none_at_all(index, model):
+    assert len(index.search("red")) == 5
+    assert len(index.search("red", k=1)) == 1
+    assert index.search([], k=1) == []
     assert len(index.search("red", k=100)) == 6
     assert RetrievalIndex(model).search("red") == []
 
@@ -144,6 +147,31 @@ def test_a_stream_is_encoded_in_bounded_chunks(model, paint, monkeypatch):
     assert drawn == list(range(10))
     assert index.ids == tuple(f"p{i}" for i in range(10))
     assert index.search(paint(COLOURS[4], noise=5, seed=4), k=1)[0].id == "p4"
+
+
+def test_pictures_that_cannot_be_read_are_told_and_left_out(model, paint, tmp_path, monkeypatch):
+    monkeypatch.setattr(retrieval, "CHUNK", 2)
+    (tmp_path / "torn.png").write_bytes(b"torn")
+    pictures = [paint(colour) for colour in COLOURS]
+    pictures[3] = tmp_path / "torn.png"  # the second of its chunk
+    index, told = RetrievalIndex(model), []
+    index.add(
+        pictures, ids=COLOURS, metadata={"n": range(6)}, on_error=lambda at, _: told.append(at)
+    )
+    left = [colour for colour in COLOURS if colour != "yellow"]
+    assert told == [3]
+    assert index.ids == tuple(left)
+    assert index.columns == {"n": [0, 1, 2, 4, 5]}
+    assert [index.search(paint(c), k=1)[0].id for c in left] == left
+
+
+def test_ids_of_every_form(model):
+    index = RetrievalIndex(model)
+    index.add(["a", "b", "c", "d"], ids=[Path("x"), np.int64(7), "y", -1])
+    assert index.ids == ("x", 7, "y", -1)
+    assert [type(name) for name in index.ids] == [str, int, str, int]
+    index.add(["e"])
+    assert index.ids[-1] == 8  # above every number so far
 
 
 def test_half_precision_halves_the_rows_and_keeps_the_cosines(model, index, folder):

@@ -94,6 +94,31 @@ def test_sigmoid_scores_do_not_depend_on_the_other_labels(model, paint):
     assert few.scores.max() < 0.5  # nothing fits, and the scores say so
 
 
+def test_all_labels_of_at_least_a_score():
+    found = Classification(("a", "b"), np.array([[0, 0], [-1, 1]], np.float32), "softmax")
+    assert found.above() == [[("a", 0.5), ("b", 0.5)], [("b", pytest.approx(0.8808, abs=1e-4))]]
+    assert [len(row) for row in found.above(0.1)] == [2, 2]
+    many = Classification(tuple("abcdefg"), np.zeros((1, 7), np.float32), "softmax")
+    assert [label for label, _ in many.top()[0]] == list("abcde")
+
+
+def test_pictures_that_cannot_be_read_are_told_and_left_out(model, paint, tmp_path):
+    (tmp_path / "torn.png").write_bytes(b"torn")
+    colours = ["red", "green", "blue"] * 5
+    pictures = [paint(colour) for colour in colours]
+    pictures[1] = tmp_path / "torn.png"
+    told = []
+    result = ZeroShotClassifier(model, LABELS)(
+        pictures, batch_size=4, on_error=lambda at, error: told.append((at, type(error)))
+    )
+    assert told == [(1, DataError)]
+    assert [row[0][0] for row in result.top(1)] == [colours[0], *colours[2:]]
+    # A dozen are kept to be shown, and the torn one is none of them.
+    assert len(result.images) == 12
+    assert result.images[0] is pictures[0]
+    assert result.images[1] is pictures[2]
+
+
 def test_displays(model, paint):
     model.name = "<colours>"
     result = ZeroShotClassifier(model, ["red", "<b>blue</b>"])([paint("red")] * 15)

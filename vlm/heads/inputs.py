@@ -55,10 +55,8 @@ def split(items: Any, where: str) -> tuple[Kind | None, Iterator[Any], bool]:
         single = single or (len(shape) == 2 and not _is_float(items.dtype))
     else:
         single = is_image(items)
-    if single:
+    if single or not isinstance(items, Iterable):  # `kind` refuses what is nothing that we know
         return kind(items, where), iter([items]), True
-    if not isinstance(items, Iterable):
-        return kind(items, where), iter(()), True  # raises: it is nothing that we know
     items = iter(items)
     first = list(itertools.islice(items, 1))
     return kind(first[0], where) if first else None, itertools.chain(first, items), False

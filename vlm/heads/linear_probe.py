@@ -137,7 +137,7 @@ def fit_swept(
         raise ConfigError("there are no validation images: give some, or an l2 of your own")
     best: tuple[float, Weights, float] | None = None
     for l2 in sorted(penalties, reverse=True):
-        weight, bias = fit_linear(z_image, target, l2, classes=int(target.max()) + 1)
+        weight, bias = fit_linear(z_image, target, l2)
         right = float(((z_validation @ weight + bias).argmax(1) == target_validation).mean())
         if best is None or right > best[0]:
             best = right, (weight, bias), l2

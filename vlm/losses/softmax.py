@@ -42,8 +42,9 @@ def softmax_loss(
 ) -> Float[Array, ""]:
     """Cross-entropy over all B texts and all B images, the mean of both directions.
 
-    logits = exp(logit_scale) * z_image @ z_text.T + logit_bias, in float32 or wider. Holds the
-    B x B matrix: this is the definition that `contrastive_loss` computes in tiles.
+    logits = exp(logit_scale) * z_image @ z_text.T, in float32 or wider: a bias would change nothing
+    and is left out. Holds the B x B matrix: this is the definition that `contrastive_loss` computes
+    in tiles.
 
     Source: arXiv:2103.00020, figure 3.
 
@@ -53,8 +54,6 @@ def softmax_loss(
         True
     """
     logits = jnp.exp(logit_scale) * at_least_float32(z_image) @ at_least_float32(z_text).T
-    if logit_bias is not None:
-        logits += logit_bias
     positives = jnp.diagonal(logits)
     image_to_text = jax.nn.logsumexp(logits, axis=1) - positives
     text_to_image = jax.nn.logsumexp(logits, axis=0) - positives
