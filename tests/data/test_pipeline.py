@@ -159,6 +159,28 @@ def test_a_state_of_something_else_is_refused(config):
             make(config).set_state(state)
 
 
+def test_a_run_that_has_ended_is_resumed_at_its_end(config):
+    iterator = make(config, batch_size=7, epochs=1)
+    batches = list(iterator)
+    end = iterator.get_state()
+    fresh = make(config, batch_size=7, epochs=1)
+    assert len(batches) == len(fresh) == 4
+    fresh.set_state(end)
+    assert list(fresh) == []
+    fresh.set_state({**end, "step": 3})
+    assert_equal(*fresh, batches[3])
+    with pytest.raises(DataError, match="not the state"):
+        fresh.set_state({**end, "step": 5})
+    endless = make(config, batch_size=7)
+    endless.set_state({**end, "step": 5})  # of a run without an end it is one
+    assert sorted(numbers(next(endless))) != []
+
+
+def test_each_batch_is_finished_in_this_process(config):
+    finish = lambda batch: {**batch, "count": len(batch["tokens"])}  # noqa: E731
+    assert next(make(config, finish=finish))["count"] == 4
+
+
 def test_epochs_end_the_iterator(config):
     assert len(list(make(config, batch_size=7, epochs=2))) == 60 // 7
     assert len(make(config, batch_size=7, epochs=0.5)) == 15 // 7
@@ -265,6 +287,10 @@ def test_what_cannot_be(config):
         make(config, batch_size=0)
     with pytest.raises(ConfigError, match="process 2 of 2"):
         make(config, process_index=2, process_count=2)
+    with pytest.raises(ConfigError, match="process -1 of 1"):
+        next(eval_batches(config, PREPROCESS, TOKENIZER, batch_size=1, process_index=-1))
+    with pytest.raises(ConfigError, match="batch_size 0"):
+        next(eval_batches(config, PREPROCESS, TOKENIZER, batch_size=0))
     with pytest.raises(ConfigError, match=r"cache.*workers 2"):
         make(dataclasses.replace(config, cache=True, workers=2))
     blind = dataclasses.replace(config, eval_split=None)

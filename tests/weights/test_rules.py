@@ -1,11 +1,99 @@
-"""Reading parts: each host takes of a checkpoint what its shards hold, and a table in strips."""
+"""Layouts there and back, what does not fit, and reading no more than a host's shards hold."""
 
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
+from vlm.errors import CheckpointError
 from vlm.weights import files, rules
 from vlm.weights.files import Arrays
-from vlm.weights.rules import LINEAR, SAME, Piece
+from vlm.weights.rules import LINEAR, SAME, Piece, Rule, check, expand
+
+
+@pytest.mark.parametrize(
+    ("transform", "ours", "theirs"),
+    [
+        (SAME, (2, 3), (2, 3)),
+        (rules.FLAT, (2, 3), (6,)),
+        (LINEAR, (2, 3), (3, 2)),
+        (LINEAR, (5, 2, 3), (6, 5)),  # heads split our last axis
+        (rules.OUT, (2, 3, 5), (5, 6)),
+        (rules.CONV, (2, 3, 4, 5), (5, 4, 2, 3)),
+        (rules.SCALAR, (), ()),
+        (rules.SCALAR_1, (), (1,)),
+        (rules.leading(2), (3, 4), (1, 1, 3, 4)),
+        (rules.WITHOUT_FIRST, (4, 3), (1, 3, 3)),
+        (rules.FIRST_ROW, (3,), (-1, 3)),
+    ],
+)
+def test_a_layout_there_and_back(transform, ours, theirs):
+    x = np.arange(np.prod(ours), dtype=np.float32).reshape(ours)
+    if transform is rules.WITHOUT_FIRST:
+        x[0] = 0  # a class token without a position
+    assert transform.shape(ours) == theirs
+    there = transform.write(x)
+    assert there.shape == tuple(abs(size) for size in theirs)
+    np.testing.assert_array_equal(transform.read(there, ours), x)
+
+
+def test_all_that_does_not_fit_is_said_at_once():
+    shapes = {"vision.a": (2, 3), "vision.b": (2, 4), "text.c": (1,), "text.d": (3,)}
+    table = [
+        Rule("a", "vision.a"), Rule("b.{}", "vision.b"), Rule("c", "text.c"), Rule("x", "gone"),
+        Rule("any", "text.d", rules.FIRST_ROW),
+    ]  # fmt: skip
+    sizes = {"a": (2, 3), "b.0": 4, "b.1": 4, "c": 1, "x": 1, "any": (7, 3)}
+    arrays = {name: np.zeros(size, np.float32) for name, size in sizes.items()}
+    pieces = expand(table[:3] + table[4:], shapes)
+    check(pieces, shapes, Arrays({k: v for k, v in arrays.items() if k != "x"}, "here"))
+
+    def refused(arrays, table=table, ignored=lambda name: False, shapes=shapes):
+        with pytest.raises(CheckpointError) as found:
+            check(expand(table, shapes), shapes, Arrays(arrays, "here"), ignored)
+        return str(found.value)
+
+    assert "describes; 1 parameter that the model does not have: gone" in refused(arrays)
+    less = {k: v for k, v in arrays.items() if k not in ("b.1", "c")}
+    said = refused({**less, "a": np.zeros((3, 2)), "more": TABLE, "noise": TABLE})
+    assert "2 parameters missing from the file: b.1, c;" in said
+    assert "2 parameters in the file without a place in the model: more, noise;" in said
+    assert "1 parameter of another shape: a (3, 2) (the model has (2, 3))" in said
+    assert "at all" not in said
+    said = refused({**less, "noise": TABLE}, ignored=lambda name: name == "noise")
+    assert "without a place" not in said
+    assert "1 parameter of the model that nothing fills: vision.a" in refused(arrays, table[1:])
+    assert "of another shape: any (7, 2)" in refused({**arrays, "any": np.zeros((7, 2))})
+    assert "of another shape: any (3,)" in refused({**arrays, "any": np.zeros(3)})
+    no_text = {k: v for k, v in arrays.items() if k not in ("c", "any")}
+    assert "describes (it has no text tower at all); 2 parameters missing" in refused(no_text)
+    said = refused({"x": TABLE})
+    assert "(it has no image tower and no text tower at all); 5 parameters missing" in said
+
+
+def test_a_tensor_that_holds_several_of_ours_in_every_layer():
+    shapes = {"q": (2, 3, 4), "k": (2, 3, 4)}  # 2 layers, from 3 to 4
+    pieces = expand([Rule("qk.{}", ("q", "k"), LINEAR)], shapes)
+    assert [(p.theirs, p.ours, p.layer, p.part) for p in pieces] == [
+        ("qk.0", "q", 0, 0), ("qk.1", "q", 1, 0), ("qk.0", "k", 0, 1), ("qk.1", "k", 1, 1)
+    ]  # fmt: skip
+    assert all(piece.their_shape == (8, 3) for piece in pieces)
+    x = np.arange(24, dtype=np.float32).reshape(8, 3)
+    tensors = Arrays({"qk.0": x, "qk.1": x + 100}, "here")
+    for piece in pieces:
+        expected = x[4 * piece.part :][:4].T + 100 * piece.layer
+        np.testing.assert_array_equal(piece.read(tensors), expected)
+    ours = {name: jnp.stack([p.read(tensors) for p in pieces if p.ours == name]) for name in "qk"}
+    again = rules.Pending([p for p in pieces if p.theirs == "qk.1"], ours)
+    assert again.shape == (8, 3)
+    np.testing.assert_array_equal(np.asarray(again), x + 100)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_buffers_begin_on_a_cache_line(dtype):
+    held = [rules._aligned(shape, np.dtype(dtype)) for shape in [(), (3,), (5, 7), (1,)] * 4]
+    assert [buffer.shape for buffer in held[:4]] == [(), (3,), (5, 7), (1,)]
+    assert all(buffer.ctypes.data % 64 == 0 and buffer.dtype == dtype for buffer in held)
 
 
 class Recorder(Arrays):
