@@ -107,6 +107,7 @@ def test_one_device_and_eight_and_micro_batches_agree(tiny, pale, objective):
     trained = set(after.params)
     if objective == "classification":
         assert trained == {"vision", "head"}
+        assert trainer.tokens_per_step(16) == 16 * 16  # of images alone
         assert set(after.frozen) == {"text", "logit_scale", "logit_bias"}
     else:
         assert trained == {"vision", "text", "logit_scale", "logit_bias"}

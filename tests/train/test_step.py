@@ -11,15 +11,16 @@ import pytest
 from quick import AS_USERS
 
 from vlm import sharding
-from vlm.config import Experiment, MeshConfig
+from vlm.config import AdapterConfig, Experiment, MeshConfig
 from vlm.data.faults import BadSamples
 from vlm.errors import TrainingError
+from vlm.models import adapters
 from vlm.sharding import global_batch, make_mesh, path_names
 from vlm.train.activity import Activity
 from vlm.train.logs import Logs
 from vlm.train.mirror import Mirror
 from vlm.train.run import Run
-from vlm.train.step import Trainer, TrainState
+from vlm.train.step import Trainer, TrainState, compute_dtype
 
 
 def make(experiment: Experiment, devices: int = 1) -> Trainer:
@@ -186,6 +187,24 @@ def test_the_average_follows_the_parameters(noisy):
     assert_near(after.ema, expected, 1e-6)
     used = trainer.model(after).logit_bias[...]
     assert float(used) == float(after.ema["logit_bias"])
+
+
+def test_an_adapter_alone_is_trained_and_kept(tiny):
+    plain, adapted = make(tiny()), make(tiny(adapter=AdapterConfig(rank=1)))
+    assert plain.kept(plain.abstract_state) is plain.abstract_state
+    assert plain.abstract_state.frozen == {}
+    state = adapted.abstract_state
+    paths = [path_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.params)]
+    assert paths
+    assert all(adapters.is_trained(path) for path in paths)
+    assert "vision" in state.frozen
+    assert adapted.kept(state).frozen == {}
+    assert adapted.kept(state).params is state.params
+
+
+def test_products_are_in_float32_on_a_cpu_unless_told_otherwise():
+    assert compute_dtype("auto") == jnp.float32
+    assert compute_dtype("bfloat16") == jnp.bfloat16
 
 
 @pytest.mark.parametrize("tower", ["vision", "text"])
