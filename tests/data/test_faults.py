@@ -240,6 +240,33 @@ def test_random_access_puts_another_example_in_the_place_of_a_bad_one(tmp_path):
     assert "011.jpg" in named
 
 
+@pytest.mark.parametrize("before", [0, 2])  # steps that a checkpoint had when the run was killed
+def test_a_resumed_run_names_each_bad_sample_once(tmp_path, before):
+    (tmp_path / "data").mkdir()
+    source = kinds.tars(tmp_path / "data")
+    (tmp_path / "data" / "001.tar").unlink()  # which is known before the first step
+    content = [(f"{n:06d}.jpg", b"x") for n in range(8)]
+    write_tar(tmp_path / "data" / "002.tar", content)
+    config = dataclasses.replace(FIELDS, source=source, max_bad_share=1.0)
+
+    def named() -> list[str]:
+        return (tmp_path / "run" / "bad-samples.jsonl").read_text().splitlines()
+
+    killed = batches_of(config, tmp_path / "run")
+    take(killed, before)
+    state = json.loads(json.dumps(killed.get_state()))
+    take(killed, 4 - before)
+    killed.close()
+    expected = named()
+    assert {json.loads(row)["kind"] for row in expected} == {"missing shard", "no caption"}
+    resumed = batches_of(config, tmp_path / "run")
+    if before:
+        resumed.set_state(state)
+    take(resumed, 4 - before)
+    resumed.close()
+    assert named() == expected
+
+
 @pytest.mark.parametrize("kind", ["csv", "tar, streamed"])
 def test_texts_that_lose_their_tail_are_counted_and_not_bad(kind, tmp_path):
     config = kinds.make(kind, tmp_path / "data")

@@ -60,6 +60,7 @@ class BadSamples:
             name = FILE if process_index == 0 else f"bad-samples-{process_index}.jsonl"
             self._path = as_path(folder) / name
         self._rows: list[str] = []  # not yet written
+        self._file_is_ours = False  # or of a run that was killed before its first checkpoint
         self._written_at = time.monotonic()
         self.kinds: collections.Counter[str] = collections.Counter()
         self.seen = 0  # good and bad
@@ -80,7 +81,9 @@ class BadSamples:
         self.kinds.update(record["kind"] for record in bad)
         if self._path is not None:
             self._rows += [json.dumps({"step": step, **record}) + "\n" for record in bad]
-            if not is_remote(self._path) or time.monotonic() - self._written_at > _FLUSH_SECONDS:
+            # What is known before the first batch waits, for a resumed run has it in its file.
+            rarely = is_remote(self._path)
+            if rows and (not rarely or time.monotonic() - self._written_at > _FLUSH_SECONDS):
                 self.flush()
         total = self.kinds.total()
         if total > _AT_LEAST and total > self._max_share * self.seen:
@@ -122,12 +125,13 @@ class BadSamples:
             return
         rows, self._rows = "".join(self._rows), []
         self._written_at = time.monotonic()
+        more, self._file_is_ours = self._file_is_ours, True
         if is_remote(self._path):
-            before = self._path.read_text() if self._path.exists() else ""
+            before = self._path.read_text() if more and self._path.exists() else ""
             self._path.write_text(before + rows)
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.fspath(self._path), "a", encoding="utf-8") as f:
+        with open(os.fspath(self._path), "a" if more else "w", encoding="utf-8") as f:
             f.write(rows)
 
     def state(self) -> dict[str, Any]:
@@ -139,7 +143,7 @@ class BadSamples:
         mine = state.get(str(self.process_index), {"seen": 0, "kinds": {}})
         self.seen, self.kinds = int(mine["seen"]), collections.Counter(mine["kinds"])
         self.texts_cut = int(mine.get("texts_cut", 0))  # older runs did not count them
-        self._rows = []
+        self._rows, self._file_is_ours = [], True
         if self._path is None or not self._path.exists():
             return
         lines = self._path.read_text().splitlines(keepends=True)

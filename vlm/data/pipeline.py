@@ -97,9 +97,9 @@ class TrainIterator(grain.DatasetIterator):
         if not isinstance(step, int) or step < 0 or (length is not None and step > length):
             raise DataError(f"{state!r} is not the state of a data iterator of this run")
         self._order.restore(state)
+        self.bad.restore(state.get("bad", {}), step)
         self.close()
         self._step = step
-        self.bad.restore(state.get("bad", {}), step)
 
     def start_prefetch(self) -> None:
         """Begin to read ahead before the first batch is asked for, say while a step compiles."""

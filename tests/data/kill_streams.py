@@ -1,0 +1,131 @@
+"""Streamed runs, killed and resumed with other numbers of workers: the exact same samples?
+
+    python tests/data/kill_streams.py [--kills 3] [--seed 0] [--only mixture]
+
+Real processes of `vlm train` with data workers, killed by SIGKILL at steps at random; each goes on
+with another number of workers. The run that is left alone has none. Compared are the loss of every
+step, the weights bit for bit, the position in the last checkpoint and the bad samples by name: a
+sample more, less or elsewhere changes one of them. Exits with 1 unless all are equal.
+On a busy machine VLM_LIMIT=3600 gives each process more seconds than 400.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / "train"), str(TESTS), str(TESTS.parent)]
+
+import kinds  # noqa: E402
+from processes import (  # noqa: E402
+    environment,
+    last_step,
+    losses,
+    send_at,
+    start,
+    wait,
+    weights,
+    write_config,
+)
+
+from vlm.config import (  # noqa: E402
+    Experiment,
+    ModelConfig,
+    PreprocessConfig,
+    TextConfig,
+    VisionConfig,
+)
+
+STEPS = 300
+TOWER = {"width": 16, "depth": 1, "heads": 2, "mlp_dim": 16, "pool": "mean", "projection": "linear"}
+MODEL = ModelConfig(
+    vision=VisionConfig(image_size=8, patch_size=4, **TOWER),
+    text=TextConfig(vocab_size=300, context_length=12, pad_id=0, **TOWER),
+    embed_dim=16,
+)
+STREAMS = {  # to the source in which one image is broken
+    "tar, streamed": "",
+    "tar, filtered": "",
+    "parquet of bytes": "",
+    "mixture": "csv/007.jpg",
+}
+
+
+def experiment(kind: str, folder: Path) -> Experiment:
+    """A run on a kind of stream of `kinds`, written into `folder`."""
+    data = kinds.make(kind, folder / "data")
+    if broken := STREAMS[kind]:
+        (folder / "data" / broken).write_bytes(b"no image")
+    kinds.TOKENIZER.save(folder)
+    return Experiment(
+        name="stream",
+        model=MODEL,
+        preprocess=PreprocessConfig(image_size=8),
+        tokenizer=kinds.TOKENIZER.config,
+        tokenizer_file=str(folder / "tokenizer.json"),
+        data=dataclasses.replace(data, prefetch=2),
+        batch_size=8,
+        steps=STEPS,
+        log_every=1,
+        checkpoint_every=0.1,
+    )
+
+
+def left(run: Path) -> dict[str, Any]:
+    """What tells the samples of a run from others."""
+    bad = run / "bad-samples.jsonl"
+    position = run / "checkpoints" / str(STEPS) / "data" / "metadata"
+    return {
+        "losses": losses(run),
+        "weights": weights(run),
+        "position": json.loads(position.read_text()),
+        "bad samples": bad.read_text() if bad.exists() else "",
+    }
+
+
+def play(kind: str, folder: Path, kills: int, dice: random.Random) -> tuple[bool, str]:
+    """(whether a killed run has the samples of one left alone, what happened)."""
+    config, env = write_config(experiment(kind, folder), folder / "config.json"), environment()
+    whole, killed, log = folder / "whole", folder / "killed", folder / "log"
+    wait(start([config, "--run-dir", whole], env, log), log)
+    arguments, told, workers = [config, "--run-dir", killed], [], 2
+    for _ in range(kills):
+        process = start([*arguments, "--data.workers", workers], env, log)
+        send_at(signal.SIGKILL, last_step(killed) + dice.randrange(5, 60), killed, [process])
+        wait(process, log, -signal.SIGKILL)
+        told.append(f"{last_step(killed)} ({workers} workers)")
+        arguments = ["--resume", killed]
+        workers = dice.choice([n for n in range(5) if n != workers])
+    wait(start([*arguments, "--data.workers", workers], env, log), log)
+    ours, theirs = left(killed), left(whole)
+    differ = [name for name in theirs if ours[name] != theirs[name]]
+    bad = len(theirs["bad samples"].splitlines())
+    said = f"killed at steps {', '.join(told)}, ended with {workers}; {bad} bad samples: "
+    return not differ, said + (f"OTHER {', '.join(differ)}" if differ else "all equal")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", default=[], choices=list(STREAMS))
+    options = parser.parse_args()
+    failed = False
+    for kind in options.only or STREAMS:
+        began, dice = time.monotonic(), random.Random(f"{options.seed} {kind}")
+        with tempfile.TemporaryDirectory(prefix="vlm-streams-") as folder:
+            same, how = play(kind, Path(folder), options.kills, dice)
+        failed |= not same
+        print(f"{kind:18} {how} ({time.monotonic() - began:.0f} s)", flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
