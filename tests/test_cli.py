@@ -275,6 +275,20 @@ def test_embed_goes_on_where_it_was(do, run, data, tmp_path, monkeypatch):
     assert not (tmp_path / "z.npz.partial").exists()
 
 
+def test_embed_on_beam_writes_the_same_parts(capsys, run, data, tmp_path, monkeypatch):
+    pytest.importorskip("apache_beam", reason="needs the extra `beam`, which is not installed")
+    monkeypatch.setattr(embed_command, "PART", 2)
+    (tmp_path / "a.png").write_bytes(b"broken")
+    outs = tmp_path / "plain", tmp_path / "beam"
+    for out, options in zip(outs, [(), ("--beam", "runner=FnApiRunner")], strict=True):
+        paths = [*sorted(data.glob("test-*.png"))[:5], tmp_path / "a.png"]
+        assert main(["embed", str(run), *map(str, paths), str(out), *options]) == 1
+        assert "1 of 6 images could not be read" in capsys.readouterr().err
+    plain, beam = ({p.relative_to(o): p.read_bytes() for p in o.glob("*/*")} for o in outs)
+    assert len(plain) == 6
+    assert beam == plain
+
+
 def test_an_index_whose_model_has_moved(do, fail, run, data, tmp_path):
     do("index", run, data, tmp_path / "index", "--dtype", "float16")
     about = tmp_path / "index" / "model.json"

@@ -117,6 +117,7 @@ def prepare(
     label: str | None = None,
     keep: tuple[str, ...] = (),
     data_dir: str | None = None,
+    beam: tuple[str, ...] = (),
 ) -> None:
     """Write a data set as shards: resized, without duplicates, filtered, with checksums.
 
@@ -125,6 +126,7 @@ def prepare(
     Examples:
       vlm data prepare photos/ shards/ --short-side 512 --deduplicate
       vlm data prepare 'raw/{000..099}.tar' shards/ --keep 'aesthetic>=5' 'language=en,de'
+      vlm data prepare 'raw/{000..099}.tar' shards/ --beam runner=FlinkRunner flink_master=host:8081
 
     Args:
         source: as data.source of a config.
@@ -141,6 +143,8 @@ def prepare(
         label: a class label instead of captions.
         keep: conditions such as 'score>=0.3', 'score<=9' or 'language=en,de'.
         data_dir: where prepared data lies.
+        beam: options of Apache Beam (extra `beam`), as NAME=VALUE: its workers, who must all see
+            source and out, write the same shards. One that was stopped begins anew.
     """
     from vlm.cli.terminal import counter
     from vlm.config import DataConfig, PreprocessConfig
@@ -159,8 +163,13 @@ def prepare(
         data_dir=data_dir,
     )
     wanted = Preparation(format, examples, short_side, quality, deduplicate, min_side)
-    with counter("preparing") as report:
-        done = write(config, split, out, wanted, Preprocess(PreprocessConfig()), report=report)
+    if beam:
+        from vlm.data.beam import prepare as write_on_beam
+
+        done = write_on_beam(config, split, out, wanted, beam)
+    else:
+        with counter("preparing") as report:
+            done = write(config, split, out, wanted, Preprocess(PreprocessConfig()), report=report)
     left = ", ".join(f"{count:,} {kind}" for kind, count in done["left_out"].items())
     print(
         f"{done['examples']:,} examples in {done['shards']:,} shards in {out} "

@@ -1,11 +1,12 @@
 """`vlm embed`: images to embeddings in a file, or a folder, that any program reads."""
 
+import functools
 import hashlib
 import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,7 @@ def embed(
     images_and_out: Annotated[tuple[str, ...], arg(metavar="IMAGES... OUT")],
     /,
     batch_size: int | None = None,
+    beam: tuple[str, ...] = (),
 ) -> None:
     """Write the embeddings of images to a file: float32 rows of unit norm, and an id for each.
 
@@ -45,12 +47,15 @@ def embed(
       vlm embed runs/openmoji photos/ photos.npz
       vlm embed runs/openmoji a.png "more/*.jpg" out.safetensors
       vlm embed runs/openmoji photos/ photo-embeddings/
+      vlm embed runs/openmoji photos/ out/ --beam runner=FlinkRunner flink_master=host:8081
 
     Args:
         model: a run folder, a bundle, or a public checkpoint.
         images_and_out: files, folders (searched whole) and globs; and last a file that ends in .npz
             or .safetensors, which is written whole or not at all, or a folder.
         batch_size: images encoded at once; None leaves it to the model.
+        beam: options of Apache Beam (extra `beam`), as NAME=VALUE: its workers, who must all see
+            model, images and OUT, encode parts of the images, each as this command would.
     """
     *images, out = images_and_out or ("",)
     if not images:
@@ -62,6 +67,11 @@ def embed(
             f"the last argument, {out!r}, is where embeddings go, and something else is there: "
             f"name a new folder, or a file that ends in {' or '.join(SUFFIXES)}"
         )
+    made_elsewhere = None
+    if beam:
+        from vlm.data.beam import pipeline
+
+        made_elsewhere = functools.partial(_embed_on, pipeline(beam), model, images, batch_size)
     runtime.prepare_inference()
     from vlm.bundle import load
     from vlm.cli.images import Unreadable, find_images
@@ -70,7 +80,7 @@ def embed(
     paths = find_images(images)
     bundle = load(model)
     unreadable = Unreadable(len(paths))
-    kept = embed_parts(bundle, paths, parts, batch_size, unreadable)
+    kept = embed_parts(bundle, paths, parts, batch_size, unreadable, made_elsewhere)
     if kept and as_file:
         _join(parts, out, kept, bundle.embed_dim)
     if as_file:
@@ -81,17 +91,24 @@ def embed(
 
 
 def embed_parts(
-    bundle: Any, paths: list[Any], folder: Path, batch_size: int | None, unreadable: Any
+    bundle: Any,
+    paths: list[Any],
+    folder: Path,
+    batch_size: int | None,
+    unreadable: Any,
+    made_elsewhere: Callable[[Path, str, list[int]], None] | None = None,
 ) -> int:
     """Embed images into a folder of parts, those left out that are there; how many could be read.
+
+    `made_elsewhere` is given the folder, what identifies the images and the numbers of the parts
+    that lack, and makes some of them first.
 
     Raises:
         DataError: the folder holds parts of other images or another model.
     """
     from vlm.cli.terminal import progress
-    from vlm.heads.exchange import PATH, write_partition
 
-    listed = hashlib.sha256("\n".join(map(_id, paths)).encode()).hexdigest()
+    listed = _listed(paths)
     plan = {"model": bundle.fingerprint or bundle.name, "images": listed, "part": PART}
     there = _plan(folder)
     if there and there != plan:
@@ -102,6 +119,9 @@ def embed_parts(
     os.makedirs(folder, exist_ok=True)
     try:
         (folder / PLAN).write_text(json.dumps(plan), encoding="utf-8")
+        if made_elsewhere is not None:
+            numbers = range(-(-len(paths) // PART))
+            made_elsewhere(folder, listed, [n for n in numbers if _ids(folder, n) is None])
         kept, shown = 0, progress(paths, "encoding", len(paths))
         for number, start in enumerate(range(0, len(paths), PART)):
             part = paths[start : start + PART]
@@ -112,15 +132,95 @@ def embed_parts(
                     next(shown)
             else:
                 stream = (next(shown) for _ in part)
-                z = bundle.encode_image(stream, batch_size, on_error=unreadable.among(part))
-                done = [_id(path) for path in unreadable.others(part)]
-                write_partition(folder, number, z, {PATH: done})
+                done = _embed_part(bundle, part, stream, folder, number, batch_size, unreadable)
             kept += len(done)
         return kept
     except BaseException:
         if not any(folder.glob("metadata/*.parquet")):  # nothing to go on from
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _embed_part(
+    bundle: Any,
+    part: list[Any],
+    stream: Iterable[Any],
+    folder: Path,
+    number: int,
+    batch_size: int | None,
+    unreadable: Any,
+) -> list[str]:
+    """Write one part, whose images come by `stream`; the ids of those that could be read."""
+    from vlm.heads.exchange import PATH, write_partition
+
+    z = bundle.encode_image(stream, batch_size, on_error=unreadable.among(part))
+    done = [_id(path) for path in unreadable.others(part)]
+    write_partition(folder, number, z, {PATH: done})
+    return done
+
+
+def _embed_on(
+    pipeline: Any,
+    model: str,
+    images: list[str],
+    batch_size: int | None,
+    folder: Path,
+    listed: str,
+    numbers: list[int],
+) -> None:
+    """Write parts by a Beam pipeline; an image that cannot be read is missing in its part."""
+    import apache_beam as beam
+
+    from vlm.data.beam import running
+
+    size = PART
+    with running(pipeline):
+        _ = (
+            pipeline
+            | beam.Create(numbers)
+            | beam.Reshuffle()
+            | beam.Map(
+                lambda n: _embed_number(n, size, model, tuple(images), listed, folder, batch_size)
+            )
+        )
+
+
+def _embed_number(
+    number: int,
+    size: int,
+    model: str,
+    images: tuple[str, ...],
+    listed: str,
+    folder: Path,
+    batch_size: int | None,
+) -> None:
+    """Write part `number`, of `size` images, in a worker."""
+    from vlm.cli.images import Unreadable
+
+    bundle, paths = _opened(model, images, listed)
+    part = paths[number * size :][:size]
+    _embed_part(bundle, part, part, folder, number, batch_size, Unreadable(len(paths)))
+
+
+@functools.lru_cache(1)
+def _opened(model: str, images: tuple[str, ...], listed: str) -> tuple[Any, list[Any]]:
+    """The model and the images, once in each worker."""
+    runtime.prepare_inference()
+    from vlm.bundle import load
+    from vlm.cli.images import find_images
+
+    paths = find_images(images)
+    if _listed(paths) != listed:
+        raise DataError(
+            f"a worker finds other images in {' '.join(images)} than the command does: name a "
+            "place that all machines see alike, and change nothing in it meanwhile"
+        )
+    return load(model), paths
+
+
+def _listed(paths: list[Any]) -> str:
+    """What identifies a list of images."""
+    return hashlib.sha256("\n".join(map(_id, paths)).encode()).hexdigest()
 
 
 def _id(path: Any) -> str:

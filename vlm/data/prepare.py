@@ -78,19 +78,8 @@ def prepare(
         DataError: the source cannot be opened, or `out` holds something else.
         ConfigError: sizes that cannot be.
     """
-    if wanted.examples < 1 or not 1 <= wanted.quality <= 100:
-        raise ConfigError(
-            f"a shard of {wanted.examples} examples of quality {wanted.quality} cannot be: give at "
-            "least 1 example, and a quality of 1 to 100"
-        )
-    folder = as_path(out)
-    if is_remote(folder):
-        raise DataError(f"{folder} is in a bucket: prepare into a local folder and copy it there")
     source = InOrder(config, split)
-    about = {"source": config.source, "split": split, **asdict(wanted)}
-    about |= {"captions": config.captions, "label": config.label, "keep": config.keep}
-    about = json.loads(json.dumps(about, default=asdict))
-    done = _begun(folder, about)
+    folder, done = begin(config, split, out, wanted)
     place = done[-1]["next"] if done else None
     seen = {mark for line in done for mark in _marks(folder, line["shard"])}
     read = done[-1]["read"] if done else 0
@@ -107,14 +96,37 @@ def prepare(
                 seen.add(example.mark)
                 kept.append(example)
             if len(kept) == wanted.examples:
-                done.append(_write(folder, split, kept, wanted, len(done), left_out, read, place))
+                done.append(write(folder, split, kept, wanted, len(done), left_out, read, place))
+                keep_lines(folder, done[-1:])
                 kept, left_out = [], collections.Counter()
             if read % 256 == 0:
                 report(read, source.count)
     if kept or left_out:
-        done.append(_write(folder, split, kept, wanted, len(done), left_out, read, place))
+        done.append(write(folder, split, kept, wanted, len(done), left_out, read, place))
+        keep_lines(folder, done[-1:])
     report(read, source.count)
-    return _totals(done)
+    return totals(done)
+
+
+def begin(
+    config: DataConfig, split: str, out: epath.PathLike, wanted: Preparation
+) -> tuple[epath.Path, list[dict[str, Any]]]:
+    """The folder of the shards, and the lines of those that an earlier run finished.
+
+    Raises:
+        DataError, ConfigError: as `prepare`.
+    """
+    if wanted.examples < 1 or not 1 <= wanted.quality <= 100:
+        raise ConfigError(
+            f"a shard of {wanted.examples} examples of quality {wanted.quality} cannot be: give at "
+            "least 1 example, and a quality of 1 to 100"
+        )
+    folder = as_path(out)
+    if is_remote(folder):
+        raise DataError(f"{folder} is in a bucket: prepare into a local folder and copy it there")
+    about = {"source": config.source, "split": split, **asdict(wanted)}
+    about |= {"captions": config.captions, "label": config.label, "keep": config.keep}
+    return folder, _begun(folder, json.loads(json.dumps(about, default=asdict)))
 
 
 def check(folder: epath.PathLike) -> int:
@@ -124,7 +136,7 @@ def check(folder: epath.PathLike) -> int:
         DataError: one is missing or differs.
     """
     folder = as_path(folder)
-    lines = _lines(folder)
+    lines = finished(folder)
     for line in lines:
         if not line["file"]:
             continue
@@ -142,13 +154,14 @@ def _in_parallel(
     preprocess: Preprocess,
 ) -> Iterator[tuple[Kept | BadSample, list[int]]]:
     while some := list(itertools.islice(reads, _AT_ONCE)):
-        made = pool.map(lambda read: _make(read.example, config, wanted, preprocess), some)
+        made = pool.map(lambda read: make(read.example, config, wanted, preprocess), some)
         yield from zip(made, (read.after for read in some), strict=True)
 
 
-def _make(
+def make(
     example: Example | BadSample, config: DataConfig, wanted: Preparation, preprocess: Preprocess
 ) -> Kept | BadSample:
+    """An example as it is written, or why it is left out."""
     if isinstance(example, BadSample):
         return example
     if not passes(example, config.keep):
@@ -183,7 +196,7 @@ def _suffix(data: bytes) -> str:
         return {"JPEG": "jpg", "TIFF": "tif"}.get(image.format or "", (image.format or "").lower())
 
 
-def _write(
+def write(
     folder: epath.Path,
     split: str,
     kept: list[Kept],
@@ -192,23 +205,28 @@ def _write(
     left_out: collections.Counter,
     read: int,
     place: list[int] | None,
+    unfinished: str = ".part",
 ) -> dict[str, Any]:
+    """Write shard `number`, if there is anything to write, and give its line of the manifest."""
     name = f"{split}-{number:05d}.{'tar' if wanted.form == 'tar' else 'array_record'}"
     line: dict[str, Any] = {"shard": number, "file": name if kept else None}
     if kept:
-        part = folder / f"{name}.part"
+        part = folder / f"{name}{unfinished}"
         (_write_tar if wanted.form == "tar" else _write_records)(part, kept, number)
         line |= {"bytes": part.stat().length, "sha256": _sha256(part)}
         os.replace(part, folder / name)
         marks = folder / _HASHES
         marks.mkdir(exist_ok=True)
         (marks / f"{number:05d}").write_bytes(b"".join(k.mark for k in kept))
-    line |= {"examples": len(kept), "left_out": dict(left_out), "read": read, "next": place}
+    return line | {"examples": len(kept), "left_out": dict(left_out), "read": read, "next": place}
+
+
+def keep_lines(folder: epath.Path, lines: list[dict[str, Any]]) -> None:
+    """Append lines to the manifest: from now on their shards count as written."""
     with open(folder / MANIFEST, "a", encoding="utf-8") as f:
-        f.write(json.dumps(line) + "\n")
+        f.writelines(json.dumps(line) + "\n" for line in lines)
         f.flush()
         os.fsync(f.fileno())
-    return line
 
 
 def _write_tar(path: epath.Path, kept: list[Kept], number: int) -> None:
@@ -240,7 +258,7 @@ def _begun(folder: epath.Path, about: dict[str, Any]) -> list[dict[str, Any]]:
                 f"{folder} was begun with other settings ({note} has them): name another folder, "
                 "or give those"
             )
-        return _lines(folder)
+        return finished(folder)
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder} is not empty: name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -248,7 +266,8 @@ def _begun(folder: epath.Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     return []
 
 
-def _lines(folder: epath.Path) -> list[dict[str, Any]]:
+def finished(folder: epath.Path) -> list[dict[str, Any]]:
+    """The lines of the manifest: of the shards that are whole."""
     path, lines = folder / MANIFEST, []
     if not path.exists():
         return []
@@ -276,7 +295,8 @@ def _sha256(path: epath.Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _totals(lines: list[dict[str, Any]]) -> dict[str, Any]:
+def totals(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Shards, examples, bytes, and what was left out by kind, of all lines."""
     left_out: collections.Counter[str] = collections.Counter()
     for line in lines:
         left_out.update(line["left_out"])

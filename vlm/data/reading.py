@@ -40,11 +40,20 @@ class InOrder:
             self.credits = getattr(self._source, "credits", "")
             self.said = f"{self.count:,} examples"
 
-    def read(self, place: list[int] | None = None) -> Iterator[Read]:
-        """The examples from `place` on, by default all."""
+    def ranges(self, examples: int) -> Iterator[tuple[list[int], int]]:
+        """What `read` takes to read the split in parts: of so many examples, or a shard each."""
         if self._shards is None:
-            (first,) = place or [0]
-            for index in range(first, self.count or 0):
+            for first in range(0, self.count or 0, examples):
+                yield [first], first + examples
+        else:
+            for shard in range(len(self._shards)):
+                yield [shard, 0, 0], shard + 1
+
+    def read(self, place: list[int] | None = None, end: int | None = None) -> Iterator[Read]:
+        """The examples from `place` on, by default all; up to the example or shard `end`."""
+        if self._shards is None:
+            (first,), last = place or [0], self.count or 0
+            for index in range(first, last if end is None else min(end, last)):
                 try:
                     example: Example | BadSample = self._source[index]
                 except BadSample as fault:
@@ -52,7 +61,7 @@ class InOrder:
                 yield Read(example, [index + 1])
             return
         shard, offset, number = place or [0, 0, 0]
-        for now in range(shard, len(self._shards)):
+        for now in range(shard, len(self._shards) if end is None else end):
             name = self._shards[now]
             try:
                 for record in self._format.read(name, offset, number, CHUNK):

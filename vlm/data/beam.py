@@ -1,0 +1,222 @@
+"""`vlm data prepare` on Apache Beam: on many machines, and the same shards, byte for byte.
+
+Workers open the source by its config and take ranges of it. What they make of an example travels in
+chunks, numbered as the source has them. Duplicates are found by key. With the number of examples
+in each chunk, every example knows its place in the order, and so its shard, whatever worker has it.
+"""
+
+import contextlib
+import functools
+import io
+import itertools
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+from vlm.config import DataConfig, PreprocessConfig
+from vlm.data import prepare as plain
+from vlm.data.faults import BadSample
+from vlm.data.prepare import Kept, Preparation
+from vlm.data.reading import InOrder
+from vlm.errors import ConfigError, DataError
+from vlm.inputs.preprocess import Preprocess
+
+CHUNK = 256  # examples that travel together
+
+Place = tuple[int, int]  # of a chunk: range of the source, number in it
+Item = tuple[Kept | BadSample, list[int]]  # what an example became, and where the next one begins
+
+
+def pipeline(options: Sequence[str]) -> Any:
+    """A Beam pipeline with options such as `runner=DirectRunner`.
+
+    Raises:
+        ConfigError: Beam is not installed, or does not know the options.
+    """
+    try:
+        import apache_beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError:
+        raise ConfigError("Apache Beam is not installed: run pip install 'vlm-jax[beam]'") from None
+    if wrong := [option for option in options if "=" not in option]:
+        raise ConfigError(f"--beam {wrong[0]} is no option of Beam: write NAME=VALUE")
+    said = io.StringIO()  # by argparse: all options that there are, and then what is wrong
+    try:
+        with contextlib.redirect_stderr(said):
+            given = PipelineOptions([f"--{option}" for option in options])
+            given.get_all_options()  # which reads their values; else they are read at the end
+            return apache_beam.Pipeline(options=given)
+    except (ValueError, SystemExit) as error:
+        why = said.getvalue() or str(error)
+        raise ConfigError(
+            f"Beam refuses --beam {' '.join(options)} ({why.strip().splitlines()[-1]})"
+        ) from None
+
+
+@contextlib.contextmanager
+def running(pipeline: Any) -> Iterator[None]:
+    """Build the pipeline in here; it runs at the end.
+
+    Raises:
+        DataError: a worker has failed.
+    """
+    try:
+        with pipeline:
+            yield
+    except RuntimeError as error:  # with the traceback of the worker as its message
+        last = str(error).strip().splitlines()[-1]
+        raise DataError(f"a worker of the Beam pipeline failed ({last[:500]})") from error
+
+
+def prepare(
+    config: DataConfig,
+    split: str,
+    out: epath.PathLike,
+    wanted: Preparation,
+    options: Sequence[str],
+) -> dict[str, Any]:
+    """As `vlm.data.prepare.prepare`, by a Beam pipeline; all workers must see the folder `out`.
+
+    The manifest is written when all shards are: a pipeline that was stopped begins anew.
+
+    Raises:
+        DataError: the source cannot be opened, `out` holds something else, or shards already, or a
+            worker has failed.
+        ConfigError: sizes that cannot be, or options that Beam does not take.
+    """
+    made = pipeline(options)
+    import apache_beam as beam
+
+    InOrder(config, split)  # what is wrong with it is said here and not by a worker
+    folder, done = plain.begin(config, split, out, wanted)
+    if done:
+        raise DataError(f"{folder} has shards already: go on without --beam, or name a new folder")
+    with running(made):
+        chunks = (
+            made
+            | "split" >> beam.Create([0])
+            | "ranges" >> beam.FlatMap(lambda _: _source(config, split).ranges(CHUNK))
+            | "to all workers" >> beam.Reshuffle()
+            | "make" >> beam.FlatMap(lambda part: _chunks(part, config, split, wanted))
+        )
+        if wanted.deduplicate:
+            repeated = (
+                chunks
+                | "marks" >> beam.FlatMap(_marks)
+                | "by mark" >> beam.GroupByKey()
+                | "all but the first" >> beam.FlatMap(_repeated)
+            )
+            chunks = (
+                {"items": chunks, "repeated": repeated}
+                | "by chunk" >> beam.CoGroupByKey()
+                | "without duplicates" >> beam.Map(_without_duplicates)
+            )
+        starts = (
+            chunks
+            | "count" >> beam.Map(_counts)
+            | "all counts" >> beam.combiners.ToList()
+            | "add up" >> beam.Map(_starts)
+        )
+        _ = (
+            chunks
+            | "place"
+            >> beam.FlatMap(
+                lambda chunk, starts: _placed(chunk, starts, wanted.examples),
+                beam.pvalue.AsSingleton(starts),
+            )
+            | "by shard" >> beam.GroupByKey()
+            | "write" >> beam.Map(lambda shard: _write(shard, folder, split, wanted))
+            | "all lines" >> beam.combiners.ToList()
+            | "manifest"
+            >> beam.Map(
+                lambda lines: plain.keep_lines(folder, sorted(lines, key=lambda x: x["shard"]))
+            )
+        )
+    return plain.totals(plain.finished(folder))
+
+
+@functools.lru_cache(1)
+def _source(config: DataConfig, split: str) -> InOrder:
+    """Opened once in each worker."""
+    return InOrder(config, split)
+
+
+def _chunks(
+    part: tuple[list[int], int], config: DataConfig, split: str, wanted: Preparation
+) -> Iterator[tuple[Place, list[Item]]]:
+    """What a range of the source becomes, in chunks."""
+    place, end = part
+    preprocess = Preprocess(PreprocessConfig())
+    reads = _source(config, split).read(place, end)
+    for number in itertools.count():
+        some = list(itertools.islice(reads, CHUNK))
+        if not some:
+            return
+        items = [(plain.make(r.example, config, wanted, preprocess), r.after) for r in some]
+        yield (place[0], number), items
+
+
+def _marks(chunk: tuple[Place, list[Item]]) -> Iterator[tuple[bytes, tuple[Place, int]]]:
+    """Where each image is, by what marks duplicates."""
+    place, items = chunk
+    for row, (made, _) in enumerate(items):
+        if isinstance(made, Kept):
+            yield made.mark, (place, row)
+
+
+def _repeated(found: tuple[bytes, Any]) -> Iterator[tuple[Place, int]]:
+    """All but the first of the places where one image is."""
+    places = sorted(found[1])
+    yield from places[1:]
+
+
+def _without_duplicates(joined: tuple[Place, dict[str, Any]]) -> tuple[Place, list[Item]]:
+    place, parts = joined
+    (items,), repeated = parts["items"], set(parts["repeated"])
+    duplicate = BadSample("duplicate", "", "it looks like one before it")
+    return place, [
+        (duplicate if row in repeated else made, after) for row, (made, after) in enumerate(items)
+    ]
+
+
+def _counts(chunk: tuple[Place, list[Item]]) -> tuple[Place, int, int]:
+    """How many examples a chunk has, and how many of them are written."""
+    place, items = chunk
+    return place, len(items), sum(isinstance(made, Kept) for made, _ in items)
+
+
+def _starts(counts: list[tuple[Place, int, int]]) -> dict[Place, tuple[int, int]]:
+    """How many were read, and how many are written, before each chunk."""
+    starts, read, kept = {}, 0, 0
+    for place, more_read, more_kept in sorted(counts):
+        starts[place] = read, kept
+        read, kept = read + more_read, kept + more_kept
+    return starts
+
+
+def _placed(
+    chunk: tuple[Place, list[Item]], starts: dict[Place, tuple[int, int]], examples: int
+) -> Iterator[tuple[int, tuple[int, Item]]]:
+    """Each example with its shard and its number; what is left out counts to the shard it is met
+    on the way to."""
+    place, items = chunk
+    read, kept = starts[place]
+    for item in items:
+        read += 1
+        yield kept // examples, (read, item)
+        kept += isinstance(item[0], Kept)
+
+
+def _write(
+    shard: tuple[int, Any], folder: epath.Path, split: str, wanted: Preparation
+) -> dict[str, Any]:
+    number, found = shard
+    rows = sorted(found, key=lambda row: row[0])
+    kept = [made for _, (made, _) in rows if isinstance(made, Kept)]
+    left_out = Counter(made.kind for _, (made, _) in rows if isinstance(made, BadSample))
+    read, (_, after) = rows[-1]
+    unfinished = f".{uuid.uuid4().hex}.part"  # a runner may start one shard twice
+    return plain.write(folder, split, kept, wanted, number, left_out, read, after, unfinished)
