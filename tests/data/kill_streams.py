@@ -98,7 +98,8 @@ def play(kind: str, folder: Path, kills: int, dice: random.Random) -> tuple[bool
     arguments, told, workers = [config, "--run-dir", killed], [], 2
     for _ in range(kills):
         process = start([*arguments, "--data.workers", workers], env, log)
-        send_at(signal.SIGKILL, last_step(killed) + dice.randrange(5, 60), killed, [process])
+        steps = dice.randrange(2, STEPS // (kills + 1))
+        send_at(signal.SIGKILL, last_step(killed) + steps, killed, [process])
         wait(process, log, -signal.SIGKILL)
         told.append(f"{last_step(killed)} ({workers} workers)")
         arguments = ["--resume", killed]
