@@ -165,6 +165,7 @@ def test_pictures_that_cannot_be_read_are_told_and_left_out(model, paint, tmp_pa
     assert [index.search(paint(c), k=1)[0].id for c in left] == left
 
 
+@pytest.mark.untyped
 def test_ids_of_every_form(model):
     index = RetrievalIndex(model)
     index.add(["a", "b", "c", "d"], ids=[Path("x"), np.int64(7), "y", -1])
