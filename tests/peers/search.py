@@ -53,6 +53,10 @@ def main():
     peer = faiss.IndexFlatIP(z.shape[1])
     peer.add(z)
     truth = index.search(queries, k=10)
+    for _ in index._items.blocks:  # each search gives one of them its bounds
+        index.search(queries[:1], k=10)
+    bounds = sum(block.bounds is not None for block in index._items.blocks)
+    print(f"{bounds} of {len(index._items.blocks)} blocks have bounds")
     same = np.mean(
         [
             [hit.id for hit in hits] == row.tolist()

@@ -9,11 +9,12 @@ from typing import Any, Literal
 import numpy as np
 
 from vlm.errors import CheckpointError, ConfigError
-from vlm.heads import index_folder
+from vlm.heads import bounded, index_folder
 from vlm.heads.codes import CANDIDATES, Codes, Coding, encode
 from vlm.heads.metadata import Value
 
 SMALL = 8192  # rows: blocks that are smaller together are joined
+LARGE = 1 << 16  # rows of an index that gets bounds: a smaller one is searched in no time
 MOST_REMOVED, MOST_SHARDS = 0.25, 64  # beyond these a save writes everything anew
 
 Id = str | int
@@ -27,6 +28,7 @@ class Block:
     rows: np.ndarray
     codes: Codes | None
     name: str | None = None
+    bounds: bounded.Bounds | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -65,6 +67,21 @@ class Items:
     @property
     def codes(self) -> list[Codes]:
         return [block.codes for block in self.blocks if block.codes is not None]
+
+    def bounds(self) -> list[bounded.Bounds | None]:
+        """What rules out most rows of each block; with each call one block more has it.
+
+        Encoding takes as long as some fifteen searches for one query, hence not all at once. A
+        block that is mapped from its folder gets none: it was saved so as not to be in memory.
+        """
+        if self.coding is None and len(self.ids) >= LARGE:
+            for block in self.blocks:
+                mapped = isinstance(block.rows, np.memmap)
+                if block.bounds is None and not mapped and len(block) >= bounded.LEAST_ROWS:
+                    if bounded.pays():
+                        block.bounds = bounded.Bounds(block.rows)
+                    break
+        return [block.bounds for block in self.blocks]
 
     def position(self, id: Id) -> int:
         """Where an id lies.

@@ -41,6 +41,8 @@ class RetrievalIndex:
     """Finds the images or texts nearest to a text, an image or an embedding, exactly.
 
     A `str` is always a text; a picture is a `pathlib.Path`, a PIL image or an array of pixels.
+    Large blocks in memory get codes of a quarter of their size (half for float16) as they are
+    searched, which rule out most rows at once; those of a saved index are mapped and get none.
 
     Args:
         model: what `vlm.load` gives.
@@ -380,7 +382,8 @@ class RetrievalIndex:
             return self._searcher.search(z, k, allowed, least)
         rows = self._items.rows
         if self.coding is None:
-            return top_k(z, rows, k, allowed=allowed, min_score=least)
+            bounds = self._items.bounds()
+            return top_k(z, rows, k, allowed=allowed, min_score=least, bounds=bounds)
         count = max(LEAST, CANDIDATES[self.coding] * k)
         codes, centre = self._items.codes, self._items.centre
         assert centre is not None
@@ -444,7 +447,8 @@ class RetrievalIndex:
 
     def __repr__(self) -> str:
         held = self._items.rows if self.coding is None else self._items.codes
-        size = sum(part.nbytes for part in held) / 2**20
+        bounds = [block.bounds for block in self._items.blocks if block.bounds is not None]
+        size = sum(part.nbytes for part in [*held, *bounds]) / 2**20
         width = f" x {self.embed_dim}" if self.embed_dim else ""
         kept = self.dtype if self.coding is None else f"{self.dtype}, {self.coding} codes"
         return f"RetrievalIndex({self.model.name}, {len(self):,}{width} {kept}, {size:.1f} MiB)"

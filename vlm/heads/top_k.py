@@ -6,10 +6,14 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Bool, Float
 
+from vlm.heads import bounded
+from vlm.heads.bounded import Bounder, Bounds
+
 PRODUCT_BYTES = 16 << 20  # of scores held at once; rows in float32 are read where they lie
 WIDENED_BYTES = 1 << 20  # of rows widened to float32 at once, for each query, up to 32 of them
 FIRST_ROWS = 1 << 14  # few at first: from then on most rows fall below the k-th best so far
 SPARSE = 0.1  # below this share of allowed rows only those are multiplied
+SMALL_PRODUCT = 1 << 20  # multiplications, beyond which OpenBLAS has one way to add them up
 
 
 def top_k(
@@ -20,6 +24,7 @@ def top_k(
     allowed: Bool[np.ndarray, " n"] | None = None,
     min_score: float = -np.inf,
     scales: Iterable[np.ndarray | None] | None = None,
+    bounds: Iterable[Bounds | None] | None = None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Positions and scores of the k largest products per query, over rows given in blocks.
 
@@ -33,32 +38,39 @@ def top_k(
         allowed: the rows that may be answers; all by default.
         min_score: the least score of an answer.
         scales: for each block, what its rows' products are multiplied by, if anything.
+        bounds: for each block, codes that rule out most of its rows, if it has them; then `scales`
+            is not given. They change the time, and no answer.
     """
     count = len(z_query)
     best_at = [np.zeros(0, np.int64)] * count
     best = [np.zeros(0, np.float32)] * count
     # What a new row must exceed to enter.
     floor = np.full(count, np.nextafter(np.float32(min_score), np.float32(-np.inf)), np.float32)
-    scale_of = iter(scales) if scales is not None else None
+    scale_of = iter(scales) if scales is not None else itertools.repeat(None)
+    bounds_of = iter(bounds) if bounds is not None else itertools.repeat(None)
+    ruling = _Ruling(z_query)
     start = 0
     for block in blocks:
-        factors = next(scale_of) if scale_of is not None else None
-        step = _tile_rows(block, count)
-        ends = range(min(FIRST_ROWS, step) if start == 0 else step, len(block) + step, step)
-        for offset, end in itertools.pairwise((0, *ends)):
+        factors, bound = next(scale_of), next(bounds_of)
+        step = _tile_rows(block, count) if bound is None else bounded.TILE
+        first = min(FIRST_ROWS, step) if start == 0 and bound is None else step
+        for offset, end in itertools.pairwise((0, *range(first, len(block) + step, step))):
             rows = slice(offset, end)
             if not len(block[rows]):
                 break
             here = None if allowed is None else allowed[start + offset :][: len(block[rows])]
             if here is not None and not here.any():
                 continue
+            if bound is not None:
+                here = ruling.left(bound, offset // step, floor, here, len(block[rows]))
+                if here is not None and not here.any():
+                    continue
             picked = None
             if here is not None and here.mean() < SPARSE:
                 picked = np.flatnonzero(here)
-                tile = np.asarray(block[rows][picked], np.float32)
+                products = _products_of(z_query, block[rows], picked)
             else:
-                tile = np.asarray(block[rows], np.float32)
-            products = z_query @ tile.T
+                products = z_query @ np.asarray(block[rows], np.float32).T
             if factors is not None:
                 products *= factors[rows] if picked is None else factors[rows][picked]
             if here is not None and picked is None:
@@ -77,6 +89,43 @@ def top_k(
                     floor[q] = best[q][-1]
         start += len(block)
     return best_at, best
+
+
+class _Ruling:
+    """Rules out rows by their bounds, and rests for ever longer where that leaves too many."""
+
+    def __init__(self, z_query: np.ndarray):
+        self._z, self._bounder = z_query, None
+        self._rest = self._next_rest = 0
+
+    def left(
+        self, bounds: Bounds, tile: int, floor: np.ndarray, allowed: np.ndarray | None, rows: int
+    ) -> np.ndarray | None:
+        """Which of the allowed rows of a tile are to be multiplied; `allowed` if it rests."""
+        if allowed is not None and allowed.mean() < SPARSE:
+            return allowed
+        if self._rest or not np.isfinite(floor).all():
+            self._rest = max(0, self._rest - 1)
+            return allowed
+        self._bounder = self._bounder or Bounder(self._z)
+        reaching = self._bounder.reaching(bounds, tile, floor)[:rows]
+        if reaching.mean() >= SPARSE:
+            self._next_rest = 2 * self._next_rest + 1
+            self._rest = self._next_rest
+            return allowed
+        self._next_rest = 0
+        return reaching if allowed is None else reaching & allowed
+
+
+def _products_of(z_query: np.ndarray, rows: np.ndarray, picked: np.ndarray) -> np.ndarray:
+    """The products with some of the rows, to the last bit as if they were all multiplied.
+
+    OpenBLAS adds up in another order where matrices are small or a multiple of few rows is left.
+    """
+    least = 1 if len(z_query) == 1 else SMALL_PRODUCT // (len(z_query) * rows.shape[1])
+    count = max(len(picked), min(least, len(rows)))
+    padded = np.resize(picked, -(-count // 64) * 64)
+    return (z_query @ np.asarray(rows[padded], np.float32).T)[:, : len(picked)]
 
 
 def _tile_rows(block: np.ndarray, queries: int) -> int:

@@ -1,0 +1,151 @@
+"""Upper bounds of scores from int8 codes: an exact search need not read the rows they rule out.
+
+A row r is kept as a centre m, shared by its block, plus a scale s times whole numbers c of a byte,
+and the length of what is left, e = r - m - s c. A query q has such codes too: q = t b + f. So
+
+    q . r  =  q . m  +  t s (b . c)  +  f . s c  +  q . e
+          <=  q . m  +  t s (b . c)  +  |f| |s c|  +  |q| |e|       (Cauchy and Schwarz)
+
+where b . c is exact in int32, and reads a quarter of the bytes of float32. A row whose bound does
+not exceed the k-th best score so far cannot be an answer; the few others are multiplied in float32.
+Nothing is lost: an allowance for the rounding of those products is part of the bound.
+"""
+
+import functools
+import time
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+TILE = 1 << 15  # rows bounded in one call; the last ones of a block are padded to a power of two
+LEAST_ROWS = 1 << 13  # of a block that is worth it
+LEAST_QUERIES = 16  # multiplied in one call: fewer take as long
+ENCODED = 1 << 8  # rows encoded at once, within a core's own cache
+
+
+class Bounds:
+    """Codes of a block of rows and what they leave out: about a quarter of the rows' memory.
+
+    Args:
+        rows: (n, d) finite embeddings, float32 or narrower.
+    """
+
+    def __init__(self, rows: Float[np.ndarray, "n d"]):
+        self.centre = np.asarray(rows[:TILE], np.float32).mean(axis=0)
+        self.longest_code = self.longest_error = 0.0  # lengths |s c| and |e|
+        self.tiles = []
+        for start in range(0, len(rows), TILE):
+            codes, scale, error, length = _encode(rows[start : start + TILE], self.centre)
+            self.longest_code = max(self.longest_code, float(length.max()))
+            self.longest_error = max(self.longest_error, float(error.max()))
+            padding = min(TILE, 1 << (len(codes) - 1).bit_length()) - len(codes)
+            padded = [np.pad(part, [(0, padding)]) for part in (scale, error)]
+            self.tiles.append(_on_host(np.pad(codes, [(0, padding), (0, 0)]), *padded))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for tile in self.tiles for part in tile)
+
+
+class Bounder:
+    """Says which rows can have a score above a floor, for a batch of queries.
+
+    Args:
+        z_query: the queries, of any length.
+    """
+
+    def __init__(self, z_query: Float[np.ndarray, "q d"]):
+        self._z = z_query
+        self._length = np.linalg.norm(z_query, axis=1)
+        self._step = np.maximum(np.abs(z_query).max(axis=1) / 127, 1e-30).astype(np.float32)
+        codes = np.rint(z_query / self._step[:, None])
+        self._lost = np.linalg.norm(z_query - codes * self._step[:, None], axis=1)
+        self._padding = max(LEAST_QUERIES, 1 << (len(codes) - 1).bit_length()) - len(codes)
+        codes = np.pad(codes.astype(np.int8), ((0, self._padding), (0, 0)))
+        (self._codes,) = _on_host(np.ascontiguousarray(codes.T))
+
+    def reaching(
+        self, bounds: Bounds, tile: int, floor: Float[np.ndarray, " q"]
+    ) -> Bool[np.ndarray, " n"]:
+        """Which rows of a tile may have a product above the floor of any query, by their bounds.
+
+        The last tile of a block is answered with its padding.
+        """
+        # The float32 products err by up to d roundings of |q| |r|, and the bounds by a few more.
+        rounding = (len(bounds.centre) + 32) * np.finfo(np.float32).eps
+        longest = np.linalg.norm(bounds.centre) + bounds.longest_code + bounds.longest_error
+        limit = floor - self._z @ bounds.centre - self._lost * bounds.longest_code
+        limit -= self._length * longest * rounding
+        # In units of the query's step, so that one factor a row and one a query remain.
+        limit, length = limit / self._step, self._length / self._step
+        limit = np.pad(limit, (0, self._padding), constant_values=np.inf).astype(np.float32)
+        length = np.pad(length, (0, self._padding)).astype(np.float32)
+        return np.asarray(_program()(*bounds.tiles[tile], self._codes, length, limit))
+
+
+def _encode(rows: np.ndarray, centre: np.ndarray):
+    """(n, d) codes c; (n,) scales s, and the lengths |e| and |s c|."""
+    codes = np.empty(rows.shape, np.int8)
+    scale, error, length = np.empty((3, len(rows)), np.float32)
+    rest, near = np.empty((2, ENCODED, rows.shape[1]), np.float32)
+    for start in range(0, len(rows), ENCODED):
+        part = slice(start, start + ENCODED)
+        z = np.subtract(rows[part], centre, out=rest[: len(rows[part])])
+        coded = np.abs(z, out=near[: len(z)])
+        scale[part] = s = np.maximum(coded.max(axis=1) / 127, 1e-30)
+        np.divide(z, s[:, None], out=coded)
+        codes[part] = np.rint(coded, out=coded)
+        coded *= s[:, None]
+        length[part] = _lengths(coded)
+        z -= coded
+        error[part] = _lengths(z)
+    return codes, scale, error, length
+
+
+def _lengths(z: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.einsum("nd,nd->n", z, z))
+
+
+@functools.cache
+def pays() -> bool:
+    """Whether bounds take less than half the time here of the products that they save.
+
+    With a library for products of bytes (YNNPACK), XLA takes a fifth of the time for a few queries,
+    and without one more than twice as long: a busy machine does not blur that.
+    """
+    rows, queries = np.ones((TILE, 512), np.float32), np.ones((8, 512), np.float32)
+    floor = np.zeros(8, np.float32)
+    try:
+        bounds, bounder = Bounds(rows), Bounder(queries)
+    except RuntimeError:  # JAX was told to leave the CPU alone
+        return False
+
+    def seconds(run) -> float:
+        taken = []
+        for _ in range(8):
+            began = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - began)
+        return min(taken)
+
+    bounding = seconds(lambda: bounder.reaching(bounds, 0, floor))
+    return bounding < seconds(lambda: queries @ rows.T) / 2
+
+
+def _on_host(*arrays: np.ndarray):
+    import jax
+
+    return jax.device_put(arrays, jax.local_devices(backend="cpu")[0])
+
+
+@functools.cache
+def _program():
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def reaching(codes, scale, error, queries, length, limit):
+        products = jnp.dot(codes, queries, preferred_element_type=jnp.int32).astype(jnp.float32)
+        return (products * scale[:, None] + error[:, None] * length > limit).any(axis=1)
+
+    return reaching
