@@ -59,7 +59,7 @@ config = Experiment(
     ),
     optimizer=OptimizerConfig(name="muon", learning_rate=2e-3, weight_decay=0.5, ema=0.98),
     batch_size=256,
-    epochs=36,
+    epochs=32,
     scan=False,  # a few blocks: faster unrolled
     remat="none",  # and so small that nothing needs computing again
     eval_every=0.2,

@@ -3,12 +3,14 @@
     pip install -e ".[peers,serve]"
     python tests/peers/serving_speed.py --infinity infinity_emb
 
-infinity 0.0.45 needs transformers 4 and huggingface_hub below 1, so its command may be
-one of another environment. Both compute in float32, in batches of at most 32.
+infinity 0.0.77 needs transformers 4 and huggingface_hub below 1, so its command may be
+one of another environment. Both compute in float32, in batches of at most 32, and must answer
+with the same embeddings: an older infinity reads an image's data as text.
 """
 
 import argparse
 import asyncio
+import base64
 import json
 import os
 import pathlib
@@ -20,6 +22,8 @@ import sys
 import tempfile
 import time
 import urllib.request
+
+import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "serve")]
@@ -59,7 +63,10 @@ class Infinity:
         line = f"{command} {options} --port {self.port} --batch-size 32"
         quiet = {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "INFINITY_BETTERTRANSFORMER": "0"}
         self._process = subprocess.Popen(
-            shlex.split(line), env=os.environ | quiet, stderr=subprocess.DEVNULL, text=True
+            shlex.split(line),
+            env=os.environ | quiet,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         while True:
             assert self._process.poll() is None, "infinity ended before it served"
@@ -72,6 +79,16 @@ class Infinity:
     def stop(self) -> None:
         self._process.send_signal(signal.SIGTERM)
         self._process.wait(30)
+
+
+def embedding(port: int, path: str, body: bytes) -> np.ndarray:
+    """What a server answers to one request, of unit norm."""
+    asked = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", body, {"Content-Type": "application/json"}
+    )
+    found = json.load(urllib.request.urlopen(asked, timeout=60))["data"][0]["embedding"]
+    z = np.frombuffer(base64.b64decode(found), np.float32)
+    return z / np.linalg.norm(z)
 
 
 def bodies_for_infinity(bodies: list[bytes], model: pathlib.Path, modality: str) -> list[bytes]:
@@ -100,6 +117,9 @@ def main() -> None:
         with served(model) as (port, _):
             for tower, bodies in loads.items():
                 theirs = bodies_for_infinity(bodies, model, tower)
+                z = embedding(port, "/v1/embeddings", bodies[0])
+                difference = np.abs(z - embedding(infinity.port, "/embeddings", theirs[0])).max()
+                assert difference < 1e-3, f"{tower}s differ by {difference:.1e}"
                 for _ in range(args.rounds):
                     for name, at, sent, path in (
                         ("vlm", port, bodies, "/v1/embeddings"),
