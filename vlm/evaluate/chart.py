@@ -128,8 +128,8 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
 
     Steps are 1, 2 or 5 times a power of ten (Heckbert, "Nice numbers for graph labels", 1990).
     """
-    if not high > low:
-        # A constant is given room around it, so that it is drawn in the middle.
+    if not high - low > 1e-9 * max(abs(low), abs(high)):
+        # A constant, but for rounding, is given room around it: it is drawn in the middle.
         room = abs(low) * 0.5 or 1.0
         low, high = low - room, low + room
     step = (high - low) / max(count - 1, 1)
