@@ -9,14 +9,10 @@ sample more, less or elsewhere changes one of them. Exits with 1 unless all are 
 On a busy machine VLM_LIMIT=3600 gives each process more seconds than 400.
 """
 
-import argparse
 import dataclasses
 import json
 import random
-import signal
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +20,8 @@ TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS / "train"), str(TESTS), str(TESTS.parent)]
 
 import kinds  # noqa: E402
-from processes import (  # noqa: E402
-    environment,
-    last_step,
-    losses,
-    send_at,
-    start,
-    wait,
-    weights,
-    write_config,
-)
+from killing import main, run_killed  # noqa: E402
+from processes import environment, losses, start, wait, weights, write_config  # noqa: E402
 
 from vlm.config import (  # noqa: E402
     Experiment,
@@ -95,38 +83,19 @@ def play(kind: str, folder: Path, kills: int, dice: random.Random) -> tuple[bool
     config, env = write_config(experiment(kind, folder), folder / "config.json"), environment()
     whole, killed, log = folder / "whole", folder / "killed", folder / "log"
     wait(start([config, "--run-dir", whole], env, log), log)
-    arguments, told, workers = [config, "--run-dir", killed], [], 2
+    steps, workers = [], [2]
     for _ in range(kills):
-        process = start([*arguments, "--data.workers", workers], env, log)
-        steps = dice.randrange(2, STEPS // (kills + 1))
-        send_at(signal.SIGKILL, last_step(killed) + steps, killed, [process])
-        wait(process, log, -signal.SIGKILL)
-        told.append(f"{last_step(killed)} ({workers} workers)")
-        arguments = ["--resume", killed]
-        workers = dice.choice([n for n in range(5) if n != workers])
-    wait(start([*arguments, "--data.workers", workers], env, log), log)
+        steps.append(dice.randrange(2, STEPS // (kills + 1)))
+        workers.append(dice.choice([n for n in range(5) if n != workers[-1]]))
+    options = [("--data.workers", n) for n in workers]
+    at = run_killed(config, killed, env, log, steps, options)
+    told = [f"{step} ({n} workers)" for step, n in zip(at, workers[:-1], strict=True)]
     ours, theirs = left(killed), left(whole)
     differ = [name for name in theirs if ours[name] != theirs[name]]
     bad = len(theirs["bad samples"].splitlines())
-    said = f"killed at steps {', '.join(told)}, ended with {workers}; {bad} bad samples: "
+    said = f"killed at steps {', '.join(told)}, ended with {workers[-1]}; {bad} bad samples: "
     return not differ, said + (f"OTHER {', '.join(differ)}" if differ else "all equal")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="*", default=[], choices=list(STREAMS))
-    options = parser.parse_args()
-    failed = False
-    for kind in options.only or STREAMS:
-        began, dice = time.monotonic(), random.Random(f"{options.seed} {kind}")
-        with tempfile.TemporaryDirectory(prefix="vlm-streams-") as folder:
-            same, how = play(kind, Path(folder), options.kills, dice)
-        failed |= not same
-        print(f"{kind:18} {how} ({time.monotonic() - began:.0f} s)", flush=True)
-    sys.exit(failed)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__.splitlines()[0], lambda: {kind: kind for kind in STREAMS}, play, kills=3)

@@ -11,6 +11,7 @@ import time
 import faiss
 import numpy as np
 
+from vlm.bench.search import make_bounds
 from vlm.heads.retrieval import RetrievalIndex
 
 
@@ -52,9 +53,8 @@ def main():
     index.add(z, ids=range(len(z)))
     peer = faiss.IndexFlatIP(z.shape[1])
     peer.add(z)
+    make_bounds(index, queries[0])
     truth = index.search(queries, k=10)
-    for _ in index._items.blocks:  # each search gives one of them its bounds
-        index.search(queries[:1], k=10)
     bounds = sum(block.bounds is not None for block in index._items.blocks)
     print(f"{bounds} of {len(index._items.blocks)} blocks have bounds")
     same = np.mean(

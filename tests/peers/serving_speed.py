@@ -28,7 +28,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "serve")]
 
-from load import CLIENTS, closed_loop, image_bodies, said, served, text_bodies  # noqa: E402
+from load import CLIENTS, Client, closed_loop, image_bodies, said, served, text_bodies  # noqa: E402
 
 
 def save_model(folder: pathlib.Path) -> None:
@@ -83,11 +83,10 @@ class Infinity:
 
 def embedding(port: int, path: str, body: bytes) -> np.ndarray:
     """What a server answers to one request, of unit norm."""
-    asked = urllib.request.Request(
-        f"http://127.0.0.1:{port}{path}", body, {"Content-Type": "application/json"}
-    )
-    found = json.load(urllib.request.urlopen(asked, timeout=60))["data"][0]["embedding"]
-    z = np.frombuffer(base64.b64decode(found), np.float32)
+    status, content = asyncio.run(Client(port).post(body, path))
+    assert status == 200, content
+    (item,) = json.loads(content)["data"]
+    z = np.frombuffer(base64.b64decode(item["embedding"]), np.float32)
     return z / np.linalg.norm(z)
 
 

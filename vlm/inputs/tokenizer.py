@@ -123,7 +123,7 @@ class Tokenizer:
 
     def count_truncated(self, texts: str | Sequence[str]) -> int:
         """How many of `texts` are too long for `context_length` and lose their tail."""
-        return sum(length > self.config.context_length for length in self.lengths(texts))
+        return int(self.rows(texts)[1].sum())
 
     def lengths(self, texts: str | Sequence[str]) -> list[int]:
         """How many tokens each text has, bos and eos included and nothing cut."""
