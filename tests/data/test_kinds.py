@@ -3,15 +3,19 @@
 import dataclasses
 import itertools
 import json
+import pickle
 
 import kinds
 import numpy as np
 import pytest
 from kinds import KINDS, PREPROCESS, TOKENIZER, numbers_of
 
-from vlm.config import DataConfig
+from vlm.config import DataConfig, FieldFilter
+from vlm.data import sidecar
+from vlm.data.faults import BadSample
 from vlm.data.lanes import LaneOrder
 from vlm.data.pipeline import TrainIterator, train_batches
+from vlm.data.shard_index import open_shards
 from vlm.errors import ConfigError
 
 STEPS, BATCH = 26, 8
@@ -152,6 +156,30 @@ def test_indexed_shards_find_their_texts_in_the_tables_beside_them(tmp_path):
         sources.append(DataConfig(write(tmp_path / name), eval_split=None, prefetch=0))
     within, beside = map(first_of, sources)
     assert_same(beside, within)
+
+
+def test_a_table_beside_a_shard_is_read_once_and_its_absence_is_named(tmp_path, monkeypatch):
+    source = kinds.tars_beside_tables(tmp_path)
+    (tmp_path / "001.parquet").unlink()
+    config = DataConfig(source, keep=(FieldFilter("language", one_of=("en",)),), eval_split=None)
+    opened = open_shards(config, "train")
+    monkeypatch.setattr(sidecar, "read_columns", None)  # no table is read again
+    opened = pickle.loads(pickle.dumps(opened))  # as a worker has it
+    lost = np.array_split(np.arange(kinds.COUNT), kinds.SHARDS)[1].tolist()
+    for index in reversed(range(len(opened))):
+        if index in lost:
+            with pytest.raises(BadSample, match=r"001\.parquet") as bad:
+                opened[index]
+            assert (bad.value.kind, bad.value.where) == ("failed read", opened.shard_name(index))
+        else:
+            language = "en" if index % 2 else "de"
+            assert (
+                opened[index].items()
+                >= {
+                    "caption": f"picture {index}",
+                    "language": language,
+                }.items()
+            )
 
 
 def test_the_order_is_shuffled_and_another_in_each_epoch(config, whole):

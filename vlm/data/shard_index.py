@@ -20,10 +20,20 @@ from jaxtyping import UInt64
 
 from vlm.config import DataConfig
 from vlm.data import tar
-from vlm.data.examples import Example, check_features
+from vlm.data.examples import Example, check_features, wanted_features
 from vlm.data.faults import BadSample
-from vlm.data.storage import FrontToBack, exists, expand, read_file, read_range, size_of
-from vlm.data.webdataset import IMAGES, example_of, sidecar_of, sidecar_path, wanted_extensions
+from vlm.data.sidecar import Sidecars, sidecar_path
+from vlm.data.storage import (
+    READERS,
+    FrontToBack,
+    exists,
+    expand,
+    read_file,
+    read_range,
+    size_of,
+    stamp,
+)
+from vlm.data.webdataset import IMAGES, example_of, stem_of, wanted_extensions
 from vlm.errors import DataError
 from vlm.paths import as_path, cache_dir, is_remote
 
@@ -31,7 +41,6 @@ SUFFIX = ".vlm-index"
 VERSION = 1
 
 _LENGTH = struct.Struct("<Q")
-_READERS = 16  # threads: headers wait for the disk or the bucket
 _CHECKED = 8  # shards whose size is compared with the index, before it is believed
 
 
@@ -43,7 +52,7 @@ class ShardSource:
         self._open()
         self._names = list(names)
         self.faults: list[dict[str, str]] = self._header["faults"]
-        self._sidecar = False
+        self._sidecars: Sidecars | None = None
         if not len(self):
             raise DataError(_nothing(config, self.faults))
 
@@ -60,7 +69,7 @@ class ShardSource:
         try:
             file = FrontToBack.of(read_range(name, start, end))
             group = next(tar.groups(file, wanted_extensions(config)))
-            more = sidecar_of(name, config) if self._sidecar else None
+            more = self._sidecars.row(shard, stem_of(group.key)) if self._sidecars else None
         except (OSError, tar.Torn, StopIteration) as error:
             why = f"example {index} of {name} cannot be read where the index says ({error})"
             raise BadSample("failed read", name, why) from None
@@ -68,7 +77,7 @@ class ShardSource:
 
     def use_sidecars(self) -> None:
         """Add the columns of the tables beside the shards to their examples."""
-        self._sidecar = True
+        self._sidecars = Sidecars(self._names, self._config)
 
     def shard_name(self, index: int) -> str:
         """The shard that holds an example."""
@@ -125,7 +134,7 @@ def write_index(names: Sequence[str], path: str, *, progress=iter) -> dict[str, 
         OSError: it cannot be written.
     """
     shards, faults, tables = [], [], []
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         for name, (offsets, size, fault) in zip(
             names, progress(pool.map(_offsets_of, names)), strict=True
         ):
@@ -184,8 +193,8 @@ def _index_for(names: list[str], config: DataConfig) -> str:
         _check_sizes(read_index(path)[0], names, prepared)
         return path
     # What changes a shard changes its length or its time, and so the name of the index.
-    with ThreadPoolExecutor(_READERS) as pool:
-        said = "\n".join(pool.map(_stamp, names))
+    with ThreadPoolExecutor(READERS) as pool:
+        said = "\n".join(pool.map(stamp, names))
     path = os.fspath(kept / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}{SUFFIX}")
     if os.path.exists(path):
         try:
@@ -202,16 +211,6 @@ def _write_whole(path: str, data: bytes) -> None:
     with os.fdopen(handle, "wb") as f:
         f.write(data)
     os.replace(made, path)
-
-
-def _stamp(name: str) -> str:
-    try:
-        if is_remote(name):
-            return f"{name} {size_of(name)}"
-        stat = os.stat(name)
-        return f"{name} {stat.st_size} {stat.st_mtime_ns}"
-    except OSError:
-        return f"{name} missing"
 
 
 def _check_sizes(header: dict[str, Any], names: list[str], path: str) -> None:
@@ -269,11 +268,11 @@ def _check_first(source: ShardSource, config: DataConfig) -> None:
         known = [name for name in source[0] if not name.startswith("\0")]
     except BadSample:
         return
-    missing = [name for name in config.captions if name not in known and not config.label]
+    missing = [name for name in wanted_features(config) if name not in known]
     if missing and exists(sidecar_path(source.shard_name(0))):
         source.use_sidecars()
         known = [name for name in source[0] if not name.startswith("\0")]
-    if config.label or missing:
+    if config.label or not set(config.captions) <= set(known):
         check_features(config, known, f"example 0 in {source.shard_name(0)}")
 
 

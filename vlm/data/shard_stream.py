@@ -6,9 +6,10 @@ from vlm.config import DataConfig
 from vlm.data.examples import check_features, wanted_features
 from vlm.data.faults import BadSample
 from vlm.data.shards import Format, Shards
+from vlm.data.sidecar import sidecar_path
 from vlm.data.storage import CHUNK, exists, expand
 from vlm.data.tar import Torn
-from vlm.data.webdataset import TarFormat, sidecar_path
+from vlm.data.webdataset import TarFormat
 from vlm.errors import DataError
 
 _BUFFERS = 512 << 20  # bytes that the reads of one process may hold

@@ -20,6 +20,7 @@ from vlm.paths import is_remote
 T = TypeVar("T")
 
 CHUNK = 4 << 20  # bytes of one read: large, so that a bucket's latency is small beside it
+READERS = 16  # threads that wait for the disk or the bucket
 ATTEMPTS = 5  # at a read that fails for a moment
 BACKOFF = 0.5  # seconds before the second attempt, doubled for each one after
 
@@ -103,6 +104,17 @@ def read_range(path: str, start: int, end: int) -> bytes:
             return f.read(end - start)
 
     return retry(read)
+
+
+def stamp(path: str) -> str:
+    """A line that changes when the file does: its path, its length and, on a disk, its time."""
+    try:
+        if is_remote(path):
+            return f"{path} {size_of(path)}"
+        stat = os.stat(path)
+        return f"{path} {stat.st_size} {stat.st_mtime_ns}"
+    except OSError:
+        return f"{path} missing"
 
 
 def exists(path: str) -> bool:

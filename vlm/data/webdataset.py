@@ -7,7 +7,6 @@ and any other extension that the config names is text. A `.parquet` beside a sha
 writes one, adds its columns by `key`.
 """
 
-import functools
 import json
 from collections.abc import Generator
 from typing import Any
@@ -17,6 +16,7 @@ from vlm.data import tar
 from vlm.data.examples import WHERE, Example, wanted_features
 from vlm.data.faults import BadSample
 from vlm.data.shards import Record
+from vlm.data.sidecar import read_sidecar
 from vlm.data.storage import FrontToBack
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jp2")
@@ -39,11 +39,12 @@ class TarFormat:
         Raises:
             OSError, Torn: where it cannot be read on.
         """
-        more = sidecar_of(shard, self._config) if self._sidecar else None
+        rows = read_sidecar(shard, self._config) if self._sidecar else {}
         file = FrontToBack(shard, offset, chunk)
         try:
             for group in tar.groups(file, self._wanted):
                 try:
+                    more = rows.get(stem_of(group.key))
                     example = example_of(group.parts, self._config, shard, group.key, more)
                 except BadSample as bad:
                     example = bad
@@ -62,9 +63,9 @@ def example_of(
     config: DataConfig,
     shard: str,
     key: str,
-    sidecar: dict[str, dict[str, Any]] | None = None,
+    more: dict[str, Any] | None = None,
 ) -> Example:
-    """The example that some members of a tar file make.
+    """The example that some members of a tar file make, and `more` features of a table beside it.
 
     Raises:
         BadSample: there is no image, or a text that is none.
@@ -88,28 +89,12 @@ def example_of(
     except ValueError as error:  # of JSON and of UTF-8
         why = f"the text of {where} cannot be read: {error}"
         raise BadSample("broken text", where, why) from None
-    if sidecar is not None:
-        example = sidecar.get(key.rpartition("/")[2], {}) | example
+    example = (more or {}) | example
     example[config.image] = image
     example[WHERE] = where
     return example
 
 
-@functools.lru_cache(2)
-def sidecar_of(shard: str, config: DataConfig) -> dict[str, dict[str, Any]]:
-    """The rows of the `.parquet` beside a shard, by their key: the features that are wanted.
-
-    Raises:
-        OSError: it cannot be read.
-        DataError: pyarrow is not installed.
-    """
-    from vlm.data.parquet import read_columns
-
-    path = sidecar_path(shard)
-    rows = read_columns(path, ["key", *wanted_features(config)])
-    return {str(row.pop("key")): row for row in rows}
-
-
-def sidecar_path(shard: str) -> str:
-    """Where img2dataset puts the table of a shard."""
-    return shard.removesuffix(".tar") + ".parquet"
+def stem_of(key: str) -> str:
+    """The name by which a table beside the shard knows an example: without its folder."""
+    return key.rpartition("/")[2]

@@ -1,0 +1,110 @@
+"""The `.parquet` tables that img2dataset writes beside tar shards: their rows by the examples' key.
+
+A stream reads the table of the shard that it has come to. Random access comes to any shard at any
+time, so it has the rows of all of them in one database in the cache folder (SQLite), made when they
+are first opened; all processes and workers of a machine share its pages.
+"""
+
+import hashlib
+import json
+import os
+import sqlite3
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from vlm.config import DataConfig
+from vlm.data.examples import wanted_features
+from vlm.data.parquet import read_columns
+from vlm.data.storage import READERS, stamp
+from vlm.paths import cache_dir
+
+_TABLES = """
+    CREATE TABLE row (shard INTEGER, key TEXT, fields TEXT, PRIMARY KEY (shard, key)) WITHOUT ROWID;
+    CREATE TABLE fault (shard INTEGER PRIMARY KEY, why TEXT);
+"""
+
+
+def sidecar_path(shard: str) -> str:
+    """Where img2dataset puts the table of a shard."""
+    return shard.removesuffix(".tar") + ".parquet"
+
+
+def read_sidecar(shard: str, config: DataConfig) -> dict[str, dict[str, Any]]:
+    """The rows of the table beside a shard, by their key: the features that are wanted.
+
+    Raises:
+        OSError: it cannot be read.
+        DataError: pyarrow is not installed.
+    """
+    rows = read_columns(sidecar_path(shard), ["key", *wanted_features(config)])
+    return {str(row.pop("key")): row for row in rows}
+
+
+class Sidecars:
+    """The rows of the tables beside some shards, each found by number of shard and key."""
+
+    def __init__(self, shards: Sequence[str], config: DataConfig):
+        self._path = _database(shards, config)
+        self._open()
+
+    def row(self, shard: int, key: str) -> dict[str, Any]:
+        """The wanted features of an example; none where the table does not name it.
+
+        Raises:
+            OSError: the table of its shard could not be read.
+        """
+        if shard in self._faults:
+            raise OSError(self._faults[shard])
+        query = "SELECT fields FROM row WHERE shard = ? AND key = ?"
+        found = self._rows.execute(query, (shard, key)).fetchone()
+        return json.loads(found[0]) if found else {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_path": self._path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._open()
+
+    def _open(self) -> None:
+        uri = f"file:{self._path}?mode=ro&immutable=1"
+        self._rows = sqlite3.connect(uri, uri=True, check_same_thread=False)
+        self._faults = dict(self._rows.execute("SELECT shard, why FROM fault"))
+
+
+def _database(shards: Sequence[str], config: DataConfig) -> str:
+    """The file with the rows of all tables, made where it is not there yet.
+
+    What changes a table changes its length or its time, and so the name of the file.
+    """
+    folder = cache_dir() / "shards"
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(READERS) as pool:
+        stamps = list(pool.map(stamp, map(sidecar_path, shards)))
+        said = "\n".join([*stamps, *wanted_features(config)])
+        path = os.fspath(folder / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.rows")
+        if not os.path.exists(path):
+            handle, made = tempfile.mkstemp(dir=folder)
+            os.close(handle)
+            rows = sqlite3.connect(made)
+            rows.executescript(_TABLES)
+            tables = pool.map(lambda shard: _read(shard, config), shards)
+            for number, (table, fault) in enumerate(tables):
+                fields = ((number, key, json.dumps(row, default=str)) for key, row in table.items())
+                rows.executemany("INSERT INTO row VALUES (?, ?, ?)", fields)
+                if fault is not None:
+                    rows.execute("INSERT INTO fault VALUES (?, ?)", (number, fault))
+            rows.commit()
+            rows.close()
+            os.replace(made, path)
+    return path
+
+
+def _read(shard: str, config: DataConfig) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """The rows of a shard's table, or why there are none."""
+    try:
+        return read_sidecar(shard, config), None
+    except OSError as error:
+        return {}, str(error)
