@@ -29,5 +29,10 @@ def write(program: Program, folder: epath.Path) -> None:
 def opened(program: Program, folder: epath.Path) -> Callable[[np.ndarray], np.ndarray]:
     """The file as a function of a batch."""
     data = (folder / f"{program.name}.stablehlo").read_bytes()
-    call = jax.jit(jax.export.deserialize(bytearray(data)).call)
-    return lambda rows: np.asarray(call(rows))
+    exported = jax.export.deserialize(bytearray(data))
+
+    def call(rows: np.ndarray) -> np.ndarray:
+        # Each size of batch is another program with all parameters inside: it is held for one call.
+        return np.asarray(jax.jit(exported.call).lower(rows).compile()(rows))
+
+    return call
