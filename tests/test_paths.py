@@ -2,8 +2,9 @@ import os
 
 import pytest
 
+import vlm
 from vlm import paths
-from vlm.errors import ConfigError
+from vlm.errors import CheckpointError, ConfigError
 from vlm.paths import as_path, cache_dir, is_remote
 
 
@@ -39,6 +40,15 @@ def test_addresses_that_are_not_read():
         as_path("file:///x")
 
 
+def test_a_bucket_whose_driver_is_not_installed(monkeypatch):
+    monkeypatch.setitem(paths.DRIVERS, "s3", ("no_such_driver", "vlm-jax[s3]"))
+    said = r"s3:// paths need no_such_driver: run pip install 'vlm-jax\[s3\]'"
+    with pytest.raises(ConfigError, match=said):
+        as_path("s3://bucket/x")
+    with pytest.raises(CheckpointError, match=said):
+        vlm.load("s3://bucket/x")
+
+
 def test_what_buckets_say_is_understood():
     class HttpError(Exception):
         __module__ = "gcsfs.retry"
@@ -49,7 +59,7 @@ def test_what_buckets_say_is_understood():
         OSError("Forbidden: https://storage.googleapis.com/b/x"): "grant it Storage Object Admin",
         FileNotFoundError("Bucket does not exist: x"): "there is no such bucket",
         ValueError("PERMISSION_DENIED: HTTP response code: 403"): "Storage Object Admin",
-        ImportError("To use epath.Path with gs://, TensorFlow should be installed."): "extra gcs",
+        OSError("Unable to locate credentials"): "AWS_ACCESS_KEY_ID",
         HttpError("backend error, 503"): "503",
     }
     for error, part in said.items():

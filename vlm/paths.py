@@ -1,6 +1,7 @@
 """Local and remote paths, and the cache folder. A remote path is `gs://...` or `s3://...`."""
 
 import contextlib
+import importlib.util
 import os
 import re
 from collections.abc import Iterator
@@ -8,6 +9,13 @@ from collections.abc import Iterator
 from etils import epath
 
 from vlm.errors import ConfigError, VlmError
+
+# What reads each kind of bucket, and what to install to have it.
+DRIVERS = {
+    "gs": ("gcsfs", "vlm-jax[gcs]"),
+    "s3": ("s3fs", "vlm-jax[s3]"),
+    "az": ("adlfs", "adlfs"),
+}
 
 
 def cache_dir() -> epath.Path:
@@ -37,12 +45,17 @@ def as_path(path: epath.PathLike) -> epath.Path:
     """`path` with `~` expanded; `gs://` and `s3://` stay remote.
 
     Raises:
-        ConfigError: an address of the web, or of another kind that is not read.
+        ConfigError: an address of the web, or of another kind that is not read, or whose driver is
+            not installed.
     """
+    scheme, remote, _ = os.fspath(path).partition("://")
+    driver, package = DRIVERS.get(scheme, (None, None)) if remote else (None, None)
+    if driver is not None and importlib.util.find_spec(driver) is None:
+        raise ConfigError(f"{scheme}:// paths need {driver}: run pip install {package!r}")
     try:
         return epath.Path(path).expanduser()
     except KeyError:  # by which epath says that it does not know the scheme
-        scheme = os.fspath(path).partition("://")[0]
+        pass
     if scheme.lower() in ("http", "https", "ftp"):
         raise ConfigError(
             f"{path} is an address of the web, from which nothing is read: download it first, and "
@@ -85,8 +98,11 @@ _MEANINGS = {
     ("default credentials", "invalid credentials", "anonymous caller", "unauthenticated", " 401",
      "'code': 401"): "the machine has no credentials for it: run `gcloud auth application-default "
     "login`, or give the machine a service account",
+    ("unable to locate credentials", "invalidaccesskeyid"): "the machine has no credentials for "
+    "it: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role",
     ("forbidden", "permission_denied", "permission denied", " 403", "'code': 403"):
-    "the machine's account may not do this: grant it Storage Object Admin on the bucket",
+    "the machine's account may not do this: grant it Storage Object Admin on the bucket, or on one "
+    "of s3:// the rights to list, read and write",
     ("bucket does not exist", "/upload/storage", "specified bucket", "bucket not found"):
     "there is no such bucket",
 }  # fmt: skip
@@ -96,10 +112,6 @@ _CLIENTS = {"gcsfs", "aiohttp", "google", "requests", "urllib3", "fsspec", "boto
 def why_not(error: Exception) -> str | None:
     """Why a disk or bucket refused, in a few words; None for an error of another kind."""
     said = " ".join(f"{type(error).__name__} {error}".split())
-    if isinstance(error, ImportError):
-        if any(name in said for name in ("gcsfs", "fsspec", "epath.Path")):
-            return "gs:// paths need the extra gcs: pip install 'vlm-jax[gcs]'"
-        return None
     if isinstance(error, OSError) and error.errno is not None:
         return error.strerror or str(error)
     of_tensorstore = isinstance(error, ValueError) and re.match(r"[A-Z_]{5,}: ", str(error))

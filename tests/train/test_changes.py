@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+from etils import epath
 from processes import environment, losses, start, wait, write_config
 
 from vlm.config import Experiment, MeshConfig, OptimizerConfig
@@ -92,3 +93,9 @@ def test_a_folder_that_cannot_be_made_is_said_at_once(tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match=r"file/run cannot be written \(Not a directory\): give"):
         train(tiny(run_dir=str(tmp_path / "file" / "run")))
+
+
+def test_a_bucket_that_checkpoints_cannot_go_to_is_said_at_once():
+    said = r"cannot be written to s3://bucket/run, since Orbax.*or the path where the bucket is"
+    with pytest.raises(ConfigError, match=said):
+        preflight.check_folder(epath.Path("s3://bucket/run"))

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from vlm.errors import DataError, first_line
-from vlm.paths import is_remote
+from vlm.paths import DRIVERS, is_remote
 
 T = TypeVar("T")
 
@@ -29,7 +29,6 @@ _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryEr
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LIST = re.compile(r"\{([^{}]*,[^{}]*)\}")
 _WILD = re.compile(r"[*?\[]")
-_PACKAGES = {"gs": "vlm-jax[gcs]", "gcs": "vlm-jax[gcs]", "s3": "s3fs", "http": "aiohttp"}
 
 
 def expand(pattern: str) -> list[str]:
@@ -239,6 +238,6 @@ def _system(path: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
         scheme = path.split("://")[0]
-        package = _PACKAGES.get(scheme.removesuffix("s") if scheme == "https" else scheme)
+        package = "aiohttp" if scheme in ("http", "https") else DRIVERS.get(scheme, ("", ""))[1]
         mend = f"run pip install {package!r}" if package else "check data.source"
         raise DataError(f"there is no driver for {path} ({error}): {mend}") from None

@@ -20,6 +20,7 @@ from vlm.errors import ConfigError
 from vlm.paths import in_one_sentence, is_remote, on_disk
 from vlm.train.changes import flat_fields
 
+CHECKPOINTS_TO = "gs://"  # the one kind of bucket that Orbax writes to
 SHARED_AFTER = 10.0  # seconds that a shared disk may take to show a file of another host
 
 
@@ -53,6 +54,12 @@ def check_folder(folder: epath.Path) -> None:
     In a bucket this goes both ways that a run takes: that of its logs and that of TensorStore,
     which writes the checkpoints and has credentials of its own.
     """
+    if is_remote(folder) and not os.fspath(folder).startswith(CHECKPOINTS_TO):
+        raise ConfigError(
+            f"checkpoints cannot be written to {folder}, since Orbax writes to disks and to "
+            f"{CHECKPOINTS_TO} alone: give another --run-dir, or the path where the bucket is "
+            "mounted"
+        )
     seen = folder / f".seen-{broadcast_text(uuid.uuid4().hex)}"
     said = _said(lambda: _write(seen) if jax.process_index() == 0 else None)
     said = next(filter(None, exchange_texts(said)), "")
@@ -104,9 +111,8 @@ def _write_as_tensorstore(file: epath.Path) -> None:
     import tensorstore
 
     if is_remote(file):
-        kind, _, rest = os.fspath(file).partition("://")
-        bucket, _, path = rest.partition("/")
-        place = {"driver": {"gs": "gcs"}.get(kind, kind), "bucket": bucket}
+        bucket, _, path = os.fspath(file).removeprefix(CHECKPOINTS_TO).partition("/")
+        place = {"driver": "gcs", "bucket": bucket}
     else:
         place, path = {"driver": "file"}, os.fspath(on_disk(file))
     store = tensorstore.KvStore.open(place).result()
