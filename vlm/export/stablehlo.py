@@ -1,6 +1,7 @@
 """StableHLO by `jax.export`: a file that JAX alone opens, on a CPU, a GPU or a TPU."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -33,6 +34,19 @@ def opened(program: Program, folder: epath.Path) -> Callable[[np.ndarray], np.nd
 
     def call(rows: np.ndarray) -> np.ndarray:
         # Each size of batch is another program with all parameters inside: it is held for one call.
-        return np.asarray(jax.jit(exported.call).lower(rows).compile()(rows))
+        with _not_kept():
+            return np.asarray(jax.jit(exported.call).lower(rows).compile()(rows))
 
     return call
+
+
+@contextlib.contextmanager
+def _not_kept() -> Iterator[None]:
+    """What is compiled in here does not go to the cache of compiled programs on disk."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    least = getattr(jax.config, name)
+    jax.config.update(name, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(name, least)
