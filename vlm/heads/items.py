@@ -1,6 +1,7 @@
 """The items of an index: ids, metadata and embeddings, in memory or mapped from their folder."""
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ LARGE = 1 << 16  # rows of an index that gets bounds: a smaller one is searched 
 MOST_REMOVED, MOST_SHARDS = 0.25, 64  # beyond these a save writes everything anew
 
 Id = str | int
+GivenId = Id | np.integer | os.PathLike[str]  # what becomes an id
 Stored = Literal["float32", "float16"]  # how the embeddings are kept
 
 

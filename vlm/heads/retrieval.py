@@ -16,7 +16,7 @@ from vlm.heads.codes import CANDIDATES, LEAST, Coding, candidates
 from vlm.heads.hits import Hit, Hits, picture_of
 from vlm.heads.identity import check_identity, identity
 from vlm.heads.inputs import Kind, default_id, kind, split
-from vlm.heads.items import Id, Items, Stored
+from vlm.heads.items import GivenId, Id, Items, Stored
 from vlm.heads.metadata import Value, Where, checked_columns, matching
 from vlm.heads.prompts import normalise
 from vlm.heads.query import Query, embed_queries, queries_in
@@ -84,7 +84,7 @@ class RetrievalIndex:
     def add(
         self,
         items: Any,
-        ids: Iterable[Id] | None = None,
+        ids: Iterable[GivenId] | None = None,
         batch_size: int | None = None,
         metadata: Mapping[str, Iterable[Value]] | None = None,
         *,
@@ -96,7 +96,7 @@ class RetrievalIndex:
 
         Args:
             items: all pictures, all texts or all embeddings; one alone is taken too.
-            ids: a name for each, texts or integers; by default the path of a picture on disk, or
+            ids: a name for each, texts, paths or integers; by default the path of a picture on disk, or
                 else its running number in the index.
             batch_size: of encoding images; None leaves it to the model.
             metadata: columns of texts or numbers, one value per item, for `where` in `search`.
@@ -113,7 +113,7 @@ class RetrievalIndex:
     def update(
         self,
         items: Any,
-        ids: Iterable[Id] | None = None,
+        ids: Iterable[GivenId] | None = None,
         batch_size: int | None = None,
         metadata: Mapping[str, Iterable[Value]] | None = None,
         *,
