@@ -96,8 +96,8 @@ class RetrievalIndex:
 
         Args:
             items: all pictures, all texts or all embeddings; one alone is taken too.
-            ids: a name for each, texts, paths or integers; by default the path of a picture on disk, or
-                else its running number in the index.
+            ids: a name for each, texts, paths or integers; by default the path of a picture on
+                disk, or else its running number in the index.
             batch_size: of encoding images; None leaves it to the model.
             metadata: columns of texts or numbers, one value per item, for `where` in `search`.
             on_error: told the position of each image that cannot be read, and why; such an image
