@@ -202,6 +202,8 @@ def flops(config: ViTConfig, embed_dim: int, *, training: bool = False) -> dict[
             places //= 4
     else:
         stem = 2 * patches * c.patch_size**2 * 3 * c.width
+        if c.max_patches is not None:  # each patch's position is a product with the whole grid
+            stem += 2 * patches * (c.image_size // c.patch_size) ** 2 * c.width
     if training:
         tokens = c.tokens(training=True)
     pool = 0.0
