@@ -205,7 +205,7 @@ NAFLEX = {"resize": "naflex", "patch_size": 16, "max_patches": 64}
         ),
         (
             {"vision": {"max_patches": 64}},
-            "model.vision.max_patches 64 is of NaFlex, and preprocess.resize 'squash' makes squares",
+            "max_patches 64 is of NaFlex, and preprocess.resize 'squash' makes squares",
         ),
         (
             {"preprocess": NAFLEX},

@@ -94,8 +94,11 @@ def test_a_run_takes_any_aspect_or_squares_as_its_config_says():
     e = resolve(Experiment(init_from=path, preprocess=pixels))
     assert e.model.vision == dataclasses.replace(square.model.vision, max_patches=20)
     _check_same(e, vlm.load(path), ("vision", "text"))
+    path = str(GOLDEN / "oc_convnext")
+    size = resolve(Experiment(init_from=path)).preprocess.image_size
+    pixels = dataclasses.replace(pixels, image_size=size)
     with pytest.raises(ConfigError, match="a ConvNeXtConfig, and only a Vision Transformer takes"):
-        resolve(Experiment(init_from=str(GOLDEN / "oc_convnext"), preprocess=pixels))
+        resolve(Experiment(init_from=path, preprocess=pixels))
 
 
 @pytest.mark.parametrize(
