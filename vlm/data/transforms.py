@@ -100,7 +100,9 @@ class Augment:
         config, (left, top, right, bottom) = self.preprocess.config, box
         if config.resize != "naflex":
             return config.image_size, config.image_size
-        return self.preprocess.layout(max(1, round(right - left)), max(1, round(bottom - top)))[0]
+        sides = (max(1, round(right - left)), max(1, round(bottom - top)))
+        (width, height), _ = self.preprocess.layout(*sides)
+        return width, height
 
 
 def crop_box(
