@@ -233,13 +233,15 @@ def batch_share(mesh: Mesh | AbstractMesh) -> tuple[int, int]:
     return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 
-def global_batch(batch: dict[str, np.ndarray], mesh: Mesh | AbstractMesh) -> dict[str, jax.Array]:
-    """This process's share of a batch as part of global arrays."""
+def global_batch(batch: dict[str, Any], mesh: Mesh | AbstractMesh) -> dict[str, Any]:
+    """This process's share of a batch, a tree of NumPy's arrays, as part of global arrays."""
     sharding, (_, shares) = batch_sharding(mesh), batch_share(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, x, (len(x) * shares, *x.shape[1:]))
-        for name, x in batch.items()
-    }
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(
+            sharding, x, (len(x) * shares, *x.shape[1:])
+        ),
+        batch,
+    )
 
 
 def to_host(array: jax.Array) -> np.ndarray:

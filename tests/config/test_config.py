@@ -145,6 +145,8 @@ def test_a_resnet_is_checked():
     ("vision", "text", "said"),
     [
         ({"registers": 2}, {}, "ViTConfig.registers 2 stand after a class token"),
+        ({"max_patches": 9, "pool": "class"}, {}, "ViTConfig.max_patches 9 is of NaFlex"),
+        ({"max_patches": 9, "pre_norm": True}, {}, "has no class_token, rotary and pre_norm"),
         ({"width": 100}, {}, "ViTConfig.width 100 is not a multiple of heads 12"),
         ({}, {"width": 512, "heads": 8, "projection": "none"}, "must equal embed_dim 768"),
         ({"image_size": 12}, {}, "image_size 12 holds no patch of patch_size 16"),

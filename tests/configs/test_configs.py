@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from vlm.config import DataConfig, EvalConfig, Experiment, load_config
+from vlm.config import DataConfig, DistillConfig, EvalConfig, Experiment, load_config
 from vlm.config.defaults import with_defaults
 from vlm.data.pipeline import train_batches
 from vlm.data.sources import open_source
@@ -186,6 +186,7 @@ def test_a_feature_that_gives_no_text_is_refused(folder, changes, said):
 
 
 BASE = with_defaults(Experiment(steps=1))
+NAFLEX = {"resize": "naflex", "patch_size": 16, "max_patches": 64}
 
 
 @pytest.mark.parametrize(
@@ -202,8 +203,30 @@ BASE = with_defaults(Experiment(steps=1))
             {"lock": "vision", "init_from": "x", "init_towers": "text"},
             "leaves it at random: set init_towers to \"both\" or 'vision'",
         ),
-        ({"preprocess": {"resize": "naflex"}}, "a NaFlex model cannot be trained as one"),
-        ({"vision": {"max_patches": 64}}, "a NaFlex model cannot be trained as one"),
+        (
+            {"vision": {"max_patches": 64}},
+            "max_patches 64 is of NaFlex, and preprocess.resize 'squash' makes squares",
+        ),
+        (
+            {"preprocess": NAFLEX},
+            'preprocess.max_patches 64 of resize "naflex" is not model.vision.max_patches None',
+        ),
+        (
+            {"vision": {"max_patches": 64}, "preprocess": NAFLEX | {"patch_size": 14}},
+            'preprocess.patch_size 14 of resize "naflex" is not model.vision.patch_size 16',
+        ),
+        (
+            {
+                "vision": {"max_patches": 64},
+                "preprocess": NAFLEX,
+                "image_sizes": ((0.5, 112),),
+            },
+            'image_sizes is of square images, and preprocess.resize "naflex" makes images of any',
+        ),
+        (
+            {"vision": {"max_patches": 64}, "preprocess": NAFLEX, "distill": DistillConfig("x")},
+            "distill is of square images",
+        ),
         (
             {"vision": {"patch_dropout": 0.5, "rotary": 0}},
             "patch_dropout needs a tower without rotary positions",

@@ -6,7 +6,7 @@ from PIL import Image
 
 from vlm.config import AugmentConfig, DataConfig, PreprocessConfig
 from vlm.data import augmentations
-from vlm.data.augmentations import DRAWS, change, is_on
+from vlm.data.augmentations import DRAWS, is_on
 from vlm.data.making import Maker
 from vlm.data.randomness import uniforms
 from vlm.errors import ConfigError
@@ -17,9 +17,7 @@ ALL = AugmentConfig(randaugment=(2, 9), grey=0.5, blur=0.5, solarise=0.5, lines=
 
 
 def changed(config, u):
-    out = PIXELS.copy()
-    change(out, config, np.asarray(u, float))
-    return out
+    return augmentations.changed(PIXELS, config, np.asarray(u, float))
 
 
 def draws(operation=None, **values):
@@ -49,9 +47,9 @@ def test_grey_blur_and_solarise_do_what_they_say():
 def test_lines_go_or_grow():
     drawing = np.full((9, 9, 3), 255, np.uint8)
     drawing[4] = 0  # a line of one pixel
-    gone, thicker = drawing.copy(), drawing.copy()
-    change(gone, AugmentConfig(lines=0.4), draws(lines=0.1))
-    change(thicker, AugmentConfig(lines=0.4), draws(lines=0.3))
+    gone, thicker = (
+        augmentations.changed(drawing, AugmentConfig(lines=0.4), draws(lines=u)) for u in (0.1, 0.3)
+    )
     assert (gone == 255).all()
     np.testing.assert_array_equal(thicker[3:6], 0)
     assert (thicker[[2, 6]] == 255).all()
@@ -78,8 +76,7 @@ def test_a_turn_keeps_the_centre_and_goes_both_ways():
     for u1 in (0.2, 0.8):
         u = draws(5)
         u[1] = u1
-        out = spot.copy()
-        change(out, AugmentConfig(randaugment=(1, 30)), u)
+        out = augmentations.changed(spot, AugmentConfig(randaugment=(1, 30)), u)
         assert out[16, 16].tolist() == [255, 255, 255]
 
 
@@ -92,9 +89,9 @@ def test_they_add_to_what_is_there_and_depend_on_the_position_alone():
     np.testing.assert_array_equal(strong.draws(3, positions[2:4]), b[2:4])
     example = {"image": Image.fromarray(PIXELS), "caption": "x"}
     outs = np.empty((2, 6, 16, 16, 3), np.uint8)
-    for u, x, y in zip(b, *outs, strict=True):
-        strong(example, u, x, "")
-        plain(example, u[: a.shape[1]], y, "")
+    for row, u in enumerate(b):
+        strong(example, u, outs[0], row, "")
+        plain(example, u[: a.shape[1]], outs[1], row, "")
     assert (outs[0] != outs[1]).reshape(6, -1).any(axis=1).sum() >= 4
     assert not is_on(AugmentConfig())
 

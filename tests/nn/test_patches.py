@@ -6,7 +6,13 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from vlm.nn.patches import PatchStem, _halve, _halve_by_product, drop_patches
+from vlm.nn.patches import (
+    PatchStem,
+    _halve,
+    _halve_by_product,
+    drop_patches,
+    drop_real_patches,
+)
 
 KEYS = jax.random.split(jax.random.key(0), 8)
 
@@ -46,3 +52,17 @@ def test_without_keys_or_rate_all_patches_stay():
     tokens = jnp.ones((2, 9, 3))
     assert drop_patches(tokens, 0.5, None) is tokens
     assert drop_patches(tokens, 0.0, KEYS[:2]) is tokens
+
+
+def test_padding_is_never_kept_in_place_of_a_patch():
+    counts = np.array([1, 2, 5, 8, 12, 16, 20, 20])
+    mask = jnp.arange(20) < counts[:, None]
+    tokens = jnp.broadcast_to(jnp.arange(20.0)[None, :, None], (8, 20, 3))
+    kept, real = map(np.asarray, drop_real_patches(tokens, mask, 0.75, KEYS))
+    assert kept.shape == (8, 5, 3)
+    np.testing.assert_array_equal(real.sum(1), [1, 1, 1, 2, 3, 4, 5, 5])  # a quarter, and one
+    for row, which, count in zip(kept[..., 0], real, counts, strict=True):
+        assert len(set(row[which])) == which.sum()  # each once
+        assert (row[which] < count).all()
+    assert set(kept[6, :, 0]) != set(kept[7, :, 0])  # each image's own
+    assert drop_real_patches(tokens, mask, 0.75, None) == (tokens, mask)

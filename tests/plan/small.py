@@ -34,7 +34,7 @@ def taught(how: str) -> dict:
 
 
 def experiment(
-    batch_size=64, mesh=None, loss="softmax", vision=None, text=None, **fields
+    batch_size=64, mesh=None, loss="softmax", vision=None, text=None, preprocess=None, **fields
 ) -> Experiment:
     tower = {"width": 64, "heads": 4, "mlp_dim": 256}
     pixels = {"image_size": 32, "patch_size": 8, "depth": 3} | tower | (vision or {})
@@ -48,7 +48,7 @@ def experiment(
             loss=loss,
             init_bias=None if loss == "softmax" else -10.0,
         ),
-        preprocess=PreprocessConfig(image_size=pixels["image_size"]),
+        preprocess=PreprocessConfig(image_size=pixels["image_size"], **(preprocess or {})),
         tokenizer=TokenizerConfig(context_length=16),
         batch_size=batch_size,
         mesh=mesh or MeshConfig(),

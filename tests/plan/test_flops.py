@@ -92,6 +92,10 @@ CASES = {
         "init_from": "model",
         "vision": {"pool": "class", "projection": "linear"},
     },
+    "NaFlex": {
+        "vision": {"max_patches": 24, "patch_dropout": 0.25},
+        "preprocess": {"resize": "naflex", "patch_size": 8, "max_patches": 24},
+    },
     "CoCa": {"vision": {"pool": "query", "projection": "linear"}, "text": {"pool": "class"}},
 }
 

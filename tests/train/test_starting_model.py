@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 import vlm
-from vlm.config import DataConfig, Experiment, OptimizerConfig, from_dict, to_dict
+from vlm.config import (
+    DataConfig,
+    Experiment,
+    OptimizerConfig,
+    PreprocessConfig,
+    from_dict,
+    to_dict,
+)
 from vlm.config.defaults import as_begun, fine_tuning_rate, with_defaults
 from vlm.errors import CheckpointError, ConfigError
 from vlm.train.loop import train
@@ -40,10 +47,8 @@ def test_model_pixels_and_tokens_are_the_checkpoints(name):
     _check_same(e, theirs, ("vision", "text"))
     assert (e.model.loss, e.model.init_bias) == (theirs.loss, theirs.config.init_bias)
     assert starting_tokenizer(e).config == e.tokenizer == theirs.tokenizer.config
-    if theirs.preprocess.config.resize == "naflex":
-        assert (e.preprocess.resize, e.model.vision.max_patches) == ("squash", None)
-    else:
-        assert e.preprocess == theirs.preprocess.config
+    assert e.preprocess == theirs.preprocess.config
+    assert getattr(e.model.vision, "max_patches", None) == e.preprocess.max_patches
     # Written in full, so that nobody asks the model again.
     assert resolve(from_dict(Experiment, to_dict(e))) == e
 
@@ -61,6 +66,39 @@ def test_a_config_overrides_what_it_names():
     e = resolve(Experiment(init_from=path, preprocess=pixels))
     assert (e.preprocess, e.model.vision.image_size) == (pixels, size)
     assert e.model.text == plain.model.text
+
+
+def test_a_run_takes_any_aspect_or_squares_as_its_config_says():
+    path = str(GOLDEN / "hf_naflex")
+    plain = resolve(Experiment(init_from=path))
+    assert (plain.preprocess.resize, plain.preprocess.max_patches) == ("naflex", 31)
+    wide = resolve(Experiment(init_from=path, init_image_size=48))
+    assert wide.preprocess.max_patches == wide.model.vision.max_patches == 64
+    assert wide.model.vision.image_size == plain.model.vision.image_size
+    wide = dataclasses.replace(plain.preprocess, max_patches=100)
+    e = resolve(Experiment(init_from=path, preprocess=wide))
+    assert (e.preprocess, e.model.vision.max_patches) == (wide, 100)
+    squares = PreprocessConfig(image_size=plain.preprocess.image_size)
+    e = resolve(Experiment(init_from=path, preprocess=squares))
+    assert (e.preprocess, e.model.vision.max_patches) == (squares, None)
+    _check_same(e, vlm.load(path), ("text",))
+    e = resolve(Experiment(init_from=path, model=e.model))
+    assert (e.preprocess.resize, e.preprocess.max_patches) == ("squash", None)
+    # And the other way: a model of square images becomes one of any aspect.
+    path = str(GOLDEN / "hf_siglip")
+    square = resolve(Experiment(init_from=path))
+    size = square.model.vision.patch_size
+    pixels = dataclasses.replace(
+        square.preprocess, resize="naflex", patch_size=size, max_patches=20
+    )
+    e = resolve(Experiment(init_from=path, preprocess=pixels))
+    assert e.model.vision == dataclasses.replace(square.model.vision, max_patches=20)
+    _check_same(e, vlm.load(path), ("vision", "text"))
+    path = str(GOLDEN / "oc_convnext")
+    size = resolve(Experiment(init_from=path)).preprocess.image_size
+    pixels = dataclasses.replace(pixels, image_size=size)
+    with pytest.raises(ConfigError, match="a ConvNeXtConfig, and only a Vision Transformer takes"):
+        resolve(Experiment(init_from=path, preprocess=pixels))
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def bench_data(
         "source": data.source,
         "batch_size": e.batch_size,
         "image_size": e.preprocess.image_size,
+        "max_patches": e.preprocess.max_patches if e.preprocess.resize == "naflex" else None,
         "workers": data.workers,
         "cache": data.cache,
         "first_seconds": first,
@@ -69,9 +70,12 @@ def bench_data(
 
 
 def _print(result, console):
+    of = f"{result['image_size']} pixels"
+    if result["max_patches"] is not None:
+        of = f"at most {result['max_patches']} patches"
     console.print(
-        f"[bold]{result['source']}[/]: batches of {result['batch_size']:,} images of "
-        f"{result['image_size']} pixels, {result['workers']} reader processes",
+        f"[bold]{result['source']}[/]: batches of {result['batch_size']:,} images of {of}, "
+        f"{result['workers']} reader processes",
         highlight=False,
     )
     console.print(

@@ -11,7 +11,6 @@ import itertools
 import os
 import tarfile
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -151,17 +150,13 @@ def _bare(folder: str) -> None:
     with tarfile.open(f"{folder}/000.tar") as tar:
         files = [tar.extractfile(m) for m in tar if m.name.endswith(".jpg")]
         images = [file.read() for file in files if file is not None][:DIFFERENT]
-    out = threading.local()
 
     def one(number: int) -> None:
-        out.pixels = getattr(out, "pixels", None)
-        if out.pixels is None:
-            out.pixels = np.empty((SIDE, SIDE, 3), np.uint8)
         u = draws[number % len(draws)]
         image = Image.open(io.BytesIO(images[number % DIFFERENT]))
         size = image.size
         image.draft(None, augment.smallest(*size, u[:-1]))
-        augment(image, u[:-1], out.pixels, size)
+        augment(image, u[:-1], size)
 
     draws = uniforms(0, np.arange(997), NUMBERS)
     numbers = itertools.count()

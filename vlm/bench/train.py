@@ -18,6 +18,7 @@ from vlm.bench.measure import best_times, peak_bytes, product, resident_peak, tr
 from vlm.chips import CHIPS, published_rate
 from vlm.config import Experiment
 from vlm.errors import ConfigError
+from vlm.inputs.preprocess import Preprocess
 from vlm.losses import contrastive_loss
 from vlm.models.flops import step_flops
 from vlm.plan import plan
@@ -198,15 +199,19 @@ def step_resident_peak(trainer: Trainer, compiled: Any, batch: dict[str, jax.Arr
     if peak is None:
         return None
     local = len(trainer.mesh.local_devices or ())
-    return (peak + sum(x.nbytes for x in batch.values()) // jax.process_count()) // local
+    held = sum(x.nbytes for x in jax.tree.leaves(batch))
+    return (peak + held // jax.process_count()) // local
 
 
-def random_batch(e: Experiment) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    size, text = e.model.vision.image_size, e.model.text
+def random_batch(e: Experiment) -> dict[str, Any]:
+    rng, text, prepare = np.random.default_rng(0), e.model.text, Preprocess(e.preprocess)
     rows = e.batch_size // jax.process_count()
+    images = prepare.blank(rows)
+    shape = prepare.pixels(np.zeros((3, 4, 3), np.uint8)).shape
+    for row in range(rows):
+        prepare.put(images, row, rng.integers(0, 256, shape, np.uint8))
     return {
-        "images": rng.integers(0, 256, (rows, size, size, 3), np.uint8),
+        "images": images,
         "tokens": rng.integers(0, text.vocab_size, (rows, text.context_length), np.int32),
     }
 

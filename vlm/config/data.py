@@ -11,7 +11,8 @@ class AugmentConfig:
     Args:
         crop: Smallest and largest share of the image's area that a random crop keeps. None: no
             crop, but the model's own resizing, as in evaluation.
-        aspect: Smallest and largest ratio of width to height of a crop.
+        aspect: Smallest and largest ratio of width to height of a crop; with the resize naflex,
+            in multiples of the image's own.
         jitter: Strength of random changes of brightness, contrast and saturation: each factor
             is drawn from 1 - jitter to 1 + jitter.
         hue: Largest random change of hue, in turns of the colour circle: at most 0.5.

@@ -18,13 +18,14 @@ class PreprocessConfig:
     """How an image becomes the pixels a model was trained on.
 
     Args:
-        image_size: Side of the square that the model takes, in pixels.
+        image_size: Side of the square that the model takes, in pixels; of naflex, of its grid of
+            positions.
         resize: squash: both sides to the square; crop: the short side to size, then the centre;
             pad: the long side to size, then `fill` around it; naflex: any aspect within
             `max_patches`.
         fill: Colour (red, green, blue) around an image that is padded.
-        patch_size: Of naflex: side of a patch, in pixels.
-        max_patches: Of naflex: most patches that an image may have.
+        patch_size: Of naflex: side of a patch, in pixels; the model's.
+        max_patches: Of naflex: most patches that an image may have; while training, the model's.
         kernel: Interpolation of the resize.
         backend: Whose arithmetic resizes: pillow, as torchvision does with PIL images; tensor,
             as it does with uint8 tensors; tensorflow, as big_vision does.

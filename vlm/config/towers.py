@@ -60,10 +60,12 @@ class ViTConfig:
         projection: Layer from the pooled token to the shared space.
         activation: Activation of the plain MLP, and of map pooling's.
         norm_eps: Epsilon of the layer norms.
-        max_patches: Of NaFlex (SigLIP 2), which takes any aspect: most patches of an image;
-            image_size is then that of the grid of positions. None: square images.
+        max_patches: Of NaFlex (SigLIP 2), which takes any aspect: most patches of an image, to
+            which others are padded while training; image_size is then that of the grid of
+            positions. None: square images.
         dropout: Share of the values that dropout sets to zero while training.
-        patch_dropout: Share of the patches that are left out while training (FLIP).
+        patch_dropout: Share of the patches that are left out while training (FLIP); of NaFlex,
+            of each image's own.
 
     Example:
         >>> vlm.ViTConfig(image_size=224, patch_size=16, pool="map").tokens()
@@ -125,10 +127,17 @@ class ViTConfig:
                 f"a nested stem halves {len(self.stem_widths)} times, which patch_size "
                 f"{self.patch_size} cannot: give fewer stem_widths"
             )
-        if self.registers and (not self.has_class_token or self.max_patches is not None):
+        if self.registers and not self.has_class_token:
             raise ConfigError(
-                f"ViTConfig.registers {self.registers} stand after a class token of square images: "
-                'set class_token=True or pool="class", and no max_patches'
+                f"ViTConfig.registers {self.registers} stand after a class token: set "
+                'class_token=True or pool="class"'
+            )
+        more = self.class_token or self.rotary is not None or self.pre_norm
+        plain = self.stem == "linear" and self.pool in ("map", "mean") and not more
+        if self.max_patches is not None and not plain:
+            raise ConfigError(
+                f"ViTConfig.max_patches {self.max_patches} is of NaFlex, which has no class_token, "
+                'rotary and pre_norm: leave them out, and set stem="linear", pool="map" or "mean"'
             )
         if self.stem == "conv" and self.image_size % self.patch_size:
             raise ConfigError(

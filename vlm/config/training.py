@@ -9,6 +9,7 @@ from vlm.config.distillation import DistillConfig
 from vlm.config.evaluation import EvalConfig
 from vlm.config.inputs import PreprocessConfig, TokenizerConfig
 from vlm.config.model import ModelConfig
+from vlm.config.towers import VisionTowerConfig
 from vlm.errors import ConfigError
 
 # What a block keeps for its backward pass, the most memory first: see `Experiment.remat`.
@@ -189,15 +190,16 @@ class Experiment:
             images of one class are no negatives of each other; classification: the image tower and
             a head over these classes, which starts from their zero-shot text embeddings.
         distill: A larger model to learn from, beside the pairs. None: the pairs alone.
-        init_from: A model to start from: whatever `vlm.load` takes. None: start at random.
+        init_from: A model to start from: whatever `vlm.load` takes. It takes square images, or
+            is NaFlex, as preprocess says. None: start at random.
         init_towers: Which towers are taken from that model.
         init_image_size: Side of the images in place of that model's, in pixels; its position
-            embeddings are resized.
+            embeddings are resized. Of NaFlex: as many patches as such a square has.
         init_context_length: Number of tokens of a text in place of that model's.
         adapter: Low-rank adapters, which alone are trained; the run leaves them as a small bundle.
             None: the model itself is trained.
         image_sizes: Smaller images to begin with, as pairs of a share of the run and a size in
-            pixels; the rest of the run is at the full size.
+            pixels; the rest of the run is at the full size. Of square images.
         text_masking: Share of a text's places that are left out while training, padding first.
         seed: Seed of everything that is random: parameters, order of the data, augmentation,
             dropout.
@@ -382,13 +384,8 @@ class Experiment:
                 "image_sizes needs a Vision Transformer, and the image tower is a "
                 f"{type(vision).__name__}: leave it empty"
             )
-        naflex = self.preprocess is not None and self.preprocess.resize == "naflex"
-        if naflex or getattr(vision, "max_patches", None):
-            raise ConfigError(
-                "a NaFlex model cannot be trained as one, since training takes square images of "
-                f'one size: set preprocess.resize="squash" and model.vision.max_patches=None to '
-                f"train at {vision.image_size} pixels"
-            )
+        if self.preprocess is not None:
+            self._check_budget(self.preprocess, vision)
         if getattr(vision, "rotary", None) is not None and (
             getattr(vision, "patch_dropout", 0.0) or self.image_sizes
         ):
@@ -397,6 +394,30 @@ class Experiment:
                 f"{what} needs a tower without rotary positions, which are those of the whole "
                 f"grid: leave it {'empty' if self.image_sizes else 'at 0'}"
             )
+
+    def _check_budget(self, preprocess: PreprocessConfig, vision: VisionTowerConfig) -> None:
+        """Refuse a NaFlex model whose images are none, or that is trained as it cannot be."""
+        budget = getattr(vision, "max_patches", None)
+        if preprocess.resize != "naflex":
+            if budget is not None:
+                raise ConfigError(
+                    f"model.vision.max_patches {budget} is of NaFlex, and preprocess.resize "
+                    f'{preprocess.resize!r} makes squares: set it to None, or resize to "naflex"'
+                )
+            return
+        for name, ours in (("max_patches", budget), ("patch_size", vision.patch_size)):
+            if getattr(preprocess, name) != ours or ours is None:
+                raise ConfigError(
+                    f'preprocess.{name} {getattr(preprocess, name)} of resize "naflex" is not '
+                    f"model.vision.{name} {ours}: set both to the same number"
+                )
+        for name in ("image_sizes", "distill"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f'{name} is of square images, and preprocess.resize "naflex" makes images of '
+                    'any aspect: leave it out, or set resize="squash" and '
+                    "model.vision.max_patches=None"
+                )
 
     def _check_evaluation(self) -> None:
         names = [config.name for config in self.evals]

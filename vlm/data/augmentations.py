@@ -50,10 +50,10 @@ def check(config: AugmentConfig) -> None:
         )
 
 
-def change(
+def changed(
     pixels: UInt8[np.ndarray, "h w 3"], config: AugmentConfig, u: Float[np.ndarray, " draws"]
-) -> None:
-    """Change `pixels` in place, by `DRAWS` uniform numbers."""
+) -> UInt8[np.ndarray, "h w 3"]:
+    """`pixels` as they are changed, by `DRAWS` uniform numbers."""
     image, u = Image.fromarray(pixels), u.tolist()
     count, magnitude = config.randaugment or (0, 0)
     for k in range(count):
@@ -69,7 +69,7 @@ def change(
         image = image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * sigma))
     if solarise < config.solarise:
         image = ImageOps.solarize(image, 128)
-    pixels[...] = np.asarray(image)
+    return np.asarray(image)
 
 
 def _shift(x: float, y: float) -> Callable[[Image.Image, float, int], Image.Image]:

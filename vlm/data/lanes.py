@@ -23,6 +23,7 @@ from vlm.data.making import Maker
 from vlm.data.shards import FILTERED, Lane, Sample
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.two_tokenizers import AnyTokenizer
+from vlm.nn.naflex import Patches
 
 MOST_LANES = 256  # chosen for a config that does not say
 
@@ -95,8 +96,8 @@ class LaneBatches(grain.IterDataset):
 
     def element_bytes(self, parts: int) -> int:
         """Of one element where `parts` of them make a batch, pixels and tokens."""
-        size, length = self.maker.size, self.tokenizer.config.context_length
-        return -(-len(self.lanes) // parts) * self.rows * (size * size * 3 + 4 * length)
+        of_one = self.maker.image_bytes + 4 * self.tokenizer.config.context_length
+        return -(-len(self.lanes) // parts) * self.rows * of_one
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
         """Keep the lanes of worker `sl.start` of `sl.step`: what grain asks of its sources."""
@@ -110,7 +111,8 @@ class _Made(NamedTuple):
     """A sample on its way: what it became, and where its lane stood after it."""
 
     text: str | BadSample | None
-    image: np.ndarray
+    images: np.ndarray | Patches  # its image is at `row` of these
+    row: int
 
 
 class _Piece(NamedTuple):
@@ -138,8 +140,7 @@ class LaneIterator(grain.DatasetIterator):
 
     def __next__(self) -> dict[str, Any]:
         b, rows = self._batches, self._batches.rows
-        size = b.maker.size
-        images = np.empty((len(self._lanes) * rows, size, size, 3), np.uint8)
+        images = b.maker.blank(len(self._lanes) * rows)
         texts: list[str] = []
         bad: list[dict[str, str]] = []
         after: dict[str, Position] = {}
@@ -147,8 +148,10 @@ class LaneIterator(grain.DatasetIterator):
             self._fill(number)
         for number in self._lanes:
             for _ in range(rows):
-                image, text, after[str(number)] = self._next_good(number, bad)
-                images[len(texts)] = image
+                made, text, after[str(number)] = self._next_good(number, bad)
+                pairs = zip(jax.tree.leaves(images), jax.tree.leaves(made.images), strict=True)
+                for batch, piece in pairs:
+                    batch[len(texts)] = piece[made.row]
                 texts.append(text)
         for number in self._lanes:
             self._fill(number)  # decoders go on while the texts become tokens
@@ -175,7 +178,7 @@ class LaneIterator(grain.DatasetIterator):
             lane.close()
         self._readers.shutdown(cancel_futures=True)
 
-    def _next_good(self, number: int, bad: list) -> tuple[np.ndarray, str, Position]:
+    def _next_good(self, number: int, bad: list) -> tuple[_Made, str, Position]:
         ready = self._ready[number]
         while True:
             while not ready:
@@ -185,7 +188,7 @@ class LaneIterator(grain.DatasetIterator):
             made, position = ready.popleft()
             if isinstance(made.text, str):
                 self._in_a_row[number] = self._filtered[number] = 0
-                return made.image, made.text, position
+                return made, made.text, position
             if made.text is FILTERED:
                 self._filtered[number] += 1
                 if self._filtered[number] == _MAX_FILTERED:
@@ -211,18 +214,17 @@ class LaneIterator(grain.DatasetIterator):
     def _make(self, samples: list[Sample]) -> list[_Made]:
         maker, seed = self._batches.maker, self._batches.stream.seed
         draws = maker.draws(seed, np.array([sample.position for sample in samples]))
-        images = np.empty((len(samples), maker.size, maker.size, 3), np.uint8)
-        made = []
-        for sample, u, image in zip(samples, draws, images, strict=True):
+        images, made = maker.blank(len(samples)), []
+        for row, (sample, u) in enumerate(zip(samples, draws, strict=True)):
             text = sample.example
             try:
                 if callable(text):  # read here, in one of several threads
                     text = text()
                 if isinstance(text, dict):
-                    text = maker(text, u, image, "an example")
+                    text = maker(text, u, images, row, "an example")
             except BadSample as fault:
                 text = fault
-            made.append(_Made(text, image))
+            made.append(_Made(text, images, row))
         return made
 
 
@@ -257,8 +259,8 @@ class LaneOrder:
             return first
         bad = [record for element in elements for record in json.loads(element.pop("bad"))]
         names = [name for name in first if name != "bad"]
-        joined = {name: np.concatenate([e[name] for e in elements]) for name in names}
-        return joined | {"bad": json.dumps(bad)}
+        arrays = [{name: element[name] for name in names} for element in elements]
+        return jax.tree.map(lambda *x: np.concatenate(x), *arrays) | {"bad": json.dumps(bad)}
 
     def state(self, step: int) -> dict[str, Any]:
         """The positions of all lanes, of all processes: every process must ask at the same step."""

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from PIL import Image
 
 from vlm.config import DataConfig
@@ -17,6 +17,7 @@ from vlm.data.transforms import DRAWS, Augment
 from vlm.errors import DataError
 from vlm.inputs.opening import Smallest
 from vlm.inputs.preprocess import Preprocess
+from vlm.nn.naflex import Patches
 
 NUMBERS = DRAWS + 1  # uniform numbers for any example: the last one chooses the caption
 
@@ -29,7 +30,7 @@ class Maker:
 
     def __init__(self, configs: Sequence[DataConfig], preprocess: Preprocess):
         self._configs, self._preprocess = list(configs), preprocess
-        self.size = preprocess.config.image_size
+        self.blank, self.image_bytes = preprocess.blank, preprocess.image_bytes
         augment = configs[0].augment
         augmentations.check(augment)
         self._augment = Augment(augment, preprocess)
@@ -45,11 +46,17 @@ class Maker:
         return np.concatenate([base, more], axis=1)
 
     def __call__(
-        self, example: Example, u: np.ndarray, out: UInt8[np.ndarray, "s s 3"], where: str
+        self,
+        example: Example,
+        u: np.ndarray,
+        images: np.ndarray | Patches,
+        row: int,
+        where: str,
     ) -> str:
-        """Write the changed image into `out` by its numbers `u` of `draws`; returns the text.
+        """Put the changed image at `row` of `images`, which `blank` made; returns the text.
 
-        `where` says where the example lies, if it does not say so itself.
+        Its numbers `u` are of `draws`. `where` says where the example lies, if it does not say so
+        itself.
 
         Raises:
             BadSample: there is no text, or the image cannot be opened.
@@ -63,9 +70,10 @@ class Maker:
             return self._augment.smallest(width, height, u[:DRAWS])
 
         image = open_image_of(example, config, self._preprocess, where, smallest)
-        self._augment(image, u[:DRAWS], out, sizes[0] if sizes else None)
+        pixels = self._augment(image, u[:DRAWS], sizes[0] if sizes else None)
         if self._changes is not None:
-            augmentations.change(out, self._changes, u[NUMBERS:])
+            pixels = augmentations.changed(pixels, self._changes, u[NUMBERS:])
+        self._preprocess.put(images, row, pixels)
         return text
 
 

@@ -149,6 +149,7 @@ def train_batches(
 ) -> TrainIterator:
     """This process's training batches: `images` uint8 (b, s, s, 3), `tokens` int32 (b, l).
 
+    For a NaFlex model `images` is `vlm.nn.Patches` of arrays (b, max_patches, ...), uint8 too.
     `batch_size` is this process's share. Without `epochs` the batches never end. The iterator's
     `get_state` and `set_state` make it part of a checkpoint. With a teacher's stored embeddings a
     batch has its `teacher_image` and `teacher_text` (b, e). Each batch is given as
@@ -281,18 +282,16 @@ def eval_batches(
     if not split:
         raise DataError("data.eval_split is not set: name the split to evaluate on")
     source = open_source(config, split)
-    size = preprocess.config.image_size
     stride = batch_size * process_count
     for first in range(batch_size * process_index, _round_up(len(source), stride), stride):
         ids = np.arange(first, first + batch_size, dtype=np.int32)
         mask = ids < len(source)
-        images = np.zeros((batch_size, size, size, 3), np.uint8)
+        images = preprocess.blank(batch_size)
         captions = [""] * batch_size
         for row in np.flatnonzero(mask):
             example = source[int(ids[row])]
-            images[row] = preprocess.pixels(
-                example[config.image], f"the image of example {ids[row]}"
-            )
+            name = f"the image of example {ids[row]}"
+            preprocess.put(images, int(row), preprocess.pixels(example[config.image], name))
             captions[row] = captions_of(example, config)[0]
         yield {
             "images": images,

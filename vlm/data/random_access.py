@@ -28,6 +28,7 @@ from vlm.data.shards import Sample
 from vlm.errors import DataError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.two_tokenizers import AnyTokenizer
+from vlm.nn.naflex import Patches
 
 Batch = dict[str, Any]
 
@@ -98,13 +99,12 @@ class TrainBatches:
         else:
             variants = store.choose(self._seed, positions)
             draws = store.draws(self._maker, indices, variants)
-        size = self._maker.size
-        images = np.empty((self._batch_size, size, size, 3), np.uint8)
+        images = self._maker.blank(self._batch_size)
         bad: list[dict[str, str]] = []
         numbers = zip(indices.tolist(), variants.tolist(), positions.tolist(), strict=True)
         made = [
-            self._make(*number, u, row, bad)
-            for row, u, number in zip(images, draws, numbers, strict=True)
+            self._make(*number, u, images, row, bad)
+            for row, (u, number) in enumerate(zip(draws, numbers, strict=True))
         ]
         texts, indices = [text for text, _ in made], np.array([index for _, index in made])
         taught = {} if store is None else store.embeddings(indices, variants)
@@ -120,18 +120,26 @@ class TrainBatches:
     @property
     def batch_bytes(self) -> int:
         """Of one batch of this process, pixels and tokens."""
-        size, length = self._maker.size, self._tokenizer.config.context_length
+        length = self._tokenizer.config.context_length
         taught = 0 if self._reinforced is None else 2 * 4 * self._reinforced.width
-        return self._batch_size * (size * size * 3 + 4 * length + taught)
+        return self._batch_size * (self._maker.image_bytes + 4 * length + taught)
 
     def _make(
-        self, index: int, variant: int, position: int, u: np.ndarray, out: np.ndarray, bad: list
+        self,
+        index: int,
+        variant: int,
+        position: int,
+        u: np.ndarray,
+        images: np.ndarray | Patches,
+        row: int,
+        bad: list,
     ) -> tuple[str, int]:
-        """The text and index of an example whose image goes to `out`, or of a good one instead."""
+        """The text and index of an example whose image goes to `row`, or of a good one instead."""
         last: BadSample | None = None
         for attempt in range(self._max_bad_in_a_row):
             try:
-                return self._maker(self._source[index], u, out, f"example {index}"), index
+                example = self._source[index]
+                return self._maker(example, u, images, row, f"example {index}"), index
             except BadSample as fault:
                 bad.append(fault.record())
                 last = fault

@@ -18,6 +18,8 @@ _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's mode L
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 _RGB = np.linalg.inv(_YIQ)
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -43,10 +45,9 @@ class Augment:
         self,
         image: Image.Image,
         u: Float[np.ndarray, " draws"],
-        out: UInt8[np.ndarray, "s s 3"],
         size: tuple[int, int] | None = None,
-    ):
-        """Write the changed `image` (mode RGB) into `out`, by `DRAWS` uniform numbers.
+    ) -> UInt8[np.ndarray, "h w 3"]:
+        """The pixels of the changed `image` (mode RGB), by `DRAWS` uniform numbers.
 
         `size` is the width and height of the whole image, where a fraction of it was decoded.
         """
@@ -54,8 +55,8 @@ class Augment:
         if self.config.crop is None:
             pixels = self.preprocess.pixels(image)
         else:
-            inputs = self.preprocess.config
-            box = crop_box(*(size or image.size), self.config, draws[: 2 * _ATTEMPTS + 2])
+            box = self._crop(*(size or image.size), draws)
+            made = self._made_of(box)
             if size is not None and image.size != size:
                 fraction = round(size[0] / image.width)  # of whole numbers: pixels keep their place
                 edges = (*image.size, *image.size)
@@ -64,43 +65,57 @@ class Augment:
                 )
                 box = (left, top, right, bottom)
             # One resample makes crop and size at once.
-            side, kernel = inputs.image_size, PILLOW_KERNELS[inputs.kernel]
-            pixels = np.asarray(image.resize((side, side), kernel, box=box))
+            kernel = PILLOW_KERNELS[self.preprocess.config.kernel]
+            pixels = np.asarray(image.resize(made, kernel, box=box))
         draws = draws[2 * _ATTEMPTS + 2 :]
         if self.config.flip and draws[0] < 0.5:
             pixels = pixels[:, ::-1]
         if not (self.config.jitter or self.config.hue):
-            out[...] = pixels
-            return
+            return pixels
         values = pixels.reshape(-1, 3).astype(np.float32)
         mean = np.ones(len(values), np.float32) @ values / np.float32(len(values))
         matrix, offset = color_map(self.config, draws[1:5], mean)
         values = values @ matrix.T
         values += offset + np.float32(0.5)  # the cast below truncates, so this rounds
         np.clip(values, 0, 255, out=values)
-        out[...] = values.reshape(out.shape)  # casts while it copies
+        return values.astype(np.uint8).reshape(pixels.shape)
 
     def smallest(self, width: int, height: int, u: Float[np.ndarray, " draws"]) -> tuple[int, int]:
         """How small the image may be decoded so that its crop has as many pixels as are made."""
         if self.config.crop is None or not self.config.draft:
             return width, height
-        left, top, right, bottom = crop_box(
-            width, height, self.config, u[: 2 * _ATTEMPTS + 2].tolist()
-        )
-        spare = min(right - left, bottom - top) / self.preprocess.config.image_size
+        box = self._crop(width, height, u.tolist())
+        left, top, right, bottom = box
+        across, down = self._made_of(box)
+        spare = min((right - left) / across, (bottom - top) / down)
         fraction = next((n for n in (8, 4, 2) if spare >= n), 1)
         return width // fraction, height // fraction
 
+    def _crop(self, width: int, height: int, draws: list[float]) -> Box:
+        own = width / height if self.preprocess.config.resize == "naflex" else 1.0
+        return crop_box(width, height, self.config, draws[: 2 * _ATTEMPTS + 2], own)
+
+    def _made_of(self, box: Box) -> tuple[int, int]:
+        """Width and height of what becomes of a crop: a square, or of NaFlex its own aspect."""
+        config, (left, top, right, bottom) = self.preprocess.config, box
+        if config.resize != "naflex":
+            return config.image_size, config.image_size
+        sides = (max(1, round(right - left)), max(1, round(bottom - top)))
+        (width, height), _ = self.preprocess.layout(*sides)
+        return width, height
+
 
 def crop_box(
-    width: int, height: int, config: AugmentConfig, u: list[float]
-) -> tuple[float, float, float, float]:
+    width: int, height: int, config: AugmentConfig, u: list[float], unit: float = 1.0
+) -> Box:
     """A random box (left, top, right, bottom) with its share of the area and its aspect in range.
 
     Inception's random resized crop (Szegedy et al., 2015) as in torchvision, with real borders.
+    The range of aspects is in multiples of `unit`.
     """
     assert config.crop is not None
-    low, high = (math.log(a) for a in config.aspect)
+    least, most = (a * unit for a in config.aspect)
+    low, high = math.log(least), math.log(most)
     for k in range(_ATTEMPTS):
         area = width * height * (config.crop[0] + u[2 * k] * (config.crop[1] - config.crop[0]))
         aspect = math.exp(low + u[2 * k + 1] * (high - low))
@@ -108,7 +123,7 @@ def crop_box(
         if w <= width and h <= height:
             left, top = u[-2] * (width - w), u[-1] * (height - h)
             return left, top, left + w, top + h
-    aspect = min(max(width / height, config.aspect[0]), config.aspect[1])
+    aspect = min(max(width / height, least), most)
     w, h = min(width, height * aspect), min(height, width / aspect)
     left, top = (width - w) / 2, (height - h) / 2
     return left, top, left + w, top + h

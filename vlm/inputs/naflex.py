@@ -1,8 +1,10 @@
 """NaFlex: images of any aspect as sequences of patches within a budget (SigLIP 2)."""
 
+import functools
 import math
 
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from vlm.inputs.resizing import resize_matrix
 from vlm.nn.naflex import Patches
@@ -30,17 +32,40 @@ def target_size(height: int, width: int, patch_size: int, max_patches: int) -> t
 
 def collate(images: list[np.ndarray], patch_size: int, grid: int, step: int) -> Patches:
     """Resized images, (h, w, 3) each, as one batch; its length is a multiple of `step` patches."""
-    shapes = [(image.shape[0] // patch_size, image.shape[1] // patch_size) for image in images]
-    length = -(-max(h * w for h, w in shapes) // step) * step
-    pixels = np.zeros((len(images), length, patch_size**2, 3), images[0].dtype)
-    rows = np.zeros((len(images), length, grid), np.float32)
-    columns = np.zeros_like(rows)
-    mask = np.zeros((len(images), length), bool)
-    for i, (image, (h, w)) in enumerate(zip(images, shapes, strict=True)):
-        cut = image.reshape(h, patch_size, w, patch_size, 3).transpose(0, 2, 1, 3, 4)
-        pixels[i, : h * w] = cut.reshape(h * w, patch_size**2, 3)
-        rows[i, : h * w] = np.repeat(resize_matrix(grid, h, "bilinear", True), w, axis=0)
-        columns[i, : h * w] = np.tile(resize_matrix(grid, w, "bilinear", True), (h, 1))
-        mask[i, : h * w] = True
+    longest = max(image.shape[0] * image.shape[1] // patch_size**2 for image in images)
+    batch = blank(len(images), -(-longest // step) * step, patch_size, grid)
+    for row, image in enumerate(images):
+        put(batch, row, image)
+    return batch
+
+
+def blank(count: int, length: int, patch_size: int, grid: int) -> Patches:
+    """A batch of `count` images of one black patch each: attention over none has no meaning."""
+    mask = np.zeros((count, length), bool)
+    mask[:, 0] = True
     # NumPy's until they lie on a device.
-    return Patches(pixels, rows, columns, mask)  # pyright: ignore[reportArgumentType]
+    return Patches(
+        np.zeros((count, length, patch_size**2, 3), np.uint8),  # pyright: ignore[reportArgumentType]
+        np.zeros((count, length, grid), np.float32),  # pyright: ignore[reportArgumentType]
+        np.zeros((count, length, grid), np.float32),  # pyright: ignore[reportArgumentType]
+        mask,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def put(batch: Patches, row: int, image: UInt8[np.ndarray, "h w 3"]) -> None:
+    """Make a resized image the one at `row` of a batch that is NumPy's."""
+    pixels, rows, columns, mask = (np.asarray(array)[row] for array in batch)  # views
+    side, grid = math.isqrt(pixels.shape[1]), rows.shape[1]
+    h, w = image.shape[0] // side, image.shape[1] // side
+    count = h * w
+    cut = image.reshape(h, side, w, side, 3).transpose(0, 2, 1, 3, 4)
+    pixels[:count], pixels[count:] = cut.reshape(count, side**2, 3), 0
+    rows[:count], rows[count:] = np.repeat(_weights(grid, h), w, axis=0), 0
+    columns[:count], columns[count:] = np.tile(_weights(grid, w), (h, 1)), 0
+    mask[:] = np.arange(len(mask)) < count
+
+
+@functools.lru_cache(256)
+def _weights(grid: int, count: int) -> Float[np.ndarray, "count grid"]:
+    """Of `count` patches along a side over the positions of the grid."""
+    return resize_matrix(grid, count, "bilinear", antialias=True)

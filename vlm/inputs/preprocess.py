@@ -74,6 +74,30 @@ class Preprocess:
         assert c.patch_size is not None  # `__init__` has checked it
         return naflex.collate(rows, c.patch_size, c.image_size // c.patch_size, step=naflex.STEP)
 
+    def blank(self, count: int) -> UInt8[np.ndarray, "n s s 3"] | Patches:
+        """A batch of `count` blank images, whose shape does not depend on what is `put` there."""
+        c = self.config
+        if c.resize != "naflex":
+            return np.zeros((count, c.image_size, c.image_size, 3), np.uint8)
+        assert c.patch_size is not None  # `__init__` has checked both
+        assert c.max_patches is not None
+        return naflex.blank(count, c.max_patches, c.patch_size, c.image_size // c.patch_size)
+
+    def put(
+        self, batch: np.ndarray | Patches, row: int, pixels: UInt8[np.ndarray, "h w 3"]
+    ) -> None:
+        """Make what `pixels` made of an image the one at `row` of a batch of `blank`."""
+        if isinstance(batch, Patches):
+            naflex.put(batch, row, pixels)
+        else:
+            batch[row] = pixels
+
+    @property
+    def image_bytes(self) -> int:
+        """Of one image of a batch of `blank`."""
+        one = self.blank(1)
+        return sum(x.nbytes for x in (one if isinstance(one, Patches) else (one,)))
+
     def pixels(self, image: ImageLike, name: str = "the image") -> UInt8[np.ndarray, "h w 3"]:
         """The resized image before normalisation; `name` is what errors call it if it has none."""
         config, opened = self.config, self._shortened(self.open(image, name))

@@ -63,7 +63,7 @@ class DualEncoder(nnx.Module):
 
     def __call__(
         self,
-        images: Float[Array, "b h w 3"],
+        images: Float[Array, "b h w 3"] | Patches,
         tokens: Int[Array, "b n"],
         *,
         keys: Key[Array, " b"] | None = None,

@@ -14,7 +14,13 @@ from vlm.models.counting import (
 from vlm.models.ends import map_pool, projection
 from vlm.nn.layers import LayerNorm, split_keys
 from vlm.nn.naflex import Patches
-from vlm.nn.patches import ConvStem, NestedStem, PatchStem, drop_patches
+from vlm.nn.patches import (
+    ConvStem,
+    NestedStem,
+    PatchStem,
+    drop_patches,
+    drop_real_patches,
+)
 from vlm.nn.pooling import MapPool, QueryPool, mean_pool
 from vlm.nn.rotary import grid_rotation
 from vlm.nn.taps import Taps, part, tap
@@ -112,7 +118,7 @@ class ViTTower(nnx.Module):
         """What the blocks make of the tokens, and which of them are real where some are not."""
         c = self.config
         if isinstance(images, Patches):
-            return self._of_patches(images, keys, taps), images.mask
+            return self._of_patches(images, keys, taps)
         patch_keys, block_keys = split_keys(keys)
         x = self.stem(images)
         position = self.position[...].astype(x.dtype)
@@ -152,20 +158,27 @@ class ViTTower(nnx.Module):
         elif isinstance(self.pool, QueryPool):
             x = self.norm(self.pool(x, taps=part(taps, "pool")))
         elif c.pool == "mean":
-            x = self.norm(mean_pool(x)) if c.norm_pooled else mean_pool(self.norm(x))
+            x = mean_pool(x if c.norm_pooled else self.norm(x), mask)
+            x = self.norm(x) if c.norm_pooled else x
         else:
             assert isinstance(self.pool, MapPool)
             x = self.pool(self.norm(x), mask, taps=part(taps, "pool"))
         return x if self.projection is None else self.projection(x)
 
-    def _of_patches(self, images: Patches, keys, taps: Taps | None) -> Float[Array, "b n d"]:
+    def _of_patches(
+        self, images: Patches, keys, taps: Taps | None
+    ) -> tuple[Float[Array, "b n d"], Bool[Array, "b n"]]:
         """Tokens of images of different shapes: padding is masked in attention."""
         assert isinstance(self.stem, PatchStem)
+        patch_keys, block_keys = split_keys(keys)
         x = self.stem.project(images.pixels.reshape(*images.mask.shape, -1))
         weights = images.rows[..., :, None] * images.columns[..., None, :]
         position = weights.reshape(*images.mask.shape, -1) @ self.position[...]
-        x = tap(taps, "stem", x + position.astype(x.dtype))
-        return self.transformer(x, images.mask[:, None, None, :], keys=keys, taps=taps)
+        x, mask = drop_real_patches(
+            x + position.astype(x.dtype), images.mask, self.config.patch_dropout, patch_keys
+        )
+        x = tap(taps, "stem", x)
+        return self.transformer(x, mask[:, None, None, :], keys=block_keys, taps=taps), mask
 
 
 def flops(config: ViTConfig, embed_dim: int, *, training: bool = False) -> dict[str, float]:
@@ -189,6 +202,8 @@ def flops(config: ViTConfig, embed_dim: int, *, training: bool = False) -> dict[
             places //= 4
     else:
         stem = 2 * patches * c.patch_size**2 * 3 * c.width
+        if c.max_patches is not None:  # each patch's position is a product with the whole grid
+            stem += 2 * patches * (c.image_size // c.patch_size) ** 2 * c.width
     if training:
         tokens = c.tokens(training=True)
     pool = 0.0

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from vlm.nn.layers import LayerNorm, Linear, gelu
 from vlm.nn.resnet import FrozenBatchNorm
@@ -160,3 +160,26 @@ def drop_patches(
     scores = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
     indices = jnp.sort(lax.top_k(scores, kept)[1], axis=1)
     return jnp.take_along_axis(tokens, indices[..., None], axis=1)
+
+
+def drop_real_patches(
+    tokens: Float[Array, "b n d"],
+    mask: Bool[Array, "b n"],
+    rate: float,
+    keys: Key[Array, " b"] | None,
+) -> tuple[Float[Array, "b m d"], Bool[Array, "b m"]]:
+    """The same of images with padding: a share `1 - rate` of the tokens under each one's mask.
+
+    Those of an image that has fewer are followed by padding again, and their order is random: each
+    has its position in it.
+    """
+    if keys is None or rate == 0:
+        return tokens, mask
+    n = tokens.shape[1]
+    scores = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
+    indices = lax.top_k(jnp.where(mask, scores, -1), max(1, round(n * (1 - rate))))[1]
+    kept = jnp.maximum(1, jnp.round(mask.sum(1) * (1 - rate)))
+    return (
+        jnp.take_along_axis(tokens, indices[..., None], axis=1),
+        jnp.arange(indices.shape[1]) < kept[:, None],
+    )

@@ -13,6 +13,7 @@ import jax
 
 from vlm.chips import Chip
 from vlm.config import Experiment, TextConfig, ViTConfig
+from vlm.inputs.preprocess import Preprocess
 from vlm.losses.contrastive import tile_side
 from vlm.models.flops import step_flops
 from vlm.nn.remat import ATTENDED, KEPT, MLP_HIDDEN, PROJECTED
@@ -75,7 +76,8 @@ def analytic_memory(
     if e.distill is not None and e.distill.relations:
         tiles += 3 * 4 * side**2
     tiles += 8 * 4 * local * e.model.embed_dim + 2 * 4 * local * lesson.taught.width
-    images = 3 * e.model.vision.image_size**2 * (4 + 2) * rows
+    # The bytes of pixels, as float32 and as the tower computes in.
+    images = Preprocess(e.preprocess).image_bytes * (4 + 2) * rows
     return AnalyticMemory(
         state=state.parameters + state.optimizer + state.averages + state.teacher,
         gradients=state.trained,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from vlm.config import Experiment
+from vlm.inputs.preprocess import Preprocess
 from vlm.plan.collectives import Collective, collectives
 from vlm.plan.hlo import Program, parse
 from vlm.plan.lesson import planned_lesson
@@ -90,12 +91,14 @@ def with_dtype(experiment: Experiment, platform: str) -> Experiment:
     return dataclasses.replace(experiment, dtype="float32" if platform == "cpu" else "bfloat16")
 
 
-def batch_of(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_of(experiment: Experiment) -> dict[str, Any]:
     """The shapes of a global batch."""
-    size, rows = experiment.model.vision.image_size, experiment.batch_size
+    rows, image = experiment.batch_size, Preprocess(experiment.preprocess).blank(1)
     length, teacher = experiment.model.text.context_length, planned_lesson(experiment).teacher
-    batch = {
-        "images": jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8),
+    batch: dict[str, Any] = {
+        "images": jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), image
+        ),
         "tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32),
     }
     if experiment.objective != "contrastive":
@@ -112,10 +115,11 @@ def compile_step(experiment: Experiment, mesh: Mesh) -> CompiledStep | DoesNotFi
     lesson, of_batch = planned_lesson(experiment), batch_of(experiment)
     trainer = Trainer(experiment, mesh, classes=lesson.classes, teacher=lesson.teacher)
     # With their shardings, as a run's arrays have them: attention reads the mesh off their types.
+    rows = batch_sharding(mesh)
     state, batch = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         (trainer.abstract_state, of_batch),
-        (trainer.state_shardings, dict.fromkeys(of_batch, batch_sharding(mesh))),
+        (trainer.state_shardings, jax.tree.map(lambda _: rows, of_batch)),
     )
     lowered = trainer.step.lower(state, batch)
     compiled = _compile(lowered)

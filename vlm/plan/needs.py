@@ -6,6 +6,7 @@ from typing import Any
 
 from vlm.config import Experiment
 from vlm.data.workers import buffered_batches
+from vlm.inputs.preprocess import Preprocess
 from vlm.plan.calibration import Range
 from vlm.plan.topology import Topology
 
@@ -67,8 +68,8 @@ def needs(
         seconds = Range(e.seconds, e.seconds)
     hours = seconds.scaled(topology.chips / 3600) if seconds else None
     images = step_seconds.inverse(e.batch_size / hosts)
-    rows, size = e.batch_size / hosts, e.model.vision.image_size
-    batch = rows * (3 * size**2 + 4 * e.model.text.context_length)
+    image = Preprocess(e.preprocess).image_bytes
+    batch = e.batch_size / hosts * (image + 4 * e.model.text.context_length)
     workers = e.data.workers
     ahead = buffered_batches(workers, e.data.prefetch)[1] if workers else e.data.prefetch + 2
     return Needs(

@@ -24,7 +24,7 @@ from vlm.train.step import Trainer, TrainState
 ROWS = 256  # embedded at a time
 THREADS = 8  # that open images
 
-Pixels = UInt8[np.ndarray, "s s 3"]
+Pixels = UInt8[np.ndarray, "h w 3"]
 
 
 class Embedder:
@@ -58,16 +58,16 @@ class Embedder:
         The next rows are read while the devices embed the last ones; no image is kept.
         """
         share, shares = batch_share(self._mesh)
-        own, size = self._rows // shares, self._trainer.preprocess.config.image_size
+        own, prepare = self._rows // shares, self._trainer.preprocess
         out: list[np.ndarray] = []
         waiting = None
         with ThreadPoolExecutor(THREADS) as pool:
             for first in range(share * own, _round_up(count, self._rows), self._rows):
-                pixels = np.zeros((own, size, size, 3), np.uint8)
+                images = prepare.blank(own)
                 rows = range(first, min(first + own, count))
-                for row, image in zip(pixels, pool.map(read, rows), strict=False):
-                    row[...] = image
-                batch = global_batch({"images": pixels}, self._mesh)["images"]
+                for row, pixels in enumerate(pool.map(read, rows)):
+                    prepare.put(images, row, pixels)
+                batch = global_batch({"images": images}, self._mesh)["images"]
                 z = self._trainer.embed_images(state, batch)
                 if waiting is not None:
                     out.append(np.asarray(waiting))

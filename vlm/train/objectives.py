@@ -1,5 +1,7 @@
 """What a step minimises, given the embeddings of its whole batch."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
@@ -20,7 +22,7 @@ def objective(
     e: Experiment,
     mesh: Mesh | AbstractMesh,
     params: Params,
-    batch: dict[str, Array],
+    batch: dict[str, Any],
     *z: Float[Array, "b d"],
     teacher_scale: float = 0.0,
 ) -> Float[Array, ""]:

@@ -21,6 +21,7 @@ from vlm.data.reinforced import ARRAYS, FILE, SAME, UNFINISHED, variant_draws
 from vlm.data.sources import open_source, streams
 from vlm.errors import ConfigError, DataError
 from vlm.paths import in_one_sentence
+from vlm.train.teacher import check_square
 
 THREADS = 8  # that open images
 PARTIAL = f"{UNFINISHED}.partial"
@@ -59,11 +60,7 @@ def reinforce(
     """
     _check(data, variants, batch_size, dtype)
     source, model = open_source(data, data.train_split), bundle.load(teacher)
-    if model.preprocess.config.resize == "naflex":
-        raise ConfigError(
-            f"the teacher {teacher!r} takes images of any aspect (NaFlex), and training makes "
-            "square ones: give a teacher of one size"
-        )
+    check_square(teacher, model.preprocess)
     folder = Path(out)
     maker = Maker([data], model.preprocess)
     shape = (len(source), variants, model.embed_dim)
@@ -164,18 +161,18 @@ def _embed_all(
         pixels = model.preprocess.normalize(images)
         return towers.encode_image(pixels), towers.encode_text(tokens)
 
-    count, size = kept[0].shape[1], maker.size
+    count = kept[0].shape[1]
     total = len(source) * count
     with ThreadPoolExecutor(THREADS) as pool:
         for first in range(begin, total, batch_size):
             rows = np.arange(first, min(first + batch_size, total))
             indices, variants = rows // count, rows % count
             draws = variant_draws(maker, seed, count, indices, variants)
-            images = np.zeros((batch_size, size, size, 3), np.uint8)
+            images = maker.blank(batch_size)
 
             def make(row: int, index: int, u: np.ndarray, images=images) -> str | None:
                 try:
-                    return maker(source[index], u, images[row], f"example {index}")
+                    return maker(source[index], u, images, row, f"example {index}")
                 except BadSample:
                     return None
 

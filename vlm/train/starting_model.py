@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from vlm import bundle
-from vlm.config import Experiment, ModelConfig, PreprocessConfig, to_dict
+from vlm.config import Experiment, ModelConfig, PreprocessConfig, ViTConfig, to_dict
 from vlm.config.defaults import with_default_model, with_default_rates
 from vlm.errors import ConfigError
 from vlm.inputs.tokenizer import Tokenizer
@@ -20,7 +20,8 @@ from vlm.train.step import Trainer, TrainState
 from vlm.weights.opening import describe
 from vlm.weights.resolution import at_context_length, at_image_size
 
-OF_TRAINING = ("dropout", "patch_dropout")  # fields of a tower that its weights know nothing of
+# Fields of a tower that its weights know nothing of.
+OF_TRAINING = ("dropout", "patch_dropout", "max_patches")
 OF_VOCABULARY = ("pad_id", "bos_id", "eos_id", "zeroed_id")
 
 
@@ -52,7 +53,10 @@ def with_model(experiment: Experiment) -> Experiment:
 def _described_by_checkpoint(e: Experiment) -> Experiment:
     assert e.init_from is not None
     checkpoint, size, length = describe(e.init_from)
-    config, preprocess = _with_square_images(checkpoint.config, checkpoint.preprocess)
+    config, preprocess = checkpoint.config, checkpoint.preprocess
+    budget = _budget(e, preprocess)
+    if budget is None:
+        config, preprocess = _with_square_images(config, preprocess)
     if e.model is not None:
         size, length = e.model.vision.image_size, e.model.text.context_length
     else:
@@ -62,6 +66,10 @@ def _described_by_checkpoint(e: Experiment) -> Experiment:
             length = e.tokenizer.context_length
         size, length = e.init_image_size or size, e.init_context_length or length
     config, preprocess = at_image_size(config, preprocess, size)
+    if budget is not None:
+        if e.init_image_size is not None and preprocess.max_patches is not None:
+            budget = preprocess.max_patches
+        config, preprocess = _with_any_aspect(e, config, preprocess, budget)
     config, tokenizer = at_context_length(
         config, checkpoint.tokenizer, length, checkpoint.text_positions
     )
@@ -75,10 +83,38 @@ def _described_by_checkpoint(e: Experiment) -> Experiment:
     )
 
 
+def _budget(e: Experiment, theirs: PreprocessConfig) -> int | None:
+    """The patches of an image where a run takes any aspect (NaFlex); None: it takes squares.
+
+    Where the config says neither, it is as in the model that the run starts from.
+    """
+    if e.preprocess is None and e.model is not None:
+        return getattr(e.model.vision, "max_patches", None)
+    preprocess = e.preprocess or theirs
+    return preprocess.max_patches if preprocess.resize == "naflex" else None
+
+
+def _with_any_aspect(
+    e: Experiment, config: ModelConfig, preprocess: PreprocessConfig, budget: int
+) -> tuple[ModelConfig, PreprocessConfig]:
+    """A model as a NaFlex one, which has the same parameters as one of square images."""
+    vision = config.vision
+    if not isinstance(vision, ViTConfig):
+        raise ConfigError(
+            f"the image tower of init_from {e.init_from!r} is a {type(vision).__name__}, and only "
+            'a Vision Transformer takes images of any aspect: set another resize than "naflex"'
+        )
+    preprocess = dataclasses.replace(
+        preprocess, resize="naflex", patch_size=vision.patch_size, max_patches=budget
+    )
+    vision = dataclasses.replace(vision, max_patches=budget)
+    return dataclasses.replace(config, vision=vision), preprocess
+
+
 def _with_square_images(
     config: ModelConfig, preprocess: PreprocessConfig
 ) -> tuple[ModelConfig, PreprocessConfig]:
-    """A NaFlex model as one of square images, which is what training makes."""
+    """A NaFlex model as one of square images."""
     if preprocess.resize != "naflex":
         return config, preprocess
     vision = dataclasses.replace(config.vision, max_patches=None)
@@ -156,7 +192,7 @@ def place(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
 
 def _check_same(e: Experiment, other: bundle.Bundle, towers: tuple[str, ...]) -> None:
     """Raise a ConfigError that lists every field in which the two models differ."""
-    config, preprocess = _with_square_images(other.config, other.preprocess.config)
+    config, preprocess = other.config, other.preprocess.config
     pairs = {"model.embed_dim": (config.embed_dim, e.model.embed_dim)}
     for tower in towers:
         theirs, ours = (to_dict(getattr(model, tower)) for model in (config, e.model))

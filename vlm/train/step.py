@@ -21,6 +21,7 @@ from vlm.models import adapters
 from vlm.models.dual_encoder import DualEncoder
 from vlm.models.flops import Taught
 from vlm.nn.layers import split_keys
+from vlm.nn.naflex import Patches
 from vlm.nn.transformer import Execution
 from vlm.sharding import batch_sharding, global_batch, replicated, shardings
 from vlm.train.masking import mask_tokens
@@ -101,7 +102,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------ the step
 
-    def place(self, batch: dict[str, np.ndarray]) -> dict[str, Array]:
+    def place(self, batch: dict[str, Any]) -> dict[str, Any]:
         """This process's share of a batch as global arrays, with what the teacher says of them."""
         placed = global_batch(batch, self.mesh)
         assert not isinstance(self.teacher, DescribedTeacher)  # it has no weights to embed by
@@ -119,7 +120,7 @@ class Trainer:
         )
 
     def _step(
-        self, state: TrainState, batch: dict[str, Array], *, image_size: int
+        self, state: TrainState, batch: dict[str, Any], *, image_size: int
     ) -> tuple[TrainState, dict]:
         """The state after one step, and what to log of it."""
         config = self.experiment.optimizer
@@ -202,7 +203,8 @@ class Trainer:
     def tokens_per_step(self, image_size: int) -> int:
         """How many tokens the towers see in a step: patches and words that are not left out."""
         e = self.experiment
-        patches = e.model.vision.tokens(image_size, training=True)
+        whole = image_size == e.model.vision.image_size  # of NaFlex, as many as it takes
+        patches = e.model.vision.tokens(None if whole else image_size, training=True)
         words = e.model.text.tokens(masking=e.text_masking)
         return e.batch_size * (patches + (0 if e.objective == "classification" else words))
 
@@ -282,7 +284,7 @@ class Trainer:
     def _head(self, state: TrainState) -> Float[Array, "m d"]:
         return _used(state)["head"]["kernel"]
 
-    def _embed_images(self, state: TrainState, images: UInt8[Array, "b h w 3"]):
+    def _embed_images(self, state: TrainState, images: UInt8[Array, "b h w 3"] | Patches):
         return self.model(state).encode_image(self.preprocess.normalize(images))
 
     def _embed_texts(self, state: TrainState, tokens: Int[Array, "b l"]):

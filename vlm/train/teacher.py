@@ -153,15 +153,21 @@ def _embed(
     return model.encode_image(preprocess.normalize(pixels)), model.encode_text(tokens)
 
 
+def check_square(teacher: str, preprocess: Preprocess) -> None:
+    """Raise a ConfigError if a teacher does not take square images, which its students see too."""
+    if preprocess.config.resize == "naflex":
+        raise ConfigError(
+            f"the teacher {teacher!r} takes images of any aspect (NaFlex), and teachers see the "
+            "square images of their students: give a teacher of square images"
+        )
+
+
 def _check(e: Experiment, width: int, preprocess: Preprocess | None = None) -> None:
     """Raise a ConfigError if a student cannot see what its teacher sees, or be compared with it."""
     config, ours = e.distill, e.model.embed_dim
     assert config is not None
-    if preprocess is not None and preprocess.config.resize == "naflex":
-        raise ConfigError(
-            f"distill.teacher {config.teacher!r} takes images of any aspect (NaFlex), and "
-            "training makes square ones: give a teacher of one size"
-        )
+    if preprocess is not None:
+        check_square(config.teacher, preprocess)
     if config.features and width != ours and not config.projection:
         raise ConfigError(
             f"the teacher {config.teacher or config.stored!r} has embeddings of {width} dimensions "
