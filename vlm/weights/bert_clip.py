@@ -43,11 +43,6 @@ MODEL_TYPES = tuple(_TEXT)
 _ROOT = {"chinese_clip": "text_model", "altclip": "text_model.roberta"}
 
 
-def recognises(path: epath.Path) -> bool:
-    """Whether `path` is a folder of one of these models."""
-    return huggingface.is_of(path, MODEL_TYPES)
-
-
 def open_checkpoint(folder: epath.Path) -> Checkpoint:
     """The checkpoint in a folder.
 
