@@ -134,7 +134,8 @@ def siglip_tokenizer(
     Raises:
         CheckpointError: the file is missing or is not a SentencePiece model.
     """
-    vocabulary = sentencepiece.read(path)
+    # The cleaning of that name puts a space in front itself.
+    vocabulary = sentencepiece.read(path, prefix=clean != "siglip")
     end = vocabulary.token_to_id("</s>")
     if end is None:
         raise CheckpointError(
