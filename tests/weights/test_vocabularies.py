@@ -17,6 +17,7 @@ from vlm.weights.vocabularies import (
     open_clip_tokenizer,
     siglip_tokenizer,
 )
+from vlm.weights.writing_parts import standalone
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -59,6 +60,16 @@ def test_spaces_that_are_spelled_out(text):
     """At the end they go as spaces do, elsewhere they stay, and other white space is no space."""
     vocabulary = sentencepiece.read(GOLDEN / "spiece.model")
     assert vocabulary.encode(text).tokens == SPELLED_OUT[text]
+
+
+def test_siglips_vocabulary_stands_alone():
+    """In a `tokenizer.json` of its own, which has the cleaning in it."""
+    texts = ["a photo of a cat", "Two DOGS!", "", "naïve\tcafé 🙂", "words " * 40]
+    rows = siglip_tokenizer(GOLDEN / "spiece.model", 16)(texts)
+    alone = standalone(siglip_tokenizer(GOLDEN / "spiece.model", 16))
+    for text, row in zip(texts, rows, strict=True):
+        ids = alone.encode(text).ids
+        assert [*ids[:-1][:15], 1] == row[: min(len(ids), 16)].tolist(), text
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 5000])

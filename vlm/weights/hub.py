@@ -23,6 +23,7 @@ _INPUTS = (
     "tokenizer.json",
     "tokenizer.model",
     "spiece.model",
+    "vocab.txt",
     "vocab.json",
     "merges.txt",
 )
