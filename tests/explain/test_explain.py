@@ -14,8 +14,6 @@ import vlm
 from vlm.cli import main
 from vlm.config import (
     ConvNeXtConfig,
-    EfficientNetConfig,
-    EfficientNetStage,
     FastViTConfig,
     FastViTStage,
     PreprocessConfig,
@@ -39,11 +37,7 @@ KINDS = {
     "rotary": "oc_pe",
     "convnext": "oc_convnext",
     "vitamin": "oc_vitamin",
-    "efficientnet": EfficientNetConfig(
-        32,
-        8,
-        (EfficientNetStage(2, 16, expand=2, halve=True), EfficientNetStage(1, 24, halve=True)),
-    ),
+    "efficientnet": "hf_align",
     # The golden ResNet has no vocabulary, and the golden FastViT is rougher than any that learned.
     "resnet": ResNetConfig(image_size=32, depths=(1, 1), width=8, heads=2),
     "fastvit": FastViTConfig(

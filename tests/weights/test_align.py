@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 
 from vlm.bundle import load
 from vlm.config import EfficientNetConfig, EfficientNetStage, ModelConfig, TextConfig
@@ -16,6 +17,7 @@ from vlm.weights.building import abstract_model
 from vlm.weights.files import SafetensorsFiles
 from vlm.weights.processors import huggingface_preprocess
 from vlm.weights.rules import flat_shapes
+from vlm.weights.vocabularies import huggingface_tokenizer
 from vlm.weights.writing_align import align_config
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -125,6 +127,20 @@ def test_every_parameter_has_a_rule():
     ours = [rule.ours for rule in rules(config.vision)]
     assert sorted(ours) == sorted(shapes)
     assert sum(int(np.prod(shape)) for shape in shapes.values()) > 170e6
+
+
+def test_a_tokenizer_that_was_in_use_is_the_same(tmp_path):
+    """transformers saves the last padding and truncation with it."""
+    folder = epath.Path(shutil.copytree(GOLDEN / "hf_align", tmp_path / "model"))
+    config = model_config(json.loads((folder / "config.json").read_text()), "here")
+    ours = huggingface_tokenizer(folder, config)
+    used = ours.vocabulary
+    used.enable_padding(length=64, pad_id=0, pad_token="[PAD]")
+    used.enable_truncation(1)
+    (folder / "tokenizer.json").write_text(used.to_str())
+    again, texts = huggingface_tokenizer(folder, config), ["a photo", "", "[MASK] cat" * 40]
+    assert again.config == ours.config
+    assert np.array_equal(again(texts), ours(texts))
 
 
 def test_a_folder_with_another_padding_or_no_bert_is_refused(tmp_path):

@@ -95,7 +95,7 @@ _PROFILE: dict[str, tuple[int, float | None, float | None, float | None]] = {
     "SigLIP2 g-opt/16@384": (384, None, None, None),
     "SigLIP2 B/16 NaFlex": (256, None, None, None),
     "SigLIP2 So400m/16 NaFlex": (256, None, None, None),
-    "ALIGN B7@289": (289, None, None, None),
+    "ALIGN B7@289": (289, 172.12, None, None),  # of transformers' AlignModel(AlignConfig())
     "TIPSv2 B/14@448": (448, 195.3, None, None),  # github.com/google-deepmind/tips, README.md
 }
 

@@ -74,10 +74,8 @@ def huggingface_preprocess(
     default = 448 if tips else 346 if efficient else 224
     size = _edges(values.get("size", default), f"{where}: size", square=family == "squash")
     if _on(values, "do_center_crop", family == "crop", where):
-        default = 289 if efficient else 224
-        side = _edges(values.get("crop_size", default), f"{where}: crop_size", square=True)[
-            "height"
-        ]
+        crop = values.get("crop_size", 289 if efficient else 224)
+        side = _edges(crop, f"{where}: crop_size", square=True)["height"]
         if side is None:
             raise CheckpointError(f"{where}: crop_size has no height: vlm crops to a square")
         short = size["shortest_edge"] or size["height"]
@@ -118,7 +116,9 @@ def _efficientnet(
         deviation = given
     if _on(values, "include_top", True, where):
         deviation = tuple(a * b for a, b in zip(deviation, given, strict=True))
-    scale = round(factor * 255, 12)  # 1 and 2 exactly, of 1/255 and 1/127.5
+    scale = factor * 255
+    if abs(scale - round(scale)) < 1e-9 * scale:  # 1/255 and 1/127.5 are 1 and 2 exactly
+        scale = round(scale)
     red, green, blue = ((less + m) / scale for m in mean)
     return (red, green, blue), _deviation([d / scale for d in deviation], f"{where}: image_std")
 

@@ -64,6 +64,9 @@ def huggingface_tokenizer(
         )
     if "Gemma" in kind or "Siglip2" in kind:
         _lowercase(vocabulary)  # as SigLIP 2 was trained
+    padding = vocabulary.padding
+    vocabulary.no_padding()  # a tokenizer that was in use is saved with the length of its rows
+    vocabulary.no_truncation()
     eos_token = _content(about, "eos_token", file)
     eos = vocabulary.token_to_id(eos_token)
     if vocabulary.post_processor is None and kind in ("GemmaTokenizer", "Siglip2Tokenizer"):
@@ -77,7 +80,6 @@ def huggingface_tokenizer(
     bos_id, eos_id = _ends(specials, eos, folder)
     pad = vocabulary.token_to_id(_content(about, "pad_token", file))
     if pad is None:
-        padding = vocabulary.padding
         pad = padding["pad_id"] if padding else eos_id
     rules = TokenizerConfig(
         context_length=length,
