@@ -8,6 +8,8 @@ import pytest
 
 from vlm.config import (
     ConvNeXtConfig,
+    EfficientNetConfig,
+    EfficientNetStage,
     Experiment,
     FastViTConfig,
     FastViTStage,
@@ -69,7 +71,10 @@ FASTVIT = FastViTConfig(8, STAGES, width=64, squeeze=4, image_size=32)
 RESNET = ResNetConfig(image_size=64, depths=(1, 2), width=8, heads=4)
 
 
-KINDS = [ViTConfig(pool="class"), FASTVIT, RESNET, ConvNeXtConfig(), ViTaminConfig()]
+KINDS = [
+    ViTConfig(pool="class"), FASTVIT, RESNET, ConvNeXtConfig(), ViTaminConfig(),
+    EfficientNetConfig(),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("vision", KINDS, ids=lambda v: v.kind)
@@ -130,6 +135,19 @@ def test_towers_of_convolutions_are_checked():
         ViTaminConfig(image_size=100)
     with pytest.raises(ConfigError, match="a nested stem halves 5 times"):
         ViTConfig(stem="nested", stem_widths=(8,) * 5)
+
+
+def test_an_efficientnet_is_checked():
+    with pytest.raises(ConfigError, match="kernel 4 has no middle"):
+        EfficientNetStage(1, 16, kernel=4)
+    with pytest.raises(ConfigError, match="depth is 0: a stage needs a block"):
+        EfficientNetStage(0, 16)
+    with pytest.raises(ConfigError, match=r"squeeze is 1\.5"):
+        EfficientNetConfig(squeeze=1.5)
+    with pytest.raises(ConfigError, match="stages is empty"):
+        EfficientNetConfig(stages=())
+    with pytest.raises(ConfigError, match="width 320 must equal embed_dim 512"):
+        ModelConfig(EfficientNetConfig(projection="none"), TextConfig(), embed_dim=512)
 
 
 def test_a_resnet_is_checked():

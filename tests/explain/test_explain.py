@@ -37,6 +37,7 @@ KINDS = {
     "rotary": "oc_pe",
     "convnext": "oc_convnext",
     "vitamin": "oc_vitamin",
+    "efficientnet": "hf_align",
     # The golden ResNet has no vocabulary, and the golden FastViT is rougher than any that learned.
     "resnet": ResNetConfig(image_size=32, depths=(1, 1), width=8, heads=2),
     "fastvit": FastViTConfig(
@@ -51,7 +52,7 @@ KINDS = {
     ),
 }
 # A mean is pooled in others too, and queries and rotary positions change nothing of a path.
-ON_THE_WAY = ["class", "map", "naflex", "resnet", "convnext", "fastvit", "vitamin"]
+ON_THE_WAY = ["class", "map", "naflex", "resnet", "convnext", "fastvit", "vitamin", "efficientnet"]
 TEXT = "a small dog"
 
 
@@ -175,6 +176,7 @@ def test_the_other_methods_give_maps_that_depend_on_the_text(some_model, method)
     "config",
     [
         PreprocessConfig(image_size=32, resize="squash"),
+        PreprocessConfig(image_size=32, resize="squash", short_side=40),
         PreprocessConfig(image_size=32, resize="crop"),
         PreprocessConfig(image_size=32, resize="crop", short_side=40),
         PreprocessConfig(image_size=32, resize="pad"),

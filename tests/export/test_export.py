@@ -16,6 +16,7 @@ from vlm.cli import main
 from vlm.config import ModelConfig, PreprocessConfig, ResNetConfig, TextConfig
 from vlm.errors import CheckpointError, ConfigError
 from vlm.export import export, exporting, onnx_rules
+from vlm.export.contract import _pixels_code
 from vlm.export.onnx_graph import from_jax
 from vlm.export.storing import quantised
 from vlm.heads.zero_shot import ZeroShotClassifier
@@ -199,3 +200,16 @@ def test_the_command(tmp_path, capsys):
     ]
     assert main(line) == 1
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", [("squash", None), ("squash", 41), ("crop", 41), ("pad", None)])
+def test_the_page_makes_the_pixels_of_the_model(form, tmp_path, monkeypatch):
+    resize, short = form
+    config = PreprocessConfig(image_size=32, resize=resize, short_side=short, crop_offset="floor")
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (50, 71, 3), np.uint8))
+    picture.save(tmp_path / "photo.jpg", "PNG")
+    monkeypatch.chdir(tmp_path)
+    names = {"np": np}
+    exec(_pixels_code(config), names)
+    assert np.array_equal(names["pixels"][0], Preprocess(config).pixels(picture))

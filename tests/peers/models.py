@@ -178,6 +178,44 @@ def tipsv2() -> None:
         )  # fmt: skip
 
 
+def align() -> None:
+    """ALIGN at its size, with batch norms as in training, on pixels of the published processor."""
+    import make_huggingface
+    import transformers
+
+    torch.manual_seed(0)
+    texts = [text for text in TEXTS if text]
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        model = transformers.AlignModel(transformers.AlignConfig()).eval()
+        options = make_huggingface.ALIGN_PIXELS | {"size": {"height": 346, "width": 346}}
+        processor = transformers.EfficientNetImageProcessorPil(**options | {"crop_size": 289})
+        words = make_huggingface.align_vocabulary()
+        tokenizer = transformers.BertTokenizer({word: i for i, word in enumerate(words)})
+        inputs = transformers.AlignProcessor(processor, tokenizer)(
+            images=pictures(), text=texts, truncation=True, return_tensors="pt"
+        )
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        with torch.no_grad():
+            for module in norms:
+                module.momentum = 1.0
+            model.train().get_image_features(pixel_values=inputs["pixel_values"])
+            for module in norms:
+                module.running_mean += 0.2 * torch.randn_like(module.running_mean)
+                module.running_var += 0.2 * torch.rand_like(module.running_var)
+            model.temperature.fill_(0.07)
+            out = model.eval()(**inputs)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        del model
+        gc.collect()
+        compare(
+            "transformers AlignModel", folder, out.image_embeds.numpy(), out.text_embeds.numpy(),
+            out.logits_per_image.numpy(), texts,
+        )  # fmt: skip
+
+
 def lit() -> None:
     """LiT-B16B at its size: timm's and transformers' towers in a file of big_vision's layout."""
     from make_lit import embed_text, lit, towers, vocabulary
@@ -205,6 +243,9 @@ def lit() -> None:
         compare("big_vision LiT-B16B", path, z_image, z_text, np.exp(4.39) * z_image @ z_text.T)
 
 
+MASKED = ("hf_tipsv2", "hf_tipsv2_giant", "hf_align")  # whose padding is not looked at
+
+
 def written_back() -> None:
     """Our golden folders, written by us, opened by transformers and open_clip."""
     import open_clip
@@ -217,7 +258,8 @@ def written_back() -> None:
                        ("oc_quick", "huggingface"), ("oc_vit", "open_clip"),
                        ("oc_mean", "open_clip"), ("hf_clip", "open_clip"),
                        ("hf_tipsv2", "huggingface"),
-                       ("hf_tipsv2_giant", "huggingface")):  # fmt: skip
+                       ("hf_tipsv2_giant", "huggingface"),
+                       ("hf_align", "huggingface")):  # fmt: skip
         bundle = load(golden / name)
         outputs = np.load(golden / name / "outputs.npz")
         pixels = torch.from_numpy(outputs["pixels"]).permute(0, 3, 1, 2)
@@ -227,7 +269,7 @@ def written_back() -> None:
             bundle.save(folder, format=form)
             if form == "huggingface":
                 model = transformers.AutoModel.from_pretrained(folder).eval()
-                masked = {"attention_mask": (tokens != 0).long()} if "tipsv2" in name else {}
+                masked = {"attention_mask": (tokens != 0).long()} if name in MASKED else {}
                 out = model(pixel_values=pixels, input_ids=tokens, **masked)
                 z_image, z_text = out.image_embeds.numpy(), out.text_embeds.numpy()
                 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -324,6 +366,7 @@ CASES = {
     "towers": towers_written,
     "LiT-B16B": lit,
     "Tipsv2Model": tipsv2,
+    "AlignModel": align,
     "CLIPModel": lambda: transformers_model("CLIPModel"),
     "SiglipModel": lambda: transformers_model("SiglipModel"),
     **{

@@ -11,6 +11,8 @@ from small import experiment, taught
 
 from vlm.config import (
     ConvNeXtConfig,
+    EfficientNetConfig,
+    EfficientNetStage,
     FastViTConfig,
     FastViTStage,
     MeshConfig,
@@ -137,7 +139,9 @@ def test_flops_grow_with_the_batch_and_those_of_the_loss_with_its_square():
 
 
 STAGES = (FastViTStage(1, 8, 12, halve=False), FastViTStage(2, 32, 40, 2, True, True, 4, True))
+EFFICIENT = (EfficientNetStage(1, 8, 1), EfficientNetStage(2, 12, 3, 5, halve=True, symmetric=True))
 TOWERS = [
+    EfficientNetConfig(30, 16, EFFICIENT),
     FastViTConfig(8, STAGES, width=64, squeeze=4, image_size=30),
     ConvNeXtConfig(44, (1, 2, 1), (8, 16, 24), (16, 20, 40), projection="mlp"),
     ViTaminConfig(48, 8, (8, 16), (2, 1), width=24, depth=2, heads=3, mlp_dim=20),

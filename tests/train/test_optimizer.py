@@ -281,7 +281,15 @@ VITAMIN = {
     "position": 2, "transformer/blocks/mlp/up/bias": (2, 1), "norm/scale": 0,
     "projection/kernel": 0,
 }  # fmt: skip
-TOWERS = {"resnet": RESNET, "fastvit": FASTVIT, "convnext": CONVNEXT, "vitamin": VITAMIN}
+EFFICIENTNET = {
+    "stem/kernel": 6, "stem_norm/scale": 6, "stages/0/first/conv/kernel": 5,
+    "stages/0/blocks/conv/kernel": (4, 3), "stages/1/first/expand/kernel": 2,
+    "stages/1/blocks/conv_norm/scale": (1,), "projection/kernel": 0,
+}  # fmt: skip
+TOWERS = {
+    "resnet": RESNET, "fastvit": FASTVIT, "convnext": CONVNEXT, "vitamin": VITAMIN,
+    "efficientnet": EFFICIENTNET,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("tower", TOWERS.values(), ids=TOWERS)

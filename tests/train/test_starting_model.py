@@ -27,7 +27,7 @@ from vlm.weights.rules import flat_shapes
 GOLDEN = Path(__file__).parents[1] / "weights" / "golden"
 FAMILIES = (  # one of each kind of tower, and what is odd about its pixels or tokens
     "hf_clip", "hf_naflex", "hf_siglip", "hf_altclip", "oc_coca", "oc_convnext", "oc_fastvit",
-    "oc_vitamin", "oc_xlm_roberta",
+    "oc_vitamin", "oc_xlm_roberta", "hf_align",
 )  # fmt: skip
 
 

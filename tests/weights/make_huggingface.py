@@ -12,13 +12,18 @@ import torch
 from PIL import Image
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AlignConfig,
+    AlignModel,
+    AlignProcessor,
     AltCLIPConfig,
     AltCLIPModel,
+    BertTokenizer,
     ChineseCLIPConfig,
     ChineseCLIPModel,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
+    EfficientNetImageProcessorPil,
     MetaClip2Config,
     MetaClip2Model,
     Siglip2Config,
@@ -321,6 +326,96 @@ def tipsv2(name: str, *, giant: bool, seed: int) -> None:
     )
 
 
+# As Kakao Brain's, but for the sizes; and two that take the other options of the class.
+ALIGN_PIXELS = {
+    "size": {"height": 47, "width": 47}, "do_center_crop": True, "crop_size": 37, "resample": 2,
+    "rescale_factor": 1 / 127.5, "rescale_offset": True, "do_normalize": False,
+    "include_top": False,
+}  # fmt: skip
+OTHER_PIXELS = [
+    {"size": {"height": 37, "width": 37}},
+    {"size": {"shortest_edge": 41}, "do_center_crop": True, "crop_size": 37, "resample": 1,
+     "rescale_factor": 1 / 100, "rescale_offset": True, "image_std": [0.3, 0.4, 0.5]},
+    {"do_normalize": False, "size": {"height": 20, "width": 20}},
+]  # fmt: skip
+
+
+def align_vocabulary() -> list[str]:
+    """Letters and some pieces of words, as a BERT has them."""
+    letters = [chr(letter) for letter in range(ord("a"), ord("z") + 1)]
+    pieces = ["cat", "photo", "very", "lo", "##ng", "of", "!", "dogs", "\u6f22"]
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    return [*specials, *letters, *(f"##{letter}" for letter in letters), *pieces]
+
+
+def align(name: str, seed: int) -> None:
+    """ALIGN: channels and blocks that are rounded, both paddings of a stride, a window too large.
+
+    The tokenizer is a `vocab.txt`.
+    """
+    torch.manual_seed(seed)
+    folder = GOLDEN / name
+    folder.mkdir(parents=True, exist_ok=True)
+    words = align_vocabulary()
+    config = AlignConfig(
+        text_config={
+            "vocab_size": len(words), "hidden_size": 24, "intermediate_size": 37,
+            "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 70,
+        },
+        vision_config={
+            "image_size": 50, "width_coefficient": 0.3, "depth_coefficient": 0.6,
+            "in_channels": [32, 16, 24, 40], "out_channels": [16, 24, 40, 64],
+            "kernel_sizes": [3, 5, 3, 5], "strides": [1, 2, 2, 1], "expand_ratios": [1, 6, 4, 3],
+            "num_block_repeats": [1, 4, 1, 2], "depthwise_padding": [2, 4], "hidden_dim": 6,
+            "batch_norm_eps": 0.002,
+        },
+        projection_dim=24,
+    )  # fmt: skip
+    model = AlignModel(config).eval()
+    randomise(model, seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.weight.copy_(torch.randn(module.weight.shape))
+                module.weight *= 1.4 / module.weight[0].numel() ** 0.5
+            elif isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.copy_(1 + 0.3 * torch.randn(module.weight.shape))
+                module.running_mean.copy_(0.2 * torch.randn(module.weight.shape))
+                module.running_var.copy_(0.5 + torch.rand(module.weight.shape))
+    model.save_pretrained(folder)
+    processor = EfficientNetImageProcessorPil(**ALIGN_PIXELS)
+    processor.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words))
+    about = {"tokenizer_class": "BertTokenizer", "model_max_length": 64}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    tokenizer = BertTokenizer({word: i for i, word in enumerate(words)})
+    raw = [image // (number + 1) for number, image in enumerate(images(seed))]
+    texts = [*TEXTS, "Cat\t\u6f22\u5b57 [MASK]"]
+    pictures = [Image.fromarray(i) for i in raw]
+    inputs = AlignProcessor(processor, tokenizer)(
+        images=pictures, text=texts, truncation=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        out = model(**inputs)
+    np.savez_compressed(
+        folder / "outputs.npz",
+        **{f"image/{i}": image for i, image in enumerate(raw)},
+        pixels=inputs["pixel_values"].permute(0, 2, 3, 1).numpy(),
+        tokens=inputs["input_ids"].numpy().astype(np.int32),
+        z_image=out.image_embeds.numpy(),
+        z_text=out.text_embeds.numpy(),
+        logits=out.logits_per_image.numpy(),
+        texts=np.array(texts),
+    )
+    recorded = {}
+    for number, options in enumerate(OTHER_PIXELS):
+        processor = EfficientNetImageProcessorPil(**options)
+        pixels = processor(pictures, return_tensors="pt")["pixel_values"]
+        recorded[f"config/{number}"] = np.array(processor.to_json_string())
+        recorded[f"pixels/{number}"] = pixels.permute(0, 2, 3, 1).numpy()
+    np.savez_compressed(folder / "pixels.npz", **recorded)
+
+
 def pickled() -> None:
     """The weights of `hf_clip` as the shards of a `pytorch_model.bin`, from before safetensors."""
     from safetensors.torch import load_file
@@ -348,4 +443,5 @@ if __name__ == "__main__":
     siglip("hf_siglip_wide", projection=28, seed=3)
     tipsv2("hf_tipsv2", giant=False, seed=8)
     tipsv2("hf_tipsv2_giant", giant=True, seed=9)
+    align("hf_align", seed=10)
     pickled()

@@ -10,12 +10,14 @@ from etils import epath
 
 from vlm.config import ModelConfig, TextConfig
 from vlm.errors import CheckpointError
+from vlm.weights import sentencepiece
 from vlm.weights.vocabularies import (
     clip_tokenizer,
     huggingface_tokenizer,
     open_clip_tokenizer,
     siglip_tokenizer,
 )
+from vlm.weights.writing_parts import standalone
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -42,6 +44,32 @@ def test_sentencepiece_file_of_siglip():
     golden = np.load(GOLDEN / "siglip_tokens.npz")
     tokenizer = siglip_tokenizer(GOLDEN / "spiece.model", 16)
     assert np.array_equal(tokenizer(golden["texts"].tolist()), golden["tokens"])
+
+
+# What the sentencepiece package makes of the same file.
+SPELLED_OUT = {
+    "a\u2581": ["\u2581a"], "a \u2581 \u2581 ": ["\u2581a"], "\u2581 ": [], "": [],
+    "  a  ": ["\u2581a"], "\u2581a": ["\u2581", "\u2581a"],
+    "a \u2581a": ["\u2581a", "\u2581", "\u2581a"],
+    "a\u2581\n": ["\u2581a", "\u2581", "\n"], "\u3000a": ["\u2581", "\u3000", "a"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SPELLED_OUT)
+def test_spaces_that_are_spelled_out(text):
+    """At the end they go as spaces do, elsewhere they stay, and other white space is no space."""
+    vocabulary = sentencepiece.read(GOLDEN / "spiece.model")
+    assert vocabulary.encode(text).tokens == SPELLED_OUT[text]
+
+
+def test_siglips_vocabulary_stands_alone():
+    """In a `tokenizer.json` of its own, which has the cleaning in it."""
+    texts = ["a photo of a cat", "Two DOGS!", "", "naïve\tcafé 🙂", "words " * 40]
+    rows = siglip_tokenizer(GOLDEN / "spiece.model", 16)(texts)
+    alone = standalone(siglip_tokenizer(GOLDEN / "spiece.model", 16))
+    for text, row in zip(texts, rows, strict=True):
+        ids = alone.encode(text).ids
+        assert [*ids[:-1][:15], 1] == row[: min(len(ids), 16)].tolist(), text
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 5000])

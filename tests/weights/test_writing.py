@@ -35,7 +35,7 @@ ROUND_TRIPS = [
     ("hf_siglip_wide", "huggingface"), ("oc_vit", "open_clip"), ("oc_quick", "open_clip"),
     ("oc_mean", "open_clip"), ("hf_metaclip_2", "huggingface"),
     ("hf_clip", "open_clip"), ("oc_quick", "huggingface"),
-    ("hf_tipsv2", "huggingface"), ("hf_tipsv2_giant", "huggingface"),
+    ("hf_tipsv2", "huggingface"), ("hf_tipsv2_giant", "huggingface"), ("hf_align", "huggingface"),
 ]  # fmt: skip
 
 

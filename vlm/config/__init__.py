@@ -10,6 +10,8 @@ from vlm.config.data import DataConfig as DataConfig
 from vlm.config.data import FieldFilter as FieldFilter
 from vlm.config.data import MixturePart as MixturePart
 from vlm.config.distillation import DistillConfig as DistillConfig
+from vlm.config.efficientnet import EfficientNetConfig as EfficientNetConfig
+from vlm.config.efficientnet import EfficientNetStage as EfficientNetStage
 from vlm.config.evaluation import EvalConfig as EvalConfig
 from vlm.config.files import check_types as check_types
 from vlm.config.files import from_dict as from_dict

@@ -1,4 +1,4 @@
-"""What a size in a config may be, checked before anything is built from it."""
+"""What a size in a config may be and which fit together, checked before anything is built."""
 
 import dataclasses
 import math
@@ -61,3 +61,30 @@ def _check_real(value: float, name: str, where: str) -> None:
         raise ConfigError(f"{where} is {value}: choose a number greater than 0")
     if name in _SHARES and not 0 <= value < 1:
         raise ConfigError(f"{where} is {value}: choose a share from 0 to below 1")
+
+
+def check_heads(tower) -> None:
+    """Refuse a width that the heads do not divide."""
+    if tower.width % tower.heads:
+        raise ConfigError(
+            f"{type(tower).__name__}.width {tower.width} is not a multiple of heads "
+            f"{tower.heads}: choose a width that the heads divide"
+        )
+
+
+def check_image_size(tower) -> None:
+    """Refuse an image smaller than a patch."""
+    if tower.image_size < tower.patch_size:
+        raise ConfigError(
+            f"image_size {tower.image_size} holds no patch of patch_size {tower.patch_size}: "
+            "choose an image size that the patches tile"
+        )
+
+
+def check_projection(tower, embed_dim: int) -> None:
+    """Refuse a tower without a projection whose width is not `embed_dim`."""
+    if tower.projection == "none" and tower.width != embed_dim:
+        raise ConfigError(
+            f"{type(tower).__name__} has no projection, so its width {tower.width} must equal "
+            f'embed_dim {embed_dim}: set projection="linear" or make them equal'
+        )

@@ -34,9 +34,10 @@ class PreprocessConfig:
         mean: Mean of red, green and blue that is subtracted, of values from 0 to 1.
         std: Standard deviation of red, green and blue that is divided by.
         short_side: Of crop: length that the short side is resized to before the crop, in
-            pixels. None: image_size.
-        crop_offset: Of crop: how an odd margin is halved. round, as torchvision does; floor, as
-            transformers does.
+            pixels; of squash: that of both sides, of which the centre is then taken (ALIGN). None:
+            image_size.
+        crop_offset: How an odd margin around the centre is halved. round, as torchvision does;
+            floor, as transformers does.
         background: Colour (red, green, blue) under transparent pixels. None: the alpha channel
             is dropped.
 

@@ -3,14 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vlm.config.bounds import check_bounds
-from vlm.config.towers import (
-    Activation,
-    VisionTowerConfig,
-    ViTConfig,
-    check_heads,
-    check_projection,
-)
+from vlm.config.bounds import check_bounds, check_heads, check_projection
+from vlm.config.towers import Activation, VisionTowerConfig, ViTConfig
 from vlm.errors import ConfigError
 
 TextPool = Literal["end", "argmax", "first", "last", "class", "mean", "map"]

@@ -8,7 +8,8 @@ takes images of a single size, if it does.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from vlm.config.bounds import check_bounds
+from vlm.config.bounds import check_bounds, check_heads, check_image_size, check_projection
+from vlm.config.efficientnet import EfficientNetConfig
 from vlm.errors import ConfigError
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
@@ -452,36 +453,11 @@ class ViTaminConfig:
         check_projection(self, embed_dim)
 
 
-# Every kind of image tower. A new one is a class above, its name here, and its module in
-# `vlm/models/` with one line in `vlm/models/towers.py`.
-VisionTowerConfig = ViTConfig | ResNetConfig | FastViTConfig | ConvNeXtConfig | ViTaminConfig
-
-
-def check_heads(tower) -> None:
-    """Refuse a width that the heads do not divide."""
-    if tower.width % tower.heads:
-        raise ConfigError(
-            f"{type(tower).__name__}.width {tower.width} is not a multiple of heads "
-            f"{tower.heads}: choose a width that the heads divide"
-        )
-
-
-def check_image_size(tower: VisionTowerConfig) -> None:
-    """Refuse an image smaller than a patch."""
-    if tower.image_size < tower.patch_size:
-        raise ConfigError(
-            f"image_size {tower.image_size} holds no patch of patch_size {tower.patch_size}: "
-            "choose an image size that the patches tile"
-        )
-
-
-def check_projection(tower, embed_dim: int) -> None:
-    """Refuse a tower without a projection whose width is not `embed_dim`."""
-    if tower.projection == "none" and tower.width != embed_dim:
-        raise ConfigError(
-            f"{type(tower).__name__} has no projection, so its width {tower.width} must equal "
-            f'embed_dim {embed_dim}: set projection="linear" or make them equal'
-        )
+# Every kind of image tower. A new one is a class above or in a module of its own, its name here,
+# and its module in `vlm/models/` with one line in `vlm/models/towers.py`.
+VisionTowerConfig = (
+    ViTConfig | ResNetConfig | FastViTConfig | ConvNeXtConfig | ViTaminConfig | EfficientNetConfig
+)
 
 
 def from_older_form(values: dict) -> dict:

@@ -111,14 +111,19 @@ def _about_pixels(config: PreprocessConfig) -> list[str]:
 
 # ---------------------------------------------------------------------------------- page
 
-_RESIZE = {
-    "squash": "    image = image.resize((SIZE, SIZE), KERNEL)\n",
-    "crop": """\
-    short = min(image.size)
-    image = image.resize(tuple(int({short} * side / short) for side in image.size), KERNEL)
+_CENTRE = """\
     left, top = ({offset}((side - SIZE) / 2) for side in image.size)
     image = image.crop((left, top, left + SIZE, top + SIZE))
-""",
+"""
+_RESIZE = {
+    "squash": "    image = image.resize((SIZE, SIZE), KERNEL)\n",
+    "squash and cut": f"""\
+    image = image.resize(({{short}}, {{short}}), KERNEL)
+{_CENTRE}""",
+    "crop": f"""\
+    short = min(image.size)
+    image = image.resize(tuple(int({{short}} * side / short) for side in image.size), KERNEL)
+{_CENTRE}""",
     "pad": """\
     scale = SIZE / max(image.size)
     image = image.resize(tuple(max(1, round(side * scale)) for side in image.size), KERNEL)
@@ -130,7 +135,10 @@ _RESIZE = {
 
 
 def _pixels_code(config: PreprocessConfig) -> str:
-    resize = _RESIZE[config.resize].format(
+    form = config.resize
+    if form == "squash" and config.short_side not in (None, config.image_size):
+        form = "squash and cut"
+    resize = _RESIZE[form].format(
         short=config.short_side or config.image_size,
         offset="round" if config.crop_offset == "round" else "int",
         fill=config.fill,

@@ -181,16 +181,18 @@ class Preprocess:
             assert most is not None
             height, width = naflex.target_size(height, width, patch_size, most)
             return (width, height), None
-        if config.resize == "squash":
-            return (config.image_size, config.image_size), None
+        short = config.short_side or config.image_size
+        if config.resize == "squash" and short == config.image_size:
+            return (short, short), None
         if config.resize == "pad":  # open_clip's ResizeKeepRatio and CenterCropOrPad
             ratio = max(width, height) / config.image_size
             size = tuple(max(1, round(side / ratio)) for side in (width, height))
             left, top = ((config.image_size - side) // 2 for side in size)
             return size, (left, top, left + size[0], top + size[1])
-        short = config.short_side or config.image_size
         # torchvision truncates the long side: int(short * long / short_now).
-        if width <= height:
+        if config.resize == "squash":
+            size = (short, short)
+        elif width <= height:
             size = (short, int(short * height / width))
         else:
             size = (int(short * width / height), short)

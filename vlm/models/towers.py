@@ -4,13 +4,14 @@ from flax import nnx
 
 from vlm.config import (
     ConvNeXtConfig,
+    EfficientNetConfig,
     FastViTConfig,
     ResNetConfig,
     VisionTowerConfig,
     ViTaminConfig,
     ViTConfig,
 )
-from vlm.models import convnext, fastvit, resnet, vit, vitamin
+from vlm.models import convnext, efficientnet, fastvit, resnet, vit, vitamin
 from vlm.nn.transformer import Execution
 
 # Each module has its tower and the count of its forward FLOPs.
@@ -20,6 +21,7 @@ _KINDS = {
     ConvNeXtConfig: (convnext.ConvNeXtTower, convnext.flops),
     ViTaminConfig: (vitamin.ViTaminTower, vitamin.flops),
     FastViTConfig: (fastvit.FastViTTower, fastvit.flops),
+    EfficientNetConfig: (efficientnet.EfficientNetTower, efficientnet.flops),
 }
 
 

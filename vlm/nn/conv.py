@@ -1,4 +1,4 @@
-"""Convolutions with a bias, in the form that each kind of device is quick at."""
+"""Convolutions in the form that each kind of device is quick at."""
 
 import functools
 
@@ -13,6 +13,7 @@ class Conv(nnx.Module):
     """A convolution of `size` x `size`, padded so that a stride of one keeps the image's size.
 
     `depthwise`, each output looks at one input alone; `outputs` is then a multiple of `inputs`.
+    `edges` are the rows and columns of zeros before and after the image; None: as many of each.
     """
 
     def __init__(
@@ -23,45 +24,60 @@ class Conv(nnx.Module):
         *,
         stride: int = 1,
         depthwise: bool = True,
+        edges: tuple[int, int] | None = None,
+        use_bias: bool = True,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         shape = (size, size, 1 if depthwise else inputs, outputs)
         init = nnx.initializers.he_normal(in_axis=(0, 1, 2))
         self.kernel = nnx.Param(init(rngs.params(), shape))
-        self.bias = nnx.Param(jnp.zeros(outputs))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if use_bias else None
         self.stride, self.depthwise, self.dtype = stride, depthwise, dtype
+        self.edges = edges or (size // 2, size // 2)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
         kernel = self.kernel[...].astype(self.dtype)
-        form = functools.partial(_convolve, stride=self.stride)
+        options = {"stride": self.stride, "edges": self.edges}
+        form = functools.partial(_convolve, **options)
         if self.depthwise:
-            by_shifts = functools.partial(_shift_and_add, stride=self.stride)
+            by_shifts = functools.partial(_shift_and_add, **options)
             # The checker takes the stride for one of the results.
             x = lax.platform_dependent(x, kernel, cpu=by_shifts, default=form)  # pyright: ignore[reportAssignmentType]
         else:
             x = form(x, kernel)
-        return x + self.bias[...].astype(self.dtype)
+        return x if self.bias is None else x + self.bias[...].astype(self.dtype)
 
 
-def _convolve(x: Float[Array, "b h w c"], kernel: Float[Array, "k k i d"], *, stride: int):
-    edge = kernel.shape[0] // 2
+def _convolve(
+    x: Float[Array, "b h w c"],
+    kernel: Float[Array, "k k i d"],
+    *,
+    stride: int,
+    edges: tuple[int, int],
+):
     return lax.conv_general_dilated(
         x,
         kernel,
         (stride, stride),
-        ((edge, edge), (edge, edge)),
+        (edges, edges),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=x.shape[-1] // kernel.shape[2],
     )
 
 
-def _shift_and_add(x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 d"], *, stride: int):
+def _shift_and_add(
+    x: Float[Array, "b h w c"],
+    kernel: Float[Array, "k k 1 d"],
+    *,
+    stride: int,
+    edges: tuple[int, int],
+):
     """The same of a depthwise kernel: XLA's CPU convolutions crawl over many groups."""
-    size, (h, w) = kernel.shape[0], x.shape[1:3]
+    size = kernel.shape[0]
     x = jnp.repeat(x, kernel.shape[-1] // x.shape[-1], axis=-1)
-    edge = (size // 2, size // 2)
-    x = jnp.pad(x, ((0, 0), edge, edge, (0, 0)))
+    x = jnp.pad(x, ((0, 0), edges, edges, (0, 0)))
+    h, w = (side - size + 1 for side in x.shape[1:3])
     return sum(
         x[:, i : i + h : stride, j : j + w : stride] * kernel[i, j, 0]
         for i in range(size)

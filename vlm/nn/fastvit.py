@@ -4,6 +4,8 @@ What several convolutions, batch norms and skips add up to while training is one
 bias at inference (Vasu et al., 2023, arXiv:2303.14189): that one is what is kept here.
 """
 
+from collections.abc import Callable
+
 import jax
 from flax import nnx
 from jax.typing import DTypeLike
@@ -17,12 +19,21 @@ from vlm.nn.layers import LayerNorm, Linear, Mlp, gelu
 class Squeeze(nnx.Module):
     """Squeeze-and-excitation: channels weighed by what the whole image shows (arXiv:1709.01507)."""
 
-    def __init__(self, width: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        act: Callable[[Array], Array] = jax.nn.relu,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
         self.down = Linear(width, hidden, dtype=dtype, rngs=rngs)
         self.up = Linear(hidden, width, dtype=dtype, rngs=rngs)
+        self.act = act
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        weights = jax.nn.sigmoid(self.up(jax.nn.relu(self.down(x.mean((1, 2))))))
+        weights = jax.nn.sigmoid(self.up(self.act(self.down(x.mean((1, 2))))))
         return x * weights[:, None, None]
 
 

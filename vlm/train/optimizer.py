@@ -257,6 +257,8 @@ def _blocks(names: tuple[str, ...], shape: tuple[int, ...]) -> list[Block]:
     numbers = [0]
     if "stages" in names:
         numbers = [int(n) for n in names[names.index("stages") + 1 :] if n.isdigit()]
+    if "first" in names:  # of a stage of EfficientNet, before those of one shape
+        return [Block(section, numbers[0], -1)]
     if "blocks" in names:
         return [Block(section, numbers[0], number) for number in range(shape[0])]
     return [Block(section, *numbers[:2])] if "stages" in names else []

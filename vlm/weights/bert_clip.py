@@ -40,12 +40,6 @@ _PROJECTION = {"chinese_clip": 512, "altclip": 768}
 # Tokens of a text, padding included, that the authors use; a tower has positions for more.
 _LENGTH = {"chinese_clip": 52, "altclip": 77}
 MODEL_TYPES = tuple(_TEXT)
-_ROOT = {"chinese_clip": "text_model", "altclip": "text_model.roberta"}
-
-
-def recognises(path: epath.Path) -> bool:
-    """Whether `path` is a folder of one of these models."""
-    return huggingface.is_of(path, MODEL_TYPES)
 
 
 def open_checkpoint(folder: epath.Path) -> Checkpoint:
@@ -112,12 +106,12 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
 
 
 class Folded:
-    """The tensors of such a model, with everything folded in that ours have in them."""
+    """The tensors of such a model, or of ALIGN, with all folded in that ours have in them."""
 
     def __init__(self, tensors: Tensors, config: TextConfig, family: str):
         self.where = tensors.where
         self._tensors = tensors
-        root = _ROOT[family]
+        root = _root(family)
         # transformers saves AltCLIP's layers by the names of XLM-R, in both towers.
         self._older = {
             name.replace(".encoder.layer.", ".encoder.layers."): name
@@ -169,12 +163,21 @@ class Folded:
 
 def rules(family: str) -> list[Rule]:
     """The table of a model, for tensors that are `Folded`."""
-    root, ours = _ROOT[family], "text.transformer.blocks"
-    layer = f"{root}.encoder.layer{'s' if family == 'altclip' else ''}.{{}}"
-    attention = f"{layer}.attention"
     last = norm("text_model.pre_LN", "text.norm") if family == "altclip" else []
     return [
         *(rule for rule in huggingface.CLIP_RULES if not _of_text(rule)),
+        *bert_rules(family),
+        *last,
+        *linear("text_projection", "text.projection", bias=family == "altclip"),
+    ]
+
+
+def bert_rules(family: str) -> list[Rule]:
+    """The table of a model's BERT, for tensors that are `Folded`."""
+    root, ours = _root(family), "text.transformer.blocks"
+    layer = f"{root}.encoder.layer{'s' if family == 'altclip' else ''}.{{}}"
+    attention = f"{layer}.attention"
+    return [
         Rule(f"{root}.embeddings.word_embeddings.weight", "text.embedding"),
         Rule(f"{root}.embeddings.position_embeddings.weight", "text.position"),
         *norm(f"{root}.embeddings.LayerNorm", "text.embedding_norm"),
@@ -186,9 +189,11 @@ def rules(family: str) -> list[Rule]:
         *linear(f"{layer}.intermediate.dense", f"{ours}.mlp.up"),
         *linear(f"{layer}.output.dense", f"{ours}.mlp.down"),
         *norm(f"{layer}.output.LayerNorm", f"{ours}.mlp_norm"),
-        *last,
-        *linear("text_projection", "text.projection", bias=family == "altclip"),
     ]
+
+
+def _root(family: str) -> str:
+    return "text_model.roberta" if family == "altclip" else "text_model"
 
 
 def _of_text(rule: Rule) -> bool:

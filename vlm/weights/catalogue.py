@@ -95,6 +95,7 @@ _PROFILE: dict[str, tuple[int, float | None, float | None, float | None]] = {
     "SigLIP2 g-opt/16@384": (384, None, None, None),
     "SigLIP2 B/16 NaFlex": (256, None, None, None),
     "SigLIP2 So400m/16 NaFlex": (256, None, None, None),
+    "ALIGN B7@289": (289, 172.12, None, None),  # of transformers' AlignModel(AlignConfig())
     "TIPSv2 B/14@448": (448, 195.3, None, None),  # github.com/google-deepmind/tips, README.md
 }
 
@@ -229,6 +230,9 @@ ENTRIES: tuple[Entry, ...] = tuple(
         ("google/siglip2-giant-opt-patch16-384", "SigLIP2 g-opt/16@384", None),
         ("google/siglip2-base-patch16-naflex", "SigLIP2 B/16 NaFlex", None),
         ("google/siglip2-so400m-patch16-naflex", "SigLIP2 So400m/16 NaFlex", None),
+    ])
+    + _rows("ALIGN", None, "English", 64, [
+        ("kakaobrain/align-base", "ALIGN B7@289", None),
     ])
     + _rows("TIPSv2", None, "English", 64, [
         ("google/tipsv2-b14", "TIPSv2 B/14@448", None),

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from etils import epath
 
 from vlm.errors import CheckpointError
-from vlm.weights import bert_clip, huggingface, open_clip, tipsv2
+from vlm.weights import huggingface, open_clip, transformers_folders
 from vlm.weights.checkpoint import shards, weight_names
 from vlm.weights.fields import read_json
 from vlm.weights.own import BUNDLE_FILE
@@ -23,6 +23,7 @@ _INPUTS = (
     "tokenizer.json",
     "tokenizer.model",
     "spiece.model",
+    "vocab.txt",
     "vocab.json",
     "merges.txt",
 )
@@ -108,11 +109,10 @@ def _weights(name: str, folder: epath.Path, files: Collection[str]) -> str:
     """
     if BUNDLE_FILE in files:
         stems = huggingface.WEIGHTS[:1]
-    elif "config.json" in files and huggingface.is_huggingface(folder, files):
+    elif "config.json" in files and transformers_folders.is_of_transformers(folder, files):
         # Refused here, another model's weights are not fetched in vain.
         values = read_json(folder / "config.json")
-        own = [f for f in (bert_clip, tipsv2) if values.get("model_type") in f.MODEL_TYPES]
-        (*own, huggingface)[0].model_config(values, f"config.json of {name}")
+        transformers_folders.model_config(values, f"config.json of {name}")
         stems = huggingface.WEIGHTS
     else:
         stems = open_clip.WEIGHTS

@@ -6,7 +6,6 @@ A `config.json` holds only what differs from the defaults of its time, so those 
 import math
 import os
 import re
-from collections.abc import Collection
 from typing import Any
 
 from etils import epath
@@ -77,25 +76,17 @@ DEFAULTS["siglip2"] = DEFAULTS["siglip"] | {
     | {"num_patches": 256}
 }
 DEFAULTS["metaclip_2"] = DEFAULTS["clip"]
-FAMILIES = tuple(DEFAULTS)
-OTHERS = ("chinese_clip", "altclip", "tipsv2")  # read by modules of their own
+MODEL_TYPES = tuple(DEFAULTS)
 # Classes of transformers with one tower, or with another head in place of the projections.
 _PARTIAL = re.compile(r"For[A-Z]\w*$|VisionModel$|TextModel$|WithProjection$")
 WEIGHTS = ("model", "pytorch_model")  # their names without the ending, best first
-
-
-def recognises(path: epath.Path) -> bool:
-    """Whether `path` is a folder of transformers."""
-    return (path / "config.json").exists() and is_huggingface(
-        path, {f.name for f in path.iterdir()}
-    )
 
 
 def open_checkpoint(folder: epath.Path) -> Checkpoint:
     """The checkpoint in a folder.
 
     Raises:
-        CheckpointError: another family, or one that is incomplete, torn or contradictory.
+        CheckpointError: it is incomplete, torn or contradictory.
     """
     values = read_json(folder / "config.json")
     config = model_config(values, os.fspath(folder / "config.json"))
@@ -112,26 +103,6 @@ def open_checkpoint(folder: epath.Path) -> Checkpoint:
         ignored,
         "bicubic",
     )
-
-
-def is_huggingface(folder: epath.Path, files: Collection[str]) -> bool:
-    """Whether `config.json` is that of the model; beside open_clip's files it may be a remnant.
-
-    `files` are the names in the folder, or of what is still to come into it.
-    """
-    if "open_clip_config.json" not in files:
-        return True
-    return read_json(folder / "config.json").get("model_type") in (*FAMILIES, *OTHERS) and any(
-        name in files for name in ("model.safetensors", "model.safetensors.index.json")
-    )
-
-
-def is_of(path: epath.Path, model_types: Collection[str]) -> bool:
-    """Whether `path` is a folder of one of these models, which have modules of their own."""
-    file = path / "config.json"
-    if not file.exists() or (path / "open_clip_config.json").exists():
-        return False
-    return read_json(file).get("model_type") in model_types
 
 
 def preprocess_config(folder: epath.Path, image_size: int) -> PreprocessConfig:
@@ -152,14 +123,9 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     """Our configuration of a `config.json` of these families.
 
     Raises:
-        CheckpointError: another family, an unknown activation, or a size that cannot be.
+        CheckpointError: an unknown activation, or a size that cannot be.
     """
-    family = values.get("model_type")
-    if not isinstance(family, str) or family not in DEFAULTS:
-        raise CheckpointError(
-            f"{where} describes a model of type {show(family)}: vlm reads "
-            + ", ".join((*FAMILIES, *OTHERS))
-        )
+    family = values["model_type"]
     check_architecture(values.get("architectures"), where)
     defaults = DEFAULTS[family]
     parts = {}

@@ -41,20 +41,16 @@ def fused(weight: str, bias: str, ours: str, parts: tuple[str, ...]) -> list[Rul
     ]
 
 
-def conv(theirs: str, ours: str) -> list[Rule]:
+def conv(theirs: str, ours: str, *, bias: bool = True) -> list[Rule]:
     """A torch Conv2d."""
-    return [
-        Rule(f"{theirs}.weight", f"{ours}.kernel", CONV),
-        Rule(f"{theirs}.bias", f"{ours}.bias"),
-    ]
+    rules = [Rule(f"{theirs}.weight", f"{ours}.kernel", CONV)]
+    return [*rules, Rule(f"{theirs}.bias", f"{ours}.bias")] if bias else rules
 
 
-def point(theirs: str, ours: str) -> list[Rule]:
+def point(theirs: str, ours: str, *, bias: bool = True) -> list[Rule]:
     """A torch Conv2d of 1x1 that is a Linear of ours."""
-    return [
-        Rule(f"{theirs}.weight", f"{ours}.kernel", POINT),
-        Rule(f"{theirs}.bias", f"{ours}.bias"),
-    ]
+    rules = [Rule(f"{theirs}.weight", f"{ours}.kernel", POINT)]
+    return [*rules, Rule(f"{theirs}.bias", f"{ours}.bias")] if bias else rules
 
 
 def batch_norm(theirs: str, ours: str) -> list[Rule]:

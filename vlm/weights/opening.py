@@ -13,15 +13,13 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.paths import as_path, on_disk
 from vlm.weights import (
     adapter,
-    bert_clip,
     big_vision,
-    huggingface,
     open_clip,
     openai,
     own,
     peft,
     tips_npz,
-    tipsv2,
+    transformers_folders,
 )
 from vlm.weights.adapter import SavedAdapter
 from vlm.weights.checkpoint import Checkpoint
@@ -29,9 +27,7 @@ from vlm.weights.hub import download, is_hub_id
 
 FAMILIES = (
     own,
-    bert_clip,
-    tipsv2,
-    huggingface,
+    transformers_folders,
     open_clip,
     openai,
     tips_npz,

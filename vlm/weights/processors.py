@@ -13,6 +13,7 @@ from vlm.config import CLIP_MEAN, CLIP_STD, PreprocessConfig
 from vlm.errors import CheckpointError
 from vlm.weights.fields import MAX_PIXELS, flag, number, show, string, whole
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # How open_clip names them.
 _RESIZE_MODES: dict[str, Literal["crop", "pad", "squash"]] = {
     "shortest": "crop",
@@ -35,10 +36,11 @@ def huggingface_preprocess(
     for step in ("do_resize", "do_rescale"):
         if not _on(values, step, True, where):
             raise CheckpointError(f"{where} turns {step} off, and a model takes images of one size")
-    factor = number(values.get("rescale_factor", 1 / 255), f"{where}: rescale_factor")
-    if abs(factor * 255 - 1) > 1e-6:
-        raise CheckpointError(f"{where} has rescale_factor {factor!r}: vlm knows 1/255 alone")
     naflex, tips = name.startswith("Siglip2"), name.startswith("Tipsv2")
+    efficient = name.startswith("EfficientNet")
+    factor = number(values.get("rescale_factor", 1 / 255), f"{where}: rescale_factor", above=0.0)
+    if abs(factor * 255 - 1) > 1e-6 and not efficient:
+        raise CheckpointError(f"{where} has rescale_factor {factor!r}: vlm knows 1/255 alone")
     resample = values.get("resample", 2 if naflex or tips else 3)
     kernel = _PIL_RESAMPLE.get(resample) if type(resample) is int else None
     if kernel is None:
@@ -53,7 +55,9 @@ def huggingface_preprocess(
         "mean": (0.0,) * 3,
         "std": (1.0,) * 3,
     }
-    if _on(values, "do_normalize", not tips, where):
+    if efficient:
+        common["mean"], common["std"] = _efficientnet(values, factor, where)
+    elif _on(values, "do_normalize", not tips, where):
         fallback = (CLIP_MEAN, CLIP_STD) if family == "crop" else ((0.5,) * 3, (0.5,) * 3)
         common["mean"] = _three(values.get("image_mean", fallback[0]), f"{where}: image_mean")
         common["std"] = _deviation(values.get("image_std", fallback[1]), f"{where}: image_std")
@@ -67,30 +71,56 @@ def huggingface_preprocess(
             max_patches=patches,
             **common,
         )
-    size = _edges(
-        values.get("size", 448 if tips else 224), f"{where}: size", square=family == "squash"
-    )
+    default = 448 if tips else 346 if efficient else 224
+    size = _edges(values.get("size", default), f"{where}: size", square=family == "squash")
     if _on(values, "do_center_crop", family == "crop", where):
-        crop = _edges(values.get("crop_size", 224), f"{where}: crop_size", square=True)
-        short, side = size["shortest_edge"], crop["height"]
+        crop = values.get("crop_size", 289 if efficient else 224)
+        side = _edges(crop, f"{where}: crop_size", square=True)["height"]
         if side is None:
             raise CheckpointError(f"{where}: crop_size has no height: vlm crops to a square")
-        if short is not None:
-            return PreprocessConfig(
-                image_size=side,
-                resize="crop",
-                short_side=None if short == side else short,
-                crop_offset="floor",
-                **common,
+        short = size["shortest_edge"] or size["height"]
+        assert short is not None  # `_edges` gives one of them
+        if short < side:
+            raise CheckpointError(
+                f"{where} resizes to {short} pixels and crops to {side}, which are more: vlm does "
+                "not pad to a crop"
             )
-        if size["height"] != side:
-            raise CheckpointError(f"{where} squashes and then crops, which vlm does not do")
+        return PreprocessConfig(
+            image_size=side,
+            resize="squash" if size["shortest_edge"] is None else "crop",
+            short_side=None if short == side else short,
+            crop_offset="floor",
+            **common,
+        )
     if size["height"] is None:
         raise CheckpointError(
             f"{where} resizes the shortest edge and does not crop, but the model takes images of "
             "one size"
         )
     return PreprocessConfig(image_size=size["height"], resize="squash", **common)
+
+
+def _efficientnet(
+    values: dict[str, Any], factor: float, where: str
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """The mean and deviation that stand for all that `EfficientNetImageProcessor` does to a value.
+
+    It is multiplied by `rescale_factor`, less 1 with `rescale_offset`, normalised, and divided by
+    the deviation a second time with `include_top`.
+    """
+    less = float(_on(values, "rescale_offset", False, where))
+    mean, deviation = (0.0,) * 3, (1.0,) * 3
+    given = _deviation(values.get("image_std", IMAGENET_STD), f"{where}: image_std")
+    if _on(values, "do_normalize", True, where):
+        mean = _three(values.get("image_mean", IMAGENET_MEAN), f"{where}: image_mean")
+        deviation = given
+    if _on(values, "include_top", True, where):
+        deviation = tuple(a * b for a, b in zip(deviation, given, strict=True))
+    scale = factor * 255
+    if abs(scale - round(scale)) < 1e-9 * scale:  # 1/255 and 1/127.5 are 1 and 2 exactly
+        scale = round(scale)
+    red, green, blue = ((less + m) / scale for m in mean)
+    return (red, green, blue), _deviation([d / scale for d in deviation], f"{where}: image_std")
 
 
 def open_clip_preprocess(values: dict[str, Any], image_size: int, where: str) -> PreprocessConfig:

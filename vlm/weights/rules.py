@@ -84,7 +84,8 @@ WITHOUT_FIRST = Transform(
 class Rule:
     """One row: their name, our name, the change of layout. "{}" is the number of a layer.
 
-    With several names of ours, theirs is their concatenation along its first axis.
+    With several names of ours, theirs is their concatenation along its first axis. Layers are
+    counted from `first`.
 
     Example:
         >>> rule = vlm.weights.Rule("visual.ln_post.weight", "vision.norm.scale")
@@ -95,6 +96,7 @@ class Rule:
     theirs: str
     ours: str | tuple[str, ...]
     transform: Transform = SAME
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def expand(rules: Sequence[Rule], shapes: dict[str, Shape]) -> list[Piece]:
             shape = shapes[name]
             layered = "{}" in rule.theirs
             for layer in range(shape[0]) if layered else [None]:
-                theirs = rule.theirs if layer is None else rule.theirs.format(layer)
+                theirs = rule.theirs if layer is None else rule.theirs.format(rule.first + layer)
                 one = shape[1:] if layered else shape
                 pieces.append(Piece(theirs, name, layer, rule.transform, one, part, len(names)))
     return pieces

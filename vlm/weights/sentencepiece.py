@@ -19,8 +19,10 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)  # kinds of pie
 _UNIGRAM, _BPE = 1, 2  # kinds of models
 
 
-def read(path: epath.PathLike) -> tokenizers.Tokenizer:
+def read(path: epath.PathLike, *, prefix: bool = True) -> tokenizers.Tokenizer:
     """The vocabulary of a `.model` file, with its own normalisation and no special tokens added.
+
+    Without `prefix` no space is put in front of a text, whatever the file says.
 
     Raises:
         CheckpointError: missing, torn, or a kind of model other than unigram and BPE.
@@ -31,12 +33,12 @@ def read(path: epath.PathLike) -> tokenizers.Tokenizer:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     try:
-        return _build(data)
+        return _build(data, prefix)
     except (ValueError, IndexError, struct.error, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not a SentencePiece model: {error}") from None
 
 
-def _build(data: bytes) -> tokenizers.Tokenizer:
+def _build(data: bytes, prefix: bool) -> tokenizers.Tokenizer:
     pieces: list[tuple[str, float, int]] = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
@@ -72,11 +74,17 @@ def _build(data: bytes) -> tokenizers.Tokenizer:
     if charsmap := normalizer.get(2, b""):
         steps.append(normalizers.Precompiled(charsmap))
     if normalizer.get(4, 1):  # remove_extra_whitespaces
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        # At the end those that are spelled out go too: they look like escaped spaces there.
+        cuts = {r"\A +": "", rf"[ {SPACE}]+\z": "", " {2,}": " "}
+        steps += [normalizers.Replace(Regex(cut), rest) for cut, rest in cuts.items()]
+    scheme = "never"
+    if prefix and normalizer.get(3, 1):  # add_dummy_prefix
+        # Not by Metaspace, which adds none before one that is spelled out.
+        steps.append(normalizers.Prepend(" "))
+        scheme = "always"
     if steps:
         vocabulary.normalizer = normalizers.Sequence(steps)
-    scheme = "always" if normalizer.get(3, 1) else "never"  # add_dummy_prefix
-    vocabulary.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, scheme, split=kind == _UNIGRAM)
+    vocabulary.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "never", split=kind == _UNIGRAM)
     vocabulary.decoder = decoders.Sequence(
         [decoders.ByteFallback(), decoders.Metaspace(SPACE, scheme)]
     )

@@ -41,11 +41,6 @@ _TEXT: dict[str, Any] = {
 _TEMPERATURE = {"temperature_init_value": 0.005065968260169029}
 
 
-def recognises(path: epath.Path) -> bool:
-    """Whether `path` is a folder of this model."""
-    return huggingface.is_of(path, MODEL_TYPES)
-
-
 def open_checkpoint(folder: epath.Path) -> Checkpoint:
     """The checkpoint in a folder.
 

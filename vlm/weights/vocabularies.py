@@ -11,7 +11,7 @@ from vlm.config import Clean, ModelConfig, TokenizerConfig
 from vlm.errors import CheckpointError, DataError
 from vlm.inputs.tokenizer import Tokenizer, read_vocabulary
 from vlm.weights import sentencepiece
-from vlm.weights.fields import fields, read_json, show, string
+from vlm.weights.fields import fields, flag, read_json, show, string
 
 CLIP_VOCABULARY = pathlib.Path(__file__).parent / "clip" / "tokenizer.json"
 CLIP_BOS, CLIP_EOS, CLIP_SIZE = 49406, 49407, 49408
@@ -54,6 +54,8 @@ def huggingface_tokenizer(
         vocabulary = _vocabulary(path)
     elif pieces.exists():
         vocabulary = sentencepiece.read(pieces)
+    elif (folder / "vocab.txt").exists():
+        vocabulary = _bert_from_lines(folder / "vocab.txt", about, file)
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         vocabulary = _clip_from_merges(folder)
     else:
@@ -62,6 +64,9 @@ def huggingface_tokenizer(
         )
     if "Gemma" in kind or "Siglip2" in kind:
         _lowercase(vocabulary)  # as SigLIP 2 was trained
+    padding = vocabulary.padding
+    vocabulary.no_padding()  # a tokenizer that was in use is saved with the length of its rows
+    vocabulary.no_truncation()
     eos_token = _content(about, "eos_token", file)
     eos = vocabulary.token_to_id(eos_token)
     if vocabulary.post_processor is None and kind in ("GemmaTokenizer", "Siglip2Tokenizer"):
@@ -75,7 +80,6 @@ def huggingface_tokenizer(
     bos_id, eos_id = _ends(specials, eos, folder)
     pad = vocabulary.token_to_id(_content(about, "pad_token", file))
     if pad is None:
-        padding = vocabulary.padding
         pad = padding["pad_id"] if padding else eos_id
     rules = TokenizerConfig(
         context_length=length,
@@ -134,7 +138,8 @@ def siglip_tokenizer(
     Raises:
         CheckpointError: the file is missing or is not a SentencePiece model.
     """
-    vocabulary = sentencepiece.read(path)
+    # The cleaning of that name puts a space in front itself.
+    vocabulary = sentencepiece.read(path, prefix=clean != "siglip")
     end = vocabulary.token_to_id("</s>")
     if end is None:
         raise CheckpointError(
@@ -287,6 +292,43 @@ def _clip_from_merges(folder: epath.Path) -> tokenizers.Tokenizer:
         ("<|endoftext|>", eos), ("<|startoftext|>", bos), False, False
     )
     return vocabulary
+
+
+def _bert_from_lines(
+    path: epath.Path, about: dict[str, Any], file: epath.Path
+) -> tokenizers.Tokenizer:
+    """`vocab.txt`, as transformers' BertTokenizer makes a tokenizer of it."""
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+    vocab, special = _wordpiece_lines(path), {}
+    for kind in ("unk", "cls", "sep", "pad", "mask"):
+        name = _content(about, f"{kind}_token", file) or f"[{kind.upper()}]"
+        if kind != "mask" and name not in vocab:
+            raise CheckpointError(f"{path} has no {name}: give the vocabulary of a BERT")
+        special[kind] = name
+    vocabulary = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=special["unk"]))
+    accents = about.get("strip_accents")  # null: where letters are made small
+    vocabulary.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=_flag(about, "tokenize_chinese_chars", file),
+        strip_accents=None if accents is None else flag(accents, f"{file}: strip_accents"),
+        lowercase=_flag(about, "do_lower_case", file),
+    )
+    vocabulary.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    vocabulary.decoder = decoders.WordPiece()
+    vocabulary.add_special_tokens([name for name in special.values() if name in vocab])
+    first, last = special["cls"], special["sep"]
+    vocabulary.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}",
+        special_tokens=[(name, vocab[name]) for name in (first, last)],
+    )
+    vocabulary.enable_padding(pad_id=vocab[special["pad"]], pad_token=special["pad"])
+    return vocabulary
+
+
+def _flag(about: dict[str, Any], name: str, file: epath.Path) -> bool:
+    """An option that is on unless the file turns it off."""
+    return flag(about.get(name, True), f"{file}: {name}")
 
 
 def _lowercase(vocabulary: tokenizers.Tokenizer) -> None:

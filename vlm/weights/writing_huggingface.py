@@ -1,17 +1,18 @@
-"""A bundle as a folder of transformers: `CLIPModel`, `SiglipModel`, or `Tipsv2Model` elsewhere."""
+"""A bundle as a folder of transformers: `CLIPModel`, `SiglipModel`, and others elsewhere."""
 
 from typing import Any
 
 from etils import epath
 
-from vlm.config import ModelConfig, PreprocessConfig, ViTConfig
+from vlm.config import EfficientNetConfig, ModelConfig, PreprocessConfig, ViTConfig
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
 from vlm.weights import huggingface
 from vlm.weights.files import write_safetensors
 from vlm.weights.rules import write
-from vlm.weights.writing_parts import check, dump, refuse, tokenizer_files
+from vlm.weights.writing_align import write_align
+from vlm.weights.writing_parts import KERNELS, check, dump, refuse, tokenizer_files
 from vlm.weights.writing_tipsv2 import is_tipsv2, write_tipsv2
 
 
@@ -23,6 +24,8 @@ def write_huggingface(
     Raises:
         CheckpointError: transformers has no place for something.
     """
+    if isinstance(model.config.vision, EfficientNetConfig):
+        return write_align(folder, model, preprocess, tokenizer)
     if is_tipsv2(model.config):
         return write_tipsv2(folder, model, preprocess, tokenizer)
     values, family = huggingface_config(model.config, tokenizer)
@@ -105,12 +108,13 @@ def _huggingface_preprocess(c: PreprocessConfig, family: str) -> dict[str, Any]:
     if c.resize == "pad":
         refuse("transformers", ["preprocessing that pads to the square"])
     name = "SiglipImageProcessor" if family == "siglip" else "CLIPImageProcessor"
-    kernels = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+    if c.resize == "squash" and c.short_side not in (None, c.image_size):
+        refuse("transformers", ["centre crops of squashed images (EfficientNet's processor)"])
     square = {"height": c.image_size, "width": c.image_size}
     values = {
         "image_processor_type": name + ("Fast" if c.backend == "tensor" else ""),
         "do_resize": True,
-        "resample": kernels[c.kernel],
+        "resample": KERNELS[c.kernel],
         "size": square,
         "do_center_crop": c.resize == "crop",
         "do_rescale": True,

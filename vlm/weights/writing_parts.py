@@ -11,6 +11,7 @@ from tokenizers import Regex, normalizers, processors
 from vlm.config import ModelConfig
 from vlm.errors import CheckpointError
 from vlm.inputs.tokenizer import Tokenizer
+from vlm.weights.sentencepiece import SPACE
 
 
 def standalone(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
@@ -34,6 +35,8 @@ def standalone(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
         steps.append(normalizers.Lowercase())
     if rules.clean == "clip":
         steps.insert(0, normalizers.NFC())
+    if rules.clean == "siglip":  # which puts this in front, before any vocabulary
+        steps.append(normalizers.Prepend(SPACE))
     if steps:
         if vocabulary.normalizer is not None:
             steps.append(vocabulary.normalizer)
@@ -79,8 +82,9 @@ def check(form: str, config: ModelConfig, vision: dict[str, Any], text: dict[str
         refuse(form, found)
 
 
+KERNELS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # PIL.Image.Resampling
 HOLDS = {
-    "transformers": "the ViTs of CLIP, SigLIP and TIPSv2",
+    "transformers": "the ViTs of CLIP, SigLIP and TIPSv2, and ALIGN",
     "open_clip": "CLIP's ViTs and ResNets, and ViTs of timm with attention pooling",
 }
 

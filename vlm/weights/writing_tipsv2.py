@@ -13,7 +13,7 @@ from vlm.models.dual_encoder import DualEncoder
 from vlm.weights import huggingface, tipsv2
 from vlm.weights.files import write_safetensors
 from vlm.weights.rules import write
-from vlm.weights.writing_parts import check, dump, refuse, tokenizer_files
+from vlm.weights.writing_parts import KERNELS, check, dump, refuse, tokenizer_files
 
 FORM = "transformers' Tipsv2Model"
 
@@ -127,7 +127,7 @@ def _preprocess(c: PreprocessConfig) -> dict[str, Any]:
     return {
         "image_processor_type": "Tipsv2ImageProcessor",
         "do_resize": True,
-        "resample": {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}[c.kernel],
+        "resample": KERNELS[c.kernel],
         "size": {"height": c.image_size, "width": c.image_size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,

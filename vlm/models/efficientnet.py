@@ -1,0 +1,91 @@
+"""ALIGN's image tower: EfficientNet without its classifier (arXiv:1905.11946, arXiv:2102.05918)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from vlm.config import EfficientNetConfig
+from vlm.models.counting import projection_flops
+from vlm.models.ends import projection
+from vlm.nn.conv import Conv
+from vlm.nn.efficientnet import EfficientNetLayers
+from vlm.nn.resnet import FrozenBatchNorm
+from vlm.nn.taps import Taps, tap
+from vlm.nn.transformer import Execution
+
+
+class EfficientNetTower(nnx.Module):
+    """Normalised images to embeddings of `embed_dim` dimensions (not yet of unit norm)."""
+
+    def __init__(
+        self, config: EfficientNetConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs
+    ):
+        c, dtype = config, execution.dtype
+        self.config = config
+        self.dtype = dtype
+        self.stem = Conv(
+            3,
+            c.stem_width,
+            3,
+            stride=2,
+            depthwise=False,
+            edges=(0, 1),
+            use_bias=False,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.stem_norm = FrozenBatchNorm(c.stem_width, eps=c.norm_eps)
+        inputs, stages = c.stem_width, []
+        for stage in c.stages:
+            options = {"norm_eps": c.norm_eps, "execution": execution, "rngs": rngs}
+            stages.append(EfficientNetLayers(inputs, stage, c.squeeze, **options))
+            inputs = stage.width
+        self.stages = nnx.List(stages)
+        self.projection = projection(c, c.width, embed_dim, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        images: Float[Array, "b h w 3"],
+        *,
+        keys: Key[Array, " b"] | None = None,
+        taps: Taps | None = None,
+    ) -> Float[Array, "b e"]:
+        """Embed images; nothing here is random. `taps` are given the output of each stage."""
+        x = self._places(images, taps).astype(jnp.float32)
+        x = x.mean((1, 2)) if self.config.pool == "mean" else x.max((1, 2))
+        return self._embedding(x)
+
+    def dense(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n e"]:
+        """An embedding of every place, as if the whole image looked like it."""
+        x = self._places(images, None)
+        return self._embedding(x.reshape(x.shape[0], -1, x.shape[-1]))
+
+    def _places(self, images: Float[Array, "b h w 3"], taps: Taps | None):
+        x = jax.nn.silu(self.stem_norm(self.stem(images.astype(self.dtype))))
+        for number, stage in enumerate(self.stages):
+            x = tap(taps, f"stages/{number}", stage(x))
+        return x
+
+    def _embedding(self, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
+        return x if self.projection is None else self.projection(x.astype(self.dtype))
+
+
+def flops(
+    config: EfficientNetConfig, embed_dim: int, *, training: bool = False
+) -> dict[str, float]:
+    """Forward FLOPs of one image, by part: stem, stages and projection."""
+    c, (side, *sides) = config, config.sides()
+    stem, stages, inputs = 2 * side**2 * 27 * c.stem_width, 0.0, c.stem_width
+    for stage, after in zip(c.stages, sides, strict=True):
+        for _ in range(stage.depth):
+            inside = inputs * stage.expand
+            stages += 2 * side**2 * inputs * inside if stage.expand > 1 else 0
+            stages += 2 * after**2 * inside * (stage.kernel**2 + stage.width)
+            stages += 2 * 2 * inside * max(1, int(inputs * c.squeeze))
+            inputs, side = stage.width, after
+    return {
+        "stem": stem,
+        "stages": stages,
+        "projection": projection_flops(c, c.width, embed_dim),
+    }

@@ -1,0 +1,113 @@
+"""The parts of EfficientNet (Tan and Le, 2019, arXiv:1905.11946): inverted bottlenecks."""
+
+import jax
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from vlm.config import EfficientNetStage, RematPolicy
+from vlm.nn.conv import Conv
+from vlm.nn.fastvit import Squeeze
+from vlm.nn.layers import Linear
+from vlm.nn.remat import checkpoint_policy
+from vlm.nn.resnet import FrozenBatchNorm
+from vlm.nn.transformer import Execution
+
+
+class InvertedBottleneck(nnx.Module):
+    """More channels, a depthwise convolution, squeeze-and-excitation, and back to few channels.
+
+    (arXiv:1801.04381, arXiv:1709.01507.) The first of a stage `halve`s where the stage does.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        stage: EfficientNetStage,
+        squeeze: float,
+        *,
+        halve: bool,
+        norm_eps: float,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        s, options = stage, {"dtype": dtype, "rngs": rngs}
+        inside = inputs * s.expand
+        expands = s.expand > 1
+        self.expand = Linear(inputs, inside, use_bias=False, **options) if expands else None
+        self.expand_norm = FrozenBatchNorm(inside, eps=norm_eps) if expands else None
+        self.conv = Conv(
+            inside,
+            inside,
+            s.kernel,
+            stride=2 if halve else 1,
+            edges=(s.kernel // 2 - (halve and not s.symmetric), s.kernel // 2),
+            use_bias=False,
+            **options,
+        )
+        self.conv_norm = FrozenBatchNorm(inside, eps=norm_eps)
+        # Of the block's input, not of what it is expanded to.
+        hidden = max(1, int(inputs * squeeze))
+        self.squeeze = Squeeze(inside, hidden, act=jax.nn.silu, **options)
+        self.project = Linear(inside, s.width, use_bias=False, **options)
+        self.project_norm = FrozenBatchNorm(s.width, eps=norm_eps)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
+        if self.expand is not None and self.expand_norm is not None:
+            x = jax.nn.silu(self.expand_norm(self.expand(x)))
+        x = jax.nn.silu(self.conv_norm(self.conv(x)))
+        return self.project_norm(self.project(self.squeeze(x)))
+
+
+class EfficientNetLayers(nnx.Module):
+    """A stage: its first block, then blocks with skips, stacked along a leading axis."""
+
+    def __init__(
+        self,
+        inputs: int,
+        stage: EfficientNetStage,
+        squeeze: float,
+        *,
+        norm_eps: float,
+        execution: Execution,
+        rngs: nnx.Rngs,
+    ):
+        def block(inputs: int, rngs: nnx.Rngs, *, halve: bool) -> InvertedBottleneck:
+            return InvertedBottleneck(
+                inputs,
+                stage,
+                squeeze,
+                halve=halve,
+                norm_eps=norm_eps,
+                dtype=execution.dtype,
+                rngs=rngs,
+            )
+
+        self.first = block(inputs, rngs, halve=stage.halve)
+        self.depth = stage.depth - 1
+
+        @nnx.split_rngs(splits=self.depth)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> InvertedBottleneck:
+            return block(stage.width, rngs, halve=False)
+
+        self.blocks = stack(rngs) if self.depth else None
+        self.remat: RematPolicy = execution.remat
+        self.scan = execution.scan
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
+        x = self.first(x)
+        if self.blocks is None:
+            return x
+        block, parameters = nnx.split(self.blocks)
+
+        def layer(x, parameters):
+            return x + nnx.merge(block, parameters)(x), None
+
+        if self.remat != "none":
+            policy = checkpoint_policy(self.remat)
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=not self.scan)
+        unroll = 1 if self.scan else self.depth
+        x, _ = lax.scan(layer, x, nnx.to_pure_dict(parameters), unroll=unroll)
+        return x

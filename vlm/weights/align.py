@@ -1,0 +1,257 @@
+"""transformers' `AlignModel`: ALIGN (arXiv:2102.05918), of which Kakao Brain published weights.
+
+The image tower is an EfficientNet, whose pooled channels are the embedding; the text tower a BERT.
+Its config scales the sizes of EfficientNet-B0; ours says what they come to.
+"""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+from etils import epath
+
+from vlm.config import EfficientNetConfig, EfficientNetStage, ModelConfig, TextConfig
+from vlm.errors import CheckpointError
+from vlm.weights import huggingface
+from vlm.weights.bert_clip import Folded, bert_rules
+from vlm.weights.checkpoint import Checkpoint, weights
+from vlm.weights.fields import (
+    MAX_LAYERS,
+    MAX_PIXELS,
+    number,
+    read_json,
+    show,
+    whole,
+    with_defaults,
+)
+from vlm.weights.layers import batch_norm, conv, linear, point
+from vlm.weights.rules import Rule
+from vlm.weights.tipsv2 import TEMPERATURE, WithTemperature
+from vlm.weights.vocabularies import check_vocabulary, huggingface_tokenizer
+
+MODEL_TYPES = ("align",)
+LENGTH = 64  # tokens that AlignProcessor pads texts to; the tower has positions for more
+# The defaults of transformers' configuration classes. Lists have a value for each stage ...
+_STAGES: dict[str, list[int]] = {
+    "kernel_sizes": [3, 3, 5, 3, 5, 5, 3],
+    "in_channels": [32, 16, 24, 40, 80, 112, 192],
+    "out_channels": [16, 24, 40, 80, 112, 192, 320],
+    "strides": [1, 2, 2, 2, 1, 2, 1],
+    "num_block_repeats": [1, 2, 2, 3, 3, 4, 1],
+    "expand_ratios": [1, 6, 6, 6, 6, 6, 6],
+}
+# ... but for `depthwise_padding`, which has the numbers of blocks.
+_VISION: dict[str, Any] = {
+    "image_size": None, "width_coefficient": 2.0, "depth_coefficient": 3.1, "depth_divisor": 8,
+    "depthwise_padding": None, "squeeze_expansion_ratio": 0.25, "hidden_act": "swish",
+    "hidden_dim": 2560, "pooling_type": "mean", "batch_norm_eps": 1e-3, **dict.fromkeys(_STAGES),
+}  # fmt: skip
+_TEXT: dict[str, Any] = {
+    "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072, "hidden_act": "gelu", "max_position_embeddings": 512,
+    "layer_norm_eps": 1e-12, "pad_token_id": 0,
+}  # fmt: skip
+_MODEL = {"projection_dim": 640, "temperature_init_value": 1.0}
+STEM = 32  # channels of the stem, before they are scaled
+
+
+def open_checkpoint(folder: epath.Path) -> Checkpoint:
+    """The checkpoint in a folder.
+
+    Raises:
+        CheckpointError: it is incomplete, torn or contradictory.
+    """
+    where = os.fspath(folder / "config.json")
+    config = model_config(read_json(folder / "config.json"), where)
+    # The tower takes images of any size, and the processor makes those that it was trained on.
+    preprocess = huggingface.preprocess_config(folder, config.vision.image_size)
+    vision = config.vision
+    assert isinstance(vision, EfficientNetConfig)
+    vision = dataclasses.replace(vision, image_size=preprocess.image_size)
+    config = dataclasses.replace(config, vision=vision)
+    tokenizer = huggingface_tokenizer(folder, config)
+    check_vocabulary(tokenizer, config, folder)
+    if tokenizer.config.pad_id != config.text.pad_id:
+        raise CheckpointError(
+            f"{folder} pads texts with token {tokenizer.config.pad_id}, and its config.json has "
+            f"pad_token_id {config.text.pad_id}: they are not of one model"
+        )
+    tensors = Folded(weights(folder, *huggingface.WEIGHTS), config.text, "align")
+    return Checkpoint(
+        folder.name,
+        config,
+        preprocess,
+        tokenizer,
+        WithTemperature(tensors, "temperature", 1 / config.init_scale),
+        rules(vision),
+        ignored,
+        "bicubic",
+        context_length=min(LENGTH, config.text.context_length),
+    )
+
+
+def model_config(values: dict[str, Any], where: str) -> ModelConfig:
+    """Our configuration of a `config.json` of this model.
+
+    Raises:
+        CheckpointError: an option that vlm does not know, or a size that cannot be.
+    """
+    huggingface.check_architecture(values.get("architectures"), where)
+    text = huggingface.tower_fields(values, "text", _TEXT, where)
+    vision = _vision(
+        huggingface.tower_fields(values, "vision", _VISION, where), f"{where}: vision_config"
+    )
+    about = with_defaults(values, _MODEL, where)
+    if about["projection_dim"] != vision.width:
+        raise CheckpointError(
+            f"{where}: projection_dim is {about['projection_dim']}, and the image tower has "
+            f"{vision.width} channels, which ALIGN takes as they are: they must be equal"
+        )
+    temperature = about["temperature_init_value"]
+    return ModelConfig(
+        vision,
+        TextConfig(
+            vocab_size=text["vocab_size"],
+            context_length=text["max_position_embeddings"],
+            **huggingface.tower_sizes(text, f"{where}: text_config"),
+            norm="post",
+            pool="first",
+            pad_id=text["pad_token_id"],
+            projection="linear_bias",
+        ),
+        embed_dim=vision.width,
+        init_scale=1 / number(temperature, f"{where}: temperature_init_value", above=0.0),
+    )
+
+
+def _vision(c: dict[str, Any], where: str) -> EfficientNetConfig:
+    if c["hidden_act"] not in ("swish", "silu"):
+        raise CheckpointError(f"{where}.hidden_act is {show(c['hidden_act'])}: vlm knows swish")
+    if c["pooling_type"] not in ("mean", "max"):
+        raise CheckpointError(
+            f"{where}.pooling_type is {show(c['pooling_type'])}: vlm knows mean and max"
+        )
+    lists = {name: _wholes(c[name] or given, f"{where}.{name}") for name, given in _STAGES.items()}
+    if len({len(values) for values in lists.values()}) > 1 or not lists["strides"]:
+        raise CheckpointError(
+            f"{where} has lists of other lengths: give {', '.join(lists)} a value for each stage"
+        )
+    kernels, strides = lists["kernel_sizes"], lists["strides"]
+    if even := [size for size in kernels if size % 2 == 0]:
+        raise CheckpointError(f"{where}.kernel_sizes has {even[0]}: vlm knows odd sizes")
+    if other := [stride for stride in strides if stride > 2]:
+        raise CheckpointError(f"{where}.strides has {other[0]}: vlm knows 1 and 2")
+    inputs = [scaled(width, c, f"{where}.in_channels") for width in lists["in_channels"]]
+    widths = [scaled(width, c, f"{where}.out_channels") for width in lists["out_channels"]]
+    stem_width = scaled(STEM, c, where)
+    if inputs != [stem_width, *widths[:-1]]:
+        raise CheckpointError(
+            f"{where}: in_channels come to {inputs} and what is before them has "
+            f"{[stem_width, *widths[:-1]]}: they must be equal"
+        )
+    padded = _wholes(c["depthwise_padding"] or [], f"{where}.depthwise_padding", low=0)
+    stages, block = [], 0
+    for width, repeats, kernel, stride, expand in zip(
+        widths, lists["num_block_repeats"], kernels, strides, lists["expand_ratios"], strict=True
+    ):
+        depth = math.ceil(number(c["depth_coefficient"], where, above=0.0) * repeats)
+        block = whole(block + depth, f"{where}.num_block_repeats", high=MAX_LAYERS)
+        halve = stride == 2
+        stages.append(
+            EfficientNetStage(
+                depth,
+                width,
+                expand,
+                kernel,
+                halve=halve,
+                symmetric=halve and block - depth in padded,
+            )
+        )
+    side = c["image_size"]
+    side = side[0] if isinstance(side, list) and len(side) == 2 and side[0] == side[1] else side
+    tower = EfficientNetConfig(
+        image_size=whole(600 if side is None else side, f"{where}.image_size", high=MAX_PIXELS),
+        stem_width=stem_width,
+        stages=tuple(stages),
+        squeeze=c["squeeze_expansion_ratio"],
+        pool=c["pooling_type"],
+        norm_eps=c["batch_norm_eps"],
+        projection="none",
+    )
+    if tower.sides()[-1] > c["hidden_dim"]:
+        raise CheckpointError(
+            f"{where}.hidden_dim {c['hidden_dim']} is the side of what is pooled, and the tower "
+            f"has {tower.sides()[-1]} places along each: vlm pools all of them"
+        )
+    return tower
+
+
+def scaled(width: int, c: dict[str, Any], where: str) -> int:
+    """Channels after `width_coefficient`, a multiple of `depth_divisor`.
+
+    They are rounded to the nearest, or up where that would be a tenth less or more.
+    """
+    wanted = width * c["width_coefficient"]
+    divisor = c["depth_divisor"]
+    nearest = max(divisor, int(wanted + divisor / 2) // divisor * divisor)
+    return whole(nearest + divisor * (nearest < 0.9 * wanted), where)
+
+
+def _wholes(values: Any, where: str, low: int = 1) -> list[int]:
+    if not isinstance(values, list) or len(values) > 1_000:
+        raise CheckpointError(f"{where} is {show(values)}, not a list of whole numbers")
+    return [whole(value, where, low) for value in values]
+
+
+# --------------------------------------------------------------------- their names and ours
+
+
+def rules(c: EfficientNetConfig) -> list[Rule]:
+    """The table of a model, for tensors that are `Folded`."""
+    table = [
+        Rule("temperature", "logit_scale", TEMPERATURE),
+        *conv("vision_model.embeddings.convolution", "vision.stem", bias=False),
+        *batch_norm("vision_model.embeddings.batchnorm", "vision.stem_norm"),
+    ]
+    block = 0
+    for index, stage in enumerate(c.stages):
+        ours = f"vision.stages.{index}"
+        table += _block(f"vision_model.encoder.blocks.{block}", f"{ours}.first", stage)
+        if stage.depth > 1:
+            rest = _block("vision_model.encoder.blocks.{}", f"{ours}.blocks", stage)
+            table += [dataclasses.replace(rule, first=block + 1) for rule in rest]
+        block += stage.depth
+    return [
+        *table,
+        *bert_rules("align"),
+        *linear("text_projection", "text.projection"),
+    ]
+
+
+def _block(theirs: str, ours: str, stage: EfficientNetStage) -> list[Rule]:
+    table = []
+    if stage.expand > 1:
+        table += point(f"{theirs}.expansion.expand_conv", f"{ours}.expand", bias=False)
+        table += batch_norm(f"{theirs}.expansion.expand_bn", f"{ours}.expand_norm")
+    squeeze = f"{theirs}.squeeze_excite"
+    return [
+        *table,
+        *conv(f"{theirs}.depthwise_conv.depthwise_conv", f"{ours}.conv", bias=False),
+        *batch_norm(f"{theirs}.depthwise_conv.depthwise_norm", f"{ours}.conv_norm"),
+        *point(f"{squeeze}.reduce", f"{ours}.squeeze.down"),
+        *point(f"{squeeze}.expand", f"{ours}.squeeze.up"),
+        *point(f"{theirs}.projection.project_conv", f"{ours}.project", bias=False),
+        *batch_norm(f"{theirs}.projection.project_bn", f"{ours}.project_norm"),
+    ]
+
+
+POOLER = "text_model.pooler.dense"  # BERT's, whose output ALIGN leaves unused
+
+
+def ignored(name: str) -> bool:
+    """What takes no part in embeddings: counts of batches, buffers, and BERT's pooler."""
+    return (
+        name.endswith(("num_batches_tracked", "position_ids", "token_type_ids"))
+        or name.rpartition(".")[0] == POOLER
+    )
