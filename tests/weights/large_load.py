@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import pathlib
+import shutil
 import struct
 import subprocess
 import sys
@@ -55,8 +56,12 @@ def write(folder: pathlib.Path, dtype: str) -> None:
 
     (folder / "config.json").write_text(json.dumps(CONFIG))
     golden = ROOT / "tests" / "weights" / "golden" / "hf_clip"
-    for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((golden / name).read_bytes())
+    pixels = json.loads((golden / "preprocessor_config.json").read_text())
+    side = CONFIG["vision_config"]["image_size"]
+    pixels |= {"crop_size": {"height": side, "width": side}, "size": {"shortest_edge": side}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    shutil.copy(golden / "tokenizer_config.json", folder)
+    shutil.copy(ROOT / "vlm" / "weights" / "clip" / "tokenizer.json", folder)
     skeleton = flat_shapes(abstract_model(huggingface.model_config(CONFIG, "here"), jnp.float32))
     places = expand(huggingface.RULES["clip"], skeleton)
     shapes = {place.theirs: place.their_shape for place in places}
@@ -89,13 +94,14 @@ def write(folder: pathlib.Path, dtype: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layout", nargs="+", default=["f32", "bf16"], choices=["f32", "bf16"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     args = parser.parse_args()
     flags = "--xla_force_host_platform_device_count=8"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     for layout in args.layout:
         with tempfile.TemporaryDirectory() as folder:
             write(pathlib.Path(folder), layout)
-            for dtype in ("float32", "bfloat16"):
+            for dtype in args.dtypes:
                 began = time.perf_counter()
                 line = [sys.executable, "-c", LOAD, folder, dtype]
                 done = subprocess.run(line, env=env, capture_output=True, text=True)
