@@ -76,6 +76,7 @@ class EfficientNetConfig:
     """
 
     kind: ClassVar[str] = "efficientnet"
+    attends: ClassVar[bool] = False
 
     image_size: int = 224
     stem_width: int = 32

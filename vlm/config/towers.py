@@ -1,8 +1,8 @@
 """The image towers: a class for each kind of them, with its own fields and its own checks.
 
 Whoever holds one may ask any of them the same few things: `image_size`, `patch_size` (pixels along
-each side of a place that is pooled), `tokens`, `check_space`, and, by `one_size`, why the tower
-takes images of a single size, if it does.
+each side of a place that is pooled), whether it `attends` to its places, `tokens`, `check_space`,
+and, by `one_size`, why the tower takes images of a single size, if it does.
 """
 
 from dataclasses import dataclass
@@ -78,6 +78,7 @@ class ViTConfig:
     """
 
     kind: ClassVar[str] = "vit"
+    attends: ClassVar[bool] = True
 
     image_size: int = 224
     patch_size: int = 16
@@ -194,6 +195,7 @@ class ResNetConfig:
     """
 
     kind: ClassVar[str] = "resnet"
+    attends: ClassVar[bool] = True
 
     image_size: int = 224
     depths: tuple[int, ...] = (3, 4, 6, 3)
@@ -286,6 +288,7 @@ class FastViTConfig:
     """
 
     kind: ClassVar[str] = "fastvit"
+    attends: ClassVar[bool] = False
 
     stem_width: int
     stages: tuple[FastViTStage, ...]
@@ -351,6 +354,7 @@ class ConvNeXtConfig:
     """
 
     kind: ClassVar[str] = "convnext"
+    attends: ClassVar[bool] = False
 
     image_size: int = 256
     depths: tuple[int, ...] = (3, 3, 27, 3)
@@ -414,6 +418,7 @@ class ViTaminConfig:
     """
 
     kind: ClassVar[str] = "vitamin"
+    attends: ClassVar[bool] = True
 
     image_size: int = 224
     stem_width: int = 128

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from vlm import display
-from vlm.config import ConvNeXtConfig, EfficientNetConfig, FastViTConfig, VisionTowerConfig
+from vlm.config import VisionTowerConfig
 from vlm.errors import ConfigError, DataError
 from vlm.explain.geometry import grid, on_image
 from vlm.explain.methods import METHODS, Method, place_maps
@@ -131,8 +131,7 @@ def check_method(method: str, tower: VisionTowerConfig) -> None:
     """
     if method not in METHODS:
         raise ConfigError(f"method {method!r} is not known: choose one of {', '.join(METHODS)}")
-    without = ConvNeXtConfig | EfficientNetConfig | FastViTConfig
-    if method == "attention" and isinstance(tower, without):
+    if method == "attention" and not tower.attends:
         raise ConfigError(
             'method "attention" needs a tower of attention, and one of kind '
             f'"{tower.kind}" mixes places by convolutions: choose "path"'
