@@ -4,7 +4,8 @@ import functools
 import math
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped
+from numpy.typing import DTypeLike
 
 from vlm.inputs.resizing import resize_matrix
 from vlm.nn.naflex import Patches
@@ -33,26 +34,29 @@ def target_size(height: int, width: int, patch_size: int, max_patches: int) -> t
 def collate(images: list[np.ndarray], patch_size: int, grid: int, step: int) -> Patches:
     """Resized images, (h, w, 3) each, as one batch; its length is a multiple of `step` patches."""
     longest = max(image.shape[0] * image.shape[1] // patch_size**2 for image in images)
-    batch = blank(len(images), -(-longest // step) * step, patch_size, grid)
+    length, dtype = -(-longest // step) * step, images[0].dtype
+    batch = blank(len(images), length, patch_size, grid, dtype)
     for row, image in enumerate(images):
         put(batch, row, image)
     return batch
 
 
-def blank(count: int, length: int, patch_size: int, grid: int) -> Patches:
+def blank(
+    count: int, length: int, patch_size: int, grid: int, dtype: DTypeLike = np.uint8
+) -> Patches:
     """A batch of `count` images of one black patch each: attention over none has no meaning."""
     mask = np.zeros((count, length), bool)
     mask[:, 0] = True
     # NumPy's until they lie on a device.
     return Patches(
-        np.zeros((count, length, patch_size**2, 3), np.uint8),  # pyright: ignore[reportArgumentType]
+        np.zeros((count, length, patch_size**2, 3), dtype),  # pyright: ignore[reportArgumentType]
         np.zeros((count, length, grid), np.float32),  # pyright: ignore[reportArgumentType]
         np.zeros((count, length, grid), np.float32),  # pyright: ignore[reportArgumentType]
         mask,  # pyright: ignore[reportArgumentType]
     )
 
 
-def put(batch: Patches, row: int, image: UInt8[np.ndarray, "h w 3"]) -> None:
+def put(batch: Patches, row: int, image: Shaped[np.ndarray, "h w 3"]) -> None:
     """Make a resized image the one at `row` of a batch that is NumPy's."""
     pixels, rows, columns, mask = (np.asarray(array)[row] for array in batch)  # views
     side, grid = math.isqrt(pixels.shape[1]), rows.shape[1]
