@@ -81,6 +81,20 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
                 parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=generator))
 
 
+def write_outputs(folder, raw, texts, pixels, tokens, out) -> None:
+    """What went into a model, from raw images and texts on, and what came out."""
+    np.savez_compressed(
+        folder / "outputs.npz",
+        **{f"image/{i}": image for i, image in enumerate(raw)},
+        pixels=pixels.permute(0, 2, 3, 1).numpy(),
+        tokens=tokens.numpy().astype(np.int32),
+        z_image=out.image_embeds.numpy(),
+        z_text=out.text_embeds.numpy(),
+        logits=out.logits_per_image.numpy(),
+        texts=np.array(texts),
+    )
+
+
 def record(folder, model, processor, vocabulary, context, pad, eos, seed, masked=False):
     raw = images(seed)
     pixels = processor([Image.fromarray(i) for i in raw], return_tensors="pt")["pixel_values"]
@@ -92,16 +106,7 @@ def record(folder, model, processor, vocabulary, context, pad, eos, seed, masked
     with torch.no_grad():
         mask = {"attention_mask": (tokens != pad).long()} if masked else {}
         out = model(pixel_values=pixels, input_ids=tokens, **mask)
-    np.savez_compressed(
-        folder / "outputs.npz",
-        **{f"image/{i}": image for i, image in enumerate(raw)},
-        pixels=pixels.permute(0, 2, 3, 1).numpy(),
-        tokens=tokens.numpy().astype(np.int32),
-        z_image=out.image_embeds.numpy(),
-        z_text=out.text_embeds.numpy(),
-        logits=out.logits_per_image.numpy(),
-        texts=np.array(TEXTS),
-    )
+    write_outputs(folder, raw, TEXTS, pixels, tokens, out)
 
 
 def tokenizer_files(folder, vocabulary, kind, pad, eos):
@@ -311,16 +316,7 @@ def tipsv2(name: str, *, giant: bool, seed: int) -> None:
     with torch.no_grad():
         out = model(**inputs)
         z_larger = model.get_image_features(pixel_values=larger).pooler_output
-    np.savez_compressed(
-        folder / "outputs.npz",
-        **{f"image/{i}": image for i, image in enumerate(raw)},
-        pixels=inputs["pixel_values"].permute(0, 2, 3, 1).numpy(),
-        tokens=inputs["input_ids"].numpy().astype(np.int32),
-        z_image=out.image_embeds.numpy(),
-        z_text=out.text_embeds.numpy(),
-        logits=out.logits_per_image.numpy(),
-        texts=np.array(WORDS),
-    )
+    write_outputs(folder, raw, WORDS, inputs["pixel_values"], inputs["input_ids"], out)
     np.savez_compressed(
         folder / "resized.npz", pixels=larger.permute(0, 2, 3, 1).numpy(), z_image=z_larger.numpy()
     )
@@ -397,16 +393,7 @@ def align(name: str, seed: int) -> None:
     )
     with torch.no_grad():
         out = model(**inputs)
-    np.savez_compressed(
-        folder / "outputs.npz",
-        **{f"image/{i}": image for i, image in enumerate(raw)},
-        pixels=inputs["pixel_values"].permute(0, 2, 3, 1).numpy(),
-        tokens=inputs["input_ids"].numpy().astype(np.int32),
-        z_image=out.image_embeds.numpy(),
-        z_text=out.text_embeds.numpy(),
-        logits=out.logits_per_image.numpy(),
-        texts=np.array(texts),
-    )
+    write_outputs(folder, raw, texts, inputs["pixel_values"], inputs["input_ids"], out)
     recorded = {}
     for number, options in enumerate(OTHER_PIXELS):
         processor = EfficientNetImageProcessorPil(**options)

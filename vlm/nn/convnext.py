@@ -1,9 +1,7 @@
 """The parts of ConvNeXt (Liu et al., 2022, arXiv:2201.03545)."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -11,7 +9,7 @@ from vlm.config import RematPolicy
 from vlm.nn.conv import Conv
 from vlm.nn.layers import LayerNorm, Mlp
 from vlm.nn.patches import PatchConv
-from vlm.nn.remat import checkpoint_policy
+from vlm.nn.stack import run_stacked
 from vlm.nn.transformer import Execution
 
 LAYER_SCALE = 1e-6  # where the factors of a block start
@@ -65,14 +63,11 @@ class ConvNeXtStage(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
         if self.halve is not None and self.halve_norm is not None:
             x = self.halve(self.halve_norm(x))
-        block, parameters = nnx.split(self.blocks)
-
-        def layer(x, parameters):
-            return nnx.merge(block, parameters)(x), None
-
-        if self.remat != "none":
-            policy = checkpoint_policy(self.remat)
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=not self.scan)
-        unroll = 1 if self.scan else self.depth
-        x, _ = lax.scan(layer, x, nnx.to_pure_dict(parameters), unroll=unroll)
-        return x
+        return run_stacked(
+            self.blocks,
+            x,
+            lambda block, x: block(x),
+            depth=self.depth,
+            remat=self.remat,
+            scan=self.scan,
+        )

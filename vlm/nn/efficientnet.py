@@ -2,7 +2,6 @@
 
 import jax
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -10,8 +9,8 @@ from vlm.config import EfficientNetStage, RematPolicy
 from vlm.nn.conv import Conv
 from vlm.nn.fastvit import Squeeze
 from vlm.nn.layers import Linear
-from vlm.nn.remat import checkpoint_policy
 from vlm.nn.resnet import FrozenBatchNorm
+from vlm.nn.stack import run_stacked
 from vlm.nn.transformer import Execution
 
 
@@ -100,14 +99,11 @@ class EfficientNetLayers(nnx.Module):
         x = self.first(x)
         if self.blocks is None:
             return x
-        block, parameters = nnx.split(self.blocks)
-
-        def layer(x, parameters):
-            return x + nnx.merge(block, parameters)(x), None
-
-        if self.remat != "none":
-            policy = checkpoint_policy(self.remat)
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=not self.scan)
-        unroll = 1 if self.scan else self.depth
-        x, _ = lax.scan(layer, x, nnx.to_pure_dict(parameters), unroll=unroll)
-        return x
+        return run_stacked(
+            self.blocks,
+            x,
+            lambda block, x: x + block(x),
+            depth=self.depth,
+            remat=self.remat,
+            scan=self.scan,
+        )

@@ -9,10 +9,9 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
 from vlm.weights import huggingface
-from vlm.weights.files import write_safetensors
 from vlm.weights.rules import write
 from vlm.weights.writing_align import write_align
-from vlm.weights.writing_parts import KERNELS, check, dump, refuse, tokenizer_files
+from vlm.weights.writing_parts import KERNELS, check, refuse, transformers_folder
 from vlm.weights.writing_tipsv2 import is_tipsv2, write_tipsv2
 
 
@@ -29,11 +28,13 @@ def write_huggingface(
     if is_tipsv2(model.config):
         return write_tipsv2(folder, model, preprocess, tokenizer)
     values, family = huggingface_config(model.config, tokenizer)
-    dump(folder / "config.json", values)
-    dump(folder / "preprocessor_config.json", _huggingface_preprocess(preprocess.config, family))
-    tokenizer_files(folder, tokenizer)
-    tensors = write(model, huggingface.RULES[family])
-    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    transformers_folder(
+        folder,
+        values,
+        _huggingface_preprocess(preprocess.config, family),
+        tokenizer,
+        write(model, huggingface.RULES[family]),
+    )
 
 
 def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[str, Any], str]:

@@ -2,6 +2,7 @@
 
 import json
 import string
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import tokenizers
@@ -11,6 +12,7 @@ from tokenizers import Regex, normalizers, processors
 from vlm.config import ModelConfig
 from vlm.errors import CheckpointError
 from vlm.inputs.tokenizer import Tokenizer
+from vlm.weights.files import write_safetensors
 from vlm.weights.sentencepiece import SPACE
 
 
@@ -68,6 +70,21 @@ def tokenizer_files(folder: epath.Path, tokenizer: Tokenizer, **more: Any) -> No
         **more,
     }
     dump(folder / "tokenizer_config.json", about)
+
+
+def transformers_folder(
+    folder: epath.Path,
+    config: dict[str, Any],
+    preprocess: dict[str, Any],
+    tokenizer: Tokenizer,
+    tensors: Iterable[tuple[str, Any]],
+    **more: Any,
+) -> None:
+    """The files of a folder of transformers; `more` is for its `tokenizer_config.json`."""
+    dump(folder / "config.json", config)
+    dump(folder / "preprocessor_config.json", preprocess)
+    tokenizer_files(folder, tokenizer, **more)
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
 
 
 def check(form: str, config: ModelConfig, vision: dict[str, Any], text: dict[str, Any]) -> None:

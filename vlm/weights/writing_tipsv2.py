@@ -11,9 +11,8 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
 from vlm.weights import huggingface, tipsv2
-from vlm.weights.files import write_safetensors
 from vlm.weights.rules import write
-from vlm.weights.writing_parts import KERNELS, check, dump, refuse, tokenizer_files
+from vlm.weights.writing_parts import KERNELS, check, refuse, transformers_folder
 
 FORM = "transformers' Tipsv2Model"
 
@@ -31,11 +30,14 @@ def write_tipsv2(
     Raises:
         CheckpointError: that class has no place for something.
     """
-    dump(folder / "config.json", tipsv2_config(model.config, tokenizer))
-    dump(folder / "preprocessor_config.json", _preprocess(preprocess.config))
-    names = ["input_ids", "attention_mask"]
-    tokenizer_files(folder, tokenizer, model_input_names=names)
-    write_safetensors(folder / "model.safetensors", _tensors(model), {"format": "pt"})
+    transformers_folder(
+        folder,
+        tipsv2_config(model.config, tokenizer),
+        _preprocess(preprocess.config),
+        tokenizer,
+        _tensors(model),
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 
 def tipsv2_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
