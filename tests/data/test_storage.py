@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from pathlib import Path
 
 import fsspec
@@ -13,7 +14,7 @@ from kinds import PREPROCESS, TOKENIZER
 from vlm.config import DataConfig
 from vlm.data.pipeline import count_examples, train_batches
 from vlm.data.sources import open_source, streams, vocabulary_texts
-from vlm.data.storage import FrontToBack, expand
+from vlm.data.storage import FrontToBack, expand, open_file
 from vlm.errors import ConfigError, DataError
 
 
@@ -84,3 +85,21 @@ def test_reading_front_to_back_skips_and_goes_on(tmp_path):
         assert file.read(1) == b""
         file.close()
     assert Path(path).stat().st_size == len(data)
+
+
+@pytest.mark.parametrize(
+    ("path", "package"),
+    [
+        ("gs://b/x", "vlm-jax[gcs]"),
+        ("gcs://b/x", "vlm-jax[gcs]"),
+        ("s3://b/x", "vlm-jax[s3]"),
+        ("https://b/x", "aiohttp"),
+    ],
+)
+def test_a_driver_that_is_missing_is_named_with_its_package(monkeypatch, path, package):
+    def missing(path):
+        raise ImportError("no such driver")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(DataError, match=re.escape(f"run pip install {package!r}")):
+        open_file(path)

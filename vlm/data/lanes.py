@@ -141,6 +141,7 @@ class LaneIterator(grain.DatasetIterator):
     def __next__(self) -> dict[str, Any]:
         b, rows = self._batches, self._batches.rows
         images = b.maker.blank(len(self._lanes) * rows)
+        parts = jax.tree.leaves(images)
         texts: list[str] = []
         bad: list[dict[str, str]] = []
         after: dict[str, Position] = {}
@@ -149,8 +150,7 @@ class LaneIterator(grain.DatasetIterator):
         for number in self._lanes:
             for _ in range(rows):
                 made, text, after[str(number)] = self._next_good(number, bad)
-                pairs = zip(jax.tree.leaves(images), jax.tree.leaves(made.images), strict=True)
-                for batch, piece in pairs:
+                for batch, piece in zip(parts, jax.tree.leaves(made.images), strict=True):
                     batch[len(texts)] = piece[made.row]
                 texts.append(text)
         for number in self._lanes:

@@ -28,10 +28,10 @@ from vlm.data.storage import (
     FrontToBack,
     exists,
     expand,
+    kept_of,
     read_file,
     read_range,
     size_of,
-    stamp,
 )
 from vlm.data.webdataset import IMAGES, example_of, stem_of, wanted_extensions
 from vlm.errors import DataError
@@ -181,21 +181,18 @@ def read_index(path: str) -> tuple[dict[str, Any], UInt64[np.ndarray, " n"]]:
 
 def _index_for(names: list[str], config: DataConfig) -> str:
     prepared = beside(names)
-    kept = cache_dir() / "shards"
-    kept.mkdir(parents=True, exist_ok=True)
     if exists(prepared):
         path = prepared
         if is_remote(prepared):
             data = read_file(prepared)
+            kept = cache_dir() / "shards"
+            kept.mkdir(parents=True, exist_ok=True)
             path = os.fspath(kept / f"{hashlib.sha256(data).hexdigest()[:32]}{SUFFIX}")
             if not os.path.exists(path):
                 _write_whole(path, data)
         _check_sizes(read_index(path)[0], names, prepared)
         return path
-    # What changes a shard changes its length or its time, and so the name of the index.
-    with ThreadPoolExecutor(READERS) as pool:
-        said = "\n".join(pool.map(stamp, names))
-    path = os.fspath(kept / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}{SUFFIX}")
+    path = kept_of(names, SUFFIX)
     if os.path.exists(path):
         try:
             read_index(path)

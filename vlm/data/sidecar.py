@@ -5,7 +5,7 @@ time, so it has the rows of all of them in one database in the cache folder (SQL
 are first opened; all processes and workers of a machine share its pages.
 """
 
-import hashlib
+import contextlib
 import json
 import os
 import sqlite3
@@ -17,8 +17,7 @@ from typing import Any
 from vlm.config import DataConfig
 from vlm.data.examples import wanted_features
 from vlm.data.parquet import read_columns
-from vlm.data.storage import READERS, stamp
-from vlm.paths import cache_dir
+from vlm.data.storage import READERS, kept_of
 
 _TABLES = """
     CREATE TABLE row (shard INTEGER, key TEXT, fields TEXT, PRIMARY KEY (shard, key)) WITHOUT ROWID;
@@ -75,20 +74,16 @@ class Sidecars:
 
 
 def _database(shards: Sequence[str], config: DataConfig) -> str:
-    """The file with the rows of all tables, made where it is not there yet.
-
-    What changes a table changes its length or its time, and so the name of the file.
-    """
-    folder = cache_dir() / "shards"
-    folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(READERS) as pool:
-        stamps = list(pool.map(stamp, map(sidecar_path, shards)))
-        said = "\n".join([*stamps, *wanted_features(config)])
-        path = os.fspath(folder / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.rows")
-        if not os.path.exists(path):
-            handle, made = tempfile.mkstemp(dir=folder)
-            os.close(handle)
-            rows = sqlite3.connect(made)
+    """The file with the rows of all tables, made where it is not there yet."""
+    path = kept_of([*map(sidecar_path, shards)], ".rows", *wanted_features(config))
+    if os.path.exists(path):
+        return path
+    with (
+        tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder,
+        ThreadPoolExecutor(READERS) as pool,
+    ):
+        made = os.path.join(folder, "rows")
+        with contextlib.closing(sqlite3.connect(made)) as rows:
             rows.executescript(_TABLES)
             tables = pool.map(lambda shard: _read(shard, config), shards)
             for number, (table, fault) in enumerate(tables):
@@ -97,8 +92,7 @@ def _database(shards: Sequence[str], config: DataConfig) -> str:
                 if fault is not None:
                     rows.execute("INSERT INTO fault VALUES (?, ?)", (number, fault))
             rows.commit()
-            rows.close()
-            os.replace(made, path)
+        os.replace(made, path)
     return path
 
 

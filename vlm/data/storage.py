@@ -5,17 +5,19 @@ server (`http://`, `https://`), through the file systems of `fsspec`.
 """
 
 import glob
+import hashlib
 import os
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import fsspec
 
 from vlm.errors import DataError, first_line
-from vlm.paths import DRIVERS, is_remote
+from vlm.paths import DRIVERS, cache_dir, is_remote
 
 T = TypeVar("T")
 
@@ -105,8 +107,19 @@ def read_range(path: str, start: int, end: int) -> bytes:
     return retry(read)
 
 
-def stamp(path: str) -> str:
-    """A line that changes when the file does: its path, its length and, on a disk, its time."""
+def kept_of(files: Sequence[str], suffix: str, *more: str) -> str:
+    """Where this machine keeps what is made of these files, and of `more` that it depends on.
+
+    What changes a file changes its length or its time, and so the name.
+    """
+    folder = cache_dir() / "shards"
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(READERS) as pool:
+        said = "\n".join([*pool.map(_stamp, files), *more])
+    return os.fspath(folder / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}{suffix}")
+
+
+def _stamp(path: str) -> str:
     try:
         if is_remote(path):
             return f"{path} {size_of(path)}"
@@ -238,6 +251,7 @@ def _system(path: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
         scheme = path.split("://")[0]
+        scheme = {"gcs": "gs"}.get(scheme, scheme)  # another name of the same
         package = "aiohttp" if scheme in ("http", "https") else DRIVERS.get(scheme, ("", ""))[1]
         mend = f"run pip install {package!r}" if package else "check data.source"
         raise DataError(f"there is no driver for {path} ({error}): {mend}") from None

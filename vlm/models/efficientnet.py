@@ -37,8 +37,8 @@ class EfficientNetTower(nnx.Module):
         )
         self.stem_norm = FrozenBatchNorm(c.stem_width, eps=c.norm_eps)
         inputs, stages = c.stem_width, []
+        options = {"norm_eps": c.norm_eps, "execution": execution, "rngs": rngs}
         for stage in c.stages:
-            options = {"norm_eps": c.norm_eps, "execution": execution, "rngs": rngs}
             stages.append(EfficientNetLayers(inputs, stage, c.squeeze, **options))
             inputs = stage.width
         self.stages = nnx.List(stages)
