@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 
 from vlm.config import MeshConfig
 from vlm.nn import tpu_attention
@@ -19,7 +19,7 @@ from vlm.nn.attention import (
     attend,
 )
 from vlm.nn.rotary import grid_rotation
-from vlm.sharding import batch_sharding, make_mesh, mesh_of
+from vlm.sharding import AXES, batch_sharding, make_mesh, mesh_of
 
 interpreted = functools.partial(tpu_attention.attend, interpret=True)
 
@@ -115,6 +115,14 @@ def test_what_the_kernel_does_not_take(query, key, mask):
     query, key = (jax.ShapeDtypeStruct(*x) for x in (query, key))
     mask = None if mask is None else jax.ShapeDtypeStruct(mask, bool)
     assert not tpu_attention.fits(query, key, mask)
+
+
+@pytest.mark.parametrize(("kind", "runs"), [("TPU v3", False), ("TPU v4", True)])
+def test_old_tpus_have_no_kernel_for_bfloat16(kind, runs):
+    device = AbstractDevice(kind, num_cores=1, platform="tpu")
+    axes = (AxisType.Auto,) * len(AXES)
+    mesh = AbstractMesh((1, 1, 1), AXES, axis_types=axes, abstract_device=device)
+    assert tpu_attention.runs_on(mesh) == runs
 
 
 def test_a_mesh_is_read_off_the_types_of_arrays():

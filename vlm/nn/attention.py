@@ -41,7 +41,7 @@ def attend(
         "default": lambda query, key, value, mask: dense(query, key, value, mask=mask),
     }
     mesh = mesh_of(query)
-    if mesh is not None and tpu_attention.fits(query, key, mask):
+    if mesh is not None and tpu_attention.fits(query, key, mask) and tpu_attention.runs_on(mesh):
         forms["tpu"] = _each_on_its_own(mesh, query.shape, mask is not None, causal)
     if mask is None and query.shape == key.shape and _cudnn_takes(query):
         forms["cuda"] = lambda query, key, value, mask: _at_even_length(dense, query, key, value)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.sharding import AbstractMesh
 from jaxtyping import Array, BFloat16, Bool
 
 LANES = 128  # of a vector register, the unit of the last axis
@@ -44,6 +45,12 @@ def fits(query: Shaped, key: Shaped, mask: Shaped | None) -> bool:
         and 8 <= n <= LONGEST
         and (mask is None or mask.shape == (len(query), 1, 1, n))
     )
+
+
+def runs_on(mesh: AbstractMesh) -> bool:
+    """Whether kernels multiply bfloat16 on the mesh's devices: TPUs do from v4 on."""
+    device = mesh.abstract_device
+    return device is None or device.device_kind not in ("TPU v2", "TPU v3")
 
 
 def attend(
