@@ -20,8 +20,8 @@ from vlm.config import ModelConfig, PreprocessConfig, TextConfig, ViTConfig
 from vlm.errors import CheckpointError
 from vlm.weights.checkpoint import Checkpoint
 from vlm.weights.fields import show
-from vlm.weights.flax_layers import attention, dense, mlp, norm
-from vlm.weights.rules import FLAT, SCALAR_1, WITHOUT_FIRST, Rule, Transform, leading
+from vlm.weights.flax_layers import MERGED, MERGED_OUT, attention, dense, mlp, norm
+from vlm.weights.rules import FLAT, SCALAR_1, WITHOUT_FIRST, Rule, leading
 from vlm.weights.vocabularies import bert_tokenizer, big_vision_tokenizer, check_vocabulary
 
 _STACKED = re.compile(r"(.*/)encoderblock/(.*)")
@@ -315,23 +315,12 @@ def _text_rules(c: TextConfig) -> list[Rule]:
     ]
 
 
-# Kernels and biases whose heads are merged; the input comes first in both, so nothing is turned.
-_MERGED = Transform(
-    lambda s: (s[0], math.prod(s[1:])), lambda x, s: x.reshape(s), lambda x: x.reshape(len(x), -1)
-)
-_MERGED_OUT = Transform(
-    lambda s: (math.prod(s[:-1]), s[-1]),
-    lambda x, s: x.reshape(s),
-    lambda x: x.reshape(-1, x.shape[-1]),
-)
-
-
 def _bert_rules() -> list[Rule]:
     block, attention = "text.transformer.blocks", f"{_BERT_LAYER}/attention_block"
     mlp, rules = f"{_BERT_LAYER}/mlp_block", []
     for part in ("query", "key", "value"):
         theirs, ours = f"{attention}/attention_layer/{part}", f"{block}.attention.{part}"
-        rules.append(Rule(f"{theirs}/kernel", f"{ours}.kernel", _MERGED))
+        rules.append(Rule(f"{theirs}/kernel", f"{ours}.kernel", MERGED))
         rules.append(Rule(f"{theirs}/bias", f"{ours}.bias", FLAT))
     out = f"{block}.attention.out"
     return [
@@ -339,7 +328,7 @@ def _bert_rules() -> list[Rule]:
         Rule(_BERT_POSITION, "text.position"),
         *norm(f"{_BERT}/layer_norm", "text.embedding_norm"),
         *rules,
-        Rule(f"{attention}/dense_layer/kernel", f"{out}.kernel", _MERGED_OUT),
+        Rule(f"{attention}/dense_layer/kernel", f"{out}.kernel", MERGED_OUT),
         Rule(f"{attention}/dense_layer/bias", f"{out}.bias"),
         *norm(f"{attention}/layer_norm", f"{block}.attention_norm"),
         *dense(f"{mlp}/mlp/dense_layer", f"{block}.mlp.up"),

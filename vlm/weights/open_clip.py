@@ -81,12 +81,20 @@ def open_checkpoint(folder: epath.Path) -> Checkpoint:
     Raises:
         CheckpointError: towers that vlm does not have, or something incomplete or torn.
     """
+    return described(folder, weights(folder, *WEIGHTS))
+
+
+def described(folder: epath.Path, tensors: Tensors) -> Checkpoint:
+    """The checkpoint of these tensors that a folder's config describes.
+
+    Raises:
+        CheckpointError: towers that vlm does not have, or something incomplete.
+    """
     where = os.fspath(folder / "open_clip_config.json")
     values = read_json(folder / "open_clip_config.json")
     model = values.get("model_cfg")
     if not isinstance(model, dict):
         raise CheckpointError(f"{where} has no model_cfg: download it again")
-    tensors: Tensors = weights(folder, *WEIGHTS)
     config = model_config(model, tensors.shapes, where)
     if isinstance(config.vision, FastViTConfig):
         tensors = fastvit.Fused(tensors, config.vision, model["vision_cfg"]["timm_model_name"])

@@ -16,6 +16,7 @@ from vlm.weights import (
     big_vision,
     open_clip,
     openai,
+    openvision,
     own,
     peft,
     tips_npz,
@@ -28,6 +29,7 @@ from vlm.weights.hub import download, is_hub_id
 FAMILIES = (
     own,
     transformers_folders,
+    openvision,
     open_clip,
     openai,
     tips_npz,

@@ -1,0 +1,197 @@
+"""OpenVision in its authors' form for JAX: an Orbax checkpoint below an `open_clip_config.json`.
+
+https://github.com/UCSC-VLAA/OpenVision keeps parameters, optimizer and caption decoder in
+`jax_orbax_weight/`, beside the same model for open_clip, whose config says pixels and tokens. Of
+the towers the shapes say the rest, and the code (src/models/vit.py, text_transformer.py) that
+epsilons are flax's and that image positions, where none are kept, are sines and cosines.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float32, Shaped
+
+from vlm.errors import CheckpointError
+from vlm.paths import is_remote, on_disk
+from vlm.weights import open_clip
+from vlm.weights.checkpoint import Checkpoint, weight_names
+from vlm.weights.fields import show
+from vlm.weights.flax_layers import attention, merged_attention, mlp, norm
+from vlm.weights.rules import SCALAR_1, Rule, leading
+
+_FOLDER = "jax_orbax_weight"
+_MANIFEST = "manifest.ocdbt"  # of the store that a tree's arrays share
+_POSITION, _STEM = "img/pos_embedding", "img/embedding/kernel"
+_NORM_EPS = 1e-6  # flax's
+
+
+def recognises(path: epath.Path) -> bool:
+    """Whether `path` is such a checkpoint, or a folder whose only weights it is."""
+    if any((path / name).exists() for name in weight_names(*open_clip.WEIGHTS)):
+        return False
+    return _tree(path) is not None
+
+
+def open_checkpoint(path: epath.Path) -> Checkpoint:
+    """The checkpoint at or below a folder.
+
+    Raises:
+        CheckpointError: it is torn, of other towers, or no open_clip_config.json lies above it.
+    """
+    tree = _tree(path)
+    assert tree is not None  # `recognises` has found it
+    folder = _above(tree)
+    if folder is None:
+        raise CheckpointError(
+            f"{path} is an Orbax checkpoint that does not say which model it is: OpenVision's lie "
+            "below an open_clip_config.json (get the whole repository), and a run of vlm is named "
+            "by its own folder"
+        )
+    tensors = OrbaxTree(tree)
+    checkpoint = open_clip.described(folder, tensors)
+    config = checkpoint.config
+    if _POSITION not in tensors.shapes:
+        tensors.add_positions(config.vision.image_size)
+    towers = {
+        name: dataclasses.replace(getattr(config, name), norm_eps=_NORM_EPS)
+        for name in ("vision", "text")
+    }
+    config = dataclasses.replace(config, **towers)
+    return dataclasses.replace(
+        checkpoint, config=config, rules=rules(tensors.shapes), ignored=ignored
+    )
+
+
+def _tree(path: epath.Path) -> epath.Path | None:
+    """The tree of arrays at or below a folder: that of the newest step where there are several."""
+    while path.is_dir():
+        if (path / _MANIFEST).exists():
+            return path
+        names = {child.name for child in path.iterdir()}
+        steps = sorted((name for name in names if name.isdigit()), key=int)
+        ways = [n for n in (_FOLDER, "checkpoint.npz", *steps[-1:], "default") if n in names]
+        if not ways:
+            return None
+        path = path / ways[0]
+    return None
+
+
+def _above(tree: epath.Path) -> epath.Path | None:
+    return next((folder for folder in tree.parents if open_clip.recognises(folder)), None)
+
+
+class OrbaxTree:
+    """The parameters of an Orbax checkpoint, each read from its store when it is asked for.
+
+    Names are paths in the tree without "params/". What is beside the parameters is left out.
+
+    Raises:
+        CheckpointError: the store is torn.
+    """
+
+    def __init__(self, folder: epath.Path):
+        import tensorstore  # only these models need it, and it takes a while
+
+        self.where = os.fspath(folder)
+        place = self.where if is_remote(folder) else f"file://{on_disk(folder)}"
+        self._store = {"driver": "ocdbt", "base": f"{place}/"}
+        try:
+            found = tensorstore.KvStore.open(self._store).result().list().result()
+            names = sorted({key.decode().partition("/")[0] for key in found})
+            opened = {
+                name.removeprefix("params.").replace(".", "/"): tensorstore.open(
+                    {"driver": "auto", "kvstore": self._store | {"path": f"{name}/"}},
+                    open=True,
+                    read=True,
+                )
+                for name in names
+                if name.startswith("params.")
+            }
+            self._arrays = {name: array.result() for name, array in opened.items()}
+        except (ValueError, OSError) as error:
+            raise self._torn(error) from None
+        self._made: dict[str, np.ndarray] = {}
+        self.shapes = {name: tuple(array.shape) for name, array in self._arrays.items()}
+
+    def add_positions(self, image_size: int) -> None:
+        """The image positions that the authors' code computes and does not keep.
+
+        Raises:
+            CheckpointError: there is no image tower.
+        """
+        if len(self.shapes.get(_STEM, ())) != 4:
+            raise CheckpointError(f"{self.where} has no {_STEM}: it is no OpenVision")
+        patch_size, _, _, width = self.shapes[_STEM]
+        self._made[_POSITION] = sinusoidal_positions(image_size // patch_size, width)[None]
+        self.shapes[_POSITION] = self._made[_POSITION].shape
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Shaped[np.ndarray, "..."]:
+        array = self._made.get(name)
+        if array is None:
+            array = self._arrays[name]
+        if not array.shape:
+            start, stop = 0, None
+        part = array[start:stop] if array.shape else array
+        if name in self._made:
+            return part
+        try:
+            return part.read().result()
+        except (ValueError, OSError) as error:
+            raise self._torn(error) from None
+
+    def _torn(self, error: Exception) -> CheckpointError:
+        return CheckpointError(f"{self.where} is torn ({show(str(error))}): download it again")
+
+
+def sinusoidal_positions(grid: int, width: int) -> Float32[np.ndarray, "positions width"]:
+    """Those of a square grid of patches, after a row of zeros for the class token.
+
+    Sines and cosines of x, then of y, at frequencies from 1 down to 1/10,000 (MoCo v3,
+    arXiv:2104.02057).
+    """
+    steps = np.arange(width // 4, dtype=np.float32) / np.float32(width // 4 - 1)
+    frequencies = 1 / np.float32(10_000) ** steps
+    y, x = np.mgrid[:grid, :grid].reshape(2, -1, 1).astype(np.float32) * frequencies
+    waves = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
+    return np.concatenate([np.zeros_like(waves[:1]), waves])
+
+
+# --------------------------------------------------------------------- their names and ours
+
+
+def rules(shapes: Mapping[str, tuple[int, ...]]) -> list[Rule]:
+    """The table for a model whose parameters have these `shapes`."""
+    return [
+        Rule("t", "logit_scale", SCALAR_1),
+        Rule("img/cls", "vision.class_token", leading(2)),
+        Rule(_POSITION, "vision.position", leading(1)),
+        Rule(_STEM, "vision.stem.kernel"),
+        *_encoder("img", "vision", shapes),
+        Rule("img/head/kernel", "vision.projection.kernel"),
+        Rule("txt/Embed_0/embedding", "text.embedding"),
+        Rule("txt/pos_embedding", "text.position", leading(1)),
+        *_encoder("txt", "text", shapes),
+        Rule("txt/head/kernel", "text.projection.kernel"),
+    ]
+
+
+def _encoder(theirs: str, ours: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Rule]:
+    layer, block = f"{theirs}/Transformer/encoderblock_{{}}", f"{ours}.transformer.blocks"
+    heads = f"{layer}/MultiHeadDotProductAttention_0"
+    # `use_dense_general` decides whether heads are an axis of the kernels.
+    apart = len(shapes.get(f"{heads.format(0)}/query/kernel", ())) == 3
+    return [
+        *norm(f"{layer}/LayerNorm_0", f"{block}.attention_norm"),
+        *(attention if apart else merged_attention)(heads, f"{block}.attention"),
+        *norm(f"{layer}/LayerNorm_1", f"{block}.mlp_norm"),
+        *mlp(f"{layer}/MlpBlock_0", f"{block}.mlp"),
+        *norm(f"{theirs}/encoder_norm", f"{ours}.norm"),
+    ]
+
+
+def ignored(name: str) -> bool:
+    """The caption decoder's."""
+    return name.startswith("txt_decoder/")
