@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from vlm.config import RematPolicy
 from vlm.nn.conv import Conv
-from vlm.nn.layers import LayerNorm, Mlp
+from vlm.nn.layers import LayerNorm, Mlp, by_rows
 from vlm.nn.patches import PatchConv
 from vlm.nn.stack import run_stacked
 from vlm.nn.transformer import Execution
@@ -27,7 +27,7 @@ class ConvNeXtBlock(nnx.Module):
         self.scale = nnx.Param(jnp.full(width, LAYER_SCALE))
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        y = self.mlp(self.norm(self.conv(x)))
+        y = by_rows(self.mlp, self.norm(self.conv(x)))
         return x + y * self.scale[...].astype(y.dtype)
 
 

@@ -1,5 +1,7 @@
 """The smallest parts: activations, normalisation, dropout and the MLP."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -111,6 +113,18 @@ def _product(x: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Arra
         return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
     return lax.platform_dependent(x, kernel, cpu=flat, default=jnp.matmul)
+
+
+def by_rows(function: Callable, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+    """`function` along the last axis, on a CPU over one axis of rows.
+
+    Of a product and an activation XLA makes one operation there, and over several axes two.
+    """
+
+    def flat(x):
+        return function(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+    return lax.platform_dependent(x, cpu=flat, default=function)
 
 
 class LayerNorm(nnx.Module):

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vlm.nn.conv import Conv
-from vlm.nn.layers import LayerNorm, gelu, linear
+from vlm.nn.layers import LayerNorm, by_rows, gelu, linear
 
 EXPANSION = 4  # of a block's channels inside it
 
@@ -38,8 +38,8 @@ class InvertedBlock(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
         short = average_of_three(x) if self.halve else x
         short = short if self.shortcut is None else linear(self.shortcut, short)
-        y = gelu(self.conv(gelu(linear(self.widen, self.norm(x)))))
-        return short + linear(self.narrow, y)
+        y = by_rows(lambda x: gelu(linear(self.widen, x)), self.norm(x))
+        return short + by_rows(lambda y: linear(self.narrow, gelu(y)), self.conv(y))
 
 
 def average_of_three(x: Float[Array, "b h w c"]) -> Float[Array, "b p q c"]:
