@@ -1,6 +1,7 @@
 """Depthwise convolutions in a CPU's form: the same numbers, and computed once."""
 
 import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -29,19 +30,30 @@ def test_it_agrees_with_xlas_convolution(stride, size, edges, outputs):
         np.testing.assert_allclose(ours, xlas, atol=5e-5)
 
 
-def test_numbers_that_are_none_stay_none():
-    kernel = jnp.ones((3, 3, 1, 2)).at[0, 0, 0, 0].set(jnp.nan)
-    y = _shift_and_add(jnp.ones((1, 4, 4, 2)), kernel, stride=1, edges=(1, 1))
-    assert np.isnan(y).any()
+@pytest.mark.parametrize("spoiled", ["image", "kernel"])
+def test_numbers_that_are_none_stay_where_they_are(spoiled):
+    x, kernel = jnp.ones((2, 4, 4, 2)), jnp.ones((3, 3, 1, 2))
+    if spoiled == "image":
+        x = x.at[0, 0, 0, 0].set(jnp.nan)
+    else:
+        kernel = kernel.at[0, 0, 0, 0].set(jnp.nan)
+    ours, xlas = (f(x, kernel, stride=1, edges=(1, 1)) for f in (_shift_and_add, _convolve))
+    np.testing.assert_allclose(ours, xlas)
+    assert np.isnan(ours).any()
 
 
 def test_its_readers_do_not_compute_it_again():
+    """A norm's sums did, six times over: the best of many turns tells it on a busy machine too."""
     rngs = nnx.Rngs(0)
-    conv, norm = Conv(32, 32, 7, dtype=jnp.float32, rngs=rngs), LayerNorm(32, 1e-6, rngs=rngs)
-    x = jnp.ones((2, 12, 12, 32))
-    compiled = jax.jit(lambda x: norm(conv(x))).lower(x).compile()
-    products = 2 * 49 * x.size
-    assert products <= compiled.cost_analysis()["flops"] < 1.5 * products
+    conv, norm = Conv(128, 128, 7, dtype=jnp.float32, rngs=rngs), LayerNorm(128, 1e-6, rngs=rngs)
+    runs = [jax.jit(conv), jax.jit(lambda x: norm(conv(x)))]
+    x, best = jnp.ones((2, 56, 56, 128)), [float("inf")] * 2
+    for _ in range(10):
+        for i, run in enumerate(runs):
+            began = time.perf_counter()
+            jax.block_until_ready(run(x))
+            best[i] = min(best[i], time.perf_counter() - began)
+    assert best[1] < 3 * best[0]
 
 
 def test_rows_on_one_axis_give_the_same():
