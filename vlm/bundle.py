@@ -194,7 +194,7 @@ class Bundle(FactSheet):
             return self.fingerprint
         if self.source is not None:
             checkpoint, _ = open_model(self.source, None)
-            return fingerprint_of(checkpoint)
+            return fingerprint_of(checkpoint.for_length(self.tokenizer.config.context_length))
         return fingerprint_of_arrays((name, to_host(x)) for name, x in flat_arrays(self.model))
 
     def merged(self) -> "Bundle":

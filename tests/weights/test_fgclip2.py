@@ -5,16 +5,19 @@ import json
 import pathlib
 import shutil
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from vlm.adapt import attach
 from vlm.bundle import load
-from vlm.config import Experiment
+from vlm.config import AdapterConfig
 from vlm.errors import CheckpointError, ConfigError
-from vlm.train.starting_model import resolve
+from vlm.models import adapters
 from vlm.weights.fgclip2 import model_config
+from vlm.weights.opening import describe
 from vlm.weights.processors import huggingface_preprocess
 from vlm.weights.rules import flat_arrays
 
@@ -67,10 +70,23 @@ def test_what_is_saved_keeps_its_way(golden, tmp_path):
     for (name, a), (_, b) in zip(flat_arrays(long.model), flat_arrays(again.model), strict=True):
         assert np.array_equal(a, b), name
     assert again.tokenizer.config == long.tokenizer.config
-    assert again.identity != load(FOLDER).identity  # of the published checkpoint, short texts
+    assert again.identity == load(FOLDER, context_length=23).identity != load(FOLDER).identity
     for form in ("huggingface", "open_clip"):
         with pytest.raises(CheckpointError, match="max_patches"):
             long.save(tmp_path / form, format=form)
+
+
+def test_an_adapter_opens_with_the_way_that_it_was_made_for(golden, tmp_path):
+    long, config = load(FOLDER, context_length=23), AdapterConfig(rank=2, targets=("text.*.query",))
+    long.with_adapter(adapters.fresh(long.model, config, jax.random.key(0)), config).save_adapter(
+        tmp_path / "adapter"
+    )
+    texts = golden["texts"].tolist()
+    z_text = load(tmp_path / "adapter").encode_text(texts)
+    assert np.abs(z_text - golden["z_text/23"]).max() < 1e-6  # a fresh adapter changes nothing
+    assert describe(tmp_path / "adapter")[0].config.text.context_length == 23
+    with pytest.raises(CheckpointError, match="another model"):
+        attach(load(FOLDER), tmp_path / "adapter")
 
 
 def test_long_positions_are_read_in_parts_too(golden, monkeypatch):
@@ -93,17 +109,8 @@ def test_long_texts_of_a_half_precision_file(edited):
     assert np.array_equal(half.text.position[...], rounded.astype(np.float32))
 
 
-def test_a_run_starts_from_either_way():
-    short = resolve(Experiment(init_from=str(FOLDER), steps=1))
-    long = resolve(Experiment(init_from=str(FOLDER), steps=1, init_context_length=23))
-    lengths = [(e.model.text.context_length, e.tokenizer.context_length) for e in (short, long)]
-    assert lengths == [(11, 11), (23, 23)]
-    with pytest.raises(ConfigError, match="context_length 24: .* choose at most 23"):
-        resolve(Experiment(init_from=str(FOLDER), steps=1, init_context_length=24))
-
-
 def test_longer_texts_than_it_has_positions_for_are_refused():
-    with pytest.raises(ConfigError, match="context_length 24: .* for 23 tokens, .* at most 23"):
+    with pytest.raises(ConfigError, match=r"context_length 24: .* for 23 tokens, .* at most 23"):
         load(FOLDER, context_length=24)
 
 
@@ -179,7 +186,7 @@ def test_the_published_sizes():
 def test_patches_that_depend_on_the_batch_are_refused():
     """Their own processor does so unless it is told not to; the published files name another."""
     values = {"image_processor_type": "Fgclip2ImageProcessor", "patch_size": 6}
-    with pytest.raises(CheckpointError, match="has dynamic_max_patches, .* set it to false"):
+    with pytest.raises(CheckpointError, match=r"has dynamic_max_patches, .* set it to false"):
         huggingface_preprocess(values, "here", 30)
     values |= {"dynamic_max_patches": False, "max_num_patches": 31}
     config = huggingface_preprocess(values, "here", 30)

@@ -1,4 +1,4 @@
-"""FG-CLIP 2 (arXiv:2510.10921): SigLIP 2 NaFlex, with position embeddings and a head for long texts.
+"""FG-CLIP 2 (arXiv:2510.10921): SigLIP 2 NaFlex, with positions and a head for long texts.
 
 Texts no longer than SigLIP 2's are embedded as there. Longer ones take the first `keep_len`
 positions of one table, the others of a second, and another head. The heads for regions of an image
