@@ -194,7 +194,7 @@ class Bundle(FactSheet):
             return self.fingerprint
         if self.source is not None:
             checkpoint, _ = open_model(self.source, None)
-            return fingerprint_of(checkpoint)
+            return fingerprint_of(checkpoint.for_length(self.tokenizer.config.context_length))
         return fingerprint_of_arrays((name, to_host(x)) for name, x in flat_arrays(self.model))
 
     def merged(self) -> "Bundle":
@@ -398,8 +398,8 @@ def load(
 
     Args:
         image_size: another resolution, in pixels; position embeddings are resized.
-        context_length: another number of tokens in a text; position embeddings are cut, or
-            interpolated where the model's own code does.
+        context_length: another number of tokens in a text; position embeddings are cut, or as the
+            model's own code makes them: interpolated, or FG-CLIP 2's for long texts (65 to 196).
         dtype: of parameters and computation, "float32" or "bfloat16".
         mesh: where the parameters lie, cut by the rules of `vlm.sharding`; each host reads the
             checkpoint, a tensor at a time, and holds its own share. All hosts encode the same
@@ -431,6 +431,7 @@ def load(
     kind = building.parameter_dtype(dtype)
     place = None if mesh is None else building.parameter_shardings(mesh)
     checkpoint, name = open_model(model, revision)
+    checkpoint = checkpoint.for_length(context_length)
     config, preprocess = at_image_size(checkpoint.config, checkpoint.preprocess, image_size)
     if resize_backend is not None:
         preprocess = resized_by(preprocess, resize_backend)

@@ -68,6 +68,16 @@ def test_a_config_overrides_what_it_names():
     assert e.model.text == plain.model.text
 
 
+def test_a_run_takes_the_long_texts_of_fgclip2_if_it_asks_for_them():
+    path = str(GOLDEN / "hf_fgclip2")
+    short, long = (resolve(Experiment(init_from=path, init_context_length=n)) for n in (None, 23))
+    lengths = [(e.model.text.context_length, e.tokenizer.context_length) for e in (short, long)]
+    assert lengths == [(11, 11), (23, 23)]
+    _check_same(long, vlm.load(path, context_length=23), ("vision", "text"))
+    with pytest.raises(ConfigError, match=r"context_length 24: .* choose at most 23"):
+        resolve(Experiment(init_from=path, init_context_length=24))
+
+
 def test_a_run_takes_any_aspect_or_squares_as_its_config_says():
     path = str(GOLDEN / "hf_naflex")
     plain = resolve(Experiment(init_from=path))

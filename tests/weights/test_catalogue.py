@@ -39,6 +39,8 @@ def test_a_choice_fits_all_that_is_asked():
         assert entry.parameters <= 400
         assert entry.licence in ("MIT", "Apache-2.0")
         assert entry.languages in ("multilingual", "worldwide")
+    chinese, german = ({e.name for e in choose(language=code)} for code in ("zh", "de"))
+    assert chinese - german == {e.name for e in ENTRIES if e.family == "FG-CLIP 2"}
     assert choose() == list(ENTRIES)
     assert {e.licence for e in choose(licence="Apple")} == {"Apple"}
     assert {e.languages for e in choose(language="en")} == {e.languages for e in ENTRIES}

@@ -53,10 +53,6 @@ def with_model(experiment: Experiment) -> Experiment:
 def _described_by_checkpoint(e: Experiment) -> Experiment:
     assert e.init_from is not None
     checkpoint, size, length = describe(e.init_from)
-    config, preprocess = checkpoint.config, checkpoint.preprocess
-    budget = _budget(e, preprocess)
-    if budget is None:
-        config, preprocess = _with_square_images(config, preprocess)
     if e.model is not None:
         size, length = e.model.vision.image_size, e.model.text.context_length
     else:
@@ -65,6 +61,11 @@ def _described_by_checkpoint(e: Experiment) -> Experiment:
         if e.tokenizer is not None:
             length = e.tokenizer.context_length
         size, length = e.init_image_size or size, e.init_context_length or length
+    checkpoint = checkpoint.for_length(length)
+    config, preprocess = checkpoint.config, checkpoint.preprocess
+    budget = _budget(e, preprocess)
+    if budget is None:
+        config, preprocess = _with_square_images(config, preprocess)
     config, preprocess = at_image_size(config, preprocess, size)
     if budget is not None:
         if e.init_image_size is not None and preprocess.max_patches is not None:

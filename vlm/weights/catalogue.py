@@ -24,7 +24,7 @@ class Entry:
     parameters: float | None  # millions
     image_gflops: float | None
     text_gflops: float | None
-    languages: str  # English, multilingual (languages that its text tower knows), or worldwide
+    languages: str  # names, multilingual (languages that its text tower knows), or worldwide
     licence: str | None  # None: its files do not say
     imagenet: float | None = None  # percent
     source: str | None = None  # of the accuracy
@@ -95,6 +95,9 @@ _PROFILE: dict[str, tuple[int, float | None, float | None, float | None]] = {
     "SigLIP2 g-opt/16@384": (384, None, None, None),
     "SigLIP2 B/16 NaFlex": (256, None, None, None),
     "SigLIP2 So400m/16 NaFlex": (256, None, None, None),
+    "FG-CLIP2 B/16": (256, 375.23, None, None),  # counted, as it is for short texts
+    "FG-CLIP2 L/16": (256, None, None, None),
+    "FG-CLIP2 So400m/16": (256, None, None, None),
     # UCSC-VLAA's configs, counted
     "OpenVision Ti/16@160": (160, 17.08, None, None),
     "OpenVision Ti/16@224": (224, 17.1, None, None),
@@ -258,6 +261,11 @@ ENTRIES: tuple[Entry, ...] = tuple(
         ("google/siglip2-base-patch16-naflex", "SigLIP2 B/16 NaFlex", None),
         ("google/siglip2-so400m-patch16-naflex", "SigLIP2 So400m/16 NaFlex", None),
     ])
+    + _rows("FG-CLIP 2", "Apache-2.0", "English, Chinese", 64, [
+        ("qihoo360/fg-clip2-base", "FG-CLIP2 B/16", None),
+        ("qihoo360/fg-clip2-large", "FG-CLIP2 L/16", None),
+        ("qihoo360/fg-clip2-so400m", "FG-CLIP2 So400m/16", None),
+    ])
     + _rows("OpenVision", "Apache-2.0", "English", 80, [
         ("UCSC-VLAA/openvision-vit-tiny-patch16-160", "OpenVision Ti/16@160", 46.9),
         ("UCSC-VLAA/openvision-vit-tiny-patch16-224", "OpenVision Ti/16@224", 49.6),
@@ -311,6 +319,8 @@ def find(name: str) -> Entry:
     raise ConfigError(f"the table of known models has no {name!r}{hint}")
 
 
+# The languages of models that have few, by their codes.
+_FEW = {"English": ("en",), "English, Chinese": ("en", "zh")}
 # Licences that let anyone use the weights for anything.
 OPEN_LICENCES = ("MIT", "Apache-2.0")
 
@@ -326,8 +336,8 @@ def choose(
     Args:
         max_parameters: millions of both towers together; entries without a count do not fit.
         licence: a name, or "open" for any of `OPEN_LICENCES`; entries without one do not fit.
-        language: a code such as "de". English models fit "en" alone, the others every language:
-            their authors give no lists that agree.
+        language: a code such as "de". A model that names its languages fits those alone, the
+            others every language: their authors give no lists that agree.
 
     Raises:
         ConfigError: nothing fits, or no entry has that licence at all.
@@ -347,7 +357,7 @@ def choose(
             or (entry.parameters is not None and entry.parameters <= max_parameters)
         )
         and (licence is None or entry.licence in wanted)
-        and (language is None or language == "en" or entry.languages != "English")
+        and (language is None or language in _FEW.get(entry.languages, (language,)))
     ]
     if not found:
         raise ConfigError("no known model fits all of that: see `vlm models` for what there is")

@@ -41,6 +41,13 @@ class Checkpoint:
     text_positions: TextPositions = "cut"  # ... and of texts
     context_length: int | None = None  # that it is used with, where it has positions for more
     fingerprint: str | None = None  # of the parameters, where they carry one
+    longer: "Checkpoint | None" = None  # for longer texts, where a family embeds them otherwise
+
+    def for_length(self, context_length: int | None) -> "Checkpoint":
+        """Itself, or what it has for texts of so many tokens."""
+        if context_length is None or context_length <= self.config.text.context_length:
+            return self
+        return self.longer or self
 
 
 def weights(folder: epath.Path, *stems: str) -> Tensors:

@@ -108,7 +108,8 @@ def describe(model: epath.PathLike) -> tuple[Checkpoint, int | None, int | None]
         )
     checkpoint, _ = open_model(saved.origin.base, None)
     size = None if saved.preprocess is None else saved.preprocess.image_size
-    return checkpoint, size, saved.context_length or checkpoint.context_length
+    length = saved.context_length or checkpoint.context_length
+    return checkpoint.for_length(length), size, length
 
 
 def open_checkpoint(path: epath.Path) -> Checkpoint:

@@ -36,7 +36,12 @@ def huggingface_preprocess(
     for step in ("do_resize", "do_rescale"):
         if not _on(values, step, True, where):
             raise CheckpointError(f"{where} turns {step} off, and a model takes images of one size")
-    naflex, tips = name.startswith("Siglip2"), name.startswith("Tipsv2")
+    naflex, tips = name.startswith(("Siglip2", "Fgclip2")), name.startswith("Tipsv2")
+    if name.startswith("Fgclip2") and _on(values, "dynamic_max_patches", True, where):
+        raise CheckpointError(
+            f"{where} has dynamic_max_patches, so that an image's patches depend on the largest in "
+            "its batch: set it to false there, and max_num_patches to what images should have"
+        )
     efficient = name.startswith("EfficientNet")
     factor = number(values.get("rescale_factor", 1 / 255), f"{where}: rescale_factor", above=0.0)
     if abs(factor * 255 - 1) > 1e-6 and not efficient:

@@ -13,11 +13,11 @@ from etils import epath
 
 from vlm.config import ModelConfig
 from vlm.errors import CheckpointError
-from vlm.weights import align, bert_clip, huggingface, tipsv2
+from vlm.weights import align, bert_clip, fgclip2, huggingface, tipsv2
 from vlm.weights.checkpoint import Checkpoint
 from vlm.weights.fields import read_json, show
 
-FAMILIES = (huggingface, bert_clip, tipsv2, align)
+FAMILIES = (huggingface, bert_clip, tipsv2, align, fgclip2)
 _READERS: dict[str, ModuleType] = {
     name: family for family in FAMILIES for name in family.MODEL_TYPES
 }
