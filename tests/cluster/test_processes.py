@@ -45,6 +45,37 @@ def test_alone_everything_is_itself():
         raise TrainingError("as it was")
 
 
+# Both fail of the same, the first process right after the other one.
+BOTH_FAIL = """
+import sys, time
+from vlm.cluster import processes, watch
+from vlm.errors import ConfigError
+
+processes.start(sys.argv[1], 2, int(sys.argv[2]))
+try:
+    with processes.stop_all_on_failure():
+        while sys.argv[2] == "0" and watch._get(watch.service(), watch._VERDICT) is None:
+            time.sleep(0.01)
+        raise ConfigError("batch_size 8 does not divide: choose 6")
+except ConfigError as error:
+    sys.exit(f"vlm: {error}")
+"""
+
+
+def test_what_all_fail_of_each_says_once():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    lines = [[sys.executable, "-c", BOTH_FAIL, address, number] for number in ("0", "1")]
+    both = [subprocess.Popen(line, stderr=subprocess.PIPE, text=True) for line in lines]
+    for process in both:
+        said = [x for x in process.communicate()[1].splitlines() if x.startswith("vlm: ")]
+        assert process.returncode == 1
+        assert len(said) == 1
+        assert "batch_size 8 does not divide: choose 6" in said[0]
+        assert "--resume" not in said[0]  # it would fail again
+
+
 def test_who_gave_no_sign_of_life_is_named(monkeypatch):
     clock = iter([0.0, 20.0, 31.0])
     monkeypatch.setattr(watch.time, "monotonic", lambda: next(clock))
