@@ -98,15 +98,20 @@ def _watch() -> None:
 
 def _missing(beats: dict[str, str], seen: dict[int, tuple[str, float]]) -> str | None:
     """Who has given no sign of life for too long; updates `seen`, (beat, when) of each process."""
-    now = time.monotonic()
+    now, silent = time.monotonic(), {}
     for process, (beat, when) in seen.items():
         new = beats.get(f"{_ALIVE}{process}", "")
         if new != beat:
             seen[process] = new, now
-        elif now - when > PATIENCE:
-            host = f" on {beat.split(' ')[1]}" if beat else ""
-            return f"{name(process)}{host} died: it gave no sign of life for {PATIENCE:.0f} s"
-    return None
+        else:
+            silent[process] = now - when
+    if max(silent.values(), default=0.0) <= PATIENCE:
+        return None
+    # Hosts that died together gave their last signs within two periods.
+    gone = [process for process, seconds in silent.items() if seconds > PATIENCE - 2 * PERIOD]
+    named = [f"{name(i)} on {seen[i][0].split(' ')[1]}" if seen[i][0] else name(i) for i in gone]
+    who = " and ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
+    return f"{who} died: no sign of life for {PATIENCE:.0f} s"
 
 
 def _get(client, key: str) -> str | None:
