@@ -28,14 +28,14 @@ FAULTS = ("leave", "kill all", "kill one", "leave in a checkpoint", "kill in a c
 
 def start_with_fault(pod: Pod, run: str, count: int, dice: random.Random) -> tuple[str, list[str]]:
     """(the fault, what the hosts said)."""
-    fault = dice.choice(FAULTS)
+    newest = max(whole_checkpoints(pod.run(run)), default=0)
+    ahead = [step for step in (12, 24, 36, 48) if step > newest]
+    fault = dice.choice(FAULTS if ahead else FAULTS[:3])
     bucket, hosts = pod.bucket, Hosts(pod.go(run), pod.folder / run, pod.env, count=count)
     number = signal.SIGTERM if fault.startswith("leave") else signal.SIGKILL
     which = (dice.randrange(count),) if fault == "kill one" else ()
     if "checkpoint" in fault:
-        step = dice.choice(
-            [s for s in (12, 24, 36, 48) if s not in whole_checkpoints(pod.run(run))]
-        )
+        step = dice.choice(ahead)
         with bucket.hold(f"{run}%2Fcheckpoints%2F{step}") as reached:
             while not reached.wait(0.1) and hosts.running():
                 pass
