@@ -27,7 +27,8 @@ config = dataclasses.replace(
     model=dataclasses.replace(
         shapes.model,
         vision=dataclasses.replace(shapes.model.vision, dropout=0.1),
-        text=dataclasses.replace(shapes.model.text, dropout=0.1),
+        # Wide enough for a mesh to cut its embedding over `fsdp`.
+        text=dataclasses.replace(shapes.model.text, dropout=0.1, width=64, mlp_dim=64),
     ),
     data=DataConfig(source="given on the command line", eval_split=None, workers={workers}),
     batch_size={batch},
