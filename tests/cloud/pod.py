@@ -11,7 +11,8 @@ from bucket import NAME, Bucket
 from hosts import ROOT, environment
 
 STEPS = 60
-SHARDS, PER_SHARD = 4, 12
+BATCH = 12  # which one to four hosts can share, as they can the shards
+SHARDS, PER_SHARD = 12, 12
 
 CONFIG = """\
 import dataclasses
@@ -26,9 +27,11 @@ config = dataclasses.replace(
     model=dataclasses.replace(
         shapes.model,
         vision=dataclasses.replace(shapes.model.vision, dropout=0.1),
-        text=dataclasses.replace(shapes.model.text, dropout=0.1),
+        # Wide enough for a mesh to cut its embedding over `fsdp`.
+        text=dataclasses.replace(shapes.model.text, dropout=0.1, width=64, mlp_dim=64),
     ),
     data=DataConfig(source="given on the command line", eval_split=None, workers={workers}),
+    batch_size={batch},
     steps={steps},
     log_every=1,
     checkpoint_every=0.2,
@@ -43,7 +46,10 @@ class Pod:
         self.folder, self.bucket = folder, bucket
         self.env = environment(folder, bucket.environment())
         config = CONFIG.format(
-            shapes=str(tiny.folder() / "shapes.py"), steps=STEPS, workers=workers
+            shapes=str(tiny.folder() / "shapes.py"),
+            batch=BATCH,
+            steps=STEPS,
+            workers=workers,
         )
         (folder / "pod.py").write_text(config)
         self._write_shards()
@@ -51,11 +57,11 @@ class Pod:
 
     def go(self, run: str) -> list[str]:
         """The command of every host: README's go.sh, with this pod's names in it."""
-        script = readme_script()
+        script, shards = readme_script(), f"{{000..{SHARDS - 1:03}}}"
         for theirs, ours in {
             "gs://BUCKET/runs/siglip-b16": f"gs://{NAME}/runs/{run}",
             "configs/siglip_b16.py": str(self.folder / "pod.py"),
-            "gs://BUCKET/pairs/{000000..099999}.tar": f"gs://{NAME}/pairs/{{000..003}}.tar",
+            "gs://BUCKET/pairs/{000000..099999}.tar": f"gs://{NAME}/pairs/{shards}.tar",
             "gs://BUCKET/tokenizers/c4_en/tokenizer.json": f"gs://{NAME}/tokenizers/tokenizer.json",
         }.items():
             assert theirs in script, f"README's go.sh has no {theirs} any more"

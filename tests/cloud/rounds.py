@@ -1,12 +1,13 @@
 """Rounds of a run in an unsure bucket, each with faults at random: python tests/cloud/rounds.py 20
 
-Each round starts `go.sh` on one or two hosts, again and again. The first starts meet a fault: told
-to leave or killed at a random moment (all of them, or one host alone), with requests that fail at
-random all the while. Then it is left to finish. A round is won if the run ends bit for bit as the
-run that was left alone, or if it stops with one sentence and a whole checkpoint. Exits with 1
-unless all rounds are won.
+Each round starts `go.sh` on one to four hosts (`--hosts`), again and again. The first starts meet a
+fault: told to leave or killed at a random moment (all of them, or one host alone), with requests
+that fail at random all the while. Then it is left to finish. A round is won if the run ends bit for
+bit as the run of as many hosts that was left alone, or if it stops with one sentence and a whole
+checkpoint. Exits with 1 unless all rounds are won.
 """
 
+import argparse
 import collections
 import random
 import signal
@@ -27,14 +28,14 @@ FAULTS = ("leave", "kill all", "kill one", "leave in a checkpoint", "kill in a c
 
 def start_with_fault(pod: Pod, run: str, count: int, dice: random.Random) -> tuple[str, list[str]]:
     """(the fault, what the hosts said)."""
-    fault = dice.choice(FAULTS)
+    newest = max(whole_checkpoints(pod.run(run)), default=0)
+    ahead = [step for step in (12, 24, 36, 48) if step > newest]
+    fault = dice.choice(FAULTS if ahead else FAULTS[:3])
     bucket, hosts = pod.bucket, Hosts(pod.go(run), pod.folder / run, pod.env, count=count)
     number = signal.SIGTERM if fault.startswith("leave") else signal.SIGKILL
     which = (dice.randrange(count),) if fault == "kill one" else ()
     if "checkpoint" in fault:
-        step = dice.choice(
-            [s for s in (12, 24, 36, 48) if s not in whole_checkpoints(pod.run(run))]
-        )
+        step = dice.choice(ahead)
         with bucket.hold(f"{run}%2Fcheckpoints%2F{step}") as reached:
             while not reached.wait(0.1) and hosts.running():
                 pass
@@ -60,8 +61,8 @@ def sentence(said: list[str]) -> str:
 
 
 def play(pod: Pod, run: str, whole: dict[int, Path], dice: random.Random) -> tuple[bool, str]:
-    """One round: (won, what happened)."""
-    count = dice.choice([1, 2])
+    """One round: (won, what happened); `whole` are the runs left alone, by number of hosts."""
+    count = dice.choice(sorted(whole))
     faults = []
     for _ in range(STARTS):
         pod.bucket.rate = dice.choice([0.0, 0.01, 0.03])
@@ -84,12 +85,12 @@ def play(pod: Pod, run: str, whole: dict[int, Path], dice: random.Random) -> tup
     return won, f"{how}: {'stopped' if won else 'STOPPED'} with checkpoints {kept}: {told or said}"
 
 
-def main(rounds: int, seed: int) -> None:
+def main(rounds: int, seed: int, counts: list[int]) -> None:
     with tempfile.TemporaryDirectory(prefix="vlm-rounds-") as name:
         folder = Path(name)
         with Bucket(folder / "bucket") as bucket:
             pod, whole = Pod(folder, bucket), {}
-            for count in (1, 2):
+            for count in counts:
                 alone = f"alone{count}"
                 Hosts(pod.go(alone), folder / alone, pod.env, count=count).finish()
                 whole[count] = pod.run(alone)
@@ -104,5 +105,9 @@ def main(rounds: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    arguments = [int(x) for x in sys.argv[1:]]
-    main(*arguments, *(20, 0)[len(arguments) :])
+    options = argparse.ArgumentParser(description="Rounds of a run in an unsure bucket.")
+    options.add_argument("rounds", type=int, nargs="?", default=20)
+    options.add_argument("seed", type=int, nargs="?", default=0, help="of the first round")
+    options.add_argument("--hosts", type=int, nargs="+", default=[1, 2, 3, 4], help="drawn from")
+    given = options.parse_args()
+    main(given.rounds, given.seed, given.hosts)

@@ -42,7 +42,6 @@ def disturbed(pod, whole):
     assert "left at step" in said[0]
     newest = whole_checkpoints(run)[-1]
     assert f"left at step {newest};" in said[0]
-    shutil.copytree(run, pod.run("left"))
 
     # A host is killed in the middle of a checkpoint, while reading it breaks off now and then.
     bucket.fail("reset", f"disturbed%2Fcheckpoints%2F{newest}%2Fstate", 2)
@@ -55,6 +54,7 @@ def disturbed(pod, whole):
     assert "died" in said[0]
     assert "vlm train --resume" in said[0]
     assert "the run has been w" in said[0]  # waiting, or writing a checkpoint, with the other gone
+    shutil.copytree(run, pod.run("killed"))
 
     third = Hosts(pod.go("disturbed"), folder, pod.env, count=2).finish()
     assert "step 48" not in third[0].split("first step after")[0]
@@ -88,14 +88,19 @@ def test_the_history_and_the_log_tell_what_happened(pod, disturbed):
 
 
 def test_it_goes_on_over_another_number_of_hosts_and_another_mesh(pod, whole, disturbed):
-    line = [sys.executable, "-m", "vlm", "train", "--resume", "gs://bucket/runs/left"]
+    """Two of four hosts hold each part of the parameters that the mesh cuts over `fsdp`."""
+    run = pod.run("killed")
+    line = [sys.executable, "-m", "vlm", "train", "--resume", "gs://bucket/runs/killed"]
     options = ["--mesh.fsdp", "2", "--checkpoint-minutes", "5"]
-    Hosts([*line, *options], pod.folder / "left", pod.env, devices=2).finish()
-    ours, theirs = (load_safetensors(weights(run)) for run in (pod.run("left"), whole))
+    said = Hosts([*line, *options], pod.folder / "killed", pod.env, count=4).finish()[0]
+    assert any("text/embedding" in line and "fsdp" in line for line in said.splitlines())
+    ours, theirs = (load_safetensors(weights(run)) for run in (run, whole))
     for name in theirs:
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4, err_msg=name)
-    last = json.loads((pod.run("left") / "history.jsonl").read_text().splitlines()[-1])
-    assert last["processes"] == 1
+    assert [step for step, _ in losses(run)] == list(range(1, STEPS + 1))
+    assert not torn_checkpoints(run)
+    last = json.loads((run / "history.jsonl").read_text().splitlines()[-1])
+    assert last["processes"] == 4
     assert last["changes"] == {"checkpoint_minutes": [15.0, 5.0], "mesh.fsdp": [1, 2]}
 
 

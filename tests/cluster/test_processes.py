@@ -1,5 +1,6 @@
 """Joining a run of several processes: what is missing is named. Real pairs: train/test_hosts.py."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -45,15 +46,88 @@ def test_alone_everything_is_itself():
         raise TrainingError("as it was")
 
 
+PAIR = """
+import os, sys, time
+from jax.experimental import multihost_utils
+from vlm.cluster import processes, watch
+from vlm.errors import ConfigError
+from vlm.paths import in_one_sentence
+
+first = sys.argv[2] == "0"
+processes.start(sys.argv[1], 2, int(sys.argv[2]))
+multihost_utils.sync_global_devices("met")
+try:
+    with processes.stop_all_on_failure():
+        {act}
+except ConfigError as error:
+    sys.exit(f"vlm: {{error}}")
+"""
+# The first process right after the other one.
+BOTH_FAIL = """
+        while first and watch._get(watch.service(), watch._VERDICT) is None:
+            time.sleep(0.01)
+        raise ConfigError("batch_size 8 does not divide: choose 6")
+"""
+# As where Orbax makes a folder of checkpoints, which all processes do together.
+ONE_DIES = """
+        if not first:
+            os._exit(1)
+        time.sleep(1)  # what fails later is an error of JAX, and known as one
+        with in_one_sentence("the checkpoints cannot be listed", "resume the run"):
+            multihost_utils.sync_global_devices("made")
+"""
+
+
+def pair(act: str) -> list[list[str]]:
+    """The sentences of each of two processes, which both end in an error."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    line = [sys.executable, "-c", PAIR.format(act=act.strip()), address]
+    env = os.environ | {"VLM_PATIENCE": "8", "XLA_FLAGS": ""}  # one device each
+    both = [
+        subprocess.Popen([*line, number], stderr=subprocess.PIPE, text=True, env=env)
+        for number in ("0", "1")
+    ]
+    said = [process.communicate()[1].splitlines() for process in both]
+    assert [process.returncode for process in both] == [1, 1], said
+    return [[line for line in lines if line.startswith("vlm: ")] for lines in said]
+
+
+@pytest.mark.slow
+def test_what_all_fail_of_each_says_once():
+    for said in pair(BOTH_FAIL):
+        assert len(said) == 1
+        assert "batch_size 8 does not divide: choose 6" in said[0]
+        assert "--resume" not in said[0]  # it would fail again
+
+
+@pytest.mark.slow
+def test_a_death_is_not_taken_for_a_fault_of_the_disk():
+    (said,), _ = pair(ONE_DIES)
+    assert f"process 1 of 2 on {socket.gethostname()} died" in said
+
+
 def test_who_gave_no_sign_of_life_is_named(monkeypatch):
-    clock = iter([0.0, 20.0, 31.0])
+    clock = iter([0.0, 1.0, 20.0, 30.5])
     monkeypatch.setattr(watch.time, "monotonic", lambda: next(clock))
-    seen = {0: ("", 0.0), 1: ("", 0.0)}
-    alive = {"vlm/alive/0": "1 a", "vlm/alive/1": "1 b"}
-    assert watch._missing(alive, seen) is None
-    assert watch._missing(alive | {"vlm/alive/0": "2 a"}, seen) is None
-    said = watch._missing(alive | {"vlm/alive/0": "3 a"}, seen)
-    assert said == "process 1 of 1 on b died: it gave no sign of life for 30 s"
+    monkeypatch.setattr(watch.jax, "process_count", lambda: 4)
+    seen = dict.fromkeys(range(4), ("", 0.0))
+
+    def missing(*beats: int) -> str | None:
+        signs = zip(beats, "abc", strict=True)
+        return watch._missing(
+            {f"vlm/alive/{i}": f"{n} {x}" for i, (n, x) in enumerate(signs)}, seen
+        )
+
+    assert missing(1, 1, 1) is None
+    assert missing(2, 1, 2) is None
+    assert missing(3, 1, 2) is None
+    # The last ones said their last word together; the one that never came has no host.
+    assert missing(4, 1, 2) == (
+        "process 1 of 4 on b and process 2 of 4 on c and process 3 of 4 died: no sign of life "
+        "for 30 s"
+    )
 
 
 @pytest.mark.parametrize(

@@ -93,12 +93,22 @@ def test_a_run_that_stands_still_says_what_it_waits_for(monkeypatch, capfd):
         for _ in range(10):
             with doing("evaluating"):
                 time.sleep(0.05)
+        time.sleep(1.0)  # as where all hosts agree on what is due
     said = " ".join(capfd.readouterr().err.split())
     assert "the run has been waiting for data for 0 s, at step 7" in said
-    assert said.count("the run has been") <= 3  # after twice the time, and twice that
+    assert "the run has been between two steps for 0 s, at step 7" in said
+    assert said.count("the run has been") <= 6  # after twice the time, and twice that
     assert "evaluating" not in said
     assert doing.seconds[DATA] >= 1.0
     assert "waiting for data" in doing.summary()
+
+
+def test_what_other_hosts_are_doing_is_said_once_for_all_that_do_the_same():
+    told = {i: (f"host{i}", "waiting for data at step 3") for i in (1, 2, 3, 5, 6, 7)}
+    assert activity.others(told | {4: ("host4", "evaluating at step 2")}) == (
+        "; processes 1 on host1, 2 on host2, 3 on host3, 5 on host5 and 2 more are waiting for "
+        "data at step 3; process 4 on host4 is evaluating at step 2"
+    )
 
 
 def test_a_log_is_seen_in_a_bucket_while_it_grows(monkeypatch, tmp_path):

@@ -14,11 +14,15 @@ import jax
 from jax._src.distributed import global_state  # its key-value store has no public name yet
 
 from vlm.cluster import report_death
+from vlm.errors import VlmError
 
 PERIOD = 1.0  # seconds between signs of life
 # Seconds without one after which a process counts as gone; JAX's own limit comes long after.
 PATIENCE = float(os.environ.get("VLM_PATIENCE", 30))
 _VERDICT, _ALIVE = "vlm/verdict", "vlm/alive/"
+_GO_ON = ", and training goes on from its last checkpoint with `vlm train --resume RUN`"
+# Taken once, by what says why this process ends: the watch, or the error that ends it.
+_last_word = threading.Lock()
 _doing = ""  # what this process is at, told with each sign of life
 
 
@@ -36,7 +40,11 @@ def start() -> None:
 
 def end_all(error: Exception) -> None:
     """Have all processes end, each with a sentence that says what happened in this one."""
-    said = f"{name(jax.process_index())} failed: {error}"
+    if not _last_word.acquire(blocking=False):
+        threading.Event().wait()  # the watch has said why another one failed, and ends us here
+    said = f"{name(jax.process_index())} failed: {error}; all processes of the run stop"
+    if not isinstance(error, VlmError):  # whose sentence has its own mend
+        said += _GO_ON
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first
         service().key_value_set(_VERDICT, said)
     _linger()
@@ -74,13 +82,15 @@ def _watch() -> None:
             client.key_value_set(f"{_ALIVE}{me}", f"{beat} {socket.gethostname()} {_doing}", True)
             verdict = _get(client, _VERDICT)
             if me == 0 and verdict is None:
-                verdict = _missing(dict(client.key_value_dir_get(_ALIVE)), seen)
-                if verdict is not None:
+                missing = _missing(dict(client.key_value_dir_get(_ALIVE)), seen)
+                if missing is not None:
+                    verdict = _after_death(missing)
                     client.key_value_set(_VERDICT, verdict)
         except jax.errors.JaxRuntimeError:
             return  # process 0 is gone, and JAX ends us (see `report_death`), or we are at the end
-        if verdict is not None and not verdict.startswith(name(me)):
-            print(_end_message(verdict), file=sys.stderr, flush=True)
+        news = verdict is not None and not verdict.startswith(name(me))
+        if news and _last_word.acquire(blocking=False):
+            print(f"vlm: {verdict}", file=sys.stderr, flush=True)
             _linger()
             _leave()
         time.sleep(PERIOD)
@@ -88,15 +98,20 @@ def _watch() -> None:
 
 def _missing(beats: dict[str, str], seen: dict[int, tuple[str, float]]) -> str | None:
     """Who has given no sign of life for too long; updates `seen`, (beat, when) of each process."""
-    now = time.monotonic()
+    now, silent = time.monotonic(), {}
     for process, (beat, when) in seen.items():
         new = beats.get(f"{_ALIVE}{process}", "")
         if new != beat:
             seen[process] = new, now
-        elif now - when > PATIENCE:
-            host = f" on {beat.split(' ')[1]}" if beat else ""
-            return f"{name(process)}{host} died: it gave no sign of life for {PATIENCE:.0f} s"
-    return None
+        else:
+            silent[process] = now - when
+    if max(silent.values(), default=0.0) <= PATIENCE:
+        return None
+    # Hosts that died together gave their last signs within two periods.
+    gone = [process for process, seconds in silent.items() if seconds > PATIENCE - 2 * PERIOD]
+    named = [f"{name(i)} on {seen[i][0].split(' ')[1]}" if seen[i][0] else name(i) for i in gone]
+    who = " and ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
+    return f"{who} died: no sign of life for {PATIENCE:.0f} s"
 
 
 def _get(client, key: str) -> str | None:
@@ -134,7 +149,7 @@ def _start_death_reporter() -> None:
     global _death_reporter
     address = global_state.coordinator_address or ""
     host, _, port = address.rpartition(":")
-    sentence = _end_message(f"{name(0)} at {address} died")
+    sentence = f"vlm: {_after_death(f'{name(0)} at {address} died')}"
     _death_reporter = subprocess.Popen(
         [sys.executable, "-S", "-E", report_death.__file__, host.strip("[]"), port, sentence],
         stdin=subprocess.PIPE,
@@ -150,8 +165,5 @@ def _end_death_reporter() -> None:
             _death_reporter.communicate(b"left", timeout=5)
 
 
-def _end_message(verdict: str) -> str:
-    return (
-        f"vlm: {verdict}; all processes of the run stop, and training goes on from its last "
-        "checkpoint with `vlm train --resume RUN`"
-    )
+def _after_death(verdict: str) -> str:
+    return f"{verdict}; all processes of the run stop{_GO_ON}"

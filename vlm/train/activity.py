@@ -32,7 +32,7 @@ class Activity:
         self.seconds: collections.Counter[str] = collections.Counter()
         self.began = time.monotonic()
         self.step = 0
-        self._now, self._since = "starting", self.began
+        self._now, self._since = "", self.began
         self._over = threading.Event()
 
     @contextlib.contextmanager
@@ -62,21 +62,33 @@ class Activity:
     def _watch(self) -> None:
         since, patience = self._since, PATIENCE
         while not self._over.wait(min(1.0, PATIENCE / 4)):
-            watch.tell(f"{self._now} at step {self.step}")
+            watch.tell(f"{self._doing} at step {self.step}")
             if self._since != since:
                 since, patience = self._since, PATIENCE
             elif time.monotonic() - since > patience:
                 patience *= 2
                 print_on_first_process(self._what_it_waits_for(time.monotonic() - since))
 
+    @property
+    def _doing(self) -> str:
+        return self._now or ("between two steps" if self.step else "starting")
+
     def _what_it_waits_for(self, seconds: float) -> str:
-        said = f"the run has been {self._now} for {seconds:.0f} s, at step {self.step}"
-        others: dict[str, list[str]] = {}
+        said = f"the run has been {self._doing} for {seconds:.0f} s, at step {self.step}"
         if jax.process_count() > 1:
-            for process, (host, doing) in watch.told().items():
-                if doing != f"{self._now} at step {self.step}":
-                    others.setdefault(doing, []).append(f"{process} on {host}")
-        for doing, who in others.items():
-            more = f" and {len(who) - 4} more" if len(who) > 4 else ""
-            said += f"; process {', '.join(who[:4])}{more} is {doing}"
+            ours = f"{self._doing} at step {self.step}"
+            said += others({i: of for i, of in watch.told().items() if of[1] != ours})
         return said
+
+
+def others(told: dict[int, tuple[str, str]]) -> str:
+    """What other processes are doing, by (host, what it told) of each: the end of a sentence."""
+    by_doing: dict[str, list[str]] = {}
+    for process, (host, doing) in told.items():
+        by_doing.setdefault(doing, []).append(f"{process} on {host}")
+    said = ""
+    for doing, who in by_doing.items():
+        more = f" and {len(who) - 4} more" if len(who) > 4 else ""
+        noun, verb = ("process", "is") if len(who) == 1 else ("processes", "are")
+        said += f"; {noun} {', '.join(who[:4])}{more} {verb} {doing}"
+    return said
