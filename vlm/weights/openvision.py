@@ -122,23 +122,19 @@ class OrbaxTree:
         Raises:
             CheckpointError: there is no image tower.
         """
-        if len(self.shapes.get(_STEM, ())) != 4:
+        stem = self.shapes.get(_STEM, ())
+        if len(stem) != 4 or 0 in stem:
             raise CheckpointError(f"{self.where} has no {_STEM}: it is no OpenVision")
-        patch_size, _, _, width = self.shapes[_STEM]
+        patch_size, _, _, width = stem
         self._made[_POSITION] = sinusoidal_positions(image_size // patch_size, width)[None]
         self.shapes[_POSITION] = self._made[_POSITION].shape
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Shaped[np.ndarray, "..."]:
-        array = self._made.get(name)
-        if array is None:
-            array = self._arrays[name]
-        if not array.shape:
-            start, stop = 0, None
-        part = array[start:stop] if array.shape else array
         if name in self._made:
-            return part
+            return self._made[name][start:stop]
+        array = self._arrays[name]
         try:
-            return part.read().result()
+            return (array[start:stop] if array.shape else array).read().result()
         except (ValueError, OSError) as error:
             raise self._torn(error) from None
 
