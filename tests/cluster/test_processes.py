@@ -46,6 +46,33 @@ def test_alone_everything_is_itself():
         raise TrainingError("as it was")
 
 
+def free_address() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.mark.slow
+def test_those_who_come_do_not_wait_for_ever():
+    """Of three processes one never starts, as on a host that did not come up."""
+    address = free_address()
+    code = "import sys; from vlm.cluster import start; start(sys.argv[1], 3, int(sys.argv[2]))"
+    waiting = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, address, str(process)],
+            env=os.environ | {"VLM_MEETING": "4", "JAX_PLATFORMS": "cpu"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    for process in waiting:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert f"did not come together at {address} in 4 s (VLM_MEETING): start all 3" in said
+        assert "stack trace" not in said
+
+
 PAIR = """
 import os, sys, time
 from jax.experimental import multihost_utils
@@ -80,9 +107,7 @@ ONE_DIES = """
 
 def pair(act: str) -> list[list[str]]:
     """The sentences of each of two processes, which both end in an error."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     line = [sys.executable, "-c", PAIR.format(act=act.strip()), address]
     env = os.environ | {"VLM_PATIENCE": "8", "XLA_FLAGS": ""}  # one device each
     both = [

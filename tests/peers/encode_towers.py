@@ -20,7 +20,7 @@ from vlm.weights.building import abstract_model
 from vlm.weights.files import Arrays
 from vlm.weights.rules import fill
 
-NAMES = ("convnext_base", "EVA02-B-16", "ViTamin-B")
+NAMES = ("convnext_base", "EVA02-B-16", "ViTamin-B", "MobileCLIP-S1")
 
 
 def compare(name: str, batch_size: int, rounds: int) -> None:

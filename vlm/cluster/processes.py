@@ -7,6 +7,8 @@ is gone ends everywhere, in a bounded time, with a sentence that says which one 
 import contextlib
 import itertools
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -15,6 +17,9 @@ from jax.experimental import multihost_utils
 
 from vlm.cluster import watch
 from vlm.errors import ConfigError, VlmError
+
+# Seconds that all processes of a run have to come together, and after which that is told.
+MEETING, WAITING = float(os.environ.get("VLM_MEETING", 300)), 20.0
 
 
 def start(
@@ -43,7 +48,8 @@ def start(
         _number(process_id, "JAX_PROCESS_ID"),
     )
     try:
-        jax.distributed.initialize(*given)
+        with _in_time(given[0] or "their coordinator", given[1] or "of them"):
+            jax.distributed.initialize(*given, initialization_timeout=int(MEETING) + 60)
     except ValueError as error:  # JAX recognises no cluster that completes what is given
         if given == (None, None, None):
             return
@@ -56,17 +62,42 @@ def start(
         late = "before any JAX calls" in str(error)
         if late and given == (None, None, None):
             return
-        mend = (
-            "start them before anything uses JAX"
-            if late
-            else f"start all {given[1]}, and check that each reaches process 0 there"
-        )
+        mend = "start them before anything uses JAX" if late else "start all of them again"
         raise ConfigError(
             f"the processes of the run did not come together at {given[0]}: {mend} "
             f"({str(error).splitlines()[0]})"
         ) from None
     if jax.process_count() > 1:
         watch.start()
+
+
+@contextlib.contextmanager
+def _in_time(place: str, count: int | str) -> Iterator[None]:
+    """End this process with a sentence if the others do not come in time.
+
+    JAX's own limit ends it from a thread in which no Python runs, with the stack of that thread.
+    """
+
+    def say(text: str) -> None:
+        print(f"vlm: {text}", file=sys.stderr, flush=True)
+
+    def end() -> None:
+        say(
+            f"the processes of the run did not come together at {place} in {MEETING:.0f} s "
+            f"(VLM_MEETING): start all {count}, and check that each reaches process 0 there"
+        )
+        os._exit(1)
+
+    waits = f"waiting at {place} for the other processes of the run"
+    timers = threading.Timer(WAITING, say, [waits]), threading.Timer(MEETING, end)
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()
 
 
 @contextlib.contextmanager
