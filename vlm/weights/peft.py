@@ -263,7 +263,7 @@ def _places(model: DualEncoder, tokenizer: Tokenizer) -> dict[str, tuple[str, in
     Raises:
         CheckpointError: transformers has no place for the model.
     """
-    _, family = huggingface_config(model.config, tokenizer)
+    family = huggingface_config(model.config, tokenizer)["model_type"]
     layers = linear_layers(model)
     return dict(_spelled_out(family, {name: size_of(layer) for name, layer in layers.items()}))
 

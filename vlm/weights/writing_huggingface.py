@@ -11,6 +11,7 @@ from vlm.models.dual_encoder import DualEncoder
 from vlm.weights import huggingface
 from vlm.weights.rules import write
 from vlm.weights.writing_align import write_align
+from vlm.weights.writing_bert_clip import bert_clip_config, bert_clip_tensors, is_bert_clip
 from vlm.weights.writing_parts import KERNELS, check, refuse, transformers_folder
 from vlm.weights.writing_tipsv2 import is_tipsv2, write_tipsv2
 
@@ -27,18 +28,17 @@ def write_huggingface(
         return write_align(folder, model, preprocess, tokenizer)
     if is_tipsv2(model.config):
         return write_tipsv2(folder, model, preprocess, tokenizer)
-    values, family = huggingface_config(model.config, tokenizer)
-    transformers_folder(
-        folder,
-        values,
-        _huggingface_preprocess(preprocess.config, family),
-        tokenizer,
-        write(model, huggingface.RULES[family]),
-    )
+    if is_bert_clip(model.config):
+        values, tensors = bert_clip_config(model.config), bert_clip_tensors(model)
+    else:
+        values = huggingface_config(model.config, tokenizer)
+        tensors = write(model, huggingface.RULES[values["model_type"]])
+    pixels = _huggingface_preprocess(preprocess.config, values["model_type"])
+    transformers_folder(folder, values, pixels, tokenizer, tensors)
 
 
-def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[str, Any], str]:
-    """The `config.json` of a model, and its family.
+def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The `config.json` of a model.
 
     Raises:
         CheckpointError: lists all that transformers' CLIPModel and SiglipModel do not have.
@@ -47,7 +47,10 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[
     if not isinstance(vision, ViTConfig):
         refuse("transformers", [f"an image tower of the kind {vision.kind!r} ('vit')"])
     clip = vision.pool == "class"
-    common = {"stem": "linear", "rotary": None, "max_patches": None, "mlp": "plain"}
+    naflex = not clip and vision.max_patches == (vision.image_size // vision.patch_size) ** 2
+    common: dict[str, Any] = {"stem": "linear", "rotary": None, "mlp": "plain"}
+    if not naflex:
+        common["max_patches"] = None
     common |= {"norm_pooled": False, "layer_scale": False, "pool_heads": None, "pool_mlp_dim": None}
     if clip:
         wanted = (
@@ -83,12 +86,14 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[
         text_values["projection_dim"] = config.embed_dim
     else:
         text_values["projection_size"] = config.embed_dim
-    vision_values = huggingface.tower_values(vision) | {
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-    }
-    family = "clip" if clip else "siglip"
-    architecture = "CLIPModel" if clip else "SiglipModel"
+    vision_values = huggingface.tower_values(vision) | {"patch_size": vision.patch_size}
+    if naflex:
+        vision_values["num_patches"] = vision.max_patches
+    else:
+        vision_values["image_size"] = vision.image_size
+    family, architecture = ("clip", "CLIPModel") if clip else ("siglip", "SiglipModel")
+    if naflex:
+        family, architecture = "siglip2", "Siglip2Model"
     if clip and text.pool == "end" and text.end_id == 2:  # which CLIPModel takes for an old mistake
         family, architecture = "metaclip_2", "MetaClip2Model"
     values = {
@@ -100,7 +105,7 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[
     }
     if clip:
         values["projection_dim"] = config.embed_dim
-    return values, family
+    return values
 
 
 def _huggingface_preprocess(c: PreprocessConfig, family: str) -> dict[str, Any]:
@@ -108,7 +113,8 @@ def _huggingface_preprocess(c: PreprocessConfig, family: str) -> dict[str, Any]:
         refuse("transformers", ["TensorFlow's resizing of images (pillow or tensor)"])
     if c.resize == "pad":
         refuse("transformers", ["preprocessing that pads to the square"])
-    name = "SiglipImageProcessor" if family == "siglip" else "CLIPImageProcessor"
+    names = {"siglip": "SiglipImageProcessor", "siglip2": "Siglip2ImageProcessor"}
+    name = names.get(family, "CLIPImageProcessor")
     if c.resize == "squash" and c.short_side not in (None, c.image_size):
         refuse("transformers", ["centre crops of squashed images (EfficientNet's processor)"])
     square = {"height": c.image_size, "width": c.image_size}
@@ -125,6 +131,9 @@ def _huggingface_preprocess(c: PreprocessConfig, family: str) -> dict[str, Any]:
         "image_std": list(c.std),
         "do_convert_rgb": True,
     }
+    if c.resize == "naflex":
+        del values["size"]
+        values |= {"patch_size": c.patch_size, "max_num_patches": c.max_patches}
     if c.resize == "crop":
         if family == "siglip":
             refuse("transformers", ["centre crops with SiglipModel, whose processor squashes"])

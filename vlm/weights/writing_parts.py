@@ -19,7 +19,8 @@ from vlm.weights.sentencepiece import SPACE
 def standalone(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """The vocabulary with our rules inside: cleaning as normalisation, and the special tokens.
 
-    The repair of mojibake and HTML entities has no form there, as in transformers' own CLIP.
+    The repair of mojibake and HTML entities has no form there, as in transformers' own CLIP, nor
+    has what `str.lower` makes of a word's last sigma and of special tokens that are spelled out.
 
     Raises:
         CheckpointError: the cleaning is BERT's, whose case folding has none either.
@@ -101,7 +102,7 @@ def check(form: str, config: ModelConfig, vision: dict[str, Any], text: dict[str
 
 KERNELS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # PIL.Image.Resampling
 HOLDS = {
-    "transformers": "the ViTs of CLIP, SigLIP and TIPSv2, and ALIGN",
+    "transformers": "the ViTs of CLIP, SigLIP, Chinese CLIP, AltCLIP and TIPSv2, and ALIGN",
     "open_clip": "CLIP's ViTs and ResNets, and ViTs of timm with attention pooling",
 }
 
