@@ -82,6 +82,7 @@ def test_nothing_is_written_over_or_in_part(tmp_path):
 SMALL_TOWERS = {
     "oc_siglip": "vit_base_patch16_siglip_224",
     "oc_pe": "vit_pe_core_tiny_patch16_384",
+    "oc_timm_clip": "vit_base_patch16_clip_224",
 }
 
 

@@ -10,14 +10,13 @@ from vlm.config import (
     PreprocessConfig,
     ResNetConfig,
     TextConfig,
-    VisionTowerConfig,
     ViTConfig,
 )
 from vlm.errors import CheckpointError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
-from vlm.weights import open_clip, timm, timm_towers
+from vlm.weights import open_clip, timm_towers
 from vlm.weights.files import write_safetensors
 from vlm.weights.rules import write
 from vlm.weights.writing_parts import check, dump, refuse, tokenizer_files
@@ -76,7 +75,7 @@ def open_clip_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
             "open_clip opens a CoCa with its captioning decoder alone, and this is the contrastive "
             "half, which has none: save the model as a vlm bundle instead"
         )
-    elif (family := _timm_family(vision)) is not None:
+    elif (family := timm_towers.family_of(vision)) is not None:
         image_tower = {
             "image_size": vision.image_size,
             "timm_model_pretrained": False,
@@ -96,14 +95,6 @@ def open_clip_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
     if config.init_bias is not None:
         values["init_logit_bias"] = config.init_bias
     return values
-
-
-def _timm_family(vision: VisionTowerConfig) -> Any | None:
-    """The family that writes a tower by timm's name; None: open_clip has the tower itself."""
-    family = timm_towers.family_of(vision)
-    if family is timm and isinstance(vision, ViTConfig) and vision.pool != "map":
-        return None
-    return family
 
 
 def _native(config: ModelConfig, c: ViTConfig) -> dict[str, Any]:
