@@ -217,6 +217,7 @@ def test_trained_positions_of_nllb_are_refused(tmp_path, monkeypatch):
     encoder = dataclasses.replace(bundle.config.text, context_length=1024)
     monkeypatch.setitem(text_encoders.ENCODERS, "facebook/nllb-200-distilled-600M", encoder)
     position = bundle.model.text.position
+    assert position is not None
     position.set_value(position.get_value().at[3, 5].add(0.01))
     with pytest.raises(CheckpointError, match=r"no place for the trained text\.position of .*nllb"):
         bundle.save(tmp_path / "out", format="open_clip")
