@@ -117,7 +117,7 @@ def _placed(places: int) -> Transform:
 
 
 def _divided(factor: float) -> Transform:
-    """Theirs times a factor; the product of what is written is ours to the bit."""
+    """Theirs times a factor: 32 of NLLB's 1024 channels, by which nothing is rounded."""
     scale = np.float32(factor)
     return Transform(
         lambda s: s,
