@@ -349,14 +349,16 @@ def other_lengths(model: torch.nn.Module, config: dict, folder: pathlib.Path) ->
 def timm_towers() -> None:
     """What timm's towers are by their names, for the table in `vlm/weights/timm.py`."""
     towers = {}
-    for name in timm.list_models(["vit_*_siglip_*", "vit_pe_core_*"]):
-        if "_gap_" in name:
-            continue  # without attention pooling
+    clip = [f"vit_{size}_patch*_clip_*" for size in ("base", "large")]
+    for name in timm.list_models(["vit_*_siglip_*", "vit_pe_core_*", *clip]):
+        if "_gap_" in name or "_plus_" in name or "_quickgelu_" in name:
+            continue  # without attention pooling, or not read
         with torch.device("meta"):
-            model = timm.create_model(name, num_classes=1024 * ("pe_core" in name))
+            model = timm.create_model(name, num_classes=0 if "siglip" in name else 1024)
         block, pool = model.blocks[0], model.attn_pool
         # At 1 the exact GELU is 0.84134 and the other 0.84119; the pool has the blocks'.
-        at_one = {round(mlp.act(torch.ones(())).item(), 4) for mlp in (block.mlp, pool.mlp)}
+        mlps = [block.mlp] if pool is None else [block.mlp, pool.mlp]
+        at_one = {round(mlp.act(torch.ones(())).item(), 4) for mlp in mlps}
         activation = {0.8413: "gelu", 0.8412: "gelu_tanh"}
         towers[name] = {
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -366,8 +368,8 @@ def timm_towers() -> None:
             "depth": len(model.blocks),
             "heads": block.attn.num_heads,
             "mlp_dim": block.mlp.fc1.out_features,
-            "pool_heads": pool.num_heads,
-            "pool_mlp_dim": pool.mlp.fc1.out_features,
+            "pool_heads": (pool or block.attn).num_heads,
+            "pool_mlp_dim": mlps[-1].fc1.out_features,
             "activation": activation[at_one.pop()] if len(at_one) == 1 else None,
             "norm_eps": block.norm1.eps,
         }

@@ -23,7 +23,7 @@ from vlm.errors import CheckpointError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
 from vlm.models.dual_encoder import DualEncoder
-from vlm.weights import convnext, eva, mobileclip, timm, vitamin
+from vlm.weights import convnext, eva, mobileclip, text_encoders, timm, vitamin
 from vlm.weights.building import abstract_model
 from vlm.weights.rules import flat_arrays, flat_shapes
 from vlm.weights.writing_huggingface import huggingface_config
@@ -84,6 +84,7 @@ def test_nothing_is_written_over_or_in_part(tmp_path):
 SMALL_TOWERS = {
     "oc_siglip": "vit_base_patch16_siglip_224",
     "oc_pe": "vit_pe_core_tiny_patch16_384",
+    "oc_timm_clip": "vit_base_patch16_clip_224",
 }
 
 
@@ -149,13 +150,80 @@ def test_towers_of_full_size_have_timms_names():
     assert mobileclip.options(mobileclip._TOWER)["timm_model_name"] == "vit_base_mci_224"
 
 
-@pytest.mark.parametrize("name", ["oc_xlm_roberta", "oc_nllb"])
-def test_encoders_of_transformers_are_not_written(name, tmp_path):
-    bundle = load(GOLDEN / name)
-    with pytest.raises(CheckpointError, match=r"text.*save the model as a vlm bundle instead"):
+# And encoders of transformers: the Hub's names, and the places that the golden ones have.
+SMALL_ENCODERS = {
+    "oc_xlm_roberta": ("xlm-roberta-base", 18),
+    "oc_nllb": ("facebook/nllb-200-distilled-600M", 1024),
+}
+
+
+@pytest.mark.parametrize("name", SMALL_ENCODERS)
+def test_encoders_of_transformers_there_and_back(name, tmp_path, monkeypatch):
+    ours, (hub, places) = load(GOLDEN / name), SMALL_ENCODERS[name]
+    with pytest.raises(
+        CheckpointError, match=r"none of the text encoders .* nearest .*save the model as a vlm"
+    ):
+        ours.save(tmp_path / "theirs", format="open_clip")
+    encoder = dataclasses.replace(ours.config.text, context_length=places)
+    monkeypatch.setitem(text_encoders.ENCODERS, hub, encoder)
+    there_and_back(ours, "open_clip", tmp_path)
+    before, after = (
+        json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
+        for folder in (GOLDEN / name, tmp_path / "theirs")
+    )
+    assert after["hf_proj_type"] == before.get("hf_proj_type", "mlp")
+    for field in ("hf_model_name", "hf_pooler_type", "context_length"):
+        assert after[field] == before[field], field
+    with (
+        safe_open(GOLDEN / name / "open_clip_model.safetensors", "np") as theirs,
+        safe_open(tmp_path / "theirs" / "open_clip_model.safetensors", "np") as written,
+    ):
+        assert set(theirs.keys()) == set(written.keys())
+        folded = {text_encoders.POSITION, text_encoders.SEGMENT, text_encoders.NLLB_EMBEDDING}
+        for key in written.keys():  # noqa: SIM118 (not a dict)
+            x, y = theirs.get_tensor(key), written.get_tensor(key)
+            assert x.shape == y.shape if key in folded else np.array_equal(x, y), key
+
+
+def test_encoders_of_full_size_have_the_hubs_names():
+    vision, tokenizer = load(GOLDEN / "oc_quick").config.vision, load(GOLDEN / "oc_nllb").tokenizer
+    for name, encoder in text_encoders.ENCODERS.items():
+        text = dataclasses.replace(encoder, context_length=77, pool="first", projection="linear")
+        values = open_clip_config(ModelConfig(vision, text, embed_dim=20), tokenizer)
+        assert values["quick_gelu"]  # of the image tower alone: the encoder's is its own
+        values = values["text_cfg"]
+        assert values["hf_model_name"] == name
+        assert values["hf_proj_type"] == "linear"
+        pooler = "cls_pooler" if "nllb" in name else "cls_last_hidden_state_pooler"
+        assert values["hf_pooler_type"] == pooler
+
+
+def test_ends_that_no_encoder_of_open_clips_has_are_refused():
+    bundle = load(GOLDEN / "oc_nllb")
+    base = text_encoders.ENCODERS["xlm-roberta-base"]
+    for change, message in (
+        ({"pool": "last"}, r"no place for text\.pool 'last' \(mean or first\)"),
+        ({"projection": "linear_bias"}, r"text\.projection 'linear_bias' \(mlp or linear\)"),
+        ({"context_length": 600}, r"xlm-roberta-base .* context_length 512 \(not 600\)"),
+        ({"last_norm": True}, r"xlm-roberta-base .* last_norm False \(not True\)"),
+    ):
+        text = dataclasses.replace(base, **change)
+        config = dataclasses.replace(bundle.config, text=text)
+        with pytest.raises(CheckpointError, match=message):
+            open_clip_config(config, bundle.tokenizer)
+
+
+def test_trained_positions_of_nllb_are_refused(tmp_path, monkeypatch):
+    """The encoder computes them: what was trained would be lost without a word."""
+    bundle = load(GOLDEN / "oc_nllb")
+    encoder = dataclasses.replace(bundle.config.text, context_length=1024)
+    monkeypatch.setitem(text_encoders.ENCODERS, "facebook/nllb-200-distilled-600M", encoder)
+    position = bundle.model.text.position
+    assert position is not None
+    position.set_value(position.get_value().at[3, 5].add(0.01))
+    with pytest.raises(CheckpointError, match=r"no place for the trained text\.position of .*nllb"):
         bundle.save(tmp_path / "out", format="open_clip")
-    bundle.save(tmp_path / "out")
-    assert load(tmp_path / "out").config == bundle.config
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_table_of_timms_towers():

@@ -297,7 +297,7 @@ def rules(config: ModelConfig, shapes: Shapes) -> list[Rule]:
         image = family.rules(config.vision)
     else:
         image = _vision_rules(config)
-    if text_encoders.reads(shapes):
+    if text_encoders.owns(config.text):
         text = text_encoders.rules(config.text)
     else:
         text = _text_rules(config.text, prefix)

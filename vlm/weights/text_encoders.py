@@ -5,10 +5,11 @@ depends on no parameter of ours is folded into the tables as they are read: RoBE
 its first position (positions are counted from the padding's id), and NLLB's factor and sinusoids.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -22,23 +23,58 @@ from vlm.weights.layers import heads, linear, norm, out
 from vlm.weights.rules import Rule
 
 PAD_ID = 1  # of all of these vocabularies; positions begin behind it
-_FIRST = PAD_ID + 1
-# The encoders by the last part of their names: which kind, and heads.
-_KNOWN: dict[str, tuple[Literal["roberta", "nllb"], int]] = {
-    "roberta-base": ("roberta", 12),
-    "roberta-large": ("roberta", 16),
-    "xlm-roberta-base": ("roberta", 12),
-    "xlm-roberta-large": ("roberta", 16),
-    "nllb-200-distilled-600M": ("nllb", 16),
-    "nllb-200-distilled-1.3B": ("nllb", 16),
+FIRST = PAD_ID + 1
+
+
+def _roberta(vocab_size: int, width: int, depth: int, heads: int) -> TextConfig:
+    return TextConfig(
+        vocab_size=vocab_size,
+        context_length=512,
+        width=width,
+        depth=depth,
+        heads=heads,
+        mlp_dim=4 * width,
+        pool="mean",
+        pad_id=PAD_ID,
+        norm="post",
+        projection="mlp",
+        activation="gelu",
+        norm_eps=1e-5,
+    )
+
+
+def _nllb(depth: int, mlp_dim: int) -> TextConfig:
+    return TextConfig(
+        vocab_size=256_206,
+        context_length=1024,
+        width=1024,
+        depth=depth,
+        heads=16,
+        mlp_dim=mlp_dim,
+        pool="first",
+        pad_id=PAD_ID,
+        projection="mlp",
+        activation="relu",
+        norm_eps=1e-5,
+    )
+
+
+# The encoders as the Hub has them, in open_clip's frame where it is told nothing else.
+ENCODERS = {
+    "roberta-base": _roberta(50_265, 768, 12, 12),
+    "roberta-large": _roberta(50_265, 1024, 24, 16),
+    "xlm-roberta-base": _roberta(250_002, 768, 12, 12),
+    "xlm-roberta-large": _roberta(250_002, 1024, 24, 16),
+    "facebook/nllb-200-distilled-600M": _nllb(12, 4096),
+    "facebook/nllb-200-distilled-1.3B": _nllb(24, 8192),
 }
-_NLLB_LENGTH = 1024  # places that its configuration has
 _POOLS = {"mean_pooler": "mean", "cls_last_hidden_state_pooler": "first", "cls_pooler": "first"}
 _ROOT = "text.transformer"
-_ROBERTA, _NLLB = f"{_ROOT}.embeddings.word_embeddings.weight", f"{_ROOT}.embed_tokens.weight"
-_POSITION = f"{_ROOT}.embeddings.position_embeddings.weight"
-_SEGMENT = f"{_ROOT}.embeddings.token_type_embeddings.weight"
-_SINUSOIDS = f"{_ROOT}.embed_positions.weights"
+_ROBERTA_EMBEDDING = f"{_ROOT}.embeddings.word_embeddings.weight"
+NLLB_EMBEDDING = f"{_ROOT}.embed_tokens.weight"
+POSITION = f"{_ROOT}.embeddings.position_embeddings.weight"
+SEGMENT = f"{_ROOT}.embeddings.token_type_embeddings.weight"
+SINUSOIDS = f"{_ROOT}.embed_positions.weights"
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -50,15 +86,17 @@ def text_config(c: Mapping[str, Any], embed_dim: int, shapes: Shapes, where: str
         CheckpointError: another encoder, pooler or projection, or the weights of something else.
     """
     name = c["hf_model_name"]
-    kind, count = _KNOWN.get(str(name).split("/")[-1], (None, 0))
-    if kind is None:
+    known = {of_the_hub.split("/")[-1]: encoder for of_the_hub, encoder in ENCODERS.items()}
+    encoder = known.get(str(name).split("/")[-1])
+    if encoder is None:
         raise CheckpointError(
             f"{where}: the text tower {show(name)} of transformers is not one that vlm reads: it "
-            f"reads {', '.join(_KNOWN)}"
+            f"reads {', '.join(known)}"
         )
-    default = "mean_pooler" if kind == "roberta" else "cls_pooler"
-    pooler, proj = c["hf_pooler_type"] or default, c["hf_proj_type"] or "mlp"
-    if pooler not in _POOLS or (kind == "roberta" and pooler == "cls_pooler"):
+    roberta = encoder.norm == "post"
+    pooler = c["hf_pooler_type"] or ("mean_pooler" if roberta else "cls_pooler")
+    proj = c["hf_proj_type"] or "mlp"
+    if pooler not in _POOLS or (roberta and pooler == "cls_pooler"):
         raise CheckpointError(
             f"{where}: text_cfg.hf_pooler_type is {show(pooler)}: of {name} vlm reads mean_pooler "
             "and cls_last_hidden_state_pooler"
@@ -67,35 +105,21 @@ def text_config(c: Mapping[str, Any], embed_dim: int, shapes: Shapes, where: str
         raise CheckpointError(
             f"{where}: text_cfg.hf_proj_type is {show(proj)}: vlm reads mlp and linear"
         )
-    common = {
-        "heads": count,
-        "pool": _POOLS[pooler],
-        "pad_id": PAD_ID,
-        "projection": proj,
-        "norm_eps": 1e-5,
-    }
+    if roberta:
+        table, layers = _ROBERTA_EMBEDDING, f"{_ROOT}.encoder.layer.{{}}.intermediate.dense.weight"
+    else:
+        table, layers = NLLB_EMBEDDING, f"{_ROOT}.layers.{{}}.fc1.weight"
     try:
-        if kind == "roberta":
-            vocab_size, width = shapes[_ROBERTA]
-            return TextConfig(
-                vocab_size=vocab_size,
-                context_length=shapes[_POSITION][0] - _FIRST,
-                width=width,
-                depth=_count(shapes, f"{_ROOT}.encoder.layer.{{}}.output.dense.weight"),
-                mlp_dim=shapes[f"{_ROOT}.encoder.layer.0.intermediate.dense.weight"][0],
-                norm="post",
-                activation="gelu",
-                **common,
-            )
-        vocab_size, width = shapes[_NLLB]
-        return TextConfig(
+        vocab_size, width = shapes[table]
+        return dataclasses.replace(
+            encoder,
             vocab_size=vocab_size,
-            context_length=_NLLB_LENGTH,
+            context_length=shapes[POSITION][0] - FIRST if roberta else encoder.context_length,
             width=width,
-            depth=_count(shapes, f"{_ROOT}.layers.{{}}.fc1.weight"),
-            mlp_dim=shapes[f"{_ROOT}.layers.0.fc1.weight"][0],
-            activation="relu",
-            **common,
+            depth=_count(shapes, layers),
+            mlp_dim=shapes[layers.format(0)][0],
+            pool=_POOLS[pooler],
+            projection=proj,
         )
     except (KeyError, ValueError):
         raise CheckpointError(
@@ -112,7 +136,12 @@ def _count(shapes: Shapes, pattern: str) -> int:
 
 def reads(shapes: Shapes) -> bool:
     """Whether tensors of these names hold one of these towers."""
-    return _ROBERTA in shapes or _NLLB in shapes
+    return _ROBERTA_EMBEDDING in shapes or NLLB_EMBEDDING in shapes
+
+
+def owns(config: TextConfig) -> bool:
+    """Whether a tower is of one of these kinds, of whatever size."""
+    return config.pad_id == PAD_ID and (config.norm == "post" or config.activation == "relu")
 
 
 # ------------------------------------------------------------------ tables as ours are
@@ -133,21 +162,23 @@ class Folded:
         self.where = tensors.where
         self._tensors = tensors
         length, width = config.context_length, config.width
-        if _ROBERTA in tensors.shapes:
-            if tuple(tensors.shapes.get(_SEGMENT, ()))[1:] != (width,):
+        if _ROBERTA_EMBEDDING in tensors.shapes:
+            if tuple(tensors.shapes.get(SEGMENT, ()))[1:] != (width,):
                 raise CheckpointError(
-                    f"{tensors.where} has no {_SEGMENT} of width {width}: download it again"
+                    f"{tensors.where} has no {SEGMENT} of width {width}: download it again"
                 )
-            self._made = {_POSITION: _Table((length, width), self._roberta_positions)}
-            used = {_SEGMENT}
+            self._made = {POSITION: _Table((length, width), self._roberta_positions)}
+            used = {SEGMENT}
         else:
             sizes = config.vocab_size, width
             scale = np.float32(math.sqrt(width))
             self._made = {
-                _NLLB: _Table(sizes, lambda start, stop: self._rows(_NLLB, start, stop) * scale),
-                _SINUSOIDS: _Table(
+                NLLB_EMBEDDING: _Table(
+                    sizes, lambda start, stop: self._rows(NLLB_EMBEDDING, start, stop) * scale
+                ),
+                SINUSOIDS: _Table(
                     (length, width),
-                    lambda start, stop: sinusoids(_FIRST + length, width)[_FIRST:][start:stop],
+                    lambda start, stop: sinusoids(FIRST + length, width)[FIRST:][start:stop],
                 ),
             }
             used = set()
@@ -163,8 +194,8 @@ class Folded:
         return self._tensors.read(name, start, stop).astype(np.float32)
 
     def _roberta_positions(self, start: int, stop: int) -> np.ndarray:
-        segment = self._rows(_SEGMENT, 0, 1)
-        return self._rows(_POSITION, start + _FIRST, stop + _FIRST) + segment
+        segment = self._rows(SEGMENT, 0, 1)
+        return self._rows(POSITION, start + FIRST, stop + FIRST) + segment
 
 
 # --------------------------------------------------------------------- their names and ours
@@ -186,8 +217,8 @@ def rules(c: TextConfig) -> list[Rule]:
 def _roberta_rules() -> list[Rule]:
     layer, attention = f"{_ROOT}.encoder.layer.{{}}", f"{_ROOT}.encoder.layer.{{}}.attention"
     return [
-        Rule(_ROBERTA, "text.embedding"),
-        Rule(_POSITION, "text.position"),
+        Rule(_ROBERTA_EMBEDDING, "text.embedding"),
+        Rule(POSITION, "text.position"),
         *norm(f"{_ROOT}.embeddings.LayerNorm", "text.embedding_norm"),
         *heads(f"{attention}.self.query", f"{_OURS}.attention.query"),
         *heads(f"{attention}.self.key", f"{_OURS}.attention.key"),
@@ -203,8 +234,8 @@ def _roberta_rules() -> list[Rule]:
 def _nllb_rules() -> list[Rule]:
     layer, attention = f"{_ROOT}.layers.{{}}", f"{_ROOT}.layers.{{}}.self_attn"
     return [
-        Rule(_NLLB, "text.embedding"),
-        Rule(_SINUSOIDS, "text.position"),
+        Rule(NLLB_EMBEDDING, "text.embedding"),
+        Rule(SINUSOIDS, "text.position"),
         *norm(f"{layer}.self_attn_layer_norm", f"{_OURS}.attention_norm"),
         *heads(f"{attention}.q_proj", f"{_OURS}.attention.query"),
         *heads(f"{attention}.k_proj", f"{_OURS}.attention.key"),

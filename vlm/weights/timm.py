@@ -110,8 +110,13 @@ def _known() -> dict[str, ViTConfig]:
     pe = (
         "tiny_patch16_384 small_patch16_384 base_patch16_224 large_patch14_336 gigantic_patch14_448"
     )
+    clip = (
+        "base_patch32_clip_224 base_patch32_clip_256 base_patch32_clip_384 base_patch32_clip_448 "
+        "base_patch16_clip_224 base_patch16_clip_384 large_patch14_clip_224 large_patch14_clip_336"
+    )
     towers = {}
-    for family, start, ends in ((_FAMILIES[0], "vit_", siglip), (_FAMILIES[1], "vit_pe_core_", pe)):
+    starts = zip(_FAMILIES, ("vit_", "vit_pe_core_", "vit_"), (siglip, pe, clip), strict=True)
+    for family, start, ends in starts:
         for end in ends.split():
             sizes = family[3][end.split("_")[0]]
             towers[start + end] = _tower(family, start + end, *sizes)
@@ -254,7 +259,8 @@ def options(c: ViTConfig) -> dict[str, str | None]:
     """
     # PE's head is timm's own classifier; "none" is of a tower without one.
     proj = "none" if c.projection == "none" else None
-    return {"timm_model_name": tower_name(c), "timm_pool": "map", "timm_proj": proj}
+    pool = "token" if c.pool == "class" else c.pool
+    return {"timm_model_name": tower_name(c), "timm_pool": pool, "timm_proj": proj}
 
 
 def rules(c: ViTConfig) -> list[Rule]:

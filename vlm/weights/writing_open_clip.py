@@ -1,4 +1,4 @@
-"""A bundle as a folder of open_clip: its own towers, or timm's where they are the model's."""
+"""A bundle as a folder of open_clip: its own towers, or timm's and transformers' that are ours."""
 
 from typing import Any
 
@@ -10,14 +10,13 @@ from vlm.config import (
     PreprocessConfig,
     ResNetConfig,
     TextConfig,
-    VisionTowerConfig,
     ViTConfig,
 )
 from vlm.errors import CheckpointError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
-from vlm.weights import open_clip, timm, timm_towers
+from vlm.weights import open_clip, text_encoders, timm_towers, writing_text_encoders
 from vlm.weights.files import write_safetensors
 from vlm.weights.rules import write
 from vlm.weights.writing_parts import check, dump, refuse, tokenizer_files
@@ -37,7 +36,11 @@ def write_open_clip(
     if values["text_cfg"].get("hf_tokenizer_name"):
         tokenizer_files(folder, tokenizer)
     shapes = {"text.token_embedding.weight": (), "logit_scale": ()}
-    tensors = write(model, open_clip.rules(model.config, shapes))
+    table = open_clip.rules(model.config, shapes)
+    if text_encoders.owns(model.config.text):
+        tensors = writing_text_encoders.tensors(model, table)
+    else:
+        tensors = write(model, table)
     write_safetensors(folder / "open_clip_model.safetensors", tensors, {"format": "pt"})
 
 
@@ -67,6 +70,9 @@ def open_clip_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
         CheckpointError: lists all that open_clip's towers do not have.
     """
     vision, text = config.vision, config.text
+    encoder = text_encoders.owns(text)  # which has an activation of its own
+    quick = encoder and isinstance(vision, ViTConfig) and vision.activation == "quick_gelu"
+    quick = quick or text.activation == "quick_gelu"
     if isinstance(vision, ResNetConfig):
         image_tower = _resnet(vision)
     elif isinstance(vision, FastViTConfig):
@@ -76,7 +82,7 @@ def open_clip_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
             "open_clip opens a CoCa with its captioning decoder alone, and this is the contrastive "
             "half, which has none: save the model as a vlm bundle instead"
         )
-    elif (family := _timm_family(vision)) is not None:
+    elif (family := timm_towers.family_of(vision)) is not None:
         image_tower = {
             "image_size": vision.image_size,
             "timm_model_pretrained": False,
@@ -84,36 +90,29 @@ def open_clip_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
         }
     else:
         assert isinstance(vision, ViTConfig)  # all others have a family
-        image_tower = _native(config, vision)
+        image_tower = _native(config, vision, quick=quick)
     values: dict[str, Any] = {
         "embed_dim": config.embed_dim,
         "custom_text": True,
         "vision_cfg": image_tower,
-        "text_cfg": _text(text) | _tokenizer(tokenizer),
+        "text_cfg": (writing_text_encoders.text_cfg(text) if encoder else _text(text))
+        | _tokenizer(tokenizer),
     }
-    if text.activation == "quick_gelu":
+    if quick:
         values["quick_gelu"] = True
     if config.init_bias is not None:
         values["init_logit_bias"] = config.init_bias
     return values
 
 
-def _timm_family(vision: VisionTowerConfig) -> Any | None:
-    """The family that writes a tower by timm's name; None: open_clip has the tower itself."""
-    family = timm_towers.family_of(vision)
-    if family is timm and isinstance(vision, ViTConfig) and vision.pool != "map":
-        return None
-    return family
-
-
-def _native(config: ModelConfig, c: ViTConfig) -> dict[str, Any]:
+def _native(config: ModelConfig, c: ViTConfig, *, quick: bool) -> dict[str, Any]:
     check("open_clip", config, {"stem": "linear", "patch_bias": False, "projection": "linear"}, {})
     faults = []
     if c.pool == "mean" and not c.class_token:
         faults.append("vision.pool 'mean' without a class token beside the patches")
     if c.rotary is not None:
         faults.append(f"vision.rotary {c.rotary} with vision.pool {c.pool!r}")
-    if (c.activation == "quick_gelu") != (config.text.activation == "quick_gelu"):
+    if (c.activation == "quick_gelu") != quick:
         faults.append("quick_gelu in one tower alone")
     if faults:
         refuse("open_clip", faults)
