@@ -372,3 +372,19 @@ def test_another_architecture_lists_all_that_differs(bundle, tmp_path):
     assert (
         "text.transformer.blocks.mlp.up.kernel (3, 16, 24) (the model has (3, 16, 25))" in message
     )
+
+
+@pytest.mark.untyped
+def test_images_are_decoded_as_asked(bundle, tmp_path):
+    """A transparent image: on white as intended, without its alpha channel as the reference."""
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 48, 4), np.uint8)
+    bundle.save(tmp_path / "b")
+    other = load(tmp_path / "b", decode="reference")
+    opaque = pixels[..., :3]
+    np.testing.assert_array_equal(other.encode_image(pixels), bundle.encode_image(opaque))
+    assert not np.allclose(other.encode_image(pixels), bundle.encode_image(pixels), atol=1e-3)
+    other.save(tmp_path / "again")
+    assert load(tmp_path / "again").preprocess.config.decode == "reference"
+    assert load(tmp_path / "again", decode="intended").preprocess.config == bundle.preprocess.config
+    with pytest.raises(ConfigError, match="decode"):
+        load(tmp_path / "b", decode="pil")

@@ -528,6 +528,9 @@ def test_eval_by_name_goes_on_and_compare_says_which_is_better(
     before = (out / "results.json").read_text()
     do("eval", run, "--tasks", task, "--out", out)  # finished: read, not measured again
     assert (out / "results.json").read_text() == before
+    do("eval", run, "--tasks", task, "--out", out, "--decode", "reference")
+    results = json.loads((out / "results.json").read_text())["results"]
+    assert results[0]["provenance"]["evidence"]["decode"] == "reference"  # measured again
     found = json.loads(do("compare", out, out, "--json", "--out", tmp_path / "page.html"))
     assert found[0]["p_value"] == 1
     assert (tmp_path / "page.html").exists()

@@ -24,7 +24,7 @@ from vlm.display import FactSheet
 from vlm.errors import CheckpointError, ConfigError
 from vlm.inputs.batches import pixel_batches
 from vlm.inputs.opening import ImageLike, OnError, one_or_many
-from vlm.inputs.preprocess import Preprocess, resized_by
+from vlm.inputs.preprocess import Preprocess, with_options
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models import adapters
 from vlm.models.dual_encoder import DualEncoder
@@ -386,6 +386,7 @@ def load(
     revision: str | None = None,
     tower: building.Tower = "both",
     resize_backend: Literal["pillow", "tensor", "tensorflow"] | None = None,
+    decode: Literal["intended", "reference"] | None = None,
     base: epath.PathLike | None = None,
 ) -> Bundle:
     """The bundle that `model` names: a bundle, a run folder with one, or a public checkpoint.
@@ -407,9 +408,9 @@ def load(
         revision: of a Hub model.
         tower: "image" or "text" reads that half alone; the other cannot encode then.
         resize_backend: how images are resized, where the checkpoint's files say another way than
-            its authors used, or the other way round: "pillow"; "tensor", as torchvision does uint8
-            tensors and with it transformers 5; "tensorflow", as big_vision does. Embeddings move a
-            little. None: as the files say.
+            its authors used: "pillow"; "tensor", as torchvision does uint8 tensors and with it
+            transformers 5; "tensorflow", as big_vision does. None: as the files say.
+        decode: how image files become RGB, "intended" or "reference": see `PreprocessConfig`.
         base: where the model of an adapter lies by now. None: where it was.
 
     Raises:
@@ -426,15 +427,14 @@ def load(
     keep_compiled_programs()
     if (saved := open_adapter(model)) is not None:
         sizes = {"image_size": image_size, "context_length": context_length}
-        options = {"dtype": dtype, "mesh": mesh, "tower": tower, "resize_backend": resize_backend}
-        return _load_adapted(saved, base, sizes, **options)
+        options = {"dtype": dtype, "mesh": mesh, "tower": tower, "decode": decode}
+        return _load_adapted(saved, base, sizes, resize_backend=resize_backend, **options)
     kind = building.parameter_dtype(dtype)
     place = None if mesh is None else building.parameter_shardings(mesh)
     checkpoint, name = open_model(model, revision)
     checkpoint = checkpoint.for_length(context_length)
     config, preprocess = at_image_size(checkpoint.config, checkpoint.preprocess, image_size)
-    if resize_backend is not None:
-        preprocess = resized_by(preprocess, resize_backend)
+    preprocess = with_options(preprocess, resize_backend, decode)
     config, tokenizer = at_context_length(
         config,
         checkpoint.tokenizer,
@@ -482,8 +482,8 @@ def _load_adapted(
             "if it has moved)"
         ) from None
     if pixels is not None and pixels.image_size == below.preprocess.config.image_size:
-        backend = options["resize_backend"]
-        below.preprocess = Preprocess(resized_by(pixels, backend) if backend else pixels)
+        pixels = with_options(pixels, options["resize_backend"], options["decode"])
+        below.preprocess = Preprocess(pixels)
     return adapted(below, saved)
 
 

@@ -1,12 +1,14 @@
 """Tasks and the runner over a small model with real arithmetic."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import rich
 from rich.console import Console
 
+from vlm.config import PreprocessConfig
 from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.evaluate.metrics import pair_retrieval_metrics, zero_shot_metrics
 from vlm.evaluate.runner import Report, Result, evaluate, provenance
@@ -74,6 +76,17 @@ def test_provenance_says_where_a_number_comes_from(report):
     assert {"vlm", "jax", "flax", "python"} <= set(origin.versions)
     assert "x cpu" in origin.device
     assert str(DATA) == "colours 1.0.0 [test]"
+
+
+def test_a_report_says_how_image_files_were_decoded():
+    model, (images, target) = NoisyColours(), pictures()
+    model.preprocess = SimpleNamespace(config=PreprocessConfig(decode="reference"))
+    found = evaluate(model, [ZeroShotTask(images, WORDS, target, DATA)])
+    assert found["zero-shot"].provenance.evidence["decode"] == "reference"
+    console = Console(width=100, file=io.StringIO())
+    console.print(found)
+    assert "Images are decoded as: reference" in console.file.getvalue()
+    assert "decoded as: reference" in found._repr_html_()
 
 
 def test_json_round_trip(report, tmp_path):

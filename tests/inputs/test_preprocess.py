@@ -11,7 +11,7 @@ from PIL import Image, ImageCms
 from vlm.config import PreprocessConfig
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.opening import open_image
-from vlm.inputs.preprocess import Preprocess, resized_by
+from vlm.inputs.preprocess import Preprocess, with_options
 from vlm.weights.processors import huggingface_preprocess
 
 GOLDEN = np.load(pathlib.Path(__file__).with_name("preprocess_golden.npz"))
@@ -292,5 +292,5 @@ def test_the_tensor_backend_is_that_of_the_fast_processors():
         for end in ("", "Fast")
     )
     assert slow.backend == "pillow"
-    assert resized_by(slow, "tensor") == fast
-    assert resized_by(fast, "pillow") == slow
+    assert with_options(slow, "tensor") == fast
+    assert with_options(fast, "pillow") == slow

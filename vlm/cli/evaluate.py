@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vlm.cli import parse, runtime
 from vlm.cli.parse import UsageError
@@ -41,6 +41,10 @@ class Options:
     data: DataConfig
     # zero-shot, retrieval (by default both; of data with a label, zero-shot alone), or see above
     tasks: tuple[str, ...] = ()
+    # How image files become RGB: intended, upright by EXIF orientation and transparent pixels on a
+    # background; reference, by Pillow's Image.open(file).convert("RGB"), as the code that
+    # published figures come from. By default as the model's bundle says, else intended.
+    decode: Literal["intended", "reference"] | None = None
     json: bool = False  # print the report as JSON instead of a table
     # A file that ends in .json, for the report; or a folder, for a page, a file of CLIP_benchmark's
     # form and a Parquet file of each query for every task. Tasks that are there are not done again.
@@ -78,7 +82,7 @@ def evaluate(model: str, options: Options) -> None:
     processes.start()
     with processes.stop_all_on_failure():
         if set(options.tasks) <= set(OWN):
-            bundle = load(model)
+            bundle = load(model, decode=options.decode)
             made = tasks(options, trained_head(model, bundle, options))
             report = run_tasks(shared(bundle), made)
             if jax.process_index() == 0:
@@ -113,6 +117,7 @@ def _run_named(model: str, options: Options) -> Any:
     from vlm.cli.terminal import print_status
     from vlm.cluster.processes import broadcast_text, exchange_texts
     from vlm.errors import ConfigError, DataError
+    from vlm.evaluate.evidence import model_facts
     from vlm.evaluate.hosts import shared
     from vlm.evaluate.results_folder import read_result, write_gallery, write_result
     from vlm.evaluate.runner import Report, measure
@@ -124,11 +129,12 @@ def _run_named(model: str, options: Options) -> Any:
         raise UsageError(str(error)) from None
     first = jax.process_index() == 0
     folder = options.out if options.out and not options.out.endswith(".json") else None
-    bundle, results = load(model), []
+    bundle, results = load(model, decode=options.decode), []
+    facts = model_facts(bundle)
     for name in names:
         done = read_result(folder, name) if folder and first else None
-        if done is not None and done.provenance.evidence.get("fingerprint") != bundle.fingerprint:
-            done = None
+        if done is not None and not facts.items() <= done.provenance.evidence.items():
+            done = None  # of other weights, or of images or texts that were prepared otherwise
         if broadcast_text("" if done is None else "done"):
             results.append(done)
             continue

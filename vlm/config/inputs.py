@@ -40,6 +40,9 @@ class PreprocessConfig:
             floor, as transformers does.
         background: Colour (red, green, blue) under transparent pixels. None: the alpha channel
             is dropped.
+        decode: How an image file becomes RGB. intended: upright by its EXIF orientation, on
+            `background` where transparent, 16 bits scaled to 8; reference: Pillow's
+            Image.open(file).convert("RGB"), as the code that published figures come from.
 
     Example:
         >>> vlm.PreprocessConfig(image_size=224, resize="crop", kernel="bicubic").resize
@@ -63,6 +66,7 @@ class PreprocessConfig:
         255,
         255,
     )
+    decode: Literal["intended", "reference"] = "intended"
 
     def __post_init__(self):
         check_bounds(self)

@@ -42,9 +42,18 @@ def digest(values: Iterable[Any]) -> str:
 
 def model_facts(model: Any) -> dict[str, str]:
     """Weights, inputs and precision of a model, as far as it tells."""
-    facts = {"fingerprint": getattr(model, "fingerprint", None)}
-    for part in ("preprocess", "tokenizer"):
-        facts[part] = getattr(getattr(model, part, None), "config", None)
+    fingerprint = getattr(model, "fingerprint", None)
+    found = {} if fingerprint is None else {"fingerprint": fingerprint}
+    return found | input_facts(model)
+
+
+def input_facts(model: Any) -> dict[str, str]:
+    """How a model takes images and texts, as far as it tells; `decode` is its rule for files."""
+    facts = {
+        part: getattr(getattr(model, part, None), "config", None)
+        for part in ("preprocess", "tokenizer")
+    }
+    facts["decode"] = getattr(facts["preprocess"], "decode", None)
     facts["dtype"] = getattr(getattr(model, "config", None), "dtype", None)
     return {name: str(value) for name, value in facts.items() if value is not None}
 

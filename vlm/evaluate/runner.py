@@ -38,7 +38,8 @@ class Provenance:
     device: str
     versions: dict[str, str]
     # By hash or in words, as far as they are known: `fingerprint` (of the weights), `preprocess`,
-    # `tokenizer`, `dtype`, `data_hash` (images and targets), `texts_hash` (captions, class names).
+    # `decode` (its rule for image files), `tokenizer`, `dtype`, `data_hash` (images and targets),
+    # `texts_hash` (captions, class names).
     evidence: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -142,6 +143,9 @@ class Report:
             ]
             for head, row in zip_longest(heads, rows, fillvalue=""):
                 table.add_row(head, *row)
+        if self._decode():
+            table.caption = f"Images are decoded as: {self._decode()}"
+            table.caption_justify = "left"
         return table
 
     def _repr_html_(self) -> str:
@@ -154,8 +158,14 @@ class Report:
         heads = "".join(
             f"<th>{head}</th>" for head in ("task", "data", "metric", "value", "95% interval", "n")
         )
-        caption = f"<caption>Evaluation of {escape(self._models())}</caption>"
+        decoded = f", images decoded as: {self._decode()}" if self._decode() else ""
+        caption = f"<caption>Evaluation of {escape(self._models() + decoded)}</caption>"
         return f"<table>{caption}<tr>{heads}</tr>{''.join(cells)}</table>"
+
+    def _decode(self) -> str:
+        """How image files became RGB in these results; empty where that is not known."""
+        found = (result.provenance.evidence.get("decode") for result in self.results)
+        return ", ".join(dict.fromkeys(filter(None, found)))
 
     def _models(self) -> str:
         return ", ".join(dict.fromkeys(result.provenance.model for result in self.results))

@@ -104,7 +104,9 @@ def _about_pixels(config: PreprocessConfig) -> list[str]:
     if config.backend != "pillow":
         whose = "PyTorch's `interpolate` of uint8" if config.backend == "tensor" else "TensorFlow's"
         notes.append(f"The model's own pixels come from {whose}; Pillow's differ a little.")
-    if config.background is not None:
+    if config.decode == "reference":
+        notes.append('Image files are decoded by Pillow\'s `Image.open(file).convert("RGB")`.')
+    elif config.background is not None:
         notes.append(f"Transparent pixels lie on the colour {config.background}.")
     return notes
 
@@ -143,13 +145,15 @@ def _pixels_code(config: PreprocessConfig) -> str:
         offset="round" if config.crop_offset == "round" else "int",
         fill=config.fill,
     )
+    plain = config.decode == "reference"
+    opened = "Image.open(file)" if plain else "ImageOps.exif_transpose(Image.open(file))"
     return f"""\
 from PIL import Image, ImageOps
 
 SIZE, KERNEL = {config.image_size}, Image.Resampling.{config.kernel.upper()}
 
 def pixels_of(file):
-    image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+    image = {opened}.convert("RGB")
 {resize}    return np.asarray(image)
 
 pixels = np.stack([pixels_of(file) for file in ["photo.jpg"]])  # uint8, any number of them

@@ -5,7 +5,7 @@ import io
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from etils import epath
@@ -82,6 +82,7 @@ def open_image(
     max_pixels: int = MAX_PIXELS,
     name: str = "the image",
     smallest: Smallest | None = None,
+    decode: Literal["intended", "reference"] = "intended",
 ) -> Image.Image:
     """Any image in mode RGB, as its author meant it to look.
 
@@ -89,6 +90,9 @@ def open_image(
     16-bit and float greyscale are scaled to 8 bits. A file is of one of `FORMATS`, whatever its
     name, and whole: a damaged one is refused even where Pillow was told to let it pass
     (`ImageFile.LOAD_TRUNCATED_IMAGES`). Of several frames the first is taken.
+
+    With `decode="reference"` none of that is corrected: the pixels are those of Pillow's
+    `Image.open(file).convert("RGB")`, which open_clip, CLIP and CLIP_benchmark evaluate with.
 
     `smallest` is told the width and height of a JPEG file and says how small it may come out: it is
     decoded at 1/2, 1/4 or 1/8 of its size where that is no smaller, which is several times as fast.
@@ -113,12 +117,14 @@ def open_image(
     _check_size(image, name, max_pixels)
     try:
         if smallest is not None and image.format == "JPEG":
-            _draft(image, smallest)
+            _draft(image, smallest, None if decode == "reference" else _turn(image))
         with _strictly():
             # Before anything else is asked of the image: Pillow decodes for its EXIF data as well,
             # and what failed to decode once is half an image that decodes the second time.
             image.load()
         _check_size(image, name, max_pixels)  # a frame may be larger than its header said
+        if decode == "reference":
+            return image if image.mode == "RGB" else image.convert("RGB")
         return _to_rgb(_upright(image), background)
     except Image.DecompressionBombError:
         raise DataError(_too_large(name, "too many", max_pixels)) from None
@@ -274,9 +280,8 @@ def _from_array(image: Any, name: str) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _draft(image: Any, smallest: Smallest) -> None:
-    """Set a JPEG file to be decoded at a fraction of its size."""
-    turn = _turn(image)
+def _draft(image: Any, smallest: Smallest, turn: Image.Transpose | None) -> None:
+    """Set a JPEG file to be decoded at a fraction of its size; `turn` is to be applied after."""
     if turn is not None and (image.width % 8 or image.height % 8):
         return  # turned, the last pixel, which stands for a part of one, would be the first
     lies = turn in _LYING

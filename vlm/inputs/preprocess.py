@@ -140,10 +140,11 @@ class Preprocess:
     def open(
         self, image: ImageLike, name: str = "the image", smallest: Smallest | None = None
     ) -> Image.Image:
-        """The image in mode RGB, upright, on the background: see `open_image`."""
+        """The image in mode RGB, as `config.decode` has it: see `open_image`."""
         return open_image(
             image,
             background=self.config.background,
+            decode=self.config.decode,
             max_pixels=self.max_pixels,
             name=name,
             smallest=smallest,
@@ -201,20 +202,28 @@ class Preprocess:
         return size, (left, top, left + config.image_size, top + config.image_size)
 
 
-def resized_by(
-    config: PreprocessConfig, backend: Literal["pillow", "tensor", "tensorflow"]
+def with_options(
+    config: PreprocessConfig,
+    resize_backend: Literal["pillow", "tensor", "tensorflow"] | None = None,
+    decode: Literal["intended", "reference"] | None = None,
 ) -> PreprocessConfig:
-    """The same preprocessing with another code to resize by, in the form that this code has.
+    """The same preprocessing, resized and decoded as asked; None keeps what it says itself.
 
     Raises:
-        ConfigError: an unknown backend, or one that this preprocessing does not allow.
+        ConfigError: an unknown value, or one that this preprocessing does not allow.
     """
-    if backend not in ("pillow", "tensor", "tensorflow"):
-        raise ConfigError(
-            f"resize_backend is {backend!r}: choose 'pillow', 'tensor' or 'tensorflow'"
-        )
-    if backend == config.backend:
+    if decode is not None:
+        if decode not in ("intended", "reference"):
+            raise ConfigError(f"decode is {decode!r}: choose 'intended' or 'reference'")
+        config = dataclasses.replace(config, decode=decode)
+    if resize_backend is None or resize_backend == config.backend:
         return config
-    if backend == "tensorflow":
-        return dataclasses.replace(config, backend=backend, antialias=False, kernel="bilinear")
-    return dataclasses.replace(config, backend=backend, antialias=True)
+    if resize_backend not in ("pillow", "tensor", "tensorflow"):
+        raise ConfigError(
+            f"resize_backend is {resize_backend!r}: choose 'pillow', 'tensor' or 'tensorflow'"
+        )
+    if resize_backend == "tensorflow":
+        return dataclasses.replace(
+            config, backend=resize_backend, antialias=False, kernel="bilinear"
+        )
+    return dataclasses.replace(config, backend=resize_backend, antialias=True)

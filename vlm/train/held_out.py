@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from vlm.bundle import Bundle
 from vlm.config import DataConfig, Experiment, to_dict
 from vlm.data.sources import all_captions, first_captions, open_source
+from vlm.evaluate.evidence import input_facts
 from vlm.evaluate.gallery import gallery_png
 from vlm.evaluate.metrics import Metric, pair_retrieval_metrics, zero_shot_metrics
 from vlm.evaluate.report import write_report
@@ -122,13 +123,13 @@ def finish(
 ) -> Report:
     """Measure the finished run, and write its results, and the report of its held-out split."""
     held, data = evaluations.held, run.experiment.data
-    results, embedded = [], None
+    results, embedded, evidence = [], None, input_facts(bundle)
     if held is not None:
         start = time.perf_counter()
         embedded = held.embed(state)
         zero_shot, retrieval = held.measure(*embedded)
         about = DataInfo(data.source, split=data.eval_split or "")
-        source = provenance(bundle.name, about, ("{}",), time.perf_counter() - start)
+        source = provenance(bundle.name, about, ("{}",), time.perf_counter() - start, evidence)
         results = [
             Result(f"zero-shot over {len(held.captions):,} captions", zero_shot, source),
             Result(f"retrieval among {len(held.target):,} pairs", retrieval, source),
@@ -138,7 +139,7 @@ def finish(
         found = task.measure(state)
         templates = config.templates if config.task == "zero-shot" else ("{}",)
         seconds = time.perf_counter() - start
-        source = provenance(bundle.name, info(config), templates, seconds)
+        source = provenance(bundle.name, info(config), templates, seconds, evidence)
         results.append(Result(f"{config.name} {config.task}", found, source))
     report = Report(tuple(results))
     scale, bias = bundle.logit_scale, bundle.logit_bias  # of all processes together
@@ -166,7 +167,7 @@ def _show(run: Run, held: HeldOut, report: Report, state, embedded, score_rule, 
         logit_scale=scale,
         logit_bias=bias,
         loss=loss,
-        facts=_facts(state),
+        facts=_facts(state, run.experiment.preprocess.decode),
         credits=credits,
     )
     _draw_gallery(run, held, to_scores(scale * z_image @ z_captions.T + bias, loss))
@@ -190,10 +191,11 @@ def _draw_gallery(run: Run, held: HeldOut, scores: Float[np.ndarray, "n m"]) -> 
     )
 
 
-def _facts(state: TrainState) -> dict[str, Any]:
+def _facts(state: TrainState, decode: str) -> dict[str, Any]:
     count = sum(x.size for x in jax.tree.leaves((state.params, state.frozen)))
     devices = jax.devices()
     return {
         "Parameters": f"{count / 1e6:.2f} M",
         "Devices": f"{len(devices)} x {devices[0].device_kind}",
+        "Images decoded as": decode,
     }
