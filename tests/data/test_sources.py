@@ -122,8 +122,12 @@ def test_features_that_are_not_there(openmoji_dir, changes, message):
 def test_sources_that_are_not_there(openmoji_dir, tiny_dir, tmp_path):
     with pytest.raises(DataError, match=r"'imagenet' is unknown: give \"openmoji\".*tfds:NAME"):
         open_source(DataConfig("imagenet"), "train")
-    with pytest.raises(DataError, match="no split 'dev': it has test, train, validation"):
-        open_source(DataConfig(data_dir=openmoji_dir), "dev")
+    with pytest.raises(DataError, match="no split 'holdout': it has test, train, val"):
+        open_source(DataConfig(data_dir=openmoji_dir), "holdout")
+    dev = open_source(DataConfig(data_dir=openmoji_dir), "dev[:5]")  # under another name
+    assert [dev[i]["caption"] for i in range(5)] == [
+        open_source(DataConfig(data_dir=openmoji_dir), "validation")[i]["caption"] for i in range(5)
+    ]
     with pytest.raises(DataError, match="TFDS knows no data set 'no_such_set'"):
         open_source(DataConfig("tfds:no_such_set", data_dir=tiny_dir), "train")
     with pytest.raises(DataError, match=r"is not prepared in .*array_record"):
@@ -185,7 +189,7 @@ def test_tables_that_are_wrong(tmp_path):
         (
             "h.jsonl",
             '{"image": "x", "caption": "a", "split": "val"}',
-            "no rows of split 'train'.*val",
+            "no split 'train': it has val",
         ),
     ]:
         (tmp_path / name).write_text(text)

@@ -172,14 +172,14 @@ def _finish(folder: str, report: Any) -> None:
 
 def trained_head(model: str, bundle: Any, options: Options) -> Any | None:
     """The classifier that the run has left, if it is one of the data's classes."""
-    from vlm.data.sources import class_names
+    from vlm.data.sources import classes_of
     from vlm.heads.zero_shot import ZeroShotClassifier
 
     file = classifier_of(model) if options.data.label else None
     if file is None:
         return None
     made = ZeroShotClassifier.load(file, bundle)
-    return made if made.labels == tuple(class_names(options.data)) else None
+    return made if made.labels == tuple(classes_of(options.data).labels) else None
 
 
 def tasks(options: Options, head: Any | None = None) -> list[Any]:

@@ -85,6 +85,7 @@ class MixturePart:
         captions: Names of its caption features.
         caption_weights: Weights of its caption features.
         label: Name of its class-label feature, in place of captions.
+        class_names: File with the names of its labels.
         templates: Sentences around its labels.
         keep: Train on the examples of this part that pass all of these filters.
         access: How its examples are read: see `DataConfig.access`.
@@ -106,6 +107,7 @@ class MixturePart:
     captions: tuple[str, ...] | None = None
     caption_weights: tuple[float, ...] | None = None
     label: str | None = None
+    class_names: str | None = None
     templates: tuple[str, ...] | None = None
     keep: tuple[FieldFilter, ...] | None = None
     access: Literal["auto", "random", "stream"] | None = None
@@ -129,6 +131,9 @@ class DataConfig:
             all texts of an image alike.
         label: Name of a class-label feature that is used in place of captions: its name is put
             into `templates`.
+        class_names: A text file with the names of the labels in sentences, in place of the labels
+            made readable: a line for each label in their order, or lines LABEL<tab>NAME; or a JSON
+            object from label to name.
         templates: Sentences around a label, such as 'a photo of a {}.'; one is drawn at random.
         keep: Train on the examples that pass all of these filters.
         augment: Random changes of training images.
@@ -159,6 +164,7 @@ class DataConfig:
     captions: tuple[str, ...] = ("caption",)
     caption_weights: tuple[float, ...] = ()
     label: str | None = None
+    class_names: str | None = None
     templates: tuple[str, ...] = ("{}",)
     keep: tuple[FieldFilter, ...] = ()
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -10,7 +10,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from vlm.config import DataConfig
 from vlm.data.examples import WHERE, Example, check_features
 from vlm.data.faults import BadSample
-from vlm.data.storage import expand
+from vlm.data.splits import split_files
 from vlm.errors import DataError
 
 _Example: Any = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue] (made on import)
@@ -51,12 +51,7 @@ def open_array_record(config: DataConfig, split: str) -> ArrayRecordSource:
     Raises:
         DataError: no files or no records, or none with the features that the config names.
     """
-    if "{split}" not in config.source and split != config.train_split:
-        raise DataError(
-            f"data.source {config.source!r} has no {{split}} in it, so there is no split "
-            f"{split!r}: name the files by split, or set eval_split=None"
-        )
-    source = ArrayRecordSource(expand(config.source.replace("{split}", split)), config)
+    source = ArrayRecordSource(split_files(config.source, split, config.train_split), config)
     known = [name for name in source[0] if name != WHERE]
     check_features(config, known, f"record 0 of {config.source}")
     return source

@@ -10,10 +10,12 @@ import json
 import os
 from typing import Any
 
+from etils import epath
+
 from vlm.config import DataConfig
 from vlm.data.examples import WHERE, Example, check_features
 from vlm.data.faults import BadSample
-from vlm.data.storage import expand
+from vlm.data.splits import find_split, split_files
 from vlm.errors import DataError
 from vlm.paths import as_path, is_remote
 
@@ -86,12 +88,7 @@ def open_arrow(config: DataConfig, split: str) -> ArrowSource:
         feature = info.get("features", {}).get(config.label or "", {})
         names = feature.get("names") if isinstance(feature, dict) else None
     else:
-        if "{split}" not in config.source and split != config.train_split:
-            raise DataError(
-                f"data.source {config.source!r} has no {{split}} in it, so there is no split "
-                f"{split!r}: name the files by split, or set eval_split=None"
-            )
-        files = expand(config.source.replace("{split}", split))
+        files = split_files(config.source, split, config.train_split)
     source = ArrowSource(files, config, names)
     if not len(source):
         raise DataError(f"{config.source} has no rows of split {split!r}: check data.source")
@@ -129,13 +126,16 @@ def import_pyarrow() -> Any:
     return pyarrow
 
 
-def _saved(folder: Any, config: DataConfig, split: str) -> tuple[list[str], dict[str, Any]]:
+def saved_splits(folder: epath.Path) -> list[str] | None:
+    """The splits in a folder of `save_to_disk`; None where it has one alone."""
     several = folder / "dataset_dict.json"
-    if several.exists():
-        splits = json.loads(several.read_text())["splits"]
-        if split not in splits:
-            raise DataError(f"{folder} has no split {split!r}: it has {', '.join(sorted(splits))}")
-        folder = folder / split
+    return json.loads(several.read_text())["splits"] if several.exists() else None
+
+
+def _saved(folder: Any, config: DataConfig, split: str) -> tuple[list[str], dict[str, Any]]:
+    known = saved_splits(folder)
+    if known is not None:
+        folder = folder / find_split(split, known, os.fspath(folder))
     elif split != config.train_split:
         raise DataError(
             f"{folder} has one split and no {split!r}: set eval_split=None, or name its folder"

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from vlm.config import DataConfig, FieldFilter
+from vlm.data.class_names import NAME, class_name
 from vlm.data.faults import BadSample
 from vlm.errors import ConfigError, DataError
 
@@ -133,7 +134,8 @@ def _by_feature(example: Example, config: DataConfig) -> list[list[str]]:
         label = example.get(config.label)
         if label is None or label == "":
             raise BadSample("no label", where, f"{where} has no label in {config.label}")
-        return [[template.format(label)] for template in config.templates]
+        name = example.get(NAME) or class_name(str(label), config)
+        return [[template.replace("{}", name)] for template in config.templates]
     found = []
     for feature in config.captions:
         value = example.get(feature)

@@ -1,8 +1,9 @@
 """A folder of images: with a text of the same name beside each, or sorted into class folders.
 
 `photos/a.jpg` with `photos/a.txt` (a caption a line) or `photos/a.json` (fields) has captions;
-`pets/cat/1.jpg` has the label `cat`. If the folder has one that is called like the split, that one
-is read; without, all of it is the training split.
+`pets/cat/1.jpg` has the label `cat`. A folder with folders that are called like splits, such as
+`train` and `val`, has these splits; without, all of it is the training split. The classes are those
+of all splits.
 """
 
 import json
@@ -15,6 +16,7 @@ from etils import epath
 from vlm.config import DataConfig
 from vlm.data.examples import WHERE, Example, check_features
 from vlm.data.faults import BadSample
+from vlm.data.splits import NAMES, find_split
 from vlm.data.storage import read_file
 from vlm.data.webdataset import IMAGES
 from vlm.errors import DataError
@@ -26,9 +28,13 @@ _TEXTS = (".txt", ".json")
 class FolderSource:
     """Image files by path, with what lies beside them or their folder's name."""
 
-    def __init__(self, rows: list[tuple[str, str | None, str]], config: DataConfig):
-        self._rows, self._config = rows, config
-        self.label_names = sorted({label for _, _, label in rows}) if config.label else None
+    def __init__(
+        self,
+        rows: list[tuple[str, str | None, str]],
+        config: DataConfig,
+        label_names: list[str] | None = None,
+    ):
+        self._rows, self._config, self.label_names = rows, config, label_names
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -66,19 +72,19 @@ def open_folder(config: DataConfig, split: str) -> FolderSource:
     Raises:
         DataError: no images, no such split, or neither texts nor class folders.
     """
-    root = as_path(config.source)
-    inside = root / split
-    if inside.is_dir():
-        root = inside
+    root = top = as_path(config.source)
+    known = folder_splits(config)
+    if known is not None:
+        root = top / find_split(split, known, f"the folder {top}")
     elif split != config.train_split:
         raise DataError(
-            f"{root} has no folder {split!r}, so there is no such split: make one, or set "
-            "eval_split=None"
+            f"{top} has no folders train, test or validation, so there is no split {split!r}: make "
+            "a folder for it, or set eval_split=None"
         )
     images, texts = {}, {}
     for path in _walk(root):
         stem, ending = os.path.splitext(path)
-        if ending.lower().removeprefix(".") in IMAGES:
+        if _is_image(path):
             images[path] = stem
         elif ending in _TEXTS:
             texts.setdefault(stem, path)
@@ -96,10 +102,34 @@ def open_folder(config: DataConfig, split: str) -> FolderSource:
             f"{root} has images and no texts: put a .txt or .json beside each, write captions.csv, "
             'or set data.label="label" if its folders are classes'
         )
-    source = FolderSource(rows, config)
+    label_names = None
+    if config.label:
+        folders = {os.path.dirname(path) for path, _, _ in rows}
+        for other in (top / name for name in known or () if top / name != root):
+            folders |= {os.path.dirname(path) for path in _walk(other) if _is_image(path)}
+        label_names = sorted({os.path.basename(folder) for folder in folders})
+    source = FolderSource(rows, config, label_names)
     first = next(i for i, row in enumerate(rows) if config.label or row[1])
     check_features(config, list(_quietly(source, first, config)), f"the folder {root}")
     return source
+
+
+def folder_splits(config: DataConfig) -> list[str] | None:
+    """The folders of splits in a folder; None where none is called like a split.
+
+    Of classes, a split has folders inside: `train` with nothing but images is the class of trains.
+    """
+    root = as_path(config.source)
+    folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    if config.label:
+        folders = [path for path in folders if any(inner.is_dir() for inner in path.iterdir())]
+    wanted = {*NAMES, config.train_split, config.eval_split}
+    found = [path.name for path in folders if path.name.lower() in wanted or path.name in wanted]
+    return sorted(found) or None
+
+
+def _is_image(path: str) -> bool:
+    return os.path.splitext(path)[1].lower().removeprefix(".") in IMAGES
 
 
 def _quietly(source: FolderSource, index: int, config: DataConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from vlm.config import DataConfig
 from vlm.data.arrow import import_pyarrow, plain
 from vlm.data.examples import Example, check_features, wanted_features
 from vlm.data.shards import Record
+from vlm.data.splits import find_split, named_splits, split_files
 from vlm.data.storage import expand, open_file
 from vlm.data.tar import Torn
 from vlm.errors import DataError
@@ -140,26 +141,31 @@ def open_parquet(config: DataConfig, split: str) -> Any:
     Raises:
         DataError: no such file or split, pyarrow is not installed, or a feature is missing.
     """
-    source = ParquetSource(expand(config.source.replace("{split}", split)), config)
+    said = _split_column(config.source)
+    files = expand(config.source) if said else split_files(config.source, split, config.train_split)
+    source = ParquetSource(files, config)
     check_features(config, source.columns, f"the table {config.source}")
-    if "{split}" not in config.source:
-        if "split" in source.columns:
-            said = [row["split"] for name in source._names for row in read_columns(name, ["split"])]
-            rows = [i for i, value in enumerate(said) if value == split]
-            if not rows:
-                raise DataError(
-                    f"{config.source} has no rows of split {split!r}: it has "
-                    f"{', '.join(sorted({str(value) for value in said}))}"
-                )
-            return _Split(source, rows)
-        if split != config.train_split:
-            raise DataError(
-                f"data.source {config.source!r} has no {{split}} in it and no column split, so "
-                f"there is no split {split!r}: name the files by split, or set eval_split=None"
-            )
+    if said:
+        split = find_split(split, set(said), config.source)
+        return _Split(source, [i for i, value in enumerate(said) if value == split])
     if not len(source):
         raise DataError(f"{config.source} has no rows: give it one for each image")
     return source
+
+
+def parquet_splits(config: DataConfig) -> list[str] | None:
+    """The splits by the column `split` or by the files' names; None where there is neither."""
+    if "{split}" in config.source:
+        return named_splits(config.source)
+    return sorted(set(_split_column(config.source))) or None
+
+
+def _split_column(pattern: str) -> list[str]:
+    """The value of the column `split` of each row; empty where there is none, or in its place
+    `{split}` in the names of the files."""
+    files = [] if "{split}" in pattern else expand(pattern)
+    rows = (row for name in files for row in read_columns(name, ["split"]))
+    return [str(row["split"]) for row in rows if "split" in row]
 
 
 @functools.lru_cache(16)
@@ -170,7 +176,8 @@ def holds_images(config: DataConfig) -> bool:
         DataError: the first file cannot be read.
     """
     pyarrow = import_pyarrow()
-    source = ParquetSource(expand(config.source.replace("{split}", config.train_split))[:1], config)
+    files = split_files(config.source, config.train_split, config.train_split)
+    source = ParquetSource(files[:1], config)
     check_features(config, source.columns, f"the table {config.source}")
     kind = source._files[0].schema_arrow.field(config.image).type
     return not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))

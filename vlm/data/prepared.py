@@ -12,6 +12,7 @@ from tensorflow_datasets.core import constants, read_only_builder
 
 from vlm.config import DataConfig
 from vlm.data.examples import Example, check_features
+from vlm.data.splits import find_split
 from vlm.errors import DataError, first_line
 from vlm.paths import as_path
 
@@ -23,6 +24,11 @@ def open_prepared(name: str, split: str, config: DataConfig) -> "TfdsSource":
         DataError: it is unknown or not prepared, or has no such split or feature.
     """
     return TfdsSource(_prepared(name, config.data_dir), split, config)
+
+
+def prepared_splits(name: str, config: DataConfig) -> list[str]:
+    """The splits of the data set that TFDS knows by `name`."""
+    return sorted(_prepared(name, config.data_dir).info.splits)
 
 
 def open_split(builder: tfds.core.DatasetBuilder, split: str, decoders: dict[str, Any]) -> Any:
@@ -50,17 +56,15 @@ class TfdsSource:
                 )
         try:
             decoders = {config.image: tfds.decode.SkipDecoding()}
-            self._records = open_split(builder, split, decoders)
+            self._records = open_split(builder, _known(split, builder, where), decoders)
         except NotImplementedError as error:
             form = builder.info.file_format
             raise DataError(
                 f"{where} is stored as {form.value if form else 'unknown'}, which has no random "
                 f'access: prepare it with file_format="array_record" ({error})'
             ) from None
-        except (ValueError, KeyError):
-            raise DataError(
-                f"{where} has no split {split!r}: it has {', '.join(sorted(builder.info.splits))}"
-            ) from None
+        except (ValueError, KeyError) as error:
+            raise DataError(f"{where} has no split {split!r} ({first_line(error)})") from None
 
     def __len__(self) -> int:
         return len(self._records)
@@ -76,6 +80,16 @@ class TfdsSource:
     def label_names(self) -> list[str] | None:
         """All class names in the order of their ids, when the config asks for a label."""
         return self._names
+
+
+def _known(split: str, builder: tfds.core.DatasetBuilder, where: str) -> str:
+    """A split as TFDS writes it, such as train[:3]+val, each under the name that it has there."""
+    parts = []
+    for part in split.split("+"):
+        name, bracket, rest = part.strip().partition("[")
+        name = name if name == "all" else find_split(name, list(builder.info.splits), where)
+        parts.append(f"{name}{bracket}{rest}")
+    return "+".join(parts)
 
 
 def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:

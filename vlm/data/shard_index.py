@@ -23,11 +23,11 @@ from vlm.data import tar
 from vlm.data.examples import Example, check_features, wanted_features
 from vlm.data.faults import BadSample
 from vlm.data.sidecar import Sidecars, sidecar_path
+from vlm.data.splits import split_files
 from vlm.data.storage import (
     READERS,
     FrontToBack,
     exists,
-    expand,
     kept_of,
     read_file,
     read_range,
@@ -107,13 +107,7 @@ def open_shards(config: DataConfig, split: str) -> ShardSource:
     Raises:
         DataError: no shard, no example in them, or none with what the config names.
     """
-    pattern = config.source
-    if "{split}" not in pattern and split != config.train_split:
-        raise DataError(
-            f"data.source {pattern!r} has no {{split}} in it, so there is no split {split!r}: name "
-            "the shards by split, or set eval_split=None"
-        )
-    names = expand(pattern.replace("{split}", split))
+    names = split_files(config.source, split, config.train_split)
     source = ShardSource(_index_for(names, config), names, config)
     _check_first(source, config)
     return source

@@ -7,7 +7,8 @@ from vlm.data.examples import check_features, wanted_features
 from vlm.data.faults import BadSample
 from vlm.data.shards import Format, Shards
 from vlm.data.sidecar import sidecar_path
-from vlm.data.storage import CHUNK, exists, expand
+from vlm.data.splits import split_files
+from vlm.data.storage import CHUNK, exists
 from vlm.data.tar import Torn
 from vlm.data.webdataset import TarFormat
 from vlm.errors import DataError
@@ -23,7 +24,7 @@ def find_shards(config: DataConfig) -> list[str]:
     Raises:
         DataError: there are none.
     """
-    return expand(config.source.replace("{split}", config.train_split))
+    return split_files(config.source, config.train_split, config.train_split)
 
 
 def open_shards_as_stream(

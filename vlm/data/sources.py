@@ -1,13 +1,18 @@
 """The front door to sources: which module opens what `data.source` names, and what it holds."""
 
+import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 from jaxtyping import Int32
 
 from vlm.config import DataConfig
 from vlm.data import mixture
+from vlm.data.class_names import NAME, names_of, read_class_names
 from vlm.data.examples import Example, Source, captions_of, passes
 from vlm.data.faults import BadSample
 from vlm.data.lanes import Stream
@@ -15,6 +20,7 @@ from vlm.data.making import open_image_of
 from vlm.data.random_access import IndexedStream
 from vlm.data.randomness import key
 from vlm.data.shard_stream import find_shards, open_shards_as_stream
+from vlm.data.splits import WHOLE, default_split, named_splits
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.preprocess import Preprocess
 from vlm.paths import as_path, cache_dir, is_remote
@@ -42,9 +48,63 @@ def open_source(config: DataConfig, split: str) -> Source:
         12
     """
     source = _open(config, split)
+    if config.label and (config.class_names or getattr(source, "class_names", None)):
+        classes = _classes(config, source)
+        source = NamedSource(source, config, dict(zip(*classes, strict=True)))
     if config.keep and split == config.train_split:
         return FilteredSource(source, config)
     return source
+
+
+def split_names(config: DataConfig) -> list[str] | None:
+    """The splits of `config.source`; None where it has none and is one whole.
+
+    Raises:
+        DataError: the source does not exist.
+    """
+    name = config.source
+    match kind_of(name):
+        case "openmoji" | "tfds":
+            from vlm.data import openmoji, prepared
+
+            if name == "openmoji":
+                return sorted(openmoji.prepare(_data_dir(config)).info.splits)
+            return prepared.prepared_splits(name.removeprefix("tfds:"), config)
+        case "parquet":
+            from vlm.data.parquet import parquet_splits
+
+            return parquet_splits(config)
+        case "arrow" if "{split}" not in name:
+            from vlm.data.arrow import saved_splits
+
+            return saved_splits(as_path(name))
+        case "table":
+            from vlm.data.table import table_splits
+
+            return table_splits(config)
+        case "folder":
+            from vlm.data.folder import folder_splits
+
+            return folder_splits(config)
+    return named_splits(name) if "{split}" in name else None
+
+
+def open_to_measure(config: DataConfig, split: str | None) -> tuple[Source, str]:
+    """The split to measure on, and its name: `split`, or see `default_split`.
+
+    A source that has no splits is measured whole, as `WHOLE`, where none is asked for.
+
+    Raises:
+        DataError: no such source or split, or none to measure on.
+    """
+    known = split_names(config)
+    if known is None and split in (None, WHOLE):
+        return open_source(dataclasses.replace(config, keep=()), config.train_split), WHOLE
+    if split is None:
+        split = default_split(known or (), config.source)
+    # What the config filters is what it trains on.
+    config = dataclasses.replace(config, eval_split=split, keep=())
+    return open_source(config, split), split
 
 
 def _open(config: DataConfig, split: str) -> Source:
@@ -54,7 +114,7 @@ def _open(config: DataConfig, split: str) -> Source:
         case "openmoji":
             from vlm.data import openmoji, prepared
 
-            builder = openmoji.prepare(as_path(config.data_dir or cache_dir() / "data"))
+            builder = openmoji.prepare(_data_dir(config))
             return prepared.TfdsSource(builder, split, config)
         case "tfds":
             from vlm.data.prepared import open_prepared
@@ -85,6 +145,10 @@ def _open(config: DataConfig, split: str) -> Source:
 
             return open_folder(config, split)
     raise DataError(f"data.source {name!r} is unknown: give {'; '.join(KNOWN)}")
+
+
+def _data_dir(config: DataConfig) -> epath.Path:
+    return as_path(config.data_dir or cache_dir() / "data")
 
 
 def kind_of(name: str) -> str | None:
@@ -185,6 +249,26 @@ class FilteredSource:
         return self._source[int(self._kept[index])]
 
 
+class NamedSource:
+    """The same examples, each with the name of its class beside its label."""
+
+    def __init__(self, source: Source, config: DataConfig, names: dict[str, str]):
+        self._source, self._label = source, config.label or ""
+        self.label_names, self.class_names = list(names), list(names.values())
+        self.templates = getattr(source, "templates", None)
+        self.credits = getattr(source, "credits", "")
+        self.faults = getattr(source, "faults", ())
+        self._names = names
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self._source[index]
+        name = self._names.get(str(example.get(self._label)))
+        return example if name is None else {**example, NAME: name}
+
+
 class CachedSource:
     """The same examples, each opened once and kept with its image decoded (mode RGB)."""
 
@@ -212,34 +296,77 @@ def all_captions(config: DataConfig) -> list[str]:
     An image counts with its first caption; with a label, every class counts, seen or not.
     """
     if config.label:
-        return [config.templates[0].format(name) for name in class_names(config)]
+        template = config.templates[0]
+        return [template.replace("{}", name) for name in classes_of(config).names]
     found = (texts[0] for source in _all_splits(config) for texts in _captions(source, config))
     return list(dict.fromkeys(found))
 
 
-def class_names(config: DataConfig) -> list[str]:
-    """The classes of `config.label`: as the data set lists them, or as its splits have them.
+class Classes(NamedTuple):
+    """The classes of a data set, in one order: their labels, and their names."""
+
+    labels: list[str]
+    names: list[str]
+
+
+def classes_of(config: DataConfig, source: Source | None = None) -> Classes:
+    """The classes of `config.label`, of all splits alike: as the data set lists them, or sorted.
+
+    Args:
+        config: which label, and `class_names`.
+        source: a split that is open already, which may list the classes.
 
     Raises:
-        DataError: a stream that lists none and has no split that could be read for them.
+        DataError: a stream that lists none and has no split that could be read for them; or names
+            that do not fit the labels.
     """
-    sources = _all_splits(config)
-    if not sources:
-        raise DataError(
-            f"{config.source} is read as a stream, whose classes are not known before: set "
-            "data.eval_split to a split that has them all"
-        )
-    names = getattr(sources[0], "label_names", None)
-    if names:
-        return list(names)
-    label = config.label or ""
-    found = (source[i].get(label) for source in sources for i in range(len(source)))
-    return list(dict.fromkeys(str(name) for name in found if name not in (None, "")))
+    if source is None:
+        opened = _all_splits(config)
+        if not opened:
+            raise DataError(
+                f"{config.source} is read as a stream, whose classes are not known before: set "
+                "data.eval_split to a split that has them all"
+            )
+        source = opened[0]
+    return _classes(config, source)
+
+
+def _classes(config: DataConfig, source: Source) -> Classes:
+    labels = list(getattr(source, "label_names", None) or _labels_of_all_splits(config))
+    if config.class_names is not None:
+        given = read_class_names(config.class_names, labels, config.source)
+    else:
+        given = dict(zip(labels, getattr(source, "class_names", None) or (), strict=False))
+    return Classes(labels, names_of(labels, given, config.source))
+
+
+def _labels_of_all_splits(config: DataConfig) -> list[str]:
+    """Every label that a split has, each once: numbers by their value, others by their letters."""
+    if is_remote(config.source) and config.eval_split:  # others may be too large to read whole
+        known = [config.eval_split]
+    else:
+        known = split_names(config) or [config.train_split]
+    sources = [_open(dataclasses.replace(config, eval_split=name), name) for name in known]
+    found = {label for source in sources for label in _labels(source, config)}
+    if all(re.fullmatch(r"-?\d+", label) for label in found):
+        return sorted(found, key=int)
+    return sorted(found)
 
 
 def _all_splits(config: DataConfig) -> list[Source]:
     splits = [None if streams(config) else config.train_split, config.eval_split]
     return [open_source(config, split) for split in splits if split]
+
+
+def _labels(source: Source, config: DataConfig) -> Iterator[str]:
+    """The label of each example that has one."""
+    for i in range(len(source)):
+        try:
+            label = source[i].get(config.label or "")
+        except BadSample:
+            continue
+        if label not in (None, ""):
+            yield str(label)
 
 
 def held_out(config: DataConfig) -> Int32[np.ndarray, " n"]:

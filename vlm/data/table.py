@@ -14,6 +14,7 @@ from etils import epath
 
 from vlm.config import DataConfig
 from vlm.data.examples import check_features
+from vlm.data.splits import find_split
 from vlm.errors import DataError
 from vlm.paths import as_path, is_remote
 
@@ -43,21 +44,30 @@ def open_table(config: DataConfig, split: str) -> TableSource:
         DataError: no such table, a row that is not like the others, or an empty split.
     """
     path = _table_of(as_path(config.source))
-    rows = _read_jsonl(path) if path.suffix == ".jsonl" else _read_csv(path)
+    rows = _rows(path)
     if not rows:
         raise DataError(f"{path} has no rows: give it one for each image")
     for number, row in enumerate(rows, 1):
         check_features(config, list(row), f"row {number} of {path}")
         if not isinstance(row[config.image], str) or not row[config.image]:
             raise DataError(f"row {number} of {path} names no image: give the path of its file")
-    splits = {row.get("split", config.train_split) for row in rows}
-    chosen = [row for row in rows if row.get("split", config.train_split) == split]
-    if not chosen:
+    splits = [str(row.get("split", config.train_split)) for row in rows]
+    if not any("split" in row for row in rows) and split != config.train_split:
         raise DataError(
-            f"{path} has no rows of split {split!r}: it has {', '.join(map(str, sorted(splits)))} "
-            "(its column `split`; without one, all rows are the training split)"
+            f"{path} has no column `split`, so there is no split {split!r}: give it one, or set "
+            "eval_split=None"
         )
+    split = find_split(split, set(splits), str(path))
+    chosen = [row for row, own in zip(rows, splits, strict=True) if own == split]
     return TableSource(chosen, path.parent, config)
+
+
+def table_splits(config: DataConfig) -> list[str] | None:
+    """The splits in the column `split` of a table; None where it has no such column."""
+    rows = _rows(_table_of(as_path(config.source)))
+    if not any("split" in row for row in rows):
+        return None
+    return sorted({str(row.get("split", config.train_split)) for row in rows})
 
 
 def _table_of(path: epath.Path) -> epath.Path:
@@ -69,6 +79,10 @@ def _table_of(path: epath.Path) -> epath.Path:
     if not path.exists():
         raise DataError(f"there is no table {path}: check data.source")
     return path
+
+
+def _rows(path: epath.Path) -> list[dict[str, Any]]:
+    return _read_jsonl(path) if path.suffix == ".jsonl" else _read_csv(path)
 
 
 def _text(path: epath.Path) -> str:

@@ -80,6 +80,24 @@ def class_prompts(
     return prompts
 
 
+def label_prompts(
+    labels: Sequence[str], names: Sequence[str], templates: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """The prompts of every label: its name, which may be other words, filled into the templates.
+
+    Raises:
+        ConfigError: see `class_prompts`; or another number of names than labels.
+    """
+    if len(labels) != len(names):
+        raise ConfigError(f"{len(labels)} labels have {len(names)} names: give one for each")
+    own = class_prompts(labels, ("{}",))  # which checks the labels
+    check_templates(templates)
+    return {
+        label: tuple(t.replace("{}", name) for t in templates)
+        for label, name in zip(own, names, strict=True)
+    }
+
+
 def check_templates(templates: Sequence[str]) -> None:
     """Raise a ConfigError unless `templates` is a list of sentences that each hold `{}`."""
     if isinstance(templates, str):

@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 
 from vlm.config import Experiment
-from vlm.data.sources import class_names
+from vlm.data.sources import classes_of
 from vlm.models.flops import Taught
 from vlm.train.teacher import DescribedTeacher, StoredTeacher, taught_by
 
@@ -35,7 +35,7 @@ def planned_lesson(experiment: Experiment) -> PlannedLesson:
         CheckpointError, ConfigError: a teacher that is not there, or that cannot be one.
     """
     e = experiment
-    classes = len(class_names(e.data)) if e.objective == "classification" else 0
+    classes = len(classes_of(e.data).labels) if e.objective == "classification" else 0
     if e.distill is None:
         return PlannedLesson(classes)
     return PlannedLesson(classes, (StoredTeacher if e.distill.stored else DescribedTeacher)(e))

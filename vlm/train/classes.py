@@ -10,10 +10,10 @@ from jaxtyping import Float, Int32
 from vlm.bundle import load
 from vlm.config import DataConfig
 from vlm.data.random_access import Batch
-from vlm.data.sources import class_names
+from vlm.data.sources import classes_of
 from vlm.errors import ConfigError, DataError
 from vlm.heads import zero_shot
-from vlm.heads.prompts import class_prompts, normalise
+from vlm.heads.prompts import label_prompts, normalise
 from vlm.heads.zero_shot import ZeroShotClassifier
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.train.evaluation import Embedder
@@ -31,8 +31,8 @@ class Classes:
 
     def __init__(self, data: DataConfig, tokenizer: Tokenizer):
         self._data, self._tokenizer = data, tokenizer
-        self.names = class_names(data)
-        self.prompts = class_prompts(self.names, data.templates)
+        self.names, names = classes_of(data)
+        self.prompts = label_prompts(self.names, names, data.templates)
         self.tokens = tokenizer([text for texts in self.prompts.values() for text in texts])
         self._of: dict[bytes, int] = {}
         for row, number in zip(self.tokens, self._owners(), strict=True):
