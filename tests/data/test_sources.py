@@ -271,7 +271,7 @@ def test_shards_that_are_wrong(shards):
     ]:
         with pytest.raises(DataError, match=message):
             open_source(DataConfig(str(shards / name)), "train")
-    with pytest.raises(DataError, match=r"example 0 in .*mute.tar has no feature 'caption'"):
+    with pytest.raises(DataError, match=r"the data set .*mute.tar has no feature 'caption'"):
         open_source(DataConfig(str(shards / "mute.tar")), "train")
     with pytest.raises(DataError, match=r"no \{split\} in it"):
         open_source(DataConfig(str(shards / "train-*.tar")), "test")

@@ -1,7 +1,7 @@
 """Arrow files, memory-mapped: what the library `datasets` of Hugging Face saves, without it.
 
 A source is a folder of `save_to_disk`, of one split or several, or the `.arrow` files themselves.
-An image is bytes, a path, or the pair of both that `datasets` keeps; a class label is its name.
+How columns become features is said in `columns`.
 """
 
 import bisect
@@ -13,7 +13,8 @@ from typing import Any
 from etils import epath
 
 from vlm.config import DataConfig
-from vlm.data.examples import WHERE, Example, check_features
+from vlm.data.columns import Columns, import_pyarrow, same_label_names
+from vlm.data.examples import Example
 from vlm.data.faults import BadSample
 from vlm.data.splits import find_split, split_files
 from vlm.errors import DataError
@@ -23,8 +24,8 @@ from vlm.paths import as_path, is_remote
 class ArrowSource:
     """The rows of some Arrow files; only the pages of a row that is read come into memory."""
 
-    def __init__(self, files: list[str], config: DataConfig, names: list[str] | None = None):
-        self._files, self._config, self.label_names = files, config, names
+    def __init__(self, files: list[str], config: DataConfig, features: Any = None):
+        self._files, self._config, self._features = files, config, features
         self._open()
 
     def __len__(self) -> int:
@@ -32,18 +33,14 @@ class ArrowSource:
 
     def __getitem__(self, index: int) -> Example:
         number = bisect.bisect_right(self._ends, index)
-        batch, row = self._batches[number], index - (self._ends[number - 1] if number else 0)
+        columns, batch = self._batches[number]
+        row = index - (self._ends[number - 1] if number else 0)
         where = f"row {index} of {self._config.source}"
         try:
-            example = {name: batch.column(name)[row].as_py() for name in batch.schema.names}
+            values = {name: _value(batch.column(name)[row]) for name in batch.schema.names}
         except Exception as error:  # of damaged pages
             raise BadSample("broken row", where, f"{where} cannot be read ({error})") from None
-        return plain(example, self._config, where, self.label_names)
-
-    @property
-    def columns(self) -> list[str]:
-        """The names of the features."""
-        return self._batches[0].schema.names if self._batches else []
+        return columns.example(values, where)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_batches", "_ends")}
@@ -54,7 +51,8 @@ class ArrowSource:
 
     def _open(self) -> None:
         pyarrow = import_pyarrow()
-        self._batches = []
+        self._batches: list[tuple[Columns, Any]] = []
+        tables = []
         for name in self._files:
             try:
                 mapped = pyarrow.memory_map(name)
@@ -66,8 +64,12 @@ class ArrowSource:
                 raise DataError(
                     f"{name} cannot be read as Arrow ({error}): check data.source"
                 ) from None
-            self._batches += [batch for batch in table.to_batches() if batch.num_rows]
-        self._ends = list(itertools.accumulate(batch.num_rows for batch in self._batches))
+            columns = Columns(table.schema, self._config, name, self._features)
+            columns.check()
+            tables.append(columns)
+            self._batches += [(columns, batch) for batch in table.to_batches() if batch.num_rows]
+        self.label_names = same_label_names(tables, self._config)
+        self._ends = list(itertools.accumulate(batch.num_rows for _, batch in self._batches))
 
 
 def open_arrow(config: DataConfig, split: str) -> ArrowSource:
@@ -82,48 +84,23 @@ def open_arrow(config: DataConfig, split: str) -> ArrowSource:
             "disk: copy it, or stream Parquet files instead"
         )
     folder = as_path(config.source)
-    names = None
+    features = None
     if folder.is_dir():
         files, info = _saved(folder, config, split)
-        feature = info.get("features", {}).get(config.label or "", {})
-        names = feature.get("names") if isinstance(feature, dict) else None
+        features = info.get("features")
     else:
         files = split_files(config.source, split, config.train_split)
-    source = ArrowSource(files, config, names)
+    source = ArrowSource(files, config, features)
     if not len(source):
         raise DataError(f"{config.source} has no rows of split {split!r}: check data.source")
-    check_features(config, source.columns, f"the table {config.source}")
     return source
 
 
-def plain(row: dict[str, Any], config: DataConfig, where: str, names: list[str] | None) -> Example:
-    """A row of Arrow values as an example."""
-    image = row.get(config.image)
-    if isinstance(image, dict):  # as `datasets` keeps an image
-        image = image.get("bytes") or image.get("path")
-        row[config.image] = image
-    if names and config.label and isinstance(row.get(config.label), int):
-        label = row[config.label]
-        row[config.label] = names[label] if 0 <= label < len(names) else None
-    row[WHERE] = where
-    return row
-
-
-def import_pyarrow() -> Any:
-    """The package `pyarrow`.
-
-    Raises:
-        DataError: the extra is not installed.
-    """
+def _value(scalar: Any) -> Any:
     try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(
-            'Arrow and Parquet need the package pyarrow: run pip install "vlm-jax[arrow]"'
-        ) from None
-    return pyarrow
+        return scalar.as_py()
+    except ValueError:  # nanoseconds, which Python's times do not have
+        return scalar.cast("string").as_py()
 
 
 def saved_splits(folder: epath.Path) -> list[str] | None:
@@ -142,6 +119,8 @@ def _saved(folder: Any, config: DataConfig, split: str) -> tuple[list[str], dict
         )
     try:
         state = json.loads((folder / "state.json").read_text())
+        if state.get("_indices_data_files"):
+            raise ValueError("its rows were chosen or shuffled by a list of indices")
         files = [os.fspath(folder / file["filename"]) for file in state["_data_files"]]
         info = json.loads((folder / "dataset_info.json").read_text())
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -4,8 +4,12 @@ An example keeps the features of its data set under their own names. Images stay
 `str` (or a list of them), a class label is its name.
 """
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int
 
 from vlm.config import DataConfig, FieldFilter
 from vlm.data.class_names import NAME, class_name
@@ -18,6 +22,8 @@ Example = dict[str, Any]
 WHERE = "\0where"
 PART = "\0part"  # and to which source of a mixture it belongs
 
+_LOOKED_AT = 64  # examples, before a feature counts as missing
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -26,6 +32,27 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+
+def keep_about(wrapper: Any, source: Source) -> None:
+    """Give a wrapper of a source all that the source tells of itself as a whole."""
+    for name in ("label_names", "class_names", "templates", "credits", "faults"):
+        if hasattr(source, name):
+            setattr(wrapper, name, getattr(source, name))
+
+
+class Subset:
+    """Some examples of a source, by their numbers there."""
+
+    def __init__(self, source: Source, rows: Sequence[int] | Int[np.ndarray, " n"]):
+        self._source, self._rows = source, np.asarray(rows, np.int64)
+        keep_about(self, source)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._source[int(self._rows[index])]
 
 
 def captions_of(example: Example, config: DataConfig) -> list[str]:
@@ -127,20 +154,60 @@ def check_features(config: DataConfig, known: Collection[str], where: str) -> No
         raise DataError("data.captions is empty and data.label not set: name what to read")
 
 
+def known_features(source: Source, wanted: Collection[str]) -> list[str]:
+    """The features of some examples all over a source; bad ones are passed over.
+
+    It looks at more than one, for a feature may be optional, until all that are `wanted` are found.
+    """
+    known: dict[str, None] = {}
+    count = len(source)
+    for index in np.unique(np.linspace(0, count - 1, min(count, _LOOKED_AT)).astype(int)).tolist():
+        try:
+            example = source[index]
+        except BadSample:  # met again, and counted, in training
+            continue
+        known |= {n: None for n, v in example.items() if not n.startswith("\0") and v is not None}
+        if known.keys() >= set(wanted):
+            break
+    return list(known)
+
+
+def label_of(example: Example, config: DataConfig) -> str:
+    """The name of an example's class, in one spelling: 2, 2.0 and "2" are the class "2".
+
+    Raises:
+        BadSample: there is none, or several.
+    """
+    where, name = example.get(WHERE, "an example"), config.label or ""
+    value = example.get(name)
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, list | tuple) and value:
+        why = f"{where} has {len(value)} labels in {name}: name a feature with one"
+        raise BadSample("several labels", where, why)
+    if isinstance(value, float):
+        value = None if math.isnan(value) else int(value) if value.is_integer() else value
+    if value is None or value == "" or value == []:
+        raise BadSample("no label", where, f"{where} has no label in {name}")
+    return str(value)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a value: itself, or those in a list of any depth."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, str) and value.strip():
+        yield value
+
+
 def _by_feature(example: Example, config: DataConfig) -> list[list[str]]:
     """The captions of each of `config.captions`, at least one in all."""
     where = example.get(WHERE, "an example")
     if config.label:
-        label = example.get(config.label)
-        if label is None or label == "":
-            raise BadSample("no label", where, f"{where} has no label in {config.label}")
-        name = example.get(NAME) or class_name(str(label), config)
+        name = example.get(NAME) or class_name(label_of(example, config), config)
         return [[template.replace("{}", name)] for template in config.templates]
-    found = []
-    for feature in config.captions:
-        value = example.get(feature)
-        texts = list(value) if isinstance(value, list | tuple) else [value]
-        found.append([text for text in texts if isinstance(text, str) and text.strip()])
+    found = [list(_texts(example.get(feature))) for feature in config.captions]
     if not any(found):
         features = ", ".join(config.captions)
         raise BadSample(

@@ -9,18 +9,19 @@ import collections
 import functools
 import itertools
 import os
-from collections.abc import Generator
+import threading
+from collections.abc import Callable, Generator
 from typing import Any
 
 from vlm.config import DataConfig
-from vlm.data.arrow import import_pyarrow, plain
-from vlm.data.examples import Example, check_features, wanted_features
+from vlm.data.columns import Columns, import_pyarrow, same_label_names
+from vlm.data.examples import Example, Subset
+from vlm.data.faults import BadSample
 from vlm.data.shards import Record
 from vlm.data.splits import find_split, named_splits, split_files
 from vlm.data.storage import expand, open_file
 from vlm.data.tar import Torn
-from vlm.errors import DataError
-from vlm.paths import is_remote
+from vlm.errors import DataError, first_line
 
 _ROWS = 64  # made at a time
 _GROUPS = 4  # row groups that random access keeps
@@ -46,93 +47,103 @@ class ParquetFormat:
         with open_file(shard) as f:
             try:
                 file = pyarrow.parquet.ParquetFile(f, buffer_size=chunk, pre_buffer=False)
-                columns = _columns(file, self._config)
+                columns = Columns(file.schema_arrow, self._config, shard)
                 row = 0
                 for group in range(file.num_row_groups):
                     count = file.metadata.row_group(group).num_rows
                     if row + count <= offset:
                         row += count
                         continue
-                    for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
-                        for values in batch.to_pylist():
-                            if row >= offset:
-                                where = f"{shard}: row {row}"
-                                values = _beside(values, self._config, shard)
-                                yield Record(plain(values, self._config, where, None), row + 1)
-                            row += 1
-            except pyarrow.ArrowInvalid as error:
+                    batches = file.iter_batches(_ROWS, row_groups=[group], columns=columns.wanted)
+                    for values in itertools.chain.from_iterable(b.to_pylist() for b in batches):
+                        if row >= offset:
+                            yield Record(_example(columns, values, shard, row), row + 1)
+                        row += 1
+            except pyarrow.ArrowException as error:
                 raise Torn(str(error)) from None
 
 
 class ParquetSource:
-    """The rows of some Parquet files, by number."""
+    """The rows of some Parquet files, by number; safe to use from several threads.
+
+    A file is opened for each read of a row group: two threads inside one open file crash Arrow.
+    """
 
     def __init__(self, names: list[str], config: DataConfig):
         self._names, self._config = names, config
-        self._open()
-        counts, self._groups = [], []
-        for number, file in enumerate(self._files):
-            for group in range(file.num_row_groups):
-                counts.append(file.metadata.row_group(group).num_rows)
+        self._metadata, self._columns = [], []
+        counts, self._groups, self._starts = [], [], []
+        for number, name in enumerate(names):
+            metadata, schema = _footer(name)
+            columns = Columns(schema, config, name)
+            columns.check()
+            self._metadata.append(metadata)
+            self._columns.append(columns)
+            start = 0
+            for group in range(metadata.num_row_groups):
+                self._starts.append(start)
+                start += metadata.row_group(group).num_rows
+                counts.append(metadata.row_group(group).num_rows)
                 self._groups.append((number, group))
         self._ends = list(itertools.accumulate(counts))
+        self.label_names = same_label_names(self._columns, config)
+        self._held = _Held()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Example:
         at = bisect.bisect_right(self._ends, index)
-        table = self._kept.get(at)
-        if table is None:
-            number, group = self._groups[at]
-            file = self._files[number]
-            table = file.read_row_group(group, columns=_columns(file, self._config))
-            self._kept[at] = table
-            while len(self._kept) > _GROUPS:
-                self._kept.popitem(last=False)
+        number = self._groups[at][0]
         row = index - (self._ends[at - 1] if at else 0)
-        values = table.slice(row, 1).to_pylist()[0]
-        name = self._names[self._groups[at][0]]
-        return plain(_beside(values, self._config, name), self._config, f"{name}: row {row}", None)
-
-    @property
-    def columns(self) -> list[str]:
-        """The names of the features."""
-        return self._files[0].schema_arrow.names
+        values = self._held.get(at, self._read).slice(row, 1).to_pylist()[0]
+        where = f"{self._names[number]}: row {self._starts[at] + row}"
+        return self._columns[number].example(values, where)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_kept")}
+        return self.__dict__ | {"_held": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        self._open()
+        self.__dict__ |= state | {"_held": _Held()}
 
-    def _open(self) -> None:
-        pyarrow = import_pyarrow()
-        self._kept: collections.OrderedDict[int, Any] = collections.OrderedDict()
-        self._files = []
-        for name in self._names:
-            try:
-                self._files.append(pyarrow.parquet.ParquetFile(open_file(name)))
-            except FileNotFoundError:
-                raise DataError(f"there is no table {name}: check data.source") from None
-            except (pyarrow.ArrowInvalid, OSError) as error:
-                raise DataError(
-                    f"{name} cannot be read as Parquet ({error}): check data.source"
-                ) from None
+    def _read(self, at: int) -> Any:
+        number, group = self._groups[at]
+        pyarrow, name = import_pyarrow(), self._names[number]
+        try:
+            with open_file(name) as f:
+                file = pyarrow.parquet.ParquetFile(f, metadata=self._metadata[number])
+                return file.read_row_group(group, columns=self._columns[number].wanted)
+        except (pyarrow.ArrowException, OSError) as error:
+            where = f"{name}: row group {group}"
+            why = f"row group {group} of {name} cannot be read ({first_line(error)})"
+            raise BadSample("failed read", where, why) from None
 
 
-class _Split:
-    """The rows of one split of a table that has a column for it."""
+class _Held:
+    """The row groups that were read last. Several threads may ask: one of them reads."""
 
-    def __init__(self, source: ParquetSource, rows: list[int]):
-        self._source, self._rows = source, rows
+    def __init__(self):
+        self._groups: collections.OrderedDict[int, _Group] = collections.OrderedDict()
+        self._lock, self._pid = threading.Lock(), os.getpid()
 
-    def __len__(self) -> int:
-        return len(self._rows)
+    def get(self, at: int, read: Callable[[int], Any]) -> Any:
+        """Row group `at`, by `read` if it is not held."""
+        if self._pid != os.getpid():  # after a fork a thread that is not here may hold a lock
+            self.__init__()
+        with self._lock:
+            group = self._groups.setdefault(at, _Group())
+            self._groups.move_to_end(at)
+            while len(self._groups) > _GROUPS:
+                self._groups.popitem(last=False)
+        with group.lock:
+            if group.table is None:
+                group.table = read(at)
+            return group.table
 
-    def __getitem__(self, index: int) -> Example:
-        return self._source[self._rows[index]]
+
+class _Group:
+    def __init__(self):
+        self.lock, self.table = threading.Lock(), None
 
 
 def open_parquet(config: DataConfig, split: str) -> Any:
@@ -144,10 +155,9 @@ def open_parquet(config: DataConfig, split: str) -> Any:
     said = _split_column(config.source)
     files = expand(config.source) if said else split_files(config.source, split, config.train_split)
     source = ParquetSource(files, config)
-    check_features(config, source.columns, f"the table {config.source}")
     if said:
         split = find_split(split, set(said), config.source)
-        return _Split(source, [i for i, value in enumerate(said) if value == split])
+        return Subset(source, [i for i, value in enumerate(said) if value == split])
     if not len(source):
         raise DataError(f"{config.source} has no rows: give it one for each image")
     return source
@@ -175,12 +185,19 @@ def holds_images(config: DataConfig) -> bool:
     Raises:
         DataError: the first file cannot be read.
     """
-    pyarrow = import_pyarrow()
-    files = split_files(config.source, config.train_split, config.train_split)
-    source = ParquetSource(files[:1], config)
-    check_features(config, source.columns, f"the table {config.source}")
-    kind = source._files[0].schema_arrow.field(config.image).type
-    return not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
+    columns = _first_columns(config)
+    columns.check()
+    return not columns.image_is_path
+
+
+def stream_label_names(config: DataConfig) -> list[str] | None:
+    """The class names of the training split, where its first file has them."""
+    return _first_columns(config).label_names
+
+
+def _first_columns(config: DataConfig) -> Columns:
+    name = split_files(config.source, config.train_split, config.train_split)[0]
+    return Columns(_footer(name)[1], config, name)
 
 
 def read_columns(path: str, columns: list[str]) -> list[dict[str, Any]]:
@@ -196,17 +213,29 @@ def read_columns(path: str, columns: list[str]) -> list[dict[str, Any]]:
             file = pyarrow.parquet.ParquetFile(f)
             known = [name for name in columns if name in file.schema_arrow.names]
             return file.read(columns=known).to_pylist()
-        except pyarrow.ArrowInvalid as error:
+        except pyarrow.ArrowException as error:
             raise OSError(f"{path} cannot be read as Parquet ({error})") from None
 
 
-def _columns(file: Any, config: DataConfig) -> list[str]:
-    return [n for n in [config.image, *wanted_features(config)] if n in file.schema_arrow.names]
+def _footer(name: str) -> tuple[Any, Any]:
+    """The metadata of a Parquet file, and its schema.
+
+    Raises:
+        DataError: it is not there, or no Parquet file.
+    """
+    pyarrow = import_pyarrow()
+    try:
+        with open_file(name) as f:
+            file = pyarrow.parquet.ParquetFile(f)
+            return file.metadata, file.schema_arrow
+    except FileNotFoundError:
+        raise DataError(f"there is no table {name}: check data.source") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{name} cannot be read as Parquet ({error}): check data.source") from None
 
 
-def _beside(values: dict[str, Any], config: DataConfig, name: str) -> dict[str, Any]:
-    """The row with a path that is relative to its table made whole."""
-    image = values.get(config.image)
-    if isinstance(image, str) and not is_remote(image):
-        values[config.image] = os.path.join(os.path.dirname(name), image)
-    return values
+def _example(columns: Columns, values: dict[str, Any], name: str, row: int) -> Example | BadSample:
+    try:
+        return columns.example(values, f"{name}: row {row}")
+    except BadSample as bad:
+        return bad

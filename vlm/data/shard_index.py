@@ -20,7 +20,7 @@ from jaxtyping import UInt64
 
 from vlm.config import DataConfig
 from vlm.data import tar
-from vlm.data.examples import Example, check_features, wanted_features
+from vlm.data.examples import Example, check_features, known_features, wanted_features
 from vlm.data.faults import BadSample
 from vlm.data.sidecar import Sidecars, sidecar_path
 from vlm.data.splits import split_files
@@ -109,7 +109,7 @@ def open_shards(config: DataConfig, split: str) -> ShardSource:
     """
     names = split_files(config.source, split, config.train_split)
     source = ShardSource(_index_for(names, config), names, config)
-    _check_first(source, config)
+    _check_some(source, config)
     return source
 
 
@@ -253,18 +253,15 @@ def _with_starts(file: FrontToBack) -> Iterator[tuple[int, tar.Group]]:
         file.close()
 
 
-def _check_first(source: ShardSource, config: DataConfig) -> None:
-    """Compare the first example with the config, unless it is a bad one."""
-    try:
-        known = [name for name in source[0] if not name.startswith("\0")]
-    except BadSample:
-        return
-    missing = [name for name in wanted_features(config) if name not in known]
-    if missing and exists(sidecar_path(source.shard_name(0))):
+def _check_some(source: ShardSource, config: DataConfig) -> None:
+    """Compare some examples with the config, unless all are bad ones."""
+    wanted = wanted_features(config)
+    known = known_features(source, wanted)
+    if not set(wanted) <= set(known) and exists(sidecar_path(source.shard_name(0))):
         source.use_sidecars()
-        known = [name for name in source[0] if not name.startswith("\0")]
-    if config.label or not set(config.captions) <= set(known):
-        check_features(config, known, f"example 0 in {source.shard_name(0)}")
+        known = known_features(source, wanted)
+    if known and (config.label or not set(config.captions) <= set(known)):
+        check_features(config, known, f"the data set {config.source}")
 
 
 def _nothing(config: DataConfig, faults: list[dict[str, str]]) -> str:

@@ -10,6 +10,7 @@ import json
 import os
 import sqlite3
 import tempfile
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -57,7 +58,7 @@ class Sidecars:
         if shard in self._faults:
             raise OSError(self._faults[shard])
         query = "SELECT fields FROM row WHERE shard = ? AND key = ?"
-        found = self._rows.execute(query, (shard, key)).fetchone()
+        found = self._connection().execute(query, (shard, key)).fetchone()
         return json.loads(found[0]) if found else {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,9 +69,15 @@ class Sidecars:
         self._open()
 
     def _open(self) -> None:
-        uri = f"file:{self._path}?mode=ro&immutable=1"
-        self._rows = sqlite3.connect(uri, uri=True, check_same_thread=False)
-        self._faults = dict(self._rows.execute("SELECT shard, why FROM fault"))
+        self._own = threading.local()
+        self._faults = dict(self._connection().execute("SELECT shard, why FROM fault"))
+
+    def _connection(self) -> sqlite3.Connection:
+        """One for each thread, closed with it; SQLite's must not be used after a fork either."""
+        if getattr(self._own, "pid", None) != os.getpid():
+            uri = f"file:{self._path}?mode=ro&immutable=1"
+            self._own.rows, self._own.pid = sqlite3.connect(uri, uri=True), os.getpid()
+        return self._own.rows
 
 
 def _database(shards: Sequence[str], config: DataConfig) -> str:

@@ -13,7 +13,15 @@ from jaxtyping import Int32
 from vlm.config import DataConfig
 from vlm.data import mixture
 from vlm.data.class_names import NAME, names_of, read_class_names
-from vlm.data.examples import Example, Source, captions_of, passes
+from vlm.data.examples import (
+    Example,
+    Source,
+    Subset,
+    captions_of,
+    keep_about,
+    label_of,
+    passes,
+)
 from vlm.data.faults import BadSample
 from vlm.data.lanes import Stream
 from vlm.data.making import open_image_of
@@ -52,7 +60,7 @@ def open_source(config: DataConfig, split: str) -> Source:
         classes = _classes(config, source)
         source = NamedSource(source, config, dict(zip(*classes, strict=True)))
     if config.keep and split == config.train_split:
-        return FilteredSource(source, config)
+        return _filtered(source, config)
     return source
 
 
@@ -229,43 +237,40 @@ def open_stream(
     return mixture.Mixture(config, parts, lanes=count, seed=seed)
 
 
-class FilteredSource:
-    """The examples that pass `config.keep`; all are looked at once, when it is opened."""
+def _filtered(source: Source, config: DataConfig) -> Subset:
+    """The examples that pass `config.keep`; all are looked at once.
 
-    def __init__(self, source: Source, config: DataConfig):
-        self._source = source
-        kept = [i for i in range(len(source)) if passes(source[i], config.keep)]
-        self._kept = np.array(kept, np.int64)
-        if not kept:
-            raise DataError(
-                f"data.keep passes none of the {len(source):,} examples of {config.source}: loosen "
-                "it"
-            )
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __getitem__(self, index: int) -> Example:
-        return self._source[int(self._kept[index])]
+    Bad ones are kept, so that training counts and names them as it does without a filter.
+    """
+    kept = []
+    for index in range(len(source)):
+        try:
+            passed = passes(source[index], config.keep)
+        except BadSample:
+            passed = True
+        if passed:
+            kept.append(index)
+    if not kept:
+        raise DataError(
+            f"data.keep passes none of the {len(source):,} examples of {config.source}: loosen it"
+        )
+    return Subset(source, kept)
 
 
 class NamedSource:
     """The same examples, each with the name of its class beside its label."""
 
     def __init__(self, source: Source, config: DataConfig, names: dict[str, str]):
-        self._source, self._label = source, config.label or ""
+        self._source, self._config, self._names = source, config, names
+        keep_about(self, source)
         self.label_names, self.class_names = list(names), list(names.values())
-        self.templates = getattr(source, "templates", None)
-        self.credits = getattr(source, "credits", "")
-        self.faults = getattr(source, "faults", ())
-        self._names = names
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Example:
         example = self._source[index]
-        name = self._names.get(str(example.get(self._label)))
+        name = self._names.get(label_of(example, self._config))
         return example if name is None else {**example, NAME: name}
 
 
@@ -316,12 +321,16 @@ def classes_of(config: DataConfig, source: Source | None = None) -> Classes:
         config: which label, and `class_names`.
         source: a split that is open already, which may list the classes.
 
+    Examples that cannot be read have no class here; training counts and names them.
+
     Raises:
         DataError: a stream that lists none and has no split that could be read for them; or names
             that do not fit the labels.
     """
     if source is None:
         opened = _all_splits(config)
+        if not opened and (labels := _stream_label_names(config)):
+            return _named(config, labels, None)
         if not opened:
             raise DataError(
                 f"{config.source} is read as a stream, whose classes are not known before: set "
@@ -333,10 +342,14 @@ def classes_of(config: DataConfig, source: Source | None = None) -> Classes:
 
 def _classes(config: DataConfig, source: Source) -> Classes:
     labels = list(getattr(source, "label_names", None) or _labels_of_all_splits(config))
+    return _named(config, labels, getattr(source, "class_names", None))
+
+
+def _named(config: DataConfig, labels: list[str], names: list[str] | None) -> Classes:
     if config.class_names is not None:
         given = read_class_names(config.class_names, labels, config.source)
     else:
-        given = dict(zip(labels, getattr(source, "class_names", None) or (), strict=False))
+        given = dict(zip(labels, names or (), strict=False))
     return Classes(labels, names_of(labels, given, config.source))
 
 
@@ -353,6 +366,14 @@ def _labels_of_all_splits(config: DataConfig) -> list[str]:
     return sorted(found)
 
 
+def _stream_label_names(config: DataConfig) -> list[str] | None:
+    if config.mixture or kind_of(config.source) != "parquet":
+        return None
+    from vlm.data.parquet import stream_label_names
+
+    return stream_label_names(config)
+
+
 def _all_splits(config: DataConfig) -> list[Source]:
     splits = [None if streams(config) else config.train_split, config.eval_split]
     return [open_source(config, split) for split in splits if split]
@@ -362,11 +383,9 @@ def _labels(source: Source, config: DataConfig) -> Iterator[str]:
     """The label of each example that has one."""
     for i in range(len(source)):
         try:
-            label = source[i].get(config.label or "")
+            yield label_of(source[i], config)
         except BadSample:
             continue
-        if label not in (None, ""):
-            yield str(label)
 
 
 def held_out(config: DataConfig) -> Int32[np.ndarray, " n"]:

@@ -1,0 +1,220 @@
+"""Columns of Parquet and Arrow files as features of examples, read as Hugging Face `datasets` does.
+
+A field of a struct, or of a list of structs, is a feature of its own: `captions/text`. An image is
+bytes, the path of a file (relative to the table), or a struct of both. A class label is its name:
+`datasets` keeps the names in the metadata of the schema, under the key `huggingface`.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from vlm.config import DataConfig
+from vlm.data.examples import WHERE, Example, check_features, wanted_features
+from vlm.data.faults import BadSample
+from vlm.errors import DataError
+from vlm.paths import is_remote
+
+
+class Columns:
+    """The features in the columns of one file, and how one of its rows becomes an example."""
+
+    def __init__(self, schema: Any, config: DataConfig, file: str, features: Any = None):
+        self._config, self._folder, self._file = config, os.path.dirname(file), file
+        self._types = dict(_flat_types(schema, config.image))
+        self._top = list(schema.names)
+        self._classes = dict(_class_names(_saved_features(schema) or features or {}))
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all features."""
+        return list(self._types)
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """The class names of `config.label` in the order of their ids, where the file has them."""
+        return self._classes.get(self._config.label or "")
+
+    @property
+    def wanted(self) -> list[str]:
+        """The columns that hold the image and the texts, as far as they are there."""
+        names = [self._config.image, *wanted_features(self._config)]
+        columns = (name if name in self._top else name.partition("/")[0] for name in names)
+        return [name for name in dict.fromkeys(columns) if name in self._top]
+
+    @property
+    def image_is_path(self) -> bool:
+        """Whether the image column holds paths and nothing else."""
+        return _is_text(self._types[self._config.image])
+
+    def check(self) -> None:
+        """Compare the columns with what the config names.
+
+        Raises:
+            DataError: a feature is missing, or of a type that holds no image or no text.
+        """
+        config, where = self._config, f"the table {self._file}"
+        check_features(config, self.names, where)
+        if not _is_image(self._types[config.image]):
+            raise DataError(
+                f"the feature {config.image!r} of {where} that data.image names has no image but "
+                f"{self._types[config.image]}: name one with bytes, paths, or a struct of both"
+            )
+        for name in () if config.label else config.captions:
+            kind = self._types[name]
+            if not (name in self._classes or _is_text(_item(kind)) or _is_null(_item(kind))):
+                raise DataError(
+                    f"the feature {name!r} of {where} that data.captions names has no text but "
+                    f"{kind}: name one that has"
+                )
+
+    def example(self, row: dict[str, Any], where: str) -> Example:
+        """The example of a row; `where` names it.
+
+        Raises:
+            BadSample: its class label has no name.
+        """
+        example: Example = {}
+        for name, value in row.items():
+            self._add(example, name, value, where)
+        example[WHERE] = where
+        return example
+
+    def _add(self, example: Example, name: str, value: Any, where: str) -> None:
+        if name == self._config.image:
+            example[name] = self._image(value)
+        elif name in self._classes:
+            example[name] = self._label(name, value, where)
+        elif isinstance(value, dict):
+            for field, inner in value.items():
+                self._add(example, f"{name}/{field}", inner, where)
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            items = [item for item in value if item is not None]
+            for field in items[0]:
+                self._add(example, f"{name}/{field}", [item[field] for item in items], where)
+        else:
+            example[name] = value
+
+    def _image(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            data = value.get("bytes")
+            value = value.get("path") if data is None else data
+        if isinstance(value, str) and value and not is_remote(value):
+            value = os.path.join(self._folder, os.path.expanduser(value))
+        return None if value == "" else value
+
+    def _label(self, name: str, value: Any, where: str) -> Any:
+        if isinstance(value, list):
+            return [self._label(name, item, where) for item in value]
+        names = self._classes[name]
+        if value is None or isinstance(value, str):
+            return value
+        if 0 <= value < len(names):
+            return names[value]
+        if name != self._config.label:
+            return None
+        why = f"{where} has the {name} {value}, which is none of the {len(names)} classes"
+        raise BadSample("no label", where, why)
+
+
+def import_pyarrow() -> Any:
+    """The package `pyarrow`.
+
+    Raises:
+        DataError: the extra is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(
+            'Arrow and Parquet need the package pyarrow: run pip install "vlm-jax[arrow]"'
+        ) from None
+    return pyarrow
+
+
+def same_label_names(columns: list[Columns], config: DataConfig) -> list[str] | None:
+    """The class names of `config.label` in some files that belong together.
+
+    Raises:
+        DataError: they differ.
+    """
+    for one in columns[1:]:
+        if one.label_names != columns[0].label_names:
+            raise DataError(
+                f"{columns[0]._file} and {one._file} have other class names of {config.label!r}, "
+                "so one number would mean two classes: read them as sources of their own"
+            )
+    return columns[0].label_names if columns else None
+
+
+def _saved_features(schema: Any) -> dict[str, Any] | None:
+    """What the metadata of a schema says of the features, if `datasets` wrote it."""
+    try:
+        return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _class_names(features: Any, above: str = "") -> Iterator[tuple[str, list[str]]]:
+    """The name of each class-label feature, with its classes."""
+    for name, feature in features.items() if isinstance(features, dict) else ():
+        while isinstance(feature, list) or (
+            isinstance(feature, dict) and feature.get("_type") in ("Sequence", "List", "LargeList")
+        ):  # what a list is of, in the spelling of any version of `datasets`
+            feature = feature[0] if isinstance(feature, list) else feature.get("feature")
+        if not isinstance(feature, dict):
+            continue
+        if feature.get("_type") == "ClassLabel" and feature.get("names"):
+            yield above + name, list(feature["names"])
+        elif not isinstance(feature.get("_type"), str):
+            yield from _class_names(feature, f"{above}{name}/")
+
+
+def _flat_types(fields: Any, image: str, above: str = "") -> Iterator[tuple[str, Any]]:
+    """The name and type of each feature; those inside structs by their path."""
+    types = import_pyarrow().types
+    for field in fields:
+        name, inner = above + field.name, _item(field.type)
+        if types.is_struct(inner) and name != image:
+            yield from _flat_types(
+                [inner.field(i) for i in range(inner.num_fields)], image, name + "/"
+            )
+        else:
+            yield name, field.type
+
+
+def _item(kind: Any) -> Any:
+    """The type of the items of a list, of any depth; of another type itself."""
+    types = import_pyarrow().types
+    while any(
+        is_kind(kind) for is_kind in (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    ):
+        kind = kind.value_type
+    return kind
+
+
+def _is_text(kind: Any) -> bool:
+    types = import_pyarrow().types
+    if types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    view = getattr(types, "is_string_view", lambda kind: False)
+    return types.is_string(kind) or types.is_large_string(kind) or view(kind)
+
+
+def _is_null(kind: Any) -> bool:
+    return import_pyarrow().types.is_null(kind)
+
+
+def _is_image(kind: Any) -> bool:
+    types = import_pyarrow().types
+    if types.is_struct(kind):
+        fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+        return bool(fields.keys() & {"bytes", "path"})
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    view = getattr(types, "is_binary_view", lambda kind: False)
+    binary = types.is_binary(kind) or types.is_large_binary(kind) or view(kind)
+    return binary or types.is_fixed_size_binary(kind) or _is_text(kind) or types.is_null(kind)
