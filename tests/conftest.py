@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import tempfile
@@ -23,11 +24,19 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"
 )
 
-# A program is compiled once in a session: its workers and the processes that tests start find it.
+# Compiled programs are kept between sessions, and shared by all processes of one.
+PROGRAMS = HERE.parent / ".pytest_cache" / "programs"
+MAX_PROGRAM_BYTES = 2 * 2**30
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    programs = tempfile.TemporaryDirectory(prefix="vlm-programs-")  # gone when the session ends
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
+    if sum(file.stat().st_size for file in PROGRAMS.glob("*")) > MAX_PROGRAM_BYTES:
+        shutil.rmtree(PROGRAMS)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(PROGRAMS)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+# One folder of shared test data for all workers: see tiny.py.
+if "VLM_TESTS_SHARED" not in os.environ:
+    shared = tempfile.TemporaryDirectory(prefix="vlm-tests-")
+    os.environ["VLM_TESTS_SHARED"] = shared.name
 
 jaxtyping.install_import_hook("vlm", "type_checker.check")
 
@@ -44,20 +53,44 @@ LONGEST = (
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the tests marked `slow` too")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Run folders of tests on all cores; a file or a single test starts sooner in this process."""
+    parallel = config.pluginmanager.hasplugin("xdist") and not config.option.usepdb
+    if parallel and config.option.numprocesses is None and not _named_files(config):
+        config.option.numprocesses = "auto"
+        config.option.dist = "loadfile"
+        config.option.loadscopereorder = False
+
+
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores: where a test waits for processes, another one goes on."""
     return (os.cpu_count() or 1) + 1
 
 
-def pytest_collection_modifyitems(items):
-    """The longest files first, so that no worker is left alone with one of them."""
-    turns = {name: number for number, name in enumerate(LONGEST)}
+def _named_files(config) -> bool:
+    """Whether the command line names files or tests instead of folders."""
+    return any(not pathlib.Path(arg).is_dir() for arg in config.args)
 
-    def turn(item) -> tuple[int, bool]:
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out slow tests unless they are asked for, and run the longest files first."""
+    asked = config.option.all or config.option.markexpr or _named_files(config)
+    if not asked:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    order = {name: number for number, name in enumerate(LONGEST)}
+
+    def rank(item) -> tuple[int, bool]:
         name = item.path.relative_to(HERE).as_posix()
-        return turns.get(name, len(turns)), "train" not in item.path.parts
+        return order.get(name, len(order)), "train" not in item.path.parts
 
-    items.sort(key=turn)
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="module", autouse=True)

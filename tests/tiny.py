@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import filelock
 import numpy as np
 from PIL import Image
 
@@ -42,10 +43,23 @@ config = Experiment(
 
 @functools.cache
 def folder() -> Path:
-    """A folder with the data set `data/` and the config `shapes.py`; gone when Python ends."""
-    held = tempfile.TemporaryDirectory(prefix="vlm-test-")
+    """Make the data set `data/` and the config `shapes.py`, once for all workers of a session."""
+    path = _shared()
+    with filelock.FileLock(path / "data.lock"):
+        if not (path / "shapes.py").exists():
+            _make_data(path)
+    return path
+
+
+def _shared() -> Path:
+    if "VLM_TESTS_SHARED" in os.environ:
+        return Path(os.environ["VLM_TESTS_SHARED"])
+    held = tempfile.TemporaryDirectory(prefix="vlm-tests-")  # a script outside of pytest
     atexit.register(held.cleanup)
-    path = Path(held.name)
+    return Path(held.name)
+
+
+def _make_data(path: Path) -> None:
     data = path / "data"
     data.mkdir()
     rows = ["image,caption,split"]
@@ -62,14 +76,16 @@ def folder() -> Path:
                 rows += [f"{name},{caption},{split}"] * (2 if split == "train" else 1)
     (data / "captions.csv").write_text("\n".join(rows) + "\n")
     (path / "shapes.py").write_text(CONFIG.format(data=str(data)))
-    return path
 
 
 @functools.cache
 def run() -> Path:
-    """The finished run folder."""
+    """The folder of a finished run, trained once for all workers of a session."""
     config, out = folder() / "shapes.py", folder() / "run"
-    return Path(command("train", config, "--run-dir", out).strip())
+    with filelock.FileLock(folder() / "run.lock"):
+        if not (out / "bundle" / "bundle.json").exists():
+            command("train", config, "--run-dir", out)
+    return out
 
 
 def command(*args) -> str:
