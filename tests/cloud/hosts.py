@@ -52,7 +52,7 @@ class Hosts:
                     "JAX_COORDINATOR_ADDRESS": address,
                     "JAX_NUM_PROCESSES": str(count),
                     "JAX_PROCESS_ID": str(i),
-                    "VLM_PATIENCE": str(PATIENCE),
+                    "VLM_HEARTBEAT_TIMEOUT": str(PATIENCE),
                 }
             flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
             with log.open("w") as out:
@@ -111,7 +111,7 @@ def environment(folder: Path, bucket: dict[str, str]) -> dict[str, str]:
             "VLM_CACHE": str(folder / "cache"),
             "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0",  # spares a start anew
             "COLUMNS": "200",
-            "VLM_STALL": "5",
+            "VLM_STALL_WARNING": "5",
             # The layout of a bucket is asked for over gRPC, which the storage server does not know.
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }

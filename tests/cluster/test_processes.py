@@ -60,7 +60,7 @@ def test_those_who_come_do_not_wait_for_ever():
     waiting = [
         subprocess.Popen(
             [sys.executable, "-c", code, address, str(process)],
-            env=os.environ | {"VLM_MEETING": "4", "JAX_PLATFORMS": "cpu"},
+            env=os.environ | {"VLM_RENDEZVOUS_TIMEOUT": "4", "JAX_PLATFORMS": "cpu"},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -69,7 +69,7 @@ def test_those_who_come_do_not_wait_for_ever():
     for process in waiting:
         _, said = process.communicate(timeout=120)
         assert process.returncode == 1
-        assert f"did not come together at {address} in 4 s (VLM_MEETING): start all 3" in said
+        assert f"did not meet at {address} in 4 s (VLM_RENDEZVOUS_TIMEOUT): start all 3" in said
         assert "stack trace" not in said
 
 
@@ -109,7 +109,7 @@ def pair(act: str) -> list[list[str]]:
     """The sentences of each of two processes, which both end in an error."""
     address = free_address()
     line = [sys.executable, "-c", PAIR.format(act=act.strip()), address]
-    env = os.environ | {"VLM_PATIENCE": "8", "XLA_FLAGS": ""}  # one device each
+    env = os.environ | {"VLM_HEARTBEAT_TIMEOUT": "8", "XLA_FLAGS": ""}  # one device each
     both = [
         subprocess.Popen([*line, number], stderr=subprocess.PIPE, text=True, env=env)
         for number in ("0", "1")
@@ -150,8 +150,7 @@ def test_who_gave_no_sign_of_life_is_named(monkeypatch):
     assert missing(3, 1, 2) is None
     # The last ones said their last word together; the one that never came has no host.
     assert missing(4, 1, 2) == (
-        "process 1 of 4 on b and process 2 of 4 on c and process 3 of 4 died: no sign of life "
-        "for 30 s"
+        "process 1 of 4 on b and process 2 of 4 on c and process 3 of 4 died: no heartbeat for 30 s"
     )
 
 

@@ -36,7 +36,7 @@ class Pair:
                     JAX_COORDINATOR_ADDRESS=address,
                     JAX_NUM_PROCESSES="2",
                     JAX_PROCESS_ID=str(i),
-                    VLM_PATIENCE=str(PATIENCE),
+                    VLM_HEARTBEAT_TIMEOUT=str(PATIENCE),
                 ),
                 log,
             )

@@ -145,5 +145,7 @@ def test_too_little_grace_is_said(monkeypatch):
         assert interrupted.at(3)
         assert interrupted.announce(3, 5.0, 2) == "asked to leave: saving step 3"
         said = interrupted.announce(3, 45.0, 2)
-    assert "took 45 s and 30 s of the 30 s of grace (VLM_GRACE) are left" in said
+    assert (
+        "took 45 s and 30 s of the 30 s shutdown grace period (VLM_SHUTDOWN_GRACE) are left" in said
+    )
     assert said.endswith("goes on from step 2")

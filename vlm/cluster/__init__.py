@@ -1,4 +1,4 @@
-"""Several processes as one run: start, waiting for each other, what is said when one dies."""
+"""Multi-process runs: rendezvous, synchronisation, and failure reports."""
 
 from etils import epy
 

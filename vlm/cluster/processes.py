@@ -1,7 +1,7 @@
-"""Several processes, one on each host, as one run: they start, agree, and stop together.
+"""Rendezvous, synchronisation and joint failure of the processes of a run, one per host.
 
-Starting and agreeing is JAX's coordination service. What is added here is that a run whose process
-is gone ends everywhere, in a bounded time, with a sentence that says which one it was.
+JAX's coordination service does the rendezvous. This module adds failure handling: when a process
+dies, all others exit within a bounded time, with a message that names the dead process.
 """
 
 import contextlib
@@ -15,26 +15,31 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
+from vlm._deprecation import environment
 from vlm.cluster import watch
 from vlm.errors import ConfigError, VlmError
 
-# Seconds that all processes of a run have to come together, and after which that is told.
-MEETING, WAITING = float(os.environ.get("VLM_MEETING", 300)), 20.0
+# Rendezvous timeout, and delay before a "still waiting" message, in seconds.
+RENDEZVOUS_TIMEOUT = environment("VLM_RENDEZVOUS_TIMEOUT", "VLM_MEETING", 300)
+WAITING_MESSAGE_DELAY = 20.0
 
 
 def start(
     coordinator: str | None = None, process_count: int | None = None, process_id: int | None = None
 ) -> None:
-    """Join the other processes of this run, if there are any. Call it before anything uses JAX.
+    """Join the other processes of this run, if there are any, before anything uses JAX.
 
-    What is not given comes from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or
+    Missing arguments come from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or
     from the cluster that JAX recognises: Cloud TPU, SLURM, Open MPI, a Kubernetes Job or JobSet.
 
     Args:
-        coordinator: "host:port" of process 0, the same for all.
+        coordinator: "host:port" of process 0, the same in all processes.
+        process_count: number of processes.
+        process_id: index of this process.
 
     Raises:
-        ConfigError: only a part is given and no cluster knows the rest, or JAX is in use already.
+        ConfigError: the arguments are incomplete and no cluster provides the rest, or JAX is
+            already in use.
 
     Example:
         >>> vlm.cluster.start(coordinator="10.0.0.1:1234")
@@ -48,9 +53,9 @@ def start(
         _number(process_id, "JAX_PROCESS_ID"),
     )
     try:
-        with _in_time(given[0] or "their coordinator", given[1] or "of them"):
-            jax.distributed.initialize(*given, initialization_timeout=int(MEETING) + 60)
-    except ValueError as error:  # JAX recognises no cluster that completes what is given
+        with _rendezvous_timeout(given[0] or "their coordinator", given[1] or "of them"):
+            jax.distributed.initialize(*given, initialization_timeout=int(RENDEZVOUS_TIMEOUT) + 60)
+    except ValueError as error:  # JAX recognises no cluster that provides the rest
         if given == (None, None, None):
             return
         raise ConfigError(
@@ -62,9 +67,9 @@ def start(
         late = "before any JAX calls" in str(error)
         if late and given == (None, None, None):
             return
-        mend = "start them before anything uses JAX" if late else "start all of them again"
+        fix = "start them before anything uses JAX" if late else "start all of them again"
         raise ConfigError(
-            f"the processes of the run did not come together at {given[0]}: {mend} "
+            f"the processes of the run did not meet at {given[0]}: {fix} "
             f"({str(error).splitlines()[0]})"
         ) from None
     if jax.process_count() > 1:
@@ -72,24 +77,28 @@ def start(
 
 
 @contextlib.contextmanager
-def _in_time(place: str, count: int | str) -> Iterator[None]:
-    """End this process with a sentence if the others do not come in time.
+def _rendezvous_timeout(address: str, count: int | str) -> Iterator[None]:
+    """Exit with a message if the other processes do not arrive in time.
 
-    JAX's own limit ends it from a thread in which no Python runs, with the stack of that thread.
+    JAX's own timeout aborts from a C++ thread, with the stack trace of that thread.
     """
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         print(f"vlm: {text}", file=sys.stderr, flush=True)
 
-    def end() -> None:
-        say(
-            f"the processes of the run did not come together at {place} in {MEETING:.0f} s "
-            f"(VLM_MEETING): start all {count}, and check that each reaches process 0 there"
+    def abort() -> None:
+        log(
+            f"the processes of the run did not meet at {address} in {RENDEZVOUS_TIMEOUT:.0f} s "
+            f"(VLM_RENDEZVOUS_TIMEOUT): start all {count}, and check that each reaches process 0 "
+            "there"
         )
         os._exit(1)
 
-    waits = f"waiting at {place} for the other processes of the run"
-    timers = threading.Timer(WAITING, say, [waits]), threading.Timer(MEETING, end)
+    waiting = f"waiting at {address} for the other processes of the run"
+    timers = (
+        threading.Timer(WAITING_MESSAGE_DELAY, log, [waiting]),
+        threading.Timer(RENDEZVOUS_TIMEOUT, abort),
+    )
     for timer in timers:
         timer.daemon = True
         timer.start()
@@ -102,7 +111,7 @@ def _in_time(place: str, count: int | str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_all_on_failure() -> Iterator[None]:
-    """What runs in here fails in all processes if it fails in one, and each says why.
+    """Stop all processes if the block raises in one of them; each prints the reason.
 
     Example:
         >>> with vlm.cluster.stop_all_on_failure():
@@ -114,17 +123,17 @@ def stop_all_on_failure() -> Iterator[None]:
         yield
     except Exception as error:
         if jax.process_count() > 1:
-            # Maybe a neighbour died and left us an odd error, or one of Gloo, over which CPUs talk,
-            # that was taken for one of the disk: then the watch ends us here.
+            # The error may be a consequence of another process's death (CPUs communicate over Gloo,
+            # whose errors look like disk errors): then the watch ends this process while it waits.
             if not isinstance(error, VlmError) or "Gloo" in str(error):
-                time.sleep(watch.PATIENCE + 3 * watch.PERIOD)
-            watch.end_all(error)
+                time.sleep(watch.HEARTBEAT_TIMEOUT + 3 * watch.PERIOD)
+            watch.stop_all(error)
         raise
 
 
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
-    """Process 0 runs the block before the others, who then find what it has made.
+    """Run the block in process 0 first, then in all others.
 
     Example:
         >>> with vlm.cluster.first_process_first():
@@ -138,7 +147,7 @@ def first_process_first() -> Iterator[None]:
 
 
 def broadcast_text(text: str) -> str:
-    """The text of process 0, in all processes; no device takes part.
+    """Return the text of process 0 in all processes, without using devices.
 
     Example:
         >>> vlm.cluster.broadcast_text("runs/2025-01-01")
@@ -148,7 +157,7 @@ def broadcast_text(text: str) -> str:
 
 
 def exchange_texts(text: str) -> list[str]:
-    """The texts of all processes, by their index, in all processes; no device takes part."""
+    """Return the texts of all processes, ordered by process index, without using devices."""
     if jax.process_count() == 1:
         return [text]
     get = _put(text)
@@ -156,17 +165,17 @@ def exchange_texts(text: str) -> list[str]:
 
 
 def process_name(process: int | None = None) -> str:
-    """What messages call a process, by default this one."""
+    """Name of a process in messages; by default of this one."""
     return watch.name(jax.process_index() if process is None else process)
 
 
 _calls = itertools.count()  # all processes make the same calls in the same order
-_LONG = 7 * 24 * 3600 * 1000  # milliseconds: a process that died is noticed by the watch
+_LONG = 7 * 24 * 3600 * 1000  # milliseconds; the watch detects dead processes much earlier
 
 
 def _put(text: str) -> Callable[[int], str]:
-    """Lay down this process's text, and return how to get that of another one."""
-    client, place = watch.service(), f"vlm/said/{next(_calls)}/"
+    """Publish this process's text; return a function that gets the text of another process."""
+    client, place = watch.service(), f"vlm/texts/{next(_calls)}/"
     client.key_value_set(f"{place}{jax.process_index()}", f"={text}")
     return lambda process: client.blocking_key_value_get(f"{place}{process}", _LONG)[1:]
 

@@ -2,18 +2,18 @@
 
 import collections
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Iterator
 
 import jax
 
+from vlm._deprecation import environment
 from vlm.cluster import watch
 from vlm.train.console import print_on_first_process
 
 # Seconds without a change of activity after which the run says what it waits for.
-PATIENCE = float(os.environ.get("VLM_STALL", 60))
+PATIENCE = environment("VLM_STALL_WARNING", "VLM_STALL", 60)
 
 DATA = "waiting for data"
 DEVICE = "waiting for the device"
@@ -23,9 +23,9 @@ STEP = "starting a step"  # the first time compiles it
 class Activity:
     """Says what the run is doing: `with activity(DATA): ...`, one inside the other if need be.
 
-    `seconds` has the time of each activity so far. As a context, it watches over itself: if one
-    activity lasts longer than `VLM_STALL` seconds, the first process says which it is, at which
-    step, and what the other processes are doing; again after twice the time, and so on.
+    `seconds` has the time of each activity so far. As a context, it is a watchdog: if an activity
+    lasts longer than `VLM_STALL_WARNING` seconds, process 0 logs the activity, the step and what
+    the other processes are doing; then again after twice the time, and so on.
     """
 
     def __init__(self):
@@ -62,7 +62,7 @@ class Activity:
     def _watch(self) -> None:
         since, patience = self._since, PATIENCE
         while not self._over.wait(min(1.0, PATIENCE / 4)):
-            watch.tell(f"{self._doing} at step {self.step}")
+            watch.set_activity(f"{self._doing} at step {self.step}")
             if self._since != since:
                 since, patience = self._since, PATIENCE
             elif time.monotonic() - since > patience:
@@ -77,7 +77,7 @@ class Activity:
         said = f"the run has been {self._doing} for {seconds:.0f} s, at step {self.step}"
         if jax.process_count() > 1:
             ours = f"{self._doing} at step {self.step}"
-            said += others({i: of for i, of in watch.told().items() if of[1] != ours})
+            said += others({i: of for i, of in watch.activities().items() if of[1] != ours})
         return said
 
 

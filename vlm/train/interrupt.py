@@ -1,15 +1,16 @@
 """Leaving a run early: Ctrl-C, SIGTERM and the preemption notices of clusters."""
 
-import os
 import signal
 import time
 
 import jax
 from jax.experimental import multihost_utils
 
+from vlm._deprecation import environment
+
 # Seconds between a notice of preemption and the end: 30 on Google's machines and in Kubernetes,
 # unless its terminationGracePeriodSeconds says more.
-GRACE = float(os.environ.get("VLM_GRACE", 30))
+GRACE = environment("VLM_SHUTDOWN_GRACE", "VLM_GRACE", 30)
 
 
 class Interrupted:
@@ -55,7 +56,7 @@ class Interrupted:
             fallback = "step 0" if newest is None else f"step {newest}"
             said += (
                 f"; the last checkpoint took {seconds:.0f} s and {max(left, 0):.0f} s of the "
-                f"{GRACE:.0f} s of grace (VLM_GRACE) are left: if the machine goes first, the run "
-                f"goes on from {fallback}"
+                f"{GRACE:.0f} s shutdown grace period (VLM_SHUTDOWN_GRACE) are left: if the "
+                f"machine goes first, the run goes on from {fallback}"
             )
         return said
