@@ -45,6 +45,7 @@ with epy.lazy_api_imports(globals()):
     from vlm.config import load_config as load_config
     from vlm.errors import CheckpointError as CheckpointError
     from vlm.errors import ConfigError as ConfigError
+    from vlm.errors import ConflictError as ConflictError
     from vlm.errors import DataError as DataError
     from vlm.errors import ShardingError as ShardingError
     from vlm.errors import TrainingError as TrainingError

@@ -51,6 +51,26 @@ class CheckpointError(VlmError):
     """
 
 
+class ConflictError(CheckpointError):
+    """A file or folder that another process changed since it was read here.
+
+    Example:
+        >>> index = vlm.RetrievalIndex(model)
+        >>> index.add(pictures)
+        >>> index.save(folder / "index")
+        >>> other = vlm.RetrievalIndex.load(folder / "index", model)
+        >>> other.remove(0)
+        >>> other.save(folder / "index")
+        >>> try:
+        ...     index.save(folder / "index")
+        ... except vlm.ConflictError:
+        ...     index.reload()
+        ...     index.save(folder / "index")
+        >>> index.ids
+        (1, 2)
+    """
+
+
 class ShardingError(VlmError):
     """A mesh or a batch that does not fit the devices.
 

@@ -7,7 +7,8 @@ import pytest
 
 from vlm.errors import CheckpointError, ConfigError
 from vlm.heads import exchange
-from vlm.heads.exchange import faiss_search, read_clip_retrieval, to_faiss, write_clip_retrieval
+from vlm.heads.exchange import read_clip_retrieval, write_clip_retrieval
+from vlm.heads.faiss_index import faiss_search, to_faiss
 from vlm.heads.retrieval import RetrievalIndex
 
 
@@ -113,8 +114,78 @@ def test_faiss(model):
     scores, positions = to_faiss(index).search(queries, 1)
     assert index.ids[positions[1, 0]] == ids[1][0]
     assert scores[1, 0] == pytest.approx(expected[1][0].score, abs=1e-6)
-    with pytest.raises(ConfigError, match="faiss knows no index 'Nonsense'"):
+    with pytest.raises(ConfigError, match="faiss makes no index 'Nonsense'"):
         to_faiss(index, "Nonsense")
+
+
+def clustered(n, d=32, seed=0):
+    rng = np.random.default_rng(seed)
+    z = rng.standard_normal((n, d)) + 2 * rng.standard_normal((40, d))[rng.integers(0, 40, n)]
+    return (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("factory", "option", "most"),
+    [
+        ("IVF64,Flat", "nprobe", 64),
+        ("HNSW16", "ef_search", 4000),
+        ("PCA24,IVF64,Flat", "nprobe", 64),
+    ],
+)
+def test_faiss_spends_what_its_recall_needs(make_model, factory, option, most, caplog):
+    pytest.importorskip("faiss")
+    index = RetrievalIndex(make_model(embed_dim=32))
+    index.add(clustered(4000), metadata={"n": range(4000)})
+    queries = clustered(50, seed=1)
+    exact = [{hit.id for hit in hits} for hits in index.search(queries, k=10)]
+    assert index.recall(queries) == 1
+
+    def recall():
+        found = [{hit.id for hit in hits} for hits in index.search(queries, k=10)]
+        return np.mean([len(a & b) / 10 for a, b in zip(exact, found, strict=True)])
+
+    caplog.set_level("INFO", "vlm.heads.faiss_index")
+    index.search_with(faiss_search(factory, **{option: 1}))
+    least = recall()
+    assert caplog.records[-1].levelname == "WARNING"
+    assert index.recall(queries) == pytest.approx(least, abs=0.01)
+    index.search_with(faiss_search(factory))
+    if "PCA" not in factory:
+        assert recall() > max(least, 0.85)
+        assert caplog.records[-1].levelname == "INFO"
+        assert "nearest rows, measured on 256 queries" in caplog.messages[-1]
+        index.search_with(faiss_search(factory, **{option: most}))
+        assert recall() >= 0.99
+    # A filter does not bring faiss's own defaults back.
+    half = index.search(queries, k=10, where=lambda c: c["n"] < 2000)
+    assert all(len(hits) == 10 for hits in half)
+    index.search_with(None)
+    truth = index.search(queries, k=10, where=lambda c: c["n"] < 2000)
+    same = [len({*a} & {*b}) / 10 for a, b in zip(map(ids, truth), map(ids, half), strict=True)]
+    assert np.mean(same) > (0.3 if "PCA" in factory else 0.85)
+
+
+def ids(hits):
+    return [hit.id for hit in hits]
+
+
+def test_faiss_options_must_fit(model):
+    pytest.importorskip("faiss")
+    index = RetrievalIndex(model)
+    index.add(unit(500))
+    for factory, options, match in (
+        ("Flat", {"nprobe": 4}, "'Flat' has no nprobe"),
+        ("HNSW16", {"nprobe": 4}, "has no nprobe"),
+        ("IVF4,Flat", {"ef_search": 4}, "has no efSearch"),
+        ("IVF4,Flat", {"nprobe": 0}, "needs a positive nprobe"),
+        ("IVF1000,Flat", {}, "makes no index 'IVF1000,Flat' of 500 rows"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            to_faiss(index, factory, **options)
+    made = to_faiss(index, "IVF16,Flat", nprobe=5)
+    import faiss
+
+    assert faiss.extract_index_ivf(made).nprobe == 5
 
 
 def test_without_faiss(monkeypatch):

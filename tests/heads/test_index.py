@@ -1,6 +1,7 @@
 """An index that changes: removing, replacing, merging, metadata, and what a save leaves behind."""
 
 import json
+import pathlib
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from vlm.errors import CheckpointError, ConfigError
+from vlm.errors import CheckpointError, ConfigError, ConflictError
 from vlm.heads import index_folder, items
 from vlm.heads.identity import identity
 from vlm.heads.retrieval import RetrievalIndex
@@ -81,6 +82,17 @@ def test_update_replaces_and_adds(index):
         index.update(z[:2], ids=[5, 5])
     with pytest.raises(ConfigError, match="or call `update`"):
         index.add(z[:1], ids=[5])
+
+
+def test_update_keeps_the_metadata_that_it_does_not_name(index):
+    index.add(unit(1, seed=2), ids=["a"], metadata={"camera": ["X100"], "year": [1999]})
+    index.update(unit(1, seed=3), ids=["a"])
+    assert index.metadata("a") == {"camera": "X100", "year": 1999}
+    index.update(unit(2, seed=4), ids=["a", "b"], metadata={"year": [2001, 2002], "new": [1, 2]})
+    assert index.metadata("a") == {"camera": "X100", "year": 2001, "new": 1}
+    assert index.metadata("b") == {"camera": None, "year": 2002, "new": 2}
+    index.update(unit(1, seed=5), ids=["a"], metadata={"camera": [None]})
+    assert index.metadata("a") == {"camera": None, "year": 2001, "new": 1}
 
 
 def test_running_numbers_never_meet_old_ones(index):
@@ -352,6 +364,132 @@ def test_a_kill_while_adding_and_saving_leaves_the_old_or_the_new(seconds, tmp_p
     loaded.save(tmp_path / "index")  # the leavings go
     names = [p.name.split("-")[0] for p in (tmp_path / "index").iterdir()]
     assert names.count("rows") == len(loaded) // 100_000
+
+
+def test_the_second_of_two_savers_is_refused_and_reloads(index, tmp_path):
+    """Load, load, save, save: the second save keeps what the first one wrote."""
+    folder = tmp_path / "index"
+    index.save(folder)
+    one, two = (RetrievalIndex.load(folder, index.model) for _ in range(2))
+    one.add(unit(2, seed=1), ids=["a", "b"], metadata={"camera": ["X", "Y"]})
+    one.update(unit(1, seed=2), ids=[5])
+    one.remove([7, 8])
+    one.save(folder)
+    two.add(unit(1, seed=3), ids=["c"], metadata={"lens": ["L"]})
+    two.update(unit(1, seed=4), ids=[6], metadata={"year": [1]})
+    two.remove([8, 9])
+    with pytest.raises(ConflictError, match=r"another process saved to .*: call reload\(\)"):
+        two.save(folder)
+    assert "c" in two
+    assert RetrievalIndex.load(folder, index.model).ids == one.ids
+    two.reload()
+    two.save(folder)
+    both = RetrievalIndex.load(folder, index.model)
+    assert set(both.ids) == {*range(40), "a", "b", "c"} - {7, 8, 9}
+    for z, name in ((unit(1, seed=2), 5), (unit(1, seed=4), 6), (unit(1, seed=3), "c")):
+        assert both.search(z[0], k=1)[0] == (name, pytest.approx(1, abs=1e-6))
+    assert both.metadata("a") == {"year": None, "camera": "X", "lens": None}
+    assert both.metadata("c") == {"year": None, "camera": None, "lens": "L"}
+    assert both.metadata(6)["year"] == 1
+    with pytest.raises(ConflictError):
+        one.save(folder)
+
+
+def test_an_index_is_replaced_only_by_name(index, tmp_path):
+    folder = tmp_path / "index"
+    index.save(folder)
+    index.save(tmp_path / "copy")
+    index.save(folder)  # it is still the one that was saved there
+    other = RetrievalIndex(index.model)
+    other.add(unit(1), ids=["a"])
+    with pytest.raises(ConflictError, match="that this one was not loaded from"):
+        other.save(folder)
+    with pytest.raises(ConfigError, match="no folder to read again"):
+        other.reload()
+    assert len(RetrievalIndex.load(folder, index.model)) == 40
+    (folder / "rows-mine.npy").write_text("precious")
+    other.save(folder, overwrite=True)
+    assert RetrievalIndex.load(folder, index.model).ids == ("a",)
+    assert (folder / "rows-mine.npy").read_text() == "precious"
+    with pytest.raises(ConflictError, match="call reload"):
+        index.save(folder)
+    (folder / "index.json").write_text("{")
+    with pytest.raises(ConflictError, match="call reload"):
+        other.save(folder)
+    other.save(folder, overwrite=True)
+    assert len(RetrievalIndex.load(folder, index.model)) == 1
+
+
+def test_a_first_save_that_was_killed_blocks_no_second_one(index, tmp_path):
+    (tmp_path / "rows-0123456789ab.npy").write_bytes(b"half")
+    (tmp_path / "index.lock").write_text("process 1 on nowhere")
+    index.save(tmp_path)
+    assert len(RetrievalIndex.load(tmp_path, index.model)) == 40
+    assert not (tmp_path / "rows-0123456789ab.npy").exists()
+
+
+def test_a_lock_that_is_held_is_waited_for_and_names_its_owner(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(index_folder, "LOCK_TIMEOUT", 0.1)
+    index.save(tmp_path)
+    busy = pytest.raises(ConflictError, match=r"process \d+ on .* has been saving")
+    with index_folder.writing(tmp_path), busy:
+        index.save(tmp_path)
+    index.save(tmp_path)
+
+
+def test_a_save_that_fails_leaves_its_items_unsaved(index, tmp_path, monkeypatch):
+    index.save(tmp_path)
+    index.add(unit(1, seed=1), ids=["new"])
+    index.remove(range(20))  # enough to write everything again
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(index_folder.os, "replace", full)
+    with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\)"):
+        index.save(tmp_path)
+    monkeypatch.undo()
+    index.reload()
+    assert index.ids == (*range(20, 40), "new")
+    index.save(tmp_path)
+    assert RetrievalIndex.load(tmp_path, index.model).ids == index.ids
+
+
+def test_a_bucket_is_refused(index):
+    for act in (index.save, lambda folder: RetrievalIndex.load(folder, index.model)):
+        with pytest.raises(ConfigError, match="gs://bucket/index is a bucket"):
+            act("gs://bucket/index")
+
+
+def test_a_searcher_follows_the_rows_that_a_save_moved(index, tmp_path):
+    """A save that drops removed rows numbers the others anew."""
+
+    class First:
+        def __init__(self, rows):
+            self.z = np.concatenate(rows)
+
+        def search(self, z_query, k, allowed, min_score):
+            scores = z_query @ self.z.T
+            if allowed is not None:
+                scores = np.where(allowed, scores, -2)
+            order = np.argsort(-scores, axis=1)[:, :k]
+            return list(order), list(np.take_along_axis(scores, order, 1))
+
+    index.search_with(First)
+    index.search(unit(40)[30], k=1)
+    index.save(tmp_path)
+    index.remove(range(20))
+    index.save(tmp_path)
+    assert index.search(unit(40)[30], k=1)[0].id == 30
+
+
+def test_writers_that_are_killed_lose_nothing_they_saved():
+    """Small; the figures of `python tests/heads/index_writers.py` are of 2,000 saves."""
+    script = pathlib.Path(__file__).with_name("index_writers.py")
+    done = subprocess.run(
+        [sys.executable, script, "--saves", "40"], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_an_index_larger_than_its_memory(tmp_path):

@@ -9,7 +9,7 @@ from tyro.conf import arg
 
 from vlm.cli import parse, runtime
 from vlm.cli.parse import UsageError
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, ConflictError
 from vlm.paths import as_path, is_remote
 
 KEPT = 16_384  # images that are encoded before they are kept: what a kill costs at most
@@ -53,7 +53,9 @@ def index(
     *images, out = images_and_out or ("",)
     if not images:
         raise UsageError("vlm index needs images and a folder to write: vlm index MODEL IMAGES OUT")
-    folder = Path(out)
+    from vlm.heads import index_folder
+
+    folder = index_folder.local_folder(out)
     if folder.exists() and not is_index(folder) and (folder.is_file() or any(folder.iterdir())):
         raise UsageError(
             f"the last argument, {out!r}, is where the index goes, and something else is there "
@@ -67,7 +69,7 @@ def index(
 
     paths, bundle = find_images(images), load(model)
     made = None if anew else _index_of_the_same_kind(folder, bundle, dtype, coding)
-    grows = made is not None or not folder.exists()
+    grows, replaces = made is not None or not folder.exists(), is_index(folder) and made is None
     made = made or RetrievalIndex(bundle, dtype, coding)
     unreadable = Unreadable(len(paths))
     state = {os.fspath(path): _state(path) for path in paths}
@@ -85,14 +87,14 @@ def index(
         stream = (next(shown) for _ in part)
         made.update(stream, None, batch_size, metadata, on_error=unreadable.among(part))
         if grows and len(made) and start + KEPT < len(fresh):
-            _save(made, folder, model)  # a kill costs what came after
+            _save(made, folder, model, replaces)  # a kill costs what came after
     # One that can be read no longer is not what the index holds.
     bad = {os.fspath(p) for p in fresh} - {os.fspath(p) for p in unreadable.others(fresh)}
     made.remove([name for name in bad if name in made])
     if not len(made):
         unreadable.finish()
     if fresh or gone or bad or not is_index(folder):
-        _save(made, folder, model)
+        _save(made, folder, model, replaces)
     print_status(
         f"{len(made):,} images in {out} ({len(fresh) - len(bad):,} encoded, {len(gone):,} "
         f"removed); search them with: vlm search {out} QUERY"
@@ -145,11 +147,19 @@ def _state(path: Any) -> tuple[int, int | None]:
         return -1, None
 
 
-def _save(made: Any, folder: Path, model: str) -> None:
-    made.save(folder)
+def _save(made: Any, folder: Path, model: str, replaces: bool) -> None:
+    try:
+        made.save(folder, overwrite=replaces)
+    except ConflictError:
+        raise ConflictError(
+            f"another process saved to {folder} while this command ran: run it again, and it "
+            "encodes what that index lacks"
+        ) from None
     loadable = os.path.abspath(as_path(model)) if as_path(model).exists() else model
     about = {"model": model if is_remote(model) else loadable}
-    (folder / MODEL_FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
+    partial = folder / f"{MODEL_FILE}.{os.getpid()}"
+    partial.write_text(json.dumps(about) + "\n", encoding="utf-8")
+    partial.replace(folder / MODEL_FILE)
 
 
 def is_index(folder: Path) -> bool:

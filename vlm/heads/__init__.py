@@ -13,10 +13,10 @@ Every head takes an object with this face, which `vlm.load` gives:
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from vlm.heads.exchange import faiss_search as faiss_search
     from vlm.heads.exchange import read_clip_retrieval as read_clip_retrieval
-    from vlm.heads.exchange import to_faiss as to_faiss
     from vlm.heads.exchange import write_clip_retrieval as write_clip_retrieval
+    from vlm.heads.faiss_index import faiss_search as faiss_search
+    from vlm.heads.faiss_index import to_faiss as to_faiss
     from vlm.heads.few_shot import FewShotClassifier as FewShotClassifier
     from vlm.heads.labels import read_labels as read_labels
     from vlm.heads.labels import read_templates as read_templates

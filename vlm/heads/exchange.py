@@ -1,4 +1,4 @@
-"""Indexes of other programs: the folders of clip-retrieval, and faiss.
+"""Indexes of another program: the folders of clip-retrieval.
 
 A clip-retrieval folder (github.com/rom1504/clip-retrieval) holds `img_emb/img_emb_0.npy`,
 `text_emb/text_emb_0.npy` and `metadata/metadata_0.parquet`, each in equal partitions, with the
@@ -7,7 +7,7 @@ columns `image_path` and `caption` among the metadata.
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import numpy as np
 from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.heads.items import Id, Stored
 from vlm.heads.metadata import Value
-from vlm.heads.retrieval import RetrievalIndex, Searcher
+from vlm.heads.retrieval import RetrievalIndex
 
 PARTITION = 1 << 18  # rows
 PATH = "image_path"
@@ -137,87 +137,6 @@ def write_partition(
     partial = metadata.with_suffix(".partial")
     pyarrow.parquet.write_table(pyarrow.table(columns), partial)
     os.replace(partial, metadata)
-
-
-def faiss_search(factory: str = "Flat") -> Callable[[list[np.ndarray]], Searcher]:
-    """What lets `RetrievalIndex.search_with` search by faiss; exact for "Flat".
-
-    Args:
-        factory: the description of an index as `faiss.index_factory` reads it, such as
-            "IVF1024,Flat" or "HNSW32".
-
-    Raises:
-        ConfigError: faiss is not installed, or does not know the description.
-
-    Example:
-        >>> index = vlm.RetrievalIndex(model)
-        >>> index.add(pictures, ids=["red", "green", "blue"])
-        >>> index.search_with(vlm.heads.faiss_search("HNSW32"))  # doctest: +SKIP
-    """
-    _faiss()
-    return lambda rows: _FaissSearch(rows, factory)
-
-
-def to_faiss(index: RetrievalIndex, factory: str = "Flat") -> Any:
-    """A faiss index of inner products over the embeddings, numbered in the order of `index.ids`.
-
-    Raises:
-        ConfigError: faiss is not installed or does not know the description; an empty index.
-
-    Example:
-        >>> index = vlm.RetrievalIndex(model)
-        >>> index.add(pictures, ids=["red", "green", "blue"])
-        >>> vlm.heads.to_faiss(index).ntotal  # doctest: +SKIP
-        3
-    """
-    if not len(index):
-        raise ConfigError("the index is empty: add items before handing it to faiss")
-    return _build([index.embeddings()], factory)
-
-
-class _FaissSearch:
-    def __init__(self, rows: list[np.ndarray], factory: str):
-        self._index = _build(rows, factory)
-
-    def search(self, z_query, k, allowed=None, min_score=-np.inf):
-        faiss, options = _faiss(), {}
-        if allowed is not None:
-            selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
-            kinds = {"IVF": "SearchParametersIVF", "HNSW": "SearchParametersHNSW"}
-            name = type(faiss.downcast_index(self._index)).__name__
-            kind = next((kinds[part] for part in kinds if part in name), "SearchParameters")
-            options["params"] = getattr(faiss, kind)(sel=selector)
-        k = min(k, self._index.ntotal)
-        scores, positions = self._index.search(np.ascontiguousarray(z_query), k, **options)
-        found = (positions >= 0) & (scores >= min_score)
-        return (
-            [row[f] for row, f in zip(positions, found, strict=True)],
-            [row[f] for row, f in zip(scores, found, strict=True)],
-        )
-
-
-def _build(rows: Sequence[np.ndarray], factory: str) -> Any:
-    faiss = _faiss()
-    try:
-        index = faiss.index_factory(rows[0].shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"faiss knows no index {factory!r} ({str(error).splitlines()[-1]}): see its index "
-            "factory, such as 'Flat' or 'IVF1024,Flat'"
-        ) from None
-    if not index.is_trained:
-        index.train(np.concatenate([np.asarray(block, np.float32) for block in rows]))
-    for block in rows:
-        index.add(np.asarray(block, np.float32))
-    return index
-
-
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError:
-        raise ConfigError("faiss is not installed: pip install faiss-cpu") from None
-    return faiss
 
 
 def _partitions(folder: Path, kind: str, suffix: str) -> dict[int, Path]:

@@ -5,13 +5,22 @@
     items-ID.json        their ids, and their metadata by column
     codes-ID.npy         compact codes, if the index has them (and scale-ID.npy for int8)
     removed-ID.npy       positions of rows that are no longer in the index
+    index.lock           held by the process that saves; it stays in the folder
 
-New shards are on disk before `index.json` names them, and files that it no longer names go last:
-whoever opens the folder, or is killed while writing it, finds the old index or the new one, whole.
+New shards are on disk before `index.json` names them, and files that it no longer names are deleted
+last. A reader at any moment, or after a kill at any moment, finds the old index or the new one.
+
+A save holds the lock from start to end. Inside it compares the generation in `index.json` with the
+one that its index was loaded from, and refuses to replace another. Files that `index.json` does not
+name then belong to saves that were killed, because no other save is in progress.
 """
 
+import contextlib
 import json
+import logging
 import os
+import re
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,26 +29,101 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, ConfigError, ConflictError
 from vlm.heads.codes import Codes
 from vlm.heads.identity import FIELDS
+from vlm.paths import in_one_sentence, is_remote
+
+try:
+    import fcntl
+except ImportError:  # Windows: a save there is guarded by the generation alone
+    fcntl = None
+
+_log = logging.getLogger(__name__)
 
 FORMAT = "vlm retrieval index"
 VERSION = 2  # of the folder's format; 1, which had a single shard, is still read
 SHARD_ROWS = 1 << 18
 WRITTEN_ROWS = 1 << 14  # copied at once
 
-DESCRIPTION = "index.json"
-PARTS = ("rows", "items", "codes", "scale", "removed", "embeddings")  # the last of version 1
-PATTERNS = (*(f"{part}-*" for part in PARTS), f"{DESCRIPTION}.*")
+DESCRIPTION, LOCK = "index.json", "index.lock"
+# Files that a save writes beside the description; embeddings-ID.npy is of version 1.
+OWN = re.compile(
+    r"(rows|codes|scale|removed)-[0-9a-f]{12}\.npy|items-[0-9a-f]{12}\.json"
+    r"|embeddings-[0-9A-Za-z]+\.npy|index\.json\.[0-9a-f]{8}"
+)
+LOCK_TIMEOUT = 10.0  # seconds that a save waits for another one
+
+
+def local_folder(folder: str | os.PathLike) -> Path:
+    """The folder of an index as a path on this machine, from which its rows are mapped.
+
+    Raises:
+        ConfigError: a bucket.
+    """
+    if is_remote(folder):
+        raise ConfigError(
+            f"{os.fspath(folder)} is a bucket, and an index is mapped from a local disk: name a "
+            "local folder, and copy it to or from the bucket"
+        )
+    return Path(folder).expanduser()
 
 
 def check_target(folder: Path) -> None:
     """Raise a CheckpointError if something else lies where an index is to be written."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file: choose a folder for the index")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / DESCRIPTION).is_file():
+    if not folder.is_dir() or (folder / DESCRIPTION).is_file():
+        return
+    names = [file.name for file in folder.iterdir()]
+    if any(name != LOCK and not OWN.fullmatch(name) for name in names):  # a killed save left those
         raise CheckpointError(f"{folder} holds other files and no index: choose another folder")
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Make the folder if there is none, and hold its lock: one process or thread saves at a time.
+
+    The lock is `flock` on a file that is never deleted. The system releases it when its process
+    ends, however that ends, so that a dead process blocks no one. The file names its owner.
+
+    Raises:
+        ConflictError: another save takes longer than LOCK_TIMEOUT.
+        ConfigError: the folder cannot be written.
+    """
+    with in_one_sentence(f"the index {folder} cannot be written", "free the disk or name another"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / LOCK, "a+", encoding="utf-8") as file:
+            _lock(file, folder)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename}" if fcntl else "")
+            file.flush()
+            yield
+
+
+def _lock(file: Any, folder: Path) -> None:
+    """Take the lock, or go on without where the file system has none."""
+    last = time.monotonic() + LOCK_TIMEOUT
+    while fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() < last:
+                time.sleep(0.02)
+                continue
+            file.seek(0)
+            owner = file.read() or "another process"
+            raise ConflictError(
+                f"{owner} has been saving to the index {folder} for more than "
+                f"{LOCK_TIMEOUT:.0f} s: save again when it has finished"
+            ) from None
+        except OSError as error:
+            _log.warning(
+                "%s has no file locks (%s): let one process at a time save an index there",
+                folder, error.strerror,
+            )  # fmt: skip
+            return
 
 
 def write_shard(
@@ -86,19 +170,39 @@ def write_removed(folder: Path, positions: np.ndarray) -> str | None:
     return name
 
 
-def publish(folder: Path, description: dict[str, Any]) -> None:
-    """Make `description` the index of the folder, then remove the files that it does not name."""
+def generation(folder: Path) -> str | None:
+    """What names the state of the index in a folder: a count and a random part; None: no index.
+
+    An index from before there were generations has "0".
+    """
+    try:
+        return str(json.loads((folder / DESCRIPTION).read_bytes()).get("generation", "0"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError):
+        return "corrupt"  # which no index was loaded from
+
+
+def publish(folder: Path, description: dict[str, Any]) -> str:
+    """Make `description` the index of the folder, then delete the files that it does not name.
+
+    The caller holds the lock. Returns the new generation.
+    """
+    count = (generation(folder) or "0").partition("-")[0]
+    new = f"{int(count) + 1 if count.isdecimal() else 1}-{uuid.uuid4().hex[:12]}"
     partial = folder / f"{DESCRIPTION}.{uuid.uuid4().hex[:8]}"
+    head = {"format": FORMAT, "version": VERSION, "generation": new}
     with open(partial, "w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, "version": VERSION, **description}, file, ensure_ascii=False)
+        json.dump({**head, **description}, file, ensure_ascii=False)
         _to_disk(file)
     os.replace(partial, folder / DESCRIPTION)
     named = {shard["name"] for shard in description["shards"]}
-    for pattern in PATTERNS:
-        for old in folder.glob(pattern):
-            kept = old.stem.partition("-")[2] in named or old.name == description["removed"]
-            if not kept:
-                old.unlink(missing_ok=True)
+    for old in folder.iterdir():
+        kept = old.stem.partition("-")[2] in named or old.name == description["removed"]
+        if OWN.fullmatch(old.name) and not kept:
+            with contextlib.suppress(OSError):  # the index is saved; the next save tries again
+                old.unlink()
+    return new
 
 
 def read_description(folder: Path) -> dict[str, Any]:

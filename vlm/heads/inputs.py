@@ -2,13 +2,14 @@
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from vlm.errors import ConfigError, DataError
+from vlm.heads.items import Id
 from vlm.inputs.opening import SUFFIXES, is_image
 
 Kind = Literal["image", "text", "embedding"]
@@ -60,6 +61,55 @@ def split(items: Any, where: str) -> tuple[Kind | None, Iterator[Any], bool]:
     items = iter(items)
     first = list(itertools.islice(items, 1))
     return kind(first[0], where) if first else None, itertools.chain(first, items), False
+
+
+def named_items(
+    stream: Iterator[Any],
+    what: Kind | None,
+    ids: Iterator[Any] | None,
+    new_ids: list[Id],
+    known: Container[Id],
+    first: int,
+    replace: bool,
+) -> Iterator[Any]:
+    """Check the kind of each item as it passes, and append its id to `new_ids`.
+
+    Args:
+        stream: the items, all of the kind `what`.
+        ids: one for each; None for paths or running numbers from `first`.
+        known: ids that are in the index already.
+        replace: whether an item may have one of these.
+
+    Raises:
+        ConfigError: another kind, an id twice or of another type, or another number of ids.
+    """
+    fresh: set[Id] = set()
+    for number, item in enumerate(stream):
+        if (found := kind(item, "add")) != what:
+            raise ConfigError(
+                f"add got {what}s and, as item {number}, {found}: add them in separate calls"
+            )
+        if ids is None:
+            name = default_id(item, first + number)
+        else:
+            name = next(ids, None)
+            if name is None:
+                raise ConfigError(f"there are only {number} ids: give one for every item")
+        name = int(name) if isinstance(name, np.integer) else name
+        name = os.fspath(name) if isinstance(name, os.PathLike) else name
+        if not isinstance(name, str | int) or isinstance(name, bool):
+            raise ConfigError(f"id {name!r} of item {number} is no text and no integer")
+        if name in fresh or (name in known and not replace):
+            mend = "leave the item out" if replace else "leave the item out, or call `update`"
+            raise ConfigError(
+                f"id {name!r} is in the index already: ids name one item each, "
+                f"so give `ids` of your own, {mend}"
+            )
+        fresh.add(name)
+        new_ids.append(name)
+        yield item
+    if ids is not None and next(ids, None) is not None:
+        raise ConfigError(f"there are more ids than the {len(new_ids)} items: give one each")
 
 
 def default_id(item: Any, number: int) -> str | int:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vlm.errors import CheckpointError, ConfigError
+from vlm.errors import CheckpointError, ConfigError, ConflictError
 from vlm.heads import bounded, index_folder
 from vlm.heads.codes import CANDIDATES, Codes, Coding, encode
 from vlm.heads.metadata import Value
@@ -57,6 +57,8 @@ class Items:
         self.centre: np.ndarray | None = None
         self.next_number = 0  # above every integer id and every position so far
         self.folder: Path | None = None  # of the blocks that have a name
+        self.generations: dict[Path, str] = {}  # by folder: what was last loaded or saved there
+        self.removed: set[Id] = set()  # since then
 
     @property
     def embed_dim(self) -> int | None:
@@ -107,10 +109,18 @@ class Items:
             start += len(block)
         return out
 
+    def unsaved(self) -> np.ndarray:
+        """The positions of items added or replaced since the index was saved or opened."""
+        new = [np.full(len(block), block.name is None) for block in self.blocks]
+        return np.flatnonzero(self.live & np.concatenate([*new, np.zeros(0, bool)]))
+
     # ------------------------------------------------------------------------------ changing
 
     def add(self, rows: list[np.ndarray], ids: list[Id], columns: dict[str, list[Value]]) -> None:
-        """Append checked items; those that have an id of theirs already are replaced."""
+        """Append checked items; one takes the place of the item that has its id.
+
+        It keeps the metadata of that item in the columns that are not given.
+        """
         if not ids:
             return
         if self.coding and self.centre is None:
@@ -119,12 +129,14 @@ class Items:
         count = len(self.ids)
         for name in columns.keys() - self.columns.keys():
             self.columns[name] = [None] * count
+        before = [self.at.get(name) for name in ids]
         for name, column in self.columns.items():
-            column += columns.get(name, [None] * len(ids))
-        replaced = [self.at[name] for name in ids if name in self.at]
+            column += columns.get(name) or [None if i is None else column[i] for i in before]
+        replaced = [i for i in before if i is not None]
         self.live = np.concatenate([self.live, np.ones(len(ids), bool)])
         self.live[replaced] = False
         self.ids += ids
+        self.removed.difference_update(ids)
         self._count_on(ids)
         self.at |= zip(ids, range(count, count + len(ids)), strict=True)
         self.blocks += blocks
@@ -139,6 +151,7 @@ class Items:
         self.live[[self.position(name) for name in ids]] = False
         for name in ids:
             self.at.pop(name, None)
+        self.removed.update(ids)
 
     def join_small_blocks(self) -> None:
         """Neighbouring blocks of a few rows, none of which has been saved, become one."""
@@ -160,44 +173,63 @@ class Items:
 
     # --------------------------------------------------------------------- saving and opening
 
-    def save(self, folder: Path, model: dict[str, Any]) -> None:
+    def save(self, folder: Path, model: dict[str, Any], overwrite: bool) -> None:
         """Write what the folder does not have yet, and let it be the index; then rows are mapped.
 
         Args:
             folder: new, empty, or of an index.
             model: what is kept of the model, see `vlm.heads.identity`.
-        """
-        home = self.folder == folder.resolve() and all(
-            (folder / f"rows-{block.name}.npy").is_file() for block in self.blocks if block.name
-        )
-        removed = len(self.ids) - len(self.at)
-        few = sum(block.name is not None for block in self.blocks) < MOST_SHARDS
-        if not (home and few and removed <= MOST_REMOVED * len(self.ids)):
-            self._write_all(folder)
-        else:
-            self._write_new(folder)
-        described = {
-            **model,
-            "embed_dim": self.embed_dim,
-            "dtype": self.dtype,
-            "coding": self.coding,
-            "centre": None if self.centre is None else self.centre.tolist(),
-            "shards": [{"name": block.name, "count": len(block)} for block in self.blocks],
-            "removed": index_folder.write_removed(folder, np.flatnonzero(~self.live)),
-        }
-        self.folder = folder.resolve()
-        index_folder.publish(folder, described)
+            overwrite: replace an index that this one was not loaded from or last saved to.
 
-    def _write_all(self, folder: Path) -> None:
+        Raises:
+            ConflictError: the folder holds such an index. Nothing is changed, here or there.
+        """
+        with index_folder.writing(folder):
+            place = folder.resolve()
+            found, known = index_folder.generation(folder), self.generations.get(place)
+            if found not in (None, known) and not overwrite:
+                raise ConflictError(_conflict(folder, known))
+            whole = not self._grows_in(folder)
+            blocks = self._all_written(folder) if whole else self._new_written(folder)
+            gone = np.flatnonzero(~self.live)[: 0 if whole else None]
+            described = {
+                **model,
+                "embed_dim": self.embed_dim,
+                "dtype": self.dtype,
+                "coding": self.coding,
+                "centre": None if self.centre is None else self.centre.tolist(),
+                "shards": [{"name": block.name, "count": len(block)} for block in blocks],
+                "removed": index_folder.write_removed(folder, gone),
+            }
+            self.generations[place] = index_folder.publish(folder, described)
+        # Only now: after a save that failed, the items are as they were, and unsaved.
+        if whole:
+            self._drop_removed()
+        self.blocks, self.folder = blocks, place
+        self.removed.clear()
+
+    def _grows_in(self, folder: Path) -> bool:
+        """Whether a save to this folder adds to its shards, or writes all items as new ones."""
+        shards = [block.name for block in self.blocks if block.name]
+        few = len(shards) < MOST_SHARDS
+        few_removed = len(self.ids) - len(self.at) <= MOST_REMOVED * len(self.ids)
+        home = self.folder == folder.resolve()
+        there = home and all((folder / f"rows-{name}.npy").is_file() for name in shards)
+        return there and few and few_removed
+
+    def _all_written(self, folder: Path) -> list[Block]:
         live = np.flatnonzero(self.live)
         cuts = range(0, len(live), index_folder.SHARD_ROWS)
-        self.blocks = [self._shard(folder, live[i : i + index_folder.SHARD_ROWS]) for i in cuts]
+        return [self._shard(folder, live[i : i + index_folder.SHARD_ROWS]) for i in cuts]
+
+    def _drop_removed(self) -> None:
+        live = np.flatnonzero(self.live)
         self.ids = [self.ids[i] for i in live]
         self.columns = {n: [c[i] for i in live] for n, c in self.columns.items()}
         self.at = {name: i for i, name in enumerate(self.ids)}
         self.live = np.ones(len(live), bool)
 
-    def _write_new(self, folder: Path) -> None:
+    def _new_written(self, folder: Path) -> list[Block]:
         blocks, start = [], 0
         for saved, group in itertools.groupby(self.blocks, lambda block: block.name is not None):
             group = list(group)
@@ -210,7 +242,7 @@ class Items:
                 pairs = zip(cuts, ends, strict=True)
                 blocks += [self._shard(folder, np.arange(i, end)) for i, end in pairs]
             start += count
-        self.blocks = blocks
+        return blocks
 
     def _shard(self, folder: Path, positions: np.ndarray) -> Block:
         """Write the items at these positions as one shard and open it."""
@@ -260,5 +292,19 @@ class Items:
         if len(items.at) != items.live.sum():
             raise CheckpointError(f"{folder} is torn: it names an id twice: build the index again")
         items.folder = folder.resolve()
+        items.generations[items.folder] = meta.get("generation", "0")
         items._count_on(items.ids)
         return items
+
+
+def _conflict(folder: Path, known: str | None) -> str:
+    """Why an index may not be saved to a folder, and the fix."""
+    if known is None:
+        return (
+            f"{folder} holds an index that this one was not loaded from: load that one and merge "
+            "this one into it, choose another folder, or replace it with save(..., overwrite=True)"
+        )
+    return (
+        f"another process saved to {folder} since this index was loaded or saved there: call "
+        "reload() on this index, which keeps what is unsaved in it, and save again"
+    )

@@ -120,3 +120,24 @@ def _weight(weight: Any) -> float:
     if not number or not np.isfinite(weight) or weight == 0:
         raise ConfigError(f"the weight {weight!r} of a part of a query must be a number but not 0")
     return float(weight)
+
+
+def least_score(model: Any, score: float | None, probability: float | None) -> float:
+    """The least cosine of an answer, given as such or as a probability; -inf if neither is given.
+
+    Raises:
+        ConfigError: both, a probability outside (0, 1), or one for a model of the softmax loss.
+    """
+    if probability is None:
+        return -np.inf if score is None else score
+    if model.loss != "sigmoid":
+        raise ConfigError(
+            f"{model.name} was trained with the {model.loss} loss, which gives a pair no "
+            "probability of its own: give min_score, a cosine"
+        )
+    if score is not None or not 0 < probability < 1:
+        raise ConfigError(
+            f"min_probability is {probability}: give one between 0 and 1, and no min_score"
+        )
+    logit = np.log(probability / (1 - probability))
+    return float((logit - model.logit_bias) / model.logit_scale)

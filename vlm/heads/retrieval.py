@@ -2,9 +2,9 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -15,26 +15,17 @@ from vlm.heads import index_folder
 from vlm.heads.codes import CANDIDATES, LEAST, Coding, candidates
 from vlm.heads.hits import Hit, Hits, picture_of
 from vlm.heads.identity import check_identity, identity
-from vlm.heads.inputs import Kind, default_id, kind, split
+from vlm.heads.inputs import Kind, kind, named_items, split
 from vlm.heads.items import GivenId, Id, Items, Stored
 from vlm.heads.metadata import Value, Where, checked_columns, matching
 from vlm.heads.prompts import normalise
-from vlm.heads.query import Query, embed_queries, queries_in
-from vlm.heads.top_k import rescored, top_k
+from vlm.heads.query import Query, embed_queries, least_score, queries_in
+from vlm.heads.top_k import Searcher, recall_at_k, rescored, top_k
 from vlm.inputs.opening import OnError
 
 CHUNK = 8192  # items encoded before their embeddings are stored
 EMBEDDINGS = 1 << 17  # the same of embeddings: a search is fastest over large blocks
 QUERY_BLOCK = 256
-
-
-@runtime_checkable
-class Searcher(Protocol):
-    """Another way to search the same rows: the devices of a mesh, or a faiss index."""
-
-    def search(
-        self, z_query: np.ndarray, k: int, allowed: np.ndarray | None, min_score: float
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]: ...
 
 
 class RetrievalIndex:
@@ -119,7 +110,11 @@ class RetrievalIndex:
         *,
         on_error: OnError | None = None,
     ) -> None:
-        """Like `add`, where an item takes the place of the one that has its id, if there is one."""
+        """Like `add`, where an item takes the place of the one that has its id, if there is one.
+
+        It keeps the metadata of that item in all columns that `metadata` does not name. To erase a
+        value, give None in its column: `metadata={"camera": [None]}`.
+        """
         self._add(items, ids, batch_size, metadata or {}, on_error, replace=True)
 
     def remove(self, ids: Id | Iterable[Id]) -> None:
@@ -145,11 +140,13 @@ class RetrievalIndex:
             check_identity(identity(other.model), self.model, Path("the other index"))
         if other is self or not len(other):
             return
-        taken = other._items
-        for name in () if replace else taken.at:
+        for name in () if replace else other._items.at:
             if name in self:
                 raise ConfigError(f"id {name!r} is in both indexes: merge with replace=True")
-        positions = np.flatnonzero(taken.live)
+        self._take(other._items, np.flatnonzero(other._items.live))
+
+    def _take(self, taken: Items, positions: np.ndarray) -> None:
+        """Add items of another index as they are, or put them in the place of those here."""
         step = range(0, len(positions), CHUNK)
         rows = [np.asarray(taken.rows_at(positions[i : i + CHUNK]), self.dtype) for i in step]
         columns = {n: [c[p] for p in positions] for n, c in taken.columns.items()}
@@ -163,7 +160,9 @@ class RetrievalIndex:
         if isinstance(ids, str):
             raise ConfigError(f"ids is the text {ids!r}: give a list with one id per item")
         new_ids: list[Id] = []
-        stream = self._named(stream, what, iter(ids) if ids is not None else None, new_ids, replace)
+        given = None if ids is None else iter(ids)
+        known, first_number = self._items.at, self._items.next_number
+        stream = named_items(stream, what, given, new_ids, known, first_number, replace)
         rows, unread, first = [], set(), 0
 
         def leave_out(number: int, error: DataError) -> None:
@@ -184,44 +183,6 @@ class RetrievalIndex:
             columns = {name: [values[i] for i in kept] for name, values in columns.items()}
         self._items.add([z for z in rows if len(z)], new_ids, columns)
         self._searcher = None
-
-    def _named(
-        self,
-        stream: Iterator[Any],
-        what: Kind | None,
-        ids: Iterator[Any] | None,
-        new_ids: list[Id],
-        replace: bool,
-    ) -> Iterator[Any]:
-        """The items as they pass, each with its kind checked and its id noted in `new_ids`."""
-        fresh: set[Id] = set()
-        known, first = self._items.at, self._items.next_number
-        for number, item in enumerate(stream):
-            if (found := kind(item, "add")) != what:
-                raise ConfigError(
-                    f"add got {what}s and, as item {number}, {found}: add them in separate calls"
-                )
-            if ids is None:
-                name = default_id(item, first + number)
-            else:
-                name = next(ids, None)
-                if name is None:
-                    raise ConfigError(f"there are only {number} ids: give one for every item")
-            name = int(name) if isinstance(name, np.integer) else name
-            name = os.fspath(name) if isinstance(name, os.PathLike) else name
-            if not isinstance(name, str | int) or isinstance(name, bool):
-                raise ConfigError(f"id {name!r} of item {number} is no text and no integer")
-            if name in fresh or (name in known and not replace):
-                mend = "leave the item out" if replace else "leave the item out, or call `update`"
-                raise ConfigError(
-                    f"id {name!r} is in the index already: ids name one item each, "
-                    f"so give `ids` of your own, {mend}"
-                )
-            fresh.add(name)
-            new_ids.append(name)
-            yield item
-        if ids is not None and next(ids, None) is not None:
-            raise ConfigError(f"there are more ids than the {len(new_ids)} items: give one each")
 
     def _encode(
         self,
@@ -280,7 +241,7 @@ class RetrievalIndex:
         if k < 1:
             raise ConfigError(f"k is {k}: ask for at least one answer")
         z, single = self._query_embeddings(query)
-        least = self._least_score(min_score, min_probability)
+        least = least_score(self.model, min_score, min_probability)
         if not len(z):
             return []
         items = self._items
@@ -325,11 +286,33 @@ class RetrievalIndex:
         self.search_with(None if mesh is None else on_devices)
 
     def search_with(self, make: Callable[[list[np.ndarray]], Searcher] | None) -> None:
-        """Search by what `make` builds of the rows, such as `vlm.heads.exchange.faiss_search`.
+        """Search by what `make` builds of the rows, such as `vlm.heads.faiss_search`.
 
         It is built at the next search, and again when items were added. None goes back to the host.
         """
         self._make_searcher, self._searcher = make, None
+
+    def recall(self, queries: Any, k: int = 10) -> float:
+        """The share of the exact k nearest items that `search` finds, as a mean over queries.
+
+        1 unless the index has codes, or searches by faiss or approximately on devices.
+
+        Args:
+            queries: as for `search`; as many and of the kind that you will search with.
+
+        Raises:
+            ConfigError: no queries, a k below 1, or an empty index.
+        """
+        z, _ = self._query_embeddings(queries)
+        if not len(z) or k < 1 or not len(self):
+            raise ConfigError(
+                f"{len(z)} queries, k {k} and {len(self)} items: give at least one of each"
+            )
+        allowed, rows = self._items.live, self._items.rows
+        _, exact = top_k(z, rows, min(k, len(self)), allowed=allowed)
+        self._nearest(z[:1], 1, allowed, -np.inf)  # builds a searcher, if there is one
+        found, _ = self._top_k(z, k, allowed, -np.inf)
+        return recall_at_k(z, rows, found, np.stack(exact))
 
     def _query_embeddings(self, query: Any) -> tuple[np.ndarray, bool]:
         if (mixed := queries_in(query)) is not None:
@@ -347,21 +330,6 @@ class RetrievalIndex:
             z = self._encode(queries, what)
         self._check_width(z, "a query")
         return z, single
-
-    def _least_score(self, score: float | None, probability: float | None) -> float:
-        if probability is None:
-            return -np.inf if score is None else score
-        if self.model.loss != "sigmoid":
-            raise ConfigError(
-                f"{self.model.name} was trained with the {self.model.loss} loss, which gives a "
-                "pair no probability of its own: give min_score, a cosine"
-            )
-        if score is not None or not 0 < probability < 1:
-            raise ConfigError(
-                f"min_probability is {probability}: give one between 0 and 1, and no min_score"
-            )
-        logit = np.log(probability / (1 - probability))
-        return float((logit - self.model.logit_bias) / self.model.logit_scale)
 
     def _nearest(self, z: np.ndarray, k: int, allowed: np.ndarray | None, least: float):
         if not len(self) or (allowed is not None and not allowed.any()):
@@ -459,32 +427,58 @@ class RetrievalIndex:
 
     # --------------------------------------------------------------------- saving and loading
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Write the index to a folder, or over the index that is there.
+    def save(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
+        """Write the index to a folder, or over the index there that it was loaded from.
 
-        An index that was saved there or loaded from there writes only what is new. Whoever opens
-        the folder at any moment finds the old index or the new one, whole. From then on the
-        embeddings are mapped from the folder, and memory holds those that are added later.
+        Only what is new is written. A reader of the folder finds the old index or the new one, also
+        after a kill. Processes that save to one folder take turns. From then on the embeddings are
+        mapped from the folder, and memory holds those that are added later.
+
+        Args:
+            folder: on a local disk; new, empty, or of an index.
+            overwrite: replace whatever index is there.
 
         Raises:
+            ConflictError: without `overwrite`, an index that this one was not loaded from, or that
+                another process has saved to since. This index keeps all its items: call `reload`
+                and save again.
             CheckpointError: the folder holds something else.
-            ConfigError: the index is empty.
+            ConfigError: the index is empty, or the folder cannot be written.
         """
-        folder = Path(folder)
+        folder = index_folder.local_folder(folder)
         if not len(self):
             raise ConfigError(f"the index is empty: add items before saving it to {folder}")
         index_folder.check_target(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._items.save(folder, identity(self.model))
+        self._items.save(folder, identity(self.model), overwrite)
+        self._searcher = None  # positions may have changed
+
+    def reload(self) -> None:
+        """Read the folder of the index again, and apply the unsaved changes of this one to it.
+
+        An item that both changed becomes as it is here.
+
+        Raises:
+            ConfigError: the index was neither loaded nor saved yet.
+            CheckpointError: see `load`.
+        """
+        mine = self._items
+        if mine.folder is None:
+            raise ConfigError("the index has no folder to read again: save it, or load one")
+        theirs = RetrievalIndex.load(mine.folder, self.model)
+        theirs.remove([name for name in mine.removed if name in theirs])
+        theirs._take(mine, mine.unsaved())
+        theirs._items.generations = mine.generations | theirs._items.generations
+        self._items, self._searcher = theirs._items, None
 
     @classmethod
     def load(cls, folder: str | os.PathLike, model: Any) -> "RetrievalIndex":
         """Open a saved index; the embeddings stay on disk, mapped, until a search reads them.
 
         Raises:
-            CheckpointError: no index there, a torn or foreign one, or one of another model.
+            CheckpointError: no index there, a corrupt or foreign one, or one of another model.
+            ConfigError: a bucket.
         """
-        folder = Path(folder)
+        folder = index_folder.local_folder(folder)
         while True:
             meta = index_folder.read_description(folder)
             try:

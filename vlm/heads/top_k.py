@@ -1,7 +1,8 @@
 """Exact search on the host: the k rows nearest to each query, in one pass over memory."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -14,6 +15,15 @@ WIDENED_BYTES = 1 << 20  # of rows widened to float32 at once, for each query, u
 FIRST_ROWS = 1 << 14  # few at first: from then on most rows fall below the k-th best so far
 SPARSE = 0.1  # below this share of allowed rows only those are multiplied
 SMALL_PRODUCT = 1 << 20  # multiplications, beyond which OpenBLAS has one way to add them up
+
+
+@runtime_checkable
+class Searcher(Protocol):
+    """Another way to search the same rows: the devices of a mesh, or a faiss index."""
+
+    def search(
+        self, z_query: np.ndarray, k: int, allowed: np.ndarray | None, min_score: float
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]: ...
 
 
 def top_k(
@@ -155,3 +165,28 @@ def rescored(
     order = np.argsort(-scores, kind="stable")[:k]
     order = order[scores[order] >= min_score]
     return positions[order], scores[order]
+
+
+def recall_at_k(
+    z_query: Float[np.ndarray, "q d"],
+    blocks: Sequence[np.ndarray],
+    found: Sequence[np.ndarray],
+    exact: Float[np.ndarray, "q k"],
+) -> float:
+    """The share of the k nearest rows that a search found; of equal rows any one counts.
+
+    Args:
+        z_query: the queries.
+        blocks: the rows, in blocks.
+        found: for each query the positions that the search gave.
+        exact: for each query the scores of its k nearest rows, best first.
+    """
+    starts = np.cumsum([0, *map(len, blocks)])
+    hits = 0
+    for z, positions, scores in zip(z_query, found, exact, strict=True):
+        own = np.searchsorted(starts, positions, "right") - 1
+        rows = [blocks[b][p - starts[b]] for b, p in zip(own, positions, strict=True)]
+        least = scores[-1] - 1e-6
+        right = (np.asarray(rows, np.float32).reshape(-1, len(z)) @ z >= least).sum()
+        hits += min(int(right), len(scores))
+    return hits / exact.size

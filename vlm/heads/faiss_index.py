@@ -1,0 +1,208 @@
+"""Search by faiss: approximate indexes whose recall is measured against exact search.
+
+An inverted file ("IVF1024,Flat") looks into `nprobe` of its cells, and a graph ("HNSW32") keeps
+`ef_search` candidates. faiss's own defaults (1 cell, 16 candidates) miss most of the nearest rows,
+so that here the effort is chosen by the recall that it reaches.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from vlm.errors import ConfigError
+from vlm.heads.retrieval import RetrievalIndex
+from vlm.heads.top_k import Searcher, recall_at_k, top_k
+
+RECALL = 0.95  # that the effort is chosen for, where none is given
+SAMPLE, NEAREST = 256, 10  # queries to measure recall on, and their neighbours
+COSINE = 0.5  # of such a query with the stored row that it is made of
+_log = logging.getLogger(__name__)
+
+
+def faiss_search(
+    factory: str = "Flat",
+    *,
+    nprobe: int | None = None,
+    ef_search: int | None = None,
+    recall: float = RECALL,
+) -> Callable[[list[np.ndarray]], Searcher]:
+    """Make `RetrievalIndex.search_with` search by faiss; exact for "Flat".
+
+    The recall of the 10 nearest is measured on 256 queries at a cosine of about 0.5 from stored
+    rows, and logged, as a warning if it is below `recall`. `RetrievalIndex.recall` measures it on
+    queries of your own.
+
+    Args:
+        factory: the description of an index as `faiss.index_factory` reads it, such as
+            "IVF1024,Flat" or "HNSW32".
+        nprobe: cells of an inverted file that are searched. None: the least power of two that
+            reaches `recall`.
+        ef_search: candidates that a graph keeps; likewise.
+        recall: the share of the exact nearest neighbours to find.
+
+    Raises:
+        ConfigError: faiss is not installed or does not know the description, or it has no such
+            option.
+
+    Example:
+        >>> index = vlm.RetrievalIndex(model)
+        >>> index.add(pictures, ids=["red", "green", "blue"])
+        >>> index.search_with(vlm.heads.faiss_search("HNSW32"))  # doctest: +SKIP
+    """
+    _faiss()
+    return lambda rows: _FaissSearch(rows, factory, nprobe, ef_search, recall)
+
+
+def to_faiss(
+    index: RetrievalIndex,
+    factory: str = "Flat",
+    *,
+    nprobe: int | None = None,
+    ef_search: int | None = None,
+    recall: float = RECALL,
+) -> Any:
+    """A faiss index of inner products over the embeddings, numbered in the order of `index.ids`.
+
+    faiss numbers its rows by integers: keep `index.ids` beside it. The options are those of
+    `faiss_search`, and are set in the index.
+
+    Raises:
+        ConfigError: see `faiss_search`; or the index is empty.
+
+    Example:
+        >>> index = vlm.RetrievalIndex(model)
+        >>> index.add(pictures, ids=["red", "green", "blue"])
+        >>> vlm.heads.to_faiss(index).ntotal  # doctest: +SKIP
+        3
+    """
+    if not len(index):
+        raise ConfigError("the index is empty: add items before handing it to faiss")
+    made = _FaissSearch([index.embeddings()], factory, nprobe, ef_search, recall)
+    if made.option is not None:
+        _faiss().ParameterSpace().set_index_parameter(made.index, made.option, made.effort)
+    return made.index
+
+
+class _FaissSearch:
+    """A faiss index over rows.
+
+    Attributes:
+        option, effort: what a search may spend, such as "nprobe" and 8; None if there is none.
+        recall: the share of the exact nearest neighbours that it finds.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[np.ndarray],
+        factory: str,
+        nprobe: int | None,
+        ef_search: int | None,
+        recall: float,
+    ):
+        self.index = _build(rows, factory)
+        name, most = _effort(self.index)
+        given: dict[str | None, int | None] = {"nprobe": nprobe, "efSearch": ef_search}
+        for option, value in given.items():
+            if value is not None and (option != name or value < 1):
+                has = "has no" if option != name else "needs a positive"
+                raise ConfigError(f"{factory!r} {has} {option} ({value}): leave it out")
+        self.option, self.effort = name, given.get(name) or 1
+        queries, exact = _sample(rows)
+        while True:
+            found, _ = self.search(queries, exact.shape[1])
+            self.recall = recall_at_k(queries, rows, found, exact)
+            if self.recall >= recall or self.effort >= most or given.get(name):
+                break
+            self.effort = min(2 * self.effort, most)
+        effort = "" if name is None else f" with {name} {self.effort}"
+        _log.log(
+            logging.INFO if self.recall >= recall else logging.WARNING,
+            "faiss %r%s finds %.1f%% of the %d nearest rows, measured on %d queries",
+            factory, effort, 100 * self.recall, exact.shape[1], len(queries),
+        )  # fmt: skip
+
+    def search(self, z_query, k, allowed=None, min_score=-np.inf):
+        selector = None
+        if allowed is not None:
+            selector = _faiss().IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+        parameters = _parameters(self.index, self.effort, selector)
+        k = min(k, self.index.ntotal)
+        scores, positions = self.index.search(np.ascontiguousarray(z_query), k, params=parameters)
+        found = (positions >= 0) & (scores >= min_score)
+        return (
+            [row[f] for row, f in zip(positions, found, strict=True)],
+            [row[f] for row, f in zip(scores, found, strict=True)],
+        )
+
+
+def _parameters(index: Any, effort: int, selector: Any) -> Any:
+    """The parameters of one search, nested as the index is."""
+    faiss = _faiss()
+    index = faiss.downcast_index(index)
+    kind, selected = type(index).__name__, {} if selector is None else {"sel": selector}
+    if "PreTransform" in kind:
+        below = _parameters(index.index, effort, selector)
+        return faiss.SearchParametersPreTransform(index_params=below)
+    if "Refine" in kind:
+        below = _parameters(index.base_index, effort, selector)
+        factor = index.k_factor
+        return faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=below)
+    if "IVF" in kind:
+        return faiss.SearchParametersIVF(nprobe=effort, **selected)
+    if "HNSW" in kind:
+        return faiss.SearchParametersHNSW(efSearch=effort, **selected)
+    return faiss.SearchParameters(**selected) if selected else None
+
+
+def _effort(index: Any) -> tuple[str | None, int]:
+    """The name of what an index may spend on a search, and the most that makes sense."""
+    index = _faiss().downcast_index(index)
+    kind = type(index).__name__
+    if "PreTransform" in kind or "Refine" in kind:
+        return _effort(index.index if "PreTransform" in kind else index.base_index)
+    if "IVF" in kind:
+        return "nprobe", index.nlist
+    return ("efSearch", index.ntotal) if "HNSW" in kind else (None, 0)
+
+
+def _sample(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Queries to measure recall on, and the scores (q, k) of the k rows nearest to each.
+
+    They are stored rows turned to a random side. Rows themselves lie where the index is dense, and
+    are found with far less effort than the texts or new images that it is searched with.
+    """
+    count, width = sum(map(len, rows)), rows[0].shape[1]
+    rng = np.random.default_rng(0)
+    at = np.sort(rng.choice(count, min(SAMPLE, count), replace=False))
+    z = (np.concatenate(rows) if len(rows) > 1 else rows[0])[at].astype(np.float32)
+    noise = rng.standard_normal(z.shape).astype(np.float32) / width**0.5
+    z = COSINE * z + (1 - COSINE**2) ** 0.5 * noise
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    return z, np.stack(top_k(z, rows, min(NEAREST, count))[1])
+
+
+def _build(rows: Sequence[np.ndarray], factory: str) -> Any:
+    faiss = _faiss()
+    try:
+        index = faiss.index_factory(rows[0].shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        if not index.is_trained:
+            index.train(np.concatenate([np.asarray(block, np.float32) for block in rows]))
+        for block in rows:
+            index.add(np.asarray(block, np.float32))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"faiss makes no index {factory!r} of {sum(map(len, rows)):,} rows "
+            f"({str(error).splitlines()[-1]}): see its index factory, such as 'Flat' or "
+            "'IVF1024,Flat'"
+        ) from None
+    return index
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError:
+        raise ConfigError("faiss is not installed: pip install faiss-cpu") from None
+    return faiss
