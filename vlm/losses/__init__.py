@@ -1,8 +1,7 @@
-"""Contrastive losses, exact over the global batch however it is cut over devices and micro-batches.
+"""Contrastive losses, exact over the global batch for any number of devices and micro-batches.
 
-Read `softmax.py` and `sigmoid.py` for the mathematics, `ring.py` for how every image meets every
-text, `contrastive.py` for how the two become one differentiable function, and `cached.py` for
-batches larger than the towers can hold.
+`softmax.py` and `sigmoid.py` have the mathematics, `ring.py` the all-pairs reduction over devices,
+`contrastive.py` the differentiable function, and `cached.py` exact gradient accumulation.
 """
 
 from vlm.losses.cached import cached_value_and_grad

@@ -1,9 +1,9 @@
-"""Exact losses of batches that the towers cannot hold at once (Gao et al., 2021, arXiv:2101.06983).
+"""Exact gradient accumulation for contrastive losses (GradCache, arXiv:2101.06983).
 
-A contrastive loss does not split into losses of micro-batches: every image needs every text of the
-whole batch as a negative. Embeddings are small, though; it is the towers' activations that do not
-fit. So embed all micro-batches and keep the embeddings alone, take the loss and the gradients of
-all embeddings at once, then run each micro-batch again, this time with its backward pass.
+A contrastive loss is not a sum over micro-batches: every image needs every text of the whole batch
+as a negative. Embeddings fit in memory; the towers' activations do not. So embed all micro-batches
+and keep only the embeddings, compute the loss and the gradients of all embeddings at once, then
+run each micro-batch again with its backward pass.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def cached_value_and_grad(
     embed: Callable[[Any, Any, Any], tuple[Any, ...]],
     loss: Callable[..., Any],
 ) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
-    """Value and gradient of the loss of a whole batch, with activations of one micro-batch.
+    """Make a function for the loss and gradient of a batch with the memory of one micro-batch.
 
     Args:
         embed: `embed(params, batch, key) -> (z_image, z_text)` of one micro-batch. It runs twice
@@ -33,7 +33,7 @@ def cached_value_and_grad(
         it returns the loss and the gradient of `params`.
 
     Raises:
-        ConfigError: leading axes that differ.
+        ConfigError: the leading axes differ.
 
     Source: arXiv:2101.06983.
 
@@ -71,7 +71,7 @@ def cached_value_and_grad(
 
 
 def _flatten(z):
-    """(k, b / k, d) -> (b, d); the sharded axis b / k leads, so no row leaves its device."""
+    """(k, b / k, d) -> (b, d); the sharded axis b / k leads, so rows stay on their devices."""
     return z.swapaxes(0, 1).reshape(-1, *z.shape[2:])
 
 

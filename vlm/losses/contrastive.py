@@ -1,4 +1,4 @@
-"""The losses as one function of global arrays: exact on any mesh, differentiable in every input."""
+"""`contrastive_loss`: softmax and sigmoid losses of global arrays, exact on any mesh."""
 
 import functools
 import math
@@ -27,21 +27,21 @@ def contrastive_loss(
     batch_axes: tuple[str, ...] = ("data", "fsdp"),
     tile: int | None = None,
 ) -> Float[Array, ""]:
-    """The softmax or sigmoid loss of the global batch, in memory linear in the batch.
+    """Softmax or sigmoid loss of the global batch, in memory linear in the batch.
 
-    Equals `softmax_loss` or `sigmoid_loss` and their gradients without ever holding the B x B
-    matrix: B / n rows on each of n devices meet the texts of the others around a ring, in tiles.
-    Products run in the type of the embeddings (and at JAX's default matmul precision, which on a
-    GPU or TPU rounds float32 factors unless it is set), everything else in float32.
+    Equals `softmax_loss` or `sigmoid_loss` and their gradients without storing the B x B matrix:
+    each of n devices keeps B / n images, text blocks travel around a ring, and logits are computed
+    in tiles. Matrix products use the dtype of the embeddings and JAX's default matmul precision
+    (which rounds float32 on GPUs and TPUs unless it is set); everything else is float32.
 
     Args:
         z_image, z_text: embeddings, row i of one belonging to row i of the other; on a mesh, global
             arrays whose rows are sharded over `batch_axes` (other layouts are resharded).
         logit_scale: logarithm of the factor on the cosines.
         logit_bias: added to every logit; None for no bias.
-        groups: a number for each pair, such as its class: pairs of equal number are no negatives of
-            each other. None: every other pair is one.
-        mesh: None for one device; axes besides `batch_axes` hold copies.
+        groups: an integer for each pair, such as its class; pairs of the same group are not
+            negatives of each other. None: all other pairs are negatives.
+        mesh: None for one device; other axes than `batch_axes` hold replicas.
         tile: upper bound on the side of a tile; None chooses one.
 
     Raises:
@@ -70,7 +70,7 @@ def ring_of(
     batch_axes: tuple[str, ...],
     tile: int | None,
 ) -> Ring:
-    """How a batch of pairs goes around: the checks of `contrastive_loss`, and what it raises."""
+    """Check the inputs of `contrastive_loss` and make the ring for them; see its errors."""
     if z_image.ndim != 2 or z_image.shape != z_text.shape:
         raise ConfigError(
             f"z_image {z_image.shape} and z_text {z_text.shape} must both be (batch, embed_dim): "
@@ -102,16 +102,16 @@ def ring_of(
 
 
 def default_tile(mesh: Mesh | AbstractMesh | None) -> int:
-    """Side of a tile: what stays in cache on a CPU, what fills the matrix units elsewhere."""
-    # The mesh decides, not the host: a program for a TPU may be compiled where there is none.
+    """Tile side for the mesh: fits the cache of a CPU, fills the matrix units elsewhere."""
+    # The mesh decides, not the host: a TPU program may be compiled on a CPU host.
     platform = jax.default_backend()
-    if isinstance(mesh, Mesh):  # and not without devices
+    if isinstance(mesh, Mesh):  # an AbstractMesh has no devices
         platform = mesh.devices.flat[0].platform
     return tile_side(platform)
 
 
 def tile_side(platform: str) -> int:
-    """Side of a tile on a kind of device."""
+    """Tile side for a platform."""
     return 1024 if platform == "cpu" else 4096
 
 
@@ -126,7 +126,7 @@ def _specs(ring: Ring) -> tuple[PartitionSpec, ...]:
 
 
 def _forward(kind, mesh, ring, *inputs):
-    """The loss is one number, so its gradients are known now but for one factor: keep them."""
+    """Compute the gradients with the loss: the backward pass only scales them."""
     specs = _specs(ring)
     out = (PartitionSpec(), specs[:4])
     run = on_mesh(LOSSES[kind].value_and_gradients, mesh, ring, specs, out)
@@ -143,12 +143,12 @@ _loss.defvjp(_forward, _backward)
 
 
 def on_mesh(function, mesh, ring, in_specs, out_specs):
-    """`function(ring, *inputs)` on every device's own rows."""
+    """Run `function(ring, *inputs)` on each device's rows."""
     function = functools.partial(function, ring)
     if mesh is None:
         return function
-    # What the tiles make does not vary over unused axes by construction; the check of it is left
-    # out because it asks loop carries to be marked, in ways that differ between JAX versions.
+    # Results are replicated over unused axes by construction. The check is off because it needs
+    # annotations on loop carries that differ between JAX versions.
     return jax.shard_map(
         function,
         mesh=mesh,

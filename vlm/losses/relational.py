@@ -1,14 +1,14 @@
-"""Contrastive-relational distillation: a student learns whom its teacher finds alike.
+"""Contrastive-relational distillation: match the similarity matrix of a teacher.
 
-For an image i of the batch the teacher's softmax over all texts is a distribution p_i, the
-student's is q_i, and the loss is their divergence, the mean over all images and, the other way
-round, over all texts (Vasu et al., 2024, arXiv:2311.17049, equation 2):
+For image i the teacher's softmax over all texts is a distribution p_i and the student's is q_i. The
+loss is their KL divergence, averaged over all images and, in the other direction, over all texts
+(Vasu et al., 2024, arXiv:2311.17049, equation 2):
 
     KL(p_i || q_i) = sum_j p_ij (t_ij - l_ij) - log sum_j exp(t_ij) + log sum_j exp(l_ij)
 
-with the logits t of the teacher and l of the student. As in `softmax.py` a row needs a few sums,
-and they can be gathered tile by tile: of exp(t), of exp(l), and of exp(t) (t - l). The gradient is
-a second look at the tiles: dKL_i/dl_ij = q_ij - p_ij.
+with the logits t of the teacher and l of the student. As in `softmax.py`, a row needs a few sums
+that accumulate tile by tile: of exp(t), of exp(l), and of exp(t) (t - l). The gradient is a second
+pass over the tiles: dKL_i/dl_ij = q_ij - p_ij.
 """
 
 import functools
@@ -38,7 +38,7 @@ def relational_loss(
     batch_axes: tuple[str, ...] = ("data", "fsdp"),
     tile: int | None = None,
 ) -> Float[Array, ""]:
-    """The divergence of the student's softmax from the teacher's, in memory linear in the batch.
+    """KL divergence of the student's softmax from the teacher's, in memory linear in the batch.
 
     Differentiable in the student's embeddings and scale. The widths d and e may differ.
 
@@ -50,7 +50,7 @@ def relational_loss(
         mesh, batch_axes, tile: see `contrastive_loss`.
 
     Raises:
-        ConfigError: other numbers of rows, or widths that differ within one model.
+        ConfigError: numbers of rows differ, or widths differ within one model.
         ShardingError: see `contrastive_loss`.
 
     Source: arXiv:2311.17049.
@@ -74,37 +74,37 @@ def relational_loss(
 
 
 def relational_definition(z_image, z_text, logit_scale, teacher_image, teacher_text, teacher_scale):
-    """The same with whole matrices: what `relational_loss` computes in tiles."""
+    """Reference implementation with whole matrices, which `relational_loss` computes in tiles."""
     logits = jnp.exp(logit_scale) * z_image @ z_text.T
-    wanted = jnp.exp(teacher_scale) * teacher_image @ teacher_text.T
+    target = jnp.exp(teacher_scale) * teacher_image @ teacher_text.T
     total = 0.0
     for axis in (1, 0):
-        p, log_p = jax.nn.softmax(wanted, axis), jax.nn.log_softmax(wanted, axis)
+        p, log_p = jax.nn.softmax(target, axis), jax.nn.log_softmax(target, axis)
         total += (p * (log_p - jax.nn.log_softmax(logits, axis))).sum() / len(logits)
     return total / 2
 
 
 class Sums(NamedTuple):
-    """What a set of pairs of logits adds to a row or a column.
+    """Partial sums of a row or a column.
 
-    `apart` is the sum of exp(t - max t) (t - l), so it goes with the teacher's maximum.
+    `difference` is the sum of exp(t - max t) (t - l), relative to the teacher's maximum.
     """
 
     teacher: Statistics
     student: Statistics
-    apart: Float[Array, "..."]
+    difference: Float[Array, "..."]
 
 
 def _merge(a: Sums, b: Sums) -> Sums:
     teacher = merge_statistics(a.teacher, b.teacher)
-    apart, other = (x.apart * jnp.exp(x.teacher.max - teacher.max) for x in (a, b))
-    return Sums(teacher, merge_statistics(a.student, b.student), apart + other)
+    difference, other = (x.difference * jnp.exp(x.teacher.max - teacher.max) for x in (a, b))
+    return Sums(teacher, merge_statistics(a.student, b.student), difference + other)
 
 
 def _divergence(sums: Sums) -> Float[Array, " b"]:
     teacher, student = sums.teacher, sums.student
     log_z = student.max + jnp.log(student.sum) - teacher.max - jnp.log(teacher.sum)
-    return sums.apart / teacher.sum + log_z
+    return sums.difference / teacher.sum + log_z
 
 
 def _value(ring: Ring, *inputs) -> Float[Array, ""]:
@@ -113,7 +113,7 @@ def _value(ring: Ring, *inputs) -> Float[Array, ""]:
 
 
 def _value_and_gradients(ring: Ring, *inputs):
-    """The loss, and its gradients in the student's embeddings and scale: a second trip."""
+    """Loss and gradients of the student's embeddings and scale, in two trips around the ring."""
     z_image, z_text, log_scale, teacher_image, teacher_text, teacher_scale = inputs
     rows, columns = _sums(ring, *inputs)
     scale, teacher = jnp.exp(log_scale), jnp.exp(teacher_scale)
@@ -142,7 +142,7 @@ def _value_and_gradients(ring: Ring, *inputs):
 
 
 def _sums(ring, z_image, z_text, log_scale, teacher_image, teacher_text, teacher_scale):
-    """The sums of each row and of each column, the pair itself among them."""
+    """Sums of each row and of each column, positives included."""
     scale, teacher = jnp.exp(log_scale), jnp.exp(teacher_scale)
 
     def visit(images, texts, hide):
@@ -173,7 +173,7 @@ def _sums(ring, z_image, z_text, log_scale, teacher_image, teacher_text, teacher
 
 def _mean(ring: Ring, rows: Sums, columns: Sums) -> Float[Array, ""]:
     total = jnp.sum(_divergence(rows) + _divergence(columns))
-    return ring.total(total) / (2 * len(rows.apart) * ring.devices)
+    return ring.total(total) / (2 * len(rows.difference) * ring.devices)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

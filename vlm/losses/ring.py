@@ -1,18 +1,18 @@
-"""Every image meets every text: in tiles inside a device, around a ring between devices.
+"""All-pairs reduction over a global batch: in tiles on a device, around a ring between devices.
 
 The logits of a global batch of B pairs form a B x B matrix that is too large to store. Both losses
 need only sums along its rows (one per image) and its columns (one per text), so it is enough to
-look at one tile at a time and add up. Device k of n keeps its b = B / n images; blocks of b texts
-travel the ring, each **together with the sums of its columns**, until every device has seen them:
+compute one tile at a time and accumulate. Device k of n keeps its b = B / n images; blocks of b
+texts travel the ring, each **with the sums of its columns**, until every device has seen them:
 
               device 0      device 1      device 2
-    step 0    I0 . T0       I1 . T1       I2 . T2       the own block: it holds the positives
-    step 1    I0 . T2       I1 . T0       I2 . T1       T -> the next device, before the products
-    step 2    I0 . T1       I1 . T2       I2 . T0       the sums of T follow after them
+    step 0    I0 . T0       I1 . T1       I2 . T2       the local block, with the positives
+    step 1    I0 . T2       I1 . T0       I2 . T1       T is sent on before the products
+    step 2    I0 . T1       I1 . T2       I2 . T0       sums of T follow
     home      sums of T0    sums of T1    sums of T2
 
-A text block is sent on before it is multiplied, and a step starts the sums of its columns afresh
-while those of the earlier steps are still on their way: no product waits for the network.
+A text block is sent on before it is multiplied, and each step starts new column sums while the
+earlier ones are still in transit, so no product waits for the network.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-# The logit of a pair that does not count. Finite, so that differences of two stay numbers.
+# Logit of a masked pair. Finite, so that the difference of two is not NaN.
 MASKED_LOGIT = jnp.finfo(jnp.float32).min
 
 Hide = Callable[[Float[Array, "t t"]], Float[Array, "t t"]]
@@ -32,9 +32,10 @@ Hide = Callable[[Float[Array, "t t"]], Float[Array, "t t"]]
 
 @dataclass(frozen=True)
 class Ring:
-    """How a global batch is cut: over `devices` along mesh `axes`, then into tiles of side `tile`.
+    """Partition of a global batch over `devices` along mesh `axes`, then into tiles.
 
-    Its methods run on each device of a `jax.shard_map` over `axes`, or anywhere if there are none.
+    Its methods run on each device of a `jax.shard_map` over `axes`, or on one device if `axes` is
+    empty. `tile` is the side of a tile.
     """
 
     tile: int
@@ -49,16 +50,16 @@ class Ring:
         texts: Any,
         empty: tuple[Any, Any],
     ) -> tuple[Any, Any]:
-        """Visit all negative pairs of the global batch; merge what each tile says of both sides.
+        """Apply `visit` to all tiles of negative pairs; merge the partial sums of both sides.
 
         Images are rows and texts are columns: arrays of images are (b, ...), of texts (..., b).
 
         Args:
             visit: `visit(images, texts, hide) -> (image_sums, text_sums)` for t images and t texts;
-                `hide` gives the logits of positives and of padding the value `MASKED_LOGIT`.
-            merge: joins two partial sums, of images or of texts.
-            images, texts: trees of what `visit` needs to know of the local ones.
-            empty: trees of the neutral elements of `merge`, for the local images and texts.
+                `hide` sets the logits of positives and padding to `MASKED_LOGIT`.
+            merge: combines two partial sums, of images or of texts.
+            images, texts: trees of local arrays that `visit` needs.
+            empty: trees of identity elements of `merge`, for the local images and texts.
 
         Returns:
             the merged sums of the local images and of the local texts.
@@ -70,7 +71,7 @@ class Ring:
         texts, no_sums = (_cut(x, count, t, axis=-1) for x in (texts, empty[1]))
 
         def block(image_sums, texts, *, own):
-            """One block of texts against the local images; `own`: it holds their positives."""
+            """Visit one block of texts; `own`: it contains the positives of the local images."""
 
             def tile(i, j, sums):
                 image_sums, text_sums = sums
@@ -101,11 +102,11 @@ class Ring:
         return _join(image_sums, b, axis=0), _join(self._send(text_sums), b, axis=-1)
 
     def total(self, x: Float[Array, ""]) -> Float[Array, ""]:
-        """The sum of a number over the devices."""
+        """Sum a scalar over the devices."""
         return lax.psum(x, self.axes) if self.axes else x
 
     def _send(self, block):
-        """Every device's block to the next device."""
+        """Send each device's block to the next device."""
         if not self.axes:
             return block
         onward = [(k, (k + 1) % self.devices) for k in range(self.devices)]
@@ -113,42 +114,42 @@ class Ring:
 
 
 def at_least_float32(x: Array) -> Array:
-    """`x` in float32, unless it is wider."""
+    """Convert `x` to float32, unless it is wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def add(a: Any, b: Any) -> Any:
-    """The `merge` of plain sums."""
+    """Add two trees: the `merge` of plain sums."""
     return jax.tree.map(jnp.add, a, b)
 
 
-def apart(
+def mask_same_group(
     logits: Float[Array, "m n"], own: Int[Array, " m"] | None, other: Int[Array, " n"] | None
 ) -> Float[Array, "m n"]:
-    """The logits of negatives, but for those of pairs of one group, which do not count."""
+    """Mask the logits of pairs of the same group, which are not negatives."""
     return logits if own is None else jnp.where(own[:, None] == other, MASKED_LOGIT, logits)
 
 
 def dot(x: Float[Array, "m d"], y: Float[Array, "d n"]) -> Float[Array, "m n"]:
-    """x @ y with products in the inputs' type and float32 sums."""
+    """Compute x @ y in the dtype of the inputs, accumulated in float32."""
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
 def pull_back(
     g: Float[Array, "m n"], x: Float[Array, "m d"], y: Float[Array, "d n"]
 ) -> tuple[Float[Array, "m d"], Float[Array, "d n"]]:
-    """The gradients of `dot`'s inputs for the gradient `g` of its output, in float32."""
+    """Gradients of the inputs of `dot`, given the gradient `g` of its output, in float32."""
     g = g.astype(x.dtype)
     return dot(g, y.T), dot(x.T, g)
 
 
 def dot_pairs(x: Float[Array, "b d"], y: Float[Array, "b d"]) -> Float[Array, " b"]:
-    """Each image with its own text."""
+    """Dot product of each image with its own text."""
     return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
 
 
 def _hide(row: Array, column: Array, b: int, *, padded: bool, own: bool) -> Hide:
-    """Hides the positives of the own block, and rows and columns from b on."""
+    """Make a function that masks positives of the own block, and padding from index b on."""
 
     def hide(logits):
         if not padded and not own:
@@ -166,7 +167,7 @@ def _hide(row: Array, column: Array, b: int, *, padded: bool, own: bool) -> Hide
 
 
 def _cut(tree, count, t, axis):
-    """Axis b -> (count, t), with count in front; padded by repeating the last entry."""
+    """Split axis b into (count, t), with count first; pad by repeating the last entry."""
 
     def cut(x):
         before, after = x.shape[: axis % x.ndim], x.shape[axis % x.ndim + 1 :]
@@ -179,7 +180,7 @@ def _cut(tree, count, t, axis):
 
 
 def _join(tree, b, axis):
-    """The inverse of `_cut`."""
+    """Inverse of `_cut`."""
 
     def join(tiles):
         at = axis % (tiles.ndim - 1)

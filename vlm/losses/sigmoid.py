@@ -1,19 +1,18 @@
 """The sigmoid loss of SigLIP (Zhai et al., 2023, arXiv:2303.15343).
 
-Every pair is a question of its own: do this image and this text belong together? A positive costs
-softplus(-l_ii), a negative softplus(l_ij), and the loss is their sum over all pairs divided by B.
-A pair's gradient depends on its own logit alone,
+Each pair is a binary classification. A positive costs softplus(-l_ii), a negative softplus(l_ij),
+and the loss is the sum over all pairs divided by B. A pair's gradient depends only on its logit,
 
     B dL/dl_ij = sigmoid(l_ij)        B dL/dl_ii = -sigmoid(-l_ii)
 
-so one look at a tile yields its share of the loss and of the gradients: one trip is enough.
+so one pass over the tiles gives the loss and the gradients: one trip around the ring is enough.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vlm.losses.ring import Ring, add, apart, at_least_float32, dot, dot_pairs, pull_back
+from vlm.losses.ring import Ring, add, at_least_float32, dot, dot_pairs, mask_same_group, pull_back
 
 
 def sigmoid_loss(
@@ -38,8 +37,8 @@ def sigmoid_loss(
     logits = jnp.exp(logit_scale) * at_least_float32(z_image) @ at_least_float32(z_text).T
     if logit_bias is not None:
         logits += logit_bias
-    belongs = 2 * jnp.eye(len(logits)) - 1  # +1 for positives, -1 for negatives
-    return jax.nn.softplus(-belongs * logits).sum() / len(logits)
+    sign = 2 * jnp.eye(len(logits)) - 1  # +1 for positives, -1 for negatives
+    return jax.nn.softplus(-sign * logits).sum() / len(logits)
 
 
 def value(
@@ -50,12 +49,12 @@ def value(
     logit_bias: Float[Array, ""] | None,
     groups: Int[Array, " b"] | None,
 ) -> Float[Array, ""]:
-    """The loss of the global batch: one trip around the ring."""
+    """Loss of the global batch, in one trip around the ring."""
     scale, bias = jnp.exp(logit_scale), _zero_if_none(logit_bias)
 
     def visit(images, texts, hide):
         (x, own), (y, other) = images, texts
-        logits = apart(hide(scale * dot(x, y) + bias), own, other)
+        logits = mask_same_group(hide(scale * dot(x, y) + bias), own, other)
         return jax.nn.softplus(logits).sum(1), ()
 
     none = jnp.zeros(len(z_image), jnp.float32)
@@ -73,12 +72,12 @@ def value_and_gradients(
     logit_bias: Float[Array, ""] | None,
     groups: Int[Array, " b"] | None,
 ) -> tuple[Float[Array, ""], tuple]:
-    """The loss and the gradients of its four inputs: the same trip, with the gradients on board."""
+    """Loss and gradients of its four inputs, in one trip around the ring."""
     scale, bias = jnp.exp(logit_scale), _zero_if_none(logit_bias)
 
     def visit(images, texts, hide):
         (x, own), (y, other) = images, texts
-        logits = apart(hide(scale * dot(x, y) + bias), own, other)
+        logits = mask_same_group(hide(scale * dot(x, y) + bias), own, other)
         losses, g = _softplus_and_sigmoid(logits)
         d_image, d_text = pull_back(g, x, y)
         return (losses.sum(1), g.sum(1), d_image), d_text
@@ -100,7 +99,7 @@ def value_and_gradients(
 
 
 def _softplus_and_sigmoid(x: Array) -> tuple[Array, Array]:
-    """A negative's loss and its derivative, from one exponential that cannot overflow."""
+    """Loss of a negative and its derivative, from one exponential that cannot overflow."""
     e = jnp.exp(-jnp.abs(x))
     return jnp.maximum(x, 0) + jnp.log1p(e), jnp.where(x > 0, 1, e) / (1 + e)
 

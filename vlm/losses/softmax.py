@@ -1,19 +1,19 @@
 """The softmax loss of CLIP (Radford et al., 2021, arXiv:2103.00020).
 
-Row i of the logits says which text image i belongs to, column i which image text i belongs to. Seen
-from one row, with the positive logit l_ii and the negatives l_ij, the cross-entropy is
+Rows of the logits classify images among texts, columns classify texts among images. For a row with
+the positive logit l_ii and the negatives l_ij, the cross-entropy is
 
     -log softmax(l_i)_i = log sum_j exp(l_ij) - l_ii = softplus(lse_i - l_ii)
 
-where lse_i = log sum_{j != i} exp(l_ij). It needs two numbers from the negatives, their maximum
-and the sum of their exponentials below it, and they can be gathered tile by tile in any order.
-So can those of the columns, from the same tile. The gradient is a second look at the tiles:
+where lse_i = log sum_{j != i} exp(l_ij). It needs two statistics of the negatives, their maximum
+and their sum of exponentials relative to it, which accumulate tile by tile in any order. The same
+tile gives those of the columns. The gradient is a second pass over the tiles:
 
     2B dL/dl_ij = exp(l_ij) / sum_k exp(l_ik) + exp(l_ij) / sum_k exp(l_kj)        (j != i)
     2B dL/dl_ii = -(the share of the negatives in row i + that in column i)
 
-Positives and negatives apart, nothing is a small difference of large numbers: the loss and its
-gradient keep their digits however well the pairs are told apart.
+Since positives and negatives are kept separate, no term is a small difference of large numbers: the
+loss and its gradient stay precise when the model separates all pairs well.
 """
 
 from typing import NamedTuple
@@ -26,10 +26,10 @@ from vlm.losses.ring import (
     MASKED_LOGIT,
     Ring,
     add,
-    apart,
     at_least_float32,
     dot,
     dot_pairs,
+    mask_same_group,
     pull_back,
 )
 
@@ -61,14 +61,14 @@ def softmax_loss(
 
 
 class Statistics(NamedTuple):
-    """The sum of a set of exponentials in two numbers: exp(max) * sum."""
+    """Sum of exponentials as two numbers: exp(max) * sum."""
 
     max: Float[Array, "..."]
     sum: Float[Array, "..."]
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:
-    """The statistics of two sets of logits together."""
+    """Statistics of the union of two sets of logits."""
     top = jnp.maximum(a.max, b.max)
     return Statistics(top, a.sum * jnp.exp(a.max - top) + b.sum * jnp.exp(b.max - top))
 
@@ -81,7 +81,7 @@ def value(
     logit_bias: Float[Array, ""] | None,
     groups: Int[Array, " b"] | None,
 ) -> Float[Array, ""]:
-    """The loss of the global batch: one trip around the ring. A bias changes nothing."""
+    """Loss of the global batch, in one trip around the ring; a bias cancels out."""
     scale = jnp.exp(logit_scale)
     rows, columns = _negatives(ring, z_image, z_text, scale, groups)
     return _loss(ring, scale * dot_pairs(z_image, z_text), rows, columns)
@@ -95,7 +95,7 @@ def value_and_gradients(
     logit_bias: Float[Array, ""] | None,
     groups: Int[Array, " b"] | None,
 ) -> tuple[Float[Array, ""], tuple]:
-    """The loss and the gradients of its four inputs: a second trip, with the statistics at hand."""
+    """Loss and gradients of its four inputs: the gradients take a second trip around the ring."""
     scale = jnp.exp(logit_scale)
     positives = scale * dot_pairs(z_image, z_text)
     rows, columns = _negatives(ring, z_image, z_text, scale, groups)
@@ -104,7 +104,7 @@ def value_and_gradients(
 
     def visit(images, texts, hide):
         (x, row, own), (y, column, other) = images, texts
-        logits = apart(hide(scale * dot(x, y)), own, other)
+        logits = mask_same_group(hide(scale * dot(x, y)), own, other)
         in_row = jnp.exp(logits - row.max[:, None]) / row.sum[:, None]
         in_column = jnp.exp(logits - column.max) / column.sum
         return pull_back(in_row + in_column, x, y)
@@ -122,11 +122,11 @@ def value_and_gradients(
 
 
 def _negatives(ring, z_image, z_text, scale, groups) -> tuple[Statistics, Statistics]:
-    """The statistics of the negatives, of each row and of each column."""
+    """Statistics of the negatives of each row and of each column."""
 
     def visit(images, texts, hide):
         (x, own), (y, other) = images, texts
-        logits = apart(hide(scale * dot(x, y)), own, other)
+        logits = mask_same_group(hide(scale * dot(x, y)), own, other)
         row, column = logits.max(1), logits.max(0)
         return (
             Statistics(row, jnp.exp(logits - row[:, None]).sum(1)),
@@ -145,5 +145,5 @@ def _loss(ring, positives, rows: Statistics, columns: Statistics) -> Float[Array
 
 
 def _share(part: Statistics, whole: Statistics) -> Float[Array, " b"]:
-    """The share of some logits in the softmax over more of them."""
+    """Softmax probability of a subset of the logits."""
     return part.sum * jnp.exp(part.max - whole.max) / whole.sum
