@@ -1,4 +1,4 @@
-"""Measured figures on the machine at hand, beside the limits it could reach."""
+"""Benchmarks on this machine, compared with its measured and published limits."""
 
 from etils import epy
 

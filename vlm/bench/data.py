@@ -1,4 +1,4 @@
-"""The input pipeline on this machine: pairs per second of reading, augmenting and tokenizing."""
+"""Benchmark of the input pipeline: pairs per second of reading, augmenting and tokenizing."""
 
 import time
 from typing import Any
@@ -18,19 +18,19 @@ def bench_data(
     step_seconds: float | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Draw training batches as a run would, and nothing else; print what came of it.
+    """Measure the throughput of a run's training batches, without training; print it.
 
-    The first batch starts the readers and fills caches; the others count.
+    The first batch starts the readers and fills caches, so it is timed separately.
 
     Args:
-        batches: how many to time.
-        step_seconds: of a training step, to say whether it would wait.
+        batches: number of batches to time.
+        step_seconds: duration of a training step, to estimate the share of time spent waiting.
 
     Returns:
         the printed figures as JSON values.
 
     Raises:
-        DataError: no such data.
+        DataError: the data does not exist.
 
     Example:
         >>> from rich.console import Console

@@ -1,4 +1,4 @@
-"""Encoding on this machine: images and texts per second by batch size, and how near to the peak."""
+"""Benchmark of encoding: images and texts per second by batch size, relative to the peak."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,11 +27,11 @@ def bench_encode(
     trace: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Measure both towers on one device, with random weights and inputs; print a table.
+    """Measure both towers on one device with random weights and inputs; print a table.
 
     Args:
         batch_sizes: of images and of texts.
-        rounds: of measuring, in turns; the best counts.
+        rounds: number of interleaved rounds; the best counts.
         trace: a folder for a device trace of the largest batch, by `jax.profiler`.
 
     Returns:

@@ -1,9 +1,9 @@
-"""The contrastive losses on this machine: exactness, memory, and time against the arithmetic floor.
+"""Benchmark of the contrastive losses: errors, memory, and time relative to GEMM throughput.
 
-Loss and backward pass need at least 8 B^2 d floating-point operations: the logits twice (2 B^2 d
-each), because nobody stores them, and a product for either embedding's gradient. Divided by the
-rate at which this machine multiplies large matrices, measured in the same rounds, that is the
-floor. (The sigmoid loss makes its logits once, so it can end below.)
+The loss with its backward pass takes 8 B^2 d FLOPs if logits are not stored: twice the logits
+(2 B^2 d each) and one product for each embedding's gradient. Divided by the GEMM throughput of
+this machine, measured in the same rounds, that is the reference bound. (The sigmoid loss computes
+its logits once, so it can beat the bound.)
 """
 
 from collections.abc import Callable, Sequence
@@ -21,9 +21,9 @@ from vlm.bench.measure import best_times
 from vlm.errors import ShardingError
 from vlm.losses import contrastive_loss, sigmoid_loss, softmax_loss
 
-PLAIN = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
-DENSE_LIMIT = 2**31  # bytes of one B x B matrix, above which the dense losses are not run
-CHECKED_BATCH = 2048  # the errors are measured at this batch: its float64 reference is quick
+DENSE = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
+DENSE_LIMIT = 2**31  # bytes of a B x B matrix; larger dense losses are skipped
+CHECKED_BATCH = 2048  # batch for the errors, small enough for a float64 reference
 
 
 def bench_loss(
@@ -38,15 +38,15 @@ def bench_loss(
     rounds: int = 5,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Measure loss and backward pass in tiles, beside the dense loss and the floor; print a table.
+    """Measure the tiled losses and their gradients against dense losses; print a table.
 
-    Times are the best of `rounds` interleaved rounds, after one to warm up. Memory is what the
-    compiler allots to temporaries on each device. Errors are relative to the plain loss in float64.
+    Times are the best of `rounds` interleaved rounds, after warm-up. Memory is the compiler's
+    temporary allocation per device. Errors are relative to the dense loss in float64.
 
     Args:
         batch_size, embed_dim: B pairs over all devices, and d.
         dtype: of the embeddings; auto is float32 on a CPU and bfloat16 elsewhere.
-        dense: also measure the plain loss where its B x B matrix stays under 2 GiB.
+        dense: also measure the dense loss if its B x B matrix is under 2 GiB.
         devices: all of JAX's devices unless given.
 
     Returns:
@@ -77,7 +77,7 @@ def bench_loss(
     for kind in kinds:
         forms = {"tiles": _in_tiles(kind, mesh, tile)}
         if dense and 4 * batch_size**2 <= DENSE_LIMIT:
-            forms["dense"] = PLAIN[kind]
+            forms["dense"] = DENSE[kind]
         for form, loss in forms.items():
             compiled = _with_gradients(loss).lower(*inputs).compile()
             runs[kind, form] = lambda run=compiled: run(*inputs)
@@ -115,7 +115,7 @@ def bench_loss(
 
 
 def _inputs(batch_size, embed_dim, dtype) -> tuple:
-    """Embeddings of unit norm, pairs alike; scale and bias as early in training."""
+    """Unit-norm embeddings with similar pairs; scale and bias as early in training."""
     image, noise = jax.random.normal(jax.random.key(0), (2, batch_size, embed_dim))
     pairs = (x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (image, image + 3 * noise))
     return *(x.astype(dtype) for x in pairs), jnp.log(20.0), jnp.float32(-10.0)
@@ -135,7 +135,7 @@ def _with_gradients(loss):
 
 
 def _product(mesh, dtype):
-    """Products of large square matrices on every device, and their operations in all."""
+    """Function that multiplies large square matrices on all devices, and its total FLOPs."""
     platform = mesh.devices.flat[0].platform
     side = measure.matrix_side(platform)
     times = (
@@ -154,14 +154,14 @@ def _errors(kind, mesh, tile, batch_size, embed_dim, dtype) -> dict[str, float]:
     value, gradients = run(*_place(inputs, mesh))
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         exact = [jnp.asarray(np.asarray(x, np.float64)) for x in inputs]
-        true_value, true_gradients = _with_gradients(PLAIN[kind])(*exact)
+        true_value, true_gradients = _with_gradients(DENSE[kind])(*exact)
     names = ("value", "z_image", "z_text", "logit_scale", "logit_bias")
     pairs = zip(names, (value, *gradients), (true_value, *true_gradients), strict=True)
     errors = {}
     for name, ours, true in pairs:
         ours, true = np.asarray(ours, np.float64), np.asarray(true)
         size = np.linalg.norm(true)
-        # The softmax loss does not feel the bias: its true gradient is zero up to rounding.
+        # The softmax loss is invariant to the bias: its true gradient is zero up to rounding.
         errors[name] = float(np.linalg.norm(ours - true) / (size if size > 1e-12 else 1.0))
     return errors
 
@@ -171,10 +171,10 @@ def _print(result, console):
         f"[bold]Contrastive loss and gradients[/] on {result['devices']} x {result['device']}: "
         f"batch {result['batch_size']:,}, width {result['embed_dim']}, {result['dtype']}; "
         f"products at {result['product_flops_per_second'] / 1e9:,.0f} GFLOP/s, "
-        f"floor {result['floor_seconds']:.3g} s"
+        f"bound {result['floor_seconds']:.3g} s"
     )
     table = Table()
-    for column in ("loss", "form", "time", "x floor", "temporaries / device"):
+    for column in ("loss", "form", "time", "x bound", "temporaries / device"):
         table.add_column(column, justify="left" if column in ("loss", "form") else "right")
     for row in result["losses"]:
         table.add_row(

@@ -1,4 +1,4 @@
-"""How the benches measure: the best of interleaved rounds, beside what the machine can do."""
+"""Timing of interleaved rounds, GEMM throughput and peak memory."""
 
 import contextlib
 import ctypes
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 
 
 def matrix_side(platform: str) -> int:
-    """Of the square matrices whose product shows how fast a device multiplies."""
+    """Side of the square matrices for measuring GEMM throughput."""
     return 2048 if platform == "cpu" else 8192
 
 
 def best_times(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
-    """The best seconds of `rounds` calls of each, in turns so that all meet the same load."""
+    """Best seconds of `rounds` interleaved calls of each function."""
     best = {}
     for name, run in runs.items():
         jax.block_until_ready(run())
@@ -33,7 +33,7 @@ def best_times(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, 
 
 
 def product(dtype: str) -> tuple[Callable[[], Any], float]:
-    """Products of large square matrices on one device, and their operations."""
+    """Function that multiplies large square matrices on one device, and its FLOPs."""
     side = matrix_side(jax.default_backend())
     matrix = jnp.ones((side, side), dtype)
     run = jax.jit(jnp.matmul)
@@ -41,16 +41,16 @@ def product(dtype: str) -> tuple[Callable[[], Any], float]:
 
 
 def peak_bytes(device: Any) -> int | None:
-    """The most bytes that were in use on a device so far, where it counts them."""
+    """Peak bytes in use on a device so far; None if the device does not count them."""
     stats = device.memory_stats() or {}
     return stats.get("peak_bytes_in_use")
 
 
 def resident_peak(run: Callable[[], Any]) -> int | None:
-    """The most bytes that `run` takes over what the process holds without it; None but on Linux.
+    """Peak resident bytes of the process while `run` runs, above those before (Linux only).
 
-    A CPU device counts nothing itself, so this is the resident memory of the process. A first call
-    brings what stays: code, threads and their stacks. What `run` holds must be its own.
+    CPU devices have no memory statistics. A first call allocates what stays: code and threads.
+    `run` must not keep references to what it allocates.
     """
     process = pathlib.Path("/proc/self")
     if not sys.platform.startswith("linux") or not (process / "clear_refs").exists():
@@ -58,9 +58,9 @@ def resident_peak(run: Callable[[], Any]) -> int | None:
     run()
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # musl has no such call
-        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system
+        ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
     before = _status("VmRSS")
-    (process / "clear_refs").write_text("5")  # the high-water mark starts anew
+    (process / "clear_refs").write_text("5")  # reset the high-water mark
     run()
     return _status("VmHWM") - before
 
@@ -72,7 +72,7 @@ def _status(name: str) -> int:
 
 @contextlib.contextmanager
 def traced(folder: str | None) -> Iterator[None]:
-    """A device trace of what happens inside, into `folder`; nothing without one."""
+    """Record a device trace of the block into `folder`; do nothing if it is None."""
     if folder is None:
         yield
         return

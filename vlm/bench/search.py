@@ -1,7 +1,7 @@
-"""Exact search on this machine: queries per second over a growing index, beside the memory's limit.
+"""Benchmark of exact search: queries per second by index size, relative to memory bandwidth.
 
-How long this machine takes to read every stored row once, measured by a copy of the same rows, is
-what one query takes where no bounds rule rows out; see `vlm.heads.bounded`.
+The time to read every stored row once, measured by copying the rows, is the time of a query for
+which no bounds rule out rows; see `vlm.heads.bounded`.
 """
 
 import time
@@ -17,7 +17,7 @@ from vlm.heads.retrieval import RetrievalIndex
 
 
 class _Embeddings:
-    """Stands where a model would: the rows and queries are embeddings already."""
+    """Placeholder for a model: rows and queries are embeddings already."""
 
     name = "embeddings"
 
@@ -36,15 +36,15 @@ def bench_search(
 
     Args:
         items: sizes of the index.
-        queries: how many are asked at once.
-        dtype: of the stored embeddings, float32 or float16.
-        rounds: of measuring; the best counts.
+        queries: numbers of queries per search.
+        dtype: dtype of the stored embeddings, float32 or float16.
+        rounds: number of rounds; the best counts.
 
     Returns:
         the printed figures as JSON values.
 
     Raises:
-        ConfigError: another dtype.
+        ConfigError: unknown dtype.
 
     Example:
         >>> from rich.console import Console
@@ -63,7 +63,7 @@ def bench_search(
         copy = _best(lambda z=z: z.copy(), rounds) / 2  # a copy reads and writes
         for count in queries:
             asked = z[rng.integers(0, n, count)]
-            hits: Any = index.search(asked, k=k)  # a list, as of a batch
+            hits: Any = index.search(asked, k=k)  # a list, since queries are a batch
             found = sum(h[0].score > 0.999 for h in hits)
             seconds = _best(lambda i=index, a=asked: i.search(a, k=k), rounds)
             rows.append(
@@ -83,7 +83,7 @@ def bench_search(
 
 
 def make_bounds(index: RetrievalIndex, query: np.ndarray) -> None:
-    """Search until each block in memory has what bounds it can have: a search makes those of one.
+    """Search until all blocks in memory have bounds, since a search makes those of one block.
 
     Args:
         query: (d,) an embedding.

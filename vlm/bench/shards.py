@@ -1,7 +1,7 @@
-"""Shards to augmented batches: ours, from slow storage, bare decoding, and open_clip, in turn.
+"""Benchmark of shards to augmented batches: vlm, slow storage, bare decoding and open_clip.
 
-Drawn photographs in WebDataset shards, as JPEG; crops of 80 to 100% to 224 pixels and a caption to
-tokens. Each side is a process of its own that uses every core, and they take turns.
+Synthetic photographs as JPEG in WebDataset shards; random crops of 80 to 100% of the area to 224
+pixels, and captions to tokens. Each side is a process that uses all cores; they run interleaved.
 """
 
 import argparse
@@ -36,9 +36,9 @@ PREPROCESS = PreprocessConfig(image_size=SIDE, resize="crop")
 def bench_shards(
     *, rounds: int = 5, seconds: float = 3.0, console: Console | None = None
 ) -> dict[str, Any]:
-    """Print pairs per second of each side for images of two sizes; the medians of the rounds.
+    """Print median pairs per second of each side for images of two sizes.
 
-    open_clip's pipeline (its `get_wds_dataset`) takes part where the extra `peers` is installed.
+    open_clip's pipeline (its `get_wds_dataset`) is included if the extra `peers` is installed.
     """
     names = ["ours", "ours, slow storage", "bare"]
     if find_spec("open_clip_train") and find_spec("webdataset") and find_spec("pandas"):
@@ -68,15 +68,19 @@ def bench_shards(
             ratios["of_open_clip"] = figures["ours"] / figures["open_clip"]
         result[f"{width}x{height}"] = {"pairs_per_second": figures, **ratios}
         table = Table(f"{width}x{height} JPEG to {SIDE}", "pairs/s", "ours is", box=None)
-        ours, said = figures["ours"], f"{_cores()} cores"
+        ours = figures["ours"]
         for name, speed in figures.items():
-            table.add_row(name, f"{speed:,.0f}", said if name == "ours" else f"{ours / speed:.2f}x")
+            table.add_row(
+                name,
+                f"{speed:,.0f}",
+                f"{_cores()} cores" if name == "ours" else f"{ours / speed:.2f}x",
+            )
         console.print(table)
     return result
 
 
 def write_shards(folder: Path, width: int, height: int) -> None:
-    """Drawn photographs with detail at every scale, each in several shards."""
+    """Write synthetic photographs with detail at every scale, each in several shards."""
     images = [_photo(number, width, height) for number in range(DIFFERENT)]
     for shard in range(SHARDS):
         with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
@@ -108,9 +112,9 @@ def _cores() -> int:
 
 
 def _serve(batches, ahead: int) -> None:
-    """Answer each request for some seconds of batches with the pairs per second of them."""
+    """Answer requests for seconds of batches with their pairs per second."""
     for least in map(float, requests()):
-        for _ in range(ahead):  # made before the turn began
+        for _ in range(ahead):  # prefetched before the measurement
             next(batches)
         began, count = time.perf_counter(), 0
         while (seconds := time.perf_counter() - began) < least or not count:
@@ -140,7 +144,7 @@ def _ours(folder: str) -> None:
 
 
 def _bare(folder: str) -> None:
-    """Decoding at the fraction that the crop allows, and resizing: nothing else."""
+    """Only decode (at the JPEG scale that the crop allows) and resize."""
     from vlm.data.making import NUMBERS
     from vlm.data.randomness import uniforms
     from vlm.data.transforms import Augment
@@ -171,7 +175,7 @@ def _bare(folder: str) -> None:
 
 
 def _open_clip(folder: str) -> None:
-    """open_clip's own pipeline, with a worker on each core; nothing of the product needs it."""
+    """open_clip's pipeline with a worker per core; vlm itself does not need open_clip."""
     from importlib import import_module
 
     open_clip = import_module("open_clip")
@@ -196,7 +200,7 @@ def _open_clip(folder: str) -> None:
 
 
 def main() -> None:
-    """One side of the comparison, asked over its standard input."""
+    """Run one side of the comparison, with requests on stdin."""
     parser = argparse.ArgumentParser(description="One side of the comparison.")
     parser.add_argument("--as", dest="name", required=True)
     parser.add_argument("--folder", required=True)

@@ -1,4 +1,4 @@
-"""A stand-in for a bucket: local files whose opening takes long and whose streams are slow."""
+"""Simulated bucket: local files with a slow open and limited bandwidth."""
 
 import time
 
@@ -9,7 +9,7 @@ OPEN_SECONDS, BYTES_PER_SECOND = 0.05, 50e6
 
 
 class SlowFileSystem(LocalFileSystem):
-    """`slow:///path` is `/path`, by way of `fsspec` like any bucket."""
+    """fsspec file system in which `slow:///path` is the local file `/path`."""
 
     protocol = "slow"
 
@@ -18,7 +18,7 @@ class SlowFileSystem(LocalFileSystem):
         return LocalFileSystem._strip_protocol(str(path).removeprefix("slow://"))
 
     def open(self, path, mode="rb", **options):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The file, after the time that a bucket takes."""
+        """Open the file after the delay of a bucket."""
         time.sleep(OPEN_SECONDS)
         return _Slow(open(self._strip_protocol(path), mode, buffering=0))
 
@@ -46,5 +46,5 @@ class _Slow:
 
 
 def register() -> None:
-    """Let `fsspec` know it."""
+    """Register the file system with fsspec."""
     fsspec.register_implementation("slow", SlowFileSystem, clobber=True)

@@ -1,7 +1,7 @@
-"""The training step on this machine: its time, what its parts take, and MFU.
+"""Benchmark of the training step: its time, the time of its parts, and MFU.
 
-Model FLOPs are counted by hand (vlm/models/flops.py); they are set against the published peak of
-the chip and against the rate at which this machine multiplies large matrices in the same rounds.
+Model FLOPs are an analytic estimate (vlm/models/flops.py). They are compared with the published
+peak of the chip and with the GEMM throughput measured in the same rounds.
 """
 
 from pathlib import Path
@@ -39,12 +39,12 @@ def bench_train(
     save: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Measure the real step on random data, beside its parts; print a table.
+    """Measure the training step and its parts on random data; print a table.
 
-    The parts are measured alone, so that they need not add up: XLA overlaps and fuses over them.
+    Parts are measured separately and need not add up, since XLA fuses and overlaps them.
 
     Args:
-        rounds: of measuring, in turns; the best counts.
+        rounds: number of interleaved rounds; the best counts.
         trace: a folder for a device trace of one step, by `jax.profiler`.
         save: a file to add the step's time to, for `vlm plan --calibration`.
 
@@ -52,8 +52,8 @@ def bench_train(
         the printed figures as JSON values: seconds, bytes, operations per second.
 
     Raises:
-        ConfigError: an objective beside the pairs; `save` on a device without published figures,
-            or to a file of another kind.
+        ConfigError: an objective other than the contrastive loss; `save` on a device without
+            published figures, or to a file with other content.
         ShardingError: the mesh does not fit the devices, or the batch the mesh.
 
     Example:
@@ -134,7 +134,7 @@ def bench_train(
 
 
 def check_saving(file: str, devices: list[Any]) -> None:
-    """Raise a ConfigError if a calibration cannot be measured here, or not be written to `file`."""
+    """Raise a ConfigError if no calibration can be measured here or written to `file`."""
     kind = devices[0].device_kind
     if local_topology(devices) is None:
         raise ConfigError(
@@ -146,9 +146,9 @@ def check_saving(file: str, devices: list[Any]) -> None:
 
 
 def predicted_seconds(trainer: Trainer, compiled: Any, devices: list[Any]) -> float:
-    """The middle of the range that the plan expects of a compiled step, without a calibration."""
+    """Midpoint of the planned time range of a compiled step, without calibration."""
     topology = local_topology(devices)
-    assert topology is not None  # `check_saving` has seen that it is known
+    assert topology is not None  # checked by `check_saving`
     chip = topology.rated_chip
     e = with_dtype(trainer.experiment, chip.platform)
     calibration = calibration_of(chip.name)
@@ -163,7 +163,7 @@ def predicted_seconds(trainer: Trainer, compiled: Any, devices: list[Any]) -> fl
 
 def _measurement(e: Experiment, devices: list[Any], measured: float, predicted: float):
     topology = local_topology(devices)
-    assert topology is not None  # `check_saving` has seen that it is known
+    assert topology is not None  # checked by `check_saving`
     return Measurement(
         chip=topology.rated_chip.name,
         name=e.name,
@@ -177,7 +177,7 @@ def _measurement(e: Experiment, devices: list[Any], measured: float, predicted: 
 
 
 def planned_peak(compiled: Any) -> int:
-    """The bytes of each device that the compiler has laid out for a program."""
+    """Peak bytes per device of a compiled program, by the compiler's memory analysis."""
     memory = compiled.memory_analysis()
     return (
         memory.argument_size_in_bytes
@@ -188,7 +188,7 @@ def planned_peak(compiled: Any) -> int:
 
 
 def step_resident_peak(trainer: Trainer, compiled: Any, batch: dict[str, jax.Array]) -> int | None:
-    """Bytes of the process in which CPU devices run, at a step's peak, as a share for each."""
+    """Peak resident bytes of a step per CPU device; None where it cannot be measured."""
 
     def two_steps():
         state = trainer.init(jnp.int32(1000))
@@ -236,7 +236,7 @@ def _print(result, console):
     rates += f"; {result['of_products']:.0%} of the rate of large products here"
     console.print(rates, highlight=False)
     planned, measured = result["planned_peak_bytes"], result["measured_peak_bytes"]
-    memory = f"memory of a device: {planned / 2**30:,.2f} GiB by the compiler"
+    memory = f"memory of a device: {planned / 2**30:,.2f} GiB planned by the compiler"
     if measured is not None:
         memory += f", {measured / 2**30:,.2f} GiB measured ({planned / measured:.0%})"
     console.print(memory, highlight=False)

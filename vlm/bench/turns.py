@@ -1,6 +1,6 @@
-"""Two processes that work in turn, so that both meet the same machine at the same time.
+"""Interleaved benchmarks of two processes, so that both see the same machine load.
 
-Out of its turn a process and all its workers stand still: no queue fills up at the other's cost.
+While one process runs, the other and its workers are stopped, so that no queue fills up meanwhile.
 """
 
 import atexit
@@ -18,9 +18,9 @@ OURS = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 class Peer:
-    """`script --as name`, waiting for its turn in a process of its own.
+    """Child process that runs `script --as name` and waits for requests.
 
-    With `module` the script is the name of one.
+    If `module` is true, `script` is a module name.
     """
 
     def __init__(self, script: str, name: str, *options: str, module: bool = False):
@@ -36,13 +36,13 @@ class Peer:
         atexit.register(self.stop)
 
     def take(self, request: str) -> tuple[float, ...]:
-        """Send a request and wait for the numbers of its answer."""
+        """Send a request and wait for the numbers in the answer."""
         os.killpg(self.process.pid, signal.SIGCONT)
-        told, answers = self.process.stdin, self.process.stdout
-        assert told is not None
+        requests, answers = self.process.stdin, self.process.stdout
+        assert requests is not None
         assert answers is not None
-        told.write(f"{request}\n")
-        told.flush()
+        requests.write(f"{request}\n")
+        requests.flush()
         for line in answers:
             if line.startswith("answer "):
                 os.killpg(self.process.pid, signal.SIGSTOP)
@@ -55,26 +55,26 @@ class Peer:
 
 
 def requests() -> Iterator[str]:
-    """What the other side asks for, until it stops."""
+    """Read requests of the parent process until it closes the pipe."""
     for line in sys.stdin:
         yield line.strip()
 
 
 def answer(*numbers: float) -> None:
-    """Say the numbers that were asked for."""
+    """Send numbers to the parent process."""
     sys.stdout.write(" ".join(["answer", *map(str, numbers)]) + "\n")
     sys.stdout.flush()
 
 
 def time_of(function) -> float:
-    """Seconds that `function` takes."""
+    """Measure the seconds that `function` takes."""
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
 
 
 def compare(peers: list[Peer], requests: list[str], rounds: int) -> None:
-    """Ask ours and theirs in turn, and print the medians of the first number and their ratio."""
+    """Run both peers interleaved; print the medians of the first number and their ratio."""
     for request in requests:
         for peer in peers:
             peer.take(request)  # compile, and warm the caches
