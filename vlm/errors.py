@@ -1,5 +1,9 @@
 """The project's own errors: each message is one sentence with the value, the place and the mend."""
 
+import logging
+
+WARNED: set[str] = set()  # what `warn_once` has logged
+
 
 class VlmError(Exception):
     """Anything a user can mend. The command line prints its message without a traceback.
@@ -95,3 +99,10 @@ class TrainingError(VlmError):
 def first_line(error: Exception) -> str:
     """What an error of another library says first, or its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def warn_once(text: str) -> None:
+    """Log a warning, unless this process has logged the same before."""
+    if text not in WARNED:
+        WARNED.add(text)
+        logging.getLogger("vlm").warning(text)

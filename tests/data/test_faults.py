@@ -141,7 +141,7 @@ def test_broken_shards_are_passed_over_and_named(tmp_path):
     assert {n for n in lost if n not in range(24, 36) and n not in range(60, 84)} <= set(
         range(36, 48)
     )
-    assert set(iterator.bad.kinds) == {"torn shard", "missing shard", "empty shard"}
+    assert set(iterator.bad.kinds) == {"broken shard", "missing shard", "empty shard"}
     named = (tmp_path / "run" / "bad-samples.jsonl").read_text()
     assert all(f"{n}.tar" in named for n in (2, 3, 5, 6))
 

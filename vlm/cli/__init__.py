@@ -7,6 +7,7 @@ import difflib
 import errno
 import importlib
 import io
+import logging
 import os
 import sys
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 from vlm._version import __version__
 from vlm.cli import runtime
 from vlm.cli.parse import UsageError
-from vlm.errors import VlmError
+from vlm.errors import WARNED, VlmError
 from vlm.paths import why_not
 
 
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         runtime.restart_with_huge_pages(sys.argv[1:])
     args = list(sys.argv[1:] if argv is None else argv)
     _print_any_name()
+    _print_log(alone=argv is None)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     try:
@@ -109,6 +111,22 @@ def _print_any_name() -> None:
     if isinstance(stdout, io.TextIOWrapper) and stdout.errors == "strict":
         utf8 = stdout.encoding.lower().replace("-", "") == "utf8"
         stdout.reconfigure(errors="surrogateescape" if utf8 else "replace")
+
+
+class _OnStderr(logging.Handler):
+    """Print what the library logs as the commands print their own messages."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"vlm: {record.getMessage()}", file=sys.stderr, flush=True)
+
+
+def _print_log(*, alone: bool) -> None:
+    """Print what the library logs; where the process is ours, other packages' handlers do not."""
+    log = logging.getLogger("vlm")
+    if not any(isinstance(handler, _OnStderr) for handler in log.handlers):
+        log.addHandler(_OnStderr(logging.WARNING))
+    log.propagate = not alone
+    WARNED.clear()  # of an earlier command
 
 
 def _let_go_of_stdout() -> None:

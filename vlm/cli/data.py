@@ -146,7 +146,7 @@ def prepare(
         beam: options of Apache Beam (extra `beam`), as NAME=VALUE: its workers, who must all see
             source and out, write the same shards. One that was stopped begins anew.
     """
-    from vlm.cli.terminal import counter
+    from vlm.cli.terminal import counter, print_status
     from vlm.config import DataConfig, PreprocessConfig
     from vlm.data.prepare import Preparation
     from vlm.data.prepare import prepare as write
@@ -175,6 +175,9 @@ def prepare(
         f"{done['examples']:,} examples in {done['shards']:,} shards in {out} "
         f"({done['bytes'] / 2**20:,.1f} MiB)" + (f"; left out: {left}" if left else "")
     )
+    if dropped := done["dropped"]:
+        names = ", ".join(f"{name} ({count:,} examples)" for name, count in dropped.items())
+        print_status(f"features that the shards do not hold: {names}")
 
 
 def index(source: Source, /, out: str | None = None) -> None:
@@ -203,7 +206,7 @@ def index(source: Source, /, out: str | None = None) -> None:
     count = sum(shard[2] for shard in header["shards"])
     print(f"{path}: {count:,} examples in {len(names):,} shards")
     for fault in header["faults"]:
-        print(f"{fault['kind']}: {fault['why']}")
+        print(f"{fault['kind']}: {fault['why']} ({fault.get('samples', 1):,} samples)")
 
 
 def reinforce(

@@ -4,11 +4,11 @@ import glob
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from etils import epath
 
 from vlm.errors import DataError
+from vlm.inputs.folders import files_under, is_image_name, report_skipped
 from vlm.inputs.opening import SUFFIXES, OnError
 from vlm.paths import as_path
 
@@ -17,17 +17,15 @@ def find_images(places: Sequence[str]) -> list[epath.Path]:
     """Every picture that `places` name, in order, each once.
 
     A file is taken whatever it is called. A folder, local or remote, is searched whole for files
-    that look like pictures, sorted by path, hidden ones left out. A pattern (`*`, `?`, `[...]`,
-    `**`) stands for the files and folders that it matches.
+    that end like images, sorted by path, hidden ones left out. A pattern (`*`, `?`, `[...]`,
+    `**`) stands for the files and folders that it matches. Files that are skipped for their type
+    are counted and named in one message for each place.
 
     Raises:
-        DataError: a place that does not exist, or that holds no pictures.
+        DataError: a place that does not exist, or that holds no images.
     """
-    found: dict[str, epath.Path] = {}
-    for place in places:
-        for path in _pictures(place):
-            found.setdefault(os.fspath(path), path)
-    return list(found.values())
+    found = dict.fromkeys(path for place in places for path in _images(place))
+    return [as_path(path) for path in found]
 
 
 class Unreadable:
@@ -75,18 +73,21 @@ class Unreadable:
             )
 
 
-def _pictures(place: str) -> Iterable[epath.Path]:
+def _images(place: str) -> list[str]:
     path = as_path(place)
     if path.is_dir():
-        inside = sorted(_walk(path), key=os.fspath)
+        inside, skipped = _among(files_under(path))
         if not inside:
+            types = sorted({os.path.splitext(name)[1] or "no extension" for name in skipped})
             raise DataError(
-                f"the folder {place!r} holds no images: they are files that end in "
+                f"the folder {place!r} holds no images, which end in "
                 f"{', '.join(sorted(SUFFIXES))}"
+                + (f": it has {len(skipped):,} files of {', '.join(types[:8])}" if types else "")
             )
+        report_skipped(skipped, place)
         return inside
     if path.exists():
-        return [path]
+        return [os.fspath(path)]
     matches = sorted(glob.glob(os.fspath(path), recursive=True))
     if not matches:
         wild = glob.has_magic(place)
@@ -95,23 +96,18 @@ def _pictures(place: str) -> Iterable[epath.Path]:
             if wild
             else f"there is no image {place!r}: check the path"
         )
-    pictures = [p for match in matches for p in _matched(as_path(match))]
-    if not pictures:
+    files: list[str] = []
+    for match in matches:
+        files += files_under(match) if os.path.isdir(match) else [match]
+    images, skipped = _among(f for f in files if not os.path.basename(f).startswith("."))
+    if not images:
         raise DataError(f"no image matches {place!r}: check the pattern")
-    return pictures
+    report_skipped(skipped, place)
+    return images
 
 
-def _matched(path: epath.Path) -> Iterable[epath.Path]:
-    if path.is_dir():
-        return sorted(_walk(path), key=os.fspath)
-    return [path] if _looks_like_a_picture(path.name) else []
-
-
-def _walk(folder: epath.Path) -> Iterable[epath.Path]:
-    for parent, folders, names in folder.walk():
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (parent / name for name in names if _looks_like_a_picture(name))
-
-
-def _looks_like_a_picture(name: str) -> bool:
-    return not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+def _among(files: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Those that end like images, and the others; each sorted by path."""
+    found = sorted(files)
+    images = [file for file in found if is_image_name(file)]
+    return images, [file for file in found if not is_image_name(file)]

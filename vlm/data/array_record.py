@@ -8,7 +8,7 @@ from typing import Any
 from tensorflow_datasets.proto import tf_example_pb2
 
 from vlm.config import DataConfig
-from vlm.data.examples import WHERE, Example, check_features, known_features, wanted_features
+from vlm.data.examples import WHERE, Example, check_features, known_features
 from vlm.data.faults import BadSample
 from vlm.data.splits import split_files
 from vlm.errors import DataError
@@ -52,7 +52,7 @@ def open_array_record(config: DataConfig, split: str) -> ArrayRecordSource:
         DataError: no files or no records, or none with the features that the config names.
     """
     source = ArrayRecordSource(split_files(config.source, split, config.train_split), config)
-    known = known_features(source, [config.image, *wanted_features(config)])
+    known = known_features(source, config, config.source)
     check_features(config, known, f"the data set {config.source}")
     return source
 

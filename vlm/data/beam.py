@@ -216,7 +216,10 @@ def _write(
     number, found = shard
     rows = sorted(found, key=lambda row: row[0])
     kept = [made for _, (made, _) in rows if isinstance(made, Kept)]
-    left_out = Counter(made.kind for _, (made, _) in rows if isinstance(made, BadSample))
+    left_out: Counter[str] = Counter()
+    for _, (made, _) in rows:
+        if isinstance(made, BadSample):
+            left_out[made.kind] += made.samples
     read, (_, after) = rows[-1]
     unfinished = f".{uuid.uuid4().hex}.part"  # a runner may start one shard twice
     return plain.write(folder, split, kept, wanted, number, left_out, read, after, unfinished)

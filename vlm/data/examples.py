@@ -22,7 +22,8 @@ Example = dict[str, Any]
 WHERE = "\0where"
 PART = "\0part"  # and to which source of a mixture it belongs
 
-_LOOKED_AT = 64  # examples, before a feature counts as missing
+AMBIGUOUS = "two captions"  # the kind of a bad sample that has more than one where one is named
+LOOKED_AT = 64  # examples, before the features that a config names count as missing
 
 
 @runtime_checkable
@@ -154,22 +155,45 @@ def check_features(config: DataConfig, known: Collection[str], where: str) -> No
         raise DataError("data.captions is empty and data.label not set: name what to read")
 
 
-def known_features(source: Source, wanted: Collection[str]) -> list[str]:
-    """The features of some examples all over a source; bad ones are passed over.
+def known_features(source: Source, config: DataConfig, where: str) -> list[str]:
+    """The features of some examples all over a source, until all that the config names are found.
 
-    It looks at more than one, for a feature may be optional, until all that are `wanted` are found.
+    Raises:
+        DataError: as `features_of`.
     """
-    known: dict[str, None] = {}
+    wanted = {config.image, *wanted_features(config)}
+    found: list[Example | BadSample] = []
+    known: set[str] = set()
     count = len(source)
-    for index in np.unique(np.linspace(0, count - 1, min(count, _LOOKED_AT)).astype(int)).tolist():
+    for index in np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int)).tolist():
         try:
             example = source[index]
-        except BadSample:  # met again, and counted, in training
-            continue
-        known |= {n: None for n, v in example.items() if not n.startswith("\0") and v is not None}
-        if known.keys() >= set(wanted):
+            found.append(example)
+            known.update(example)
+        except BadSample as fault:
+            found.append(fault)
+        if known >= wanted:
             break
-    return list(known)
+    return features_of(found, where)
+
+
+def features_of(examples: Sequence[Example | BadSample], where: str) -> list[str]:
+    """The features of some examples; bad ones among them have none.
+
+    Raises:
+        DataError: all of them are bad, or one has two captions where the config names one.
+    """
+    good = [example for example in examples if not isinstance(example, BadSample)]
+    bad = [example for example in examples if isinstance(example, BadSample)]
+    ambiguous = [fault for fault in bad if fault.kind == AMBIGUOUS]
+    if ambiguous:
+        raise DataError(str(ambiguous[0]))
+    if not good:
+        why = bad[-1] if bad else "there are none"
+        raise DataError(
+            f"none of the {len(bad)} examples of {where} that were looked at is good ({why})"
+        )
+    return list(dict.fromkeys(n for example in good for n in example if not n.startswith("\0")))
 
 
 def label_of(example: Example, config: DataConfig) -> str:

@@ -1,28 +1,25 @@
 """A folder of images: with a text of the same name beside each, or sorted into class folders.
 
-`photos/a.jpg` with `photos/a.txt` (a caption a line) or `photos/a.json` (fields) has captions;
-`pets/cat/1.jpg` has the label `cat`. A folder with folders that are called like splits, such as
-`train` and `val`, has these splits; without, all of it is the training split. The classes are those
-of all splits.
+`photos/a.jpg` with `photos/a.txt` (a caption a line), `photos/a.json` (fields) or both has
+captions, as img2dataset's `files` format does; `members` says which feature each file is.
+`pets/cat/1.jpg` has the label `cat`; images outside the class folders are skipped. A folder with
+folders that are called like splits, such as `train` and `val`, has these splits; without, all of it
+is the training split. The classes are those of all splits. Symbolic links are followed. What is
+skipped is logged.
 """
 
-import json
+import collections
 import os
-from collections.abc import Iterator
-from typing import Any
-
-from etils import epath
 
 from vlm.config import DataConfig
-from vlm.data.examples import WHERE, Example, check_features
+from vlm.data.examples import WHERE, Example, check_features, known_features
 from vlm.data.faults import BadSample
+from vlm.data.members import reads, texts_of
 from vlm.data.splits import NAMES, find_split
 from vlm.data.storage import read_file
-from vlm.data.webdataset import IMAGES
 from vlm.errors import DataError
+from vlm.inputs.folders import files_under, is_image_name, report_skipped
 from vlm.paths import as_path
-
-_TEXTS = (".txt", ".json")
 
 
 class FolderSource:
@@ -30,7 +27,7 @@ class FolderSource:
 
     def __init__(
         self,
-        rows: list[tuple[str, str | None, str]],
+        rows: list[tuple[str, dict[str, str], str]],
         config: DataConfig,
         label_names: list[str] | None = None,
     ):
@@ -40,30 +37,19 @@ class FolderSource:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:
-        image, text, label = self._rows[index]
+        image, beside, label = self._rows[index]
         config = self._config
-        example: Example = {WHERE: image, config.image: image}
+        own: Example = {WHERE: image, config.image: image}
         if config.label:
-            example[config.label] = label
-            return example
-        if text is None:
+            return own | {config.label: label}
+        if not beside:
             raise BadSample("no caption", image, f"{image} has no text beside it")
-        return self._read(text) | example
-
-    def _read(self, text: str) -> Example:
         try:
-            said = read_file(text).decode("utf-8-sig")
-            if not text.endswith(".json"):
-                lines = [line.strip() for line in said.splitlines() if line.strip()]
-                return {self._config.captions[0]: lines}
-            fields = json.loads(said)
-            if not isinstance(fields, dict):
-                raise ValueError("it is not an object with named fields")
-            return fields
-        except ValueError as error:
-            raise BadSample("broken text", text, f"{text} cannot be read: {error}") from None
+            parts: dict[str, bytes | None] = {e: read_file(p) for e, p in beside.items()}
         except OSError as error:
-            raise BadSample("failed read", text, f"{text} cannot be read: {error}") from None
+            why = f"the text beside {image} cannot be read: {error}"
+            raise BadSample("failed read", image, why) from None
+        return texts_of(parts, config, image, by_line=True) | own
 
 
 def open_folder(config: DataConfig, split: str) -> FolderSource:
@@ -76,41 +62,57 @@ def open_folder(config: DataConfig, split: str) -> FolderSource:
     known = folder_splits(config)
     if known is not None:
         root = top / find_split(split, known, f"the folder {top}")
+        stray = [path for path in map(os.fspath, top.iterdir()) if is_image_name(path)]
+        report_skipped(sorted(stray), os.fspath(top), "are in no folder of a split")
     elif split != config.train_split:
         raise DataError(
             f"{top} has no folders train, test or validation, so there is no split {split!r}: make "
             "a folder for it, or set eval_split=None"
         )
-    images, texts = {}, {}
-    for path in _walk(root):
+    images: list[str] = []
+    beside: dict[str, dict[str, str]] = collections.defaultdict(dict)
+    others = []
+    is_read = reads(config)
+    for path in files_under(root):
         stem, ending = os.path.splitext(path)
-        if _is_image(path):
-            images[path] = stem
-        elif ending in _TEXTS:
-            texts.setdefault(stem, path)
+        if is_image_name(path):
+            images.append(path)
+        elif ending and not config.label and is_read(ending[1:].lower()):
+            beside[stem][ending[1:].lower()] = path
+        else:
+            others.append(path)
+    stems = {os.path.splitext(path)[0] for path in images}
+    others += [p for stem, texts in beside.items() if stem not in stems for p in texts.values()]
+    place = os.fspath(root)
+    report_skipped(others, place, "are neither images nor texts beside one")
     if not images:
         raise DataError(
             f"{root} has no captions.csv, captions.tsv or captions.jsonl, and no images: write a "
             "table there, or name a folder with images"
         )
-    rows = [
-        (path, texts.get(stem), os.path.basename(os.path.dirname(path)))
-        for path, stem in sorted(images.items())
-    ]
-    if not config.label and not texts:
+    if config.label:
+        images = _in_class_folders(images, place)
+    elif not any(stem in beside for stem in stems):
         raise DataError(
             f"{root} has images and no texts: put a .txt or .json beside each, write captions.csv, "
             'or set data.label="label" if its folders are classes'
         )
+    rows = [
+        (path, dict(beside.get(os.path.splitext(path)[0], {})), _class_of(path))
+        for path in sorted(images)
+    ]
     label_names = None
     if config.label:
-        folders = {os.path.dirname(path) for path, _, _ in rows}
+        labels = {label for _, _, label in rows}
         for other in (top / name for name in known or () if top / name != root):
-            folders |= {os.path.dirname(path) for path in _walk(other) if _is_image(path)}
-        label_names = sorted({os.path.basename(folder) for folder in folders})
+            paths = [path for path in files_under(other) if is_image_name(path)]
+            labels |= {
+                _class_of(path) for path in paths if os.path.dirname(path) != os.fspath(other)
+            }
+        label_names = sorted(labels)
     source = FolderSource(rows, config, label_names)
-    first = next(i for i, row in enumerate(rows) if config.label or row[1])
-    check_features(config, list(_quietly(source, first, config)), f"the folder {root}")
+    where = f"the folder {root}"
+    check_features(config, known_features(source, config, where), where)
     return source
 
 
@@ -128,18 +130,28 @@ def folder_splits(config: DataConfig) -> list[str] | None:
     return sorted(found) or None
 
 
-def _is_image(path: str) -> bool:
-    return os.path.splitext(path)[1].lower().removeprefix(".") in IMAGES
+def _class_of(path: str) -> str:
+    return os.path.basename(os.path.dirname(path))
 
 
-def _quietly(source: FolderSource, index: int, config: DataConfig) -> dict[str, Any]:
-    try:
-        return {name: value for name, value in source[index].items() if name != WHERE}
-    except BadSample:  # met again, and counted, in training
-        return dict.fromkeys([config.image, *config.captions])
+def _in_class_folders(images: list[str], root: str) -> list[str]:
+    """The images in the class folders of `root`.
 
-
-def _walk(folder: epath.Path) -> Iterator[str]:
-    for parent, folders, names in folder.walk():
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.fspath(parent / name) for name in names if not name.startswith("."))
+    Raises:
+        DataError: there are none, or the folders lie at different depths, so that it is not known
+            which of them are classes.
+    """
+    depths = {path: path[len(root) :].strip("/").count("/") for path in images}
+    inside = [path for path, depth in depths.items() if depth]
+    if not inside:
+        raise DataError(
+            f"{root} has images and no class folders: sort them into one folder for each class"
+        )
+    report_skipped((p for p, depth in depths.items() if not depth), root, "are in no class folder")
+    shallow, deep = (choose(inside, key=depths.__getitem__) for choose in (min, max))
+    if depths[shallow] != depths[deep]:
+        raise DataError(
+            f"the class folders of {root} lie at different depths ({shallow}, {deep}): make each "
+            "image's own folder its class, at one depth"
+        )
+    return inside

@@ -44,6 +44,15 @@ class Stream(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
+    @property
+    def examples(self) -> int: ...  # of an epoch, as far as is known, with those that are lost
+
+    @property
+    def typical(self) -> int: ...  # examples of one shard
+
+    @property
+    def faults(self) -> Sequence[dict[str, Any]]: ...  # of shards, known before the first step
+
     def lane(self, number: int, position: Position | None, pool: Executor) -> Lane: ...
 
 
@@ -240,6 +249,11 @@ class LaneOrder:
         self.element_bytes = batches.element_bytes(self.parts)
         self._prefetch = prefetch
         self._at: dict[str, Position] = {}
+
+    @property
+    def stream(self) -> Stream:
+        """What is read."""
+        return self._batches.stream
 
     def read(self) -> grain.IterDataset:
         """The elements from the position on."""

@@ -49,6 +49,21 @@ class Mixture:
         """Equal for the same parts in the same order."""
         return " + ".join(part.fingerprint for part in self.parts)
 
+    @property
+    def examples(self) -> int:
+        """Of an epoch of each part."""
+        return sum(part.examples for part in self.parts)
+
+    @property
+    def typical(self) -> int:
+        """Examples of the largest shard."""
+        return max(part.typical for part in self.parts)
+
+    @property
+    def faults(self) -> list[dict[str, Any]]:
+        """Of the shards of all parts, as far as they are known."""
+        return [fault for part in self.parts for fault in part.faults]
+
     def lane(self, number: int, position: list[Any] | None, pool: Executor) -> "MixtureLane":
         """Lane `number`, at its beginning or at what its `position()` was."""
         taken, *places = position or [0, *[None] * len(self.parts)]

@@ -19,7 +19,7 @@ from vlm.data.examples import Example, Subset
 from vlm.data.faults import BadSample
 from vlm.data.shards import Record
 from vlm.data.splits import find_split, named_splits, split_files
-from vlm.data.storage import expand, open_file
+from vlm.data.storage import expand, open_file, retry
 from vlm.data.tar import Torn
 from vlm.errors import DataError, first_line
 
@@ -44,7 +44,7 @@ class ParquetFormat:
             OSError, Torn: where it cannot be read on.
         """
         pyarrow = import_pyarrow()
-        with open_file(shard) as f:
+        with retry(lambda: open_file(shard)) as f:
             try:
                 file = pyarrow.parquet.ParquetFile(f, buffer_size=chunk, pre_buffer=False)
                 columns = Columns(file.schema_arrow, self._config, shard)
@@ -110,7 +110,7 @@ class ParquetSource:
         number, group = self._groups[at]
         pyarrow, name = import_pyarrow(), self._names[number]
         try:
-            with open_file(name) as f:
+            with retry(lambda: open_file(name)) as f:
                 file = pyarrow.parquet.ParquetFile(f, metadata=self._metadata[number])
                 return file.read_row_group(group, columns=self._columns[number].wanted)
         except (pyarrow.ArrowException, OSError) as error:
@@ -200,6 +200,15 @@ def _first_columns(config: DataConfig) -> Columns:
     return Columns(_footer(name)[1], config, name)
 
 
+def count_rows(path: str) -> int:
+    """The number of rows of a Parquet file.
+
+    Raises:
+        DataError: it is not there, or no Parquet file.
+    """
+    return _footer(path)[0].num_rows
+
+
 def read_columns(path: str, columns: list[str]) -> list[dict[str, Any]]:
     """The rows of a Parquet file with those of `columns` that it has.
 
@@ -208,7 +217,7 @@ def read_columns(path: str, columns: list[str]) -> list[dict[str, Any]]:
         DataError: pyarrow is not installed.
     """
     pyarrow = import_pyarrow()
-    with open_file(path) as f:
+    with retry(lambda: open_file(path)) as f:
         try:
             file = pyarrow.parquet.ParquetFile(f)
             known = [name for name in columns if name in file.schema_arrow.names]
@@ -225,7 +234,7 @@ def _footer(name: str) -> tuple[Any, Any]:
     """
     pyarrow = import_pyarrow()
     try:
-        with open_file(name) as f:
+        with retry(lambda: open_file(name)) as f:
             file = pyarrow.parquet.ParquetFile(f)
             return file.metadata, file.schema_arrow
     except FileNotFoundError:

@@ -178,7 +178,6 @@ def train_batches(
             f"data.cache keeps images in this process, so data.workers {config.workers} processes "
             "could not share it: set one of them off"
         )
-    bad = BadSamples(config.max_bad_share, run_folder, process_index)
     if streams(config):
         if reinforced is not None:
             raise ConfigError(
@@ -190,10 +189,19 @@ def train_batches(
                 f"{config.source} is read as a stream, whose number of examples is not known, so "
                 "epochs have no meaning: give steps or examples"
             )
-        order: StepOrder | LaneOrder = _lane_order(
+        lanes = _lane_order(
             config, preprocess, tokenizer, batch_size, seed, process_index, process_count
         )
-        return TrainIterator(order, prefetch=config.prefetch, bad=bad, finish=finish)
+        stream = lanes.stream
+        bad = BadSamples(
+            config.max_bad_share,
+            run_folder,
+            process_index,
+            examples=max(1, stream.examples // process_count),
+            spare=2 * stream.typical if process_count > 1 else 0,
+        )
+        bad.take(0, 0, list(stream.faults))
+        return TrainIterator(lanes, prefetch=config.prefetch, bad=bad, finish=finish)
     source = open_source(config, config.train_split)
     batches = TrainBatches(
         CachedSource(source, config, preprocess) if config.cache else source,
@@ -207,8 +215,10 @@ def train_batches(
         epochs=epochs,
         reinforced=reinforced,
     )
-    for fault in getattr(source, "faults", ()):  # of whole shards, known before the first step
-        bad.take(0, 0, [fault])
+    faults = getattr(source, "faults", ())  # of shards, known before the first step
+    lost = sum(fault.get("samples", 1) for fault in faults)
+    bad = BadSamples(config.max_bad_share, run_folder, process_index, examples=len(source) + lost)
+    bad.take(0, 0, list(faults))
     order = StepOrder(
         batches,
         prefetch=config.prefetch,

@@ -1,5 +1,9 @@
 """A data set rewritten as shards that train fast: resized, without duplicates, filtered, checked.
 
+All features that JSON can hold are kept under their names, so that a config that names captions,
+weights or filters reads the same from the shards. A tar's `.txt` is the first caption, for other
+readers; an ArrayRecord file keeps texts, numbers and lists of them.
+
 Each shard is written under another name and put in place when it is whole, with a line in
 `manifest.jsonl`: its examples, length, SHA-256, what was left out on the way, and the place from
 which the next shard reads. A run that was stopped goes on behind the last line.
@@ -26,16 +30,17 @@ from vlm.data.array_record import serialize
 from vlm.data.examples import Example, captions_of, passes
 from vlm.data.faults import BadSample
 from vlm.data.making import open_image_of
+from vlm.data.members import TEXT
 from vlm.data.reading import InOrder, Read
 from vlm.data.survey import identity
 from vlm.errors import ConfigError, DataError
+from vlm.inputs.opening import extension_of
 from vlm.inputs.preprocess import Preprocess
 from vlm.paths import as_path, is_remote
 
 MANIFEST = "manifest.jsonl"
 _HASHES = "hashes"  # of what is kept, so that a resumed run knows duplicates
 _AT_ONCE = 64  # examples that the threads work on
-_TEXT_KINDS = (str, int, float, bool, list)
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,9 @@ class Kept(NamedTuple):
     suffix: str
     features: dict[str, Any]
     captions: list[str]
+    text: str  # of them, for a reader that takes one
     mark: bytes
+    dropped: tuple[str, ...] = ()  # features that the shards cannot hold
 
 
 def prepare(
@@ -72,7 +79,7 @@ def prepare(
     """Write the examples of a split as shards into the folder `out`, or go on with that.
 
     `report` is told how many examples are read, and of how many. Returns totals: shards, examples,
-    bytes, and what was left out by kind.
+    bytes, samples that were left out by kind, and features that were dropped by name.
 
     Raises:
         DataError: the source cannot be opened, or `out` holds something else.
@@ -89,7 +96,7 @@ def prepare(
         for example, after in _in_parallel(source.read(place), pool, config, wanted, preprocess):
             read, place = read + 1, after
             if isinstance(example, BadSample):
-                left_out[example.kind] += 1
+                left_out[example.kind] += example.samples
             elif wanted.deduplicate and example.mark in seen:
                 left_out["duplicate"] += 1
             else:
@@ -176,24 +183,38 @@ def make(
     stored = example[config.image]
     if isinstance(stored, str | os.PathLike):
         stored = as_path(stored).read_bytes()
-    data, suffix = stored, _suffix(stored)
     if wanted.short_side is not None and min(image.size) > wanted.short_side:
         scale = wanted.short_side / min(image.size)
         size = (round(image.width * scale), round(image.height * scale))
         smaller, buffer = image.resize(size, Image.Resampling.LANCZOS), io.BytesIO()
         smaller.save(buffer, "JPEG", quality=wanted.quality)
         data, suffix = buffer.getvalue(), "jpg"
-    features = {
-        name: value
+    else:
+        data, suffix = stored, extension_of(stored)
+    plain = {
+        name: _plain(value)
         for name, value in example.items()
-        if name != config.image and not name.startswith("\0") and isinstance(value, _TEXT_KINDS)
+        if name != config.image and not name.startswith("\0")
     }
-    return Kept(data, suffix, features, captions, identity(image))
+    features = {name: value for name, value in plain.items() if _fits(value, wanted)}
+    dropped = tuple(name for name, value in plain.items() if name not in features)
+    text = str(features[TEXT]) if TEXT in config.captions and features.get(TEXT) else captions[0]
+    return Kept(data, suffix, features, captions, text, identity(image), dropped)
 
 
-def _suffix(data: bytes) -> str:
-    with Image.open(io.BytesIO(data)) as image:
-        return {"JPEG": "jpg", "TIFF": "tif"}.get(image.format or "", (image.format or "").lower())
+def _plain(value: Any) -> Any:
+    """A value of NumPy as one of Python."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+
+
+def _fits(value: Any, wanted: Preparation) -> bool:
+    """Whether the shards hold a value: a tar any JSON; ArrayRecord texts, numbers, flat lists."""
+    if value is None or isinstance(value, str | int | float):  # bool is an int
+        return True
+    if isinstance(value, list | tuple):
+        flat = wanted.form == "tar" or not any(isinstance(v, list | tuple) for v in value)
+        return flat and all(_fits(v, wanted) for v in value)
+    return wanted.form == "tar" and isinstance(value, dict) and _fits([*value.values()], wanted)
 
 
 def write(
@@ -218,6 +239,7 @@ def write(
         marks = folder / _HASHES
         marks.mkdir(exist_ok=True)
         (marks / f"{number:05d}").write_bytes(b"".join(k.mark for k in kept))
+        line |= {"dropped": collections.Counter(name for k in kept for name in k.dropped)}
     return line | {"examples": len(kept), "left_out": dict(left_out), "read": read, "next": place}
 
 
@@ -232,8 +254,10 @@ def keep_lines(folder: epath.Path, lines: list[dict[str, Any]]) -> None:
 def _write_tar(path: epath.Path, kept: list[Kept], number: int) -> None:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for i, item in enumerate(kept):
-            text = json.dumps(item.features, ensure_ascii=False).encode()
-            parts = {item.suffix: item.image, "txt": item.captions[0].encode(), "json": text}
+            # The member `.txt` stands for the feature of this name.
+            fields = {name: value for name, value in item.features.items() if name != TEXT}
+            text = json.dumps(fields, ensure_ascii=False).encode()
+            parts = {item.suffix: item.image, TEXT: item.text.encode(), "json": text}
             for suffix, data in parts.items():
                 info = tarfile.TarInfo(f"{number:05d}{i:06d}.{suffix}")
                 info.size = len(data)
@@ -296,13 +320,16 @@ def _sha256(path: epath.Path) -> str:
 
 
 def totals(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Shards, examples, bytes, and what was left out by kind, of all lines."""
+    """Shards, examples and bytes of all lines; samples left out and features dropped."""
     left_out: collections.Counter[str] = collections.Counter()
+    dropped: collections.Counter[str] = collections.Counter()
     for line in lines:
         left_out.update(line["left_out"])
+        dropped.update(line.get("dropped", {}))
     return {
         "shards": sum(line["file"] is not None for line in lines),
         "examples": sum(line["examples"] for line in lines),
         "bytes": sum(line.get("bytes", 0) for line in lines),
         "left_out": dict(left_out),
+        "dropped": dict(dropped),
     }

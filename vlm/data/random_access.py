@@ -11,6 +11,7 @@ are.
 import functools
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -212,6 +213,13 @@ class IndexedStream:
 
     def __init__(self, source: Source, lanes: int, seed: int):
         self.source, self.lanes, self.seed = source, lanes, seed
+        self.typical = 0
+        self.faults: Sequence[dict[str, Any]] = getattr(source, "faults", ())
+
+    @property
+    def examples(self) -> int:
+        """How many an epoch has, with those of shards that are lost."""
+        return len(self.source) + sum(fault.get("samples", 1) for fault in self.faults)
 
     @property
     def fingerprint(self) -> str:

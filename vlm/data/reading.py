@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 from vlm.config import DataConfig
 from vlm.data.examples import Example
-from vlm.data.faults import BadSample
-from vlm.data.shard_stream import find_shards, format_of
+from vlm.data.faults import BadSample, from_record
+from vlm.data.shard_sizes import known_count
+from vlm.data.shard_stream import find_shards, look_at
+from vlm.data.shards import shard_fault
 from vlm.data.sources import open_source, streams
 from vlm.data.storage import CHUNK
 from vlm.data.tar import Torn
@@ -30,14 +32,16 @@ class InOrder:
         self._shards = None
         self.credits = ""
         self.count: int | None = None  # of examples, where it is known before they are read
+        self.faults: list[BadSample] = []  # of shards, known before
         if streams(config) and split == config.train_split:
             self._shards = find_shards(config)
-            self._format = format_of(config, self._shards)
+            self._format, self._typical = look_at(config, self._shards)
             self.said = f"{len(self._shards):,} shards, read as a stream"
         else:
             self._source = open_source(config, split)
             self.count = len(self._source)
             self.credits = getattr(self._source, "credits", "")
+            self.faults = [from_record(r) for r in getattr(self._source, "faults", ())]
             self.said = f"{self.count:,} examples"
 
     def ranges(self, examples: int) -> Iterator[tuple[list[int], int]]:
@@ -53,6 +57,8 @@ class InOrder:
         """The examples from `place` on, by default all; up to the example or shard `end`."""
         if self._shards is None:
             (first,), last = place or [0], self.count or 0
+            if first == 0:
+                yield from (Read(fault, [0]) for fault in self.faults)
             for index in range(first, last if end is None else min(end, last)):
                 try:
                     example: Example | BadSample = self._source[index]
@@ -68,6 +74,6 @@ class InOrder:
                     number += 1
                     yield Read(record.example, [now, record.end, number])
             except (OSError, Torn) as error:
-                fault = BadSample("broken shard", name, f"{name} cannot be read on: {error}")
-                yield Read(fault, [now + 1, 0, 0])
+                lost = (known_count(name) or self._typical) - number
+                yield Read(shard_fault(error, name, lost), [now + 1, 0, 0])
             offset = number = 0

@@ -22,6 +22,9 @@ from vlm.config import DataConfig
 from vlm.data import tar
 from vlm.data.examples import Example, check_features, known_features, wanted_features
 from vlm.data.faults import BadSample
+from vlm.data.members import is_image, reads
+from vlm.data.shard_sizes import known_count
+from vlm.data.shards import shard_fault
 from vlm.data.sidecar import Sidecars, sidecar_path
 from vlm.data.splits import split_files
 from vlm.data.storage import (
@@ -33,12 +36,12 @@ from vlm.data.storage import (
     read_range,
     size_of,
 )
-from vlm.data.webdataset import IMAGES, example_of, stem_of, wanted_extensions
-from vlm.errors import DataError
+from vlm.data.webdataset import example_of, stem_of
+from vlm.errors import DataError, warn_once
 from vlm.paths import as_path, cache_dir, is_remote
 
 SUFFIX = ".vlm-index"
-VERSION = 1
+VERSION = 2
 
 _LENGTH = struct.Struct("<Q")
 _CHECKED = 8  # shards whose size is compared with the index, before it is believed
@@ -48,10 +51,10 @@ class ShardSource:
     """Examples of tar shards; reads the bytes of one example, at once, and nothing else."""
 
     def __init__(self, path: str, names: Sequence[str], config: DataConfig):
-        self._path, self._config = path, config
+        self._path, self._config, self._reads = path, config, reads(config)
         self._open()
         self._names = list(names)
-        self.faults: list[dict[str, str]] = self._header["faults"]
+        self.faults: list[dict[str, Any]] = self._header["faults"]
         self._sidecars: Sidecars | None = None
         if not len(self):
             raise DataError(_nothing(config, self.faults))
@@ -65,15 +68,14 @@ class ShardSource:
         shard = int(np.searchsorted(self._first, index, "right")) - 1
         name = self._names[shard]
         start, end = self._offsets[index + shard : index + shard + 2].tolist()
-        config = self._config
         try:
             file = FrontToBack.of(read_range(name, start, end))
-            group = next(tar.groups(file, wanted_extensions(config)))
+            group = next(tar.groups(file, self._reads, whole=False))
             more = self._sidecars.row(shard, stem_of(group.key)) if self._sidecars else None
         except (OSError, tar.Torn, StopIteration) as error:
             why = f"example {index} of {name} cannot be read where the index says ({error})"
             raise BadSample("failed read", name, why) from None
-        return example_of(group.parts, config, name, group.key, more)
+        return example_of(group, self._config, name, more)
 
     def use_sidecars(self) -> None:
         """Add the columns of the tables beside the shards to their examples."""
@@ -102,14 +104,17 @@ class ShardSource:
 def open_shards(config: DataConfig, split: str) -> ShardSource:
     """The examples of the shards that `config.source` names, `{split}` in it replaced by `split`.
 
-    A shard that is torn or missing gives the examples that it has; `faults` of the source says so.
+    A shard that is broken or missing gives the examples that it has. What is lost is logged, and
+    listed in `faults` of the source.
 
     Raises:
         DataError: no shard, no example in them, or none with what the config names.
     """
     names = split_files(config.source, split, config.train_split)
     source = ShardSource(_index_for(names, config), names, config)
-    _check_some(source, config)
+    for fault in source.faults:
+        warn_once(f"{fault['why']}: {fault.get('samples', 1):,} samples are lost")
+    _check_first(source, config)
     return source
 
 
@@ -127,16 +132,21 @@ def write_index(names: Sequence[str], path: str, *, progress=iter) -> dict[str, 
     Raises:
         OSError: it cannot be written.
     """
-    shards, faults, tables = [], [], []
+    shards, tables = [], []
+    faults: list[BadSample] = []
     with ThreadPoolExecutor(READERS) as pool:
-        for name, (offsets, size, fault) in zip(
+        for name, (offsets, size, found) in zip(
             names, progress(pool.map(_offsets_of, names)), strict=True
         ):
             shards.append([name.rpartition("/")[2], size, max(0, len(offsets) - 1)])
             tables.append(offsets)
-            if fault is not None:
-                faults.append(fault.record())
-    header = {"version": VERSION, "shards": shards, "faults": faults}
+            faults += found
+    _count_lost(faults, names, [shard[2] for shard in shards])
+    header = {
+        "version": VERSION,
+        "shards": shards,
+        "faults": [fault.record() for fault in faults],
+    }
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + _LENGTH.size) % 64)
     flat = np.concatenate(tables).astype("<u8") if tables else np.zeros(0, "<u8")
@@ -220,51 +230,60 @@ def _check_sizes(header: dict[str, Any], names: list[str], path: str) -> None:
             )
 
 
-def _offsets_of(name: str) -> tuple[UInt64[np.ndarray, " n"], int, BadSample | None]:
+def _offsets_of(name: str) -> tuple[UInt64[np.ndarray, " n"], int, list[BadSample]]:
     """Where the examples with an image begin, and the end of the last one; the shard's length."""
     offsets: list[int] = []
-    fault, size, end = None, 0, 0
+    faults: list[BadSample] = []
+    size, end, without = 0, 0, []
     try:
         size = size_of(name)
         for start, group in _with_starts(FrontToBack(name)):
-            if group.end > size:
-                raise tar.Torn(f"{group.key} ends at byte {group.end:,} of {size:,}")
-            if any(extension in group.parts for extension in IMAGES):
+            if any(map(is_image, group.parts)):
                 offsets.append(start)
+            else:
+                without.append(f"{group.key} ({', '.join(group.parts)})")
             end = group.end
-    except FileNotFoundError:
-        fault = BadSample("missing shard", name, f"there is no shard {name}")
-    except tar.Torn as error:
-        why = f"the shard {name} is torn or no tar file ({error})"
-        fault = BadSample("torn shard", name, why)
-    except OSError as error:
-        why = f"the shard {name} cannot be read ({error})"
-        fault = BadSample("failed read", name, why)
-    return np.array([*offsets, end], np.uint64), size, fault
+    except (OSError, tar.Torn) as error:
+        faults.append(shard_fault(error, name))
+    if without:
+        which = f"{', '.join(without[:3])}{', ...' * (len(without) > 3)}"
+        why = f"the shard {name} has examples without an image: {which}"
+        faults.append(BadSample("no image", name, why, len(without)))
+    return np.array([*offsets, end], np.uint64), size, faults
+
+
+def _count_lost(faults: list[BadSample], names: Sequence[str], counts: list[int]) -> None:
+    """Set how many samples broken shards lost: of what they should hold, or the mean of others."""
+    broken = {fault.where: fault for fault in faults if fault.kind != "no image"}
+    whole = [count for name, count in zip(names, counts, strict=True) if name not in broken]
+    mean = round(sum(whole) / max(1, len(whole)))
+    for name, count in zip(names, counts, strict=True):
+        if name in broken:
+            broken[name].samples = max(1, (known_count(name) or mean) - count)
 
 
 def _with_starts(file: FrontToBack) -> Iterator[tuple[int, tar.Group]]:
     start = 0
     try:
-        for group in tar.groups(file, contents=False):
+        for group in tar.groups(file, lambda extension: False):
             yield start, group
             start = group.end
     finally:
         file.close()
 
 
-def _check_some(source: ShardSource, config: DataConfig) -> None:
-    """Compare some examples with the config, unless all are bad ones."""
-    wanted = wanted_features(config)
-    known = known_features(source, wanted)
-    if not set(wanted) <= set(known) and exists(sidecar_path(source.shard_name(0))):
+def _check_first(source: ShardSource, config: DataConfig) -> None:
+    """Compare the first examples with the config."""
+    where = f"the shards {config.source}"
+    known = known_features(source, config, where)
+    missing = [name for name in wanted_features(config) if name not in known]
+    if missing and exists(sidecar_path(source.shard_name(0))):
         source.use_sidecars()
-        known = known_features(source, wanted)
-    if known and (config.label or not set(config.captions) <= set(known)):
-        check_features(config, known, f"the data set {config.source}")
+        known = known_features(source, config, where)
+    check_features(config, known, where)
 
 
-def _nothing(config: DataConfig, faults: list[dict[str, str]]) -> str:
+def _nothing(config: DataConfig, faults: list[dict[str, Any]]) -> str:
     if faults:
         return f"{faults[-1]['why']}: fetch it again, or check data.source"
-    return f"the shards {config.source} hold no image: is each named like 000017.jpg?"
+    return f"the shards {config.source} hold no examples: is each file named like 000017.jpg?"

@@ -1,21 +1,18 @@
 """Shards as a stream: found by name, looked at before the first step, and opened in lanes."""
 
-from typing import Any
-
 from vlm.config import DataConfig
-from vlm.data.examples import check_features, wanted_features
-from vlm.data.faults import BadSample
-from vlm.data.shards import Format, Shards
+from vlm.data.examples import LOOKED_AT, check_features, features_of, wanted_features
+from vlm.data.shard_sizes import known_count
+from vlm.data.shards import Format, Record, Shards
 from vlm.data.sidecar import sidecar_path
 from vlm.data.splits import split_files
-from vlm.data.storage import CHUNK, exists
+from vlm.data.storage import CHUNK, exists, size_of
 from vlm.data.tar import Torn
 from vlm.data.webdataset import TarFormat
 from vlm.errors import DataError
 
 _BUFFERS = 512 << 20  # bytes that the reads of one process may hold
 _LOOKED_AT = 8  # shards, before a source counts as unreadable
-_EXAMPLES = 64  # of a shard
 
 
 def find_shards(config: DataConfig) -> list[str]:
@@ -35,16 +32,16 @@ def open_shards_as_stream(
     Raises:
         DataError: too few of them, none that can be read, or none that holds what is named.
     """
-    form = format_of(config, names)
+    form, typical = look_at(config, names)
     chunk = max(256 << 10, min(CHUNK, _BUFFERS // (lanes // process_count)))
-    return Shards(names, form, config, seed=seed, lanes=lanes, chunk=chunk)
+    return Shards(names, form, config, seed=seed, lanes=lanes, chunk=chunk, typical=typical)
 
 
-def format_of(config: DataConfig, names: list[str]) -> Format:
-    """How to read the shards, after a look at the first examples of one that can be read.
+def look_at(config: DataConfig, names: list[str]) -> tuple[Format, int]:
+    """How to read the shards, and about how many examples one has, by the first that can be read.
 
     Raises:
-        DataError: as above.
+        DataError: none can be read, or none holds what is named.
     """
     last: Exception | str = "no shard"
     for name in names[:_LOOKED_AT]:
@@ -56,37 +53,47 @@ def format_of(config: DataConfig, names: list[str]) -> Format:
         else:
             form = TarFormat(config)
         try:
-            examples, bad = _first(form, name)
+            first, is_all = _first(form, name)
+            typical = known_count(name) or (len(first) if is_all else _length(form, name, first))
         except (OSError, Torn) as error:
             last = f"there is no {name}" if isinstance(error, FileNotFoundError) else error
             continue
-        if not examples:
-            last = bad[0] if bad else f"{name} holds no examples"
+        if not first:
+            last = f"{name} holds no examples"
             continue
-        known: dict[str, Any] = {k: v for example in examples for k, v in example.items()}
-        known = {feature: value for feature, value in known.items() if not feature.startswith("\0")}
+        known = features_of([record.example for record in first], f"the shard {name}")
         missing = [feature for feature in wanted_features(config) if feature not in known]
         if missing and form.kind == "tar" and exists(sidecar_path(name)):
-            return TarFormat(config, sidecar=True)  # its reader names what the table lacks
+            return TarFormat(config, sidecar=True), typical  # it names what the table lacks
         check_features(config, known, f"the shard {name}")
-        return form
+        return form, typical
     raise DataError(
         f"none of the first {min(_LOOKED_AT, len(names))} shards of {config.source} can be used "
         f"({last}): check data.source"
     )
 
 
-def _first(form: Format, name: str) -> tuple[list[dict[str, Any]], list[BadSample]]:
-    examples, bad = [], []
+def _first(form: Format, name: str) -> tuple[list[Record], bool]:
+    """The first examples of a shard, and whether they are all that it has."""
+    found: list[Record] = []
     reader = form.read(name, 0, 0, 1 << 20)
     try:
         for record in reader:
-            (bad if isinstance(record.example, BadSample) else examples).append(record.example)
-            if len(examples) + len(bad) == _EXAMPLES:
-                break
+            found.append(record)
+            if len(found) == LOOKED_AT:
+                return found, False
     except (OSError, Torn):
-        if not examples:
+        if not found:
             raise
     finally:
         reader.close()
-    return examples, bad
+    return found, True
+
+
+def _length(form: Format, name: str, first: list[Record]) -> int:
+    """About how many examples a shard has: by its size and that of the first of them."""
+    if form.kind == "tar":
+        return max(len(first), round(size_of(name) / first[-1].end * len(first)))
+    from vlm.data.parquet import count_rows
+
+    return max(len(first), count_rows(name))

@@ -18,6 +18,7 @@ from vlm.config import DataConfig, FieldFilter
 from vlm.data.examples import Example, passes
 from vlm.data.faults import BadSample
 from vlm.data.randomness import key, permute
+from vlm.data.shard_sizes import known_count
 from vlm.data.tar import Torn
 from vlm.errors import DataError
 
@@ -83,6 +84,7 @@ class Shards:
         seed: int,
         lanes: int,
         chunk: int,
+        typical: int = 1,
     ):
         if len(names) < lanes:
             raise DataError(
@@ -93,12 +95,19 @@ class Shards:
         self.keep: tuple[FieldFilter, ...] = config.keep
         self.seed, self.lanes, self.chunk = seed, lanes, chunk
         self.block = max(1, config.shuffle // lanes)
+        self.typical = typical  # examples of a shard of unknown length, as estimated
+        self.faults: Sequence[dict[str, Any]] = ()  # met on the way
 
     @property
     def fingerprint(self) -> str:
         """Equal for the same shards wherever they lie: of their number and their names."""
         names = "\n".join(name.rpartition("/")[2] for name in self.names)
         return f"{len(self.names)}:{zlib.crc32(names.encode()):08x}"
+
+    @property
+    def examples(self) -> int:
+        """About how many examples an epoch of all lanes has."""
+        return self.typical * len(self.names)
 
     def lane(self, number: int, position: Sequence[int] | None, pool: Executor) -> Lane:
         """Lane `number`, at its beginning or at what its `position()` was."""
@@ -142,7 +151,8 @@ class Shards:
                     bad = BadSample("empty shard", name, f"the shard {name} holds no examples")
                     yield Sample(bad, base), after
             except (OSError, Torn) as error:
-                yield Sample(_fault(error, name), base + number), after
+                lost = (known_count(name) or self.typical) - number
+                yield Sample(shard_fault(error, name, lost), base + number), after
             turn, offset, number = turn + 1, 0, 0
 
 
@@ -202,9 +212,11 @@ class ShardLane:
         self._taken, self._behind = self._behind, 0
 
 
-def _fault(error: Exception, shard: str) -> BadSample:
+def shard_fault(error: Exception, shard: str, lost: int = 1) -> BadSample:
+    """What is wrong with a shard that cannot be read, or not to its end: `lost` examples."""
+    lost = max(1, lost)
     if isinstance(error, FileNotFoundError):
-        return BadSample("missing shard", shard, f"there is no shard {shard}")
+        return BadSample("missing shard", shard, f"there is no shard {shard}", lost)
     if isinstance(error, Torn):
-        return BadSample("torn shard", shard, f"the shard {shard} is torn: {error}")
-    return BadSample("failed read", shard, f"the shard {shard} cannot be read: {error}")
+        return BadSample("broken shard", shard, f"the shard {shard} is broken: {error}", lost)
+    return BadSample("failed read", shard, f"the shard {shard} cannot be read: {error}", lost)

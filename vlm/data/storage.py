@@ -4,13 +4,14 @@ A path on this machine's disk, or a URL of a bucket (`gs://`, `s3://`), the Hub 
 server (`http://`, `https://`), through the file systems of `fsspec`.
 """
 
+import contextlib
 import glob
 import hashlib
 import os
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ BACKOFF = 0.5  # seconds before the second attempt, doubled for each one after
 
 # What will not get better by itself.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_GONE = (404, 410)  # HTTP's statuses of what is not there
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LIST = re.compile(r"\{([^{}]*,[^{}]*)\}")
 _WILD = re.compile(r"[*?\[]")
@@ -69,11 +71,12 @@ def open_file(path: str) -> Any:
     if not is_remote(path):
         return open(path, "rb", buffering=0)
     system, inner = _system(path)
-    return system.open(inner, "rb", cache_type="none", block_size=CHUNK)
+    with _telling_missing():
+        return system.open(inner, "rb", cache_type="none", block_size=CHUNK)
 
 
 def size_of(path: str) -> int:
-    """The length of a file in bytes.
+    """The length of a file in bytes, asked for again where that may help.
 
     Raises:
         OSError: as the file system says.
@@ -81,7 +84,12 @@ def size_of(path: str) -> int:
     if not is_remote(path):
         return os.stat(path).st_size
     system, inner = _system(path)
-    return system.size(inner)
+
+    def size() -> int:
+        with _telling_missing():
+            return system.size(inner)
+
+    return retry(size)
 
 
 def read_file(path: str) -> bytes:
@@ -108,7 +116,8 @@ def read_range(path: str, start: int, end: int) -> bytes:
     def read() -> bytes:
         if is_remote(path):
             system, inner = _system(path)
-            return system.cat_file(inner, start=start, end=end)
+            with _telling_missing():
+                return system.cat_file(inner, start=start, end=end)
         with open(path, "rb", buffering=0) as f:
             f.seek(start)
             return f.read(end - start)
@@ -144,6 +153,25 @@ def exists(path: str) -> bool:
         return os.path.exists(path)
     system, inner = _system(path)
     return system.exists(inner)
+
+
+@contextlib.contextmanager
+def _telling_missing() -> Iterator[None]:
+    """Tell a missing file from a server that did not answer; fsspec calls both missing.
+
+    Only the statuses 404 and 410 mean that a file is not there. Any other status, and a connection
+    that failed, becomes an OSError, after which `retry` tries again.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        cause = error.__cause__
+        status = getattr(cause, "status", None)
+        client = type(cause).__module__.startswith("aiohttp") or isinstance(cause, TimeoutError)
+        if status in _GONE or (status is None and not client):
+            raise
+        why = first_line(cause) if isinstance(cause, Exception) else status
+        raise OSError(f"{error}: {why}") from cause
 
 
 def retry(action: Callable[[], T]) -> T:

@@ -37,7 +37,7 @@ class Survey:
     sizes: list[tuple[int, int]] = field(default_factory=list)  # width, height
     file_bytes: list[int] = field(default_factory=list)
     duplicates: int = 0  # images that are, pixel for pixel or nearly, one before them
-    bad: list[dict[str, str]] = field(default_factory=list)
+    bad: list[dict[str, Any]] = field(default_factory=list)
     shown: list[tuple[bytes, list[str]]] = field(default_factory=list)  # JPEG thumbnails, captions
 
     @property
@@ -47,7 +47,9 @@ class Survey:
 
     def summary(self) -> dict[str, Any]:
         """The figures as JSON values."""
-        kinds = collections.Counter(record["kind"] for record in self.bad)
+        kinds: collections.Counter[str] = collections.Counter()
+        for record in self.bad:
+            kinds[record["kind"]] += record.get("samples", 1)
         return {
             "source": self.source,
             "holds": self.said,

@@ -5,7 +5,8 @@ rather than left to `tarfile`, since a position must say where an example begins
 an example must cost microseconds. (POSIX.1-2001 ustar and pax; GNU long names and sizes.)
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from vlm.data.storage import FrontToBack
@@ -13,6 +14,8 @@ from vlm.data.storage import FrontToBack
 BLOCK = 512  # bytes: a header, and what every member is padded to
 _SKIPPED = b"1234567"  # links, devices, folders
 _MAX_META = 1 << 20  # bytes of a pax header or a long name: more is garbage
+_MAX_PADDING = 1 << 20  # bytes of zeros behind the last member: more is an incomplete download
+_META = re.compile(r"__[^/]*__($|/)")  # what webdataset keeps for itself
 
 
 class Torn(Exception):
@@ -23,64 +26,94 @@ class Group(NamedTuple):
     """One example: its members by extension, and the byte at which the next example begins."""
 
     key: str
-    parts: dict[str, bytes]
+    parts: dict[str, bytes | None]  # None: passed over, for `wanted` does not take it
     end: int
+    repeated: str | None = None  # an extension that two of its members have
 
 
 def groups(
-    file: FrontToBack, wanted: frozenset[str] | None = None, *, contents: bool = True
+    file: FrontToBack, wanted: Callable[[str], bool] = lambda extension: True, *, whole: bool = True
 ) -> Iterator[Group]:
     """The examples of a tar file from where `file` stands, which is the start of one of them.
 
-    `wanted` are the extensions whose bytes are read, None all. Without `contents` members are
-    passed over and `parts` hold nothing but their names.
+    Members whose extension `wanted` does not take are passed over. Names are split as the library
+    webdataset splits them: at the first dot; members without one, hidden members, and those in
+    `__NAME__` are not part of any example. Without `whole`, `file` is a part of an archive, and
+    ends without its end-of-archive marker.
 
     Raises:
-        Torn: when the file breaks off, after the examples that are whole.
+        Torn: when the file breaks off, after the examples that are complete, or goes on after its
+            end-of-archive marker.
         OSError: it cannot be read.
     """
-    key, parts = None, {}
+    key, parts, repeated = None, {}, None
     while True:
-        member = _next_member(file)
+        end = file.offset
+        member = _next_member(file, whole)
         if member is None:
             break
         name, size, start, regular = member
         folder, _, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        if not regular or not stem:
+        stem, dot, extension = base.partition(".")
+        if not regular or not stem or not dot or _META.match(name):
             _pass_over(file, size)
             continue
         now = f"{folder}/{stem}" if folder else stem
         if now != key:
             if key is not None:
-                yield Group(key, parts, start)
-            key, parts = now, {}
+                yield Group(key, parts, start, repeated)
+            key, parts, repeated = now, {}, None
         extension = extension.lower()
-        if not contents:
-            parts[extension] = b""
-            _pass_over(file, size)
-        elif wanted is None or extension in wanted:
+        if extension in parts:
+            repeated = extension
+        if wanted(extension):
             data = file.read(size)
             if len(data) < size:
                 raise Torn(f"{name} has {len(data):,} of its {size:,} bytes")
             parts[extension] = data
             _pass_over(file, -size % BLOCK, exact=True)
         else:
+            parts[extension] = None
             _pass_over(file, size)
     if key is not None:
-        yield Group(key, parts, file.offset)
+        yield Group(key, parts, end, repeated)
+    if whole:
+        _check_end(file)
+
+
+def _check_end(file: FrontToBack) -> None:
+    """Look at what follows an end-of-archive marker: zeros, to fill a record, and nothing else.
+
+    Raises:
+        Torn: another tar file, of which readers of tar files see nothing, or so many zeros that
+            the rest of the archive was never written.
+    """
+    for _ in range(_MAX_PADDING // (64 * BLOCK)):
+        padding = file.read(64 * BLOCK)
+        if padding.strip(b"\0"):
+            raise Torn(
+                f"it goes on after the end-of-archive marker before byte {file.offset:,}, as "
+                "concatenated tar files do: make them one with tar --concatenate, or name each"
+            )
+        if len(padding) < 64 * BLOCK:
+            return
+    raise Torn(f"it holds nothing but zeros from byte {file.offset - _MAX_PADDING:,} on")
 
 
 def _pass_over(file: FrontToBack, size: int, *, exact: bool = False) -> None:
     file.skip(size if exact else size + -size % BLOCK)
 
 
-def _next_member(file: FrontToBack) -> tuple[str, int, int, bool] | None:
+def _next_member(file: FrontToBack, whole: bool) -> tuple[str, int, int, bool] | None:
     """Name, size, where its headers begin, whether a plain file; None at the end of the archive."""
     start, name, size = file.offset, None, None
     while True:
         header = file.read(BLOCK)
-        if not header.strip(b"\0"):  # the end: blocks of zeros, or nothing at all
+        if not header and not whole and start == file.offset:
+            return None
+        if not header:
+            raise Torn(f"it ends by byte {file.offset:,} without an end-of-archive marker")
+        if len(header) == BLOCK and not header.strip(b"\0"):  # the marker: two blocks of zeros
             return None
         if len(header) < BLOCK:
             raise Torn(f"the header at byte {file.offset - len(header):,} is cut")
@@ -121,7 +154,7 @@ def _number(field: bytes) -> int:
     try:
         return int(digits, 8) if digits else 0
     except ValueError:
-        raise Torn("a header has a number that is none") from None
+        raise Torn("a header is damaged, or this is no tar file") from None
 
 
 def _pax(meta: bytes) -> dict[str, str]:

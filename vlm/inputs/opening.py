@@ -1,6 +1,7 @@
 """Careful opening: any image, from wherever it comes, as its author meant it to look, in RGB."""
 
 import contextlib
+import importlib
 import io
 import os
 import threading
@@ -19,22 +20,32 @@ ImageLike = Image.Image | str | os.PathLike | bytes | np.ndarray
 Smallest = Callable[[int, int], tuple[int, int]]  # of an image's width and height
 OnError = Callable[[int, DataError], None]  # is told the position of an image, and what is wrong
 
-# The formats that pictures are kept and sent in, by Pillow's names, and how their files end. Pillow
-# knows thirty more, and tries them all: PostScript, for which it starts Ghostscript; game textures
-# and medical or weather data, for which it is not made; some that any bytes may pass for.
+# The one table of image formats, by Pillow's names, with how their files end: what readers open,
+# commands look for in folders, and `vlm data prepare` writes (under the first ending). Pillow knows
+# thirty more, and tries them all: PostScript, for which it starts Ghostscript; game textures and
+# medical or weather data, for which it is not made; some that any bytes may pass for.
 FORMATS = {  # in the order in which they are tried
-    "JPEG": (".jpg", ".jpeg", ".jfif"),
-    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg", ".jfif", ".jpe", ".mpo"),  # an MPO file is a JPEG with more behind it
+    "PNG": (".png", ".apng"),
     "WEBP": (".webp",),
     "GIF": (".gif",),
     "BMP": (".bmp",),
     "AVIF": (".avif",),
     "TIFF": (".tif", ".tiff"),
-    "JPEG2000": (".jp2",),
-    "PPM": (".pbm", ".pgm", ".pnm", ".ppm"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    "PPM": (".ppm", ".pbm", ".pgm", ".pnm", ".pfm"),
     "QOI": (".qoi",),
 }
-SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+# Formats that a package adds to Pillow: how their files end, its module, our extra, their name.
+ADDED_FORMATS = {
+    "HEIF": ((".heic", ".heif", ".hif"), "pillow_heif", "heif", "HEIC"),
+    "JXL": ((".jxl",), "pillow_jxl", "jxl", "JPEG XL"),
+}
+SUFFIXES = frozenset(
+    suffix
+    for suffixes in (*FORMATS.values(), *(suffixes for suffixes, *_ in ADDED_FORMATS.values()))
+    for suffix in suffixes
+)
 
 MAX_PIXELS = 89_478_485  # a quarter of a GiB as RGB: where Pillow itself begins to warn
 
@@ -185,13 +196,53 @@ def _opened(data: bytes, name: str, max_pixels: int) -> Image.Image:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit, else lower than the one asked for
     try:
         with _strictly():
-            return Image.open(io.BytesIO(data), formats=tuple(FORMATS))
+            return Image.open(io.BytesIO(data), formats=_formats_for(data, name))
+    except DataError:
+        raise
     except Image.DecompressionBombError:
         raise DataError(_too_large(name, "too many", max_pixels)) from None
     except UnidentifiedImageError:
         raise DataError(_unidentified(data, name)) from None
     except Exception as error:
         raise DataError(f"{name} is damaged ({_reason(error)}): replace or remove it") from error
+
+
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
+_JXL_STARTS = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
+
+
+def _formats_for(data: bytes, name: str) -> tuple[str, ...]:
+    """The formats to try, after loading the package that opens `data` if Pillow alone does not."""
+    brands = data[8 : min(int.from_bytes(data[:4], "big"), 256)] if data[4:8] == b"ftyp" else b""
+    if any(brand in brands for brand in _HEIF_BRANDS):
+        added = "HEIF"
+    elif data.startswith(_JXL_STARTS):
+        added = "JXL"
+    else:
+        return tuple(FORMATS)
+    _, module, extra, title = ADDED_FORMATS[added]
+    try:
+        plugin = importlib.import_module(module)
+    except ImportError:
+        raise DataError(
+            f'{name} is {title}, which needs another package: run pip install "vlm-jax[{extra}]"'
+        ) from None
+    if added not in Image.OPEN:  # one registers itself when imported, the other when told
+        plugin.register_heif_opener()
+    return (added,)
+
+
+def extension_of(data: bytes) -> str:
+    """The extension, without its dot, under which an image file of these bytes is read again.
+
+    Raises:
+        DataError: not an image.
+    """
+    with _opened(data, "the image", 0) as image:
+        found = image.format or ""
+    if found in ADDED_FORMATS:
+        return ADDED_FORMATS[found][0][0][1:]
+    return FORMATS["JPEG" if found == "MPO" else found][0][1:]
 
 
 # What is often found under the name of an image, by how it begins.
@@ -209,8 +260,7 @@ _MISTAKEN = {
 def _unidentified(data: bytes, name: str) -> str:
     """What to say of bytes that no reader knows."""
     start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    is_heif = data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
-    kind = "HEIC" if is_heif else next((k for s, k in _MISTAKEN.items() if start.startswith(s)), "")
+    kind = next((k for s, k in _MISTAKEN.items() if start.startswith(s)), "")
     if kind:
         return f"{name} is {kind}, not an image of {_or_list(FORMATS)}: convert or remove it"
     return f"{name} is not an image, or a damaged one, of {_or_list(FORMATS)}: replace or remove it"
