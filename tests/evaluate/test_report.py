@@ -77,6 +77,8 @@ def run():
     ]
     for row in history[19::20]:
         row["eval"] = {"top1": vars(proportion(row["step"] // 2, 40)), "top5": proportion(35, 40)}
+    history.insert(0, {"step": 1, "start/seconds": 99.0})
+    history.append({"step": 60, "checkpoint/seconds": 1.0})  # neither is the time of the run
     return {
         "history": history,
         "results": results,

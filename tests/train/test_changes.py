@@ -67,7 +67,14 @@ def test_a_new_length_is_kept_when_the_run_is_killed_before_its_next_checkpoint(
     run = tmp_path / "run"
     experiment = tiny(run_dir=str(run), steps=4)
     train(experiment)
+    log = run / "log.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows[-1]["seconds"] = 480.0
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     train(dataclasses.replace(experiment, steps=6), resume=run)
+    # The time of a run is that of all its starts.
+    seconds = [json.loads(line).get("seconds", 0) for line in log.read_text().splitlines()]
+    assert max(seconds) > 480
     shutil.rmtree(run / "checkpoints" / "6")
     train(resume=run)
     assert (run / "checkpoints" / "6").exists()

@@ -180,8 +180,12 @@ def _facts(rows: list[dict], config: Mapping[str, Any], more: Mapping[str, str])
             f"{_get(config, 'optimizer.name')}, peak learning rate "
             f"{_get(config, 'optimizer.learning_rate'):g}, {_get(config, 'optimizer.schedule')}"
         )
-    if (seconds := _column(rows, TIME)[1]) and math.isfinite(seconds[-1]):
-        facts["Time"] = f"{seconds[-1] // 60:.0f} min {seconds[-1] % 60:.0f} s"
+    # By its whole name: "checkpoint/seconds" and "start/seconds" are parts of it.
+    if seconds := [
+        row[name] for row in rows for name in TIME if math.isfinite(row.get(name, math.nan))
+    ]:
+        minutes, rest = divmod(round(max(seconds)), 60)
+        facts["Time"] = f"{minutes} min {rest} s"
     if rates := [v for v in _column(rows, RATE)[1] if math.isfinite(v)]:
         facts["Throughput"] = f"{np.median(rates):,.0f} pairs/s (median)"
     if waits := [v for v in _column(rows, ("data_wait",))[1] if math.isfinite(v)]:

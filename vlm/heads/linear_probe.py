@@ -2,9 +2,11 @@
 
 The features are centred and preconditioned by their own covariance: in that space the curvature is
 nearly the same in every direction (Böhning, 1992, doi:10.1007/BF00048682, bounds it by the
-covariance), and L-BFGS needs a few steps where the plain problem takes many.
+covariance), and conjugate gradients need a few products where the plain problem takes many. The fit
+stops by the duality gap, which bounds the distance to the optimum at any penalty.
 """
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +17,7 @@ from vlm.errors import ConfigError
 # The curvature of a class's logit is p (1 - p): at most 1 / m where nothing is known yet, and less
 # the better the fit. A quarter of that is what the preconditioner expects on average.
 CURVATURE = 0.25
+TINY = np.finfo(np.float64).tiny
 SWEEP = tuple(10.0**e for e in range(-2, 5))  # penalties to choose from on a validation split
 
 Weights = tuple[Float[np.ndarray, "d m"], Float[np.ndarray, " m"]]
@@ -25,11 +28,11 @@ def fit_linear(
     target: Int[np.ndarray, " n"],
     l2: float = 1.0,
     prior: Float[np.ndarray, "d m"] | None = None,
-    max_steps: int = 1000,
+    max_steps: int = 50,
     tolerance: float = 1e-3,
     classes: int | None = None,
 ) -> Weights:
-    """Multinomial logistic regression on embeddings, solved by L-BFGS to its optimum.
+    """Multinomial logistic regression on embeddings, solved by Newton's method to its optimum.
 
     Minimises the sum of cross-entropies plus l2 / 2 times the squared norm of the weights, on
     embeddings scaled by sqrt(d), so that a coordinate has about unit variance and `l2` means the
@@ -41,9 +44,9 @@ def fit_linear(
         l2: weight of the penalty; larger for fewer or noisier examples.
         prior: weights for unscaled embeddings, from which the penalty measures and the fit starts;
             there is no bias then. Zeros by default.
-        max_steps: an upper bound on the L-BFGS steps.
-        tolerance: how far above its minimum the objective may still be, as a share of it: half the
-            squared norm of the preconditioned gradient, which is what a Newton step would gain.
+        max_steps: an upper bound on Newton steps, in float32 and again in float64.
+        tolerance: how far above its minimum the objective may still be, as a share of it, by the
+            duality gap. A fit that does not get there in `max_steps` logs a warning with its gap.
         classes: m, if some have no example.
 
     Returns:
@@ -56,67 +59,147 @@ def fit_linear(
         raise ConfigError(f"l2 is {l2}: it must be positive, or separable classes have no optimum")
     n, d = z_image.shape
     m = classes or int(target.max()) + 1
-    x = np.asarray(z_image, np.float32)
-    # Without a bias there is nothing that could take up the mean.
-    mean = x.mean(axis=0, dtype=np.float64) if prior is None else np.zeros(d)
     start = np.zeros((d, m)) if prior is None else np.asarray(prior, np.float64)
     penalty = l2 / (n * d)  # of weights for unscaled embeddings, per example
-    return _minimise(x, target, mean, start, prior is None, penalty, max_steps, tolerance)
+    # Where float32 rounds too much to get there, float64 goes on.
+    gap, weight, bias = np.inf, start, np.zeros(m)
+    for dtype in (np.float32, np.float64):
+        probe = _Probe(np.asarray(z_image, dtype), target, start, prior is None, penalty)
+        flat, gap = _minimise(probe, probe.packed(weight, bias), max_steps, tolerance)
+        weight, bias = probe.unpacked(flat)
+        if gap <= tolerance:
+            break
+    else:
+        logging.getLogger(__name__).warning(
+            "the linear probe with l2 %g stopped after %d steps at most %.2g%% above its optimum, "
+            "not %.2g%%: raise l2, tolerance or max_steps",
+            l2, max_steps, 100 * gap, 100 * tolerance,
+        )  # fmt: skip
+    return weight.astype(np.float32), bias.astype(np.float32)
 
 
-def _minimise(x, target, mean, start, with_bias, penalty, max_steps, tolerance) -> Weights:
-    """L-BFGS of SciPy (Byrd, Lu, Nocedal and Zhu, 1995, doi:10.1137/0916069).
+class _Probe:
+    """The objective by v and c: weight = to_weight @ v, and of centred rows bias = unit * c."""
 
-    It steers v and c, where the weight is to_weight @ v and the bias, of centred rows, is unit * c.
-    """
-    from scipy.linalg import solve_triangular
-    from scipy.optimize import minimize
+    def __init__(self, x, target, start, with_bias, penalty):
+        from scipy.linalg import solve_triangular
 
-    (n, d), (_, m) = x.shape, start.shape
-    rows, curvature = np.arange(n), CURVATURE / m
-    covariance = (x.T @ x) / np.float64(n) - np.outer(mean, mean)
-    lower = np.linalg.cholesky(curvature * covariance + penalty * np.eye(d))
-    to_weight = solve_triangular(lower, np.eye(d), lower=True).T
-    unit = curvature**-0.5
-    left = np.inf  # what a Newton step would gain, as a share of the objective
+        self.x, self.target, self.start = x, target, start
+        self.with_bias, self.penalty = with_bias, penalty
+        (n, d), (_, m) = x.shape, start.shape
+        # Without a bias there is nothing that could take up the mean.
+        self.mean = x.mean(axis=0, dtype=np.float64) * with_bias
+        self.share = np.bincount(target, minlength=m) / n  # of the examples, by class
+        curvature = CURVATURE / m
+        covariance = (x.T @ x) / np.float64(n) - np.outer(self.mean, self.mean)
+        covariance *= curvature
+        rounding = np.finfo(x.dtype).eps * np.trace(covariance)
+        self.lower = np.linalg.cholesky(covariance + (penalty + rounding) * np.eye(d))
+        self.to_weight = solve_triangular(self.lower, np.eye(d), lower=True).T
+        self.unit = curvature**-0.5
+        self.last = np.empty(0), np.empty((0, m))  # where it was evaluated, and the probabilities
 
-    def unpacked(flat):
-        weight = to_weight @ flat[: start.size].reshape(d, m)
-        return weight, unit * flat[start.size :] - mean @ weight
+    def packed(self, weight, bias) -> np.ndarray:
+        centred = (bias + self.mean @ weight) / self.unit
+        return np.concatenate([(self.lower.T @ weight).ravel(), centred])
 
-    def evaluate(flat):
-        nonlocal left
-        weight, bias = unpacked(flat)
-        logits = x @ weight.astype(np.float32)
-        logits += bias.astype(np.float32)
+    def unpacked(self, flat) -> Weights:
+        weight = self.to_weight @ flat[: self.start.size].reshape(self.start.shape)
+        return weight, self.unit * flat[self.start.size :] - self.mean @ weight
+
+    def evaluate(self, flat) -> tuple[float, np.ndarray, np.ndarray]:
+        """The objective, its gradient, and the probabilities of the classes."""
+        rows = np.arange(len(self.x))
+        weight, bias = self.unpacked(flat)
+        logits = self._logits(weight, bias)
         logits -= logits.max(axis=1, keepdims=True)
-        right = logits[rows, target]
-        error = np.exp(logits, out=logits)
-        total = error.sum(axis=1, keepdims=True)
-        # Summed in float64, or a line search near the optimum would see rounding and no descent.
+        right = logits[rows, self.target]
+        p = np.exp(logits, out=logits)
+        total = p.sum(axis=1, keepdims=True)
+        # Summed in float64, or a search near the optimum would see rounding and no descent.
         value = np.mean(np.log(total[:, 0]) - right, dtype=np.float64)
-        error /= total
-        error[rows, target] -= 1
-        by_bias = error.sum(axis=0, dtype=np.float64) / n
-        moved = weight - start
-        value += penalty / 2 * np.sum(moved**2)
-        by_weight = (x.T @ error) / np.float64(n) - np.outer(mean, by_bias) + penalty * moved
-        by_bias *= unit * with_bias
-        gradient = np.concatenate([(to_weight.T @ by_weight).ravel(), by_bias])
-        left = gradient @ gradient / 2 / max(value, np.finfo(np.float64).tiny)
+        p /= total
+        moved = weight - self.start
+        p[rows, self.target] -= 1
+        gradient = self._gradient(p, moved)
+        p[rows, self.target] += 1
+        return value + self.penalty / 2 * np.sum(moved**2), gradient, p
+
+    def value_and_gradient(self, flat) -> tuple[float, np.ndarray]:
+        value, gradient, p = self.evaluate(flat)
+        self.last = flat.copy(), p
         return value, gradient
 
+    def curvature(self, flat, step) -> np.ndarray:
+        """The product of the Hessian with a step."""
+        if not np.array_equal(flat, self.last[0]):
+            self.value_and_gradient(flat)
+        p, (weight, bias) = self.last[1], self.unpacked(step)
+        moved = self._logits(weight, bias)
+        moved -= np.einsum("nm,nm->n", p, moved)[:, None]
+        moved *= p
+        return self._gradient(moved, weight)
+
+    def _logits(self, weight, bias) -> np.ndarray:
+        logits = self.x @ weight.astype(self.x.dtype)
+        logits += bias.astype(self.x.dtype)
+        return logits
+
+    def _gradient(self, error, moved) -> np.ndarray:
+        """By v and c, of mean losses with this gradient by the logits, and of the penalty."""
+        by_bias = error.sum(axis=0, dtype=np.float64) / len(error)
+        by_weight = (self.x.T @ error) / np.float64(len(error)) + self.penalty * moved
+        by_weight -= np.outer(self.mean, by_bias)
+        by_bias *= self.unit * self.with_bias
+        return np.concatenate([(self.to_weight.T @ by_weight).ravel(), by_bias])
+
+    def gap(self, flat) -> float:
+        """The duality gap as a share of the objective: it is no further above its minimum.
+
+        The dual takes any probabilities q of which each class has as much as it has examples: the
+        minimum is at least their mean entropy + <G, start> - |G|^2 / (2 penalty), where G is the
+        gradient of the losses with q for the model's probabilities. The model's own are moved there
+        (without a bias they need not).
+        """
+        value, _, q = self.evaluate(flat)
+        if self.with_bias:
+            q *= self.share / np.maximum(q.mean(axis=0, dtype=np.float64), TINY)
+            q /= q.sum(axis=1, keepdims=True)
+            found, held = q.mean(axis=0, dtype=np.float64), self.share > 0
+            mixed = max(0.0, float(((found - self.share)[held] / found[held]).max()))
+            q = (1 - mixed) * q + np.maximum(self.share - (1 - mixed) * found, 0)
+        entropy = -np.sum(q * np.log(np.maximum(q, TINY)), dtype=np.float64) / len(q)
+        q[np.arange(len(q)), self.target] -= 1
+        by_weight = (self.x.T @ q) / np.float64(len(q))
+        dual = entropy + np.sum(by_weight * self.start)
+        dual -= np.sum(by_weight**2) / (2 * self.penalty)
+        return float((value - dual) / max(value, TINY))
+
+
+def _minimise(probe: _Probe, first: np.ndarray, max_steps: int, tolerance: float):
+    """Newton's method in a trust region, each step by conjugate gradients (SciPy's trust-ncg).
+
+    Source: Nocedal and Wright, 2006, Numerical Optimization, algorithm 7.2.
+
+    Returns:
+        Where it stopped, and the duality gap there.
+    """
+    from scipy.optimize import minimize
+
+    found, gap = first, probe.gap(first)
+
     def stop_at_the_optimum(intermediate_result) -> None:
-        if left <= tolerance:
+        nonlocal found, gap
+        if intermediate_result.x is not found:  # else the step was refused
+            found, gap = intermediate_result.x, probe.gap(intermediate_result.x)
+        if gap <= tolerance:
             raise StopIteration
 
-    first = np.concatenate([(lower.T @ start).ravel(), np.zeros(m)])
-    options = {"maxiter": max_steps, "gtol": 0, "ftol": 1e-14, "maxcor": 10}
-    found = minimize(
-        evaluate, first, jac=True, method="L-BFGS-B", options=options, callback=stop_at_the_optimum
-    ).x
-    weight, bias = unpacked(found)
-    return weight.astype(np.float32), bias.astype(np.float32)
+    minimize(
+        probe.value_and_gradient, first, jac=True, hessp=probe.curvature, method="trust-ncg",
+        options={"maxiter": max_steps, "gtol": 0}, callback=stop_at_the_optimum,
+    )  # fmt: skip
+    return found, gap
 
 
 def fit_swept(

@@ -67,13 +67,15 @@ class Logs:
         self._ahead: list[tuple[int, dict[str, jax.Array]]] = []  # may still be computed
         self._done: list[tuple[int, dict[str, jax.Array]]] = []  # of the next row
         self._activity, self._samples = activity, samples
-        self._start = time.perf_counter()
         self.restart_clock()
         self._primary = jax.process_index() == 0
         self._file: IO[str] | None = None
         self._board: Any = None
+        self._earlier = 0.0  # seconds of the run before it was resumed
         if self._primary:
-            self._file = _reopen(run, mirror, first_step)
+            rows = read_log(run)
+            self._earlier = max((row.get("seconds", 0.0) for row in rows), default=0.0)
+            self._file = _reopen(run, mirror, [r for r in rows if r["step"] <= first_step])
             self._board = summary_writer(str(mirror.local / "tensorboard"), first_step)
         self._progress = Progress(
             TextColumn("[bold]{task.completed}/{task.total}"),
@@ -155,7 +157,7 @@ class Logs:
             "pairs_per_s": count * self._batch_size / seconds,
             "tokens_per_s": sum(v["tokens"] for v in values) / seconds,
             "data_wait": (self._activity.seconds[DATA] - self._waited) / seconds,
-            "seconds": now - self._start,
+            "seconds": self._earlier + time.monotonic() - self._activity.began,
         }
         if self._samples is not None and self._samples.good:
             row["texts_cut"] = self._samples.texts_cut / self._samples.good  # of the run so far
@@ -227,9 +229,8 @@ def read_log(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _reopen(run: Run, mirror: Mirror, first_step: int):
-    """The log file, without the rows of steps that the resumed run will take again."""
-    rows = [row for row in read_log(run) if row["step"] <= first_step]
+def _reopen(run: Run, mirror: Mirror, rows: list[dict[str, Any]]):
+    """The log file with the rows of the steps that the resumed run will not take again."""
     file = (mirror.local / run.log.name).open("w")
     file.writelines(json.dumps(row) + "\n" for row in rows)
     file.flush()
