@@ -225,6 +225,10 @@ def test_index_again_encodes_what_changed(do, run, data, tmp_path, capsys):
     assert json.loads(hits[0])["id"] == str(photos / names[1])
     assert said("--coding", "int8").groups() == ("2", "2", "0")
     assert said("--coding", "int8", "--anew").groups() == ("2", "2", "0")
+    about = json.loads((index / "index.json").read_text())
+    about["facts"]["preprocess"] = "as it was before"
+    (index / "index.json").write_text(json.dumps(about))
+    assert said("--coding", "int8").groups() == ("2", "2", "0")
 
 
 def test_search_that_adds_subtracts_and_filters(do, fail, run, data, tmp_path):
@@ -274,6 +278,16 @@ def test_embed_goes_on_where_it_was(do, run, data, tmp_path, monkeypatch):
         np.testing.assert_allclose(file["embeddings"], z, atol=1e-6)
         assert file["ids"].tolist() == [str(path) for path in paths]
     assert not (tmp_path / "z.npz.partial").exists()
+
+
+def test_embed_does_not_go_on_with_images_that_changed(do, fail, run, data, tmp_path):
+    photo = tmp_path / "photo.png"
+    shutil.copy(data / "test-red-square.png", photo)
+    do("embed", run, photo, tmp_path / "folder")
+    do("embed", run, photo, tmp_path / "folder")
+    shutil.copy(data / "test-blue-stripe.png", photo)
+    os.utime(photo, ns=(0, 1))
+    assert "images that changed since" in fail("embed", run, photo, tmp_path / "folder", code=1)
 
 
 def test_embed_on_beam_writes_the_same_parts(capsys, run, data, tmp_path, monkeypatch):

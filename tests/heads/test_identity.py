@@ -1,13 +1,30 @@
 """What a saved head remembers of its model, and which models are then taken for it."""
 
+import dataclasses
+import json
 import zlib
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import tiny
 
+import vlm
 from vlm.errors import CheckpointError
-from vlm.heads.identity import PROBE_IMAGE, PROBE_TEXT, check_identity, identity
+from vlm.evaluate.evidence import model_facts
+from vlm.heads import prompts
+from vlm.heads.identity import (
+    PROBE_IMAGE,
+    PROBE_TEXT,
+    check_identity,
+    embedding_facts,
+    identity,
+    mismatch,
+    stored_facts,
+)
+from vlm.heads.retrieval import RetrievalIndex
+from vlm.inputs.preprocess import Preprocess
 
 
 class Model:
@@ -54,3 +71,92 @@ def test_a_model_is_known_by_what_it_makes_of_the_probes(other, fits):
     else:
         with pytest.raises(CheckpointError, match=r"here was built by .* embeds differently"):
             check_identity(kept, other, Path("here"))
+
+
+# --------------------------------------------------------------- what embeddings depend on
+
+
+@pytest.fixture(scope="module")
+def bundle():
+    return vlm.load(tiny.run())
+
+
+LABELS = [f"a {word} thing" for word in ("red", "green", "blue", "odd", "dull")]
+
+
+def test_a_model_of_another_type_does_not_get_cached_embeddings(bundle, tmp_path, monkeypatch):
+    """Nor one with other rules for texts; equal ones do."""
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(prompts, "CACHED", 5)
+    half = vlm.load(tiny.run(), dtype="bfloat16")
+    assert half.fingerprint == bundle.fingerprint
+    lower = vlm.load(tiny.run())
+    rules = dataclasses.replace(
+        lower.tokenizer.config, lowercase=not lower.tokenizer.config.lowercase
+    )
+    lower.tokenizer = lower.tokenizer.with_rules(rules)
+    for count, model in enumerate((half, bundle, lower), 1):
+        made = vlm.ZeroShotClassifier(model, [label.title() for label in LABELS])
+        sentences = [f"a photo of a {label.title()}." for label in LABELS]
+        np.testing.assert_allclose(made.z_labels, model.encode_text(sentences), atol=1e-6)
+        assert len(list((tmp_path / "classifiers").iterdir())) == count
+    vlm.ZeroShotClassifier(vlm.load(tiny.run()), [label.title() for label in LABELS])
+    assert len(list((tmp_path / "classifiers").iterdir())) == 3
+
+
+def test_every_change_of_an_embedding_changes_a_fact(bundle):
+    base = embedding_facts(bundle)
+
+    def changed(other, *names):
+        now = embedding_facts(other)
+        assert {n for n in now.keys() | base.keys() if now.get(n) != base.get(n)} == set(names)
+
+    changed(vlm.load(tiny.run()))
+    changed(vlm.load(tiny.run(), dtype="bfloat16"), "dtype")
+    changed(vlm.load(tiny.run(), context_length=8), "config", "tokenizer")
+    changed(vlm.load(tiny.run(), image_size=24), "config", "preprocess")
+    other = vlm.load(tiny.run())
+    config = dataclasses.replace(other.preprocess.config, resize="pad")
+    other.preprocess = Preprocess(config)
+    changed(other, "preprocess")
+    assert embedding_facts(other, "text") == embedding_facts(bundle, "text")
+    assert embedding_facts(other, "image") != embedding_facts(bundle, "image")
+    with jax.default_matmul_precision("bfloat16"):
+        changed(bundle, "matmul_precision")
+    stored = stored_facts(bundle)
+    assert stored["fingerprint"] == bundle.fingerprint
+    assert not {"vlm", "platform", "matmul_precision"} & stored.keys()
+
+
+def test_weights_without_a_fingerprint_are_hashed(bundle):
+    """As those of a public checkpoint: two models of one config are two models."""
+    plain = vlm.load(tiny.run())
+    plain.fingerprint = None
+    assert stored_facts(plain) == stored_facts(bundle)
+    assert model_facts(plain)["fingerprint"] == bundle.fingerprint  # of an evaluation, to be reused
+    _, state = bundle._split
+    other = bundle.with_parameters(jax.tree.map(lambda x: x * 1.001, state))
+    assert other.fingerprint is None
+    assert stored_facts(other) != stored_facts(bundle)
+    assert stored_facts(other).keys() == stored_facts(bundle).keys()
+
+
+def test_an_index_says_when_new_embeddings_would_not_be_of_one_kind(bundle, tmp_path, caplog):
+    index = RetrievalIndex(bundle)
+    index.add(["red", "green"])
+    index.save(tmp_path)
+    assert RetrievalIndex.load(tmp_path, vlm.load(tiny.run())).mismatch is None
+    half = RetrievalIndex.load(tmp_path, vlm.load(tiny.run(), dtype="bfloat16"))
+    assert half.mismatch == "another dtype"
+    assert half.search("red", k=1)[0].id == 0
+    assert not caplog.records
+    half.add(["blue"])
+    assert "embeds with another dtype than the index has" in caplog.text
+    _, state = bundle._split
+    other = bundle.with_parameters(jax.tree.map(lambda x: x * 1.01, state))
+    kept = json.loads((tmp_path / "index.json").read_text())
+    check_identity(kept, other, tmp_path)  # near enough for a search
+    assert mismatch(kept, other) == "other weights"
+    del kept["facts"]  # an index from before they were kept
+    assert mismatch(kept, bundle) is None
+    assert mismatch(kept, other) == "other weights"

@@ -107,14 +107,15 @@ def embed_parts(
         DataError: the folder holds parts of other images or another model.
     """
     from vlm.cli.terminal import progress
+    from vlm.heads.identity import stored_facts
 
     listed = _listed(paths)
-    plan = {"model": bundle.fingerprint or bundle.name, "images": listed, "part": PART}
+    plan = {"model": stored_facts(bundle, "image"), "images": listed, "part": PART}
     there = _plan(folder)
     if there and there != plan:
         raise DataError(
-            f"{folder} holds embeddings of other images or another model: remove it or name "
-            "another place"
+            f"{folder} holds embeddings of other images, of images that changed since, or of "
+            "another model: remove it or name another place"
         )
     os.makedirs(folder, exist_ok=True)
     try:
@@ -219,8 +220,11 @@ def _opened(model: str, images: tuple[str, ...], listed: str) -> tuple[Any, list
 
 
 def _listed(paths: list[Any]) -> str:
-    """What identifies a list of images."""
-    return hashlib.sha256("\n".join(map(_id, paths)).encode()).hexdigest()
+    """What identifies a list of images: their paths, sizes and times of writing."""
+    from vlm.cli.images import state_of
+
+    rows = "\n".join(f"{_id(path)} {state_of(path)}" for path in paths)
+    return hashlib.sha256(rows.encode()).hexdigest()
 
 
 def _id(path: Any) -> str:

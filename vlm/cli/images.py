@@ -10,7 +10,7 @@ from etils import epath
 from vlm.errors import DataError
 from vlm.inputs.folders import files_under, is_image_name, report_skipped
 from vlm.inputs.opening import SUFFIXES, OnError
-from vlm.paths import as_path
+from vlm.paths import as_path, is_remote
 
 
 def find_images(places: Sequence[str]) -> list[epath.Path]:
@@ -26,6 +26,21 @@ def find_images(places: Sequence[str]) -> list[epath.Path]:
     """
     found = dict.fromkeys(path for place in places for path in _images(place))
     return [as_path(path) for path in found]
+
+
+def state_of(path: epath.PathLike) -> tuple[int, int | None]:
+    """Bytes and time of writing (nanoseconds) of a file, by which a change of it is seen.
+
+    One that is not there, such as where a link is broken, has (-1, None), and is looked at again.
+    """
+    try:
+        if is_remote(path):
+            found = as_path(path).stat()
+            return found.length, found.mtime
+        found = os.stat(path)
+        return found.st_size, found.st_mtime_ns
+    except OSError:
+        return -1, None
 
 
 class Unreadable:

@@ -63,7 +63,7 @@ def index(
         )
     runtime.prepare_inference()
     from vlm.bundle import load
-    from vlm.cli.images import Unreadable, find_images
+    from vlm.cli.images import Unreadable, find_images, state_of
     from vlm.cli.terminal import print_status, progress
     from vlm.heads.retrieval import RetrievalIndex
 
@@ -72,7 +72,7 @@ def index(
     grows, replaces = made is not None or not folder.exists(), is_index(folder) and made is None
     made = made or RetrievalIndex(bundle, dtype, coding)
     unreadable = Unreadable(len(paths))
-    state = {os.fspath(path): _state(path) for path in paths}
+    state = {os.fspath(path): state_of(path) for path in paths}
     columns = made.columns
     held = zip(*(columns.get(name, ()) for name in STATE), strict=True)
     known = dict(zip(made.ids, held, strict=False))
@@ -119,32 +119,28 @@ def index_of(model: str, images: list[str]) -> tuple[Any, Any]:
 
 
 def _index_of_the_same_kind(folder: Path, bundle: Any, dtype: str, coding: str | None) -> Any:
-    """The index at `folder`, if it is whole, of this model and kind, and knows its files' state."""
+    """The index at `folder`, if new embeddings may go into it; else the reason is printed."""
+    from vlm.cli.terminal import print_status
     from vlm.heads.retrieval import RetrievalIndex
 
     if not is_index(folder):
         return None
     try:
         there = RetrievalIndex.load(folder, bundle)
-    except CheckpointError:
-        return None
-    same = (there.dtype, there.coding) == (dtype, coding) and set(STATE) <= set(there.columns)
-    return there if same else None
-
-
-def _state(path: Any) -> tuple[int, int | None]:
-    """What tells whether a file changed: its size, and when it was written, in nanoseconds.
-
-    One that is not there, such as where a link is broken, has none, and is looked at again.
-    """
-    try:
-        if is_remote(path):
-            found = path.stat()
-            return found.length, found.mtime
-        found = os.stat(path)
-        return found.st_size, found.st_mtime_ns
-    except OSError:
-        return -1, None
+    except CheckpointError as error:
+        why = str(error)
+    else:
+        kind = (there.dtype, there.coding)
+        if kind != (dtype, coding):
+            why = f"it has dtype {kind[0]} and coding {kind[1]}"
+        elif not set(STATE) <= set(there.columns):
+            why = "it does not say how its files were"
+        elif there.mismatch:
+            why = f"it was built with {there.mismatch}"
+        else:
+            return there
+    print_status(f"all images are encoded, and the index at {folder} is replaced: {why}")
+    return None
 
 
 def _save(made: Any, folder: Path, model: str, replaces: bool) -> None:

@@ -12,6 +12,7 @@ from etils import epath
 from PIL import Image
 
 from vlm.errors import CheckpointError
+from vlm.heads.identity import ROUNDING, embedding_facts, stored_facts
 
 Samples = dict[str, np.ndarray]  # columns of one row per query
 
@@ -41,21 +42,19 @@ def digest(values: Iterable[Any]) -> str:
 
 
 def model_facts(model: Any) -> dict[str, str]:
-    """Weights, inputs and precision of a model, as far as it tells."""
-    fingerprint = getattr(model, "fingerprint", None)
-    found = {} if fingerprint is None else {"fingerprint": fingerprint}
-    return found | input_facts(model)
+    """Weights, inputs and precision of a model; `decode` is its rule for image files."""
+    return stored_facts(model) | _decode(model)
 
 
 def input_facts(model: Any) -> dict[str, str]:
-    """How a model takes images and texts, as far as it tells; `decode` is its rule for files."""
-    facts = {
-        part: getattr(getattr(model, part, None), "config", None)
-        for part in ("preprocess", "tokenizer")
-    }
-    facts["decode"] = getattr(facts["preprocess"], "decode", None)
-    facts["dtype"] = getattr(getattr(model, "config", None), "dtype", None)
-    return {name: str(value) for name, value in facts.items() if value is not None}
+    """The same without the weights, which change in a run."""
+    facts = embedding_facts(model) | _decode(model)
+    return {name: fact for name, fact in facts.items() if name not in ROUNDING}
+
+
+def _decode(model: Any) -> dict[str, str]:
+    rule = getattr(getattr(getattr(model, "preprocess", None), "config", None), "decode", None)
+    return {} if rule is None else {"decode": str(rule)}
 
 
 def write_samples(path: str | os.PathLike, samples: Mapping[str, np.ndarray]) -> None:

@@ -1,24 +1,78 @@
-"""Which model made these embeddings: what a saved head remembers of it, and how it is recognised.
+"""What embeddings depend on, and how a saved head recognises the model that made its own.
 
-A file of embeddings is worth something only beside the model that made them. So a saved head keeps
-the model's embeddings of one text and one picture. Equal weights give them again under any name and
-in any format; a model that was trained further does not, whatever its name.
+`embedding_facts` is the one list of what changes an embedding beside the weights and the input.
+Every cache and store of embeddings compares it: class prompts, indexes, `vlm embed`, teachers'
+embeddings and finished evaluations.
+
+A saved head also keeps the model's embeddings of one text and one picture. Equal weights give them
+again under any name and in any format, and within SAME on any machine and in any precision.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from vlm._version import __version__
 from vlm.errors import CheckpointError
+from vlm.sharding import to_host
+from vlm.weights.identity import fingerprint_of_arrays
+from vlm.weights.rules import flat_arrays
 
 PROBE_TEXT = "a photo of a red car in the snow"
 PROBE_IMAGE = np.add.outer(np.arange(0, 256, 4), np.arange(64)).astype(np.uint8)[..., None] * (
     np.array([1, 2, 3], np.uint8)
 )
 SAME = 0.999  # the least cosine of a probe with itself across machines and precisions
+EQUAL = 1 - 1e-6  # the same for one model on one machine in one precision
+# Facts that move an embedding by rounding alone, if the others are equal. Caches that are cheap to
+# make again compare them too; stores that took hours do not.
+ROUNDING = ("vlm", "platform", "matmul_precision")
 
 FIELDS: dict[str, type] = {"model": str, "probe_text": list, "probe_image": list}
+
+
+def embedding_facts(model: Any, tower: Literal["image", "text"] | None = None) -> dict[str, str]:
+    """What embeddings depend on beside weights and inputs, as far as the model tells.
+
+    An option of a model that changes embeddings belongs here.
+
+    Args:
+        model: what `vlm.load` gives, or another object that encodes.
+        tower: leave out what only the other tower reads.
+    """
+    import jax
+
+    owner = getattr(model, "bundle", model)  # a server's model has a bundle
+    facts: dict[str, Any] = {
+        "vlm": __version__,
+        "platform": jax.default_backend(),
+        "matmul_precision": jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
+        "config": getattr(owner, "config", None),
+    }
+    if (module := getattr(owner, "model", None)) is not None:
+        facts["dtype"] = ", ".join(sorted({str(x.dtype) for _, x in flat_arrays(module)}))
+    if tower != "text":
+        facts["preprocess"] = getattr(getattr(model, "preprocess", None), "config", None)
+    if tower != "image" and (tokenizer := getattr(owner, "tokenizer", None)) is not None:
+        facts["tokenizer"] = getattr(tokenizer, "config", None)
+        facts["vocabulary"] = getattr(tokenizer, "fingerprint", None)
+    return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def stored_facts(model: Any, tower: Literal["image", "text"] | None = None) -> dict[str, str]:
+    """The facts that stored embeddings are recognised by, the weights' fingerprint among them.
+
+    Where no fingerprint came with the weights, they are read and hashed.
+    """
+    facts = embedding_facts(model, tower)
+    fingerprint = getattr(model, "fingerprint", None)
+    module = getattr(getattr(model, "bundle", model), "model", None)
+    if fingerprint is None and module is not None:
+        arrays = ((name, to_host(x)) for name, x in flat_arrays(module))
+        fingerprint = fingerprint_of_arrays(arrays)
+    found = {} if fingerprint is None else {"fingerprint": fingerprint}
+    return found | {name: fact for name, fact in facts.items() if name not in ROUNDING}
 
 
 def identity(model: Any) -> dict[str, Any]:
@@ -26,6 +80,7 @@ def identity(model: Any) -> dict[str, Any]:
     return {
         "model": model.name,
         "fingerprint": getattr(model, "fingerprint", None),
+        "facts": embedding_facts(model),
         "probe_text": model.encode_text([PROBE_TEXT])[0].tolist(),
         "probe_image": model.encode_image([PROBE_IMAGE])[0].tolist(),
     }
@@ -53,3 +108,22 @@ def check_identity(kept: dict[str, Any], model: Any, where: Path) -> None:
             f"{where} was built by the model {kept['model']!r}, and {model.name!r} embeds "
             f"differently: {mend}"
         )
+
+
+def mismatch(kept: dict[str, Any], model: Any) -> str | None:
+    """Why embeddings of `model` should not go beside those of the one that was `kept`, if so.
+
+    Stricter than `check_identity`: a search may use another precision, one index may not have two.
+    """
+    if (before := kept.get("facts")) is not None:
+        now = embedding_facts(model)
+        names = (before.keys() | now.keys()) - set(ROUNDING)
+        if differ := sorted(name for name in names if before.get(name) != now.get(name)):
+            return f"another {', '.join(differ)}"
+    fingerprint = getattr(model, "fingerprint", None)
+    if None not in (fingerprint, kept.get("fingerprint")):
+        return None if fingerprint == kept["fingerprint"] else "other weights"
+    z = model.encode_text([PROBE_TEXT])[0], model.encode_image([PROBE_IMAGE])[0]
+    probes = np.asarray(kept["probe_text"]), np.asarray(kept["probe_image"])
+    alike = all(float(np.asarray(a, float) @ b) >= EQUAL for a, b in zip(z, probes, strict=True))
+    return None if alike else "other weights"

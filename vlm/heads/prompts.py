@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from vlm._version import __version__
 from vlm.errors import ConfigError, DataError
+from vlm.heads.identity import embedding_facts
 from vlm.paths import cache_dir
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
@@ -146,16 +146,14 @@ def class_embeddings(
 def cached_embeddings(model: Any, prompts: Mapping[str, Sequence[str]]) -> Float[np.ndarray, "m d"]:
     """`class_embeddings`, kept in the cache folder by what they are made of, if they are many.
 
-    The key is a hash of the prompts and of the model's weights and inputs; a model whose weights
-    have no fingerprint is encoded anew.
+    The key is a hash of the prompts, of the weights' fingerprint and of `embedding_facts`. Without
+    a fingerprint the prompts are encoded each time.
     """
     fingerprint = getattr(model, "fingerprint", None)
     if not fingerprint or sum(map(len, prompts.values())) < CACHED:
         return class_embeddings(model, prompts)
-    tokenizer = getattr(model, "tokenizer", None)
-    parts = [__version__, fingerprint, repr(getattr(model, "config", None))]
-    parts += [repr(getattr(tokenizer, "config", None)), json.dumps(list(prompts.items()))]
-    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    parts = [fingerprint, embedding_facts(model, "text"), list(prompts.items())]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
     file = cache_dir() / "classifiers" / f"{key}.npy"
     if file.is_file():
         try:
@@ -163,7 +161,7 @@ def cached_embeddings(model: Any, prompts: Mapping[str, Sequence[str]]) -> Float
             if z.shape[0] == len(prompts):
                 return z
         except (OSError, ValueError):
-            pass  # torn: made again below
+            pass  # corrupt: made again below
     z = class_embeddings(model, prompts)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.parent / f"{key}.{uuid.uuid4().hex[:8]}"

@@ -1,6 +1,7 @@
 """Retrieval: a nearest-neighbour index over embeddings, exact, on disk and in bounded memory."""
 
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.heads import index_folder
 from vlm.heads.codes import CANDIDATES, LEAST, Coding, candidates
 from vlm.heads.hits import Hit, Hits, picture_of
-from vlm.heads.identity import check_identity, identity
+from vlm.heads.identity import check_identity, identity, mismatch
 from vlm.heads.inputs import Kind, kind, named_items, split
 from vlm.heads.items import GivenId, Id, Items, Stored
 from vlm.heads.metadata import Value, Where, checked_columns, matching
@@ -26,6 +27,7 @@ from vlm.inputs.opening import OnError
 CHUNK = 8192  # items encoded before their embeddings are stored
 EMBEDDINGS = 1 << 17  # the same of embeddings: a search is fastest over large blocks
 QUERY_BLOCK = 256
+_log = logging.getLogger(__name__)
 
 
 class RetrievalIndex:
@@ -69,6 +71,7 @@ class RetrievalIndex:
         self._items = Items(dtype, coding)
         self._make_searcher: Callable[[list[np.ndarray]], Searcher] | None = None
         self._searcher: Searcher | None = None
+        self.mismatch: str | None = None  # how the model differs from the one that built the index
 
     # ------------------------------------------------------------------------------- adding
 
@@ -159,6 +162,10 @@ class RetrievalIndex:
             ids = [ids]
         if isinstance(ids, str):
             raise ConfigError(f"ids is the text {ids!r}: give a list with one id per item")
+        if self.mismatch and what != "embedding":
+            _log.warning(
+                "%s embeds with %s than the index has: rebuild it", self.model.name, self.mismatch
+            )
         new_ids: list[Id] = []
         given = None if ids is None else iter(ids)
         known, first_number = self._items.at, self._items.next_number
@@ -416,8 +423,8 @@ class RetrievalIndex:
     def __repr__(self) -> str:
         held = self._items.rows if self.coding is None else self._items.codes
         bounds = [block.bounds for block in self._items.blocks if block.bounds is not None]
-        size = sum(part.nbytes for part in [*held, *bounds]) / 2**20
-        width = f" x {self.embed_dim}" if self.embed_dim else ""
+        size, width = sum(part.nbytes for part in [*held, *bounds]) / 2**20, self.embed_dim
+        width = f" x {width}" if width else ""
         kept = self.dtype if self.coding is None else f"{self.dtype}, {self.coding} codes"
         return f"RetrievalIndex({self.model.name}, {len(self):,}{width} {kept}, {size:.1f} MiB)"
 
@@ -489,5 +496,5 @@ class RetrievalIndex:
                     raise
         check_identity(meta, model, folder)
         index = cls(model, items.dtype, items.coding)
-        index._items = items
+        index._items, index.mismatch = items, mismatch(meta, model)
         return index

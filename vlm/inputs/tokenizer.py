@@ -4,6 +4,8 @@ The vocabulary maps text to ids; the rules (`TokenizerConfig`) say how text is c
 how ids become rows of a fixed length after. Both belong to the model that was trained on them.
 """
 
+import functools
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 
@@ -167,6 +169,11 @@ class Tokenizer:
         except (json.JSONDecodeError, ConfigError) as error:
             raise DataError(f"{as_path(folder) / RULES_FILE} is not as saved: {error}") from None
         return cls.from_file(as_path(folder) / VOCABULARY_FILE, config)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the vocabulary and its own rules; those of `config` are not part of it."""
+        return hashlib.sha256(self._vocabulary.to_str().encode()).hexdigest()[:32]
 
     @classmethod
     def from_file(cls, path: epath.PathLike, config: TokenizerConfig) -> "Tokenizer":

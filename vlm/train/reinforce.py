@@ -20,6 +20,7 @@ from vlm.data.making import Maker
 from vlm.data.reinforced import ARRAYS, FILE, SAME, UNFINISHED, variant_draws
 from vlm.data.sources import open_source, streams
 from vlm.errors import ConfigError, DataError
+from vlm.heads.identity import stored_facts
 from vlm.paths import in_one_sentence
 from vlm.train.teacher import check_square
 
@@ -66,7 +67,7 @@ def reinforce(
     shape = (len(source), variants, model.embed_dim)
     about = {
         "teacher": teacher,
-        "fingerprint": model.fingerprint,
+        "model": stored_facts(model),
         "log_scale": math.log(model.logit_scale),
         "seed": seed,
         "variants": variants,
