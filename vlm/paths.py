@@ -1,5 +1,9 @@
-"""Local and remote paths, and the cache folder. A remote path is `gs://...` or `s3://...`."""
+"""Local and remote paths, the cache folder, and the lines of text files.
 
+A remote path is `gs://...` or `s3://...`.
+"""
+
+import codecs
 import contextlib
 import importlib.util
 import os
@@ -8,7 +12,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from vlm.errors import ConfigError, VlmError
+from vlm.errors import ConfigError, DataError, VlmError
 
 # What reads each kind of bucket, and what to install to have it.
 DRIVERS = {
@@ -72,6 +76,33 @@ def is_remote(path: epath.PathLike) -> bool:
 def on_disk(path: epath.PathLike) -> epath.Path:
     """`path` from the root of the disk. A remote path is whole already (epath would break it)."""
     return epath.Path(path) if is_remote(path) else epath.Path(path).absolute()
+
+
+def decode_text(data: bytes, where: str) -> str:
+    """The text of a file: UTF-8, or UTF-16 with the mark that spreadsheets write before it.
+
+    Raises:
+        DataError: it is neither.
+    """
+    encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not a UTF-8 text ({error.reason}): save it as UTF-8") from None
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, which end in a line feed, a carriage return, or both.
+
+    `str.splitlines` ends them at U+2028, U+0085 and form feeds too, which are part of a caption.
+
+    Example:
+        >>> from vlm.paths import lines_of
+        >>> len(lines_of("one\u2028line" + chr(10) + "another" + chr(10)))
+        2
+    """
+    lines = re.split(r"\r\n|\n|\r", text)
+    return lines if lines[-1] else lines[:-1]
 
 
 @contextlib.contextmanager

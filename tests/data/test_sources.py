@@ -183,9 +183,9 @@ def test_tables_that_are_wrong(tmp_path):
         ("b.csv", "image,caption\nx.png,a dog, red\n", "line 2 .*quote"),
         ("c.csv", "image,caption\n", "no rows"),
         ("d.csv", "file,caption\nx.png,a\n", "no feature 'image'.*caption, file"),
-        ("e.csv", "image,caption\n,a\n", "row 1 of .* names no image"),
+        ("e.csv", "image,caption\n,a\n", "line 2 of .* names no image"),
         ("f.jsonl", '{"image": "x"', "line 1 of .*f.jsonl is not JSON"),
-        ("g.jsonl", "[1]", "line 1 of .*g.jsonl is not an object"),
+        ("g.jsonl", "[1]", "item 1 of .*g.jsonl is not an object"),
         (
             "h.jsonl",
             '{"image": "x", "caption": "a", "split": "val"}',
@@ -196,7 +196,7 @@ def test_tables_that_are_wrong(tmp_path):
         with pytest.raises(DataError, match=message):
             open_source(DataConfig(str(tmp_path / name)), "train")
     (tmp_path / "latin.csv").write_bytes("image,caption\nx,Käse\n".encode("latin-1"))
-    with pytest.raises(DataError, match="not UTF-8"):
+    with pytest.raises(DataError, match="not a UTF-8 text"):
         open_source(DataConfig(str(tmp_path / "latin.csv")), "train")
     with pytest.raises(DataError, match="no table"):
         open_source(DataConfig(str(tmp_path / "none.csv")), "train")

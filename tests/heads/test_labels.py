@@ -241,3 +241,10 @@ def test_ten_thousand_classes_take_few_calls(model, paint):
     assert len(calls) == 3
     assert classify(paint("red")).logits.shape == (1, 10_000)
     assert isinstance(classify(paint("red")), Classification)
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    names = ["one\u2028name", "next\x85line", "plain"]
+    file = tmp_path / "names.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(names).encode())
+    assert read_labels(file) == names

@@ -9,6 +9,8 @@ from tyro.conf import arg
 from vlm.cli import parse, runtime
 from vlm.cli.parse import UsageError
 from vlm.cli.runs import classifier_of
+from vlm.errors import DataError
+from vlm.paths import decode_text, lines_of
 
 
 def main(args: list[str]) -> None:
@@ -112,10 +114,10 @@ def labels_of(labels: str | None, file: str | None) -> Any:
         return read_labels(file)
     else:
         try:
-            with open(file, encoding="utf-8") as lines:
-                names, where = lines.read().splitlines(), file
-        except UnicodeDecodeError:
-            raise UsageError(f"{file} is not a UTF-8 text: give one label on each line") from None
+            with open(file, "rb") as lines:
+                names, where = lines_of(decode_text(lines.read(), file)), file
+        except DataError as error:
+            raise UsageError(str(error)) from None
     names = [name.strip() for name in names if name.strip()]
     if not names:
         raise UsageError(f"{where} holds no labels: give at least one, such as dog,cat,pizza")

@@ -140,7 +140,8 @@ class DataConfig:
         cache: Keep decoded images in memory, for data that fits there.
         workers: Number of reader processes. 0: threads of the training process read.
         prefetch: Number of batches that are made ahead of the training step.
-        data_dir: Folder where prepared data lies. None: vlm's cache folder.
+        data_dir: Folder where prepared data lies. None: vlm's cache folder. Of a table: folder of
+            its images, where they are not beside it.
         access: How examples are read. random: by an index, in an order that is new for each
             epoch; stream: shards front to back; auto: what is remote is streamed, and what is
             local is indexed.

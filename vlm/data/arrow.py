@@ -1,7 +1,7 @@
 """Arrow files, memory-mapped: what the library `datasets` of Hugging Face saves, without it.
 
 A source is a folder of `save_to_disk`, of one split or several, or the `.arrow` files themselves.
-How columns become features is said in `columns`.
+The module `columns` makes features of its columns.
 """
 
 import bisect

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vlm.config import DataConfig
-from vlm.data.examples import WHERE, Example, check_features, wanted_features
+from vlm.data.examples import WHERE, Example, check_features, flat_items, wanted_features
 from vlm.data.faults import BadSample
 from vlm.errors import DataError
 from vlm.paths import is_remote
@@ -75,26 +75,17 @@ class Columns:
         Raises:
             BadSample: its class label has no name.
         """
-        example: Example = {}
-        for name, value in row.items():
-            self._add(example, name, value, where)
-        example[WHERE] = where
+        image = self._config.image
+        example: Example = {WHERE: where}
+        for column, value in row.items():
+            for name, inner in flat_items(column, value, image):
+                if name == image:
+                    example[name] = self._image(inner)
+                elif name in self._classes:
+                    example[name] = self._label(name, inner, where)
+                else:
+                    example[name] = inner
         return example
-
-    def _add(self, example: Example, name: str, value: Any, where: str) -> None:
-        if name == self._config.image:
-            example[name] = self._image(value)
-        elif name in self._classes:
-            example[name] = self._label(name, value, where)
-        elif isinstance(value, dict):
-            for field, inner in value.items():
-                self._add(example, f"{name}/{field}", inner, where)
-        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-            items = [item for item in value if item is not None]
-            for field in items[0]:
-                self._add(example, f"{name}/{field}", [item[field] for item in items], where)
-        else:
-            example[name] = value
 
     def _image(self, value: Any) -> Any:
         if isinstance(value, dict):

@@ -196,6 +196,24 @@ def features_of(examples: Sequence[Example | BadSample], where: str) -> list[str
     return list(dict.fromkeys(n for example in good for n in example if not n.startswith("\0")))
 
 
+def flat_items(name: str, value: Any, whole: str) -> Iterator[tuple[str, Any]]:
+    """A value with its name; the fields of an object, or of a list of objects, by their paths.
+
+    The feature `whole`, an image, stays as it is.
+    """
+    if name == whole or not isinstance(value, dict | list):
+        yield name, value
+    elif isinstance(value, dict):
+        for field, inner in value.items():
+            yield from flat_items(f"{name}/{field}", inner, whole)
+    elif any(isinstance(item, dict) for item in value):
+        items = [item for item in value if isinstance(item, dict)]
+        for field in dict.fromkeys(field for item in items for field in item):
+            yield from flat_items(f"{name}/{field}", [item.get(field) for item in items], whole)
+    else:
+        yield name, value
+
+
 def label_of(example: Example, config: DataConfig) -> str:
     """The name of an example's class, in one spelling: 2, 2.0 and "2" are the class "2".
 

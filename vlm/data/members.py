@@ -24,6 +24,7 @@ from vlm.config import DataConfig
 from vlm.data.examples import AMBIGUOUS, Example, wanted_features
 from vlm.data.faults import BadSample
 from vlm.inputs.folders import is_image_name
+from vlm.paths import lines_of
 
 CAPTION, TEXT, FIELDS = "caption", "txt", "json"
 
@@ -119,7 +120,7 @@ def _fields(data: bytes) -> Example:
 
 def _lines(text: Any) -> list[str]:
     texts = text if isinstance(text, list) else [text]
-    return [s for t in texts for line in str(t).splitlines() if (s := line.strip())]
+    return [s for t in texts for line in lines_of(str(t)) if (s := line.strip())]
 
 
 def _short(text: Any) -> str:

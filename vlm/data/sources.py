@@ -11,7 +11,7 @@ from etils import epath
 from jaxtyping import Int32
 
 from vlm.config import DataConfig
-from vlm.data import mixture
+from vlm.data import mixture, table
 from vlm.data.class_names import NAME, names_of, read_class_names
 from vlm.data.examples import (
     Example,
@@ -37,7 +37,7 @@ KNOWN = (
     '"openmoji"',
     '"tfds:NAME" (a prepared TFDS data set)',
     "WebDataset shards (.tar, with *, {000..099} or {a,b})",
-    "a table of images and captions (.csv, .tsv, .jsonl, .parquet)",
+    "a table of images and captions (.csv, .tsv, .jsonl, .json, also .gz, or .parquet)",
     "ArrayRecord files (.array_record)",
     "Arrow files (.arrow), or a folder that Hugging Face datasets saved",
     "a folder with captions.csv, .tsv or .jsonl, a text beside each image, or class folders",
@@ -87,9 +87,7 @@ def split_names(config: DataConfig) -> list[str] | None:
 
             return saved_splits(as_path(name))
         case "table":
-            from vlm.data.table import table_splits
-
-            return table_splits(config)
+            return table.table_splits(config)
         case "folder":
             from vlm.data.folder import folder_splits
 
@@ -145,9 +143,7 @@ def _open(config: DataConfig, split: str) -> Source:
 
             return open_arrow(config, split)
         case "table":
-            from vlm.data.table import open_table
-
-            return open_table(config, split)
+            return table.open_table(config, split)
         case "folder":
             from vlm.data.folder import open_folder
 
@@ -171,12 +167,12 @@ def kind_of(name: str) -> str | None:
     for ending, kind in _ENDINGS.items():
         if ending in last:
             return kind
-    if name.endswith(TABLES):
+    if name.lower().endswith(table.SUFFIXES):
         return "table"
     folder = as_path(name)
     if not folder.is_dir():
         return None
-    if any((folder / f"captions{suffix}").exists() for suffix in TABLES):
+    if any((folder / f"captions{suffix}").exists() for suffix in table.SUFFIXES):
         return "table"
     if any((folder / file).exists() for file in ("state.json", "dataset_dict.json")):
         return "arrow"
@@ -184,7 +180,6 @@ def kind_of(name: str) -> str | None:
 
 
 _ENDINGS = {".array_record": "array_record", ".parquet": "parquet", ".arrow": "arrow"}
-TABLES = (".csv", ".tsv", ".jsonl")
 
 
 def streams(config: DataConfig) -> bool:

@@ -133,11 +133,12 @@ def kept_of(files: Sequence[str], suffix: str, *more: str) -> str:
     folder = cache_dir() / "shards"
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(READERS) as pool:
-        said = "\n".join([*pool.map(_stamp, files), *more])
+        said = "\n".join([*pool.map(stamp_of, files), *more])
     return os.fspath(folder / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}{suffix}")
 
 
-def _stamp(path: str) -> str:
+def stamp_of(path: str) -> str:
+    """A text that changes when a file does: of its path, its length and, on a disk, its time."""
     try:
         if is_remote(path):
             return f"{path} {size_of(path)}"

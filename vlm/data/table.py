@@ -1,73 +1,114 @@
-"""A table of image paths and captions: .csv, .tsv or .jsonl, alone or inside an image folder.
+"""A table of image paths and captions, alone or inside an image folder: CSV, TSV or JSON.
 
 Each row has the features that the config names (`image` and `caption` by default); image paths are
 relative to the table. A column `split` says which split a row belongs to; without it all
-rows are the training split.
+rows are the training split. Compressed files (`.gz`) are read too.
 """
 
-import csv
-import io
-import json
+import functools
+import gzip
+import itertools
+import logging
+import os
+import re
+import zlib
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
 from vlm.config import DataConfig
-from vlm.data.examples import check_features
-from vlm.data.splits import find_split
+from vlm.data.delimited import Line, read_delimited
+from vlm.data.examples import WHERE, Example, check_features, flat_items
+from vlm.data.faults import BadSample
+from vlm.data.json_rows import read_json_rows
+from vlm.data.splits import find_split, named_splits, split_files
+from vlm.data.storage import stamp_of
 from vlm.errors import DataError
-from vlm.paths import as_path, is_remote
+from vlm.paths import as_path, decode_text, is_remote
 
-SUFFIXES = (".csv", ".tsv", ".jsonl")
+SUFFIXES = tuple(
+    kind + end for kind in (".csv", ".tsv", ".jsonl", ".ndjson", ".json") for end in ("", ".gz")
+)
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_URL = re.compile(r"https?://", re.IGNORECASE)
+_NUMBERED = re.compile(r"column\d+")  # the names of columns without a header
+_LOOKED_AT = 8  # rows, to tell where images lie and what a column holds
+
+_log = logging.getLogger(__name__)
 
 
 class TableSource:
     """Rows of a table; the image of a row is the path of its file."""
 
-    def __init__(self, rows: list[dict[str, Any]], folder: epath.Path, config: DataConfig):
+    def __init__(self, rows: Sequence[Example | BadSample], folder: str, config: DataConfig):
         self._rows, self._folder, self._image = rows, folder, config.image
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = dict(self._rows[index])
+    def __getitem__(self, index: int) -> Example:
+        row = self._rows[index]
+        if isinstance(row, BadSample):
+            raise row
         path = row[self._image]
-        row[self._image] = path if is_remote(path) else str(self._folder / path)
-        return row
+        return row | {self._image: path if is_remote(path) else os.path.join(self._folder, path)}
 
 
 def open_table(config: DataConfig, split: str) -> TableSource:
     """The rows of `split` in the table that `config.source` names, or in its folder's table.
 
+    A row that cannot be read is a bad sample.
+
     Raises:
-        DataError: no such table, a row that is not like the others, or an empty split.
+        DataError: no such table, too many bad rows, an empty split, or a feature is missing.
     """
-    path = _table_of(as_path(config.source))
-    rows = _rows(path)
-    if not rows:
-        raise DataError(f"{path} has no rows: give it one for each image")
-    for number, row in enumerate(rows, 1):
-        check_features(config, list(row), f"row {number} of {path}")
-        if not isinstance(row[config.image], str) or not row[config.image]:
-            raise DataError(f"row {number} of {path} names no image: give the path of its file")
-    splits = [str(row.get("split", config.train_split)) for row in rows]
-    if not any("split" in row for row in rows) and split != config.train_split:
-        raise DataError(
-            f"{path} has no column `split`, so there is no split {split!r}: give it one, or set "
-            "eval_split=None"
-        )
-    split = find_split(split, set(splits), str(path))
-    chosen = [row for row, own in zip(rows, splits, strict=True) if own == split]
-    return TableSource(chosen, path.parent, config)
+    if "{split}" in config.source:
+        (file,) = split_files(config.source, split, config.train_split)
+        path = _table_of(as_path(file))
+    else:
+        path = _table_of(as_path(config.source))
+    rows = _rows(path, config)
+    _check(rows, config, path)
+    folder = _image_folder(rows, config, path)
+    if "{split}" in config.source:
+        return TableSource(rows, folder, config)
+    splits = _splits(rows, config)
+    if not splits:
+        if split != config.train_split:
+            raise DataError(
+                f"{path} has no column `split`, so there is no split {split!r}: give it one, or "
+                "set eval_split=None"
+            )
+        return TableSource(rows, folder, config)
+    found = find_split(split, {own for own in splits if own}, str(path))
+    chosen = [row for row, own in zip(rows, splits, strict=True) if own == found]
+    if split == config.train_split:  # which counts the bad ones
+        chosen += [row for row in rows if isinstance(row, BadSample)]
+    if without := sum(own is None for own in splits):
+        _log.warning("%s has %s rows of no split, which are left out", path, f"{without:,}")
+    return TableSource(chosen, folder, config)
 
 
 def table_splits(config: DataConfig) -> list[str] | None:
     """The splits in the column `split` of a table; None where it has no such column."""
-    rows = _rows(_table_of(as_path(config.source)))
-    if not any("split" in row for row in rows):
-        return None
-    return sorted({str(row.get("split", config.train_split)) for row in rows})
+    if "{split}" in config.source:
+        return named_splits(config.source)
+    splits = _splits(_rows(_table_of(as_path(config.source)), config), config)
+    return sorted({own for own in splits if own}) or None
+
+
+def _splits(rows: Sequence[Example | BadSample], config: DataConfig) -> list[str | None]:
+    """The split of each row: None where it has none, "" of a bad one. Empty without a column."""
+    if not any("split" in row for row in rows if isinstance(row, dict)):
+        return []
+    found: list[str | None] = []
+    for row in rows:
+        own = row.get("split", config.train_split) if isinstance(row, dict) else ""
+        nothing = own is None or own != own or (own == "" and isinstance(row, dict))  # NaN, too
+        found.append(None if nothing else str(own))
+    return found
 
 
 def _table_of(path: epath.Path) -> epath.Path:
@@ -75,45 +116,184 @@ def _table_of(path: epath.Path) -> epath.Path:
         for suffix in SUFFIXES:
             if (path / f"captions{suffix}").exists():
                 return path / f"captions{suffix}"
-        raise DataError(f"{path} has no captions{', captions'.join(SUFFIXES)}: write one there")
+        raise DataError(f"{path} has no captions.csv, captions.tsv or captions.jsonl: write one")
     if not path.exists():
         raise DataError(f"there is no table {path}: check data.source")
     return path
 
 
-def _rows(path: epath.Path) -> list[dict[str, Any]]:
-    return _read_jsonl(path) if path.suffix == ".jsonl" else _read_csv(path)
+def _rows(path: epath.Path, config: DataConfig) -> list[Example | BadSample]:
+    texts = (config.label,) if config.label else config.captions
+    return _read(os.fspath(path), stamp_of(os.fspath(path)), config.image, texts, config.data_dir)
 
 
-def _text(path: epath.Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")  # spreadsheets write a byte-order mark
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error.reason}): save it as UTF-8") from None
-
-
-def _read_csv(path: epath.Path) -> list[dict[str, Any]]:
-    delimiter = "\t" if path.suffix == ".tsv" else ","
-    rows = list(csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter))
-    for number, row in enumerate(rows, 2):  # the header is line 1
-        if None in row or None in row.values():
-            raise DataError(
-                f"line {number} of {path} has another number of fields than the header: quote "
-                "captions that contain the delimiter"
-            )
-    return rows
-
-
-def _read_jsonl(path: epath.Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
+@functools.lru_cache(4)  # training and evaluation read one table, and its faults are logged once
+def _read(
+    name: str, stamp: str, image: str, texts: tuple[str, ...], data_dir: str | None
+) -> list[Example | BadSample]:
+    data, suffix = as_path(name).read_bytes(), os.path.splitext(name.removesuffix(".gz"))[1].lower()
+    if name.endswith(".gz"):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"line {number} of {path} is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"line {number} of {path} is not an object with named fields")
-        rows.append(row)
-    return rows
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{name} is not a whole gzip file ({error}): write it again") from None
+    text = decode_text(data, name)
+    if suffix in _DELIMITERS:
+        rows = _with_header(
+            read_delimited(text, _DELIMITERS[suffix], name), name, image, texts, data_dir
+        )
+        unit = "line"
+    else:
+        rows, unit = read_json_rows(text, name), "row"
+    return [
+        row if isinstance(row, BadSample) else _example(*row, f"{unit} {row[0]} of {name}", image)
+        for row in rows
+    ]
+
+
+def _example(number: int, row: dict[str, Any], where: str, image: str) -> Example | BadSample:
+    """A row as an example; inner fields have names such as `captions/text`."""
+    example: Example = {WHERE: where}
+    for name, value in row.items():
+        example |= flat_items(name, value, image)
+    if image not in example:
+        return example  # the check of all rows names what is missing
+    path = example[image]
+    if isinstance(path, dict):  # as Hugging Face `datasets` writes an image
+        path = path.get("path")
+    if not isinstance(path, str) or not path:
+        why = f"{where} names no image in {image} but {path!r}: give the path of its file"
+        return BadSample("no image", where, why)
+    return example | {image: path}
+
+
+def _with_header(
+    rows: list[Line | BadSample],
+    name: str,
+    image: str,
+    texts: tuple[str, ...],
+    data_dir: str | None,
+) -> list[tuple[int, dict[str, str]] | BadSample]:
+    """The rows by the names of their columns: of the first row, or where it is none, by rule."""
+    if not rows:
+        return []
+    first = rows[0]
+    assert isinstance(first, Line)
+    header = first.fields
+    folders = [os.path.dirname(name), *([data_dir] if data_dir else [])]
+    without = image not in header and (
+        _NUMBERED.fullmatch(image) or any(_URL.match(f) or _is_file(f, folders) for f in header)
+    )
+    if without:
+        header = _column_names(rows, name, image, texts, folders)
+    elif len(set(header)) < len(header):
+        twice = next(column for column in header if header.count(column) > 1)
+        raise DataError(f"{name} has two columns {twice!r}: give each a name of its own")
+    return [
+        row
+        if isinstance(row, BadSample)
+        else (row.number, dict(zip(header, row.fields, strict=True)))
+        for row in (rows if without else rows[1:])
+    ]
+
+
+def _column_names(
+    rows: list[Line | BadSample], name: str, image: str, texts: tuple[str, ...], folders: list[str]
+) -> list[str]:
+    """The names of columns without a header: column1, column2, ..., or `image` and a caption.
+
+    Raises:
+        DataError: there is no column of image files, or not one column beside it.
+    """
+    looked_at = list(itertools.islice((r.fields for r in rows if isinstance(r, Line)), _LOOKED_AT))
+    names = [f"column{number}" for number in range(1, len(looked_at[0]) + 1)]
+    if _NUMBERED.fullmatch(image):
+        return names
+    columns = list(zip(*looked_at, strict=True))
+    urls = [i for i, own in enumerate(columns) if all(map(_URL.match, own))]
+    files = [i for i, own in enumerate(columns) if any(_is_file(f, folders) for f in own)]
+    others = [i for i in range(len(columns)) if i not in urls and i not in files]
+    shown = ", ".join(
+        f"{column} ({'an address, ' if i in urls else ''}such as {looked_at[0][i][:60]!r})"
+        for i, column in enumerate(names)
+    )
+    if not files:
+        raise DataError(f"{name} has no header and no images: its columns are {shown}; {_DOWNLOAD}")
+    if len(files) > 1 or len(others) != 1 or len(texts) != 1:
+        raise DataError(
+            f"{name} has no header, and its columns are {shown}: say which they are, such as "
+            f'data.image="{names[files[0]]}" and data.captions=("{names[(others or [0])[0]]}",)'
+        )
+    named = names.copy()
+    named[files[0]], named[others[0]] = image, texts[0]
+    _log.warning(
+        "%s has no header: %s, which names files, is taken as %s, and %s as %s",
+        name, names[files[0]], image, names[others[0]], texts[0],
+    )  # fmt: skip
+    return named
+
+
+_DOWNLOAD = (
+    "download the images first, with img2dataset --url_list FILE --output_format webdataset, and "
+    "name the shards that it writes"
+)
+
+
+def _check(rows: list[Example | BadSample], config: DataConfig, path: epath.Path) -> None:
+    """Compare all rows with the config.
+
+    Raises:
+        DataError: there are none, too many are bad, or none has a feature that is named.
+    """
+    if not rows:
+        raise DataError(f"{path} has no rows: give it one for each image")
+    bad = [row for row in rows if isinstance(row, BadSample)]
+    good = [row for row in rows if isinstance(row, dict)]
+    if not good or len(bad) > max(1, config.max_bad_share * len(rows)):
+        raise DataError(
+            f"{len(bad):,} of the {len(rows):,} rows of {path} cannot be used: {bad[0]}"
+        )
+    if bad:
+        _log.warning("%s of %s rows of %s are broken: %s", len(bad), len(rows), path, bad[0])
+    known = {name for row in good for name in row if name != WHERE}
+    addresses = [n for n in known if all(_is_url(row.get(n)) for row in good[:_LOOKED_AT])]
+    try:
+        check_features(config, known, f"the table {path}")
+    except DataError as error:
+        if config.image in known or not addresses:
+            raise
+        raise DataError(f"{error}; {addresses[0]} holds addresses: {_DOWNLOAD}") from None
+
+
+def _is_url(value: Any) -> bool:
+    return isinstance(value, str) and _URL.match(value) is not None
+
+
+def _is_file(field: str, folders: Sequence[str]) -> bool:
+    """Whether a field names a file, alone or in one of some folders."""
+    return len(field) < 4096 and any(os.path.isfile(os.path.join(f, field)) for f in folders)
+
+
+def _image_folder(rows: list[Example | BadSample], config: DataConfig, path: epath.Path) -> str:
+    """The folder that image paths are relative to: the table's, `data_dir`, or COCO's.
+
+    COCO's captions_val2017.json is in annotations/, and its images in val2017/ beside that.
+    """
+    beside = os.path.dirname(os.fspath(path))
+    named = (row[config.image] for row in rows if isinstance(row, dict))
+    images = list(itertools.islice(named, _LOOKED_AT))
+    if is_remote(path) or any(is_remote(image) for image in images):
+        return beside
+    above, own = os.path.dirname(beside), path.name.split(".")[0].rpartition("_")[2]
+    inner = ("", "images", own, os.path.join("images", own))
+    places = [
+        beside,
+        config.data_dir,
+        *(os.path.join(d, i) for d in (beside, above) for i in inner),
+    ]
+    for folder in filter(None, places):
+        if any(os.path.isfile(os.path.join(folder, image)) for image in images):
+            if folder != beside:
+                _log.warning("the images of %s are read from %s", path, folder)
+            return folder
+    return beside

@@ -13,7 +13,7 @@ from etils import epath
 
 from vlm.errors import DataError
 from vlm.evaluate.tasks import DataInfo, SelectionTask
-from vlm.paths import as_path
+from vlm.paths import as_path, lines_of
 
 # SugarCrepe's seven ways to make a caption wrong (arXiv:2306.14610, table 2).
 SUGARCREPE = (
@@ -31,7 +31,7 @@ def winoground(data_dir: str, name: str) -> SelectionTask:
     """
     folder = _folder(data_dir, "winoground")
     file = folder / "examples.jsonl"
-    rows = [_parsed(file, line) for line in _text(file).splitlines() if line.strip()]
+    rows = [_parsed(file, line) for line in lines_of(_text(file)) if line.strip()]
     fields = ("image_0", "image_1", "caption_0", "caption_1")
     own = [[_field(file, row, field) for field in fields] for row in rows]
     images = [[_image(folder / "images", f"{n}.png") for n in row[:2]] for row in own]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import ConfigError, DataError
+from vlm.paths import decode_text, lines_of
 
 Labels = Sequence[str] | Mapping[str, Sequence[str]]
 IMAGENET = {"labels": "IMAGENET_CLASSNAMES", "templates": "OPENAI_IMAGENET_TEMPLATES"}
@@ -80,13 +81,11 @@ def _from_file(place: str, what: str) -> Any:
         path, key = place, ""
     file = Path(path).expanduser()
     try:
-        text = file.read_text(encoding="utf-8")
+        text = decode_text(file.read_bytes(), path)
     except FileNotFoundError:
         raise DataError(f"there is no file {path!r} of {what}: check the path") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not a UTF-8 text: give one name on each line") from None
     if file.suffix != ".json":
-        names = [line.strip() for line in text.splitlines() if line.strip()]
+        names = [line.strip() for line in lines_of(text) if line.strip()]
         if not names:
             raise DataError(f"{path} holds no {what}: give one on each line")
         return names
