@@ -33,7 +33,7 @@ MAX_WHAT = 10
 PENDING = {
     "__init__", "adapt", "bundle", "chips", "cli", "config", "data", "display",
     "errors", "evaluate", "explain", "export", "heads", "inputs", "models", "nn", "paths",
-    "plan", "serve", "sharding", "train", "weights",
+    "serve", "sharding", "train", "weights",
 }  # fmt: skip
 
 

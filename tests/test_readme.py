@@ -32,7 +32,7 @@ SHORTENED = {
         *("--epochs", "2", "--batch-size", "8"),
         *("--data.source", str(tiny.folder() / "data"), "--data.train-split", "train"),
     ],
-    "plan": ["--sweep", "--compiles", "0"],  # counted by hand
+    "plan": ["--sweep", "--compiles", "0"],  # analytic
     "bench loss": ["--batch-size", "64", "--embed-dim", "8", "--rounds", "1"],
 }
 NOT_RUN = {"train", "serve"}  # the first `train` is the fixture; a server does not end

@@ -3,7 +3,7 @@
     python tests/plan/fit.py
 
 Prints each row beside the plan's range, and the shares that are written in
-vlm/plan/calibration.py. Everything is counted by hand, so that kinds of chip compare.
+vlm/plan/calibration.py. All estimates are analytic, so that chips are comparable.
 """
 
 import itertools
@@ -32,7 +32,7 @@ def roofline(row: Published) -> Roofline:
 
 
 def predicted(row: Published):
-    """The range of samples per second and chip."""
+    """The range of samples per second per chip."""
     seconds = roofline(row).predicted(calibration_of(row.chip))
     return seconds.inverse(row.batch / row.chips)
 

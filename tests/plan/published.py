@@ -1,6 +1,6 @@
 """Training throughputs that others published, to judge the plan's predictions by.
 
-Samples per second and chip. None of these ran this project's code; derivations are given where a
+Samples per second per chip. None of these ran this project's code; derivations are given where a
 source states days or totals. Two rules were fixed before any row was set against a prediction:
 
 - **What is in**: every throughput found whose source names the model, the kind and number of
@@ -52,7 +52,7 @@ class Published:
     chip: str
     chips: int
     batch: int  # global
-    measured: float  # samples per second and chip
+    measured: float  # samples per second per chip
     software: Literal["xla", "fused", "eager"]
     vision: tuple[str, int, int] | None = None  # size, patch, pixels
     text: tuple[str, int] | None = None  # size, tokens

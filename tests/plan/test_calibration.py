@@ -42,7 +42,7 @@ def test_the_shares_are_those_of_the_fitted_half(chips):
 def test_every_chip_says_where_its_share_is_from():
     assert set(SHARES) == set(CHIPS)
     for shares in SHARES.values():
-        assert "published" in shares.evidence or "borrowed" in shares.evidence
+        assert "published" in shares.evidence or "taken from" in shares.evidence
 
 
 def test_a_range():
@@ -92,7 +92,7 @@ def test_a_calibration_of_another_chip_is_refused(tmp_path):
         ("[]", "is no calibration"),
         ("no json", "is no calibration"),
         (json.dumps({"format": "other", "measurements": []}), "its format is 'other'"),
-        (json.dumps({"format": "vlm-calibration-1", "measurements": []}), "holds no times"),
+        (json.dumps({"format": "vlm-calibration-1", "measurements": []}), "has no times"),
         (json.dumps({"format": "vlm-calibration-1", "measurements": [{"chip": 1}]}), "TypeError"),
     ],
 )
@@ -109,7 +109,7 @@ def test_a_calibration_that_is_not_there_or_makes_no_sense(tmp_path):
     file = tmp_path / "negative.json"
     bad = dataclasses.asdict(measurement(measured=-1.0))
     file.write_text(json.dumps({"format": "vlm-calibration-1", "measurements": [bad]}))
-    with pytest.raises(ConfigError, match="holds no times of a known chip"):
+    with pytest.raises(ConfigError, match="has no times of a known chip"):
         calibration_of("h100", file)
 
 

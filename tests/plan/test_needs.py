@@ -57,5 +57,5 @@ def test_a_length_in_epochs_has_no_time_and_one_in_seconds_its_own():
 
 @pytest.mark.parametrize("price", [-1.0, float("inf"), float("nan")])
 def test_a_price_that_cannot_be(price):
-    with pytest.raises(ConfigError, match=r"a price of .* cannot be"):
+    with pytest.raises(ConfigError, match=r"a price of .* is invalid"):
         plan(experiment(512), "h100:8").needs(price)

@@ -35,7 +35,7 @@ def plan(
 
     Memory, communication and operations are read from the compiled program; times are ranges, from
     what such steps reached on such chips elsewhere. TPU slices need the extra `tpu`; GPUs are
-    counted by hand.
+    estimated analytically (no compilation).
 
     Examples:
       vlm plan configs/siglip_b16.py --topology v5e:16x16
@@ -57,7 +57,8 @@ def plan(
         unroll: one program for every block in place of a loop over them: minutes to compile.
         largest_batch: also look for the largest batch that fits; some more compilations.
         sweep: compare all combinations in one table.
-        compiles: how many of the best rows of a sweep are compiled; the others are counted by hand.
+        compiles: number of the best rows of a sweep to compile; the others are estimated
+            analytically.
         calibration: a file of steps measured on this kind of chip, by vlm bench train --save FILE.
         price: of one chip for an hour, to say what the run costs.
         json: print the plan as JSON, and the table on stderr.
@@ -71,7 +72,7 @@ def plan(
     from vlm.plan.topology import parse_topology
 
     if price is not None and not 0 <= price < float("inf"):
-        raise parse.UsageError(f"--price {price} cannot be: give at least 0, for a chip's hour")
+        raise parse.UsageError(f"--price {price} is invalid: give at least 0, per chip-hour")
     experiment = load_config(config)
     console = Console(stderr=json)
     if not console.is_terminal:

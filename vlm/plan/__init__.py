@@ -1,8 +1,8 @@
-"""What a slice of chips will do with an experiment, before it is rented.
+"""Memory, step time and cost of an experiment on a slice of chips that you do not have.
 
-`plan` compiles the real training step for the slice, with the TPU compiler and without a TPU, and
-reads memory, communication and operations off the result. For NVIDIA GPUs, whose compiler
-wants the card, the same figures are counted by hand. Every figure says which it is.
+`plan` compiles the training step for the slice with the TPU compiler, without a TPU, and reads
+memory, communication and FLOPs from the compiled program. For NVIDIA GPUs, whose compiler needs
+the card, the figures are analytic estimates. Each figure is labelled with its basis.
 """
 
 from etils import epy

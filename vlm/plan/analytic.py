@@ -1,8 +1,7 @@
-"""What a step takes where no compiler can be asked: counted by hand, and labelled so.
+"""Analytic estimates of a step's memory, FLOPs and communication, without compilation.
 
-Everything is per device. The counts follow a pre-norm block in `e`-byte activations of width w, MLP
-width m, h heads and n tokens; they are for ranking configurations and for chips without a
-compiler at hand, not a substitute for compiling.
+All figures are per device. They model a pre-norm block, and serve to rank configurations and to
+plan for chips without an available compiler. They do not replace compiling.
 """
 
 import math
@@ -27,13 +26,13 @@ FLOAT32 = 4  # bytes
 
 @dataclass(frozen=True)
 class AnalyticMemory:
-    """Bytes of one device in the backward pass, where a step takes most."""
+    """Bytes of one device during the backward pass, the peak of a step."""
 
-    state: int  # parameters, optimizer, averages, and the parameters of a teacher
+    state: int  # parameters, optimizer, EMA, and parameters of a teacher
     gradients: int
-    activations: float  # kept for the backward pass
-    working: float  # of the block at hand, and the loss's tiles
-    teacher: float = 0.0  # of a block of the teacher, which embeds the batch before the step
+    activations: float  # saved for the backward pass
+    working: float  # of the current block and the loss's tiles
+    teacher: float = 0.0  # of a block of the teacher, which runs before the step
 
     @property
     def peak(self) -> float:
@@ -47,7 +46,7 @@ def analytic_memory(
     batch_ways: int,
     tensor_ways: int = 1,
 ) -> AnalyticMemory:
-    """The memory of a step on each device, the batch cut `batch_ways` times."""
+    """Estimate the memory of a step per device, with the batch sharded `batch_ways` ways."""
     e, lesson = experiment, planned_lesson(experiment)
     rows = (e.micro_batch_size or e.batch_size) / batch_ways
     kept, block, embedding = 0.0, 0.0, 0.0
@@ -71,12 +70,12 @@ def analytic_memory(
         embedding = max(embedding, rows * tokens * block_bytes / tensor_ways)
     local = e.batch_size / batch_ways
     side = min(tile_side("cpu" if chip is None else chip.platform), local)
-    # Logits, their softmax and its gradient: in tiles, or of a head.
+    # Logits, their softmax and its gradient, in tiles or of a classification head.
     tiles = 3 * 4 * (local * lesson.classes if e.objective == "classification" else side**2)
     if e.distill is not None and e.distill.relations:
         tiles += 3 * 4 * side**2
     tiles += 8 * 4 * local * e.model.embed_dim + 2 * 4 * local * lesson.taught.width
-    # The bytes of pixels, as float32 and as the tower computes in.
+    # Pixels in float32 and in the compute dtype.
     images = Preprocess(e.preprocess).image_bytes * (4 + 2) * rows
     return AnalyticMemory(
         state=state.parameters + state.optimizer + state.averages + state.teacher,
@@ -92,8 +91,8 @@ def analytic_operations(
 ) -> tuple[float, float]:
     """Seconds of arithmetic and of memory-bound work on one chip, at its published rates.
 
-    Products run at the arithmetic rate, in whole matrix units; normalisations, activations,
-    residual sums, the update, and attention's weights where it is not fused, at the memory's.
+    Matrix products, padded to whole matrix units, run at the arithmetic rate. Normalisations,
+    activations, residual sums, the update and unfused attention weights run at memory bandwidth.
     """
     e, size = experiment, 2 if experiment.dtype != "float32" else 4
     lesson = planned_lesson(e)
@@ -123,12 +122,12 @@ def analytic_operations(
 
 
 def unit_padding(size: int, unit: int) -> float:
-    """How much longer a product takes for an axis of `size` that fills whole units of `unit`."""
+    """Slowdown of a product whose axis of `size` is padded to a multiple of `unit`."""
     return math.ceil(size / unit) * unit / size
 
 
 def _paddings(config, unit: int) -> dict[str, float]:
-    """Of a tower's blocks: each product has two axes of features, heads beside them in `scores`."""
+    """Padding factors of a tower's blocks, by kind of product."""
     width, mlp = unit_padding(config.width, unit), unit_padding(config.mlp_dim, unit)
     head = unit_padding(config.width // config.heads, unit)
     return {"projections": width**2, "scores": head, "mlp": width * mlp}
@@ -137,9 +136,10 @@ def _paddings(config, unit: int) -> dict[str, float]:
 def analytic_traffic(
     experiment: Experiment, parameters: int, mesh_shape: dict[str, int]
 ) -> dict[str, float]:
-    """Bytes that each device sends in a step, by place: ring algorithms over float32 parameters.
+    """Estimate the bytes that each device sends in a step, by purpose.
 
-    `parameters` are the bytes of all trained parameters, whole.
+    Assumes ring algorithms and float32 parameters. `parameters` is the total bytes of trained
+    parameters, unsharded.
     """
     data, fsdp, tensor = (mesh_shape[axis] for axis in ("data", "fsdp", "tensor"))
     ways, lesson = data * fsdp, planned_lesson(experiment)
@@ -149,13 +149,13 @@ def analytic_traffic(
     if ways > 1 and experiment.objective != "classification":
         ours = experiment.model.embed_dim
         trips = 2 if experiment.model.loss == "softmax" else 1
-        # Each trip carries the text block, and the last one its gradient too.
+        # Each trip carries the text block; the last one also its gradient.
         carried = (trips + 1) * ours
         if experiment.distill is not None and experiment.distill.relations:
-            carried += 3 * ours + 2 * lesson.taught.width  # two trips, beside the teacher's texts
+            carried += 3 * ours + 2 * lesson.taught.width  # two trips, with the teacher's texts
         sent[LOSS_RING] = FLOAT32 * experiment.batch_size * carried * (ways - 1) / ways
     if tensor > 1:
-        # Two sums over each block and pass, of activations that the members hold whole.
+        # Two all-reduces of activations per block and pass.
         size = 4 if experiment.dtype == "float32" else 2
         passes = 3 if experiment.remat == "full" else 2
         moved = sum(
@@ -178,7 +178,7 @@ def analytic_traffic(
 
 
 def fused_attention(experiment: Experiment, chip: Chip | None, tokens: int, config) -> bool:
-    """Whether a tower's attention keeps its weights on the chip: see `vlm.nn.attention.attend`."""
+    """Whether a tower's attention is fused: see `vlm.nn.attention.attend`."""
     if chip is None or experiment.dtype == "float32":
         return False
     if chip.platform == "tpu":
@@ -187,7 +187,7 @@ def fused_attention(experiment: Experiment, chip: Chip | None, tokens: int, conf
 
 
 def _towers(experiment: Experiment) -> Iterator[tuple[str, int, ViTConfig | TextConfig]]:
-    """The towers of a step that are stacks of transformer blocks, and the tokens that they see."""
+    """Yield name, token count and config of the transformer towers of a step."""
     vision, text = experiment.model.vision, experiment.model.text
     if isinstance(vision, ViTConfig):
         yield "vision", vision.tokens(training=True), vision
@@ -196,7 +196,7 @@ def _towers(experiment: Experiment) -> Iterator[tuple[str, int, ViTConfig | Text
 
 
 def _teacher_towers(lesson: PlannedLesson) -> Iterator[tuple[int, ViTConfig | TextConfig]]:
-    """The same of a teacher that embeds every batch, which computes in float32."""
+    """Yield token count and config of the towers of an online teacher (float32)."""
     if (config := lesson.taught.teacher) is None:
         return
     if isinstance(config.vision, ViTConfig):

@@ -1,4 +1,4 @@
-"""The largest batch that a slice can hold, in few compilations."""
+"""Search for the largest batch that fits a slice, in few compilations."""
 
 import dataclasses
 import math
@@ -14,18 +14,18 @@ from vlm.plan.compile import CompiledStep, compile_step
 from vlm.plan.topology import Topology
 from vlm.sharding import batch_ways
 
-NEAR = 0.02  # of the answer: how near is near enough
-ROWS = 8  # per device: a batch grows in steps of so many
+TOLERANCE = 0.02  # relative to the answer
+ROWS = 8  # granularity of the batch per device
 
 
 @dataclass(frozen=True)
 class LargestBatch:
-    """The largest global batch found, the rematerialisation that allows it, and what was tried."""
+    """Largest global batch found, its rematerialisation policy, and all batches tried."""
 
     batch_size: int
     remat: str
     peak: float
-    tried: tuple[tuple[int, float, bool], ...]  # (batch, bytes of a device, whether it fits)
+    tried: tuple[tuple[int, float, bool], ...]  # (batch, bytes per device, whether it fits)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"basis": "compiled", "tried": list(self.tried)}
@@ -34,10 +34,10 @@ class LargestBatch:
 def largest_batch(
     experiment: Experiment, topology: Topology, mesh: Mesh, limit: float | None, compiles: int = 5
 ) -> LargestBatch | None:
-    """Look for the largest batch with all of a block rematerialised, the policy that holds most.
+    """Search for the largest batch with full rematerialisation, which allows the most.
 
-    Memory is close to linear in the batch, so the line through the last two tries says where to
-    look next. None for devices of unknown memory.
+    Memory is close to linear in the batch, so the next guess is on the line through two earlier
+    tries. Returns None for devices of unknown memory.
 
     Raises:
         ConfigError: not even the smallest batch fits.
@@ -62,7 +62,7 @@ def largest_batch(
         raise ConfigError(
             f"not even a batch of {least[0] * unit} fits {topology.name} "
             f"({least[1] / 2**30:.1f} GiB of {limit / 2**30:.1f}): spread the parameters with "
-            "--mesh fsdp=N, take chips of more memory, or a smaller model"
+            "--mesh fsdp=N, choose chips with more memory, or a smaller model"
         )
     found = {t[0]: t for t in tried}[units]
     return LargestBatch(
@@ -73,9 +73,9 @@ def largest_batch(
 def search(
     peak: Callable[[int], tuple[float, bool]], start: int, limit: float, calls: int
 ) -> tuple[int | None, list[tuple[int, float, bool]]]:
-    """The largest whole number whose `peak` fits, by secants kept inside a shrinking bracket.
+    """Find the largest integer whose `peak` fits, by bracketed secant search.
 
-    Ends when the answer is known to within 2%, or after so many calls.
+    Stops when the answer is known to within 2%, or after `calls` calls.
     """
     tried: dict[int, tuple[float, bool]] = {}
     units = start
@@ -84,14 +84,14 @@ def search(
         fitting = max((u for u, (_, fits) in tried.items() if fits), default=0)
         failing = min((u for u, (_, fits) in tried.items() if not fits), default=None)
         units = _guess({u: p for u, (p, _) in tried.items()}, fitting, failing, limit)
-        near = max(1, math.floor(NEAR * fitting))
+        near = max(1, math.floor(TOLERANCE * fitting))
         if failing is None:
             units = min(max(units, fitting + near), 8 * fitting)
             continue
         gap = failing - fitting
         if gap <= near:
             break
-        # Never so close to an end that the bracket hardly shrinks.
+        # Keep a distance from both ends, so that the bracket shrinks.
         inner = max(1, gap // 8)
         units = min(max(units, fitting + inner), failing - inner)
     fits = [u for u, (_, ok) in tried.items() if ok]
@@ -99,7 +99,7 @@ def search(
 
 
 def _guess(peaks: dict[int, float], fitting: int, failing: int | None, limit: float) -> int:
-    """Where the line through two tries meets the limit: through the bracket's ends, or the last."""
+    """Intersect the limit with the line through two tries: the bracket's ends, or the last two."""
     known = sorted(u for u, p in peaks.items() if math.isfinite(p))
     pair = [u for u in (fitting, failing) if u in known]
     if len(pair) < 2:

@@ -1,11 +1,10 @@
-"""What share of its published rates a kind of chip reaches: fitted to measurements, as a range.
+"""Calibration: the fraction of its published rates that a chip reaches, with a range.
 
-A step's time is that of its arithmetic, of its memory-bound work and of the communication that
-nothing hides, each at a share of the published rate. The shares of a kind of chip are fitted to
-throughputs that others published (tests/plan/published.py; `python tests/plan/fit.py` prints the
-fit), and kinds that nobody published contrastive or ViT training for borrow them, which `evidence`
-says. `vlm bench train --save FILE` measures on the chip at hand, and `vlm plan --calibration FILE`
-corrects the prediction by it.
+A step's time is the time of its arithmetic, its memory-bound work and its exposed communication,
+each at a fraction of the published rate. The fractions are fitted to published throughputs
+(tests/plan/published.py; `python tests/plan/fit.py` prints the fit). Chips without published
+contrastive or ViT training use the fractions of another chip, as `evidence` states. `vlm bench
+train --save FILE` measures a chip, and `vlm plan --calibration FILE` corrects predictions with it.
 """
 
 import json
@@ -17,14 +16,14 @@ from typing import Any
 from vlm.chips import CHIPS
 from vlm.errors import ConfigError
 
-WIDTH = 1.5  # high over low of a prediction from published figures
-MEASURED_WIDTH = 1.2  # of one from the same chip, measured by the user
+WIDTH = 1.5  # high / low of a prediction from published figures
+MEASURED_WIDTH = 1.2  # the same with measurements on the same chip
 FORMAT = "vlm-calibration-1"
 
 
 @dataclass(frozen=True)
 class Range:
-    """From `low` to `high`, where a measurement is expected."""
+    """Interval in which a measurement is expected."""
 
     low: float
     high: float
@@ -37,7 +36,7 @@ class Range:
         return Range(self.low * factor, self.high * factor)
 
     def inverse(self, numerator: float = 1.0) -> "Range":
-        """Of `numerator` over what this is a range of: examples/s from seconds."""
+        """Range of `numerator` divided by this quantity, such as examples/s from seconds."""
         return Range(numerator / self.high, numerator / self.low)
 
     def __contains__(self, value: float) -> bool:
@@ -46,7 +45,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Shares:
-    """The shares of a chip's published rates that a training step reaches, and how we know."""
+    """Fractions of a chip's published rates that a training step reaches, with their evidence."""
 
     arithmetic: float
     memory: float
@@ -55,7 +54,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One step on a real chip beside its prediction, as `vlm bench train --save` writes it."""
+    """Measured step time on a chip and its prediction, written by `vlm bench train --save`."""
 
     chip: str
     name: str
@@ -63,7 +62,7 @@ class Measurement:
     batch_size: int
     remat: str
     measured: float  # seconds
-    predicted: float  # seconds, the middle of the range without this file
+    predicted: float  # seconds, the midpoint of the uncalibrated range
     versions: dict[str, str]
 
     @property
@@ -73,10 +72,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What turns a roofline into a range of seconds for one kind of chip."""
+    """Parameters that turn a roofline into a range of seconds for one chip."""
 
     shares: Shares
-    factor: float = 1.0  # of measurements at hand
+    factor: float = 1.0  # measured / predicted of the measurements
     width: float = WIDTH
     measurements: tuple[Measurement, ...] = ()
 
@@ -92,34 +91,34 @@ class Calibration:
         return Range(middle * self.factor / side, middle * self.factor * side)
 
 
-# Of memory-bound work: the published steps do not differ enough in it to tell kinds apart.
-# Communication that nothing hides is best counted at its whole rate.
+# Fraction for memory-bound work: published steps do not differ enough in it to fit it per chip.
+# Exposed communication is counted at the full published rate, which fits best.
 MEMORY = 0.5
 LLM = "and the MFU of MaxText's own language models (v5e 56 to 67%, v5p 64 to 71%, v6e 39 to 50%)"
 SHARES = {
     "v3": Shares(0.52, MEMORY, "5 published trainings of ViT on v3, 2020 and 2023"),
     "v4": Shares(0.57, MEMORY, "4 published trainings of SigLIP and SigLiT on v4, 2023"),
-    "v5e": Shares(0.57, MEMORY, f"borrowed from v4 {LLM}"),
-    "v5p": Shares(0.63, MEMORY, f"borrowed from v4 {LLM}"),
-    "v6e": Shares(0.41, MEMORY, f"borrowed from v4 {LLM}"),
-    "tpu7x": Shares(0.41, MEMORY, "borrowed from v6e"),
+    "v5e": Shares(0.57, MEMORY, f"taken from v4 {LLM}"),
+    "v5p": Shares(0.63, MEMORY, f"taken from v4 {LLM}"),
+    "v6e": Shares(0.41, MEMORY, f"taken from v4 {LLM}"),
+    "tpu7x": Shares(0.41, MEMORY, "taken from v6e"),
     "a100": Shares(0.45, MEMORY, "15 published trainings of ViT and CLIP on A100, 2023"),
     "a100-40": Shares(0.45, MEMORY, "15 published trainings of ViT and CLIP on A100, 2023"),
     "h100": Shares(0.22, MEMORY, "6 published trainings of ViT and CLIP on H100, 2023"),
-    "h100-pcie": Shares(0.22, MEMORY, "borrowed from H100 SXM"),
-    "h200": Shares(0.22, MEMORY, "borrowed from H100"),
-    "gh200": Shares(0.22, MEMORY, "borrowed from H100"),
-    "b200": Shares(0.22, MEMORY, "borrowed from H100"),
-    "l4": Shares(0.45, MEMORY, "borrowed from A100"),
-    "l40s": Shares(0.45, MEMORY, "borrowed from A100"),
+    "h100-pcie": Shares(0.22, MEMORY, "taken from H100 SXM"),
+    "h200": Shares(0.22, MEMORY, "taken from H100"),
+    "gh200": Shares(0.22, MEMORY, "taken from H100"),
+    "b200": Shares(0.22, MEMORY, "taken from H100"),
+    "l4": Shares(0.45, MEMORY, "taken from A100"),
+    "l40s": Shares(0.45, MEMORY, "taken from A100"),
 }
 
 
 def calibration_of(chip: str, file: str | Path | None = None) -> Calibration:
-    """The calibration of a kind of chip, corrected by a file of measurements.
+    """Return the calibration of a chip, corrected by a file of measurements.
 
     Raises:
-        ConfigError: the file is not there, is no calibration, or is of another kind of chip.
+        ConfigError: the file does not exist, is no calibration, or is for another chip.
     """
     shares = SHARES[chip]
     if file is None:
@@ -139,10 +138,10 @@ def calibration_of(chip: str, file: str | Path | None = None) -> Calibration:
 
 
 def read_measurements(file: str | Path) -> list[Measurement]:
-    """The measurements of a file that `vlm bench train --save` wrote.
+    """Read the measurements that `vlm bench train --save` wrote.
 
     Raises:
-        ConfigError: there is no such file, or it is something else.
+        ConfigError: the file does not exist or is no calibration.
     """
     path = Path(file)
     if not path.is_file():
@@ -157,7 +156,7 @@ def read_measurements(file: str | Path) -> list[Measurement]:
         found = [Measurement(**entry) for entry in content["measurements"]]
         good = [m for m in found if m.chip in CHIPS and m.measured > 0 and m.predicted > 0]
         if not found or len(good) < len(found):
-            raise ValueError("it holds no times of a known chip")
+            raise ValueError("it has no times of a known chip")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error
         raise ConfigError(
@@ -168,10 +167,10 @@ def read_measurements(file: str | Path) -> list[Measurement]:
 
 
 def save_measurement(file: str | Path, measurement: Measurement) -> None:
-    """Add a measurement to a file; one of the same chip, config and batch takes its place.
+    """Add a measurement to a file, replacing one of the same chip, config and batch.
 
     Raises:
-        ConfigError: the file is there and is no calibration.
+        ConfigError: the file exists and is no calibration.
     """
     path = Path(file)
     kept: list[Measurement] = read_measurements(path) if path.exists() else []

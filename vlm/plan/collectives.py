@@ -1,4 +1,4 @@
-"""Which bytes cross the interconnect in a step, why and how often: read off a compiled program."""
+"""Communication of a step, by purpose and mesh axes, read from a compiled program."""
 
 import math
 import re
@@ -10,7 +10,7 @@ import numpy as np
 from vlm.plan.hlo import Computation, Instruction, Program
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
-# What the TPU compiler sends through the hosts, from slice to slice.
+# Transfers between slices, which the TPU compiler sends through the hosts.
 BETWEEN_SLICES = {
     "ONE_TO_ONE": "collective-permute",
     "ALL_REDUCE": "all-reduce",
@@ -25,14 +25,14 @@ TENSOR, ACTIVATIONS, NORMS = "tensor-parallel sums", "activations", "norms and m
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of communication in one place of the program, summed over a step."""
+    """One kind of communication for one purpose, summed over a step."""
 
-    place: str  # why: one of the names above
-    kind: str  # what: one of KINDS
-    axes: tuple[str, ...]  # of the mesh, over which the devices of a group differ
-    group: int  # devices that take part together
-    count: int  # runs in a step
-    payload: float  # bytes on each device and step: the whole array that is reduced or gathered
+    place: str  # purpose: one of the names above
+    kind: str  # one of KINDS
+    axes: tuple[str, ...]  # mesh axes that a group of devices spans
+    group: int  # devices in a group
+    count: int  # executions in a step
+    payload: float  # bytes per device and step of the full array that is reduced or gathered
     sent: float  # bytes that each device sends in a step, by the ring algorithm
     between_slices: bool = False  # over the data center's network
 
@@ -43,14 +43,14 @@ def collectives(
     parameter_shapes: Collection[tuple[int, ...]] = (),
     slices: int = 1,
 ) -> list[Collective]:
-    """All communication of one step, largest first.
+    """List the communication of one step, largest first.
 
     Args:
-        program: of the optimised module.
+        program: the optimised module.
         mesh_shape: sizes of the mesh axes by name, in the order of the devices.
-        parameter_shapes: of one layer's parameters, whole; a gathered array of such a shape is a
-            parameter, any other an activation.
-        slices: that the devices form, joined along `data`.
+        parameter_shapes: unsharded shapes of one layer's parameters; a gathered array with such a
+            shape is a parameter, any other an activation.
+        slices: number of slices, joined along `data`.
     """
     known = {_plain(cut) for shape in parameter_shapes for cut in _cuts(shape, mesh_shape)}
     sums: dict[tuple, list[float]] = {}
@@ -85,8 +85,8 @@ def collectives(
 
 
 def _found(program: Program):
-    # The TPU compiler spreads one collective over a chain of fusions, to run beside their work;
-    # its channel says that it is the same one.
+    # The TPU compiler may spread one collective over a chain of fusions to overlap it with their
+    # work. All parts have the same channel id.
     fused = set()
     for instruction, computation, times in program.walk():
         if _is_collective(instruction):
@@ -109,14 +109,14 @@ def _is_collective(instruction: Instruction) -> bool:
 
 
 def _kind(found: Instruction, computation: Computation) -> str:
-    """The TPU compiler writes a reduce-scatter as an all-reduce that is sliced where it is made."""
+    """Kind of a collective; the TPU compiler writes reduce-scatter as a sliced all-reduce."""
     if "all-reduce-scatter" in computation.name:
         return "reduce-scatter"
     return found.opcode.removesuffix("-start")
 
 
 def _traffic(kind: str, operand: float, group: int) -> tuple[float, float]:
-    """(payload, bytes sent by each device) for operands of so many bytes on each device."""
+    """Payload and bytes sent per device, for `operand` bytes per device."""
     others = (group - 1) / group
     if kind == "all-reduce":
         return operand, 2 * others * operand
@@ -130,7 +130,7 @@ def _traffic(kind: str, operand: float, group: int) -> tuple[float, float]:
 def _place(kind: str, op_name: str, axes: tuple[str, ...], of_parameter: bool) -> str:
     if kind == "collective-permute" and "shard_map" in op_name:
         return LOSS_RING
-    # The compiler joins small reductions and names the whole after one of them: shapes know better.
+    # The compiler merges small reductions under the name of one of them, so check shapes too.
     if "shard_map" in op_name and not of_parameter:
         return LOSS_SUMS
     if axes == ("tensor",):
@@ -138,7 +138,7 @@ def _place(kind: str, op_name: str, axes: tuple[str, ...], of_parameter: bool) -
     if kind == "all-gather" and of_parameter:
         return FSDP
     if kind == "collective-permute" and of_parameter:
-        # A gather or a reduction, cut into the steps of the product that it feeds or follows.
+        # A gather or reduction, decomposed into the steps of an overlapped product.
         return GRADIENTS if "transpose(" in op_name else FSDP
     if kind in ("all-reduce", "reduce-scatter") and ("transpose(" in op_name or of_parameter):
         return GRADIENTS
@@ -150,7 +150,7 @@ def _place(kind: str, op_name: str, axes: tuple[str, ...], of_parameter: bool) -
 
 
 def _group(found: Instruction, mesh_shape: dict[str, int]) -> tuple[tuple[str, ...], int]:
-    """The mesh axes of a collective's groups, and the devices in each."""
+    """Mesh axes that a collective's groups span, and the devices per group."""
     if found.opcode.startswith("collective-permute"):
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", found.text)
         members = {int(n) for n in re.findall(r"\d+", pairs[1])} if pairs else set()
@@ -176,13 +176,13 @@ def _group(found: Instruction, mesh_shape: dict[str, int]) -> tuple[tuple[str, .
 
 
 def _reordered(ids: np.ndarray, shape: str, axes: str | None) -> np.ndarray:
-    """The order that the compiler writes as a shape such as "2,4" and its axes, such as "1,0"."""
+    """Reorder ids by a shape such as "2,4" and a permutation of its axes such as "1,0"."""
     ids = ids.reshape([int(n) for n in shape.split(",")])
     return ids.transpose([int(n) for n in axes.split(",")]) if axes else ids
 
 
 def _cycle(pairs: str, members: set[int]) -> list[int]:
-    """The devices around which a permutation of one of them travels."""
+    """Cycle of devices in a permutation, from the first member."""
     numbers = [int(n) for n in re.findall(r"\d+", pairs)]
     onward = dict(zip(numbers[::2], numbers[1::2], strict=False))
     if not onward:
@@ -204,7 +204,7 @@ def _axes(group: list[int], mesh_shape: dict[str, int]) -> tuple[tuple[str, ...]
 
 
 def _is_known(dims: tuple[int, ...], known: set, kind: str, group: int) -> bool:
-    """Whether an array has the shape of a parameter; one that is passed on, of a device's part."""
+    """Whether an array has the shape of a parameter, or of a shard of one for permutes."""
     if kind != "collective-permute":
         return _plain(dims) in known
     wholes = ((*dims[:i], n * group, *dims[i + 1 :]) for i, n in enumerate(dims))
@@ -212,7 +212,7 @@ def _is_known(dims: tuple[int, ...], known: set, kind: str, group: int) -> bool:
 
 
 def _cuts(shape: tuple[int, ...], mesh_shape: dict[str, int]):
-    """A parameter's shape, and what each dimension that `tensor` may cut makes of it."""
+    """Yield a parameter's shape, and its shape when `tensor` shards each dimension."""
     yield shape
     ways = mesh_shape.get("tensor", 1)
     for i, n in enumerate(shape):
@@ -221,5 +221,5 @@ def _cuts(shape: tuple[int, ...], mesh_shape: dict[str, int]):
 
 
 def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape whatever its order and its axes of size one."""
+    """Normalise a shape: sort it and drop axes of size one."""
     return tuple(sorted(n for n in shape if n > 1))

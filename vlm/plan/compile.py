@@ -1,4 +1,4 @@
-"""The real training step, compiled for devices that need not be there, and what it takes."""
+"""Ahead-of-time compilation of the training step for described devices, and its costs."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from vlm.train.teacher import DescribedTeacher
 
 @dataclass(frozen=True)
 class DoesNotFit:
-    """The compiler's refusal: the step takes `used` bytes of each device's memory."""
+    """Out-of-memory error of the compiler: the step needs `used` bytes per device."""
 
     used: float | None
     limit: float | None
@@ -35,43 +35,43 @@ class DoesNotFit:
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes on each device of what a step keeps, by its shardings."""
+    """Bytes per device of the train state, by its shardings."""
 
-    parameters: int  # all of them
-    trained: int  # the parameters that have a gradient
+    parameters: int  # trained and frozen
+    trained: int  # parameters with a gradient
     optimizer: int
     averages: int
-    teacher: int = 0  # the parameters of a teacher, beside the run's own
+    teacher: int = 0  # parameters of a distillation teacher
 
 
 @dataclass(frozen=True)
 class CompiledTeacher:
-    """The program by which a teacher embeds a batch, before each step; bytes of one device."""
+    """Program with which a teacher embeds a batch before each step; bytes per device."""
 
     parameters: int
-    peak: int  # while it runs, the run's state beside it
+    peak: int  # while it runs, including the train state
     program: Program
 
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """A step as the compiler laid it out; bytes are those of one device."""
+    """Compiled step; bytes are per device."""
 
     arguments: int
     outputs: int
-    aliased: int  # outputs that take the place of arguments
+    aliased: int  # outputs that reuse donated arguments
     temporaries: int
     program: Program
     collectives: list[Collective]
-    kept: int | None  # of the temporaries: what loops over layers keep for the backward pass
-    seconds: float  # that tracing and compiling took
+    kept: int | None  # temporaries that loops over layers save for the backward pass
+    seconds: float  # of tracing and compiling
     teacher: CompiledTeacher | None = None
 
     @property
     def peak(self) -> int:
-        """Bytes in use at once: arguments, what is not donated of the outputs, temporaries.
+        """Peak bytes: arguments, outputs that reuse no argument, and temporaries.
 
-        A teacher's parameters lie beside them, and its program runs in its turn.
+        A teacher's parameters add to the step's, and its program has a peak of its own.
         """
         step = self.arguments + self.outputs - self.aliased + self.temporaries
         if self.teacher is None:
@@ -80,19 +80,19 @@ class CompiledStep:
 
     @property
     def programs(self) -> list[Program]:
-        """All that runs for a step."""
+        """Programs that run for a step."""
         return [self.program] + ([] if self.teacher is None else [self.teacher.program])
 
 
 def with_dtype(experiment: Experiment, platform: str) -> Experiment:
-    """The experiment with its compute dtype spelled out, as "auto" will be on that platform."""
+    """Replace the compute dtype "auto" by the dtype of the platform."""
     if experiment.dtype != "auto":
         return experiment
     return dataclasses.replace(experiment, dtype="float32" if platform == "cpu" else "bfloat16")
 
 
 def batch_of(experiment: Experiment) -> dict[str, Any]:
-    """The shapes of a global batch."""
+    """Shapes and dtypes of a global batch."""
     rows, image = experiment.batch_size, Preprocess(experiment.preprocess).blank(1)
     length, teacher = experiment.model.text.context_length, planned_lesson(experiment).teacher
     batch: dict[str, Any] = {
@@ -110,11 +110,11 @@ def batch_of(experiment: Experiment) -> dict[str, Any]:
 
 
 def compile_step(experiment: Experiment, mesh: Mesh) -> CompiledStep | DoesNotFit:
-    """Compile the step of `experiment` on `mesh`; nothing is allotted and nothing runs."""
+    """Compile the step of `experiment` on `mesh`, without allocating or running anything."""
     began = time.perf_counter()
     lesson, of_batch = planned_lesson(experiment), batch_of(experiment)
     trainer = Trainer(experiment, mesh, classes=lesson.classes, teacher=lesson.teacher)
-    # With their shardings, as a run's arrays have them: attention reads the mesh off their types.
+    # With shardings, as in a run, since attention reads the mesh from them.
     rows = batch_sharding(mesh)
     state, batch = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -132,7 +132,7 @@ def compile_step(experiment: Experiment, mesh: Mesh) -> CompiledStep | DoesNotFi
 def _with_teacher(
     step: CompiledStep, teacher: DescribedTeacher, trainer: Trainer
 ) -> CompiledStep | DoesNotFit:
-    """A step with the program of its teacher."""
+    """Add the program of the teacher to a step."""
     began, mesh = time.perf_counter(), trainer.mesh
     assert isinstance(mesh, Mesh)
     compiled = _compile(teacher.trace(mesh).lower())
@@ -156,7 +156,7 @@ def _with_teacher(
 
 
 def read_step(compiled: Any, trainer: Trainer, seconds: float) -> CompiledStep:
-    """What a compiled step takes, which took `seconds` to compile."""
+    """Read the costs of a compiled step that took `seconds` to compile."""
     memory = compiled.memory_analysis()
     program = parse(compiled.as_text())
     mesh, state = trainer.mesh, trainer.abstract_state
@@ -174,14 +174,14 @@ def read_step(compiled: Any, trainer: Trainer, seconds: float) -> CompiledStep:
 
 
 def slice_count(mesh: Mesh | AbstractMesh) -> int:
-    """How many slices a mesh's devices form."""
+    """Number of slices that a mesh's devices form."""
     if isinstance(mesh, AbstractMesh):
         return 1
     return len({getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat})
 
 
 def compile_loss(experiment: Experiment, mesh: Mesh) -> int | None:
-    """Temporary bytes of the loss and its gradients alone, per device; None: it does not fit."""
+    """Temporary bytes per device of only the loss and its gradients; None if it does not fit."""
     e, rows, whole = experiment, batch_sharding(mesh), replicated(mesh)
 
     def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -206,7 +206,7 @@ def compile_loss(experiment: Experiment, mesh: Mesh) -> int | None:
 
 
 def abstract_state(experiment: Experiment) -> TrainState:
-    """Shapes of the state of a step, which depend on few of an experiment's fields."""
+    """Shapes of the train state; cached by the few fields that they depend on."""
     return _abstract_state(
         Experiment(
             model=experiment.model,
@@ -232,8 +232,7 @@ def _abstract_state(experiment: Experiment) -> TrainState:
 
 
 def state_bytes(state: TrainState, mesh: Mesh | AbstractMesh) -> StateBytes:
-    """Bytes of a state on each device of a mesh; parameters include those that are not trained."""
-
+    """Bytes of a train state per device of a mesh; parameters include frozen ones."""
     return StateBytes(
         parameters=bytes_on((state.params, state.frozen), mesh),
         trained=bytes_on(state.params, mesh),
@@ -243,7 +242,7 @@ def state_bytes(state: TrainState, mesh: Mesh | AbstractMesh) -> StateBytes:
 
 
 def bytes_on(tree: Any, mesh: Mesh | AbstractMesh) -> int:
-    """Bytes on each device of a mesh of arrays that lie as parameters do."""
+    """Bytes per device of arrays that are sharded like parameters."""
     sizes = jax.tree.map(
         lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize,
         tree,
@@ -253,7 +252,7 @@ def bytes_on(tree: Any, mesh: Mesh | AbstractMesh) -> int:
 
 
 def layer_shapes(parameters: Any) -> set[tuple[int, ...]]:
-    """The shapes of all matrices among parameters, whole and one layer at a time."""
+    """Shapes of all parameter matrices, stacked and of one layer."""
     shapes = set()
     for path, x in jax.tree_util.tree_leaves_with_path(parameters):
         stacked = "blocks" in path_names(path)
@@ -265,7 +264,7 @@ def layer_shapes(parameters: Any) -> set[tuple[int, ...]]:
 def _compile(lowered: Any) -> Any:
     try:
         return lowered.compile()
-    except Exception as error:  # of the compiler's own type; anything but a full memory goes on
+    except Exception as error:  # of the compiler's type; only out-of-memory is handled
         refusal = parse_refusal(str(error))
         if refusal is None:
             raise
@@ -273,7 +272,7 @@ def _compile(lowered: Any) -> Any:
 
 
 # "Used 17.37G of 15.75G hbm", and from newer compilers "the total memory required for HLO
-# temporaries (35.44G) exceeds available HBM (30.75G)", where arguments are not in the first number.
+# temporaries (35.44G) exceeds available HBM (30.75G)", where the first number excludes arguments.
 REFUSALS = (
     r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
     r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
@@ -282,7 +281,7 @@ REFUSALS = (
 
 
 def parse_refusal(message: str) -> DoesNotFit | None:
-    """What a compiler's message says of a memory that is too small; None: it says nothing of it."""
+    """Parse the compiler's out-of-memory message; None for other messages."""
     text = " ".join(message.split())
     full = ("RESOURCE_EXHAUSTED", "Ran out of memory", "Out of memory", "exceeds available HBM")
     if not any(words in text for words in full):
@@ -299,7 +298,7 @@ def _bytes(number: str, unit: str) -> float:
 
 
 def _kept_by_loops(program: Program, experiment: Experiment) -> int | None:
-    """Bytes of the stacked arrays that forward loops over layers make for the backward pass."""
+    """Bytes of stacked arrays that forward loops over layers save for the backward pass."""
     towers = (experiment.model.vision, experiment.model.text)
     depths = {getattr(tower, "depth", None) for tower in towers} - {None}
     if not experiment.scan:
@@ -312,7 +311,7 @@ def _kept_by_loops(program: Program, experiment: Experiment) -> int | None:
             continue
         body = program.computations[loop.calls("body")]
         for array, name in zip(loop.arrays, body.root.operands, strict=False):
-            element = body.instructions[name]  # of the loop's state, or of what a fusion made
+            element = body.instructions[name]  # from the loop's state or a fusion
             source = body.instructions.get(element.operands[0]) if element.operands else None
             passed = element.opcode == "get-tuple-element" and (
                 source is not None and source.opcode == "parameter"

@@ -1,7 +1,7 @@
-"""A compiled program read back: its instructions, and how often each one runs.
+"""Parser of optimised HLO: instructions, their costs, and how often each runs.
 
-XLA prints a compiled program as text. What a loop does is there once, whatever its trip count, so
-everything that is counted here is multiplied along the way from the entry to the instruction.
+A loop body appears once in the text, whatever its trip count, so costs are multiplied by the trip
+counts on the way from the entry to the instruction.
 The format is that of XLA's HLO text (openxla.org/xla/operation_semantics).
 """
 
@@ -51,11 +51,11 @@ class Instruction:
 
     name: str
     opcode: str
-    arrays: tuple[Array, ...]  # the result, a tuple flattened
+    arrays: tuple[Array, ...]  # the result, with tuples flattened
     operands: tuple[str, ...]
     text: str  # the attributes after the operands
     root: bool = False
-    inside: str = ""  # the raw text between its parentheses: a constant's value or a number
+    inside: str = ""  # raw text between the parentheses, such as a constant's value
 
     @property
     def bytes(self) -> int:
@@ -63,17 +63,17 @@ class Instruction:
 
     @functools.cached_property
     def op_name(self) -> str:
-        """The path of JAX's transformations and functions that the instruction came from."""
+        """Path of JAX transformations and functions that the instruction comes from."""
         found = re.search(r'op_name="([^"]*)"', self.text)
         return found[1] if found else ""
 
     def called(self, attribute: str) -> str | None:
-        """The computation that an attribute such as `body` names."""
+        """Name of the computation in an attribute such as `body`."""
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
         return found[1] if found else None
 
     def calls(self, attribute: str) -> str:
-        """The computation of an attribute that such an instruction always has."""
+        """Name of the computation in a required attribute."""
         name = self.called(attribute)
         assert name is not None, f"{self.name} has no {attribute}"
         return name
@@ -91,7 +91,7 @@ class Computation:
         return next(i for i in self.instructions.values() if i.root)
 
     def parameter(self, number: int) -> str | None:
-        """The name of a parameter by its number."""
+        """Name of a parameter by its number."""
         for i in self.instructions.values():
             if i.opcode == "parameter" and int(i.inside) == number:
                 return i.name
@@ -106,7 +106,7 @@ class Program:
     entry: str
 
     def walk(self) -> Iterator[tuple[Instruction, Computation, int]]:
-        """Every instruction that runs, with how often; bodies of fusions are not entered."""
+        """Yield every executed instruction with its count; do not enter fusion bodies."""
         yield from self._walk(self.entry, 1)
 
     def _walk(self, name: str, times: int) -> Iterator[tuple[Instruction, Computation, int]]:
@@ -128,7 +128,7 @@ class Program:
                     yield from self._walk(branch.strip().lstrip("%"), times)
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often a `while` runs: as XLA knows it, or the bound that its condition has."""
+        """Trip count of a `while`: from XLA's annotation, or from its condition."""
         known = re.search(r'known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)', loop.text)
         if known:
             return int(known[1])
@@ -141,14 +141,14 @@ class Program:
         return max(bounds, default=1)
 
     def fused(self, instruction: Instruction) -> Computation | None:
-        """What a fusion computes inside."""
+        """Computation of a fusion."""
         name = instruction.called("calls") if instruction.opcode == "fusion" else None
         return self.computations.get(name) if name else None
 
     # ---------------------------------------------------------------------- costs
 
     def flops(self, instruction: Instruction, computation: Computation) -> float:
-        """Operations of the products, convolutions and kernels in one run of an instruction."""
+        """FLOPs of products, convolutions and kernels in one run of an instruction."""
         inside = self.fused(instruction)
         if inside is not None:
             return sum(self.flops(i, inside) for i in inside.instructions.values())
@@ -156,25 +156,25 @@ class Program:
             return _dot_flops(instruction, computation)
         if instruction.opcode == "convolution":
             return _convolution_flops(instruction, computation)
-        if instruction.opcode == "custom-call":  # a kernel says what it computes
-            said = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.text)
-            return float(said[1]) if said else 0.0
+        if instruction.opcode == "custom-call":  # a kernel declares its FLOPs
+            cost = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.text)
+            return float(cost[1]) if cost else 0.0
         return 0.0
 
     def total_flops(self) -> float:
-        """Operations of all products in one run of the program, on one device."""
+        """FLOPs of all products in one run of the program, on one device."""
         return sum(times * self.flops(i, computation) for i, computation, times in self.walk())
 
     def memory_bytes(self, instruction: Instruction, computation: Computation) -> float:
         """Bytes between memory and chip in one run of an instruction: operands and results once.
 
-        Slices of a larger array, and updates in place, count for the part that they touch.
+        Slices of a larger array and in-place updates count only the part that they touch.
         """
         if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
             return 0.0
         if instruction.opcode.startswith(("async", "collective", "all-", "reduce-scatter")):
             return 0.0  # counted as communication
-        # Slices that were fetched one by one, side by side already; room that a loop will fill.
+        # Slices that are adjacent already; buffers that a loop will fill.
         if re.search(r'"(ConcatBitcast|AllocateBuffer)"', instruction.text):
             return 0.0
         if prefetches(instruction):  # (source, part in fast memory, context)
@@ -196,7 +196,7 @@ class Program:
         return total + _written(inside, instruction)
 
     def _touched(self, inside: Computation, number: int) -> float:
-        """Bytes that a fusion reads of an operand: slices alone, where nothing else looks at it."""
+        """Bytes that a fusion reads of an operand; only the slices if it only slices it."""
         same, total = {inside.parameter(number)}, 0.0  # all names of the operand's array
         for i in inside.instructions.values():
             if not same & set(i.operands):
@@ -210,17 +210,17 @@ class Program:
             elif i.opcode in ("dynamic-slice", "slice", "gather"):
                 total += i.bytes
             elif i.opcode != "dynamic-update-slice" or i.operands[0] not in same:
-                return math.inf  # an update leaves the rest of the array where it is
+                return math.inf  # an update keeps the rest of the array in place
         return total
 
 
 def prefetches(instruction: Instruction) -> bool:
-    """Whether an instruction begins to move data while others compute."""
+    """Whether an instruction starts an asynchronous data transfer."""
     return instruction.opcode in ("copy-start", "slice-start", "dynamic-slice-start")
 
 
 def parse(text: str) -> Program:
-    """The program of `jax.stages.Compiled.as_text()`."""
+    """Parse the text of `jax.stages.Compiled.as_text()`."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -277,7 +277,7 @@ def _shape(text: str) -> tuple[str, str]:
 
 
 def _balanced(text: str) -> tuple[str, str]:
-    """What stands between the first parenthesis and its partner, and what follows."""
+    """Split at the matching parenthesis: the text inside, and the rest."""
     depth = 0
     for end, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -299,7 +299,7 @@ def _hbm(arrays) -> float:
 
 
 def _written(inside: Computation, fusion: Instruction) -> float:
-    """Bytes that a fusion writes: the update alone, where its root updates in place."""
+    """Bytes that a fusion writes; only the update if its root updates in place."""
     root = inside.root
     while root.opcode in ("bitcast", "copy", "convert") and root.operands:
         root = inside.instructions.get(root.operands[0], root)
@@ -326,7 +326,7 @@ def _dot_flops(instruction: Instruction, computation: Computation) -> float:
 
 
 def _convolution_flops(instruction: Instruction, computation: Computation) -> float:
-    """A convolution's products with real elements: padding and holes of dilation do not count.
+    """Number of products of a convolution, without padding and dilation holes.
 
     The TPU compiler writes every matrix product as a convolution, batch axes as windows.
     """
@@ -369,7 +369,7 @@ def _window(text: str) -> str:
 def _meetings(
     size: int, window: int, outputs: int, stride: int, pad: int, hole: int, gap: int
 ) -> int:
-    """Pairs of output and window positions, along one axis, that meet an element of the input."""
+    """Number of (output, window) position pairs along one axis that hit an input element."""
     total = 0
     for output in range(outputs):
         for k in range(window):

@@ -1,4 +1,4 @@
-"""What a run is taught beside its pairs, as a plan needs it: a number of classes, and a teacher."""
+"""Extra supervision of a planned run: its number of classes and its teacher."""
 
 import functools
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from vlm.train.teacher import DescribedTeacher, StoredTeacher, taught_by
 
 @dataclass(frozen=True)
 class PlannedLesson:
-    """The classes of a classification are counted in its data; a teacher's weights are not read."""
+    """Number of classes in the data, and the teacher without its weights."""
 
     classes: int = 0
     teacher: DescribedTeacher | StoredTeacher | None = None
 
     @property
     def embedding(self) -> DescribedTeacher | None:
-        """The teacher, if it embeds every batch."""
+        """The teacher if it embeds batches online, else None."""
         return self.teacher if isinstance(self.teacher, DescribedTeacher) else None
 
     @property
@@ -28,11 +28,11 @@ class PlannedLesson:
 
 @functools.lru_cache(maxsize=8)
 def planned_lesson(experiment: Experiment) -> PlannedLesson:
-    """What an experiment is taught; read once, for a sweep asks often.
+    """Read the extra supervision of an experiment; cached, since sweeps ask often.
 
     Raises:
-        DataError: data whose classes cannot be counted, or embeddings that are not there.
-        CheckpointError, ConfigError: a teacher that is not there, or that cannot be one.
+        DataError: the classes cannot be counted, or stored embeddings do not exist.
+        CheckpointError, ConfigError: the teacher does not exist or is not usable.
     """
     e = experiment
     classes = len(classes_of(e.data).labels) if e.objective == "classification" else 0

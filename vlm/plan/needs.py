@@ -1,4 +1,4 @@
-"""What a run asks for besides its step: time, money, checkpoints, and what each host must bring."""
+"""Requirements of a run: time, cost, checkpoints, and memory, bandwidth and cores of hosts."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -10,27 +10,27 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.plan.calibration import Range
 from vlm.plan.topology import Topology
 
-# Estimates, by which a plan warns; `vlm bench data` measures the first two on the data at hand.
-DECODES = 250  # images a second and core: a JPEG of 512 x 384 opened and resized to 224 (measured)
-SAMPLE_BYTES = 60_000  # of such a JPEG and its captions, as img2dataset writes them
-BUCKET_RATE = 250e6  # bytes per second that a host writes to a bucket
-THREADS = 2  # of a core: clouds count threads
+# Estimates for warnings; `vlm bench data` measures the first two on your data.
+DECODES = 250  # images/s per core: a 512 x 384 JPEG decoded and resized to 224 (measured)
+SAMPLE_BYTES = 60_000  # bytes of such a JPEG and its captions, as img2dataset writes them
+BUCKET_RATE = 250e6  # bytes/s that a host writes to a bucket
+THREADS = 2  # per core: clouds count threads
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Of a whole run, and of each of its hosts."""
+    """Requirements of a run and of each of its hosts."""
 
     hosts: int
-    examples: int | None  # of the config; None: its length is in epochs
-    seconds: Range | None  # of training alone
+    examples: int | None  # None: the length is in epochs
+    seconds: Range | None  # of training only
     chip_hours: Range | None
-    cost: Range | None  # at the price asked about
+    cost: Range | None  # at the given price
     checkpoint_bytes: int
-    checkpoint_seconds: float  # to write it, beside training
-    host_memory: int  # bytes: a copy of the state that is being written, and batches ahead
+    checkpoint_seconds: float  # to write it during training
+    host_memory: int  # bytes: state being written and prefetched batches
     host_memory_limit: float | None
-    images_per_second: Range  # of each host, as are the following
+    images_per_second: Range  # per host, as the following
     bytes_per_second: Range
     cores: Range
     cores_limit: float | None
@@ -54,11 +54,11 @@ def needs(
     state_bytes: int,
     price: float | None = None,
 ) -> Needs:
-    """What `experiment` asks of a slice on which a step takes so long.
+    """Estimate the requirements of a run, given its step time on a slice.
 
     Args:
-        state_bytes: parameters, optimizer and averages, whole.
-        price: of a chip for an hour, in whatever money.
+        state_bytes: unsharded bytes of parameters, optimizer and EMA.
+        price: price of a chip-hour, in any currency.
     """
     e, chip = experiment, topology.rated_chip
     hosts = math.ceil(topology.chips / chip.box)
@@ -90,7 +90,7 @@ def needs(
 
 
 def run_steps(experiment: Experiment) -> int | None:
-    """The steps of a run, where its config says them without its data."""
+    """Number of steps, if the config gives it without reading the data."""
     if experiment.steps:
         return experiment.steps
     if experiment.examples:

@@ -1,4 +1,4 @@
-"""The plan of one experiment on one slice."""
+"""`plan`: memory, communication and time of an experiment on a slice."""
 
 import dataclasses
 import io
@@ -42,18 +42,18 @@ from vlm.train.starting_model import resolve
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device. `activations` is None where the compiler's layout does not tell."""
+    """Bytes per device. `activations` is None if the compiled program does not show them."""
 
     basis: Literal["compiled", "analytic"]
     parameters: int
     optimizer: int
     averages: int
-    teacher: int  # the parameters of a distillation's teacher
+    teacher: int  # parameters of a distillation teacher
     activations: float | None
-    temporaries: float  # all of them, activations included
-    loss: int | None  # temporaries of the loss and its gradients, compiled alone
+    temporaries: float  # including activations
+    loss: int | None  # temporaries of the loss and its gradients, compiled separately
     peak: float
-    limit: float | None  # None: a CPU's is not known
+    limit: float | None  # None for CPUs
 
     @property
     def share(self) -> float | None:
@@ -62,7 +62,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one slice will do with one experiment.
+    """Predicted memory, communication and time of an experiment on a slice.
 
     Example:
         >>> found = vlm.plan.plan(experiment, "h100:8", compiled=False, loss=False)
@@ -76,19 +76,19 @@ class Plan:
     flops: dict[str, PartFlops]
     memory: Memory
     collectives: list[Collective]
-    sent: dict[str, float]  # bytes that each device sends in a step, by place
-    roofline: Roofline | None  # None: it does not fit, or no published figures (a CPU)
+    sent: dict[str, float]  # bytes that each device sends in a step, by purpose
+    roofline: Roofline | None  # None if it does not fit, or for CPUs
     calibration: Calibration | None
-    state_bytes: int  # parameters, optimizer and averages, whole
+    state_bytes: int  # unsharded bytes of parameters, optimizer and EMA
     fits: bool
-    refusal: str | None  # the compiler's words, where the step does not fit
+    refusal: str | None  # the compiler's message if the step does not fit
     largest: LargestBatch | None
     compile_seconds: float | None
-    compiled_flops: float | None  # of the products in the program of one device
+    compiled_flops: float | None  # of matrix products in the program of one device
 
     @property
     def compiled(self) -> bool:
-        """Whether the compiler had its say, be it that the step does not fit."""
+        """True if the numbers come from XLA (including an out-of-memory verdict)."""
         return self.memory.basis == "compiled" or self.refusal is not None
 
     @property
@@ -118,13 +118,15 @@ class Plan:
         return self.prediction.mfu if self.prediction else None
 
     def needs(self, price: float | None = None) -> Needs | None:
-        """What the run asks for besides its step; None where its time is not known.
+        """Estimate the requirements of the whole run; None if the step time is unknown.
 
         Raises:
             ConfigError: a negative price.
         """
         if price is not None and not 0 <= price < math.inf:
-            raise ConfigError(f"a price of {price} for a chip's hour cannot be: give at least 0")
+            raise ConfigError(
+                f"a price of {price} per chip-hour is invalid: give a number of at least 0"
+            )
         seconds = self.step_seconds
         if seconds is None:
             return None
@@ -140,7 +142,7 @@ class Plan:
         return display.as_html(self)
 
     def to_dict(self, price: float | None = None) -> dict[str, Any]:
-        """The plan as JSON values: bytes per device, seconds, operations of the whole step."""
+        """Convert to JSON values: bytes per device, seconds, FLOPs of the whole step."""
         basis = self.memory.basis
         result = {
             "name": self.experiment.name,
@@ -200,16 +202,16 @@ def plan(
     """Plan `experiment` on a slice such as "v5e:16x16", "v5p:8x8x8", "h100:8" or "cpu:8".
 
     Args:
-        topology: "2xv5e:16x16" are two slices, joined by the data center's network.
+        topology: "2xv5e:16x16" is two slices, joined by the data center network.
         mesh: "data=32,fsdp=8", a `MeshConfig`, or None for the experiment's own.
-        largest: also look for the largest batch that fits; some more compilations.
-        loss: also compile the loss alone, for its temporaries.
-        compiled: False counts by hand what could be compiled.
+        largest: also search for the largest batch that fits, with more compilations.
+        loss: also compile the loss separately, for its temporaries.
+        compiled: False estimates analytically, without compilation.
         calibration: a file of measurements on this kind of chip (`vlm bench train --save`).
 
     Raises:
-        ConfigError: an unknown topology, no compiler for it, a calibration of another kind of
-            chip, or a model that fits at no batch.
+        ConfigError: an unknown topology, no compiler for it, a calibration of another chip, or
+            a model that fits at no batch size.
         ShardingError: the mesh does not fit the slice, or the batch the mesh.
 
     Example:
@@ -275,7 +277,7 @@ def plan(
 
 
 def plan_mesh(experiment: Experiment, topology: Topology, *, compiled: bool) -> Mesh | AbstractMesh:
-    """The experiment's mesh over the devices of a slice, or over none where nothing compiles.
+    """Make the experiment's mesh over the devices of a slice; abstract without compilation.
 
     Raises:
         ShardingError: the sizes do not multiply to the number of devices.
@@ -290,7 +292,7 @@ def plan_mesh(experiment: Experiment, topology: Topology, *, compiled: bool) -> 
 
 
 def check_state(state: StateBytes, topology: Topology, mesh: dict[str, int]) -> None:
-    """Raise a ConfigError if parameters, gradients and optimizer alone are too much for a chip."""
+    """Raise a ConfigError if parameters, gradients and optimizer exceed a chip's memory."""
     if topology.chip is None:
         return
     limit = topology.chip.usable
@@ -299,12 +301,12 @@ def check_state(state: StateBytes, topology: Topology, mesh: dict[str, int]) -> 
         return
     ways = 2 ** math.ceil(math.log2(needed / limit * mesh["fsdp"] * 1.25))
     if ways <= topology.device_count:
-        mend = f"spread them with --mesh fsdp={ways}"
+        fix = f"shard them with --mesh fsdp={ways}"
     else:
-        mend = "take more chips, chips of more memory, or optimizer adafactor, and no average"
+        fix = "use more chips, chips with more memory, or optimizer adafactor without EMA"
     raise ConfigError(
         f"parameters, gradients and optimizer take {needed / 2**30:.1f} GiB of each device of "
-        f"{topology.name}, which has {limit / 2**30:.1f} to use: no batch fits, so {mend}"
+        f"{topology.name}, which has {limit / 2**30:.1f} usable: no batch fits, so {fix}"
     )
 
 

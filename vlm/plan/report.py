@@ -1,6 +1,6 @@
-"""A plan and a sweep as tables for the terminal; every figure beside how it came to be.
+"""Tables of plans and sweeps for the terminal, with the basis of each figure.
 
-A `plan` here is a `vlm.plan.Plan`, which shows itself by these tables.
+`plan` is a `vlm.plan.Plan`, which uses these tables as its representation.
 """
 
 from collections.abc import Callable
@@ -17,19 +17,19 @@ from vlm.plan.needs import DECODES, Needs
 from vlm.plan.roofline import Prediction, Roofline
 
 BASES = {
-    "compiled": "read from the program that the compiler made for this slice",
-    "analytic": "counted by hand from the model and the published figures of the chip",
-    "estimate": "from round figures that vlm/plan/needs.py names",
-    "expected": "a range: the shares of the published rates that such steps reached elsewhere",
+    "compiled": "read from the program compiled for this slice",
+    "analytic": "estimated analytically (no compilation) from the chip's published figures",
+    "estimate": "from round figures listed in vlm/plan/needs.py",
+    "expected": "a range, from the fraction of published rates that similar steps reached",
 }
 
 
 def show(plan: Any, console: Console, price: float | None = None) -> None:
-    """Print a plan; with a price of a chip's hour, what the run costs."""
+    """Print a plan; with the price of a chip-hour, also the cost."""
     e, mesh = plan.experiment, " x ".join(f"{a} {n}" for a, n in plan.mesh.items() if n > 1)
     console.print(
         f"[bold]{escape(e.name)}[/] on {plan.topology.name} ({plan.topology.chips} chips, mesh "
-        f"{mesh or 'of one'}): batch {e.batch_size:,}, {e.dtype}, remat {e.remat}",
+        f"{mesh or 'of 1'}): batch {e.batch_size:,}, {e.dtype}, remat {e.remat}",
         highlight=False,
     )
     console.print(_memory(plan))
@@ -42,10 +42,10 @@ def show(plan: Any, console: Console, price: float | None = None) -> None:
             console.print(_needs(needed))
         if needed and needed.data_bound and needed.cores_limit:
             console.print(
-                f"[bold red]Bound by data.[/] A host has {needed.cores_limit:.0f} cores, which "
-                f"open some {needed.cores_limit * DECODES:,.0f} images/s, and its chips take "
+                f"[bold red]Data-bound.[/] A host has {needed.cores_limit:.0f} cores, which decode "
+                f"about {needed.cores_limit * DECODES:,.0f} images/s; its chips consume "
                 f"{_of(needed.images_per_second, _count)}: prepare smaller images, or rent more "
-                "cores to a chip (vlm bench data measures).",
+                "cores per chip (vlm bench data measures).",
                 highlight=False,
             )
     if plan.largest:
@@ -56,7 +56,7 @@ def show(plan: Any, console: Console, price: float | None = None) -> None:
             highlight=False,
         )
     if not plan.fits:
-        console.print(f"[bold red]This does not fit.[/] {_mend(plan)}", highlight=False)
+        console.print(f"[bold red]This does not fit.[/] {_suggestions(plan)}", highlight=False)
     console.print(
         "\n".join(f"[dim]{name}: {meaning}[/]" for name, meaning in BASES.items()),
         highlight=False,
@@ -64,11 +64,8 @@ def show(plan: Any, console: Console, price: float | None = None) -> None:
 
 
 def show_sweep(plans: list[Any], console: Console) -> None:
-    """Print plans side by side, the most pairs per second and chip first.
-
-    Compiled plans and those counted by hand are tables of their own.
-    """
-    for compiled, title in ((True, "compiled"), (False, "counted by hand")):
+    """Print plans by pairs per second and chip, compiled and analytic ones in separate tables."""
+    for compiled, title in ((True, "compiled"), (False, "analytic estimates")):
         rows = sorted((p for p in plans if p.compiled == compiled), key=order)
         if rows:
             console.print(_sweep_table(rows, title, wide=console.width >= 100))
@@ -76,14 +73,14 @@ def show_sweep(plans: list[Any], console: Console) -> None:
 
 
 def order(plan: Any) -> tuple:
-    """Compiled plans first, those that fit before others, the fastest per chip before slower."""
+    """Sort key: compiled plans first, then those that fit, then by speed per chip."""
     rate = plan.prediction.pairs_per_second_per_chip.middle if plan.prediction else 0.0
     return not plan.compiled, not plan.fits, -rate
 
 
 def _sweep_table(plans: list[Any], title: str, *, wide: bool) -> Table:
     table = Table(
-        title=f"{title}: the most pairs per second and chip first",
+        title=f"{title}, by pairs per second and chip",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
@@ -124,17 +121,17 @@ def _memory(plan: Any) -> Table:
     table.add_row("parameters", _size(m.parameters), "compiled" if plan.collectives else "analytic")
     table.add_row("optimizer", _size(m.optimizer), "analytic")
     if m.averages:
-        table.add_row("averages", _size(m.averages), "analytic")
+        table.add_row("EMA", _size(m.averages), "analytic")
     if m.teacher:
         table.add_row("the teacher's parameters", _size(m.teacher), "analytic")
     table.add_row("temporaries", _size(m.temporaries), m.basis)
     if m.activations is not None:
-        table.add_row("  of which kept by the layers", _size(m.activations), m.basis)
+        table.add_row("  of which saved by the layers", _size(m.activations), m.basis)
     if m.loss is not None:
-        table.add_row("  the loss, compiled alone", _size(m.loss), "compiled")
+        table.add_row("  of the loss, compiled separately", _size(m.loss), "compiled")
     table.add_row("[bold]peak[/]", f"[bold]{_size(m.peak)}[/]", m.basis)
     if m.limit:
-        table.add_row(f"share of the {_size(m.limit)} to use", _percent(m.share), m.basis)
+        table.add_row(f"share of {_size(m.limit)} usable", _percent(m.share), m.basis)
     return table
 
 
@@ -142,7 +139,7 @@ def _flops(plan: Any) -> Table:
     model = sum(p.model for p in plan.flops.values())
     executed = sum(p.executed for p in plan.flops.values())
     table = Table("FLOPs of a step (analytic)")
-    for name in ("forward", "backward", "again", "share"):
+    for name in ("forward", "backward", "recomputed", "share"):
         table.add_column(name, justify="right")
     for name, part in plan.flops.items():
         table.add_row(
@@ -153,8 +150,8 @@ def _flops(plan: Any) -> Table:
             _percent(part.executed / executed),
         )
     table.add_section()
-    table.add_row("[bold]all of the model[/]", _flop(model))
-    table.add_row("[bold]all, with what is computed again[/]", _flop(executed))
+    table.add_row("[bold]model FLOPs[/]", _flop(model))
+    table.add_row("[bold]executed FLOPs (with recomputation)[/]", _flop(executed))
     return table
 
 
@@ -180,11 +177,11 @@ def _time(r: Roofline, expected: Prediction) -> Table:
     table = Table("time of a step")
     table.add_column("", justify="right")
     table.add_column("basis")
-    table.add_row("arithmetic alone", _time_of(r.compute), r.basis)
-    table.add_row("memory traffic alone", _time_of(r.memory), r.basis)
-    table.add_row("communication alone", _time_of(r.interconnect), r.basis)
-    table.add_row("operations, one by one", _time_of(r.operations), r.basis)
-    table.add_row("communication that nothing hides", _time_of(r.exposed), r.basis)
+    table.add_row("arithmetic", _time_of(r.compute), r.basis)
+    table.add_row("memory traffic", _time_of(r.memory), r.basis)
+    table.add_row("communication", _time_of(r.interconnect), r.basis)
+    table.add_row("instructions in sequence", _time_of(r.operations), r.basis)
+    table.add_row("exposed communication", _time_of(r.exposed), r.basis)
     table.add_row(
         f"[bold]step, bound by {r.bound}[/]",
         f"[bold]{_of(expected.step_seconds, _time_of)}[/]",
@@ -192,7 +189,7 @@ def _time(r: Roofline, expected: Prediction) -> Table:
     )
     table.add_row("pairs/s", _of(expected.pairs_per_second, _count), "expected")
     per_chip = _of(expected.pairs_per_second_per_chip, _count)
-    table.add_row("pairs/s and chip", per_chip, "expected")
+    table.add_row("pairs/s per chip", per_chip, "expected")
     table.add_row("MFU", _of(expected.mfu, _percent), "expected")
     table.caption = expected.evidence
     return table
@@ -208,9 +205,9 @@ def _needs(n: Needs) -> Table:
     if n.chip_hours:
         table.add_row("chip-hours", _of(n.chip_hours, _count), "expected")
     if n.cost:
-        table.add_row("cost at that price", _of(n.cost, _count), "expected")
+        table.add_row("cost", _of(n.cost, _count), "expected")
     table.add_row("checkpoint", _size(n.checkpoint_bytes), "analytic")
-    table.add_row("  written beside training in", _time_of(n.checkpoint_seconds), "estimate")
+    table.add_row("  write time, during training", _time_of(n.checkpoint_seconds), "estimate")
     table.add_section()
     of = f" of {_size(n.host_memory_limit)}" if n.host_memory_limit else ""
     hosts = f"{n.hosts} hosts, each" if n.hosts > 1 else "the host"
@@ -223,7 +220,7 @@ def _needs(n: Needs) -> Table:
 
 
 def _of(found: Range, text: Callable[[float], str], to: str = " to ") -> str:
-    """ "137 to 206 ms": a unit that both ends share is said once."""
+    """Format a range such as "137 to 206 ms", with a shared unit once."""
     low, high = text(found.low), text(found.high)
     if low == high:
         return low
@@ -235,17 +232,17 @@ def _of(found: Range, text: Callable[[float], str], to: str = " to ") -> str:
     return f"{low}{to}{high}"
 
 
-def _mend(plan: Any) -> str:
+def _suggestions(plan: Any) -> str:
     e = plan.experiment
-    mends = []
+    options = []
     policies = get_args(RematPolicy)
     if e.remat != policies[-1]:
-        mends.append(f"--remat {policies[policies.index(e.remat) + 1]}")
+        options.append(f"--remat {policies[policies.index(e.remat) + 1]}")
     if e.micro_batch_size is None:
-        mends.append(f"--micro-batch-size {e.batch_size // 2}")
+        options.append(f"--micro-batch-size {e.batch_size // 2}")
     if plan.mesh.get("fsdp", 1) == 1 and plan.topology.device_count > 1:
-        mends.append("a mesh with fsdp")
-    return f"Try {', '.join(mends)}, or a smaller batch." if mends else "Try a smaller batch."
+        options.append("a mesh with fsdp")
+    return f"Try {', '.join(options)}, or a smaller batch." if options else "Try a smaller batch."
 
 
 def _size(n: float) -> str:

@@ -1,9 +1,9 @@
-"""From operations and bytes to seconds: what bounds a step, and how long it should take.
+"""Roofline model of a step: its time at published rates, and its bottleneck.
 
-Each instruction takes at least the longer of its arithmetic and its memory traffic at the chip's
-published rates, and they run one after the other. Communication runs beside them: the loss ring
-hides behind the tiles it feeds; the rest is counted in full, for the worst case. What share of the
-published rates is reached says `vlm.plan.calibration`.
+Instructions run one after another, each for the longer of its arithmetic and its memory traffic at
+published rates. The loss ring overlaps with the tiles that it feeds; all other communication is
+counted as exposed, the worst case. `vlm.plan.calibration` has the fraction of the published rates
+that is reached.
 """
 
 import math
@@ -21,45 +21,45 @@ from vlm.plan.hlo import prefetches
 from vlm.plan.lesson import planned_lesson
 from vlm.plan.topology import Topology
 
-# A GPU's host starts kernels one by one: about so many a layer, forward and backward, and seconds
-# for each. A TPU's step is one program. Both are estimates; they matter to small models alone.
+# Kernel launches of a GPU per layer, forward and backward, and seconds per launch. A TPU's step is
+# one program. Both are estimates that matter only for small models.
 LAUNCHES, LAUNCH_SECONDS = 60, 4e-6
-# Tensor-parallel sums stand in the way of every block: of NVLink's rate they reached so much where
-# ViT G/14 on 4 was measured beside the same on 1 (JAX-Toolbox; that on 8 fits it too).
+# Fraction of NVLink's rate that tensor-parallel sums reach, from ViT G/14 on 4 GPUs against 1
+# (JAX-Toolbox; 8 GPUs fit too).
 TENSOR_SHARE = 0.22
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds of one step on each chip, at the published rates."""
+    """Seconds of one step per chip, at the published rates."""
 
-    compute: float  # all arithmetic, in whole matrix units
-    memory: float  # all memory traffic
-    interconnect: float  # all communication
-    operations: float  # instruction by instruction, the longer of arithmetic and memory
-    exposed: float  # communication that nothing hides
-    launches: float  # starting kernels one by one
+    compute: float  # arithmetic, padded to whole matrix units
+    memory: float  # memory traffic
+    interconnect: float  # communication
+    operations: float  # sum over instructions of the longer of arithmetic and memory
+    exposed: float  # communication that is not overlapped
+    launches: float  # kernel launches
     basis: Literal["compiled", "analytic"]
 
     @property
     def waiting(self) -> float:
-        """Memory-bound work: what operations take beyond their arithmetic."""
+        """Time of memory-bound work, beyond arithmetic."""
         return max(0.0, self.operations - self.compute)
 
     @property
     def seconds(self) -> float:
-        """The least time that the published rates allow."""
+        """Lower bound of the step time at published rates."""
         return max(self.operations, self.launches) + self.exposed
 
     def predicted(self, calibration: Calibration) -> Range:
-        """The time to expect."""
+        """Expected range of the step time."""
         shares = calibration.shares
         operations = self.compute / shares.arithmetic + self.waiting / shares.memory
         return calibration.seconds(max(operations, self.launches) + self.exposed)
 
     @property
     def bound(self) -> str:
-        """What takes most of the time: compute, memory, interconnect or launches."""
+        """Bottleneck: compute, memory, interconnect or launches."""
         shares = {
             "compute": self.compute,
             "memory": self.waiting,
@@ -71,7 +71,7 @@ class Roofline:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is expected of the step: each figure a range, and where its width comes from."""
+    """Expected time and throughput as ranges, with the evidence for their width."""
 
     step_seconds: Range
     pairs_per_second: Range
@@ -83,11 +83,10 @@ class Prediction:
 def compiled_roofline(
     experiment: Experiment, topology: Topology, state: StateBytes, step: CompiledStep
 ) -> Roofline:
-    """The roofline of a compiled step, instruction by instruction.
+    """Compute the roofline of a compiled step, instruction by instruction.
 
-    Elementwise work that is fused into products keeps the vector units busy beside them, which the
-    program does not tell: where the count by hand is more than the memory-bound instructions', it
-    stands.
+    The program does not show the time of elementwise work that is fused into products. So the
+    analytic estimate of memory-bound work is used where it is larger.
     """
     chip = topology.rated_chip
     flops_rate = chip.flops / chip.devices
@@ -99,7 +98,7 @@ def compiled_roofline(
     walked = ((program, *found) for program in step.programs for found in program.walk())
     for program, instruction, computation, times in walked:
         arithmetic = times * program.flops(instruction, computation) / flops_rate
-        if "tpu_custom_call" in instruction.text:  # attention: a head may fill half a unit
+        if "tpu_custom_call" in instruction.text:  # attention: a head may fill only part of a unit
             arithmetic *= kernel_padding
         traffic = times * program.memory_bytes(instruction, computation) / memory_rate
         compute, memory = compute + arithmetic, memory + traffic
@@ -112,7 +111,7 @@ def compiled_roofline(
     rest = sum(_seconds(c, topology) for c in step.collectives if c.place != LOSS_RING)
     exposed = rest + max(0.0, ring - loss)
     _, vector = analytic_operations(experiment, chip, topology.chips, state)
-    # What is fetched ahead still has to be fetched.
+    # Prefetched data still takes memory bandwidth.
     operations = max(operations, memory, compute + vector)
     return Roofline(compute, memory, ring + rest, operations, exposed, 0.0, "compiled")
 
@@ -124,7 +123,7 @@ def analytic_roofline(
     sent: dict[str, float],
     mesh: dict[str, int],
 ) -> Roofline:
-    """The roofline of a step counted by hand."""
+    """Compute the roofline of a step from analytic estimates."""
     chip, chips = topology.rated_chip, topology.chips
     compute, memory = analytic_operations(experiment, chip, chips, state)
     ring = sent.get(LOSS_RING, 0.0) / _ring_rate(chip, topology)
@@ -144,7 +143,7 @@ def analytic_roofline(
         if experiment.objective == "classification":
             layers = getattr(experiment.model.vision, "depth", 0)
         if (teacher := planned_lesson(experiment).taught.teacher) is not None:
-            layers += _layers(teacher) / 3  # forward alone
+            layers += _layers(teacher) / 3  # forward only
         launches = layers * LAUNCHES * LAUNCH_SECONDS
     return Roofline(compute, memory, ring + rest, compute + memory, exposed, launches, "analytic")
 
@@ -154,7 +153,7 @@ def _layers(model: ModelConfig) -> int:
 
 
 def mfu(experiment: Experiment, topology: Topology, seconds: float) -> float:
-    """Model FLOPs utilisation (arXiv:2204.02311, appendix B) of steps that take so long."""
+    """Model FLOPs utilisation (arXiv:2204.02311, appendix B) of a step that takes `seconds`."""
     flops = model_flops(experiment, planned_lesson(experiment).taught)
     return flops / (seconds * topology.chips * topology.rated_chip.flops)
 
@@ -169,20 +168,20 @@ def _seconds(collective: Collective, topology: Topology) -> float:
 
 
 def _ring_rate(chip: Chip, topology: Topology) -> float:
-    """To one neighbour: one link of a torus; all links where a switch joins the chips."""
+    """Bandwidth to one neighbour: one link of a torus, or all links of a switch."""
     if chip.platform == "gpu" and topology.chips > chip.box:
-        # One GPU of a box sends to the next box, by all of its adapters together.
+        # One GPU of a node sends to the next node over all network adapters.
         return min(chip.link_rate, chip.box * chip.network)
     return chip.link_rate / chip.devices
 
 
 def _group_seconds(sent: float, group: int, topology: Topology) -> float:
-    """Of reductions and gathers in which `group` devices take part, each sending so many bytes.
+    """Seconds of a reduction or gather over `group` devices that each send `sent` bytes.
 
-    GPUs reduce inside their box first, so that a device sends its share of the box's bytes alone
-    to other boxes (NCCL's trees and rings over all adapters). On a torus, both directions of every
-    dimension that the group spans carry them; a dimension without wrap-around has half the rate,
-    and a group that is not the whole slice is taken to span one dimension.
+    GPUs reduce within their node first, then each sends its part to other nodes (NCCL's trees and
+    rings over all adapters). On a torus, both directions of every dimension of the group are used.
+    A dimension without wrap-around has half the rate, and a group smaller than the slice is
+    assumed to span one dimension.
     """
     chip = topology.rated_chip
     if chip.platform == "gpu":
@@ -193,5 +192,5 @@ def _group_seconds(sent: float, group: int, topology: Topology) -> float:
     links = [2 if n % wraps == 0 else 1 for n in spans]
     whole = group == math.prod(topology.shape) * chip.devices
     total = sum(links) if whole else max(links)
-    # Devices of one chip reduce between themselves first: the links carry a chip's bytes once.
+    # Devices of one chip reduce first, so links carry the bytes of a chip once.
     return sent / (total * chip.link_rate)

@@ -1,4 +1,4 @@
-"""Many plans in one table: topologies, meshes and rematerialisation policies against each other."""
+"""`sweep`: plans of all combinations of topologies, meshes and rematerialisation policies."""
 
 import dataclasses
 import math
@@ -26,18 +26,18 @@ def sweep(
     calibration: str | Path | None = None,
     report: Callable[[str], None] = lambda text: None,
 ) -> list[Plan]:
-    """Plans of every combination, compiled ones first, and of each kind the fastest per chip first.
+    """Plan every combination; compiled plans come first, then by speed per chip.
 
-    All are counted by hand; the `compiles` most promising ones that have a compiler are then
-    compiled, and their rows replaced. The two kinds are not ranked against each other.
+    All are estimated analytically. Then the `compiles` best ones with a compiler are compiled.
+    Compiled and analytic plans are not ranked against each other.
 
     Args:
-        meshes: None or empty tries all-data, and fsdp over 8 devices and over all.
-        batch_per_chip: set, the global batch follows the number of chips.
-        report: told what is compiled.
+        meshes: if empty, try data parallelism, and fsdp over 8 and over all devices.
+        batch_per_chip: if set, the global batch is this times the number of chips.
+        report: called with a line for each compilation.
 
     Raises:
-        ConfigError: an unknown topology, or no combination that can be.
+        ConfigError: an unknown topology, or no valid combination.
 
     Example:
         >>> plans = vlm.plan.sweep(experiment, ["h100:8"], ["data=8"], ["none"], compiles=0)
@@ -45,7 +45,7 @@ def sweep(
         1
     """
     experiment = resolve(experiment)
-    plans, faults = [], []
+    plans, errors = [], []
     for name in topologies:
         topology = parse_topology(name)
         e = experiment
@@ -61,9 +61,9 @@ def sweep(
                         plan(candidate, topology, mesh, compiled=False, calibration=calibration)
                     )
                 except VlmError as error:
-                    faults.append(str(error))
+                    errors.append(str(error))
     if not plans:
-        raise ConfigError(f"no combination can be: {faults[0]}")
+        raise ConfigError(f"no combination is valid: {errors[0]}")
     from vlm.plan.report import order
 
     plans.sort(key=order)
@@ -77,6 +77,6 @@ def sweep(
 
 
 def default_meshes(devices: int) -> list[MeshConfig]:
-    """All over data; parameters over 8 devices; parameters over all."""
+    """Data parallelism, fsdp over 8 devices, and fsdp over all."""
     sizes = sorted({1, math.gcd(devices, 8), devices})
     return [MeshConfig(data=devices // n, fsdp=n) for n in sizes]

@@ -1,4 +1,4 @@
-"""Where a plan is for: a slice of chips by its name, and the devices that stand for it."""
+"""Slices of chips by name, and described devices to compile for."""
 
 import difflib
 import importlib.util
@@ -15,11 +15,11 @@ from vlm.chips import CHIPS, Chip, chip_of
 from vlm.config import MeshConfig
 from vlm.errors import ConfigError
 
-# Slices of one torus that Cloud TPU offers (its pages named in chips.py). Larger slices of the
-# 3D generations are any sizes that are multiples of 4, smallest first.
+# Slices that Cloud TPU offers (sources in chips.py). Larger slices of the 3D generations have any
+# sizes that are multiples of 4, smallest first.
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
-# What the cloud calls one machine of each: the compiler asks where it runs, and this will do.
+# Accelerator type of one machine of each chip, which the compiler needs.
 MACHINES = {
     "v3": "v3-8",
     "v4": "v4-8",
@@ -34,16 +34,16 @@ MOST_SLICES = 256
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice or several: the chip, the shape of each slice, and how many JAX devices there are."""
+    """One or more slices: chip, shape of a slice, and number of devices."""
 
     name: str
-    chip: Chip | None  # None: this machine's CPU
+    chip: Chip | None  # None for CPUs
     shape: tuple[int, ...]
-    slices: int = 1  # joined by the data center's network
+    slices: int = 1  # joined by the data center network
 
     @property
     def rated_chip(self) -> Chip:
-        """The chip of a slice that has one: a time is predicted for no other."""
+        """The chip, for topologies that have published rates."""
         assert self.chip is not None, f"{self.name} has no published rates"
         return self.chip
 
@@ -61,39 +61,39 @@ class Topology:
 
     @property
     def compiles(self) -> bool:
-        """Whether there is a compiler for it without the device at hand."""
+        """Whether it can be compiled for without the devices."""
         return self.chip is None or self.chip.platform == "tpu"
 
 
 def parse_topology(name: str) -> Topology:
-    """The slice that a name such as "v5e:16x16", "v5p:8x8x8", "h100:8" or "cpu:8" stands for.
+    """Parse a name such as "v5e:16x16", "v5p:8x8x8", "h100:8" or "cpu:8".
 
-    "2xv5e:16x16" are two slices of that shape.
+    "2xv5e:16x16" is two slices of that shape.
 
     Raises:
-        ConfigError: an unknown chip or shape; the message lists those that are known.
+        ConfigError: an unknown chip or shape; the message lists the known ones.
     """
     kind, _, shape = name.strip().lower().partition(":")
     several = re.fullmatch(r"(\d+)x([a-z].*)", kind)
     slices, kind = (int(several[1]), several[2]) if several else (1, kind)
     if kind != "cpu" and kind not in CHIPS:
         close = difflib.get_close_matches(kind, CHIPS, n=1)
-        mend = f"did you mean {close[0]}? " if close else ""
+        hint = f"did you mean {close[0]}? " if close else ""
         raise ConfigError(
-            f"topology {name!r} names no known chip: {mend}the known are {known_topologies()}"
+            f"topology {name!r} has an unknown chip: {hint}choose one of {known_topologies()}"
         )
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise ConfigError(
-            f"topology {name!r} needs a shape after the colon: the known are {known_topologies()}"
+            f"topology {name!r} needs a shape after the colon: choose one of {known_topologies()}"
         )
     sizes = tuple(map(int, shape.split("x")))
     if several and (kind == "cpu" or CHIPS[kind].platform != "tpu"):
         raise ConfigError(
-            f"topology {name!r}: only TPUs come in slices, so count the devices: "
+            f"topology {name!r}: only TPUs have slices, so give the number of devices: "
             f"{kind}:{max(1, slices) * math.prod(sizes)}"
         )
     if not 1 <= slices <= MOST_SLICES:
-        raise ConfigError(f"topology {name!r} has {slices} slices: take 1 to {MOST_SLICES}")
+        raise ConfigError(f"topology {name!r} has {slices} slices: choose 1 to {MOST_SLICES}")
     if kind == "cpu":
         topology = Topology(f"cpu:{shape}", None, sizes)
         if topology.chips > len(jax.devices("cpu")):
@@ -106,14 +106,14 @@ def parse_topology(name: str) -> Topology:
     chip = CHIPS[kind]
     if not _exists(chip, sizes, shape):
         raise ConfigError(
-            f"there is no {kind} slice of shape {shape}: the known are {known_topologies(kind)}"
+            f"there is no {kind} slice of shape {shape}: choose one of {known_topologies(kind)}"
         )
     prefix = f"{slices}x" if slices > 1 else ""
     return Topology(f"{prefix}{kind}:{shape}", chip, sizes, slices)
 
 
 def known_topologies(kind: str | None = None) -> str:
-    """The names that `parse_topology` takes, as a sentence."""
+    """List the names that `parse_topology` accepts, as text."""
     texts = []
     for name, chip in CHIPS.items():
         if kind in (None, name):
@@ -136,10 +136,10 @@ def _exists(chip: Chip, sizes: tuple[int, ...], shape: str) -> bool:
 
 
 def topology_devices(topology: Topology) -> list[Any]:
-    """Devices to compile for; those of a TPU slice exist in the compiler alone.
+    """Devices to compile for; TPU devices are only descriptions.
 
     Raises:
-        ConfigError: the TPU compiler is not installed, or does not know the slice.
+        ConfigError: the TPU compiler is not installed or does not support the slice.
     """
     if topology.chip is None:
         return jax.devices("cpu")[: topology.chips]
@@ -148,11 +148,11 @@ def topology_devices(topology: Topology) -> list[Any]:
             f"a plan for {topology.name} needs the TPU compiler, which is not installed: "
             'pip install "vlm-jax[tpu]"'
         )
-    # Without these the compiler asks the cloud's metadata server where it is, for minutes.
+    # Without these the compiler queries the cloud metadata server for minutes.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", MACHINES[topology.chip.name])
-    # Nothing is run: other processes, or the lock file of one that was killed, do not matter.
+    # Nothing runs, so other processes and stale lock files do not matter.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
@@ -169,14 +169,14 @@ def topology_devices(topology: Topology) -> list[Any]:
     except Exception as error:  # whatever the plugin raises
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"the installed TPU compiler does not take topology {topology.name} ({reason}): "
+            f"the installed TPU compiler does not accept topology {topology.name} ({reason}): "
             "choose another shape or a newer libtpu"
         ) from None
     return list(described.devices)
 
 
 def local_topology(devices: Sequence[Any]) -> Topology | None:
-    """The slice that the devices of a run form; None for a kind without published figures."""
+    """Topology of the devices of a run; None for chips without published figures."""
     chip = chip_of(devices[0].device_kind)
     if chip is None:
         return None
@@ -190,10 +190,10 @@ def local_topology(devices: Sequence[Any]) -> Topology | None:
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """A mesh written as "data=32,fsdp=8" or, in the order data, fsdp, tensor, as "32x8".
+    """Parse a mesh such as "data=32,fsdp=8", or "32x8" in the order data, fsdp, tensor.
 
     Raises:
-        ConfigError: something else, or an unknown axis.
+        ConfigError: another form, or an unknown axis.
     """
     axes = ("data", "fsdp", "tensor")
     if re.fullmatch(r"-?\d+(x-?\d+){0,2}", text):
