@@ -106,3 +106,16 @@ def warn_once(text: str) -> None:
     if text not in WARNED:
         WARNED.add(text)
         logging.getLogger("vlm").warning(text)
+
+
+def show(value: object) -> str:
+    """A value as a message quotes it: at most some 80 characters of it."""
+    if isinstance(value, dict | list | tuple) and len(value) > 8:
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,} values"
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return "a whole number of more than 20 digits"
+    try:
+        shown = repr(value)
+    except RecursionError:
+        return "a deeply nested value"
+    return shown if len(shown) <= 80 else f"{shown[:60]}... ({len(shown):,} characters)"

@@ -84,10 +84,6 @@ def mesh_sizes(config: MeshConfig, devices: int, slices: int = 1) -> tuple[int, 
     """
     sizes = [config.data, config.fsdp, config.tensor]
     wanted = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ShardingError(
-            f"mesh {wanted}: sizes are positive, and at most one is -1 and takes what is left"
-        )
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(1, devices // math.prod(s for s in sizes if s != -1))
     if math.prod(sizes) != devices:

@@ -47,18 +47,21 @@ def test_an_experiment_survives_json():
     ("changes", "said"),
     [
         ({"steps": 5, "epochs": 1.0}, "one length, but steps and epochs are all set"),
-        ({"steps": 0}, "steps is 0: make it positive"),
-        ({"seconds": -1.0}, "seconds is -1.0"),
-        ({"batch_size": 0}, "batch_size is 0: make it at least 1"),
-        ({"log_every": 0}, "log_every is 0"),
+        ({"steps": 0}, "Experiment.steps is 0: choose a number from 1 to"),
+        ({"seconds": -1.0}, "Experiment.seconds is -1.0: choose a number above 0"),
+        ({"batch_size": 0}, "Experiment.batch_size is 0: choose"),
+        ({"log_every": 0}, "Experiment.log_every is 0"),
         ({"batch_size": 10, "micro_batch_size": 4}, "10 is not a multiple of micro_batch_size 4"),
         (
             {"tokenizer": TokenizerConfig(context_length=8)},
             "context_length 8 is not the model's 64",
         ),
-        ({"text_masking": 1.0}, "text_masking 1.0 is a share"),
+        (
+            {"text_masking": 1.0},
+            "Experiment.text_masking is 1.0: choose a number from 0 to below 1",
+        ),
         ({"image_sizes": ((0.5, 100),)}, "multiples of patch_size 16"),
-        ({"image_sizes": ((0.0, 112),)}, "positive shares"),
+        ({"image_sizes": ((0.0, 112),)}, "Experiment.image_sizes is 0.0: choose a number above 0"),
     ],
 )
 def test_an_experiment_that_cannot_be_is_refused(changes, said):
@@ -140,7 +143,7 @@ def test_towers_of_convolutions_are_checked():
 def test_an_efficientnet_is_checked():
     with pytest.raises(ConfigError, match="kernel 4 has no middle"):
         EfficientNetStage(1, 16, kernel=4)
-    with pytest.raises(ConfigError, match="depth is 0: a stage needs a block"):
+    with pytest.raises(ConfigError, match=r"EfficientNetStage\.depth is 0: choose a number from 1"):
         EfficientNetStage(0, 16)
     with pytest.raises(ConfigError, match=r"squeeze is 1\.5"):
         EfficientNetConfig(squeeze=1.5)
@@ -155,7 +158,7 @@ def test_a_resnet_is_checked():
         dataclasses.replace(RESNET, heads=7)
     with pytest.raises(ConfigError, match="image_size 4 holds no patch of patch_size 8"):
         dataclasses.replace(RESNET, image_size=4)
-    with pytest.raises(ConfigError, match="each stage needs a block"):
+    with pytest.raises(ConfigError, match=r"ResNetConfig\.depths is 0: choose a number from 1"):
         dataclasses.replace(RESNET, depths=(1, 0))
 
 
@@ -196,7 +199,10 @@ def test_a_model_that_cannot_be_is_refused(vision, text, said):
             {"model": {"vision": {"kind": "mlp"}}},
             "Experiment.model.vision.kind is 'mlp': choose one of vit, resnet",
         ),
-        ({"model": {"vision": 3}}, "Experiment.model.vision must be an object of fields, not 3"),
+        (
+            {"model": {"vision": 3}},
+            "Experiment.model.vision must be an object of fields, or one of ViTConfig",
+        ),
         ({"batch_size": "many"}, "Experiment.batch_size must be int, not 'many'"),
         ({"batch_size": True}, "Experiment.batch_size must be int, not True"),
         ({"lock": "both"}, "Experiment.lock is 'both': choose one of 'none', 'vision', 'text'"),
@@ -251,3 +257,9 @@ def test_a_field_of_the_wrong_type_in_a_config_file_is_named(tmp_path):
 def test_experiments_are_values():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Experiment().steps = 3
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 8), (-1, -1, 1), (-2, 1, 1)])
+def test_sizes_of_a_mesh_are_positive_or_one_is_left_open(sizes):
+    with pytest.raises(ConfigError, match="MeshConfig"):
+        MeshConfig(*sizes)

@@ -173,7 +173,10 @@ def test_prepared_data_opens_without_its_class_and_by_its_folder(folder, monkeyp
     [
         ({"captions": ("captions",)}, "no feature 'captions'.*captions/id, captions/text, image"),
         ({"captions": ("captions/id",)}, "'captions/id'.*has no text but int64: name one"),
-        ({"label": "captions/text"}, "'captions/text'.*is no class label but a Text"),
+        (
+            {"label": "captions/text", "captions": ()},
+            "'captions/text'.*is no class label but a Text",
+        ),
         ({"data_dir": "/nowhere"}, "TFDS knows no data set|not prepared in /nowhere"),
     ],
 )
@@ -193,7 +196,7 @@ NAFLEX = {"resize": "naflex", "patch_size": 16, "max_patches": 64}
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"eval_every": -0.1}, "eval_every is -0.1, a share of the run"),
+        ({"eval_every": -0.1}, "eval_every is -0.1: choose a number"),
         ({"evals": (EvalConfig(), EvalConfig())}, "two of evals are called 'eval'"),
         (
             {"eval_every": 0.1, "data": DataConfig(eval_split=None)},

@@ -276,7 +276,7 @@ def test_configs_that_cannot_be():
     for changes, message in [
         ({"image_size": 0}, "image_size is 0"),
         ({"image_size": 8, "short_side": 7}, "short_side 7"),
-        ({"std": (0.5, 0.0, 0.5)}, "greater than 0"),
+        ({"std": (0.5, 0.0, 0.5)}, "above 0"),
         ({"backend": "tensor", "kernel": "lanczos", "antialias": False}, "lanczos"),
         ({"backend": "tensorflow", "kernel": "bilinear"}, "antialias=False"),
         ({"backend": "tensorflow", "antialias": False}, 'kernel="bilinear"'),

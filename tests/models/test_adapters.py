@@ -175,7 +175,7 @@ def test_an_adapter_of_another_model_is_refused(small):
 
 @pytest.mark.parametrize("fields", [{"rank": -1}, {"alpha": -1.0}, {"alpha": float("nan")}])
 def test_sizes_that_cannot_be(fields):
-    with pytest.raises(ConfigError, match=rf"adapter\.{next(iter(fields))} is .*: make it 0 or"):
+    with pytest.raises(ConfigError, match=rf"AdapterConfig\.{next(iter(fields))} is .*: choose"):
         AdapterConfig(**fields)
 
 

@@ -85,18 +85,21 @@ def test_a_schedule_ends_at_its_end(schedule):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"learning_rate": -1e-3}, "learning_rate is -0.001: make it 0 or more"),
+        (
+            {"learning_rate": -1e-3},
+            "OptimizerConfig.learning_rate is -0.001: choose a number from 0",
+        ),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"layer_decay": -0.5}, "layer_decay is -0.5"),
-        ({"layer_decay": 1.5}, "layer_decay is 1.5: a block learns no faster"),
-        ({"clip_norm": 0.0}, "clip_norm is 0.0: make it positive"),
-        ({"weight_decay": -0.1}, "weight_decay is -0.1: make it 0 or more"),
+        ({"layer_decay": 1.5}, "layer_decay is 1.5: choose a number above 0 and at most 1"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0: choose a number above 0"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"text_rate": -1.0}, "text_rate is -1.0"),
-        ({"b1": 1.0}, "b1 is 1.0: choose at least 0 and below 1"),
+        ({"b1": 1.0}, "b1 is 1.0: choose a number from 0 to below 1"),
         ({"b2": -0.1}, "b2 is -0.1"),
         ({"ema": 1.5}, "ema is 1.5"),
         ({"warmup": 1.0}, "warmup is 1.0"),
-        ({"cooldown": 1.2}, "cooldown is 1.2, a share of the run"),
+        ({"cooldown": 1.2}, "cooldown is 1.2: choose a number from 0 to 1"),
         (
             {"learning_rate": 1e-3, "end_learning_rate": 1.0},
             "end_learning_rate 1.0 is above learning_rate 0.001",

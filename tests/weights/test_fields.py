@@ -155,9 +155,9 @@ def test_json_that_is_no_object_of_fields(tmp_path, file, text):
     [
         (lambda: ModelConfig(ViTConfig(heads=0)), "ViTConfig.heads is 0"),
         (lambda: ModelConfig(ViTConfig(depth=10**7)), "ViTConfig.depth is 10000000"),
-        (lambda: ModelConfig(ViTConfig(norm_eps=NAN)), "norm_eps is nan: choose a finite"),
+        (lambda: ModelConfig(ViTConfig(norm_eps=NAN)), "norm_eps is nan: choose a number"),
         (lambda: ModelConfig(ViTConfig(norm_eps=-1.0)), "norm_eps is -1.0"),
-        (lambda: ModelConfig(ViTConfig(dropout=1.0)), "dropout is 1.0: choose a share"),
+        (lambda: ModelConfig(ViTConfig(dropout=1.0)), "dropout is 1.0: choose a number"),
         (lambda: ModelConfig(text=TextConfig(vocab_size=2**40)), "TextConfig.vocab_size"),
         (lambda: ModelConfig(init_scale=0.0), "ModelConfig.init_scale is 0.0"),
         (lambda: ModelConfig(embed_dim=-768), "ModelConfig.embed_dim is -768"),

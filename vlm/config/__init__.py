@@ -5,6 +5,7 @@ follows from that value: it is written to the run folder as JSON and read back f
 """
 
 from vlm.config.adapters import AdapterConfig as AdapterConfig
+from vlm.config.base import Config as Config
 from vlm.config.data import AugmentConfig as AugmentConfig
 from vlm.config.data import DataConfig as DataConfig
 from vlm.config.data import FieldFilter as FieldFilter

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vlm.errors import ConfigError
+from vlm.config.base import Config
 
 
 @dataclass(frozen=True)
-class AdapterConfig:
+class AdapterConfig(Config):
     """Low-rank adapters of a model's linear layers, which alone are trained.
 
     Args:
@@ -30,12 +30,6 @@ class AdapterConfig:
     targets: tuple[str, ...] = ()
     dora: bool = False
     quantize: Literal["none", "int8"] = "none"
-
-    def __post_init__(self):
-        if self.rank < 0:
-            raise ConfigError(f"adapter.rank is {self.rank}: make it 0 or more")
-        if not 0 <= self.alpha < float("inf"):
-            raise ConfigError(f"adapter.alpha is {self.alpha}: make it 0 or more")
 
     @property
     def scale(self) -> float:

@@ -1,66 +1,105 @@
-"""What a size in a config may be and which fit together, checked before anything is built."""
+"""Range and consistency checks for config fields."""
 
-import dataclasses
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
-from vlm.errors import ConfigError
-
-# Far beyond every published model, and small enough that nothing made from them fills a machine.
-_LARGEST = {
-    "depth": 1_000,
-    "depths": 1_000,
-    "image_size": 16_384,
-    "patch_size": 16_384,
-    "vocab_size": 2**24,
-    "pad_id": 2**24,
-    "bos_id": 2**24,
-    "eos_id": 2**24,
-    "end_id": 2**24,
-    "fill": 255,
-    "background": 255,
-}
-_LARGEST_OTHER = 2**18
-# Those that may be 0, wherever they stand or in one class.
-_FROM_ZERO = {
-    "depth", "depths", "mlp_dim", "rotary", "registers", "pad_id", "bos_id", "eos_id", "end_id",
-    "fill", "background", "FastViTStage.heads", "FastViTStage.squeeze",
-}  # fmt: skip
-_POSITIVE = {"norm_eps", "init_scale", "std"}
-_SHARES = {"dropout", "patch_dropout"}
+from vlm.errors import ConfigError, show
 
 
-def check_bounds(config: Any) -> None:
-    """Refuse a number of a config that no model has: too large, negative, not finite.
+class Bounds(NamedTuple):
+    """The numbers that a field may hold; an open end is not one of them."""
+
+    low: float
+    high: float
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        assert isinstance(value, int | float)
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.open_low:
+            return f"above {self.low:,} and at most {self.high:,}"
+        return f"from {self.low:,} to {'below ' if self.open_high else ''}{self.high:,}"
+
+
+def _by_field(groups: dict[Bounds, tuple[str, ...]]) -> dict[str, Bounds]:
+    return {field: bounds for bounds, fields in groups.items() for field in fields}
+
+
+# By field or by "Class.field". Far beyond every published model, and small enough that nothing
+# made from them fills a machine. What counts steps or rows is an int32 in the state of a run.
+_SIZE = Bounds(1, 2**18)  # any other whole number
+_WHOLE = _by_field(
+    {
+        Bounds(0, 2**18): (
+            "mlp_dim", "registers", "rotary", "rank", "FastViTStage.heads", "FastViTStage.squeeze",
+        ),
+        Bounds(0, 1_000): ("depth",),
+        Bounds(1, 1_000): ("EfficientNetStage.depth", "depths", "conv_depths"),
+        Bounds(1, 127): ("EfficientNetStage.kernel",),
+        Bounds(1, 16_384): (
+            "image_size", "init_image_size", "image_sizes", "patch_size", "short_side",
+        ),
+        Bounds(0, 255): ("fill", "background"),
+        Bounds(1, 2**24): ("vocab_size",),
+        Bounds(0, 2**24): ("pad_id", "bos_id", "eos_id", "end_id", "zeroed_id"),
+        Bounds(0, 30): ("randaugment",),
+        Bounds(0, 4_096): ("workers", "prefetch"),
+        Bounds(1, 2**31 - 1): (
+            "steps", "batch_size", "micro_batch_size", "log_every", "keep_checkpoints", "profile",
+            "shuffle", "max_bad_in_a_row",
+        ),
+        Bounds(0, 2**31 - 1): ("seed",),
+        Bounds(1, 2**53): ("examples",),
+        Bounds(-1, 2**20): ("MeshConfig.data", "MeshConfig.fsdp", "MeshConfig.tensor"),
+    }
+)  # fmt: skip
+_NUMBER = Bounds(-1e9, 1e9)  # any other number
+_REAL = _by_field(
+    {
+        Bounds(0, 1): (
+            "mean", "jitter", "grey", "blur", "solarise", "lines", "max_bad_share", "cooldown",
+        ),
+        Bounds(0, 1, open_low=True): (
+            "norm_eps", "EfficientNetConfig.squeeze", "crop", "layer_decay", "image_sizes",
+            "eval_every", "checkpoint_every",
+        ),
+        Bounds(0, 1, open_high=True): (
+            "dropout", "patch_dropout", "text_masking", "warmup", "b1", "b2", "ema",
+        ),
+        Bounds(0, 0.5): ("hue",),
+        Bounds(0, 1_000): (
+            "learning_rate", "end_learning_rate", "vision_rate", "text_rate", "weight_decay",
+            "start_decay",
+        ),
+        Bounds(0, 1_000, open_low=True): ("std", "aspect"),
+        Bounds(0, 1e9): ("alpha", "weight", "caption_weights", "task", "relations", "features"),
+        Bounds(0, 1e9, open_low=True): (
+            "init_scale", "epochs", "temperature", "eps", "clip_norm", "max_scale", "seconds",
+            "checkpoint_minutes", "keep_hours",
+        ),
+        Bounds(-1e300, 1e300): ("at_least", "at_most"),
+    }
+)  # fmt: skip
+
+
+def check_bounds(cls: str, name: str, value: Any, where: str) -> None:
+    """Refuse a number that the field `name` of the class `cls` cannot hold, also inside a tuple.
 
     Raises:
-        ConfigError: it names the class, the field and the value.
+        ConfigError: it names `where`, the value and the bounds.
     """
-    for field in dataclasses.fields(config):
-        value, where = getattr(config, field.name), f"{type(config).__name__}.{field.name}"
-        for one in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(one, bool):
-                continue
-            if isinstance(one, int):
-                _check_whole(one, field.name, where)
-            elif isinstance(one, float):
-                _check_real(one, field.name, where)
-
-
-def _check_whole(value: int, name: str, where: str) -> None:
-    low = int(name not in _FROM_ZERO and where not in _FROM_ZERO)
-    high = _LARGEST.get(name, _LARGEST_OTHER)
-    if not low <= value <= high:
-        raise ConfigError(f"{where} is {value}: choose a number from {low} to {high:,}")
-
-
-def _check_real(value: float, name: str, where: str) -> None:
-    if not math.isfinite(value):
-        raise ConfigError(f"{where} is {value}: choose a finite number")
-    if name in _POSITIVE and value <= 0:
-        raise ConfigError(f"{where} is {value}: choose a number greater than 0")
-    if name in _SHARES and not 0 <= value < 1:
-        raise ConfigError(f"{where} is {value}: choose a share from 0 to below 1")
+    if isinstance(value, tuple):
+        for part in value:
+            check_bounds(cls, name, part, where)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        whole = isinstance(value, int)
+        table, default = (_WHOLE, _SIZE) if whole else (_REAL, _NUMBER)
+        bounds = table.get(f"{cls}.{name}") or table.get(name, default)
+        if value not in bounds:  # NaN is in none
+            raise ConfigError(f"{where} is {show(value)}: choose a number {bounds}")
 
 
 def check_heads(tower) -> None:

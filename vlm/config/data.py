@@ -3,9 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vlm.config.base import Config
+from vlm.errors import ConfigError
+
+MOST_OPERATIONS = 4  # of RandAugment
+
 
 @dataclass(frozen=True)
-class AugmentConfig:
+class AugmentConfig(Config):
     """Random changes of a training image.
 
     Args:
@@ -44,9 +49,24 @@ class AugmentConfig:
     lines: float = 0.0
     draft: bool = True
 
+    def check(self):
+        for name in ("crop", "aspect"):
+            low, high = getattr(self, name) or (0, 0)
+            if low > high:
+                raise ConfigError(
+                    f"AugmentConfig.{name} is {(low, high)}: give the smaller number first"
+                )
+        if self.crop is None:
+            self.refuse_unused("set crop, for it is the shape of a crop", "aspect")
+        if self.randaugment is not None and self.randaugment[0] > MOST_OPERATIONS:
+            raise ConfigError(
+                f"AugmentConfig.randaugment is {self.randaugment}: choose at most "
+                f"{MOST_OPERATIONS} operations"
+            )
+
 
 @dataclass(frozen=True)
-class FieldFilter:
+class FieldFilter(Config):
     """Which examples are kept, by one of their features. An example without the feature is not.
 
     Args:
@@ -63,14 +83,21 @@ class FieldFilter:
         'aesthetic'
     """
 
-    feature: str = ""
+    feature: str
     at_least: float | None = None
     at_most: float | None = None
     one_of: tuple[str, ...] = ()
 
+    def check(self):
+        if self.at_least is None and self.at_most is None and not self.one_of:
+            raise ConfigError(
+                f"FieldFilter of feature {self.feature!r} asks for nothing: give at_least, at_most "
+                "or one_of"
+            )
+
 
 @dataclass(frozen=True)
-class MixturePart:
+class MixturePart(Config):
     """One source of a mixture. What is None is as in the `DataConfig` that holds it.
 
     Args:
@@ -113,9 +140,14 @@ class MixturePart:
     access: Literal["auto", "random", "stream"] | None = None
     data_dir: str | None = None
 
+    def check(self):
+        _check_texts(self)
+        if self.captions is not None:
+            self.refuse_unused("set label in place of captions", "templates", "class_names")
+
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Config):
     """Where pairs come from. A caption is drawn at random from all `captions` of an image.
 
     Args:
@@ -179,3 +211,35 @@ class DataConfig:
     mixture: tuple[MixturePart, ...] = ()
     max_bad_share: float = 0.05
     max_bad_in_a_row: int = 256
+
+    def check(self):
+        _check_texts(self)
+        if self.label is None and not self.mixture:
+            self.refuse_unused("set label, which has them", "templates", "class_names")
+        if self.mixture:
+            self.refuse_unused("the parts of a mixture have sources of their own", "source")
+        if self.access == "random" and not self.mixture:
+            self.refuse_unused('set access to "auto" or "stream"', "lanes", "shuffle")
+        if self.cache and self.workers:
+            raise ConfigError(
+                f"DataConfig.cache keeps images in this process, and workers {self.workers} "
+                "processes cannot share it: set one of them off"
+            )
+
+
+def _check_texts(config: DataConfig | MixturePart) -> None:
+    """Refuse captions beside a label, which replaces them, and weights that choose none of them."""
+    name, captions, weights = type(config).__name__, config.captions, config.caption_weights
+    for other in config.changed("captions", "caption_weights"):
+        if config.label is not None and getattr(config, other):
+            raise ConfigError(
+                f"{name} has label {config.label!r}, whose names are the texts, and {other} "
+                f"{getattr(config, other)}: give one of them"
+            )
+    if weights and captions is not None and len(weights) != len(captions):
+        raise ConfigError(
+            f"{name}.caption_weights has {len(weights)} weights for the {len(captions)} features "
+            "of captions: give one for each"
+        )
+    if weights and not sum(weights):
+        raise ConfigError(f"{name}.caption_weights {weights} choose no caption: give one above 0")

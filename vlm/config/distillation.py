@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from vlm.config.base import Config
 from vlm.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class DistillConfig:
+class DistillConfig(Config):
     """A frozen teacher, and what is learned from it beside the pairs themselves.
 
     Args:
@@ -38,18 +39,12 @@ class DistillConfig:
     projection: bool = False
     temperature: float | None = None
 
-    def __post_init__(self):
-        weights = {name: getattr(self, name) for name in ("task", "relations", "features")}
-        for name, weight in weights.items():
-            if not weight >= 0:
-                raise ConfigError(f"distill.{name} is {weight}: make it 0 or more")
+    def check(self):
         if not self.relations + self.features:
             raise ConfigError(
                 "distill.relations and distill.features are both 0, so nothing is learned from the "
                 "teacher: give one of them a weight"
             )
-        if self.temperature is not None and not self.temperature > 0:
-            raise ConfigError(f"distill.temperature is {self.temperature}: make it positive")
         if self.projection and not self.features:
             raise ConfigError(
                 "distill.projection is for features, which have no weight: set distill.features"

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from vlm.config.bounds import check_bounds, check_image_size, check_projection
+from vlm.config.base import Config
+from vlm.config.bounds import check_image_size, check_projection
 from vlm.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class EfficientNetStage:
+class EfficientNetStage(Config):
     """A stage of EfficientNet: `depth` blocks of one width, all but the first with a skip.
 
     Args:
@@ -34,10 +35,7 @@ class EfficientNetStage:
     halve: bool = False
     symmetric: bool = False
 
-    def __post_init__(self):
-        check_bounds(self)
-        if not self.depth:
-            raise ConfigError("EfficientNetStage.depth is 0: a stage needs a block")
+    def check(self):
         if self.kernel % 2 == 0:
             raise ConfigError(
                 f"EfficientNetStage.kernel {self.kernel} has no middle: choose an odd number"
@@ -57,7 +55,7 @@ _STAGES = (
 
 
 @dataclass(frozen=True)
-class EfficientNetConfig:
+class EfficientNetConfig(Config):
     """EfficientNet without its classifier (Tan and Le, 2019, arXiv:1905.11946), as in ALIGN.
 
     Args:
@@ -86,14 +84,9 @@ class EfficientNetConfig:
     norm_eps: float = 1e-3
     projection: Literal["none", "linear"] = "linear"
 
-    def __post_init__(self):
-        check_bounds(self)
+    def check(self):
         if not self.stages:
             raise ConfigError("EfficientNetConfig.stages is empty: give one at least")
-        if not 0 < self.squeeze <= 1:
-            raise ConfigError(
-                f"EfficientNetConfig.squeeze is {self.squeeze}: choose a share above 0, up to 1"
-            )
         check_image_size(self)
 
     @property

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from vlm.config.base import Config
 from vlm.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Config):
     """One evaluation: a task, and a split of some data set with random access.
 
     zero-shot: images into the classes of `label`, each described by `templates`: `top1`, `top5`.
@@ -49,12 +50,10 @@ class EvalConfig:
     data_dir: str | None = None
     examples: int | None = None
 
-    def __post_init__(self):
+    def check(self):
         where = f"evals {self.name!r}"
         if not self.name or "/" in self.name:
             raise ConfigError(f"{where}: a name is a word of the log, without a slash: choose one")
-        if self.examples is not None and self.examples < 1:
-            raise ConfigError(f"{where}: examples is {self.examples}: make it at least 1")
         if self.task == "zero-shot" and not (
             self.templates and all("{}" in template for template in self.templates)
         ):

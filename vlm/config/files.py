@@ -5,15 +5,14 @@ import json
 import os
 import pathlib
 import runpy
-import types
-import typing
-from typing import Any, Literal, TypeVar
+import warnings
+from typing import Any, TypeVar
 
-from vlm.config.towers import from_older_form
+from vlm.config.base import Config
 from vlm.config.training import Experiment
 from vlm.errors import ConfigError
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Config)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -54,80 +53,23 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
             ...
         vlm.errors.ConfigError: ...
     """
-    where = where or cls.__name__
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where} must be an object of fields, not {values!r}")
-    if hasattr(cls, "kind"):
-        values = {name: value for name, value in values.items() if name != "kind"}
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"{where} has no field {name!r}: it has {', '.join(known)}")
-    converted = {
-        name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()
-    }
-    try:
-        return cls(**converted)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type `hint` asks for, or a ConfigError that names `where`."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)  # pyright: ignore[reportArgumentType]
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        options = [a for a in args if a is not type(None)]
-        if all(hasattr(option, "kind") for option in options):
-            return _of_a_kind(options, value, where)
-        for option in options[:-1]:
-            try:
-                return _convert(option, value, where)
-            except ConfigError:
-                continue
-        return _convert(options[-1], value, where)
-    if origin is Literal:
-        if value in args:
-            return value
-        raise ConfigError(f"{where} is {value!r}: choose one of {', '.join(map(repr, args))}")
-    if origin is tuple:
-        if isinstance(value, list | tuple):
-            inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
-            if len(inner) == len(value):
-                return tuple(_convert(a, v, where) for a, v in zip(inner, value, strict=True))
-            raise ConfigError(f"{where} takes {len(args)} values, not {value!r}")
-        raise ConfigError(f"{where} must be a list, not {value!r}")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is Any or (isinstance(value, hint) and (hint is bool or not isinstance(value, bool))):
-        return value
-    raise ConfigError(f"{where} must be {hint.__name__}, not {value!r}")
-
-
-def _of_a_kind(options: list[type], value: Any, where: str) -> Any:
-    """The one of several classes whose kind `value` names."""
-    if isinstance(value, dict) and "kind" not in value:
-        value = from_older_form(value)
-    kinds = {option.kind: option for option in options}
-    kind = value.get("kind") if isinstance(value, dict) else None
-    if isinstance(value, dict) and kind not in kinds:
-        raise ConfigError(f"{where}.kind is {kind!r}: choose one of {', '.join(kinds)}")
-    return from_dict(kinds.get(kind, options[0]), value, where)
+    return cls.from_fields(values, where or cls.__name__)
 
 
 def check_types(config: T) -> T:
-    """The same config, after a check of every field against its declared type.
+    """The same config. Deprecated: a config is checked when it is made.
 
     Example:
         >>> from vlm.config import check_types
         >>> check_types(vlm.MeshConfig(fsdp=4)).fsdp
         4
     """
-    return from_dict(type(config), to_dict(config))
+    warnings.warn(
+        "check_types is not needed: a config is checked when it is made",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return config
 
 
 def load_config(path: str | os.PathLike) -> Experiment:
@@ -148,7 +90,7 @@ def load_config(path: str | os.PathLike) -> Experiment:
         try:
             with open(path, encoding="utf-8") as f:
                 return from_dict(Experiment, json.load(f))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ConfigError(f"{path} is not JSON: {error}") from None
     try:
         names = runpy.run_path(path)
@@ -159,7 +101,7 @@ def load_config(path: str | os.PathLike) -> Experiment:
     config = names.get("config")
     if not isinstance(config, Experiment):
         raise ConfigError(f"{path} binds no `config` of type vlm.Experiment: add `config = ...`")
-    return check_types(config)
+    return config
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vlm.config.bounds import check_bounds
+from vlm.config.base import Config
 
 # Of the images that OpenAI's CLIP was trained on, which most models since keep to.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -14,7 +14,7 @@ Clean = Literal["none", "clip", "clip_cased", "clip_canonical", "siglip", "bert"
 
 
 @dataclass(frozen=True)
-class PreprocessConfig:
+class PreprocessConfig(Config):
     """How an image becomes the pixels a model was trained on.
 
     Args:
@@ -68,12 +68,9 @@ class PreprocessConfig:
     )
     decode: Literal["intended", "reference"] = "intended"
 
-    def __post_init__(self):
-        check_bounds(self)
-
 
 @dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(Config):
     """The rules around a `tokenizer.json` that make text the tokens a model was trained on.
 
     Args:
@@ -107,6 +104,3 @@ class TokenizerConfig:
     pad_side: Literal["right", "left"] = "right"
     parse_special: bool = False
     zeroed_id: int | None = None
-
-    def __post_init__(self):
-        check_bounds(self)

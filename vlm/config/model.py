@@ -1,17 +1,18 @@
 """What a model is: its towers, and the space that they share."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from vlm.config.bounds import check_bounds, check_heads, check_projection
-from vlm.config.towers import Activation, VisionTowerConfig, ViTConfig
+from vlm.config.base import Config
+from vlm.config.bounds import check_heads, check_projection
+from vlm.config.towers import Activation, VisionTowerConfig, ViTConfig, from_older_form
 from vlm.errors import ConfigError
 
 TextPool = Literal["end", "argmax", "first", "last", "class", "mean", "map"]
 
 
 @dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Config):
     """A text transformer: causal with end-token pooling (CLIP), or bidirectional (SigLIP).
 
     Args:
@@ -68,8 +69,7 @@ class TextConfig:
     norm_eps: float = 1e-6
     dropout: float = 0.0
 
-    def __post_init__(self):
-        check_bounds(self)
+    def check(self):
         check_heads(self)
         if self.pool == "end" and self.end_id is None:
             raise ConfigError('TextConfig.pool "end" needs end_id, the id of the end token: set it')
@@ -98,7 +98,7 @@ def kept_tokens(count: int, masking: float, specials: int = 0) -> int:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Config):
     """Two towers into one space of `embed_dim` dimensions, and the scale and bias of the logits.
 
     Args:
@@ -124,7 +124,13 @@ class ModelConfig:
     init_scale: float = 1 / 0.07
     init_bias: float | None = None
 
-    def __post_init__(self):
-        check_bounds(self)
+    @classmethod
+    def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        vision = values.get("vision")
+        if isinstance(vision, dict) and "kind" not in vision:
+            return values | {"vision": from_older_form(vision)}
+        return values
+
+    def check(self):
         self.vision.check_space(self.embed_dim)
         self.text.check_space(self.embed_dim)

@@ -8,7 +8,8 @@ and, by `one_size`, why the tower takes images of a single size, if it does.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from vlm.config.bounds import check_bounds, check_heads, check_image_size, check_projection
+from vlm.config.base import Config
+from vlm.config.bounds import check_heads, check_image_size, check_projection
 from vlm.config.efficientnet import EfficientNetConfig
 from vlm.errors import ConfigError
 
@@ -19,7 +20,7 @@ MlpKind = Literal["plain", "swiglu", "swiglu_plain", "geglu"]
 
 
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(Config):
     """A Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929).
 
     Args:
@@ -111,8 +112,7 @@ class ViTConfig:
     dropout: float = 0.0
     patch_dropout: float = 0.0
 
-    def __post_init__(self):
-        check_bounds(self)
+    def check(self):
         check_heads(self)
         if self.pool == "query" and self.projection == "none":
             raise ConfigError('ViTConfig.pool "query" needs a projection: set it to "linear"')
@@ -180,7 +180,7 @@ class ViTConfig:
 
 
 @dataclass(frozen=True)
-class ResNetConfig:
+class ResNetConfig(Config):
     """OpenAI's ResNet with an attention pool, which is its projection too (arXiv:2103.00020).
 
     Args:
@@ -202,11 +202,10 @@ class ResNetConfig:
     width: int = 64
     heads: int = 32
 
-    def __post_init__(self):
-        check_bounds(self)
+    def check(self):
         check_image_size(self)
-        if not self.depths or min(self.depths) < 1:
-            raise ConfigError(f"ResNetConfig.depths {self.depths}: each stage needs a block")
+        if not self.depths:
+            raise ConfigError("ResNetConfig.depths is empty: give one for each stage")
         if self.pooled_width % self.heads:
             raise ConfigError(
                 f"ResNetConfig pools {self.pooled_width} channels, which is not a multiple of "
@@ -235,7 +234,7 @@ class ResNetConfig:
 
 
 @dataclass(frozen=True)
-class FastViTStage:
+class FastViTStage(Config):
     """A stage of FastViT: `depth` blocks of one width, each a mixer of places and an MLP.
 
     Args:
@@ -264,12 +263,9 @@ class FastViTStage:
     squeeze: int = 0
     position: bool = False
 
-    def __post_init__(self):
-        check_bounds(self)
-
 
 @dataclass(frozen=True)
-class FastViTConfig:
+class FastViTConfig(Config):
     """FastViT, reparameterised, as MobileCLIP has it (Vasu et al., 2023, arXiv:2303.14189).
 
     Args:
@@ -297,8 +293,7 @@ class FastViTConfig:
     image_size: int = 256
     norm_eps: float = 1e-5
 
-    def __post_init__(self):
-        check_bounds(self)
+    def check(self):
         inputs = self.stem_width
         for number, stage in enumerate(self.stages):
             where = f"FastViTStage {number}"
@@ -335,7 +330,7 @@ class FastViTConfig:
 
 
 @dataclass(frozen=True)
-class ConvNeXtConfig:
+class ConvNeXtConfig(Config):
     """ConvNeXt (Liu et al., 2022, arXiv:2201.03545): stages of depthwise 7x7 convolutions.
 
     Args:
@@ -363,12 +358,12 @@ class ConvNeXtConfig:
     norm_eps: float = 1e-6
     projection: Literal["none", "linear", "mlp"] = "linear"
 
-    def __post_init__(self):
+    def check(self):
         counts = {len(self.depths), len(self.widths), len(self.mlp_dims)}
-        if len(counts) != 1 or not self.depths or min(self.depths) < 1:
+        if len(counts) != 1 or not self.depths:
             raise ConfigError(
                 f"ConvNeXtConfig has depths {self.depths}, widths {self.widths} and mlp_dims "
-                f"{self.mlp_dims}: give one of each for every stage, and a block at least"
+                f"{self.mlp_dims}: give one of each for every stage"
             )
         check_image_size(self)
 
@@ -395,7 +390,7 @@ class ConvNeXtConfig:
 
 
 @dataclass(frozen=True)
-class ViTaminConfig:
+class ViTaminConfig(Config):
     """ViTamin (Chen et al., 2024, arXiv:2404.02132): two stages of convolutions, then a ViT.
 
     Args:
@@ -432,7 +427,7 @@ class ViTaminConfig:
     norm_eps: float = 1e-6
     projection: Literal["none", "linear"] = "linear"
 
-    def __post_init__(self):
+    def check(self):
         check_heads(self)
         check_image_size(self)
         if self.image_size % self.patch_size:

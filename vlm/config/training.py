@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from vlm.config.adapters import AdapterConfig
+from vlm.config.base import Config
 from vlm.config.data import DataConfig
 from vlm.config.distillation import DistillConfig
 from vlm.config.evaluation import EvalConfig
@@ -17,7 +18,7 @@ RematPolicy = Literal["none", "dots", "dots_no_batch", "full"]
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Config):
     """The update rule, its schedule and its safeguards.
 
     Args:
@@ -81,29 +82,7 @@ class OptimizerConfig:
     max_scale: float | None = 100.0
     nonfinite: Literal["stop", "skip"] = "stop"
 
-    def __post_init__(self):
-        for name in ("eps", "clip_norm", "max_scale", "layer_decay"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"optimizer.{name} is {value}: make it positive")
-        rates = ("learning_rate", "end_learning_rate", "vision_rate", "text_rate")
-        for name in (*rates, "weight_decay", "start_decay"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}: make it 0 or more")
-        for name in ("b1", "b2", "ema", "warmup"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise ConfigError(f"optimizer.{name} is {value}: choose at least 0 and below 1")
-        if not 0 <= self.cooldown <= 1:
-            raise ConfigError(
-                f"optimizer.cooldown is {self.cooldown}, a share of the run: choose from 0 to 1"
-            )
-        if self.layer_decay > 1:
-            raise ConfigError(
-                f"optimizer.layer_decay is {self.layer_decay}: a block learns no faster than the "
-                "one above it, so choose at most 1"
-            )
+    def check(self):
         peak = self.learning_rate
         if peak is not None and self.end_learning_rate > peak:
             raise ConfigError(
@@ -129,7 +108,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Config):
     """Sizes of the mesh axes; one of them may be -1 and takes what is left of the devices.
 
     Args:
@@ -148,9 +127,16 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
 
+    def check(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        if 0 in sizes or sizes.count(-1) > 1:
+            raise ConfigError(
+                f"{self}: sizes are positive, and at most one is -1 and takes what is left"
+            )
+
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(Config):
     """One run of `vlm train`, whole.
 
     Args:
@@ -265,46 +251,28 @@ class Experiment:
     profile: tuple[int, int] | None = None
     run_dir: str | None = None
 
-    def __post_init__(self):
+    def check(self):
         lengths = ("steps", "epochs", "examples", "seconds")
         given = [name for name in lengths if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(
                 f"a run has one length, but {' and '.join(given)} are all set: keep one"
             )
-        for name in given:
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}: make it positive")
-        for name in ("batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}: make it at least 1")
-        for name in ("checkpoint_minutes", "keep_hours"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} is {value}: make it positive, or leave it out")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size "
                 f"{self.micro_batch_size}: choose one that divides it"
             )
-        if sum(share for share, _ in self.image_sizes) > 1 or any(
-            share <= 0 for share, _ in self.image_sizes
-        ):
+        if sum(share for share, _ in self.image_sizes) > 1:
             raise ConfigError(
-                f"image_sizes {self.image_sizes} must have positive shares of the run that add up "
-                "to at most 1: what is left trains at the full size"
+                f"image_sizes {self.image_sizes} must have shares of the run that add up to at "
+                "most 1: what is left trains at the full size"
             )
         self._check_start()
         self._check_objective()
         if self.model is not None or self.init_from is None:
             self._check_model(self.model or ModelConfig())
         self._check_evaluation()
-        if not 0 <= self.text_masking < 1:
-            raise ConfigError(
-                f"text_masking {self.text_masking} is a share of the text: choose at least 0 and "
-                "below 1"
-            )
 
     def _check_start(self) -> None:
         if self.adapter is not None and (self.lock != "none" or self.init_towers != "both"):
@@ -424,12 +392,6 @@ class Experiment:
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"two of evals are called {name!r}: give each a name of its own")
-        for name in ("eval_every", "checkpoint_every"):
-            share = getattr(self, name)
-            if share is not None and not 0 < share <= 1:
-                raise ConfigError(
-                    f"{name} is {share}, a share of the run: choose above 0 and at most 1"
-                )
         if self.eval_every is not None and not self.evals and not self.data.eval_split:
             raise ConfigError(
                 f"eval_every is {self.eval_every}, and there is nothing to evaluate on: set "

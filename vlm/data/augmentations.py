@@ -14,9 +14,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from vlm.config import AugmentConfig
-from vlm.errors import ConfigError
+from vlm.config.data import MOST_OPERATIONS
 
-MOST_OPERATIONS = 4
 DRAWS = 2 * MOST_OPERATIONS + 1 + 2 + 1 + 1  # uniform numbers: of RandAugment, then as below
 
 _LEVELS = 30
@@ -27,27 +26,6 @@ _MEAN = (124, 116, 104)  # fills what a shift or a turn uncovers: ImageNet's mea
 def is_on(config: AugmentConfig) -> bool:
     """Whether `config` asks for any of these."""
     return bool(config.randaugment or any(getattr(config, name) for name in _SHARES))
-
-
-def check(config: AugmentConfig) -> None:
-    """Refuse settings that cannot be.
-
-    Raises:
-        ConfigError: a probability outside 0..1, or a RandAugment of unknown strength.
-    """
-    for name in _SHARES:
-        if not 0 <= getattr(config, name) <= 1:
-            raise ConfigError(
-                f"augment.{name} {getattr(config, name)} is a probability: choose one in 0..1"
-            )
-    if config.randaugment is None:
-        return
-    count, magnitude = config.randaugment
-    if not (0 <= count <= MOST_OPERATIONS and 0 <= magnitude <= _LEVELS):
-        raise ConfigError(
-            f"augment.randaugment {config.randaugment} must be a number of operations, at most "
-            f"{MOST_OPERATIONS}, and a magnitude of 0 to {_LEVELS}"
-        )
 
 
 def changed(

@@ -14,7 +14,7 @@ from jaxtyping import Int
 from vlm.config import DataConfig, FieldFilter
 from vlm.data.class_names import NAME, class_name
 from vlm.data.faults import BadSample
-from vlm.errors import ConfigError, DataError
+from vlm.errors import DataError
 
 Example = dict[str, Any]
 
@@ -93,44 +93,9 @@ def choose_caption(example: Example, config: DataConfig, u: float) -> str:
     return captions[-1]
 
 
-def check_captions(config: DataConfig) -> None:
-    """Refuse weights that cannot be.
-
-    Raises:
-        ConfigError: not one for each feature, or none above zero.
-    """
-    weights = config.caption_weights
-    if not weights:
-        return
-    if len(weights) != len(config.captions):
-        raise ConfigError(
-            f"data.caption_weights has {len(weights)} weights for the {len(config.captions)} "
-            "features of data.captions: give one for each"
-        )
-    if min(weights) < 0 or sum(weights) <= 0:
-        raise ConfigError(
-            f"data.caption_weights {weights} pick no caption: give weights of at least 0, and one "
-            "above it"
-        )
-
-
 def passes(example: Example, filters: Sequence[FieldFilter]) -> bool:
     """Whether an example has all that `filters` ask for."""
     return all(_passes(example.get(f.feature), f) for f in filters)
-
-
-def check_filters(filters: Sequence[FieldFilter]) -> None:
-    """Refuse filters that ask for nothing.
-
-    Raises:
-        ConfigError: no feature, or no condition on it.
-    """
-    for f in filters:
-        if not f.feature or (f.at_least is None and f.at_most is None and not f.one_of):
-            raise ConfigError(
-                f"data.keep has {f}, which asks for nothing: name a feature, and at_least, at_most "
-                "or one_of"
-            )
 
 
 def wanted_features(config: DataConfig) -> list[str]:

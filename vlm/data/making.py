@@ -32,7 +32,6 @@ class Maker:
         self._configs, self._preprocess = list(configs), preprocess
         self.blank, self.image_bytes = preprocess.blank, preprocess.image_bytes
         augment = configs[0].augment
-        augmentations.check(augment)
         self._augment = Augment(augment, preprocess)
         self._changes = augment if augmentations.is_on(augment) else None
 

@@ -28,6 +28,15 @@ def part_configs(config: DataConfig) -> list[DataConfig]:
             if field.name not in ("weight", "epochs", "examples")
             and (value := getattr(part, field.name)) is not None
         }
+        # Captions of a part replace a label of the mixture, and a label of a part its captions.
+        label = part.label or (config.label if part.captions is None else None)
+        own["label"] = label
+        if label:
+            own |= {"captions": (), "caption_weights": ()}
+        else:
+            own |= {"templates": DataConfig.templates, "class_names": None}
+        if own.get("access", config.access) == "random":
+            own |= {"lanes": None, "shuffle": DataConfig.shuffle}
         configs.append(dataclasses.replace(config, mixture=(), **own))
     return configs
 

@@ -14,7 +14,7 @@ from absl import flags
 from etils import epath
 
 from vlm.config import DataConfig
-from vlm.data.examples import captions_of, check_captions, check_filters
+from vlm.data.examples import captions_of
 from vlm.data.faults import BadSamples
 from vlm.data.lanes import (
     LaneBatches,
@@ -171,13 +171,6 @@ def train_batches(
         ((4, 16, 16, 3), (4, 12))
     """
     _check_share(batch_size, process_index, process_count)
-    check_captions(config)
-    check_filters(config.keep)
-    if config.cache and config.workers:
-        raise ConfigError(
-            f"data.cache keeps images in this process, so data.workers {config.workers} processes "
-            "could not share it: set one of them off"
-        )
     if streams(config):
         if reinforced is not None:
             raise ConfigError(

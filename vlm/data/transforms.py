@@ -8,7 +8,6 @@ from jaxtyping import Float, Float32, UInt8
 from PIL import Image
 
 from vlm.config import AugmentConfig
-from vlm.errors import ConfigError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.resizing import PILLOW_KERNELS
 
@@ -27,19 +26,6 @@ class Augment:
 
     config: AugmentConfig
     preprocess: Preprocess
-
-    def __post_init__(self):
-        config = self.config
-        if config.crop is not None and not 0 < config.crop[0] <= config.crop[1] <= 1:
-            raise ConfigError(
-                f"augment.crop {config.crop} must be two shares, 0 < low <= high <= 1, or None"
-            )
-        if not 0 < config.aspect[0] <= config.aspect[1]:
-            raise ConfigError(f"augment.aspect {config.aspect} must be two ratios, 0 < low <= high")
-        if not 0 <= config.jitter <= 1:
-            raise ConfigError(f"augment.jitter {config.jitter} must lie in 0..1")
-        if not 0 <= config.hue <= 0.5:
-            raise ConfigError(f"augment.hue {config.hue} must lie in 0..0.5 turns")
 
     def __call__(
         self,

@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, show
 
 _SHOWN, _LONG = 20, 240  # names in a message, and characters of each
 _MAX_FILE = 200_000_000  # bytes; the largest published tokenizer.json has 35 million
@@ -168,19 +168,6 @@ def with_defaults(
             value = string(value, place)
         values[name] = value
     return values
-
-
-def show(value: Any) -> str:
-    """A value as a message quotes it: at most some 80 characters of it."""
-    if isinstance(value, dict | list) and len(value) > 8:
-        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,} values"
-    if isinstance(value, int) and abs(value) >= 10**20:
-        return "a whole number of more than 20 digits"
-    try:
-        shown = repr(value)
-    except RecursionError:
-        return "a deeply nested value"
-    return shown if len(shown) <= 80 else f"{shown[:60]}... ({len(shown):,} characters)"
 
 
 def some(names: Sequence[str]) -> str:

@@ -1,0 +1,174 @@
+"""Base class of all configs: every field is checked against its declared type at construction."""
+
+import dataclasses
+import functools
+import numbers
+import types
+import typing
+from typing import Any, ClassVar, Literal, TypeVar
+
+from vlm.config.bounds import check_bounds
+from vlm.errors import ConfigError, show
+
+T = TypeVar("T", bound="Config")
+
+
+class Config:
+    """Base of the frozen dataclasses that describe a run.
+
+    Construction checks each field against its declared type, its choices and the bounds of
+    `vlm.config.bounds`, and then calls `check`. An int becomes a float where one is declared, a
+    list a tuple, and a dict of fields the config that is declared.
+
+    Raises:
+        ConfigError: a wrong value; the message names class, field, value and what is allowed.
+
+    Example:
+        >>> vlm.OptimizerConfig(name="AdamW")
+        Traceback (most recent call last):
+            ...
+        vlm.errors.ConfigError: ...
+    """
+
+    kind: ClassVar[str]  # of a class that is one of several: its name in JSON
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            checked = _checked(type(self), name, value, f"{type(self).__name__}.{name}")
+            object.__setattr__(self, name, checked)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse fields that contradict each other. A subclass with such fields overrides it."""
+
+    def changed(self, *names: str) -> list[str]:
+        """Those of the fields `names` whose value is not the default.
+
+        Example:
+            >>> vlm.MeshConfig(fsdp=2).changed("data", "fsdp")
+            ['fsdp']
+        """
+        defaults = _defaults(type(self))
+        return [name for name in names if getattr(self, name) != defaults[name]]
+
+    def refuse_unused(self, why: str, *names: str) -> None:
+        """Refuse those of the fields `names` that were set, for they have no effect.
+
+        Raises:
+            ConfigError: it names the first of them, its value, `why`, and its default.
+        """
+        for name in self.changed(*names):
+            raise ConfigError(
+                f"{type(self).__name__}.{name} is {getattr(self, name)!r} and has no effect: "
+                f"{why}, or leave it at {_defaults(type(self))[name]!r}"
+            )
+
+    @classmethod
+    def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The fields of this version, from those that an older version wrote as JSON."""
+        return values
+
+    @classmethod
+    def from_fields(cls: type[T], values: Any, where: str) -> T:
+        """The config of a dict of fields; `where` is its path in messages.
+
+        Raises:
+            ConfigError: a field is unknown, missing or wrong; the message names it by its path.
+        """
+        if not isinstance(values, dict):
+            raise ConfigError(f"{where} must be an object of fields, not {values!r}")
+        values = {name: value for name, value in cls.upgraded(values).items() if name != "kind"}
+        known = _hints(cls)
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"{where} has no field {name!r}: it has {', '.join(known)}")
+        missing = [name for name in known if name not in values and name not in _defaults(cls)]
+        if missing:
+            raise ConfigError(f"{where} lacks {' and '.join(missing)}: give a value")
+        return cls(**{n: _checked(cls, n, value, f"{where}.{n}") for n, value in values.items()})
+
+
+def _checked(cls: type[Config], name: str, value: Any, where: str) -> Any:
+    """The value of a field as its type asks for it, within its bounds."""
+    value = _convert(_hints(cls)[name], value, where)
+    check_bounds(cls.__name__, name, value, where)
+    return value
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type `hint` asks for, or a ConfigError that names `where`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _one_of(args, value, where)
+    if origin is Literal:
+        if isinstance(value, str) and value in args:
+            return value
+        raise ConfigError(f"{where} is {show(value)}: choose one of {', '.join(map(repr, args))}")
+    if origin is tuple:
+        return _tuple_of(args, value, where)
+    if issubclass(hint, Config):
+        return value if isinstance(value, hint) else hint.from_fields(value, where)
+    if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
+        try:
+            return value if type(value) is float else float(value)
+        except OverflowError:
+            raise ConfigError(f"{where} is {show(value)}: it is too large for a float") from None
+    if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return value if type(value) is int else int(value)
+    if hint in (str, bool) and isinstance(value, hint):
+        return value
+    raise ConfigError(f"{where} must be {hint.__name__}, not {show(value)}")
+
+
+def _one_of(options: tuple[Any, ...], value: Any, where: str) -> Any:
+    """`value` as one of the types of a union asks for it."""
+    if value is None and types.NoneType in options:
+        return None
+    options = tuple(option for option in options if option is not types.NoneType)
+    kinds = {option.kind: option for option in options if hasattr(option, "kind")}
+    if kinds and isinstance(value, dict):
+        kind = value.get("kind")
+        if not isinstance(kind, str) or kind not in kinds:
+            raise ConfigError(f"{where}.kind is {kind!r}: choose one of {', '.join(kinds)}")
+        return kinds[kind].from_fields(value, where)
+    if kinds and not isinstance(value, options):
+        raise ConfigError(
+            f"{where} must be an object of fields, or one of "
+            f"{', '.join(option.__name__ for option in options)}, not {show(value)}"
+        )
+    if kinds:
+        return value
+    for option in options[:-1]:
+        try:
+            return _convert(option, value, where)
+        except ConfigError:
+            continue
+    return _convert(options[-1], value, where)
+
+
+def _tuple_of(args: tuple[Any, ...], value: Any, where: str) -> tuple:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{where} must be a list, not {show(value)}")
+    hints = [args[0]] * len(value) if args[-1] is Ellipsis else args
+    if len(hints) != len(value):
+        raise ConfigError(f"{where} takes {len(args)} values, not {show(value)}")
+    return tuple(_convert(hint, part, where) for hint, part in zip(hints, value, strict=True))
+
+
+@functools.cache
+def _hints(cls: type[Config]) -> dict[str, Any]:
+    """The types of the fields, in their order."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # pyright: ignore
+
+
+@functools.cache
+def _defaults(cls: type[Config]) -> dict[str, Any]:
+    """The defaults of the fields that have one."""
+    found = {}
+    for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = field.default_factory()
+    return found
