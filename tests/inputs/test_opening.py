@@ -3,6 +3,7 @@
 import contextlib
 import io
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -12,7 +13,15 @@ from PIL import Image, ImageFile
 from vlm.config import PreprocessConfig
 from vlm.errors import DataError
 from vlm.heads.inputs import kind
-from vlm.inputs.opening import FORMATS, SUFFIXES, is_image, one_or_many, open_image
+from vlm.inputs.folders import is_image_name
+from vlm.inputs.opening import (
+    FORMATS,
+    SUFFIXES,
+    extension_of,
+    is_image,
+    one_or_many,
+    open_image,
+)
 from vlm.inputs.preprocess import Preprocess
 
 
@@ -255,3 +264,51 @@ def test_one_rule_for_what_an_image_is(tmp_path, files, photo):
             kind(other, "add")
         with pytest.raises(DataError, match=f"image 1 is a {name}: give a PIL image"):
             Preprocess(PreprocessConfig(image_size=8))([photo, other])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_ending_that_is_written_for_a_format_is_read(form):
+    data = saved(Image.new("RGB", (9, 8), (200, 10, 10)), form)
+    assert f".{extension_of(data)}" in FORMATS[form]
+    assert is_image_name(f"x.{extension_of(data)}")
+
+
+def test_an_mpo_file_is_a_jpeg():
+    image, out = Image.new("RGB", (9, 8), (200, 10, 10)), io.BytesIO()
+    image.save(out, "MPO", save_all=True, append_images=[image])
+    assert extension_of(out.getvalue()) == "jpg"
+    with pytest.raises(DataError, match="not an image"):
+        extension_of(b"just words")
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "extra", "module"),
+    [
+        (b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf", "HEIC", "heif", "pillow_heif"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heicmiaf", "HEIC", "heif", "pillow_heif"),
+        (b"\xff\x0a\x98\xc0", "JPEG XL", "jxl", "pillow_jxl"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL", "jxl", "pillow_jxl"),
+    ],
+)
+def test_a_format_of_an_extra_names_it(monkeypatch, data, kind, extra, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DataError) as said:
+        open_image(data, name="photo")
+    expected = f'photo is {kind}, which needs another package: run pip install "vlm-jax[{extra}]"'
+    assert str(said.value) == expected
+
+
+def test_formats_of_extras_are_opened_by_their_packages(tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    pytest.importorskip("pillow_jxl")
+    heif.register_heif_opener()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 31, 3), np.uint8))
+    for form, ending in (("HEIF", "heic"), ("JXL", "jxl")):
+        image.save(tmp_path / f"x.{ending}", form)
+        data = (tmp_path / f"x.{ending}").read_bytes()
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        np.testing.assert_array_equal(np.asarray(open_image(data)), expected)
+        assert extension_of(data) == ending
+        assert is_image_name(f"x.{ending}")
+        with pytest.raises(DataError, match=r"damaged|cannot be decoded"):
+            open_image(data[: len(data) // 2])
