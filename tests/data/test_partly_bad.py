@@ -131,3 +131,24 @@ def test_a_row_is_named_by_its_place_in_the_file(tmp_path):
     source = open_source(kinds.parquet_bytes(tmp_path), "train")  # row groups of three
     sizes = np.array_split(np.arange(kinds.COUNT), kinds.SHARDS)
     assert source[int(sizes[1][4])]["\0where"].endswith("1.parquet: row 4")
+
+
+def test_rows_of_a_parquet_file_without_a_split_are_left_out_and_counted(tmp_path, caplog):
+    """Also where one of the files has no such column: the rows of the others keep their numbers."""
+    for name, rows in {
+        "a": [{"image": "a0", "caption": "a0"}, {"image": "a1", "caption": "a1"}],
+        "b": [{"image": f"b{i}", "caption": f"b{i}", "split": split}
+              for i, split in enumerate(["test", "train", None])],
+        "c": [{"image": f"c{i}", "caption": f"c{i}", "split": split}
+              for i, split in enumerate([1.0, float("nan")])],
+    }.items():  # fmt: skip
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    pattern = str(tmp_path / "*.parquet")
+    for split, expected in (("train", ["b1"]), ("test", ["b0"]), ("1.0", ["c0"])):
+        source = open_source(DataConfig(pattern), split)
+        assert [source[i]["caption"] for i in range(len(source))] == expected
+    assert "4 rows of no split" in caplog.text
+    with pytest.raises(DataError, match=r"no split 'dev': it has 1\.0, test, train"):
+        open_source(DataConfig(pattern), "dev")
+    with pytest.raises(DataError, match="there is no table"):
+        open_source(DataConfig(str(tmp_path / "none.parquet")), "train")

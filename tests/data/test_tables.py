@@ -122,6 +122,17 @@ def test_an_unclosed_quote_costs_its_own_row(tmp_path, caplog):
         open_source(DataConfig(str(tmp_path / "b.csv")), "train")
 
 
+def test_a_table_whose_every_field_is_quoted_stays_so_but_for_a_broken_line(tmp_path):
+    """Read without quotes each line has two fields, but their quotation marks are no text."""
+    rows = [f'"{i}.jpg","a dog"' for i in range(40)]
+    rows[17] = '"17.jpg","a dog'
+    (tmp_path / "a.csv").write_text('"image","caption"\n' + "\n".join(rows) + "\n")
+    source = open_source(DataConfig(str(tmp_path / "a.csv")), "train")
+    assert [source[i]["caption"] for i in range(40) if i != 17] == ["a dog"] * 39
+    with pytest.raises(BadSample, match=r"line 19 of"):
+        source[17]
+
+
 def test_a_broken_row_is_counted_and_named_in_a_run(tmp_path):
     for i in range(12):
         (tmp_path / f"{i}.jpg").write_bytes(jpeg(i))

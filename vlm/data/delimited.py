@@ -16,6 +16,9 @@ from vlm.data.faults import BadSample
 from vlm.inputs.opening import SUFFIXES
 from vlm.paths import lines_of
 
+_HOLD = "quotation marks hold fields"
+_MOSTLY = 10  # lines whose quotation marks fit, to one whose do not
+
 _log = logging.getLogger(__name__)
 
 
@@ -26,16 +29,16 @@ class Line(NamedTuple):
     fields: list[str]
 
 
-class Reading(NamedTuple):
-    """What one way of reading makes of a text."""
+class Reading:
+    """The rows that one way of reading makes of a text.
 
-    rows: list[Line]
-    how: str
+    `bad` of them have another number of fields than the first. Where each line is read by itself,
+    `enclosed` lines have a field between quotation marks.
+    """
 
-    @property
-    def bad(self) -> int:
-        """How many rows have another number of fields than the first."""
-        return sum(len(row.fields) != len(self.rows[0].fields) for row in self.rows)
+    def __init__(self, rows: list[Line], how: str, enclosed: int = 0):
+        self.rows, self.how, self.enclosed = rows, how, enclosed
+        self.bad = sum(len(row.fields) != len(rows[0].fields) for row in rows)
 
 
 def read_delimited(text: str, delimiter: str, where: str) -> list[Line | BadSample]:
@@ -60,11 +63,11 @@ def _read(text: str, delimiter: str, where: str) -> Reading:
     if '"' not in text:
         return plain
     try:
-        quoted = Reading(_rows(text, delimiter, quoted=True), "quotation marks hold fields")
+        quoted = Reading(_rows(text, delimiter, quoted=True), _HOLD)
     except csv.Error:  # one that is not closed, or text behind one that is
-        quoted = Reading(_line_by_line(text, delimiter), "quotation marks hold fields of one line")
+        quoted = _line_by_line(text, delimiter)
     chosen = plain if _is_better(plain, quoted, delimiter) else quoted
-    if len(plain.rows) != len(quoted.rows) or chosen.bad or "one line" in quoted.how:
+    if len(plain.rows) != len(quoted.rows) or chosen.bad or quoted.how != _HOLD:
         other = quoted if chosen is plain else plain
         _log.warning(
             "%s is read as %s rows, %s of them broken (%s), not as %s rows, %s broken (%s)",
@@ -75,6 +78,8 @@ def _read(text: str, delimiter: str, where: str) -> Reading:
 
 
 def _is_better(plain: Reading, quoted: Reading, delimiter: str) -> bool:
+    if plain.bad < quoted.bad and _MOSTLY * quoted.bad < quoted.enclosed:
+        return False  # quotation marks are well used but for a few
     if plain.bad != quoted.bad or len(plain.rows) <= len(quoted.rows):
         return plain.bad < quoted.bad
     # As many fields in each line as in the first, though some lines lie between quotation marks:
@@ -100,14 +105,17 @@ def _rows(text: str, delimiter: str, *, quoted: bool) -> list[Line]:
     return rows
 
 
-def _line_by_line(text: str, delimiter: str) -> list[Line]:
+def _line_by_line(text: str, delimiter: str) -> Reading:
     """Each line by itself; one whose quotation marks do not fit is a row of one broken field."""
-    found = []
+    rows, enclosed = [], 0
     for number, line in enumerate(lines_of(text), 1):
-        try:
-            fields = next(csv.reader([line], delimiter=delimiter, strict=True), [])
-        except csv.Error:
-            fields = [line]
-        if fields:
-            found.append(Line(number, fields))
-    return found
+        fields = line.split(delimiter)
+        if any(field.startswith('"') for field in fields):
+            try:
+                fields = next(csv.reader([line], delimiter=delimiter, strict=True))
+                enclosed += 1
+            except csv.Error:
+                fields = [line]
+        if line:
+            rows.append(Line(number, fields))
+    return Reading(rows, "quotation marks hold fields of one line", enclosed)

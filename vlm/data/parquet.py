@@ -18,7 +18,7 @@ from vlm.data.columns import Columns, import_pyarrow, same_label_names
 from vlm.data.examples import Example, Subset
 from vlm.data.faults import BadSample
 from vlm.data.shards import Record
-from vlm.data.splits import find_split, named_splits, split_files
+from vlm.data.splits import named_splits, rows_of_split, split_files, split_value
 from vlm.data.storage import expand, open_file, retry
 from vlm.data.tar import Torn
 from vlm.errors import DataError, first_line
@@ -152,12 +152,13 @@ def open_parquet(config: DataConfig, split: str) -> Any:
     Raises:
         DataError: no such file or split, pyarrow is not installed, or a feature is missing.
     """
-    said = _split_column(config.source)
-    files = expand(config.source) if said else split_files(config.source, split, config.train_split)
+    splits = _split_column(config.source)
+    files = (
+        expand(config.source) if splits else split_files(config.source, split, config.train_split)
+    )
     source = ParquetSource(files, config)
-    if said:
-        split = find_split(split, set(said), config.source)
-        return Subset(source, [i for i, value in enumerate(said) if value == split])
+    if splits:
+        return Subset(source, rows_of_split(split, splits, config.source))
     if not len(source):
         raise DataError(f"{config.source} has no rows: give it one for each image")
     return source
@@ -167,15 +168,25 @@ def parquet_splits(config: DataConfig) -> list[str] | None:
     """The splits by the column `split` or by the files' names; None where there is neither."""
     if "{split}" in config.source:
         return named_splits(config.source)
-    return sorted(set(_split_column(config.source))) or None
+    return sorted({own for own in _split_column(config.source) if own}) or None
 
 
-def _split_column(pattern: str) -> list[str]:
-    """The value of the column `split` of each row; empty where there is none, or in its place
-    `{split}` in the names of the files."""
+def _split_column(pattern: str) -> list[str | None]:
+    """The split of each row, None where it has none.
+
+    Empty where no file has the column `split`, or `{split}` is in their names in its place.
+    """
     files = [] if "{split}" in pattern else expand(pattern)
-    rows = (row for name in files for row in read_columns(name, ["split"]))
-    return [str(row["split"]) for row in rows if "split" in row]
+    footers = [_footer(name) for name in files]
+    if not any("split" in schema.names for _, schema in footers):
+        return []
+    found: list[str | None] = []
+    for name, (metadata, schema) in zip(files, footers, strict=True):
+        if "split" in schema.names:
+            found += [split_value(row["split"]) for row in read_columns(name, ["split"])]
+        else:
+            found += [None] * metadata.num_rows
+    return found
 
 
 @functools.lru_cache(16)

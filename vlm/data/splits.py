@@ -4,9 +4,11 @@
 there is an error that lists those that are.
 """
 
+import logging
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from vlm.data.storage import exists, expand, list_files
 from vlm.errors import DataError
@@ -15,6 +17,7 @@ VALIDATION = ("validation", "val", "valid", "dev")
 NAMES = ("train", "test", *VALIDATION)  # a folder of such a name holds a split
 WHOLE = "all"  # how a report names a data set without splits
 
+_log = logging.getLogger(__name__)
 _PLACE = "{split}"
 _BRACES = re.compile(r"\{(?!split\})[^{}]*\}")
 
@@ -42,6 +45,23 @@ def find_split(asked: str, known: Collection[str], where: str) -> str:
             f"{', '.join(sorted(found))}"
         )
     raise DataError(f"{where} has no split {asked!r}: it has {listed}")
+
+
+def split_value(value: Any) -> str | None:
+    """The split that a value in a column `split` names; None for null, NaN and an empty text."""
+    return None if value is None or value != value or value == "" else str(value)
+
+
+def rows_of_split(asked: str, values: Sequence[str | None], where: str) -> list[int]:
+    """The numbers of the rows of a split, by the values in a column; rows of none are logged.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    found = find_split(asked, {value for value in values if value}, where)
+    if without := values.count(None):
+        _log.warning("%s has %s rows of no split, which are left out", where, f"{without:,}")
+    return [i for i, value in enumerate(values) if value == found]
 
 
 def default_split(known: Collection[str], where: str) -> str:

@@ -22,7 +22,7 @@ from vlm.data.delimited import Line, read_delimited
 from vlm.data.examples import WHERE, Example, check_features, flat_items
 from vlm.data.faults import BadSample
 from vlm.data.json_rows import read_json_rows
-from vlm.data.splits import find_split, named_splits, split_files
+from vlm.data.splits import named_splits, rows_of_split, split_files, split_value
 from vlm.data.storage import stamp_of
 from vlm.errors import DataError
 from vlm.paths import as_path, decode_text, is_remote
@@ -82,12 +82,9 @@ def open_table(config: DataConfig, split: str) -> TableSource:
                 "set eval_split=None"
             )
         return TableSource(rows, folder, config)
-    found = find_split(split, {own for own in splits if own}, str(path))
-    chosen = [row for row, own in zip(rows, splits, strict=True) if own == found]
+    chosen = [rows[i] for i in rows_of_split(split, splits, str(path))]
     if split == config.train_split:  # which counts the bad ones
         chosen += [row for row in rows if isinstance(row, BadSample)]
-    if without := sum(own is None for own in splits):
-        _log.warning("%s has %s rows of no split, which are left out", path, f"{without:,}")
     return TableSource(chosen, folder, config)
 
 
@@ -105,9 +102,8 @@ def _splits(rows: Sequence[Example | BadSample], config: DataConfig) -> list[str
         return []
     found: list[str | None] = []
     for row in rows:
-        own = row.get("split", config.train_split) if isinstance(row, dict) else ""
-        nothing = own is None or own != own or (own == "" and isinstance(row, dict))  # NaN, too
-        found.append(None if nothing else str(own))
+        bad = isinstance(row, BadSample)
+        found.append("" if bad else split_value(row.get("split", config.train_split)))
     return found
 
 
