@@ -36,8 +36,8 @@ SOURCES = {
 
 
 def config(kind, **options):
-    captions = tuple(name for name in FIELDS if name != "info/score")
-    options = {"captions": captions, **options}
+    if "label" not in options:
+        options["captions"] = tuple(name for name in FIELDS if name != "info/score")
     return DataConfig(str(GOLDEN / SOURCES[kind]), access="random", **options)
 
 
