@@ -163,5 +163,8 @@ def test_numbers_are_sorted_by_their_value(tmp_path):
         Image.new("RGB", (4, 4)).save(tmp_path / f"{i}.png")
         lines.append(f"{i}.png,{i},test")
     (tmp_path / "captions.csv").write_text("\n".join(lines))
-    config = DataConfig(str(tmp_path), label="label")
-    assert classes_of(config, open_source(config, "test")).labels == ["1", "2", "9", "10"]
+    (tmp_path / "names.txt").write_text("one\ntwo\nnine\nten\n")
+    config = DataConfig(str(tmp_path), label="label", class_names=str(tmp_path / "names.txt"))
+    found = classes_of(config, open_source(config, "test"))
+    assert found.labels == ["1", "2", "9", "10"]
+    assert found.names == ["one", "two", "nine", "ten"]

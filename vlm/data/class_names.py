@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from vlm.config import DataConfig
+from vlm.data.known_classes import check_names, imagenet_names
 from vlm.errors import DataError
 from vlm.paths import as_path
 
@@ -57,13 +58,15 @@ def readable(label: str) -> str:
 def names_of(
     labels: Sequence[str], given: Mapping[str, str] | None = None, where: str = "the data"
 ) -> list[str]:
-    """The name of each label, in order: as given, else as `readable` makes it.
+    """The name of each label, in order: as given, else ImageNet's, else as `readable` makes it.
 
     Raises:
-        DataError: two labels that would be read as one name.
+        DataError: two labels that would be read as one name, or one that is no name but a number or
+            a WordNet id that is not ImageNet's.
     """
-    given = given or {}
-    names = [given.get(label) or readable(label) for label in labels]
+    given = {**imagenet_names(labels), **(given or {})}
+    names = [given[label] if label in given else readable(label) for label in labels]
+    check_names([label for label in labels if label not in given], where)
     twice = {name for name, count in Counter(names).items() if count > 1}
     for name in twice:
         merged = [label for label, own in zip(labels, names, strict=True) if own == name]
@@ -101,10 +104,11 @@ def class_name(label: str, config: DataConfig) -> str:
     """The name of the label of one example, where the labels of its data set are not known.
 
     Raises:
-        DataError: `class_names` of the config names a file that is in the order of the labels.
+        DataError: see `names_of`; or `class_names` of the config names a file that is in the order
+            of the labels.
     """
     if config.class_names is None:
-        return readable(label)
+        return names_of([label], where=config.source)[0]
     found = _read_once(config.class_names)
     if not isinstance(found, dict):
         raise DataError(

@@ -212,7 +212,8 @@ def _by_feature(example: Example, config: DataConfig) -> list[list[str]]:
     """The captions of each of `config.captions`, at least one in all."""
     where = example.get(WHERE, "an example")
     if config.label:
-        name = example.get(NAME) or class_name(label_of(example, config), config)
+        known = NAME in example
+        name = example[NAME] if known else class_name(label_of(example, config), config)
         return [[template.replace("{}", name)] for template in config.templates]
     found = [list(_texts(example.get(feature))) for feature in config.captions]
     if not any(found):

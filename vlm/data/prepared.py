@@ -12,6 +12,8 @@ from tensorflow_datasets.core import constants, read_only_builder
 
 from vlm.config import DataConfig
 from vlm.data.examples import Example, check_features
+from vlm.data.faults import BadSample
+from vlm.data.known_classes import classes_of_tfds
 from vlm.data.splits import find_split
 from vlm.errors import DataError, first_line
 from vlm.paths import as_path
@@ -38,7 +40,13 @@ def open_split(builder: tfds.core.DatasetBuilder, split: str, decoders: dict[str
 
 
 class TfdsSource:
-    """A split of a prepared TFDS data set, read without TensorFlow."""
+    """A split of a prepared TFDS data set, read without TensorFlow.
+
+    Attributes:
+        label_names: the labels of all classes, if the config asks for a label.
+        class_names: their names in sentences, if the data set is a known one.
+        templates: of the data set, if it is a known one.
+    """
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, config: DataConfig):
         self.credits = builder.info.redistribution_info.license or ""  # as the metadata states them
@@ -47,7 +55,12 @@ class TfdsSource:
         check_features(config, list(features), where)
         self._label = config.label
         self._image = config.image  # bytes that stay bytes
+        self._where = f"{where} {split}"
         self._names = _label_names(features[config.label], where, config) if config.label else None
+        self.label_names, self.class_names, self.templates = self._names, None, None
+        if known := classes_of_tfds(builder.info.name, self._names or ()):
+            self.label_names = list(known.wordnet_ids) or self._names
+            self.class_names, self.templates = list(known.names) or None, known.templates
         for name in () if config.label else config.captions:
             if features[name].np_dtype not in (np.object_, np.str_):
                 raise DataError(
@@ -73,13 +86,12 @@ class TfdsSource:
         record = _flat(self._records[int(index)])
         example = {k: v if k == self._image else _text(v) for k, v in record}
         if self._label and self._names:
-            example[self._label] = self._names[int(example[self._label])]
+            label = int(example[self._label])
+            if label < 0:  # as TFDS marks what has none
+                why = f"example {index} of {self._where} has the label {label}, which is none: name"
+                raise BadSample("no label", self._where, f"{why} a split that has labels")
+            example[self._label] = self._names[label]
         return example
-
-    @property
-    def label_names(self) -> list[str] | None:
-        """All class names in the order of their ids, when the config asks for a label."""
-        return self._names
 
 
 def _known(split: str, builder: tfds.core.DatasetBuilder, where: str) -> str:

@@ -75,7 +75,11 @@ class ShardSource:
         except (OSError, tar.Torn, StopIteration) as error:
             why = f"example {index} of {name} cannot be read where the index says ({error})"
             raise BadSample("failed read", name, why) from None
-        return example_of(group, self._config, name, more)
+        return self._example(group, name, more)
+
+    def _example(self, group: tar.Group, shard: str, more: dict[str, Any] | None) -> Example:
+        """The example that the members of a group make."""
+        return example_of(group, self._config, shard, more)
 
     def use_sidecars(self) -> None:
         """Add the columns of the tables beside the shards to their examples."""
@@ -111,7 +115,7 @@ def open_shards(config: DataConfig, split: str) -> ShardSource:
         DataError: no shard, no example in them, or none with what the config names.
     """
     names = split_files(config.source, split, config.train_split)
-    source = ShardSource(_index_for(names, config), names, config)
+    source = ShardSource(index_for(names, config), names, config)
     for fault in source.faults:
         warn_once(f"{fault['why']}: {fault.get('samples', 1):,} samples are lost")
     _check_first(source, config)
@@ -183,7 +187,8 @@ def read_index(path: str) -> tuple[dict[str, Any], UInt64[np.ndarray, " n"]]:
         ) from None
 
 
-def _index_for(names: list[str], config: DataConfig) -> str:
+def index_for(names: list[str], config: DataConfig) -> str:
+    """The file with the index of these shards: the one beside them, or one that is made here."""
     prepared = beside(names)
     if exists(prepared):
         path = prepared

@@ -13,6 +13,7 @@ from jaxtyping import Int32
 from vlm.config import DataConfig
 from vlm.data import mixture, table
 from vlm.data.class_names import NAME, names_of, read_class_names
+from vlm.data.clip_benchmark import clip_benchmark_splits, is_clip_benchmark
 from vlm.data.examples import (
     Example,
     Source,
@@ -23,6 +24,7 @@ from vlm.data.examples import (
     passes,
 )
 from vlm.data.faults import BadSample
+from vlm.data.known_classes import imagenet_names, imagenet_templates
 from vlm.data.lanes import Stream
 from vlm.data.making import open_image_of
 from vlm.data.random_access import IndexedStream
@@ -36,6 +38,7 @@ from vlm.paths import as_path, cache_dir, is_remote
 KNOWN = (
     '"openmoji"',
     '"tfds:NAME" (a prepared TFDS data set)',
+    "wds:FOLDER (shards, class names and templates as CLIP_benchmark has them)",
     "WebDataset shards (.tar, with *, {000..099} or {a,b})",
     "a table of images and captions (.csv, .tsv, .jsonl, .json, also .gz, or .parquet)",
     "ArrayRecord files (.array_record)",
@@ -56,7 +59,9 @@ def open_source(config: DataConfig, split: str) -> Source:
         12
     """
     source = _open(config, split)
-    if config.label and (config.class_names or getattr(source, "class_names", None)):
+    labels = getattr(source, "label_names", None) or ()
+    named = config.class_names or getattr(source, "class_names", None) or imagenet_names(labels)
+    if config.label and named:
         classes = _classes(config, source)
         source = NamedSource(source, config, dict(zip(*classes, strict=True)))
     if config.keep and split == config.train_split:
@@ -78,6 +83,8 @@ def split_names(config: DataConfig) -> list[str] | None:
             if name == "openmoji":
                 return sorted(openmoji.prepare(_data_dir(config)).info.splits)
             return prepared.prepared_splits(name.removeprefix("tfds:"), config)
+        case "clip_benchmark":
+            return clip_benchmark_splits(name)
         case "parquet":
             from vlm.data.parquet import parquet_splits
 
@@ -126,6 +133,10 @@ def _open(config: DataConfig, split: str) -> Source:
             from vlm.data.prepared import open_prepared
 
             return open_prepared(name.removeprefix("tfds:"), split, config)
+        case "clip_benchmark":
+            from vlm.data.clip_benchmark import open_clip_benchmark
+
+            return open_clip_benchmark(config, split)
         case "tar":
             from vlm.data.shard_index import open_shards
 
@@ -161,6 +172,8 @@ def kind_of(name: str) -> str | None:
         return name
     if name.startswith("tfds:"):
         return "tfds"
+    if is_clip_benchmark(name):
+        return "clip_benchmark"
     last = os.path.basename(name.split("::")[0])
     if ".tar" in last:
         return "tar"
@@ -259,6 +272,7 @@ class NamedSource:
         self._source, self._config, self._names = source, config, names
         keep_about(self, source)
         self.label_names, self.class_names = list(names), list(names.values())
+        self.templates = getattr(source, "templates", None) or imagenet_templates(self.label_names)
 
     def __len__(self) -> int:
         return len(self._source)

@@ -30,23 +30,22 @@ def zero_shot_metrics(
     z_captions: Float[np.ndarray, "m d"],
     target: Int[np.ndarray, " n"],
     ks: Sequence[int] = (1, 5),
+    names: Sequence[str] | None = None,
 ) -> dict[str, Metric]:
     """Top-k accuracy of choosing each image's caption among all captions.
 
     Args:
         z_image: image embeddings, unit norm.
-        z_captions: one embedding per caption or class, unit norm, distinct.
+        z_captions: one embedding per caption or class, unit norm.
         target: the index of each image's right caption.
         ks: the k of the names `top1`, `top5`, ... in the result.
+        names: of the classes, where several may have the same: see `caption_ranks`.
 
     Raises:
         DataError: sizes that disagree, a target out of range, embeddings that are not finite.
         ConfigError: a k below 1.
     """
-    z_image, z_captions = _embeddings(z_image, "z_image"), _embeddings(z_captions, "z_captions")
-    target = checked_target(target, len(z_image), len(z_captions))
-    rows = np.arange(len(target))
-    ranks = best_ranks(z_image, z_captions, np.stack([rows, target], axis=1))
+    ranks = caption_ranks(z_image, z_captions, target, names)
     return {f"top{k}": hit_rate(ranks, k) for k in ks}
 
 
@@ -106,6 +105,33 @@ def retrieval_recall(
 
 
 # ----------------------------------------------------------------------------------- ranks
+
+
+def caption_ranks(
+    z_image: Float[np.ndarray, "n d"],
+    z_captions: Float[np.ndarray, "m d"],
+    target: Int[np.ndarray, " n"],
+    names: Sequence[str] | None = None,
+) -> Int[np.ndarray, " n"]:
+    """For each image, how many wrong captions score at least as high as its own.
+
+    Classes of one name, as ImageNet has two called "missile", tie for every image. The first of
+    them is taken to come first, as in CLIP_benchmark; other ties count against the model.
+
+    Raises:
+        DataError: sizes that disagree, a target out of range, embeddings that are not finite.
+    """
+    z_image, z_captions = _embeddings(z_image, "z_image"), _embeddings(z_captions, "z_captions")
+    target = checked_target(target, len(z_image), len(z_captions))
+    ranks = best_ranks(z_image, z_captions, np.stack([np.arange(len(target)), target], axis=1))
+    if names is None:
+        return ranks
+    seen: dict[str, int] = {}
+    later = np.zeros(len(names), np.int64)  # classes of the same name after each
+    for i in reversed(range(len(names))):
+        later[i] = seen.get(names[i], 0)
+        seen[names[i]] = later[i] + 1
+    return ranks - later[target]
 
 
 def best_ranks(

@@ -1,0 +1,188 @@
+"""Data sets in CLIP_benchmark's layout: WebDataset shards, class names and templates in a folder.
+
+    FOLDER/classnames.txt                          a class name a line, in the order of the labels
+    FOLDER/zeroshot_classification_templates.txt   a template a line, {c} in the place of a name
+    FOLDER/dataset_type.txt                        classification (without the file), multilabel
+                                                   or retrieval
+    FOLDER/test/nshards.txt, 0.tar, 1.tar, ...     an image and a label (cls), labels (npy) or
+                                                   captions (txt, one a line) each
+
+`clip_benchmark_export_wds` writes it, and 60 data sets are on the Hub in it (clip-benchmark/wds_*).
+FOLDER is on this machine, or an address of a bucket, a web server or the Hub's web pages.
+"""
+
+import io
+import os
+from typing import Any
+
+import numpy as np
+
+from vlm.config import DataConfig
+from vlm.data import tar
+from vlm.data.examples import WHERE, Example, check_features
+from vlm.data.shard_index import ShardSource, index_for
+from vlm.data.splits import NAMES, find_split
+from vlm.data.storage import exists, read_file
+from vlm.errors import DataError
+from vlm.paths import as_path, is_remote
+
+PREFIX = "wds:"
+IMAGES = ("webp", "png", "jpg", "jpeg")  # the first of these that a sample has, as CLIP_benchmark
+MEMBERS = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
+_HUB = "https://huggingface.co/datasets/"
+
+
+def is_clip_benchmark(source: str) -> bool:
+    """Whether `source` names such a folder: by `wds:` before it, or by its files."""
+    if source.startswith(PREFIX):
+        return ".tar" not in source
+    return not is_remote(source) and bool(_splits(source))
+
+
+def clip_benchmark_splits(source: str) -> list[str]:
+    """The splits of a folder: its folders that have a file `nshards.txt`.
+
+    Raises:
+        DataError: there is none.
+    """
+    if found := _splits(source):
+        return found
+    raise DataError(f"{source} has no test/nshards.txt, as CLIP_benchmark has it: check the folder")
+
+
+def _splits(source: str) -> list[str]:
+    root = _root(source)
+    if is_remote(root):
+        return [name for name in NAMES if exists(f"{_texts(root)}/{name}/nshards.txt")]
+    return sorted(path.parent.name for path in as_path(root).glob("*/nshards.txt"))
+
+
+def dataset_type(source: str) -> str:
+    """`classification`, `multilabel` or `retrieval`.
+
+    Raises:
+        DataError: the file says something else.
+    """
+    lines = _lines(_root(source), "dataset_type.txt") or ["classification"]
+    kind = lines[0].strip().lower()
+    if kind not in MEMBERS:
+        raise DataError(
+            f"dataset_type.txt of {source} is {kind!r}: write one of {', '.join(MEMBERS)}"
+        )
+    return kind
+
+
+def open_clip_benchmark(config: DataConfig, split: str) -> "ClipBenchmarkSource":
+    """The examples of a split.
+
+    Raises:
+        DataError: no such folder or split, no example, or not what the config names.
+    """
+    root, source = _root(config.source), config.source
+    split = find_split(split, clip_benchmark_splits(source), source)
+    text = read_file(f"{_texts(root)}/{split}/nshards.txt").decode().strip()
+    if not text.isdecimal() or not int(text):
+        raise DataError(f"nshards.txt of {source}/{split} is {text!r}: write the number of shards")
+    return ClipBenchmarkSource(
+        [f"{_shards(root)}/{split}/{i}.tar" for i in range(int(text))], config
+    )
+
+
+class ClipBenchmarkSource(ShardSource):
+    """A split of such a folder.
+
+    A label is the name of its class (with its number, where several classes share the name), or the
+    number alone if the folder names no classes. Multilabel data has a list of them.
+
+    Attributes:
+        dataset_type: see above.
+        label_names: the labels of all classes, in order; None if the folder does not name them.
+        class_names: their names, as `classnames.txt` has them.
+        templates: of the folder, with `{}` in the place of a name; None if it has none.
+    """
+
+    def __init__(self, names: list[str], config: DataConfig):
+        root = _root(config.source)
+        self.dataset_type = dataset_type(config.source)
+        self._member = MEMBERS[self.dataset_type]
+        own = ["caption", "txt"] if self.dataset_type == "retrieval" else ["label", self._member]
+        check_features(config, [config.image, *own], f"{self.dataset_type} data {config.source}")
+        self.label_names = self.class_names = self.templates = None
+        if self.dataset_type != "retrieval":
+            self.class_names = _lines(root, "classnames.txt")
+            self.label_names = self.class_names and _labels(self.class_names)
+            templates = _lines(root, "zeroshot_classification_templates.txt")
+            self.templates = templates and tuple(t.replace("{c}", "{}") for t in templates)
+        read = DataConfig(source=config.source, image=config.image, captions=(self._member,))
+        super().__init__(index_for(names, config), names, read)
+        self._features = [config.label] if config.label else list(config.captions)
+        if self.faults:  # a figure over a part of the data is not the data's
+            raise DataError(f"{self.faults[0]['why']}: fetch it again")
+
+    def _example(self, group: tar.Group, shard: str, more: dict[str, Any] | None) -> Example:
+        where = f"{shard}: {group.key}"
+        image = next((group.parts[e] for e in IMAGES if group.parts.get(e)), None)
+        data = group.parts.get(self._member)
+        if image is None or data is None:
+            raise DataError(
+                f"{where} has no {'image' if image is None else self._member}, which "
+                f"{self.dataset_type} data has: write the shard again"
+            )
+        example = {WHERE: where, self._config.image: image}
+        try:
+            value = self._value(data, where)
+        except ValueError as error:
+            raise DataError(f"the {self._member} of {where} cannot be read: {error}") from None
+        return example | dict.fromkeys(self._features, value)
+
+    def _value(self, data: bytes, where: str) -> Any:
+        if self.dataset_type == "retrieval":
+            return data.decode().splitlines()
+        count = None if self.class_names is None else len(self.class_names)
+        if self.dataset_type == "multilabel":
+            labels = np.load(io.BytesIO(data), allow_pickle=False)
+            if labels.ndim != 1 or count not in (None, len(labels)):
+                raise DataError(
+                    f"the labels of {where} have shape {labels.shape} for {count} class names: "
+                    "write a zero or one for each"
+                )
+            names = self.label_names or [str(i) for i in range(len(labels))]
+            return [name for name, shown in zip(names, labels, strict=True) if shown]
+        number = int(data)
+        if number < 0 or (count is not None and number >= count):
+            known = "a class" if count is None else f"one of the {count} classes of classnames.txt"
+            raise DataError(f"the label {number} of {where} is not {known}: correct it")
+        return str(number) if self.label_names is None else self.label_names[number]
+
+
+def _labels(names: list[str]) -> list[str]:
+    """The names, with their number where another class has the name too, or it is blank."""
+    return [
+        name if name and names.count(name) == 1 else f"{name} ({i})".strip()
+        for i, name in enumerate(names)
+    ]
+
+
+def _lines(root: str, name: str) -> list[str] | None:
+    """The lines of a text of the folder, without spaces around each; None if it is not there."""
+    path = f"{_texts(root)}/{name}"
+    if not exists(path):
+        return None
+    try:
+        return [line.strip() for line in read_file(path).decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error.reason}): save it as UTF-8") from None
+
+
+def _root(source: str) -> str:
+    root = source.removeprefix(PREFIX).rstrip("/")
+    return root if is_remote(root) else os.path.expanduser(root)
+
+
+def _texts(root: str) -> str:
+    """Where the texts are: the Hub's web pages have another address for them than for shards."""
+    return root.replace("/tree/", "/raw/", 1) if root.startswith(_HUB) else root
+
+
+def _shards(root: str) -> str:
+    return root.replace("/tree/", "/resolve/", 1) if root.startswith(_HUB) else root

@@ -1,0 +1,149 @@
+"""Class names and prompt templates of public data sets, as CLIP_benchmark evaluates them.
+
+ImageNet's 1,000 names and 80 templates, the classes of ImageNet-A, -R and -O, and the lists of 30
+other data sets. They are in `class_lists/classes.json`, which is read when it is first asked for.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlm.errors import DataError
+
+# TFDS data sets whose class ids are CLIP_benchmark's, and its names for them.
+TFDS = {
+    "imagenet2012": "imagenet1k",
+    "imagenet2012_corrupted": "imagenet1k",
+    "imagenet2012_fewshot": "imagenet1k",
+    "imagenet2012_subset": "imagenet1k",
+    "imagenet_v2": "imagenet1k",
+    "imagenet_sketch": "imagenet1k",
+    "imagenet_a": "imagenet-a",
+    "imagenet_r": "imagenet-r",
+    "caltech101": "vtab/caltech101",
+    "cars196": "cars",
+    "diabetic_retinopathy_detection": "diabetic_retinopathy",
+    "oxford_flowers102": "flowers",
+    "oxford_iiit_pet": "pets",
+    "patch_camelyon": "pcam",
+    "svhn_cropped": "svhn",
+    **{
+        name: name
+        for name in (
+            "cifar10", "cifar100", "dmlab", "dtd", "eurosat", "food101", "mnist", "resisc45",
+            "stl10", "sun397",
+        )
+    },
+}  # fmt: skip
+# ImageNet and the data sets that share all of its classes.
+_ALL_OF_IMAGENET = ("imagenet1k", "imagenetv2", "imagenet_sketch")
+_WORDNET_ID = re.compile(r"n\d{8}")
+_NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
+
+
+class KnownClasses(NamedTuple):
+    """The classes of a data set.
+
+    Attributes:
+        names: in the order of their ids; empty where CLIP_benchmark takes the data set's own.
+        templates: sentences with `{}` in the place of a name.
+        wordnet_ids: of ImageNet and its subsets: of each class.
+    """
+
+    names: tuple[str, ...]
+    templates: tuple[str, ...]
+    wordnet_ids: tuple[str, ...] = ()
+
+
+@functools.cache
+def known_classes(name: str) -> KnownClasses | None:
+    """The classes of a data set by CLIP_benchmark's name for it; None of another data set.
+
+    Example:
+        >>> from vlm.data.known_classes import known_classes
+        >>> found = known_classes("imagenet-r")
+        >>> len(found.names), found.names[0], found.wordnet_ids[0], len(found.templates)
+        (200, 'goldfish', 'n01443537', 80)
+    """
+    lists = _lists()
+    short = name.removeprefix("vtab/")
+    imagenet = lists["names"]["imagenet1k"]
+    templates = tuple(t.replace("{c}", "{}") for t in lists["templates"].get(short, ()))
+    chosen = lists["imagenet_subsets"].get(name)
+    if name in _ALL_OF_IMAGENET:
+        chosen = range(len(imagenet))
+    if chosen is not None:
+        return KnownClasses(
+            tuple(imagenet[i] for i in chosen),
+            tuple(t.replace("{c}", "{}") for t in lists["templates"]["imagenet1k"]),
+            tuple(lists["wordnet_ids"][i] for i in chosen),
+        )
+    key = "caltech101_vtab" if name == "vtab/caltech101" else short
+    names = tuple(lists["names"].get(key, ()))
+    return KnownClasses(names, templates) if names or templates else None
+
+
+def classes_of_tfds(name: str, labels: Sequence[str]) -> KnownClasses | None:
+    """The classes of the TFDS data set `name` with these labels; None unless they are known ones.
+
+    TFDS lists ImageNet's 1,000 WordNet ids for ImageNet-A and -R too, which have 200 of them.
+    """
+    known = known_classes(TFDS[name]) if name in TFDS else None
+    if known is None or not set(known.wordnet_ids) <= set(labels):
+        return None
+    fits = known.wordnet_ids or len(known.names) in (0, len(labels))
+    return known if fits else None
+
+
+def imagenet_names(labels: Sequence[str]) -> dict[str, str]:
+    """ImageNet's names of those labels that are WordNet ids of its classes.
+
+    Example:
+        >>> from vlm.data.known_classes import imagenet_names
+        >>> imagenet_names(["n01443537", "cat"])
+        {'n01443537': 'goldfish'}
+    """
+    if not any(map(_WORDNET_ID.fullmatch, labels)):
+        return {}
+    return {label: _imagenet()[label] for label in labels if label in _imagenet()}
+
+
+def imagenet_templates(labels: Sequence[str]) -> tuple[str, ...] | None:
+    """ImageNet's 80 templates, if all labels are WordNet ids of its classes."""
+    known = known_classes("imagenet1k")
+    return known.templates if known and labels and set(labels) <= set(_imagenet()) else None
+
+
+def check_names(names: Sequence[str], where: str) -> None:
+    """Refuse class names that a text encoder has no use for: numbers and WordNet ids.
+
+    Raises:
+        DataError: it names the first such class and the fix.
+    """
+    for name in names:
+        if _WORDNET_ID.fullmatch(name):
+            kind = "a WordNet id"
+        elif _NUMBER.fullmatch(name.strip()):
+            kind = "a number"
+        elif not name.strip():
+            kind = "blank"
+        else:
+            continue
+        raise DataError(
+            f"the class {name!r} of {where} is {kind}, which a text encoder cannot compare with "
+            "images: give a file with a name for each class (--class-names FILE)"
+        )
+
+
+@functools.cache
+def _imagenet() -> dict[str, str]:
+    known = known_classes("imagenet1k")
+    return {} if known is None else dict(zip(known.wordnet_ids, known.names, strict=True))
+
+
+@functools.cache
+def _lists() -> dict[str, Any]:
+    return json.loads((Path(__file__).parent / "class_lists" / "classes.json").read_text("utf-8"))
