@@ -97,10 +97,11 @@ def test_eight_threads_read_a_source_at_random(config):
 @pytest.mark.parametrize("kind", ["mixture", "parquet of bytes"])
 def test_batches_made_by_threads_are_those_of_one(kind, tmp_path):
     config = kinds.make(kind, tmp_path / "data")
+    options = {"auto": {}, "random": {"lanes": None, "shuffle": DataConfig().shuffle}}
 
     def made(prefetch, access):
         iterator = train_batches(
-            replace(config, prefetch=prefetch, access=access),
+            replace(config, prefetch=prefetch, access=access, **options[access]),
             PREPROCESS, TOKENIZER, batch_size=8, seed=3,
         )  # fmt: skip
         batches = [next(iterator) for _ in range(12)]
