@@ -12,10 +12,18 @@ from PIL import Image
 
 from vlm.adapt.adaptation import adapt
 from vlm.adapt.cost import Cost
-from vlm.adapt.labelled import hold_out, pick_shots, read_labelled, with_names, write_table
+from vlm.adapt.labelled import (
+    Labelled,
+    hold_out,
+    pick_shots,
+    read_labelled,
+    with_names,
+    write_table,
+)
 from vlm.bundle import load
 from vlm.cli import main
 from vlm.config import DataConfig
+from vlm.data.duplicates import copied_from
 from vlm.data.sources import open_source
 from vlm.errors import ConfigError, DataError
 from vlm.heads.saved import load_classifier
@@ -71,6 +79,55 @@ def test_the_split_is_even_the_same_each_time_and_apart(places):
     np.testing.assert_array_equal(np.bincount(train.target), np.bincount(held.target))
     with pytest.raises(DataError, match="one image of each class"):
         hold_out(data.take(pick_shots(data, 1)))
+
+
+def with_copies(places, root):
+    """The training images, each also as a JPEG of 75 and at double the size; one in two classes."""
+    files = sorted(Path(places["train"]).rglob("*.png"))
+    for file in files:
+        folder = root / file.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        image = Image.open(file)
+        image.save(folder / f"{file.stem}.png")
+        image.save(folder / f"{file.stem}-copy.jpg", quality=95, subsampling=0)
+        image.resize((48, 48), Image.Resampling.BICUBIC).save(folder / f"{file.stem}-large.png")
+    Image.open(files[0]).save(root / files[-1].parent.name / "wrong.png")
+    return root
+
+
+def test_copies_stay_on_one_side_of_a_split(places, tmp_path):
+    data = read_labelled(str(with_copies(places, tmp_path / "copies")))
+    assert len(data) == 3 * 3 * EACH + 1
+    assert len(set(data.groups.tolist())) == 3 * EACH
+    for seed in range(5):
+        train, held = hold_out(data, seed=seed)
+        assert len(train) + len(held) == len(data)
+        assert not copied_from(held.thumbnails, train.thumbnails).any()
+        assert (np.bincount(held.target, minlength=3) > 0).all()
+        assert len(held) <= 0.3 * len(data)
+        few = data.take(pick_shots(data, 4, seed))
+        np.testing.assert_array_equal(np.bincount(few.target), [4, 4, 4])
+        for number in range(3):
+            assert len({*few.groups[few.target == number].tolist()}) == 4
+    only_copies = data.take(np.flatnonzero(np.isin(data.groups, data.groups[:1])))
+    with pytest.raises(DataError, match="copies of it aside"):
+        hold_out(only_copies)
+
+
+def test_an_adaptation_says_what_is_copied(model, places, tmp_path, caplog):
+    data = read_labelled(str(with_copies(places, tmp_path / "copies")))
+    test = read_labelled(str(places["test"]))
+    leaked = Labelled([*test.images, *data.images[:2]], np.r_[test.target, data.target[:2]],
+                      test.names, test.data)  # fmt: skip
+    made = adapt(model, data, tmp_path / "runs", 60, ["probe"], test=leaked)
+    said = made.about["copies"]
+    assert said == "37 of 55 images, kept on one side of the split; 1 images are in several classes"
+    assert made.about["test: copies of images learned from"] == "2 of 26 images (7.7%)"
+    assert "2 of 26 images (7.7%) of the test data are copies" in caplog.text
+    made.save(tmp_path / "out")
+    assert "copies of images learned from" in (tmp_path / "out" / "report.html").read_text()
+    clean = adapt(model, read_labelled(str(places["train"])), tmp_path, 60, ["probe"], test=test)
+    assert not any("copies" in name for name in clean.about)
 
 
 def test_classes_are_matched_by_name(places):

@@ -26,3 +26,18 @@ def test_the_curve_rises_from_zero_shot_and_is_drawn():
         assert name in picture
     with pytest.raises(DataError, match="class 4 has no image"):
         accuracy_by_shots(z, target, np.pad(prior, ((0, 0), (0, 1))), 30.0)
+
+
+def test_copies_stay_in_one_half():
+    """A head that remembers images is right only about those of which it has a copy."""
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((40, 64)).astype(np.float32)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    z, groups, target = np.repeat(z, 2, 0), np.repeat(np.arange(40), 2), rng.integers(0, 4, 40)
+    target, prior = np.repeat(target, 2), np.zeros((64, 4), np.float32)
+    values = [
+        accuracy_by_shots(z, target, prior, 30.0, ("cache",), (16,), groups=g, rounds=1).points
+        for g in (None, groups)
+    ]
+    leaked, honest = (points["cache"][16].value for points in values)
+    assert leaked > honest + 0.1

@@ -5,6 +5,7 @@ distribution are measured and never looked at before.
 """
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,12 +23,14 @@ from vlm.adapt.labelled import Labelled, hold_out, with_names
 from vlm.adapt.methods import METHODS, NO_TEACHER, TUNED, Adapted, NoTime, Setting, zero_shot
 from vlm.adapt.rows import ZERO_SHOT, Row, cells, columns_of
 from vlm.bundle import Bundle
+from vlm.data.duplicates import copied_from
 from vlm.errors import ConfigError, VlmError
 from vlm.evaluate.intervals import Metric, proportion
 from vlm.heads.prompts import TEMPLATES
 from vlm.heads.saved import Classifier
 from vlm.heads.zero_shot import FILE, ZeroShotClassifier, encode_images, to_scores
 
+_log = logging.getLogger(__name__)
 SPARE = 0.9  # of what is left of a budget, that a try may plan with
 
 
@@ -44,7 +47,8 @@ class Adaptation:
 
     Example:
         >>> names, data = ("red", "green", "blue"), vlm.DataInfo("colours")
-        >>> labelled = vlm.adapt.Labelled(pictures * 2, np.arange(6) % 3, names, data)
+        >>> dark = [picture.point(lambda value: value // 2) for picture in pictures]
+        >>> labelled = vlm.adapt.Labelled(pictures + dark, np.arange(6) % 3, names, data)
         >>> made = vlm.adapt.adapt(model, labelled, folder, budget=600, methods=["probe"])
         >>> made["probe"].validation.n
         3
@@ -131,7 +135,8 @@ def adapt(
 
     Example:
         >>> names, data = ("red", "green", "blue"), vlm.DataInfo("colours")
-        >>> labelled = vlm.adapt.Labelled(pictures * 2, np.arange(6) % 3, names, data)
+        >>> dark = [picture.point(lambda value: value // 2) for picture in pictures]
+        >>> labelled = vlm.adapt.Labelled(pictures + dark, np.arange(6) % 3, names, data)
         >>> made = vlm.adapt.adapt(model, labelled, folder, budget=600, methods=["probe"])
         >>> [row.method for row in made.rows]
         ['zero-shot', 'probe']
@@ -149,6 +154,7 @@ def adapt(
         )
     deadline = time.monotonic() + budget
     train, validation = hold_out(data, seed=seed)
+    copies = _copies(data, test, shifted)
     test = None if test is None else with_names(test, data.names)
     own_classes = shifted is not None and not set(shifted.names) <= set(data.names)
     if shifted is not None and not own_classes:
@@ -205,6 +211,7 @@ def adapt(
         "seed": str(seed),
         "test": "" if test is None else str(test.data),
         "out of distribution": "" if shifted is None else str(shifted.data),
+        **copies,
     }
     best = found[chosen]
     about = {name: value for name, value in about.items() if value}
@@ -256,6 +263,30 @@ class Judge:
         if which not in self._kept:
             self._kept[which] = encode_images(model, labelled.images)[0]
         return self._kept[which]
+
+
+def _copies(data: Labelled, test: Labelled | None, shifted: Labelled | None) -> dict[str, str]:
+    """How many images are copies of others, for the page; what inflates a figure is a warning."""
+    found = {}
+    sizes = np.bincount(data.groups)
+    if (copies := int((sizes - 1).sum())) > 0:
+        labels = np.unique(np.stack([data.groups, data.target]), axis=1)[0]
+        several = int((np.bincount(labels) > 1).sum())
+        found["copies"] = f"{copies:,} of {len(data):,} images, kept on one side of the split" + (
+            f"; {several:,} images are in several classes" if several else ""
+        )
+    for name, other in (("test", test), ("out of distribution", shifted)):
+        if other is None:
+            continue
+        count = int(copied_from(other.thumbnails, data.thumbnails).sum())
+        if count:
+            said = f"{count:,} of {len(other):,} images ({count / len(other):.1%})"
+            found[f"{name}: copies of images learned from"] = said
+            _log.warning(
+                "%s of the %s data are copies of images to learn from or to choose by, and its "
+                "accuracy is too high: leave them out", said, name,
+            )  # fmt: skip
+    return found
 
 
 def _costed(run: Callable[[Setting], Adapted], setting: Setting) -> tuple[Adapted, Cost]:

@@ -1,5 +1,6 @@
 """Labelled images to adapt to: read from wherever they lie, split evenly, written for training."""
 
+import functools
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
+from vlm.data.duplicates import Thumbnails, copy_groups, thumbnails
 from vlm.errors import ConfigError, DataError
 from vlm.evaluate.suites import Missing, open_task
 from vlm.evaluate.tasks import DataInfo, ZeroShotTask
@@ -48,7 +50,20 @@ class Labelled:
 
     def take(self, at: Int[np.ndarray, " k"]) -> "Labelled":
         """Some of the images, by number."""
-        return Labelled([self.images[i] for i in at], self.target[at], self.names, self.data)
+        taken = Labelled([self.images[i] for i in at], self.target[at], self.names, self.data)
+        if "thumbnails" in self.__dict__:
+            taken.__dict__["thumbnails"] = self.thumbnails[at]
+        return taken
+
+    @functools.cached_property
+    def thumbnails(self) -> Thumbnails:
+        """The images in a few pixels each, by which copies are found."""
+        return thumbnails(self.images)
+
+    @functools.cached_property
+    def groups(self) -> Int[np.ndarray, " n"]:
+        """For each image the number of its group: copies of one image share it."""
+        return copy_groups(self.thumbnails)
 
 
 def read_labelled(source: str, split: str | None = None, data_dir: str | None = None) -> Labelled:
@@ -92,28 +107,47 @@ def with_names(labelled: Labelled, names: Sequence[str]) -> Labelled:
 def hold_out(labelled: Labelled, share: float = SHARE, seed: int = 0) -> tuple[Labelled, Labelled]:
     """The images to learn from, and those to choose by: an even share of each class.
 
-    A class keeps at least one image to learn from; of two or more, at least one is held out.
+    Copies of one image, also re-encoded or resized, stay on one side. A class keeps at least one
+    image to learn from; of two or more that are no copies, at least one is held out.
 
     Raises:
         DataError: no class has two images.
     """
     rng = np.random.default_rng(seed)
-    kept, held = [], []
+    order, sizes = np.argsort(labelled.groups, kind="stable"), np.bincount(labelled.groups)
+    members = np.split(order, np.cumsum(sizes)[:-1])
+    left = np.bincount(labelled.target, minlength=len(labelled.names))  # to learn from
+    held = np.zeros(len(labelled), bool)
+
+    def hold(image: int, most: int) -> None:
+        """Hold out the group of an image, if it is no more than `most` and no class ends empty."""
+        group = members[labelled.groups[image]]
+        taken = np.bincount(labelled.target[group], minlength=len(left))
+        if len(group) <= most and not held[image] and (left[taken > 0] > taken[taken > 0]).all():
+            held[group] = True
+            np.subtract(left, taken, out=left)
+
     for number in range(len(labelled.names)):
         own = rng.permutation(np.flatnonzero(labelled.target == number))
         count = min(max(1, round(share * len(own))), len(own) - 1) if len(own) else 0
-        held += own[:count].tolist()
-        kept += own[count:].tolist()
-    if not held:
+        for image in own.tolist():
+            hold(image, count - int(held[own].sum()))
+        for image in sorted(own.tolist(), key=lambda i: sizes[labelled.groups[i]]):
+            if held[own].any():
+                break
+            hold(image, len(labelled))  # each group is larger than the share
+    if not held.any():
         raise DataError(
-            f"{labelled.data} has one image of each class, and none can be held out to choose a "
-            "method by: give at least two of a class"
+            f"{labelled.data} has one image of each class, copies of it aside, and none can be "
+            "held out to choose a method by: give at least two of a class"
         )
-    return labelled.take(np.sort(kept)), labelled.take(np.sort(held))
+    return labelled.take(np.flatnonzero(~held)), labelled.take(np.flatnonzero(held))
 
 
 def pick_shots(labelled: Labelled, shots: int, seed: int = 0) -> Int[np.ndarray, " k"]:
     """The numbers of so many images of each class at random, or of all that it has.
+
+    Of copies of one image, also re-encoded or resized, one is picked.
 
     Raises:
         ConfigError: no shots.
@@ -121,8 +155,12 @@ def pick_shots(labelled: Labelled, shots: int, seed: int = 0) -> Int[np.ndarray,
     if shots < 1:
         raise ConfigError(f"shots is {shots}: learn from at least one image of a class")
     rng = np.random.default_rng(seed)
-    groups = (np.flatnonzero(labelled.target == c) for c in range(len(labelled.names)))
-    return np.sort(np.concatenate([rng.permutation(group)[:shots] for group in groups]))
+    picked = []
+    for number in range(len(labelled.names)):
+        own = rng.permutation(np.flatnonzero(labelled.target == number))
+        first = np.sort(np.unique(labelled.groups[own], return_index=True)[1])
+        picked.append(own[first][:shots])
+    return np.sort(np.concatenate(picked))
 
 
 def write_table(labelled: Labelled, folder: str | os.PathLike) -> Path:

@@ -113,7 +113,14 @@ def tip(s: Setting) -> Adapted:
 def prompt(s: Setting) -> Adapted:
     """The best templates for these images, or a context learned from them on top (CoOp)."""
     searched = template_search.search_by_embeddings(
-        s.model, s.z_train, s.train.target, s.names, _fitting(s), s.templates, s.seed
+        s.model,
+        s.z_train,
+        s.train.target,
+        s.names,
+        _fitting(s),
+        s.templates,
+        s.seed,
+        s.train.groups,
     )
     best = searched.templates[0]
     start = time.monotonic()

@@ -92,8 +92,12 @@ def search_by_embeddings(
     pool: Sequence[str] = POOL,
     start: Sequence[str] = TEMPLATES["photo"],
     seed: int = 0,
+    groups: Int[np.ndarray, " n"] | None = None,
 ) -> TemplateSearch:
-    """`search_templates`, from embeddings of the images and their classes."""
+    """`search_templates`, from embeddings of the images and their classes.
+
+    Images with one number in `groups`, which are copies, share a fold.
+    """
     check_templates(pool)
     check_templates(start)
     if len(z_image) < 2:
@@ -102,7 +106,11 @@ def search_by_embeddings(
     z = np.stack([class_embeddings(model, names, [sentence]) for sentence in sentences])
     scores = _Scores(z, z_image, target, model.logit_scale)
     ours = list(range(len(dict.fromkeys(start))))
-    folds = np.random.default_rng(seed).permutation(len(z_image)) % min(FOLDS, len(z_image))
+    owner = np.arange(len(z_image))
+    if groups is not None and np.ptp(groups):
+        owner = np.unique(groups, return_inverse=True)[1]
+    count = int(owner.max()) + 1
+    folds = np.random.default_rng(seed).permutation(count)[owner] % min(FOLDS, count)
     logp = np.zeros((MOST, len(z_image), len(names)))
     for fold in range(folds.max() + 1):
         seen, unseen = folds != fold, folds == fold

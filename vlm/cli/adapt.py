@@ -32,7 +32,8 @@ def adapt(
 ) -> None:
     """Adapt a model to labelled images: try what fits into a budget, choose, measure, and tell.
 
-    A fifth of each class is held out, and the method that is best there is kept. DATA is a folder
+    A fifth of each class is held out, and the method that is best there is kept. Copies of an image
+    stay on one side. DATA is a folder
     with a folder for each class, tfds:NAME, folder:PATH or wds:SHARDS. The folder that is written
     holds the model, which every command takes, a classifier, which vlm classify uses by itself, and
     the page report.html.

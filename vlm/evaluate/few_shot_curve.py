@@ -46,6 +46,7 @@ def accuracy_by_shots(
     shots: Sequence[int] = SHOTS,
     rounds: int = 3,
     seed: int = 0,
+    groups: Int[np.ndarray, " n"] | None = None,
 ) -> Curve:
     """Top-1 accuracy on half of the images, after so many of each class from the other half.
 
@@ -58,6 +59,8 @@ def accuracy_by_shots(
         shots: labelled images of a class; a class that has fewer gives all of them.
         rounds: of drawing; the halves stay as they are.
         seed: of the halves and the draws.
+        groups: for each image a number that copies of it share (`vlm.adapt.Labelled.groups`): they
+            stay in one half, and count as one labelled image. None: there are no copies.
 
     Raises:
         DataError: a class without an image to learn from.
@@ -73,8 +76,11 @@ def accuracy_by_shots(
         1.0
     """
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(target))
-    train, test = order[: len(order) // 2], order[len(order) // 2 :]
+    owner = np.unique(np.arange(len(target)) if groups is None else groups, return_inverse=True)[1]
+    turn = np.argsort(rng.permutation(owner.max() + 1))[owner]
+    order = np.argsort(turn, kind="stable")
+    half = np.sum(turn[order] < (owner.max() + 1) // 2)
+    train, test = order[:half], order[half:]
     classes = prior.shape[1]
     own = [train[target[train] == c] for c in range(classes)]
     if not all(map(len, own)):
@@ -83,7 +89,7 @@ def accuracy_by_shots(
     zero_shot = proportion(int(right.sum()), len(right))
     hits: dict[tuple[str, int], list[np.ndarray]] = {}
     for _ in range(rounds):
-        drawn = [rng.permutation(o) for o in own]
+        drawn = [_distinct(rng.permutation(o), owner) for o in own]
         for k in shots:
             chosen = np.concatenate([o[:k] for o in drawn])
             for method in methods:
@@ -92,11 +98,16 @@ def accuracy_by_shots(
                 )
                 found = head(z_image[test]).argmax(1) == target[test]
                 hits.setdefault((method, k), []).append(found)
-    groups = np.tile(np.arange(len(test)), rounds)
+    clusters = np.tile(owner[test], rounds)
     return Curve(
         zero_shot,
         {
-            m: {k: clustered_proportion(np.concatenate(hits[m, k]), groups) for k in shots}
+            m: {k: clustered_proportion(np.concatenate(hits[m, k]), clusters) for k in shots}
             for m in methods
         },
     )
+
+
+def _distinct(rows: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """The rows without those whose owner has had one before."""
+    return rows[np.sort(np.unique(owner[rows], return_index=True)[1])]

@@ -1,0 +1,91 @@
+"""Copies of one image, also re-encoded or resized, by thumbnails of 16 x 16 pixels.
+
+Two images are copies where their thumbnails differ by at most NEAR times their contrast.
+`python tests/data/copies.py` measures how many re-encoded and resized copies that finds, and how
+many different images it takes for copies. Drawings of one template, such as the faces of clocks,
+are among them: as one group they stay on one side of a split, which errs on the safe side.
+
+The hash of `vlm.data.survey` asks for equality, as a pass over a stream must, and misses copies of
+which one bit differs.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+from PIL import Image
+
+from vlm.inputs.opening import open_image
+
+SIDE = 16
+NEAR = 0.1  # root mean square of the difference, by the standard deviation of the pixels
+ROWS = 512  # thumbnails that are compared with others at once
+
+Thumbnails = UInt8[np.ndarray, "_ k"]
+
+
+def thumbnails(images: Sequence[Any]) -> Thumbnails:
+    """Each image in 16 x 16 pixels, as a row.
+
+    Raises:
+        DataError: an image that cannot be read.
+    """
+
+    def small(image: Any) -> np.ndarray:
+        opened = open_image(image, smallest=lambda width, height: (4 * SIDE, 4 * SIDE))
+        return np.asarray(opened.resize((SIDE, SIDE), Image.Resampling.BILINEAR)).reshape(-1)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "vlm-decode") as pool:
+        rows = list(pool.map(small, images))
+    return np.stack(rows) if rows else np.zeros((0, 3 * SIDE * SIDE), np.uint8)
+
+
+def copy_groups(shown: Thumbnails) -> Int[np.ndarray, " _"]:
+    """The number of each image's group: copies of one image, and copies of those, share one."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if not len(shown):
+        return np.zeros(0, np.int64)
+    distinct, owner = np.unique(shown, axis=0, return_inverse=True)
+    first, second = _near_pairs(distinct)
+    edges = (np.ones(len(first), bool), (first, second))
+    graph = coo_array(edges, shape=(len(distinct),) * 2)
+    return connected_components(graph, directed=False)[1][owner.reshape(-1)].astype(np.int64)
+
+
+def copied_from(shown: Thumbnails, others: Thumbnails) -> Bool[np.ndarray, " _"]:
+    """Which of the images are copies of some of the others."""
+    if not len(shown) or not len(others):
+        return np.zeros(len(shown), bool)
+    groups = copy_groups(np.concatenate([others, shown]))
+    return np.isin(groups[len(others) :], groups[: len(others)])
+
+
+def _near_pairs(shown: Thumbnails) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of rows that are near copies.
+
+    Rows are compared in the order of their means: two differ by at least as much as their means do,
+    so that each is compared with a stretch of those after it.
+    """
+    z = shown.astype(np.float32) - np.float32(127.5)
+    mean = z.mean(1)
+    contrast = np.sqrt(z.reshape(len(z), -1, 3).var(1).mean(1))  # 0 of one colour, whichever
+    order = np.argsort(mean, kind="stable")
+    z, mean, contrast = z[order], mean[order], contrast[order]
+    squares, width = (z * z).sum(1), z.shape[1]
+    reach = NEAR * float(contrast.max(initial=0.0))
+    found: list[np.ndarray] = [np.zeros((0, 2), np.int64)]
+    for start in range(0, len(z), ROWS):
+        end = min(start + ROWS, len(z))
+        last = int(np.searchsorted(mean, mean[end - 1] + reach, "right"))
+        apart = squares[start:end, None] + squares[None, start:last]
+        apart -= 2 * z[start:end] @ z[start:last].T
+        limit = NEAR * np.maximum(contrast[start:end, None], contrast[None, start:last])
+        rows, columns = np.nonzero(apart <= width * limit**2)
+        found.append(np.stack([rows, columns], 1)[rows < columns] + start)
+    pairs = order[np.concatenate(found)]
+    return pairs[:, 0], pairs[:, 1]
