@@ -153,6 +153,21 @@ def test_features_that_hold_no_text_or_no_image_are_refused(tmp_path, suffix):
     assert open_source(DataConfig(path, captions=("c/d",)), "train")[0]["c/d"] == "e"
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_captions_of_few_values_and_files_that_lack_them(tmp_path, suffix):
+    """Dictionary-encoded, as pandas writes a categorical column; every file must have it."""
+    texts = pyarrow.array(["a", "b", None, "a"]).dictionary_encode()
+    made = pyarrow.table({"image": ["0.jpg"] * 4, "caption": texts})
+    for name, rows in (("a", made), ("b", made.drop_columns(["caption"]))):
+        pyarrow.parquet.write_table(rows, tmp_path / f"{name}.parquet")
+        with pyarrow.ipc.new_file(str(tmp_path / f"{name}.arrow"), rows.schema) as out:
+            out.write_table(rows)
+    source = open_source(DataConfig(str(tmp_path / f"a.{suffix}")), "train")
+    assert [source[i]["caption"] for i in range(4)] == ["a", "b", None, "a"]
+    with pytest.raises(DataError, match=rf"b\.{suffix} has no feature 'caption'"):
+        open_source(DataConfig(str(tmp_path / f"*.{suffix}")), "train")
+
+
 def test_times_of_nanoseconds_break_no_row(tmp_path):
     """Python's times do not have them, and this column is none that is asked for."""
     kinds = {

@@ -96,12 +96,25 @@ def test_rows_between_two_quotation_marks_are_counted(tmp_path, suffix, caplog):
     assert "not as 4 rows" in caplog.text
 
 
-def test_captions_of_several_lines_stay_whole(tmp_path, caplog):
+@pytest.mark.parametrize(("suffix", "d"), [(".csv", ","), (".tsv", "\t")])
+def test_captions_of_several_lines_stay_whole(tmp_path, suffix, d, caplog):
     """Each of their lines has as many fields as the header, and names no image."""
-    text = 'image,caption\n0.jpg,"a dog\nruns, fast"\n1.jpg,a cat\n'
-    (tmp_path / "a.csv").write_text(text)
-    assert captions(tmp_path / "a.csv") == ["a dog\nruns, fast", "a cat"]
+    text = f'image{d}caption\n0.jpg{d}"a dog\nruns{d}fast"\n1.jpg{d}a cat\n'
+    (tmp_path / f"a{suffix}").write_text(text)
+    assert captions(tmp_path / f"a{suffix}") == [f"a dog\nruns{d}fast", "a cat"]
     assert "is read as 3 rows" in caplog.text
+
+
+@pytest.mark.parametrize(("suffix", "dialect"), [(".csv", "excel"), (".tsv", "excel-tab")])
+def test_a_thousand_small_quoted_tables_are_what_csv_reads(tmp_path, suffix, dialect):
+    rng, path = random.Random(0), tmp_path / f"a{suffix}"
+    for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL):
+        for _ in range(500):
+            texts = ["".join(rng.choices('ab ",\t\n', k=rng.randint(0, 9))) for _ in range(4)]
+            rows = [("image", "caption"), *((f"{i}.jpg", text) for i, text in enumerate(texts))]
+            with open(path, "w", newline="", encoding="utf-8") as out:
+                csv.writer(out, dialect, quoting=quoting).writerows(rows)
+            assert captions(path) == texts
 
 
 def test_an_unclosed_quote_costs_its_own_row(tmp_path, caplog):

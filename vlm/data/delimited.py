@@ -82,9 +82,11 @@ def _is_better(plain: Reading, quoted: Reading, delimiter: str) -> bool:
         return False  # quotation marks are well used but for a few
     if plain.bad != quoted.bad or len(plain.rows) <= len(quoted.rows):
         return plain.bad < quoted.bad
-    # As many fields in each line as in the first, though some lines lie between quotation marks:
-    # by its standard a TSV has no quotes, and in a CSV each line must name an image.
-    return delimiter == "\t" or _names_images(plain.rows[1:])
+    # As many fields in each line as in the first, though some lines lie between quotation marks.
+    for reading in (plain, quoted):
+        if _names_images(reading.rows[1:]):
+            return reading is plain
+    return delimiter == "\t"  # which by its standard has no quotes
 
 
 def _names_images(rows: Sequence[Line]) -> bool:
