@@ -10,6 +10,7 @@ from kinds import PREPROCESS, TOKENIZER, jpeg
 
 from vlm.config import DataConfig, FieldFilter
 from vlm.data.array_record import serialize
+from vlm.data.examples import label_of
 from vlm.data.faults import BadSample
 from vlm.data.pipeline import train_batches
 from vlm.data.sources import classes_of, open_source, vocabulary_texts
@@ -114,17 +115,20 @@ def test_a_damaged_row_group_is_one_bad_sample(tmp_path):
 
 def test_labels_have_one_spelling(tmp_path):
     """2, 2.0 (a column that pandas widened for a missing value) and "2" are one class."""
-    for name, labels in {
-        "whole": [2, 10, None], "floats": [2.0, 10.0, float("nan")], "texts": ["2", "10", ""],
-    }.items():  # fmt: skip
+    for name, labels, expected in [
+        ("whole", [2, 10, None], ["2", "10"]),
+        ("floats", [2.0, 10.0, float("nan")], ["2", "10"]),
+        ("texts", ["2", "10", ""], ["2", "10"]),
+        ("truths", [False, True, None], ["False", "True"]),
+    ]:
         rows = [{"image": f"{i}.jpg", "label": label} for i, label in enumerate(labels)]
         path = str(tmp_path / f"{name}.parquet")
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-        assert classes_of(DataConfig(path, label="label", eval_split=None)).labels == ["2", "10"]
-    rows = [{"image": "a.jpg", "label": bool(i)} for i in range(2)]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b.parquet")
-    config = DataConfig(str(tmp_path / "b.parquet"), label="label", eval_split=None)
-    assert classes_of(config).labels == ["False", "True"]
+        config = DataConfig(path, label="label", eval_split=None)
+        source = open_source(config, "train")
+        assert [label_of(source[i], config) for i in range(2)] == expected
+        with pytest.raises(BadSample, match="has no label in label"):
+            label_of(source[2], config)
 
 
 def test_a_row_is_named_by_its_place_in_the_file(tmp_path):

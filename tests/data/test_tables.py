@@ -14,6 +14,7 @@ from kinds import PREPROCESS, TOKENIZER, jpeg
 
 from vlm.config import DataConfig
 from vlm.data import table
+from vlm.data.delimited import read_delimited
 from vlm.data.examples import captions_of
 from vlm.data.faults import BadSample
 from vlm.data.pipeline import train_batches
@@ -105,16 +106,17 @@ def test_captions_of_several_lines_stay_whole(tmp_path, suffix, d, caplog):
     assert "is read as 3 rows" in caplog.text
 
 
-@pytest.mark.parametrize(("suffix", "dialect"), [(".csv", "excel"), (".tsv", "excel-tab")])
-def test_a_thousand_small_quoted_tables_are_what_csv_reads(tmp_path, suffix, dialect):
-    rng, path = random.Random(0), tmp_path / f"a{suffix}"
+@pytest.mark.parametrize("dialect", ["excel", "excel-tab"])
+def test_a_thousand_small_quoted_tables_are_what_csv_reads(dialect):
+    rng = random.Random(0)
     for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL):
         for _ in range(500):
             texts = ["".join(rng.choices('ab ",\t\n', k=rng.randint(0, 9))) for _ in range(4)]
-            rows = [("image", "caption"), *((f"{i}.jpg", text) for i, text in enumerate(texts))]
-            with open(path, "w", newline="", encoding="utf-8") as out:
-                csv.writer(out, dialect, quoting=quoting).writerows(rows)
-            assert captions(path) == texts
+            rows = [["image", "caption"], *([f"{i}.jpg", text] for i, text in enumerate(texts))]
+            out = io.StringIO(newline="")
+            csv.writer(out, dialect, quoting=quoting).writerows(rows)
+            found = read_delimited(out.getvalue(), csv.get_dialect(dialect).delimiter, "a")
+            assert [row.fields for row in found] == rows
 
 
 def test_an_unclosed_quote_costs_its_own_row(tmp_path, caplog):
