@@ -96,10 +96,10 @@ def beside(folder: Path) -> DataConfig:
 
 def class_folders(folder: Path) -> DataConfig:
     for number in range(COUNT):
-        inside = folder / ("odd" if number % 2 else "even") / str(number)
+        inside = folder / ("odd" if number % 2 else "even") / f"picture {number}"
         inside.mkdir(parents=True)
         (inside / "of it.jpg").write_bytes(jpeg(number))
-    return DataConfig(str(folder), label="label", templates=("picture {}",))
+    return DataConfig(str(folder), label="label")
 
 
 def parquet_paths(folder: Path) -> DataConfig:
