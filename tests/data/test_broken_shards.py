@@ -17,7 +17,7 @@ import pytest
 from kinds import PREPROCESS, TOKENIZER, members, write_tar
 
 from vlm.cli import main
-from vlm.config import DataConfig
+from vlm.config import DataConfig, MixturePart
 from vlm.data import storage
 from vlm.data.faults import BadSample, BadSamples, TooManyBad
 from vlm.data.pipeline import train_batches
@@ -26,7 +26,7 @@ from vlm.data.sources import open_source
 from vlm.errors import DataError
 
 EACH = 20
-FIELDS = DataConfig("", eval_split=None, prefetch=0, shuffle=16)
+FIELDS = DataConfig("", eval_split=None, prefetch=0)
 
 
 def write_shards(folder, count: int, each: int = EACH) -> str:
@@ -38,8 +38,9 @@ def write_shards(folder, count: int, each: int = EACH) -> str:
 
 
 def batches_of(source: str, access: str, **changes):
-    lanes = 4 if access == "stream" else None
-    config = dataclasses.replace(FIELDS, source=source, access=access, lanes=lanes, **changes)
+    if access == "stream":
+        changes |= {"lanes": 4, "shuffle": 16}
+    config = dataclasses.replace(FIELDS, source=source, access=access, **changes)
     return train_batches(config, PREPROCESS, TOKENIZER, batch_size=4, seed=0)
 
 
@@ -316,12 +317,9 @@ def test_a_server_that_is_not_there_is_no_missing_shard(server):
 def test_a_broken_shard_of_a_mixture_is_counted(tmp_path):
     source = write_shards(tmp_path / "data", 4)
     (tmp_path / "data" / "001.tar").unlink()
-    from vlm.config import MixturePart
-
     (tmp_path / "csv").mkdir()
     other = kinds.csv(tmp_path / "csv").source
-    config = dataclasses.replace(
-        FIELDS, mixture=(MixturePart(source, 1.0, access="random"), MixturePart(other, 1.0))
-    )
+    parts = (MixturePart(source, 1.0, access="random"), MixturePart(other, 1.0))
+    config = DataConfig(mixture=parts, eval_split=None, prefetch=0)
     with pytest.raises(TooManyBad, match=r"20 of 125 samples are bad"):
         train_batches(config, PREPROCESS, TOKENIZER, batch_size=4, seed=0)

@@ -146,7 +146,6 @@ def test_names_with_dots_are_split_at_the_first(tmp_path, layout):
         ("in.side/a.v2.jpg", picture(10, "JPEG")),
         ("in.side/a.v2.txt", b"dotted"),
         ("in.side/a.v2.json", b'{"caption": "dotted", "score": 3}'),
-        ("no extension", b"is of no example"),
         (".hidden.jpg", b"nor this"),
         ("b.png", picture(20)),
         ("b.mask.png", picture(99)),
@@ -158,13 +157,25 @@ def test_names_with_dots_are_split_at_the_first(tmp_path, layout):
     found = examples(layout, tmp_path, members)
     assert [e["caption"] for e in found[:2]] == ["dotted", "plain"]
     assert found[0]["score"] == 3
-    assert [e["image"] for e in found[:2]] == [members[0][1], members[5][1]]
+    assert [e["image"] for e in found[:2]] == [members[0][1], members[4][1]]
     assert isinstance(found[2], BadSample)
     assert "several images, left.png, right.png: name one of them with data.image" in str(found[2])
     for name in ("right", "right.png"):
         found = examples(layout, tmp_path, members, image=name)
-        assert found[2][name] == members[9][1]
+        assert found[2][name] == members[8][1]
         assert found[0].kind == found[1].kind == "no image"
+
+
+@pytest.mark.parametrize("layout", ["random", "stream"])
+def test_members_of_no_known_type_are_counted_and_named(tmp_path, layout):
+    members = [("README", b"about"), ("00001", picture(1)), *img2dataset(2), ("3.psd", b"8BPS")]
+    found = examples(layout, tmp_path, members)
+    assert [e["caption"] for e in found if not isinstance(e, BadSample)] == ["plain 2"]
+    faults = [e for e in found if isinstance(e, BadSample)]
+    assert {fault.kind for fault in faults} == {"no image"}
+    assert sum(fault.samples for fault in faults) == 3
+    said = " ".join(map(str, faults))
+    assert all(name in said for name in ("README", "00001", "psd"))
 
 
 @pytest.mark.parametrize("layout", ["random", "stream"])

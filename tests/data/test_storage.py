@@ -51,6 +51,7 @@ def test_a_bucket_is_streamed_and_gives_what_the_disk_gives(local, pattern):
 
 
 def test_a_bucket_has_random_access_where_it_is_asked_for(local):
+    local = dataclasses.replace(local, lanes=None, shuffle=DataConfig.shuffle)
     remote = dataclasses.replace(local, source="memory://bucket/*.tar", access="random")
     a, b = open_source(remote, "train"), open_source(local, "train")
     assert len(a) == len(b) == kinds.COUNT

@@ -55,7 +55,7 @@ def show(
         out: the page; None writes none.
         split: which one.
         image: the feature with the image.
-        captions: the features with texts.
+        captions: the features with texts: columns, extensions (txt) or fields of the JSON.
         label: a class label instead of captions.
         data_dir: where prepared data lies.
         context_length: tokens (of CLIP's vocabulary) beyond which a caption counts as too long.
@@ -139,7 +139,8 @@ def prepare(
         min_side: pixels; smaller images are left out.
         split: which one.
         image: the feature with the image.
-        captions: the features with texts.
+        captions: the features with texts, the first of which is a tar's .txt; all features are
+            kept under their names.
         label: a class label instead of captions.
         keep: conditions such as 'score>=0.3', 'score<=9' or 'language=en,de'.
         data_dir: where prepared data lies.

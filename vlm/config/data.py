@@ -156,9 +156,11 @@ class DataConfig(Config):
         train_split: Name of the split to train on.
         eval_split: Name of the split that is held out: its images are looked up among all
             captions of both splits. None, as large data has it: see `Experiment.evals`.
-        image: Name of the feature that holds the image.
+        image: Name of the feature that holds the image. In shards and folders: one file of several,
+            such as mask.png.
         captions: Names of the features that hold captions; a nested one is written as
-            captions/text. One caption of an image is drawn at random.
+            captions/text. In shards and folders: an extension (txt) or a field of the JSON;
+            caption is the .txt. One caption of an image is drawn at random.
         caption_weights: How often each of `captions` is drawn, relative to the others. Empty:
             all texts of an image alike.
         label: Name of a class-label feature that is used in place of captions: its name is put

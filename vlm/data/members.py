@@ -34,10 +34,12 @@ def reads(config: DataConfig) -> Callable[[str], bool]:
     return functools.partial(_reads, frozenset([TEXT, FIELDS, *wanted_features(config)]))
 
 
+@functools.lru_cache(4096)  # it is asked of every member
 def _reads(wanted: frozenset[str], extension: str) -> bool:
     return extension in wanted or extension.rpartition(".")[2] in wanted or is_image(extension)
 
 
+@functools.lru_cache(4096)
 def is_image(extension: str) -> bool:
     """Whether a file of this extension is taken for an image."""
     return is_image_name(f"x.{extension}")
@@ -90,7 +92,9 @@ def texts_of(
     wanted = wanted_features(config)
     if TEXT in parts and CAPTION not in parts:
         field, text = fields.get(CAPTION), example[TEXT]
-        if isinstance(field, list) and len(field) > 1 and set(_lines(text)) <= set(_lines(field)):
+        if field == text:
+            pass
+        elif isinstance(field, list) and len(field) > 1 and set(_lines(text)) <= set(_lines(field)):
             pass  # it has the text and more
         elif not field or _lines(field) == _lines(text):
             example[CAPTION] = text

@@ -29,7 +29,7 @@ BACKOFF = 0.5  # seconds before the second attempt, doubled for each one after
 
 # What will not get better by itself.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-_GONE = (404, 410)  # HTTP's statuses of what is not there
+_GONE, _FORBIDDEN = (404, 410), (401, 403)  # HTTP's statuses of what is not there, or not for us
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LIST = re.compile(r"\{([^{}]*,[^{}]*)\}")
 _WILD = re.compile(r"[*?\[]")
@@ -152,8 +152,11 @@ def exists(path: str) -> bool:
     """Whether there is such a file."""
     if not is_remote(path):
         return os.path.exists(path)
-    system, inner = _system(path)
-    return system.exists(inner)
+    try:
+        size_of(path)  # which asks a busy server again
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -171,6 +174,8 @@ def _telling_missing() -> Iterator[None]:
         client = type(cause).__module__.startswith("aiohttp") or isinstance(cause, TimeoutError)
         if status in _GONE or (status is None and not client):
             raise
+        if status in _FORBIDDEN:
+            raise PermissionError(f"{error}: the server answered {status}") from cause
         why = first_line(cause) if isinstance(cause, Exception) else status
         raise OSError(f"{error}: {why}") from cause
 

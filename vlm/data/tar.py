@@ -37,9 +37,9 @@ def groups(
     """The examples of a tar file from where `file` stands, which is the start of one of them.
 
     Members whose extension `wanted` does not take are passed over. Names are split as the library
-    webdataset splits them: at the first dot; members without one, hidden members, and those in
-    `__NAME__` are not part of any example. Without `whole`, `file` is a part of an archive, and
-    ends without its end-of-archive marker.
+    webdataset splits them: at the first dot. Hidden members and those in `__NAME__` are not part of
+    any example; one without a dot is an example without an image, so that it is counted. Without
+    `whole`, `file` is a part of an archive, and ends without its end-of-archive marker.
 
     Raises:
         Torn: when the file breaks off, after the examples that are complete, or goes on after its
@@ -54,8 +54,8 @@ def groups(
             break
         name, size, start, regular = member
         folder, _, base = name.rpartition("/")
-        stem, dot, extension = base.partition(".")
-        if not regular or not stem or not dot or _META.match(name):
+        stem, _, extension = base.partition(".")
+        if not regular or not stem or _META.match(name):
             _pass_over(file, size)
             continue
         now = f"{folder}/{stem}" if folder else stem
