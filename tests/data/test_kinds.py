@@ -142,7 +142,6 @@ def test_a_mixture_by_epochs_is_one_by_the_weights_that_they_come_to(tmp_path):
         ({"examples": None}, "say so with examples=N"),
         ({"epochs": None}, "has no epochs beside parts with epochs"),
         ({"weight": 1.0}, "has a weight beside parts with epochs"),
-        ({"epochs": -1}, r"weights \[-45, 90\]"),
     ):
         parts = (dataclasses.replace(streamed, **wrong), table)
         with pytest.raises(ConfigError, match=said):
