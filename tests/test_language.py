@@ -32,7 +32,7 @@ MAX_WHAT = 10
 # Subpackages whose prose is not rewritten yet. Remove a name once its modules pass.
 PENDING = {
     "__init__", "adapt", "bundle", "chips", "cli", "config", "data", "display",
-    "errors", "evaluate", "explain", "export", "heads", "inputs", "models", "nn", "paths",
+    "errors", "evaluate", "explain", "export", "heads", "inputs", "paths",
     "serve", "sharding", "train", "weights",
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ from vlm.explain.geometry import grid, on_image
 from vlm.explain.methods import place_maps
 from vlm.inputs.preprocess import Preprocess
 from vlm.models.dual_encoder import DualEncoder
-from vlm.nn.taps import Taps
+from vlm.nn.intermediates import Intermediates
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "weights" / "golden"
 KINDS = {
@@ -126,9 +126,9 @@ def test_towers_note_what_lies_between_and_give_the_same(some_model):
 
     @jax.jit
     def score(changes):
-        taps = Taps(changes)
-        z = model.model.encode_image(images, taps=taps)
-        return (z * z_text).sum(), (taps.found, z)
+        intermediates = Intermediates(changes)
+        z = model.model.encode_image(images, intermediates=intermediates)
+        return (z * z_text).sum(), (intermediates.found, z)
 
     _, (found, z) = score({})
     np.testing.assert_allclose(z, model.encode_image([photo()]), atol=3e-6)
@@ -148,16 +148,19 @@ def test_towers_note_what_lies_between_and_give_the_same(some_model):
     assert slope == pytest.approx(float(up - down) / 2e-2, rel=0.1, abs=1e-3)
 
 
-def test_a_tower_that_is_not_asked_gives_nothing_more(clip):
-    """The scan of the blocks has one output, the tokens; with taps it has what they note too."""
+def test_intermediates_are_captured_only_on_request(clip):
+    """With intermediates the scan of the blocks has more outputs than the tokens."""
+
     images = normalised(clip, clip.preprocess.pixels(photo()))
 
-    def outputs(taps):
-        program = jax.make_jaxpr(lambda x: clip.model.encode_image(x, taps=taps))(images)
+    def outputs(intermediates):
+        program = jax.make_jaxpr(lambda x: clip.model.encode_image(x, intermediates=intermediates))(
+            images
+        )
         (scan,) = [e for e in program.eqns if e.primitive.name == "scan"]
         return len(scan.outvars)
 
-    assert (outputs(None), outputs(Taps())) == (1, 3)
+    assert (outputs(None), outputs(Intermediates())) == (1, 3)
 
 
 @pytest.mark.parametrize("method", ["attention", "gradcam"])

@@ -15,7 +15,7 @@ from vlm.nn.attention import (
     Attention,
     _at_even_length,
     _attend_by_head,
-    _each_on_its_own,
+    _sharded_kernel,
     attend,
 )
 from vlm.nn.rotary import grid_rotation
@@ -89,7 +89,7 @@ def test_every_device_takes_its_own_examples_and_heads(tensor, monkeypatch):
 
     @jax.jit
     def run(query, key, value, gradient, mask):
-        form = _each_on_its_own(mesh_of(query), query.shape, True, False)
+        form = _sharded_kernel(mesh_of(query), query.shape, True, False)
         result, pull_back = jax.vjp(lambda *a: form(*a, mask), query, key, value)
         return result, *pull_back(gradient)
 

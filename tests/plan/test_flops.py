@@ -69,7 +69,7 @@ def inner_jaxprs(parameters):
 
 
 def executed(e) -> float:
-    return sum(part.executed for part in step_flops(e, planned_lesson(e).taught).values())
+    return sum(part.executed for part in step_flops(e, planned_lesson(e).supervision).values())
 
 
 def step_products(e) -> float:

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 
 from vlm.config import ResNetConfig, VisionTowerConfig
 from vlm.models.dual_encoder import DualEncoder, unit_norm
+from vlm.nn.intermediates import Intermediates
 from vlm.nn.naflex import Patches
-from vlm.nn.taps import Taps
 
 Method = Literal["path", "attention", "similarity", "gradcam"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -74,10 +74,10 @@ def run(
     model: DualEncoder, images: Images, z_text: Float[Array, "b e"], changes: Found
 ) -> tuple[Found, Float[Array, " b"]]:
     """The image tower's intermediates after `changes`, and the cosines with the texts."""
-    taps = Taps(changes)
+    intermediates = Intermediates(changes)
     rows = images if isinstance(images, Patches) else jnp.asarray(images)
-    z_image = model.encode_image(rows, taps=taps)
-    return taps.found, (z_image * z_text).sum(-1)
+    z_image = model.encode_image(rows, intermediates=intermediates)
+    return intermediates.found, (z_image * z_text).sum(-1)
 
 
 def gradients(model, images, z_text, changes: Found) -> Found:

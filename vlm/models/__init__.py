@@ -1,4 +1,4 @@
-"""The two towers, the dual encoder, and the named sizes."""
+"""Vision towers, text tower, dual encoder, and named sizes."""
 
 from etils import epy
 

@@ -1,4 +1,4 @@
-"""Adapters over a whole model: attached by the names of its layers, detached, merged, summed.
+"""LoRA adapters of a model: attach, detach, merge and sum.
 
 An adapter is a mapping from the dotted name of a linear layer to the `Factors` of that layer.
 """
@@ -26,7 +26,7 @@ from vlm.nn.lora import LowRank, column_lengths, product
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Factors:
-    """The adapter of one layer, or with a leading axis those of a stack of them."""
+    """Adapter of one layer, or of a stack of layers with a leading axis."""
 
     a: Any  # Float[Array, "*l i r"]
     b: Any  # Float[Array, "*l r o"]
@@ -44,7 +44,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 @dataclass(frozen=True)
 class LayerSize:
-    """The sizes of a linear layer; `layers` is None for one that is no stack."""
+    """Sizes of a linear layer; `layers` is None unless it is stacked."""
 
     inputs: int
     outputs: int
@@ -56,7 +56,7 @@ class LayerSize:
 
 
 def linear_layers(model: nnx.Module) -> dict[str, nnx.Linear | nnx.LinearGeneral]:
-    """Every linear layer of a model by its dotted name, sorted."""
+    """Return all linear layers of a model by dotted name, sorted."""
     found = {
         ".".join(map(str, path)): module
         for path, module in nnx.iter_modules(model)
@@ -66,7 +66,7 @@ def linear_layers(model: nnx.Module) -> dict[str, nnx.Linear | nnx.LinearGeneral
 
 
 def size_of(layer: nnx.Linear | nnx.LinearGeneral) -> LayerSize:
-    """The sizes of a linear layer, its heads side by side."""
+    """Sizes of a linear layer, with heads flattened."""
     inputs, outputs = _features(layer.in_features), _features(layer.out_features)
     shape = layer.kernel.shape
     stacked = len(shape) > len(inputs) + len(outputs)
@@ -74,7 +74,7 @@ def size_of(layer: nnx.Linear | nnx.LinearGeneral) -> LayerSize:
 
 
 def matrix(layer: nnx.Linear | nnx.LinearGeneral) -> Float[Array, "*l i o"]:
-    """The kernel of a linear layer in float32, its heads side by side."""
+    """Kernel of a linear layer in float32, with heads flattened."""
     size = size_of(layer)
     kernel = layer.kernel[...].reshape(*size.stack, size.inputs, size.outputs).astype(jnp.float32)
     scale = getattr(layer, "kernel_scale", None)
@@ -85,7 +85,7 @@ def matrix(layer: nnx.Linear | nnx.LinearGeneral) -> Float[Array, "*l i o"]:
 
 
 def targeted(model: nnx.Module, patterns: Sequence[str]) -> list[str]:
-    """The names of the linear layers that any of `patterns` matches; all projections without one.
+    """Return names of linear layers that match any of `patterns`; without any, all projections.
 
     Raises:
         ConfigError: a pattern matches no linear layer; the message lists those that exist.
@@ -106,7 +106,7 @@ def targeted(model: nnx.Module, patterns: Sequence[str]) -> list[str]:
 
 
 def fresh(model: nnx.Module, config: AdapterConfig, key: Key[Array, ""]) -> dict[str, Factors]:
-    """An adapter that changes nothing yet: `a` is random, and `b` zero.
+    """Initialise an adapter with random `a` and zero `b`, so that it has no effect.
 
     Raises:
         ConfigError: a pattern matches nothing, or the rank is larger than a matrix.
@@ -134,19 +134,19 @@ def fresh(model: nnx.Module, config: AdapterConfig, key: Key[Array, ""]) -> dict
 
 
 def prepared(model: Model, config: AdapterConfig, seed: int) -> Model:
-    """`model` with its kernels as the config keeps them, and a fresh adapter."""
+    """Quantize `model` as the config asks, and attach a newly initialised adapter."""
     if config.quantize == "int8":
         model = quantized(model)
     return attach(model, fresh(model, config, jax.random.key(seed)))
 
 
-# ------------------------------------------------------------------------------ on and off
+# ------------------------------------------------------------------------- attach and detach
 
 
 def attach(model: Model, adapter: Adapter) -> Model:
-    """`model` with an adapter in place of any that it has; the arrays are shared.
+    """Return `model` with this adapter, replacing any other; arrays are shared.
 
-    What is for a tower that the model was loaded without is left out.
+    Factors of a tower that the model was loaded without are skipped.
 
     Raises:
         ConfigError: a layer that the model does not have, or one of another size.
@@ -177,13 +177,13 @@ def attach(model: Model, adapter: Adapter) -> Model:
                 )
         a, b, scale = (jnp.asarray(x) for x in (factors.a, factors.b, factors.scale))
         magnitude = None if factors.magnitude is None else jnp.asarray(factors.magnitude)
-        layer: Any = layers[name]  # nnx lets it have more than its class names
+        layer: Any = layers[name]  # nnx allows undeclared attributes
         layer.lora = LowRank(a, b, scale, magnitude)
     return model
 
 
 def detach(model: Model) -> Model:
-    """`model` without its adapter; the arrays are shared."""
+    """Return `model` without its adapter; arrays are shared."""
     model = nnx.merge(*nnx.split(model))
     for layer in linear_layers(model).values():
         if hasattr(layer, "lora"):
@@ -192,12 +192,12 @@ def detach(model: Model) -> Model:
 
 
 def is_trained(path: Sequence[str]) -> bool:
-    """Whether a path in a model's parameters leads to what an adapter trains."""
+    """Whether a parameter path is a trainable parameter of an adapter."""
     return path[-2:-1] == ("lora",) and path[-1] != "scale"
 
 
 def adapter_of(model: nnx.Module) -> dict[str, Factors]:
-    """The adapter that a model has; empty without one."""
+    """Return the adapter of a model; empty if it has none."""
     return {
         name: Factors(
             lora.a[...],
@@ -211,7 +211,7 @@ def adapter_of(model: nnx.Module) -> dict[str, Factors]:
 
 
 def merged(model: Model, dtype: Any = jnp.float32) -> Model:
-    """`model` with its adapter inside its kernels; kernels of whole numbers take `dtype`."""
+    """Merge the adapter into the kernels of `model`; quantized kernels become `dtype`."""
     model = nnx.merge(*nnx.split(model))
     for layer in linear_layers(model).values():
         lora, kernel = getattr(layer, "lora", None), matrix(layer)
@@ -230,9 +230,9 @@ def merged(model: Model, dtype: Any = jnp.float32) -> Model:
 
 
 def quantized(model: Model) -> Model:
-    """`model` with the kernels of its linear layers as whole numbers of eight bits."""
+    """Quantize the kernels of the linear layers of `model` to int8."""
     model = nnx.merge(*nnx.split(model))
-    layers: dict[str, Any] = {**linear_layers(model)}  # nnx lets them have more than is declared
+    layers: dict[str, Any] = {**linear_layers(model)}  # nnx allows undeclared attributes
     for layer in layers.values():
         if hasattr(layer, "kernel_scale"):
             continue
@@ -242,14 +242,14 @@ def quantized(model: Model) -> Model:
     return model
 
 
-# ------------------------------------------------------------------------------- several
+# ------------------------------------------------------------------------ several adapters
 
 
 def stacked(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Factors]:
-    """One adapter that adds what `adapters` add, each times its weight.
+    """Return one adapter equal to the weighted sum of `adapters`.
 
     Raises:
-        ConfigError: one is DoRA's, whose lengths of columns have no sum.
+        ConfigError: one is a DoRA adapter, whose column lengths cannot be summed.
     """
     total: dict[str, Factors] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
@@ -265,10 +265,10 @@ def stacked(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, 
 
 
 def padded(adapters: Sequence[Adapter]) -> list[dict[str, Factors]]:
-    """The same adapters with the same layers and ranks, so that one program serves all.
+    """Pad adapters to the same layers and ranks, so that one compiled program serves all.
 
     Raises:
-        ConfigError: some are DoRA's and others not.
+        ConfigError: DoRA and LoRA adapters are mixed.
     """
     ranks: dict[str, int] = {}
     like: dict[str, Factors] = {}
@@ -291,7 +291,7 @@ def padded(adapters: Sequence[Adapter]) -> list[dict[str, Factors]]:
 
 
 def _beside(one: Factors, other: Factors) -> Factors:
-    """The sum of two adapters of a layer: their factors side by side, the scales inside."""
+    """Sum two adapters of a layer by concatenating their scaled factors."""
     a = jnp.concatenate([f.a * f.scale[..., None, None] for f in (one, other)], -1)
     return Factors(a, jnp.concatenate([one.b, other.b], -2), jnp.ones_like(one.scale))
 
@@ -305,7 +305,7 @@ def _at_rank(f: Factors, rank: int) -> Factors:
 
 
 def _off(f: Factors, rank: int) -> Factors:
-    """An adapter of the same layer that changes nothing."""
+    """Make an adapter of the same layer that has no effect."""
     f = _at_rank(f, rank)
     return dataclasses.replace(
         f, a=jnp.zeros_like(f.a), b=jnp.zeros_like(f.b), scale=jnp.zeros_like(f.scale)
@@ -317,7 +317,7 @@ def _features(value: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _projections(model: nnx.Module) -> set[str]:
-    """The names of all layers of attention and of MLPs."""
+    """Names of all linear layers of attention and MLPs."""
     return {
         ".".join(map(str, (*path, name)))
         for path, module in nnx.iter_modules(model)
@@ -327,7 +327,7 @@ def _projections(model: nnx.Module) -> set[str]:
 
 
 def _instead(model: nnx.Module, pattern: str) -> str:
-    """What else a pattern matches, in words."""
+    """Hint at a module that is no linear layer but matches a pattern."""
     for path, module in nnx.iter_modules(model):
         name = ".".join(map(str, path))
         if name and fnmatch.fnmatchcase(name, pattern):

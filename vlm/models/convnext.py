@@ -1,4 +1,4 @@
-"""The ConvNeXt of LAION's CLIP models (arXiv:2201.03545), in the form of timm and open_clip."""
+"""ConvNeXt (arXiv:2201.03545) of LAION's CLIP models, as in timm and open_clip."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -6,14 +6,14 @@ from jaxtyping import Array, Float, Key
 
 from vlm.config import ConvNeXtConfig
 from vlm.nn.convnext import ConvNeXtStage
+from vlm.nn.intermediates import Intermediates, capture
 from vlm.nn.layers import LayerNorm, Linear, gelu
 from vlm.nn.patches import PatchConv
-from vlm.nn.taps import Taps, tap
 from vlm.nn.transformer import Execution
 
 
 class ConvNeXtTower(nnx.Module):
-    """Normalised images to embeddings of `embed_dim` dimensions (not yet of unit norm)."""
+    """Map normalised images to embeddings of `embed_dim` dimensions (not unit norm)."""
 
     def __init__(
         self, config: ConvNeXtConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs
@@ -55,21 +55,21 @@ class ConvNeXtTower(nnx.Module):
         images: Float[Array, "b h w 3"],
         *,
         keys: Key[Array, " b"] | None = None,
-        taps: Taps | None = None,
+        intermediates: Intermediates | None = None,
     ) -> Float[Array, "b e"]:
-        """Embed images; nothing here is random. `taps` are given the output of each stage."""
-        x = self._places(images, taps)
+        """Embed images deterministically; `intermediates` capture the output of each stage."""
+        x = self._places(images, intermediates)
         return self._embedding(x.astype(jnp.float32).mean((1, 2)))
 
     def dense(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n e"]:
-        """An embedding of every place, as if the whole image looked like it."""
+        """Embed each position as if it were the pooled image."""
         x = self._places(images, None)
         return self._embedding(x.reshape(x.shape[0], -1, x.shape[-1]).astype(jnp.float32))
 
-    def _places(self, images: Float[Array, "b h w 3"], taps: Taps | None):
+    def _places(self, images: Float[Array, "b h w 3"], intermediates: Intermediates | None):
         x = self.stem_norm(self.stem(images.astype(self.dtype)))
         for number, stage in enumerate(self.stages):
-            x = tap(taps, f"stages/{number}", stage(x))
+            x = capture(intermediates, f"stages/{number}", stage(x))
         return x
 
     def _embedding(self, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:

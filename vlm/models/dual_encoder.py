@@ -1,4 +1,4 @@
-"""Two towers into one space, and the temperature and bias of the logits between them."""
+"""Dual encoder: two towers with a shared embedding space, logit scale and logit bias."""
 
 import math
 
@@ -9,14 +9,14 @@ from jaxtyping import Array, Float, Int, Key
 from vlm.config import ModelConfig
 from vlm.models.text import TextTower
 from vlm.models.towers import vision_tower
+from vlm.nn.intermediates import Intermediates
 from vlm.nn.layers import split_keys
 from vlm.nn.naflex import Patches
-from vlm.nn.taps import Taps
 from vlm.nn.transformer import Execution
 
 
 class DualEncoder(nnx.Module):
-    """A CLIP- or SigLIP-class model (arXiv:2103.00020, arXiv:2303.15343).
+    """CLIP- or SigLIP-class model (arXiv:2103.00020, arXiv:2303.15343).
 
     logits = exp(logit_scale) * z_image z_text^T + logit_bias, for unit-norm embeddings.
 
@@ -46,20 +46,20 @@ class DualEncoder(nnx.Module):
         images: Float[Array, "b h w 3"] | Patches,
         *,
         keys: Key[Array, " b"] | None = None,
-        taps: Taps | None = None,
+        intermediates: Intermediates | None = None,
     ) -> Float[Array, "b e"]:
-        """Normalised images to unit-norm float32 embeddings; `taps` note what lies between."""
-        return unit_norm(self.vision(images, keys=keys, taps=taps))
+        """Map normalised images to unit-norm float32 embeddings; fill `intermediates`."""
+        return unit_norm(self.vision(images, keys=keys, intermediates=intermediates))
 
     def encode_text(
         self,
         tokens: Int[Array, "b n"],
         *,
         keys: Key[Array, " b"] | None = None,
-        taps: Taps | None = None,
+        intermediates: Intermediates | None = None,
     ) -> Float[Array, "b e"]:
-        """Token ids to unit-norm float32 embeddings; `taps` note what lies between."""
-        return unit_norm(self.text(tokens, keys=keys, taps=taps))
+        """Map token ids to unit-norm float32 embeddings; fill `intermediates`."""
+        return unit_norm(self.text(tokens, keys=keys, intermediates=intermediates))
 
     def __call__(
         self,
@@ -68,12 +68,12 @@ class DualEncoder(nnx.Module):
         *,
         keys: Key[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
-        """Embed both halves of a batch. With `keys`, one for each example, all dropout is on."""
+        """Embed images and texts of a batch; `keys`, one per example, turn dropout on."""
         image_keys, text_keys = split_keys(keys)
         return self.encode_image(images, keys=image_keys), self.encode_text(tokens, keys=text_keys)
 
 
 def unit_norm(x: Float[Array, "*b e"]) -> Float[Array, "*b e"]:
-    """`x` in float32 at length one."""
+    """Normalise `x` to unit norm in float32."""
     x = x.astype(jnp.float32)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

@@ -1,4 +1,4 @@
-"""ALIGN's image tower: EfficientNet without its classifier (arXiv:1905.11946, arXiv:2102.05918)."""
+"""EfficientNet without classifier (arXiv:1905.11946): ALIGN's vision tower (arXiv:2102.05918)."""
 
 import jax
 import jax.numpy as jnp
@@ -6,17 +6,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from vlm.config import EfficientNetConfig
-from vlm.models.counting import projection_flops
-from vlm.models.ends import projection
+from vlm.models.layer_flops import projection_flops
+from vlm.models.projection import projection
 from vlm.nn.conv import Conv
 from vlm.nn.efficientnet import EfficientNetLayers
+from vlm.nn.intermediates import Intermediates, capture
 from vlm.nn.resnet import FrozenBatchNorm
-from vlm.nn.taps import Taps, tap
 from vlm.nn.transformer import Execution
 
 
 class EfficientNetTower(nnx.Module):
-    """Normalised images to embeddings of `embed_dim` dimensions (not yet of unit norm)."""
+    """Map normalised images to embeddings of `embed_dim` dimensions (not unit norm)."""
 
     def __init__(
         self, config: EfficientNetConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs
@@ -49,22 +49,22 @@ class EfficientNetTower(nnx.Module):
         images: Float[Array, "b h w 3"],
         *,
         keys: Key[Array, " b"] | None = None,
-        taps: Taps | None = None,
+        intermediates: Intermediates | None = None,
     ) -> Float[Array, "b e"]:
-        """Embed images; nothing here is random. `taps` are given the output of each stage."""
-        x = self._places(images, taps).astype(jnp.float32)
+        """Embed images deterministically; `intermediates` capture the output of each stage."""
+        x = self._places(images, intermediates).astype(jnp.float32)
         x = x.mean((1, 2)) if self.config.pool == "mean" else x.max((1, 2))
         return self._embedding(x)
 
     def dense(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n e"]:
-        """An embedding of every place, as if the whole image looked like it."""
+        """Embed each position as if it were the pooled image."""
         x = self._places(images, None)
         return self._embedding(x.reshape(x.shape[0], -1, x.shape[-1]))
 
-    def _places(self, images: Float[Array, "b h w 3"], taps: Taps | None):
+    def _places(self, images: Float[Array, "b h w 3"], intermediates: Intermediates | None):
         x = jax.nn.silu(self.stem_norm(self.stem(images.astype(self.dtype))))
         for number, stage in enumerate(self.stages):
-            x = tap(taps, f"stages/{number}", stage(x))
+            x = capture(intermediates, f"stages/{number}", stage(x))
         return x
 
     def _embedding(self, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:

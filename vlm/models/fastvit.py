@@ -1,4 +1,4 @@
-"""MobileCLIP's image tower: FastViT, reparameterised (arXiv:2303.14189, arXiv:2311.17049)."""
+"""MobileCLIP's vision tower: FastViT, reparameterised (arXiv:2303.14189, arXiv:2311.17049)."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -7,13 +7,13 @@ from jaxtyping import Array, Float, Key
 from vlm.config import FastViTConfig
 from vlm.nn.conv import Conv
 from vlm.nn.fastvit import Squeeze, Stage
+from vlm.nn.intermediates import Intermediates, capture
 from vlm.nn.layers import Linear, gelu
-from vlm.nn.taps import Taps, tap
 from vlm.nn.transformer import Execution
 
 
 class FastViTTower(nnx.Module):
-    """Normalised images to embeddings of `embed_dim` dimensions (not yet of unit norm)."""
+    """Map normalised images to embeddings of `embed_dim` dimensions (not unit norm)."""
 
     def __init__(
         self, config: FastViTConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs
@@ -40,23 +40,25 @@ class FastViTTower(nnx.Module):
         images: Float[Array, "b h w 3"],
         *,
         keys: Key[Array, " b"] | None = None,
-        taps: Taps | None = None,
+        intermediates: Intermediates | None = None,
     ) -> Float[Array, "b e"]:
-        """Embed images; nothing here is random. `taps` are given the output of each stage."""
-        x = self._places(images, taps)
+        """Embed images deterministically; `intermediates` capture the output of each stage."""
+        x = self._places(images, intermediates)
         return self.projection(x.astype(jnp.float32).mean((1, 2)).astype(self.dtype))
 
     def dense(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n e"]:
-        """An embedding of every place, as if the whole image looked like it."""
+        """Embed each position as if it were the pooled image."""
         x = self._places(images, None)
         return self.projection(x.reshape(x.shape[0], -1, x.shape[-1]))
 
-    def _places(self, images: Float[Array, "b h w 3"], taps: Taps | None):
+    def _places(self, images: Float[Array, "b h w 3"], intermediates: Intermediates | None):
         x = gelu(self.stem(images.astype(self.dtype)))
         x = gelu(self.stem_project(gelu(self.stem_halve(x))))
         for number, stage in enumerate(self.stages):
-            x = tap(taps, f"stages/{number}", stage(x))
-        return tap(taps, f"stages/{len(self.stages)}", gelu(self.squeeze(self.last(x))))
+            x = capture(intermediates, f"stages/{number}", stage(x))
+        return capture(
+            intermediates, f"stages/{len(self.stages)}", gelu(self.squeeze(self.last(x)))
+        )
 
 
 def flops(config: FastViTConfig, embed_dim: int, *, training: bool = False) -> dict[str, float]:
@@ -86,5 +88,5 @@ def flops(config: FastViTConfig, embed_dim: int, *, training: bool = False) -> d
 
 
 def _half(size: int) -> int:
-    """What a padded stride of 2 leaves of a side."""
+    """Side length after a padded convolution of stride 2."""
     return (size + 1) // 2

@@ -1,8 +1,8 @@
-"""The arithmetic of a model and of a training step, counted part by part.
+"""Analytic FLOPs of a model and of a training step, by part.
 
-Counted are matrix products and convolutions, a multiplication and an addition as two operations.
-Normalisations, activations and softmaxes are left out: they are limited by memory, not arithmetic.
-Attention counts its whole n x n matrix, causal or not, as the dense form computes it.
+Matrix products and convolutions count, with two FLOPs per multiply-add. Normalisations, activations
+and softmaxes are excluded, since they are memory-bound. Attention counts the full n x n matrix,
+causal or not, as the dense implementation computes it.
 
 **Model FLOPs** are those that the mathematics asks for: forward once, backward twice. **Executed
 FLOPs** add what is computed again to save memory: rematerialised blocks, the second forward pass
@@ -22,11 +22,11 @@ from vlm.nn.remat import recomputed_share
 
 @dataclass(frozen=True)
 class PartFlops:
-    """Operations of one part in one step over the global batch."""
+    """FLOPs of one part in one step over the global batch."""
 
     forward: float
     backward: float
-    recomputed: float = 0.0  # again, beyond what the mathematics asks for
+    recomputed: float = 0.0  # by rematerialisation
 
     @property
     def model(self) -> float:
@@ -38,12 +38,12 @@ class PartFlops:
 
 
 @dataclass(frozen=True)
-class Taught:
-    """What a run is taught beside its pairs, as far as its arithmetic needs it.
+class Supervision:
+    """Sizes of the extra supervision of a run, for its FLOPs.
 
     Attributes:
-        classes: that the head of a classification tells apart.
-        width: of the embeddings of a teacher.
+        classes: number of classes of a classification head.
+        width: width of a teacher's embeddings.
         teacher: what embeds every batch; None where the embeddings are stored.
     """
 
@@ -52,7 +52,7 @@ class Taught:
     teacher: ModelConfig | None = None
 
 
-PAIRS_ALONE = Taught()
+PAIRS_ALONE = Supervision()
 
 
 def encode_flops(config: ModelConfig) -> tuple[float, float]:
@@ -62,12 +62,14 @@ def encode_flops(config: ModelConfig) -> tuple[float, float]:
     return sum(image.values()), sum(text.values())
 
 
-def step_flops(experiment: Experiment, taught: Taught = PAIRS_ALONE) -> dict[str, PartFlops]:
+def step_flops(
+    experiment: Experiment, supervision: Supervision = PAIRS_ALONE
+) -> dict[str, PartFlops]:
     """FLOPs of one training step over the global batch: "vision/mlp", "text/pool", ..., "loss"."""
     e, batch = experiment, experiment.batch_size
     again = 1 if e.micro_batch_size not in (None, batch) else 0
     towers = {"vision": vision_flops(e.model.vision, e.model.embed_dim, training=True)}
-    if e.objective != "classification":  # whose texts are read once, at its start
+    if e.objective != "classification":  # its texts are encoded once, at the start
         towers["text"] = text_flops(e.model.text, e.model.embed_dim, masking=e.text_masking)
     parts = {}
     for tower, forward in towers.items():
@@ -78,12 +80,12 @@ def step_flops(experiment: Experiment, taught: Taught = PAIRS_ALONE) -> dict[str
             if passes:
                 recomputed += recomputed_share(e.remat, part) * flops
             parts[f"{tower}/{part}"] = PartFlops(flops, backward, recomputed)
-    parts |= _loss_flops(e, taught.classes)
-    if taught.teacher is not None:
-        for tower, flops in zip(("vision", "text"), encode_flops(taught.teacher), strict=True):
+    parts |= _loss_flops(e, supervision.classes)
+    if supervision.teacher is not None:
+        for tower, flops in zip(("vision", "text"), encode_flops(supervision.teacher), strict=True):
             parts[f"teacher/{tower}"] = PartFlops(batch * flops, 0.0)
     if e.distill is not None:
-        parts |= _distillation_flops(e, e.distill, taught.width)
+        parts |= _distillation_flops(e, e.distill, supervision.width)
     return {name: part for name, part in parts.items() if part.executed}
 
 
@@ -98,7 +100,7 @@ def _loss_flops(e: Experiment, classes: int) -> dict[str, PartFlops]:
 
 
 def _distillation_flops(e: Experiment, config: DistillConfig, width: int) -> dict[str, PartFlops]:
-    """What it costs to compare a student with its teacher, whose embeddings are `width` wide."""
+    """FLOPs of the distillation losses, for teacher embeddings of `width`."""
     parts, ours = {}, 2 * e.batch_size**2 * e.model.embed_dim
     if config.relations:
         both = ours + 2 * e.batch_size**2 * width
@@ -110,7 +112,7 @@ def _distillation_flops(e: Experiment, config: DistillConfig, width: int) -> dic
 
 
 def _backward_passes(e: Experiment, tower: str, part: str) -> int:
-    """How many times a part's forward FLOPs its gradients take: of its inputs, of its kernels."""
+    """Ratio of a part's backward to forward FLOPs: 1 for inputs plus 1 for kernels."""
     if e.lock == tower:
         return 0
     passes = 2
@@ -118,13 +120,13 @@ def _backward_passes(e: Experiment, tower: str, part: str) -> int:
         passes = 1  # pixels need no gradient
     if e.adapter is None:
         return passes
-    # Frozen kernels need none, and the factors beside them take a percent that is left out.
+    # Frozen kernels need none; LoRA factors add about a percent, which is ignored.
     other = {"vision": "text.", "text": "vision."}[tower]
     targets = e.adapter.targets
     adapted = not targets or any(not pattern.startswith(other) for pattern in targets)
     return passes - 1 if adapted else 0
 
 
-def model_flops(experiment: Experiment, taught: Taught = PAIRS_ALONE) -> float:
+def model_flops(experiment: Experiment, supervision: Supervision = PAIRS_ALONE) -> float:
     """Model FLOPs of one training step over the global batch."""
-    return sum(part.model for part in step_flops(experiment, taught).values())
+    return sum(part.model for part in step_flops(experiment, supervision).values())

@@ -1,6 +1,6 @@
-"""Whole models by name: towers, pixels and tokens, which only make sense together.
+"""Named models with matching preprocessing and tokenizer.
 
-Each gives the fields of an `Experiment` that say what a model is and what it takes:
+Each recipe gives fields of an `Experiment`:
 
     config = Experiment(**recipes.clip("B/16"), data=..., batch_size=..., epochs=...)
 """
@@ -13,7 +13,7 @@ from vlm.models import variants
 
 
 class Recipe(TypedDict):
-    """The fields of an `Experiment` that belong together."""
+    """Fields of an `Experiment` that belong together."""
 
     model: ModelConfig
     preprocess: PreprocessConfig
@@ -22,9 +22,9 @@ class Recipe(TypedDict):
 
 
 def clip(name: str, *, image_size: int = 224, **changes: Any) -> Recipe:
-    """CLIP at size `name`, such as "B/16", with OpenAI's pixels and vocabulary.
+    """CLIP of size `name`, such as "B/16", with OpenAI's preprocessing and vocabulary.
 
-    `changes` are to other fields of the model's config, such as `init_scale`.
+    `changes` replace other fields of the model config, such as `init_scale`.
     Source: Radford et al., 2021, arXiv:2103.00020, and the code that OpenAI published with it.
 
     Raises:
@@ -43,10 +43,10 @@ def clip(name: str, *, image_size: int = 224, **changes: Any) -> Recipe:
 
 
 def siglip(name: str, *, tokenizer_file: str, image_size: int = 224, **changes: Any) -> Recipe:
-    """SigLIP at size `name`, such as "So400m/14", with its pixels and the rules of its vocabulary.
+    """SigLIP of size `name`, such as "So400m/14", with its preprocessing and tokenizer rules.
 
-    The vocabulary itself is not in the package: `tokenizer_file` is the `tokenizer.json` of T5's
-    32,000 pieces of English (c4_en). `changes` are to other fields of the model's config.
+    The vocabulary is not in the package: `tokenizer_file` is the `tokenizer.json` of T5's 32,000
+    English pieces (c4_en). `changes` replace other fields of the model config.
     Source: Zhai et al., 2023, arXiv:2303.15343.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The image tower of OpenAI's first CLIP models: a ResNet with an attention pool."""
+"""ResNet with attention pooling: the vision tower of OpenAI's first CLIP models."""
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +7,13 @@ from jaxtyping import Array, Float, Key
 
 from vlm.config import ResNetConfig
 from vlm.nn.attention import Attention
+from vlm.nn.intermediates import Intermediates, capture, part
 from vlm.nn.resnet import EXPANSION, Bottleneck, FrozenBatchNorm, average_pool, conv
-from vlm.nn.taps import Taps, part, tap
 from vlm.nn.transformer import Execution
 
 
 class ResNetTower(nnx.Module):
-    """Normalised images to embeddings of `embed_dim` dimensions (not yet of unit norm).
+    """Map normalised images to embeddings of `embed_dim` dimensions (not unit norm).
 
     (Radford et al., 2021, arXiv:2103.00020, section 2.4.)
     """
@@ -52,28 +52,30 @@ class ResNetTower(nnx.Module):
         images: Float[Array, "b h w 3"],
         *,
         keys: Key[Array, " b"] | None = None,
-        taps: Taps | None = None,
+        intermediates: Intermediates | None = None,
     ) -> Float[Array, "b e"]:
-        """Embed images; nothing here is random.
+        """Embed images deterministically.
 
-        `taps` are given the output of each stage, and "pool/attention".
+        `intermediates` capture the output of each stage, and "pool/attention".
         """
-        x = self._places(images, taps)
+        x = self._places(images, intermediates)
         x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1)
         x = x + self.position[...].astype(x.dtype)
-        return self.pool(x[:, :1], x, taps=part(taps, "pool"))[:, 0]
+        return self.pool(x[:, :1], x, intermediates=part(intermediates, "pool"))[:, 0]
 
     def dense(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n e"]:
-        """An embedding of every place, which looks at itself alone in the attention that pools.
+        """Embed each position by letting it attend only to itself in the attention pool.
 
-        So its value is projected, and no mixture of values (MaskCLIP, arXiv:2112.01071).
+        So its own value is projected (MaskCLIP, arXiv:2112.01071).
         """
         x = self._places(images, None)
         x = x + self.position[...].astype(x.dtype)[1:]
-        alone = x.reshape(-1, 1, x.shape[-1])
-        return self.pool(alone).reshape(*x.shape[:2], -1)
+        single = x.reshape(-1, 1, x.shape[-1])
+        return self.pool(single).reshape(*x.shape[:2], -1)
 
-    def _places(self, images: Float[Array, "b h w 3"], taps: Taps | None) -> Float[Array, "b n d"]:
+    def _places(
+        self, images: Float[Array, "b h w 3"], intermediates: Intermediates | None
+    ) -> Float[Array, "b n d"]:
         x = images.astype(self.dtype)
         for layer, norm in zip(self.stem, self.stem_norms, strict=True):
             x = jax.nn.relu(norm(layer(x)))
@@ -81,7 +83,7 @@ class ResNetTower(nnx.Module):
         for number, blocks in enumerate(self.stages):
             for block in blocks:
                 x = block(x)
-            x = tap(taps, f"stages/{number}", x)
+            x = capture(intermediates, f"stages/{number}", x)
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
 

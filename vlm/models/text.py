@@ -1,4 +1,4 @@
-"""The text tower: a transformer over token ids."""
+"""Text tower: a transformer over token ids."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,19 +6,19 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, Key
 
 from vlm.config import TextConfig
-from vlm.models.counting import block_flops, map_pool_flops, projection_flops
-from vlm.models.ends import map_pool, projection
+from vlm.models.layer_flops import block_flops, map_pool_flops, projection_flops
+from vlm.models.projection import map_pool, projection
+from vlm.nn.intermediates import Intermediates, capture, part
 from vlm.nn.layers import LayerNorm
 from vlm.nn.pooling import mean_pool, token_pool
 from vlm.nn.positions import sinusoids
-from vlm.nn.taps import Taps, part, tap
 from vlm.nn.transformer import Execution, Transformer
 
 LENGTH_STEP = 16  # tokens: lengths of causal text are rounded up to a multiple of this
 
 
 class TextTower(nnx.Module):
-    """Token ids to embeddings of `embed_dim` dimensions (not yet of unit norm).
+    """Map token ids to embeddings of `embed_dim` dimensions (not unit norm).
 
     Example:
         >>> model.model.text(jnp.ones((2, 12), jnp.int32)).shape
@@ -63,13 +63,13 @@ class TextTower(nnx.Module):
         *,
         keys: Key[Array, " b"] | None = None,
         context: tuple[Float[Array, "b k d"], Int[Array, "b k"]] | None = None,
-        taps: Taps | None = None,
+        intermediates: Intermediates | None = None,
     ) -> Float[Array, "b e"]:
-        """Embed texts. With `keys`, one for each example, dropout is on.
+        """Embed texts; `keys`, one per example, turn dropout on.
 
-        `context` is vectors and their places in the texts: there they stand in for the embeddings
-        of tokens, which masks and pooling still go by (arXiv:2109.01134). `taps` are given
-        "embedding", what the stack notes, and "pool/attention" of a map pool.
+        `context` is vectors and their positions: they replace token embeddings there, while masks
+        and pooling still use the tokens (CoOp, arXiv:2109.01134). `intermediates` capture
+        "embedding", the activations of the stack, and "pool/attention" of a map pool.
         """
         c = self.config
         x = self.embedding[...].astype(self.dtype)[tokens]
@@ -77,13 +77,13 @@ class TextTower(nnx.Module):
             vectors, places = context
             x = x.at[jnp.arange(len(x))[:, None], places].set(vectors.astype(self.dtype))
         x = x * c.width**0.5 if c.scale_embedding else x
-        x = tap(taps, "embedding", x)
+        x = capture(intermediates, "embedding", x)
         real = None if c.pad_id is None else tokens != c.pad_id  # (b, n)
         if self.class_token is not None:
             last = self.class_token[...].astype(self.dtype)
             x = jnp.concatenate([x, jnp.broadcast_to(last, (x.shape[0], 1, len(last)))], axis=1)
             if real is not None:
-                # CoCa's weights were trained with the mask one place too far to the right.
+                # CoCa's weights were trained with the mask shifted right by one.
                 real = jnp.pad(real, ((0, 0), (1, 0)), constant_values=True)
         if self.position is None:
             x = x + sinusoids(x.shape[1], c.width).astype(self.dtype)
@@ -92,9 +92,9 @@ class TextTower(nnx.Module):
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         mask = None if real is None else real[:, None, None, :]
-        x = self.transformer(x, mask, keys=keys, taps=taps)
+        x = self.transformer(x, mask, keys=keys, intermediates=intermediates)
 
-        norm = self.norm or (lambda x: x)  # the blocks of a post-norm tower end with one
+        norm = self.norm or (lambda x: x)  # post-norm blocks end with a norm
         if c.pool == "end":
             x = norm(token_pool(x, jnp.argmax(tokens == c.end_id, axis=1)))
         elif c.pool == "argmax":
@@ -107,14 +107,14 @@ class TextTower(nnx.Module):
             x = mean_pool(norm(x), real)
         else:
             assert self.pool is not None
-            x = self.pool(norm(x), real, taps=part(taps, "pool"))
+            x = self.pool(norm(x), real, intermediates=part(intermediates, "pool"))
         return x if self.projection is None else self.projection(x)
 
 
 def text_flops(config: TextConfig, embed_dim: int, *, masking: float = 0.0) -> dict[str, float]:
     """Forward FLOPs of one text, by part: projections, scores, mlp, pool, projection.
 
-    `masking` is the share of its places that training leaves out.
+    `masking` is the fraction of tokens that training drops.
     """
     c, tokens = config, config.tokens(masking=masking)
     return {
@@ -125,9 +125,9 @@ def text_flops(config: TextConfig, embed_dim: int, *, masking: float = 0.0) -> d
 
 
 def shortened(tokens: Int32[np.ndarray, "n l"], config: TextConfig) -> Int32[np.ndarray, "n m"]:
-    """Rows without their common padding, where it cannot be seen.
+    """Cut common padding that does not affect the result.
 
-    A causal tower never looks beyond the token it is pooled at; of any other the rows stay whole.
+    A causal tower ignores tokens after the pooled one; for other towers rows stay complete.
     """
     if not config.causal or config.pool not in ("end", "argmax"):
         return tokens

@@ -1,4 +1,4 @@
-"""Which module makes the image tower of each kind of config."""
+"""Table of vision towers by config class."""
 
 from flax import nnx
 
@@ -14,7 +14,7 @@ from vlm.config import (
 from vlm.models import convnext, efficientnet, fastvit, resnet, vit, vitamin
 from vlm.nn.transformer import Execution
 
-# Each module has its tower and the count of its forward FLOPs.
+# Each module has a tower class and a function for its forward FLOPs.
 _KINDS = {
     ViTConfig: (vit.ViTTower, vit.flops),
     ResNetConfig: (resnet.ResNetTower, resnet.flops),
@@ -28,7 +28,7 @@ _KINDS = {
 def vision_tower(
     config: VisionTowerConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs
 ) -> nnx.Module:
-    """The tower of `config`: normalised images (b, h, w, 3) to embeddings (b, embed_dim).
+    """Make the tower of `config`: normalised images (b, h, w, 3) to embeddings (b, embed_dim).
 
     Example:
         >>> from flax import nnx
@@ -46,7 +46,7 @@ def vision_flops(
 ) -> dict[str, float]:
     """Forward FLOPs of one image, by part: such as stem, projections, scores, mlp, projection.
 
-    With `training`, patch dropout leaves out its share of the tokens.
+    With `training`, patch dropout is taken into account.
     """
     _, flops = _KINDS[type(config)]
     return flops(config, embed_dim, training=training)

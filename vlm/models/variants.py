@@ -1,4 +1,4 @@
-"""The named sizes of the field, as explicit numbers.
+"""Named model sizes as explicit numbers.
 
 A name is a size and a patch, such as "B/16" or "So400m/14". Two families give a whole model of that
 name: `clip` (causal text, softmax) and `siglip` (bidirectional text, sigmoid).
@@ -17,7 +17,7 @@ from vlm.errors import ConfigError
 
 
 class Size(NamedTuple):
-    """The numbers of a transformer."""
+    """Sizes of a transformer."""
 
     width: int
     depth: int
@@ -36,7 +36,7 @@ VISION = {
     "g-opt": Size(1536, 40, 16, 6144),
 }
 
-# CLIP's text towers are narrower than their image towers, and deeper only from H on.
+# CLIP's text towers are narrower than their vision towers, and deeper only from H on.
 CLIP_TEXT = {
     "Ti": Size(192, 12, 3, 768),
     "S": Size(384, 12, 6, 1536),
@@ -46,7 +46,7 @@ CLIP_TEXT = {
     "g": Size(1024, 24, 16, 4096),
 }
 
-# SigLIP's have the size of the image tower, but for the largest.
+# SigLIP's have the size of the vision tower, except the largest.
 SIGLIP_TEXT = VISION | {"H": VISION["So400m"], "g": VISION["So400m"], "g-opt": VISION["So400m"]}
 
 PATCHES = {
@@ -63,7 +63,7 @@ NAMES = tuple(f"{size}/{patch}" for size, patches in PATCHES.items() for patch i
 
 
 def vision(name: str, **changes: Any) -> ViTConfig:
-    """The image tower called `name`, with `changes` to other fields of its config.
+    """Config of the ViT of size `name`; `changes` replace other fields.
 
     Raises:
         ConfigError: no such name.
@@ -75,7 +75,7 @@ def vision(name: str, **changes: Any) -> ViTConfig:
 
 
 def clip(name: str, **changes: Any) -> ModelConfig:
-    """CLIP at size `name`: class token, causal text of 77 tokens pooled at its end, softmax.
+    """CLIP of size `name`: class token, causal text of 77 tokens pooled at its end, softmax.
 
     Raises:
         ConfigError: no such name, or no CLIP of that size.
@@ -107,7 +107,7 @@ def clip(name: str, **changes: Any) -> ModelConfig:
 
 
 def siglip(name: str, **changes: Any) -> ModelConfig:
-    """SigLIP at size `name`: attention pooling, bidirectional text of 64 tokens, sigmoid.
+    """SigLIP of size `name`: attention pooling, bidirectional text of 64 tokens, sigmoid.
 
     Raises:
         ConfigError: no such name.

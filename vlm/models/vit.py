@@ -1,17 +1,18 @@
-"""The Vision Transformer (arXiv:2010.11929), in the forms that public models have."""
+"""Vision Transformer (arXiv:2010.11929), with the variants of public models."""
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from vlm.config import ViTConfig
-from vlm.models.counting import (
+from vlm.models.layer_flops import (
     block_flops,
     map_pool_flops,
     projection_flops,
     query_pool_flops,
 )
-from vlm.models.ends import map_pool, projection
+from vlm.models.projection import map_pool, projection
+from vlm.nn.intermediates import Intermediates, capture, part
 from vlm.nn.layers import LayerNorm, split_keys
 from vlm.nn.naflex import Patches
 from vlm.nn.patches import (
@@ -23,12 +24,11 @@ from vlm.nn.patches import (
 )
 from vlm.nn.pooling import MapPool, QueryPool, mean_pool
 from vlm.nn.rotary import grid_rotation
-from vlm.nn.taps import Taps, part, tap
 from vlm.nn.transformer import Execution, Transformer
 
 
 class ViTTower(nnx.Module):
-    """Normalised images to embeddings of `embed_dim` dimensions (not yet of unit norm).
+    """Map normalised images to embeddings of `embed_dim` dimensions (not unit norm).
 
     Example:
         >>> model.model.vision(jnp.zeros((2, 16, 16, 3))).shape
@@ -86,39 +86,39 @@ class ViTTower(nnx.Module):
         images: Float[Array, "b h w 3"] | Patches,
         *,
         keys: Key[Array, " b"] | None = None,
-        taps: Taps | None = None,
+        intermediates: Intermediates | None = None,
     ) -> Float[Array, "b e"]:
-        """Embed images. With `keys`, one for each example, dropout and patch dropout are on.
+        """Embed images; `keys`, one per example, turn dropout and patch dropout on.
 
-        `taps` are given "stem", what the stack notes, and "pool/attention" of an attention pool.
+        `intermediates` capture "stem", the activations of the stack, and "pool/attention".
         """
-        x, mask = self._tokens(images, keys, taps)
+        x, mask = self._tokens(images, keys, intermediates)
         if self.config.pool == "mean" and self.class_token is not None:
             x = x[:, self.config.prefix_tokens :]
-        return self._embedding(x, mask, taps)
+        return self._embedding(x, mask, intermediates)
 
     def dense(self, images: Float[Array, "b h w 3"] | Patches) -> Float[Array, "b n e"]:
-        """An embedding of every patch: in the attention that pools, it looks at itself alone.
+        """Embed each patch by letting it attend only to itself in the attention pool.
 
-        So it is the value, and no mixture of values, that is projected (MaskCLIP,
-        arXiv:2112.01071). Tokens of a class-token tower are stopped before the last block.
+        So its own value is projected (MaskCLIP, arXiv:2112.01071). For class-token towers, this
+        replaces the attention of the last block.
         """
-        taps = Taps()
-        x, _ = self._tokens(images, None, taps)
+        intermediates = Intermediates()
+        x, _ = self._tokens(images, None, intermediates)
         if self.config.pool == "class":
-            before = [taps.found["stem"], *taps.found["blocks/output"]]
+            before = [intermediates.found["stem"], *intermediates.found["blocks/output"]]
             x = self.transformer.last(before[-2].reshape(-1, 1, x.shape[-1])).reshape(x.shape)
         x = x[:, self.config.prefix_tokens :]
         alone = self._embedding(x.reshape(-1, 1, x.shape[-1]))
         return alone.reshape(*x.shape[:2], -1)
 
     def _tokens(
-        self, images: Float[Array, "b h w 3"] | Patches, keys, taps: Taps | None
+        self, images: Float[Array, "b h w 3"] | Patches, keys, intermediates: Intermediates | None
     ) -> tuple[Float[Array, "b n d"], Bool[Array, "b n"] | None]:
-        """What the blocks make of the tokens, and which of them are real where some are not."""
+        """Run the blocks; return the tokens, and a mask of real ones for NaFlex."""
         c = self.config
         if isinstance(images, Patches):
-            return self._of_patches(images, keys, taps)
+            return self._of_patches(images, keys, intermediates)
         patch_keys, block_keys = split_keys(keys)
         x = self.stem(images)
         position = self.position[...].astype(x.dtype)
@@ -142,33 +142,35 @@ class ViTTower(nnx.Module):
                 span=c.rotary_span,
                 rows_first=c.rotary_rows_first,
             )
-        x = tap(taps, "stem", x)
-        return self.transformer(x, keys=block_keys, rotation=rotation, taps=taps), None
+        x = capture(intermediates, "stem", x)
+        return self.transformer(
+            x, keys=block_keys, rotation=rotation, intermediates=intermediates
+        ), None
 
     def _embedding(
         self,
         x: Float[Array, "b n d"],
         mask: Bool[Array, "b n"] | None = None,
-        taps: Taps | None = None,
+        intermediates: Intermediates | None = None,
     ) -> Float[Array, "b e"]:
-        """The tokens pooled and projected; those of a mean pool are without the class token."""
+        """Pool and project tokens; for mean pooling, without the class token."""
         c = self.config
         if c.pool == "class":
             x = self.norm(x[:, 0])
         elif isinstance(self.pool, QueryPool):
-            x = self.norm(self.pool(x, taps=part(taps, "pool")))
+            x = self.norm(self.pool(x, intermediates=part(intermediates, "pool")))
         elif c.pool == "mean":
             x = mean_pool(x if c.norm_pooled else self.norm(x), mask)
             x = self.norm(x) if c.norm_pooled else x
         else:
             assert isinstance(self.pool, MapPool)
-            x = self.pool(self.norm(x), mask, taps=part(taps, "pool"))
+            x = self.pool(self.norm(x), mask, intermediates=part(intermediates, "pool"))
         return x if self.projection is None else self.projection(x)
 
     def _of_patches(
-        self, images: Patches, keys, taps: Taps | None
+        self, images: Patches, keys, intermediates: Intermediates | None
     ) -> tuple[Float[Array, "b n d"], Bool[Array, "b n"]]:
-        """Tokens of images of different shapes: padding is masked in attention."""
+        """Run the blocks on images of different shapes, with padding masked in attention."""
         assert isinstance(self.stem, PatchStem)
         patch_keys, block_keys = split_keys(keys)
         x = self.stem.project(images.pixels.reshape(*images.mask.shape, -1))
@@ -177,8 +179,10 @@ class ViTTower(nnx.Module):
         x, mask = drop_real_patches(
             x + position.astype(x.dtype), images.mask, self.config.patch_dropout, patch_keys
         )
-        x = tap(taps, "stem", x)
-        return self.transformer(x, mask[:, None, None, :], keys=block_keys, taps=taps), mask
+        x = capture(intermediates, "stem", x)
+        return self.transformer(
+            x, mask[:, None, None, :], keys=block_keys, intermediates=intermediates
+        ), mask
 
 
 def flops(config: ViTConfig, embed_dim: int, *, training: bool = False) -> dict[str, float]:
@@ -202,7 +206,7 @@ def flops(config: ViTConfig, embed_dim: int, *, training: bool = False) -> dict[
             places //= 4
     else:
         stem = 2 * patches * c.patch_size**2 * 3 * c.width
-        if c.max_patches is not None:  # each patch's position is a product with the whole grid
+        if c.max_patches is not None:  # positions are a product with the position grid
             stem += 2 * patches * (c.image_size // c.patch_size) ** 2 * c.width
     if training:
         tokens = c.tokens(training=True)

@@ -1,20 +1,20 @@
-"""ViTamin (arXiv:2404.02132): stages of convolutions, then blocks with a gated MLP."""
+"""ViTamin (arXiv:2404.02132): convolutional stages, then blocks with a gated MLP."""
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from vlm.config import ViTaminConfig
-from vlm.models.counting import projection_flops
-from vlm.models.ends import projection
+from vlm.models.layer_flops import projection_flops
+from vlm.models.projection import projection
+from vlm.nn.intermediates import Intermediates, capture
 from vlm.nn.layers import LayerNorm
-from vlm.nn.taps import Taps, tap
 from vlm.nn.transformer import Execution, Transformer
 from vlm.nn.vitamin import EXPANSION, ConvStages
 
 
 class ViTaminTower(nnx.Module):
-    """Normalised images to embeddings of `embed_dim` dimensions (not yet of unit norm)."""
+    """Map normalised images to embeddings of `embed_dim` dimensions (not unit norm)."""
 
     def __init__(
         self, config: ViTaminConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs
@@ -55,23 +55,25 @@ class ViTaminTower(nnx.Module):
         images: Float[Array, "b h w 3"],
         *,
         keys: Key[Array, " b"] | None = None,
-        taps: Taps | None = None,
+        intermediates: Intermediates | None = None,
     ) -> Float[Array, "b e"]:
-        """Embed images; nothing here is random.
+        """Embed images deterministically.
 
-        `taps` are given "stem" and what the stack notes.
+        `intermediates` capture "stem" and the activations of the stack.
         """
-        x = self._places(images, keys, taps)
+        x = self._places(images, keys, intermediates)
         return self._embedding(x.astype(jnp.float32).mean(1))
 
     def dense(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n e"]:
-        """An embedding of every place, as if the whole image looked like it."""
+        """Embed each position as if it were the pooled image."""
         return self._embedding(self._places(images, None, None).astype(jnp.float32))
 
-    def _places(self, images: Float[Array, "b h w 3"], keys, taps: Taps | None):
+    def _places(self, images: Float[Array, "b h w 3"], keys, intermediates: Intermediates | None):
         x = self.stem(images)
         x = x if self.position is None else x + self.position[...].astype(x.dtype)
-        return self.transformer(tap(taps, "stem", x), keys=keys, taps=taps)
+        return self.transformer(
+            capture(intermediates, "stem", x), keys=keys, intermediates=intermediates
+        )
 
     def _embedding(self, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
         x = self.norm(x).astype(self.dtype)

@@ -1,4 +1,4 @@
-"""Layers of the towers: patches, attention, the scanned transformer, pooling."""
+"""Layers of the towers: patch embeddings, attention, scanned transformer, pooling."""
 
 from etils import epy
 

@@ -1,4 +1,4 @@
-"""Multi-head attention, with the fastest form that each kind of device has."""
+"""Multi-head attention, with the fastest implementation for each platform."""
 
 import functools
 import re
@@ -14,10 +14,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from vlm.nn import tpu_attention
+from vlm.nn.intermediates import Intermediates, capture
 from vlm.nn.layers import LayerNorm, linear
 from vlm.nn.remat import ATTENDED, PROJECTED
 from vlm.nn.rotary import Rotation, rotate
-from vlm.nn.taps import Taps, tap
 from vlm.sharding import BATCH_AXES, batch_ways, mesh_of
 
 
@@ -31,25 +31,27 @@ def attend(
 ) -> Float[Array, "b q h d"]:
     """softmax(query key^T / sqrt(d)) value (Vaswani et al., 2017, arXiv:1706.03762).
 
-    `mask` is true where a query may look. The softmax is taken in float32. The form is chosen
-    when the computation is lowered, so that a plan for a TPU made on a CPU sees the TPU's: a kernel
-    that keeps the weights on the chip where it takes such arrays, on a TPU or an NVIDIA GPU.
+    `mask` is true where a query may attend. The softmax is float32. The implementation is chosen at
+    lowering, so that planning for a TPU on a CPU host uses the TPU's. TPUs and NVIDIA GPUs use a
+    fused kernel for arrays that it supports.
     """
     dense = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
-    forms = {
+    implementations = {
         "cpu": functools.partial(_attend_by_head, causal=causal),
         "default": lambda query, key, value, mask: dense(query, key, value, mask=mask),
     }
     mesh = mesh_of(query)
     if mesh is not None and tpu_attention.fits(query, key, mask) and tpu_attention.runs_on(mesh):
-        forms["tpu"] = _each_on_its_own(mesh, query.shape, mask is not None, causal)
+        implementations["tpu"] = _sharded_kernel(mesh, query.shape, mask is not None, causal)
     if mask is None and query.shape == key.shape and _cudnn_takes(query):
-        forms["cuda"] = lambda query, key, value, mask: _at_even_length(dense, query, key, value)
-    return lax.platform_dependent(query, key, value, mask, **forms)
+        implementations["cuda"] = lambda query, key, value, mask: _at_even_length(
+            dense, query, key, value
+        )
+    return lax.platform_dependent(query, key, value, mask, **implementations)
 
 
-def _each_on_its_own(mesh: AbstractMesh, shape: tuple[int, ...], masked: bool, causal: bool):
-    """The TPU's kernel on each device's examples and heads: nothing can cut it but its caller."""
+def _sharded_kernel(mesh: AbstractMesh, shape: tuple[int, ...], masked: bool, causal: bool):
+    """Run the TPU kernel on each device's examples and heads, since XLA cannot partition it."""
     examples = BATCH_AXES if shape[0] % batch_ways(mesh) == 0 else None
     heads = "tensor" if shape[2] % mesh.shape["tensor"] == 0 else None
     rows = P(examples, None, heads, None)
@@ -63,7 +65,7 @@ def _each_on_its_own(mesh: AbstractMesh, shape: tuple[int, ...], masked: bool, c
 
 
 def _at_even_length(attention, query, key, value, implementation="cudnn"):
-    """Self-attention by cuDNN, whose backward pass takes even lengths: an odd one is padded."""
+    """Self-attention by cuDNN, padded to the even length that its backward pass needs."""
     b, n = query.shape[:2]
     if n % 2 == 0:
         return attention(query, key, value, implementation=implementation)
@@ -73,17 +75,17 @@ def _at_even_length(attention, query, key, value, implementation="cudnn"):
 
 
 def _cudnn_takes(query: Array) -> bool:
-    """Whether cuDNN's attention runs here (an Ampere GPU or later) and takes such arrays."""
+    """Whether cuDNN attention runs here (Ampere or later) and supports these arrays."""
     if query.dtype not in (jnp.bfloat16, jnp.float16) or query.shape[1] < 2:
         return False
     if query.shape[-1] % 8 or query.shape[-1] > 128 or jax.default_backend() != "gpu":
         return False
-    generation = getattr(jax.devices()[0], "compute_capability", "0")  # AMD's is no number
+    generation = getattr(jax.devices()[0], "compute_capability", "0")  # not a number for AMD
     return re.fullmatch(r"\d+\.\d+", generation) is not None and float(generation) >= 8
 
 
-def _attend_by_head(query, key, value, mask, *, causal, taps: Taps | None = None):
-    """Attention with the heads outermost: XLA's CPU products want the batch axes in front."""
+def _attend_by_head(query, key, value, mask, *, causal, intermediates: Intermediates | None = None):
+    """Attention with a leading head axis, for which XLA's CPU products are fastest."""
     query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))  # (b, h, n, d)
     logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
     logits = logits * (query.shape[-1] ** -0.5)
@@ -92,15 +94,17 @@ def _attend_by_head(query, key, value, mask, *, causal, taps: Taps | None = None
         mask = visible if mask is None else mask & visible
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = tap(taps, "attention", jax.nn.softmax(logits, axis=-1)).astype(value.dtype)
+    weights = capture(intermediates, "attention", jax.nn.softmax(logits, axis=-1)).astype(
+        value.dtype
+    )
     return jnp.einsum("bhqk,bhkd->bhqd", weights, value).transpose(0, 2, 1, 3)
 
 
 class Attention(nnx.Module):
     """Multi-head attention: projections of shape (width, heads, head_dim) and back.
 
-    What is attended to may have another width, `context_width`, and so may the result. With
-    `norm_eps`, what comes out of attention is normalised before the last product.
+    The context may have another width, `context_width`, and the result `output_width`. With
+    `norm_eps`, the attention output is normalised before the output projection.
 
     Example:
         >>> from flax import nnx
@@ -148,16 +152,16 @@ class Attention(nnx.Module):
         *,
         causal: bool = False,
         rotation: Rotation | None = None,
-        taps: Taps | None = None,
+        intermediates: Intermediates | None = None,
     ) -> Float[Array, "b q e"]:
-        """Tokens of `x` attend to those of `context`, by default their own.
+        """Attend from the tokens of `x` to those of `context`, by default `x` itself.
 
-        `taps` are given the weights of "attention", (b, h, q, k), which the fused forms never hold.
+        `intermediates` capture the weights "attention", (b, h, q, k), without a fused kernel.
         """
         context = x if context is None else context
-        # A bias of the keys adds one number to all logits of a query, which softmax does not see.
-        # So its gradient is zero, and what would come out is rounding, which Adafactor and Lion
-        # would make as large as any other. A rotation turns it by places, and then it does matter.
+        # A key bias adds a constant to all logits of a query, so it cancels in the softmax. Its
+        # gradient is rounding noise, which Adafactor and Lion would scale up, so it gets none.
+        # With rotary positions the key bias does matter.
         query, key, value = (
             checkpoint_name(linear(layer, tokens, fixed_bias=fixed), PROJECTED)
             for layer, tokens, fixed in (
@@ -170,9 +174,9 @@ class Attention(nnx.Module):
         query, key, value = (y.reshape(*y.shape[:2], heads, head_dim) for y in (query, key, value))
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        if taps is None:
+        if intermediates is None:
             y = attend(query, key, value, mask, causal=causal)
         else:
-            y = _attend_by_head(query, key, value, mask, causal=causal, taps=taps)
+            y = _attend_by_head(query, key, value, mask, causal=causal, intermediates=intermediates)
         y = checkpoint_name(y.reshape(*x.shape[:2], -1), ATTENDED)
         return linear(self.out, y if self.norm is None else self.norm(y))

@@ -1,4 +1,4 @@
-"""Convolutions in the form that each kind of device is quick at."""
+"""Convolutions, with a fast implementation for each platform."""
 
 import functools
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-_APART = 16  # channels, the numbers in a line of the cache
+_APART = 16  # padding channels: float32 values per cache line
 
 
 class Conv(nnx.Module):
-    """A convolution of `size` x `size`, padded so that a stride of one keeps the image's size.
+    """Convolution of `size` x `size` with "same" padding.
 
-    `depthwise`, each output looks at one input alone; `outputs` is then a multiple of `inputs`.
-    `edges` are the rows and columns of zeros before and after the image; None: as many of each.
+    If `depthwise`, each output channel reads one input channel, and `outputs` is a multiple of
+    `inputs`. `edges` is the zero padding before and after the image; None pads symmetrically.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Conv(nnx.Module):
         form = functools.partial(_convolve, **options)
         if self.depthwise:
             by_shifts = functools.partial(_shift_and_add, **options)
-            # The checker takes the stride for one of the results.
+            # The type checker mistakes the stride for a result.
             x = lax.platform_dependent(x, kernel, cpu=by_shifts, default=form)  # pyright: ignore[reportAssignmentType]
         else:
             x = form(x, kernel)
@@ -77,14 +77,14 @@ def _shift_and_add(
     stride: int,
     edges: tuple[int, int],
 ):
-    """The same of a depthwise kernel: XLA's CPU convolutions crawl over many groups.
+    """Depthwise convolution as a sum of shifted images, since XLA's CPU grouped ones are slow.
 
-    Pixels that lie a power of two apart share few lines of the cache, and a 7x7 kernel reads 49 at
-    a time: `_APART` channels of nothing move them.
+    Addresses that differ by powers of two map to few cache sets, and a 7x7 kernel reads 49 pixels
+    at a time: pad channels by `_APART` to avoid cache-set conflicts.
     """
     size, _, _, outputs = kernel.shape
-    # At a stride a pixel is read too seldom to be worth its way through memory.
-    hold = _held if stride == 1 else lambda compute, *inputs: compute(*inputs)
+    # With a stride, pixels are read too rarely for materialising to pay off.
+    hold = _materialise if stride == 1 else lambda compute, *inputs: compute(*inputs)
     x = jnp.repeat(x, outputs // x.shape[-1], axis=-1)
     x = hold(lambda x: jnp.pad(x, ((0, 0), edges, edges, (0, _APART))), x)
     kernel = hold(lambda k: jnp.pad(k[:, :, 0], ((0, 0), (0, 0), (0, _APART))), kernel)
@@ -100,11 +100,11 @@ def _shift_and_add(
     return hold(added, x, kernel)
 
 
-def _held(compute: Callable, *inputs: Array) -> Array:
-    """What `compute` returns, written to memory before anything reads it.
+def _materialise(compute: Callable, *inputs: Array) -> Array:
+    """Compute a result once and write it to memory before it is read.
 
-    XLA's CPU compiler would compute it again inside each of its readers, and does not look into
-    the branches of a condition. This one is true of any number, which the compiler does not see.
+    XLA's CPU compiler would fuse (and so repeat) the computation in each consumer, but does not
+    fuse into the branches of a conditional. The condition is always true.
     """
     one = inputs[0].ravel()[0]
     shape = jax.eval_shape(compute, *inputs)

@@ -1,4 +1,4 @@
-"""The parts of ConvNeXt (Liu et al., 2022, arXiv:2201.03545)."""
+"""Layers of ConvNeXt (Liu et al., 2022, arXiv:2201.03545)."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -12,11 +12,11 @@ from vlm.nn.patches import PatchConv
 from vlm.nn.stack import run_stacked
 from vlm.nn.transformer import Execution
 
-LAYER_SCALE = 1e-6  # where the factors of a block start
+LAYER_SCALE = 1e-6  # initial value of layer scale
 
 
 class ConvNeXtBlock(nnx.Module):
-    """A depthwise 7x7 convolution and an MLP over the channels, added to the block's input."""
+    """Residual block: depthwise 7x7 convolution and channel MLP."""
 
     def __init__(
         self, width: int, mlp_dim: int, *, norm_eps: float, dtype: DTypeLike, rngs: nnx.Rngs
@@ -32,7 +32,7 @@ class ConvNeXtBlock(nnx.Module):
 
 
 class ConvNeXtStage(nnx.Module):
-    """Blocks of one width, stacked along a leading axis, after a halving where there is one."""
+    """Stage of stacked blocks of one width, with an optional downsampling layer."""
 
     def __init__(
         self,

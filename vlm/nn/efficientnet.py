@@ -1,4 +1,4 @@
-"""The parts of EfficientNet (Tan and Le, 2019, arXiv:1905.11946): inverted bottlenecks."""
+"""Layers of EfficientNet (Tan and Le, 2019, arXiv:1905.11946): inverted bottlenecks."""
 
 import jax
 from flax import nnx
@@ -15,9 +15,9 @@ from vlm.nn.transformer import Execution
 
 
 class InvertedBottleneck(nnx.Module):
-    """More channels, a depthwise convolution, squeeze-and-excitation, and back to few channels.
+    """Inverted bottleneck: expansion, depthwise convolution, squeeze-and-excitation, projection.
 
-    (arXiv:1801.04381, arXiv:1709.01507.) The first of a stage `halve`s where the stage does.
+    (arXiv:1801.04381, arXiv:1709.01507.) The first block of a stage may have a stride (`halve`).
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class InvertedBottleneck(nnx.Module):
             **options,
         )
         self.conv_norm = FrozenBatchNorm(inside, eps=norm_eps)
-        # Of the block's input, not of what it is expanded to.
+        # Relative to the block's input, not to the expanded width.
         hidden = max(1, int(inputs * squeeze))
         self.squeeze = Squeeze(inside, hidden, act=jax.nn.silu, **options)
         self.project = Linear(inside, s.width, use_bias=False, **options)
@@ -60,7 +60,7 @@ class InvertedBottleneck(nnx.Module):
 
 
 class EfficientNetLayers(nnx.Module):
-    """A stage: its first block, then blocks with skips, stacked along a leading axis."""
+    """Stage: a first block, then stacked residual blocks."""
 
     def __init__(
         self,

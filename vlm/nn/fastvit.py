@@ -1,7 +1,7 @@
-"""The parts of FastViT, reparameterised: each of its blocks of several branches is one convolution.
+"""Layers of FastViT in reparameterised form.
 
-What several convolutions, batch norms and skips add up to while training is one convolution with a
-bias at inference (Vasu et al., 2023, arXiv:2303.14189): that one is what is kept here.
+The convolutions, batch norms and skips of a training-time block are fused into one convolution with
+a bias (Vasu et al., 2023, arXiv:2303.14189).
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from vlm.nn.layers import LayerNorm, Linear, Mlp, gelu
 
 
 class Squeeze(nnx.Module):
-    """Squeeze-and-excitation: channels weighed by what the whole image shows (arXiv:1709.01507)."""
+    """Squeeze-and-excitation: channel weights from the image mean (arXiv:1709.01507)."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Squeeze(nnx.Module):
 
 
 class Halving(nnx.Module):
-    """What a stage begins with: a 7x7 convolution of stride 2 and one of 1x1, a GELU after each."""
+    """Downsampling layer: 7x7 convolution of stride 2 and 1x1 convolution, each with a GELU."""
 
     def __init__(self, inputs: int, outputs: int, squeeze: int, *, dtype, rngs: nnx.Rngs):
         self.conv = Conv(inputs, outputs, 7, stride=2, dtype=dtype, rngs=rngs)
@@ -53,9 +53,9 @@ class Halving(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """A mixer of places, a 3x3 convolution or attention, then a 7x7 convolution and an MLP.
+    """Token mixer (3x3 convolution or attention), then a 7x7 convolution and an MLP.
 
-    The convolution that mixes has its own skip inside, and so have all branches their factors.
+    The skip of the mixing convolution and the layer scales of all branches are fused.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Layer(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Layers of one width, after a halving of the image and positions where there are any."""
+    """Stage of blocks of one width, with optional downsampling and position embedding."""
 
     def __init__(self, stage, inputs: int, *, norm_eps: float, dtype, rngs: nnx.Rngs):
         s, options = stage, {"dtype": dtype, "rngs": rngs}

@@ -1,4 +1,4 @@
-"""The smallest parts: activations, normalisation, dropout and the MLP."""
+"""Activations, linear layers, normalisation, dropout and MLPs."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ def gelu(x: Array) -> Array:
 
 
 def gelu_tanh(x: Array) -> Array:
-    """GELU by its tanh approximation, as SigLIP uses it."""
+    """Tanh approximation of GELU, as in SigLIP."""
     return jax.nn.gelu(x, approximate=True)
 
 
@@ -33,22 +33,21 @@ def quick_gelu(x: Array) -> Array:
 
 
 def relu(x: Array) -> Array:
-    """max(x, 0), as NLLB's encoder uses it."""
+    """max(x, 0), as in NLLB's encoder."""
     return jax.nn.relu(x)
 
 
 def activation(name: Activation):
-    """The activation function of that name."""
+    """Return the activation function of that name."""
     return {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu, "relu": relu}[name]
 
 
 def dropout(
     x: Float[Array, "b ..."], rate: float, keys: Key[Array, " b"] | None
 ) -> Float[Array, "b ..."]:
-    """Zero a share `rate` of `x` and scale the rest; without keys, `x` as it is (inference).
+    """Zero a fraction `rate` of `x` and scale the rest; without keys (inference) return `x`.
 
-    Every example has a key of its own, so its mask does not depend on the batch it is in: a batch
-    cut into micro-batches, or over devices, draws the same masks.
+    Each example has its own key, so its mask is the same for any micro-batch size and sharding.
     """
     if keys is None or rate == 0:
         return x
@@ -57,7 +56,7 @@ def dropout(
 
 
 def split_keys(keys: Key[Array, " b"] | None) -> tuple[Key[Array, " b"] | None, ...]:
-    """Two independent keys for each example, or two times None."""
+    """Split each example's key in two; None for None."""
     if keys is None:
         return None, None
     pairs = jax.vmap(jax.random.split)(keys)
@@ -67,13 +66,13 @@ def split_keys(keys: Key[Array, " b"] | None) -> tuple[Key[Array, " b"] | None, 
 def linear(
     layer: nnx.Linear | nnx.LinearGeneral, x: Float[Array, "*b i"], *, fixed_bias: bool = False
 ) -> Float[Array, "*b o"]:
-    """What a linear layer makes of `x`, with the axes of its kernel side by side.
+    """Apply a linear layer with its kernel flattened to a matrix.
 
-    A `fixed_bias` gets no gradient. The kernel may be of whole numbers (`vlm.nn.int8`), and the
-    layer may have an adapter (`vlm.nn.lora`).
+    A `fixed_bias` gets no gradient. The kernel may be quantized (`vlm.nn.int8`), and the layer may
+    have a LoRA adapter (`vlm.nn.lora`).
 
-    The heads of attention are not an axis of what is computed: 64 dimensions of one head would
-    fill half of a TPU's registers, and half of the memory that is kept and moved.
+    Attention heads are not a separate axis: a head of 64 dimensions would fill only half of a TPU's
+    registers and tiles.
     """
     x = x.astype(layer.dtype)
     kernel = layer.kernel[...].reshape(x.shape[-1], -1)
@@ -95,18 +94,18 @@ def linear(
 
 
 class Linear(nnx.Linear):
-    """A linear layer that is computed by `linear`."""
+    """Linear layer that is computed by `linear`."""
 
-    # nnx's own also takes where to put the result.
+    # The base class also has an output sharding argument.
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return linear(self, x)
 
 
 def _product(x: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Array, "*b o"]:
-    """The matrix product, on a CPU over one axis of rows.
+    """Matrix product; on CPUs with a single row axis.
 
-    The kernel's gradient sums over all rows: over one axis XLA reads both factors where they lie,
-    over two it transposes them first.
+    The kernel's gradient sums over all rows. With two row axes XLA would transpose both factors
+    first.
     """
 
     def flat(x, kernel):
@@ -116,9 +115,9 @@ def _product(x: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Arra
 
 
 def by_rows(function: Callable, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-    """`function` along the last axis, on a CPU over one axis of rows.
+    """Apply `function` along the last axis; on CPUs with a single row axis.
 
-    Of a product and an activation XLA makes one operation there, and over several axes two.
+    XLA then fuses a product with its activation, which it does not with several row axes.
     """
 
     def flat(x):
@@ -128,7 +127,7 @@ def by_rows(function: Callable, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation over the last axis, in float32 whatever the dtype of its input.
+    """Layer normalisation over the last axis, computed in float32 for any input dtype.
 
     Example:
         >>> from flax import nnx
@@ -173,9 +172,9 @@ class Mlp(nnx.Module):
 
 
 class SwiGlu(nnx.Module):
-    """An MLP whose hidden layer is gated by SiLU (arXiv:2002.05202).
+    """MLP with a SiLU-gated hidden layer (arXiv:2002.05202).
 
-    EVA-02 normalises it before it is projected (arXiv:2303.11331); a `norm_eps` of None does not.
+    With `norm_eps`, the hidden layer is normalised, as in EVA-02 (arXiv:2303.11331).
     """
 
     def __init__(self, width: int, mlp_dim: int, norm_eps: float | None, *, dtype, rngs: nnx.Rngs):
@@ -193,7 +192,7 @@ class SwiGlu(nnx.Module):
 
 
 class GeGlu(nnx.Module):
-    """ViTamin's MLP: its input normalised once more, and a gate by GELU (arXiv:2404.02132)."""
+    """ViTamin's MLP: normalised input and a GELU gate (arXiv:2404.02132)."""
 
     def __init__(self, width: int, mlp_dim: int, norm_eps: float, *, dtype, rngs: nnx.Rngs):
         options = {"kernel_init": nnx.initializers.xavier_uniform(), "dtype": dtype, "rngs": rngs}

@@ -1,8 +1,7 @@
-"""Low-rank adapters: what a linear layer gains beside its frozen kernel.
+"""Low-rank adapters of linear layers: LoRA and DoRA.
 
-LoRA (Hu et al., 2021, arXiv:2106.09685) adds scale * (x a) b to what the layer gives. DoRA (Liu et
-al., 2024, arXiv:2402.09353) also gives each column of the sum of kernel and product a length that
-is trained.
+LoRA (Hu et al., 2021, arXiv:2106.09685) adds scale * (x a) b to the output of a layer. DoRA (Liu et
+al., 2024, arXiv:2402.09353) also trains the length of each column of the adapted kernel.
 """
 
 import jax.numpy as jnp
@@ -12,17 +11,17 @@ from jaxtyping import Array, Float
 
 
 class AdapterParam(nnx.Variable):
-    """What an adapter trains; no parameter of the model itself."""
+    """Trainable parameter of an adapter, as opposed to one of the model."""
 
 
 class AdapterScale(nnx.Variable):
-    """The factor of an adapter: an array, so that another one needs no other program."""
+    """Scale of an adapter; an array, so that changing it needs no compilation."""
 
 
 class LowRank(nnx.Module):
-    """The adapter of a linear layer, or with a leading axis those of a stack of them.
+    """Adapter of a linear layer, or of a stack of layers with a leading axis.
 
-    A scale of zero switches it off.
+    A scale of zero disables it.
     """
 
     def __init__(
@@ -37,9 +36,9 @@ class LowRank(nnx.Module):
         self.magnitude = None if magnitude is None else AdapterParam(magnitude)
 
     def column_factors(self, kernel: Float[Array, "*l i o"]) -> Float[Array, "*l o"] | None:
-        """DoRA's factor of each column of kernel + product; None for LoRA.
+        """DoRA's factor for each column of kernel + product; None for LoRA.
 
-        No gradient goes through the length of the column (section 4.3 of the paper).
+        The column length gets no gradient (section 4.3 of the paper).
         """
         if self.magnitude is None:
             return None
@@ -52,11 +51,11 @@ class LowRank(nnx.Module):
 def product(
     a: Float[Array, "*l i r"], b: Float[Array, "*l r o"], scale: Float[Array, "*l"]
 ) -> Float[Array, "*l i o"]:
-    """What an adapter adds to the kernel."""
+    """Compute the update that an adapter adds to the kernel."""
     return jnp.matmul(a * scale[..., None, None], b, precision="highest")
 
 
 def column_lengths(kernel: Float[Array, "*l i o"]) -> Float[Array, "*l o"]:
-    """The Euclidean length of each column, and so of what each output weighs its inputs by."""
+    """Euclidean length of each column of a kernel."""
     lengths = jnp.sqrt(jnp.square(kernel.astype(jnp.float32)).sum(-2))
     return jnp.maximum(lengths, jnp.finfo(jnp.float32).tiny)  # a column of zeros stays zero

@@ -1,4 +1,4 @@
-"""The batch of images of different shapes; readers of images need it without JAX."""
+"""NaFlex batches of images of different shapes; importable without JAX."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 
 class Patches(NamedTuple):
-    """A batch of images of different shapes, each padded to the same number of patches (NaFlex).
+    """Batch of images of different shapes, padded to the same number of patches (NaFlex).
 
     Position embeddings are a square grid of g x g, resized to each image. That is linear, so each
     patch carries its weights over the rows and columns of the grid (SigLIP 2, arXiv:2502.14786).
@@ -22,4 +22,4 @@ class Patches(NamedTuple):
     pixels: Float[Array, "b n pp 3"] | UInt8[Array, "b n pp 3"]  # pp = patch_size ** 2, row-major
     rows: Float[Array, "b n g"]  # each patch's weights over the rows of the g x g position grid
     columns: Float[Array, "b n g"]
-    mask: Bool[Array, "b n"]  # true for patches of the image
+    mask: Bool[Array, "b n"]  # true for real patches, false for padding

@@ -1,4 +1,4 @@
-"""Images to tokens, and the random subset of tokens that FLIP trains on."""
+"""Patch embeddings, and patch dropout (FLIP)."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ class PatchStem(nnx.Module):
     """Cut an image into square patches and project each one.
 
     The kernel has a convolution's layout, (patch, patch, 3, width), and is applied as one matrix
-    product over flattened patches. Pixels beyond the last whole patch are left out, as by a
+    product over flattened patches. Pixels beyond the last full patch are dropped, as by a
     convolution without padding.
 
     Example:
@@ -39,7 +39,7 @@ class PatchStem(nnx.Module):
         return self.project(patches.reshape(patches.shape[0], -1, patches.shape[-1]))
 
     def project(self, patches: Float[Array, "b n k"]) -> Float[Array, "b n d"]:
-        """Tokens of patches that are cut and flattened already, k = patch_size ** 2 * 3."""
+        """Project flattened patches to tokens, k = patch_size ** 2 * 3."""
         width = self.kernel.shape[-1]
         patches = patches.astype(self.dtype)
         tokens = patches @ self.kernel[...].reshape(-1, width).astype(self.dtype)
@@ -47,7 +47,7 @@ class PatchStem(nnx.Module):
 
 
 class PatchConv(nnx.Module):
-    """A convolution without overlap, `size` x `size` with a stride of `size`, as one product."""
+    """Convolution of `size` x `size` with a stride of `size`, as one matrix product."""
 
     def __init__(self, size: int, inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_normal(in_axis=(0, 1, 2))
@@ -63,7 +63,7 @@ class PatchConv(nnx.Module):
 class ConvStem(nnx.Module):
     """Stride-2 3x3 convolutions, each with a norm and GELU, then a projection (arXiv:2106.14881).
 
-    A position is normalised over its channels, as in ConvNeXt (arXiv:2201.03545), not over a batch.
+    Each position is normalised over its channels, as in ConvNeXt (arXiv:2201.03545).
 
     Example:
         >>> from flax import nnx
@@ -93,9 +93,9 @@ class ConvStem(nnx.Module):
 
 
 class NestedStem(nnx.Module):
-    """Patches of patches: each layer projects squares of what came before, without overlap.
+    """Hierarchical patch embedding: each layer projects non-overlapping squares of the last one.
 
-    All but the last have a batch norm and a GELU (MobileCLIP-B, arXiv:2311.17049).
+    All but the last layer have a batch norm and a GELU (MobileCLIP-B, arXiv:2311.17049).
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class NestedStem(nnx.Module):
 
 
 def _squares(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b p q k"]:
-    """Squares of `size` x `size`, flattened; what fills none at the far edges is left out."""
+    """Split into flattened squares of `size` x `size`; drop incomplete ones."""
     b, h, w, c = x.shape
     h, w = h // size, w // size
     x = x[:, : h * size, : w * size].reshape(b, h, size, w, size, c)
@@ -133,13 +133,13 @@ def _squares(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b p q k"]:
 
 
 def _halve(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"]) -> Float[Array, "b p q d"]:
-    """A 3x3 convolution of stride 2; with even sides, p = h / 2 and q = w / 2."""
+    """3x3 convolution of stride 2; with even sides, p = h / 2 and q = w / 2."""
     numbers = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=numbers)
 
 
 def _halve_by_product(x, kernel):
-    """The same as one matrix product: XLA's CPU convolutions crawl inside a loop."""
+    """`_halve` as one matrix product, since XLA's CPU convolutions are slow inside a loop."""
     h, w = x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))  # as "SAME" does for even sides
     windows = [x[:, i : i + h : 2, j : j + w : 2] for i in range(3) for j in range(3)]
@@ -149,9 +149,9 @@ def _halve_by_product(x, kernel):
 def drop_patches(
     tokens: Float[Array, "b n d"], rate: float, keys: Key[Array, " b"] | None
 ) -> Float[Array, "b m d"]:
-    """Keep a random share `1 - rate` of each image's tokens (FLIP, arXiv:2212.00794).
+    """Keep a random fraction `1 - rate` of each image's tokens (FLIP, arXiv:2212.00794).
 
-    Without keys, all of them (inference). The kept tokens stay in their order.
+    Without keys (inference), keep all. The order of tokens is preserved.
     """
     if keys is None or rate == 0:
         return tokens
@@ -168,10 +168,10 @@ def drop_real_patches(
     rate: float,
     keys: Key[Array, " b"] | None,
 ) -> tuple[Float[Array, "b m d"], Bool[Array, "b m"]]:
-    """The same of images with padding: a share `1 - rate` of the tokens under each one's mask.
+    """`drop_patches` for images with padding: keep a fraction of the tokens under each mask.
 
-    Those of an image that has fewer are followed by padding again, and their order is random: each
-    has its position in it.
+    Images with fewer tokens are padded again. The order of tokens is random; they already contain
+    their positions.
     """
     if keys is None or rate == 0:
         return tokens, mask

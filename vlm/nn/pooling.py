@@ -1,4 +1,4 @@
-"""From a sequence of tokens to one vector."""
+"""Pooling of a token sequence to one vector."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -7,8 +7,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm.config import Activation
 from vlm.nn.attention import Attention
+from vlm.nn.intermediates import Intermediates
 from vlm.nn.layers import LayerNorm, Mlp
-from vlm.nn.taps import Taps
 
 
 class MapPool(nnx.Module):
@@ -43,17 +43,17 @@ class MapPool(nnx.Module):
         x: Float[Array, "b n d"],
         mask: Bool[Array, "b n"] | None = None,
         *,
-        taps: Taps | None = None,
+        intermediates: Intermediates | None = None,
     ) -> Float[Array, "b d"]:
         probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
         mask = None if mask is None else mask[:, None, None, :]
-        x = self.attention(probe, x, mask, taps=taps)
+        x = self.attention(probe, x, mask, intermediates=intermediates)
         x = x + self.mlp(self.norm(x))
         return x[:, 0]
 
 
 class QueryPool(nnx.Module):
-    """CoCa's attentional pooler with its first query: normalised tokens to another width.
+    """CoCa's attentional pooler, reduced to its first query.
 
     (Yu et al., 2022, arXiv:2205.01917, as open_clip has it.)
 
@@ -80,17 +80,17 @@ class QueryPool(nnx.Module):
         self.attention = Attention(embed_dim, heads, context_width=width, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b n d"], *, taps: Taps | None = None
+        self, x: Float[Array, "b n d"], *, intermediates: Intermediates | None = None
     ) -> Float[Array, "b e"]:
         query = self.query_norm(self.query[...].astype(x.dtype))
         query = jnp.broadcast_to(query, (x.shape[0], 1, query.shape[-1]))
-        return self.attention(query, self.context_norm(x), taps=taps)[:, 0]
+        return self.attention(query, self.context_norm(x), intermediates=intermediates)[:, 0]
 
 
 def mean_pool(
     x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None
 ) -> Float[Array, "b d"]:
-    """The mean of the tokens, of the unmasked ones where there is a mask."""
+    """Mean of the tokens, excluding masked ones."""
     if mask is None:
         return x.mean(1)
     weights = mask[..., None].astype(x.dtype)
@@ -98,5 +98,5 @@ def mean_pool(
 
 
 def token_pool(x: Float[Array, "b n d"], position: Int[Array, " b"]) -> Float[Array, "b d"]:
-    """The token at one position of each sequence."""
+    """Token at one position of each sequence."""
     return jnp.take_along_axis(x, position[:, None, None], axis=1)[:, 0]

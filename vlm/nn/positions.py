@@ -1,4 +1,4 @@
-"""Position embeddings that are not learned."""
+"""Sinusoidal position embeddings."""
 
 import math
 
@@ -7,9 +7,9 @@ from jaxtyping import Float32
 
 
 def sinusoids(count: int, width: int) -> Float32[np.ndarray, "count width"]:
-    """Sines in the first half of the channels and cosines in the second, as tensor2tensor has them.
+    """Position table with sines in the first half of the channels and cosines in the second.
 
-    (Vaswani et al., 2017, arXiv:1706.03762, which has them in turn; fairseq and praxis follow.)
+    This is the layout of tensor2tensor, fairseq and praxis; arXiv:1706.03762 interleaves them.
 
     Example:
         >>> from vlm.nn.positions import sinusoids

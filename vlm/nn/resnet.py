@@ -1,4 +1,4 @@
-"""The parts of CLIP's ResNet: blocks that pool before they stride, and batch norm at inference."""
+"""Layers of CLIP's ResNet: anti-aliased bottlenecks and inference batch norm."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,11 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-EXPANSION = 4  # of a block's channels in its output
+EXPANSION = 4  # output channels / block channels
 
 
 class FrozenBatchNorm(nnx.Module):
-    """Batch normalisation by stored statistics, which no gradient reaches."""
+    """Batch normalisation with stored statistics, which get no gradient."""
 
     def __init__(self, width: int, *, eps: float = 1e-5):
         self.scale = nnx.Param(jnp.ones(width))
@@ -28,7 +28,7 @@ class FrozenBatchNorm(nnx.Module):
 
 
 def average_pool(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b h2 w2 c"]:
-    """Means of `size` x `size` squares; what fills no square at the far edges is left out."""
+    """Average pooling over `size` x `size` squares; incomplete squares are dropped."""
     if size == 1:
         return x
     b, h, w, c = x.shape
@@ -38,7 +38,7 @@ def average_pool(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b h2 w2
 
 
 def conv(inputs: int, outputs: int, size: int, *, strides: int = 1, dtype, rngs) -> nnx.Conv:
-    """A convolution without bias that keeps the size of its input but for the stride."""
+    """Convolution without bias and with "same" padding."""
     padding = ((size // 2, size // 2),) * 2
     return nnx.Conv(
         inputs,
@@ -53,7 +53,7 @@ def conv(inputs: int, outputs: int, size: int, *, strides: int = 1, dtype, rngs)
 
 
 class Bottleneck(nnx.Module):
-    """1x1, 3x3 and 1x1 convolutions, with average pooling in place of a stride."""
+    """Bottleneck of 1x1, 3x3 and 1x1 convolutions, with average pooling instead of a stride."""
 
     def __init__(self, inputs: int, width: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         outputs = width * EXPANSION

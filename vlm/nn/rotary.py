@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-# Sines and cosines, one row a token, as wide as a head.
+# Sines and cosines: one row per token, as wide as a head.
 Rotation = tuple[Float[Array, "n r"], Float[Array, "n r"]]
 
 
@@ -17,11 +17,11 @@ def grid_rotation(
     span: int | None = None,
     rows_first: bool = False,
 ) -> Rotation:
-    """The rotation of each patch of a `grid` x `grid` image, as the Perception Encoder has it.
+    """Rotation of each patch of a `grid` x `grid` image, as in the Perception Encoder.
 
-    Half of the channels turn with the column, half with the row, both counted from `first`; the
-    `before` tokens in front of the patches are not turned (arXiv:2504.13181). EVA-02 takes rows
-    first, and with `span` the positions of a grid of so many rows (arXiv:2303.11331).
+    Half of the channels rotate with the column, half with the row, both counted from `first`. The
+    `before` prefix tokens are not rotated (arXiv:2504.13181). EVA-02 has rows first, and positions
+    scaled to a grid of `span` rows (arXiv:2303.11331).
     """
     count = head_dim // 4
     bands = 10_000.0 ** -(np.arange(count, dtype=np.float32) / count)
@@ -31,13 +31,13 @@ def grid_rotation(
     angles = np.concatenate(
         [(half * stretch + first).astype(np.float32)[:, None] * bands for half in halves], axis=1
     )
-    angles = np.repeat(angles.astype(np.float32), 2, axis=1)  # pairs of channels turn together
+    angles = np.repeat(angles.astype(np.float32), 2, axis=1)  # pairs of channels rotate together
     angles = np.concatenate([np.zeros((before, head_dim), np.float32), angles])
     return jnp.asarray(np.sin(angles)), jnp.asarray(np.cos(angles))
 
 
 def rotate(x: Float[Array, "b n h d"], rotation: Rotation) -> Float[Array, "b n h d"]:
-    """Turn neighbouring pairs of channels of each token."""
+    """Rotate neighbouring pairs of channels of each token."""
     sin, cos = (part[:, None] for part in rotation)
     wide = x.astype(jnp.float32)
     turned = jnp.stack([-wide[..., 1::2], wide[..., ::2]], axis=-1).reshape(x.shape)

@@ -1,4 +1,4 @@
-"""Blocks of one shape, whose parameters are stacked along a leading axis, one after another."""
+"""Sequential application of blocks whose parameters are stacked along a leading axis."""
 
 from collections.abc import Callable
 
@@ -20,9 +20,9 @@ def run_stacked(
     remat: RematPolicy,
     scan: bool,
 ) -> Float[Array, "b h w c"]:
-    """What `step(block, x)` makes of `x`, block by block of `depth`.
+    """Apply `step(block, x)` for each of `depth` blocks.
 
-    Scanned, their program is compiled once; else it stands there as often as there are blocks.
+    With `scan` the block is compiled once, otherwise the loop is unrolled.
     """
     block, parameters = nnx.split(blocks)
 

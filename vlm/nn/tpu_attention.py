@@ -1,11 +1,11 @@
-"""Attention as one TPU kernel: weights never leave the chip.
+"""Fused attention kernel for TPUs, which keeps attention weights in VMEM.
 
-The sequences of the towers are short (77 words, 257 patches), so all weights of one head fit
-the chip's fast memory. That makes the kernel simpler than FlashAttention (arXiv:2205.14135): no
-softmax over blocks, and a backward pass of one visit that needs the inputs alone.
+The towers' sequences are short (77 tokens, 257 patches), so all weights of a head fit in VMEM. The
+kernel is therefore simpler than FlashAttention (arXiv:2205.14135): it needs no blockwise softmax,
+and one backward pass that uses only the inputs.
 
-Arrays stay as the projections make them, (b, n, h * d) with heads side by side, so that nothing is
-transposed or padded on the way. One run of the kernel takes some examples and some heads.
+Arrays keep the layout of the projections, (b, n, h * d), so nothing is transposed on the way. One
+kernel invocation processes some examples and some heads.
 """
 
 import functools
@@ -19,25 +19,25 @@ from jax.experimental import pallas as pl
 from jax.sharding import AbstractMesh
 from jaxtyping import Array, BFloat16, Bool
 
-LANES = 128  # of a vector register, the unit of the last axis
-HEAD = 64  # the unit of a head's dimensions: others would straddle registers
-LONGEST = 1024  # tokens: matrices of weights of more do not fit the fast memory
-BLOCK = 2**17  # elements of one array that a run of the kernel takes, about
+LANES = 128  # lanes of a vector register, the unit of the last axis
+HEAD = 64  # unit of the head dimension: others would straddle registers
+LONGEST = 1024  # tokens: longer weight matrices do not fit in VMEM
+BLOCK = 2**17  # approximate elements of an array per kernel invocation
 
 
 class _Form(NamedTuple):
-    """What the kernels are specialised on."""
+    """Static parameters of the kernels."""
 
     scale: float
     causal: bool
-    interpret: bool  # run in Python, on any device: for tests
+    interpret: bool  # run in interpret mode on any device, for tests
 
 
 Shaped = Array | jax.ShapeDtypeStruct
 
 
 def fits(query: Shaped, key: Shaped, mask: Shaped | None) -> bool:
-    """Whether the kernel takes these arrays: bfloat16, self-attention, at most a mask of keys."""
+    """Whether the kernel supports the arrays: bfloat16, self-attention, at most a key mask."""
     n = query.shape[1]
     return (
         query.dtype == jnp.bfloat16
@@ -48,7 +48,7 @@ def fits(query: Shaped, key: Shaped, mask: Shaped | None) -> bool:
 
 
 def runs_on(mesh: AbstractMesh) -> bool:
-    """Whether kernels multiply bfloat16 on the mesh's devices: TPUs do from v4 on."""
+    """Whether kernels on the mesh's devices support bfloat16 products: TPUs from v4 on."""
     device = mesh.abstract_device
     return device is None or device.device_kind not in ("TPU v2", "TPU v3")
 
@@ -62,17 +62,17 @@ def attend(
     causal: bool = False,
     interpret: bool = False,
 ) -> BFloat16[Array, "b n h d"]:
-    """softmax(query key^T / sqrt(d)) value, for arrays that `fits` says the kernel takes.
+    """softmax(query key^T / sqrt(d)) value, for arrays that `fits` accepts.
 
-    Products have bfloat16 factors and float32 sums; the softmax is in float32. On a mesh it must
-    run inside `jax.shard_map`: the partitioner cannot look inside a kernel.
+    Products are bfloat16 with float32 accumulation; the softmax is float32. On a mesh, call it
+    inside `jax.shard_map`, since XLA cannot partition a kernel.
     """
     d = query.shape[-1]
     form = _Form(d**-0.5, causal, interpret)
-    # Zeros change no product, and the matrix units take 128 dimensions in the time of 72.
+    # Zeros change no product, and the matrix units process 128 dimensions as fast as 72.
     width = [(0, 0)] * 3 + [(0, -d % HEAD)]
     query, key, value = (jnp.pad(x, width) for x in (query, key, value))
-    # As float32, which every generation loads and broadcasts.
+    # float32, which every generation can load and broadcast.
     keep = None if mask is None else mask[:, 0].astype(jnp.float32)
     out: jax.Array = _attention(form, query, key, value, keep)
     return out[..., :d]
@@ -121,7 +121,7 @@ def _backward(form: _Form, query, key, value, keep, gradient):
 
 
 def _softmax(form: _Form, q, k, keep):
-    """exp(logits - their maximum) and its sums, in float32."""
+    """Compute exp(logits - max) and its row sums, in float32."""
     logits = _dot(q, k, 1, 1) * form.scale
     least = jnp.finfo(jnp.float32).min
     if form.causal:
@@ -134,13 +134,13 @@ def _softmax(form: _Form, q, k, keep):
 
 
 def _dot(x, y, x_axis: int, y_axis: int):
-    """The sum of products over one axis of each, in float32."""
+    """Contract one axis of each array, accumulating in float32."""
     numbers = (((x_axis,), (y_axis,)), ((), ()))
     return lax.dot_general(x, y, numbers, preferred_element_type=jnp.float32)
 
 
 def _run(form: _Form, one_head, results: int, products: int, arrays, keep):
-    """`one_head` for every example and head: (n, d) arrays and the mask in, (n, d) arrays out."""
+    """Run `one_head` on the (n, d) arrays and mask of every example and head."""
     shape = arrays[0].shape
     b, n, heads, d = shape
     per_run = _heads_per_run(heads, d, n)
@@ -157,8 +157,8 @@ def _run(form: _Form, one_head, results: int, products: int, arrays, keep):
             own_keep = None if keep_ref is None else keep_ref[i]
             for h in range(per_run):
                 own = slice(h * d, (h + 1) * d)
-                found = one_head(*(ref[i, :, own] for ref in inputs), own_keep)
-                for ref, x in zip(outputs, found, strict=True):
+                results_of_head = one_head(*(ref[i, :, own] for ref in inputs), own_keep)
+                for ref, x in zip(outputs, results_of_head, strict=True):
                     ref[i, :, own] = x.astype(ref.dtype)
             return _
 
@@ -170,7 +170,7 @@ def _run(form: _Form, one_head, results: int, products: int, arrays, keep):
     if keep is not None:
         flat.append(keep)
         blocks.append(pl.BlockSpec((examples, 1, n), lambda i, j: (i, 0, 0)))
-    found = pl.pallas_call(
+    outputs = pl.pallas_call(
         kernel,
         grid=(pl.cdiv(b, examples), heads // per_run),
         in_specs=blocks,
@@ -184,10 +184,10 @@ def _run(form: _Form, one_head, results: int, products: int, arrays, keep):
         interpret=form.interpret,
         name="attention" if results == 1 else "attention_backward",
     )(*flat)
-    return [x.reshape(shape) for x in found]
+    return [x.reshape(shape) for x in outputs]
 
 
 def _heads_per_run(heads: int, d: int, n: int) -> int:
-    """Heads that fill whole registers side by side, and enough of them to be worth a run."""
+    """Number of heads per invocation: full registers, and enough work."""
     whole = [h for h in range(1, heads) if heads % h == 0 and h * d % LANES == 0]
     return next((h for h in whole if h * d * n >= BLOCK // 2), heads)

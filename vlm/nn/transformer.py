@@ -1,4 +1,4 @@
-"""The transformer as one stack of blocks: a leading layer axis, scanned."""
+"""Transformer as a scanned stack of blocks with a leading layer axis."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,35 +12,35 @@ from jaxtyping import Array, Bool, Float, Key
 
 from vlm.config import Activation, MlpKind, RematPolicy
 from vlm.nn.attention import Attention
+from vlm.nn.intermediates import Intermediates, capture, changes_below
 from vlm.nn.layers import GeGlu, LayerNorm, Mlp, SwiGlu, dropout, split_keys
 from vlm.nn.remat import checkpoint_policy
 from vlm.nn.rotary import Rotation
-from vlm.nn.taps import Taps, changes_below, tap
 from vlm.sharding import by_rows, cut_over_fsdp, gathered
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How a tower is computed, as opposed to what it computes.
+    """Execution options of a tower, which do not change its function.
 
     Example:
         >>> vlm.nn.Execution(dtype=jnp.bfloat16, remat="none").scan
         True
     """
 
-    dtype: DTypeLike = jnp.float32  # of activations and products; parameters stay float32
+    dtype: DTypeLike = jnp.float32  # of activations and products; parameters are float32
     remat: RematPolicy = "dots_no_batch"
-    scan: bool = True  # False unrolls the blocks: slower to compile, at times faster to run
+    scan: bool = True  # False unrolls the blocks: slower to compile, sometimes faster to run
 
 
-LAYER_SCALE = 1e-4  # where the factors of layer scale start
+LAYER_SCALE = 1e-4  # initial value of layer scale
 
 
 class Block(nnx.Module):
-    """A transformer block of attention and an MLP.
+    """Transformer block of attention and an MLP.
 
-    It is normalised before each of them ("pre"), after each residual sum ("post", BERT), or after
-    each of them, before the sum ("branch", EVA-02-E).
+    Norms are before each branch ("pre"), after each residual sum ("post", BERT), or after each
+    branch, before the sum ("branch", EVA-02-E).
 
     Example:
         >>> vlm.nn.Block.__name__, model.model.vision.transformer.blocks.mlp.up.kernel.shape
@@ -95,11 +95,13 @@ class Block(nnx.Module):
         mask: Bool[Array, "#b #h #q n"] | None,
         keys: Key[Array, " b"] | None,
         rotation: Rotation | None = None,
-        taps: Taps | None = None,
+        intermediates: Intermediates | None = None,
     ) -> Float[Array, "b n d"]:
         attention_keys, mlp_keys = split_keys(keys)
         y = self.attention_norm(x) if self.norm == "pre" else x
-        y = self.attention(y, mask=mask, causal=self.causal, rotation=rotation, taps=taps)
+        y = self.attention(
+            y, mask=mask, causal=self.causal, rotation=rotation, intermediates=intermediates
+        )
         y = y if self.attention_scale is None else y * self.attention_scale[...].astype(y.dtype)
         y = self.attention_norm(y) if self.norm == "branch" else y
         x = x + dropout(y, self.dropout_rate, attention_keys)
@@ -108,13 +110,13 @@ class Block(nnx.Module):
         y = y if self.mlp_scale is None else y * self.mlp_scale[...].astype(y.dtype)
         y = self.mlp_norm(y) if self.norm == "branch" else y
         x = x + dropout(y, self.dropout_rate, mlp_keys)
-        return tap(taps, "output", self.mlp_norm(x) if self.norm == "post" else x)
+        return capture(intermediates, "output", self.mlp_norm(x) if self.norm == "post" else x)
 
 
 class Transformer(nnx.Module):
-    """`depth` blocks whose parameters are stacked along a leading layer axis.
+    """Stack of `depth` blocks whose parameters have a leading layer axis.
 
-    The stack is one `lax.scan`, so that compile time does not grow with the depth.
+    It is one `lax.scan`, so compile time does not grow with depth.
 
     Example:
         >>> from flax import nnx
@@ -178,11 +180,11 @@ class Transformer(nnx.Module):
         *,
         keys: Key[Array, " b"] | None = None,
         rotation: Rotation | None = None,
-        taps: Taps | None = None,
+        intermediates: Intermediates | None = None,
     ) -> Float[Array, "b n d"]:
-        """Run the blocks; with `keys`, one for each example, dropout is on.
+        """Run the blocks; `keys`, one per example, turn dropout on.
 
-        `taps` are given "blocks/attention" and "blocks/output" with a leading layer axis.
+        `intermediates` capture "blocks/attention" and "blocks/output" with a leading layer axis.
         """
         block, parameters = nnx.split(self.blocks)
         parameters = nnx.to_pure_dict(parameters)
@@ -193,23 +195,23 @@ class Transformer(nnx.Module):
             layer_keys = keys
             if keys is not None:
                 layer_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-            noted = None if taps is None else Taps(changes)
-            x = nnx.merge(block, parameters)(x, mask, layer_keys, rotation, noted)
-            return x, None if noted is None else noted.found
+            own = None if intermediates is None else Intermediates(changes)
+            x = nnx.merge(block, parameters)(x, mask, layer_keys, rotation, own)
+            return x, None if own is None else own.found
 
         if self.remat != "none" or cut_over_fsdp(x):
             layer = jax.checkpoint(
                 layer, policy=checkpoint_policy(self.remat), prevent_cse=not self.scan
             )
-        layers = (jnp.arange(self.depth), parameters, changes_below(taps, "blocks"))
+        layers = (jnp.arange(self.depth), parameters, changes_below(intermediates, "blocks"))
         x, found = lax.scan(layer, x, layers, unroll=1 if self.scan else self.depth)
-        if taps is not None:
+        if intermediates is not None:
             for name, value in (found or {}).items():
-                taps.found[f"{taps.prefix}blocks/{name}"] = value
+                intermediates.found[f"{intermediates.prefix}blocks/{name}"] = value
         return x
 
     def last(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        """What the last block alone makes of `x`."""
+        """Apply only the last block to `x`."""
         block, parameters = nnx.split(self.blocks)
         parameters = jax.tree.map(lambda p: p[-1], nnx.to_pure_dict(parameters))
         return nnx.merge(block, parameters)(x, None, None)

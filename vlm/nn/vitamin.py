@@ -1,4 +1,4 @@
-"""The convolutions that ViTamin begins with (Chen et al., 2024, arXiv:2404.02132)."""
+"""Convolutional stem of ViTamin (Chen et al., 2024, arXiv:2404.02132)."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +10,11 @@ from jaxtyping import Array, Float
 from vlm.nn.conv import Conv
 from vlm.nn.layers import LayerNorm, by_rows, gelu, linear
 
-EXPANSION = 4  # of a block's channels inside it
+EXPANSION = 4  # inner channels / block channels
 
 
 class InvertedBlock(nnx.Module):
-    """Normalised, widened, mixed by a depthwise 3x3 convolution and narrowed (MBConv-LN)."""
+    """Inverted bottleneck with layer norm (MBConv-LN)."""
 
     def __init__(
         self,
@@ -43,17 +43,17 @@ class InvertedBlock(nnx.Module):
 
 
 def average_of_three(x: Float[Array, "b h w c"]) -> Float[Array, "b p q c"]:
-    """Means of 3x3 squares, every second one along each side; padding does not count."""
+    """3x3 average pooling of stride 2, excluding padding."""
     window, strides = (1, 3, 3, 1), (1, 2, 2, 1)
     edges = ((0, 0), (1, 1), (1, 1), (0, 0))
-    zero = np.zeros((), x.dtype)  # a constant: only from one is it known as a sum, with a gradient
+    zero = np.zeros((), x.dtype)  # a constant, so that JAX recognises a sum, which has a gradient
     total = lax.reduce_window(x, zero, lax.add, window, strides, edges)
     ones = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
     return total / lax.reduce_window(ones, zero, lax.add, window, strides, edges)
 
 
 class ConvStages(nnx.Module):
-    """A stem, stages of inverted blocks, and a last convolution to the width of the tokens."""
+    """Stem, stages of inverted bottlenecks, and a convolution to the token width."""
 
     def __init__(
         self,

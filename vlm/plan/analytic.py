@@ -15,7 +15,7 @@ from vlm.config import Experiment, TextConfig, ViTConfig
 from vlm.inputs.preprocess import Preprocess
 from vlm.losses.contrastive import tile_side
 from vlm.models.flops import step_flops
-from vlm.nn.remat import ATTENDED, KEPT, MLP_HIDDEN, PROJECTED
+from vlm.nn.remat import ATTENDED, MLP_HIDDEN, PROJECTED, SAVED
 from vlm.nn.tpu_attention import LONGEST
 from vlm.plan.collectives import FSDP, GRADIENTS, LOSS_RING, TENSOR
 from vlm.plan.compile import StateBytes
@@ -57,7 +57,7 @@ def analytic_memory(
         block_bytes = (size * (12 * width + 2 * mlp) + (4 + size) * scores) / tensor_ways
         block_bytes += 16 * width
         named = {PROJECTED: 3 * width, ATTENDED: width, MLP_HIDDEN: mlp}
-        names = KEPT[e.remat]
+        names = SAVED[e.remat]
         saved = block_bytes
         if names is not None:
             saved = size * sum(named[name] for name in names) / tensor_ways
@@ -74,7 +74,7 @@ def analytic_memory(
     tiles = 3 * 4 * (local * lesson.classes if e.objective == "classification" else side**2)
     if e.distill is not None and e.distill.relations:
         tiles += 3 * 4 * side**2
-    tiles += 8 * 4 * local * e.model.embed_dim + 2 * 4 * local * lesson.taught.width
+    tiles += 8 * 4 * local * e.model.embed_dim + 2 * 4 * local * lesson.supervision.width
     # Pixels in float32 and in the compute dtype.
     images = Preprocess(e.preprocess).image_bytes * (4 + 2) * rows
     return AnalyticMemory(
@@ -101,7 +101,7 @@ def analytic_operations(
         for tower, _, config in _towers(e)
         for part, factor in _paddings(config, chip.unit).items()
     }
-    parts = step_flops(e, lesson.taught)
+    parts = step_flops(e, lesson.supervision)
     arithmetic = sum(part.executed * padding.get(name, 1.0) for name, part in parts.items())
     rows = e.batch_size / chips
     traffic = 0.0
@@ -152,7 +152,9 @@ def analytic_traffic(
         # Each trip carries the text block; the last one also its gradient.
         carried = (trips + 1) * ours
         if experiment.distill is not None and experiment.distill.relations:
-            carried += 3 * ours + 2 * lesson.taught.width  # two trips, with the teacher's texts
+            carried += (
+                3 * ours + 2 * lesson.supervision.width
+            )  # two trips, with the teacher's texts
         sent[LOSS_RING] = FLOAT32 * experiment.batch_size * carried * (ways - 1) / ways
     if tensor > 1:
         # Two all-reduces of activations per block and pass.
@@ -197,7 +199,7 @@ def _towers(experiment: Experiment) -> Iterator[tuple[str, int, ViTConfig | Text
 
 def _teacher_towers(lesson: PlannedLesson) -> Iterator[tuple[int, ViTConfig | TextConfig]]:
     """Yield token count and config of the towers of an online teacher (float32)."""
-    if (config := lesson.taught.teacher) is None:
+    if (config := lesson.supervision.teacher) is None:
         return
     if isinstance(config.vision, ViTConfig):
         yield config.vision.tokens(), config.vision

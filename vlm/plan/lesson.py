@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from vlm.config import Experiment
 from vlm.data.sources import classes_of
-from vlm.models.flops import Taught
-from vlm.train.teacher import DescribedTeacher, StoredTeacher, taught_by
+from vlm.models.flops import Supervision
+from vlm.train.teacher import DescribedTeacher, StoredTeacher, supervision_of
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class PlannedLesson:
         return self.teacher if isinstance(self.teacher, DescribedTeacher) else None
 
     @property
-    def taught(self) -> Taught:
-        return taught_by(self.classes, self.teacher)
+    def supervision(self) -> Supervision:
+        return supervision_of(self.classes, self.teacher)
 
 
 @functools.lru_cache(maxsize=8)

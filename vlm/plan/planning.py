@@ -253,7 +253,7 @@ def plan(
         experiment=e,
         topology=topology,
         mesh=dict(grid.shape),
-        flops=step_flops(e, lesson.taught),
+        flops=step_flops(e, lesson.supervision),
         memory=memory,
         collectives=found,
         sent=sent,

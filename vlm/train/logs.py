@@ -13,7 +13,7 @@ from rich.table import Table
 from vlm.chips import published_rate
 from vlm.data.faults import BadSamples
 from vlm.errors import TrainingError
-from vlm.models.flops import PAIRS_ALONE, Taught, model_flops
+from vlm.models.flops import PAIRS_ALONE, Supervision, model_flops
 from vlm.sharding import placement_rows
 from vlm.train.activity import DATA, DEVICE, STEP, Activity
 from vlm.train.console import console, print_on_first_process
@@ -54,7 +54,7 @@ class Logs:
         *,
         first_step: int,
         total_steps: int,
-        taught: Taught = PAIRS_ALONE,
+        supervision: Supervision = PAIRS_ALONE,
         samples: BadSamples | None = None,
     ):
         experiment = run.experiment
@@ -62,7 +62,7 @@ class Logs:
         self._stop = experiment.optimizer.nonfinite == "stop"
         self._first, self._total = first_step, total_steps
         # Of the whole mesh; with a resolution schedule the steps are not all alike.
-        self._flops = None if experiment.image_sizes else model_flops(experiment, taught)
+        self._flops = None if experiment.image_sizes else model_flops(experiment, supervision)
         self._peak = published_rate(jax.devices())
         self._ahead: list[tuple[int, dict[str, jax.Array]]] = []  # may still be computed
         self._done: list[tuple[int, dict[str, jax.Array]]] = []  # of the next row

@@ -109,7 +109,7 @@ def _train(
                 doing,
                 first_step=step,
                 total_steps=total,
-                taught=trainer.taught,
+                supervision=trainer.supervision,
                 samples=batches.bad,
             ) as logs,
             Trace(mirror, experiment.profile) as trace,

@@ -19,7 +19,7 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.losses import cached_value_and_grad
 from vlm.models import adapters
 from vlm.models.dual_encoder import DualEncoder
-from vlm.models.flops import Taught
+from vlm.models.flops import Supervision
 from vlm.nn.layers import split_keys
 from vlm.nn.naflex import Patches
 from vlm.nn.transformer import Execution
@@ -29,7 +29,7 @@ from vlm.train.objectives import HEADS, UNTRAINED, objective
 from vlm.train.optimizer import learning_rate, make_optimizer
 from vlm.train.partition import Params, joined, partition
 from vlm.train.resolution import shrink, with_grid
-from vlm.train.teacher import AnyTeacher, DescribedTeacher, taught_by
+from vlm.train.teacher import AnyTeacher, DescribedTeacher, supervision_of
 
 _PROJECTIONS = 2  # folded into the seed's key
 _MASKING = 1  # folded into an example's key for its text mask: another stream than the towers'
@@ -96,9 +96,9 @@ class Trainer:
         self.head = jax.jit(self._head, out_shardings=whole)  # (m, d), of a classification
 
     @property
-    def taught(self) -> Taught:
+    def supervision(self) -> Supervision:
         """What the run learns from beside its pairs, for the count of its arithmetic."""
-        return taught_by(self.classes, self.teacher)
+        return supervision_of(self.classes, self.teacher)
 
     # ------------------------------------------------------------------------ the step
 

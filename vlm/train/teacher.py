@@ -15,7 +15,7 @@ from vlm.config import Experiment, ModelConfig
 from vlm.data.reinforced import Reinforced
 from vlm.errors import ConfigError
 from vlm.inputs.preprocess import Preprocess
-from vlm.models.flops import Taught
+from vlm.models.flops import Supervision
 from vlm.sharding import batch_sharding, shardings
 from vlm.train.resolution import shrink
 from vlm.weights.building import abstract_model
@@ -116,11 +116,11 @@ class DescribedTeacher:
 AnyTeacher = Teacher | StoredTeacher | DescribedTeacher
 
 
-def taught_by(classes: int, teacher: AnyTeacher | None) -> Taught:
+def supervision_of(classes: int, teacher: AnyTeacher | None) -> Supervision:
     """What a run learns from beside its pairs, for the count of its arithmetic."""
     if teacher is None:
-        return Taught(classes)
-    return Taught(classes, teacher.width, teacher.config)
+        return Supervision(classes)
+    return Supervision(classes, teacher.width, teacher.config)
 
 
 def _program(graph: Any, preprocess: Preprocess, experiment: Experiment, mesh: Mesh) -> Any:

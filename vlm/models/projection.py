@@ -1,4 +1,4 @@
-"""What stands at the end of a tower: pooling by attention, and the way into the shared space."""
+"""Attention pooling and projection at the end of a tower."""
 
 from flax import nnx
 from jax.typing import DTypeLike
@@ -11,7 +11,7 @@ from vlm.nn.pooling import MapPool
 def projection(
     config, width: int, embed_dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.Module | None:
-    """The layer from a tower's pooled width to the shared space, or None where they agree."""
+    """Make the projection from the pooled width to the embedding space; None if there is none."""
     if config.projection == "none":
         return None
     if config.projection == "mlp":
@@ -27,7 +27,7 @@ def projection(
 
 
 class MlpProjection(nnx.Module):
-    """Two linear layers without biases, and a GELU between them."""
+    """Projection with two bias-free linear layers and a GELU."""
 
     def __init__(self, width: int, hidden: int, embed_dim: int, *, dtype, rngs: nnx.Rngs):
         self.up = Linear(width, hidden, use_bias=False, dtype=dtype, rngs=rngs)
@@ -38,7 +38,7 @@ class MlpProjection(nnx.Module):
 
 
 def map_pool(config, *, dtype: DTypeLike, rngs: nnx.Rngs) -> MapPool:
-    """The attention pooling of a tower."""
+    """Make the attention pooling of a tower."""
     return MapPool(
         config.width,
         getattr(config, "pool_heads", None) or config.heads,

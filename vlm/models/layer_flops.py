@@ -1,10 +1,10 @@
-"""Forward FLOPs of the layers that several towers have: see `vlm.models.flops` for what counts."""
+"""Forward FLOPs of layers that several towers share: see `vlm.models.flops` for conventions."""
 
 
 def block_flops(config, tokens: int) -> dict[str, float]:
-    """Of a transformer's blocks; `scores` are the two products without parameters in attention."""
+    """FLOPs of transformer blocks; `scores` are the attention products without parameters."""
     width = config.width
-    products = 2 if getattr(config, "mlp", "plain") == "plain" else 3  # a gate beside them
+    products = 2 if getattr(config, "mlp", "plain") == "plain" else 3  # with a gate
     return {
         "projections": config.depth * 2 * tokens * 4 * width**2,
         "scores": config.depth * 2 * 2 * tokens**2 * width,
@@ -13,19 +13,19 @@ def block_flops(config, tokens: int) -> dict[str, float]:
 
 
 def map_pool_flops(width: int, mlp_dim: int, tokens: int) -> float:
-    """Attention pooling: one query, a key and a value for each token, and an MLP."""
+    """FLOPs of attention pooling: one query, keys and values of all tokens, and an MLP."""
     attention = 2 * (2 * width**2 + 2 * tokens * width**2 + 2 * tokens * width)
     return attention + 2 * 2 * width * mlp_dim
 
 
 def query_pool_flops(width: int, embed_dim: int, tokens: int) -> float:
-    """CoCa's pooling, at the width of the space."""
+    """FLOPs of CoCa's attentional pooler."""
     keys_and_values = 2 * tokens * width * embed_dim
     return 2 * (2 * embed_dim**2 + keys_and_values + 2 * tokens * embed_dim)
 
 
 def projection_flops(config, width: int, embed_dim: int) -> float:
-    """The layer from the pooled width to the space, where there is one."""
+    """FLOPs of the projection to the embedding space, if there is one."""
     if config.projection == "none":
         return 0.0
     if config.projection == "mlp":
