@@ -54,6 +54,7 @@ config = Experiment(
     data=DataConfig(
         source="openmoji",
         train_split="train+validation",
+        templates=("{}",),  # labels are asked about as the captions are written
         augment=AugmentConfig(crop=(0.75, 1.0), aspect=(0.9, 1.11), jitter=0.05, lines=0.15),
         cache=True,
     ),

@@ -32,7 +32,7 @@ config = Experiment(
     ),
     preprocess=PreprocessConfig(image_size=16),
     tokenizer=TokenizerConfig(context_length=12),
-    data=DataConfig(source={data!r}),
+    data=DataConfig(source={data!r}, templates=("{{}}",)),
     batch_size=8,
     steps=40,
     log_every=20,

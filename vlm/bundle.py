@@ -9,7 +9,7 @@ import collections
 import functools
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -66,6 +66,7 @@ class Bundle(FactSheet):
         fingerprint: str | None = None,
         source: str | None = None,
         adapter: AdapterOrigin | None = None,
+        templates: Sequence[str] = (),
     ):
         text, vision = model.config.text, model.config.vision
         if tokenizer.vocab_size > text.vocab_size:
@@ -90,6 +91,7 @@ class Bundle(FactSheet):
         self.fingerprint = fingerprint  # of the parameters, known once saved or loaded
         self.source = source  # what `load` was given
         self.adapter = adapter  # None: the model has none
+        self.templates = tuple(templates)  # that it was trained with; empty: not known
 
     # ------------------------------------------------------------------ what heads ask for
 
@@ -176,7 +178,7 @@ class Bundle(FactSheet):
         """
         graph, _ = self._split
         model = nnx.merge(graph, parameters)
-        other = Bundle(model, self.preprocess, self.tokenizer, name or self.name)
+        other = self._like(model, name=name or self.name)
         other._split = graph, parameters
         other._image_program, other._text_program = self._image_program, self._text_program
         return other
@@ -201,14 +203,8 @@ class Bundle(FactSheet):
         """The same with its adapter inside its kernels; itself if it has none."""
         if self.adapter is None:
             return self
-        return Bundle(
-            adapters.merged(self.model),
-            self.preprocess,
-            self.tokenizer,
-            self.name,
-            fingerprint=self.fingerprint,
-            source=self.source,
-        )
+        same = {"fingerprint": self.fingerprint, "source": self.source}
+        return self._like(adapters.merged(self.model), **same)
 
     def with_adapter(self, adapter: adapters.Adapter, config: AdapterConfig) -> "Bundle":
         """The same with an adapter in place of any that it has.
@@ -225,13 +221,12 @@ class Bundle(FactSheet):
             graph, state = nnx.split(model)
             state = nnx.to_pure_dict(state)
             model = nnx.merge(graph, jax.device_put(state, shardings(state, self._mesh)))
-        return Bundle(
-            model,
-            self.preprocess,
-            self.tokenizer,
-            self.name,
-            adapter=AdapterOrigin(config, base, self.identity),
-        )
+        return self._like(model, adapter=AdapterOrigin(config, base, self.identity))
+
+    def _like(self, model: DualEncoder, **changes: Any) -> "Bundle":
+        """Another model with all else as it is here."""
+        same = {"name": self.name, "templates": self.templates}
+        return Bundle(model, self.preprocess, self.tokenizer, **(same | changes))
 
     def save_adapter(self, folder: epath.PathLike) -> None:
         """Write the adapter alone as a small folder, which `load` opens with the model under it.
@@ -248,7 +243,7 @@ class Bundle(FactSheet):
         if jax.process_index() == 0:
             length, pixels = self.tokenizer.config.context_length, self.preprocess.config
             self.fingerprint = write_adapter(
-                folder, factors, self.adapter, self.name, pixels, length
+                folder, factors, self.adapter, self.name, pixels, length, self.templates
             )
 
     # ---------------------------------------------------------------------------- saving
@@ -275,7 +270,9 @@ class Bundle(FactSheet):
         if format != "vlm":
             write_folder(folder, format, model, self.preprocess, self.tokenizer)
             return
-        written = own.write(folder, model, self.preprocess, self.tokenizer, self.name)
+        written = own.write(
+            folder, model, self.preprocess, self.tokenizer, self.name, self.templates
+        )
         if self.adapter is None:
             self.fingerprint = written
 
@@ -459,6 +456,7 @@ def load(
         name,
         fingerprint=checkpoint.fingerprint if same else None,
         source=source_of(model) if revision is None else None,
+        templates=own.templates_of(model),
     )
 
 
@@ -497,4 +495,5 @@ def adapted(bundle: Bundle, saved: SavedAdapter) -> Bundle:
     factors = saved.factors_for(bundle.model, bundle.tokenizer)
     new = bundle.with_adapter(factors, saved.origin.config)
     new.name, new.fingerprint, new.source = saved.name, saved.fingerprint, saved.where
+    new.templates = own.templates_of(saved.where) or new.templates
     return new

@@ -162,3 +162,10 @@ def keep_compiled_programs() -> None:
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", os.fspath(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def is_run(folder: epath.Path) -> bool:
+    """Whether a folder is a run's; Hugging Face folders have a config.json of another kind."""
+    return (folder / "config.json").exists() and any(
+        (folder / name).exists() for name in ("bundle", "checkpoints")
+    )

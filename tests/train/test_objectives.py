@@ -155,7 +155,7 @@ def test_a_classification_starts_at_zero_shot_and_leaves_a_classifier(learned, p
         top = classifier(images).top(1)
         return float(np.mean([t[0][0] == row["label"] for t, row in zip(top, tested, strict=True)]))
 
-    names = list(dict.fromkeys(row["label"] for row in rows))
+    names = sorted({row["label"] for row in rows})
     zero_shot = right(ZeroShotClassifier(model, names, TEMPLATES))
     assert measured[0] == pytest.approx(zero_shot)
     kept = ZeroShotClassifier.load(run / "classifier.safetensors", tuned)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from rich import box
+from rich.markup import escape as markup
 from rich.table import Table
 
 from vlm.adapt import adaptation_page
@@ -23,11 +24,13 @@ from vlm.adapt.labelled import Labelled, hold_out, with_names
 from vlm.adapt.methods import METHODS, NO_TEACHER, TUNED, Adapted, NoTime, Setting, zero_shot
 from vlm.adapt.rows import ZERO_SHOT, Row, cells, columns_of
 from vlm.bundle import Bundle
+from vlm.data.class_names import described
 from vlm.data.duplicates import copied_from
 from vlm.errors import ConfigError, VlmError
 from vlm.evaluate.intervals import Metric, proportion
-from vlm.heads.prompts import TEMPLATES
+from vlm.heads.prompts import label_prompts
 from vlm.heads.saved import Classifier
+from vlm.heads.templates import choose_templates, describe_templates
 from vlm.heads.zero_shot import FILE, ZeroShotClassifier, encode_images, to_scores
 
 _log = logging.getLogger(__name__)
@@ -78,7 +81,7 @@ class Adaptation:
         """The table that `rich.print` shows."""
         columns = columns_of(self.rows)
         table = Table(
-            title="Top-1 with 95% intervals",
+            title=f"Top-1 with 95% intervals, templates: {markup(self.about['templates'])}",
             title_justify="left",
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),  # eight columns in eighty characters
@@ -103,7 +106,7 @@ def adapt(
     folder: Path,
     budget: float,
     methods: Sequence[str] = (),
-    templates: Sequence[str] = TEMPLATES["photo"],
+    templates: Sequence[str] | None = None,
     test: Labelled | None = None,
     shifted: Labelled | None = None,
     seed: int = 0,
@@ -119,7 +122,8 @@ def adapt(
         budget: seconds for all tries together; measuring on `test` and `shifted` comes on top.
         methods: names out of METHODS; by default all, as far as the budget goes, and "distill"
             if there is a teacher.
-        templates: sentences around the names of the classes.
+        templates: sentences around the names of the classes; by default the model's own, else of
+            the data set, else "a photo of a {}.".
         test: labelled images to measure on, of the same classes.
         shifted: labelled images out of distribution. With classes of its own it says what the
             model keeps of what it knew: a method that leaves the model alone keeps it all.
@@ -155,19 +159,21 @@ def adapt(
     deadline = time.monotonic() + budget
     train, validation = hold_out(data, seed=seed)
     copies = _copies(data, test, shifted)
-    test = None if test is None else with_names(test, data.names)
+    chosen_templates = choose_templates(templates, model, data)
+    test = None if test is None else with_names(test, data.names, data.texts)
     own_classes = shifted is not None and not set(shifted.names) <= set(data.names)
     if shifted is not None and not own_classes:
-        shifted = with_names(shifted, data.names)
-    pace = _pace(model, train, templates[0], len(data), budget)
+        shifted = with_names(shifted, data.names, data.texts)
+    pace = _pace(model, train, chosen_templates[0], len(data), budget)
     say(f"{len(train):,} images to learn from, {len(validation):,} to choose by")
     z_train, _ = encode_images(model, train.images)
     z_validation, _ = encode_images(model, validation.images)
     setting = Setting(
-        model, train, validation, z_train, z_validation, tuple(templates), folder, pace,
+        model, train, validation, z_train, z_validation, chosen_templates, folder, pace,
         seed=seed, teacher=teacher,
     )  # fmt: skip
-    judge = Judge(setting, test, shifted, own_classes)
+    of_shifted = choose_templates(templates, model, shifted) if own_classes else None
+    judge = Judge(setting, test, shifted, of_shifted)
 
     made, cost = _costed(zero_shot, setting)
     found, rows = {ZERO_SHOT: made}, [judge.row(ZERO_SHOT, made, cost)]
@@ -205,6 +211,8 @@ def adapt(
         "teacher": "" if teacher is None else teacher.name,
         "data": str(data.data),
         "classes": f"{len(data.names):,}",
+        "class names": described(data.names, data.texts),
+        "templates": describe_templates(chosen_templates),
         "learned from": f"{len(train):,} images",
         "chosen by": f"{len(validation):,} images",
         "budget": f"{budget:,.0f} s",
@@ -214,6 +222,8 @@ def adapt(
         **copies,
     }
     best = found[chosen]
+    if best.model is not model:
+        best.model.templates = chosen_templates  # also of a blend
     about = {name: value for name, value in about.items() if value}
     return Adaptation(tuple(rows), chosen, best.model, best.classifier, about)
 
@@ -222,13 +232,16 @@ class Judge:
     """Measures what methods give; images are embedded once for all that leave the model alone."""
 
     def __init__(
-        self, setting: Setting, test: Labelled | None, shifted: Labelled | None, own: bool
+        self,
+        setting: Setting,
+        test: Labelled | None,
+        shifted: Labelled | None,
+        own: Sequence[str] | None,
     ):
         self._base = setting.model
         self._sets = {"validation": setting.validation, "test": test, "shifted": shifted}
-        self._own = own  # classes out of distribution
+        self._own = own  # templates of classes out of distribution that are others
         self._kept = {"validation": setting.z_validation}
-        self._templates = setting.templates
         self.merit: dict[str, tuple[float, float]] = {}  # by method, on the validation part
 
     def row(self, name: str, made: Adapted, cost: Cost) -> Row:
@@ -253,8 +266,11 @@ class Judge:
         classifier: Any = made.classifier
         if which == "shifted" and self._own:
             # The classes are others: the question is what the model itself still knows.
-            classifier = ZeroShotClassifier(made.model, labelled.names, self._templates)
-        right = classifier.logits(z).argmax(1) == labelled.target
+            prompts = label_prompts(labelled.names, labelled.texts, self._own)
+            classifier = ZeroShotClassifier(made.model, prompts)
+        logits = classifier.logits(z)
+        own = logits[np.arange(len(z)), labelled.target]
+        right = (logits >= own[:, None]).sum(1) == 1  # as in every evaluation, a tie is a miss
         return proportion(int(right.sum()), len(right))
 
     def _embeddings(self, which: str, labelled: Labelled, model: Bundle) -> np.ndarray:

@@ -156,4 +156,6 @@ def _average(models: Sequence[Bundle], weights: Sequence[float], name: str) -> B
         return functools.reduce(jnp.add, parts).astype(leaves[0].dtype)
 
     first, *others = (nnx.state(m.model) for m, _ in pairs)
-    return models[0].with_parameters(jax.tree.map(mean, first, *others), name)
+    mixed = models[0].with_parameters(jax.tree.map(mean, first, *others), name)
+    mixed.templates = next((model.templates for model in models if model.templates), ())
+    return mixed

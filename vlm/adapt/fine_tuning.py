@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from vlm.adapt.labelled import Labelled, write_table
+from vlm.adapt.labelled import NAMES, Labelled, write_table
 from vlm.bundle import Bundle, load
 from vlm.config import (
     AdapterConfig,
@@ -93,6 +93,7 @@ def fine_tune(
         data=DataConfig(
             source=str(table),
             label="label",
+            class_names=str(table.parent / NAMES),
             captions=(),
             templates=tuple(templates),
             eval_split=None,

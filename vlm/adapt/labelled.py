@@ -5,7 +5,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from jaxtyping import Int
 from PIL import Image
 
 from vlm.data.duplicates import Thumbnails, copy_groups, thumbnails
-from vlm.errors import ConfigError, DataError
-from vlm.evaluate.suites import Missing, open_task
-from vlm.evaluate.tasks import DataInfo, ZeroShotTask
+from vlm.errors import ConfigError, DataError, VlmError
+from vlm.evaluate.suites import open_labelled
+from vlm.evaluate.tasks import DataInfo
 from vlm.heads.prompts import indices
 
 KINDS = ("tfds:", "folder:", "wds:")
+NAMES = "class_names.json"  # of a table that is written
 SHARE = 0.2  # of each class that is held out to choose by
 
 
@@ -32,6 +33,8 @@ class Labelled:
         target: for each the number of its class.
         names: the classes.
         data: where they come from.
+        texts: what sentences call the classes; by default the classes themselves.
+        templates: of the data set, where it brings some.
 
     Example:
         >>> names = ("red", "green", "blue")
@@ -44,13 +47,19 @@ class Labelled:
     target: Int[np.ndarray, " n"]
     names: tuple[str, ...]
     data: DataInfo
+    texts: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "texts", self.texts or self.names)
 
     def __len__(self) -> int:
         return len(self.target)
 
     def take(self, at: Int[np.ndarray, " k"]) -> "Labelled":
         """Some of the images, by number."""
-        taken = Labelled([self.images[i] for i in at], self.target[at], self.names, self.data)
+        images = [self.images[i] for i in at]
+        taken = replace(self, images=images, target=self.target[at])
         if "thumbnails" in self.__dict__:
             taken.__dict__["thumbnails"] = self.thumbnails[at]
         return taken
@@ -66,10 +75,16 @@ class Labelled:
         return copy_groups(self.thumbnails)
 
 
-def read_labelled(source: str, split: str | None = None, data_dir: str | None = None) -> Labelled:
+def read_labelled(
+    source: str,
+    split: str | None = None,
+    data_dir: str | None = None,
+    class_names: str | None = None,
+) -> Labelled:
     """The labelled images of a place: a class folder, or `tfds:`, `folder:`, `wds:` and a name.
 
     Without a split, the one that a task would be measured on: see `vlm.evaluate.suites`.
+    `class_names` is a file with the names of the labels: see `DataConfig.class_names`.
 
     Raises:
         DataError: nothing there, or no such split; fewer than two classes.
@@ -82,26 +97,32 @@ def read_labelled(source: str, split: str | None = None, data_dir: str | None = 
         ('green', 'red')
     """
     name = source if source.startswith(KINDS) else f"folder:{source}"
-    task = open_task(name, data_dir, split)
-    if isinstance(task, Missing):
-        raise DataError(f"{source} cannot be read: {task.why}")
-    assert isinstance(task, ZeroShotTask)
-    names = tuple(task.captions)
-    if len(names) < 2:
+    try:
+        opened = open_labelled(name, data_dir, split, class_names)
+    except VlmError as error:
+        raise DataError(f"{source} cannot be read: {error}") from None
+    labels, texts = map(tuple, opened.classes)
+    if len(labels) < 2:
         raise DataError(
-            f"{source} has the one class {', '.join(map(repr, names))}: give images of at least two"
+            f"{source} has the one class {', '.join(map(repr, labels))}: give images of at least "
+            "two"
         )
-    return Labelled(list(task.images), np.asarray(task.target, np.int64), names, task.data)
+    images = [opened.image(i) for i in range(len(opened.target))]
+    templates = tuple(getattr(opened.source, "templates", None) or ())
+    target = np.asarray(opened.target, np.int64)
+    return Labelled(images, target, labels, opened.data, texts, templates)
 
 
-def with_names(labelled: Labelled, names: Sequence[str]) -> Labelled:
-    """The same images, their classes counted as in `names`.
+def with_names(labelled: Labelled, names: Sequence[str], texts: Sequence[str] = ()) -> Labelled:
+    """The same images, their classes counted as in `names`, and called `texts` or as they were.
 
     Raises:
         ConfigError: a class that is none of them.
     """
     at = indices(labelled.names, names)
-    return Labelled(labelled.images, at[labelled.target], tuple(names), labelled.data)
+    own = dict(zip(labelled.names, labelled.texts, strict=True))
+    texts = texts or [own.get(name, name) for name in names]
+    return replace(labelled, target=at[labelled.target], names=tuple(names), texts=tuple(texts))
 
 
 def hold_out(labelled: Labelled, share: float = SHARE, seed: int = 0) -> tuple[Labelled, Labelled]:
@@ -166,7 +187,8 @@ def pick_shots(labelled: Labelled, shots: int, seed: int = 0) -> Int[np.ndarray,
 def write_table(labelled: Labelled, folder: str | os.PathLike) -> Path:
     """Write the images as a table that training reads: `image` and `label`; returns its path.
 
-    Files stay where they are. Pixels are written as PNG.
+    Beside it are the names of the classes, for `DataConfig.class_names`. Files stay where they are.
+    Pixels are written as PNG.
     """
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -178,6 +200,8 @@ def write_table(labelled: Labelled, folder: str | os.PathLike) -> Path:
             path = f"{number:06d}.{'img' if isinstance(image, bytes) else 'png'}"
             (folder / path).write_bytes(image if isinstance(image, bytes) else _png(image))
         rows.append({"image": path, "label": labelled.names[labelled.target[number]]})
+    texts = dict(zip(labelled.names, labelled.texts, strict=True))
+    (folder / NAMES).write_text(json.dumps(texts), "utf-8")
     table = folder / "images.jsonl"
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return table

@@ -16,7 +16,8 @@ from flax import nnx
 from vlm.errors import ConfigError
 from vlm.heads.prompt_rows import PromptRows, prompt_rows
 from vlm.heads.prompted import NET, PromptedClassifier, shift
-from vlm.heads.prompts import TEMPLATES, class_embeddings, indices
+from vlm.heads.prompts import class_embeddings, indices, label_prompts
+from vlm.heads.templates import choose_templates
 from vlm.heads.zero_shot import encode_images
 from vlm.models.dual_encoder import unit_norm
 
@@ -35,7 +36,7 @@ def learn_prompt(
     images: Any,
     labels: Sequence[str],
     classes: Sequence[str] | None = None,
-    template: str = TEMPLATES["photo"][0],
+    template: str | None = None,
     n_ctx: int | None = None,
     per_image: bool = False,
     hold: float = HOLD,
@@ -43,6 +44,7 @@ def learn_prompt(
     rate: float = RATE,
     seed: int = 0,
     batch_size: int | None = None,
+    texts: Sequence[str] = (),
 ) -> PromptedClassifier:
     """A classifier with a context learned on labelled images; the same for the same seed.
 
@@ -52,7 +54,7 @@ def learn_prompt(
         labels: the class of each image.
         classes: all names to choose from; those of `labels` by default, sorted.
         template: a sentence with `{}` for the label, whose words before it the context replaces
-            and starts from.
+            and starts from. By default the model's own, else "a photo of a {}.".
         n_ctx: learn so many vectors in their place, from random ones (CoOp has 16).
         per_image: CoCoOp (arXiv:2203.05557): a net moves the context by each image, which makes
             classifying as slow as embedding all labels for every image. Else CoOp
@@ -64,6 +66,7 @@ def learn_prompt(
         rate: at its start, relative to the size of the entries of the embedding table.
         seed: of the vectors and the order of the images.
         batch_size: of encoding; None leaves it to the model.
+        texts: what sentences call the classes, in their order; by default the classes themselves.
 
     Raises:
         ConfigError: labels that are no classes or not one for each image, a model without a text
@@ -87,7 +90,10 @@ def learn_prompt(
         raise ConfigError(f"{len(z_image)} images and {len(labels)} labels: give one label each")
     names = sorted(set(labels)) if classes is None else list(classes)
     target = indices(labels, names)
-    rows = prompt_rows(model, names, template, n_ctx)
+    called = label_prompts(names, texts or names, ["{}"])
+    texts = [text for (text,) in called.values()]
+    template = choose_templates([template] if template else None, model)[0]
+    rows = prompt_rows(model, texts, template, n_ctx)
     tower = getattr(getattr(model, "model", None), "text", None)
     if tower is None:
         raise ConfigError(f"{model.name} has no text tower: load it with tower='both'")
@@ -98,7 +104,7 @@ def learn_prompt(
     params = {"context": _start(table, rows, key)}
     if per_image:
         params |= _net(z_image.shape[1], table.shape[1], key)
-    held = jnp.asarray(class_embeddings(model, names, [template]))
+    held = jnp.asarray(class_embeddings(model, texts, [template]))
     tokens, places = jnp.asarray(rows.tokens), jnp.asarray(rows.places)
     m = len(names)
 

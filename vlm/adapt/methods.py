@@ -21,7 +21,7 @@ from vlm.bundle import Bundle
 from vlm.config import AdapterConfig
 from vlm.errors import ConfigError
 from vlm.heads.few_shot import CacheHead, FewShotClassifier, LinearHead, fit_head
-from vlm.heads.prompts import class_embeddings, class_prompts
+from vlm.heads.prompts import class_embeddings, class_prompts, label_prompts
 from vlm.heads.saved import Classifier
 from vlm.heads.zero_shot import ZeroShotClassifier, encode_images
 
@@ -82,6 +82,11 @@ class Setting:
     def names(self) -> tuple[str, ...]:
         return self.train.names
 
+    @property
+    def prompts(self) -> dict[str, tuple[str, ...]]:
+        """The sentences of each class."""
+        return label_prompts(self.train.names, self.train.texts, self.templates)
+
 
 class NoTime(Exception):
     """A try would take longer than it may; says how long, in seconds."""
@@ -93,7 +98,7 @@ class NoTime(Exception):
 
 def zero_shot(s: Setting) -> Adapted:
     """The names of the classes in the templates, and no training."""
-    return Adapted(s.model, ZeroShotClassifier(s.model, s.names, s.templates), 0)
+    return Adapted(s.model, ZeroShotClassifier(s.model, s.prompts), 0)
 
 
 def probe(s: Setting) -> Adapted:
@@ -116,7 +121,7 @@ def prompt(s: Setting) -> Adapted:
         s.model,
         s.z_train,
         s.train.target,
-        s.names,
+        s.train.texts,
         _fitting(s),
         s.templates,
         s.seed,
@@ -124,7 +129,7 @@ def prompt(s: Setting) -> Adapted:
     )
     best = searched.templates[0]
     start = time.monotonic()
-    class_embeddings(s.model, s.names, [best])
+    class_embeddings(s.model, s.train.texts, [best])
     step = PASSES * (time.monotonic() - start)
     steps = int(min(learned_prompt.STEPS, s.seconds / step))
     if steps < FEWEST:
@@ -132,7 +137,7 @@ def prompt(s: Setting) -> Adapted:
     has_words = bool(best.partition("{}")[0].strip())
     learned = learned_prompt.learn_prompt(
         s.model, s.z_train, [s.names[i] for i in s.train.target], s.names, best,
-        n_ctx=None if has_words else N_CTX, steps=steps, seed=s.seed,
+        n_ctx=None if has_words else N_CTX, steps=steps, seed=s.seed, texts=s.train.texts,
     )  # fmt: skip
     trained = learned_prompt.trained_parameters(learned)
     return Adapted(s.model, learned, trained, f"from {best!r}, {steps} steps")
@@ -141,7 +146,7 @@ def prompt(s: Setting) -> Adapted:
 def _fitting(s: Setting) -> list[str]:
     """The templates of the pool whose sentences the text tower takes whole."""
     cut = s.model.tokenizer.count_truncated
-    prompts = {t: class_prompts(s.names, [t]).values() for t in template_search.POOL}
+    prompts = {t: class_prompts(s.train.texts, [t]).values() for t in template_search.POOL}
     return [t for t, own in prompts.items() if not cut([sentence for (sentence,) in own])]
 
 
@@ -181,7 +186,7 @@ def blended(s: Setting) -> Adapted:
     for name, one in tuned.items():
         for share in SHARES:
             model = blend(s.model, one.model, share)
-            classifier = ZeroShotClassifier(model, s.names, s.templates)
+            classifier = ZeroShotClassifier(model, s.prompts)
             z, _ = encode_images(model, s.validation.images)
             tried[share, name] = classifier.logits(z).argmax(1) == s.validation.target
     best = max(tried.values(), key=lambda right: right.sum()).astype(np.float64)
@@ -189,7 +194,7 @@ def blended(s: Setting) -> Adapted:
     as_good = (at for at, d in lost.items() if d.mean() <= d.std() / math.sqrt(len(d)))
     share, name = min(as_good, key=lambda at: (at[0], lost[at].mean()))
     model = blend(s.model, tuned[name].model, share)
-    classifier = ZeroShotClassifier(model, s.names, s.templates)
+    classifier = ZeroShotClassifier(model, s.prompts)
     return Adapted(model, classifier, tuned[name].trained, f"{share:.0%} of {name}")
 
 
@@ -217,7 +222,7 @@ NO_TEACHER = "method 'distill' learns from another model: name one as the teache
 
 def _head(s: Setting, method: Any) -> LinearHead | CacheHead:
     scale = s.model.logit_scale
-    prior = scale * class_embeddings(s.model, s.names, s.templates).T
+    prior = scale * class_embeddings(s.model, s.prompts).T
     return fit_head(s.z_train, s.train.target, method, None, prior, scale, len(s.names))
 
 
@@ -234,5 +239,5 @@ def _fine_tuned(
     model, trained = fine_tuning.fine_tune(
         s.model, s.train, s.templates, s.folder, name, plan, adapter, teacher, s.seed
     )
-    classifier = ZeroShotClassifier(model, s.names, s.templates)
+    classifier = ZeroShotClassifier(model, s.prompts)
     return Adapted(model, classifier, trained, f"{plan.steps} steps of {plan.batch_size}")

@@ -9,7 +9,13 @@ from jaxtyping import Float, Int
 
 from vlm.errors import ConfigError
 from vlm.evaluate.intervals import Metric, proportion
-from vlm.heads.prompts import TEMPLATES, check_templates, class_embeddings, indices
+from vlm.heads.prompts import (
+    TEMPLATES,
+    check_templates,
+    class_embeddings,
+    indices,
+)
+from vlm.heads.templates import choose_templates
 from vlm.heads.zero_shot import encode_images
 
 POOL = tuple(dict.fromkeys(t for own in TEMPLATES.values() for t in own))
@@ -44,7 +50,7 @@ def search_templates(
     labels: Sequence[str],
     classes: Sequence[str] | None = None,
     pool: Sequence[str] = POOL,
-    start: Sequence[str] = TEMPLATES["photo"],
+    start: Sequence[str] | None = None,
     seed: int = 0,
     batch_size: int | None = None,
 ) -> TemplateSearch:
@@ -61,7 +67,7 @@ def search_templates(
         labels: the class of each image.
         classes: all names to choose from; those of `labels` by default, sorted.
         pool: sentences with `{}` for the label, beside those of `start`.
-        start: the templates to beat.
+        start: the templates to beat; by default the model's own, else "a photo of a {}.".
         seed: of the folds.
         batch_size: of encoding; None leaves it to the model.
 
@@ -81,6 +87,7 @@ def search_templates(
         raise ConfigError(f"{len(z_image)} images and {len(labels)} labels: give one label each")
     names = sorted(set(labels)) if classes is None else list(classes)
     target = indices(labels, names)
+    start = choose_templates(start, model)
     return search_by_embeddings(model, z_image, target, names, pool, start, seed)
 
 

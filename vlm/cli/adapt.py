@@ -27,6 +27,7 @@ def adapt(
     test: Annotated[str | None, arg(metavar="DATA")] = None,
     out_of_distribution: Annotated[str | None, arg(metavar="DATA")] = None,
     templates: Annotated[tuple[str, ...], arg(metavar="TEMPLATES...")] = (),
+    class_names: Annotated[str | None, arg(metavar="FILE")] = None,
     shots: int | None = None,
     seed: int = 0,
 ) -> None:
@@ -56,7 +57,10 @@ def adapt(
         test: labelled images of the same classes, to measure on.
         out_of_distribution: labelled images of another kind, to measure what is kept.
         templates: sentences in which {} stands for the label, or the name of a set: plain, photo,
-            clip_best, siglip. By default a run's own captions ("{}"), else "a photo of a {}.".
+            clip_best, siglip. By default the model's own, as of a run, else those of the data set,
+            else "a photo of a {}.".
+        class_names: a file with the names of the labels, which are made readable without: a line
+            for each in their order, lines LABEL<tab>NAME, or JSON.
         shots: learn from and choose by at most so many images of a class.
         seed: of the images held out, and of all that is random.
     """
@@ -74,13 +78,15 @@ def adapt(
     from vlm.adapt.labelled import pick_shots, read_labelled
     from vlm.adapt.methods import METHODS
     from vlm.bundle import load
-    from vlm.cli.classify import sentences_of
     from vlm.cli.terminal import print_status
+    from vlm.data.class_names import described
 
     for name in wanted:
         if name not in METHODS:
             raise UsageError(f"there is no method {name!r}: choose from {', '.join(METHODS)}")
-    labelled = read_labelled(data, "train")
+    labelled = read_labelled(data, "train", class_names=class_names)
+    if said := described(labelled.names, labelled.texts):
+        print_status(said)
     if shots is not None:
         labelled = labelled.take(pick_shots(labelled, shots, seed))
     measured = None if test is None else read_labelled(test)
@@ -91,7 +97,7 @@ def adapt(
         Path(folder) / "runs",
         seconds,
         wanted,
-        sentences_of(templates, model),
+        templates or None,
         measured,
         shifted,
         seed,

@@ -2,6 +2,7 @@
 
 import json as jsonlib
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from tyro.conf import arg
@@ -29,6 +30,7 @@ def classify(
     multi_label: bool = False,
     threshold: float = 0.0,
     classifier: Annotated[str | None, arg(metavar="FILE")] = None,
+    class_names: Annotated[str | None, arg(metavar="FILE")] = None,
     json: bool = False,
 ) -> None:
     """Name what images show: the labels that fit each one best, with calibrated scores.
@@ -46,23 +48,28 @@ def classify(
         images: files, folders (searched whole) and globs.
         labels: the names to choose from, separated by commas.
         labels_file: the names to choose from: one on each line of a text file; a JSON list;
-            FILE.json:KEY, an entry of CLIP_benchmark's files; tfds:NAME; or open_clip:imagenet.
+            FILE.json:KEY, an entry of CLIP_benchmark's files; open_clip:imagenet; or the classes of
+            a data set, tfds:NAME, folder:PATH or wds:SHARDS.
         templates: sentences in which {} stands for the label, or the name of a set: plain, photo,
-            clip_best, siglip; or the same places as of labels-file. By default a run's own captions
-            ("{}"), else "a photo of a {}.".
+            clip_best, siglip; or the same files as of labels-file. By default the model's own, as
+            of a run, else those of the data set, else "a photo of a {}.".
         top: how many labels to show for each image.
         none: a sentence for images that show none of the labels; it makes one more label.
         multi_label: each label is a question of its own, and an image may have several.
         threshold: the least score to show.
         classifier: a file that a classifier was saved to, in place of labels. By default the one
             that a run with objective classification has left.
+        class_names: a file with what sentences call the labels: a line for each in their order,
+            lines LABEL<tab>NAME, or JSON. By default the labels of a data set are made readable,
+            and others are as they are written.
         json: one JSON object for each image.
     """
     if labels is None and labels_file is None and classifier is None:
         classifier = classifier_of(model)
-    if classifier is not None and (labels or labels_file or templates or none or multi_label):
+    others = labels, labels_file, templates, none, multi_label, class_names
+    if classifier is not None and any(others):
         raise UsageError("a saved classifier has its own labels and sentences: leave out others")
-    names = None if classifier is not None else labels_of(labels, labels_file)
+    found = None if classifier is not None else labels_of(labels, labels_file)
     if not images:
         raise UsageError("vlm classify needs images: give files, folders or globs after the model")
     if top < 1:
@@ -79,9 +86,9 @@ def classify(
     if classifier is not None:
         classify_images = load_classifier(classifier, load(model))
     else:
-        assert names is not None
-        sentences = sentences_of(templates, model)
-        classify_images = ZeroShotClassifier(load(model), names, sentences, none, multi_label)
+        bundle = load(model)
+        prompts = prompts_of(found, class_names, templates, bundle)
+        classify_images = ZeroShotClassifier(bundle, prompts, None, none, multi_label)
     unreadable = Unreadable(len(paths))
     for chunk in chunks(progress(paths, "classifying", len(paths))):
         rows = classify_images(chunk, on_error=unreadable.among(chunk)).top(top)
@@ -99,18 +106,23 @@ def classify(
 
 
 def labels_of(labels: str | None, file: str | None) -> Any:
-    """The names of `--labels` or of `--labels-file`.
+    """The labels of `--labels` or of `--labels-file`, as they are written there.
+
+    Of a data set, its classes as `data_set_of` gives them.
 
     Raises:
         UsageError: neither or both, or no names in them.
     """
+    from vlm.heads.labels import data_set_of, read_labels
+    from vlm.heads.templates import is_place
+
     if labels is not None and file is None:
         names, where = labels.split(","), "--labels"
     elif labels is not None or file is None:
         raise UsageError('say what to choose from: either --labels "dog,cat" or --labels-file FILE')
-    elif _is_place(file):
-        from vlm.heads.labels import read_labels
-
+    elif (data_set := data_set_of(file)) is not None:
+        return data_set
+    elif is_place(file):
         return read_labels(file)
     else:
         try:
@@ -124,23 +136,30 @@ def labels_of(labels: str | None, file: str | None) -> Any:
     return names
 
 
-def _is_place(text: str) -> bool:
-    """Whether a text names a JSON file or data set of labels or templates."""
-    return text.startswith(("tfds:", "open_clip:")) or ".json" in text
+def prompts_of(
+    found: Any, class_names: str | None, templates: tuple[str, ...], model: Any
+) -> Mapping[str, Sequence[str]]:
+    """The sentences of what `labels_of` found: of a data set by the names of its labels.
 
+    Labels that somebody typed go into the templates as they are. What was chosen is printed.
 
-def sentences_of(templates: tuple[str, ...], model: str) -> tuple[str, ...]:
-    """The templates of an option, or by default those of a run, or the usual one."""
-    from vlm.cli.runs import experiment_of
-    from vlm.heads.prompts import TEMPLATES
+    Raises:
+        DataError: a file of class names that does not fit the labels.
+    """
+    from vlm.cli.terminal import print_status
+    from vlm.data.class_names import described, names_of, read_class_names
+    from vlm.heads.labels import DataSetClasses
+    from vlm.heads.prompts import class_prompts, label_prompts
+    from vlm.heads.templates import choose_templates, describe_templates
 
-    if len(templates) == 1 and templates[0] in TEMPLATES:
-        return TEMPLATES[templates[0]]
-    if len(templates) == 1 and _is_place(templates[0]):
-        from vlm.heads.labels import read_templates
-
-        return tuple(read_templates(templates[0]))
-    if templates:
-        return templates
-    run = experiment_of(model)
-    return TEMPLATES["photo"] if run is None else run.data.templates
+    if isinstance(found, Mapping):
+        return class_prompts(found, ())
+    labels, names, source = found, found, None
+    if isinstance(found, DataSetClasses):
+        labels, names, source = found.labels, found.names, found
+    if class_names is not None:
+        names = names_of(labels, read_class_names(class_names, labels, "the labels"))
+    chosen = choose_templates(templates or None, model, source)
+    said = [f"templates: {describe_templates(chosen)}", described(labels, names)]
+    print_status("; ".join(filter(None, said)))
+    return label_prompts(labels, names, chosen)

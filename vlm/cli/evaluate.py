@@ -1,6 +1,7 @@
 """`vlm eval`: what a model scores on held-out data."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,13 +10,19 @@ from vlm.cli import parse, runtime
 from vlm.cli.parse import UsageError
 from vlm.cli.runs import classifier_of, experiment_of
 from vlm.config import DataConfig
+from vlm.data.splits import WHOLE, find_split
 
 ABOUT = """\
 Measure a model on held-out data: zero-shot accuracy over all captions, and retrieval in both
 directions, each with its 95% interval.
 
 A run is measured on the data it was trained for; one with objective classification by the head that
-it has trained. Any other model needs --data.source.
+it has trained. Any other model needs --data.source. Without --data.eval-split the test split is
+measured, else the validation split; data without splits is measured whole, as [all].
+
+The labels of classes are made readable for sentences, or named by a file: --class-names FILE. They
+go into the templates of --templates, else the model's own, else those of the data set, else "a
+photo of a {}.". The table says which.
 
 --tasks names data of their own instead: tfds:NAME, folder:PATH (a folder for each class),
 wds:SHARDS, retrieval:NAME, winoground, or a suite: vtab, datacomp38, flickr30k, coco, imagenet,
@@ -28,10 +35,17 @@ prints and writes; they find each other as those of `vlm train` do.
 Examples:
   vlm eval runs/openmoji
   vlm eval ViT-B-32/ --data.source tfds:cifar10 --data.label label
+  vlm eval ViT-B-32/ --data.source pets/ --data.label label --split val --templates clip_best
   vlm eval ViT-B-32/ --tasks tfds:cifar10,retrieval:coco_captions,folder:photos --out results/
   vlm eval runs/openmoji --tasks zero-shot --out results.json"""
 
 OWN = ("zero-shot", "retrieval")  # tasks over the data that the options describe
+# As other commands call these options.
+_ALIASES = {
+    "--class-names": "--data.class-names",
+    "--templates": "--data.templates",
+    "--split": "--data.eval-split",
+}
 
 
 @dataclass(frozen=True)
@@ -64,8 +78,26 @@ def main(args: list[str]) -> None:
             f"{model} is no run of vlm, so say what to measure it on: --data.source NAME, such as "
             "openmoji or tfds:cifar10"
         )
-    default = Options(DataConfig() if run is None else run.data)
-    evaluate(model, parse.options(default, "vlm eval MODEL", rest, ABOUT))
+    rest = [_in_full(arg) for arg in rest]
+    default = Options(DataConfig(eval_split=None) if run is None else run.data)
+    options = parse.options(default, "vlm eval MODEL", rest, ABOUT)
+    if run is not None and not options.data.eval_split and options.data.source == run.data.source:
+        raise UsageError(
+            f"the run holds nothing out of {run.data.source}, and what it has trained on is no "
+            "measure: set --data.eval-split"
+        )
+    if not set(options.tasks) <= set(OWN):  # other data: nothing of the run's own is theirs
+        asked = {arg.split("=")[0] for arg in rest}
+        own: dict[str, Any] = {"eval_split": None, "class_names": None, "templates": ()}
+        own = {n: v for n, v in own.items() if f"--data.{n.replace('_', '-')}" not in asked}
+        options = dataclasses.replace(options, data=dataclasses.replace(options.data, **own))
+    evaluate(model, options)
+
+
+def _in_full(arg: str) -> str:
+    """An option by its full name, such as --data.templates for --templates."""
+    name, equals, value = arg.partition("=")
+    return f"{_ALIASES.get(name, name)}{equals}{value}"
 
 
 def evaluate(model: str, options: Options) -> None:
@@ -83,7 +115,7 @@ def evaluate(model: str, options: Options) -> None:
     with processes.stop_all_on_failure():
         if set(options.tasks) <= set(OWN):
             bundle = load(model, decode=options.decode)
-            made = tasks(options, trained_head(model, bundle, options))
+            made = tasks(options, trained_head(model, bundle, options), bundle)
             report = run_tasks(shared(bundle), made)
             if jax.process_index() == 0:
                 _write(options.out, report)
@@ -131,14 +163,24 @@ def _run_named(model: str, options: Options) -> Any:
     folder = options.out if options.out and not options.out.endswith(".json") else None
     bundle, results = load(model, decode=options.decode), []
     facts = model_facts(bundle)
+    data = options.data
     for name in names:
+        task = open_task(
+            name,
+            data.data_dir,
+            data.eval_split,
+            model=bundle,
+            templates=data.templates,
+            class_names=data.class_names,
+        )
         done = read_result(folder, name) if folder and first else None
         if done is not None and not facts.items() <= done.provenance.evidence.items():
             done = None  # of other weights, or of images or texts that were prepared otherwise
+        if done is not None and not isinstance(task, Missing) and not _same(done, task):
+            done = None
         if broadcast_text("" if done is None else "done"):
             results.append(done)
             continue
-        task = open_task(name, options.data.data_dir)
         missing = exchange_texts(task.why if isinstance(task, Missing) else "")
         if isinstance(task, Missing) or any(missing):
             if first:
@@ -158,6 +200,14 @@ def _run_named(model: str, options: Options) -> Any:
     return report
 
 
+def _same(done: Any, task: Any) -> bool:
+    """Whether a result is of the task's split, templates and class names."""
+    origin = done.provenance
+    texts = getattr(task, "texts_hash", origin.evidence.get("texts_hash"))
+    found = origin.data, origin.templates, origin.evidence.get("texts_hash")
+    return found == (task.data, tuple(task.templates), texts)
+
+
 def _finish(folder: str, report: Any) -> None:
     """The report of a folder of results, and its page."""
     from etils import epath
@@ -172,52 +222,89 @@ def _finish(folder: str, report: Any) -> None:
 
 def trained_head(model: str, bundle: Any, options: Options) -> Any | None:
     """The classifier that the run has left, if it is one of the data's classes."""
-    from vlm.data.sources import classes_of
+    from vlm.cli.terminal import print_status
+    from vlm.data.sources import classes_of, open_to_measure
     from vlm.heads.zero_shot import ZeroShotClassifier
 
     file = classifier_of(model) if options.data.label else None
     if file is None:
         return None
     made = ZeroShotClassifier.load(file, bundle)
-    return made if made.labels == tuple(classes_of(options.data).labels) else None
+    source, _ = open_to_measure(options.data, options.data.eval_split)
+    labels = classes_of(options.data, source).labels
+    if sorted(made.labels) != sorted(labels):
+        print_status(f"the head in {file} is of other classes: the labels are measured as texts")
+        return None
+    made.z_labels = made.z_labels[[made.labels.index(label) for label in labels]]
+    made.labels = tuple(labels)
+    return made
 
 
-def tasks(options: Options, head: Any | None = None) -> list[Any]:
-    """The tasks over the evaluation split of the data; `head` classifies it where there is one.
+def tasks(options: Options, head: Any | None = None, model: Any = None) -> list[Any]:
+    """The tasks over the evaluation split of the data, or over the one that is there to measure on.
+
+    Args:
+        options: what to measure.
+        head: a classifier of the data's classes, in their order, in place of templates.
+        model: whose templates are taken, where it has some and the options name none.
 
     Raises:
-        UsageError: no evaluation split, or retrieval of data that has labels and no captions.
+        UsageError: retrieval of data that has labels and no captions.
+        DataError: no such split, or none to measure on.
     """
-    from vlm.data.sources import all_captions, first_captions, held_out, open_source
+    from vlm.data.sources import (
+        all_captions,
+        classes_of,
+        first_captions,
+        held_out,
+        open_to_measure,
+        targets_of,
+    )
     from vlm.evaluate.tasks import DataInfo, RetrievalTask, ZeroShotTask
+    from vlm.heads.templates import choose_templates
 
     data = options.data
-    if not data.eval_split:
-        raise UsageError("the data names no split to measure on: set --data.eval-split")
     wanted = options.tasks or (("zero-shot",) if data.label else ("zero-shot", "retrieval"))
     if data.label and "retrieval" in wanted:
         raise UsageError("data with a label has no captions to retrieve: keep --tasks zero-shot")
-    source = open_source(data, data.eval_split)
-    info = DataInfo(data.source, split=data.eval_split)
+    source, split = open_to_measure(data, data.eval_split)
+    info = DataInfo(data.source, split=split)
+    split = data.train_split if split == WHOLE else split
+    others = data.train_split if _has_split(data, data.train_split) else split  # with captions
+    data = dataclasses.replace(data, eval_split=split, train_split=others)
     made: list[Any] = []
-    if "zero-shot" in wanted:
-        plain = data
-        if data.label:  # the bare names: the task itself fills them into every template
-            plain = dataclasses.replace(data, templates=("{}",))
+    if "zero-shot" in wanted and data.label:
+        labels, names = classes_of(data, source)
         made.append(
             ZeroShotTask(
                 _images(source, data, "zero-shot"),
-                all_captions(plain),
-                held_out(plain),
+                labels,
+                targets_of(source, data, labels),
                 info,
-                data.templates if data.label else ("{}",),
+                choose_templates(data.templates or None, model, source),
                 z_captions=None if head is None else head.z_labels,
+                names=names,
             )
         )
+    elif "zero-shot" in wanted:
+        images = _images(source, data, "zero-shot")
+        made.append(ZeroShotTask(images, all_captions(data), held_out(data), info))
     if "retrieval" in wanted:
         texts = first_captions(source, data)
         made.append(RetrievalTask(_images(source, data, "retrieval"), texts, info))
     return made
+
+
+def _has_split(data: DataConfig, split: str) -> bool:
+    """Whether the data has a split, such as train or train[:10%]+val."""
+    from vlm.data.sources import split_names
+    from vlm.errors import DataError
+
+    known = split_names(data)
+    try:
+        return known is None or bool(find_split(re.split(r"[+\[]", split)[0], known, data.source))
+    except DataError:
+        return False
 
 
 def _images(source: Any, data: DataConfig, what: str) -> Iterator[Any]:

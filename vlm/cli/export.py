@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from vlm.cli import parse, runtime
-from vlm.cli.classify import labels_of, sentences_of
+from vlm.cli.classify import labels_of, prompts_of
 
 
 def main(args: list[str]) -> None:
@@ -22,6 +22,7 @@ def export(
     labels: Annotated[str | None, arg(metavar="A,B,...")] = None,
     labels_file: Annotated[str | None, arg(metavar="FILE")] = None,
     templates: Annotated[tuple[str, ...], arg(metavar="TEMPLATES...")] = (),
+    class_names: Annotated[str | None, arg(metavar="FILE")] = None,
     batches: Annotated[tuple[int, ...], arg(metavar="SIZES...")] = (),
 ) -> None:
     """Write a model as programs that run without vlm: its towers, or a classifier.
@@ -44,11 +45,12 @@ def export(
         labels: export a classifier of these names, separated by commas.
         labels_file: the same from a file or data set, as of vlm classify.
         templates: sentences in which {} stands for the label, as of vlm classify.
+        class_names: a file with what sentences call the labels, as of vlm classify.
         batches: sizes of batches to compare with the model in; by default all from 1 to 33, and
             some of them in the formats that compile each.
     """
     asked = labels is not None or labels_file is not None
-    names = labels_of(labels, labels_file) if asked else None
+    found = labels_of(labels, labels_file) if asked else None
     runtime.prepare_inference()
     from vlm.bundle import load
     from vlm.cli.terminal import print_status
@@ -57,8 +59,9 @@ def export(
 
     bundle = load(model)
     classifier = None
-    if names is not None:
-        classifier = ZeroShotClassifier(bundle, names, sentences_of(templates, model))
+    if asked:
+        prompts = prompts_of(found, class_names, templates, bundle)
+        classifier = ZeroShotClassifier(bundle, prompts)
     found = write(
         bundle,
         out,

@@ -5,7 +5,7 @@ import os
 
 from vlm.config import Experiment, from_dict
 from vlm.errors import CheckpointError, ConfigError
-from vlm.paths import as_path
+from vlm.paths import as_path, is_run
 
 
 def classifier_of(model: str) -> str | None:
@@ -22,10 +22,9 @@ def experiment_of(model: str) -> Experiment | None:
     Raises:
         CheckpointError: a run whose config cannot be read.
     """
-    folder = as_path(model)
-    file = folder / "config.json"  # Hugging Face folders have one too, of another kind
-    if not file.exists() or not any((folder / n).exists() for n in ("bundle", "checkpoints")):
+    if not is_run(folder := as_path(model)):
         return None
+    file = folder / "config.json"
     try:
         return from_dict(Experiment, json.loads(file.read_text()))
     except (ValueError, ConfigError) as error:

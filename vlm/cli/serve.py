@@ -117,7 +117,7 @@ def serve(
         name=name,
         limits=limits,
         keys=keys,
-        templates=_templates(templates, source),
+        templates=templates or None,
         local=host in LOOPBACK and not keys,
         max_batch=largest,
     )
@@ -133,12 +133,6 @@ def _largest_batch() -> int:
     import jax
 
     return 32 if jax.default_backend() == "cpu" else 256
-
-
-def _templates(given: tuple[str, ...], source: str) -> tuple[str, ...]:
-    from vlm.cli.classify import sentences_of
-
-    return sentences_of(given, source)
 
 
 def _export(served: str, model: str | None, export: tuple[str, ...]) -> None:

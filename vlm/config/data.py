@@ -169,6 +169,9 @@ class DataConfig(Config):
             made readable: a line for each label in their order, or lines LABEL<tab>NAME; or a JSON
             object from label to name.
         templates: Sentences around a label, such as 'a photo of a {}.'; one is drawn at random.
+            Empty: those of the model that training starts from, else of the data set, else
+            'a photo of a {}.'; from scratch, the bare name. Of captions: sentences around the
+            labels that the model is asked about once it is trained.
         keep: Train on the examples that pass all of these filters.
         augment: Random changes of training images.
         cache: Keep decoded images in memory, for data that fits there.
@@ -200,7 +203,7 @@ class DataConfig(Config):
     caption_weights: tuple[float, ...] = ()
     label: str | None = None
     class_names: str | None = None
-    templates: tuple[str, ...] = ("{}",)
+    templates: tuple[str, ...] = ()
     keep: tuple[FieldFilter, ...] = ()
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     cache: bool = False
@@ -217,7 +220,7 @@ class DataConfig(Config):
     def check(self):
         _check_texts(self)
         if self.label is None and not self.mixture:
-            self.refuse_unused("set label, which has them", "templates", "class_names")
+            self.refuse_unused("set label, which it names", "class_names")
         if self.mixture:
             self.refuse_unused("the parts of a mixture have sources of their own", "source")
         if self.access == "random" and not self.mixture:

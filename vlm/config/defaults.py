@@ -57,6 +57,7 @@ def as_begun(experiment: Experiment, before: Experiment) -> Experiment:
         model=e.model or before.model,
         preprocess=e.preprocess or before.preprocess,
         tokenizer=e.tokenizer or before.tokenizer,
+        data=dataclasses.replace(e.data, templates=e.data.templates or before.data.templates),
         optimizer=dataclasses.replace(e.optimizer, **optimizer),
         init_image_size=None,
         init_context_length=None,

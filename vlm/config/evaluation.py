@@ -20,15 +20,17 @@ class EvalConfig(Config):
             top-1 and top-5 accuracy. retrieval: images and all of their captions, both ways, as
             COCO is measured; recall at 1, 5 and 10.
         source: Where examples come from: whatever `DataConfig.source` takes.
-        split: Name of the split to measure on.
+        split: Name of the split to measure on. None: test, else validation; of a source without
+            splits, all of it.
         image: Name of the feature that holds the image.
         captions: Of retrieval: names of the features that hold captions; all of them belong to
             their image.
         label: Of zero-shot: name of the feature that holds the class.
-        class_names: Of zero-shot, where labels are no words: a text file with a line for each
-            label in their order, or with lines LABEL<tab>NAME.
+        class_names: Of zero-shot: a file with the names of the labels, see
+            `DataConfig.class_names`.
         templates: Of zero-shot: sentences around the name of a class; their embeddings are
-            averaged.
+            averaged. Empty: those of the run's own data, else of the data set, else
+            'a photo of a {}.'.
         data_dir: Folder where prepared data lies. None: the folder of TFDS itself.
         examples: Measure on this many examples, the first of the split. None: all.
 
@@ -41,12 +43,12 @@ class EvalConfig(Config):
     name: str = "eval"
     task: Literal["zero-shot", "retrieval"] = "zero-shot"
     source: str = "tfds:imagenet2012"
-    split: str = "validation"
+    split: str | None = "validation"
     image: str = "image"
     captions: tuple[str, ...] = ("captions/text",)
     label: str = "label"
     class_names: str | None = None
-    templates: tuple[str, ...] = ("a photo of a {}.",)
+    templates: tuple[str, ...] = ()
     data_dir: str | None = None
     examples: int | None = None
 
@@ -54,9 +56,7 @@ class EvalConfig(Config):
         where = f"evals {self.name!r}"
         if not self.name or "/" in self.name:
             raise ConfigError(f"{where}: a name is a word of the log, without a slash: choose one")
-        if self.task == "zero-shot" and not (
-            self.templates and all("{}" in template for template in self.templates)
-        ):
+        if self.task == "zero-shot" and not all("{}" in template for template in self.templates):
             raise ConfigError(f"{where}: each of templates {self.templates} needs a {{}}: give it")
         if self.task == "retrieval" and not self.captions:
             raise ConfigError(f"{where}: captions is empty: name the feature that has the texts")

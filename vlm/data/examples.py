@@ -65,6 +65,11 @@ def captions_of(example: Example, config: DataConfig) -> list[str]:
     return [caption for captions in _by_feature(example, config) for caption in captions]
 
 
+def templates_of(config: DataConfig) -> tuple[str, ...]:
+    """The sentences around a label: those of the config, else the bare name."""
+    return config.templates or ("{}",)
+
+
 def choose_caption(example: Example, config: DataConfig, u: float) -> str:
     """The caption that the uniform number `u` picks.
 
@@ -214,7 +219,7 @@ def _by_feature(example: Example, config: DataConfig) -> list[list[str]]:
     if config.label:
         known = NAME in example
         name = example[NAME] if known else class_name(label_of(example, config), config)
-        return [[template.replace("{}", name)] for template in config.templates]
+        return [[template.replace("{}", name)] for template in templates_of(config)]
     found = [list(_texts(example.get(feature))) for feature in config.captions]
     if not any(found):
         features = ", ".join(config.captions)

@@ -26,7 +26,8 @@ FILE, UNFINISHED = "reinforced.json", "unfinished.json"
 ARRAYS = ("images", "texts")
 # What makes other images or other texts of the same examples.
 SAME = (
-    "train_split", "image", "captions", "caption_weights", "label", "templates", "keep", "augment",
+    "train_split", "image", "captions", "caption_weights", "label", "class_names", "templates",
+    "keep", "augment",
 )  # fmt: skip
 
 
@@ -66,7 +67,10 @@ class Reinforced:
     def check(self, config: DataConfig, examples: int) -> None:
         """Raise a ConfigError unless these are embeddings of what `config` makes."""
         ours = {name: to_dict(config)[name] for name in SAME}
-        differ = [f"data.{name}" for name in SAME if ours[name] != self.data.get(name)]
+        theirs = {name: self.data.get(name) for name in SAME}
+        for side in (ours, theirs):
+            side["templates"] = side["templates"] or ["{}"]  # as `templates_of` fills it in
+        differ = [f"data.{name}" for name in SAME if ours[name] != theirs[name]]
         if differ:
             raise ConfigError(
                 f"the embeddings in {self.folder} are of data with other {', '.join(differ)}: "

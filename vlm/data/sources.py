@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from vlm.data.examples import (
     keep_about,
     label_of,
     passes,
+    templates_of,
 )
 from vlm.data.faults import BadSample
 from vlm.data.known_classes import imagenet_names, imagenet_templates
@@ -30,7 +31,7 @@ from vlm.data.making import open_image_of
 from vlm.data.random_access import IndexedStream
 from vlm.data.randomness import key
 from vlm.data.shard_stream import find_shards, open_shards_as_stream
-from vlm.data.splits import WHOLE, default_split, named_splits
+from vlm.data.splits import WHOLE, default_split, find_split, named_splits
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.preprocess import Preprocess
 from vlm.paths import as_path, cache_dir, is_remote
@@ -115,6 +116,8 @@ def open_to_measure(config: DataConfig, split: str | None) -> tuple[Source, str]
         return open_source(dataclasses.replace(config, keep=()), config.train_split), WHOLE
     if split is None:
         split = default_split(known or (), config.source)
+    elif known and not re.search(r"[+\[]", split):  # parts of splits, as TFDS writes them
+        split = find_split(split, known, config.source)
     # What the config filters is what it trains on.
     config = dataclasses.replace(config, eval_split=split, keep=())
     return open_source(config, split), split
@@ -310,7 +313,7 @@ def all_captions(config: DataConfig) -> list[str]:
     An image counts with its first caption; with a label, every class counts, seen or not.
     """
     if config.label:
-        template = config.templates[0]
+        template = templates_of(config)[0]
         return [template.replace("{}", name) for name in classes_of(config).names]
     found = (texts[0] for source in _all_splits(config) for texts in _captions(source, config))
     return list(dict.fromkeys(found))
@@ -408,6 +411,34 @@ def held_out(config: DataConfig) -> Int32[np.ndarray, " n"]:
     index = {caption: i for i, caption in enumerate(all_captions(config))}
     source = open_source(config, config.eval_split)
     return np.array([index[caption] for caption in first_captions(source, config)], np.int32)
+
+
+def targets_of(
+    source: Source, config: DataConfig, labels: Sequence[str]
+) -> Int32[np.ndarray, " n"]:
+    """For each example, the number of its label among `labels`.
+
+    Raises:
+        DataError: an example without a label, or with another one.
+    """
+    index = {label: i for i, label in enumerate(labels)}
+    found = [target_of(source[i], config, index, i) for i in range(len(source))]
+    return np.array(found, np.int32)
+
+
+def target_of(example: Example, config: DataConfig, index: Mapping[str, int], i: int) -> int:
+    """The number of an example's class; `i` is the example's own, for the message.
+
+    Raises:
+        DataError: an example without a label, or with another one.
+    """
+    label = label_of(example, config)
+    if label not in index:
+        raise DataError(
+            f"example {i} of {config.source} {config.eval_split} has the {config.label} {label!r}, "
+            "which is none of the classes of the data set: correct it, or leave the example out"
+        )
+    return index[label]
 
 
 def vocabulary_texts(config: DataConfig) -> list[str]:

@@ -242,6 +242,7 @@ def results_table(results: Report) -> str:
     rows = []
     for result in results.results:
         head = f"<td>{escape(result.task)}</td><td>{escape(str(result.provenance.data))}</td>"
+        head += f"<td>{escape('; '.join(result.texts))}</td>"
         for name, metric in result.metrics.items():
             rows.append(
                 f"<tr>{head}<td>{escape(NAMES.get(name, name))}</td>"
@@ -249,8 +250,8 @@ def results_table(results: Report) -> str:
                 f"<td>{metric.low:.1%} – {metric.high:.1%}</td>"
                 f'<td class="right">{metric.n:,}</td></tr>'
             )
-            head = "<td></td><td></td>"
-    heads = '<th>Task</th><th>Data</th><th>Metric</th><th class="right">Value</th>'
+            head = "<td></td><td></td><td></td>"
+    heads = '<th>Task</th><th>Data</th><th>Texts</th><th>Metric</th><th class="right">Value</th>'
     heads += '<th>0 to 100%</th><th>95% interval</th><th class="right">n</th>'
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f'<div class="card scroll">{table}</div>' if rows else ""

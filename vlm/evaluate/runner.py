@@ -13,6 +13,7 @@ from itertools import zip_longest
 from typing import Any
 
 from etils import epath
+from rich.markup import escape as markup
 from rich.table import Table
 
 from vlm._version import __version__
@@ -21,6 +22,7 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.evaluate.evidence import Samples, model_facts
 from vlm.evaluate.intervals import Metric
 from vlm.evaluate.tasks import DataInfo, Task
+from vlm.heads.templates import describe_templates
 
 FORMAT, VERSION = "vlm evaluation report", 1
 LIBRARIES = ("jax", "flax", "numpy", "pillow", "tokenizers")
@@ -53,6 +55,17 @@ class Result:
     kind: str = ""  # of the task, as CLIP_benchmark calls it
     # Of each query; not in the JSON, but a Parquet file of its own.
     samples: Samples | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    @property
+    def texts(self) -> list[str]:
+        """Of zero-shot classification: the templates, and what labels were reworded to."""
+        if "top1" not in self.metrics:
+            return []
+        if (head := self.provenance.evidence.get("head")) is not None:
+            return [head]
+        reworded = self.provenance.evidence.get("class_names")
+        templates = f"templates: {describe_templates(self.provenance.templates)}"
+        return [templates, *([reworded] if reworded else [])]
 
 
 @dataclass(frozen=True)
@@ -136,7 +149,8 @@ class Report:
             table.add_column(heading, justify="right", no_wrap=True)
         for result in self.results:
             table.add_section()
-            heads = [result.task, f"[dim]{result.provenance.data}"]
+            heads = [markup(result.task), f"[dim]{markup(str(result.provenance.data))}"]
+            heads += [f"[dim]{markup(said)}" for said in result.texts]
             rows = [
                 (name, f"[bold]{m.value:.1%}", f"{m.low:.1%} – {m.high:.1%}", f"{m.n:,}")
                 for name, m in result.metrics.items()
@@ -152,11 +166,13 @@ class Report:
         cells = []
         for result in self.results:
             for name, metric in result.metrics.items():
-                row = (result.task, str(result.provenance.data), name, f"{metric.value:.1%}")
+                row = (result.task, str(result.provenance.data), "; ".join(result.texts), name)
+                row += (f"{metric.value:.1%}",)
                 row += (f"{metric.low:.1%} – {metric.high:.1%}", f"{metric.n:,}")
                 cells.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
         heads = "".join(
-            f"<th>{head}</th>" for head in ("task", "data", "metric", "value", "95% interval", "n")
+            f"<th>{head}</th>"
+            for head in ("task", "data", "texts", "metric", "value", "95% interval", "n")
         )
         decoded = f", images decoded as: {self._decode()}" if self._decode() else ""
         caption = f"<caption>Evaluation of {escape(self._models() + decoded)}</caption>"
@@ -199,6 +215,7 @@ def measure(model: Any, task: Task) -> Result:
     found = task.measure(model)
     seconds = time.perf_counter() - start
     evidence = {"data_hash": found.data_hash, "texts_hash": found.texts_hash, **model_facts(model)}
+    evidence |= getattr(task, "about", {})
     origin = provenance(model.name, task.data, task.templates, seconds, evidence)
     return Result(task.name, found.metrics, origin, task.kind, found.samples)
 

@@ -13,18 +13,20 @@ Nothing is downloaded: what is not on this machine is named and left out.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from vlm.config import DataConfig
-from vlm.data.examples import captions_of
-from vlm.data.sources import kind_of, open_source
+from vlm.data.examples import Source, captions_of
+from vlm.data.sources import Classes, classes_of, kind_of, open_to_measure, targets_of
 from vlm.errors import ConfigError, DataError, VlmError
 from vlm.evaluate import selection_files
 from vlm.evaluate.tasks import DataInfo, RetrievalTask, Task, ZeroShotTask
-from vlm.heads.prompts import TEMPLATES
+from vlm.heads.templates import choose_templates
 
 # The data sets of each suite, by their names in TFDS, or in CLIP_benchmark where TFDS has none:
 # VTAB's 19 (arXiv:1910.04867) and DataComp's 38 (arXiv:2304.14108).
@@ -56,7 +58,6 @@ SUITES: dict[str, tuple[str, ...]] = {
     "sugarcrepe": tuple(f"sugarcrepe:{category}" for category in selection_files.SUGARCREPE),
 }
 KINDS = ("tfds", "folder", "wds", "retrieval", "sugarcrepe")
-SPLITS = ("test", "validation", "train")  # in the order in which one is taken
 CAPTIONS = ("captions/text", "captions", "caption", "text")
 
 
@@ -87,38 +88,96 @@ def expand(names: tuple[str, ...]) -> list[str]:
     return list(found)
 
 
-def open_task(name: str, data_dir: str | None = None, split: str | None = None) -> Task | Missing:
-    """The task of that name, ready to be measured, or what it lacks."""
+def open_task(
+    name: str,
+    data_dir: str | None = None,
+    split: str | None = None,
+    *,
+    model: Any = None,
+    templates: Sequence[str] = (),
+    class_names: str | None = None,
+) -> Task | Missing:
+    """The task of that name, ready to be measured, or what it lacks.
+
+    Args:
+        name: see above.
+        data_dir: where prepared data lies.
+        split: to measure on; by default test, else validation, else all there is.
+        model: whose templates are taken, where it has some.
+        templates: in place of the model's and the data set's own, see `choose_templates`.
+        class_names: a file with the names of the labels, see `DataConfig.class_names`.
+    """
     try:
         kind, _, what = name.partition(":")
         if kind == "retrieval":
             return _retrieval(name, what, data_dir, split)
         if kind in ("winoground", "sugarcrepe"):
             return _selection(name, kind, what, data_dir)
-        return _classification(name, kind, what, data_dir, split)
+        opened = open_labelled(name, data_dir, split, class_names)
+        return _classification(
+            name, opened, choose_templates(templates or None, model, opened.source)
+        )
     except VlmError as error:
         return Missing(name, str(error))
 
 
-def _classification(name: str, kind: str, what: str, data_dir, split) -> Task:
-    label = "cls" if kind == "wds" else "label"
-    source = f"tfds:{what}" if kind == "tfds" else what
-    config = DataConfig(source=source, label=label, captions=(), data_dir=data_dir)
-    opened, split = _open(config, split)
-    labels = [opened[i][label] for i in range(len(opened))]
-    names = getattr(opened, "label_names", None) or sorted(set(map(str, labels)))
-    at = {label_name: i for i, label_name in enumerate(names)}
-    target = np.array([at[str(value)] for value in labels])
+class LabelledSplit(NamedTuple):
+    """A split of a data set of classes, opened.
+
+    Attributes:
+        source, config: the examples, and where their images are.
+        data: where they come from.
+        classes: of all splits.
+        target: for each example the number of its class.
+    """
+
+    source: Source
+    config: DataConfig
+    data: DataInfo
+    classes: Classes
+    target: Int[np.ndarray, " n"]
+
+    def image(self, i: int) -> Any:
+        """The image of an example."""
+        return self.source[i][self.config.image]
+
+
+def open_labelled(
+    name: str, data_dir: str | None, split: str | None, class_names: str | None
+) -> LabelledSplit:
+    """The labelled images of `tfds:NAME`, `folder:PATH` or `wds:SHARDS`.
+
+    Raises:
+        DataError: no such data or split, or an example of no class.
+    """
+    kind, _, what = name.partition(":")
+    config = DataConfig(
+        source=name if kind == "tfds" else what,
+        label="cls" if kind == "wds" else "label",
+        captions=(),
+        class_names=class_names,
+        data_dir=data_dir,
+    )
+    source, split = open_to_measure(config, split)
+    config = dataclasses.replace(config, eval_split=split)
+    classes = classes_of(config, source)
+    target = targets_of(source, config, classes.labels)
+    return LabelledSplit(source, config, DataInfo(config.source, split=split), classes, target)
+
+
+def _classification(name: str, opened: LabelledSplit, templates: Sequence[str]) -> Task:
+    labels, names = opened.classes
     return ZeroShotTask(
-        (opened[i][config.image] for i in range(len(opened))),
-        names,
-        target,
-        DataInfo(source, split=split),
-        TEMPLATES["photo"],
-        ks=(1, 5) if len(names) >= 5 else (1,),
+        (opened.image(i) for i in range(len(opened.target))),
+        labels,
+        opened.target,
+        opened.data,
+        templates,
+        ks=(1, 5) if len(labels) >= 5 else (1,),
         name=name,
         classes=True,
-        image_at=lambda i: opened[i][config.image],
+        image_at=opened.image,
+        names=names,
     )
 
 
@@ -128,7 +187,7 @@ def _retrieval(name: str, what: str, data_dir, split) -> Task:
     for feature in CAPTIONS:
         config = DataConfig(source=source, captions=(feature,), data_dir=data_dir)
         try:
-            opened, found = _open(config, split)
+            opened, found = open_to_measure(config, split)
             texts = [captions_of(opened[i], config) for i in range(len(opened))]
             break
         except VlmError as error:
@@ -153,15 +212,3 @@ def _selection(name: str, kind: str, what: str, data_dir: str | None) -> Task:
     if kind == "winoground":
         return selection_files.winoground(folder, name)
     return selection_files.sugarcrepe(folder, what, name)
-
-
-def _open(config: DataConfig, split: str | None) -> tuple[Any, str]:
-    """The source and the split that is there, or the first error."""
-    problem: VlmError | None = None
-    for chosen in (split,) if split else SPLITS:
-        try:
-            whole = dataclasses.replace(config, train_split=chosen, eval_split=chosen)
-            return open_source(whole, chosen), chosen
-        except VlmError as error:
-            problem = problem or error
-    raise problem or DataError(f"{config.source} has no split to measure on")

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from vlm.data.class_names import described
 from vlm.errors import ConfigError
 from vlm.evaluate.classification import calibration_error, mean_per_class_recall
 from vlm.evaluate.evidence import Hashing, Samples, digest
 from vlm.evaluate.intervals import Metric
 from vlm.evaluate.metrics import best_ranks, clusters, pair_retrieval_metrics, zero_shot_metrics
 from vlm.evaluate.selection import selection_hits, selection_metrics
-from vlm.heads.prompts import TEMPLATES, check_templates, class_embeddings
+from vlm.heads.prompts import TEMPLATES, check_templates, class_embeddings, label_prompts
 from vlm.heads.zero_shot import to_scores
 
 BLOCK = 1024  # images scored at once
@@ -64,6 +65,8 @@ class ZeroShotTask:
         target: for each image, the index of its caption.
         data: where the images come from.
         templates: sentences around a caption; the caption alone by default.
+        names: what the templates call the captions, in the same order, where these are labels that
+            need other words; the captions themselves by default.
         ks: the k of top-k.
         name: of the task in a report.
         classes: the captions are classes of many images: mean recall per class and calibration are
@@ -92,6 +95,7 @@ class ZeroShotTask:
     classes: bool = False
     z_captions: Float[np.ndarray, "m d"] | None = None
     image_at: Callable[[int], Any] | None = None
+    names: Sequence[str] | None = None
 
     kind = "zeroshot_classification"  # as CLIP_benchmark calls it
 
@@ -110,7 +114,7 @@ class ZeroShotTask:
         """`top1`, `top5`, ... of the model; of classes more."""
         z_captions = self.z_captions
         if z_captions is None:
-            z_captions = class_embeddings(model, self.captions, self.templates)
+            z_captions = class_embeddings(model, self.prompts)
         images, target = Hashing(self.images), np.asarray(self.target)
         z_image = np.asarray(model.encode_image(images), np.float32)
         metrics = zero_shot_metrics(z_image, z_captions, target, self.ks)
@@ -124,7 +128,25 @@ class ZeroShotTask:
             "query": rows, "target": target, "predicted": predicted, "rank": ranks,
             "confidence": confidence, "cluster": rows,
         }  # fmt: skip
-        return Measured(metrics, samples, images.digest(target), digest(self.captions))
+        return Measured(metrics, samples, images.digest(target), self.texts_hash)
+
+    @property
+    def texts_hash(self) -> str:
+        """Of the names, or else of the captions."""
+        return digest(self.captions if self.names is None else self.names)
+
+    @property
+    def prompts(self) -> dict[str, tuple[str, ...]]:
+        """The sentences of each caption."""
+        return label_prompts(self.captions, self.names or self.captions, self.templates)
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What a result says of the texts beside the templates."""
+        if self.z_captions is not None:
+            return {"head": "a trained head in place of templates"}
+        said = described(self.captions, self.names or self.captions)
+        return {"class_names": said} if said else {}
 
 
 @dataclass(frozen=True, eq=False)

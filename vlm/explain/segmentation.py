@@ -13,7 +13,6 @@ from vlm import display
 from vlm.errors import ConfigError, DataError
 from vlm.explain.geometry import grid, on_image
 from vlm.explain.methods import dense_embeddings
-from vlm.heads.prompts import TEMPLATES
 from vlm.heads.zero_shot import ZeroShotClassifier, to_scores
 from vlm.inputs.opening import ImageLike, is_image
 from vlm.paths import as_path
@@ -82,7 +81,7 @@ def segment(
     model: Any,
     image: ImageLike,
     labels: Sequence[str] | Mapping[str, Any],
-    templates: Sequence[str] = TEMPLATES["photo"],
+    templates: Sequence[str] | None = None,
     none: Sequence[str] | str | None = None,
 ) -> Segmentation:
     """Cut one image up by labels named in words, without any training (arXiv:2112.01071).

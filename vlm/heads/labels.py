@@ -4,7 +4,8 @@
 "names.txt"                       one name on each line
 "names.json"                      a list, or a mapping from a name to its sentences
 "en_classnames.json:cifar10"      the entry of a data set, in the form of CLIP_benchmark
-"tfds:cifar10"                    the names that a TFDS data set gives its classes
+"tfds:cifar10"                    the labels that a TFDS data set gives its classes
+"folder:pets", "wds:shards.tar"   those of class folders, and of shards
 "open_clip:imagenet"              those in an installed open_clip
 """
 
@@ -14,8 +15,11 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from vlm.config import DataConfig
+from vlm.data.class_names import names_of
+from vlm.data.sources import classes_of, open_source, split_names
 from vlm.errors import ConfigError, DataError
 from vlm.paths import decode_text, lines_of
 
@@ -41,11 +45,45 @@ def read_labels(source: str | os.PathLike | Labels) -> Labels:
     if not isinstance(source, str | os.PathLike):
         return source
     place = os.fspath(source)
-    if place.startswith("tfds:"):
-        return _tfds_names(place.removeprefix("tfds:"))
+    if (data_set := data_set_of(place)) is not None:
+        return list(data_set.labels)
     if place.startswith("open_clip:"):
         return _open_clip(place.removeprefix("open_clip:"), "labels")
     return _from_file(place, "labels")
+
+
+class DataSetClasses(NamedTuple):
+    """The classes of a data set: their labels, their names, and templates that it brings."""
+
+    labels: list[str]
+    names: list[str]
+    templates: tuple[str, ...]
+
+
+def data_set_of(place: str) -> DataSetClasses | None:
+    """The classes of `tfds:NAME`, `folder:PATH` or `wds:SHARDS`; None of any other place.
+
+    Raises:
+        DataError: no such data.
+    """
+    kind, _, what = place.partition(":")
+    if kind not in ("tfds", "folder", "wds"):
+        return None
+    config = DataConfig(
+        source=place if kind == "tfds" else what,
+        label="cls" if kind == "wds" else "label",
+        captions=(),
+    )
+    try:
+        known = split_names(config)
+        source = open_source(config, known[0] if known else config.train_split)
+    except DataError:
+        if kind != "tfds":
+            raise
+        labels = _tfds_names(what)  # TFDS itself knows more than what is prepared here
+        return DataSetClasses(labels, names_of(labels, where=place), ())
+    classes = classes_of(config, source)
+    return DataSetClasses(*classes, tuple(getattr(source, "templates", None) or ()))
 
 
 def read_templates(source: str | os.PathLike | Sequence[str]) -> Sequence[str] | Mapping:

@@ -16,7 +16,8 @@ from vlm import display
 from vlm.errors import ConfigError, DataError
 from vlm.heads.calibration import fit_temperature
 from vlm.heads.classifier_file import reading_classifier, write_classifier
-from vlm.heads.prompts import TEMPLATES, cached_embeddings, class_prompts, indices, leaves_of
+from vlm.heads.prompts import cached_embeddings, class_prompts, indices, leaves_of
+from vlm.heads.templates import choose_templates
 from vlm.inputs.opening import OnError, one_or_many
 
 Rule = Literal["softmax", "sigmoid"]
@@ -177,7 +178,8 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
         labels: names that go into the templates, or a mapping from label to its own sentences (None
             for the templates); nested mappings are a hierarchy, whose levels are in `groups`.
             `vlm.heads.labels.read_labels` reads them from files and data sets.
-        templates: sentences in which `{}` stands for the label; their embeddings are averaged.
+        templates: sentences in which `{}` stands for the label; their embeddings are averaged. By
+            default the model's own, else "a photo of a {}.": see `vlm.heads.templates`.
         none: sentences for an image that shows none of the labels, such as "a photo."; they make
             one more label, "none of these".
         multi_label: each label is a question of its own. A model of the softmax loss is asked
@@ -203,10 +205,11 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
         self,
         model: Any,
         labels: Sequence[str] | Mapping[str, Any],
-        templates: Sequence[str] = TEMPLATES["photo"],
+        templates: Sequence[str] | None = None,
         none: Sequence[str] | str | None = None,
         multi_label: bool = False,
     ):
+        templates = choose_templates(templates, model)
         self.model, self.multi_label, self.temperature = model, multi_label, 1.0
         leaves, self.groups = leaves_of(labels, templates)
         self.prompts = class_prompts(leaves, templates)

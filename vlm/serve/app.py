@@ -14,8 +14,8 @@ from starlette.staticfiles import StaticFiles
 from vlm._version import __version__
 from vlm.bundle import Bundle
 from vlm.errors import VlmError
-from vlm.heads.prompts import TEMPLATES
 from vlm.heads.retrieval import RetrievalIndex
+from vlm.heads.templates import choose_templates
 from vlm.serve import classify, embeddings, heat, search, status
 from vlm.serve.batched import Batched
 from vlm.serve.gallery import Gallery
@@ -35,7 +35,7 @@ def create_app(
     name: str | None = None,
     limits: Limits | None = None,
     keys: Sequence[str] = (),
-    templates: Sequence[str] = TEMPLATES["photo"],
+    templates: Sequence[str] | None = None,
     local: bool = False,
     max_batch: int | None = None,
 ) -> FastAPI:
@@ -47,7 +47,8 @@ def create_app(
         name: of the model, as clients name it.
         limits: of requests.
         keys: API keys, of which requests must bring one; none: all are answered.
-        templates: sentences of labels, where a request gives none.
+        templates: sentences of labels, where a request gives none; by default the model's own, else
+            "a photo of a {}.".
         local: answer only under the names of this machine.
         max_batch: items that the device computes at once.
 
@@ -93,7 +94,7 @@ def create_app(
     )
     app.state.service = service
     app.include_router(embeddings.routes(service))
-    app.include_router(classify.routes(service, tuple(templates)))
+    app.include_router(classify.routes(service, choose_templates(templates, bundle)))
     app.include_router(search.routes(service))
     app.include_router(heat.routes(service))
     app.include_router(status.routes(service))

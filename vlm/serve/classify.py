@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter
 
-from vlm.heads.prompts import TEMPLATES
 from vlm.heads.zero_shot import Classification, ZeroShotClassifier
 from vlm.serve.limits import Refused
 from vlm.serve.protocol import Classified, ClassifyAnswer, ClassifyRequest, Score
@@ -15,7 +14,7 @@ from vlm.serve.service import Service, as_refused, outcomes
 MOST_SENTENCES = 4096  # labels times templates
 
 
-def routes(service: Service, templates: tuple[str, ...] = TEMPLATES["photo"]) -> APIRouter:
+def routes(service: Service, templates: tuple[str, ...]) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["classify"])
 
     @router.post("/classify")

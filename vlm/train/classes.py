@@ -1,24 +1,53 @@
 """The classes that a run learns to tell apart: their names, their prompts and their head."""
 
+import dataclasses
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int32
 
 from vlm.bundle import load
-from vlm.config import DataConfig
+from vlm.config import DataConfig, Experiment
+from vlm.data.examples import templates_of
 from vlm.data.random_access import Batch
-from vlm.data.sources import classes_of
+from vlm.data.sources import classes_of, open_source, streams
 from vlm.errors import ConfigError, DataError
 from vlm.heads import zero_shot
-from vlm.heads.prompts import label_prompts, normalise
+from vlm.heads.prompts import label_prompts
+from vlm.heads.templates import choose_templates
 from vlm.heads.zero_shot import ZeroShotClassifier
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.train.evaluation import Embedder
 from vlm.train.run import Run
 from vlm.train.step import Trainer, TrainState
+from vlm.weights.own import templates_of as templates_of_model
+
+
+def with_templates(experiment: Experiment) -> Experiment:
+    """The experiment with the templates of its labels, where it names none.
+
+    Those of the model that it starts from, else of the data set, else the usual one; the bare names
+    where it starts from no model.
+
+    Raises:
+        DataError: data that is not there.
+    """
+    data = experiment.data
+    if not data.label or data.templates or experiment.init_from is None:
+        return experiment
+    model = Templates(templates_of_model(experiment.init_from))
+    source = None if streams(data) else open_source(data, data.train_split)
+    data = dataclasses.replace(data, templates=choose_templates(None, model, source))
+    return dataclasses.replace(experiment, data=data)
+
+
+class Templates(NamedTuple):
+    """A starting model's templates, for `choose_templates`."""
+
+    templates: tuple[str, ...]
 
 
 class Classes:
@@ -32,7 +61,7 @@ class Classes:
     def __init__(self, data: DataConfig, tokenizer: Tokenizer):
         self._data, self._tokenizer = data, tokenizer
         self.names, names = classes_of(data)
-        self.prompts = label_prompts(self.names, names, data.templates)
+        self.prompts = label_prompts(self.names, names, templates_of(data))
         self.tokens = tokenizer([text for texts in self.prompts.values() for text in texts])
         self._of: dict[bytes, int] = {}
         for row, number in zip(self.tokens, self._owners(), strict=True):
@@ -40,8 +69,8 @@ class Classes:
             if other != number:
                 raise ConfigError(
                     f"the classes {self.names[other]!r} and {self.names[number]!r} are the same "
-                    f"{tokenizer.config.context_length} tokens in the templates {data.templates}: "
-                    "make the templates shorter, or the names differ"
+                    f"{tokenizer.config.context_length} tokens in the templates "
+                    f"{templates_of(data)}: make the templates shorter, or the names differ"
                 )
 
     def __len__(self) -> int:
@@ -69,9 +98,7 @@ class Classes:
 
     def embed(self, trainer: Trainer, state: TrainState) -> Float[np.ndarray, "m d"]:
         """The zero-shot weights: unit-norm means of the embeddings of each class's prompts."""
-        z = Embedder(trainer).texts(state, self.tokens)
-        z = z.reshape(len(self), -1, z.shape[1]).mean(1)
-        return normalise(z, "the mean of a class's prompts")
+        return Embedder(trainer).prompts(state, self.tokens, len(self.tokens) // len(self))
 
     def save(self, run: Run, trainer: Trainer, state: TrainState) -> None:
         """Write the trained head beside the run's bundle, for `vlm classify` and `vlm eval`."""

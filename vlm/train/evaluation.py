@@ -1,7 +1,9 @@
 """What a run is measured on while it trains, and how: by its mesh, each host reading its share."""
 
+import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -9,15 +11,15 @@ from jax.experimental import multihost_utils
 from jaxtyping import Float, Int, UInt8
 
 from vlm.config import DataConfig, EvalConfig
+from vlm.data.class_names import described
 from vlm.data.examples import Source, captions_of
-from vlm.data.sources import open_source
-from vlm.errors import DataError
+from vlm.data.sources import classes_of, open_to_measure, target_of
 from vlm.evaluate.metrics import Metric, pair_retrieval_metrics, zero_shot_metrics
 from vlm.evaluate.tasks import DataInfo
-from vlm.heads.prompts import normalise
+from vlm.heads.prompts import label_prompts, normalise
+from vlm.heads.templates import choose_templates
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
-from vlm.paths import as_path
 from vlm.sharding import batch_sharding, batch_share, batch_ways, global_batch
 from vlm.train.step import Trainer, TrainState
 
@@ -45,6 +47,14 @@ class Embedder:
             batch = jax.make_array_from_callback(padded.shape, sharding, padded.__getitem__)
             out.append(np.asarray(self._trainer.embed_texts(state, batch))[: len(part)])
         return np.concatenate(out)
+
+    def prompts(
+        self, state: TrainState, tokens: Int[np.ndarray, "m l"], count: int
+    ) -> Float[np.ndarray, "c d"]:
+        """The embedding of each class: the mean of its `count` rows of tokens, normalised again."""
+        z = self.texts(state, tokens)
+        z = z.reshape(-1, count, z.shape[1]).mean(1)
+        return normalise(z, "the mean of a class's prompts")
 
     def classes(self, state: TrainState) -> Float[np.ndarray, "m d"]:
         """The weights of a classification's head: a row for each class, of any norm."""
@@ -78,49 +88,43 @@ class Embedder:
 class ZeroShot:
     """Top-k accuracy over the classes of a data set."""
 
-    def __init__(self, config: EvalConfig, embedder: Embedder, inputs: "Inputs"):
+    def __init__(
+        self, config: EvalConfig, embedder: Embedder, inputs: "Inputs", run: DataConfig | None
+    ):
         self.config, self._embedder, self._inputs = config, embedder, inputs
-        self._data = _data(config, label=config.label)
-        self._source = open_source(self._data, config.split)
+        self._source, self._data = _open(config, label=config.label)
         self._count = _count(config, self._source)
-        labels = getattr(self._source, "label_names", None)
-        if not labels:  # a table: its labels are read, which opens no image
-            labels = sorted({str(self._source[i][config.label]) for i in range(self._count)})
+        labels, names = classes_of(self._data, self._source)
         self._index = {label: i for i, label in enumerate(labels)}
         self._target = np.full(self._count, -1)
-        names = _class_names(config, labels)
-        prompts = [t.replace("{}", name) for name in names for t in config.templates]
-        self._tokens = inputs.tokenizer(prompts)
+        self.templates = choose_templates(config.templates or None, run, self._source)
+        self.about = {"class_names": said} if (said := described(labels, names)) else {}
+        prompts = label_prompts(labels, names, self.templates)
+        self._tokens = inputs.tokenizer([text for own in prompts.values() for text in own])
 
     def measure(self, state: TrainState) -> dict[str, Metric]:
         """`top1` and `top5`."""
         z_image = self._embedder.images(state, self._count, self._read)
         if jax.process_count() > 1:
             self._target = multihost_utils.process_allgather(self._target).max(0)
-        z = self._embedder.texts(state, self._tokens)
-        z = z.reshape(-1, len(self.config.templates), z.shape[1]).mean(1)
-        z_class = normalise(z, "the mean of a class's prompts")
+        z_class = self._embedder.prompts(state, self._tokens, len(self.templates))
         return zero_shot_metrics(z_image, z_class, self._target)
 
     def _read(self, i: int) -> Pixels:
         example = self._source[i]
-        label = str(example[self.config.label])
-        if label not in self._index:
-            raise DataError(
-                f"example {i} of {self.config.source} has the label {label!r}, which the data set "
-                "does not list among its classes: mend the label"
-            )
-        self._target[i] = self._index[label]
+        self._target[i] = target_of(example, self._data, self._index, i)
         return self._inputs.pixels(example, self._data, i)
 
 
 class Retrieval:
     """Recall of images by their captions, and of captions by their images."""
 
+    templates: tuple[str, ...] = ("{}",)
+    about: ClassVar[dict[str, str]] = {}
+
     def __init__(self, config: EvalConfig, embedder: Embedder, inputs: "Inputs"):
         self.config, self._embedder, self._inputs = config, embedder, inputs
-        self._data = _data(config, captions=config.captions)
-        self._source = open_source(self._data, config.split)
+        self._source, self._data = _open(config, captions=config.captions)
         self._count = _count(config, self._source)
         texts = [captions_of(self._source[i], self._data) for i in range(self._count)]
         owners = np.repeat(np.arange(self._count), [len(own) for own in texts])
@@ -148,56 +152,47 @@ class Inputs:
         return self.preprocess.pixels(example[data.image], where)
 
 
-def open_task(config: EvalConfig, embedder: Embedder, inputs: Inputs) -> ZeroShot | Retrieval:
+def open_task(
+    config: EvalConfig, embedder: Embedder, inputs: Inputs, run: DataConfig | None = None
+) -> ZeroShot | Retrieval:
     """The evaluation that `config` describes, its texts read and tokenised.
+
+    Args:
+        config: the evaluation.
+        embedder, inputs: of the run's model.
+        run: the data of the run, whose templates are its model's.
 
     Raises:
         DataError: no such data, or data that does not have what the task needs.
     """
-    kind = ZeroShot if config.task == "zero-shot" else Retrieval
-    return kind(config, embedder, inputs)
+    if config.task == "zero-shot":
+        return ZeroShot(config, embedder, inputs, run)
+    return Retrieval(config, embedder, inputs)
 
 
-def info(config: EvalConfig) -> DataInfo:
+def info(task: ZeroShot | Retrieval) -> DataInfo:
     """Where the examples come from, for the report."""
-    return DataInfo(config.source, split=config.split)
+    return DataInfo(task.config.source, split=task._data.eval_split or "")
 
 
-def _data(config: EvalConfig, *, label: str | None = None, captions=()) -> DataConfig:
-    """The same source as training data has it."""
-    return DataConfig(
+def _open(
+    config: EvalConfig, *, label: str | None = None, captions: tuple[str, ...] = ()
+) -> tuple[Source, DataConfig]:
+    """The split to measure on, and the config that it is read by."""
+    data = DataConfig(
         source=config.source,
-        train_split=config.split,  # what has no splits is all of this one
-        eval_split=config.split,
         image=config.image,
         captions=captions,
         label=label,
+        class_names=config.class_names if label else None,
         data_dir=config.data_dir,
     )
+    source, split = open_to_measure(data, config.split)
+    return source, dataclasses.replace(data, eval_split=split)
 
 
 def _count(config: EvalConfig, source: Source) -> int:
     return min(len(source), config.examples or len(source))
-
-
-def _class_names(config: EvalConfig, labels: list[str]) -> list[str]:
-    """What each label is called in a prompt."""
-    if config.class_names is None:
-        return labels
-    file = as_path(config.class_names)
-    if not file.is_file():
-        raise DataError(f"there is no file of class names {file}: check evals {config.name!r}")
-    lines = [line for line in file.read_text().splitlines() if line.strip()]
-    pairs = dict(line.split("\t", 1) for line in lines if "\t" in line)
-    missing = [label for label in labels if label not in pairs]
-    if not pairs and len(lines) == len(labels):
-        return lines
-    if missing:
-        raise DataError(
-            f"{file} has {len(lines)} lines for the {len(labels)} labels of {config.source}, and "
-            f"none names {missing[0]!r}: give a name for each, in order or as LABEL<tab>NAME"
-        )
-    return [pairs[label] for label in labels]
 
 
 def _round_up(count: int, multiple: int) -> int:

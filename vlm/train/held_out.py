@@ -7,17 +7,27 @@ from typing import Any, SupportsIndex
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from vlm.bundle import Bundle
 from vlm.config import DataConfig, Experiment, to_dict
-from vlm.data.sources import all_captions, first_captions, open_source
+from vlm.data.class_names import described
+from vlm.data.examples import templates_of
+from vlm.data.sources import (
+    all_captions,
+    classes_of,
+    first_captions,
+    open_source,
+    targets_of,
+)
 from vlm.evaluate.evidence import input_facts
 from vlm.evaluate.gallery import gallery_png
 from vlm.evaluate.metrics import Metric, pair_retrieval_metrics, zero_shot_metrics
 from vlm.evaluate.report import write_report
 from vlm.evaluate.runner import Report, Result, provenance
 from vlm.evaluate.tasks import DataInfo
+from vlm.heads.prompts import label_prompts
+from vlm.heads.templates import describe_templates
 from vlm.heads.zero_shot import to_scores
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.train.console import print_on_first_process
@@ -39,7 +49,8 @@ class Evaluations:
     def __init__(self, experiment: Experiment, trainer: Trainer, tokenizer: Tokenizer):
         embedder, inputs = Embedder(trainer), Inputs(trainer.preprocess, tokenizer)
         self.held = HeldOut(experiment, embedder, inputs) if experiment.data.eval_split else None
-        self.tasks = [open_task(config, embedder, inputs) for config in experiment.evals]
+        data = experiment.data
+        self.tasks = [open_task(config, embedder, inputs, data) for config in experiment.evals]
 
     def __bool__(self) -> bool:
         return self.held is not None or bool(self.tasks)
@@ -50,14 +61,22 @@ class Evaluations:
         if self.held is not None:
             zero_shot, retrieval = self.held.measure(*self.held.embed(state))
             row |= zero_shot | retrieval
-            said = f"held-out top-1 {zero_shot['top1']}"
+            said = f"held-out top-1 {zero_shot['top1']}{_texts(self.held)}"
             print_on_first_process(f"step {int(state.step)}  {said}")
         for task in self.tasks:
             found = task.measure(state)
             name, first = task.config.name, next(iter(found))
             row |= {f"{name}/{metric}": value for metric, value in found.items()}
-            print_on_first_process(f"step {int(state.step)}  {name} {first} {found[first]}")
+            said = f"{name} {first} {found[first]}{_texts(task)}"
+            print_on_first_process(f"step {int(state.step)}  {said}")
         return {f"eval/{name}": float(value) for name, value in row.items()}
+
+
+def _texts(task: Any) -> str:
+    """The templates of a zero-shot figure, for the log."""
+    if task.templates == ("{}",):
+        return ""
+    return f", templates: {describe_templates(task.templates)}"
 
 
 def _split(data: DataConfig) -> str:
@@ -66,17 +85,31 @@ def _split(data: DataConfig) -> str:
 
 
 class HeldOut:
-    """Images the run does not train on, among all captions of the data, which must be small."""
+    """Images the run does not train on, among all captions of the data, which must be small.
+
+    Of data with labels, among its classes, as `ZeroShot` measures them.
+    """
 
     def __init__(self, experiment: Experiment, embedder: Embedder, inputs: Inputs):
         self._embedder, self._inputs, self._data = embedder, inputs, experiment.data
         self._by_head = experiment.objective == "classification"
         self._source = open_source(self._data, _split(self._data))
-        self.captions = all_captions(self._data)
-        index = {caption: i for i, caption in enumerate(self.captions)}
-        own = first_captions(self._source, self._data)
-        self.target: Int[np.ndarray, " n"] = np.array([index[text] for text in own], np.int32)
-        self._tokens = inputs.tokenizer(self.captions)
+        self.templates, self.about = ("{}",), {}
+        if self._data.label:
+            self.captions, names = classes_of(self._data, self._source)
+            self.target = targets_of(self._source, self._data, self.captions)
+            self.templates = templates_of(self._data)
+            self.about = {"class_names": said} if (said := described(self.captions, names)) else {}
+            prompts = label_prompts(self.captions, names, self.templates)
+            texts = [text for own in prompts.values() for text in own]
+        else:
+            self.captions = texts = all_captions(self._data)
+            index = {caption: i for i, caption in enumerate(texts)}
+            own = first_captions(self._source, self._data)
+            self.target = np.array([index[text] for text in own], np.int32)
+        if self._by_head:
+            self.about = {"head": "a trained head in place of templates"}
+        self._tokens = inputs.tokenizer(texts)
 
     @property
     def images(self) -> "_Images":
@@ -91,7 +124,7 @@ class HeldOut:
         z_image = self._embedder.images(state, len(self.target), self.images.__getitem__)
         if self._by_head:
             return z_image, self._embedder.classes(state)
-        return z_image, self._embedder.texts(state, self._tokens)
+        return z_image, self._embedder.prompts(state, self._tokens, len(self.templates))
 
     def measure(self, z_image, z_captions) -> tuple[dict[str, Metric], dict[str, Metric]]:
         """Zero-shot accuracy over all captions, and retrieval among the held-out pairs."""
@@ -129,17 +162,20 @@ def finish(
         embedded = held.embed(state)
         zero_shot, retrieval = held.measure(*embedded)
         about = DataInfo(data.source, split=data.eval_split or "")
-        source = provenance(bundle.name, about, ("{}",), time.perf_counter() - start, evidence)
+        seconds = time.perf_counter() - start
+        texts = evidence | held.about
+        asked = provenance(bundle.name, about, held.templates, seconds, texts)
+        source = provenance(bundle.name, about, ("{}",), seconds, evidence)
+        kind = "classes" if data.label else "captions"
         results = [
-            Result(f"zero-shot over {len(held.captions):,} captions", zero_shot, source),
+            Result(f"zero-shot over {len(held.captions):,} {kind}", zero_shot, asked),
             Result(f"retrieval among {len(held.target):,} pairs", retrieval, source),
         ]
     for task in evaluations.tasks:
         start, config = time.perf_counter(), task.config
         found = task.measure(state)
-        templates = config.templates if config.task == "zero-shot" else ("{}",)
-        seconds = time.perf_counter() - start
-        source = provenance(bundle.name, info(config), templates, seconds, evidence)
+        seconds, texts = time.perf_counter() - start, evidence | task.about
+        source = provenance(bundle.name, info(task), task.templates, seconds, texts)
         results.append(Result(f"{config.name} {config.task}", found, source))
     report = Report(tuple(results))
     scale, bias = bundle.logit_scale, bundle.logit_bias  # of all processes together

@@ -14,7 +14,12 @@ def leave_bundle(run: Run, trainer: Trainer, state: TrainState, tokenizer: Token
     if e.adapter is not None:
         origin = AdapterOrigin(e.adapter, *run.base())
     bundle = Bundle(
-        trainer.model(state), trainer.preprocess, tokenizer, name=e.name, adapter=origin
+        trainer.model(state),
+        trainer.preprocess,
+        tokenizer,
+        name=e.name,
+        adapter=origin,
+        templates=e.data.templates,
     )
     if origin is None:
         bundle.save(run.bundle)

@@ -14,6 +14,7 @@ from vlm.paths import keep_compiled_programs
 from vlm.sharding import batch_share, check_batch, make_mesh
 from vlm.train.activity import DATA, DEVICE, STEP, Activity
 from vlm.train.checkpoint import Checkpoints
+from vlm.train.classes import with_templates
 from vlm.train.console import print_on_first_process
 from vlm.train.held_out import Evaluations, finish
 from vlm.train.interrupt import Interrupted
@@ -61,7 +62,7 @@ def _train(
         if resume is not None:
             run = Run.open(resume, experiment)
         elif experiment is not None:
-            run = Run.create(resolve(experiment))
+            run = Run.create(with_templates(resolve(experiment)))
         else:
             raise ConfigError("there is nothing to train: give an experiment, or a run to resume")
     experiment = run.experiment

@@ -7,7 +7,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +131,7 @@ def write_adapter(
     name: str,
     preprocess: PreprocessConfig,
     context_length: int,
+    templates: Sequence[str] = (),
 ) -> str:
     """Write an adapter as a folder, or over the one that is there; returns its fingerprint.
 
@@ -166,6 +167,7 @@ def write_adapter(
             "config": to_dict(origin.config),
             "preprocess": to_dict(preprocess),
             "context_length": context_length,
+            "templates": list(templates),
             "digests": found,
         }
         (new / ADAPTER_FILE).write_text(json.dumps(description, indent=2) + "\n")

@@ -1,6 +1,7 @@
 """Our own format: a folder that `Bundle.save` writes."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,10 +15,12 @@ from vlm.inputs import tokenizer as tokenizers
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
+from vlm.paths import as_path, is_run
+from vlm.weights.adapter import ADAPTER_FILE
 from vlm.weights.building import abstract_model
 from vlm.weights.checkpoint import Checkpoint
 from vlm.weights.digests import Checked, digests, fingerprint, older_fingerprint
-from vlm.weights.fields import read_json_of_format, string
+from vlm.weights.fields import read_json, read_json_of_format, string
 from vlm.weights.files import SafetensorsFiles, Tensors, write_safetensors
 from vlm.weights.new_folder import new_folder
 from vlm.weights.rules import Rule, flat_arrays, flat_shapes
@@ -99,6 +102,7 @@ def write(
     preprocess: Preprocess,
     tokenizer: Tokenizer,
     name: str,
+    templates: Sequence[str] = (),
 ) -> str:
     """Write a bundle as a folder, or over the bundle that is there; returns its fingerprint.
 
@@ -122,10 +126,22 @@ def write(
             "model": to_dict(model.config),
             "preprocess": to_dict(preprocess.config),
             "tokenizer": to_dict(tokenizer.config),
+            "templates": list(templates),
             "digests": found,
         }
         (new / BUNDLE_FILE).write_text(json.dumps(description, indent=2) + "\n")
     return fingerprint(found)
+
+
+def templates_of(model: epath.PathLike) -> tuple[str, ...]:
+    """The templates that a bundle, adapter or run was trained with; empty where it names none."""
+    path = as_path(model)
+    files = [f / n for f in (path, path / "bundle") for n in (BUNDLE_FILE, ADAPTER_FILE)]
+    held = next((read_json(file) for file in files if file.exists()), {})
+    run = path.parent if path.name == "bundle" else path
+    if "templates" not in held and is_run(run):  # of before bundles kept them
+        held = read_json(run / "config.json").get("data", {})
+    return tuple(map(str, held.get("templates") or ()))
 
 
 def _bundle(path: epath.Path) -> epath.Path | None:

@@ -1,0 +1,67 @@
+"""The templates that the names of classes go into: one rule for all commands."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlm.errors import ConfigError
+from vlm.heads.labels import read_templates
+from vlm.heads.prompts import TEMPLATES, check_templates
+
+
+def choose_templates(
+    given: Sequence[str] | None = None, model: Any = None, source: Any = None
+) -> tuple[str, ...]:
+    """The templates that are given, else the model's own, else the data set's, else "photo".
+
+    Args:
+        given: sentences with `{}`; or the name of a set in `TEMPLATES`, or a place that
+            `read_templates` reads, alone.
+        model: with `templates`, as of a run whose data has labels.
+        source: a data set, with `templates` where it brings some.
+
+    Raises:
+        ConfigError: a template without `{}`.
+        DataError: a file of templates that cannot be read.
+
+    Example:
+        >>> from vlm.heads.templates import choose_templates
+        >>> choose_templates(["a drawing of a {}."]), choose_templates()
+        (('a drawing of a {}.',), ('a photo of a {}.',))
+    """
+    if given and len(given) == 1:
+        given = TEMPLATES.get(given[0]) or _read(given[0])
+    own = (getattr(one, "templates", None) for one in (model, source))
+    by_default = next((templates for templates in own if templates), TEMPLATES["photo"])
+    chosen = by_default if given is None else given
+    check_templates(chosen)
+    return tuple(chosen)
+
+
+def _read(text: str) -> Sequence[str]:
+    """A template by itself, or those in the place that it names."""
+    found = read_templates(text) if is_place(text) else [text]
+    if isinstance(found, Mapping):
+        raise ConfigError(
+            f"{text} has sentences of its own for each label: give it as the labels (--labels-file)"
+        )
+    return found
+
+
+def is_place(text: str) -> bool:
+    """Whether a text names a JSON file or data set of labels or templates."""
+    return text.startswith(("tfds:", "open_clip:")) or ".json" in text
+
+
+def describe_templates(templates: Sequence[str]) -> str:
+    """Templates in a few words: the name of their set, or how many and the first.
+
+    Example:
+        >>> from vlm.heads.templates import describe_templates
+        >>> describe_templates(["a photo of a {}."]), describe_templates(["a {}", "the {}"])
+        ("photo ('a photo of a {}.')", "2 templates ('a {}' first)")
+    """
+    first = repr(templates[0])
+    name = next((name for name, own in TEMPLATES.items() if own == tuple(templates)), None)
+    if len(templates) == 1:
+        return f"{name} ({first})" if name else first
+    return f"{name} ({len(templates)})" if name else f"{len(templates)} templates ({first} first)"
