@@ -300,6 +300,19 @@ def test_files_of_other_types_are_counted_and_named(tmp_path, logged):
     assert ".hidden" not in logged.text
 
 
+def test_commands_that_read_data_name_what_they_skip(tmp_path, capsys):
+    class_folder(tmp_path / "pets")
+    (tmp_path / "pets" / "cat" / "a.svg").touch()
+    (tmp_path / "pets" / "stray.png").write_bytes(picture(1))
+    for line in (["show", str(tmp_path / "pets")], ["prepare", str(tmp_path / "pets"), "out"]):
+        line = [str(tmp_path / "out") if part == "out" else part for part in line]
+        assert main(["data", *line, "--label", "label"]) == 0
+        said = capsys.readouterr().err
+        assert said.count("skipped 1 file") == 2
+        assert "a.svg" in said
+        assert "stray.png" in said
+
+
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     class_folder(tmp_path)
     import os

@@ -123,11 +123,11 @@ class BadSamples:
             if rows and (not rarely or time.monotonic() - self._written_at > _FLUSH_SECONDS):
                 self.flush()
         count = self.kinds.total()
-        if count > _AT_LEAST and count > self._max_share * self.seen:
-            total, seen = count, self.seen
-        elif self._loses_too_much():
+        if self._loses_too_much():
             total, seen = self._totals()
             seen = max(seen, self._examples or 0)
+        elif count > _AT_LEAST and count > self._max_share * self.seen:
+            total, seen = count, self.seen
         else:
             return
         self.flush()

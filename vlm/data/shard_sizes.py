@@ -8,7 +8,6 @@ Where there is none, the length is estimated: in a stream from the size of one s
 first examples, under random access as the mean of the shards that are whole.
 """
 
-import functools
 import json
 from typing import Any
 
@@ -26,7 +25,6 @@ def known_count(shard: str) -> int | None:
     return next((count for count in found if isinstance(count, int) and count >= 0), None)
 
 
-@functools.lru_cache(64)
 def _read(path: str) -> list[dict[str, Any]]:
     """The JSON objects of a file, or of each of its lines; none where it cannot be read."""
     try:

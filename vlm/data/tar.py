@@ -132,6 +132,8 @@ def _next_member(file: FrontToBack, whole: bool) -> tuple[str, int, int, bool] |
             elif kind == b"x":
                 fields = _pax(meta)
                 name = fields.get("path", name)
+                if not fields.get("size", "0").isdecimal():
+                    raise Torn(f"the header at byte {start:,} is damaged")
                 size = int(fields["size"]) if "size" in fields else size
             continue
         if name is None:
