@@ -190,6 +190,29 @@ def labelled_schema(names):
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_class_names_in_the_spellings_of_older_versions(tmp_path, suffix):
+    """Lists as [feature] or Sequence; a Sequence of a dict is stored as a struct of lists."""
+    pet = {"num_classes": 2, "names": ["cat", "dog"], "id": None, "_type": "ClassLabel"}
+    features = {
+        "list": [pet],
+        "sequence": {"feature": pet, "length": -1, "_type": "Sequence"},
+        "objects": {"feature": {"pet": pet, "box": [{"_type": "Value"}]}, "_type": "Sequence"},
+        "inner": {"pet": pet, "_type": {"dtype": "string", "_type": "Value"}},
+    }
+    row = {
+        "image": jpeg(0), "list": [1, 0], "sequence": [0], "objects": {"pet": [1, 1], "box": [[2]]},
+        "inner": {"pet": 1, "_type": "a"},
+    }  # fmt: skip
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    schema = pyarrow.Table.from_pylist([row]).schema.with_metadata(metadata)
+    path = table(tmp_path, [row], schema).replace("parquet", suffix)
+    names = ("list", "sequence", "objects/pet", "inner/pet", "inner/_type")
+    example = open_source(DataConfig(path, captions=names, access="random"), "train")[0]
+    expected = [["dog", "cat"], ["cat"], ["dog", "dog"], "dog", "a"]
+    assert [example[name] for name in names] == expected
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 def test_a_number_that_names_no_class_is_a_bad_sample(tmp_path, suffix):
     rows = [{"image": jpeg(0), "label": label} for label in (1, -1, 7, None)]
     path = table(tmp_path, rows, labelled_schema(["cat", "dog"])).replace("parquet", suffix)
