@@ -227,7 +227,9 @@ class ResNetConfig(Config):
 
     def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
         """Tokens of the attention pool: the places of the last stage, and their mean."""
-        return ((image_size or self.image_size) // self.patch_size) ** 2 + 1
+        # The first convolution halves an odd side upwards, and all that follow downwards.
+        halved = -(-(image_size or self.image_size) // 2)
+        return (halved // (self.patch_size // 2)) ** 2 + 1
 
     def check_space(self, embed_dim: int) -> None:
         """Any space will do: the pool projects."""
