@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vlm.errors import CheckpointError, ConfigError
+from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.heads import exchange
 from vlm.heads.exchange import read_clip_retrieval, write_clip_retrieval
 from vlm.heads.faiss_index import faiss_search, to_faiss
@@ -17,7 +17,7 @@ def unit(n, d=16, seed=0):
     return z / np.linalg.norm(z, axis=1, keepdims=True)
 
 
-def test_a_folder_as_clip_retrieval_writes_it(model, tmp_path):
+def test_a_folder_as_clip_retrieval_writes_it(model, tmp_path, caplog):
     """Half precision, partitions with leading zeros, and columns that are no values."""
     z = unit(25).astype(np.float16)
     for folder in ("img_emb", "text_emb", "metadata"):
@@ -37,6 +37,8 @@ def test_a_folder_as_clip_retrieval_writes_it(model, tmp_path):
     assert index.search(z[12].astype(np.float32), k=1)[0].id == "1/2.jpg"
     assert index.metadata("1/2.jpg")["caption"] == "caption 2"
     assert set(index.columns) == {"caption", "similarity"}
+    assert "left out columns of" in caplog.text
+    assert "exif (list<" in caplog.text
     with pytest.raises(CheckpointError, match="no text_emb/text_emb_0"):
         read_clip_retrieval(tmp_path, model, modality="text")
 
@@ -57,6 +59,54 @@ def test_round_trip(model, tmp_path, monkeypatch):
     for taken in ("out", "file"):
         with pytest.raises(CheckpointError, match="is there already"):
             write_clip_retrieval(index, tmp_path / taken)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [3, 1, 2**70, 0, -5],
+        ["a.png", 7, "7", "é 象.png", 8],
+        ["1", "2", "3", "04", "5"],
+    ],
+)
+def test_ids_keep_their_types(model, tmp_path, names, monkeypatch):
+    """In a folder of clip-retrieval, in a saved index and through a merge."""
+    monkeypatch.setattr(exchange, "PARTITION", 2)
+    index = RetrievalIndex(model)
+    metadata = {"n": [1, 2, 3, None, 5], "f": [1.5, 2, None, 4, 5], "t": [*"abcd", None],
+                "yes": [True, False, None, True, True], "none": [None] * 5}  # fmt: skip
+    index.add(unit(5), ids=names, metadata=metadata)
+    write_clip_retrieval(index, tmp_path / "out")
+    index.save(tmp_path / "index")
+    merged = RetrievalIndex(model)
+    merged.merge(index)
+    for again in (
+        read_clip_retrieval(tmp_path / "out", model),
+        RetrievalIndex.load(tmp_path / "index", model),
+        merged,
+    ):
+        assert [(type(name), name) for name in again.ids] == [(type(n), n) for n in names]
+        assert again.columns == metadata
+        assert again.search(unit(5)[1], k=1)[0].id == names[1]
+        np.testing.assert_allclose(again.embeddings([names[2]])[0], unit(5)[2], atol=1e-6)
+    table = pq.read_table(tmp_path / "out/metadata/metadata_0.parquet")  # what other programs see
+    assert table.column("image_path").to_pylist() == [str(name) for name in names[:2]]
+    assert ("id_is_integer" in table.column_names) == any(isinstance(n, int) for n in names)
+
+
+def test_columns_that_a_folder_cannot_hold(model, tmp_path, caplog):
+    for metadata, error, match in (
+        ({"a": [1, "x"]}, DataError, "'a' cannot be written as Parquet .it holds int and str"),
+        ({"a": [True, 2]}, DataError, "holds bool and int"),
+        ({"a": [2**70, 1]}, DataError, "'a' cannot be written"),
+        ({"a": ["\udcff", "b"]}, DataError, "'a' cannot be written"),
+        ({"image_path": ["x", "y"]}, ConfigError, "metadata column 'image_path'"),
+    ):
+        index = RetrievalIndex(model)
+        index.add(unit(2), metadata=metadata)
+        with pytest.raises(error, match=match):
+            write_clip_retrieval(index, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_metadata(model, tmp_path):

@@ -73,7 +73,9 @@ def search(
     if conditions:
         options["where"] = where_all([Condition(*condition) for condition in conditions])
     if like:
-        hits = opened.like(query, k, **options)
+        # Ids may be integers, which a command line has as texts.
+        number = int(query) if query not in opened and query.isdecimal() else query
+        hits = opened.like(number if number in opened else query, k, **options)
     else:
         asked = _query(query)
         if plus or minus or weight != 1:

@@ -5,6 +5,7 @@ A clip-retrieval folder (github.com/rom1504/clip-retrieval) holds `img_emb/img_e
 columns `image_path` and `caption` among the metadata.
 """
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,9 @@ from vlm.heads.retrieval import RetrievalIndex
 
 PARTITION = 1 << 18  # rows
 PATH = "image_path"
+INTEGER = "id_is_integer"  # a column of ours: which of the paths are integer ids in words
 Modality = Literal["img", "text"]
+_log = logging.getLogger(__name__)
 
 
 def read_clip_retrieval(
@@ -28,7 +31,9 @@ def read_clip_retrieval(
 ) -> RetrievalIndex:
     """An index of the embeddings in a clip-retrieval folder, with its metadata.
 
-    The ids are the paths of the images, or running numbers where the metadata has none.
+    The ids are the paths of the images, or running numbers where the metadata has none. An index
+    that `write_clip_retrieval` wrote has the ids that it had, of the same types. Columns that hold
+    neither texts nor numbers are left out, and named in a warning.
 
     Args:
         folder: as `clip-retrieval inference` writes it.
@@ -76,8 +81,10 @@ def read_clip_retrieval(
                     "copy the folder again"
                 )
         paths = columns.pop(PATH, None) or [None] * len(z)
-        ids: list[Id] = [
-            path if isinstance(path, str | int) else len(index) + i for i, path in enumerate(paths)
+        whole = columns.pop(INTEGER, None) or [False] * len(z)
+        ids = [
+            _id_of(path, bool(number), len(index) + i)
+            for i, (path, number) in enumerate(zip(paths, whole, strict=True))
         ]
         if len(z):
             index.add(np.asarray(z, np.float32), ids=ids, metadata=columns)
@@ -87,9 +94,12 @@ def read_clip_retrieval(
 def write_clip_retrieval(index: RetrievalIndex, folder: str | os.PathLike) -> None:
     """Write the embeddings and metadata of an index of images as a clip-retrieval folder.
 
+    The ids are the column `image_path`, as texts; if some are integers, `id_is_integer` says which.
+
     Raises:
         CheckpointError: the folder has files in it already.
-        ConfigError: the index is empty.
+        ConfigError: the index is empty, or has metadata columns of these names.
+        DataError: a column of texts and numbers, or a text that UTF-8 cannot hold.
 
     Example:
         >>> from vlm.heads import write_clip_retrieval
@@ -103,10 +113,18 @@ def write_clip_retrieval(index: RetrievalIndex, folder: str | os.PathLike) -> No
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} is there already: choose a new folder")
     ids, columns = index.ids, index.columns
+    for name in {PATH, INTEGER} & columns.keys():
+        raise ConfigError(
+            f"the index has a metadata column {name!r}, which is where the folder has its ids: add "
+            "the items under another name of the column"
+        )
+    integers = any(isinstance(name, int) for name in ids)
     for number, start in enumerate(range(0, len(ids), PARTITION)):
         rows = slice(start, start + PARTITION)
         part: dict[str, Sequence[Value]] = {PATH: [str(name) for name in ids[rows]]}
-        part |= {name: column[rows] for name, column in columns.items() if name != PATH}
+        if integers:
+            part[INTEGER] = [isinstance(name, int) for name in ids[rows]]
+        part |= {name: column[rows] for name, column in columns.items()}
         write_partition(folder, number, index.embeddings(ids[rows]), part)
 
 
@@ -124,6 +142,7 @@ def write_partition(
     import pyarrow
     import pyarrow.parquet
 
+    arrays = {name: _array(name, column) for name, column in columns.items()}
     for name in ("img_emb", "metadata"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     embeddings = folder / "img_emb" / f"img_emb_{number}.npy"
@@ -135,8 +154,34 @@ def write_partition(
         os.fsync(file.fileno())
     os.replace(partial, embeddings)
     partial = metadata.with_suffix(".partial")
-    pyarrow.parquet.write_table(pyarrow.table(columns), partial)
+    pyarrow.parquet.write_table(pyarrow.table(arrays), partial)
     os.replace(partial, metadata)
+
+
+def _array(name: str, column: Sequence[Value]) -> Any:
+    """A column as Parquet has it.
+
+    Raises:
+        DataError: texts and numbers in one, or a text that UTF-8 cannot hold.
+    """
+    import pyarrow
+
+    kinds = {type(value) for value in column} - {type(None)}
+    try:
+        if len(kinds - {int, float}) > 1 or (kinds & {int, float} and kinds - {int, float}):
+            raise ValueError(f"it holds {' and '.join(sorted(k.__name__ for k in kinds))}")
+        return pyarrow.array(column)
+    except (ValueError, OverflowError, pyarrow.ArrowException) as error:
+        raise DataError(
+            f"column {name!r} cannot be written as Parquet ({error}): give values of one type"
+        ) from None
+
+
+def _id_of(path: Value, is_integer: bool, number: int) -> Id:
+    """The id of a row: its path, of the type that it had, or the running number."""
+    if is_integer:
+        return int(path)  # pyright: ignore[reportArgumentType]
+    return path if isinstance(path, str | int) and not isinstance(path, bool) else number
 
 
 def _partitions(folder: Path, kind: str, suffix: str) -> dict[int, Path]:
@@ -158,15 +203,22 @@ def _columns(file: Path) -> dict[str, list[Value]]:
         table = pyarrow.parquet.read_table(file)
     except (OSError, pyarrow.ArrowInvalid) as error:
         raise DataError(f"{file} cannot be read ({error}): copy it again") from None
-    return dict(_plain(table))
+    return dict(_plain(file, table))
 
 
-def _plain(table: Any) -> Iterator[tuple[str, list[Value]]]:
+def _plain(file: Path, table: Any) -> Iterator[tuple[str, list[Value]]]:
     import pyarrow.types as types
 
+    left_out = []
     for name in table.column_names:
         kind = table.schema.field(name).type
-        if types.is_string(kind) or types.is_large_string(kind) or types.is_primitive(kind):
-            values = table.column(name).to_pylist()
-            if all(value is None or isinstance(value, str | int | float) for value in values):
-                yield name, values
+        text = types.is_string(kind) or types.is_large_string(kind)
+        values = table.column(name).to_pylist() if text or types.is_primitive(kind) else None
+        if types.is_null(kind):
+            values = [None] * len(table)
+        if values is None or not all(v is None or isinstance(v, str | int | float) for v in values):
+            left_out.append(f"{name} ({kind})")
+        else:
+            yield name, values
+    if left_out:
+        _log.warning("left out columns of %s: %s", file, ", ".join(left_out))
