@@ -43,6 +43,12 @@ def _labelled(folder: Path) -> Iterator[Pair]:
         yield image_of(example), (example["cls"].decode(),)
 
 
+def _clip_benchmark(folder: Path) -> Iterator[Pair]:
+    names = (folder / "classnames.txt").read_text().split()
+    for example in shards(folder / "train"):
+        yield image_of(example), (names[int(example["cls"])],)
+
+
 def _pictures(folder: Path) -> Iterator[Path]:
     return (p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGES)
 
@@ -137,6 +143,7 @@ READERS = {
     "img2dataset tar, re_caption": (_recaption, "webdataset"),
     "tar, keys with dots": (_tar, "webdataset"),
     "tar with cls": (_labelled, "webdataset"),
+    "CLIP_benchmark": (_clip_benchmark, "webdataset"),
     "img2dataset files": (_files, "pathlib"),
     "texts beside": (_beside, "pathlib"),
     "class folders": (_classes, "pathlib"),

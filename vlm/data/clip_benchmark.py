@@ -20,6 +20,8 @@ import numpy as np
 from vlm.config import DataConfig
 from vlm.data import tar
 from vlm.data.examples import WHERE, Example, check_features
+from vlm.data.faults import BadSample
+from vlm.data.members import image_of
 from vlm.data.shard_index import ShardSource, index_for
 from vlm.data.splits import NAMES, find_split
 from vlm.data.storage import exists, read_file
@@ -121,13 +123,17 @@ class ClipBenchmarkSource(ShardSource):
 
     def _example(self, group: tar.Group, shard: str, more: dict[str, Any] | None) -> Example:
         where = f"{shard}: {group.key}"
-        image = next((group.parts[e] for e in IMAGES if group.parts.get(e)), None)
         data = group.parts.get(self._member)
-        if image is None or data is None:
+        if data is None:
             raise DataError(
-                f"{where} has no {'image' if image is None else self._member}, which "
-                f"{self.dataset_type} data has: write the shard again"
+                f"{where} has no {self._member}, which {self.dataset_type} data has: write the "
+                "shard again"
             )
+        found = next((e for e in IMAGES if group.parts.get(e)), None)
+        try:  # of other formats than CLIP_benchmark's, the one that there is
+            image = group.parts[found or image_of(group.parts, self._config, where)]
+        except BadSample as fault:
+            raise DataError(f"{fault}: write the shard again") from None
         example = {WHERE: where, self._config.image: image}
         try:
             value = self._value(data, where)

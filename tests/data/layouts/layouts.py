@@ -154,6 +154,20 @@ def labelled_tar(folder: Path, found: list[Item]) -> DataConfig:
     return DataConfig(shards(folder, found, members), label="cls", templates=("{}",))
 
 
+def clip_benchmark(folder: Path, found: list[Item]) -> DataConfig:
+    def members(item: Item) -> dict[str, bytes]:
+        number = b"%d" % ("dog", "cat").index(item.label)
+        return {f"s{item.number}.{item.ending}": item.image, f"s{item.number}.cls": number}
+
+    (folder / "train").mkdir()
+    (folder / "classnames.txt").write_text("dog\ncat\n")
+    shards(folder / "train", found, members)
+    for path in (folder / "train").glob("*.tar"):
+        path.rename(path.with_name(f"{int(path.stem)}.tar"))
+    (folder / "train" / "nshards.txt").write_text("3\n")
+    return DataConfig(str(folder), label="label", templates=("{}",))
+
+
 def img2dataset_files(folder: Path, found: list[Item]) -> DataConfig:
     for item in found:
         inside = folder / f"{item.number // 10:05d}"
@@ -317,6 +331,7 @@ LAYOUTS = {
     "img2dataset tar, re_caption": Layout(img2dataset_recaption, _re_caption, True),
     "tar, keys with dots": Layout(dotted_tar, _caption, True),
     "tar with cls": Layout(labelled_tar, _label, True),
+    "CLIP_benchmark": Layout(clip_benchmark, _label),
     "img2dataset files": Layout(img2dataset_files, _re_caption),
     "texts beside": Layout(texts_beside, _both),
     "class folders": Layout(class_folders, _label),
