@@ -27,7 +27,7 @@ config = Experiment(
         workers=32,
     ),
     evals=(
-        imagenet(class_names="/data/imagenet_names.txt", data_dir="/data/tfds"),
+        imagenet(data_dir="/data/tfds"),
         coco(data_dir="/data/tfds"),
     ),
     eval_every=1 / 32,  # an epoch

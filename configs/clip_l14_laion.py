@@ -30,7 +30,7 @@ config = Experiment(
         workers=16,
     ),
     evals=(
-        imagenet(class_names="gs://BUCKET/imagenet_names.txt", data_dir="gs://BUCKET/tfds"),
+        imagenet(data_dir="gs://BUCKET/tfds"),
         coco(data_dir="gs://BUCKET/tfds"),
     ),
     eval_every=0.02,

@@ -32,11 +32,7 @@ config = Experiment(
         workers=16,
     ),
     evals=(
-        imagenet(
-            class_names="gs://BUCKET/imagenet_names.txt",
-            templates="siglip",
-            data_dir="gs://BUCKET/tfds",
-        ),
+        imagenet(templates="siglip", data_dir="gs://BUCKET/tfds"),
         coco(data_dir="gs://BUCKET/tfds"),
     ),
     eval_every=0.02,

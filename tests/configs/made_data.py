@@ -12,13 +12,15 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from vlm.data.known_classes import known_classes
+
 COLOURS = {
     "red": (230, 20, 20), "green": (20, 180, 30), "blue": (20, 40, 220), "black": (10, 10, 10),
     "white": (250, 250, 250), "yellow": (240, 230, 20), "orange": (245, 140, 10),
     "purple": (130, 20, 150), "gray": (128, 128, 128), "pink": (250, 150, 180),
 }  # fmt: skip
 SIZE = (50, 34)  # wider than high, as most of COCO
-WORDNET = {f"n{i:08d}": colour for i, colour in enumerate(COLOURS, 1_440_764)}
+WORDNET = dict(zip(known_classes("imagenet1k").wordnet_ids, COLOURS, strict=False))
 
 
 def jpeg(colour: str) -> bytes:
@@ -113,12 +115,10 @@ class Imagenet2012(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare_tfds(folder: Path) -> None:
-    """Both data sets under `folder`, and the names of ImageNet's classes beside them."""
+    """Both data sets under `folder`."""
     tfds.disable_progress_bar()
     for builder in (CocoCaptions, Imagenet2012):
         builder(data_dir=folder, file_format="array_record").download_and_prepare()
-    lines = [f"{label}\t{colour}" for label, colour in WORDNET.items()]
-    (folder / "imagenet_names.txt").write_text("\n".join(lines))
 
 
 def write_tars(folder: Path, shards: int = 2, per_shard: int = 20) -> None:

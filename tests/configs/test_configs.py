@@ -66,14 +66,7 @@ def shrunk(config: Experiment, folder: Path) -> Experiment:
 
     else:
         data = {"data_dir": str(folder) if source.startswith("tfds:") else config.data.data_dir}
-    evals = tuple(
-        dataclasses.replace(
-            e,
-            data_dir=str(folder),
-            class_names=e.class_names and str(folder / "imagenet_names.txt"),
-        )
-        for e in config.evals
-    )
+    evals = tuple(dataclasses.replace(e, data_dir=str(folder)) for e in config.evals)
     tokenizer = config.tokenizer_file
     if tokenizer not in (None, "clip"):
         tokenizer = str(folder / "tokenizer.json")

@@ -13,6 +13,8 @@ from vlm.data.known_classes import TFDS, classes_of_tfds, known_classes
 from vlm.data.prepared import TfdsSource
 from vlm.data.sources import classes_of, open_source
 from vlm.errors import DataError
+from vlm.evaluate.suites import open_task
+from vlm.evaluate.tasks import ZeroShotTask
 
 SUBSETS = {"imagenet-a": 200, "imagenet-r": 200, "imagenet-o": 200, "imagenetv2": 1000}
 
@@ -147,3 +149,8 @@ def test_a_prepared_imagenet_has_its_names_and_a_split_without_labels_is_refused
     unlabelled = TfdsSource(builder, "test", config)
     with pytest.raises(DataError, match="has the label -1, which is none: name a split that has"):
         unlabelled[0]
+    task = open_task("tfds:imagenet2012", str(tmp_path))
+    assert isinstance(task, ZeroShotTask)
+    assert task.data.split == "validation"  # and not the test split
+    assert (len(task.captions), len(task.templates)) == (1000, 80)
+    assert [task.names[i] for i in sorted(task.target)] == ["goldfish", "missile", "missile"]

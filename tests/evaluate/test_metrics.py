@@ -14,6 +14,7 @@ from vlm.evaluate.classification import classification_metrics
 from vlm.evaluate.intervals import bootstrap_mean, proportion
 from vlm.evaluate.metrics import (
     best_ranks,
+    caption_ranks,
     pair_retrieval_metrics,
     retrieval_recall,
     zero_shot_metrics,
@@ -176,3 +177,22 @@ def test_bad_input_is_named():
         bootstrap_mean(np.array([]))
     with pytest.raises(ConfigError, match="resamples is 5"):
         bootstrap_mean(np.ones(3), resamples=5)
+
+
+def test_of_classes_with_one_name_the_first_comes_first():
+    """As `argmax` and CLIP_benchmark have it; ties between other classes are misses."""
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((4, 8)).astype(np.float32)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    z_captions = z[[0, 1, 1, 2, 1]]  # "missile" is the second, third and fifth class
+    names = ["tench", "missile", "missile", "crane", "missile"]
+    target = np.array([0, 1, 2, 4])
+    z_image = z[[0, 1, 1, 1]]
+    assert caption_ranks(z_image, z_captions, target, names).tolist() == [0, 0, 1, 2]
+    assert caption_ranks(z_image, z_captions, target).tolist() == [0, 2, 2, 2]
+    scores = z_image @ z_captions.T
+    order = np.argsort(-scores.round(5), axis=1, kind="stable")
+    first = [row.tolist().index(t) for row, t in zip(order, target, strict=True)]
+    assert caption_ranks(z_image, z_captions, target, names).tolist() == first
+    found = zero_shot_metrics(z_image, z_captions, target, (1, 3), names)
+    assert [found[name].value for name in ("top1", "top3")] == [0.5, 1.0]

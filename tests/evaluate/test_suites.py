@@ -1,7 +1,9 @@
 """Tasks by name over real files, their folder of results, and the page."""
 
+import io
 import json
 import re
+import tarfile
 
 import numpy as np
 import pytest
@@ -97,6 +99,46 @@ def test_a_folder_is_classified_and_recorded(photos, tmp_path):
     assert read_gallery(tmp_path, name)
     Report((result,)).save(tmp_path / "results.json")
     assert read_report(tmp_path)[name].samples is not None
+
+
+def write_shards(photos, folder, names: str | None) -> dict[str, str]:
+    """The photos in CLIP_benchmark's layout, and as bare shards."""
+    folder.mkdir()
+    (folder / "test").mkdir()
+    (folder / "test" / "nshards.txt").write_text("1\n")
+    if names:
+        (folder / "classnames.txt").write_text(names)
+        (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\n")
+    with tarfile.open(folder / "test" / "0.tar", "w") as shard:
+        for number, path in enumerate(sorted((photos / "test").rglob("*.png"))):
+            label = sorted(COLOURS).index(path.parent.name)
+            members = (("png", path.read_bytes()), ("cls", str(label).encode()))
+            for extension, data in members:
+                info = tarfile.TarInfo(f"s{number:07d}.{extension}")
+                info.size = len(data)
+                shard.addfile(info, io.BytesIO(data))
+    return {"folder": f"wds:{folder}", "tars": f"wds:{folder}/test/0.tar"}
+
+
+def test_images_in_shards_score_as_in_folders(photos, tmp_path):
+    """A class number as a caption ("0") scored 0% where the folder had 83%."""
+    expected = measure(Model(noise=0.7), open_task(f"folder:{photos}"))
+    assert 0.4 < expected.metrics["top1"].value < 1
+    named = write_shards(photos, tmp_path / "named", "\n".join(sorted(COLOURS)))
+    task = open_task(named["folder"])
+    assert task.templates == ("a photo of a {}.",)
+    found = measure(Model(noise=0.7), task)
+    assert found.metrics == expected.metrics
+    # Numbers alone are no names: of a folder without classnames.txt, and of bare shards.
+    bare = write_shards(photos, tmp_path / "bare", None)
+    (tmp_path / "names.txt").write_text("\n".join(sorted(COLOURS)))
+    for name in bare.values():
+        missing = open_task(name)
+        assert isinstance(missing, Missing)
+        assert "the class '0'" in missing.why
+        assert "--class-names FILE" in missing.why
+        task = open_task(name, class_names=str(tmp_path / "names.txt"))
+        assert measure(Model(noise=0.7), task).metrics == expected.metrics
 
 
 def test_the_data_hash_sees_the_pixels(photos, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.heads import prompts
 from vlm.heads.calibration import fit_temperature
-from vlm.heads.labels import read_labels, read_templates
+from vlm.heads.labels import data_set_of, read_labels, read_templates
 from vlm.heads.zero_shot import Classification, ZeroShotClassifier
 
 
@@ -30,6 +30,14 @@ def test_labels_from_files(tmp_path):
     assert read_templates(("a {}",)) == ("a {}",)
     (tmp_path / "a:b.txt").write_text("dog")  # a name with a colon
     assert read_labels(tmp_path / "a:b.txt") == ["dog"]
+
+
+def test_the_classes_of_imagenet_by_name():
+    found = data_set_of("imagenet")
+    assert (len(found.labels), len(set(found.labels)), len(found.templates)) == (1000, 1000, 80)
+    assert [found.labels[i] for i in (0, 657)] == ["tench", "missile (657)"]
+    assert [found.names[i] for i in (0, 657, 744)] == ["tench", "missile", "missile"]
+    assert len(read_labels("imagenet-r")) == 200
 
 
 def test_the_names_of_an_open_clip_are_read_and_not_run(tmp_path, monkeypatch):

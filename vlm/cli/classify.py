@@ -48,8 +48,8 @@ def classify(
         images: files, folders (searched whole) and globs.
         labels: the names to choose from, separated by commas.
         labels_file: the names to choose from: one on each line of a text file; a JSON list;
-            FILE.json:KEY, an entry of CLIP_benchmark's files; open_clip:imagenet; or the classes of
-            a data set, tfds:NAME, folder:PATH or wds:SHARDS.
+            FILE.json:KEY, an entry of CLIP_benchmark's files; imagenet; open_clip:imagenet; or the
+            classes of a data set, tfds:NAME, folder:PATH or wds:FOLDER.
         templates: sentences in which {} stands for the label, or the name of a set: plain, photo,
             clip_best, siglip; or the same files as of labels-file. By default the model's own, as
             of a run, else those of the data set, else "a photo of a {}.".

@@ -25,9 +25,10 @@ go into the templates of --templates, else the model's own, else those of the da
 photo of a {}.". The table says which.
 
 --tasks names data of their own instead: tfds:NAME, folder:PATH (a folder for each class),
-wds:SHARDS, retrieval:NAME, winoground, or a suite: vtab, datacomp38, flickr30k, coco, imagenet,
-sugarcrepe. They are looked for in --data.data-dir (Winoground's and SugarCrepe's files in folders
-of these names there). What is not on this machine is named and left out; nothing is downloaded.
+wds:FOLDER (as CLIP_benchmark has it), retrieval:NAME, winoground, or a suite: imagenet, imagenetv2,
+imagenet_sketch, imagenet-a, imagenet-r, vtab, datacomp38, flickr30k, coco, sugarcrepe. They are
+looked for in --data.data-dir (Winoground's and SugarCrepe's files in folders of these names there).
+What is not on this machine is named and left out; nothing is downloaded.
 
 In a run of several processes, such as one on each host, each embeds a share and the first one
 prints and writes; they find each other as those of `vlm train` do.
@@ -37,6 +38,7 @@ Examples:
   vlm eval ViT-B-32/ --data.source tfds:cifar10 --data.label label
   vlm eval ViT-B-32/ --data.source pets/ --data.label label --split val --templates clip_best
   vlm eval ViT-B-32/ --tasks tfds:cifar10,retrieval:coco_captions,folder:photos --out results/
+  vlm eval ViT-B-32/ --tasks wds:wds_food101 --decode reference
   vlm eval runs/openmoji --tasks zero-shot --out results.json"""
 
 OWN = ("zero-shot", "retrieval")  # tasks over the data that the options describe

@@ -78,6 +78,21 @@ def names_of(
     return names
 
 
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names as labels: with their number where another class has the name, or it is blank.
+
+    Example:
+        >>> from vlm.data.class_names import numbered
+        >>> numbered(["missile", "tench", "missile"])
+        ['missile (0)', 'tench', 'missile (2)']
+    """
+    count = Counter(names)
+    return [
+        name if name and count[name] == 1 else f"{name} ({i})".strip()
+        for i, name in enumerate(names)
+    ]
+
+
 def read_class_names(file: str, labels: Sequence[str], where: str) -> dict[str, str]:
     """The names that a file gives to labels.
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from vlm.config import DataConfig
 from vlm.data import tar
+from vlm.data.class_names import numbered
 from vlm.data.examples import WHERE, Example, check_features
 from vlm.data.faults import BadSample
 from vlm.data.members import image_of
@@ -112,7 +113,7 @@ class ClipBenchmarkSource(ShardSource):
         self.label_names = self.class_names = self.templates = None
         if self.dataset_type != "retrieval":
             self.class_names = _lines(root, "classnames.txt")
-            self.label_names = self.class_names and _labels(self.class_names)
+            self.label_names = self.class_names and numbered(self.class_names)
             templates = _lines(root, "zeroshot_classification_templates.txt")
             self.templates = templates and tuple(t.replace("{c}", "{}") for t in templates)
         read = DataConfig(source=config.source, image=config.image, captions=(self._member,))
@@ -159,14 +160,6 @@ class ClipBenchmarkSource(ShardSource):
             known = "a class" if count is None else f"one of the {count} classes of classnames.txt"
             raise DataError(f"the label {number} of {where} is not {known}: correct it")
         return str(number) if self.label_names is None else self.label_names[number]
-
-
-def _labels(names: list[str]) -> list[str]:
-    """The names, with their number where another class has the name too, or it is blank."""
-    return [
-        name if name and names.count(name) == 1 else f"{name} ({i})".strip()
-        for i, name in enumerate(names)
-    ]
 
 
 def _lines(root: str, name: str) -> list[str] | None:

@@ -9,6 +9,7 @@ with epy.lazy_api_imports(globals()):
     from vlm.evaluate.runner import Report as Report
     from vlm.evaluate.runner import evaluate as evaluate
     from vlm.evaluate.tasks import DataInfo as DataInfo
+    from vlm.evaluate.tasks import MultilabelTask as MultilabelTask
     from vlm.evaluate.tasks import RetrievalTask as RetrievalTask
     from vlm.evaluate.tasks import SelectionTask as SelectionTask
     from vlm.evaluate.tasks import ZeroShotTask as ZeroShotTask

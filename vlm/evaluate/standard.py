@@ -1,31 +1,34 @@
 """The evaluations that papers report, as configs name them."""
 
 from vlm.config import EvalConfig
+from vlm.data.known_classes import known_classes
 from vlm.heads.prompts import TEMPLATES
 
 
 def imagenet(
     source: str = "tfds:imagenet2012",
     *,
-    class_names: str,
-    templates: str = "clip_best",
+    class_names: str | None = None,
+    templates: str = "imagenet",
     data_dir: str | None = None,
 ) -> EvalConfig:
     """Zero-shot classification of ImageNet's 50,000 validation images (arXiv:1409.0575).
 
     Args:
         source: the prepared TFDS data set, or a folder with `validation/n01440764/*.JPEG`.
-        class_names: a text file with a line `n01440764<tab>tench` for each class: the labels are
-            numbers of WordNet, which no text tower knows.
-        templates: the name of a list in `vlm.heads.prompts.TEMPLATES`.
+        class_names: a text file with a line `n01440764<tab>tench` for each class, in place of
+            the names that CLIP_benchmark evaluates with.
+        templates: "imagenet", the 80 of CLIP (arXiv:2103.00020), or the name of a list in
+            `vlm.heads.prompts.TEMPLATES`.
         data_dir: where TFDS data is prepared.
     """
+    known = known_classes("imagenet1k")
     return EvalConfig(
         name="imagenet",
         source=source,
         split="validation",
         class_names=class_names,
-        templates=TEMPLATES[templates],
+        templates=known.templates if known and templates == "imagenet" else TEMPLATES[templates],
         data_dir=data_dir,
     )
 

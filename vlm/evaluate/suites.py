@@ -2,12 +2,15 @@
 
     tfds:cifar10            classify the test split of a prepared TFDS data set
     folder:photos           classify images that are sorted into a folder for each class
-    wds:shards-{0..9}.tar   classify WebDataset shards as CLIP_benchmark has them (jpg and cls)
+    wds:wds_cifar10         what a folder in CLIP_benchmark's layout is for: classification, of one
+                            label or several, or retrieval, with its class names and templates
+    wds:shards-{0..9}.tar   classify WebDataset shards with images and class numbers (cls)
     retrieval:coco_captions find the images of captions and the reverse, in a prepared TFDS data
                             set, or in any source of images and captions that vlm reads
     winoground              choose captions and images, see `vlm.evaluate.selection_files`
     sugarcrepe:add_att      the same, of one of SugarCrepe's categories
-    vtab, datacomp38, flickr30k, coco, imagenet, sugarcrepe      suites: several of these
+    imagenet, imagenetv2, imagenet_sketch, imagenet-a, imagenet-r, vtab, datacomp38, flickr30k,
+    coco, sugarcrepe        suites: one or several of these
 
 Nothing is downloaded: what is not on this machine is named and left out.
 """
@@ -21,11 +24,18 @@ import numpy as np
 from jaxtyping import Int
 
 from vlm.config import DataConfig
+from vlm.data.clip_benchmark import (
+    clip_benchmark_splits,
+    dataset_type,
+    is_clip_benchmark,
+    open_clip_benchmark,
+)
 from vlm.data.examples import Source, captions_of
 from vlm.data.sources import Classes, classes_of, kind_of, open_to_measure, targets_of
+from vlm.data.splits import default_split
 from vlm.errors import ConfigError, DataError, VlmError
 from vlm.evaluate import selection_files
-from vlm.evaluate.tasks import DataInfo, RetrievalTask, Task, ZeroShotTask
+from vlm.evaluate.tasks import DataInfo, MultilabelTask, RetrievalTask, Task, ZeroShotTask
 from vlm.heads.templates import choose_templates
 
 # The data sets of each suite, by their names in TFDS, or in CLIP_benchmark where TFDS has none:
@@ -55,9 +65,14 @@ SUITES: dict[str, tuple[str, ...]] = {
     "flickr30k": ("retrieval:flickr30k",),
     "coco": ("retrieval:coco_captions",),
     "imagenet": ("tfds:imagenet2012",),
+    "imagenetv2": ("tfds:imagenet_v2",),
+    "imagenet_sketch": ("tfds:imagenet_sketch",),
+    "imagenet-a": ("tfds:imagenet_a",),
+    "imagenet-r": ("tfds:imagenet_r",),
     "sugarcrepe": tuple(f"sugarcrepe:{category}" for category in selection_files.SUGARCREPE),
 }
 KINDS = ("tfds", "folder", "wds", "retrieval", "sugarcrepe")
+SPLITS = {"imagenet2012": "validation"}  # whose test split has no labels
 CAPTIONS = ("captions/text", "captions", "caption", "text")
 
 
@@ -82,7 +97,7 @@ def expand(names: tuple[str, ...]) -> list[str]:
             if task != "winoground" and (kind not in KINDS or not what):
                 raise ConfigError(
                     f"there is no task or suite {task!r}: name a suite ({', '.join(SUITES)}), or "
-                    "winoground, tfds:NAME, folder:PATH, wds:SHARDS or retrieval:NAME"
+                    "winoground, tfds:NAME, folder:PATH, wds:FOLDER or retrieval:NAME"
                 )
             found[task] = None
     return list(found)
@@ -109,10 +124,14 @@ def open_task(
     """
     try:
         kind, _, what = name.partition(":")
-        if kind == "retrieval":
-            return _retrieval(name, what, data_dir, split)
         if kind in ("winoground", "sugarcrepe"):
             return _selection(name, kind, what, data_dir)
+        if kind == "wds" and is_clip_benchmark(name):
+            kind, what = dataset_type(name), name
+        if kind == "retrieval":
+            return _retrieval(name, what, data_dir, split)
+        if kind == "multilabel":
+            return _multilabel(name, split, class_names, (templates, model))
         opened = open_labelled(name, data_dir, split, class_names)
         return _classification(
             name, opened, choose_templates(templates or None, model, opened.source)
@@ -158,7 +177,7 @@ def open_labelled(
         class_names=class_names,
         data_dir=data_dir,
     )
-    source, split = open_to_measure(config, split)
+    source, split = open_to_measure(config, split or SPLITS.get(what))
     config = dataclasses.replace(config, eval_split=split)
     classes = classes_of(config, source)
     target = targets_of(source, config, classes.labels)
@@ -177,6 +196,24 @@ def _classification(name: str, opened: LabelledSplit, templates: Sequence[str]) 
         name=name,
         classes=True,
         image_at=opened.image,
+        names=names,
+    )
+
+
+def _multilabel(name: str, split: str | None, class_names: str | None, asked: Any) -> Task:
+    config = DataConfig(source=name, label="label", captions=(), class_names=class_names)
+    split = split or default_split(clip_benchmark_splits(name), name)
+    opened = open_clip_benchmark(config, split)
+    labels, names = classes_of(dataclasses.replace(config, eval_split=split), opened)
+    shown = [set(opened[i]["label"]) for i in range(len(opened))]
+    templates, model = asked
+    return MultilabelTask(
+        (opened[i][config.image] for i in range(len(opened))),
+        labels,
+        np.array([[label in own for label in labels] for own in shown]),
+        DataInfo(name, split=split),
+        choose_templates(templates or None, model, opened),
+        name=name,
         names=names,
     )
 

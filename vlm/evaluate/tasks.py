@@ -5,14 +5,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from vlm.data.class_names import described
 from vlm.errors import ConfigError
-from vlm.evaluate.classification import calibration_error, mean_per_class_recall
+from vlm.evaluate.classification import (
+    calibration_error,
+    mean_average_precision,
+    mean_per_class_recall,
+)
 from vlm.evaluate.evidence import Hashing, Samples, digest
-from vlm.evaluate.intervals import Metric
-from vlm.evaluate.metrics import best_ranks, clusters, pair_retrieval_metrics, zero_shot_metrics
+from vlm.evaluate.intervals import Metric, hit_rate
+from vlm.evaluate.metrics import best_ranks, caption_ranks, clusters, pair_retrieval_metrics
 from vlm.evaluate.selection import selection_hits, selection_metrics
 from vlm.heads.prompts import TEMPLATES, check_templates, class_embeddings, label_prompts
 from vlm.heads.zero_shot import to_scores
@@ -55,8 +59,32 @@ class Measured:
     texts_hash: str
 
 
+class _ClassTexts:
+    """The sentences of a task's captions."""
+
+    captions: Sequence[str]
+    names: Sequence[str] | None
+    templates: Sequence[str]
+
+    @property
+    def texts_hash(self) -> str:
+        """Of the names, or else of the captions."""
+        return digest(self.captions if self.names is None else self.names)
+
+    @property
+    def prompts(self) -> dict[str, tuple[str, ...]]:
+        """The sentences of each caption."""
+        return label_prompts(self.captions, self.names or self.captions, self.templates)
+
+    @property
+    def about(self) -> dict[str, str]:
+        """Facts of the texts beside the templates."""
+        changed = described(self.captions, self.names or self.captions)
+        return {"class_names": changed} if changed else {}
+
+
 @dataclass(frozen=True, eq=False)
-class ZeroShotTask:
+class ZeroShotTask(_ClassTexts):
     """Choose each image's caption, or class, among all of them: top-k accuracy.
 
     Args:
@@ -65,14 +93,14 @@ class ZeroShotTask:
         target: for each image, the index of its caption.
         data: where the images come from.
         templates: sentences around a caption; the caption alone by default.
-        names: what the templates call the captions, in the same order, where these are labels that
-            need other words; the captions themselves by default.
         ks: the k of top-k.
         name: of the task in a report.
         classes: the captions are classes of many images: mean recall per class and calibration are
             measured too.
         z_captions: their embeddings, where these were trained; by default the model's of them.
         image_at: an image again by its number, for a page that shows some of them.
+        names: the words for each caption in the templates, if these are others; two classes may
+            have the same, and then the first of them comes first.
 
     Raises:
         ConfigError: a caption given twice (its images could never be right), a bad template.
@@ -101,26 +129,22 @@ class ZeroShotTask:
 
     def __post_init__(self):
         check_templates(self.templates)
-        seen: set[str] = set()
-        for caption in self.captions:
-            if caption in seen:
-                raise ConfigError(
-                    f"caption {caption!r} of {self.data} is given twice: images of either could "
-                    "never be right, so list it once and point their targets at it"
-                )
-            seen.add(caption)
+        _check_each_once(self.captions, self.data)
 
     def measure(self, model: Any) -> Measured:
         """`top1`, `top5`, ... of the model; of classes more."""
+        names = list(self.names or self.captions) if self.z_captions is None else None
         z_captions = self.z_captions
         if z_captions is None:
             z_captions = class_embeddings(model, self.prompts)
         images, target = Hashing(self.images), np.asarray(self.target)
         z_image = np.asarray(model.encode_image(images), np.float32)
-        metrics = zero_shot_metrics(z_image, z_captions, target, self.ks)
+        ranks = caption_ranks(z_image, z_captions, target, names)
+        metrics = {f"top{k}": hit_rate(ranks, k) for k in self.ks}
         rows = np.arange(len(target))
-        ranks = best_ranks(z_image, z_captions, np.stack([rows, target], axis=1))
         predicted, confidence = _best(model, z_image, z_captions)
+        if names:
+            predicted = np.array([names.index(name) for name in names])[predicted]
         if self.classes:
             metrics["mean_per_class_recall"] = mean_per_class_recall(ranks, target)
             metrics["calibration_error"] = calibration_error(confidence, predicted == target)
@@ -131,22 +155,59 @@ class ZeroShotTask:
         return Measured(metrics, samples, images.digest(target), self.texts_hash)
 
     @property
-    def texts_hash(self) -> str:
-        """Of the names, or else of the captions."""
-        return digest(self.captions if self.names is None else self.names)
-
-    @property
-    def prompts(self) -> dict[str, tuple[str, ...]]:
-        """The sentences of each caption."""
-        return label_prompts(self.captions, self.names or self.captions, self.templates)
-
-    @property
     def about(self) -> dict[str, str]:
-        """What a result says of the texts beside the templates."""
+        """Facts of the texts beside the templates."""
         if self.z_captions is not None:
             return {"head": "a trained head in place of templates"}
-        said = described(self.captions, self.names or self.captions)
-        return {"class_names": said} if said else {}
+        return super().about
+
+
+@dataclass(frozen=True, eq=False)
+class MultilabelTask(_ClassTexts):
+    """Find all classes that each image shows: mean average precision over classes.
+
+    Args:
+        images: PIL images, paths or arrays of pixels; a stream is fine, and is read once.
+        captions: the classes, each once.
+        relevant: for each image and class, whether it shows it.
+        data: where the images come from.
+        templates: sentences around a class; the class alone by default.
+        name: of the task in a report.
+        names: the words for each class in the templates, if these are others.
+
+    Example:
+        >>> data = vlm.DataInfo("colours")
+        >>> shown = np.eye(3, dtype=bool)
+        >>> task = vlm.evaluate.MultilabelTask(pictures, ["red", "green", "blue"], shown, data)
+        >>> list(vlm.evaluate.evaluate(model, [task])[task.name].metrics)
+        ['mean_average_precision']
+    """
+
+    images: Iterable[Any]
+    captions: Sequence[str]
+    relevant: Bool[np.ndarray, "n m"]
+    data: DataInfo
+    templates: Sequence[str] = TEMPLATES["plain"]
+    name: str = "multilabel"
+    names: Sequence[str] | None = None
+
+    kind = "zeroshot_classification"
+
+    def __post_init__(self):
+        check_templates(self.templates)
+        _check_each_once(self.captions, self.data)
+
+    def measure(self, model: Any) -> Measured:
+        """`mean_average_precision` of the model."""
+        z_captions = class_embeddings(model, self.prompts)
+        images = Hashing(self.images)
+        z_image = np.asarray(model.encode_image(images), np.float32)
+        metric = mean_average_precision(z_image @ z_captions.T, self.relevant)
+        ranks = best_ranks(z_image, z_captions, np.argwhere(self.relevant))
+        rows = np.flatnonzero(ranks >= 0)  # of the images that show a class
+        samples = {"query": rows, "rank": ranks[rows], "cluster": rows}
+        shown = images.digest(self.relevant.astype(np.int64).ravel())
+        return Measured({"mean_average_precision": metric}, samples, shown, self.texts_hash)
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,7 +314,18 @@ class SelectionTask:
         return Measured(selection_metrics(z_image, z_text), samples, images.digest(), digest(texts))
 
 
-Task = ZeroShotTask | RetrievalTask | SelectionTask
+Task = ZeroShotTask | MultilabelTask | RetrievalTask | SelectionTask
+
+
+def _check_each_once(captions: Sequence[str], data: DataInfo) -> None:
+    seen: set[str] = set()
+    for caption in captions:
+        if caption in seen:
+            raise ConfigError(
+                f"caption {caption!r} of {data} is given twice: images of either could "
+                "never be right, so list it once and point their targets at it"
+            )
+        seen.add(caption)
 
 
 def _nearest(z_query: np.ndarray, z_key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@
 "en_classnames.json:cifar10"      the entry of a data set, in the form of CLIP_benchmark
 "tfds:cifar10"                    the labels that a TFDS data set gives its classes
 "folder:pets", "wds:shards.tar"   those of class folders, and of shards
+"imagenet"                        ImageNet's 1,000 classes, or those of imagenet-a, -r or -o
 "open_clip:imagenet"              those in an installed open_clip
 """
 
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm.config import DataConfig
-from vlm.data.class_names import names_of
+from vlm.data.class_names import names_of, numbered
+from vlm.data.known_classes import known_classes
 from vlm.data.sources import classes_of, open_source, split_names
 from vlm.errors import ConfigError, DataError
 from vlm.paths import decode_text, lines_of
@@ -61,12 +63,15 @@ class DataSetClasses(NamedTuple):
 
 
 def data_set_of(place: str) -> DataSetClasses | None:
-    """The classes of `tfds:NAME`, `folder:PATH` or `wds:SHARDS`; None of any other place.
+    """The classes of `tfds:NAME`, `folder:PATH`, `wds:SHARDS` or `imagenet`; None of other places.
 
     Raises:
         DataError: no such data.
     """
     kind, _, what = place.partition(":")
+    known = known_classes("imagenet1k" if place == "imagenet" else place)
+    if known is not None and known.wordnet_ids:
+        return DataSetClasses(numbered(known.names), list(known.names), known.templates)
     if kind not in ("tfds", "folder", "wds"):
         return None
     config = DataConfig(

@@ -95,6 +95,7 @@ class ZeroShot:
         self._source, self._data = _open(config, label=config.label)
         self._count = _count(config, self._source)
         labels, names = classes_of(self._data, self._source)
+        self._names = names  # several classes may have one
         self._index = {label: i for i, label in enumerate(labels)}
         self._target = np.full(self._count, -1)
         self.templates = choose_templates(config.templates or None, run, self._source)
@@ -108,7 +109,7 @@ class ZeroShot:
         if jax.process_count() > 1:
             self._target = multihost_utils.process_allgather(self._target).max(0)
         z_class = self._embedder.prompts(state, self._tokens, len(self.templates))
-        return zero_shot_metrics(z_image, z_class, self._target)
+        return zero_shot_metrics(z_image, z_class, self._target, names=self._names)
 
     def _read(self, i: int) -> Pixels:
         example = self._source[i]

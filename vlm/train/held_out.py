@@ -94,12 +94,13 @@ class HeldOut:
         self._embedder, self._inputs, self._data = embedder, inputs, experiment.data
         self._by_head = experiment.objective == "classification"
         self._source = open_source(self._data, _split(self._data))
-        self.templates, self.about = ("{}",), {}
+        self.templates, self.about, self._names = ("{}",), {}, None
         if self._data.label:
             self.captions, names = classes_of(self._data, self._source)
             self.target = targets_of(self._source, self._data, self.captions)
             self.templates = templates_of(self._data)
             self.about = {"class_names": said} if (said := described(self.captions, names)) else {}
+            self._names = None if self._by_head else names  # several classes may have one
             prompts = label_prompts(self.captions, names, self.templates)
             texts = [text for own in prompts.values() for text in own]
         else:
@@ -129,7 +130,7 @@ class HeldOut:
     def measure(self, z_image, z_captions) -> tuple[dict[str, Metric], dict[str, Metric]]:
         """Zero-shot accuracy over all captions, and retrieval among the held-out pairs."""
         return (
-            zero_shot_metrics(z_image, z_captions, self.target),
+            zero_shot_metrics(z_image, z_captions, self.target, names=self._names),
             pair_retrieval_metrics(z_image, z_captions[self.target]),
         )
 

@@ -9,7 +9,7 @@ from kinds import write_tar
 from PIL import Image
 
 from vlm.config import DataConfig
-from vlm.data.clip_benchmark import PREFIX, dataset_type
+from vlm.data.clip_benchmark import PREFIX, _root, _shards, _texts, dataset_type
 from vlm.data.examples import captions_of
 from vlm.data.sources import classes_of, kind_of, open_source, open_to_measure, split_names
 from vlm.errors import DataError
@@ -127,3 +127,26 @@ def test_a_part_of_the_shards_is_not_the_data(tmp_path):
     (root / "test" / "1.tar").unlink()
     with pytest.raises(DataError, match=r"1\.tar"):
         open_source(DataConfig(source=str(root), label="label"), "test")
+
+
+def test_a_folder_in_a_bucket(classified):
+    import fsspec
+
+    bucket = fsspec.filesystem("memory")
+    bucket.put(classified, "/wds_pets", recursive=True)
+    config = DataConfig(source="wds:memory://wds_pets/", label="label")
+    local = open_source(DataConfig(source=classified, label="label"), "test")
+    source, split = open_to_measure(config, None)
+    assert split == "test"
+    assert classes_of(config, source) == classes_of(config, local)
+    for i in range(len(local)):
+        assert [source[i][name] for name in ("image", "label")] == [
+            local[i][name] for name in ("image", "label")
+        ]
+
+
+def test_the_hubs_web_pages_have_two_addresses():
+    page = "https://huggingface.co/datasets/clip-benchmark/wds_cifar10/tree/main"
+    base = "https://huggingface.co/datasets/clip-benchmark/wds_cifar10"
+    assert _texts(_root(f"wds:{page}/")) == f"{base}/raw/main"
+    assert _shards(_root(f"wds:{page}")) == f"{base}/resolve/main"
