@@ -77,17 +77,17 @@ def classify(
     runtime.prepare_inference()
     from vlm.bundle import load
     from vlm.cli.images import Unreadable, find_images
-    from vlm.cli.terminal import chunks, progress
+    from vlm.cli.terminal import chunks, print_status, progress
     from vlm.display import bar
     from vlm.heads.saved import load_classifier
     from vlm.heads.zero_shot import ZeroShotClassifier
 
-    paths = find_images(images)
+    paths, said = find_images(images), ""
     if classifier is not None:
         classify_images = load_classifier(classifier, load(model))
     else:
         bundle = load(model)
-        prompts = prompts_of(found, class_names, templates, bundle)
+        prompts, said = prompts_of(found, class_names, templates, bundle)
         classify_images = ZeroShotClassifier(bundle, prompts, None, none, multi_label)
     unreadable = Unreadable(len(paths))
     for chunk in chunks(progress(paths, "classifying", len(paths))):
@@ -102,6 +102,8 @@ def classify(
                 for label, score in best:
                     print(f"  {score:6.1%}  {bar(score):<20}  {label}")
         sys.stdout.flush()
+    if said:
+        print_status(said)
     unreadable.finish()
 
 
@@ -138,22 +140,21 @@ def labels_of(labels: str | None, file: str | None) -> Any:
 
 def prompts_of(
     found: Any, class_names: str | None, templates: tuple[str, ...], model: Any
-) -> Mapping[str, Sequence[str]]:
-    """The sentences of what `labels_of` found: of a data set by the names of its labels.
+) -> tuple[Mapping[str, Sequence[str]], str]:
+    """The sentences of what `labels_of` found, and what was chosen for them in words.
 
-    Labels that somebody typed go into the templates as they are. What was chosen is printed.
+    Labels of a data set go into the templates by their names, and typed ones as they are.
 
     Raises:
         DataError: a file of class names that does not fit the labels.
     """
-    from vlm.cli.terminal import print_status
     from vlm.data.class_names import described, names_of, read_class_names
     from vlm.heads.labels import DataSetClasses
     from vlm.heads.prompts import class_prompts, label_prompts
     from vlm.heads.templates import choose_templates, describe_templates
 
     if isinstance(found, Mapping):
-        return class_prompts(found, ())
+        return class_prompts(found, ()), "sentences of each label"
     labels, names, source = found, found, None
     if isinstance(found, DataSetClasses):
         labels, names, source = found.labels, found.names, found
@@ -161,5 +162,4 @@ def prompts_of(
         names = names_of(labels, read_class_names(class_names, labels, "the labels"))
     chosen = choose_templates(templates or None, model, source)
     said = [f"templates: {describe_templates(chosen)}", described(labels, names)]
-    print_status("; ".join(filter(None, said)))
-    return label_prompts(labels, names, chosen)
+    return label_prompts(labels, names, chosen), "; ".join(filter(None, said))

@@ -58,9 +58,9 @@ def export(
     from vlm.heads.zero_shot import ZeroShotClassifier
 
     bundle = load(model)
-    classifier = None
+    classifier, said = None, ""
     if asked:
-        prompts = prompts_of(found, class_names, templates, bundle)
+        prompts, said = prompts_of(found, class_names, templates, bundle)
         classifier = ZeroShotClassifier(bundle, prompts)
     found = write(
         bundle,
@@ -72,5 +72,7 @@ def export(
         batches=batches or None,
     )
     print_status(f"{model} as {format} in {out}")
+    if said:
+        print_status(f"  {said}")
     for name, difference in found.differences.items():
         print_status(f"  {name}: within {difference:.1e} of the original")
