@@ -38,7 +38,8 @@ from vlm.weights.identity import fingerprint_of, fingerprint_of_arrays
 from vlm.weights.opening import open_adapter, open_model, source_of
 from vlm.weights.resolution import at_context_length, at_image_size, resizing
 from vlm.weights.rules import flat_arrays, flat_shapes
-from vlm.weights.writing import Format, write_folder
+from vlm.weights.token_check import TokenCheck
+from vlm.weights.writing import TEXTS, SavedFormat, write_folder
 
 
 class Bundle(FactSheet):
@@ -248,33 +249,33 @@ class Bundle(FactSheet):
 
     # ---------------------------------------------------------------------------- saving
 
-    def save(self, folder: epath.PathLike, format: Format | Literal["vlm"] = "vlm") -> None:
+    def save(
+        self, folder: epath.PathLike, format: SavedFormat = "vlm", *, compare_texts: int = TEXTS
+    ) -> TokenCheck | None:
         """Write the bundle as a folder, or over the bundle that is there; never half of it.
 
-        An adapter is merged into what is written. With `format` "huggingface" or "open_clip", as
-        transformers or open_clip would open it. In a run of several processes, all must call this;
-        the first one writes.
+        An adapter is merged. For transformers or open_clip the token ids of `compare_texts` texts
+        are compared; returns the result. All processes of a run must call this.
 
         Raises:
             CheckpointError: the folder holds something else or cannot be written, or the format has
                 no place for something that the model has.
         """
-        for tower, name in ((self.model.vision, "image"), (self.model.text, "text")):
-            self._check_tower(tower, name)
+        self._check_tower(self.model.vision, "image")
+        self._check_tower(self.model.text, "text")
         model = self.merged().model
         if jax.process_count() > 1:
             graph, state = nnx.split(model)
             model = nnx.merge(graph, jax.tree.map(to_host, state))
         if jax.process_index() != 0:
-            return
+            return None
+        parts = model, self.preprocess, self.tokenizer
         if format != "vlm":
-            write_folder(folder, format, model, self.preprocess, self.tokenizer)
-            return
-        written = own.write(
-            folder, model, self.preprocess, self.tokenizer, self.name, self.templates
-        )
+            return write_folder(folder, format, *parts, compare_texts)
+        written = own.write(folder, *parts, self.name, self.templates)
         if self.adapter is None:
             self.fingerprint = written
+        return None
 
     # -------------------------------------------------------------------------- encoding
 

@@ -115,7 +115,7 @@ def transformers_model(kind: str) -> None:
     from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
     from vlm.weights.vocabularies import clip_tokenizer
-    from vlm.weights.writing_parts import standalone
+    from vlm.weights.writing_tokenizer import standalone
 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:

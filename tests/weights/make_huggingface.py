@@ -113,6 +113,8 @@ def tokenizer_files(folder, vocabulary, kind, pad, eos):
     (folder / "tokenizer.json").write_text(vocabulary.to_str())
     about = {"tokenizer_class": kind, "pad_token": vocabulary.id_to_token(pad),
              "eos_token": vocabulary.id_to_token(eos), "model_max_length": 77}  # fmt: skip
+    if kind.startswith("Gemma"):  # whose class pads on the left, and whose published files say this
+        about["padding_side"] = "right"
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
 
 

@@ -84,7 +84,7 @@ def test_every_option_of_its_processor_is_taken():
     with pytest.raises(CheckpointError, match="resizes to 346 pixels and crops to 400"):
         huggingface_preprocess(kind | {"do_center_crop": True, "crop_size": 400}, "here")
     with pytest.raises(CheckpointError, match=r"rescale_factor is 0\.0"):
-        huggingface_preprocess({"rescale_factor": 0.0}, "here")
+        huggingface_preprocess(kind | {"rescale_factor": 0.0}, "here")
 
 
 def test_what_alignmodel_has_no_place_for_is_not_written():

@@ -17,7 +17,7 @@ from vlm.weights.vocabularies import (
     open_clip_tokenizer,
     siglip_tokenizer,
 )
-from vlm.weights.writing_parts import standalone
+from vlm.weights.writing_tokenizer import standalone
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

@@ -15,7 +15,7 @@ from vlm.config import PreprocessConfig, to_dict
 from vlm.errors import CheckpointError
 from vlm.export.programs import Program
 from vlm.heads.zero_shot import ZeroShotClassifier
-from vlm.weights.writing_parts import standalone
+from vlm.weights.writing_tokenizer import standalone
 
 ABOUT, TOKENIZER, PAGE = "export.json", "tokenizer.json", "README.md"
 FORMAT = 1  # of export.json; raised when an older reader would misread it

@@ -27,7 +27,7 @@ def clip(text: str) -> str:
     as its other case, belongs to no class of characters.
     """
     text = clip_cased(text).lower()
-    if any(token in text for token in _CLIP_SPECIALS):
+    if any(token in text for token in CLIP_SPECIALS):
         text = _swallow(text)
     return text.replace("\u0345", " ")
 
@@ -113,20 +113,20 @@ class _Parted(dict[int, str]):
 
 _FOLDED, _PARTED = _Folded(), _Parted()
 
-_CLIP_SPECIALS = ("<start_of_text>", "<end_of_text>")
+CLIP_SPECIALS = ("<start_of_text>", "<end_of_text>")
 
 
 def _swallow(text: str) -> str:
     """Cut the special tokens whose "<" a run of punctuation before them has taken."""
     out, at = [], 0
     while at < len(text):
-        special = next((t for t in _CLIP_SPECIALS if text.startswith(t, at)), None)
+        special = next((t for t in CLIP_SPECIALS if text.startswith(t, at)), None)
         end = at + (len(special) if special else 1)
         if special is None and _is_punctuation(text[at]):
             while end < len(text) and _is_punctuation(text[end]):
                 end += 1
             out.append(text[at:end])
-            if any(text.startswith(token, end - 1) for token in _CLIP_SPECIALS):
+            if any(text.startswith(token, end - 1) for token in CLIP_SPECIALS):
                 out.append(" ")
         else:
             out.append(text[at:end])

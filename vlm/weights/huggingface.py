@@ -106,14 +106,17 @@ def open_checkpoint(folder: epath.Path) -> Checkpoint:
 
 
 def preprocess_config(folder: epath.Path, image_size: int) -> PreprocessConfig:
-    """From `preprocessor_config.json`, or the part of `processor_config.json` that holds it."""
-    path = folder / "preprocessor_config.json"
-    if path.exists():
-        return huggingface_preprocess(read_json(path), os.fspath(path), image_size)
+    """From the part of `processor_config.json` that holds it, or `preprocessor_config.json`.
+
+    In this order, as transformers does.
+    """
     path = folder / "processor_config.json"
     if path.exists() and (values := read_json(path).get("image_processor")):
         where = f"{path}: image_processor"
         return huggingface_preprocess(fields(values, where), where, image_size)
+    path = folder / "preprocessor_config.json"
+    if path.exists():
+        return huggingface_preprocess(read_json(path), os.fspath(path), image_size)
     raise CheckpointError(
         f"{folder} has no preprocessor_config.json: save or download the processor beside the model"
     )

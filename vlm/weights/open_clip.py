@@ -39,6 +39,12 @@ from vlm.weights.processors import open_clip_preprocess
 from vlm.weights.rules import CONV, FIRST_ROW, FLAT, LINEAR, SCALAR, SCALAR_1, Rule
 from vlm.weights.vocabularies import check_vocabulary, open_clip_tokenizer
 
+# The fields of a model_cfg: those that vlm honours, and those that change no embedding.
+MODEL = {
+    "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_bias",
+    "custom_text", "multimodal_cfg", "init_logit_scale", "nonscalar_logit_scale", "cast_dtype",
+    "output_dict",
+}  # fmt: skip
 # The defaults of open_clip's CLIPVisionCfg and CLIPTextCfg: those that vlm honours ...
 VISION = {
     "layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16,
@@ -136,6 +142,11 @@ def model_config(values: dict[str, Any], shapes: Shapes, where: str) -> ModelCon
     for name in ("embed_dim", "vision_cfg", "text_cfg"):
         if values.get(name) is None:
             raise CheckpointError(f"{where}: model_cfg has no {name!r}")
+    for name, value in values.items():
+        if name not in MODEL and value not in (None, False):
+            raise CheckpointError(
+                f"{where}: model_cfg has {name} {show(value)}, which vlm does not know"
+            )
     embed_dim = whole(values["embed_dim"], f"{where}: model_cfg.embed_dim")
     vision = _fields(values["vision_cfg"], VISION, f"{where}: vision_cfg")
     text = _fields(values["text_cfg"], TEXT, f"{where}: text_cfg")

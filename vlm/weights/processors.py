@@ -20,6 +20,44 @@ _RESIZE_MODES: dict[str, Literal["crop", "pad", "squash"]] = {
     "longest": "pad",
     "squash": "squash",
 }
+# Settings that a preprocessor_config.json may have beside those read below: `None` where any value
+# gives the same pixels, else the values that do.
+_BESIDE: dict[str, tuple | None] = {
+    **dict.fromkeys(
+        (
+            "processor_class", "_processor_class", "tokenizer_class", "auto_map", "data_format",
+            "return_tensors", "device", "disable_grouping", "_valid_processor_keys", "backend",
+            "transformers_version", "default_to_square", "do_convert_rgb", "image_seq_length",
+            "num_image_tokens", "is_local", "name_or_path", "input_data_format", "use_fast",
+        )
+    ),
+    "do_pad": (None, False),
+    "do_reduce_labels": (None, False),
+    "do_flip_channel_order": (None, False),
+    "do_grayscale": (None, False),
+    "do_thumbnail": (None, False),
+    "do_align_long_axis": (None, False),
+    "crop_pct": (None,),
+    "pad_size": (None,),
+    "size_divisor": (None,),
+}  # fmt: skip
+_READ = {
+    "image_processor_type", "feature_extractor_type", "do_resize", "size", "resample",
+    "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
+    "image_std",
+}  # fmt: skip
+_READ_OF = {
+    "Siglip2": {"patch_size", "max_num_patches"},
+    "Fgclip2": {"patch_size", "max_num_patches", "dynamic_max_patches"},
+    "EfficientNet": {"rescale_offset", "include_top"},
+}
+# Processors of transformers, without the ending; feature extractors are of old folders.
+_PROCESSORS = (
+    "CLIPImageProcessor", "CLIPFeatureExtractor", "ChineseCLIPImageProcessor",
+    "ChineseCLIPFeatureExtractor", "SiglipImageProcessor", "Siglip2ImageProcessor",
+    "Fgclip2ImageProcessor", "EfficientNetImageProcessor", "Tipsv2ImageProcessor",
+    "ViTImageProcessor", "ViTFeatureExtractor",
+)  # fmt: skip
 _PIL_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 
 
@@ -33,6 +71,7 @@ def huggingface_preprocess(
     """
     name = values.get("image_processor_type") or values.get("feature_extractor_type") or ""
     name = string(name, f"{where}: image_processor_type")
+    _check_processor(values, name, where)
     for step in ("do_resize", "do_rescale"):
         if not _on(values, step, True, where):
             raise CheckpointError(f"{where} turns {step} off, and a model takes images of one size")
@@ -77,7 +116,11 @@ def huggingface_preprocess(
             **common,
         )
     default = 448 if tips else 346 if efficient else 224
-    size = _edges(values.get("size", default), f"{where}: size", square=family == "squash")
+    size = values.get("size", default)
+    square = values.get("default_to_square")
+    if square is None:
+        square = family == "squash" and not name.startswith("Siglip")
+    size = _edges(size, f"{where}: size", square=flag(square, f"{where}: default_to_square"))
     if _on(values, "do_center_crop", family == "crop", where):
         crop = values.get("crop_size", 289 if efficient else 224)
         side = _edges(crop, f"{where}: crop_size", square=True)["height"]
@@ -103,6 +146,25 @@ def huggingface_preprocess(
             "one size"
         )
     return PreprocessConfig(image_size=size["height"], resize="squash", **common)
+
+
+def _check_processor(values: dict[str, Any], name: str, where: str) -> None:
+    """Refuse a processor or a setting that vlm does not know."""
+    kind = name.removesuffix("Pil").removesuffix("Fast")
+    if kind not in _PROCESSORS:
+        raise CheckpointError(
+            f"{where}: image_processor_type is {show(name)}: vlm knows {', '.join(_PROCESSORS)}"
+        )
+    own = next((keys for start, keys in _READ_OF.items() if kind.startswith(start)), set())
+    for key, value in values.items():
+        if key in _READ | own or value in (None, "", [], {}):
+            continue
+        same = _BESIDE.get(key, ())
+        if same is not None and value not in same:
+            raise CheckpointError(
+                f"{where} has {key} {show(value)}, which vlm does not know for {kind}: remove it "
+                "if it changes no pixels"
+            )
 
 
 def _efficientnet(
@@ -134,6 +196,14 @@ def open_clip_preprocess(values: dict[str, Any], image_size: int, where: str) ->
     Raises:
         CheckpointError: a way of resizing that vlm does not do.
     """
+    for key, value in values.items():
+        if key not in _OPEN_CLIP:
+            raise CheckpointError(
+                f"{where}: preprocess_cfg has {key} {show(value)}, which vlm does not know: vlm "
+                f"knows {', '.join(_OPEN_CLIP)}"
+            )
+    if values.get("mode") not in (None, "RGB"):
+        raise CheckpointError(f"{where}: mode is {show(values['mode'])}: vlm knows RGB alone")
     mode = string(values.get("resize_mode") or "shortest", f"{where}: resize_mode")
     resize = _RESIZE_MODES.get(mode)
     if resize is None:
@@ -156,6 +226,10 @@ def open_clip_preprocess(values: dict[str, Any], image_size: int, where: str) ->
         mean=_three(values.get("mean") or CLIP_MEAN, f"{where}: mean"),
         std=_deviation(values.get("std") or CLIP_STD, f"{where}: std"),
     )
+
+
+# `size` is that of the model, as in open_clip.
+_OPEN_CLIP = ("size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
 
 
 def _on(values: dict[str, Any], step: str, default: bool, where: str) -> bool:

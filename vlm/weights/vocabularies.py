@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from typing import Any, Literal
+from typing import Any
 
 import tokenizers
 from etils import epath
@@ -10,7 +10,7 @@ from etils import epath
 from vlm.config import Clean, ModelConfig, TokenizerConfig
 from vlm.errors import CheckpointError, DataError
 from vlm.inputs.tokenizer import Tokenizer, read_vocabulary
-from vlm.weights import sentencepiece
+from vlm.weights import sentencepiece, tokenizer_settings
 from vlm.weights.fields import fields, flag, read_json, show, string
 
 CLIP_VOCABULARY = pathlib.Path(__file__).parent / "clip" / "tokenizer.json"
@@ -39,19 +39,27 @@ def huggingface_tokenizer(
     """The tokenizer that transformers saved in `folder`, with the rules of its class.
 
     Raises:
-        CheckpointError: its files are missing or torn.
+        CheckpointError: its files are missing or torn, or they have a setting that vlm does not
+            know or has no place for.
     """
     file = folder / "tokenizer_config.json"
-    about = read_json(file) if file.exists() else {}
+    about = tokenizer_settings.read_settings(folder)
     kind = string(about.get("tokenizer_class") or "", f"{file}: tokenizer_class")
     kind = kind.removesuffix("Fast")
     length = config.text.context_length
+    if clean == "none":  # else open_clip's text_cfg has the length
+        length = tokenizer_settings.row_length(about, length, file)
     pieces = folder / "spiece.model"
     if kind in ("Siglip", "SiglipTokenizer") and pieces.exists():
-        return siglip_tokenizer(pieces, length, clean=clean if clean != "none" else "siglip")
+        if not _flag(about, "do_lower_case", file):
+            raise CheckpointError(f"{file}: do_lower_case is false, and vlm knows true for SigLIP")
+        own = siglip_tokenizer(pieces, length, clean=clean if clean != "none" else "siglip")
+        return _with_named(own, about, file)
     path = folder / "tokenizer.json"
     if path.exists():
         vocabulary = _vocabulary(path)
+        if kind == "BertTokenizer":  # its settings come before the normaliser in the file
+            vocabulary.normalizer = _bert_normalizer(about, file)
     elif pieces.exists():
         vocabulary = sentencepiece.read(pieces)
     elif (folder / "vocab.txt").exists():
@@ -64,7 +72,11 @@ def huggingface_tokenizer(
         )
     if "Gemma" in kind or "Siglip2" in kind:
         _lowercase(vocabulary)  # as SigLIP 2 was trained
-    padding = vocabulary.padding
+    tokenizer_settings.add_tokens(vocabulary, about, file)
+    padding, truncation = vocabulary.padding, vocabulary.truncation
+    if truncation and truncation["direction"] != "right" and not about.get("truncation_side"):
+        raise CheckpointError(f"{path} cuts texts at their beginning: vlm cuts them at their end")
+    side = tokenizer_settings.padding_side(about, kind, vocabulary, file)
     vocabulary.no_padding()  # a tokenizer that was in use is saved with the length of its rows
     vocabulary.no_truncation()
     eos_token = _content(about, "eos_token", file)
@@ -78,7 +90,8 @@ def huggingface_tokenizer(
     else:
         specials = vocabulary.encode("", add_special_tokens=True).ids
     bos_id, eos_id = _ends(specials, eos, folder)
-    pad = vocabulary.token_to_id(_content(about, "pad_token", file))
+    tokenizer_settings.check_ends(about, bos_id, eos_id, file)
+    pad = _id_of(vocabulary, about, "pad_token", file)
     if pad is None:
         pad = padding["pad_id"] if padding else eos_id
     rules = TokenizerConfig(
@@ -87,14 +100,47 @@ def huggingface_tokenizer(
         bos_id=bos_id,
         eos_id=eos_id,
         clean=clean,
-        pad_side=_side(about, file),
-        parse_special=True,
+        pad_side=side,
+        parse_special=not flag(
+            about.get("split_special_tokens") or False, f"{file}: split_special_tokens"
+        ),
     )
     return Tokenizer(vocabulary, rules)
 
 
+def _with_named(tokenizer: Tokenizer, about: dict[str, Any], file: epath.Path) -> Tokenizer:
+    """SigLIP's tokenizer with the tokens and the side of padding that its settings name."""
+    vocabulary, rules = tokenizer.vocabulary, tokenizer.config
+    pad, eos = (_id_of(vocabulary, about, f"{name}_token", file) for name in ("pad", "eos"))
+    rules = dataclasses.replace(
+        rules,
+        pad_id=rules.pad_id if pad is None else pad,
+        eos_id=rules.eos_id if eos is None else eos,
+        pad_side=tokenizer_settings.padding_side(about, "SiglipTokenizer", vocabulary, file),
+    )
+    tokenizer_settings.check_ends({**about, "add_bos_token": None}, None, rules.eos_id, file)
+    return tokenizer.with_rules(rules)
+
+
+def _id_of(
+    vocabulary: tokenizers.Tokenizer, about: dict[str, Any], name: str, file: epath.Path
+) -> int | None:
+    """The id of a named token; None if there is none.
+
+    Raises:
+        CheckpointError: the vocabulary does not have it.
+    """
+    text = _content(about, name, file)
+    found = vocabulary.token_to_id(text)
+    if text and found is None:
+        raise CheckpointError(
+            f"{file}: {name} {show(text)} is not in its vocabulary: name a token that is"
+        )
+    return found
+
+
 # The cleaning of open_clip's tokenizers by the name in `tokenizer_kwargs`.
-_OPEN_CLIP_CLEAN: dict[str, Clean] = {
+OPEN_CLIP_CLEAN: dict[str, Clean] = {
     "lower": "clip",
     "whitespace": "clip_cased",
     "canonicalize": "clip_canonical",
@@ -115,12 +161,12 @@ def open_clip_tokenizer(
     clean = options.pop("clean", "whitespace" if name else "lower")
     strip = options.pop("strip_sep_token", False)
     options.pop("trust_remote_code", None)
-    if options or not isinstance(clean, str) or clean not in _OPEN_CLIP_CLEAN:
+    if options or not isinstance(clean, str) or clean not in OPEN_CLIP_CLEAN:
         raise CheckpointError(
             f"{where}.tokenizer_kwargs is {show(values['tokenizer_kwargs'])}, and vlm knows "
-            f"strip_sep_token, and clean of {', '.join(_OPEN_CLIP_CLEAN)}"
+            f"strip_sep_token, and clean of {', '.join(OPEN_CLIP_CLEAN)}"
         )
-    cleaning = _OPEN_CLIP_CLEAN[clean]
+    cleaning = OPEN_CLIP_CLEAN[clean]
     if not name:
         return clip_tokenizer(config.text.context_length, clean=cleaning)
     tokenizer = huggingface_tokenizer(folder, config, clean=cleaning)
@@ -298,7 +344,7 @@ def _bert_from_lines(
     path: epath.Path, about: dict[str, Any], file: epath.Path
 ) -> tokenizers.Tokenizer:
     """`vocab.txt`, as transformers' BertTokenizer makes a tokenizer of it."""
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import decoders, models, pre_tokenizers, processors
 
     vocab, special = _wordpiece_lines(path), {}
     for kind in ("unk", "cls", "sep", "pad", "mask"):
@@ -307,13 +353,7 @@ def _bert_from_lines(
             raise CheckpointError(f"{path} has no {name}: give the vocabulary of a BERT")
         special[kind] = name
     vocabulary = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=special["unk"]))
-    accents = about.get("strip_accents")  # null: where letters are made small
-    vocabulary.normalizer = normalizers.BertNormalizer(
-        clean_text=True,
-        handle_chinese_chars=_flag(about, "tokenize_chinese_chars", file),
-        strip_accents=None if accents is None else flag(accents, f"{file}: strip_accents"),
-        lowercase=_flag(about, "do_lower_case", file),
-    )
+    vocabulary.normalizer = _bert_normalizer(about, file)
     vocabulary.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     vocabulary.decoder = decoders.WordPiece()
     vocabulary.add_special_tokens([name for name in special.values() if name in vocab])
@@ -324,6 +364,16 @@ def _bert_from_lines(
     )
     vocabulary.enable_padding(pad_id=vocab[special["pad"]], pad_token=special["pad"])
     return vocabulary
+
+
+def _bert_normalizer(about: dict[str, Any], file: epath.Path) -> tokenizers.normalizers.Normalizer:
+    accents = about.get("strip_accents")  # null: where letters are made small
+    return tokenizers.normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=_flag(about, "tokenize_chinese_chars", file),
+        strip_accents=None if accents is None else flag(accents, f"{file}: strip_accents"),
+        lowercase=_flag(about, "do_lower_case", file),
+    )
 
 
 def _flag(about: dict[str, Any], name: str, file: epath.Path) -> bool:
@@ -364,11 +414,3 @@ def _content(about: dict[str, Any], name: str, file: epath.Path) -> str:
     if isinstance(token, dict):
         token = token.get("content")
     return string(token or "", f"{file}: {name}")
-
-
-def _side(about: dict[str, Any], file: epath.Path) -> Literal["left", "right"]:
-    """Where the padding of a text stands."""
-    side = about.get("padding_side") or "right"
-    if side not in ("left", "right"):
-        raise CheckpointError(f"{file}: padding_side is {show(side)}, not left or right")
-    return side

@@ -1,8 +1,10 @@
 """A bundle as a folder that transformers or open_clip opens, with the same outputs.
 
-What a format cannot say about a model is an error that names it: nothing is written then.
+What a format cannot say about a model is an error that names it: nothing is written then. Texts
+whose token ids change are counted and logged.
 """
 
+import logging
 from typing import Literal
 
 from etils import epath
@@ -11,10 +13,15 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
 from vlm.weights.new_folder import new_folder
+from vlm.weights.sample_texts import sample_texts
+from vlm.weights.token_check import TokenCheck, check_tokens
 from vlm.weights.writing_huggingface import write_huggingface
 from vlm.weights.writing_open_clip import write_open_clip
 
 Format = Literal["huggingface", "open_clip"]
+SavedFormat = Literal["vlm", "huggingface", "open_clip"]  # that `Bundle.save` writes
+TEXTS = 1_000  # that are compared
+_LOG = logging.getLogger(__name__)
 
 
 def write_folder(
@@ -23,8 +30,11 @@ def write_folder(
     model: DualEncoder,
     preprocess: Preprocess,
     tokenizer: Tokenizer,
-) -> None:
+    texts: int = TEXTS,
+) -> TokenCheck:
     """Write the model, its preprocessing and its tokenizer in a public format.
+
+    The token ids of so many `texts` are compared; a warning is logged if some are others.
 
     Raises:
         CheckpointError: the folder exists already, or the format has no place for something.
@@ -32,3 +42,7 @@ def write_folder(
     writer = {"huggingface": write_huggingface, "open_clip": write_open_clip}[form]
     with new_folder(folder) as new:
         writer(new, model, preprocess, tokenizer)
+        found = check_tokens(new, tokenizer, sample_texts(texts))
+    if found.differ:
+        _LOG.warning("%s", found)
+    return found

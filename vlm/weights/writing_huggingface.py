@@ -24,6 +24,8 @@ def write_huggingface(
     Raises:
         CheckpointError: transformers has no place for something.
     """
+    if tokenizer.config.zeroed_id is not None:
+        refuse("transformers", [f"tokenizer.zeroed_id {tokenizer.config.zeroed_id}"])
     if isinstance(model.config.vision, EfficientNetConfig):
         return write_align(folder, model, preprocess, tokenizer)
     if is_tipsv2(model.config):

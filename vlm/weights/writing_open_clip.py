@@ -19,7 +19,9 @@ from vlm.models.dual_encoder import DualEncoder
 from vlm.weights import open_clip, text_encoders, timm_towers, writing_text_encoders
 from vlm.weights.files import write_safetensors
 from vlm.weights.rules import write
-from vlm.weights.writing_parts import check, dump, refuse, tokenizer_files
+from vlm.weights.vocabularies import CLIP_BOS, CLIP_EOS, CLIP_SIZE, OPEN_CLIP_CLEAN
+from vlm.weights.writing_parts import check, dump, refuse
+from vlm.weights.writing_tokenizer import tokenizer_files
 
 
 def write_open_clip(
@@ -34,7 +36,10 @@ def write_open_clip(
     description = {"model_cfg": values, "preprocess_cfg": _preprocess(preprocess.config)}
     dump(folder / "open_clip_config.json", description)
     if values["text_cfg"].get("hf_tokenizer_name"):
-        tokenizer_files(folder, tokenizer)
+        rules, names = tokenizer.config, {}
+        if rules.zeroed_id is not None:
+            names["sep_token"] = tokenizer.vocabulary.id_to_token(rules.zeroed_id)
+        tokenizer_files(folder, tokenizer, cleaned=rules.clean in CLEAN, **names)
     shapes = {"text.token_embedding.weight": (), "logit_scale": ()}
     table = open_clip.rules(model.config, shapes)
     if text_encoders.owns(model.config.text):
@@ -184,14 +189,19 @@ def _tower(c: ViTConfig | TextConfig, name: str) -> dict[str, Any]:
 def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     """Nothing for CLIP's own vocabulary; open_clip reads others from the folder."""
     rules = tokenizer.config
-    clean = {ours: theirs for theirs, ours in CLEAN.items()}.get(rules.clean)
-    if rules.bos_id == 49406 and rules.eos_id == 49407 and tokenizer.vocab_size == 49408 and clean:
+    clean = CLEAN.get(rules.clean)
+    ids = rules.bos_id, rules.eos_id, rules.pad_id, tokenizer.vocab_size
+    own = ids == (CLIP_BOS, CLIP_EOS, 0, CLIP_SIZE)
+    if own and clean and rules.pad_side == "right" and rules.zeroed_id is None:
         return {} if clean == "lower" else {"tokenizer_kwargs": {"clean": clean}}
+    if rules.zeroed_id not in (None, rules.eos_id):
+        refuse("open_clip", [f"tokenizer.zeroed_id {rules.zeroed_id} (that of its end token)"])
     # open_clip always cleans; "whitespace" is the least it does.
-    return {
-        "hf_tokenizer_name": "tokenizer.json of this folder",
-        "tokenizer_kwargs": {"clean": clean or "whitespace"},
-    }
+    options: dict[str, Any] = {"clean": clean or "whitespace"}
+    if rules.zeroed_id is not None:
+        options["strip_sep_token"] = True
+    # open_clip reads "local-dir:FOLDER" whatever the name is. A Hub id goes here for a Hub model.
+    return {"hf_tokenizer_name": "tokenizer.json of this folder", "tokenizer_kwargs": options}
 
 
-CLEAN = {"lower": "clip", "whitespace": "clip_cased", "canonicalize": "clip_canonical"}
+CLEAN = {ours: theirs for theirs, ours in OPEN_CLIP_CLEAN.items()}
