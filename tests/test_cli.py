@@ -231,6 +231,26 @@ def test_index_again_encodes_what_changed(do, run, data, tmp_path, capsys):
     assert said("--coding", "int8").groups() == ("2", "2", "0")
 
 
+def test_an_index_that_another_process_saved_meanwhile(do, fail, run, data, tmp_path, monkeypatch):
+    """The command fails in a sentence of its own, and the other's items stay."""
+    index = tmp_path / "index"
+    do("index", run, data / "test-red-square.png", index)
+    encode = vlm.Bundle.encode_image
+
+    def and_another_saves(bundle, images, *args, **options):
+        monkeypatch.setattr(vlm.Bundle, "encode_image", encode)
+        other = vlm.RetrievalIndex.load(index, bundle)
+        other.add(np.eye(1, bundle.embed_dim, dtype=np.float32), ids=[7])
+        other.save(index)
+        return encode(bundle, images, *args, **options)
+
+    monkeypatch.setattr(vlm.Bundle, "encode_image", and_another_saves)
+    said = fail("index", run, data, index, code=1)
+    assert f"another process saved to {index} while this command ran: run it again" in said
+    assert vlm.RetrievalIndex.load(index, vlm.load(run)).ids[-1] == 7
+    assert do("search", index, "7", "--like", "--k", "1")  # an integer id
+
+
 def test_search_that_adds_subtracts_and_filters(do, fail, run, data, tmp_path):
     index = tmp_path / "index"
     do("index", run, data, index)

@@ -213,9 +213,8 @@ def _plain(file: Path, table: Any) -> Iterator[tuple[str, list[Value]]]:
     for name in table.column_names:
         kind = table.schema.field(name).type
         text = types.is_string(kind) or types.is_large_string(kind)
-        values = table.column(name).to_pylist() if text or types.is_primitive(kind) else None
-        if types.is_null(kind):
-            values = [None] * len(table)
+        plain = text or types.is_primitive(kind) or types.is_null(kind)
+        values = table.column(name).to_pylist() if plain else None
         if values is None or not all(v is None or isinstance(v, str | int | float) for v in values):
             left_out.append(f"{name} ({kind})")
         else:
