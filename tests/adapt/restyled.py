@@ -61,7 +61,7 @@ def drawings(count: int, seed: int = 0) -> list[tuple[str, Image.Image]]:
     from vlm.config import DataConfig
     from vlm.data.sources import open_source
 
-    source = open_source(DataConfig(), "train")
+    source = open_source(DataConfig("openmoji"), "train")
     found = []
     for i in np.random.default_rng(seed).permutation(len(source)):
         example = source[int(i)]

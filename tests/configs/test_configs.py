@@ -190,10 +190,9 @@ NAFLEX = {"resize": "naflex", "patch_size": 16, "max_patches": 64}
     ("changes", "said"),
     [
         ({"eval_every": -0.1}, "eval_every is -0.1: choose a number"),
-        ({"evals": (EvalConfig(), EvalConfig())}, "two of evals are called 'eval'"),
         (
-            {"eval_every": 0.1, "data": DataConfig(eval_split=None)},
-            "there is nothing to evaluate on: set data.eval_split or evals",
+            {"evals": (EvalConfig(source="a/"), EvalConfig(source="b/"))},
+            "two of evals are called 'eval'",
         ),
         ({"lock": "vision"}, "without init_from that is at random: name the model"),
         (
@@ -250,8 +249,11 @@ def test_what_cannot_be_trained_is_refused(changes, said):
         ({"templates": ("a photo",)}, "needs a {}"),
         ({"task": "retrieval", "captions": ()}, "captions is empty"),
         ({"examples": 0}, "examples is 0"),
+        ({"source": ""}, "evals 'eval' has no source: name the data to measure on"),
+        ({"captions": ("text",)}, 'has no effect: set task to "retrieval"'),
+        ({"task": "retrieval", "class_names": "a.txt"}, 'has no effect: set task to "zero-shot"'),
     ],
 )
 def test_an_evaluation_that_cannot_be_is_refused(changes, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
-        EvalConfig(**changes)
+        EvalConfig(**({"source": "a/"} | changes))

@@ -94,7 +94,9 @@ def test_held_out_is_a_tenth_of_the_variants_whose_parts_are_seen(emoji, split):
 
 
 def test_what_was_built_is_what_was_meant(openmoji_dir, emoji):
-    config = DataConfig(data_dir=openmoji_dir, captions=("caption", "caption_ja", "aliases"))
+    config = DataConfig(
+        "openmoji", data_dir=openmoji_dir, captions=("caption", "caption_ja", "aliases")
+    )
     train, test = open_source(config, "train"), open_source(config, "test")
     validation = open_source(config, "validation")
     assert (len(train), len(validation), len(test)) == (3538, 203, 203)

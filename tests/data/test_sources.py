@@ -88,12 +88,14 @@ def test_a_label_makes_captions_by_templates(tiny_dir):
 
 
 def test_openmoji_candidates_and_answers(openmoji_dir):
-    config = DataConfig(data_dir=openmoji_dir, train_split="train+validation")
+    config = DataConfig("openmoji", data_dir=openmoji_dir, train_split="train+validation")
     captions, answers = all_captions(config), held_out(config)
     assert len(captions) == len(set(captions)) == 3944
     test = open_source(config, "test")
     assert [captions[i] for i in answers] == [test[i]["caption"] for i in range(len(test))]
-    several = DataConfig(data_dir=openmoji_dir, captions=("caption", "caption_de", "aliases"))
+    several = DataConfig(
+        "openmoji", data_dir=openmoji_dir, captions=("caption", "caption_de", "aliases")
+    )
     example = open_source(several, "train")[0]
     assert captions_of(example, several) == [
         example["caption"],
@@ -116,24 +118,25 @@ def test_openmoji_candidates_and_answers(openmoji_dir):
 )
 def test_features_that_are_not_there(openmoji_dir, changes, message):
     with pytest.raises(DataError, match=message):
-        open_source(DataConfig(data_dir=openmoji_dir, **changes), "train")
+        open_source(DataConfig("openmoji", data_dir=openmoji_dir, **changes), "train")
 
 
 def test_sources_that_are_not_there(openmoji_dir, tiny_dir, tmp_path):
     with pytest.raises(DataError, match=r"'imagenet' is unknown: give \"openmoji\".*tfds:NAME"):
         open_source(DataConfig("imagenet"), "train")
     with pytest.raises(DataError, match="no split 'holdout': it has test, train, val"):
-        open_source(DataConfig(data_dir=openmoji_dir), "holdout")
-    dev = open_source(DataConfig(data_dir=openmoji_dir), "dev[:5]")  # under another name
+        open_source(DataConfig("openmoji", data_dir=openmoji_dir), "holdout")
+    dev = open_source(DataConfig("openmoji", data_dir=openmoji_dir), "dev[:5]")
     assert [dev[i]["caption"] for i in range(5)] == [
-        open_source(DataConfig(data_dir=openmoji_dir), "validation")[i]["caption"] for i in range(5)
+        open_source(DataConfig("openmoji", data_dir=openmoji_dir), "validation")[i]["caption"]
+        for i in range(5)
     ]
     with pytest.raises(DataError, match="TFDS knows no data set 'no_such_set'"):
         open_source(DataConfig("tfds:no_such_set", data_dir=tiny_dir), "train")
     with pytest.raises(DataError, match=r"is not prepared in .*array_record"):
         open_source(DataConfig("tfds:tiny_labelled", data_dir=str(tmp_path)), "train")
     with pytest.raises(DataError, match="eval_split is not set"):
-        held_out(DataConfig(data_dir=openmoji_dir, eval_split=None))
+        held_out(DataConfig("openmoji", data_dir=openmoji_dir, eval_split=None))
 
 
 # ------------------------------------------------------------------------------ tables

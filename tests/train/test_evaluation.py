@@ -18,6 +18,7 @@ from vlm.inputs.tokenizer import train_bpe
 from vlm.sharding import make_mesh
 from vlm.train.evaluation import Embedder, Inputs, open_task
 from vlm.train.held_out import Evaluations
+from vlm.train.length import is_due
 from vlm.train.step import Trainer
 
 
@@ -133,3 +134,18 @@ def test_a_run_is_measured_on_its_own_split_and_on_others(parts, tiny, walls, op
     assert {"eval/top1", "eval/image_to_text_R@1", "eval/walls/image_to_text_R@1"} <= set(row)
     assert len(opened) == 8 + 11
     assert not Evaluations(tiny(), trainer, inputs.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"eval_every": 0.5}, "data.eval_split is not set, and evals is empty"),
+        ({"eval_every": 0.0, "data": {"eval_split": "test"}}, "eval_every is 0"),
+    ],
+)
+def test_one_option_turns_evaluation_off(tiny, parts, capsys, changes, said):
+    experiment = tiny(**changes)
+    evaluations = Evaluations(experiment, parts[0], parts[-1].tokenizer)
+    assert not evaluations
+    assert f"the run is not evaluated: {said}" in capsys.readouterr().err
+    assert not is_due(1, 12, 0.0)

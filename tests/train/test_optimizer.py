@@ -58,7 +58,7 @@ def by_name(tree) -> dict[str, jax.Array]:
             {0.02: 0.5, 0.04: 1, 0.16: 0.5, 0.64: 0.25, 0.9: 0.5 * 0.2 / 0.9**0.5, 1: 0},
         ),
         ("wsd", 0.1, 0.4, {0.05: 0.5, 0.1: 1, 0.6: 1, 0.8: 0.5, 1: 0}),
-        ("constant", 0.1, 0.4, {0.05: 0.5, 0.1: 1, 1: 1}),
+        ("constant", 0.1, 0.2, {0.05: 0.5, 0.1: 1, 1: 1}),
     ],
 )
 def test_schedules_have_their_worked_values(schedule, warmup, cooldown, values):
@@ -138,6 +138,49 @@ def test_decay_pulls_what_multiplies_and_nothing_else():
         np.testing.assert_allclose(update, expected, rtol=1e-6)
 
 
+def test_start_decay_is_in_place_of_weight_decay():
+    """From 3.0 with a start of 1.0: each step goes lr * start_decay of the way back, not to 0."""
+    config = OptimizerConfig(start_decay=0.5)  # weight_decay at its default of 0.1
+    rule, zeros = make_optimizer(config), {"kernel": jnp.zeros((1, 1))}
+    state = rule.init({"kernel": jnp.full((1, 1), 1.0)})
+    params = {"kernel": jnp.full((1, 1), 3.0)}
+    seen = []
+    for _ in range(200):
+        updates, state = rule.update(zeros, state, params)
+        params = jax.tree.map(lambda p, u: p - 0.1 * u, params, updates)
+        seen.append(float(params["kernel"][0, 0]))
+    assert seen[:2] == pytest.approx([3 - 0.1 * 0.5 * 2, 2.9 - 0.1 * 0.5 * 1.9])
+    assert seen[-1] == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("rule", ["open_clip", "big_vision"])
+def test_the_factors_of_adapters_decay(rule):
+    factors = {"a": jnp.ones((2, 1)), "b": jnp.ones((1, 2)), "magnitude": jnp.ones(2)}
+    params = {"vision": {"query": {"lora": factors}}}
+    mask = decay_mask(params, rule)["vision"]["query"]["lora"]
+    assert mask == {"a": True, "b": True, "magnitude": False}
+
+
+@pytest.mark.untyped
+def test_an_unknown_rule_of_decay_is_refused():
+    with pytest.raises(ConfigError, match="choose one of open_clip, big_vision"):
+        decay_mask({}, "l2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"cooldown": 0.4}, 'cooldown is 0.4 and has no effect: set schedule to "rsqrt" or "wsd"'),
+        ({"name": "lion", "eps": 1e-8}, "eps is 1e-08 and has no effect"),
+        ({"max_skipped_in_a_row": 9}, 'has no effect: set nonfinite to "skip"'),
+        ({"start_decay": 0.1, "weight_decay": 0.2}, "weight_decay is 0.2 and has no effect"),
+    ],
+)
+def test_what_has_no_effect_is_refused(changes, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        OptimizerConfig(**changes)
+
+
 @pytest.mark.parametrize("rule_of_decay", ["open_clip", "big_vision"])
 def test_the_pull_is_towards_the_start(rule_of_decay):
     config = OptimizerConfig(
@@ -183,7 +226,8 @@ def test_the_first_step_of_adam_and_lion_is_the_sign_of_the_gradient():
     params = parameters()
     gradient = jax.tree.map(lambda x: 1e-3 * x, params)
     for name in ("adamw", "lion"):
-        config = OptimizerConfig(name=name, weight_decay=0.0, clip_norm=None, eps=1e-12)
+        eps = {"eps": 1e-12} if name == "adamw" else {}
+        config = OptimizerConfig(name=name, weight_decay=0.0, clip_norm=None, **eps)
         rule = make_optimizer(config)
         updates, _ = rule.update(gradient, rule.init(params), params)
         for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(gradient), strict=True):

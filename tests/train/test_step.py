@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,12 @@ from vlm import sharding
 from vlm.config import AdapterConfig, Experiment, MeshConfig
 from vlm.data.faults import BadSamples
 from vlm.errors import TrainingError
+from vlm.evaluate.report import _flat
 from vlm.models import adapters
 from vlm.sharding import global_batch, make_mesh, path_names
 from vlm.train.activity import Activity
 from vlm.train.logs import Logs
+from vlm.train.loop import train
 from vlm.train.mirror import Mirror
 from vlm.train.run import Run
 from vlm.train.step import Trainer, TrainState, compute_dtype
@@ -164,6 +168,26 @@ def test_the_log_stops_or_counts(tiny, tmp_path, nonfinite):
             logs.step(6, fine)
     assert '"nonfinite": 1' in whole.log.read_text()
     assert '"texts_cut": 0.25' in whole.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("most", "said"),
+    [
+        (25, r"not finite at every one of the 3 steps, so the model is as it began"),
+        (2, r"not finite in 2 steps in a row, up to step 2: .*max-skipped-in-a-row"),
+    ],
+)
+def test_a_run_that_skips_too_many_steps_fails(tiny, tmp_path, monkeypatch, most, said):
+    monkeypatch.setattr("vlm.train.step.objective", lambda *_, **__: jnp.float32(jnp.nan))
+    optimizer = {"nonfinite": "skip", "max_skipped_in_a_row": most}
+    folder = tmp_path / "run"
+    with pytest.raises(TrainingError, match=said):
+        train(tiny(run_dir=str(folder), optimizer=optimizer, steps=3, log_every=1))
+    assert not (folder / "bundle").exists()
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]  # NaN is no JSON
+    assert {row["loss"] for row in rows if "loss" in row} == {None}
+    assert all(math.isnan(_flat(row)["loss"]) for row in rows if "loss" in row)
 
 
 def test_the_scale_is_capped(alone):

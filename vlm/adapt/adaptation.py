@@ -4,7 +4,6 @@ What is chosen is chosen by the validation part alone. The test data and the dat
 distribution are measured and never looked at before.
 """
 
-import json
 import logging
 import math
 import time
@@ -18,6 +17,7 @@ from rich import box
 from rich.markup import escape as markup
 from rich.table import Table
 
+from vlm._json import to_json
 from vlm.adapt import adaptation_page
 from vlm.adapt.cost import Cost, pace_of
 from vlm.adapt.labelled import Labelled, hold_out, with_names
@@ -73,7 +73,7 @@ class Adaptation:
         self.model.save(folder / "bundle")
         self.classifier.save(folder / FILE)
         held = {"chosen": self.chosen, **self.about, "methods": [asdict(row) for row in self.rows]}
-        (folder / "results.json").write_text(json.dumps(held, indent=2) + "\n")
+        (folder / "results.json").write_text(to_json(held, indent=2) + "\n")
         page = folder / "report.html"
         adaptation_page.write_page(page, self.rows, self.chosen, self.about)
 

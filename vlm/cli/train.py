@@ -21,6 +21,7 @@ checkpoints valid may be changed beside it (mesh, length, learning rate, rhythms
 
 With --init-from the model, its pixels and its tokens are those of MODEL (whatever vlm.load takes),
 unless the config has a model of its own; --init-image-size and --init-context-length resize it.
+Without a config, --data.source names the data.
 
 Several hosts: start the same command on each. Cloud TPU, SLURM, Open MPI and Kubernetes are found
 by themselves; elsewhere add --coordinator HOST:PORT --processes N --process-id I, or set

@@ -49,7 +49,7 @@ _WHOLE = _by_field(
         Bounds(0, 4_096): ("workers", "prefetch"),
         Bounds(1, 2**31 - 1): (
             "steps", "batch_size", "micro_batch_size", "log_every", "keep_checkpoints", "profile",
-            "shuffle", "max_bad_in_a_row",
+            "shuffle", "max_bad_in_a_row", "max_skipped_in_a_row",
         ),
         Bounds(0, 2**31 - 1): ("seed",),
         Bounds(1, 2**53): ("examples",),
@@ -61,10 +61,11 @@ _REAL = _by_field(
     {
         Bounds(0, 1): (
             "mean", "jitter", "grey", "blur", "solarise", "lines", "max_bad_share", "cooldown",
+            "eval_every",
         ),
         Bounds(0, 1, open_low=True): (
             "norm_eps", "EfficientNetConfig.squeeze", "crop", "layer_decay", "image_sizes",
-            "eval_every", "checkpoint_every",
+            "checkpoint_every",
         ),
         Bounds(0, 1, open_high=True): (
             "dropout", "patch_dropout", "text_masking", "warmup", "b1", "b2", "ema",

@@ -1,7 +1,7 @@
 """Where training pairs come from, and how an image is changed at random."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from vlm.config.base import Config
 from vlm.errors import ConfigError
@@ -125,7 +125,7 @@ class MixturePart(Config):
         2
     """
 
-    source: str = "openmoji"
+    source: str
     weight: float | None = None
     epochs: float | None = None
     examples: int | None = None
@@ -152,7 +152,8 @@ class DataConfig(Config):
 
     Args:
         source: Where examples come from: "openmoji", "tfds:NAME" for a prepared TFDS data set,
-            or the path of shards, of a table or of a folder.
+            or the path of shards, of a table or of a folder. Required, unless there is a
+            mixture.
         train_split: Name of the split to train on.
         eval_split: Name of the split that is held out: its images are looked up among all
             captions of both splits. None, as large data has it: see `Experiment.evals`.
@@ -195,7 +196,7 @@ class DataConfig(Config):
         8
     """
 
-    source: str = "openmoji"
+    source: str = ""
     train_split: str = "train"
     eval_split: str | None = "test"
     image: str = "image"
@@ -216,6 +217,12 @@ class DataConfig(Config):
     mixture: tuple[MixturePart, ...] = ()
     max_bad_share: float = 0.05
     max_bad_in_a_row: int = 256
+
+    @classmethod
+    def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if values.get("mixture") and values.get("source") == "openmoji":
+            return values | {"source": ""}  # it was the default, also of a mixture
+        return values
 
     def check(self):
         _check_texts(self)

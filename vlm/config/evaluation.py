@@ -19,7 +19,7 @@ class EvalConfig(Config):
         task: zero-shot: images into the classes of `label`, each described by `templates`;
             top-1 and top-5 accuracy. retrieval: images and all of their captions, both ways, as
             COCO is measured; recall at 1, 5 and 10.
-        source: Where examples come from: whatever `DataConfig.source` takes.
+        source: Where examples come from: whatever `DataConfig.source` takes. Required.
         split: Name of the split to measure on. None: test, else validation; of a source without
             splits, all of it.
         image: Name of the feature that holds the image.
@@ -42,7 +42,7 @@ class EvalConfig(Config):
 
     name: str = "eval"
     task: Literal["zero-shot", "retrieval"] = "zero-shot"
-    source: str = "tfds:imagenet2012"
+    source: str = ""
     split: str | None = "validation"
     image: str = "image"
     captions: tuple[str, ...] = ("captions/text",)
@@ -56,7 +56,17 @@ class EvalConfig(Config):
         where = f"evals {self.name!r}"
         if not self.name or "/" in self.name:
             raise ConfigError(f"{where}: a name is a word of the log, without a slash: choose one")
+        if not self.source:
+            raise ConfigError(
+                f"{where} has no source: name the data to measure on, such as "
+                '"tfds:imagenet2012" or a folder'
+            )
         if self.task == "zero-shot" and not all("{}" in template for template in self.templates):
             raise ConfigError(f"{where}: each of templates {self.templates} needs a {{}}: give it")
         if self.task == "retrieval" and not self.captions:
             raise ConfigError(f"{where}: captions is empty: name the feature that has the texts")
+        if self.task == "retrieval":
+            unused = ("label", "class_names", "templates")
+            self.refuse_unused('set task to "zero-shot", which has classes', *unused)
+        else:
+            self.refuse_unused('set task to "retrieval", which has captions', "captions")

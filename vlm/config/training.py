@@ -32,12 +32,13 @@ class OptimizerConfig(Config):
             0.1 where the run starts from a model.
         cooldown: Share of the run's steps in which rsqrt and wsd decay to the end.
         weight_decay: Strength of weight decay; norms, biases and the logits' scale and bias
-            have none.
+            have none, and the factors of low-rank adapters have it.
         weight_decay_rule: What weight_decay is multiplied by. open_clip: a step takes
             learning_rate * weight_decay of every matrix, as in PyTorch and optax; big_vision:
             it takes weight_decay, times the schedule relative to its peak, of every kernel.
         start_decay: Strength of a pull of all weights towards those that the run starts from
-            (L2-SP), in the units of weight_decay, in whose place it is used. 0: none.
+            (L2-SP, arXiv:1802.01483), in the units of weight_decay, which is then not used. 0:
+            none.
         b1: Decay of the average of gradients.
         b2: Decay of the average of squared gradients; of Adafactor, the most that it grows to.
         eps: Number that keeps divisions by small averages finite.
@@ -52,6 +53,8 @@ class OptimizerConfig(Config):
             100. One that starts above it, as SigLIP's does, may fall. None: no limit.
         nonfinite: What happens at a loss or gradient that is not finite. stop: the run ends;
             skip: the step changes nothing.
+        max_skipped_in_a_row: Of nonfinite skip: the run stops when this many steps in a row are
+            skipped.
 
     Example:
         >>> vlm.OptimizerConfig(name="lion", learning_rate=3e-4).schedule
@@ -81,6 +84,7 @@ class OptimizerConfig(Config):
     ema: float | None = None
     max_scale: float | None = 100.0
     nonfinite: Literal["stop", "skip"] = "stop"
+    max_skipped_in_a_row: int = 25
 
     def check(self):
         peak = self.learning_rate
@@ -94,12 +98,21 @@ class OptimizerConfig(Config):
                 'optimizer.schedule "constant" never comes to end_learning_rate '
                 f"{self.end_learning_rate}: choose another schedule or leave it at 0"
             )
+        if self.schedule in ("cosine", "constant"):
+            self.refuse_unused('set schedule to "rsqrt" or "wsd"', "cooldown")
+        if self.name in ("lion", "adafactor"):
+            self.refuse_unused('set name to "adamw" or "muon"', "eps")
+        if self.nonfinite == "stop":
+            self.refuse_unused('set nonfinite to "skip"', "max_skipped_in_a_row")
+        if self.start_decay and self.weight_decay:
+            self.refuse_unused("leave start_decay out, which replaces it", "weight_decay")
         if self.weight_decay_rule == "big_vision" and peak == 0:
             raise ConfigError(
                 'optimizer.weight_decay_rule "big_vision" measures the schedule by its peak, so '
                 "learning_rate must be positive"
             )
-        if self.weight_decay_rule == "big_vision" and self.weight_decay > 0.05:
+        by_share = self.weight_decay_rule == "big_vision" and not self.start_decay
+        if by_share and self.weight_decay > 0.05:
             raise ConfigError(
                 f"optimizer.weight_decay {self.weight_decay} by big_vision's rule takes that share "
                 "of every kernel at every step: give a share such as 1e-4, or choose "
@@ -150,7 +163,7 @@ class Experiment(Config):
         data: Where pairs come from.
         evals: Data sets to measure on, beside the held-out split of `data`. All captions of
             that split are embedded each time, so large data has eval_split None and something
-            here.
+            here. With neither the run is not evaluated.
         optimizer: The update rule, its schedule and its safeguards.
         mesh: How the devices are laid out.
         batch_size: Number of pairs in a step, over all devices and hosts.
@@ -190,7 +203,7 @@ class Experiment(Config):
         seed: Seed of everything that is random: parameters, order of the data, augmentation,
             dropout.
         log_every: Number of steps between two rows of the log.
-        eval_every: Share of the run between two evaluations. None: at the end alone.
+        eval_every: Share of the run between two evaluations. None: at the end alone. 0: never.
         checkpoint_every: Share of the run between two checkpoints.
         checkpoint_minutes: Most minutes between two checkpoints. None: by checkpoint_every
             alone.
@@ -392,8 +405,3 @@ class Experiment(Config):
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"two of evals are called {name!r}: give each a name of its own")
-        if self.eval_every is not None and not self.evals and not self.data.eval_split:
-            raise ConfigError(
-                f"eval_every is {self.eval_every}, and there is nothing to evaluate on: set "
-                "data.eval_split or evals"
-            )

@@ -25,6 +25,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from vlm._json import to_json
 from vlm.config import DataConfig
 from vlm.data.array_record import serialize
 from vlm.data.examples import Example, captions_of, passes
@@ -256,7 +257,7 @@ def _write_tar(path: epath.Path, kept: list[Kept], number: int) -> None:
         for i, item in enumerate(kept):
             # The member `.txt` stands for the feature of this name.
             fields = {name: value for name, value in item.features.items() if name != TEXT}
-            text = json.dumps(fields, ensure_ascii=False).encode()
+            text = to_json(fields, ensure_ascii=False).encode()
             parts = {item.suffix: item.image, TEXT: item.text.encode(), "json": text}
             for suffix, data in parts.items():
                 info = tarfile.TarInfo(f"{number:05d}{i:06d}.{suffix}")

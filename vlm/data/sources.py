@@ -169,8 +169,23 @@ def _data_dir(config: DataConfig) -> epath.Path:
     return as_path(config.data_dir or cache_dir() / "data")
 
 
+def require_source(config: DataConfig) -> None:
+    """Refuse a config that names no data.
+
+    Raises:
+        ConfigError: it lists the kinds of source.
+    """
+    if not config.source and not config.mixture:
+        raise ConfigError(f"no data is named: set data.source to {'; '.join(KNOWN)}")
+
+
 def kind_of(name: str) -> str | None:
-    """Which module opens a source of this name; None when none does."""
+    """Which module opens a source of this name; None when none does.
+
+    Raises:
+        ConfigError: no name.
+    """
+    require_source(DataConfig(name))
     if name == "openmoji":
         return name
     if name.startswith("tfds:"):

@@ -1,6 +1,5 @@
 """Two evaluations of the same data, query by query: which model is better, and how sure is that."""
 
-import json
 import math
 from dataclasses import asdict, dataclass
 
@@ -8,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool
 from rich.table import Table
 
+from vlm._json import to_json
 from vlm.errors import ConfigError
 from vlm.evaluate.evidence import Samples
 from vlm.evaluate.intervals import Z95, Metric, bootstrap_mean
@@ -136,7 +136,7 @@ def _first(kept: Bool[np.ndarray, " n"], queries: np.ndarray) -> tuple[int, ...]
 
 def as_json(comparisons: list[Comparison]) -> str:
     """The comparisons as a JSON list."""
-    return json.dumps([asdict(c) | {"verdict": c.verdict} for c in comparisons], indent=2)
+    return to_json([asdict(c) | {"verdict": c.verdict} for c in comparisons], indent=2)
 
 
 def as_table(comparisons: list[Comparison], a: str, b: str) -> Table:

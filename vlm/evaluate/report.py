@@ -347,6 +347,8 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
             flat |= _flat(value, f"{name}/")
         elif isinstance(value, int | float | np.number) and not isinstance(value, bool):
             flat[name] = float(value)
+        elif value is None:  # as JSON has a number that is not finite
+            flat[name] = math.nan
     return flat
 
 

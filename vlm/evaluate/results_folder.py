@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from vlm._json import to_json
 from vlm.display import data_uri
 from vlm.errors import CheckpointError, VlmError
 from vlm.evaluate.evidence import Samples, read_samples, write_samples
@@ -44,7 +45,7 @@ def write_result(folder: str | os.PathLike, result: Result) -> None:
     if result.samples is not None:
         write_samples(folder / f"{file_name(result.task)}.parquet", result.samples)
     partial = folder / f"{file_name(result.task)}.json.partial"
-    partial.write_text(json.dumps(clip_benchmark_fields(result), indent=2, ensure_ascii=False))
+    partial.write_text(to_json(clip_benchmark_fields(result), indent=2, ensure_ascii=False))
     partial.replace(folder / f"{file_name(result.task)}.json")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import time
@@ -16,6 +17,7 @@ from etils import epath
 from rich.markup import escape as markup
 from rich.table import Table
 
+from vlm._json import to_json
 from vlm._version import __version__
 from vlm.display import escape
 from vlm.errors import CheckpointError, ConfigError
@@ -101,7 +103,7 @@ class Report:
         for result in results:
             del result["samples"]
         body = {"format": FORMAT, "version": VERSION, "results": results}
-        return json.dumps(body, indent=2, ensure_ascii=False)
+        return to_json(body, indent=2, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str, where: str = "the report") -> "Report":
@@ -245,11 +247,17 @@ def provenance(
     )
 
 
+def _metric(held: dict[str, Any]) -> Metric:
+    names = ("value", "low", "high")  # null in JSON where they are not finite
+    numbers = {name: math.nan if held[name] is None else held[name] for name in names}
+    return Metric(**numbers, n=held["n"])
+
+
 def _result(values: dict[str, Any]) -> Result:
     origin = values["provenance"]
     return Result(
         task=values["task"],
-        metrics={name: Metric(**metric) for name, metric in values["metrics"].items()},
+        metrics={name: _metric(held) for name, held in values["metrics"].items()},
         kind=values.get("kind", ""),
         provenance=Provenance(
             **{

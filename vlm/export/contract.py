@@ -4,11 +4,11 @@
 is a page with the code to call it.
 """
 
-import json
 from typing import Any
 
 from etils import epath
 
+from vlm._json import to_json
 from vlm._version import __version__
 from vlm.bundle import Bundle
 from vlm.config import PreprocessConfig, to_dict
@@ -67,7 +67,7 @@ def write(
         notes += _write_tokenizer(folder, bundle)
     if classifier is not None:
         about["labels"], about["rule"] = list(classifier.labels), classifier.rule
-    (folder / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    (folder / ABOUT).write_text(to_json(about, indent=2, ensure_ascii=False) + "\n")
     (folder / PAGE).write_text(_page(bundle, programs, facts, notes, use))
 
 

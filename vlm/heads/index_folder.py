@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from vlm._json import to_json
 from vlm.errors import CheckpointError, ConfigError, ConflictError
 from vlm.heads.codes import Codes
 from vlm.heads.identity import FIELDS
@@ -143,7 +144,7 @@ def write_shard(
             file.write(np.ascontiguousarray(piece, dtype).data)
         _to_disk(file)
     with open(folder / f"items-{name}.json", "w", encoding="utf-8") as file:
-        json.dump(items, file)  # in ASCII: a file name may be no valid UTF-8
+        file.write(to_json(items))  # in ASCII: a file name may be no valid UTF-8
         _to_disk(file)
     if codes is not None:
         parts = {"codes": codes.values} | ({} if codes.scale is None else {"scale": codes.scale})

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm._json import to_json
 from vlm.chips import CHIPS
 from vlm.errors import ConfigError
 
@@ -180,4 +181,4 @@ def save_measurement(file: str | Path, measurement: Measurement) -> None:
 
     kept = [m for m in kept if same(m) != same(measurement)]
     content = {"format": FORMAT, "measurements": [asdict(m) for m in (*kept, measurement)]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(to_json(content, indent=1) + "\n")

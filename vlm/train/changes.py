@@ -19,6 +19,7 @@ CHANGEABLE = {
     "data.prefetch",
     "data.cache",
     "optimizer.nonfinite",
+    "optimizer.max_skipped_in_a_row",
     "optimizer.learning_rate",
     "optimizer.end_learning_rate",
     "optimizer.schedule",

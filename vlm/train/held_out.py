@@ -48,9 +48,16 @@ class Evaluations:
 
     def __init__(self, experiment: Experiment, trainer: Trainer, tokenizer: Tokenizer):
         embedder, inputs = Embedder(trainer), Inputs(trainer.preprocess, tokenizer)
-        self.held = HeldOut(experiment, embedder, inputs) if experiment.data.eval_split else None
-        data = experiment.data
-        self.tasks = [open_task(config, embedder, inputs, data) for config in experiment.evals]
+        data, split, evals = experiment.data, experiment.data.eval_split, experiment.evals
+        if experiment.eval_every == 0:
+            split, evals = None, ()
+        self.held = HeldOut(experiment, embedder, inputs) if split else None
+        self.tasks = [open_task(config, embedder, inputs, data) for config in evals]
+        if not self:
+            why = "eval_every is 0"
+            if experiment.eval_every != 0:
+                why = "data.eval_split is not set, and evals is empty"
+            print_on_first_process(f"the run is not evaluated: {why}")
 
     def __bool__(self) -> bool:
         return self.held is not None or bool(self.tasks)

@@ -67,7 +67,7 @@ def _all_go_on(go_on: bool) -> bool:
 
 def is_due(step: int, total: int, share: float | None) -> bool:
     """Whether something that happens every `share` of the run happens after `step`."""
-    if share is None:
+    if not share:
         return False
     every = max(1, round(total * share))
     return step % every == 0 and step < total

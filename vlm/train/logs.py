@@ -10,6 +10,7 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from vlm._json import to_json
 from vlm.chips import published_rate
 from vlm.data.faults import BadSamples
 from vlm.errors import TrainingError
@@ -60,6 +61,8 @@ class Logs:
         experiment = run.experiment
         self._batch_size, self._every = experiment.batch_size, experiment.log_every
         self._stop = experiment.optimizer.nonfinite == "stop"
+        self._most_skipped = experiment.optimizer.max_skipped_in_a_row
+        self._skipped = 0  # steps in a row, up to the last row
         self._first, self._total = first_step, total_steps
         # Of the whole mesh; with a resolution schedule the steps are not all alike.
         self._flops = None if experiment.image_sizes else model_flops(experiment, supervision)
@@ -107,7 +110,8 @@ class Logs:
         """Take the metrics of step number `step`, counted from 1.
 
         Raises:
-            TrainingError: a loss or gradient was not finite and the run is told to stop.
+            TrainingError: a loss or gradient was not finite and the run is told to stop, or too
+                many steps in a row were skipped for it.
         """
         self._ahead.append((step, metrics))
         if step == self._first + 1:
@@ -184,12 +188,21 @@ class Logs:
                 "nothing, the run stopped, and its earlier checkpoints are kept; go on with "
                 "--optimizer.nonfinite skip or a lower --optimizer.learning-rate beside --resume"
             )
+        for step, v in zip(steps, values, strict=True):
+            self._skipped = 0 if v["finite"] else self._skipped + 1
+            if self._skipped >= self._most_skipped:
+                raise TrainingError(
+                    f"the loss or its gradient was not finite in {self._skipped} steps in a row, "
+                    f"up to step {step}: the run stopped, and its earlier checkpoints are kept; go "
+                    "on with a lower --optimizer.learning-rate beside --resume, or raise "
+                    "--optimizer.max-skipped-in-a-row"
+                )
 
     def write(self, *rows: dict[str, Any]) -> None:
         """Append rows to the JSONL file and to TensorBoard."""
         if self._file is None or not rows:
             return
-        self._file.writelines(json.dumps(row) + "\n" for row in rows)
+        self._file.writelines(to_json(row) + "\n" for row in rows)
         self._file.flush()
         for row in rows:
             for name, value in row.items():
@@ -232,7 +245,7 @@ def read_log(run: Run) -> list[dict[str, Any]]:
 def _reopen(run: Run, mirror: Mirror, rows: list[dict[str, Any]]):
     """The log file with the rows of the steps that the resumed run will not take again."""
     file = (mirror.local / run.log.name).open("w")
-    file.writelines(json.dumps(row) + "\n" for row in rows)
+    file.writelines(to_json(row) + "\n" for row in rows)
     file.flush()
     return file
 

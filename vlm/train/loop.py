@@ -8,8 +8,8 @@ from etils import epath
 from vlm.cluster.processes import stop_all_on_failure
 from vlm.config import Experiment
 from vlm.data.pipeline import train_batches
-from vlm.data.sources import credits
-from vlm.errors import ConfigError
+from vlm.data.sources import credits, require_source
+from vlm.errors import ConfigError, TrainingError
 from vlm.paths import keep_compiled_programs
 from vlm.sharding import batch_share, check_batch, make_mesh
 from vlm.train.activity import DATA, DEVICE, STEP, Activity
@@ -62,6 +62,7 @@ def _train(
         if resume is not None:
             run = Run.open(resume, experiment)
         elif experiment is not None:
+            require_source(experiment.data)
             run = Run.create(with_templates(resolve(experiment)))
         else:
             raise ConfigError("there is nothing to train: give an experiment, or a run to resume")
@@ -163,6 +164,16 @@ def _train(
         print_on_first_process(f"left at step {step}; go on with `vlm train --resume {run.folder}`")
         return run.folder
 
+    if skipped := int(state.skipped):
+        print_on_first_process(
+            f"{skipped:,} of {total:,} steps were skipped: their loss or gradient was not finite"
+        )
+    if skipped == total:
+        raise TrainingError(
+            f"the loss or its gradient was not finite at every one of the {total:,} steps, so the "
+            "model is as it began: start a new run with a lower --optimizer.learning-rate, or look "
+            "at its data"
+        )
     with doing("writing the bundle"):
         bundle = leave_bundle(run, trainer, state, tokenizer)
         lesson.leave(run, trainer, state)

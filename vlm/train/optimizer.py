@@ -5,7 +5,7 @@ steps, epochs, examples or seconds and lives in the state, not in the compiled s
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,14 @@ import optax
 from jaxtyping import Array, Float
 
 from vlm.config import OptimizerConfig
+from vlm.errors import ConfigError
 from vlm.sharding import path_names
 
 # Parameters that weight decay pulls towards zero. In open_clip all that have two axes or more; in
 # big_vision kernels alone (`wd_mults` of its `optax.py`). Never norms, biases, scale.
 KERNELS = {"kernel", "kernels"}  # the convolutions of a stem are a list of kernels
 DECAYED = {"open_clip": KERNELS | {"embedding", "position", "probe"}, "big_vision": KERNELS}
+FACTORS = {("lora", "a"), ("lora", "b")}  # of adapters, which are matrices by both rules
 
 
 def learning_rate(config: OptimizerConfig, progress: Float[Array, ""]) -> Float[Array, ""]:
@@ -32,14 +34,19 @@ def learning_rate(config: OptimizerConfig, progress: Float[Array, ""]) -> Float[
     rise = jnp.minimum(1.0, progress / warmup) if warmup > 0 else jnp.ones(())
     fall = jnp.clip((1 - progress) / cooldown, 0, 1) if cooldown > 0 else jnp.ones(())
     peak = jnp.float32(config.learning_rate)
-    if config.schedule == "cosine":
-        past = jnp.clip((progress - warmup) / (1 - warmup), 0, 1)
-        fall = 0.5 * (1 + jnp.cos(jnp.pi * past))
-    elif config.schedule == "rsqrt":
-        start = max(warmup, 1e-3)
-        peak = peak * jnp.sqrt(start / jnp.maximum(progress, start))
-    elif config.schedule == "constant":
-        fall = jnp.ones(())
+    match config.schedule:
+        case "cosine":
+            past = jnp.clip((progress - warmup) / (1 - warmup), 0, 1)
+            fall = 0.5 * (1 + jnp.cos(jnp.pi * past))
+        case "rsqrt":
+            start = max(warmup, 1e-3)
+            peak = peak * jnp.sqrt(start / jnp.maximum(progress, start))
+        case "wsd":
+            pass
+        case "constant":
+            fall = jnp.ones(())
+        case _:
+            assert_never(config.schedule)
     return rise * (config.end_learning_rate + (peak - config.end_learning_rate) * fall)
 
 
@@ -70,11 +77,11 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     decays = []
     by_peak = config.weight_decay_rule == "big_vision"
     per_step = config.learning_rate if by_peak else 1.0  # the step multiplies the rate in
-    if config.weight_decay:
+    if config.start_decay:  # in place of the pull to zero
+        decays.append(_pull_to_start(config.start_decay / per_step))
+    elif config.weight_decay:
         mask = functools.partial(decay_mask, rule=config.weight_decay_rule)
         decays.append(optax.add_decayed_weights(config.weight_decay / per_step, mask=mask))
-    if config.start_decay:
-        decays.append(_pull_to_start(config.start_decay / per_step))
     return optax.chain(*parts, *rates, *decays) if by_peak else optax.chain(*parts, *decays, *rates)
 
 
@@ -102,14 +109,21 @@ def _towers(params: Any) -> dict[str, Any]:
 
 
 def _rule(config: OptimizerConfig) -> optax.GradientTransformation:
-    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
-    if config.name == "adamw":  # arXiv:1711.05101
-        return adam
-    if config.name == "lion":  # arXiv:2302.06675
-        return optax.scale_by_lion(b1=config.b1, b2=config.b2)
-    if config.name == "adafactor":  # arXiv:1804.04235 in the form of arXiv:2106.04560
-        momentum = optax.ema(config.b1, debias=False, accumulator_dtype=jnp.bfloat16)
-        return optax.chain(_factored_rms(config.b2), momentum)
+    match config.name:
+        case "adamw":  # arXiv:1711.05101
+            return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+        case "lion":  # arXiv:2302.06675
+            return optax.scale_by_lion(b1=config.b1, b2=config.b2)
+        case "adafactor":  # arXiv:1804.04235 in the form of arXiv:2106.04560
+            momentum = optax.ema(config.b1, debias=False, accumulator_dtype=jnp.bfloat16)
+            return optax.chain(_factored_rms(config.b2), momentum)
+        case "muon":
+            return _muon(config)
+        case _:
+            assert_never(config.name)
+
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     # Muon orthogonalises the momentum of the blocks' matrices (Jordan et al., 2024,
     # kellerjordan.github.io/posts/muon); the rest are Adam's, both with Nesterov's momentum as
     # optax has it. Its updates are scaled to the root-mean-square of Adam's (arXiv:2502.16982), so
@@ -181,12 +195,19 @@ def _matrix_axes(path: tuple, x: Any) -> optax.contrib.MuonDimensionNumbers | No
 
 
 def decay_mask(params: Any, rule: str = "open_clip") -> Any:
-    """True where weight decay applies by that rule."""
+    """True where weight decay applies by that rule.
+
+    Raises:
+        ConfigError: an unknown rule.
+    """
+    if rule not in DECAYED:
+        raise ConfigError(f"weight_decay_rule is {rule!r}: choose one of {', '.join(DECAYED)}")
 
     def decays(path, _):
         *_, parent, leaf = ("", *path_names(path))
         # An item of a list is called by its number: the list's name says what it is.
-        return (parent if leaf.isdigit() else leaf) in DECAYED[rule]
+        name = parent if leaf.isdigit() else leaf
+        return name in DECAYED[rule] or (parent, leaf) in FACTORS
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
