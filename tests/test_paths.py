@@ -63,11 +63,11 @@ def test_what_buckets_say_is_understood():
         HttpError("backend error, 503"): "503",
     }
     for error, part in said.items():
-        assert part in paths.why_not(error)
-    assert paths.why_not(ValueError("shapes differ")) is None
-    assert paths.why_not(ImportError("No module named 'matplotlib'")) is None
+        assert part in paths.storage_error_reason(error)
+    assert paths.storage_error_reason(ValueError("shapes differ")) is None
+    assert paths.storage_error_reason(ImportError("No module named 'matplotlib'")) is None
     with (
         pytest.raises(ConfigError, match=r"x cannot be read \(there is no such bucket\): look"),
-        paths.in_one_sentence("x cannot be read", "look again"),
+        paths.as_config_error("x cannot be read", "look again"),
     ):
         raise FileNotFoundError("Bucket does not exist: x")

@@ -106,8 +106,8 @@ def lines_of(text: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def in_one_sentence(what: str, mend: str) -> Iterator[None]:
-    """Errors of a disk or bucket in here end as "WHAT (why): MEND".
+def as_config_error(what: str, fix: str) -> Iterator[None]:
+    """Errors of a disk or bucket in here end as "WHAT (why): FIX".
 
     Raises:
         ConfigError: that sentence; for a bucket it says what is wrong with it, or with the
@@ -118,10 +118,10 @@ def in_one_sentence(what: str, mend: str) -> Iterator[None]:
     except VlmError:
         raise
     except Exception as error:  # the clients of buckets have errors of their own
-        why = why_not(error)
+        why = storage_error_reason(error)
         if why is None:
             raise
-        raise ConfigError(f"{what} ({why}): {mend}") from error
+        raise ConfigError(f"{what} ({why}): {fix}") from error
 
 
 # What the clients of buckets say, by a part of it, and what that means. The first that fits counts.
@@ -140,7 +140,7 @@ _MEANINGS = {
 _CLIENTS = {"gcsfs", "aiohttp", "google", "requests", "urllib3", "fsspec", "botocore", "s3fs"}
 
 
-def why_not(error: Exception) -> str | None:
+def storage_error_reason(error: Exception) -> str | None:
     """Why a disk or bucket refused, in a few words; None for an error of another kind."""
     said = " ".join(f"{type(error).__name__} {error}".split())
     if isinstance(error, OSError) and error.errno is not None:

@@ -78,7 +78,7 @@ import os, sys, time
 from jax.experimental import multihost_utils
 from vlm.cluster import processes, watch
 from vlm.errors import ConfigError
-from vlm.paths import in_one_sentence
+from vlm.paths import as_config_error
 
 first = sys.argv[2] == "0"
 processes.start(sys.argv[1], 2, int(sys.argv[2]))
@@ -100,7 +100,7 @@ ONE_DIES = """
         if not first:
             os._exit(1)
         time.sleep(1)  # what fails later is an error of JAX, and known as one
-        with in_one_sentence("the checkpoints cannot be listed", "resume the run"):
+        with as_config_error("the checkpoints cannot be listed", "resume the run"):
             multihost_utils.sync_global_devices("made")
 """
 

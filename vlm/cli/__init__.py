@@ -16,7 +16,7 @@ from vlm._version import __version__
 from vlm.cli import runtime
 from vlm.cli.parse import UsageError
 from vlm.errors import WARNED, VlmError
-from vlm.paths import why_not
+from vlm.paths import storage_error_reason
 
 
 class Command(NamedTuple):
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         _let_go_of_stdout()
         if debug:
             raise
-        print(f"vlm: {in_one_sentence(error)}", file=sys.stderr)
+        print(f"vlm: {error_message(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 
@@ -137,7 +137,7 @@ def _let_go_of_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def in_one_sentence(error: Exception) -> str:
+def error_message(error: Exception) -> str:
     """What happened, in one sentence with the mend."""
     if isinstance(error, VlmError):
         return str(error)
@@ -147,7 +147,7 @@ def in_one_sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror[0].lower()}{error.strerror[1:]}"
-    if (why := why_not(error)) is not None:  # of a bucket, say
+    if (why := storage_error_reason(error)) is not None:  # of a bucket, say
         return f"a file could not be read or written ({why}): mend that and run the command again"
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:

@@ -33,7 +33,7 @@ from vlm._json import to_json
 from vlm.errors import CheckpointError, ConfigError, ConflictError
 from vlm.heads.codes import Codes
 from vlm.heads.identity import FIELDS
-from vlm.paths import in_one_sentence, is_remote
+from vlm.paths import as_config_error, is_remote
 
 try:
     import fcntl
@@ -92,7 +92,7 @@ def writing(folder: Path) -> Iterator[None]:
         ConflictError: another save takes longer than LOCK_TIMEOUT.
         ConfigError: the folder cannot be written.
     """
-    with in_one_sentence(f"the index {folder} cannot be written", "free the disk or name another"):
+    with as_config_error(f"the index {folder} cannot be written", "free the disk or name another"):
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / LOCK, "a+", encoding="utf-8") as file:
             _lock(file, folder)

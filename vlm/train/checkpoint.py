@@ -22,7 +22,7 @@ from orbax.checkpoint.type_handlers import ArrayHandler, create_type_handler_reg
 
 from vlm.cluster.processes import broadcast_text, exchange_texts, process_name
 from vlm.errors import CheckpointError
-from vlm.paths import in_one_sentence, on_disk, why_not
+from vlm.paths import as_config_error, on_disk, storage_error_reason
 from vlm.sharding import path_names
 
 # Seconds before a checkpoint that cannot be read is tried again: buckets and shared disks have
@@ -65,7 +65,7 @@ class Checkpoints:
             handlers.add("state", kind, state)
         for kind in (args.JsonSave, args.JsonRestore):
             handlers.add("data", kind)
-        with in_one_sentence(f"the checkpoints in {folder} cannot be listed", "resume the run"):
+        with as_config_error(f"the checkpoints in {folder} cannot be listed", "resume the run"):
             self._manager = ocp.CheckpointManager(
                 on_disk(folder), options=options, handler_registry=handlers
             )
@@ -209,7 +209,7 @@ class Checkpoints:
                 torn = _proves_torn(error)
                 if tries == (1 if torn else len(RETRY_AFTER)):
                     where = f" by {process_name()}" if jax.process_count() > 1 else ""
-                    said = str(error) if torn else why_not(error) or str(error)
+                    said = str(error) if torn else storage_error_reason(error) or str(error)
                     return None, (where, " ".join(said.split())[:300], torn)
                 time.sleep(RETRY_AFTER[tries])
                 tries += 1
@@ -241,7 +241,7 @@ class Checkpoints:
             kept = "there is no earlier one"
             if self.newest is not None:
                 kept = f"checkpoint {self.newest} is whole and kept"
-            said = why_not(error) or " ".join(str(error).split())[:300]
+            said = storage_error_reason(error) or " ".join(str(error).split())[:300]
             raise CheckpointError(
                 f"a checkpoint could not be written to {self.folder} ({said}); {kept}: make room "
                 "and resume the run"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from etils import epath
 
-from vlm.paths import in_one_sentence, is_remote
+from vlm.paths import as_config_error, is_remote
 from vlm.train.console import print_on_first_process
 
 PERIOD = 10.0  # seconds between two copies of what has changed
@@ -56,7 +56,7 @@ class Mirror:
         """
         if self._held is None:
             return
-        failed = in_one_sentence(
+        failed = as_config_error(
             f"the log could not be copied to {self.folder}", "resume the run when it answers"
         )
         with self._copying, failed:

@@ -17,7 +17,7 @@ from vlm._version import __version__
 from vlm.cluster.processes import broadcast_text, exchange_texts, process_name
 from vlm.config import Experiment, to_dict
 from vlm.errors import ConfigError
-from vlm.paths import in_one_sentence, is_remote, on_disk
+from vlm.paths import as_config_error, is_remote, on_disk
 from vlm.train.changes import flat_fields
 
 CHECKPOINTS_TO = "gs://"  # the one kind of bucket that Orbax writes to
@@ -83,7 +83,7 @@ def _said(act) -> str:
 
 
 def _write(file: epath.Path) -> None:
-    with in_one_sentence(
+    with as_config_error(
         f"the run folder {file.parent} cannot be written", "give another --run-dir"
     ):
         file.write_text("written to see that all hosts see it")
@@ -92,7 +92,7 @@ def _write(file: epath.Path) -> None:
 def _look_for(file: epath.Path) -> None:
     where = f"{process_name()} on {socket.gethostname()}" if jax.process_count() > 1 else "this run"
     end = time.monotonic() + SHARED_AFTER
-    with in_one_sentence(f"{where} cannot read the run folder {file.parent}", "let it"):
+    with as_config_error(f"{where} cannot read the run folder {file.parent}", "let it"):
         while not file.exists():
             if time.monotonic() > end:
                 raise ConfigError(
@@ -100,7 +100,7 @@ def _look_for(file: epath.Path) -> None:
                     "made: put it where all hosts see it, in a bucket or on a shared disk"
                 )
             time.sleep(0.5)
-    with in_one_sentence(
+    with as_config_error(
         f"{where} cannot write checkpoints to {file.parent}", "let it, or give another --run-dir"
     ):
         _write_as_tensorstore(file.parent / f"{file.name}-{jax.process_index()}")

@@ -21,7 +21,7 @@ from vlm.data.reinforced import ARRAYS, FILE, SAME, UNFINISHED, variant_draws
 from vlm.data.sources import open_source, streams
 from vlm.errors import ConfigError, DataError
 from vlm.heads.identity import stored_facts
-from vlm.paths import in_one_sentence
+from vlm.paths import as_config_error
 from vlm.train.teacher import check_square
 
 THREADS = 8  # that open images
@@ -79,7 +79,7 @@ def reinforce(
     }
     about = json.loads(json.dumps(about))  # as it is read again
     begun = _begun(folder, about)
-    with in_one_sentence(f"{folder} cannot be written", "give another folder"):
+    with as_config_error(f"{folder} cannot be written", "give another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         _record(folder, about, begun)
         options: dict[str, Any] = {"mode": "r+"}

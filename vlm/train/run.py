@@ -20,7 +20,7 @@ from vlm.config import Experiment, from_dict, to_dict
 from vlm.config.defaults import as_begun
 from vlm.errors import CheckpointError, ConfigError
 from vlm.heads import zero_shot
-from vlm.paths import as_path, in_one_sentence
+from vlm.paths import as_config_error, as_path
 from vlm.train.changes import check_changes
 from vlm.train.preflight import check_folder, check_same_everywhere
 
@@ -129,7 +129,7 @@ class Run:
         return json.loads(rows[-1])["total_steps"] if rows else None
 
     def _write(self, file: epath.Path, text: str) -> None:
-        with in_one_sentence(f"{file} cannot be written", "make it writable, and resume the run"):
+        with as_config_error(f"{file} cannot be written", "make it writable, and resume the run"):
             file.write_text(text)
 
     @contextlib.contextmanager
@@ -192,7 +192,7 @@ def experiment_in(folder: epath.Path) -> Experiment:
         ConfigError: the folder cannot be read; the message says why.
     """
     config = folder / "config.json"
-    with in_one_sentence(f"{config} cannot be read", "check the path, and that you may read it"):
+    with as_config_error(f"{config} cannot be read", "check the path, and that you may read it"):
         text = config.read_text() if config.exists() else None
     if text is None:
         raise CheckpointError(
@@ -207,7 +207,7 @@ def experiment_in(folder: epath.Path) -> Experiment:
 
 def _new_folder(experiment: Experiment) -> epath.Path:
     folder = as_path(experiment.run_dir or _fresh(experiment.name))
-    with in_one_sentence(f"the run folder {folder} cannot be written", "give another --run-dir"):
+    with as_config_error(f"the run folder {folder} cannot be written", "give another --run-dir"):
         config = folder / "config.json"
         if config.exists():
             raise ConfigError(
