@@ -46,7 +46,9 @@ def folder(tmp_path_factory):
 
 def config(folder, kind: str, augment: AugmentConfig, **changes) -> DataConfig:
     source = folder if kind == "random" else folder / "{0..1}.tar"
-    options = {"access": kind, "shuffle": 4, "prefetch": 1} | changes
+    options = {"access": kind, "prefetch": 1} | changes
+    if kind == "stream":
+        options["shuffle"] = 4
     return DataConfig(str(source), augment=augment, **options)
 
 
