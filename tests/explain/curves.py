@@ -22,7 +22,7 @@ import numpy as np
 import vlm
 from vlm.bundle import Bundle
 from vlm.data.sources import first_captions, open_source
-from vlm.evaluate.intervals import bootstrap_mean
+from vlm.evaluate.intervals import mean
 from vlm.explain.curves import Faithfulness, faithfulness
 from vlm.explain.geometry import grid, on_pixels
 from vlm.explain.methods import METHODS, place_maps
@@ -95,7 +95,7 @@ def report(kind: str, areas: dict[str, Faithfulness]) -> bool:
         line = f"{kind:9} {method:11} {area.deletion.mean():8.3f} {area.insertion.mean():9.3f}"
         if method != OURS:
             for gain in (area.deletion - ours.deletion, ours.insertion - area.insertion):
-                by = bootstrap_mean(gain)
+                by = mean(gain)
                 line += f"   {by.value:+.3f} ({by.low:+.3f} to {by.high:+.3f})"
                 won &= by.low > 0 or method not in ("random", "gradcam")
         print(line, flush=True)

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 import vlm
 from vlm.config import PreprocessConfig, ViTConfig
-from vlm.evaluate.intervals import bootstrap_mean
+from vlm.evaluate.intervals import mean
 from vlm.inputs.preprocess import Preprocess
 from vlm.models.dual_encoder import DualEncoder
 
@@ -72,4 +72,4 @@ def test_a_path_is_truer_than_chance():
         areas["random"].deletion - areas["path"].deletion,
         areas["path"].insertion - areas["random"].insertion,
     ):
-        assert bootstrap_mean(gain).low > 0
+        assert mean(gain).low > 0

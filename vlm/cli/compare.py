@@ -21,7 +21,7 @@ def compare(
 ) -> None:
     """Compare two evaluations, example by example: A and B are folders that vlm eval --out wrote.
 
-    Of every task that both have: the difference with its paired bootstrap interval, McNemar's
+    Of every task that both have: the difference with its paired 95% interval, McNemar's
     test, which examples only one of the two gets right, and the smallest difference that the data
     could show. Results of different data are refused.
 

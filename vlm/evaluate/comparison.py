@@ -10,7 +10,7 @@ from rich.table import Table
 from vlm._json import to_json
 from vlm.errors import ConfigError
 from vlm.evaluate.evidence import Samples
-from vlm.evaluate.intervals import Z95, Metric, bootstrap_mean
+from vlm.evaluate.intervals import Z95, Metric, paired_difference
 from vlm.evaluate.runner import Result
 
 POWER = 0.8416212335729143  # the 80% quantile of the standard normal distribution
@@ -24,7 +24,7 @@ class Comparison:
     Attributes:
         task: its name, with the direction of retrieval.
         a, b: the shares of right answers.
-        difference: b - a, with its paired bootstrap interval, clusters drawn whole.
+        difference: b - a, with its paired interval, by clusters.
         only_a, only_b: how many queries one of them alone gets right.
         p_value: of McNemar's exact test that neither is better. It takes queries as independent,
             which the captions of one image are not: then the interval decides.
@@ -120,7 +120,7 @@ def _compare(name: str, a: Samples, b: Samples) -> Comparison:
         name,
         float(right_a.mean()),
         float(right_b.mean()),
-        bootstrap_mean(difference, groups=a["cluster"]),
+        paired_difference(difference, a["cluster"]),
         int(lost.sum()),
         int(gained.sum()),
         mcnemar(int(lost.sum()), int(gained.sum())),

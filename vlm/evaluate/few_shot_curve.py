@@ -1,14 +1,21 @@
 """Accuracy against the number of labelled images of a class, for every head, as one picture."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from vlm.errors import DataError
 from vlm.evaluate.chart import Line, line_chart
-from vlm.evaluate.intervals import Metric, clustered_proportion, proportion
+from vlm.evaluate.intervals import (
+    Metric,
+    between,
+    clustered_proportion,
+    interval,
+    student,
+)
 from vlm.heads.few_shot import Method, fit_head
 
 SHOTS = (1, 2, 4, 8, 16)
@@ -20,7 +27,7 @@ class Curve:
 
     Attributes:
         zero_shot: without any labelled image.
-        points: by method and shots; n counts images times rounds, which are clusters of one image.
+        points: by method and shots; n counts images times rounds.
     """
 
     zero_shot: Metric
@@ -86,7 +93,7 @@ def accuracy_by_shots(
     if not all(map(len, own)):
         raise DataError(f"class {[len(o) for o in own].index(0)} has no image to learn from")
     right = (z_image[test] @ prior).argmax(1) == target[test]
-    zero_shot = proportion(int(right.sum()), len(right))
+    zero_shot = clustered_proportion(right, owner[test])
     hits: dict[tuple[str, int], list[np.ndarray]] = {}
     for _ in range(rounds):
         drawn = [_distinct(rng.permutation(o), owner) for o in own]
@@ -98,14 +105,32 @@ def accuracy_by_shots(
                 )
                 found = head(z_image[test]).argmax(1) == target[test]
                 hits.setdefault((method, k), []).append(found)
-    clusters = np.tile(owner[test], rounds)
     return Curve(
         zero_shot,
-        {
-            m: {k: clustered_proportion(np.concatenate(hits[m, k]), clusters) for k in shots}
-            for m in methods
-        },
+        {m: {k: over_draws(np.array(hits[m, k]), owner[test]) for k in shots} for m in methods},
     )
+
+
+def over_draws(hits: Bool[np.ndarray, "rounds n"], owner: Int[np.ndarray, " n"]) -> Metric:
+    """The share of hits with its interval over images and, from two rounds on, over draws.
+
+    The two margins add up in squares, each with its quantile of Student's t: few rounds say little
+    of the draws, and widen the interval.
+    """
+    rounds, n = hits.shape
+    groups, p = np.tile(owner, rounds), float(hits.mean())
+    draws = 0.0
+    if rounds > 1:
+        rest = hits - hits.mean(axis=0) - hits.mean(axis=1, keepdims=True) + p
+        chance = float((rest**2).sum()) / max(n - 1, 1) / (rounds - 1) / n  # of images in a draw
+        draws = max(0.0, float(hits.mean(axis=1).var(ddof=1)) - chance) / rounds
+    if not draws:
+        return clustered_proportion(hits.ravel(), groups)
+    images, freedom = between(hits.ravel() - p, groups)
+    both = images + draws
+    margin = student(freedom) ** 2 * images + student(rounds - 1) ** 2 * draws
+    worth = min(n * rounds, p * (1 - p) / both)
+    return interval(p, worth, math.sqrt(margin / both), n * rounds)
 
 
 def _distinct(rows: np.ndarray, owner: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from vlm.display import data_uri
 from vlm.errors import DataError
 from vlm.evaluate.chart import Line, line_chart, smooth
-from vlm.evaluate.metrics import Metric
+from vlm.evaluate.intervals import Metric, caveat
 from vlm.evaluate.page import page, section
 from vlm.evaluate.runner import Report
 from vlm.heads.top_k import top_k
@@ -254,7 +254,9 @@ def results_table(results: Report) -> str:
     heads = '<th>Task</th><th>Data</th><th>Texts</th><th>Metric</th><th class="right">Value</th>'
     heads += '<th>0 to 100%</th><th>95% interval</th><th class="right">n</th>'
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return f'<div class="card scroll">{table}</div>' if rows else ""
+    metrics = [metric for result in results.results for metric in result.metrics.values()]
+    note = f'<p class="soft">{escape(caveat(metrics))}</p>'
+    return f'<div class="card scroll">{table}</div>{note}' if rows else ""
 
 
 def _interval(metric: Metric) -> str:

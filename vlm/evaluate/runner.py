@@ -22,7 +22,7 @@ from vlm._version import __version__
 from vlm.display import escape
 from vlm.errors import CheckpointError, ConfigError
 from vlm.evaluate.evidence import Samples, model_facts
-from vlm.evaluate.intervals import Metric
+from vlm.evaluate.intervals import Metric, caveat
 from vlm.evaluate.tasks import DataInfo, Task
 from vlm.heads.templates import describe_templates
 
@@ -144,7 +144,8 @@ class Report:
 
     def __rich__(self) -> Table:
         """The table that `rich.print` shows."""
-        table = Table(title=f"Evaluation of {self._models()}", title_justify="left")
+        title, note = f"Evaluation of {self._models()}", caveat(self._metrics()) or None
+        table = Table(title=title, title_justify="left", caption=note, caption_justify="left")
         table.add_column("task", overflow="fold")
         table.add_column("metric", no_wrap=True)
         for heading in ("value", "95% interval", "n"):
@@ -184,6 +185,9 @@ class Report:
         """How image files became RGB in these results; empty where that is not known."""
         found = (result.provenance.evidence.get("decode") for result in self.results)
         return ", ".join(dict.fromkeys(filter(None, found)))
+
+    def _metrics(self) -> list[Metric]:
+        return [metric for result in self.results for metric in result.metrics.values()]
 
     def _models(self) -> str:
         return ", ".join(dict.fromkeys(result.provenance.model for result in self.results))
