@@ -310,9 +310,9 @@ def test_things_that_are_no_images_or_texts(bundle):
 def test_places_without_a_model(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         load(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"address of the web.*its Hub id: 'google/siglip'"):
+    with pytest.raises(CheckpointError, match=r"web address.*its Hub id: 'google/siglip'"):
         load("https://huggingface.co/google/siglip")
-    with pytest.raises(CheckpointError, match=r"address of the web.*path of the file$"):
+    with pytest.raises(CheckpointError, match=r"web address.*path of the file$"):
         load("https://example.org/model.npz")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="vlm train --resume"):

@@ -1,4 +1,4 @@
-"""Results show themselves in a notebook and in a terminal."""
+"""Results render in notebooks and terminals."""
 
 import io
 import pathlib
@@ -20,7 +20,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def results(model, tmp_path_factory):
-    """One of everything that shows itself."""
+    """One object of each kind that renders itself."""
     folder = tmp_path_factory.mktemp("photos")
     paths = [folder / f"{colour}.png" for colour in ("red", "blue")]
     for path in paths:
@@ -61,7 +61,7 @@ def test_a_terminal_shows_it(results, kind):
     assert words.get(kind, "█" if kind == "classification" else "png") in text
 
 
-def test_a_plan_shows_itself():
+def test_a_plan_renders_in_both():
     from vlm.plan.planning import plan
 
     found = plan(vlm.load_config("openmoji"), "v5e:2x2", "data=4", compiled=False)
@@ -90,7 +90,7 @@ def test_an_image_that_cannot_be_read_is_left_out(tmp_path):
         ({"TERM_PROGRAM": "iTerm.app"}, "\033]1337;File=inline=1;"),
     ],
 )
-def test_terminals_that_draw_images(monkeypatch, variables, start):
+def test_inline_images_in_terminals_that_support_them(monkeypatch, variables, start):
     for name in ("KITTY_WINDOW_ID", "TERM_PROGRAM", "TERM"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

@@ -15,12 +15,12 @@ def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
     assert os.fspath(cache_dir()) == str(tmp_path / "own")
     monkeypatch.delenv("VLM_CACHE")
     assert os.fspath(cache_dir()) == str(tmp_path / "xdg" / "vlm")
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the specification: as if unset
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # XDG: as if unset
     assert os.fspath(cache_dir()) == str(tmp_path / "home" / ".cache" / "vlm")
     assert cache_dir().is_dir()
 
 
-def test_cache_dir_that_cannot_be_made(monkeypatch, tmp_path):
+def test_cache_dir_that_cannot_be_created(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VLM_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(ConfigError, match=r"file/cache.*set VLM_CACHE"):
@@ -33,8 +33,8 @@ def test_remote_paths_stay_remote():
     assert os.fspath(as_path("~/x")) == os.path.expanduser("~/x")
 
 
-def test_addresses_that_are_not_read():
-    with pytest.raises(ConfigError, match=r"https://x/y is an address of the web.*download it"):
+def test_unsupported_schemes_are_refused():
+    with pytest.raises(ConfigError, match=r"https://x/y is a web address.*download it"):
         as_path("https://x/y")
     with pytest.raises(ConfigError, match=r"file:///x begins with file://: give a local path"):
         as_path("file:///x")
@@ -42,18 +42,18 @@ def test_addresses_that_are_not_read():
 
 def test_a_bucket_whose_driver_is_not_installed(monkeypatch):
     monkeypatch.setitem(paths.DRIVERS, "s3", ("no_such_driver", "vlm-jax[s3]"))
-    said = r"s3:// paths need no_such_driver: run pip install 'vlm-jax\[s3\]'"
-    with pytest.raises(ConfigError, match=said):
+    message = r"s3:// paths need no_such_driver: run pip install 'vlm-jax\[s3\]'"
+    with pytest.raises(ConfigError, match=message):
         as_path("s3://bucket/x")
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         vlm.load("s3://bucket/x")
 
 
-def test_what_buckets_say_is_understood():
+def test_errors_of_buckets_are_explained():
     class HttpError(Exception):
         __module__ = "gcsfs.retry"
 
-    said = {
+    reasons = {
         OSError(28, "No space left on device"): "No space left on device",
         HttpError("Anonymous caller does not have storage.objects.create, 401"): "no credentials",
         OSError("Forbidden: https://storage.googleapis.com/b/x"): "grant it Storage Object Admin",
@@ -62,7 +62,7 @@ def test_what_buckets_say_is_understood():
         OSError("Unable to locate credentials"): "AWS_ACCESS_KEY_ID",
         HttpError("backend error, 503"): "503",
     }
-    for error, part in said.items():
+    for error, part in reasons.items():
         assert part in paths.storage_error_reason(error)
     assert paths.storage_error_reason(ValueError("shapes differ")) is None
     assert paths.storage_error_reason(ImportError("No module named 'matplotlib'")) is None

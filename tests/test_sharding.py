@@ -1,4 +1,4 @@
-"""The mesh and its rules: what divides is cut, what does not is refused with the mend."""
+"""Meshes and shardings: dimensions that divide are sharded, invalid sizes are errors with a fix."""
 
 import dataclasses
 import itertools
@@ -32,19 +32,19 @@ def test_one_size_may_be_left_open():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"),
+    ("sizes", "message"),
     [
         ((16, 1, 1), r"mesh data 16 x fsdp 1 x tensor 1 .* there are 8"),
         ((3, -1, 1), r"there are 8: change the mesh"),
         ((-1, 16, 1), r"there are 8"),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_refused(sizes, said):
-    with pytest.raises(ShardingError, match=said):
+def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
+    with pytest.raises(ShardingError, match=message):
         make_mesh(MeshConfig(*sizes))
 
 
-def test_a_batch_that_does_not_divide_is_told_the_nearest_that_do():
+def test_the_error_of_a_batch_that_does_not_divide_names_the_nearest_sizes():
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     check_batch(24, mesh)
     with pytest.raises(ShardingError, match=r"batch_size 20 .* 8 devices .* choose 16 or 24"):
@@ -53,7 +53,7 @@ def test_a_batch_that_does_not_divide_is_told_the_nearest_that_do():
         check_batch(5, mesh)
 
 
-def test_parameters_lie_by_name_and_by_their_largest_dimension():
+def test_parameters_are_sharded_by_name_and_by_their_largest_dimension():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     blocks = ("vision", "transformer", "blocks")
     cases = {
@@ -68,14 +68,14 @@ def test_parameters_lie_by_name_and_by_their_largest_dimension():
         ((*blocks, "mlp_norm", "scale"), (12, 768)): P(None, None),
         (("text", "embedding"), (32_000, 768)): P("tensor", "fsdp"),
         (("logit_scale",), ()): P(),
-        # Three heads do not divide over two devices: they stay whole, the width does not.
+        # Three heads do not divide over two devices: only the width is sharded.
         ((*blocks, "attention", "query", "kernel"), (12, 192, 3, 64)): P(None, "fsdp", None, None),
     }
     for (path, shape), spec in cases.items():
         assert parameter_spec(path, shape, mesh) == spec, (path, shape)
 
 
-def test_optimizer_moments_lie_where_their_parameter_does():
+def test_optimizer_moments_are_sharded_like_their_parameter():
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     kernel = {"mlp": {"up": {"kernel": jnp.zeros((128, 256))}}}
     tree = shardings({"params": kernel, "state": ({"mu": kernel},)}, mesh)
@@ -103,7 +103,7 @@ def test_the_placement_table_counts_bytes_on_one_device():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A device of a TPU slice as `make_mesh` looks at it."""
+    """A device of a TPU slice with the attributes that `make_mesh` reads."""
 
     id: int
     coords: tuple[int, int, int]
@@ -125,7 +125,7 @@ def torus(size: int, slices: int = 1) -> list[Chip]:
 
 @pytest.mark.parametrize("tensor", [2, 4, 8, 16])
 @pytest.mark.parametrize("fsdp", [1, 2, 8, 16])
-def test_any_sizes_lie_on_a_torus_with_the_inner_axes_on_neighbours(fsdp, tensor):
+def test_meshes_of_any_sizes_place_the_inner_axes_on_neighbours_of_the_torus(fsdp, tensor):
     """As on v6e:16x16: mesh axes may share an axis of the torus (25 of 27 were refused)."""
     mesh = make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor), torus(16))
     assert dict(mesh.shape) == {"data": 256 // fsdp // tensor, "fsdp": fsdp, "tensor": tensor}
@@ -144,7 +144,7 @@ def test_slices_are_joined_along_data():
 
 
 @pytest.mark.parametrize("config", [MeshConfig(1, 32, 1), MeshConfig(1, 4, 8), MeshConfig(-1, 32)])
-def test_a_mesh_that_would_cut_parameters_over_slices_is_refused(config):
-    said = "2 slices are joined along data: make data a multiple of 2, and fsdp x tensor at most"
-    with pytest.raises(ShardingError, match=said):
+def test_a_mesh_that_would_shard_parameters_over_slices_is_refused(config):
+    message = "2 slices are joined along data: make data a multiple of 2, and fsdp x tensor at most"
+    with pytest.raises(ShardingError, match=message):
         make_mesh(config, torus(4, slices=2))

@@ -1,7 +1,7 @@
 """vlm: contrastive vision-language models in JAX.
 
-The names below are what most programs need, and the rooms they come from (`vlm.losses`,
-`vlm.models`, ...). All of them load on first use, so `import vlm` is instant.
+This module has the names that most programs need, and the subpackages (`vlm.losses`,
+`vlm.models`, ...). All of them load on first use, so `import vlm` is fast.
 """
 
 from etils import epy

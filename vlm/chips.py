@@ -1,11 +1,11 @@
-"""Published figures of the chips that the project knows, each with its source.
+"""Published specifications of TPUs and GPUs, each with its source.
 
-Peak rates are dense bfloat16 products with float32 accumulation. Interconnect figures are those
-of one direction: what a chip can send in a second over one link of its torus (TPU) or in all
-(NVLink, or PCIe where there is none). `network` is a chip's share of what its machine can send
-to other machines. A machine's threads and memory are those of the type that Google Cloud offers
-for it (docs.cloud.google.com/tpu/docs and /compute/docs/gpus: 4 TPUs, or 8 GPUs); AWS's
-g6e.48xlarge for the L40S, and one superchip for GH200.
+Peak FLOP/s are dense bfloat16 matrix products with float32 accumulation. Interconnect bandwidths
+are for one direction: per link of the torus (TPU), or in total (NVLink, or PCIe without NVLink).
+`network` is the bandwidth to other machines, divided by the chips of a machine. Host threads and
+memory are those of Google Cloud's machine types with 4 TPUs or 8 GPUs
+(docs.cloud.google.com/tpu/docs and /compute/docs/gpus), of AWS's g6e.48xlarge for the L40S, and
+of one superchip for GH200.
 """
 
 import os
@@ -19,7 +19,7 @@ GB, GIB, TERA = 1e9, 2**30, 1e12
 
 @dataclass(frozen=True)
 class Chip:
-    """What one chip can do. `devices` JAX devices share it, and its memory and rates."""
+    """Specification of one chip. `devices` JAX devices share its memory and rates."""
 
     name: str
     platform: Literal["tpu", "gpu"]
@@ -28,26 +28,26 @@ class Chip:
     memory_rate: float  # bytes per second
     link_rate: float  # bytes per second, one direction of one link
     links: int  # of the chip: two for each dimension of its torus
-    network: float  # bytes per second that leave a machine, for each of its chips
-    box: int  # chips of one machine, which NVLink or PCIe joins if they are GPUs
-    cores: int | None  # hardware threads of a machine (vCPUs)
-    host_memory: float | None  # bytes of a machine
+    network: float  # bytes per second to other machines, per chip
+    box: int  # chips of one machine; GPUs are connected by NVLink or PCIe
+    cores: int | None  # hardware threads per machine (vCPUs)
+    host_memory: float | None  # bytes per machine
     source: str
-    unit: int = 16  # rows and columns that a matrix unit multiplies at once
+    unit: int = 16  # rows and columns of a matrix unit
     devices: int = 1
-    reserved: float = 0.0  # bytes of each device that a TPU's runtime keeps to itself
+    reserved: float = 0.0  # bytes per device that the TPU runtime reserves
 
     @property
     def dimensions(self) -> int:
-        """Of the torus that the chips of a slice form; 0 where a switch joins them all."""
+        """Dimensions of the torus of a slice; 0 for chips that are connected by a switch."""
         return self.links // 2 if self.platform == "tpu" else 0
 
     @property
     def usable(self) -> float:
         """Bytes of each device that a program may use.
 
-        On a TPU, what the compiler lets a program have; on a GPU, the share that JAX takes at its
-        start: 75%, or XLA_PYTHON_CLIENT_MEM_FRACTION (docs.jax.dev, GPU memory allocation).
+        On a TPU this is the compiler's limit. On a GPU it is the fraction that JAX preallocates:
+        75%, or XLA_PYTHON_CLIENT_MEM_FRACTION (docs.jax.dev, GPU memory allocation).
         """
         if self.platform == "tpu":
             return self.memory / self.devices - self.reserved
@@ -324,8 +324,7 @@ CHIPS = {
     )
 }
 
-# What JAX calls the devices of these chips (`Device.device_kind`), by a part of the name; the
-# first that is found counts.
+# Substrings of JAX's `Device.device_kind`, and the chip. The first match counts.
 KINDS = {
     "TPU v3": "v3",
     "TPU v4": "v4",
@@ -348,14 +347,14 @@ KINDS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip behind a JAX device, or None where the table has none (such as a CPU)."""
+    """Return the chip of a JAX device kind, or None if the table has none (such as a CPU)."""
     for part, name in KINDS.items():
-        if re.search(rf"{part}(?!\d)", device_kind, re.IGNORECASE):  # an L40 is no L4
+        if re.search(rf"{part}(?!\d)", device_kind, re.IGNORECASE):  # an L40 is not an L4
             return CHIPS[name]
     return None
 
 
 def published_rate(devices: Sequence[Any]) -> float | None:
-    """Peak operations per second of JAX devices of one kind together, where the table has them."""
+    """Return the summed peak FLOP/s of JAX devices of one kind, or None for an unknown chip."""
     chip = chip_of(devices[0].device_kind)
     return len(devices) * chip.flops / chip.devices if chip else None

@@ -1,6 +1,6 @@
-"""How results look: small pictures and bars, in a notebook (HTML) and in a terminal (rich).
+"""Rendering of results: thumbnails and score bars, in notebooks (HTML) and terminals (rich).
 
-Colours are translucent or inherited, so that light and dark pages both show them well.
+Colours are translucent or inherited, so that they work on light and dark pages.
 """
 
 import base64
@@ -20,7 +20,7 @@ from vlm.inputs.opening import MAX_PIXELS, open_image
 
 escape = html.escape
 
-# The colour of the n-th of several things, told apart without colour vision too (Okabe and Ito).
+# Categorical colours, safe for colour blindness (Okabe and Ito).
 COLOURS = (
     (0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167),
     (86, 180, 233), (213, 94, 0), (240, 228, 66), (120, 120, 120),
@@ -28,20 +28,20 @@ COLOURS = (
 
 
 def data_uri(image: Any, size: int = 96) -> str:
-    """`image` at most `size` pixels on a side as a `data:` address, WebP encoded."""
+    """Encode `image`, at most `size` pixels on a side, as a WebP `data:` URI."""
     return "data:image/webp;base64," + base64.b64encode(webp(image, size)).decode()
 
 
 def webp(image: Any, size: int, max_pixels: int = MAX_PIXELS) -> bytes:
-    """The WebP file of `image` at most `size` pixels on a side; JPEG files are decoded no larger.
+    """Encode `image`, at most `size` pixels on a side, as WebP; JPEG files are decoded reduced.
 
     Raises:
         DataError: see `vlm.inputs.open_image`.
     """
 
     def smallest(width: int, height: int) -> tuple[int, int]:
-        share = min(1.0, 2 * size / max(width, height))  # twice the size: sharper once reduced
-        return max(1, round(width * share)), max(1, round(height * share))
+        scale = min(1.0, 2 * size / max(width, height))  # twice the size: sharper once reduced
+        return max(1, round(width * scale)), max(1, round(height * scale))
 
     picture = open_image(image, max_pixels=max_pixels, smallest=smallest)
     picture.thumbnail((size, size), Image.Resampling.LANCZOS)
@@ -51,7 +51,7 @@ def webp(image: Any, size: int, max_pixels: int = MAX_PIXELS) -> bytes:
 
 
 def thumbnail(image: Any, size: int = 96) -> str:
-    """An `<img>` of the picture, or nothing where it cannot be read: a display never fails."""
+    """Make an `<img>` of the image, or an empty string if it cannot be read."""
     try:
         uri = data_uri(image, size)
     except (DataError, OSError, ValueError):
@@ -61,7 +61,7 @@ def thumbnail(image: Any, size: int = 96) -> str:
 
 
 def bars(rows: Sequence[tuple[str, float]], scale: float = 1.0) -> str:
-    """Lines of label, score and a bar as long as score / scale."""
+    """Make HTML lines of label, score and a bar of length score / scale."""
     lines = []
     for label, score in rows:
         width = 100 * min(max(score / scale, 0.0), 1.0) if scale else 0.0
@@ -78,7 +78,7 @@ def bars(rows: Sequence[tuple[str, float]], scale: float = 1.0) -> str:
 
 
 def card(picture: str, body: str) -> str:
-    """A picture, if there is one, beside its body."""
+    """Make an HTML card: an optional image beside its body."""
     return (
         '<div style="display:inline-flex;gap:10px;align-items:center;margin:6px 14px 6px 0">'
         f"{picture}<div>{body}</div></div>"
@@ -86,7 +86,7 @@ def card(picture: str, body: str) -> str:
 
 
 def facts(title: str, rows: Mapping[str, str]) -> str:
-    """A small table of names and values under a title."""
+    """Make an HTML table of names and values under a title."""
     lines = "".join(
         f'<tr><th style="text-align:left">{escape(name)}</th><td>{escape(value)}</td></tr>'
         for name, value in rows.items()
@@ -95,7 +95,7 @@ def facts(title: str, rows: Mapping[str, str]) -> str:
 
 
 class FactSheet:
-    """What shows itself as a small table: `_facts` gives its title and its rows."""
+    """Mixin for display as a small table; `_facts` returns its title and rows."""
 
     def _facts(self) -> tuple[str, dict[str, str]]:
         raise NotImplementedError
@@ -108,7 +108,7 @@ class FactSheet:
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:
-    """How many there are, and the first of them."""
+    """Format the count of names and the first `most` of them."""
     shown = ", ".join(names[:most])
     return f"{len(names):,}: {shown}{', ...' if len(names) > most else ''}"
 
@@ -117,14 +117,14 @@ def listed(names: Sequence[str], most: int = 6) -> str:
 
 
 def bar(share: float, width: int = 20) -> str:
-    """A line of blocks as long as `share` of `width`."""
+    """Draw a bar of block characters, `share` of `width` long."""
     eighths = round(8 * width * min(max(share, 0.0), 1.0))
     full, rest = divmod(eighths, 8)
     return "█" * full + (chr(0x2590 - rest) if rest else "")
 
 
 def bar_table(rows: Iterable[tuple[str, float]], scale: float = 1.0) -> Table:
-    """Lines of label, score and a bar, for `rich.print`."""
+    """Make a table of label, score and bar, for `rich.print`."""
     table = Table.grid(padding=(0, 2))
     table.add_column(overflow="fold")
     table.add_column(justify="right", style="dim")
@@ -135,7 +135,7 @@ def bar_table(rows: Iterable[tuple[str, float]], scale: float = 1.0) -> Table:
 
 
 def facts_table(title: str, rows: Mapping[str, str]) -> Table:
-    """A small table of names and values under a title, for `rich.print`."""
+    """Make a table of names and values under a title, for `rich.print`."""
     table = Table(title=Text(title), title_justify="left", show_header=False, box=None)
     for name, value in rows.items():
         table.add_row(Text(name, style="dim"), Text(value))
@@ -143,9 +143,9 @@ def facts_table(title: str, rows: Mapping[str, str]) -> Table:
 
 
 def inline_image(image: Any, size: int = 240) -> str | None:
-    """The escape sequence that draws an image, in a terminal that says it can; else None.
+    """Return the escape sequence that draws an image; None if the terminal lacks support.
 
-    kitty's graphics protocol (also WezTerm and Ghostty), and iTerm2's inline images.
+    Supports kitty's graphics protocol (also WezTerm and Ghostty) and iTerm2's inline images.
     """
     program, term = os.environ.get("TERM_PROGRAM", ""), os.environ.get("TERM", "")
     kitty = "KITTY_WINDOW_ID" in os.environ or "kitty" in term or program in ("ghostty", "WezTerm")
@@ -166,7 +166,7 @@ def inline_image(image: Any, size: int = 240) -> str | None:
 
 
 def as_html(renderable: RenderableType, width: int = 110) -> str:
-    """What `rich.print` would show, as HTML with the colours of the page."""
+    """Render a rich object as HTML, with the colours of the page."""
     from rich.console import Console
 
     console = Console(record=True, width=width, file=io.StringIO(), force_jupyter=False)

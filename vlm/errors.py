@@ -1,12 +1,12 @@
-"""The project's own errors: each message is one sentence with the value, the place and the mend."""
+"""vlm's exceptions. A message names the offending value, where it was found, and how to fix it."""
 
 import logging
 
-WARNED: set[str] = set()  # what `warn_once` has logged
+WARNED: set[str] = set()  # messages that `warn_once` has logged
 
 
 class VlmError(Exception):
-    """Anything a user can mend. The command line prints its message without a traceback.
+    """Base class of all errors that the user can fix; the CLI prints them without a traceback.
 
     Example:
         >>> try:
@@ -18,7 +18,7 @@ class VlmError(Exception):
 
 
 class ConfigError(VlmError):
-    """A configuration that cannot be: a wrong field, type, size or combination.
+    """An invalid configuration: a wrong field, type, size or combination.
 
     Example:
         >>> try:
@@ -30,7 +30,7 @@ class ConfigError(VlmError):
 
 
 class DataError(VlmError):
-    """Data that is missing, unreadable, or not what its description says.
+    """Data that is missing, unreadable, or different from its description.
 
     Example:
         >>> try:
@@ -42,7 +42,7 @@ class DataError(VlmError):
 
 
 class CheckpointError(VlmError):
-    """A run, bundle or public checkpoint that is missing, torn, or of another architecture.
+    """A run, bundle or public checkpoint that is missing, corrupt, or of another architecture.
 
     Example:
         >>> (folder / "diary.txt").write_text("mine")
@@ -56,7 +56,7 @@ class CheckpointError(VlmError):
 
 
 class ConflictError(CheckpointError):
-    """A file or folder that another process changed since it was read here.
+    """A file or folder that another process changed since this process read it.
 
     Example:
         >>> index = vlm.RetrievalIndex(model)
@@ -97,23 +97,23 @@ class TrainingError(VlmError):
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says first, or its type where it says nothing."""
+    """Return the first line of an error's message, or its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def warn_once(text: str) -> None:
-    """Log a warning, unless this process has logged the same before."""
+    """Log a warning, unless this process has logged the same text before."""
     if text not in WARNED:
         WARNED.add(text)
         logging.getLogger("vlm").warning(text)
 
 
 def show(value: object) -> str:
-    """A value as a message quotes it: at most some 80 characters of it."""
+    """Format a value for an error message, in about 80 characters at most."""
     if isinstance(value, dict | list | tuple) and len(value) > 8:
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,} values"
     if isinstance(value, int) and abs(value) >= 10**20:
-        return "a whole number of more than 20 digits"
+        return "an integer of more than 20 digits"
     try:
         shown = repr(value)
     except RecursionError:

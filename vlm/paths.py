@@ -14,7 +14,7 @@ from etils import epath
 
 from vlm.errors import ConfigError, DataError, VlmError
 
-# What reads each kind of bucket, and what to install to have it.
+# For each scheme, the fsspec driver and the package to install.
 DRIVERS = {
     "gs": ("gcsfs", "vlm-jax[gcs]"),
     "s3": ("s3fs", "vlm-jax[s3]"),
@@ -23,12 +23,12 @@ DRIVERS = {
 
 
 def cache_dir() -> epath.Path:
-    """The folder for what can be made again: prepared data, compiled programs.
+    """Return the cache folder, which holds prepared data and compiled programs.
 
-    `$VLM_CACHE` if set, else `$XDG_CACHE_HOME/vlm`, else `~/.cache/vlm`. It is made when missing.
+    `$VLM_CACHE` if set, else `$XDG_CACHE_HOME/vlm`, else `~/.cache/vlm`. It is created if missing.
 
     Raises:
-        ConfigError: the folder cannot be made or written.
+        ConfigError: the folder cannot be created or written.
     """
     chosen = os.environ.get("VLM_CACHE")
     # The XDG base directory specification: an empty or relative value counts as unset.
@@ -39,18 +39,17 @@ def cache_dir() -> epath.Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"the cache folder {os.fspath(path)!r} cannot be made ({error.strerror or error}): "
+            f"the cache folder {os.fspath(path)!r} cannot be created ({error.strerror or error}): "
             "set VLM_CACHE to a folder that you can write"
         ) from None
     return path
 
 
 def as_path(path: epath.PathLike) -> epath.Path:
-    """`path` with `~` expanded; `gs://` and `s3://` stay remote.
+    """Convert `path` to an `epath.Path`, with `~` expanded; `gs://` and `s3://` stay remote.
 
     Raises:
-        ConfigError: an address of the web, or of another kind that is not read, or whose driver is
-            not installed.
+        ConfigError: a web address or another unsupported scheme, or a driver that is not installed.
     """
     scheme, remote, _ = os.fspath(path).partition("://")
     driver, package = DRIVERS.get(scheme, (None, None)) if remote else (None, None)
@@ -58,12 +57,12 @@ def as_path(path: epath.PathLike) -> epath.Path:
         raise ConfigError(f"{scheme}:// paths need {driver}: run pip install {package!r}")
     try:
         return epath.Path(path).expanduser()
-    except KeyError:  # by which epath says that it does not know the scheme
+    except KeyError:  # epath does not support the scheme
         pass
     if scheme.lower() in ("http", "https", "ftp"):
         raise ConfigError(
-            f"{path} is an address of the web, from which nothing is read: download it first, and "
-            "give the path of the file"
+            f"{path} is a web address, which vlm does not read: download it first, and give the "
+            "path of the file"
         )
     raise ConfigError(f"{path} begins with {scheme}://: give a local path, or gs:// or s3://")
 
@@ -74,27 +73,27 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def on_disk(path: epath.PathLike) -> epath.Path:
-    """`path` from the root of the disk. A remote path is whole already (epath would break it)."""
+    """Make a local path absolute. Remote paths are absolute already (epath would break them)."""
     return epath.Path(path) if is_remote(path) else epath.Path(path).absolute()
 
 
 def decode_text(data: bytes, where: str) -> str:
-    """The text of a file: UTF-8, or UTF-16 with the mark that spreadsheets write before it.
+    """Decode a text file: UTF-8, or UTF-16 with the byte order mark that spreadsheets write.
 
     Raises:
-        DataError: it is neither.
+        DataError: the bytes are neither.
     """
     encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not a UTF-8 text ({error.reason}): save it as UTF-8") from None
+        raise DataError(f"{where} is not UTF-8 text ({error.reason}): save it as UTF-8") from None
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text, which end in a line feed, a carriage return, or both.
+    """Split a text into lines, which end in a line feed, a carriage return, or both.
 
-    `str.splitlines` ends them at U+2028, U+0085 and form feeds too, which are part of a caption.
+    `str.splitlines` also splits at U+2028, U+0085 and form feeds, which may be part of a caption.
 
     Example:
         >>> from vlm.paths import lines_of
@@ -107,24 +106,23 @@ def lines_of(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def as_config_error(what: str, fix: str) -> Iterator[None]:
-    """Errors of a disk or bucket in here end as "WHAT (why): FIX".
+    """Context manager that re-raises disk and bucket errors as ConfigError "WHAT (why): FIX".
 
     Raises:
-        ConfigError: that sentence; for a bucket it says what is wrong with it, or with the
-            credentials.
+        ConfigError: with that message; the reason covers missing buckets and credentials.
     """
     try:
         yield
     except VlmError:
         raise
-    except Exception as error:  # the clients of buckets have errors of their own
+    except Exception as error:  # bucket clients have their own exception types
         why = storage_error_reason(error)
         if why is None:
             raise
         raise ConfigError(f"{what} ({why}): {fix}") from error
 
 
-# What the clients of buckets say, by a part of it, and what that means. The first that fits counts.
+# Substrings of bucket clients' messages, and the reason to report. The first match counts.
 _MEANINGS = {
     ("default credentials", "invalid credentials", "anonymous caller", "unauthenticated", " 401",
      "'code': 401"): "the machine has no credentials for it: run `gcloud auth application-default "
@@ -132,8 +130,8 @@ _MEANINGS = {
     ("unable to locate credentials", "invalidaccesskeyid"): "the machine has no credentials for "
     "it: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role",
     ("forbidden", "permission_denied", "permission denied", " 403", "'code': 403"):
-    "the machine's account may not do this: grant it Storage Object Admin on the bucket, or on one "
-    "of s3:// the rights to list, read and write",
+    "the machine's account has no permission for this: grant it Storage Object Admin on the "
+    "bucket, or for s3:// the rights to list, read and write",
     ("bucket does not exist", "/upload/storage", "specified bucket", "bucket not found"):
     "there is no such bucket",
 }  # fmt: skip
@@ -141,8 +139,8 @@ _CLIENTS = {"gcsfs", "aiohttp", "google", "requests", "urllib3", "fsspec", "boto
 
 
 def storage_error_reason(error: Exception) -> str | None:
-    """Why a disk or bucket refused, in a few words; None for an error of another kind."""
-    said = " ".join(f"{type(error).__name__} {error}".split())
+    """Return why a disk or bucket operation failed; None for an error of another kind."""
+    message = " ".join(f"{type(error).__name__} {error}".split())
     if isinstance(error, OSError) and error.errno is not None:
         return error.strerror or str(error)
     of_tensorstore = isinstance(error, ValueError) and re.match(r"[A-Z_]{5,}: ", str(error))
@@ -150,14 +148,14 @@ def storage_error_reason(error: Exception) -> str | None:
     if not (isinstance(error, OSError) or client or of_tensorstore):
         return None
     for signs, meaning in _MEANINGS.items():
-        if any(sign in said.lower() for sign in signs):
+        if any(sign in message.lower() for sign in signs):
             return meaning
-    return said[:300]
+    return message[:300]
 
 
 def keep_compiled_programs() -> None:
-    """Keep what JAX compiles in the cache folder, unless the user has said where or not to."""
-    import jax  # this module is light for those who only name paths
+    """Enable JAX's compilation cache in the cache folder, unless the user has configured one."""
+    import jax  # imported here: users of plain paths do not need JAX
 
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", os.fspath(cache_dir() / "xla"))
@@ -165,7 +163,7 @@ def keep_compiled_programs() -> None:
 
 
 def is_run(folder: epath.Path) -> bool:
-    """Whether a folder is a run's; Hugging Face folders have a config.json of another kind."""
+    """Whether a folder is a run folder; Hugging Face folders have a config.json of another kind."""
     return (folder / "config.json").exists() and any(
         (folder / name).exists() for name in ("bundle", "checkpoints")
     )

@@ -1,4 +1,4 @@
-"""The mesh, where parameters and batches live on it, and global arrays from per-host data."""
+"""Device mesh, shardings of parameters and batches, and global arrays from per-process data."""
 
 import functools
 import math
@@ -18,11 +18,11 @@ from vlm.config import MeshConfig
 from vlm.errors import ShardingError
 
 AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")  # a batch is cut over both
+BATCH_AXES = ("data", "fsdp")  # a batch is sharded over both
 
-# Which dimension of a parameter lies over `tensor`, by the last two names of its path. Heads and
-# MLP columns are independent, so each device computes its own and one sum joins them (Megatron,
-# arXiv:1909.08053). Counted from the end: stacked blocks carry a layer axis in front.
+# Dimension of a parameter that is sharded over `tensor`, by the last two names of its path. Heads
+# and MLP columns are independent: each device computes its own, and an all-reduce adds them
+# (Megatron, arXiv:1909.08053). Counted from the end: stacked blocks have a leading layer axis.
 TENSOR_DIMENSION: dict[tuple[str, ...], int] = {
     ("query", "kernel"): -2,
     ("query", "bias"): -2,
@@ -36,30 +36,29 @@ TENSOR_DIMENSION: dict[tuple[str, ...], int] = {
     ("down", "kernel"): -2,
     ("text", "embedding"): -2,
 }
-# What belongs to a kernel lies as that does: the heads and columns of a layer are side by side in
-# its adapter and in the factors of an int8 kernel.
+# An adapter and the scales of an int8 kernel are sharded like the kernel's heads or columns.
 OUTPUTS, INPUTS = ("query", "key", "value", "up"), ("out", "down")
 TENSOR_DIMENSION |= {(layer, "lora", "b"): -1 for layer in OUTPUTS}
 TENSOR_DIMENSION |= {(layer, "lora", "magnitude"): -1 for layer in OUTPUTS}
 TENSOR_DIMENSION |= {(layer, "kernel_scale"): -1 for layer in OUTPUTS}
 TENSOR_DIMENSION |= {(layer, "lora", "a"): -2 for layer in INPUTS}
 
-# Below this size a parameter is not worth a gather: every device keeps it whole.
+# Smaller parameters are replicated: an all-gather would cost more than it saves.
 SMALLEST_SHARDED = 2**14  # elements
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of axes ("data", "fsdp", "tensor") over all devices.
+    """Make the mesh of axes ("data", "fsdp", "tensor") over all devices.
 
-    On a TPU the inner axes lie on neighbours of the torus, and several slices are joined along
-    `data` alone: what crosses the data center's network is a sum of gradients and the loss ring.
+    On TPUs the inner axes are placed on neighbours of the torus, and slices are joined along
+    `data` only: the data-center network carries the gradient all-reduce and the loss ring.
 
     Raises:
         ShardingError: the sizes do not multiply to the number of devices, or `data` does not
             divide over the slices.
     """
     devices = jax.devices() if devices is None else devices
-    if devices[0].platform != "tpu":  # GPUs of a box, and CPU devices, come in order
+    if devices[0].platform != "tpu":  # GPUs of a machine and CPU devices are in order
         grid = np.asarray(devices).reshape(mesh_sizes(config, len(devices)))
     else:
         slices: dict[int, list[Any]] = {}
@@ -77,7 +76,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def mesh_sizes(config: MeshConfig, devices: int, slices: int = 1) -> tuple[int, int, int]:
-    """The sizes of a mesh over so many devices, the one that is -1 filled in.
+    """Return the sizes of a mesh over `devices` devices, with a size of -1 filled in.
 
     Raises:
         ShardingError: they do not multiply to the devices, or `data` does not divide over slices.
@@ -88,7 +87,7 @@ def mesh_sizes(config: MeshConfig, devices: int, slices: int = 1) -> tuple[int, 
         sizes[sizes.index(-1)] = max(1, devices // math.prod(s for s in sizes if s != -1))
     if math.prod(sizes) != devices:
         raise ShardingError(
-            f"mesh {wanted} needs a number of devices that its sizes multiply to, and there are "
+            f"mesh {wanted} does not multiply to the number of devices, and there are "
             f"{devices}: change the mesh, or leave one size at -1"
         )
     if sizes[0] % slices:
@@ -102,7 +101,7 @@ def mesh_sizes(config: MeshConfig, devices: int, slices: int = 1) -> tuple[int, 
 
 
 def batch_ways(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts a mesh cuts a batch."""
+    """Return the number of shards of a batch on a mesh."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
@@ -119,23 +118,23 @@ def check_batch(batch_size: int, mesh: Mesh | AbstractMesh, what: str = "batch_s
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Rows of a batch over `data` and `fsdp`."""
+    """Return the sharding of a batch: rows over `data` and `fsdp`."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The same on every device."""
+    """Return the sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, P())
 
 
 def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
-    """Where one parameter lives: `tensor` by its name, `fsdp` over its largest free dimension."""
+    """Return a parameter's spec: `tensor` by its name, `fsdp` on its largest free dimension."""
     spec: list[str | None] = [None] * len(shape)
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     dimension = TENSOR_DIMENSION.get(path[-3:] if "lora" in path else path[-2:])
     if dimension is not None and -dimension <= len(shape) and shape[dimension] % tensor == 0:
         spec[dimension] = "tensor" if tensor > 1 else None
-    # The layer axis of stacked blocks is the scan's own: a block must be whole where it runs.
+    # The layer axis of stacked blocks is scanned over and cannot be sharded.
     first = 1 if "blocks" in path else 0
     free = [d for d in range(first, len(shape)) if spec[d] is None and shape[d] % fsdp == 0]
     if free and fsdp > 1 and math.prod(shape) >= SMALLEST_SHARDED:
@@ -144,10 +143,10 @@ def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | A
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """The sharding of every array of a tree of parameters, or of a state that mirrors them.
+    """Return the sharding of every array in a tree of parameters or optimizer state.
 
-    Optimizer moments and averages have their parameter's names at the end of their path, so the
-    same rules place them.
+    Paths of optimizer moments and EMA parameters end in their parameter's names, so the same rules
+    apply to them.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, x: NamedSharding(mesh, parameter_spec(path_names(path), x.shape, mesh)), tree
@@ -155,17 +154,17 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def mesh_of(x: jax.Array) -> AbstractMesh | None:
-    """The mesh over which the partitioner will cut a traced array, if its type tells."""
+    """Return the mesh of a traced array from its type; None if it has no mesh of these axes."""
     mesh = jax.typeof(x).sharding.mesh
     known = tuple(mesh.axis_names) == AXES and set(mesh.axis_types) == {AxisType.Auto}
     return mesh if known else None
 
 
 def by_rows(x: jax.Array) -> jax.Array:
-    """A traced array of activations, cut by rows over the batch axes and whole otherwise.
+    """Constrain traced activations to be sharded by rows over the batch axes only.
 
-    Left to itself, the partitioner may follow the parameters' `fsdp` axis instead, and move
-    activations, which are large, rather than parameters.
+    Without this the partitioner may follow the parameters' `fsdp` axis, and move activations,
+    which are large, instead of parameters.
     """
     mesh = mesh_of(x)
     if mesh is None or batch_ways(mesh) == 1 or x.shape[0] % batch_ways(mesh):
@@ -174,47 +173,47 @@ def by_rows(x: jax.Array) -> jax.Array:
 
 
 def cut_over_fsdp(x: jax.Array) -> bool:
-    """Whether the mesh of a traced array cuts parameters over `fsdp`."""
+    """Whether the mesh of a traced array shards parameters over `fsdp`."""
     mesh = mesh_of(x)
     return mesh is not None and mesh.shape["fsdp"] > 1
 
 
 def gathered(block: Any, layers: int, dtype: DTypeLike) -> Any:
-    """Traced parameters of one of `layers` stacked blocks, whole over `fsdp`; kernels in `dtype`.
+    """All-gather one of `layers` stacked blocks over `fsdp`; kernels are cast to `dtype`.
 
-    Each device holds its part and gathers the others where they are used; the gradient is summed
-    and cut again there (ZeRO, arXiv:1910.02054, as XLA's partitioner does it).
+    Each device holds its shard and gathers the parameters where they are used. The gradient is
+    reduce-scattered (ZeRO, arXiv:1910.02054, as XLA's partitioner does it).
     """
     constrain = jax.lax.with_sharding_constraint
 
-    def whole(path, x):
+    def gather(path, x):
         mesh = mesh_of(x)
         if mesh is None or mesh.shape["fsdp"] == 1:
             return x
         _, *spec = parameter_spec(("blocks", *path_names(path)), (layers, *x.shape), mesh)
         if "fsdp" not in spec:
             return x
-        parts = NamedSharding(mesh, P(*spec))
-        together = NamedSharding(mesh, P(*(None if axis == "fsdp" else axis for axis in spec)))
+        sharded = NamedSharding(mesh, P(*spec))
+        whole = NamedSharding(mesh, P(*(None if axis == "fsdp" else axis for axis in spec)))
         return linear_call(
-            lambda _, x: constrain(constrain(x, parts), together),
-            lambda _, gradient: constrain(gradient, parts),
+            lambda _, x: constrain(constrain(x, sharded), whole),
+            lambda _, gradient: constrain(gradient, sharded),
             (),
-            # Half the bytes; norms compute in float32, and whole numbers are a quarter already.
+            # Half the bytes; norms compute in float32, and int8 kernels are a quarter already.
             x.astype(dtype) if x.ndim > 1 and jnp.issubdtype(x.dtype, jnp.floating) else x,
         )
 
-    return jax.tree_util.tree_map_with_path(whole, block)
+    return jax.tree_util.tree_map_with_path(gather, block)
 
 
 @functools.cache
 def batch_share(mesh: Mesh | AbstractMesh) -> tuple[int, int]:
-    """(index, count): a batch is cut into `count` equal shares and this process reads one of them.
+    """Return (index, count): this process reads part `index` of `count` equal parts of a batch.
 
-    Processes that hold copies of the same rows, as along `tensor`, read the same share.
+    Processes that hold copies of the same rows, as along `tensor`, read the same part.
 
     Raises:
-        ShardingError: the rows of two processes overlap in part.
+        ShardingError: the rows of two processes overlap partially.
     """
     count = batch_ways(mesh)
     rows: dict[int, set[int]] = {}
@@ -223,14 +222,14 @@ def batch_share(mesh: Mesh | AbstractMesh) -> tuple[int, int]:
     shares = sorted({tuple(sorted(r)) for r in rows.values()})
     if sum(map(len, shares)) != count or len(set(map(len, shares))) > 1:
         raise ShardingError(
-            f"mesh {dict(mesh.shape)} gives the {len(rows)} processes shares of a batch that "
-            "overlap in part: let the devices of a process divide the sizes of data x fsdp"
+            f"mesh {dict(mesh.shape)} gives the {len(rows)} processes batches that overlap "
+            "partially: make data x fsdp a multiple of the devices per process"
         )
     return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 
 def global_batch(batch: dict[str, Any], mesh: Mesh | AbstractMesh) -> dict[str, Any]:
-    """This process's share of a batch, a tree of NumPy's arrays, as part of global arrays."""
+    """Make global arrays from this process's part of a batch, a tree of NumPy arrays."""
     sharding, (_, shares) = batch_sharding(mesh), batch_share(mesh)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(
@@ -241,14 +240,14 @@ def global_batch(batch: dict[str, Any], mesh: Mesh | AbstractMesh) -> dict[str, 
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """The whole of an array, also where parts of it lie on other hosts."""
+    """Copy an array to the host, including shards on other hosts."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
 
 
 def placement_rows(tree: Any, depth: int = 2) -> list[tuple[str, str, int, int]]:
-    """Rows of a table: group of arrays, the mesh axes they lie over, elements, bytes per device."""
+    """Return table rows: parameter group, mesh axes of its shards, elements, bytes per device."""
     groups: dict[str, tuple[set[str], int, int]] = {}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         group = "/".join(path_names(path)[:depth])
@@ -260,5 +259,5 @@ def placement_rows(tree: Any, depth: int = 2) -> list[tuple[str, str, int, int]]
 
 
 def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """The path of a leaf in a pytree, as plain names."""
+    """Convert the path of a pytree leaf to plain names."""
     return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)

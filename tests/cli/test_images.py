@@ -117,10 +117,10 @@ def test_one_alone_is_one_sentence(fails, run, photos):
 def test_addresses_of_the_web_are_no_images(fails, run):
     url = "https://example.org/cat.jpg"
     _, (said,) = fails("classify", run, url, "--labels", "red,blue")
-    assert f"{url} is an address of the web" in said
+    assert f"{url} is a web address" in said
     assert "download it first" in said
     _, (*_, said) = fails("classify", url, tiny.folder() / "data", "--labels", "red,blue")
-    assert f"{url} is an address of the web" in said
+    assert f"{url} is a web address" in said
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])

@@ -236,7 +236,7 @@ def test_a_file_without_permission(tmp_path, photo, monkeypatch):
 
 @pytest.mark.parametrize("address", ["https://example.org/cat.jpg", "HTTP://x/y.png", "ftp://x/y"])
 def test_addresses_of_the_web(address):
-    with pytest.raises(DataError, match=r"address of the web.*download it first"):
+    with pytest.raises(DataError, match=r"web address.*download it first"):
         open_image(address)
 
 
