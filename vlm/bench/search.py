@@ -1,7 +1,7 @@
 """Benchmark of exact search: queries per second by index size, relative to memory bandwidth.
 
 The time to read every stored row once, measured by copying the rows, is the time of a query for
-which no bounds rule out rows; see `vlm.heads.bounded`.
+which no bounds rule out rows; see `vlm.heads.pruned_search`.
 """
 
 import time

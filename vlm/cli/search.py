@@ -65,7 +65,7 @@ def search(
         raise UsageError("the query is empty: give a text or the path of an image")
     runtime.prepare_inference()
     from vlm.display import bar
-    from vlm.heads.conditions import Condition, where_all
+    from vlm.heads.filters import Condition, where_all
 
     conditions = [_condition(text) for text in where]
     opened, unreadable = _open(index, model)

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from vlm.errors import CheckpointError, ConfigError, DataError
+from vlm.heads.filters import Value
 from vlm.heads.items import Id, Stored
-from vlm.heads.metadata import Value
 from vlm.heads.retrieval import RetrievalIndex
 
 PARTITION = 1 << 18  # rows

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from vlm.errors import CheckpointError, ConfigError, ConflictError
-from vlm.heads import bounded, index_folder
+from vlm.heads import index_folder, pruned_search
 from vlm.heads.codes import CANDIDATES, Codes, Coding, encode
-from vlm.heads.metadata import Value
+from vlm.heads.filters import Value
 
 SMALL = 8192  # rows: blocks that are smaller together are joined
 LARGE = 1 << 16  # rows of an index that gets bounds: a smaller one is searched in no time
@@ -30,7 +30,7 @@ class Block:
     rows: np.ndarray
     codes: Codes | None
     name: str | None = None
-    bounds: bounded.Bounds | None = None
+    bounds: pruned_search.Bounds | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -72,7 +72,7 @@ class Items:
     def codes(self) -> list[Codes]:
         return [block.codes for block in self.blocks if block.codes is not None]
 
-    def bounds(self) -> list[bounded.Bounds | None]:
+    def bounds(self) -> list[pruned_search.Bounds | None]:
         """What rules out most rows of each block; with each call one block more has it.
 
         Encoding takes as long as some fifteen searches for one query, hence not all at once. A
@@ -81,9 +81,9 @@ class Items:
         if self.coding is None and len(self.ids) >= LARGE:
             for block in self.blocks:
                 mapped = isinstance(block.rows, np.memmap)
-                if block.bounds is None and not mapped and len(block) >= bounded.LEAST_ROWS:
-                    if bounded.pays():
-                        block.bounds = bounded.Bounds(block.rows)
+                if block.bounds is None and not mapped and len(block) >= pruned_search.LEAST_ROWS:
+                    if pruned_search.is_faster():
+                        block.bounds = pruned_search.Bounds(block.rows)
                     break
         return [block.bounds for block in self.blocks]
 

@@ -14,11 +14,11 @@ from vlm import display
 from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.heads import index_folder
 from vlm.heads.codes import CANDIDATES, LEAST, Coding, candidates
+from vlm.heads.filters import Value, Where, checked_columns, matching
 from vlm.heads.hits import Hit, Hits, picture_of
 from vlm.heads.identity import check_identity, identity, mismatch
 from vlm.heads.inputs import Kind, kind, named_items, split
 from vlm.heads.items import GivenId, Id, Items, Stored
-from vlm.heads.metadata import Value, Where, checked_columns, matching
 from vlm.heads.prompts import normalise
 from vlm.heads.query import Query, embed_queries, least_score, queries_in
 from vlm.heads.top_k import Searcher, recall_at_k, rescored, top_k

@@ -7,8 +7,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float
 
-from vlm.heads import bounded
-from vlm.heads.bounded import Bounder, Bounds
+from vlm.heads import pruned_search
+from vlm.heads.pruned_search import Bounds, Pruner
 
 PRODUCT_BYTES = 16 << 20  # of scores held at once; rows in float32 are read where they lie
 WIDENED_BYTES = 1 << 20  # of rows widened to float32 at once, for each query, up to 32 of them
@@ -58,11 +58,11 @@ def top_k(
     floor = np.full(count, np.nextafter(np.float32(min_score), np.float32(-np.inf)), np.float32)
     scale_of = iter(scales) if scales is not None else itertools.repeat(None)
     bounds_of = iter(bounds) if bounds is not None else itertools.repeat(None)
-    ruling = _Ruling(z_query)
+    pruner = _AdaptivePruner(z_query)
     start = 0
     for block in blocks:
         factors, bound = next(scale_of), next(bounds_of)
-        step = _tile_rows(block, count) if bound is None else bounded.TILE
+        step = _tile_rows(block, count) if bound is None else pruned_search.TILE
         first = min(FIRST_ROWS, step) if start == 0 and bound is None else step
         for offset, end in itertools.pairwise((0, *range(first, len(block) + step, step))):
             rows = slice(offset, end)
@@ -72,7 +72,7 @@ def top_k(
             if here is not None and not here.any():
                 continue
             if bound is not None:
-                here = ruling.left(bound, offset // step, floor, here, len(block[rows]))
+                here = pruner.remaining(bound, offset // step, floor, here, len(block[rows]))
                 if here is not None and not here.any():
                     continue
             picked = None
@@ -101,30 +101,30 @@ def top_k(
     return best_at, best
 
 
-class _Ruling:
+class _AdaptivePruner:
     """Rules out rows by their bounds, and rests for ever longer where that leaves too many."""
 
     def __init__(self, z_query: np.ndarray):
-        self._z, self._bounder = z_query, None
-        self._rest = self._next_rest = 0
+        self._z, self._pruner = z_query, None
+        self._skip = self._next_skip = 0
 
-    def left(
+    def remaining(
         self, bounds: Bounds, tile: int, floor: np.ndarray, allowed: np.ndarray | None, rows: int
     ) -> np.ndarray | None:
         """Which of the allowed rows of a tile are to be multiplied; `allowed` if it rests."""
         if allowed is not None and allowed.mean() < SPARSE:
             return allowed
-        if self._rest or not np.isfinite(floor).all():
-            self._rest = max(0, self._rest - 1)
+        if self._skip or not np.isfinite(floor).all():
+            self._skip = max(0, self._skip - 1)
             return allowed
-        self._bounder = self._bounder or Bounder(self._z)
-        reaching = self._bounder.reaching(bounds, tile, floor)[:rows]
-        if reaching.mean() >= SPARSE:
-            self._next_rest = 2 * self._next_rest + 1
-            self._rest = self._next_rest
+        self._pruner = self._pruner or Pruner(self._z)
+        surviving = self._pruner.surviving(bounds, tile, floor)[:rows]
+        if surviving.mean() >= SPARSE:
+            self._next_skip = 2 * self._next_skip + 1
+            self._skip = self._next_skip
             return allowed
-        self._next_rest = 0
-        return reaching if allowed is None else reaching & allowed
+        self._next_skip = 0
+        return surviving if allowed is None else surviving & allowed
 
 
 def _products_of(z_query: np.ndarray, rows: np.ndarray, picked: np.ndarray) -> np.ndarray:

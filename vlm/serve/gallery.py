@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm.display import webp
 from vlm.errors import DataError
-from vlm.heads.conditions import Condition, where_all
+from vlm.heads.filters import Condition, where_all
 from vlm.heads.query import Query
 from vlm.heads.retrieval import Hits, RetrievalIndex
 from vlm.inputs.opening import SUFFIXES

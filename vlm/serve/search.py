@@ -7,7 +7,7 @@ from fastapi import APIRouter, Path
 from fastapi import Query as Parameter
 from fastapi.responses import Response
 
-from vlm.heads.conditions import Condition
+from vlm.heads.filters import Condition
 from vlm.heads.query import Query
 from vlm.serve.gallery import SIZES, Gallery
 from vlm.serve.limits import Refused

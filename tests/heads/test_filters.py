@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vlm.errors import ConfigError
-from vlm.heads.conditions import Condition, where_all
+from vlm.heads.filters import Condition, where_all
 
 COLUMNS = {
     "year": np.array([2019, 2020, 2021]),

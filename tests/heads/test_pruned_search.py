@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm.heads import bounded, items
-from vlm.heads.bounded import Bounder, Bounds
+from vlm.heads import items, pruned_search
+from vlm.heads.pruned_search import Bounds, Pruner
 from vlm.heads.retrieval import RetrievalIndex
 from vlm.heads.top_k import top_k
 
@@ -47,7 +47,7 @@ def test_a_search_with_bounds_is_the_plain_search(seed, kind, dtype, filtered):
         "min_score": float(rng.choice([-np.inf, 0, 1000])),
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bounded, "TILE", 32)
+        patch.setattr(pruned_search, "TILE", 32)
         bounds = [Bounds(block) if rng.random() < 0.8 else None for block in blocks]
         found = top_k(query, blocks, bounds=bounds, **options)
     for ours, plain in zip(found, top_k(query, blocks, **options), strict=True):
@@ -61,15 +61,15 @@ def test_no_row_is_ruled_out_by_a_floor_below_its_own_score(offset):
     rows = unit(512) * np.linspace(0, 2, 512, dtype=np.float32)[:, None]
     rows[:, 3] += offset
     query = unit(5, seed=1) * np.float32(10)
-    bounds, bounder = Bounds(rows), Bounder(query)
+    bounds, pruner = Bounds(rows), Pruner(query)
     products = query @ rows.T
     for row in range(0, 512, 37):
         floor = np.nextafter(products[:, row], np.float32(-np.inf))
         for q in range(5):
             alone = np.where(np.arange(5) == q, floor, np.float32(np.inf))
-            reaching = bounder.reaching(bounds, 0, alone)
-            assert reaching[products[q] > floor[q]].all()
-    assert not bounder.reaching(bounds, 0, np.full(5, 1e9, np.float32)).any()
+            surviving = pruner.surviving(bounds, 0, alone)
+            assert surviving[products[q] > floor[q]].all()
+    assert not pruner.surviving(bounds, 0, np.full(5, 1e9, np.float32)).any()
 
 
 def test_most_rows_are_ruled_out():
@@ -78,13 +78,13 @@ def test_most_rows_are_ruled_out():
     for z in (rows, rows + unit(1, 256, seed=2)):
         query = z[:4] + 0.5 * unit(4, 256, seed=3)
         tenth = np.sort(query @ z.T, axis=1)[:, -10]
-        share = Bounder(query).reaching(Bounds(z), 0, tenth).mean()
+        share = Pruner(query).surviving(Bounds(z), 0, tenth).mean()
         assert 6 / 8192 < share < 0.02
 
 
 def test_blocks_in_memory_get_bounds_one_with_each_search(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(bounded, "pays", lambda: True)
-    monkeypatch.setattr(bounded, "LEAST_ROWS", 16)
+    monkeypatch.setattr(pruned_search, "is_faster", lambda: True)
+    monkeypatch.setattr(pruned_search, "LEAST_ROWS", 16)
     monkeypatch.setattr(items, "LARGE", 100)
     monkeypatch.setattr(items, "SMALL", 16)
     index = RetrievalIndex(model)
@@ -112,10 +112,10 @@ def test_blocks_in_memory_get_bounds_one_with_each_search(model, tmp_path, monke
 
 
 def test_a_search_rests_from_bounds_that_rule_out_too_little(monkeypatch):
-    monkeypatch.setattr(bounded, "TILE", 64)
+    monkeypatch.setattr(pruned_search, "TILE", 64)
     asked = []
-    real = Bounder.reaching
-    monkeypatch.setattr(Bounder, "reaching", lambda *a: asked.append(a[2]) or real(*a))
+    real = Pruner.surviving
+    monkeypatch.setattr(Pruner, "surviving", lambda *a: asked.append(a[2]) or real(*a))
     equal = np.ones((64 * 40, 16), np.float32)
     at, _ = top_k(equal[:1], [equal], 5, bounds=[Bounds(equal)])
     np.testing.assert_array_equal(at[0], range(5))

@@ -1,7 +1,8 @@
-"""Metadata of an index: columns of values beside the rows, and the filters that read them."""
+"""Metadata columns of an index, and the filters that select its rows."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
@@ -10,6 +11,11 @@ from vlm.errors import ConfigError
 
 Value = str | int | float | bool | None
 Where = Mapping[str, Any] | Callable[[dict[str, np.ndarray]], np.ndarray]
+
+COMPARISONS: dict[str, Callable] = {
+    "=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
+    ">": operator.gt, ">=": operator.ge,
+}  # fmt: skip
 
 
 def checked_columns(metadata: Mapping[str, Iterable[Value]], count: int) -> dict[str, list[Value]]:
@@ -87,6 +93,40 @@ def matching(
         allowed = set(wanted) if several else {wanted}
         kept &= np.fromiter((value in allowed for value in columns[name]), bool, count)
     return kept
+
+
+class Condition(NamedTuple):
+    """Such as `year >= 2020`; `comparison` is one of COMPARISONS."""
+
+    column: str
+    comparison: str
+    value: str | float
+
+
+def where_all(conditions: Sequence[Condition]) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
+    """The conditions as a filter for `RetrievalIndex.search`.
+
+    It raises a ConfigError where a column of numbers is compared with a text.
+    """
+
+    def holds(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        kept = np.True_
+        for name, comparison, value in conditions:
+            column = columns[name]
+            if column.dtype.kind == "U":  # texts are compared as texts
+                value = value if isinstance(value, str) else f"{value:g}"
+            elif isinstance(value, str) and column.dtype.kind != "O":
+                raise ConfigError(f"the numbers of {name!r} are compared with the text {value!r}")
+            try:
+                kept = kept & np.asarray(COMPARISONS[comparison](column, value), bool)
+            except TypeError:  # texts and numbers in one column have no order
+                raise ConfigError(
+                    f"{name!r} holds texts and numbers, which {comparison} cannot order: "
+                    "compare them with = or !="
+                ) from None
+        return np.asarray(kept)
+
+    return holds
 
 
 def _unknown(name: Any, columns: Mapping[str, Any]) -> str:

@@ -47,7 +47,7 @@ class Bounds:
         return sum(part.nbytes for tile in self.tiles for part in tile)
 
 
-class Bounder:
+class Pruner:
     """Says which rows can have a score above a floor, for a batch of queries.
 
     Args:
@@ -64,7 +64,7 @@ class Bounder:
         codes = np.pad(codes.astype(np.int8), ((0, self._padding), (0, 0)))
         (self._codes,) = _on_host(np.ascontiguousarray(codes.T))
 
-    def reaching(
+    def surviving(
         self, bounds: Bounds, tile: int, floor: Float[np.ndarray, " q"]
     ) -> Bool[np.ndarray, " n"]:
         """Which rows of a tile may have a product above the floor of any query, by their bounds.
@@ -107,7 +107,7 @@ def _lengths(z: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def pays() -> bool:
+def is_faster() -> bool:
     """Whether bounds take less than half the time here of the products that they save.
 
     With a library for products of bytes (YNNPACK), XLA takes a fifth of the time for a few queries,
@@ -116,7 +116,7 @@ def pays() -> bool:
     rows, queries = np.ones((TILE, 512), np.float32), np.ones((8, 512), np.float32)
     floor = np.zeros(8, np.float32)
     try:
-        bounds, bounder = Bounds(rows), Bounder(queries)
+        bounds, pruner = Bounds(rows), Pruner(queries)
     except RuntimeError:  # JAX was told to leave the CPU alone
         return False
 
@@ -128,7 +128,7 @@ def pays() -> bool:
             taken.append(time.perf_counter() - began)
         return min(taken)
 
-    bounding = seconds(lambda: bounder.reaching(bounds, 0, floor))
+    bounding = seconds(lambda: pruner.surviving(bounds, 0, floor))
     return bounding < seconds(lambda: queries @ rows.T) / 2
 
 
@@ -144,8 +144,8 @@ def _program():
     import jax.numpy as jnp
 
     @jax.jit
-    def reaching(codes, scale, error, queries, length, limit):
+    def surviving(codes, scale, error, queries, length, limit):
         products = jnp.dot(codes, queries, preferred_element_type=jnp.int32).astype(jnp.float32)
         return (products * scale[:, None] + error[:, None] * length > limit).any(axis=1)
 
-    return reaching
+    return surviving
