@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from vlm.config import DataConfig
+from vlm.data.dataset_stats import identity
 from vlm.data.duplicates import copy_groups, thumbnails
 from vlm.data.sources import open_source
-from vlm.data.survey import identity
 
 COPIES = {
     "JPEG 95": (95, 1.0, "JPEG"),

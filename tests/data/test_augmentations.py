@@ -5,8 +5,8 @@ from PIL import Image
 from vlm.config import AugmentConfig, DataConfig, PreprocessConfig
 from vlm.data import augmentations
 from vlm.data.augmentations import DRAWS, is_on
-from vlm.data.making import Maker
 from vlm.data.randomness import uniforms
+from vlm.data.transform_example import ExampleTransform
 from vlm.errors import ConfigError
 from vlm.inputs.preprocess import Preprocess
 
@@ -80,8 +80,10 @@ def test_a_turn_keeps_the_centre_and_goes_both_ways():
 
 def test_they_add_to_what_is_there_and_depend_on_the_position_alone():
     positions = np.arange(6)
-    plain = Maker([DataConfig()], Preprocess(PreprocessConfig(image_size=16)))
-    strong = Maker([DataConfig(augment=ALL)], Preprocess(PreprocessConfig(image_size=16)))
+    plain = ExampleTransform([DataConfig()], Preprocess(PreprocessConfig(image_size=16)))
+    strong = ExampleTransform(
+        [DataConfig(augment=ALL)], Preprocess(PreprocessConfig(image_size=16))
+    )
     a, b = plain.draws(3, positions), strong.draws(3, positions)
     np.testing.assert_array_equal(a, b[:, : a.shape[1]])
     np.testing.assert_array_equal(strong.draws(3, positions[2:4]), b[2:4])

@@ -19,9 +19,9 @@ from kinds import PREPROCESS, TOKENIZER, members, write_tar
 from vlm.cli import main
 from vlm.config import DataConfig, MixturePart
 from vlm.data import storage
+from vlm.data.example_reader import ExampleReader
 from vlm.data.faults import BadSample, BadSamples, TooManyBad
 from vlm.data.pipeline import train_batches
-from vlm.data.reading import InOrder
 from vlm.data.sources import open_source
 from vlm.errors import DataError
 
@@ -46,7 +46,7 @@ def batches_of(source: str, access: str, **changes):
 
 def read_all(source: str, access: str) -> tuple[list, list[BadSample]]:
     config = dataclasses.replace(FIELDS, source=source, access=access)
-    found = [read.example for read in InOrder(config, "train").read()]
+    found = [read.example for read in ExampleReader(config, "train").read()]
     faults = [example for example in found if isinstance(example, BadSample)]
     return [example for example in found if not isinstance(example, BadSample)], faults
 

@@ -13,7 +13,7 @@ from kinds import KINDS, PREPROCESS, TOKENIZER, numbers_of
 from vlm.config import DataConfig, FieldFilter
 from vlm.data import sidecar
 from vlm.data.faults import BadSample
-from vlm.data.lanes import LaneOrder
+from vlm.data.interleave import LaneOrder
 from vlm.data.pipeline import TrainIterator, train_batches
 from vlm.data.shard_index import open_shards
 from vlm.errors import ConfigError

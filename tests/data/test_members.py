@@ -11,9 +11,9 @@ from PIL import Image
 
 from vlm.cli import main
 from vlm.config import DataConfig
+from vlm.data.example_reader import ExampleReader
 from vlm.data.examples import captions_of, choose_caption
 from vlm.data.faults import BadSample
-from vlm.data.reading import InOrder
 from vlm.data.sources import open_source
 from vlm.errors import DataError
 
@@ -60,7 +60,7 @@ def examples(layout: str, folder: Path, members: list[tuple[str, bytes]], **conf
     else:
         write_tar(folder / "a.tar", members)
         config |= {"source": str(folder / "a.tar"), "access": layout}
-    reader = InOrder(DataConfig(eval_split=None, **config), "train")
+    reader = ExampleReader(DataConfig(eval_split=None, **config), "train")
     return [read.example for read in reader.read()]
 
 
@@ -217,7 +217,7 @@ def test_prepared_shards_keep_every_caption_and_its_name(tmp_path, form, access)
         config = DataConfig(
             source, eval_split=None, captions=chosen, caption_weights=weights, access=access
         )
-        after = [read.example for read in InOrder(config, "train").read()]
+        after = [read.example for read in ExampleReader(config, "train").read()]
         for a, b in zip(before, after, strict=True):
             assert captions_of(a, config) == captions_of(b, config)
             for u in (0.0, 0.2, 0.5, 0.7, 0.99):

@@ -12,8 +12,8 @@ from kinds import TOKENIZER, write_tar
 from PIL import Image
 
 from vlm.config import AugmentConfig, DataConfig, PreprocessConfig
-from vlm.data.making import Maker
 from vlm.data.pipeline import eval_batches, train_batches
+from vlm.data.transform_example import ExampleTransform
 from vlm.data.transforms import DRAWS, Augment
 from vlm.inputs.preprocess import Preprocess
 
@@ -99,7 +99,7 @@ def test_worker_processes_change_nothing(folder):
 
 
 def test_memory_is_counted_whole():
-    images = Maker([DataConfig()], PREPROCESS).blank(3)
+    images = ExampleTransform([DataConfig()], PREPROCESS).blank(3)
     assert sum(x.nbytes for x in images) == 3 * PREPROCESS.image_bytes
     square = Preprocess(PreprocessConfig(image_size=8))
     assert square.blank(2).nbytes == 2 * square.image_bytes == 2 * 8 * 8 * 3

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vlm.config import DataConfig
 from vlm.data.faults import BadSample
-from vlm.data.lanes import count_lanes
+from vlm.data.interleave import count_lanes
 from vlm.data.shards import Place, Record, Shards
 from vlm.data.storage import expand
 from vlm.errors import ConfigError, DataError

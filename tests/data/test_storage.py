@@ -14,7 +14,7 @@ from kinds import PREPROCESS, TOKENIZER
 from vlm.config import DataConfig
 from vlm.data.pipeline import count_examples, train_batches
 from vlm.data.sources import open_source, streams, vocabulary_texts
-from vlm.data.storage import FrontToBack, expand, open_file
+from vlm.data.storage import SequentialFile, expand, open_file
 from vlm.errors import ConfigError, DataError
 
 
@@ -77,7 +77,7 @@ def test_reading_front_to_back_skips_and_goes_on(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(data)
     for chunk in (7, 100, 100_000):
-        file = FrontToBack(str(path), 10, chunk)
+        file = SequentialFile(str(path), 10, chunk)
         assert file.read(5) == data[10:15]
         file.skip(300)
         assert file.offset == 315

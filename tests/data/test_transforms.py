@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
 from vlm.config import AugmentConfig, DataConfig, PreprocessConfig
-from vlm.data.making import NUMBERS, Maker
 from vlm.data.randomness import uniforms
+from vlm.data.transform_example import NUMBERS, ExampleTransform
 from vlm.data.transforms import DRAWS, Augment, color_map, crop_box
 from vlm.errors import ConfigError
 from vlm.inputs.preprocess import Preprocess
@@ -174,25 +174,29 @@ def photo(width: int, height: int, orientation: int = 1) -> bytes:
 )
 def test_a_fraction_of_a_jpeg_gives_the_same_crop(width, height, fraction, orientation):
     config = AugmentConfig(crop=(0.6, 0.9), flip=True, jitter=0.2)
-    maker = Maker([DataConfig(augment=config)], Preprocess(PreprocessConfig(image_size=64)))
+    transform = ExampleTransform(
+        [DataConfig(augment=config)], Preprocess(PreprocessConfig(image_size=64))
+    )
     whole = dataclasses.replace(config, draft=False)
-    slow = Maker([DataConfig(augment=whole)], Preprocess(PreprocessConfig(image_size=64)))
+    slow = ExampleTransform(
+        [DataConfig(augment=whole)], Preprocess(PreprocessConfig(image_size=64))
+    )
     data = photo(width, height, orientation)
     decoded = []
 
     def smallest(w, h):
         decoded.append((w, h))
-        return maker._augment.smallest(w, h, draws[:-1])
+        return transform._augment.smallest(w, h, draws[:-1])
 
     for draws in uniforms(0, np.arange(5), NUMBERS):
         outs = np.empty((2, 64, 64, 3), np.uint8)
         example = {"image": data, "caption": "x"}
-        assert maker(example, draws, outs, 0, "") == slow(example, draws, outs, 1, "") == "x"
+        assert transform(example, draws, outs, 0, "") == slow(example, draws, outs, 1, "") == "x"
         a, b = outs
         error = np.abs(a.astype(int) - b)
         assert error.mean() < 0.7
         assert error.max() < 30
-        image = maker._preprocess.open(data, "", smallest)
+        image = transform._preprocess.open(data, "", smallest)
         upright = (height, width) if orientation == 6 else (width, height)
         assert not decoded or decoded[-1] == upright
         turned = orientation != 1 and (width % 8 or height % 8)  # then it is decoded whole

@@ -145,8 +145,8 @@ def _ours(folder: str) -> None:
 
 def _bare(folder: str) -> None:
     """Only decode (at the JPEG scale that the crop allows) and resize."""
-    from vlm.data.making import NUMBERS
     from vlm.data.randomness import uniforms
+    from vlm.data.transform_example import NUMBERS
     from vlm.data.transforms import Augment
     from vlm.inputs.preprocess import Preprocess
 

@@ -65,7 +65,7 @@ def show(
     """
     from vlm.cli.terminal import print_status, progress
     from vlm.config import DataConfig, PreprocessConfig
-    from vlm.data.survey import survey
+    from vlm.data.dataset_stats import dataset_stats
     from vlm.inputs.preprocess import Preprocess
     from vlm.weights.vocabularies import clip_tokenizer
 
@@ -80,7 +80,7 @@ def show(
         label=label,
         data_dir=data_dir,
     )
-    found = survey(
+    found = dataset_stats(
         config,
         split,
         Preprocess(PreprocessConfig()),
@@ -286,7 +286,7 @@ def _rows(found: Any, figures: dict[str, Any]) -> list[tuple[str, str]]:
     long = f"{found.too_long:,} of {found.good:,} exceed {found.context_length} tokens"
     return [
         ("source", found.source),
-        ("holds", found.said),
+        ("holds", found.description),
         ("looked at", f"{found.looked_at:,} examples, {found.good:,} good"),
         ("features", ", ".join(f"{name} ({kind})" for name, kind in found.features.items())),
         ("captions an image", spread("captions_each")),
@@ -321,7 +321,7 @@ def _page(found: Any, figures: dict[str, Any]) -> str:
     table = f'<div class="card scroll"><table>{bad}</table></div>' if bad else ""
     return page(
         found.source,
-        found.said,
+        found.description,
         [
             section("Figures", "", f'<dl class="card">{facts}</dl>'),
             section("Examples", "The first good ones.", f'<div class="gallery">{shots}</div>'),

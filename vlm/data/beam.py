@@ -18,16 +18,16 @@ from etils import epath
 
 from vlm.config import DataConfig, PreprocessConfig
 from vlm.data import prepare as plain
+from vlm.data.example_reader import ExampleReader
 from vlm.data.faults import BadSample
-from vlm.data.prepare import Kept, Preparation
-from vlm.data.reading import InOrder
+from vlm.data.prepare import Preparation, PreparedExample
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.preprocess import Preprocess
 
 CHUNK = 256  # examples that travel together
 
 Place = tuple[int, int]  # of a chunk: range of the source, number in it
-Item = tuple[Kept | BadSample, list[int]]  # what an example became, and where the next one begins
+Item = tuple[PreparedExample | BadSample, list[int]]  # a result, and the next example's place
 
 
 def pipeline(options: Sequence[str]) -> Any:
@@ -90,7 +90,7 @@ def prepare(
     made = pipeline(options)
     import apache_beam as beam
 
-    InOrder(config, split)  # what is wrong with it is said here and not by a worker
+    ExampleReader(config, split)  # what is wrong with it is said here and not by a worker
     folder, done = plain.begin(config, split, out, wanted)
     if done:
         raise DataError(f"{folder} has shards already: go on without --beam, or name a new folder")
@@ -139,9 +139,9 @@ def prepare(
 
 
 @functools.lru_cache(1)
-def _source(config: DataConfig, split: str) -> InOrder:
+def _source(config: DataConfig, split: str) -> ExampleReader:
     """Opened once in each worker."""
-    return InOrder(config, split)
+    return ExampleReader(config, split)
 
 
 def _chunks(
@@ -163,7 +163,7 @@ def _marks(chunk: tuple[Place, list[Item]]) -> Iterator[tuple[bytes, tuple[Place
     """Where each image is, by what marks duplicates."""
     place, items = chunk
     for row, (made, _) in enumerate(items):
-        if isinstance(made, Kept):
+        if isinstance(made, PreparedExample):
             yield made.mark, (place, row)
 
 
@@ -185,7 +185,7 @@ def _without_duplicates(joined: tuple[Place, dict[str, Any]]) -> tuple[Place, li
 def _counts(chunk: tuple[Place, list[Item]]) -> tuple[Place, int, int]:
     """How many examples a chunk has, and how many of them are written."""
     place, items = chunk
-    return place, len(items), sum(isinstance(made, Kept) for made, _ in items)
+    return place, len(items), sum(isinstance(made, PreparedExample) for made, _ in items)
 
 
 def _starts(counts: list[tuple[Place, int, int]]) -> dict[Place, tuple[int, int]]:
@@ -207,7 +207,7 @@ def _placed(
     for item in items:
         read += 1
         yield kept // examples, (read, item)
-        kept += isinstance(item[0], Kept)
+        kept += isinstance(item[0], PreparedExample)
 
 
 def _write(
@@ -215,7 +215,7 @@ def _write(
 ) -> dict[str, Any]:
     number, found = shard
     rows = sorted(found, key=lambda row: row[0])
-    kept = [made for _, (made, _) in rows if isinstance(made, Kept)]
+    kept = [made for _, (made, _) in rows if isinstance(made, PreparedExample)]
     left_out: Counter[str] = Counter()
     for _, (made, _) in rows:
         if isinstance(made, BadSample):

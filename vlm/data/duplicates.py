@@ -5,8 +5,8 @@ Two images are copies where their thumbnails differ by at most NEAR times their 
 many different images it takes for copies. Drawings of one template, such as the faces of clocks,
 are among them: as one group they stay on one side of a split, which errs on the safe side.
 
-The hash of `vlm.data.survey` asks for equality, as a pass over a stream must, and misses copies of
-which one bit differs.
+The hash in `vlm.data.dataset_stats` compares for equality, so that one pass over a stream suffices;
+it misses copies that differ in one bit.
 """
 
 import os

@@ -12,7 +12,7 @@ import numpy as np
 
 from vlm.config import DataConfig, MixturePart
 from vlm.data.examples import PART
-from vlm.data.lanes import Stream
+from vlm.data.interleave import Stream
 from vlm.data.randomness import key, uniforms
 from vlm.data.shards import Lane, Sample
 from vlm.errors import ConfigError

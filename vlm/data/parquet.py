@@ -20,7 +20,7 @@ from vlm.data.faults import BadSample
 from vlm.data.shards import Record
 from vlm.data.splits import named_splits, rows_of_split, split_files, split_value
 from vlm.data.storage import expand, open_file, retry
-from vlm.data.tar import Torn
+from vlm.data.tar import CorruptFileError
 from vlm.errors import DataError, first_line
 
 _ROWS = 64  # made at a time
@@ -41,7 +41,7 @@ class ParquetFormat:
         """The rows of a shard from row `offset` on.
 
         Raises:
-            OSError, Torn: where it cannot be read on.
+            OSError, CorruptFileError: where it cannot be read on.
         """
         pyarrow = import_pyarrow()
         with retry(lambda: open_file(shard)) as f:
@@ -60,7 +60,7 @@ class ParquetFormat:
                             yield Record(_example(columns, values, shard, row), row + 1)
                         row += 1
             except pyarrow.ArrowException as error:
-                raise Torn(str(error)) from None
+                raise CorruptFileError(str(error)) from None
 
 
 class ParquetSource:

@@ -16,18 +16,18 @@ from etils import epath
 from vlm.config import DataConfig
 from vlm.data.examples import captions_of
 from vlm.data.faults import BadSamples
-from vlm.data.lanes import (
+from vlm.data.interleave import (
     LaneBatches,
     LaneOrder,
     count_lanes,
     of_all_processes,
     threads_for,
 )
-from vlm.data.making import Maker
 from vlm.data.mixture import part_configs
 from vlm.data.random_access import Batch, StepOrder, TrainBatches, decoding_threads
 from vlm.data.reinforced import Reinforced
 from vlm.data.sources import CachedSource, open_source, open_stream, streams
+from vlm.data.transform_example import ExampleTransform
 from vlm.data.workers import (
     buffered_batches,
     check_shared_memory,
@@ -246,7 +246,7 @@ def _lane_order(
         stream,
         range(each * process_index, each * (process_index + 1)),
         batch_size // each,
-        Maker([config, *part_configs(config)], preprocess),
+        ExampleTransform([config, *part_configs(config)], preprocess),
         tokenizer,
         max_bad_in_a_row=config.max_bad_in_a_row,
         threads=threads_for(config),

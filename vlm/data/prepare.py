@@ -28,12 +28,12 @@ from PIL import Image
 from vlm._json import to_json
 from vlm.config import DataConfig
 from vlm.data.array_record import serialize
+from vlm.data.dataset_stats import identity
+from vlm.data.example_reader import ExampleReader, Read
 from vlm.data.examples import Example, captions_of, passes
 from vlm.data.faults import BadSample
-from vlm.data.making import open_image_of
 from vlm.data.members import TEXT
-from vlm.data.reading import InOrder, Read
-from vlm.data.survey import identity
+from vlm.data.transform_example import open_image_of
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.opening import extension_of
 from vlm.inputs.preprocess import Preprocess
@@ -56,7 +56,7 @@ class Preparation:
     min_side: int = 0  # pixels: leave out smaller ones
 
 
-class Kept(NamedTuple):
+class PreparedExample(NamedTuple):
     """An example to be written."""
 
     image: bytes
@@ -86,13 +86,13 @@ def prepare(
         DataError: the source cannot be opened, or `out` holds something else.
         ConfigError: sizes that cannot be.
     """
-    source = InOrder(config, split)
+    source = ExampleReader(config, split)
     folder, done = begin(config, split, out, wanted)
     place = done[-1]["next"] if done else None
     seen = {mark for line in done for mark in _marks(folder, line["shard"])}
     read = done[-1]["read"] if done else 0
     left_out: collections.Counter[str] = collections.Counter()
-    kept: list[Kept] = []
+    kept: list[PreparedExample] = []
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for example, after in _in_parallel(source.read(place), pool, config, wanted, preprocess):
             read, place = read + 1, after
@@ -160,7 +160,7 @@ def _in_parallel(
     config: DataConfig,
     wanted: Preparation,
     preprocess: Preprocess,
-) -> Iterator[tuple[Kept | BadSample, list[int]]]:
+) -> Iterator[tuple[PreparedExample | BadSample, list[int]]]:
     while some := list(itertools.islice(reads, _AT_ONCE)):
         made = pool.map(lambda read: make(read.example, config, wanted, preprocess), some)
         yield from zip(made, (read.after for read in some), strict=True)
@@ -168,7 +168,7 @@ def _in_parallel(
 
 def make(
     example: Example | BadSample, config: DataConfig, wanted: Preparation, preprocess: Preprocess
-) -> Kept | BadSample:
+) -> PreparedExample | BadSample:
     """An example as it is written, or why it is left out."""
     if isinstance(example, BadSample):
         return example
@@ -200,7 +200,7 @@ def make(
     features = {name: value for name, value in plain.items() if _fits(value, wanted)}
     dropped = tuple(name for name, value in plain.items() if name not in features)
     text = str(features[TEXT]) if TEXT in config.captions and features.get(TEXT) else captions[0]
-    return Kept(data, suffix, features, captions, text, identity(image), dropped)
+    return PreparedExample(data, suffix, features, captions, text, identity(image), dropped)
 
 
 def _plain(value: Any) -> Any:
@@ -221,7 +221,7 @@ def _fits(value: Any, wanted: Preparation) -> bool:
 def write(
     folder: epath.Path,
     split: str,
-    kept: list[Kept],
+    kept: list[PreparedExample],
     wanted: Preparation,
     number: int,
     left_out: collections.Counter,
@@ -252,7 +252,7 @@ def keep_lines(folder: epath.Path, lines: list[dict[str, Any]]) -> None:
         os.fsync(f.fileno())
 
 
-def _write_tar(path: epath.Path, kept: list[Kept], number: int) -> None:
+def _write_tar(path: epath.Path, kept: list[PreparedExample], number: int) -> None:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for i, item in enumerate(kept):
             # The member `.txt` stands for the feature of this name.
@@ -265,7 +265,7 @@ def _write_tar(path: epath.Path, kept: list[Kept], number: int) -> None:
                 tar.addfile(info, io.BytesIO(data))
 
 
-def _write_records(path: epath.Path, kept: list[Kept], number: int) -> None:
+def _write_records(path: epath.Path, kept: list[PreparedExample], number: int) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     writer = ArrayRecordWriter(os.fspath(path), "group_size:1")

@@ -22,10 +22,10 @@ from jaxtyping import Int
 from vlm.config import DataConfig
 from vlm.data.examples import Source
 from vlm.data.faults import BadSample, TooManyBad
-from vlm.data.making import Maker
 from vlm.data.randomness import key, permute, uniforms
 from vlm.data.reinforced import Reinforced
 from vlm.data.shards import Sample
+from vlm.data.transform_example import ExampleTransform
 from vlm.errors import DataError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.two_tokenizers import AnyTokenizer
@@ -70,7 +70,7 @@ class TrainBatches:
         self._reinforced = reinforced
         self._source = source
         self._tokenizer = tokenizer
-        self._maker = Maker([config], preprocess)
+        self._transform = ExampleTransform([config], preprocess)
         self._seed = seed
         self._batch_size = batch_size
         self._global_batch = batch_size * process_count
@@ -96,11 +96,11 @@ class TrainBatches:
         indices = places(self._seed, positions, len(self._source))
         store, variants = self._reinforced, np.zeros_like(positions)
         if store is None:
-            draws = self._maker.draws(self._seed, positions)
+            draws = self._transform.draws(self._seed, positions)
         else:
             variants = store.choose(self._seed, positions)
-            draws = store.draws(self._maker, indices, variants)
-        images = self._maker.blank(self._batch_size)
+            draws = store.draws(self._transform, indices, variants)
+        images = self._transform.blank(self._batch_size)
         bad: list[dict[str, str]] = []
         numbers = zip(indices.tolist(), variants.tolist(), positions.tolist(), strict=True)
         made = [
@@ -123,7 +123,7 @@ class TrainBatches:
         """Of one batch of this process, pixels and tokens."""
         length = self._tokenizer.config.context_length
         taught = 0 if self._reinforced is None else 2 * 4 * self._reinforced.width
-        return self._batch_size * (self._maker.image_bytes + 4 * length + taught)
+        return self._batch_size * (self._transform.image_bytes + 4 * length + taught)
 
     def _make(
         self,
@@ -140,7 +140,7 @@ class TrainBatches:
         for attempt in range(self._max_bad_in_a_row):
             try:
                 example = self._source[index]
-                return self._maker(example, u, images, row, f"example {index}"), index
+                return self._transform(example, u, images, row, f"example {index}"), index
             except BadSample as fault:
                 bad.append(fault.record())
                 last = fault
@@ -148,7 +148,7 @@ class TrainBatches:
                 index = int(other * len(self._source))
                 if self._reinforced is not None:  # the changes are the example's own
                     at = np.array([index]), np.array([variant])
-                    u = self._reinforced.draws(self._maker, *at)[0]
+                    u = self._reinforced.draws(self._transform, *at)[0]
         assert last is not None  # one sample at least was looked at
         raise TooManyBad.in_a_row(self._max_bad_in_a_row, last)
 

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Float, Float32, Int
 
 from vlm.config import DataConfig, to_dict
-from vlm.data.making import Maker
 from vlm.data.randomness import key, uniforms
+from vlm.data.transform_example import ExampleTransform
 from vlm.errors import ConfigError, DataError
 
 FILE, UNFINISHED = "reinforced.json", "unfinished.json"
@@ -87,10 +87,13 @@ class Reinforced:
         return (uniforms(key(seed, 7), positions, 1)[:, 0] * self.variants).astype(np.int64)
 
     def draws(
-        self, maker: Maker, indices: Int[np.ndarray, " b"], variants: Int[np.ndarray, " b"]
+        self,
+        transform: ExampleTransform,
+        indices: Int[np.ndarray, " b"],
+        variants: Int[np.ndarray, " b"],
     ) -> Float[np.ndarray, "b numbers"]:
         """The uniform numbers that make these variants of these examples."""
-        return variant_draws(maker, self.seed, self.variants, indices, variants)
+        return variant_draws(transform, self.seed, self.variants, indices, variants)
 
     def embeddings(
         self, indices: Int[np.ndarray, " b"], variants: Int[np.ndarray, " b"]
@@ -104,11 +107,11 @@ class Reinforced:
 
 
 def variant_draws(
-    maker: Maker,
+    transform: ExampleTransform,
     seed: int,
     count: int,
     indices: Int[np.ndarray, " b"],
     variants: Int[np.ndarray, " b"],
 ) -> Float[np.ndarray, "b numbers"]:
     """The uniform numbers of variants of examples, of `count` for each."""
-    return maker.draws(key(seed, 8), indices * count + variants)
+    return transform.draws(key(seed, 8), indices * count + variants)

@@ -29,9 +29,9 @@ from vlm.data.sidecar import Sidecars, sidecar_path
 from vlm.data.splits import split_files
 from vlm.data.storage import (
     READERS,
-    FrontToBack,
+    SequentialFile,
+    cache_path,
     exists,
-    kept_of,
     read_file,
     read_range,
     size_of,
@@ -69,10 +69,10 @@ class ShardSource:
         name = self._names[shard]
         start, end = self._offsets[index + shard : index + shard + 2].tolist()
         try:
-            file = FrontToBack.of(read_range(name, start, end))
+            file = SequentialFile.of(read_range(name, start, end))
             group = next(tar.groups(file, self._reads, whole=False))
             more = self._sidecars.row(shard, stem_of(group.key)) if self._sidecars else None
-        except (OSError, tar.Torn, StopIteration) as error:
+        except (OSError, tar.CorruptFileError, StopIteration) as error:
             why = f"example {index} of {name} cannot be read where the index says ({error})"
             raise BadSample("failed read", name, why) from None
         return self._example(group, name, more)
@@ -201,7 +201,7 @@ def index_for(names: list[str], config: DataConfig) -> str:
                 _write_whole(path, data)
         _check_sizes(read_index(path)[0], names, prepared)
         return path
-    path = kept_of(names, SUFFIX)
+    path = cache_path(names, SUFFIX)
     if os.path.exists(path):
         try:
             read_index(path)
@@ -242,13 +242,13 @@ def _offsets_of(name: str) -> tuple[UInt64[np.ndarray, " n"], int, list[BadSampl
     size, end, without = 0, 0, []
     try:
         size = size_of(name)
-        for start, group in _with_starts(FrontToBack(name)):
+        for start, group in _with_starts(SequentialFile(name)):
             if any(map(is_image, group.parts)):
                 offsets.append(start)
             else:
                 without.append(f"{group.key} ({', '.join(group.parts)})")
             end = group.end
-    except (OSError, tar.Torn) as error:
+    except (OSError, tar.CorruptFileError) as error:
         faults.append(shard_fault(error, name))
     if without:
         which = f"{', '.join(without[:3])}{', ...' * (len(without) > 3)}"
@@ -267,7 +267,7 @@ def _count_lost(faults: list[BadSample], names: Sequence[str], counts: list[int]
             broken[name].samples = max(1, (known_count(name) or mean) - count)
 
 
-def _with_starts(file: FrontToBack) -> Iterator[tuple[int, tar.Group]]:
+def _with_starts(file: SequentialFile) -> Iterator[tuple[int, tar.Group]]:
     start = 0
     try:
         for group in tar.groups(file, lambda extension: False):

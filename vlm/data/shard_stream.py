@@ -7,7 +7,7 @@ from vlm.data.shards import Format, Record, Shards
 from vlm.data.sidecar import sidecar_path
 from vlm.data.splits import split_files
 from vlm.data.storage import CHUNK, exists, size_of
-from vlm.data.tar import Torn
+from vlm.data.tar import CorruptFileError
 from vlm.data.webdataset import TarFormat
 from vlm.errors import DataError
 
@@ -55,7 +55,7 @@ def look_at(config: DataConfig, names: list[str]) -> tuple[Format, int]:
         try:
             first, is_all = _first(form, name)
             typical = known_count(name) or (len(first) if is_all else _length(form, name, first))
-        except (OSError, Torn) as error:
+        except (OSError, CorruptFileError) as error:
             last = f"there is no {name}" if isinstance(error, FileNotFoundError) else error
             continue
         if not first:
@@ -82,7 +82,7 @@ def _first(form: Format, name: str) -> tuple[list[Record], bool]:
             found.append(record)
             if len(found) == LOOKED_AT:
                 return found, False
-    except (OSError, Torn):
+    except (OSError, CorruptFileError):
         if not found:
             raise
     finally:

@@ -19,7 +19,7 @@ from vlm.data.examples import Example, passes
 from vlm.data.faults import BadSample
 from vlm.data.randomness import key, permute
 from vlm.data.shard_sizes import known_count
-from vlm.data.tar import Torn
+from vlm.data.tar import CorruptFileError
 from vlm.errors import DataError
 
 _NUMBERS = 24  # bits for the number of an example in its shard
@@ -150,7 +150,7 @@ class Shards:
                 if empty:  # else a lane of such shards would look for a sample for ever
                     bad = BadSample("empty shard", name, f"the shard {name} holds no examples")
                     yield Sample(bad, base), after
-            except (OSError, Torn) as error:
+            except (OSError, CorruptFileError) as error:
                 lost = (known_count(name) or self.typical) - number
                 yield Sample(shard_fault(error, name, lost), base + number), after
             turn, offset, number = turn + 1, 0, 0
@@ -217,6 +217,6 @@ def shard_fault(error: Exception, shard: str, lost: int = 1) -> BadSample:
     lost = max(1, lost)
     if isinstance(error, FileNotFoundError):
         return BadSample("missing shard", shard, f"there is no shard {shard}", lost)
-    if isinstance(error, Torn):
+    if isinstance(error, CorruptFileError):
         return BadSample("broken shard", shard, f"the shard {shard} is broken: {error}", lost)
     return BadSample("failed read", shard, f"the shard {shard} cannot be read: {error}", lost)

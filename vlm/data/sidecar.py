@@ -18,7 +18,7 @@ from typing import Any
 from vlm.config import DataConfig
 from vlm.data.examples import wanted_features
 from vlm.data.parquet import read_columns
-from vlm.data.storage import READERS, kept_of
+from vlm.data.storage import READERS, cache_path
 
 _TABLES = """
     CREATE TABLE row (shard INTEGER, key TEXT, fields TEXT, PRIMARY KEY (shard, key)) WITHOUT ROWID;
@@ -82,7 +82,7 @@ class Sidecars:
 
 def _database(shards: Sequence[str], config: DataConfig) -> str:
     """The file with the rows of all tables, made where it is not there yet."""
-    path = kept_of([*map(sidecar_path, shards)], ".rows", *wanted_features(config))
+    path = cache_path([*map(sidecar_path, shards)], ".rows", *wanted_features(config))
     if os.path.exists(path):
         return path
     with (

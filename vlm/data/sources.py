@@ -25,13 +25,13 @@ from vlm.data.examples import (
     templates_of,
 )
 from vlm.data.faults import BadSample
+from vlm.data.interleave import Stream
 from vlm.data.known_classes import imagenet_names, imagenet_templates
-from vlm.data.lanes import Stream
-from vlm.data.making import open_image_of
 from vlm.data.random_access import IndexedStream
 from vlm.data.randomness import key
 from vlm.data.shard_stream import find_shards, open_shards_as_stream
 from vlm.data.splits import WHOLE, default_split, find_split, named_splits
+from vlm.data.transform_example import open_image_of
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.preprocess import Preprocess
 from vlm.paths import as_path, cache_dir, is_remote

@@ -125,7 +125,7 @@ def read_range(path: str, start: int, end: int) -> bytes:
     return retry(read)
 
 
-def kept_of(files: Sequence[str], suffix: str, *more: str) -> str:
+def cache_path(files: Sequence[str], suffix: str, *more: str) -> str:
     """Where this machine keeps what is made of these files, and of `more` that it depends on.
 
     What changes a file changes its length or its time, and so the name.
@@ -198,7 +198,7 @@ def retry(action: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
-class FrontToBack:
+class SequentialFile:
     """A file read from `offset` to its end in large pieces, opened again where a read fails."""
 
     def __init__(self, path: str, offset: int = 0, chunk: int = CHUNK):
@@ -208,7 +208,7 @@ class FrontToBack:
         self.offset = offset  # of the next byte that `read` gives
 
     @classmethod
-    def of(cls, data: bytes) -> "FrontToBack":
+    def of(cls, data: bytes) -> "SequentialFile":
         """The same over bytes that are there already."""
         file = cls("")
         file._buffer = memoryview(data)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from vlm.data.storage import FrontToBack
+from vlm.data.storage import SequentialFile
 
 BLOCK = 512  # bytes: a header, and what every member is padded to
 _SKIPPED = b"1234567"  # links, devices, folders
@@ -18,7 +18,7 @@ _MAX_PADDING = 1 << 20  # bytes of zeros behind the last member: more is an inco
 _META = re.compile(r"__[^/]*__($|/)")  # what webdataset keeps for itself
 
 
-class Torn(Exception):
+class CorruptFileError(Exception):
     """The tar file ends or breaks off where it should go on."""
 
 
@@ -32,7 +32,10 @@ class Group(NamedTuple):
 
 
 def groups(
-    file: FrontToBack, wanted: Callable[[str], bool] = lambda extension: True, *, whole: bool = True
+    file: SequentialFile,
+    wanted: Callable[[str], bool] = lambda extension: True,
+    *,
+    whole: bool = True,
 ) -> Iterator[Group]:
     """The examples of a tar file from where `file` stands, which is the start of one of them.
 
@@ -42,8 +45,8 @@ def groups(
     `whole`, `file` is a part of an archive, and ends without its end-of-archive marker.
 
     Raises:
-        Torn: when the file breaks off, after the examples that are complete, or goes on after its
-            end-of-archive marker.
+        CorruptFileError: the file is truncated (raised after its complete examples), or data
+            follows its end-of-archive marker.
         OSError: it cannot be read.
     """
     key, parts, repeated = None, {}, None
@@ -69,7 +72,7 @@ def groups(
         if wanted(extension):
             data = file.read(size)
             if len(data) < size:
-                raise Torn(f"{name} has {len(data):,} of its {size:,} bytes")
+                raise CorruptFileError(f"{name} has {len(data):,} of its {size:,} bytes")
             parts[extension] = data
             _pass_over(file, -size % BLOCK, exact=True)
         else:
@@ -81,30 +84,32 @@ def groups(
         _check_end(file)
 
 
-def _check_end(file: FrontToBack) -> None:
+def _check_end(file: SequentialFile) -> None:
     """Look at what follows an end-of-archive marker: zeros, to fill a record, and nothing else.
 
     Raises:
-        Torn: another tar file, of which readers of tar files see nothing, or so many zeros that
+        CorruptFileError: another tar file follows, which tar readers ignore, or so many zeros that
             the rest of the archive was never written.
     """
     for _ in range(_MAX_PADDING // (64 * BLOCK)):
         padding = file.read(64 * BLOCK)
         if padding.strip(b"\0"):
-            raise Torn(
+            raise CorruptFileError(
                 f"it goes on after the end-of-archive marker before byte {file.offset:,}, as "
                 "concatenated tar files do: make them one with tar --concatenate, or name each"
             )
         if len(padding) < 64 * BLOCK:
             return
-    raise Torn(f"it holds nothing but zeros from byte {file.offset - _MAX_PADDING:,} on")
+    raise CorruptFileError(
+        f"it holds nothing but zeros from byte {file.offset - _MAX_PADDING:,} on"
+    )
 
 
-def _pass_over(file: FrontToBack, size: int, *, exact: bool = False) -> None:
+def _pass_over(file: SequentialFile, size: int, *, exact: bool = False) -> None:
     file.skip(size if exact else size + -size % BLOCK)
 
 
-def _next_member(file: FrontToBack, whole: bool) -> tuple[str, int, int, bool] | None:
+def _next_member(file: SequentialFile, whole: bool) -> tuple[str, int, int, bool] | None:
     """Name, size, where its headers begin, whether a plain file; None at the end of the archive."""
     start, name, size = file.offset, None, None
     while True:
@@ -112,20 +117,22 @@ def _next_member(file: FrontToBack, whole: bool) -> tuple[str, int, int, bool] |
         if not header and not whole and start == file.offset:
             return None
         if not header:
-            raise Torn(f"it ends by byte {file.offset:,} without an end-of-archive marker")
+            raise CorruptFileError(
+                f"it ends by byte {file.offset:,} without an end-of-archive marker"
+            )
         if len(header) == BLOCK and not header.strip(b"\0"):  # the marker: two blocks of zeros
             return None
         if len(header) < BLOCK:
-            raise Torn(f"the header at byte {file.offset - len(header):,} is cut")
+            raise CorruptFileError(f"the header at byte {file.offset - len(header):,} is cut")
         if _number(header[148:156]) != sum(header[:148]) + 256 + sum(header[156:]):
-            raise Torn(f"there is no tar header at byte {file.offset - BLOCK:,}")
+            raise CorruptFileError(f"there is no tar header at byte {file.offset - BLOCK:,}")
         length, kind = _number(header[124:136]), header[156:157]
         if kind in b"xgLK":
             if length > _MAX_META:
-                raise Torn(f"the header at byte {file.offset - BLOCK:,} is damaged")
+                raise CorruptFileError(f"the header at byte {file.offset - BLOCK:,} is damaged")
             meta = file.read(length)
             if len(meta) < length:
-                raise Torn(f"the header at byte {start:,} is cut")
+                raise CorruptFileError(f"the header at byte {start:,} is cut")
             file.skip(-length % BLOCK)
             if kind == b"L":
                 name = meta.rstrip(b"\0").decode(errors="replace")
@@ -133,7 +140,7 @@ def _next_member(file: FrontToBack, whole: bool) -> tuple[str, int, int, bool] |
                 fields = _pax(meta)
                 name = fields.get("path", name)
                 if not fields.get("size", "0").isdecimal():
-                    raise Torn(f"the header at byte {start:,} is damaged")
+                    raise CorruptFileError(f"the header at byte {start:,} is damaged")
                 size = int(fields["size"]) if "size" in fields else size
             continue
         if name is None:
@@ -156,7 +163,7 @@ def _number(field: bytes) -> int:
     try:
         return int(digits, 8) if digits else 0
     except ValueError:
-        raise Torn("a header is damaged, or this is no tar file") from None
+        raise CorruptFileError("a header is damaged, or this is no tar file") from None
 
 
 def _pax(meta: bytes) -> dict[str, str]:

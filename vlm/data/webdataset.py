@@ -15,7 +15,7 @@ from vlm.data.faults import BadSample
 from vlm.data.members import image_of, reads, texts_of
 from vlm.data.shards import Record
 from vlm.data.sidecar import read_sidecar
-from vlm.data.storage import FrontToBack
+from vlm.data.storage import SequentialFile
 
 
 class TarFormat:
@@ -33,10 +33,10 @@ class TarFormat:
         """The examples of a shard from the one that begins at `offset`.
 
         Raises:
-            OSError, Torn: where it cannot be read on.
+            OSError, CorruptFileError: where it cannot be read on.
         """
         rows = read_sidecar(shard, self._config) if self._sidecar else {}
-        file = FrontToBack(shard, offset, chunk)
+        file = SequentialFile(shard, offset, chunk)
         try:
             for group in tar.groups(file, self._reads):
                 try:

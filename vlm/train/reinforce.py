@@ -16,9 +16,9 @@ from vlm import bundle
 from vlm.config import DataConfig, to_dict
 from vlm.data.examples import Source
 from vlm.data.faults import BadSample
-from vlm.data.making import Maker
 from vlm.data.reinforced import ARRAYS, FILE, SAME, UNFINISHED, variant_draws
 from vlm.data.sources import open_source, streams
+from vlm.data.transform_example import ExampleTransform
 from vlm.errors import ConfigError, DataError
 from vlm.heads.identity import stored_facts
 from vlm.paths import as_config_error
@@ -63,7 +63,7 @@ def reinforce(
     source, model = open_source(data, data.train_split), bundle.load(teacher)
     check_square(teacher, model.preprocess)
     folder = Path(out)
-    maker = Maker([data], model.preprocess)
+    maker = ExampleTransform([data], model.preprocess)
     shape = (len(source), variants, model.embed_dim)
     about = {
         "teacher": teacher,
@@ -145,7 +145,7 @@ def _check(data: DataConfig, variants: int, batch_size: int, dtype: str) -> None
 
 def _embed_all(
     source: Source,
-    maker: Maker,
+    maker: ExampleTransform,
     model: bundle.Bundle,
     kept: Sequence[np.ndarray],
     seed: int,

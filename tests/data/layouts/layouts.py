@@ -23,11 +23,11 @@ import numpy as np
 from PIL import Image
 
 from vlm.config import DataConfig, PreprocessConfig
+from vlm.data.example_reader import ExampleReader
 from vlm.data.examples import captions_of
 from vlm.data.faults import BadSample
-from vlm.data.making import open_image_of
 from vlm.data.prepare import Preparation, prepare
-from vlm.data.reading import InOrder
+from vlm.data.transform_example import open_image_of
 from vlm.inputs.preprocess import Preprocess
 
 PREPROCESS = Preprocess(PreprocessConfig())
@@ -368,7 +368,7 @@ def expected(layout: Layout, found: list[Item]) -> list[Pair]:
 def read(config: DataConfig) -> tuple[list[Pair], list[str]]:
     """The pairs of a config as training has them, and what is wrong with the others."""
     pairs, faults = [], []
-    for one in InOrder(config, "train").read():
+    for one in ExampleReader(config, "train").read():
         try:
             if isinstance(one.example, BadSample):
                 raise one.example

@@ -19,8 +19,8 @@ import numpy as np
 from vlm.cluster.processes import exchange_texts
 from vlm.config import DataConfig
 from vlm.data.faults import BadSample, TooManyBad
-from vlm.data.making import Maker
 from vlm.data.shards import FILTERED, Lane, Sample
+from vlm.data.transform_example import ExampleTransform
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.two_tokenizers import AnyTokenizer
 from vlm.nn.naflex import Patches
@@ -28,7 +28,7 @@ from vlm.nn.naflex import Patches
 MOST_LANES = 256  # chosen for a config that does not say
 
 _READERS = 32  # threads that wait for the disk or the bucket
-_PIECE = 4  # samples that a thread makes at a time
+_CHUNK = 4  # samples that a thread makes at a time
 _MAX_FILTERED = 1_000_000  # in a row, before the filter is taken to let nothing through
 
 Position = list[Any]  # of one lane: JSON
@@ -91,21 +91,21 @@ class LaneBatches(grain.IterDataset):
         stream: Stream,
         lanes: Sequence[int],
         rows: int,
-        maker: Maker,
+        transform: ExampleTransform,
         tokenizer: AnyTokenizer,
         *,
         max_bad_in_a_row: int,
         threads: int,
     ):
         super().__init__()
-        self.stream, self.rows, self.maker, self.tokenizer = stream, rows, maker, tokenizer
+        self.stream, self.rows, self.transform, self.tokenizer = stream, rows, transform, tokenizer
         self.lanes = list(lanes)
         self.max_bad_in_a_row, self.threads = max_bad_in_a_row, threads
         self.starts: Mapping[int, Position] = {}
 
     def element_bytes(self, parts: int) -> int:
         """Of one element where `parts` of them make a batch, pixels and tokens."""
-        of_one = self.maker.image_bytes + 4 * self.tokenizer.config.context_length
+        of_one = self.transform.image_bytes + 4 * self.tokenizer.config.context_length
         return -(-len(self.lanes) // parts) * self.rows * of_one
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
@@ -116,7 +116,7 @@ class LaneBatches(grain.IterDataset):
         return LaneIterator(self)
 
 
-class _Made(NamedTuple):
+class _DecodedSample(NamedTuple):
     """A sample on its way: what it became, and where its lane stood after it."""
 
     text: str | BadSample | None
@@ -124,7 +124,7 @@ class _Made(NamedTuple):
     row: int
 
 
-class _Piece(NamedTuple):
+class _Chunk(NamedTuple):
     made: Future
     after: list[Position]
 
@@ -141,15 +141,15 @@ class LaneIterator(grain.DatasetIterator):
             number: batches.stream.lane(number, batches.starts.get(number), self._readers)
             for number in batches.lanes
         }
-        self._ahead = {number: collections.deque[_Piece]() for number in self._lanes}
+        self._ahead = {number: collections.deque[_Chunk]() for number in self._lanes}
         self._ready = {number: collections.deque() for number in self._lanes}
         self._in_a_row = dict.fromkeys(self._lanes, 0)
         self._filtered = dict.fromkeys(self._lanes, 0)
-        self._reach = -(-batches.rows // _PIECE) * 2  # pieces that are made ahead in each lane
+        self._reach = -(-batches.rows // _CHUNK) * 2  # chunks decoded ahead in each lane
 
     def __next__(self) -> dict[str, Any]:
         b, rows = self._batches, self._batches.rows
-        images = b.maker.blank(len(self._lanes) * rows)
+        images = b.transform.blank(len(self._lanes) * rows)
         parts = jax.tree.leaves(images)
         texts: list[str] = []
         bad: list[dict[str, str]] = []
@@ -159,8 +159,8 @@ class LaneIterator(grain.DatasetIterator):
         for number in self._lanes:
             for _ in range(rows):
                 made, text, after[str(number)] = self._next_good(number, bad)
-                for batch, piece in zip(parts, jax.tree.leaves(made.images), strict=True):
-                    batch[len(texts)] = piece[made.row]
+                for batch, source in zip(parts, jax.tree.leaves(made.images), strict=True):
+                    batch[len(texts)] = source[made.row]
                 texts.append(text)
         for number in self._lanes:
             self._fill(number)  # decoders go on while the texts become tokens
@@ -187,13 +187,13 @@ class LaneIterator(grain.DatasetIterator):
             lane.close()
         self._readers.shutdown(cancel_futures=True)
 
-    def _next_good(self, number: int, bad: list) -> tuple[_Made, str, Position]:
+    def _next_good(self, number: int, bad: list) -> tuple[_DecodedSample, str, Position]:
         ready = self._ready[number]
         while True:
             while not ready:
                 self._fill(number)
-                piece = self._ahead[number].popleft()
-                ready.extend(zip(piece.made.result(), piece.after, strict=True))
+                chunk = self._ahead[number].popleft()
+                ready.extend(zip(chunk.made.result(), chunk.after, strict=True))
             made, position = ready.popleft()
             if isinstance(made.text, str):
                 self._in_a_row[number] = self._filtered[number] = 0
@@ -215,25 +215,25 @@ class LaneIterator(grain.DatasetIterator):
         ahead, lane = self._ahead[number], self._lanes[number]
         while len(ahead) < self._reach:
             samples, after = [], []
-            for _ in range(min(_PIECE, self._batches.rows)):
+            for _ in range(min(_CHUNK, self._batches.rows)):
                 samples.append(next(lane))
                 after.append(lane.position())
-            ahead.append(_Piece(self._decoders.submit(self._make, samples), after))
+            ahead.append(_Chunk(self._decoders.submit(self._make, samples), after))
 
-    def _make(self, samples: list[Sample]) -> list[_Made]:
-        maker, seed = self._batches.maker, self._batches.stream.seed
-        draws = maker.draws(seed, np.array([sample.position for sample in samples]))
-        images, made = maker.blank(len(samples)), []
+    def _make(self, samples: list[Sample]) -> list[_DecodedSample]:
+        transform, seed = self._batches.transform, self._batches.stream.seed
+        draws = transform.draws(seed, np.array([sample.position for sample in samples]))
+        images, made = transform.blank(len(samples)), []
         for row, (sample, u) in enumerate(zip(samples, draws, strict=True)):
             text = sample.example
             try:
                 if callable(text):  # read here, in one of several threads
                     text = text()
                 if isinstance(text, dict):
-                    text = maker(text, u, images, row, "an example")
+                    text = transform(text, u, images, row, "an example")
             except BadSample as fault:
                 text = fault
-            made.append(_Made(text, images, row))
+            made.append(_DecodedSample(text, images, row))
         return made
 
 

@@ -11,7 +11,7 @@ from vlm.data.shard_stream import find_shards, look_at
 from vlm.data.shards import shard_fault
 from vlm.data.sources import open_source, streams
 from vlm.data.storage import CHUNK
-from vlm.data.tar import Torn
+from vlm.data.tar import CorruptFileError
 
 
 class Read(NamedTuple):
@@ -21,7 +21,7 @@ class Read(NamedTuple):
     after: list[int]
 
 
-class InOrder:
+class ExampleReader:
     """The examples of a split, from any place on.
 
     Raises:
@@ -36,13 +36,13 @@ class InOrder:
         if streams(config) and split == config.train_split:
             self._shards = find_shards(config)
             self._format, self._typical = look_at(config, self._shards)
-            self.said = f"{len(self._shards):,} shards, read as a stream"
+            self.description = f"{len(self._shards):,} shards, read as a stream"
         else:
             self._source = open_source(config, split)
             self.count = len(self._source)
             self.credits = getattr(self._source, "credits", "")
             self.faults = [from_record(r) for r in getattr(self._source, "faults", ())]
-            self.said = f"{self.count:,} examples"
+            self.description = f"{self.count:,} examples"
 
     def ranges(self, examples: int) -> Iterator[tuple[list[int], int]]:
         """What `read` takes to read the split in parts: of so many examples, or a shard each."""
@@ -73,7 +73,7 @@ class InOrder:
                 for record in self._format.read(name, offset, number, CHUNK):
                     number += 1
                     yield Read(record.example, [now, record.end, number])
-            except (OSError, Torn) as error:
+            except (OSError, CorruptFileError) as error:
                 lost = (known_count(name) or self._typical) - number
                 yield Read(shard_fault(error, name, lost), [now + 1, 0, 0])
             offset = number = 0

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from vlm.config import DataConfig
+from vlm.data.example_reader import ExampleReader, Read
 from vlm.data.examples import Example, captions_of
 from vlm.data.faults import BadSample
-from vlm.data.making import open_image_of
-from vlm.data.reading import InOrder, Read
+from vlm.data.transform_example import open_image_of
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 
@@ -23,11 +23,11 @@ THUMBNAIL = 160  # pixels of the long side
 
 
 @dataclass
-class Survey:
+class DatasetStats:
     """Figures of the examples that were looked at; lists hold one entry for each good one."""
 
     source: str
-    said: str  # how much there is
+    description: str  # number of examples or shards
     looked_at: int = 0
     good: int = 0
     features: dict[str, str] = field(default_factory=dict)  # name to type
@@ -52,7 +52,7 @@ class Survey:
             kinds[record["kind"]] += record.get("samples", 1)
         return {
             "source": self.source,
-            "holds": self.said,
+            "holds": self.description,
             "looked_at": self.looked_at,
             "good": self.good,
             "bad": dict(kinds),
@@ -68,7 +68,7 @@ class Survey:
         }
 
 
-def survey(
+def dataset_stats(
     config: DataConfig,
     split: str,
     preprocess: Preprocess,
@@ -77,14 +77,16 @@ def survey(
     limit: int,
     thumbnails: int,
     progress: Callable[[Iterable[Read], int], Iterator[Read]],
-) -> Survey:
+) -> DatasetStats:
     """Look at the first `limit` examples of a split.
 
     Raises:
         DataError: as the source does when it is opened.
     """
-    source = InOrder(config, split)
-    found = Survey(config.source, source.said, context_length=tokenizer.config.context_length)
+    source = ExampleReader(config, split)
+    found = DatasetStats(
+        config.source, source.description, context_length=tokenizer.config.context_length
+    )
     total = limit if source.count is None else min(limit, source.count)
     seen: set[bytes] = set()
     for read in progress(itertools.islice(source.read(), limit), total):
@@ -111,7 +113,7 @@ def identity(image: Image.Image) -> bytes:
 
 
 def _look(
-    found: Survey,
+    found: DatasetStats,
     example: Example,
     config: DataConfig,
     preprocess: Preprocess,

@@ -22,7 +22,7 @@ from vlm.nn.naflex import Patches
 NUMBERS = DRAWS + 1  # uniform numbers for any example: the last one chooses the caption
 
 
-class Maker:
+class ExampleTransform:
     """Makes the rows of training batches; safe to call from several threads.
 
     Given several configs, an example says under `PART` which of them it belongs to.
