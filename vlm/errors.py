@@ -1,6 +1,7 @@
 """vlm's exceptions. A message names the offending value, where it was found, and how to fix it."""
 
 import logging
+from collections.abc import Iterable
 
 WARNED: set[str] = set()  # messages that `warn_once` has logged
 
@@ -106,6 +107,17 @@ def warn_once(text: str) -> None:
     if text not in WARNED:
         WARNED.add(text)
         logging.getLogger("vlm").warning(text)
+
+
+def check_choice(name: str, value: object, choices: Iterable[str | None]) -> None:
+    """Refuse an argument that is none of its choices.
+
+    Raises:
+        ConfigError: it names the argument, the value and the choices.
+    """
+    choices = tuple(choices)
+    if value not in choices:
+        raise ConfigError(f"{name} is {show(value)}: choose one of {', '.join(map(repr, choices))}")
 
 
 def show(value: object) -> str:

@@ -163,7 +163,7 @@ def test_the_factors_of_adapters_decay(rule):
 
 @pytest.mark.untyped
 def test_an_unknown_rule_of_decay_is_refused():
-    with pytest.raises(ConfigError, match="choose one of open_clip, big_vision"):
+    with pytest.raises(ConfigError, match="choose one of 'open_clip', 'big_vision'"):
         decay_mask({}, "l2")
 
 

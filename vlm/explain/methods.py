@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from vlm.config import ResNetConfig, VisionTowerConfig
+from vlm.errors import check_choice
 from vlm.models.dual_encoder import DualEncoder, unit_norm
 from vlm.nn.intermediates import Intermediates
 from vlm.nn.naflex import Patches
@@ -48,6 +49,7 @@ def place_maps(
 
 @functools.partial(jax.jit, static_argnames=("graph", "method"))
 def _place_maps(graph, state, images, z_text, method: Method):
+    check_choice("method", method, get_args(Method))
     model = nnx.merge(graph, state)
     images = jax.tree.map(jnp.asarray, images)
     if method == "path":

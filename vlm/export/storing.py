@@ -1,10 +1,12 @@
 """The types that parameters are kept in, inside an exported program."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int8
+
+from vlm.errors import check_choice
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 
@@ -23,6 +25,7 @@ def stored(
     path: tuple, values: Float[np.ndarray, "*n"], dtype: Dtype
 ) -> Float[np.ndarray, "*n"] | Quantised:
     """A parameter as it is kept; the scale and bias of the logits stay float32."""
+    check_choice("dtype", dtype, get_args(Dtype))
     if str(path[0]).startswith("logit_") or dtype == "float32":
         return values.astype(np.float32)
     if dtype == "bfloat16":

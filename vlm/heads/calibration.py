@@ -5,7 +5,7 @@ import math
 import numpy as np
 from jaxtyping import Float, Int
 
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, check_choice
 
 PRIOR = 0.5  # standard deviation of log temperature around 0: few labels move it little
 
@@ -28,6 +28,7 @@ def fit_temperature(
     """
     if not len(logits):
         raise ConfigError("there are no labelled images: calibrate on at least one")
+    check_choice("rule", rule, ("softmax", "sigmoid"))
     logits, target = np.asarray(logits, np.float64), np.asarray(target)
     truth = np.eye(logits.shape[1])[target]
 

@@ -6,11 +6,12 @@ bits. Both only propose candidates: the rows themselves, which may stay on disk,
 """
 
 import functools
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float
 
+from vlm.errors import check_choice
 from vlm.heads.top_k import top_k
 
 Coding = Literal["int8", "binary"]
@@ -39,6 +40,7 @@ class Codes:
 
 def encode(rows: Float[np.ndarray, "n d"], coding: Coding, centre: np.ndarray) -> Codes:
     """The codes of rows; `centre` (d,) is taken off before signs are."""
+    check_choice("coding", coding, get_args(Coding))
     rows = np.asarray(rows, np.float32)
     if coding == "int8":
         scale = np.abs(rows).max(axis=1) / 127
@@ -65,6 +67,7 @@ def candidates(
 
     Codes of signs come with ties, which are all returned.
     """
+    check_choice("coding", coding, get_args(Coding))
     if coding == "int8":
         values, scales = [b.values for b in blocks], [b.scale for b in blocks]
         return top_k(z_query, values, count, allowed=allowed, scales=scales)[0]

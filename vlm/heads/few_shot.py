@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vlm import display
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, check_choice
 from vlm.heads.classifier_file import reading_classifier, write_classifier
 from vlm.heads.linear_probe import fit_linear, fit_swept
 from vlm.heads.prompts import indices, normalise
@@ -190,6 +190,7 @@ def fit_head(
         scale: the logit scale.
         classes: their number, if some have no example.
     """
+    check_choice("method", method, METHODS)
     m = classes or int(target.max()) + 1
     if method == "linear":
         return LinearHead(*fit_linear(z_image, target, 1.0 if l2 is None else l2, classes=m))

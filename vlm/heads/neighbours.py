@@ -6,13 +6,13 @@ al., 2023, arXiv:2306.07196).
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
 
 from vlm import display
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, check_choice
 from vlm.heads.prompts import normalise
 from vlm.heads.retrieval import RetrievalIndex
 from vlm.heads.zero_shot import Classification, ZeroShotClassifier, encode_images, to_scores
@@ -74,6 +74,7 @@ class NeighbourClassifier(display.FactSheet):
         told = {name: str(value) for name, value in told.items() if value not in (None, "")}
         if not told:
             raise ConfigError(f"the metadata column {column!r} has no values: neighbours need some")
+        check_choice("evidence", evidence, get_args(Evidence))
         if evidence == "caption":
             if zero_shot is None:
                 raise ConfigError("captions name no classes: give a zero_shot classifier too")

@@ -53,7 +53,7 @@ class EfficientNetTower(nnx.Module):
     ) -> Float[Array, "b e"]:
         """Embed images deterministically; `intermediates` capture the output of each stage."""
         x = self._places(images, intermediates).astype(jnp.float32)
-        x = x.mean((1, 2)) if self.config.pool == "mean" else x.max((1, 2))
+        x = {"mean": x.mean, "max": x.max}[self.config.pool]((1, 2))
         return self._embedding(x)
 
     def dense(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n e"]:

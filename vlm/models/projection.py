@@ -4,6 +4,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from vlm.errors import check_choice
 from vlm.nn.layers import Linear, gelu
 from vlm.nn.pooling import MapPool
 
@@ -12,6 +13,7 @@ def projection(
     config, width: int, embed_dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.Module | None:
     """Make the projection from the pooled width to the embedding space; None if there is none."""
+    check_choice("projection", config.projection, ("none", "linear", "linear_bias", "mlp"))
     if config.projection == "none":
         return None
     if config.projection == "mlp":

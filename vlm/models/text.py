@@ -1,5 +1,7 @@
 """Text tower: a transformer over token ids."""
 
+from typing import assert_never
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -95,19 +97,22 @@ class TextTower(nnx.Module):
         x = self.transformer(x, mask, keys=keys, intermediates=intermediates)
 
         norm = self.norm or (lambda x: x)  # post-norm blocks end with a norm
-        if c.pool == "end":
-            x = norm(token_pool(x, jnp.argmax(tokens == c.end_id, axis=1)))
-        elif c.pool == "argmax":
-            x = norm(token_pool(x, jnp.argmax(tokens, axis=1)))
-        elif c.pool == "first":
-            x = norm(x[:, 0])
-        elif c.pool in ("last", "class"):
-            x = norm(x[:, -1])
-        elif c.pool == "mean":
-            x = mean_pool(norm(x), real)
-        else:
-            assert self.pool is not None
-            x = self.pool(norm(x), real, intermediates=part(intermediates, "pool"))
+        match c.pool:
+            case "end":
+                x = norm(token_pool(x, jnp.argmax(tokens == c.end_id, axis=1)))
+            case "argmax":
+                x = norm(token_pool(x, jnp.argmax(tokens, axis=1)))
+            case "first":
+                x = norm(x[:, 0])
+            case "last" | "class":
+                x = norm(x[:, -1])
+            case "mean":
+                x = mean_pool(norm(x), real)
+            case "map":
+                assert self.pool is not None
+                x = self.pool(norm(x), real, intermediates=part(intermediates, "pool"))
+            case _:
+                assert_never(c.pool)
         return x if self.projection is None else self.projection(x)
 
 

@@ -1,5 +1,7 @@
 """Vision Transformer (arXiv:2010.11929), with the variants of public models."""
 
+from typing import assert_never
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
@@ -38,12 +40,17 @@ class ViTTower(nnx.Module):
     def __init__(self, config: ViTConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs):
         c, dtype = config, execution.dtype
         self.config = config
-        if c.stem == "conv":
-            self.stem = ConvStem(c.stem_widths, c.width, dtype=dtype, rngs=rngs)
-        elif c.stem == "nested":
-            self.stem = NestedStem(c.patch_size, c.stem_widths, c.width, dtype=dtype, rngs=rngs)
-        else:
-            self.stem = PatchStem(c.patch_size, c.width, bias=c.patch_bias, dtype=dtype, rngs=rngs)
+        match c.stem:
+            case "linear":
+                self.stem = PatchStem(
+                    c.patch_size, c.width, bias=c.patch_bias, dtype=dtype, rngs=rngs
+                )
+            case "conv":
+                self.stem = ConvStem(c.stem_widths, c.width, dtype=dtype, rngs=rngs)
+            case "nested":
+                self.stem = NestedStem(c.patch_size, c.stem_widths, c.width, dtype=dtype, rngs=rngs)
+            case _:
+                assert_never(c.stem)
 
         has_class = c.has_class_token
         normal = nnx.initializers.normal(c.width**-0.5)
@@ -155,16 +162,20 @@ class ViTTower(nnx.Module):
     ) -> Float[Array, "b e"]:
         """Pool and project tokens; for mean pooling, without the class token."""
         c = self.config
-        if c.pool == "class":
-            x = self.norm(x[:, 0])
-        elif isinstance(self.pool, QueryPool):
-            x = self.norm(self.pool(x, intermediates=part(intermediates, "pool")))
-        elif c.pool == "mean":
-            x = mean_pool(x if c.norm_pooled else self.norm(x), mask)
-            x = self.norm(x) if c.norm_pooled else x
-        else:
-            assert isinstance(self.pool, MapPool)
-            x = self.pool(self.norm(x), mask, intermediates=part(intermediates, "pool"))
+        match c.pool:
+            case "class":
+                x = self.norm(x[:, 0])
+            case "query":
+                assert isinstance(self.pool, QueryPool)
+                x = self.norm(self.pool(x, intermediates=part(intermediates, "pool")))
+            case "mean":
+                x = mean_pool(x if c.norm_pooled else self.norm(x), mask)
+                x = self.norm(x) if c.norm_pooled else x
+            case "map":
+                assert isinstance(self.pool, MapPool)
+                x = self.pool(self.norm(x), mask, intermediates=part(intermediates, "pool"))
+            case _:
+                assert_never(c.pool)
         return x if self.projection is None else self.projection(x)
 
     def _of_patches(

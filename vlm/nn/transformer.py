@@ -1,7 +1,7 @@
 """Transformer as a scanned stack of blocks with a leading layer axis."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
 from vlm.config import Activation, MlpKind, RematPolicy
+from vlm.errors import check_choice
 from vlm.nn.attention import Attention
 from vlm.nn.intermediates import Intermediates, capture, changes_below
 from vlm.nn.layers import GeGlu, LayerNorm, Mlp, SwiGlu, dropout, split_keys
@@ -31,6 +32,9 @@ class Execution:
     dtype: DTypeLike = jnp.float32  # of activations and products; parameters are float32
     remat: RematPolicy = "dots_no_batch"
     scan: bool = True  # False unrolls the blocks: slower to compile, sometimes faster to run
+
+    def __post_init__(self):
+        check_choice("remat", self.remat, get_args(RematPolicy))
 
 
 LAYER_SCALE = 1e-4  # initial value of layer scale
@@ -75,13 +79,19 @@ class Block(nnx.Module):
             rngs=rngs,
         )
         self.mlp_norm = LayerNorm(width, norm_eps, rngs=rngs)
-        if mlp == "plain":
-            self.mlp = Mlp(width, mlp_dim, act, dtype=dtype, rngs=rngs)
-        elif mlp == "geglu":
-            self.mlp = GeGlu(width, mlp_dim, norm_eps, dtype=dtype, rngs=rngs)
-        else:
-            eps = norm_eps if mlp == "swiglu" else None
-            self.mlp = SwiGlu(width, mlp_dim, eps, dtype=dtype, rngs=rngs)
+        check_choice("norm", norm, ("pre", "post", "branch"))
+        check_choice("mlp", mlp, get_args(MlpKind))
+        match mlp:
+            case "plain":
+                self.mlp = Mlp(width, mlp_dim, act, dtype=dtype, rngs=rngs)
+            case "geglu":
+                self.mlp = GeGlu(width, mlp_dim, norm_eps, dtype=dtype, rngs=rngs)
+            case "swiglu":
+                self.mlp = SwiGlu(width, mlp_dim, norm_eps, dtype=dtype, rngs=rngs)
+            case "swiglu_plain":
+                self.mlp = SwiGlu(width, mlp_dim, None, dtype=dtype, rngs=rngs)
+            case _:
+                assert_never(mlp)
         small = jnp.full(width, LAYER_SCALE)
         self.attention_scale = nnx.Param(small) if layer_scale else None
         self.mlp_scale = nnx.Param(small) if layer_scale else None

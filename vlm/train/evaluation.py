@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar
+from typing import ClassVar, assert_never
 
 import jax
 import numpy as np
@@ -166,9 +166,13 @@ def open_task(
     Raises:
         DataError: no such data, or data that does not have what the task needs.
     """
-    if config.task == "zero-shot":
-        return ZeroShot(config, embedder, inputs, run)
-    return Retrieval(config, embedder, inputs)
+    match config.task:
+        case "zero-shot":
+            return ZeroShot(config, embedder, inputs, run)
+        case "retrieval":
+            return Retrieval(config, embedder, inputs)
+        case _:
+            assert_never(config.task)
 
 
 def info(task: ZeroShot | Retrieval) -> DataInfo:

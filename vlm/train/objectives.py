@@ -1,6 +1,6 @@
 """What a step minimises, given the embeddings of its whole batch."""
 
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -73,9 +73,13 @@ def feature_distance(
     """The mean distance of a student's embeddings from its teacher's, which are of unit norm."""
     if config.projection:
         z = z @ params["distill"][side]["kernel"]
-    if config.distance == "mse":
-        return jnp.sum((z - teacher) ** 2, axis=1).mean()
-    return 1 - jnp.sum(unit_norm(z) * teacher, axis=1).mean()
+    match config.distance:
+        case "mse":
+            return jnp.sum((z - teacher) ** 2, axis=1).mean()
+        case "cosine":
+            return 1 - jnp.sum(unit_norm(z) * teacher, axis=1).mean()
+        case _:
+            assert_never(config.distance)
 
 
 def cross_entropy(

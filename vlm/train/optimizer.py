@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float
 
 from vlm.config import OptimizerConfig
-from vlm.errors import ConfigError
+from vlm.errors import check_choice
 from vlm.sharding import path_names
 
 # Parameters that weight decay pulls towards zero. In open_clip all that have two axes or more; in
@@ -200,8 +200,7 @@ def decay_mask(params: Any, rule: str = "open_clip") -> Any:
     Raises:
         ConfigError: an unknown rule.
     """
-    if rule not in DECAYED:
-        raise ConfigError(f"weight_decay_rule is {rule!r}: choose one of {', '.join(DECAYED)}")
+    check_choice("weight_decay_rule", rule, DECAYED)
 
     def decays(path, _):
         *_, parent, leaf = ("", *path_names(path))

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from vlm.config import Experiment, TokenizerConfig
 from vlm.config.defaults import with_defaults
+from vlm.errors import check_choice
 from vlm.inputs.preprocess import Preprocess
 from vlm.losses import cached_value_and_grad
 from vlm.models import adapters
@@ -298,6 +299,7 @@ def _used(state: TrainState) -> Params:
 
 def compute_dtype(name: str) -> np.dtype:
     """The dtype of products and activations: "auto" is bfloat16 but on a CPU."""
+    check_choice("dtype", name, ("auto", "float32", "bfloat16"))
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
