@@ -45,14 +45,13 @@ def models(
     """
     if name is not None and (max_params or licence or language):
         raise parse.UsageError("vlm models takes a NAME or a choice, not both: leave one out")
+    unknown: list[catalogue.Entry] = []
     if name is not None:
         entries = [catalogue.find(name)]
     else:
-        entries = catalogue.choose(
-            max_parameters=None if max_params is None else _millions(max_params),
-            licence=licence,
-            language=language,
-        )
+        most = None if max_params is None else _millions(max_params)
+        entries = catalogue.choose(max_parameters=most, licence=licence, language=language)
+        unknown = catalogue.undecided(max_parameters=most, licence=licence, language=language)
     if json:
         values = [dataclasses.asdict(entry) for entry in entries]
         print(jsonlib.dumps(values if name is None else values[0], indent=2, ensure_ascii=False))
@@ -62,7 +61,7 @@ def models(
     if name is not None:
         table = Table(show_header=False)
         for field, value in dataclasses.asdict(entries[0]).items():
-            table.add_row(field.replace("_", " "), "" if value is None else str(value))
+            table.add_row(field.replace("_", " "), "unknown" if value is None else str(value))
     else:
         columns, rows = catalogue.table(entries)
         table = Table()
@@ -71,6 +70,9 @@ def models(
         for row in rows:
             table.add_row(*row)
     console.print(table)
+    if unknown:
+        names = ", ".join(entry.name for entry in unknown)
+        console.print(f"Left out, as a fact that was asked for is not known: {names}.")
 
 
 def _millions(text: str) -> float:

@@ -4,7 +4,7 @@ Accuracy is zero-shot ImageNet top-1, parameters and FLOPs (multiply-adds) are f
 text of full length. Where no source that we could read gives a number, there is none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from vlm.errors import ConfigError
@@ -31,7 +31,8 @@ class Entry:
 
 
 # Architecture: image size, parameters in millions, GFLOPs of an image, GFLOPs of a text
-# (open_clip docs/model_profile.csv).
+# (open_clip docs/model_profile.csv). Parameters that it lacks are counted, of abstract models of
+# ours or of open_clip's: tests/weights/test_catalogue.py and tests/peers/test_catalogue.py.
 _PROFILE: dict[str, tuple[int, float | None, float | None, float | None]] = {
     "RN50": (224, 102.01, 12.22, 5.96),
     "RN101": (224, 119.69, 19.54, 5.96),
@@ -44,10 +45,10 @@ _PROFILE: dict[str, tuple[int, float | None, float | None, float | None]] = {
     "ViT-L/14": (224, 427.62, 162.03, 13.3),
     "ViT-L/14@336": (336, 427.94, 381.92, 13.3),
     "ViT-H/14": (224, 986.11, 334.59, 47.09),
-    "ViT-H/14@378": (378, None, None, 47.09),
+    "ViT-H/14@378": (378, 986.71, None, 47.09),
     "ViT-g/14": (224, 1366.68, 534.06, 47.09),
     "ViT-bigG/14": (224, 2539.57, 967.5, 97.86),
-    "ViT-H/14 worldwide": (224, None, 334.59, None),
+    "ViT-H/14 worldwide": (224, 1858.78, 334.59, None),
     "CoCa ViT-B/32": (224, 253.56, 9.19, 5.96),
     "CoCa ViT-L/14": (224, 638.45, 163.64, 13.3),
     "ConvNeXt-B": (224, 151.52, 30.71, 5.96),
@@ -68,7 +69,7 @@ _PROFILE: dict[str, tuple[int, float | None, float | None, float | None]] = {
     "ViT-H/14 + XLM-R-L": (224, 1193.01, 334.59, 336.42),
     "ViT-B/32 + NLLB-600M": (224, 501.89, 8.82, 360.78),
     "ViT-H/14 + NLLB-1.3B": (224, 1399.22, 334.59, 1133.87),
-    "MobileCLIP-B": (224, None, None, 5.96),
+    "MobileCLIP-B": (224, 149.78, None, 5.96),
     "SigLIP B/16": (224, 203.16, 35.42, 11.02),
     "SigLIP B/16@256": (256, 203.2, 46.82, 11.02),
     "SigLIP B/16@256 i18n": (256, 370.63, 46.82, 11.02),
@@ -78,26 +79,26 @@ _PROFILE: dict[str, tuple[int, float | None, float | None, float | None]] = {
     "SigLIP L/16@384": (384, 652.48, 383.85, 39.06),
     "SigLIP So400m/14": (224, 877.36, 220.35, 13.19),
     "SigLIP So400m/14@384": (384, 877.96, 670.35, 53.13),
-    "SigLIP2 B/32@256": (256, None, None, None),
-    "SigLIP2 B/16": (224, None, 35.42, None),
-    "SigLIP2 B/16@256": (256, None, 46.82, None),
-    "SigLIP2 B/16@384": (384, None, 112.13, None),
-    "SigLIP2 B/16@512": (512, None, 216.24, None),
-    "SigLIP2 L/16@256": (256, None, 162.56, None),
-    "SigLIP2 L/16@384": (384, None, 383.85, None),
-    "SigLIP2 L/16@512": (512, None, None, None),
-    "SigLIP2 So400m/14": (224, None, 220.35, None),
-    "SigLIP2 So400m/14@384": (384, None, 670.35, None),
-    "SigLIP2 So400m/16@256": (256, None, None, None),
-    "SigLIP2 So400m/16@384": (384, None, None, None),
-    "SigLIP2 So400m/16@512": (512, None, None, None),
-    "SigLIP2 g-opt/16@256": (256, None, None, None),
-    "SigLIP2 g-opt/16@384": (384, None, None, None),
-    "SigLIP2 B/16 NaFlex": (256, None, None, None),
-    "SigLIP2 So400m/16 NaFlex": (256, None, None, None),
+    "SigLIP2 B/32@256": (256, 376.86, None, None),
+    "SigLIP2 B/16": (224, 375.19, 35.42, None),
+    "SigLIP2 B/16@256": (256, 375.23, 46.82, None),
+    "SigLIP2 B/16@384": (384, 375.48, 112.13, None),
+    "SigLIP2 B/16@512": (512, 375.82, 216.24, None),
+    "SigLIP2 L/16@256": (256, 881.53, 162.56, None),
+    "SigLIP2 L/16@384": (384, 881.85, 383.85, None),
+    "SigLIP2 L/16@512": (512, 882.31, None, None),
+    "SigLIP2 So400m/14": (224, 1135.46, 220.35, None),
+    "SigLIP2 So400m/14@384": (384, 1136.01, 670.35, None),
+    "SigLIP2 So400m/16@256": (256, 1135.67, None, None),
+    "SigLIP2 So400m/16@384": (384, 1136.04, None, None),
+    "SigLIP2 So400m/16@512": (512, 1136.56, None, None),
+    "SigLIP2 g-opt/16@256": (256, 1871.39, None, None),
+    "SigLIP2 g-opt/16@384": (384, 1871.89, None, None),
+    "SigLIP2 B/16 NaFlex": (256, 375.23, None, None),
+    "SigLIP2 So400m/16 NaFlex": (256, 1135.67, None, None),
     "FG-CLIP2 B/16": (256, 375.23, None, None),  # counted, as it is for short texts
-    "FG-CLIP2 L/16": (256, None, None, None),
-    "FG-CLIP2 So400m/16": (256, None, None, None),
+    "FG-CLIP2 L/16": (256, 881.53, None, None),
+    "FG-CLIP2 So400m/16": (256, 1135.67, None, None),
     # UCSC-VLAA's configs, counted
     "OpenVision Ti/16@160": (160, 17.08, None, None),
     "OpenVision Ti/16@224": (224, 17.1, None, None),
@@ -334,8 +335,9 @@ def choose(
     """The entries that fit, in the order of the table.
 
     Args:
-        max_parameters: millions of both towers together; entries without a count do not fit.
-        licence: a name, or "open" for any of `OPEN_LICENCES`; entries without one do not fit.
+        max_parameters: millions of both towers together. Entries without a count do not fit, nor do
+            those without a licence where one is asked for: see `undecided`.
+        licence: a name, or "open" for any of `OPEN_LICENCES`.
         language: a code such as "de". A model that names its languages fits those alone, the
             others every language: their authors give no lists that agree.
 
@@ -343,25 +345,57 @@ def choose(
         ConfigError: nothing fits, or no entry has that licence at all.
     """
     licences = {entry.licence for entry in ENTRIES if entry.licence is not None}
-    wanted = set(OPEN_LICENCES) if licence == "open" else {licence}
+    wanted: Set[str] = set(OPEN_LICENCES) if licence == "open" else {licence or ""}
     if licence is not None and not wanted & licences:
         raise ConfigError(
             f"no known model has the licence {licence!r}: choose open, "
             + ", ".join(sorted(licences))
         )
+    unknown = undecided(max_parameters=max_parameters, licence=licence, language=language)
     found = [
         entry
         for entry in ENTRIES
-        if (
-            max_parameters is None
-            or (entry.parameters is not None and entry.parameters <= max_parameters)
-        )
-        and (licence is None or entry.licence in wanted)
-        and (language is None or language in _FEW.get(entry.languages, (language,)))
+        if _fits(entry, max_parameters, wanted if licence else None, language)
+        and entry not in unknown
     ]
     if not found:
         raise ConfigError("no known model fits all of that: see `vlm models` for what there is")
     return found
+
+
+def undecided(
+    *,
+    max_parameters: float | None = None,
+    licence: str | None = None,
+    language: str | None = None,
+) -> list[Entry]:
+    """The entries of which a fact that is asked for is not known, and that fit otherwise."""
+    wanted: Set[str] | None = None
+    if licence is not None:
+        wanted = set(OPEN_LICENCES) if licence == "open" else {licence or ""}
+    return [
+        entry
+        for entry in ENTRIES
+        if (
+            (max_parameters is not None and entry.parameters is None)
+            or (licence is not None and entry.licence is None)
+        )
+        and _fits(entry, max_parameters, wanted, language)
+    ]
+
+
+def _fits(
+    entry: Entry,
+    max_parameters: float | None,
+    licences: Set[str] | None,
+    language: str | None,
+) -> bool:
+    """Whether an entry fits by the facts that are known of it."""
+    return (
+        (max_parameters is None or entry.parameters is None or entry.parameters <= max_parameters)
+        and (licences is None or entry.licence is None or entry.licence in licences)
+        and (language is None or language in _FEW.get(entry.languages, (language,)))
+    )
 
 
 def table(entries: Sequence[Entry] = ENTRIES) -> tuple[list[str], list[list[str]]]:
@@ -377,6 +411,6 @@ def _row(e: Entry) -> list[str]:
 
     return [
         e.name, e.family, e.architecture, str(e.image_size), str(e.context_length),
-        number(e.parameters), number(e.image_gflops), number(e.text_gflops), e.languages,
-        e.licence or "", number(e.imagenet),
+        number(e.parameters) or "unknown", number(e.image_gflops), number(e.text_gflops),
+        e.languages, e.licence or "unknown", number(e.imagenet),
     ]  # fmt: skip
