@@ -168,6 +168,7 @@ def test_all_commands_give_one_figure(pets, base, run, tmp_path):
     figures["classify"] = sum(right) / len(right)
     figures["serve"] = served(model, pets)
 
+    print(json.dumps(figures, indent=2))  # pytest -s shows them
     assert len(set(figures.values())) == 1, figures
     assert 1 / 6 < figures["numpy"] < 1, figures
 
