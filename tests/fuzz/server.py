@@ -3,9 +3,8 @@
     python tests/fuzz/server.py --cases 10000
 
 Half of the cases are image files, mutated as `tests/fuzz/images.py` does, in a request that is
-right; the other half are requests whose JSON is mutated, in its values or in its bytes. Each must
-be answered within 20 seconds, by a 2xx or a 4xx that is JSON; what is refused must say why in one
-line.
+valid; the other half are requests whose JSON is mutated, in its values or in its bytes. Each must
+be answered within 20 seconds, by a 2xx or a 4xx in JSON, with an error message of one line.
 """
 
 import argparse
@@ -126,7 +125,7 @@ def outcome(server, number: int, fuzz_images) -> int:
 
 def run(server, numbers) -> collections.Counter:
     """How many cases had which status; eight clients ask at once."""
-    from vlm.serve.heat import warm_up
+    from vlm.serve.explain import warm_up
 
     server.service.model.warm_up()
     warm_up(server.service.model.bundle)

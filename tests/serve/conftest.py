@@ -1,4 +1,4 @@
-"""A model and an index that all tests of the server share."""
+"""Model and index fixtures shared by all server tests."""
 
 import pytest
 from serving import running, saved_index, small_bundle
@@ -11,7 +11,7 @@ def bundle():
 
 @pytest.fixture(scope="session")
 def index(bundle, tmp_path_factory):
-    """The folder of an index of 24 pictures on disk, with metadata."""
+    """Folder of an index of 24 pictures on disk, with metadata."""
     years = [2000 + number % 5 for number in range(24)]
     kinds = [None if number == 7 else ("even", "odd")[number % 2] for number in range(24)]
     metadata = {"year": years, "kind": kinds}

@@ -1,8 +1,8 @@
-"""A server of ViT-B/32 under load, beside what the model alone can do on the same cores.
+"""Load test of a ViT-B/32 server, compared with the model alone on the same cores.
 
     python tests/serve/load.py throughput     # 32 clients of single images, then of single texts
-    python tests/serve/load.py overload       # twice the capacity: what is refused, and the memory
-    python tests/serve/load.py page           # from the last key to the first result, 100,000 items
+    python tests/serve/load.py overload       # twice the capacity: rejections and memory
+    python tests/serve/load.py page           # last key to first result, 100,000 items
     python tests/serve/load.py soak --seconds 60
 
 Weights are random, images are JPEG files of 256 x 256, and server, clients and bench share the
@@ -54,7 +54,7 @@ WORDS = [
 
 
 def save_bundle(folder: pathlib.Path) -> None:
-    """A CLIP ViT-B/32 with random weights."""
+    """Save a CLIP ViT-B/32 with random weights."""
     from flax import nnx
 
     from vlm.bundle import Bundle
@@ -71,14 +71,14 @@ def save_bundle(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def served(place, *options):
-    """The port of `vlm serve` in a process of its own, and that process."""
+    """Run `vlm serve` in a child process; yield its port and the process."""
     line = [sys.executable, "-m", "vlm", "serve", str(place), "--port", "0", *options]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     try:
-        said = ""
-        while not (found := re.search(r"serving at http://[^:]+:(\d+)", said)):
-            said = process.stderr.readline()
-            assert said, "the server ended before it served"
+        output = ""
+        while not (found := re.search(r"serving at http://[^:]+:(\d+)", output)):
+            output = process.stderr.readline()
+            assert output, "the server exited before it was ready"
         yield int(found[1]), process
     finally:
         process.send_signal(signal.SIGTERM)
@@ -86,7 +86,7 @@ def served(place, *options):
 
 
 def memory(process) -> int:
-    """Resident bytes of a process."""
+    """Resident memory of a process in bytes."""
     text = pathlib.Path(f"/proc/{process.pid}/status").read_text()
     return 1024 * int(re.search(r"VmRSS:\s+(\d+)", text)[1])
 
@@ -95,7 +95,7 @@ def memory(process) -> int:
 
 
 def photographs(count: int) -> list[bytes]:
-    """JPEG files of smooth shapes and grain, as photographs are."""
+    """Return JPEG files of smooth shapes and grain, like photographs."""
     rng = np.random.default_rng(0)
     files = []
     for _ in range(count):
@@ -122,13 +122,13 @@ def image_bodies() -> list[bytes]:
 
 
 def text_bodies(words: int) -> list[bytes]:
-    """Texts that differ, of about as many tokens as words."""
+    """Return distinct texts with about one token per word."""
     rng = np.random.default_rng(0)
     return [body_of(" ".join(rng.choice(WORDS, words))) for _ in range(4096)]
 
 
 class Client:
-    """One connection that stays open."""
+    """Client with one keep-alive connection."""
 
     def __init__(self, port: int):
         self._port, self._pair = port, None
@@ -158,7 +158,7 @@ class Client:
 async def closed_loop(
     port: int, bodies: list[bytes], seconds: float, clients: int, path: str = "/v1/embeddings"
 ) -> dict:
-    """Clients that each ask again once they are answered."""
+    """Run clients that each send the next request after the reply to the last."""
     statuses, latencies = [], []
     end = time.perf_counter() + seconds
 
@@ -179,7 +179,7 @@ async def closed_loop(
 
 
 async def open_loop(port: int, bodies: list[bytes], seconds: float, rate: float) -> dict:
-    """Requests at a steady rate, whatever becomes of those before; each on its own connection."""
+    """Send requests at a constant rate, each on its own connection."""
     statuses, latencies, running = [], [], set()
 
     async def one(body: bytes) -> None:
@@ -204,14 +204,14 @@ async def open_loop(port: int, bodies: list[bytes], seconds: float, rate: float)
 
 
 def summary(statuses: list[int], latencies: list[float], seconds: float) -> dict:
-    """Counts by status (0: no answer), the rate of good answers, and their latencies."""
+    """Return counts by status (0: no reply), throughput of status 200, and latencies."""
     counts = {status: statuses.count(status) for status in sorted(set(statuses))}
     p50, p99 = np.percentile(latencies, [50, 99]) if latencies else (np.nan, np.nan)
     rate = counts.get(200, 0) / seconds
     return {"statuses": counts, "per_second": rate, "p50": float(p50), "p99": float(p99)}
 
 
-def said(name: str, found: dict) -> None:
+def report(name: str, found: dict) -> None:
     print(
         f"{name}: {found['per_second']:.1f}/s, p50 {1e3 * found['p50']:.0f} ms, "
         f"p99 {1e3 * found['p99']:.0f} ms, answers {found['statuses']}",
@@ -223,7 +223,7 @@ def said(name: str, found: dict) -> None:
 
 
 def bench(folder: pathlib.Path) -> dict[str, float]:
-    """Images and texts per second of the model alone, at its best batch."""
+    """Images and texts per second of the model alone, at its best batch size."""
     config = folder / "config.py"
     config.write_text(
         "from vlm.config import *\nfrom vlm.models.recipes import clip\n"
@@ -247,14 +247,14 @@ def throughput(args, folder: pathlib.Path) -> None:
     with served(folder / "model") as (port, _):
         loads = {
             "image": image_bodies(),
-            "text": text_bodies(90),  # as long as the model takes them, as the bench's are
+            "text": text_bodies(90),  # the full context length, as in the benchmark
             "short text": text_bodies(8),
         }
         found = {}
         for name, bodies in loads.items():
             asyncio.run(closed_loop(port, bodies, 2, CLIENTS))
             found[name] = asyncio.run(closed_loop(port, bodies, args.seconds, CLIENTS))
-            said(f"{CLIENTS} clients, {name}", found[name])
+            report(f"{CLIENTS} clients, {name}", found[name])
     after = bench(folder)
     for tower in ("image", "text"):
         best = max(before[tower], after[tower])
@@ -269,7 +269,7 @@ def overload(args, folder: pathlib.Path) -> None:
     with served(folder / "model") as (port, process):
         bodies = image_bodies()
         capacity = asyncio.run(closed_loop(port, bodies, 8, CLIENTS))["per_second"]
-        print(f"capacity {capacity:.1f} images/s; asked for twice that for {args.seconds:g} s")
+        print(f"capacity {capacity:.1f} images/s; sending twice that for {args.seconds:g} s")
         sizes = []
 
         async def both() -> dict:
@@ -283,18 +283,18 @@ def overload(args, folder: pathlib.Path) -> None:
             watching.cancel()
             return found
 
-        said("overload", asyncio.run(both()))
+        report("overload", asyncio.run(both()))
         tenth = max(1, len(sizes) // 10)
         early, late = np.median(sizes[tenth : 2 * tenth]), np.median(sizes[-tenth:])
         print(f"memory: {early / 2**20:.0f} MiB after a tenth, {late / 2**20:.0f} MiB at the end")
-        said("afterwards", asyncio.run(closed_loop(port, bodies, 5, 4)))
+        report("afterwards", asyncio.run(closed_loop(port, bodies, 5, 4)))
 
 
 def soak(args, folder: pathlib.Path) -> None:
     with served(folder / "model") as (port, process):
         mixed = [*image_bodies(), *text_bodies(8)[:64], *text_bodies(90)[:64], body_of("")]
         start = memory(process)
-        said("soak", asyncio.run(closed_loop(port, mixed, args.seconds, CLIENTS)))
+        report("soak", asyncio.run(closed_loop(port, mixed, args.seconds, CLIENTS)))
         print(f"memory: {start / 2**20:.0f} MiB before, {memory(process) / 2**20:.0f} MiB after")
 
 
@@ -333,7 +333,7 @@ def page(args, folder: pathlib.Path) -> None:
             shown.type("#text", f"a red car number {number}", delay=30)
             while not shown.evaluate("window.seen"):
                 shown.wait_for_timeout(5)
-            shown.wait_for_timeout(600)  # the last of several searches counts
+            shown.wait_for_timeout(600)  # only the last of several searches counts
             times.append(shown.evaluate("window.seen"))
         browser.close()
     p50, most = np.median(times), max(times)

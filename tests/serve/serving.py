@@ -1,4 +1,4 @@
-"""A small model, an index of drawn pictures, and a real server of both on a port of loopback."""
+"""A small model, an index of drawn pictures, and a real server of both on a loopback port."""
 
 import base64
 import contextlib
@@ -26,7 +26,7 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
 from vlm.models.dual_encoder import DualEncoder
 from vlm.serve.app import create_app
-from vlm.serve.running import bound
+from vlm.serve.server import bind
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 70, 220)}
 CONFIG = ModelConfig(
@@ -50,14 +50,14 @@ def small_bundle(seed=0, name="small"):
 
 
 def drawn(number, size=(40, 30)):
-    """A picture unlike those of other numbers."""
+    """Return a random picture, seeded by `number`."""
     rng = np.random.default_rng(number)
     small = rng.integers(0, 256, (3, 4, 3)).astype(np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
 
 def saved_index(bundle, folder, metadata):
-    """The folder of an index of drawn pictures on disk, one for each value of the metadata."""
+    """Save an index of drawn pictures, one for each metadata value, and return its folder."""
     count = len(next(iter(metadata.values())))
     paths = [folder / f"{number:02}.png" for number in range(count)]
     for number, path in enumerate(paths):
@@ -79,7 +79,7 @@ def data_url(data, kind="image/png"):
 
 
 class Reply:
-    """An answer: its status, its headers, and its body, as JSON where it is."""
+    """HTTP response: status, headers and body."""
 
     def __init__(self, status, headers, body):
         self.status, self.headers, self.body = status, headers, body
@@ -90,11 +90,11 @@ class Reply:
 
 
 class Running:
-    """A server in a thread of this process."""
+    """Server in a thread of this process."""
 
     def __init__(self, app):
         self.app, self.service = app, app.state.service
-        self.socket = bound("127.0.0.1", 0)
+        self.socket = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         config = uvicorn.Config(app, log_level="warning", lifespan="on")
         self._server = uvicorn.Server(config)
@@ -105,7 +105,7 @@ class Running:
             time.sleep(0.01)
 
     def ask(self, path, body=None, *, key=None, method=None, headers=None, timeout=20):
-        """The reply to one request; `body` is JSON, or bytes as they are."""
+        """Send one request and return its reply; `body` is a JSON value, or raw bytes."""
         given = {"Content-Type": "application/json"} if body is not None else {}
         given |= {"Authorization": f"Bearer {key}"} if key else {}
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
@@ -126,7 +126,7 @@ class Running:
 
 @contextlib.contextmanager
 def running(bundle, **options):
-    """A server of `bundle`, as `create_app` makes it with these options, until the block ends."""
+    """Serve `bundle` with these options of `create_app` until the block ends."""
     server = Running(create_app(bundle, **{"max_batch": 4, **options}))
     try:
         yield server

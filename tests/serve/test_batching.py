@@ -1,4 +1,4 @@
-"""The queue and its thread: what runs together, in which order, and what becomes of errors."""
+"""Dynamic batching: batch composition, order, and isolation of errors."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ from vlm.serve.batching import Batcher
 
 
 class Device:
-    """Doubles numbers, in batches that it notes; -1 is an item that fails, -2 gives no number."""
+    """Fake device that doubles numbers and records batches; -1 raises, -2 gives NaN."""
 
     def __init__(self, sizes=(1, 2, 4, 8)):
         self.ran = []
@@ -24,7 +24,7 @@ class Device:
         return np.array([[np.nan if item == -2 else 2.0 * item] for item in items])
 
     def hold(self):
-        """Keep the thread busy until what this gives is set."""
+        """Block the device thread until the returned event is set."""
         release, held = threading.Event(), threading.Event()
         self.batcher.call(lambda: (held.set(), release.wait()))
         held.wait()
@@ -38,7 +38,7 @@ def device():
     device.batcher.close()
 
 
-def test_what_waits_runs_together_in_powers_of_two_and_the_oldest_kind_first(device):
+def test_queued_items_run_in_batches_of_powers_of_two_and_the_oldest_key_first(device):
     release = device.hold()
     a = [device.batcher.submit("a", i) for i in range(7)]
     b = [device.batcher.submit("b", i) for i in range(2)]
@@ -53,7 +53,7 @@ def test_what_waits_runs_together_in_powers_of_two_and_the_oldest_kind_first(dev
     ]  # fmt: skip
 
 
-def test_an_item_that_fails_does_not_fail_the_others(device):
+def test_a_failing_item_does_not_fail_its_batch(device):
     release = device.hold()
     answers = [device.batcher.submit("a", item) for item in (3, -1, 4, -2)]
     release.set()
@@ -64,18 +64,18 @@ def test_an_item_that_fails_does_not_fail_the_others(device):
         answers[3].result(5)
 
 
-def test_whoever_comes_first_and_whoever_has_left(device):
+def test_priority_and_cancelled_items(device):
     release = device.hold()
-    late, left = device.batcher.submit("a", 1), device.batcher.submit("a", 5)
+    queued, cancelled = device.batcher.submit("a", 1), device.batcher.submit("a", 5)
     first = device.batcher.submit("b", 2, first=True)
-    left.cancel()
+    cancelled.cancel()
     assert device.batcher.depths() == {"a": 2, "b": 1}
     release.set()
-    assert [first.result(5)[0], late.result(5)[0]] == [4.0, 2.0]
+    assert [first.result(5)[0], queued.result(5)[0]] == [4.0, 2.0]
     assert device.ran == [("b", [2]), ("a", [1])]
 
 
-def test_sizes_are_chosen_by_what_they_were_measured_to_take():
+def test_batch_sizes_follow_the_measured_times():
     seconds = {1: 0.01, 2: 0.011, 4: 0.012, 8: 0.5}
 
     def compute(key, items):
@@ -84,11 +84,11 @@ def test_sizes_are_chosen_by_what_they_were_measured_to_take():
 
     batcher = Batcher(compute, (1, 2, 4, 8))
     batcher.warm_up("a", 0)
-    # As an accelerator: three fit into a padded four; and eight at once are slow.
+    # Like an accelerator: three fit into a padded four, and a batch of eight is slow.
     assert [batcher._batch_size("a", n) for n in (1, 3, 4, 6, 8)] == [1, 3, 4, 4, 4]
     assert 0.002 < batcher.seconds_per_item("a") < 0.006
     batcher.close()
-    # As a CPU: padding costs what items do.
+    # Like a CPU: padding costs as much as items do.
     seconds |= {n: 0.01 * n for n in seconds}
     batcher = Batcher(compute, (1, 2, 4, 8))
     batcher.warm_up("a", 0)
@@ -96,7 +96,7 @@ def test_sizes_are_chosen_by_what_they_were_measured_to_take():
     batcher.close()
 
 
-def test_closing_computes_what_waits_and_takes_nothing_more(device):
+def test_closing_computes_queued_items_and_accepts_no_more(device):
     release = device.hold()
     answers = [device.batcher.submit("a", i) for i in range(5)]
     threading.Timer(0.05, release.set).start()
@@ -106,7 +106,7 @@ def test_closing_computes_what_waits_and_takes_nothing_more(device):
         device.batcher.submit("a", 1)
 
 
-def test_many_threads_get_their_own_rows():
+def test_each_thread_gets_its_own_rows():
     device = Device()
     wrong = []
 

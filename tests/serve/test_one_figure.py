@@ -1,4 +1,4 @@
-"""One zero-shot figure of a model on a folder, whichever command says it."""
+"""All commands report the same zero-shot accuracy of a model on a folder."""
 
 import base64
 import contextlib
@@ -29,14 +29,14 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
 from vlm.models.dual_encoder import DualEncoder
 
-# Folders as they are called, and what a sentence calls them; sorted.
+# Sorted class folders, and their names in prompts.
 NAMES = {
     "001.Grey_parrot": "Grey parrot",
     "AnnualCrop": "Annual Crop",
     "golden_retriever": "golden retriever",
     "n02124075-Egyptian_cat": "Egyptian cat",
     "tabby_cat": "tabby cat",
-    "zebra": "zebra",  # no image of it is held out
+    "zebra": "zebra",  # no image in the validation split
 }
 CONFIG = ModelConfig(
     vision=ViTConfig(
@@ -70,7 +70,7 @@ def pets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(pets):
-    """A model at random, whose figure is neither chance's nor whole."""
+    """A random model whose accuracy is neither chance nor 1."""
     tokenizer = train_bpe([f"a photo of a {name}." for name in NAMES.values()], 300, 40)
     model = DualEncoder(CONFIG, rngs=nnx.Rngs(4))
     bundle = Bundle(model, Preprocess(PreprocessConfig(image_size=16)), tokenizer, "base")
@@ -80,7 +80,7 @@ def base(pets):
 
 @pytest.fixture(scope="module", params=["photo", "clip_best"])
 def run(request, pets, base):
-    """A run from that model, measured on its held-out split and by an evaluation of its own."""
+    """A run from that model, evaluated on its validation split and by an extra evaluation."""
     templates = TEMPLATES[request.param] if request.param != "photo" else ()
     experiment = Experiment(
         name="pets",
@@ -101,8 +101,8 @@ def run(request, pets, base):
     return pets.parent / f"run-{request.param}"
 
 
-def by_hand(model, pets, templates):
-    """Top-1 by plain numpy, from the embeddings of files and sentences."""
+def reference(model, pets, templates):
+    """Top-1 in plain numpy, from the embeddings of files and prompts."""
     labels, z = list(NAMES), []
     for name in NAMES.values():
         mean = model.encode_text([t.replace("{}", name) for t in templates]).sum(0)
@@ -115,22 +115,22 @@ def by_hand(model, pets, templates):
 
 
 def printed(main, *args):
-    """What a command prints."""
+    """Run a command and return its output."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         main([str(arg) for arg in args])
     return out.getvalue()
 
 
-def of_eval(*args):
+def eval_result(*args):
     (result,) = json.loads(printed(evaluate.main, *args, "--json"))["results"]
     return result
 
 
-def test_all_commands_give_one_figure(pets, base, run, tmp_path):
+def test_all_commands_give_the_same_figure(pets, base, run, tmp_path):
     model = vlm.load(run)
     templates = TEMPLATES[run.name.removeprefix("run-")]
     assert model.templates == templates
-    figures = {"numpy": by_hand(model, pets, templates)}
+    figures = {"numpy": reference(model, pets, templates)}
 
     results = json.loads((run / "results.json").read_text())["results"]
     for result in results:
@@ -149,7 +149,7 @@ def test_all_commands_give_one_figure(pets, base, run, tmp_path):
         "eval of the bundle": ("--data.source", pets, "--data.label", "label"),
     }.items():
         place = run / "bundle" if "bundle" in name else run
-        result = of_eval(place, *args)
+        result = eval_result(place, *args)
         figures[name] = result["metrics"]["top1"]["value"]
         assert result["provenance"]["data"]["split"] == "val"
         assert "5 of 6 labels reworded" in result["provenance"]["evidence"]["class_names"]
@@ -172,16 +172,16 @@ def test_all_commands_give_one_figure(pets, base, run, tmp_path):
     assert len(set(figures.values())) == 1, figures
     assert 1 / 6 < figures["numpy"] < 1, figures
 
-    # What the run began from, by its own log and by the commands.
-    begun = by_hand(vlm.load(base), pets, templates)
-    asked = ("--templates", *templates)
-    args = ("--data.source", pets, "--data.label", "label", *asked)
-    assert of_eval(base, *args)["metrics"]["top1"]["value"] == begun
-    assert first["eval/top1"] == first["eval/again/top1"] == begun
+    # The initial model, by the log of the run and by the commands.
+    initial = reference(vlm.load(base), pets, templates)
+    given = ("--templates", *templates)
+    args = ("--data.source", pets, "--data.label", "label", *given)
+    assert eval_result(base, *args)["metrics"]["top1"]["value"] == initial
+    assert first["eval/top1"] == first["eval/again/top1"] == initial
 
 
 def served(model, pets):
-    """Top-1 of `/v1/classify`, whose client names the classes and leaves the templates out."""
+    """Top-1 of `/v1/classify` with class names and without templates."""
     paths = sorted((pets / "val").rglob("*.png"))
     urls = [
         f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" for path in paths

@@ -1,4 +1,4 @@
-"""The page in a real browser: searched, explored, driven by keys alone, and read by axe-core."""
+"""The web page in a real browser: search, inspection, keyboard, accessibility (axe-core)."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ import time
 import pytest
 from serving import drawn, encoded, running
 
-from vlm.serve.heat import warm_up
+from vlm.serve.explain import warm_up
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed (extra test)"
@@ -39,9 +39,9 @@ def browser():
 
 @pytest.fixture
 def opened(browser, server):
-    """A function that opens the page; in the end nothing foreign was asked for, nothing failed."""
+    """Function that opens the page; fails on requests to other hosts and on errors."""
     with contextlib.ExitStack() as stack:
-        foreign, wrong = [], []
+        foreign, errors = [], []
 
         def opened(url=server.url, width=1100, height=800, dark=False):
             context = browser.new_context(
@@ -57,23 +57,23 @@ def opened(browser, server):
                 if not request.url.startswith((f"{url}/", "data:", "blob:")):
                     foreign.append(request.url)
 
-            def complain(said):
-                if said.type == "error" and "status of 4" not in said.text:
-                    wrong.append(said.text)
+            def on_console(message):
+                if message.type == "error" and "status of 4" not in message.text:
+                    errors.append(message.text)
 
             page.on("request", note)
-            page.on("pageerror", lambda error: wrong.append(str(error)))
-            page.on("console", complain)
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.on("console", on_console)
             page.goto(f"{url}/")
             page.wait_for_selector(".tile, #keyDialog[open], #text:disabled")
             return page
 
         yield opened
-        assert (foreign, wrong) == ([], [])
+        assert (foreign, errors) == ([], [])
 
 
 def until(page, condition):
-    """Wait until an expression holds; playwright's own way needs eval, which the page forbids."""
+    """Wait until a condition holds; playwright's own wait needs eval, which the page forbids."""
     end = time.monotonic() + 10
     while not page.evaluate(condition):
         assert time.monotonic() < end, condition
@@ -86,7 +86,7 @@ def names(page):
 
 
 def until_names(page, wanted):
-    """Wait for these tiles: an answer to an earlier state of the query may come first."""
+    """Wait for these tiles; results of an earlier query may come first."""
     end = time.monotonic() + 10
     while names(page) != wanted and time.monotonic() < end:
         page.wait_for_timeout(20)
@@ -103,7 +103,7 @@ def expected(server, query, k=40):
     return [item["id"].rpartition("/")[2] for item in reply.json["data"]]
 
 
-def test_typing_searches_and_clearing_shows_the_first_again(opened, server):
+def test_typing_searches_and_clearing_restores_the_start_page(opened, server):
     page = opened()
     first = names(page)
     assert len(first) == 24
@@ -115,7 +115,7 @@ def test_typing_searches_and_clearing_shows_the_first_again(opened, server):
     assert names(page) == first
 
 
-def test_parts_weights_filters_and_the_least_score(opened, server):
+def test_terms_weights_filters_and_the_minimum_score(opened, server):
     page = opened()
     search(page, "red")
     page.keyboard.press("Control+Enter")
@@ -136,7 +136,7 @@ def test_parts_weights_filters_and_the_least_score(opened, server):
     assert page.inner_text("#status").startswith("No results")
 
 
-def test_a_chosen_a_dropped_and_a_pasted_image_find_themselves(opened, tmp_path):
+def test_a_chosen_dropped_or_pasted_image_finds_itself(opened, tmp_path):
     page = opened()
     drawn(5).save(tmp_path / "five.png")
     page.set_input_files("#file", tmp_path / "five.png")
@@ -160,7 +160,7 @@ def test_a_chosen_a_dropped_and_a_pasted_image_find_themselves(opened, tmp_path)
     assert "not an image" in page.inner_text("#problem")
 
 
-def test_the_keyboard_alone_is_enough(opened):
+def test_everything_works_by_keyboard(opened):
     page = opened()
     assert page.evaluate("document.activeElement.id") == "text"
     page.keyboard.type("green")
@@ -212,11 +212,11 @@ def test_labels_are_scored_while_they_are_typed(opened, server):
         "/v1/classify", {"images": [int(title[:2])], "labels": ["red", "green", "blue"]}
     )
     best = reply.json["data"][0]["labels"][0]
-    said = page.inner_text("#bars li >> nth=0").split()
-    assert said == [best["label"], f"{100 * best['score']:.1f}%"]
+    label, score = page.inner_text("#bars li >> nth=0").split()
+    assert [label, score] == [best["label"], f"{100 * best['score']:.1f}%"]
 
 
-def test_heat_lies_over_the_picture(opened, bundle):
+def test_the_heat_map_covers_the_picture(opened, bundle):
     warm_up(bundle)
     page = opened()
     search(page, "a red square")
@@ -225,13 +225,13 @@ def test_heat_lies_over_the_picture(opened, bundle):
     boxes = [page.locator(name).bounding_box() for name in ("#heat", "#large")]
     assert boxes[0]["width"] == pytest.approx(boxes[1]["width"], abs=2)
     assert page.input_value("#heatText") == "a red square"
-    assert page.locator("#heatSays mark").count() >= 2
+    assert page.locator("#heatStatus mark").count() >= 2
     page.fill("#heatText", "")
     page.wait_for_selector("#heat", state="hidden")
 
 
 @pytest.mark.parametrize(("width", "dark"), [(320, False), (1100, True)])
-def test_axe_finds_nothing_and_nothing_is_too_wide(opened, width, dark):
+def test_axe_finds_no_violations_and_the_page_fits(opened, width, dark):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     page = opened(width=width, height=640, dark=dark)
     search(page, "a red square")
@@ -241,8 +241,8 @@ def test_axe_finds_nothing_and_nothing_is_too_wide(opened, width, dark):
 
     def check():
         found = axe.run(page).response["violations"]
-        said = [(v["id"], [node["html"][:120] for node in v["nodes"]]) for v in found]
-        assert said == []
+        violations = [(v["id"], [node["html"][:120] for node in v["nodes"]]) for v in found]
+        assert violations == []
         wide = page.evaluate("document.documentElement.scrollWidth")
         assert wide <= width
 
@@ -254,7 +254,7 @@ def test_axe_finds_nothing_and_nothing_is_too_wide(opened, width, dark):
     assert page.evaluate("document.documentElement.dataset.theme") == ("dark" if dark else "light")
 
 
-def test_the_toggle_of_colours_is_kept(opened):
+def test_the_theme_persists(opened):
     page = opened()
     page.click("#theme")
     page.click("#theme")
@@ -264,7 +264,7 @@ def test_the_toggle_of_colours_is_kept(opened):
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
 
 
-def test_a_key_is_asked_for_and_pictures_come_with_it(opened, bundle, index):
+def test_the_page_asks_for_a_key_and_loads_pictures_with_it(opened, bundle, index):
     with running(bundle, index=index, keys=("secret",)) as guarded:
         page = opened(guarded.url)
         for key in ("wrong", "secret"):

@@ -1,4 +1,4 @@
-"""What the server answers, over a real connection."""
+"""Requests and responses over a real connection."""
 
 import base64
 import copy
@@ -13,7 +13,7 @@ from vlm.bundle import Bundle
 from vlm.explain.explanation import explain
 from vlm.heads.retrieval import RetrievalIndex
 from vlm.heads.zero_shot import ZeroShotClassifier
-from vlm.serve.heat import warm_up
+from vlm.serve.explain import warm_up
 
 
 def rows(reply):
@@ -21,7 +21,7 @@ def rows(reply):
     return np.array([item["embedding"] for item in reply.json["data"]], np.float32)
 
 
-def test_texts_and_images_are_embedded_as_the_bundle_embeds_them(server, bundle):
+def test_embeddings_equal_those_of_the_bundle(server, bundle):
     texts, pictures = ["a red square", "b " * 60, "c"], [drawn(1), drawn(2, (9, 70))]
     found = rows(
         server.ask(
@@ -43,7 +43,7 @@ def test_texts_and_images_are_embedded_as_the_bundle_embeds_them(server, bundle)
     assert np.allclose(found[[1, 3]], bundle.encode_image(pictures), atol=1e-5)
 
 
-def test_base64_and_usage_are_as_openai_has_them(server, bundle):
+def test_base64_and_usage_follow_the_openai_api(server, bundle):
     reply = server.ask("/v1/embeddings", {"input": "a green stripe", "encoding_format": "base64"})
     (item,) = reply.json["data"]
     row = np.frombuffer(base64.b64decode(item["embedding"]), "<f4")
@@ -56,8 +56,8 @@ def test_base64_and_usage_are_as_openai_has_them(server, bundle):
 
 def test_an_error_belongs_to_its_item(server):
     good = data_url(encoded(drawn(3)))
-    torn = data_url(encoded(drawn(3))[:-40])
-    items = [good, torn, "", {"image": "data:image/png;base64,!"}, "x" * 20_000, "fine", {}]
+    truncated = data_url(encoded(drawn(3))[:-40])
+    items = [good, truncated, "", {"image": "data:image/png;base64,!"}, "x" * 20_000, "fine", {}]
     data = server.ask("/v1/embeddings", {"input": items}).json["data"]
     assert [item["object"] for item in data] == [
         "embedding", "error", "error", "error", "error", "embedding", "error",
@@ -67,8 +67,8 @@ def test_an_error_belongs_to_its_item(server):
     assert codes == [
         "invalid_image", "empty_text", "invalid_image", "text_too_long", "invalid_item",
     ]  # fmt: skip
-    said = [item["error"]["message"] for item in data if item["object"] == "error"]
-    assert all(f"item {i}" in text for i, text in zip((1, 2, 3, 4, 6), said, strict=True))
+    messages = [item["error"]["message"] for item in data if item["object"] == "error"]
+    assert all(f"item {i}" in text for i, text in zip((1, 2, 3, 4, 6), messages, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_an_error_belongs_to_its_item(server):
         (b"[" * 100_000, 400, None),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_sentence(server, body, status, code):
+def test_invalid_requests_are_rejected_in_one_sentence(server, body, status, code):
     reply = server.ask("/v1/embeddings", body)
     error = reply.json["error"]
     assert (reply.status, "\n" in error["message"]) == (status, False), reply.body
@@ -101,7 +101,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(server, body, status, code):
     assert error["type"] == "invalid_request_error"
 
 
-def test_labels_are_scored_as_the_classifier_scores_them(server, bundle):
+def test_label_scores_equal_those_of_the_classifier(server, bundle):
     pictures, labels = [drawn(4), drawn(5)], ["red", "green", "blue"]
     body = {"images": [*(data_url(encoded(p)) for p in pictures), 4], "labels": labels}
     data = server.ask("/v1/classify", {**body, "templates": ["a {}."], "none": "a thing."}).json
@@ -115,7 +115,7 @@ def test_labels_are_scored_as_the_classifier_scores_them(server, bundle):
     assert server.ask("/v1/classify", {**body, "templates": ["no place"]}).status == 400
 
 
-def test_search_finds_what_the_index_finds(server, bundle, index):
+def test_search_equals_the_search_of_the_index(server, bundle, index):
     here = RetrievalIndex.load(index, bundle)
 
     def found(body):
@@ -164,11 +164,11 @@ def test_search_finds_what_the_index_finds(server, bundle, index):
         ({"query": "a", "where": [{"column": "kind", "comparison": "<", "value": 10**400}]}, 422),
     ],
 )
-def test_a_search_that_cannot_be_is_refused(server, body, status):
+def test_invalid_searches_are_rejected(server, body, status):
     assert server.ask("/v1/search", body).status == status
 
 
-def test_the_index_says_what_it_holds(server):
+def test_the_index_is_described(server):
     about = server.ask("/v1/index").json
     assert about["count"] == len(about["first"]) == 24
     columns = {column["name"]: column for column in about["columns"]}
@@ -180,7 +180,7 @@ def test_the_index_says_what_it_holds(server):
     assert server.ask("/v1/items/7").json["metadata"] == {"year": 2002, "kind": None}
 
 
-def test_pictures_come_small_and_only_those_of_the_index(server):
+def test_only_thumbnails_of_the_index_are_served(server):
     reply = server.ask("/v1/items/3/picture?size=20")
     image = Image.open(io.BytesIO(reply.body))
     assert (reply.headers["content-type"], image.format, image.size) == (
@@ -207,22 +207,22 @@ def test_models_health_and_metrics(server):
     assert "\nvlm_waiting_items 0.0" in text
 
 
-def test_health_fails_with_the_model(bundle):
+def test_the_health_check_fails_with_the_model(bundle):
     with running(bundle) as server:
         server.service.model.bundle = None
         reply = server.ask("/healthz")
         assert (reply.status, reply.json["error"]["code"]) == (503, "unhealthy")
 
 
-def test_without_an_index_there_is_nothing_to_search(bundle):
+def test_search_without_an_index_is_rejected(bundle):
     with running(bundle) as server:
         reply = server.ask("/v1/search", {"query": "a"})
         assert (reply.status, reply.json["error"]["code"]) == (404, "no_index")
-        said = server.ask("/v1/classify", {"images": [0], "labels": ["a"]}).json["error"]
-        assert "no index" in said["message"]
+        error = server.ask("/v1/classify", {"images": [0], "labels": ["a"]}).json["error"]
+        assert "no index" in error["message"]
 
 
-def test_the_page_forbids_foreign_requests(server):
+def test_the_page_forbids_requests_to_other_hosts(server):
     policy = server.ask("/").headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "http" not in policy
@@ -232,23 +232,23 @@ def test_the_page_forbids_foreign_requests(server):
     )
 
 
-def test_heat_is_what_explain_says(server, bundle):
+def test_the_heat_map_equals_that_of_explain(server, bundle):
     body = {"image": data_url(encoded(drawn(4))), "text": "a red square"}
     found = explain(bundle, drawn(4), "a red square")
-    said = server.ask("/v1/explain", body)
-    assert said.status == 200, said.body
-    heat = np.array(said.json["heat"])
+    reply = server.ask("/v1/explain", body)
+    assert reply.status == 200, reply.body
+    heat = np.array(reply.json["heat"])
     assert heat.shape == (30, 40)
     assert np.allclose(heat, found.heat, atol=1e-3)
-    assert said.json["score"] == pytest.approx(found.cosine, abs=1e-5)
-    assert [token["token"] for token in said.json["tokens"]] == [t for t, _ in found.tokens]
+    assert reply.json["score"] == pytest.approx(found.cosine, abs=1e-5)
+    assert [token["token"] for token in reply.json["tokens"]] == [t for t, _ in found.tokens]
     of_item = server.ask("/v1/explain", {**body, "image": 4}).json
     assert np.allclose(of_item["heat"], heat, atol=1e-3)
     for wrong, status in (({"image": 99}, 404), ({"image": "data:,"}, 400), ({"text": ""}, 422)):
         assert server.ask("/v1/explain", {**body, **wrong}).status == status
 
 
-def test_a_large_image_has_a_small_map(server, bundle):
+def test_a_large_image_has_a_small_heat_map(server, bundle):
     warm_up(bundle)
     body = {"image": data_url(encoded(drawn(4, (1500, 600)))), "text": "a"}
     heat = np.array(server.ask("/v1/explain", body).json["heat"])
@@ -257,11 +257,11 @@ def test_a_large_image_has_a_small_map(server, bundle):
     assert (heat <= 1).all()
 
 
-def test_a_model_of_one_tower_says_so(bundle):
+def test_requests_for_a_missing_tower_are_rejected(bundle):
     model = copy.copy(bundle.model)
     model.text = None
-    alone = Bundle(model, bundle.preprocess, bundle.tokenizer, "eyes")
-    with running(alone) as server:
+    image_only = Bundle(model, bundle.preprocess, bundle.tokenizer, "eyes")
+    with running(image_only) as server:
         picture = data_url(encoded(drawn(1)))
         assert server.ask("/v1/embeddings", {"input": picture}).status == 200
         for path, body in (

@@ -1,4 +1,4 @@
-"""`vlm serve` as a user starts it: what it refuses, what it exports, how it stops."""
+"""`vlm serve` on the command line: errors, export and shutdown."""
 
 import itertools
 import json
@@ -15,12 +15,12 @@ import pytest
 from serving import drawn, small_bundle
 
 from vlm.cli import main
-from vlm.serve.running import bound
+from vlm.serve.server import bind
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder with a model, the pictures, and an index of them by that model."""
+    """Folder with a model, pictures, and an index of them by that model."""
     folder = tmp_path_factory.mktemp("saved")
     small_bundle().save(folder / "model")
     (folder / "pictures").mkdir()
@@ -34,19 +34,19 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def fail(capsys):
-    """Run `vlm serve` so that it fails, and return its one sentence."""
+    """Function that runs `vlm serve`, expects a failure, and returns the error message."""
 
     def fail(*args, code=1):
         capsys.readouterr()
         assert main(["serve", *map(str, args)]) == code
-        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vlm: ")]
-        assert len(said) == 1
-        return said[0]
+        lines = capsys.readouterr().err.splitlines()
+        (message,) = [line for line in lines if line.startswith("vlm: ")]
+        return message
 
     return fail
 
 
-def test_a_port_in_use_is_said_before_anything_is_loaded(fail):
+def test_a_port_in_use_is_reported_before_the_model_is_loaded(fail):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -56,23 +56,23 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(fail):
     assert "between 0 and 65535" in fail("nothing", "--port", 70_000)
 
 
-def test_what_cannot_be_served_is_refused_in_one_sentence(fail, saved, tmp_path):
+def test_invalid_arguments_are_rejected_in_one_sentence(fail, saved, tmp_path):
     assert "there is no model" in fail(tmp_path / "nothing", "--port", 0)
     small_bundle(seed=1, name="another").save(tmp_path / "another")
-    said = fail(saved / "index", "--model", tmp_path / "another", "--port", 0)
-    assert "embeds differently" in said
+    message = fail(saved / "index", "--model", tmp_path / "another", "--port", 0)
+    assert "embeds differently" in message
     assert "both towers" in fail(saved / "index", "--tower", "text", code=2)
     assert "API key is empty" in fail(saved / "model", "--api-key", "", code=2)
     assert "body_bytes is 0" in fail(saved / "model", "--port", 0, "--max-body-mib", 0)
 
 
-def test_without_its_extra_it_says_how_to_install_it(fail, saved, monkeypatch):
+def test_a_missing_extra_is_reported_with_its_install_command(fail, saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "vlm.serve.running")
+    monkeypatch.delitem(sys.modules, "vlm.serve.server")
     assert "pip install 'vlm-jax[serve]'" in fail(saved / "model", "--port", 0)
 
 
-def test_compose_files_name_what_they_mount(fail, saved, tmp_path, capsys):
+def test_compose_files_mount_the_needed_folders(fail, saved, tmp_path, capsys):
     out = tmp_path / "deploy"
     assert main(["serve", str(saved / "index"), "--export", "compose", str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == [
@@ -100,7 +100,7 @@ def test_compose_files_are_yaml(saved, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_lets_what_is_inside_be_answered(saved):
+def test_in_flight_requests_are_answered_after_sigterm(saved):
     line = [sys.executable, "-m", "vlm", "serve", saved / "index", "--port", "0"]
     process = subprocess.Popen(
         [*map(str, line), "--max-batch", "2"],
@@ -108,11 +108,11 @@ def test_sigterm_lets_what_is_inside_be_answered(saved):
         stderr=subprocess.PIPE,
         text=True,
     )
-    said = ""
-    while "serving at" not in said:
-        said = process.stderr.readline()
-        assert said, "it ended before it served"
-    url = re.search(r"http://\S+", said)[0]
+    output = ""
+    while "serving at" not in output:
+        output = process.stderr.readline()
+        assert output, "the server exited before it was ready"
+    url = re.search(r"http://\S+", output)[0]
     answers, errors = [], []
 
     def ask(number):
@@ -125,22 +125,22 @@ def test_sigterm_lets_what_is_inside_be_answered(saved):
         except Exception as error:
             errors.append(error)
 
-    def inside() -> float:
-        """Items that the server has taken and not answered."""
+    def in_flight() -> float:
+        """Items that the server has accepted and not answered."""
         with urllib.request.urlopen(f"{url}metrics", timeout=30) as reply:
             return float(re.search(r"^vlm_waiting_items (\S+)", reply.read().decode(), re.M)[1])
 
     ask(0)
     numbers = itertools.count(1)
     both = False
-    while not both:  # a look that came too late
+    while not both:  # retry if the metrics were read too late
         threads = [threading.Thread(target=ask, args=(next(numbers),)) for _ in range(2)]
         for thread in threads:
             thread.start()
         while not both and any(thread.is_alive() for thread in threads):
-            both = inside() > 100
+            both = in_flight() > 100
         if not both:
-            assert next(numbers) < 100, "two requests were never inside together"
+            assert next(numbers) < 100, "two requests were never in flight at the same time"
     process.send_signal(signal.SIGTERM)
     for thread in threads:
         thread.join()
@@ -151,7 +151,7 @@ def test_sigterm_lets_what_is_inside_be_answered(saved):
 
 
 def test_a_bound_port_is_free_again_once_it_is_closed():
-    taken = bound("127.0.0.1", 0)
-    port = taken.getsockname()[1]
-    taken.close()
-    bound("127.0.0.1", port).close()
+    listener = bind("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    listener.close()
+    bind("127.0.0.1", port).close()

@@ -1,4 +1,4 @@
-"""A third of a minute of everything at once; `python tests/serve/load.py soak` is the long one."""
+"""Mixed load for 20 seconds; `python tests/serve/load.py soak` is the long version."""
 
 import asyncio
 import gc
@@ -13,14 +13,14 @@ from serving import data_url, drawn, encoded
 
 
 def resident():
-    """Resident bytes of this process."""
+    """Resident memory of this process in bytes."""
     text = pathlib.Path("/proc/self/status").read_text()
     return 1024 * int(re.search(r"VmRSS:\s+(\d+)", text)[1])
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self").exists(), reason="reads /proc")
-def test_nothing_is_lost_and_nothing_grows(server):
+def test_no_request_is_lost_and_memory_does_not_grow(server):
     good = [body_of(data_url(encoded(drawn(i, (300, 200))))) for i in range(20)]
     good += [body_of(f"text {i} " * (i % 9 + 1)) for i in range(20)]
     bad = [body_of(""), body_of("data:image/png;base64,AAAA"), b"{", json.dumps({}).encode()]
@@ -34,6 +34,6 @@ def test_nothing_is_lost_and_nothing_grows(server):
     share = found["statuses"][200] / sum(found["statuses"].values())
     assert share == pytest.approx(40 / 44, abs=0.05)
     assert resident() - before < 48 << 20
-    assert server.service.admission.inside == 0
+    assert server.service.admission.in_flight == 0
     assert np.isfinite(found["p99"])
     assert server.ask("/healthz").status == 200

@@ -82,19 +82,19 @@ def serve(
     runtime.prepare_inference()
     try:
         from vlm.serve.limits import Limits
-        from vlm.serve.running import LOOPBACK, bound
-        from vlm.serve.running import serve as run
+        from vlm.serve.server import LOOPBACK, bind
+        from vlm.serve.server import serve as run
     except ImportError as error:
         raise _extra_missing(error) from None
     folder = Path(served).expanduser()
     has_index = not is_remote(served) and is_index(folder)
     if has_index and tower != "both":
         raise UsageError("an index needs both towers: leave --tower out")
-    taken = bound(host, port)  # first: a model may take minutes
+    taken = bind(host, port)  # first: a model may take minutes
     try:
         from vlm.bundle import load
         from vlm.serve.app import create_app
-        from vlm.serve.heat import warm_up
+        from vlm.serve.explain import warm_up
     except ImportError as error:
         raise _extra_missing(error) from None
 

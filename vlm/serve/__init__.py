@@ -1,4 +1,4 @@
-"""A model behind HTTP: requests of many clients in joint batches, and a page to search by."""
+"""HTTP server for a model, with dynamic batching across clients and a web search page."""
 
 from etils import epy
 
@@ -6,4 +6,4 @@ with epy.lazy_api_imports(globals()):
     from vlm.serve.app import create_app as create_app
     from vlm.serve.batched import Batched as Batched
     from vlm.serve.limits import Limits as Limits
-    from vlm.serve.running import serve as serve
+    from vlm.serve.server import serve as serve

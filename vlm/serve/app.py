@@ -1,4 +1,4 @@
-"""The web application: routes, how errors are said, and the page."""
+"""FastAPI application: routes, error handlers, middleware, and the web page."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -16,14 +16,14 @@ from vlm.bundle import Bundle
 from vlm.errors import VlmError
 from vlm.heads.retrieval import RetrievalIndex
 from vlm.heads.templates import choose_templates
-from vlm.serve import classify, embeddings, heat, search, status
+from vlm.serve import classify, embeddings, explain, search, status
 from vlm.serve.batched import Batched
 from vlm.serve.gallery import Gallery
-from vlm.serve.guard import Guard, extra_headers, problem
-from vlm.serve.limits import Limits, Refused
+from vlm.serve.limits import Limits, RequestError
 from vlm.serve.metrics import Metrics
+from vlm.serve.middleware import ServerMiddleware, extra_headers, problem
 from vlm.serve.protocol import ERRORS
-from vlm.serve.service import Service, as_refused
+from vlm.serve.service import Service, as_request_error
 
 PAGE = Path(__file__).parent / "page"
 
@@ -39,21 +39,21 @@ def create_app(
     local: bool = False,
     max_batch: int | None = None,
 ) -> FastAPI:
-    """An ASGI application that serves a bundle, and an index that was built by it.
+    """Create an ASGI application that serves a bundle, and optionally a search index.
 
     Args:
-        bundle: what `vlm.load` gives, with one tower or both.
-        index: the folder of an index, to search.
-        name: of the model, as clients name it.
-        limits: of requests.
-        keys: API keys, of which requests must bring one; none: all are answered.
-        templates: sentences of labels, where a request gives none; by default the model's own, else
+        bundle: a model from `vlm.load`, with one tower or both.
+        index: folder of an index that the same model built.
+        name: model name in the API; by default that of the bundle.
+        limits: request limits.
+        keys: API keys, of which each request must send one; empty: no key needed.
+        templates: prompt templates for requests without any; by default those of the model, else
             "a photo of a {}.".
-        local: answer only under the names of this machine.
-        max_batch: items that the device computes at once.
+        local: accept only loopback names in the Host header.
+        max_batch: maximum number of items that the device computes at once.
 
     Raises:
-        CheckpointError: no index there, or one of another model.
+        CheckpointError: there is no index in the folder, or another model built it.
 
     Example:
         >>> app = vlm.serve.create_app(model)
@@ -87,7 +87,7 @@ def create_app(
         title="vlm",
         version=__version__,
         description="Contrastive vision-language models: embeddings, classification and search.",
-        docs_url=None,  # its page would load scripts from elsewhere
+        docs_url=None,  # its page would load scripts from other hosts
         redoc_url=None,
         lifespan=lifespan,
         responses=ERRORS,
@@ -96,53 +96,56 @@ def create_app(
     app.include_router(embeddings.routes(service))
     app.include_router(classify.routes(service, choose_templates(templates, bundle)))
     app.include_router(search.routes(service))
-    app.include_router(heat.routes(service))
+    app.include_router(explain.routes(service))
     app.include_router(status.routes(service))
-    _say_errors(app, metrics)
+    _add_error_handlers(app, metrics)
     _add_page(app)
-    app.add_middleware(Guard, limits=limits, metrics=metrics, keys=keys, local=local)
+    app.add_middleware(ServerMiddleware, limits=limits, metrics=metrics, keys=keys, local=local)
     return app
 
 
-def _say_errors(app: FastAPI, metrics: Metrics) -> None:
-    """Every error in OpenAI's form, as one sentence."""
+def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
+    """Return every error as one sentence, in the format of the OpenAI API."""
 
-    def answer(refused: Refused, param: str | None = None) -> JSONResponse:
-        metrics.refused.labels(refused.code).inc()
-        about = problem(str(refused), refused.code, refused.status, param)
-        return JSONResponse({"error": about}, refused.status, extra_headers(refused))
+    def response(error: RequestError, param: str | None = None) -> JSONResponse:
+        metrics.refused.labels(error.code).inc()
+        content = problem(str(error), error.code, error.status, param)
+        return JSONResponse({"error": content}, error.status, extra_headers(error))
 
-    async def of_ours(request: Request, error: Exception) -> JSONResponse:
-        if isinstance(error, Refused):
-            return answer(error)
-        return answer(Refused(str(error), 400, as_refused(error).code))
+    async def vlm_error(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, RequestError):
+            return response(error)
+        return response(RequestError(str(error), 400, as_request_error(error).code))
 
-    async def of_fields(request: Request, error: Exception) -> JSONResponse:
+    async def validation_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str | int))
-        where = where.encode("utf-8", "replace").decode()[:100] or "the body"
-        said = first["msg"][0].lower() + first["msg"][1:]
+        field = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str | int))
+        field = field.encode("utf-8", "replace").decode()[:100] or "the body"
+        reason = first["msg"][0].lower() + first["msg"][1:]
         is_json = first["type"] != "json_invalid"
         status, code = (422, "invalid_field") if is_json else (400, "invalid_json")
-        message = f"{where}: {said}" if is_json else f"the body is not JSON ({said})"
-        return answer(Refused(message, status, code), where)
+        message = f"{field}: {reason}" if is_json else f"the body is not JSON ({reason})"
+        return response(RequestError(message, status, code), field)
 
-    async def of_http(request: Request, error: Exception) -> JSONResponse:
+    async def http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        words = {404: f"there is no {request.url.path[:200]!r} here", 405: "not by this method"}
-        message = words.get(error.status_code, str(error.detail))
-        about = problem(message, f"http_{error.status_code}", error.status_code)
-        return JSONResponse({"error": about}, error.status_code, error.headers)
+        messages = {
+            404: f"there is no route {request.url.path[:200]!r}",
+            405: f"the method {request.method} is not allowed for this route",
+        }
+        message = messages.get(error.status_code, str(error.detail))
+        content = problem(message, f"http_{error.status_code}", error.status_code)
+        return JSONResponse({"error": content}, error.status_code, error.headers)
 
-    async def of_nobody(request: Request, error: Exception) -> JSONResponse:
-        said = "something went wrong inside the server, and its log says what"
-        return answer(Refused(said, 500, "internal_error"))
+    async def unexpected_error(request: Request, error: Exception) -> JSONResponse:
+        message = "internal server error: see the server's log"
+        return response(RequestError(message, 500, "internal_error"))
 
-    app.add_exception_handler(Exception, of_nobody)
-    app.add_exception_handler(VlmError, of_ours)
-    app.add_exception_handler(RequestValidationError, of_fields)
-    app.add_exception_handler(HTTPException, of_http)
+    app.add_exception_handler(Exception, unexpected_error)
+    app.add_exception_handler(VlmError, vlm_error)
+    app.add_exception_handler(RequestValidationError, validation_error)
+    app.add_exception_handler(HTTPException, http_error)
 
 
 def _add_page(app: FastAPI) -> None:

@@ -1,4 +1,4 @@
-"""A bundle that many threads use at once: what they ask for is computed in joint batches."""
+"""Thread-safe bundle with dynamic batching across its callers."""
 
 import os
 import threading
@@ -18,29 +18,30 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.models.text import LENGTH_STEP, shortened
 from vlm.serve.batching import Batcher, Observe
 
-KEPT_TEXTS = 4096  # whose embeddings are kept, for labels and for queries typed again
+TEXT_CACHE_SIZE = 4096  # cached text embeddings, for labels and repeated queries
 
 
 class Kind(NamedTuple):
-    """What items of one batch have in common: the tower, and how long their sequences are."""
+    """Key of a batch: the tower and the sequence length of its items."""
 
     tower: Literal["image", "text"]
-    length: int  # tokens of a text, patches of a NaFlex image, else 0
+    length: int  # tokens of a text, or patches of a NaFlex image, else 0
 
 
 class Batched:
-    """`Bundle` for servers: the same encoders, for many threads at once, in joint batches.
+    """`Bundle` for servers: encoders for many threads, with dynamic batching.
 
-    Images are decoded and texts tokenized on a pool of threads; one thread owns the device. Heads
-    take it as they take a bundle.
+    A thread pool decodes images and tokenizes texts; one thread owns the device. Heads accept it in
+    place of a bundle.
 
     Args:
-        bundle: what `vlm.load` gives, with one tower or both.
-        max_batch: items computed at once, a power of two; 32 on a CPU, else 256.
-        decoders: threads that decode; by default one for each core.
-        max_pixels: of an image before it is resized.
-        seconds: that the blocking calls wait for their answer.
-        observe: told of every batch: its `Kind`, its items, its seconds.
+        bundle: a model from `vlm.load`, with one tower or both.
+        max_batch: maximum items per batch, rounded down to a power of two; by default 32 on a CPU,
+            else 256.
+        decoders: number of decoding threads; by default one for each core.
+        max_pixels: maximum size of an image before resizing.
+        seconds: timeout of the blocking calls.
+        observe: callback for every batch: its `Kind`, number of items, and seconds.
 
     Example:
         >>> from vlm.serve import Batched
@@ -69,10 +70,10 @@ class Batched:
         sizes = [1 << i for i in range(self.max_batch.bit_length())]
         self.batcher = Batcher(self._compute, sizes, observe)
         self._lengths = self._text_lengths()
-        self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
-        self._kept_lock = threading.Lock()
+        self._text_cache: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._text_lock = threading.Lock()
 
-    # ------------------------------------------------------------------ what heads ask for
+    # ---------------------------------------------------------------- interface of `Bundle`
 
     name = property(lambda self: self.bundle.name)
     loss = property(lambda self: self.bundle.loss)
@@ -90,12 +91,12 @@ class Batched:
         *,
         on_error: OnError | None = None,
     ) -> Float32[np.ndarray, "n d"]:
-        """See `Bundle.encode_image`; `batch_size` is the batcher's to choose."""
-        answers = [self.image(x, f"image {i}") for i, x in enumerate(one_or_many(images))]
+        """See `Bundle.encode_image`; `batch_size` is ignored, since the batcher chooses it."""
+        futures = [self.image(x, f"image {i}") for i, x in enumerate(one_or_many(images))]
         rows = [np.zeros((0, self.embed_dim), np.float32)]
-        for number, answer in enumerate(answers):
+        for number, future in enumerate(futures):
             try:
-                rows.append(answer.result(self.seconds)[None])
+                rows.append(future.result(self.seconds)[None])
             except DataError as error:
                 if on_error is None:
                     raise
@@ -105,26 +106,26 @@ class Batched:
     def encode_text(
         self, texts: str | Iterable[str], batch_size: int | None = None
     ) -> Float32[np.ndarray, "n d"]:
-        """See `Bundle.encode_text`; texts that were asked for before are not computed again."""
+        """See `Bundle.encode_text`; embeddings of recent texts are cached."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        with self._kept_lock:
-            known = {text: self._kept[text] for text in texts if text in self._kept}
+        with self._text_lock:
+            known = {text: self._text_cache[text] for text in texts if text in self._text_cache}
         fresh = [text for text in dict.fromkeys(texts) if text not in known]
-        # No more than a batch at once: whoever has a thousand labels leaves room for others.
+        # At most one batch at a time, so that a caller with many labels does not block others.
         for start in range(0, len(fresh), self.max_batch):
             part = fresh[start : start + self.max_batch]
-            for text, answer in zip(part, self.texts(part), strict=True):
-                known[text] = answer.result(self.seconds)
-        with self._kept_lock:
+            for text, future in zip(part, self.texts(part), strict=True):
+                known[text] = future.result(self.seconds)
+        with self._text_lock:
             for text in texts:
-                self._kept[text] = known[text]
-                self._kept.move_to_end(text)
-            while len(self._kept) > KEPT_TEXTS:
-                self._kept.popitem(last=False)
+                self._text_cache[text] = known[text]
+                self._text_cache.move_to_end(text)
+            while len(self._text_cache) > TEXT_CACHE_SIZE:
+                self._text_cache.popitem(last=False)
         rows = [known[text][None] for text in texts]
         return np.concatenate([np.zeros((0, self.embed_dim), np.float32), *rows])
 
-    # ---------------------------------------------------------------------- for the server
+    # ------------------------------------------------------------------- asynchronous calls
 
     def image(
         self,
@@ -133,50 +134,53 @@ class Batched:
         *,
         first: bool = False,
     ) -> Future:
-        """The future embedding of an image, or of what a function gives on a decoder's thread."""
+        """Return the future embedding of an image, or of the result of a function.
+
+        The function runs on a decoding thread. `first` puts the image ahead of the queue.
+        """
         self.bundle._check_tower(self.bundle.model.vision, "image")
-        answer: Future = Future()
+        future: Future = Future()
 
         def prepare() -> None:
-            if answer.cancelled():
+            if future.cancelled():
                 return
             try:
                 pixels = self.preprocess.pixels(image() if callable(image) else image, name)
-                self.batcher.submit(self._image_kind(pixels), pixels, answer, first=first)
+                self.batcher.submit(self._image_kind(pixels), pixels, future, first=first)
             except Exception as error:
-                fail(answer, error)
+                set_error(future, error)
 
         self.decoders.submit(prepare)
-        return answer
+        return future
 
     def texts(self, texts: Sequence[str], *, first: bool = False) -> list[Future]:
-        """The future embeddings of texts."""
+        """Return the future embeddings of texts; `first` puts them ahead of the queue."""
         self.bundle._check_tower(self.bundle.model.text, "text")
-        answers = [Future() for _ in texts]
+        futures = [Future() for _ in texts]
 
         def prepare() -> None:
             try:
                 tokens = self.tokenizer(list(texts))
-                for row, answer in zip(tokens, answers, strict=True):
+                for row, future in zip(tokens, futures, strict=True):
                     needed = shortened(row[None], self.config.text).shape[1]
                     length = next(length for length in self._lengths if length >= needed)
                     kind = Kind("text", length)
-                    self.batcher.submit(kind, row[:length], answer, first=first)
+                    self.batcher.submit(kind, row[:length], future, first=first)
             except Exception as error:
-                for answer in answers:
-                    fail(answer, error)
+                for future in futures:
+                    set_error(future, error)
 
         self.decoders.submit(prepare)
-        return answers
+        return futures
 
-    def warm_up(self, progress: Callable[[str], None] = lambda said: None) -> None:
-        """Compile everything that requests will need, so that none of them waits for it."""
+    def warm_up(self, progress: Callable[[str], None] = lambda message: None) -> None:
+        """Compile all batch shapes, so that no request waits for compilation."""
         for kind in self.kinds():
             progress(f"{kind.tower}s{f' of {kind.length}' if kind.length else ''}")
             self.batcher.warm_up(kind, self._example(kind))
 
     def kinds(self) -> list[Kind]:
-        """All kinds of batches that there can be."""
+        """Return all possible batch keys."""
         kinds = []
         if self.bundle.model.vision is not None:
             kinds += [Kind("image", length) for length in self._patch_lengths()]
@@ -185,7 +189,7 @@ class Batched:
         return kinds
 
     def close(self) -> None:
-        """Answer what waits, and end the threads."""
+        """Finish pending work and stop the threads."""
         self.decoders.shutdown(wait=True)
         self.batcher.close()
 
@@ -215,10 +219,10 @@ class Batched:
         return list(range(STEP, last + 1, STEP))
 
     def _text_lengths(self) -> list[int]:
-        """Few enough to compile them all: the shortest, its doubles, and the longest."""
+        """Return the padded text lengths: powers of two times the step, and the context length."""
         longest = self.tokenizer.config.context_length
         text = self.config.text
-        # A tower that sees all positions takes rows as they are.
+        # A tower that attends to all positions cannot be given shorter rows.
         probe = np.full((1, longest), text.end_id if text.end_id is not None else 0, np.int32)
         if shortened(probe, text).shape[1] == longest:
             return [longest]
@@ -228,7 +232,7 @@ class Batched:
         return [*lengths, longest]
 
     def _example(self, kind: Kind) -> np.ndarray:
-        """An item of a kind, to compile with."""
+        """Return a dummy item of a kind, for compilation."""
         if kind.tower == "text":
             return np.zeros(kind.length, np.int32)
         config = self.preprocess.config
@@ -238,7 +242,7 @@ class Batched:
         return np.zeros((config.patch_size, kind.length * config.patch_size, 3), np.uint8)
 
 
-def fail(answer: Future, error: Exception) -> None:
-    """Let a future that nothing has run for yet end with an error, unless nobody waits for it."""
-    if answer.set_running_or_notify_cancel():
-        answer.set_exception(error)
+def set_error(future: Future, error: Exception) -> None:
+    """Set an error on a pending future, unless it was cancelled."""
+    if future.set_running_or_notify_cancel():
+        future.set_exception(error)

@@ -1,4 +1,4 @@
-"""Many threads, one device: items wait in a queue and are computed in batches by one thread."""
+"""Dynamic batching: a queue of items from many threads, and one device thread."""
 
 import threading
 import time
@@ -11,30 +11,30 @@ import numpy as np
 
 from vlm.errors import DataError
 
-CLEARLY = 1.05  # how much faster per item a smaller batch must be than a larger one to be preferred
+MIN_SPEEDUP = 1.05  # per-item speedup at which a smaller batch is preferred to a larger one
 
 Key = Hashable
-Observe = Callable[[Key, int, float], None]  # what ran, how many items, and the seconds it took
+Observe = Callable[[Key, int, float], None]  # key, number of items, seconds
 
 
 class Waiting(NamedTuple):
-    """An item that waits, where its row goes, and when it came."""
+    """A queued item, the future of its row, and its arrival time."""
 
     item: Any
-    answer: Future
+    future: Future
     since: float
 
 
 class Batcher:
-    """Runs what is submitted, from any thread, in batches of one key each, on a thread of its own.
+    """Run submitted items in batches with a common key, on one device thread.
 
-    The batch with the longest-waiting item goes first. Its size is one of `sizes`: nothing is
-    waited for, since while one batch is computed the next one gathers.
+    The batch with the longest-waiting item runs first. The device thread never waits for a batch to
+    fill up: the next batch collects while the current one is computed.
 
     Args:
-        compute: from a key and a list of items to one row for each.
-        sizes: that `compute` is compiled for, ascending; a batch between two of them is padded.
-        observe: told of every batch.
+        compute: function of a key and a list of items that returns a row for each item.
+        sizes: batch sizes that `compute` is compiled for, ascending; other sizes are padded.
+        observe: callback for every batch.
     """
 
     def __init__(
@@ -53,36 +53,36 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name="vlm-device", daemon=True)
         self._thread.start()
 
-    # ------------------------------------------------------------------------ for the callers
+    # -------------------------------------------------------------------- called by any thread
 
     def submit(
-        self, key: Key, item: Any, answer: Future | None = None, *, first: bool = False
+        self, key: Key, item: Any, future: Future | None = None, *, first: bool = False
     ) -> Future:
-        """Queue one item and return the future of its row; `first` puts it before all others."""
-        answer = Future() if answer is None else answer
+        """Queue one item and return the future of its row; `first` puts it ahead of the queue."""
+        future = Future() if future is None else future
         with self._changed:
             if not self._open:
                 raise RuntimeError("the server is shutting down")
             queue = self._queues.setdefault(key, deque())
             since = 0.0 if first else time.monotonic()
-            (queue.appendleft if first else queue.append)(Waiting(item, answer, since))
+            (queue.appendleft if first else queue.append)(Waiting(item, future, since))
             self._changed.notify()
-        return answer
+        return future
 
     def call(self, function: Callable[[], Any]) -> Future:
-        """Let the thread of the device call a function between two batches."""
-        answer: Future = Future()
+        """Call a function on the device thread, between two batches."""
+        future: Future = Future()
         with self._changed:
             if not self._open:
                 raise RuntimeError("the server is shutting down")
-            self._jobs.append((function, answer))
+            self._jobs.append((function, future))
             self._changed.notify()
-        return answer
+        return future
 
     def warm_up(self, key: Key, item: Any) -> None:
-        """Compile every size for `key`, and measure what each takes.
+        """Compile every batch size for `key`, and measure its time.
 
-        The best of two calls counts, so that compiling does not.
+        The time is the best of two calls after the compiling one.
         """
 
         def run() -> None:
@@ -97,39 +97,39 @@ class Batcher:
         self.call(run).result()
 
     def depths(self) -> dict[Key, int]:
-        """How many items wait, by key."""
+        """Return the queue length of each key."""
         with self._changed:
             return {key: len(queue) for key, queue in self._queues.items()}
 
     def seconds_per_item(self, key: Key) -> float:
-        """What an item takes in the best batch; 0 before `warm_up`."""
-        known = [t / size for (other, size), t in self._seconds.items() if other == key]
-        return min(known, default=0.0)
+        """Return the time per item at the best batch size; 0 before `warm_up`."""
+        times = [t / size for (other, size), t in self._seconds.items() if other == key]
+        return min(times, default=0.0)
 
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
 
     def close(self) -> None:
-        """Take nothing more, compute what waits, and end the thread."""
+        """Stop accepting items, compute the queued ones, and stop the thread."""
         with self._changed:
             self._open = False
             self._changed.notify()
         self._thread.join()
 
-    # --------------------------------------------------------------------- the device's thread
+    # -------------------------------------------------------------------------- device thread
 
     def _work(self) -> None:
         while (task := self._next()) is not None:
             task()
 
     def _next(self) -> Callable[[], None] | None:
-        """The next thing to do, or None when everything is done and nothing more comes."""
+        """Wait for the next task and return it, or None once closed and empty."""
         with self._changed:
             while True:
                 if self._jobs:
-                    function, answer = self._jobs.popleft()
-                    return lambda: settle(answer, function)
+                    function, future = self._jobs.popleft()
+                    return lambda: settle(future, function)
                 waiting = [(queue[0].since, key) for key, queue in self._queues.items() if queue]
                 if waiting:
                     key = min(waiting, key=lambda pair: pair[0])[1]
@@ -141,10 +141,10 @@ class Batcher:
                 self._changed.wait()
 
     def _batch_size(self, key: Key, count: int) -> int:
-        """How many of `count` items to take: by the measured times, as many per second as can be.
+        """Return how many of `count` items to take, for the highest measured throughput.
 
-        A full batch is no faster per item on a CPU, where padding costs as much as items do; on an
-        accelerator a padded batch often takes no longer than the one below it.
+        On a CPU, padding costs as much as items do. On an accelerator, a padded batch often takes
+        no longer than the next smaller size.
         """
         below = [size for size in self._sizes if size <= count]
         above = [size for size in self._sizes if size > count][:1]
@@ -153,51 +153,53 @@ class Batcher:
             if (seconds := self._seconds.get((key, size))) is None:
                 continue
             taken = min(size, count)
-            if taken / seconds > best_rate * CLEARLY:
+            if taken / seconds > best_rate * MIN_SPEEDUP:
                 best, best_rate = taken, taken / seconds
         return best
 
     def _run(self, key: Key, batch: Iterable[Waiting]) -> None:
-        """Compute a batch; where it fails, each of its items alone, so that one fails for all."""
-        wanted = [w for w in batch if w.answer.set_running_or_notify_cancel()]
-        if not wanted:
+        """Compute a batch. If it fails, compute its items one by one, to isolate the faulty one."""
+        pending = [w for w in batch if w.future.set_running_or_notify_cancel()]
+        if not pending:
             return
         start = time.perf_counter()
         try:
-            rows = self._compute(key, [w.item for w in wanted])
+            rows = self._compute(key, [w.item for w in pending])
         except Exception as error:
-            if len(wanted) == 1:
-                wanted[0].answer.set_exception(error)
+            if len(pending) == 1:
+                pending[0].future.set_exception(error)
                 return
-            for one in wanted:
+            for entry in pending:
                 try:
-                    row = self._compute(key, [one.item])[0]
-                except Exception as own:
-                    one.answer.set_exception(own)
+                    row = self._compute(key, [entry.item])[0]
+                except Exception as item_error:
+                    entry.future.set_exception(item_error)
                 else:
-                    _give(one.answer, row)
+                    _set_row(entry.future, row)
             return
-        self._observe(key, len(wanted), time.perf_counter() - start)
-        for one, row in zip(wanted, rows, strict=True):
-            _give(one.answer, row)
+        self._observe(key, len(pending), time.perf_counter() - start)
+        for entry, row in zip(pending, rows, strict=True):
+            _set_row(entry.future, row)
 
 
-def settle(answer: Future, function: Callable[[], Any]) -> None:
-    """Call `function` and let `answer` be what it gives or raises, unless nobody waits for it."""
-    if not answer.set_running_or_notify_cancel():
+def settle(future: Future, function: Callable[[], Any]) -> None:
+    """Set a future to the result or the error of `function`, unless it was cancelled."""
+    if not future.set_running_or_notify_cancel():
         return
     try:
         result = function()
     except BaseException as error:
-        answer.set_exception(error)
+        future.set_exception(error)
         if not isinstance(error, Exception):
             raise
     else:
-        answer.set_result(result)
+        future.set_result(result)
 
 
-def _give(answer: Future, row: np.ndarray) -> None:
+def _set_row(future: Future, row: np.ndarray) -> None:
     if np.isfinite(row).all():
-        answer.set_result(row)
+        future.set_result(row)
     else:
-        answer.set_exception(DataError("the model gives it an embedding that is not finite"))
+        future.set_exception(
+            DataError("its embedding is not finite; the model's weights may be corrupt")
+        )

@@ -1,4 +1,4 @@
-"""`/v1/classify`: images over labels that the client names."""
+"""`/v1/classify`: zero-shot classification with the labels of the request."""
 
 from concurrent.futures import Future
 from typing import Any
@@ -7,49 +7,52 @@ import numpy as np
 from fastapi import APIRouter
 
 from vlm.heads.zero_shot import Classification, ZeroShotClassifier
-from vlm.serve.limits import Refused
+from vlm.serve.limits import RequestError
 from vlm.serve.protocol import Classified, ClassifyAnswer, ClassifyRequest, Score
-from vlm.serve.service import Service, as_refused, outcomes
+from vlm.serve.service import Service, as_request_error, outcomes
 
-MOST_SENTENCES = 4096  # labels times templates
+MAX_PROMPTS = 4096  # labels times templates
 
 
 def routes(service: Service, templates: tuple[str, ...]) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["classify"])
 
     @router.post("/classify")
-    async def classify(asked: ClassifyRequest) -> ClassifyAnswer:
-        """The labels of each image with their scores, best first."""
-        service.check_model(asked.model)
+    async def classify(body: ClassifyRequest) -> ClassifyAnswer:
+        """Return the scored labels of each image, best first."""
+        service.check_model(body.model)
         for tower in ("image", "text"):
             service.check_tower(tower)
-        service.check_count(len(asked.images), "images")
-        sentences = asked.templates or templates
-        if len(asked.labels) * len(sentences) > MOST_SENTENCES:
-            raise Refused(
-                f"{len(asked.labels)} labels in {len(sentences)} templates are over "
-                f"{MOST_SENTENCES:,} sentences: name fewer",
+        service.check_count(len(body.images), "images")
+        prompts = body.templates or templates
+        if len(body.labels) * len(prompts) > MAX_PROMPTS:
+            raise RequestError(
+                f"{len(body.labels)} labels x {len(prompts)} templates exceed the limit of "
+                f"{MAX_PROMPTS:,} prompts: send fewer",
                 413,
                 "too_many_labels",
             )
-        for text in (*asked.labels, *sentences, *([asked.none] if asked.none else [])):
+        for text in (*body.labels, *prompts, *([body.none] if body.none else [])):
             service.checked_text(text, "a label or template")
 
         async def work() -> tuple[ZeroShotClassifier, list[Any]]:
-            answers = [_answer(service, image, f"item {i}") for i, image in enumerate(asked.images)]
+            answers = [
+                _embedding(service, image, f"item {i}") for i, image in enumerate(body.images)
+            ]
             classifier = await service.in_thread(
                 lambda: ZeroShotClassifier(
-                    service.model, asked.labels, sentences, asked.none or None, asked.multi_label
+                    service.model, body.labels, prompts, body.none or None, body.multi_label
                 )
             )
             return classifier, await outcomes(answers)
 
-        classifier, found = await service.inside(len(asked.images) + 1, work)
+        classifier, found = await service.admit(len(body.images) + 1, work)
         if all(isinstance(row, Exception) for row in found):
-            raise as_refused(found[0], "item 0")
+            raise as_request_error(found[0], "item 0")
         rows = [row for row in found if not isinstance(row, Exception)]
-        said = Classification(classifier.labels, classifier.logits(np.stack(rows)), classifier.rule)
-        tops = iter(said.top(asked.top or len(said.labels)))
+        logits = classifier.logits(np.stack(rows))
+        scored = Classification(classifier.labels, logits, classifier.rule)
+        tops = iter(scored.top(body.top or len(scored.labels)))
         data = []
         for i, row in enumerate(found):
             if isinstance(row, Exception):
@@ -62,15 +65,19 @@ def routes(service: Service, templates: tuple[str, ...]) -> APIRouter:
     return router
 
 
-def _answer(service: Service, image: str | int, name: str) -> Future | Refused:
-    """The future embedding of a data URL, or that of an item of the index."""
+def _embedding(service: Service, image: str | int, name: str) -> Future | RequestError:
+    """Return the future embedding of a data URL or of an item of the index."""
     try:
         if isinstance(image, str):
             return service.image(image, name)
         if service.gallery is None:
-            raise Refused(f"{name} is a number, and there is no index here", 400, "no_index")
+            raise RequestError(
+                f"{name} is an item number, but the server has no index: send an image",
+                400,
+                "no_index",
+            )
         answer: Future = Future()
         answer.set_result(service.gallery.index.embeddings([service.gallery.id(image)])[0])
         return answer
-    except Refused as refused:
-        return refused
+    except RequestError as error:
+        return error

@@ -1,4 +1,4 @@
-"""A Dockerfile and a compose file that run a server with Prometheus beside it."""
+"""Export of a Dockerfile and a compose file for the server and Prometheus."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ DOCKERFILE = """\
 # syntax=docker/dockerfile:1
 FROM python:3.12-slim
 RUN useradd --create-home vlm
-# For a GPU: vlm-jax[serve,cuda], and `gpus: all` in compose.yaml.
+# For a GPU: install vlm-jax[serve,cuda], and set `gpus: all` in compose.yaml.
 RUN pip install --no-cache-dir "vlm-jax[serve]=={version}"
 USER vlm
 ENV VLM_CACHE=/home/vlm/cache
@@ -21,7 +21,7 @@ ENTRYPOINT ["vlm", "serve", "--host", "0.0.0.0", "--port", "8000"]
 
 COMPOSE = """\
 # docker compose up --build
-# Keys, one or several with commas between them, go into a file .env beside this one:
+# Put the API keys, separated by commas, into a file .env in this folder:
 #   VLM_API_KEYS=...
 services:
   vlm:
@@ -68,22 +68,21 @@ scrape_configs:
 def write_compose(
     folder: Path, served: str, mounts: dict[Path, bool], options: tuple[str, ...] = ()
 ) -> list[Path]:
-    """Write the files into a new or empty folder, and return them.
+    """Write the Docker files into a new or empty folder, and return their paths.
 
     Args:
-        served: the model or index, as `vlm serve` takes it.
-        mounts: folders of this machine that the container reads at the same place, and whether
-            each is there.
-        options: more of the command line.
+        served: the model or index, as on the command line of `vlm serve`.
+        mounts: host folders that the container mounts at the same path, and whether each exists.
+        options: additional command-line options.
 
     Raises:
-        CheckpointError: the folder holds something, or a folder to mount is not there.
+        CheckpointError: the folder is not empty, or a folder to mount does not exist.
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise CheckpointError(f"{folder} is not empty: choose another place for the export")
-    for path, there in mounts.items():
-        if not there:
-            raise CheckpointError(f"{path}, which the server would read, is not there")
+        raise CheckpointError(f"{folder} is not empty: choose another folder for the export")
+    for path, exists in mounts.items():
+        if not exists:
+            raise CheckpointError(f"{path}, which the server needs, does not exist")
     folder.mkdir(parents=True, exist_ok=True)
     command = ", ".join(_quoted(word) for word in (served, *options))
     volumes = "".join(f"      - {_quoted(f'{path}:{path}:ro')}\n" for path in mounts)
@@ -98,6 +97,6 @@ def write_compose(
 
 
 def _quoted(word: str) -> str:
-    """A text in YAML, whatever is in it; compose takes `$` for a variable."""
+    """Return a quoted YAML string, with `$` escaped for compose."""
     escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("$", "$$")
     return f'"{escaped}"'

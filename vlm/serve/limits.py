@@ -1,4 +1,4 @@
-"""What a server takes from its clients, and how it says that something is too much."""
+"""Request limits, admission control, and the error of a rejected request."""
 
 import math
 import threading
@@ -11,17 +11,17 @@ from vlm.errors import ConfigError, VlmError
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one request and of all together; what exceeds them is refused in one sentence.
+    """Limits per request and for all requests in flight; a request over a limit gets a 4xx error.
 
     Attributes:
-        body_bytes: of a request; 16 MiB, an image of 12 MiB in base64.
-        items: images and texts of a request.
-        pixels: of an image before it is resized; 32 million, 96 MiB while it is decoded.
-        characters: of a text.
-        waiting: items of all requests that are not answered yet; more get 429.
-        waiting_bytes: of all bodies that are held at once; more get 429.
-        seconds: that an answer may take, and that a body may take to arrive.
-        urls: whether an image may be an address that the server fetches.
+        body_bytes: maximum size of a request body; 16 MiB holds an image of 12 MiB in base64.
+        items: maximum number of images and texts of a request.
+        pixels: maximum size of an image before resizing; 32 million take 96 MiB once decoded.
+        characters: maximum length of a text.
+        waiting: maximum number of unanswered items over all requests; further requests get 429.
+        waiting_bytes: maximum size of all request bodies in memory; further requests get 429.
+        seconds: timeout for an answer, and for the arrival of a body.
+        urls: whether images may be http(s) URLs, which the server fetches.
 
     Example:
         >>> vlm.serve.Limits(items=8).items
@@ -40,17 +40,17 @@ class Limits:
     def __post_init__(self):
         for name, value in vars(self).items():
             if not isinstance(value, bool) and not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"the limit {name} is {value}: make it above 0")
+                raise ConfigError(f"the limit {name} is {value}: it must be finite and above 0")
 
 
-class Refused(VlmError):
-    """A request, or an item of one, that is not answered, with its HTTP status and a code.
+class RequestError(VlmError):
+    """Rejection of a request, or of one of its items, with an HTTP status and an error code.
 
     Args:
-        message: one sentence with the mend.
-        status: of HTTP.
-        code: what programs tell it by, such as "image_too_large".
-        retry_after: seconds until it may be worth asking again.
+        message: one sentence that names the fix.
+        status: the HTTP status.
+        code: machine-readable error code, such as "image_too_large".
+        retry_after: seconds after which the client should retry.
     """
 
     def __init__(self, message: str, status: int, code: str, retry_after: float | None = None):
@@ -59,32 +59,33 @@ class Refused(VlmError):
 
 
 class Admission:
-    """Counts what is inside, and lets no more in than there is room for."""
+    """Counter of items or bytes in flight, with an upper limit."""
 
-    def __init__(self, most: int, what: str):
-        self._most, self._what = most, what
+    def __init__(self, limit: int, unit: str):
+        self._limit, self._unit = limit, unit
         self._lock = threading.Lock()
-        self.inside = 0
+        self.in_flight = 0
 
     @contextmanager
-    def room_for(self, count: int, retry_after: float = 1.0) -> Iterator[None]:
-        """Room for `count` while the block runs.
+    def admit(self, count: int, retry_after: float = 1.0) -> Iterator[None]:
+        """Count `count` as in flight while the block runs.
 
         Raises:
-            Refused: there is none now (429); one request alone always finds room in an empty house.
+            RequestError: over the limit (429). A single request is always admitted when the server
+                is idle.
         """
         with self._lock:
-            if self.inside and self.inside + count > self._most:
-                raise Refused(
-                    f"the server is busy: {self.inside:,} {self._what} are waiting and there is "
-                    f"room for {self._most:,}; ask again in a moment",
+            if self.in_flight and self.in_flight + count > self._limit:
+                raise RequestError(
+                    f"the server is busy: {self.in_flight:,} {self._unit} are in flight, and the "
+                    f"limit is {self._limit:,}; retry later",
                     429,
                     "busy",
                     retry_after,
                 )
-            self.inside += count
+            self.in_flight += count
         try:
             yield
         finally:
             with self._lock:
-                self.inside -= count
+                self.in_flight -= count

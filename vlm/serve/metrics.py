@@ -1,4 +1,4 @@
-"""What a server counts of itself, in Prometheus' format."""
+"""Prometheus metrics of the server."""
 
 from typing import Any
 
@@ -16,44 +16,50 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
 class Metrics:
-    """Counters, gauges and histograms of one server, in a registry of their own."""
+    """Counters, gauges and histograms of one server, in their own registry."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
 
-        def made(kind: Any, name: str, about: str, labels: tuple[str, ...] = (), **more: Any):
-            return kind(f"vlm_{name}", about, labels, registry=self.registry, **more)
+        def create(kind: Any, name: str, help_text: str, labels: tuple[str, ...] = (), **more: Any):
+            return kind(f"vlm_{name}", help_text, labels, registry=self.registry, **more)
 
-        self.requests = made(Counter, "requests", "Requests answered.", ("path", "status"))
-        self.latency = made(
-            Histogram, "request_seconds", "Seconds to an answer.", ("path",), buckets=SECONDS
+        self.requests = create(Counter, "requests", "Requests answered.", ("path", "status"))
+        self.latency = create(
+            Histogram, "request_seconds", "Request latency in seconds.", ("path",), buckets=SECONDS
         )
-        self.refused = made(Counter, "refused", "Requests and items refused, by why.", ("code",))
-        self.waiting = made(Gauge, "waiting_items", "Items inside that have no answer yet.")
-        self.waiting_bytes = made(Gauge, "waiting_bytes", "Bytes of bodies that are held.")
-        self.depth = made(
-            Gauge, "queue_depth", "Items decoded that wait for the device.", ("tower", "length")
+        self.refused = create(
+            Counter, "refused", "Rejected requests and items, by error code.", ("code",)
+        )
+        self.waiting = create(Gauge, "waiting_items", "Items in flight.")
+        self.waiting_bytes = create(Gauge, "waiting_bytes", "Bytes of request bodies in memory.")
+        self.depth = create(
+            Gauge, "queue_depth", "Decoded items waiting for the device.", ("tower", "length")
         )
         sizes = [1 << i for i in range(11)]
-        self.batch_items = made(
-            Histogram, "batch_items", "Items of a batch.", ("tower",), buckets=sizes
+        self.batch_items = create(
+            Histogram, "batch_items", "Items per batch.", ("tower",), buckets=sizes
         )
-        self.batch_seconds = made(
-            Histogram, "batch_seconds", "Seconds of a batch.", ("tower",), buckets=SECONDS
+        self.batch_seconds = create(
+            Histogram,
+            "batch_seconds",
+            "Compute time of a batch in seconds.",
+            ("tower",),
+            buckets=SECONDS,
         )
 
     def batch(self, kind: Any, count: int, seconds: float) -> None:
-        """Note a batch that was computed; see `Batcher`."""
+        """Record a computed batch; see `Batcher`."""
         self.batch_items.labels(kind.tower).observe(count)
         self.batch_seconds.labels(kind.tower).observe(seconds)
 
     def answer(self, path: str, status: int, seconds: float) -> None:
-        """Note a request that was answered; `path` is that of a route, not of the client."""
+        """Record an answered request; `path` is the route's pattern, not the URL of the client."""
         self.requests.labels(path, str(status)).inc()
         self.latency.labels(path).observe(seconds)
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+        """Return all metrics in the Prometheus text format."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""What goes over the wire: the bodies of requests and answers, as OpenAI's clients know them."""
+"""Schemas of request and response bodies, compatible with the OpenAI API."""
 
 from typing import Annotated, Any, Literal
 
@@ -7,37 +7,37 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 Number = str | int | float | bool | None
 
 
-def _whole(text: str) -> str:
+def _valid_unicode(text: str) -> str:
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ValueError("half of a surrogate pair is no character") from None
+            raise ValueError("a lone surrogate is not valid Unicode") from None
     return text
 
 
-Text = Annotated[str, AfterValidator(_whole)]
+Text = Annotated[str, AfterValidator(_valid_unicode)]
 
 
-class _Strict(BaseModel):
-    """A request: a number in quotes is no number, and no number is infinite."""
+class _Request(BaseModel):
+    """Base of request bodies: strict types and finite numbers."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-class _Open(BaseModel):
+class _Response(BaseModel):
     model_config = ConfigDict(ser_json_inf_nan="null")
 
 
 # ------------------------------------------------------------------------------------- items
 
 
-class ImageUrl(_Strict):
+class ImageUrl(_Request):
     url: Text = Field(description="data:image/...;base64,...")
 
 
-class Item(_Strict):
-    """One thing to embed: a text or an image, in our short form or in that of chat messages."""
+class Item(_Request):
+    """One text or image to embed, in the short form or in that of chat messages."""
 
     type: Literal["text", "image", "image_url"] | None = None
     text: Text | None = None
@@ -51,20 +51,21 @@ Input = Annotated[Text, Field(description="A text, or an image as a data URL.")]
 # -------------------------------------------------------------------------------- embeddings
 
 
-class EmbeddingsRequest(_Strict):
+class EmbeddingsRequest(_Request):
     input: Input | Annotated[list[Input], Field(min_length=1)]
     model: Text | None = Field(
-        default=None, description="As /v1/models names it; checked where given."
+        default=None,
+        description="Optional model name from /v1/models; a different name is an error.",
     )
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(
-        default=None, ge=1, description="The model's own width, or left out."
+        default=None, ge=1, description="Optional; must be the model's embedding dimension."
     )
     user: Text | None = None
 
 
-class Problem(_Open):
-    """What is wrong, in one sentence."""
+class Problem(_Response):
+    """Error object; the message is one sentence."""
 
     message: str
     type: str
@@ -72,18 +73,20 @@ class Problem(_Open):
     param: str | None = None
 
 
-class ErrorAnswer(_Open):
+class ErrorAnswer(_Response):
     error: Problem
 
 
-class Embedding(_Open):
+class Embedding(_Response):
     object: Literal["embedding"] = "embedding"
     index: int
-    embedding: list[float] | str = Field(description="base64 is of little-endian float32.")
+    embedding: list[float] | str = Field(
+        description="List of floats, or base64 of little-endian float32."
+    )
 
 
-class FailedItem(_Open):
-    """An item that has no answer; those beside it have theirs."""
+class FailedItem(_Response):
+    """Error of one item; other items are not affected."""
 
     object: Literal["error"] = "error"
     index: int
@@ -91,12 +94,12 @@ class FailedItem(_Open):
     error: Problem
 
 
-class Usage(_Open):
-    prompt_tokens: int = Field(description="Tokens of the texts that the model saw.")
+class Usage(_Response):
+    prompt_tokens: int = Field(description="Number of text tokens that were encoded.")
     total_tokens: int
 
 
-class EmbeddingsAnswer(_Open):
+class EmbeddingsAnswer(_Response):
     object: Literal["list"] = "list"
     model: str
     data: list[Embedding | FailedItem]
@@ -106,30 +109,30 @@ class EmbeddingsAnswer(_Open):
 # ---------------------------------------------------------------------------------- classify
 
 
-class ClassifyRequest(_Strict):
-    """Images over labels; an image is a data URL, or the number of an item of the index."""
+class ClassifyRequest(_Request):
+    """Images and candidate labels; an image is a data URL or an item number of the index."""
 
     images: Annotated[list[Text | int], Field(min_length=1)]
     labels: Annotated[list[Text], Field(min_length=1, max_length=1000)]
     templates: Annotated[list[Text], Field(min_length=1, max_length=100)] | None = None
-    none: Text | None = Field(default=None, description='A sentence for "none of these".')
+    none: Text | None = Field(default=None, description='Prompt for the class "none of these".')
     multi_label: bool = False
     top: int | None = Field(default=None, ge=1)
     model: Text | None = None
 
 
-class Score(_Open):
+class Score(_Response):
     label: str
     score: float
 
 
-class Classified(_Open):
+class Classified(_Response):
     object: Literal["classification"] = "classification"
     index: int
     labels: list[Score]
 
 
-class ClassifyAnswer(_Open):
+class ClassifyAnswer(_Response):
     object: Literal["list"] = "list"
     model: str
     rule: Literal["softmax", "sigmoid"]
@@ -139,46 +142,52 @@ class ClassifyAnswer(_Open):
 # ------------------------------------------------------------------------------------ search
 
 
-class Term(_Strict):
-    """A part of a query: exactly one of text, image and item."""
+class Term(_Request):
+    """Term of a query: exactly one of text, image and item."""
 
     text: Text | None = None
     image: Text | None = Field(default=None, description="data:image/...;base64,...")
-    item: int | None = Field(default=None, description="The number of an item: more like this.")
-    weight: float = Field(default=1.0, ge=-1000, le=1000, description="Below 0: less of it.")
+    item: int | None = Field(
+        default=None, description="Item number in the index, for a query by example."
+    )
+    weight: float = Field(
+        default=1.0, ge=-1000, le=1000, description="Negative: subtract the term."
+    )
 
 
-class WireCondition(_Strict):
+class WireCondition(_Request):
     column: Text
     comparison: Literal["=", "!=", "<", "<=", ">", ">="]
     value: Text | Annotated[int, Field(ge=-(1 << 53), le=1 << 53)] | float
 
 
-class SearchRequest(_Strict):
+class SearchRequest(_Request):
     query: Text | Annotated[list[Term], Field(min_length=1)]
     k: int = Field(default=20, ge=1, le=1000)
     where: Annotated[list[WireCondition], Field(max_length=20)] = []
-    min_score: float | None = Field(default=None, ge=-10, le=10, description="A cosine.")
+    min_score: float | None = Field(
+        default=None, ge=-10, le=10, description="Minimum cosine similarity."
+    )
     model: Text | None = None
 
 
-class Found(_Open):
-    item: int = Field(description="Its number, for /v1/items.")
+class Found(_Response):
+    item: int = Field(description="Item number, for /v1/items.")
     id: str | int
     score: float
-    picture: bool = Field(description="Whether /v1/items/{item}/picture has something to show.")
+    picture: bool = Field(description="Whether /v1/items/{item}/picture exists.")
     metadata: dict[str, Number]
 
 
-class SearchAnswer(_Open):
+class SearchAnswer(_Response):
     object: Literal["list"] = "list"
     model: str
     seconds: float
     data: list[Found]
 
 
-class Column(_Open):
-    """A column of metadata: its values where they are few, else the range of its numbers."""
+class Column(_Response):
+    """Metadata column: its distinct values if there are few, else the range of its numbers."""
 
     name: str
     kind: Literal["text", "number"]
@@ -187,40 +196,42 @@ class Column(_Open):
     most: float | None = None
 
 
-class IndexAnswer(_Open):
+class IndexAnswer(_Response):
     name: str
     model: str
     count: int
     columns: list[Column]
-    first: list[Found] = Field(description="A few items, evenly spaced, to begin with.")
+    first: list[Found] = Field(description="Evenly spaced sample of items, for a start page.")
 
 
 # ----------------------------------------------------------------------------------- explain
 
 
-class ExplainRequest(_Strict):
-    image: Text | int = Field(description="A data URL, or the number of an item of the index.")
+class ExplainRequest(_Request):
+    image: Text | int = Field(description="Data URL, or item number of the index.")
     text: Annotated[Text, Field(min_length=1)]
     model: Text | None = None
 
 
-class Token(_Open):
+class Token(_Response):
     token: str
-    weight: float = Field(description="How far the score falls without it.")
+    weight: float = Field(description="Drop of the score without this token.")
 
 
-class ExplainAnswer(_Open):
+class ExplainAnswer(_Response):
     model: str
-    score: float = Field(description="The cosine of image and text.")
-    probability: float | None = Field(description="Of the pair, by a model of the sigmoid loss.")
-    heat: list[list[float]] = Field(description="Rows of the map over the whole image, 0 to 1.")
+    score: float = Field(description="Cosine similarity of image and text.")
+    probability: float | None = Field(
+        description="Match probability, for models with the sigmoid loss."
+    )
+    heat: list[list[float]] = Field(description="Heat map of the whole image by rows, from 0 to 1.")
     tokens: list[Token]
 
 
 # ------------------------------------------------------------------------------------ status
 
 
-class ModelCard(_Open):
+class ModelCard(_Response):
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -230,30 +241,30 @@ class ModelCard(_Open):
     image_size: int
     context_length: int
     loss: Literal["softmax", "sigmoid"]
-    index: bool = Field(description="Whether /v1/search has an index to search.")
+    index: bool = Field(description="Whether the server has an index for /v1/search.")
 
 
-class ModelsAnswer(_Open):
+class ModelsAnswer(_Response):
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
-class Health(_Open):
+class Health(_Response):
     status: Literal["ok"] = "ok"
     model: str
-    seconds: dict[str, float] = Field(description="That encoding one item took, by tower.")
+    seconds: dict[str, float] = Field(description="Encoding time of one item in seconds, by tower.")
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": about}
-    for status, about in {
-        400: "An item or a field that cannot be, or a body that is no JSON.",
-        401: "No API key, or a wrong one.",
-        404: "Another model, or an item that is not there.",
-        408: "The body took too long to arrive.",
+    status: {"model": ErrorAnswer, "description": description}
+    for status, description in {
+        400: "Invalid item or field, or a body that is not JSON.",
+        401: "Missing or wrong API key.",
+        404: "Unknown model, item or index.",
+        408: "Timeout while receiving the body.",
         413: "Too many bytes, items, pixels or characters.",
-        422: "A field of the wrong type.",
-        429: "Too much is waiting; Retry-After says when to ask again.",
-        503: "The answer took too long, or the server is shutting down.",
+        422: "Field of the wrong type or out of range.",
+        429: "Server busy; Retry-After is the time to wait in seconds.",
+        503: "Timeout, or the server is shutting down or unhealthy.",
     }.items()
 }

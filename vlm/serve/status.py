@@ -1,4 +1,4 @@
-"""What is served and how it fares: `/v1/models`, `/healthz` and `/metrics`."""
+"""`/v1/models`, `/healthz` and `/metrics`: model card, health check, Prometheus metrics."""
 
 import asyncio
 import time
@@ -8,12 +8,12 @@ import numpy as np
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
 
-from vlm.serve.limits import Refused
+from vlm.serve.limits import RequestError
 from vlm.serve.protocol import Health, ModelCard, ModelsAnswer
 from vlm.serve.service import Service
 
 HEALTH_SECONDS = 10.0
-FRESH_SECONDS = 1.0  # that a finding of health is told again
+CACHE_SECONDS = 1.0  # lifetime of a cached health check
 
 
 def routes(service: Service) -> APIRouter:
@@ -40,20 +40,20 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/v1/models")
     async def models() -> ModelsAnswer:
-        """The model that is served."""
+        """List the served model."""
         return ModelsAnswer(data=[card()])
 
     @router.get("/v1/models/{model:path}")
     async def model(model: str) -> ModelCard:
-        """The model of that name, if it is here."""
+        """Return the model of that name."""
         service.check_model(model)
         return card()
 
     @router.get("/healthz")
     async def healthz() -> Health:
-        """Encodes a small image and a word, before all that waits, and says how long it took."""
+        """Encode a small image and a word ahead of the queue, and return the times."""
         async with checking:
-            if last and time.monotonic() - last[0][0] < FRESH_SECONDS:
+            if last and time.monotonic() - last[0][0] < CACHE_SECONDS:
                 return last[0][1]
             seconds = {}
             try:
@@ -62,21 +62,23 @@ def routes(service: Service) -> APIRouter:
                         start = time.perf_counter()
                         if tower == "image":
                             image = np.zeros((8, 8, 3), np.uint8)
-                            answer = service.model.image(image, first=True)
+                            future = service.model.image(image, first=True)
                         else:
-                            answer = service.model.texts(["health"], first=True)[0]
-                        await asyncio.wrap_future(answer)
+                            future = service.model.texts(["health"], first=True)[0]
+                        await asyncio.wrap_future(future)
                         seconds[tower] = round(time.perf_counter() - start, 6)
             except Exception as error:
-                raise Refused(
-                    f"the model does not answer ({type(error).__name__})", 503, "unhealthy"
+                raise RequestError(
+                    f"the health check failed ({type(error).__name__})",
+                    503,
+                    "unhealthy",
                 ) from error
             last[:] = [(time.monotonic(), Health(model=service.name, seconds=seconds))]
             return last[0][1]
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
-        """Counts and times, as Prometheus reads them."""
+        """Return counters and timings in the Prometheus text format."""
         depths: dict[Any, int] = service.model.batcher.depths()
         for kind, depth in depths.items():
             service.metrics.depth.labels(kind.tower, str(kind.length)).set(depth)

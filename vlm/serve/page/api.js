@@ -1,10 +1,10 @@
-// Requests to the server, with the key if it asks for one, and pictures by number.
+// HTTP client: requests with the API key if there is one, and thumbnails by item number.
 
 let key = "";
 try {
   key = sessionStorage.key ?? "";
 } catch {
-  // storage may be forbidden
+  // storage may be disabled
 }
 
 export class Problem extends Error {}
@@ -23,15 +23,15 @@ export async function ask(path, body, signal) {
       reply = await send(path, body, signal);
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new Problem("The server does not answer: is it still running?");
+      throw new Problem("The server does not respond: check that it is running.");
     }
     if (reply.status === 401) {
       await askForKey();
       continue;
     }
-    const said = await reply.json().catch(() => ({}));
-    if (!reply.ok) throw new Problem(said.error?.message ?? `the server answered ${reply.status}`);
-    return said;
+    const result = await reply.json().catch(() => ({}));
+    if (!reply.ok) throw new Problem(result.error?.message ?? `The server returned status ${reply.status}.`);
+    return result;
   }
 }
 
@@ -41,7 +41,7 @@ function askForKey() {
   asking ??= new Promise((resolve) => {
     const dialog = document.getElementById("keyDialog");
     const problem = document.getElementById("keyProblem");
-    problem.textContent = "That key is not known here.";
+    problem.textContent = "This key is not valid.";
     problem.hidden = !key;
     const cancel = (event) => event.preventDefault();
     dialog.addEventListener("cancel", cancel);
@@ -50,7 +50,7 @@ function askForKey() {
       try {
         sessionStorage.key = key;
       } catch {
-        // then it is asked for again after a reload
+        // the page asks for the key again after a reload
       }
       dialog.removeEventListener("cancel", cancel);
       asking = undefined;
@@ -61,7 +61,7 @@ function askForKey() {
   return asking;
 }
 
-// An <img> cannot send a key, so with one its picture is fetched and shown from memory.
+// An <img> cannot send a key, so with a key the picture is fetched and shown from memory.
 export async function showPicture(img, item, size) {
   const path = `/v1/items/${item}/picture?size=${size}`;
   if (!key) {
@@ -75,13 +75,13 @@ export async function showPicture(img, item, size) {
   img.src = url;
 }
 
-const LARGEST = 2_000_000; // bytes that are sent as they are
-const SIDE = 1600; // pixels that larger pictures are sent at
+const MAX_BYTES = 2_000_000; // larger files are downscaled before upload
+const SIDE = 1600; // pixels of the long side after downscaling
 
 export async function dataUrl(file) {
-  if (file.size <= LARGEST) return read(file);
+  if (file.size <= MAX_BYTES) return read(file);
   const bitmap = await createImageBitmap(file).catch(() => null);
-  if (!bitmap) return read(file); // the server may know a format that the browser does not
+  if (!bitmap) return read(file); // the server may support a format that the browser does not
   const scale = Math.min(1, SIDE / Math.max(bitmap.width, bitmap.height));
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(bitmap.width * scale));
@@ -94,7 +94,7 @@ function read(file) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(String(reader.result));
-    reader.onerror = () => reject(new Problem(`${file.name} cannot be read`));
+    reader.onerror = () => reject(new Problem(`${file.name} cannot be read.`));
     reader.readAsDataURL(file);
   });
 }

@@ -1,4 +1,4 @@
-// Small pieces of the page.
+// DOM helpers.
 
 export const $ = (id) => document.getElementById(id);
 
@@ -25,7 +25,7 @@ export function debounced(milliseconds, run) {
   return later;
 }
 
-// The latest of several requests counts: those before it are given up.
+// Only the latest request counts: earlier ones are aborted.
 export function latest(run) {
   let current;
   return async (...values) => {
@@ -39,12 +39,12 @@ export function latest(run) {
   };
 }
 
-// Ids are often long paths, whose end says most.
+// Ids are often long paths; the file name is the most useful part.
 export function shortName(id) {
   return String(id).split(/[\\/]/).pop() || String(id);
 }
 
-export function complain(error) {
+export function showError(error) {
   const box = $("problem");
   box.textContent = error ? error.message : "";
   box.hidden = !error;

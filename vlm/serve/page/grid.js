@@ -1,10 +1,10 @@
-// The results: tiles that the arrow keys move among, one of which is in the order of Tab.
+// Grid of results. Arrow keys move between tiles; one tile is in the tab order (roving tabindex).
 
 import { showPicture } from "./api.js";
 import { $, make, shortName } from "./dom.js";
 
 export class Grid {
-  // open(found, at) and alike(found) are called for a tile.
+  // Callbacks of a tile: open(found, at) and alike(found).
   constructor({ open, alike }) {
     this.items = [];
     this.open = open;

@@ -1,6 +1,6 @@
-// A map of numbers from 0 to 1 as colours over a picture.
+// Draw a heat map with values from 0 to 1 as colours.
 
-// Stops of "inferno", which grows evenly lighter: read the same by eyes that confuse hues.
+// Stops of the colour map "inferno", whose lightness rises evenly, for colour-blind readers.
 const STOPS = [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]];
 
 function colour(value) {

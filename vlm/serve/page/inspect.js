@@ -1,4 +1,4 @@
-// One image, large: its scores, where a text is seen in it, and labels typed live.
+// Dialog for one image: its score, a heat map for a text, and live classification.
 
 import { ask, showPicture } from "./api.js";
 import { $, debounced, latest, make, shortName } from "./dom.js";
@@ -6,7 +6,7 @@ import { paintHeat } from "./heat.js";
 import { termOf } from "./query.js";
 
 export class Inspect {
-  // query: to add to; step(by): the result before or after, or nothing; card: of the model.
+  // query: the Query to change; step(by): returns a neighbouring result, if any; card: model card.
   constructor({ query, step, card }) {
     this.query = query;
     this.card = card;
@@ -25,7 +25,7 @@ export class Inspect {
     addEventListener("resize", () => this.place());
     $("inspect").addEventListener("keydown", (event) => this.key(event));
     $("inspect").addEventListener("click", (event) => {
-      if (event.target === $("inspect")) $("inspect").close(); // outside of it
+      if (event.target === $("inspect")) $("inspect").close(); // a click on the backdrop
     });
     const explained = latest((signal, text) =>
       ask("/v1/explain", { image: this.image, text }, signal));
@@ -34,7 +34,7 @@ export class Inspect {
     this.ask = { explained, classified };
   }
 
-  // found: an item of the index, or {image, name} of one that was dropped.
+  // found: an item of the index, or {image, name} of an uploaded image.
   open(found, typed) {
     this.found = found;
     this.image = found.image ?? found.item;
@@ -54,7 +54,7 @@ export class Inspect {
       .filter(([, value]) => value !== null && value !== undefined)
       .map(([column, value]) => make("tr", {}, make("th", { scope: "row" }, column), make("td", {}, String(value)))));
     if (typed !== undefined) $("heatText").value = typed;
-    this.forgetHeat();
+    this.clearHeat();
     if (!$("inspect").open) $("inspect").showModal();
     this.explain();
     this.classify();
@@ -82,36 +82,36 @@ export class Inspect {
 
   // --------------------------------------------------------------------------------- heat
 
-  forgetHeat() {
+  clearHeat() {
     this.heat = null;
     $("heat").hidden = true;
-    $("heatSays").textContent = "";
+    $("heatStatus").textContent = "";
   }
 
   async explain() {
     const text = $("heatText").value.trim();
-    if (!text) return this.forgetHeat();
-    if (!this.heat) $("heatSays").textContent = "Looking for it …";
+    if (!text) return this.clearHeat();
+    if (!this.heat) $("heatStatus").textContent = "Computing the heat map …";
     try {
-      const said = await this.ask.explained(text);
-      if (!said) return;
-      this.heat = said.heat;
-      const probability = said.probability === null ? "" : `, probability ${said.probability.toFixed(3)}`;
-      const most = Math.max(...said.tokens.map(({ weight }) => Math.abs(weight)), 1e-6);
-      const words = said.tokens.map(({ token, weight }) => {
-        const word = make("mark", { title: `without it the score falls by ${weight.toFixed(3)}` }, token);
+      const result = await this.ask.explained(text);
+      if (!result) return;
+      this.heat = result.heat;
+      const probability = result.probability === null ? "" : `, probability ${result.probability.toFixed(3)}`;
+      const most = Math.max(...result.tokens.map(({ weight }) => Math.abs(weight)), 1e-6);
+      const words = result.tokens.map(({ token, weight }) => {
+        const word = make("mark", { title: `without this token the score drops by ${weight.toFixed(3)}` }, token);
         word.style.setProperty("--share", `${Math.round(100 * Math.max(0, weight) / most)}%`);
         return word;
       });
-      $("heatSays").replaceChildren(...words, ` score ${said.score.toFixed(3)}${probability}`);
+      $("heatStatus").replaceChildren(...words, ` score ${result.score.toFixed(3)}${probability}`);
       this.place();
     } catch (error) {
-      this.forgetHeat();
-      $("heatSays").textContent = error.message;
+      this.clearHeat();
+      $("heatStatus").textContent = error.message;
     }
   }
 
-  // The canvas lies exactly over the picture, which is fitted into its frame.
+  // Align the canvas with the picture, which is fitted into its frame.
   place() {
     const img = $("large"), canvas = $("heat");
     if (!this.heat || !img.naturalWidth) return;
@@ -129,9 +129,9 @@ export class Inspect {
     const labels = [...new Set($("labels").value.split(",").map((label) => label.trim()).filter(Boolean))];
     if (!labels.length) return $("bars").replaceChildren();
     try {
-      const said = await this.ask.classified(labels);
-      if (!said) return;
-      const first = said.data[0];
+      const result = await this.ask.classified(labels);
+      if (!result) return;
+      const first = result.data[0];
       $("bars").replaceChildren(...first.labels.map(({ label, score }) => {
         const bar = make("i");
         bar.style.width = `${100 * score}%`;

@@ -1,14 +1,14 @@
-// The page: what is typed, dropped, pasted or clicked becomes a query, and its answers a grid.
+// Entry point of the page: turns typing, drops, pastes and clicks into queries, and shows results.
 
 import { ask, dataUrl } from "./api.js";
-import { $, complain, debounced, latest } from "./dom.js";
+import { $, showError, debounced, latest } from "./dom.js";
 import { Grid } from "./grid.js";
 import { Inspect } from "./inspect.js";
 import { Query, termOf } from "./query.js";
 import { followTheme } from "./theme.js";
 
-const PAUSE = 90; // milliseconds without a key before a search
-const STEP = 40; // results that are shown at first, and more each time
+const PAUSE = 90; // milliseconds after the last key before a search
+const STEP = 40; // results per page
 
 followTheme($("theme"));
 
@@ -36,25 +36,25 @@ let opened = 0;
 const searched = latest((signal, body) => ask("/v1/search", body, signal));
 
 const search = debounced(PAUSE, async () => {
-  complain();
+  showError();
   if (query.isEmpty) {
-    $("status").textContent = first.length ? "A few of the pictures, to begin with." : "";
+    $("status").textContent = first.length ? "A sample of the index." : "";
     $("more").hidden = true;
     grid.show(first, false);
     return;
   }
   $("grid").classList.add("busy");
   try {
-    const said = await searched(query.body(wanted));
-    if (!said || query.isEmpty) return; // a later one has taken its place
-    const count = said.data.length;
+    const result = await searched(query.body(wanted));
+    if (!result || query.isEmpty) return; // replaced by a later search
+    const count = result.data.length;
     const words = count === 1 ? "1 result" : `${count || "No"} results`;
-    $("status").textContent = `${words} in ${Math.max(1, Math.round(said.seconds * 1000))} ms`;
+    $("status").textContent = `${words} in ${Math.max(1, Math.round(result.seconds * 1000))} ms`;
     $("more").hidden = count < wanted || wanted >= 1000;
-    grid.show(said.data, true);
+    grid.show(result.data, true);
   } catch (error) {
     $("grid").classList.remove("busy");
-    complain(error);
+    showError(error);
   }
 });
 
@@ -66,15 +66,15 @@ $("text").addEventListener("input", () => {
 });
 $("form").addEventListener("submit", (event) => event.preventDefault());
 $("text").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && event.shiftKey) query.keepText(1);
-  else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) query.keepText(-1);
+  if (event.key === "Enter" && event.shiftKey) query.addText(1);
+  else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) query.addText(-1);
   else if (event.key === "Enter") search.now().then(() => grid.focus(0));
   else if (event.key === "ArrowDown") grid.focus(0);
   else return;
   event.preventDefault();
 });
-$("plus").addEventListener("click", () => query.keepText(1));
-$("minus").addEventListener("click", () => query.keepText(-1));
+$("plus").addEventListener("click", () => query.addText(1));
+$("minus").addEventListener("click", () => query.addText(-1));
 $("more").addEventListener("click", () => {
   wanted = Math.min(1000, wanted + STEP);
   search.now();
@@ -100,15 +100,15 @@ addEventListener("keydown", (event) => {
 
 // ------------------------------------------------------------------------------------ images
 
-async function take(file) {
+async function searchByImage(file) {
   if (!file) return;
   try {
     const image = await dataUrl(file);
-    const name = file.name || "the image";
+    const name = file.name || "image";
     if (inspect.card.index) query.only({ image, name });
     else inspect.open({ image, name });
   } catch (error) {
-    complain(error);
+    showError(error);
   }
 }
 
@@ -117,14 +117,14 @@ const dropped = (event) => [...(event.dataTransfer?.files ?? event.clipboardData
 
 $("pick").addEventListener("click", () => $("file").click());
 $("file").addEventListener("change", () => {
-  take($("file").files[0]);
+  searchByImage($("file").files[0]);
   $("file").value = "";
 });
 addEventListener("paste", (event) => {
   const file = dropped(event);
   if (file) {
     event.preventDefault();
-    take(file);
+    searchByImage(file);
   }
 });
 addEventListener("dragover", (event) => {
@@ -138,8 +138,8 @@ addEventListener("drop", (event) => {
   event.preventDefault();
   $("drop").classList.remove("on");
   const file = dropped(event);
-  if (file) take(file);
-  else complain(new Error("What was dropped is not an image file."));
+  if (file) searchByImage(file);
+  else showError(new Error("The dropped file is not an image."));
 });
 
 // ------------------------------------------------------------------------------------- start
@@ -174,4 +174,4 @@ async function start() {
   $("text").focus();
 }
 
-start().catch(complain);
+start().catch(showError);

@@ -1,4 +1,4 @@
-// What is searched for: the typed text, the parts that were kept, the filters and the least score.
+// The query: typed text, added terms, metadata filters and minimum score.
 
 import { showPicture } from "./api.js";
 import { $, make, shortName } from "./dom.js";
@@ -26,7 +26,7 @@ export class Query {
     this.add(term);
   }
 
-  keepText(weight) {
+  addText(weight) {
     const text = $("text").value.trim();
     if (!text) return $("text").focus();
     $("text").value = "";
@@ -128,12 +128,12 @@ export class Query {
         return make("fieldset", {}, legend, select);
       }
       if (column.kind === "text") {
-        const input = make("input", { type: "text", "aria-label": column.name, placeholder: "exactly", oninput: changed });
+        const input = make("input", { type: "text", "aria-label": column.name, placeholder: "exact match", oninput: changed });
         this.columns.push({ ...column, inputs: [["=", input]] });
         return make("fieldset", {}, legend, input);
       }
-      const bound = (what, placeholder) => make("input", {
-        type: "number", step: "any", placeholder, "aria-label": `${column.name}, ${what}`, oninput: changed,
+      const bound = (label, placeholder) => make("input", {
+        type: "number", step: "any", placeholder, "aria-label": `${column.name}, ${label}`, oninput: changed,
       });
       const low = bound("at least", column.least), high = bound("at most", column.most);
       this.columns.push({ ...column, inputs: [[">=", low], ["<=", high]] });

@@ -1,4 +1,4 @@
-// Light and dark: as the system says, or as the reader has chosen.
+// Light and dark theme: that of the system, or the user's choice.
 
 const ORDER = ["system", "light", "dark"];
 const system = matchMedia("(prefers-color-scheme: dark)");
@@ -7,7 +7,7 @@ function stored() {
   try {
     return ORDER.includes(localStorage.theme) ? localStorage.theme : "system";
   } catch {
-    return "system"; // storage may be forbidden
+    return "system"; // storage may be disabled
   }
 }
 
@@ -16,16 +16,16 @@ export function followTheme(button) {
   const show = () => {
     const dark = chosen === "dark" || (chosen === "system" && system.matches);
     document.documentElement.dataset.theme = dark ? "dark" : "light";
-    const words = chosen === "system" ? "as the system" : chosen;
-    button.setAttribute("aria-label", `Colours: ${words}`);
-    button.title = `Colours: ${words}`;
+    const words = chosen === "system" ? "system" : chosen;
+    button.setAttribute("aria-label", `Theme: ${words}`);
+    button.title = `Theme: ${words}`;
   };
   button.addEventListener("click", () => {
     chosen = ORDER[(ORDER.indexOf(chosen) + 1) % ORDER.length];
     try {
       localStorage.theme = chosen;
     } catch {
-      // then it holds until the page is left
+      // the choice is lost after a reload
     }
     show();
   });

@@ -1,4 +1,4 @@
-"""What stands before every route: keys, hosts, bytes, times, headers, and the count of it all."""
+"""ASGI middleware: authentication, host check, body limits, security headers, metrics."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vlm.serve.limits import Admission, Limits, Refused
+from vlm.serve.limits import Admission, Limits, RequestError
 from vlm.serve.metrics import Metrics
 
 POLICY = (
@@ -25,18 +25,18 @@ HEADERS = [
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cross-origin-opener-policy", b"same-origin"),
 ]
-GUARDED = "/v1/"  # what needs a key; the page, health and metrics hold nobody's data
-LET_PASS, LET_PASS_SECONDS = 4, 5  # of a body that is too large: times the limit, and how long
+KEY_PREFIX = "/v1/"  # routes that need a key; the page, health and metrics hold no user data
+DRAIN_FACTOR, DRAIN_SECONDS = 4, 5  # how much of an oversized body is read: x limit, and seconds
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
-class Guard:
+class ServerMiddleware:
     """ASGI middleware around all routes.
 
     Args:
-        keys: one of which `/v1/` asks for as `Authorization: Bearer KEY`; none: open to all.
-        local: answer only to the names of this machine, so that a web page elsewhere cannot reach
-            a server without keys by giving its own name this machine's address.
+        keys: API keys. `/v1/` requires one as `Authorization: Bearer KEY`; empty: no key needed.
+        local: accept only loopback names in the Host header. This protects a server without keys
+            from DNS rebinding by web pages.
     """
 
     def __init__(
@@ -65,53 +65,53 @@ class Guard:
             await send(message)
 
         try:
-            await self._guarded(scope, receive, send_with_headers)
-        except Refused as refused:
-            if status:  # it has begun to answer
+            await self._checked(scope, receive, send_with_headers)
+        except RequestError as error:
+            if status:  # the response has started
                 raise
-            self.metrics.refused.labels(refused.code).inc()
-            await _answer(refused, send_with_headers)
+            self.metrics.refused.labels(error.code).inc()
+            await _send_error(error, send_with_headers)
         finally:
             route = scope.get("route")
             path = getattr(route, "path", None) or "other"
             self.metrics.answer(path, status or 499, time.perf_counter() - start)
 
-    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _checked(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         self._check_host(headers)
         self._check_key(scope, headers)
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self.limits.body_bytes:
-            await self._let_pass(receive)
+            await self._drain(receive)
             raise self._too_large()
-        # Without a length the most that there may be is reserved.
-        most = int(declared) if declared.isdigit() else self.limits.body_bytes
+        # Without a content length, reserve the maximum.
+        reserved = int(declared) if declared.isdigit() else self.limits.body_bytes
         if b"transfer-encoding" in headers:
-            most = self.limits.body_bytes
-        with self._bytes.room_for(most):
-            self.metrics.waiting_bytes.set(self._bytes.inside)
+            reserved = self.limits.body_bytes
+        with self._bytes.admit(reserved):
+            self.metrics.waiting_bytes.set(self._bytes.in_flight)
             try:
                 async with asyncio.timeout(self.limits.seconds):
                     body = await self._body(receive)
             except TimeoutError:
-                raise Refused(
-                    f"the body took over {self.limits.seconds:g} s to arrive: send it faster",
+                raise RequestError(
+                    f"the body did not arrive within {self.limits.seconds:g} s: send a smaller one",
                     408,
                     "slow_body",
                 ) from None
-            if body is None:  # the client left
+            if body is None:  # the client disconnected
                 return
             sent = False
 
             async def receive_body() -> Message:
                 nonlocal sent, body
                 if sent:
-                    return await receive()  # waits until the client leaves
-                sent, held, body = True, body, b""
-                return {"type": "http.request", "body": held, "more_body": False}
+                    return await receive()  # waits for the disconnect
+                sent, content, body = True, body, b""
+                return {"type": "http.request", "body": content, "more_body": False}
 
             await self.app(scope, receive_body, send)
-        self.metrics.waiting_bytes.set(self._bytes.inside)
+        self.metrics.waiting_bytes.set(self._bytes.in_flight)
 
     async def _body(self, receive: Receive) -> bytes | None:
         parts, size = [], 0
@@ -122,25 +122,25 @@ class Guard:
             part = message.get("body", b"")
             size += len(part)
             if size > self.limits.body_bytes:
-                await self._let_pass(receive)
+                await self._drain(receive)
                 raise self._too_large()
             parts.append(part)
             if not message.get("more_body"):
                 return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def _let_pass(self, receive: Receive) -> None:
-        """Take some of a refused body: many clients read no answer before they have sent."""
+    async def _drain(self, receive: Receive) -> None:
+        """Read part of a rejected body: many clients read no response before they have sent it."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LET_PASS_SECONDS):
+            async with asyncio.timeout(DRAIN_SECONDS):
                 size, more = 0, True
-                while more and size < LET_PASS * self.limits.body_bytes:
+                while more and size < DRAIN_FACTOR * self.limits.body_bytes:
                     message = await receive()
                     size += len(message.get("body", b""))
                     more = message.get("more_body", False)
 
-    def _too_large(self) -> Refused:
-        return Refused(
-            f"the body is over {self.limits.body_bytes:,} bytes: send fewer or smaller images",
+    def _too_large(self) -> RequestError:
+        return RequestError(
+            f"the body exceeds {self.limits.body_bytes:,} bytes: send fewer or smaller images",
             413,
             "body_too_large",
         )
@@ -151,53 +151,53 @@ class Guard:
         host = headers.get(b"host", b"").decode("latin-1").lower()
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         if name not in LOCAL_HOSTS:
-            raise Refused(
-                "this server answers to localhost alone: start it with --api-key to reach it by "
-                "another name",
+            raise RequestError(
+                "this server accepts only localhost as its host name: start it with --api-key to "
+                "reach it by another name",
                 400,
                 "unknown_host",
             )
 
     def _check_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        if not self._keys or not scope["path"].startswith(GUARDED):
+        if not self._keys or not scope["path"].startswith(KEY_PREFIX):
             return
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         digest = _digest(given.strip())
-        # All are compared, each in constant time, so that the time tells nothing.
+        # Compare all keys in constant time, against timing attacks.
         matches = [hmac.compare_digest(digest, key) for key in self._keys]
         if scheme.lower() != b"bearer" or not any(matches):
-            raise Refused(
-                "this server asks for an API key: send it as Authorization: Bearer KEY",
+            raise RequestError(
+                "the API key is missing or wrong: send it as Authorization: Bearer KEY",
                 401,
                 "invalid_api_key",
             )
 
 
 def problem(message: str, code: str, status: int, param: str | None = None) -> dict[str, Any]:
-    """What an answer says of an error, in the form that OpenAI's clients read."""
+    """Return an error object in the format of the OpenAI API."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, kind)
     return {"message": message, "type": kind, "code": code, "param": param}
 
 
-async def _answer(refused: Refused, send: Send) -> None:
-    body = json.dumps({"error": problem(str(refused), refused.code, refused.status)}).encode()
+async def _send_error(error: RequestError, send: Send) -> None:
+    body = json.dumps({"error": problem(str(error), error.code, error.status)}).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
-        *[(key.lower().encode(), value.encode()) for key, value in extra_headers(refused).items()],
+        *[(key.lower().encode(), value.encode()) for key, value in extra_headers(error).items()],
     ]
-    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
-def extra_headers(refused: Refused) -> dict[str, str]:
-    """The headers that go with a refusal."""
-    if refused.status == 401:
+def extra_headers(error: RequestError) -> dict[str, str]:
+    """Return the additional headers of an error response."""
+    if error.status == 401:
         return {"WWW-Authenticate": "Bearer"}
-    if refused.retry_after is not None:
-        return {"Retry-After": str(max(1, round(refused.retry_after)))}
-    return {"Connection": "close"} if refused.status in (408, 413) else {}
+    if error.retry_after is not None:
+        return {"Retry-After": str(max(1, round(error.retry_after)))}
+    return {"Connection": "close"} if error.status in (408, 413) else {}
 
 
 def _digest(key: bytes) -> bytes:

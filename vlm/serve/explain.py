@@ -1,4 +1,4 @@
-"""`/v1/explain`: which parts of an image speak for a text, as a map to lay over it."""
+"""`/v1/explain`: heat map of the image regions that match a text."""
 
 import asyncio
 from typing import Any
@@ -10,20 +10,20 @@ from PIL import Image
 from vlm.bundle import Bundle
 from vlm.errors import DataError
 from vlm.heads.zero_shot import to_scores
-from vlm.serve.limits import Refused
-from vlm.serve.pictures import image_bytes
+from vlm.serve.image_input import image_bytes
+from vlm.serve.limits import RequestError
 from vlm.serve.protocol import ExplainAnswer, ExplainRequest, Token
 from vlm.serve.service import Service
 
-SIDE = 1024  # pixels: larger images are explained as small as this
-MAP_SIDE = 64  # of the map that is sent, at most
+IMAGE_SIDE = 1024  # pixels; larger images are downscaled first
+MAP_SIDE = 64  # maximum side of the heat map in the answer
 
 
-def explained(bundle: Bundle, image: Image.Image, text: str) -> ExplainAnswer:
-    """What `vlm.explain` says of one image and one text, as an answer."""
+def explain_image(bundle: Bundle, image: Image.Image, text: str) -> ExplainAnswer:
+    """Run `vlm.explain` on one image and one text, and return the answer's body."""
     from vlm.explain.explanation import explain
 
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     found = explain(bundle, image, text)
     heat = Image.fromarray(found.heat.astype(np.float32))
     heat.thumbnail((MAP_SIDE, MAP_SIDE), Image.Resampling.BOX, reducing_gap=None)
@@ -40,47 +40,49 @@ def explained(bundle: Bundle, image: Image.Image, text: str) -> ExplainAnswer:
 
 
 def warm_up(bundle: Bundle) -> None:
-    """Compile what a map needs, which takes longer than a request may."""
+    """Compile the heat-map computation, since compilation may exceed the request timeout."""
     if bundle.model.vision is not None and bundle.model.text is not None:
         side = bundle.config.vision.image_size
-        explained(bundle, Image.new("RGB", (side, side)), "a cat")
+        explain_image(bundle, Image.new("RGB", (side, side)), "a cat")
 
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["explain"])
-    turn = asyncio.Lock()  # one at a time: it takes as long as many embeddings
+    one_at_a_time = asyncio.Lock()  # a heat map takes as long as many embeddings
 
     @router.post("/explain")
-    async def explain(asked: ExplainRequest) -> ExplainAnswer:
-        """A map over the whole image of how much each part speaks for the text."""
-        service.check_model(asked.model)
+    async def explain(body: ExplainRequest) -> ExplainAnswer:
+        """Return a heat map of the image regions that match the text."""
+        service.check_model(body.model)
         for tower in ("image", "text"):
             service.check_tower(tower)
-        text = service.checked_text(asked.text, "the text")
+        text = service.checked_text(body.text, "the text")
 
         async def work() -> ExplainAnswer:
-            image = await service.in_thread(lambda: _opened(service, asked.image))
-            async with turn:
+            image = await service.in_thread(lambda: _open_image(service, body.image))
+            async with one_at_a_time:
                 bundle = service.model.bundle
-                return await service.in_thread(lambda: explained(bundle, image, text))
+                return await service.in_thread(lambda: explain_image(bundle, image, text))
 
-        answer = await service.inside(1, work)
+        answer = await service.admit(1, work)
         return answer.model_copy(update={"model": service.name})
 
     return router
 
 
-def _opened(service: Service, image: str | int) -> Any:
-    """The image of a data URL, or of an item of the index, as a PIL image."""
+def _open_image(service: Service, image: str | int) -> Any:
+    """Return a PIL image from a data URL or from an item of the index."""
     if isinstance(image, str):
         data = image_bytes(image, service.limits, "the image")
         return service.model.preprocess.open(data, "the image")
     if service.gallery is None:
-        raise Refused("the image is a number, and there is no index here", 400, "no_index")
+        raise RequestError(
+            "image is an item number, but the server has no index: send an image", 400, "no_index"
+        )
     file = service.gallery.file(image)
     try:
         if file is None:
-            raise DataError(f"item {image:,} is not a picture on this disk")
+            raise DataError(f"item {image:,} has no image file on the server")
         return service.model.preprocess.open(file)
     except DataError as error:
-        raise Refused(str(error), 404, "no_picture") from None
+        raise RequestError(str(error), 404, "no_picture") from None

@@ -1,4 +1,4 @@
-"""Too much, too slow, without a key, under another name: each has its own answer."""
+"""Limits, timeouts, API keys and host names."""
 
 import http.client
 import io
@@ -18,7 +18,7 @@ from vlm.serve.limits import Limits
 
 
 def bomb(width=60_000, height=60_000):
-    """A PNG of a few kilobytes that says it has billions of pixels."""
+    """Return a PNG of a few kilobytes whose header declares billions of pixels."""
 
     def chunk(kind, data):
         body = kind + data
@@ -41,7 +41,7 @@ def tight(bundle):
         yield server
 
 
-def test_one_pixel_forty_million_and_a_bomb_each_have_their_own_answer(server):
+def test_images_of_one_pixel_of_forty_million_and_a_decompression_bomb(server):
     one = encoded(Image.new("RGB", (1, 1), (200, 10, 10)))
     assert server.ask("/v1/embeddings", {"input": data_url(one)}).status == 200
     out = io.BytesIO()
@@ -59,55 +59,55 @@ def test_long_and_thin_images_are_embedded(server):
     assert server.ask("/v1/embeddings", {"input": data_url(thin)}).status == 200
 
 
-def test_bodies_items_and_texts_over_the_limit_are_refused(tight):
+def test_bodies_items_and_images_over_the_limit_are_rejected(tight):
     assert code(tight.ask("/v1/embeddings", b" " * 100_001)) == (413, "body_too_large")
     assert code(tight.ask("/v1/embeddings", {"input": ["a"] * 4})) == (413, "too_many_items")
     picture = data_url(encoded(drawn(0, (101, 100))))
     assert code(tight.ask("/v1/embeddings", {"input": picture})) == (413, "image_too_large")
     connection = http.client.HTTPConnection("127.0.0.1", tight.socket.getsockname()[1])
-    chunks = (b" " * 10_000 for _ in range(20))  # whose number the server is not told
+    chunks = (b" " * 10_000 for _ in range(20))  # chunked: no content length
     connection.request("POST", "/v1/embeddings", chunks, {"Content-Type": "application/json"})
     assert connection.getresponse().status == 413
     connection.close()
 
 
-def test_a_body_that_does_not_arrive_is_given_up(tight):
+def test_a_body_that_does_not_arrive_times_out(tight):
     with socket.create_connection(tight.socket.getsockname(), 10) as client:
         client.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
         assert b" 408 " in client.recv(200)
 
 
-def test_more_than_can_wait_is_refused_and_the_rest_is_answered(tight):
+def test_requests_over_the_queue_limit_are_rejected(tight):
     release, held = threading.Event(), threading.Event()
     tight.service.model.batcher.call(lambda: (held.set(), release.wait()))
     held.wait()
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(tight.ask, "/v1/embeddings", {"input": f"a{i}"}) for i in range(2)]
-        while tight.service.admission.inside < 2:
+        while tight.service.admission.in_flight < 2:
             pass
-        refused = tight.ask("/v1/embeddings", {"input": "one more"})
-        assert code(refused) == (429, "busy")
-        assert int(refused.headers["retry-after"]) >= 1
+        rejected = tight.ask("/v1/embeddings", {"input": "one more"})
+        assert code(rejected) == (429, "busy")
+        assert int(rejected.headers["retry-after"]) >= 1
         assert tight.ask("/v1/models").status == 200
         release.set()
         assert [answer.result().status for answer in waiting] == [200, 200]
-    assert tight.service.admission.inside == 0
-    # A request of more items than may wait is answered when nothing else is inside.
+    assert tight.service.admission.in_flight == 0
+    # A request with more items than the queue limit is admitted when the server is idle.
     assert tight.ask("/v1/embeddings", {"input": ["a", "b", "c"]}).status == 200
 
 
-def test_an_answer_that_takes_too_long_is_given_up_and_leaves_the_queue(tight):
+def test_a_slow_answer_times_out_and_its_items_leave_the_queue(tight):
     release, held = threading.Event(), threading.Event()
     tight.service.model.batcher.call(lambda: (held.set(), release.wait()))
     held.wait()
     reply = tight.ask("/v1/embeddings", {"input": "a"})
     assert code(reply) == (503, "timeout")
-    assert tight.service.admission.inside == 0
+    assert tight.service.admission.in_flight == 0
     release.set()
     assert tight.ask("/v1/embeddings", {"input": "a"}).status == 200
 
 
-def test_keys_are_asked_for_where_there_is_something_to_see(bundle, index):
+def test_api_routes_need_a_key_and_page_health_and_metrics_do_not(bundle, index):
     with running(bundle, index=index, keys=("first", "zwölf")) as server:
         assert code(server.ask("/v1/models")) == (401, "invalid_api_key")
         assert server.ask("/v1/models").headers["www-authenticate"] == "Bearer"
@@ -120,11 +120,11 @@ def test_keys_are_asked_for_where_there_is_something_to_see(bundle, index):
         assert server.ask("/v1/models", key="first").status == 200
         encoded_key = "zwölf".encode().decode("latin-1")
         assert server.ask("/v1/models", key=encoded_key).status == 200
-        for open_to_all in ("/", "/healthz", "/metrics"):
-            assert server.ask(open_to_all).status == 200
+        for public in ("/", "/healthz", "/metrics"):
+            assert server.ask(public).status == 200
 
 
-def test_another_name_for_this_machine_is_not_answered(bundle):
+def test_other_host_names_are_rejected(bundle):
     with running(bundle, local=True) as server:
         port = server.socket.getsockname()[1]
         for host in ("localhost", f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}"):
@@ -133,25 +133,25 @@ def test_another_name_for_this_machine_is_not_answered(bundle):
             assert code(server.ask("/v1/models", headers={"Host": host})) == (400, "unknown_host")
 
 
-def test_a_form_of_another_page_is_no_request(server):
+def test_a_form_post_of_another_site_is_rejected(server):
     reply = server.ask("/v1/search", b'{"query": "a"}', headers={"Content-Type": "text/plain"})
     assert reply.status == 422
 
 
 @pytest.mark.parametrize("field", ["items", "pixels", "seconds", "waiting"])
-def test_limits_of_nothing_are_refused(field):
+def test_limits_of_zero_are_rejected(field):
     with pytest.raises(ConfigError, match=field):
         Limits(**{field: 0})
 
 
-def test_addresses_are_fetched_where_that_is_allowed(bundle, server):
+def test_urls_are_fetched_if_allowed(bundle, server):
     with running(bundle, limits=Limits(urls=True)) as open_server:
-        from vlm.serve.pictures import image_bytes
+        from vlm.serve.image_input import image_bytes
 
-        folder_url = f"{server.url}/v1/items/3/picture"
-        reply = open_server.ask("/v1/embeddings", {"input": {"image": folder_url}})
+        picture_url = f"{server.url}/v1/items/3/picture"
+        reply = open_server.ask("/v1/embeddings", {"input": {"image": picture_url}})
         assert reply.status == 200
         gone = open_server.ask("/v1/embeddings", {"input": {"image": f"{server.url}/nothing"}})
         assert gone.status == 400
         assert "404" in gone.json["error"]["message"]
-        assert image_bytes(folder_url, Limits(urls=True), "it")[:4] == b"RIFF"
+        assert image_bytes(picture_url, Limits(urls=True), "it")[:4] == b"RIFF"
