@@ -8,8 +8,8 @@
 
 Of each model: the area under the curves over 80 of its held-out images, where the text is the
 image's own caption among theirs. Small deletion and large insertion are good.
-"by" says how much better `vlm.explain` is than another map, image by image, with a bootstrap
-interval of 95%; it is won where the interval is above 0. A plain ViT with a map pool is measured a
+"by" says how much better `vlm.explain` is than another map, image by image, with its
+95% interval; it is won where the interval is above 0. A plain ViT with a map pool is measured a
 second time as a NaFlex tower, which it is too. With --all, the other methods are measured as well.
 """
 
