@@ -7,18 +7,24 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 from flax import nnx
 from PIL import Image
 
+from vlm.adapt import learn_prompt
 from vlm.bundle import Bundle, load
 from vlm.cli import main
 from vlm.config import ModelConfig, PreprocessConfig, ResNetConfig, TextConfig
 from vlm.errors import CheckpointError, ConfigError
-from vlm.export import export, exporting, onnx_rules
+from vlm.export import export, exporting, onnx_file, onnx_rules, storing
 from vlm.export.contract import _pixels_code
 from vlm.export.onnx_graph import from_jax
 from vlm.export.storing import quantised
+from vlm.heads.few_shot import FewShotClassifier
+from vlm.heads.neighbours import NeighbourClassifier
+from vlm.heads.retrieval import RetrievalIndex
 from vlm.heads.zero_shot import ZeroShotClassifier
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
@@ -213,3 +219,150 @@ def test_the_page_makes_the_pixels_of_the_model(form, tmp_path, monkeypatch):
     names = {"np": np}
     exec(_pixels_code(config), names)
     assert np.array_equal(names["pixels"][0], Preprocess(config).pixels(picture))
+
+
+# ---------------------------------------------------------------------- every head
+
+
+def heads(bundle, pictures):
+    """A classifier of each kind that can be exported."""
+    labels = [("cat", "dog", "red car")[i % 3] for i in range(len(pictures))]
+    shot = ZeroShotClassifier(bundle, ["cat", "dog", "red car"])
+    tree = {"animal": {"cat": None, "dog": None}, "thing": {"red car": None}}
+    fitted = ZeroShotClassifier(bundle, ["cat", "dog", "red car"], none="a photo.")
+    fitted.temperature = 2.5
+    found = {
+        "hierarchy": ZeroShotClassifier(bundle, tree),
+        "none of these, calibrated": fitted,
+        "multi-label": ZeroShotClassifier(bundle, ["cat", "dog"], multi_label=True),
+        "prompt": learn_prompt(bundle, pictures, labels, n_ctx=2, steps=2),
+    }
+    for method in ("linear", "mean", "anchored", "cache", "tuned_cache"):
+        found[method] = FewShotClassifier.fit(bundle, pictures, labels, method, zero_shot=shot)
+    return found
+
+
+def test_every_head_is_exported(bundle, tmp_path):
+    rng = np.random.default_rng(3)
+    pictures = list(rng.integers(0, 256, (6, 30, 30, 3), np.uint8))
+    pixels = np.stack([bundle.preprocess.pixels(picture) for picture in pictures])
+    for name, head in heads(bundle, pictures).items():
+        export(bundle, tmp_path / name, "onnx", classifier=head, batches=[2])
+        session = onnxruntime.InferenceSession(str(tmp_path / name / "classifier.onnx"))
+        (scores,) = session.run(None, {"pixels": pixels})
+        assert np.abs(scores - head(pictures).scores).max() < 1e-5, name
+        about = json.loads((tmp_path / name / "export.json").read_text())
+        assert about["labels"] == list(head.labels)
+        assert ("groups" in about) == (name == "hierarchy")
+
+
+@pytest.mark.untyped
+def test_heads_that_no_program_can_be_are_refused(bundle, tmp_path, photo):
+    index = RetrievalIndex(bundle)
+    index.add([photo, photo[::-1]], metadata={"label": ["a", "b"]})
+    with pytest.raises(ConfigError, match="a NeighbourClassifier asks an index"):
+        export(bundle, tmp_path / "o", "onnx", classifier=NeighbourClassifier(index, "label", k=1))
+    moved = learn_prompt(bundle, [photo] * 2, ["a", "b"], n_ctx=1, steps=1, per_image=True)
+    with pytest.raises(ConfigError, match="a PromptedClassifier with a net"):
+        export(bundle, tmp_path / "o", "onnx", classifier=moved)
+
+
+def test_the_command_takes_what_a_run_has_left(bundle, tmp_path, photo):
+    bundle.save(tmp_path / "run" / "bundle")
+    load_head = FewShotClassifier.fit(bundle, [photo, photo[::-1]], ["up", "down"], "mean")
+    load_head.save(tmp_path / "run" / "classifier.safetensors")
+    line = ["export", str(tmp_path / "run"), str(tmp_path / "o"), "--format", "onnx"]
+    assert main([*line, "--batches", "1"]) == 0
+    names = {file.stem for file in (tmp_path / "o").glob("*.onnx")}
+    assert names == {"image", "text", "classifier"}
+    assert json.loads((tmp_path / "o" / "export.json").read_text())["labels"] == ["down", "up"]
+
+
+# ------------------------------------------------------------- the checks catch faults
+
+
+def fifteen_levels(values, axis):
+    largest = np.abs(values).max(axis, keepdims=True)
+    scale = (np.where(largest > 0, largest, 1) / 7).astype(np.float32)
+    return storing.Quantised(np.rint(values / scale).astype(np.int8), scale)
+
+
+def swapped_scales(values, axis):
+    kept = quantised(values, axis)
+    return kept._replace(scale=np.flip(kept.scale, tuple(range(kept.scale.ndim))).copy())
+
+
+def nothing(values, axis):
+    kept = quantised(values, axis)
+    return kept._replace(steps=np.zeros_like(kept.steps))
+
+
+@pytest.mark.parametrize("fault", [fifteen_levels, swapped_scales, nothing])
+def test_weights_that_are_not_of_eight_bits_are_caught(fault, bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(storing, "quantised", fault)
+    monkeypatch.setattr(storing, "SMALLEST", 256)
+    with pytest.raises(CheckpointError, match="more than rounding explains"):
+        export(bundle, tmp_path / "o", "onnx", dtype="int8", tower="image", batches=[1])
+
+
+def test_a_file_with_other_weights_is_caught(bundle, tmp_path, monkeypatch):
+    written = onnx_file.write
+
+    def zeroed(program, folder):
+        written(program, folder)
+        model = onnx.load(folder / "image.onnx")
+        largest = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+        largest.raw_data = bytes(len(largest.raw_data))
+        onnx.save(model, folder / "image.onnx")
+
+    monkeypatch.setattr(onnx_file, "write", zeroed)
+    for dtype in ("float32", "int8"):
+        with pytest.raises(CheckpointError, match="image differs from the model by"):
+            export(bundle, tmp_path / "o", "onnx", dtype=dtype, tower="image", batches=[1])
+
+
+# ----------------------------------------------------------------- pixels by the page
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """Pictures of the kinds that programs open wrongly."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (50, 71, 4), np.uint8)
+    rgba, rgb = Image.fromarray(pixels), Image.fromarray(pixels[..., :3])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    clear = rgb.quantize(16)
+    made = {
+        "transparent.png": (rgba, {}),
+        "grey-alpha.png": (rgba.convert("LA"), {}),
+        "palette.png": (clear, {}),
+        "clear-palette.png": (clear, {"transparency": 3}),
+        "clear-colour.png": (rgb, {"transparency": (1, 2, 3)}),
+        "turned.jpg": (rgb, {"exif": exif}),
+        "grey.jpg": (rgb.convert("L"), {}),
+        "cmyk.jpg": (rgb.convert("CMYK"), {}),
+        "16-bit.png": (Image.fromarray(pixels[..., 0].astype(np.uint16) * 257), {}),
+        "float.tif": (Image.fromarray(pixels[..., 0] / np.float32(255)), {}),
+        "one-bit.png": (rgb.convert("1"), {}),
+    }
+    for name, (picture, options) in made.items():
+        picture.save(folder / name, **options)
+    return [folder / name for name in made]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"resize": "crop", "short_side": 41}, {"backend": "tensor"}, {"background": None},
+        {"backend": "tensorflow", "kernel": "bilinear", "antialias": False}, {"resize": "pad"},
+        {"decode": "reference"}, {"backend": "tensor", "resize": "crop", "antialias": False},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_page_opens_pictures_as_the_model_does(changes, tmp_path):
+    config = PreprocessConfig(**({"image_size": 32, "resize": "squash"} | changes))
+    code = _pixels_code(config).rpartition("pixels = ")[0]
+    names = {"np": np}
+    exec(code, names)
+    for file in picture_files(tmp_path):
+        assert np.array_equal(names["pixels_of"](file), Preprocess(config).pixels(file)), file.name

@@ -6,6 +6,8 @@ from tyro.conf import arg
 
 from vlm.cli import parse, runtime
 from vlm.cli.classify import labels_of, prompts_of
+from vlm.cli.parse import UsageError
+from vlm.cli.runs import classifier_of
 
 
 def main(args: list[str]) -> None:
@@ -23,6 +25,7 @@ def export(
     labels_file: Annotated[str | None, arg(metavar="FILE")] = None,
     templates: Annotated[tuple[str, ...], arg(metavar="TEMPLATES...")] = (),
     class_names: Annotated[str | None, arg(metavar="FILE")] = None,
+    classifier: Annotated[str | None, arg(metavar="FILE")] = None,
     batches: Annotated[tuple[int, ...], arg(metavar="SIZES...")] = (),
 ) -> None:
     """Write a model as programs that run without vlm: its towers, or a classifier.
@@ -37,7 +40,7 @@ def export(
 
     Args:
         model: a run folder, a bundle, or a public checkpoint.
-        out: a folder that is not there yet.
+        out: output folder (must not exist).
         format: stablehlo is opened by JAX; onnx (extra onnx) by onnxruntime and others.
             savedmodel is refused as long as no TensorFlow reads what JAX writes.
         dtype: what parameters are kept as. int8 makes the files a quarter as large.
@@ -46,29 +49,39 @@ def export(
         labels_file: the same from a file or data set, as of vlm classify.
         templates: sentences in which {} stands for the label, as of vlm classify.
         class_names: a file with what sentences call the labels, as of vlm classify.
+        classifier: export the classifier in this file, in place of labels. By default the one that
+            a run or vlm adapt has left, beside both towers.
         batches: sizes of batches to compare with the model in; by default all from 1 to 33, and
             some of them in the formats that compile each.
     """
     asked = labels is not None or labels_file is not None
+    if asked and classifier is not None:
+        raise UsageError("a saved classifier has its own labels: leave out --labels")
     found = labels_of(labels, labels_file) if asked else None
     runtime.prepare_inference()
     from vlm.bundle import load
     from vlm.cli.terminal import print_status
     from vlm.export import export as write
+    from vlm.heads.saved import load_classifier
     from vlm.heads.zero_shot import ZeroShotClassifier
 
     bundle = load(model)
-    classifier, said = None, ""
-    if asked:
+    if not asked and classifier is None and tower is None:
+        classifier = classifier_of(model)  # that a run has left
+        tower = "both" if classifier is not None else None
+    head, said = None, ""
+    if classifier is not None:
+        head = load_classifier(classifier, bundle)
+    elif asked:
         prompts, said = prompts_of(found, class_names, templates, bundle)
-        classifier = ZeroShotClassifier(bundle, prompts)
+        head = ZeroShotClassifier(bundle, prompts)
     found = write(
         bundle,
         out,
         format,
         dtype=dtype,
         tower=tower,
-        classifier=classifier,
+        classifier=head,
         batches=batches or None,
     )
     print_status(f"{model} as {format} in {out}")

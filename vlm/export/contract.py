@@ -4,8 +4,12 @@
 is a page with the code to call it.
 """
 
+import ast
+import inspect
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from vlm._json import to_json
@@ -14,8 +18,12 @@ from vlm.bundle import Bundle
 from vlm.config import PreprocessConfig, to_dict
 from vlm.errors import CheckpointError
 from vlm.export.programs import Program
+from vlm.heads.saved import Classifier
 from vlm.heads.zero_shot import ZeroShotClassifier
-from vlm.weights.writing_tokenizer import standalone
+from vlm.inputs import opening, resizing
+from vlm.weights.sample_texts import sample_texts
+from vlm.weights.token_check import compare_rows
+from vlm.weights.writing_tokenizer import parses_special, standalone
 
 ABOUT, TOKENIZER, PAGE = "export.json", "tokenizer.json", "README.md"
 FORMAT = 1  # of export.json; raised when an older reader would misread it
@@ -25,7 +33,7 @@ def write(
     folder: epath.Path,
     bundle: Bundle,
     programs: list[Program],
-    classifier: ZeroShotClassifier | None,
+    classifier: Classifier | None,
     facts: dict[str, Any],
     use: str,
 ) -> None:
@@ -67,6 +75,8 @@ def write(
         notes += _write_tokenizer(folder, bundle)
     if classifier is not None:
         about["labels"], about["rule"] = list(classifier.labels), classifier.rule
+        if isinstance(classifier, ZeroShotClassifier) and classifier.groups:
+            about["groups"] = classifier.groups  # levels of a hierarchy: labels under each node
     (folder / ABOUT).write_text(to_json(about, indent=2, ensure_ascii=False) + "\n")
     (folder / PAGE).write_text(_page(bundle, programs, facts, notes, use))
 
@@ -90,7 +100,14 @@ def _write_tokenizer(folder: epath.Path, bundle: Bundle) -> list[str]:
         direction=rules.pad_side,
     )
     if rules.clean.startswith("clip"):
-        notes.append("Broken Unicode and HTML entities in texts were mended before (`ftfy`).")
+        texts = sample_texts(1_000)
+        rows = np.array([row.ids for row in vocabulary.encode_batch_fast(texts)])
+        found = compare_rows("tokenizers", texts, bundle.tokenizer(texts), rows)
+        if found.differ:
+            notes.append(
+                "Broken Unicode and HTML entities in texts were repaired by `ftfy`, of which "
+                f"`tokenizer.json` has the common cases: {found}"
+            )
     if not rules.keep_eos and rules.eos_id is not None:
         notes.append("A text too long for its row was cut without an end token after it.")
     if rules.zeroed_id is not None:
@@ -101,9 +118,6 @@ def _write_tokenizer(folder: epath.Path, bundle: Bundle) -> list[str]:
 
 def _about_pixels(config: PreprocessConfig) -> list[str]:
     notes = []
-    if config.backend != "pillow":
-        whose = "PyTorch's `interpolate` of uint8" if config.backend == "tensor" else "TensorFlow's"
-        notes.append(f"The model's own pixels come from {whose}; Pillow's differ a little.")
     if config.decode == "reference":
         notes.append('Image files are decoded by Pillow\'s `Image.open(file).convert("RGB")`.')
     elif config.background is not None:
@@ -118,17 +132,17 @@ _CENTRE = """\
     image = image.crop((left, top, left + SIZE, top + SIZE))
 """
 _RESIZE = {
-    "squash": "    image = image.resize((SIZE, SIZE), KERNEL)\n",
+    "squash": "    image = resize(image, (SIZE, SIZE))\n",
     "squash and cut": f"""\
-    image = image.resize(({{short}}, {{short}}), KERNEL)
+    image = resize(image, ({{short}}, {{short}}))
 {_CENTRE}""",
     "crop": f"""\
     short = min(image.size)
-    image = image.resize(tuple(int({{short}} * side / short) for side in image.size), KERNEL)
+    image = resize(image, tuple(int({{short}} * side / short) for side in image.size))
 {_CENTRE}""",
     "pad": """\
     scale = SIZE / max(image.size)
-    image = image.resize(tuple(max(1, round(side * scale)) for side in image.size), KERNEL)
+    image = resize(image, tuple(max(1, round(side * scale)) for side in image.size))
     canvas = Image.new("RGB", (SIZE, SIZE), {fill})
     canvas.paste(image, tuple((SIZE - side) // 2 for side in image.size))
     image = canvas
@@ -147,23 +161,62 @@ def _pixels_code(config: PreprocessConfig) -> str:
     )
     plain = config.decode == "reference"
     opened = "Image.open(file)" if plain else "ImageOps.exif_transpose(Image.open(file))"
+    if config.backend == "tensor":
+        functions = resizing.resize_tensor, resizing.resize_matrix, *_PARTS_OF_TENSOR
+        form = f"resize_tensor(np.asarray(image), size[1], size[0], {config.kernel!r}, "
+        code = f"_SUPPORT = {resizing._SUPPORT}\n\n" + "\n\n".join(map(_plain, functions))
+        resized = f"Image.fromarray({form}antialias={config.antialias}))"
+    elif config.backend == "tensorflow":
+        functions = resizing.resize_tensorflow, resizing._neighbours
+        code = "\n\n".join(map(_plain, functions))
+        resized = "Image.fromarray(resize_tensorflow(np.asarray(image), size[1], size[0]))"
+    else:
+        code = ""
+        resized = f"image.resize(size, Image.Resampling.{config.kernel.upper()})"
+    if config.decode == "reference":
+        opened = 'image = Image.open(file).convert("RGB")'
+    else:
+        opened = f"image = _to_rgb(ImageOps.exif_transpose(Image.open(file)), {config.background})"
+        code = "\n\n".join([_plain(opening._to_rgb), _plain(opening._eight_bits), code])
     return f"""\
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
-SIZE, KERNEL = {config.image_size}, Image.Resampling.{config.kernel.upper()}
+SIZE = {config.image_size}
+
+{code.strip()}
+
+def resize(image, size):
+    return {resized}
 
 def pixels_of(file):
-    image = {opened}.convert("RGB")
+    {opened}
 {resize}    return np.asarray(image)
 
 pixels = np.stack([pixels_of(file) for file in ["photo.jpg"]])  # uint8, any number of them
 """
 
 
+_PARTS_OF_TENSOR = resizing._fixed_point, resizing._shift, resizing._kernel
+
+
+def _plain(function: Callable) -> str:
+    """The source of a function of ours, without types and docstring, for a program without vlm."""
+    tree = ast.parse(inspect.getsource(function))
+    (made,) = tree.body
+    assert isinstance(made, ast.FunctionDef)
+    made.returns = None
+    for argument in (*made.args.args, *made.args.kwonlyargs):
+        argument.annotation = None
+    if ast.get_docstring(made):
+        made.body = made.body[1:]
+    return ast.unparse(made) + "\n"
+
+
 _TOKENS_CODE = """\
 from tokenizers import Tokenizer
 
 tokenizer = Tokenizer.from_file("tokenizer.json")
+tokenizer.encode_special_tokens = {plain}
 tokens = np.array([row.ids for row in tokenizer.encode_batch(["a cat", "a dog"])], np.int32)
 """
 
@@ -181,7 +234,7 @@ def _page(
     if "pixels" in inputs:
         code += _pixels_code(bundle.preprocess.config)
     if "tokens" in inputs:
-        code += _TOKENS_CODE
+        code += _TOKENS_CODE.format(plain=not parses_special(bundle.tokenizer))
     for program in programs:
         called = f"z_{program.name}" if program.output == "embeddings" else "scores"
         lines = use.format(program=program.name, input=program.input, output=program.output)

@@ -14,7 +14,7 @@ from vlm.export import contract
 from vlm.export.checking import check
 from vlm.export.programs import programs
 from vlm.export.storing import Dtype
-from vlm.heads.zero_shot import ZeroShotClassifier
+from vlm.heads.saved import Classifier
 from vlm.paths import as_path, is_remote
 from vlm.weights.building import Tower
 from vlm.weights.new_folder import new_folder
@@ -68,7 +68,7 @@ def export(
     *,
     dtype: Dtype = "float32",
     tower: Tower | None = None,
-    classifier: ZeroShotClassifier | None = None,
+    classifier: Classifier | None = None,
     batches: Sequence[int] | None = None,
 ) -> Exported:
     """Write towers or a classifier as programs that run without vlm, with all that they need.
@@ -84,7 +84,9 @@ def export(
         dtype: what parameters are kept as. int8 has a scale for each row and is computed with as
             float32; so is bfloat16 in ONNX, and in StableHLO as bfloat16.
         tower: "both", "image" or "text"; by default both, or none where there is a classifier.
-        classifier: of this model; its labels become a part of the program.
+        classifier: of this model; its labels become a part of the program. Zero-shot with all its
+            options, a linear probe, Tip-Adapter's cache or a learned prompt; neighbours and prompts
+            that each image moves are refused.
         batches: sizes of batches to compare in. None: all from 1 to 33, and some of them in the
             formats that compile each.
 
@@ -123,7 +125,7 @@ def export(
         differences = {}
         for program in made:
             kind.write(program, new)
-            differences[program.name] = check(program, kind.opened(program, new), sizes, dtype)
+            differences[program.name] = check(program, kind.opened(program, new), sizes, compute)
         facts = {"kind": format, "dtype": dtype, "batches": sizes, "difference": differences}
         contract.write(new, model, made, classifier, facts, kind.USE)
     return Exported(as_path(folder), format, dtype, differences)

@@ -13,8 +13,11 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from vlm.bundle import Bundle
 from vlm.errors import ConfigError
-from vlm.export.storing import Dtype, restored, stored
-from vlm.heads.zero_shot import ZeroShotClassifier, to_scores
+from vlm.export.storing import Dtype, check_direction, check_stored, restored, stored
+from vlm.heads.neighbours import NeighbourClassifier
+from vlm.heads.prompted import PromptedClassifier
+from vlm.heads.saved import Classifier
+from vlm.heads.zero_shot import to_scores
 from vlm.models.adapters import merged
 from vlm.weights.building import Tower, abstract_model
 
@@ -34,6 +37,7 @@ class Program:
         dtype: of the input.
         output: what the output is called: "embeddings" or "scores".
         examples: rows that the original was given, and `expected`, what it made of them.
+        reference: what JAX makes of them with the parameters as they are kept.
     """
 
     name: Name
@@ -44,12 +48,13 @@ class Program:
     output: str
     examples: UInt8[np.ndarray, "n h w 3"] | Int[np.ndarray, "n l"]
     expected: Float[np.ndarray, "n e"]
+    reference: Float[np.ndarray, "n e"]
 
 
 def programs(
     bundle: Bundle,
     tower: Tower | None,
-    classifier: ZeroShotClassifier | None,
+    classifier: Classifier | None,
     dtype: Dtype,
     *,
     compute: Literal["float32", "bfloat16"],
@@ -88,6 +93,16 @@ def _check(bundle: Bundle, name: Name, classifier: Any) -> None:
             f"{bundle.name} takes images of any aspect (NaFlex), and an exported program takes "
             "pixels of one size: export its text tower alone, or a model of a fixed size"
         )
+    if isinstance(classifier, NeighbourClassifier):
+        raise ConfigError(
+            "a NeighbourClassifier asks an index, which no exported program has: export the image "
+            "tower and search with its embeddings, or fit a FewShotClassifier"
+        )
+    if isinstance(classifier, PromptedClassifier) and classifier.net is not None:
+        raise ConfigError(
+            "a PromptedClassifier with a net runs the text tower for each image, which no exported "
+            "program does: learn the prompt with per_image=False"
+        )
     if name == "classifier" and classifier.model is not bundle:
         raise ConfigError(
             f"the classifier is of {classifier.model.name} and not of the model that is exported: "
@@ -98,7 +113,7 @@ def _check(bundle: Bundle, name: Name, classifier: Any) -> None:
 def _program(
     bundle: Bundle,
     name: Name,
-    classifier: Any,  # a ZeroShotClassifier, where it is that which is exported
+    classifier: Any,  # a Classifier, where it is that which is exported
     dtype: Dtype,
     compute: Literal["float32", "bfloat16"],
 ) -> Program:
@@ -111,6 +126,8 @@ def _program(
     held = {
         path: stored(path, np.asarray(value.get_value()), dtype) for path, value in flat.items()
     }
+    for path, value in flat.items():
+        check_stored(path, np.asarray(value.get_value()), held[path], dtype)
 
     def encode(rows: Array) -> Array:
         kept = {path: flat[path].replace(restored(held[path], compute)) for path in flat}
@@ -129,11 +146,15 @@ def _program(
         size = bundle.config.vision.image_size
         rows = np.random.default_rng(0).integers(0, 256, (EXAMPLES, size, size, 3), dtype=np.uint8)
     expected, function, output = _original(bundle, rows), encode, "embeddings"
+    reference = np.asarray(jax.jit(encode)(rows))
+    check_direction(name, reference, expected, dtype)
     if name == "classifier":
         expected = to_scores(classifier.logits(expected), classifier.rule)
         function, output = classify, "scores"
+        reference = np.asarray(jax.jit(classify)(rows))
     input = "tokens" if name == "text" else "pixels"
-    return Program(name, function, input, rows.shape[1:], rows.dtype.type, output, rows, expected)
+    row, kind = rows.shape[1:], rows.dtype.type
+    return Program(name, function, input, row, kind, output, rows, expected, reference)
 
 
 def _texts(bundle: Bundle) -> Int[np.ndarray, "n l"]:

@@ -1,16 +1,18 @@
-"""The types that parameters are kept in, inside an exported program."""
+"""The types that parameters are kept in, inside an exported program, and what these may round."""
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int8
 
-from vlm.errors import check_choice
+from vlm.errors import CheckpointError, check_choice
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 
 SMALLEST = 4096  # elements: smaller parameters weigh little and may mean much
+# How far an embedding may turn: 1 - cosine.
+_DIRECTION: dict[Dtype, float] = {"float32": 1e-6, "bfloat16": 0.02, "int8": 0.02}
 GROUP = 16  # elements: a scale for fewer would weigh as much as they do
 
 
@@ -52,3 +54,43 @@ def restored(kept: np.ndarray | Quantised, compute: Literal["float32", "bfloat16
     if kept.dtype == np.float32:
         return jnp.asarray(kept)
     return jnp.asarray(kept).astype(compute)
+
+
+def check_stored(path: tuple, original: np.ndarray, kept: Any, dtype: Dtype) -> None:
+    """Refuse a parameter that is kept with more than the rounding of its type.
+
+    Half a step of 1/127 of the largest value in its group for int8, 2**-8 of itself for bfloat16.
+
+    Raises:
+        CheckpointError: it is farther from the original.
+    """
+    original = original.astype(np.float32)
+    found = np.asarray(restored(kept, "float32")).astype(np.float32)
+    if isinstance(kept, Quantised):
+        axes = [i for i, n in enumerate(kept.scale.shape) if n != original.shape[i]]
+        allowed = np.abs(original).max(tuple(axes), keepdims=True) / 127 * 0.501
+    else:
+        allowed = np.abs(original) * (2**-8 if dtype == "bfloat16" else 0)
+    far = np.abs(found - original) - allowed
+    if not far.max(initial=0) <= 1e-12:
+        name = ".".join(map(str, path))
+        raise CheckpointError(
+            f"{name} as {dtype} is {np.abs(found - original).max():.1e} from the model's, more "
+            "than rounding explains, so nothing was written: choose another dtype"
+        )
+
+
+def check_direction(name: str, found: np.ndarray, wanted: np.ndarray, dtype: Dtype) -> None:
+    """Refuse kept parameters by which an embedding points elsewhere: 1 - cosine, of each example.
+
+    Raises:
+        CheckpointError: more than 0.02 (0.01 degrees in float32).
+    """
+    product = (found.astype(np.float64) * wanted).sum(axis=1)
+    norms = np.linalg.norm(found.astype(np.float64), axis=1) * np.linalg.norm(wanted, axis=1)
+    far = float((1 - product / norms).max())
+    if not far <= _DIRECTION[dtype]:
+        raise CheckpointError(
+            f"an embedding of the {name} program in {dtype} has a cosine of {1 - far:.4f} to the "
+            f"model's, below {1 - _DIRECTION[dtype]}, so nothing was written: choose another dtype"
+        )

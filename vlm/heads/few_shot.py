@@ -13,7 +13,7 @@ from vlm.errors import ConfigError, check_choice
 from vlm.heads.classifier_file import reading_classifier, write_classifier
 from vlm.heads.linear_probe import fit_linear, fit_swept
 from vlm.heads.prompts import indices, normalise
-from vlm.heads.zero_shot import ImageClassifier, ZeroShotClassifier, encode_images
+from vlm.heads.zero_shot import Embeddings, ImageClassifier, ZeroShotClassifier, encode_images
 
 Method = Literal["linear", "mean", "anchored", "cache", "tuned_cache"]
 METHODS: tuple[Method, ...] = ("linear", "mean", "anchored", "cache", "tuned_cache")
@@ -36,7 +36,7 @@ class LinearHead:
     weight: Float[np.ndarray, "d m"]
     bias: Float[np.ndarray, " m"]
 
-    def __call__(self, z_image: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
+    def __call__(self, z_image: Float[Embeddings, "n d"]) -> Float[Embeddings, "n m"]:
         return z_image @ self.weight + self.bias
 
 
@@ -53,9 +53,10 @@ class CacheHead:
     keys: Float[np.ndarray, "n d"]
     values: Float[np.ndarray, "n m"]
 
-    def __call__(self, z_image: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
-        nearness = np.exp(SHARPNESS * (z_image @ self.keys.T - 1))
-        return z_image @ self.zero_shot + RATIO * nearness @ self.values
+    def __call__(self, z_image: Float[Embeddings, "n d"]) -> Float[Embeddings, "n m"]:
+        product = SHARPNESS * (z_image @ self.keys.T - 1)
+        nearness = product.__array_namespace__().exp(product)  # of NumPy, or of JAX inside `jit`
+        return z_image @ self.zero_shot + (RATIO * nearness) @ self.values
 
 
 class FewShotClassifier(ImageClassifier, display.FactSheet):
@@ -135,8 +136,8 @@ class FewShotClassifier(ImageClassifier, display.FactSheet):
         prior = None if zero_shot is None else scale * zero_shot.z_labels.T
         return cls(model, names, fit_head(z_image, target, method, l2, prior, scale, len(names)))
 
-    def logits(self, z_image: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
-        """The logits of embeddings over the labels."""
+    def logits(self, z_image: Float[Embeddings, "n d"]) -> Float[Embeddings, "n m"]:
+        """The logits of embeddings over the labels; also inside `jit`."""
         return self.head(z_image).astype(np.float32)
 
     def save(self, file: str | os.PathLike) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from vlm.errors import ConfigError
 from vlm.heads.classifier_file import reading_classifier, write_classifier
 from vlm.heads.prompt_rows import PromptRows
-from vlm.heads.zero_shot import ImageClassifier
+from vlm.heads.zero_shot import Embeddings, ImageClassifier
 
 KEY = "vlm prompted classifier"  # of a saved one's description
 PROMPTS = 256  # that the text tower takes at a time
@@ -54,10 +54,10 @@ class PromptedClassifier(ImageClassifier):
         self._encode = prompt_encoder(model)
         self.z_labels = self._embed(context[None])[0] if z_labels is None else z_labels
 
-    def logits(self, z_image: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
+    def logits(self, z_image: Float[Embeddings, "n d"]) -> Float[Embeddings, "n m"]:
         """The logits of embeddings over the labels.
 
-        With a net the text tower runs for each image anew.
+        With a net the text tower runs for each image; without, also inside `jit`.
         """
         scale, bias = self.model.logit_scale, self.model.logit_bias
         if self.net is None:

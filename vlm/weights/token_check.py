@@ -68,11 +68,11 @@ def check_tokens(folder: epath.Path, tokenizer: Tokenizer, texts: Sequence[str])
     again = checkpoint.tokenizer
     if (length := checkpoint.context_length) is not None:
         again = again.with_rules(dataclasses.replace(again.config, context_length=length))
-    found = _differing("vlm", texts, wanted, again(texts))
+    found = compare_rows("vlm", texts, wanted, again(texts))
     if (folder / "tokenizer.json").exists():
         open_clip = (folder / "open_clip_config.json").exists()
         reader, rows = ("open_clip", _by_open_clip) if open_clip else ("transformers", _rows)
-        theirs = _differing(reader, texts, wanted, rows(folder, texts))
+        theirs = compare_rows(reader, texts, wanted, rows(folder, texts))
         if theirs.differ and _is_naflex(folder):
             theirs = dataclasses.replace(theirs, note=_NAFLEX)
         found = max(found, theirs, key=lambda check: check.differ)
@@ -90,7 +90,8 @@ def _is_naflex(folder: epath.Path) -> bool:
     return config.exists() and read_json(config).get("model_type") == "siglip2"
 
 
-def _differing(reader: str, texts: Sequence[str], wanted: Any, rows: Any) -> TokenCheck:
+def compare_rows(reader: str, texts: Sequence[str], wanted: Any, rows: Any) -> TokenCheck:
+    """Compare the rows of ids that a tokenizer makes of texts with those that `reader` makes."""
     length = max(wanted.shape[1], rows.shape[1])
     wide = [
         np.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=-1) for x in (wanted, rows)
