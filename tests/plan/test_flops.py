@@ -28,7 +28,7 @@ from vlm.models.flops import (
 from vlm.models.towers import vision_flops, vision_tower
 from vlm.nn.transformer import Execution
 from vlm.plan.compile import batch_of
-from vlm.plan.lesson import planned_lesson
+from vlm.plan.supervision import planned_supervision
 from vlm.sharding import make_mesh
 from vlm.train.step import Trainer
 
@@ -69,14 +69,14 @@ def inner_jaxprs(parameters):
 
 
 def executed(e) -> float:
-    return sum(part.executed for part in step_flops(e, planned_lesson(e).supervision).values())
+    return sum(part.executed for part in step_flops(e, planned_supervision(e).supervision).values())
 
 
 def step_products(e) -> float:
-    mesh, lesson = make_mesh(MeshConfig(), jax.devices()[:1]), planned_lesson(e)
-    trainer = Trainer(e, mesh, classes=lesson.classes, teacher=lesson.teacher)
+    mesh, extra = make_mesh(MeshConfig(), jax.devices()[:1]), planned_supervision(e)
+    trainer = Trainer(e, mesh, classes=extra.classes, teacher=extra.teacher)
     step = counted(jax.make_jaxpr(trainer.step)(trainer.abstract_state, batch_of(e)).jaxpr)
-    return step + (counted(lesson.embedding.trace(mesh).jaxpr.jaxpr) if lesson.embedding else 0)
+    return step + (counted(extra.embedding.trace(mesh).jaxpr.jaxpr) if extra.embedding else 0)
 
 
 CASES = {

@@ -21,9 +21,9 @@ from vlm.inputs.tokenizer import train_bpe
 from vlm.models import adapters
 from vlm.plan.compile import state_bytes
 from vlm.sharding import path_names
+from vlm.train.init_from import from_model
 from vlm.train.loop import train
 from vlm.train.partition import joined, partition
-from vlm.train.starting_model import from_model
 
 NOISE = {"vision": {"dropout": 0.1, "patch_dropout": 0.25}, "optimizer": {"ema": 0.99}}
 ADAPTER = AdapterConfig(rank=4)

@@ -28,8 +28,8 @@ from safetensors.numpy import load as load_safetensors
 from vlm import sharding
 from vlm.config import MeshConfig, from_dict, to_dict
 from vlm.errors import CheckpointError, ConfigError, ShardingError, TrainingError
-from vlm.train.length import is_due
 from vlm.train.loop import train
+from vlm.train.schedule import is_scheduled
 
 STEPS = 150
 NOISE = {
@@ -216,25 +216,25 @@ def test_a_finished_run_resumes_to_the_same_end(eight, tmp_path):
 
 
 def test_seconds_become_steps_that_a_resumed_run_keeps(tiny, tmp_path, monkeypatch):
-    from vlm.train import length
+    from vlm.train import schedule
 
-    monkeypatch.setattr(length, "seconds_per_step", lambda *_: 0.25)
+    monkeypatch.setattr(schedule, "seconds_per_step", lambda *_: 0.25)
     run = tmp_path / "run"
     train(tiny(run_dir=str(run), steps=None, seconds=2.0, log_every=1, keep_checkpoints=9))
     assert last_step(run) == 8
     whole = weights(run)
     for step in (6, 8):
         shutil.rmtree(run / "checkpoints" / str(step))
-    monkeypatch.setattr(length, "seconds_per_step", lambda *_: 0.01)  # a faster machine
+    monkeypatch.setattr(schedule, "seconds_per_step", lambda *_: 0.01)  # a faster machine
     train(resume=run)
     assert last_step(run) == 8
     assert weights(run) == whole
 
 
 def test_things_are_due_at_their_share_of_the_run():
-    assert [s for s in range(1, 13) if is_due(s, 12, 0.25)] == [3, 6, 9]
-    assert [s for s in range(1, 4) if is_due(s, 3, 0.01)] == [1, 2]
-    assert not any(is_due(s, 12, None) for s in range(13))
+    assert [s for s in range(1, 13) if is_scheduled(s, 12, 0.25)] == [3, 6, 9]
+    assert [s for s in range(1, 4) if is_scheduled(s, 3, 0.01)] == [1, 2]
+    assert not any(is_scheduled(s, 12, None) for s in range(13))
 
 
 @pytest.mark.parametrize(

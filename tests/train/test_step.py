@@ -19,12 +19,12 @@ from vlm.errors import TrainingError
 from vlm.evaluate.report import _flat
 from vlm.models import adapters
 from vlm.sharding import global_batch, make_mesh, path_names
-from vlm.train.activity import Activity
+from vlm.train.bucket_sync import BucketSync
 from vlm.train.logs import Logs
 from vlm.train.loop import train
-from vlm.train.mirror import Mirror
 from vlm.train.run import Run
 from vlm.train.step import Trainer, TrainState, compute_dtype
+from vlm.train.watchdog import ActivityTimer
 
 
 def make(experiment: Experiment, devices: int = 1) -> Trainer:
@@ -153,8 +153,8 @@ def test_the_log_stops_or_counts(tiny, tmp_path, nonfinite):
     samples = BadSamples(1.0, None)
     samples.take(0, 8, [], texts_cut=2)
     with (
-        Mirror(whole.folder) as mirror,
-        Logs(whole, mirror, Activity(), first_step=0, total_steps=8, samples=samples) as logs,
+        BucketSync(whole.folder) as sync,
+        Logs(whole, sync, ActivityTimer(), first_step=0, total_steps=8, samples=samples) as logs,
     ):
         for step in (1, 2, 4, 5):
             logs.step(step, fine)

@@ -81,7 +81,7 @@ def experiment_of(args: list[str]) -> Experiment:
         ConfigError: no such config, or fields that contradict each other.
         UsageError: options that do not fit.
     """
-    from vlm.train.starting_model import with_model
+    from vlm.train.init_from import with_model
 
     config, options = (None, args) if args[0].startswith("-") else (args[0], args[1:])
     start, rest = _taken(options, START)

@@ -44,7 +44,7 @@ def with_default_rates(experiment: Experiment) -> Experiment:
     return dataclasses.replace(e, optimizer=optimizer)
 
 
-def as_begun(experiment: Experiment, before: Experiment) -> Experiment:
+def resumed_experiment(experiment: Experiment, before: Experiment) -> Experiment:
     """The experiment of a resumed run, with what it leaves open as the run has had it so far."""
     e = experiment
     optimizer = {

@@ -220,7 +220,7 @@ class Experiment(Config):
     """
 
     name: str = "experiment"
-    # None until `vlm.train.starting_model.resolve`, which every run begins with: whoever looks at
+    # None until `vlm.train.init_from.resolve`, which every run begins with: whoever looks at
     # them does so after that, which is what a checker of types is told.
     if TYPE_CHECKING:
         model: ModelConfig = field(default_factory=ModelConfig)

@@ -19,7 +19,7 @@ from vlm.nn.remat import ATTENDED, MLP_HIDDEN, PROJECTED, SAVED
 from vlm.nn.tpu_attention import LONGEST
 from vlm.plan.collectives import FSDP, GRADIENTS, LOSS_RING, TENSOR
 from vlm.plan.compile import StateBytes
-from vlm.plan.lesson import PlannedLesson, planned_lesson
+from vlm.plan.supervision import PlannedSupervision, planned_supervision
 
 FLOAT32 = 4  # bytes
 
@@ -47,7 +47,7 @@ def analytic_memory(
     tensor_ways: int = 1,
 ) -> AnalyticMemory:
     """Estimate the memory of a step per device, with the batch sharded `batch_ways` ways."""
-    e, lesson = experiment, planned_lesson(experiment)
+    e, extra = experiment, planned_supervision(experiment)
     rows = (e.micro_batch_size or e.batch_size) / batch_ways
     kept, block, embedding = 0.0, 0.0, 0.0
     for tower, tokens, config in _towers(e):
@@ -65,16 +65,16 @@ def analytic_memory(
         if e.lock != tower:
             kept += rows * tokens * config.depth * (saved + size * width)
         block = max(block, rows * tokens * everything)
-    for tokens, config in _teacher_towers(lesson):
+    for tokens, config in _teacher_towers(extra):
         block_bytes = FLOAT32 * (10 * config.width + 2 * config.mlp_dim + config.heads * tokens)
         embedding = max(embedding, rows * tokens * block_bytes / tensor_ways)
     local = e.batch_size / batch_ways
     side = min(tile_side("cpu" if chip is None else chip.platform), local)
     # Logits, their softmax and its gradient, in tiles or of a classification head.
-    tiles = 3 * 4 * (local * lesson.classes if e.objective == "classification" else side**2)
+    tiles = 3 * 4 * (local * extra.classes if e.objective == "classification" else side**2)
     if e.distill is not None and e.distill.relations:
         tiles += 3 * 4 * side**2
-    tiles += 8 * 4 * local * e.model.embed_dim + 2 * 4 * local * lesson.supervision.width
+    tiles += 8 * 4 * local * e.model.embed_dim + 2 * 4 * local * extra.supervision.width
     # Pixels in float32 and in the compute dtype.
     images = Preprocess(e.preprocess).image_bytes * (4 + 2) * rows
     return AnalyticMemory(
@@ -95,13 +95,13 @@ def analytic_operations(
     activations, residual sums, the update and unfused attention weights run at memory bandwidth.
     """
     e, size = experiment, 2 if experiment.dtype != "float32" else 4
-    lesson = planned_lesson(e)
+    extra = planned_supervision(e)
     padding = {
         f"{tower}/{part}": factor
         for tower, _, config in _towers(e)
         for part, factor in _paddings(config, chip.unit).items()
     }
-    parts = step_flops(e, lesson.supervision)
+    parts = step_flops(e, extra.supervision)
     arithmetic = sum(part.executed * padding.get(name, 1.0) for name, part in parts.items())
     rows = e.batch_size / chips
     traffic = 0.0
@@ -111,7 +111,7 @@ def analytic_operations(
             forward += config.heads * tokens * (2 * 4 + 2 * size)
         passes = 1 if e.lock == tower else (4 if e.remat == "full" else 3)
         traffic += rows * tokens * config.depth * passes * forward
-    for tokens, config in _teacher_towers(lesson):
+    for tokens, config in _teacher_towers(extra):
         forward = FLOAT32 * (8 * config.width + 2 * config.mlp_dim)
         forward += config.heads * tokens * 4 * FLOAT32
         traffic += rows * tokens * config.depth * forward
@@ -142,7 +142,7 @@ def analytic_traffic(
     parameters, unsharded.
     """
     data, fsdp, tensor = (mesh_shape[axis] for axis in ("data", "fsdp", "tensor"))
-    ways, lesson = data * fsdp, planned_lesson(experiment)
+    ways, extra = data * fsdp, planned_supervision(experiment)
     sent = {}
     if ways > 1:
         sent[GRADIENTS] = 2 * parameters / tensor * (ways - 1) / ways
@@ -152,9 +152,7 @@ def analytic_traffic(
         # Each trip carries the text block; the last one also its gradient.
         carried = (trips + 1) * ours
         if experiment.distill is not None and experiment.distill.relations:
-            carried += (
-                3 * ours + 2 * lesson.supervision.width
-            )  # two trips, with the teacher's texts
+            carried += 3 * ours + 2 * extra.supervision.width  # two trips, with the teacher's texts
         sent[LOSS_RING] = FLOAT32 * experiment.batch_size * carried * (ways - 1) / ways
     if tensor > 1:
         # Two all-reduces of activations per block and pass.
@@ -166,14 +164,14 @@ def analytic_traffic(
         )
         of_teacher = sum(
             experiment.batch_size / ways * tokens * config.width * config.depth * FLOAT32
-            for tokens, config in _teacher_towers(lesson)
+            for tokens, config in _teacher_towers(extra)
         )
         sent[TENSOR] = 2 * (passes * moved + of_teacher) * 2 * (tensor - 1) / tensor
     if fsdp > 1:
         gathers = 3 if experiment.remat == "full" else 2
         moved = gathers * parameters / 2
-        if lesson.embedding is not None:
-            leaves = jax.tree.leaves(lesson.embedding.parameters)
+        if extra.embedding is not None:
+            leaves = jax.tree.leaves(extra.embedding.parameters)
             moved += sum(x.size * x.dtype.itemsize for x in leaves)  # once, in float32
         sent[FSDP] = moved / tensor * (fsdp - 1) / fsdp
     return sent
@@ -197,9 +195,9 @@ def _towers(experiment: Experiment) -> Iterator[tuple[str, int, ViTConfig | Text
         yield "text", text.tokens(masking=experiment.text_masking), text
 
 
-def _teacher_towers(lesson: PlannedLesson) -> Iterator[tuple[int, ViTConfig | TextConfig]]:
+def _teacher_towers(extra: PlannedSupervision) -> Iterator[tuple[int, ViTConfig | TextConfig]]:
     """Yield token count and config of the towers of an online teacher (float32)."""
-    if (config := lesson.supervision.teacher) is None:
+    if (config := extra.supervision.teacher) is None:
         return
     if isinstance(config.vision, ViTConfig):
         yield config.vision.tokens(), config.vision

@@ -16,7 +16,7 @@ from vlm.config import Experiment
 from vlm.inputs.preprocess import Preprocess
 from vlm.plan.collectives import Collective, collectives
 from vlm.plan.hlo import Program, parse
-from vlm.plan.lesson import planned_lesson
+from vlm.plan.supervision import planned_supervision
 from vlm.sharding import AXES, batch_sharding, path_names, replicated, shardings
 from vlm.train.objectives import HEADS, objective
 from vlm.train.partition import joined
@@ -94,7 +94,7 @@ def with_dtype(experiment: Experiment, platform: str) -> Experiment:
 def batch_of(experiment: Experiment) -> dict[str, Any]:
     """Shapes and dtypes of a global batch."""
     rows, image = experiment.batch_size, Preprocess(experiment.preprocess).blank(1)
-    length, teacher = experiment.model.text.context_length, planned_lesson(experiment).teacher
+    length, teacher = experiment.model.text.context_length, planned_supervision(experiment).teacher
     batch: dict[str, Any] = {
         "images": jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), image
@@ -112,8 +112,8 @@ def batch_of(experiment: Experiment) -> dict[str, Any]:
 def compile_step(experiment: Experiment, mesh: Mesh) -> CompiledStep | DoesNotFit:
     """Compile the step of `experiment` on `mesh`, without allocating or running anything."""
     began = time.perf_counter()
-    lesson, of_batch = planned_lesson(experiment), batch_of(experiment)
-    trainer = Trainer(experiment, mesh, classes=lesson.classes, teacher=lesson.teacher)
+    extra, of_batch = planned_supervision(experiment), batch_of(experiment)
+    trainer = Trainer(experiment, mesh, classes=extra.classes, teacher=extra.teacher)
     # With shardings, as in a run, since attention reads the mesh from them.
     rows = batch_sharding(mesh)
     state, batch = jax.tree.map(
@@ -126,7 +126,7 @@ def compile_step(experiment: Experiment, mesh: Mesh) -> CompiledStep | DoesNotFi
     if isinstance(compiled, DoesNotFit):
         return compiled
     step = read_step(compiled, trainer, time.perf_counter() - began)
-    return step if lesson.embedding is None else _with_teacher(step, lesson.embedding, trainer)
+    return step if extra.embedding is None else _with_teacher(step, extra.embedding, trainer)
 
 
 def _with_teacher(
@@ -227,8 +227,8 @@ def abstract_state(experiment: Experiment) -> TrainState:
 @functools.lru_cache(maxsize=8)
 def _abstract_state(experiment: Experiment) -> TrainState:
     one = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    lesson = planned_lesson(experiment)
-    return Trainer(experiment, one, None, lesson.classes, lesson.teacher).abstract_state
+    extra = planned_supervision(experiment)
+    return Trainer(experiment, one, None, extra.classes, extra.teacher).abstract_state
 
 
 def state_bytes(state: TrainState, mesh: Mesh | AbstractMesh) -> StateBytes:

@@ -31,13 +31,13 @@ from vlm.plan.compile import (
     state_bytes,
     with_dtype,
 )
-from vlm.plan.lesson import planned_lesson
 from vlm.plan.needs import Needs, needs
 from vlm.plan.report import BASES, show
 from vlm.plan.roofline import Prediction, Roofline, analytic_roofline, compiled_roofline, mfu
+from vlm.plan.supervision import planned_supervision
 from vlm.plan.topology import Topology, parse_mesh, parse_topology, topology_devices
 from vlm.sharding import AXES, batch_ways, check_batch, make_mesh, mesh_sizes
-from vlm.train.starting_model import resolve
+from vlm.train.init_from import resolve
 
 
 @dataclass(frozen=True)
@@ -234,9 +234,9 @@ def plan(
     check_batch(e.micro_batch_size or e.batch_size, grid, "micro_batch_size")
 
     abstract = abstract_state(e)
-    state, lesson = state_bytes(abstract, grid), planned_lesson(e)
-    if lesson.embedding is not None:
-        of_teacher = bytes_on(lesson.embedding.parameters, grid)
+    state, extra = state_bytes(abstract, grid), planned_supervision(e)
+    if extra.embedding is not None:
+        of_teacher = bytes_on(extra.embedding.parameters, grid)
         state = dataclasses.replace(state, teacher=of_teacher)
     check_state(state, topology, dict(grid.shape))
     step = compile_step(e, grid) if isinstance(grid, Mesh) else None
@@ -253,7 +253,7 @@ def plan(
         experiment=e,
         topology=topology,
         mesh=dict(grid.shape),
-        flops=step_flops(e, lesson.supervision),
+        flops=step_flops(e, extra.supervision),
         memory=memory,
         collectives=found,
         sent=sent,

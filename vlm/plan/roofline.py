@@ -18,7 +18,7 @@ from vlm.plan.calibration import Calibration, Range
 from vlm.plan.collectives import LOSS_RING, TENSOR, Collective
 from vlm.plan.compile import CompiledStep, StateBytes
 from vlm.plan.hlo import prefetches
-from vlm.plan.lesson import planned_lesson
+from vlm.plan.supervision import planned_supervision
 from vlm.plan.topology import Topology
 
 # Kernel launches of a GPU per layer, forward and backward, and seconds per launch. A TPU's step is
@@ -142,7 +142,7 @@ def analytic_roofline(
         layers = _layers(experiment.model)
         if experiment.objective == "classification":
             layers = getattr(experiment.model.vision, "depth", 0)
-        if (teacher := planned_lesson(experiment).supervision.teacher) is not None:
+        if (teacher := planned_supervision(experiment).supervision.teacher) is not None:
             layers += _layers(teacher) / 3  # forward only
         launches = layers * LAUNCHES * LAUNCH_SECONDS
     return Roofline(compute, memory, ring + rest, compute + memory, exposed, launches, "analytic")
@@ -154,7 +154,7 @@ def _layers(model: ModelConfig) -> int:
 
 def mfu(experiment: Experiment, topology: Topology, seconds: float) -> float:
     """Model FLOPs utilisation (arXiv:2204.02311, appendix B) of a step that takes `seconds`."""
-    flops = model_flops(experiment, planned_lesson(experiment).supervision)
+    flops = model_flops(experiment, planned_supervision(experiment).supervision)
     return flops / (seconds * topology.chips * topology.rated_chip.flops)
 
 

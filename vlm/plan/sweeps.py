@@ -10,7 +10,7 @@ from vlm.config import Experiment, MeshConfig, RematPolicy
 from vlm.errors import ConfigError, VlmError
 from vlm.plan.planning import Plan, plan
 from vlm.plan.topology import parse_topology
-from vlm.train.starting_model import resolve
+from vlm.train.init_from import resolve
 
 REMATS = get_args(RematPolicy)
 

@@ -20,7 +20,7 @@ from vlm.heads.prompts import label_prompts
 from vlm.heads.templates import choose_templates
 from vlm.heads.zero_shot import ZeroShotClassifier
 from vlm.inputs.tokenizer import Tokenizer
-from vlm.train.evaluation import Embedder
+from vlm.train.eval_tasks import Embedder
 from vlm.train.run import Run
 from vlm.train.step import Trainer, TrainState
 from vlm.weights.own import templates_of as templates_of_model

@@ -10,7 +10,7 @@ from vlm._deprecation import environment
 
 # Seconds between a notice of preemption and the end: 30 on Google's machines and in Kubernetes,
 # unless its terminationGracePeriodSeconds says more.
-GRACE = environment("VLM_SHUTDOWN_GRACE", "VLM_GRACE", 30)
+SHUTDOWN_GRACE = environment("VLM_SHUTDOWN_GRACE", "VLM_GRACE", 30)
 
 
 class Interrupted:
@@ -50,13 +50,13 @@ class Interrupted:
     def announce(self, step: int, seconds: float | None, newest: int | None) -> str:
         """What to say before the last save, given how long the last checkpoint took to write."""
         asked = time.monotonic() if self._asked is None else self._asked
-        left = GRACE - (time.monotonic() - asked)
+        left = SHUTDOWN_GRACE - (time.monotonic() - asked)
         said = f"asked to leave: saving step {step}"
         if seconds is not None and seconds > left:
             fallback = "step 0" if newest is None else f"step {newest}"
             said += (
                 f"; the last checkpoint took {seconds:.0f} s and {max(left, 0):.0f} s of the "
-                f"{GRACE:.0f} s shutdown grace period (VLM_SHUTDOWN_GRACE) are left: if the "
-                f"machine goes first, the run goes on from {fallback}"
+                f"{SHUTDOWN_GRACE:.0f} s shutdown grace period (VLM_SHUTDOWN_GRACE) are left: if "
+                f"the machine goes first, the run goes on from {fallback}"
             )
         return said

@@ -16,11 +16,11 @@ from vlm.data.faults import BadSamples
 from vlm.errors import TrainingError
 from vlm.models.flops import PAIRS_ALONE, Supervision, model_flops
 from vlm.sharding import placement_rows
-from vlm.train.activity import DATA, DEVICE, STEP, Activity
+from vlm.train.bucket_sync import BucketSync
 from vlm.train.console import console, print_on_first_process
-from vlm.train.mirror import Mirror
 from vlm.train.run import Run
 from vlm.train.step import TrainState
+from vlm.train.watchdog import DATA, DEVICE, STEP, ActivityTimer
 
 
 def summary_writer(folder: str, first_step: int) -> Any:
@@ -50,8 +50,8 @@ class Logs:
     def __init__(
         self,
         run: Run,
-        mirror: Mirror,
-        activity: Activity,
+        sync: BucketSync,
+        activity: ActivityTimer,
         *,
         first_step: int,
         total_steps: int,
@@ -78,8 +78,8 @@ class Logs:
         if self._primary:
             rows = read_log(run)
             self._earlier = max((row.get("seconds", 0.0) for row in rows), default=0.0)
-            self._file = _reopen(run, mirror, [r for r in rows if r["step"] <= first_step])
-            self._board = summary_writer(str(mirror.local / "tensorboard"), first_step)
+            self._file = _reopen(run, sync, [r for r in rows if r["step"] <= first_step])
+            self._board = summary_writer(str(sync.local / "tensorboard"), first_step)
         self._progress = Progress(
             TextColumn("[bold]{task.completed}/{task.total}"),
             BarColumn(bar_width=24),
@@ -242,9 +242,9 @@ def read_log(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _reopen(run: Run, mirror: Mirror, rows: list[dict[str, Any]]):
+def _reopen(run: Run, sync: BucketSync, rows: list[dict[str, Any]]):
     """The log file with the rows of the steps that the resumed run will not take again."""
-    file = (mirror.local / run.log.name).open("w")
+    file = (sync.local / run.log.name).open("w")
     file.writelines(to_json(row) + "\n" for row in rows)
     file.flush()
     return file

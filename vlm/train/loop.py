@@ -12,23 +12,23 @@ from vlm.data.sources import credits, require_source
 from vlm.errors import ConfigError, TrainingError
 from vlm.paths import keep_compiled_programs
 from vlm.sharding import batch_share, check_batch, make_mesh
-from vlm.train.activity import DATA, DEVICE, STEP, Activity
+from vlm.train.bucket_sync import BucketSync
 from vlm.train.checkpoint import Checkpoints
 from vlm.train.classes import with_templates
 from vlm.train.console import print_on_first_process
-from vlm.train.held_out import Evaluations, finish
+from vlm.train.evals import Evaluations, finish
+from vlm.train.export_bundle import export_bundle
+from vlm.train.init_from import resolve
 from vlm.train.interrupt import Interrupted
-from vlm.train.leaving import leave_bundle
-from vlm.train.length import CheckpointRhythm, is_due
-from vlm.train.lesson import Lesson
 from vlm.train.logs import Logs, placement_table
-from vlm.train.mirror import Mirror
+from vlm.train.profiler import StepProfiler
 from vlm.train.resolution import image_size_at
 from vlm.train.run import Run
+from vlm.train.schedule import CheckpointSchedule, is_scheduled
 from vlm.train.start import open_tokenizer, start
-from vlm.train.starting_model import resolve
 from vlm.train.step import Trainer
-from vlm.train.trace import Trace
+from vlm.train.supervision import TrainingSupervision
+from vlm.train.watchdog import DATA, DEVICE, STEP, ActivityTimer
 
 
 @stop_all_on_failure()
@@ -51,14 +51,14 @@ def train(
         vlm.errors.CheckpointError: ...
     """
     keep_compiled_programs()
-    with Activity() as doing:
-        return _train(doing, experiment, resume)
+    with ActivityTimer() as timed:
+        return _train(timed, experiment, resume)
 
 
 def _train(
-    doing: Activity, experiment: Experiment | None, resume: str | os.PathLike | None
+    timed: ActivityTimer, experiment: Experiment | None, resume: str | os.PathLike | None
 ) -> epath.Path:
-    with doing("opening the run"):
+    with timed("opening the run"):
         if resume is not None:
             run = Run.open(resume, experiment)
         elif experiment is not None:
@@ -67,26 +67,28 @@ def _train(
         else:
             raise ConfigError("there is nothing to train: give an experiment, or a run to resume")
     experiment = run.experiment
-    with run.starting(), doing("opening the data"):
+    with run.starting(), timed("opening the data"):
         mesh = make_mesh(experiment.mesh)
         check_batch(experiment.batch_size, mesh)
         check_batch(experiment.micro_batch_size or experiment.batch_size, mesh, "micro_batch_size")
 
         tokenizer = open_tokenizer(run)
-        lesson = Lesson(experiment, mesh, tokenizer)
-        trainer = Trainer(experiment, mesh, tokenizer.config, lesson.class_count, lesson.teacher)
+        supervision = TrainingSupervision(experiment, mesh, tokenizer)
+        trainer = Trainer(
+            experiment, mesh, tokenizer.config, supervision.class_count, supervision.teacher
+        )
         share, shares = batch_share(mesh)
         batches = train_batches(
             experiment.data,
             trainer.preprocess,
-            lesson.tokenizer,
+            supervision.tokenizer,
             batch_size=experiment.batch_size // shares,
             seed=experiment.seed,
             process_index=share,
             process_count=shares,
             run_folder=run.folder,
-            reinforced=lesson.reinforced,
-            finish=lesson.added,
+            reinforced=supervision.reinforced,
+            finish=supervision.added,
         )
         evaluations = Evaluations(experiment, trainer, tokenizer)
 
@@ -96,68 +98,68 @@ def _train(
             run.checkpoints, experiment.keep_checkpoints, experiment.keep_hours
         ) as checkpoints,
     ):
-        with run.starting(), doing("making the state"):
-            state = start(run, trainer, batches, checkpoints, lesson.classes)
+        with run.starting(), timed("making the state"):
+            state = start(run, trainer, batches, checkpoints, supervision.classes)
         step, total = int(state.step), int(state.total_steps)
         run.record_start(step, total)
-        rhythm = CheckpointRhythm(experiment, step, total)
+        checkpoint_schedule = CheckpointSchedule(experiment, step, total)
         print_on_first_process(f"run folder {run.folder}")
         print_on_first_process(placement_table(state))
         with (
-            Mirror(run.folder) as mirror,
+            BucketSync(run.folder) as bucket_sync,
             Logs(
                 run,
-                mirror,
-                doing,
+                bucket_sync,
+                timed,
                 first_step=step,
                 total_steps=total,
                 supervision=trainer.supervision,
                 samples=batches.bad,
             ) as logs,
-            Trace(mirror, experiment.profile) as trace,
+            StepProfiler(bucket_sync, experiment.profile) as profiler,
             Interrupted() as interrupted,
         ):
 
             def save() -> None:
                 logs.flush()
-                with doing("writing a checkpoint"):
-                    mirror.copy()  # a run that goes on from here has its log up to here
+                with timed("writing a checkpoint"):
+                    bucket_sync.copy()  # a run that goes on from here has its log up to here
                     checkpoints.save(step, trainer.kept(state), batches.get_state())
 
             def evaluate() -> None:
                 logs.flush()
-                with doing("evaluating"):
+                with timed("evaluating"):
                     logs.write({"step": step, **evaluations.metrics(state)})
                 logs.restart_clock()
 
             if evaluations and step == 0 and experiment.init_from is not None:
                 evaluate()  # what the model can do before it learns more
             while step < total and not interrupted.at(step):
-                trace.before(step, state)
-                with doing(DATA):
+                profiler.before(step, state)
+                with timed(DATA):
                     batch = trainer.place(next(batches))
-                with doing(STEP):
+                with timed(STEP):
                     step_once = trainer.step_at(image_size_at(experiment, step, total))
                     state, metrics = step_once(state, batch)
                 step += 1
-                with doing(DEVICE):
+                with timed(DEVICE):
                     logs.step(step, metrics)
 
-                if evaluations and is_due(step, total, experiment.eval_every):
+                if evaluations and is_scheduled(step, total, experiment.eval_every):
                     evaluate()
                 logs.write(*checkpoints.finished())
-                if rhythm.is_due(step, checkpoints.writing):
+                if checkpoint_schedule.is_scheduled(step, checkpoints.writing):
                     save()
-                doing.step = step
+                timed.step = step
             if step < total:
                 print_on_first_process(
                     interrupted.announce(step, checkpoints.seconds, checkpoints.newest)
                 )
             save()
-            with doing("waiting for the last checkpoint"):
+            with timed("waiting for the last checkpoint"):
                 checkpoints.wait()
                 logs.write(*checkpoints.finished())
-    print_on_first_process(doing.summary())
+    print_on_first_process(timed.summary())
     if said := batches.bad.report():
         print_on_first_process(said)
     if step < total:
@@ -174,11 +176,11 @@ def _train(
             "model is as it began: start a new run with a lower --optimizer.learning-rate, or look "
             "at its data"
         )
-    with doing("writing the bundle"):
-        bundle = leave_bundle(run, trainer, state, tokenizer)
-        lesson.leave(run, trainer, state)
+    with timed("writing the bundle"):
+        bundle = export_bundle(run, trainer, state, tokenizer)
+        supervision.leave(run, trainer, state)
     if evaluations:
-        with doing("evaluating"):
+        with timed("evaluating"):
             report = finish(run, evaluations, state, bundle, credits(experiment.data))
         print_on_first_process(report)
         if evaluations.held is not None:

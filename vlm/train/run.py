@@ -17,7 +17,7 @@ from etils import epath
 from vlm._version import __version__
 from vlm.cluster.processes import broadcast_text
 from vlm.config import Experiment, from_dict, to_dict
-from vlm.config.defaults import as_begun
+from vlm.config.defaults import resumed_experiment
 from vlm.errors import CheckpointError, ConfigError
 from vlm.heads import zero_shot
 from vlm.paths import as_config_error, as_path
@@ -69,7 +69,7 @@ class Run:
         """
         folder = as_path(folder)
         before = experiment_in(folder)
-        after = before if changed is None else as_begun(changed, before)
+        after = before if changed is None else resumed_experiment(changed, before)
         run = cls(folder, after, resumed=True)
         run.changes = check_changes(before, run.experiment)
         check_same_everywhere(run.experiment, resumed=True)

@@ -16,16 +16,16 @@ from vlm.train.changes import LENGTHS
 from vlm.train.checkpoint import Checkpoints
 from vlm.train.classes import Classes
 from vlm.train.console import print_on_first_process
-from vlm.train.length import length_in_steps
-from vlm.train.run import Run
-from vlm.train.starting_model import (
+from vlm.train.init_from import (
     from_model,
+    init_model,
+    init_tokenizer,
     parameters,
     place,
-    starting_model,
-    starting_tokenizer,
     with_head,
 )
+from vlm.train.run import Run
+from vlm.train.schedule import length_in_steps
 from vlm.train.step import Trainer, TrainState
 from vlm.weights.vocabularies import CLIP_VOCABULARY
 
@@ -68,7 +68,7 @@ def start(
         )
     state = trainer.init(jnp.int32(length_in_steps(trainer, batches)))
     if e.init_from is not None:
-        other = starting_model(e)
+        other = init_model(e)
         if e.adapter is not None:
             assert other.source is not None  # it was loaded
             run.record_base(other.source, other.identity)
@@ -108,7 +108,7 @@ def _with_base(run: Run, trainer: Trainer, state: TrainState) -> TrainState:
     Raises:
         CheckpointError: that model has changed since the run began.
     """
-    other = starting_model(trainer.experiment)
+    other = init_model(trainer.experiment)
     run.check_base(other.identity)
     _, frozen = trainer.divide(parameters(trainer, other))
     frozen = jax.tree.map(place, frozen, trainer.state_shardings.frozen)
@@ -117,7 +117,7 @@ def _with_base(run: Run, trainer: Trainer, state: TrainState) -> TrainState:
 
 def _first_tokenizer(experiment: Experiment) -> Tokenizer:
     if experiment.init_from is not None and experiment.init_towers != "vision":
-        return starting_tokenizer(experiment)
+        return init_tokenizer(experiment)
     return tokenizer_of(experiment)
 
 

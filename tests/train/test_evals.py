@@ -16,9 +16,9 @@ from vlm.evaluate.metrics import pair_retrieval_metrics, zero_shot_metrics
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
 from vlm.sharding import make_mesh
-from vlm.train.evaluation import Embedder, Inputs, open_task
-from vlm.train.held_out import Evaluations
-from vlm.train.length import is_due
+from vlm.train.eval_tasks import Embedder, Inputs, open_task
+from vlm.train.evals import Evaluations
+from vlm.train.schedule import is_scheduled
 from vlm.train.step import Trainer
 
 
@@ -148,4 +148,4 @@ def test_one_option_turns_evaluation_off(tiny, parts, capsys, changes, said):
     evaluations = Evaluations(experiment, parts[0], parts[-1].tokenizer)
     assert not evaluations
     assert f"the run is not evaluated: {said}" in capsys.readouterr().err
-    assert not is_due(1, 12, 0.0)
+    assert not is_scheduled(1, 12, 0.0)

@@ -13,7 +13,7 @@ from vlm.train.step import Trainer, TrainState
 from vlm.train.teacher import StoredTeacher, Teacher
 
 
-class Lesson:
+class TrainingSupervision:
     """The classes and the teacher of a run, where it has them.
 
     Raises:

@@ -9,12 +9,12 @@ from vlm.data.pipeline import TrainIterator, train_batches
 from vlm.inputs.tokenizer import train_bpe
 from vlm.paths import as_path
 from vlm.sharding import make_mesh
-from vlm.train import activity, interrupt, length, mirror
-from vlm.train.activity import DATA, Activity
+from vlm.train import bucket_sync, interrupt, schedule, watchdog
+from vlm.train.bucket_sync import BucketSync
 from vlm.train.interrupt import Interrupted
-from vlm.train.length import CheckpointRhythm, seconds_per_step
-from vlm.train.mirror import Mirror
+from vlm.train.schedule import CheckpointSchedule, seconds_per_step
 from vlm.train.step import Trainer
+from vlm.train.watchdog import DATA, ActivityTimer
 
 
 class Clock:
@@ -28,13 +28,13 @@ class Clock:
 @pytest.mark.parametrize("seconds", [0.1, 7.0, 40.0, 100.0])
 def test_checkpoints_come_by_the_minute_whatever_a_step_takes(monkeypatch, seconds):
     clock = Clock()
-    monkeypatch.setattr(length, "time", clock)
+    monkeypatch.setattr(schedule, "time", clock)
     experiment = Experiment(checkpoint_every=1.0, checkpoint_minutes=1.0)
-    rhythm, saved = CheckpointRhythm(experiment, 0, 100_000), []
+    checkpoint_schedule, saved = CheckpointSchedule(experiment, 0, 100_000), []
     for step in range(1, 50_000):
         ahead = step < 4 or (saved and clock.now == saved[-1])  # started, but not yet computed
         clock.now += 1e-3 if ahead else seconds
-        if rhythm.is_due(step, writing=False):
+        if checkpoint_schedule.is_scheduled(step, writing=False):
             saved.append(clock.now)
         if clock.now > 2000:
             break
@@ -45,12 +45,14 @@ def test_checkpoints_come_by_the_minute_whatever_a_step_takes(monkeypatch, secon
 
 def test_a_checkpoint_on_its_way_is_waited_for_and_shares_count_too(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(length, "time", clock)
-    rhythm = CheckpointRhythm(Experiment(checkpoint_every=0.5, checkpoint_minutes=1.0), 0, 100)
+    monkeypatch.setattr(schedule, "time", clock)
+    checkpoint_schedule = CheckpointSchedule(
+        Experiment(checkpoint_every=0.5, checkpoint_minutes=1.0), 0, 100
+    )
     due = []
     for step in range(1, 100):
         clock.now += 10
-        if rhythm.is_due(step, writing=20 <= step < 40):
+        if checkpoint_schedule.is_scheduled(step, writing=20 <= step < 40):
             due.append(step)
     assert due[:4] == [6, 12, 18, 40]
     assert 50 in due
@@ -85,8 +87,8 @@ def test_seconds_count_the_wait_for_data(tiny, monkeypatch):
 
 
 def test_a_run_that_stands_still_says_what_it_waits_for(monkeypatch, capfd):
-    monkeypatch.setattr(activity, "PATIENCE", 0.2)
-    with Activity() as doing:
+    monkeypatch.setattr(watchdog, "STALL_WARNING", 0.2)
+    with ActivityTimer() as doing:
         doing.step = 7
         with doing(DATA):
             time.sleep(1.0)
@@ -105,16 +107,16 @@ def test_a_run_that_stands_still_says_what_it_waits_for(monkeypatch, capfd):
 
 def test_what_other_hosts_are_doing_is_said_once_for_all_that_do_the_same():
     told = {i: (f"host{i}", "waiting for data at step 3") for i in (1, 2, 3, 5, 6, 7)}
-    assert activity.others(told | {4: ("host4", "evaluating at step 2")}) == (
+    assert watchdog.others(told | {4: ("host4", "evaluating at step 2")}) == (
         "; processes 1 on host1, 2 on host2, 3 on host3, 5 on host5 and 2 more are waiting for "
         "data at step 3; process 4 on host4 is evaluating at step 2"
     )
 
 
 def test_a_log_is_seen_in_a_bucket_while_it_grows(monkeypatch, tmp_path):
-    monkeypatch.setattr(mirror, "is_remote", lambda path: True)
-    monkeypatch.setattr(mirror, "PERIOD", 0.1)
-    with Mirror(as_path(tmp_path)) as copied, (copied.local / "log.jsonl").open("w") as log:
+    monkeypatch.setattr(bucket_sync, "is_remote", lambda path: True)
+    monkeypatch.setattr(bucket_sync, "PERIOD", 0.1)
+    with BucketSync(as_path(tmp_path)) as copied, (copied.local / "log.jsonl").open("w") as log:
         assert copied.local != tmp_path
         for rows in range(1, 4):
             log.write("row\n")
@@ -132,13 +134,13 @@ def test_a_log_is_seen_in_a_bucket_while_it_grows(monkeypatch, tmp_path):
 
 
 def test_on_a_disk_a_log_is_where_it_is(tmp_path):
-    with Mirror(as_path(tmp_path)) as copied:
+    with BucketSync(as_path(tmp_path)) as copied:
         assert copied.local == tmp_path
         copied.copy()
 
 
 def test_too_little_grace_is_said(monkeypatch):
-    monkeypatch.setattr(interrupt, "GRACE", 30.0)
+    monkeypatch.setattr(interrupt, "SHUTDOWN_GRACE", 30.0)
     with Interrupted() as interrupted:
         assert not interrupted.at(3)
         interrupted._ask(15, None)

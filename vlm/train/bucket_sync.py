@@ -17,7 +17,7 @@ from vlm.train.console import print_on_first_process
 PERIOD = 10.0  # seconds between two copies of what has changed
 
 
-class Mirror:
+class BucketSync:
     """`local`, a folder on the disk whose files appear in `folder`; `folder` itself if on disk."""
 
     def __init__(self, folder: epath.Path):
@@ -27,7 +27,7 @@ class Mirror:
         self._over = threading.Event()
         self._held = self._failed = None
 
-    def __enter__(self) -> "Mirror":
+    def __enter__(self) -> "BucketSync":
         if is_remote(self.folder):
             self._held = tempfile.TemporaryDirectory(prefix="vlm-run-")
             self.local = epath.Path(self._held.name)

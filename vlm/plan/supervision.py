@@ -10,7 +10,7 @@ from vlm.train.teacher import DescribedTeacher, StoredTeacher, supervision_of
 
 
 @dataclass(frozen=True)
-class PlannedLesson:
+class PlannedSupervision:
     """Number of classes in the data, and the teacher without its weights."""
 
     classes: int = 0
@@ -27,7 +27,7 @@ class PlannedLesson:
 
 
 @functools.lru_cache(maxsize=8)
-def planned_lesson(experiment: Experiment) -> PlannedLesson:
+def planned_supervision(experiment: Experiment) -> PlannedSupervision:
     """Read the extra supervision of an experiment; cached, since sweeps ask often.
 
     Raises:
@@ -37,5 +37,5 @@ def planned_lesson(experiment: Experiment) -> PlannedLesson:
     e = experiment
     classes = len(classes_of(e.data).labels) if e.objective == "classification" else 0
     if e.distill is None:
-        return PlannedLesson(classes)
-    return PlannedLesson(classes, (StoredTeacher if e.distill.stored else DescribedTeacher)(e))
+        return PlannedSupervision(classes)
+    return PlannedSupervision(classes, (StoredTeacher if e.distill.stored else DescribedTeacher)(e))

@@ -123,7 +123,7 @@ def _with_square_images(
     return dataclasses.replace(config, vision=vision), square
 
 
-def starting_tokenizer(e: Experiment) -> Tokenizer:
+def init_tokenizer(e: Experiment) -> Tokenizer:
     """The vocabulary of the model `init_from`, under the rules of the experiment.
 
     Raises:
@@ -137,7 +137,7 @@ def starting_tokenizer(e: Experiment) -> Tokenizer:
     return tokenizer.with_rules(ours)
 
 
-def starting_model(e: Experiment) -> bundle.Bundle:
+def init_model(e: Experiment) -> bundle.Bundle:
     """The model `init_from` at the run's sizes, any adapter merged into it."""
     length = None if e.init_towers == "vision" else e.model.text.context_length
     size = e.model.vision.image_size

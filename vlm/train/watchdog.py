@@ -13,14 +13,14 @@ from vlm.cluster import watch
 from vlm.train.console import print_on_first_process
 
 # Seconds without a change of activity after which the run says what it waits for.
-PATIENCE = environment("VLM_STALL_WARNING", "VLM_STALL", 60)
+STALL_WARNING = environment("VLM_STALL_WARNING", "VLM_STALL", 60)
 
 DATA = "waiting for data"
 DEVICE = "waiting for the device"
 STEP = "starting a step"  # the first time compiles it
 
 
-class Activity:
+class ActivityTimer:
     """Says what the run is doing: `with activity(DATA): ...`, one inside the other if need be.
 
     `seconds` has the time of each activity so far. As a context, it is a watchdog: if an activity
@@ -46,7 +46,7 @@ class Activity:
             self.seconds[doing] += now - began
             self._now, self._since = outer, now
 
-    def __enter__(self) -> "Activity":
+    def __enter__(self) -> "ActivityTimer":
         threading.Thread(target=self._watch, name="vlm-activity", daemon=True).start()
         return self
 
@@ -60,11 +60,11 @@ class Activity:
         return f"{whole:.0f} s in all: {parts}"
 
     def _watch(self) -> None:
-        since, patience = self._since, PATIENCE
-        while not self._over.wait(min(1.0, PATIENCE / 4)):
+        since, patience = self._since, STALL_WARNING
+        while not self._over.wait(min(1.0, STALL_WARNING / 4)):
             watch.set_activity(f"{self._doing} at step {self.step}")
             if self._since != since:
-                since, patience = self._since, PATIENCE
+                since, patience = self._since, STALL_WARNING
             elif time.monotonic() - since > patience:
                 patience *= 2
                 print_on_first_process(self._what_it_waits_for(time.monotonic() - since))

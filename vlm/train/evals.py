@@ -31,7 +31,7 @@ from vlm.heads.templates import describe_templates
 from vlm.heads.zero_shot import to_scores
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.train.console import print_on_first_process
-from vlm.train.evaluation import Embedder, Inputs, Pixels, info, open_task
+from vlm.train.eval_tasks import Embedder, Inputs, Pixels, info, open_task
 from vlm.train.logs import read_log
 from vlm.train.run import Run
 from vlm.train.step import Trainer, TrainState

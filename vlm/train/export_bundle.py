@@ -7,7 +7,7 @@ from vlm.train.step import Trainer, TrainState
 from vlm.weights.adapter import AdapterOrigin
 
 
-def leave_bundle(run: Run, trainer: Trainer, state: TrainState, tokenizer: Tokenizer) -> Bundle:
+def export_bundle(run: Run, trainer: Trainer, state: TrainState, tokenizer: Tokenizer) -> Bundle:
     """The model of a run, written as a bundle; of a run with an adapter, that alone is written."""
     e = run.experiment
     origin = None

@@ -65,7 +65,7 @@ def _all_go_on(go_on: bool) -> bool:
     return broadcast_text("go on" if go_on else "") == "go on"
 
 
-def is_due(step: int, total: int, share: float | None) -> bool:
+def is_scheduled(step: int, total: int, share: float | None) -> bool:
     """Whether something that happens every `share` of the run happens after `step`."""
     if not share:
         return False
@@ -73,7 +73,7 @@ def is_due(step: int, total: int, share: float | None) -> bool:
     return step % every == 0 and step < total
 
 
-class CheckpointRhythm:
+class CheckpointSchedule:
     """When a checkpoint is due: after every share of the run, and after so many minutes.
 
     All processes must agree, and their clocks do not. So they ask the first one's, at steps that
@@ -87,9 +87,9 @@ class CheckpointRhythm:
         self._last = self._began = time.monotonic()
         self._first, self._ask_next = first_step, first_step + 1
 
-    def is_due(self, step: int, writing: bool) -> bool:
+    def is_scheduled(self, step: int, writing: bool) -> bool:
         """Whether to save after `step`. `writing`: one is on its way, and minutes wait for it."""
-        due = is_due(step, self._total, self._share)
+        due = is_scheduled(step, self._total, self._share)
         if self._seconds is not None and step >= self._ask_next and step < self._total:
             now = time.monotonic()
             # Over the whole run, and no further than that: the first steps may only be started

@@ -17,10 +17,10 @@ from vlm.config import (
     from_dict,
     to_dict,
 )
-from vlm.config.defaults import as_begun, fine_tuning_rate, with_defaults
+from vlm.config.defaults import fine_tuning_rate, resumed_experiment, with_defaults
 from vlm.errors import CheckpointError, ConfigError
+from vlm.train.init_from import _check_same, init_tokenizer, resolve
 from vlm.train.loop import train
-from vlm.train.starting_model import _check_same, resolve, starting_tokenizer
 from vlm.weights.building import abstract_model
 from vlm.weights.rules import flat_shapes
 
@@ -46,7 +46,7 @@ def test_model_pixels_and_tokens_are_the_checkpoints(name):
     assert flat_shapes(abstract_model(e.model, jnp.float32)) == flat_shapes(theirs.model)
     _check_same(e, theirs, ("vision", "text"))
     assert (e.model.loss, e.model.init_bias) == (theirs.loss, theirs.config.init_bias)
-    assert starting_tokenizer(e).config == e.tokenizer == theirs.tokenizer.config
+    assert init_tokenizer(e).config == e.tokenizer == theirs.tokenizer.config
     assert e.preprocess == theirs.preprocess.config
     assert getattr(e.model.vision, "max_patches", None) == e.preprocess.max_patches
     # Written in full, so that nobody asks the model again.
@@ -133,7 +133,7 @@ def test_a_contradiction_is_named():
     with pytest.raises(ConfigError, match=r"text\.activation is 'quick_gelu' there and 'relu'"):
         _check_same(wrong, vlm.load(e.init_from), ("vision", "text"))
     with pytest.raises(ConfigError, match=r"tokenizer\.pad_id is .* there and 5 here"):
-        starting_tokenizer(wrong)
+        init_tokenizer(wrong)
 
 
 # ------------------------------------------------------------------- what does not collapse
@@ -162,7 +162,7 @@ def test_rates_where_none_is_named():
 
 def test_a_resumed_run_keeps_what_a_config_leaves_open():
     before = with_defaults(Experiment(init_from="gone", steps=5))
-    again = as_begun(Experiment(init_from="gone", init_image_size=32, steps=9), before)
+    again = resumed_experiment(Experiment(init_from="gone", init_image_size=32, steps=9), before)
     assert again == dataclasses.replace(before, steps=9)
 
 

@@ -2,19 +2,19 @@
 
 import jax
 
-from vlm.train.mirror import Mirror
+from vlm.train.bucket_sync import BucketSync
 from vlm.train.step import TrainState
 
 
-class Trace:
+class StepProfiler:
     """Records the steps `first` to `last`, counted from 1, of `steps`; nothing where it is None."""
 
-    def __init__(self, mirror: Mirror, steps: tuple[int, int] | None):
-        self._folder = mirror.local / "profile"
+    def __init__(self, sync: BucketSync, steps: tuple[int, int] | None):
+        self._folder = sync.local / "profile"
         self._first, self._last = steps or (-1, -1)
         self._on = False
 
-    def __enter__(self) -> "Trace":
+    def __enter__(self) -> "StepProfiler":
         return self
 
     def __exit__(self, *error) -> None:
