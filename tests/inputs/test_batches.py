@@ -76,13 +76,13 @@ def test_bad_images_are_told_in_order_and_left_out(tmp_path):
     Image.fromarray(good[0]).save(half, "PNG")
     half = Image.open(io.BytesIO(half.getvalue()[:5000]))  # decoded by the caller's thread
     images = [b"", *good[:3], half, tmp_path / "gone.png", *good[3:], 5]
-    told = []
-    got = pixels(images, on_error=lambda at, error: told.append((at, str(error))))
+    errors = []
+    got = pixels(images, on_error=lambda at, error: errors.append((at, str(error))))
     np.testing.assert_array_equal(got, [PREPROCESS.pixels(image) for image in good])
-    assert [at for at, _ in told] == [0, 4, 5, 10]
-    assert [said.split(" ")[:2] for _, said in told[:2]] == [["image", "0"], ["image", "4"]]
+    assert [at for at, _ in errors] == [0, 4, 5, 10]
+    assert [text.split(" ")[:2] for _, text in errors[:2]] == [["image", "0"], ["image", "4"]]
     with pytest.raises(DataError, match="image 0 is empty"):
         pixels(images)
     with pytest.raises(DataError, match="image 3 cannot be decoded"):
         pixels(images[1:])
-    assert list(pixel_batches(PREPROCESS, iter([b"", b""]), 4, lambda *told: None)) == []
+    assert list(pixel_batches(PREPROCESS, iter([b"", b""]), 4, lambda *error: None)) == []

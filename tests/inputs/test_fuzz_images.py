@@ -24,8 +24,8 @@ def test_mutated_files_are_as_strict_pillow_has_them_or_refused(fuzz):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = {n: fuzz.outcome(fuzz.case(n)[2], lenient=n // 5 % 2 == 1) for n in range(400)}
-    assert {n: said for n, said in found.items() if said.startswith("WRONG")} == {}
-    counts = {said: list(found.values()).count(said) for said in set(found.values())}
+    assert {n: text for n, text in found.items() if text.startswith("WRONG")} == {}
+    counts = {text: list(found.values()).count(text) for text in set(found.values())}
     assert min(counts["equal"], counts["refused"]) > 50
 
 

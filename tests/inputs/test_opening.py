@@ -45,7 +45,7 @@ def files(photo):
 
 @pytest.fixture
 def lenient(monkeypatch):
-    """A program that has told Pillow to fill up what is missing."""
+    """A program that has set LOAD_TRUNCATED_IMAGES of Pillow."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
 
 
@@ -96,7 +96,7 @@ def test_truncated_files_are_refused_also_where_pillow_is_lenient(files, form, l
     if form not in ("AVIF", "WEBP"):  # which are not even opened
         with pytest.raises(DataError, match="photo"):
             open_image(Image.open(io.BytesIO(half)), name="photo")
-    if form in ("JPEG", "PNG"):  # and the program goes on as it had told Pillow to
+    if form in ("JPEG", "PNG"):  # and the setting is as it was
         Image.open(io.BytesIO(half)).load()
     assert ImageFile.LOAD_TRUNCATED_IMAGES
 
@@ -151,7 +151,7 @@ def test_other_formats_are_not_even_tried(monkeypatch, photo):
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (b"", "is empty"),
         (b"\n<!DOCTYPE HTML><html></html>", "is a web page"),
@@ -165,10 +165,10 @@ def test_other_formats_are_not_even_tried(monkeypatch, photo):
         (b"just words", "is not an image, or a damaged one"),
     ],
 )
-def test_what_is_found_under_the_name_of_an_image(data, said):
+def test_what_is_found_under_the_name_of_an_image(data, message):
     with pytest.raises(DataError, match="photo") as caught:
         open_image(data, name="photo")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -292,10 +292,10 @@ def test_an_mpo_file_is_a_jpeg():
 )
 def test_a_format_of_an_extra_names_it(monkeypatch, data, kind, extra, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(DataError) as said:
+    with pytest.raises(DataError) as error:
         open_image(data, name="photo")
     expected = f'photo is {kind}, which needs another package: run pip install "vlm-jax[{extra}]"'
-    assert str(said.value) == expected
+    assert str(error.value) == expected
 
 
 def test_formats_of_extras_are_opened_by_their_packages(tmp_path):

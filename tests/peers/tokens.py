@@ -141,7 +141,7 @@ def bert() -> None:
     from transformers import BertTokenizer
 
     from vlm.config import ModelConfig, TextConfig
-    from vlm.inputs.cleaning import _FOLDED
+    from vlm.inputs.cleaning import _CASE_FOLD
     from vlm.weights.vocabularies import bert_tokenizer
 
     def bare(text: str) -> str:
@@ -149,7 +149,7 @@ def bert() -> None:
         return "".join(c for c in text if unicodedata.category(c) != "Mn")
 
     def alike(text: str) -> bool:
-        ours = bare(text.translate(_FOLDED))
+        ours = bare(text.translate(_CASE_FOLD))
         words = max(map(len, ours.encode().split()), default=0)
         others = {"Cc", "Cf", "Cn", "Co", "Zs", "Zl", "Zp"}
         return (

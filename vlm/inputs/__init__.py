@@ -1,4 +1,4 @@
-"""The two halves of the input contract: pixels in, tokens in."""
+"""Image preprocessing and tokenization."""
 
 from etils import epy
 

@@ -1,4 +1,4 @@
-"""A stream of images as batches of pixels, decoded on threads ahead of what is asked for."""
+"""Batches of pixels from a stream of images, decoded ahead on threads."""
 
 import collections
 import itertools
@@ -21,12 +21,12 @@ def pixel_batches(
     size: int,
     on_error: OnError | None = None,
 ) -> Iterator[np.ndarray | Patches]:
-    """Batches of `size` images as uint8 pixels; no more than three batches are held.
+    """Yield batches of `size` images as uint8 pixels; at most three batches are in memory.
 
-    An image that cannot be read is told to `on_error`, in order, and left out.
+    Unreadable images are passed to `on_error`, in order, and skipped.
 
     Raises:
-        DataError: an image that cannot be read, and no `on_error`.
+        DataError: an image cannot be read, and there is no `on_error`.
     """
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "vlm-decode")
     numbered = enumerate(images)
@@ -36,9 +36,9 @@ def pixel_batches(
         for number, image in itertools.islice(numbered, count):
             name = f"image {number}"
             try:
-                held = _hold(preprocess, image, name)
-                pixels = pool.submit(preprocess.pixels, held, name)
-            except DataError as error:  # which has its turn, as those of the threads have
+                image = _detach(preprocess, image, name)
+                pixels = pool.submit(preprocess.pixels, image, name)
+            except DataError as error:  # reported in order, like errors of the threads
                 pixels = Future()
                 pixels.set_exception(error)
             window.append((number, pixels))
@@ -62,11 +62,11 @@ def pixel_batches(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _hold(preprocess: Preprocess, image: ImageLike, name: str) -> ImageLike:
-    """The image as a thread may turn it into pixels while the caller goes on with it.
+def _detach(preprocess: Preprocess, image: ImageLike, name: str) -> ImageLike:
+    """Copy an image where needed, so that a thread can decode it while the caller reuses it.
 
-    A PIL image reads its file when it is first looked at, which two threads must not do at once,
-    and is often a frame that gives way to the next; an array may be a buffer that is filled again.
+    A PIL image reads its file lazily, which is not thread-safe, and may be a video frame that the
+    next one overwrites. An array may be a buffer that the caller refills.
     """
     if isinstance(image, Image.Image):
         opened = preprocess.open(image, name)

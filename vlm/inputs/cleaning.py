@@ -1,6 +1,6 @@
-"""Text cleaning before the vocabulary, as each family's own code does it.
+"""Text cleaning before tokenization, equal to the reference code of each model family.
 
-OpenAI's and open_clip's repair of mojibake is `ftfy`, which is why that library is a dependency.
+OpenAI and open_clip repair mojibake with `ftfy`, which is why it is a dependency.
 """
 
 import html
@@ -13,55 +13,55 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)  # of ASCII
 
 
 def basic(text: str) -> str:
-    """Mojibake repaired, HTML entities resolved twice, as OpenAI's `basic_clean`."""
-    import ftfy  # 0.1 s, and only some models want it
+    """Repair mojibake and unescape HTML twice, as OpenAI's `basic_clean`."""
+    import ftfy  # takes 0.1 s, and only some models need it
 
     return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
 
 
 def clip(text: str) -> str:
-    """OpenAI's: basic cleaning, single spaces, lower case.
+    """Clean as OpenAI's CLIP: basic cleaning, single spaces, lower case.
 
-    Two habits of its regular expression become spaces, which the vocabulary drops: a special token
-    spelled out right after punctuation is no longer one, and U+0345, which is no letter but has one
-    as its other case, belongs to no class of characters.
+    Two effects of its regular expression are reproduced with spaces, which the vocabulary drops. A
+    special token written right after punctuation is split. U+0345, which is not a letter but has a
+    letter as its other case, matches no character class.
     """
     text = clip_cased(text).lower()
     if any(token in text for token in CLIP_SPECIALS):
-        text = _swallow(text)
+        text = _break_specials(text)
     return text.replace("\u0345", " ")
 
 
 def clip_cased(text: str) -> str:
-    """open_clip's "whitespace": basic cleaning and single spaces."""
+    """Clean as open_clip's "whitespace": basic cleaning and single spaces."""
     return " ".join(basic(text).split())
 
 
 def clip_canonical(text: str) -> str:
-    """open_clip's "canonicalize": basic cleaning, no punctuation, lower case, single spaces."""
+    """Clean as open_clip's "canonicalize": no punctuation, lower case, single spaces."""
     text = basic(text).replace("_", " ").translate(_PUNCTUATION)
     return " ".join(text.lower().split())
 
 
 def siglip(text: str) -> str:
-    """That of transformers' `SiglipTokenizer`: lower case, no punctuation, single spaces.
+    """Clean as transformers' `SiglipTokenizer`: lower case, no punctuation, single spaces.
 
-    It puts the piece "▁" in front first, so that a text that begins with a space begins with two.
+    It first prepends "▁", so a text that begins with a space gets two.
     """
     text = "▁" + text.replace("▁", " ").lower().translate(_PUNCTUATION)
     return "" if (text := " ".join(text.split())) == "▁" else text
 
 
 def bert(text: str) -> str:
-    """The words of tensorflow_text's `BertTokenizer(lower_case=True)`, one space between them.
+    """Split into words as tensorflow_text's `BertTokenizer(lower_case=True)`, joined by spaces.
 
-    In the order of its code: NFKC case folding, which also drops what is ignorable by default;
-    NFD without nonspacing marks; control and format characters are spaces; a mark of punctuation
-    and a Chinese character are words of their own. Unlike in transformers' tokenizer, full-width
-    letters and ligatures are plain ones, "ß" is "ss", and a control character parts two words.
-    A word of more than 100 bytes is unknown as a whole; one that no vocabulary has stands for it.
+    In the order of its code: NFKC case folding, which also drops default-ignorable characters; NFD
+    without nonspacing marks; control and format characters become spaces; each punctuation mark and
+    Chinese character is a word. Unlike in transformers' tokenizer, full-width letters and ligatures
+    become plain ones, "ß" becomes "ss", and control characters separate words. A word of more than
+    100 bytes is replaced by one that no vocabulary contains, so that it becomes unknown.
     """
-    words = unicodedata.normalize("NFD", text.translate(_FOLDED)).translate(_PARTED).split(" ")
+    words = unicodedata.normalize("NFD", text.translate(_CASE_FOLD)).translate(_SPLIT).split(" ")
     return " ".join(
         word if len(word) <= 25 or len(word.encode("utf-8", "replace")) <= 100 else _TOO_LONG
         for word in words
@@ -69,8 +69,8 @@ def bert(text: str) -> str:
     )
 
 
-_TOO_LONG = "x" * 101  # WordPiece takes no word of more than 100 characters
-# Characters that are ignorable by default (Unicode, DerivedCoreProperties.txt).
+_TOO_LONG = "x" * 101  # WordPiece maps words over 100 characters to unknown
+# Default-ignorable characters (Unicode, DerivedCoreProperties.txt).
 _IGNORABLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
     "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3"
@@ -82,8 +82,8 @@ _CHINESE = re.compile(
 )
 
 
-class _Folded(dict[int, str]):
-    """What `str.translate` makes of a character: its NFKC case folding (Unicode, NFKC_CF)."""
+class _CaseFold(dict[int, str]):
+    """Table for `str.translate`: NFKC case folding of each character (Unicode, NFKC_CF)."""
 
     def __missing__(self, code: int) -> str:
         char, before = chr(code), None
@@ -94,8 +94,8 @@ class _Folded(dict[int, str]):
         return self.setdefault(code, char)
 
 
-class _Parted(dict[int, str]):
-    """What `str.translate` makes of a character of the folded text, so that spaces part words."""
+class _Split(dict[int, str]):
+    """Table for `str.translate` of folded text: puts spaces between words."""
 
     def __missing__(self, code: int) -> str:
         char = chr(code)
@@ -111,13 +111,13 @@ class _Parted(dict[int, str]):
         return self.setdefault(code, part)
 
 
-_FOLDED, _PARTED = _Folded(), _Parted()
+_CASE_FOLD, _SPLIT = _CaseFold(), _Split()
 
 CLIP_SPECIALS = ("<start_of_text>", "<end_of_text>")
 
 
-def _swallow(text: str) -> str:
-    """Cut the special tokens whose "<" a run of punctuation before them has taken."""
+def _break_specials(text: str) -> str:
+    """Break special tokens whose "<" is part of the punctuation before them."""
     out, at = [], 0
     while at < len(text):
         special = next((t for t in CLIP_SPECIALS if text.startswith(t, at)), None)

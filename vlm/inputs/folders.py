@@ -10,18 +10,18 @@ from vlm.errors import DataError, warn_once
 from vlm.inputs.opening import SUFFIXES
 from vlm.paths import as_path, is_remote
 
-_NAMED = 3  # skipped files of each type
+_SHOWN = 3  # skipped files that are named, per type
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file is taken for an image by its name: see `vlm.inputs.opening.FORMATS`."""
+    """Whether a file name has the extension of an image format (`vlm.inputs.opening.FORMATS`)."""
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def files_under(folder: epath.PathLike) -> Iterator[str]:
-    """The files of a folder and of those inside it, in order, without hidden ones.
+    """Yield the files under a folder, recursively and in order, without hidden ones.
 
-    Symbolic links to folders are followed, except to a folder that they lie in.
+    Symbolic links to folders are followed, except to one of their parent folders.
 
     Raises:
         DataError: a folder cannot be read.
@@ -35,14 +35,14 @@ def files_under(folder: epath.PathLike) -> Iterator[str]:
     yield from _walk(os.fspath(folder), ())
 
 
-def _walk(folder: str, above: tuple[str, ...]) -> Iterator[str]:
+def _walk(folder: str, parents: tuple[str, ...]) -> Iterator[str]:
     real = os.path.realpath(folder)
-    if real in above:
+    if real in parents:
         return
     try:
-        with os.scandir(folder) as found:
+        with os.scandir(folder) as scanned:
             entries = sorted(
-                (entry for entry in found if not entry.name.startswith(".")), key=lambda e: e.name
+                (entry for entry in scanned if not entry.name.startswith(".")), key=lambda e: e.name
             )
     except OSError as error:
         raise DataError(
@@ -52,11 +52,11 @@ def _walk(folder: str, above: tuple[str, ...]) -> Iterator[str]:
     inside = set(folders)
     yield from (entry.path for entry in entries if entry.path not in inside)
     for path in folders:
-        yield from _walk(path, (*above, real))
+        yield from _walk(path, (*parents, real))
 
 
 def report_skipped(files: Iterable[str], place: str, why: str = "are no images") -> None:
-    """Log how many files of each type were skipped, with the names of some."""
+    """Log how many files of each type were skipped, with some of their names."""
     by_type = collections.defaultdict(list)
     for file in files:
         by_type[os.path.splitext(file)[1].lower() or "no extension"].append(file)
@@ -64,7 +64,7 @@ def report_skipped(files: Iterable[str], place: str, why: str = "are no images")
         return
     count = sum(map(len, by_type.values()))
     types = "; ".join(
-        f"{len(names):,} of {kind} ({', '.join(names[:_NAMED])}{', ...' * (len(names) > _NAMED)})"
+        f"{len(names):,} of {kind} ({', '.join(names[:_SHOWN])}{', ...' * (len(names) > _SHOWN)})"
         for kind, names in sorted(by_type.items(), key=lambda item: (-len(item[1]), item[0]))
     )
     warn_once(

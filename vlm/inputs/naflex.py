@@ -1,4 +1,4 @@
-"""NaFlex: images of any aspect as sequences of patches within a budget (SigLIP 2)."""
+"""NaFlex: images of any aspect ratio as sequences of patches within a budget (SigLIP 2)."""
 
 import functools
 import math
@@ -10,14 +10,14 @@ from numpy.typing import DTypeLike
 from vlm.inputs.resizing import resize_matrix
 from vlm.nn.naflex import Patches
 
-STEP = 64  # patches: sequences are padded to a multiple, so that few shapes are compiled
+STEP = 64  # patches; sequences are padded to a multiple, to limit the shapes to compile
 
 
 def target_size(height: int, width: int, patch_size: int, max_patches: int) -> tuple[int, int]:
-    """NaFlex: height and width, multiples of the patch size, of the largest image in the budget.
+    """Compute the largest (height, width) within the budget; both divide by the patch size.
 
-    The bisection is that of the reference code (Hugging Face's `Siglip2ImageProcessor`), to the
-    step: where it stops decides the size.
+    The bisection repeats the reference code (Hugging Face's `Siglip2ImageProcessor`) step by step,
+    since the size depends on where it stops.
     """
 
     def scaled(scale: float, size: int) -> int:
@@ -32,7 +32,7 @@ def target_size(height: int, width: int, patch_size: int, max_patches: int) -> t
 
 
 def collate(images: list[np.ndarray], patch_size: int, grid: int, step: int) -> Patches:
-    """Resized images, (h, w, 3) each, as one batch; its length is a multiple of `step` patches."""
+    """Batch resized images (h, w, 3); the sequence length is a multiple of `step` patches."""
     longest = max(image.shape[0] * image.shape[1] // patch_size**2 for image in images)
     length, dtype = -(-longest // step) * step, images[0].dtype
     batch = blank(len(images), length, patch_size, grid, dtype)
@@ -44,10 +44,10 @@ def collate(images: list[np.ndarray], patch_size: int, grid: int, step: int) -> 
 def blank(
     count: int, length: int, patch_size: int, grid: int, dtype: DTypeLike = np.uint8
 ) -> Patches:
-    """A batch of `count` images of one black patch each: attention over none has no meaning."""
+    """Make a batch of `count` images of one black patch each (attention needs at least one)."""
     mask = np.zeros((count, length), bool)
     mask[:, 0] = True
-    # NumPy's until they lie on a device.
+    # NumPy arrays until they are put on a device.
     return Patches(
         np.zeros((count, length, patch_size**2, 3), dtype),  # pyright: ignore[reportArgumentType]
         np.zeros((count, length, grid), np.float32),  # pyright: ignore[reportArgumentType]
@@ -57,7 +57,7 @@ def blank(
 
 
 def put(batch: Patches, row: int, image: Shaped[np.ndarray, "h w 3"]) -> None:
-    """Make a resized image the one at `row` of a batch that is NumPy's."""
+    """Write a resized image into `row` of a batch of NumPy arrays."""
     pixels, rows, columns, mask = (np.asarray(array)[row] for array in batch)  # views
     side, grid = math.isqrt(pixels.shape[1]), rows.shape[1]
     h, w = image.shape[0] // side, image.shape[1] // side
@@ -71,5 +71,5 @@ def put(batch: Patches, row: int, image: Shaped[np.ndarray, "h w 3"]) -> None:
 
 @functools.lru_cache(256)
 def _weights(grid: int, count: int) -> Float[np.ndarray, "count grid"]:
-    """Of `count` patches along a side over the positions of the grid."""
+    """Interpolation weights of `count` patches along a side over the grid positions."""
     return resize_matrix(grid, count, "bilinear", antialias=True)

@@ -1,4 +1,4 @@
-"""Careful opening: any image, from wherever it comes, as its author meant it to look, in RGB."""
+"""Open an image from any source in mode RGB, with orientation and transparency applied."""
 
 import contextlib
 import importlib
@@ -17,15 +17,15 @@ from vlm.errors import ConfigError, DataError
 from vlm.paths import as_path
 
 ImageLike = Image.Image | str | os.PathLike | bytes | np.ndarray
-Smallest = Callable[[int, int], tuple[int, int]]  # of an image's width and height
-OnError = Callable[[int, DataError], None]  # is told the position of an image, and what is wrong
+Smallest = Callable[[int, int], tuple[int, int]]  # target size from an image's (width, height)
+OnError = Callable[[int, DataError], None]  # called with an image's position and the error
 
-# The one table of image formats, by Pillow's names, with how their files end: what readers open,
-# commands look for in folders, and `vlm data prepare` writes (under the first ending). Pillow knows
-# thirty more, and tries them all: PostScript, for which it starts Ghostscript; game textures and
-# medical or weather data, for which it is not made; some that any bytes may pass for.
+# Image formats by Pillow's names, with their file extensions: used by readers, by commands that
+# search folders, and by `vlm data prepare` (which writes the first extension). Pillow would try
+# thirty more: PostScript, which starts Ghostscript; game textures; medical and weather data; and
+# formats that match almost any bytes.
 FORMATS = {  # in the order in which they are tried
-    "JPEG": (".jpg", ".jpeg", ".jfif", ".jpe", ".mpo"),  # an MPO file is a JPEG with more behind it
+    "JPEG": (".jpg", ".jpeg", ".jfif", ".jpe", ".mpo"),  # an MPO file is a JPEG with extra data
     "PNG": (".png", ".apng"),
     "WEBP": (".webp",),
     "GIF": (".gif",),
@@ -36,7 +36,7 @@ FORMATS = {  # in the order in which they are tried
     "PPM": (".ppm", ".pbm", ".pgm", ".pnm", ".pfm"),
     "QOI": (".qoi",),
 }
-# Formats that a package adds to Pillow: how their files end, its module, our extra, their name.
+# Formats of Pillow plugins: file extensions, module, extra of this package, display name.
 ADDED_FORMATS = {
     "HEIF": ((".heic", ".heif", ".hif"), "pillow_heif", "heif", "HEIC"),
     "JXL": ((".jxl",), "pillow_jxl", "jxl", "JPEG XL"),
@@ -47,7 +47,7 @@ SUFFIXES = frozenset(
     for suffix in suffixes
 )
 
-MAX_PIXELS = 89_478_485  # a quarter of a GiB as RGB: where Pillow itself begins to warn
+MAX_PIXELS = 89_478_485  # a quarter of a GiB as RGB; Pillow's own warning limit
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNS = {
@@ -59,14 +59,14 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_LYING = tuple(_TURNS[tag] for tag in (5, 6, 7, 8))  # they change width and height
+_TRANSPOSING = tuple(_TURNS[tag] for tag in (5, 6, 7, 8))  # swap width and height
 
 
 def is_image(item: Any) -> bool:
     """Whether `item` is one image: a PIL image, a path, the bytes of a file, an array of pixels.
 
-    An array is one image if it has two or three dimensions; of more it is many, and of fewer a
-    list, say of paths. What the image holds is for `open_image` to say.
+    An array is one image if it has two or three dimensions. With more it is several images, with
+    fewer a list, for example of paths. The content is only checked by `open_image`.
     """
     if isinstance(item, Image.Image | str | os.PathLike | bytes):
         return True
@@ -74,14 +74,14 @@ def is_image(item: Any) -> bool:
 
 
 def one_or_many(images: Any) -> Iterator[Any]:
-    """An iterator over `images`, or over the one image that it is.
+    """Iterate over `images`, which may also be a single image.
 
     Raises:
         DataError: neither an image nor a collection of them.
     """
     if is_image(images):
         return iter([images])
-    if not isinstance(images, Iterable) or hasattr(images, "read"):  # an open file gives its lines
+    if not isinstance(images, Iterable) or hasattr(images, "read"):  # a file iterates over lines
         raise DataError(_not_an_image("images", images))
     return iter(images)
 
@@ -95,18 +95,18 @@ def open_image(
     smallest: Smallest | None = None,
     decode: Literal["intended", "reference"] = "intended",
 ) -> Image.Image:
-    """Any image in mode RGB, as its author meant it to look.
+    """Open an image in mode RGB, with orientation, transparency and bit depth handled.
 
-    EXIF orientation is applied, transparency lies on `background` (None drops the alpha channel),
-    16-bit and float greyscale are scaled to 8 bits. A file is of one of `FORMATS`, whatever its
-    name, and whole: a damaged one is refused even where Pillow was told to let it pass
-    (`ImageFile.LOAD_TRUNCATED_IMAGES`). Of several frames the first is taken.
+    EXIF orientation is applied, transparent images are composited on `background` (None drops the
+    alpha channel), 16-bit and float greyscale are scaled to 8 bits. The format is detected from the
+    content, not the name, and must be in `FORMATS`. Damaged files raise an error, even if
+    `ImageFile.LOAD_TRUNCATED_IMAGES` is set. Of several frames the first is used.
 
     With `decode="reference"` none of that is corrected: the pixels are those of Pillow's
     `Image.open(file).convert("RGB")`, which open_clip, CLIP and CLIP_benchmark evaluate with.
 
-    `smallest` is told the width and height of a JPEG file and says how small it may come out: it is
-    decoded at 1/2, 1/4 or 1/8 of its size where that is no smaller, which is several times as fast.
+    `smallest` maps the (width, height) of a JPEG file to the smallest acceptable size. The file is
+    then decoded at 1/2, 1/4 or 1/8 of its size if that is large enough, which is much faster.
 
     Raises:
         DataError: missing, empty, damaged, too large, or not an image; the message names it.
@@ -128,12 +128,12 @@ def open_image(
     _check_size(image, name, max_pixels)
     try:
         if smallest is not None and image.format == "JPEG":
-            _draft(image, smallest, None if decode == "reference" else _turn(image))
+            _draft(image, smallest, None if decode == "reference" else _orientation(image))
         with _strictly():
-            # Before anything else is asked of the image: Pillow decodes for its EXIF data as well,
-            # and what failed to decode once is half an image that decodes the second time.
+            # First, before reading EXIF data: that decodes too, and if decoding failed once, a
+            # second attempt succeeds with half of the image.
             image.load()
-        _check_size(image, name, max_pixels)  # a frame may be larger than its header said
+        _check_size(image, name, max_pixels)  # a frame may be larger than the header states
         if decode == "reference":
             return image if image.mode == "RGB" else image.convert("RGB")
         return _to_rgb(_upright(image), background)
@@ -141,14 +141,14 @@ def open_image(
         raise DataError(_too_large(name, "too many", max_pixels)) from None
     except DataError:
         raise
-    except Exception as error:  # Pillow's readers raise whatever their parsing runs into
+    except Exception as error:  # Pillow's parsers raise errors of any type
         raise DataError(
             f"{name} cannot be decoded ({_reason(error)}): replace or remove it"
         ) from error
 
 
-class _Switch(threading.local):
-    """Pillow's LOAD_TRUNCATED_IMAGES for a program that has set it: off where we decode."""
+class _StrictInThread(threading.local):
+    """Value for Pillow's LOAD_TRUNCATED_IMAGES that is false only in threads that decode here."""
 
     off = False
 
@@ -156,21 +156,21 @@ class _Switch(threading.local):
         return not self.off
 
 
-_SWITCH = _Switch()
+_STRICT = _StrictInThread()
 
 
 @contextlib.contextmanager
 def _strictly() -> Iterator[None]:
-    """Damaged images raise in this thread, also in a program that lets Pillow fill them up."""
+    """Make damaged images raise in this thread, even if LOAD_TRUNCATED_IMAGES is set."""
     if not ImageFile.LOAD_TRUNCATED_IMAGES:
         yield
         return
-    ImageFile.LOAD_TRUNCATED_IMAGES = _SWITCH  # its other threads see no difference
-    _SWITCH.off = True
+    ImageFile.LOAD_TRUNCATED_IMAGES = _STRICT  # unchanged for other threads
+    _STRICT.off = True
     try:
         yield
     finally:
-        _SWITCH.off = False
+        _STRICT.off = False
 
 
 def _read(image: epath.PathLike) -> bytes:
@@ -184,7 +184,7 @@ def _read(image: epath.PathLike) -> bytes:
         raise DataError(f"there is no image {path}: check the path") from None
     except IsADirectoryError:
         raise DataError(f"{path} is a folder, not an image: give the files inside it") from None
-    except Exception as error:  # a bucket's client has errors of its own
+    except Exception as error:  # clients of buckets raise their own types
         reason = getattr(error, "strerror", None) or _reason(error)
         raise DataError(f"{os.fspath(image)} cannot be read ({reason})") from error
 
@@ -193,7 +193,7 @@ def _opened(data: bytes, name: str, max_pixels: int) -> Image.Image:
     if not data:
         raise DataError(f"{name} is empty: replace or remove it")
     if max_pixels > (Image.MAX_IMAGE_PIXELS or max_pixels):
-        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit, else lower than the one asked for
+        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit, which would be lower
     try:
         with _strictly():
             return Image.open(io.BytesIO(data), formats=_formats_for(data, name))
@@ -212,7 +212,7 @@ _JXL_STARTS = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 
 
 def _formats_for(data: bytes, name: str) -> tuple[str, ...]:
-    """The formats to try, after loading the package that opens `data` if Pillow alone does not."""
+    """Return the formats to try; import the Pillow plugin if `data` needs one."""
     brands = data[8 : min(int.from_bytes(data[:4], "big"), 256)] if data[4:8] == b"ftyp" else b""
     if any(brand in brands for brand in _HEIF_BRANDS):
         added = "HEIF"
@@ -227,13 +227,13 @@ def _formats_for(data: bytes, name: str) -> tuple[str, ...]:
         raise DataError(
             f'{name} is {title}, which needs another package: run pip install "vlm-jax[{extra}]"'
         ) from None
-    if added not in Image.OPEN:  # one registers itself when imported, the other when told
+    if added not in Image.OPEN:  # the plugin for JPEG XL registers itself on import
         plugin.register_heif_opener()
     return (added,)
 
 
 def extension_of(data: bytes) -> str:
-    """The extension, without its dot, under which an image file of these bytes is read again.
+    """Return the extension (without its dot) for an image file with these bytes.
 
     Raises:
         DataError: not an image.
@@ -245,7 +245,7 @@ def extension_of(data: bytes) -> str:
     return FORMATS["JPEG" if found == "MPO" else found][0][1:]
 
 
-# What is often found under the name of an image, by how it begins.
+# Other content often found in files named as images, by its first bytes.
 _MISTAKEN = {
     b"<!doctype html": "a web page",
     b"<html": "a web page",
@@ -258,7 +258,7 @@ _MISTAKEN = {
 
 
 def _unidentified(data: bytes, name: str) -> str:
-    """What to say of bytes that no reader knows."""
+    """Build the error message for bytes in an unknown format."""
     start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     kind = next((k for s, k in _MISTAKEN.items() if start.startswith(s)), "")
     if kind:
@@ -272,7 +272,7 @@ def _or_list(words: Iterable[str]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """An exception in a few words on one line."""
+    """Shorten the message of an exception to one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -299,17 +299,17 @@ def _not_an_image(name: str, item: Any) -> str:
 
 
 def as_array(image: Any, name: str = "the image") -> np.ndarray:
-    """An array of NumPy or of another library, as one of NumPy; it may share its memory.
+    """Convert an array of any library to NumPy; the result may share its memory.
 
     Raises:
-        DataError: it is no array, or lies where NumPy cannot read it.
+        DataError: not an array, or NumPy cannot read it.
     """
     if not getattr(image, "shape", ()):
         raise DataError(_not_an_image(name, image))
     try:
         return np.asarray(image)
-    except Exception as error:  # say, a tensor that is on its way through a gradient
-        raise DataError(f"{name} is no array that NumPy reads ({_reason(error)})") from error
+    except Exception as error:  # for example a tracer
+        raise DataError(f"{name} is not an array for NumPy ({_reason(error)})") from error
 
 
 def _from_array(image: Any, name: str) -> Image.Image:
@@ -333,22 +333,22 @@ def _from_array(image: Any, name: str) -> Image.Image:
 def _draft(image: Any, smallest: Smallest, turn: Image.Transpose | None) -> None:
     """Set a JPEG file to be decoded at a fraction of its size; `turn` is to be applied after."""
     if turn is not None and (image.width % 8 or image.height % 8):
-        return  # turned, the last pixel, which stands for a part of one, would be the first
-    lies = turn in _LYING
-    width, height = smallest(*(reversed(image.size) if lies else image.size))
-    image.draft(None, (height, width) if lies else (width, height))
+        return  # the last pixel covers only a part of one, and the turn would make it the first
+    swaps = turn in _TRANSPOSING
+    width, height = smallest(*(reversed(image.size) if swaps else image.size))
+    image.draft(None, (height, width) if swaps else (width, height))
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """A decoded image, turned as its EXIF orientation says."""
-    turn = _turn(image)
+    """Apply the EXIF orientation to a decoded image."""
+    turn = _orientation(image)
     return image if turn is None else image.transpose(turn)
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
+def _orientation(image: Image.Image) -> Image.Transpose | None:
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged metadata says nothing, and the pixels are whole
+    except Exception:  # damaged metadata, while the pixels are complete
         return None
 
 
@@ -359,9 +359,9 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int] | None) -> Imag
         return Image.fromarray(_eight_bits(image)).convert("RGB")
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        made = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-        assert made is not None  # a new image, since it is not changed in place
-        return made
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None  # None only if converted in place
+        return converted
     has_alpha = image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info
     if has_alpha and background is not None:
         if image.mode == "La":
@@ -373,7 +373,7 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int] | None) -> Imag
 
 
 def _eight_bits(image: Image.Image) -> UInt8[np.ndarray, "h w"]:
-    """16-bit by its full range; 32-bit and float, which have no agreed range, by what they hold."""
+    """Scale to 8 bits: 16-bit from its full range; 32-bit and float from the range of values."""
     values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
     low, high = min(values.min(), 0.0), values.max()
     if image.mode.startswith("I;16"):

@@ -1,4 +1,4 @@
-"""Images to pixels, by the rules of one model: opened, resized, cut, and normalised."""
+"""Image preprocessing of a model: decode, resize, crop and normalise."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -15,12 +15,12 @@ from vlm.inputs.opening import MAX_PIXELS, ImageLike, Smallest, one_or_many, ope
 from vlm.inputs.resizing import PILLOW_KERNELS, resize_tensor, resize_tensorflow
 from vlm.nn.naflex import Patches
 
-MAX_WEIGHTS = 1 << 24  # of a resize by matrices, and its pixels: half a GiB all in all
+MAX_WEIGHTS = 1 << 24  # of a matrix resize, and its pixels: half a GiB in total
 Pixels = np.ndarray | Array
 
 
 class Preprocess:
-    """What a model expects of its images, as a function.
+    """Image preprocessing of a model, as a callable.
 
     An image is a PIL image, a path (local or remote), the bytes of an image file, or a uint8 array
     of shape (h, w), (h, w, 1), (h, w, 3) or (h, w, 4). `max_pixels` bounds what is decoded.
@@ -67,7 +67,7 @@ class Preprocess:
         return self.normalize(np.zeros((0, size, size, 3), np.uint8))
 
     def collate(self, rows: list[np.ndarray]) -> np.ndarray | Patches:
-        """What `pixels` made of several images, as one batch."""
+        """Batch several results of `pixels`."""
         c = self.config
         if c.resize != "naflex":
             return np.stack(rows)
@@ -75,7 +75,7 @@ class Preprocess:
         return naflex.collate(rows, c.patch_size, c.image_size // c.patch_size, step=naflex.STEP)
 
     def blank(self, count: int) -> UInt8[np.ndarray, "n s s 3"] | Patches:
-        """A batch of `count` blank images, whose shape does not depend on what is `put` there."""
+        """Make a batch of `count` blank images of a fixed shape, to be filled by `put`."""
         c = self.config
         if c.resize != "naflex":
             return np.zeros((count, c.image_size, c.image_size, 3), np.uint8)
@@ -86,7 +86,7 @@ class Preprocess:
     def put(
         self, batch: np.ndarray | Patches, row: int, pixels: UInt8[np.ndarray, "h w 3"]
     ) -> None:
-        """Make what `pixels` made of an image the one at `row` of a batch of `blank`."""
+        """Write a result of `pixels` into `row` of a batch of `blank`."""
         if isinstance(batch, Patches):
             naflex.put(batch, row, pixels)
         else:
@@ -94,13 +94,13 @@ class Preprocess:
 
     @property
     def image_bytes(self) -> int:
-        """Of one image of a batch of `blank`."""
+        """Bytes of one image in a batch of `blank`."""
         one = self.blank(1)
         return sum(x.nbytes for x in (one if isinstance(one, Patches) else (one,)))
 
     def pixels(self, image: ImageLike, name: str = "the image") -> UInt8[np.ndarray, "h w 3"]:
-        """The resized image before normalisation; `name` is what errors call it if it has none."""
-        config, opened = self.config, self._shortened(self.open(image, name))
+        """Return the resized image, not normalised; errors call it `name` if it has no path."""
+        config, opened = self.config, self._limit_length(self.open(image, name))
         (width, height), box = self.layout(*opened.size)
         if config.backend != "pillow":
             array = np.asarray(opened)
@@ -129,7 +129,7 @@ class Preprocess:
     def normalize(
         self, pixels: UInt8[Pixels, "*n 3"] | Float[Pixels, "*n 3"] | Patches
     ) -> Float32[Pixels, "*n 3"] | Patches:
-        """`(pixels / 255 - mean) / std` for values in 0..255; numpy or jax, also inside `jit`."""
+        """Return `(pixels / 255 - mean) / std` of values in 0..255; NumPy or JAX, also in `jit`."""
         if isinstance(pixels, Patches):
             return pixels._replace(pixels=self.normalize(pixels.pixels))
         mean = np.asarray(self.config.mean, np.float32)
@@ -140,7 +140,7 @@ class Preprocess:
     def open(
         self, image: ImageLike, name: str = "the image", smallest: Smallest | None = None
     ) -> Image.Image:
-        """The image in mode RGB, as `config.decode` has it: see `open_image`."""
+        """Open an image in mode RGB according to `config.decode`: see `open_image`."""
         return open_image(
             image,
             background=self.config.background,
@@ -150,11 +150,11 @@ class Preprocess:
             smallest=smallest,
         )
 
-    def _shortened(self, image: Image.Image) -> Image.Image:
-        """An image so long that resizing it would not fit in memory, made shorter first.
+    def _limit_length(self, image: Image.Image) -> Image.Image:
+        """Shorten the long side of an image if resizing it would not fit in memory.
 
-        For a crop as much is cut from both ends, so that the middle stays where it is; else the
-        long side is averaged. Either differs a little from the reference, which runs out of memory.
+        For a crop, both ends are cut equally, which keeps the centre; else the long side is
+        averaged. Both differ slightly from the reference, which runs out of memory.
         """
         (width, height), _ = self.layout(*image.size)
         between = image.height * width  # the columns are resized first
@@ -174,13 +174,13 @@ class Preprocess:
         return image.reduce((factor, 1) if image.width == long else (1, factor))
 
     def layout(self, width: int, height: int):
-        """The size to resize to, and the box to crop from that, or to paste it into, or None."""
+        """Return the size to resize to, and the box to crop (or, when padding, to paste into)."""
         config = self.config
         if config.resize == "naflex":
-            patch_size, most = config.patch_size, config.max_patches
+            patch_size, max_patches = config.patch_size, config.max_patches
             assert patch_size is not None  # `__init__` has checked both
-            assert most is not None
-            height, width = naflex.target_size(height, width, patch_size, most)
+            assert max_patches is not None
+            height, width = naflex.target_size(height, width, patch_size, max_patches)
             return (width, height), None
         short = config.short_side or config.image_size
         if config.resize == "squash" and short == config.image_size:
@@ -207,7 +207,7 @@ def with_options(
     resize_backend: Literal["pillow", "tensor", "tensorflow"] | None = None,
     decode: Literal["intended", "reference"] | None = None,
 ) -> PreprocessConfig:
-    """The same preprocessing, resized and decoded as asked; None keeps what it says itself.
+    """Return the config with another resize backend or decoding; None keeps its own.
 
     Raises:
         ConfigError: an unknown value, or one that this preprocessing does not allow.

@@ -1,8 +1,8 @@
-"""Resizing as the reference code of each family does it, to the same bits.
+"""Image resizing, bit-exact to the reference code of each model family.
 
-Three backends resize. `pillow` is what torchvision and transformers do with PIL images; `tensor` is
-what they do with uint8 tensors (transformers' default since version 5), and `tensorflow` is what
-big_vision does. The last two are here, in numpy.
+There are three backends. `pillow` equals torchvision and transformers on PIL images. `tensor`
+equals them on uint8 tensors (the default of transformers 5). `tensorflow` equals big_vision.
+The last two are implemented here in NumPy.
 """
 
 import numpy as np
@@ -20,9 +20,9 @@ PILLOW_KERNELS = {
 def resize_tensor(
     array: UInt8[np.ndarray, "h w c"], height: int, width: int, kernel: str, *, antialias: bool
 ) -> UInt8[np.ndarray, "height width c"]:
-    """Resize as PyTorch's `interpolate` does uint8 tensors: columns, then rows, rounded after each.
+    """Resize as PyTorch's `interpolate` on uint8 tensors: columns, then rows, rounded after each.
 
-    Its weights are 16-bit integers with a common exponent, so it is neither Pillow nor exact.
+    The weights are 16-bit integers with a common exponent, so results differ from Pillow's.
     """
     if array.shape[1] != width:
         weights, bits = _fixed_point(resize_matrix(array.shape[1], width, kernel, antialias))
@@ -36,10 +36,10 @@ def resize_tensor(
 def resize_tensorflow(
     array: UInt8[np.ndarray, "h w c"], height: int, width: int
 ) -> UInt8[np.ndarray, "height width c"]:
-    """Resize as big_vision does: TensorFlow's bilinear interpolation, cut to whole numbers.
+    """Resize as big_vision: TensorFlow's bilinear interpolation, truncated to integers.
 
-    `tf.image.resize(image, size, "bilinear", antialias=False)` and a cast to uint8, in float32 and
-    in its order, since the cast rounds nothing.
+    Equal to `tf.image.resize(image, size, "bilinear", antialias=False)` and a cast to uint8. The
+    cast truncates, so float32 and the order of operations matter.
     """
     left, right, across = _neighbours(array.shape[1], width)
     top, bottom, down = _neighbours(array.shape[0], height)
@@ -49,7 +49,7 @@ def resize_tensorflow(
 
 
 def _neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The two of `source` pixels around each of `target`, and how far it lies between them."""
+    """Return the two source pixels around each target pixel, and its fraction between them."""
     half, scale = np.float32(0.5), np.float32(source) / np.float32(target)
     at = (np.arange(target, dtype=np.float32) + half) * scale - half
     low = np.floor(at)
@@ -58,7 +58,7 @@ def _neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def _fixed_point(matrix: Float[np.ndarray, "n m"]) -> tuple[Float[np.ndarray, "n m"], int]:
-    """Integer weights (as float64, whose products are exact and fast) and their exponent."""
+    """Return integer weights (as float64: exact and fast products) and their exponent."""
     bits = 0
     while bits < 22 and int(0.5 + matrix.max() * 2 ** (bits + 1)) < 2**15:
         bits += 1
@@ -72,7 +72,7 @@ def _shift(sums: Float[np.ndarray, "*n"], bits: int) -> UInt8[np.ndarray, "*n"]:
 def resize_matrix(
     source: int, target: int, kernel: str, antialias: bool
 ) -> Float[np.ndarray, "target source"]:
-    """The weights by which `source` pixels make `target`, as PyTorch's `interpolate` has them.
+    """Compute the weights from `source` to `target` pixels, as PyTorch's `interpolate`.
 
     Half-pixel centres (align_corners=False). With antialias the kernel widens when shrinking and
     bicubic has a = -0.5; without, a = -0.75 and the border pixel repeats.

@@ -1,7 +1,7 @@
-"""Text to tokens: a `tokenizers` vocabulary and the rules around it, as one object.
+"""Tokenizer: a `tokenizers` vocabulary with text cleaning, special tokens and padding.
 
-The vocabulary maps text to ids; the rules (`TokenizerConfig`) say how text is cleaned before and
-how ids become rows of a fixed length after. Both belong to the model that was trained on them.
+The vocabulary maps text to ids. The rules (`TokenizerConfig`) define how text is cleaned before
+and how ids become rows of a fixed length after. Both belong to the trained model.
 """
 
 import functools
@@ -25,14 +25,13 @@ RULES_FILE = "vlm_tokenizer.json"
 
 
 class Tokenizer:
-    """Rows of token ids of one fixed length.
+    """Tokenizer that encodes texts as rows of token ids of one fixed length.
 
-    A row is `[bos] text [eos]`, cut to `context_length` and padded. A text too long for its row
-    loses its tail; with `keep_eos` the row still ends with eos.
+    A row is `[bos] text [eos]`, truncated to `context_length` and padded. With `keep_eos` a
+    truncated row still ends with eos.
 
     Raises:
-        ConfigError: the rules name a token that the vocabulary does not have, or a cleaning that
-            does not exist.
+        ConfigError: the rules name a token that is not in the vocabulary, or an unknown cleaning.
 
     Example:
         >>> tokens = model.tokenizer(["a red square", "a blue stripe"])
@@ -54,7 +53,7 @@ class Tokenizer:
                 f"context_length {config.context_length} leaves no room for text beside "
                 f"{len(specials)} special tokens: make it larger"
             )
-        # Copied: cutting, padding and specials are ours to do, and the caller's object stays as is.
+        # Copied: truncation, padding and specials are done here; the caller's object stays as is.
         try:
             self._vocabulary = tokenizers.Tokenizer.from_str(vocabulary.to_str())
         except Exception as error:  # the library raises bare Exception
@@ -76,16 +75,16 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of rows that an embedding table of this vocabulary needs."""
+        """Number of rows of an embedding table for this vocabulary."""
         return max(self._vocabulary.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property
     def vocabulary(self) -> tokenizers.Tokenizer:
-        """A copy of the vocabulary, without the rules."""
+        """Copy of the vocabulary, without the rules."""
         return tokenizers.Tokenizer.from_str(self._vocabulary.to_str())
 
     def __call__(self, texts: str | Sequence[str]) -> Int32[np.ndarray, "n l"]:
-        """Token ids of each text; one string counts as a list of one.
+        """Encode texts as token ids; one string counts as a list of one.
 
         Raises:
             DataError: a text is not a string.
@@ -95,7 +94,7 @@ class Tokenizer:
     def rows(
         self, texts: str | Sequence[str]
     ) -> tuple[Int32[np.ndarray, "n l"], Bool[np.ndarray, " n"]]:
-        """Token ids of each text, and which texts were too long and lost their tail.
+        """Encode texts as token ids; also return which texts were truncated.
 
         Raises:
             DataError: a text is not a string.
@@ -124,23 +123,23 @@ class Tokenizer:
         return out, cut
 
     def count_truncated(self, texts: str | Sequence[str]) -> int:
-        """How many of `texts` are too long for `context_length` and lose their tail."""
+        """Count the texts that are too long for `context_length` and are truncated."""
         return int(self.rows(texts)[1].sum())
 
     def lengths(self, texts: str | Sequence[str]) -> list[int]:
-        """How many tokens each text has, bos and eos included and nothing cut."""
+        """Count the tokens of each text, with bos and eos and without truncation."""
         specials = sum(i is not None for i in (self.config.bos_id, self.config.eos_id))
         return [len(ids) + specials for ids in self._encode(texts)]
 
     def decode(
         self, tokens: Int32[np.ndarray, "n l"] | Sequence[Int32[np.ndarray, " l"] | Sequence[int]]
     ) -> list[str]:
-        """The text of each row, up to its eos and without special tokens."""
+        """Decode each row up to its eos, without special tokens."""
         config, texts = self.config, []
         for row in np.asarray(tokens).tolist():
             if config.bos_id is not None:
                 row = [i for i in row if i != config.bos_id]
-            if config.pad_side == "left":  # before eos is looked for: pad may be the same token
+            if config.pad_side == "left":  # before searching eos: pad may be the same token
                 first = next((k for k, i in enumerate(row) if i != config.pad_id), len(row))
                 row = row[first:]
             if config.eos_id in row:
@@ -158,10 +157,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: epath.PathLike) -> "Tokenizer":
-        """Read what `save` wrote.
+        """Read a tokenizer that `save` wrote.
 
         Raises:
-            DataError: a file is missing or torn; the message names it.
+            DataError: a file is missing or corrupt; the message names it.
         """
         rules = _read(as_path(folder) / RULES_FILE)
         try:
@@ -172,12 +171,12 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of the vocabulary and its own rules; those of `config` are not part of it."""
+        """Hash of the vocabulary file, without the rules of `config`."""
         return hashlib.sha256(self._vocabulary.to_str().encode()).hexdigest()[:32]
 
     @classmethod
     def from_file(cls, path: epath.PathLike, config: TokenizerConfig) -> "Tokenizer":
-        """The vocabulary of any `tokenizer.json`, under our own rules.
+        """Make a tokenizer from any `tokenizer.json`, with rules of this package.
 
         Raises:
             DataError: the file is missing or is not a `tokenizer.json`.
@@ -185,29 +184,29 @@ class Tokenizer:
         return cls(read_vocabulary(path), config)
 
     def with_rules(self, config: TokenizerConfig) -> "Tokenizer":
-        """The same vocabulary under other rules."""
+        """Return a tokenizer with the same vocabulary and other rules."""
         return Tokenizer(self._vocabulary, config)
 
-    def __reduce__(self):  # reader processes get their own copy
+    def __reduce__(self):  # pickled to reader processes
         return Tokenizer, (self._vocabulary, self.config)
 
     def _encode(self, texts: str | Sequence[str]) -> list[list[int]]:
         texts = [texts] if isinstance(texts, str) else list(texts)
         for i, text in enumerate(texts):
             if not isinstance(text, str):
-                raise DataError(f"text {i} is {text!r}, not a string: give strings alone")
+                raise DataError(f"text {i} is {text!r}, not a string: give strings only")
         clean = CLEANERS[self.config.clean]
         texts = [clean(text) for text in texts]
         if self.config.lowercase:
             texts = [text.lower() for text in texts]
-        # A lone surrogate has no UTF-8 form; "?" is what Python's own codecs put in its place.
+        # A lone surrogate has no UTF-8 form; Python's codecs replace it by "?".
         texts = [text.encode("utf-8", "replace").decode() for text in texts]
         encoded = self._vocabulary.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 
 
 def read_vocabulary(path: epath.PathLike) -> tokenizers.Tokenizer:
-    """The vocabulary in a `tokenizer.json`.
+    """Read the vocabulary of a `tokenizer.json`.
 
     Raises:
         DataError: the file is missing or is not a `tokenizer.json`.
@@ -216,7 +215,7 @@ def read_vocabulary(path: epath.PathLike) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(text)
     except BaseException as error:
-        # The library raises bare Exception, and where its Rust code panics a BaseException.
+        # The library raises bare Exception, and BaseException if its Rust code panics.
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         reason = str(error)[:200]
@@ -226,11 +225,11 @@ def read_vocabulary(path: epath.PathLike) -> tokenizers.Tokenizer:
 def train_bpe(
     texts: Iterable[str], vocab_size: int, context_length: int, *, lowercase: bool = False
 ) -> Tokenizer:
-    """A byte-level BPE vocabulary (Sennrich et al., 2016; bytes as in GPT-2) learned from `texts`.
+    """Train a byte-level BPE vocabulary (Sennrich et al., 2016; bytes as in GPT-2) on `texts`.
 
-    Padding is token 0 and the end of text token 1; there is no begin token, which neither pooling
-    at the end token nor pooling at the last position needs. Every string has an encoding, and the
-    same texts in any order give the same vocabulary.
+    Padding is token 0 and end of text is token 1. There is no begin token, since neither pooling at
+    the end token nor at the last position needs one. Every string has an encoding, and the order of
+    the texts does not matter.
 
     Raises:
         ConfigError: `vocab_size` cannot hold the 256 bytes and the special tokens.
@@ -251,9 +250,9 @@ def train_bpe(
         )
     texts = sorted(text.lower() if lowercase else text for text in texts)
     if not texts:
-        raise DataError("there are no texts to learn a vocabulary from: give at least one caption")
+        raise DataError("there are no texts to train a vocabulary on: give at least one caption")
     vocabulary = tokenizers.Tokenizer(models.BPE())
-    # The prefix space makes a word the same token at the start of a text and inside it.
+    # With the prefix space a word is the same token at the start of a text and inside it.
     vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     vocabulary.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
