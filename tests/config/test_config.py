@@ -60,10 +60,18 @@ def test_an_experiment_survives_json():
             {"text_masking": 1.0},
             "Experiment.text_masking is 1.0: choose a number from 0 to below 1",
         ),
+        ({"init_towers": "text"}, "has no effect: name a model with init_from"),
+        (
+            {"lock": "text", "init_from": "x", "optimizer": OptimizerConfig(text_rate=0.1)},
+            "OptimizerConfig.text_rate is 0.1 and has no effect: the tower is not trained",
+        ),
+        ({"distill": {"teacher": "x", "distance": "mse"}}, "give features a weight"),
+        ({"model": {"vision": {"kind": "vit", "stem_widths": [8]}}}, "set stem to"),
         ({"image_sizes": ((0.5, 100),)}, "multiples of patch_size 16"),
         ({"image_sizes": ((0.0, 112),)}, "Experiment.image_sizes is 0.0: choose a number above 0"),
     ],
 )
+@pytest.mark.untyped
 def test_an_experiment_that_cannot_be_is_refused(changes, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         Experiment(**changes)

@@ -90,9 +90,9 @@ def test_a_teacher_that_cannot_be_is_refused(tiny, changes, error, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"relations": -1.0}, r"distill\.relations is -1"),
+        ({"relations": -1.0}, r"DistillConfig\.relations is -1"),
         ({"relations": 0.0}, "nothing is learned from the teacher"),
-        ({"temperature": 0.0}, r"distill\.temperature is 0"),
+        ({"temperature": 0.0}, r"DistillConfig\.temperature is 0"),
         ({"projection": True}, r"set distill\.features"),
         ({"teacher": ""}, "learns from one teacher"),
         ({"stored": "taught"}, "learns from one teacher"),

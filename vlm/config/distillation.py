@@ -45,6 +45,10 @@ class DistillConfig(Config):
                 "distill.relations and distill.features are both 0, so nothing is learned from the "
                 "teacher: give one of them a weight"
             )
+        if not self.features:
+            self.refuse_unused("give features a weight", "distance")
+        if not self.relations:
+            self.refuse_unused("give relations a weight", "temperature")
         if self.projection and not self.features:
             raise ConfigError(
                 "distill.projection is for features, which have no weight: set distill.features"

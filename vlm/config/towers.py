@@ -118,6 +118,8 @@ class ViTConfig(Config):
             raise ConfigError('ViTConfig.pool "query" needs a projection: set it to "linear"')
         # What is left over at the right and below is not looked at, as in SigLIP So400m/14@384.
         check_image_size(self)
+        if self.stem == "linear":
+            self.refuse_unused('set stem to "conv" or "nested"', "stem_widths")
         if self.stem == "conv" and 2 ** len(self.stem_widths) != self.patch_size:
             raise ConfigError(
                 f"a conv stem of {len(self.stem_widths)} stages makes patches of "

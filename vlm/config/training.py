@@ -288,6 +288,13 @@ class Experiment(Config):
         self._check_evaluation()
 
     def _check_start(self) -> None:
+        if self.init_from is None:
+            self.refuse_unused("name a model with init_from", "init_towers")
+        if self.lock != "none":
+            rate = f"{self.lock}_rate"
+            self.optimizer.refuse_unused(
+                f"the tower is not trained: leave lock {self.lock!r} out", rate
+            )
         if self.adapter is not None and (self.lock != "none" or self.init_towers != "both"):
             field = "lock" if self.lock != "none" else "init_towers"
             raise ConfigError(
