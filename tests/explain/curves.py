@@ -1,4 +1,4 @@
-"""Do explanations tell the truth? Deletion and insertion curves, beside random maps and Grad-CAM.
+"""Faithfulness of explanations by deletion and insertion, against random maps and Grad-CAM.
 
     KIND=mean vlm train tests/explain/towers.py --run-dir runs/mean
     for KIND in class map query rotary resnet convnext fastvit vitamin; do
@@ -6,11 +6,11 @@
     done
     python tests/explain/curves.py runs/*
 
-Of each model: the area under the curves over 80 of its held-out images, where the text is the
-image's own caption among theirs. Small deletion and large insertion are good.
-"by" says how much better `vlm.explain` is than another map, image by image, with its
-95% interval; it is won where the interval is above 0. A plain ViT with a map pool is measured a
-second time as a NaFlex tower, which it is too. With --all, the other methods are measured as well.
+For each model: the areas under the curves over 80 evaluation images. The correct text is the
+image's own caption, among the captions of all. Low deletion and high insertion are better.
+"by" is the mean advantage of `vlm.explain` over another map, with its 95% interval; it is
+significant if the interval is above 0. A plain ViT with a map pool is also measured as a NaFlex
+tower with the same weights. With --all, all methods are measured.
 """
 
 import dataclasses
@@ -25,17 +25,17 @@ from vlm.data.sources import first_captions, open_source
 from vlm.evaluate.intervals import mean
 from vlm.explain.curves import Faithfulness, faithfulness
 from vlm.explain.geometry import grid, on_pixels
-from vlm.explain.methods import METHODS, place_maps
+from vlm.explain.methods import METHODS, relevance_maps
 from vlm.inputs.opening import open_image
 from vlm.inputs.preprocess import Preprocess
 from vlm.models.dual_encoder import DualEncoder
 
-OURS = "path"  # what `vlm.explain` takes
+DEFAULT = "path"  # default method of `vlm.explain`
 IMAGES = 80
 
 
 def measure(model: Bundle, images: list, captions: list[str], methods) -> dict[str, Faithfulness]:
-    """The areas of every method, and of random maps, over images with their captions."""
+    """Measure every method, and random maps, on images with their captions."""
     texts = list(dict.fromkeys(captions))
     z_texts = model.encode_text(texts)
     right = np.array([texts.index(caption) for caption in captions])
@@ -47,7 +47,7 @@ def measure(model: Bundle, images: list, captions: list[str], methods) -> dict[s
     for method in methods:
         if method == "attention" and model.config.vision.kind in ("convnext", "fastvit"):
             continue
-        found, _ = place_maps(model.model, batch, z_texts[right], method)
+        found, _ = relevance_maps(model.model, batch, z_texts[right], method)
         maps[method] = [
             places[: rows * columns].reshape(rows, columns)
             for places, (rows, columns) in zip(np.asarray(found), grids, strict=True)
@@ -68,7 +68,7 @@ def measure(model: Bundle, images: list, captions: list[str], methods) -> dict[s
 
 
 def as_naflex(model: Bundle) -> Bundle:
-    """A ViT of plain patches and a map pool, as a NaFlex tower of the same weights."""
+    """Convert a ViT with plain patches and a map pool to a NaFlex tower of the same weights."""
     from flax import nnx
 
     vision = model.config.vision
@@ -83,29 +83,30 @@ def as_naflex(model: Bundle) -> Bundle:
         patch_size=vision.patch_size,
         max_patches=side**2,
     )
-    made = nnx.merge(graph, nnx.state(model.model))
-    return Bundle(made, Preprocess(preprocess), model.tokenizer, f"{model.name} as naflex")
+    merged = nnx.merge(graph, nnx.state(model.model))
+    return Bundle(merged, Preprocess(preprocess), model.tokenizer, f"{model.name} as naflex")
 
 
 def report(kind: str, areas: dict[str, Faithfulness]) -> bool:
-    """Print the rows of one model; whether ours is better than random and Grad-CAM in both."""
-    won = True
-    ours = areas[OURS]
+    """Print the rows of one model; return whether `DEFAULT` beats random and Grad-CAM."""
+    better = True
+    default = areas[DEFAULT]
     for method, area in areas.items():
         line = f"{kind:9} {method:11} {area.deletion.mean():8.3f} {area.insertion.mean():9.3f}"
-        if method != OURS:
-            for gain in (area.deletion - ours.deletion, ours.insertion - area.insertion):
+        if method != DEFAULT:
+            gains = area.deletion - default.deletion, default.insertion - area.insertion
+            for gain in gains:
                 by = mean(gain)
                 line += f"   {by.value:+.3f} ({by.low:+.3f} to {by.high:+.3f})"
-                won &= by.low > 0 or method not in ("random", "gradcam")
+                better &= by.low > 0 or method not in ("random", "gradcam")
         print(line, flush=True)
-    return won
+    return better
 
 
 def main(runs: list[str]) -> int:
     print(f"{'tower':9} {'map':11} deletion insertion   deletion by               insertion by")
-    lost = []
-    methods = METHODS if "--all" in runs else (OURS, "gradcam")
+    worse = []
+    methods = METHODS if "--all" in runs else (DEFAULT, "gradcam")
     for run in [run for run in runs if run != "--all"]:
         model = vlm.load(run)
         data = vlm.load_config(Path(run) / "config.json").data
@@ -119,9 +120,9 @@ def main(runs: list[str]) -> int:
             kinds["naflex"] = as_naflex(model)
         for kind, tower in kinds.items():
             if not report(kind, measure(tower, images, captions, methods)):
-                lost.append(kind)
-    print(f"{OURS} is the best for all" if not lost else f"lost: {', '.join(lost)}")
-    return len(lost)
+                worse.append(kind)
+    print(f"{DEFAULT} is the best for all" if not worse else f"not best: {', '.join(worse)}")
+    return len(worse)
 
 
 if __name__ == "__main__":

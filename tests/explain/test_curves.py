@@ -1,7 +1,7 @@
-"""A small version of curves.py: a tower of random weights, each image asked for as itself.
+"""A small version of curves.py with a tower of random weights.
 
-The "text" of an image is its own embedding, so that there is something true to say about which
-places speak for it, without any training.
+The "text" embedding of an image is the image's own embedding, so the relevant positions are
+well-defined without any training.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ TOWER = ViTConfig(
 )
 
 
-class AskedForItself(vlm.Bundle):
-    """A model whose texts are the names of images, and mean those images."""
+class ImagesAsTexts(vlm.Bundle):
+    """Model whose texts are names of images, with the embeddings of those images."""
 
     pictures: dict
 
@@ -42,23 +42,23 @@ class AskedForItself(vlm.Bundle):
 
 
 def drawings(count):
-    """A coloured square somewhere on a white page, each time another."""
+    """Draw a random coloured square on white for each number."""
     rng = np.random.default_rng(0)
-    found = {}
+    images = {}
     for number in range(count):
         image = Image.new("RGB", (32, 32), "white")
         left, top = rng.integers(0, 20, 2)
         colour = tuple(int(c) for c in rng.integers(0, 200, 3))
         ImageDraw.Draw(image).rectangle((left, top, left + 11, top + 11), fill=colour)
-        found[f"drawing {number}"] = image
-    return found
+        images[f"drawing {number}"] = image
+    return images
 
 
 @pytest.mark.slow
-def test_a_path_is_truer_than_chance():
+def test_path_is_more_faithful_than_random_maps():
     clip = vlm.load(GOLDEN / "oc_vit")
     config = dataclasses.replace(clip.config, vision=TOWER, init_scale=30.0)
-    model = AskedForItself(
+    model = ImagesAsTexts(
         DualEncoder(config, rngs=nnx.Rngs(0)),
         Preprocess(PreprocessConfig(image_size=32)),
         clip.tokenizer,

@@ -1,4 +1,4 @@
-"""Explanations of every kind of tower: what they add up to, where they point, what they refuse."""
+"""Explanations for every kind of tower: completeness, positions and errors."""
 
 import dataclasses
 import pathlib
@@ -22,7 +22,7 @@ from vlm.config import (
 from vlm.errors import ConfigError, DataError
 from vlm.explain.explanation import Explanation, check_method, explain
 from vlm.explain.geometry import grid, on_image
-from vlm.explain.methods import place_maps
+from vlm.explain.methods import relevance_maps
 from vlm.inputs.preprocess import Preprocess
 from vlm.models.dual_encoder import DualEncoder
 from vlm.nn.intermediates import Intermediates
@@ -38,7 +38,7 @@ KINDS = {
     "convnext": "oc_convnext",
     "vitamin": "oc_vitamin",
     "efficientnet": "hf_align",
-    # The golden ResNet has no vocabulary, and the golden FastViT is rougher than any that learned.
+    # The golden ResNet has no vocabulary; the golden FastViT is less smooth than trained ones.
     "resnet": ResNetConfig(image_size=32, depths=(1, 1), width=8, heads=2),
     "fastvit": FastViTConfig(
         stem_width=8,
@@ -51,8 +51,8 @@ KINDS = {
         image_size=32,
     ),
 }
-# A mean is pooled in others too, and queries and rotary positions change nothing of a path.
-ON_THE_WAY = ["class", "map", "naflex", "resnet", "convnext", "fastvit", "vitamin", "efficientnet"]
+# Mean pooling, queries and rotary positions take the same code path as these.
+PATH_KINDS = ["class", "map", "naflex", "resnet", "convnext", "fastvit", "vitamin", "efficientnet"]
 TEXT = "a small dog"
 
 
@@ -63,7 +63,7 @@ def photo(size=(90, 60)):
 
 
 def load(kind):
-    """A model of random weights whose tower is of that kind."""
+    """Load or create a model of random weights with that kind of vision tower."""
     tower = KINDS[kind]
     if isinstance(tower, str):
         return vlm.load(GOLDEN / tower)
@@ -93,20 +93,20 @@ def normalised(model, pixels):
     return model.preprocess.normalize(model.preprocess.collate([pixels]))
 
 
-@pytest.mark.parametrize("kind", ON_THE_WAY)
+@pytest.mark.parametrize("kind", PATH_KINDS)
 def test_the_path_adds_up_to_the_cosine(kind):
     model = load(kind)
     z_text = model.encode_text([TEXT])
     pixels = model.preprocess.pixels(photo()).astype(np.float32)
     blank = np.broadcast_to(pixels.mean((0, 1)), pixels.shape)
-    maps, cosine = place_maps(model.model, normalised(model, pixels), z_text, "path")
-    nothing, start = place_maps(model.model, normalised(model, blank), z_text, "path")
+    maps, cosine = relevance_maps(model.model, normalised(model, pixels), z_text, "path")
+    of_blank, start = relevance_maps(model.model, normalised(model, blank), z_text, "path")
     expected = (model.encode_image([photo()]) @ z_text.T)[0, 0]
     assert float(cosine[0]) == pytest.approx(expected, abs=1e-5)
-    whole = float(cosine[0] - start[0])
-    assert float(maps.sum()) == pytest.approx(whole, abs=0.02 * abs(whole) + 1e-4)
+    difference = float(cosine[0] - start[0])
+    assert float(maps.sum()) == pytest.approx(difference, abs=0.02 * abs(difference) + 1e-4)
     assert np.abs(maps).max() > 1e-5
-    assert np.abs(nothing).max() < 1e-6
+    assert np.abs(of_blank).max() < 1e-6
 
 
 ODD = [
@@ -135,26 +135,26 @@ def test_the_path_adds_up_at_odd_sizes(kind, tower):
     z_text /= np.linalg.norm(z_text)
     pixels = preprocess.pixels(photo()).astype(np.float32)
     blank = np.broadcast_to(pixels.mean((0, 1)), pixels.shape)
-    maps, cosine = place_maps(encoder, normalised(model, pixels), z_text, "path")
+    maps, cosine = relevance_maps(encoder, normalised(model, pixels), z_text, "path")
     start = encoder.encode_image(jnp.asarray(normalised(model, blank)))[0] @ z_text[0]
-    whole = float(cosine[0] - start)
-    assert abs(whole) > 1e-4
-    assert float(maps.sum()) == pytest.approx(whole, rel=0.05, abs=1e-4)
+    difference = float(cosine[0] - start)
+    assert abs(difference) > 1e-4
+    assert float(maps.sum()) == pytest.approx(difference, rel=0.05, abs=1e-4)
     rows, columns = grid(tower, preprocess, photo().size)
     assert maps.shape == (1, rows * columns)
 
 
-def test_every_place_has_a_likeness_of_its_own(model):
+def test_every_position_has_its_own_similarity(model):
     pixels = model.preprocess.pixels(photo())
     z_text = model.encode_text([TEXT])
-    maps, _ = place_maps(model.model, normalised(model, pixels), z_text, "similarity")
+    maps, _ = relevance_maps(model.model, normalised(model, pixels), z_text, "similarity")
     rows, columns = grid(model.config.vision, model.preprocess, photo().size)
     places = np.asarray(maps)[0, : rows * columns]
     assert np.abs(places).max() <= 1 + 1e-5
     assert len(places) == 1 or places.std() > 1e-4
 
 
-def test_towers_note_what_lies_between_and_give_the_same(some_model):
+def test_captured_intermediates_do_not_change_the_embedding(some_model):
     model = some_model
     images = jax.tree.map(jnp.asarray, normalised(model, model.preprocess.pixels(photo())))
     z_text = jnp.asarray(model.encode_text([TEXT]))
@@ -174,7 +174,7 @@ def test_towers_note_what_lies_between_and_give_the_same(some_model):
         depth = model.config.vision.depth
         assert found["blocks/attention"].shape[0] == depth
         assert found["blocks/output"].shape == (depth, *found["stem"].shape)
-    # A small change of an intermediate does what its gradient says.
+    # A small change of an intermediate changes the score as its gradient predicts.
     name = "blocks/attention" if "stem" in found else "stages/0"
     direction = jax.random.normal(jax.random.key(0), found[name].shape)
     gradient, _ = jax.grad(score, has_aux=True)({name: 0 * direction})
@@ -204,7 +204,7 @@ def test_the_other_methods_give_maps_that_depend_on_the_text(some_model, method)
     pixels = [model.preprocess.pixels(photo())] * 2
     images = model.preprocess.normalize(model.preprocess.collate(pixels))
     z_text = model.encode_text([TEXT, "something else"])
-    maps = np.asarray(place_maps(model.model, images, z_text, method)[0])
+    maps = np.asarray(relevance_maps(model.model, images, z_text, method)[0])
     assert (maps >= 0).all()
     assert maps.std(1).max() > 0
     assert np.abs(maps[0] - maps[1]).max() > 0
@@ -223,31 +223,31 @@ def test_the_other_methods_give_maps_that_depend_on_the_text(some_model, method)
     ids=lambda config: f"{config.resize}{config.short_side or ''}",
 )
 @pytest.mark.parametrize("size", [(64, 64), (120, 70), (50, 90)])
-def test_a_place_comes_back_to_where_the_model_saw_it(config, size):
-    """A spot drawn where a place's heat lies is what that place is shown."""
+def test_a_position_maps_to_its_pixels(config, size):
+    """A spot drawn at the heat of one position is in the input patch of that position."""
     preprocess = Preprocess(config)
     width, height = size
-    seen = preprocess.pixels(Image.new("RGB", size)).shape[:2]
-    rows, columns = seen[0] // 8, seen[1] // 8
+    shape = preprocess.pixels(Image.new("RGB", size)).shape[:2]
+    rows, columns = shape[0] // 8, shape[1] // 8
     for place in ((rows // 2, columns // 2), (rows // 2 - 1, columns // 2 - 1)):
         places = np.zeros((rows, columns), np.float32)
         places[place] = 1
         heat = on_image(places, preprocess, 8, size)
         assert heat.shape == (height, width)
-        shown = np.repeat(np.uint8(255 * heat**2)[..., None], 3, 2)
-        pixels = preprocess.pixels(shown).astype(float)[..., 0]
-        by_place = pixels.reshape(rows, 8, columns, 8).sum((1, 3))
-        assert np.unravel_index(by_place.argmax(), by_place.shape) == place
+        spot = np.repeat(np.uint8(255 * heat**2)[..., None], 3, 2)
+        pixels = preprocess.pixels(spot).astype(float)[..., 0]
+        by_position = pixels.reshape(rows, 8, columns, 8).sum((1, 3))
+        assert np.unravel_index(by_position.argmax(), by_position.shape) == place
 
 
-def test_what_was_cropped_away_has_no_heat():
+def test_pixels_outside_the_crop_have_no_heat():
     preprocess = Preprocess(PreprocessConfig(image_size=32, resize="crop"))
     heat = on_image(np.ones((4, 4), np.float32), preprocess, 8, (100, 50))
     assert heat[:, :24].max() == heat[:, 76:].max() == 0
     assert heat[:, 26:74].min() == pytest.approx(1)
 
 
-def test_tokens_are_left_out_one_by_one(clip):
+def test_token_importance_is_leave_one_out(clip):
     found = explain(clip, photo(), TEXT)
     assert "".join(name for name, _ in found.tokens).replace(" ", "") == "asmalldog"
     z_image = clip.encode_image([photo()])
@@ -260,7 +260,7 @@ def test_tokens_are_left_out_one_by_one(clip):
     )
 
 
-def test_an_explanation_shows_and_saves_itself(clip, tmp_path):
+def test_an_explanation_is_rendered_and_saved(clip, tmp_path):
     found = vlm.explain(clip, photo(), "a <b> dog")
     assert isinstance(found, Explanation)
     assert (found.heat.shape, found.heat.dtype) == ((60, 90), np.float32)

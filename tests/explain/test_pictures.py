@@ -1,4 +1,4 @@
-"""Masks, maps of sets, curves and pictures."""
+"""Segmentation, embedding maps, faithfulness curves and overlays."""
 
 import pathlib
 
@@ -9,9 +9,9 @@ from PIL import Image
 import vlm
 from vlm.errors import ConfigError, DataError
 from vlm.explain.curves import faithfulness
-from vlm.explain.picture import colours, overlay
+from vlm.explain.overlay import colours, overlay
+from vlm.explain.projection import embedding_map
 from vlm.explain.segmentation import segment
-from vlm.explain.set_map import embedding_map
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "weights" / "golden"
 
@@ -27,12 +27,12 @@ def photo(size=(90, 60)):
     return small.resize(size, Image.Resampling.BICUBIC)
 
 
-def test_every_pixel_that_was_seen_gets_a_label(clip):
+def test_every_visible_pixel_gets_a_label(clip):
     found = segment(clip, photo(), ["a dog", "grass"], templates=["{}"], none="a photo.")
     assert found.labels == ("a dog", "grass", "none of these")
     assert found.scores.shape == (3, 60, 90)
     assert found.mask.shape == (60, 90)
-    # This model crops: the middle 60 x 60 pixels are what it was shown.
+    # This model crops: it sees the middle 60 x 60 pixels.
     assert (found.mask[:, :14] == -1).all()
     assert (found.mask[:, 16:74] >= 0).all()
     np.testing.assert_allclose(found.scores[:, :, 20:70].sum(0), 1, atol=1e-4)
@@ -42,7 +42,7 @@ def test_every_pixel_that_was_seen_gets_a_label(clip):
 
 
 @pytest.mark.untyped
-def test_bad_input_of_masks(clip):
+def test_bad_input_of_segment(clip):
     with pytest.raises(ConfigError):
         segment(clip, photo(), [])
     with pytest.raises(DataError, match="one image"):
@@ -55,16 +55,16 @@ def squares(n):
     return [Image.new("RGB", (20, 20), (10 * i, 0, 0)) for i in range(n)]
 
 
-def test_a_map_keeps_what_a_plane_holds(tmp_path):
+def test_a_map_preserves_planar_embeddings(tmp_path):
     rng = np.random.default_rng(0)
     plane = rng.standard_normal((12, 2))
-    turned = np.linalg.qr(rng.standard_normal((8, 8)))[0][:2]
-    z = np.float32(plane @ turned)
+    rotation = np.linalg.qr(rng.standard_normal((8, 8)))[0][:2]
+    z = np.float32(plane @ rotation)
     found = embedding_map(z, squares(12))
     assert found.explained == pytest.approx(1)
     assert found.points.min() >= 0
     assert found.points.max() <= 1
-    # Distances are those of the embeddings, but for one scale.
+    # Distances equal those of the embeddings up to a scale.
     ours = np.linalg.norm(found.points[:, None] - found.points, axis=-1)
     theirs = np.linalg.norm(plane[:, None] - plane, axis=-1)
     ratio = ours[np.triu_indices(12, 1)] / theirs[np.triu_indices(12, 1)]
@@ -82,7 +82,7 @@ def test_a_map_keeps_what_a_plane_holds(tmp_path):
 
 
 @pytest.mark.untyped
-def test_a_map_of_points_that_are_given():
+def test_a_map_of_given_points():
     points = np.array([[0.0, 0], [2, 0], [0, 1]])
     found = embedding_map(np.eye(3, dtype=np.float32), squares(3), projection=points)
     assert found.explained is None
@@ -96,7 +96,7 @@ def test_a_map_of_points_that_are_given():
         embedding_map(np.eye(1, dtype=np.float32), squares(1))
 
 
-def test_colours_grow_lighter_and_heat_shows():
+def test_lightness_is_monotonic_and_heat_is_visible():
     scale = colours(np.linspace(0, 1, 20)[None])[0].astype(float)
     assert (np.diff(scale @ [0.299, 0.587, 0.114]) > 0).all()
     heat = np.zeros((60, 90), np.float32)
@@ -107,21 +107,21 @@ def test_colours_grow_lighter_and_heat_shows():
 
 
 class RedSquare:
-    """Stands in for a model: how red the middle of an image is, against how red it is not."""
+    """Stub model: scores of "red corner" and "no red corner"."""
 
     logit_scale = 4.0
 
 
-def test_a_true_map_beats_a_false_one(monkeypatch):
-    """A model that looks at one corner alone: the map of that corner, and its contrary."""
+def test_a_faithful_map_beats_its_opposite(monkeypatch):
+    """For a model that sees one corner only, the map of that corner beats its complement."""
     image = np.zeros((16, 16, 3), np.uint8)
     image[:8, :8] = (255, 0, 0)
 
-    def look(model, images, batch_size):
+    def encode(model, images, batch_size):
         red = np.array([float(i[:8, :8, 0].mean()) / 255 for i in images], np.float32)
         return np.stack([red, 1 - red], axis=1)
 
-    monkeypatch.setattr("vlm.explain.curves._encode", look)
+    monkeypatch.setattr("vlm.explain.curves._encode", encode)
     true = np.zeros((16, 16), np.float32)
     true[:8, :8] = 1
     areas = faithfulness(
@@ -131,13 +131,13 @@ def test_a_true_map_beats_a_false_one(monkeypatch):
     assert areas.insertion[0] > areas.insertion[1] + 0.02
 
 
-def test_curves_of_a_real_tower_begin_and_end_where_they_must(clip):
+def test_curves_of_a_real_tower(clip):
     pixels = [clip.preprocess.pixels(photo())] * 2
     side = pixels[0].shape[0]
     heats = [np.ones((side, side), np.float32), np.zeros((side, side), np.float32)]
     z_texts = clip.encode_text(["a dog", "a cat"])
     areas = faithfulness(clip, pixels, heats, z_texts, np.array([0, 0]), batch_size=4)
-    # Two maps without any order take the same pixels away, row by row.
+    # Two constant maps delete the same pixels, row by row.
     assert areas.deletion[0] == pytest.approx(areas.deletion[1], abs=1e-6)
     both = faithfulness(clip, pixels[:1], heats[:1], z_texts, np.array([1]), batch_size=4)
     assert both.deletion[0] == pytest.approx(1 - areas.deletion[0], abs=1e-5)

@@ -1,10 +1,10 @@
-"""A small tower of every kind, to train on OpenMoji in a minute or two and explain: `KIND` chooses.
+"""Config of a small vision tower of each kind, trained on OpenMoji; `KIND` chooses.
 
     KIND=mean vlm train tests/explain/towers.py --run-dir runs/mean
     KIND=map TEXT=runs/mean vlm train tests/explain/towers.py --run-dir runs/map
 
-The first one trains both towers, and the others learn to meet its text tower, which is locked.
-Images of 64 pixels have 8 x 8 places in every tower, so that the heat maps of all are as fine.
+The first run trains both towers. The others train a vision tower for its text tower, which is
+locked. Every tower has 8 x 8 positions, so all heat maps have the same resolution.
 """
 
 import os
@@ -40,8 +40,8 @@ VIT = {
     "projection": "linear",
     "activation": "gelu",
 }
-# NaFlex cuts images into plain patches; the tower of kind "map" is made a NaFlex tower by
-# tests/explain/curves.py, for on square images of its size the two are one function.
+# Plain patches, as NaFlex needs: tests/explain/curves.py also measures the tower of kind "map" as
+# a NaFlex tower. On square images of its size the two are the same function.
 PLAIN = VIT | {"stem": "linear", "stem_widths": (), "projection": "none"}
 
 TOWERS = {
@@ -82,7 +82,7 @@ BOTH = {
     "scan": False,
     "remat": "none",
 }
-IMAGE_ALONE = {
+VISION_ONLY = {
     "optimizer": OptimizerConfig(learning_rate=2e-3),
     "steps": 120,
     "init_from": os.environ.get("TEXT", "runs/mean"),
@@ -92,7 +92,7 @@ IMAGE_ALONE = {
 
 
 def experiment(kind: str) -> Experiment:
-    """The run that trains the tower of that kind."""
+    """Return the experiment that trains the tower of that kind."""
     tower = TOWERS[kind]
     return Experiment(
         name=f"explain-{kind}",
@@ -119,7 +119,7 @@ def experiment(kind: str) -> Experiment:
             augment=AugmentConfig(crop=(0.7, 1.0), aspect=(0.9, 1.11), jitter=0.05),
             cache=True,
         ),
-        **(BOTH if kind == "mean" else IMAGE_ALONE),
+        **(BOTH if kind == "mean" else VISION_ONLY),
         batch_size=128,
         log_every=20,
         eval_every=1.0,

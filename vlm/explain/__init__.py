@@ -1,6 +1,6 @@
-"""Why a model says so: heat maps, masks and maps of embeddings.
+"""Explanations: relevance heat maps, zero-shot segmentation, and 2-D maps of embeddings.
 
-The room is a function too: `vlm.explain(model, image, text)` is `vlm.explain.explain`.
+The subpackage is callable: `vlm.explain(model, image, text)` is `vlm.explain.explain`.
 """
 
 import sys
@@ -12,10 +12,10 @@ with epy.lazy_api_imports(globals()):
     from vlm.explain.curves import faithfulness as faithfulness
     from vlm.explain.explanation import Explanation as Explanation
     from vlm.explain.explanation import explain as explain
+    from vlm.explain.projection import EmbeddingMap as EmbeddingMap
+    from vlm.explain.projection import embedding_map as embedding_map
     from vlm.explain.segmentation import Segmentation as Segmentation
     from vlm.explain.segmentation import segment as segment
-    from vlm.explain.set_map import EmbeddingMap as EmbeddingMap
-    from vlm.explain.set_map import embedding_map as embedding_map
 
 
 class _Callable(types.ModuleType):

@@ -1,7 +1,7 @@
-"""Is a heat map true? Take away what it names, or show that alone, and see what the model says.
+"""Deletion and insertion curves: the faithfulness of a heat map.
 
-Deletion and insertion curves (Petsiuk et al., 2018, arXiv:1806.07421): what a map calls the most
-important goes first. A true map makes the first curve fall early and the second one rise early.
+Pixels are deleted or inserted in order of their heat (Petsiuk et al., 2018, arXiv:1806.07421). With
+a faithful map, the score drops early under deletion and rises early under insertion.
 """
 
 import functools
@@ -15,12 +15,12 @@ from flax import nnx
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageFilter
 
-STEPS = 8  # shares of the pixels at which the curves are taken, beside none and all
-BLUR = 1 / 8  # of the image's side: radius of the blur that insertion starts from
+STEPS = 8  # intervals of a curve, from no pixels to all
+BLUR = 1 / 8  # of the image's side: radius of the blur at the start of insertion
 
 
 class Faithfulness(NamedTuple):
-    """Areas under n images' curves: deletion (small is good) and insertion (large is good)."""
+    """Areas under n images' curves: deletion (lower is better), insertion (higher is better)."""
 
     deletion: Float[np.ndarray, " n"]
     insertion: Float[np.ndarray, " n"]
@@ -34,17 +34,18 @@ def faithfulness(
     right: Int[np.ndarray, " n"],
     batch_size: int = 128,
 ) -> Faithfulness:
-    """The areas under the curves of heat maps, by the probability of the right text among m.
+    """Compute the areas under the deletion and insertion curves of heat maps.
+
+    The score is the probability of the correct text among m texts. Deleted pixels get the image's
+    mean colour; insertion starts from the blurred image.
 
     Args:
-        model: what `vlm.load` gives.
-        pixels: of each image, as `model.preprocess.pixels` makes them.
-        heats: of each image, for these pixels; of equal ones the upper left comes first.
-        z_texts: embeddings of the texts that the model chooses among.
-        right: which of them is each image's.
-        batch_size: images that are encoded at once.
-
-    What is deleted becomes the image's mean colour; insertion begins with the image blurred.
+        model: a model from `vlm.load`.
+        pixels: of each image, from `model.preprocess.pixels`.
+        heats: heat maps of these pixels; ties are broken in row-major order.
+        z_texts: embeddings of the candidate texts.
+        right: index of the correct text of each image.
+        batch_size: images per batch.
 
     Example:
         >>> pixels = [model.preprocess.pixels(picture) for picture in pictures]
@@ -55,22 +56,22 @@ def faithfulness(
         >>> found.deletion.shape, found.insertion.shape
         ((3,), (3,))
     """
-    shown: list[np.ndarray] = []
+    perturbed: list[np.ndarray] = []
     for image, heat in zip(pixels, heats, strict=True):
-        shown += _changed(image, heat)
+        perturbed += _perturb(image, heat)
     count = 2 * (STEPS + 1)
-    z = _encode(model, shown, batch_size)
+    z = _encode(model, perturbed, batch_size)
     logits = model.logit_scale * (z @ z_texts.T)
     target = np.repeat(np.asarray(right), count)
     shifted = logits - logits.max(1, keepdims=True)
-    chance = np.exp(shifted[np.arange(len(z)), target]) / np.exp(shifted).sum(1)
-    curves = chance.reshape(len(pixels), 2, STEPS + 1)
+    probability = np.exp(shifted[np.arange(len(z)), target]) / np.exp(shifted).sum(1)
+    curves = probability.reshape(len(pixels), 2, STEPS + 1)
     area = (curves[..., 1:] + curves[..., :-1]).mean(-1) / 2
     return Faithfulness(area[:, 0], area[:, 1])
 
 
-def _changed(image: np.ndarray, heat: np.ndarray) -> list[np.ndarray]:
-    """The images of both curves: with more and more deleted, then with more and more inserted."""
+def _perturb(image: np.ndarray, heat: np.ndarray) -> list[np.ndarray]:
+    """Return the images of the deletion curve, then those of the insertion curve."""
     order = np.argsort(-heat.reshape(-1), kind="stable")
     rank = np.empty(len(order), int)
     rank[order] = np.arange(len(order))
@@ -88,7 +89,7 @@ def _encode(model: Any, images: list[np.ndarray], batch_size: int) -> Float[np.n
     parts = []
     for start in range(0, len(images), batch_size):
         rows = images[start : start + batch_size]
-        full = rows + [rows[-1]] * (batch_size - len(rows))  # one shape to compile
+        full = rows + [rows[-1]] * (batch_size - len(rows))  # one compiled shape
         batch = model.preprocess.normalize(model.preprocess.collate(full))
         parts.append(np.asarray(_program(graph, state, batch))[: len(rows)])
     return np.concatenate(parts)

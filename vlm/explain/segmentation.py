@@ -1,4 +1,4 @@
-"""Zero-shot segmentation: every place of an image goes to the label that it is most like."""
+"""Zero-shot segmentation: assign each image position to its most similar label."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,13 @@ from vlm.paths import as_path
 
 @dataclass(frozen=True, repr=False)
 class Segmentation:
-    """An image cut up by labels.
+    """Segmentation of an image by labels.
 
     Attributes:
-        labels: the m names, in the order of the scores; the last may be "none of these".
-        scores: (m, h, w) float32 in the image's own pixels: the probability of each label there.
-        mask: (h, w), the index of the best label; -1 where the model was not shown the image.
-        image: the image as it was opened.
+        labels: the m labels, in the order of the scores; the last may be "none of these".
+        scores: (m, h, w) float32 at the resolution of the image: probability of each label.
+        mask: (h, w), index of the best label; -1 outside the crop that the model sees.
+        image: the decoded image.
 
     Example:
         >>> from vlm.explain import segment
@@ -42,17 +42,17 @@ class Segmentation:
 
     @property
     def shares(self) -> list[tuple[str, float]]:
-        """Each label with its share of the pixels that the model was shown."""
-        seen = self.mask[self.mask >= 0]
-        return [(label, float((seen == i).mean())) for i, label in enumerate(self.labels)]
+        """Each label with its fraction of the pixels that the model sees."""
+        visible = self.mask[self.mask >= 0]
+        return [(label, float((visible == i).mean())) for i, label in enumerate(self.labels)]
 
     def picture(self) -> Image.Image:
-        """The image with each label in a colour of its own."""
+        """Return the image with each label in a different colour."""
         palette = np.array(display.COLOURS, np.float32)
         colours = palette[self.mask % len(palette)]
-        seen = (self.mask >= 0)[..., None]
+        visible = (self.mask >= 0)[..., None]
         pixels = np.asarray(self.image, np.float32)
-        mixed = np.where(seen, 0.45 * pixels + 0.55 * colours, 0.3 * pixels + 0.7 * 255)
+        mixed = np.where(visible, 0.45 * pixels + 0.55 * colours, 0.3 * pixels + 0.7 * 255)
         return Image.fromarray(mixed.astype(np.uint8))
 
     def save(self, file: str | os.PathLike) -> None:
@@ -84,26 +84,28 @@ def segment(
     templates: Sequence[str] | None = None,
     none: Sequence[str] | str | None = None,
 ) -> Segmentation:
-    """Cut one image up by labels named in words, without any training (arXiv:2112.01071).
+    """Segment one image by text labels, without training (MaskCLIP, arXiv:2112.01071).
 
-    The tower embeds each of its places on its own, and each goes to the nearest label; between the
-    middles of places the scores are interpolated. It is a rough cut, as fine as the places are.
+    Each position of the vision tower is classified by its own embedding. Scores are interpolated
+    between the centres of the positions, so the resolution is that of the patches.
 
     Args:
-        model: what `vlm.load` gives, with both towers.
+        model: a model from `vlm.load`, with both towers.
         image: a PIL image, a path, the bytes of a file or an array of pixels.
-        labels, templates, none: as of `vlm.ZeroShotClassifier`; with `none`, such as "a photo.",
-            one more label takes what shows none of them.
+        labels, templates, none: see `vlm.ZeroShotClassifier`; `none`, such as "a photo.", adds a
+            label for regions that match no other label.
 
     Raises:
-        ConfigError: as of `vlm.ZeroShotClassifier`, or a model without its image tower.
-        DataError: the image cannot be read, or is no image.
+        ConfigError: see `vlm.ZeroShotClassifier`; or a model without its image tower.
+        DataError: the image cannot be read, or is not an image.
 
     Example:
         >>> vlm.explain.segment(model, "park.jpg", ["dog", "grass", "sky"])  # doctest: +SKIP
     """
     if not is_image(image):
-        raise DataError(f"one image is cut up at a time, not a {type(image).__name__}")
+        raise DataError(
+            f"segment takes one image, not a {type(image).__name__}: call it once per image"
+        )
     if model.model.vision is None:
         raise ConfigError(
             f"{model.name} was loaded without its image tower: load it with tower='both'"
@@ -114,20 +116,20 @@ def segment(
     batch = model.preprocess.normalize(model.preprocess.collate([pixels]))
     rows, columns = grid(model.config.vision, model.preprocess, opened.size)
     z = np.asarray(dense_embeddings(model.model, batch))[0, : rows * columns]
-    by_place = to_scores(classifier.logits(z), classifier.rule)
+    by_position = to_scores(classifier.logits(z), classifier.rule)
     patch_size = model.config.vision.patch_size
     scores = np.stack(
         [
             on_image(
-                np.asarray(of_label, np.float32),
+                np.asarray(label_scores, np.float32),
                 model.preprocess,
                 patch_size,
                 opened.size,
                 outside=-1,
             )
-            for of_label in by_place.T.reshape(-1, rows, columns)
+            for label_scores in by_position.T.reshape(-1, rows, columns)
         ]
     )
-    seen = scores.min(0) >= 0
-    mask = np.where(seen, scores.argmax(0), -1)
+    visible = scores.min(0) >= 0
+    mask = np.where(visible, scores.argmax(0), -1)
     return Segmentation(classifier.labels, np.maximum(scores, 0), mask, opened)

@@ -1,4 +1,4 @@
-"""The map of a set: each image a point, and near ones alike."""
+"""2-D map of image embeddings (PCA or a given projection), drawn with thumbnails."""
 
 import base64
 import io
@@ -16,17 +16,16 @@ from vlm.errors import ConfigError, DataError
 from vlm.inputs.opening import open_image
 from vlm.paths import as_path
 
-PAGE, EDGE = (250, 250, 252), 12  # background; pixels around the map
+BACKGROUND, MARGIN = (250, 250, 252), 12  # colour; pixels around the map
 
 
 @dataclass(frozen=True, repr=False)
 class EmbeddingMap:
-    """Images at points of a plane.
+    """2-D map of images.
 
     Attributes:
         points: (n, 2), from 0 to 1; x to the right, y downwards.
-        explained: the share of the embeddings' variance that the two axes hold; None for a
-            projection that was given.
+        explained: fraction of the variance explained by the two axes; None for a given projection.
         images: the n images.
 
     Example:
@@ -41,47 +40,47 @@ class EmbeddingMap:
     images: tuple[Any, ...] = field(compare=False)
 
     def picture(self, size: int = 900, thumbnail: int = 56) -> Image.Image:
-        """The map as a square picture: thumbnails where there is room, and dots elsewhere."""
-        sheet = Image.new("RGB", (size, size), PAGE)
+        """Draw the map as a square image, with thumbnails where they do not overlap, else dots."""
+        sheet = Image.new("RGB", (size, size), BACKGROUND)
         draw = ImageDraw.Draw(sheet)
-        places = self._places(size, thumbnail)
-        for x, y in places:
+        positions = self._positions(size, thumbnail)
+        for x, y in positions:
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=display.COLOURS[0])
-        for i in self._with_room(places, thumbnail):
-            small = _small(self.images[i], thumbnail)
-            x, y = (round(v) for v in places[i])
+        for i in self._without_overlap(positions, thumbnail):
+            small = _thumbnail(self.images[i], thumbnail)
+            x, y = (round(v) for v in positions[i])
             sheet.paste(small, (x - small.width // 2, y - small.height // 2))
         return sheet
 
     def svg(self, size: int = 900, thumbnail: int = 56) -> str:
-        """The same as SVG, with the thumbnails inside; a dot tells its number on hover."""
-        places = self._places(size, thumbnail)
+        """Draw the map as SVG with embedded thumbnails; hovering shows the image number."""
+        positions = self._positions(size, thumbnail)
         fill = "rgb({},{},{})".format(*display.COLOURS[0])
         parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size} {size}" '
-            f'width="{size}" role="img" aria-label="map of {len(places)} images">'
+            f'width="{size}" role="img" aria-label="map of {len(positions)} images">'
         ]
         parts += [
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{fill}"><title>{i}</title></circle>'
-            for i, (x, y) in enumerate(places)
+            for i, (x, y) in enumerate(positions)
         ]
-        for i in self._with_room(places, thumbnail):
-            small, (x, y) = _small(self.images[i], thumbnail), places[i]
+        for i in self._without_overlap(positions, thumbnail):
+            small, (x, y) = _thumbnail(self.images[i], thumbnail), positions[i]
             out = io.BytesIO()
             small.save(out, "PNG")
-            address = "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+            url = "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
             parts.append(
-                f'<image href="{address}" x="{x - small.width / 2:.1f}" '
+                f'<image href="{url}" x="{x - small.width / 2:.1f}" '
                 f'y="{y - small.height / 2:.1f}" width="{small.width}" height="{small.height}">'
                 f"<title>{i}</title></image>"
             )
         return "".join([*parts, "</svg>"])
 
     def save(self, file: str | os.PathLike) -> None:
-        """Write the map as the file's ending says, .svg or .png.
+        """Write the map as .svg or .png, by the extension of the file name.
 
         Raises:
-            ConfigError: another ending.
+            ConfigError: any other extension.
         """
         name = os.fspath(file).lower()
         if name.endswith(".svg"):
@@ -90,24 +89,26 @@ class EmbeddingMap:
             with as_path(file).open("wb") as out:
                 self.picture().save(out, "PNG")
         else:
-            raise ConfigError(f"{os.fspath(file)!r} is neither .svg nor .png: name one of them")
+            raise ConfigError(
+                f"{os.fspath(file)!r} is neither .svg nor .png: use one of these extensions"
+            )
 
     def __repr__(self) -> str:
-        held = "" if self.explained is None else f", {self.explained:.0%} of the variance"
-        return f"EmbeddingMap({len(self.points):,} images{held})"
+        variance = "" if self.explained is None else f", {self.explained:.0%} of the variance"
+        return f"EmbeddingMap({len(self.points):,} images{variance})"
 
     def _repr_html_(self) -> str:
         return self.svg()
 
-    def _places(self, size: int, thumbnail: int) -> np.ndarray:
-        edge = EDGE + thumbnail / 2
-        return edge + self.points * (size - 2 * edge)
+    def _positions(self, size: int, thumbnail: int) -> np.ndarray:
+        margin = MARGIN + thumbnail / 2
+        return margin + self.points * (size - 2 * margin)
 
-    def _with_room(self, places: np.ndarray, thumbnail: int) -> list[int]:
-        """The images whose thumbnails overlap none before them."""
+    def _without_overlap(self, positions: np.ndarray, thumbnail: int) -> list[int]:
+        """Return the images whose thumbnails do not overlap an earlier one."""
         chosen: list[int] = []
-        for i, place in enumerate(places):
-            if all(np.abs(place - places[j]).max() >= thumbnail for j in chosen):
+        for i, position in enumerate(positions):
+            if all(np.abs(position - positions[j]).max() >= thumbnail for j in chosen):
                 chosen.append(i)
         return chosen
 
@@ -118,17 +119,17 @@ def embedding_map(
     *,
     projection: Float[np.ndarray, "n 2"] | None = None,
 ) -> EmbeddingMap:
-    """The map of images by their embeddings; the same embeddings always give the same map.
+    """Make a 2-D map of images from their embeddings; it is deterministic.
 
     Args:
-        z_image: what `model.encode_image(images)` gives.
+        z_image: embeddings from `model.encode_image(images)`.
         images: PIL images, paths or arrays, one for each row.
-        projection: points of your own, such as UMAP or t-SNE made. None: the first two principal
-            components, each turned so that its largest point is positive.
+        projection: given points, such as from UMAP or t-SNE. None: the first two principal
+            components, each with the sign that makes its largest coordinate positive.
 
     Raises:
-        DataError: fewer than two images, another number of images or of points, or numbers that
-            are not finite.
+        DataError: fewer than two images, mismatched numbers of images, embeddings or points, or
+            numbers that are not finite.
 
     Example:
         >>> from vlm.explain import embedding_map
@@ -143,32 +144,32 @@ def embedding_map(
         )
     explained = None
     if projection is None:
-        _finite(z, "the embeddings")
+        _check_finite(z, "the embeddings")
         centred = z - z.mean(0)
-        left, strength, _ = np.linalg.svd(centred, full_matrices=False)
+        left, singular, _ = np.linalg.svd(centred, full_matrices=False)
         points = np.zeros((len(z), 2))
-        count = min(2, len(strength))
-        points[:, :count] = left[:, :count] * strength[:count]
+        count = min(2, len(singular))
+        points[:, :count] = left[:, :count] * singular[:count]
         largest = np.abs(points).argmax(0)
         points *= np.where(points[largest, [0, 1]] < 0, -1, 1)
-        explained = float((strength[:2] ** 2).sum() / max((strength**2).sum(), 1e-30))
+        explained = float((singular[:2] ** 2).sum() / max((singular**2).sum(), 1e-30))
     else:
         points = np.array(projection, np.float64)
         if points.shape != (len(z), 2):
-            raise DataError(f"a projection of shape {points.shape}: give ({len(z)}, 2)")
-        _finite(points, "the projection")
+            raise DataError(f"the projection has shape {points.shape}: it must be ({len(z)}, 2)")
+        _check_finite(points, "the points of the projection")
     low = points.min(0)
     points = (points - low) / max(float((points.max(0) - low).max()), 1e-30)
-    points += (1 - points.max(0)) / 2  # the shorter side in the middle
+    points += (1 - points.max(0)) / 2  # centre the shorter side
     return EmbeddingMap(points, explained, images)
 
 
-def _finite(values: np.ndarray, what: str) -> None:
+def _check_finite(values: np.ndarray, name: str) -> None:
     if not np.isfinite(values).all():
-        raise DataError(f"{what} hold numbers that are not finite: leave those rows out")
+        raise DataError(f"{name} contain non-finite numbers: remove those rows")
 
 
-def _small(image: Any, size: int) -> Image.Image:
+def _thumbnail(image: Any, size: int) -> Image.Image:
     small = open_image(image)
     small.thumbnail((size, size), Image.Resampling.LANCZOS)
     return small
