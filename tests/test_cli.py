@@ -396,7 +396,7 @@ WRONG_USAGE = {
     ("classify", "RUN", *RED): "needs images",
     ("classify", "RUN", "DATA"): "--labels",
     ("classify", "RUN", "DATA", "--labels", " , ,"): "no labels",
-    ("classify", "RUN", "DATA", "--labels-file", "IMAGE"): "not a UTF-8 text",
+    ("classify", "RUN", "DATA", "--labels-file", "IMAGE"): "not UTF-8 text",
     ("classify", "RUN", "DATA", *RED, "--labels-file", "IMAGE"): "either",
     ("classify", "RUN", "DATA", *RED, "--top", "0"): "--top 0",
     ("classify", "RUN", "DATA", *RED, "--top", "few"): "--top takes INT, not 'few'",

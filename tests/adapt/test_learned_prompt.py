@@ -174,7 +174,7 @@ def test_bad_input(model, tmp_path):
     with pytest.raises(ConfigError, match="text tower"):
         learn_prompt(half, pictures, ["red", "blue"], template="a {}")
     (tmp_path / "other.safetensors").write_bytes(b"no")
-    with pytest.raises(CheckpointError, match="is no saved classifier"):
+    with pytest.raises(CheckpointError, match="is not a saved classifier"):
         load_classifier(tmp_path / "other.safetensors", model)
-    with pytest.raises(CheckpointError, match="is no saved classifier"):
+    with pytest.raises(CheckpointError, match="is not a saved classifier"):
         load_classifier(tmp_path / "missing.safetensors", model)

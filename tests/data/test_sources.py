@@ -199,7 +199,7 @@ def test_tables_that_are_wrong(tmp_path):
         with pytest.raises(DataError, match=message):
             open_source(DataConfig(str(tmp_path / name)), "train")
     (tmp_path / "latin.csv").write_bytes("image,caption\nx,Käse\n".encode("latin-1"))
-    with pytest.raises(DataError, match="not a UTF-8 text"):
+    with pytest.raises(DataError, match="not UTF-8 text"):
         open_source(DataConfig(str(tmp_path / "latin.csv")), "train")
     with pytest.raises(DataError, match="no table"):
         open_source(DataConfig(str(tmp_path / "none.csv")), "train")

@@ -142,15 +142,15 @@ def measure(folder: Path, saves: int, writers: int, seed: int = 0) -> dict[str, 
         for pid in [*running, reader]:
             os.kill(pid, signal.SIGKILL)
             failed += not os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-    said = [line.split() for line in lines()]
-    tried = {name for word, name in said if word == "try"}
-    saved = {name for word, name in said if word == "saved"}
+    events = [line.split() for line in lines()]
+    tried = {name for word, name in events if word == "try"}
+    saved = {name for word, name in events if word == "saved"}
     held = set(RetrievalIndex.load(index, Model()).ids)
     rows = len(list(index.glob("rows-*")))
     return {
-        "saves tried": sum(word == "try" for word, _ in said),
+        "saves tried": sum(word == "try" for word, _ in events),
         "saves that returned": len(saved),
-        "saves refused (conflict)": sum(word == "conflict" for word, _ in said),
+        "saves refused (conflict)": sum(word == "conflict" for word, _ in events),
         "processes killed": killed,
         "loads by the reader": len((logs / "reader").read_text().splitlines()),
         "processes that failed": failed,

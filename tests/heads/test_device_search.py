@@ -1,4 +1,4 @@
-"""Search over the devices of a mesh: the same answers, each device its share, one gather."""
+"""Search on a mesh: results equal those of the host, one shard per device, one all-gather."""
 
 import re
 
@@ -42,12 +42,12 @@ def test_what_a_tpu_is_asked_gives_the_same_where_it_is_exact(mesh, monkeypatch)
     rows, query = rng.standard_normal((300, 6)), rng.standard_normal((4, 6))
     search = DeviceSearch([rows.astype(np.float32)], mesh, approximate=True)
     mask = jax.device_put(np.arange(len(search.rows)) < 300, search.rows.sharding)
-    program = device_search._program(mesh, search._share, search._tile, 5, approximate=True)
+    program = device_search._program(mesh, search._shard, search._tile, 5, approximate=True)
     _, positions = program(query.astype(np.float32), search.rows, mask)
     np.testing.assert_array_equal(positions, np.argsort(-query @ rows.T, axis=1)[:, :5])
 
 
-def test_each_device_holds_its_share_and_one_gather_brings_k_of_each(mesh):
+def test_each_device_holds_one_shard_and_one_all_gather_collects_k_of_each(mesh):
     rows = np.random.default_rng(0).standard_normal((1000, 32)).astype(np.float32)
     search = DeviceSearch([rows], mesh)
     assert len(search.rows.sharding.device_set) == 8

@@ -57,7 +57,7 @@ def test_round_trip(model, tmp_path, monkeypatch):
     np.testing.assert_allclose(again.embeddings(), index.embeddings(), atol=1e-6)
     (tmp_path / "file").write_text("mine")
     for taken in ("out", "file"):
-        with pytest.raises(CheckpointError, match="is there already"):
+        with pytest.raises(CheckpointError, match="exists already"):
             write_clip_retrieval(index, tmp_path / taken)
 
 
@@ -134,7 +134,7 @@ def test_bad_folders(model, tmp_path, make_model):
     np.save(tmp_path / "out/img_emb/img_emb_0.npy", unit(5)[0])
     with pytest.raises(ConfigError, match=r"has shape \(16,\)"):
         read_clip_retrieval(tmp_path / "out", model)
-    (tmp_path / "out/img_emb/img_emb_0.npy").write_bytes(b"torn")
+    (tmp_path / "out/img_emb/img_emb_0.npy").write_bytes(b"corrupt")
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_clip_retrieval(tmp_path / "out", model)
     with pytest.raises(ConfigError, match="empty"):
@@ -164,7 +164,7 @@ def test_faiss(model):
     scores, positions = to_faiss(index).search(queries, 1)
     assert index.ids[positions[1, 0]] == ids[1][0]
     assert scores[1, 0] == pytest.approx(expected[1][0].score, abs=1e-6)
-    with pytest.raises(ConfigError, match="faiss makes no index 'Nonsense'"):
+    with pytest.raises(ConfigError, match="faiss cannot build an index 'Nonsense'"):
         to_faiss(index, "Nonsense")
 
 
@@ -228,7 +228,7 @@ def test_faiss_options_must_fit(model):
         ("HNSW16", {"nprobe": 4}, "has no nprobe"),
         ("IVF4,Flat", {"ef_search": 4}, "has no efSearch"),
         ("IVF4,Flat", {"nprobe": 0}, "needs a positive nprobe"),
-        ("IVF1000,Flat", {}, "makes no index 'IVF1000,Flat' of 500 rows"),
+        ("IVF1000,Flat", {}, "cannot build an index 'IVF1000,Flat' of 500 rows"),
     ):
         with pytest.raises(ConfigError, match=match):
             to_faiss(index, factory, **options)

@@ -247,11 +247,11 @@ def test_a_saved_head_says_the_same(model, make_model, paint, method, tmp_path):
     np.testing.assert_array_equal(found(images).logits, made(images).logits)
     with pytest.raises(CheckpointError, match="embeds differently"):
         load_classifier(tmp_path / "head.safetensors", make_model(seed=1))
-    with pytest.raises(CheckpointError, match="is no zero-shot classifier"):
+    with pytest.raises(CheckpointError, match="is not a zero-shot classifier"):
         ZeroShotClassifier.load(tmp_path / "head.safetensors", model)
     made.labels = made.labels[1:]
     made.save(tmp_path / "short.safetensors")
-    with pytest.raises(CheckpointError, match="another number of weights than labels"):
+    with pytest.raises(CheckpointError, match="the numbers of weights and labels differ"):
         load_classifier(tmp_path / "short.safetensors", model)
     zero_shot.save(tmp_path / "words.safetensors")
     assert load_classifier(tmp_path / "words.safetensors", model).labels == zero_shot.labels
@@ -263,12 +263,12 @@ def test_files_that_are_no_classifiers(model, tmp_path):
     numpy.save_file(held, tmp_path / "bare")
     numpy.save_file(held, tmp_path / "other", {"format": "pt"})
     numpy.save_file(held, tmp_path / "newer", {"vlm oracle": "{}"})
-    (tmp_path / "torn").write_bytes(b"torn")
+    (tmp_path / "corrupt").write_bytes(b"corrupt")
     for name, match in {
-        "bare": "bare is no saved classifier: give",
-        "other": "other is no saved classifier: give",
-        "torn": r"torn is no saved classifier \(.+\): give",
-        "missing": r"missing is no saved classifier \(.+\): give",
+        "bare": "bare is not a saved classifier: give",
+        "other": "other is not a saved classifier: give",
+        "corrupt": r"corrupt is not a saved classifier \(.+\): give",
+        "missing": r"missing is not a saved classifier \(.+\): give",
         "newer": "newer is a vlm oracle, which this vlm does not know: update vlm",
     }.items():
         with pytest.raises(CheckpointError, match=match):

@@ -1,4 +1,4 @@
-"""Conditions on columns of texts, of numbers and of both."""
+"""Filters on columns of texts, of numbers and of both."""
 
 import numpy as np
 import pytest
@@ -32,12 +32,12 @@ def test_all_must_hold(conditions, kept):
 
 
 @pytest.mark.parametrize(
-    ("condition", "said"),
+    ("condition", "message"),
     [
         (("year", "=", "red"), "the numbers of 'year' are compared with the text 'red'"),
         (("any", "<", 3.0), "'any' holds texts and numbers, which < cannot order"),
     ],
 )
-def test_what_has_no_order_is_refused(condition, said):
-    with pytest.raises(ConfigError, match=said):
+def test_comparisons_without_an_order_are_refused(condition, message):
+    with pytest.raises(ConfigError, match=message):
         where_all([Condition(*condition)])(COLUMNS)

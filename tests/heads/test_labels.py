@@ -74,7 +74,7 @@ def test_the_names_of_an_installed_open_clip():
 def test_bad_places(tmp_path):
     (tmp_path / "a.json").write_text('{"x": ["a"], "y": 3}')
     (tmp_path / "empty.txt").write_text("\n")
-    (tmp_path / "torn.json").write_text("[")
+    (tmp_path / "truncated.json").write_text("[")
     (tmp_path / "list.json").write_text('["a"]')
     (tmp_path / "numbers.json").write_text('["a", 1]')
     (tmp_path / "mixed.json").write_text('{"x": ["a", 1]}')
@@ -85,11 +85,11 @@ def test_bad_places(tmp_path):
         f"{tmp_path}/a.json:y": "no list of labels",
         f"{tmp_path}/a.json": "name one of its entries",
         f"{tmp_path}/empty.txt": "holds no labels",
-        f"{tmp_path}/torn.json": "is not JSON",
+        f"{tmp_path}/truncated.json": "is not JSON",
         f"{tmp_path}/list.json:x": "no labels of 'x': it has no names at all",
         f"{tmp_path}/numbers.json": "holds no list of labels: write a list of texts",
         f"{tmp_path}/mixed.json": "no list of labels: name one of its entries",
-        f"{tmp_path}/pixels.txt": "is not a UTF-8 text",
+        f"{tmp_path}/pixels.txt": "is not UTF-8 text",
         "tfds:no_such_data": "TFDS does not know the data set 'no_such_data'",
     }.items():
         with pytest.raises(DataError, match=match):
@@ -190,9 +190,9 @@ def test_save_and_load(model, paint, tmp_path, make_model):
     with pytest.raises(CheckpointError, match="embeds differently"):
         ZeroShotClassifier.load(tmp_path / "c.safetensors", make_model(seed=1))
     assert (again.groups, again.rule, again.prompts) == ([], "sigmoid", classify.prompts)
-    (tmp_path / "torn").write_bytes(b"torn")
-    with pytest.raises(CheckpointError, match="is no zero-shot classifier"):
-        ZeroShotClassifier.load(tmp_path / "torn", model)
+    (tmp_path / "corrupt").write_bytes(b"corrupt")
+    with pytest.raises(CheckpointError, match="is not a zero-shot classifier"):
+        ZeroShotClassifier.load(tmp_path / "corrupt", model)
     classify.z_labels = classify.z_labels[:2]
     classify.save(tmp_path / "short.safetensors")
     with pytest.raises(CheckpointError, match="another number of embeddings than labels"):
@@ -222,7 +222,7 @@ def test_many_prompts_are_embedded_once(make_model, tmp_path, monkeypatch):
     np.save(tmp_path / "objects.npy", np.array([print] * 20), allow_pickle=True)
     np.save(tmp_path / "rows.npy", z[:3])
     objects, few = ((tmp_path / name).read_bytes() for name in ("objects.npy", "rows.npy"))
-    for bad in (b"torn", objects, few):  # a pickle could run anything: it is not opened
+    for bad in (b"corrupt", objects, few):  # a pickle could run any code: it is not opened
         for file in (tmp_path / "classifiers").glob("*.npy"):
             file.write_bytes(bad)
         np.testing.assert_array_equal(ZeroShotClassifier(first, labels).z_labels, held.z_labels)

@@ -149,17 +149,17 @@ def test_a_stream_is_encoded_in_bounded_chunks(model, paint, monkeypatch):
     assert index.search(paint(COLOURS[4], noise=5, seed=4), k=1)[0].id == "p4"
 
 
-def test_pictures_that_cannot_be_read_are_told_and_left_out(model, paint, tmp_path, monkeypatch):
+def test_images_that_cannot_be_read_are_reported_and_left_out(model, paint, tmp_path, monkeypatch):
     monkeypatch.setattr(retrieval, "CHUNK", 2)
-    (tmp_path / "torn.png").write_bytes(b"torn")
+    (tmp_path / "corrupt.png").write_bytes(b"corrupt")
     pictures = [paint(colour) for colour in COLOURS]
-    pictures[3] = tmp_path / "torn.png"  # the second of its chunk
-    index, told = RetrievalIndex(model), []
+    pictures[3] = tmp_path / "corrupt.png"  # the second of its chunk
+    index, unread = RetrievalIndex(model), []
     index.add(
-        pictures, ids=COLOURS, metadata={"n": range(6)}, on_error=lambda at, _: told.append(at)
+        pictures, ids=COLOURS, metadata={"n": range(6)}, on_error=lambda at, _: unread.append(at)
     )
     left = [colour for colour in COLOURS if colour != "yellow"]
-    assert told == [3]
+    assert unread == [3]
     assert index.ids == tuple(left)
     assert index.columns == {"n": [0, 1, 2, 4, 5]}
     assert [index.search(paint(c), k=1)[0].id for c in left] == left
@@ -192,8 +192,8 @@ def test_half_precision_halves_the_rows_and_keeps_the_cosines(model, index, fold
         (["a", "b"], ["x"], "only 1 ids"),
         (["a"], ["x", "y"], "more ids than the 1 items"),
         (["a", "b"], "xy", "give a list with one id per item"),
-        (["a"], [3.5], "no text and no integer"),
-        (["a"], [True], "no text and no integer"),
+        (["a"], [3.5], "neither a text nor an integer"),
+        (["a"], [True], "neither a text nor an integer"),
         (["a", np.zeros((4, 4, 3), np.uint8)], None, "as item 1, image"),
         ([object()], None, "add got a object"),
         (7, None, "add got a int"),
@@ -309,7 +309,7 @@ def test_equal_files_are_trusted_without_a_look_at_the_image_tower(index, make_m
     assert model.seen == 1
 
 
-def test_torn_and_foreign_folders(index, model, tmp_path):
+def test_corrupt_and_foreign_folders(index, model, tmp_path):
     with pytest.raises(CheckpointError, match="holds no index"):
         RetrievalIndex.load(tmp_path / "nowhere", model)
     path = tmp_path / "index"
@@ -324,17 +324,21 @@ def test_torn_and_foreign_folders(index, model, tmp_path):
     broken("version 99", version=99)
     broken("does not describe", format="something")
     shard = meta["shards"][0]
-    broken("no usable 'shards'", shards=None)
-    broken("is torn: 6 ids", shards=[{**shard, "count": 5}])
-    broken("is torn", probe_text=[1.0])
-    broken("names an id twice", shards=[shard, shard])
+    broken("no valid 'shards'", shards=None)
+    broken(r"is corrupt \(6 ids", shards=[{**shard, "count": 5}])
+    broken("is corrupt", probe_text=[1.0])
+    broken("duplicate ids", shards=[shard, shard])
     broken("cannot be read", shards=[{**shard, "name": "gone"}])
-    broken("codes of no known kind", coding="pq")
+    broken("codes of an unknown kind", coding="pq")
     broken("cannot be read", removed="removed-gone.npy")
     ids = path / f"items-{shard['name']}.json"
     whole = ids.read_text()
-    for torn, match in (("{", "is not JSON"), ("[]", "is torn"), ('{"ids": [1]}', "torn: 1 ids")):
-        ids.write_text(torn)
+    for text, match in (
+        ("{", "is not JSON"),
+        ("[]", "is corrupt"),
+        ('{"ids": [1]}', r"corrupt \(1 ids"),
+    ):
+        ids.write_text(text)
         broken(match)
     ids.write_text(whole)
     (path / "index.json").write_text("{")

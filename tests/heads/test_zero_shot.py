@@ -102,18 +102,18 @@ def test_all_labels_of_at_least_a_score():
     assert [label for label, _ in many.top()[0]] == list("abcde")
 
 
-def test_pictures_that_cannot_be_read_are_told_and_left_out(model, paint, tmp_path):
-    (tmp_path / "torn.png").write_bytes(b"torn")
+def test_images_that_cannot_be_read_are_reported_and_left_out(model, paint, tmp_path):
+    (tmp_path / "corrupt.png").write_bytes(b"corrupt")
     colours = ["red", "green", "blue"] * 5
     pictures = [paint(colour) for colour in colours]
-    pictures[1] = tmp_path / "torn.png"
-    told = []
+    pictures[1] = tmp_path / "corrupt.png"
+    unread = []
     result = ZeroShotClassifier(model, LABELS)(
-        pictures, batch_size=4, on_error=lambda at, error: told.append((at, type(error)))
+        pictures, batch_size=4, on_error=lambda at, error: unread.append((at, type(error)))
     )
-    assert told == [(1, DataError)]
+    assert unread == [(1, DataError)]
     assert [row[0][0] for row in result.top(1)] == [colours[0], *colours[2:]]
-    # A dozen are kept to be shown, and the torn one is none of them.
+    # A dozen are kept for display, without the corrupt one.
     assert len(result.images) == 12
     assert result.images[0] is pictures[0]
     assert result.images[1] is pictures[2]

@@ -1,13 +1,13 @@
 """Heads: zero-shot and few-shot classification, and retrieval, over a model's embeddings.
 
-Every head takes an object with this face, which `vlm.load` gives:
+Every head takes an object with this interface, as returned by `vlm.load`:
 
     encode_image(images, batch_size=...)  (n, d) float32, unit norm
     encode_text(texts)                    (m, d) float32, unit norm
     logit_scale, logit_bias               the logits are scale * cosine + bias
-    loss                                  "softmax" or "sigmoid": the rule from logits to scores
-    name                                  what the model is called
-    fingerprint                           of its weights file, if it has one (optional)
+    loss                                  "softmax" or "sigmoid": how logits become scores
+    name                                  the name of the model
+    fingerprint                           hash of its weights file (optional)
 """
 
 from etils import epy

@@ -1,4 +1,4 @@
-"""Calibration: the temperature at which scores are probabilities, from a few labelled images."""
+"""Temperature scaling: calibrate scores as probabilities from a few labelled images."""
 
 import math
 
@@ -13,10 +13,10 @@ PRIOR = 0.5  # standard deviation of log temperature around 0: few labels move i
 def fit_temperature(
     logits: Float[np.ndarray, "n m"], target: Int[np.ndarray, " n"], rule: str = "softmax"
 ) -> float:
-    """The temperature T under which the labels are most probable, given logits / T.
+    """Fit the temperature T that maximises the likelihood of the labels, given logits / T.
 
-    Temperature scaling (Guo et al., 2017, arXiv:1706.04599) with a log-normal prior, so that a
-    handful of labels, all of them right, does not make the classifier sure of everything.
+    Temperature scaling (Guo et al., 2017, arXiv:1706.04599) with a log-normal prior. The prior
+    prevents overconfidence if a handful of labels are all predicted correctly.
 
     Args:
         logits: of labelled images.

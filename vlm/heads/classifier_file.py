@@ -1,7 +1,7 @@
-"""The file of a saved classifier: its arrays, how they were made, and by which model.
+"""File format of saved classifiers: arrays, their description, and the identity of the model.
 
-A `.safetensors` file whose metadata has one entry: what kind of classifier it is, as the key, and
-the description as JSON.
+A `.safetensors` file whose metadata has one entry: the kind of classifier as the key, and the
+description as JSON.
 """
 
 import contextlib
@@ -26,18 +26,18 @@ def write_classifier(
     about: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
 ) -> None:
-    """Write a classifier of `model`: JSON values about it, and its arrays; never half of it."""
+    """Write a classifier of `model` atomically: its description, as JSON values, and its arrays."""
     from safetensors.numpy import save_file
 
     partial = f"{os.fspath(file)}.partial"
-    held = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    save_file(held, partial, {kind: json.dumps({**about, **identity(model)})})
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    save_file(arrays, partial, {kind: json.dumps({**about, **identity(model)})})
     os.replace(partial, file)
 
 
 @contextlib.contextmanager
 def reading_classifier(file: str | os.PathLike, kind: str, model: Any) -> Iterator[Saved]:
-    """What `write_classifier` wrote; what goes wrong inside the block is the file's fault.
+    """Context manager that reads a classifier; errors inside the block become CheckpointErrors.
 
     Raises:
         CheckpointError: no such file, another file, or one of another model.
@@ -45,18 +45,18 @@ def reading_classifier(file: str | os.PathLike, kind: str, model: Any) -> Iterat
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, "numpy") as held:
-            about = json.loads(held.metadata()[kind])
-            tensors = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
+        with safe_open(file, "numpy") as archive:
+            about = json.loads(archive.metadata()[kind])
+            tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
         yield about, tensors
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         name = kind.removeprefix("vlm ")
-        raise CheckpointError(f"{file} is no {name} ({error}): save it again") from None
+        raise CheckpointError(f"{file} is not a {name} ({error}): save it again") from None
     check_identity(about, model, Path(file))
 
 
 def kind_of_classifier(file: str | os.PathLike) -> str:
-    """The kind that a file's classifier is of.
+    """Return the kind of classifier in a file.
 
     Raises:
         CheckpointError: no such file, or another file.
@@ -64,10 +64,10 @@ def kind_of_classifier(file: str | os.PathLike) -> str:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, "numpy") as held:
-            return next(key for key in held.metadata() or {} if key.startswith("vlm "))
+        with safe_open(file, "numpy") as archive:
+            return next(key for key in archive.metadata() or {} if key.startswith("vlm "))
     except (OSError, SafetensorError, StopIteration) as error:
         why = f" ({error})" if str(error) else ""
         raise CheckpointError(
-            f"{file} is no saved classifier{why}: give the file that a classifier's save wrote"
+            f"{file} is not a saved classifier{why}: give a file written by a classifier's save()"
         ) from None

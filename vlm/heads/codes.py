@@ -1,8 +1,8 @@
-"""Compact codes of embeddings: what a search scans first, before exact scores decide.
+"""Quantized codes of embeddings, which a search scans to find candidates for exact scoring.
 
-"int8" keeps a byte for each dimension and one scale a row; "binary" keeps the sign of each
-dimension, after the mean of the first rows is taken off, and compares codes by the number of equal
-bits. Both only propose candidates: the rows themselves, which may stay on disk, give the scores.
+"int8" stores one byte per dimension and one scale per row. "binary" stores the sign of each
+dimension, after subtracting the mean of the first rows, and compares codes by Hamming distance.
+Candidates are then scored with the embeddings themselves, which may stay on disk.
 """
 
 import functools
@@ -16,18 +16,18 @@ from vlm.heads.top_k import top_k
 
 Coding = Literal["int8", "binary"]
 
-# Candidates for each answer that is asked for, and the least number of them.
+# Candidates per requested answer, and their minimum.
 CANDIDATES: dict[str, int] = {"int8": 4, "binary": 40}
 LEAST = 100
 SCANNED = 1 << 16  # rows of bits compared in one call; the last ones are padded to this
 
 
 class Codes:
-    """The codes of a block of rows.
+    """Codes of a block of rows.
 
     Attributes:
         values: (n, d) int8, or (n, ceil(d / 32)) uint32 of signs.
-        scale: (n,) float32 for int8, so that a row is about values * scale; None for binary.
+        scale: (n,) float32 for int8, where a row is about values * scale; None for binary.
     """
 
     def __init__(self, values: np.ndarray, scale: np.ndarray | None = None):
@@ -39,7 +39,7 @@ class Codes:
 
 
 def encode(rows: Float[np.ndarray, "n d"], coding: Coding, centre: np.ndarray) -> Codes:
-    """The codes of rows; `centre` (d,) is taken off before signs are."""
+    """Encode rows; for binary codes `centre` (d,) is subtracted first."""
     check_choice("coding", coding, get_args(Coding))
     rows = np.asarray(rows, np.float32)
     if coding == "int8":
@@ -49,7 +49,7 @@ def encode(rows: Float[np.ndarray, "n d"], coding: Coding, centre: np.ndarray) -
 
 
 def signs(rows: Float[np.ndarray, "n d"], centre: Float[np.ndarray, " d"]) -> np.ndarray:
-    """The sign bits of rows - centre, packed into uint32 with zeros at the end."""
+    """Pack the sign bits of rows - centre into uint32, padded with zeros."""
     packed = np.packbits(rows > centre, axis=1)
     packed = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 4)))
     return np.ascontiguousarray(packed).view(np.uint32)
@@ -63,9 +63,9 @@ def candidates(
     centre: Float[np.ndarray, " d"],
     allowed: Bool[np.ndarray, " n"] | None = None,
 ) -> list[np.ndarray]:
-    """For each query the positions of the `count` rows that its codes put first, and their equals.
+    """Return for each query the positions of the `count` rows with the best codes.
 
-    Codes of signs come with ties, which are all returned.
+    Rows that tie with the last of them, as binary codes often do, are all returned.
     """
     check_choice("coding", coding, get_args(Coding))
     if coding == "int8":
@@ -85,7 +85,7 @@ def candidates(
 
 
 def _differing(codes: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """(q, n) uint16: the number of bits in which each query and each row differ."""
+    """Hamming distances (q, n), uint16, of each query and row."""
     out = np.empty((len(queries), len(codes)), np.uint16)
     program = _bit_counter()
     for start in range(0, len(codes), SCANNED):
@@ -101,7 +101,7 @@ def _differing(codes: np.ndarray, queries: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _bit_counter():
-    # XLA counts bits with the vector instructions for it: several times as fast as NumPy.
+    # XLA uses vector instructions for popcount: several times as fast as NumPy.
     import jax
     import jax.numpy as jnp
 

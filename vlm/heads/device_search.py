@@ -1,8 +1,7 @@
-"""Exact search on a mesh: each device holds its share of the rows, and gives its own k best.
+"""Exact search on a mesh: rows are sharded over the devices, and their top k are merged.
 
-Scores are compiled by XLA. A device walks over its rows in tiles, so that its memory is its share
-and one tile of products; then one all-gather brings k answers from every device, and the best of
-those are the answers.
+The search is compiled by XLA. Each device scans its shard in tiles, so it holds the shard and one
+tile of products. One all-gather then collects the top k of every device, and the best are kept.
 """
 
 import functools
@@ -20,11 +19,11 @@ TILE = 1 << 14  # rows multiplied at once on a device
 
 
 class DeviceSearch:
-    """The rows of an index on the devices of a mesh.
+    """Searcher over the rows of an index, sharded over the devices of a mesh.
 
     Args:
-        blocks: rows (n_i, d) of the index; each device reads its own share of them only.
-        mesh: its devices share the rows, whatever the axes are called.
+        blocks: rows (n_i, d) of the index; each device reads only its shard.
+        mesh: the rows are sharded over all of its axes.
         approximate: let a TPU find the best of each tile by `approx_max_k` (Chern et al., 2022,
             arXiv:2206.14286), which may miss a few; other devices stay exact.
 
@@ -38,14 +37,14 @@ class DeviceSearch:
             raise ConfigError("the index is empty: add items before placing it on devices")
         self.mesh, self.approximate = mesh, approximate
         self._axes = tuple(mesh.axis_names)
-        share = -(-self.count // mesh.size)
-        self._tile = min(TILE, share)
-        self._share = -(-share // self._tile) * self._tile  # rows of a device, the last ones empty
+        shard = -(-self.count // mesh.size)
+        self._tile = min(TILE, shard)
+        self._shard = -(-shard // self._tile) * self._tile  # rows per device, padded with zeros
         starts = np.cumsum([0, *map(len, blocks)])
         dtype, width = blocks[0].dtype, blocks[0].shape[1]
 
         def read(index: tuple[slice, ...]) -> np.ndarray:
-            first, last, _ = index[0].indices(self._share * mesh.size)
+            first, last, _ = index[0].indices(self._shard * mesh.size)
             out = np.zeros((last - first, width), dtype)
             for block, at in zip(blocks, starts[:-1], strict=True):
                 low, high = max(first, at), min(last, at + len(block))
@@ -53,8 +52,8 @@ class DeviceSearch:
                     out[low - first : high - first] = block[low - at : high - at]
             return out
 
-        shape = (self._share * mesh.size, width)
-        # The stub says that there may be no index, which there is here.
+        shape = (self._shard * mesh.size, width)
+        # The type stub allows an index of None, which does not occur here.
         over = self._over(P(self._axes))
         self.rows = jax.make_array_from_callback(shape, over, read)  # pyright: ignore[reportArgumentType]
 
@@ -65,12 +64,12 @@ class DeviceSearch:
         allowed: Bool[np.ndarray, " n"] | None = None,
         min_score: float = -np.inf,
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Positions and scores of the k nearest rows, as `top_k` gives them on the host."""
-        mask = np.zeros(self._share * self.mesh.size, bool)
+        """Return positions and scores of the k nearest rows, as `top_k` does on the host."""
+        mask = np.zeros(self._shard * self.mesh.size, bool)
         mask[: self.count] = True if allowed is None else allowed
         k = min(k, self.count)
-        asked = 1 << (len(z_query) - 1).bit_length()  # few shapes to compile for
-        padded = np.pad(np.asarray(z_query, np.float32), ((0, asked - len(z_query)), (0, 0)))
+        size = 1 << (len(z_query) - 1).bit_length()  # few shapes to compile for
+        padded = np.pad(np.asarray(z_query, np.float32), ((0, size - len(z_query)), (0, 0)))
         scores, positions = jax.device_get(
             self.program(k)(
                 jax.device_put(padded, self._over(P())),
@@ -86,21 +85,21 @@ class DeviceSearch:
         )
 
     def program(self, k: int):
-        """The compiled search for k answers: (queries, rows, mask) to (scores, positions)."""
+        """Return the compiled search: (queries, rows, mask) to k (scores, positions) per query."""
         on_tpu = self.mesh.devices.flat[0].platform == "tpu"
-        return _program(self.mesh, self._share, self._tile, k, self.approximate and on_tpu)
+        return _program(self.mesh, self._shard, self._tile, k, self.approximate and on_tpu)
 
     def _over(self, spec: P) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
 
 
 @functools.lru_cache(maxsize=64)
-def _program(mesh: Mesh, share: int, tile: int, k: int, approximate: bool):
+def _program(mesh: Mesh, shard: int, tile: int, k: int, approximate: bool):
     axes = tuple(mesh.axis_names)
-    kept = min(k, share)
+    kept = min(k, shard)
 
     def best_of(scores, positions):
-        scores, at = jax.lax.top_k(scores, kept)  # the first of equals comes first
+        scores, at = jax.lax.top_k(scores, kept)  # ties keep the order of the rows
         return scores, jnp.take_along_axis(positions, at, axis=1)
 
     def of_device(queries, rows, mask):
@@ -120,9 +119,9 @@ def _program(mesh: Mesh, share: int, tile: int, k: int, approximate: bool):
 
         count = len(queries)
         nothing = jnp.full((count, kept), -jnp.inf), jnp.zeros((count, kept), jnp.int32)
-        (scores, at), _ = jax.lax.scan(step, nothing, jnp.arange(0, share, tile))
-        at += share * jax.lax.axis_index(axes)
-        # Scores and positions travel together, so that there is one all-gather.
+        (scores, at), _ = jax.lax.scan(step, nothing, jnp.arange(0, shard, tile))
+        at += shard * jax.lax.axis_index(axes)
+        # Scores and positions are packed together: one all-gather instead of two.
         bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
         bits, at = jax.lax.all_gather(jnp.stack([bits, at]), axes, axis=2, tiled=True)
         scores = jax.lax.bitcast_convert_type(bits, jnp.float32)
@@ -135,6 +134,6 @@ def _program(mesh: Mesh, share: int, tile: int, k: int, approximate: bool):
             mesh=mesh,
             in_specs=(P(), P(axes), P(axes)),
             out_specs=P(),
-            check_vma=False,  # after the gather all devices hold the same
+            check_vma=False,  # after the all-gather the outputs are replicated
         )
     )

@@ -1,4 +1,4 @@
-"""Indexes of another program: the folders of clip-retrieval.
+"""Import from and export to the index folders of clip-retrieval.
 
 A clip-retrieval folder (github.com/rom1504/clip-retrieval) holds `img_emb/img_emb_0.npy`,
 `text_emb/text_emb_0.npy` and `metadata/metadata_0.parquet`, each in equal partitions, with the
@@ -21,7 +21,7 @@ from vlm.heads.retrieval import RetrievalIndex
 
 PARTITION = 1 << 18  # rows
 PATH = "image_path"
-INTEGER = "id_is_integer"  # a column of ours: which of the paths are integer ids in words
+INTEGER = "id_is_integer"  # a column that vlm adds: True if the id is an integer, stored as text
 Modality = Literal["img", "text"]
 _log = logging.getLogger(__name__)
 
@@ -29,11 +29,11 @@ _log = logging.getLogger(__name__)
 def read_clip_retrieval(
     folder: str | os.PathLike, model: Any, modality: Modality = "img", dtype: Stored = "float32"
 ) -> RetrievalIndex:
-    """An index of the embeddings in a clip-retrieval folder, with its metadata.
+    """Read the embeddings and metadata of a clip-retrieval folder into an index.
 
-    The ids are the paths of the images, or running numbers where the metadata has none. An index
-    that `write_clip_retrieval` wrote has the ids that it had, of the same types. Columns that hold
-    neither texts nor numbers are left out, and named in a warning.
+    The ids are the image paths, or running numbers if the metadata has none. Folders written by
+    `write_clip_retrieval` keep their ids, with the same types. Columns that hold neither texts nor
+    numbers are skipped and named in a warning.
 
     Args:
         folder: as `clip-retrieval inference` writes it.
@@ -42,7 +42,7 @@ def read_clip_retrieval(
         dtype: of the index.
 
     Raises:
-        CheckpointError: no such embeddings, or partitions that disagree with their metadata.
+        CheckpointError: no such embeddings, or partitions that do not match their metadata.
         ConfigError: embeddings of another width than the model's.
 
     Example:
@@ -81,10 +81,10 @@ def read_clip_retrieval(
                     "copy the folder again"
                 )
         paths = columns.pop(PATH, None) or [None] * len(z)
-        whole = columns.pop(INTEGER, None) or [False] * len(z)
+        integers = columns.pop(INTEGER, None) or [False] * len(z)
         ids = [
             _id_of(path, bool(number), len(index) + i)
-            for i, (path, number) in enumerate(zip(paths, whole, strict=True))
+            for i, (path, number) in enumerate(zip(paths, integers, strict=True))
         ]
         if len(z):
             index.add(np.asarray(z, np.float32), ids=ids, metadata=columns)
@@ -94,12 +94,12 @@ def read_clip_retrieval(
 def write_clip_retrieval(index: RetrievalIndex, folder: str | os.PathLike) -> None:
     """Write the embeddings and metadata of an index of images as a clip-retrieval folder.
 
-    The ids are the column `image_path`, as texts; if some are integers, `id_is_integer` says which.
+    The ids become the column `image_path`, as texts; `id_is_integer` marks integer ids, if any.
 
     Raises:
-        CheckpointError: the folder has files in it already.
+        CheckpointError: the folder is not empty.
         ConfigError: the index is empty, or has metadata columns of these names.
-        DataError: a column of texts and numbers, or a text that UTF-8 cannot hold.
+        DataError: a column of texts and numbers, or a text that is not valid Unicode.
 
     Example:
         >>> from vlm.heads import write_clip_retrieval
@@ -111,12 +111,12 @@ def write_clip_retrieval(index: RetrievalIndex, folder: str | os.PathLike) -> No
     if not len(index):
         raise ConfigError("the index is empty: add items before writing it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} is there already: choose a new folder")
+        raise CheckpointError(f"{folder} exists already: choose a new folder")
     ids, columns = index.ids, index.columns
     for name in {PATH, INTEGER} & columns.keys():
         raise ConfigError(
-            f"the index has a metadata column {name!r}, which is where the folder has its ids: add "
-            "the items under another name of the column"
+            f"the index has a metadata column {name!r}, which the folder uses for ids: add the "
+            "items with another column name"
         )
     integers = any(isinstance(name, int) for name in ids)
     for number, start in enumerate(range(0, len(ids), PARTITION)):
@@ -131,10 +131,10 @@ def write_clip_retrieval(index: RetrievalIndex, folder: str | os.PathLike) -> No
 def write_partition(
     folder: Path, number: int, z: np.ndarray, columns: Mapping[str, Sequence[Value]]
 ) -> None:
-    """One partition of a clip-retrieval folder, metadata last; a reader never sees half of a file.
+    """Write one partition of a clip-retrieval folder; each file atomically, the metadata last.
 
     Args:
-        folder: the whole folder.
+        folder: the clip-retrieval folder.
         number: of the partition, from 0.
         z: (n, d) embeddings of images.
         columns: their metadata, with `image_path`.
@@ -159,10 +159,10 @@ def write_partition(
 
 
 def _array(name: str, column: Sequence[Value]) -> Any:
-    """A column as Parquet has it.
+    """Convert a column to an Arrow array.
 
     Raises:
-        DataError: texts and numbers in one, or a text that UTF-8 cannot hold.
+        DataError: texts and numbers in one column, or a text that is not valid Unicode.
     """
     import pyarrow
 
@@ -178,14 +178,14 @@ def _array(name: str, column: Sequence[Value]) -> Any:
 
 
 def _id_of(path: Value, is_integer: bool, number: int) -> Id:
-    """The id of a row: its path, of the type that it had, or the running number."""
+    """Return the id of a row: its path, as an integer if it was one, or the running number."""
     if is_integer:
         return int(path)  # pyright: ignore[reportArgumentType]
     return path if isinstance(path, str | int) and not isinstance(path, bool) else number
 
 
 def _partitions(folder: Path, kind: str, suffix: str) -> dict[int, Path]:
-    """The files of a kind by the number of their partition, in order."""
+    """Return the files of a kind by partition number, in order."""
     found = {
         int(match[1]): file
         for file in (folder / kind).glob(f"{kind}_*.{suffix}")
@@ -195,7 +195,7 @@ def _partitions(folder: Path, kind: str, suffix: str) -> dict[int, Path]:
 
 
 def _columns(file: Path) -> dict[str, list[Value]]:
-    """The columns of a Parquet file that hold texts and numbers."""
+    """Read the columns of a Parquet file that hold texts and numbers."""
     import pyarrow
     import pyarrow.parquet
 

@@ -1,8 +1,8 @@
-"""Search by faiss: approximate indexes whose recall is measured against exact search.
+"""faiss search: approximate indexes, tuned to a recall measured against exact search.
 
-An inverted file ("IVF1024,Flat") looks into `nprobe` of its cells, and a graph ("HNSW32") keeps
-`ef_search` candidates. faiss's own defaults (1 cell, 16 candidates) miss most of the nearest rows,
-so that here the effort is chosen by the recall that it reaches.
+An inverted file ("IVF1024,Flat") scans `nprobe` of its cells, and a graph ("HNSW32") keeps
+`ef_search` candidates. faiss's defaults (1 cell, 16 candidates) miss most of the nearest rows, so
+the search effort is chosen here by the measured recall.
 """
 
 import logging
@@ -15,9 +15,9 @@ from vlm.errors import ConfigError
 from vlm.heads.retrieval import RetrievalIndex
 from vlm.heads.top_k import Searcher, recall_at_k, top_k
 
-RECALL = 0.95  # that the effort is chosen for, where none is given
-SAMPLE, NEAREST = 256, 10  # queries to measure recall on, and their neighbours
-COSINE = 0.5  # of such a query with the stored row that it is made of
+RECALL = 0.95  # default target recall
+SAMPLE, NEAREST = 256, 10  # queries to measure recall on, and neighbours per query
+COSINE = 0.5  # cosine of such a query with the stored row that it is made from
 _log = logging.getLogger(__name__)
 
 
@@ -28,23 +28,23 @@ def faiss_search(
     ef_search: int | None = None,
     recall: float = RECALL,
 ) -> Callable[[list[np.ndarray]], Searcher]:
-    """Make `RetrievalIndex.search_with` search by faiss; exact for "Flat".
+    """Make a faiss searcher for `RetrievalIndex.search_with`; exact for "Flat".
 
     The recall of the 10 nearest is measured on 256 queries at a cosine of about 0.5 from stored
     rows, and logged, as a warning if it is below `recall`. `RetrievalIndex.recall` measures it on
     queries of your own.
 
     Args:
-        factory: the description of an index as `faiss.index_factory` reads it, such as
+        factory: an index description for `faiss.index_factory`, such as
             "IVF1024,Flat" or "HNSW32".
-        nprobe: cells of an inverted file that are searched. None: the least power of two that
-            reaches `recall`.
+        nprobe: cells of an inverted file to search. None: the smallest power of two that reaches
+            `recall`.
         ef_search: candidates that a graph keeps; likewise.
-        recall: the share of the exact nearest neighbours to find.
+        recall: the fraction of the exact nearest neighbours to find.
 
     Raises:
-        ConfigError: faiss is not installed or does not know the description, or it has no such
-            option.
+        ConfigError: faiss is not installed, the description is invalid, or the index type does not
+            have the option.
 
     Example:
         >>> index = vlm.RetrievalIndex(model)
@@ -63,10 +63,10 @@ def to_faiss(
     ef_search: int | None = None,
     recall: float = RECALL,
 ) -> Any:
-    """A faiss index of inner products over the embeddings, numbered in the order of `index.ids`.
+    """Make a faiss inner-product index of the embeddings, numbered in the order of `index.ids`.
 
-    faiss numbers its rows by integers: keep `index.ids` beside it. The options are those of
-    `faiss_search`, and are set in the index.
+    faiss ids are integers: store `index.ids` with it. The options are those of `faiss_search`,
+    and are set in the index.
 
     Raises:
         ConfigError: see `faiss_search`; or the index is empty.
@@ -78,7 +78,7 @@ def to_faiss(
         3
     """
     if not len(index):
-        raise ConfigError("the index is empty: add items before handing it to faiss")
+        raise ConfigError("the index is empty: add items before converting it to faiss")
     made = _FaissSearch([index.embeddings()], factory, nprobe, ef_search, recall)
     if made.option is not None:
         _faiss().ParameterSpace().set_index_parameter(made.index, made.option, made.effort)
@@ -86,11 +86,12 @@ def to_faiss(
 
 
 class _FaissSearch:
-    """A faiss index over rows.
+    """Searcher over a faiss index of rows.
 
     Attributes:
-        option, effort: what a search may spend, such as "nprobe" and 8; None if there is none.
-        recall: the share of the exact nearest neighbours that it finds.
+        option, effort: the search-effort parameter and its value, such as "nprobe" and 8; the
+            option is None if the index type has none.
+        recall: the fraction of the exact nearest neighbours that it finds.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class _FaissSearch:
 
 
 def _parameters(index: Any, effort: int, selector: Any) -> Any:
-    """The parameters of one search, nested as the index is."""
+    """Make the parameters of one search, nested like the index."""
     faiss = _faiss()
     index = faiss.downcast_index(index)
     kind, selected = type(index).__name__, {} if selector is None else {"sel": selector}
@@ -157,7 +158,7 @@ def _parameters(index: Any, effort: int, selector: Any) -> Any:
 
 
 def _effort(index: Any) -> tuple[str | None, int]:
-    """The name of what an index may spend on a search, and the most that makes sense."""
+    """Return the name of an index's search-effort parameter, and its largest useful value."""
     index = _faiss().downcast_index(index)
     kind = type(index).__name__
     if "PreTransform" in kind or "Refine" in kind:
@@ -168,10 +169,10 @@ def _effort(index: Any) -> tuple[str | None, int]:
 
 
 def _sample(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Queries to measure recall on, and the scores (q, k) of the k rows nearest to each.
+    """Make queries to measure recall on, and the scores (q, k) of the k rows nearest to each.
 
-    They are stored rows turned to a random side. Rows themselves lie where the index is dense, and
-    are found with far less effort than the texts or new images that it is searched with.
+    The queries are stored rows rotated in a random direction. Unrotated rows lie in dense regions
+    and are found with far less effort than the texts or new images of real queries.
     """
     count, width = sum(map(len, rows)), rows[0].shape[1]
     rng = np.random.default_rng(0)
@@ -193,7 +194,7 @@ def _build(rows: Sequence[np.ndarray], factory: str) -> Any:
             index.add(np.asarray(block, np.float32))
     except RuntimeError as error:
         raise ConfigError(
-            f"faiss makes no index {factory!r} of {sum(map(len, rows)):,} rows "
+            f"faiss cannot build an index {factory!r} of {sum(map(len, rows)):,} rows "
             f"({str(error).splitlines()[-1]}): see its index factory, such as 'Flat' or "
             "'IVF1024,Flat'"
         ) from None

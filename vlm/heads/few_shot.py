@@ -1,4 +1,4 @@
-"""Few-shot classification: a head fitted on the embeddings of a handful of labelled images."""
+"""Few-shot classification: heads fitted on the embeddings of a few labelled images."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -20,8 +20,8 @@ METHODS: tuple[Method, ...] = ("linear", "mean", "anchored", "cache", "tuned_cac
 KEY = "vlm few-shot classifier"  # of a saved one's description
 FROM_ZERO_SHOT = ("anchored", "cache", "tuned_cache")
 
-# How far a class's weights are expected to move from its prompts' embedding, as a cosine times the
-# logit scale: the standard deviation of the prior that "anchored" is the most probable value under.
+# Standard deviation of the Gaussian prior of "anchored": the expected change of a class's weights
+# from its prompts' embedding, divided by the logit scale.
 MOVE = 0.2
 
 # The residual ratio and sharpness of Tip-Adapter (arXiv:2207.09519, section 4.1), as published.
@@ -31,7 +31,7 @@ TUNING_STEPS, TUNING_RATE = 100, 1e-3
 
 @dataclass(frozen=True)
 class LinearHead:
-    """Logits are z_image @ weight + bias: weight (d, m), bias (m,)."""
+    """Linear head: logits are z_image @ weight + bias, with weight (d, m) and bias (m,)."""
 
     weight: Float[np.ndarray, "d m"]
     bias: Float[np.ndarray, " m"]
@@ -42,10 +42,10 @@ class LinearHead:
 
 @dataclass(frozen=True)
 class CacheHead:
-    """Zero-shot logits plus the votes of cached examples, each by its nearness (Tip-Adapter).
+    """Tip-Adapter: zero-shot logits plus votes of cached examples, weighted by similarity.
 
     Attributes:
-        zero_shot: (d, m), so that z_image @ zero_shot are the zero-shot logits.
+        zero_shot: (d, m); z_image @ zero_shot are the zero-shot logits.
         keys: (n, d) embeddings of the examples. values: (n, m) their classes, one-hot.
     """
 
@@ -60,11 +60,11 @@ class CacheHead:
 
 
 class FewShotClassifier(ImageClassifier, display.FactSheet):
-    """Classifies images into the classes of a few labelled examples; made by `fit`.
+    """Classifier trained on a few labelled images; made by `fit`.
 
     Attributes:
-        labels: the m class names: those of the zero-shot classifier, or sorted.
-        head: from embeddings to logits.
+        labels: the m class names, in the order of the zero-shot classifier, else sorted.
+        head: maps embeddings to logits.
 
     Example:
         >>> labels = ["red", "green", "blue"]
@@ -88,7 +88,7 @@ class FewShotClassifier(ImageClassifier, display.FactSheet):
         zero_shot: ZeroShotClassifier | None = None,
         validation: tuple[Iterable[Any], Sequence[str]] | None = None,
     ) -> "FewShotClassifier":
-        """Fit a head on labelled images; the model itself stays as it is.
+        """Fit a head on labelled images; the model is frozen.
 
         Args:
             model: what `vlm.load` gives.
@@ -96,13 +96,13 @@ class FewShotClassifier(ImageClassifier, display.FactSheet):
             labels: the class of each image.
             method: "linear", the linear probe of CLIP (arXiv:2103.00020, appendix A.3). "mean", the
                 nearest class mean (prototypical networks, arXiv:1703.05175). "anchored", a linear
-                probe that starts from the zero-shot weights and is held to them, the more firmly
-                the fewer images there are of a class. "cache", Tip-Adapter (arXiv:2207.09519):
-                zero-shot logits and the votes of the images, nothing trained; "tuned_cache" trains
-                the cached embeddings on the images themselves.
+                probe that is initialized with the zero-shot weights and regularized towards them,
+                more strongly the fewer images a class has. "cache", Tip-Adapter (arXiv:2207.09519):
+                zero-shot logits plus votes of the images, without training; "tuned_cache" trains
+                the cached embeddings on the same images.
             l2: the penalty of "linear" and "anchored"; see `fit_linear`. By default 1 for "linear",
-                and what follows from the number of images for "anchored".
-            batch_size: of encoding; None leaves it to the model.
+                and chosen by the number of images for "anchored".
+            batch_size: for encoding; None uses the default of the model.
             zero_shot: the classifier to start from; "anchored" and the caches need one.
             validation: images and labels to choose the penalty of "linear" by.
 
@@ -147,7 +147,7 @@ class FewShotClassifier(ImageClassifier, display.FactSheet):
 
     @classmethod
     def load(cls, file: str | os.PathLike, model: Any) -> "FewShotClassifier":
-        """Open what `save` wrote.
+        """Load a classifier that `save` wrote.
 
         Raises:
             CheckpointError: no such file, another file, or one of another model.
@@ -157,7 +157,7 @@ class FewShotClassifier(ImageClassifier, display.FactSheet):
             made = cls(model, about["labels"], kinds[about["head"]](**tensors))
             weights = tensors["weight" if isinstance(made.head, LinearHead) else "zero_shot"]
             if weights.shape[1] != len(made.labels):
-                raise ValueError("another number of weights than labels")
+                raise ValueError("the numbers of weights and labels differ")
         return made
 
     def __repr__(self) -> str:
@@ -181,15 +181,15 @@ def fit_head(
     scale: float = 1.0,
     classes: int | None = None,
 ) -> LinearHead | CacheHead:
-    """The head of `FewShotClassifier.fit`, from embeddings.
+    """Fit the head of `FewShotClassifier.fit` on embeddings.
 
     Args:
         z_image: embeddings of the examples, unit norm.
         target: their classes.
         method, l2: see `FewShotClassifier.fit`.
-        prior: zero-shot weights, the logit scale times the embeddings of the classes.
+        prior: zero-shot weights: the logit scale times the embeddings of the classes.
         scale: the logit scale.
-        classes: their number, if some have no example.
+        classes: the number of classes, if some have no example.
     """
     check_choice("method", method, METHODS)
     m = classes or int(target.max()) + 1
@@ -208,12 +208,12 @@ def fit_head(
 
 
 def anchored_l2(shots: float, scale: float, embed_dim: int) -> float:
-    """The penalty of "anchored" for so many images of a class.
+    """Compute the penalty of "anchored" from the number of images per class.
 
     With many images it is that of a Gaussian prior around the zero-shot weights whose standard
-    deviation is `MOVE` times the logit scale, in the units of `fit_linear`. A single image says
-    little of the spread of its class, which the likelihood does not know: the penalty grows by
-    one plus the inverse of the number of images, as the variance of a mean does.
+    deviation is `MOVE` times the logit scale, in the units of `fit_linear`. The likelihood ignores
+    that few images estimate a class poorly. So the penalty is multiplied by 1 + 1 / shots, as the
+    variance of a mean is.
     """
     spread = MOVE * scale
     return (1 + 1 / max(shots, 1e-3)) * embed_dim / spread**2
@@ -222,27 +222,27 @@ def anchored_l2(shots: float, scale: float, embed_dim: int) -> float:
 def class_means(
     z_image: Float[np.ndarray, "n d"], target: Int[np.ndarray, " n"]
 ) -> Float[np.ndarray, "m d"]:
-    """The unit-norm mean embedding of each class 0 .. max(target)."""
+    """Compute the unit-norm mean embedding of each class 0 .. max(target)."""
     total = np.zeros((int(target.max()) + 1, z_image.shape[1]), np.float32)
     np.add.at(total, target, z_image)
     return normalise(total, "the mean embedding of a class")
 
 
 def _tuned_keys(prior, z_image, values) -> np.ndarray:
-    """Cached embeddings trained to classify the examples, each by the others' votes.
+    """Train the cached embeddings to classify each example by the votes of the other examples.
 
-    An example's own key would always vote for it, and teach nothing: it is left out.
+    An example's own key is left out (leave-one-out), because it would always vote for its label.
     """
     import jax
     import jax.numpy as jnp
     import optax
 
     zero, values = jnp.asarray(z_image @ prior), jnp.asarray(values)
-    others = 1 - jnp.eye(len(z_image))
+    not_self = 1 - jnp.eye(len(z_image))
     x = jnp.asarray(z_image)
 
     def loss(keys):
-        nearness = jnp.exp(SHARPNESS * (x @ keys.T - 1)) * others
+        nearness = jnp.exp(SHARPNESS * (x @ keys.T - 1)) * not_self
         logits = zero + RATIO * nearness @ values
         return optax.softmax_cross_entropy(logits, values).mean()
 

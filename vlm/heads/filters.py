@@ -19,10 +19,10 @@ COMPARISONS: dict[str, Callable] = {
 
 
 def checked_columns(metadata: Mapping[str, Iterable[Value]], count: int) -> dict[str, list[Value]]:
-    """The columns as lists of `count` plain values.
+    """Validate metadata columns and convert them to lists of `count` plain values.
 
     Raises:
-        ConfigError: another number of values, or one that is no text, number, truth value or None.
+        ConfigError: another number of values, or one that is not a text, number, bool or None.
     """
     columns = {}
     for name, values in metadata.items():
@@ -44,7 +44,7 @@ def checked_columns(metadata: Mapping[str, Iterable[Value]], count: int) -> dict
 
 
 def as_array(column: list[Value]) -> np.ndarray:
-    """A column to compute with: numbers, or texts; what is missing is NaN or the empty text."""
+    """Convert a column to an array; missing values become NaN or the empty text."""
     known = [value for value in column if value is not None]
     if known and all(isinstance(value, str) for value in known):
         return np.asarray(["" if value is None else value for value in column])
@@ -58,17 +58,17 @@ def as_array(column: list[Value]) -> np.ndarray:
 def matching(
     columns: Mapping[str, list[Value]], count: int, where: Where
 ) -> Bool[np.ndarray, " n"]:
-    """Which of `count` rows a filter lets through.
+    """Mask of the rows, of `count`, that pass a filter.
 
     Args:
         columns: the metadata.
         count: the number of rows.
         where: for each named column the value it must equal, or a list, set or tuple of values of
-            which it must be one; or a function of the columns, as arrays, that gives a truth value
-            for each row: `lambda columns: columns["year"] >= 2020`.
+            which it must be one; or a function of the columns, as arrays, that returns a bool for
+            each row: `lambda columns: columns["year"] >= 2020`.
 
     Raises:
-        ConfigError: an unknown column, or a function that gives something else.
+        ConfigError: an unknown column, or a function that returns something else.
     """
     if callable(where):
         try:
@@ -77,7 +77,7 @@ def matching(
             raise ConfigError(_unknown(error.args[0], columns)) from None
         if kept.shape != (count,) or kept.dtype != bool:
             raise ConfigError(
-                f"the filter gave {kept.dtype}{kept.shape}: it must give a truth value for each of "
+                f"the filter returned {kept.dtype}{kept.shape}: it must return a bool for each of "
                 f"the {count} rows"
             )
         return kept
@@ -96,7 +96,7 @@ def matching(
 
 
 class Condition(NamedTuple):
-    """Such as `year >= 2020`; `comparison` is one of COMPARISONS."""
+    """Comparison of a column with a value, as `year >= 2020`; see COMPARISONS."""
 
     column: str
     comparison: str
@@ -104,22 +104,22 @@ class Condition(NamedTuple):
 
 
 def where_all(conditions: Sequence[Condition]) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
-    """The conditions as a filter for `RetrievalIndex.search`.
+    """Combine conditions (by "and") into a filter for `RetrievalIndex.search`.
 
-    It raises a ConfigError where a column of numbers is compared with a text.
+    The filter raises a ConfigError if a column of numbers is compared with a text.
     """
 
     def holds(columns: Mapping[str, np.ndarray]) -> np.ndarray:
         kept = np.True_
         for name, comparison, value in conditions:
             column = columns[name]
-            if column.dtype.kind == "U":  # texts are compared as texts
+            if column.dtype.kind == "U":  # compared as text
                 value = value if isinstance(value, str) else f"{value:g}"
             elif isinstance(value, str) and column.dtype.kind != "O":
                 raise ConfigError(f"the numbers of {name!r} are compared with the text {value!r}")
             try:
                 kept = kept & np.asarray(COMPARISONS[comparison](column, value), bool)
-            except TypeError:  # texts and numbers in one column have no order
+            except TypeError:  # texts and numbers cannot be ordered
                 raise ConfigError(
                     f"{name!r} holds texts and numbers, which {comparison} cannot order: "
                     "compare them with = or !="

@@ -1,4 +1,4 @@
-"""The answers to a query, and how they look."""
+"""Search results, and their display in notebooks and terminals."""
 
 import os
 from typing import NamedTuple
@@ -11,14 +11,14 @@ from vlm.inputs.opening import SUFFIXES
 
 
 class Hit(NamedTuple):
-    """One answer: the id it was added under, and its cosine with the query."""
+    """Search result: the id of an item, and its cosine with the query."""
 
     id: Id
     score: float
 
 
 class Hits(list[Hit]):
-    """The answers to one query, best first."""
+    """Search results of one query, best first."""
 
     def _repr_html_(self) -> str:
         cards = [
@@ -32,6 +32,6 @@ class Hits(list[Hit]):
 
 
 def picture_of(id: Id) -> str:
-    """The `<img>` of an item that is named by its picture's path, or nothing."""
+    """Make the `<img>` of an item whose id is an image path; empty for other ids."""
     on_disk = isinstance(id, str) and os.path.splitext(id)[1].lower() in SUFFIXES
     return display.thumbnail(id) if on_disk else ""

@@ -1,11 +1,11 @@
-"""What embeddings depend on, and how a saved head recognises the model that made its own.
+"""Identity of the model behind stored embeddings: settings, weights and probe embeddings.
 
-`embedding_facts` is the one list of what changes an embedding beside the weights and the input.
-Every cache and store of embeddings compares it: class prompts, indexes, `vlm embed`, teachers'
+`embedding_facts` lists all settings that change an embedding, besides weights and input. Every
+cache and store of embeddings compares it: class prompts, indexes, `vlm embed`, teachers'
 embeddings and finished evaluations.
 
-A saved head also keeps the model's embeddings of one text and one picture. Equal weights give them
-again under any name and in any format, and within SAME on any machine and in any precision.
+A saved head also stores the model's embeddings of one text and one image. The same weights
+reproduce them in any file format, to a cosine of SAME on any machine and in any precision.
 """
 
 from pathlib import Path
@@ -23,23 +23,23 @@ PROBE_TEXT = "a photo of a red car in the snow"
 PROBE_IMAGE = np.add.outer(np.arange(0, 256, 4), np.arange(64)).astype(np.uint8)[..., None] * (
     np.array([1, 2, 3], np.uint8)
 )
-SAME = 0.999  # the least cosine of a probe with itself across machines and precisions
-EQUAL = 1 - 1e-6  # the same for one model on one machine in one precision
-# Facts that move an embedding by rounding alone, if the others are equal. Caches that are cheap to
-# make again compare them too; stores that took hours do not.
+SAME = 0.999  # least cosine of a probe embedding with itself across machines and precisions
+EQUAL = 1 - 1e-6  # the same on one machine in one precision
+# Settings that change an embedding only by rounding. Caches that are cheap to rebuild compare them
+# too; stores that took hours do not.
 ROUNDING = ("vlm", "platform", "matmul_precision")
 
 FIELDS: dict[str, type] = {"model": str, "probe_text": list, "probe_image": list}
 
 
 def embedding_facts(model: Any, tower: Literal["image", "text"] | None = None) -> dict[str, str]:
-    """What embeddings depend on beside weights and inputs, as far as the model tells.
+    """Return the settings that embeddings depend on, besides weights and inputs.
 
-    An option of a model that changes embeddings belongs here.
+    Any option of a model that changes embeddings belongs here.
 
     Args:
-        model: what `vlm.load` gives, or another object that encodes.
-        tower: leave out what only the other tower reads.
+        model: a model from `vlm.load`, or another object that encodes.
+        tower: leave out settings of the other tower.
     """
     import jax
 
@@ -61,9 +61,9 @@ def embedding_facts(model: Any, tower: Literal["image", "text"] | None = None) -
 
 
 def stored_facts(model: Any, tower: Literal["image", "text"] | None = None) -> dict[str, str]:
-    """The facts that stored embeddings are recognised by, the weights' fingerprint among them.
+    """Return the settings and weights' fingerprint that identify stored embeddings.
 
-    Where no fingerprint came with the weights, they are read and hashed.
+    If the model has no fingerprint, its weights are hashed.
     """
     facts = embedding_facts(model, tower)
     fingerprint = getattr(model, "fingerprint", None)
@@ -76,7 +76,7 @@ def stored_facts(model: Any, tower: Literal["image", "text"] | None = None) -> d
 
 
 def identity(model: Any) -> dict[str, Any]:
-    """What is kept of a model beside embeddings that it made, as JSON values."""
+    """Return the identity of a model that is stored with its embeddings, as JSON values."""
     return {
         "model": model.name,
         "fingerprint": getattr(model, "fingerprint", None),
@@ -86,44 +86,44 @@ def identity(model: Any) -> dict[str, Any]:
     }
 
 
-def check_identity(kept: dict[str, Any], model: Any, where: Path) -> None:
-    """Raise a CheckpointError unless `model` embeds as the one that was `kept` did."""
-    width = len(kept["probe_text"])
-    mend = f"load {kept['model']!r} as it was, or build it again with {model.name!r}"
+def check_identity(stored: dict[str, Any], model: Any, where: Path) -> None:
+    """Raise a CheckpointError unless `model` embeds like the model of a stored identity."""
+    width = len(stored["probe_text"])
+    fix = f"load {stored['model']!r} as it was, or rebuild it with {model.name!r}"
     z_text = np.asarray(model.encode_text([PROBE_TEXT]), np.float32)[0]
     if len(z_text) != width:
         raise CheckpointError(
             f"{where} holds embeddings of {width} dimensions and the model {model.name!r} makes "
-            f"{len(z_text)}: {mend}"
+            f"{len(z_text)}: {fix}"
         )
-    same = float(z_text @ np.asarray(kept["probe_text"], np.float32)) >= SAME
+    same = float(z_text @ np.asarray(stored["probe_text"], np.float32)) >= SAME
     fingerprint = getattr(model, "fingerprint", None)
-    if same and (fingerprint is None or fingerprint != kept.get("fingerprint")):
-        # Two models may share a text tower. Equal files need no such proof, so that a text search
-        # does not have to compile the image tower.
+    if same and (fingerprint is None or fingerprint != stored.get("fingerprint")):
+        # Two models may share a text tower. With equal fingerprints this is skipped, so that a
+        # text search does not compile the image tower.
         z_image = np.asarray(model.encode_image([PROBE_IMAGE]), np.float32)[0]
-        same = float(z_image @ np.asarray(kept["probe_image"], np.float32)) >= SAME
+        same = float(z_image @ np.asarray(stored["probe_image"], np.float32)) >= SAME
     if not same:
         raise CheckpointError(
-            f"{where} was built by the model {kept['model']!r}, and {model.name!r} embeds "
-            f"differently: {mend}"
+            f"{where} was built by the model {stored['model']!r}, and {model.name!r} embeds "
+            f"differently: {fix}"
         )
 
 
-def mismatch(kept: dict[str, Any], model: Any) -> str | None:
-    """Why embeddings of `model` should not go beside those of the one that was `kept`, if so.
+def mismatch(stored: dict[str, Any], model: Any) -> str | None:
+    """Return why embeddings of `model` do not belong in the same index, or None if they do.
 
-    Stricter than `check_identity`: a search may use another precision, one index may not have two.
+    Stricter than `check_identity`: queries may have another precision, items of an index may not.
     """
-    if (before := kept.get("facts")) is not None:
+    if (before := stored.get("facts")) is not None:
         now = embedding_facts(model)
         names = (before.keys() | now.keys()) - set(ROUNDING)
         if differ := sorted(name for name in names if before.get(name) != now.get(name)):
             return f"another {', '.join(differ)}"
     fingerprint = getattr(model, "fingerprint", None)
-    if None not in (fingerprint, kept.get("fingerprint")):
-        return None if fingerprint == kept["fingerprint"] else "other weights"
+    if None not in (fingerprint, stored.get("fingerprint")):
+        return None if fingerprint == stored["fingerprint"] else "other weights"
     z = model.encode_text([PROBE_TEXT])[0], model.encode_image([PROBE_IMAGE])[0]
-    probes = np.asarray(kept["probe_text"]), np.asarray(kept["probe_image"])
+    probes = np.asarray(stored["probe_text"]), np.asarray(stored["probe_image"])
     alike = all(float(np.asarray(a, float) @ b) >= EQUAL for a, b in zip(z, probes, strict=True))
     return None if alike else "other weights"

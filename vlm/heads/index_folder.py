@@ -1,18 +1,18 @@
-"""The folder of a saved index: shards that are never changed, and one small file that names them.
+"""File format of a saved index: immutable shards, and one small file that lists them.
 
-    index.json           what the index is, and its shards in order; replaced as a whole
+    index.json           description of the index and its shards, in order; replaced atomically
     rows-ID.npy          (n, d) embeddings of a shard
     items-ID.json        their ids, and their metadata by column
     codes-ID.npy         compact codes, if the index has them (and scale-ID.npy for int8)
     removed-ID.npy       positions of rows that are no longer in the index
     index.lock           held by the process that saves; it stays in the folder
 
-New shards are on disk before `index.json` names them, and files that it no longer names are deleted
-last. A reader at any moment, or after a kill at any moment, finds the old index or the new one.
+New shards are on disk before `index.json` lists them, and files that it no longer lists are deleted
+last. A reader finds the old index or the new one at any moment, even if a save was killed.
 
-A save holds the lock from start to end. Inside it compares the generation in `index.json` with the
-one that its index was loaded from, and refuses to replace another. Files that `index.json` does not
-name then belong to saves that were killed, because no other save is in progress.
+A save holds the lock from start to end. It compares the generation in `index.json` with the one
+that its index was loaded from, and refuses to replace another. No other save is in progress then,
+so files that `index.json` does not list belong to saves that were killed.
 """
 
 import contextlib
@@ -37,18 +37,18 @@ from vlm.paths import as_config_error, is_remote
 
 try:
     import fcntl
-except ImportError:  # Windows: a save there is guarded by the generation alone
+except ImportError:  # Windows has no flock: only the generation protects a save
     fcntl = None
 
 _log = logging.getLogger(__name__)
 
 FORMAT = "vlm retrieval index"
-VERSION = 2  # of the folder's format; 1, which had a single shard, is still read
+VERSION = 2  # of the format; version 1, with a single shard, is still read
 SHARD_ROWS = 1 << 18
-WRITTEN_ROWS = 1 << 14  # copied at once
+WRITTEN_ROWS = 1 << 14  # rows copied at once
 
 DESCRIPTION, LOCK = "index.json", "index.lock"
-# Files that a save writes beside the description; embeddings-ID.npy is of version 1.
+# Files that a save writes besides index.json; embeddings-ID.npy is from version 1.
 OWN = re.compile(
     r"(rows|codes|scale|removed)-[0-9a-f]{12}\.npy|items-[0-9a-f]{12}\.json"
     r"|embeddings-[0-9A-Za-z]+\.npy|index\.json\.[0-9a-f]{8}"
@@ -57,36 +57,36 @@ LOCK_TIMEOUT = 10.0  # seconds that a save waits for another one
 
 
 def local_folder(folder: str | os.PathLike) -> Path:
-    """The folder of an index as a path on this machine, from which its rows are mapped.
+    """Return the path of an index folder, which must be local so that rows can be memory-mapped.
 
     Raises:
         ConfigError: a bucket.
     """
     if is_remote(folder):
         raise ConfigError(
-            f"{os.fspath(folder)} is a bucket, and an index is mapped from a local disk: name a "
-            "local folder, and copy it to or from the bucket"
+            f"{os.fspath(folder)} is a bucket, and an index is memory-mapped from a local disk: "
+            "name a local folder, and copy it to or from the bucket"
         )
     return Path(folder).expanduser()
 
 
 def check_target(folder: Path) -> None:
-    """Raise a CheckpointError if something else lies where an index is to be written."""
+    """Raise a CheckpointError if the target is a file, or a folder with other files."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file: choose a folder for the index")
     if not folder.is_dir() or (folder / DESCRIPTION).is_file():
         return
     names = [file.name for file in folder.iterdir()]
-    if any(name != LOCK and not OWN.fullmatch(name) for name in names):  # a killed save left those
+    if any(name != LOCK and not OWN.fullmatch(name) for name in names):  # of a killed save
         raise CheckpointError(f"{folder} holds other files and no index: choose another folder")
 
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Make the folder if there is none, and hold its lock: one process or thread saves at a time.
+    """Context manager that creates the folder and holds its lock, for one save at a time.
 
-    The lock is `flock` on a file that is never deleted. The system releases it when its process
-    ends, however that ends, so that a dead process blocks no one. The file names its owner.
+    The lock is `flock` on a file that is never deleted. The system releases it when the process
+    ends for any reason, so a dead process blocks no other. The file names its owner.
 
     Raises:
         ConflictError: another save takes longer than LOCK_TIMEOUT.
@@ -103,14 +103,14 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def _lock(file: Any, folder: Path) -> None:
-    """Take the lock, or go on without where the file system has none."""
-    last = time.monotonic() + LOCK_TIMEOUT
+    """Acquire the lock; log a warning if the file system does not support locks."""
+    deadline = time.monotonic() + LOCK_TIMEOUT
     while fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            if time.monotonic() < last:
+            if time.monotonic() < deadline:
                 time.sleep(0.02)
                 continue
             file.seek(0)
@@ -135,7 +135,7 @@ def write_shard(
     items: dict[str, Any],
     codes: Codes | None,
 ) -> str:
-    """Write one shard and return its name; `rows` come in pieces, in order."""
+    """Write one shard and return its name; `rows` yields pieces of the shard, in order."""
     name = uuid.uuid4().hex[:12]
     with open(folder / f"rows-{name}.npy", "wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
@@ -144,7 +144,7 @@ def write_shard(
             file.write(np.ascontiguousarray(piece, dtype).data)
         _to_disk(file)
     with open(folder / f"items-{name}.json", "w", encoding="utf-8") as file:
-        file.write(to_json(items))  # in ASCII: a file name may be no valid UTF-8
+        file.write(to_json(items))  # ASCII: a file name may not be valid UTF-8
         _to_disk(file)
     if codes is not None:
         parts = {"codes": codes.values} | ({} if codes.scale is None else {"scale": codes.scale})
@@ -156,7 +156,7 @@ def write_shard(
 
 
 def read_rows(folder: Path, name: str) -> np.ndarray:
-    """The rows of a shard, mapped."""
+    """Memory-map the rows of a shard."""
     return _mapped(folder / f"rows-{name}.npy")
 
 
@@ -172,22 +172,22 @@ def write_removed(folder: Path, positions: np.ndarray) -> str | None:
 
 
 def generation(folder: Path) -> str | None:
-    """What names the state of the index in a folder: a count and a random part; None: no index.
+    """Return the generation of the index in a folder, "COUNT-RANDOM"; None if there is no index.
 
-    An index from before there were generations has "0".
+    Indexes of older versions without generations have "0".
     """
     try:
         return str(json.loads((folder / DESCRIPTION).read_bytes()).get("generation", "0"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, AttributeError):
-        return "corrupt"  # which no index was loaded from
+        return "corrupt"  # differs from the generation of every loaded index
 
 
 def publish(folder: Path, description: dict[str, Any]) -> str:
-    """Make `description` the index of the folder, then delete the files that it does not name.
+    """Write `description` as index.json, then delete the files that it does not list.
 
-    The caller holds the lock. Returns the new generation.
+    The caller must hold the lock. Returns the new generation.
     """
     count = (generation(folder) or "0").partition("-")[0]
     new = f"{int(count) + 1 if count.isdecimal() else 1}-{uuid.uuid4().hex[:12]}"
@@ -201,39 +201,41 @@ def publish(folder: Path, description: dict[str, Any]) -> str:
     for old in folder.iterdir():
         kept = old.stem.partition("-")[2] in named or old.name == description["removed"]
         if OWN.fullmatch(old.name) and not kept:
-            with contextlib.suppress(OSError):  # the index is saved; the next save tries again
+            with contextlib.suppress(OSError):  # the next save deletes it
                 old.unlink()
     return new
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What `index.json` says, or a CheckpointError that says why there is no index."""
+    """Read and validate `index.json`; a CheckpointError if the folder has no valid index."""
     path = folder / DESCRIPTION
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no index: give a folder that an index was saved to")
     meta = _json(path)
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise CheckpointError(f"{path} does not describe a retrieval index of vlm: give its folder")
+        raise CheckpointError(
+            f"{path} does not describe a vlm retrieval index: give the folder of one"
+        )
     if meta.get("version") not in (1, VERSION):
         raise CheckpointError(
             f"{path} has version {meta.get('version')!r} and this vlm reads {VERSION}: "
-            "install the vlm that wrote it, or build the index again"
+            "install the vlm that wrote it, or rebuild the index"
         )
     fields: dict[str, type] = {**FIELDS, "embed_dim": int, "dtype": str}
     fields |= {"shards": list} if meta["version"] == VERSION else {"embeddings": str, "ids": list}
     for name, kind in fields.items():
         if not isinstance(meta.get(name), kind):
-            raise CheckpointError(f"{path} has no usable {name!r}: build the index again")
+            raise CheckpointError(f"{path} has no valid {name!r}: rebuild the index")
     if {len(meta["probe_text"]), len(meta["probe_image"])} != {meta["embed_dim"]}:
-        raise CheckpointError(f"{folder} is torn: its widths disagree: build the index again")
+        raise CheckpointError(f"{folder} is corrupt (embedding widths differ): rebuild the index")
     return meta
 
 
 def read_shards(folder: Path, meta: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Each shard: name (None in a folder of version 1), rows and codes mapped, ids and columns.
+    """Yield each shard: name (None in version 1), memory-mapped rows and codes, ids, columns.
 
     Raises:
-        CheckpointError: files that are missing, torn, or at odds with their description.
+        CheckpointError: files that are missing, corrupt, or inconsistent with their description.
     """
     if meta["version"] == 1:
         rows = _mapped(folder / Path(meta["embeddings"]).name)
@@ -250,24 +252,24 @@ def read_shards(folder: Path, meta: dict[str, Any]) -> Iterator[dict[str, Any]]:
             not isinstance(column, list) or len(column) != len(items["ids"])
             for column in columns.values()
         ):
-            raise CheckpointError(f"{folder / f'items-{name}.json'} is torn: build the index again")
+            raise CheckpointError(f"{folder / f'items-{name}.json'} is corrupt: rebuild the index")
         _check(folder, meta, rows, shard.get("count"), len(items["ids"]))
         codes = None
         if meta.get("coding"):
             scale = _mapped(folder / f"scale-{name}.npy") if meta["coding"] == "int8" else None
             codes = Codes(np.array(_mapped(folder / f"codes-{name}.npy")), scale)
             if len(codes.values) != len(rows):
-                raise CheckpointError(f"{folder} is torn: codes of another number than rows")
+                raise CheckpointError(f"{folder} is corrupt (numbers of codes and rows differ)")
         yield {"name": name, "rows": rows, "ids": items["ids"], "columns": columns, "codes": codes}
 
 
 def read_removed(folder: Path, meta: dict[str, Any], count: int) -> np.ndarray:
-    """The positions of removed rows, of `count` in all."""
+    """Read the positions of removed rows, which must be below `count`."""
     if not meta.get("removed"):
         return np.zeros(0, np.int64)
     removed = np.array(_mapped(folder / Path(meta["removed"]).name))
     if removed.ndim != 1 or removed.dtype != np.int64 or (removed >= count).any():
-        raise CheckpointError(f"{folder} is torn: {meta['removed']} names rows that are not there")
+        raise CheckpointError(f"{folder} is corrupt ({meta['removed']} has invalid positions)")
     return removed
 
 
@@ -275,8 +277,8 @@ def _check(folder: Path, meta: dict[str, Any], rows: np.ndarray, count: Any, ids
     described = (count, meta["embed_dim"])
     if rows.shape != described or ids != len(rows) or rows.dtype != meta["dtype"]:
         raise CheckpointError(
-            f"{folder} is torn: {ids} ids and {rows.dtype} embeddings of shape {rows.shape}, "
-            f"described as {meta['dtype']} {described}: build the index again"
+            f"{folder} is corrupt ({ids} ids and {rows.dtype} embeddings of shape {rows.shape}, "
+            f"described as {meta['dtype']} {described}): rebuild the index"
         )
 
 
@@ -284,16 +286,16 @@ def _mapped(file: Path) -> np.ndarray:
     try:
         return np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}): build the index again") from None
+        raise CheckpointError(f"{file} cannot be read ({error}): rebuild the index") from None
 
 
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): build the index again") from None
+        raise CheckpointError(f"{path} is not JSON ({error}): rebuild the index") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): build the index again") from None
+        raise CheckpointError(f"{path} cannot be read ({error}): rebuild the index") from None
 
 
 def _to_disk(file: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a head was handed: one image or many, a picture, a text or an embedding."""
+"""Input handling of heads: detect images, texts and embeddings, single or many; assign ids."""
 
 import itertools
 import os
@@ -16,17 +16,17 @@ Kind = Literal["image", "text", "embedding"]
 
 
 def kind(item: Any, where: str) -> Kind:
-    """Whether `item` is a picture, a text or an embedding.
+    """Return whether `item` is an image, a text or an embedding.
 
-    A `str` is a text, always; a `pathlib.Path`, a PIL image, an array of pixels or the bytes of an
-    image file is a picture; a one-dimensional array of floats is an embedding.
+    A `str` is always treated as text. A `pathlib.Path`, a PIL image, an array of pixels or the
+    bytes of an image file is an image. A one-dimensional array of floats is an embedding.
 
     Raises:
         ConfigError: a `str` that names a picture on this disk.
-        DataError: none of these.
+        DataError: an item of another type.
     """
     if isinstance(item, str):
-        # Searching for the words of a file name is never what was meant: refuse, do not guess.
+        # The user probably means the image, not the words of its file name: refuse to guess.
         if os.path.splitext(item)[1].lower() in SUFFIXES and os.path.isfile(item):
             raise ConfigError(
                 f"{where} got the text {item!r}, which is the path of a picture: "
@@ -44,19 +44,19 @@ def kind(item: Any, where: str) -> Kind:
 
 
 def split(items: Any, where: str) -> tuple[Kind | None, Iterator[Any], bool]:
-    """The kind of `items`, an iterator over them, and whether it was a single one, not a list.
+    """Return the kind of `items`, an iterator over them, and whether it was a single item.
 
-    Only the first item is drawn to tell its kind; `batches` checks the others as they pass. The
+    Only the first item is consumed to detect its kind; `named_items` checks the following ones. The
     kind of an empty list is None.
     """
     shape = getattr(items, "shape", None)
     if shape is not None:
-        # (d,) one embedding, (n, d) floats several; (h, w) and (h, w, c) one picture, else many.
+        # (d,) one embedding, (n, d) floats several; (h, w) and (h, w, c) one image, else several.
         single = len(shape) == (1 if _is_float(items.dtype) and len(shape) < 3 else 3)
         single = single or (len(shape) == 2 and not _is_float(items.dtype))
     else:
         single = is_image(items)
-    if single or not isinstance(items, Iterable):  # `kind` refuses what is nothing that we know
+    if single or not isinstance(items, Iterable):  # `kind` refuses unknown types
         return kind(items, where), iter([items]), True
     items = iter(items)
     first = list(itertools.islice(items, 1))
@@ -72,13 +72,13 @@ def named_items(
     first: int,
     replace: bool,
 ) -> Iterator[Any]:
-    """Check the kind of each item as it passes, and append its id to `new_ids`.
+    """Yield the items, checking their kind, and append their ids to `new_ids`.
 
     Args:
         stream: the items, all of the kind `what`.
-        ids: one for each; None for paths or running numbers from `first`.
+        ids: one for each item; None for paths or running numbers from `first`.
         known: ids that are in the index already.
-        replace: whether an item may have one of these.
+        replace: whether an item may have a known id.
 
     Raises:
         ConfigError: another kind, an id twice or of another type, or another number of ids.
@@ -98,12 +98,12 @@ def named_items(
         name = int(name) if isinstance(name, np.integer) else name
         name = os.fspath(name) if isinstance(name, os.PathLike) else name
         if not isinstance(name, str | int) or isinstance(name, bool):
-            raise ConfigError(f"id {name!r} of item {number} is no text and no integer")
+            raise ConfigError(f"id {name!r} of item {number} is neither a text nor an integer")
         if name in fresh or (name in known and not replace):
-            mend = "leave the item out" if replace else "leave the item out, or call `update`"
+            fix = "leave the item out" if replace else "leave the item out, or call `update`"
             raise ConfigError(
-                f"id {name!r} is in the index already: ids name one item each, "
-                f"so give `ids` of your own, {mend}"
+                f"id {name!r} is in the index already: ids are unique, "
+                f"so give `ids` of your own, {fix}"
             )
         fresh.add(name)
         new_ids.append(name)
@@ -113,10 +113,10 @@ def named_items(
 
 
 def default_id(item: Any, number: int) -> str | int:
-    """The path of a picture on disk, or else the running number."""
+    """Return the path of an image on disk, else the running number."""
     return str(Path(item)) if isinstance(item, os.PathLike) else number
 
 
 def _is_float(dtype: Any) -> bool:
-    """Of NumPy's floats and JAX's (bfloat16 is no subtype of `np.floating`)."""
+    """Whether a dtype is a float of NumPy or JAX (bfloat16 is not a subtype of `np.floating`)."""
     return np.issubdtype(dtype, np.floating) or str(dtype) == "bfloat16"

@@ -1,4 +1,4 @@
-"""The items of an index: ids, metadata and embeddings, in memory or mapped from their folder."""
+"""Items of an index: ids, metadata and embeddings, in memory or memory-mapped from a folder."""
 
 import itertools
 import os
@@ -14,18 +14,18 @@ from vlm.heads import index_folder, pruned_search
 from vlm.heads.codes import CANDIDATES, Codes, Coding, encode
 from vlm.heads.filters import Value
 
-SMALL = 8192  # rows: blocks that are smaller together are joined
-LARGE = 1 << 16  # rows of an index that gets bounds: a smaller one is searched in no time
-MOST_REMOVED, MOST_SHARDS = 0.25, 64  # beyond these a save writes everything anew
+SMALL = 8192  # rows: neighbouring blocks of at most so many in total are joined
+LARGE = 1 << 16  # rows of an index that gets bounds: smaller ones are searched quickly without
+MOST_REMOVED, MOST_SHARDS = 0.25, 64  # beyond these a save rewrites all shards
 
 Id = str | int
-GivenId = Id | np.integer | os.PathLike[str]  # what becomes an id
-Stored = Literal["float32", "float16"]  # how the embeddings are kept
+GivenId = Id | np.integer | os.PathLike[str]  # types that are converted to an id
+Stored = Literal["float32", "float16"]  # dtype of stored embeddings
 
 
 @dataclass
 class Block:
-    """Rows that were added together; `name` is their shard in the folder of the index, if any."""
+    """Block of rows that were added together; `name` is their shard in the folder, if any."""
 
     rows: np.ndarray
     codes: Codes | None
@@ -37,13 +37,13 @@ class Block:
 
 
 class Items:
-    """What an index holds, by position. A removed item keeps its position until a save drops it.
+    """Items of an index by position. A removed item keeps its position until a save drops it.
 
     Attributes:
-        ids, columns, live: of every position: its id, its metadata, whether it is there still.
-        at: the position of each id that is there.
+        ids, columns, live: for every position its id, its metadata, and False if it was removed.
+        at: the position of each live id.
         blocks: the embeddings, in order.
-        centre: (d,), what the signs of binary codes are taken around.
+        centre: (d,), subtracted before the signs of binary codes are taken.
     """
 
     def __init__(self, dtype: Stored, coding: Coding | None):
@@ -57,8 +57,8 @@ class Items:
         self.centre: np.ndarray | None = None
         self.next_number = 0  # above every integer id and every position so far
         self.folder: Path | None = None  # of the blocks that have a name
-        self.generations: dict[Path, str] = {}  # by folder: what was last loaded or saved there
-        self.removed: set[Id] = set()  # since then
+        self.generations: dict[Path, str] = {}  # by folder: the one last loaded or saved there
+        self.removed: set[Id] = set()  # ids removed since then
 
     @property
     def embed_dim(self) -> int | None:
@@ -73,10 +73,10 @@ class Items:
         return [block.codes for block in self.blocks if block.codes is not None]
 
     def bounds(self) -> list[pruned_search.Bounds | None]:
-        """What rules out most rows of each block; with each call one block more has it.
+        """Return the pruning bounds of each block; each call adds them to one more block.
 
-        Encoding takes as long as some fifteen searches for one query, hence not all at once. A
-        block that is mapped from its folder gets none: it was saved so as not to be in memory.
+        Encoding a block takes as long as about fifteen searches, so it is spread over several.
+        Memory-mapped blocks get none, because bounds would be held in memory.
         """
         if self.coding is None and len(self.ids) >= LARGE:
             for block in self.blocks:
@@ -88,10 +88,10 @@ class Items:
         return [block.bounds for block in self.blocks]
 
     def position(self, id: Id) -> int:
-        """Where an id lies.
+        """Return the position of an id.
 
         Raises:
-            ConfigError: it is not there.
+            ConfigError: an unknown id.
         """
         try:
             return self.at[id]
@@ -99,7 +99,7 @@ class Items:
             raise ConfigError(f"the index has no id {id!r}: `ids` lists those it has") from None
 
     def rows_at(self, positions: np.ndarray) -> np.ndarray:
-        """The rows at these positions, in this order, as they are stored."""
+        """Copy the rows at these positions, in this order, in their stored dtype."""
         out = np.empty((len(positions), self.embed_dim or 0), self.dtype)
         start = 0
         for block in self.blocks:
@@ -110,16 +110,16 @@ class Items:
         return out
 
     def unsaved(self) -> np.ndarray:
-        """The positions of items added or replaced since the index was saved or opened."""
+        """Return the positions of items added or replaced since the index was saved or loaded."""
         new = [np.full(len(block), block.name is None) for block in self.blocks]
         return np.flatnonzero(self.live & np.concatenate([*new, np.zeros(0, bool)]))
 
     # ------------------------------------------------------------------------------ changing
 
     def add(self, rows: list[np.ndarray], ids: list[Id], columns: dict[str, list[Value]]) -> None:
-        """Append checked items; one takes the place of the item that has its id.
+        """Append validated items; an item replaces the existing one with its id.
 
-        It keeps the metadata of that item in the columns that are not given.
+        It keeps the metadata of the replaced item in columns that are not given.
         """
         if not ids:
             return
@@ -146,7 +146,7 @@ class Items:
         self.next_number = max(self.next_number, len(self.ids), max(numbers, default=0))
 
     def remove(self, ids: Iterable[Id]) -> None:
-        """Take items out; with an unknown id, none at all."""
+        """Remove items; with an unknown id, nothing is removed."""
         ids = list(ids)
         self.live[[self.position(name) for name in ids]] = False
         for name in ids:
@@ -154,7 +154,7 @@ class Items:
         self.removed.update(ids)
 
     def join_small_blocks(self) -> None:
-        """Neighbouring blocks of a few rows, none of which has been saved, become one."""
+        """Join neighbouring small blocks that have not been saved."""
         joined: list[Block] = []
         for block in self.blocks:
             last = joined[-1] if joined else None
@@ -168,30 +168,30 @@ class Items:
     def _codes_of(self, rows: np.ndarray) -> Codes | None:
         if self.coding is None:
             return None
-        assert self.centre is not None  # there are codes from the first rows on
+        assert self.centre is not None  # set with the first rows
         return encode(rows, self.coding, self.centre)
 
     # --------------------------------------------------------------------- saving and opening
 
     def save(self, folder: Path, model: dict[str, Any], overwrite: bool) -> None:
-        """Write what the folder does not have yet, and let it be the index; then rows are mapped.
+        """Write new shards, publish the index, and memory-map its rows from the folder.
 
         Args:
             folder: new, empty, or of an index.
-            model: what is kept of the model, see `vlm.heads.identity`.
+            model: the identity of the model, see `vlm.heads.identity`.
             overwrite: replace an index that this one was not loaded from or last saved to.
 
         Raises:
-            ConflictError: the folder holds such an index. Nothing is changed, here or there.
+            ConflictError: the folder holds such an index. Then nothing is changed.
         """
         with index_folder.writing(folder):
             place = folder.resolve()
             found, known = index_folder.generation(folder), self.generations.get(place)
             if found not in (None, known) and not overwrite:
                 raise ConflictError(_conflict(folder, known))
-            whole = not self._grows_in(folder)
-            blocks = self._all_written(folder) if whole else self._new_written(folder)
-            gone = np.flatnonzero(~self.live)[: 0 if whole else None]
+            rewrite = not self._can_append(folder)
+            blocks = self._write_all(folder) if rewrite else self._write_new(folder)
+            removed = np.flatnonzero(~self.live)[: 0 if rewrite else None]
             described = {
                 **model,
                 "embed_dim": self.embed_dim,
@@ -199,25 +199,25 @@ class Items:
                 "coding": self.coding,
                 "centre": None if self.centre is None else self.centre.tolist(),
                 "shards": [{"name": block.name, "count": len(block)} for block in blocks],
-                "removed": index_folder.write_removed(folder, gone),
+                "removed": index_folder.write_removed(folder, removed),
             }
             self.generations[place] = index_folder.publish(folder, described)
-        # Only now: after a save that failed, the items are as they were, and unsaved.
-        if whole:
+        # Only after a successful save: a failed one leaves the items unchanged and unsaved.
+        if rewrite:
             self._drop_removed()
         self.blocks, self.folder = blocks, place
         self.removed.clear()
 
-    def _grows_in(self, folder: Path) -> bool:
-        """Whether a save to this folder adds to its shards, or writes all items as new ones."""
+    def _can_append(self, folder: Path) -> bool:
+        """Whether a save to this folder only adds shards, instead of rewriting all items."""
         shards = [block.name for block in self.blocks if block.name]
         few = len(shards) < MOST_SHARDS
         few_removed = len(self.ids) - len(self.at) <= MOST_REMOVED * len(self.ids)
-        home = self.folder == folder.resolve()
-        there = home and all((folder / f"rows-{name}.npy").is_file() for name in shards)
-        return there and few and few_removed
+        same_folder = self.folder == folder.resolve()
+        complete = same_folder and all((folder / f"rows-{name}.npy").is_file() for name in shards)
+        return complete and few and few_removed
 
-    def _all_written(self, folder: Path) -> list[Block]:
+    def _write_all(self, folder: Path) -> list[Block]:
         live = np.flatnonzero(self.live)
         cuts = range(0, len(live), index_folder.SHARD_ROWS)
         return [self._shard(folder, live[i : i + index_folder.SHARD_ROWS]) for i in cuts]
@@ -229,7 +229,7 @@ class Items:
         self.at = {name: i for i, name in enumerate(self.ids)}
         self.live = np.ones(len(live), bool)
 
-    def _new_written(self, folder: Path) -> list[Block]:
+    def _write_new(self, folder: Path) -> list[Block]:
         blocks, start = [], 0
         for saved, group in itertools.groupby(self.blocks, lambda block: block.name is not None):
             group = list(group)
@@ -269,14 +269,18 @@ class Items:
 
     @classmethod
     def open(cls, folder: Path, meta: dict[str, Any]) -> "Items":
-        """The items of a saved index, by what its description says.
+        """Open the items of a saved index.
+
+        Args:
+            folder: of the index.
+            meta: its description.
 
         Raises:
-            CheckpointError: torn files.
+            CheckpointError: corrupt files.
         """
         coding = meta.get("coding")
         if coding not in (None, *CANDIDATES) or (coding and not isinstance(meta["centre"], list)):
-            raise CheckpointError(f"{folder} has codes of no known kind: build the index again")
+            raise CheckpointError(f"{folder} has codes of an unknown kind: rebuild the index")
         items = cls(meta["dtype"], coding)
         items.centre = np.asarray(meta["centre"], np.float32) if coding else None
         for shard in index_folder.read_shards(folder, meta):
@@ -290,7 +294,7 @@ class Items:
         items.live[index_folder.read_removed(folder, meta, len(items.ids))] = False
         items.at = {items.ids[i]: int(i) for i in np.flatnonzero(items.live)}
         if len(items.at) != items.live.sum():
-            raise CheckpointError(f"{folder} is torn: it names an id twice: build the index again")
+            raise CheckpointError(f"{folder} is corrupt (duplicate ids): rebuild the index")
         items.folder = folder.resolve()
         items.generations[items.folder] = meta.get("generation", "0")
         items._count_on(items.ids)
@@ -298,7 +302,7 @@ class Items:
 
 
 def _conflict(folder: Path, known: str | None) -> str:
-    """Why an index may not be saved to a folder, and the fix."""
+    """Make the message of a ConflictError: why an index may not be saved, and the fix."""
     if known is None:
         return (
             f"{folder} holds an index that this one was not loaded from: load that one and merge "

@@ -1,14 +1,14 @@
-"""Upper bounds of scores from int8 codes: an exact search need not read the rows they rule out.
+"""Pruned exact search: upper bounds of scores from int8 codes rule out most rows.
 
-A row r is kept as a centre m, shared by its block, plus a scale s times whole numbers c of a byte,
-and the length of what is left, e = r - m - s c. A query q has such codes too: q = t b + f. So
+A row is r = m + s c + e, with a centre m per block, a scale s, int8 codes c, and a residual e, of
+which only the length is stored. A query is quantized too: q = t b + f. So
 
     q . r  =  q . m  +  t s (b . c)  +  f . s c  +  q . e
           <=  q . m  +  t s (b . c)  +  |f| |s c|  +  |q| |e|       (Cauchy and Schwarz)
 
 where b . c is exact in int32, and reads a quarter of the bytes of float32. A row whose bound does
-not exceed the k-th best score so far cannot be an answer; the few others are multiplied in float32.
-Nothing is lost: an allowance for the rounding of those products is part of the bound.
+not exceed the k-th best score so far cannot be an answer; the remaining rows are multiplied in
+float32. The search stays exact: the bound includes a margin for float32 rounding.
 """
 
 import functools
@@ -18,13 +18,13 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 TILE = 1 << 15  # rows bounded in one call; the last ones of a block are padded to a power of two
-LEAST_ROWS = 1 << 13  # of a block that is worth it
-LEAST_QUERIES = 16  # multiplied in one call: fewer take as long
-ENCODED = 1 << 8  # rows encoded at once, within a core's own cache
+LEAST_ROWS = 1 << 13  # smallest block that gets bounds
+LEAST_QUERIES = 16  # queries per call: fewer take as long, so they are padded
+ENCODED = 1 << 8  # rows encoded at once, which fit the cache of a core
 
 
 class Bounds:
-    """Codes of a block of rows and what they leave out: about a quarter of the rows' memory.
+    """Int8 codes of a block of rows and their residuals' lengths: a quarter of the rows' memory.
 
     Args:
         rows: (n, d) finite embeddings, float32 or narrower.
@@ -48,7 +48,7 @@ class Bounds:
 
 
 class Pruner:
-    """Says which rows can have a score above a floor, for a batch of queries.
+    """Prunes the rows whose scores cannot exceed a floor, for a batch of queries.
 
     Args:
         z_query: the queries, of any length.
@@ -59,7 +59,7 @@ class Pruner:
         self._length = np.linalg.norm(z_query, axis=1)
         self._step = np.maximum(np.abs(z_query).max(axis=1) / 127, 1e-30).astype(np.float32)
         codes = np.rint(z_query / self._step[:, None])
-        self._lost = np.linalg.norm(z_query - codes * self._step[:, None], axis=1)
+        self._error = np.linalg.norm(z_query - codes * self._step[:, None], axis=1)
         self._padding = max(LEAST_QUERIES, 1 << (len(codes) - 1).bit_length()) - len(codes)
         codes = np.pad(codes.astype(np.int8), ((0, self._padding), (0, 0)))
         (self._codes,) = _on_host(np.ascontiguousarray(codes.T))
@@ -67,16 +67,16 @@ class Pruner:
     def surviving(
         self, bounds: Bounds, tile: int, floor: Float[np.ndarray, " q"]
     ) -> Bool[np.ndarray, " n"]:
-        """Which rows of a tile may have a product above the floor of any query, by their bounds.
+        """Mask of the rows of a tile whose bound exceeds the floor of any query.
 
-        The last tile of a block is answered with its padding.
+        The mask of the last tile of a block includes its padding.
         """
-        # The float32 products err by up to d roundings of |q| |r|, and the bounds by a few more.
+        # Float32 products have up to d rounding errors of |q| |r|, and the bounds a few more.
         rounding = (len(bounds.centre) + 32) * np.finfo(np.float32).eps
         longest = np.linalg.norm(bounds.centre) + bounds.longest_code + bounds.longest_error
-        limit = floor - self._z @ bounds.centre - self._lost * bounds.longest_code
+        limit = floor - self._z @ bounds.centre - self._error * bounds.longest_code
         limit -= self._length * longest * rounding
-        # In units of the query's step, so that one factor a row and one a query remain.
+        # In units of the query's step, which leaves one factor per row and one per query.
         limit, length = limit / self._step, self._length / self._step
         limit = np.pad(limit, (0, self._padding), constant_values=np.inf).astype(np.float32)
         length = np.pad(length, (0, self._padding)).astype(np.float32)
@@ -84,7 +84,7 @@ class Pruner:
 
 
 def _encode(rows: np.ndarray, centre: np.ndarray):
-    """(n, d) codes c; (n,) scales s, and the lengths |e| and |s c|."""
+    """Return (n, d) codes c, (n,) scales s, and the lengths |e| and |s c|."""
     codes = np.empty(rows.shape, np.int8)
     scale, error, length = np.empty((3, len(rows)), np.float32)
     rest, near = np.empty((2, ENCODED, rows.shape[1]), np.float32)
@@ -108,25 +108,25 @@ def _lengths(z: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def is_faster() -> bool:
-    """Whether bounds take less than half the time here of the products that they save.
+    """Whether bounds take less than half the time of the float32 products that they save.
 
-    With a library for products of bytes (YNNPACK), XLA takes a fifth of the time for a few queries,
-    and without one more than twice as long: a busy machine does not blur that.
+    For a few queries XLA takes a fifth of the time with an int8 matrix-product library (YNNPACK),
+    and more than twice as long without one, so timings on a busy machine are reliable enough.
     """
     rows, queries = np.ones((TILE, 512), np.float32), np.ones((8, 512), np.float32)
     floor = np.zeros(8, np.float32)
     try:
         bounds, pruner = Bounds(rows), Pruner(queries)
-    except RuntimeError:  # JAX was told to leave the CPU alone
+    except RuntimeError:  # JAX has no CPU backend (JAX_PLATFORMS)
         return False
 
     def seconds(run) -> float:
-        taken = []
+        times = []
         for _ in range(8):
-            began = time.perf_counter()
+            start = time.perf_counter()
             run()
-            taken.append(time.perf_counter() - began)
-        return min(taken)
+            times.append(time.perf_counter() - start)
+        return min(times)
 
     bounding = seconds(lambda: pruner.surviving(bounds, 0, floor))
     return bounding < seconds(lambda: queries @ rows.T) / 2
