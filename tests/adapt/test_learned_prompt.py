@@ -155,7 +155,7 @@ def test_from_images(model):
 def test_bad_input(model, tmp_path):
     z, target = images(6, 16)
     learn = lambda **options: learn_prompt(model, z, named(target), NAMES, **options)  # noqa: E731
-    with pytest.raises(ConfigError, match="no words before the label: say with n_ctx"):
+    with pytest.raises(ConfigError, match="no words before the label: give n_ctx"):
         learn(template="{}.")
     with pytest.raises(ConfigError, match=r"label 'square' with 40 context vectors is 4. tokens"):
         learn(n_ctx=40)

@@ -1,4 +1,4 @@
-"""A small dual encoder with real arithmetic: heads are functions of embeddings alone."""
+"""A small dual encoder with real arithmetic: heads depend only on embeddings."""
 
 import re
 import zlib
@@ -16,7 +16,7 @@ COLOURS = {
 
 
 class ColourModel:
-    """Sees the mean colour of a picture and reads colour words; other words are hashed noise."""
+    """Encodes the mean colour of an image, and colour words; other words are hashed noise."""
 
     loss, logit_scale, logit_bias, name = "softmax", 50.0, 0.0, "colours"
 

@@ -28,7 +28,7 @@ ATTEMPTS = 20  # saves of one item, of which all but the last may end in a confl
 
 
 class Model:
-    """Embeds nothing but the probe by which an index recognises its model."""
+    """Encodes only the probes that identify the model of an index."""
 
     name, loss = "probe", "softmax"
 
@@ -71,7 +71,7 @@ def write(folder: Path, log: Path, prefix: str) -> None:
 
 
 def read(folder: Path, log: Path) -> None:
-    """Load the index until killed; each load holds all that the one before it held."""
+    """Load the index until killed; each load has all items of the load before."""
     before: set = set()
     with log.open("a", buffering=1) as file:
         while True:
@@ -92,7 +92,7 @@ def read(folder: Path, log: Path) -> None:
 
 
 def start(target, *args) -> int:
-    """The id of a new process that runs `target`; it leaves a traceback if that fails."""
+    """The id of a new process that runs `target`; it prints a traceback if that fails."""
     pid = os.fork()
     if pid == 0:
         try:

@@ -1,4 +1,4 @@
-"""The temperature is the one of the least cost, by a search of a fine grid."""
+"""The fitted temperature has the lowest loss on a fine grid."""
 
 import numpy as np
 import pytest

@@ -19,7 +19,7 @@ def mesh():
 
 
 @pytest.mark.parametrize("count", [3, 8, 1000])
-def test_the_same_answers_as_on_the_host(mesh, count, monkeypatch):
+def test_results_equal_those_of_the_host(mesh, count, monkeypatch):
     """Integer-valued rows: products are exact and ties frequent, and order is that of the rows."""
     monkeypatch.setattr(device_search, "TILE", 16)
     rng = np.random.default_rng(count)
@@ -36,7 +36,7 @@ def test_the_same_answers_as_on_the_host(mesh, count, monkeypatch):
                     np.testing.assert_array_equal(a, b)
 
 
-def test_what_a_tpu_is_asked_gives_the_same_where_it_is_exact(mesh, monkeypatch):
+def test_the_approximate_program_of_a_tpu_is_exact_on_cpu(mesh, monkeypatch):
     monkeypatch.setattr(device_search, "TILE", 16)
     rng = np.random.default_rng(0)
     rows, query = rng.standard_normal((300, 6)), rng.standard_normal((4, 6))

@@ -1,4 +1,4 @@
-"""Folders of clip-retrieval, and faiss."""
+"""clip-retrieval folders and faiss indexes."""
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,7 @@ def unit(n, d=16, seed=0):
 
 
 def test_a_folder_as_clip_retrieval_writes_it(model, tmp_path, caplog):
-    """Half precision, partitions with leading zeros, and columns that are no values."""
+    """Half precision, partitions with leading zeros, and columns of lists."""
     z = unit(25).astype(np.float16)
     for folder in ("img_emb", "text_emb", "metadata"):
         (tmp_path / folder).mkdir()
@@ -48,7 +48,7 @@ def test_round_trip(model, tmp_path, monkeypatch):
     index = RetrievalIndex(model)
     index.add(unit(20), ids=[f"{i}.png" for i in range(20)], metadata={"n": range(20)})
     index.remove("3.png")
-    (tmp_path / "out").mkdir()  # an empty folder is as good as none
+    (tmp_path / "out").mkdir()  # an empty folder is accepted
     write_clip_retrieval(index, tmp_path / "out")
     assert len(list((tmp_path / "out/img_emb").iterdir())) == 3
     again = read_clip_retrieval(tmp_path / "out", model)
@@ -89,7 +89,7 @@ def test_ids_keep_their_types(model, tmp_path, names, monkeypatch):
         assert again.columns == metadata
         assert again.search(unit(5)[1], k=1)[0].id == names[1]
         np.testing.assert_allclose(again.embeddings([names[2]])[0], unit(5)[2], atol=1e-6)
-    table = pq.read_table(tmp_path / "out/metadata/metadata_0.parquet")  # what other programs see
+    table = pq.read_table(tmp_path / "out/metadata/metadata_0.parquet")  # as other programs read it
     assert table.column("image_path").to_pylist() == [str(name) for name in names[:2]]
     assert ("id_is_integer" in table.column_names) == any(isinstance(n, int) for n in names)
 
@@ -115,7 +115,7 @@ def test_a_folder_without_metadata(model, tmp_path):
     (tmp_path / "text_emb").mkdir()
     for part in range(11):
         np.save(tmp_path / f"text_emb/text_emb_{part}.npy", z[part : part + 1])
-    np.save(tmp_path / "text_emb/text_emb_old.npy", z)  # no partition
+    np.save(tmp_path / "text_emb/text_emb_old.npy", z)  # not a partition
     index = read_clip_retrieval(tmp_path, model, modality="text", dtype="float16")
     assert index.ids == tuple(range(11))
     assert index.dtype == "float16"
@@ -182,7 +182,7 @@ def clustered(n, d=32, seed=0):
         ("PCA24,IVF64,Flat", "nprobe", 64),
     ],
 )
-def test_faiss_spends_what_its_recall_needs(make_model, factory, option, most, caplog):
+def test_faiss_effort_is_chosen_by_recall(make_model, factory, option, most, caplog):
     pytest.importorskip("faiss")
     index = RetrievalIndex(make_model(embed_dim=32))
     index.add(clustered(4000), metadata={"n": range(4000)})

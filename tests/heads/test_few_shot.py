@@ -1,4 +1,4 @@
-"""Few-shot heads: the optimum is the optimum, and it classifies."""
+"""Few-shot heads: fits reach the optimum, and classify."""
 
 import numpy as np
 import pytest
@@ -84,7 +84,7 @@ def test_the_cache_worked(model):
     np.testing.assert_allclose(head(z), [[1.4 + a, 1.4 + b + c]], rtol=1e-5)
 
 
-def test_tuned_keys_tell_the_examples_better_by_the_others_votes():
+def test_tuned_keys_improve_leave_one_out_classification():
     z, target = clusters(n=30, spread=1.0)
     prior = np.zeros((24, 3), np.float32)
 
@@ -99,7 +99,7 @@ def test_tuned_keys_tell_the_examples_better_by_the_others_votes():
     assert 1e-3 < np.abs(tuned.keys - z).max() <= 0.11  # 100 steps of 1e-3 at most
 
 
-def test_a_penalty_of_ones_own(model):
+def test_a_custom_penalty(model):
     z, target = clusters()
     prior = np.random.default_rng(1).standard_normal((24, 3)).astype(np.float32)
     for method, given, used in (
@@ -129,7 +129,7 @@ def test_a_penalty_chosen_on_validation_images(model, paint):
     np.testing.assert_array_equal(weight, fit_linear(z, target, l2)[0])
     own = FewShotClassifier.fit(model, train, COLOURS * 4, l2=3.0, validation=(other, COLOURS * 4))
     np.testing.assert_array_equal(own.head.weight, fit_linear(z, target, 3.0)[0])
-    # Of equally good penalties the largest, as where each one tells the classes apart.
+    # Of equally good penalties the largest is chosen: here all separate the classes.
     z, target = clusters(spread=0.05)
     assert fit_swept(z, target, z, target, (0.1, 10.0, 1.0))[1] == 10.0
 
@@ -232,11 +232,11 @@ def test_the_plain_probe_agrees_with_scikit_learn():
     ours = (z[700:] @ weight + bias).argmax(1)
     assert abs((ours == y[700:]).mean() - peer.score(8 * z[700:], y[700:])) <= 0.003
     _, l2 = fit_swept(z[:500], y[:500], z[500:700], y[500:700], (1.0, 1e6))
-    assert l2 == 1.0  # so large a penalty leaves the classes' shares alone
+    assert l2 == 1.0  # so large a penalty keeps the class frequencies
 
 
 @pytest.mark.parametrize("method", ["anchored", "cache"])
-def test_a_saved_head_says_the_same(model, make_model, paint, method, tmp_path):
+def test_a_saved_head_gives_the_same_logits(model, make_model, paint, method, tmp_path):
     labels = COLOURS * 2
     images = [paint(c, noise=60, seed=i) for i, c in enumerate(labels)]
     zero_shot = ZeroShotClassifier(model, COLOURS)
@@ -257,7 +257,7 @@ def test_a_saved_head_says_the_same(model, make_model, paint, method, tmp_path):
     assert load_classifier(tmp_path / "words.safetensors", model).labels == zero_shot.labels
 
 
-def test_files_that_are_no_classifiers(model, tmp_path):
+def test_files_that_are_not_classifiers(model, tmp_path):
     numpy = pytest.importorskip("safetensors.numpy")
     held = {"a": np.ones(2, np.float32)}
     numpy.save_file(held, tmp_path / "bare")
@@ -269,7 +269,7 @@ def test_files_that_are_no_classifiers(model, tmp_path):
         "other": "other is not a saved classifier: give",
         "corrupt": r"corrupt is not a saved classifier \(.+\): give",
         "missing": r"missing is not a saved classifier \(.+\): give",
-        "newer": "newer is a vlm oracle, which this vlm does not know: update vlm",
+        "newer": "newer is a vlm oracle, which this vlm does not support: update it",
     }.items():
         with pytest.raises(CheckpointError, match=match):
             load_classifier(tmp_path / name, model)

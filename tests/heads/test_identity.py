@@ -1,4 +1,4 @@
-"""What a saved head remembers of its model, and which models are then taken for it."""
+"""Identity of a model in a saved head, and which models match it."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ from vlm.inputs.preprocess import Preprocess
 
 
 class Model:
-    """Its embeddings of the probes are at these cosines to those of `Model()`."""
+    """Model whose probe embeddings have these cosines with those of `Model()`."""
 
     name = "plain"
 
@@ -46,7 +46,7 @@ class Model:
 
 
 def test_the_probes_never_change():
-    """Saved heads hold what models made of them: with others, all of them would be refused."""
+    """Saved heads store embeddings of these probes: new probes would invalidate all of them."""
     assert PROBE_TEXT == "a photo of a red car in the snow"
     assert PROBE_IMAGE.shape == (64, 64, 3)
     assert zlib.crc32(PROBE_IMAGE.tobytes()) == 3985674480
@@ -64,7 +64,7 @@ def test_the_probes_never_change():
         (Model(text=0.998, fingerprint="of its file"), False),
     ],
 )
-def test_a_model_is_known_by_what_it_makes_of_the_probes(other, fits):
+def test_a_model_is_identified_by_its_probe_embeddings(other, fits):
     kept = identity(Model(fingerprint="of its file"))
     if fits:
         check_identity(kept, other, Path("here"))
@@ -73,7 +73,7 @@ def test_a_model_is_known_by_what_it_makes_of_the_probes(other, fits):
             check_identity(kept, other, Path("here"))
 
 
-# --------------------------------------------------------------- what embeddings depend on
+# --------------------------------------------------------------- embedding facts
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ LABELS = [f"a {word} thing" for word in ("red", "green", "blue", "odd", "dull")]
 
 
 def test_a_model_of_another_type_does_not_get_cached_embeddings(bundle, tmp_path, monkeypatch):
-    """Nor one with other rules for texts; equal ones do."""
+    """Nor does one with other tokenizer rules; an equal model does."""
     monkeypatch.setenv("VLM_CACHE", str(tmp_path))
     monkeypatch.setattr(prompts, "CACHED", 5)
     half = vlm.load(tiny.run(), dtype="bfloat16")
@@ -141,7 +141,7 @@ def test_weights_without_a_fingerprint_are_hashed(bundle):
     assert stored_facts(other).keys() == stored_facts(bundle).keys()
 
 
-def test_an_index_says_when_new_embeddings_would_not_be_of_one_kind(bundle, tmp_path, caplog):
+def test_an_index_warns_when_new_embeddings_would_not_match(bundle, tmp_path, caplog):
     index = RetrievalIndex(bundle)
     index.add(["red", "green"])
     index.save(tmp_path)
@@ -157,6 +157,6 @@ def test_an_index_says_when_new_embeddings_would_not_be_of_one_kind(bundle, tmp_
     kept = json.loads((tmp_path / "index.json").read_text())
     check_identity(kept, other, tmp_path)  # near enough for a search
     assert mismatch(kept, other) == "other weights"
-    del kept["facts"]  # an index from before they were kept
+    del kept["facts"]  # an index of an older version
     assert mismatch(kept, bundle) is None
     assert mismatch(kept, other) == "other weights"

@@ -1,4 +1,4 @@
-"""An index that changes: removing, replacing, merging, metadata, and what a save leaves behind."""
+"""Changes of an index: remove, update, merge, metadata; and the files of a save."""
 
 import json
 import pathlib
@@ -36,7 +36,7 @@ def ids(hits):
 # ------------------------------------------------------------------------- removing and changing
 
 
-def test_removed_items_are_found_no_more(index, tmp_path):
+def test_removed_items_are_not_found(index, tmp_path):
     z = unit(40)
     index.remove([3, 7])
     index.remove(11)
@@ -53,7 +53,7 @@ def test_removed_items_are_found_no_more(index, tmp_path):
     loaded = RetrievalIndex.load(tmp_path / "index", index.model)
     assert loaded.ids == tuple(left)
     loaded.remove(0)
-    loaded.save(tmp_path / "index")  # few: the shard stays, and a small file names what is gone
+    loaded.save(tmp_path / "index")  # few: the shard is kept, and a small file lists removed rows
     again = RetrievalIndex.load(tmp_path / "index", index.model)
     assert again.ids == tuple(left[1:])
     assert any(path.name.startswith("removed-") for path in (tmp_path / "index").iterdir())
@@ -77,7 +77,7 @@ def test_update_replaces_and_adds(index):
     assert len(index) == 41
     assert [index.search(row, k=1)[0].id for row in z] == [5, 6, "new"]
     assert index.metadata(5) == {"year": 1}
-    assert index.search(unit(40)[5], k=1)[0].score < 0.999  # the old one is gone
+    assert index.search(unit(40)[5], k=1)[0].score < 0.999  # the old one is replaced
     with pytest.raises(ConfigError, match="id 5 is in the index already"):
         index.update(z[:2], ids=[5, 5])
     with pytest.raises(ConfigError, match="or call `update`"):
@@ -95,7 +95,7 @@ def test_update_keeps_the_metadata_that_it_does_not_name(index):
     assert index.metadata("a") == {"camera": None, "year": 2001, "new": 1}
 
 
-def test_running_numbers_never_meet_old_ones(index):
+def test_running_numbers_never_repeat_old_ids(index):
     index.remove([0, 1])
     index.add(unit(2, seed=3))
     assert index.ids[-2:] == (40, 41)
@@ -138,14 +138,14 @@ def test_filters(index):
         index.search(z[0], where={"lens": 1})
     with pytest.raises(ConfigError, match="no metadata column 'lens'"):
         index.search(z[0], where=lambda c: c["lens"] == 1)
-    with pytest.raises(ConfigError, match="a truth value for each of the 42 rows"):
+    with pytest.raises(ConfigError, match="a bool for each of the 42 rows"):
         index.search(z[0], where=lambda c: c["year"])
     with pytest.raises(ConfigError, match="where is a str"):
         index.search(z[0], where="year > 3")
 
 
-def test_a_filter_equals_the_search_of_what_it_keeps(model):
-    """Sparse and dense filters take different ways through a tile."""
+def test_a_filtered_search_equals_a_search_of_the_filtered_rows(model):
+    """Sparse and dense filters use different code paths."""
     z = unit(3000, seed=1)
     index = RetrievalIndex(model)
     index.add(z, metadata={"n": range(3000)})
@@ -168,8 +168,8 @@ def test_bad_metadata(index):
     assert len(index) == 40
 
 
-def test_what_a_filter_sees(model):
-    """Numbers where all are, with NaN for those that are missing; texts; and both as they are."""
+def test_arrays_that_a_filter_gets(model):
+    """Numbers, with NaN for missing values; texts; and mixed columns as objects."""
     index = RetrievalIndex(model)
     columns = {
         "whole": [1, 2, 3], "gaps": [1, None, 3], "yes": [True, False, True],
@@ -197,7 +197,7 @@ def test_least_score_and_probability(index):
     least = float(np.sort(cosines)[-4])
     assert len(index.search(z[0], k=40, min_score=least)) == 4
     assert index.search(z[0], k=40, min_score=1.5) == []
-    with pytest.raises(ConfigError, match="no probability of its own"):
+    with pytest.raises(ConfigError, match="no probability of a single pair"):
         index.search(z[0], min_probability=0.5)
     index.model.loss, index.model.logit_bias = "sigmoid", -10.0
     expected = (1 / (1 + np.exp(10 - 50 * cosines)) >= 0.5).sum()
@@ -287,7 +287,7 @@ def test_an_index_of_the_first_format_opens(model, tmp_path):
     assert RetrievalIndex.load(tmp_path, model).ids == tuple("abcde")
 
 
-def test_many_shards_are_written_anew(model, tmp_path, monkeypatch):
+def test_many_shards_are_rewritten(model, tmp_path, monkeypatch):
     monkeypatch.setattr(items, "MOST_SHARDS", 3)
     monkeypatch.setattr(index_folder, "SHARD_ROWS", 8)
     index = RetrievalIndex(model)
@@ -329,7 +329,7 @@ def run(body, folder, **options):
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.03, 0.12])
-def test_a_kill_while_adding_and_saving_leaves_the_old_or_the_new(seconds, tmp_path):
+def test_a_kill_while_adding_and_saving_leaves_the_old_or_the_new_index(seconds, tmp_path):
     body = """
         try: index = RetrievalIndex.load(folder, Model())
         except Exception: index = RetrievalIndex(Model())
@@ -361,7 +361,7 @@ def test_a_kill_while_adding_and_saving_leaves_the_old_or_the_new(seconds, tmp_p
     loaded = RetrievalIndex.load(tmp_path / "index", Model())
     assert len(loaded) in (100_000, 200_000)
     assert loaded.ids == tuple(range(len(loaded)))
-    loaded.save(tmp_path / "index")  # the leavings go
+    loaded.save(tmp_path / "index")  # leftover files are deleted
     names = [p.name.split("-")[0] for p in (tmp_path / "index").iterdir()]
     assert names.count("rows") == len(loaded) // 100_000
 
@@ -395,7 +395,7 @@ def test_the_second_of_two_savers_is_refused_and_reloads(index, tmp_path):
         one.save(folder)
 
 
-def test_an_index_is_replaced_only_by_name(index, tmp_path):
+def test_an_index_is_replaced_only_with_overwrite(index, tmp_path):
     folder = tmp_path / "index"
     index.save(folder)
     index.save(tmp_path / "copy")
@@ -428,7 +428,7 @@ def test_a_first_save_that_was_killed_blocks_no_second_one(index, tmp_path):
     assert not (tmp_path / "rows-0123456789ab.npy").exists()
 
 
-def test_a_lock_that_is_held_is_waited_for_and_names_its_owner(index, tmp_path, monkeypatch):
+def test_a_save_waits_for_the_lock_and_names_its_owner(index, tmp_path, monkeypatch):
     monkeypatch.setattr(index_folder, "LOCK_TIMEOUT", 0.1)
     index.save(tmp_path)
     busy = pytest.raises(ConflictError, match=r"process \d+ on .* has been saving")
@@ -440,7 +440,7 @@ def test_a_lock_that_is_held_is_waited_for_and_names_its_owner(index, tmp_path, 
 def test_a_save_that_fails_leaves_its_items_unsaved(index, tmp_path, monkeypatch):
     index.save(tmp_path)
     index.add(unit(1, seed=1), ids=["new"])
-    index.remove(range(20))  # enough to write everything again
+    index.remove(range(20))  # enough to rewrite all shards
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -462,7 +462,7 @@ def test_a_bucket_is_refused(index):
 
 
 def test_a_searcher_follows_the_rows_that_a_save_moved(index, tmp_path):
-    """A save that drops removed rows numbers the others anew."""
+    """A save that drops removed rows renumbers the remaining ones."""
 
     class First:
         def __init__(self, rows):
@@ -483,7 +483,7 @@ def test_a_searcher_follows_the_rows_that_a_save_moved(index, tmp_path):
     assert index.search(unit(40)[30], k=1)[0].id == 30
 
 
-def test_writers_that_are_killed_lose_nothing_they_saved():
+def test_killed_writers_lose_no_saved_items():
     """Small; the figures of `python tests/heads/index_writers.py` are of 2,000 saves."""
     script = pathlib.Path(__file__).with_name("index_writers.py")
     done = subprocess.run(
@@ -493,7 +493,7 @@ def test_writers_that_are_killed_lose_nothing_they_saved():
 
 
 def test_an_index_larger_than_its_memory(tmp_path):
-    """139 MB of rows, built and searched with 64 MB of memory beyond what the imports took."""
+    """139 MB of rows, built and searched with 64 MB of memory beyond that of the imports."""
     body = """
         import os, resource
         warm = np.ones((600, 600), np.float32) @ np.ones((600, 600), np.float32)

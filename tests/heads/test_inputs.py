@@ -1,4 +1,4 @@
-"""One item or many, and of what kind."""
+"""Detection of single items, lists and their kinds."""
 
 from pathlib import Path
 
@@ -30,14 +30,14 @@ FLOATS, BYTES = np.float32, np.uint8
         ([], None, 0, False),
     ],
 )
-def test_what_was_given(items, kind, count, single):
+def test_kinds_of_input(items, kind, count, single):
     found, stream, alone = split(items, "search")
     assert (found, len(list(stream)), alone) == (kind, count, single)
 
 
 @pytest.mark.untyped
 @pytest.mark.parametrize("items", [3, None, np.ones(4, int), [np.ones(4, int)], [None]])
-def test_nothing_that_we_know(items):
+def test_unsupported_types_are_refused(items):
     with pytest.raises(DataError, match="search got a "):
         split(items, "search")
 

@@ -1,4 +1,4 @@
-"""Labels from every place, hierarchies, none of these, calibration, and a classifier on disk."""
+"""Label sources, hierarchies, "none of these", calibration, and saved classifiers."""
 
 import json
 import sys
@@ -40,8 +40,8 @@ def test_the_classes_of_imagenet_by_name():
     assert len(read_labels("imagenet-r")) == 200
 
 
-def test_the_names_of_an_open_clip_are_read_and_not_run(tmp_path, monkeypatch):
-    """In the form that its source has; importing it would import PyTorch."""
+def test_the_names_of_open_clip_are_parsed_without_import(tmp_path, monkeypatch):
+    """In the form of its source; importing it would import PyTorch."""
     (tmp_path / "open_clip").mkdir()
     (tmp_path / "open_clip/__init__.py").write_text("raise ImportError('it was run')")
     (tmp_path / "open_clip/zero_shot_metadata.py").write_text(
@@ -71,7 +71,7 @@ def test_the_names_of_an_installed_open_clip():
     assert filled == [template("dog") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
 
 
-def test_bad_places(tmp_path):
+def test_bad_sources(tmp_path):
     (tmp_path / "a.json").write_text('{"x": ["a"], "y": 3}')
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "truncated.json").write_text("[")
@@ -90,7 +90,7 @@ def test_bad_places(tmp_path):
         f"{tmp_path}/numbers.json": "holds no list of labels: write a list of texts",
         f"{tmp_path}/mixed.json": "no list of labels: name one of its entries",
         f"{tmp_path}/pixels.txt": "is not UTF-8 text",
-        "tfds:no_such_data": "TFDS does not know the data set 'no_such_data'",
+        "tfds:no_such_data": "TFDS cannot load the data set 'no_such_data'",
     }.items():
         with pytest.raises(DataError, match=match):
             read_labels(place)
@@ -123,7 +123,7 @@ def test_a_hierarchy(model, paint):
         result.grouped({"a": ["pink"]})
 
 
-def test_a_hierarchy_of_three_levels_and_labels_that_stand_alone():
+def test_a_hierarchy_of_three_levels_and_ungrouped_labels():
     deep = {"animal": {"dog": {"poodle": None, "pug": None}, "cat": None}, "car": None}
     leaves, levels = prompts.leaves_of(deep, ["a {}"])
     assert leaves == {name: [f"a {name}"] for name in ("poodle", "pug", "cat", "car")}
@@ -195,7 +195,7 @@ def test_save_and_load(model, paint, tmp_path, make_model):
         ZeroShotClassifier.load(tmp_path / "corrupt", model)
     classify.z_labels = classify.z_labels[:2]
     classify.save(tmp_path / "short.safetensors")
-    with pytest.raises(CheckpointError, match="another number of embeddings than labels"):
+    with pytest.raises(CheckpointError, match="the numbers of embeddings and labels differ"):
         ZeroShotClassifier.load(tmp_path / "short.safetensors", model)
     model.embed_dim = 16
     with pytest.raises(ConfigError, match=r"shape \(2, 16\) are not those of 3 labels"):
@@ -237,7 +237,7 @@ def test_few_prompts_and_unknown_weights_are_embedded_each_time(make_model, tmp_
     ZeroShotClassifier(unknown, [f"thing {i}" for i in range(20)])
     assert not (tmp_path / "classifiers").exists()
     ZeroShotClassifier(named, ["red", "blue", "green", "black", "white"])
-    assert len(list((tmp_path / "classifiers").iterdir())) == 1  # and no leavings
+    assert len(list((tmp_path / "classifiers").iterdir())) == 1  # and no leftover files
 
 
 def test_ten_thousand_classes_take_few_calls(model, paint):

@@ -1,4 +1,4 @@
-"""The linear probe reaches scikit-learn's objective within its promise of 0.1%."""
+"""The linear probe reaches scikit-learn's objective within its tolerance of 0.1%."""
 
 import logging
 
@@ -49,7 +49,7 @@ def _from(start, z, target, weight, bias, l2):
     return objective(z, target, weight, bias, 0) + l2 / 2 * (moved**2).sum() / z.shape[1]
 
 
-def test_a_fit_that_stops_early_says_how_far_it_may_be_off(caplog):
+def test_a_fit_that_stops_early_logs_its_duality_gap(caplog):
     z, target, l2 = data("few")
     with caplog.at_level(logging.WARNING):
         early = fit_linear(z, target, l2, max_steps=1)

@@ -1,4 +1,4 @@
-"""Classification by neighbours, alone and joined with zero-shot."""
+"""k-NN classification, with and without a zero-shot classifier."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_neighbours_vote_with_their_weights(index, model, paint):
 
 
 @pytest.mark.parametrize("evidence", ["label", "caption"])
-def test_joined_with_zero_shot(index, model, paint, evidence):
+def test_combined_with_zero_shot(index, model, paint, evidence):
     zero_shot = ZeroShotClassifier(model, COLOURS)
     z = model.encode_image([paint(c, noise=60, seed=7) for c in COLOURS])
     column = evidence
@@ -57,7 +57,7 @@ def test_the_share_of_the_neighbours_from_none_to_all(index, model, paint):
     zero = np.exp(zero_shot.logits(z))
     zero /= zero.sum(1, keepdims=True)
     near = NeighbourClassifier(index, "label", zero_shot=zero_shot).votes(z)
-    assert near.max() < 1  # 20 neighbours of five in each colour are not of one mind
+    assert near.max() < 1  # 20 neighbours of five in each colour do not all agree
     for share in (0, 0.5, 1):
         options = {} if share == 0.5 else {"share": share}
         joined = NeighbourClassifier(index, "label", zero_shot=zero_shot, **options)

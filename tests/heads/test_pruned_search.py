@@ -1,4 +1,4 @@
-"""Bounds of scores: they rule out most rows, never an answer, and change no answer of a search."""
+"""Pruned search: bounds rule out most rows and never change the results."""
 
 import numpy as np
 import pytest
@@ -17,10 +17,10 @@ def unit(n, d=64, seed=0):
 
 
 def rows_of(kind, rng, n):
-    """Whole numbers, so that products are exact and a wrong order is no rounding."""
+    """Whole numbers, so that products are exact and a wrong order is not due to rounding."""
     if kind == "ties":
         return rng.integers(-2, 3, (n, 8))
-    if kind == "near duplicates":  # closer to each other than codes of a byte can tell
+    if kind == "near duplicates":  # closer to each other than the resolution of int8 codes
         return rng.integers(-900, 900, (1, 8)) + rng.integers(-1, 2, (n, 8))
     if kind == "clusters":
         return rng.integers(-900, 900, (3, 8))[rng.integers(0, 3, n)] + rng.integers(-3, 4, (n, 8))
@@ -66,14 +66,14 @@ def test_no_row_is_ruled_out_by_a_floor_below_its_own_score(offset):
     for row in range(0, 512, 37):
         floor = np.nextafter(products[:, row], np.float32(-np.inf))
         for q in range(5):
-            alone = np.where(np.arange(5) == q, floor, np.float32(np.inf))
-            surviving = pruner.surviving(bounds, 0, alone)
+            one_query = np.where(np.arange(5) == q, floor, np.float32(np.inf))
+            surviving = pruner.surviving(bounds, 0, one_query)
             assert surviving[products[q] > floor[q]].all()
     assert not pruner.surviving(bounds, 0, np.full(5, 1e9, np.float32)).any()
 
 
 def test_most_rows_are_ruled_out():
-    """Of rows at random, the hardest case, and of those that share a direction, as real ones do."""
+    """For random rows, the hardest case, and rows with a common direction, as real ones have."""
     rows = unit(8192, 256)
     for z in (rows, rows + unit(1, 256, seed=2)):
         query = z[:4] + 0.5 * unit(4, 256, seed=3)
@@ -107,11 +107,11 @@ def test_blocks_in_memory_get_bounds_one_with_each_search(model, tmp_path, monke
     assert [hit.id for hit in index.search(then[3], k=4)] == plain[1:]
     index.save(tmp_path / "index")
     index.search(first[0])
-    assert have() == [False]  # it is mapped from the folder
+    assert have() == [False]  # memory-mapped
     assert [hit.id for hit in index.search(then[3], k=4)] == plain[1:]
 
 
-def test_a_search_rests_from_bounds_that_rule_out_too_little(monkeypatch):
+def test_a_search_backs_off_from_bounds_that_prune_too_little(monkeypatch):
     monkeypatch.setattr(pruned_search, "TILE", 64)
     asked = []
     real = Pruner.surviving

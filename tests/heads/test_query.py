@@ -1,4 +1,4 @@
-"""Queries that add and subtract."""
+"""Composed queries."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_search_by_queries(model, paint):
 
 
 def test_bad_queries(model, paint):
-    with pytest.raises(DataError, match="has no direction"):
+    with pytest.raises(DataError, match="is zero or not finite"):
         embed_queries(model, [Query("red") - Query("red")])
     with pytest.raises(ConfigError, match="the weight 0"):
         0 * Query("red")

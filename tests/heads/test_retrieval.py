@@ -1,4 +1,4 @@
-"""The index: exactness, its folder, and what it refuses."""
+"""Retrieval index: exact results, its folder, and errors."""
 
 import json
 import tracemalloc
@@ -268,7 +268,7 @@ def test_a_save_that_dies_leaves_the_old_index(model, index, tmp_path, monkeypat
     def die(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(index_folder.os, "replace", die)  # the last step of all
+    monkeypatch.setattr(index_folder.os, "replace", die)  # the last step
     with pytest.raises(KeyboardInterrupt):
         index.save(tmp_path / "index")
     monkeypatch.undo()
@@ -297,7 +297,7 @@ def test_a_model_that_shares_only_the_text_tower_is_refused(index, make_model, t
         RetrievalIndex.load(tmp_path / "index", other)
 
 
-def test_equal_files_are_trusted_without_a_look_at_the_image_tower(index, make_model, tmp_path):
+def test_equal_fingerprints_skip_the_image_probe(index, make_model, tmp_path):
     index.model.fingerprint = "abc"
     index.save(tmp_path / "index")
     model = make_model()
@@ -351,7 +351,7 @@ def test_corrupt_and_foreign_folders(index, model, tmp_path):
         RetrievalIndex.load(path, model)
 
 
-def test_saving_spares_other_files(index, model, tmp_path):
+def test_saving_never_overwrites_other_files(index, model, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(CheckpointError, match="other files and no index"):

@@ -68,7 +68,7 @@ def test_a_stream_is_drawn_once_and_in_order(model, paint):
     assert model.seen == 60
 
 
-def test_a_mapping_brings_its_own_sentences(model, paint):
+def test_a_mapping_has_its_own_sentences(model, paint):
     classify = ZeroShotClassifier(model, {"warm": ["red", "yellow paint"], "cold": ["blue"]})
     assert classify.labels == ("warm", "cold")
     assert classify([paint("blue")]).top(1)[0][0][0] == "cold"
@@ -91,7 +91,7 @@ def test_sigmoid_scores_do_not_depend_on_the_other_labels(model, paint):
     few = ZeroShotClassifier(model, ["red", "green"])(paint("blue"))
     many = ZeroShotClassifier(model, [*LABELS, "yellow", "red"[::-1]])(paint("blue"))
     np.testing.assert_allclose(few.scores, many.scores[:, :2], rtol=1e-5)
-    assert few.scores.max() < 0.5  # nothing fits, and the scores say so
+    assert few.scores.max() < 0.5  # nothing fits, so all scores are low
 
 
 def test_all_labels_of_at_least_a_score():

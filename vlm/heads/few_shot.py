@@ -55,7 +55,7 @@ class CacheHead:
 
     def __call__(self, z_image: Float[Embeddings, "n d"]) -> Float[Embeddings, "n m"]:
         product = SHARPNESS * (z_image @ self.keys.T - 1)
-        nearness = product.__array_namespace__().exp(product)  # of NumPy, or of JAX inside `jit`
+        nearness = product.__array_namespace__().exp(product)  # NumPy, or JAX inside `jit`
         return z_image @ self.zero_shot + (RATIO * nearness) @ self.values
 
 
@@ -137,7 +137,7 @@ class FewShotClassifier(ImageClassifier, display.FactSheet):
         return cls(model, names, fit_head(z_image, target, method, l2, prior, scale, len(names)))
 
     def logits(self, z_image: Float[Embeddings, "n d"]) -> Float[Embeddings, "n m"]:
-        """The logits of embeddings over the labels; also inside `jit`."""
+        """Compute the logits of embeddings over the labels; works inside `jit`."""
         return self.head(z_image).astype(np.float32)
 
     def save(self, file: str | os.PathLike) -> None:

@@ -1,13 +1,13 @@
-"""Where labels and templates come from: lists, files, data sets, and what other tools install.
+"""Read class labels and prompt templates from lists, files, data sets and open_clip.
 
-["dog", "cat"]                    names, or a mapping from a name to sentences of its own
+["dog", "cat"]                    names, or a mapping from a name to its own sentences
 "names.txt"                       one name on each line
 "names.json"                      a list, or a mapping from a name to its sentences
-"en_classnames.json:cifar10"      the entry of a data set, in the form of CLIP_benchmark
-"tfds:cifar10"                    the labels that a TFDS data set gives its classes
-"folder:pets", "wds:shards.tar"   those of class folders, and of shards
+"en_classnames.json:cifar10"      the entry of a data set, in the format of CLIP_benchmark
+"tfds:cifar10"                    class names of a TFDS data set
+"folder:pets", "wds:shards.tar"   classes of class folders, or of WebDataset shards
 "imagenet"                        ImageNet's 1,000 classes, or those of imagenet-a, -r or -o
-"open_clip:imagenet"              those in an installed open_clip
+"open_clip:imagenet"              class names of an installed open_clip
 """
 
 import ast
@@ -31,11 +31,11 @@ SIMPLE = "SIMPLE_IMAGENET_TEMPLATES"
 
 
 def read_labels(source: str | os.PathLike | Labels) -> Labels:
-    """Labels from any of the places above; a list or a mapping stays as it is.
+    """Read labels from any of the sources above; a list or a mapping is returned unchanged.
 
     Raises:
-        ConfigError: a place of no known kind.
-        DataError: a file that is missing or holds something else.
+        ConfigError: an unsupported source.
+        DataError: a file that is missing or has another content.
 
     Example:
         >>> from vlm.heads import read_labels
@@ -55,7 +55,7 @@ def read_labels(source: str | os.PathLike | Labels) -> Labels:
 
 
 class DataSetClasses(NamedTuple):
-    """The classes of a data set: their labels, their names, and templates that it brings."""
+    """Classes of a data set: labels, names for prompts, and the data set's own templates."""
 
     labels: list[str]
     names: list[str]
@@ -63,7 +63,7 @@ class DataSetClasses(NamedTuple):
 
 
 def data_set_of(place: str) -> DataSetClasses | None:
-    """The classes of `tfds:NAME`, `folder:PATH`, `wds:SHARDS` or `imagenet`; None of other places.
+    """Read the classes of `tfds:NAME`, `folder:PATH`, `wds:SHARDS` or `imagenet`; else None.
 
     Raises:
         DataError: no such data.
@@ -85,17 +85,17 @@ def data_set_of(place: str) -> DataSetClasses | None:
     except DataError:
         if kind != "tfds":
             raise
-        labels = _tfds_names(what)  # TFDS itself knows more than what is prepared here
+        labels = _tfds_names(what)  # not prepared here: ask TFDS itself
         return DataSetClasses(labels, names_of(labels, where=place), ())
     classes = classes_of(config, source)
     return DataSetClasses(*classes, tuple(getattr(source, "templates", None) or ()))
 
 
 def read_templates(source: str | os.PathLike | Sequence[str]) -> Sequence[str] | Mapping:
-    """Templates from a JSON file in the form of CLIP_benchmark, or from an installed open_clip.
+    """Read templates from a JSON file in the format of CLIP_benchmark, or from open_clip.
 
-    Its `{c}` becomes our `{}`. A mapping gives a class its own sentences (CuPL, arXiv:2209.03320)
-    and stands in the place of labels.
+    CLIP_benchmark's `{c}` is replaced by `{}`. A mapping has sentences for each class (CuPL,
+    arXiv:2209.03320) and is used in place of labels.
 
     Raises:
         ConfigError, DataError: see `read_labels`.
@@ -133,26 +133,26 @@ def _from_file(place: str, what: str) -> Any:
             raise DataError(f"{path} holds no {what}: give one on each line")
         return names
     try:
-        held = json.loads(text)
+        content = json.loads(text)
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}): write it again") from None
     if key:
-        entry = key if not isinstance(held, dict) or key in held else key.rpartition("/")[2]
-        if not isinstance(held, dict) or entry not in held:
-            known = ", ".join(list(held)[:8]) if isinstance(held, dict) else "no names at all"
+        entry = key if not isinstance(content, dict) or key in content else key.rpartition("/")[2]
+        if not isinstance(content, dict) or entry not in content:
+            known = ", ".join(list(content)[:8]) if isinstance(content, dict) else "no names at all"
             raise DataError(f"{path} has no {what} of {key!r}: it has {known}")
-        held = held[entry]
-    of_texts = isinstance(held, list) and all(isinstance(name, str) for name in held)
-    of_lists = isinstance(held, dict) and all(
+        content = content[entry]
+    of_texts = isinstance(content, list) and all(isinstance(name, str) for name in content)
+    of_lists = isinstance(content, dict) and all(
         isinstance(own, list) and all(isinstance(text, str) for text in own)
-        for own in held.values()
+        for own in content.values()
     )
     if not (of_texts or of_lists):
-        hint = (
-            f"name one of its entries, {path}:{next(iter(held))}" if isinstance(held, dict) else ""
-        )
-        raise DataError(f"{path} holds no list of {what}: {hint or 'write a list of texts'}")
-    return held
+        hint = "write a list of texts"
+        if isinstance(content, dict):
+            hint = f"name one of its entries, {path}:{next(iter(content))}"
+        raise DataError(f"{path} holds no list of {what}: {hint}")
+    return content
 
 
 def _tfds_names(name: str) -> list[str]:
@@ -163,7 +163,7 @@ def _tfds_names(name: str) -> list[str]:
         features = tfds.builder(name).info.features
     except Exception as error:
         raise DataError(
-            f"TFDS does not know the data set {name!r} ({type(error).__name__}): check its name, "
+            f"TFDS cannot load the data set {name!r} ({type(error).__name__}): check its name, "
             "and that it is prepared on this machine"
         ) from None
     known: dict[str, Any] = {}
@@ -176,7 +176,7 @@ def _tfds_names(name: str) -> list[str]:
 
 
 def _open_clip(name: str, what: str) -> list[str]:
-    """What `open_clip.zero_shot_metadata` defines, read from its source: it would import torch."""
+    """Parse a list from the source of `open_clip.zero_shot_metadata`, without importing torch."""
     if name not in ("imagenet", "imagenet_simple"):
         raise ConfigError(f"open_clip has no {what} of {name!r}: it has those of imagenet")
     spec = importlib.util.find_spec("open_clip")
@@ -189,14 +189,14 @@ def _open_clip(name: str, what: str) -> list[str]:
             continue
         if getattr(node.targets[0], "id", None) == wanted:
             return [_text(element) for element in node.value.elts]
-    raise DataError(f"{file} defines no {wanted}: install another open_clip")
+    raise DataError(f"{file} defines no {wanted}: install another version of open_clip")
 
 
 def _text(node: Any) -> str:
-    """A text, or the text that a lambda of one argument formats, with `{}` for it."""
+    """Return a string constant, or the template of a lambda with an f-string, with `{}`."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.Lambda) and isinstance(node.body, ast.JoinedStr):
         parts = node.body.values
         return "".join(_text(p) if isinstance(p, ast.Constant) else "{}" for p in parts)
-    raise DataError("open_clip writes its templates in a form that vlm does not know")
+    raise DataError("open_clip's templates have an unknown form: install another version of it")

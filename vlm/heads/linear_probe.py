@@ -1,9 +1,9 @@
-"""Linear probes: multinomial logistic regression on embeddings, to its optimum, fast.
+"""Linear probes: multinomial logistic regression on embeddings, solved to the optimum.
 
-The features are centred and preconditioned by their own covariance: in that space the curvature is
-nearly the same in every direction (Böhning, 1992, doi:10.1007/BF00048682, bounds it by the
-covariance), and conjugate gradients need a few products where the plain problem takes many. The fit
-stops by the duality gap, which bounds the distance to the optimum at any penalty.
+The features are centred and preconditioned by their covariance. The curvature is then nearly the
+same in every direction (Böhning, 1992, doi:10.1007/BF00048682, bounds it by the covariance), and
+conjugate gradients converge in few iterations. The fit stops by the duality gap, which bounds the
+distance to the optimum for any penalty.
 """
 
 import logging
@@ -14,11 +14,11 @@ from jaxtyping import Float, Int
 
 from vlm.errors import ConfigError
 
-# The curvature of a class's logit is p (1 - p): at most 1 / m where nothing is known yet, and less
-# the better the fit. A quarter of that is what the preconditioner expects on average.
+# The curvature of a class's logit is p (1 - p): about 1 / m for uniform probabilities, and less the
+# better the fit. The preconditioner assumes a quarter of that on average.
 CURVATURE = 0.25
 TINY = np.finfo(np.float64).tiny
-SWEEP = tuple(10.0**e for e in range(-2, 5))  # penalties to choose from on a validation split
+SWEEP = tuple(10.0**e for e in range(-2, 5))  # penalties tried on a validation split
 
 Weights = tuple[Float[np.ndarray, "d m"], Float[np.ndarray, " m"]]
 
@@ -32,25 +32,25 @@ def fit_linear(
     tolerance: float = 1e-3,
     classes: int | None = None,
 ) -> Weights:
-    """Multinomial logistic regression on embeddings, solved by Newton's method to its optimum.
+    """Fit multinomial logistic regression on embeddings by Newton's method, to the optimum.
 
-    Minimises the sum of cross-entropies plus l2 / 2 times the squared norm of the weights, on
-    embeddings scaled by sqrt(d), so that a coordinate has about unit variance and `l2` means the
-    same at any width (it is scikit-learn's 1 / C). The bias carries no penalty.
+    Minimises the sum of cross-entropies plus l2 / 2 times the squared norm of the weights. The
+    embeddings are scaled by sqrt(d), so that a coordinate has about unit variance and `l2` has the
+    same effect at any width (it is scikit-learn's 1 / C). The bias is not penalized.
 
     Args:
         z_image: embeddings, unit norm.
         target: classes 0 .. m - 1.
         l2: weight of the penalty; larger for fewer or noisier examples.
-        prior: weights for unscaled embeddings, from which the penalty measures and the fit starts;
-            there is no bias then. Zeros by default.
-        max_steps: an upper bound on Newton steps, in float32 and again in float64.
-        tolerance: how far above its minimum the objective may still be, as a share of it, by the
-            duality gap. A fit that does not get there in `max_steps` logs a warning with its gap.
-        classes: m, if some have no example.
+        prior: weights for unscaled embeddings; the penalty is on the difference from them, and the
+            fit starts there. There is no bias then. Zeros by default.
+        max_steps: maximum number of Newton steps, in float32 and again in float64.
+        tolerance: relative duality gap at which the fit stops. A fit that does not converge in
+            `max_steps` logs a warning with its gap.
+        classes: m, if some classes have no example.
 
     Returns:
-        The weights and bias for unscaled embeddings.
+        Weights and bias for unscaled embeddings.
 
     Raises:
         ConfigError: an l2 that is not positive (the optimum would be at infinity).
@@ -61,7 +61,7 @@ def fit_linear(
     m = classes or int(target.max()) + 1
     start = np.zeros((d, m)) if prior is None else np.asarray(prior, np.float64)
     penalty = l2 / (n * d)  # of weights for unscaled embeddings, per example
-    # Where float32 rounds too much to get there, float64 goes on.
+    # If float32 is too imprecise to converge, float64 continues.
     gap, weight, bias = np.inf, start, np.zeros(m)
     for dtype in (np.float32, np.float64):
         probe = _Probe(np.asarray(z_image, dtype), target, start, prior is None, penalty)
@@ -79,7 +79,10 @@ def fit_linear(
 
 
 class _Probe:
-    """The objective by v and c: weight = to_weight @ v, and of centred rows bias = unit * c."""
+    """Objective in preconditioned variables v and c: weight = to_weight @ v, bias = unit * c.
+
+    The bias is that of centred rows.
+    """
 
     def __init__(self, x, target, start, with_bias, penalty):
         from scipy.linalg import solve_triangular
@@ -87,9 +90,9 @@ class _Probe:
         self.x, self.target, self.start = x, target, start
         self.with_bias, self.penalty = with_bias, penalty
         (n, d), (_, m) = x.shape, start.shape
-        # Without a bias there is nothing that could take up the mean.
+        # Without a bias the rows cannot be centred.
         self.mean = x.mean(axis=0, dtype=np.float64) * with_bias
-        self.share = np.bincount(target, minlength=m) / n  # of the examples, by class
+        self.frequency = np.bincount(target, minlength=m) / n  # of each class
         curvature = CURVATURE / m
         covariance = (x.T @ x) / np.float64(n) - np.outer(self.mean, self.mean)
         covariance *= curvature
@@ -97,7 +100,7 @@ class _Probe:
         self.lower = np.linalg.cholesky(covariance + (penalty + rounding) * np.eye(d))
         self.to_weight = solve_triangular(self.lower, np.eye(d), lower=True).T
         self.unit = curvature**-0.5
-        self.last = np.empty(0), np.empty((0, m))  # where it was evaluated, and the probabilities
+        self.last = np.empty(0), np.empty((0, m))  # last point and its probabilities
 
     def packed(self, weight, bias) -> np.ndarray:
         centred = (bias + self.mean @ weight) / self.unit
@@ -108,7 +111,7 @@ class _Probe:
         return weight, self.unit * flat[self.start.size :] - self.mean @ weight
 
     def evaluate(self, flat) -> tuple[float, np.ndarray, np.ndarray]:
-        """The objective, its gradient, and the probabilities of the classes."""
+        """Compute the objective, its gradient, and the class probabilities."""
         rows = np.arange(len(self.x))
         weight, bias = self.unpacked(flat)
         logits = self._logits(weight, bias)
@@ -116,7 +119,7 @@ class _Probe:
         right = logits[rows, self.target]
         p = np.exp(logits, out=logits)
         total = p.sum(axis=1, keepdims=True)
-        # Summed in float64, or a search near the optimum would see rounding and no descent.
+        # Summed in float64: near the optimum, float32 rounding would hide the descent.
         value = np.mean(np.log(total[:, 0]) - right, dtype=np.float64)
         p /= total
         moved = weight - self.start
@@ -131,7 +134,7 @@ class _Probe:
         return value, gradient
 
     def curvature(self, flat, step) -> np.ndarray:
-        """The product of the Hessian with a step."""
+        """Compute the product of the Hessian with a step."""
         if not np.array_equal(flat, self.last[0]):
             self.value_and_gradient(flat)
         p, (weight, bias) = self.last[1], self.unpacked(step)
@@ -146,7 +149,7 @@ class _Probe:
         return logits
 
     def _gradient(self, error, moved) -> np.ndarray:
-        """By v and c, of mean losses with this gradient by the logits, and of the penalty."""
+        """Gradient by v and c of the mean loss and the penalty, from the gradient by the logits."""
         by_bias = error.sum(axis=0, dtype=np.float64) / len(error)
         by_weight = (self.x.T @ error) / np.float64(len(error)) + self.penalty * moved
         by_weight -= np.outer(self.mean, by_bias)
@@ -154,20 +157,20 @@ class _Probe:
         return np.concatenate([(self.to_weight.T @ by_weight).ravel(), by_bias])
 
     def gap(self, flat) -> float:
-        """The duality gap as a share of the objective: it is no further above its minimum.
+        """Compute the relative duality gap, an upper bound of the distance to the minimum.
 
-        The dual takes any probabilities q of which each class has as much as it has examples: the
-        minimum is at least their mean entropy + <G, start> - |G|^2 / (2 penalty), where G is the
-        gradient of the losses with q for the model's probabilities. The model's own are moved there
-        (without a bias they need not).
+        A dual point is any set of probabilities q whose mean per class equals the class frequency.
+        It bounds the minimum from below by mean entropy + <G, start> - |G|^2 / (2 penalty), where G
+        is the gradient of the losses with q as the model's probabilities. The model's probabilities
+        are projected to such a q (without a bias, this is not needed).
         """
         value, _, q = self.evaluate(flat)
         if self.with_bias:
-            q *= self.share / np.maximum(q.mean(axis=0, dtype=np.float64), TINY)
+            q *= self.frequency / np.maximum(q.mean(axis=0, dtype=np.float64), TINY)
             q /= q.sum(axis=1, keepdims=True)
-            found, held = q.mean(axis=0, dtype=np.float64), self.share > 0
-            mixed = max(0.0, float(((found - self.share)[held] / found[held]).max()))
-            q = (1 - mixed) * q + np.maximum(self.share - (1 - mixed) * found, 0)
+            found, present = q.mean(axis=0, dtype=np.float64), self.frequency > 0
+            mixed = max(0.0, float(((found - self.frequency)[present] / found[present]).max()))
+            q = (1 - mixed) * q + np.maximum(self.frequency - (1 - mixed) * found, 0)
         entropy = -np.sum(q * np.log(np.maximum(q, TINY)), dtype=np.float64) / len(q)
         q[np.arange(len(q)), self.target] -= 1
         by_weight = (self.x.T @ q) / np.float64(len(q))
@@ -177,12 +180,12 @@ class _Probe:
 
 
 def _minimise(probe: _Probe, first: np.ndarray, max_steps: int, tolerance: float):
-    """Newton's method in a trust region, each step by conjugate gradients (SciPy's trust-ncg).
+    """Minimise by trust-region Newton with conjugate gradients (SciPy's trust-ncg).
 
     Source: Nocedal and Wright, 2006, Numerical Optimization, algorithm 7.2.
 
     Returns:
-        Where it stopped, and the duality gap there.
+        The final point and its duality gap.
     """
     from scipy.optimize import minimize
 
@@ -190,7 +193,7 @@ def _minimise(probe: _Probe, first: np.ndarray, max_steps: int, tolerance: float
 
     def stop_at_the_optimum(intermediate_result) -> None:
         nonlocal found, gap
-        if intermediate_result.x is not found:  # else the step was refused
+        if intermediate_result.x is not found:  # else the step was rejected
             found, gap = intermediate_result.x, probe.gap(intermediate_result.x)
         if gap <= tolerance:
             raise StopIteration
@@ -209,15 +212,15 @@ def fit_swept(
     target_validation: Int[np.ndarray, " v"],
     penalties: Sequence[float] = SWEEP,
 ) -> tuple[Weights, float]:
-    """The plain probe with the penalty that does best on a validation split, and that penalty.
+    """Fit a linear probe with the penalty that is best on a validation split; ties: the largest.
 
-    The largest of equally good ones.
+    Returns the weights and the penalty.
 
     Raises:
         ConfigError: no validation examples.
     """
     if not len(z_validation):
-        raise ConfigError("there are no validation images: give some, or an l2 of your own")
+        raise ConfigError("there are no validation images: give some, or choose l2")
     best: tuple[float, Weights, float] | None = None
     for l2 in sorted(penalties, reverse=True):
         weight, bias = fit_linear(z_image, target, l2)

@@ -1,8 +1,7 @@
-"""Classification by neighbours: what the nearest labelled or captioned items say of an image.
+"""k-nearest-neighbour classification with the labels or captions of an index.
 
-Alone it is k-nearest-neighbour classification; joined with a zero-shot classifier, what the
-literature calls retrieval-augmented classification (Long et al., 2022, arXiv:2202.11233; Iscen et
-al., 2023, arXiv:2306.07196).
+Combined with a zero-shot classifier, it is retrieval-augmented classification (Long et al., 2022,
+arXiv:2202.11233; Iscen et al., 2023, arXiv:2306.07196).
 """
 
 from collections.abc import Sequence
@@ -21,18 +20,18 @@ Evidence = Literal["label", "caption"]
 
 
 class NeighbourClassifier(display.FactSheet):
-    """Classifies images by the items of an index that are nearest to them.
+    """Classifier by the nearest items of an index (k-NN).
 
     Each of the k nearest items votes with a weight of exp(cosine / temperature), as in the k-NN
     evaluation of Wu et al., 2018 (arXiv:1805.01978). With a label column it votes for its label;
-    with a caption column, for the classes whose prompts its caption is near to.
+    with a caption column, for the classes whose prompts are near its caption.
 
     Args:
         index: images with a metadata column of labels or captions.
         column: the name of that column; items without a value do not vote.
-        k: neighbours asked.
-        zero_shot: a classifier to join; needed for captions, whose classes it names.
-        share: how much of the joined probability the neighbours have; the classifier has the rest.
+        k: number of neighbours.
+        zero_shot: a classifier to combine with; needed for captions, which have no class names.
+        share: weight of the neighbours in the combined probability; the classifier has the rest.
         temperature: of the votes.
 
     Raises:
@@ -59,7 +58,7 @@ class NeighbourClassifier(display.FactSheet):
         evidence: Evidence = "label",
     ):
         if not len(index):
-            raise ConfigError("the index is empty: neighbours need items to be found among")
+            raise ConfigError("the index is empty: add items to find neighbours in")
         if column not in index.columns:
             known = ", ".join(sorted(index.columns)) or "none"
             raise ConfigError(f"the index has no metadata column {column!r}; it has {known}")
@@ -70,18 +69,18 @@ class NeighbourClassifier(display.FactSheet):
             )
         self.index, self.column, self.k = index, column, k
         self.zero_shot, self.share, self.temperature = zero_shot, share, temperature
-        told = dict(zip(index.ids, index.columns[column], strict=True))
-        told = {name: str(value) for name, value in told.items() if value not in (None, "")}
-        if not told:
+        values = dict(zip(index.ids, index.columns[column], strict=True))
+        values = {name: str(value) for name, value in values.items() if value not in (None, "")}
+        if not values:
             raise ConfigError(f"the metadata column {column!r} has no values: neighbours need some")
         check_choice("evidence", evidence, get_args(Evidence))
         if evidence == "caption":
             if zero_shot is None:
                 raise ConfigError("captions name no classes: give a zero_shot classifier too")
             self.labels = zero_shot.labels
-            self._votes = _caption_votes(zero_shot, told)
+            self._votes = _caption_votes(zero_shot, values)
         else:
-            names = sorted(set(told.values()))
+            names = sorted(set(values.values()))
             self.labels = tuple(names) if zero_shot is None else zero_shot.labels
             at = {label: i for i, label in enumerate(self.labels)}
             for label in names:
@@ -91,7 +90,7 @@ class NeighbourClassifier(display.FactSheet):
                         "name it there, or leave it out of the index"
                     )
             eye = np.eye(len(self.labels), dtype=np.float32)
-            self._votes = {name: eye[at[label]] for name, label in told.items()}
+            self._votes = {name: eye[at[label]] for name, label in values.items()}
 
     def __call__(self, images: Any, batch_size: int | None = None) -> Classification:
         """Classify one image or any iterable of them; the scores of an image sum to one."""
@@ -101,21 +100,21 @@ class NeighbourClassifier(display.FactSheet):
     classify = __call__
 
     def logits(self, z_image: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
-        """The logarithms of the joined probabilities of image embeddings."""
-        mine = self.votes(z_image)
+        """Compute the log of the combined probabilities of image embeddings."""
+        votes = self.votes(z_image)
         if self.zero_shot is not None:
-            shown = to_scores(self.zero_shot.logits(z_image), "softmax")
-            mine = self.share * mine + (1 - self.share) * shown
-        return np.log(np.maximum(mine, 1e-12)).astype(np.float32)
+            zero_shot = to_scores(self.zero_shot.logits(z_image), "softmax")
+            votes = self.share * votes + (1 - self.share) * zero_shot
+        return np.log(np.maximum(votes, 1e-12)).astype(np.float32)
 
     def votes(self, z_image: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
-        """What the neighbours alone say, as probabilities."""
+        """Compute the votes of the neighbours, as probabilities."""
         voters = set(self._votes)
-        kept = self.index.columns[self.column]
-        known = [value not in (None, "") for value in kept]
+        values = self.index.columns[self.column]
+        known = [value not in (None, "") for value in values]
         where = None if all(known) else (lambda columns: _has_value(columns[self.column]))
         out = np.zeros((len(z_image), len(self.labels)), np.float32)
-        found: Any = self.index.search(z_image, self.k, where=where)  # a list, as of a batch
+        found: Any = self.index.search(z_image, self.k, where=where)  # a list
         for row, hits in zip(out, found, strict=True):
             scores = np.array([hit.score for hit in hits if hit.id in voters])
             weights = np.exp((scores - scores.max(initial=-1)) / self.temperature)
@@ -132,16 +131,16 @@ class NeighbourClassifier(display.FactSheet):
         return "Classifier by nearest neighbours", {
             "model": str(self.index.model.name),
             "labels": display.listed(self.labels),
-            "neighbours": f"{self.k} of {len(self.index):,}, whose share is {own}",
+            "neighbours": f"{self.k} of {len(self.index):,}, weight {own}",
         }
 
 
-def _caption_votes(zero_shot: ZeroShotClassifier, told: dict[Any, str]) -> dict[Any, np.ndarray]:
-    """For each item, the class probabilities of its caption by the classifier's own prompts."""
-    captions: Sequence[str] = list(dict.fromkeys(told.values()))
+def _caption_votes(zero_shot: ZeroShotClassifier, texts: dict[Any, str]) -> dict[Any, np.ndarray]:
+    """Compute for each item the class probabilities of its caption, by the classifier's prompts."""
+    captions: Sequence[str] = list(dict.fromkeys(texts.values()))
     z = normalise(zero_shot.model.encode_text(list(captions)), "the embedding of a caption")
     votes = dict(zip(captions, to_scores(zero_shot.logits(z), "softmax"), strict=True))
-    return {name: votes[caption] for name, caption in told.items()}
+    return {name: votes[caption] for name, caption in texts.items()}
 
 
 def _has_value(column: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Rows of tokens with room for learned vectors before the label: [begin] context label [end]."""
+"""Token sequences of prompts with context vectors before the label: [bos] context label [eos]."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,11 +11,11 @@ from vlm.heads.prompts import class_prompts
 
 
 class PromptRows(NamedTuple):
-    """The sentences of m labels as tokens.
+    """Token sequences of the prompts of m labels.
 
     Attributes:
-        tokens: (m, l). places: (m, k) of the context in each row.
-        words: the k tokens that stood there; none if the vectors stand for no words.
+        tokens: (m, l). places: (m, k) positions of the context in each row.
+        words: the k tokens that the context replaces; empty if it replaces no words.
     """
 
     tokens: Int[np.ndarray, "m l"]
@@ -26,18 +26,18 @@ class PromptRows(NamedTuple):
 def prompt_rows(
     model: Any, labels: Sequence[str], template: str, n_ctx: int | None = None
 ) -> PromptRows:
-    """The rows of `template` filled with each label.
+    """Tokenize `template` filled with each label.
 
     Args:
-        model: what `vlm.load` gives.
+        model: a model from `vlm.load`.
         labels: the names.
-        template: a sentence with `{}` for the label. Without `n_ctx`, the context takes the place
-            of the tokens before the label, and begins as their embeddings.
-        n_ctx: so many vectors in place of the words before the label.
+        template: a sentence with `{}` for the label. Without `n_ctx`, the context replaces the
+            tokens before the label, and is initialized with their embeddings.
+        n_ctx: number of context vectors that replace the words before the label.
 
     Raises:
-        ConfigError: labels or a template that cannot be, no words before the label and no `n_ctx`,
-            or a row that has no room for it; the message names the label.
+        ConfigError: invalid labels or template, no words before the label and no `n_ctx`, or a
+            prompt that is too long; the message names the label.
     """
     before, _, after = template.partition("{}")
     own = class_prompts(list(labels), [template])
@@ -45,8 +45,8 @@ def prompt_rows(
     if n_ctx is None:
         if not words:
             raise ConfigError(
-                f"template {template!r} has no words before the label: say with n_ctx how many "
-                "vectors stand there"
+                f"template {template!r} has no words before the label: give n_ctx, the number of "
+                "context vectors"
             )
         texts = [sentence for (sentence,) in own.values()]
     else:
@@ -58,12 +58,12 @@ def prompt_rows(
     contents = {}
     for label, ids in filled:
         if n_ctx is not None:
-            # What stands there is never read; it must be neither padding nor an end.
+            # Placeholder tokens: never read, but they must be neither padding nor an end.
             ids = ids[:1] * k + ids
         elif ids[:k] != words:
             raise ConfigError(
                 f"the tokenizer joins label {label!r} with the words before it in {template!r}: "
-                "give n_ctx, whose vectors are joined with nothing"
+                "give n_ctx, whose vectors are independent of the label"
             )
         contents[label] = ids
     tokens, places = _rows(model.tokenizer, contents, k)
@@ -71,7 +71,7 @@ def prompt_rows(
 
 
 def _content(model: Any, texts: list[str]) -> list[list[int]]:
-    """The tokens of each text without those that begin, end and fill its row."""
+    """Tokenize each text, without begin, end and padding tokens."""
     tokenizer = model.tokenizer
     config = tokenizer.config
     rows, lengths = tokenizer(texts), tokenizer.lengths(texts)
@@ -85,26 +85,26 @@ def _content(model: Any, texts: list[str]) -> list[list[int]]:
         ids = row[:length] if config.pad_side == "right" else row[len(row) - length :]
         found.append(ids[begin : len(ids) - end])
         if not found[-1]:
-            raise ConfigError(f"{text!r} has no tokens of its own: give it a name with some")
+            raise ConfigError(f"{text!r} has no tokens: give another name")
     return found
 
 
 def _rows(tokenizer: Any, contents: dict[str, list[int]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that the tokenizer would make of these tokens, and the first k places in each."""
+    """Make the tokenizer's rows from these tokens, and the first k positions of the text."""
     config = tokenizer.config
     head = [] if config.bos_id is None else [config.bos_id]
     tail = [] if config.eos_id is None else [config.eos_id]
     tokens = np.full((len(contents), config.context_length), config.pad_id, np.int32)
     places = np.zeros((len(contents), k), np.int32)
     for row, place, (label, ids) in zip(tokens, places, contents.items(), strict=True):
-        whole = head + ids + tail
-        if len(whole) > len(row):
+        sequence = head + ids + tail
+        if len(sequence) > len(row):
             raise ConfigError(
-                f"label {label!r} with {k} context vectors is {len(whole)} tokens long and the "
+                f"label {label!r} with {k} context vectors is {len(sequence)} tokens long and the "
                 f"model takes {len(row)}: learn fewer vectors, or shorten the label"
             )
-        start = 0 if config.pad_side == "right" else len(row) - len(whole)
-        row[start : start + len(whole)] = whole
+        start = 0 if config.pad_side == "right" else len(row) - len(sequence)
+        row[start : start + len(sequence)] = sequence
         place[:] = start + len(head) + np.arange(k)
     if config.zeroed_id is not None:
         tokens[tokens == config.zeroed_id] = 0
@@ -112,11 +112,11 @@ def _rows(tokenizer: Any, contents: dict[str, list[int]], k: int) -> tuple[np.nd
 
 
 def _cut(model: Any, tokens: np.ndarray, contents: dict[str, list[int]]) -> np.ndarray:
-    """Rows without their common padding, where the tower cannot see it."""
+    """Remove the common padding of rows, if the tower ignores padding."""
     text, config = model.config.text, model.tokenizer.config
-    blind = text.causal and text.pool in ("end", "argmax")
+    causal = text.causal and text.pool in ("end", "argmax")
     masked = text.pad_id is not None and text.pool in ("mean", "map", "first")
-    if config.pad_side == "left" or not (blind or masked):
+    if config.pad_side == "left" or not (causal or masked):
         return tokens
     specials = sum(i is not None for i in (config.bos_id, config.eos_id))
     return tokens[:, : max(map(len, contents.values())) + specials]

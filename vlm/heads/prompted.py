@@ -1,7 +1,7 @@
-"""Classification by learned prompts: vectors in the place of words around each label.
+"""Classification by learned prompts (CoOp, CoCoOp): context vectors before each label.
 
-CoOp (arXiv:2109.01134) has one context for all images, so that its classes are embedded once.
-CoCoOp (arXiv:2203.05557) moves the context by what a small net sees in each image.
+CoOp (arXiv:2109.01134) has one context for all images, so class embeddings are computed once.
+CoCoOp (arXiv:2203.05557) shifts the context by the output of a small net for each image.
 """
 
 import os
@@ -16,22 +16,22 @@ from vlm.heads.classifier_file import reading_classifier, write_classifier
 from vlm.heads.prompt_rows import PromptRows
 from vlm.heads.zero_shot import Embeddings, ImageClassifier
 
-KEY = "vlm prompted classifier"  # of a saved one's description
-PROMPTS = 256  # that the text tower takes at a time
+KEY = "vlm prompted classifier"  # metadata key in a saved file
+PROMPTS = 256  # batch size of the text tower
 NET = ("inner", "inner_bias", "outer", "outer_bias")
 
 
 class PromptedClassifier(ImageClassifier):
-    """Classifies images by sentences whose context was learned; made by `vlm.adapt.learn_prompt`.
+    """Classifier by prompts with learned context; made by `vlm.adapt.learn_prompt`.
 
     Args:
-        model: what `vlm.load` gives, with its text tower.
+        model: a model from `vlm.load`, with its text tower.
         labels: the m class names.
-        rows: their sentences as tokens, with room for the context.
+        rows: tokens of their prompts, with positions for the context.
         context: (k, w) vectors in the space of token embeddings.
-        net: of CoCoOp: an image's embedding to what is added to each of the vectors, as two layers
+        net: CoCoOp's net, from an image embedding to the shift of the vectors, as two layers
             (`inner`, `inner_bias`, `outer`, `outer_bias`) with a ReLU between them.
-        z_labels: (m, d) embeddings of the classes, if they are known.
+        z_labels: (m, d) embeddings of the classes, if computed already.
 
     Example:
         >>> labels = ["red", "green", "blue"]
@@ -55,9 +55,9 @@ class PromptedClassifier(ImageClassifier):
         self.z_labels = self._embed(context[None])[0] if z_labels is None else z_labels
 
     def logits(self, z_image: Float[Embeddings, "n d"]) -> Float[Embeddings, "n m"]:
-        """The logits of embeddings over the labels.
+        """Compute the logits of embeddings over the labels.
 
-        With a net the text tower runs for each image; without, also inside `jit`.
+        With a net, the text tower runs for each image; without one, it works inside `jit`.
         """
         scale, bias = self.model.logit_scale, self.model.logit_bias
         if self.net is None:
@@ -71,14 +71,14 @@ class PromptedClassifier(ImageClassifier):
         return np.concatenate(parts).astype(np.float32)
 
     def _embed(self, contexts: np.ndarray) -> np.ndarray:
-        """(n, m, d) embeddings of all labels in each of n contexts (n, k, w)."""
+        """Compute (n, m, d) embeddings of all labels in each of n contexts (n, k, w)."""
         n, m = len(contexts), len(self.labels)
         owner = np.repeat(np.arange(n), m)
         row = np.tile(np.arange(m), n)
         count = min(PROMPTS, 1 << (len(owner) - 1).bit_length())
         parts = []
         for start in range(0, len(owner), count):
-            # Repeats of the last one, so that few shapes are compiled.
+            # Padded with the last one, so that few shapes are compiled.
             at = np.minimum(np.arange(start, start + count), len(owner) - 1)
             tokens, places = self.rows.tokens[row[at]], self.rows.places[row[at]]
             parts.append(np.asarray(self._encode(tokens, contexts[owner[at]], places)))
@@ -87,7 +87,7 @@ class PromptedClassifier(ImageClassifier):
     def save(self, file: str | os.PathLike) -> None:
         """Write the classifier to a `.safetensors` file: contexts, class embeddings, and the net.
 
-        Embeddings of images whose model has the same text tower are all that it needs.
+        It works with image embeddings of any model that has the same text tower.
         """
         tensors = {
             "tokens": self.rows.tokens,
@@ -101,22 +101,22 @@ class PromptedClassifier(ImageClassifier):
 
     @classmethod
     def load(cls, file: str | os.PathLike, model: Any) -> "PromptedClassifier":
-        """Open what `save` wrote.
+        """Load a classifier that `save` wrote.
 
         Raises:
             CheckpointError: no such file, another file, or one of another model.
         """
-        with reading_classifier(file, KEY, model) as (about, held):
-            rows = PromptRows(held["tokens"], held["places"], tuple(about["words"]))
-            net = {name: held[name] for name in NET} if NET[0] in held else None
-            if not len(about["labels"]) == len(rows.tokens) == len(held["z_labels"]):
-                raise ValueError("another number of embeddings than labels")
-            made = cls(model, about["labels"], rows, held["context"], net, held["z_labels"])
+        with reading_classifier(file, KEY, model) as (about, tensors):
+            rows = PromptRows(tensors["tokens"], tensors["places"], tuple(about["words"]))
+            net = {name: tensors[name] for name in NET} if NET[0] in tensors else None
+            if not len(about["labels"]) == len(rows.tokens) == len(tensors["z_labels"]):
+                raise ValueError("the numbers of embeddings and labels differ")
+            made = cls(model, about["labels"], rows, tensors["context"], net, tensors["z_labels"])
         return made
 
     def __repr__(self) -> str:
         names = ", ".join(self.labels[:4]) + (", ..." if len(self.labels) > 4 else "")
-        how = "" if self.net is None else " moved by each image"
+        how = "" if self.net is None else " conditioned on the image"
         return (
             f"PromptedClassifier({self.model.name}, {len(self.context)} vectors{how}, "
             f"{len(self.labels)} labels: {names})"
@@ -124,10 +124,10 @@ class PromptedClassifier(ImageClassifier):
 
 
 def prompt_encoder(model: Any) -> Any:
-    """A compiled function from tokens (n, l), contexts (n, k, w) and places to embeddings (n, d).
+    """Compile a function of tokens (n, l), contexts (n, k, w) and places to embeddings (n, d).
 
     Raises:
-        ConfigError: a model without a text tower to put vectors into.
+        ConfigError: a model without a text tower.
     """
     import jax
     from flax import nnx
@@ -150,7 +150,7 @@ def prompt_encoder(model: Any) -> Any:
 
 
 def shift(net: Mapping[str, Any], z_image: Any) -> Any:
-    """What the net of CoCoOp adds to every vector of the context, for each image: (n, w)."""
+    """Compute CoCoOp's shift of the context vectors for each image: (n, w)."""
     hidden = z_image @ net["inner"] + net["inner_bias"]
     hidden = hidden * (hidden > 0)
     return hidden @ net["outer"] + net["outer_bias"]

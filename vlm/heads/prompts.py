@@ -1,4 +1,4 @@
-"""Prompts: the sentences that stand for a class, and the one embedding made of them."""
+"""Prompts: sentences for each class, and their ensembled embedding."""
 
 import hashlib
 import io
@@ -45,13 +45,13 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 CHUNK = 4096  # prompts in memory at once
-CACHED = 256  # prompts from which on their embeddings are kept
+CACHED = 256  # fewest prompts whose embeddings are cached
 
 
 def class_prompts(
     labels: Sequence[str] | Mapping[str, Sequence[str]], templates: Sequence[str]
 ) -> dict[str, tuple[str, ...]]:
-    """The prompts of every label: templates filled in, or a mapping's own sentences as they are.
+    """Make the prompts of every label: filled templates, or the sentences of a mapping.
 
     Raises:
         ConfigError: no labels, a label twice or empty, a template without `{}`, no prompts.
@@ -83,14 +83,14 @@ def class_prompts(
 def label_prompts(
     labels: Sequence[str], names: Sequence[str], templates: Sequence[str]
 ) -> dict[str, tuple[str, ...]]:
-    """The prompts of every label: its name, which may be other words, filled into the templates.
+    """Make the prompts of every label by filling its name, which may differ, into the templates.
 
     Raises:
-        ConfigError: see `class_prompts`; or another number of names than labels.
+        ConfigError: see `class_prompts`; or different numbers of names and labels.
     """
     if len(labels) != len(names):
         raise ConfigError(f"{len(labels)} labels have {len(names)} names: give one for each")
-    own = class_prompts(labels, ("{}",))  # which checks the labels
+    own = class_prompts(labels, ("{}",))  # validates the labels
     check_templates(templates)
     return {
         label: tuple(t.replace("{}", name) for t in templates)
@@ -118,14 +118,14 @@ def class_embeddings(
     labels: Sequence[str] | Mapping[str, Sequence[str]],
     templates: Sequence[str] = TEMPLATES["photo"],
 ) -> Float[np.ndarray, "m d"]:
-    """One unit-norm embedding per label: the mean of its prompts' embeddings, normalised again.
+    """Compute one unit-norm embedding per label: the normalised mean of its prompts' embeddings.
 
     Prompt ensembling in embedding space, as Radford et al., 2021 (arXiv:2103.00020), section 3.1.4.
 
     Args:
         model: anything with `encode_text`.
         labels: label names for `templates`, or a mapping from label to its own sentences.
-        templates: sentences in which `{}` stands for the label.
+        templates: sentences with `{}` for the label.
 
     Raises:
         ConfigError: see `class_prompts`.
@@ -144,7 +144,7 @@ def class_embeddings(
 
 
 def cached_embeddings(model: Any, prompts: Mapping[str, Sequence[str]]) -> Float[np.ndarray, "m d"]:
-    """`class_embeddings`, kept in the cache folder by what they are made of, if they are many.
+    """Compute `class_embeddings`, cached in the cache folder if there are many prompts.
 
     The key is a hash of the prompts, of the weights' fingerprint and of `embedding_facts`. Without
     a fingerprint the prompts are encoded each time.
@@ -161,7 +161,7 @@ def cached_embeddings(model: Any, prompts: Mapping[str, Sequence[str]]) -> Float
             if z.shape[0] == len(prompts):
                 return z
         except (OSError, ValueError):
-            pass  # corrupt: made again below
+            pass  # corrupt: computed again below
     z = class_embeddings(model, prompts)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.parent / f"{key}.{uuid.uuid4().hex[:8]}"
@@ -175,9 +175,9 @@ def cached_embeddings(model: Any, prompts: Mapping[str, Sequence[str]]) -> Float
 def leaves_of(
     labels: Sequence[str] | Mapping[str, Any], templates: Sequence[str]
 ) -> tuple[Sequence[str] | Mapping[str, Sequence[str]], list[dict[str, list[str]]]]:
-    """The labels at the ends of a hierarchy, and for each level its nodes with their labels.
+    """Return the leaf labels of a hierarchy, and for each level its nodes with their labels.
 
-    A mapping inside a mapping is a node; None in the place of sentences means the templates.
+    A mapping inside a mapping is a node; None instead of sentences means the templates.
 
     Raises:
         ConfigError: a label or node twice.
@@ -187,56 +187,57 @@ def leaves_of(
     leaves: dict[str, Any] = {}
     levels: list[dict[str, list[str]]] = []
 
-    def walk(name: str, held: Any, depth: int) -> list[str]:
-        if not isinstance(held, Mapping):
+    def walk(name: str, node: Any, depth: int) -> list[str]:
+        if not isinstance(node, Mapping):
             if name in leaves:
                 raise ConfigError(f"label {name!r} is given twice: keep one")
             filled = [t.replace("{}", name) for t in templates]
-            leaves[name] = filled if held is None else held
+            leaves[name] = filled if node is None else node
             return [name]
-        under = [leaf for child, own in held.items() for leaf in walk(child, own, depth + 1)]
+        under = [leaf for child, own in node.items() for leaf in walk(child, own, depth + 1)]
         levels.extend({} for _ in range(depth + 1 - len(levels)))
         if name in levels[depth]:
             raise ConfigError(f"group {name!r} is given twice: keep one")
         levels[depth][name] = under
         return under
 
-    for name, held in labels.items():
-        walk(name, held, 0)
+    for name, node in labels.items():
+        walk(name, node, 0)
     return leaves, levels
 
 
 def indices(labels: Sequence[str], names: Sequence[str]) -> Int[np.ndarray, " n"]:
-    """Where each label stands among the names.
+    """Return the index of each label among the names.
 
     Raises:
-        ConfigError: a label that is none of them.
+        ConfigError: a label that is not one of them.
     """
     at = {name: i for i, name in enumerate(names)}
     for label in labels:
         if label not in at:
-            raise ConfigError(f"label {label!r} is none of the {len(names)} classes: name it there")
+            raise ConfigError(f"label {label!r} is none of the {len(names)} classes: add it")
     return np.array([at[label] for label in labels], np.int64)
 
 
 def normalise(z: Float[np.ndarray, "n d"], what: str) -> Float[np.ndarray, "n d"]:
-    """Rows of `z` scaled to unit norm.
+    """Scale the rows of `z` to unit norm.
 
     Raises:
-        DataError: a row that has no direction: all zero, or not finite.
+        DataError: a row that is zero or not finite.
     """
     z = np.asarray(z, np.float32)
     norm = np.linalg.norm(z, axis=-1, keepdims=True)
     bad = ~(np.isfinite(norm) & (norm > 0))
     if bad.any():
         raise DataError(
-            f"{what} has no direction, its length is {norm[bad][0]}: look at the model's weights"
+            f"{what} is zero or not finite (its length is {norm[bad][0]}): the model's weights "
+            "may be corrupt"
         )
     return z / norm
 
 
 def _label(label: Any) -> str:
-    """`label`, if it is a name that can be shown and put into a template."""
+    """Return `label` if it is a non-blank text, else raise a ConfigError."""
     if not isinstance(label, str) or not label.strip():
         raise ConfigError(f"label {label!r} is not a name: give a text that is not blank")
     return label

@@ -1,4 +1,4 @@
-"""Queries that add and subtract: twice this text and a picture, without that."""
+"""Composed queries: weighted sums and differences of texts, images and embeddings."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,7 +12,7 @@ from vlm.heads.prompts import normalise
 
 
 class Query:
-    """A weighted sum of texts, pictures and embeddings, as one direction to search in.
+    """Search query that is a weighted sum of texts, images and embeddings.
 
     Each part is embedded with unit norm, multiplied by its weight and added; the sum is scaled to
     unit norm again (word arithmetic in a shared space: Kiros et al., 2014, arXiv:1411.2539).
@@ -20,11 +20,12 @@ class Query:
         2 * Query("golden retriever") + Query(Path("this.jpg")) - Query("fruit")
 
     Args:
-        item: a text, a picture (`pathlib.Path`, PIL image or array of pixels) or an embedding.
-        weight: how much of it.
+        item: a text, an image (`pathlib.Path`, PIL image or array of pixels) or an embedding.
+        weight: of the item in the sum.
 
     Raises:
-        ConfigError: a weight that is zero or not finite, or an item of no known kind.
+        ConfigError: a weight that is zero or not finite.
+        DataError: an item of an unsupported type.
 
     Example:
         >>> index = vlm.RetrievalIndex(model)
@@ -54,12 +55,12 @@ class Query:
         return self * -1.0
 
     def __repr__(self) -> str:
-        said = [f"{weight:+g} x {item!r}" for weight, item in self.terms]
-        return f"Query({' '.join(said)})"
+        terms = [f"{weight:+g} x {item!r}" for weight, item in self.terms]
+        return f"Query({' '.join(terms)})"
 
 
 def embed_queries(model: Any, queries: Iterable[Query]) -> Float[np.ndarray, "q d"]:
-    """The unit-norm direction of each query; every text and picture is encoded in one call.
+    """Compute the unit-norm embedding of each query; all texts, and all images, are one batch.
 
     Raises:
         DataError: terms that cancel, or an embedding that is not finite.
@@ -86,13 +87,13 @@ def embed_queries(model: Any, queries: Iterable[Query]) -> Float[np.ndarray, "q 
     total = np.zeros((count, widths.pop() if widths else 1), np.float32)
     for i, (q, weight, _) in enumerate(terms):
         total[q] += weight * normalise(parts[i][None], "the embedding of a part of a query")[0]
-    # What is left of equal parts that cancel is rounding, and has no direction.
+    # Equal parts that cancel leave only rounding errors.
     total[np.linalg.norm(total, axis=1) < 1e-4] = 0
     return normalise(total, "the sum of a query's parts")
 
 
 def queries_in(query: Any) -> Iterator[Query] | None:
-    """The `Query` objects that `query` is or lists; None if it is something else."""
+    """Return an iterator over a `Query` or a list of them; None for other queries."""
     if isinstance(query, Query):
         return iter([query])
     if isinstance(query, list | tuple) and query and all(isinstance(q, Query) for q in query):
@@ -118,12 +119,12 @@ def _query(other: Any) -> Query:
 def _weight(weight: Any) -> float:
     number = isinstance(weight, int | float | np.number) and not isinstance(weight, bool)
     if not number or not np.isfinite(weight) or weight == 0:
-        raise ConfigError(f"the weight {weight!r} of a part of a query must be a number but not 0")
+        raise ConfigError(f"the weight {weight!r} of a part of a query must be a number and not 0")
     return float(weight)
 
 
 def least_score(model: Any, score: float | None, probability: float | None) -> float:
-    """The least cosine of an answer, given as such or as a probability; -inf if neither is given.
+    """Return the minimum cosine of a result, from a score or a probability; -inf without either.
 
     Raises:
         ConfigError: both, a probability outside (0, 1), or one for a model of the softmax loss.
@@ -132,8 +133,8 @@ def least_score(model: Any, score: float | None, probability: float | None) -> f
         return -np.inf if score is None else score
     if model.loss != "sigmoid":
         raise ConfigError(
-            f"{model.name} was trained with the {model.loss} loss, which gives a pair no "
-            "probability of its own: give min_score, a cosine"
+            f"{model.name} was trained with the {model.loss} loss, which defines no probability of "
+            "a single pair: give min_score, a cosine"
         )
     if score is not None or not 0 < probability < 1:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Retrieval: a nearest-neighbour index over embeddings, exact, on disk and in bounded memory."""
+"""Retrieval: a nearest-neighbour index over embeddings, with exact search, stored on disk."""
 
 import itertools
 import logging
@@ -24,29 +24,29 @@ from vlm.heads.query import Query, embed_queries, least_score, queries_in
 from vlm.heads.top_k import Searcher, recall_at_k, rescored, top_k
 from vlm.inputs.opening import OnError
 
-CHUNK = 8192  # items encoded before their embeddings are stored
-EMBEDDINGS = 1 << 17  # the same of embeddings: a search is fastest over large blocks
+CHUNK = 8192  # texts or images encoded per block
+EMBEDDINGS = 1 << 17  # embeddings per block: search is fastest over large blocks
 QUERY_BLOCK = 256
 _log = logging.getLogger(__name__)
 
 
 class RetrievalIndex:
-    """Finds the images or texts nearest to a text, an image or an embedding, exactly.
+    """Nearest-neighbour index of images or texts, searched by text, image or embedding.
 
-    A `str` is always a text; a picture is a `pathlib.Path`, a PIL image or an array of pixels.
-    Large blocks in memory get codes of a quarter of their size (half for float16) as they are
-    searched, which rule out most rows at once; those of a saved index are mapped and get none.
+    A `str` is always treated as text; an image is a `pathlib.Path`, a PIL image or an array of
+    pixels. Search is exact. Large blocks in memory get int8 codes as they are searched, a quarter
+    of their size (half for float16), which prune most rows. Memory-mapped blocks get none.
 
     Args:
-        model: what `vlm.load` gives.
-        dtype: of the stored embeddings; float16 halves the memory, moves a cosine by under
+        model: a model from `vlm.load`.
+        dtype: of the stored embeddings; float16 halves the memory, changes a cosine by under
             1e-3, and is slower to search on a CPU.
-        coding: what is scanned first. None: the embeddings themselves, and the answers are exact.
-            "int8" or "binary": codes a quarter or a thirty-second as large, whose best candidates
-            are then scored exactly. Once the index is saved, memory holds the codes alone.
+        coding: quantization. None: embeddings are scanned, and the results are exact. "int8" or
+            "binary": codes of 1/4 or 1/32 of the size are scanned, and the best candidates are
+            scored exactly. Once the index is saved, memory holds only the codes.
 
     Raises:
-        ConfigError: another dtype or coding.
+        ConfigError: an unknown dtype or coding.
 
     Example:
         >>> index = vlm.RetrievalIndex(model)
@@ -89,17 +89,17 @@ class RetrievalIndex:
         An `add` that fails leaves the index as it was.
 
         Args:
-            items: all pictures, all texts or all embeddings; one alone is taken too.
-            ids: a name for each, texts, paths or integers; by default the path of a picture on
-                disk, or else its running number in the index.
-            batch_size: of encoding images; None leaves it to the model.
+            items: images, texts or embeddings, all of one kind; or a single one.
+            ids: a unique text, path or integer for each; by default the path of an image on disk,
+                or else its running number in the index.
+            batch_size: for encoding images; None uses the default of the model.
             metadata: columns of texts or numbers, one value per item, for `where` in `search`.
-            on_error: told the position of each image that cannot be read, and why; such an image
-                is left out. None: the first one fails the `add`.
+            on_error: called with the position of each unreadable image and the error; the image is
+                skipped. None: the first one raises the error.
 
         Raises:
             ConfigError: an id given twice or already in the index, another number of ids or values
-                than items, items of several kinds, or a `str` that names a picture on this disk.
+                than items, items of several kinds, or a `str` that names an image on this disk.
             DataError: an embedding that is zero or not finite.
         """
         self._add(items, ids, batch_size, metadata or {}, on_error, replace=False)
@@ -113,15 +113,15 @@ class RetrievalIndex:
         *,
         on_error: OnError | None = None,
     ) -> None:
-        """Like `add`, where an item takes the place of the one that has its id, if there is one.
+        """Add items, replacing those with the same ids (upsert); otherwise like `add`.
 
-        It keeps the metadata of that item in all columns that `metadata` does not name. To erase a
+        A replaced item keeps its metadata in columns that `metadata` does not name. To erase a
         value, give None in its column: `metadata={"camera": [None]}`.
         """
         self._add(items, ids, batch_size, metadata or {}, on_error, replace=True)
 
     def remove(self, ids: Id | Iterable[Id]) -> None:
-        """Take items out of the index.
+        """Remove items from the index.
 
         Raises:
             ConfigError: an id that is not in the index; then nothing is removed.
@@ -129,11 +129,11 @@ class RetrievalIndex:
         self._items.remove([ids] if isinstance(ids, str | int) else ids)
 
     def merge(self, other: "RetrievalIndex", replace: bool = False) -> None:
-        """Take over all items of another index of the same model.
+        """Add all items of another index of the same model.
 
         Args:
-            other: stays as it is.
-            replace: let its items take the place of those with the same ids.
+            other: not changed.
+            replace: replace items with the same ids.
 
         Raises:
             ConfigError: an id that both have, without `replace`.
@@ -149,7 +149,7 @@ class RetrievalIndex:
         self._take(other._items, np.flatnonzero(other._items.live))
 
     def _take(self, taken: Items, positions: np.ndarray) -> None:
-        """Add items of another index as they are, or put them in the place of those here."""
+        """Add items of another index, replacing those with the same ids."""
         step = range(0, len(positions), CHUNK)
         rows = [np.asarray(taken.rows_at(positions[i : i + CHUNK]), self.dtype) for i in step]
         columns = {n: [c[p] for p in positions] for n, c in taken.columns.items()}
@@ -185,9 +185,9 @@ class RetrievalIndex:
             rows.append(z.astype(self.dtype))
         columns = checked_columns(metadata, len(new_ids))
         if unread:
-            kept = [number for number in range(len(new_ids)) if number not in unread]
-            new_ids = [new_ids[number] for number in kept]
-            columns = {name: [values[i] for i in kept] for name, values in columns.items()}
+            readable = [number for number in range(len(new_ids)) if number not in unread]
+            new_ids = [new_ids[number] for number in readable]
+            columns = {name: [values[i] for i in readable] for name, values in columns.items()}
         self._items.add([z for z in rows if len(z)], new_ids, columns)
         self._searcher = None
 
@@ -214,7 +214,7 @@ class RetrievalIndex:
 
     def _check_width(self, z: np.ndarray, what: str) -> None:
         if self.embed_dim and z.shape[1] != self.embed_dim:
-            fit = f"{z.shape[1]} dimensions cannot go with an index of {self.embed_dim}"
+            fit = f"{z.shape[1]} dimensions do not match an index of {self.embed_dim}"
             raise ConfigError(f"{what} of {fit}: encode with {self.model.name}")
 
     # ---------------------------------------------------------------------------- searching
@@ -228,22 +228,22 @@ class RetrievalIndex:
         min_score: float | None = None,
         min_probability: float | None = None,
     ) -> Hits | list[Hits]:
-        """The k nearest items by cosine, best first; equals in the order they were added.
+        """Return the k nearest items by cosine, best first; ties in the order they were added.
 
         Args:
-            query: a text, a picture, an embedding or a `Query`, which adds and subtracts those; or
-                a list of one of these (or an (n, d) array), which gives a list of results.
-            k: answers per query; all that qualify if there are fewer.
-            where: which items may be answers, by their metadata: `{"camera": "X100"}`,
+            query: a text, an image, an embedding or a `Query`, which adds and subtracts those; or a
+                list of one of these (or an (n, d) array), for a list of results.
+            k: results per query; all that qualify if there are fewer.
+            where: filter on metadata: `{"camera": "X100"}`,
                 `{"year": [2023, 2024]}`, or a function of the columns as arrays.
-            min_score: the least cosine of an answer.
-            min_probability: the same as a probability, for a model of the sigmoid loss.
+            min_score: minimum cosine of a result.
+            min_probability: minimum probability of a result, for a model of the sigmoid loss.
 
         Raises:
-            ConfigError: a k below 1, a query of another width, a `str` that names a picture on this
-                disk, an unknown column, or a probability that the model's score rule does not
-                define.
-            DataError: a query of no known kind.
+            ConfigError: a k below 1, a query of another width, a `str` that names an image file on
+                this disk, an unknown column, or a minimum probability for a model whose loss
+                defines none.
+            DataError: a query of an unsupported type.
         """
         if k < 1:
             raise ConfigError(f"k is {k}: ask for at least one answer")
@@ -259,7 +259,7 @@ class RetrievalIndex:
         return results[0] if single else results
 
     def like(self, ids: Id | Sequence[Id], k: int = 5, *, where: Where | None = None) -> Hits:
-        """More like these: the k items nearest to the mean of some items, without those.
+        """Return the k items nearest to the mean of some items, excluding those ("more like this").
 
         Raises:
             ConfigError: an id that is not in the index, no ids, or a k below 1.
@@ -269,7 +269,7 @@ class RetrievalIndex:
         items = self._items
         positions = [items.position(i) for i in ([ids] if isinstance(ids, str | int) else ids)]
         if not positions:
-            raise ConfigError("there are no ids to find more like: give at least one")
+            raise ConfigError("there are no ids to search with: give at least one")
         rows = items.rows_at(np.asarray(positions)).astype(np.float32)
         z = normalise(rows.mean(0, keepdims=True), "the mean of the items")
         allowed = items.live.copy()
@@ -279,10 +279,10 @@ class RetrievalIndex:
         return self._nearest(z, k, allowed, -np.inf)[0]
 
     def place(self, mesh: Any, approximate: bool = False) -> None:
-        """Search on the devices of a mesh from now on, or with None on the host again.
+        """Search on the devices of a mesh from now on; None: on the host again.
 
-        Each device holds its share of the rows; the answers are the same. With `approximate` a TPU
-        finds them by `approx_max_k`, which may miss a few.
+        Each device holds one shard of the rows; the results are the same. With `approximate` a TPU
+        uses `approx_max_k`, which may miss a few.
         """
 
         def on_devices(rows: list[np.ndarray]) -> Searcher:
@@ -293,19 +293,19 @@ class RetrievalIndex:
         self.search_with(None if mesh is None else on_devices)
 
     def search_with(self, make: Callable[[list[np.ndarray]], Searcher] | None) -> None:
-        """Search by what `make` builds of the rows, such as `vlm.heads.faiss_search`.
+        """Search with a searcher that `make` builds from the rows, as `vlm.heads.faiss_search`.
 
-        It is built at the next search, and again when items were added. None goes back to the host.
+        It is built at the next search, and rebuilt after an `add`. None: search on the host.
         """
         self._make_searcher, self._searcher = make, None
 
     def recall(self, queries: Any, k: int = 10) -> float:
-        """The share of the exact k nearest items that `search` finds, as a mean over queries.
+        """Compute recall@k of `search` against exact search, as a mean over queries.
 
-        1 unless the index has codes, or searches by faiss or approximately on devices.
+        It is 1 unless the index has codes, or searches with faiss or approximately on devices.
 
         Args:
-            queries: as for `search`; as many and of the kind that you will search with.
+            queries: as for `search`; they should be representative of real queries.
 
         Raises:
             ConfigError: no queries, a k below 1, or an empty index.
@@ -330,7 +330,8 @@ class RetrievalIndex:
             for i, item in enumerate(queries):
                 if (found := kind(item, "search")) != what:
                     raise ConfigError(
-                        f"query {i} is {found}, the first is {what}: search them apart, or as Query"
+                        f"query {i} is {found}, the first is {what}: search them separately, or "
+                        "combine them in a Query"
                     )
             if not queries:
                 return np.zeros((0, 1), np.float32), single
@@ -376,7 +377,7 @@ class RetrievalIndex:
 
     @property
     def dtype(self) -> Stored:
-        """Of the stored embeddings."""
+        """The dtype of the stored embeddings."""
         return self._items.dtype
 
     @property
@@ -401,7 +402,7 @@ class RetrievalIndex:
         return {n: list(itertools.compress(c, live)) for n, c in self._items.columns.items()}
 
     def metadata(self, id: Id) -> dict[str, Value]:
-        """The metadata of one item.
+        """Return the metadata of one item.
 
         Raises:
             ConfigError: an id that is not in the index.
@@ -410,7 +411,7 @@ class RetrievalIndex:
         return {name: column[at] for name, column in self._items.columns.items()}
 
     def embeddings(self, ids: Sequence[Id] | None = None) -> Float[np.ndarray, "n d"]:
-        """The stored embeddings of some items, or of all in the order of `ids`, as float32.
+        """Return the embeddings of some items, or of all in the order of `ids`, as float32.
 
         Raises:
             ConfigError: an id that is not in the index.
@@ -421,12 +422,12 @@ class RetrievalIndex:
         return np.asarray(self._items.rows_at(at), np.float32)
 
     def __repr__(self) -> str:
-        held = self._items.rows if self.coding is None else self._items.codes
+        stored = self._items.rows if self.coding is None else self._items.codes
         bounds = [block.bounds for block in self._items.blocks if block.bounds is not None]
-        size, width = sum(part.nbytes for part in [*held, *bounds]) / 2**20, self.embed_dim
+        size, width = sum(part.nbytes for part in [*stored, *bounds]) / 2**20, self.embed_dim
         width = f" x {width}" if width else ""
-        kept = self.dtype if self.coding is None else f"{self.dtype}, {self.coding} codes"
-        return f"RetrievalIndex({self.model.name}, {len(self):,}{width} {kept}, {size:.1f} MiB)"
+        kind = self.dtype if self.coding is None else f"{self.dtype}, {self.coding} codes"
+        return f"RetrievalIndex({self.model.name}, {len(self):,}{width} {kind}, {size:.1f} MiB)"
 
     def _repr_html_(self) -> str:
         pictures = "".join(picture_of(id) for id in self.ids[:8])
@@ -435,21 +436,21 @@ class RetrievalIndex:
     # --------------------------------------------------------------------- saving and loading
 
     def save(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
-        """Write the index to a folder, or over the index there that it was loaded from.
+        """Save the index to a folder, or update the folder that it was loaded from.
 
-        Only what is new is written. A reader of the folder finds the old index or the new one, also
-        after a kill. Processes that save to one folder take turns. From then on the embeddings are
-        mapped from the folder, and memory holds those that are added later.
+        Only new items are written. The save is atomic: a reader finds the old index or the new one,
+        even if the process is killed. Concurrent saves to a folder are serialized by a lock.
+        Afterwards the embeddings are memory-mapped from the folder.
 
         Args:
             folder: on a local disk; new, empty, or of an index.
-            overwrite: replace whatever index is there.
+            overwrite: replace any index there.
 
         Raises:
             ConflictError: without `overwrite`, an index that this one was not loaded from, or that
-                another process has saved to since. This index keeps all its items: call `reload`
+                another process has changed since. This index keeps all its items: call `reload`
                 and save again.
-            CheckpointError: the folder holds something else.
+            CheckpointError: the folder holds other files.
             ConfigError: the index is empty, or the folder cannot be written.
         """
         folder = index_folder.local_folder(folder)
@@ -460,29 +461,29 @@ class RetrievalIndex:
         self._searcher = None  # positions may have changed
 
     def reload(self) -> None:
-        """Read the folder of the index again, and apply the unsaved changes of this one to it.
+        """Read the folder of the index again, and apply the unsaved changes of this index.
 
-        An item that both changed becomes as it is here.
+        For an item that both changed, the version of this index is kept.
 
         Raises:
             ConfigError: the index was neither loaded nor saved yet.
             CheckpointError: see `load`.
         """
-        mine = self._items
-        if mine.folder is None:
+        items = self._items
+        if items.folder is None:
             raise ConfigError("the index has no folder to read again: save it, or load one")
-        theirs = RetrievalIndex.load(mine.folder, self.model)
-        theirs.remove([name for name in mine.removed if name in theirs])
-        theirs._take(mine, mine.unsaved())
-        theirs._items.generations = mine.generations | theirs._items.generations
-        self._items, self._searcher = theirs._items, None
+        latest = RetrievalIndex.load(items.folder, self.model)
+        latest.remove([name for name in items.removed if name in latest])
+        latest._take(items, items.unsaved())
+        latest._items.generations = items.generations | latest._items.generations
+        self._items, self._searcher = latest._items, None
 
     @classmethod
     def load(cls, folder: str | os.PathLike, model: Any) -> "RetrievalIndex":
-        """Open a saved index; the embeddings stay on disk, mapped, until a search reads them.
+        """Load a saved index; the embeddings are memory-mapped, and read when searched.
 
         Raises:
-            CheckpointError: no index there, a corrupt or foreign one, or one of another model.
+            CheckpointError: no index, a corrupt one, other files, or an index of another model.
             ConfigError: a bucket.
         """
         folder = index_folder.local_folder(folder)
@@ -491,7 +492,7 @@ class RetrievalIndex:
             try:
                 items = Items.open(folder, meta)
                 break
-            except CheckpointError:  # unless another process replaced it while it was being read
+            except CheckpointError:  # retry if another process replaced it while it was read
                 if index_folder.read_description(folder) == meta:
                     raise
         check_identity(meta, model, folder)

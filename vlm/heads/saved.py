@@ -1,4 +1,4 @@
-"""A saved classifier of any kind, by what its file says it is."""
+"""Load a saved classifier of any kind; the file has the kind."""
 
 import os
 from typing import Any
@@ -16,7 +16,11 @@ Classifier = zero_shot.ZeroShotClassifier | few_shot.FewShotClassifier | prompte
 
 
 def load_classifier(file: str | os.PathLike, model: Any) -> Classifier:
-    """Open what the `save` of any classifier wrote, with the model that it was made by.
+    """Load a classifier of any kind that its `save` wrote.
+
+    Args:
+        file: the saved classifier.
+        model: the model that it was made with.
 
     Raises:
         CheckpointError: no such file, another file, or a classifier of another model.
@@ -28,5 +32,5 @@ def load_classifier(file: str | os.PathLike, model: Any) -> Classifier:
     """
     kind = kind_of_classifier(file)
     if kind not in KINDS:
-        raise CheckpointError(f"{file} is a {kind}, which this vlm does not know: update vlm")
+        raise CheckpointError(f"{file} is a {kind}, which this vlm does not support: update it")
     return KINDS[kind].load(file, model)

@@ -1,4 +1,4 @@
-"""The templates that the names of classes go into: one rule for all commands."""
+"""Choice of prompt templates, by one rule for all commands."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,13 +11,13 @@ from vlm.heads.prompts import TEMPLATES, check_templates
 def choose_templates(
     given: Sequence[str] | None = None, model: Any = None, source: Any = None
 ) -> tuple[str, ...]:
-    """The templates that are given, else the model's own, else the data set's, else "photo".
+    """Choose the given templates, else the model's, else the data set's, else "photo".
 
     Args:
-        given: sentences with `{}`; or the name of a set in `TEMPLATES`, or a place that
-            `read_templates` reads, alone.
-        model: with `templates`, as of a run whose data has labels.
-        source: a data set, with `templates` where it brings some.
+        given: sentences with `{}`; or a single item that is the name of a set in `TEMPLATES`, or a
+            source for `read_templates`.
+        model: may have `templates`, as a model trained on labelled data has.
+        source: a data set, which may have `templates`.
 
     Raises:
         ConfigError: a template without `{}`.
@@ -38,11 +38,11 @@ def choose_templates(
 
 
 def _read(text: str) -> Sequence[str]:
-    """A template by itself, or those in the place that it names."""
+    """Return a single template as a list, or read the templates of a source."""
     found = read_templates(text) if is_place(text) else [text]
     if isinstance(found, Mapping):
         raise ConfigError(
-            f"{text} has sentences of its own for each label: give it as the labels (--labels-file)"
+            f"{text} has sentences for each label: give it as the labels (--labels-file)"
         )
     return found
 
@@ -53,7 +53,7 @@ def is_place(text: str) -> bool:
 
 
 def describe_templates(templates: Sequence[str]) -> str:
-    """Templates in a few words: the name of their set, or how many and the first.
+    """Summarize templates: the name of their set, or their number and the first one.
 
     Example:
         >>> from vlm.heads.templates import describe_templates

@@ -1,4 +1,4 @@
-"""Exact search on the host: the k rows nearest to each query, in one pass over memory."""
+"""Exact top-k search on the host, in one pass over the rows."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -10,16 +10,16 @@ from jaxtyping import Bool, Float
 from vlm.heads import pruned_search
 from vlm.heads.pruned_search import Bounds, Pruner
 
-PRODUCT_BYTES = 16 << 20  # of scores held at once; rows in float32 are read where they lie
-WIDENED_BYTES = 1 << 20  # of rows widened to float32 at once, for each query, up to 32 of them
-FIRST_ROWS = 1 << 14  # few at first: from then on most rows fall below the k-th best so far
-SPARSE = 0.1  # below this share of allowed rows only those are multiplied
-SMALL_PRODUCT = 1 << 20  # multiplications, beyond which OpenBLAS has one way to add them up
+PRODUCT_BYTES = 16 << 20  # of scores held at once; float32 rows are not copied
+WIDENED_BYTES = 1 << 20  # of rows widened to float32 at once, per query, up to 32 of them
+FIRST_ROWS = 1 << 14  # of the first tile: later most rows fall below the k-th best so far
+SPARSE = 0.1  # below this fraction of allowed rows, only those are multiplied
+SMALL_PRODUCT = 1 << 20  # multiplications above which OpenBLAS has one summation order
 
 
 @runtime_checkable
 class Searcher(Protocol):
-    """Another way to search the same rows: the devices of a mesh, or a faiss index."""
+    """Interface of alternative searchers over the same rows: devices of a mesh, or faiss."""
 
     def search(
         self, z_query: np.ndarray, k: int, allowed: np.ndarray | None, min_score: float
@@ -36,10 +36,10 @@ def top_k(
     scales: Iterable[np.ndarray | None] | None = None,
     bounds: Iterable[Bounds | None] | None = None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Positions and scores of the k largest products per query, over rows given in blocks.
+    """Return positions and scores of the k largest products per query, over blocks of rows.
 
-    Exact; equal scores keep the order of the rows. Memory: the scores of one tile, and its rows if
-    they are narrower than float32, whatever the size of the index.
+    Exact; equal scores keep the order of the rows. Memory is independent of the size of the index:
+    the scores of one tile, and its rows if they are narrower than float32.
 
     Args:
         z_query: the queries.
@@ -47,14 +47,14 @@ def top_k(
         k: answers per query; there are fewer if fewer rows qualify.
         allowed: the rows that may be answers; all by default.
         min_score: the least score of an answer.
-        scales: for each block, what its rows' products are multiplied by, if anything.
-        bounds: for each block, codes that rule out most of its rows, if it has them; then `scales`
-            is not given. They change the time, and no answer.
+        scales: for each block, factors of its rows' products, or None.
+        bounds: for each block, pruning bounds, or None; not with `scales`. They change the time,
+            not the results.
     """
     count = len(z_query)
     best_at = [np.zeros(0, np.int64)] * count
     best = [np.zeros(0, np.float32)] * count
-    # What a new row must exceed to enter.
+    # The score that a new row must exceed.
     floor = np.full(count, np.nextafter(np.float32(min_score), np.float32(-np.inf)), np.float32)
     scale_of = iter(scales) if scales is not None else itertools.repeat(None)
     bounds_of = iter(bounds) if bounds is not None else itertools.repeat(None)
@@ -88,7 +88,7 @@ def top_k(
             for q in np.flatnonzero(products.max(axis=1) > floor):
                 row = products[q]
                 new = np.flatnonzero(row > floor[q])
-                if len(new) > k:  # the k-th largest, and all that equal it, before the sort
+                if len(new) > k:  # partition first: the k-th largest and its ties
                     new = new[row[new] >= np.partition(row[new], -k)[-k]]
                 scores = np.concatenate([best[q], row[new]])
                 order = np.argsort(-scores, kind="stable")[:k]
@@ -102,7 +102,7 @@ def top_k(
 
 
 class _AdaptivePruner:
-    """Rules out rows by their bounds, and rests for ever longer where that leaves too many."""
+    """Prunes rows by upper bound; backs off exponentially when pruning is ineffective."""
 
     def __init__(self, z_query: np.ndarray):
         self._z, self._pruner = z_query, None
@@ -111,7 +111,7 @@ class _AdaptivePruner:
     def remaining(
         self, bounds: Bounds, tile: int, floor: np.ndarray, allowed: np.ndarray | None, rows: int
     ) -> np.ndarray | None:
-        """Which of the allowed rows of a tile are to be multiplied; `allowed` if it rests."""
+        """Mask of the allowed rows of a tile to multiply; `allowed` while backing off."""
         if allowed is not None and allowed.mean() < SPARSE:
             return allowed
         if self._skip or not np.isfinite(floor).all():
@@ -128,9 +128,9 @@ class _AdaptivePruner:
 
 
 def _products_of(z_query: np.ndarray, rows: np.ndarray, picked: np.ndarray) -> np.ndarray:
-    """The products with some of the rows, to the last bit as if they were all multiplied.
+    """Compute products with some of the rows, bit-identical to multiplying all of them.
 
-    OpenBLAS adds up in another order where matrices are small or a multiple of few rows is left.
+    OpenBLAS uses another summation order for small matrices and for remainders of few rows.
     """
     least = 1 if len(z_query) == 1 else SMALL_PRODUCT // (len(z_query) * rows.shape[1])
     count = max(len(picked), min(least, len(rows)))
@@ -139,7 +139,7 @@ def _products_of(z_query: np.ndarray, rows: np.ndarray, picked: np.ndarray) -> n
 
 
 def _tile_rows(block: np.ndarray, queries: int) -> int:
-    """How many rows of a block are multiplied at once."""
+    """Return the number of rows of a block that are multiplied at once."""
     rows = PRODUCT_BYTES // (4 * queries)
     if block.dtype != np.float32:
         rows = min(rows, WIDENED_BYTES * min(queries, 32) // (4 * block.shape[1]))
@@ -153,7 +153,7 @@ def rescored(
     k: int,
     min_score: float = -np.inf,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of the rows at `positions` by their exact products, equal ones in row order."""
+    """Return the k best rows at `positions` by exact products; ties keep the order of the rows."""
     positions = np.sort(positions)
     starts = np.cumsum([0, *map(len, blocks)])
     scores = np.empty(len(positions), np.float32)
@@ -173,12 +173,12 @@ def recall_at_k(
     found: Sequence[np.ndarray],
     exact: Float[np.ndarray, "q k"],
 ) -> float:
-    """The share of the k nearest rows that a search found; of equal rows any one counts.
+    """Compute the fraction of the k nearest rows that a search found; any row of a tie counts.
 
     Args:
         z_query: the queries.
         blocks: the rows, in blocks.
-        found: for each query the positions that the search gave.
+        found: for each query the positions that the search returned.
         exact: for each query the scores of its k nearest rows, best first.
     """
     starts = np.cumsum([0, *map(len, blocks)])

@@ -1,4 +1,4 @@
-"""Zero-shot classification: labels are sentences, and the nearest sentence wins."""
+"""Zero-shot classification by the similarity of images and label prompts."""
 
 import abc
 import itertools
@@ -24,20 +24,20 @@ Rule = Literal["softmax", "sigmoid"]
 Embeddings = np.ndarray | Array
 
 NONE = "none of these"
-FILE = "classifier.safetensors"  # what a run calls the classifier that it leaves
-KEY = "vlm zero-shot classifier"  # of a saved one's description
-SHOWN = 12  # pictures that a result keeps to show in a notebook
+FILE = "classifier.safetensors"  # file name of a run's classifier
+KEY = "vlm zero-shot classifier"  # metadata key in a saved file
+SHOWN = 12  # images that a result keeps for display
 
 
 @dataclass(frozen=True, repr=False)
 class Classification:
-    """What a classifier says of n images over m labels.
+    """Classification result of n images over m labels.
 
     Attributes:
         labels: the m names, in the order of the columns.
         logits: (n, m), scale * cosine + bias.
-        rule: "softmax": scores of an image sum to one. "sigmoid": each score stands alone, and
-            all may be small when no label fits (SigLIP, arXiv:2303.15343).
+        rule: "softmax": scores of an image sum to one. "sigmoid": scores are independent, and all
+            may be small when no label fits (SigLIP, arXiv:2303.15343).
 
     Example:
         >>> found = vlm.ZeroShotClassifier(model, ["cat", "dog"])(pictures)
@@ -54,11 +54,11 @@ class Classification:
 
     @property
     def scores(self) -> Float[np.ndarray, "n m"]:
-        """The logits as probabilities, by the rule that the model was trained with."""
+        """Probabilities of the logits, by the rule."""
         return to_scores(self.logits, self.rule)
 
     def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
-        """For each image its k best (label, score), best first; all labels if there are fewer.
+        """Return for each image the k best (label, score), best first; all if there are fewer.
 
         Raises:
             ConfigError: a k below 1.
@@ -73,18 +73,18 @@ class Classification:
         ]
 
     def above(self, threshold: float = 0.5) -> list[list[tuple[str, float]]]:
-        """For each image every (label, score) of at least `threshold`, best first; perhaps none."""
+        """Return for each image all (label, score) of at least `threshold`, best first."""
         rows = self.top(len(self.labels))
         return [[pair for pair in row if pair[1] >= threshold] for row in rows]
 
     def grouped(self, groups: Mapping[str, Sequence[str]]) -> "Classification":
-        """The same images over groups of labels; a label in no group stays by itself.
+        """Combine labels into groups; a label in no group is kept.
 
-        The probability of a group is the sum of its labels', where they exclude each other, and
-        else that of its best one.
+        The probability of a group is the sum of its labels' for "softmax", and that of its best
+        label for "sigmoid".
 
         Raises:
-            ConfigError: a label that is not there, or in two groups.
+            ConfigError: an unknown label, or one in two groups.
         """
         columns: dict[str, list[int]] = {}
         at = {label: i for i, label in enumerate(self.labels)}
@@ -116,7 +116,7 @@ class Classification:
         return "\n".join([head, *lines])
 
     def _repr_html_(self) -> str:
-        # A row of a result that kept no pictures is shown all the same.
+        # Rows without a stored image are displayed too.
         pictures = [display.thumbnail(image) for image in self.images]
         rows = self._first().top(5)
         pictures += [""] * (len(rows) - len(pictures))
@@ -137,11 +137,11 @@ class Classification:
 
 
 class ImageClassifier(abc.ABC):
-    """What every classifier does with images, wherever its logits come from.
+    """Base class of image classifiers; subclasses define `logits`.
 
     Attributes:
-        model: what embeds the images.
-        labels: the m names to choose from.
+        model: the model that embeds images.
+        labels: the m class names.
     """
 
     model: Any
@@ -149,20 +149,20 @@ class ImageClassifier(abc.ABC):
 
     @property
     def rule(self) -> Rule:
-        """From logits to scores. Classes that were fitted together exclude each other."""
+        """How logits become scores: "softmax", unless a subclass overrides it."""
         return "softmax"
 
     @abc.abstractmethod
     def logits(self, z_image: Any) -> Any:
-        """The logits (n, m) of embeddings (n, d)."""
+        """Compute the logits (n, m) of embeddings (n, d)."""
 
     def __call__(
         self, images: Any, batch_size: int | None = None, *, on_error: OnError | None = None
     ) -> Classification:
         """Classify one image or any iterable of them: PIL images, paths or arrays of pixels.
 
-        A stream is encoded in bounded memory; the logits of all images are kept. `on_error` is told
-        of each image that cannot be read, which then has no row: see `Bundle.encode_image`.
+        A stream is encoded in bounded memory; the logits of all images are kept. `on_error` is
+        called for each unreadable image, which then has no row: see `Bundle.encode_image`.
         """
         z_image, first = encode_images(self.model, images, batch_size, on_error)
         return Classification(self.labels, self.logits(z_image), self.rule, first)
@@ -171,24 +171,24 @@ class ImageClassifier(abc.ABC):
 
 
 class ZeroShotClassifier(ImageClassifier, display.FactSheet):
-    """Classifies images into labels named in words (Radford et al., 2021, arXiv:2103.00020).
+    """Zero-shot classifier by text prompts (Radford et al., 2021, arXiv:2103.00020).
 
     Args:
-        model: what `vlm.load` gives.
-        labels: names that go into the templates, or a mapping from label to its own sentences (None
-            for the templates); nested mappings are a hierarchy, whose levels are in `groups`.
+        model: a model from `vlm.load`.
+        labels: names for the templates, or a mapping from label to its own sentences (None for the
+            templates); nested mappings are a hierarchy, whose levels are in `groups`.
             `vlm.heads.labels.read_labels` reads them from files and data sets.
-        templates: sentences in which `{}` stands for the label; their embeddings are averaged. By
-            default the model's own, else "a photo of a {}.": see `vlm.heads.templates`.
-        none: sentences for an image that shows none of the labels, such as "a photo."; they make
-            one more label, "none of these".
-        multi_label: each label is a question of its own. A model of the softmax loss is asked
-            whether the label or `none` is nearer ("a photo." by default).
+        templates: sentences with `{}` for the label; their embeddings are averaged. By default the
+            model's own, else "a photo of a {}.": see `vlm.heads.templates`.
+        none: sentences for an image that shows none of the labels, such as "a photo."; they add the
+            label "none of these".
+        multi_label: score labels independently. For a model of the softmax loss, each label is
+            compared with `none` ("a photo." by default).
 
     Attributes:
         groups: for each level of a hierarchy, from the top, its nodes and all labels under them;
             for `Classification.grouped`.
-        temperature: what logits are divided by; see `calibrate`.
+        temperature: divisor of the logits; see `calibrate`.
 
     Raises:
         ConfigError: no labels, a label twice, a template without `{}`.
@@ -221,7 +221,7 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
             own = {NONE: [none] if isinstance(none, str) else none}
             self.prompts |= class_prompts(own, templates)
         self.z_labels = cached_embeddings(model, self.prompts)
-        # In a multi-label choice `none` is what every label is measured against.
+        # With multi_label, every label is compared with `none`.
         self._against = none is not None and multi_label and model.loss == "softmax"
         self.labels = tuple(self.prompts)[: -1 if self._against else None]
 
@@ -232,10 +232,10 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
         prompts: Mapping[str, Sequence[str]],
         z_labels: Float[np.ndarray, "m d"],
     ) -> "ZeroShotClassifier":
-        """A classifier of embeddings that were trained, of labels with these prompts.
+        """Make a classifier from trained label embeddings; `prompts` describe the labels.
 
         Raises:
-            ConfigError: another number of embeddings than labels, or of another width.
+            ConfigError: numbers of embeddings and labels that differ, or another width.
         """
         if z_labels.shape != (len(prompts), model.embed_dim):
             raise ConfigError(
@@ -251,18 +251,18 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
 
     @property
     def rule(self) -> Rule:
-        """From logits to scores: the model's own, or a sigmoid for each of several labels."""
+        """How logits become scores: "sigmoid" with `multi_label`, else the model's rule."""
         return "sigmoid" if self.multi_label else self.model.loss
 
     def calibrate(
         self, images: Any, labels: Sequence[str], batch_size: int | None = None
     ) -> "ZeroShotClassifier":
-        """Fit the temperature on a few labelled images, so that scores are probabilities of them.
+        """Fit the temperature on a few labelled images, so that scores are probabilities.
 
-        The order of the labels stays as it is. Returns the classifier itself.
+        The ranking of labels does not change. Returns the classifier itself.
 
         Raises:
-            ConfigError: no images, another number of labels, or a label that is not there.
+            ConfigError: no images, another number of labels, or an unknown label.
         """
         z_image, _ = encode_images(self.model, images, batch_size)
         target = indices(labels, self.labels)
@@ -277,7 +277,7 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
     @overload
     def logits(self, z_image: Array) -> Array: ...
     def logits(self, z_image: Float[Embeddings, "n d"]) -> Float[Embeddings, "n m"]:
-        """The logits of embeddings over the labels: one matrix product, also inside `jit`."""
+        """Compute the logits of embeddings over the labels; works inside `jit`."""
         logits = self.model.logit_scale * (z_image @ self.z_labels.T) + self.model.logit_bias
         if self._against:
             logits = logits[:, :-1] - logits[:, -1:]
@@ -296,7 +296,7 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
 
     @classmethod
     def load(cls, file: str | os.PathLike, model: Any) -> "ZeroShotClassifier":
-        """Open what `save` wrote; nothing is encoded but what proves that the model is the same.
+        """Load a classifier that `save` wrote; only probes of the model's identity are encoded.
 
         Raises:
             CheckpointError: no such file, another file, or one of another model.
@@ -308,7 +308,7 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
             made.groups, made.multi_label = about["groups"], about["multi_label"]
             made._against, made.temperature = about["against"], about["temperature"]
             if len(made.z_labels) != len(made.prompts):
-                raise ValueError("another number of embeddings than labels")
+                raise ValueError("the numbers of embeddings and labels differ")
         made.labels = tuple(made.prompts)[: -1 if made._against else None]
         return made
 
@@ -327,10 +327,10 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
 
 
 def to_scores(logits: Float[np.ndarray, "*n m"], rule: Rule) -> Float[np.ndarray, "*n m"]:
-    """Probabilities from logits: softmax over the labels, or an independent sigmoid for each.
+    """Convert logits to probabilities: softmax over the labels, or independent sigmoids.
 
     Raises:
-        ConfigError: a rule that is neither.
+        ConfigError: an unknown rule.
     """
     logits = np.asarray(logits, np.float32)
     if rule == "softmax":
@@ -344,14 +344,14 @@ def to_scores(logits: Float[np.ndarray, "*n m"], rule: Rule) -> Float[np.ndarray
 def encode_images(
     model: Any, images: Any, batch_size: int | None = None, on_error: OnError | None = None
 ) -> tuple[Float[np.ndarray, "n d"], tuple[Any, ...]]:
-    """The embeddings of a stream of images, and its first few images to show.
+    """Encode a stream of images; return embeddings and the first few images, for display.
 
     Raises:
         ConfigError: no images.
     """
     first: dict[int, Any] = {}
 
-    def watched(stream: Iterator[Any]) -> Iterator[Any]:
+    def remember_first(stream: Iterator[Any]) -> Iterator[Any]:
         for number, image in enumerate(stream):
             if len(first) < SHOWN:
                 first[number] = image
@@ -369,5 +369,5 @@ def encode_images(
     options: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
     if on_error is not None:
         options["on_error"] = leave_out
-    z_image = model.encode_image(watched(itertools.chain(head, stream)), **options)
+    z_image = model.encode_image(remember_first(itertools.chain(head, stream)), **options)
     return np.asarray(z_image, np.float32), tuple(first.values())
