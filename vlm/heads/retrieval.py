@@ -330,8 +330,7 @@ class RetrievalIndex:
             for i, item in enumerate(queries):
                 if (found := kind(item, "search")) != what:
                     raise ConfigError(
-                        f"query {i} is {found}, the first is {what}: search them separately, or "
-                        "combine them in a Query"
+                        f"query {i} is {found}, the first is {what}: search separately, or as Query"
                     )
             if not queries:
                 return np.zeros((0, 1), np.float32), single
