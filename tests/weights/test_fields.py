@@ -63,7 +63,7 @@ VALUES = [
     (PIXELS, "image_std", [1, 1, INF], "image_std is inf, not a finite"),
     (PIXELS, "resample", [3], r"resample \[3\]"),
     (PIXELS, "rescale_factor", "x", "rescale_factor is 'x'"),
-    (PIXELS, "rescale_factor", 10**400, "rescale_factor is a whole"),
+    (PIXELS, "rescale_factor", 10**400, "rescale_factor is an integer"),
     (PIXELS, "size", {"shortest_edge": "x"}, "shortest_edge is 'x'"),
     (PIXELS, "size", {"shortest_edge": 10**8}, "shortest_edge is 1000"),
     (PIXELS, "crop_size", -30, "crop_size.height is -30"),
