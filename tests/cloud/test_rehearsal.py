@@ -39,9 +39,9 @@ def disturbed(pod, whole):
         first.signal(signal.SIGTERM)
         time.sleep(1)
     said = first.finish()
-    assert "left at step" in said[0]
+    assert "stopped at step" in said[0]
     newest = whole_checkpoints(run)[-1]
-    assert f"left at step {newest};" in said[0]
+    assert f"stopped at step {newest};" in said[0]
 
     # A host is killed in the middle of a checkpoint, while reading it breaks off now and then.
     bucket.fail("reset", f"disturbed%2Fcheckpoints%2F{newest}%2Fstate", 2)

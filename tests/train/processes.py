@@ -38,14 +38,14 @@ def start(arguments: list[str], env: dict[str, str], log: Path) -> subprocess.Po
 
 
 def wait(process: subprocess.Popen, log: Path, code: int | None = 0) -> str:
-    """What the process said, once it is over with exit code `code`."""
+    """Output of the process, once it has ended with exit code `code`."""
     try:
         got = process.wait(LIMIT)
     finally:
         process.kill()
-    said = log.read_text()
-    assert code is None or got == code, f"exit code {got}:\n{said}"
-    return said
+    output = log.read_text()
+    assert code is None or got == code, f"exit code {got}:\n{output}"
+    return output
 
 
 def send_at(number: signal.Signals, step: int, run: Path, processes: list[subprocess.Popen]):

@@ -162,7 +162,7 @@ def test_a_run_does_not_go_on_over_another_model(killed, base, tmp_path):
     config = killed / "config.json"
     values = json.loads(config.read_text()) | {"init_from": str(moved)}
     config.write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match=r"is another model by now .*put that one back"):
+    with pytest.raises(CheckpointError, match=r"is another model now .*restore that model"):
         train(resume=killed)
 
 
@@ -179,6 +179,6 @@ def test_what_contradicts_an_adapter(tiny, changes, message):
 
 
 def test_an_adapter_needs_a_model(tiny, tmp_path):
-    with pytest.raises(ConfigError, match="without init_from that is at random: name the model"):
+    with pytest.raises(ConfigError, match="without init_from the model is random: name the model"):
         train(tiny(adapter=ADAPTER, run_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()

@@ -48,10 +48,10 @@ def three(tmp_path):
 def test_what_another_host_finds_torn_this_one_does_not_take(three, monkeypatch):
     theirs = iter([json.dumps([" by process 1 of 2", "DATA_LOSS", True]), "null"])
     monkeypatch.setattr(checkpoint, "exchange_texts", lambda mine: [mine, next(theirs)])
-    state, data = three.restore(ABSTRACT, report=(said := []).append)
+    state, data = three.restore(ABSTRACT, report=(message := []).append)
     assert data == {"step": 20}
     assert float(state["x"][0]) == 20
-    assert said == [f"checkpoint 30 of {three.folder} is torn and is passed over"]
+    assert message == [f"checkpoint 30 of {three.folder} is torn and is passed over"]
 
 
 def test_what_another_host_cannot_read_stops_all(three, monkeypatch):

@@ -70,7 +70,7 @@ def test_tokens_of_both_are_side_by_side(tiny):
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "said"),
+    ("changes", "error", "message"),
     [
         ({"teacher": "gone"}, CheckpointError, "there is no model 'gone'"),
         (
@@ -81,14 +81,14 @@ def test_tokens_of_both_are_side_by_side(tiny):
         ({"teacher": str(GOLDEN / "hf_naflex")}, ConfigError, "images of any aspect"),
     ],
 )
-def test_a_teacher_that_cannot_be_is_refused(tiny, changes, error, said):
+def test_a_teacher_that_cannot_be_is_refused(tiny, changes, error, message):
     config = DistillConfig(**({"teacher": TEACHER} | changes))
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         Teacher(tiny(distill=config), mesh(1))
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"relations": -1.0}, r"DistillConfig\.relations is -1"),
         ({"relations": 0.0}, "nothing is learned from the teacher"),
@@ -98,8 +98,8 @@ def test_a_teacher_that_cannot_be_is_refused(tiny, changes, error, said):
         ({"stored": "taught"}, "learns from one teacher"),
     ],
 )
-def test_a_distillation_that_cannot_be_is_refused(tiny, changes, said):
-    with pytest.raises(ConfigError, match=said):
+def test_a_distillation_that_cannot_be_is_refused(tiny, changes, message):
+    with pytest.raises(ConfigError, match=message):
         tiny(distill=DistillConfig(**({"teacher": TEACHER} | changes)))
 
 

@@ -106,20 +106,20 @@ def test_zero_shot_averages_the_prompts_of_named_classes(parts, walls, opened, t
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "message"),
     [
         (None, "there is no file of class names"),
         ("one\ntwo", "has 2 lines for the 3 labels .* none names 'k0'"),
         ("k0\tone\nk1\ttwo", "none names 'k2'"),
     ],
 )
-def test_class_names_that_do_not_fit_are_refused(parts, walls, tmp_path, lines, said):
+def test_class_names_that_do_not_fit_are_refused(parts, walls, tmp_path, lines, message):
     trainer, _, inputs = parts
     names = tmp_path / "names.txt"
     if lines is not None:
         names.write_text(lines)
     config = EvalConfig("walls", source=walls, split="val", class_names=str(names))
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         open_task(config, Embedder(trainer), inputs)
 
 
@@ -137,15 +137,15 @@ def test_a_run_is_measured_on_its_own_split_and_on_others(parts, tiny, walls, op
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"eval_every": 0.5}, "data.eval_split is not set, and evals is empty"),
         ({"eval_every": 0.0, "data": {"eval_split": "test"}}, "eval_every is 0"),
     ],
 )
-def test_one_option_turns_evaluation_off(tiny, parts, capsys, changes, said):
+def test_one_option_turns_evaluation_off(tiny, parts, capsys, changes, message):
     experiment = tiny(**changes)
     evaluations = Evaluations(experiment, parts[0], parts[-1].tokenizer)
     assert not evaluations
-    assert f"the run is not evaluated: {said}" in capsys.readouterr().err
+    assert f"the run is not evaluated: {message}" in capsys.readouterr().err
     assert not is_scheduled(1, 12, 0.0)

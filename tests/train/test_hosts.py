@@ -16,7 +16,7 @@ from vlm.config import EvalConfig
 from vlm.train.loop import train
 
 pytestmark = pytest.mark.slow
-PATIENCE = 8  # seconds until a silent process counts as gone; 30 outside of tests
+HEARTBEAT_TIMEOUT = 8  # seconds until a silent process counts as gone; 30 outside of tests
 STEPS = 60
 
 
@@ -36,7 +36,7 @@ class Pair:
                     JAX_COORDINATOR_ADDRESS=address,
                     JAX_NUM_PROCESSES="2",
                     JAX_PROCESS_ID=str(i),
-                    VLM_HEARTBEAT_TIMEOUT=str(PATIENCE),
+                    VLM_HEARTBEAT_TIMEOUT=str(HEARTBEAT_TIMEOUT),
                 ),
                 log,
             )
@@ -68,14 +68,14 @@ def pair(tiny, drawings, tmp_path_factory):
     )
     config = write_config(experiment, folder / "config.json")
     run = folder / "run"
-    said = Pair([config, "--run-dir", run], folder).wait()
-    return run, config, experiment, said
+    output = Pair([config, "--run-dir", run], folder).wait()
+    return run, config, experiment, output
 
 
 def test_two_processes_are_one(pair, tmp_path):
     import dataclasses
 
-    run, _, experiment, said = pair
+    run, _, experiment, output = pair
     one = tmp_path / "run"
     train(dataclasses.replace(experiment, run_dir=str(one)))
     np.testing.assert_allclose(losses(run)[:10], losses(one)[:10], rtol=1e-6)
@@ -91,8 +91,8 @@ def test_two_processes_are_one(pair, tmp_path):
     # Each host has read its share of the images, and all have all embeddings and labels.
     assert named["again retrieval"] == named["retrieval among 8 pairs"]
     assert named["classes zero-shot"]["top1"]["n"] == 8
-    assert "step 1/60" in said[0]
-    assert "step 1/60" not in said[1]
+    assert "step 1/60" in output[0]
+    assert "step 1/60" not in output[1]
 
 
 @pytest.mark.parametrize("_", range(KILLS))
@@ -103,14 +103,14 @@ def test_a_pair_is_killed_and_told_to_leave_and_ends_the_same(pair, tmp_path, _)
     first = Pair([config, "--run-dir", run], tmp_path)
     send_at(signal.SIGKILL, random.randrange(8, 20), run, first.processes[1:])
     began = time.monotonic()
-    said, _ = first.wait(1, -signal.SIGKILL)
-    assert time.monotonic() - began < PATIENCE + 30
-    assert f"process 1 of 2 on {socket.gethostname()} died" in said
-    assert "vlm train --resume" in said
+    output, _ = first.wait(1, -signal.SIGKILL)
+    assert time.monotonic() - began < HEARTBEAT_TIMEOUT + 30
+    assert f"process 1 of 2 on {socket.gethostname()} died" in output
+    assert "vlm train --resume" in output
 
     second = Pair(["--resume", run], tmp_path)
     send_at(signal.SIGTERM, random.randrange(30, 40), run, second.processes)
-    assert "left at step" in second.wait(0, 0)[0]
+    assert "stopped at step" in second.wait(0, 0)[0]
 
     Pair(["--resume", run], tmp_path).wait()
     assert weights(run) == weights(whole)
@@ -118,7 +118,7 @@ def test_a_pair_is_killed_and_told_to_leave_and_ends_the_same(pair, tmp_path, _)
 
 
 def test_the_process_where_all_meet_dies(pair, tmp_path):
-    """The other one is ended by JAX, which does not say which it was; a program beside it does."""
+    """JAX ends the other process without naming the dead one; a helper process names it."""
     _, config, _, _ = pair
     run = tmp_path / "run"
     two = Pair([config, "--run-dir", run], tmp_path)
@@ -126,18 +126,18 @@ def test_the_process_where_all_meet_dies(pair, tmp_path):
     began = time.monotonic()
     two.wait(-signal.SIGKILL, None)
     assert two.processes[1].returncode != 0
-    said = ""
-    while "died" not in said and time.monotonic() - began < PATIENCE + 30:
-        said = two.logs[1].read_text()
+    output = ""
+    while "died" not in output and time.monotonic() - began < HEARTBEAT_TIMEOUT + 30:
+        output = two.logs[1].read_text()
         time.sleep(0.1)
-    assert "process 0 of 2 at 127.0.0.1:" in said
-    assert "vlm train --resume" in said
+    assert "process 0 of 2 at 127.0.0.1:" in output
+    assert "vlm train --resume" in output
 
 
 def test_an_error_of_one_is_an_error_of_all(pair, tmp_path):
     _, config, _, _ = pair
     Path(tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
-    said = Pair([config, "--run-dir", tmp_path / "run"], tmp_path).wait(1, 1)
-    for one in said:
+    output = Pair([config, "--run-dir", tmp_path / "run"], tmp_path).wait(1, 1)
+    for one in output:
         assert "already holds a run" in one

@@ -112,7 +112,7 @@ def test_a_run_takes_any_aspect_or_squares_as_its_config_says():
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "said"),
+    ("changes", "error", "message"),
     [
         ({"init_from": "gone"}, CheckpointError, "there is no model 'gone': check the path"),
         ({"init_image_size": 17}, ConfigError, "image_size 17 is not tiled by patches"),
@@ -120,8 +120,8 @@ def test_a_run_takes_any_aspect_or_squares_as_its_config_says():
         ({"init_from": None, "init_image_size": 32}, ConfigError, "name one, and leave model out"),
     ],
 )
-def test_a_start_that_cannot_be_is_refused(changes, error, said):
-    with pytest.raises(error, match=said):
+def test_a_start_that_cannot_be_is_refused(changes, error, message):
+    with pytest.raises(error, match=message):
         resolve(Experiment(**({"init_from": str(GOLDEN / "hf_clip")} | changes)))
 
 

@@ -40,9 +40,9 @@ def test_a_run_that_waits_for_its_workers_saves_the_step_at_hand(tiny, tmp_path,
         assert time.monotonic() < end
         time.sleep(0.05)
     os.killpg(process.pid, number)
-    said = wait(process, log)
+    output = wait(process, log)
     left = last_step(run)
-    assert f"left at step {left}; go on with" in said
+    assert f"stopped at step {left}; resume with" in output
     assert str(left) in os.listdir(run / "checkpoints")
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == left

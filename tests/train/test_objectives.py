@@ -46,7 +46,7 @@ def test_a_text_is_of_its_class_in_any_template(classes):
 
 def test_a_label_outside_the_head_is_refused(classes):
     tokens = classes._tokenizer(["a red bar", "a pink bar"])
-    with pytest.raises(DataError, match="a label that reads 'a pink bar' and is none of the 8"):
+    with pytest.raises(DataError, match="the label 'a pink bar', which is none of the 8"):
         classes.of(tokens)
 
 
@@ -57,7 +57,7 @@ def test_classes_that_read_the_same_are_refused(pale):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"objective": "flyp"}, "set data.label to the feature"),
         ({"objective": "classification", **LABELS}, "set init_from, and init_towers"),
@@ -67,8 +67,8 @@ def test_classes_that_read_the_same_are_refused(pale):
         ),
     ],
 )
-def test_an_objective_that_cannot_be_is_refused(tiny, changes, said):
-    with pytest.raises(ConfigError, match=said):
+def test_an_objective_that_cannot_be_is_refused(tiny, changes, message):
+    with pytest.raises(ConfigError, match=message):
         tiny(**changes)
 
 

@@ -83,7 +83,7 @@ def test_a_schedule_ends_at_its_end(schedule):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (
             {"learning_rate": -1e-3},
@@ -108,8 +108,8 @@ def test_a_schedule_ends_at_its_end(schedule):
         ({"weight_decay": 0.2, "weight_decay_rule": "big_vision"}, "of every kernel at every step"),
     ],
 )
-def test_rates_that_cannot_be_are_refused(changes, said):
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_rates_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         OptimizerConfig(**changes)
 
 
@@ -168,7 +168,7 @@ def test_an_unknown_rule_of_decay_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"cooldown": 0.4}, 'cooldown is 0.4 and has no effect: set schedule to "rsqrt" or "wsd"'),
         ({"name": "lion", "eps": 1e-8}, "eps is 1e-08 and has no effect"),
@@ -176,8 +176,8 @@ def test_an_unknown_rule_of_decay_is_refused():
         ({"start_decay": 0.1, "weight_decay": 0.2}, "weight_decay is 0.2 and has no effect"),
     ],
 )
-def test_what_has_no_effect_is_refused(changes, said):
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_what_has_no_effect_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         OptimizerConfig(**changes)
 
 

@@ -97,15 +97,15 @@ def test_a_bad_sample_is_replaced_with_its_embedding(data, learned, stored, draw
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"augment": AugmentConfig()}, r"are of data with other data\.augment"),
         ({"captions": ("other",)}, r"no feature 'other'"),
         ({"train_split": "test"}, r"other data\.train_split"),
     ],
 )
-def test_embeddings_of_other_data_are_refused(data, learned, stored, changes, said):
-    with pytest.raises((ConfigError, DataError), match=said):
+def test_embeddings_of_other_data_are_refused(data, learned, stored, changes, message):
+    with pytest.raises((ConfigError, DataError), match=message):
         batches(dataclasses.replace(data, **changes), learned, stored)
 
 

@@ -41,9 +41,9 @@ def test_shrinking_averages():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"),
+    ("sizes", "message"),
     [(((0.5, 6),), "multiples of patch_size 4"), (((0.7, 8), (0.5, 4)), "add up to at most 1")],
 )
-def test_sizes_that_cannot_be_are_refused(tiny, sizes, said):
-    with pytest.raises(ConfigError, match=said):
+def test_sizes_that_cannot_be_are_refused(tiny, sizes, message):
+    with pytest.raises(ConfigError, match=message):
         tiny(image_sizes=sizes)

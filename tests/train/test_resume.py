@@ -64,9 +64,9 @@ def test_killed_and_told_to_leave_a_run_ends_bit_for_bit_the_same(alone, tmp_pat
     for number, soonest in ((signal.SIGTERM, 60), (signal.SIGINT, 100)):
         again = start(["--resume", run], env, log)
         send_at(number, random.randrange(soonest, soonest + 30), run, [again])
-        said = wait(again, log, 0)
+        message = wait(again, log, 0)
         left = last_step(run)
-        assert f"left at step {left}; go on with `vlm train --resume {run}`" in said
+        assert f"stopped at step {left}; resume with `vlm train --resume {run}`" in message
         assert str(left) in os.listdir(run / "checkpoints")
     last = start(["--resume", run], env, log)
     wait(last, log)
@@ -169,9 +169,9 @@ def test_another_architecture_is_named(killed):
     (killed / "config.json").write_text(json.dumps(experiment))
     with pytest.raises(CheckpointError) as caught:
         train(resume=killed)
-    said = str(caught.value)
-    assert "checkpoint 6" in said
-    assert "params/text/transformer/blocks/mlp/up/kernel: (2, 32, 64) saved, (2, 32, 48)" in said
+    message = str(caught.value)
+    assert "checkpoint 6" in message
+    assert "params/text/transformer/blocks/mlp/up/kernel: (2, 32, 64) saved, (2, 32, 48)" in message
 
 
 def test_killed_before_its_first_checkpoint_a_run_starts_over(eight, killed, capfd):
@@ -197,9 +197,9 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(eight, killed):
             train(resume=killed)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    said = str(caught.value)
-    assert "could not be written" in said
-    assert "checkpoint 6 is whole and kept: make room and resume the run" in said
+    message = str(caught.value)
+    assert "could not be written" in message
+    assert "checkpoint 6 is whole and kept: make room and resume the run" in message
     wait_until_still(killed / "checkpoints")  # threads of the writer that failed may still write
     train(resume=killed)
     assert weights(killed) == weights(eight)
@@ -231,14 +231,14 @@ def test_seconds_become_steps_that_a_resumed_run_keeps(tiny, tmp_path, monkeypat
     assert weights(run) == whole
 
 
-def test_things_are_due_at_their_share_of_the_run():
+def test_events_are_scheduled_at_fractions_of_the_run():
     assert [s for s in range(1, 13) if is_scheduled(s, 12, 0.25)] == [3, 6, 9]
     assert [s for s in range(1, 4) if is_scheduled(s, 3, 0.01)] == [1, 2]
     assert not any(is_scheduled(s, 12, None) for s in range(13))
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "said"),
+    ("changes", "error", "message"),
     [
         ({"batch_size": 12}, ShardingError, r"batch_size 12 .* 8 devices .* choose 8 or 16"),
         ({"micro_batch_size": 4}, ShardingError, r"micro_batch_size 4 does not divide .* choose 8"),
@@ -247,8 +247,8 @@ def test_things_are_due_at_their_share_of_the_run():
         ({"steps": None}, ConfigError, r"no length: set one of steps"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_training(tiny, tmp_path, changes, error, said):
-    with pytest.raises(error, match=said):
+def test_what_does_not_fit_is_refused_before_training(tiny, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
         train(tiny(run_dir=str(tmp_path / "run"), **changes))
     assert not (tmp_path / "run").exists()  # free for the next attempt
 
@@ -272,7 +272,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(killed):
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tiny, eight):
-    with pytest.raises(ConfigError, match="already holds a run: go on with"):
+    with pytest.raises(ConfigError, match="already holds a run: resume it with"):
         train(tiny(run_dir=str(eight)))
 
 

@@ -1,4 +1,4 @@
-"""When things are due, how long a run is, what it says when it stands still, where its log is."""
+"""Schedules, the length of a run, its stall messages, and its log in a bucket."""
 
 import time
 
@@ -26,7 +26,7 @@ class Clock:
 
 
 @pytest.mark.parametrize("seconds", [0.1, 7.0, 40.0, 100.0])
-def test_checkpoints_come_by_the_minute_whatever_a_step_takes(monkeypatch, seconds):
+def test_checkpoints_are_written_every_minute_at_any_step_time(monkeypatch, seconds):
     clock = Clock()
     monkeypatch.setattr(schedule, "time", clock)
     experiment = Experiment(checkpoint_every=1.0, checkpoint_minutes=1.0)
@@ -43,20 +43,20 @@ def test_checkpoints_come_by_the_minute_whatever_a_step_takes(monkeypatch, secon
     assert all(60 <= gap <= 60 + 2 * seconds for gap in gaps)
 
 
-def test_a_checkpoint_on_its_way_is_waited_for_and_shares_count_too(monkeypatch):
+def test_a_checkpoint_waits_for_the_last_one_and_fractions_count_too(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(schedule, "time", clock)
     checkpoint_schedule = CheckpointSchedule(
         Experiment(checkpoint_every=0.5, checkpoint_minutes=1.0), 0, 100
     )
-    due = []
+    saved = []
     for step in range(1, 100):
         clock.now += 10
         if checkpoint_schedule.is_scheduled(step, writing=20 <= step < 40):
-            due.append(step)
-    assert due[:4] == [6, 12, 18, 40]
-    assert 50 in due
-    assert 56 in due  # a minute after the share's
+            saved.append(step)
+    assert saved[:4] == [6, 12, 18, 40]
+    assert 50 in saved
+    assert 56 in saved  # a minute after the one at half of the run
 
 
 def test_seconds_count_the_wait_for_data(tiny, monkeypatch):
@@ -86,34 +86,34 @@ def test_seconds_count_the_wait_for_data(tiny, monkeypatch):
     batches.close()
 
 
-def test_a_run_that_stands_still_says_what_it_waits_for(monkeypatch, capfd):
+def test_a_stalled_run_logs_its_activity(monkeypatch, capfd):
     monkeypatch.setattr(watchdog, "STALL_WARNING", 0.2)
-    with ActivityTimer() as doing:
-        doing.step = 7
-        with doing(DATA):
+    with ActivityTimer() as timed:
+        timed.step = 7
+        with timed(DATA):
             time.sleep(1.0)
         for _ in range(10):
-            with doing("evaluating"):
+            with timed("evaluating"):
                 time.sleep(0.05)
-        time.sleep(1.0)  # as where all hosts agree on what is due
-    said = " ".join(capfd.readouterr().err.split())
-    assert "the run has been waiting for data for 0 s, at step 7" in said
-    assert "the run has been between two steps for 0 s, at step 7" in said
-    assert said.count("the run has been") <= 6  # after twice the time, and twice that
-    assert "evaluating" not in said
-    assert doing.seconds[DATA] >= 1.0
-    assert "waiting for data" in doing.summary()
+        time.sleep(1.0)  # as where all hosts agree on the schedule
+    output = " ".join(capfd.readouterr().err.split())
+    assert "the run has been waiting for data for 0 s, at step 7" in output
+    assert "the run has been between two steps for 0 s, at step 7" in output
+    assert output.count("the run has been") <= 6  # after twice the time, and twice that
+    assert "evaluating" not in output
+    assert timed.seconds[DATA] >= 1.0
+    assert "waiting for data" in timed.summary()
 
 
-def test_what_other_hosts_are_doing_is_said_once_for_all_that_do_the_same():
-    told = {i: (f"host{i}", "waiting for data at step 3") for i in (1, 2, 3, 5, 6, 7)}
-    assert watchdog.others(told | {4: ("host4", "evaluating at step 2")}) == (
+def test_the_activities_of_other_hosts_are_grouped():
+    activities = {i: (f"host{i}", "waiting for data at step 3") for i in (1, 2, 3, 5, 6, 7)}
+    assert watchdog.describe_processes(activities | {4: ("host4", "evaluating at step 2")}) == (
         "; processes 1 on host1, 2 on host2, 3 on host3, 5 on host5 and 2 more are waiting for "
         "data at step 3; process 4 on host4 is evaluating at step 2"
     )
 
 
-def test_a_log_is_seen_in_a_bucket_while_it_grows(monkeypatch, tmp_path):
+def test_a_growing_log_is_visible_in_a_bucket(monkeypatch, tmp_path):
     monkeypatch.setattr(bucket_sync, "is_remote", lambda path: True)
     monkeypatch.setattr(bucket_sync, "PERIOD", 0.1)
     with BucketSync(as_path(tmp_path)) as copied, (copied.local / "log.jsonl").open("w") as log:
@@ -133,21 +133,22 @@ def test_a_log_is_seen_in_a_bucket_while_it_grows(monkeypatch, tmp_path):
     assert not copied.local.exists()
 
 
-def test_on_a_disk_a_log_is_where_it_is(tmp_path):
+def test_on_a_disk_nothing_is_copied(tmp_path):
     with BucketSync(as_path(tmp_path)) as copied:
         assert copied.local == tmp_path
         copied.copy()
 
 
-def test_too_little_grace_is_said(monkeypatch):
+def test_a_too_short_grace_period_is_logged(monkeypatch):
     monkeypatch.setattr(interrupt, "SHUTDOWN_GRACE", 30.0)
     with Interrupted() as interrupted:
         assert not interrupted.at(3)
         interrupted._ask(15, None)
         assert interrupted.at(3)
-        assert interrupted.announce(3, 5.0, 2) == "asked to leave: saving step 3"
-        said = interrupted.announce(3, 45.0, 2)
+        assert interrupted.announce(3, 5.0, 2) == "stop requested: saving step 3"
+        output = interrupted.announce(3, 45.0, 2)
     assert (
-        "took 45 s and 30 s of the 30 s shutdown grace period (VLM_SHUTDOWN_GRACE) are left" in said
+        "took 45 s and 30 s of the 30 s shutdown grace period (VLM_SHUTDOWN_GRACE) are left"
+        in output
     )
-    assert said.endswith("goes on from step 2")
+    assert output.endswith("resumes from step 2")

@@ -171,17 +171,17 @@ def test_the_log_stops_or_counts(tiny, tmp_path, nonfinite):
 
 
 @pytest.mark.parametrize(
-    ("most", "said"),
+    ("most", "message"),
     [
-        (25, r"not finite at every one of the 3 steps, so the model is as it began"),
+        (25, r"not finite at every one of the 3 steps, so the model is unchanged"),
         (2, r"not finite in 2 steps in a row, up to step 2: .*max-skipped-in-a-row"),
     ],
 )
-def test_a_run_that_skips_too_many_steps_fails(tiny, tmp_path, monkeypatch, most, said):
+def test_a_run_that_skips_too_many_steps_fails(tiny, tmp_path, monkeypatch, most, message):
     monkeypatch.setattr("vlm.train.step.objective", lambda *_, **__: jnp.float32(jnp.nan))
     optimizer = {"nonfinite": "skip", "max_skipped_in_a_row": most}
     folder = tmp_path / "run"
-    with pytest.raises(TrainingError, match=said):
+    with pytest.raises(TrainingError, match=message):
         train(tiny(run_dir=str(folder), optimizer=optimizer, steps=3, log_every=1))
     assert not (folder / "bundle").exists()
     lines = (folder / "log.jsonl").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""What a resumed run may change: whatever leaves the state of its checkpoint valid."""
+"""Fields that a resumed run may change: those that keep its checkpoints valid."""
 
 import dataclasses
 from typing import Any
@@ -8,7 +8,7 @@ from vlm.errors import ConfigError
 
 LENGTHS = ("steps", "epochs", "examples", "seconds")
 
-# Fields, or all fields of a part. The state in a checkpoint means the same whatever they are.
+# Fields, or configs with all of their fields. A checkpoint stays valid whatever their values.
 CHANGEABLE = {
     "mesh",
     "micro_batch_size",
@@ -37,31 +37,31 @@ CHANGEABLE = {
 
 
 def changes_between(before: Experiment, after: Experiment) -> dict[str, list[Any]]:
-    """The fields that differ, by name: [before, after]."""
+    """Return [before, after] of each field that differs, by its dotted name."""
     old, new = flat_fields(to_dict(before)), flat_fields(to_dict(after))
     names = sorted(old.keys() | new.keys())
     return {n: [old.get(n), new.get(n)] for n in names if old.get(n) != new.get(n)}
 
 
 def check_changes(before: Experiment, after: Experiment) -> dict[str, list[Any]]:
-    """The changes, if a resumed run may make them all.
+    """Return the changes if a resumed run may make them all.
 
     Raises:
-        ConfigError: one that it may not; the message names it.
+        ConfigError: a change that it may not make; the message names it.
     """
     changes = changes_between(before, after)
     refused = [name for name in changes if not _may_change(name)]
     if refused:
         options = ", ".join("--" + name.replace("_", "-") for name in refused)
         raise ConfigError(
-            f"a resumed run cannot change {options}: what its checkpoints hold would mean "
-            "something else; start a new run, with --init-from this one if its weights are wanted"
+            f"a resumed run cannot change {options}, which would make its checkpoints "
+            "invalid: start a new run, with --init-from this run to reuse its weights"
         )
     return changes
 
 
 def without_length(experiment: Experiment) -> Experiment:
-    """The experiment before a new length is put in, for it has one alone."""
+    """Return the experiment without its length, so that another kind of length can be set."""
     return dataclasses.replace(experiment, **dict.fromkeys(LENGTHS))
 
 
@@ -70,7 +70,7 @@ def _may_change(name: str) -> bool:
 
 
 def flat_fields(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields of nested dicts by their dotted names."""
+    """Return the fields of nested dicts by their dotted names."""
     out = {}
     for name, value in values.items():
         if isinstance(value, dict):

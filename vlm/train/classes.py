@@ -1,4 +1,4 @@
-"""The classes that a run learns to tell apart: their names, their prompts and their head."""
+"""Classes of a classification run: names, prompts and head."""
 
 import dataclasses
 import tempfile
@@ -27,13 +27,13 @@ from vlm.weights.own import templates_of as templates_of_model
 
 
 def with_templates(experiment: Experiment) -> Experiment:
-    """The experiment with the templates of its labels, where it names none.
+    """Fill in the prompt templates of an experiment with labels, if it sets none.
 
-    Those of the model that it starts from, else of the data set, else the usual one; the bare names
-    where it starts from no model.
+    They are those of the `init_from` model, else of the data set, else the default. Without
+    `init_from` they stay unset: the bare names.
 
     Raises:
-        DataError: data that is not there.
+        DataError: the data is missing.
     """
     data = experiment.data
     if not data.label or data.templates or experiment.init_from is None:
@@ -45,17 +45,17 @@ def with_templates(experiment: Experiment) -> Experiment:
 
 
 class Templates(NamedTuple):
-    """A starting model's templates, for `choose_templates`."""
+    """Templates of the `init_from` model, for `choose_templates`."""
 
     templates: tuple[str, ...]
 
 
 class Classes:
-    """The classes of `data.label`, each with its templates filled in.
+    """Classes of `data.label`, each with its prompts.
 
     Raises:
-        DataError: data whose classes are not known before it is read.
-        ConfigError: two classes that the tokenizer cannot tell apart.
+        DataError: the classes of the data are not listed before it is read.
+        ConfigError: two classes have the same tokens.
     """
 
     def __init__(self, data: DataConfig, tokenizer: Tokenizer):
@@ -77,36 +77,36 @@ class Classes:
         return len(self.names)
 
     def of(self, tokens: Int32[np.ndarray, "b l"]) -> Int32[np.ndarray, " b"]:
-        """The class of each row of tokens.
+        """Return the class of each row of tokens.
 
         Raises:
-            DataError: a text that is none of a class; the message shows it.
+            DataError: a text that belongs to no class; the message shows it.
         """
         found = [self._of.get(row.tobytes(), -1) for row in tokens]
         if -1 in found:
             text = self._tokenizer.decode(tokens[found.index(-1)][None])[0]
             raise DataError(
-                f"{self._data.source} has a label that reads {text!r} and is none of the "
+                f"{self._data.source} has the label {text!r}, which is none of the "
                 f"{len(self)} classes of the head: list it among the classes of "
                 f"data.label {self._data.label!r}, or leave its examples out with data.keep"
             )
         return np.array(found, np.int32)
 
-    def added(self, batch: Batch) -> Batch:
-        """The batch with the class of each example."""
+    def add_targets(self, batch: Batch) -> Batch:
+        """Add the class of each example to a batch."""
         return batch | {"classes": self.of(batch["tokens"])}
 
     def embed(self, trainer: Trainer, state: TrainState) -> Float[np.ndarray, "m d"]:
-        """The zero-shot weights: unit-norm means of the embeddings of each class's prompts."""
+        """Compute zero-shot weights: the normalised mean embedding of each class's prompts."""
         return Embedder(trainer).prompts(state, self.tokens, len(self.tokens) // len(self))
 
     def save(self, run: Run, trainer: Trainer, state: TrainState) -> None:
         """Write the trained head beside the run's bundle, for `vlm classify` and `vlm eval`."""
         kernel = Embedder(trainer).classes(state)
         if jax.process_index() == 0:
-            made = ZeroShotClassifier.of_embeddings(load(run.bundle), self.prompts, kernel)
-            with tempfile.TemporaryDirectory() as folder:  # a run may live in a bucket
-                made.save(file := Path(folder) / zero_shot.FILE)
+            classifier = ZeroShotClassifier.of_embeddings(load(run.bundle), self.prompts, kernel)
+            with tempfile.TemporaryDirectory() as folder:  # a run folder may be in a bucket
+                classifier.save(file := Path(folder) / zero_shot.FILE)
                 run.classifier.write_bytes(file.read_bytes())
 
     def _owners(self) -> list[int]:

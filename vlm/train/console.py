@@ -1,4 +1,4 @@
-"""Where a run speaks: on stderr, from the first process alone."""
+"""Console for training: stderr of process 0."""
 
 import jax
 from rich.console import Console, RenderableType
@@ -7,6 +7,6 @@ console = Console(stderr=True)
 
 
 def print_on_first_process(text: RenderableType) -> None:
-    """Something for the reader, from the first process alone; above the progress display."""
+    """Print from process 0 only, above the progress display."""
     if jax.process_index() == 0:
         console.print(text, highlight=False)

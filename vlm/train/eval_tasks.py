@@ -1,4 +1,4 @@
-"""What a run is measured on while it trains, and how: by its mesh, each host reading its share."""
+"""Zero-shot and retrieval evaluation on the mesh of a run; each host reads its own images."""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,7 +30,7 @@ Pixels = UInt8[np.ndarray, "h w 3"]
 
 
 class Embedder:
-    """Embeddings of images and texts by the state of a run; all processes get all of them."""
+    """Encoder of images and texts with the state of a run; all processes get all embeddings."""
 
     def __init__(self, trainer: Trainer):
         self._trainer, self._mesh = trainer, trainer.mesh
@@ -38,7 +38,7 @@ class Embedder:
         self._rows = -(-ROWS // ways) * ways
 
     def texts(self, state: TrainState, tokens: Int[np.ndarray, "m l"]) -> Float[np.ndarray, "m d"]:
-        """Unit-norm embeddings of texts that every process has."""
+        """Compute unit-norm embeddings of texts, which must be equal in all processes."""
         sharding = batch_sharding(self._mesh)
         out = []
         for first in range(0, len(tokens), self._rows):
@@ -51,28 +51,28 @@ class Embedder:
     def prompts(
         self, state: TrainState, tokens: Int[np.ndarray, "m l"], count: int
     ) -> Float[np.ndarray, "c d"]:
-        """The embedding of each class: the mean of its `count` rows of tokens, normalised again."""
+        """Compute the embedding of each class: the normalised mean of its `count` prompts."""
         z = self.texts(state, tokens)
         z = z.reshape(-1, count, z.shape[1]).mean(1)
         return normalise(z, "the mean of a class's prompts")
 
     def classes(self, state: TrainState) -> Float[np.ndarray, "m d"]:
-        """The weights of a classification's head: a row for each class, of any norm."""
+        """Return the weights of the classification head: a row for each class, not normalised."""
         return np.asarray(self._trainer.head(state))
 
     def images(
         self, state: TrainState, count: int, read: Callable[[int], Pixels]
     ) -> Float[np.ndarray, "n d"]:
-        """Unit-norm embeddings of images 0 to `count` - 1, of which a process reads its share.
+        """Compute unit-norm embeddings of images 0 to `count` - 1; each process reads its shard.
 
-        The next rows are read while the devices embed the last ones; no image is kept.
+        The next rows are read while the devices embed the last ones; images are not stored.
         """
-        share, shares = batch_share(self._mesh)
-        own, prepare = self._rows // shares, self._trainer.preprocess
+        shard, shards = batch_share(self._mesh)
+        own, prepare = self._rows // shards, self._trainer.preprocess
         out: list[np.ndarray] = []
         waiting = None
         with ThreadPoolExecutor(THREADS) as pool:
-            for first in range(share * own, _round_up(count, self._rows), self._rows):
+            for first in range(shard * own, _round_up(count, self._rows), self._rows):
                 images = prepare.blank(own)
                 rows = range(first, min(first + own, count))
                 for row, pixels in enumerate(pool.map(read, rows)):
@@ -95,16 +95,16 @@ class ZeroShot:
         self._source, self._data = _open(config, label=config.label)
         self._count = _count(config, self._source)
         labels, names = classes_of(self._data, self._source)
-        self._names = names  # several classes may have one
+        self._names = names  # several classes may share one
         self._index = {label: i for i, label in enumerate(labels)}
         self._target = np.full(self._count, -1)
         self.templates = choose_templates(config.templates or None, run, self._source)
-        self.about = {"class_names": said} if (said := described(labels, names)) else {}
+        self.about = {"class_names": text} if (text := described(labels, names)) else {}
         prompts = label_prompts(labels, names, self.templates)
         self._tokens = inputs.tokenizer([text for own in prompts.values() for text in own])
 
     def measure(self, state: TrainState) -> dict[str, Metric]:
-        """`top1` and `top5`."""
+        """Compute `top1` and `top5`."""
         z_image = self._embedder.images(state, self._count, self._read)
         if jax.process_count() > 1:
             self._target = multihost_utils.process_allgather(self._target).max(0)
@@ -133,7 +133,7 @@ class Retrieval:
         self._tokens = inputs.tokenizer([text for own in texts for text in own])
 
     def measure(self, state: TrainState) -> dict[str, Metric]:
-        """`image_to_text_R@1` to `text_to_image_R@10`."""
+        """Compute `image_to_text_R@1` to `text_to_image_R@10`."""
         z_image = self._embedder.images(
             state, self._count, lambda i: self._inputs.pixels(self._source[i], self._data, i)
         )
@@ -142,13 +142,13 @@ class Retrieval:
 
 
 class Inputs:
-    """The two halves of the model's input contract, as evaluations use them."""
+    """Preprocessing and tokenizer of the model, for evaluations."""
 
     def __init__(self, preprocess: Preprocess, tokenizer: Tokenizer):
         self.preprocess, self.tokenizer = preprocess, tokenizer
 
     def pixels(self, example: dict, data: DataConfig, i: int) -> Pixels:
-        """The image of example `i` as the model takes it, but for normalisation."""
+        """Preprocess the image of example `i`, without normalisation."""
         where = f"the image of example {i} of {data.source} {data.eval_split}"
         return self.preprocess.pixels(example[data.image], where)
 
@@ -156,15 +156,15 @@ class Inputs:
 def open_task(
     config: EvalConfig, embedder: Embedder, inputs: Inputs, run: DataConfig | None = None
 ) -> ZeroShot | Retrieval:
-    """The evaluation that `config` describes, its texts read and tokenised.
+    """Open the evaluation that `config` describes; reads and tokenises its texts.
 
     Args:
         config: the evaluation.
-        embedder, inputs: of the run's model.
-        run: the data of the run, whose templates are its model's.
+        embedder, inputs: those of the run's model.
+        run: the data of the run; its templates are the model's.
 
     Raises:
-        DataError: no such data, or data that does not have what the task needs.
+        DataError: data is missing, or lacks a column that the task needs.
     """
     match config.task:
         case "zero-shot":
@@ -176,14 +176,14 @@ def open_task(
 
 
 def info(task: ZeroShot | Retrieval) -> DataInfo:
-    """Where the examples come from, for the report."""
+    """Describe the source of the examples, for the report."""
     return DataInfo(task.config.source, split=task._data.eval_split or "")
 
 
 def _open(
     config: EvalConfig, *, label: str | None = None, captions: tuple[str, ...] = ()
 ) -> tuple[Source, DataConfig]:
-    """The split to measure on, and the config that it is read by."""
+    """Open the split to evaluate on; returns it with the config it is read by."""
     data = DataConfig(
         source=config.source,
         image=config.image,

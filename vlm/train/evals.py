@@ -1,4 +1,4 @@
-"""The evaluations of a run: measured during training, and at its end with a report."""
+"""Evaluations of a run: during training, and at its end with a report."""
 
 import operator
 import time
@@ -40,10 +40,10 @@ SHOWN = 8  # images in the gallery
 
 
 class Evaluations:
-    """All that a run is measured on: its own held-out split, and the data sets of `evals`.
+    """All evaluations of a run: its own held-out split, and the data sets of `evals`.
 
     Raises:
-        DataError: data that is not there, or does not have what its task needs.
+        DataError: data is missing, or lacks a column that its task needs.
     """
 
     def __init__(self, experiment: Experiment, trainer: Trainer, tokenizer: Tokenizer):
@@ -51,7 +51,7 @@ class Evaluations:
         data, split, evals = experiment.data, experiment.data.eval_split, experiment.evals
         if experiment.eval_every == 0:
             split, evals = None, ()
-        self.held = HeldOut(experiment, embedder, inputs) if split else None
+        self.held_out = HeldOut(experiment, embedder, inputs) if split else None
         self.tasks = [open_task(config, embedder, inputs, data) for config in evals]
         if not self:
             why = "eval_every is 0"
@@ -60,41 +60,42 @@ class Evaluations:
             print_on_first_process(f"the run is not evaluated: {why}")
 
     def __bool__(self) -> bool:
-        return self.held is not None or bool(self.tasks)
+        return self.held_out is not None or bool(self.tasks)
 
     def metrics(self, state: TrainState) -> dict[str, float]:
-        """All metrics as a row of the log."""
+        """Compute all metrics, as a row of the log."""
         row: dict[str, Metric] = {}
-        if self.held is not None:
-            zero_shot, retrieval = self.held.measure(*self.held.embed(state))
+        if self.held_out is not None:
+            zero_shot, retrieval = self.held_out.measure(*self.held_out.embed(state))
             row |= zero_shot | retrieval
-            said = f"held-out top-1 {zero_shot['top1']}{_texts(self.held)}"
-            print_on_first_process(f"step {int(state.step)}  {said}")
+            line = f"held-out top-1 {zero_shot['top1']}{_templates(self.held_out)}"
+            print_on_first_process(f"step {int(state.step)}  {line}")
         for task in self.tasks:
-            found = task.measure(state)
-            name, first = task.config.name, next(iter(found))
-            row |= {f"{name}/{metric}": value for metric, value in found.items()}
-            said = f"{name} {first} {found[first]}{_texts(task)}"
-            print_on_first_process(f"step {int(state.step)}  {said}")
+            metrics = task.measure(state)
+            name, first = task.config.name, next(iter(metrics))
+            row |= {f"{name}/{metric}": value for metric, value in metrics.items()}
+            line = f"{name} {first} {metrics[first]}{_templates(task)}"
+            print_on_first_process(f"step {int(state.step)}  {line}")
         return {f"eval/{name}": float(value) for name, value in row.items()}
 
 
-def _texts(task: Any) -> str:
-    """The templates of a zero-shot figure, for the log."""
+def _templates(task: Any) -> str:
+    """Format the templates of a zero-shot evaluation for the log."""
     if task.templates == ("{}",):
         return ""
     return f", templates: {describe_templates(task.templates)}"
 
 
 def _split(data: DataConfig) -> str:
-    assert data.eval_split is not None  # a run without one holds nothing out
+    assert data.eval_split is not None  # required by every caller
     return data.eval_split
 
 
 class HeldOut:
-    """Images the run does not train on, among all captions of the data, which must be small.
+    """Evaluation of the held-out split: zero-shot over all captions of the data, and retrieval.
 
-    Of data with labels, among its classes, as `ZeroShot` measures them.
+    All captions are encoded, so the data must be small. Labelled data is classified among its
+    classes, as in `ZeroShot`.
     """
 
     def __init__(self, experiment: Experiment, embedder: Embedder, inputs: Inputs):
@@ -106,8 +107,8 @@ class HeldOut:
             self.captions, names = classes_of(self._data, self._source)
             self.target = targets_of(self._source, self._data, self.captions)
             self.templates = templates_of(self._data)
-            self.about = {"class_names": said} if (said := described(self.captions, names)) else {}
-            self._names = None if self._by_head else names  # several classes may have one
+            self.about = {"class_names": text} if (text := described(self.captions, names)) else {}
+            self._names = None if self._by_head else names  # several classes may share one
             prompts = label_prompts(self.captions, names, self.templates)
             texts = [text for own in prompts.values() for text in own]
         else:
@@ -121,13 +122,13 @@ class HeldOut:
 
     @property
     def images(self) -> "_Images":
-        """The images as the model takes them, each read when it is asked for."""
+        """Return the preprocessed images, each read on access."""
         return _Images(self)
 
     def embed(self, state: TrainState) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "m d"]]:
-        """Unit-norm embeddings of the images and of all captions.
+        """Compute unit-norm embeddings of the images and of all captions.
 
-        Of a classification, the weights of the head stand in the place of captions.
+        In a classification the head's weights replace the embeddings of captions.
         """
         z_image = self._embedder.images(state, len(self.target), self.images.__getitem__)
         if self._by_head:
@@ -135,7 +136,7 @@ class HeldOut:
         return z_image, self._embedder.prompts(state, self._tokens, len(self.templates))
 
     def measure(self, z_image, z_captions) -> tuple[dict[str, Metric], dict[str, Metric]]:
-        """Zero-shot accuracy over all captions, and retrieval among the held-out pairs."""
+        """Compute zero-shot accuracy over all captions, and retrieval among the held-out pairs."""
         return (
             zero_shot_metrics(z_image, z_captions, self.target, names=self._names),
             pair_retrieval_metrics(z_image, z_captions[self.target]),
@@ -143,68 +144,72 @@ class HeldOut:
 
 
 class _Images(Sequence):
-    """The images of a held-out split, read on use."""
+    """Images of a held-out split, read on access."""
 
-    def __init__(self, held: HeldOut):
-        self._held = held
+    def __init__(self, held_out: HeldOut):
+        self._held_out = held_out
 
     def __len__(self) -> int:
-        return len(self._held.target)
+        return len(self._held_out.target)
 
     def __getitem__(self, i: SupportsIndex) -> Pixels:  # pyright: ignore[reportIncompatibleMethodOverride]
         i = operator.index(i)
         if not 0 <= i < len(self):
             raise IndexError(i)
-        held = self._held
-        return held._inputs.pixels(held._source[i], held._data, i)
+        held_out = self._held_out
+        return held_out._inputs.pixels(held_out._source[i], held_out._data, i)
 
 
 def finish(
     run: Run, evaluations: Evaluations, state: TrainState, bundle: Bundle, credits: str
 ) -> Report:
-    """Measure the finished run, and write its results, and the report of its held-out split."""
-    held, data = evaluations.held, run.experiment.data
+    """Evaluate the finished run; write its results and the report of its held-out split."""
+    held_out, data = evaluations.held_out, run.experiment.data
     results, embedded, evidence = [], None, input_facts(bundle)
-    if held is not None:
+    if held_out is not None:
         start = time.perf_counter()
-        embedded = held.embed(state)
-        zero_shot, retrieval = held.measure(*embedded)
+        embedded = held_out.embed(state)
+        zero_shot, retrieval = held_out.measure(*embedded)
         about = DataInfo(data.source, split=data.eval_split or "")
         seconds = time.perf_counter() - start
-        texts = evidence | held.about
-        asked = provenance(bundle.name, about, held.templates, seconds, texts)
+        texts = evidence | held_out.about
+        prompted = provenance(bundle.name, about, held_out.templates, seconds, texts)
         source = provenance(bundle.name, about, ("{}",), seconds, evidence)
         kind = "classes" if data.label else "captions"
         results = [
-            Result(f"zero-shot over {len(held.captions):,} {kind}", zero_shot, asked),
-            Result(f"retrieval among {len(held.target):,} pairs", retrieval, source),
+            Result(f"zero-shot over {len(held_out.captions):,} {kind}", zero_shot, prompted),
+            Result(f"retrieval among {len(held_out.target):,} pairs", retrieval, source),
         ]
     for task in evaluations.tasks:
         start, config = time.perf_counter(), task.config
-        found = task.measure(state)
+        metrics = task.measure(state)
         seconds, texts = time.perf_counter() - start, evidence | task.about
         source = provenance(bundle.name, info(task), task.templates, seconds, texts)
-        results.append(Result(f"{config.name} {config.task}", found, source))
+        results.append(Result(f"{config.name} {config.task}", metrics, source))
     report = Report(tuple(results))
-    scale, bias = bundle.logit_scale, bundle.logit_bias  # of all processes together
+    scale, bias = bundle.logit_scale, bundle.logit_bias  # collective: all processes take part
     if jax.process_index() == 0:
         report.save(run.results)
-        if held is not None:
-            _show(run, held, report, state, embedded, (scale, bias, bundle.loss), credits)
+        if held_out is not None:
+            _write_report(
+                run, held_out, report, state, embedded, (scale, bias, bundle.loss), credits
+            )
     return report
 
 
-def _show(run: Run, held: HeldOut, report: Report, state, embedded, score_rule, credits) -> None:
-    """Write the report of the held-out split, and draw its gallery."""
+def _write_report(
+    run: Run, held_out: HeldOut, report: Report, state, embedded, score_rule, credits
+) -> None:
+    """Write the report and the gallery of the held-out split."""
     z_image, z_captions = embedded
     scale, bias, loss = score_rule
     write_report(
         run.folder,
         history=read_log(run),
         results=report,
-        images=held.images,
-        captions=held.captions,
-        target=held.target,
+        images=held_out.images,
+        captions=held_out.captions,
+        target=held_out.target,
         z_image=z_image,
         z_captions=z_captions,
         config=to_dict(run.experiment),
@@ -214,24 +219,24 @@ def _show(run: Run, held: HeldOut, report: Report, state, embedded, score_rule, 
         facts=_facts(state, run.experiment.preprocess.decode),
         credits=credits,
     )
-    _draw_gallery(run, held, to_scores(scale * z_image @ z_captions.T + bias, loss))
+    _draw_gallery(run, held_out, to_scores(scale * z_image @ z_captions.T + bias, loss))
 
 
-def _draw_gallery(run: Run, held: HeldOut, scores: Float[np.ndarray, "n m"]) -> None:
-    """Some held-out images, evenly spaced, with their best captions, as a picture to show."""
+def _draw_gallery(run: Run, held_out: HeldOut, scores: Float[np.ndarray, "n m"]) -> None:
+    """Draw evenly spaced held-out images with their best captions."""
     data = run.experiment.data
     source = open_source(data, _split(data))
-    count = len(held.target)
+    count = len(held_out.target)
     chosen = np.linspace(0, count - 1, min(SHOWN, count)).astype(int)
     best = np.argsort(-scores[chosen], axis=1)[:, :4]
     gallery_png(
         run.folder / "gallery.png",
         [source[int(i)][data.image] for i in chosen],
         [
-            [(held.captions[j], float(scores[i, j])) for j in row]
+            [(held_out.captions[j], float(scores[i, j])) for j in row]
             for i, row in zip(chosen, best, strict=True)
         ],
-        right=[held.captions[held.target[i]] for i in chosen],
+        right=[held_out.captions[held_out.target[i]] for i in chosen],
     )
 
 

@@ -1,4 +1,4 @@
-"""What a finished run leaves: its model as a bundle, or the adapter that it trained."""
+"""Write the final bundle (or adapter) of a run."""
 
 from vlm.bundle import Bundle
 from vlm.inputs.tokenizer import Tokenizer
@@ -8,7 +8,7 @@ from vlm.weights.adapter import AdapterOrigin
 
 
 def export_bundle(run: Run, trainer: Trainer, state: TrainState, tokenizer: Tokenizer) -> Bundle:
-    """The model of a run, written as a bundle; of a run with an adapter, that alone is written."""
+    """Write and return the trained model as a bundle; in an adapter run, only the adapter."""
     e = run.experiment
     origin = None
     if e.adapter is not None:

@@ -1,4 +1,4 @@
-"""The model that a run starts from: what it says of the run, and its weights in the first state."""
+"""Initialise a run from another model: its config, tokenizer and weights."""
 
 import dataclasses
 from typing import Any
@@ -20,32 +20,32 @@ from vlm.train.step import Trainer, TrainState
 from vlm.weights.opening import describe
 from vlm.weights.resolution import at_context_length, at_image_size
 
-# Fields of a tower that its weights know nothing of.
+# Fields of a tower that do not change the meaning of its weights.
 OF_TRAINING = ("dropout", "patch_dropout", "max_patches")
 OF_VOCABULARY = ("pad_id", "bos_id", "eos_id", "zeroed_id")
 
 
 def resolve(experiment: Experiment) -> Experiment:
-    """The experiment in full: what it leaves open is that of `init_from`, or a default.
+    """Fill in unset fields of the experiment from `init_from`, or else with defaults.
 
-    A resolved experiment stays as it is: a resumed run does not ask its starting model again.
+    A resolved experiment does not change: a resumed run does not read `init_from` again.
 
     Raises:
         CheckpointError: there is no such model.
-        ConfigError: a size that it cannot take, or fields that contradict each other.
+        ConfigError: a size that the model cannot take, or fields that contradict each other.
     """
     return with_default_rates(with_model(experiment))
 
 
 def with_model(experiment: Experiment) -> Experiment:
-    """The experiment with model, pixels and tokens; of a starting model its description is read.
+    """Fill in the configs of model, preprocessing and tokenizer; reads no weights of `init_from`.
 
     Raises:
         CheckpointError, ConfigError: as `resolve`.
     """
     e = experiment
-    open_parts = None in (e.model, e.preprocess, e.tokenizer)
-    if e.init_from is not None and e.init_towers == "both" and open_parts:
+    incomplete = None in (e.model, e.preprocess, e.tokenizer)
+    if e.init_from is not None and e.init_towers == "both" and incomplete:
         return _described_by_checkpoint(e)
     return with_default_model(e)
 
@@ -85,9 +85,9 @@ def _described_by_checkpoint(e: Experiment) -> Experiment:
 
 
 def _budget(e: Experiment, theirs: PreprocessConfig) -> int | None:
-    """The patches of an image where a run takes any aspect (NaFlex); None: it takes squares.
+    """Return the maximum number of patches of a NaFlex run; None if it takes square images.
 
-    Where the config says neither, it is as in the model that the run starts from.
+    If the config has neither model nor preprocessing, that of `init_from` decides.
     """
     if e.preprocess is None and e.model is not None:
         return getattr(e.model.vision, "max_patches", None)
@@ -98,11 +98,11 @@ def _budget(e: Experiment, theirs: PreprocessConfig) -> int | None:
 def _with_any_aspect(
     e: Experiment, config: ModelConfig, preprocess: PreprocessConfig, budget: int
 ) -> tuple[ModelConfig, PreprocessConfig]:
-    """A model as a NaFlex one, which has the same parameters as one of square images."""
+    """Convert configs to NaFlex, which has the same parameters as square images."""
     vision = config.vision
     if not isinstance(vision, ViTConfig):
         raise ConfigError(
-            f"the image tower of init_from {e.init_from!r} is a {type(vision).__name__}, and only "
+            f"the vision tower of init_from {e.init_from!r} is a {type(vision).__name__}, and only "
             'a Vision Transformer takes images of any aspect: set another resize than "naflex"'
         )
     preprocess = dataclasses.replace(
@@ -115,7 +115,7 @@ def _with_any_aspect(
 def _with_square_images(
     config: ModelConfig, preprocess: PreprocessConfig
 ) -> tuple[ModelConfig, PreprocessConfig]:
-    """A NaFlex model as one of square images."""
+    """Convert configs from NaFlex to square images."""
     if preprocess.resize != "naflex":
         return config, preprocess
     vision = dataclasses.replace(config.vision, max_patches=None)
@@ -124,10 +124,10 @@ def _with_square_images(
 
 
 def init_tokenizer(e: Experiment) -> Tokenizer:
-    """The vocabulary of the model `init_from`, under the rules of the experiment.
+    """Load the tokenizer of `init_from`, with the rules of the experiment.
 
     Raises:
-        ConfigError: rules with other special tokens; the message names them.
+        ConfigError: the special tokens differ; the message names them.
     """
     assert e.init_from is not None
     tokenizer = describe(e.init_from)[0].tokenizer
@@ -138,7 +138,7 @@ def init_tokenizer(e: Experiment) -> Tokenizer:
 
 
 def init_model(e: Experiment) -> bundle.Bundle:
-    """The model `init_from` at the run's sizes, any adapter merged into it."""
+    """Load `init_from` at the run's sizes, with any adapter merged into it."""
     length = None if e.init_towers == "vision" else e.model.text.context_length
     size = e.model.vision.image_size
     assert e.init_from is not None
@@ -146,10 +146,10 @@ def init_model(e: Experiment) -> bundle.Bundle:
 
 
 def from_model(trainer: Trainer, state: TrainState, other: bundle.Bundle) -> TrainState:
-    """A fresh state with the weights of another model, or of one of its towers.
+    """Copy the weights of another model, or of one of its towers, into a new state.
 
     Raises:
-        ConfigError: that model is another one than the config's; the message names what differs.
+        ConfigError: the model does not match the config; the message lists the differences.
     """
     e = trainer.experiment
     towers = ("vision", "text") if e.init_towers == "both" else (e.init_towers,)
@@ -161,26 +161,28 @@ def from_model(trainer: Trainer, state: TrainState, other: bundle.Bundle) -> Tra
     places = joined(trainer.state_shardings.params, trainer.state_shardings.frozen)
     ours |= jax.tree.map(place, loaded, {name: places[name] for name in loaded})
     params, frozen = trainer.divide(ours)
-    return begun(trainer, dataclasses.replace(state, params=params, frozen=frozen))
+    return _reset_optimizer(trainer, dataclasses.replace(state, params=params, frozen=frozen))
 
 
 def with_head(trainer: Trainer, state: TrainState, kernel: Float[np.ndarray, "m d"]) -> TrainState:
-    """A fresh state whose head starts from these weights."""
+    """Set the head's initial weights in a new state."""
     sharding = trainer.state_shardings.params["head"]["kernel"]
     head = {"kernel": place(jnp.asarray(kernel), sharding)}
-    return begun(trainer, dataclasses.replace(state, params=state.params | {"head": head}))
+    return _reset_optimizer(
+        trainer, dataclasses.replace(state, params=state.params | {"head": head})
+    )
 
 
-def begun(trainer: Trainer, state: TrainState) -> TrainState:
-    """A state whose average, and whose pull to the start, begin at its parameters."""
-    # In buffers of their own, for the step donates them all.
+def _reset_optimizer(trainer: Trainer, state: TrainState) -> TrainState:
+    """Restart the EMA and the optimizer (with L2-SP's reference) from the state's parameters."""
+    # Copies, because the step donates all buffers.
     ema = None if state.ema is None else jax.tree.map(jnp.copy, state.params)
-    begin = jax.jit(trainer.optimizer.init, out_shardings=trainer.state_shardings.opt_state)
-    return dataclasses.replace(state, opt_state=begin(state.params), ema=ema)
+    init = jax.jit(trainer.optimizer.init, out_shardings=trainer.state_shardings.opt_state)
+    return dataclasses.replace(state, opt_state=init(state.params), ema=ema)
 
 
 def parameters(trainer: Trainer, other: bundle.Bundle) -> Params:
-    """The parameters of a model as the run has them: with a fresh adapter if it trains one."""
+    """Return the parameters of a model, with a new adapter if the run trains one."""
     e, model = trainer.experiment, other.model
     if e.adapter is not None:
         model = adapters.prepared(model, e.adapter, e.seed)
@@ -214,7 +216,7 @@ def _check_equal(e: Experiment, pairs: dict[str, tuple[Any, Any]]) -> None:
     differ = [f"{k} is {a!r} there and {b!r} here" for k, (a, b) in pairs.items() if a != b]
     if differ:
         raise ConfigError(
-            f"init_from {e.init_from!r} is another model than the config's ({'; '.join(differ)}): "
-            "make the config agree, leave these parts out of it, or take the tower that agrees "
+            f"init_from {e.init_from!r} does not match the config ({'; '.join(differ)}): "
+            "change the config, leave these parts out of it, or take only the tower that matches "
             "with init_towers"
         )

@@ -1,4 +1,4 @@
-"""The training loop: from an experiment to a run folder with a model that can be used."""
+"""The training loop: from an experiment to a run folder with a trained model."""
 
 import contextlib
 import os
@@ -35,14 +35,15 @@ from vlm.train.watchdog import DATA, DEVICE, STEP, ActivityTimer
 def train(
     experiment: Experiment | None = None, *, resume: str | os.PathLike | None = None
 ) -> epath.Path:
-    """Train `experiment` in a new run folder, or go on with the run in `resume`.
+    """Train `experiment` in a new run folder, or resume the run in `resume`.
 
-    Returns the run folder. SIGINT and SIGTERM save a checkpoint and leave; a resumed run ends as if
-    it had not been left. Given both, the run goes on as `experiment`, which may differ where its
-    checkpoints stay valid. With several processes, `vlm.cluster.processes.start` comes first.
+    Returns the run folder. SIGINT and SIGTERM save a checkpoint and exit; a resumed run ends with
+    the same model as an uninterrupted one. Given both arguments, the run resumes as `experiment`,
+    whose changes must keep its checkpoints valid. With several processes, call
+    `vlm.cluster.processes.start` first.
 
     Raises:
-        VlmError: whatever a user can mend, from a wrong batch size to a full disk.
+        VlmError: any error that the user can fix, from a wrong batch size to a full disk.
 
     Example:
         >>> vlm.train.train(resume=folder / "no-run")
@@ -77,18 +78,18 @@ def _train(
         trainer = Trainer(
             experiment, mesh, tokenizer.config, supervision.class_count, supervision.teacher
         )
-        share, shares = batch_share(mesh)
+        shard, shards = batch_share(mesh)
         batches = train_batches(
             experiment.data,
             trainer.preprocess,
             supervision.tokenizer,
-            batch_size=experiment.batch_size // shares,
+            batch_size=experiment.batch_size // shards,
             seed=experiment.seed,
-            process_index=share,
-            process_count=shares,
+            process_index=shard,
+            process_count=shards,
             run_folder=run.folder,
             reinforced=supervision.reinforced,
-            finish=supervision.added,
+            finish=supervision.add_targets,
         )
         evaluations = Evaluations(experiment, trainer, tokenizer)
 
@@ -123,7 +124,7 @@ def _train(
             def save() -> None:
                 logs.flush()
                 with timed("writing a checkpoint"):
-                    bucket_sync.copy()  # a run that goes on from here has its log up to here
+                    bucket_sync.copy()  # a run resumed from here has its log up to here
                     checkpoints.save(step, trainer.kept(state), batches.get_state())
 
             def evaluate() -> None:
@@ -133,7 +134,7 @@ def _train(
                 logs.restart_clock()
 
             if evaluations and step == 0 and experiment.init_from is not None:
-                evaluate()  # what the model can do before it learns more
+                evaluate()  # baseline before training
             while step < total and not interrupted.at(step):
                 profiler.before(step, state)
                 with timed(DATA):
@@ -160,10 +161,12 @@ def _train(
                 checkpoints.wait()
                 logs.write(*checkpoints.finished())
     print_on_first_process(timed.summary())
-    if said := batches.bad.report():
-        print_on_first_process(said)
+    if bad_samples := batches.bad.report():
+        print_on_first_process(bad_samples)
     if step < total:
-        print_on_first_process(f"left at step {step}; go on with `vlm train --resume {run.folder}`")
+        print_on_first_process(
+            f"stopped at step {step}; resume with `vlm train --resume {run.folder}`"
+        )
         return run.folder
 
     if skipped := int(state.skipped):
@@ -172,17 +175,17 @@ def _train(
         )
     if skipped == total:
         raise TrainingError(
-            f"the loss or its gradient was not finite at every one of the {total:,} steps, so the "
-            "model is as it began: start a new run with a lower --optimizer.learning-rate, or look "
-            "at its data"
+            f"the loss or its gradient was not finite at any of the {total:,} steps, so the "
+            "model is unchanged: start a new run with a lower --optimizer.learning-rate, or check "
+            "its data"
         )
     with timed("writing the bundle"):
         bundle = export_bundle(run, trainer, state, tokenizer)
-        supervision.leave(run, trainer, state)
+        supervision.save_head(run, trainer, state)
     if evaluations:
         with timed("evaluating"):
             report = finish(run, evaluations, state, bundle, credits(experiment.data))
         print_on_first_process(report)
-        if evaluations.held is not None:
+        if evaluations.held_out is not None:
             print_on_first_process(f"report {run.folder / 'report.html'}")
     return run.folder

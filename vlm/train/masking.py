@@ -1,4 +1,4 @@
-"""Shorter texts for cheaper steps: a random part of each text is left out (FLIP, CLIPA)."""
+"""Text masking: drop random tokens so that steps are cheaper (FLIP, CLIPA)."""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ from vlm.config import TokenizerConfig, kept_tokens
 def mask_tokens(
     tokens: Int[Array, "b n"], rate: float, keys: Key[Array, " b"], rules: TokenizerConfig
 ) -> Int[Array, "b m"]:
-    """Keep a share `1 - rate` of each row's places, in their order.
+    """Keep a fraction `1 - rate` of each row's tokens, in their order.
 
-    Padding goes first, then random words; the begin and end tokens always stay.
+    Padding is dropped first, then random words; the begin and end tokens always stay.
 
     Source: arXiv:2212.00794, section 3 and arXiv:2305.07017, "random" masking.
     """
@@ -27,7 +27,7 @@ def mask_tokens(
     if rules.bos_id is not None:
         special |= place == jnp.argmax(tokens == rules.bos_id, axis=1)[:, None]
     if rules.eos_id is not None:
-        # The first one: in some vocabularies the padding is the end token over again.
+        # The first one: some vocabularies pad with the end token.
         end = jnp.argmax(tokens == rules.eos_id, axis=1)[:, None]
         special |= (place == end) & (tokens == rules.eos_id)
         if rules.pad_side == "right":

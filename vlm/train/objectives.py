@@ -1,4 +1,4 @@
-"""What a step minimises, given the embeddings of its whole batch."""
+"""Training objectives over the embeddings of the whole batch."""
 
 from typing import Any, assert_never
 
@@ -13,8 +13,8 @@ from vlm.losses import contrastive_loss, relational_loss
 from vlm.models.dual_encoder import unit_norm
 from vlm.train.partition import Params
 
-HEADS = frozenset({"head", "distill"})  # parameters beside the model's own
-# Of a classification, whose texts are read once, at its start.
+HEADS = frozenset({"head", "distill"})  # parameters that are not part of the model
+# A classification encodes its texts once, at its start.
 UNTRAINED = {"classification": frozenset({"text", "logit_scale", "logit_bias"})}
 
 
@@ -26,9 +26,9 @@ def objective(
     *z: Float[Array, "b d"],
     teacher_scale: float = 0.0,
 ) -> Float[Array, ""]:
-    """The loss of `e` over embeddings of images and, but for a classification, of texts.
+    """Compute the loss of `e` from embeddings of images and, except in classification, of texts.
 
-    `params` are those of the whole model, and of the head if there is one. `teacher_scale` is the
+    `params` are those of the whole model and of the head, if any. `teacher_scale` is the
     logarithm of the factor on a teacher's cosines.
     """
     if e.objective == "classification":
@@ -70,7 +70,7 @@ def feature_distance(
     z: Float[Array, "b d"],
     teacher: Float[Array, "b e"],
 ) -> Float[Array, ""]:
-    """The mean distance of a student's embeddings from its teacher's, which are of unit norm."""
+    """Compute the mean distance of a student's embeddings from its teacher's unit-norm ones."""
     if config.projection:
         z = z @ params["distill"][side]["kernel"]
     match config.distance:
@@ -85,16 +85,16 @@ def feature_distance(
 def cross_entropy(
     params: Params, z_image: Float[Array, "b d"], classes: Int[Array, " b"]
 ) -> Float[Array, ""]:
-    """Of the softmax over the head's classes, whose logits are made as zero-shot ones are."""
+    """Compute the cross-entropy over the head's classes, with logits scaled as in zero-shot."""
     logits = jnp.exp(params["logit_scale"]) * z_image @ params["head"]["kernel"].T
     positive = jnp.take_along_axis(logits, classes[:, None], axis=1)[:, 0]
     return (jax.nn.logsumexp(logits, axis=1) - positive).mean()
 
 
-def check_pairs_alone(e: Experiment, what: str) -> None:
-    """Raise a ConfigError unless a step of `e` is two towers and the loss of their pairs."""
+def check_pairs_alone(e: Experiment, subject: str) -> None:
+    """Raise a ConfigError unless `e` trains two towers with only the contrastive loss."""
     if e.objective != "contrastive" or e.distill is not None:
         why = "distill" if e.distill is not None else f"objective {e.objective!r}"
         raise ConfigError(
-            f"{what} is of two towers and the loss of their pairs, without {why}: leave that out"
+            f"{subject} supports only two towers with a contrastive loss, without {why}: remove it"
         )

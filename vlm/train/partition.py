@@ -1,15 +1,15 @@
-"""Trees of parameters in two parts: what is trained, and the rest."""
+"""Split and join parameter trees: trained parameters and the rest."""
 
 from collections.abc import Callable
 from typing import Any
 
-Params = dict[Any, Any]  # nested, by name; an item of a list by its number
+Params = dict[Any, Any]  # nested, by name; list items by index
 
 
 def partition(
     params: Params, trained: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()
 ) -> tuple[Params, Params]:
-    """(what `trained` says yes to by its path, the rest); without branches that would be empty."""
+    """Return (leaves whose path is `trained`, all other leaves), both without empty branches."""
     yes, no = {}, {}
     for name, value in params.items():
         here = (*path, str(name))
@@ -23,7 +23,7 @@ def partition(
 
 
 def joined(one: Params, other: Params) -> Params:
-    """The tree of both parts; where both have a leaf, that of `one`."""
+    """Return the union of two trees; where both have a leaf, that of `one`."""
     tree = dict(other)
     for name, value in one.items():
         both = isinstance(value, dict) and isinstance(other.get(name), dict)

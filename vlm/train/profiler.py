@@ -1,4 +1,4 @@
-"""A trace of chosen steps by `jax.profiler`, to be opened with XProf or Perfetto."""
+"""Profile chosen steps with `jax.profiler`, for XProf or Perfetto."""
 
 import jax
 
@@ -7,7 +7,7 @@ from vlm.train.step import TrainState
 
 
 class StepProfiler:
-    """Records the steps `first` to `last`, counted from 1, of `steps`; nothing where it is None."""
+    """Profiler of the steps first to last of `steps`, counted from 1; of none if it is None."""
 
     def __init__(self, sync: BucketSync, steps: tuple[int, int] | None):
         self._folder = sync.local / "profile"
@@ -21,7 +21,7 @@ class StepProfiler:
         self._stop()
 
     def before(self, step: int, state: TrainState) -> None:
-        """Begin or end the trace where it is time; `step` steps are done and led to `state`."""
+        """Start or stop the profiler at its steps; `state` is the result of `step` steps."""
         if step not in (self._first - 1, self._last):
             return
         jax.block_until_ready(state.step)  # steps are dispatched ahead of the device

@@ -1,6 +1,6 @@
-"""Small images first: the share of a run that trains at a lower resolution.
+"""Resolution schedule: train on small images first.
 
-The data stay as they are and images shrink on the device, so a resumed run sees the same pixels.
+The data do not change: images shrink on the device, so a resumed run reads the same pixels.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ Params = dict[str, Any]
 
 
 def image_size_at(experiment: Experiment, step: int, total: int) -> int:
-    """The image size, in pixels, that the step after `step` steps of `total` trains at."""
+    """Return the image size, in pixels, of the step that follows `step` steps of `total`."""
     end = 0.0
     for share, size in experiment.image_sizes:
         end += share
@@ -25,16 +25,16 @@ def image_size_at(experiment: Experiment, step: int, total: int) -> int:
 
 
 def shrink(images: Float[Array, "b h w 3"], size: int) -> Float[Array, "b s s 3"]:
-    """Images at `size` pixels, by antialiased bilinear resampling."""
+    """Resize images to `size` pixels, by antialiased bilinear resampling."""
     b, _, _, c = images.shape
     return jax.image.resize(images, (b, size, size, c), "bilinear")
 
 
 def with_grid(vision: Params, grid: int) -> Params:
-    """A vision tower's parameters, its position embeddings resampled to `grid` x `grid` patches.
+    """Resample a vision tower's position embeddings to `grid` x `grid` patches.
 
-    Bicubic, as open_clip and SigLIP resample them; what stands in front of the grid, such as the
-    class token, keeps its own. Gradients flow back to the embeddings of the full grid.
+    Bicubic, as in open_clip and SigLIP; positions before the grid, such as that of the class token,
+    do not change. Gradients flow back to the embeddings of the full grid.
     """
     position = vision["position"]
     full = int(len(position) ** 0.5)

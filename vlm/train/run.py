@@ -1,7 +1,7 @@
-"""The run folder: what a run is called, where its files lie, and how one is opened again.
+"""The run folder: create it, open it again, and locate its files.
 
 config.json  history.jsonl  checkpoints/  tokenizer/  log.jsonl  tensorboard/  profile/  bundle/
-results.json  report.html, and base.json where an adapter is trained
+results.json  report.html, and base.json if an adapter is trained
 """
 
 import contextlib
@@ -26,46 +26,48 @@ from vlm.train.preflight import check_folder, check_same_everywhere
 
 
 class Run:
-    """A run's folder. Its files are written by the first process alone."""
+    """A run's folder. Only process 0 writes its files."""
 
     def __init__(self, folder: epath.Path, experiment: Experiment, resumed: bool = False):
         self.folder, self.experiment, self.resumed = folder, experiment, resumed
-        self.changes: dict[str, list[Any]] = {}  # of a resumed run: [before, now] by field
-        self._found: set[str] | None = None  # what lay in a new run's folder before it
+        self.changes: dict[
+            str, list[Any]
+        ] = {}  # [before, now] of each field that a resumed run changes
+        self._existing: set[str] | None = None  # names in a new run's folder before the run
 
     @classmethod
     def create(cls, experiment: Experiment) -> "Run":
-        """A new folder for `experiment`, at its `run_dir` or under runs/ by name and date.
+        """Create a folder for `experiment`, at its `run_dir` or under runs/ by name and date.
 
         Raises:
             ConfigError: the folder holds a run already, or cannot be made; or the processes do
-                not agree on the experiment, or do not all see the folder.
+                not agree on the experiment, or cannot all read the folder.
         """
         check_same_everywhere(experiment, resumed=False)
-        folder, said = "", ""
+        folder, failure = "", ""
         if jax.process_index() == 0:
             try:
                 folder = os.fspath(_new_folder(experiment))
             except ConfigError as error:
-                said = str(error)
-        folder, said = json.loads(broadcast_text(json.dumps([folder, said])))
-        if said:
-            raise ConfigError(said)
+                failure = str(error)
+        folder, failure = json.loads(broadcast_text(json.dumps([folder, failure])))
+        if failure:
+            raise ConfigError(failure)
         run = cls(as_path(folder), experiment)
         if jax.process_index() == 0:
-            run._found = {path.name for path in run.folder.iterdir()} - {"config.json"}
+            run._existing = {path.name for path in run.folder.iterdir()} - {"config.json"}
         with run.starting():
             check_folder(run.folder)
         return run
 
     @classmethod
     def open(cls, folder: str | os.PathLike, changed: Experiment | None = None) -> "Run":
-        """The run that lies in `folder`, to go on with as it was or as `changed`.
+        """Open the run in `folder`, to resume it unchanged or as `changed`.
 
         Raises:
             CheckpointError: no run there, or a config that this version cannot read.
-            ConfigError: a change that would make its checkpoints mean something else; or the
-                processes do not agree, or do not all see the folder.
+            ConfigError: a change that would make its checkpoints invalid; or the processes do
+                not agree, or cannot all read the folder.
         """
         folder = as_path(folder)
         before = experiment_in(folder)
@@ -77,7 +79,7 @@ class Run:
         return run
 
     def record_start(self, step: int, total: int) -> None:
-        """A line in the history: one for every start, with what was changed before it."""
+        """Append a line to the history: one for every start, with the changed fields."""
         if jax.process_index() != 0:
             return
         if self.changes:
@@ -96,34 +98,34 @@ class Run:
         self._write(self.history, before + json.dumps(row) + "\n")
 
     def record_base(self, model: str, fingerprint: str) -> None:
-        """Write down which model lies under the run's adapter."""
+        """Record the base model of the run's adapter."""
         if jax.process_index() == 0:
             about = {"model": model, "fingerprint": fingerprint}
             self._write(self.base_file, json.dumps(about, indent=2) + "\n")
 
     def base(self) -> tuple[str, str]:
-        """The model under the run's adapter, as (what `vlm.load` takes, its fingerprint)."""
+        """Return the base model of the run's adapter as (argument of `vlm.load`, fingerprint)."""
         try:
             about = json.loads(self.base_file.read_text())
             return about["model"], about["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError):
             raise CheckpointError(
-                f"{self.base_file} does not say which model lies under the adapter of the run: "
+                f"{self.base_file} does not name the base model of the run's adapter: "
                 "start a new run"
             ) from None
 
     def check_base(self, fingerprint: str) -> None:
-        """Raise a CheckpointError unless the model under the run's adapter is as it was."""
+        """Raise a CheckpointError if the base model of the run's adapter has changed."""
         model, wanted = self.base()
         if fingerprint != wanted:
             raise CheckpointError(
-                f"init_from {self.experiment.init_from!r} is another model by now (fingerprint "
-                f"{fingerprint[:12]}) than when the run began ({wanted[:12]} of {model}): put that "
-                "one back, or start a new run"
+                f"init_from {self.experiment.init_from!r} is another model now (fingerprint "
+                f"{fingerprint[:12]}) than when the run began ({wanted[:12]} of {model}): restore "
+                "that model, or start a new run"
             )
 
     def last_total(self) -> int | None:
-        """How many steps the run was to take when it was last started; None if not known."""
+        """Return the total steps of the run when it was last started; None if not recorded."""
         text = self.history.read_text() if self.history.exists() else ""
         rows = text.splitlines()
         return json.loads(rows[-1])["total_steps"] if rows else None
@@ -134,16 +136,16 @@ class Run:
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
-        """While a run prepares: if that fails, a new run leaves nothing of its own behind."""
+        """Context of a run's preparation: if it fails, the files of a new run are removed."""
         try:
             yield
         except BaseException:
-            if self._found is not None:
-                # A folder of a bucket is gone with the last thing in it, and has nothing to remove.
+            if self._existing is not None:
+                # A folder in a bucket vanishes with its last file, so there may be none to remove.
                 for path in self.folder.iterdir() if self.folder.is_dir() else ():
-                    if path.name not in self._found:
+                    if path.name not in self._existing:
                         path.rmtree() if path.is_dir() else path.unlink()
-                if not self._found and self.folder.is_dir():
+                if not self._existing and self.folder.is_dir():
                     self.folder.rmdir()
             raise
 
@@ -192,12 +194,11 @@ def experiment_in(folder: epath.Path) -> Experiment:
         ConfigError: the folder cannot be read; the message says why.
     """
     config = folder / "config.json"
-    with as_config_error(f"{config} cannot be read", "check the path, and that you may read it"):
+    with as_config_error(f"{config} cannot be read", "check the path and its permissions"):
         text = config.read_text() if config.exists() else None
     if text is None:
         raise CheckpointError(
-            f"{folder} is no run folder (it has no config.json): give a folder that "
-            "`vlm train` made"
+            f"{folder} is no run folder (it has no config.json): give a folder made by `vlm train`"
         )
     try:
         return from_dict(Experiment, json.loads(text))
@@ -206,21 +207,21 @@ def experiment_in(folder: epath.Path) -> Experiment:
 
 
 def _new_folder(experiment: Experiment) -> epath.Path:
-    folder = as_path(experiment.run_dir or _fresh(experiment.name))
+    folder = as_path(experiment.run_dir or _unused_folder(experiment.name))
     with as_config_error(f"the run folder {folder} cannot be written", "give another --run-dir"):
         config = folder / "config.json"
         if config.exists():
             raise ConfigError(
-                f"{folder} already holds a run: go on with `vlm train --resume {folder}`, or give "
-                "another --run-dir"
+                f"{folder} already holds a run: resume it with `vlm train --resume {folder}`, or "
+                "give another --run-dir"
             )
         folder.mkdir(parents=True, exist_ok=True)
         config.write_text(json.dumps(to_dict(experiment), indent=2))
     return folder
 
 
-def _fresh(name: str) -> str:
-    """A name under runs/ that no other run has taken."""
+def _unused_folder(name: str) -> str:
+    """Return an unused folder name under runs/."""
     start = f"runs/{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     folder, number = start, 2
     while os.path.exists(folder):

@@ -1,4 +1,4 @@
-"""How long a run is, and what is due when: all in steps."""
+"""Convert the run length to steps; schedule evaluations and checkpoints."""
 
 import time
 
@@ -13,10 +13,10 @@ from vlm.train.step import Trainer
 
 
 def length_in_steps(trainer: Trainer, batches: TrainIterator) -> int:
-    """The run's length in steps, whichever way the experiment gives it.
+    """Return the run's length in steps, from its steps, examples, epochs or seconds.
 
-    Seconds are measured once, at the start: they become a number of steps that the run keeps, also
-    when it is resumed. Compiling and evaluating come on top.
+    Seconds are converted with the step time measured at the start. A resumed run keeps that number
+    of steps. Compilation and evaluation take additional time.
 
     Raises:
         ConfigError: the experiment gives no length.
@@ -36,10 +36,10 @@ def length_in_steps(trainer: Trainer, batches: TrainIterator) -> int:
 def seconds_per_step(
     trainer: Trainer, batches: TrainIterator, limit: float, steps: int = 3
 ) -> float:
-    """Time of a step at the full image size with its wait for data, on a state that is thrown away.
+    """Measure the time of a step at the full image size, including its wait for data.
 
-    Batches that were made while the step compiled are used up first. Takes little more than `limit`
-    seconds, compiling apart, but for one step.
+    Trains a temporary state. Batches prefetched during compilation are consumed first. Takes little
+    more than `limit` seconds plus compilation and one step.
     """
     state, position = trainer.init(jnp.int32(1)), batches.get_state()
     batch = trainer.place(next(batches))
@@ -51,7 +51,7 @@ def seconds_per_step(
         drawn += 1
     times: list[float] = []
     began = time.monotonic()
-    while len(times) < steps and _all_go_on(not times or time.monotonic() - began < limit):
+    while len(times) < steps and _all_continue(not times or time.monotonic() - began < limit):
         start = time.monotonic()
         state, metrics = trainer.step(state, trainer.place(next(batches)))
         jax.block_until_ready(metrics)
@@ -60,13 +60,13 @@ def seconds_per_step(
     return float(broadcast_text(repr(max(times))))
 
 
-def _all_go_on(go_on: bool) -> bool:
-    """What the first process decides: a step needs them all."""
-    return broadcast_text("go on" if go_on else "") == "go on"
+def _all_continue(decision: bool) -> bool:
+    """Return the decision of process 0 in all processes, since a step needs them all."""
+    return broadcast_text("continue" if decision else "") == "continue"
 
 
 def is_scheduled(step: int, total: int, share: float | None) -> bool:
-    """Whether something that happens every `share` of the run happens after `step`."""
+    """Whether an event that recurs after each fraction `share` of the run follows `step`."""
     if not share:
         return False
     every = max(1, round(total * share))
@@ -74,10 +74,10 @@ def is_scheduled(step: int, total: int, share: float | None) -> bool:
 
 
 class CheckpointSchedule:
-    """When a checkpoint is due: after every share of the run, and after so many minutes.
+    """Schedule of checkpoints: every fraction of the run, and every so many minutes.
 
-    All processes must agree, and their clocks do not. So they ask the first one's, at steps that
-    all know beforehand: each time half as far away as the checkpoint seems to be.
+    All processes must agree, and their clocks differ. So they use the clock of process 0, read at
+    steps agreed beforehand: each time half the estimated number of steps to the next checkpoint.
     """
 
     def __init__(self, experiment: Experiment, first_step: int, total: int):
@@ -88,20 +88,20 @@ class CheckpointSchedule:
         self._first, self._ask_next = first_step, first_step + 1
 
     def is_scheduled(self, step: int, writing: bool) -> bool:
-        """Whether to save after `step`. `writing`: one is on its way, and minutes wait for it."""
-        due = is_scheduled(step, self._total, self._share)
+        """Whether to save after `step`; only by fraction while a checkpoint is being written."""
+        scheduled = is_scheduled(step, self._total, self._share)
         if self._seconds is not None and step >= self._ask_next and step < self._total:
             now = time.monotonic()
-            # Over the whole run, and no further than that: the first steps may only be started
-            # here, and computed later.
+            # The mean over the whole run, and no further ahead than the steps so far: the first
+            # steps may only be dispatched here, and computed later.
             done = step - self._first
             rate = done / max(now - self._began, 1e-9)
             left = self._seconds - (now - self._last)
             wait = 1 if writing else min(done, int(left * rate / 2))
             answer = "save" if left <= 0 and not writing else str(max(1, wait))
             answer = broadcast_text(answer)
-            due = due or answer == "save"
+            scheduled = scheduled or answer == "save"
             self._ask_next = step + (1 if answer == "save" else int(answer))
-        if due:
+        if scheduled:
             self._last = time.monotonic()
-        return due
+        return scheduled

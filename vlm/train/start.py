@@ -1,4 +1,4 @@
-"""What a run starts from: its tokenizer, the weights of another model, its newest checkpoint."""
+"""Initial state of a run: from its newest checkpoint, from another model, or random."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ from vlm.weights.vocabularies import CLIP_VOCABULARY
 
 
 def open_tokenizer(run: Run) -> Tokenizer:
-    """The run's tokenizer: kept with it, the starting model's, from a file, or the data's own."""
+    """Load the run's tokenizer; a new run takes that of `init_from`, a file, or trains one."""
     with first_process_first():
         if not run.tokenizer.exists():
             _first_tokenizer(run.experiment).save(run.tokenizer)
@@ -45,7 +45,7 @@ def start(
     checkpoints: Checkpoints,
     classes: Classes | None = None,
 ) -> TrainState:
-    """The state to begin with: of the newest checkpoint, or fresh."""
+    """Restore the state of the newest checkpoint, or initialise a new one."""
     abstract = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         trainer.abstract_state,
@@ -63,8 +63,8 @@ def start(
     e = trainer.experiment
     if e.adapter is not None and e.init_from is None:
         raise ConfigError(
-            "an adapter is trained beside a model as it is, and without init_from that is at "
-            "random: name the model with --init-from"
+            "an adapter is trained on top of a pretrained model, and without init_from the model "
+            "is random: name the model with --init-from"
         )
     state = trainer.init(jnp.int32(length_in_steps(trainer, batches)))
     if e.init_from is not None:
@@ -82,10 +82,10 @@ def start(
 def _with_length(
     run: Run, trainer: Trainer, batches: TrainIterator, state: TrainState
 ) -> TrainState:
-    """The state of a resumed run with the length that the run has by now.
+    """Set the total steps of a resumed run, if its length changed.
 
     Raises:
-        ConfigError: the run is further than that already.
+        ConfigError: the run is already past the new length.
     """
     changed = any(name in run.changes for name in LENGTHS)
     total = length_in_steps(trainer, batches) if changed else run.last_total()
@@ -94,7 +94,7 @@ def _with_length(
         return state
     if total < step:
         raise ConfigError(
-            f"the run is at step {step} already, and cannot be {total} steps long: give it more"
+            f"the run is at step {step} already, and cannot be {total} steps long: choose more"
         )
     total_steps = jax.make_array_from_callback(
         (), state.total_steps.sharding, lambda _: np.int32(total)
@@ -103,7 +103,7 @@ def _with_length(
 
 
 def _with_base(run: Run, trainer: Trainer, state: TrainState) -> TrainState:
-    """A restored state with the model under its adapter, which its checkpoints do not hold.
+    """Add the base model of the adapter to a restored state: checkpoints hold only the adapter.
 
     Raises:
         CheckpointError: that model has changed since the run began.
@@ -122,7 +122,7 @@ def _first_tokenizer(experiment: Experiment) -> Tokenizer:
 
 
 def tokenizer_of(experiment: Experiment) -> Tokenizer:
-    """The tokenizer of a run from scratch: of the config's file, or learned from the captions."""
+    """Make the tokenizer of a run from scratch: of the config's file, or trained on captions."""
     e = experiment
     if e.tokenizer_file is not None:
         path = CLIP_VOCABULARY if e.tokenizer_file == "clip" else e.tokenizer_file

@@ -1,4 +1,4 @@
-"""One training step: a pure function of (state, batch), jitted with its shardings and donated."""
+"""One training step: a jitted, sharded pure function of (state, batch) that donates the state."""
 
 import dataclasses
 import functools
@@ -33,13 +33,13 @@ from vlm.train.resolution import shrink, with_grid
 from vlm.train.teacher import AnyTeacher, DescribedTeacher, supervision_of
 
 _PROJECTIONS = 2  # folded into the seed's key
-_MASKING = 1  # folded into an example's key for its text mask: another stream than the towers'
+_MASKING = 1  # folded into an example's key for its text mask: independent of the towers' keys
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a step changes, and all that a checkpoint keeps of the model.
+    """State that a step updates and a checkpoint stores.
 
     Example:
         >>> mesh = vlm.sharding.make_mesh(vlm.MeshConfig())
@@ -48,20 +48,20 @@ class TrainState:
         (4, 16)
     """
 
-    # Trees of one form hold their arrays, shapes of arrays, or shardings.
+    # The fields hold arrays, shapes of arrays, or shardings.
     step: Any  # Int[Array, ""]
     total_steps: Any  # Int[Array, ""]
     params: Any  # Params: trained
-    frozen: Any  # Params: the rest of the model: no gradient, no optimizer state
+    frozen: Any  # Params: the rest of the model, without gradient and optimizer state
     opt_state: Any
     ema: Any  # Params | None
     skipped: Any  # Int[Array, ""]: steps whose loss or gradient was not finite
 
 
 class Trainer:
-    """The jitted functions of a run: `init`, `step`, `embed`.
+    """Jitted functions of a run: `init`, `step`, `embed_images`, `embed_texts`.
 
-    The module's graph is split from its parameters once, here; the functions see plain trees.
+    The module's graph is split from its parameters once, here; the functions take plain trees.
 
     Example:
         >>> mesh = vlm.sharding.make_mesh(vlm.MeshConfig())
@@ -81,8 +81,8 @@ class Trainer:
     ):
         self.experiment = experiment = with_defaults(experiment)
         self.mesh = mesh
-        self.rules = rules or experiment.tokenizer  # which tokens are padding, begin and end
-        self.classes = classes  # that the head of a classification tells apart
+        self.rules = rules or experiment.tokenizer  # ids of padding, begin and end tokens
+        self.classes = classes  # of the classification head
         self.teacher = teacher
         self.preprocess = Preprocess(experiment.preprocess)
         self.optimizer = make_optimizer(experiment.optimizer)
@@ -94,24 +94,24 @@ class Trainer:
         self.step = self.step_at(experiment.model.vision.image_size)
         self.embed_images = jax.jit(self._embed_images, out_shardings=whole)
         self.embed_texts = jax.jit(self._embed_texts, out_shardings=whole)
-        self.head = jax.jit(self._head, out_shardings=whole)  # (m, d), of a classification
+        self.head = jax.jit(self._head, out_shardings=whole)  # (m, d), in a classification
 
     @property
     def supervision(self) -> Supervision:
-        """What the run learns from beside its pairs, for the count of its arithmetic."""
+        """Return the extra supervision of the run, for its FLOP count."""
         return supervision_of(self.classes, self.teacher)
 
     # ------------------------------------------------------------------------ the step
 
     def place(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """This process's share of a batch as global arrays, with what the teacher says of them."""
+        """Make global arrays of this process's batch, with the teacher's embeddings."""
         placed = global_batch(batch, self.mesh)
-        assert not isinstance(self.teacher, DescribedTeacher)  # it has no weights to embed by
+        assert not isinstance(self.teacher, DescribedTeacher)  # it has no weights
         return placed if self.teacher is None else self.teacher(placed)
 
     @functools.cache  # noqa: B019 (a trainer lives as long as its run)
     def step_at(self, image_size: int):
-        """`step` for images shrunk to `image_size` pixels: one program for each size."""
+        """Return `step` for images shrunk to `image_size` pixels: one program for each size."""
         whole = replicated(self.mesh)
         return jax.jit(
             functools.partial(self._step, image_size=image_size),
@@ -123,7 +123,7 @@ class Trainer:
     def _step(
         self, state: TrainState, batch: dict[str, Any], *, image_size: int
     ) -> tuple[TrainState, dict]:
-        """The state after one step, and what to log of it."""
+        """Return the state after one step, and its metrics."""
         config = self.experiment.optimizer
         keys = self._example_keys(state.step)
         loss, grads = self._value_and_grad(state, batch, keys, image_size)
@@ -132,7 +132,7 @@ class Trainer:
         rate = learning_rate(config, state.step / state.total_steps)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         if config.max_scale is not None and "logit_scale" in params:
-            # A scale that starts above the limit is not cut, and rises no further.
+            # A scale that starts above the limit is not clipped, but cannot rise.
             limit = jnp.maximum(jnp.log(config.max_scale), state.params["logit_scale"])
             params["logit_scale"] = jnp.minimum(params["logit_scale"], limit)
         ema = self._average(state.ema, params, state.step)
@@ -168,7 +168,7 @@ class Trainer:
     def _value_and_grad(
         self, state: TrainState, batch: dict, keys: Key[Array, " b"], size: int
     ) -> tuple[Array, Params]:
-        """The loss of the whole batch and its gradient, by micro-batches where configured."""
+        """Compute the loss of the whole batch and its gradient, in micro-batches if configured."""
 
         e, scale = self.experiment, self.teacher.log_scale if self.teacher else 0.0
 
@@ -194,7 +194,7 @@ class Trainer:
         micro = e.micro_batch_size
         if micro is None or micro == e.batch_size:
             return jax.value_and_grad(lambda p: loss(p, *embed(p, batch, keys)))(state.params)
-        # Every k-th row to the same micro-batch: the sharded axis stays whole on its devices.
+        # Every k-th row goes to the same micro-batch: rows stay on their devices.
         count = e.batch_size // micro
         cut = jax.tree.map(
             lambda x: x.reshape(micro, count, *x.shape[1:]).swapaxes(0, 1), (batch, keys)
@@ -202,25 +202,25 @@ class Trainer:
         return cached_value_and_grad(embed, loss)(state.params, *cut)
 
     def tokens_per_step(self, image_size: int) -> int:
-        """How many tokens the towers see in a step: patches and words that are not left out."""
+        """Return the number of tokens that the towers process in a step, without dropped ones."""
         e = self.experiment
-        whole = image_size == e.model.vision.image_size  # of NaFlex, as many as it takes
+        whole = image_size == e.model.vision.image_size  # NaFlex: its maximum
         patches = e.model.vision.tokens(None if whole else image_size, training=True)
         words = e.model.text.tokens(masking=e.text_masking)
         return e.batch_size * (patches + (0 if e.objective == "classification" else words))
 
     def _example_keys(self, step: Int[Array, ""]) -> Key[Array, " b"]:
-        """A key for each example of this step's batch, for dropout and patch dropout."""
+        """Return a key for each example of this step's batch, for dropout and patch dropout."""
         key = jax.random.fold_in(jax.random.key(self.experiment.seed), step)
         return jax.random.split(key, self.experiment.batch_size)
 
     def _average(self, ema: Params | None, params: Params, step: Array) -> Params | None:
-        """Exponential moving average, its decay ramped up so that the start is soon forgotten."""
+        """Update the EMA; its decay ramps up so that the initial weights fade quickly."""
         if ema is None:
             return None
-        most = self.experiment.optimizer.ema
-        assert most is not None  # there is an average
-        decay = jnp.minimum(most, (1 + step) / (10 + step))
+        max_decay = self.experiment.optimizer.ema
+        assert max_decay is not None  # EMA is on
+        decay = jnp.minimum(max_decay, (1 + step) / (10 + step))
         return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), ema, params)
 
     # ------------------------------------------------------------- the state and its model
@@ -253,7 +253,7 @@ class Trainer:
         )
 
     def _projections(self) -> Params:
-        """Layers from the student's space to the teacher's, for images and for texts."""
+        """Initialise projections from the student's space to the teacher's, by modality."""
         assert self.teacher is not None
         e, start = self.experiment, nnx.initializers.lecun_normal()
         keys = jax.random.split(jax.random.fold_in(jax.random.key(e.seed), _PROJECTIONS))
@@ -262,7 +262,7 @@ class Trainer:
         return {side: {"kernel": start(key, shape, jnp.float32)} for side, key in sides}
 
     def divide(self, params: Params) -> tuple[Params, Params]:
-        """(what is trained of a whole model and its heads, the rest)."""
+        """Split the parameters of a whole model and its heads into (trained, frozen)."""
         e = self.experiment
         fixed = {e.lock} | UNTRAINED.get(e.objective, set())
 
@@ -273,17 +273,17 @@ class Trainer:
         return partition(params, trained)
 
     def kept(self, state: TrainState) -> TrainState:
-        """What a checkpoint holds of a state: without the model under an adapter."""
+        """Return the part of a state that a checkpoint stores: without an adapter's base model."""
         if self.experiment.adapter is None:
             return state
         return dataclasses.replace(state, frozen={})
 
     def model(self, state: TrainState) -> DualEncoder:
-        """The model as it is used: of averaged parameters where there is an average."""
-        return self._model(joined(_used(state), state.frozen))
+        """Return the model with EMA parameters if EMA is on, else with the raw parameters."""
+        return self._model(joined(_eval_params(state), state.frozen))
 
     def _head(self, state: TrainState) -> Float[Array, "m d"]:
-        return _used(state)["head"]["kernel"]
+        return _eval_params(state)["head"]["kernel"]
 
     def _embed_images(self, state: TrainState, images: UInt8[Array, "b h w 3"] | Patches):
         return self.model(state).encode_image(self.preprocess.normalize(images))
@@ -292,13 +292,13 @@ class Trainer:
         return self.model(state).encode_text(tokens)
 
 
-def _used(state: TrainState) -> Params:
-    """The trained part as it is used: averaged, where there is an average."""
+def _eval_params(state: TrainState) -> Params:
+    """Return EMA parameters if EMA is on, else the raw parameters."""
     return state.params if state.ema is None else state.ema
 
 
 def compute_dtype(name: str) -> np.dtype:
-    """The dtype of products and activations: "auto" is bfloat16 but on a CPU."""
+    """Return the dtype of products and activations: "auto" is bfloat16, on a CPU float32."""
     check_choice("dtype", name, ("auto", "float32", "bfloat16"))
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"

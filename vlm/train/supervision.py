@@ -1,4 +1,4 @@
-"""What a run is taught beside its pairs: the classes of their texts, and a teacher's embeddings."""
+"""Extra supervision for a run: class labels and a distillation teacher."""
 
 from jax.sharding import Mesh
 
@@ -14,7 +14,7 @@ from vlm.train.teacher import StoredTeacher, Teacher
 
 
 class TrainingSupervision:
-    """The classes and the teacher of a run, where it has them.
+    """Classes and teacher of a run; each is None if the experiment does not use it.
 
     Raises:
         DataError, CheckpointError, ConfigError: see `Classes` and `Teacher`.
@@ -24,7 +24,7 @@ class TrainingSupervision:
         e = experiment
         self.classes = None if e.objective == "contrastive" else Classes(e.data, tokenizer)
         self.teacher: Teacher | StoredTeacher | None = None
-        self.tokenizer: AnyTokenizer = tokenizer  # of the batches
+        self.tokenizer: AnyTokenizer = tokenizer  # for the batches
         self.reinforced: Reinforced | None = None
         if e.distill is not None and e.distill.stored:
             self.teacher = StoredTeacher(e)
@@ -37,13 +37,13 @@ class TrainingSupervision:
     def class_count(self) -> int:
         return 0 if self.classes is None else len(self.classes)
 
-    def leave(self, run: Run, trainer: Trainer, state: TrainState) -> None:
-        """Write what a run leaves beside its bundle: the head of a classification."""
+    def save_head(self, run: Run, trainer: Trainer, state: TrainState) -> None:
+        """Write the classification head beside the bundle, if the run trains one."""
         if self.classes is not None and run.experiment.objective == "classification":
             self.classes.save(run, trainer, state)
 
-    def added(self, batch: Batch) -> Batch:
-        """A batch as it was made, with all that its step needs."""
+    def add_targets(self, batch: Batch) -> Batch:
+        """Add the class labels and the teacher's tokens that a step needs to a batch."""
         if isinstance(self.tokenizer, TwoTokenizers):
             batch = self.tokenizer.split(batch)
-        return batch if self.classes is None else self.classes.added(batch)
+        return batch if self.classes is None else self.classes.add_targets(batch)

@@ -1,4 +1,4 @@
-"""The teacher of a distillation: a frozen model that embeds every batch beside the student."""
+"""Teacher of a distillation: a frozen model that embeds every batch, or stored embeddings."""
 
 import functools
 import math
@@ -24,14 +24,14 @@ from vlm.weights.resolution import at_context_length, at_image_size
 
 
 class Teacher:
-    """Embeddings of a batch by another model, whose parameters lie on the run's mesh.
+    """Online teacher: a frozen model on the run's mesh that embeds each batch.
 
-    It sees the student's own pixels, augmented as they are, at its own size; and the same texts, in
-    its own tokens.
+    Its inputs are the student's augmented images, resized to its own size, and the same texts,
+    tokenised by its own tokenizer.
 
     Raises:
         CheckpointError: there is no such model.
-        ConfigError: a teacher whose features the student cannot be compared with.
+        ConfigError: the teacher's inputs or embedding width do not suit the student.
     """
 
     def __init__(self, experiment: Experiment, mesh: Mesh):
@@ -46,7 +46,7 @@ class Teacher:
         self._program = _program(graph, model.preprocess, experiment, mesh)
 
     def __call__(self, batch: dict[str, Array]) -> dict[str, Array]:
-        """The batch, global, with the teacher's unit-norm embeddings in place of its tokens."""
+        """Replace the teacher's tokens in a global batch by its unit-norm embeddings."""
         batch = dict(batch)
         tokens = batch.pop("teacher_tokens")
         z_image, z_text = self._program(self._state, batch["images"], tokens)
@@ -54,11 +54,11 @@ class Teacher:
 
 
 class StoredTeacher:
-    """A teacher that has spoken: its embeddings come with the batch.
+    """Precomputed teacher: its embeddings are read with the batch.
 
     Raises:
-        DataError: they are not there.
-        ConfigError: a teacher whose features the student cannot be compared with.
+        DataError: there are no stored embeddings.
+        ConfigError: their width does not suit the student.
     """
 
     config: ModelConfig | None = None
@@ -72,15 +72,15 @@ class StoredTeacher:
         self.log_scale = _log_scale(experiment, self.embeddings.log_scale)
 
     def __call__(self, batch: dict[str, Array]) -> dict[str, Array]:
-        """The batch as it is."""
+        """Return the batch unchanged: it has the embeddings."""
         return batch
 
 
 class DescribedTeacher:
-    """A teacher whose weights are not read: what a plan needs to know of it.
+    """Teacher without weights, for plans.
 
     Attributes:
-        parameters: their shapes. The factors of an adapter are not among them.
+        parameters: shapes of the parameters, without those of an adapter.
 
     Raises:
         CheckpointError, ConfigError: as `Teacher`.
@@ -100,7 +100,7 @@ class DescribedTeacher:
         self._graph, self.parameters = nnx.split(abstract_model(self.config, jnp.float32))
 
     def trace(self, mesh: Mesh) -> Any:
-        """The program of `Teacher`, traced for a mesh of devices that need not be there."""
+        """Trace the program of `Teacher` for a mesh, whose devices need not exist."""
 
         def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -117,14 +117,14 @@ AnyTeacher = Teacher | StoredTeacher | DescribedTeacher
 
 
 def supervision_of(classes: int, teacher: AnyTeacher | None) -> Supervision:
-    """What a run learns from beside its pairs, for the count of its arithmetic."""
+    """Describe the extra supervision of a run, for its FLOP count."""
     if teacher is None:
         return Supervision(classes)
     return Supervision(classes, teacher.width, teacher.config)
 
 
 def _program(graph: Any, preprocess: Preprocess, experiment: Experiment, mesh: Mesh) -> Any:
-    """From a teacher's parameters, images and its tokens to embeddings, by micro-batches."""
+    """Make the jitted encoder of (parameters, images, tokens), which runs in micro-batches."""
     rows = experiment.micro_batch_size or experiment.batch_size
     parts = experiment.batch_size // rows
     sharding = batch_sharding(mesh)
@@ -134,7 +134,7 @@ def _program(graph: Any, preprocess: Preprocess, experiment: Experiment, mesh: M
         model = nnx.merge(graph, state)
         if parts == 1:
             return _embed(model, preprocess, images, tokens)
-        # Every k-th row to the same part: the sharded axis stays whole on its devices.
+        # Every k-th row goes to the same part: rows stay on their devices.
         cut = jax.tree.map(
             lambda x: x.reshape(rows, parts, *x.shape[1:]).swapaxes(0, 1), (images, tokens)
         )
@@ -154,16 +154,16 @@ def _embed(
 
 
 def check_square(teacher: str, preprocess: Preprocess) -> None:
-    """Raise a ConfigError if a teacher does not take square images, which its students see too."""
+    """Raise a ConfigError if a teacher does not take square images."""
     if preprocess.config.resize == "naflex":
         raise ConfigError(
-            f"the teacher {teacher!r} takes images of any aspect (NaFlex), and teachers see the "
-            "square images of their students: give a teacher of square images"
+            f"the teacher {teacher!r} takes images of any aspect (NaFlex), and distillation "
+            "uses square images: choose a teacher with square images"
         )
 
 
 def _check(e: Experiment, width: int, preprocess: Preprocess | None = None) -> None:
-    """Raise a ConfigError if a student cannot see what its teacher sees, or be compared with it."""
+    """Raise a ConfigError if the teacher's inputs or width do not suit the student."""
     config, ours = e.distill, e.model.embed_dim
     assert config is not None
     if preprocess is not None:
@@ -171,8 +171,8 @@ def _check(e: Experiment, width: int, preprocess: Preprocess | None = None) -> N
     if config.features and width != ours and not config.projection:
         raise ConfigError(
             f"the teacher {config.teacher or config.stored!r} has embeddings of {width} dimensions "
-            f"and the student of {ours}: set distill.projection to learn a layer between them, or "
-            "distill.features to 0"
+            f"and the student of {ours}: set distill.projection to learn a projection between "
+            "them, or distill.features to 0"
         )
 
 

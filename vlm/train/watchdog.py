@@ -1,4 +1,4 @@
-"""What a run is doing and for how long: the parts of its time, and a word when it stands still."""
+"""Time accounting for a run, and a watchdog that reports stalls."""
 
 import collections
 import contextlib
@@ -12,7 +12,7 @@ from vlm._deprecation import environment
 from vlm.cluster import watch
 from vlm.train.console import print_on_first_process
 
-# Seconds without a change of activity after which the run says what it waits for.
+# Seconds without a change of activity after which the current one is logged.
 STALL_WARNING = environment("VLM_STALL_WARNING", "VLM_STALL", 60)
 
 DATA = "waiting for data"
@@ -21,9 +21,9 @@ STEP = "starting a step"  # the first time compiles it
 
 
 class ActivityTimer:
-    """Says what the run is doing: `with activity(DATA): ...`, one inside the other if need be.
+    """Timer of named activities: `with timed(DATA): ...`, which may be nested.
 
-    `seconds` has the time of each activity so far. As a context, it is a watchdog: if an activity
+    `seconds` has the total time of each activity. As a context, it is a watchdog: if an activity
     lasts longer than `VLM_STALL_WARNING` seconds, process 0 logs the activity, the step and what
     the other processes are doing; then again after twice the time, and so on.
     """
@@ -36,14 +36,14 @@ class ActivityTimer:
         self._over = threading.Event()
 
     @contextlib.contextmanager
-    def __call__(self, doing: str) -> Iterator[None]:
+    def __call__(self, activity: str) -> Iterator[None]:
         outer, began = self._now, time.monotonic()
-        self._now, self._since = doing, began
+        self._now, self._since = activity, began
         try:
             yield
         finally:
             now = time.monotonic()
-            self.seconds[doing] += now - began
+            self.seconds[activity] += now - began
             self._now, self._since = outer, now
 
     def __enter__(self) -> "ActivityTimer":
@@ -54,41 +54,42 @@ class ActivityTimer:
         self._over.set()
 
     def summary(self) -> str:
-        """Where the time went, the largest part first."""
-        whole = time.monotonic() - self.began
-        parts = ", ".join(f"{doing} {s / whole:.1%}" for doing, s in self.seconds.most_common())
-        return f"{whole:.0f} s in all: {parts}"
+        """Return the fraction of time of each activity, the largest first."""
+        total = time.monotonic() - self.began
+        parts = ", ".join(f"{name} {s / total:.1%}" for name, s in self.seconds.most_common())
+        return f"{total:.0f} s in all: {parts}"
 
     def _watch(self) -> None:
-        since, patience = self._since, STALL_WARNING
+        since, limit = self._since, STALL_WARNING
         while not self._over.wait(min(1.0, STALL_WARNING / 4)):
-            watch.set_activity(f"{self._doing} at step {self.step}")
+            watch.set_activity(f"{self._activity} at step {self.step}")
             if self._since != since:
-                since, patience = self._since, STALL_WARNING
-            elif time.monotonic() - since > patience:
-                patience *= 2
-                print_on_first_process(self._what_it_waits_for(time.monotonic() - since))
+                since, limit = self._since, STALL_WARNING
+            elif time.monotonic() - since > limit:
+                limit *= 2
+                print_on_first_process(self._stall_message(time.monotonic() - since))
 
     @property
-    def _doing(self) -> str:
+    def _activity(self) -> str:
         return self._now or ("between two steps" if self.step else "starting")
 
-    def _what_it_waits_for(self, seconds: float) -> str:
-        said = f"the run has been {self._doing} for {seconds:.0f} s, at step {self.step}"
+    def _stall_message(self, seconds: float) -> str:
+        message = f"the run has been {self._activity} for {seconds:.0f} s, at step {self.step}"
         if jax.process_count() > 1:
-            ours = f"{self._doing} at step {self.step}"
-            said += others({i: of for i, of in watch.activities().items() if of[1] != ours})
-        return said
+            own = f"{self._activity} at step {self.step}"
+            differing = {i: other for i, other in watch.activities().items() if other[1] != own}
+            message += describe_processes(differing)
+        return message
 
 
-def others(told: dict[int, tuple[str, str]]) -> str:
-    """What other processes are doing, by (host, what it told) of each: the end of a sentence."""
-    by_doing: dict[str, list[str]] = {}
-    for process, (host, doing) in told.items():
-        by_doing.setdefault(doing, []).append(f"{process} on {host}")
-    said = ""
-    for doing, who in by_doing.items():
-        more = f" and {len(who) - 4} more" if len(who) > 4 else ""
-        noun, verb = ("process", "is") if len(who) == 1 else ("processes", "are")
-        said += f"; {noun} {', '.join(who[:4])}{more} {verb} {doing}"
-    return said
+def describe_processes(activities: dict[int, tuple[str, str]]) -> str:
+    """Format (host, activity) by process as the end of a sentence, grouped by activity."""
+    by_activity: dict[str, list[str]] = {}
+    for process, (host, activity) in activities.items():
+        by_activity.setdefault(activity, []).append(f"{process} on {host}")
+    text = ""
+    for activity, processes in by_activity.items():
+        more = f" and {len(processes) - 4} more" if len(processes) > 4 else ""
+        noun, verb = ("process", "is") if len(processes) == 1 else ("processes", "are")
+        text += f"; {noun} {', '.join(processes[:4])}{more} {verb} {activity}"
+    return text
