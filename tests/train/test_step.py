@@ -173,7 +173,7 @@ def test_the_log_stops_or_counts(tiny, tmp_path, nonfinite):
 @pytest.mark.parametrize(
     ("most", "message"),
     [
-        (25, r"not finite at every one of the 3 steps, so the model is unchanged"),
+        (25, r"not finite at any of the 3 steps, so the model is unchanged"),
         (2, r"not finite in 2 steps in a row, up to step 2: .*max-skipped-in-a-row"),
     ],
 )
