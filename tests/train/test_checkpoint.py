@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, and that all hosts go on from the same one."""
+"""Retention of checkpoints, and that all hosts restore the same one."""
 
 import json
 import os
@@ -45,13 +45,13 @@ def three(tmp_path):
         yield checkpoints
 
 
-def test_what_another_host_finds_torn_this_one_does_not_take(three, monkeypatch):
+def test_a_checkpoint_that_is_corrupt_for_another_host_is_skipped(three, monkeypatch):
     theirs = iter([json.dumps([" by process 1 of 2", "DATA_LOSS", True]), "null"])
     monkeypatch.setattr(checkpoint, "exchange_texts", lambda mine: [mine, next(theirs)])
     state, data = three.restore(ABSTRACT, report=(message := []).append)
     assert data == {"step": 20}
     assert float(state["x"][0]) == 20
-    assert message == [f"checkpoint 30 of {three.folder} is torn and is passed over"]
+    assert message == [f"checkpoint 30 of {three.folder} is corrupt and is skipped"]
 
 
 def test_what_another_host_cannot_read_stops_all(three, monkeypatch):

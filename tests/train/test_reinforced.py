@@ -110,7 +110,7 @@ def test_embeddings_of_other_data_are_refused(data, learned, stored, changes, me
 
 
 def test_what_was_stopped_goes_on_and_ends_the_same(data, learned, stored, tmp_path):
-    """Also where rows beyond those that are recorded were torn as it was stopped."""
+    """Also with corrupt rows after those that are recorded."""
     options = {"variants": 3, "batch_size": 16}
 
     def stop(done, total):
@@ -121,11 +121,11 @@ def test_what_was_stopped_goes_on_and_ends_the_same(data, learned, stored, tmp_p
         reinforce(data, tmp_path, learned, report=stop, **options)
     with pytest.raises(DataError, match="holds no embeddings"):
         Reinforced.open(str(tmp_path))
-    with pytest.raises(DataError, match="was begun with other seed, dtype: go on as it was begun"):
+    with pytest.raises(DataError, match="was begun with other seed, dtype: use the same settings"):
         reinforce(data, tmp_path, learned, seed=1, dtype="float16", **options)
-    torn = np.lib.format.open_memmap(tmp_path / "images.npy", "r+")
-    torn[17:] = 7
-    torn.flush()
+    corrupt = np.lib.format.open_memmap(tmp_path / "images.npy", "r+")
+    corrupt[17:] = 7
+    corrupt.flush()
     told = []
     reinforce(data, tmp_path, learned, report=lambda *at: told.append(at), **options)
     assert told[0] == (64, 120)
@@ -142,7 +142,7 @@ def test_what_was_stopped_goes_on_and_ends_the_same(data, learned, stored, tmp_p
 def test_what_is_no_store_is_refused(data, learned, stored, tmp_path):
     with pytest.raises(DataError, match="holds no embeddings of a teacher"):
         Reinforced.open(str(tmp_path))
-    with pytest.raises(DataError, match="is not empty: give a folder of its own"):
+    with pytest.raises(DataError, match="is not empty: give an empty or new folder"):
         reinforce(data, stored, learned)
     with pytest.raises(ConfigError, match="augmentations is 0"):
         reinforce(data, tmp_path / "new", learned, variants=0)

@@ -134,7 +134,7 @@ def arrays_of(checkpoint: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "scrambled"])
-def test_a_torn_checkpoint_is_passed_over(eight, killed, damage, capfd):
+def test_a_corrupt_checkpoint_is_skipped(eight, killed, damage, capfd):
     for file in arrays_of(killed / "checkpoints" / "6"):
         size = file.stat().st_size
         if damage == "truncated":
@@ -148,14 +148,14 @@ def test_a_torn_checkpoint_is_passed_over(eight, killed, damage, capfd):
     train(resume=killed)
     assert "checkpoint 6 of" in capfd.readouterr().err.replace("\n", " ")
     assert weights(killed) == weights(eight)
-    # The torn one was replaced: a run killed now has a whole checkpoint of step 6 again.
+    # The corrupt one was replaced: a run killed now has a complete checkpoint of step 6 again.
     for step in (9, 12):
         shutil.rmtree(killed / "checkpoints" / str(step))
     train(resume=killed)
-    assert "passed over" not in capfd.readouterr().err
+    assert "skipped" not in capfd.readouterr().err
 
 
-def test_with_every_checkpoint_torn_the_run_is_not_begun_anew(killed):
+def test_with_only_corrupt_checkpoints_a_run_does_not_restart(killed):
     for step in (3, 6):
         for file in arrays_of(killed / "checkpoints" / str(step)):
             os.truncate(file, 10)
@@ -199,7 +199,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(eight, killed):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     message = str(caught.value)
     assert "could not be written" in message
-    assert "checkpoint 6 is whole and kept: make room and resume the run" in message
+    assert "checkpoint 6 is complete and kept: free disk space and resume the run" in message
     wait_until_still(killed / "checkpoints")  # threads of the writer that failed may still write
     train(resume=killed)
     assert weights(killed) == weights(eight)

@@ -1,4 +1,4 @@
-"""What a run says while it goes: a console line, a JSONL file and TensorBoard."""
+"""Logs of a run: console line, JSONL file and TensorBoard."""
 
 import json
 import sys
@@ -24,16 +24,15 @@ from vlm.train.watchdog import DATA, DEVICE, STEP, ActivityTimer
 
 
 def summary_writer(folder: str, first_step: int) -> Any:
-    """Writes to TensorBoard.
+    """Make a TensorBoard writer.
 
-    tensorboardX imports PyTorch where that is installed, which takes seconds, and does without it
-    as well.
+    tensorboardX would import PyTorch, which takes seconds and is not needed.
     """
     absent = "torch" not in sys.modules
     if absent:
         sys.modules["torch"] = None  # pyright: ignore[reportArgumentType] (cannot be imported now)
     try:
-        from tensorboardX import SummaryWriter  # only where files are written
+        from tensorboardX import SummaryWriter  # only in the process that writes files
     finally:
         if absent:
             del sys.modules["torch"]
@@ -41,10 +40,10 @@ def summary_writer(folder: str, first_step: int) -> Any:
 
 
 class Logs:
-    """Collects the metrics of every step and writes a row every `log_every` steps.
+    """Collector of each step's metrics, which writes a row every `log_every` steps.
 
-    Metrics stay on the device until the host is two steps further, so that the device never waits
-    for the host: a row is written two steps late, and at the end of the run at once.
+    Metrics stay on the device until the host has dispatched two more steps, so that the device
+    never waits for the host. A row is written two steps late, and at once at the end of the run.
     """
 
     def __init__(
@@ -64,17 +63,17 @@ class Logs:
         self._most_skipped = experiment.optimizer.max_skipped_in_a_row
         self._skipped = 0  # steps in a row, up to the last row
         self._first, self._total = first_step, total_steps
-        # Of the whole mesh; with a resolution schedule the steps are not all alike.
+        # Of the whole mesh; None with a resolution schedule, whose steps differ.
         self._flops = None if experiment.image_sizes else model_flops(experiment, supervision)
         self._peak = published_rate(jax.devices())
-        self._ahead: list[tuple[int, dict[str, jax.Array]]] = []  # may still be computed
-        self._done: list[tuple[int, dict[str, jax.Array]]] = []  # of the next row
+        self._ahead: list[tuple[int, dict[str, jax.Array]]] = []  # dispatched
+        self._done: list[tuple[int, dict[str, jax.Array]]] = []  # for the next row
         self._activity, self._samples = activity, samples
         self.restart_clock()
         self._primary = jax.process_index() == 0
         self._file: IO[str] | None = None
         self._board: Any = None
-        self._earlier = 0.0  # seconds of the run before it was resumed
+        self._earlier = 0.0  # seconds before the run was resumed
         if self._primary:
             rows = read_log(run)
             self._earlier = max((row.get("seconds", 0.0) for row in rows), default=0.0)
@@ -83,13 +82,13 @@ class Logs:
         self._progress = Progress(
             TextColumn("[bold]{task.completed}/{task.total}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[said]}"),
+            TextColumn("{task.fields[message]}"),
             TimeElapsedColumn(),
             console=console,
             disable=not (self._primary and console.is_terminal),
         )
         self._task = self._progress.add_task(
-            "", total=total_steps, completed=first_step, said="compiling"
+            "", total=total_steps, completed=first_step, message="compiling"
         )
 
     def __enter__(self) -> "Logs":
@@ -103,15 +102,15 @@ class Logs:
             self._board.close()
 
     def restart_clock(self) -> None:
-        """Begin to measure now: what came before was not training."""
+        """Restart the timing of steps, to leave out time that was not training."""
         self._waited, self._since = self._activity.seconds[DATA], time.perf_counter()
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Take the metrics of step number `step`, counted from 1.
+        """Add the metrics of step number `step`, counted from 1.
 
         Raises:
-            TrainingError: a loss or gradient was not finite and the run is told to stop, or too
-                many steps in a row were skipped for it.
+            TrainingError: a loss or gradient was not finite and `nonfinite` is "stop", or too
+                many consecutive steps were skipped.
         """
         self._ahead.append((step, metrics))
         if step == self._first + 1:
@@ -120,7 +119,7 @@ class Logs:
         self._take_done(2)  # keep the host at most two steps ahead of the device
 
     def flush(self) -> None:
-        """Write rows for all steps since the last one; waits for the device.
+        """Write a row of all steps since the last row; waits for the device.
 
         Raises:
             TrainingError: as `step`.
@@ -130,7 +129,7 @@ class Logs:
             self._write_row()
 
     def _take_done(self, ahead: int) -> None:
-        """Wait until no more than `ahead` steps are computed, and write the rows that are due."""
+        """Wait until at most `ahead` steps are in flight, and write the scheduled rows."""
         while len(self._ahead) > ahead:
             jax.block_until_ready(self._ahead[0][1]["loss"])
             self._done.append(self._ahead.pop(0))
@@ -138,13 +137,13 @@ class Logs:
                 self._write_row()
 
     def _write_start(self, step: int) -> None:
-        """How long the run took to its first step, and where the time went."""
+        """Log the time to the first step, by activity."""
         parts = {name: s for name, s in self._activity.seconds.items() if s >= 0.05}
         seconds = time.monotonic() - self._activity.began
         named = {DATA: "first batch", STEP: "compiling", DEVICE: "first step"}
         parts = {named.get(name, name): s for name, s in parts.items()}
-        said = ", ".join(f"{name} {s:.1f} s" for name, s in parts.items())
-        print_on_first_process(f"first step after {seconds:.1f} s: {said}")
+        breakdown = ", ".join(f"{name} {s:.1f} s" for name, s in parts.items())
+        print_on_first_process(f"first step after {seconds:.1f} s: {breakdown}")
         row = {f"start/{name.replace(' ', '_')}": s for name, s in parts.items()}
         self.write({"step": step, "start/seconds": seconds, **row})
 
@@ -174,27 +173,27 @@ class Logs:
         if bad:
             row["nonfinite"] = len(bad)
         left = (self._total - steps[-1]) * seconds / count
-        said = (
+        message = (
             f"loss {row['loss']:.3f}  {row['pairs_per_s']:,.0f} pairs/s  "
             f"data wait {row['data_wait']:.1%}  left {_clock(left)}"
         )
-        self._progress.update(self._task, completed=steps[-1], said=said)
+        self._progress.update(self._task, completed=steps[-1], message=message)
         if self._primary and not console.is_terminal:
-            console.print(f"step {steps[-1]}/{self._total}  {said}", highlight=False)
+            console.print(f"step {steps[-1]}/{self._total}  {message}", highlight=False)
         self.write(row)
         if bad and self._stop:
             raise TrainingError(
                 f"the loss or its gradient was not finite at step {bad[0]}: that step changed "
-                "nothing, the run stopped, and its earlier checkpoints are kept; go on with "
-                "--optimizer.nonfinite skip or a lower --optimizer.learning-rate beside --resume"
+                "nothing, the run stopped, and its earlier checkpoints are kept; use --resume "
+                "with --optimizer.nonfinite skip or a lower --optimizer.learning-rate"
             )
         for step, v in zip(steps, values, strict=True):
             self._skipped = 0 if v["finite"] else self._skipped + 1
             if self._skipped >= self._most_skipped:
                 raise TrainingError(
                     f"the loss or its gradient was not finite in {self._skipped} steps in a row, "
-                    f"up to step {step}: the run stopped, and its earlier checkpoints are kept; go "
-                    "on with a lower --optimizer.learning-rate beside --resume, or raise "
+                    f"up to step {step}: the run stopped, and its earlier checkpoints are kept; "
+                    "use --resume with a lower --optimizer.learning-rate, or a higher "
                     "--optimizer.max-skipped-in-a-row"
                 )
 
@@ -211,7 +210,7 @@ class Logs:
 
 
 def placement_table(state: TrainState) -> Table:
-    """Where the state lives: each group of arrays, over which mesh axes, and its size."""
+    """Make a table of the state's sharding: mesh axes and size of each group of arrays."""
     table = Table(title="placement", title_justify="left")
     table.add_column("group")
     table.add_column("over")
@@ -231,7 +230,7 @@ def placement_table(state: TrainState) -> Table:
 
 
 def read_log(run: Run) -> list[dict[str, Any]]:
-    """The rows of a run's log; a line that a crash left unfinished is passed over."""
+    """Read the rows of a run's log, skipping truncated lines."""
     rows = []
     if run.log.exists():
         for line in run.log.read_text().splitlines():
@@ -243,7 +242,7 @@ def read_log(run: Run) -> list[dict[str, Any]]:
 
 
 def _reopen(run: Run, sync: BucketSync, rows: list[dict[str, Any]]):
-    """The log file with the rows of the steps that the resumed run will not take again."""
+    """Reopen the log file with only the rows up to the resumed step."""
     file = (sync.local / run.log.name).open("w")
     file.writelines(to_json(row) + "\n" for row in rows)
     file.flush()

@@ -16,15 +16,15 @@ from vlm.config import OptimizerConfig
 from vlm.errors import check_choice
 from vlm.sharding import path_names
 
-# Parameters that weight decay pulls towards zero. In open_clip all that have two axes or more; in
-# big_vision kernels alone (`wd_mults` of its `optax.py`). Never norms, biases, scale.
-KERNELS = {"kernel", "kernels"}  # the convolutions of a stem are a list of kernels
+# Parameters with weight decay: in open_clip all that have two axes or more, in big_vision only
+# kernels (`wd_mults` of its `optax.py`). Never norms, biases, scale.
+KERNELS = {"kernel", "kernels"}  # a stem has a list of kernels
 DECAYED = {"open_clip": KERNELS | {"embedding", "position", "probe"}, "big_vision": KERNELS}
-FACTORS = {("lora", "a"), ("lora", "b")}  # of adapters, which are matrices by both rules
+FACTORS = {("lora", "a"), ("lora", "b")}  # of adapters: matrices by both rules
 
 
 def learning_rate(config: OptimizerConfig, progress: Float[Array, ""]) -> Float[Array, ""]:
-    """The learning rate after a share `progress` of the run.
+    """Compute the learning rate after a fraction `progress` of the run.
 
     Linear warm-up from zero, then one of: half a cosine (arXiv:1608.03983); the reciprocal square
     root of the progress and a cooldown (arXiv:2106.04560); a plateau and a cooldown
@@ -51,12 +51,12 @@ def learning_rate(config: OptimizerConfig, progress: Float[Array, ""]) -> Float[
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Gradients to updates, but for the learning rate, which the step multiplies in.
+    """Make the optimizer, without the learning rate, which the step multiplies in.
 
-    Clipping by the global norm, the update rule, rates by tower and layer, decoupled weight decay.
-    With `weight_decay_rule` "open_clip" a step takes learning rate * weight_decay of a parameter,
-    as PyTorch's AdamW does, and rates by tower and layer scale that too. With "big_vision" it takes
-    weight_decay * (learning rate / its peak), whatever the peak and the rates.
+    A chain of clipping by the global norm, the update rule, rates by tower and layer, and decoupled
+    weight decay. With `weight_decay_rule` "open_clip" a step subtracts learning rate * weight_decay
+    of a parameter, as PyTorch's AdamW does, and rates by tower and layer scale that too. With
+    "big_vision" it subtracts weight_decay * (learning rate / its peak), independent of the rates.
 
     Example:
         >>> optimizer = vlm.train.make_optimizer(vlm.OptimizerConfig(name="adamw"))
@@ -77,7 +77,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     decays = []
     by_peak = config.weight_decay_rule == "big_vision"
     per_step = config.learning_rate if by_peak else 1.0  # the step multiplies the rate in
-    if config.start_decay:  # in place of the pull to zero
+    if config.start_decay:  # replaces decay towards zero
         decays.append(_pull_to_start(config.start_decay / per_step))
     elif config.weight_decay:
         mask = functools.partial(decay_mask, rule=config.weight_decay_rule)
@@ -86,10 +86,10 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _pull_to_start(share: float) -> optax.GradientTransformation:
-    """Add `share` of each parameter's way from where it began (L2-SP, arXiv:1802.01483).
+    """Decay towards the initial parameters by the factor `share` (L2-SP, arXiv:1802.01483).
 
-    Decoupled from the update rule, as AdamW's decay is. Where it began is part of the state, and so
-    of every checkpoint. Scale and bias of the logits are left alone.
+    Decoupled from the update rule, as in AdamW. The initial parameters are part of the state and of
+    every checkpoint. Scale and bias of the logits are not decayed.
     """
 
     def init(params):
@@ -125,9 +125,9 @@ def _rule(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     # Muon orthogonalises the momentum of the blocks' matrices (Jordan et al., 2024,
-    # kellerjordan.github.io/posts/muon); the rest are Adam's, both with Nesterov's momentum as
-    # optax has it. Its updates are scaled to the root-mean-square of Adam's (arXiv:2502.16982), so
-    # one learning rate serves both.
+    # kellerjordan.github.io/posts/muon); Adam updates the rest. Both use optax's Nesterov momentum.
+    # Muon's updates are scaled to the root-mean-square of Adam's (arXiv:2502.16982), so one
+    # learning rate suits both.
     return optax.contrib.muon(
         learning_rate=-1.0,  # the step subtracts the update, so undo the sign here
         adam_b1=config.b1,
@@ -139,11 +139,10 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _factored_rms(cap: float) -> optax.GradientTransformation:
-    """Adafactor's division by the root-mean-square of gradients, kept as rows and columns.
+    """Adafactor's division by the root-mean-square of gradients, factored into rows and columns.
 
-    The memory of the second moment grows with the steps, and no longer than `cap` allows: without
-    one, a long run would end with a second moment of tens of thousands of steps. The layers of a
-    stack are parameters of their own, and no axis to factor over.
+    The decay of the second moment rises with the steps up to `cap`: without a cap, a long run would
+    average over tens of thousands of steps. Each layer of a stack is factored on its own.
     """
 
     def decay(step, exponent):
@@ -166,7 +165,7 @@ def _factored_rms(cap: float) -> optax.GradientTransformation:
 
 
 def _by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`rule` for arrays with a leading axis of layers, as if each layer stood alone."""
+    """Apply `rule` to each layer of arrays with a leading axis of layers."""
 
     def init(params):
         return jax.vmap(rule.init)(params) if jax.tree.leaves(params) else optax.EmptyState()
@@ -180,7 +179,7 @@ def _by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformatio
 
 
 def _muon_dimensions(params: Any) -> Any:
-    """The axes of each hidden matrix; None for what is no hidden matrix."""
+    """Return the axes of each hidden matrix, and None for other parameters."""
     return jax.tree_util.tree_map_with_path(_matrix_axes, params)
 
 
@@ -195,7 +194,7 @@ def _matrix_axes(path: tuple, x: Any) -> optax.contrib.MuonDimensionNumbers | No
 
 
 def decay_mask(params: Any, rule: str = "open_clip") -> Any:
-    """True where weight decay applies by that rule.
+    """Make a tree of bools: whether weight decay applies by the rule.
 
     Raises:
         ConfigError: an unknown rule.
@@ -204,7 +203,7 @@ def decay_mask(params: Any, rule: str = "open_clip") -> Any:
 
     def decays(path, _):
         *_, parent, leaf = ("", *path_names(path))
-        # An item of a list is called by its number: the list's name says what it is.
+        # List items are named by index: use the name of the list.
         name = parent if leaf.isdigit() else leaf
         return name in DECAYED[rule] or (parent, leaf) in FACTORS
 
@@ -212,7 +211,7 @@ def decay_mask(params: Any, rule: str = "open_clip") -> Any:
 
 
 def _scale_by_tower(rates: dict[str, float]) -> optax.GradientTransformation:
-    """Scale the updates of each tower by its rate; scale and bias of the logits keep theirs."""
+    """Scale the updates of each tower by its rate; those of logit scale and bias stay unscaled."""
 
     def scale(path, x):
         return x * rates.get(path_names(path)[0], 1.0)
@@ -221,11 +220,11 @@ def _scale_by_tower(rates: dict[str, float]) -> optax.GradientTransformation:
 
 
 def _scale_by_layer(decay: float) -> optax.GradientTransformation:
-    """Scale the updates of block i of n by decay^(n - i), and of what lies below by decay^(n + 1).
+    """Scale the updates of block i of n by decay^(n - i), of layers below by decay^(n + 1).
 
-    What follows the blocks keeps its rate (arXiv:2003.10555, arXiv:2106.08254). The blocks of a
-    convolutional tower are counted through all of its stages, and ViTamin's before those of its
-    transformer.
+    Layers after the blocks are not scaled (arXiv:2003.10555, arXiv:2106.08254). The blocks of a
+    convolutional tower are counted through all of its stages; in ViTamin those of the stages come
+    before those of the transformer.
     """
 
     def update(updates, _):
@@ -236,22 +235,22 @@ def _scale_by_layer(decay: float) -> optax.GradientTransformation:
             blocks.setdefault(names[0], set()).update(_blocks(names, x.shape))
             if names[1:2] == ("stages",):
                 staged.add(names[0])
-        order = {tower: sorted(found) for tower, found in blocks.items()}
+        order = {tower: sorted(own) for tower, own in blocks.items()}
 
         def scale(path, x):
             names = path_names(path)
-            found = order[names[0]]
+            all_blocks = order[names[0]]
             own = _blocks(names, x.shape)
-            if names[1:2] == ("position",) and found[:1] and found[0].section == 0:
-                own = [Block(1)]  # ViTamin's are added where its transformer begins
+            if names[1:2] == ("position",) and all_blocks[:1] and all_blocks[0].section == 0:
+                own = [Block(1)]  # ViTamin adds them before its transformer
             if own:
-                factors = [decay ** (len(found) - found.index(block)) for block in own]
+                factors = [decay ** (len(all_blocks) - all_blocks.index(block)) for block in own]
                 if "blocks" not in names:
                     return x * factors[0]
                 return x * jnp.array(factors, x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
             if _is_above_blocks(names, stages=names[0] in staged):
                 return x
-            return x * decay ** (len(found) + 1)
+            return x * decay ** (len(all_blocks) + 1)
 
         return jax.tree_util.tree_map_with_path(scale, updates)
 
@@ -259,25 +258,25 @@ def _scale_by_layer(decay: float) -> optax.GradientTransformation:
 
 
 class Block(NamedTuple):
-    """A block's place in its tower, in the order that an image walks through."""
+    """Position of a block in its tower; sorts in the order of computation."""
 
-    section: int  # 0: of a stem that has stages; 1: after it
+    section: int  # 0: in a stem that has stages; 1: after it
     stage: int = 0
     number: int = 0
 
 
 def _blocks(names: tuple[str, ...], shape: tuple[int, ...]) -> list[Block]:
-    """The blocks that a parameter is of: several where they are stacked, none around them.
+    """Return the blocks of a parameter: several if stacked, none outside of blocks.
 
-    What a stage begins with is of its first block.
+    The first layers of a stage belong to its first block.
     """
     section = int(names[1:2] != ("stem",))
     if section == 0 and names[2].startswith("last"):
-        return [Block(1)]  # of ViTamin: between its stages and its transformer
+        return [Block(1)]  # ViTamin: between stages and transformer
     numbers = [0]
     if "stages" in names:
         numbers = [int(n) for n in names[names.index("stages") + 1 :] if n.isdigit()]
-    if "first" in names:  # of a stage of EfficientNet, before those of one shape
+    if "first" in names:  # EfficientNet: first block of a stage, of another shape
         return [Block(section, numbers[0], -1)]
     if "blocks" in names:
         return [Block(section, numbers[0], number) for number in range(shape[0])]
@@ -285,8 +284,8 @@ def _blocks(names: tuple[str, ...], shape: tuple[int, ...]) -> list[Block]:
 
 
 def _is_above_blocks(names: tuple[str, ...], *, stages: bool) -> bool:
-    if names[0] not in ("vision", "text"):  # scale and bias of the logits, heads
+    if names[0] not in ("vision", "text"):  # logit scale and bias, heads
         return True
-    if stages:  # below them is a stem, and a ResNet's positions are those of its pool
+    if stages:  # only the stem is below; a ResNet's positions belong to its pool
         return not names[1].startswith("stem")
     return names[1] in ("norm", "pool", "projection")

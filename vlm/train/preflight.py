@@ -1,6 +1,6 @@
-"""What is checked before the first step: the same run everywhere, in a folder that all can write.
+"""Checks before the first step: equal configs in all processes, and a shared writable folder.
 
-A pod that finds this out at its first checkpoint has lost an hour, or hangs without a word.
+Without them a pod fails at its first checkpoint after an hour, or hangs without a message.
 """
 
 import json
@@ -20,8 +20,8 @@ from vlm.errors import ConfigError
 from vlm.paths import as_config_error, is_remote, on_disk
 from vlm.train.changes import flat_fields
 
-CHECKPOINTS_TO = "gs://"  # the one kind of bucket that Orbax writes to
-SHARED_AFTER = 10.0  # seconds that a shared disk may take to show a file of another host
+CHECKPOINTS_TO = "gs://"  # the only kind of bucket that Orbax writes to
+SHARED_AFTER = 10.0  # seconds until a shared disk must list a file of another host
 
 
 def check_same_everywhere(experiment: Experiment, resumed: bool) -> None:
@@ -40,43 +40,43 @@ def check_same_everywhere(experiment: Experiment, resumed: bool) -> None:
         for name in sorted(first.keys() | ours.keys())
         if json.dumps(first.get(name)) != json.dumps(ours.get(name))
     ]
-    said = f"{process_name()} on {socket.gethostname()}: {'; '.join(differ)}" if differ else ""
-    if said := "; ".join(filter(None, exchange_texts(said))):
+    own = f"{process_name()} on {socket.gethostname()}: {'; '.join(differ)}" if differ else ""
+    if differences := "; ".join(filter(None, exchange_texts(own))):
         raise ConfigError(
-            f"the processes of a run must be the same, and are not what {process_name(0)} is "
-            f"({said}): start the same command in the same environment on every host"
+            f"the processes of a run must be the same, and differ from {process_name(0)} "
+            f"({differences}): start the same command in the same environment on every host"
         )
 
 
 def check_folder(folder: epath.Path) -> None:
-    """Raise a ConfigError unless every process can write to a run folder, and sees it.
+    """Raise a ConfigError unless every process can read and write the run folder.
 
-    In a bucket this goes both ways that a run takes: that of its logs and that of TensorStore,
-    which writes the checkpoints and has credentials of its own.
+    In a bucket this tests both clients of a run: that of the logs and TensorStore, which writes
+    the checkpoints with credentials of its own.
     """
     if is_remote(folder) and not os.fspath(folder).startswith(CHECKPOINTS_TO):
         raise ConfigError(
-            f"checkpoints cannot be written to {folder}, since Orbax writes to disks and to "
-            f"{CHECKPOINTS_TO} alone: give another --run-dir, or the path where the bucket is "
+            f"checkpoints cannot be written to {folder}, since Orbax writes only to disks "
+            f"and {CHECKPOINTS_TO}: give another --run-dir, or the path where the bucket is "
             "mounted"
         )
-    seen = folder / f".seen-{broadcast_text(uuid.uuid4().hex)}"
-    said = _said(lambda: _write(seen) if jax.process_index() == 0 else None)
-    said = next(filter(None, exchange_texts(said)), "")
-    if not said:
-        said = _said(lambda: _look_for(seen))
-        said = next(filter(None, exchange_texts(said)), "")
+    probe = folder / f".seen-{broadcast_text(uuid.uuid4().hex)}"
+    failure = _failure_of(lambda: _write(probe) if jax.process_index() == 0 else None)
+    failure = next(filter(None, exchange_texts(failure)), "")
+    if not failure:
+        failure = _failure_of(lambda: _look_for(probe))
+        failure = next(filter(None, exchange_texts(failure)), "")
         if jax.process_index() == 0:
-            said = _said(seen.unlink) or said
-        said = broadcast_text(said)
-    if said:
-        raise ConfigError(said)
+            failure = _failure_of(probe.unlink) or failure
+        failure = broadcast_text(failure)
+    if failure:
+        raise ConfigError(failure)
 
 
-def _said(act) -> str:
-    """What went wrong in `act`, or nothing."""
+def _failure_of(action) -> str:
+    """Return the message of a ConfigError raised by `action`, or an empty string."""
     try:
-        act()
+        action()
     except ConfigError as error:
         return str(error)
     return ""
@@ -92,22 +92,23 @@ def _write(file: epath.Path) -> None:
 def _look_for(file: epath.Path) -> None:
     where = f"{process_name()} on {socket.gethostname()}" if jax.process_count() > 1 else "this run"
     end = time.monotonic() + SHARED_AFTER
-    with as_config_error(f"{where} cannot read the run folder {file.parent}", "let it"):
+    with as_config_error(f"{where} cannot read the run folder {file.parent}", "give it access"):
         while not file.exists():
             if time.monotonic() > end:
                 raise ConfigError(
-                    f"{where} does not see the run folder {file.parent} that {process_name(0)} "
-                    "made: put it where all hosts see it, in a bucket or on a shared disk"
+                    f"{where} cannot find the run folder {file.parent} that {process_name(0)} "
+                    "made: put it where all hosts can read it, in a bucket or on a shared disk"
                 )
             time.sleep(0.5)
     with as_config_error(
-        f"{where} cannot write checkpoints to {file.parent}", "let it, or give another --run-dir"
+        f"{where} cannot write checkpoints to {file.parent}",
+        "give it access, or give another --run-dir",
     ):
         _write_as_tensorstore(file.parent / f"{file.name}-{jax.process_index()}")
 
 
 def _write_as_tensorstore(file: epath.Path) -> None:
-    """Write and remove a file as checkpoints are written."""
+    """Write and remove a file with TensorStore, as checkpoints do."""
     import tensorstore
 
     if is_remote(file):

@@ -1,4 +1,4 @@
-"""Makes reinforced data: a teacher embeds every example, changed in several ways, once for all."""
+"""Precompute teacher embeddings of augmented examples, for distillation."""
 
 import json
 import math
@@ -39,24 +39,24 @@ def reinforce(
     dtype: str = "float32",
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Write the teacher's embeddings of `variants` changes of every training example.
+    """Write the teacher's embeddings of `variants` augmentations of every training example.
 
-    Images are changed as `data.augment` says, at the teacher's own size; of each variant one
-    caption is embedded. A sample that cannot be read has no embedding: training passes over it too.
-    What was stopped goes on with the batch that it had come to, when it is called again alike.
+    Images are augmented by `data.augment`, at the teacher's own size; each variant has one
+    caption. A sample that cannot be read has no embedding: training skips it too. Calling it again
+    with equal arguments resumes an interrupted call.
 
     Args:
-        out: a folder of its own, or of the same embeddings, unfinished.
-        teacher: whatever `vlm.load` takes.
-        dtype: of the stored numbers: float32, or float16 in half the space.
-        report: told how many variants are done, and of how many.
+        out: an empty or new folder, or one that an interrupted call began.
+        teacher: argument of `vlm.load`.
+        dtype: of the stored embeddings: float32, or float16 for half the space.
+        report: called with the number of finished variants and the total.
 
     Returns:
-        What the folder says of itself.
+        The metadata written to the folder.
 
     Raises:
-        ConfigError: a stream, whose examples have no number; or a setting that cannot be.
-        DataError: the folder holds something else or other embeddings, or every sample is broken.
+        ConfigError: the data is a stream, whose examples have no index; or a setting is invalid.
+        DataError: the folder has other files or other embeddings, or no sample can be read.
         CheckpointError: there is no such teacher.
     """
     _check(data, variants, batch_size, dtype)
@@ -77,35 +77,35 @@ def reinforce(
         "source": data.source,
         "data": {name: to_dict(data)[name] for name in SAME},
     }
-    about = json.loads(json.dumps(about))  # as it is read again
-    begun = _begun(folder, about)
+    about = json.loads(json.dumps(about))  # as it is read from the file
+    finished = _finished_variants(folder, about)
     with as_config_error(f"{folder} cannot be written", "give another folder"):
         folder.mkdir(parents=True, exist_ok=True)
-        _record(folder, about, begun)
+        _record(folder, about, finished)
         options: dict[str, Any] = {"mode": "r+"}
-        if not begun:
+        if not finished:
             options = {"mode": "w+", "dtype": np.dtype(dtype), "shape": shape}
-        kept = [np.lib.format.open_memmap(folder / f"{name}.npy", **options) for name in ARRAYS]
+        arrays = [np.lib.format.open_memmap(folder / f"{name}.npy", **options) for name in ARRAYS]
 
-        def keep(done: int) -> None:
-            for array in kept:
+        def save_progress(done: int) -> None:
+            for array in arrays:
                 array.flush()
-            _record(folder, about, done)  # after the rows: those beyond it are made again
+            _record(folder, about, done)  # after the rows: later ones are computed again
             report(done, len(source) * variants)
 
-        _embed_all(source, maker, model, kept, seed, batch_size, begun, keep)
-        if not np.isfinite(kept[0]).any():
-            raise DataError(f"no sample of {data.source} can be read: look at vlm data show")
-        # Last, so that what was stopped is not taken for whole.
+        _embed_all(source, maker, model, arrays, seed, batch_size, finished, save_progress)
+        if not np.isfinite(arrays[0]).any():
+            raise DataError(f"no sample of {data.source} can be read: check it with vlm data show")
+        # Last, so that an interrupted call is not taken for complete.
         (folder / UNFINISHED).replace(folder / FILE)
     return about
 
 
-def _begun(folder: Path, about: dict[str, Any]) -> int:
-    """How many variants an earlier call embedded into the folder before it was stopped.
+def _finished_variants(folder: Path, about: dict[str, Any]) -> int:
+    """Return the number of variants that an interrupted call embedded into the folder.
 
     Raises:
-        DataError: the folder holds something else, or embeddings that were begun otherwise.
+        DataError: the folder has other files, or embeddings with other settings.
     """
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if found <= {PARTIAL}:
@@ -114,18 +114,18 @@ def _begun(folder: Path, about: dict[str, Any]) -> int:
         before = json.loads((folder / UNFINISHED).read_text())
         done = before.pop("done")
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{folder} is not empty: give a folder of its own") from None
+        raise DataError(f"{folder} is not empty: give an empty or new folder") from None
     differ = [name for name in about if before.get(name) != about[name]]
     if differ:
         raise DataError(
-            f"{folder} was begun with other {', '.join(differ)}: go on as it was begun, or give "
+            f"{folder} was begun with other {', '.join(differ)}: use the same settings, or give "
             "another folder"
         )
     return done
 
 
 def _record(folder: Path, about: dict[str, Any], done: int) -> None:
-    """Write down how many variants are embedded; the file is whole at any moment."""
+    """Record the number of embedded variants, by an atomic replacement of the file."""
     (folder / PARTIAL).write_text(json.dumps({"done": done, **about}, indent=2) + "\n")
     (folder / PARTIAL).replace(folder / UNFINISHED)
 
@@ -133,27 +133,27 @@ def _record(folder: Path, about: dict[str, Any], done: int) -> None:
 def _check(data: DataConfig, variants: int, batch_size: int, dtype: str) -> None:
     if streams(data):
         raise ConfigError(
-            f"{data.source} is read as a stream, whose examples have no number to keep embeddings "
-            'by: set data.access="random"'
+            f"{data.source} is read as a stream, whose examples have no index to store "
+            'embeddings by: set data.access="random"'
         )
     for name, value in (("augmentations", variants), ("batch_size", batch_size)):
         if value < 1:
             raise ConfigError(f"{name} is {value}: make it at least 1")
     if dtype not in ("float32", "float16"):
-        raise ConfigError(f"dtype {dtype!r} is none to store: choose float32 or float16")
+        raise ConfigError(f"dtype {dtype!r} cannot be stored: choose float32 or float16")
 
 
 def _embed_all(
     source: Source,
     maker: ExampleTransform,
     model: bundle.Bundle,
-    kept: Sequence[np.ndarray],
+    arrays: Sequence[np.ndarray],
     seed: int,
     batch_size: int,
-    begin: int,
-    keep: Callable[[int], None],
+    start: int,
+    save_progress: Callable[[int], None],
 ) -> None:
-    """Fill both arrays from variant `begin` on, a batch at a time; `keep` is told how far it is."""
+    """Fill both arrays from variant `start` on, calling `save_progress` after each batch."""
     graph, state = nnx.split(model.model)
 
     @jax.jit
@@ -162,10 +162,10 @@ def _embed_all(
         pixels = model.preprocess.normalize(images)
         return towers.encode_image(pixels), towers.encode_text(tokens)
 
-    count = kept[0].shape[1]
+    count = arrays[0].shape[1]
     total = len(source) * count
     with ThreadPoolExecutor(THREADS) as pool:
-        for first in range(begin, total, batch_size):
+        for first in range(start, total, batch_size):
             rows = np.arange(first, min(first + batch_size, total))
             indices, variants = rows // count, rows % count
             draws = variant_draws(maker, seed, count, indices, variants)
@@ -181,7 +181,7 @@ def _embed_all(
             padded = [text or "" for text in texts] + [""] * (batch_size - len(rows))
             z = embed(state, images, model.tokenizer(padded))
             good = np.array([text is not None for text in texts])
-            for array, found in zip(kept, z, strict=True):
-                found = np.where(good[:, None], np.asarray(found)[: len(rows)], np.nan)
-                array[indices, variants] = found
-            keep(int(rows[-1]) + 1)
+            for array, embeddings in zip(arrays, z, strict=True):
+                embeddings = np.asarray(embeddings)[: len(rows)]
+                array[indices, variants] = np.where(good[:, None], embeddings, np.nan)
+            save_progress(int(rows[-1]) + 1)
