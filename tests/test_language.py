@@ -18,7 +18,7 @@ REPLACEMENTS = {
     r"torn": "truncated, corrupt",
     r"anew": "again, rebuild",
     r"whoever": "the noun that is meant",
-    r"patience|(?<!stop_)(?<!shutdown_)grace(?! period)": "heartbeat timeout, grace period (as VLM_HEARTBEAT_TIMEOUT)",
+    r"patience|(?<!stop_)(?<!shutdown_)grace(?! period)": "heartbeat timeout, grace period",
     r"counted by hand": "estimated analytically",
     r"knows better": "stronger",
     r"speaks? for": "matches, is evidence for",

@@ -1,4 +1,4 @@
-"""Fine-tuning by each objective, killed and resumed: does it end bit for bit as if left alone?
+"""Fine-tuning by each objective, killed and resumed: bitwise equal to an uninterrupted run.
 
     python tests/train/kill_objectives.py [--kills 2] [--seed 0] [--only flyp LoRA]
 
@@ -52,7 +52,7 @@ def left(run: Path) -> dict[str, bytes]:
 
 
 def play(experiment: Experiment, folder: Path, kills: int, dice: random.Random) -> tuple[bool, str]:
-    """(whether a killed run ends as one left alone, what happened)."""
+    """Return (whether a killed run ends like an uninterrupted one, description)."""
     config, env = write_config(experiment, folder / "config.json"), environment()
     whole, killed, log = folder / "whole", folder / "killed", folder / "log"
     wait(start([config, "--run-dir", whole], env, log), log)

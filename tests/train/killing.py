@@ -21,7 +21,7 @@ def run_killed(
     steps: Sequence[int],
     options: Sequence[Sequence[Any]] | None = None,
 ) -> list[int]:
-    """Kill a run by SIGKILL once it has made so many steps more, each time; then let it end.
+    """Kill a run with SIGKILL after so many further steps, repeatedly; then let it finish.
 
     Each start has options of its own, one more than there are kills. The steps it was killed at.
     """
@@ -43,7 +43,7 @@ def main(
     play: Callable[[Any, Path, int, random.Random], tuple[bool, str]],
     kills: int,
 ) -> None:
-    """Play each case in a folder of its own, and say how it ended; exit with 1 unless all do well.
+    """Run each case in its own folder and print its result; exit with 1 unless all pass.
 
     `play` is given a case, the folder, how often to kill, and dice of this case and `--seed`.
     """

@@ -17,7 +17,7 @@ LIMIT = int(os.environ.get("VLM_LIMIT", "400"))  # seconds that a process may ta
 
 
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
-    """Of a process with so many devices; it finds the programs that the session has compiled."""
+    """Environment of a process with so many devices, and the compilation cache of the session."""
     return os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
         "COLUMNS": "200",
@@ -31,7 +31,7 @@ def write_config(experiment: Experiment, file: Path) -> Path:
 
 
 def start(arguments: list[str], env: dict[str, str], log: Path) -> subprocess.Popen:
-    """`vlm train ARGUMENTS` in the background; what it says goes to `log`."""
+    """Start `vlm train ARGUMENTS` in the background, with its output in `log`."""
     with log.open("w") as file:
         command = [sys.executable, "-m", "vlm", "train", *map(str, arguments)]
         return subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
@@ -49,7 +49,7 @@ def wait(process: subprocess.Popen, log: Path, code: int | None = 0) -> str:
 
 
 def send_at(number: signal.Signals, step: int, run: Path, processes: list[subprocess.Popen]):
-    """Send a signal to processes once the run's log has come to `step`."""
+    """Send a signal to processes once the run's log has reached `step`."""
     end = time.monotonic() + LIMIT
     while last_step(run) < step:
         assert all(p.poll() is None for p in processes), "the run ended before the signal"
@@ -67,11 +67,11 @@ def last_step(run: Path) -> int:
 
 
 def losses(run: Path) -> list[float]:
-    """The loss of every logged step."""
+    """Return the loss of every logged step."""
     rows = map(json.loads, (Path(run) / "log.jsonl").read_text().splitlines())
     return [row["loss"] for row in rows if "loss" in row]
 
 
 def weights(run: Path) -> bytes:
-    """The final parameters, as they lie on disk."""
+    """Return the final parameters from disk."""
     return (Path(run) / "bundle" / "model.safetensors").read_bytes()

@@ -1,4 +1,4 @@
-"""Runs that train an adapter: it alone has gradients, moments, checkpoints and a bundle."""
+"""Adapter runs: only the adapter has gradients, moments, checkpoints and a bundle."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def names(tree):
 
 @pytest.fixture(scope="module")
 def base(tiny, tmp_path_factory) -> str:
-    """A bundle of a model at random."""
+    """A bundle of a random model."""
     folder = tmp_path_factory.mktemp("base") / "model"
     e = tiny()
     trainer = make(e)
@@ -55,7 +55,7 @@ def test_trees_divide_and_join_again():
     assert joined(trained, rest) == tree
 
 
-def test_int8_takes_the_memory_that_it_says(tiny):
+def test_int8_takes_its_documented_memory(tiny):
     def bytes_of(quantize):
         trainer = make(tiny(adapter=AdapterConfig(rank=1, quantize=quantize)))
         return state_bytes(trainer.abstract_state, trainer.mesh).parameters
@@ -80,7 +80,7 @@ def one(tiny, base):
     return trainer, before, *run(trainer, 12, state)
 
 
-def test_the_adapter_alone_is_trained_and_learns(one):
+def test_only_the_adapter_is_trained(one):
     trainer, before, losses, after = one
     (again,), _ = run(trainer, 1, copy(after))  # the first batch
     assert again < losses[0] - 0.1
@@ -95,7 +95,7 @@ def test_the_adapter_alone_is_trained_and_learns(one):
 
 @pytest.mark.slow
 def test_eight_devices_take_the_steps_of_one(one, base):
-    """With parameters cut over `fsdp` and `tensor`."""
+    """With parameters sharded over `fsdp` and `tensor`."""
     trainer, _, losses, _ = one
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     trainer = make(dataclasses.replace(trainer.experiment, mesh=mesh), 8)
@@ -113,7 +113,7 @@ def finished(tiny, base, tmp_path_factory):
     return Path(folder)
 
 
-def test_a_run_leaves_a_small_bundle_that_opens(finished, base):
+def test_a_run_writes_a_small_bundle_that_opens(finished, base):
     assert sorted(os.listdir(finished / "bundle")) == ["adapter.json", "adapter.safetensors"]
     about = json.loads((finished / "bundle" / "adapter.json").read_text())
     below = load(base)
@@ -126,7 +126,7 @@ def test_a_run_leaves_a_small_bundle_that_opens(finished, base):
     assert bundle.fingerprint == about["fingerprint"] != below.fingerprint
 
 
-def test_checkpoints_hold_the_adapter_alone(finished, base):
+def test_checkpoints_hold_only_the_adapter(finished, base):
     size = sum(f.stat().st_size for f in (finished / "checkpoints" / "6").rglob("*") if f.is_file())
     rows = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     written = next(row["checkpoint/bytes"] for row in rows if "checkpoint/bytes" in row)
@@ -153,7 +153,7 @@ def test_a_resumed_run_ends_bit_for_bit_the_same(finished, killed):
     assert (killed / "bundle" / name).read_bytes() == (finished / "bundle" / name).read_bytes()
 
 
-def test_a_run_does_not_go_on_over_another_model(killed, base, tmp_path):
+def test_a_run_does_not_resume_with_another_base_model(killed, base, tmp_path):
     moved = tmp_path / "moved"
     other = load(base)
     layer = other.model.text.projection
@@ -173,7 +173,7 @@ def test_a_run_does_not_go_on_over_another_model(killed, base, tmp_path):
         ({"init_towers": "text", "init_from": "x"}, "init_towers is 'text'.*such as \"text"),
     ],
 )
-def test_what_contradicts_an_adapter(tiny, changes, message):
+def test_options_that_contradict_an_adapter_are_refused(tiny, changes, message):
     with pytest.raises(ConfigError, match=message):
         tiny(adapter=ADAPTER, **changes)
 

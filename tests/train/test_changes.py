@@ -1,4 +1,4 @@
-"""What a resumed run may change, and what is checked before the first step."""
+"""Changes that a resumed run may make, and checks before the first step."""
 
 import dataclasses
 import json
@@ -39,8 +39,8 @@ def test_changes_are_named_and_others_refused():
 
 
 @pytest.mark.slow
-def test_a_run_of_eight_devices_goes_on_over_four(tiny, tmp_path):
-    """As a user does it: another machine, another mesh, more steps, and a word in the history."""
+def test_a_run_of_eight_devices_resumes_on_four(tiny, tmp_path):
+    """With another machine, another mesh, more steps, and a line in the history."""
     experiment = tiny(steps=6, mesh=MeshConfig(data=8), log_every=1)
     config = write_config(experiment, tmp_path / "config.json")
     run, log = tmp_path / "run", tmp_path / "log"
@@ -98,13 +98,13 @@ def test_hosts_that_differ_are_named(monkeypatch):
     assert "start the same command in the same environment on every host" in message
 
 
-def test_a_folder_that_cannot_be_made_is_logged_at_once(tiny, tmp_path):
+def test_a_folder_that_cannot_be_made_is_reported_at_once(tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match=r"file/run cannot be written \(Not a directory\): give"):
         train(tiny(run_dir=str(tmp_path / "file" / "run")))
 
 
-def test_a_bucket_that_checkpoints_cannot_go_to_is_logged_at_once():
+def test_a_bucket_that_checkpoints_cannot_go_to_is_reported_at_once():
     message = r"cannot be written to s3://bucket/run, since Orbax.*or the path where the bucket is"
     with pytest.raises(ConfigError, match=message):
         preflight.check_folder(epath.Path("s3://bucket/run"))

@@ -54,10 +54,10 @@ def test_a_checkpoint_that_is_corrupt_for_another_host_is_skipped(three, monkeyp
     assert message == [f"checkpoint 30 of {three.folder} is corrupt and is skipped"]
 
 
-def test_what_another_host_cannot_read_stops_all(three, monkeypatch):
+def test_a_checkpoint_that_another_host_cannot_read_stops_all(three, monkeypatch):
     theirs = json.dumps([" by process 1 of 2", "UNAVAILABLE", False])
     monkeypatch.setattr(checkpoint, "exchange_texts", lambda mine: [mine, theirs])
-    with pytest.raises(CheckpointError, match=r"read by process 1 of 2 \(UNAVAILABLE\), which"):
+    with pytest.raises(CheckpointError, match=r"read by process 1 of 2 \(UNAVAILABLE\), but may"):
         three.restore(ABSTRACT)
     assert sorted(int(name) for name in os.listdir(three.folder)) == [10, 20, 30]
 
@@ -74,8 +74,8 @@ def test_a_file_that_is_missing_for_a_moment_is_waited_for(three):
     assert restored[1] == {"step": 30}
 
 
-def test_a_state_that_was_never_computed_is_no_fault_of_the_disk(three, monkeypatch):
-    """A neighbour's death in the step reaches the writer, and is told as such, by the watch."""
+def test_an_error_in_the_computation_is_not_reported_as_a_disk_error(three, monkeypatch):
+    """The death of another process during a step reaches the writer; the watch reports it."""
 
     def save(*_, **__):
         raise jax.errors.JaxRuntimeError("Read error [10.0.0.2]:68: Connection reset by peer")

@@ -1,4 +1,4 @@
-"""A teacher says what it says alone, and its student follows."""
+"""Distillation: embeddings of the teacher, and the student's losses."""
 
 import dataclasses
 from pathlib import Path
@@ -45,7 +45,7 @@ def pairs(teacher: Teacher, step: int = 0, size: int = 16) -> dict[str, np.ndarr
 
 
 @pytest.mark.parametrize("micro", [None, 8])
-def test_a_teacher_says_what_it_says_alone(tiny, micro):
+def test_a_teachers_embeddings_are_those_of_its_own_model(tiny, micro):
     experiment = tiny(distill=DistillConfig(TEACHER), micro_batch_size=micro)
     bundle = vlm.load(TEACHER)
     size = bundle.preprocess.config.image_size
@@ -81,7 +81,7 @@ def test_tokens_of_both_are_side_by_side(tiny):
         ({"teacher": str(GOLDEN / "hf_naflex")}, ConfigError, "images of any aspect"),
     ],
 )
-def test_a_teacher_that_cannot_be_is_refused(tiny, changes, error, message):
+def test_an_unsuitable_teacher_is_refused(tiny, changes, error, message):
     config = DistillConfig(**({"teacher": TEACHER} | changes))
     with pytest.raises(error, match=message):
         Teacher(tiny(distill=config), mesh(1))
@@ -98,7 +98,7 @@ def test_a_teacher_that_cannot_be_is_refused(tiny, changes, error, message):
         ({"stored": "taught"}, "learns from one teacher"),
     ],
 )
-def test_a_distillation_that_cannot_be_is_refused(tiny, changes, message):
+def test_an_invalid_distillation_is_refused(tiny, changes, message):
     with pytest.raises(ConfigError, match=message):
         tiny(distill=DistillConfig(**({"teacher": TEACHER} | changes)))
 
@@ -127,7 +127,7 @@ def test_one_device_and_eight_and_micro_batches_agree(tiny):
     assert alone[-1] < alone[0]
 
 
-def test_the_weights_weigh(tiny):
+def test_loss_weights_scale_the_terms(tiny):
     random = np.random.default_rng(0)
     z = [unit_norm(jnp.asarray(random.standard_normal((16, 16)), jnp.float32)) for _ in range(4)]
     batch = {"teacher_image": z[2], "teacher_text": z[3]}
@@ -153,8 +153,8 @@ def test_the_weights_weigh(tiny):
 
 
 @pytest.mark.slow
-def test_a_fine_tuned_run_goes_on_as_if_it_had_not_been_left(learned, pale, tmp_path):
-    """With what it keeps beside the weights: their start, their average, projections, a head."""
+def test_a_resumed_fine_tuning_run_ends_the_same(learned, pale, tmp_path):
+    """Including initial weights, EMA, projections and head."""
     optimizer = OptimizerConfig(schedule="constant", warmup=0.0, start_decay=10.0, ema=0.9)
     whole = Experiment(
         init_from=learned,

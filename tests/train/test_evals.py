@@ -1,4 +1,4 @@
-"""What a run is measured on: read once, opened when it is measured, scored as it should be."""
+"""Evaluations of a run: data read once, images opened on use, and correct scores."""
 
 import dataclasses
 import json
@@ -123,7 +123,7 @@ def test_class_names_that_do_not_fit_are_refused(parts, walls, tmp_path, lines, 
         open_task(config, Embedder(trainer), inputs)
 
 
-def test_a_run_is_measured_on_its_own_split_and_on_others(parts, tiny, walls, opened):
+def test_a_run_is_evaluated_on_its_own_split_and_on_other_data(parts, tiny, walls, opened):
     trainer, state, inputs = parts
     evals = (EvalConfig("walls", "retrieval", walls, "val", captions=("caption",)),)
     experiment = tiny(evals=evals, data={"eval_split": "test"})

@@ -1,4 +1,4 @@
-"""Two processes over loopback are one run: the same losses, the same end, left and found again."""
+"""Two processes over loopback are one run: equal losses and results, also when resumed."""
 
 import json
 import random
@@ -21,7 +21,7 @@ STEPS = 60
 
 
 class Pair:
-    """Two processes of four devices each, as a user starts them on two hosts."""
+    """Two processes of four devices each, started as on two hosts."""
 
     def __init__(self, arguments: list, folder: Path):
         with socket.socket() as free:
@@ -54,7 +54,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(tiny, drawings, tmp_path_factory):
-    """A run of two processes that nobody disturbed; it is measured on its held-out split twice."""
+    """An uninterrupted run of two processes, evaluated on its held-out split twice."""
     folder = tmp_path_factory.mktemp("pair")
     again = EvalConfig("again", "retrieval", drawings, "test", captions=("caption",))
     classes = EvalConfig("classes", "zero-shot", drawings, "test", label="caption")
@@ -96,7 +96,7 @@ def test_two_processes_are_one(pair, tmp_path):
 
 
 @pytest.mark.parametrize("_", range(KILLS))
-def test_a_pair_is_killed_and_told_to_leave_and_ends_the_same(pair, tmp_path, _):
+def test_a_killed_or_interrupted_pair_ends_the_same(pair, tmp_path, _):
     whole, config, _, _ = pair
     run = tmp_path / "run"
 
@@ -117,7 +117,7 @@ def test_a_pair_is_killed_and_told_to_leave_and_ends_the_same(pair, tmp_path, _)
     assert losses(run) == losses(whole)
 
 
-def test_the_process_where_all_meet_dies(pair, tmp_path):
+def test_the_coordinator_process_dies(pair, tmp_path):
     """JAX ends the other process without naming the dead one; a helper process names it."""
     _, config, _, _ = pair
     run = tmp_path / "run"

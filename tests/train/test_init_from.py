@@ -1,4 +1,4 @@
-"""Fine-tuning: what a run takes from the model that it starts from, and that it forgets nothing."""
+"""Fine-tuning: config, tokenizer and weights taken from another model."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def rows(run) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_model_pixels_and_tokens_are_the_checkpoints(name):
+def test_model_preprocessing_and_tokenizer_are_the_checkpoints(name):
     path = GOLDEN / name
     e = resolve(Experiment(init_from=str(path), steps=1))
     theirs = vlm.load(path)
@@ -53,7 +53,7 @@ def test_model_pixels_and_tokens_are_the_checkpoints(name):
     assert resolve(from_dict(Experiment, to_dict(e))) == e
 
 
-def test_a_config_overrides_what_it_names():
+def test_set_fields_override_the_checkpoint():
     path = str(GOLDEN / "hf_clip")
     plain = resolve(Experiment(init_from=path))
     size = 2 * plain.model.vision.image_size
@@ -120,7 +120,7 @@ def test_a_run_takes_any_aspect_or_squares_as_its_config_says():
         ({"init_from": None, "init_image_size": 32}, ConfigError, "name one, and leave model out"),
     ],
 )
-def test_a_start_that_cannot_be_is_refused(changes, error, message):
+def test_an_invalid_start_is_refused(changes, error, message):
     with pytest.raises(error, match=message):
         resolve(Experiment(**({"init_from": str(GOLDEN / "hf_clip")} | changes)))
 
@@ -139,7 +139,7 @@ def test_a_contradiction_is_named():
 # ------------------------------------------------------------------- what does not collapse
 
 
-def test_rates_where_none_is_named():
+def test_default_learning_rates():
     assert with_defaults(Experiment()).optimizer.learning_rate == 1e-3
     tuned = Experiment(init_from="model", batch_size=512)
     assert with_defaults(tuned).optimizer.learning_rate == 1e-5
@@ -160,7 +160,7 @@ def test_rates_where_none_is_named():
     assert with_defaults(lit).optimizer.learning_rate == 1e-3
 
 
-def test_a_resumed_run_keeps_what_a_config_leaves_open():
+def test_a_resumed_run_keeps_unset_fields():
     before = with_defaults(Experiment(init_from="gone", steps=5))
     again = resumed_experiment(Experiment(init_from="gone", init_image_size=32, steps=9), before)
     assert again == dataclasses.replace(before, steps=9)
@@ -168,7 +168,7 @@ def test_a_resumed_run_keeps_what_a_config_leaves_open():
 
 @pytest.mark.slow
 def test_a_fine_tuned_model_never_falls_under_its_start(learned, pale, tmp_path):
-    """No model, no rate and no tokenizer named: the run starts where the model stands."""
+    """Without model, learning rate and tokenizer in the config."""
     experiment = Experiment(
         init_from=learned,
         data=DataConfig(source=pale),

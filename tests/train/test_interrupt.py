@@ -15,7 +15,7 @@ from processes import LIMIT, environment, last_step, wait, write_config
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_waits_for_its_workers_saves_the_step_at_hand(tiny, tmp_path, number):
+def test_a_run_that_waits_for_its_workers_saves_the_current_step(tiny, tmp_path, number):
     drawings, rows = tmp_path / "large", []
     drawings.mkdir()
     for i in range(16):  # takes a worker long to decode

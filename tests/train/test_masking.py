@@ -25,7 +25,7 @@ def test_padding_goes_first():
         assert got.tolist() == [1, 10, 11, 12, 13, 2]
 
 
-def test_words_go_at_random_and_the_rest_keeps_its_order():
+def test_words_are_dropped_at_random_in_order():
     rows = masked(row(8), 0.5)
     assert rows.shape == (64, 5)
     assert (rows[:, 0] == 1).all()

@@ -1,4 +1,4 @@
-"""Training on images of any aspect: padding changes nothing, nor does how a step is cut."""
+"""Training on images of any aspect: independent of padding, micro-batches and devices."""
 
 import dataclasses
 import functools
@@ -99,7 +99,7 @@ def test_padding_has_no_influence_on_loss_and_gradients(any_aspect, pool):
 
 
 def test_one_device_and_eight_and_micro_batches_agree(any_aspect):
-    """With dropout, of values and of patches, whose masks are each example's own."""
+    """With dropout and patch dropout, whose masks belong to the examples."""
     noise = {"dropout": 0.1, "patch_dropout": 0.5}
     experiment = any_aspect(vision=noise, optimizer={"eps": 1e-3})
     found = []
@@ -151,7 +151,7 @@ def test_a_run_learns(run):
     assert measured[-1] > 0.6  # five of 16 captions: 0.31 by chance
 
 
-def test_a_resumed_run_is_the_whole_run(run, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(run, tmp_path):
     again = tmp_path / "run"
     shutil.copytree(run, again)
     shutil.rmtree(again / "bundle")
@@ -162,7 +162,7 @@ def test_a_resumed_run_is_the_whole_run(run, tmp_path):
     assert logged(again) == logged(run)
 
 
-def test_what_a_run_leaves_encodes_any_aspect_and_is_trained_further(run, any_aspect, tmp_path):
+def test_the_bundle_encodes_any_aspect_and_can_be_trained_further(run, any_aspect, tmp_path):
     model = vlm.load(run)
     assert model.preprocess.config.resize == "naflex"
     folder = Path(any_aspect().data.source)

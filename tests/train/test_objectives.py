@@ -1,4 +1,4 @@
-"""Learning classes: the head starts as zero-shot, and what it learns can be used."""
+"""Classification and FLYP objectives: the head starts as zero-shot and is saved."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def test_a_label_outside_the_head_is_refused(classes):
         classes.of(tokens)
 
 
-def test_classes_that_read_the_same_are_refused(pale):
+def test_classes_with_equal_tokens_are_refused(pale):
     short = train_bpe(["a red bar"], 300, 3)  # no room for the second word
     with pytest.raises(ConfigError, match="are the same 3 tokens in the templates"):
         Classes(DataConfig(pale, label="label", templates=("a long sentence of a {}",)), short)
@@ -67,7 +67,7 @@ def test_classes_that_read_the_same_are_refused(pale):
         ),
     ],
 )
-def test_an_objective_that_cannot_be_is_refused(tiny, changes, message):
+def test_an_invalid_objective_is_refused(tiny, changes, message):
     with pytest.raises(ConfigError, match=message):
         tiny(**changes)
 
@@ -133,7 +133,7 @@ def _by_hand(trainer, state, batch) -> float:
 
 
 @pytest.mark.slow
-def test_a_classification_starts_at_zero_shot_and_leaves_a_classifier(learned, pale, tmp_path):
+def test_a_classification_starts_at_zero_shot_and_writes_a_classifier(learned, pale, tmp_path):
     experiment = Experiment(
         init_from=learned,
         objective="classification",

@@ -1,4 +1,4 @@
-"""Schedules by worked values; update rules by what they do to parameters."""
+"""Schedules against worked values; effects of update rules on parameters."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ KEY = jax.random.key(0)
 
 
 def parameters():
-    """Names and shapes as the towers have them: two stacked blocks and what lies around them."""
+    """Names and shapes of the towers' parameters: two stacked blocks and the layers around them."""
     shapes = {
         "stem": {"kernels": {"0": (3, 3, 3, 32)}, "kernel": (4, 4, 3, 32), "bias": (32,)},
         "position": (16, 32),
@@ -108,12 +108,12 @@ def test_a_schedule_ends_at_its_end(schedule):
         ({"weight_decay": 0.2, "weight_decay_rule": "big_vision"}, "of every kernel at every step"),
     ],
 )
-def test_rates_that_cannot_be_are_refused(changes, message):
+def test_invalid_rates_are_refused(changes, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         OptimizerConfig(**changes)
 
 
-def test_decay_pulls_what_multiplies_and_nothing_else():
+def test_only_matrices_have_weight_decay():
     decayed = {name for name, yes in by_name(decay_mask(parameters())).items() if yes}
     blocks = "vision/transformer/blocks"
     assert decayed == {
@@ -176,7 +176,7 @@ def test_an_unknown_rule_of_decay_is_refused():
         ({"start_decay": 0.1, "weight_decay": 0.2}, "weight_decay is 0.2 and has no effect"),
     ],
 )
-def test_what_has_no_effect_is_refused(changes, message):
+def test_options_without_effect_are_refused(changes, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         OptimizerConfig(**changes)
 
@@ -303,7 +303,7 @@ def names_to(shapes: dict[str, tuple[int, ...]]) -> dict:
     return tree
 
 
-# The names that the towers give; after each the power of the decay that it is due.
+# Names of the towers' parameters, each with its power of the decay.
 RESNET = {
     "stem/0/kernel": 4, "stem_norms/0/scale": 4, "stages/0/0/conv1/kernel": 3,
     "stages/0/1/conv1/kernel": 2, "stages/1/0/shortcut/kernel": 1, "pool/query/kernel": 0,

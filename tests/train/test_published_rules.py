@@ -102,7 +102,7 @@ def adafactor(g, state, t, c):
 
 
 def nadam(g, state, t, c):
-    """What Muon leaves over: Adam with Nesterov's momentum (Dozat, 2016)."""
+    """Adam with Nesterov's momentum (Dozat, 2016), for parameters that Muon does not update."""
     adam(g, state, t, c)
     m = c.b1 * state["m"] / (1 - c.b1 ** (t + 1)) + (1 - c.b1) * g / (1 - c.b1**t)
     return m / (np.sqrt(state["v"] / (1 - c.b2**t)) + c.eps)

@@ -51,7 +51,7 @@ def batches(data, learned, stored, **options):
     return model, found
 
 
-def test_what_is_read_is_what_the_teacher_says_of_what_is_made(data, learned, stored, tiny):
+def test_stored_embeddings_are_the_teachers_of_the_same_batches(data, learned, stored, tiny):
     _, found = batches(data, learned, stored)
     teacher = Teacher(
         tiny(distill=DistillConfig(learned)), make_mesh(MeshConfig(), jax.devices()[:1])
@@ -79,7 +79,7 @@ def test_a_batch_is_the_same_from_its_position(data, learned, stored):
 
 
 def test_a_bad_sample_is_replaced_with_its_embedding(data, learned, stored, drawings, tmp_path):
-    """Training passes over it, and what stands in its place has its own embedding."""
+    """Training skips it, and its replacement has its own embedding."""
     broken = tmp_path / "broken"
     broken.mkdir()
     lines = Path(drawings, "captions.jsonl").read_text().splitlines()
@@ -109,7 +109,7 @@ def test_embeddings_of_other_data_are_refused(data, learned, stored, changes, me
         batches(dataclasses.replace(data, **changes), learned, stored)
 
 
-def test_what_was_stopped_goes_on_and_ends_the_same(data, learned, stored, tmp_path):
+def test_an_interrupted_call_resumes_and_ends_the_same(data, learned, stored, tmp_path):
     """Also with corrupt rows after those that are recorded."""
     options = {"variants": 3, "batch_size": 16}
 
@@ -139,7 +139,7 @@ def test_what_was_stopped_goes_on_and_ends_the_same(data, learned, stored, tmp_p
     }
 
 
-def test_what_is_no_store_is_refused(data, learned, stored, tmp_path):
+def test_a_folder_of_other_files_is_refused(data, learned, stored, tmp_path):
     with pytest.raises(DataError, match="holds no embeddings of a teacher"):
         Reinforced.open(str(tmp_path))
     with pytest.raises(DataError, match="is not empty: give an empty or new folder"):
@@ -148,7 +148,7 @@ def test_what_is_no_store_is_refused(data, learned, stored, tmp_path):
         reinforce(data, tmp_path / "new", learned, variants=0)
 
 
-def test_the_command_says_what_it_made(drawings, learned, tmp_path, capsys):
+def test_the_command_prints_its_result(drawings, learned, tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--augmentations", "1", "--dtype", "float16", "--batch-size", "16"]
     assert main(["data", "reinforce", drawings, str(out), "--teacher", learned, *options]) == 0

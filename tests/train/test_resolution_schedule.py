@@ -1,4 +1,4 @@
-"""Small images first: when, and what becomes of the position embeddings."""
+"""Resolution schedule: image sizes, and resampled position embeddings."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from vlm.errors import ConfigError
 from vlm.train.resolution import image_size_at, shrink, with_grid
 
 
-def test_sizes_follow_their_shares_of_the_run(tiny):
+def test_sizes_follow_their_fractions_of_the_run(tiny):
     experiment = tiny(image_sizes=((0.5, 4), (0.25, 8)))
     sizes = [image_size_at(experiment, step, 8) for step in range(8)]
     assert sizes == [4, 4, 4, 4, 8, 8, 16, 16]
@@ -44,6 +44,6 @@ def test_shrinking_averages():
     ("sizes", "message"),
     [(((0.5, 6),), "multiples of patch_size 4"), (((0.7, 8), (0.5, 4)), "add up to at most 1")],
 )
-def test_sizes_that_cannot_be_are_refused(tiny, sizes, message):
+def test_invalid_sizes_are_refused(tiny, sizes, message):
     with pytest.raises(ConfigError, match=message):
         tiny(image_sizes=sizes)

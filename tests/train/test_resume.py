@@ -1,4 +1,4 @@
-"""A run that is killed, told to leave or damaged goes on as if nothing had happened."""
+"""A run that is killed, interrupted or damaged resumes as if nothing had happened."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ NOISE = {
 
 @pytest.fixture(scope="module")
 def alone(tiny, tmp_path_factory):
-    """A run of its own process that nobody disturbed, and how to start another like it."""
+    """An uninterrupted run in its own process, and a function that starts another like it."""
     folder = tmp_path_factory.mktemp("alone")
     experiment = tiny(steps=STEPS, checkpoint_every=0.1, log_every=1, **NOISE)
     config = write_config(experiment, folder / "config.json")
@@ -55,7 +55,7 @@ def alone(tiny, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("_", range(KILLS))
-def test_killed_and_told_to_leave_a_run_ends_bit_for_bit_the_same(alone, tmp_path, _):
+def test_a_killed_and_interrupted_run_ends_bitwise_equal(alone, tmp_path, _):
     whole, config, env = alone
     run, log = tmp_path / "run", tmp_path / "log"
     first = start([config, "--run-dir", run], env, log)
@@ -111,7 +111,7 @@ def flat(run: Path) -> np.ndarray:
     return np.concatenate([arrays[name].ravel() for name in sorted(arrays)])
 
 
-def test_a_resumed_run_is_the_whole_run(eight, killed):
+def test_a_resumed_run_equals_an_uninterrupted_one(eight, killed):
     train(resume=killed)
     assert weights(killed) == weights(eight)
     assert losses(killed) == losses(eight)
@@ -120,7 +120,7 @@ def test_a_resumed_run_is_the_whole_run(eight, killed):
 @pytest.mark.parametrize(
     "mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=8)], ids=["all", "fsdp"]
 )
-def test_a_run_goes_on_over_another_mesh(eight, killed, mesh, monkeypatch):
+def test_a_run_resumes_on_another_mesh(eight, killed, mesh, monkeypatch):
     monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 1)
     change(killed, mesh=mesh)
     train(resume=killed)
@@ -247,13 +247,13 @@ def test_events_are_scheduled_at_fractions_of_the_run():
         ({"steps": None}, ConfigError, r"no length: set one of steps"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_training(tiny, tmp_path, changes, error, message):
+def test_invalid_configs_are_refused_before_training(tiny, tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
         train(tiny(run_dir=str(tmp_path / "run"), **changes))
     assert not (tmp_path / "run").exists()  # free for the next attempt
 
 
-def test_a_run_that_cannot_start_leaves_what_it_found(tiny, tmp_path):
+def test_a_run_that_cannot_start_keeps_existing_files(tiny, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "mine").write_text("kept")
     with pytest.raises(ShardingError):

@@ -139,7 +139,7 @@ def test_on_a_disk_nothing_is_copied(tmp_path):
         copied.copy()
 
 
-def test_a_too_short_grace_period_is_logged(monkeypatch):
+def test_a_short_shutdown_deadline_is_logged(monkeypatch):
     monkeypatch.setattr(interrupt, "SHUTDOWN_GRACE", 30.0)
     with Interrupted() as interrupted:
         assert not interrupted.at(3)

@@ -1,4 +1,4 @@
-"""One step is the same step however it is cut: into micro-batches, over devices, at any time."""
+"""A training step is the same with micro-batches, on any number of devices, and when repeated."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ def make(experiment: Experiment, devices: int = 1) -> Trainer:
 
 
 def batch(step: int, size: int = 16) -> dict[str, np.ndarray]:
-    """Random images, each with a text that has something to do with it."""
+    """Random images, each with a related text."""
     random = np.random.default_rng(step)
     images = random.integers(0, 256, (size, 16, 16, 3), np.uint8)
     tokens = np.concatenate([images[:, :8, 0, 0] % 250 + 2, np.zeros((size, 8))], 1)
@@ -114,7 +114,7 @@ def test_eight_devices_are_one_device(alone, tiny, mesh, monkeypatch):
 
 
 def test_lion_is_the_same_on_eight_devices(tiny, monkeypatch):
-    """It makes any gradient as large as any other, also mere rounding: there must be none."""
+    """Lion's sign amplifies rounding errors of gradients: there must be none."""
     monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 1)
     states = []
     for mesh, devices in ((MeshConfig(), 1), (MeshConfig(data=2, fsdp=2, tensor=2), 8)):
@@ -213,7 +213,7 @@ def test_the_average_follows_the_parameters(noisy):
     assert float(used) == float(after.ema["logit_bias"])
 
 
-def test_an_adapter_alone_is_trained_and_kept(tiny):
+def test_only_an_adapter_is_trained_and_saved(tiny):
     plain, adapted = make(tiny()), make(tiny(adapter=AdapterConfig(rank=1)))
     assert plain.kept(plain.abstract_state) is plain.abstract_state
     assert plain.abstract_state.frozen == {}
@@ -226,7 +226,7 @@ def test_an_adapter_alone_is_trained_and_kept(tiny):
     assert adapted.kept(state).params is state.params
 
 
-def test_products_are_in_float32_on_a_cpu_unless_told_otherwise():
+def test_products_are_in_float32_on_a_cpu_by_default():
     assert compute_dtype("auto") == jnp.float32
     assert compute_dtype("bfloat16") == jnp.bfloat16
 

@@ -140,8 +140,8 @@ def _train(
                 with timed(DATA):
                     batch = trainer.place(next(batches))
                 with timed(STEP):
-                    step_once = trainer.step_at(image_size_at(experiment, step, total))
-                    state, metrics = step_once(state, batch)
+                    train_step = trainer.step_at(image_size_at(experiment, step, total))
+                    state, metrics = train_step(state, batch)
                 step += 1
                 with timed(DEVICE):
                     logs.step(step, metrics)

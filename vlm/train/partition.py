@@ -9,7 +9,7 @@ Params = dict[Any, Any]  # nested, by name; list items by index
 def partition(
     params: Params, trained: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()
 ) -> tuple[Params, Params]:
-    """Return (leaves whose path is `trained`, all other leaves), both without empty branches."""
+    """Return (leaves whose path is `trained`, all other leaves), without empty branches."""
     yes, no = {}, {}
     for name, value in params.items():
         here = (*path, str(name))

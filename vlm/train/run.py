@@ -187,11 +187,11 @@ class Run:
 
 
 def experiment_in(folder: epath.Path) -> Experiment:
-    """The experiment of the run in `folder`.
+    """Read the experiment of the run in `folder`.
 
     Raises:
         CheckpointError: no run there, or a config that this version cannot read.
-        ConfigError: the folder cannot be read; the message says why.
+        ConfigError: the folder cannot be read; the message has the reason.
     """
     config = folder / "config.json"
     with as_config_error(f"{config} cannot be read", "check the path and its permissions"):
