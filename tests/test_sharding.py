@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from vlm import sharding
 from vlm.config import MeshConfig
 from vlm.errors import ShardingError
 from vlm.sharding import (
+    batch_shard,
     batch_sharding,
-    batch_share,
     check_batch,
     global_batch,
     make_mesh,
@@ -85,12 +86,19 @@ def test_optimizer_moments_are_sharded_like_their_parameter():
 
 def test_a_batch_becomes_global_and_keeps_its_order():
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
-    assert batch_share(mesh) == (0, 1)
+    assert batch_shard(mesh) == (0, 1)
     rows = np.arange(48).reshape(16, 3)
     batch = global_batch({"rows": rows}, mesh)["rows"]
     assert batch.sharding == batch_sharding(mesh)
     assert batch.addressable_shards[0].data.shape == (2, 3)
     np.testing.assert_array_equal(batch, rows)
+
+
+def test_the_old_name_of_batch_shard_warns():
+    with pytest.warns(
+        DeprecationWarning, match=r"batch_share is renamed to vlm\.sharding\.batch_shard"
+    ):
+        assert sharding.batch_share is batch_shard
 
 
 def test_the_placement_table_counts_bytes_on_one_device():

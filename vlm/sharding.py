@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from vlm._deprecation import renamed
 from vlm.config import MeshConfig
 from vlm.errors import ShardingError
 
@@ -42,6 +43,8 @@ TENSOR_DIMENSION |= {(layer, "lora", "b"): -1 for layer in OUTPUTS}
 TENSOR_DIMENSION |= {(layer, "lora", "magnitude"): -1 for layer in OUTPUTS}
 TENSOR_DIMENSION |= {(layer, "kernel_scale"): -1 for layer in OUTPUTS}
 TENSOR_DIMENSION |= {(layer, "lora", "a"): -2 for layer in INPUTS}
+
+__getattr__ = renamed(__name__, {"batch_share": "vlm.sharding.batch_shard"})
 
 # Smaller parameters are replicated: an all-gather would cost more than it saves.
 SMALLEST_SHARDED = 2**14  # elements
@@ -207,7 +210,7 @@ def gathered(block: Any, layers: int, dtype: DTypeLike) -> Any:
 
 
 @functools.cache
-def batch_share(mesh: Mesh | AbstractMesh) -> tuple[int, int]:
+def batch_shard(mesh: Mesh | AbstractMesh) -> tuple[int, int]:
     """Return (index, count): this process reads part `index` of `count` equal parts of a batch.
 
     Processes that hold copies of the same rows, as along `tensor`, read the same part.
@@ -219,21 +222,21 @@ def batch_share(mesh: Mesh | AbstractMesh) -> tuple[int, int]:
     rows: dict[int, set[int]] = {}
     for device, (index, *_) in batch_sharding(mesh).devices_indices_map((count,)).items():
         rows.setdefault(device.process_index, set()).add(index.start or 0)
-    shares = sorted({tuple(sorted(r)) for r in rows.values()})
-    if sum(map(len, shares)) != count or len(set(map(len, shares))) > 1:
+    shards = sorted({tuple(sorted(r)) for r in rows.values()})
+    if sum(map(len, shards)) != count or len(set(map(len, shards))) > 1:
         raise ShardingError(
             f"mesh {dict(mesh.shape)} gives the {len(rows)} processes batches that overlap "
             "partially: make data x fsdp a multiple of the devices per process"
         )
-    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
+    return shards.index(tuple(sorted(rows[jax.process_index()]))), len(shards)
 
 
 def global_batch(batch: dict[str, Any], mesh: Mesh | AbstractMesh) -> dict[str, Any]:
     """Make global arrays from this process's part of a batch, a tree of NumPy arrays."""
-    sharding, (_, shares) = batch_sharding(mesh), batch_share(mesh)
+    sharding, (_, count) = batch_sharding(mesh), batch_shard(mesh)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(
-            sharding, x, (len(x) * shares, *x.shape[1:])
+            sharding, x, (len(x) * count, *x.shape[1:])
         ),
         batch,
     )

@@ -21,7 +21,7 @@ from vlm.config import MeshConfig
 from vlm.errors import VlmError
 from vlm.plan.compile import DoesNotFit, compile_step, with_dtype
 from vlm.plan.topology import CUBES, FLAT, parse_topology, topology_devices
-from vlm.sharding import batch_share, make_mesh
+from vlm.sharding import batch_shard, make_mesh
 
 SLICES = ("2xv5e:4x4", "2xv4:2x2x2", "4xv6e:2x2", "2xv5p:2x2x2", "2xtpu7x:2x2x1")
 
@@ -54,7 +54,7 @@ def compile_one(name: str, config: MeshConfig) -> str:
     e = experiment(2048, mesh=config, **TPU_HEADS)
     try:
         mesh = make_mesh(config, topology_devices(parse_topology(name)))
-        batch_share(mesh)
+        batch_shard(mesh)
         step = compile_step(with_dtype(e, "tpu"), mesh)
     except VlmError as error:
         return f"refused: {error}"
@@ -66,7 +66,7 @@ def compile_one(name: str, config: MeshConfig) -> str:
 def lay_out_one(name: str, config: MeshConfig) -> str:
     """Whether a mesh can be laid out, with shares of the batch that its hosts can read."""
     try:
-        batch_share(make_mesh(config, topology_devices(parse_topology(name))))
+        batch_shard(make_mesh(config, topology_devices(parse_topology(name))))
     except Exception as error:
         return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return "ok"

@@ -20,7 +20,7 @@ from vlm.heads.prompts import label_prompts, normalise
 from vlm.heads.templates import choose_templates
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
-from vlm.sharding import batch_sharding, batch_share, batch_ways, global_batch
+from vlm.sharding import batch_shard, batch_sharding, batch_ways, global_batch
 from vlm.train.step import Trainer, TrainState
 
 ROWS = 256  # embedded at a time
@@ -67,7 +67,7 @@ class Embedder:
 
         The next rows are read while the devices embed the last ones; images are not stored.
         """
-        shard, shards = batch_share(self._mesh)
+        shard, shards = batch_shard(self._mesh)
         own, prepare = self._rows // shards, self._trainer.preprocess
         out: list[np.ndarray] = []
         waiting = None

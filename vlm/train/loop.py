@@ -11,7 +11,7 @@ from vlm.data.pipeline import train_batches
 from vlm.data.sources import credits, require_source
 from vlm.errors import ConfigError, TrainingError
 from vlm.paths import keep_compiled_programs
-from vlm.sharding import batch_share, check_batch, make_mesh
+from vlm.sharding import batch_shard, check_batch, make_mesh
 from vlm.train.bucket_sync import BucketSync
 from vlm.train.checkpoint import Checkpoints
 from vlm.train.classes import with_templates
@@ -78,7 +78,7 @@ def _train(
         trainer = Trainer(
             experiment, mesh, tokenizer.config, supervision.class_count, supervision.teacher
         )
-        shard, shards = batch_share(mesh)
+        shard, shards = batch_shard(mesh)
         batches = train_batches(
             experiment.data,
             trainer.preprocess,
