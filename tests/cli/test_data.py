@@ -144,6 +144,6 @@ def test_an_index_beside_the_shards_is_found_and_small(photos, tmp_path, capsys)
     assert main(["data", "show", pattern, "--limit", "5"]) == 0
     with open(shards / "train-00000.tar", "ab") as f:
         f.write(bytes(512))
-    with pytest.raises(DataError, match=r"train-00000\.tar has .* make it anew"):
+    with pytest.raises(DataError, match=r"train-00000\.tar has .* rebuild it"):
         open_source(config, "train")
     assert main(["data", "index", "photos/"]) == 2

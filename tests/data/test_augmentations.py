@@ -15,7 +15,7 @@ ALL = AugmentConfig(randaugment=(2, 9), grey=0.5, blur=0.5, solarise=0.5, lines=
 
 
 def changed(config, u):
-    return augmentations.changed(PIXELS, config, np.asarray(u, float))
+    return augmentations.augment(PIXELS, config, np.asarray(u, float))
 
 
 def draws(operation=None, **values):
@@ -46,7 +46,7 @@ def test_lines_go_or_grow():
     drawing = np.full((9, 9, 3), 255, np.uint8)
     drawing[4] = 0  # a line of one pixel
     gone, thicker = (
-        augmentations.changed(drawing, AugmentConfig(lines=0.4), draws(lines=u)) for u in (0.1, 0.3)
+        augmentations.augment(drawing, AugmentConfig(lines=0.4), draws(lines=u)) for u in (0.1, 0.3)
     )
     assert (gone == 255).all()
     np.testing.assert_array_equal(thicker[3:6], 0)
@@ -74,7 +74,7 @@ def test_a_turn_keeps_the_centre_and_goes_both_ways():
     for u1 in (0.2, 0.8):
         u = draws(5)
         u[1] = u1
-        out = augmentations.changed(spot, AugmentConfig(randaugment=(1, 30)), u)
+        out = augmentations.augment(spot, AugmentConfig(randaugment=(1, 30)), u)
         assert out[16, 16].tolist() == [255, 255, 255]
 
 

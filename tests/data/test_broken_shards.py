@@ -156,7 +156,7 @@ def test_what_follows_the_end_of_a_tar_is_named(tmp_path, access):
     (tmp_path / "a.tar").write_bytes(whole + whole)
     good, (fault,) = read_all(str(tmp_path / "a.tar"), access)
     assert len(good) == 8
-    assert "goes on after the end-of-archive marker" in str(fault)
+    assert "data follows the end-of-archive marker" in str(fault)
     hole = bytes(3 << 20)  # a download that reserved its space and was stopped
     (tmp_path / "a.tar").write_bytes(whole.rstrip(b"\0") + hole)
     good, (fault,) = read_all(str(tmp_path / "a.tar"), access)

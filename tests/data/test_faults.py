@@ -198,7 +198,7 @@ def test_a_run_stops_when_nothing_good_comes(tmp_path):
     config = dataclasses.replace(FIELDS, access="stream", prefetch=2)
     config = dataclasses.replace(config, source=str(tmp_path / "a.tar"))
     iterator = batches_of(config)
-    with pytest.raises(DataError, match=r"256 bad samples came one after another, .*a\.tar: \d+"):
+    with pytest.raises(DataError, match=r"256 bad samples in a row, .*a\.tar: \d+"):
         next(iterator)
     iterator.close()
 
@@ -298,24 +298,24 @@ def refused(message: str, **changes):
         batches_of(config)
 
 
-def test_what_no_stream_can_be_is_said_before_the_first_step(tmp_path):
+def test_invalid_streams_raise_before_the_first_step(tmp_path):
     source = kinds.tars(tmp_path)
     stream = {"source": source, "access": "stream"}
     refused("6 shards, too few for 8 lanes", **stream, lanes=8)
     refused("no feature 'title' that data.captions names", **stream, captions=("caption", "title"))
 
 
-def test_a_position_of_other_data_is_refused(tmp_path):
+def test_a_position_of_other_data_raises(tmp_path):
     config = dataclasses.replace(FIELDS, source=kinds.tars(tmp_path))
     stream = batches_of(dataclasses.replace(config, access="stream", lanes=2))
     next(stream)
     state = stream.get_state()
     fewer = dataclasses.replace(config, source=str(tmp_path / "{000..003}.tar"), access="stream")
-    with pytest.raises(DataError, match="position is of other data"):
+    with pytest.raises(DataError, match="checkpoint is for other data"):
         batches_of(dataclasses.replace(fewer, lanes=2)).set_state(state)
-    with pytest.raises(DataError, match=r"of 2 lanes and the run has 4: set data\.lanes"):
+    with pytest.raises(DataError, match=r"has 2 lanes and the run has 4: set data\.lanes"):
         batches_of(dataclasses.replace(config, access="stream", lanes=4)).set_state(state)
-    with pytest.raises(DataError, match="position is of a stream"):
+    with pytest.raises(DataError, match="checkpoint is for a stream"):
         batches_of(config).set_state(state)
     random = batches_of(config)
     next(random)

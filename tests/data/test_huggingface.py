@@ -237,5 +237,5 @@ def test_rows_chosen_by_indices_are_refused(tmp_path):
     state = {"_data_files": [], "_indices_data_files": [{"filename": "indices.arrow"}]}
     (tmp_path / "state.json").write_text(json.dumps(state))
     (tmp_path / "dataset_info.json").write_text("{}")
-    with pytest.raises(DataError, match="chosen or shuffled by a list of indices"):
+    with pytest.raises(DataError, match="selected or shuffled by a list of indices"):
         open_source(DataConfig(str(tmp_path)), "train")

@@ -135,16 +135,16 @@ def test_a_mixture_by_epochs_is_one_by_the_weights_that_they_come_to(tmp_path):
     config = kinds.make("mixture", tmp_path / "data")  # weights of 2 and 1
     streamed, table = (dataclasses.replace(part, weight=None) for part in config.mixture)
     streamed = dataclasses.replace(streamed, epochs=4, examples=kinds.COUNT)
-    table = dataclasses.replace(table, epochs=2)  # it knows how many it has
+    table = dataclasses.replace(table, epochs=2)  # its length is known
     expected = first_of(config)
     assert_same(first_of(dataclasses.replace(config, mixture=(streamed, table))), expected)
-    for wrong, said in (
-        ({"examples": None}, "say so with examples=N"),
+    for wrong, message in (
+        ({"examples": None}, "set examples=N"),
         ({"epochs": None}, "has no epochs beside parts with epochs"),
         ({"weight": 1.0}, "has a weight beside parts with epochs"),
     ):
         parts = (dataclasses.replace(streamed, **wrong), table)
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             make(dataclasses.replace(config, mixture=parts))
 
 

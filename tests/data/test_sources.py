@@ -252,7 +252,7 @@ def test_shards_have_random_access(shards, pattern):
     assert len(list((shards / "cache" / "shards").iterdir())) == 1
 
 
-def test_a_shard_that_changed_is_read_anew(shards):
+def test_a_changed_shard_is_read_again(shards):
     config = DataConfig(str(shards / "train-000.tar"))
     assert len(open_source(config, "train")) == 2
     write_shard(shards / "train-000.tar", [("x.png", picture(1)), ("x.txt", b"new")])
@@ -267,7 +267,7 @@ def test_shards_that_are_wrong(shards):
     write_shard(shards / "mute.tar", [("x.png", picture(1))])
     for name, message in [
         ("torn.tar", "torn.tar is broken: it ends by byte .* without an end-of-archive marker"),
-        ("text.tar", "text.tar is broken: a header is damaged, or this is no tar file"),
+        ("text.tar", "text.tar is broken: a header is damaged, or this is not a tar file"),
         ("bare.tar", r"examples without an image: x \(txt\)"),
         ("none.tar", "no shard .*none.tar"),
         ("none-*.tar", "no shards .*none"),

@@ -99,7 +99,7 @@ def test_a_bad_sample_is_replaced_with_its_embedding(data, learned, stored, draw
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"augment": AugmentConfig()}, r"are of data with other data\.augment"),
+        ({"augment": AugmentConfig()}, r"were made with different data\.augment"),
         ({"captions": ("other",)}, r"no feature 'other'"),
         ({"train_split": "test"}, r"other data\.train_split"),
     ],

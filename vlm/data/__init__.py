@@ -1,26 +1,26 @@
-"""Where pairs come from and how they become batches.
+"""Data sources and input pipeline: image-text pairs as batches, with exact checkpoints.
 
-Two kinds of source stand behind one interface, each with an exact and small position:
+There are two kinds of source, each with an exact and small position for checkpoints:
 
 - *Random access* (`random_access`): TFDS, ArrayRecord, Arrow, tables, folders, indexed shards. A
-  batch is a pure function of its step, so a position is the step and restoring costs nothing.
-- *Streams* (`shards`, `lanes`): WebDataset tars and Parquet files, on disk or in a bucket, read
-  front to back in large reads, several side by side in fixed *lanes*. A lane is a pure function of
-  (seed, lane, names of the shards): which shards it reads in what order, the blocks in which its
-  samples are shuffled, and which of them are bad. Nothing is indexed, memory is bounded by the
-  lanes and the shuffle, and a position is five numbers a lane; restoring reads at most one block of
-  each again. Processes own whole lanes, and so do their workers, so neither changes a batch.
+  batch is a pure function of its step, so the position is the step and restoring is free.
+- *Streams* (`shards`, `interleave`): WebDataset tars and Parquet files, on disk or in a bucket,
+  read sequentially by a fixed number of interleaved readers, the *lanes*. A lane is a pure function
+  of (seed, lane, names of the shards): the order of its shards, the blocks in which its
+  samples are shuffled, and which samples are bad. No index is needed, memory is bounded by the
+  lanes and the shuffle, and a position is five numbers per lane. Restoring re-reads at most one
+  block per lane. A process or worker owns whole lanes, so their number does not change a batch.
 
 A *mixture* draws each sample of a lane from one of several sources of either kind.
 
-A sample goes down: source -> `examples` (features, captions, filters) -> `making` (opened,
-augmented, one text) -> `random_access` or `lanes` (rows of a batch, tokens) -> grain's threads or
-`workers` -> `pipeline`, whose iterator a run asks for batches and for its position. What is wrong
-with a sample is a `faults.BadSample`: in a stream the next good one of its lane takes its place,
-under random access another one that its position draws. Each is counted, and named in the run's
-`bad-samples.jsonl`; too many end the run with one sentence.
+The steps of a sample: source -> `examples` (features, captions, filters) -> `transform_example`
+(decode, augment, choose one text) -> `random_access` or `interleave` (batch, tokenize) -> grain's
+threads or `workers` -> `pipeline`, whose iterator yields batches and its position. A sample that
+cannot be used is a `faults.BadSample`. In a stream the next good sample of the lane replaces it;
+under random access a random other one does. Bad samples are counted and listed in the run's
+`bad-samples.jsonl`; too many stop the run with an error.
 
-A new kind of source is one module with an opener, and a line in `sources`.
+To add a kind of source, write one module with an opener and add a line to `sources`.
 """
 
 from etils import epy

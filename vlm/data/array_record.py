@@ -1,6 +1,7 @@
 """ArrayRecord files of `tf.train.Example` records, as TFDS, Beam and `vlm data prepare` write them.
 
-A feature of one value is that value, of several a list. Bytes are text, except those of the image.
+A feature with one value becomes that value, with several a list. Bytes are decoded as text, except
+those of the image.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ _Example: Any = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessI
 
 
 class ArrayRecordSource:
-    """The records of some files, in order."""
+    """Source over the records of some files, in order."""
 
     def __init__(self, names: list[str], config: DataConfig):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -26,7 +27,7 @@ class ArrayRecordSource:
         try:
             self._records = ArrayRecordDataSource(names)
             count = len(self._records)
-        except Exception as error:  # the reader has errors of its own kinds
+        except Exception as error:  # the reader raises its own types
             raise DataError(
                 f"{config.source} cannot be read as ArrayRecord ({error}): check data.source"
             ) from None
@@ -46,10 +47,10 @@ class ArrayRecordSource:
 
 
 def open_array_record(config: DataConfig, split: str) -> ArrayRecordSource:
-    """The records of the files that `config.source` names, `{split}` in it replaced by `split`.
+    """Open the files of `config.source`, with `{split}` replaced by `split`.
 
     Raises:
-        DataError: no files or no records, or none with the features that the config names.
+        DataError: no files or records exist, or they lack features that the config names.
     """
     source = ArrayRecordSource(split_files(config.source, split, config.train_split), config)
     known = known_features(source, config, config.source)
@@ -58,15 +59,15 @@ def open_array_record(config: DataConfig, split: str) -> ArrayRecordSource:
 
 
 def parse(record: bytes, image: str, where: str) -> Example:
-    """A record as an example; the feature `image` stays bytes.
+    """Parse a record as an example; the feature `image` stays bytes.
 
     Raises:
-        BadSample: it is no `tf.train.Example`.
+        BadSample: not a `tf.train.Example`.
     """
     try:
         features = _Example.FromString(record).features.feature
-    except Exception as error:  # of protobuf
-        why = f"{where} is no tf.train.Example ({error})"
+    except Exception as error:  # protobuf's own types
+        why = f"{where} is not a tf.train.Example ({error})"
         raise BadSample("broken record", where, why) from None
     example: Example = {WHERE: where}
     for name, feature in features.items():
@@ -81,7 +82,7 @@ def parse(record: bytes, image: str, where: str) -> Example:
 
 
 def serialize(example: Example) -> bytes:
-    """An example as `parse` reads it: bytes, texts, numbers, and lists of them."""
+    """Serialize an example for `parse`: bytes, texts, numbers, and lists of them."""
     message = _Example()
     for name, value in example.items():
         values = list(value) if isinstance(value, list | tuple) else [value]

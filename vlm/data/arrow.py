@@ -1,7 +1,7 @@
-"""Arrow files, memory-mapped: what the library `datasets` of Hugging Face saves, without it.
+"""Memory-mapped Arrow files, as saved by Hugging Face `datasets` (which is not needed).
 
-A source is a folder of `save_to_disk`, of one split or several, or the `.arrow` files themselves.
-The module `columns` makes features of its columns.
+A source is a folder of `save_to_disk`, with one split or several, or the `.arrow` files themselves.
+The module `columns` converts columns to features.
 """
 
 import bisect
@@ -22,7 +22,7 @@ from vlm.paths import as_path, is_remote
 
 
 class ArrowSource:
-    """The rows of some Arrow files; only the pages of a row that is read come into memory."""
+    """Source over the rows of Arrow files; only the pages of a requested row are read."""
 
     def __init__(self, files: list[str], config: DataConfig, features: Any = None):
         self._files, self._config, self._features = files, config, features
@@ -38,7 +38,7 @@ class ArrowSource:
         where = f"row {index} of {self._config.source}"
         try:
             values = {name: _value(batch.column(name)[row]) for name in batch.schema.names}
-        except Exception as error:  # of damaged pages
+        except Exception as error:  # damaged pages
             raise BadSample("broken row", where, f"{where} cannot be read ({error})") from None
         return columns.example(values, where)
 
@@ -58,7 +58,7 @@ class ArrowSource:
                 mapped = pyarrow.memory_map(name)
                 try:
                     table = pyarrow.ipc.open_stream(mapped).read_all()
-                except pyarrow.ArrowInvalid:  # the other of Arrow's two formats
+                except pyarrow.ArrowInvalid:  # Arrow's other file format
                     table = pyarrow.ipc.open_file(mapped).read_all()
             except (pyarrow.ArrowInvalid, OSError) as error:
                 raise DataError(
@@ -73,7 +73,7 @@ class ArrowSource:
 
 
 def open_arrow(config: DataConfig, split: str) -> ArrowSource:
-    """The rows of a split.
+    """Open the rows of a split.
 
     Raises:
         DataError: no such split or file, pyarrow is not installed, or a feature is missing.
@@ -99,12 +99,12 @@ def open_arrow(config: DataConfig, split: str) -> ArrowSource:
 def _value(scalar: Any) -> Any:
     try:
         return scalar.as_py()
-    except ValueError:  # nanoseconds, which Python's times do not have
+    except ValueError:  # nanoseconds, which Python's types do not support
         return scalar.cast("string").as_py()
 
 
 def saved_splits(folder: epath.Path) -> list[str] | None:
-    """The splits in a folder of `save_to_disk`; None where it has one alone."""
+    """List the splits in a folder of `save_to_disk`; None if it is a single split."""
     several = folder / "dataset_dict.json"
     return json.loads(several.read_text())["splits"] if several.exists() else None
 
@@ -120,11 +120,11 @@ def _saved(folder: Any, config: DataConfig, split: str) -> tuple[list[str], dict
     try:
         state = json.loads((folder / "state.json").read_text())
         if state.get("_indices_data_files"):
-            raise ValueError("its rows were chosen or shuffled by a list of indices")
+            raise ValueError("its rows were selected or shuffled by a list of indices")
         files = [os.fspath(folder / file["filename"]) for file in state["_data_files"]]
         info = json.loads((folder / "dataset_info.json").read_text())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{folder} is not as the library datasets saves one ({error}): save it again"
+            f"{folder} was not saved by the library datasets ({error}): save it again"
         ) from None
     return files, info

@@ -1,9 +1,9 @@
-"""Stronger random changes, after the crop: RandAugment, grey, blur, solarise, lines.
+"""Strong augmentations, applied after the crop: RandAugment, grey, blur, solarise, lines.
 
-RandAugment (Cubuk et al., 2020, arXiv:1909.13719) with the operations and ranges of torchvision, of
-magnitude 0 to 30; grey, blur and solarise as SimCLR (arXiv:2002.05709) and BYOL (arXiv:2006.07733)
-use them. Lines are redrawn by grey-scale dilation and erosion, so that a model of drawings does not
-hang on the pen of one hand.
+RandAugment (Cubuk et al., 2020, arXiv:1909.13719) has the operations and ranges of torchvision, and
+magnitudes 0 to 30. Grey, blur and solarise are as in SimCLR (arXiv:2002.05709) and BYOL
+(arXiv:2006.07733). Lines are made thinner or thicker by grey-scale dilation and erosion, so that a
+model of drawings does not depend on one artist's stroke width.
 """
 
 import math
@@ -16,22 +16,22 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from vlm.config import AugmentConfig
 from vlm.config.data import MOST_OPERATIONS
 
-DRAWS = 2 * MOST_OPERATIONS + 1 + 2 + 1 + 1  # uniform numbers: of RandAugment, then as below
+DRAWS = 2 * MOST_OPERATIONS + 1 + 2 + 1 + 1  # RandAugment, then the others in order
 
 _LEVELS = 30
-_SHARES = ("grey", "blur", "solarise", "lines")
-_MEAN = (124, 116, 104)  # fills what a shift or a turn uncovers: ImageNet's mean colour
+_PROBABILITIES = ("grey", "blur", "solarise", "lines")
+_MEAN = (124, 116, 104)  # ImageNet's mean colour; fills the border after a shift or rotation
 
 
 def is_on(config: AugmentConfig) -> bool:
-    """Whether `config` asks for any of these."""
-    return bool(config.randaugment or any(getattr(config, name) for name in _SHARES))
+    """Whether `config` enables any of these."""
+    return bool(config.randaugment or any(getattr(config, name) for name in _PROBABILITIES))
 
 
-def changed(
+def augment(
     pixels: UInt8[np.ndarray, "h w 3"], config: AugmentConfig, u: Float[np.ndarray, " draws"]
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """`pixels` as they are changed, by `DRAWS` uniform numbers."""
+    """Augment `pixels`, by `DRAWS` uniform numbers."""
     image, u = Image.fromarray(pixels), u.tolist()
     count, magnitude = config.randaugment or (0, 0)
     for k in range(count):
@@ -51,19 +51,19 @@ def changed(
 
 
 def _shift(x: float, y: float) -> Callable[[Image.Image, float, int], Image.Image]:
-    def move(image: Image.Image, m: float, sign: int) -> Image.Image:
-        far = sign * m * 150 / 331
-        return _affine(image, (1, 0, -x * far * image.width, 0, 1, -y * far * image.height))
+    def shift(image: Image.Image, m: float, sign: int) -> Image.Image:
+        part = sign * m * 150 / 331
+        return _affine(image, (1, 0, -x * part * image.width, 0, 1, -y * part * image.height))
 
-    return move
+    return shift
 
 
 def _shear(x: float, y: float) -> Callable[[Image.Image, float, int], Image.Image]:
-    def lean(image: Image.Image, m: float, sign: int) -> Image.Image:
+    def shear(image: Image.Image, m: float, sign: int) -> Image.Image:
         slope = sign * m * 0.3
         return _affine(image, (1, -x * slope, 0, -y * slope, 1, 0))
 
-    return lean
+    return shear
 
 
 def _rotate(image: Image.Image, m: float, sign: int) -> Image.Image:

@@ -1,4 +1,4 @@
-"""What a data set holds, from a look at some of its examples."""
+"""Statistics of a data set from a sample of its examples."""
 
 import collections
 import hashlib
@@ -24,29 +24,29 @@ THUMBNAIL = 160  # pixels of the long side
 
 @dataclass
 class DatasetStats:
-    """Figures of the examples that were looked at; lists hold one entry for each good one."""
+    """Statistics of the inspected examples; lists have one entry per good example."""
 
     source: str
     description: str  # number of examples or shards
     looked_at: int = 0
     good: int = 0
     features: dict[str, str] = field(default_factory=dict)  # name to type
-    captions: list[int] = field(default_factory=list)  # of each example
-    tokens: list[int] = field(default_factory=list)  # of each first caption, not cut
+    captions: list[int] = field(default_factory=list)  # number per example
+    tokens: list[int] = field(default_factory=list)  # number in each first caption, not truncated
     context_length: int = 0
     sizes: list[tuple[int, int]] = field(default_factory=list)  # width, height
     file_bytes: list[int] = field(default_factory=list)
-    duplicates: int = 0  # images that are, pixel for pixel or nearly, one before them
+    duplicates: int = 0  # images equal or nearly equal to an earlier one
     bad: list[dict[str, Any]] = field(default_factory=list)
     shown: list[tuple[bytes, list[str]]] = field(default_factory=list)  # JPEG thumbnails, captions
 
     @property
     def too_long(self) -> int:
-        """First captions that lose their tail."""
+        """Number of first captions longer than the context."""
         return sum(count > self.context_length for count in self.tokens)
 
     def summary(self) -> dict[str, Any]:
-        """The figures as JSON values."""
+        """Return the statistics as JSON values."""
         kinds: collections.Counter[str] = collections.Counter()
         for record in self.bad:
             kinds[record["kind"]] += record.get("samples", 1)
@@ -78,10 +78,10 @@ def dataset_stats(
     thumbnails: int,
     progress: Callable[[Iterable[Read], int], Iterator[Read]],
 ) -> DatasetStats:
-    """Look at the first `limit` examples of a split.
+    """Compute statistics of the first `limit` examples of a split.
 
     Raises:
-        DataError: as the source does when it is opened.
+        DataError: the source cannot be opened.
     """
     source = ExampleReader(config, split)
     found = DatasetStats(
@@ -94,25 +94,25 @@ def dataset_stats(
         try:
             if isinstance(read.example, BadSample):
                 raise read.example
-            _look(found, read.example, config, preprocess, tokenizer, seen, thumbnails)
+            _add(found, read.example, config, preprocess, tokenizer, seen, thumbnails)
         except BadSample as fault:
             found.bad.append(fault.record())
     return found
 
 
 def fingerprint(image: Image.Image) -> bytes:
-    """Eight bytes that are equal for images that look the same: the difference hash, 64 bits."""
+    """Compute the difference hash of an image: 64 bits, equal for images that look the same."""
     small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
     return np.packbits(small[:, 1:] > small[:, :-1]).tobytes()
 
 
 def identity(image: Image.Image) -> bytes:
-    """What marks duplicates: the difference hash, and the mean colour for flat images."""
+    """Compute a key for duplicates: difference hash and mean colour (for flat images)."""
     mean = np.asarray(image.resize((1, 1), Image.Resampling.BOX)).astype(np.uint8) // 8
     return hashlib.blake2b(fingerprint(image) + mean.tobytes(), digest_size=8).digest()
 
 
-def _look(
+def _add(
     found: DatasetStats,
     example: Example,
     config: DataConfig,

@@ -1,9 +1,9 @@
-"""Rows of CSV and TSV texts, with or without quotes around fields.
+"""Rows of CSV and TSV files, with detection of quoting.
 
-RFC 4180 quotes a field that holds a delimiter or a line break. Tables from the web (CC3M, CC12M)
-are not quoted: a caption that begins with a quotation mark would swallow the rows up to the next.
-Where it makes a difference the text is read both ways, the rows of each are counted, and the better
-reading is taken and logged.
+RFC 4180 quotes fields that contain a delimiter or a line break. Tables from the web (CC3M, CC12M)
+are not quoted, and a caption that begins with a quotation mark would absorb all rows up to the next
+one. If it makes a difference, the file is parsed both ways; the parse with fewer broken rows is
+used, and the choice is logged.
 """
 
 import csv
@@ -16,8 +16,8 @@ from vlm.data.faults import BadSample
 from vlm.inputs.opening import SUFFIXES
 from vlm.paths import lines_of
 
-_HOLD = "quotation marks hold fields"
-_MOSTLY = 10  # lines whose quotation marks fit, to one whose do not
+_QUOTED = "quotation marks enclose fields"
+_MIN_RATIO = 10  # of well quoted lines to broken ones, to prefer the quoted parse
 
 _log = logging.getLogger(__name__)
 
@@ -29,11 +29,11 @@ class Line(NamedTuple):
     fields: list[str]
 
 
-class Reading:
-    """The rows that one way of reading makes of a text.
+class Parse:
+    """Rows of a file under one assumption about quoting.
 
-    `bad` of them have another number of fields than the first. Where each line is read by itself,
-    `enclosed` lines have a field between quotation marks.
+    `bad` rows have another number of fields than the first. If lines were parsed separately,
+    `enclosed` lines have a quoted field.
     """
 
     def __init__(self, rows: list[Line], how: str, enclosed: int = 0):
@@ -42,13 +42,13 @@ class Reading:
 
 
 def read_delimited(text: str, delimiter: str, where: str) -> list[Line | BadSample]:
-    """The rows of a text; one that has another number of fields than the first is a bad sample."""
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # of captions there is no limit
-    reading = _read(text, delimiter, where)
-    if not reading.rows:
+    """Parse rows; one with another number of fields than the first is a bad sample."""
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # captions may have any length
+    parse = _read(text, delimiter, where)
+    if not parse.rows:
         return []
-    width = len(reading.rows[0].fields)
-    return [row if len(row.fields) == width else _broken(row, width, where) for row in reading.rows]
+    width = len(parse.rows[0].fields)
+    return [row if len(row.fields) == width else _broken(row, width, where) for row in parse.rows]
 
 
 def _broken(row: Line, width: int, where: str) -> BadSample:
@@ -58,16 +58,16 @@ def _broken(row: Line, width: int, where: str) -> BadSample:
     return BadSample("broken row", place, f"{place} {why}: {fix}")
 
 
-def _read(text: str, delimiter: str, where: str) -> Reading:
-    plain = Reading(_rows(text, delimiter, quoted=False), "quotation marks are part of the text")
+def _read(text: str, delimiter: str, where: str) -> Parse:
+    plain = Parse(_rows(text, delimiter, quoted=False), "quotation marks are part of the text")
     if '"' not in text:
         return plain
     try:
-        quoted = Reading(_rows(text, delimiter, quoted=True), _HOLD)
-    except csv.Error:  # one that is not closed, or text behind one that is
+        quoted = Parse(_rows(text, delimiter, quoted=True), _QUOTED)
+    except csv.Error:  # an unclosed quotation mark, or text after a closed one
         quoted = _line_by_line(text, delimiter)
     chosen = plain if _is_better(plain, quoted, delimiter) else quoted
-    if len(plain.rows) != len(quoted.rows) or chosen.bad or quoted.how != _HOLD:
+    if len(plain.rows) != len(quoted.rows) or chosen.bad or quoted.how != _QUOTED:
         other = quoted if chosen is plain else plain
         _log.warning(
             "%s is read as %s rows, %s of them broken (%s), not as %s rows, %s broken (%s)",
@@ -77,22 +77,24 @@ def _read(text: str, delimiter: str, where: str) -> Reading:
     return chosen
 
 
-def _is_better(plain: Reading, quoted: Reading, delimiter: str) -> bool:
-    if plain.bad < quoted.bad and _MOSTLY * quoted.bad < quoted.enclosed:
-        return False  # quotation marks are well used but for a few
+def _is_better(plain: Parse, quoted: Parse, delimiter: str) -> bool:
+    if plain.bad < quoted.bad and _MIN_RATIO * quoted.bad < quoted.enclosed:
+        return False  # most quotation marks enclose fields
     if plain.bad != quoted.bad or len(plain.rows) <= len(quoted.rows):
         return plain.bad < quoted.bad
-    # As many fields in each line as in the first, though some lines lie between quotation marks.
-    for reading in (plain, quoted):
-        if _names_images(reading.rows[1:]):
-            return reading is plain
-    return delimiter == "\t"  # which by its standard has no quotes
+    # Both parses have equal widths, but some line breaks are between quotation marks.
+    for parse in (plain, quoted):
+        if _names_images(parse.rows[1:]):
+            return parse is plain
+    return delimiter == "\t"  # TSV has no quoting by its standard
 
 
 def _names_images(rows: Sequence[Line]) -> bool:
-    """Whether one column holds the name of an image file in every row."""
+    """Whether one column has an image file name in every row."""
     columns = zip(*(row.fields for row in rows), strict=False)
-    return any(all(field.lower().endswith(tuple(SUFFIXES)) for field in own) for own in columns)
+    return any(
+        all(field.lower().endswith(tuple(SUFFIXES)) for field in column) for column in columns
+    )
 
 
 def _rows(text: str, delimiter: str, *, quoted: bool) -> list[Line]:
@@ -101,14 +103,14 @@ def _rows(text: str, delimiter: str, *, quoted: bool) -> list[Line]:
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     rows, start = [], 1
     for fields in reader:
-        if fields:  # a blank line is none
+        if fields:  # not a blank line
             rows.append(Line(start, fields))
         start = reader.line_num + 1
     return rows
 
 
-def _line_by_line(text: str, delimiter: str) -> Reading:
-    """Each line by itself; one whose quotation marks do not fit is a row of one broken field."""
+def _line_by_line(text: str, delimiter: str) -> Parse:
+    """Parse each line separately; one with unbalanced quotation marks is a single field."""
     rows, enclosed = [], 0
     for number, line in enumerate(lines_of(text), 1):
         fields = line.split(delimiter)
@@ -120,4 +122,4 @@ def _line_by_line(text: str, delimiter: str) -> Reading:
                 fields = [line]
         if line:
             rows.append(Line(number, fields))
-    return Reading(rows, "quotation marks hold fields of one line", enclosed)
+    return Parse(rows, "quotation marks enclose fields of one line", enclosed)

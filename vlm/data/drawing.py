@@ -1,7 +1,7 @@
-"""Vector images to PNG on every core: one process per core, since the renderer holds the GIL.
+"""Parallel rendering of SVG to PNG: one process per core, since the renderer holds the GIL.
 
-The processes are plain interpreters that run this module, not `multiprocessing` workers: nothing is
-forked under JAX's threads, and no script has to guard its `__main__`.
+The processes are interpreters that run this module, not `multiprocessing` workers. So nothing is
+forked while JAX's threads run, and scripts need no `__main__` guard.
 """
 
 import io
@@ -18,7 +18,7 @@ _LENGTH = struct.Struct("<I")
 
 
 def _pipes(worker: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes], IO[bytes]]:
-    """What a worker reads from, what it draws into, and what it complains into."""
+    """Return stdin, stdout and stderr of a worker."""
     assert worker.stdin is not None
     assert worker.stdout is not None
     assert worker.stderr is not None
@@ -26,7 +26,7 @@ def _pipes(worker: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes], IO[by
 
 
 def draw_png(svg: str, size: int) -> bytes:
-    """The RGB PNG of an SVG document, `size` x `size` pixels, on white."""
+    """Render an SVG document as RGB PNG, `size` x `size` pixels, on white."""
     import resvg_py
     from PIL import Image
 
@@ -39,10 +39,10 @@ def draw_png(svg: str, size: int) -> bytes:
 
 
 def draw_all(paths: Sequence[str], size: int) -> Iterator[bytes]:
-    """The PNG of each SVG file, in order.
+    """Render SVG files as PNG, in order.
 
     Raises:
-        DataError: a drawing process died or a file cannot be drawn; its own message is shown.
+        DataError: a file cannot be rendered, or the process died; includes its message.
     """
     count = max(1, min(_cores(), 8, len(paths)))
     command = [sys.executable, "-m", __name__, str(size)]
@@ -53,17 +53,17 @@ def draw_all(paths: Sequence[str], size: int) -> Iterator[bytes]:
         for _ in range(count)
     ]
     try:
-        for k, worker in enumerate(workers):  # read whole before the first answer: cannot block
-            asked, _, _ = _pipes(worker)
-            asked.write("\n".join(paths[k::count]).encode())
-            asked.close()
+        for k, worker in enumerate(workers):  # reads all before it writes: cannot block
+            stdin, _, _ = _pipes(worker)
+            stdin.write("\n".join(paths[k::count]).encode())
+            stdin.close()
         for i, path in enumerate(paths):
-            _, drawn, errors = _pipes(workers[i % count])
-            head = drawn.read(_LENGTH.size)
+            _, stdout, errors = _pipes(workers[i % count])
+            head = stdout.read(_LENGTH.size)
             if len(head) < _LENGTH.size:
                 why = errors.read().decode(errors="replace").strip().splitlines()
                 raise DataError(f"{path} cannot be drawn: {why[-1] if why else 'no answer'}")
-            yield drawn.read(_LENGTH.unpack(head)[0])
+            yield stdout.read(_LENGTH.unpack(head)[0])
     finally:
         for worker in workers:
             worker.kill()

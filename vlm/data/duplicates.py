@@ -1,9 +1,9 @@
-"""Copies of one image, also re-encoded or resized, by thumbnails of 16 x 16 pixels.
+"""Detection of duplicate images, also re-encoded or resized, by thumbnails of 16 x 16 pixels.
 
-Two images are copies where their thumbnails differ by at most NEAR times their contrast.
-`python tests/data/copies.py` measures how many re-encoded and resized copies that finds, and how
-many different images it takes for copies. Drawings of one template, such as the faces of clocks,
-are among them: as one group they stay on one side of a split, which errs on the safe side.
+Two images are duplicates if their thumbnails differ by at most NEAR times their contrast.
+`python tests/data/copies.py` measures how many re-encoded and resized copies that finds, and its
+false positives. Drawings from one template, such as clock faces, are among these. As one group they
+stay on one side of a split, which is the safe error.
 
 The hash in `vlm.data.dataset_stats` compares for equality, so that one pass over a stream suffices;
 it misses copies that differ in one bit.
@@ -21,17 +21,17 @@ from PIL import Image
 from vlm.inputs.opening import open_image
 
 SIDE = 16
-NEAR = 0.1  # root mean square of the difference, by the standard deviation of the pixels
-ROWS = 512  # thumbnails that are compared with others at once
+NEAR = 0.1  # RMS difference, relative to the standard deviation of the pixels
+ROWS = 512  # thumbnails per block of comparisons
 
 Thumbnails = UInt8[np.ndarray, "_ k"]
 
 
 def thumbnails(images: Sequence[Any]) -> Thumbnails:
-    """Each image in 16 x 16 pixels, as a row.
+    """Make the 16 x 16 thumbnail of each image, as a row.
 
     Raises:
-        DataError: an image that cannot be read.
+        DataError: an image cannot be read.
     """
 
     def small(image: Any) -> np.ndarray:
@@ -44,7 +44,7 @@ def thumbnails(images: Sequence[Any]) -> Thumbnails:
 
 
 def copy_groups(shown: Thumbnails) -> Int[np.ndarray, " _"]:
-    """The number of each image's group: copies of one image, and copies of those, share one."""
+    """Group duplicates (transitively); return the group number of each image."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -57,23 +57,23 @@ def copy_groups(shown: Thumbnails) -> Int[np.ndarray, " _"]:
     return connected_components(graph, directed=False)[1][owner.reshape(-1)].astype(np.int64)
 
 
-def copied_from(shown: Thumbnails, others: Thumbnails) -> Bool[np.ndarray, " _"]:
-    """Which of the images are copies of some of the others."""
-    if not len(shown) or not len(others):
+def copied_from(shown: Thumbnails, reference: Thumbnails) -> Bool[np.ndarray, " _"]:
+    """Return a mask of the images that duplicate an image of `reference`."""
+    if not len(shown) or not len(reference):
         return np.zeros(len(shown), bool)
-    groups = copy_groups(np.concatenate([others, shown]))
-    return np.isin(groups[len(others) :], groups[: len(others)])
+    groups = copy_groups(np.concatenate([reference, shown]))
+    return np.isin(groups[len(reference) :], groups[: len(reference)])
 
 
 def _near_pairs(shown: Thumbnails) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of rows that are near copies.
+    """Find pairs of rows that are near duplicates.
 
-    Rows are compared in the order of their means: two differ by at least as much as their means do,
-    so that each is compared with a stretch of those after it.
+    Rows are sorted by their means. Two rows differ by at least the difference of their means, so
+    each row is compared only with a range of later rows.
     """
     z = shown.astype(np.float32) - np.float32(127.5)
     mean = z.mean(1)
-    contrast = np.sqrt(z.reshape(len(z), -1, 3).var(1).mean(1))  # 0 of one colour, whichever
+    contrast = np.sqrt(z.reshape(len(z), -1, 3).var(1).mean(1))  # 0 for a single colour
     order = np.argsort(mean, kind="stable")
     z, mean, contrast = z[order], mean[order], contrast[order]
     squares, width = (z * z).sum(1), z.shape[1]
@@ -82,10 +82,10 @@ def _near_pairs(shown: Thumbnails) -> tuple[np.ndarray, np.ndarray]:
     for start in range(0, len(z), ROWS):
         end = min(start + ROWS, len(z))
         last = int(np.searchsorted(mean, mean[end - 1] + reach, "right"))
-        apart = squares[start:end, None] + squares[None, start:last]
-        apart -= 2 * z[start:end] @ z[start:last].T
+        distance = squares[start:end, None] + squares[None, start:last]
+        distance -= 2 * z[start:end] @ z[start:last].T
         limit = NEAR * np.maximum(contrast[start:end, None], contrast[None, start:last])
-        rows, columns = np.nonzero(apart <= width * limit**2)
+        rows, columns = np.nonzero(distance <= width * limit**2)
         found.append(np.stack([rows, columns], 1)[rows < columns] + start)
     pairs = order[np.concatenate(found)]
     return pairs[:, 0], pairs[:, 1]

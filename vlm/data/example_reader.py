@@ -1,4 +1,4 @@
-"""A data set once through, in the order in which it lies: for a look at it, and to rewrite it."""
+"""Sequential reader of a whole data set, for statistics and for `vlm data prepare`."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,24 +15,24 @@ from vlm.data.tar import CorruptFileError
 
 
 class Read(NamedTuple):
-    """An example or what is wrong with it, and the place from which the next one is read."""
+    """An example or its fault, and the place of the next one."""
 
     example: Example | BadSample
     after: list[int]
 
 
 class ExampleReader:
-    """The examples of a split, from any place on.
+    """Sequential reader of a split, from any place.
 
     Raises:
-        DataError: as the source does when it is opened.
+        DataError: the source cannot be opened.
     """
 
     def __init__(self, config: DataConfig, split: str):
         self._shards = None
         self.credits = ""
-        self.count: int | None = None  # of examples, where it is known before they are read
-        self.faults: list[BadSample] = []  # of shards, known before
+        self.count: int | None = None  # of examples; None if unknown before reading
+        self.faults: list[BadSample] = []  # of shards, known before reading
         if streams(config) and split == config.train_split:
             self._shards = find_shards(config)
             self._format, self._typical = look_at(config, self._shards)
@@ -45,7 +45,7 @@ class ExampleReader:
             self.description = f"{self.count:,} examples"
 
     def ranges(self, examples: int) -> Iterator[tuple[list[int], int]]:
-        """What `read` takes to read the split in parts: of so many examples, or a shard each."""
+        """Yield arguments of `read` for parts of the split: `examples` examples or one shard."""
         if self._shards is None:
             for first in range(0, self.count or 0, examples):
                 yield [first], first + examples
@@ -54,7 +54,7 @@ class ExampleReader:
                 yield [shard, 0, 0], shard + 1
 
     def read(self, place: list[int] | None = None, end: int | None = None) -> Iterator[Read]:
-        """The examples from `place` on, by default all; up to the example or shard `end`."""
+        """Yield the examples from `place` (default: the first) up to the example or shard `end`."""
         if self._shards is None:
             (first,), last = place or [0], self.count or 0
             if first == 0:

@@ -1,8 +1,9 @@
-"""Batches out of lanes: the same for any number of workers, and of processes that divides them.
+"""Interleaved readers (lanes) of a stream, and the batches made from them.
 
-Rows l b to (l + 1) b - 1 of every global batch come from lane l, the next b good samples of it. A
-process owns whole lanes, and so does each of its workers, who make their rows of every batch. The
-position of a lane travels with the rows, so that what workers have read ahead never counts.
+Rows l b to (l + 1) b - 1 of every global batch are the next b good samples of lane l. A process
+owns whole lanes, and so does each of its workers. So batches are the same for any number of
+workers, and for any number of processes that divides the lanes. The position of a lane is sent with
+its rows, so it does not include prefetched samples.
 """
 
 import collections
@@ -25,18 +26,18 @@ from vlm.errors import ConfigError, DataError
 from vlm.inputs.two_tokenizers import AnyTokenizer
 from vlm.nn.naflex import Patches
 
-MOST_LANES = 256  # chosen for a config that does not say
+MAX_DEFAULT_LANES = 256  # if the config does not set `lanes`
 
-_READERS = 32  # threads that wait for the disk or the bucket
-_CHUNK = 4  # samples that a thread makes at a time
-_MAX_FILTERED = 1_000_000  # in a row, before the filter is taken to let nothing through
+_READERS = 32  # I/O threads
+_CHUNK = 4  # samples per task of a decoding thread
+_MAX_FILTERED = 1_000_000  # in a row, before the filter counts as rejecting everything
 
 Position = list[Any]  # of one lane: JSON
 
 
 @runtime_checkable
 class Stream(Protocol):
-    """What can be read in lanes: shards, or a mixture of sources."""
+    """Data that can be read in lanes: shards, or a mixture of sources."""
 
     lanes: int
     seed: int
@@ -45,27 +46,29 @@ class Stream(Protocol):
     def fingerprint(self) -> str: ...
 
     @property
-    def examples(self) -> int: ...  # of an epoch, as far as is known, with those that are lost
+    def examples(self) -> int: ...  # per epoch, known or estimated, with lost ones
 
     @property
     def typical(self) -> int: ...  # examples of one shard
 
     @property
-    def faults(self) -> Sequence[dict[str, Any]]: ...  # of shards, known before the first step
+    def faults(
+        self,
+    ) -> Sequence[dict[str, Any]]: ...  # known before the first step
 
     def lane(self, number: int, position: Position | None, pool: Executor) -> Lane: ...
 
 
 def count_lanes(config: DataConfig, global_batch: int, shards: int, process_count: int) -> int:
-    """The number of lanes: the config's, or the largest divisor of the batch that shards can fill.
+    """Return the number of lanes: the config's, or the largest divisor of the batch up to `shards`.
 
     Raises:
-        ConfigError: it does not divide the batch, or the processes do not divide it.
+        ConfigError: it does not divide the batch, or the number of processes does not divide it.
     """
     lanes = config.lanes
     if lanes is None:
-        most = min(MOST_LANES, shards, global_batch)
-        lanes = max(n for n in range(1, most + 1) if global_batch % n == 0)
+        limit = min(MAX_DEFAULT_LANES, shards, global_batch)
+        lanes = max(n for n in range(1, limit + 1) if global_batch % n == 0)
     elif lanes < 1 or global_batch % lanes:
         raise ConfigError(
             f"data.lanes {lanes} does not divide the batch of {global_batch}: choose a divisor"
@@ -74,16 +77,16 @@ def count_lanes(config: DataConfig, global_batch: int, shards: int, process_coun
         raise ConfigError(
             f"{lanes} lanes cannot be shared evenly by {process_count} processes: set data.lanes "
             f"to a multiple of {process_count} that divides the batch of {global_batch}"
-            + (f"; there are {shards:,} shards, one lane needs one" if shards < 2**31 else "")
+            + (f"; there are {shards:,} shards, and each lane needs one" if shards < 2**31 else "")
         )
     return lanes
 
 
 class LaneBatches(grain.IterDataset):
-    """The rows that some lanes contribute to each batch, without end.
+    """Infinite dataset of the rows that some lanes contribute to each batch.
 
-    An element has `images`, `tokens`, `texts_cut` (which texts lost their tail), and as JSON `bad`
-    (records) and `lanes` (their positions after it, by number).
+    An element has `images`, `tokens`, `texts_cut` (which texts were truncated), and as JSON `bad`
+    (records) and `lanes` (positions after the element, by lane).
     """
 
     def __init__(
@@ -104,12 +107,12 @@ class LaneBatches(grain.IterDataset):
         self.starts: Mapping[int, Position] = {}
 
     def element_bytes(self, parts: int) -> int:
-        """Of one element where `parts` of them make a batch, pixels and tokens."""
-        of_one = self.transform.image_bytes + 4 * self.tokenizer.config.context_length
-        return -(-len(self.lanes) // parts) * self.rows * of_one
+        """Bytes of pixels and tokens in one element, if `parts` elements make a batch."""
+        row_bytes = self.transform.image_bytes + 4 * self.tokenizer.config.context_length
+        return -(-len(self.lanes) // parts) * self.rows * row_bytes
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
-        """Keep the lanes of worker `sl.start` of `sl.step`: what grain asks of its sources."""
+        """Keep only the lanes of worker `sl.start` of `sl.step` (part of grain's interface)."""
         self.lanes = [part.tolist() for part in np.array_split(self.lanes, sl.step)][sl.start]
 
     def __iter__(self) -> "LaneIterator":
@@ -117,20 +120,20 @@ class LaneBatches(grain.IterDataset):
 
 
 class _DecodedSample(NamedTuple):
-    """A sample on its way: what it became, and where its lane stood after it."""
+    """A decoded sample: its text (or fault) and the location of its image."""
 
     text: str | BadSample | None
-    images: np.ndarray | Patches  # its image is at `row` of these
+    images: np.ndarray | Patches  # contains the image at `row`
     row: int
 
 
 class _Chunk(NamedTuple):
-    made: Future
-    after: list[Position]
+    decoded: Future
+    after: list[Position]  # position of the lane after each sample
 
 
 class LaneIterator(grain.DatasetIterator):
-    """Reads and decodes in threads, ahead by as much as one batch."""
+    """Iterator that reads and decodes in threads, up to one batch ahead."""
 
     def __init__(self, batches: LaneBatches):
         super().__init__()
@@ -145,7 +148,7 @@ class LaneIterator(grain.DatasetIterator):
         self._ready = {number: collections.deque() for number in self._lanes}
         self._in_a_row = dict.fromkeys(self._lanes, 0)
         self._filtered = dict.fromkeys(self._lanes, 0)
-        self._reach = -(-batches.rows // _CHUNK) * 2  # chunks decoded ahead in each lane
+        self._max_ahead = -(-batches.rows // _CHUNK) * 2  # chunks decoded ahead per lane
 
     def __next__(self) -> dict[str, Any]:
         b, rows = self._batches, self._batches.rows
@@ -158,12 +161,12 @@ class LaneIterator(grain.DatasetIterator):
             self._fill(number)
         for number in self._lanes:
             for _ in range(rows):
-                made, text, after[str(number)] = self._next_good(number, bad)
-                for batch, source in zip(parts, jax.tree.leaves(made.images), strict=True):
-                    batch[len(texts)] = source[made.row]
+                sample, text, after[str(number)] = self._next_good(number, bad)
+                for batch, source in zip(parts, jax.tree.leaves(sample.images), strict=True):
+                    batch[len(texts)] = source[sample.row]
                 texts.append(text)
         for number in self._lanes:
-            self._fill(number)  # decoders go on while the texts become tokens
+            self._fill(number)  # decoders run during tokenization
         tokens, cut = b.tokenizer.rows(texts)
         return {
             "images": images,
@@ -174,11 +177,11 @@ class LaneIterator(grain.DatasetIterator):
         }
 
     def get_state(self) -> dict[str, Any]:
-        """Nothing: positions travel with the elements."""
+        """Return an empty state: positions are sent with the elements."""
         return {}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Not used: an iterator begins at its dataset's `starts`."""
+        """Do nothing: an iterator starts at its dataset's `starts`."""
 
     def close(self) -> None:
         """Stop reading and decoding."""
@@ -193,37 +196,37 @@ class LaneIterator(grain.DatasetIterator):
             while not ready:
                 self._fill(number)
                 chunk = self._ahead[number].popleft()
-                ready.extend(zip(chunk.made.result(), chunk.after, strict=True))
-            made, position = ready.popleft()
-            if isinstance(made.text, str):
+                ready.extend(zip(chunk.decoded.result(), chunk.after, strict=True))
+            sample, position = ready.popleft()
+            if isinstance(sample.text, str):
                 self._in_a_row[number] = self._filtered[number] = 0
-                return made, made.text, position
-            if made.text is FILTERED:
+                return sample, sample.text, position
+            if sample.text is FILTERED:
                 self._filtered[number] += 1
                 if self._filtered[number] == _MAX_FILTERED:
                     raise DataError(
-                        f"data.keep has passed none of the last {_MAX_FILTERED:,} examples of lane "
-                        f"{number}: loosen it"
+                        f"data.keep rejected the last {_MAX_FILTERED:,} examples of lane {number}: "
+                        "loosen it"
                     )
                 continue
-            bad.append(made.text.record())
+            bad.append(sample.text.record())
             self._in_a_row[number] += 1
             if self._in_a_row[number] >= self._batches.max_bad_in_a_row:
-                raise TooManyBad.in_a_row(self._in_a_row[number], made.text)
+                raise TooManyBad.in_a_row(self._in_a_row[number], sample.text)
 
     def _fill(self, number: int) -> None:
         ahead, lane = self._ahead[number], self._lanes[number]
-        while len(ahead) < self._reach:
+        while len(ahead) < self._max_ahead:
             samples, after = [], []
             for _ in range(min(_CHUNK, self._batches.rows)):
                 samples.append(next(lane))
                 after.append(lane.position())
-            ahead.append(_Chunk(self._decoders.submit(self._make, samples), after))
+            ahead.append(_Chunk(self._decoders.submit(self._decode, samples), after))
 
-    def _make(self, samples: list[Sample]) -> list[_DecodedSample]:
+    def _decode(self, samples: list[Sample]) -> list[_DecodedSample]:
         transform, seed = self._batches.transform, self._batches.stream.seed
         draws = transform.draws(seed, np.array([sample.position for sample in samples]))
-        images, made = transform.blank(len(samples)), []
+        images, decoded = transform.blank(len(samples)), []
         for row, (sample, u) in enumerate(zip(samples, draws, strict=True)):
             text = sample.example
             try:
@@ -233,31 +236,31 @@ class LaneIterator(grain.DatasetIterator):
                     text = transform(text, u, images, row, "an example")
             except BadSample as fault:
                 text = fault
-            made.append(_DecodedSample(text, images, row))
-        return made
+            decoded.append(_DecodedSample(text, images, row))
+        return decoded
 
 
 class LaneOrder:
-    """The order of a stream's batches, for `TrainIterator`: positions by lane."""
+    """Batch order of a stream, for `TrainIterator`; the position is that of each lane."""
 
-    length = None  # without end
+    length = None  # infinite
 
     def __init__(self, batches: LaneBatches, workers: int, prefetch: int):
         self._batches = batches
         self.workers = min(workers, len(batches.lanes))
-        self.parts = max(1, self.workers)  # elements that make a batch
+        self.parts = max(1, self.workers)  # elements per batch
         self.element_bytes = batches.element_bytes(self.parts)
         self._prefetch = prefetch
-        self._at: dict[str, Position] = {}
+        self._positions: dict[str, Position] = {}
 
     @property
     def stream(self) -> Stream:
-        """What is read."""
+        """Stream that is read."""
         return self._batches.stream
 
     def read(self) -> grain.IterDataset:
-        """The elements from the position on."""
-        self._batches.starts = {int(number): at for number, at in self._at.items()}
+        """Return the elements from the current position."""
+        self._batches.starts = {int(number): at for number, at in self._positions.items()}
         if self.workers:
             return self._batches
         return grain.experimental.ThreadPrefetchIterDataset(
@@ -265,9 +268,9 @@ class LaneOrder:
         )
 
     def join(self, elements: list[dict[str, Any]]) -> dict[str, Any]:
-        """The batch that the elements of all workers make; the position moves behind it."""
+        """Join the elements of all workers into a batch; advance the position."""
         for element in elements:
-            self._at |= json.loads(element.pop("lanes"))
+            self._positions |= json.loads(element.pop("lanes"))
         first = elements[0]
         if len(elements) == 1:
             return first
@@ -277,50 +280,50 @@ class LaneOrder:
         return jax.tree.map(lambda *x: np.concatenate(x), *arrays) | {"bad": json.dumps(bad)}
 
     def state(self, step: int) -> dict[str, Any]:
-        """The positions of all lanes, of all processes: every process must ask at the same step."""
+        """Return the positions of all lanes; all processes must call it at the same step."""
         stream = self._batches.stream
         return {
             "step": step,
             "data": stream.fingerprint,
             "count": stream.lanes,
-            "lanes": of_all_processes(self._at),
+            "lanes": gather_processes(self._positions),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go to the positions of `state`.
+        """Restore the positions of `state`.
 
         Raises:
-            DataError: it is of other shards, or of another number of lanes.
+            DataError: the state belongs to other shards, or to another number of lanes.
         """
         stream = self._batches.stream
         if state.get("data") != stream.fingerprint:
             raise DataError(
-                f"the position is of other data ({state.get('data')!r}, here "
-                f"{stream.fingerprint!r}: number and names of the shards): resume with the shards "
-                "that the run began with"
+                f"the checkpoint is for other data ({state.get('data')!r}, here "
+                f"{stream.fingerprint!r}: number and hash of the shards' names): resume with the "
+                "shards that the run started with"
             )
         if state.get("count") != stream.lanes:
             raise DataError(
-                f"the position is of {state.get('count')} lanes and the run has {stream.lanes}: "
+                f"the checkpoint has {state.get('count')} lanes and the run has {stream.lanes}: "
                 f"set data.lanes to {state.get('count')}"
             )
         lanes = state.get("lanes")
         mine = [str(number) for number in self._batches.lanes]
         if not isinstance(lanes, dict) or (lanes and not set(mine) <= set(lanes)):
-            raise DataError("the position of a stream lacks lanes: it is of another run")
-        self._at = {number: lanes[number] for number in mine if number in lanes}
+            raise DataError("the checkpoint lacks positions of lanes: it belongs to another run")
+        self._positions = {number: lanes[number] for number in mine if number in lanes}
 
 
 def threads_for(config: DataConfig) -> int:
-    """Decoding threads of a process: all cores in one process, else one in each worker."""
+    """Number of decoding threads: all cores without workers, else one in each worker."""
     return 1 if config.workers else os.cpu_count() or 1
 
 
-def of_all_processes(at: dict[str, Any]) -> dict[str, Any]:
-    """What every process has under its own numbers, together; all of them must ask at once."""
-    if jax.process_count() == 1 or not at:
-        return dict(at)
+def gather_processes(own: dict[str, Any]) -> dict[str, Any]:
+    """Merge the dicts of all processes, whose keys differ; all processes must call it."""
+    if jax.process_count() == 1 or not own:
+        return dict(own)
     gathered: dict[str, Any] = {}
-    for text in exchange_texts(json.dumps(at)):
+    for text in exchange_texts(json.dumps(own)):
         gathered |= json.loads(text)
     return dict(sorted(gathered.items(), key=lambda item: int(item[0])))

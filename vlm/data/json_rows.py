@@ -1,4 +1,4 @@
-"""Rows of JSON texts: an object a line (JSON Lines), a list of objects, or captions of COCO.
+"""Rows of JSON files: JSON Lines, a list of objects, or COCO captions.
 
 COCO's `captions_val2017.json` lists images and annotations; an image has several captions.
 Karpathy's splits (`dataset_coco.json`, `dataset_flickr30k.json`) list images with their sentences.
@@ -16,10 +16,10 @@ Row = dict[str, Any]
 
 
 def read_json_rows(text: str, where: str) -> list[tuple[int, Row] | BadSample]:
-    """The rows of a text with their numbers, of lines or of items; a broken line is a bad sample.
+    """Parse rows with the number of their line or item; a broken line is a bad sample.
 
     Raises:
-        DataError: a list that is no JSON, or annotations that are no captions.
+        DataError: a list is not JSON, or annotations have no captions.
     """
     start = text.lstrip()[:1]
     if start == "[":
@@ -30,11 +30,11 @@ def read_json_rows(text: str, where: str) -> list[tuple[int, Row] | BadSample]:
         return [_row(item, number, where, "item") for number, item in enumerate(items, 1)]
     if start == "{":
         try:
-            held = json.loads(text)
-        except ValueError:  # more than one line
-            held = {}
-        if isinstance(held.get("images"), list):
-            rows = _with_sentences(held) if "annotations" not in held else _coco(held, where)
+            data = json.loads(text)
+        except ValueError:  # several lines
+            data = {}
+        if isinstance(data.get("images"), list):
+            rows = _with_sentences(data) if "annotations" not in data else _coco(data, where)
             return list(enumerate(rows, 1))
     found: list[tuple[int, Row] | BadSample] = []
     for number, line in enumerate(lines_of(text), 1):
@@ -54,15 +54,15 @@ def _row(item: Any, number: int, where: str, unit: str) -> tuple[int, Row] | Bad
     return BadSample("broken row", f"{unit} {number} of {where}", why)
 
 
-def _coco(held: Row, where: str) -> list[Row]:
-    """A row for each image, with the captions of its annotations."""
+def _coco(data: Row, where: str) -> list[Row]:
+    """Make a row for each image, with the captions of its annotations."""
     captions = collections.defaultdict(list)
     try:
-        for annotation in held["annotations"]:
+        for annotation in data["annotations"]:
             captions[annotation["image_id"]].append(annotation["caption"])
         return [
             {**image, "image": image["file_name"], "caption": captions[image["id"]]}
-            for image in held["images"]
+            for image in data["images"]
         ]
     except (KeyError, TypeError) as error:
         raise DataError(
@@ -70,8 +70,8 @@ def _coco(held: Row, where: str) -> list[Row]:
         ) from None
 
 
-def _with_sentences(held: Row) -> list[Row]:
-    """A row for each image of Karpathy's splits; others as they are."""
+def _with_sentences(data: Row) -> list[Row]:
+    """Make a row for each image of Karpathy's splits; other rows are unchanged."""
     return [
         {
             **image,
@@ -80,5 +80,5 @@ def _with_sentences(held: Row) -> list[Row]:
         }
         if isinstance(image, dict) and {"filename", "sentences"} <= image.keys()
         else image
-        for image in held["images"]
+        for image in data["images"]
     ]

@@ -1,18 +1,18 @@
-"""Features of an example that is several files: members of a tar, or files of a folder.
+"""Features of an example that consists of several files: members of a tar, or files of a folder.
 
-This is the one place that decides what a name in a config stands for. The files of an example share
-a name and differ in their extension, which is everything after the first dot in a tar, and after
-the last dot in a folder.
+This module defines the meaning of feature names in a config. The files of an example share a name
+and differ in their extension: everything after the first dot in a tar, or after the last dot in a
+folder.
 
 - A text file is a feature under its extension: `txt`, `re.txt`.
 - The fields of `json` are features under their own names; `json/caption` is always the field.
-- `caption`, the default of `data.captions`, is also what `txt` holds, as img2dataset writes it.
+- `caption`, the default of `data.captions`, also names the content of `txt`, as in img2dataset.
   If the JSON has a field `caption` too, the two must agree (a list must contain the text, and is
   then used). An example where they differ is a bad sample: name `txt` or `json/caption`.
-- `data.image`, by default `image`, is the only image, or the only one whose extension is plain
-  (`jpg` beside `mask.png`). Any other name is that of one file: `mask.png` or `mask`.
-- If the image has a longer extension, as in a tar `photo.v2.jpg` has `v2.jpg`, files that share
-  its beginning (`v2.txt`, `v2.json`) are known without it, too.
+- `data.image`, by default `image`, is the only image, or the only one with a simple extension
+  (`jpg` beside `mask.png`). Any other name selects one file: `mask.png` or `mask`.
+- If the image has a longer extension (in a tar, `photo.v2.jpg` has `v2.jpg`), files with the same
+  prefix (`v2.txt`, `v2.json`) can also be named without it.
 """
 
 import functools
@@ -30,26 +30,26 @@ CAPTION, TEXT, FIELDS = "caption", "txt", "json"
 
 
 def reads(config: DataConfig) -> Callable[[str], bool]:
-    """A function that tells the extensions of the files that are read."""
+    """Return a predicate for the extensions of the files to read."""
     return functools.partial(_reads, frozenset([TEXT, FIELDS, *wanted_features(config)]))
 
 
-@functools.lru_cache(4096)  # it is asked of every member
+@functools.lru_cache(4096)  # called for every member
 def _reads(wanted: frozenset[str], extension: str) -> bool:
     return extension in wanted or extension.rpartition(".")[2] in wanted or is_image(extension)
 
 
 @functools.lru_cache(4096)
 def is_image(extension: str) -> bool:
-    """Whether a file of this extension is taken for an image."""
+    """Whether this is the extension of an image file."""
     return is_image_name(f"x.{extension}")
 
 
 def image_of(parts: dict[str, bytes | None], config: DataConfig, where: str) -> str:
-    """The extension of the file that is the image of an example.
+    """Return the extension of the image file of an example.
 
     Raises:
-        BadSample: there is none of the name that `data.image` gives, or several.
+        BadSample: no file, or several, match `data.image`.
     """
     images = [extension for extension in parts if is_image(extension)]
     if not images:
@@ -70,10 +70,10 @@ def image_of(parts: dict[str, bytes | None], config: DataConfig, where: str) -> 
 def texts_of(
     parts: dict[str, bytes | None], config: DataConfig, where: str, *, by_line: bool = False
 ) -> Example:
-    """The features that the files beside an image hold. `by_line`: a text file has one a line.
+    """Read the features in the files beside an image; `by_line`: text files have one per line.
 
     Raises:
-        BadSample: a text or JSON that is none, or a caption that is two.
+        BadSample: a text or JSON file is invalid, or there are two different captions.
     """
     example: Example = {}
     try:
@@ -95,7 +95,7 @@ def texts_of(
         if field == text:
             pass
         elif isinstance(field, list) and len(field) > 1 and set(_lines(text)) <= set(_lines(field)):
-            pass  # it has the text and more
+            pass  # the list contains the text
         elif not field or _lines(field) == _lines(text):
             example[CAPTION] = text
         elif CAPTION in wanted:
@@ -128,8 +128,8 @@ def _lines(text: Any) -> list[str]:
 
 
 def _short(text: Any) -> str:
-    said = " / ".join(_lines(text))
-    return repr(said if len(said) < 60 else f"{said[:57]}...")
+    shown = " / ".join(_lines(text))
+    return repr(shown if len(shown) < 60 else f"{shown[:57]}...")
 
 
 def _listed(names: Any) -> str:

@@ -1,7 +1,7 @@
-"""Several sources as one stream: each sample of a lane comes from a part that its number draws.
+"""Mixture of sources as one stream: each sample of a lane is drawn from one of the parts.
 
-Every part is read in the same lanes, and a lane's position is how many samples it gave and the
-positions of its parts: one position for all, whatever kinds of source they are.
+All parts are read in the same lanes. The position of a lane is its number of samples and the
+positions of its parts, for any kind of source.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from vlm.errors import ConfigError
 
 
 def part_configs(config: DataConfig) -> list[DataConfig]:
-    """The config of each part: the mixture's, with what the part says of its own."""
+    """Return the config of each part: that of the mixture, with the fields set in the part."""
     configs = []
     for part in config.mixture:
         own = {
@@ -42,10 +42,10 @@ def part_configs(config: DataConfig) -> list[DataConfig]:
 
 
 class Mixture:
-    """Parts and how often each is drawn.
+    """Stream over several parts with sampling weights.
 
     Raises:
-        ConfigError: weights that cannot be, or passes over a part of unknown size.
+        ConfigError: invalid weights, or `epochs` for a part of unknown size.
     """
 
     def __init__(self, config: DataConfig, parts: list[Stream], *, lanes: int, seed: int):
@@ -55,26 +55,26 @@ class Mixture:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for the same parts in the same order."""
+        """Fingerprints of the parts, in order."""
         return " + ".join(part.fingerprint for part in self.parts)
 
     @property
     def examples(self) -> int:
-        """Of an epoch of each part."""
+        """Total examples in one epoch of each part."""
         return sum(part.examples for part in self.parts)
 
     @property
     def typical(self) -> int:
-        """Examples of the largest shard."""
+        """Estimated examples in a shard; the maximum of the parts."""
         return max(part.typical for part in self.parts)
 
     @property
     def faults(self) -> list[dict[str, Any]]:
-        """Of the shards of all parts, as far as they are known."""
+        """Known faults of the shards of all parts."""
         return [fault for part in self.parts for fault in part.faults]
 
     def lane(self, number: int, position: list[Any] | None, pool: Executor) -> "MixtureLane":
-        """Lane `number`, at its beginning or at what its `position()` was."""
+        """Open lane `number`, at its start or at an earlier `position()`."""
         taken, *places = position or [0, *[None] * len(self.parts)]
         lanes = [
             part.lane(number, place, pool) for part, place in zip(self.parts, places, strict=True)
@@ -82,13 +82,13 @@ class Mixture:
         return MixtureLane(self, number, lanes, taken)
 
     def part_of(self, lane: int, number: int) -> int:
-        """The part that sample `number` of a lane comes from."""
+        """Draw the part of sample `number` of a lane."""
         u = uniforms(key(self.seed, 4, lane), np.array([number]), 1)[0, 0]
         return min(int(np.searchsorted(self._bounds, u, "right")), len(self.parts) - 1)
 
 
 class MixtureLane:
-    """One lane: those of its parts, in turns that are drawn."""
+    """Lane of a mixture: draws samples from the lanes of its parts."""
 
     def __init__(self, mixture: Mixture, number: int, lanes: list[Lane], taken: int):
         self._mixture, self._number, self._lanes, self._taken = mixture, number, lanes, taken
@@ -98,13 +98,13 @@ class MixtureLane:
         self._taken += 1
         example, position = next(self._lanes[part])
         if isinstance(example, dict):
-            example[PART] = part + 1  # 0 is the mixture's own config
+            example[PART] = part + 1  # 0 is the config of the mixture
         elif callable(example):
             example = _tagged(example, part + 1)
         return Sample(example, position * len(self._lanes) + part)
 
     def position(self) -> list[Any]:
-        """How many samples are taken, and where each part stands."""
+        """Return the number of samples already taken, and the position of each part."""
         return [self._taken, *(lane.position() for lane in self._lanes)]
 
     def close(self) -> None:
@@ -134,12 +134,12 @@ def _weights(mixture: tuple[MixturePart, ...], parts: list[Stream]) -> list[floa
         examples = part.examples or (len(source) if source is not None else None)
         if examples is None:
             raise ConfigError(
-                f"the part {part.source} of data.mixture is a stream, which does not know how many "
-                "examples it has: say so with examples=N, or give weights instead of epochs"
+                f"the part {part.source} of data.mixture is a stream of unknown length: set "
+                "examples=N, or give weights instead of epochs"
             )
         weights.append(part.epochs * examples)
     if min(weights) < 0 or sum(weights) <= 0:
         raise ConfigError(
-            f"data.mixture has weights {weights}: give each at least 0, and one above it"
+            f"data.mixture has weights {weights}: set each to at least 0, and one above 0"
         )
     return weights

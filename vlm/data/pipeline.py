@@ -1,7 +1,6 @@
-"""The front door: training batches in order, with a position for a checkpoint; evaluation batches.
+"""Input pipeline: training batches with a checkpointable position, and evaluation batches.
 
-Where a batch comes from is the business of `random_access` and of `lanes`; grain runs them ahead in
-threads or worker processes.
+`random_access` and `interleave` make the batches; grain runs them ahead in threads or processes.
 """
 
 import json
@@ -20,7 +19,7 @@ from vlm.data.interleave import (
     LaneBatches,
     LaneOrder,
     count_lanes,
-    of_all_processes,
+    gather_processes,
     threads_for,
 )
 from vlm.data.mixture import part_configs
@@ -31,8 +30,8 @@ from vlm.data.transform_example import ExampleTransform
 from vlm.data.workers import (
     buffered_batches,
     check_shared_memory,
-    deaf_to_signals,
     end_with_parent,
+    signals_blocked,
 )
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.preprocess import Preprocess
@@ -41,9 +40,9 @@ from vlm.inputs.two_tokenizers import AnyTokenizer
 
 
 class TrainIterator(grain.DatasetIterator):
-    """Batches in order, made ahead by threads or worker processes.
+    """Iterator over training batches, prefetched by threads or worker processes.
 
-    The state is where the next batch begins, whatever the workers have read ahead.
+    Its state is the position of the next batch, independent of what the workers have prefetched.
     """
 
     def __init__(
@@ -56,13 +55,15 @@ class TrainIterator(grain.DatasetIterator):
     ):
         super().__init__()
         self._order, self._prefetch, self._finish = order, prefetch, finish
-        self.bad = bad  # the samples that were passed over so far, and the texts that were cut
+        self.bad = bad  # counts of bad samples and truncated texts so far
         self._step = 0
         self._reader: grain.DatasetIterator | None = None
 
     def __len__(self) -> int:
         if self._order.length is None:
-            raise TypeError("a stream has no length: give the run its length in steps or examples")
+            raise TypeError(
+                "a stream has no length: set the length of the run in steps or examples"
+            )
         return self._order.length
 
     def __next__(self) -> Batch:
@@ -70,7 +71,7 @@ class TrainIterator(grain.DatasetIterator):
             elements = self._take()
         else:
             self._reader = self._open()
-            with deaf_to_signals():  # grain starts its workers when it is asked for a batch
+            with signals_blocked():  # grain starts its workers at the first batch
                 elements = self._take()
         batch = self._order.join(elements)
         cut = int(batch.pop("texts_cut").sum())
@@ -79,15 +80,15 @@ class TrainIterator(grain.DatasetIterator):
         return self._finish(batch)
 
     def get_state(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on from here: plain JSON, the same in every process.
+        """Return the state for a checkpoint: JSON values, equal in all processes.
 
-        Where there are several, all of them must ask for it at the same step.
+        All processes must call it at the same step.
         """
         bad = {str(self.bad.process_index): self.bad.state()}
-        return {**self._order.state(self._step), "bad": of_all_processes(bad)}
+        return {**self._order.state(self._step), "bad": gather_processes(bad)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on as the iterator would have that gave `state`.
+        """Continue from a `state` that `get_state` returned.
 
         Raises:
             DataError: not a state of this iterator.
@@ -102,13 +103,13 @@ class TrainIterator(grain.DatasetIterator):
         self._step = step
 
     def start_prefetch(self) -> None:
-        """Begin to read ahead before the first batch is asked for, say while a step compiles."""
+        """Start prefetching before the first batch is requested, for example during compilation."""
         if self._reader is None:
             self._reader = self._open()
             self._reader.start_prefetch()
 
     def close(self) -> None:
-        """Stop the readers; the iterator can go on later."""
+        """Stop the readers; the iterator can continue later."""
         self.bad.flush()
         if self._reader is not None:
             self._reader.close()
@@ -121,7 +122,9 @@ class TrainIterator(grain.DatasetIterator):
     def _open(self) -> grain.DatasetIterator:
         data = self._order.read()
         if self._order.workers:
-            if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which we do not use
+            if (
+                not flags.FLAGS.is_parsed()
+            ):  # grain's workers read absl flags, which are unused here
                 flags.FLAGS.mark_as_parsed()
             ahead = self._prefetch * self._order.parts
             check_shared_memory(self._order.workers, ahead, self._order.element_bytes)
@@ -147,20 +150,23 @@ def train_batches(
     reinforced: Reinforced | None = None,
     finish: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> TrainIterator:
-    """This process's training batches: `images` uint8 (b, s, s, 3), `tokens` int32 (b, l).
+    """Iterate over training batches: `images` uint8 (b, s, s, 3), `tokens` int32 (b, l).
 
-    For a NaFlex model `images` is `vlm.nn.Patches` of arrays (b, max_patches, ...), uint8 too.
-    `batch_size` is this process's share. Without `epochs` the batches never end. The iterator's
-    `get_state` and `set_state` make it part of a checkpoint. With a teacher's stored embeddings a
-    batch has its `teacher_image` and `teacher_text` (b, e). Each batch is given as
-    `finish` makes it, which is called in this process. Bad samples are passed over, counted in the
-    iterator's `bad`, and named in `bad-samples.jsonl` of `run_folder`. Texts that are too long for
-    the tokenizer's context lose their tail, and are counted there too.
+    For a NaFlex model `images` is `vlm.nn.Patches` of uint8 arrays (b, max_patches, ...). With
+    stored teacher embeddings a batch has `teacher_image` and `teacher_text` (b, e). Bad samples are
+    replaced, counted in the iterator's `bad`, and listed in `bad-samples.jsonl` of `run_folder`.
+    Texts longer than the tokenizer's context are truncated, and counted there too. The iterator's
+    `get_state` and `set_state` make it part of a checkpoint.
+
+    Args:
+        batch_size: per process.
+        epochs: number of epochs; None never ends.
+        finish: function applied to each batch, in this process.
 
     Raises:
-        DataError: no such data, more bad samples than the config allows, or a batch larger than
-            the data.
-        ConfigError: sizes or options that cannot be.
+        DataError: the data does not exist, has more bad samples than allowed, or is smaller than
+            one batch.
+        ConfigError: invalid sizes or options.
 
     Example:
         >>> batches = vlm.data.train_batches(
@@ -170,17 +176,17 @@ def train_batches(
         >>> batch["images"].shape, batch["tokens"].shape
         ((4, 16, 16, 3), (4, 12))
     """
-    _check_share(batch_size, process_index, process_count)
+    _check_sizes(batch_size, process_index, process_count)
     if streams(config):
         if reinforced is not None:
             raise ConfigError(
-                f"{config.source} is read as a stream, whose examples have no number that stored "
-                'embeddings could be found by: set data.access="random"'
+                f"{config.source} is read as a stream, whose examples have no index to look up "
+                'stored embeddings: set data.access="random"'
             )
         if epochs is not None:
             raise ConfigError(
-                f"{config.source} is read as a stream, whose number of examples is not known, so "
-                "epochs have no meaning: give steps or examples"
+                f"{config.source} is read as a stream, whose number of examples is unknown, so "
+                "epochs are undefined: set steps or examples"
             )
         lanes = _lane_order(
             config, preprocess, tokenizer, batch_size, seed, process_index, process_count
@@ -232,7 +238,7 @@ def _lane_order(
 ) -> LaneOrder:
     if config.cache:
         raise ConfigError(
-            "data.cache keeps whole data sets in memory, and a stream has no end: set it off"
+            "data.cache needs a data set of finite size, not a stream: set it to False"
         )
     global_batch = batch_size * process_count
     stream = open_stream(
@@ -264,14 +270,14 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """One pass over a split, in order, as the model is used: no augmentation, first captions.
+    """Iterate once over a split, in order, without augmentation and with first captions.
 
     Besides `images` and `tokens` a batch has `captions` (list of str), `ids` int32 (b,), the
-    example's index in the split, and `mask` bool (b,). The last batches are filled up to
-    `batch_size` with blank rows (id -1, mask False), so that every process makes as many.
+    example's index in the split, and `mask` bool (b,). The last batches are padded to `batch_size`
+    with blank rows (id -1, mask False), so that all processes have the same number of batches.
 
     Raises:
-        DataError: no such data, or an image that cannot be read.
+        DataError: the data does not exist, or an image cannot be read.
 
     Example:
         >>> batches = vlm.data.eval_batches(
@@ -280,7 +286,7 @@ def eval_batches(
         >>> [int(batch["mask"].sum()) for batch in batches]
         [4, 2]
     """
-    _check_share(batch_size, process_index, process_count)
+    _check_sizes(batch_size, process_index, process_count)
     split = split or config.eval_split
     if not split:
         raise DataError("data.eval_split is not set: name the split to evaluate on")
@@ -306,21 +312,21 @@ def eval_batches(
 
 
 def count_examples(config: DataConfig, split: str | None = None) -> int:
-    """Number of examples in a split, by default the training split.
+    """Count the examples in a split, by default the training split.
 
     Raises:
-        ConfigError: they are read as a stream, which does not know it.
+        ConfigError: the split is read as a stream, whose length is unknown.
     """
     split = split or config.train_split
     if split == config.train_split and streams(config):
         raise ConfigError(
-            f"{config.source} is read as a stream, whose number of examples is not known: give the "
-            "run's length in steps or examples instead of epochs"
+            f"{config.source} is read as a stream, whose number of examples is unknown: set the "
+            "length of the run in steps or examples instead of epochs"
         )
     return len(open_source(config, split))
 
 
-def _check_share(batch_size: int, process_index: int, process_count: int) -> None:
+def _check_sizes(batch_size: int, process_index: int, process_count: int) -> None:
     if batch_size < 1:
         raise ConfigError(f"batch_size {batch_size} is empty: make it at least 1 per process")
     if not 0 <= process_index < process_count:

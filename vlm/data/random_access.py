@@ -1,11 +1,10 @@
-"""Batches of a source of random access: each is a pure function of its step.
+"""Batches from a random-access source: each batch is a pure function of its step.
 
 Sample g of a run (counted over all processes and epochs) is example `shuffle(g mod n)` of epoch
-g // n, and its crop, colours and caption are drawn from g. Global batch i holds samples i B to
-(i + 1) B - 1 and each process makes its own slice. So a run resumes exactly from a step
-number, on any number of processes or workers, and within an epoch no sample is lost or repeated.
-In the place of a bad sample stands another example, drawn from g too; all others stay where they
-are.
+g // n; g also seeds its crop, colours and caption. Global batch i contains samples i B to
+(i + 1) B - 1, and each process makes its own slice. So a run resumes exactly from a step number, on
+any number of processes or workers, and within an epoch no sample is lost or repeated. A bad sample
+is replaced by another example, also drawn from g; all other samples are unaffected.
 """
 
 import functools
@@ -33,11 +32,11 @@ from vlm.nn.naflex import Patches
 
 Batch = dict[str, Any]
 
-_FOREVER = 2**40  # steps: grain wants a length, and nobody trains this long
+_FOREVER = 2**40  # steps; grain requires a length
 
 
 def places(seed: int, positions: Int[np.ndarray, " b"], count: int) -> Int[np.ndarray, " b"]:
-    """Which of `count` examples stands at each position of a run."""
+    """Return the index of the example at each position of a run over `count` examples."""
     epochs, within = positions // count, positions % count
     out = np.empty_like(positions)
     for epoch in np.unique(epochs).tolist():
@@ -47,10 +46,10 @@ def places(seed: int, positions: Int[np.ndarray, " b"], count: int) -> Int[np.nd
 
 
 class TrainBatches:
-    """Random access to the training batches of one process: `batches[step]`.
+    """Training batches of one process by step: `batches[step]`.
 
-    Beside `images` and `tokens` a batch has `texts_cut`, which texts lost their tail, and `bad`,
-    what was replaced in it, as JSON.
+    Besides `images` and `tokens` a batch has `texts_cut`, which texts were truncated, and `bad`,
+    the replaced samples as JSON.
     """
 
     def __init__(
@@ -103,27 +102,27 @@ class TrainBatches:
         images = self._transform.blank(self._batch_size)
         bad: list[dict[str, str]] = []
         numbers = zip(indices.tolist(), variants.tolist(), positions.tolist(), strict=True)
-        made = [
+        rows = [
             self._make(*number, u, images, row, bad)
             for row, (u, number) in enumerate(zip(draws, numbers, strict=True))
         ]
-        texts, indices = [text for text, _ in made], np.array([index for _, index in made])
-        taught = {} if store is None else store.embeddings(indices, variants)
+        texts, indices = [text for text, _ in rows], np.array([index for _, index in rows])
+        teacher = {} if store is None else store.embeddings(indices, variants)
         tokens, cut = self._tokenizer.rows(texts)
         batch = {"images": images, "tokens": tokens, "texts_cut": cut, "bad": json.dumps(bad)}
-        return batch | taught
+        return batch | teacher
 
     @property
     def examples(self) -> int:
-        """How many the source has."""
+        """Number of examples in the source."""
         return len(self._source)
 
     @property
     def batch_bytes(self) -> int:
-        """Of one batch of this process, pixels and tokens."""
+        """Bytes of one batch of this process."""
         length = self._tokenizer.config.context_length
-        taught = 0 if self._reinforced is None else 2 * 4 * self._reinforced.width
-        return self._batch_size * (self._transform.image_bytes + 4 * length + taught)
+        teacher = 0 if self._reinforced is None else 2 * 4 * self._reinforced.width
+        return self._batch_size * (self._transform.image_bytes + 4 * length + teacher)
 
     def _make(
         self,
@@ -135,7 +134,7 @@ class TrainBatches:
         row: int,
         bad: list,
     ) -> tuple[str, int]:
-        """The text and index of an example whose image goes to `row`, or of a good one instead."""
+        """Write an example (or a replacement) to `row`; return its text and index."""
         last: BadSample | None = None
         for attempt in range(self._max_bad_in_a_row):
             try:
@@ -146,15 +145,15 @@ class TrainBatches:
                 last = fault
                 other = uniforms(key(self._seed, 3, attempt), np.array([position]), 1)[0, 0]
                 index = int(other * len(self._source))
-                if self._reinforced is not None:  # the changes are the example's own
+                if self._reinforced is not None:  # augmentation depends on the example
                     at = np.array([index]), np.array([variant])
                     u = self._reinforced.draws(self._transform, *at)[0]
-        assert last is not None  # one sample at least was looked at
+        assert last is not None  # there was at least one attempt
         raise TooManyBad.in_a_row(self._max_bad_in_a_row, last)
 
 
 class StepOrder:
-    """The order of such batches, for `TrainIterator`: its position is the step's number."""
+    """Batch order of a random-access source, for `TrainIterator`; the position is the step."""
 
     parts = 1
 
@@ -166,8 +165,8 @@ class StepOrder:
         self.element_bytes = batches.batch_bytes
 
     def read(self) -> grain.IterDataset:
-        """The batches from the position on."""
-        batches: Any = self._batches  # a sequence in all but its base class
+        """Return the batches from the current position."""
+        batches: Any = self._batches  # a sequence without the base class
         data = grain.MapDataset.source(batches).slice(slice(self._step, None))
         if self.workers:
             return data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
@@ -177,39 +176,39 @@ class StepOrder:
         )
 
     def join(self, elements: list[Batch]) -> Batch:
-        """The one element as it is; the position moves behind it."""
+        """Return the only element; advance the position."""
         self._step += 1
         return elements[0]
 
     def state(self, step: int) -> dict[str, Any]:
-        """The step, and what shows that the data is the same."""
+        """Return the step, and the number of examples to recognise the data."""
         return {"step": step, "examples": self._batches.examples}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go to `state`.
+        """Restore the position of `state`.
 
         Raises:
-            DataError: it is of other data.
+            DataError: the state belongs to other data.
         """
-        examples = state.get("examples", self._batches.examples)  # older runs did not say
+        examples = state.get("examples", self._batches.examples)  # missing in older checkpoints
         if "lanes" in state or examples != self._batches.examples:
             raise DataError(
-                f"the position is of other data ({examples:,} examples, here "
-                f"{self._batches.examples:,}): resume with the data that the run began with"
+                f"the checkpoint is for other data ({examples:,} examples, here "
+                f"{self._batches.examples:,}): resume with the data that the run started with"
                 if "lanes" not in state
-                else "the position is of a stream, and the data has random access: set "
+                else "the checkpoint is for a stream, and the data has random access: set "
                 'data.access="stream"'
             )
         self._step = state["step"]
 
 
 def decoding_threads(config: DataConfig) -> int:
-    """Threads that make batches: decoding releases the GIL and gains from more than one."""
+    """Number of threads that make batches; decoding releases the GIL."""
     return 1 if config.cache else min(config.prefetch, os.cpu_count() or 1)
 
 
 class IndexedStream:
-    """A source of random access in lanes: lane l of n takes positions l, l + n, l + 2n, ..."""
+    """Stream over a random-access source: lane l of n takes positions l, l + n, l + 2n, ..."""
 
     def __init__(self, source: Source, lanes: int, seed: int):
         self.source, self.lanes, self.seed = source, lanes, seed
@@ -218,21 +217,21 @@ class IndexedStream:
 
     @property
     def examples(self) -> int:
-        """How many an epoch has, with those of shards that are lost."""
+        """Number of examples per epoch, including lost shards."""
         return len(self.source) + sum(fault.get("samples", 1) for fault in self.faults)
 
     @property
     def fingerprint(self) -> str:
-        """Equal for the same number of examples."""
+        """Number of examples, as text."""
         return f"{len(self.source)} examples"
 
     def lane(self, number: int, position: list[int] | None, pool: Executor) -> "IndexedLane":
-        """Lane `number`, at its beginning or at what its `position()` was."""
+        """Open lane `number`, at its start or at an earlier `position()`."""
         return IndexedLane(self, number, position[0] if position else 0)
 
 
 class IndexedLane:
-    """One lane of a source of random access; its samples are read where they are made."""
+    """Lane of a random-access source; samples are read in the decoding threads."""
 
     def __init__(self, stream: IndexedStream, number: int, taken: int):
         self._stream, self._number, self._taken = stream, number, taken
@@ -245,8 +244,8 @@ class IndexedLane:
         return Sample(functools.partial(stream.source.__getitem__, int(index)), position)
 
     def position(self) -> list[int]:
-        """How many samples are taken."""
+        """Return the number of samples already taken."""
         return [self._taken]
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""

@@ -1,7 +1,7 @@
-"""Randomness without state: numbers and orders as functions of a seed and a position.
+"""Stateless randomness: random numbers and permutations as functions of a seed and a position.
 
-Generators with a state would have to be replayed after a restart and would give each worker or
-process other numbers. A hash of the position gives the same ones to all, at once for a whole batch.
+Stateful generators would need a replay after a restart, and differ between workers or processes. A
+hash of the position gives the same numbers everywhere, vectorised over a batch.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ _ROUNDS = 6
 def uniforms(
     seed: int, positions: Int[np.ndarray, " b"], count: int
 ) -> Float[np.ndarray, "b count"]:
-    """`count` numbers in [0, 1) for each position: SplitMix64 (Steele et al., 2014) as a hash."""
+    """Draw `count` numbers in [0, 1) per position: SplitMix64 (Steele et al., 2014) as a hash."""
     with np.errstate(over="ignore"):
         counter = positions.astype(np.uint64)[:, None] * np.uint64(count)
         counter = counter + np.arange(count, dtype=np.uint64)
@@ -24,28 +24,28 @@ def uniforms(
 def permute(
     seed: int, epoch: int, places: Int[np.ndarray, " b"], count: int
 ) -> Int[np.ndarray, " b"]:
-    """Where each of `places` in 0..count-1 goes in the shuffled order of `epoch`.
+    """Permute `places` in 0..count-1 by the shuffled order of `epoch`.
 
-    A Feistel network permutes the next even power of two; what falls outside walks on until it
-    falls inside (Black and Rogaway, 2002). No memory, whatever the size of the data.
+    A Feistel network permutes the next even power of two, with cycle walking for values outside the
+    range (Black and Rogaway, 2002). It needs no memory for any size of data.
     """
     half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
     out = places.astype(np.uint64)
-    todo = np.arange(len(out))
+    remaining = np.arange(len(out))
     with np.errstate(over="ignore"):
         keys = _mix(_key(seed, epoch) + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * _GOLDEN)
-        while len(todo):
-            left, right = out[todo] >> half, out[todo] & low
+        while len(remaining):
+            left, right = out[remaining] >> half, out[remaining] & low
             for key in keys:
                 left, right = right, left ^ (_mix(right + key) & low)
-            out[todo] = (left << half) | right
-            todo = todo[out[todo] >= count]
+            out[remaining] = (left << half) | right
+            remaining = remaining[out[remaining] >= count]
     return out.astype(np.int64)
 
 
 def key(*words: int) -> int:
-    """A seed of its own for whatever `words` say, such as (seed, purpose, number)."""
+    """Derive a seed from `words`, such as (seed, purpose, number)."""
     with np.errstate(over="ignore"):
         return int(_key(*words))
 

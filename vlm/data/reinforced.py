@@ -1,12 +1,12 @@
-"""Reinforced data: a teacher's embeddings of examples, stored beside the changes that it saw.
+"""Reinforced data: stored teacher embeddings of augmented examples, for distillation.
 
-Every example is augmented `variants` times. Which changes variant v of example i has follows from
-the store's seed, so training makes them again and reads what the teacher said of them
+Every example is augmented `variants` times. The augmentation of variant v of example i follows from
+the store's seed, so training reproduces it and reads the teacher's embeddings
 (arXiv:2311.17049, section 3.1).
 
-FOLDER/reinforced.json                what was embedded, by whom
+FOLDER/reinforced.json                the teacher and the data config
 FOLDER/images.npy, FOLDER/texts.npy   (example, variant, width)
-FOLDER/unfinished.json                in place of the first, while they are made: how far they are
+FOLDER/unfinished.json                instead of reinforced.json until complete, with the progress
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from vlm.errors import ConfigError, DataError
 
 FILE, UNFINISHED = "reinforced.json", "unfinished.json"
 ARRAYS = ("images", "texts")
-# What makes other images or other texts of the same examples.
-SAME = (
+# Config fields that change the images or texts of an example.
+MUST_MATCH = (
     "train_split", "image", "captions", "caption_weights", "label", "class_names", "templates",
     "keep", "augment",
 )  # fmt: skip
@@ -33,7 +33,7 @@ SAME = (
 
 @dataclasses.dataclass(frozen=True)
 class Reinforced:
-    """The store in `folder`; its arrays stay on disk, and each process maps them for itself."""
+    """Store of teacher embeddings in `folder`; its arrays are memory-mapped."""
 
     folder: str
     seed: int
@@ -45,10 +45,10 @@ class Reinforced:
 
     @classmethod
     def open(cls, folder: str) -> "Reinforced":
-        """What `vlm data reinforce` wrote.
+        """Open a store that `vlm data reinforce` wrote.
 
         Raises:
-            DataError: there is none, or it is incomplete.
+            DataError: it is missing or incomplete.
         """
         path = Path(folder)
         try:
@@ -65,25 +65,25 @@ class Reinforced:
         return found
 
     def check(self, config: DataConfig, examples: int) -> None:
-        """Raise a ConfigError unless these are embeddings of what `config` makes."""
-        ours = {name: to_dict(config)[name] for name in SAME}
-        theirs = {name: self.data.get(name) for name in SAME}
+        """Raise a ConfigError unless the embeddings belong to the data of `config`."""
+        ours = {name: to_dict(config)[name] for name in MUST_MATCH}
+        theirs = {name: self.data.get(name) for name in MUST_MATCH}
         for side in (ours, theirs):
-            side["templates"] = side["templates"] or ["{}"]  # as `templates_of` fills it in
-        differ = [f"data.{name}" for name in SAME if ours[name] != theirs[name]]
+            side["templates"] = side["templates"] or ["{}"]  # the default of `templates_of`
+        differ = [f"data.{name}" for name in MUST_MATCH if ours[name] != theirs[name]]
         if differ:
             raise ConfigError(
-                f"the embeddings in {self.folder} are of data with other {', '.join(differ)}: "
+                f"the embeddings in {self.folder} were made with different {', '.join(differ)}: "
                 "make them agree, or run vlm data reinforce again"
             )
         if examples != self.examples:
             raise ConfigError(
-                f"the embeddings in {self.folder} are of {self.examples:,} examples, and "
+                f"the embeddings in {self.folder} are for {self.examples:,} examples, and "
                 f"{config.source} has {examples:,}: run vlm data reinforce again"
             )
 
     def choose(self, seed: int, positions: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
-        """The variant that stands at each position of a run with `seed`."""
+        """Draw the variant at each position of a run with `seed`."""
         return (uniforms(key(seed, 7), positions, 1)[:, 0] * self.variants).astype(np.int64)
 
     def draws(
@@ -92,13 +92,13 @@ class Reinforced:
         indices: Int[np.ndarray, " b"],
         variants: Int[np.ndarray, " b"],
     ) -> Float[np.ndarray, "b numbers"]:
-        """The uniform numbers that make these variants of these examples."""
+        """Return the uniform numbers of these variants of these examples."""
         return variant_draws(transform, self.seed, self.variants, indices, variants)
 
     def embeddings(
         self, indices: Int[np.ndarray, " b"], variants: Int[np.ndarray, " b"]
     ) -> dict[str, Float32[np.ndarray, "b e"]]:
-        """What the teacher said of these variants, as a batch has it."""
+        """Look up the teacher embeddings of these variants, under their names in a batch."""
         names = zip(("teacher_image", "teacher_text"), ARRAYS, strict=True)
         return {ours: self._map(name)[indices, variants].astype(np.float32) for ours, name in names}
 
@@ -113,5 +113,5 @@ def variant_draws(
     indices: Int[np.ndarray, " b"],
     variants: Int[np.ndarray, " b"],
 ) -> Float[np.ndarray, "b numbers"]:
-    """The uniform numbers of variants of examples, of `count` for each."""
+    """Return the uniform numbers of variants of examples, with `count` variants each."""
     return transform.draws(key(seed, 8), indices * count + variants)

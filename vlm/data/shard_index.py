@@ -1,9 +1,9 @@
-"""WebDataset shards with random access: where each example begins, in a memory-mapped file.
+"""Random access to WebDataset shards, by a memory-mapped index of the examples' offsets.
 
-Eight bytes an example. All processes and workers of a machine share the file's pages. `vlm data
-index` writes it beside the shards; else it is made when the shards are opened, in the cache folder.
-The file: the length of its header (8 bytes), the header (JSON, padded), and for each shard the
-offsets of its examples and of its end (uint64, little-endian).
+The index takes eight bytes per example; all processes and workers of a machine share its pages.
+`vlm data index` writes it beside the shards; else it is written to the cache folder when the shards
+are opened. File format: length of the header (8 bytes), the header (JSON, padded), and for each
+shard the offsets of its examples and of its end (uint64, little-endian).
 """
 
 import hashlib
@@ -44,11 +44,11 @@ SUFFIX = ".vlm-index"
 VERSION = 2
 
 _LENGTH = struct.Struct("<Q")
-_CHECKED = 8  # shards whose size is compared with the index, before it is believed
+_CHECKED = 8  # shards whose size is compared with the index
 
 
 class ShardSource:
-    """Examples of tar shards; reads the bytes of one example, at once, and nothing else."""
+    """Source over the examples of tar shards; reads one example per request."""
 
     def __init__(self, path: str, names: Sequence[str], config: DataConfig):
         self._path, self._config, self._reads = path, config, reads(config)
@@ -57,7 +57,7 @@ class ShardSource:
         self.faults: list[dict[str, Any]] = self._header["faults"]
         self._sidecars: Sidecars | None = None
         if not len(self):
-            raise DataError(_nothing(config, self.faults))
+            raise DataError(_empty_message(config, self.faults))
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -73,20 +73,20 @@ class ShardSource:
             group = next(tar.groups(file, self._reads, whole=False))
             more = self._sidecars.row(shard, stem_of(group.key)) if self._sidecars else None
         except (OSError, tar.CorruptFileError, StopIteration) as error:
-            why = f"example {index} of {name} cannot be read where the index says ({error})"
+            why = f"example {index} of {name} cannot be read at its offset in the index ({error})"
             raise BadSample("failed read", name, why) from None
         return self._example(group, name, more)
 
     def _example(self, group: tar.Group, shard: str, more: dict[str, Any] | None) -> Example:
-        """The example that the members of a group make."""
+        """Make the example of a group of members."""
         return example_of(group, self._config, shard, more)
 
     def use_sidecars(self) -> None:
-        """Add the columns of the tables beside the shards to their examples."""
+        """Add the columns of sidecar tables to the examples."""
         self._sidecars = Sidecars(self._names, self._config)
 
     def shard_name(self, index: int) -> str:
-        """The shard that holds an example."""
+        """Return the name of the shard with an example."""
         return self._names[int(np.searchsorted(self._first, index, "right")) - 1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -106,13 +106,13 @@ class ShardSource:
 
 
 def open_shards(config: DataConfig, split: str) -> ShardSource:
-    """The examples of the shards that `config.source` names, `{split}` in it replaced by `split`.
+    """Open the shards of `config.source`, with `{split}` replaced by `split`.
 
-    A shard that is broken or missing gives the examples that it has. What is lost is logged, and
-    listed in `faults` of the source.
+    Of a broken shard the readable examples are used. Losses are logged and listed in the source's
+    `faults`.
 
     Raises:
-        DataError: no shard, no example in them, or none with what the config names.
+        DataError: there are no shards or examples, or they lack features in the config.
     """
     names = split_files(config.source, split, config.train_split)
     source = ShardSource(index_for(names, config), names, config)
@@ -123,7 +123,7 @@ def open_shards(config: DataConfig, split: str) -> ShardSource:
 
 
 def beside(names: Sequence[str]) -> str:
-    """Where the prepared index of these shards lies."""
+    """Return the path of the index beside these shards."""
     folder = names[0].rpartition("/")[0]
     short = "\n".join(name.rpartition("/")[2] for name in names)
     stem = hashlib.sha256(short.encode()).hexdigest()[:12]
@@ -131,7 +131,7 @@ def beside(names: Sequence[str]) -> str:
 
 
 def write_index(names: Sequence[str], path: str, *, progress=iter) -> dict[str, Any]:
-    """Read the headers of all shards and write their index to `path`; returns its header.
+    """Read the headers of all shards and write their index to `path`; return its header.
 
     Raises:
         OSError: it cannot be written.
@@ -158,18 +158,18 @@ def write_index(names: Sequence[str], path: str, *, progress=iter) -> dict[str, 
     if is_remote(path):
         as_path(path).write_bytes(b"".join(data))
         return header
-    handle, made = tempfile.mkstemp(dir=os.path.dirname(path) or ".")
+    handle, unfinished = tempfile.mkstemp(dir=os.path.dirname(path) or ".")
     with os.fdopen(handle, "wb") as f:
         f.writelines(data)
-    os.replace(made, path)
+    os.replace(unfinished, path)
     return header
 
 
 def read_index(path: str) -> tuple[dict[str, Any], UInt64[np.ndarray, " n"]]:
-    """The header and the offsets of an index, memory-mapped.
+    """Read the header of an index and memory-map its offsets.
 
     Raises:
-        DataError: it is torn, or of another version.
+        DataError: it is corrupt, or has another version.
     """
     try:
         with open(path, "rb") as f:
@@ -183,20 +183,20 @@ def read_index(path: str) -> tuple[dict[str, Any], UInt64[np.ndarray, " n"]]:
         return header, np.memmap(path, "<u8", "r", _LENGTH.size + length, (count,))
     except (OSError, ValueError, KeyError, TypeError, struct.error, MemoryError) as error:
         raise DataError(
-            f"the index {path} cannot be read ({error}): make it anew with vlm data index"
+            f"the index {path} cannot be read ({error}): rebuild it with vlm data index"
         ) from None
 
 
 def index_for(names: list[str], config: DataConfig) -> str:
-    """The file with the index of these shards: the one beside them, or one that is made here."""
+    """Return the index file of these shards: the one beside them, or one in the cache."""
     prepared = beside(names)
     if exists(prepared):
         path = prepared
         if is_remote(prepared):
             data = read_file(prepared)
-            kept = cache_dir() / "shards"
-            kept.mkdir(parents=True, exist_ok=True)
-            path = os.fspath(kept / f"{hashlib.sha256(data).hexdigest()[:32]}{SUFFIX}")
+            folder = cache_dir() / "shards"
+            folder.mkdir(parents=True, exist_ok=True)
+            path = os.fspath(folder / f"{hashlib.sha256(data).hexdigest()[:32]}{SUFFIX}")
             if not os.path.exists(path):
                 _write_whole(path, data)
         _check_sizes(read_index(path)[0], names, prepared)
@@ -207,22 +207,22 @@ def index_for(names: list[str], config: DataConfig) -> str:
             read_index(path)
             return path
         except DataError:
-            pass  # torn: make it again
+            pass  # corrupt: rewrite it
     write_index(names, path)
     return path
 
 
 def _write_whole(path: str, data: bytes) -> None:
-    handle, made = tempfile.mkstemp(dir=os.path.dirname(path))
+    handle, unfinished = tempfile.mkstemp(dir=os.path.dirname(path))
     with os.fdopen(handle, "wb") as f:
         f.write(data)
-    os.replace(made, path)
+    os.replace(unfinished, path)
 
 
 def _check_sizes(header: dict[str, Any], names: list[str], path: str) -> None:
     shards = header["shards"]
     if [shard[0] for shard in shards] != [name.rpartition("/")[2] for name in names]:
-        raise DataError(f"the index {path} is of other shards: make it anew with vlm data index")
+        raise DataError(f"the index {path} belongs to other shards: rebuild it with vlm data index")
     for i in np.linspace(0, len(names) - 1, min(_CHECKED, len(names))).astype(int).tolist():
         try:
             size = size_of(names[i])
@@ -230,13 +230,13 @@ def _check_sizes(header: dict[str, Any], names: list[str], path: str) -> None:
             size = 0
         if size != shards[i][1]:
             raise DataError(
-                f"the shard {names[i]} has {size:,} bytes and its index {path} says "
-                f"{shards[i][1]:,}: make it anew with vlm data index"
+                f"the shard {names[i]} has {size:,} bytes, and {shards[i][1]:,} in its "
+                f"index {path}: rebuild it with vlm data index"
             )
 
 
 def _offsets_of(name: str) -> tuple[UInt64[np.ndarray, " n"], int, list[BadSample]]:
-    """Where the examples with an image begin, and the end of the last one; the shard's length."""
+    """Return the offsets of examples with an image (and of the end), shard size, and faults."""
     offsets: list[int] = []
     faults: list[BadSample] = []
     size, end, without = 0, 0, []
@@ -258,7 +258,7 @@ def _offsets_of(name: str) -> tuple[UInt64[np.ndarray, " n"], int, list[BadSampl
 
 
 def _count_lost(faults: list[BadSample], names: Sequence[str], counts: list[int]) -> None:
-    """Set how many samples broken shards lost: of what they should hold, or the mean of others."""
+    """Set the samples lost in broken shards: relative to their known size, else to the mean."""
     broken = {fault.where: fault for fault in faults if fault.kind != "no image"}
     whole = [count for name, count in zip(names, counts, strict=True) if name not in broken]
     mean = round(sum(whole) / max(1, len(whole)))
@@ -278,7 +278,7 @@ def _with_starts(file: SequentialFile) -> Iterator[tuple[int, tar.Group]]:
 
 
 def _check_first(source: ShardSource, config: DataConfig) -> None:
-    """Compare the first examples with the config."""
+    """Compare the features of the first examples with the config."""
     where = f"the shards {config.source}"
     known = known_features(source, config, where)
     missing = [name for name in wanted_features(config) if name not in known]
@@ -288,7 +288,7 @@ def _check_first(source: ShardSource, config: DataConfig) -> None:
     check_features(config, known, where)
 
 
-def _nothing(config: DataConfig, faults: list[dict[str, Any]]) -> str:
+def _empty_message(config: DataConfig, faults: list[dict[str, Any]]) -> str:
     if faults:
         return f"{faults[-1]['why']}: fetch it again, or check data.source"
-    return f"the shards {config.source} hold no examples: is each file named like 000017.jpg?"
+    return f"the shards {config.source} have no examples: name files such as 000017.jpg in them"

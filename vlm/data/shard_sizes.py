@@ -1,11 +1,11 @@
-"""How many examples a shard holds, as files beside it state: for shards that cannot be read.
+"""Number of examples in a shard according to files beside it, for shards that cannot be read.
 
 - `00000_stats.json` of img2dataset, beside `00000.tar`: its `successes`.
-- `sizes.json`, as open_clip's users write it: names of shards to numbers of examples.
+- `sizes.json`, a convention of open_clip users: shard names to numbers of examples.
 - `manifest.jsonl` of `vlm data prepare`.
 
-Where there is none, the length is estimated: in a stream from the size of one shard and of its
-first examples, under random access as the mean of the shards that are whole.
+Without such a file the length is estimated: in a stream from the size of one shard and of its first
+examples, under random access as the mean of the intact shards.
 """
 
 import json
@@ -15,7 +15,7 @@ from vlm.data.storage import read_file
 
 
 def known_count(shard: str) -> int | None:
-    """The number of examples that a shard should hold; None where no file says so."""
+    """Look up the number of examples in a shard; None if no file has it."""
     folder, slash, name = shard.rpartition("/")
     stats = _read(f"{folder}{slash}{name.partition('.')[0]}_stats.json")
     sizes, manifest = _read(f"{folder}{slash}sizes.json"), _read(f"{folder}{slash}manifest.jsonl")
@@ -26,7 +26,7 @@ def known_count(shard: str) -> int | None:
 
 
 def _read(path: str) -> list[dict[str, Any]]:
-    """The JSON objects of a file, or of each of its lines; none where it cannot be read."""
+    """Read the JSON objects of a file, or of each of its lines; none if it cannot be read."""
     try:
         text = read_file(path).decode()
         lines = text.splitlines() if path.endswith(".jsonl") else [text]

@@ -1,4 +1,4 @@
-"""Shards as a stream: found by name, looked at before the first step, and opened in lanes."""
+"""Opening of shards as a stream: file names, inspection of the first shards, and lanes."""
 
 from vlm.config import DataConfig
 from vlm.data.examples import LOOKED_AT, check_features, features_of, wanted_features
@@ -11,12 +11,12 @@ from vlm.data.tar import CorruptFileError
 from vlm.data.webdataset import TarFormat
 from vlm.errors import DataError
 
-_BUFFERS = 512 << 20  # bytes that the reads of one process may hold
-_LOOKED_AT = 8  # shards, before a source counts as unreadable
+_BUFFERS = 512 << 20  # bytes of read buffers per process
+_LOOKED_AT = 8  # shards to try, before a source counts as unreadable
 
 
 def find_shards(config: DataConfig) -> list[str]:
-    """The shards of the training split, in order.
+    """List the shards of the training split, in order.
 
     Raises:
         DataError: there are none.
@@ -27,10 +27,10 @@ def find_shards(config: DataConfig) -> list[str]:
 def open_shards_as_stream(
     config: DataConfig, names: list[str], lanes: int, seed: int, process_count: int
 ) -> Shards:
-    """The shards in lanes.
+    """Open shards for reading in lanes.
 
     Raises:
-        DataError: too few of them, none that can be read, or none that holds what is named.
+        DataError: there are too few, none can be read, or they lack the features in the config.
     """
     form, typical = look_at(config, names)
     chunk = max(256 << 10, min(CHUNK, _BUFFERS // (lanes // process_count)))
@@ -38,10 +38,10 @@ def open_shards_as_stream(
 
 
 def look_at(config: DataConfig, names: list[str]) -> tuple[Format, int]:
-    """How to read the shards, and about how many examples one has, by the first that can be read.
+    """Inspect the first readable shard; return the format and the estimated examples per shard.
 
     Raises:
-        DataError: none can be read, or none holds what is named.
+        DataError: none can be read, or they lack the features in the config.
     """
     last: Exception | str = "no shard"
     for name in names[:_LOOKED_AT]:
@@ -64,7 +64,7 @@ def look_at(config: DataConfig, names: list[str]) -> tuple[Format, int]:
         known = features_of([record.example for record in first], f"the shard {name}")
         missing = [feature for feature in wanted_features(config) if feature not in known]
         if missing and form.kind == "tar" and exists(sidecar_path(name)):
-            return TarFormat(config, sidecar=True), typical  # it names what the table lacks
+            return TarFormat(config, sidecar=True), typical  # raises if the table lacks a feature
         check_features(config, known, f"the shard {name}")
         return form, typical
     raise DataError(
@@ -74,7 +74,7 @@ def look_at(config: DataConfig, names: list[str]) -> tuple[Format, int]:
 
 
 def _first(form: Format, name: str) -> tuple[list[Record], bool]:
-    """The first examples of a shard, and whether they are all that it has."""
+    """Read the first examples of a shard; also return whether these are all."""
     found: list[Record] = []
     reader = form.read(name, 0, 0, 1 << 20)
     try:
@@ -91,7 +91,7 @@ def _first(form: Format, name: str) -> tuple[list[Record], bool]:
 
 
 def _length(form: Format, name: str, first: list[Record]) -> int:
-    """About how many examples a shard has: by its size and that of the first of them."""
+    """Estimate the examples in a shard from its size and that of its first examples."""
     if form.kind == "tar":
         return max(len(first), round(size_of(name) / first[-1].end * len(first)))
     from vlm.data.parquet import count_rows

@@ -1,10 +1,10 @@
-"""Shards in lanes: which shard a lane reads when, and its samples in their shuffled order.
+"""Lanes over shards: the order of shards in a lane, and block shuffling of its samples.
 
-Lane l of n reads the shards at places l, l + n, l + 2n, ... of an order of all shards that is drawn
-anew for each epoch, each front to back, and then goes on to the next epoch. Its samples are
-cut into blocks and each block is shuffled. All of it is a pure function of (seed, lane, shards), so
-a position is five numbers and what the shuffle held is read again from the start of its block.
-What cannot be read takes one place in that order, as a `BadSample`, and the lane goes on after it.
+All shards are shuffled for each epoch. Lane l of n reads the shards l, l + n, l + 2n, ... of that
+order, each sequentially, and then continues with the next epoch. Its samples are divided into
+blocks, and each block is shuffled. This order is a pure function of (seed, lane, shards), so a
+position is five numbers, and a restored lane re-reads its current block. Data that cannot be read
+is one `BadSample` in that order, and the lane continues after it.
 """
 
 import zlib
@@ -22,13 +22,13 @@ from vlm.data.shard_sizes import known_count
 from vlm.data.tar import CorruptFileError
 from vlm.errors import DataError
 
-_NUMBERS = 24  # bits for the number of an example in its shard
+_INDEX_BITS = 24  # bits for the index of an example in its shard
 
-FILTERED = None  # in place of an example that `data.keep` does not pass
+FILTERED = None  # in place of an example that `data.keep` rejects
 
 
 class Record(NamedTuple):
-    """What a format reads: an example or what is wrong with it, and where the next one begins."""
+    """Output of a format: an example or its fault, and the offset of the next one."""
 
     example: Example | BadSample
     end: int
@@ -36,7 +36,7 @@ class Record(NamedTuple):
 
 @runtime_checkable
 class Format(Protocol):
-    """How shards of one kind are read front to back."""
+    """Sequential reader of one kind of shards."""
 
     kind: str
 
@@ -46,19 +46,19 @@ class Format(Protocol):
 
 
 class Sample(NamedTuple):
-    """One sample of a lane. Its random numbers come from `position`, which no other one has."""
+    """One sample of a lane; its unique `position` seeds its random numbers."""
 
-    example: Example | BadSample | Callable[[], Example] | None  # None: `data.keep` left it out
+    example: Example | BadSample | Callable[[], Example] | None  # None: rejected by `data.keep`
     position: int
 
 
 class Place(NamedTuple):
-    """Where a lane stands between two samples as they lie in the shards."""
+    """Position of a lane in its shards, before the shuffle."""
 
     epoch: int = 0
-    turn: int = 0  # how many of its shards of this epoch lie behind it
-    offset: int = 0  # in the shard, as its format counts
-    number: int = 0  # of examples of the shard that lie behind it
+    turn: int = 0  # number of its shards already read in this epoch
+    offset: int = 0  # in the shard; the unit depends on the format
+    number: int = 0  # examples already read from the shard
 
 
 @runtime_checkable
@@ -73,7 +73,7 @@ class Lane(Protocol):
 
 
 class Shards:
-    """The shards of a stream and how they are read: what all of its lanes have in common."""
+    """Shards of a stream with their format and settings, shared by all lanes."""
 
     def __init__(
         self,
@@ -95,26 +95,26 @@ class Shards:
         self.keep: tuple[FieldFilter, ...] = config.keep
         self.seed, self.lanes, self.chunk = seed, lanes, chunk
         self.block = max(1, config.shuffle // lanes)
-        self.typical = typical  # examples of a shard of unknown length, as estimated
-        self.faults: Sequence[dict[str, Any]] = ()  # met on the way
+        self.typical = typical  # estimated examples in a shard of unknown length
+        self.faults: Sequence[dict[str, Any]] = ()  # found while reading
 
     @property
     def fingerprint(self) -> str:
-        """Equal for the same shards wherever they lie: of their number and their names."""
+        """Number of shards and hash of their names, without their folder."""
         names = "\n".join(name.rpartition("/")[2] for name in self.names)
         return f"{len(self.names)}:{zlib.crc32(names.encode()):08x}"
 
     @property
     def examples(self) -> int:
-        """About how many examples an epoch of all lanes has."""
+        """Estimated examples per epoch of all lanes."""
         return self.typical * len(self.names)
 
     def lane(self, number: int, position: Sequence[int] | None, pool: Executor) -> Lane:
-        """Lane `number`, at its beginning or at what its `position()` was."""
+        """Open lane `number`, at its start or at an earlier `position()`."""
         return ShardLane(self, number, position or [0] * 5, pool)
 
     def shard_of(self, lane: int, epoch: int, turn: int) -> int | None:
-        """The shard that a lane reads at a turn of an epoch; None when it has read all of its."""
+        """Return the index of a lane's shard at a turn of an epoch; None after its last shard."""
         place = turn * self.lanes + lane
         if place >= len(self.names):
             return None
@@ -124,9 +124,9 @@ class Shards:
     def samples(
         self, lane: int, place: Place
     ) -> Generator[tuple[Sample | None, Place], None, None]:
-        """The samples of a lane as they lie in its shards, each with the place after it.
+        """Yield the samples of a lane in the order of its shards, each with the place after it.
 
-        Between two epochs comes None.
+        Yields None as the sample between two epochs.
         """
         epoch, turn, offset, number = place
         while True:
@@ -135,7 +135,7 @@ class Shards:
                 epoch, turn, offset, number = epoch + 1, 0, 0, 0
                 yield None, Place(epoch)
                 continue
-            base = (epoch * len(self.names) + shard) << _NUMBERS
+            base = (epoch * len(self.names) + shard) << _INDEX_BITS
             name, after = self.names[shard], Place(epoch, turn + 1)
             empty = number == 0
             try:
@@ -147,7 +147,7 @@ class Shards:
                     number += 1
                     empty = False
                     yield sample, Place(epoch, turn, record.end, number)
-                if empty:  # else a lane of such shards would look for a sample for ever
+                if empty:  # else a lane with only such shards would never return
                     bad = BadSample("empty shard", name, f"the shard {name} holds no examples")
                     yield Sample(bad, base), after
             except (OSError, CorruptFileError) as error:
@@ -157,11 +157,11 @@ class Shards:
 
 
 class ShardLane:
-    """One lane: the next block is read while this one is given out."""
+    """A lane with block shuffling; it prefetches the next block."""
 
     def __init__(self, shards: Shards, number: int, position: Sequence[int], pool: Executor):
         self._shards, self._number, self._pool = shards, number, pool
-        *start, self._behind = position  # of the first block, so many samples are behind us
+        *start, self._skipped = position  # the second: samples of the first block already taken
         self._start = self._next_start = Place(*start)
         self._reading = shards.samples(number, self._start)
         self._block: list[Sample | None] = []
@@ -174,17 +174,17 @@ class ShardLane:
         while self._taken == len(self._order):
             self._take_block()
         place = self._order[self._taken]
-        sample, self._block[place] = self._block[place], None  # its bytes are not held twice
+        sample, self._block[place] = self._block[place], None  # frees its memory
         self._taken += 1
-        assert sample is not None  # each place of the order is taken once
+        assert sample is not None  # each place is taken once
         return sample
 
     def position(self) -> list[int]:
-        """Where the block begins, and how many of it are taken."""
-        return [*self._start, self._taken or self._behind]
+        """Return the start of the block and the number of its samples already taken."""
+        return [*self._start, self._taken or self._skipped]
 
     def close(self) -> None:
-        """Wait for the read that is under way, and read no more."""
+        """Wait for the current read, and stop."""
         self._closed = True
         if not self._ahead.cancel():
             self._ahead.exception()
@@ -199,7 +199,7 @@ class ShardLane:
             if sample is not None:
                 block.append(sample)
             if len(block) == self._shards.block or (sample is None and block):
-                break  # full, or the epoch is over: data that is small is not read again and again
+                break  # full, or end of the epoch: blocks do not repeat small data
         return block, place
 
     def _take_block(self) -> None:
@@ -209,11 +209,11 @@ class ShardLane:
         seed = key(self._shards.seed, 2, self._number, *self._start)
         count = len(self._block)
         self._order = permute(seed, 0, np.arange(count), count).tolist()
-        self._taken, self._behind = self._behind, 0
+        self._taken, self._skipped = self._skipped, 0
 
 
 def shard_fault(error: Exception, shard: str, lost: int = 1) -> BadSample:
-    """What is wrong with a shard that cannot be read, or not to its end: `lost` examples."""
+    """Build the fault of a shard that cannot be read (to its end) and loses `lost` examples."""
     lost = max(1, lost)
     if isinstance(error, FileNotFoundError):
         return BadSample("missing shard", shard, f"there is no shard {shard}", lost)

@@ -1,8 +1,8 @@
-"""The `.parquet` tables that img2dataset writes beside tar shards: their rows by the examples' key.
+"""Sidecar `.parquet` tables that img2dataset writes beside tar shards, by the key of examples.
 
-A stream reads the table of the shard that it has come to. Random access comes to any shard at any
-time, so it has the rows of all of them in one database in the cache folder (SQLite), made when they
-are first opened; all processes and workers of a machine share its pages.
+A stream reads the table of its current shard. Random access needs the rows of all shards at any
+time, so they are stored in one SQLite database in the cache folder when first opened. All processes
+and workers of a machine share its pages.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ _TABLES = """
 
 
 def sidecar_path(shard: str) -> str:
-    """Where img2dataset puts the table of a shard."""
+    """Return the path of the sidecar table of a shard."""
     return shard.removesuffix(".tar") + ".parquet"
 
 
 def read_sidecar(shard: str, config: DataConfig) -> dict[str, dict[str, Any]]:
-    """The rows of the table beside a shard, by their key: the features that are wanted.
+    """Read the wanted features in the table beside a shard, by key.
 
     Raises:
         OSError: it cannot be read.
@@ -43,14 +43,14 @@ def read_sidecar(shard: str, config: DataConfig) -> dict[str, dict[str, Any]]:
 
 
 class Sidecars:
-    """The rows of the tables beside some shards, each found by number of shard and key."""
+    """Sidecar rows of several shards, by index of the shard and key."""
 
     def __init__(self, shards: Sequence[str], config: DataConfig):
         self._path = _database(shards, config)
         self._open()
 
     def row(self, shard: int, key: str) -> dict[str, Any]:
-        """The wanted features of an example; none where the table does not name it.
+        """Return the wanted features of an example; none if the table lacks it.
 
         Raises:
             OSError: the table of its shard could not be read.
@@ -73,7 +73,7 @@ class Sidecars:
         self._faults = dict(self._connection().execute("SELECT shard, why FROM fault"))
 
     def _connection(self) -> sqlite3.Connection:
-        """One for each thread, closed with it; SQLite's must not be used after a fork either."""
+        """Return the connection of this thread and process (SQLite's must not survive a fork)."""
         if getattr(self._own, "pid", None) != os.getpid():
             uri = f"file:{self._path}?mode=ro&immutable=1"
             self._own.rows, self._own.pid = sqlite3.connect(uri, uri=True), os.getpid()
@@ -81,7 +81,7 @@ class Sidecars:
 
 
 def _database(shards: Sequence[str], config: DataConfig) -> str:
-    """The file with the rows of all tables, made where it is not there yet."""
+    """Return the database file with the rows of all tables; write it if it is missing."""
     path = cache_path([*map(sidecar_path, shards)], ".rows", *wanted_features(config))
     if os.path.exists(path):
         return path
@@ -89,8 +89,8 @@ def _database(shards: Sequence[str], config: DataConfig) -> str:
         tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder,
         ThreadPoolExecutor(READERS) as pool,
     ):
-        made = os.path.join(folder, "rows")
-        with contextlib.closing(sqlite3.connect(made)) as rows:
+        unfinished = os.path.join(folder, "rows")
+        with contextlib.closing(sqlite3.connect(unfinished)) as rows:
             rows.executescript(_TABLES)
             tables = pool.map(lambda shard: _read(shard, config), shards)
             for number, (table, fault) in enumerate(tables):
@@ -99,12 +99,12 @@ def _database(shards: Sequence[str], config: DataConfig) -> str:
                 if fault is not None:
                     rows.execute("INSERT INTO fault VALUES (?, ?)", (number, fault))
             rows.commit()
-        os.replace(made, path)
+        os.replace(unfinished, path)
     return path
 
 
 def _read(shard: str, config: DataConfig) -> tuple[dict[str, dict[str, Any]], str | None]:
-    """The rows of a shard's table, or why there are none."""
+    """Read a shard's table; return its rows and an error message, if any."""
     try:
         return read_sidecar(shard, config), None
     except OSError as error:

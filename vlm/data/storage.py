@@ -1,7 +1,7 @@
-"""Files wherever they lie: names that stand for many, and reading front to back with retries.
+"""Local and remote files: expansion of patterns, and reads with retries.
 
-A path on this machine's disk, or a URL of a bucket (`gs://`, `s3://`), the Hub (`hf://`) or a web
-server (`http://`, `https://`), through the file systems of `fsspec`.
+A file is a local path, or a URL of a bucket (`gs://`, `s3://`), the Hub (`hf://`) or a web server
+(`http://`, `https://`), read through `fsspec`.
 """
 
 import contextlib
@@ -22,23 +22,23 @@ from vlm.paths import DRIVERS, cache_dir, is_remote
 
 T = TypeVar("T")
 
-CHUNK = 4 << 20  # bytes of one read: large, so that a bucket's latency is small beside it
-READERS = 16  # threads that wait for the disk or the bucket
-ATTEMPTS = 5  # at a read that fails for a moment
-BACKOFF = 0.5  # seconds before the second attempt, doubled for each one after
+CHUNK = 4 << 20  # bytes of one read; large, to amortise the latency of a bucket
+READERS = 16  # I/O threads
+ATTEMPTS = 5  # per read
+BACKOFF = 0.5  # seconds before the second attempt, doubled for each later one
 
-# What will not get better by itself.
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-_GONE, _FORBIDDEN = (404, 410), (401, 403)  # HTTP's statuses of what is not there, or not for us
+# Errors that are not retried.
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_GONE, _FORBIDDEN = (404, 410), (401, 403)  # HTTP statuses
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LIST = re.compile(r"\{([^{}]*,[^{}]*)\}")
 _WILD = re.compile(r"[*?\[]")
 
 
 def expand(pattern: str) -> list[str]:
-    """The files that a pattern names, in order: ranges `{000..099}`, lists `{a,b}`, `*` and `::`.
+    """Expand a pattern to file names, in order: ranges `{000..099}`, lists `{a,b}`, `*` and `::`.
 
-    `::` stands between patterns. What is named one by one need not exist; what matches `*` does.
+    `::` separates patterns. Only `*` is matched against existing files.
 
     Raises:
         DataError: a pattern with `*` matches nothing.
@@ -53,50 +53,50 @@ def expand(pattern: str) -> list[str]:
 
 
 def list_files(pattern: str) -> list[str]:
-    """The files that match a pattern with `*`, in order; none of a web server, which lists nothing.
+    """List the files that match a pattern with `*`, in order; empty for a web server.
 
     Raises:
-        OSError: as the file system says.
+        OSError: raised by the file system.
     """
     return [] if pattern.startswith(("http://", "https://")) else _matches(pattern)
 
 
 def open_file(path: str) -> Any:
-    """A binary file open for reading, local or remote, that can seek and buffers nothing itself.
+    """Open a local or remote file for unbuffered binary reads with seek.
 
     Raises:
-        OSError: as the file system says.
+        OSError: raised by the file system.
         DataError: there is no driver for this kind of URL.
     """
     if not is_remote(path):
         return open(path, "rb", buffering=0)
     system, inner = _system(path)
-    with _telling_missing():
+    with _missing_or_failed():
         return system.open(inner, "rb", cache_type="none", block_size=CHUNK)
 
 
 def size_of(path: str) -> int:
-    """The length of a file in bytes, asked for again where that may help.
+    """Return the length of a file in bytes, with retries.
 
     Raises:
-        OSError: as the file system says.
+        OSError: raised by the file system.
     """
     if not is_remote(path):
         return os.stat(path).st_size
     system, inner = _system(path)
 
     def size() -> int:
-        with _telling_missing():
+        with _missing_or_failed():
             return system.size(inner)
 
     return retry(size)
 
 
 def read_file(path: str) -> bytes:
-    """A whole file, tried again where that may help.
+    """Read a whole file, with retries.
 
     Raises:
-        OSError: as the file system says.
+        OSError: raised by the file system.
     """
 
     def read() -> bytes:
@@ -107,16 +107,16 @@ def read_file(path: str) -> bytes:
 
 
 def read_range(path: str, start: int, end: int) -> bytes:
-    """The bytes of a file from `start` to before `end`, by one request.
+    """Read bytes `start` to `end` (exclusive) of a file in one request, with retries.
 
     Raises:
-        OSError: as the file system says.
+        OSError: raised by the file system.
     """
 
     def read() -> bytes:
         if is_remote(path):
             system, inner = _system(path)
-            with _telling_missing():
+            with _missing_or_failed():
                 return system.cat_file(inner, start=start, end=end)
         with open(path, "rb", buffering=0) as f:
             f.seek(start)
@@ -126,19 +126,19 @@ def read_range(path: str, start: int, end: int) -> bytes:
 
 
 def cache_path(files: Sequence[str], suffix: str, *more: str) -> str:
-    """Where this machine keeps what is made of these files, and of `more` that it depends on.
+    """Return the path in the local cache for data derived from `files` and `more`.
 
-    What changes a file changes its length or its time, and so the name.
+    The name is a hash of the paths, lengths and modification times, so it changes with the files.
     """
     folder = cache_dir() / "shards"
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(READERS) as pool:
-        said = "\n".join([*pool.map(stamp_of, files), *more])
-    return os.fspath(folder / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}{suffix}")
+        text = "\n".join([*pool.map(stamp_of, files), *more])
+    return os.fspath(folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}{suffix}")
 
 
 def stamp_of(path: str) -> str:
-    """A text that changes when a file does: of its path, its length and, on a disk, its time."""
+    """Return a text that changes with a file: path, length and, if local, modification time."""
     try:
         if is_remote(path):
             return f"{path} {size_of(path)}"
@@ -149,22 +149,22 @@ def stamp_of(path: str) -> str:
 
 
 def exists(path: str) -> bool:
-    """Whether there is such a file."""
+    """Whether a file exists."""
     if not is_remote(path):
         return os.path.exists(path)
     try:
-        size_of(path)  # which asks a busy server again
+        size_of(path)  # with retries
     except OSError:
         return False
     return True
 
 
 @contextlib.contextmanager
-def _telling_missing() -> Iterator[None]:
-    """Tell a missing file from a server that did not answer; fsspec calls both missing.
+def _missing_or_failed() -> Iterator[None]:
+    """Distinguish a missing file from a failed request; fsspec calls both missing.
 
-    Only the statuses 404 and 410 mean that a file is not there. Any other status, and a connection
-    that failed, becomes an OSError, after which `retry` tries again.
+    Only the statuses 404 and 410 mean that a file is missing. Any other status, and a failed
+    connection, become an OSError, which `retry` retries.
     """
     try:
         yield
@@ -181,17 +181,17 @@ def _telling_missing() -> Iterator[None]:
 
 
 def retry(action: Callable[[], T]) -> T:
-    """What `action` returns; after an error that may pass it is tried again, later each time.
+    """Call `action`, with retries and exponential backoff after temporary errors.
 
     Raises:
-        OSError: the last error, or one that will not pass.
+        OSError: the last error, or a permanent one.
     """
     for attempt in range(ATTEMPTS):
         try:
             return action()
-        except (*_FINAL, DataError):
+        except (*_PERMANENT, DataError):
             raise
-        except Exception as error:  # each file system has kinds of its own
+        except Exception as error:  # each file system has its own types
             if attempt == ATTEMPTS - 1:
                 raise error if isinstance(error, OSError) else OSError(first_line(error)) from None
             time.sleep(BACKOFF * 2**attempt * random.uniform(0.5, 1.0))
@@ -199,26 +199,26 @@ def retry(action: Callable[[], T]) -> T:
 
 
 class SequentialFile:
-    """A file read from `offset` to its end in large pieces, opened again where a read fails."""
+    """File that is read sequentially in large chunks and reopened after a failed read."""
 
     def __init__(self, path: str, offset: int = 0, chunk: int = CHUNK):
         self._path, self._chunk = path, chunk
         self._file: Any = None
         self._buffer = memoryview(b"")
-        self.offset = offset  # of the next byte that `read` gives
+        self.offset = offset  # of the next byte to read
 
     @classmethod
     def of(cls, data: bytes) -> "SequentialFile":
-        """The same over bytes that are there already."""
+        """Make a file over bytes in memory."""
         file = cls("")
         file._buffer = memoryview(data)
         return file
 
     def read(self, count: int) -> bytes:
-        """The next `count` bytes; fewer at the end of the file.
+        """Read the next `count` bytes; fewer at the end of the file.
 
         Raises:
-            OSError: the file is not there, or cannot be read after several attempts.
+            OSError: the file is missing, or cannot be read after several attempts.
         """
         parts = []
         left = count
@@ -235,7 +235,7 @@ class SequentialFile:
         return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
 
     def skip(self, count: int) -> None:
-        """Pass over `count` bytes."""
+        """Skip `count` bytes."""
         inside = min(count, len(self._buffer))
         self._buffer = self._buffer[inside:]
         self.offset += count
@@ -243,7 +243,7 @@ class SequentialFile:
             self._file.seek(self.offset)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._file is not None:
             file, self._file = self._file, None
             file.close()
@@ -294,7 +294,7 @@ def _system(path: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
         scheme = path.split("://")[0]
-        scheme = {"gcs": "gs"}.get(scheme, scheme)  # another name of the same
+        scheme = {"gcs": "gs"}.get(scheme, scheme)  # an alias
         package = "aiohttp" if scheme in ("http", "https") else DRIVERS.get(scheme, ("", ""))[1]
-        mend = f"run pip install {package!r}" if package else "check data.source"
-        raise DataError(f"there is no driver for {path} ({error}): {mend}") from None
+        fix = f"run pip install {package!r}" if package else "check data.source"
+        raise DataError(f"there is no driver for {path} ({error}): {fix}") from None

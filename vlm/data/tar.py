@@ -1,8 +1,8 @@
-"""Tar files front to back: the members of each WebDataset example, from any example on.
+"""Sequential reader of WebDataset tar files, which can start at any example.
 
-Files that share a name up to the first dot, one after another, are one example. Written out here
-rather than left to `tarfile`, since a position must say where an example begins, and three headers
-an example must cost microseconds. (POSIX.1-2001 ustar and pax; GNU long names and sizes.)
+Consecutive files that share a name up to the first dot are one example. `tarfile` is not used,
+since positions need the offset of each example, and three headers per example must take
+microseconds. Supports POSIX.1-2001 ustar and pax, and GNU long names and sizes.
 """
 
 import re
@@ -11,24 +11,24 @@ from typing import NamedTuple
 
 from vlm.data.storage import SequentialFile
 
-BLOCK = 512  # bytes: a header, and what every member is padded to
+BLOCK = 512  # bytes of a header; members are padded to a multiple
 _SKIPPED = b"1234567"  # links, devices, folders
-_MAX_META = 1 << 20  # bytes of a pax header or a long name: more is garbage
-_MAX_PADDING = 1 << 20  # bytes of zeros behind the last member: more is an incomplete download
-_META = re.compile(r"__[^/]*__($|/)")  # what webdataset keeps for itself
+_MAX_META = 1 << 20  # bytes of a pax header or a long name; more means corruption
+_MAX_PADDING = 1 << 20  # bytes of zeros after the last member; more means an incomplete download
+_META = re.compile(r"__[^/]*__($|/)")  # reserved by webdataset
 
 
 class CorruptFileError(Exception):
-    """The tar file ends or breaks off where it should go on."""
+    """Error for a tar or Parquet file that is truncated or corrupt."""
 
 
 class Group(NamedTuple):
-    """One example: its members by extension, and the byte at which the next example begins."""
+    """One example: its members by extension, and the offset of the next example."""
 
     key: str
-    parts: dict[str, bytes | None]  # None: passed over, for `wanted` does not take it
+    parts: dict[str, bytes | None]  # None: skipped, since `wanted` is false for it
     end: int
-    repeated: str | None = None  # an extension that two of its members have
+    repeated: str | None = None  # extension of two of its members
 
 
 def groups(
@@ -37,12 +37,12 @@ def groups(
     *,
     whole: bool = True,
 ) -> Iterator[Group]:
-    """The examples of a tar file from where `file` stands, which is the start of one of them.
+    """Yield the examples of a tar file from the position of `file`, the start of an example.
 
-    Members whose extension `wanted` does not take are passed over. Names are split as the library
-    webdataset splits them: at the first dot. Hidden members and those in `__NAME__` are not part of
-    any example; one without a dot is an example without an image, so that it is counted. Without
-    `whole`, `file` is a part of an archive, and ends without its end-of-archive marker.
+    Members whose extension is not `wanted` are skipped. Names are split at the first dot, as in
+    webdataset. Hidden members and those in `__NAME__` are ignored. A name without a dot is an
+    example without an image, so that it is counted. Without `whole`, `file` is a part of an archive
+    and has no end-of-archive marker.
 
     Raises:
         CorruptFileError: the file is truncated (raised after its complete examples), or data
@@ -59,7 +59,7 @@ def groups(
         folder, _, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
         if not regular or not stem or _META.match(name):
-            _pass_over(file, size)
+            _skip(file, size)
             continue
         now = f"{folder}/{stem}" if folder else stem
         if now != key:
@@ -74,10 +74,10 @@ def groups(
             if len(data) < size:
                 raise CorruptFileError(f"{name} has {len(data):,} of its {size:,} bytes")
             parts[extension] = data
-            _pass_over(file, -size % BLOCK, exact=True)
+            _skip(file, -size % BLOCK, exact=True)
         else:
             parts[extension] = None
-            _pass_over(file, size)
+            _skip(file, size)
     if key is not None:
         yield Group(key, parts, end, repeated)
     if whole:
@@ -85,7 +85,7 @@ def groups(
 
 
 def _check_end(file: SequentialFile) -> None:
-    """Look at what follows an end-of-archive marker: zeros, to fill a record, and nothing else.
+    """Check that only zeros (record padding) follow an end-of-archive marker.
 
     Raises:
         CorruptFileError: another tar file follows, which tar readers ignore, or so many zeros that
@@ -95,8 +95,8 @@ def _check_end(file: SequentialFile) -> None:
         padding = file.read(64 * BLOCK)
         if padding.strip(b"\0"):
             raise CorruptFileError(
-                f"it goes on after the end-of-archive marker before byte {file.offset:,}, as "
-                "concatenated tar files do: make them one with tar --concatenate, or name each"
+                f"data follows the end-of-archive marker before byte {file.offset:,}, as in files "
+                "joined by cat: join them with tar --concatenate, or name each"
             )
         if len(padding) < 64 * BLOCK:
             return
@@ -105,12 +105,12 @@ def _check_end(file: SequentialFile) -> None:
     )
 
 
-def _pass_over(file: SequentialFile, size: int, *, exact: bool = False) -> None:
+def _skip(file: SequentialFile, size: int, *, exact: bool = False) -> None:
     file.skip(size if exact else size + -size % BLOCK)
 
 
 def _next_member(file: SequentialFile, whole: bool) -> tuple[str, int, int, bool] | None:
-    """Name, size, where its headers begin, whether a plain file; None at the end of the archive."""
+    """Return (name, size, header offset, is a regular file), or None at the end of the archive."""
     start, name, size = file.offset, None, None
     while True:
         header = file.read(BLOCK)
@@ -146,7 +146,7 @@ def _next_member(file: SequentialFile, whole: bool) -> tuple[str, int, int, bool
         if name is None:
             name = _text(header[:100])
             prefix = _text(header[345:500]) if header[257:262] == b"ustar" else ""
-            if prefix and header[257:265] != b"ustar  \0":  # GNU keeps times there
+            if prefix and header[257:265] != b"ustar  \0":  # GNU stores times there
                 name = f"{prefix}/{name}"
         regular = kind not in _SKIPPED
         return name, (length if size is None else size) if regular else 0, start, regular
@@ -163,7 +163,7 @@ def _number(field: bytes) -> int:
     try:
         return int(digits, 8) if digits else 0
     except ValueError:
-        raise CorruptFileError("a header is damaged, or this is no tar file") from None
+        raise CorruptFileError("a header is damaged, or this is not a tar file") from None
 
 
 def _pax(meta: bytes) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""One example to what the model takes of it: a changed image and a text."""
+"""Transform of an example for training: decode and augment its image, choose a text."""
 
 import os
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from vlm.inputs.opening import Smallest
 from vlm.inputs.preprocess import Preprocess
 from vlm.nn.naflex import Patches
 
-NUMBERS = DRAWS + 1  # uniform numbers for any example: the last one chooses the caption
+NUMBERS = DRAWS + 1  # uniform numbers per example; the last one chooses the caption
 
 
 class ExampleTransform:
-    """Makes the rows of training batches; safe to call from several threads.
+    """Transform of examples into rows of a training batch; thread-safe.
 
-    Given several configs, an example says under `PART` which of them it belongs to.
+    With several configs, `PART` of an example is the index of its config.
     """
 
     def __init__(self, configs: Sequence[DataConfig], preprocess: Preprocess):
@@ -33,14 +33,14 @@ class ExampleTransform:
         self.blank, self.image_bytes = preprocess.blank, preprocess.image_bytes
         augment = configs[0].augment
         self._augment = Augment(augment, preprocess)
-        self._changes = augment if augmentations.is_on(augment) else None
+        self._strong = augment if augmentations.is_on(augment) else None
 
     def draws(self, seed: int, positions: Int[np.ndarray, " b"]) -> Float[np.ndarray, "b numbers"]:
-        """The uniform numbers that make the example at each of `positions`."""
+        """Draw the uniform numbers of the transform at each of `positions`."""
         base = uniforms(seed, positions, NUMBERS)
-        if self._changes is None:
+        if self._strong is None:
             return base
-        # Of another seed, so that what they are added to stays as it is without them.
+        # From another seed, so that the base numbers do not depend on them.
         more = uniforms(key(seed, 6), positions, augmentations.DRAWS)
         return np.concatenate([base, more], axis=1)
 
@@ -52,10 +52,9 @@ class ExampleTransform:
         row: int,
         where: str,
     ) -> str:
-        """Put the changed image at `row` of `images`, which `blank` made; returns the text.
+        """Write the augmented image to `row` of `images` (made by `blank`); return the text.
 
-        Its numbers `u` are of `draws`. `where` says where the example lies, if it does not say so
-        itself.
+        `u` is a row of `draws`. `where` is the example's location for errors, if it has none.
 
         Raises:
             BadSample: there is no text, or the image cannot be opened.
@@ -70,8 +69,8 @@ class ExampleTransform:
 
         image = open_image_of(example, config, self._preprocess, where, smallest)
         pixels = self._augment(image, u[:DRAWS], sizes[0] if sizes else None)
-        if self._changes is not None:
-            pixels = augmentations.changed(pixels, self._changes, u[NUMBERS:])
+        if self._strong is not None:
+            pixels = augmentations.augment(pixels, self._strong, u[NUMBERS:])
         self._preprocess.put(images, row, pixels)
         return text
 
@@ -83,10 +82,10 @@ def open_image_of(
     where: str,
     smallest: Smallest | None = None,
 ) -> Image.Image:
-    """The image of an example in mode RGB, opened if it is not yet; `smallest` as in `open_image`.
+    """Open the image of an example in mode RGB; `smallest` as in `open_image`.
 
     Raises:
-        BadSample: there is none, or it cannot be opened.
+        BadSample: there is no image, or it cannot be opened.
     """
     where = example.get(WHERE, where)
     image = example.get(config.image)
@@ -111,6 +110,6 @@ def open_image_of(
         raise BadSample("broken image", where, str(error)) from None
     except MemoryError:
         raise
-    except Exception as error:  # whatever else bad bytes make a decoder raise
+    except Exception as error:  # decoders raise errors of any type
         why = f"{name} cannot be decoded ({error}): replace or remove it"
         raise BadSample("broken image", where, why) from None

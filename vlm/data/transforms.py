@@ -1,4 +1,4 @@
-"""Random changes of a training image: crop, flip and colour, as pure functions of given numbers."""
+"""Basic augmentations (crop, flip, colour) as pure functions of given random numbers."""
 
 import math
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from vlm.config import AugmentConfig
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.resizing import PILLOW_KERNELS
 
-_ATTEMPTS = 10  # at a crop that fits, as in torchvision
-DRAWS = 2 * _ATTEMPTS + 2 + 1 + 4  # uniform numbers that one image uses: crop, flip, colours
+_ATTEMPTS = 10  # to draw a crop inside the image, as in torchvision
+DRAWS = 2 * _ATTEMPTS + 2 + 1 + 4  # uniform numbers per image: crop, flip, colours
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's mode L
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 _RGB = np.linalg.inv(_YIQ)
@@ -22,7 +22,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 @dataclass(frozen=True)
 class Augment:
-    """The changes of `config`, made to images that become what the model of `preprocess` takes."""
+    """Augmentation by `config`, followed by the resize of `preprocess`."""
 
     config: AugmentConfig
     preprocess: Preprocess
@@ -33,26 +33,26 @@ class Augment:
         u: Float[np.ndarray, " draws"],
         size: tuple[int, int] | None = None,
     ) -> UInt8[np.ndarray, "h w 3"]:
-        """The pixels of the changed `image` (mode RGB), by `DRAWS` uniform numbers.
+        """Augment `image` (mode RGB) by `DRAWS` uniform numbers; return its pixels.
 
-        `size` is the width and height of the whole image, where a fraction of it was decoded.
+        `size` is the width and height of the full image, if it was decoded at a fraction of them.
         """
         draws: list[float] = u.tolist()
         if self.config.crop is None:
             pixels = self.preprocess.pixels(image)
         else:
             box = self._crop(*(size or image.size), draws)
-            made = self._made_of(box)
+            target = self._target_size(box)
             if size is not None and image.size != size:
-                fraction = round(size[0] / image.width)  # of whole numbers: pixels keep their place
+                fraction = round(size[0] / image.width)  # an integer, so pixels keep their position
                 edges = (*image.size, *image.size)
                 left, top, right, bottom = (
                     min(x / fraction, e) for x, e in zip(box, edges, strict=True)
                 )
                 box = (left, top, right, bottom)
-            # One resample makes crop and size at once.
+            # One resampling crops and resizes.
             kernel = PILLOW_KERNELS[self.preprocess.config.kernel]
-            pixels = np.asarray(image.resize(made, kernel, box=box))
+            pixels = np.asarray(image.resize(target, kernel, box=box))
         draws = draws[2 * _ATTEMPTS + 2 :]
         if self.config.flip and draws[0] < 0.5:
             pixels = pixels[:, ::-1]
@@ -67,22 +67,22 @@ class Augment:
         return values.astype(np.uint8).reshape(pixels.shape)
 
     def smallest(self, width: int, height: int, u: Float[np.ndarray, " draws"]) -> tuple[int, int]:
-        """How small the image may be decoded so that its crop has as many pixels as are made."""
+        """Return the smallest size to decode at, so that the crop is not upsampled."""
         if self.config.crop is None or not self.config.draft:
             return width, height
         box = self._crop(width, height, u.tolist())
         left, top, right, bottom = box
-        across, down = self._made_of(box)
+        across, down = self._target_size(box)
         spare = min((right - left) / across, (bottom - top) / down)
         fraction = next((n for n in (8, 4, 2) if spare >= n), 1)
         return width // fraction, height // fraction
 
     def _crop(self, width: int, height: int, draws: list[float]) -> Box:
-        own = width / height if self.preprocess.config.resize == "naflex" else 1.0
-        return crop_box(width, height, self.config, draws[: 2 * _ATTEMPTS + 2], own)
+        unit = width / height if self.preprocess.config.resize == "naflex" else 1.0
+        return crop_box(width, height, self.config, draws[: 2 * _ATTEMPTS + 2], unit)
 
-    def _made_of(self, box: Box) -> tuple[int, int]:
-        """Width and height of what becomes of a crop: a square, or of NaFlex its own aspect."""
+    def _target_size(self, box: Box) -> tuple[int, int]:
+        """Return (width, height) of a resized crop: a square, or with NaFlex the crop's aspect."""
         config, (left, top, right, bottom) = self.preprocess.config, box
         if config.resize != "naflex":
             return config.image_size, config.image_size
@@ -94,14 +94,14 @@ class Augment:
 def crop_box(
     width: int, height: int, config: AugmentConfig, u: list[float], unit: float = 1.0
 ) -> Box:
-    """A random box (left, top, right, bottom) with its share of the area and its aspect in range.
+    """Draw a random box (left, top, right, bottom) with area fraction and aspect ratio in range.
 
-    Inception's random resized crop (Szegedy et al., 2015) as in torchvision, with real borders.
-    The range of aspects is in multiples of `unit`.
+    Inception's random resized crop (Szegedy et al., 2015) as in torchvision, with non-integer
+    borders. The range of aspect ratios is in multiples of `unit`.
     """
     assert config.crop is not None
-    least, most = (a * unit for a in config.aspect)
-    low, high = math.log(least), math.log(most)
+    narrowest, widest = (a * unit for a in config.aspect)
+    low, high = math.log(narrowest), math.log(widest)
     for k in range(_ATTEMPTS):
         area = width * height * (config.crop[0] + u[2 * k] * (config.crop[1] - config.crop[0]))
         aspect = math.exp(low + u[2 * k + 1] * (high - low))
@@ -109,7 +109,7 @@ def crop_box(
         if w <= width and h <= height:
             left, top = u[-2] * (width - w), u[-1] * (height - h)
             return left, top, left + w, top + h
-    aspect = min(max(width / height, least), most)
+    aspect = min(max(width / height, narrowest), widest)
     w, h = min(width, height * aspect), min(height, width / aspect)
     left, top = (width - w) / 2, (height - h) / 2
     return left, top, left + w, top + h
@@ -118,10 +118,10 @@ def crop_box(
 def color_map(
     config: AugmentConfig, u: list[float], mean: Float32[np.ndarray, "3"]
 ) -> tuple[Float32[np.ndarray, "3 3"], Float32[np.ndarray, "3"]]:
-    """Brightness, contrast, saturation and hue as one affine map of colours.
+    """Combine brightness, contrast, saturation and hue into one affine map of colours.
 
-    Contrast turns about the grey of the image's `mean` colour; hue turns about the grey axis (in
-    YIQ), which keeps luma, so that the order of the four does not matter.
+    Contrast scales around the grey of the image's `mean` colour. Hue rotates around the grey axis
+    (in YIQ), which preserves luma, so the order of the four does not matter.
     """
     brightness, contrast, saturation = (1 + config.jitter * (2 * x - 1) for x in u[:3])
     angle = 2 * math.pi * config.hue * (2 * u[3] - 1)

@@ -1,7 +1,7 @@
-"""WebDataset shards as img2dataset writes them: what the members of an example become.
+"""WebDataset shards: examples from the members of a tar, as img2dataset writes them.
 
 In a shard (github.com/webdataset/webdataset) files that share a name up to the first dot are one
-example: `000017.jpg`, `000017.txt`, `000017.json`. `members` says which feature each of them is. A
+example: `000017.jpg`, `000017.txt`, `000017.json`. `members` defines their feature names. A
 `.parquet` beside a shard, as img2dataset writes one, adds its columns by `key`.
 """
 
@@ -19,7 +19,7 @@ from vlm.data.storage import SequentialFile
 
 
 class TarFormat:
-    """How a stream reads tar shards; an offset is the byte at which an example begins."""
+    """Stream format of tar shards; an offset is the first byte of an example."""
 
     kind = "tar"
 
@@ -30,10 +30,10 @@ class TarFormat:
     def read(
         self, shard: str, offset: int, number: int, chunk: int
     ) -> Generator[Record, None, None]:
-        """The examples of a shard from the one that begins at `offset`.
+        """Yield the examples of a shard from `offset` on.
 
         Raises:
-            OSError, CorruptFileError: where it cannot be read on.
+            OSError, CorruptFileError: the rest cannot be read.
         """
         rows = read_sidecar(shard, self._config) if self._sidecar else {}
         file = SequentialFile(shard, offset, chunk)
@@ -51,10 +51,10 @@ class TarFormat:
 def example_of(
     group: tar.Group, config: DataConfig, shard: str, more: dict[str, Any] | None = None
 ) -> Example:
-    """The example that some members of a tar file make, and `more` features of a table beside it.
+    """Make an example from members of a tar file and `more` features of a table beside it.
 
     Raises:
-        BadSample: there is no image, or a text that is none.
+        BadSample: there is no image, or a text is invalid.
     """
     where, parts = f"{shard}: {group.key}", group.parts
     if group.repeated is not None:
@@ -77,5 +77,5 @@ def example_of(
 
 
 def stem_of(key: str) -> str:
-    """The name by which a table beside the shard knows an example: without its folder."""
+    """Return the key of an example in a table beside the shard: its name without folder."""
     return key.rpartition("/")[2]

@@ -1,4 +1,4 @@
-"""Reader processes: signals not meant for them, their end with the run, the memory they share."""
+"""Reader processes: blocked signals, exit with the parent, and shared memory."""
 
 import contextlib
 import multiprocessing
@@ -10,18 +10,18 @@ from collections.abc import Iterator
 
 from vlm.errors import DataError
 
-SHARED_MEMORY = "/dev/shm"  # where grain's workers hand over their batches
+SHARED_MEMORY = "/dev/shm"  # where grain's workers put their batches
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def deaf_to_signals() -> Iterator[None]:
-    """Processes that are started in here never hear Ctrl-C or SIGTERM.
+def signals_blocked() -> Iterator[None]:
+    """Block SIGINT and SIGTERM in processes that are started in this context.
 
-    Terminals and clusters send these to a whole process group. The run itself answers them: it
-    takes the step at hand, for which it needs its workers, saves it, and closes them.
+    Terminals and clusters send these to the whole process group. Only the run handles them: it
+    finishes the current step, for which it needs its workers, saves, and closes them.
     """
-    # The tracker would take the mask off again if it were first started in here.
+    # The tracker would unblock the signals if it were first started in here.
     multiprocessing.resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
@@ -31,11 +31,11 @@ def deaf_to_signals() -> Iterator[None]:
 
 
 def end_with_parent(*_) -> None:
-    """Have this worker end when the run is killed: else it would wait for ever, memory in hand."""
+    """Exit this worker when its parent is killed; else it would wait forever and hold memory."""
 
     def wait() -> None:
         parent = multiprocessing.parent_process()
-        assert parent is not None  # grain starts workers alone
+        assert parent is not None  # true in grain's workers
         parent.join()
         os._exit(1)
 
@@ -43,28 +43,27 @@ def end_with_parent(*_) -> None:
 
 
 def buffered_batches(workers: int, prefetch: int) -> tuple[int, int]:
-    """(buffer of one worker, most batches at once in shared memory).
+    """Compute (buffer size per worker, maximum number of batches in shared memory).
 
-    `prefetch` batches are shared out over the workers. Beside its buffer each has a batch in hand,
-    and grain takes as many again out of its queue before they are asked for (measured). Two more
-    are with the step.
+    `prefetch` batches are divided over the workers. Besides its buffer each worker has one batch in
+    work, and grain takes as many again from its queue early (measured). Two more are in the step.
     """
     buffer = max(1, prefetch // workers)
     return buffer, workers * 2 * (buffer + 1) + 2
 
 
 def check_shared_memory(workers: int, prefetch: int, batch_bytes: int) -> None:
-    """Raise a DataError if the workers' batches do not fit into the free shared memory."""
+    """Raise a DataError if the workers' batches do not fit into free shared memory."""
     try:
-        of = os.statvfs(SHARED_MEMORY)
+        stats = os.statvfs(SHARED_MEMORY)
     except OSError:
-        return  # no such place on this system
-    free = of.f_bavail * of.f_frsize
+        return  # does not exist on this system
+    free = stats.f_bavail * stats.f_frsize
     _, batches = buffered_batches(workers, prefetch)
     if batches * batch_bytes > free:
         raise DataError(
             f"data.workers {workers} may hold {batches} batches of {batch_bytes / 2**20:,.0f} MiB "
-            f"in {SHARED_MEMORY}, which has {free / 2**20:,.0f} MiB free: take fewer workers, a "
-            "smaller batch a host, or a larger one (docker run --shm-size; in Kubernetes an "
-            "emptyDir of medium Memory)"
+            f"in {SHARED_MEMORY}, which has {free / 2**20:,.0f} MiB free: use fewer "
+            "workers, a smaller batch per host, or more shared memory (docker run --shm-size; in "
+            "Kubernetes an emptyDir of medium Memory)"
         )

@@ -16,7 +16,7 @@ from vlm import bundle
 from vlm.config import DataConfig, to_dict
 from vlm.data.examples import Source
 from vlm.data.faults import BadSample
-from vlm.data.reinforced import ARRAYS, FILE, SAME, UNFINISHED, variant_draws
+from vlm.data.reinforced import ARRAYS, FILE, MUST_MATCH, UNFINISHED, variant_draws
 from vlm.data.sources import open_source, streams
 from vlm.data.transform_example import ExampleTransform
 from vlm.errors import ConfigError, DataError
@@ -75,7 +75,7 @@ def reinforce(
         "width": model.embed_dim,
         "dtype": dtype,
         "source": data.source,
-        "data": {name: to_dict(data)[name] for name in SAME},
+        "data": {name: to_dict(data)[name] for name in MUST_MATCH},
     }
     about = json.loads(json.dumps(about))  # as it is read from the file
     finished = _finished_variants(folder, about)
