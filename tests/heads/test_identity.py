@@ -95,12 +95,13 @@ def test_a_model_of_another_type_does_not_get_cached_embeddings(bundle, tmp_path
         lower.tokenizer.config, lowercase=not lower.tokenizer.config.lowercase
     )
     lower.tokenizer = lower.tokenizer.with_rules(rules)
+    labels, templates = [label.title() for label in LABELS], ["a photo of a {}."]
     for count, model in enumerate((half, bundle, lower), 1):
-        made = vlm.ZeroShotClassifier(model, [label.title() for label in LABELS])
-        sentences = [f"a photo of a {label.title()}." for label in LABELS]
+        made = vlm.ZeroShotClassifier(model, labels, templates)
+        sentences = [f"a photo of a {label}." for label in labels]
         np.testing.assert_allclose(made.z_labels, model.encode_text(sentences), atol=1e-6)
         assert len(list((tmp_path / "classifiers").iterdir())) == count
-    vlm.ZeroShotClassifier(vlm.load(tiny.run()), [label.title() for label in LABELS])
+    vlm.ZeroShotClassifier(vlm.load(tiny.run()), labels, templates)
     assert len(list((tmp_path / "classifiers").iterdir())) == 3
 
 
