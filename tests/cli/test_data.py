@@ -74,9 +74,11 @@ def test_prepared_data_reads_back(photos, tmp_path, capsys, form):
     assert main(line) == 0  # nothing is left to do
     assert capsys.readouterr().out == said
     assert main([*line, "--quality", "50"]) == 1
-    assert "begun with other settings" in capsys.readouterr().err
+    assert "prepared with other settings" in capsys.readouterr().err
     (out / f"train-00001.{suffix}").write_bytes(b"other")
-    with pytest.raises(DataError, match=r"train-00001\.\w+ is missing or not as it was written"):
+    with pytest.raises(
+        DataError, match=r"train-00001\.\w+ is missing or differs from its checksum"
+    ):
         check(out)
 
 

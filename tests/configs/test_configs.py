@@ -168,7 +168,7 @@ def test_prepared_data_opens_without_its_class_and_by_its_folder(folder, monkeyp
         ({"captions": ("captions/id",)}, "'captions/id'.*has no text but int64: name one"),
         (
             {"label": "captions/text", "captions": ()},
-            "'captions/text'.*is no class label but a Text",
+            "'captions/text'.*is not a class label but a Text",
         ),
         ({"data_dir": "/nowhere"}, "TFDS knows no data set|not prepared in /nowhere"),
     ],

@@ -51,11 +51,13 @@ def test_shards_from_beam_are_those_of_one_process(tmp_path, monkeypatch, form, 
             keep=(FieldFilter("caption", one_of=tuple(f"picture {n}" for n in range(40))),),
         )
         wanted = dataclasses.replace(wanted, deduplicate=False)
-    said = plain.prepare(config, "train", tmp_path / "plain", wanted, preprocess)
-    assert beam.prepare(config, "train", tmp_path / "beam", wanted, LOCAL) == said
+    totals = plain.prepare(config, "train", tmp_path / "plain", wanted, preprocess)
+    assert beam.prepare(config, "train", tmp_path / "beam", wanted, LOCAL) == totals
     assert files(tmp_path / "beam") == files(tmp_path / "plain")
     assert check(tmp_path / "beam") > 4
-    assert said["left_out"] == ({"filtered": 3} if stream else {"broken image": 3, "duplicate": 3})
+    assert totals["left_out"] == (
+        {"filtered": 3} if stream else {"broken image": 3, "duplicate": 3}
+    )
     with pytest.raises(DataError, match="has shards already: go on without --beam"):
         beam.prepare(config, "train", tmp_path / "beam", wanted, LOCAL)
 
@@ -71,9 +73,9 @@ def test_a_worker_that_fails_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_options_that_are_none_are_one_sentence():
-    with pytest.raises(ConfigError, match="--beam DirectRunner is no option of Beam"):
+    with pytest.raises(ConfigError, match="--beam DirectRunner is not an option of Beam"):
         beam.pipeline(["DirectRunner"])
-    with pytest.raises(ConfigError, match="Beam refuses --beam runner=Fast"):
+    with pytest.raises(ConfigError, match="Beam rejects --beam runner=Fast"):
         beam.pipeline(["runner=Fast"])
     with pytest.raises(ConfigError, match=r"\(.*invalid int value: 'two'\)$"):
         beam.pipeline([*LOCAL, "direct_num_workers=two"])

@@ -219,7 +219,7 @@ def test_a_number_that_names_no_class_is_a_bad_sample(tmp_path, suffix):
     source = open_source(DataConfig(path, label="label"), "train")
     assert source[0]["label"] == "dog"
     for index, label in ((1, "-1"), (2, "7")):
-        with pytest.raises(BadSample, match=f"the label {label}, which is none of the 2 classes"):
+        with pytest.raises(BadSample, match=f"the label {label}, but there are 2 classes"):
             source[index]
     assert source[3]["label"] is None
 

@@ -198,13 +198,13 @@ def test_paths_without_a_header_are_columns_by_rule_or_by_name(tmp_path, swapped
     assert [row["image"] for row in found] == [str(tmp_path / name) for name, _ in pairs]
     image, caption = ("column2", "column1") if swapped else ("column1", "column2")
     assert (
-        f"has no header: {image}, which names files, is taken as image, and {caption}"
+        f"has no header: {image}, which has file names, is used as image, and {caption}"
         in caplog.text
     )
     found = read(tmp_path / "a.tsv", image=image, captions=(caption,))
     assert [row[caption] for row in found] == [text for _, text in pairs]
     (tmp_path / "b.tsv").write_text("".join(f"{name}\t{text}\tmore\n" for name, text in pairs))
-    message = r'say which they are, such as data.image="column1" and data.captions=\("column2",\)'
+    message = r'name them, for example data.image="column1" and data.captions=\("column2",\)'
     with pytest.raises(DataError, match=message):
         read(tmp_path / "b.tsv")
     assert len(read(tmp_path / "b.tsv", image="column1", captions=("column2", "column3"))) == 3
@@ -229,7 +229,7 @@ def test_lines_of_json_end_at_line_feeds_alone(tmp_path):
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     assert captions(tmp_path / "d.jsonl.gz") == texts
     (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode())[:-9])
-    with pytest.raises(DataError, match=r"e\.jsonl\.gz is not a whole gzip file"):
+    with pytest.raises(DataError, match=r"e\.jsonl\.gz is a truncated or corrupt gzip file"):
         read(tmp_path / "e.jsonl.gz")
     (tmp_path / "f.jsonl").write_bytes(codecs.BOM_UTF16_LE + "\n".join(lines).encode("utf-16-le"))
     assert captions(tmp_path / "f.jsonl") == texts

@@ -1,8 +1,8 @@
-"""`vlm data prepare` on Apache Beam: on many machines, and the same shards, byte for byte.
+"""`vlm data prepare` on Apache Beam: many machines write shards that are equal byte for byte.
 
-Workers open the source by its config and take ranges of it. What they make of an example travels in
-chunks, numbered as the source has them. Duplicates are found by key. With the number of examples
-in each chunk, every example knows its place in the order, and so its shard, whatever worker has it.
+Workers open the source by its config and process ranges of it. Results are sent in chunks, numbered
+in the order of the source. Duplicates are grouped by key. The counts of all chunks determine the
+shard of every example, independent of the worker.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ from vlm.data.prepare import Preparation, PreparedExample
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.preprocess import Preprocess
 
-CHUNK = 256  # examples that travel together
+CHUNK = 256  # examples per chunk
 
 Place = tuple[int, int]  # of a chunk: range of the source, number in it
 Item = tuple[PreparedExample | BadSample, list[int]]  # a result, and the next example's place
 
 
 def pipeline(options: Sequence[str]) -> Any:
-    """A Beam pipeline with options such as `runner=DirectRunner`.
+    """Make a Beam pipeline with options such as `runner=DirectRunner`.
 
     Raises:
-        ConfigError: Beam is not installed, or does not know the options.
+        ConfigError: Beam is not installed, or rejects the options.
     """
     try:
         import apache_beam
@@ -42,31 +42,31 @@ def pipeline(options: Sequence[str]) -> Any:
     except ImportError:
         raise ConfigError("Apache Beam is not installed: run pip install 'vlm-jax[beam]'") from None
     if wrong := [option for option in options if "=" not in option]:
-        raise ConfigError(f"--beam {wrong[0]} is no option of Beam: write NAME=VALUE")
-    said = io.StringIO()  # by argparse: all options that there are, and then what is wrong
+        raise ConfigError(f"--beam {wrong[0]} is not an option of Beam: write NAME=VALUE")
+    output = io.StringIO()  # of argparse: usage, and then the error
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(output):
             given = PipelineOptions([f"--{option}" for option in options])
-            given.get_all_options()  # which reads their values; else they are read at the end
+            given.get_all_options()  # parses the values now, not at the end
             return apache_beam.Pipeline(options=given)
     except (ValueError, SystemExit) as error:
-        why = said.getvalue() or str(error)
+        why = output.getvalue() or str(error)
         raise ConfigError(
-            f"Beam refuses --beam {' '.join(options)} ({why.strip().splitlines()[-1]})"
+            f"Beam rejects --beam {' '.join(options)} ({why.strip().splitlines()[-1]})"
         ) from None
 
 
 @contextlib.contextmanager
 def running(pipeline: Any) -> Iterator[None]:
-    """Build the pipeline in here; it runs at the end.
+    """Context to build a pipeline in; it runs on exit.
 
     Raises:
-        DataError: a worker has failed.
+        DataError: a worker failed.
     """
     try:
         with pipeline:
             yield
-    except RuntimeError as error:  # with the traceback of the worker as its message
+    except RuntimeError as error:  # its message is the traceback of the worker
         last = str(error).strip().splitlines()[-1]
         raise DataError(f"a worker of the Beam pipeline failed ({last[:500]})") from error
 
@@ -78,19 +78,19 @@ def prepare(
     wanted: Preparation,
     options: Sequence[str],
 ) -> dict[str, Any]:
-    """As `vlm.data.prepare.prepare`, by a Beam pipeline; all workers must see the folder `out`.
+    """Run `vlm.data.prepare.prepare` as a Beam pipeline; all workers must share the folder `out`.
 
-    The manifest is written when all shards are: a pipeline that was stopped begins anew.
+    The manifest is written after all shards, so a stopped pipeline restarts from the beginning.
 
     Raises:
-        DataError: the source cannot be opened, `out` holds something else, or shards already, or a
-            worker has failed.
-        ConfigError: sizes that cannot be, or options that Beam does not take.
+        DataError: the source cannot be opened, `out` has other files or shards already, or a worker
+            failed.
+        ConfigError: invalid sizes, or options that Beam rejects.
     """
     made = pipeline(options)
     import apache_beam as beam
 
-    ExampleReader(config, split)  # what is wrong with it is said here and not by a worker
+    ExampleReader(config, split)  # raises errors of the source here, not in a worker
     folder, done = plain.begin(config, split, out, wanted)
     if done:
         raise DataError(f"{folder} has shards already: go on without --beam, or name a new folder")
@@ -140,27 +140,27 @@ def prepare(
 
 @functools.lru_cache(1)
 def _source(config: DataConfig, split: str) -> ExampleReader:
-    """Opened once in each worker."""
+    """Open the source once per worker."""
     return ExampleReader(config, split)
 
 
 def _chunks(
     part: tuple[list[int], int], config: DataConfig, split: str, wanted: Preparation
 ) -> Iterator[tuple[Place, list[Item]]]:
-    """What a range of the source becomes, in chunks."""
+    """Process a range of the source; yield the results in chunks."""
     place, end = part
     preprocess = Preprocess(PreprocessConfig())
     reads = _source(config, split).read(place, end)
     for number in itertools.count():
-        some = list(itertools.islice(reads, CHUNK))
-        if not some:
+        batch = list(itertools.islice(reads, CHUNK))
+        if not batch:
             return
-        items = [(plain.make(r.example, config, wanted, preprocess), r.after) for r in some]
+        items = [(plain.make(r.example, config, wanted, preprocess), r.after) for r in batch]
         yield (place[0], number), items
 
 
 def _marks(chunk: tuple[Place, list[Item]]) -> Iterator[tuple[bytes, tuple[Place, int]]]:
-    """Where each image is, by what marks duplicates."""
+    """Yield the place of each image, by its duplicate key."""
     place, items = chunk
     for row, (made, _) in enumerate(items):
         if isinstance(made, PreparedExample):
@@ -168,7 +168,7 @@ def _marks(chunk: tuple[Place, list[Item]]) -> Iterator[tuple[bytes, tuple[Place
 
 
 def _repeated(found: tuple[bytes, Any]) -> Iterator[tuple[Place, int]]:
-    """All but the first of the places where one image is."""
+    """Yield all but the first of the places of one image."""
     places = sorted(found[1])
     yield from places[1:]
 
@@ -176,20 +176,20 @@ def _repeated(found: tuple[bytes, Any]) -> Iterator[tuple[Place, int]]:
 def _without_duplicates(joined: tuple[Place, dict[str, Any]]) -> tuple[Place, list[Item]]:
     place, parts = joined
     (items,), repeated = parts["items"], set(parts["repeated"])
-    duplicate = BadSample("duplicate", "", "it looks like one before it")
+    duplicate = BadSample("duplicate", "", "it equals an earlier image")
     return place, [
         (duplicate if row in repeated else made, after) for row, (made, after) in enumerate(items)
     ]
 
 
 def _counts(chunk: tuple[Place, list[Item]]) -> tuple[Place, int, int]:
-    """How many examples a chunk has, and how many of them are written."""
+    """Count the examples of a chunk, and those to write."""
     place, items = chunk
     return place, len(items), sum(isinstance(made, PreparedExample) for made, _ in items)
 
 
 def _starts(counts: list[tuple[Place, int, int]]) -> dict[Place, tuple[int, int]]:
-    """How many were read, and how many are written, before each chunk."""
+    """Return how many examples were read and written before each chunk."""
     starts, read, kept = {}, 0, 0
     for place, more_read, more_kept in sorted(counts):
         starts[place] = read, kept
@@ -200,8 +200,7 @@ def _starts(counts: list[tuple[Place, int, int]]) -> dict[Place, tuple[int, int]
 def _placed(
     chunk: tuple[Place, list[Item]], starts: dict[Place, tuple[int, int]], examples: int
 ) -> Iterator[tuple[int, tuple[int, Item]]]:
-    """Each example with its shard and its number; what is left out counts to the shard it is met
-    on the way to."""
+    """Yield each example with its shard and number; a skipped one counts to the next shard."""
     place, items = chunk
     read, kept = starts[place]
     for item in items:

@@ -1,8 +1,8 @@
-"""Columns of Parquet and Arrow files as features of examples, read as Hugging Face `datasets` does.
+"""Conversion of Parquet and Arrow columns to features, compatible with Hugging Face `datasets`.
 
-A field of a struct, or of a list of structs, is a feature of its own: `captions/text`. An image is
-bytes, the path of a file (relative to the table), or a struct of both. A class label is its name:
-`datasets` keeps the names in the metadata of the schema, under the key `huggingface`.
+A field of a struct, or of a list of structs, is a separate feature: `captions/text`. An image is
+bytes, a file path (relative to the table), or a struct of both. A class label becomes its name;
+`datasets` stores the names in the metadata of the schema, under the key `huggingface`.
 """
 
 import json
@@ -18,7 +18,7 @@ from vlm.paths import is_remote
 
 
 class Columns:
-    """The features in the columns of one file, and how one of its rows becomes an example."""
+    """Features in the columns of one file; converts its rows to examples."""
 
     def __init__(self, schema: Any, config: DataConfig, file: str, features: Any = None):
         self._config, self._folder, self._file = config, os.path.dirname(file), file
@@ -28,31 +28,31 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
-        """The names of all features."""
+        """Names of all features."""
         return list(self._types)
 
     @property
     def label_names(self) -> list[str] | None:
-        """The class names of `config.label` in the order of their ids, where the file has them."""
+        """Class names of `config.label` in the order of ids, if the file has them."""
         return self._classes.get(self._config.label or "")
 
     @property
     def wanted(self) -> list[str]:
-        """The columns that hold the image and the texts, as far as they are there."""
+        """Existing columns with the image and the texts."""
         names = [self._config.image, *wanted_features(self._config)]
         columns = (name if name in self._top else name.partition("/")[0] for name in names)
         return [name for name in dict.fromkeys(columns) if name in self._top]
 
     @property
     def image_is_path(self) -> bool:
-        """Whether the image column holds paths and nothing else."""
+        """Whether the image column has only paths."""
         return _is_text(self._types[self._config.image])
 
     def check(self) -> None:
-        """Compare the columns with what the config names.
+        """Check that the columns have the features in the config.
 
         Raises:
-            DataError: a feature is missing, or of a type that holds no image or no text.
+            DataError: a feature is missing, or its type is not an image or a text.
         """
         config, where = self._config, f"the table {self._file}"
         check_features(config, self.names, where)
@@ -70,7 +70,7 @@ class Columns:
                 )
 
     def example(self, row: dict[str, Any], where: str) -> Example:
-        """The example of a row; `where` names it.
+        """Convert a row to an example; `where` is its location.
 
         Raises:
             BadSample: its class label has no name.
@@ -105,12 +105,12 @@ class Columns:
             return names[value]
         if name != self._config.label:
             return None
-        why = f"{where} has the {name} {value}, which is none of the {len(names)} classes"
+        why = f"{where} has the {name} {value}, but there are {len(names)} classes"
         raise BadSample("no label", where, why)
 
 
 def import_pyarrow() -> Any:
-    """The package `pyarrow`.
+    """Import the package `pyarrow`.
 
     Raises:
         DataError: the extra is not installed.
@@ -127,7 +127,7 @@ def import_pyarrow() -> Any:
 
 
 def same_label_names(columns: list[Columns], config: DataConfig) -> list[str] | None:
-    """The class names of `config.label` in some files that belong together.
+    """Return the class names of `config.label` in several files of a data set.
 
     Raises:
         DataError: they differ.
@@ -142,7 +142,7 @@ def same_label_names(columns: list[Columns], config: DataConfig) -> list[str] | 
 
 
 def _saved_features(schema: Any) -> dict[str, Any] | None:
-    """What the metadata of a schema says of the features, if `datasets` wrote it."""
+    """Read the features in the metadata of a schema, if `datasets` wrote it."""
     try:
         return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError):
@@ -150,11 +150,11 @@ def _saved_features(schema: Any) -> dict[str, Any] | None:
 
 
 def _class_names(features: Any, above: str = "") -> Iterator[tuple[str, list[str]]]:
-    """The name of each class-label feature, with its classes."""
+    """Yield the name and classes of each class-label feature."""
     for name, feature in features.items() if isinstance(features, dict) else ():
         while isinstance(feature, list) or (
             isinstance(feature, dict) and feature.get("_type") in ("Sequence", "List", "LargeList")
-        ):  # what a list is of, in the spelling of any version of `datasets`
+        ):  # list items, in the formats of all versions of `datasets`
             feature = feature[0] if isinstance(feature, list) else feature.get("feature")
         if not isinstance(feature, dict):
             continue
@@ -165,7 +165,7 @@ def _class_names(features: Any, above: str = "") -> Iterator[tuple[str, list[str
 
 
 def _flat_types(fields: Any, image: str, above: str = "") -> Iterator[tuple[str, Any]]:
-    """The name and type of each feature; those inside structs by their path."""
+    """Yield the name and type of each feature; nested ones are named by their path."""
     types = import_pyarrow().types
     for field in fields:
         name, inner = above + field.name, _item(field.type)
@@ -178,7 +178,7 @@ def _flat_types(fields: Any, image: str, above: str = "") -> Iterator[tuple[str,
 
 
 def _item(kind: Any) -> Any:
-    """The type of the items of a list, of any depth; of another type itself."""
+    """Return the item type of a (nested) list; other types are unchanged."""
     types = import_pyarrow().types
     while any(
         is_kind(kind) for is_kind in (types.is_list, types.is_large_list, types.is_fixed_size_list)

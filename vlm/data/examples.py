@@ -1,7 +1,7 @@
-"""What every source gives: examples as dicts of features, and the captions inside them.
+"""Examples (dicts of features), the interface of sources, and captions of examples.
 
-An example keeps the features of its data set under their own names. Images stay encoded; text is
-`str` (or a list of them), a class label is its name.
+An example has the features of its data set under their original names. Images are encoded, texts
+are `str` (or lists of them), and a class label is its name.
 """
 
 import math
@@ -18,17 +18,17 @@ from vlm.errors import DataError
 
 Example = dict[str, Any]
 
-# Under this name, which no feature can have, a source may say where an example came from.
-WHERE = "\0where"
-PART = "\0part"  # and to which source of a mixture it belongs
+# Keys that no feature can have, set by sources.
+WHERE = "\0where"  # location of the example
+PART = "\0part"  # index of the source in a mixture
 
-AMBIGUOUS = "two captions"  # the kind of a bad sample that has more than one where one is named
-LOOKED_AT = 64  # examples, before the features that a config names count as missing
+AMBIGUOUS = "two captions"  # kind of a bad sample with two different captions
+LOOKED_AT = 64  # examples to search for the features in a config
 
 
 @runtime_checkable
 class Source(Protocol):
-    """A sequence of examples, the same each time it is opened; picklable, for reader processes."""
+    """Deterministic, picklable sequence of examples."""
 
     def __len__(self) -> int: ...
 
@@ -36,14 +36,14 @@ class Source(Protocol):
 
 
 def keep_about(wrapper: Any, source: Source) -> None:
-    """Give a wrapper of a source all that the source tells of itself as a whole."""
+    """Copy the metadata of a source to a wrapper of it."""
     for name in ("label_names", "class_names", "templates", "credits", "faults"):
         if hasattr(source, name):
             setattr(wrapper, name, getattr(source, name))
 
 
 class Subset:
-    """Some examples of a source, by their numbers there."""
+    """Subset of a source, by indices."""
 
     def __init__(self, source: Source, rows: Sequence[int] | Int[np.ndarray, " n"]):
         self._source, self._rows = source, np.asarray(rows, np.int64)
@@ -57,7 +57,7 @@ class Subset:
 
 
 def captions_of(example: Example, config: DataConfig) -> list[str]:
-    """Every caption of an example: of all `config.captions`, or its label in each template.
+    """List all captions of an example: of `config.captions`, or its label in each template.
 
     Raises:
         BadSample: there is none.
@@ -66,15 +66,15 @@ def captions_of(example: Example, config: DataConfig) -> list[str]:
 
 
 def templates_of(config: DataConfig) -> tuple[str, ...]:
-    """The sentences around a label: those of the config, else the bare name."""
+    """Return the prompt templates for labels: those of the config, else only the name."""
     return config.templates or ("{}",)
 
 
 def choose_caption(example: Example, config: DataConfig, u: float) -> str:
-    """The caption that the uniform number `u` picks.
+    """Choose a caption by the uniform number `u`.
 
-    With `config.caption_weights` it first picks a feature, among those that have a caption, and
-    then one of its captions; without, one of all.
+    With `config.caption_weights`, first a feature that has captions is chosen, and then one of its
+    captions; without weights, one of all captions.
 
     Raises:
         BadSample: there is none.
@@ -86,7 +86,7 @@ def choose_caption(example: Example, config: DataConfig, u: float) -> str:
     pairs = zip(config.caption_weights, found, strict=True)
     weights = [weight if captions else 0.0 for weight, captions in pairs]
     total = sum(weights)
-    if total == 0:  # those with a weight have none
+    if total == 0:  # no feature with a weight has captions
         captions = [caption for captions in found for caption in captions]
         return captions[int(u * len(captions))]
     u *= total
@@ -99,12 +99,12 @@ def choose_caption(example: Example, config: DataConfig, u: float) -> str:
 
 
 def passes(example: Example, filters: Sequence[FieldFilter]) -> bool:
-    """Whether an example has all that `filters` ask for."""
+    """Whether an example passes all `filters`."""
     return all(_passes(example.get(f.feature), f) for f in filters)
 
 
 def wanted_features(config: DataConfig) -> list[str]:
-    """The features beside the image that training reads, each once."""
+    """List the features that training reads besides the image, each once."""
     texts = [config.label] if config.label else list(config.captions)
     return list(dict.fromkeys([*texts, *(f.feature for f in config.keep)]))
 
@@ -126,10 +126,10 @@ def check_features(config: DataConfig, known: Collection[str], where: str) -> No
 
 
 def known_features(source: Source, config: DataConfig, where: str) -> list[str]:
-    """The features of some examples all over a source, until all that the config names are found.
+    """Collect features from evenly spaced examples, until all in the config are found.
 
     Raises:
-        DataError: as `features_of`.
+        DataError: see `features_of`.
     """
     wanted = {config.image, *wanted_features(config)}
     found: list[Example | BadSample] = []
@@ -148,10 +148,10 @@ def known_features(source: Source, config: DataConfig, where: str) -> list[str]:
 
 
 def features_of(examples: Sequence[Example | BadSample], where: str) -> list[str]:
-    """The features of some examples; bad ones among them have none.
+    """Collect the features of examples, without bad ones.
 
     Raises:
-        DataError: all of them are bad, or one has two captions where the config names one.
+        DataError: all examples are bad, or a caption is ambiguous.
     """
     good = [example for example in examples if not isinstance(example, BadSample)]
     bad = [example for example in examples if isinstance(example, BadSample)]
@@ -167,9 +167,9 @@ def features_of(examples: Sequence[Example | BadSample], where: str) -> list[str
 
 
 def flat_items(name: str, value: Any, whole: str) -> Iterator[tuple[str, Any]]:
-    """A value with its name; the fields of an object, or of a list of objects, by their paths.
+    """Flatten a value: yield the fields of objects, or of lists of objects, by their paths.
 
-    The feature `whole`, an image, stays as it is.
+    The feature `whole`, an image, is not flattened.
     """
     if name == whole or not isinstance(value, dict | list):
         yield name, value
@@ -185,10 +185,10 @@ def flat_items(name: str, value: Any, whole: str) -> Iterator[tuple[str, Any]]:
 
 
 def label_of(example: Example, config: DataConfig) -> str:
-    """The name of an example's class, in one spelling: 2, 2.0 and "2" are the class "2".
+    """Return an example's class as a canonical string: 2, 2.0 and "2" become "2".
 
     Raises:
-        BadSample: there is none, or several.
+        BadSample: there is no label, or several.
     """
     where, name = example.get(WHERE, "an example"), config.label or ""
     value = example.get(name)
@@ -205,7 +205,7 @@ def label_of(example: Example, config: DataConfig) -> str:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The texts in a value: itself, or those in a list of any depth."""
+    """Yield the texts in a value: itself, or those in a nested list."""
     if isinstance(value, list | tuple):
         for item in value:
             yield from _texts(item)
@@ -214,7 +214,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _by_feature(example: Example, config: DataConfig) -> list[list[str]]:
-    """The captions of each of `config.captions`, at least one in all."""
+    """List the captions of each of `config.captions`; at least one in total."""
     where = example.get(WHERE, "an example")
     if config.label:
         known = NAME in example

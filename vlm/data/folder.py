@@ -1,11 +1,10 @@
-"""A folder of images: with a text of the same name beside each, or sorted into class folders.
+"""Image folders: with a text file of the same name beside each image, or with class folders.
 
-`photos/a.jpg` with `photos/a.txt` (a caption a line), `photos/a.json` (fields) or both has
-captions, as img2dataset's `files` format does; `members` says which feature each file is.
-`pets/cat/1.jpg` has the label `cat`; images outside the class folders are skipped. A folder with
-folders that are called like splits, such as `train` and `val`, has these splits; without, all of it
-is the training split. The classes are those of all splits. Symbolic links are followed. What is
-skipped is logged.
+`photos/a.jpg` with `photos/a.txt` (one caption per line), `photos/a.json` (fields) or both has
+captions, as in img2dataset's `files` format; `members` defines the features. `pets/cat/1.jpg` has
+the label `cat`; images outside class folders are skipped. Subfolders named as splits, such as
+`train` and `val`, are splits; without them the whole folder is the training split. The classes are
+those of all splits. Symbolic links are followed. Skipped files are logged.
 """
 
 import collections
@@ -23,7 +22,7 @@ from vlm.paths import as_path
 
 
 class FolderSource:
-    """Image files by path, with what lies beside them or their folder's name."""
+    """Source over image files, with the text files beside them or their class folder."""
 
     def __init__(
         self,
@@ -53,7 +52,7 @@ class FolderSource:
 
 
 def open_folder(config: DataConfig, split: str) -> FolderSource:
-    """The images of a folder that has no table.
+    """Open the images of a folder without a table.
 
     Raises:
         DataError: no images, no such split, or neither texts nor class folders.
@@ -71,7 +70,7 @@ def open_folder(config: DataConfig, split: str) -> FolderSource:
         )
     images: list[str] = []
     beside: dict[str, dict[str, str]] = collections.defaultdict(dict)
-    others = []
+    skipped = []
     is_read = reads(config)
     for path in files_under(root):
         stem, ending = os.path.splitext(path)
@@ -80,11 +79,11 @@ def open_folder(config: DataConfig, split: str) -> FolderSource:
         elif ending and not config.label and is_read(ending[1:].lower()):
             beside[stem][ending[1:].lower()] = path
         else:
-            others.append(path)
+            skipped.append(path)
     stems = {os.path.splitext(path)[0] for path in images}
-    others += [p for stem, texts in beside.items() if stem not in stems for p in texts.values()]
+    skipped += [p for stem, texts in beside.items() if stem not in stems for p in texts.values()]
     place = os.fspath(root)
-    report_skipped(others, place, "are neither images nor texts beside one")
+    report_skipped(skipped, place, "are neither images nor texts beside one")
     if not images:
         raise DataError(
             f"{root} has no captions.csv, captions.tsv or captions.jsonl, and no images: write a "
@@ -117,9 +116,9 @@ def open_folder(config: DataConfig, split: str) -> FolderSource:
 
 
 def folder_splits(config: DataConfig) -> list[str] | None:
-    """The folders of splits in a folder; None where none is called like a split.
+    """List the split folders in a folder; None if no folder is named as a split.
 
-    Of classes, a split has folders inside: `train` with nothing but images is the class of trains.
+    With class labels, a split must have subfolders: `train` with only images is a class (trains).
     """
     root = as_path(config.source)
     folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
@@ -135,11 +134,11 @@ def _class_of(path: str) -> str:
 
 
 def _in_class_folders(images: list[str], root: str) -> list[str]:
-    """The images in the class folders of `root`.
+    """Select the images in class folders of `root`.
 
     Raises:
-        DataError: there are none, or the folders lie at different depths, so that it is not known
-            which of them are classes.
+        DataError: there are none, or the folders are at different depths, which makes the classes
+            ambiguous.
     """
     depths = {path: path[len(root) :].strip("/").count("/") for path in images}
     inside = [path for path, depth in depths.items() if depth]

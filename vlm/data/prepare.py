@@ -1,12 +1,11 @@
-"""A data set rewritten as shards that train fast: resized, without duplicates, filtered, checked.
+"""Preparation of a data set as shards for fast training: resized, deduplicated, filtered, verified.
 
-All features that JSON can hold are kept under their names, so that a config that names captions,
-weights or filters reads the same from the shards. A tar's `.txt` is the first caption, for other
-readers; an ArrayRecord file keeps texts, numbers and lists of them.
+All features that JSON supports keep their names, so the same config reads the shards. The `.txt` of
+a tar is the first caption, for other readers. ArrayRecord files keep texts, numbers and lists.
 
-Each shard is written under another name and put in place when it is whole, with a line in
-`manifest.jsonl`: its examples, length, SHA-256, what was left out on the way, and the place from
-which the next shard reads. A run that was stopped goes on behind the last line.
+Each shard is written under a temporary name and renamed when complete, with a line in
+`manifest.jsonl`: its number of examples, length, SHA-256, the skipped samples, and the place where
+the next shard starts. A run that was stopped continues after the last line.
 """
 
 import collections
@@ -40,20 +39,20 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.paths import as_path, is_remote
 
 MANIFEST = "manifest.jsonl"
-_HASHES = "hashes"  # of what is kept, so that a resumed run knows duplicates
-_AT_ONCE = 64  # examples that the threads work on
+_HASHES = "hashes"  # of written images, to detect duplicates after a resume
+_BATCH = 64  # examples in the thread pool
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is done to a data set on the way."""
+    """Settings of a preparation."""
 
     form: Literal["tar", "array_record"] = "tar"
     examples: int = 10_000  # of a shard
-    short_side: int | None = None  # pixels: larger images are made smaller; None keeps files as is
-    quality: int = 92  # of the JPEG files that are made
-    deduplicate: bool = False  # leave out images that look like one before
-    min_side: int = 0  # pixels: leave out smaller ones
+    short_side: int | None = None  # pixels; larger images are resized; None keeps the files
+    quality: int = 92  # of resized JPEG files
+    deduplicate: bool = False  # skip images that equal an earlier one
+    min_side: int = 0  # pixels; smaller images are skipped
 
 
 class PreparedExample(NamedTuple):
@@ -63,9 +62,9 @@ class PreparedExample(NamedTuple):
     suffix: str
     features: dict[str, Any]
     captions: list[str]
-    text: str  # of them, for a reader that takes one
+    text: str  # the caption for readers of one caption
     mark: bytes
-    dropped: tuple[str, ...] = ()  # features that the shards cannot hold
+    dropped: tuple[str, ...] = ()  # features that the shard format does not support
 
 
 def prepare(
@@ -77,14 +76,14 @@ def prepare(
     *,
     report: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Write the examples of a split as shards into the folder `out`, or go on with that.
+    """Write the examples of a split as shards into the folder `out`, or continue with that.
 
-    `report` is told how many examples are read, and of how many. Returns totals: shards, examples,
-    bytes, samples that were left out by kind, and features that were dropped by name.
+    `report` is called with the number of examples read and the total. Returns totals: shards,
+    examples, bytes, skipped samples by kind, and dropped features by name.
 
     Raises:
-        DataError: the source cannot be opened, or `out` holds something else.
-        ConfigError: sizes that cannot be.
+        DataError: the source cannot be opened, or `out` has other files.
+        ConfigError: invalid sizes.
     """
     source = ExampleReader(config, split)
     folder, done = begin(config, split, out, wanted)
@@ -119,26 +118,26 @@ def prepare(
 def begin(
     config: DataConfig, split: str, out: epath.PathLike, wanted: Preparation
 ) -> tuple[epath.Path, list[dict[str, Any]]]:
-    """The folder of the shards, and the lines of those that an earlier run finished.
+    """Open the folder; return it and the manifest lines of finished shards.
 
     Raises:
         DataError, ConfigError: as `prepare`.
     """
     if wanted.examples < 1 or not 1 <= wanted.quality <= 100:
         raise ConfigError(
-            f"a shard of {wanted.examples} examples of quality {wanted.quality} cannot be: give at "
-            "least 1 example, and a quality of 1 to 100"
+            f"a shard of {wanted.examples} examples of quality {wanted.quality} is invalid: give "
+            "at least 1 example, and a quality of 1 to 100"
         )
     folder = as_path(out)
     if is_remote(folder):
         raise DataError(f"{folder} is in a bucket: prepare into a local folder and copy it there")
     about = {"source": config.source, "split": split, **asdict(wanted)}
     about |= {"captions": config.captions, "label": config.label, "keep": config.keep}
-    return folder, _begun(folder, json.loads(json.dumps(about, default=asdict)))
+    return folder, _open_folder(folder, json.loads(json.dumps(about, default=asdict)))
 
 
 def check(folder: epath.PathLike) -> int:
-    """Compare every shard with its checksum; returns how many there are.
+    """Verify the checksum of every shard; return their number.
 
     Raises:
         DataError: one is missing or differs.
@@ -150,7 +149,7 @@ def check(folder: epath.PathLike) -> int:
             continue
         path = folder / line["file"]
         if not path.exists() or _sha256(path) != line["sha256"]:
-            raise DataError(f"{path} is missing or not as it was written: prepare it again")
+            raise DataError(f"{path} is missing or differs from its checksum: prepare it again")
     return len(lines)
 
 
@@ -161,19 +160,19 @@ def _in_parallel(
     wanted: Preparation,
     preprocess: Preprocess,
 ) -> Iterator[tuple[PreparedExample | BadSample, list[int]]]:
-    while some := list(itertools.islice(reads, _AT_ONCE)):
-        made = pool.map(lambda read: make(read.example, config, wanted, preprocess), some)
-        yield from zip(made, (read.after for read in some), strict=True)
+    while batch := list(itertools.islice(reads, _BATCH)):
+        made = pool.map(lambda read: make(read.example, config, wanted, preprocess), batch)
+        yield from zip(made, (read.after for read in batch), strict=True)
 
 
 def make(
     example: Example | BadSample, config: DataConfig, wanted: Preparation, preprocess: Preprocess
 ) -> PreparedExample | BadSample:
-    """An example as it is written, or why it is left out."""
+    """Prepare an example for writing; a `BadSample` means that it is skipped."""
     if isinstance(example, BadSample):
         return example
     if not passes(example, config.keep):
-        return BadSample("filtered", "", "data.keep left it out")
+        return BadSample("filtered", "", "rejected by data.keep")
     try:
         captions = captions_of(example, config)
         image = open_image_of(example, config, preprocess, "an example")
@@ -204,12 +203,12 @@ def make(
 
 
 def _plain(value: Any) -> Any:
-    """A value of NumPy as one of Python."""
+    """Convert a NumPy value to Python."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
 def _fits(value: Any, wanted: Preparation) -> bool:
-    """Whether the shards hold a value: a tar any JSON; ArrayRecord texts, numbers, flat lists."""
+    """Whether the format supports a value: tar any JSON; ArrayRecord texts, numbers, flat lists."""
     if value is None or isinstance(value, str | int | float):  # bool is an int
         return True
     if isinstance(value, list | tuple):
@@ -229,7 +228,7 @@ def write(
     place: list[int] | None,
     unfinished: str = ".part",
 ) -> dict[str, Any]:
-    """Write shard `number`, if there is anything to write, and give its line of the manifest."""
+    """Write shard `number`, if it has examples; return its manifest line."""
     name = f"{split}-{number:05d}.{'tar' if wanted.form == 'tar' else 'array_record'}"
     line: dict[str, Any] = {"shard": number, "file": name if kept else None}
     if kept:
@@ -245,7 +244,7 @@ def write(
 
 
 def keep_lines(folder: epath.Path, lines: list[dict[str, Any]]) -> None:
-    """Append lines to the manifest: from now on their shards count as written."""
+    """Append lines to the manifest, which marks their shards as written."""
     with open(folder / MANIFEST, "a", encoding="utf-8") as f:
         f.writelines(json.dumps(line) + "\n" for line in lines)
         f.flush()
@@ -255,7 +254,7 @@ def keep_lines(folder: epath.Path, lines: list[dict[str, Any]]) -> None:
 def _write_tar(path: epath.Path, kept: list[PreparedExample], number: int) -> None:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for i, item in enumerate(kept):
-            # The member `.txt` stands for the feature of this name.
+            # The feature `txt` is the member `.txt`.
             fields = {name: value for name, value in item.features.items() if name != TEXT}
             text = to_json(fields, ensure_ascii=False).encode()
             parts = {item.suffix: item.image, TEXT: item.text.encode(), "json": text}
@@ -274,14 +273,14 @@ def _write_records(path: epath.Path, kept: list[PreparedExample], number: int) -
     writer.close()
 
 
-def _begun(folder: epath.Path, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """The shards that an earlier run finished, after a look at whether it did the same."""
+def _open_folder(folder: epath.Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the lines of finished shards, after a check that the settings are the same."""
     note = folder / "preparation.json"
     if note.exists():
         if json.loads(note.read_text()) != about:
             raise DataError(
-                f"{folder} was begun with other settings ({note} has them): name another folder, "
-                "or give those"
+                f"{folder} was prepared with other settings (see {note}): name another folder, or "
+                "use those settings"
             )
         return finished(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -292,14 +291,14 @@ def _begun(folder: epath.Path, about: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def finished(folder: epath.Path) -> list[dict[str, Any]]:
-    """The lines of the manifest: of the shards that are whole."""
+    """Read the lines of the manifest, one per complete shard."""
     path, lines = folder / MANIFEST, []
     if not path.exists():
         return []
     for line in path.read_text().splitlines():
         try:
             lines.append(json.loads(line))
-        except ValueError:  # torn when the run was killed: its shard is written again
+        except ValueError:  # truncated when the run was killed: the shard is rewritten
             break
     whole = "".join(json.dumps(line) + "\n" for line in lines)
     if whole != path.read_text():
@@ -321,7 +320,7 @@ def _sha256(path: epath.Path) -> str:
 
 
 def totals(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Shards, examples and bytes of all lines; samples left out and features dropped."""
+    """Sum up all lines: shards, examples, bytes, skipped samples and dropped features."""
     left_out: collections.Counter[str] = collections.Counter()
     dropped: collections.Counter[str] = collections.Counter()
     for line in lines:

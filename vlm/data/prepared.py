@@ -1,6 +1,6 @@
 """Prepared TFDS data sets, by name, folder or builder, read without TensorFlow.
 
-A feature inside others has a name of its own: COCO's captions are `captions/text`.
+A nested feature is named by its path: COCO's captions are `captions/text`.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from vlm.paths import as_path
 
 
 def open_prepared(name: str, split: str, config: DataConfig) -> "TfdsSource":
-    """A split of the data set that TFDS knows by `name`.
+    """Open a split of the TFDS data set `name`.
 
     Raises:
         DataError: it is unknown or not prepared, or has no such split or feature.
@@ -29,23 +29,23 @@ def open_prepared(name: str, split: str, config: DataConfig) -> "TfdsSource":
 
 
 def prepared_splits(name: str, config: DataConfig) -> list[str]:
-    """The splits of the data set that TFDS knows by `name`."""
+    """List the splits of the TFDS data set `name`."""
     return sorted(_prepared(name, config.data_dir).info.splits)
 
 
 def open_split(builder: tfds.core.DatasetBuilder, split: str, decoders: dict[str, Any]) -> Any:
-    """The records of a split, by number."""
-    # A decorator hides from the checker what the method takes.
+    """Open the records of a split with random access."""
+    # A decorator hides the method's parameters from the type checker.
     return builder.as_data_source(split, decoders=decoders)  # pyright: ignore[reportCallIssue]
 
 
 class TfdsSource:
-    """A split of a prepared TFDS data set, read without TensorFlow.
+    """Source over a split of a prepared TFDS data set, read without TensorFlow.
 
     Attributes:
         label_names: the labels of all classes, if the config asks for a label.
-        class_names: their names in sentences, if the data set is a known one.
-        templates: of the data set, if it is a known one.
+        class_names: their names in prompts, if the data set is in `known_classes`.
+        templates: prompt templates, if the data set is in `known_classes`.
     """
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, config: DataConfig):
@@ -54,7 +54,7 @@ class TfdsSource:
         where = f"the data set {builder.info.full_name}"
         check_features(config, list(features), where)
         self._label = config.label
-        self._image = config.image  # bytes that stay bytes
+        self._image = config.image  # not decoded
         self._where = f"{where} {split}"
         self._names = _label_names(features[config.label], where, config) if config.label else None
         self.label_names, self.class_names, self.templates = self._names, None, None
@@ -69,7 +69,7 @@ class TfdsSource:
                 )
         try:
             decoders = {config.image: tfds.decode.SkipDecoding()}
-            self._records = open_split(builder, _known(split, builder, where), decoders)
+            self._records = open_split(builder, _resolve_split(split, builder, where), decoders)
         except NotImplementedError as error:
             form = builder.info.file_format
             raise DataError(
@@ -87,15 +87,15 @@ class TfdsSource:
         example = {k: v if k == self._image else _text(v) for k, v in record}
         if self._label and self._names:
             label = int(example[self._label])
-            if label < 0:  # as TFDS marks what has none
+            if label < 0:  # unlabelled in TFDS
                 why = f"example {index} of {self._where} has the label {label}, which is none: name"
                 raise BadSample("no label", self._where, f"{why} a split that has labels")
             example[self._label] = self._names[label]
         return example
 
 
-def _known(split: str, builder: tfds.core.DatasetBuilder, where: str) -> str:
-    """A split as TFDS writes it, such as train[:3]+val, each under the name that it has there."""
+def _resolve_split(split: str, builder: tfds.core.DatasetBuilder, where: str) -> str:
+    """Resolve the names in a TFDS split expression, such as train[:3]+val."""
     parts = []
     for part in split.split("+"):
         name, bracket, rest = part.strip().partition("[")
@@ -105,25 +105,25 @@ def _known(split: str, builder: tfds.core.DatasetBuilder, where: str) -> str:
 
 
 def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-    """The builder of a prepared data set, from its files alone where they are found."""
+    """Open the builder of a prepared data set, if possible from its files only."""
     folder = as_path(name)
     if (folder / "dataset_info.json").exists():
         return tfds.builder_from_directory(folder)
     where: dict[str, Any] = {} if data_dir is None else {"data_dir": data_dir}
     try:
         return read_only_builder.builder_from_files(name, **where)
-    except Exception:  # not there: perhaps the user's own, of a class that this process knows
+    except Exception:  # not found: may be a builder class of the user
         pass
     how = f'prepare it with tfds.builder({name!r}, file_format="array_record")'
     try:
         builder = tfds.builder(name, **where)
-    except ImportError as error:  # the classes of TFDS itself want TensorFlow
+    except ImportError as error:  # the builders of TFDS need TensorFlow
         raise DataError(
             f"the TFDS data set {name!r} is not prepared in {data_folder(data_dir)}: set data_dir "
             f"to where it is, or where TensorFlow is installed {how}.download_and_prepare() "
             f"({first_line(error)})"
         ) from None
-    except Exception as error:  # TFDS has many kinds of not found
+    except Exception as error:  # TFDS raises many types for an unknown name
         raise DataError(f"TFDS knows no data set {name!r} ({first_line(error)})") from None
     if not builder.info.splits:
         raise DataError(
@@ -134,14 +134,14 @@ def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
 
 
 def data_folder(given: str | None) -> str:
-    """Where prepared data lies: as given, or where TFDS keeps it."""
+    """Return the folder of prepared data: as given, or the default of TFDS."""
     return given or constants.DATA_DIR
 
 
 def _flat_features(features: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    """Each feature with its name; those inside a dict, or a sequence of dicts, by their path."""
+    """Yield each feature with its name; nested ones are named by their path."""
     for name, feature in features.items():
-        inner = getattr(feature, "feature", feature)  # what a sequence is of
+        inner = getattr(feature, "feature", feature)  # the items of a sequence
         if isinstance(inner, tfds.features.FeaturesDict):
             yield from _flat_features(inner, f"{above}{name}/")
         else:
@@ -159,8 +159,8 @@ def _flat(record: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
 def _label_names(feature: Any, where: str, config: DataConfig) -> list[str]:
     if not isinstance(feature, tfds.features.ClassLabel):
         raise DataError(
-            f"the feature {config.label!r} of {where} that data.label names is no class label but "
-            f"a {type(feature).__name__}: name one that is"
+            f"the feature {config.label!r} of {where} that data.label names is not a class label "
+            f"but a {type(feature).__name__}: name one that is"
         )
     return feature.names
 

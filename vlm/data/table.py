@@ -1,8 +1,8 @@
-"""A table of image paths and captions, alone or inside an image folder: CSV, TSV or JSON.
+"""Tables of image paths and captions, alone or in an image folder: CSV, TSV or JSON.
 
-Each row has the features that the config names (`image` and `caption` by default); image paths are
-relative to the table. A column `split` says which split a row belongs to; without it all
-rows are the training split. Compressed files (`.gz`) are read too.
+Each row has the features that the config names (`image` and `caption` by default). Image paths are
+relative to the table. A column `split` assigns rows to splits; without it all rows are the training
+split. Compressed files (`.gz`) are supported.
 """
 
 import functools
@@ -33,14 +33,14 @@ SUFFIXES = tuple(
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _URL = re.compile(r"https?://", re.IGNORECASE)
-_NUMBERED = re.compile(r"column\d+")  # the names of columns without a header
-_LOOKED_AT = 8  # rows, to tell where images lie and what a column holds
+_NUMBERED = re.compile(r"column\d+")  # names of columns without a header
+_LOOKED_AT = 8  # rows, to find the image folder and the types of columns
 
 _log = logging.getLogger(__name__)
 
 
 class TableSource:
-    """Rows of a table; the image of a row is the path of its file."""
+    """Source over the rows of a table; images are file paths."""
 
     def __init__(self, rows: Sequence[Example | BadSample], folder: str, config: DataConfig):
         self._rows, self._folder, self._image = rows, folder, config.image
@@ -57,12 +57,13 @@ class TableSource:
 
 
 def open_table(config: DataConfig, split: str) -> TableSource:
-    """The rows of `split` in the table that `config.source` names, or in its folder's table.
+    """Open the rows of `split` in the table `config.source`, or in the table of that folder.
 
     A row that cannot be read is a bad sample.
 
     Raises:
-        DataError: no such table, too many bad rows, an empty split, or a feature is missing.
+        DataError: there is no such table, too many rows are bad, a split is empty, or a feature is
+            missing.
     """
     if "{split}" in config.source:
         (file,) = split_files(config.source, split, config.train_split)
@@ -83,13 +84,13 @@ def open_table(config: DataConfig, split: str) -> TableSource:
             )
         return TableSource(rows, folder, config)
     chosen = [rows[i] for i in rows_of_split(split, splits, str(path))]
-    if split == config.train_split:  # which counts the bad ones
+    if split == config.train_split:  # the training split counts bad rows
         chosen += [row for row in rows if isinstance(row, BadSample)]
     return TableSource(chosen, folder, config)
 
 
 def table_splits(config: DataConfig) -> list[str] | None:
-    """The splits in the column `split` of a table; None where it has no such column."""
+    """List the splits in the column `split` of a table; None without this column."""
     if "{split}" in config.source:
         return named_splits(config.source)
     splits = _splits(_rows(_table_of(as_path(config.source)), config), config)
@@ -97,7 +98,7 @@ def table_splits(config: DataConfig) -> list[str] | None:
 
 
 def _splits(rows: Sequence[Example | BadSample], config: DataConfig) -> list[str | None]:
-    """The split of each row: None where it has none, "" of a bad one. Empty without a column."""
+    """Return the split of each row: None if unset, "" for a bad row. Empty without a column."""
     if not any("split" in row for row in rows if isinstance(row, dict)):
         return []
     found: list[str | None] = []
@@ -123,7 +124,7 @@ def _rows(path: epath.Path, config: DataConfig) -> list[Example | BadSample]:
     return _read(os.fspath(path), stamp_of(os.fspath(path)), config.image, texts, config.data_dir)
 
 
-@functools.lru_cache(4)  # training and evaluation read one table, and its faults are logged once
+@functools.lru_cache(4)  # training and evaluation share the table; faults are logged once
 def _read(
     name: str, stamp: str, image: str, texts: tuple[str, ...], data_dir: str | None
 ) -> list[Example | BadSample]:
@@ -132,7 +133,9 @@ def _read(
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{name} is not a whole gzip file ({error}): write it again") from None
+            raise DataError(
+                f"{name} is a truncated or corrupt gzip file ({error}): write it again"
+            ) from None
     text = decode_text(data, name)
     if suffix in _DELIMITERS:
         rows = _with_header(
@@ -148,12 +151,12 @@ def _read(
 
 
 def _example(number: int, row: dict[str, Any], where: str, image: str) -> Example | BadSample:
-    """A row as an example; inner fields have names such as `captions/text`."""
+    """Convert a row to an example; nested fields have names such as `captions/text`."""
     example: Example = {WHERE: where}
     for name, value in row.items():
         example |= flat_items(name, value, image)
     if image not in example:
-        return example  # the check of all rows names what is missing
+        return example  # the check of all rows reports missing features
     path = example[image]
     if isinstance(path, dict):  # as Hugging Face `datasets` writes an image
         path = path.get("path")
@@ -170,7 +173,7 @@ def _with_header(
     texts: tuple[str, ...],
     data_dir: str | None,
 ) -> list[tuple[int, dict[str, str]] | BadSample]:
-    """The rows by the names of their columns: of the first row, or where it is none, by rule."""
+    """Name the columns of rows by the first row; without a header by `_column_names`."""
     if not rows:
         return []
     first = rows[0]
@@ -196,10 +199,10 @@ def _with_header(
 def _column_names(
     rows: list[Line | BadSample], name: str, image: str, texts: tuple[str, ...], folders: list[str]
 ) -> list[str]:
-    """The names of columns without a header: column1, column2, ..., or `image` and a caption.
+    """Name the columns of a table without header: column1, column2, ..., or image and caption.
 
     Raises:
-        DataError: there is no column of image files, or not one column beside it.
+        DataError: there is no column of image files, or not exactly one other column.
     """
     looked_at = list(itertools.islice((r.fields for r in rows if isinstance(r, Line)), _LOOKED_AT))
     names = [f"column{number}" for number in range(1, len(looked_at[0]) + 1)]
@@ -217,13 +220,13 @@ def _column_names(
         raise DataError(f"{name} has no header and no images: its columns are {shown}; {_DOWNLOAD}")
     if len(files) > 1 or len(others) != 1 or len(texts) != 1:
         raise DataError(
-            f"{name} has no header, and its columns are {shown}: say which they are, such as "
+            f"{name} has no header, and its columns are {shown}: name them, for example "
             f'data.image="{names[files[0]]}" and data.captions=("{names[(others or [0])[0]]}",)'
         )
     named = names.copy()
     named[files[0]], named[others[0]] = image, texts[0]
     _log.warning(
-        "%s has no header: %s, which names files, is taken as %s, and %s as %s",
+        "%s has no header: %s, which has file names, is used as %s, and %s as %s",
         name, names[files[0]], image, names[others[0]], texts[0],
     )  # fmt: skip
     return named
@@ -236,10 +239,10 @@ _DOWNLOAD = (
 
 
 def _check(rows: list[Example | BadSample], config: DataConfig, path: epath.Path) -> None:
-    """Compare all rows with the config.
+    """Check all rows against the config.
 
     Raises:
-        DataError: there are none, too many are bad, or none has a feature that is named.
+        DataError: there are no rows, too many are bad, or a feature is missing.
     """
     if not rows:
         raise DataError(f"{path} has no rows: give it one for each image")
@@ -266,12 +269,12 @@ def _is_url(value: Any) -> bool:
 
 
 def _is_file(field: str, folders: Sequence[str]) -> bool:
-    """Whether a field names a file, alone or in one of some folders."""
+    """Whether a field is the path of a file, relative to one of `folders`."""
     return len(field) < 4096 and any(os.path.isfile(os.path.join(f, field)) for f in folders)
 
 
 def _image_folder(rows: list[Example | BadSample], config: DataConfig, path: epath.Path) -> str:
-    """The folder that image paths are relative to: the table's, `data_dir`, or COCO's.
+    """Find the folder that image paths are relative to: the table's, `data_dir`, or COCO's.
 
     COCO's captions_val2017.json is in annotations/, and its images in val2017/ beside that.
     """
