@@ -1,8 +1,8 @@
-"""Names of classes: from a label as a data set writes it to the words of a prompt.
+"""Class names for prompts, derived from the labels of a data set.
 
-The label stays the id of its class, in results and files; its name is what a sentence says. A label
-is made readable by `readable`, alone and everywhere the same, unless the data set or a file of the
-user's gives the name.
+The label remains the id of its class in results and files; the name is used in prompts. Unless the
+data set or a file of the user gives the name, `readable` derives it from the label, independently
+of other labels.
 """
 
 import functools
@@ -16,13 +16,13 @@ from vlm.data.known_classes import check_names, imagenet_names
 from vlm.errors import DataError
 from vlm.paths import as_path
 
-NAME = "\0name"  # under this, an example may have the name of its class, beside its label
+NAME = "\0name"  # key of the class name in an example
 
 # "001.Black_footed_Albatross" (CUB, Caltech-256), "n02085620-Chihuahua" (Stanford Dogs), "/a/abbey"
-# (SUN397): a number with a dot, a number of WordNet, an initial, and then the name.
+# (SUN397): a number with a dot, a WordNet id or an initial before the name.
 _PREFIX = re.compile(r"^(?:\d+\.|n\d{8}[-_ ]+|/[a-z]/)(?=[^\W\d_])")
-_SLASH = re.compile(r"(?<=\w)/(?=\w)")  # of SUN397 alone: "F/A-18" is a name
-# "AnnualCrop" (EuroSAT): only words of three letters and more, so that "DeLorean" stays.
+_SLASH = re.compile(r"(?<=\w)/(?=\w)")  # only for SUN397: "F/A-18" is a name
+# "AnnualCrop" (EuroSAT): only words of three letters or more, so "DeLorean" is unchanged.
 _CAMEL = re.compile(r"(?:[A-Z][a-z]{2,}){2,}")
 _CAMEL_WORD = re.compile(r"(?<=[a-z])(?=[A-Z])")
 # "american-flag" has a separator and "t-shirt", "747-400", "X-ray" a hyphen.
@@ -30,11 +30,11 @@ _HYPHEN = re.compile(r"(?<=[^\W\d_]{2})-(?=[^\W\d_]{2})")
 
 
 def readable(label: str) -> str:
-    """The words of a label: without a number before them, with spaces between them.
+    """Convert a label to words: remove a number before them, and separate them by spaces.
 
-    Underscores are spaces. Hyphens are, where a label has no other separator and words
-    on both sides of each. A label of nothing but capitalised words is taken to pieces. What has no
-    letter stays as it is.
+    Underscores become spaces. So do hyphens, if the label has no other separator and each hyphen is
+    between words. A label that consists of capitalised words is split. A label without letters is
+    unchanged.
 
     Example:
         >>> from vlm.data.class_names import readable
@@ -58,11 +58,11 @@ def readable(label: str) -> str:
 def names_of(
     labels: Sequence[str], given: Mapping[str, str] | None = None, where: str = "the data"
 ) -> list[str]:
-    """The name of each label, in order: as given, else ImageNet's, else as `readable` makes it.
+    """Return the name of each label, in order: as given, else ImageNet's, else by `readable`.
 
     Raises:
-        DataError: two labels that would be read as one name, or one that is no name but a number or
-            a WordNet id that is not ImageNet's.
+        DataError: two labels would get the same name, or a name is a number or a WordNet id that is
+            not ImageNet's.
     """
     given = {**imagenet_names(labels), **(given or {})}
     names = [given[label] if label in given else readable(label) for label in labels]
@@ -70,7 +70,7 @@ def names_of(
     twice = {name for name, count in Counter(names).items() if count > 1}
     for name in twice:
         merged = [label for label, own in zip(labels, names, strict=True) if own == name]
-        if not all(label in given for label in merged):  # what somebody wrote is as it is written
+        if not all(label in given for label in merged):  # given names may repeat
             raise DataError(
                 f"the classes {', '.join(map(repr, merged))} of {where} would all be called "
                 f"{name!r}: give each a name of its own with class_names (--class-names FILE)"
@@ -79,7 +79,7 @@ def names_of(
 
 
 def numbered(names: Sequence[str]) -> list[str]:
-    """The names as labels: with their number where another class has the name, or it is blank.
+    """Make unique labels from names: append the number if a name repeats or is blank.
 
     Example:
         >>> from vlm.data.class_names import numbered
@@ -94,13 +94,13 @@ def numbered(names: Sequence[str]) -> list[str]:
 
 
 def read_class_names(file: str, labels: Sequence[str], where: str) -> dict[str, str]:
-    """The names that a file gives to labels.
+    """Read the names of labels from a file.
 
-    The file has a line LABEL<tab>NAME for each, or as many lines as there are labels, in their
-    order; or it is a JSON object from label to name, or a JSON list in the order of the labels.
+    The file has a line LABEL<tab>NAME for each label, or one name per line in the order of the
+    labels. It may also be a JSON object from label to name, or a JSON list in the order of labels.
 
     Raises:
-        DataError: no such file, or one that does not name every label.
+        DataError: the file is missing, or lacks a label.
     """
     found = _read(file)
     names = found if isinstance(found, dict) else {}
@@ -116,11 +116,10 @@ def read_class_names(file: str, labels: Sequence[str], where: str) -> dict[str, 
 
 
 def class_name(label: str, config: DataConfig) -> str:
-    """The name of the label of one example, where the labels of its data set are not known.
+    """Return the name of one label, if the labels of the data set are unknown.
 
     Raises:
-        DataError: see `names_of`; or `class_names` of the config names a file that is in the order
-            of the labels.
+        DataError: see `names_of`; or the file `class_names` of the config is in label order.
     """
     if config.class_names is None:
         return names_of([label], where=config.source)[0]
@@ -136,7 +135,7 @@ def class_name(label: str, config: DataConfig) -> str:
 
 
 def described(labels: Iterable[str], names: Iterable[str]) -> str:
-    """How many labels a prompt calls otherwise, with one of them; empty where none is."""
+    """Describe how many labels have another name in prompts, with an example; else empty."""
     pairs = list(zip(labels, names, strict=True))
     changed = [(label, name) for label, name in pairs if label != name]
     if not changed:

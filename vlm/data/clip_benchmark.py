@@ -1,7 +1,7 @@
-"""Data sets in CLIP_benchmark's layout: WebDataset shards, class names and templates in a folder.
+"""Data sets in the layout of CLIP_benchmark: a folder with shards, class names and templates.
 
-    FOLDER/classnames.txt                          a class name a line, in the order of the labels
-    FOLDER/zeroshot_classification_templates.txt   a template a line, {c} in the place of a name
+    FOLDER/classnames.txt                          one class name per line, in the order of labels
+    FOLDER/zeroshot_classification_templates.txt   one template per line, {c} for the name
     FOLDER/dataset_type.txt                        classification (without the file), multilabel
                                                    or retrieval
     FOLDER/test/nshards.txt, 0.tar, 1.tar, ...     an image and a label (cls), labels (npy) or
@@ -30,20 +30,20 @@ from vlm.errors import DataError
 from vlm.paths import as_path, is_remote
 
 PREFIX = "wds:"
-IMAGES = ("webp", "png", "jpg", "jpeg")  # the first of these that a sample has, as CLIP_benchmark
+IMAGES = ("webp", "png", "jpg", "jpeg")  # the first that a sample has is used, as in CLIP_benchmark
 MEMBERS = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
 _HUB = "https://huggingface.co/datasets/"
 
 
 def is_clip_benchmark(source: str) -> bool:
-    """Whether `source` names such a folder: by `wds:` before it, or by its files."""
+    """Whether `source` is a folder in this layout: it starts with `wds:`, or has the files."""
     if source.startswith(PREFIX):
         return ".tar" not in source
     return not is_remote(source) and bool(_splits(source))
 
 
 def clip_benchmark_splits(source: str) -> list[str]:
-    """The splits of a folder: its folders that have a file `nshards.txt`.
+    """List the splits of a folder: its subfolders with a file `nshards.txt`.
 
     Raises:
         DataError: there is none.
@@ -61,10 +61,10 @@ def _splits(source: str) -> list[str]:
 
 
 def dataset_type(source: str) -> str:
-    """`classification`, `multilabel` or `retrieval`.
+    """Read the type of a data set: `classification`, `multilabel` or `retrieval`.
 
     Raises:
-        DataError: the file says something else.
+        DataError: the file has another value.
     """
     lines = _lines(_root(source), "dataset_type.txt") or ["classification"]
     kind = lines[0].strip().lower()
@@ -76,10 +76,10 @@ def dataset_type(source: str) -> str:
 
 
 def open_clip_benchmark(config: DataConfig, split: str) -> "ClipBenchmarkSource":
-    """The examples of a split.
+    """Open the examples of a split.
 
     Raises:
-        DataError: no such folder or split, no example, or not what the config names.
+        DataError: there is no such folder, split or example, or a feature is missing.
     """
     root, source = _root(config.source), config.source
     split = find_split(split, clip_benchmark_splits(source), source)
@@ -92,16 +92,16 @@ def open_clip_benchmark(config: DataConfig, split: str) -> "ClipBenchmarkSource"
 
 
 class ClipBenchmarkSource(ShardSource):
-    """A split of such a folder.
+    """Source over a split of a folder in this layout.
 
-    A label is the name of its class (with its number, where several classes share the name), or the
-    number alone if the folder names no classes. Multilabel data has a list of them.
+    A label is the name of its class (with the class number, if several classes share the name), or
+    only the number if the folder has no class names. Multilabel data has a list of labels.
 
     Attributes:
-        dataset_type: see above.
-        label_names: the labels of all classes, in order; None if the folder does not name them.
-        class_names: their names, as `classnames.txt` has them.
-        templates: of the folder, with `{}` in the place of a name; None if it has none.
+        dataset_type: `classification`, `multilabel` or `retrieval`.
+        label_names: the labels of all classes, in order; None without class names.
+        class_names: names in `classnames.txt`.
+        templates: prompt templates with `{}` for the name; None without templates.
     """
 
     def __init__(self, names: list[str], config: DataConfig):
@@ -119,7 +119,7 @@ class ClipBenchmarkSource(ShardSource):
         read = DataConfig(source=config.source, image=config.image, captions=(self._member,))
         super().__init__(index_for(names, config), names, read)
         self._features = [config.label] if config.label else list(config.captions)
-        if self.faults:  # a figure over a part of the data is not the data's
+        if self.faults:  # a metric must not be computed on a part of the data
             raise DataError(f"{self.faults[0]['why']}: fetch it again")
 
     def _example(self, group: tar.Group, shard: str, more: dict[str, Any] | None) -> Example:
@@ -131,7 +131,7 @@ class ClipBenchmarkSource(ShardSource):
                 "shard again"
             )
         found = next((e for e in IMAGES if group.parts.get(e)), None)
-        try:  # of other formats than CLIP_benchmark's, the one that there is
+        try:  # else the only image, in a format that CLIP_benchmark does not read
             image = group.parts[found or image_of(group.parts, self._config, where)]
         except BadSample as fault:
             raise DataError(f"{fault}: write the shard again") from None
@@ -163,7 +163,7 @@ class ClipBenchmarkSource(ShardSource):
 
 
 def _lines(root: str, name: str) -> list[str] | None:
-    """The lines of a text of the folder, without spaces around each; None if it is not there."""
+    """Read the stripped lines of a text file in the folder; None if it is missing."""
     path = f"{_texts(root)}/{name}"
     if not exists(path):
         return None
@@ -179,7 +179,7 @@ def _root(source: str) -> str:
 
 
 def _texts(root: str) -> str:
-    """Where the texts are: the Hub's web pages have another address for them than for shards."""
+    """Return the address of text files, which on the Hub differs from that of shards."""
     return root.replace("/tree/", "/raw/", 1) if root.startswith(_HUB) else root
 
 

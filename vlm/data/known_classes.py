@@ -1,7 +1,7 @@
-"""Class names and prompt templates of public data sets, as CLIP_benchmark evaluates them.
+"""Class names and prompt templates of public data sets, as used by CLIP_benchmark.
 
 ImageNet's 1,000 names and 80 templates, the classes of ImageNet-A, -R and -O, and the lists of 30
-other data sets. They are in `class_lists/classes.json`, which is read when it is first asked for.
+other data sets. They are stored in `class_lists/classes.json`, which is read on first use.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from vlm.errors import DataError
 
-# TFDS data sets whose class ids are CLIP_benchmark's, and its names for them.
+# TFDS data sets with the same class ids as in CLIP_benchmark, and their names there.
 TFDS = {
     "imagenet2012": "imagenet1k",
     "imagenet2012_corrupted": "imagenet1k",
@@ -45,12 +45,12 @@ _NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
 
 
 class KnownClasses(NamedTuple):
-    """The classes of a data set.
+    """Classes of a data set.
 
     Attributes:
-        names: in the order of their ids; empty where CLIP_benchmark takes the data set's own.
-        templates: sentences with `{}` in the place of a name.
-        wordnet_ids: of ImageNet and its subsets: of each class.
+        names: in the order of ids; empty if CLIP_benchmark uses those of the data set.
+        templates: prompts with `{}` for the name.
+        wordnet_ids: of each class, for ImageNet and its subsets.
     """
 
     names: tuple[str, ...]
@@ -60,7 +60,7 @@ class KnownClasses(NamedTuple):
 
 @functools.cache
 def known_classes(name: str) -> KnownClasses | None:
-    """The classes of a data set by CLIP_benchmark's name for it; None of another data set.
+    """Look up the classes of a data set by its name in CLIP_benchmark; None if unknown.
 
     Example:
         >>> from vlm.data.known_classes import known_classes
@@ -87,9 +87,9 @@ def known_classes(name: str) -> KnownClasses | None:
 
 
 def classes_of_tfds(name: str, labels: Sequence[str]) -> KnownClasses | None:
-    """The classes of the TFDS data set `name` with these labels; None unless they are known ones.
+    """Look up the classes of the TFDS data set `name` with these labels; None if unknown.
 
-    TFDS lists ImageNet's 1,000 WordNet ids for ImageNet-A and -R too, which have 200 of them.
+    TFDS lists ImageNet's 1,000 WordNet ids also for ImageNet-A and -R, which use 200 of them.
     """
     known = known_classes(TFDS[name]) if name in TFDS else None
     if known is None or not set(known.wordnet_ids) <= set(labels):
@@ -99,7 +99,7 @@ def classes_of_tfds(name: str, labels: Sequence[str]) -> KnownClasses | None:
 
 
 def imagenet_names(labels: Sequence[str]) -> dict[str, str]:
-    """ImageNet's names of those labels that are WordNet ids of its classes.
+    """Return ImageNet's names of the labels that are WordNet ids of its classes.
 
     Example:
         >>> from vlm.data.known_classes import imagenet_names
@@ -112,16 +112,16 @@ def imagenet_names(labels: Sequence[str]) -> dict[str, str]:
 
 
 def imagenet_templates(labels: Sequence[str]) -> tuple[str, ...] | None:
-    """ImageNet's 80 templates, if all labels are WordNet ids of its classes."""
+    """Return ImageNet's 80 templates, if all labels are WordNet ids of its classes."""
     known = known_classes("imagenet1k")
     return known.templates if known and labels and set(labels) <= set(_imagenet()) else None
 
 
 def check_names(names: Sequence[str], where: str) -> None:
-    """Refuse class names that a text encoder has no use for: numbers and WordNet ids.
+    """Check that no class name is blank, a number or a WordNet id.
 
     Raises:
-        DataError: it names the first such class and the fix.
+        DataError: for the first such class.
     """
     for name in names:
         if _WORDNET_ID.fullmatch(name):

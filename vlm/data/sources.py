@@ -1,4 +1,4 @@
-"""The front door to sources: which module opens what `data.source` names, and what it holds."""
+"""Opening of data sources by `data.source`, and their splits, captions and classes."""
 
 import dataclasses
 import os
@@ -39,7 +39,7 @@ from vlm.paths import as_path, cache_dir, is_remote
 KNOWN = (
     '"openmoji"',
     '"tfds:NAME" (a prepared TFDS data set)',
-    "wds:FOLDER (shards, class names and templates as CLIP_benchmark has them)",
+    "wds:FOLDER (shards, class names and templates in the layout of CLIP_benchmark)",
     "WebDataset shards (.tar, with *, {000..099} or {a,b})",
     "a table of images and captions (.csv, .tsv, .jsonl, .json, also .gz, or .parquet)",
     "ArrayRecord files (.array_record)",
@@ -49,7 +49,7 @@ KNOWN = (
 
 
 def open_source(config: DataConfig, split: str) -> Source:
-    """The examples of one split of `config.source`, with random access.
+    """Open a split of `config.source` with random access.
 
     Raises:
         DataError: the source or split does not exist, or lacks a feature that the config names.
@@ -71,7 +71,7 @@ def open_source(config: DataConfig, split: str) -> Source:
 
 
 def split_names(config: DataConfig) -> list[str] | None:
-    """The splits of `config.source`; None where it has none and is one whole.
+    """List the splits of `config.source`; None if it has no splits.
 
     Raises:
         DataError: the source does not exist.
@@ -104,21 +104,21 @@ def split_names(config: DataConfig) -> list[str] | None:
 
 
 def open_to_measure(config: DataConfig, split: str | None) -> tuple[Source, str]:
-    """The split to measure on, and its name: `split`, or see `default_split`.
+    """Open a split for evaluation; return it and its name.
 
-    A source that has no splits is measured whole, as `WHOLE`, where none is asked for.
+    Without `split`, `default_split` chooses one. A source without splits is used whole, as `WHOLE`.
 
     Raises:
-        DataError: no such source or split, or none to measure on.
+        DataError: there is no such source or split, or no default.
     """
     known = split_names(config)
     if known is None and split in (None, WHOLE):
         return open_source(dataclasses.replace(config, keep=()), config.train_split), WHOLE
     if split is None:
         split = default_split(known or (), config.source)
-    elif known and not re.search(r"[+\[]", split):  # parts of splits, as TFDS writes them
+    elif known and not re.search(r"[+\[]", split):  # not a TFDS expression
         split = find_split(split, known, config.source)
-    # What the config filters is what it trains on.
+    # Filters apply to training only.
     config = dataclasses.replace(config, eval_split=split, keep=())
     return open_source(config, split), split
 
@@ -180,7 +180,7 @@ def require_source(config: DataConfig) -> None:
 
 
 def kind_of(name: str) -> str | None:
-    """Which module opens a source of this name; None when none does.
+    """Return the kind of a source, by its name; None if unknown.
 
     Raises:
         ConfigError: no name.
@@ -214,10 +214,10 @@ _ENDINGS = {".array_record": "array_record", ".parquet": "parquet", ".arrow": "a
 
 
 def streams(config: DataConfig) -> bool:
-    """Whether training reads in lanes: a mixture, or shards that are streamed.
+    """Whether training reads a stream: a mixture, or streamed shards.
 
     Raises:
-        ConfigError: `data.access` asks for a stream of what has none.
+        ConfigError: `data.access` is "stream" for a source that cannot be streamed.
     """
     if config.mixture:
         return True
@@ -239,13 +239,13 @@ def streams(config: DataConfig) -> bool:
 def open_stream(
     config: DataConfig, lanes: Callable[[int], int], *, seed: int, process_count: int
 ) -> Stream:
-    """The training samples of `config` in lanes, after a look at the first of them.
+    """Open the training samples of `config` as a stream, after inspecting the first of them.
 
-    `lanes` gives the number of lanes for a number of shards.
+    `lanes` returns the number of lanes for a number of shards.
 
     Raises:
-        DataError: no shards or too few, or shards that do not hold what the config names.
-        ConfigError: a mixture that cannot be.
+        DataError: there are too few shards, or they lack features in the config.
+        ConfigError: an invalid mixture.
     """
     if not config.mixture:
         shards = find_shards(config)
@@ -264,9 +264,9 @@ def open_stream(
 
 
 def _filtered(source: Source, config: DataConfig) -> Subset:
-    """The examples that pass `config.keep`; all are looked at once.
+    """Select the examples that pass `config.keep`, in one pass over all.
 
-    Bad ones are kept, so that training counts and names them as it does without a filter.
+    Bad samples are included, so that training counts and lists them as without a filter.
     """
     kept = []
     for index in range(len(source)):
@@ -278,13 +278,13 @@ def _filtered(source: Source, config: DataConfig) -> Subset:
             kept.append(index)
     if not kept:
         raise DataError(
-            f"data.keep passes none of the {len(source):,} examples of {config.source}: loosen it"
+            f"data.keep rejects all {len(source):,} examples of {config.source}: loosen it"
         )
     return Subset(source, kept)
 
 
 class NamedSource:
-    """The same examples, each with the name of its class beside its label."""
+    """Source wrapper that adds the class name to each example."""
 
     def __init__(self, source: Source, config: DataConfig, names: dict[str, str]):
         self._source, self._config, self._names = source, config, names
@@ -302,7 +302,7 @@ class NamedSource:
 
 
 class CachedSource:
-    """The same examples, each opened once and kept with its image decoded (mode RGB)."""
+    """Source wrapper that caches examples with decoded images (mode RGB)."""
 
     def __init__(self, source: Source, config: DataConfig, preprocess: Preprocess):
         self._source, self._config, self._preprocess = source, config, preprocess
@@ -313,7 +313,7 @@ class CachedSource:
 
     def __getitem__(self, index: int) -> Example:
         example = self._kept[index]
-        if example is None:  # two threads may both come here: they make equal examples
+        if example is None:  # may run in two threads, with equal results
             example = dict(self._source[index])
             example[self._config.image] = open_image_of(
                 example, self._config, self._preprocess, f"example {index}"
@@ -323,9 +323,9 @@ class CachedSource:
 
 
 def all_captions(config: DataConfig) -> list[str]:
-    """The unique captions of all splits, in order: the candidates of zero-shot evaluation.
+    """List the unique captions of all splits, in order: the candidates of zero-shot evaluation.
 
-    An image counts with its first caption; with a label, every class counts, seen or not.
+    Only first captions are used. With a label, these are the captions of all classes.
     """
     if config.label:
         template = templates_of(config)[0]
@@ -335,24 +335,24 @@ def all_captions(config: DataConfig) -> list[str]:
 
 
 class Classes(NamedTuple):
-    """The classes of a data set, in one order: their labels, and their names."""
+    """Labels and names of the classes of a data set, in the same order."""
 
     labels: list[str]
     names: list[str]
 
 
 def classes_of(config: DataConfig, source: Source | None = None) -> Classes:
-    """The classes of `config.label`, of all splits alike: as the data set lists them, or sorted.
+    """Return the classes of `config.label` in all splits: as listed by the data set, or sorted.
 
     Args:
-        config: which label, and `class_names`.
-        source: a split that is open already, which may list the classes.
+        config: config with the label and `class_names`.
+        source: an open split, which may list the classes.
 
-    Examples that cannot be read have no class here; training counts and names them.
+    Examples that cannot be read are ignored here; training counts and lists them.
 
     Raises:
-        DataError: a stream that lists none and has no split that could be read for them; or names
-            that do not fit the labels.
+        DataError: a stream does not list its classes and has no split to read them from; or names
+            do not match the labels.
     """
     if source is None:
         opened = _all_splits(config)
@@ -360,7 +360,7 @@ def classes_of(config: DataConfig, source: Source | None = None) -> Classes:
             return _named(config, labels, None)
         if not opened:
             raise DataError(
-                f"{config.source} is read as a stream, whose classes are not known before: set "
+                f"{config.source} is read as a stream, whose classes are unknown: set "
                 "data.eval_split to a split that has them all"
             )
         source = opened[0]
@@ -381,8 +381,8 @@ def _named(config: DataConfig, labels: list[str], names: list[str] | None) -> Cl
 
 
 def _labels_of_all_splits(config: DataConfig) -> list[str]:
-    """Every label that a split has, each once: numbers by their value, others by their letters."""
-    if is_remote(config.source) and config.eval_split:  # others may be too large to read whole
+    """Collect the unique labels of all splits, sorted by value if numeric, else alphabetically."""
+    if is_remote(config.source) and config.eval_split:  # other splits may be too large to read
         known = [config.eval_split]
     else:
         known = split_names(config) or [config.train_split]
@@ -407,7 +407,7 @@ def _all_splits(config: DataConfig) -> list[Source]:
 
 
 def _labels(source: Source, config: DataConfig) -> Iterator[str]:
-    """The label of each example that has one."""
+    """Yield the label of each example that has one."""
     for i in range(len(source)):
         try:
             yield label_of(source[i], config)
@@ -416,10 +416,10 @@ def _labels(source: Source, config: DataConfig) -> Iterator[str]:
 
 
 def held_out(config: DataConfig) -> Int32[np.ndarray, " n"]:
-    """For each image of the evaluation split, the index of its caption in `all_captions`.
+    """Return the index in `all_captions` of the caption of each evaluation image.
 
     Raises:
-        DataError: the config names no evaluation split.
+        DataError: the config has no evaluation split.
     """
     if not config.eval_split:
         raise DataError("data.eval_split is not set: name the split to evaluate on")
@@ -431,10 +431,10 @@ def held_out(config: DataConfig) -> Int32[np.ndarray, " n"]:
 def targets_of(
     source: Source, config: DataConfig, labels: Sequence[str]
 ) -> Int32[np.ndarray, " n"]:
-    """For each example, the number of its label among `labels`.
+    """Return the index of each example's label in `labels`.
 
     Raises:
-        DataError: an example without a label, or with another one.
+        DataError: an example has no label, or one that is not in `labels`.
     """
     index = {label: i for i, label in enumerate(labels)}
     found = [target_of(source[i], config, index, i) for i in range(len(source))]
@@ -442,10 +442,10 @@ def targets_of(
 
 
 def target_of(example: Example, config: DataConfig, index: Mapping[str, int], i: int) -> int:
-    """The number of an example's class; `i` is the example's own, for the message.
+    """Return the class index of an example; `i` is the example's index, for errors.
 
     Raises:
-        DataError: an example without a label, or with another one.
+        DataError: an example has no label, or one that is not in `labels`.
     """
     label = label_of(example, config)
     if label not in index:
@@ -457,33 +457,33 @@ def target_of(example: Example, config: DataConfig, index: Mapping[str, int], i:
 
 
 def vocabulary_texts(config: DataConfig) -> list[str]:
-    """Every caption of the training split: what a vocabulary of the data's own is learned from.
+    """List all captions of the training split, to train a vocabulary.
 
     Raises:
-        ConfigError: the split is read as a stream, and not whole before the run.
+        ConfigError: the split is read as a stream.
     """
     if streams(config):
         raise ConfigError(
-            "a stream is not read whole to learn a vocabulary from it: name one with tokenizer_file"
+            "a stream cannot be read in advance to train a vocabulary: set tokenizer_file"
         )
     source = open_source(config, config.train_split)
     return [text for texts in _captions(source, config) for text in texts]
 
 
 def credits(config: DataConfig) -> str:
-    """The licence and authors of the data, as its metadata states them; empty if it does not."""
+    """Return the licence and authors in the data's metadata; empty if missing."""
     if streams(config):
         return ""
     return getattr(open_source(config, config.train_split), "credits", "")
 
 
 def first_captions(source: Source, config: DataConfig) -> list[str]:
-    """The first caption of each example, in order."""
+    """List the first caption of each example, in order."""
     return [captions_of(source[i], config)[0] for i in range(len(source))]
 
 
 def _captions(source: Source, config: DataConfig) -> Iterator[list[str]]:
-    """The captions of each example that has any."""
+    """Yield the captions of each example that has any."""
     for i in range(len(source)):
         try:
             yield captions_of(source[i], config)

@@ -1,7 +1,7 @@
-"""Splits of a data set: the one that is asked for under any of its names, or the one to measure on.
+"""Splits of a data set: lookup by name with aliases, and the default split for evaluation.
 
-`validation`, `val`, `valid` and `dev` are names of one split. A split that is asked for and is not
-there is an error that lists those that are.
+`validation`, `val`, `valid` and `dev` are aliases. The error for an unknown split lists the
+existing ones.
 """
 
 import logging
@@ -14,8 +14,8 @@ from vlm.data.storage import exists, expand, list_files
 from vlm.errors import DataError
 
 VALIDATION = ("validation", "val", "valid", "dev")
-NAMES = ("train", "test", *VALIDATION)  # a folder of such a name holds a split
-WHOLE = "all"  # how a report names a data set without splits
+NAMES = ("train", "test", *VALIDATION)  # names of split folders
+WHOLE = "all"  # name of a data set without splits in reports
 
 _log = logging.getLogger(__name__)
 _PLACE = "{split}"
@@ -23,7 +23,7 @@ _BRACES = re.compile(r"\{(?!split\})[^{}]*\}")
 
 
 def find_split(asked: str, known: Collection[str], where: str) -> str:
-    """The name that `where` has for the split `asked`: the same, or another name of it.
+    """Find the split `asked` by its name or an alias.
 
     Raises:
         DataError: there is no such split, or several under other names.
@@ -48,12 +48,12 @@ def find_split(asked: str, known: Collection[str], where: str) -> str:
 
 
 def split_value(value: Any) -> str | None:
-    """The split that a value in a column `split` names; None for null, NaN and an empty text."""
+    """Convert a value of a column `split` to a name; None for null, NaN and an empty text."""
     return None if value is None or value != value or value == "" else str(value)
 
 
 def rows_of_split(asked: str, values: Sequence[str | None], where: str) -> list[int]:
-    """The numbers of the rows of a split, by the values in a column; rows of none are logged.
+    """Return the indices of the rows of a split, by a column; log rows without a split.
 
     Raises:
         DataError: there is no such split.
@@ -65,10 +65,10 @@ def rows_of_split(asked: str, values: Sequence[str | None], where: str) -> list[
 
 
 def default_split(known: Collection[str], where: str) -> str:
-    """The split to measure on where none is asked for: test, else validation, else the only one.
+    """Choose the split for evaluation: test, else validation, else the only one.
 
     Raises:
-        DataError: there are several, and none of these.
+        DataError: there are several other splits.
     """
     for wanted in ("test", "validation"):
         if any(_canonical(name) == wanted for name in known):
@@ -82,9 +82,9 @@ def default_split(known: Collection[str], where: str) -> str:
 
 
 def split_files(pattern: str, split: str, whole: str) -> list[str]:
-    """The files of a split: `{split}` in the pattern stands for its name.
+    """List the files of a split; `{split}` in the pattern is replaced by its name.
 
-    Files that a pattern without `{split}` names are the split `whole`.
+    Files of a pattern without `{split}` are the split `whole`.
 
     Raises:
         DataError: no such split, no files, or files of several splits and no `{split}`.
@@ -106,14 +106,14 @@ def split_files(pattern: str, split: str, whole: str) -> list[str]:
     files = _existing(pattern.replace(_PLACE, split))
     if files is None and (known := named_splits(pattern)):
         return expand(pattern.replace(_PLACE, find_split(split, known, pattern)))
-    if files is None and _canonical(split) == "validation":  # of a server that lists nothing
+    if files is None and _canonical(split) == "validation":  # a web server cannot list files
         names = (pattern.replace(_PLACE, name) for name in VALIDATION)
         files = next(filter(None, map(_existing, names)), None)
     return files or expand(pattern.replace(_PLACE, split))
 
 
 def named_splits(pattern: str) -> list[str]:
-    """The splits of the files that a pattern with `{split}` names; none where they are not listed.
+    """List the splits of a pattern with `{split}`; empty if files cannot be listed.
 
     Example:
         >>> from vlm.data.splits import named_splits
@@ -136,7 +136,7 @@ def named_splits(pattern: str) -> list[str]:
 
 
 def _existing(pattern: str) -> list[str] | None:
-    """The files of a pattern; None where the first of them is not there."""
+    """Expand a pattern; None if the first file is missing."""
     try:
         files = expand(pattern)
     except DataError:
@@ -149,7 +149,7 @@ def _regex(text: str) -> str:
 
 
 def _split_in(file: str) -> str | None:
-    """The name of a split that a file's name begins with, as in train-00000-of-00002.parquet."""
+    """Return the split that a file name starts with, as in train-00000-of-00002.parquet."""
     first = re.match(r"[A-Za-z]+(?=[-_.])", file.rpartition("/")[2])
     return first[0] if first and _canonical(first[0]) in ("train", "test", "validation") else None
 
