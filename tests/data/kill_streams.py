@@ -67,7 +67,7 @@ def experiment(kind: str, folder: Path) -> Experiment:
 
 
 def left(run: Path) -> dict[str, Any]:
-    """What tells the samples of a run from others."""
+    """Identity of the samples of a run."""
     bad = run / "bad-samples.jsonl"
     position = run / "checkpoints" / str(STEPS) / "data" / "metadata"
     return {
@@ -89,12 +89,12 @@ def play(kind: str, folder: Path, kills: int, dice: random.Random) -> tuple[bool
         workers.append(dice.choice([n for n in range(5) if n != workers[-1]]))
     options = [("--data.workers", n) for n in workers]
     at = run_killed(config, killed, env, log, steps, options)
-    told = [f"{step} ({n} workers)" for step, n in zip(at, workers[:-1], strict=True)]
+    stops = [f"{step} ({n} workers)" for step, n in zip(at, workers[:-1], strict=True)]
     ours, theirs = left(killed), left(whole)
     differ = [name for name in theirs if ours[name] != theirs[name]]
     bad = len(theirs["bad samples"].splitlines())
-    said = f"killed at steps {', '.join(told)}, ended with {workers[-1]}; {bad} bad samples: "
-    return not differ, said + (f"OTHER {', '.join(differ)}" if differ else "all equal")
+    text = f"killed at steps {', '.join(stops)}, ended with {workers[-1]}; {bad} bad samples: "
+    return not differ, text + (f"OTHER {', '.join(differ)}" if differ else "all equal")
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def test_a_tar_that_is_cut_anywhere_is_named(tmp_path, access):
     for cut in [*starts[4:], *(start + 100 for start in starts[4:]), end - 512, end]:
         path.write_bytes(whole[:cut])
         good, faults = read_all(str(path), access)
-        complete = sum(start + 512 <= cut for start in starts[3::3])  # where the next has begun
+        complete = sum(start + 512 <= cut for start in starts[3::3])  # where the next one starts
         assert len(good) == complete, cut
         assert [fault.kind for fault in faults] == ["broken shard"]
         assert "a.tar" in str(faults[0])
@@ -181,8 +181,8 @@ def test_prepare_and_show_count_what_random_access_lost(tmp_path, capsys):
     source = write_shards(tmp_path / "data", 4)
     (tmp_path / "data" / "001.tar").unlink()
     assert main(["data", "prepare", source, str(tmp_path / "out"), "--examples", "100"]) == 0
-    assert f"{3 * EACH} examples in 1 shards" in (said := capsys.readouterr()).out
-    assert f"left out: {EACH} missing shard" in said.out
+    assert f"{3 * EACH} examples in 1 shards" in (output := capsys.readouterr()).out
+    assert f"left out: {EACH} missing shard" in output.out
     assert main(["data", "show", source, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["bad"] == {"missing shard": EACH}
 
@@ -262,7 +262,7 @@ class Server(http.server.BaseHTTPRequestHandler):
     do_GET = do_HEAD = _answer
 
     def log_message(self, *args) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture
@@ -307,11 +307,13 @@ def test_only_a_server_that_says_so_has_no_such_shard(server, access, status, ki
 
 
 def test_a_server_that_is_not_there_is_no_missing_shard(server):
-    with pytest.raises(DataError, match=r"cannot be read|Cannot connect|none of the first") as said:
+    with pytest.raises(
+        DataError, match=r"cannot be read|Cannot connect|none of the first"
+    ) as error:
         open_source(
             dataclasses.replace(FIELDS, source="http://127.0.0.1:9/0.tar", access="random"), "train"
         )
-    assert "there is no shard" not in str(said.value)
+    assert "there is no shard" not in str(error.value)
 
 
 def test_a_broken_shard_of_a_mixture_is_counted(tmp_path):

@@ -1,4 +1,4 @@
-"""Labels made readable: as data sets write them, and what a prompt says of them."""
+"""Labels made readable: as data sets write them, and their names in prompts."""
 
 import json
 

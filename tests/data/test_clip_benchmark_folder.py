@@ -64,7 +64,7 @@ def test_labels_names_and_templates_are_read_as_they_are_written(classified, pre
     source, split = open_to_measure(config, None)
     assert split == "test"
     labels, names = classes_of(config, source)
-    # No readable form of them: spaces, numbers and blanks are what the file says.
+    # Names are unchanged: spaces, numbers and blanks as in the file.
     assert names == ["great white shark", "missile", "", "missile", "7"]
     assert len(set(labels)) == 5
     found = [names[labels.index(source[i]["label"])] for i in range(len(source))]

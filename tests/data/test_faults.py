@@ -59,7 +59,7 @@ BAD = {
     "object as caption": ({"jpg": jpeg(0), "json": b'{"caption": {"a": 1}}'}, "no caption"),
     "nulls as captions": ({"jpg": jpeg(0), "json": b'{"caption": [null, ""]}'}, "no caption"),
     "empty list": ({"jpg": jpeg(0), "json": b'{"caption": []}'}, "no caption"),
-    "torn json": ({"jpg": jpeg(0), "json": b'{"caption": "a'}, "broken text"),
+    "truncated json": ({"jpg": jpeg(0), "json": b'{"caption": "a'}, "broken text"),
     "json list": ({"jpg": jpeg(0), "json": b'["a"]'}, "broken text"),
     "json null": ({"jpg": jpeg(0), "json": b"null"}, "broken text"),
     "empty json": ({"jpg": jpeg(0), "json": b""}, "broken text"),

@@ -75,7 +75,7 @@ def class_folders(folder, names, per_class=2):
 
 
 def test_folders_of_wordnet_ids_are_imagenets_classes(tmp_path):
-    # Two classes are called "missile": the label tells them apart.
+    # Two classes are called "missile": the label distinguishes them.
     ids = ["n01443537", "n02123045", "n03773504", "n04008634"]
     config = class_folders(tmp_path, ids)
     source = open_source(config, "validation")
@@ -103,7 +103,7 @@ def test_labels_that_are_no_names_are_refused(tmp_path, names, fault):
         classes_of(config, open_source(config, "validation"))
     with pytest.raises(DataError, match=f"{fault}.*--class-names FILE"):
         names_of(names, where="photos")
-    # What a file says is taken as it is written: digits have numbers for names.
+    # Names in a file are unchanged: digits have numbers for names.
     lines = [f"{name}\t{number}" for number, name in enumerate(names)]
     (tmp_path / "names.txt").write_text("\n".join(lines))
     named = DataConfig(**{**vars(config), "class_names": str(tmp_path / "names.txt")})

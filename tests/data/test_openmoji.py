@@ -129,7 +129,7 @@ def test_it_is_built_once(openmoji_dir):
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
-def test_two_builds_at_once_and_a_torn_one(tmp_path):
+def test_two_builds_at_once_and_a_corrupt_one(tmp_path):
     builds = [start_build(tmp_path) for _ in range(2)]
     counts = {build.communicate(timeout=60)[0].split()[-1] for build in builds}
     assert [build.returncode for build in builds] == [0, 0]

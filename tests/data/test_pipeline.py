@@ -25,7 +25,7 @@ PREPROCESS = Preprocess(PreprocessConfig(image_size=8))
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> DataConfig:
-    """37 pictures whose caption says which one it is, with every augmentation on."""
+    """37 pictures whose caption is its number, with every augmentation on."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     rows = []

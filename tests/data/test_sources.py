@@ -261,12 +261,15 @@ def test_a_changed_shard_is_read_again(shards):
 
 def test_shards_that_are_wrong(shards):
     whole = (shards / "train-000.tar").read_bytes()
-    (shards / "torn.tar").write_bytes(whole[:2000])
+    (shards / "cut.tar").write_bytes(whole[:2000])
     (shards / "text.tar").write_text("no tar file " * 100)
     write_shard(shards / "bare.tar", [("x.txt", b"a caption")])
     write_shard(shards / "mute.tar", [("x.png", picture(1))])
     for name, message in [
-        ("torn.tar", "torn.tar is broken: it ends by byte .* without an end-of-archive marker"),
+        (
+            "cut.tar",
+            "cut.tar is broken: it ends by byte .* without an end-of-archive marker",
+        ),
         ("text.tar", "text.tar is broken: a header is damaged, or this is not a tar file"),
         ("bare.tar", r"examples without an image: x \(txt\)"),
         ("none.tar", "no shard .*none.tar"),

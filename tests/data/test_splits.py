@@ -1,4 +1,4 @@
-"""Splits by name: every reader knows the same names, and never takes one for another in silence."""
+"""Splits by name: all readers use the same aliases, and raise if a split is missing."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Reader processes hear no signals, end with their run, and say how much memory they share."""
+"""Reader processes: blocked signals, exit with the parent, and shared memory."""
 
 import os
 import signal

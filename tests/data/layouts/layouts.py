@@ -2,7 +2,7 @@
 
 `python tests/data/layouts/layouts.py [FOLDER]` writes each layout with each format, reads every
 pair with random access, as a stream, and after `vlm data prepare`, compares it with what Pillow and
-the written texts say, and prints the counts. With the packages of the extra `peers`, every layout
+the written texts state, and prints the counts. With the packages of the extra `peers`, every layout
 is also read by a library that is not ours.
 """
 
