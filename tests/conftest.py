@@ -60,6 +60,8 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """Run folders of tests on all cores; a file or a single test starts sooner in this process."""
+    if hasattr(config, "workerinput"):  # a worker, which must not start workers of its own
+        return
     parallel = config.pluginmanager.hasplugin("xdist") and not config.option.usepdb
     if parallel and config.option.numprocesses is None and not _named_files(config):
         config.option.numprocesses = "auto"

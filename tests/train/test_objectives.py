@@ -11,7 +11,7 @@ import pytest
 
 import vlm
 from vlm.config import DataConfig, Experiment, MeshConfig
-from vlm.errors import ConfigError, DataError
+from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.heads.zero_shot import ZeroShotClassifier
 from vlm.inputs.tokenizer import train_bpe
 from vlm.sharding import global_batch, make_mesh
@@ -165,3 +165,12 @@ def test_a_classification_starts_at_zero_shot_and_writes_a_classifier(learned, p
     assert results[0]["metrics"]["top1"]["value"] == pytest.approx(right(kept))
     # The text tower is as it was.
     np.testing.assert_array_equal(tuned.encode_text(["a bar"]), model.encode_text(["a bar"]))
+    # A resumed run keeps the order of the head's rows.
+    labels = json.loads((run / "classes.json").read_text())
+    assert labels == names
+    (run / "classes.json").write_text(json.dumps(labels[::-1]))
+    with pytest.raises(CheckpointError, match="in another order"):
+        train(resume=run)
+    (run / "classes.json").unlink()
+    with pytest.raises(CheckpointError, match="started by an older version"):
+        train(resume=run)

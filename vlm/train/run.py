@@ -8,7 +8,7 @@ import contextlib
 import datetime
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -124,6 +124,25 @@ class Run:
                 "that model, or start a new run"
             )
 
+    def record_classes(self, labels: Sequence[str]) -> None:
+        """Write the labels of the classification head, in the order of its rows."""
+        if jax.process_index() == 0:
+            self._write(self.class_file, json.dumps(list(labels), indent=2) + "\n")
+
+    def check_classes(self, labels: Sequence[str]) -> None:
+        """Raise a CheckpointError unless the head's rows are still in the order of `labels`."""
+        if not self.class_file.exists():
+            raise CheckpointError(
+                f"{self.folder} has no {self.class_file.name}, so the classes of its head are not "
+                "known: it was started by an older version, which ordered them otherwise; start "
+                "a new run"
+            )
+        if json.loads(self.class_file.read_text()) != list(labels):
+            raise CheckpointError(
+                f"the classes of {self.experiment.data.source} are others, or in another order, "
+                f"than in {self.class_file}: restore the data, or start a new run"
+            )
+
     def last_total(self) -> int | None:
         """Return the total steps of the run when it was last started; None if not recorded."""
         text = self.history.read_text() if self.history.exists() else ""
@@ -160,6 +179,10 @@ class Run:
     @property
     def base_file(self) -> epath.Path:
         return self.folder / "base.json"
+
+    @property
+    def class_file(self) -> epath.Path:
+        return self.folder / "classes.json"
 
     @property
     def checkpoints(self) -> epath.Path:

@@ -56,6 +56,9 @@ def start(
         state, data_state = restored
         if trainer.experiment.adapter is not None:
             state = _with_base(run, trainer, state)
+        if trainer.experiment.objective == "classification":
+            assert classes is not None
+            run.check_classes(classes.names)
         batches.set_state(data_state)
         return _with_length(run, trainer, batches, state)
     if run.resumed:
@@ -75,6 +78,7 @@ def start(
         state = from_model(trainer, state, other)
     if e.objective == "classification":
         assert classes is not None
+        run.record_classes(classes.names)
         state = with_head(trainer, state, classes.embed(trainer, state))
     return state
 
