@@ -119,7 +119,7 @@ def test_a_crop_keeps_the_aspect_of_its_image(width, height, u):
     ratio = (right - left) / (bottom - top) / (width / height)
     assert 3 / 4 * (1 - 1e-9) <= ratio <= 4 / 3 * (1 + 1e-9)
     assert (right - left) * (bottom - top) >= 0.5 * width * height * (1 - 1e-9)
-    made = augment._made_of((left, top, right, bottom))
+    made = augment._target_size((left, top, right, bottom))
     assert made[0] * made[1] <= 16 * 4**2
     assert made[0] % 4 == made[1] % 4 == 0
     decoded = augment.smallest(width, height, np.array(u))

@@ -300,7 +300,10 @@ def test_what_cannot_be(config):
 
 def test_openmoji_from_end_to_end(openmoji_dir):
     config = DataConfig(
-        data_dir=openmoji_dir, cache=True, augment=AugmentConfig(crop=(0.75, 1.0), jitter=0.1)
+        source="openmoji",
+        data_dir=openmoji_dir,
+        cache=True,
+        augment=AugmentConfig(crop=(0.75, 1.0), jitter=0.1),
     )
     tokenizer = train_bpe(["woman running: medium skin tone"], 300, 48)
     preprocess = Preprocess(PreprocessConfig(image_size=64))

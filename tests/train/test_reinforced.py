@@ -101,7 +101,7 @@ def test_a_bad_sample_is_replaced_with_its_embedding(data, learned, stored, draw
     [
         ({"augment": AugmentConfig()}, r"were made with different data\.augment"),
         ({"captions": ("other",)}, r"no feature 'other'"),
-        ({"train_split": "test"}, r"other data\.train_split"),
+        ({"train_split": "test"}, r"different data\.train_split"),
     ],
 )
 def test_embeddings_of_other_data_are_refused(data, learned, stored, changes, message):

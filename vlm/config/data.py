@@ -183,7 +183,7 @@ class DataConfig(Config):
         access: How examples are read. random: by an index, in an order that is new for each
             epoch; stream: shards front to back; auto: what is remote is streamed, and what is
             local is indexed.
-        lanes: Of streams: number of shards that are read side by side. It must divide the
+        lanes: Of streams: number of interleaved readers, one shard each. It must divide the
             global batch, and the number of processes must divide it. None: the largest divisor
             of the batch up to 256 and the number of shards.
         shuffle: Of streams: number of samples that are shuffled at a time, over all lanes.
