@@ -493,9 +493,10 @@ def test_killed_writers_lose_no_saved_items():
 
 
 def test_an_index_larger_than_its_memory(tmp_path):
-    """139 MB of rows, built and searched with 64 MB of memory beyond that of the imports."""
+    """139 MB of rows, built and searched with 64 MB beyond the imports and JAX's own start."""
     body = """
-        import os, resource
+        import jax, os, resource
+        jax.devices()  # its threads: an index notes the platform of its embeddings
         warm = np.ones((600, 600), np.float32) @ np.ones((600, 600), np.float32)
         Model.d = 512
         index = RetrievalIndex(Model())
