@@ -25,7 +25,7 @@ def test_figures_of_a_small_batch(monkeypatch):
         assert row["times_floor"] == pytest.approx(row["seconds"] / result["floor_seconds"])
     for errors in result["errors"].values():
         assert max(errors.values()) < 1e-5
-    assert "floor" in out.getvalue()
+    assert "bound" in out.getvalue()
 
 
 def test_a_batch_that_does_not_divide_is_named():

@@ -270,7 +270,8 @@ def test_adafactors_memory_is_capped():
 
 @pytest.mark.parametrize("schedule", ["cosine", "rsqrt"])
 def test_a_schedule_is_big_visions_at_every_step(schedule):
-    c = OptimizerConfig(learning_rate=2e-3, schedule=schedule, warmup=0.1, cooldown=0.3)
+    own = {"cooldown": 0.3} if schedule in ("rsqrt", "wsd") else {}
+    c = OptimizerConfig(learning_rate=2e-3, schedule=schedule, warmup=0.1, **own)
     for step in range(TOTAL + 1):
         got = float(learning_rate(c, jnp.float32(step / TOTAL)))
         assert got == pytest.approx(2e-3 * shape_of_schedule(c, step), rel=1e-5, abs=1e-9), step
