@@ -264,9 +264,10 @@ def test_a_run_that_cannot_start_keeps_existing_files(tiny, tmp_path):
 
 def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(killed):
     experiment = json.loads((killed / "config.json").read_text())
-    experiment["optimizer"] |= {"learning_rate": 1000.0, "max_scale": None}  # the scale overflows
+    # Each step multiplies the distance of the kernels from their start by a million.
+    experiment["optimizer"] |= {"learning_rate": 1000.0, "start_decay": 1000.0}
     (killed / "config.json").write_text(json.dumps(experiment))
-    with pytest.raises(TrainingError, match=r"not finite at step (7|8|9)"):
+    with pytest.raises(TrainingError, match=r"not finite at step \d+"):
         train(resume=killed)
     assert "6" in os.listdir(killed / "checkpoints")
 
