@@ -80,3 +80,9 @@ def test_only_the_command_line_prints():
     for path in MODULES:
         if path.relative_to(PACKAGE).parts[0] != "cli":
             assert prints_to_stdout(path.read_text()) == [], path
+
+
+def test_test_modules_have_names_of_their_own():
+    """Pytest imports test modules by their base names, so two of one name are an error."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)

@@ -75,7 +75,9 @@ def test_a_step_whose_batch_does_not_divide():
 
 def test_a_step_with_a_teacher_is_not_measured():
     taught = dataclasses.replace(small(), distill=DistillConfig("teacher"))
-    with pytest.raises(ConfigError, match=r"vlm bench train is of two towers .* without distill"):
+    with pytest.raises(
+        ConfigError, match=r"vlm bench train supports only two towers .* without distill"
+    ):
         bench_train(taught)
 
 

@@ -9,7 +9,7 @@ from probe_cases import CASES, data, objective
 from vlm.heads.linear_probe import fit_linear
 
 # The objective of scikit-learn's LogisticRegression(solver="newton-cg", tol=1e-10), as
-# tests/peers/test_linear_probe.py computes it. Of the badly scaled features it stops after 2000
+# tests/peers/test_probe_objective.py computes it. Of the badly scaled features it stops after 2000
 # steps, a little above the optimum.
 GOLDEN = {
     "few": 24.27313918,

@@ -49,7 +49,7 @@ def test_a_run_of_eight_devices_resumes_on_four(tiny, tmp_path):
 
     env = environment(4)
     refused = wait(start(["--resume", run], env, log), log, 1)
-    assert "mesh data 8 x fsdp 1 x tensor 1 needs" in refused
+    assert "mesh data 8 x fsdp 1 x tensor 1 does not multiply" in refused
     mesh = ["--mesh.data", "1", "--mesh.fsdp", "4"]
     refused = wait(start(["--resume", run, *mesh, "--seed", "3"], env, log), log, 1)
     assert "a resumed run cannot change --seed" in refused

@@ -32,7 +32,7 @@ class Entry:
 
 # Architecture: image size, parameters in millions, GFLOPs of an image, GFLOPs of a text
 # (open_clip docs/model_profile.csv). Parameters that it lacks are counted, of abstract models of
-# ours or of open_clip's: tests/weights/test_catalogue.py and tests/peers/test_catalogue.py.
+# ours or of open_clip's: tests/weights/test_catalogue.py and tests/peers/test_catalogue_counts.py.
 _PROFILE: dict[str, tuple[int, float | None, float | None, float | None]] = {
     "RN50": (224, 102.01, 12.22, 5.96),
     "RN101": (224, 119.69, 19.54, 5.96),
