@@ -1,6 +1,10 @@
 """Layouts, and the shards that `vlm data prepare` makes of them, as other libraries read them."""
 
 import pytest
+
+pytest.importorskip("webdataset")
+pytest.importorskip("datasets")
+
 from layout_readers import image_of, records, reference, shards
 from layouts import FORMATS, LAYOUTS, by_pillow, compare, expected, items
 
