@@ -257,7 +257,7 @@ class Judge:
         """The mean log probability of the labels of the validation part."""
         labelled = self._sets["validation"]
         z = self._embeddings("validation", labelled, made.model)
-        scores = to_scores(made.classifier.logits(z), "softmax")
+        scores = to_scores(np.asarray(made.classifier.logits(z)), "softmax")
         own = scores[np.arange(len(labelled)), labelled.target]
         return float(np.log(np.maximum(own, 1e-12)).mean())
 

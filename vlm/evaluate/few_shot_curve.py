@@ -103,7 +103,7 @@ def accuracy_by_shots(
                 head = fit_head(
                     z_image[chosen], target[chosen], method, None, prior, scale, classes
                 )
-                found = head(z_image[test]).argmax(1) == target[test]
+                found = np.asarray(head(z_image[test]).argmax(1) == target[test])
                 hits.setdefault((method, k), []).append(found)
     return Curve(
         zero_shot,

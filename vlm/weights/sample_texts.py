@@ -38,7 +38,7 @@ def sample_texts(count: int = 10_000, seed: int = 0) -> list[str]:
     About one mixture in fourteen has characters drawn from all of Unicode's first planes.
     """
     chosen = random.Random(seed)
-    texts = list(_CAPTIONS[:count])
+    texts: list[str] = list(_CAPTIONS[:count])
     words = [word for caption in _CAPTIONS if len(caption) < 100 for word in caption.split(" ")]
     while len(texts) < count:
         parts = []
