@@ -21,7 +21,7 @@ def transformer(**changes):
 
 @pytest.mark.untyped
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "message"),
     [
         (lambda: transformer(norm="rms"), "norm is 'rms': choose one of 'pre', 'post', 'branch'"),
         (lambda: transformer(mlp="gelu"), "mlp is 'gelu': choose one of 'plain', 'swiglu'"),
@@ -32,6 +32,6 @@ def transformer(**changes):
         (lambda: stored(("a",), Z, "int4"), "dtype is 'int4': choose one of 'float32'"),
     ],
 )
-def test_an_argument_that_is_no_choice_is_refused(call, said):
-    with pytest.raises(ConfigError, match=said):
+def test_an_argument_that_is_no_choice_is_refused(call, message):
+    with pytest.raises(ConfigError, match=message):
         call()

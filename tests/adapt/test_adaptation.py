@@ -120,8 +120,10 @@ def test_an_adaptation_says_what_is_copied(model, places, tmp_path, caplog):
     leaked = Labelled([*test.images, *data.images[:2]], np.r_[test.target, data.target[:2]],
                       test.names, test.data)  # fmt: skip
     made = adapt(model, data, tmp_path / "runs", 60, ["probe"], test=leaked)
-    said = made.about["copies"]
-    assert said == "37 of 55 images, kept on one side of the split; 1 images are in several classes"
+    copies = made.about["copies"]
+    assert (
+        copies == "37 of 55 images, kept on one side of the split; 1 images are in several classes"
+    )
     assert made.about["test: copies of images learned from"] == "2 of 26 images (7.7%)"
     assert "2 of 26 images (7.7%) of the test data are copies" in caplog.text
     made.save(tmp_path / "out")

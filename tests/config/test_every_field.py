@@ -238,10 +238,10 @@ def check_all() -> tuple[int, float]:
     for cls, name, choices, build in wrong_in_each_way():
         with pytest.raises(ConfigError) as caught:
             build()
-        said = str(caught.value)
-        assert name in said, (cls, name, said)
+        message = str(caught.value)
+        assert name in message, (cls, name, message)
         for choice in choices:
-            assert repr(choice.replace("-", "_")) in said.replace("-", "_"), (cls, name, said)
+            assert repr(choice.replace("-", "_")) in message.replace("-", "_"), (cls, name, message)
         count += 1
     return count // 3, time.process_time() - start
 

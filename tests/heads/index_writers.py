@@ -124,7 +124,7 @@ def measure(folder: Path, saves: int, writers: int, seed: int = 0) -> dict[str, 
     def done() -> int:
         return sum(line.startswith(("saved", "conflict")) for line in lines())
 
-    begun = time.monotonic()
+    started = time.monotonic()
     try:
         while done() < saves:
             time.sleep(rng.uniform(0, 0.4))
@@ -159,7 +159,7 @@ def measure(folder: Path, saves: int, writers: int, seed: int = 0) -> dict[str, 
         "items saved and lost": len(saved - held),
         "items that nobody added": len(held - tried),
         "shards at the end": rows,
-        "seconds": round(time.monotonic() - begun),
+        "seconds": round(time.monotonic() - started),
     }
 
 

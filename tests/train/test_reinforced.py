@@ -121,7 +121,9 @@ def test_an_interrupted_call_resumes_and_ends_the_same(data, learned, stored, tm
         reinforce(data, tmp_path, learned, report=stop, **options)
     with pytest.raises(DataError, match="holds no embeddings"):
         Reinforced.open(str(tmp_path))
-    with pytest.raises(DataError, match="was begun with other seed, dtype: use the same settings"):
+    with pytest.raises(
+        DataError, match="was started with other seed, dtype: use the same settings"
+    ):
         reinforce(data, tmp_path, learned, seed=1, dtype="float16", **options)
     corrupt = np.lib.format.open_memmap(tmp_path / "images.npy", "r+")
     corrupt[17:] = 7

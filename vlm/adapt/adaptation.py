@@ -296,11 +296,11 @@ def _copies(data: Labelled, test: Labelled | None, shifted: Labelled | None) -> 
             continue
         count = int(copied_from(other.thumbnails, data.thumbnails).sum())
         if count:
-            said = f"{count:,} of {len(other):,} images ({count / len(other):.1%})"
-            found[f"{name}: copies of images learned from"] = said
+            copied = f"{count:,} of {len(other):,} images ({count / len(other):.1%})"
+            found[f"{name}: copies of images learned from"] = copied
             _log.warning(
                 "%s of the %s data are copies of images to learn from or to choose by, and its "
-                "accuracy is too high: leave them out", said, name,
+                "accuracy is too high: leave them out", copied, name,
             )  # fmt: skip
     return found
 

@@ -85,8 +85,8 @@ def adapt(
         if name not in METHODS:
             raise UsageError(f"there is no method {name!r}: choose from {', '.join(METHODS)}")
     labelled = read_labelled(data, "train", class_names=class_names)
-    if said := described(labelled.names, labelled.texts):
-        print_status(said)
+    if renamed := described(labelled.names, labelled.texts):
+        print_status(renamed)
     if shots is not None:
         labelled = labelled.take(pick_shots(labelled, shots, seed))
     measured = None if test is None else read_labelled(test)

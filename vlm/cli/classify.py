@@ -82,12 +82,12 @@ def classify(
     from vlm.heads.saved import load_classifier
     from vlm.heads.zero_shot import ZeroShotClassifier
 
-    paths, said = find_images(images), ""
+    paths, note = find_images(images), ""
     if classifier is not None:
         classify_images = load_classifier(classifier, load(model))
     else:
         bundle = load(model)
-        prompts, said = prompts_of(found, class_names, templates, bundle)
+        prompts, note = prompts_of(found, class_names, templates, bundle)
         classify_images = ZeroShotClassifier(bundle, prompts, None, none, multi_label)
     unreadable = Unreadable(len(paths))
     for chunk in chunks(progress(paths, "classifying", len(paths))):
@@ -102,8 +102,8 @@ def classify(
                 for label, score in best:
                     print(f"  {score:6.1%}  {bar(score):<20}  {label}")
         sys.stdout.flush()
-    if said:
-        print_status(said)
+    if note:
+        print_status(note)
     unreadable.finish()
 
 
@@ -161,5 +161,5 @@ def prompts_of(
     if class_names is not None:
         names = names_of(labels, read_class_names(class_names, labels, "the labels"))
     chosen = choose_templates(templates or None, model, source)
-    said = [f"templates: {describe_templates(chosen)}", described(labels, names)]
-    return label_prompts(labels, names, chosen), "; ".join(filter(None, said))
+    notes = [f"templates: {describe_templates(chosen)}", described(labels, names)]
+    return label_prompts(labels, names, chosen), "; ".join(filter(None, notes))

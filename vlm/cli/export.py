@@ -69,11 +69,11 @@ def export(
     if not asked and classifier is None and tower is None:
         classifier = classifier_of(model)  # that a run has left
         tower = "both" if classifier is not None else None
-    head, said = None, ""
+    head, note = None, ""
     if classifier is not None:
         head = load_classifier(classifier, bundle)
     elif asked:
-        prompts, said = prompts_of(found, class_names, templates, bundle)
+        prompts, note = prompts_of(found, class_names, templates, bundle)
         head = ZeroShotClassifier(bundle, prompts)
     found = write(
         bundle,
@@ -85,7 +85,7 @@ def export(
         batches=batches or None,
     )
     print_status(f"{model} as {format} in {out}")
-    if said:
-        print_status(f"  {said}")
+    if note:
+        print_status(f"  {note}")
     for name, difference in found.differences.items():
         print_status(f"  {name}: within {difference:.1e} of the original")

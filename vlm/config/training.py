@@ -220,8 +220,8 @@ class Experiment(Config):
     """
 
     name: str = "experiment"
-    # None until `vlm.train.init_from.resolve`, which every run begins with: whoever looks at
-    # them does so after that, which is what a checker of types is told.
+    # None until `vlm.train.init_from.resolve` fills them in. Typed as non-optional because all
+    # internal readers run after that.
     if TYPE_CHECKING:
         model: ModelConfig = field(default_factory=ModelConfig)
         preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)

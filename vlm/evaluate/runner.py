@@ -153,7 +153,7 @@ class Report:
         for result in self.results:
             table.add_section()
             heads = [markup(result.task), f"[dim]{markup(str(result.provenance.data))}"]
-            heads += [f"[dim]{markup(said)}" for said in result.texts]
+            heads += [f"[dim]{markup(text)}" for text in result.texts]
             rows = [
                 (name, f"[bold]{m.value:.1%}", f"{m.low:.1%} – {m.high:.1%}", f"{m.n:,}")
                 for name, m in result.metrics.items()

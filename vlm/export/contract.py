@@ -220,11 +220,6 @@ tokenizer.encode_special_tokens = {plain}
 tokens = np.array([row.ids for row in tokenizer.encode_batch(["a cat", "a dog"])], np.int32)
 """
 
-_LAST = {
-    "embeddings": "# {output}: float32 rows of unit norm; their products are cosines",
-    "scores": "# scores: float32, a column for each of the labels in export.json",
-}
-
 
 def _page(
     bundle: Bundle, programs: list[Program], facts: dict[str, Any], notes: list[str], use: str

@@ -118,7 +118,7 @@ def _finished_variants(folder: Path, about: dict[str, Any]) -> int:
     differ = [name for name in about if before.get(name) != about[name]]
     if differ:
         raise DataError(
-            f"{folder} was begun with other {', '.join(differ)}: use the same settings, or give "
+            f"{folder} was started with other {', '.join(differ)}: use the same settings, or give "
             "another folder"
         )
     return done

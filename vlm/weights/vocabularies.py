@@ -39,7 +39,7 @@ def huggingface_tokenizer(
     """The tokenizer that transformers saved in `folder`, with the rules of its class.
 
     Raises:
-        CheckpointError: its files are missing or torn, or they have a setting that vlm does not
+        CheckpointError: its files are missing or corrupt, or they have a setting that vlm does not
             know or has no place for.
     """
     file = folder / "tokenizer_config.json"
