@@ -44,10 +44,10 @@ jaxtyping.install_import_hook("vlm", "type_checker.check")
 # Files of more than half a minute of a core, the longest first.
 LONGEST = (
     "cloud/test_rehearsal.py",
-    "train/test_resume.py",
-    "train/test_hosts.py",
+    "training/test_resume.py",
+    "training/test_hosts.py",
     "cloud/test_bad_buckets.py",
-    "plan/test_plan.py",
+    "planning/test_plan.py",
     "data/test_kinds.py",
     "test_cli.py",
 )
@@ -90,7 +90,7 @@ def pytest_collection_modifyitems(config, items):
 
     def rank(item) -> tuple[int, bool]:
         name = item.path.relative_to(HERE).as_posix()
-        return order.get(name, len(order)), "train" not in item.path.parts
+        return order.get(name, len(order)), "training" not in item.path.parts
 
     items.sort(key=rank)
 

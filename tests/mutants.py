@@ -35,13 +35,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 # What is tested, and by which tests.
 SUBJECTS = {
     "losses": ["tests/losses"],
-    "heads": ["tests/heads", "tests/adapt/test_learned_prompt.py"],
-    "train/step.py": [
-        "tests/train/test_step.py",
-        "tests/train/test_masking.py",
-        "tests/train/test_optimizer.py",
-        "tests/train/test_resolution_schedule.py",
-        "tests/train/test_objectives.py",
+    "heads": ["tests/heads", "tests/adaptation/test_learned_prompt.py"],
+    "training/step.py": [
+        "tests/training/test_step.py",
+        "tests/training/test_masking.py",
+        "tests/training/test_optimizer.py",
+        "tests/training/test_resolution_schedule.py",
+        "tests/training/test_objectives.py",
     ],
     "data/pipeline.py": ["tests/data"],
     "weights/rules.py": [

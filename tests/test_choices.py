@@ -5,11 +5,11 @@ import pytest
 from flax import nnx
 
 from vlm.errors import ConfigError
-from vlm.export.storing import stored
+from vlm.exporting.storing import stored
 from vlm.heads.codes import encode
 from vlm.heads.few_shot import fit_head
 from vlm.nn.transformer import Execution, Transformer
-from vlm.train.step import compute_dtype
+from vlm.training.step import compute_dtype
 
 Z = np.eye(4, dtype=np.float32)
 

@@ -62,7 +62,7 @@ def test_a_terminal_shows_it(results, kind):
 
 
 def test_a_plan_renders_in_both():
-    from vlm.plan.planning import plan
+    from vlm.planning.prediction import plan
 
     found = plan(vlm.load_config("openmoji"), "v5e:2x2", "data=4", compiled=False)
     out = io.StringIO()

@@ -95,9 +95,9 @@ def test_no_name_of_a_room_is_that_of_its_module():
         "vlm.losses.softmax_loss",
         "vlm.models.variants.clip",
         "vlm.weights.catalogue.table",
-        "vlm.plan.plan",
-        "vlm.train.Trainer",
-        "vlm.evaluate.evaluate",
+        "vlm.planning.plan",
+        "vlm.training.Trainer",
+        "vlm.evaluation.evaluate",
         "vlm.inputs.open_image",
     ],
 )
@@ -115,9 +115,28 @@ def test_a_name_that_is_not_there():
 def test_a_log_is_written_without_pytorch_where_it_is_installed(tmp_path):
     (tmp_path / "torch.py").write_text("raise AssertionError('PyTorch was imported')")
     code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from vlm.train.logs import "
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from vlm.training.logs import "
         f"summary_writer; board = summary_writer({str(tmp_path / 'board')!r}, 0); "
         "board.add_scalar('loss', 1.0, 1); board.close(); print('torch' in sys.modules)"
     )
     assert python(code) == "False\n"
     assert list((tmp_path / "board").iterdir())
+
+
+def test_old_names_of_subpackages_import_with_a_warning():
+    code = (
+        "from vlm.train.step import Trainer; import vlm.training as t; print(t.Trainer is Trainer)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "True"
+    assert (
+        "<string>:1: DeprecationWarning: vlm.train.step is renamed to vlm.training.step"
+        in done.stderr
+    )
+
+
+def test_functions_and_subpackages_have_different_names():
+    for name in ("adapt", "evaluate", "explain", "export", "plan", "serve", "train"):
+        assert inspect.isfunction(getattr(vlm, name))

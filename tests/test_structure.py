@@ -32,11 +32,11 @@ def test_imports_follow_the_contracts():
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("losses/ring.py", "import vlm.train.step"),
+        ("losses/ring.py", "import vlm.training.step"),
         ("losses/ring.py", "def f():\n    from vlm.bundle import load"),
         ("losses/ring.py", "from vlm.losses.softmax import softmax_loss"),  # a cycle
         ("data/tar.py", "import torch.nn"),
-        ("train/step.py", "if True:\n    from vlm.cli import main"),
+        ("training/step.py", "if True:\n    from vlm.cli import main"),
         ("unlisted.py", "import vlm.errors"),  # a module that no layer names
     ],
 )

@@ -4,29 +4,34 @@ This module has the names that most programs need, and the subpackages (`vlm.los
 `vlm.models`, ...). All of them load on first use, so `import vlm` is fast.
 """
 
+import sys
+
 from etils import epy
 
+from vlm._deprecation import RenamedSubpackages
 from vlm._version import __version__ as __version__
 
 with epy.lazy_api_imports(globals()):
-    from vlm import adapt as adapt
+    from vlm import adaptation as adaptation
     from vlm import bench as bench
     from vlm import cluster as cluster
     from vlm import config as config
     from vlm import data as data
-    from vlm import evaluate as evaluate
-    from vlm import explain as explain
-    from vlm import export as export
+    from vlm import evaluation as evaluation
+    from vlm import explanation as explanation
+    from vlm import exporting as exporting
     from vlm import heads as heads
     from vlm import inputs as inputs
     from vlm import losses as losses
     from vlm import models as models
     from vlm import nn as nn
-    from vlm import plan as plan
-    from vlm import serve as serve
+    from vlm import planning as planning
+    from vlm import serving as serving
     from vlm import sharding as sharding
-    from vlm import train as train
+    from vlm import training as training
     from vlm import weights as weights
+    from vlm.adaptation.blending import blend as blend
+    from vlm.adaptation.budgeted import adapt as adapt
     from vlm.bundle import Bundle as Bundle
     from vlm.bundle import load as load
     from vlm.config import AugmentConfig as AugmentConfig
@@ -50,16 +55,25 @@ with epy.lazy_api_imports(globals()):
     from vlm.errors import ShardingError as ShardingError
     from vlm.errors import TrainingError as TrainingError
     from vlm.errors import VlmError as VlmError
-    from vlm.evaluate.runner import Report as Report
-    from vlm.evaluate.tasks import DataInfo as DataInfo
-    from vlm.evaluate.tasks import RetrievalTask as RetrievalTask
-    from vlm.evaluate.tasks import SelectionTask as SelectionTask
-    from vlm.evaluate.tasks import ZeroShotTask as ZeroShotTask
+    from vlm.evaluation.comparison import compare as compare
+    from vlm.evaluation.runner import Report as Report
+    from vlm.evaluation.runner import evaluate as evaluate
+    from vlm.evaluation.tasks import DataInfo as DataInfo
+    from vlm.evaluation.tasks import RetrievalTask as RetrievalTask
+    from vlm.evaluation.tasks import SelectionTask as SelectionTask
+    from vlm.evaluation.tasks import ZeroShotTask as ZeroShotTask
+    from vlm.explanation.heat_map import explain as explain
+    from vlm.exporting.bundle_export import export as export
     from vlm.heads.few_shot import FewShotClassifier as FewShotClassifier
     from vlm.heads.neighbours import NeighbourClassifier as NeighbourClassifier
     from vlm.heads.prompts import TEMPLATES as TEMPLATES
     from vlm.heads.query import Query as Query
     from vlm.heads.retrieval import RetrievalIndex as RetrievalIndex
     from vlm.heads.zero_shot import ZeroShotClassifier as ZeroShotClassifier
+    from vlm.planning.prediction import plan as plan
+    from vlm.serving.server import serve as serve
+    from vlm.training.loop import train as train
 
-del epy
+sys.meta_path.insert(0, RenamedSubpackages())  # type: ignore[arg-type]
+
+del epy, sys, RenamedSubpackages

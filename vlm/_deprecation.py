@@ -1,9 +1,44 @@
 """Old names keep working for one minor version, with a DeprecationWarning."""
 
+import importlib
+import importlib.machinery
 import os
+import sys
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
+
+# Subpackages that were renamed: their old names now belong to functions, such as `vlm.train`.
+SUBPACKAGES = {
+    "vlm.adapt": "vlm.adaptation",
+    "vlm.evaluate": "vlm.evaluation",
+    "vlm.explain": "vlm.explanation",
+    "vlm.export": "vlm.exporting",
+    "vlm.plan": "vlm.planning",
+    "vlm.serve": "vlm.serving",
+    "vlm.train": "vlm.training",
+}
+
+
+class RenamedSubpackages:
+    """Import hook: `from vlm.train import Trainer` imports `vlm.training`, with a warning."""
+
+    def find_spec(
+        self, name: str, path: object = None, target: object = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        old = ".".join(name.split(".")[:2])
+        return importlib.machinery.ModuleSpec(name, self) if old in SUBPACKAGES else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        return None  # the default
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        name = module.__name__
+        old = ".".join(name.split(".")[:2])
+        new = SUBPACKAGES[old] + name.removeprefix(old)
+        warn(name, new, stacklevel=3)
+        sys.modules[name] = importlib.import_module(new)
 
 
 def renamed(module: str, names: dict[str, str]) -> Callable[[str], Any]:
@@ -17,8 +52,6 @@ def renamed(module: str, names: dict[str, str]) -> Callable[[str], Any]:
     def __getattr__(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        import importlib
-
         warn(f"{module}.{name}", names[name])
         place, _, new = names[name].rpartition(".")
         return getattr(importlib.import_module(place), new)

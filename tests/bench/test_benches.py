@@ -19,7 +19,7 @@ from vlm.config import DistillConfig, load_config
 from vlm.errors import ConfigError, ShardingError
 from vlm.models.flops import model_flops
 from vlm.sharding import global_batch, make_mesh
-from vlm.train.step import Trainer
+from vlm.training.step import Trainer
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 

@@ -50,7 +50,7 @@ def test_a_bucket_that_may_not_be_written(pod, code, part, says):
 ODD_HOST = """
 import os, sys
 from vlm.cli import main
-from vlm.train import preflight
+from vlm.training import preflight
 
 preflight.SHARED_AFTER = 1.0
 odd = os.environ["JAX_PROCESS_ID"] == "1"

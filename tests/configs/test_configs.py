@@ -24,7 +24,7 @@ from vlm.data.sources import open_source
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
-from vlm.train.loop import train
+from vlm.training.loop import train
 
 CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.py"))
 STEPS = 4

@@ -13,8 +13,8 @@ from vlm.data.known_classes import TFDS, classes_of_tfds, known_classes
 from vlm.data.prepared import TfdsSource
 from vlm.data.sources import classes_of, open_source
 from vlm.errors import DataError
-from vlm.evaluate.suites import open_task
-from vlm.evaluate.tasks import ZeroShotTask
+from vlm.evaluation.suites import open_task
+from vlm.evaluation.tasks import ZeroShotTask
 
 SUBSETS = {"imagenet-a": 200, "imagenet-r": 200, "imagenet-o": 200, "imagenetv2": 1000}
 

@@ -125,7 +125,7 @@ def outcome(server, number: int, fuzz_images) -> int:
 
 def run(server, numbers) -> collections.Counter:
     """How many cases had which status; eight clients ask at once."""
-    from vlm.serve.explain import warm_up
+    from vlm.serving.explain import warm_up
 
     server.service.model.warm_up()
     warm_up(server.service.model.bundle)

@@ -12,7 +12,7 @@ import tiny
 
 import vlm
 from vlm.errors import CheckpointError
-from vlm.evaluate.evidence import model_facts
+from vlm.evaluation.evidence import model_facts
 from vlm.heads import prompts
 from vlm.heads.identity import (
     PROBE_IMAGE,

@@ -10,7 +10,7 @@ from vlm.config import Experiment
 from vlm.errors import ConfigError
 from vlm.models import recipes, variants
 from vlm.models.dual_encoder import DualEncoder
-from vlm.train.start import tokenizer_of
+from vlm.training.start import tokenizer_of
 
 
 def millions(config) -> tuple[float, float]:

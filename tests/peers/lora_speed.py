@@ -32,7 +32,7 @@ def ours(remat: str) -> None:
 
     from vlm import config as c
     from vlm.sharding import global_batch, make_mesh
-    from vlm.train.step import Trainer
+    from vlm.training.step import Trainer
 
     quick = {"activation": "quick_gelu", "norm_eps": 1e-5, "projection": "linear"}
     model = c.ModelConfig(

@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter, rotate, shift
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from sklearn.linear_model import LogisticRegression
 
-from vlm.evaluate.few_shot_curve import accuracy_by_shots
+from vlm.evaluation.few_shot_curve import accuracy_by_shots
 from vlm.heads.linear_probe import fit_linear
 
 

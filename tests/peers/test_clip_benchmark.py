@@ -60,9 +60,9 @@ def write_model(folder: Path) -> str:
 
 def measured_by_vlm(bundle, root: Path) -> dict[str, float]:
     """The same of vlm, under CLIP_benchmark's names."""
-    from vlm.evaluate.results_folder import clip_benchmark_fields
-    from vlm.evaluate.runner import measure
-    from vlm.evaluate.suites import Missing, open_task
+    from vlm.evaluation.results_folder import clip_benchmark_fields
+    from vlm.evaluation.runner import measure
+    from vlm.evaluation.suites import Missing, open_task
 
     task = open_task(f"wds:{root}")
     assert not isinstance(task, Missing), task.why
@@ -142,7 +142,7 @@ def remember_classes() -> None:
     """Embed the classes of ImageNet once on each side: four data sets ask for them."""
     from clip_benchmark.metrics import zeroshot_classification as theirs
 
-    from vlm.evaluate import tasks as ours
+    from vlm.evaluation import tasks as ours
 
     def remembering(made, key):
         found = {}
@@ -164,7 +164,7 @@ def remember_classes() -> None:
 
 def without_tolerance(model: Compared, root: Path, metric: str) -> float:
     """A metric of vlm where only equal cosines are ties, which count as misses in vlm."""
-    from vlm.evaluate import metrics
+    from vlm.evaluation import metrics
 
     with mock.patch.object(metrics, "TIE", 0.0):
         return measured_by_vlm(model.bundle, root)[metric]

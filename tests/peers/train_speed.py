@@ -29,7 +29,7 @@ def ours() -> None:
     from vlm.data.sources import vocabulary_texts
     from vlm.inputs.tokenizer import train_bpe
     from vlm.sharding import global_batch, make_mesh
-    from vlm.train.step import Trainer
+    from vlm.training.step import Trainer
 
     mesh = make_mesh(config.mesh)
     trainer = Trainer(config, mesh)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from vlm.adapt import attach
+from vlm.adaptation import attach
 from vlm.bundle import load
 from vlm.config import AdapterConfig
 from vlm.errors import CheckpointError, ConfigError

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vlm import adapt
+from vlm import adaptation
 from vlm.bundle import load
 from vlm.config import AdapterConfig
 from vlm.errors import CheckpointError, ConfigError
@@ -51,7 +51,7 @@ def test_an_adapter_computes_what_it_did_there(name, tmp_path):
     assert np.abs(embeddings(bundle, golden) - wanted).max() < 1e-5
     assert bundle.name == name
 
-    adapt.save_peft(bundle, tmp_path / "again")
+    adaptation.save_peft(bundle, tmp_path / "again")
     theirs, ours = (
         SafetensorsFiles([folder / "adapter_model.safetensors"])
         for folder in (GOLDEN / name, tmp_path / "again")
@@ -91,7 +91,7 @@ def test_what_is_not_supported_is_named(clip, folder, fields, message):
     config = folder / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | fields))
     with pytest.raises(CheckpointError, match=message):
-        adapt.attach(clip, folder)
+        adaptation.attach(clip, folder)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_tensors_that_do_not_fit_are_named(clip, folder):
     del arrays[first]
     write_safetensors(file, arrays.items(), {})
     with pytest.raises(CheckpointError, match=r"for text.projection matrices of"):
-        adapt.attach(clip, folder)
+        adaptation.attach(clip, folder)
 
 
 def test_an_adapter_that_names_no_model(folder):
@@ -133,12 +133,12 @@ def test_an_adapter_that_names_no_model(folder):
 def test_what_has_no_place_there_is_named(tmp_path):
     bundle = load(GOLDEN / "hf_siglip")
     with pytest.raises(ConfigError, match="has no adapter: attach or train one first"):
-        adapt.save_peft(bundle, tmp_path / "out")
+        adaptation.save_peft(bundle, tmp_path / "out")
     config = AdapterConfig(rank=2, targets=("vision.pool.*",))
     adapter = adapters.fresh(bundle.model, config, jax.random.key(0))
     bundle = bundle.with_adapter(adapter, config)
     with pytest.raises(CheckpointError, match=r"adapter of vision\.pool\.attention\.key, vision"):
-        adapt.save_peft(bundle, tmp_path / "out")
+        adaptation.save_peft(bundle, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -170,7 +170,7 @@ def test_an_adapter_that_was_trained_here_opens_there(name, dora, tmp_path):
     model = nnx.merge(graph, trained, rest)
     ours = bundle.with_adapter(adapters.adapter_of(model), config)
     assert np.abs(embeddings(ours, golden) - embeddings(bundle, golden)).max() > 0.01
-    adapt.save_peft(ours, tmp_path / "adapter")
+    adaptation.save_peft(ours, tmp_path / "adapter")
 
     theirs = PeftModel.from_pretrained(transformers_model(GOLDEN / name), tmp_path / "adapter")
     with torch.inference_mode():

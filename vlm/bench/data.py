@@ -8,7 +8,7 @@ from rich.console import Console
 from vlm.config import Experiment
 from vlm.data.pipeline import train_batches
 from vlm.inputs.preprocess import Preprocess
-from vlm.train.start import tokenizer_of
+from vlm.training.start import tokenizer_of
 
 
 def bench_data(

@@ -21,14 +21,19 @@ from vlm.errors import ConfigError
 from vlm.inputs.preprocess import Preprocess
 from vlm.losses import contrastive_loss
 from vlm.models.flops import step_flops
-from vlm.plan import plan
-from vlm.plan.calibration import Measurement, calibration_of, read_measurements, save_measurement
-from vlm.plan.compile import read_step, state_bytes, with_dtype
-from vlm.plan.roofline import compiled_roofline
-from vlm.plan.topology import local_topology
+from vlm.planning import plan
+from vlm.planning.calibration import (
+    Measurement,
+    calibration_of,
+    read_measurements,
+    save_measurement,
+)
+from vlm.planning.compile import read_step, state_bytes, with_dtype
+from vlm.planning.roofline import compiled_roofline
+from vlm.planning.topology import local_topology
 from vlm.sharding import check_batch, global_batch, make_mesh
-from vlm.train.objectives import check_pairs_alone
-from vlm.train.step import Trainer, compute_dtype
+from vlm.training.objectives import check_pairs_alone
+from vlm.training.step import Trainer, compute_dtype
 
 
 def bench_train(

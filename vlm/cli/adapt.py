@@ -74,9 +74,9 @@ def adapt(
 
     from rich.console import Console
 
-    from vlm.adapt.adaptation import adapt as adapt_model
-    from vlm.adapt.labelled import pick_shots, read_labelled
-    from vlm.adapt.methods import METHODS
+    from vlm.adaptation.budgeted import adapt as adapt_model
+    from vlm.adaptation.labelled import pick_shots, read_labelled
+    from vlm.adaptation.methods import METHODS
     from vlm.bundle import load
     from vlm.cli.terminal import print_status
     from vlm.data.class_names import described

@@ -104,7 +104,7 @@ def bench_train(
     experiment = dataclasses.replace(load_config(config), **changes)
 
     from vlm.bench.train import bench_train as measure
-    from vlm.train.init_from import resolve
+    from vlm.training.init_from import resolve
 
     figures = measure(
         resolve(experiment), rounds=rounds, trace=trace, save=save, console=Console(stderr=json)
@@ -145,7 +145,7 @@ def bench_encode(
     from rich.console import Console
 
     from vlm.config import load_config
-    from vlm.train.init_from import with_model
+    from vlm.training.init_from import with_model
 
     experiment = with_model(load_config(model))
 
@@ -208,7 +208,7 @@ def bench_data(
         return
 
     from vlm.config import load_config
-    from vlm.train.init_from import with_model
+    from vlm.training.init_from import with_model
 
     experiment = with_model(load_config(config))
     if batch_size is not None:

@@ -47,8 +47,8 @@ def blend(
         raise UsageError("--tasks draws what lies between two models: give two")
     wanted = _named(tasks)
     runtime.prepare_inference()
-    from vlm.adapt.blending import blend as blend_models
-    from vlm.adapt.blending import soup
+    from vlm.adaptation.blending import blend as blend_models
+    from vlm.adaptation.blending import soup
     from vlm.bundle import load
     from vlm.cli.terminal import print_status
 
@@ -82,7 +82,7 @@ def _named(tasks: str | None) -> dict[str, str]:
 
 def _open(name: str) -> Any:
     from vlm.errors import ConfigError, DataError
-    from vlm.evaluate.suites import Missing, expand, open_task
+    from vlm.evaluation.suites import Missing, expand, open_task
 
     try:
         one, *others = expand((name,))
@@ -101,8 +101,8 @@ def _sweep(models: list[Any], tasks: dict[str, Any], alpha: float, folder: Any) 
     from rich.console import Console
     from rich.table import Table
 
-    from vlm.adapt.sweep import sweep_alpha
-    from vlm.evaluate.page import page, section
+    from vlm.adaptation.sweep import sweep_alpha
+    from vlm.evaluation.page import page, section
 
     sweep = sweep_alpha(models[0], models[1], tasks)
     table = Table("alpha", *sweep.points)

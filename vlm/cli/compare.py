@@ -38,10 +38,10 @@ def compare(
     """
     from rich.console import Console
 
-    from vlm.evaluate.comparison import as_json, as_table
-    from vlm.evaluate.comparison import compare as compare_results
-    from vlm.evaluate.evaluation_page import write_page
-    from vlm.evaluate.results_folder import read_gallery, read_report
+    from vlm.evaluation.comparison import as_json, as_table
+    from vlm.evaluation.comparison import compare as compare_results
+    from vlm.evaluation.results_folder import read_gallery, read_report
+    from vlm.evaluation.results_page import write_page
 
     if out and not out.endswith(".html"):
         raise UsageError(f"--out {out!r} is no page: let it end in .html")

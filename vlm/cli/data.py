@@ -241,7 +241,7 @@ def reinforce(
     from vlm.cli.terminal import counter
     from vlm.config import DataConfig, load_config
     from vlm.config.files import shipped_configs
-    from vlm.train.reinforce import reinforce as write
+    from vlm.training.reinforce import reinforce as write
 
     is_config = data.endswith(".py") or data in shipped_configs()
     config = load_config(data).data if is_config else DataConfig(source=data)
@@ -301,7 +301,7 @@ def _rows(found: Any, figures: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _page(found: Any, figures: dict[str, Any]) -> str:
-    from vlm.evaluate.page import page, section
+    from vlm.evaluation.page import page, section
 
     facts = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"

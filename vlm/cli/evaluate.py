@@ -110,8 +110,8 @@ def evaluate(model: str, options: Options) -> None:
 
     from vlm.bundle import load
     from vlm.cluster import processes
-    from vlm.evaluate.hosts import shared
-    from vlm.evaluate.runner import evaluate as run_tasks
+    from vlm.evaluation.hosts import shared
+    from vlm.evaluation.runner import evaluate as run_tasks
 
     processes.start()
     with processes.stop_all_on_failure():
@@ -133,7 +133,7 @@ def evaluate(model: str, options: Options) -> None:
 
 def _write(out: str | None, report: Any) -> None:
     """The report as a file that ends in .json, or as a folder of results."""
-    from vlm.evaluate.results_folder import write_result
+    from vlm.evaluation.results_folder import write_result
 
     if out and out.endswith(".json"):
         report.save(out)
@@ -151,11 +151,11 @@ def _run_named(model: str, options: Options) -> Any:
     from vlm.cli.terminal import print_status
     from vlm.cluster.processes import broadcast_text, exchange_texts
     from vlm.errors import ConfigError, DataError
-    from vlm.evaluate.evidence import model_facts
-    from vlm.evaluate.hosts import shared
-    from vlm.evaluate.results_folder import read_result, write_gallery, write_result
-    from vlm.evaluate.runner import Report, measure
-    from vlm.evaluate.suites import Missing, expand, open_task
+    from vlm.evaluation.evidence import model_facts
+    from vlm.evaluation.hosts import shared
+    from vlm.evaluation.results_folder import read_result, write_gallery, write_result
+    from vlm.evaluation.runner import Report, measure
+    from vlm.evaluation.suites import Missing, expand, open_task
 
     try:
         names = expand(options.tasks)
@@ -214,8 +214,8 @@ def _finish(folder: str, report: Any) -> None:
     """The report of a folder of results, and its page."""
     from etils import epath
 
-    from vlm.evaluate.evaluation_page import write_page
-    from vlm.evaluate.results_folder import RESULTS, read_gallery
+    from vlm.evaluation.results_folder import RESULTS, read_gallery
+    from vlm.evaluation.results_page import write_page
 
     report.save(epath.Path(folder) / RESULTS)
     galleries = {result.task: read_gallery(folder, result.task) for result in report.results}
@@ -262,7 +262,7 @@ def tasks(options: Options, head: Any | None = None, model: Any = None) -> list[
         open_to_measure,
         targets_of,
     )
-    from vlm.evaluate.tasks import DataInfo, RetrievalTask, ZeroShotTask
+    from vlm.evaluation.tasks import DataInfo, RetrievalTask, ZeroShotTask
     from vlm.heads.templates import choose_templates
 
     data = options.data

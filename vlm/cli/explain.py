@@ -43,7 +43,7 @@ def explain(
     from vlm.bundle import load
     from vlm.cli.terminal import print_status
     from vlm.display import bar, inline_image
-    from vlm.explain.explanation import explain
+    from vlm.explanation.heat_map import explain
 
     found = explain(load(model), as_path(image), text, method=method)
     print(f"cosine {found.cosine:.4f}")

@@ -61,7 +61,7 @@ def export(
     runtime.prepare_inference()
     from vlm.bundle import load
     from vlm.cli.terminal import print_status
-    from vlm.export import export as write
+    from vlm.exporting import export as write
     from vlm.heads.saved import load_classifier
     from vlm.heads.zero_shot import ZeroShotClassifier
 

@@ -66,10 +66,10 @@ def plan(
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs: leave devices alone
     from rich.console import Console
 
-    from vlm.plan import plan as make
-    from vlm.plan import sweep as compare
-    from vlm.plan.report import show, show_sweep
-    from vlm.plan.topology import parse_topology
+    from vlm.planning import plan as make
+    from vlm.planning import sweep as compare
+    from vlm.planning.report import show, show_sweep
+    from vlm.planning.topology import parse_topology
 
     if price is not None and not 0 <= price < float("inf"):
         raise parse.UsageError(f"--price {price} is invalid: give at least 0, per chip-hour")

@@ -81,9 +81,9 @@ def serve(
         return
     runtime.prepare_inference()
     try:
-        from vlm.serve.limits import Limits
-        from vlm.serve.server import LOOPBACK, bind
-        from vlm.serve.server import serve as run
+        from vlm.serving.limits import Limits
+        from vlm.serving.server import LOOPBACK, bind
+        from vlm.serving.server import serve as run
     except ImportError as error:
         raise _extra_missing(error) from None
     folder = Path(served).expanduser()
@@ -93,8 +93,8 @@ def serve(
     taken = bind(host, port)  # first: a model may take minutes
     try:
         from vlm.bundle import load
-        from vlm.serve.app import create_app
-        from vlm.serve.explain import warm_up
+        from vlm.serving.app import create_app
+        from vlm.serving.explain import warm_up
     except ImportError as error:
         raise _extra_missing(error) from None
 
@@ -138,7 +138,7 @@ def _largest_batch() -> int:
 def _export(served: str, model: str | None, export: tuple[str, ...]) -> None:
     if len(export) != 2 or export[0] != "compose":
         raise UsageError("--export takes compose and a folder, such as --export compose deploy/")
-    from vlm.serve.compose import write_compose
+    from vlm.serving.compose import write_compose
 
     mounts: dict[Path, bool] = {}
 

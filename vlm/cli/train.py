@@ -81,7 +81,7 @@ def experiment_of(args: list[str]) -> Experiment:
         ConfigError: no such config, or fields that contradict each other.
         UsageError: options that do not fit.
     """
-    from vlm.train.init_from import with_model
+    from vlm.training.init_from import with_model
 
     config, options = (None, args) if args[0].startswith("-") else (args[0], args[1:])
     start, rest = _taken(options, START)
@@ -147,7 +147,7 @@ def _taken(args: list[str], known: dict[str, tuple[str, type]]) -> tuple[dict[st
 def _changed(run: str, options: list[str]) -> Experiment:
     """The experiment of a run with the fields that `options` name."""
     from vlm.paths import as_path
-    from vlm.train.run import experiment_in
+    from vlm.training.run import experiment_in
 
     experiment = _before(experiment_in(as_path(run)), options)
     return parse.options(
@@ -157,7 +157,7 @@ def _changed(run: str, options: list[str]) -> Experiment:
 
 def _before(experiment: Experiment, options: list[str]) -> Experiment:
     """The experiment that `options` change: without its length where they name another."""
-    from vlm.train.changes import LENGTHS, without_length
+    from vlm.training.changes import LENGTHS, without_length
 
     named = {option.split("=")[0].removeprefix("--") for option in options}
     return without_length(experiment) if named & set(LENGTHS) else experiment
@@ -169,7 +169,7 @@ def _train(hosts: dict[str, Any], experiment: Experiment | None, resume: str | N
     from vlm.cluster import processes
 
     processes.start(**hosts)
-    from vlm.train.loop import train
+    from vlm.training.loop import train
 
     folder = train(experiment, resume=resume)
     if jax.process_index() == 0:

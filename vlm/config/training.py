@@ -220,7 +220,7 @@ class Experiment(Config):
     """
 
     name: str = "experiment"
-    # None until `vlm.train.init_from.resolve` fills them in. Typed as non-optional because all
+    # None until `vlm.training.init_from.resolve` fills them in. Typed as non-optional because all
     # internal readers run after that.
     if TYPE_CHECKING:
         model: ModelConfig = field(default_factory=ModelConfig)

@@ -22,7 +22,7 @@ NET = ("inner", "inner_bias", "outer", "outer_bias")
 
 
 class PromptedClassifier(ImageClassifier):
-    """Classifier by prompts with learned context; made by `vlm.adapt.learn_prompt`.
+    """Classifier by prompts with learned context; made by `vlm.adaptation.learn_prompt`.
 
     Args:
         model: a model from `vlm.load`, with its text tower.
@@ -35,7 +35,7 @@ class PromptedClassifier(ImageClassifier):
 
     Example:
         >>> labels = ["red", "green", "blue"]
-        >>> classify = vlm.adapt.learn_prompt(model, pictures, labels, n_ctx=2, steps=2)
+        >>> classify = vlm.adaptation.learn_prompt(model, pictures, labels, n_ctx=2, steps=2)
         >>> len(classify(pictures))
         3
     """

@@ -1,0 +1,128 @@
+"""Dynamic batching: batch composition, order, and isolation of errors."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from vlm.errors import DataError
+from vlm.serving.batching import Batcher
+
+
+class Device:
+    """Fake device that doubles numbers and records batches; -1 raises, -2 gives NaN."""
+
+    def __init__(self, sizes=(1, 2, 4, 8)):
+        self.ran = []
+        self.batcher = Batcher(self.compute, sizes)
+
+    def compute(self, key, items):
+        self.ran.append((key, list(items)))
+        if -1 in items:
+            raise DataError("minus one")
+        return np.array([[np.nan if item == -2 else 2.0 * item] for item in items])
+
+    def hold(self):
+        """Block the device thread until the returned event is set."""
+        release, held = threading.Event(), threading.Event()
+        self.batcher.call(lambda: (held.set(), release.wait()))
+        held.wait()
+        return release
+
+
+@pytest.fixture
+def device():
+    device = Device()
+    yield device
+    device.batcher.close()
+
+
+def test_queued_items_run_in_batches_of_powers_of_two_and_the_oldest_key_first(device):
+    release = device.hold()
+    a = [device.batcher.submit("a", i) for i in range(7)]
+    b = [device.batcher.submit("b", i) for i in range(2)]
+    release.set()
+    assert [answer.result(5).tolist() for answer in a + b] == [
+        *([2.0 * i] for i in range(7)), [0.0], [2.0],
+    ]  # fmt: skip
+    assert [(key, len(items)) for key, items in device.ran] == [
+        ("a", 4), ("b", 2), ("a", 2), ("a", 1),
+    ] or [(key, len(items)) for key, items in device.ran] == [
+        ("a", 4), ("a", 2), ("a", 1), ("b", 2),
+    ]  # fmt: skip
+
+
+def test_a_failing_item_does_not_fail_its_batch(device):
+    release = device.hold()
+    answers = [device.batcher.submit("a", item) for item in (3, -1, 4, -2)]
+    release.set()
+    assert [answers[0].result(5)[0], answers[2].result(5)[0]] == [6.0, 8.0]
+    with pytest.raises(DataError, match="minus one"):
+        answers[1].result(5)
+    with pytest.raises(DataError, match="not finite"):
+        answers[3].result(5)
+
+
+def test_priority_and_cancelled_items(device):
+    release = device.hold()
+    queued, cancelled = device.batcher.submit("a", 1), device.batcher.submit("a", 5)
+    first = device.batcher.submit("b", 2, first=True)
+    cancelled.cancel()
+    assert device.batcher.depths() == {"a": 2, "b": 1}
+    release.set()
+    assert [first.result(5)[0], queued.result(5)[0]] == [4.0, 2.0]
+    assert device.ran == [("b", [2]), ("a", [1])]
+
+
+def test_batch_sizes_follow_the_measured_times():
+    seconds = {1: 0.01, 2: 0.011, 4: 0.012, 8: 0.5}
+
+    def compute(key, items):
+        time.sleep(seconds[len(items)])
+        return np.zeros((len(items), 1))
+
+    batcher = Batcher(compute, (1, 2, 4, 8))
+    batcher.warm_up("a", 0)
+    # Like an accelerator: three fit into a padded four, and a batch of eight is slow.
+    assert [batcher._batch_size("a", n) for n in (1, 3, 4, 6, 8)] == [1, 3, 4, 4, 4]
+    assert 0.002 < batcher.seconds_per_item("a") < 0.006
+    batcher.close()
+    # Like a CPU: padding costs as much as items do.
+    seconds |= {n: 0.01 * n for n in seconds}
+    batcher = Batcher(compute, (1, 2, 4, 8))
+    batcher.warm_up("a", 0)
+    assert [batcher._batch_size("a", n) for n in (1, 3, 6, 8)] == [1, 2, 4, 8]
+    batcher.close()
+
+
+def test_closing_computes_queued_items_and_accepts_no_more(device):
+    release = device.hold()
+    answers = [device.batcher.submit("a", i) for i in range(5)]
+    threading.Timer(0.05, release.set).start()
+    device.batcher.close()
+    assert [answer.result(0)[0] for answer in answers] == [0, 2, 4, 6, 8]
+    with pytest.raises(RuntimeError):
+        device.batcher.submit("a", 1)
+
+
+def test_each_thread_gets_its_own_rows():
+    device = Device()
+    wrong = []
+
+    def ask(number):
+        for i in range(200):
+            if device.batcher.submit(i % 3, number * 1000 + i).result(5)[0] != 2 * (
+                number * 1000 + i
+            ):
+                wrong.append((number, i))
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    device.batcher.close()
+    assert wrong == []
+    assert sum(len(items) for _, items in device.ran) == 1600
+    assert max(len(items) for _, items in device.ran) <= 8

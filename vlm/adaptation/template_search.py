@@ -1,0 +1,178 @@
+"""Which sentences around the labels suit a data set: a search against a few labelled images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from vlm.errors import ConfigError
+from vlm.evaluation.intervals import Metric, proportion
+from vlm.heads.prompts import (
+    TEMPLATES,
+    check_templates,
+    class_embeddings,
+    indices,
+)
+from vlm.heads.templates import choose_templates
+from vlm.heads.zero_shot import encode_images
+
+POOL = tuple(dict.fromkeys(t for own in TEMPLATES.values() for t in own))
+FOLDS = 5
+MOST = 8  # templates that are averaged
+
+
+@dataclass(frozen=True)
+class TemplateSearch:
+    """What a search found.
+
+    Attributes:
+        templates: the sentences to use, the most useful one first.
+        accuracy: top-1 of the search itself on images that it did not see, fold by fold.
+        before: top-1 of the templates that it started from, on the same images.
+
+    Example:
+        >>> labels, pool = ["red", "green", "blue"] * 4, ["a {} square."]
+        >>> found = vlm.adaptation.search_templates(model, pictures * 4, labels, pool=pool)
+        >>> len(found.templates) >= 1
+        True
+    """
+
+    templates: tuple[str, ...]
+    accuracy: Metric
+    before: Metric
+
+
+def search_templates(
+    model: Any,
+    images: Any,
+    labels: Sequence[str],
+    classes: Sequence[str] | None = None,
+    pool: Sequence[str] = POOL,
+    start: Sequence[str] | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> TemplateSearch:
+    """The templates of a pool whose mean embedding fits labelled images best.
+
+    A greedy forward selection by likelihood, as accuracy hardly moves on few images. How many
+    templates it takes is chosen by cross-validation, and where the search is not clearly better
+    than `start` on images that it has not seen, `start` is what it gives. Never search on a test
+    set.
+
+    Args:
+        model: what `vlm.load` gives.
+        images: PIL images, paths or arrays of pixels, any iterable.
+        labels: the class of each image.
+        classes: all names to choose from; those of `labels` by default, sorted.
+        pool: sentences with `{}` for the label, beside those of `start`.
+        start: the templates to beat; by default the model's own, else "a photo of a {}.".
+        seed: of the folds.
+        batch_size: of encoding; None leaves it to the model.
+
+    Raises:
+        ConfigError: labels that are no classes or not one for each image, fewer than two images, a
+            template without `{}`.
+
+    Example:
+        >>> labels, pool = ["red", "green", "blue"] * 4, ["a {} square."]
+        >>> found = vlm.adaptation.search_templates(model, pictures * 4, labels, pool=pool)
+        >>> set(found.templates) <= {"a photo of a {}.", "a {} square."}
+        True
+    """
+    z_image, _ = encode_images(model, images, batch_size)
+    labels = list(labels)
+    if len(labels) != len(z_image):
+        raise ConfigError(f"{len(z_image)} images and {len(labels)} labels: give one label each")
+    names = sorted(set(labels)) if classes is None else list(classes)
+    target = indices(labels, names)
+    start = choose_templates(start, model)
+    return search_by_embeddings(model, z_image, target, names, pool, start, seed)
+
+
+def search_by_embeddings(
+    model: Any,
+    z_image: Float[np.ndarray, "n d"],
+    target: Int[np.ndarray, " n"],
+    names: Sequence[str],
+    pool: Sequence[str] = POOL,
+    start: Sequence[str] = TEMPLATES["photo"],
+    seed: int = 0,
+    groups: Int[np.ndarray, " n"] | None = None,
+) -> TemplateSearch:
+    """`search_templates`, from embeddings of the images and their classes.
+
+    Images with one number in `groups`, which are copies, share a fold.
+    """
+    check_templates(pool)
+    check_templates(start)
+    if len(z_image) < 2:
+        raise ConfigError("templates cannot be searched by one image: give at least two")
+    sentences = list(dict.fromkeys([*start, *pool]))
+    z = np.stack([class_embeddings(model, names, [sentence]) for sentence in sentences])
+    scores = _Scores(z, z_image, target, model.logit_scale)
+    ours = list(range(len(dict.fromkeys(start))))
+    owner = np.arange(len(z_image))
+    if groups is not None and np.ptp(groups):
+        owner = np.unique(groups, return_inverse=True)[1]
+    count = int(owner.max()) + 1
+    folds = np.random.default_rng(seed).permutation(count)[owner] % min(FOLDS, count)
+    logp = np.zeros((MOST, len(z_image), len(names)))
+    for fold in range(folds.max() + 1):
+        seen, unseen = folds != fold, folds == fold
+        order = scores.greedy(seen)
+        for k in range(MOST):
+            logp[k, unseen] = scores.log_probabilities(order[: k + 1], unseen)
+    every = np.ones(len(z_image), bool)
+    before = scores.log_probabilities(ours, every)
+    own = np.arange(len(target)), target
+    k = int(logp[:, own[0], own[1]].sum(1).argmax())
+    right, base = (rows.argmax(1) == target for rows in (logp[k], before))
+    # What few images seem to gain may be chance: it must be more than its standard error. It is
+    # counted in right answers, for in likelihood any mean of sentences gains by being less sure.
+    gained = right.astype(np.float64) - base
+    kept = gained.mean() > gained.std(ddof=1) / np.sqrt(len(gained))
+    chosen = scores.greedy(every)[: k + 1] if kept else ours
+    return TemplateSearch(
+        tuple(sentences[i] for i in chosen),
+        proportion(int((right if kept else base).sum()), len(target)),
+        proportion(int(base.sum()), len(target)),
+    )
+
+
+class _Scores:
+    """Likelihoods of labelled images under the mean of some of the templates' embeddings."""
+
+    def __init__(self, z: np.ndarray, z_image: np.ndarray, target: np.ndarray, scale: float):
+        self._z, self._target, self._scale = z, target, scale  # z: (t, m, d)
+        self._z_image = z_image
+        self._cosines = np.einsum("nd,tmd->tnm", z_image, z)
+
+    def log_probabilities(self, chosen: Sequence[int], rows: np.ndarray) -> np.ndarray:
+        """(n, m), of these rows with the mean of the chosen templates."""
+        length = np.linalg.norm(self._z[list(chosen)].sum(0), axis=1)
+        return self._of(self._cosines[list(chosen)][:, rows].sum(0), length)
+
+    def greedy(self, rows: np.ndarray) -> list[int]:
+        """The order in which templates are added, each the one that helps these rows most."""
+        chosen: list[int] = []
+        z, cosines = np.zeros_like(self._z[0]), np.zeros_like(self._cosines[0][rows])
+        own = np.arange(int(rows.sum())), self._target[rows]
+        for _ in range(min(MOST, len(self._z))):
+            found = {
+                i: self._of(
+                    cosines + self._cosines[i][rows], np.linalg.norm(z + self._z[i], axis=1)
+                )[own].mean()
+                for i in range(len(self._z))
+                if i not in chosen
+            }
+            best = max(found, key=lambda i: (found[i], -i))
+            chosen.append(best)
+            z, cosines = z + self._z[best], cosines + self._cosines[best][rows]
+        return chosen
+
+    def _of(self, cosines: np.ndarray, length: np.ndarray) -> np.ndarray:
+        logits = self._scale * cosines / np.maximum(length, 1e-12)
+        top = logits.max(1, keepdims=True)
+        return logits - top - np.log(np.exp(logits - top).sum(1, keepdims=True))

@@ -1,0 +1,183 @@
+"""A folder of results: one JSON file and one Parquet file a task, as they are finished.
+
+results.json          the report of all tasks, for `Report.load`
+NAME.json             one task, in the fields of CLIP_benchmark's own files and more
+NAME.parquet          what became of each of its queries
+NAME.gallery.json     small pictures of some of them, for a page
+"""
+
+import dataclasses
+import json
+import os
+import re
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from vlm._json import to_json
+from vlm.display import data_uri
+from vlm.errors import CheckpointError, VlmError
+from vlm.evaluation.evidence import Samples, read_samples, write_samples
+from vlm.evaluation.runner import Report, Result
+from vlm.evaluation.tasks import RetrievalTask, Task, ZeroShotTask
+
+RESULTS = "results.json"
+SHOWN = 12  # of the surest right answers, and of the surest wrong ones
+KEPT = 200  # pictures kept of a task
+PICTURE = 112  # pixels
+
+Gallery = dict[int, tuple[str, str, str]]
+
+# CLIP_benchmark's names of the metrics; by image_retrieval it means images found for texts.
+METRICS = {
+    "top1": "acc1",
+    "top5": "acc5",
+    **{f"text_to_image_R@{k}": f"image_retrieval_recall@{k}" for k in (1, 5, 10)},
+    **{f"image_to_text_R@{k}": f"text_retrieval_recall@{k}" for k in (1, 5, 10)},
+}
+
+
+def write_result(folder: str | os.PathLike, result: Result) -> None:
+    """Write one task: its samples first, so that a result is never without them."""
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if result.samples is not None:
+        write_samples(folder / f"{file_name(result.task)}.parquet", result.samples)
+    partial = folder / f"{file_name(result.task)}.json.partial"
+    partial.write_text(to_json(clip_benchmark_fields(result), indent=2, ensure_ascii=False))
+    partial.replace(folder / f"{file_name(result.task)}.json")
+
+
+def write_gallery(folder: str | os.PathLike, result: Result, task: Task) -> None:
+    """Keep small pictures of the images that a page or a comparison will want to show."""
+    samples, entries = result.samples, {}
+    image_at = getattr(task, "image_at", None)
+    if samples is None or image_at is None:
+        return
+    if isinstance(task, ZeroShotTask):
+        for i in examples(samples, most=KEPT):
+            query = int(samples["query"][i])
+            names = [task.captions[int(samples[column][i])] for column in ("target", "predicted")]
+            entries[query] = (query, *names)
+    elif isinstance(task, RetrievalTask):
+        entries = _retrieved(samples, task)
+    pictures = {}
+    for key, (image, right, called) in entries.items():
+        try:
+            pictures[str(key)] = [data_uri(image_at(image), PICTURE), right, called]
+        except VlmError:
+            continue  # a page goes without a picture
+    path = epath.Path(folder) / f"{file_name(result.task)}.gallery.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(pictures, ensure_ascii=False))
+
+
+def _retrieved(samples: Samples, task: RetrievalTask) -> dict[int, tuple[int, str, str]]:
+    """Rows worth showing by their number: an image, its text or the one asked for, that found.
+
+    Of an image the text that is found, of a text the image, which goes by its own first text.
+    """
+    pairs = task.positives or [(i, i) for i in range(len(task.texts))]
+    text_of: dict[int, str] = {}
+    for image, text in pairs:
+        text_of.setdefault(int(image), task.texts[int(text)])
+    entries = {}
+    for way in ("image_to_text", "text_to_image"):
+        for i in (row for rows in best_and_worst(samples, way) for row in rows):
+            query, found = int(samples["query"][i]), int(samples["found"][i])
+            if way == "image_to_text":
+                image, right, called = query, text_of[query], task.texts[found]
+            else:
+                image, right = found, task.texts[query]
+                called = text_of.get(found, f"image {found}")
+            if samples["rank"][i] == 0:  # any of its texts is as right as its first
+                right = called = called if way == "image_to_text" else right
+            entries[i] = (image, right, called)
+    return entries
+
+
+def best_and_worst(samples: Samples, way: str) -> tuple[list[int], list[int]]:
+    """Rows of one direction: right answers of the highest cosine, and answers furthest off."""
+    rows = np.flatnonzero(samples["direction"] == way)
+    rank, score = samples["rank"][rows], samples["score"][rows]
+    best, worst = np.argsort(-score, kind="stable"), np.argsort(-rank, kind="stable")
+    best, worst = best[rank[best] == 0], worst[rank[worst] > 0]
+    return rows[best[:SHOWN]].tolist(), rows[worst[:SHOWN]].tolist()
+
+
+def read_gallery(folder: str | os.PathLike, task: str) -> Gallery:
+    """What `write_gallery` kept: the picture, its class or text and what it was called.
+
+    By query; of retrieval, by row of the samples.
+    """
+    path = epath.Path(folder) / f"{file_name(task)}.gallery.json"
+    try:
+        held = json.loads(path.read_text())
+        return {int(query): (src, right, called) for query, (src, right, called) in held.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def examples(samples: Samples, most: int) -> list[int]:
+    """Rows worth showing: the surest right and wrong answers, then other wrong ones."""
+    order = np.argsort(-samples["confidence"], kind="stable")
+    right = samples["rank"][order] == 0
+    chosen = [*order[right][:SHOWN], *order[~right][: most - SHOWN]]
+    return [int(i) for i in chosen]
+
+
+def read_result(folder: str | os.PathLike, task: str) -> Result | None:
+    """A task that was finished in this folder, with its samples; None if it was not."""
+    folder = epath.Path(folder)
+    path = folder / f"{file_name(task)}.json"
+    if not path.is_file():
+        return None
+    try:
+        body = json.loads(path.read_text())["vlm"]
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path} is no result of vlm: remove it") from None
+    report = Report.from_json(json.dumps(body), str(path))
+    return with_samples(folder, report.results[0])
+
+
+def read_report(place: str | os.PathLike) -> Report:
+    """The report of a folder, with its samples, or of a JSON file, without.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    path = epath.Path(place)
+    if not path.is_dir():
+        return Report.load(path)
+    report = Report.load(path / RESULTS)
+    return Report(tuple(with_samples(path, result) for result in report.results))
+
+
+def with_samples(folder: epath.Path, result: Result) -> Result:
+    """The result with the samples that lie beside it, if they do."""
+    path = folder / f"{file_name(result.task)}.parquet"
+    samples = read_samples(path) if path.is_file() else None
+    return dataclasses.replace(result, samples=samples)
+
+
+def clip_benchmark_fields(result: Result) -> dict[str, Any]:
+    """A result in the fields of CLIP_benchmark's files, with intervals and evidence beside."""
+    origin = result.provenance
+    return {
+        "dataset": re.sub(r"^(tfds|wds):", r"\1/", origin.data.name),
+        "model": origin.model,
+        "pretrained": origin.evidence.get("fingerprint", ""),
+        "task": result.kind,
+        "metrics": {METRICS.get(n, n): metric.value for n, metric in result.metrics.items()},
+        "language": "en",
+        "intervals": {
+            METRICS.get(n, n): [metric.low, metric.high] for n, metric in result.metrics.items()
+        },
+        "vlm": json.loads(Report((result,)).to_json()),
+    }
+
+
+def file_name(task: str) -> str:
+    """A task's name as that of a file."""
+    return re.sub(r"[^\w.,+-]+", "_", task).strip("_") or "task"

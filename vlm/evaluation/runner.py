@@ -1,0 +1,273 @@
+"""The runner: tasks in, a report out, each result with its provenance."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from etils import epath
+from rich.markup import escape as markup
+from rich.table import Table
+
+from vlm._json import to_json
+from vlm._version import __version__
+from vlm.display import escape
+from vlm.errors import CheckpointError, ConfigError
+from vlm.evaluation.evidence import Samples, model_facts
+from vlm.evaluation.intervals import Metric, caveat
+from vlm.evaluation.tasks import DataInfo, Task
+from vlm.heads.templates import describe_templates
+
+FORMAT, VERSION = "vlm evaluation report", 1
+LIBRARIES = ("jax", "flax", "numpy", "pillow", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a result comes from: enough to measure it again."""
+
+    model: str
+    data: DataInfo
+    templates: tuple[str, ...]
+    date: str  # ISO 8601, UTC
+    seconds: float  # of encoding and scoring
+    device: str
+    versions: dict[str, str]
+    # By hash or in words, as far as they are known: `fingerprint` (of the weights), `preprocess`,
+    # `decode` (its rule for image files), `tokenizer`, `dtype`, `data_hash` (images and targets),
+    # `texts_hash` (captions, class names).
+    evidence: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The metrics of one task, by name, and their provenance."""
+
+    task: str
+    metrics: dict[str, Metric]
+    provenance: Provenance
+    kind: str = ""  # of the task, as CLIP_benchmark calls it
+    # Of each query; not in the JSON, but a Parquet file of its own.
+    samples: Samples | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    @property
+    def texts(self) -> list[str]:
+        """Of zero-shot classification: the templates, and what labels were reworded to."""
+        if "top1" not in self.metrics:
+            return []
+        if (head := self.provenance.evidence.get("head")) is not None:
+            return [head]
+        reworded = self.provenance.evidence.get("class_names")
+        templates = f"templates: {describe_templates(self.provenance.templates)}"
+        return [templates, *([reworded] if reworded else [])]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Results, in the order they were asked for; a JSON file, a table, or HTML.
+
+    Example:
+        >>> task = vlm.RetrievalTask(pictures, ["red", "green", "blue"], vlm.DataInfo("colours"))
+        >>> report = vlm.evaluation.evaluate(model, [task])
+        >>> report[task.name].provenance.data.name
+        'colours'
+    """
+
+    results: tuple[Result, ...]
+
+    def __getitem__(self, task: str) -> Result:
+        """The result of a task by its name.
+
+        Raises:
+            ConfigError: no such task; the message lists those there are.
+        """
+        for result in self.results:
+            if result.task == task:
+                return result
+        names = ", ".join(repr(result.task) for result in self.results) or "none"
+        raise ConfigError(f"the report has no task {task!r}: it has {names}")
+
+    # ------------------------------------------------------------------------------- JSON
+
+    def to_json(self) -> str:
+        """The report as JSON; `from_json` gives an equal report back."""
+        results = [dataclasses.asdict(dataclasses.replace(r, samples=None)) for r in self.results]
+        for result in results:
+            del result["samples"]
+        body = {"format": FORMAT, "version": VERSION, "results": results}
+        return to_json(body, indent=2, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "the report") -> "Report":
+        """The report that `to_json` wrote.
+
+        Raises:
+            CheckpointError: not JSON, not a report, or one of another version; names `where`.
+        """
+        try:
+            body = json.loads(text)
+            if body.get("format") != FORMAT or body.get("version") != VERSION:
+                raise CheckpointError(
+                    f"{where} is no evaluation report of version {VERSION}: evaluate again"
+                )
+            return cls(tuple(_result(values) for values in body["results"]))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{where} is not an evaluation report ({error!r}): evaluate again"
+            ) from None
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the JSON to a local or remote path."""
+        epath.Path(path).write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Report":
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: no such file, or one that holds no report.
+        """
+        path = epath.Path(path)
+        if not path.is_file():
+            raise CheckpointError(f"there is no report {path}: give the path of its JSON file")
+        return cls.from_json(path.read_text(), str(path))
+
+    # ---------------------------------------------------------------------------- display
+
+    def __rich__(self) -> Table:
+        """The table that `rich.print` shows."""
+        title, note = f"Evaluation of {self._models()}", caveat(self._metrics()) or None
+        table = Table(title=title, title_justify="left", caption=note, caption_justify="left")
+        table.add_column("task", overflow="fold")
+        table.add_column("metric", no_wrap=True)
+        for heading in ("value", "95% interval", "n"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for result in self.results:
+            table.add_section()
+            heads = [markup(result.task), f"[dim]{markup(str(result.provenance.data))}"]
+            heads += [f"[dim]{markup(text)}" for text in result.texts]
+            rows = [
+                (name, f"[bold]{m.value:.1%}", f"{m.low:.1%} – {m.high:.1%}", f"{m.n:,}")
+                for name, m in result.metrics.items()
+            ]
+            for head, row in zip_longest(heads, rows, fillvalue=""):
+                table.add_row(head, *row)
+        if self._decode():
+            table.caption = f"Images are decoded as: {self._decode()}"
+            table.caption_justify = "left"
+        return table
+
+    def _repr_html_(self) -> str:
+        cells = []
+        for result in self.results:
+            for name, metric in result.metrics.items():
+                row = (result.task, str(result.provenance.data), "; ".join(result.texts), name)
+                row += (f"{metric.value:.1%}",)
+                row += (f"{metric.low:.1%} – {metric.high:.1%}", f"{metric.n:,}")
+                cells.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+        heads = "".join(
+            f"<th>{head}</th>"
+            for head in ("task", "data", "texts", "metric", "value", "95% interval", "n")
+        )
+        decoded = f", images decoded as: {self._decode()}" if self._decode() else ""
+        caption = f"<caption>Evaluation of {escape(self._models() + decoded)}</caption>"
+        return f"<table>{caption}<tr>{heads}</tr>{''.join(cells)}</table>"
+
+    def _decode(self) -> str:
+        """How image files became RGB in these results; empty where that is not known."""
+        found = (result.provenance.evidence.get("decode") for result in self.results)
+        return ", ".join(dict.fromkeys(filter(None, found)))
+
+    def _metrics(self) -> list[Metric]:
+        return [metric for result in self.results for metric in result.metrics.values()]
+
+    def _models(self) -> str:
+        return ", ".join(dict.fromkeys(result.provenance.model for result in self.results))
+
+
+def evaluate(model: Any, tasks: Iterable[Task]) -> Report:
+    """Measure a model on every task.
+
+    Raises:
+        ConfigError: no tasks, or two of one name.
+
+    Example:
+        >>> task = vlm.RetrievalTask(pictures, ["red", "green", "blue"], vlm.DataInfo("colours"))
+        >>> report = vlm.evaluation.evaluate(model, [task])
+        >>> len(report.results)
+        1
+    """
+    tasks = list(tasks)
+    names = [task.name for task in tasks]
+    if not tasks:
+        raise ConfigError("there are no tasks: give at least one")
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two tasks are called {name!r}: give each a `name` of its own")
+    return Report(tuple(measure(model, task) for task in tasks))
+
+
+def measure(model: Any, task: Task) -> Result:
+    """The result of one task, with its samples."""
+    start = time.perf_counter()
+    found = task.measure(model)
+    seconds = time.perf_counter() - start
+    evidence = {"data_hash": found.data_hash, "texts_hash": found.texts_hash, **model_facts(model)}
+    evidence |= getattr(task, "about", {})
+    origin = provenance(model.name, task.data, task.templates, seconds, evidence)
+    return Result(task.name, found.metrics, origin, task.kind, found.samples)
+
+
+def provenance(
+    model: str,
+    data: DataInfo,
+    templates: Sequence[str] = ("{}",),
+    seconds: float = 0.0,
+    evidence: dict[str, str] | None = None,
+) -> Provenance:
+    """The provenance of a measurement made just now, in this process, on its devices."""
+    import jax
+
+    devices = jax.devices()
+    versions = {"vlm": __version__, "python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return Provenance(
+        model=model,
+        data=data,
+        templates=tuple(templates),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        seconds=round(seconds, 3),
+        device=f"{len(devices)} x {devices[0].device_kind}",
+        versions=versions,
+        evidence=evidence or {},
+    )
+
+
+def _metric(held: dict[str, Any]) -> Metric:
+    names = ("value", "low", "high")  # null in JSON where they are not finite
+    numbers = {name: math.nan if held[name] is None else held[name] for name in names}
+    return Metric(**numbers, n=held["n"])
+
+
+def _result(values: dict[str, Any]) -> Result:
+    origin = values["provenance"]
+    return Result(
+        task=values["task"],
+        metrics={name: _metric(held) for name, held in values["metrics"].items()},
+        kind=values.get("kind", ""),
+        provenance=Provenance(
+            **{
+                **origin,
+                "data": DataInfo(**origin["data"]),
+                "templates": tuple(origin["templates"]),
+            }
+        ),
+    )

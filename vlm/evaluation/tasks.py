@@ -1,0 +1,349 @@
+"""Tasks: what is asked of a model, and over which data. A task measures; the runner records."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from vlm.data.class_names import described
+from vlm.errors import ConfigError
+from vlm.evaluation.classification import (
+    calibration_error,
+    mean_average_precision,
+    mean_per_class_recall,
+)
+from vlm.evaluation.evidence import Hashing, Samples, digest
+from vlm.evaluation.intervals import Metric, hit_rate
+from vlm.evaluation.metrics import best_ranks, caption_ranks, clusters, pair_retrieval_metrics
+from vlm.evaluation.selection import selection_hits, selection_metrics
+from vlm.heads.prompts import TEMPLATES, check_templates, class_embeddings, label_prompts
+from vlm.heads.zero_shot import to_scores
+
+BLOCK = 1024  # images scored at once
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """Where examples come from, precisely enough to find them again.
+
+    Example:
+        >>> print(vlm.DataInfo("pets", version="1.0", split="test"))
+        pets 1.0 [test]
+    """
+
+    name: str
+    version: str = ""
+    split: str = ""
+
+    def __str__(self) -> str:
+        version = f" {self.version}" if self.version else ""
+        split = f" [{self.split}]" if self.split else ""
+        return f"{self.name}{version}{split}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a task found.
+
+    Attributes:
+        metrics: by name.
+        samples: a row per query: its rank (how many wrong answers were as good), its cluster, more.
+        data_hash: of the images and targets. texts_hash: of the captions or class names.
+    """
+
+    metrics: dict[str, Metric]
+    samples: Samples
+    data_hash: str
+    texts_hash: str
+
+
+class _ClassTexts:
+    """The sentences of a task's captions."""
+
+    captions: Sequence[str]
+    names: Sequence[str] | None
+    templates: Sequence[str]
+
+    @property
+    def texts_hash(self) -> str:
+        """Of the names, or else of the captions."""
+        return digest(self.captions if self.names is None else self.names)
+
+    @property
+    def prompts(self) -> dict[str, tuple[str, ...]]:
+        """The sentences of each caption."""
+        return label_prompts(self.captions, self.names or self.captions, self.templates)
+
+    @property
+    def about(self) -> dict[str, str]:
+        """Facts of the texts beside the templates."""
+        changed = described(self.captions, self.names or self.captions)
+        return {"class_names": changed} if changed else {}
+
+
+@dataclass(frozen=True, eq=False)
+class ZeroShotTask(_ClassTexts):
+    """Choose each image's caption, or class, among all of them: top-k accuracy.
+
+    Args:
+        images: PIL images, paths or arrays of pixels; a stream is fine, and is read once.
+        captions: every caption or class name there is to choose from, each once.
+        target: for each image, the index of its caption.
+        data: where the images come from.
+        templates: sentences around a caption; the caption alone by default.
+        ks: the k of top-k.
+        name: of the task in a report.
+        classes: the captions are classes of many images: mean recall per class and calibration are
+            measured too.
+        z_captions: their embeddings, where these were trained; by default the model's of them.
+        image_at: an image again by its number, for a page that shows some of them.
+        names: the words for each caption in the templates, if these are others; two classes may
+            have the same, and then the first of them comes first.
+
+    Raises:
+        ConfigError: a caption given twice (its images could never be right), a bad template.
+
+    Example:
+        >>> data = vlm.DataInfo("colours")
+        >>> task = vlm.ZeroShotTask(pictures, ["red", "green", "blue"], [0, 1, 2], data)
+        >>> found = vlm.evaluation.evaluate(model, [task])[task.name]
+        >>> found.metrics["top1"].n
+        3
+    """
+
+    images: Iterable[Any]
+    captions: Sequence[str]
+    target: Sequence[int] | Int[np.ndarray, " n"]
+    data: DataInfo
+    templates: Sequence[str] = TEMPLATES["plain"]
+    ks: Sequence[int] = (1, 5)
+    name: str = "zero-shot"
+    classes: bool = False
+    z_captions: Float[np.ndarray, "m d"] | None = None
+    image_at: Callable[[int], Any] | None = None
+    names: Sequence[str] | None = None
+
+    kind = "zeroshot_classification"  # as CLIP_benchmark calls it
+
+    def __post_init__(self):
+        check_templates(self.templates)
+        _check_each_once(self.captions, self.data)
+
+    def measure(self, model: Any) -> Measured:
+        """`top1`, `top5`, ... of the model; of classes more."""
+        names = list(self.names or self.captions) if self.z_captions is None else None
+        z_captions = self.z_captions
+        if z_captions is None:
+            z_captions = class_embeddings(model, self.prompts)
+        images, target = Hashing(self.images), np.asarray(self.target)
+        z_image = np.asarray(model.encode_image(images), np.float32)
+        ranks = caption_ranks(z_image, z_captions, target, names)
+        metrics = {f"top{k}": hit_rate(ranks, k) for k in self.ks}
+        rows = np.arange(len(target))
+        predicted, confidence = _best(model, z_image, z_captions)
+        if names:
+            predicted = np.array([names.index(name) for name in names])[predicted]
+        if self.classes:
+            metrics["mean_per_class_recall"] = mean_per_class_recall(ranks, target)
+            metrics["calibration_error"] = calibration_error(confidence, predicted == target)
+        samples = {
+            "query": rows, "target": target, "predicted": predicted, "rank": ranks,
+            "confidence": confidence, "cluster": rows,
+        }  # fmt: skip
+        return Measured(metrics, samples, images.digest(target), self.texts_hash)
+
+    @property
+    def about(self) -> dict[str, str]:
+        """Facts of the texts beside the templates."""
+        if self.z_captions is not None:
+            return {"head": "a trained head in place of templates"}
+        return super().about
+
+
+@dataclass(frozen=True, eq=False)
+class MultilabelTask(_ClassTexts):
+    """Find all classes that each image shows: mean average precision over classes.
+
+    Args:
+        images: PIL images, paths or arrays of pixels; a stream is fine, and is read once.
+        captions: the classes, each once.
+        relevant: for each image and class, whether it shows it.
+        data: where the images come from.
+        templates: sentences around a class; the class alone by default.
+        name: of the task in a report.
+        names: the words for each class in the templates, if these are others.
+
+    Example:
+        >>> data = vlm.DataInfo("colours")
+        >>> shown = np.eye(3, dtype=bool)
+        >>> task = vlm.evaluation.MultilabelTask(pictures, ["red", "green", "blue"], shown, data)
+        >>> list(vlm.evaluation.evaluate(model, [task])[task.name].metrics)
+        ['mean_average_precision']
+    """
+
+    images: Iterable[Any]
+    captions: Sequence[str]
+    relevant: Bool[np.ndarray, "n m"]
+    data: DataInfo
+    templates: Sequence[str] = TEMPLATES["plain"]
+    name: str = "multilabel"
+    names: Sequence[str] | None = None
+
+    kind = "zeroshot_classification"
+
+    def __post_init__(self):
+        check_templates(self.templates)
+        _check_each_once(self.captions, self.data)
+
+    def measure(self, model: Any) -> Measured:
+        """`mean_average_precision` of the model."""
+        z_captions = class_embeddings(model, self.prompts)
+        images = Hashing(self.images)
+        z_image = np.asarray(model.encode_image(images), np.float32)
+        metric = mean_average_precision(z_image @ z_captions.T, self.relevant)
+        ranks = best_ranks(z_image, z_captions, np.argwhere(self.relevant))
+        rows = np.flatnonzero(ranks >= 0)  # of the images that show a class
+        samples = {"query": rows, "rank": ranks[rows], "cluster": rows}
+        shown = images.digest(self.relevant.astype(np.int64).ravel())
+        return Measured({"mean_average_precision": metric}, samples, shown, self.texts_hash)
+
+
+@dataclass(frozen=True, eq=False)
+class RetrievalTask:
+    """Find the texts of an image and the images of a text: recall at k in both directions.
+
+    Args:
+        images: PIL images, paths or arrays of pixels; a stream is fine, and is read once.
+        texts: the sentences.
+        data: where the pairs come from.
+        positives: (image index, text index) of every right pair; None pairs row i with row i.
+        ks: the k of recall at k.
+        name: of the task in a report.
+        image_at: an image again by its number, for a page that shows some of them.
+
+    Example:
+        >>> texts = ["a red square", "a green square", "a blue square"]
+        >>> task = vlm.RetrievalTask(pictures, texts, vlm.DataInfo("colours"), ks=(1, 3))
+        >>> report = vlm.evaluation.evaluate(model, [task])
+        >>> report[task.name].metrics["image_to_text_R@3"].value
+        1.0
+    """
+
+    images: Iterable[Any]
+    texts: Sequence[str]
+    data: DataInfo
+    positives: Sequence[tuple[int, int]] | None = None
+    ks: Sequence[int] = (1, 5, 10)
+    name: str = "retrieval"
+    image_at: Callable[[int], Any] | None = None
+
+    kind = "zeroshot_retrieval"
+    templates = TEMPLATES["plain"]  # the texts are whole sentences already
+
+    def measure(self, model: Any) -> Measured:
+        """`image_to_text_R@1`, ..., `text_to_image_R@10` of the model."""
+        z_text = np.asarray(model.encode_text(list(self.texts)), np.float32)
+        images = Hashing(self.images)
+        z_image = np.asarray(model.encode_image(images), np.float32)
+        pairs = None if self.positives is None else np.asarray(self.positives)
+        metrics = pair_retrieval_metrics(z_image, z_text, pairs, self.ks)
+        if pairs is None:
+            pairs = np.repeat(np.arange(len(z_image))[:, None], 2, axis=1)
+        parts = []
+        for way, z_query, z_key, own in (
+            ("image_to_text", z_image, z_text, pairs),
+            ("text_to_image", z_text, z_image, pairs[:, ::-1]),
+        ):
+            ranks = best_ranks(z_query, z_key, own)
+            asked = np.flatnonzero(ranks >= 0)
+            groups = clusters(own, len(z_query), len(z_key))[asked]
+            found, score = _nearest(z_query[asked], z_key)
+            parts.append((np.full(len(asked), way), asked, ranks[asked], found, score, groups))
+        names = ("direction", "query", "rank", "found", "score", "cluster")
+        samples = {
+            n: np.concatenate(p) for n, p in zip(names, zip(*parts, strict=True), strict=True)
+        }
+        return Measured(metrics, samples, images.digest(pairs.ravel()), digest(self.texts))
+
+
+@dataclass(frozen=True, eq=False)
+class SelectionTask:
+    """Tell the captions of an instance apart by its images: Winoground, SugarCrepe.
+
+    Args:
+        images: the images of each instance, all instances with the same number of them.
+        texts: the captions of each instance; image j belongs to caption j.
+        data: where the instances come from.
+        name: of the task in a report.
+
+    Example:
+        >>> images = [[pictures[0], pictures[2]]]
+        >>> texts = [["a red square", "a blue square"]]
+        >>> task = vlm.SelectionTask(images, texts, vlm.DataInfo("colours"))
+        >>> len(vlm.evaluation.evaluate(model, [task]).results)
+        1
+    """
+
+    images: Iterable[Sequence[Any]]
+    texts: Sequence[Sequence[str]]
+    data: DataInfo
+    name: str = "selection"
+
+    kind = "image_caption_selection"
+    templates = TEMPLATES["plain"]
+
+    def measure(self, model: Any) -> Measured:
+        """`image_acc`, `text_acc` and `acc` of the model."""
+        count = len(self.texts)
+        images = Hashing(image for own in self.images for image in own)
+        z_image = np.asarray(model.encode_image(images), np.float32)
+        z_text = np.asarray(model.encode_text([t for own in self.texts for t in own]), np.float32)
+        if not count or len(z_image) % count or len({len(own) for own in self.texts}) > 1:
+            raise ConfigError(
+                f"{self.data}: {count} instances with {len(z_image)} images and {len(z_text)} "
+                "captions: give each the same number of both"
+            )
+        z_image = z_image.reshape(count, -1, z_image.shape[1])
+        z_text = z_text.reshape(count, -1, z_text.shape[1])
+        hits = selection_hits(z_image, z_text)
+        rows = np.arange(count)
+        samples = {"query": rows, "cluster": rows, "rank": 1 - hits["acc"].astype(np.int64), **hits}
+        texts = [text for own in self.texts for text in own]
+        return Measured(selection_metrics(z_image, z_text), samples, images.digest(), digest(texts))
+
+
+Task = ZeroShotTask | MultilabelTask | RetrievalTask | SelectionTask
+
+
+def _check_each_once(captions: Sequence[str], data: DataInfo) -> None:
+    seen: set[str] = set()
+    for caption in captions:
+        if caption in seen:
+            raise ConfigError(
+                f"caption {caption!r} of {data} is given twice: images of either could "
+                "never be right, so list it once and point their targets at it"
+            )
+        seen.add(caption)
+
+
+def _nearest(z_query: np.ndarray, z_key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The key nearest to each query, and its cosine; a block of queries at a time."""
+    found, score = np.empty(len(z_query), np.int64), np.empty(len(z_query), np.float32)
+    for start in range(0, len(z_query), BLOCK):
+        block = slice(start, start + BLOCK)
+        cosines = z_query[block] @ z_key.T
+        found[block], score[block] = cosines.argmax(axis=1), cosines.max(axis=1)
+    return found, score
+
+
+def _best(model: Any, z_image: np.ndarray, z_captions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The best caption of each image, and its score; a block of images at a time."""
+    predicted, confidence = [], []
+    scale, bias = getattr(model, "logit_scale", 1.0), getattr(model, "logit_bias", 0.0)
+    for start in range(0, len(z_image), BLOCK):
+        logits = scale * (z_image[start : start + BLOCK] @ z_captions.T) + bias
+        predicted.append(logits.argmax(axis=1))
+        confidence.append(to_scores(logits, getattr(model, "loss", "softmax")).max(axis=1))
+    return np.concatenate(predicted), np.concatenate(confidence)

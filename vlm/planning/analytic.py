@@ -1,0 +1,204 @@
+"""Analytic estimates of a step's memory, FLOPs and communication, without compilation.
+
+All figures are per device. They model a pre-norm block, and serve to rank configurations and to
+plan for chips without an available compiler. They do not replace compiling.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+
+from vlm.chips import Chip
+from vlm.config import Experiment, TextConfig, ViTConfig
+from vlm.inputs.preprocess import Preprocess
+from vlm.losses.contrastive import tile_side
+from vlm.models.flops import step_flops
+from vlm.nn.remat import ATTENDED, MLP_HIDDEN, PROJECTED, SAVED
+from vlm.nn.tpu_attention import LONGEST
+from vlm.planning.collectives import FSDP, GRADIENTS, LOSS_RING, TENSOR
+from vlm.planning.compile import StateBytes
+from vlm.planning.supervision import PlannedSupervision, planned_supervision
+
+FLOAT32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class AnalyticMemory:
+    """Bytes of one device during the backward pass, the peak of a step."""
+
+    state: int  # parameters, optimizer, EMA, and parameters of a teacher
+    gradients: int
+    activations: float  # saved for the backward pass
+    working: float  # of the current block and the loss's tiles
+    teacher: float = 0.0  # of a block of the teacher, which runs before the step
+
+    @property
+    def peak(self) -> float:
+        return self.state + max(self.gradients + self.activations + self.working, self.teacher)
+
+
+def analytic_memory(
+    experiment: Experiment,
+    chip: Chip | None,
+    state: StateBytes,
+    batch_ways: int,
+    tensor_ways: int = 1,
+) -> AnalyticMemory:
+    """Estimate the memory of a step per device, with the batch sharded `batch_ways` ways."""
+    e, extra = experiment, planned_supervision(experiment)
+    rows = (e.micro_batch_size or e.batch_size) / batch_ways
+    kept, block, embedding = 0.0, 0.0, 0.0
+    for tower, tokens, config in _towers(e):
+        width, mlp = config.width, config.mlp_dim
+        scores = 0 if fused_attention(e, chip, tokens, config) else config.heads * tokens
+        size = 2 if e.dtype != "float32" else 4
+        block_bytes = (size * (12 * width + 2 * mlp) + (4 + size) * scores) / tensor_ways
+        block_bytes += 16 * width
+        named = {PROJECTED: 3 * width, ATTENDED: width, MLP_HIDDEN: mlp}
+        names = SAVED[e.remat]
+        saved = block_bytes
+        if names is not None:
+            saved = size * sum(named[name] for name in names) / tensor_ways
+        everything = block_bytes + size * width
+        if e.lock != tower:
+            kept += rows * tokens * config.depth * (saved + size * width)
+        block = max(block, rows * tokens * everything)
+    for tokens, config in _teacher_towers(extra):
+        block_bytes = FLOAT32 * (10 * config.width + 2 * config.mlp_dim + config.heads * tokens)
+        embedding = max(embedding, rows * tokens * block_bytes / tensor_ways)
+    local = e.batch_size / batch_ways
+    side = min(tile_side("cpu" if chip is None else chip.platform), local)
+    # Logits, their softmax and its gradient, in tiles or of a classification head.
+    tiles = 3 * 4 * (local * extra.classes if e.objective == "classification" else side**2)
+    if e.distill is not None and e.distill.relations:
+        tiles += 3 * 4 * side**2
+    tiles += 8 * 4 * local * e.model.embed_dim + 2 * 4 * local * extra.supervision.width
+    # Pixels in float32 and in the compute dtype.
+    images = Preprocess(e.preprocess).image_bytes * (4 + 2) * rows
+    return AnalyticMemory(
+        state=state.parameters + state.optimizer + state.averages + state.teacher,
+        gradients=state.trained,
+        activations=kept + images,
+        working=block + tiles,
+        teacher=embedding + images,
+    )
+
+
+def analytic_operations(
+    experiment: Experiment, chip: Chip, chips: int, state: StateBytes
+) -> tuple[float, float]:
+    """Seconds of arithmetic and of memory-bound work on one chip, at its published rates.
+
+    Matrix products, padded to whole matrix units, run at the arithmetic rate. Normalisations,
+    activations, residual sums, the update and unfused attention weights run at memory bandwidth.
+    """
+    e, size = experiment, 2 if experiment.dtype != "float32" else 4
+    extra = planned_supervision(e)
+    padding = {
+        f"{tower}/{part}": factor
+        for tower, _, config in _towers(e)
+        for part, factor in _paddings(config, chip.unit).items()
+    }
+    parts = step_flops(e, extra.supervision)
+    arithmetic = sum(part.executed * padding.get(name, 1.0) for name, part in parts.items())
+    rows = e.batch_size / chips
+    traffic = 0.0
+    for tower, tokens, config in _towers(e):
+        forward = size * (8 * config.width + 2 * config.mlp_dim)
+        if not fused_attention(e, chip, tokens, config):
+            forward += config.heads * tokens * (2 * 4 + 2 * size)
+        passes = 1 if e.lock == tower else (4 if e.remat == "full" else 3)
+        traffic += rows * tokens * config.depth * passes * forward
+    for tokens, config in _teacher_towers(extra):
+        forward = FLOAT32 * (8 * config.width + 2 * config.mlp_dim)
+        forward += config.heads * tokens * 4 * FLOAT32
+        traffic += rows * tokens * config.depth * forward
+    # The update reads parameters, gradients and moments, and writes all but the gradients.
+    update = 3 * state.trained + 2 * state.optimizer + 2 * state.averages
+    seconds = (traffic + update * chip.devices) / chip.memory_rate
+    return arithmetic / chips / chip.flops, seconds
+
+
+def unit_padding(size: int, unit: int) -> float:
+    """Slowdown of a product whose axis of `size` is padded to a multiple of `unit`."""
+    return math.ceil(size / unit) * unit / size
+
+
+def _paddings(config, unit: int) -> dict[str, float]:
+    """Padding factors of a tower's blocks, by kind of product."""
+    width, mlp = unit_padding(config.width, unit), unit_padding(config.mlp_dim, unit)
+    head = unit_padding(config.width // config.heads, unit)
+    return {"projections": width**2, "scores": head, "mlp": width * mlp}
+
+
+def analytic_traffic(
+    experiment: Experiment, parameters: int, mesh_shape: dict[str, int]
+) -> dict[str, float]:
+    """Estimate the bytes that each device sends in a step, by purpose.
+
+    Assumes ring algorithms and float32 parameters. `parameters` is the total bytes of trained
+    parameters, unsharded.
+    """
+    data, fsdp, tensor = (mesh_shape[axis] for axis in ("data", "fsdp", "tensor"))
+    ways, extra = data * fsdp, planned_supervision(experiment)
+    sent = {}
+    if ways > 1:
+        sent[GRADIENTS] = 2 * parameters / tensor * (ways - 1) / ways
+    if ways > 1 and experiment.objective != "classification":
+        ours = experiment.model.embed_dim
+        trips = 2 if experiment.model.loss == "softmax" else 1
+        # Each trip carries the text block; the last one also its gradient.
+        carried = (trips + 1) * ours
+        if experiment.distill is not None and experiment.distill.relations:
+            carried += 3 * ours + 2 * extra.supervision.width  # two trips, with the teacher's texts
+        sent[LOSS_RING] = FLOAT32 * experiment.batch_size * carried * (ways - 1) / ways
+    if tensor > 1:
+        # Two all-reduces of activations per block and pass.
+        size = 4 if experiment.dtype == "float32" else 2
+        passes = 3 if experiment.remat == "full" else 2
+        moved = sum(
+            experiment.batch_size / ways * tokens * config.width * config.depth * size
+            for _, tokens, config in _towers(experiment)
+        )
+        of_teacher = sum(
+            experiment.batch_size / ways * tokens * config.width * config.depth * FLOAT32
+            for tokens, config in _teacher_towers(extra)
+        )
+        sent[TENSOR] = 2 * (passes * moved + of_teacher) * 2 * (tensor - 1) / tensor
+    if fsdp > 1:
+        gathers = 3 if experiment.remat == "full" else 2
+        moved = gathers * parameters / 2
+        if extra.embedding is not None:
+            leaves = jax.tree.leaves(extra.embedding.parameters)
+            moved += sum(x.size * x.dtype.itemsize for x in leaves)  # once, in float32
+        sent[FSDP] = moved / tensor * (fsdp - 1) / fsdp
+    return sent
+
+
+def fused_attention(experiment: Experiment, chip: Chip | None, tokens: int, config) -> bool:
+    """Whether a tower's attention is fused: see `vlm.nn.attention.attend`."""
+    if chip is None or experiment.dtype == "float32":
+        return False
+    if chip.platform == "tpu":
+        return tokens <= LONGEST
+    return getattr(config, "pad_id", None) is None and config.width // config.heads % 8 == 0
+
+
+def _towers(experiment: Experiment) -> Iterator[tuple[str, int, ViTConfig | TextConfig]]:
+    """Yield name, token count and config of the transformer towers of a step."""
+    vision, text = experiment.model.vision, experiment.model.text
+    if isinstance(vision, ViTConfig):
+        yield "vision", vision.tokens(training=True), vision
+    if experiment.objective != "classification":
+        yield "text", text.tokens(masking=experiment.text_masking), text
+
+
+def _teacher_towers(extra: PlannedSupervision) -> Iterator[tuple[int, ViTConfig | TextConfig]]:
+    """Yield token count and config of the towers of an online teacher (float32)."""
+    if (config := extra.supervision.teacher) is None:
+        return
+    if isinstance(config.vision, ViTConfig):
+        yield config.vision.tokens(), config.vision
+    yield config.text.tokens(), config.text

@@ -1,0 +1,225 @@
+"""Communication of a step, by purpose and mesh axes, read from a compiled program."""
+
+import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlm.planning.hlo import Computation, Instruction, Program
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+# Transfers between slices, which the TPU compiler sends through the hosts.
+BETWEEN_SLICES = {
+    "ONE_TO_ONE": "collective-permute",
+    "ALL_REDUCE": "all-reduce",
+    "ALL_GATHER": "all-gather",
+    "REDUCE_SCATTER": "reduce-scatter",
+}
+
+LOSS_RING, LOSS_SUMS = "loss ring", "loss sums"
+GRADIENTS, FSDP = "gradient reduction", "FSDP gathers"
+TENSOR, ACTIVATIONS, NORMS = "tensor-parallel sums", "activations", "norms and metrics"
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of communication for one purpose, summed over a step."""
+
+    place: str  # purpose: one of the names above
+    kind: str  # one of KINDS
+    axes: tuple[str, ...]  # mesh axes that a group of devices spans
+    group: int  # devices in a group
+    count: int  # executions in a step
+    payload: float  # bytes per device and step of the full array that is reduced or gathered
+    sent: float  # bytes that each device sends in a step, by the ring algorithm
+    between_slices: bool = False  # over the data center's network
+
+
+def collectives(
+    program: Program,
+    mesh_shape: dict[str, int],
+    parameter_shapes: Collection[tuple[int, ...]] = (),
+    slices: int = 1,
+) -> list[Collective]:
+    """List the communication of one step, largest first.
+
+    Args:
+        program: the optimised module.
+        mesh_shape: sizes of the mesh axes by name, in the order of the devices.
+        parameter_shapes: unsharded shapes of one layer's parameters; a gathered array with such a
+            shape is a parameter, any other an activation.
+        slices: number of slices, joined along `data`.
+    """
+    known = {_plain(cut) for shape in parameter_shapes for cut in _cuts(shape, mesh_shape)}
+    sums: dict[tuple, list[float]] = {}
+    for found, computation, times in _found(program):
+        between = re.search(r'_xla_megascale_transfer_type="(\w+)"', found.text)
+        if between:
+            kind, axes, group = BETWEEN_SLICES.get(between[1], "all-to-all"), ("data",), slices
+            payload, sent = _traffic(kind, found.arrays[0].bytes, group)
+            place = LOSS_RING if kind == "collective-permute" else GRADIENTS
+        else:
+            kind = _kind(found, computation)
+            operand = sum(
+                computation.instructions[name].bytes
+                for name in found.operands
+                if name in computation.instructions
+            )
+            axes, group = _group(found, mesh_shape)
+            if group < 2 or not operand:
+                continue
+            payload, sent = _traffic(kind, operand, group)
+            of_parameter = any(_is_known(array.dims, known, kind, group) for array in found.arrays)
+            place = _place(kind, found.op_name, axes, of_parameter)
+        row = sums.setdefault((place, kind, axes, group, bool(between)), [0, 0.0, 0.0])
+        row[0] += times
+        row[1] += times * payload
+        row[2] += times * sent
+    rows = [
+        Collective(place, kind, axes, group, int(row[0]), row[1], row[2], between)
+        for (place, kind, axes, group, between), row in sums.items()
+    ]
+    return sorted(rows, key=lambda row: -row.sent)
+
+
+def _found(program: Program):
+    # The TPU compiler may spread one collective over a chain of fusions to overlap it with their
+    # work. All parts have the same channel id.
+    fused = set()
+    for instruction, computation, times in program.walk():
+        if _is_collective(instruction):
+            yield instruction, computation, times
+        inside = program.fused(instruction)
+        if inside is None:
+            continue
+        for i in inside.instructions.values():
+            channel = re.search(r"channel_id=(\d+)", i.text)
+            if not _is_collective(i) or (channel and channel[1] in fused):
+                continue
+            fused |= {channel[1]} if channel else set()
+            yield i, inside, times
+
+
+def _is_collective(instruction: Instruction) -> bool:
+    if instruction.opcode == "send":
+        return "_xla_megascale_transfer_type" in instruction.text
+    return instruction.opcode.removesuffix("-start") in KINDS
+
+
+def _kind(found: Instruction, computation: Computation) -> str:
+    """Kind of a collective; the TPU compiler writes reduce-scatter as a sliced all-reduce."""
+    if "all-reduce-scatter" in computation.name:
+        return "reduce-scatter"
+    return found.opcode.removesuffix("-start")
+
+
+def _traffic(kind: str, operand: float, group: int) -> tuple[float, float]:
+    """Payload and bytes sent per device, for `operand` bytes per device."""
+    others = (group - 1) / group
+    if kind == "all-reduce":
+        return operand, 2 * others * operand
+    if kind == "all-gather":
+        return group * operand, (group - 1) * operand
+    if kind in ("reduce-scatter", "all-to-all"):
+        return operand, others * operand
+    return operand, operand
+
+
+def _place(kind: str, op_name: str, axes: tuple[str, ...], of_parameter: bool) -> str:
+    if kind == "collective-permute" and "shard_map" in op_name:
+        return LOSS_RING
+    # The compiler merges small reductions under the name of one of them, so check shapes too.
+    if "shard_map" in op_name and not of_parameter:
+        return LOSS_SUMS
+    if axes == ("tensor",):
+        return TENSOR
+    if kind == "all-gather" and of_parameter:
+        return FSDP
+    if kind == "collective-permute" and of_parameter:
+        # A gather or reduction, decomposed into the steps of an overlapped product.
+        return GRADIENTS if "transpose(" in op_name else FSDP
+    if kind in ("all-reduce", "reduce-scatter") and ("transpose(" in op_name or of_parameter):
+        return GRADIENTS
+    if kind == "reduce-scatter" and "jvp" not in op_name:
+        return GRADIENTS
+    if "jvp" in op_name:
+        return ACTIVATIONS
+    return NORMS
+
+
+def _group(found: Instruction, mesh_shape: dict[str, int]) -> tuple[tuple[str, ...], int]:
+    """Mesh axes that a collective's groups span, and the devices per group."""
+    if found.opcode.startswith("collective-permute"):
+        pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", found.text)
+        members = {int(n) for n in re.findall(r"\d+", pairs[1])} if pairs else set()
+        return _axes(_cycle(pairs[1] if pairs else "", members), mesh_shape)
+    text = found.text
+    order = r", device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)"
+    if named := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:{order})? ?\{{([^}}]*)\}}", text):
+        sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        used = re.findall(r"'(\w+)'", named[4])
+        ids = np.arange(math.prod(sizes.values()))
+        if named[2]:
+            ids = _reordered(ids, named[2], named[3])
+        ids = ids.reshape(tuple(sizes.values()))
+        one_group = tuple(slice(None) if axis in used else 0 for axis in sizes)
+        return _axes(ids[one_group].ravel().tolist(), mesh_shape)
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape = [int(n) for n in iota[1].split(",")]
+        ids = _reordered(np.arange(math.prod(shape)), iota[2], iota[3])
+        return _axes(ids.reshape(shape)[0].tolist(), mesh_shape)
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        return _axes([int(n) for n in listed[1].split(",") if n], mesh_shape)
+    return tuple(mesh_shape), math.prod(mesh_shape.values())  # {}: all of them
+
+
+def _reordered(ids: np.ndarray, shape: str, axes: str | None) -> np.ndarray:
+    """Reorder ids by a shape such as "2,4" and a permutation of its axes such as "1,0"."""
+    ids = ids.reshape([int(n) for n in shape.split(",")])
+    return ids.transpose([int(n) for n in axes.split(",")]) if axes else ids
+
+
+def _cycle(pairs: str, members: set[int]) -> list[int]:
+    """Cycle of devices in a permutation, from the first member."""
+    numbers = [int(n) for n in re.findall(r"\d+", pairs)]
+    onward = dict(zip(numbers[::2], numbers[1::2], strict=False))
+    if not onward:
+        return []
+    start = here = min(members)
+    cycle = [start]
+    while (here := onward.get(here, start)) != start and len(cycle) <= len(members):
+        cycle.append(here)
+    return cycle
+
+
+def _axes(group: list[int], mesh_shape: dict[str, int]) -> tuple[tuple[str, ...], int]:
+    if len(group) < 2:
+        return (), len(group)
+    places = np.array(np.unravel_index(group, tuple(mesh_shape.values())))
+    varies = [len(set(row)) > 1 for row in places.tolist()]
+    axes = tuple(axis for axis, v in zip(mesh_shape, varies, strict=True) if v)
+    return axes, len(group)
+
+
+def _is_known(dims: tuple[int, ...], known: set, kind: str, group: int) -> bool:
+    """Whether an array has the shape of a parameter, or of a shard of one for permutes."""
+    if kind != "collective-permute":
+        return _plain(dims) in known
+    wholes = ((*dims[:i], n * group, *dims[i + 1 :]) for i, n in enumerate(dims))
+    return any(_plain(whole) in known for whole in wholes)
+
+
+def _cuts(shape: tuple[int, ...], mesh_shape: dict[str, int]):
+    """Yield a parameter's shape, and its shape when `tensor` shards each dimension."""
+    yield shape
+    ways = mesh_shape.get("tensor", 1)
+    for i, n in enumerate(shape):
+        if ways > 1 and n % ways == 0:
+            yield (*shape[:i], n // ways, *shape[i + 1 :])
+
+
+def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Normalise a shape: sort it and drop axes of size one."""
+    return tuple(sorted(n for n in shape if n > 1))

@@ -1,0 +1,321 @@
+"""Ahead-of-time compilation of the training step for described devices, and its costs."""
+
+import dataclasses
+import functools
+import math
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from vlm.config import Experiment
+from vlm.inputs.preprocess import Preprocess
+from vlm.planning.collectives import Collective, collectives
+from vlm.planning.hlo import Program, parse
+from vlm.planning.supervision import planned_supervision
+from vlm.sharding import AXES, batch_sharding, path_names, replicated, shardings
+from vlm.training.objectives import HEADS, objective
+from vlm.training.partition import joined
+from vlm.training.step import Trainer, TrainState
+from vlm.training.teacher import DescribedTeacher
+
+
+@dataclass(frozen=True)
+class DoesNotFit:
+    """Out-of-memory error of the compiler: the step needs `used` bytes per device."""
+
+    used: float | None
+    limit: float | None
+    message: str
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes per device of the train state, by its shardings."""
+
+    parameters: int  # trained and frozen
+    trained: int  # parameters with a gradient
+    optimizer: int
+    averages: int
+    teacher: int = 0  # parameters of a distillation teacher
+
+
+@dataclass(frozen=True)
+class CompiledTeacher:
+    """Program with which a teacher embeds a batch before each step; bytes per device."""
+
+    parameters: int
+    peak: int  # while it runs, including the train state
+    program: Program
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """Compiled step; bytes are per device."""
+
+    arguments: int
+    outputs: int
+    aliased: int  # outputs that reuse donated arguments
+    temporaries: int
+    program: Program
+    collectives: list[Collective]
+    kept: int | None  # temporaries that loops over layers save for the backward pass
+    seconds: float  # of tracing and compiling
+    teacher: CompiledTeacher | None = None
+
+    @property
+    def peak(self) -> int:
+        """Peak bytes: arguments, outputs that reuse no argument, and temporaries.
+
+        A teacher's parameters add to the step's, and its program has a peak of its own.
+        """
+        step = self.arguments + self.outputs - self.aliased + self.temporaries
+        if self.teacher is None:
+            return step
+        return max(step + self.teacher.parameters, self.teacher.peak)
+
+    @property
+    def programs(self) -> list[Program]:
+        """Programs that run for a step."""
+        return [self.program] + ([] if self.teacher is None else [self.teacher.program])
+
+
+def with_dtype(experiment: Experiment, platform: str) -> Experiment:
+    """Replace the compute dtype "auto" by the dtype of the platform."""
+    if experiment.dtype != "auto":
+        return experiment
+    return dataclasses.replace(experiment, dtype="float32" if platform == "cpu" else "bfloat16")
+
+
+def batch_of(experiment: Experiment) -> dict[str, Any]:
+    """Shapes and dtypes of a global batch."""
+    rows, image = experiment.batch_size, Preprocess(experiment.preprocess).blank(1)
+    length, teacher = experiment.model.text.context_length, planned_supervision(experiment).teacher
+    batch: dict[str, Any] = {
+        "images": jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), image
+        ),
+        "tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32),
+    }
+    if experiment.objective != "contrastive":
+        batch["classes"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    if teacher is not None:
+        z = jax.ShapeDtypeStruct((rows, teacher.width), jnp.float32)
+        batch |= {"teacher_image": z, "teacher_text": z}
+    return batch
+
+
+def compile_step(experiment: Experiment, mesh: Mesh) -> CompiledStep | DoesNotFit:
+    """Compile the step of `experiment` on `mesh`, without allocating or running anything."""
+    began = time.perf_counter()
+    extra, of_batch = planned_supervision(experiment), batch_of(experiment)
+    trainer = Trainer(experiment, mesh, classes=extra.classes, teacher=extra.teacher)
+    # With shardings, as in a run, since attention reads the mesh from them.
+    rows = batch_sharding(mesh)
+    state, batch = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        (trainer.abstract_state, of_batch),
+        (trainer.state_shardings, jax.tree.map(lambda _: rows, of_batch)),
+    )
+    lowered = trainer.step.lower(state, batch)
+    compiled = _compile(lowered)
+    if isinstance(compiled, DoesNotFit):
+        return compiled
+    step = read_step(compiled, trainer, time.perf_counter() - began)
+    return step if extra.embedding is None else _with_teacher(step, extra.embedding, trainer)
+
+
+def _with_teacher(
+    step: CompiledStep, teacher: DescribedTeacher, trainer: Trainer
+) -> CompiledStep | DoesNotFit:
+    """Add the program of the teacher to a step."""
+    began, mesh = time.perf_counter(), trainer.mesh
+    assert isinstance(mesh, Mesh)
+    compiled = _compile(teacher.trace(mesh).lower())
+    if isinstance(compiled, DoesNotFit):
+        return compiled
+    memory, program = compiled.memory_analysis(), parse(compiled.as_text())
+    state = state_bytes(trainer.abstract_state, mesh)
+    own = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    shapes = layer_shapes(teacher.parameters)
+    return dataclasses.replace(
+        step,
+        collectives=step.collectives
+        + collectives(program, dict(mesh.shape), shapes, slice_count(mesh)),
+        seconds=step.seconds + time.perf_counter() - began,
+        teacher=CompiledTeacher(
+            parameters=bytes_on(teacher.parameters, mesh),
+            peak=own + state.parameters + state.optimizer + state.averages,
+            program=program,
+        ),
+    )
+
+
+def read_step(compiled: Any, trainer: Trainer, seconds: float) -> CompiledStep:
+    """Read the costs of a compiled step that took `seconds` to compile."""
+    memory = compiled.memory_analysis()
+    program = parse(compiled.as_text())
+    mesh, state = trainer.mesh, trainer.abstract_state
+    shapes = layer_shapes((state.params, state.frozen))
+    return CompiledStep(
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        program=program,
+        collectives=collectives(program, dict(mesh.shape), shapes, slice_count(mesh)),
+        kept=_kept_by_loops(program, trainer.experiment),
+        seconds=seconds,
+    )
+
+
+def slice_count(mesh: Mesh | AbstractMesh) -> int:
+    """Number of slices that a mesh's devices form."""
+    if isinstance(mesh, AbstractMesh):
+        return 1
+    return len({getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat})
+
+
+def compile_loss(experiment: Experiment, mesh: Mesh) -> int | None:
+    """Temporary bytes per device of only the loss and its gradients; None if it does not fit."""
+    e, rows, whole = experiment, batch_sharding(mesh), replicated(mesh)
+
+    def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    z = jax.ShapeDtypeStruct((e.batch_size, e.model.embed_dim), jnp.float32, sharding=rows)
+    embeddings = (z,) if e.objective == "classification" else (z, z)
+    state = abstract_state(e)
+    kept = {"logit_scale", "logit_bias", *HEADS}
+    params = {k: v for k, v in joined(state.params, state.frozen).items() if k in kept}
+    params = jax.tree.map(lambda x: placed(x, whole), params)
+    batch = {k: placed(v, rows) for k, v in batch_of(e).items() if k not in ("images", "tokens")}
+
+    def loss(params, z, batch):
+        return objective(e, mesh, params, batch, *z)
+
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    compiled = _compile(gradient.lower(params, embeddings, batch))
+    if isinstance(compiled, DoesNotFit):
+        return None
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def abstract_state(experiment: Experiment) -> TrainState:
+    """Shapes of the train state; cached by the few fields that they depend on."""
+    return _abstract_state(
+        Experiment(
+            model=experiment.model,
+            preprocess=experiment.preprocess,
+            tokenizer=experiment.tokenizer,
+            optimizer=experiment.optimizer,
+            lock=experiment.lock,
+            init_from=experiment.init_from,
+            init_towers=experiment.init_towers,
+            adapter=experiment.adapter,
+            objective=experiment.objective,
+            distill=experiment.distill,
+            data=experiment.data,
+        )
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_state(experiment: Experiment) -> TrainState:
+    one = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    extra = planned_supervision(experiment)
+    return Trainer(experiment, one, None, extra.classes, extra.teacher).abstract_state
+
+
+def state_bytes(state: TrainState, mesh: Mesh | AbstractMesh) -> StateBytes:
+    """Bytes of a train state per device of a mesh; parameters include frozen ones."""
+    return StateBytes(
+        parameters=bytes_on((state.params, state.frozen), mesh),
+        trained=bytes_on(state.params, mesh),
+        optimizer=bytes_on(state.opt_state, mesh),
+        averages=bytes_on(state.ema, mesh),
+    )
+
+
+def bytes_on(tree: Any, mesh: Mesh | AbstractMesh) -> int:
+    """Bytes per device of arrays that are sharded like parameters."""
+    sizes = jax.tree.map(
+        lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize,
+        tree,
+        shardings(tree, mesh),
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+def layer_shapes(parameters: Any) -> set[tuple[int, ...]]:
+    """Shapes of all parameter matrices, stacked and of one layer."""
+    shapes = set()
+    for path, x in jax.tree_util.tree_leaves_with_path(parameters):
+        stacked = "blocks" in path_names(path)
+        if x.ndim - stacked >= 2:
+            shapes |= {x.shape[1:], x.shape} if stacked else {x.shape}
+    return shapes
+
+
+def _compile(lowered: Any) -> Any:
+    try:
+        return lowered.compile()
+    except Exception as error:  # of the compiler's type; only out-of-memory is handled
+        refusal = parse_refusal(str(error))
+        if refusal is None:
+            raise
+        return refusal
+
+
+# "Used 17.37G of 15.75G hbm", and from newer compilers "the total memory required for HLO
+# temporaries (35.44G) exceeds available HBM (30.75G)", where the first number excludes arguments.
+REFUSALS = (
+    r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
+    r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
+    r"requires ([\d.]+)([KMGT]?)i?B? .{0,80}?(?:only|have|capacity of) ([\d.]+)([KMGT]?)",
+)
+
+
+def parse_refusal(message: str) -> DoesNotFit | None:
+    """Parse the compiler's out-of-memory message; None for other messages."""
+    text = " ".join(message.split())
+    full = ("RESOURCE_EXHAUSTED", "Ran out of memory", "Out of memory", "exceeds available HBM")
+    if not any(words in text for words in full):
+        return None
+    for pattern in REFUSALS:
+        if sizes := re.search(pattern, text):
+            used, limit = _bytes(*sizes.group(1, 2)), _bytes(*sizes.group(3, 4))
+            return DoesNotFit(used, limit, text[:300])
+    return DoesNotFit(None, None, text[:300])
+
+
+def _bytes(number: str, unit: str) -> float:
+    return float(number) * 2 ** (10 * " KMGT".index(unit or " "))
+
+
+def _kept_by_loops(program: Program, experiment: Experiment) -> int | None:
+    """Bytes of stacked arrays that forward loops over layers save for the backward pass."""
+    towers = (experiment.model.vision, experiment.model.text)
+    depths = {getattr(tower, "depth", None) for tower in towers} - {None}
+    if not experiment.scan:
+        return None
+    total = 0
+    for loop, _, _ in program.walk():
+        if loop.opcode != "while" or "transpose(" in loop.op_name or "shard_map" in loop.op_name:
+            continue
+        if program.trip_count(loop) not in depths:
+            continue
+        body = program.computations[loop.calls("body")]
+        for array, name in zip(loop.arrays, body.root.operands, strict=False):
+            element = body.instructions[name]  # from the loop's state or a fusion
+            source = body.instructions.get(element.operands[0]) if element.operands else None
+            passed = element.opcode == "get-tuple-element" and (
+                source is not None and source.opcode == "parameter"
+            )
+            if not passed and array.dims[:1] and array.dims[0] in depths:
+                total += array.bytes
+    return total

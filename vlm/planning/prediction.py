@@ -1,0 +1,367 @@
+"""`plan`: memory, communication and time of an experiment on a slice."""
+
+import dataclasses
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+from vlm import display
+from vlm.config import Experiment, MeshConfig
+from vlm.errors import ConfigError, ShardingError
+from vlm.models.flops import PartFlops, model_flops, step_flops
+from vlm.planning.analytic import analytic_memory, analytic_traffic
+from vlm.planning.batch import LargestBatch, largest_batch
+from vlm.planning.calibration import Calibration, Range, calibration_of
+from vlm.planning.collectives import Collective
+from vlm.planning.compile import (
+    CompiledStep,
+    DoesNotFit,
+    StateBytes,
+    abstract_state,
+    bytes_on,
+    compile_loss,
+    compile_step,
+    state_bytes,
+    with_dtype,
+)
+from vlm.planning.needs import Needs, needs
+from vlm.planning.report import BASES, show
+from vlm.planning.roofline import Prediction, Roofline, analytic_roofline, compiled_roofline, mfu
+from vlm.planning.supervision import planned_supervision
+from vlm.planning.topology import Topology, parse_mesh, parse_topology, topology_devices
+from vlm.sharding import AXES, batch_ways, check_batch, make_mesh, mesh_sizes
+from vlm.training.init_from import resolve
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per device. `activations` is None if the compiled program does not show them."""
+
+    basis: Literal["compiled", "analytic"]
+    parameters: int
+    optimizer: int
+    averages: int
+    teacher: int  # parameters of a distillation teacher
+    activations: float | None
+    temporaries: float  # including activations
+    loss: int | None  # temporaries of the loss and its gradients, compiled separately
+    peak: float
+    limit: float | None  # None for CPUs
+
+    @property
+    def share(self) -> float | None:
+        return self.peak / self.limit if self.limit else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predicted memory, communication and time of an experiment on a slice.
+
+    Example:
+        >>> found = vlm.planning.plan(experiment, "h100:8", compiled=False, loss=False)
+        >>> found.mesh
+        {'data': 8, 'fsdp': 1, 'tensor': 1}
+    """
+
+    experiment: Experiment
+    topology: Topology
+    mesh: dict[str, int]
+    flops: dict[str, PartFlops]
+    memory: Memory
+    collectives: list[Collective]
+    sent: dict[str, float]  # bytes that each device sends in a step, by purpose
+    roofline: Roofline | None  # None if it does not fit, or for CPUs
+    calibration: Calibration | None
+    state_bytes: int  # unsharded bytes of parameters, optimizer and EMA
+    fits: bool
+    refusal: str | None  # the compiler's message if the step does not fit
+    largest: LargestBatch | None
+    compile_seconds: float | None
+    compiled_flops: float | None  # of matrix products in the program of one device
+
+    @property
+    def compiled(self) -> bool:
+        """True if the numbers come from XLA (including an out-of-memory verdict)."""
+        return self.memory.basis == "compiled" or self.refusal is not None
+
+    @property
+    def prediction(self) -> Prediction | None:
+        if not self.roofline or not self.calibration:
+            return None
+        seconds = self.roofline.predicted(self.calibration)
+        rate = seconds.inverse(self.experiment.batch_size)
+        return Prediction(
+            step_seconds=seconds,
+            pairs_per_second=rate,
+            pairs_per_second_per_chip=rate.scaled(1 / self.topology.chips),
+            mfu=seconds.inverse(mfu(self.experiment, self.topology, 1.0)),
+            evidence=self.calibration.evidence,
+        )
+
+    @property
+    def step_seconds(self) -> Range | None:
+        return self.prediction.step_seconds if self.prediction else None
+
+    @property
+    def pairs_per_second(self) -> Range | None:
+        return self.prediction.pairs_per_second if self.prediction else None
+
+    @property
+    def mfu(self) -> Range | None:
+        return self.prediction.mfu if self.prediction else None
+
+    def needs(self, price: float | None = None) -> Needs | None:
+        """Estimate the requirements of the whole run; None if the step time is unknown.
+
+        Raises:
+            ConfigError: a negative price.
+        """
+        if price is not None and not 0 <= price < math.inf:
+            raise ConfigError(
+                f"a price of {price} per chip-hour is invalid: give a number of at least 0"
+            )
+        seconds = self.step_seconds
+        if seconds is None:
+            return None
+        return needs(self.experiment, self.topology, seconds, self.state_bytes, price)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        drawn = io.StringIO()
+        own = Console(width=options.max_width, file=drawn, force_terminal=True, force_jupyter=False)
+        show(self, own)
+        yield Text.from_ansi(drawn.getvalue())
+
+    def _repr_html_(self) -> str:
+        return display.as_html(self)
+
+    def to_dict(self, price: float | None = None) -> dict[str, Any]:
+        """Convert to JSON values: bytes per device, seconds, FLOPs of the whole step."""
+        basis = self.memory.basis
+        result = {
+            "name": self.experiment.name,
+            "topology": self.topology.name,
+            "chips": self.topology.chips,
+            "devices": self.topology.device_count,
+            "mesh": self.mesh,
+            "batch_size": self.experiment.batch_size,
+            "micro_batch_size": self.experiment.micro_batch_size,
+            "dtype": self.experiment.dtype,
+            "remat": self.experiment.remat,
+            "fits": self.fits,
+            "refusal": self.refusal,
+            "memory": dataclasses.asdict(self.memory) | {"share": self.memory.share},
+            "flops": {
+                "basis": "analytic",
+                "model": sum(p.model for p in self.flops.values()),
+                "executed": sum(p.executed for p in self.flops.values()),
+                "compiled_per_device": self.compiled_flops,
+                "parts": {name: dataclasses.asdict(p) for name, p in self.flops.items()},
+            },
+            "collectives": {
+                "basis": basis,
+                "sent": self.sent,
+                "rows": [dataclasses.asdict(c) | {"axes": list(c.axes)} for c in self.collectives],
+            },
+            "largest_batch": self.largest.to_dict() if self.largest else None,
+            "compile_seconds": self.compile_seconds,
+            "bases": BASES,
+        }
+        if (r := self.roofline) and (found := self.prediction):
+            result["roofline"] = dataclasses.asdict(r) | {"seconds": r.seconds, "bound": r.bound}
+            result["prediction"] = {
+                "basis": "expected",
+                "evidence": found.evidence,
+                "step_seconds": _ends(found.step_seconds),
+                "pairs_per_second": _ends(found.pairs_per_second),
+                "pairs_per_second_per_chip": _ends(found.pairs_per_second_per_chip),
+                "mfu": _ends(found.mfu),
+            }
+            needed = self.needs(price)
+            result["needs"] = needed.to_dict() if needed else None
+            result["chip"] = dataclasses.asdict(self.topology.rated_chip)
+        return result
+
+
+def plan(
+    experiment: Experiment,
+    topology: str | Topology,
+    mesh: str | MeshConfig | None = None,
+    *,
+    largest: bool = False,
+    loss: bool = True,
+    compiled: bool = True,
+    calibration: str | Path | None = None,
+) -> Plan:
+    """Plan `experiment` on a slice such as "v5e:16x16", "v5p:8x8x8", "h100:8" or "cpu:8".
+
+    Args:
+        topology: "2xv5e:16x16" is two slices, joined by the data center network.
+        mesh: "data=32,fsdp=8", a `MeshConfig`, or None for the experiment's own.
+        largest: also search for the largest batch that fits, with more compilations.
+        loss: also compile the loss separately, for its temporaries.
+        compiled: False estimates analytically, without compilation.
+        calibration: a file of measurements on this kind of chip (`vlm bench train --save`).
+
+    Raises:
+        ConfigError: an unknown topology, no compiler for it, a calibration of another chip, or
+            a model that fits at no batch size.
+        ShardingError: the mesh does not fit the slice, or the batch the mesh.
+
+    Example:
+        >>> found = vlm.planning.plan(experiment, "h100:8", compiled=False)
+        >>> found.fits, found.memory.basis
+        (True, 'analytic')
+    """
+    if isinstance(topology, str):
+        topology = parse_topology(topology)
+    experiment = resolve(experiment)
+    e = with_dtype(experiment, "cpu" if topology.chip is None else topology.chip.platform)
+    if mesh is not None:
+        e = dataclasses.replace(e, mesh=parse_mesh(mesh) if isinstance(mesh, str) else mesh)
+    compiled = compiled and topology.compiles
+    if calibration and topology.chip is None:
+        raise ConfigError(f"{topology.name} has no published rates: leave --calibration out")
+    calibrated = calibration_of(topology.chip.name, calibration) if topology.chip else None
+    grid = plan_mesh(e, topology, compiled=compiled)
+    check_batch(e.batch_size, grid)
+    check_batch(e.micro_batch_size or e.batch_size, grid, "micro_batch_size")
+
+    abstract = abstract_state(e)
+    state, extra = state_bytes(abstract, grid), planned_supervision(e)
+    if extra.embedding is not None:
+        of_teacher = bytes_on(extra.embedding.parameters, grid)
+        state = dataclasses.replace(state, teacher=of_teacher)
+    check_state(state, topology, dict(grid.shape))
+    step = compile_step(e, grid) if isinstance(grid, Mesh) else None
+    memory, fits, refusal = _memory(e, topology, grid, state, step, loss=loss and compiled)
+    found, sent = [], {}
+    if isinstance(step, CompiledStep):
+        found = step.collectives
+        for c in found:
+            sent[c.place] = sent.get(c.place, 0.0) + c.sent
+    else:
+        whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract.params))
+        sent = analytic_traffic(e, whole, dict(grid.shape))
+    return Plan(
+        experiment=e,
+        topology=topology,
+        mesh=dict(grid.shape),
+        flops=step_flops(e, extra.supervision),
+        memory=memory,
+        collectives=found,
+        sent=sent,
+        roofline=_roofline(e, topology, state, step, sent, dict(grid.shape)) if fits else None,
+        calibration=calibrated,
+        state_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)),
+        fits=fits,
+        refusal=refusal,
+        largest=(
+            largest_batch(e, topology, grid, memory.limit)
+            if largest and isinstance(grid, Mesh)
+            else None
+        ),
+        compile_seconds=getattr(step, "seconds", None),
+        compiled_flops=(
+            sum(program.total_flops() for program in step.programs)
+            if isinstance(step, CompiledStep)
+            else None
+        ),
+    )
+
+
+def plan_mesh(experiment: Experiment, topology: Topology, *, compiled: bool) -> Mesh | AbstractMesh:
+    """Make the experiment's mesh over the devices of a slice; abstract without compilation.
+
+    Raises:
+        ShardingError: the sizes do not multiply to the number of devices.
+    """
+    try:
+        if compiled:
+            return make_mesh(experiment.mesh, topology_devices(topology))
+        sizes = mesh_sizes(experiment.mesh, topology.device_count, topology.slices)
+        return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    except ShardingError as error:
+        raise ShardingError(f"topology {topology.name}: {error}") from None
+
+
+def check_state(state: StateBytes, topology: Topology, mesh: dict[str, int]) -> None:
+    """Raise a ConfigError if parameters, gradients and optimizer exceed a chip's memory."""
+    if topology.chip is None:
+        return
+    limit = topology.chip.usable
+    needed = 2 * state.parameters + state.optimizer + state.averages + state.teacher
+    if needed <= limit:
+        return
+    ways = 2 ** math.ceil(math.log2(needed / limit * mesh["fsdp"] * 1.25))
+    if ways <= topology.device_count:
+        fix = f"shard them with --mesh fsdp={ways}"
+    else:
+        fix = "use more chips, chips with more memory, or optimizer adafactor without EMA"
+    raise ConfigError(
+        f"parameters, gradients and optimizer take {needed / 2**30:.1f} GiB of each device of "
+        f"{topology.name}, which has {limit / 2**30:.1f} usable: no batch fits, so {fix}"
+    )
+
+
+def _memory(
+    e: Experiment,
+    topology: Topology,
+    grid: Mesh | AbstractMesh,
+    state: StateBytes,
+    step: CompiledStep | DoesNotFit | None,
+    *,
+    loss: bool,
+) -> tuple[Memory, bool, str | None]:
+    limit = topology.chip.usable if topology.chip else None
+    if isinstance(step, CompiledStep):
+        memory = Memory(
+            basis="compiled",
+            activations=step.kept,
+            temporaries=step.temporaries,
+            loss=compile_loss(e, grid) if loss and isinstance(grid, Mesh) else None,
+            peak=step.peak,
+            limit=limit,
+            parameters=state.parameters,
+            optimizer=state.optimizer,
+            averages=state.averages,
+            teacher=state.teacher,
+        )
+        return memory, limit is None or step.peak <= limit, None
+    counted = analytic_memory(e, topology.chip, state, batch_ways(grid), grid.shape["tensor"])
+    known = step.used if step is not None else None
+    memory = Memory(
+        basis="compiled" if known else "analytic",
+        activations=counted.activations,
+        temporaries=counted.peak - counted.state,
+        loss=None,
+        peak=known or counted.peak,
+        limit=limit,
+        parameters=state.parameters,
+        optimizer=state.optimizer,
+        averages=state.averages,
+        teacher=state.teacher,
+    )
+    fits = step is None and (limit is None or counted.peak <= limit)
+    return memory, fits, None if step is None else step.message
+
+
+def _roofline(e, topology, state, step, sent, mesh) -> Roofline | None:
+    if topology.chip is None:
+        return None
+    if isinstance(step, CompiledStep):
+        return compiled_roofline(e, topology, state, step)
+    return analytic_roofline(e, topology, state, sent, mesh)
+
+
+def _ends(found: Range) -> list[float]:
+    return [found.low, found.high]
+
+
+__all__ = ["BASES", "Memory", "Plan", "model_flops", "plan"]

@@ -1,0 +1,287 @@
+"""Tables of plans and sweeps for the terminal, with the basis of each figure.
+
+`plan` is a `vlm.planning.Plan`, which uses these tables as its representation.
+"""
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vlm.config import RematPolicy
+from vlm.planning.calibration import Range
+from vlm.planning.needs import DECODES, Needs
+from vlm.planning.roofline import Prediction, Roofline
+
+BASES = {
+    "compiled": "read from the program compiled for this slice",
+    "analytic": "estimated analytically (no compilation) from the chip's published figures",
+    "estimate": "from round figures listed in vlm/planning/needs.py",
+    "expected": "a range, from the fraction of published rates that similar steps reached",
+}
+
+
+def show(plan: Any, console: Console, price: float | None = None) -> None:
+    """Print a plan; with the price of a chip-hour, also the cost."""
+    e, mesh = plan.experiment, " x ".join(f"{a} {n}" for a, n in plan.mesh.items() if n > 1)
+    console.print(
+        f"[bold]{escape(e.name)}[/] on {plan.topology.name} ({plan.topology.chips} chips, mesh "
+        f"{mesh or 'of 1'}): batch {e.batch_size:,}, {e.dtype}, remat {e.remat}",
+        highlight=False,
+    )
+    console.print(_memory(plan))
+    console.print(_flops(plan))
+    if plan.sent:
+        console.print(_communication(plan))
+    if plan.roofline and plan.prediction:
+        console.print(_time(plan.roofline, plan.prediction))
+        if needed := plan.needs(price):
+            console.print(_needs(needed))
+        if needed and needed.data_bound and needed.cores_limit:
+            console.print(
+                f"[bold red]Data-bound.[/] A host has {needed.cores_limit:.0f} cores, which decode "
+                f"about {needed.cores_limit * DECODES:,.0f} images/s; its chips consume "
+                f"{_of(needed.images_per_second, _count)}: prepare smaller images, or rent more "
+                "cores per chip (vlm bench data measures).",
+                highlight=False,
+            )
+    if plan.largest:
+        found = plan.largest
+        console.print(
+            f"largest batch that fits: [bold]{found.batch_size:,}[/] with remat {found.remat} "
+            f"({_size(found.peak)} per device; compiled, {len(found.tried)} tries)",
+            highlight=False,
+        )
+    if not plan.fits:
+        console.print(f"[bold red]This does not fit.[/] {_suggestions(plan)}", highlight=False)
+    console.print(
+        "\n".join(f"[dim]{name}: {meaning}[/]" for name, meaning in BASES.items()),
+        highlight=False,
+    )
+
+
+def show_sweep(plans: list[Any], console: Console) -> None:
+    """Print plans by pairs per second and chip, compiled and analytic ones in separate tables."""
+    for compiled, title in ((True, "compiled"), (False, "analytic estimates")):
+        rows = sorted((p for p in plans if p.compiled == compiled), key=order)
+        if rows:
+            console.print(_sweep_table(rows, title, wide=console.width >= 100))
+    console.print(f"[dim]expected: {BASES['expected']}[/]", highlight=False)
+
+
+def order(plan: Any) -> tuple:
+    """Sort key: compiled plans first, then those that fit, then by speed per chip."""
+    rate = plan.prediction.pairs_per_second_per_chip.middle if plan.prediction else 0.0
+    return not plan.compiled, not plan.fits, -rate
+
+
+def _sweep_table(plans: list[Any], title: str, *, wide: bool) -> Table:
+    table = Table(
+        title=f"{title}, by pairs per second and chip",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("topology", "mesh", "remat"):
+        table.add_column(name, no_wrap=True)
+    for name in ("batch", "mem", "step", "a chip", "MFU"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if wide:
+        table.add_column("sent", justify="right")
+        table.add_column("pairs/s", justify="right")
+        table.add_column("bound")
+    for p in plans:
+        sizes = "x".join(str(n) for n in p.mesh.values())
+        memory = f"{p.memory.share:.0%}" if p.memory.share else _size(p.memory.peak)
+        batch = _short(p.experiment.batch_size)
+        row = [p.topology.name, sizes, p.experiment.remat, batch, memory]
+        found = p.prediction
+        if found:
+            row += [_of(found.step_seconds, _short_time, "-")]
+            row += [_of(found.pairs_per_second_per_chip, _short, "-")]
+            row += [_of(found.mfu, "{:.0%}".format, "-")]
+        else:
+            row += ["" if p.fits else "too large", "", ""]
+        if wide:
+            row += [_size(sum(p.sent.values()))]
+            row += [_of(found.pairs_per_second, _count, "-")] if found else [""]
+            row += [p.roofline.bound] if p.roofline else [""]
+        table.add_row(*row)
+    return table
+
+
+def _memory(plan: Any) -> Table:
+    m = plan.memory
+    table = Table("memory of one device", title=None)
+    table.add_column("", justify="right")
+    table.add_column("basis")
+    table.add_row("parameters", _size(m.parameters), "compiled" if plan.collectives else "analytic")
+    table.add_row("optimizer", _size(m.optimizer), "analytic")
+    if m.averages:
+        table.add_row("EMA", _size(m.averages), "analytic")
+    if m.teacher:
+        table.add_row("the teacher's parameters", _size(m.teacher), "analytic")
+    table.add_row("temporaries", _size(m.temporaries), m.basis)
+    if m.activations is not None:
+        table.add_row("  of which saved by the layers", _size(m.activations), m.basis)
+    if m.loss is not None:
+        table.add_row("  of the loss, compiled separately", _size(m.loss), "compiled")
+    table.add_row("[bold]peak[/]", f"[bold]{_size(m.peak)}[/]", m.basis)
+    if m.limit:
+        table.add_row(f"share of {_size(m.limit)} usable", _percent(m.share), m.basis)
+    return table
+
+
+def _flops(plan: Any) -> Table:
+    model = sum(p.model for p in plan.flops.values())
+    executed = sum(p.executed for p in plan.flops.values())
+    table = Table("FLOPs of a step (analytic)")
+    for name in ("forward", "backward", "recomputed", "share"):
+        table.add_column(name, justify="right")
+    for name, part in plan.flops.items():
+        table.add_row(
+            name,
+            _flop(part.forward),
+            _flop(part.backward),
+            _flop(part.recomputed) if part.recomputed else "",
+            _percent(part.executed / executed),
+        )
+    table.add_section()
+    table.add_row("[bold]model FLOPs[/]", _flop(model))
+    table.add_row("[bold]executed FLOPs (with recomputation)[/]", _flop(executed))
+    return table
+
+
+def _communication(plan: Any) -> Table:
+    if not plan.collectives:
+        table = Table("communication (analytic)")
+        table.add_column("sent by each device", justify="right")
+        for place, sent in plan.sent.items():
+            table.add_row(place, _size(sent))
+        return table
+    table = Table("communication (compiled)", "kind", "over")
+    for name in ("runs", "sent"):
+        table.add_column(name, justify="right")
+    for c in plan.collectives:
+        if c.sent < 1e-4 * sum(plan.sent.values()):
+            continue
+        axes = "slices" if c.between_slices else " x ".join(c.axes)
+        table.add_row(c.place, c.kind, axes, f"{c.count:,}", _size(c.sent))
+    return table
+
+
+def _time(r: Roofline, expected: Prediction) -> Table:
+    table = Table("time of a step")
+    table.add_column("", justify="right")
+    table.add_column("basis")
+    table.add_row("arithmetic", _time_of(r.compute), r.basis)
+    table.add_row("memory traffic", _time_of(r.memory), r.basis)
+    table.add_row("communication", _time_of(r.interconnect), r.basis)
+    table.add_row("instructions in sequence", _time_of(r.operations), r.basis)
+    table.add_row("exposed communication", _time_of(r.exposed), r.basis)
+    table.add_row(
+        f"[bold]step, bound by {r.bound}[/]",
+        f"[bold]{_of(expected.step_seconds, _time_of)}[/]",
+        "expected",
+    )
+    table.add_row("pairs/s", _of(expected.pairs_per_second, _count), "expected")
+    per_chip = _of(expected.pairs_per_second_per_chip, _count)
+    table.add_row("pairs/s per chip", per_chip, "expected")
+    table.add_row("MFU", _of(expected.mfu, _percent), "expected")
+    table.caption = expected.evidence
+    return table
+
+
+def _needs(n: Needs) -> Table:
+    table = Table("the run", title=None)
+    table.add_column("", justify="right")
+    table.add_column("basis")
+    if n.seconds:
+        what = f"time to {n.examples:,} examples" if n.examples else "time"
+        table.add_row(what, _of(n.seconds, _long_time), "expected")
+    if n.chip_hours:
+        table.add_row("chip-hours", _of(n.chip_hours, _count), "expected")
+    if n.cost:
+        table.add_row("cost", _of(n.cost, _count), "expected")
+    table.add_row("checkpoint", _size(n.checkpoint_bytes), "analytic")
+    table.add_row("  write time, during training", _time_of(n.checkpoint_seconds), "estimate")
+    table.add_section()
+    of = f" of {_size(n.host_memory_limit)}" if n.host_memory_limit else ""
+    hosts = f"{n.hosts} hosts, each" if n.hosts > 1 else "the host"
+    table.add_row(f"{hosts}: memory", f"{_size(n.host_memory)}{of}", "estimate")
+    table.add_row("  images/s", _of(n.images_per_second, _count), "expected")
+    table.add_row("  MB/s", _of(n.bytes_per_second.scaled(1e-6), _count), "estimate")
+    of = f" of {n.cores_limit:.0f}" if n.cores_limit else ""
+    table.add_row("  cores", f"{_of(n.cores, _count)}{of}", "estimate")
+    return table
+
+
+def _of(found: Range, text: Callable[[float], str], to: str = " to ") -> str:
+    """Format a range such as "137 to 206 ms", with a shared unit once."""
+    low, high = text(found.low), text(found.high)
+    if low == high:
+        return low
+    number, _, unit = low.partition(" ")
+    if unit and high.endswith(f" {unit}"):
+        return f"{number}{to}{high}"
+    if low.endswith("%"):
+        return f"{low[:-1]}{to}{high}"
+    return f"{low}{to}{high}"
+
+
+def _suggestions(plan: Any) -> str:
+    e = plan.experiment
+    options = []
+    policies = get_args(RematPolicy)
+    if e.remat != policies[-1]:
+        options.append(f"--remat {policies[policies.index(e.remat) + 1]}")
+    if e.micro_batch_size is None:
+        options.append(f"--micro-batch-size {e.batch_size // 2}")
+    if plan.mesh.get("fsdp", 1) == 1 and plan.topology.device_count > 1:
+        options.append("a mesh with fsdp")
+    return f"Try {', '.join(options)}, or a smaller batch." if options else "Try a smaller batch."
+
+
+def _size(n: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n >= size:
+            return f"{n / size:,.2f} {unit}"
+    return f"{n:.0f} B"
+
+
+def _flop(n: float) -> str:
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if n >= size:
+            return f"{n / size:,.4g} {unit}FLOP"
+    return f"{n:.0f} FLOP"
+
+
+def _time_of(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def _long_time(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} seconds"
+
+
+def _count(n: float) -> str:
+    return f"{n:,.0f}" if n >= 10 else f"{n:.2g}"
+
+
+def _short_time(seconds: float) -> str:
+    number, unit = (seconds, "s") if seconds >= 1 else (1e3 * seconds, "ms")
+    return f"{number:.0f} {unit}" if number >= 10 else f"{number:.2g} {unit}"
+
+
+def _short(n: float) -> str:
+    return f"{n / 1e3:,.0f}k" if n >= 10_000 else _count(n)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"

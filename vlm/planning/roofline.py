@@ -1,0 +1,196 @@
+"""Roofline model of a step: its time at published rates, and its bottleneck.
+
+Instructions run one after another, each for the longer of its arithmetic and its memory traffic at
+published rates. The loss ring overlaps with the tiles that it feeds; all other communication is
+counted as exposed, the worst case. `vlm.planning.calibration` has the fraction of the published
+rates that is reached.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from vlm.chips import Chip
+from vlm.config import Experiment, ModelConfig, ViTConfig
+from vlm.models.flops import model_flops
+from vlm.planning.analytic import analytic_operations, unit_padding
+from vlm.planning.calibration import Calibration, Range
+from vlm.planning.collectives import LOSS_RING, TENSOR, Collective
+from vlm.planning.compile import CompiledStep, StateBytes
+from vlm.planning.hlo import prefetches
+from vlm.planning.supervision import planned_supervision
+from vlm.planning.topology import Topology
+
+# Kernel launches of a GPU per layer, forward and backward, and seconds per launch. A TPU's step is
+# one program. Both are estimates that matter only for small models.
+LAUNCHES, LAUNCH_SECONDS = 60, 4e-6
+# Fraction of NVLink's rate that tensor-parallel sums reach, from ViT G/14 on 4 GPUs against 1
+# (JAX-Toolbox; 8 GPUs fit too).
+TENSOR_SHARE = 0.22
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds of one step per chip, at the published rates."""
+
+    compute: float  # arithmetic, padded to whole matrix units
+    memory: float  # memory traffic
+    interconnect: float  # communication
+    operations: float  # sum over instructions of the longer of arithmetic and memory
+    exposed: float  # communication that is not overlapped
+    launches: float  # kernel launches
+    basis: Literal["compiled", "analytic"]
+
+    @property
+    def waiting(self) -> float:
+        """Time of memory-bound work, beyond arithmetic."""
+        return max(0.0, self.operations - self.compute)
+
+    @property
+    def seconds(self) -> float:
+        """Lower bound of the step time at published rates."""
+        return max(self.operations, self.launches) + self.exposed
+
+    def predicted(self, calibration: Calibration) -> Range:
+        """Expected range of the step time."""
+        shares = calibration.shares
+        operations = self.compute / shares.arithmetic + self.waiting / shares.memory
+        return calibration.seconds(max(operations, self.launches) + self.exposed)
+
+    @property
+    def bound(self) -> str:
+        """Bottleneck: compute, memory, interconnect or launches."""
+        shares = {
+            "compute": self.compute,
+            "memory": self.waiting,
+            "interconnect": self.exposed,
+            "launches": self.launches if self.launches > self.operations else 0.0,
+        }
+        return max(shares, key=lambda name: shares[name])
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Expected time and throughput as ranges, with the evidence for their width."""
+
+    step_seconds: Range
+    pairs_per_second: Range
+    pairs_per_second_per_chip: Range
+    mfu: Range
+    evidence: str
+
+
+def compiled_roofline(
+    experiment: Experiment, topology: Topology, state: StateBytes, step: CompiledStep
+) -> Roofline:
+    """Compute the roofline of a compiled step, instruction by instruction.
+
+    The program does not show the time of elementwise work that is fused into products. So the
+    analytic estimate of memory-bound work is used where it is larger.
+    """
+    chip = topology.rated_chip
+    flops_rate = chip.flops / chip.devices
+    memory_rate = chip.memory_rate / chip.devices
+    compute = memory = operations = loss = 0.0
+    model = experiment.model
+    blocks = model.vision if isinstance(model.vision, ViTConfig) else model.text
+    kernel_padding = unit_padding(blocks.width // blocks.heads, chip.unit)
+    walked = ((program, *found) for program in step.programs for found in program.walk())
+    for program, instruction, computation, times in walked:
+        arithmetic = times * program.flops(instruction, computation) / flops_rate
+        if "tpu_custom_call" in instruction.text:  # attention: a head may fill only part of a unit
+            arithmetic *= kernel_padding
+        traffic = times * program.memory_bytes(instruction, computation) / memory_rate
+        compute, memory = compute + arithmetic, memory + traffic
+        if prefetches(instruction):
+            continue
+        operations += max(arithmetic, traffic)
+        if "shard_map" in instruction.op_name:
+            loss += max(arithmetic, traffic)
+    ring = sum(_seconds(c, topology) for c in step.collectives if c.place == LOSS_RING)
+    rest = sum(_seconds(c, topology) for c in step.collectives if c.place != LOSS_RING)
+    exposed = rest + max(0.0, ring - loss)
+    _, vector = analytic_operations(experiment, chip, topology.chips, state)
+    # Prefetched data still takes memory bandwidth.
+    operations = max(operations, memory, compute + vector)
+    return Roofline(compute, memory, ring + rest, operations, exposed, 0.0, "compiled")
+
+
+def analytic_roofline(
+    experiment: Experiment,
+    topology: Topology,
+    state: StateBytes,
+    sent: dict[str, float],
+    mesh: dict[str, int],
+) -> Roofline:
+    """Compute the roofline of a step from analytic estimates."""
+    chip, chips = topology.rated_chip, topology.chips
+    compute, memory = analytic_operations(experiment, chip, chips, state)
+    ring = sent.get(LOSS_RING, 0.0) / _ring_rate(chip, topology)
+    rest = 0.0
+    for place, amount in sent.items():
+        if place == LOSS_RING:
+            continue
+        if place == TENSOR:  # among neighbours
+            rest += _group_seconds(amount, mesh["tensor"], topology) / TENSOR_SHARE
+        else:
+            rest += _group_seconds(amount, topology.device_count, topology)
+    share = 6 * experiment.batch_size**2 * experiment.model.embed_dim / chips / chip.flops
+    exposed = rest + max(0.0, ring - share)
+    launches = 0.0
+    if chip.platform == "gpu":
+        layers = _layers(experiment.model)
+        if experiment.objective == "classification":
+            layers = getattr(experiment.model.vision, "depth", 0)
+        if (teacher := planned_supervision(experiment).supervision.teacher) is not None:
+            layers += _layers(teacher) / 3  # forward only
+        launches = layers * LAUNCHES * LAUNCH_SECONDS
+    return Roofline(compute, memory, ring + rest, compute + memory, exposed, launches, "analytic")
+
+
+def _layers(model: ModelConfig) -> int:
+    return sum(getattr(tower, "depth", 0) for tower in (model.vision, model.text))
+
+
+def mfu(experiment: Experiment, topology: Topology, seconds: float) -> float:
+    """Model FLOPs utilisation (arXiv:2204.02311, appendix B) of a step that takes `seconds`."""
+    flops = model_flops(experiment, planned_supervision(experiment).supervision)
+    return flops / (seconds * topology.chips * topology.rated_chip.flops)
+
+
+def _seconds(collective: Collective, topology: Topology) -> float:
+    chip = topology.rated_chip
+    if collective.between_slices:
+        return collective.sent / (chip.network / chip.devices)
+    if collective.kind == "collective-permute":
+        return collective.sent / _ring_rate(chip, topology)
+    return _group_seconds(collective.sent, collective.group, topology)
+
+
+def _ring_rate(chip: Chip, topology: Topology) -> float:
+    """Bandwidth to one neighbour: one link of a torus, or all links of a switch."""
+    if chip.platform == "gpu" and topology.chips > chip.box:
+        # One GPU of a node sends to the next node over all network adapters.
+        return min(chip.link_rate, chip.box * chip.network)
+    return chip.link_rate / chip.devices
+
+
+def _group_seconds(sent: float, group: int, topology: Topology) -> float:
+    """Seconds of a reduction or gather over `group` devices that each send `sent` bytes.
+
+    GPUs reduce within their node first, then each sends its part to other nodes (NCCL's trees and
+    rings over all adapters). On a torus, both directions of every dimension of the group are used.
+    A dimension without wrap-around has half the rate, and a group smaller than the slice is
+    assumed to span one dimension.
+    """
+    chip = topology.rated_chip
+    if chip.platform == "gpu":
+        inside = sent / chip.link_rate if chip.box > 1 else 0.0
+        return inside + (sent / chip.box / chip.network if group > chip.box else 0.0)
+    wraps = 16 if chip.dimensions == 2 else 4
+    spans = [n for n in topology.shape if n > 1] or [1]
+    links = [2 if n % wraps == 0 else 1 for n in spans]
+    whole = group == math.prod(topology.shape) * chip.devices
+    total = sum(links) if whole else max(links)
+    # Devices of one chip reduce first, so links carry the bytes of a chip once.
+    return sent / (total * chip.link_rate)

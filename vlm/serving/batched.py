@@ -1,0 +1,248 @@
+"""Thread-safe bundle with dynamic batching across its callers."""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float32
+
+from vlm.bundle import Bundle
+from vlm.errors import DataError
+from vlm.inputs.opening import ImageLike, OnError, one_or_many
+from vlm.inputs.preprocess import Preprocess
+from vlm.models.text import LENGTH_STEP, shortened
+from vlm.serving.batching import Batcher, Observe
+
+TEXT_CACHE_SIZE = 4096  # cached text embeddings, for labels and repeated queries
+
+
+class Kind(NamedTuple):
+    """Key of a batch: the tower and the sequence length of its items."""
+
+    tower: Literal["image", "text"]
+    length: int  # tokens of a text, or patches of a NaFlex image, else 0
+
+
+class Batched:
+    """`Bundle` for servers: encoders for many threads, with dynamic batching.
+
+    A thread pool decodes images and tokenizes texts; one thread owns the device. Heads accept it in
+    place of a bundle.
+
+    Args:
+        bundle: a model from `vlm.load`, with one tower or both.
+        max_batch: maximum items per batch, rounded down to a power of two; by default 32 on a CPU,
+            else 256.
+        decoders: number of decoding threads; by default one for each core.
+        max_pixels: maximum size of an image before resizing.
+        seconds: timeout of the blocking calls.
+        observe: callback for every batch: its `Kind`, number of items, and seconds.
+
+    Example:
+        >>> from vlm.serving import Batched
+        >>> Batched.__name__
+        'Batched'
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        max_batch: int | None = None,
+        decoders: int | None = None,
+        max_pixels: int | None = None,
+        seconds: float = 30.0,
+        observe: Observe | None = None,
+    ):
+        self.bundle, self.seconds = bundle, seconds
+        if max_batch is None:
+            max_batch = 32 if jax.default_backend() == "cpu" else 256
+        self.max_batch = 1 << (max(1, max_batch).bit_length() - 1)
+        config = bundle.preprocess.config
+        bound = {} if max_pixels is None else {"max_pixels": max_pixels}
+        self.preprocess = Preprocess(config, **bound)
+        self.decoders = ThreadPoolExecutor(decoders or os.cpu_count() or 1, "vlm-decode")
+        sizes = [1 << i for i in range(self.max_batch.bit_length())]
+        self.batcher = Batcher(self._compute, sizes, observe)
+        self._lengths = self._text_lengths()
+        self._text_cache: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._text_lock = threading.Lock()
+
+    # ---------------------------------------------------------------- interface of `Bundle`
+
+    name = property(lambda self: self.bundle.name)
+    loss = property(lambda self: self.bundle.loss)
+    config = property(lambda self: self.bundle.config)
+    tokenizer = property(lambda self: self.bundle.tokenizer)
+    embed_dim = property(lambda self: self.bundle.embed_dim)
+    logit_scale = property(lambda self: self.bundle.logit_scale)
+    logit_bias = property(lambda self: self.bundle.logit_bias)
+    fingerprint = property(lambda self: self.bundle.fingerprint)
+
+    def encode_image(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        batch_size: int | None = None,
+        *,
+        on_error: OnError | None = None,
+    ) -> Float32[np.ndarray, "n d"]:
+        """See `Bundle.encode_image`; `batch_size` is ignored, since the batcher chooses it."""
+        futures = [self.image(x, f"image {i}") for i, x in enumerate(one_or_many(images))]
+        rows = [np.zeros((0, self.embed_dim), np.float32)]
+        for number, future in enumerate(futures):
+            try:
+                rows.append(future.result(self.seconds)[None])
+            except DataError as error:
+                if on_error is None:
+                    raise
+                on_error(number, error)
+        return np.concatenate(rows)
+
+    def encode_text(
+        self, texts: str | Iterable[str], batch_size: int | None = None
+    ) -> Float32[np.ndarray, "n d"]:
+        """See `Bundle.encode_text`; embeddings of recent texts are cached."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        with self._text_lock:
+            known = {text: self._text_cache[text] for text in texts if text in self._text_cache}
+        fresh = [text for text in dict.fromkeys(texts) if text not in known]
+        # At most one batch at a time, so that a caller with many labels does not block others.
+        for start in range(0, len(fresh), self.max_batch):
+            part = fresh[start : start + self.max_batch]
+            for text, future in zip(part, self.texts(part), strict=True):
+                known[text] = future.result(self.seconds)
+        with self._text_lock:
+            for text in texts:
+                self._text_cache[text] = known[text]
+                self._text_cache.move_to_end(text)
+            while len(self._text_cache) > TEXT_CACHE_SIZE:
+                self._text_cache.popitem(last=False)
+        rows = [known[text][None] for text in texts]
+        return np.concatenate([np.zeros((0, self.embed_dim), np.float32), *rows])
+
+    # ------------------------------------------------------------------- asynchronous calls
+
+    def image(
+        self,
+        image: ImageLike | Callable[[], ImageLike],
+        name: str = "the image",
+        *,
+        first: bool = False,
+    ) -> Future:
+        """Return the future embedding of an image, or of the result of a function.
+
+        The function runs on a decoding thread. `first` puts the image ahead of the queue.
+        """
+        self.bundle._check_tower(self.bundle.model.vision, "image")
+        future: Future = Future()
+
+        def prepare() -> None:
+            if future.cancelled():
+                return
+            try:
+                pixels = self.preprocess.pixels(image() if callable(image) else image, name)
+                self.batcher.submit(self._image_kind(pixels), pixels, future, first=first)
+            except Exception as error:
+                set_error(future, error)
+
+        self.decoders.submit(prepare)
+        return future
+
+    def texts(self, texts: Sequence[str], *, first: bool = False) -> list[Future]:
+        """Return the future embeddings of texts; `first` puts them ahead of the queue."""
+        self.bundle._check_tower(self.bundle.model.text, "text")
+        futures = [Future() for _ in texts]
+
+        def prepare() -> None:
+            try:
+                tokens = self.tokenizer(list(texts))
+                for row, future in zip(tokens, futures, strict=True):
+                    needed = shortened(row[None], self.config.text).shape[1]
+                    length = next(length for length in self._lengths if length >= needed)
+                    kind = Kind("text", length)
+                    self.batcher.submit(kind, row[:length], future, first=first)
+            except Exception as error:
+                for future in futures:
+                    set_error(future, error)
+
+        self.decoders.submit(prepare)
+        return futures
+
+    def warm_up(self, progress: Callable[[str], None] = lambda message: None) -> None:
+        """Compile all batch shapes, so that no request waits for compilation."""
+        for kind in self.kinds():
+            progress(f"{kind.tower}s{f' of {kind.length}' if kind.length else ''}")
+            self.batcher.warm_up(kind, self._example(kind))
+
+    def kinds(self) -> list[Kind]:
+        """Return all possible batch keys."""
+        kinds = []
+        if self.bundle.model.vision is not None:
+            kinds += [Kind("image", length) for length in self._patch_lengths()]
+        if self.bundle.model.text is not None:
+            kinds += [Kind("text", length) for length in self._lengths]
+        return kinds
+
+    def close(self) -> None:
+        """Finish pending work and stop the threads."""
+        self.decoders.shutdown(wait=True)
+        self.batcher.close()
+
+    # ---------------------------------------------------------------------------- batches
+
+    def _compute(self, kind: Kind, items: list[np.ndarray]) -> np.ndarray:
+        if kind.tower == "image":
+            return self.bundle.encode_pixels(self.preprocess.collate(items))
+        return self.bundle.encode_tokens(np.stack(items))
+
+    def _image_kind(self, pixels: np.ndarray) -> Kind:
+        lengths = self._patch_lengths()
+        if lengths == [0]:
+            return Kind("image", 0)
+        patch = self.preprocess.config.patch_size
+        patches = (pixels.shape[0] // patch) * (pixels.shape[1] // patch)
+        return Kind("image", next(length for length in lengths if length >= patches))
+
+    def _patch_lengths(self) -> list[int]:
+        from vlm.inputs.naflex import STEP
+
+        config = self.preprocess.config
+        if config.resize != "naflex":
+            return [0]
+        assert config.max_patches is not None  # of NaFlex
+        last = -(-config.max_patches // STEP) * STEP
+        return list(range(STEP, last + 1, STEP))
+
+    def _text_lengths(self) -> list[int]:
+        """Return the padded text lengths: powers of two times the step, and the context length."""
+        longest = self.tokenizer.config.context_length
+        text = self.config.text
+        # A tower that attends to all positions cannot be given shorter rows.
+        probe = np.full((1, longest), text.end_id if text.end_id is not None else 0, np.int32)
+        if shortened(probe, text).shape[1] == longest:
+            return [longest]
+        lengths = []
+        while LENGTH_STEP << len(lengths) <= longest / 1.5:
+            lengths.append(LENGTH_STEP << len(lengths))
+        return [*lengths, longest]
+
+    def _example(self, kind: Kind) -> np.ndarray:
+        """Return a dummy item of a kind, for compilation."""
+        if kind.tower == "text":
+            return np.zeros(kind.length, np.int32)
+        config = self.preprocess.config
+        if not kind.length:
+            return np.zeros((config.image_size, config.image_size, 3), np.uint8)
+        assert config.patch_size is not None  # of NaFlex
+        return np.zeros((config.patch_size, kind.length * config.patch_size, 3), np.uint8)
+
+
+def set_error(future: Future, error: Exception) -> None:
+    """Set an error on a pending future, unless it was cancelled."""
+    if future.set_running_or_notify_cancel():
+        future.set_exception(error)

@@ -1,0 +1,83 @@
+"""`/v1/classify`: zero-shot classification with the labels of the request."""
+
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter
+
+from vlm.heads.zero_shot import Classification, ZeroShotClassifier
+from vlm.serving.limits import RequestError
+from vlm.serving.protocol import Classified, ClassifyAnswer, ClassifyRequest, Score
+from vlm.serving.service import Service, as_request_error, outcomes
+
+MAX_PROMPTS = 4096  # labels times templates
+
+
+def routes(service: Service, templates: tuple[str, ...]) -> APIRouter:
+    router = APIRouter(prefix="/v1", tags=["classify"])
+
+    @router.post("/classify")
+    async def classify(body: ClassifyRequest) -> ClassifyAnswer:
+        """Return the scored labels of each image, best first."""
+        service.check_model(body.model)
+        for tower in ("image", "text"):
+            service.check_tower(tower)
+        service.check_count(len(body.images), "images")
+        prompts = body.templates or templates
+        if len(body.labels) * len(prompts) > MAX_PROMPTS:
+            raise RequestError(
+                f"{len(body.labels)} labels x {len(prompts)} templates exceed the limit of "
+                f"{MAX_PROMPTS:,} prompts: send fewer",
+                413,
+                "too_many_labels",
+            )
+        for text in (*body.labels, *prompts, *([body.none] if body.none else [])):
+            service.checked_text(text, "a label or template")
+
+        async def work() -> tuple[ZeroShotClassifier, list[Any]]:
+            answers = [
+                _embedding(service, image, f"item {i}") for i, image in enumerate(body.images)
+            ]
+            classifier = await service.in_thread(
+                lambda: ZeroShotClassifier(
+                    service.model, body.labels, prompts, body.none or None, body.multi_label
+                )
+            )
+            return classifier, await outcomes(answers)
+
+        classifier, found = await service.admit(len(body.images) + 1, work)
+        if all(isinstance(row, Exception) for row in found):
+            raise as_request_error(found[0], "item 0")
+        rows = [row for row in found if not isinstance(row, Exception)]
+        logits = classifier.logits(np.stack(rows))
+        scored = Classification(classifier.labels, logits, classifier.rule)
+        tops = iter(scored.top(body.top or len(scored.labels)))
+        data = []
+        for i, row in enumerate(found):
+            if isinstance(row, Exception):
+                data.append(service.failed(i, row))
+            else:
+                scores = [Score(label=label, score=score) for label, score in next(tops)]
+                data.append(Classified(index=i, labels=scores))
+        return ClassifyAnswer(model=service.name, rule=classifier.rule, data=data)
+
+    return router
+
+
+def _embedding(service: Service, image: str | int, name: str) -> Future | RequestError:
+    """Return the future embedding of a data URL or of an item of the index."""
+    try:
+        if isinstance(image, str):
+            return service.image(image, name)
+        if service.gallery is None:
+            raise RequestError(
+                f"{name} is an item number, but the server has no index: send an image",
+                400,
+                "no_index",
+            )
+        answer: Future = Future()
+        answer.set_result(service.gallery.index.embeddings([service.gallery.id(image)])[0])
+        return answer
+    except RequestError as error:
+        return error

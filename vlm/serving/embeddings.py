@@ -1,0 +1,69 @@
+"""`/v1/embeddings`: embeddings of texts and images, compatible with the OpenAI API."""
+
+import base64
+
+import numpy as np
+from fastapi import APIRouter
+
+from vlm.serving.limits import RequestError
+from vlm.serving.protocol import (
+    Embedding,
+    EmbeddingsAnswer,
+    EmbeddingsRequest,
+    Usage,
+)
+from vlm.serving.service import Service, as_request_error, outcomes, parts_of
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(prefix="/v1", tags=["embeddings"])
+
+    @router.post("/embeddings")
+    async def embeddings(body: EmbeddingsRequest) -> EmbeddingsAnswer:
+        """Return the unit-norm embedding of each text and image.
+
+        An item that fails is an error object in the list. The request fails only if all items fail.
+        """
+        service.check_model(body.model)
+        if body.dimensions not in (None, service.model.embed_dim):
+            raise RequestError(
+                f"the embeddings of {service.name} have {service.model.embed_dim} dimensions: "
+                "omit the field dimensions",
+                400,
+                "invalid_dimensions",
+            )
+        items = body.input if isinstance(body.input, list) else [body.input]
+        service.check_count(len(items))
+        found = await service.admit(len(items), lambda: outcomes(service.submit(items)))
+        if all(isinstance(row, Exception) for row in found):
+            raise as_request_error(found[0], "item 0")
+        data = []
+        for i, row in enumerate(found):
+            if isinstance(row, Exception):
+                data.append(service.failed(i, row))
+            else:
+                data.append(
+                    Embedding(index=i, embedding=encode_embedding(row, body.encoding_format))
+                )
+        texts = [
+            text
+            for item, row in zip(items, found, strict=True)
+            if not isinstance(row, Exception) and (text := parts_of(item, "")[0]) is not None
+        ]
+        tokens = _count_tokens(service, texts)
+        usage = Usage(prompt_tokens=tokens, total_tokens=tokens)
+        return EmbeddingsAnswer(model=service.name, data=data, usage=usage)
+
+    return router
+
+
+def encode_embedding(row: np.ndarray, encoding: str) -> list[float] | str:
+    """Return an embedding as a list of floats, or as base64 of little-endian float32."""
+    if encoding == "float":
+        return row.tolist()
+    return base64.b64encode(row.astype("<f4").tobytes()).decode()
+
+
+def _count_tokens(service: Service, texts: list[str]) -> int:
+    longest = service.model.tokenizer.config.context_length
+    return sum(min(length, longest) for length in service.model.tokenizer.lengths(texts))

@@ -1,0 +1,88 @@
+"""`/v1/explain`: heat map of the image regions that match a text."""
+
+import asyncio
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter
+from PIL import Image
+
+from vlm.bundle import Bundle
+from vlm.errors import DataError
+from vlm.heads.zero_shot import to_scores
+from vlm.serving.image_input import image_bytes
+from vlm.serving.limits import RequestError
+from vlm.serving.protocol import ExplainAnswer, ExplainRequest, Token
+from vlm.serving.service import Service
+
+IMAGE_SIDE = 1024  # pixels; larger images are downscaled first
+MAP_SIDE = 64  # maximum side of the heat map in the answer
+
+
+def explain_image(bundle: Bundle, image: Image.Image, text: str) -> ExplainAnswer:
+    """Run `vlm.explain` on one image and one text, and return the answer's body."""
+    from vlm.explanation.heat_map import explain
+
+    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+    found = explain(bundle, image, text)
+    heat = Image.fromarray(found.heat.astype(np.float32))
+    heat.thumbnail((MAP_SIDE, MAP_SIDE), Image.Resampling.BOX, reducing_gap=None)
+    probability = None
+    if bundle.loss == "sigmoid":
+        probability = float(to_scores(np.array([found.logit]), "sigmoid")[0])
+    return ExplainAnswer(
+        model=bundle.name,
+        score=found.cosine,
+        probability=probability,
+        heat=np.round(np.asarray(heat, np.float64), 4).tolist(),
+        tokens=[Token(token=token, weight=float(weight)) for token, weight in found.tokens],
+    )
+
+
+def warm_up(bundle: Bundle) -> None:
+    """Compile the heat-map computation, since compilation may exceed the request timeout."""
+    if bundle.model.vision is not None and bundle.model.text is not None:
+        side = bundle.config.vision.image_size
+        explain_image(bundle, Image.new("RGB", (side, side)), "a cat")
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(prefix="/v1", tags=["explain"])
+    one_at_a_time = asyncio.Lock()  # a heat map takes as long as many embeddings
+
+    @router.post("/explain")
+    async def explain(body: ExplainRequest) -> ExplainAnswer:
+        """Return a heat map of the image regions that match the text."""
+        service.check_model(body.model)
+        for tower in ("image", "text"):
+            service.check_tower(tower)
+        text = service.checked_text(body.text, "the text")
+
+        async def work() -> ExplainAnswer:
+            image = await service.in_thread(lambda: _open_image(service, body.image))
+            async with one_at_a_time:
+                bundle = service.model.bundle
+                return await service.in_thread(lambda: explain_image(bundle, image, text))
+
+        answer = await service.admit(1, work)
+        return answer.model_copy(update={"model": service.name})
+
+    return router
+
+
+def _open_image(service: Service, image: str | int) -> Any:
+    """Return a PIL image from a data URL or from an item of the index."""
+    if isinstance(image, str):
+        data = image_bytes(image, service.limits, "the image")
+        return service.model.preprocess.open(data, "the image")
+    if service.gallery is None:
+        raise RequestError(
+            "image is an item number, but the server has no index: send an image", 400, "no_index"
+        )
+    file = service.gallery.file(image)
+    try:
+        if file is None:
+            raise DataError(f"item {image:,} has no image file on the server")
+        return service.model.preprocess.open(file)
+    except DataError as error:
+        raise RequestError(str(error), 404, "no_picture") from None

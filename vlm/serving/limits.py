@@ -1,0 +1,91 @@
+"""Request limits, admission control, and the error of a rejected request."""
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from vlm.errors import ConfigError, VlmError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits per request and for all requests in flight; a request over a limit gets a 4xx error.
+
+    Attributes:
+        body_bytes: maximum size of a request body; 16 MiB holds an image of 12 MiB in base64.
+        items: maximum number of images and texts of a request.
+        pixels: maximum size of an image before resizing; 32 million take 96 MiB once decoded.
+        characters: maximum length of a text.
+        waiting: maximum number of unanswered items over all requests; further requests get 429.
+        waiting_bytes: maximum size of all request bodies in memory; further requests get 429.
+        seconds: timeout for an answer, and for the arrival of a body.
+        urls: whether images may be http(s) URLs, which the server fetches.
+
+    Example:
+        >>> vlm.serving.Limits(items=8).items
+        8
+    """
+
+    body_bytes: int = 16 << 20
+    items: int = 256
+    pixels: int = 32_000_000
+    characters: int = 16_384
+    waiting: int = 256
+    waiting_bytes: int = 256 << 20
+    seconds: float = 30.0
+    urls: bool = False
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not isinstance(value, bool) and not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"the limit {name} is {value}: it must be finite and above 0")
+
+
+class RequestError(VlmError):
+    """Rejection of a request, or of one of its items, with an HTTP status and an error code.
+
+    Args:
+        message: one sentence that names the fix.
+        status: the HTTP status.
+        code: machine-readable error code, such as "image_too_large".
+        retry_after: seconds after which the client should retry.
+    """
+
+    def __init__(self, message: str, status: int, code: str, retry_after: float | None = None):
+        super().__init__(message)
+        self.status, self.code, self.retry_after = status, code, retry_after
+
+
+class Admission:
+    """Counter of items or bytes in flight, with an upper limit."""
+
+    def __init__(self, limit: int, unit: str):
+        self._limit, self._unit = limit, unit
+        self._lock = threading.Lock()
+        self.in_flight = 0
+
+    @contextmanager
+    def admit(self, count: int, retry_after: float = 1.0) -> Iterator[None]:
+        """Count `count` as in flight while the block runs.
+
+        Raises:
+            RequestError: over the limit (429). A single request is always admitted when the server
+                is idle.
+        """
+        with self._lock:
+            if self.in_flight and self.in_flight + count > self._limit:
+                raise RequestError(
+                    f"the server is busy: {self.in_flight:,} {self._unit} are in flight, and the "
+                    f"limit is {self._limit:,}; retry later",
+                    429,
+                    "busy",
+                    retry_after,
+                )
+            self.in_flight += count
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.in_flight -= count

@@ -1,0 +1,113 @@
+"""`/v1/search`, `/v1/index` and `/v1/items`: search an index and show its items."""
+
+import time
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+from fastapi import Query as Parameter
+from fastapi.responses import Response
+
+from vlm.heads.filters import Condition
+from vlm.heads.query import Query
+from vlm.serving.gallery import SIZES, Gallery
+from vlm.serving.limits import RequestError
+from vlm.serving.protocol import Found, IndexAnswer, SearchAnswer, SearchRequest, Term
+from vlm.serving.service import Service, as_request_error, outcomes
+
+Number = Annotated[int, Path(ge=0, le=1 << 40, description="Item number in the index.")]
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(prefix="/v1", tags=["search"])
+
+    @router.post("/search")
+    async def search(body: SearchRequest) -> SearchAnswer:
+        """Return the nearest items to a text, an image, an item, or a weighted sum of them."""
+        gallery = _gallery(service)
+        service.check_model(body.model)
+        start = time.perf_counter()
+        terms = [Term(text=body.query)] if isinstance(body.query, str) else body.query
+        service.check_count(len(terms), "terms")
+        excluded = [term.item for term in terms if term.item is not None and term.weight > 0]
+
+        async def work() -> list[Found]:
+            query = await _query(service, gallery, terms)
+            conditions = [Condition(c.column, c.comparison, c.value) for c in body.where]
+            return await service.in_thread(
+                lambda: [
+                    gallery.found(*hit)
+                    for hit in gallery.search(query, body.k, conditions, body.min_score, excluded)
+                ]
+            )
+
+        found = await service.admit(len(terms), work)
+        seconds = round(time.perf_counter() - start, 6)
+        return SearchAnswer(model=service.name, seconds=seconds, data=found[: body.k])
+
+    @router.get("/index")
+    async def index() -> IndexAnswer:
+        """Describe the index: its size, its filter columns, and a sample of its items."""
+        return _gallery(service).about
+
+    @router.get("/items/{item}")
+    async def item(item: Number) -> Found:
+        """Return one item of the index."""
+        gallery = _gallery(service)
+        return gallery.found(gallery.id(item), 0.0)
+
+    @router.get(
+        "/items/{item}/picture",
+        response_class=Response,
+        responses={200: {"content": {"image/webp": {"schema": {"type": "string"}}}}},
+    )
+    async def picture(
+        item: Number, size: Annotated[int, Parameter(ge=1, le=SIZES[-1])] = 256
+    ) -> Response:
+        """Return a thumbnail of an item; `size`, in pixels, is rounded up to a power of two."""
+        gallery = _gallery(service)
+        gallery.id(item)
+        data = await service.in_thread(lambda: gallery.picture(item, size))
+        return Response(data, 200, {"Cache-Control": "private, max-age=3600"}, "image/webp")
+
+    return router
+
+
+async def _query(service: Service, gallery: Gallery, terms: list[Term]) -> Query:
+    """Combine the terms into one query of embeddings.
+
+    Raises:
+        RequestError: a term is invalid, or cannot be encoded.
+    """
+    pending, parts = [], []
+    for i, term in enumerate(terms):
+        name = f"term {i}" if len(terms) > 1 else "the query"
+        if sum(value is not None for value in (term.text, term.image, term.item)) != 1:
+            raise RequestError(
+                f"{name} must have exactly one of text, image and item", 400, "invalid_term"
+            )
+        if term.weight == 0:
+            raise RequestError(f"{name} has weight 0: remove it", 400, "invalid_term")
+        if term.item is not None:
+            parts.append(gallery.term(term.item, term.weight))
+        elif term.image is not None:
+            service.check_tower("image")
+            pending.append((name, term.weight, service.image(term.image, name)))
+        else:
+            service.check_tower("text")
+            text = service.checked_text(term.text, name)
+            pending.append((name, term.weight, service.model.texts([text])[0]))
+    for (name, weight, _), row in zip(
+        pending, await outcomes([answer for *_, answer in pending]), strict=True
+    ):
+        if isinstance(row, Exception):
+            raise as_request_error(row, name)
+        parts.append(Query(row, weight))
+    return sum(parts[1:], start=parts[0])
+
+
+def _gallery(service: Service) -> Gallery:
+    if service.gallery is None:
+        raise RequestError(
+            "the server has no index, only a model: start vlm serve with an index", 404, "no_index"
+        )
+    return service.gallery

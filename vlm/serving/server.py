@@ -1,0 +1,95 @@
+"""Run the server: bind the port, handle signals, and shut down gracefully."""
+
+import errno
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+
+from vlm.errors import ConfigError
+
+SHUTDOWN_SECONDS = 30  # time for in-flight requests after a stop signal
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Bind a listening socket, before the model is loaded.
+
+    Raises:
+        ConfigError: the port is in use or privileged, or the host is not a local address.
+    """
+    if not 0 <= port < 1 << 16:
+        raise ConfigError(f"the port {port} is not between 0 and 65535: choose another with --port")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            message = f"the port {port} of {host} is in use: choose another with --port"
+        elif error.errno == errno.EACCES:
+            message = f"the port {port} needs root privileges: choose a --port from 1024 up"
+        else:
+            message = (
+                f"{host} is no address of this machine ({error.strerror}): choose another --host"
+            )
+        raise ConfigError(message) from None
+    return listener
+
+
+def serve(
+    app: Any,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    taken: socket.socket | None = None,
+    ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve an application until SIGTERM or Ctrl-C; in-flight requests are finished first.
+
+    Args:
+        app: an application from `create_app`.
+        taken: a listening socket from `bind`; None binds `host` and `port`.
+        ready: callback with the URL of the page, once the server answers requests.
+
+    Raises:
+        ConfigError: see `bind`.
+
+    Example:
+        >>> vlm.serving.serve(vlm.serving.create_app(model))  # doctest: +SKIP
+    """
+    taken = taken or bind(host, port)
+    url_host = f"[{host}]" if ":" in host else host
+    url = f"http://{url_host}:{taken.getsockname()[1]}/"
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            if not self.should_exit:
+                ready(url)
+
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        server_header=False,
+        lifespan="on",
+    )
+    # uvicorn re-raises the signal once it has stopped. Ignore it: the shutdown was requested.
+    previous = {number: signal.signal(number, lambda *_: None) for number in _STOP_SIGNALS}
+    try:
+        Server(config).run(sockets=[taken])
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        taken.close()
+
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -1,0 +1,199 @@
+"""State and helpers shared by the routes: model, index, limits, and encoding of items."""
+
+import asyncio
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from starlette.concurrency import run_in_threadpool
+
+from vlm.errors import DataError, VlmError
+from vlm.serving.batched import Batched
+from vlm.serving.gallery import Gallery
+from vlm.serving.image_input import image_bytes
+from vlm.serving.limits import Admission, Limits, RequestError
+from vlm.serving.metrics import Metrics
+from vlm.serving.middleware import problem
+from vlm.serving.protocol import FailedItem, Input, Item, Problem
+
+T = TypeVar("T")
+
+
+@dataclass
+class Service:
+    """State of one server.
+
+    Attributes:
+        name: model name in the API.
+        gallery: items of the index, or None if only a model is served.
+    """
+
+    model: Batched
+    name: str
+    limits: Limits
+    metrics: Metrics
+    gallery: Gallery | None = None
+    started: float = field(default_factory=time.time)
+
+    @functools.cached_property
+    def admission(self) -> Admission:
+        return Admission(self.limits.waiting, "items")
+
+    def check_model(self, name: str | None) -> None:
+        """Raise a RequestError if a request names a different model."""
+        if name is not None and name != self.name:
+            raise RequestError(
+                f"there is no model {_short(name)!r}: use {self.name!r}, or omit the field model",
+                404,
+                "model_not_found",
+            )
+
+    def check_count(self, count: int, noun: str = "items") -> None:
+        """Raise a RequestError if a request has too many items."""
+        if count > self.limits.items:
+            raise RequestError(
+                f"{count:,} {noun} exceed the limit of {self.limits.items:,}: split the request",
+                413,
+                "too_many_items",
+            )
+
+    async def admit(self, count: int, work: Callable[[], Any]) -> Any:
+        """Run `work` within the limits on items in flight and on time, and return its result.
+
+        Raises:
+            RequestError: too many items in flight (429), or a timeout (503).
+        """
+        with self.admission.admit(count, self._seconds_to_wait()):
+            self.metrics.waiting.set(self.admission.in_flight)
+            try:
+                async with asyncio.timeout(self.limits.seconds):
+                    return await work()
+            except TimeoutError:
+                raise RequestError(
+                    f"there was no answer within {self.limits.seconds:g} s: retry later",
+                    503,
+                    "timeout",
+                    self._seconds_to_wait(),
+                ) from None
+            finally:
+                self.metrics.waiting.set(self.admission.in_flight - count)
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Run blocking `work` on a thread and return its result."""
+        return await run_in_threadpool(work)
+
+    # ----------------------------------------------------------------------------- items
+
+    def submit(self, items: Sequence[Input]) -> list[Future | RequestError]:
+        """Submit items, and return the future embedding of each, or its error."""
+        answers: list[Any] = [None] * len(items)
+        texts: dict[int, str] = {}
+        for i, item in enumerate(items):
+            try:
+                text, image = parts_of(item, f"item {i}")
+                self.check_tower("text" if image is None else "image")
+                if image is not None:
+                    answers[i] = self.image(image, f"item {i}")
+                else:
+                    texts[i] = self.checked_text(text, f"item {i}")
+            except RequestError as error:
+                answers[i] = error
+        if texts:
+            futures = self.model.texts(list(texts.values()))
+            for i, answer in zip(texts, futures, strict=True):
+                answers[i] = answer
+        return answers
+
+    def image(self, image: str, name: str) -> Future:
+        """Return the future embedding of an image from a data URL."""
+        return self.model.image(lambda: image_bytes(image, self.limits, name), name)
+
+    def checked_text(self, text: str | None, name: str) -> str:
+        """Return a text that is within the limits.
+
+        Raises:
+            RequestError: the text is empty or too long.
+        """
+        if not text:
+            raise RequestError(f"{name} is empty: send a non-empty text", 400, "empty_text")
+        if len(text) > self.limits.characters:
+            raise RequestError(
+                f"{name} has {len(text):,} characters, over the limit of "
+                f"{self.limits.characters:,}: shorten it",
+                413,
+                "text_too_long",
+            )
+        return text
+
+    def failed(self, index: int, error: Exception) -> FailedItem:
+        """Return the error object of one item, and count the error."""
+        rejected = as_request_error(error, f"item {index}")
+        self.metrics.refused.labels(rejected.code).inc()
+        content = problem(str(rejected), rejected.code, rejected.status)
+        return FailedItem(index=index, error=Problem(**content))
+
+    def check_tower(self, tower: str) -> None:
+        """Raise a RequestError if the model was loaded without a tower."""
+        towers = {"image": self.model.bundle.model.vision, "text": self.model.bundle.model.text}
+        if towers[tower] is None:
+            raise RequestError(
+                f"{self.name} was loaded without its {tower} tower: start the server with "
+                "--tower both",
+                400,
+                "no_tower",
+            )
+
+    def _seconds_to_wait(self) -> float:
+        """Estimate the time for the items in flight in seconds, for Retry-After."""
+        each = max(self.model.batcher.seconds_per_item(kind) for kind in self.model.kinds())
+        return math.ceil(self.admission.in_flight * each)
+
+
+def parts_of(item: Input, name: str) -> tuple[str | None, str | None]:
+    """Return the text and the image of an item, one of which is None.
+
+    A string that is a data URL is an image.
+
+    Raises:
+        RequestError: the item has neither, or both.
+    """
+    if isinstance(item, str):
+        return (None, item) if item.startswith("data:") else (item, None)
+    assert isinstance(item, Item)
+    image = item.image if item.image_url is None else item.image_url.url
+    if (item.text is None) == (image is None) or (item.image and item.image_url):
+        raise RequestError(f"{name} must have either a text or an image", 400, "invalid_item")
+    return item.text, image
+
+
+async def outcomes(answers: Sequence[Future | Exception]) -> list[np.ndarray | Exception]:
+    """Await futures, and return a row or an error for each; cancellation removes queued items."""
+    futures = [
+        asyncio.wrap_future(answer) for answer in answers if not isinstance(answer, Exception)
+    ]
+    done = iter(await asyncio.gather(*futures, return_exceptions=True))
+    results: list[Any] = [a if isinstance(a, Exception) else next(done) for a in answers]
+    for outcome in results:
+        if isinstance(outcome, BaseException) and not isinstance(outcome, VlmError):
+            raise outcome  # an internal error, not one of the item
+    return results
+
+
+def as_request_error(error: Exception, name: str = "the image") -> RequestError:
+    """Convert an error of an item to a RequestError with a status."""
+    if isinstance(error, RequestError):
+        return error
+    code = "invalid_image" if isinstance(error, DataError) else "invalid_item"
+    message = str(error)
+    if not message.startswith(name):
+        message = f"{name}: {message}"
+    return RequestError(message, 400, code)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,10 @@
+"""Training: the optimizer, the step, the loop, checkpoints and logs."""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from vlm.training.checkpoint import Checkpoints as Checkpoints
+    from vlm.training.loop import train as train
+    from vlm.training.optimizer import make_optimizer as make_optimizer
+    from vlm.training.step import Trainer as Trainer
+    from vlm.training.step import TrainState as TrainState

@@ -1,0 +1,276 @@
+"""Checkpoints of a run: state and data position, written asynchronously during training."""
+
+import contextlib
+import functools
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import args
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    EveryNSeconds,
+    LatestN,
+    PreservationPolicy,
+)
+from orbax.checkpoint.type_handlers import ArrayHandler, create_type_handler_registry
+
+from vlm.cluster.processes import broadcast_text, exchange_texts, process_name
+from vlm.errors import CheckpointError
+from vlm.paths import as_config_error, on_disk, storage_error_reason
+from vlm.sharding import path_names
+
+# Seconds before each retry of an unreadable checkpoint: buckets and shared disks have outages of
+# some minutes. An error that indicates a corrupt file is retried once.
+RETRY_AFTER = (1, 4, 15)
+# TensorStore error codes that indicate a corrupt file.
+_CORRUPT = ("NOT_FOUND", "OUT_OF_RANGE", "DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
+
+# Bytes from which each device of a replicated array writes a part of it. Orbax would split every
+# array like this, and compile a program for each shape, while the step waits.
+_SHARED_FROM = 2**20
+
+
+class Checkpoints:
+    """Checkpoints of one run; as a context manager, waits for the writer on exit.
+
+    Example:
+        >>> from etils import epath
+        >>> path = epath.Path(folder / "checkpoints")
+        >>> with vlm.training.Checkpoints(path, keep=2) as checkpoints:
+        ...     print(checkpoints.newest)
+        None
+    """
+
+    def __init__(self, folder: epath.Path, keep: int, keep_hours: float | None = None):
+        policies: list[PreservationPolicy] = [LatestN(keep)]
+        if keep_hours is not None:
+            policies.append(EveryNSeconds(round(keep_hours * 3600)))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(policies),
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,  # of a run that was killed during a write
+        )
+        # Registered here so that a resumed run can inspect a checkpoint before restoring it.
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        arrays = ArrayHandler(min_slice_bytes_for_replica_parallel=_SHARED_FROM)
+        state = ocp.PyTreeCheckpointHandler(
+            type_handler_registry=create_type_handler_registry((jax.Array, arrays))
+        )
+        for kind in (args.PyTreeSave, args.PyTreeRestore):
+            handlers.add("state", kind, state)
+        for kind in (args.JsonSave, args.JsonRestore):
+            handlers.add("data", kind)
+        with as_config_error(f"the checkpoints in {folder} cannot be listed", "resume the run"):
+            self._manager = ocp.CheckpointManager(
+                on_disk(folder), options=options, handler_registry=handlers
+            )
+        self.folder = folder
+        self.seconds: float | None = None  # duration of the last write
+        self._writing: dict[str, Any] | None = None  # log row of the write in progress
+        self._rows: list[dict[str, Any]] = []  # log rows of complete checkpoints
+        self._corrupt: list[int] = []  # skipped by `restore`
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error) -> None:
+        try:
+            self._manager.wait_until_finished()
+        except Exception:
+            if error[0] is None:  # never hide an earlier error
+                raise
+        finally:
+            self._manager.close()
+
+    @property
+    def newest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return max(self._manager.all_steps(), default=None)
+
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written: another would have to wait for it."""
+        return self._manager.is_saving_in_progress()
+
+    def save(self, step: int, state: Any, data_state: Any) -> None:
+        """Start to write a checkpoint, which is listed only once it is complete.
+
+        Returns after the state is copied to the host and the previous write is complete.
+        `data_state` is any JSON value.
+
+        Raises:
+            CheckpointError: this or the previous write failed, for example on a full disk.
+        """
+        while self._corrupt:  # Orbax refuses to write before a newer step, even a corrupt one
+            self._manager.delete(self._corrupt.pop())
+        if step in self._manager.all_steps():
+            return
+        arguments = args.Composite(state=args.PyTreeSave(state), data=args.JsonSave(data_state))
+        began = time.monotonic()
+        self.wait()
+        with self._storage_errors():
+            self._manager.save(step, args=arguments)
+        self._writing = {
+            "step": step,
+            "checkpoint/began": began,
+            "checkpoint/stall": time.monotonic() - began,
+            "checkpoint/bytes": sum(x.nbytes for x in jax.tree.leaves(state)),
+        }
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is complete.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        with self._storage_errors():
+            self._manager.wait_until_finished()
+        self._record_finished()
+
+    def finished(self) -> list[dict[str, Any]]:
+        """Return a log row for each checkpoint completed since the last call.
+
+        Raises:
+            CheckpointError: one could not be written.
+        """
+        if not self.writing:
+            with self._storage_errors():
+                self._manager.check_for_errors()
+            self._record_finished()
+        rows, self._rows = self._rows, []
+        return rows
+
+    def _record_finished(self) -> None:
+        if self._writing is not None:
+            row, self._writing = self._writing, None
+            self.seconds = time.monotonic() - row.pop("checkpoint/began")
+            self._rows.append(row | {"checkpoint/seconds": self.seconds})
+
+    def restore(self, abstract: Any, report=print) -> tuple[Any, Any] | None:
+        """Restore the newest readable checkpoint as (state, data_state); None if there is none.
+
+        `abstract` gives shapes, dtypes and shardings: a checkpoint of one mesh restores onto
+        another. A corrupt checkpoint is skipped for the one before it, with a message to `report`.
+        All processes restore the same one: it must be readable by each of them.
+
+        Raises:
+            CheckpointError: no checkpoint can be read; or the newest cannot be read and is not
+                known to be corrupt; or they hold another architecture, whose differences the
+                message lists.
+        """
+        listed = broadcast_text(json.dumps(sorted(self._manager.all_steps(), reverse=True)))
+        steps: list[int] = json.loads(listed)
+        last_error = ""
+        for step in steps:
+            restored, problem = self._read(step, abstract)
+            problems = [json.loads(p) for p in exchange_texts(json.dumps(problem))]
+            if not any(problems):
+                return restored
+            for where, reason, corrupt in filter(None, problems):
+                if not corrupt:
+                    raise CheckpointError(
+                        f"checkpoint {step} of {self.folder} could not be read{where} ({reason}), "
+                        "but may not be corrupt: nothing was changed; resume the run when it can "
+                        "be read again"
+                    )
+                last_error = reason
+            report(f"checkpoint {step} of {self.folder} is corrupt and is skipped")
+            self._corrupt.append(step)
+        if steps:
+            raise CheckpointError(
+                f"none of the checkpoints {steps} in {self.folder} can be read ({last_error}): "
+                "start a new run"
+            )
+        return None
+
+    def _read(self, step: int, abstract: Any) -> tuple[Any, tuple[str, str, bool] | None]:
+        """Return (content, None), or (None, (process, reason, whether corrupt)) on failure."""
+        wanted = args.Composite(
+            state=args.PyTreeRestore(
+                abstract, ocp.checkpoint_utils.construct_restore_args(abstract)
+            ),
+            data=args.JsonRestore(),
+        )
+        tries = 0
+        while True:
+            try:
+                self._check_architecture(step, abstract)
+                restored = self._manager.restore(step, args=wanted)
+                return (restored["state"], restored["data"]), None
+            except CheckpointError:
+                raise
+            except Exception as error:  # readers raise many types
+                _silence_pending_reads()
+                corrupt = _indicates_corruption(error)
+                if tries == (1 if corrupt else len(RETRY_AFTER)):
+                    where = f" by {process_name()}" if jax.process_count() > 1 else ""
+                    reason = str(error) if corrupt else storage_error_reason(error) or str(error)
+                    return None, (where, " ".join(reason.split())[:300], corrupt)
+                time.sleep(RETRY_AFTER[tries])
+                tries += 1
+
+    def _check_architecture(self, step: int, abstract: Any) -> None:
+        saved = _shapes(self._manager.item_metadata(step)["state"].tree)
+        ours = _shapes(abstract)
+        lines = [
+            f"{name}: {saved.get(name, 'absent')} saved, {ours.get(name, 'absent')} expected"
+            for name in sorted(saved.keys() | ours.keys())
+            if saved.get(name) != ours.get(name)
+        ]
+        if lines:
+            more = f"\n  and {len(lines) - 20} more" if len(lines) > 20 else ""
+            raise CheckpointError(
+                f"checkpoint {step} in {self.folder} has another architecture than the run:\n  "
+                + "\n  ".join(lines[:20])
+                + more
+            )
+
+    @contextlib.contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        """Turn errors of the writer into a CheckpointError of one sentence."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:  # of the computation of the state, as when a host died
+            raise
+        except Exception as error:
+            fallback = "there is no earlier one"
+            if self.newest is not None:
+                fallback = f"checkpoint {self.newest} is complete and kept"
+            reason = storage_error_reason(error) or " ".join(str(error).split())[:300]
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self.folder} ({reason}); {fallback}: free "
+                "disk space and resume the run"
+            ) from error
+
+
+def _indicates_corruption(error: Exception) -> bool:
+    """Whether an error means that a file was read but is incomplete or corrupt."""
+    return isinstance(error, FileNotFoundError | json.JSONDecodeError) or (
+        isinstance(error, ValueError) and str(error).startswith(_CORRUPT)
+    )
+
+
+@functools.cache
+def _silence_pending_reads() -> None:
+    """Silence reads that were in flight when one of them found a corrupt file.
+
+    Each would end in a traceback, because its event loop is closed.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(path_names(path)): tuple(x.shape) for path, x in leaves}

@@ -1,0 +1,255 @@
+"""Logs of a run: console line, JSONL file and TensorBoard."""
+
+import json
+import sys
+import time
+from typing import IO, Any
+
+import jax
+import numpy as np
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from vlm._json import to_json
+from vlm.chips import published_rate
+from vlm.data.faults import BadSamples
+from vlm.errors import TrainingError
+from vlm.models.flops import PAIRS_ALONE, Supervision, model_flops
+from vlm.sharding import placement_rows
+from vlm.training.bucket_sync import BucketSync
+from vlm.training.console import console, print_on_first_process
+from vlm.training.run import Run
+from vlm.training.step import TrainState
+from vlm.training.watchdog import DATA, DEVICE, STEP, ActivityTimer
+
+
+def summary_writer(folder: str, first_step: int) -> Any:
+    """Make a TensorBoard writer.
+
+    tensorboardX would import PyTorch, which takes seconds and is not needed.
+    """
+    absent = "torch" not in sys.modules
+    if absent:
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType] (cannot be imported now)
+    try:
+        from tensorboardX import SummaryWriter  # only in the process that writes files
+    finally:
+        if absent:
+            del sys.modules["torch"]
+    return SummaryWriter(folder, purge_step=first_step)
+
+
+class Logs:
+    """Collector of each step's metrics, which writes a row every `log_every` steps.
+
+    Metrics stay on the device until the host has dispatched two more steps, so that the device
+    never waits for the host. A row is written two steps late, and at once at the end of the run.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        sync: BucketSync,
+        activity: ActivityTimer,
+        *,
+        first_step: int,
+        total_steps: int,
+        supervision: Supervision = PAIRS_ALONE,
+        samples: BadSamples | None = None,
+    ):
+        experiment = run.experiment
+        self._batch_size, self._every = experiment.batch_size, experiment.log_every
+        self._stop = experiment.optimizer.nonfinite == "stop"
+        self._most_skipped = experiment.optimizer.max_skipped_in_a_row
+        self._skipped = 0  # steps in a row, up to the last row
+        self._first, self._total = first_step, total_steps
+        # Of the whole mesh; None with a resolution schedule, whose steps differ.
+        self._flops = None if experiment.image_sizes else model_flops(experiment, supervision)
+        self._peak = published_rate(jax.devices())
+        self._ahead: list[tuple[int, dict[str, jax.Array]]] = []  # dispatched
+        self._done: list[tuple[int, dict[str, jax.Array]]] = []  # for the next row
+        self._activity, self._samples = activity, samples
+        self.restart_clock()
+        self._primary = jax.process_index() == 0
+        self._file: IO[str] | None = None
+        self._board: Any = None
+        self._earlier = 0.0  # seconds before the run was resumed
+        if self._primary:
+            rows = read_log(run)
+            self._earlier = max((row.get("seconds", 0.0) for row in rows), default=0.0)
+            self._file = _reopen(run, sync, [r for r in rows if r["step"] <= first_step])
+            self._board = summary_writer(str(sync.local / "tensorboard"), first_step)
+        self._progress = Progress(
+            TextColumn("[bold]{task.completed}/{task.total}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[message]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not (self._primary and console.is_terminal),
+        )
+        self._task = self._progress.add_task(
+            "", total=total_steps, completed=first_step, message="compiling"
+        )
+
+    def __enter__(self) -> "Logs":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._progress.stop()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+    def restart_clock(self) -> None:
+        """Restart the timing of steps, to leave out time that was not training."""
+        self._waited, self._since = self._activity.seconds[DATA], time.perf_counter()
+
+    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Add the metrics of step number `step`, counted from 1.
+
+        Raises:
+            TrainingError: a loss or gradient was not finite and `nonfinite` is "stop", or too
+                many consecutive steps were skipped.
+        """
+        self._ahead.append((step, metrics))
+        if step == self._first + 1:
+            jax.block_until_ready(metrics)
+            self._write_start(step)
+        self._take_done(2)  # keep the host at most two steps ahead of the device
+
+    def flush(self) -> None:
+        """Write a row of all steps since the last row; waits for the device.
+
+        Raises:
+            TrainingError: as `step`.
+        """
+        self._take_done(0)
+        if self._done:
+            self._write_row()
+
+    def _take_done(self, ahead: int) -> None:
+        """Wait until at most `ahead` steps are in flight, and write the scheduled rows."""
+        while len(self._ahead) > ahead:
+            jax.block_until_ready(self._ahead[0][1]["loss"])
+            self._done.append(self._ahead.pop(0))
+            if self._done[-1][0] % self._every == 0:
+                self._write_row()
+
+    def _write_start(self, step: int) -> None:
+        """Log the time to the first step, by activity."""
+        parts = {name: s for name, s in self._activity.seconds.items() if s >= 0.05}
+        seconds = time.monotonic() - self._activity.began
+        named = {DATA: "first batch", STEP: "compiling", DEVICE: "first step"}
+        parts = {named.get(name, name): s for name, s in parts.items()}
+        breakdown = ", ".join(f"{name} {s:.1f} s" for name, s in parts.items())
+        print_on_first_process(f"first step after {seconds:.1f} s: {breakdown}")
+        row = {f"start/{name.replace(' ', '_')}": s for name, s in parts.items()}
+        self.write({"step": step, "start/seconds": seconds, **row})
+
+    def _write_row(self) -> None:
+        steps, metrics = zip(*self._done, strict=True)
+        values = [{k: float(v) for k, v in m.items()} for m in jax.device_get(metrics)]
+        count, self._done = len(steps), []
+        now = time.perf_counter()
+        seconds = now - self._since
+        row = {
+            "step": steps[-1],
+            **{k: v for k, v in values[-1].items() if k not in ("finite", "tokens")},
+            "loss": float(np.mean([v["loss"] for v in values])),
+            "pairs_per_s": count * self._batch_size / seconds,
+            "tokens_per_s": sum(v["tokens"] for v in values) / seconds,
+            "data_wait": (self._activity.seconds[DATA] - self._waited) / seconds,
+            "seconds": self._earlier + time.monotonic() - self._activity.began,
+        }
+        if self._samples is not None and self._samples.good:
+            row["texts_cut"] = self._samples.texts_cut / self._samples.good  # of the run so far
+        if self._flops:
+            row["model_flops_per_s"] = self._flops * count / seconds
+            if self._peak:
+                row["mfu"] = row["model_flops_per_s"] / self._peak
+        self.restart_clock()
+        bad = [step for step, v in zip(steps, values, strict=True) if not v["finite"]]
+        if bad:
+            row["nonfinite"] = len(bad)
+        left = (self._total - steps[-1]) * seconds / count
+        message = (
+            f"loss {row['loss']:.3f}  {row['pairs_per_s']:,.0f} pairs/s  "
+            f"data wait {row['data_wait']:.1%}  left {_clock(left)}"
+        )
+        self._progress.update(self._task, completed=steps[-1], message=message)
+        if self._primary and not console.is_terminal:
+            console.print(f"step {steps[-1]}/{self._total}  {message}", highlight=False)
+        self.write(row)
+        if bad and self._stop:
+            raise TrainingError(
+                f"the loss or its gradient was not finite at step {bad[0]}: that step changed "
+                "nothing, the run stopped, and its earlier checkpoints are kept; use --resume "
+                "with --optimizer.nonfinite skip or a lower --optimizer.learning-rate"
+            )
+        for step, v in zip(steps, values, strict=True):
+            self._skipped = 0 if v["finite"] else self._skipped + 1
+            if self._skipped >= self._most_skipped:
+                raise TrainingError(
+                    f"the loss or its gradient was not finite in {self._skipped} steps in a row, "
+                    f"up to step {step}: the run stopped, and its earlier checkpoints are kept; "
+                    "use --resume with a lower --optimizer.learning-rate, or a higher "
+                    "--optimizer.max-skipped-in-a-row"
+                )
+
+    def write(self, *rows: dict[str, Any]) -> None:
+        """Append rows to the JSONL file and to TensorBoard."""
+        if self._file is None or not rows:
+            return
+        self._file.writelines(to_json(row) + "\n" for row in rows)
+        self._file.flush()
+        for row in rows:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(name, value, row["step"])
+
+
+def placement_table(state: TrainState) -> Table:
+    """Make a table of the state's sharding: mesh axes and size of each group of arrays."""
+    table = Table(title="placement", title_justify="left")
+    table.add_column("group")
+    table.add_column("over")
+    table.add_column("elements", justify="right")
+    table.add_column("bytes per device", justify="right")
+    groups = {"": state.params, "locked": state.frozen, "average": state.ema}
+    groups |= {"optimizer": state.opt_state}
+    total = 0
+    for name, tree in groups.items():
+        depth = 0 if name else 2
+        for group, axes, elements, size in placement_rows(tree, depth):
+            table.add_row(group or name, axes, f"{elements:,}", f"{size:,}")
+            total += size
+    table.add_section()
+    table.add_row("in all", "", "", f"{total:,}")
+    return table
+
+
+def read_log(run: Run) -> list[dict[str, Any]]:
+    """Read the rows of a run's log, skipping truncated lines."""
+    rows = []
+    if run.log.exists():
+        for line in run.log.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return rows
+
+
+def _reopen(run: Run, sync: BucketSync, rows: list[dict[str, Any]]):
+    """Reopen the log file with only the rows up to the resumed step."""
+    file = (sync.local / run.log.name).open("w")
+    file.writelines(to_json(row) + "\n" for row in rows)
+    file.flush()
+    return file
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

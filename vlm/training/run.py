@@ -1,0 +1,252 @@
+"""The run folder: create it, open it again, and locate its files.
+
+config.json  history.jsonl  checkpoints/  tokenizer/  log.jsonl  tensorboard/  profile/  bundle/
+results.json  report.html, and base.json if an adapter is trained
+"""
+
+import contextlib
+import datetime
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from vlm._version import __version__
+from vlm.cluster.processes import broadcast_text
+from vlm.config import Experiment, from_dict, to_dict
+from vlm.config.defaults import resumed_experiment
+from vlm.errors import CheckpointError, ConfigError
+from vlm.heads import zero_shot
+from vlm.paths import as_config_error, as_path
+from vlm.training.changes import check_changes
+from vlm.training.preflight import check_folder, check_same_everywhere
+
+
+class Run:
+    """A run's folder. Only process 0 writes its files."""
+
+    def __init__(self, folder: epath.Path, experiment: Experiment, resumed: bool = False):
+        self.folder, self.experiment, self.resumed = folder, experiment, resumed
+        self.changes: dict[
+            str, list[Any]
+        ] = {}  # [before, now] of each field that a resumed run changes
+        self._existing: set[str] | None = None  # names in a new run's folder before the run
+
+    @classmethod
+    def create(cls, experiment: Experiment) -> "Run":
+        """Create a folder for `experiment`, at its `run_dir` or under runs/ by name and date.
+
+        Raises:
+            ConfigError: the folder holds a run already, or cannot be made; or the processes do
+                not agree on the experiment, or cannot all read the folder.
+        """
+        check_same_everywhere(experiment, resumed=False)
+        folder, failure = "", ""
+        if jax.process_index() == 0:
+            try:
+                folder = os.fspath(_new_folder(experiment))
+            except ConfigError as error:
+                failure = str(error)
+        folder, failure = json.loads(broadcast_text(json.dumps([folder, failure])))
+        if failure:
+            raise ConfigError(failure)
+        run = cls(as_path(folder), experiment)
+        if jax.process_index() == 0:
+            run._existing = {path.name for path in run.folder.iterdir()} - {"config.json"}
+        with run.starting():
+            check_folder(run.folder)
+        return run
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike, changed: Experiment | None = None) -> "Run":
+        """Open the run in `folder`, to resume it unchanged or as `changed`.
+
+        Raises:
+            CheckpointError: no run there, or a config that this version cannot read.
+            ConfigError: a change that would make its checkpoints invalid; or the processes do
+                not agree, or cannot all read the folder.
+        """
+        folder = as_path(folder)
+        before = experiment_in(folder)
+        after = before if changed is None else resumed_experiment(changed, before)
+        run = cls(folder, after, resumed=True)
+        run.changes = check_changes(before, run.experiment)
+        check_same_everywhere(run.experiment, resumed=True)
+        check_folder(folder)
+        return run
+
+    def record_start(self, step: int, total: int) -> None:
+        """Append a line to the history: one for every start, with the changed fields."""
+        if jax.process_index() != 0:
+            return
+        if self.changes:
+            self._write(self.config, json.dumps(to_dict(self.experiment), indent=2))
+        row = {
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "step": step,
+            "total_steps": total,
+            "changes": self.changes,
+            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "processes": jax.process_count(),
+            "vlm": __version__,
+            "jax": jax.__version__,
+        }
+        before = self.history.read_text() if self.history.exists() else ""
+        self._write(self.history, before + json.dumps(row) + "\n")
+
+    def record_base(self, model: str, fingerprint: str) -> None:
+        """Record the base model of the run's adapter."""
+        if jax.process_index() == 0:
+            about = {"model": model, "fingerprint": fingerprint}
+            self._write(self.base_file, json.dumps(about, indent=2) + "\n")
+
+    def base(self) -> tuple[str, str]:
+        """Return the base model of the run's adapter as (argument of `vlm.load`, fingerprint)."""
+        try:
+            about = json.loads(self.base_file.read_text())
+            return about["model"], about["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise CheckpointError(
+                f"{self.base_file} does not name the base model of the run's adapter: "
+                "start a new run"
+            ) from None
+
+    def check_base(self, fingerprint: str) -> None:
+        """Raise a CheckpointError if the base model of the run's adapter has changed."""
+        model, wanted = self.base()
+        if fingerprint != wanted:
+            raise CheckpointError(
+                f"init_from {self.experiment.init_from!r} is another model now (fingerprint "
+                f"{fingerprint[:12]}) than when the run began ({wanted[:12]} of {model}): restore "
+                "that model, or start a new run"
+            )
+
+    def record_classes(self, labels: Sequence[str]) -> None:
+        """Write the labels of the classification head, in the order of its rows."""
+        if jax.process_index() == 0:
+            self._write(self.class_file, json.dumps(list(labels), indent=2) + "\n")
+
+    def check_classes(self, labels: Sequence[str]) -> None:
+        """Raise a CheckpointError unless the head's rows are still in the order of `labels`."""
+        if not self.class_file.exists():
+            raise CheckpointError(
+                f"{self.folder} has no {self.class_file.name}, so the classes of its head are not "
+                "known: it was started by an older version, which ordered them otherwise; start "
+                "a new run"
+            )
+        if json.loads(self.class_file.read_text()) != list(labels):
+            raise CheckpointError(
+                f"the classes of {self.experiment.data.source} are others, or in another order, "
+                f"than in {self.class_file}: restore the data, or start a new run"
+            )
+
+    def last_total(self) -> int | None:
+        """Return the total steps of the run when it was last started; None if not recorded."""
+        text = self.history.read_text() if self.history.exists() else ""
+        rows = text.splitlines()
+        return json.loads(rows[-1])["total_steps"] if rows else None
+
+    def _write(self, file: epath.Path, text: str) -> None:
+        with as_config_error(f"{file} cannot be written", "make it writable, and resume the run"):
+            file.write_text(text)
+
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """Context of a run's preparation: if it fails, the files of a new run are removed."""
+        try:
+            yield
+        except BaseException:
+            if self._existing is not None:
+                # A folder in a bucket vanishes with its last file, so there may be none to remove.
+                for path in self.folder.iterdir() if self.folder.is_dir() else ():
+                    if path.name not in self._existing:
+                        path.rmtree() if path.is_dir() else path.unlink()
+                if not self._existing and self.folder.is_dir():
+                    self.folder.rmdir()
+            raise
+
+    @property
+    def config(self) -> epath.Path:
+        return self.folder / "config.json"
+
+    @property
+    def history(self) -> epath.Path:
+        return self.folder / "history.jsonl"
+
+    @property
+    def base_file(self) -> epath.Path:
+        return self.folder / "base.json"
+
+    @property
+    def class_file(self) -> epath.Path:
+        return self.folder / "classes.json"
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def tokenizer(self) -> epath.Path:
+        return self.folder / "tokenizer"
+
+    @property
+    def log(self) -> epath.Path:
+        return self.folder / "log.jsonl"
+
+    @property
+    def bundle(self) -> epath.Path:
+        return self.folder / "bundle"
+
+    @property
+    def classifier(self) -> epath.Path:
+        return self.folder / zero_shot.FILE
+
+    @property
+    def results(self) -> epath.Path:
+        return self.folder / "results.json"
+
+
+def experiment_in(folder: epath.Path) -> Experiment:
+    """Read the experiment of the run in `folder`.
+
+    Raises:
+        CheckpointError: no run there, or a config that this version cannot read.
+        ConfigError: the folder cannot be read; the message has the reason.
+    """
+    config = folder / "config.json"
+    with as_config_error(f"{config} cannot be read", "check the path and its permissions"):
+        text = config.read_text() if config.exists() else None
+    if text is None:
+        raise CheckpointError(
+            f"{folder} is no run folder (it has no config.json): give a folder made by `vlm train`"
+        )
+    try:
+        return from_dict(Experiment, json.loads(text))
+    except (ValueError, ConfigError) as error:
+        raise CheckpointError(f"{config} cannot be read: {error}") from None
+
+
+def _new_folder(experiment: Experiment) -> epath.Path:
+    folder = as_path(experiment.run_dir or _unused_folder(experiment.name))
+    with as_config_error(f"the run folder {folder} cannot be written", "give another --run-dir"):
+        config = folder / "config.json"
+        if config.exists():
+            raise ConfigError(
+                f"{folder} already holds a run: resume it with `vlm train --resume {folder}`, or "
+                "give another --run-dir"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        config.write_text(json.dumps(to_dict(experiment), indent=2))
+    return folder
+
+
+def _unused_folder(name: str) -> str:
+    """Return an unused folder name under runs/."""
+    start = f"runs/{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    folder, number = start, 2
+    while os.path.exists(folder):
+        folder, number = f"{start}-{number}", number + 1
+    return folder

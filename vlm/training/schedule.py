@@ -1,0 +1,107 @@
+"""Convert the run length to steps; schedule evaluations and checkpoints."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+from vlm.cluster.processes import broadcast_text
+from vlm.config import Experiment
+from vlm.data.pipeline import TrainIterator, count_examples
+from vlm.errors import ConfigError
+from vlm.training.step import Trainer
+
+
+def length_in_steps(trainer: Trainer, batches: TrainIterator) -> int:
+    """Return the run's length in steps, from its steps, examples, epochs or seconds.
+
+    Seconds are converted with the step time measured at the start. A resumed run keeps that number
+    of steps. Compilation and evaluation take additional time.
+
+    Raises:
+        ConfigError: the experiment gives no length.
+    """
+    e = trainer.experiment
+    if e.steps is not None:
+        return e.steps
+    if e.examples is not None:
+        return max(1, e.examples // e.batch_size)
+    if e.epochs is not None:
+        return max(1, int(e.epochs * count_examples(e.data) / e.batch_size))
+    if e.seconds is None:
+        raise ConfigError("the run has no length: set one of steps, epochs, examples, seconds")
+    return max(1, int(e.seconds / seconds_per_step(trainer, batches, e.seconds / 10)))
+
+
+def seconds_per_step(
+    trainer: Trainer, batches: TrainIterator, limit: float, steps: int = 3
+) -> float:
+    """Measure the time of a step at the full image size, including its wait for data.
+
+    Trains a temporary state. Batches prefetched during compilation are consumed first. Takes little
+    more than `limit` seconds plus compilation and one step.
+    """
+    state, position = trainer.init(jnp.int32(1)), batches.get_state()
+    batch = trainer.place(next(batches))
+    state, metrics = trainer.step(state, batch)
+    jax.block_until_ready(metrics)  # compiled
+    data, began, drawn = trainer.experiment.data, time.monotonic(), 0
+    while drawn < data.prefetch * max(1, data.workers) and time.monotonic() - began < limit:
+        next(batches)
+        drawn += 1
+    times: list[float] = []
+    began = time.monotonic()
+    while len(times) < steps and _all_continue(not times or time.monotonic() - began < limit):
+        start = time.monotonic()
+        state, metrics = trainer.step(state, trainer.place(next(batches)))
+        jax.block_until_ready(metrics)
+        times.append(time.monotonic() - start)
+    batches.set_state(position)
+    return float(broadcast_text(repr(max(times))))
+
+
+def _all_continue(decision: bool) -> bool:
+    """Return the decision of process 0 in all processes, since a step needs them all."""
+    return broadcast_text("continue" if decision else "") == "continue"
+
+
+def is_scheduled(step: int, total: int, share: float | None) -> bool:
+    """Whether an event that recurs after each fraction `share` of the run follows `step`."""
+    if not share:
+        return False
+    every = max(1, round(total * share))
+    return step % every == 0 and step < total
+
+
+class CheckpointSchedule:
+    """Schedule of checkpoints: every fraction of the run, and every so many minutes.
+
+    All processes must agree, and their clocks differ. So they use the clock of process 0, read at
+    steps agreed beforehand: each time half the estimated number of steps to the next checkpoint.
+    """
+
+    def __init__(self, experiment: Experiment, first_step: int, total: int):
+        self._share, self._total = experiment.checkpoint_every, total
+        minutes = experiment.checkpoint_minutes
+        self._seconds = None if minutes is None else 60 * minutes
+        self._last = self._began = time.monotonic()
+        self._first, self._ask_next = first_step, first_step + 1
+
+    def is_scheduled(self, step: int, writing: bool) -> bool:
+        """Whether to save after `step`; only by fraction while a checkpoint is being written."""
+        scheduled = is_scheduled(step, self._total, self._share)
+        if self._seconds is not None and step >= self._ask_next and step < self._total:
+            now = time.monotonic()
+            # The mean over the whole run, and no further ahead than the steps so far: the first
+            # steps may only be dispatched here, and computed later.
+            done = step - self._first
+            rate = done / max(now - self._began, 1e-9)
+            left = self._seconds - (now - self._last)
+            wait = 1 if writing else min(done, int(left * rate / 2))
+            answer = "save" if left <= 0 and not writing else str(max(1, wait))
+            answer = broadcast_text(answer)
+            scheduled = scheduled or answer == "save"
+            self._ask_next = step + (1 if answer == "save" else int(answer))
+        if scheduled:
+            self._last = time.monotonic()
+        return scheduled

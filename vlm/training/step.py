@@ -1,0 +1,309 @@
+"""One training step: a jitted, sharded pure function of (state, batch) that donates the state."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+
+from vlm.config import Experiment, TokenizerConfig
+from vlm.config.defaults import with_defaults
+from vlm.errors import check_choice
+from vlm.inputs.preprocess import Preprocess
+from vlm.losses import cached_value_and_grad
+from vlm.models import adapters
+from vlm.models.dual_encoder import DualEncoder
+from vlm.models.flops import Supervision
+from vlm.nn.layers import split_keys
+from vlm.nn.naflex import Patches
+from vlm.nn.transformer import Execution
+from vlm.sharding import batch_sharding, global_batch, replicated, shardings
+from vlm.training.masking import mask_tokens
+from vlm.training.objectives import HEADS, UNTRAINED, objective
+from vlm.training.optimizer import learning_rate, make_optimizer
+from vlm.training.partition import Params, joined, partition
+from vlm.training.resolution import shrink, with_grid
+from vlm.training.teacher import AnyTeacher, DescribedTeacher, supervision_of
+
+_PROJECTIONS = 2  # folded into the seed's key
+_MASKING = 1  # folded into an example's key for its text mask: independent of the towers' keys
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """State that a step updates and a checkpoint stores.
+
+    Example:
+        >>> mesh = vlm.sharding.make_mesh(vlm.MeshConfig())
+        >>> trainer = vlm.training.Trainer(experiment, mesh)
+        >>> trainer.abstract_state.params["vision"]["position"].shape
+        (4, 16)
+    """
+
+    # The fields hold arrays, shapes of arrays, or shardings.
+    step: Any  # Int[Array, ""]
+    total_steps: Any  # Int[Array, ""]
+    params: Any  # Params: trained
+    frozen: Any  # Params: the rest of the model, without gradient and optimizer state
+    opt_state: Any
+    ema: Any  # Params | None
+    skipped: Any  # Int[Array, ""]: steps whose loss or gradient was not finite
+
+
+class Trainer:
+    """Jitted functions of a run: `init`, `step`, `embed_images`, `embed_texts`.
+
+    The module's graph is split from its parameters once, here; the functions take plain trees.
+
+    Example:
+        >>> mesh = vlm.sharding.make_mesh(vlm.MeshConfig())
+        >>> trainer = vlm.training.Trainer(experiment, mesh)
+        >>> state = trainer.init(jnp.int32(100))
+        >>> int(state.step), int(state.total_steps)
+        (0, 100)
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        mesh: Mesh | AbstractMesh,
+        rules: TokenizerConfig | None = None,
+        classes: int = 0,
+        teacher: AnyTeacher | None = None,
+    ):
+        self.experiment = experiment = with_defaults(experiment)
+        self.mesh = mesh
+        self.rules = rules or experiment.tokenizer  # ids of padding, begin and end tokens
+        self.classes = classes  # of the classification head
+        self.teacher = teacher
+        self.preprocess = Preprocess(experiment.preprocess)
+        self.optimizer = make_optimizer(experiment.optimizer)
+        self.graph = nnx.graphdef(nnx.eval_shape(self._build))
+        self.abstract_state = jax.eval_shape(self._init, jnp.int32(1))
+        self.state_shardings = shardings(self.abstract_state, mesh)
+        whole = replicated(mesh)
+        self.init = jax.jit(self._init, out_shardings=self.state_shardings)
+        self.step = self.step_at(experiment.model.vision.image_size)
+        self.embed_images = jax.jit(self._embed_images, out_shardings=whole)
+        self.embed_texts = jax.jit(self._embed_texts, out_shardings=whole)
+        self.head = jax.jit(self._head, out_shardings=whole)  # (m, d), in a classification
+
+    @property
+    def supervision(self) -> Supervision:
+        """Return the extra supervision of the run, for its FLOP count."""
+        return supervision_of(self.classes, self.teacher)
+
+    # ------------------------------------------------------------------------ the step
+
+    def place(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Make global arrays of this process's batch, with the teacher's embeddings."""
+        placed = global_batch(batch, self.mesh)
+        assert not isinstance(self.teacher, DescribedTeacher)  # it has no weights
+        return placed if self.teacher is None else self.teacher(placed)
+
+    @functools.cache  # noqa: B019 (a trainer lives as long as its run)
+    def step_at(self, image_size: int):
+        """Return `step` for images shrunk to `image_size` pixels: one program for each size."""
+        whole = replicated(self.mesh)
+        return jax.jit(
+            functools.partial(self._step, image_size=image_size),
+            in_shardings=(self.state_shardings, batch_sharding(self.mesh)),
+            out_shardings=(self.state_shardings, whole),
+            donate_argnums=0,
+        )
+
+    def _step(
+        self, state: TrainState, batch: dict[str, Any], *, image_size: int
+    ) -> tuple[TrainState, dict]:
+        """Return the state after one step, and its metrics."""
+        config = self.experiment.optimizer
+        keys = self._example_keys(state.step)
+        loss, grads = self._value_and_grad(state, batch, keys, image_size)
+
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        rate = learning_rate(config, state.step / state.total_steps)
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        if config.max_scale is not None and "logit_scale" in params:
+            # A scale that starts above the limit is not clipped, but cannot rise.
+            limit = jnp.maximum(jnp.log(config.max_scale), state.params["logit_scale"])
+            params["logit_scale"] = jnp.minimum(params["logit_scale"], limit)
+        ema = self._average(state.ema, params, state.step)
+
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        after = TrainState(
+            step=state.step + 1,
+            total_steps=state.total_steps,
+            params=_where(finite, params, state.params),
+            frozen=state.frozen,
+            opt_state=_where(finite, opt_state, state.opt_state),
+            ema=_where(finite, ema, state.ema),
+            skipped=state.skipped + ~finite,
+        )
+        model = joined(after.params, after.frozen)
+        metrics = {
+            "loss": loss,
+            "learning_rate": rate,
+            "scale": jnp.exp(model["logit_scale"]),
+            "grad_norm": grad_norm,
+            "finite": finite,
+            "tokens": jnp.float32(self.tokens_per_step(image_size)),
+        }
+        if "logit_bias" in model:
+            metrics["bias"] = model["logit_bias"]
+        for tower in ("vision", "text"):
+            if tower in grads:
+                metrics[f"grad_norm_{tower}"] = optax.tree.norm(grads[tower])
+                metrics[f"param_norm_{tower}"] = optax.tree.norm(after.params[tower])
+        return after, metrics
+
+    def _value_and_grad(
+        self, state: TrainState, batch: dict, keys: Key[Array, " b"], size: int
+    ) -> tuple[Array, Params]:
+        """Compute the loss of the whole batch and its gradient, in micro-batches if configured."""
+
+        e, scale = self.experiment, self.teacher.log_scale if self.teacher else 0.0
+
+        def embed(params, batch, keys):
+            params = joined(params, state.frozen)
+            images = self.preprocess.normalize(batch["images"])
+            if size != e.model.vision.image_size:
+                images = shrink(images, size)
+                params["vision"] = with_grid(params["vision"], size // e.model.vision.patch_size)
+            if e.objective == "classification":
+                image_keys, _ = split_keys(keys)
+                return (self._model(params).encode_image(images, keys=image_keys),)
+            tokens = batch["tokens"]
+            if e.text_masking:
+                mask_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _MASKING)
+                tokens = mask_tokens(tokens, e.text_masking, mask_keys, self.rules)
+            return self._model(params)(images, tokens, keys=keys)
+
+        def loss(params, *z):
+            params = joined(params, state.frozen)
+            return objective(e, self.mesh, params, batch, *z, teacher_scale=scale)
+
+        micro = e.micro_batch_size
+        if micro is None or micro == e.batch_size:
+            return jax.value_and_grad(lambda p: loss(p, *embed(p, batch, keys)))(state.params)
+        # Every k-th row goes to the same micro-batch: rows stay on their devices.
+        count = e.batch_size // micro
+        cut = jax.tree.map(
+            lambda x: x.reshape(micro, count, *x.shape[1:]).swapaxes(0, 1), (batch, keys)
+        )
+        return cached_value_and_grad(embed, loss)(state.params, *cut)
+
+    def tokens_per_step(self, image_size: int) -> int:
+        """Return the number of tokens that the towers process in a step, without dropped ones."""
+        e = self.experiment
+        whole = image_size == e.model.vision.image_size  # NaFlex: its maximum
+        patches = e.model.vision.tokens(None if whole else image_size, training=True)
+        words = e.model.text.tokens(masking=e.text_masking)
+        return e.batch_size * (patches + (0 if e.objective == "classification" else words))
+
+    def _example_keys(self, step: Int[Array, ""]) -> Key[Array, " b"]:
+        """Return a key for each example of this step's batch, for dropout and patch dropout."""
+        key = jax.random.fold_in(jax.random.key(self.experiment.seed), step)
+        return jax.random.split(key, self.experiment.batch_size)
+
+    def _average(self, ema: Params | None, params: Params, step: Array) -> Params | None:
+        """Update the EMA; its decay ramps up so that the initial weights fade quickly."""
+        if ema is None:
+            return None
+        max_decay = self.experiment.optimizer.ema
+        assert max_decay is not None  # EMA is on
+        decay = jnp.minimum(max_decay, (1 + step) / (10 + step))
+        return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), ema, params)
+
+    # ------------------------------------------------------------- the state and its model
+
+    def _build(self) -> DualEncoder:
+        e = self.experiment
+        execution = Execution(dtype=compute_dtype(e.dtype), remat=e.remat, scan=e.scan)
+        model = DualEncoder(e.model, execution=execution, rngs=nnx.Rngs(e.seed))
+        return model if e.adapter is None else adapters.prepared(model, e.adapter, e.seed)
+
+    def _model(self, params: Params) -> DualEncoder:
+        return nnx.merge(self.graph, {k: v for k, v in params.items() if k not in HEADS})
+
+    def _init(self, total_steps: Int[Array, ""]) -> TrainState:
+        params = nnx.to_pure_dict(nnx.state(self._build()))
+        if self.experiment.objective == "classification":
+            shape = (self.classes, self.experiment.model.embed_dim)
+            params["head"] = {"kernel": jnp.zeros(shape, jnp.float32)}
+        if self.experiment.distill is not None and self.experiment.distill.projection:
+            params["distill"] = self._projections()
+        params, frozen = self.divide(params)
+        return TrainState(
+            step=jnp.int32(0),
+            total_steps=total_steps,
+            params=params,
+            frozen=frozen,
+            opt_state=self.optimizer.init(params),
+            ema=params if self.experiment.optimizer.ema is not None else None,
+            skipped=jnp.int32(0),
+        )
+
+    def _projections(self) -> Params:
+        """Initialise projections from the student's space to the teacher's, by modality."""
+        assert self.teacher is not None
+        e, start = self.experiment, nnx.initializers.lecun_normal()
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(e.seed), _PROJECTIONS))
+        shape = (e.model.embed_dim, self.teacher.width)
+        sides = zip(("image", "text"), keys, strict=True)
+        return {side: {"kernel": start(key, shape, jnp.float32)} for side, key in sides}
+
+    def divide(self, params: Params) -> tuple[Params, Params]:
+        """Split the parameters of a whole model and its heads into (trained, frozen)."""
+        e = self.experiment
+        fixed = {e.lock} | UNTRAINED.get(e.objective, set())
+
+        def trained(path):
+            in_model = e.adapter is None or adapters.is_trained(path)
+            return path[0] in HEADS or (path[0] not in fixed and in_model)
+
+        return partition(params, trained)
+
+    def kept(self, state: TrainState) -> TrainState:
+        """Return the part of a state that a checkpoint stores: without an adapter's base model."""
+        if self.experiment.adapter is None:
+            return state
+        return dataclasses.replace(state, frozen={})
+
+    def model(self, state: TrainState) -> DualEncoder:
+        """Return the model with EMA parameters if EMA is on, else with the raw parameters."""
+        return self._model(joined(_eval_params(state), state.frozen))
+
+    def _head(self, state: TrainState) -> Float[Array, "m d"]:
+        return _eval_params(state)["head"]["kernel"]
+
+    def _embed_images(self, state: TrainState, images: UInt8[Array, "b h w 3"] | Patches):
+        return self.model(state).encode_image(self.preprocess.normalize(images))
+
+    def _embed_texts(self, state: TrainState, tokens: Int[Array, "b l"]):
+        return self.model(state).encode_text(tokens)
+
+
+def _eval_params(state: TrainState) -> Params:
+    """Return EMA parameters if EMA is on, else the raw parameters."""
+    return state.params if state.ema is None else state.ema
+
+
+def compute_dtype(name: str) -> np.dtype:
+    """Return the dtype of products and activations: "auto" is bfloat16, on a CPU float32."""
+    check_choice("dtype", name, ("auto", "float32", "bfloat16"))
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def _where(condition: Bool[Array, ""], new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)

@@ -1,0 +1,181 @@
+"""Teacher of a distillation: a frozen model that embeds every batch, or stored embeddings."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, UInt8
+
+from vlm import bundle
+from vlm.config import Experiment, ModelConfig
+from vlm.data.reinforced import Reinforced
+from vlm.errors import ConfigError
+from vlm.inputs.preprocess import Preprocess
+from vlm.models.flops import Supervision
+from vlm.sharding import batch_sharding, shardings
+from vlm.training.resolution import shrink
+from vlm.weights.building import abstract_model
+from vlm.weights.opening import describe
+from vlm.weights.resolution import at_context_length, at_image_size
+
+
+class Teacher:
+    """Online teacher: a frozen model on the run's mesh that embeds each batch.
+
+    Its inputs are the student's augmented images, resized to its own size, and the same texts,
+    tokenised by its own tokenizer.
+
+    Raises:
+        CheckpointError: there is no such model.
+        ConfigError: the teacher's inputs or embedding width do not suit the student.
+    """
+
+    def __init__(self, experiment: Experiment, mesh: Mesh):
+        config = experiment.distill
+        assert config is not None
+        model = bundle.load(config.teacher, mesh=mesh if mesh.size > 1 else None)
+        self.config: ModelConfig | None = model.config
+        self.width, self.tokenizer = model.embed_dim, model.tokenizer
+        _check(experiment, self.width, model.preprocess)
+        self.log_scale = _log_scale(experiment, math.log(model.logit_scale))
+        graph, self._state = nnx.split(model.model)
+        self._program = _program(graph, model.preprocess, experiment, mesh)
+
+    def __call__(self, batch: dict[str, Array]) -> dict[str, Array]:
+        """Replace the teacher's tokens in a global batch by its unit-norm embeddings."""
+        batch = dict(batch)
+        tokens = batch.pop("teacher_tokens")
+        z_image, z_text = self._program(self._state, batch["images"], tokens)
+        return batch | {"teacher_image": z_image, "teacher_text": z_text}
+
+
+class StoredTeacher:
+    """Precomputed teacher: its embeddings are read with the batch.
+
+    Raises:
+        DataError: there are no stored embeddings.
+        ConfigError: their width does not suit the student.
+    """
+
+    config: ModelConfig | None = None
+
+    def __init__(self, experiment: Experiment):
+        assert experiment.distill is not None
+        assert experiment.distill.stored is not None
+        self.embeddings = Reinforced.open(experiment.distill.stored)
+        self.width = self.embeddings.width
+        _check(experiment, self.width)
+        self.log_scale = _log_scale(experiment, self.embeddings.log_scale)
+
+    def __call__(self, batch: dict[str, Array]) -> dict[str, Array]:
+        """Return the batch unchanged: it has the embeddings."""
+        return batch
+
+
+class DescribedTeacher:
+    """Teacher without weights, for plans.
+
+    Attributes:
+        parameters: shapes of the parameters, without those of an adapter.
+
+    Raises:
+        CheckpointError, ConfigError: as `Teacher`.
+    """
+
+    log_scale = 0.0  # no shape depends on it
+
+    def __init__(self, experiment: Experiment):
+        assert experiment.distill is not None
+        checkpoint, size, length = describe(experiment.distill.teacher)
+        config, pixels = at_image_size(checkpoint.config, checkpoint.preprocess, size)
+        positions = checkpoint.text_positions
+        self.config, _ = at_context_length(config, checkpoint.tokenizer, length, positions)
+        self.width, self._experiment = self.config.embed_dim, experiment
+        self._preprocess = Preprocess(pixels)
+        _check(experiment, self.width, self._preprocess)
+        self._graph, self.parameters = nnx.split(abstract_model(self.config, jnp.float32))
+
+    def trace(self, mesh: Mesh) -> Any:
+        """Trace the program of `Teacher` for a mesh, whose devices need not exist."""
+
+        def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        e, rows = self._experiment, batch_sharding(mesh)
+        size, length = e.model.vision.image_size, self.config.text.context_length
+        images = placed(jax.ShapeDtypeStruct((e.batch_size, size, size, 3), jnp.uint8), rows)
+        tokens = placed(jax.ShapeDtypeStruct((e.batch_size, length), jnp.int32), rows)
+        state = jax.tree.map(placed, self.parameters, shardings(self.parameters, mesh))
+        return _program(self._graph, self._preprocess, e, mesh).trace(state, images, tokens)
+
+
+AnyTeacher = Teacher | StoredTeacher | DescribedTeacher
+
+
+def supervision_of(classes: int, teacher: AnyTeacher | None) -> Supervision:
+    """Describe the extra supervision of a run, for its FLOP count."""
+    if teacher is None:
+        return Supervision(classes)
+    return Supervision(classes, teacher.width, teacher.config)
+
+
+def _program(graph: Any, preprocess: Preprocess, experiment: Experiment, mesh: Mesh) -> Any:
+    """Make the jitted encoder of (parameters, images, tokens), which runs in micro-batches."""
+    rows = experiment.micro_batch_size or experiment.batch_size
+    parts = experiment.batch_size // rows
+    sharding = batch_sharding(mesh)
+
+    @functools.partial(jax.jit, out_shardings=(sharding, sharding))
+    def embed(state, images, tokens):
+        model = nnx.merge(graph, state)
+        if parts == 1:
+            return _embed(model, preprocess, images, tokens)
+        # Every k-th row goes to the same part: rows stay on their devices.
+        cut = jax.tree.map(
+            lambda x: x.reshape(rows, parts, *x.shape[1:]).swapaxes(0, 1), (images, tokens)
+        )
+        z = jax.lax.map(lambda part: _embed(model, preprocess, *part), cut)
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, x.shape[-1]), z)
+
+    return embed
+
+
+def _embed(
+    model, preprocess: Preprocess, images: UInt8[Array, "b h w 3"], tokens: Int[Array, "b l"]
+) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
+    pixels, size = images.astype(jnp.float32), preprocess.config.image_size
+    if pixels.shape[1] != size:
+        pixels = shrink(pixels, size)
+    return model.encode_image(preprocess.normalize(pixels)), model.encode_text(tokens)
+
+
+def check_square(teacher: str, preprocess: Preprocess) -> None:
+    """Raise a ConfigError if a teacher does not take square images."""
+    if preprocess.config.resize == "naflex":
+        raise ConfigError(
+            f"the teacher {teacher!r} takes images of any aspect (NaFlex), and distillation "
+            "uses square images: choose a teacher with square images"
+        )
+
+
+def _check(e: Experiment, width: int, preprocess: Preprocess | None = None) -> None:
+    """Raise a ConfigError if the teacher's inputs or width do not suit the student."""
+    config, ours = e.distill, e.model.embed_dim
+    assert config is not None
+    if preprocess is not None:
+        check_square(config.teacher, preprocess)
+    if config.features and width != ours and not config.projection:
+        raise ConfigError(
+            f"the teacher {config.teacher or config.stored!r} has embeddings of {width} dimensions "
+            f"and the student of {ours}: set distill.projection to learn a projection between "
+            "them, or distill.features to 0"
+        )
+
+
+def _log_scale(e: Experiment, own: float) -> float:
+    assert e.distill is not None
+    return own if e.distill.temperature is None else -math.log(e.distill.temperature)
