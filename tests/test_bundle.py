@@ -19,8 +19,8 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
 from vlm.models.dual_encoder import DualEncoder
 from vlm.weights import files
-from vlm.weights.digests import Checked, digests, older_fingerprint
 from vlm.weights.files import Arrays, SafetensorsFiles
+from vlm.weights.fingerprint import VerifiedTensors, digests, older_fingerprint
 from vlm.weights.rules import flat_arrays
 
 CAPTIONS = ["a red circle", "a blue square", "two dogs", "a cat on a mat " * 6]
@@ -165,7 +165,7 @@ def test_each_host_checks_what_it_reads(tmp_path, monkeypatch):
     table = np.arange(50, dtype=np.float32).reshape(10, 5)
     found = {"a": digests("a", table)}
     assert len(found["a"]) == 5
-    checked = Checked(Arrays({"a": table}, "here"), found)
+    checked = VerifiedTensors(Arrays({"a": table}, "here"), found)
     for start, stop in ((0, 10), (0, 1), (3, 4), (3, 9), (7, 7), (9, 10)):
         assert np.array_equal(checked.read("a", start, stop), table[start:stop])
     table[4, 2] += 1

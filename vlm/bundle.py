@@ -32,9 +32,9 @@ from vlm.models.text import shortened
 from vlm.nn.naflex import Patches
 from vlm.paths import keep_compiled_programs
 from vlm.sharding import shardings, to_host
-from vlm.weights import building, own
+from vlm.weights import building, bundle_format
 from vlm.weights.adapter import AdapterOrigin, SavedAdapter, write_adapter
-from vlm.weights.identity import fingerprint_of, fingerprint_of_arrays
+from vlm.weights.fingerprint import fingerprint_of, fingerprint_of_arrays
 from vlm.weights.opening import open_adapter, open_model, source_of
 from vlm.weights.resolution import at_context_length, at_image_size, resizing
 from vlm.weights.rules import flat_arrays, flat_shapes
@@ -272,7 +272,7 @@ class Bundle(FactSheet):
         parts = model, self.preprocess, self.tokenizer
         if format != "vlm":
             return write_folder(folder, format, *parts, compare_texts)
-        written = own.write(folder, *parts, self.name, self.templates)
+        written = bundle_format.write(folder, *parts, self.name, self.templates)
         if self.adapter is None:
             self.fingerprint = written
         return None
@@ -457,7 +457,7 @@ def load(
         name,
         fingerprint=checkpoint.fingerprint if same else None,
         source=source_of(model) if revision is None else None,
-        templates=own.templates_of(model),
+        templates=bundle_format.templates_of(model),
     )
 
 
@@ -496,5 +496,5 @@ def adapted(bundle: Bundle, saved: SavedAdapter) -> Bundle:
     factors = saved.factors_for(bundle.model, bundle.tokenizer)
     new = bundle.with_adapter(factors, saved.origin.config)
     new.name, new.fingerprint, new.source = saved.name, saved.fingerprint, saved.where
-    new.templates = own.templates_of(saved.where) or new.templates
+    new.templates = bundle_format.templates_of(saved.where) or new.templates
     return new

@@ -16,7 +16,7 @@ import numpy as np
 from vlm._version import __version__
 from vlm.errors import CheckpointError
 from vlm.sharding import to_host
-from vlm.weights.identity import fingerprint_of_arrays
+from vlm.weights.fingerprint import fingerprint_of_arrays
 from vlm.weights.rules import flat_arrays
 
 PROBE_TEXT = "a photo of a red car in the snow"

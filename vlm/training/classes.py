@@ -23,7 +23,7 @@ from vlm.inputs.tokenizer import Tokenizer
 from vlm.training.eval_tasks import Embedder
 from vlm.training.run import Run
 from vlm.training.step import Trainer, TrainState
-from vlm.weights.own import templates_of as templates_of_model
+from vlm.weights.bundle_format import templates_of as templates_of_model
 
 
 def with_templates(experiment: Experiment) -> Experiment:

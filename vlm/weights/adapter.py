@@ -1,7 +1,7 @@
-"""An adapter as a folder: the factors of its layers, and of which model they are.
+"""Adapters as folders: `adapter.json` and the low-rank factors in `adapter.safetensors`.
 
-`adapter.json` names the model that it belongs to by its fingerprint and says where it was found;
-`adapter.safetensors` holds the factors under our names. The model itself is not in it.
+`adapter.json` has the fingerprint of the base model and the place it was loaded from. The factors
+have our names. The base model is not in the folder.
 """
 
 import hashlib
@@ -20,41 +20,41 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.adapters import Adapter, Factors
 from vlm.models.dual_encoder import DualEncoder
-from vlm.weights.digests import Checked, digests, fingerprint
 from vlm.weights.fields import read_json_of_format, show, string, whole
-from vlm.weights.files import SafetensorsFiles, write_safetensors
+from vlm.weights.files import SafetensorsFiles
+from vlm.weights.fingerprint import VerifiedTensors, fingerprint, write_with_digests
 from vlm.weights.new_folder import new_folder
 
 ADAPTER_FILE = "adapter.json"
 FACTORS_FILE = "adapter.safetensors"
 FILES = frozenset([ADAPTER_FILE, FACTORS_FILE])
 FORMAT = 1  # of the folder; raised when an older reader would misread it
-_PARTS = ("a", "b", "scale", "magnitude")  # of a layer; the last one is DoRA's alone
+_PARTS = ("a", "b", "scale", "magnitude")  # of a layer; only DoRA has the last one
 
 
 @dataclass(frozen=True)
 class AdapterOrigin:
-    """How an adapter was made, and the model under it."""
+    """Config of an adapter, and its base model."""
 
     config: AdapterConfig
-    base: str | None  # what `vlm.load` takes; None: a model that was not loaded
-    base_fingerprint: str | None  # None: not known, as of an adapter from elsewhere
+    base: str | None  # an argument of `vlm.load`; None: the base was not loaded
+    base_fingerprint: str | None  # None: unknown, as for adapters of peft
 
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """What a folder says of an adapter."""
+    """An adapter in a folder."""
 
     where: str
     name: str
     origin: AdapterOrigin
-    factors_for: Callable[[DualEncoder, Tokenizer], Adapter]  # the model under it
-    preprocess: PreprocessConfig | None = None  # None: that of the model under it
+    factors_for: Callable[[DualEncoder, Tokenizer], Adapter]  # of a base model
+    preprocess: PreprocessConfig | None = None  # None: that of the base model
     context_length: int | None = None
-    fingerprint: str | None = None  # of the factors and the model under them
+    fingerprint: str | None = None  # of the factors and the base model
 
     def check_base(self, found: str, name: str) -> None:
-        """Raise a CheckpointError unless the model of that fingerprint is the adapter's."""
+        """Raise a CheckpointError unless `found` is the fingerprint of the adapter's base model."""
         wanted = self.origin.base_fingerprint
         if wanted is not None and found != wanted:
             raise CheckpointError(
@@ -64,32 +64,37 @@ class SavedAdapter:
 
 
 def recognises(path: epath.Path) -> bool:
-    """Whether `path` is an adapter, or a run that has left one."""
-    return _folder(path) is not None
+    """Return True if `path` is an adapter, or a run folder that has one."""
+    return folder_with(ADAPTER_FILE, path) is not None
+
+
+def folder_with(file: str, path: epath.Path) -> epath.Path | None:
+    """Return `path` or its subfolder "bundle", whichever has the file first; None if neither."""
+    return next((f for f in (path, path / "bundle") if (f / file).exists()), None)
 
 
 def open_adapter(path: epath.Path) -> SavedAdapter:
-    """What `write_adapter` wrote.
+    """Open a folder that `write_adapter` wrote.
 
     Raises:
-        CheckpointError: it is of a later format, torn, or not as it was saved.
+        CheckpointError: it has a later format, is corrupt, or was changed after it was saved.
     """
-    folder = _folder(path)
+    folder = folder_with(ADAPTER_FILE, path)
     assert folder is not None, f"{path} is no adapter: see `recognises`"
     file = folder / ADAPTER_FILE
     about = read_json_of_format(file, FORMAT)
     try:
         base = dict(about["base"])
         saved, found = string(about["fingerprint"], "fingerprint"), dict(about["digests"])
-        below = string(base["fingerprint"], "base.fingerprint")
-        if _fingerprint(below, found) != saved:
+        base_fingerprint = string(base["fingerprint"], "base.fingerprint")
+        if _fingerprint(base_fingerprint, found) != saved:
             raise ValueError("its digests are not those of its fingerprint")
         described = {
             "name": string(about["name"], "name"),
             "origin": AdapterOrigin(
                 from_dict(AdapterConfig, about["config"]),
                 string(base["model"], "base.model"),
-                below,
+                base_fingerprint,
             ),
             "preprocess": from_dict(PreprocessConfig, about["preprocess"]),
             "context_length": whole(about["context_length"], "context_length"),
@@ -98,23 +103,22 @@ def open_adapter(path: epath.Path) -> SavedAdapter:
         raise CheckpointError(
             f"{file} is not as saved ({str(error)[:400]}): save the adapter again"
         ) from None
-    tensors = Checked(SafetensorsFiles([folder / FACTORS_FILE]), found, beside=ADAPTER_FILE)
+    weights = folder / FACTORS_FILE
+    tensors = VerifiedTensors(SafetensorsFiles([weights]), found, beside=ADAPTER_FILE)
     if missing := sorted(found.keys() ^ set(tensors.shapes)):
         raise CheckpointError(
-            f"{folder / FACTORS_FILE} and the {ADAPTER_FILE} beside it do not agree on "
+            f"{weights} and the {ADAPTER_FILE} beside it do not agree on "
             f"{show(missing[0])}: copy the adapter again"
         )
     layers: dict[str, dict[str, Any]] = {}
     for name in tensors.shapes:
         layer, _, part = name.rpartition(".lora.")
         if not layer or part not in _PARTS:
-            raise CheckpointError(f"{folder / FACTORS_FILE} has {show(name)}: save it again")
+            raise CheckpointError(f"{weights} has {show(name)}: save it again")
         layers.setdefault(layer, {})[part] = tensors.read(name)
     for layer, parts in layers.items():
         if missing := [part for part in _PARTS[:3] if part not in parts]:
-            raise CheckpointError(
-                f"{folder / FACTORS_FILE} has no {missing[0]} of {layer}: save it again"
-            )
+            raise CheckpointError(f"{weights} has no {missing[0]} of {layer}: save it again")
     factors = {layer: Factors(**parts) for layer, parts in layers.items()}
     return SavedAdapter(
         os.fspath(folder),
@@ -133,15 +137,15 @@ def write_adapter(
     context_length: int,
     templates: Sequence[str] = (),
 ) -> str:
-    """Write an adapter as a folder, or over the one that is there; returns its fingerprint.
+    """Write an adapter as a new folder or over an existing one; return its fingerprint.
 
     Raises:
-        ConfigError: the model under it was not loaded from anywhere.
+        ConfigError: the base model was not loaded from a path or an id.
         CheckpointError: the folder holds something else, or cannot be written.
     """
     if origin.base is None:
         raise ConfigError(
-            f"the model under the adapter of {name} is not that of a path or an id alone: save it, "
+            f"the base model of the adapter of {name} was not loaded from one path or id: save it, "
             "load it from there, and put the adapter on that"
         )
     arrays = [
@@ -151,18 +155,12 @@ def write_adapter(
         if getattr(factors, part) is not None
     ]
     with new_folder(folder, FILES) as new:
-        found: dict[str, list[str]] = {}
-
-        def written(name: str, values: np.ndarray) -> None:
-            found[name] = digests(name, values)
-
-        write_safetensors(new / FACTORS_FILE, arrays, {"format": "vlm"}, written)
-        whole_fingerprint = _fingerprint(origin.base_fingerprint, found)
-        description = {
+        found = write_with_digests(new / FACTORS_FILE, arrays)
+        description: dict[str, Any] = {
             "format": FORMAT,
             "version": __version__,
             "name": name,
-            "fingerprint": whole_fingerprint,
+            "fingerprint": _fingerprint(origin.base_fingerprint, found),
             "base": {"model": origin.base, "fingerprint": origin.base_fingerprint},
             "config": to_dict(origin.config),
             "preprocess": to_dict(preprocess),
@@ -171,13 +169,9 @@ def write_adapter(
             "digests": found,
         }
         (new / ADAPTER_FILE).write_text(json.dumps(description, indent=2) + "\n")
-    return whole_fingerprint
+    return description["fingerprint"]
 
 
 def _fingerprint(base: str | None, found: dict[str, list[str]]) -> str:
-    """One digest for a model and what is added to it."""
+    """Return one digest of a base model and the factors."""
     return hashlib.sha256(f"{base} {fingerprint(found)}".encode()).hexdigest()[:32]
-
-
-def _folder(path: epath.Path) -> epath.Path | None:
-    return next((f for f in (path, path / "bundle") if (f / ADAPTER_FILE).exists()), None)

@@ -9,9 +9,9 @@ from etils import epath
 
 from vlm.errors import CheckpointError
 from vlm.weights import huggingface, open_clip, transformers_folders
+from vlm.weights.bundle_format import BUNDLE_FILE
 from vlm.weights.checkpoint import shards, weight_names
 from vlm.weights.fields import read_json
-from vlm.weights.own import BUNDLE_FILE
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Which model it is; the first that a repository has is there whenever anything of it is.

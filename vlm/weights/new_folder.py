@@ -1,4 +1,4 @@
-"""Writing a folder so that nobody ever finds half of it, and nothing else is written over."""
+"""Write a folder atomically, without overwriting anything else."""
 
 import contextlib
 import ctypes
@@ -14,10 +14,10 @@ from vlm.paths import as_path, is_remote
 
 @contextlib.contextmanager
 def new_folder(folder: epath.PathLike, files: frozenset[str] | None = None) -> Iterator[epath.Path]:
-    """A hidden folder to write into, which becomes `folder` if the block ends well.
+    """Yield a hidden folder to write into; rename it to `folder` if the block succeeds.
 
-    With `files`, an empty folder or one of exactly these files is replaced; anything else that is
-    there is refused before the block begins. A symbolic link stays, and what it leads to is
+    With `files`, an empty folder or one that has exactly these files is replaced. Anything else at
+    that path is an error before the block starts. A symbolic link stays, and its target is
     replaced.
 
     Raises:
@@ -51,7 +51,7 @@ def new_folder(folder: epath.PathLike, files: frozenset[str] | None = None) -> I
 
 
 def _check_target(path: epath.Path, shown: epath.PathLike, files: frozenset[str] | None) -> None:
-    """Refuse a path where something is that must not be replaced."""
+    """Raise an error if the path has something that must not be replaced."""
     if not path.exists():
         return
     if files is None:
@@ -77,7 +77,7 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 def _exchange(a: epath.Path, b: epath.Path) -> bool:
-    """Swap two folders in one step, where the system can: no moment is without either."""
+    """Swap two folders in one step; return False where the system cannot."""
     if is_remote(a):
         return False
     try:

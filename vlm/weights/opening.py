@@ -14,10 +14,10 @@ from vlm.paths import as_path, on_disk
 from vlm.weights import (
     adapter,
     big_vision,
+    bundle_format,
     open_clip,
     openai,
     openvision,
-    own,
     peft,
     tips_npz,
     transformers_folders,
@@ -27,7 +27,7 @@ from vlm.weights.checkpoint import Checkpoint
 from vlm.weights.hub import download, is_hub_id
 
 FAMILIES = (
-    own,
+    bundle_format,
     transformers_folders,
     openvision,
     open_clip,
@@ -129,6 +129,6 @@ def open_checkpoint(path: epath.Path) -> Checkpoint:
         if family.recognises(path):
             return family.open_checkpoint(path)
     raise CheckpointError(
-        f"{path} is not a model: it has none of {own.BUNDLE_FILE}, config.json, "
+        f"{path} is not a model: it has none of {bundle_format.BUNDLE_FILE}, config.json, "
         "open_clip_config.json"
     )

@@ -1,11 +1,10 @@
-"""Our own format: a folder that `Bundle.save` writes."""
+"""vlm's own format: a folder that `Bundle.save` writes."""
 
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
 from vlm._version import __version__
@@ -16,12 +15,17 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
 from vlm.paths import as_path, is_run
-from vlm.weights.adapter import ADAPTER_FILE
+from vlm.weights.adapter import ADAPTER_FILE, folder_with
 from vlm.weights.building import abstract_model
 from vlm.weights.checkpoint import Checkpoint
-from vlm.weights.digests import Checked, digests, fingerprint, older_fingerprint
 from vlm.weights.fields import read_json, read_json_of_format, string
-from vlm.weights.files import SafetensorsFiles, Tensors, write_safetensors
+from vlm.weights.files import SafetensorsFiles, Tensors
+from vlm.weights.fingerprint import (
+    VerifiedTensors,
+    fingerprint,
+    older_fingerprint,
+    write_with_digests,
+)
 from vlm.weights.new_folder import new_folder
 from vlm.weights.rules import Rule, flat_arrays, flat_shapes
 
@@ -32,17 +36,17 @@ FORMAT = 1  # of the folder; raised when an older reader would misread it
 
 
 def recognises(path: epath.Path) -> bool:
-    """Whether `path` is a bundle, or a run folder."""
-    return _bundle(path) is not None or (path / "checkpoints").exists()
+    """Return True if `path` is a bundle or a run folder."""
+    return folder_with(BUNDLE_FILE, path) is not None or (path / "checkpoints").exists()
 
 
 def open_checkpoint(path: epath.Path) -> Checkpoint:
-    """What `Bundle.save` wrote.
+    """Open the checkpoint of a bundle, or of a run that has one.
 
     Raises:
-        CheckpointError: it is of a later format, incomplete or torn, or a run that is not finished.
+        CheckpointError: it has a later format, is incomplete or corrupt, or the run is unfinished.
     """
-    folder = _bundle(path)
+    folder = folder_with(BUNDLE_FILE, path)
     if folder is None:
         raise CheckpointError(
             f"the run {path} has no bundle yet, which is written at its end: finish it with "
@@ -55,7 +59,9 @@ def open_checkpoint(path: epath.Path) -> Checkpoint:
         preprocess = from_dict(PreprocessConfig, about["preprocess"])
         rules = from_dict(TokenizerConfig, about["tokenizer"])
         name, saved = string(about["name"], "name"), string(about["fingerprint"], "fingerprint")
-        found = _digests(about, saved)
+        found = about.get("digests")  # None: a bundle from before there were digests
+        if found is not None and (not isinstance(found, dict) or fingerprint(found) != saved):
+            raise ValueError("its digests are not those of its fingerprint")
     except (ValueError, KeyError, TypeError, ConfigError, CheckpointError) as error:
         raise CheckpointError(
             f"{file} is not as saved ({str(error)[:400]}): save the bundle again"
@@ -66,34 +72,23 @@ def open_checkpoint(path: epath.Path) -> Checkpoint:
         raise CheckpointError(f"the bundle {folder} is incomplete: {error}") from None
     tensors: Tensors = SafetensorsFiles([folder / WEIGHTS_FILE])
     if found is not None:
-        tensors = Checked(tensors, found)
+        tensors = VerifiedTensors(tensors, found)
     elif older_fingerprint(tensors) != saved:
         raise CheckpointError(
             f"{folder / WEIGHTS_FILE} is not what was saved: it is damaged, or of another model "
             f"than the {BUNDLE_FILE} beside it; save or copy the bundle again"
         )
-    names = flat_shapes(abstract_model(config, jnp.float32))
     return Checkpoint(
         name,
         config,
         preprocess,
         tokenizer,
         tensors,
-        [Rule(name, name) for name in names],
+        [Rule(name, name) for name in flat_shapes(abstract_model(config, jnp.float32))],
         lambda name: False,
         "bicubic_antialias",
         fingerprint=saved,
     )
-
-
-def _digests(about: dict[str, Any], saved: str) -> dict[str, list[str]] | None:
-    """The digests that belong to a fingerprint; None in a bundle from before they were kept."""
-    found = about.get("digests")
-    if found is None:
-        return None
-    if not isinstance(found, dict) or fingerprint(found) != saved:
-        raise ValueError("its digests are not those of its fingerprint")
-    return found
 
 
 def write(
@@ -104,7 +99,7 @@ def write(
     name: str,
     templates: Sequence[str] = (),
 ) -> str:
-    """Write a bundle as a folder, or over the bundle that is there; returns its fingerprint.
+    """Write a bundle as a new folder or over an existing bundle; return its fingerprint.
 
     Raises:
         CheckpointError: the folder holds something else, or cannot be written.
@@ -112,13 +107,8 @@ def write(
     with new_folder(folder, FILES) as new:
         tokenizer.save(new)
         (new / tokenizers.RULES_FILE).unlink()  # the rules go into bundle.json
-        found: dict[str, list[str]] = {}
-
-        def written(name: str, values: np.ndarray) -> None:
-            found[name] = digests(name, values)
-
-        write_safetensors(new / WEIGHTS_FILE, flat_arrays(model), {"format": "vlm"}, written)
-        description = {
+        found = write_with_digests(new / WEIGHTS_FILE, flat_arrays(model))
+        description: dict[str, Any] = {
             "format": FORMAT,
             "version": __version__,
             "name": name,
@@ -130,20 +120,15 @@ def write(
             "digests": found,
         }
         (new / BUNDLE_FILE).write_text(json.dumps(description, indent=2) + "\n")
-    return fingerprint(found)
+    return description["fingerprint"]
 
 
 def templates_of(model: epath.PathLike) -> tuple[str, ...]:
-    """The templates that a bundle, adapter or run was trained with; empty where it names none."""
+    """Return the prompt templates that a bundle, adapter or run was trained with, if any."""
     path = as_path(model)
     files = [f / n for f in (path, path / "bundle") for n in (BUNDLE_FILE, ADAPTER_FILE)]
     held = next((read_json(file) for file in files if file.exists()), {})
     run = path.parent if path.name == "bundle" else path
-    if "templates" not in held and is_run(run):  # of before bundles kept them
+    if "templates" not in held and is_run(run):  # older bundles do not have them
         held = read_json(run / "config.json").get("data", {})
     return tuple(map(str, held.get("templates") or ()))
-
-
-def _bundle(path: epath.Path) -> epath.Path | None:
-    """The folder of the bundle at `path`, or in the run at `path`."""
-    return next((f for f in (path, path / "bundle") if (f / BUNDLE_FILE).exists()), None)
