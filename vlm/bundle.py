@@ -32,10 +32,10 @@ from vlm.models.text import shortened
 from vlm.nn.naflex import Patches
 from vlm.paths import keep_compiled_programs
 from vlm.sharding import shardings, to_host
-from vlm.weights import building, bundle_format
+from vlm.weights import bundle_format, instantiate
 from vlm.weights.adapter import AdapterOrigin, SavedAdapter, write_adapter
 from vlm.weights.fingerprint import fingerprint_of, fingerprint_of_arrays
-from vlm.weights.opening import open_adapter, open_model, source_of
+from vlm.weights.registry import open_adapter, open_model, source_of
 from vlm.weights.resolution import at_context_length, at_image_size, resizing
 from vlm.weights.rules import flat_arrays, flat_shapes
 from vlm.weights.token_check import TokenCheck
@@ -382,7 +382,7 @@ def load(
     dtype: str = "float32",
     mesh: Mesh | None = None,
     revision: str | None = None,
-    tower: building.Tower = "both",
+    tower: instantiate.Tower = "both",
     resize_backend: Literal["pillow", "tensor", "tensorflow"] | None = None,
     decode: Literal["intended", "reference"] | None = None,
     base: epath.PathLike | None = None,
@@ -427,8 +427,8 @@ def load(
         sizes = {"image_size": image_size, "context_length": context_length}
         options = {"dtype": dtype, "mesh": mesh, "tower": tower, "decode": decode}
         return _load_adapted(saved, base, sizes, resize_backend=resize_backend, **options)
-    kind = building.parameter_dtype(dtype)
-    place = None if mesh is None else building.parameter_shardings(mesh)
+    kind = instantiate.parameter_dtype(dtype)
+    place = None if mesh is None else instantiate.parameter_shardings(mesh)
     checkpoint, name = open_model(model, revision)
     checkpoint = checkpoint.for_length(context_length)
     config, preprocess = at_image_size(checkpoint.config, checkpoint.preprocess, image_size)
@@ -440,8 +440,8 @@ def load(
         checkpoint.text_positions,
     )
     positions = checkpoint.positions, checkpoint.text_positions
-    filled = building.fill_towers(
-        building.abstract_model(config, kind),
+    filled = instantiate.fill_towers(
+        instantiate.abstract_model(config, kind),
         resizing(checkpoint.rules, checkpoint.config, config, *positions),
         checkpoint.tensors,
         tower,

@@ -17,7 +17,7 @@ from vlm.errors import ConfigError
 from vlm.models import adapters
 from vlm.nn.lora import column_lengths
 from vlm.weights import open_clip, openai
-from vlm.weights.building import abstract_model
+from vlm.weights.instantiate import abstract_model
 from vlm.weights.rules import fill
 from vlm.weights.torch_pickle import TorchFile
 

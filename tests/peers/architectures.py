@@ -25,8 +25,8 @@ from open_clip.coca_model import CoCa
 from vlm.errors import CheckpointError, ConfigError
 from vlm.weights import fastvit, text_encoders
 from vlm.weights import open_clip as ours
-from vlm.weights.building import abstract_model
 from vlm.weights.files import Arrays
+from vlm.weights.instantiate import abstract_model
 from vlm.weights.rules import check, expand, fill, flat_shapes
 
 # What the Hub's config.json of these encoders say, where it cannot be asked.

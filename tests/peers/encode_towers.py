@@ -16,8 +16,8 @@ from architectures import described
 from flax import nnx
 
 from vlm.weights import open_clip as ours
-from vlm.weights.building import abstract_model
 from vlm.weights.files import Arrays
+from vlm.weights.instantiate import abstract_model
 from vlm.weights.rules import fill
 
 NAMES = ("convnext_base", "EVA02-B-16", "ViTamin-B", "MobileCLIP-S1")

@@ -311,8 +311,8 @@ def towers_written() -> None:
     from vlm.config import ModelConfig, PreprocessConfig, ResNetConfig, TextConfig
     from vlm.inputs.preprocess import Preprocess
     from vlm.weights import timm
-    from vlm.weights.building import abstract_model
     from vlm.weights.files import Arrays
+    from vlm.weights.instantiate import abstract_model
     from vlm.weights.rules import Rule, fill, flat_arrays, flat_shapes
 
     resnet = ResNetConfig()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlm.errors import CheckpointError
 from vlm.inputs.preprocess import Preprocess
-from vlm.weights.opening import describe
+from vlm.weights.registry import describe
 from vlm.weights.sample_texts import sample_texts
 
 pytestmark = pytest.mark.peers

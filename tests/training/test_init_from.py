@@ -21,7 +21,7 @@ from vlm.config.defaults import fine_tuning_rate, resumed_experiment, with_defau
 from vlm.errors import CheckpointError, ConfigError
 from vlm.training.init_from import _check_same, init_tokenizer, resolve
 from vlm.training.loop import train
-from vlm.weights.building import abstract_model
+from vlm.weights.instantiate import abstract_model
 from vlm.weights.rules import flat_shapes
 
 GOLDEN = Path(__file__).parents[1] / "weights" / "golden"

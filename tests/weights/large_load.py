@@ -51,7 +51,7 @@ def write(folder: pathlib.Path, dtype: str) -> None:
     import jax.numpy as jnp
 
     from vlm.weights import huggingface
-    from vlm.weights.building import abstract_model
+    from vlm.weights.instantiate import abstract_model
     from vlm.weights.rules import expand, flat_shapes
 
     (folder / "config.json").write_text(json.dumps(CONFIG))

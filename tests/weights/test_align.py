@@ -13,8 +13,8 @@ from vlm.config import EfficientNetConfig, EfficientNetStage, ModelConfig, TextC
 from vlm.errors import CheckpointError
 from vlm.inputs.preprocess import Preprocess
 from vlm.weights.align import model_config, rules
-from vlm.weights.building import abstract_model
 from vlm.weights.files import SafetensorsFiles
+from vlm.weights.instantiate import abstract_model
 from vlm.weights.processors import huggingface_preprocess
 from vlm.weights.rules import flat_shapes
 from vlm.weights.vocabularies import huggingface_tokenizer

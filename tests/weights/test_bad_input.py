@@ -13,7 +13,7 @@ from etils import epath
 from vlm.bundle import load
 from vlm.errors import CheckpointError, ConfigError
 from vlm.weights.files import SafetensorsFiles, write_safetensors
-from vlm.weights.opening import open_checkpoint
+from vlm.weights.registry import open_checkpoint
 from vlm.weights.rules import flat_arrays
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -290,7 +290,7 @@ def test_written_safetensors_are_the_librarys(tmp_path):
 MEMORY = """
 import resource, sys
 import numpy as np
-from vlm.weights.building import abstract_model
+from vlm.weights.instantiate import abstract_model
 
 from vlm.weights.files import SafetensorsFiles
 from vlm.weights.rules import fill
@@ -318,7 +318,7 @@ def test_peak_memory_of_loading(tmp_path):
     import jax.numpy as jnp
 
     from vlm.weights import huggingface
-    from vlm.weights.building import abstract_model
+    from vlm.weights.instantiate import abstract_model
     from vlm.weights.rules import expand, flat_shapes
 
     values = {"model_type": "clip", "projection_dim": 256,

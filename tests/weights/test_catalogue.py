@@ -10,9 +10,9 @@ from flax import nnx
 from vlm.cli.models import models
 from vlm.errors import ConfigError
 from vlm.models import variants
-from vlm.weights.building import abstract_model
 from vlm.weights.catalogue import ENTRIES, choose, find, table, undecided
 from vlm.weights.hub import is_hub_id
+from vlm.weights.instantiate import abstract_model
 
 
 def test_names_are_unique_and_loadable_in_form():

@@ -17,8 +17,8 @@ from vlm.config import AdapterConfig
 from vlm.errors import CheckpointError, ConfigError
 from vlm.models import adapters
 from vlm.weights.fgclip2 import model_config
-from vlm.weights.opening import describe
 from vlm.weights.processors import huggingface_preprocess
+from vlm.weights.registry import describe
 from vlm.weights.rules import flat_arrays
 
 FOLDER = pathlib.Path(__file__).parent / "golden" / "hf_fgclip2"

@@ -17,7 +17,7 @@ from vlm.config import ModelConfig, TextConfig
 from vlm.errors import CheckpointError, ConfigError
 from vlm.inputs.preprocess import Preprocess
 from vlm.weights import big_vision
-from vlm.weights.building import abstract_model
+from vlm.weights.instantiate import abstract_model
 from vlm.weights.rules import expand, flat_shapes
 from vlm.weights.vocabularies import bert_tokenizer
 from vlm.weights.writing_huggingface import huggingface_config

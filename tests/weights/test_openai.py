@@ -13,7 +13,7 @@ import pytest
 from vlm.bundle import load
 from vlm.errors import CheckpointError
 from vlm.weights import open_clip, openai
-from vlm.weights.building import abstract_model
+from vlm.weights.instantiate import abstract_model
 from vlm.weights.rules import fill
 from vlm.weights.torch_pickle import TorchFile
 

@@ -8,7 +8,7 @@ import pytest
 from vlm.errors import CheckpointError
 from vlm.weights import files, rules
 from vlm.weights.files import Arrays
-from vlm.weights.rules import LINEAR, SAME, Piece, Rule, check, expand
+from vlm.weights.rules import LINEAR, SAME, LayerRule, Rule, check, expand
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_tensor_that_holds_several_of_ours_in_every_layer():
         expected = x[4 * piece.part :][:4].T + 100 * piece.layer
         np.testing.assert_array_equal(piece.read(tensors), expected)
     ours = {name: jnp.stack([p.read(tensors) for p in pieces if p.ours == name]) for name in "qk"}
-    again = rules.Pending([p for p in pieces if p.theirs == "qk.1"], ours)
+    again = rules.LazyTensor([p for p in pieces if p.theirs == "qk.1"], ours)
     assert again.shape == (8, 3)
     np.testing.assert_array_equal(np.asarray(again), x + 100)
 
@@ -114,7 +114,7 @@ TABLE = np.arange(40 * 6, dtype=np.float32).reshape(40, 6)
 def pour(piece, spans, theirs=TABLE):
     tensors = Recorder({"x": theirs})
     buffers = {span: np.full([b - a for a, b in span], np.nan, np.float32) for span in spans}
-    rules._pour(piece, tensors, buffers)
+    rules._copy_slices(piece, tensors, buffers)
     return buffers, tensors.reads
 
 
@@ -129,7 +129,7 @@ def pour(piece, spans, theirs=TABLE):
 )
 def test_a_table_is_read_in_strips_and_only_where_it_is_wanted(spans, part, monkeypatch):
     monkeypatch.setattr(files, "_PART", part)
-    buffers, reads = pour(Piece("x", "ours", None, SAME, (40, 6)), spans)
+    buffers, reads = pour(LayerRule("x", "ours", None, SAME, (40, 6)), spans)
     for (rows, columns), buffer in buffers.items():
         assert np.array_equal(buffer, TABLE[slice(*rows), slice(*columns)])
     taken = [row for start, stop in reads for row in range(start, stop)]
@@ -139,7 +139,7 @@ def test_a_table_is_read_in_strips_and_only_where_it_is_wanted(spans, part, monk
 
 
 def test_a_layer_that_no_shard_holds_is_not_read():
-    layer = Piece("x", "ours", 2, LINEAR, (6, 40))
+    layer = LayerRule("x", "ours", 2, LINEAR, (6, 40))
     stack = ((0, 2), (0, 6), (0, 40))
     _, reads = pour(layer, [stack])
     assert reads == []

@@ -9,7 +9,7 @@ import pytest
 
 from vlm.bundle import load
 from vlm.errors import CheckpointError
-from vlm.weights.opening import describe
+from vlm.weights.registry import describe
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 TEXTS = ["a cat", "Two DOGS!", "a photo of a cat on a mat in a hat", "café"]

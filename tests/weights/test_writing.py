@@ -24,7 +24,7 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
 from vlm.models.dual_encoder import DualEncoder
 from vlm.weights import convnext, eva, mobileclip, text_encoders, timm, vitamin
-from vlm.weights.building import abstract_model
+from vlm.weights.instantiate import abstract_model
 from vlm.weights.rules import flat_arrays, flat_shapes
 from vlm.weights.writing_huggingface import huggingface_config
 from vlm.weights.writing_open_clip import open_clip_config

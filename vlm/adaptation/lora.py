@@ -11,8 +11,8 @@ from vlm.config import AdapterConfig
 from vlm.errors import CheckpointError, ConfigError
 from vlm.models import adapters
 from vlm.weights.adapter import SavedAdapter
-from vlm.weights.opening import open_adapter
 from vlm.weights.peft import write_peft
+from vlm.weights.registry import open_adapter
 
 
 def attach(

@@ -16,7 +16,7 @@ from vlm.exporting.programs import programs
 from vlm.exporting.storing import Dtype
 from vlm.heads.saved import Classifier
 from vlm.paths import as_path, is_remote
-from vlm.weights.building import Tower
+from vlm.weights.instantiate import Tower
 from vlm.weights.new_folder import new_folder
 
 Format = Literal["stablehlo", "onnx", "savedmodel"]  # the last is refused, with its reason

@@ -19,7 +19,7 @@ from vlm.heads.prompted import PromptedClassifier
 from vlm.heads.saved import Classifier
 from vlm.heads.zero_shot import to_scores
 from vlm.models.adapters import merged
-from vlm.weights.building import Tower, abstract_model
+from vlm.weights.instantiate import Tower, abstract_model
 
 Name = Literal["image", "text", "classifier"]
 EXAMPLES = 33  # rows of an input to check with

@@ -17,7 +17,7 @@ from vlm.inputs.tokenizer import Tokenizer
 from vlm.models import adapters
 from vlm.training.partition import Params, joined
 from vlm.training.step import Trainer, TrainState
-from vlm.weights.opening import describe
+from vlm.weights.registry import describe
 from vlm.weights.resolution import at_context_length, at_image_size
 
 # Fields of a tower that do not change the meaning of its weights.

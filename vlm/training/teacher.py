@@ -18,8 +18,8 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.models.flops import Supervision
 from vlm.sharding import batch_sharding, shardings
 from vlm.training.resolution import shrink
-from vlm.weights.building import abstract_model
-from vlm.weights.opening import describe
+from vlm.weights.instantiate import abstract_model
+from vlm.weights.registry import describe
 from vlm.weights.resolution import at_context_length, at_image_size
 
 

@@ -5,5 +5,5 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from vlm.weights import catalogue as catalogue
     from vlm.weights.checkpoint import Checkpoint as Checkpoint
-    from vlm.weights.opening import open_checkpoint as open_checkpoint
+    from vlm.weights.registry import open_checkpoint as open_checkpoint
     from vlm.weights.rules import Rule as Rule

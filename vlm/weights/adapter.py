@@ -20,7 +20,7 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.adapters import Adapter, Factors
 from vlm.models.dual_encoder import DualEncoder
-from vlm.weights.fields import read_json_of_format, show, string, whole
+from vlm.weights.fields import integer, read_json_of_format, show, string
 from vlm.weights.files import SafetensorsFiles
 from vlm.weights.fingerprint import VerifiedTensors, fingerprint, write_with_digests
 from vlm.weights.new_folder import new_folder
@@ -97,7 +97,7 @@ def open_adapter(path: epath.Path) -> SavedAdapter:
                 base_fingerprint,
             ),
             "preprocess": from_dict(PreprocessConfig, about["preprocess"]),
-            "context_length": whole(about["context_length"], "context_length"),
+            "context_length": integer(about["context_length"], "context_length"),
         }
     except (ValueError, KeyError, TypeError, ConfigError, CheckpointError) as error:
         raise CheckpointError(

@@ -19,10 +19,10 @@ from vlm.weights.checkpoint import Checkpoint, weights
 from vlm.weights.fields import (
     MAX_LAYERS,
     MAX_PIXELS,
+    integer,
     number,
     read_json,
     show,
-    whole,
     with_defaults,
 )
 from vlm.weights.layers import batch_norm, conv, linear, point
@@ -132,7 +132,9 @@ def _vision(c: dict[str, Any], where: str) -> EfficientNetConfig:
         raise CheckpointError(
             f"{where}.pooling_type is {show(c['pooling_type'])}: vlm knows mean and max"
         )
-    lists = {name: _wholes(c[name] or given, f"{where}.{name}") for name, given in _STAGES.items()}
+    lists = {
+        name: _integers(c[name] or given, f"{where}.{name}") for name, given in _STAGES.items()
+    }
     if len({len(values) for values in lists.values()}) > 1 or not lists["strides"]:
         raise CheckpointError(
             f"{where} has lists of other lengths: give {', '.join(lists)} a value for each stage"
@@ -150,13 +152,13 @@ def _vision(c: dict[str, Any], where: str) -> EfficientNetConfig:
             f"{where}: in_channels come to {inputs} and what is before them has "
             f"{[stem_width, *widths[:-1]]}: they must be equal"
         )
-    padded = _wholes(c["depthwise_padding"] or [], f"{where}.depthwise_padding", low=0)
+    padded = _integers(c["depthwise_padding"] or [], f"{where}.depthwise_padding", low=0)
     stages, block = [], 0
     for width, repeats, kernel, stride, expand in zip(
         widths, lists["num_block_repeats"], kernels, strides, lists["expand_ratios"], strict=True
     ):
         depth = math.ceil(number(c["depth_coefficient"], where, above=0.0) * repeats)
-        block = whole(block + depth, f"{where}.num_block_repeats", high=MAX_LAYERS)
+        block = integer(block + depth, f"{where}.num_block_repeats", high=MAX_LAYERS)
         halve = stride == 2
         stages.append(
             EfficientNetStage(
@@ -171,7 +173,7 @@ def _vision(c: dict[str, Any], where: str) -> EfficientNetConfig:
     side = c["image_size"]
     side = side[0] if isinstance(side, list) and len(side) == 2 and side[0] == side[1] else side
     tower = EfficientNetConfig(
-        image_size=whole(600 if side is None else side, f"{where}.image_size", high=MAX_PIXELS),
+        image_size=integer(600 if side is None else side, f"{where}.image_size", high=MAX_PIXELS),
         stem_width=stem_width,
         stages=tuple(stages),
         squeeze=c["squeeze_expansion_ratio"],
@@ -195,13 +197,13 @@ def scaled(width: int, c: dict[str, Any], where: str) -> int:
     wanted = width * c["width_coefficient"]
     divisor = c["depth_divisor"]
     nearest = max(divisor, int(wanted + divisor / 2) // divisor * divisor)
-    return whole(nearest + divisor * (nearest < 0.9 * wanted), where)
+    return integer(nearest + divisor * (nearest < 0.9 * wanted), where)
 
 
-def _wholes(values: Any, where: str, low: int = 1) -> list[int]:
+def _integers(values: Any, where: str, low: int = 1) -> list[int]:
     if not isinstance(values, list) or len(values) > 1_000:
         raise CheckpointError(f"{where} is {show(values)}, not a list of whole numbers")
-    return [whole(value, where, low) for value in values]
+    return [integer(value, where, low) for value in values]
 
 
 # --------------------------------------------------------------------- their names and ours

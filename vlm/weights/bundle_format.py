@@ -16,7 +16,6 @@ from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
 from vlm.paths import as_path, is_run
 from vlm.weights.adapter import ADAPTER_FILE, folder_with
-from vlm.weights.building import abstract_model
 from vlm.weights.checkpoint import Checkpoint
 from vlm.weights.fields import read_json, read_json_of_format, string
 from vlm.weights.files import SafetensorsFiles, Tensors
@@ -26,6 +25,7 @@ from vlm.weights.fingerprint import (
     older_fingerprint,
     write_with_digests,
 )
+from vlm.weights.instantiate import abstract_model
 from vlm.weights.new_folder import new_folder
 from vlm.weights.rules import Rule, flat_arrays, flat_shapes
 

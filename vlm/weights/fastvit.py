@@ -13,7 +13,7 @@ from jaxtyping import Shaped
 
 from vlm.config import FastViTConfig, FastViTStage, VisionTowerConfig
 from vlm.errors import CheckpointError
-from vlm.weights.fields import first_group, some
+from vlm.weights.fields import first_group, list_names
 from vlm.weights.files import Tensors, read_parameter
 from vlm.weights.layers import conv, fused, linear, norm, out, point
 from vlm.weights.rules import Rule
@@ -131,7 +131,7 @@ class Fused:
         ]
         if faults:
             raise CheckpointError(
-                f"{self.where} does not hold every branch of its FastViT: {some(faults)}"
+                f"{self.where} does not hold every branch of its FastViT: {list_names(faults)}"
             )
 
     def _stem(self, width: int, *, scale: bool) -> None:

@@ -61,7 +61,7 @@ def read_json_of_format(path: epath.Path, newest: int) -> dict[str, Any]:
         CheckpointError: as `read_json`, or it was written by a later vlm.
     """
     about = read_json(path)
-    version = whole(about.get("format"), f"{path}: format")
+    version = integer(about.get("format"), f"{path}: format")
     if version > newest:
         raise CheckpointError(
             f"{path} is of format {version} and this vlm reads up to {newest}: update vlm"
@@ -69,7 +69,7 @@ def read_json_of_format(path: epath.Path, newest: int) -> dict[str, Any]:
     return about
 
 
-def whole(value: Any, where: str, low: int = 1, high: int = _MAX_SIZE) -> int:
+def integer(value: Any, where: str, low: int = 1, high: int = _MAX_SIZE) -> int:
     """`value` if it is a whole number from `low` to `high`.
 
     Raises:
@@ -109,7 +109,7 @@ def string(value: Any, where: str) -> str:
     return value
 
 
-def flag(value: Any, where: str) -> bool:
+def boolean(value: Any, where: str) -> bool:
     """`value` if it is true or false.
 
     Raises:
@@ -157,11 +157,11 @@ def with_defaults(
         if value is None:
             continue
         if isinstance(default, bool):
-            value = flag(value, place)
+            value = boolean(value, place)
         elif isinstance(default, int):
             low = 0 if name.endswith("_id") else 1
             high = _MAX_TOKENS if name.endswith("_id") else _LARGEST.get(name, _MAX_SIZE)
-            value = whole(value, place, low, high)
+            value = integer(value, place, low, high)
         elif isinstance(default, float):
             value = number(value, place, above=0.0 if name.endswith("eps") else -math.inf)
         elif isinstance(default, str):
@@ -170,7 +170,7 @@ def with_defaults(
     return values
 
 
-def some(names: Sequence[str]) -> str:
+def list_names(names: Sequence[str]) -> str:
     """The first of some names, and how many more there are."""
     shown = [name if name.isprintable() else repr(name) for name in names[:_SHOWN]]
     shown = [name if len(name) <= _LONG else f"{name[:_LONG]}..." for name in shown]

@@ -16,9 +16,9 @@ from etils import epath
 from jaxtyping import Shaped
 
 from vlm.errors import CheckpointError
-from vlm.weights.building import abstract_model
 from vlm.weights.checkpoint import Checkpoint
 from vlm.weights.files import Tensors, part_rows, write_safetensors
+from vlm.weights.instantiate import abstract_model
 from vlm.weights.rules import read_all
 
 _LENGTH = 32  # hexadecimal digits of SHA-256, which common CPUs compute in hardware

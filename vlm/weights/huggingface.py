@@ -13,7 +13,7 @@ from etils import epath
 from vlm.config import Activation, ModelConfig, PreprocessConfig, TextConfig, ViTConfig
 from vlm.errors import CheckpointError
 from vlm.weights.checkpoint import Checkpoint, weights
-from vlm.weights.fields import fields, read_json, show, whole, with_defaults
+from vlm.weights.fields import fields, integer, read_json, show, with_defaults
 from vlm.weights.layers import fused, heads, linear, norm, out
 from vlm.weights.processors import huggingface_preprocess
 from vlm.weights.rules import CONV, OUT, SCALAR, SCALAR_1, Rule, leading
@@ -177,7 +177,7 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
             max_patches=vision["num_patches"] if naflex else None,
         ),
         TextConfig(**text_tower, pool="last", projection="linear_bias"),
-        embed_dim=whole(
+        embed_dim=integer(
             text["projection_size"] or text["hidden_size"], f"{where}: text_config.projection_size"
         ),
         loss="sigmoid",
@@ -196,7 +196,7 @@ def tower_fields(
     """
     name = f"{part}_config_dict" if values.get(f"{part}_config_dict") else f"{part}_config"
     given = fields(values.get(name), f"{where}: {name}")
-    channels = whole(given.get("num_channels") or 3, f"{where}: {part}_config.num_channels")
+    channels = integer(given.get("num_channels") or 3, f"{where}: {part}_config.num_channels")
     if channels != 3:
         raise CheckpointError(f"{where}: images have {channels} channels, and vlm takes RGB alone")
     return with_defaults(given, defaults, f"{where}: {part}_config")

@@ -24,13 +24,13 @@ from vlm.weights.checkpoint import Checkpoint, weights
 from vlm.weights.fields import (
     MAX_LAYERS,
     MAX_PIXELS,
+    boolean,
     fields,
-    flag,
+    integer,
     number,
     read_json,
     show,
     string,
-    whole,
     with_defaults,
 )
 from vlm.weights.files import Tensors
@@ -147,10 +147,10 @@ def model_config(values: dict[str, Any], shapes: Shapes, where: str) -> ModelCon
             raise CheckpointError(
                 f"{where}: model_cfg has {name} {show(value)}, which vlm does not know"
             )
-    embed_dim = whole(values["embed_dim"], f"{where}: model_cfg.embed_dim")
+    embed_dim = integer(values["embed_dim"], f"{where}: model_cfg.embed_dim")
     vision = _fields(values["vision_cfg"], VISION, f"{where}: vision_cfg")
     text = _fields(values["text_cfg"], TEXT, f"{where}: text_cfg")
-    quick = flag(values.get("quick_gelu") or False, f"{where}: model_cfg.quick_gelu")
+    quick = boolean(values.get("quick_gelu") or False, f"{where}: model_cfg.quick_gelu")
     bias = values.get("init_logit_bias")
     if bias is not None:
         bias = number(bias, f"{where}: model_cfg.init_logit_bias")
@@ -192,7 +192,7 @@ def _vision(c: dict[str, Any], quick: bool, where: str) -> ViTConfig | ResNetCon
         image_size=_side(c["image_size"], f"{where}: vision_cfg.image_size"),
         patch_size=_side(c["patch_size"], f"{where}: vision_cfg.patch_size"),
         width=c["width"],
-        depth=whole(c["layers"], f"{where}: vision_cfg.layers", high=MAX_LAYERS),
+        depth=integer(c["layers"], f"{where}: vision_cfg.layers", high=MAX_LAYERS),
         heads=c["width"] // c["head_width"],
         mlp_dim=int(c["width"] * c["mlp_ratio"]),
         pool=pool,
@@ -228,7 +228,7 @@ def _text(c: dict[str, Any], quick: bool, where: str) -> TextConfig:
         vocab_size=c["vocab_size"],
         context_length=c["context_length"],
         width=c["width"],
-        depth=whole(c["layers"], f"{where}: text_cfg.layers", high=MAX_LAYERS),
+        depth=integer(c["layers"], f"{where}: text_cfg.layers", high=MAX_LAYERS),
         heads=c["heads"],
         mlp_dim=int(c["width"] * c["mlp_ratio"]),
         causal=not c["no_causal_mask"],
@@ -282,14 +282,14 @@ def _side(size: Any, where: str) -> int:
         size = size[0]
     if not isinstance(size, int):
         raise CheckpointError(f"{where} is {show(size)}: vlm takes squares alone")
-    return whole(size, where, high=MAX_PIXELS)
+    return integer(size, where, high=MAX_PIXELS)
 
 
 def _stages(layers: list[Any], where: str) -> tuple[int, ...]:
     """The blocks in the four stages of a ResNet."""
     if len(layers) != 4:
         raise CheckpointError(f"{where} is {show(layers)}: a ResNet has four stages")
-    return tuple(whole(blocks, where, high=MAX_LAYERS) for blocks in layers)
+    return tuple(integer(blocks, where, high=MAX_LAYERS) for blocks in layers)
 
 
 # --------------------------------------------------------------------- their names and ours

@@ -21,7 +21,7 @@ from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.adapters import Adapter, Factors, LayerSize, linear_layers, size_of
 from vlm.models.dual_encoder import DualEncoder
 from vlm.weights.adapter import AdapterOrigin, SavedAdapter
-from vlm.weights.fields import fields, flag, number, read_json, show, some, string, whole
+from vlm.weights.fields import boolean, fields, integer, list_names, number, read_json, show, string
 from vlm.weights.files import SafetensorsFiles, read_parameter, write_safetensors
 from vlm.weights.huggingface import RULES
 from vlm.weights.new_folder import new_folder
@@ -67,9 +67,9 @@ def open_peft(folder: epath.Path) -> SavedAdapter:
     _check_supported(values, os.fspath(file))
     base = values.get("base_model_name_or_path")
     config = AdapterConfig(
-        rank=whole(values.get("r"), f"{file}: r"),
+        rank=integer(values.get("r"), f"{file}: r"),
         alpha=number(values.get("lora_alpha"), f"{file}: lora_alpha", above=0.0),
-        dora=flag(values.get("use_dora") or False, f"{file}: use_dora"),
+        dora=boolean(values.get("use_dora") or False, f"{file}: use_dora"),
     )
     return SavedAdapter(
         where=os.fspath(folder),
@@ -97,8 +97,8 @@ def write_peft(
     ours = {place[0] for place in places.values()}
     if foreign := sorted(name for name in adapter if name not in ours):
         raise CheckpointError(
-            f"peft has no place for an adapter of {some(foreign)}: merge it into the model, or "
-            "train one without these layers"
+            f"peft has no place for an adapter of {list_names(foreign)}: merge it into the model, "
+            "or train one without these layers"
         )
     arrays: dict[str, np.ndarray] = {}
     ranks, alphas = {}, {}
@@ -183,8 +183,8 @@ def _factors(
             scales[name, layer] = _scale(values, module, array.shape[0], folder)
     if unknown:
         raise CheckpointError(
-            f"{file} has {some(unknown)}, which have no place in the model: give the base that it "
-            "was trained on, as CLIPModel or SiglipModel"
+            f"{file} has {list_names(unknown)}, which have no place in the model: give the base "
+            "that it was trained on, as CLIPModel or SiglipModel"
         )
     return {
         name: _joined(name, parts, size_of(layers[name]), scales, os.fspath(file))

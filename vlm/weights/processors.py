@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from vlm.config import CLIP_MEAN, CLIP_STD, PreprocessConfig
 from vlm.errors import CheckpointError
-from vlm.weights.fields import MAX_PIXELS, flag, number, show, string, whole
+from vlm.weights.fields import MAX_PIXELS, boolean, integer, number, show, string
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # How open_clip names them.
@@ -106,8 +106,8 @@ def huggingface_preprocess(
         common["mean"] = _three(values.get("image_mean", fallback[0]), f"{where}: image_mean")
         common["std"] = _deviation(values.get("image_std", fallback[1]), f"{where}: image_std")
     if naflex:
-        patch_size = whole(values.get("patch_size", 16), f"{where}: patch_size", high=MAX_PIXELS)
-        patches = whole(values.get("max_num_patches", 256), f"{where}: max_num_patches")
+        patch_size = integer(values.get("patch_size", 16), f"{where}: patch_size", high=MAX_PIXELS)
+        patches = integer(values.get("max_num_patches", 256), f"{where}: max_num_patches")
         return PreprocessConfig(
             image_size=grid_size or math.isqrt(patches) * patch_size,
             resize="naflex",
@@ -120,7 +120,7 @@ def huggingface_preprocess(
     square = values.get("default_to_square")
     if square is None:
         square = family == "squash" and not name.startswith("Siglip")
-    size = _edges(size, f"{where}: size", square=flag(square, f"{where}: default_to_square"))
+    size = _edges(size, f"{where}: size", square=boolean(square, f"{where}: default_to_square"))
     if _on(values, "do_center_crop", family == "crop", where):
         crop = values.get("crop_size", 289 if efficient else 224)
         side = _edges(crop, f"{where}: crop_size", square=True)["height"]
@@ -210,7 +210,7 @@ def open_clip_preprocess(values: dict[str, Any], image_size: int, where: str) ->
         raise CheckpointError(
             f"{where}: resize_mode is {mode!r}: vlm knows shortest, longest and squash"
         )
-    fill = whole(values.get("fill_color") or 0, f"{where}: fill_color", 0, 255)  # a grey level
+    fill = integer(values.get("fill_color") or 0, f"{where}: fill_color", 0, 255)  # a grey level
     kernel = values.get("interpolation") or "bicubic"
     if kernel == "random":  # of training; open_clip's evaluation then takes bicubic
         kernel = "bicubic"
@@ -234,7 +234,7 @@ _OPEN_CLIP = ("size", "mode", "mean", "std", "interpolation", "resize_mode", "fi
 
 def _on(values: dict[str, Any], step: str, default: bool, where: str) -> bool:
     """Whether a step is taken; null turns it off, as in transformers."""
-    return flag(values.get(step, default) or False, f"{where}: {step}")
+    return boolean(values.get(step, default) or False, f"{where}: {step}")
 
 
 def _edges(size: Any, where: str, *, square: bool) -> dict[str, int | None]:
@@ -255,7 +255,7 @@ def _edges(size: Any, where: str, *, square: bool) -> dict[str, int | None]:
         raise CheckpointError(f"{where} is {show(size)}: vlm does not resize by the longest edge")
     edges = {name: size.get(name) for name in ("shortest_edge", "height")}
     return {
-        name: None if edge is None else whole(edge, f"{where}.{name}", high=MAX_PIXELS)
+        name: None if edge is None else integer(edge, f"{where}.{name}", high=MAX_PIXELS)
         for name, edge in edges.items()
     }
 

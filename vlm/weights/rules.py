@@ -18,7 +18,7 @@ from jaxtyping import Shaped
 from numpy.typing import DTypeLike
 
 from vlm.errors import CheckpointError
-from vlm.weights.fields import some
+from vlm.weights.fields import list_names
 from vlm.weights.files import Tensors, part_rows, read_parameter
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -100,7 +100,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Piece:
+class LayerRule:
     """A part of one of our arrays: the whole, or one layer; and where it comes from."""
 
     theirs: str
@@ -137,26 +137,26 @@ class Piece:
         return theirs if self.row_by_row else self.transform.read(theirs, self.shape)
 
 
-def expand(rules: Sequence[Rule], shapes: dict[str, Shape]) -> list[Piece]:
+def expand(rules: Sequence[Rule], shapes: dict[str, Shape]) -> list[LayerRule]:
     """The rules spelled out, layer by layer, for a model whose arrays have these `shapes`."""
     pieces = []
     for rule in rules:
         names = (rule.ours,) if isinstance(rule.ours, str) else rule.ours
         for part, name in enumerate(names):
             if name not in shapes:
-                pieces.append(Piece(rule.theirs, name, None, rule.transform, ()))
+                pieces.append(LayerRule(rule.theirs, name, None, rule.transform, ()))
                 continue
             shape = shapes[name]
             layered = "{}" in rule.theirs
             for layer in range(shape[0]) if layered else [None]:
                 theirs = rule.theirs if layer is None else rule.theirs.format(rule.first + layer)
                 one = shape[1:] if layered else shape
-                pieces.append(Piece(theirs, name, layer, rule.transform, one, part, len(names)))
+                pieces.append(LayerRule(theirs, name, layer, rule.transform, one, part, len(names)))
     return pieces
 
 
 def check(
-    pieces: Sequence[Piece],
+    pieces: Sequence[LayerRule],
     shapes: dict[str, Shape],
     tensors: Tensors,
     ignored: Callable[[str], bool] = lambda name: False,
@@ -188,7 +188,7 @@ def check(
         (other, "of another shape"),
     ]
     found = [
-        f"{len(names)} parameter{'s' * (len(names) > 1)} {what}: {some(names)}"
+        f"{len(names)} parameter{'s' * (len(names) > 1)} {what}: {list_names(names)}"
         for names, what in faults
         if names
     ]
@@ -201,7 +201,7 @@ def check(
         )
 
 
-def _without(pieces: Sequence[Piece], missing: set[str]) -> str:
+def _without(pieces: Sequence[LayerRule], missing: set[str]) -> str:
     """The towers of which a file has nothing, as in a classifier made from an image tower."""
     towers = {"vision": "image tower", "text": "text tower"}
     theirs = {
@@ -245,7 +245,7 @@ def fill(
     shapes = flat_shapes(model)
     pieces = expand(rules, shapes)
     check(pieces, shapes, tensors, ignored)
-    by_name: dict[str, list[Piece]] = {}
+    by_name: dict[str, list[LayerRule]] = {}
     for piece in pieces:
         by_name.setdefault(piece.ours, []).append(piece)
     graph, state = nnx.split(model)
@@ -284,20 +284,20 @@ def read_all(
         yield name, _array(own, shape, tensors, np.dtype(np.float32), None)
 
 
-def write(model: nnx.Module, rules: Sequence[Rule]) -> Iterator[tuple[str, "Pending"]]:
+def write(model: nnx.Module, rules: Sequence[Rule]) -> Iterator[tuple[str, "LazyTensor"]]:
     """Their names and tensors, in the order of the rules; each is made when it is asked for."""
     arrays = dict(flat_arrays(model))
-    pieces: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[LayerRule]] = {}
     for piece in expand(rules, flat_shapes(model)):
         pieces.setdefault(piece.theirs, []).append(piece)
     for name, parts in pieces.items():
-        yield name, Pending(parts, arrays)
+        yield name, LazyTensor(parts, arrays)
 
 
-class Pending:
+class LazyTensor:
     """A tensor of theirs that is made from ours when numpy asks for it."""
 
-    def __init__(self, pieces: list[Piece], arrays: dict[str, jax.Array]):
+    def __init__(self, pieces: list[LayerRule], arrays: dict[str, jax.Array]):
         self.shape = pieces[0].their_shape
         self.dtype = arrays[pieces[0].ours].dtype
         self._pieces, self._arrays = pieces, arrays
@@ -325,14 +325,14 @@ def _array(pieces, shape, tensors, dtype, sharding) -> jax.Array:
         spans = {device: _spans(index, shape) for device, index in places.items()}
     buffers = {span: _aligned([b - a for a, b in span], dtype) for span in set(spans.values())}
     for piece in pieces:
-        _pour(piece, tensors, buffers)
+        _copy_slices(piece, tensors, buffers)
     if sharding is None:
         return jax.device_put(buffers[whole], may_alias=True)
     shards = [jax.device_put(buffers[span], device) for device, span in spans.items()]
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
-def _pour(piece: Piece, tensors: Tensors, buffers: dict[Spans, np.ndarray]) -> None:
+def _copy_slices(piece: LayerRule, tensors: Tensors, buffers: dict[Spans, np.ndarray]) -> None:
     """What each buffer wants of one piece, read no more than once and a large table in parts."""
     targets = []
     for span, buffer in buffers.items():

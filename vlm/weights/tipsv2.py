@@ -19,7 +19,7 @@ from vlm.errors import CheckpointError
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.weights import huggingface, sentencepiece
 from vlm.weights.checkpoint import Checkpoint, weights
-from vlm.weights.fields import number, read_json, show, whole, with_defaults
+from vlm.weights.fields import integer, number, read_json, show, with_defaults
 from vlm.weights.files import Tensors
 from vlm.weights.layers import conv, fused, heads, linear, norm, out
 from vlm.weights.rules import FLAT, LINEAR, Rule, Transform, leading
@@ -96,7 +96,7 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     )  # fmt: skip
     registers = vision["num_register_tokens"]
     temperature = with_defaults(values, _TEMPERATURE, where)["temperature_init_value"]
-    vision["intermediate_size"] = whole(
+    vision["intermediate_size"] = integer(
         mlp_dim(width, ratio, gated=vision["use_swiglu_ffn"]), f"{where}: vision_config.mlp_ratio"
     )
     return ModelConfig(
@@ -107,7 +107,7 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
             pool="class",
             registers=1
             if registers is None
-            else whole(registers, f"{where}: vision_config.num_register_tokens", low=0),
+            else integer(registers, f"{where}: vision_config.num_register_tokens", low=0),
             layer_scale=True,
             mlp="swiglu_plain" if vision["use_swiglu_ffn"] else "plain",
         ),

@@ -15,7 +15,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 from vlm.inputs.cleaning import CLEANERS
 from vlm.inputs.tokenizer import Tokenizer, read_vocabulary
 from vlm.weights.fields import read_json
-from vlm.weights.opening import open_checkpoint
+from vlm.weights.registry import open_checkpoint
 from vlm.weights.vocabularies import OPEN_CLIP_CLEAN
 
 SHOWN = 3  # examples that a message has

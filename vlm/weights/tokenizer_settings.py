@@ -11,7 +11,7 @@ from etils import epath
 from tokenizers import AddedToken
 
 from vlm.errors import CheckpointError
-from vlm.weights.fields import fields, flag, read_json, show, string
+from vlm.weights.fields import boolean, fields, read_json, show, string
 
 # Tokens with a name. transformers makes special ones of all that it finds in these files.
 NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -149,7 +149,7 @@ def _token(value: Any, where: str) -> tuple[str, AddedToken]:
     if isinstance(value, dict):
         text = string(value.get("content") or "", where)
         names = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        flags = {n: flag(value[n], f"{where}: {n}") for n in names if value.get(n) is not None}
+        flags = {n: boolean(value[n], f"{where}: {n}") for n in names if value.get(n) is not None}
         return text, AddedToken(text, **({"special": True, "normalized": False} | flags))
     text = string(value, where)
     return text, AddedToken(text, special=True, normalized=False)
@@ -181,7 +181,7 @@ def check_ends(about: dict[str, Any], bos: int | None, eos: int | None, file: ep
     """Refuse `add_bos_token` and `add_eos_token` that contradict what tokenizer.json does."""
     for key, there in (("add_bos_token", bos is not None), ("add_eos_token", eos is not None)):
         asked = about.get(key)
-        if asked is not None and flag(asked, f"{file}: {key}") != there:
+        if asked is not None and boolean(asked, f"{file}: {key}") != there:
             raise CheckpointError(
                 f"{file}: {key} is {asked}, and tokenizer.json "
                 f"{'adds' if there else 'does not add'} that token: make the two agree"

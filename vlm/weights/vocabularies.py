@@ -11,7 +11,7 @@ from vlm.config import Clean, ModelConfig, TokenizerConfig
 from vlm.errors import CheckpointError, DataError
 from vlm.inputs.tokenizer import Tokenizer, read_vocabulary
 from vlm.weights import sentencepiece, tokenizer_settings
-from vlm.weights.fields import fields, flag, read_json, show, string
+from vlm.weights.fields import boolean, fields, read_json, show, string
 
 CLIP_VOCABULARY = pathlib.Path(__file__).parent / "clip" / "tokenizer.json"
 CLIP_BOS, CLIP_EOS, CLIP_SIZE = 49406, 49407, 49408
@@ -101,7 +101,7 @@ def huggingface_tokenizer(
         eos_id=eos_id,
         clean=clean,
         pad_side=side,
-        parse_special=not flag(
+        parse_special=not boolean(
             about.get("split_special_tokens") or False, f"{file}: split_special_tokens"
         ),
     )
@@ -371,14 +371,14 @@ def _bert_normalizer(about: dict[str, Any], file: epath.Path) -> tokenizers.norm
     return tokenizers.normalizers.BertNormalizer(
         clean_text=True,
         handle_chinese_chars=_flag(about, "tokenize_chinese_chars", file),
-        strip_accents=None if accents is None else flag(accents, f"{file}: strip_accents"),
+        strip_accents=None if accents is None else boolean(accents, f"{file}: strip_accents"),
         lowercase=_flag(about, "do_lower_case", file),
     )
 
 
 def _flag(about: dict[str, Any], name: str, file: epath.Path) -> bool:
     """An option that is on unless the file turns it off."""
-    return flag(about.get(name, True), f"{file}: {name}")
+    return boolean(about.get(name, True), f"{file}: {name}")
 
 
 def _lowercase(vocabulary: tokenizers.Tokenizer) -> None:
