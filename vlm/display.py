@@ -134,6 +134,16 @@ def bar_table(rows: Iterable[tuple[str, float]], scale: float = 1.0) -> Table:
     return table
 
 
+def number_table(names: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:
+    """Make a table of text columns, `left` of them, and right-aligned columns of numbers."""
+    table = Table()
+    for i, name in enumerate(names):
+        table.add_column(name, justify="left" if i < left else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def facts_table(title: str, rows: Mapping[str, str]) -> Table:
     """Make a table of names and values under a title, for `rich.print`."""
     table = Table(title=Text(title), title_justify="left", show_header=False, box=None)

@@ -14,10 +14,11 @@ from vlm.bench import measure
 from vlm.bench.data import bench_data
 from vlm.bench.encode import bench_encode
 from vlm.bench.search import bench_search
-from vlm.bench.train import bench_train, planned_peak, random_batch, step_resident_peak
+from vlm.bench.train import bench_train, random_batch, step_resident_peak
 from vlm.config import DistillConfig, load_config
 from vlm.errors import ConfigError, ShardingError
 from vlm.models.flops import model_flops
+from vlm.planning.compile import peak_of
 from vlm.sharding import global_batch, make_mesh
 from vlm.training.step import Trainer
 
@@ -65,7 +66,7 @@ def test_the_memory_that_the_compiler_plans_is_what_a_step_takes():
     compiled = trainer.step.lower(trainer.abstract_state, batch).compile()
     # What other threads of the process take at that moment counts too: the median of three.
     measured = sorted(step_resident_peak(trainer, compiled, batch) for _ in range(3))[1]
-    assert planned_peak(compiled) == pytest.approx(measured, rel=0.1)
+    assert peak_of(compiled) == pytest.approx(measured, rel=0.1)
 
 
 def test_a_step_whose_batch_does_not_divide():

@@ -12,8 +12,7 @@ import argparse
 import itertools
 
 import numpy as np
-
-from vlm.bench.turns import Peer, answer, compare, requests, time_of
+from turns import Peer, answer, compare, requests, time_of
 
 BATCH, RANK, REPEATS = 32, 8, 3
 

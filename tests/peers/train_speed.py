@@ -14,8 +14,7 @@ import statistics
 import time
 
 from openmoji_plain import config
-
-from vlm.bench.turns import Peer, answer, requests
+from turns import Peer, answer, requests
 
 STEPS, BATCH = 4, config.batch_size
 TEXT, AUGMENT = config.model.text, config.data.augment

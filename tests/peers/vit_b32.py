@@ -11,8 +11,7 @@ import argparse
 import itertools
 
 import numpy as np
-
-from vlm.bench.turns import Peer, answer, compare, requests, time_of
+from turns import Peer, answer, compare, requests, time_of
 
 BATCH = 32
 REPEATS = {"image": 2, "text": 4, "train": 2}

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
-from rich.table import Table
 
-from vlm.bench.measure import best_times, product, traced
+from vlm import display
+from vlm.bench.measure import best_times, product
 from vlm.chips import published_rate
 from vlm.config import ModelConfig
 from vlm.models.dual_encoder import DualEncoder
@@ -59,10 +59,10 @@ def bench_encode(
         tokens = jax.random.randint(key, (n, length), 0, config.text.vocab_size)
         runs["image", n] = lambda x=pixels: image(state, x)
         runs["text", n] = lambda x=tokens: text(state, x)
-    multiply, product_flops = product(dtype)
+    multiply, product_flops = product(dtype, [device])
     seconds = best_times({**runs, "product": multiply}, rounds)
     if trace:
-        with traced(trace):
+        with jax.profiler.trace(trace):
             jax.block_until_ready(runs["image", max(batch_sizes)]())
     rate = product_flops / seconds.pop("product")
     peak = published_rate([device])
@@ -101,11 +101,9 @@ def _print(result, console):
         f"{result['product_flops_per_second'] / 1e9:,.0f} GFLOP/s",
         highlight=False,
     )
-    table = Table("tower")
-    for name in ("batch", "time", "per second", "GFLOP/s", "of products", "of the peak"):
-        table.add_column(name, justify="right")
-    for row in result["rows"]:
-        table.add_row(
+    names = ("tower", "batch", "time", "per second", "GFLOP/s", "of products", "of the peak")
+    rows = (
+        (
             row["tower"],
             f"{row['batch_size']:,}",
             f"{1e3 * row['seconds']:.3g} ms",
@@ -114,4 +112,6 @@ def _print(result, console):
             f"{row['of_products']:.0%}",
             "" if row["of_peak"] is None else f"{row['of_peak']:.1%}",
         )
-    console.print(table)
+        for row in result["rows"]
+    )
+    console.print(display.number_table(names, rows))

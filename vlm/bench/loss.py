@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
-from rich.table import Table
 
-from vlm.bench import measure
-from vlm.bench.measure import best_times
+from vlm import display
+from vlm.bench.measure import best_times, product
 from vlm.errors import ShardingError
 from vlm.losses import contrastive_loss, sigmoid_loss, softmax_loss
 
@@ -83,8 +82,8 @@ def bench_loss(
             runs[kind, form] = lambda run=compiled: run(*inputs)
             analysis: Any = compiled.memory_analysis()
             memory[kind, form] = analysis.temp_size_in_bytes
-    product, product_flops = _product(mesh, dtype)
-    seconds = best_times({"product": product, **runs}, rounds)
+    multiply, product_flops = product(dtype, devices)
+    seconds = best_times({"product": multiply, **runs}, rounds)
     rate = product_flops / seconds.pop("product")
     floor = 8 * batch_size**2 * embed_dim / rate
 
@@ -134,19 +133,6 @@ def _with_gradients(loss):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))
 
 
-def _product(mesh, dtype):
-    """Function that multiplies large square matrices on all devices, and its total FLOPs."""
-    platform = mesh.devices.flat[0].platform
-    side = measure.matrix_side(platform)
-    times = (
-        max(1, 8 // mesh.size) if platform == "cpu" else 16
-    )  # the devices of a CPU share its cores
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    matrices = jax.device_put(jnp.ones((mesh.size, side, side), dtype), sharding)
-    run = jax.jit(lambda m: m @ m)
-    return lambda: [run(matrices) for _ in range(times)], times * 2 * mesh.size * side**3
-
-
 def _errors(kind, mesh, tile, batch_size, embed_dim, dtype) -> dict[str, float]:
     """Relative errors, in Euclidean norm, of the loss and of the gradient of each input."""
     inputs = _inputs(batch_size, embed_dim, dtype)
@@ -173,24 +159,22 @@ def _print(result, console):
         f"products at {result['product_flops_per_second'] / 1e9:,.0f} GFLOP/s, "
         f"bound {result['floor_seconds']:.3g} s"
     )
-    table = Table()
-    for column in ("loss", "form", "time", "x bound", "temporaries / device"):
-        table.add_column(column, justify="left" if column in ("loss", "form") else "right")
-    for row in result["losses"]:
-        table.add_row(
+    rows = (
+        (
             row["loss"],
             row["form"],
             f"{row['seconds']:.3g} s",
             f"{row['times_floor']:.2f}",
             f"{row['temporary_bytes'] / 1e6:,.0f} MB",
         )
-    console.print(table)
-    errors = Table(
-        title=f"relative error against float64 at batch {result['checked_batch_size']:,}"
+        for row in result["losses"]
     )
-    errors.add_column("loss")
-    for name in next(iter(result["errors"].values())):
-        errors.add_column(name, justify="right")
-    for kind, values in result["errors"].items():
-        errors.add_row(kind, *(f"{value:.1e}" for value in values.values()))
+    names = ("loss", "form", "time", "x bound", "temporaries / device")
+    console.print(display.number_table(names, rows, left=2))
+    first = next(iter(result["errors"].values()))
+    rows = (
+        (kind, *(f"{x:.1e}" for x in found.values())) for kind, found in result["errors"].items()
+    )
+    errors = display.number_table(("loss", *first), rows)
+    errors.title = f"relative error against float64 at batch {result['checked_batch_size']:,}"
     console.print(errors)

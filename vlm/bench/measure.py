@@ -6,11 +6,13 @@ import gc
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def matrix_side(platform: str) -> int:
@@ -32,12 +34,15 @@ def best_times(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, 
     return best
 
 
-def product(dtype: str) -> tuple[Callable[[], Any], float]:
-    """Function that multiplies large square matrices on one device, and its FLOPs."""
-    side = matrix_side(jax.default_backend())
-    matrix = jnp.ones((side, side), dtype)
-    run = jax.jit(jnp.matmul)
-    return lambda: [run(matrix, matrix) for _ in range(8)], 8 * 2 * side**3
+def product(dtype: str, devices: Sequence[Any]) -> tuple[Callable[[], Any], float]:
+    """Function that multiplies large square matrices on all devices, and its total FLOPs."""
+    on_cpu = devices[0].platform == "cpu"
+    side = matrix_side(devices[0].platform)
+    times = max(1, 8 // len(devices)) if on_cpu else 16  # the devices of a CPU share its cores
+    sharding = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data"))
+    matrices = jax.device_put(jnp.ones((len(devices), side, side), dtype), sharding)
+    run = jax.jit(lambda m: m @ m)
+    return lambda: [run(matrices) for _ in range(times)], times * 2 * len(devices) * side**3
 
 
 def peak_bytes(device: Any) -> int | None:
@@ -68,13 +73,3 @@ def resident_peak(run: Callable[[], Any]) -> int | None:
 def _status(name: str) -> int:
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
-@contextlib.contextmanager
-def traced(folder: str | None) -> Iterator[None]:
-    """Record a device trace of the block into `folder`; do nothing if it is None."""
-    if folder is None:
-        yield
-        return
-    with jax.profiler.trace(folder):
-        yield

@@ -4,14 +4,15 @@ The time to read every stored row once, measured by copying the rows, is the tim
 which no bounds rule out rows; see `vlm.heads.pruned_search`.
 """
 
-import time
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
+from vlm import display
+from vlm.bench.measure import best_times
 from vlm.heads.items import Stored
 from vlm.heads.retrieval import RetrievalIndex
 
@@ -60,12 +61,13 @@ def bench_search(
         index = RetrievalIndex(_Embeddings(), dtype=dtype)
         index.add(z, ids=range(n))
         make_bounds(index, z[0])
-        copy = _best(lambda z=z: z.copy(), rounds) / 2  # a copy reads and writes
+        copy = best_times({"copy": z.copy}, rounds)["copy"] / 2  # a copy reads and writes
         for count in queries:
             asked = z[rng.integers(0, n, count)]
             hits: Any = index.search(asked, k=k)  # a list, since queries are a batch
             found = sum(h[0].score > 0.999 for h in hits)
-            seconds = _best(lambda i=index, a=asked: i.search(a, k=k), rounds)
+            run = functools.partial(index.search, asked, k=k)
+            seconds = best_times({"search": run}, rounds)["search"]
             rows.append(
                 {
                     "items": n,
@@ -95,27 +97,15 @@ def make_bounds(index: RetrievalIndex, query: np.ndarray) -> None:
         index.search(query)
 
 
-def _best(run, rounds: int) -> float:
-    run()
-    best = float("inf")
-    for _ in range(rounds):
-        began = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - began)
-    return best
-
-
 def _print(result, console):
     console.print(
         f"[bold]Exact search[/] of {result['k']} nearest, width {result['embed_dim']}, "
         f"{result['dtype']}",
         highlight=False,
     )
-    table = Table()
-    for name in ("items", "queries at once", "time", "queries/s", "GFLOP/s", "x reading the rows"):
-        table.add_column(name, justify="right")
-    for row in result["rows"]:
-        table.add_row(
+    names = ("items", "queries at once", "time", "queries/s", "GFLOP/s", "x reading the rows")
+    rows = (
+        (
             f"{row['items']:,}",
             f"{row['queries']:,}",
             f"{1e3 * row['seconds']:.3g} ms",
@@ -123,4 +113,6 @@ def _print(result, console):
             f"{row['flops_per_second'] / 1e9:,.1f}",
             f"{row['times_reading']:.1f}",
         )
-    console.print(table)
+        for row in result["rows"]
+    )
+    console.print(display.number_table(names, rows, left=0))

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
+from vlm import display
 from vlm._version import __version__
-from vlm.bench.measure import best_times, peak_bytes, product, resident_peak, traced
+from vlm.bench.measure import best_times, peak_bytes, product, resident_peak
 from vlm.chips import CHIPS, published_rate
 from vlm.config import Experiment
 from vlm.errors import ConfigError
@@ -28,9 +28,9 @@ from vlm.planning.calibration import (
     read_measurements,
     save_measurement,
 )
-from vlm.planning.compile import read_step, state_bytes, with_dtype
+from vlm.planning.compile import peak_of, read_step, state_bytes, with_dtype
 from vlm.planning.roofline import compiled_roofline
-from vlm.planning.topology import local_topology
+from vlm.planning.topology import Topology, local_topology
 from vlm.sharding import check_batch, global_batch, make_mesh
 from vlm.training.objectives import check_pairs_alone
 from vlm.training.step import Trainer, compute_dtype
@@ -73,13 +73,18 @@ def bench_train(
     check_batch(e.batch_size, mesh)
     check_batch(e.micro_batch_size or e.batch_size, mesh, "micro_batch_size")
     devices = list(mesh.devices.flat)
-    on_cpu = devices[0].platform == "cpu"
-    if save:
-        check_saving(save, devices)
+    topology = local_topology(devices)
+    if save and topology is None:
+        raise ConfigError(
+            f"--save {save} is for vlm plan, which has no published figures of a "
+            f"{devices[0].device_kind}: measure on one of {', '.join(CHIPS)}"
+        )
+    if save and Path(save).exists():
+        read_measurements(save)
     trainer = Trainer(e, mesh)
     batch = global_batch(random_batch(e), mesh)
     compiled = trainer.step.lower(trainer.abstract_state, batch).compile()
-    planned = planned_peak(compiled)
+    on_cpu = devices[0].platform == "cpu"
     resident = step_resident_peak(trainer, compiled, batch) if on_cpu else None
     held = {"state": trainer.init(jnp.int32(1000))}
 
@@ -96,7 +101,7 @@ def bench_train(
         )
     )
     dtype = str(compute_dtype(e.dtype))
-    multiply, product_flops = product(dtype)
+    multiply, product_flops = product(dtype, devices)
     runs = {
         "step": step,
         "images, forward": lambda: trainer.embed_images(held["state"], batch["images"]),
@@ -106,7 +111,7 @@ def bench_train(
     }
     seconds = best_times(runs, rounds)
     if trace:
-        with traced(trace):
+        with jax.profiler.trace(trace):
             jax.block_until_ready(step())
     measured_rate = product_flops / seconds.pop("product")
     parts = step_flops(e)
@@ -127,33 +132,28 @@ def bench_train(
         "mfu": model / step_seconds / peak if peak else None,
         "product_flops_per_second": measured_rate,
         "of_products": model / step_seconds / measured_rate,
-        "planned_peak_bytes": planned,
+        "planned_peak_bytes": peak_of(compiled),
         "measured_peak_bytes": resident or peak_bytes(devices[0]),
     }
-    if save:
-        middle = predicted_seconds(trainer, compiled, devices)
-        result["predicted_seconds"] = middle
-        save_measurement(save, _measurement(e, devices, step_seconds, middle))
+    if save and topology is not None:
+        result["predicted_seconds"] = predicted_seconds(trainer, compiled, topology)
+        measurement = Measurement(
+            chip=topology.rated_chip.name,
+            name=e.name,
+            devices=len(devices),
+            batch_size=e.batch_size,
+            remat=e.remat,
+            measured=step_seconds,
+            predicted=result["predicted_seconds"],
+            versions={"jax": jax.__version__, "vlm": __version__},
+        )
+        save_measurement(save, measurement)
     _print(result, console or Console())
     return result
 
 
-def check_saving(file: str, devices: list[Any]) -> None:
-    """Raise a ConfigError if no calibration can be measured here or written to `file`."""
-    kind = devices[0].device_kind
-    if local_topology(devices) is None:
-        raise ConfigError(
-            f"--save {file} is for vlm plan, which has no published figures of a {kind}: measure "
-            f"on one of {', '.join(CHIPS)}"
-        )
-    if Path(file).exists():
-        read_measurements(file)
-
-
-def predicted_seconds(trainer: Trainer, compiled: Any, devices: list[Any]) -> float:
+def predicted_seconds(trainer: Trainer, compiled: Any, topology: Topology) -> float:
     """Midpoint of the planned time range of a compiled step, without calibration."""
-    topology = local_topology(devices)
-    assert topology is not None  # checked by `check_saving`
     chip = topology.rated_chip
     e = with_dtype(trainer.experiment, chip.platform)
     calibration = calibration_of(chip.name)
@@ -164,32 +164,6 @@ def predicted_seconds(trainer: Trainer, compiled: Any, devices: list[Any]) -> fl
     expected = plan(e, topology, compiled=False, loss=False).step_seconds
     assert expected is not None  # a chip with published figures
     return expected.middle
-
-
-def _measurement(e: Experiment, devices: list[Any], measured: float, predicted: float):
-    topology = local_topology(devices)
-    assert topology is not None  # checked by `check_saving`
-    return Measurement(
-        chip=topology.rated_chip.name,
-        name=e.name,
-        devices=len(devices),
-        batch_size=e.batch_size,
-        remat=e.remat,
-        measured=measured,
-        predicted=predicted,
-        versions={"jax": jax.__version__, "vlm": __version__},
-    )
-
-
-def planned_peak(compiled: Any) -> int:
-    """Peak bytes per device of a compiled program, by the compiler's memory analysis."""
-    memory = compiled.memory_analysis()
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
 
 
 def step_resident_peak(trainer: Trainer, compiled: Any, batch: dict[str, jax.Array]) -> int | None:
@@ -228,12 +202,8 @@ def _print(result, console):
         f"{result['batch_size']:,}, {result['dtype']}, remat {result['remat']}",
         highlight=False,
     )
-    table = Table("part")
-    table.add_column("time", justify="right")
-    table.add_column("of the step", justify="right")
-    for name, seconds in result["seconds"].items():
-        table.add_row(name, f"{seconds:.3g} s", f"{seconds / step:.0%}")
-    console.print(table)
+    rows = ((n, f"{time:.3g} s", f"{time / step:.0%}") for n, time in result["seconds"].items())
+    console.print(display.number_table(("part", "time", "of the step"), rows))
     rates = f"{result['pairs_per_second']:,.1f} pairs/s, "
     rates += f"{result['model_flops_per_second'] / 1e12:,.2f} TFLOP/s of the model"
     if result["mfu"] is not None:

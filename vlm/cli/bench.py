@@ -172,7 +172,6 @@ def bench_data(
     config: str | None = None,
     /,
     batches: int = 8,
-    rounds: int = 5,
     batch_size: int | None = None,
     workers: int | None = None,
     step_seconds: float | None = None,
@@ -180,8 +179,8 @@ def bench_data(
 ) -> None:
     """Measure how fast this machine makes the training batches of a config.
 
-    Without a config: of drawn photographs in shards, beside bare decoding, storage that is slow to
-    open, and open_clip's pipeline where that is installed.
+    Without a config, the batches are of CLIP ViT-B/32 from shards of synthetic photographs of two
+    sizes.
 
     Examples:
       vlm bench data
@@ -191,7 +190,6 @@ def bench_data(
     Args:
         config: a config file, or a run's config.json.
         batches: how many to time, after the first.
-        rounds: of turns, without a config; the median counts.
         batch_size: in place of the config's.
         workers: reader processes, in place of the config's.
         step_seconds: of a training step, to say what share of the time it would wait.
@@ -199,14 +197,16 @@ def bench_data(
     """
     from rich.console import Console
 
+    console = Console(stderr=json)
     if config is None:
-        from vlm.bench.shards import bench_shards
+        from vlm.bench.data import bench_synthetic_data
 
-        figures = bench_shards(rounds=rounds, console=Console(stderr=json))
+        sizes = bench_synthetic_data(batches=batches, step_seconds=step_seconds, console=console)
         if json:
-            print(jsonlib.dumps(figures))
+            print(jsonlib.dumps(sizes))
         return
 
+    from vlm.bench.data import bench_data as measure
     from vlm.config import load_config
     from vlm.training.init_from import with_model
 
@@ -216,12 +216,7 @@ def bench_data(
     if workers is not None:
         reading = dataclasses.replace(experiment.data, workers=workers)
         experiment = dataclasses.replace(experiment, data=reading)
-
-    from vlm.bench.data import bench_data as measure
-
-    figures = measure(
-        experiment, batches=batches, step_seconds=step_seconds, console=Console(stderr=json)
-    )
+    figures = measure(experiment, batches=batches, step_seconds=step_seconds, console=console)
     if json:
         print(jsonlib.dumps(figures))
 

@@ -57,9 +57,7 @@ class CompiledTeacher:
 class CompiledStep:
     """Compiled step; bytes are per device."""
 
-    arguments: int
-    outputs: int
-    aliased: int  # outputs that reuse donated arguments
+    own_peak: int  # without a teacher
     temporaries: int
     program: Program
     collectives: list[Collective]
@@ -69,14 +67,10 @@ class CompiledStep:
 
     @property
     def peak(self) -> int:
-        """Peak bytes: arguments, outputs that reuse no argument, and temporaries.
-
-        A teacher's parameters add to the step's, and its program has a peak of its own.
-        """
-        step = self.arguments + self.outputs - self.aliased + self.temporaries
+        """Peak bytes of the step with a teacher's parameters, or of the teacher's program."""
         if self.teacher is None:
-            return step
-        return max(step + self.teacher.parameters, self.teacher.peak)
+            return self.own_peak
+        return max(self.own_peak + self.teacher.parameters, self.teacher.peak)
 
     @property
     def programs(self) -> list[Program]:
@@ -138,18 +132,17 @@ def _with_teacher(
     compiled = _compile(teacher.trace(mesh).lower())
     if isinstance(compiled, DoesNotFit):
         return compiled
-    memory, program = compiled.memory_analysis(), parse(compiled.as_text())
-    state = state_bytes(trainer.abstract_state, mesh)
-    own = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    shapes = layer_shapes(teacher.parameters)
+    program, state = parse(compiled.as_text()), state_bytes(trainer.abstract_state, mesh)
+    sent = collectives(
+        program, dict(mesh.shape), layer_shapes(teacher.parameters), slice_count(mesh)
+    )
     return dataclasses.replace(
         step,
-        collectives=step.collectives
-        + collectives(program, dict(mesh.shape), shapes, slice_count(mesh)),
+        collectives=step.collectives + sent,
         seconds=step.seconds + time.perf_counter() - began,
         teacher=CompiledTeacher(
             parameters=bytes_on(teacher.parameters, mesh),
-            peak=own + state.parameters + state.optimizer + state.averages,
+            peak=peak_of(compiled) + state.parameters + state.optimizer + state.averages,
             program=program,
         ),
     )
@@ -157,20 +150,24 @@ def _with_teacher(
 
 def read_step(compiled: Any, trainer: Trainer, seconds: float) -> CompiledStep:
     """Read the costs of a compiled step that took `seconds` to compile."""
-    memory = compiled.memory_analysis()
     program = parse(compiled.as_text())
     mesh, state = trainer.mesh, trainer.abstract_state
     shapes = layer_shapes((state.params, state.frozen))
     return CompiledStep(
-        arguments=memory.argument_size_in_bytes,
-        outputs=memory.output_size_in_bytes,
-        aliased=memory.alias_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
+        own_peak=peak_of(compiled),
+        temporaries=compiled.memory_analysis().temp_size_in_bytes,
         program=program,
         collectives=collectives(program, dict(mesh.shape), shapes, slice_count(mesh)),
         kept=_kept_by_loops(program, trainer.experiment),
         seconds=seconds,
     )
+
+
+def peak_of(compiled: Any) -> int:
+    """Peak bytes per device: arguments, temporaries, and outputs that reuse no argument."""
+    memory = compiled.memory_analysis()
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
 
 
 def slice_count(mesh: Mesh | AbstractMesh) -> int:

@@ -1,7 +1,11 @@
-"""Benchmark of shards to augmented batches: vlm, slow storage, bare decoding and open_clip.
+"""Shards to augmented batches: vlm, slow storage, bare decoding and open_clip.
+
+    pip install -e ".[peers]"
+    python tests/peers/data_speed.py
 
 Synthetic photographs as JPEG in WebDataset shards; random crops of 80 to 100% of the area to 224
 pixels, and captions to tokens. Each side is a process that uses all cores; they run interleaved.
+Prints median pairs per second. Without the extra `peers`, open_clip is left out.
 """
 
 import argparse
@@ -18,37 +22,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import slow_storage
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from turns import Peer, answer, requests
 
-from vlm.bench import slow_storage
-from vlm.bench.turns import Peer, answer, requests
+from vlm.bench.data import DIFFERENT, SHARDS, SIZES, write_shards
 from vlm.config import AugmentConfig, DataConfig, PreprocessConfig
 
-SIZES = ((640, 427), (1280, 960))
-SHARDS, EACH, DIFFERENT = 16, 100, 40
 BATCH, SIDE, CONTEXT = 64, 224, 77
 AUGMENT = AugmentConfig(crop=(0.8, 1.0))
 PREPROCESS = PreprocessConfig(image_size=SIDE, resize="crop")
 
 
-def bench_shards(
-    *, rounds: int = 5, seconds: float = 3.0, console: Console | None = None
-) -> dict[str, Any]:
-    """Print median pairs per second of each side for images of two sizes.
-
-    open_clip's pipeline (its `get_wds_dataset`) is included if the extra `peers` is installed.
-    """
+def compare(rounds: int = 5, seconds: float = 3.0) -> None:
+    """Print median pairs per second of each side for images of two sizes."""
     names = ["ours", "ours, slow storage", "bare"]
     if find_spec("open_clip_train") and find_spec("webdataset") and find_spec("pandas"):
         names.append("open_clip")
-    result: dict[str, Any] = {"cores": _cores(), "batch_size": BATCH}
-    console = console or Console()
     for width, height in SIZES:
         with tempfile.TemporaryDirectory(prefix="vlm-bench-") as folder:
             write_shards(Path(folder), width, height)
-            peers = [Peer(__name__, name, "--folder", folder, module=True) for name in names]
+            peers = [Peer(__file__, name, "--folder", folder) for name in names]
             speeds: dict[str, list[float]] = {name: [] for name in names}
             try:
                 for number in range(rounds + 1):
@@ -60,51 +56,11 @@ def bench_shards(
                 for peer in peers:
                     peer.stop()
         figures = {name: float(np.median(values)) for name, values in speeds.items()}
-        ratios = {
-            "of_bare": figures["ours"] / figures["bare"],
-            "slow_of_local": figures["ours, slow storage"] / figures["ours"],
-        }
-        if "open_clip" in figures:
-            ratios["of_open_clip"] = figures["ours"] / figures["open_clip"]
-        result[f"{width}x{height}"] = {"pairs_per_second": figures, **ratios}
         table = Table(f"{width}x{height} JPEG to {SIDE}", "pairs/s", "ours is", box=None)
-        ours = figures["ours"]
         for name, speed in figures.items():
-            table.add_row(
-                name,
-                f"{speed:,.0f}",
-                f"{_cores()} cores" if name == "ours" else f"{ours / speed:.2f}x",
-            )
-        console.print(table)
-    return result
-
-
-def write_shards(folder: Path, width: int, height: int) -> None:
-    """Write synthetic photographs with detail at every scale, each in several shards."""
-    images = [_photo(number, width, height) for number in range(DIFFERENT)]
-    for shard in range(SHARDS):
-        with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
-            for i in range(EACH):
-                number = shard * EACH + i
-                text = f"a photograph of something, number {number}, seen from the side"
-                for suffix, data in (("jpg", images[number % DIFFERENT]), ("txt", text.encode())):
-                    info = tarfile.TarInfo(f"{number:06d}.{suffix}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-
-
-def _photo(seed: int, width: int, height: int) -> bytes:
-    rng = np.random.default_rng(seed)
-    pixels = np.zeros((height, width, 3))
-    for level in range(2, 9):  # one over the frequency, as in photographs
-        grid = rng.normal(size=(2**level, 2**level, 3))
-        for channel in range(3):
-            layer = Image.fromarray(grid[..., channel].astype(np.float32))
-            pixels[..., channel] += np.asarray(layer.resize((width, height))) * 90 / level**1.5
-    out = io.BytesIO()
-    image = Image.fromarray(np.clip(pixels + 127, 0, 255).astype(np.uint8))
-    image.save(out, "JPEG", quality=90)
-    return out.getvalue()
+            ratio = f"{figures['ours'] / speed:.2f}x"
+            table.add_row(name, f"{speed:,.0f}", f"{_cores()} cores" if name == "ours" else ratio)
+        Console().print(table)
 
 
 def _cores() -> int:
@@ -200,12 +156,15 @@ def _open_clip(folder: str) -> None:
 
 
 def main() -> None:
-    """Run one side of the comparison, with requests on stdin."""
-    parser = argparse.ArgumentParser(description="One side of the comparison.")
-    parser.add_argument("--as", dest="name", required=True)
-    parser.add_argument("--folder", required=True)
+    """Compare all sides, or run the side `--as NAME` with requests on stdin."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--as", dest="name")
+    parser.add_argument("--folder")
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    if args.name == "ours":
+    if args.name is None:
+        compare(args.rounds)
+    elif args.name == "ours":
         _ours(args.folder)
     elif args.name == "ours, slow storage":
         _ours(f"slow://{args.folder}")

@@ -18,15 +18,12 @@ OURS = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 class Peer:
-    """Child process that runs `script --as name` and waits for requests.
+    """Child process that runs `script --as name` and waits for requests."""
 
-    If `module` is true, `script` is a module name.
-    """
-
-    def __init__(self, script: str, name: str, *options: str, module: bool = False):
+    def __init__(self, script: str, name: str, *options: str):
         self.name, pipe = name, subprocess.PIPE
         self.process = subprocess.Popen(
-            [sys.executable, *(["-m"] if module else []), script, "--as", name, *options],
+            [sys.executable, script, "--as", name, *options],
             stdin=pipe,
             stdout=pipe,
             text=True,
