@@ -13,7 +13,7 @@ from vlm.config import (
     Experiment,
     OptimizerConfig,
 )
-from vlm.evaluation.standard import coco, imagenet
+from vlm.evaluation.presets import coco, imagenet
 from vlm.models import recipes
 
 config = Experiment(

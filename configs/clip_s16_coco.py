@@ -15,7 +15,7 @@ from vlm.config import (
     Experiment,
     OptimizerConfig,
 )
-from vlm.evaluation.standard import coco
+from vlm.evaluation.presets import coco
 from vlm.models import recipes
 
 config = Experiment(

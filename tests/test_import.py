@@ -137,6 +137,12 @@ def test_old_names_of_subpackages_import_with_a_warning():
     )
 
 
+def test_old_names_of_modules_import_with_a_warning():
+    with pytest.warns(DeprecationWarning, match=r"standard is renamed to vlm\.evaluation\.presets"):
+        from vlm.evaluation.standard import imagenet
+    assert imagenet is vlm.evaluation.presets.imagenet
+
+
 def test_functions_and_subpackages_have_different_names():
     for name in ("adapt", "evaluate", "explain", "export", "plan", "serve", "train"):
         assert inspect.isfunction(getattr(vlm, name))

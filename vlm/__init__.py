@@ -8,7 +8,7 @@ import sys
 
 from etils import epy
 
-from vlm._deprecation import RenamedSubpackages
+from vlm._deprecation import RenamedModules
 from vlm._version import __version__ as __version__
 
 with epy.lazy_api_imports(globals()):
@@ -74,6 +74,6 @@ with epy.lazy_api_imports(globals()):
     from vlm.serving.server import serve as serve
     from vlm.training.loop import train as train
 
-sys.meta_path.insert(0, RenamedSubpackages())  # type: ignore[arg-type]
+sys.meta_path.insert(0, RenamedModules())  # type: ignore[arg-type]
 
-del epy, sys, RenamedSubpackages
+del epy, sys, RenamedModules

@@ -9,8 +9,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-# Subpackages that were renamed: their old names now belong to functions, such as `vlm.train`.
-SUBPACKAGES = {
+# Modules that were renamed. The old names of subpackages now belong to functions: `vlm.train`.
+MODULES = {
+    "vlm.evaluation.standard": "vlm.evaluation.presets",
     "vlm.adapt": "vlm.adaptation",
     "vlm.evaluate": "vlm.evaluation",
     "vlm.explain": "vlm.explanation",
@@ -21,24 +22,28 @@ SUBPACKAGES = {
 }
 
 
-class RenamedSubpackages:
+class RenamedModules:
     """Import hook: `from vlm.train import Trainer` imports `vlm.training`, with a warning."""
 
     def find_spec(
         self, name: str, path: object = None, target: object = None
     ) -> importlib.machinery.ModuleSpec | None:
-        old = ".".join(name.split(".")[:2])
-        return importlib.machinery.ModuleSpec(name, self) if old in SUBPACKAGES else None  # type: ignore[arg-type]
+        return importlib.machinery.ModuleSpec(name, self) if _renamed_part(name) else None  # type: ignore[arg-type]
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
         return None  # the default
 
     def exec_module(self, module: types.ModuleType) -> None:
         name = module.__name__
-        old = ".".join(name.split(".")[:2])
-        new = SUBPACKAGES[old] + name.removeprefix(old)
+        old = _renamed_part(name)
+        new = MODULES[old] + name.removeprefix(old)
         warn(name, new, stacklevel=3)
         sys.modules[name] = importlib.import_module(new)
+
+
+def _renamed_part(name: str) -> str:
+    """Return the start of a module's name that was renamed, or an empty string."""
+    return next((old for old in MODULES if f"{name}.".startswith(f"{old}.")), "")
 
 
 def renamed(module: str, names: dict[str, str]) -> Callable[[str], Any]:

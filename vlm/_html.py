@@ -1,4 +1,4 @@
-"""HTML and SVG from the Jinja templates of the package, such as `vlm/evaluation/report.html`."""
+"""HTML and SVG from the Jinja templates of the package, such as `vlm/evaluation/results.html`."""
 
 import functools
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def render(template: str, **values: Any) -> "Markup":
-    """Fill in a template, given by its path below `vlm/`, such as "evaluation/report.html".
+    """Fill in a template, given by its path below `vlm/`, such as "evaluation/results.html".
 
     Values are escaped, except those that `render` returned. The filter `number` formats as Python
     does: `{{ 0.5|number(".1%") }}`.

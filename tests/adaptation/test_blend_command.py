@@ -34,7 +34,7 @@ def test_a_blend_with_its_picture(photos, tmp_path, capsys):
     np.testing.assert_allclose(made.encode_image(pixels), before.encode_image(pixels), atol=1e-6)
     page = (out / "report.html").read_text()
     assert page.count("<polyline") == 2
-    assert "saved is alpha 0.25" in page
+    assert "the saved model is at alpha 0.25" in page
 
 
 def test_a_soup_of_three(photos, tmp_path, capsys):

@@ -15,9 +15,9 @@ from vlm.errors import DataError
 from vlm.evaluation.gallery import GOOD, GOOD_BAR, fit, gallery_png
 from vlm.evaluation.intervals import proportion
 from vlm.evaluation.metrics import pair_retrieval_metrics, zero_shot_metrics
-from vlm.evaluation.report import GUESSES, QUERIES, SHOTS, spread, write_report
 from vlm.evaluation.runner import Report, Result, provenance
 from vlm.evaluation.tasks import DataInfo
+from vlm.evaluation.training_report import GUESSES, QUERIES, SHOTS, spread, write_report
 
 VOID = {"meta", "link", "img", "br"}
 CREDITS = "Pictures by <somebody>, CC BY-SA 4.0"

@@ -16,7 +16,7 @@ from vlm import sharding
 from vlm.config import AdapterConfig, Experiment, MeshConfig
 from vlm.data.faults import BadSamples
 from vlm.errors import TrainingError
-from vlm.evaluation.report import _flat
+from vlm.evaluation.training_report import _flat
 from vlm.models import adapters
 from vlm.sharding import global_batch, make_mesh, path_names
 from vlm.training.bucket_sync import BucketSync

@@ -18,11 +18,11 @@ from rich.markup import escape as markup
 from rich.table import Table
 
 from vlm._json import to_json
-from vlm.adaptation import results_page
+from vlm.adaptation import results
 from vlm.adaptation.cost import Cost, pace_of
 from vlm.adaptation.labelled import Labelled, hold_out, with_names
 from vlm.adaptation.methods import METHODS, NO_TEACHER, TUNED, Adapted, NoTime, Setting, zero_shot
-from vlm.adaptation.rows import ZERO_SHOT, Row, cells, columns_of
+from vlm.adaptation.results import ZERO_SHOT, Row
 from vlm.bundle import Bundle
 from vlm.data.class_names import described
 from vlm.data.duplicates import copied_from
@@ -74,30 +74,25 @@ class Adaptation:
         self.classifier.save(folder / FILE)
         held = {"chosen": self.chosen, **self.about, "methods": [asdict(row) for row in self.rows]}
         (folder / "results.json").write_text(to_json(held, indent=2) + "\n")
-        page = folder / "report.html"
-        results_page.write_page(page, self.rows, self.chosen, self.about)
+        results.write_page(folder / "report.html", self.rows, self.chosen, self.about)
 
     def __rich__(self) -> Table:
-        """The table that `rich.print` shows."""
-        columns = columns_of(self.rows)
+        """Make the table that `rich.print` shows."""
         table = Table(
             title=f"Top-1 with 95% intervals, templates: {markup(self.about['templates'])}",
             title_justify="left",
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),  # eight columns in eighty characters
         )
-        for name in ("method", "trained", "time", "memory", *columns, "note"):
-            words = name in ("method", "note")
-            table.add_column(
-                name, justify="left" if words else "right", min_width=len(name.split()[-1])
-            )
-        for row in self.rows:
-            style = "bold" if row.method == self.chosen else ""
-            table.add_row(*cells(row, columns), style=style)
+        for name in results.headings(self.rows):
+            side = "left" if name in ("method", "note") else "right"
+            table.add_column(name, justify=side, min_width=len(name.split()[-1]))
+        for row in results.cells(self.rows):
+            table.add_row(*row, style="bold" if row[0] == self.chosen else "")
         return table
 
     def _repr_html_(self) -> str:
-        return results_page.table(self.rows, self.chosen)
+        return results.html_table(self.rows, self.chosen)
 
 
 def adapt(

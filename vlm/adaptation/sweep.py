@@ -1,25 +1,28 @@
-"""Accuracy against the share of the fine-tuned model, in and out of distribution: one picture."""
+"""Accuracy of blends by alpha, in and out of distribution, as a chart."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from vlm._html import render
 from vlm.adaptation.blending import HEADLINE, blend, repeatable
 from vlm.bundle import Bundle
 from vlm.errors import ConfigError
-from vlm.evaluation.chart import Line, alone, line_chart
+from vlm.evaluation.charts import Line, line_chart, percent
 from vlm.evaluation.intervals import Metric
 from vlm.evaluation.tasks import Task
+from vlm.paths import as_path
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What blends of two models reach.
+    """Metrics of blends of two models.
 
     Attributes:
-        alphas: the shares of the second model.
-        points: by task, a metric for each alpha.
+        alphas: weights of the second model.
+        points: for each task, a metric per alpha.
 
     Example:
         >>> task = vlm.RetrievalTask(pictures, ["red", "green", "blue"], vlm.DataInfo("colours"))
@@ -31,24 +34,42 @@ class Sweep:
     alphas: tuple[float, ...]
     points: dict[str, tuple[Metric, ...]]
 
-    def svg(self, title: str = "Accuracy by share of the fine-tuned model") -> str:
-        """The picture, for a page or a file."""
+    @property
+    def headings(self) -> list[str]:
+        """Headings of the table of values."""
+        return ["alpha", *self.points]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Cells of the table of values, a row per alpha."""
+        columns = zip(*self.points.values(), strict=True)
+        return [[f"{a:g}", *map(str, row)] for a, row in zip(self.alphas, columns, strict=True)]
+
+    def svg(
+        self, title: str = "Accuracy by weight of the fine-tuned model", standalone: bool = False
+    ) -> str:
+        """Draw the chart; `standalone` includes the styles that a page otherwise has."""
         lines = [
-            Line(
-                name,
-                self.alphas,
-                [m.value for m in row],
-                [m.low for m in row],
-                [m.high for m in row],
-                markers=True,
-                color=color % 4,
-            )
+            Line.of_metrics(name, self.alphas, row, color % 4)
             for color, (name, row) in enumerate(self.points.items())
         ]
-        return line_chart(lines, title, "alpha", lambda y: f"{100 * y:.3g}%")
+        return line_chart(lines, title, "alpha", percent, standalone=standalone)
+
+    def write_page(self, path: str | os.PathLike, lead: str) -> None:
+        """Write an HTML page of the chart and the table, `lead` under its title."""
+        html = render(
+            "adaptation/sweep.html",
+            title="Blend of two models",
+            lead=lead,
+            chart=self.svg(),
+            headings=self.headings,
+            rows=self.rows,
+            footnotes=["Measure an alpha that was chosen from this chart again on other data."],
+        )
+        as_path(path).write_text(html)
 
     def _repr_html_(self) -> str:
-        return alone(self.svg())
+        return self.svg(standalone=True)
 
 
 def sweep_alpha(
@@ -56,7 +77,7 @@ def sweep_alpha(
 ) -> Sweep:
     """Measure blends of two models on tasks: `a` at alpha 0, `b` at 1.
 
-    Nothing is chosen here. An alpha that is chosen by a picture must be measured on other data.
+    It chooses no alpha. An alpha that is chosen from the chart must be measured on other data.
 
     Raises:
         ConfigError: no tasks, or see `blend`.

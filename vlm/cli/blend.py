@@ -102,34 +102,12 @@ def _sweep(models: list[Any], tasks: dict[str, Any], alpha: float, folder: Any) 
     from rich.table import Table
 
     from vlm.adaptation.sweep import sweep_alpha
-    from vlm.evaluation.page import page, section
 
     sweep = sweep_alpha(models[0], models[1], tasks)
-    table = Table("alpha", *sweep.points)
-    rows = []
-    for i, share in enumerate(sweep.alphas):
-        cells = [str(row[i]) for row in sweep.points.values()]
-        table.add_row(f"{share:g}", *cells)
-        rows.append("".join(f"<td>{cell}</td>" for cell in (f"{share:g}", *cells)))
+    table = Table(*sweep.headings)
+    for row in sweep.rows:
+        table.add_row(*row)
     Console().print(table)
-    from html import escape
-
-    heads = "".join(f"<th>{escape(name)}</th>" for name in ("alpha", *sweep.points))
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    sections = [
-        section(
-            "Accuracy by alpha",
-            "Top-1, or recall at 1, with its 95% confidence interval.",
-            f'<div class="chart card">{sweep.svg()}</div>',
-        ),
-        section(
-            "Values",
-            "",
-            f'<div class="card scroll"><table><thead><tr>{heads}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>",
-        ),
-    ]
     first, second = (model.name for model in models)
-    lead = f"{first} at alpha 0, {second} at alpha 1; saved is alpha {alpha:g}."
-    foot = ["An alpha that is chosen by this picture must be measured again on other data."]
-    (folder / "report.html").write_text(page("Blend of two models", lead, sections, foot))
+    lead = f"{first} at alpha 0, {second} at alpha 1; the saved model is at alpha {alpha:g}."
+    sweep.write_page(folder / "report.html", lead)

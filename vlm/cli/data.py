@@ -2,7 +2,6 @@
 
 import base64
 import json as jsonlib
-from html import escape
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
@@ -301,31 +300,13 @@ def _rows(found: Any, figures: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _page(found: Any, figures: dict[str, Any]) -> str:
-    from vlm.evaluation.page import page, section
+    from vlm._html import render
 
-    facts = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
-        for name, value in _rows(found, figures)
-    )
-    shots = "".join(
-        '<div class="card shot"><img alt="" src="data:image/jpeg;base64,'
-        f'{base64.b64encode(data).decode()}"><div>'
-        + "".join(f"<p>{escape(text)}</p>" for text in texts[:5])
-        + "</div></div>"
-        for data, texts in found.shown
-    )
-    bad = "".join(
-        "<tr>" + "".join(f"<td>{escape(row[k])}</td>" for k in ("kind", "where", "why")) + "</tr>"
-        for row in found.bad[:200]
-    )
-    table = f'<div class="card scroll"><table>{bad}</table></div>' if bad else ""
-    return page(
-        found.source,
-        found.description,
-        [
-            section("Figures", "", f'<dl class="card">{facts}</dl>'),
-            section("Examples", "The first good ones.", f'<div class="gallery">{shots}</div>'),
-            section("Bad samples", "What training would pass over.", table),
-        ],
-        [],
+    return render(
+        "cli/dataset.html",
+        title=found.source,
+        lead=found.description,
+        figures=dict(_rows(found, figures)),
+        examples=[(base64.b64encode(data).decode(), texts[:5]) for data, texts in found.shown],
+        bad=[[row[name] for name in ("kind", "where", "why")] for row in found.bad[:200]],
     )

@@ -135,19 +135,34 @@ def _first(kept: Bool[np.ndarray, " n"], queries: np.ndarray) -> tuple[int, ...]
 
 
 def as_json(comparisons: list[Comparison]) -> str:
-    """The comparisons as a JSON list."""
+    """Write comparisons as a JSON list."""
     return to_json([asdict(c) | {"verdict": c.verdict} for c in comparisons], indent=2)
 
 
+def columns(c: Comparison) -> dict[str, str]:
+    """Format a comparison for a table: cells by heading."""
+    d = c.difference
+    return {
+        "task": c.task,
+        "A": f"{c.a:.1%}",
+        "B": f"{c.b:.1%}",
+        "B - A, 95%": f"{d.value:+.1%} [{d.low:+.1%}, {d.high:+.1%}]",
+        "only A / B": f"{c.only_a:,} / {c.only_b:,}",
+        "McNemar p": f"{c.p_value:.2g}",
+        "verdict": c.verdict,
+        "smallest detectable": f"{c.smallest:.1%}",
+        "only B right": ", ".join(map(str, c.gained)) or "none",
+        "only A right": ", ".join(map(str, c.lost)) or "none",
+    }
+
+
 def as_table(comparisons: list[Comparison], a: str, b: str) -> Table:
-    """The comparisons as a table for the terminal."""
+    """Make a table of comparisons for the terminal, without the last three columns."""
     table = Table(title=f"A: {a}\nB: {b}", title_justify="left")
-    for heading in ("task", "A", "B", "B - A, 95%", "only A / B", "McNemar p", "verdict"):
+    rows = [columns(c) for c in comparisons]
+    shown = list(rows[0])[:-3] if rows else []
+    for heading in shown:
         table.add_column(heading, overflow="fold")
-    for c in comparisons:
-        d = c.difference
-        table.add_row(
-            c.task, f"{c.a:.1%}", f"{c.b:.1%}", f"{d.value:+.1%} [{d.low:+.1%}, {d.high:+.1%}]",
-            f"{c.only_a:,} / {c.only_b:,}", f"{c.p_value:.2g}", c.verdict,
-        )  # fmt: skip
+    for row in rows:
+        table.add_row(*(row[heading] for heading in shown))
     return table

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from vlm.errors import DataError
-from vlm.evaluation.chart import Line, line_chart
+from vlm.evaluation.charts import Line, line_chart, percent
 from vlm.evaluation.intervals import (
     Metric,
     between,
@@ -33,15 +33,18 @@ class Curve:
     zero_shot: Metric
     points: dict[str, dict[int, Metric]]
 
-    def svg(self, title: str = "Accuracy by labelled images of a class") -> str:
-        """The picture, for a page or a file."""
+    def svg(
+        self, title: str = "Accuracy by labelled images per class", standalone: bool = False
+    ) -> str:
+        """Draw the chart; `standalone` includes the styles that a page otherwise has."""
         shots = sorted({k for row in self.points.values() for k in row})
         lines = [Line("zero-shot", shots, [self.zero_shot.value] * len(shots))]
         for color, (method, row) in enumerate(self.points.items(), 1):
-            values = [row[k].value for k in shots]
-            low, high = [row[k].low for k in shots], [row[k].high for k in shots]
-            lines.append(Line(method, shots, values, low, high, markers=True, color=color))
-        return line_chart(lines, title, "labelled images", lambda y: f"{100 * y:.3g}%")
+            lines.append(Line.of_metrics(method, shots, [row[k] for k in shots], color))
+        return line_chart(lines, title, "labelled images", percent, standalone=standalone)
+
+    def _repr_html_(self) -> str:
+        return self.svg(standalone=True)
 
 
 def accuracy_by_shots(

@@ -17,9 +17,9 @@ from etils import epath
 from rich.markup import escape as markup
 from rich.table import Table
 
+from vlm._html import render
 from vlm._json import to_json
 from vlm._version import __version__
-from vlm.display import escape
 from vlm.errors import CheckpointError, ConfigError
 from vlm.evaluation.evidence import Samples, model_facts
 from vlm.evaluation.intervals import Metric, caveat
@@ -143,8 +143,8 @@ class Report:
     # ---------------------------------------------------------------------------- display
 
     def __rich__(self) -> Table:
-        """The table that `rich.print` shows."""
-        title, note = f"Evaluation of {self._models()}", caveat(self._metrics()) or None
+        """Make the table that `rich.print` shows."""
+        title, note = f"Evaluation of {self._models()}", self.caveat or None
         table = Table(title=title, title_justify="left", caption=note, caption_justify="left")
         table.add_column("task", overflow="fold")
         table.add_column("metric", no_wrap=True)
@@ -155,8 +155,7 @@ class Report:
             heads = [markup(result.task), f"[dim]{markup(str(result.provenance.data))}"]
             heads += [f"[dim]{markup(text)}" for text in result.texts]
             rows = [
-                (name, f"[bold]{m.value:.1%}", f"{m.low:.1%} – {m.high:.1%}", f"{m.n:,}")
-                for name, m in result.metrics.items()
+                (name, f"[bold]{m.value:.1%}", *_cells(m)) for name, m in result.metrics.items()
             ]
             for head, row in zip_longest(heads, rows, fillvalue=""):
                 table.add_row(head, *row)
@@ -166,31 +165,32 @@ class Report:
         return table
 
     def _repr_html_(self) -> str:
-        cells = []
-        for result in self.results:
-            for name, metric in result.metrics.items():
-                row = (result.task, str(result.provenance.data), "; ".join(result.texts), name)
-                row += (f"{metric.value:.1%}",)
-                row += (f"{metric.low:.1%} – {metric.high:.1%}", f"{metric.n:,}")
-                cells.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
-        heads = "".join(
-            f"<th>{head}</th>"
-            for head in ("task", "data", "texts", "metric", "value", "95% interval", "n")
-        )
+        rows = [
+            (r.task, r.provenance.data, "; ".join(r.texts), name, f"{m.value:.1%}", *_cells(m))
+            for r in self.results
+            for name, m in r.metrics.items()
+        ]
         decoded = f", images decoded as: {self._decode()}" if self._decode() else ""
-        caption = f"<caption>Evaluation of {escape(self._models() + decoded)}</caption>"
-        return f"<table>{caption}<tr>{heads}</tr>{''.join(cells)}</table>"
+        headings = ("task", "data", "texts", "metric", "value", "95% interval", "n")
+        caption = f"Evaluation of {self._models()}{decoded}"
+        return render("table.html", headings=headings, rows=rows, caption=caption)
+
+    @property
+    def caveat(self) -> str:
+        """A sentence on intervals that are approximate; empty if none are."""
+        return caveat(metric for result in self.results for metric in result.metrics.values())
 
     def _decode(self) -> str:
         """How image files became RGB in these results; empty where that is not known."""
         found = (result.provenance.evidence.get("decode") for result in self.results)
         return ", ".join(dict.fromkeys(filter(None, found)))
 
-    def _metrics(self) -> list[Metric]:
-        return [metric for result in self.results for metric in result.metrics.values()]
-
     def _models(self) -> str:
         return ", ".join(dict.fromkeys(result.provenance.model for result in self.results))
+
+
+def _cells(metric: Metric) -> tuple[str, str]:
+    return f"{metric.low:.1%} – {metric.high:.1%}", f"{metric.n:,}"
 
 
 def evaluate(model: Any, tasks: Iterable[Task]) -> Report:

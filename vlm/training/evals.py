@@ -23,9 +23,9 @@ from vlm.data.sources import (
 from vlm.evaluation.evidence import input_facts
 from vlm.evaluation.gallery import gallery_png
 from vlm.evaluation.metrics import Metric, pair_retrieval_metrics, zero_shot_metrics
-from vlm.evaluation.report import write_report
 from vlm.evaluation.runner import Report, Result, provenance
 from vlm.evaluation.tasks import DataInfo
+from vlm.evaluation.training_report import write_report
 from vlm.heads.prompts import label_prompts
 from vlm.heads.templates import describe_templates
 from vlm.heads.zero_shot import to_scores

@@ -6,10 +6,10 @@ import re
 import xml.etree.ElementTree as ET
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm.evaluation.chart import HEIGHT, MAX_POINTS, WIDTH, Line, line_chart, short, smooth, ticks
+from vlm.evaluation.charts import HEIGHT, MAX_POINTS, WIDTH, Line, line_chart, short, smooth, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 finite = st.floats(-1e9, 1e9).filter(lambda v: v == 0 or abs(v) > 1e-9)
@@ -34,6 +34,7 @@ def test_worked_ticks():
         assert ticks(7, almost)[0] < 7 < ticks(7, almost)[-1]
 
 
+@settings(deadline=None, max_examples=40)  # the first chart loads the template engine
 @given(st.lists(st.one_of(finite, st.just(math.nan), st.just(math.inf)), max_size=30))
 def test_any_values_give_a_picture_inside_its_frame_or_nothing(values):
     chart = line_chart([Line("loss", range(len(values)), values, markers=True)], "loss")
