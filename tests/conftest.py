@@ -79,21 +79,24 @@ def pytest_collection_modifyitems(config, items):
     """Mark tests that are recorded as slow, leave them out unless asked, run long files first."""
     recorded = json.loads(DURATIONS.read_text())
     for item in items:
-        seconds = recorded.get(item.nodeid, 0.0)
-        if seconds > MAX_FIRST_TIER_SECONDS and not item.get_closest_marker("first_tier"):
+        if recorded.get(item.nodeid, 0.0) > MAX_FIRST_TIER_SECONDS:
             item.add_marker("slow")
     if not config.option.markexpr and not _named_files(config):
-        left_out = {"peers"} if config.option.all else {"peers", "slow"}
         kept, deselected = [], []
         for item in items:
-            out = any(item.get_closest_marker(mark) for mark in left_out)
-            (deselected if out else kept).append(item)
+            (deselected if _left_out(item, config.option.all) else kept).append(item)
         config.hook.pytest_deselected(items=deselected)
         items[:] = kept
     by_file = collections.Counter()
     for item in items:
         by_file[item.path] += recorded.get(item.nodeid, 0.0)
     items.sort(key=lambda item: by_file[item.path], reverse=True)
+
+
+def _left_out(item, both_tiers: bool) -> bool:
+    marks = {mark.name for mark in item.iter_markers()}
+    slow = "slow" in marks and "first_tier" not in marks
+    return "peers" in marks or (slow and not both_tiers)
 
 
 @pytest.fixture(scope="module", autouse=True)

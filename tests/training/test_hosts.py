@@ -72,6 +72,7 @@ def pair(tiny, drawings, tmp_path_factory):
     return run, config, experiment, output
 
 
+@pytest.mark.first_tier
 def test_two_processes_are_one(pair, tmp_path):
     import dataclasses
 

@@ -53,7 +53,7 @@ def alone(tiny, tmp_path_factory):
     return run, config, env
 
 
-@pytest.mark.slow
+@pytest.mark.first_tier
 @pytest.mark.parametrize("_", range(KILLS))
 def test_a_killed_and_interrupted_run_ends_bitwise_equal(alone, tmp_path, _):
     whole, config, env = alone
