@@ -25,8 +25,8 @@ config = Experiment(
         eval_split=None,
         captions=("txt",),
         augment=AugmentConfig(crop=(0.9, 1.0)),
-        lanes=1024,  # shards read side by side: several for each worker of 64 hosts
-        shuffle=131_072,  # samples, over all lanes
+        interleave=1024,  # shards read side by side: several for each worker of 64 hosts
+        shuffle=131_072,  # samples, over all readers
         workers=16,
     ),
     evals=(

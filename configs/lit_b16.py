@@ -1,6 +1,6 @@
 """LiT: a locked ViT-B/16 and a text tower that learns to read it (arXiv:2111.07991).
 
-The image tower comes from `init_from`; it gets no gradient and no optimizer state.
+The vision tower comes from `init_from`; it gets no gradient and no optimizer state.
 
 `vlm plan configs/lit_b16.py --topology v5e:8x8` says:
 
@@ -30,8 +30,8 @@ config = Experiment(
         eval_split=None,
         captions=("txt",),
         augment=AugmentConfig(crop=None),
-        lanes=1024,  # shards read side by side: several for each worker of 64 hosts
-        shuffle=131_072,  # samples, over all lanes
+        interleave=1024,  # shards read side by side: several for each worker of 64 hosts
+        shuffle=131_072,  # samples, over all readers
         workers=16,
     ),
     evals=(

@@ -15,13 +15,13 @@ from vlm.config import (
     PreprocessConfig,
     TextConfig,
     TokenizerConfig,
-    VisionConfig,
+    ViTConfig,
 )
 
 config = Experiment(
     name="openmoji",
     model=ModelConfig(
-        vision=VisionConfig(
+        vision=ViTConfig(
             image_size=64,
             patch_size=16,
             stem="conv",
@@ -55,7 +55,7 @@ config = Experiment(
         source="openmoji",
         train_split="train+validation",
         templates=("{}",),  # labels are asked about as the captions are written
-        augment=AugmentConfig(crop=(0.75, 1.0), aspect=(0.9, 1.11), jitter=0.05, lines=0.15),
+        augment=AugmentConfig(crop=(0.75, 1.0), aspect=(0.9, 1.11), jitter=0.05, morphology=0.15),
         cache=True,
     ),
     optimizer=OptimizerConfig(name="muon", learning_rate=2e-3, weight_decay=0.5, ema=0.98),

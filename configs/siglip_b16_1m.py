@@ -26,8 +26,8 @@ config = Experiment(
         eval_split=None,
         captions=("txt",),
         augment=AugmentConfig(crop=None),
-        lanes=4096,  # shards read side by side: one for each worker of 256 hosts
-        shuffle=131_072,  # samples, over all lanes
+        interleave=4096,  # shards read side by side: one for each worker of 256 hosts
+        shuffle=131_072,  # samples, over all readers
         workers=16,
     ),
     evals=(

@@ -27,8 +27,8 @@ config = Experiment(
         eval_split=None,
         captions=("txt",),
         augment=AugmentConfig(crop=None),
-        lanes=1024,  # shards read side by side: several for each worker of 64 hosts
-        shuffle=131_072,  # samples, over all lanes
+        interleave=1024,  # shards read side by side: several for each worker of 64 hosts
+        shuffle=131_072,  # samples, over all readers
         workers=16,
     ),
     evals=(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlm import sharding
 from vlm.bundle import Bundle, load
-from vlm.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
+from vlm.config import ModelConfig, PreprocessConfig, TextConfig, ViTConfig
 from vlm.errors import CheckpointError, ConfigError, DataError, ShardingError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
@@ -25,7 +25,7 @@ from vlm.weights.rules import flat_arrays
 
 CAPTIONS = ["a red circle", "a blue square", "two dogs", "a cat on a mat " * 6]
 CONFIG = ModelConfig(
-    vision=VisionConfig(image_size=32, patch_size=16, width=24, depth=2, heads=3, mlp_dim=20),
+    vision=ViTConfig(image_size=32, patch_size=16, width=24, depth=2, heads=3, mlp_dim=20),
     text=TextConfig(
         vocab_size=280, context_length=40, width=16, depth=3, heads=2, mlp_dim=24,
         causal=True, pool="end", end_id=1, projection="linear",

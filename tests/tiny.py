@@ -20,7 +20,7 @@ from vlm.config import *
 config = Experiment(
     name="shapes",
     model=ModelConfig(
-        vision=VisionConfig(
+        vision=ViTConfig(
             image_size=16, patch_size=8, width=16, depth=1, heads=2, mlp_dim=16,
             pool="mean", projection="linear",
         ),

@@ -8,7 +8,7 @@ import sys
 
 from etils import epy
 
-from vlm._deprecation import RenamedModules
+from vlm._deprecation import RenamedModules, renamed
 from vlm._version import __version__ as __version__
 
 with epy.lazy_api_imports(globals()):
@@ -45,7 +45,6 @@ with epy.lazy_api_imports(globals()):
     from vlm.config import ResNetConfig as ResNetConfig
     from vlm.config import TextConfig as TextConfig
     from vlm.config import TokenizerConfig as TokenizerConfig
-    from vlm.config import VisionConfig as VisionConfig
     from vlm.config import ViTConfig as ViTConfig
     from vlm.config import load_config as load_config
     from vlm.errors import CheckpointError as CheckpointError
@@ -74,6 +73,11 @@ with epy.lazy_api_imports(globals()):
     from vlm.serving.server import serve as serve
     from vlm.training.loop import train as train
 
+__getattr__ = renamed(
+    __name__,
+    {"VisionConfig": "vlm.config.towers.ViTConfig"},
+    otherwise=globals()["__getattr__"],  # from lazy_api_imports
+)
 sys.meta_path.insert(0, RenamedModules())  # type: ignore[arg-type]
 
-del epy, sys, RenamedModules
+del epy, renamed, sys, RenamedModules

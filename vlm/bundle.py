@@ -137,7 +137,7 @@ class Bundle(FactSheet):
         Raises:
             DataError: an image is missing or unreadable; the message names it.
         """
-        self._check_tower(self.model.vision, "image")
+        self._check_tower(self.model.vision, "vision")
         size = self._batch_size(batch_size)
         batches = pixel_batches(self.preprocess, one_or_many(images), size, on_error)
         return self._run(self._image_program, batches, size)
@@ -261,7 +261,7 @@ class Bundle(FactSheet):
             CheckpointError: the folder holds something else or cannot be written, or the format has
                 no place for something that the model has.
         """
-        self._check_tower(self.model.vision, "image")
+        self._check_tower(self.model.vision, "vision")
         self._check_tower(self.model.text, "text")
         model = self.merged().model
         if jax.process_count() > 1:
@@ -404,7 +404,7 @@ def load(
             checkpoint, a tensor at a time, and holds its own share. All hosts encode the same
             inputs, and all get the embeddings. None: the default device.
         revision: of a Hub model.
-        tower: "image" or "text" reads that half alone; the other cannot encode then.
+        tower: "vision" or "text" reads that half alone; the other cannot encode then.
         resize_backend: how images are resized, where the checkpoint's files say another way than
             its authors used: "pillow"; "tensor", as torchvision does uint8 tensors and with it
             transformers 5; "tensorflow", as big_vision does. None: as the files say.

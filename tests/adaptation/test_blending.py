@@ -103,7 +103,7 @@ def test_a_sweep_begins_and_ends_at_the_models(start, tuned, task):
 def test_what_differs_is_named(start, tuned):
     c = start.config
     other = vlm.config.ModelConfig(
-        vision=vlm.VisionConfig(**{**vars(c.vision), "width": 8, "depth": 2, "dropout": 0.1}),
+        vision=vlm.ViTConfig(**{**vars(c.vision), "width": 8, "depth": 2, "dropout": 0.1}),
         text=c.text,
         embed_dim=c.embed_dim,
     )
@@ -125,7 +125,7 @@ def test_other_pixels_and_other_tokens_are_refused(start):
     other = Bundle(start.model, start.preprocess, tokens, "other")
     with pytest.raises(ConfigError, match="vocabularies hold other tokens"):
         blend(start, other)
-    half = load(tiny.run(), tower="image")
+    half = load(tiny.run(), tower="vision")
     with pytest.raises(ConfigError, match=r"model\.text is 'loaded' and 'left out'"):
         blend(start, half)
 

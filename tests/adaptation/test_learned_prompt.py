@@ -30,7 +30,7 @@ def random_model(**text):
     tokens = tokens.with_rules(vlm.TokenizerConfig(**{**vars(tokens.config), **rules}))
     fields = {"width": 16, "depth": 1, "heads": 2, "mlp_dim": 16, "vocab_size": 280, **text}
     config = vlm.ModelConfig(
-        vision=vlm.VisionConfig(
+        vision=vlm.ViTConfig(
             image_size=16, patch_size=8, width=16, depth=1, heads=2, mlp_dim=16, pool="mean",
             projection="linear",
         ),
@@ -170,7 +170,7 @@ def test_bad_input(model, tmp_path):
         learn_prompt(model, pictures, ["red", "blue"], classes=["blue"])
     with pytest.raises(ConfigError, match="steps 0"):
         learn_prompt(model, pictures, ["red", "blue"], steps=0)
-    half = load(tiny.run(), tower="image")
+    half = load(tiny.run(), tower="vision")
     with pytest.raises(ConfigError, match="text tower"):
         learn_prompt(half, pictures, ["red", "blue"], template="a {}")
     (tmp_path / "other.safetensors").write_bytes(b"no")

@@ -92,7 +92,7 @@ def test_the_model_is_known_in_every_format(base, folders, tmp_path):
     base.save(tmp_path / "converted")
     for place in (tmp_path / "converted", BASE):
         assert_same(load(folder / "birds", base=place), bundles["birds"])
-    small = load(folder / "birds", image_size=60, dtype="bfloat16", tower="image")
+    small = load(folder / "birds", image_size=60, dtype="bfloat16", tower="vision")
     assert small.config.vision.image_size == 60
     assert set(adapters.adapter_of(small.model)) == {
         name for name in adapters.adapter_of(bundles["birds"].model) if name.startswith("vision.")

@@ -122,7 +122,14 @@ def test_a_stream_is_prepared_and_filtered(photos, tmp_path, capsys):
     shards, out = tmp_path / "shards", tmp_path / "out"
     assert main(["data", "prepare", str(photos), str(shards), "--examples", "3"]) == 0
     capsys.readouterr()
-    line = ["data", "prepare", str(shards / "train-*.tar"), str(out), "--keep", "caption=photo 2"]
+    line = [
+        "data",
+        "prepare",
+        str(shards / "train-*.tar"),
+        str(out),
+        "--filters",
+        "caption=photo 2",
+    ]
     assert main(line) == 0
     assert capsys.readouterr().out.startswith("1 examples in 1 shards")
     assert main([*line[:-1], "caption"]) == 2

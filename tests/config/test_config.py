@@ -35,7 +35,7 @@ def test_an_experiment_survives_json():
         name="x",
         mesh=MeshConfig(data=2, fsdp=4),
         optimizer=OptimizerConfig(ema=0.999, clip_norm=None),
-        image_sizes=((0.5, 112), (0.25, 160)),
+        resolution_schedule=((0.5, 112), (0.25, 160)),
         profile=(10, 20),
         epochs=3,
     )
@@ -67,8 +67,11 @@ def test_an_experiment_survives_json():
         ),
         ({"distill": {"teacher": "x", "distance": "mse"}}, "give features a weight"),
         ({"model": {"vision": {"kind": "vit", "stem_widths": [8]}}}, "set stem to"),
-        ({"image_sizes": ((0.5, 100),)}, "multiples of patch_size 16"),
-        ({"image_sizes": ((0.0, 112),)}, "Experiment.image_sizes is 0.0: choose a number above 0"),
+        ({"resolution_schedule": ((0.5, 100),)}, "multiples of patch_size 16"),
+        (
+            {"resolution_schedule": ((0.0, 112),)},
+            "Experiment.resolution_schedule is 0.0: choose a number above 0",
+        ),
     ],
 )
 @pytest.mark.untyped

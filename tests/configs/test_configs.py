@@ -62,7 +62,11 @@ def shrunk(config: Experiment, folder: Path) -> Experiment:
     )
     source = config.data.source
     if ".tar" in source:  # remote shards are read as a stream, and so are these
-        data = {"source": str(folder / "tars/{00000..00001}.tar"), "access": "stream", "lanes": 2}
+        data = {
+            "source": str(folder / "tars/{00000..00001}.tar"),
+            "access": "stream",
+            "interleave": 2,
+        }
 
     else:
         data = {"data_dir": str(folder) if source.startswith("tfds:") else config.data.data_dir}
@@ -215,9 +219,9 @@ NAFLEX = {"resize": "naflex", "patch_size": 16, "max_patches": 64}
             {
                 "vision": {"max_patches": 64},
                 "preprocess": NAFLEX,
-                "image_sizes": ((0.5, 112),),
+                "resolution_schedule": ((0.5, 112),),
             },
-            'image_sizes is of square images, and preprocess.resize "naflex" makes images of any',
+            'resolution_schedule is of square images, and preprocess.resize "naflex" makes images',
         ),
         (
             {"vision": {"max_patches": 64}, "preprocess": NAFLEX, "distill": DistillConfig("x")},
@@ -228,8 +232,8 @@ NAFLEX = {"resize": "naflex", "patch_size": 16, "max_patches": 64}
             "patch_dropout needs a tower without rotary positions",
         ),
         (
-            {"vision": {"rotary": 0}, "image_sizes": ((0.5, 112),)},
-            "image_sizes needs a tower without rotary positions",
+            {"vision": {"rotary": 0}, "resolution_schedule": ((0.5, 112),)},
+            "resolution_schedule needs a tower without rotary positions",
         ),
     ],
 )

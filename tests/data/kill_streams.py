@@ -28,13 +28,13 @@ from vlm.config import (  # noqa: E402
     ModelConfig,
     PreprocessConfig,
     TextConfig,
-    VisionConfig,
+    ViTConfig,
 )
 
 STEPS = 300
 TOWER = {"width": 16, "depth": 1, "heads": 2, "mlp_dim": 16, "pool": "mean", "projection": "linear"}
 MODEL = ModelConfig(
-    vision=VisionConfig(image_size=8, patch_size=4, **TOWER),
+    vision=ViTConfig(image_size=8, patch_size=4, **TOWER),
     text=TextConfig(vocab_size=300, context_length=12, pad_id=0, **TOWER),
     embed_dim=16,
 )

@@ -163,23 +163,26 @@ def mixture(folder: Path) -> DataConfig:
             MixturePart(tars(folder / "tars"), weight=2.0, access="stream"),
             MixturePart(csv(folder / "csv").source, weight=1.0),
         ),
-        lanes=4,
+        interleave=4,
     )
 
 
 KINDS: dict[str, Callable[[Path], DataConfig]] = {
-    "tar, streamed": lambda folder: DataConfig(tars(folder), access="stream", lanes=4),
+    "tar, streamed": lambda folder: DataConfig(tars(folder), access="stream", interleave=4),
     "tar, filtered": lambda folder: DataConfig(
-        tars(folder), access="stream", lanes=4, keep=(FieldFilter("language", one_of=("en",)),)
+        tars(folder),
+        access="stream",
+        interleave=4,
+        filters=(FieldFilter("language", one_of=("en",)),),
     ),
     "tar, indexed": lambda folder: DataConfig(tars(folder)),
     "tar with tables, streamed": lambda folder: DataConfig(
         tars_beside_tables(folder),
         access="stream",
-        lanes=4,
-        keep=(FieldFilter("language", one_of=("en",)),),
+        interleave=4,
+        filters=(FieldFilter("language", one_of=("en",)),),
     ),
-    "parquet of bytes": lambda folder: dataclasses.replace(parquet_bytes(folder), lanes=4),
+    "parquet of bytes": lambda folder: dataclasses.replace(parquet_bytes(folder), interleave=4),
     "parquet of paths": parquet_paths,
     "arrow": arrow,
     "array_record": array_record,

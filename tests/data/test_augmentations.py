@@ -11,7 +11,7 @@ from vlm.errors import ConfigError
 from vlm.inputs.preprocess import Preprocess
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-ALL = AugmentConfig(randaugment=(2, 9), grey=0.5, blur=0.5, solarise=0.5, lines=0.5)
+ALL = AugmentConfig(randaugment=(2, 9), grey=0.5, blur=0.5, solarise=0.5, morphology=0.5)
 
 
 def changed(config, u):
@@ -23,7 +23,7 @@ def draws(operation=None, **values):
     if operation is not None:
         u[0] = (operation + 0.5) / len(augmentations._OPERATIONS)
         u[1] = 0.2
-    places = {"grey": -5, "blur": -4, "sigma": -3, "solarise": -2, "lines": -1}
+    places = {"grey": -5, "blur": -4, "sigma": -3, "solarise": -2, "morphology": -1}
     for name, value in values.items():
         u[places[name]] = value
     return u
@@ -46,7 +46,8 @@ def test_lines_go_or_grow():
     drawing = np.full((9, 9, 3), 255, np.uint8)
     drawing[4] = 0  # a line of one pixel
     gone, thicker = (
-        augmentations.augment(drawing, AugmentConfig(lines=0.4), draws(lines=u)) for u in (0.1, 0.3)
+        augmentations.augment(drawing, AugmentConfig(morphology=0.4), draws(morphology=u))
+        for u in (0.1, 0.3)
     )
     assert (gone == 255).all()
     np.testing.assert_array_equal(thicker[3:6], 0)
@@ -99,7 +100,7 @@ def test_they_add_to_what_is_there_and_depend_on_the_position_alone():
 def test_what_cannot_be():
     for changes, message in [
         ({"grey": 1.5}, r"AugmentConfig\.grey is 1\.5: choose a number from 0 to 1"),
-        ({"lines": -0.1}, r"AugmentConfig\.lines is -0\.1"),
+        ({"morphology": -0.1}, r"AugmentConfig\.morphology is -0\.1"),
         ({"randaugment": (9, 3)}, r"randaugment is \(9, 3\): choose at most 4 operations"),
         ({"randaugment": (2, 31)}, "randaugment is 31: choose a number from 0 to 30"),
     ]:

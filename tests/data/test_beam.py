@@ -48,7 +48,7 @@ def test_shards_from_beam_are_those_of_one_process(tmp_path, monkeypatch, form, 
             config,
             source=str(tmp_path / "shards" / "train-*.tar"),
             access="stream",
-            keep=(FieldFilter("caption", one_of=tuple(f"picture {n}" for n in range(40))),),
+            filters=(FieldFilter("caption", one_of=tuple(f"picture {n}" for n in range(40))),),
         )
         wanted = dataclasses.replace(wanted, deduplicate=False)
     totals = plain.prepare(config, "train", tmp_path / "plain", wanted, preprocess)

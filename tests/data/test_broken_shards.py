@@ -39,7 +39,7 @@ def write_shards(folder, count: int, each: int = EACH) -> str:
 
 def batches_of(source: str, access: str, **changes):
     if access == "stream":
-        changes |= {"lanes": 4, "shuffle": 16}
+        changes |= {"interleave": 4, "shuffle": 16}
     config = dataclasses.replace(FIELDS, source=source, access=access, **changes)
     return train_batches(config, PREPROCESS, TOKENIZER, batch_size=4, seed=0)
 

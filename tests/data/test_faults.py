@@ -81,7 +81,12 @@ def good(folder, broken: bool) -> DataConfig:
         write_tar(folder / f"{shard}.tar", content)
     assert not broken or next(bad, None) is None
     return dataclasses.replace(
-        FIELDS, source=str(folder / "*.tar"), access="stream", lanes=4, shuffle=1, max_bad_share=1.0
+        FIELDS,
+        source=str(folder / "*.tar"),
+        access="stream",
+        interleave=4,
+        shuffle=1,
+        max_bad_share=1.0,
     )
 
 
@@ -301,20 +306,20 @@ def refused(message: str, **changes):
 def test_invalid_streams_raise_before_the_first_step(tmp_path):
     source = kinds.tars(tmp_path)
     stream = {"source": source, "access": "stream"}
-    refused("6 shards, too few for 8 lanes", **stream, lanes=8)
+    refused("6 shards, too few for 8 lanes", **stream, interleave=8)
     refused("no feature 'title' that data.captions names", **stream, captions=("caption", "title"))
 
 
 def test_a_position_of_other_data_raises(tmp_path):
     config = dataclasses.replace(FIELDS, source=kinds.tars(tmp_path))
-    stream = batches_of(dataclasses.replace(config, access="stream", lanes=2))
+    stream = batches_of(dataclasses.replace(config, access="stream", interleave=2))
     next(stream)
     state = stream.get_state()
     fewer = dataclasses.replace(config, source=str(tmp_path / "{000..003}.tar"), access="stream")
     with pytest.raises(DataError, match="checkpoint is for other data"):
-        batches_of(dataclasses.replace(fewer, lanes=2)).set_state(state)
-    with pytest.raises(DataError, match=r"has 2 lanes and the run has 4: set data\.lanes"):
-        batches_of(dataclasses.replace(config, access="stream", lanes=4)).set_state(state)
+        batches_of(dataclasses.replace(fewer, interleave=2)).set_state(state)
+    with pytest.raises(DataError, match=r"has 2 lanes and the run has 4: set data\.interleave"):
+        batches_of(dataclasses.replace(config, access="stream", interleave=4)).set_state(state)
     with pytest.raises(DataError, match="checkpoint is for a stream"):
         batches_of(config).set_state(state)
     random = batches_of(config)
@@ -334,5 +339,7 @@ def test_long_names_and_formats_of_tar(tmp_path):
                 info = tarfile.TarInfo(f"part/{'ö' * 80}/{'x' * 90}/{name}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    config = dataclasses.replace(FIELDS, source=str(tmp_path / "*.tar"), access="stream", lanes=2)
+    config = dataclasses.replace(
+        FIELDS, source=str(tmp_path / "*.tar"), access="stream", interleave=2
+    )
     assert set(numbers_of(next(batches_of(config)))) == {0, 1}

@@ -72,7 +72,7 @@ def test_classes_have_their_names(kind):
 def test_a_stream_has_the_names_too():
     streamed = dataclasses.replace(
         config("parquet", label="label", templates=("picture {}",)),
-        access="stream", eval_split=None, lanes=1, max_bad_share=1.0, prefetch=0,
+        access="stream", eval_split=None, interleave=1, max_bad_share=1.0, prefetch=0,
     )  # fmt: skip
     assert classes_of(streamed).labels == CLASSES
     iterator = train_batches(streamed, PREPROCESS, TOKENIZER, batch_size=2, seed=0)

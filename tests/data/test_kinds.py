@@ -118,9 +118,11 @@ def test_every_sample_comes_once_in_an_epoch(config, whole):
     seen = [number for batch in whole[0] for number in numbers_of(batch)]
     if config.mixture:
         return
-    expected = {n for n in range(kinds.COUNT) if n % 2} if config.keep else set(range(kinds.COUNT))
+    expected = (
+        {n for n in range(kinds.COUNT) if n % 2} if config.filters else set(range(kinds.COUNT))
+    )
     assert set(seen) == expected
-    if config.lanes is None:
+    if config.interleave is None:
         assert sorted(seen[: kinds.COUNT]) == sorted(expected)
 
 
@@ -160,7 +162,7 @@ def test_indexed_shards_find_their_texts_in_the_tables_beside_them(tmp_path):
 def test_a_table_beside_a_shard_is_read_once_and_its_absence_is_named(tmp_path, monkeypatch):
     source = kinds.tars_beside_tables(tmp_path)
     (tmp_path / "001.parquet").unlink()
-    config = DataConfig(source, keep=(FieldFilter("language", one_of=("en",)),), eval_split=None)
+    config = DataConfig(source, filters=(FieldFilter("language", one_of=("en",)),), eval_split=None)
     opened = open_shards(config, "train")
     monkeypatch.setattr(sidecar, "read_columns", None)  # no table is read again
     opened = pickle.loads(pickle.dumps(opened))  # as a worker has it

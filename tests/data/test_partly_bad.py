@@ -41,7 +41,7 @@ def counted(config, steps=8):
 @pytest.mark.parametrize("broken", [0, 5])
 def test_one_broken_json_does_not_end_a_filtered_run(tmp_path, broken):
     changed = {broken: [*kinds.members(broken)[:2], (f"{broken:06d}.json", b"{")]}
-    config = DataConfig(tar(tmp_path, changed), keep=ENGLISH, eval_split=None, max_bad_share=1.0)
+    config = DataConfig(tar(tmp_path, changed), filters=ENGLISH, eval_split=None, max_bad_share=1.0)
     assert len(open_source(config, "train")) == len({1, 3, 5, 7, 9, 11, broken})
     bad = counted(config)
     assert set(bad.kinds) == {"broken text"}
@@ -93,7 +93,7 @@ def test_a_filter_keeps_what_a_source_tells_of_itself(tmp_path):
     pattern = str(tmp_path / "{000..005}.tar")
     faults = open_source(DataConfig(pattern), "train").faults
     assert [fault["kind"] for fault in faults] == ["missing shard"]
-    assert open_source(DataConfig(pattern, keep=ENGLISH), "train").faults == faults
+    assert open_source(DataConfig(pattern, filters=ENGLISH), "train").faults == faults
 
 
 def test_a_damaged_row_group_is_one_bad_sample(tmp_path):

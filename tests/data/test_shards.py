@@ -131,12 +131,12 @@ def test_two_hundred_thousand_shards_begin_at_once():
 
 
 def test_the_number_of_lanes_is_said_or_found():
-    config = DataConfig(lanes=None)
+    config = DataConfig(interleave=None)
     assert count_lanes(config, 32_768, 231_350, 64) == 256
     assert count_lanes(config, 96, 10, 1) == 8
-    assert count_lanes(dataclasses.replace(config, lanes=1024), 32_768, 231_350, 64) == 1024
-    with pytest.raises(ConfigError, match=r"lanes 3 does not divide the batch of 8"):
-        count_lanes(dataclasses.replace(config, lanes=3), 8, 10, 1)
+    assert count_lanes(dataclasses.replace(config, interleave=1024), 32_768, 231_350, 64) == 1024
+    with pytest.raises(ConfigError, match=r"data.interleave 3 does not divide the batch of 8"):
+        count_lanes(dataclasses.replace(config, interleave=3), 8, 10, 1)
     with pytest.raises(ConfigError, match=r"2 lanes cannot be shared evenly by 4 processes"):
         count_lanes(config, 32, 3, 4)
     with pytest.raises(DataError, match="2 shards, too few for 3 lanes"):

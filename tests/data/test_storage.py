@@ -20,7 +20,7 @@ from vlm.errors import ConfigError, DataError
 
 @pytest.fixture
 def local(tmp_path):
-    config = DataConfig(kinds.tars(tmp_path), eval_split=None, lanes=3, prefetch=0, shuffle=9)
+    config = DataConfig(kinds.tars(tmp_path), eval_split=None, interleave=3, prefetch=0, shuffle=9)
     system = fsspec.filesystem("memory")
     for path in tmp_path.glob("*.tar"):
         system.pipe_file(f"/bucket/{path.name}", path.read_bytes())
@@ -51,7 +51,7 @@ def test_a_bucket_is_streamed_and_gives_what_the_disk_gives(local, pattern):
 
 
 def test_a_bucket_has_random_access_where_it_is_asked_for(local):
-    local = dataclasses.replace(local, lanes=None, shuffle=DataConfig.shuffle)
+    local = dataclasses.replace(local, interleave=None, shuffle=DataConfig.shuffle)
     remote = dataclasses.replace(local, source="memory://bucket/*.tar", access="random")
     a, b = open_source(remote, "train"), open_source(local, "train")
     assert len(a) == len(b) == kinds.COUNT

@@ -26,7 +26,7 @@ def tars_beside_tables(folder):
 
 
 def filtered(folder):
-    return DataConfig(kinds.tars(folder), keep=(FieldFilter("language", one_of=("en",)),))
+    return DataConfig(kinds.tars(folder), filters=(FieldFilter("language", one_of=("en",)),))
 
 
 def tfds(folder):
@@ -97,7 +97,7 @@ def test_eight_threads_read_a_source_at_random(config):
 @pytest.mark.parametrize("kind", ["mixture", "parquet of bytes"])
 def test_batches_made_by_threads_are_those_of_one(kind, tmp_path):
     config = kinds.make(kind, tmp_path / "data")
-    options = {"auto": {}, "random": {"lanes": None, "shuffle": DataConfig().shuffle}}
+    options = {"auto": {}, "random": {"interleave": None, "shuffle": DataConfig().shuffle}}
 
     def made(prefetch, access):
         iterator = train_batches(

@@ -299,6 +299,6 @@ def test_bad_input(clip):
     with pytest.raises(ConfigError, match='choose "path"'):
         check_method("attention", ConvNeXtConfig())
     with pytest.raises(ConfigError, match="without its text tower"):
-        explain(vlm.load(GOLDEN / "oc_vit", tower="image"), photo(), TEXT)
-    with pytest.raises(ConfigError, match="without its image tower"):
+        explain(vlm.load(GOLDEN / "oc_vit", tower="vision"), photo(), TEXT)
+    with pytest.raises(ConfigError, match="without its vision tower"):
         explain(vlm.load(GOLDEN / "oc_vit", tower="text"), photo(), TEXT)

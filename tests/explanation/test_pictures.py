@@ -28,7 +28,7 @@ def photo(size=(90, 60)):
 
 
 def test_every_visible_pixel_gets_a_label(clip):
-    found = segment(clip, photo(), ["a dog", "grass"], templates=["{}"], none="a photo.")
+    found = segment(clip, photo(), ["a dog", "grass"], templates=["{}"], other_label="a photo.")
     assert found.labels == ("a dog", "grass", "none of these")
     assert found.scores.shape == (3, 60, 90)
     assert found.mask.shape == (60, 90)
@@ -47,7 +47,7 @@ def test_bad_input_of_segment(clip):
         segment(clip, photo(), [])
     with pytest.raises(DataError, match="one image"):
         segment(clip, [photo()], ["a"])
-    with pytest.raises(ConfigError, match="without its image tower"):
+    with pytest.raises(ConfigError, match="without its vision tower"):
         segment(vlm.load(GOLDEN / "oc_vit", tower="text"), photo(), ["a"])
 
 

@@ -117,7 +117,7 @@ def test_resnet(tmp_path):
     "name", ["hf_siglip", "oc_fastvit", "oc_convnext", "oc_eva02", "oc_vitamin"]
 )
 def test_every_kind_of_image_tower(name, tmp_path):
-    found = export(load(GOLDEN / name), tmp_path / "o", "onnx", tower="image", batches=[1, 3])
+    found = export(load(GOLDEN / name), tmp_path / "o", "onnx", tower="vision", batches=[1, 3])
     assert found.differences["image"] < 5e-5
 
 
@@ -185,7 +185,7 @@ def test_a_library_that_is_missing(bundle, tmp_path, monkeypatch):
 
 def test_towers_that_are_not_there(tmp_path, classifier):
     text = load(GOLDEN / "oc_vit", tower="text")
-    with pytest.raises(ConfigError, match="loaded without its image tower"):
+    with pytest.raises(ConfigError, match="loaded without its vision tower"):
         export(text, tmp_path / "o", "onnx")
     with pytest.raises(ConfigError, match="classifier is of"):
         export(load(GOLDEN / "oc_vit"), tmp_path / "o", "onnx", classifier=classifier)
@@ -211,7 +211,7 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.parametrize("form", [("squash", None), ("squash", 41), ("crop", 41), ("pad", None)])
 def test_the_page_makes_the_pixels_of_the_model(form, tmp_path, monkeypatch):
     resize, short = form
-    config = PreprocessConfig(image_size=32, resize=resize, short_side=short, crop_offset="floor")
+    config = PreprocessConfig(image_size=32, resize=resize, short_side=short, crop_rounding="floor")
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (50, 71, 3), np.uint8))
     picture.save(tmp_path / "photo.jpg", "PNG")
@@ -229,7 +229,7 @@ def heads(bundle, pictures):
     labels = [("cat", "dog", "red car")[i % 3] for i in range(len(pictures))]
     shot = ZeroShotClassifier(bundle, ["cat", "dog", "red car"])
     tree = {"animal": {"cat": None, "dog": None}, "thing": {"red car": None}}
-    fitted = ZeroShotClassifier(bundle, ["cat", "dog", "red car"], none="a photo.")
+    fitted = ZeroShotClassifier(bundle, ["cat", "dog", "red car"], other_label="a photo.")
     fitted.temperature = 2.5
     found = {
         "hierarchy": ZeroShotClassifier(bundle, tree),
@@ -302,7 +302,7 @@ def test_weights_that_are_not_of_eight_bits_are_caught(fault, bundle, tmp_path, 
     monkeypatch.setattr(storing, "quantised", fault)
     monkeypatch.setattr(storing, "SMALLEST", 256)
     with pytest.raises(CheckpointError, match="more than rounding explains"):
-        export(bundle, tmp_path / "o", "onnx", dtype="int8", tower="image", batches=[1])
+        export(bundle, tmp_path / "o", "onnx", dtype="int8", tower="vision", batches=[1])
 
 
 def test_a_file_with_other_weights_is_caught(bundle, tmp_path, monkeypatch):
@@ -318,7 +318,7 @@ def test_a_file_with_other_weights_is_caught(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_file, "write", zeroed)
     for dtype in ("float32", "int8"):
         with pytest.raises(CheckpointError, match="image differs from the model by"):
-            export(bundle, tmp_path / "o", "onnx", dtype=dtype, tower="image", batches=[1])
+            export(bundle, tmp_path / "o", "onnx", dtype=dtype, tower="vision", batches=[1])
 
 
 # ----------------------------------------------------------------- pixels by the page

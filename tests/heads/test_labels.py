@@ -135,16 +135,18 @@ def test_a_hierarchy_of_three_levels_and_ungrouped_labels():
 
 
 def test_none_of_these(model, paint):
-    classify = ZeroShotClassifier(model, ["red", "blue"], none="a green photo")
+    classify = ZeroShotClassifier(model, ["red", "blue"], other_label="a green photo")
     top = classify([paint("red"), paint("green")]).top(1)
     assert [row[0][0] for row in top] == ["red", "none of these"]
     with pytest.raises(ConfigError, match="is what `none` adds"):
-        ZeroShotClassifier(model, ["none of these"], none="a photo")
+        ZeroShotClassifier(model, ["none of these"], other_label="a photo")
 
 
 def test_several_labels(model, paint):
     """Each label is a two-way choice against `none`, whatever the other labels are."""
-    classify = ZeroShotClassifier(model, ["red", "green", "blue"], none="black", multi_label=True)
+    classify = ZeroShotClassifier(
+        model, ["red", "green", "blue"], other_label="black", multi_label=True
+    )
     result = classify([paint("red"), paint("black")])
     z, against = model.encode_image([paint("red")])[0], model.encode_text(["black"])[0]
     cosines = classify.z_labels[:3] @ z - against @ z
@@ -181,7 +183,7 @@ def test_temperature(model, paint):
 
 
 def test_save_and_load(model, paint, tmp_path, make_model):
-    classify = ZeroShotClassifier(model, ["red", "{braces}"], none="black", multi_label=True)
+    classify = ZeroShotClassifier(model, ["red", "{braces}"], other_label="black", multi_label=True)
     classify.temperature = 2.0
     classify.save(tmp_path / "c.safetensors")
     again = ZeroShotClassifier.load(tmp_path / "c.safetensors", model)

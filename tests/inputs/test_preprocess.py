@@ -23,7 +23,7 @@ def config_of(case: str) -> PreprocessConfig:
     match case.split("/"):
         case ["pillow", resize, kernel, size]:
             return PreprocessConfig(
-                image_size=int(size), resize=resize, kernel=kernel, fill=(77, 77, 77)
+                image_size=int(size), resize=resize, kernel=kernel, pad_value=(77, 77, 77)
             )
         case ["tensor", antialias, kernel, size]:
             return PreprocessConfig(
@@ -34,7 +34,7 @@ def config_of(case: str) -> PreprocessConfig:
             )
         case ["clip", backend]:
             return PreprocessConfig(
-                image_size=16, resize="crop", backend=backend, crop_offset="floor"
+                image_size=16, resize="crop", backend=backend, crop_rounding="floor"
             )
         case ["siglip", backend]:
             return PreprocessConfig(image_size=16, backend=backend)

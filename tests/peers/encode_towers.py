@@ -1,4 +1,4 @@
-"""Images per second of other image towers on this CPU, beside open_clip in one run, in turns.
+"""Images per second of other vision towers on this CPU, beside open_clip in one run, in turns.
 
     python tests/peers/encode_towers.py [NAME ...]
 

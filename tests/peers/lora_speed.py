@@ -35,9 +35,7 @@ def ours(remat: str) -> None:
 
     quick = {"activation": "quick_gelu", "norm_eps": 1e-5, "projection": "linear"}
     model = c.ModelConfig(
-        vision=c.VisionConfig(
-            patch_size=32, pool="class", pre_norm=True, patch_bias=False, **quick
-        ),
+        vision=c.ViTConfig(patch_size=32, pool="class", pre_norm=True, patch_bias=False, **quick),
         text=c.TextConfig(
             vocab_size=49_408,
             context_length=77,

@@ -37,7 +37,7 @@ def ours() -> None:
     quick = {"activation": "quick_gelu", "norm_eps": 1e-5, "projection": "linear"}
     model = DualEncoder(
         c.ModelConfig(
-            vision=c.VisionConfig(
+            vision=c.ViTConfig(
                 patch_size=32, pool="class", pre_norm=True, patch_bias=False, **quick
             ),
             text=c.TextConfig(

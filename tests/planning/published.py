@@ -25,7 +25,7 @@ from vlm.config import (
     PreprocessConfig,
     TextConfig,
     TokenizerConfig,
-    VisionConfig,
+    ViTConfig,
 )
 
 SIZES = {  # width, depth, heads, mlp_dim
@@ -77,7 +77,7 @@ class Published:
     def experiment(self) -> Experiment:
         size, patch, pixels = self.vision or ("tiny", 16, 16)
         width, depth, heads, mlp = SIZES[size]
-        vision = VisionConfig(
+        vision = ViTConfig(
             image_size=pixels,
             patch_size=patch,
             width=width,

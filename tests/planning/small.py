@@ -13,7 +13,7 @@ from vlm.config import (
     PreprocessConfig,
     TextConfig,
     TokenizerConfig,
-    VisionConfig,
+    ViTConfig,
 )
 
 # Towers with heads of 64 dimensions, as the public models have.
@@ -42,7 +42,7 @@ def experiment(
     return Experiment(
         name="small",
         model=ModelConfig(
-            vision=VisionConfig(**pixels),
+            vision=ViTConfig(**pixels),
             text=TextConfig(**words),
             embed_dim=64,
             loss=loss,

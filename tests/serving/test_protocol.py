@@ -104,8 +104,10 @@ def test_invalid_requests_are_rejected_in_one_sentence(server, body, status, cod
 def test_label_scores_equal_those_of_the_classifier(server, bundle):
     pictures, labels = [drawn(4), drawn(5)], ["red", "green", "blue"]
     body = {"images": [*(data_url(encoded(p)) for p in pictures), 4], "labels": labels}
-    data = server.ask("/v1/classify", {**body, "templates": ["a {}."], "none": "a thing."}).json
-    classify = ZeroShotClassifier(bundle, labels, ["a {}."], none="a thing.")
+    data = server.ask(
+        "/v1/classify", {**body, "templates": ["a {}."], "other_label": "a thing."}
+    ).json
+    classify = ZeroShotClassifier(bundle, labels, ["a {}."], other_label="a thing.")
     for item, expected in zip(data["data"], classify([*pictures, drawn(4)]).top(9), strict=True):
         assert [pair["label"] for pair in item["labels"]] == [label for label, _ in expected]
         scores = [pair["score"] for pair in item["labels"]]

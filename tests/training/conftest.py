@@ -17,7 +17,7 @@ from vlm.config import (
     PreprocessConfig,
     TextConfig,
     TokenizerConfig,
-    VisionConfig,
+    ViTConfig,
 )
 
 COLOURS = {"red": (220, 30, 30), "green": (20, 160, 60), "blue": (40, 60, 210), "black": (0, 0, 0)}
@@ -46,7 +46,7 @@ def drawings(tmp_path_factory) -> str:
 
 
 MODEL = ModelConfig(
-    vision=VisionConfig(
+    vision=ViTConfig(
         image_size=16,
         patch_size=4,
         width=32,

@@ -26,9 +26,9 @@ def test_every_changeable_field_is_a_field():
 def test_changes_are_named_and_others_refused():
     before = Experiment(steps=10)
     after = dataclasses.replace(
-        before, mesh=MeshConfig(fsdp=4), optimizer=OptimizerConfig(nonfinite="skip")
+        before, mesh=MeshConfig(fsdp=4), optimizer=OptimizerConfig(on_nonfinite="skip")
     )
-    changes = {"mesh.fsdp": [1, 4], "optimizer.nonfinite": ["stop", "skip"]}
+    changes = {"mesh.fsdp": [1, 4], "optimizer.on_nonfinite": ["stop", "skip"]}
     assert check_changes(before, after) == changes
     wrong = dataclasses.replace(after, seed=1, optimizer=OptimizerConfig(b2=0.9))
     with pytest.raises(

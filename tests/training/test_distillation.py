@@ -155,7 +155,7 @@ def test_loss_weights_scale_the_terms(tiny):
 @pytest.mark.slow
 def test_a_resumed_fine_tuning_run_ends_the_same(learned, pale, tmp_path):
     """Including initial weights, EMA, projections and head."""
-    optimizer = OptimizerConfig(schedule="constant", warmup=0.0, start_decay=10.0, ema=0.9)
+    optimizer = OptimizerConfig(schedule="constant", warmup=0.0, l2_sp=10.0, ema=0.9)
     whole = Experiment(
         init_from=learned,
         data=DataConfig(pale, label="label", templates=("a {}", "the {}"), eval_split=None),

@@ -139,8 +139,8 @@ def test_only_matrices_have_weight_decay():
 
 
 def test_start_decay_is_in_place_of_weight_decay():
-    """From 3.0 with a start of 1.0: each step goes lr * start_decay of the way back, not to 0."""
-    config = OptimizerConfig(start_decay=0.5)  # weight_decay at its default of 0.1
+    """From 3.0 with a start of 1.0: each step goes lr * l2_sp of the way back, not to 0."""
+    config = OptimizerConfig(l2_sp=0.5)  # weight_decay at its default of 0.1
     rule, zeros = make_optimizer(config), {"kernel": jnp.zeros((1, 1))}
     state = rule.init({"kernel": jnp.full((1, 1), 1.0)})
     params = {"kernel": jnp.full((1, 1), 3.0)}
@@ -172,8 +172,8 @@ def test_an_unknown_rule_of_decay_is_refused():
     [
         ({"cooldown": 0.4}, 'cooldown is 0.4 and has no effect: set schedule to "rsqrt" or "wsd"'),
         ({"name": "lion", "eps": 1e-8}, "eps is 1e-08 and has no effect"),
-        ({"max_skipped_in_a_row": 9}, 'has no effect: set nonfinite to "skip"'),
-        ({"start_decay": 0.1, "weight_decay": 0.2}, "weight_decay is 0.2 and has no effect"),
+        ({"max_skipped_in_a_row": 9}, 'has no effect: set on_nonfinite to "skip"'),
+        ({"l2_sp": 0.1, "weight_decay": 0.2}, "weight_decay is 0.2 and has no effect"),
     ],
 )
 def test_options_without_effect_are_refused(changes, message):
@@ -186,7 +186,7 @@ def test_the_pull_is_towards_the_start(rule_of_decay):
     config = OptimizerConfig(
         learning_rate=0.5,
         weight_decay=0.0,
-        start_decay=0.1,
+        l2_sp=0.1,
         weight_decay_rule=rule_of_decay,
         vision_rate=0.5,
     )

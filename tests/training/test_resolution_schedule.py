@@ -10,7 +10,7 @@ from vlm.training.resolution import image_size_at, shrink, with_grid
 
 
 def test_sizes_follow_their_fractions_of_the_run(tiny):
-    experiment = tiny(image_sizes=((0.5, 4), (0.25, 8)))
+    experiment = tiny(resolution_schedule=((0.5, 4), (0.25, 8)))
     sizes = [image_size_at(experiment, step, 8) for step in range(8)]
     assert sizes == [4, 4, 4, 4, 8, 8, 16, 16]
     assert image_size_at(tiny(), 0, 8) == 16
@@ -46,4 +46,4 @@ def test_shrinking_averages():
 )
 def test_invalid_sizes_are_refused(tiny, sizes, message):
     with pytest.raises(ConfigError, match=message):
-        tiny(image_sizes=sizes)
+        tiny(resolution_schedule=sizes)

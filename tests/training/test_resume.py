@@ -34,7 +34,7 @@ from vlm.training.schedule import is_scheduled
 STEPS = 150
 NOISE = {
     "vision": {"dropout": 0.1, "patch_dropout": 0.25},
-    "optimizer": {"ema": 0.99, "start_decay": 0.1},
+    "optimizer": {"ema": 0.99, "l2_sp": 0.1},
 }
 
 
@@ -265,7 +265,7 @@ def test_a_run_that_cannot_start_keeps_existing_files(tiny, tmp_path):
 def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(killed):
     experiment = json.loads((killed / "config.json").read_text())
     # Each step multiplies the distance of the kernels from their start by a million.
-    experiment["optimizer"] |= {"learning_rate": 1000.0, "start_decay": 1000.0}
+    experiment["optimizer"] |= {"learning_rate": 1000.0, "l2_sp": 1000.0}
     (killed / "config.json").write_text(json.dumps(experiment))
     with pytest.raises(TrainingError, match=r"not finite at step \d+"):
         train(resume=killed)

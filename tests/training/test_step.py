@@ -147,7 +147,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(alone):
 
 @pytest.mark.parametrize("nonfinite", ["stop", "skip"])
 def test_the_log_stops_or_counts(tiny, tmp_path, nonfinite):
-    experiment = tiny(run_dir=str(tmp_path / "run"), optimizer={"nonfinite": nonfinite})
+    experiment = tiny(run_dir=str(tmp_path / "run"), optimizer={"on_nonfinite": nonfinite})
     whole = Run.create(experiment)
     fine = {"loss": jnp.float32(1), "finite": jnp.array(True), "tokens": jnp.float32(5)}
     samples = BadSamples(1.0, None)
@@ -162,7 +162,7 @@ def test_the_log_stops_or_counts(tiny, tmp_path, nonfinite):
                 logs.step(3, fine | {"finite": jnp.array(False)})
         # The row of step 4 is written when the device has surely come so far.
         if nonfinite == "stop":
-            with pytest.raises(TrainingError, match=r"not finite at step 3.*nonfinite skip"):
+            with pytest.raises(TrainingError, match=r"not finite at step 3.*on-nonfinite skip"):
                 logs.step(6, fine)
         else:
             logs.step(6, fine)
@@ -179,7 +179,7 @@ def test_the_log_stops_or_counts(tiny, tmp_path, nonfinite):
 )
 def test_a_run_that_skips_too_many_steps_fails(tiny, tmp_path, monkeypatch, most, message):
     monkeypatch.setattr("vlm.training.step.objective", lambda *_, **__: jnp.float32(jnp.nan))
-    optimizer = {"nonfinite": "skip", "max_skipped_in_a_row": most}
+    optimizer = {"on_nonfinite": "skip", "max_skipped_in_a_row": most}
     folder = tmp_path / "run"
     with pytest.raises(TrainingError, match=message):
         train(tiny(run_dir=str(folder), optimizer=optimizer, steps=3, log_every=1))

@@ -164,7 +164,7 @@ def clip(name: str, *, old: bool, seed: int, worldwide: bool = False) -> None:
 
 
 def bert_clip(name: str, kind: str, seed: int) -> None:
-    """Chinese CLIP, or AltCLIP: CLIP's image tower, and a text tower of BERT's kind."""
+    """Chinese CLIP, or AltCLIP: CLIP's vision tower, and a text tower of BERT's kind."""
     torch.manual_seed(seed)
     folder = GOLDEN / name
     folder.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,7 @@ TEXT = {"context_length": 12, "width": 24, "heads": 3, "layers": 2, "mlp_ratio":
 
 
 def trunk(name: str, pool: str, proj: str | None = None, image_size: int = 28) -> dict:
-    """An image tower of timm's."""
+    """A vision tower of timm's."""
     return {"image_size": image_size, "timm_model_name": name, "timm_model_pretrained": False,
             "timm_pool": pool, "timm_proj": proj}  # fmt: skip
 

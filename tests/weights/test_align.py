@@ -48,7 +48,7 @@ def test_the_published_model_is_efficientnet_b7():
         ("vision", {"num_channels": 1}, "images have 1 channels"),
         ("vision", {"hidden_dim": 8}, "hidden_dim 8 is the side .* 18 places"),
         ("text", {"hidden_act": "tanh"}, "the activation 'tanh'"),
-        (None, {"projection_dim": 512}, "projection_dim is 512, and the image tower has 640"),
+        (None, {"projection_dim": 512}, "projection_dim is 512, and the vision tower has 640"),
         (None, {"temperature_init_value": 0.0}, "temperature_init_value is 0.0"),
     ],
 )

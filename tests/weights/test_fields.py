@@ -164,7 +164,7 @@ def test_json_that_is_no_object_of_fields(tmp_path, file, text):
         (lambda: FastViTStage(1, -8, 8), "FastViTStage.width is -8"),
         (lambda: PreprocessConfig(image_size=10**9), "PreprocessConfig.image_size"),
         (lambda: PreprocessConfig(std=(1.0, 0.0, 1.0)), "PreprocessConfig.std is 0.0"),
-        (lambda: PreprocessConfig(fill=(0, 0, 256)), "PreprocessConfig.fill is 256"),
+        (lambda: PreprocessConfig(pad_value=(0, 0, 256)), "PreprocessConfig.pad_value is 256"),
         (lambda: TokenizerConfig(context_length=10**9), "TokenizerConfig.context_length"),
         (lambda: TokenizerConfig(pad_id=-1), "TokenizerConfig.pad_id is -1"),
     ],

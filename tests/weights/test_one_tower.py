@@ -22,7 +22,7 @@ def test_each_half_encodes_as_the_whole(name, monkeypatch, tmp_path):
     monkeypatch.setattr(
         SafetensorsFiles, "read", lambda self, n, *a: read.append(n) or original(self, n, *a)
     )
-    half = load(GOLDEN / name, tower="image")
+    half = load(GOLDEN / name, tower="vision")
     assert not any(n.startswith(("text", "token_embedding")) for n in read)
     assert np.array_equal(half.encode_image(image), whole.encode_image(image))
     assert half.logit_scale == whole.logit_scale
@@ -34,7 +34,7 @@ def test_each_half_encodes_as_the_whole(name, monkeypatch, tmp_path):
     half = load(GOLDEN / name, tower="text")
     assert not any(n.startswith("vis") for n in read)
     assert np.array_equal(half.encode_text(TEXTS), whole.encode_text(TEXTS))
-    with pytest.raises(ConfigError, match="without its image tower"):
+    with pytest.raises(ConfigError, match="without its vision tower"):
         half.encode_image(image)
 
 
@@ -44,7 +44,7 @@ def test_bundles_too_and_their_faults(tmp_path):
     whole.save(tmp_path / "b")
     half = load(tmp_path / "b", tower="text")
     assert np.array_equal(half.encode_text(TEXTS), whole.encode_text(TEXTS))
-    with pytest.raises(ConfigError, match="'vision' is unknown: choose both, image or text"):
+    with pytest.raises(ConfigError, match="'vision' is unknown: choose both, vision or text"):
         load(tmp_path / "b", tower="vision")
     with pytest.raises(CheckpointError, match="nowhere"):
         load(tmp_path / "nowhere", tower="text")

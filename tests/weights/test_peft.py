@@ -98,7 +98,7 @@ def test_what_is_not_supported_is_named(clip, folder, fields, message):
     ("name", "message"),
     [
         ("hf_siglip", "which have no place in the model: give the base that it was trained on"),
-        ("oc_vitamin", "transformers has no place for an image tower of the kind 'vitamin'"),
+        ("oc_vitamin", "transformers has no place for a vision tower of the kind 'vitamin'"),
     ],
 )
 def test_another_model_is_refused(folder, name, message):

@@ -68,7 +68,7 @@ def test_all_that_does_not_fit_is_said_at_once():
     no_text = {k: v for k, v in arrays.items() if k not in ("c", "any")}
     assert "describes (it has no text tower at all); 2 parameters missing" in refused(no_text)
     said = refused({"x": TABLE})
-    assert "(it has no image tower and no text tower at all); 5 parameters missing" in said
+    assert "(it has no vision tower and no text tower at all); 5 parameters missing" in said
 
 
 def test_a_tensor_that_holds_several_of_ours_in_every_layer():

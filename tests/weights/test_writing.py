@@ -61,7 +61,7 @@ def there_and_back(ours, form, tmp_path):
         assert ours.config.vision == again.config.vision
     assert ours.config.text == again.config.text
     assert again.preprocess.config == dataclasses.replace(
-        ours.preprocess.config, crop_offset=again.preprocess.config.crop_offset
+        ours.preprocess.config, crop_rounding=again.preprocess.config.crop_rounding
     )
     texts = ["a photo of a cat", "Two DOGS!", "", "x" * 90]
     # open_clip always joins white space.
@@ -91,7 +91,7 @@ SMALL_TOWERS = {
 @pytest.mark.parametrize("name", SMALL_TOWERS)
 def test_timms_towers_there_and_back(name, tmp_path, monkeypatch):
     ours = load(GOLDEN / name)
-    with pytest.raises(CheckpointError, match=r"none of timm's image towers is .* nearest"):
+    with pytest.raises(CheckpointError, match=r"none of timm's vision towers is .* nearest"):
         ours.save(tmp_path / "theirs", format="open_clip")
     monkeypatch.setitem(timm.TOWERS, SMALL_TOWERS[name], ours.config.vision)
     there_and_back(ours, "open_clip", tmp_path)
@@ -190,7 +190,7 @@ def test_encoders_of_full_size_have_the_hubs_names():
     for name, encoder in text_encoders.ENCODERS.items():
         text = dataclasses.replace(encoder, context_length=77, pool="first", projection="linear")
         values = open_clip_config(ModelConfig(vision, text, embed_dim=20), tokenizer)
-        assert values["quick_gelu"]  # of the image tower alone: the encoder's is its own
+        assert values["quick_gelu"]  # of the vision tower alone: the encoder's is its own
         values = values["text_cfg"]
         assert values["hf_model_name"] == name
         assert values["hf_proj_type"] == "linear"

@@ -151,12 +151,12 @@ def _fitting(s: Setting) -> list[str]:
 
 
 def lora(s: Setting) -> Adapted:
-    """Low-rank adapters in the image tower, trained and merged."""
+    """Low-rank adapters in the vision tower, trained and merged."""
     return _fine_tuned(s, "lora", AdapterConfig(targets=("vision.*",)))
 
 
 def full(s: Setting) -> Adapted:
-    """All parameters of the image tower trained."""
+    """All parameters of the vision tower trained."""
     return _fine_tuned(s, "full", None)
 
 

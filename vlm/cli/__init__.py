@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from typing import NamedTuple
 
 from vlm._version import __version__
@@ -126,6 +127,8 @@ def _print_log(*, alone: bool) -> None:
     if not any(isinstance(handler, _OnStderr) for handler in log.handlers):
         log.addHandler(_OnStderr(logging.WARNING))
     log.propagate = not alone
+    if alone:
+        warnings.filterwarnings("default", "the option", DeprecationWarning)
     WARNED.clear()  # of an earlier command
 
 

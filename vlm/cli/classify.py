@@ -26,7 +26,7 @@ def classify(
     labels_file: Annotated[str | None, arg(metavar="FILE")] = None,
     templates: Annotated[tuple[str, ...], arg(metavar="TEMPLATES...")] = (),
     top: int = 5,
-    none: str | None = None,
+    other_label: str | None = None,
     multi_label: bool = False,
     threshold: float = 0.0,
     classifier: Annotated[str | None, arg(metavar="FILE")] = None,
@@ -40,7 +40,7 @@ def classify(
     Examples:
       vlm classify runs/openmoji photo.jpg --labels "dog,cat,pizza"
       vlm classify runs/openmoji photos/ --labels-file names.txt --top 1 --json
-      vlm classify runs/openmoji photos/ --labels "dog,cat" --none "a photo." --threshold 0.5
+      vlm classify runs/openmoji photos/ --labels "dog,cat" --other-label "a photo." --threshold 0.5
       vlm classify runs/openmoji photos/ --classifier prompt.safetensors
 
     Args:
@@ -54,7 +54,7 @@ def classify(
             clip_best, siglip; or the same files as of labels-file. By default the model's own, as
             of a run, else those of the data set, else "a photo of a {}.".
         top: how many labels to show for each image.
-        none: a sentence for images that show none of the labels; it makes one more label.
+        other_label: a sentence for images that show none of the labels; it makes one more label.
         multi_label: each label is a question of its own, and an image may have several.
         threshold: the least score to show.
         classifier: a file that a classifier was saved to, in place of labels. By default the one
@@ -66,7 +66,7 @@ def classify(
     """
     if labels is None and labels_file is None and classifier is None:
         classifier = classifier_of(model)
-    others = labels, labels_file, templates, none, multi_label, class_names
+    others = labels, labels_file, templates, other_label, multi_label, class_names
     if classifier is not None and any(others):
         raise UsageError("a saved classifier has its own labels and sentences: leave out others")
     found = None if classifier is not None else labels_of(labels, labels_file)
@@ -88,7 +88,7 @@ def classify(
     else:
         bundle = load(model)
         prompts, note = prompts_of(found, class_names, templates, bundle)
-        classify_images = ZeroShotClassifier(bundle, prompts, None, none, multi_label)
+        classify_images = ZeroShotClassifier(bundle, prompts, None, other_label, multi_label)
     unreadable = Unreadable(len(paths))
     for chunk in chunks(progress(paths, "classifying", len(paths))):
         rows = classify_images(chunk, on_error=unreadable.among(chunk)).top(top)

@@ -114,7 +114,7 @@ def prepare(
     image: str = "image",
     captions: tuple[str, ...] = ("caption",),
     label: str | None = None,
-    keep: tuple[str, ...] = (),
+    filters: tuple[str, ...] = (),
     data_dir: str | None = None,
     beam: tuple[str, ...] = (),
 ) -> None:
@@ -124,7 +124,7 @@ def prepare(
 
     Examples:
       vlm data prepare photos/ shards/ --short-side 512 --deduplicate
-      vlm data prepare 'raw/{000..099}.tar' shards/ --keep 'aesthetic>=5' 'language=en,de'
+      vlm data prepare 'raw/{000..099}.tar' shards/ --filters 'aesthetic>=5' 'language=en,de'
       vlm data prepare 'raw/{000..099}.tar' shards/ --beam runner=FlinkRunner flink_master=host:8081
 
     Args:
@@ -141,7 +141,7 @@ def prepare(
         captions: the features with texts, the first of which is a tar's .txt; all features are
             kept under their names.
         label: a class label instead of captions.
-        keep: conditions such as 'score>=0.3', 'score<=9' or 'language=en,de'.
+        filters: conditions such as 'score>=0.3', 'score<=9' or 'language=en,de'.
         data_dir: where prepared data lies.
         beam: options of Apache Beam (extra `beam`), as NAME=VALUE: its workers, who must all see
             source and out, write the same shards. One that was stopped begins anew.
@@ -159,7 +159,7 @@ def prepare(
         image=image,
         captions=captions,
         label=label,
-        keep=tuple(map(_filter, keep)),
+        filters=tuple(map(_filter, filters)),
         data_dir=data_dir,
     )
     wanted = Preparation(format, examples, short_side, quality, deduplicate, min_side)
@@ -267,7 +267,8 @@ def _filter(text: str) -> Any:
         return FieldFilter(feature.strip(), one_of=tuple(v.strip() for v in values.split(",")))
     except ValueError:
         raise UsageError(
-            f"--keep {text!r} is no condition: write 'score>=0.3', 'score<=9' or 'language=en,de'"
+            f"--filters {text!r} is not a condition: write 'score>=0.3', 'score<=9' or "
+            "'language=en,de'"
         ) from None
 
 

@@ -20,7 +20,7 @@ def export(
     /,
     format: Literal["stablehlo", "onnx", "savedmodel"] = "stablehlo",
     dtype: Literal["float32", "bfloat16", "int8"] = "float32",
-    tower: Literal["both", "image", "text"] | None = None,
+    tower: Literal["both", "vision", "text"] | None = None,
     labels: Annotated[str | None, arg(metavar="A,B,...")] = None,
     labels_file: Annotated[str | None, arg(metavar="FILE")] = None,
     templates: Annotated[tuple[str, ...], arg(metavar="TEMPLATES...")] = (),
@@ -35,7 +35,7 @@ def export(
 
     Examples:
       vlm export runs/openmoji exported --format onnx
-      vlm export ViT-B-32/ small --format onnx --dtype int8 --tower image
+      vlm export ViT-B-32/ small --format onnx --dtype int8 --tower vision
       vlm export runs/openmoji pets --labels "dog,cat"
 
     Args:

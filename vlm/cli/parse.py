@@ -15,6 +15,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from vlm._deprecation import rename_options
 from vlm.errors import VlmError
 
 T = TypeVar("T")
@@ -72,7 +73,7 @@ def _cli(target: Any, prog: str, args: list[str], **settings: Any) -> Any:
             return tyro.cli(
                 target,
                 prog=prog,
-                args=args,
+                args=rename_options(args),
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
                 **settings,
             )

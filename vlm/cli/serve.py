@@ -28,7 +28,7 @@ def serve(
     port: int = 8000,
     api_key: Annotated[tuple[str, ...], arg(metavar="KEY...")] = (),
     name: str | None = None,
-    tower: Literal["both", "image", "text"] = "both",
+    tower: Literal["both", "vision", "text"] = "both",
     dtype: Literal["float32", "bfloat16"] = "float32",
     templates: Annotated[tuple[str, ...], arg(metavar="TEMPLATES...")] = (),
     max_batch: int | None = None,

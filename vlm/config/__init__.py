@@ -4,6 +4,7 @@ A config file is Python that binds one name, `config`, to an `Experiment`. Every
 follows from that value: it is written to the run folder as JSON and read back from there.
 """
 
+from vlm._deprecation import renamed
 from vlm.config.adapters import AdapterConfig as AdapterConfig
 from vlm.config.base import Config as Config
 from vlm.config.data import AugmentConfig as AugmentConfig
@@ -41,5 +42,5 @@ from vlm.config.training import MeshConfig as MeshConfig
 from vlm.config.training import OptimizerConfig as OptimizerConfig
 from vlm.config.training import RematPolicy as RematPolicy
 
-# The ViT is what most people mean by a vision tower, and this is what their configs call it.
-VisionConfig = ViTConfig
+__getattr__ = renamed(__name__, {"VisionConfig": "vlm.config.towers.ViTConfig"})
+del renamed

@@ -5,15 +5,25 @@ import functools
 import numbers
 import types
 import typing
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
+from vlm._deprecation import FIELDS, rename_fields
 from vlm.config.bounds import check_bounds
 from vlm.errors import ConfigError, show
 
 T = TypeVar("T", bound="Config")
 
 
-class Config:
+class _AcceptsOldNames(type):
+    """Metaclass that lets constructors take fields by their old names."""
+
+    if not TYPE_CHECKING:  # a type checker takes the signature from the dataclass
+
+        def __call__(cls, *args, **fields):
+            return super().__call__(*args, **rename_fields(cls.__name__, fields))
+
+
+class Config(metaclass=_AcceptsOldNames):
     """Base of the frozen dataclasses that describe a run.
 
     Construction checks each field against its declared type, its choices and the bounds of
@@ -37,6 +47,15 @@ class Config:
             checked = _checked(type(self), name, value, f"{type(self).__name__}.{name}")
             object.__setattr__(self, name, checked)
         self.check()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Return a field by its old name."""
+            if name not in FIELDS.get(type(self).__name__, {}):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            (new,) = rename_fields(type(self).__name__, {name: None})
+            return getattr(self, new)
 
     def check(self) -> None:
         """Refuse fields that contradict each other. A subclass with such fields overrides it."""
@@ -77,7 +96,8 @@ class Config:
         """
         if not isinstance(values, dict):
             raise ConfigError(f"{where} must be an object of fields, not {values!r}")
-        values = {name: value for name, value in cls.upgraded(values).items() if name != "kind"}
+        values = rename_fields(cls.__name__, cls.upgraded(values))
+        values = {name: value for name, value in values.items() if name != "kind"}
         known = _hints(cls)
         for name in values:
             if name not in known:

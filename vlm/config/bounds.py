@@ -40,9 +40,9 @@ _WHOLE = _by_field(
         Bounds(1, 1_000): ("EfficientNetStage.depth", "depths", "conv_depths"),
         Bounds(1, 127): ("EfficientNetStage.kernel",),
         Bounds(1, 16_384): (
-            "image_size", "init_image_size", "image_sizes", "patch_size", "short_side",
+            "image_size", "init_image_size", "resolution_schedule", "patch_size", "short_side",
         ),
-        Bounds(0, 255): ("fill", "background"),
+        Bounds(0, 255): ("pad_value", "background"),
         Bounds(1, 2**24): ("vocab_size",),
         Bounds(0, 2**24): ("pad_id", "bos_id", "eos_id", "end_id", "zeroed_id"),
         Bounds(0, 30): ("randaugment",),
@@ -60,11 +60,11 @@ _NUMBER = Bounds(-1e9, 1e9)  # any other number
 _REAL = _by_field(
     {
         Bounds(0, 1): (
-            "mean", "jitter", "grey", "blur", "solarise", "lines", "max_bad_share", "cooldown",
+            "mean", "jitter", "grey", "blur", "solarise", "morphology", "max_bad_share", "cooldown",
             "eval_every",
         ),
         Bounds(0, 1, open_low=True): (
-            "norm_eps", "EfficientNetConfig.squeeze", "crop", "layer_decay", "image_sizes",
+            "norm_eps", "EfficientNetConfig.squeeze", "crop", "layer_decay", "resolution_schedule",
             "checkpoint_every",
         ),
         Bounds(0, 1, open_high=True): (
@@ -73,7 +73,7 @@ _REAL = _by_field(
         Bounds(0, 0.5): ("hue",),
         Bounds(0, 1_000): (
             "learning_rate", "end_learning_rate", "vision_rate", "text_rate", "weight_decay",
-            "start_decay",
+            "l2_sp",
         ),
         Bounds(0, 1_000, open_low=True): ("std", "aspect"),
         Bounds(0, 1e9): ("alpha", "weight", "caption_weights", "task", "relations", "features"),

@@ -27,8 +27,8 @@ class AugmentConfig(Config):
         grey: Share of the images that lose their colour.
         blur: Share of the images that are blurred, by 0.1 to 2 pixels.
         solarise: Share of the images whose bright half is inverted.
-        lines: Share of the images whose dark lines are redrawn: half of them lose lines of up to
-            two pixels, half have every line made thicker by as much.
+        morphology: Probability of a random 3x3 dilation or erosion, which makes dark lines two
+            pixels thinner (up to two pixels wide, they vanish) or two pixels thicker.
         draft: Decode JPEG files at 1/2, 1/4 or 1/8 where the crop still has all the pixels it
             needs.
 
@@ -46,7 +46,7 @@ class AugmentConfig(Config):
     grey: float = 0.0
     blur: float = 0.0
     solarise: float = 0.0
-    lines: float = 0.0
+    morphology: float = 0.0
     draft: bool = True
 
     def check(self):
@@ -78,8 +78,8 @@ class FieldFilter(Config):
     Example:
         >>> from vlm.config import FieldFilter
         >>> good = FieldFilter("aesthetic", at_least=5)
-        >>> data = vlm.DataConfig(source="pairs.parquet", keep=(good,))
-        >>> data.keep[0].field
+        >>> data = vlm.DataConfig(source="pairs.parquet", filters=(good,))
+        >>> data.filters[0].feature
         'aesthetic'
     """
 
@@ -114,7 +114,7 @@ class MixturePart(Config):
         label: Name of its class-label feature, in place of captions.
         class_names: File with the names of its labels.
         templates: Sentences around its labels.
-        keep: Train on the examples of this part that pass all of these filters.
+        filters: Train on the examples of this part that pass all of these filters.
         access: How its examples are read: see `DataConfig.access`.
         data_dir: Where its prepared data lies.
 
@@ -136,7 +136,7 @@ class MixturePart(Config):
     label: str | None = None
     class_names: str | None = None
     templates: tuple[str, ...] | None = None
-    keep: tuple[FieldFilter, ...] | None = None
+    filters: tuple[FieldFilter, ...] | None = None
     access: Literal["auto", "random", "stream"] | None = None
     data_dir: str | None = None
 
@@ -173,7 +173,7 @@ class DataConfig(Config):
             Empty: those of the model that training starts from, else of the data set, else
             'a photo of a {}.'; from scratch, the bare name. Of captions: sentences around the
             labels that the model is asked about once it is trained.
-        keep: Train on the examples that pass all of these filters.
+        filters: Train on the examples that pass all of these filters.
         augment: Random changes of training images.
         cache: Keep decoded images in memory, for data that fits there.
         workers: Number of reader processes. 0: threads of the training process read.
@@ -183,10 +183,10 @@ class DataConfig(Config):
         access: How examples are read. random: by an index, in an order that is new for each
             epoch; stream: shards front to back; auto: what is remote is streamed, and what is
             local is indexed.
-        lanes: Of streams: number of interleaved readers, one shard each. It must divide the
+        interleave: Of streams: number of interleaved readers, one shard each. It must divide the
             global batch, and the number of processes must divide it. None: the largest divisor
             of the batch up to 256 and the number of shards.
-        shuffle: Of streams: number of samples that are shuffled at a time, over all lanes.
+        shuffle: Of streams: number of samples that are shuffled at a time, over all readers.
         mixture: Several sources to train on, in place of `source`.
         max_bad_share: The run stops when a larger share of its samples than this is broken.
         max_bad_in_a_row: The run stops when this many samples in a row are broken.
@@ -205,14 +205,14 @@ class DataConfig(Config):
     label: str | None = None
     class_names: str | None = None
     templates: tuple[str, ...] = ()
-    keep: tuple[FieldFilter, ...] = ()
+    filters: tuple[FieldFilter, ...] = ()
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     cache: bool = False
     workers: int = 0
     prefetch: int = 2
     data_dir: str | None = None
     access: Literal["auto", "random", "stream"] = "auto"
-    lanes: int | None = None
+    interleave: int | None = None
     shuffle: int = 8192
     mixture: tuple[MixturePart, ...] = ()
     max_bad_share: float = 0.05
@@ -231,7 +231,7 @@ class DataConfig(Config):
         if self.mixture:
             self.refuse_unused("the parts of a mixture have sources of their own", "source")
         if self.access == "random" and not self.mixture:
-            self.refuse_unused('set access to "auto" or "stream"', "lanes", "shuffle")
+            self.refuse_unused('set access to "auto" or "stream"', "interleave", "shuffle")
         if self.cache and self.workers:
             raise ConfigError(
                 f"DataConfig.cache keeps images in this process, and workers {self.workers} "

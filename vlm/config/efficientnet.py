@@ -1,4 +1,4 @@
-"""EfficientNet's config, an image tower as those of `vlm.config.towers` are."""
+"""EfficientNet's config, a vision tower as those of `vlm.config.towers` are."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal

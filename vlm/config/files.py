@@ -18,7 +18,7 @@ T = TypeVar("T", bound=Config)
 def to_dict(config: Any) -> dict[str, Any]:
     """The dataclass `config` as plain JSON values; tuples become lists.
 
-    A class that is one of several kinds, such as an image tower, says which under "kind".
+    A class that is one of several kinds, such as a vision tower, says which under "kind".
 
     Example:
         >>> from vlm.config import to_dict

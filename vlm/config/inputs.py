@@ -21,9 +21,9 @@ class PreprocessConfig(Config):
         image_size: Side of the square that the model takes, in pixels; of naflex, of its grid of
             positions.
         resize: squash: both sides to the square; crop: the short side to size, then the centre;
-            pad: the long side to size, then `fill` around it; naflex: any aspect within
+            pad: the long side to size, then `pad_value` around it; naflex: any aspect within
             `max_patches`.
-        fill: Colour (red, green, blue) around an image that is padded.
+        pad_value: Colour (red, green, blue) around an image that is padded.
         patch_size: Of naflex: side of a patch, in pixels; the model's.
         max_patches: Of naflex: most patches that an image may have; while training, the model's.
         kernel: Interpolation of the resize.
@@ -36,7 +36,7 @@ class PreprocessConfig(Config):
         short_side: Of crop: length that the short side is resized to before the crop, in
             pixels; of squash: that of both sides, of which the centre is then taken (ALIGN). None:
             image_size.
-        crop_offset: How an odd margin around the centre is halved. round, as torchvision does;
+        crop_rounding: How an odd margin around the centre is halved. round, as torchvision does;
             floor, as transformers does.
         background: Colour (red, green, blue) under transparent pixels. None: the alpha channel
             is dropped.
@@ -51,7 +51,7 @@ class PreprocessConfig(Config):
 
     image_size: int = 224
     resize: Literal["squash", "crop", "pad", "naflex"] = "squash"
-    fill: tuple[int, int, int] = (0, 0, 0)
+    pad_value: tuple[int, int, int] = (0, 0, 0)
     patch_size: int | None = None
     max_patches: int | None = None
     kernel: Literal["bicubic", "bilinear", "lanczos", "nearest"] = "bicubic"
@@ -60,7 +60,7 @@ class PreprocessConfig(Config):
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     short_side: int | None = None
-    crop_offset: Literal["round", "floor"] = "round"
+    crop_rounding: Literal["round", "floor"] = "round"
     background: tuple[int, int, int] | None = (
         255,
         255,

@@ -102,7 +102,7 @@ class ModelConfig(Config):
     """Two towers into one space of `embed_dim` dimensions, and the scale and bias of the logits.
 
     Args:
-        vision: The image tower.
+        vision: The vision tower.
         text: The text tower.
         embed_dim: Dimensions of the shared space.
         loss: Contrastive loss of training, which is also the rule that turns logits into

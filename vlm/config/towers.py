@@ -1,4 +1,4 @@
-"""The image towers: a class for each kind of them, with its own fields and its own checks.
+"""The vision towers: a class for each kind of them, with its own fields and its own checks.
 
 Whoever holds one may ask any of them the same few things: `image_size`, `patch_size` (pixels along
 each side of a place that is pooled), whether it `attends` to its places, `tokens`, `check_space`,
@@ -457,7 +457,7 @@ class ViTaminConfig(Config):
         check_projection(self, embed_dim)
 
 
-# Every kind of image tower. A new one is a class above or in a module of its own, its name here,
+# Every kind of vision tower. A new one is a class above or in a module of its own, its name here,
 # and its module in `vlm/models/` with one line in `vlm/models/towers.py`.
 VisionTowerConfig = (
     ViTConfig | ResNetConfig | FastViTConfig | ConvNeXtConfig | ViTaminConfig | EfficientNetConfig

@@ -1,7 +1,7 @@
 """One run of training: the update rule, the mesh, and the experiment that holds everything."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from vlm.config.adapters import AdapterConfig
 from vlm.config.base import Config
@@ -15,6 +15,20 @@ from vlm.errors import ConfigError
 
 # What a block keeps for its backward pass, the most memory first: see `Experiment.remat`.
 RematPolicy = Literal["none", "dots", "dots_no_batch", "full"]
+
+T = TypeVar("T")
+UNSET: Any = None  # default of `Resolved` fields
+
+
+class Resolved(Generic[T]):
+    """For type checkers: a field that accepts None, which `vlm.training.init_from.resolve` fills.
+
+    It reads as non-optional, because all internal readers run after that.
+    """
+
+    def __get__(self, instance: object, owner: type) -> T: ...  # pyright: ignore
+
+    def __set__(self, instance: object, value: T | None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +50,7 @@ class OptimizerConfig(Config):
         weight_decay_rule: What weight_decay is multiplied by. open_clip: a step takes
             learning_rate * weight_decay of every matrix, as in PyTorch and optax; big_vision:
             it takes weight_decay, times the schedule relative to its peak, of every kernel.
-        start_decay: Strength of a pull of all weights towards those that the run starts from
+        l2_sp: Strength of a pull of all weights towards those that the run starts from
             (L2-SP, arXiv:1802.01483), in the units of weight_decay, which is then not used. 0:
             none.
         b1: Decay of the average of gradients.
@@ -45,15 +59,15 @@ class OptimizerConfig(Config):
         clip_norm: Largest norm of the whole gradient; a longer one is scaled down. None: no
             limit.
         layer_decay: Learning rate of a block relative to that of the block above it.
-        vision_rate: Learning rate of the image tower relative to learning_rate.
+        vision_rate: Learning rate of the vision tower relative to learning_rate.
         text_rate: Learning rate of the text tower relative to learning_rate.
         ema: Decay of the moving average of the parameters, which is what the run leaves. None:
             no average.
         max_scale: Factor of the cosines in the logits above which no step raises it; CLIP's is
             100. One that starts above it, as SigLIP's does, may fall. None: no limit.
-        nonfinite: What happens at a loss or gradient that is not finite. stop: the run ends;
+        on_nonfinite: What happens at a loss or gradient that is not finite. stop: the run ends;
             skip: the step changes nothing.
-        max_skipped_in_a_row: Of nonfinite skip: the run stops when this many steps in a row are
+        max_skipped_in_a_row: Of on_nonfinite skip: the run stops when this many steps in a row are
             skipped.
 
     Example:
@@ -62,9 +76,9 @@ class OptimizerConfig(Config):
     """
 
     name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
-    if TYPE_CHECKING:  # as those who use them have them: see `Experiment.model`
-        learning_rate: float = 1e-3
-        warmup: float = 0.05
+    if TYPE_CHECKING:
+        learning_rate: Resolved[float] = UNSET
+        warmup: Resolved[float] = UNSET
     else:
         learning_rate: float | None = None
         warmup: float | None = None
@@ -73,7 +87,7 @@ class OptimizerConfig(Config):
     cooldown: float = 0.2
     weight_decay: float = 0.1
     weight_decay_rule: Literal["open_clip", "big_vision"] = "open_clip"
-    start_decay: float = 0.0
+    l2_sp: float = 0.0
     b1: float = 0.9
     b2: float = 0.98
     eps: float = 1e-6
@@ -83,7 +97,7 @@ class OptimizerConfig(Config):
     text_rate: float = 1.0
     ema: float | None = None
     max_scale: float | None = 100.0
-    nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped_in_a_row: int = 25
 
     def check(self):
@@ -102,16 +116,16 @@ class OptimizerConfig(Config):
             self.refuse_unused('set schedule to "rsqrt" or "wsd"', "cooldown")
         if self.name in ("lion", "adafactor"):
             self.refuse_unused('set name to "adamw" or "muon"', "eps")
-        if self.nonfinite == "stop":
-            self.refuse_unused('set nonfinite to "skip"', "max_skipped_in_a_row")
-        if self.start_decay and self.weight_decay:
-            self.refuse_unused("leave start_decay out, which replaces it", "weight_decay")
+        if self.on_nonfinite == "stop":
+            self.refuse_unused('set on_nonfinite to "skip"', "max_skipped_in_a_row")
+        if self.l2_sp and self.weight_decay:
+            self.refuse_unused("leave l2_sp out, which replaces it", "weight_decay")
         if self.weight_decay_rule == "big_vision" and peak == 0:
             raise ConfigError(
                 'optimizer.weight_decay_rule "big_vision" measures the schedule by its peak, so '
                 "learning_rate must be positive"
             )
-        by_share = self.weight_decay_rule == "big_vision" and not self.start_decay
+        by_share = self.weight_decay_rule == "big_vision" and not self.l2_sp
         if by_share and self.weight_decay > 0.05:
             raise ConfigError(
                 f"optimizer.weight_decay {self.weight_decay} by big_vision's rule takes that share "
@@ -186,7 +200,7 @@ class Experiment(Config):
         lock: A tower that is not trained (LiT).
         objective: What is learned. contrastive: pairs of images and texts, by the model's loss;
             flyp: the same with the classes of data.label in sentences (arXiv:2212.00638), where
-            images of one class are no negatives of each other; classification: the image tower and
+            images of one class are no negatives of each other; classification: the vision tower and
             a head over these classes, which starts from their zero-shot text embeddings.
         distill: A larger model to learn from, beside the pairs. None: the pairs alone.
         init_from: A model to start from: whatever `vlm.load` takes. It takes square images, or
@@ -197,8 +211,8 @@ class Experiment(Config):
         init_context_length: Number of tokens of a text in place of that model's.
         adapter: Low-rank adapters, which alone are trained; the run leaves them as a small bundle.
             None: the model itself is trained.
-        image_sizes: Smaller images to begin with, as pairs of a share of the run and a size in
-            pixels; the rest of the run is at the full size. Of square images.
+        resolution_schedule: Smaller images at the start, as pairs of a fraction of the run and a
+            size in pixels; the rest of the run uses the full size. Square images only.
         text_masking: Share of a text's places that are left out while training, padding first.
         seed: Seed of everything that is random: parameters, order of the data, augmentation,
             dropout.
@@ -220,12 +234,10 @@ class Experiment(Config):
     """
 
     name: str = "experiment"
-    # None until `vlm.training.init_from.resolve` fills them in. Typed as non-optional because all
-    # internal readers run after that.
     if TYPE_CHECKING:
-        model: ModelConfig = field(default_factory=ModelConfig)
-        preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
-        tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+        model: Resolved[ModelConfig] = UNSET
+        preprocess: Resolved[PreprocessConfig] = UNSET
+        tokenizer: Resolved[TokenizerConfig] = UNSET
     else:
         model: ModelConfig | None = None
         preprocess: PreprocessConfig | None = None
@@ -252,7 +264,7 @@ class Experiment(Config):
     init_image_size: int | None = None
     init_context_length: int | None = None
     adapter: AdapterConfig | None = None
-    image_sizes: tuple[tuple[float, int], ...] = ()
+    resolution_schedule: tuple[tuple[float, int], ...] = ()
     text_masking: float = 0.0
     seed: int = 0
     log_every: int = 10
@@ -276,10 +288,10 @@ class Experiment(Config):
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size "
                 f"{self.micro_batch_size}: choose one that divides it"
             )
-        if sum(share for share, _ in self.image_sizes) > 1:
+        if sum(share for share, _ in self.resolution_schedule) > 1:
             raise ConfigError(
-                f"image_sizes {self.image_sizes} must have shares of the run that add up to at "
-                "most 1: what is left trains at the full size"
+                f"resolution_schedule {self.resolution_schedule} must have fractions of the run "
+                "that add up to at most 1: the rest trains at the full size"
             )
         self._check_start()
         self._check_objective()
@@ -362,25 +374,25 @@ class Experiment(Config):
                 f"{length}: set both to the same number"
             )
         patch = vision.patch_size
-        if any(size % patch or size < patch for _, size in self.image_sizes):
+        if any(size % patch or size < patch for _, size in self.resolution_schedule):
             raise ConfigError(
-                f"image_sizes {self.image_sizes} are not all multiples of patch_size {patch}: "
-                "choose sizes that the patches tile"
+                f"resolution_schedule {self.resolution_schedule} has sizes that are not "
+                f"multiples of patch_size {patch}: choose multiples"
             )
-        if self.image_sizes and vision.kind != "vit":
+        if self.resolution_schedule and vision.kind != "vit":
             raise ConfigError(
-                "image_sizes needs a Vision Transformer, and the image tower is a "
+                "resolution_schedule needs a Vision Transformer, and the vision tower is a "
                 f"{type(vision).__name__}: leave it empty"
             )
         if self.preprocess is not None:
             self._check_budget(self.preprocess, vision)
         if getattr(vision, "rotary", None) is not None and (
-            getattr(vision, "patch_dropout", 0.0) or self.image_sizes
+            getattr(vision, "patch_dropout", 0.0) or self.resolution_schedule
         ):
-            what = "image_sizes" if self.image_sizes else "patch_dropout"
+            what = "resolution_schedule" if self.resolution_schedule else "patch_dropout"
             raise ConfigError(
                 f"{what} needs a tower without rotary positions, which are those of the whole "
-                f"grid: leave it {'empty' if self.image_sizes else 'at 0'}"
+                f"grid: leave it {'empty' if self.resolution_schedule else 'at 0'}"
             )
 
     def _check_budget(self, preprocess: PreprocessConfig, vision: VisionTowerConfig) -> None:
@@ -399,7 +411,7 @@ class Experiment(Config):
                     f'preprocess.{name} {getattr(preprocess, name)} of resize "naflex" is not '
                     f"model.vision.{name} {ours}: set both to the same number"
                 )
-        for name in ("image_sizes", "distill"):
+        for name in ("resolution_schedule", "distill"):
             if getattr(self, name):
                 raise ConfigError(
                     f'{name} is of square images, and preprocess.resize "naflex" makes images of '

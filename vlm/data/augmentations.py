@@ -1,4 +1,4 @@
-"""Strong augmentations, applied after the crop: RandAugment, grey, blur, solarise, lines.
+"""Strong augmentations, applied after the crop: RandAugment, grey, blur, solarise, morphology.
 
 RandAugment (Cubuk et al., 2020, arXiv:1909.13719) has the operations and ranges of torchvision, and
 magnitudes 0 to 30. Grey, blur and solarise are as in SimCLR (arXiv:2002.05709) and BYOL
@@ -19,7 +19,7 @@ from vlm.config.data import MOST_OPERATIONS
 DRAWS = 2 * MOST_OPERATIONS + 1 + 2 + 1 + 1  # RandAugment, then the others in order
 
 _LEVELS = 30
-_PROBABILITIES = ("grey", "blur", "solarise", "lines")
+_PROBABILITIES = ("grey", "blur", "solarise", "morphology")
 _MEAN = (124, 116, 104)  # ImageNet's mean colour; fills the border after a shift or rotation
 
 
@@ -37,9 +37,9 @@ def augment(
     for k in range(count):
         operation = _OPERATIONS[int(u[2 * k] * len(_OPERATIONS))]
         image = operation(image, magnitude / _LEVELS, 1 if u[2 * k + 1] < 0.5 else -1)
-    grey, blur, sigma, solarise, lines = u[2 * MOST_OPERATIONS :]
-    if lines < config.lines:
-        thinner = lines < config.lines / 2
+    grey, blur, sigma, solarise, morphology = u[2 * MOST_OPERATIONS :]
+    if morphology < config.morphology:
+        thinner = morphology < config.morphology / 2
         image = image.filter(ImageFilter.MaxFilter(3) if thinner else ImageFilter.MinFilter(3))
     if grey < config.grey:
         image = image.convert("L").convert("RGB")

@@ -106,14 +106,14 @@ def passes(example: Example, filters: Sequence[FieldFilter]) -> bool:
 def wanted_features(config: DataConfig) -> list[str]:
     """List the features that training reads besides the image, each once."""
     texts = [config.label] if config.label else list(config.captions)
-    return list(dict.fromkeys([*texts, *(f.feature for f in config.keep)]))
+    return list(dict.fromkeys([*texts, *(f.feature for f in config.filters)]))
 
 
 def check_features(config: DataConfig, known: Collection[str], where: str) -> None:
     """Raise a DataError that names the first feature of `config` that `known` lacks."""
     wanted = {"data.image": [config.image]}
     wanted |= {"data.label": [config.label]} if config.label else {"data.captions": config.captions}
-    wanted |= {"data.keep": [f.feature for f in config.keep]}
+    wanted |= {"data.filters": [f.feature for f in config.filters]}
     for field, features in wanted.items():
         for feature in features:
             if feature not in known:

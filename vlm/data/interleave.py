@@ -26,7 +26,7 @@ from vlm.errors import ConfigError, DataError
 from vlm.inputs.two_tokenizers import AnyTokenizer
 from vlm.nn.naflex import Patches
 
-MAX_DEFAULT_LANES = 256  # if the config does not set `lanes`
+MAX_DEFAULT_LANES = 256  # if the config does not set `interleave`
 
 _READERS = 32  # I/O threads
 _CHUNK = 4  # samples per task of a decoding thread
@@ -65,18 +65,19 @@ def count_lanes(config: DataConfig, global_batch: int, shards: int, process_coun
     Raises:
         ConfigError: it does not divide the batch, or the number of processes does not divide it.
     """
-    lanes = config.lanes
+    lanes = config.interleave
     if lanes is None:
         limit = min(MAX_DEFAULT_LANES, shards, global_batch)
         lanes = max(n for n in range(1, limit + 1) if global_batch % n == 0)
     elif lanes < 1 or global_batch % lanes:
         raise ConfigError(
-            f"data.lanes {lanes} does not divide the batch of {global_batch}: choose a divisor"
+            f"data.interleave {lanes} does not divide the batch of {global_batch}: choose a divisor"
         )
     if lanes % process_count:
         raise ConfigError(
-            f"{lanes} lanes cannot be shared evenly by {process_count} processes: set data.lanes "
-            f"to a multiple of {process_count} that divides the batch of {global_batch}"
+            f"{lanes} lanes cannot be shared evenly by {process_count} processes: set "
+            f"data.interleave to a multiple of {process_count} that divides the batch of "
+            f"{global_batch}"
             + (f"; there are {shards:,} shards, and each lane needs one" if shards < 2**31 else "")
         )
     return lanes
@@ -205,8 +206,8 @@ class LaneIterator(grain.DatasetIterator):
                 self._filtered[number] += 1
                 if self._filtered[number] == _MAX_FILTERED:
                     raise DataError(
-                        f"data.keep rejected the last {_MAX_FILTERED:,} examples of lane {number}: "
-                        "loosen it"
+                        f"data.filters rejected the last {_MAX_FILTERED:,} examples of lane "
+                        f"{number}: loosen it"
                     )
                 continue
             bad.append(sample.text.record())
@@ -305,7 +306,7 @@ class LaneOrder:
         if state.get("count") != stream.lanes:
             raise DataError(
                 f"the checkpoint has {state.get('count')} lanes and the run has {stream.lanes}: "
-                f"set data.lanes to {state.get('count')}"
+                f"set data.interleave to {state.get('count')}"
             )
         lanes = state.get("lanes")
         mine = [str(number) for number in self._batches.lanes]

@@ -36,7 +36,7 @@ def part_configs(config: DataConfig) -> list[DataConfig]:
         else:
             own |= {"templates": DataConfig.templates, "class_names": None}
         if own.get("access", config.access) == "random":
-            own |= {"lanes": None, "shuffle": DataConfig.shuffle}
+            own |= {"interleave": None, "shuffle": DataConfig.shuffle}
         configs.append(dataclasses.replace(config, mixture=(), **own))
     return configs
 

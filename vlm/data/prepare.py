@@ -132,7 +132,7 @@ def begin(
     if is_remote(folder):
         raise DataError(f"{folder} is in a bucket: prepare into a local folder and copy it there")
     about = {"source": config.source, "split": split, **asdict(wanted)}
-    about |= {"captions": config.captions, "label": config.label, "keep": config.keep}
+    about |= {"captions": config.captions, "label": config.label, "keep": config.filters}
     return folder, _open_folder(folder, json.loads(json.dumps(about, default=asdict)))
 
 
@@ -171,8 +171,8 @@ def make(
     """Prepare an example for writing; a `BadSample` means that it is skipped."""
     if isinstance(example, BadSample):
         return example
-    if not passes(example, config.keep):
-        return BadSample("filtered", "", "rejected by data.keep")
+    if not passes(example, config.filters):
+        return BadSample("filtered", "", "rejected by data.filters")
     try:
         captions = captions_of(example, config)
         image = open_image_of(example, config, preprocess, "an example")

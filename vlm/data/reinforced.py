@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
-from vlm.config import DataConfig, to_dict
+from vlm.config import DataConfig, from_dict, to_dict
 from vlm.data.randomness import key, uniforms
 from vlm.data.transform_example import ExampleTransform
 from vlm.errors import ConfigError, DataError
@@ -27,7 +27,7 @@ ARRAYS = ("images", "texts")
 # Config fields that change the images or texts of an example.
 MUST_MATCH = (
     "train_split", "image", "captions", "caption_weights", "label", "class_names", "templates",
-    "keep", "augment",
+    "filters", "augment",
 )  # fmt: skip
 
 
@@ -67,7 +67,8 @@ class Reinforced:
     def check(self, config: DataConfig, examples: int) -> None:
         """Raise a ConfigError unless the embeddings belong to the data of `config`."""
         ours = {name: to_dict(config)[name] for name in MUST_MATCH}
-        theirs = {name: self.data.get(name) for name in MUST_MATCH}
+        stored = to_dict(from_dict(DataConfig, self.data))  # with fields by their present names
+        theirs = {name: stored[name] for name in MUST_MATCH}
         for side in (ours, theirs):
             side["templates"] = side["templates"] or ["{}"]  # the default of `templates_of`
         differ = [f"data.{name}" for name in MUST_MATCH if ours[name] != theirs[name]]

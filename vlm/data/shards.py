@@ -24,7 +24,7 @@ from vlm.errors import DataError
 
 _INDEX_BITS = 24  # bits for the index of an example in its shard
 
-FILTERED = None  # in place of an example that `data.keep` rejects
+FILTERED = None  # in place of an example that `data.filters` rejects
 
 
 class Record(NamedTuple):
@@ -48,7 +48,7 @@ class Format(Protocol):
 class Sample(NamedTuple):
     """One sample of a lane; its unique `position` seeds its random numbers."""
 
-    example: Example | BadSample | Callable[[], Example] | None  # None: rejected by `data.keep`
+    example: Example | BadSample | Callable[[], Example] | None  # None: rejected by `data.filters`
     position: int
 
 
@@ -89,10 +89,11 @@ class Shards:
         if len(names) < lanes:
             raise DataError(
                 f"{config.source} has {len(names):,} shards, too few for {lanes} lanes that each "
-                "read their own: set data.lanes to at most that, or write more and smaller shards"
+                "read their own: set data.interleave to at most that, or write more and smaller "
+                "shards"
             )
         self.names, self.form = names, form
-        self.keep: tuple[FieldFilter, ...] = config.keep
+        self.filters: tuple[FieldFilter, ...] = config.filters
         self.seed, self.lanes, self.chunk = seed, lanes, chunk
         self.block = max(1, config.shuffle // lanes)
         self.typical = typical  # estimated examples in a shard of unknown length
@@ -141,7 +142,11 @@ class Shards:
             try:
                 for record in self.form.read(name, offset, number, self.chunk):
                     example = record.example
-                    if self.keep and isinstance(example, dict) and not passes(example, self.keep):
+                    if (
+                        self.filters
+                        and isinstance(example, dict)
+                        and not passes(example, self.filters)
+                    ):
                         example = FILTERED
                     sample = Sample(example, base + number)
                     number += 1

@@ -65,7 +65,7 @@ def open_source(config: DataConfig, split: str) -> Source:
     if config.label and named:
         classes = _classes(config, source)
         source = NamedSource(source, config, dict(zip(*classes, strict=True)))
-    if config.keep and split == config.train_split:
+    if config.filters and split == config.train_split:
         return _filtered(source, config)
     return source
 
@@ -113,13 +113,13 @@ def open_to_measure(config: DataConfig, split: str | None) -> tuple[Source, str]
     """
     known = split_names(config)
     if known is None and split in (None, WHOLE):
-        return open_source(dataclasses.replace(config, keep=()), config.train_split), WHOLE
+        return open_source(dataclasses.replace(config, filters=()), config.train_split), WHOLE
     if split is None:
         split = default_split(known or (), config.source)
     elif known and not re.search(r"[+\[]", split):  # not a TFDS expression
         split = find_split(split, known, config.source)
     # Filters apply to training only.
-    config = dataclasses.replace(config, eval_split=split, keep=())
+    config = dataclasses.replace(config, eval_split=split, filters=())
     return open_source(config, split), split
 
 
@@ -264,21 +264,21 @@ def open_stream(
 
 
 def _filtered(source: Source, config: DataConfig) -> Subset:
-    """Select the examples that pass `config.keep`, in one pass over all.
+    """Select the examples that pass `config.filters`, in one pass over all.
 
     Bad samples are included, so that training counts and lists them as without a filter.
     """
     kept = []
     for index in range(len(source)):
         try:
-            passed = passes(source[index], config.keep)
+            passed = passes(source[index], config.filters)
         except BadSample:
             passed = True
         if passed:
             kept.append(index)
     if not kept:
         raise DataError(
-            f"data.keep rejects all {len(source):,} examples of {config.source}: loosen it"
+            f"data.filters rejects all {len(source):,} examples of {config.source}: loosen it"
         )
     return Subset(source, kept)
 

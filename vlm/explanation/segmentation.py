@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from vlm import display
+from vlm._deprecation import rename_arguments
 from vlm.errors import ConfigError, DataError
 from vlm.explanation.geometry import grid, on_image
 from vlm.explanation.methods import dense_embeddings
@@ -77,12 +78,13 @@ class Segmentation:
         return display.card(pictures, "".join(lines))
 
 
+@rename_arguments(none="other_label")
 def segment(
     model: Any,
     image: ImageLike,
     labels: Sequence[str] | Mapping[str, Any],
     templates: Sequence[str] | None = None,
-    none: Sequence[str] | str | None = None,
+    other_label: Sequence[str] | str | None = None,
 ) -> Segmentation:
     """Segment one image by text labels, without training (MaskCLIP, arXiv:2112.01071).
 
@@ -92,11 +94,11 @@ def segment(
     Args:
         model: a model from `vlm.load`, with both towers.
         image: a PIL image, a path, the bytes of a file or an array of pixels.
-        labels, templates, none: see `vlm.ZeroShotClassifier`; `none`, such as "a photo.", adds a
-            label for regions that match no other label.
+        labels, templates, other_label: see `vlm.ZeroShotClassifier`; `other_label`, such as
+            "a photo.", adds a label for regions that match no other label.
 
     Raises:
-        ConfigError: see `vlm.ZeroShotClassifier`; or a model without its image tower.
+        ConfigError: see `vlm.ZeroShotClassifier`; or a model without its vision tower.
         DataError: the image cannot be read, or is not an image.
 
     Example:
@@ -108,9 +110,9 @@ def segment(
         )
     if model.model.vision is None:
         raise ConfigError(
-            f"{model.name} was loaded without its image tower: load it with tower='both'"
+            f"{model.name} was loaded without its vision tower: load it with tower='both'"
         )
-    classifier = ZeroShotClassifier(model, labels, templates, none)
+    classifier = ZeroShotClassifier(model, labels, templates, other_label)
     opened = model.preprocess.open(image)
     pixels = model.preprocess.pixels(opened)
     batch = model.preprocess.normalize(model.preprocess.collate([pixels]))

@@ -97,7 +97,7 @@ def export(
             there.
 
     Example:
-        >>> found = vlm.exporting.export(model, folder / "exported", tower="image", batches=[2])
+        >>> found = vlm.exporting.export(model, folder / "exported", tower="vision", batches=[2])
         >>> sorted(file.name for file in found.folder.iterdir())
         ['README.md', 'export.json', 'image.stablehlo']
     """

@@ -156,8 +156,8 @@ def _pixels_code(config: PreprocessConfig) -> str:
         form = "squash and cut"
     resize = _RESIZE[form].format(
         short=config.short_side or config.image_size,
-        offset="round" if config.crop_offset == "round" else "int",
-        fill=config.fill,
+        offset="round" if config.crop_rounding == "round" else "int",
+        fill=config.pad_value,
     )
     plain = config.decode == "reference"
     opened = "Image.open(file)" if plain else "ImageOps.exif_transpose(Image.open(file))"

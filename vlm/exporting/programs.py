@@ -19,7 +19,7 @@ from vlm.heads.prompted import PromptedClassifier
 from vlm.heads.saved import Classifier
 from vlm.heads.zero_shot import to_scores
 from vlm.models.adapters import merged
-from vlm.weights.instantiate import Tower, abstract_model
+from vlm.weights.instantiate import Tower, abstract_model, checked_tower
 
 Name = Literal["image", "text", "classifier"]
 EXAMPLES = 33  # rows of an input to check with
@@ -70,10 +70,13 @@ def programs(
     """
     if tower is None and classifier is None:
         tower = "both"
-    if tower not in (None, "both", "image", "text"):
-        raise ConfigError(f"tower {tower!r} is unknown: choose both, image or text")
-    towers: tuple[Name, ...] = ("image", "text")
-    names: list[Name] = [name for name in towers if tower in (name, "both")]
+    if tower is not None:
+        tower = checked_tower(tower)
+    names: list[Name] = []
+    if tower in ("both", "vision"):
+        names.append("image")
+    if tower in ("both", "text"):
+        names.append("text")
     if classifier is not None:
         names.append("classifier")
     for name in names:
@@ -82,13 +85,13 @@ def programs(
 
 
 def _check(bundle: Bundle, name: Name, classifier: Any) -> None:
-    needed = "text" if name == "text" else "image"
-    if getattr(bundle.model, "text" if needed == "text" else "vision") is None:
+    needed = "text" if name == "text" else "vision"
+    if getattr(bundle.model, needed) is None:
         raise ConfigError(
             f"{bundle.name} was loaded without its {needed} tower: load it with tower='both', or "
             "export the other tower alone"
         )
-    if needed == "image" and bundle.preprocess.config.resize == "naflex":
+    if needed == "vision" and bundle.preprocess.config.resize == "naflex":
         raise ConfigError(
             f"{bundle.name} takes images of any aspect (NaFlex), and an exported program takes "
             "pixels of one size: export its text tower alone, or a model of a fixed size"

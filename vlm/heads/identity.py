@@ -100,7 +100,7 @@ def check_identity(stored: dict[str, Any], model: Any, where: Path) -> None:
     fingerprint = getattr(model, "fingerprint", None)
     if same and (fingerprint is None or fingerprint != stored.get("fingerprint")):
         # Two models may share a text tower. With equal fingerprints this is skipped, so that a
-        # text search does not compile the image tower.
+        # text search does not compile the vision tower.
         z_image = np.asarray(model.encode_image([PROBE_IMAGE]), np.float32)[0]
         same = float(z_image @ np.asarray(stored["probe_image"], np.float32)) >= SAME
     if not same:

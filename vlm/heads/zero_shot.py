@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.padding import Padding
 
 from vlm import display
+from vlm._deprecation import rename_arguments
 from vlm.errors import ConfigError, DataError
 from vlm.heads.calibration import fit_temperature
 from vlm.heads.classifier_file import reading_classifier, write_classifier
@@ -180,10 +181,10 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
             `vlm.heads.labels.read_labels` reads them from files and data sets.
         templates: sentences with `{}` for the label; their embeddings are averaged. By default the
             model's own, else "a photo of a {}.": see `vlm.heads.templates`.
-        none: sentences for an image that shows none of the labels, such as "a photo."; they add the
-            label "none of these".
+        other_label: prompts for an image that shows none of the labels, such as "a photo."; they
+            add the label "none of these".
         multi_label: score labels independently. For a model of the softmax loss, each label is
-            compared with `none` ("a photo." by default).
+            compared with `other_label` ("a photo." by default).
 
     Attributes:
         groups: for each level of a hierarchy, from the top, its nodes and all labels under them;
@@ -194,35 +195,36 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
         ConfigError: no labels, a label twice, a template without `{}`.
 
     Example:
-        >>> classify = vlm.ZeroShotClassifier(model, ["cat", "dog"], none="a photo.")
+        >>> classify = vlm.ZeroShotClassifier(model, ["cat", "dog"], other_label="a photo.")
         >>> classify.labels
         ('cat', 'dog', 'none of these')
         >>> len(classify(pictures).top(1))
         3
     """
 
+    @rename_arguments(none="other_label")
     def __init__(
         self,
         model: Any,
         labels: Sequence[str] | Mapping[str, Any],
         templates: Sequence[str] | None = None,
-        none: Sequence[str] | str | None = None,
+        other_label: Sequence[str] | str | None = None,
         multi_label: bool = False,
     ):
         templates = choose_templates(templates, model)
         self.model, self.multi_label, self.temperature = model, multi_label, 1.0
         leaves, self.groups = leaves_of(labels, templates)
         self.prompts = class_prompts(leaves, templates)
-        if none is None and multi_label and model.loss == "softmax":
-            none = "a photo."
-        if none is not None:
+        if other_label is None and multi_label and model.loss == "softmax":
+            other_label = "a photo."
+        if other_label is not None:
             if NONE in self.prompts:
-                raise ConfigError(f"label {NONE!r} is what `none` adds: leave it out")
-            own = {NONE: [none] if isinstance(none, str) else none}
+                raise ConfigError(f"label {NONE!r} is what `other_label` adds: leave it out")
+            own = {NONE: [other_label] if isinstance(other_label, str) else other_label}
             self.prompts |= class_prompts(own, templates)
         self.z_labels = cached_embeddings(model, self.prompts)
-        # With multi_label, every label is compared with `none`.
-        self._against = none is not None and multi_label and model.loss == "softmax"
+        # With multi_label, every label is compared with `other_label`.
+        self._against = other_label is not None and multi_label and model.loss == "softmax"
         self.labels = tuple(self.prompts)[: -1 if self._against else None]
 
     @classmethod

@@ -115,7 +115,7 @@ class Preprocess:
         if opened.size != (width, height):
             opened = opened.resize((width, height), PILLOW_KERNELS[config.kernel])
         if config.resize == "pad":
-            canvas = Image.new("RGB", (config.image_size, config.image_size), config.fill)
+            canvas = Image.new("RGB", (config.image_size, config.image_size), config.pad_value)
             canvas.paste(opened, box)
             opened, box = canvas, None
         return np.array(opened if box is None else opened.crop(box))
@@ -198,7 +198,7 @@ class Preprocess:
         else:
             size = (int(short * width / height), short)
         margins = [(side - config.image_size) / 2 for side in size]
-        left, top = (round(m) if config.crop_offset == "round" else int(m) for m in margins)
+        left, top = (round(m) if config.crop_rounding == "round" else int(m) for m in margins)
         return size, (left, top, left + config.image_size, top + config.image_size)
 
 

@@ -32,7 +32,7 @@ def routes(service: Service, templates: tuple[str, ...]) -> APIRouter:
                 413,
                 "too_many_labels",
             )
-        for text in (*body.labels, *prompts, *([body.none] if body.none else [])):
+        for text in (*body.labels, *prompts, *([body.other_label] if body.other_label else [])):
             service.checked_text(text, "a label or template")
 
         async def work() -> tuple[ZeroShotClassifier, list[Any]]:
@@ -41,7 +41,7 @@ def routes(service: Service, templates: tuple[str, ...]) -> APIRouter:
             ]
             classifier = await service.in_thread(
                 lambda: ZeroShotClassifier(
-                    service.model, body.labels, prompts, body.none or None, body.multi_label
+                    service.model, body.labels, prompts, body.other_label or None, body.multi_label
                 )
             )
             return classifier, await outcomes(answers)

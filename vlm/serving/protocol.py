@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
 
 Number = str | int | float | bool | None
 
@@ -115,7 +115,11 @@ class ClassifyRequest(_Request):
     images: Annotated[list[Text | int], Field(min_length=1)]
     labels: Annotated[list[Text], Field(min_length=1, max_length=1000)]
     templates: Annotated[list[Text], Field(min_length=1, max_length=100)] | None = None
-    none: Text | None = Field(default=None, description='Prompt for the class "none of these".')
+    other_label: Text | None = Field(
+        default=None,
+        validation_alias=AliasChoices("other_label", "none"),  # none: deprecated
+        description='Prompt for the class "none of these".',
+    )
     multi_label: bool = False
     top: int | None = Field(default=None, ge=1)
     model: Text | None = None

@@ -18,7 +18,7 @@ CHANGEABLE = {
     "data.workers",
     "data.prefetch",
     "data.cache",
-    "optimizer.nonfinite",
+    "optimizer.on_nonfinite",
     "optimizer.max_skipped_in_a_row",
     "optimizer.learning_rate",
     "optimizer.end_learning_rate",

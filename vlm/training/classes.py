@@ -88,7 +88,7 @@ class Classes:
             raise DataError(
                 f"{self._data.source} has the label {text!r}, which is none of the "
                 f"{len(self)} classes of the head: list it among the classes of "
-                f"data.label {self._data.label!r}, or leave its examples out with data.keep"
+                f"data.label {self._data.label!r}, or leave its examples out with data.filters"
             )
         return np.array(found, np.int32)
 

@@ -59,12 +59,14 @@ class Logs:
     ):
         experiment = run.experiment
         self._batch_size, self._every = experiment.batch_size, experiment.log_every
-        self._stop = experiment.optimizer.nonfinite == "stop"
+        self._stop = experiment.optimizer.on_nonfinite == "stop"
         self._most_skipped = experiment.optimizer.max_skipped_in_a_row
         self._skipped = 0  # steps in a row, up to the last row
         self._first, self._total = first_step, total_steps
         # Of the whole mesh; None with a resolution schedule, whose steps differ.
-        self._flops = None if experiment.image_sizes else model_flops(experiment, supervision)
+        self._flops = (
+            None if experiment.resolution_schedule else model_flops(experiment, supervision)
+        )
         self._peak = published_rate(jax.devices())
         self._ahead: list[tuple[int, dict[str, jax.Array]]] = []  # dispatched
         self._done: list[tuple[int, dict[str, jax.Array]]] = []  # for the next row
@@ -109,7 +111,7 @@ class Logs:
         """Add the metrics of step number `step`, counted from 1.
 
         Raises:
-            TrainingError: a loss or gradient was not finite and `nonfinite` is "stop", or too
+            TrainingError: a loss or gradient was not finite and `on_nonfinite` is "stop", or too
                 many consecutive steps were skipped.
         """
         self._ahead.append((step, metrics))
@@ -185,7 +187,7 @@ class Logs:
             raise TrainingError(
                 f"the loss or its gradient was not finite at step {bad[0]}: that step changed "
                 "nothing, the run stopped, and its earlier checkpoints are kept; use --resume "
-                "with --optimizer.nonfinite skip or a lower --optimizer.learning-rate"
+                "with --optimizer.on-nonfinite skip or a lower --optimizer.learning-rate"
             )
         for step, v in zip(steps, values, strict=True):
             self._skipped = 0 if v["finite"] else self._skipped + 1

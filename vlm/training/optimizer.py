@@ -77,8 +77,8 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     decays = []
     by_peak = config.weight_decay_rule == "big_vision"
     per_step = config.learning_rate if by_peak else 1.0  # the step multiplies the rate in
-    if config.start_decay:  # replaces decay towards zero
-        decays.append(_pull_to_start(config.start_decay / per_step))
+    if config.l2_sp:  # replaces decay towards zero
+        decays.append(_pull_to_start(config.l2_sp / per_step))
     elif config.weight_decay:
         mask = functools.partial(decay_mask, rule=config.weight_decay_rule)
         decays.append(optax.add_decayed_weights(config.weight_decay / per_step, mask=mask))

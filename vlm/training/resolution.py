@@ -17,7 +17,7 @@ Params = dict[str, Any]
 def image_size_at(experiment: Experiment, step: int, total: int) -> int:
     """Return the image size, in pixels, of the step that follows `step` steps of `total`."""
     end = 0.0
-    for share, size in experiment.image_sizes:
+    for share, size in experiment.resolution_schedule:
         end += share
         if step < round(end * total):
             return size

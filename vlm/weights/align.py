@@ -1,6 +1,6 @@
 """transformers' `AlignModel`: ALIGN (arXiv:2102.05918), of which Kakao Brain published weights.
 
-The image tower is an EfficientNet, whose pooled channels are the embedding; the text tower a BERT.
+The vision tower is an EfficientNet, whose pooled channels are the embedding; the text tower a BERT.
 Its config scales the sizes of EfficientNet-B0; ours says what they come to.
 """
 
@@ -105,7 +105,7 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     about = with_defaults(values, _MODEL, where)
     if about["projection_dim"] != vision.width:
         raise CheckpointError(
-            f"{where}: projection_dim is {about['projection_dim']}, and the image tower has "
+            f"{where}: projection_dim is {about['projection_dim']}, and the vision tower has "
             f"{vision.width} channels, which ALIGN takes as they are: they must be equal"
         )
     temperature = about["temperature_init_value"]

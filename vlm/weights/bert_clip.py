@@ -1,4 +1,4 @@
-"""transformers' dual encoders with CLIP's image tower and a text tower of BERT's kind.
+"""transformers' dual encoders with CLIP's vision tower and a text tower of BERT's kind.
 
 Chinese CLIP (arXiv:2211.01335) has a BERT; AltCLIP (arXiv:2211.06679) an XLM-RoBERTa whose output
 is normalised and goes through two linear layers, which are one here. What depends on no parameter

@@ -48,7 +48,7 @@ class NpzFile:
     bfloat16, which numpy saves as raw pairs of bytes, is bfloat16 again; a second position
     embedding of the text tower, which old files carry, is added to the first, and so is the
     segment embedding of a BERT, whose texts are all of segment 0; and the first position of old
-    image towers, which is that of the class token, is added to the class token.
+    vision towers, which is that of the class token, is added to the class token.
 
     Raises:
         CheckpointError: the file is missing, torn, or no `.npz` of numbers.
@@ -97,7 +97,7 @@ class NpzFile:
         )  # the last member: its layers are asked for in turn
 
     def _image_position(self) -> None:
-        """Old image towers: positions inside the encoder, the first of them the class token's."""
+        """Old vision towers: positions inside the encoder, the first of them the class token's."""
         for old in _OLD_IMAGE_POSITION:
             if old in self.shapes and "img/pos_embedding" not in self.shapes:
                 self.shapes["img/pos_embedding"] = self.shapes.pop(old)

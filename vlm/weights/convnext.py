@@ -1,4 +1,4 @@
-"""The ConvNeXt image towers of open_clip folders, which are timm's."""
+"""The ConvNeXt vision towers of open_clip folders, which are timm's."""
 
 import re
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ def vision_config(
     """
     if pool not in ("", "avg") or proj not in ("none", "linear", "mlp"):
         raise CheckpointError(
-            f"{where}: the image tower {name!r} has timm_pool {pool!r} and timm_proj {proj!r}: "
+            f"{where}: the vision tower {name!r} has timm_pool {pool!r} and timm_proj {proj!r}: "
             "vlm reads it with timm's own pool and the projections none, linear and mlp"
         )
     found = [match for match in map(_STAGE.fullmatch, shapes) if match]

@@ -1,4 +1,4 @@
-"""EVA's image towers inside open_clip folders: EVA-01, EVA-02 and EVA-02-E, which are timm's.
+"""EVA's vision towers inside open_clip folders: EVA-01, EVA-02 and EVA-02-E, which are timm's.
 
 None has a bias on its keys. EVA-02's MLP is gated, and its positions are rotary as well as learned
 (Sun et al., 2023, arXiv:2303.15389; Fang et al., 2023, arXiv:2303.11331).
@@ -78,7 +78,7 @@ def vision_config(
     name = first_group(NAME, name).replace("giant_patch14_clip", "giant_patch14")  # of one form
     if (pool, proj) != ("token", None) or name not in _TOWERS:
         raise CheckpointError(
-            f"{where}: the image tower {name!r} has timm_pool {pool!r} and timm_proj {proj!r}: "
+            f"{where}: the vision tower {name!r} has timm_pool {pool!r} and timm_proj {proj!r}: "
             f"vlm reads {', '.join(_TOWERS)} with the class token and no extra projection"
         )
     tower = _tower(name)

@@ -1,4 +1,4 @@
-"""MobileCLIP's image towers inside open_clip folders: timm's FastViT, whose branches are fused.
+"""MobileCLIP's vision towers inside open_clip folders: timm's FastViT, whose branches are fused.
 
 While it is trained a block is a sum of convolutions, batch norms, skips and factors. All of them
 are linear, and `Fused` reads the one convolution that they are (arXiv:2303.14189, section 3).
@@ -46,7 +46,7 @@ def vision_config(
     """
     if pool != "avg" or proj:
         raise CheckpointError(
-            f"{where}: the image tower {name!r} has timm_pool {pool!r} and timm_proj {proj!r}: "
+            f"{where}: the vision tower {name!r} has timm_pool {pool!r} and timm_proj {proj!r}: "
             "vlm reads it with the mean of the image (avg) and no extra projection"
         )
     try:

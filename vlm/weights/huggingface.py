@@ -169,7 +169,7 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
             loss="softmax",
         )
     if not vision["vision_use_head"]:
-        raise CheckpointError(f"{where}: a SigLIP image tower without its head makes no embedding")
+        raise CheckpointError(f"{where}: a SigLIP vision tower without its head makes no embedding")
     return ModelConfig(
         ViTConfig(
             **vision_tower,

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
+from vlm._deprecation import warn
 from vlm.config import ModelConfig
 from vlm.errors import ConfigError, ShardingError
 from vlm.models.dual_encoder import DualEncoder
@@ -16,7 +17,7 @@ from vlm.sharding import AXES, parameter_spec
 from vlm.weights.files import Tensors
 from vlm.weights.rules import Rule, expand, fill, flat_shapes
 
-Tower = Literal["both", "image", "text"]
+Tower = Literal["both", "vision", "text"]
 
 
 def parameter_dtype(name: str) -> DTypeLike:
@@ -57,6 +58,20 @@ def parameter_shardings(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSha
     )
 
 
+def checked_tower(tower: str) -> Tower:
+    """Return `tower`; "image" is the deprecated name of the vision tower.
+
+    Raises:
+        ConfigError: `tower` is something else.
+    """
+    if tower == "image":
+        warn('tower="image"', 'tower="vision"')
+        return "vision"
+    if tower not in ("both", "vision", "text"):
+        raise ConfigError(f"tower {tower!r} is unknown: choose both, vision or text")
+    return tower
+
+
 def fill_towers(
     skeleton: DualEncoder,
     rules: Sequence[Rule],
@@ -72,11 +87,10 @@ def fill_towers(
         CheckpointError: the file does not fit the model.
         ConfigError: `tower` is something else.
     """
+    tower = checked_tower(tower)
     if tower == "both":
         return fill(skeleton, rules, tensors, ignored=ignored, **options)
-    other = {"image": "text", "text": "vision"}.get(tower)
-    if other is None:
-        raise ConfigError(f"tower {tower!r} is unknown: choose both, image or text")
+    other = "text" if tower == "vision" else "vision"
     pieces = expand(rules, flat_shapes(skeleton))
     left = {piece.theirs for piece in pieces if piece.ours.startswith(f"{other}.")}
     kept = [rule for rule in rules if not _ours(rule).startswith(f"{other}.")]

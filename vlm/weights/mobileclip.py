@@ -1,4 +1,4 @@
-"""MobileCLIP-B's image tower inside open_clip folders: timm's ViT with patches of patches."""
+"""MobileCLIP-B's vision tower inside open_clip folders: timm's ViT with patches of patches."""
 
 import dataclasses
 import re
@@ -40,7 +40,7 @@ def vision_config(
     """
     if (pool, proj) != ("token", None):
         raise CheckpointError(
-            f"{where}: the image tower {name!r} has timm_pool {pool!r} and timm_proj {proj!r}: "
+            f"{where}: the vision tower {name!r} has timm_pool {pool!r} and timm_proj {proj!r}: "
             "vlm reads it with the class token and no extra projection"
         )
     try:

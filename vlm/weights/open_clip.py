@@ -1,4 +1,4 @@
-"""open_clip folders: `open_clip_config.json` beside the weights, native or timm image towers.
+"""open_clip folders: `open_clip_config.json` beside the weights, native or timm vision towers.
 
 Covers LAION, DataComp, DFN, MetaCLIP, CLIPA, the SigLIP exports, and the contrastive half of CoCa.
 """

@@ -120,7 +120,7 @@ class OrbaxTree:
         """The image positions that the authors' code computes and does not keep.
 
         Raises:
-            CheckpointError: there is no image tower.
+            CheckpointError: there is no vision tower.
         """
         stem = self.shapes.get(_STEM, ())
         if len(stem) != 4 or 0 in stem:

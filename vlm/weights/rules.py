@@ -202,8 +202,8 @@ def check(
 
 
 def _without(pieces: Sequence[LayerRule], missing: set[str]) -> str:
-    """The towers of which a file has nothing, as in a classifier made from an image tower."""
-    towers = {"vision": "image tower", "text": "text tower"}
+    """The towers of which a file has nothing, as in a classifier made from a vision tower."""
+    towers = {"vision": "vision tower", "text": "text tower"}
     theirs = {
         said: {piece.theirs for piece in pieces if piece.ours.startswith(f"{tower}.")}
         for tower, said in towers.items()

@@ -1,4 +1,4 @@
-"""timm's image towers inside open_clip folders: SigLIP's, the Perception Encoder's, and CLIP's ViT.
+"""timm's vision towers in open_clip folders: SigLIP's, the Perception Encoder's, and CLIP's ViT.
 
 A folder gives the tower's name alone, from which timm knows the sizes: `TOWERS` has them too.
 """
@@ -143,8 +143,8 @@ def vision_config(
     family = next((f for f in _FAMILIES if f[0].match(name) and f[1] == ends), None)
     if family is None:
         raise CheckpointError(
-            f"{where}: the image tower {name!r} has timm_pool {pool!r} and timm_proj {proj!r}: vlm "
-            f"reads {READS}, without an extra projection"
+            f"{where}: the vision tower {name!r} has timm_pool {pool!r} and timm_proj {proj!r}: "
+            f"vlm reads {READS}, without an extra projection"
         )
     pattern, _, _, sizes = family
     try:
@@ -183,7 +183,7 @@ def tower_name(config: ViTConfig) -> str:
         found.append((len(differ), name, differ, theirs))
     _, name, differ, theirs = min(found, key=lambda item: item[0])
     raise CheckpointError(
-        f"none of timm's image towers is the model's: {name} is the nearest and has "
+        f"none of timm's vision towers is the model's: {name} is the nearest and has "
         + ", ".join(f"{field} {theirs[field]!r} (not {ours[field]!r})" for field in differ)
         + ": save the model as a vlm bundle instead"
     )

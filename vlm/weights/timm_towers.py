@@ -1,4 +1,4 @@
-"""timm's image towers inside open_clip folders, one module for each family of them.
+"""timm's vision towers inside open_clip folders, one module for each family of them.
 
 Each has the pattern of its names, `NAME`; what it reads in words, `READS`; `vision_config`, which
 reads sizes off the shapes of tensors; `owns`, for the towers that it writes; `options`, their
@@ -34,7 +34,7 @@ def vision_config(
             return family.vision_config(name, image_size, pool, proj, shapes, where)
     reads = "; ".join(family.READS for family in FAMILIES)
     raise CheckpointError(
-        f"{where}: the image tower {show(name)} is not one that vlm reads: of timm's it reads "
+        f"{where}: the vision tower {show(name)} is not one that vlm reads: of timm's it reads "
         f"{reads}"
     )
 

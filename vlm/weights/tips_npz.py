@@ -163,7 +163,7 @@ def model_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> ModelConf
         )
     if width != text_width:
         raise CheckpointError(
-            f"{where} has an image tower of width {width} and a text tower of {text_width}: they "
+            f"{where} has a vision tower of width {width} and a text tower of {text_width}: they "
             "are not of one model"
         )
     return ModelConfig(

@@ -1,6 +1,6 @@
 """transformers' `Tipsv2Model`: TIPSv2 (arXiv:2604.12012), Google's encoders with spatial awareness.
 
-The image tower is DINOv2's with registers, the text tower has sinusoidal positions and the mean of
+The vision tower is DINOv2's with registers, the text tower has sinusoidal positions and the mean of
 what is not padding. Its files have either of two sets of names: those of the published weights,
 under which transformers saves too unless it is told otherwise, or those of transformers' modules.
 """
@@ -127,7 +127,7 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
 
 
 def mlp_dim(width: int, ratio: float, *, gated: bool) -> int:
-    """The width of the hidden layer of an image tower's MLP; gated, it is two thirds of it."""
+    """The width of the hidden layer of a vision tower's MLP; gated, it is two thirds of it."""
     whole_dim = int(width * ratio)
     return (int(whole_dim * 2 / 3) + 7) // 8 * 8 if gated else whole_dim
 
@@ -226,7 +226,7 @@ def _published(c: ViTConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Rule
     root, layer, block = "vision_encoder", "vision_encoder.blocks.{}", "vision.transformer.blocks"
     text, words = "text_encoder.transformer.resblocks.{}", "text.transformer.blocks"
     if c.mlp == "plain":
-        # transformers saves the names of the text tower's MLP, in the image tower too.
+        # transformers saves the names of the text tower's MLP, in the vision tower too.
         names = ("fc1", "fc2")
         if f"{layer}.mlp.c_fc.weight".format(0) in shapes:
             names = ("c_fc", "c_proj")

@@ -1,4 +1,4 @@
-"""The ViTamin image towers of open_clip folders, which are timm's."""
+"""The ViTamin vision towers of open_clip folders, which are timm's."""
 
 import re
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ def vision_config(
     """
     if pool not in ("", "avg") or proj not in ("none", "linear"):
         raise CheckpointError(
-            f"{where}: the image tower {name!r} has timm_pool {pool!r} and timm_proj {proj!r}: "
+            f"{where}: the vision tower {name!r} has timm_pool {pool!r} and timm_proj {proj!r}: "
             "vlm reads it with the mean of the image and the projections none and linear"
         )
     norms = re.compile(rf"{re.escape(_STEM)}\.stages\.([01])\.\d+\.pre_norm\.weight")

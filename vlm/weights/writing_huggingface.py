@@ -47,7 +47,7 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, A
     """
     vision, text = config.vision, config.text
     if not isinstance(vision, ViTConfig):
-        refuse("transformers", [f"an image tower of the kind {vision.kind!r} ('vit')"])
+        refuse("transformers", [f"a vision tower of the kind {vision.kind!r} ('vit')"])
     clip = vision.pool == "class"
     naflex = not clip and vision.max_patches == (vision.image_size // vision.patch_size) ** 2
     common: dict[str, Any] = {"stem": "linear", "rotary": None, "mlp": "plain"}

@@ -54,8 +54,8 @@ def _preprocess(p: PreprocessConfig) -> dict[str, Any]:
         refuse("open_clip", [f"the {p.backend} backend of preprocessing (pillow)"])
     if p.kernel == "lanczos" or p.short_side is not None:
         refuse("open_clip", [f"preprocessing by {p.kernel} from short side {p.short_side}"])
-    if len(set(p.fill)) > 1:
-        refuse("open_clip", [f"preprocess.fill {p.fill} (a grey)"])
+    if len(set(p.pad_value)) > 1:
+        refuse("open_clip", [f"preprocess.pad_value {p.pad_value} (a grey)"])
     modes = {"crop": "shortest", "pad": "longest", "squash": "squash"}
     return {
         "size": p.image_size,
@@ -64,7 +64,7 @@ def _preprocess(p: PreprocessConfig) -> dict[str, Any]:
         "std": list(p.std),
         "interpolation": p.kernel,
         "resize_mode": modes[p.resize],
-        "fill_color": p.fill[0],
+        "fill_color": p.pad_value[0],
     }
 
 

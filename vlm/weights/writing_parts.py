@@ -43,7 +43,7 @@ def check(form: str, config: ModelConfig, vision: dict[str, Any], text: dict[str
 KERNELS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # PIL.Image.Resampling
 HOLDS = {
     "transformers": "the ViTs of CLIP, SigLIP, Chinese CLIP, AltCLIP and TIPSv2, and ALIGN",
-    "open_clip": "CLIP's ViTs and ResNets, timm's image towers, and XLM-R, RoBERTa and NLLB",
+    "open_clip": "CLIP's ViTs and ResNets, timm's vision towers, and XLM-R, RoBERTa and NLLB",
 }
 
 

@@ -48,7 +48,7 @@ def tipsv2_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """
     vision, text = config.vision, config.text
     if not isinstance(vision, ViTConfig):
-        refuse(FORM, [f"an image tower of the kind {vision.kind!r} ('vit')"])
+        refuse(FORM, [f"a vision tower of the kind {vision.kind!r} ('vit')"])
     check(
         FORM,
         config,
