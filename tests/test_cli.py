@@ -224,7 +224,7 @@ def test_index_again_encodes_what_changed(do, run, data, tmp_path, capsys):
     hits = do("search", index, photos / names[1], "--json").splitlines()
     assert json.loads(hits[0])["id"] == str(photos / names[1])
     assert said("--coding", "int8").groups() == ("2", "2", "0")
-    assert said("--coding", "int8", "--anew").groups() == ("2", "2", "0")
+    assert said("--coding", "int8", "--rebuild").groups() == ("2", "2", "0")
     about = json.loads((index / "index.json").read_text())
     about["facts"]["preprocess"] = "as it was before"
     (index / "index.json").write_text(json.dumps(about))

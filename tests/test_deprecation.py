@@ -46,7 +46,7 @@ def test_a_run_folder_with_old_fields_is_read(tmp_path):
     }
     file = tmp_path / "config.json"
     file.write_text(json.dumps(old))
-    with pytest.warns(DeprecationWarning) as warned:
+    with pytest.warns(DeprecationWarning, match="is renamed to") as warned:
         experiment = load_config(file)
     assert len(warned) == 7
     assert experiment == from_dict(
@@ -66,7 +66,7 @@ def test_a_run_folder_with_old_fields_is_read(tmp_path):
 
 def test_old_options_are_renamed():
     old = ["--none", "a photo.", "--data.lanes=4", "--image-sizes", "0.5", "112", "--tower=image"]
-    with pytest.warns(DeprecationWarning) as warned:
+    with pytest.warns(DeprecationWarning, match="is renamed to") as warned:
         new = rename_options([*old, "--tower", "image", "--keep-checkpoints", "3", "image"])
     assert len(warned) == 5
     assert new == [

@@ -44,7 +44,7 @@ def test_bundles_too_and_their_faults(tmp_path):
     whole.save(tmp_path / "b")
     half = load(tmp_path / "b", tower="text")
     assert np.array_equal(half.encode_text(TEXTS), whole.encode_text(TEXTS))
-    with pytest.raises(ConfigError, match="'vision' is unknown: choose both, vision or text"):
-        load(tmp_path / "b", tower="vision")
+    with pytest.raises(ConfigError, match="'visual' is unknown: choose both, vision or text"):
+        load(tmp_path / "b", tower="visual")
     with pytest.raises(CheckpointError, match="nowhere"):
         load(tmp_path / "nowhere", tower="text")

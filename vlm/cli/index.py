@@ -28,7 +28,7 @@ def index(
     dtype: Literal["float32", "float16"] = "float32",
     coding: Literal["int8", "binary"] | None = None,
     batch_size: int | None = None,
-    anew: bool = False,
+    rebuild: bool = False,
 ) -> None:
     """Make images searchable: write an index that `vlm search` opens, and remembers its model.
 
@@ -48,7 +48,7 @@ def index(
         coding: search by codes a quarter (int8) or a thirty-second (binary) as large, which are all
             that has to fit in memory; the best candidates are then scored exactly.
         batch_size: images encoded at once; None leaves it to the model.
-        anew: encode all images, whatever lies at OUT.
+        rebuild: ignore an existing index at OUT and re-encode everything.
     """
     *images, out = images_and_out or ("",)
     if not images:
@@ -68,7 +68,7 @@ def index(
     from vlm.heads.retrieval import RetrievalIndex
 
     paths, bundle = find_images(images), load(model)
-    made = None if anew else _index_of_the_same_kind(folder, bundle, dtype, coding)
+    made = None if rebuild else _index_of_the_same_kind(folder, bundle, dtype, coding)
     grows, replaces = made is not None or not folder.exists(), is_index(folder) and made is None
     made = made or RetrievalIndex(bundle, dtype, coding)
     unreadable = Unreadable(len(paths))
