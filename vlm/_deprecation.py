@@ -14,6 +14,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Modules that were renamed. The old names of subpackages now belong to functions: `vlm.train`.
 MODULES = {
+    "vlm.heads.identity": "vlm.heads.model_identity",
     "vlm.evaluation.standard": "vlm.evaluation.presets",
     "vlm.adapt": "vlm.adaptation",
     "vlm.evaluate": "vlm.evaluation",

@@ -94,8 +94,6 @@ class Bundle(FactSheet):
         self.adapter = adapter  # None: the model has none
         self.templates = tuple(templates)  # that it was trained with; empty: not known
 
-    # ------------------------------------------------------------------ what heads ask for
-
     @property
     def config(self) -> ModelConfig:
         return self.model.config
@@ -109,16 +107,21 @@ class Bundle(FactSheet):
     def embed_dim(self) -> int:
         return self.config.embed_dim
 
-    @functools.cached_property
+    @property
     def logit_scale(self) -> float:
         """The factor of the cosine in the logits (the exponential is taken)."""
-        return math.exp(float(to_host(self.model.logit_scale[...])))
+        return self._affine[0]
 
-    @functools.cached_property
+    @property
     def logit_bias(self) -> float:
         """What is added to the logits; 0 for a model without a bias."""
+        return self._affine[1]
+
+    @functools.cached_property
+    def _affine(self) -> tuple[float, float]:
         bias = self.model.logit_bias
-        return 0.0 if bias is None else float(to_host(bias[...]))
+        scale = math.exp(float(to_host(self.model.logit_scale[...])))
+        return scale, 0.0 if bias is None else float(to_host(bias[...]))
 
     def encode_image(
         self,
@@ -167,8 +170,6 @@ class Bundle(FactSheet):
     def encode_tokens(self, tokens: Int32[np.ndarray, "n l"]) -> Float32[Any, "n d"]:
         """Unit-norm embeddings of one batch of rows of the tokenizer, computed at once."""
         return self._run(self._text_program, [tokens], 1 << (len(tokens) - 1).bit_length())
-
-    # ---------------------------------------------------------------------------- variants
 
     def with_parameters(self, parameters: nnx.State, name: str | None = None) -> "Bundle":
         """The same model with other parameters, by the programs that are compiled already.
@@ -247,8 +248,6 @@ class Bundle(FactSheet):
                 folder, factors, self.adapter, self.name, pixels, length, self.templates
             )
 
-    # ---------------------------------------------------------------------------- saving
-
     def save(
         self, folder: epath.PathLike, format: SavedFormat = "vlm", *, compare_texts: int = TEXTS
     ) -> TokenCheck | None:
@@ -276,8 +275,6 @@ class Bundle(FactSheet):
         if self.adapter is None:
             self.fingerprint = written
         return None
-
-    # -------------------------------------------------------------------------- encoding
 
     @functools.cached_property
     def _split(self):
@@ -355,8 +352,6 @@ class Bundle(FactSheet):
         if batch_size < 1:
             raise ConfigError(f"batch_size {batch_size} holds nothing: make it at least 1")
         return batch_size
-
-    # -------------------------------------------------------------------------- display
 
     def _facts(self) -> tuple[str, dict[str, str]]:
         c = self.config

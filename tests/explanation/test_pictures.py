@@ -112,6 +112,7 @@ class RedSquare:
     logit_scale = 4.0
 
 
+@pytest.mark.untyped  # the model is a stand-in
 def test_a_faithful_map_beats_its_opposite(monkeypatch):
     """For a model that sees one corner only, the map of that corner beats its complement."""
     image = np.zeros((16, 16, 3), np.uint8)

@@ -30,7 +30,7 @@ ATTEMPTS = 20  # saves of one item, of which all but the last may end in a confl
 class Model:
     """Encodes only the probes that identify the model of an index."""
 
-    name, loss = "probe", "softmax"
+    name, loss, logit_scale, logit_bias = "probe", "softmax", 10.0, 0.0
 
     def encode_text(self, texts):
         return np.eye(8, dtype=np.float32)[: len(texts)]

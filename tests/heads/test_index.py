@@ -13,7 +13,7 @@ import pytest
 
 from vlm.errors import CheckpointError, ConfigError, ConflictError
 from vlm.heads import index_folder, items
-from vlm.heads.identity import identity
+from vlm.heads.model_identity import identity
 from vlm.heads.retrieval import RetrievalIndex
 
 
@@ -239,7 +239,6 @@ def test_codes_find_nearly_all_and_score_exactly(model, coding, least, tmp_path)
     z = (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32)
     exact, coded = RetrievalIndex(model), RetrievalIndex(model, coding=coding)
     for i in (exact, coded):
-        i.model = type("M", (), {"name": "m", "loss": "softmax"})()
         i.add(z)
     queries = z[rng.integers(0, 5000, 50)] + 0.1 * rng.standard_normal((50, 64)).astype(np.float32)
     truth, found = exact.search(queries, k=10), coded.search(queries, k=10)
@@ -306,7 +305,7 @@ WRITER = """
     from vlm.heads.retrieval import RetrievalIndex
 
     class Model:
-        name, loss = "m", "softmax"
+        name, loss, logit_scale, logit_bias = "m", "softmax", 10.0, 0.0
         def encode_text(self, texts): return np.eye(self.d, dtype=np.float32)[: len(texts)]
         encode_image, d = encode_text, 64
 
@@ -351,7 +350,7 @@ def test_a_kill_while_adding_and_saving_leaves_the_old_or_the_new_index(seconds,
     process.wait()
 
     class Model:
-        name, loss = "m", "softmax"
+        name, loss, logit_scale, logit_bias = "m", "softmax", 10.0, 0.0
 
         def encode_text(self, texts):
             return np.eye(64, dtype=np.float32)[: len(texts)]

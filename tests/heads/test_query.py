@@ -32,6 +32,7 @@ def test_search_by_queries(model, paint):
     assert [hits[0].id for hits in both] == ["red", "green"]
 
 
+@pytest.mark.untyped
 def test_bad_queries(model, paint):
     with pytest.raises(DataError, match="is zero or not finite"):
         embed_queries(model, [Query("red") - Query("red")])

@@ -18,7 +18,7 @@ from vlm.heads.retrieval import RetrievalIndex
 class Embeddings:
     """Stands where a model would: rows and queries are embeddings already."""
 
-    name, loss = "embeddings", "softmax"
+    name, loss, logit_scale, logit_bias = "embeddings", "softmax", 1.0, 0.0
 
 
 def seconds(*runs, rounds):

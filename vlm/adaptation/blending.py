@@ -18,6 +18,7 @@ from vlm.bundle import Bundle
 from vlm.config import to_dict
 from vlm.errors import ConfigError
 from vlm.evaluation.tasks import Task
+from vlm.heads.encoder import Encoder
 
 # What one number says of a model on a task: the mean of these metrics, as far as it has them.
 HEADLINE = ("top1", "image_to_text_R@1", "text_to_image_R@1", "acc")
@@ -70,7 +71,7 @@ def soup(models: Sequence[Bundle], task: Task | None = None) -> Bundle:
     )
 
 
-def headline(model: Any, task: Task) -> float:
+def headline(model: Encoder, task: Task) -> float:
     """What a model scores on a task, in one number: top-1, or the mean recall at 1."""
     metrics = task.measure(model).metrics
     values = [metrics[name].value for name in HEADLINE if name in metrics]

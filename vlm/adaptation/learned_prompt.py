@@ -5,7 +5,6 @@ around each label, and in CoCoOp a small net that moves them by what an image sh
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,9 @@ import numpy as np
 import optax
 from flax import nnx
 
+from vlm.bundle import Bundle
 from vlm.errors import ConfigError
+from vlm.heads.inputs import Images
 from vlm.heads.prompt_rows import PromptRows, prompt_rows
 from vlm.heads.prompted import NET, PromptedClassifier, shift
 from vlm.heads.prompts import class_embeddings, indices, label_prompts
@@ -32,8 +33,8 @@ NARROWING = 16  # of the net's hidden layer, as published
 
 
 def learn_prompt(
-    model: Any,
-    images: Any,
+    model: Bundle,
+    images: Images,
     labels: Sequence[str],
     classes: Sequence[str] | None = None,
     template: str | None = None,
@@ -83,8 +84,10 @@ def learn_prompt(
             f"steps {steps}, rate {rate}, hold {hold}: learn at least 1 step at a rate above 0, "
             "held by 0 or more"
         )
-    embedded = isinstance(images, np.ndarray) and images.ndim == 2
-    z_image = images if embedded else encode_images(model, images, batch_size)[0]
+    if isinstance(images, np.ndarray) and images.ndim == 2:
+        z_image = images
+    else:
+        z_image, _ = encode_images(model, images, batch_size)
     labels = list(labels)
     if len(labels) != len(z_image):
         raise ConfigError(f"{len(z_image)} images and {len(labels)} labels: give one label each")

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from vlm.errors import ConfigError
 from vlm.evaluation.intervals import Metric, proportion
+from vlm.heads.encoder import Encoder
+from vlm.heads.inputs import Images
 from vlm.heads.prompts import (
     TEMPLATES,
     check_templates,
@@ -45,8 +46,8 @@ class TemplateSearch:
 
 
 def search_templates(
-    model: Any,
-    images: Any,
+    model: Encoder,
+    images: Images,
     labels: Sequence[str],
     classes: Sequence[str] | None = None,
     pool: Sequence[str] = POOL,
@@ -92,7 +93,7 @@ def search_templates(
 
 
 def search_by_embeddings(
-    model: Any,
+    model: Encoder,
     z_image: Float[np.ndarray, "n d"],
     target: Int[np.ndarray, " n"],
     names: Sequence[str],

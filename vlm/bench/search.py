@@ -5,7 +5,7 @@ which no bounds rule out rows; see `vlm.heads.pruned_search`.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from rich.console import Console
 
 from vlm import display
 from vlm.bench.measure import best_times
+from vlm.heads.encoder import Rule
 from vlm.heads.items import Stored
 from vlm.heads.retrieval import RetrievalIndex
 
@@ -20,7 +21,13 @@ from vlm.heads.retrieval import RetrievalIndex
 class _Embeddings:
     """Placeholder for a model: rows and queries are embeddings already."""
 
-    name = "embeddings"
+    name, logit_scale, logit_bias = "embeddings", 1.0, 0.0
+    loss: Rule = "softmax"
+
+    def encode_image(self, images: Iterable[Any], *, batch_size: int = 0) -> np.ndarray:
+        raise NotImplementedError
+
+    encode_text = encode_image
 
 
 def bench_search(

@@ -107,7 +107,7 @@ def embed_parts(
         DataError: the folder holds parts of other images or another model.
     """
     from vlm.cli.terminal import progress
-    from vlm.heads.identity import stored_facts
+    from vlm.heads.model_identity import stored_facts
 
     listed = _listed(paths)
     plan = {"model": stored_facts(bundle, "image"), "images": listed, "part": PART}

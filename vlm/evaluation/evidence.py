@@ -12,7 +12,8 @@ from etils import epath
 from PIL import Image
 
 from vlm.errors import CheckpointError
-from vlm.heads.identity import ROUNDING, embedding_facts, stored_facts
+from vlm.heads.encoder import Encoder
+from vlm.heads.model_identity import ROUNDING, embedding_facts, stored_facts
 
 Samples = dict[str, np.ndarray]  # columns of one row per query
 
@@ -41,18 +42,18 @@ def digest(values: Iterable[Any]) -> str:
     return hashlib.sha256(json.dumps([str(v) for v in values]).encode()).hexdigest()[:32]
 
 
-def model_facts(model: Any) -> dict[str, str]:
+def model_facts(model: Encoder) -> dict[str, str]:
     """Weights, inputs and precision of a model; `decode` is its rule for image files."""
     return stored_facts(model) | _decode(model)
 
 
-def input_facts(model: Any) -> dict[str, str]:
+def input_facts(model: Encoder) -> dict[str, str]:
     """The same without the weights, which change in a run."""
     facts = embedding_facts(model) | _decode(model)
     return {name: fact for name, fact in facts.items() if name not in ROUNDING}
 
 
-def _decode(model: Any) -> dict[str, str]:
+def _decode(model: Encoder) -> dict[str, str]:
     rule = getattr(getattr(getattr(model, "preprocess", None), "config", None), "decode", None)
     return {} if rule is None else {"decode": str(rule)}
 

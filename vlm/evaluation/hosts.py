@@ -8,10 +8,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float
 
+from vlm.heads.encoder import Encoder, Rule
+
 ROWS = 256  # neighbouring images or texts that go to one process
 
 
-def shared(model: Any) -> Any:
+def shared(model: Encoder) -> Encoder:
     """The model as tasks see it: alone, itself; else one whose encoding all processes share.
 
     All processes must measure the same tasks on the same data, and they get the same results as
@@ -23,15 +25,20 @@ def shared(model: Any) -> Any:
 class SharedModel:
     """A model whose images and texts are embedded by all processes of the run."""
 
-    def __init__(self, model: Any):
-        self._model = model
+    def __init__(self, model: Encoder):
+        self._model, self.name = model, model.name
+        self.loss: Rule = model.loss
+        self.logit_scale, self.logit_bias = model.logit_scale, model.logit_bias
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def encode_image(self, images: Iterable[Any]) -> Float[np.ndarray, "n d"]:
+    def encode_image(
+        self, images: Iterable[Any], batch_size: int | None = None
+    ) -> Float[np.ndarray, "n d"]:
         """Unit-norm embeddings of a stream of images, in all processes."""
-        return self._gathered(images, self._model.encode_image)
+        options = {} if batch_size is None else {"batch_size": batch_size}
+        return self._gathered(images, lambda own: self._model.encode_image(own, **options))
 
     def encode_text(self, texts: list[str]) -> Float[np.ndarray, "n d"]:
         """Unit-norm embeddings of texts, in all processes."""

@@ -24,6 +24,7 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.evaluation.evidence import Samples, model_facts
 from vlm.evaluation.intervals import Metric, caveat
 from vlm.evaluation.tasks import DataInfo, Task
+from vlm.heads.encoder import Encoder
 from vlm.heads.templates import describe_templates
 
 FORMAT, VERSION = "vlm evaluation report", 1
@@ -193,7 +194,7 @@ def _cells(metric: Metric) -> tuple[str, str]:
     return f"{metric.low:.1%} – {metric.high:.1%}", f"{metric.n:,}"
 
 
-def evaluate(model: Any, tasks: Iterable[Task]) -> Report:
+def evaluate(model: Encoder, tasks: Iterable[Task]) -> Report:
     """Measure a model on every task.
 
     Raises:
@@ -215,7 +216,7 @@ def evaluate(model: Any, tasks: Iterable[Task]) -> Report:
     return Report(tuple(measure(model, task) for task in tasks))
 
 
-def measure(model: Any, task: Task) -> Result:
+def measure(model: Encoder, task: Task) -> Result:
     """The result of one task, with its samples."""
     start = time.perf_counter()
     found = task.measure(model)

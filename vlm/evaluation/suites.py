@@ -36,6 +36,7 @@ from vlm.data.splits import default_split
 from vlm.errors import ConfigError, DataError, VlmError
 from vlm.evaluation import selection_files
 from vlm.evaluation.tasks import DataInfo, MultilabelTask, RetrievalTask, Task, ZeroShotTask
+from vlm.heads.encoder import Encoder
 from vlm.heads.templates import choose_templates
 
 # The data sets of each suite, by their names in TFDS, or in CLIP_benchmark where TFDS has none:
@@ -108,7 +109,7 @@ def open_task(
     data_dir: str | None = None,
     split: str | None = None,
     *,
-    model: Any = None,
+    model: Encoder | None = None,
     templates: Sequence[str] = (),
     class_names: str | None = None,
 ) -> Task | Missing:

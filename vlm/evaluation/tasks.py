@@ -18,6 +18,7 @@ from vlm.evaluation.evidence import Hashing, Samples, digest
 from vlm.evaluation.intervals import Metric, hit_rate
 from vlm.evaluation.metrics import best_ranks, caption_ranks, clusters, pair_retrieval_metrics
 from vlm.evaluation.selection import selection_hits, selection_metrics
+from vlm.heads.encoder import Encoder
 from vlm.heads.prompts import TEMPLATES, check_templates, class_embeddings, label_prompts
 from vlm.heads.zero_shot import to_scores
 
@@ -131,7 +132,7 @@ class ZeroShotTask(_ClassTexts):
         check_templates(self.templates)
         _check_each_once(self.captions, self.data)
 
-    def measure(self, model: Any) -> Measured:
+    def measure(self, model: Encoder) -> Measured:
         """`top1`, `top5`, ... of the model; of classes more."""
         names = list(self.names or self.captions) if self.z_captions is None else None
         z_captions = self.z_captions
@@ -197,7 +198,7 @@ class MultilabelTask(_ClassTexts):
         check_templates(self.templates)
         _check_each_once(self.captions, self.data)
 
-    def measure(self, model: Any) -> Measured:
+    def measure(self, model: Encoder) -> Measured:
         """`mean_average_precision` of the model."""
         z_captions = class_embeddings(model, self.prompts)
         images = Hashing(self.images)
@@ -242,7 +243,7 @@ class RetrievalTask:
     kind = "zeroshot_retrieval"
     templates = TEMPLATES["plain"]  # the texts are whole sentences already
 
-    def measure(self, model: Any) -> Measured:
+    def measure(self, model: Encoder) -> Measured:
         """`image_to_text_R@1`, ..., `text_to_image_R@10` of the model."""
         z_text = np.asarray(model.encode_text(list(self.texts)), np.float32)
         images = Hashing(self.images)
@@ -294,7 +295,7 @@ class SelectionTask:
     kind = "image_caption_selection"
     templates = TEMPLATES["plain"]
 
-    def measure(self, model: Any) -> Measured:
+    def measure(self, model: Encoder) -> Measured:
         """`image_acc`, `text_acc` and `acc` of the model."""
         count = len(self.texts)
         images = Hashing(image for own in self.images for image in own)
@@ -338,7 +339,9 @@ def _nearest(z_query: np.ndarray, z_key: np.ndarray) -> tuple[np.ndarray, np.nda
     return found, score
 
 
-def _best(model: Any, z_image: np.ndarray, z_captions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _best(
+    model: Encoder, z_image: np.ndarray, z_captions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The best caption of each image, and its score; a block of images at a time."""
     predicted, confidence = [], []
     scale, bias = getattr(model, "logit_scale", 1.0), getattr(model, "logit_bias", 0.0)

@@ -6,7 +6,7 @@ a faithful map, the score drops early under deletion and rises early under inser
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageFilter
+
+from vlm.bundle import Bundle
 
 STEPS = 8  # intervals of a curve, from no pixels to all
 BLUR = 1 / 8  # of the image's side: radius of the blur at the start of insertion
@@ -27,7 +29,7 @@ class Faithfulness(NamedTuple):
 
 
 def faithfulness(
-    model: Any,
+    model: Bundle,
     pixels: Sequence[UInt8[np.ndarray, "_ _ 3"]],
     heats: Sequence[Float[np.ndarray, "_ _"]],
     z_texts: Float[np.ndarray, "m d"],
@@ -84,7 +86,7 @@ def _perturb(image: np.ndarray, heat: np.ndarray) -> list[np.ndarray]:
     return deleted + [np.where(rank < cut, image, blurred) for cut in cuts]
 
 
-def _encode(model: Any, images: list[np.ndarray], batch_size: int) -> Float[np.ndarray, "n d"]:
+def _encode(model: Bundle, images: list[np.ndarray], batch_size: int) -> Float[np.ndarray, "n d"]:
     graph, state = nnx.split(model.model)
     parts = []
     for start in range(0, len(images), batch_size):

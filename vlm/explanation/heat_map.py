@@ -2,13 +2,13 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
 from vlm import display
+from vlm.bundle import Bundle
 from vlm.config import VisionTowerConfig
 from vlm.errors import ConfigError, DataError
 from vlm.explanation.geometry import grid, on_image
@@ -75,7 +75,7 @@ class Explanation:
         return display.card(pictures, f"<p>{head}</p>{bars}")
 
 
-def explain(model: Any, image: ImageLike, text: str, *, method: Method = "path") -> Explanation:
+def explain(model: Bundle, image: ImageLike, text: str, *, method: Method = "path") -> Explanation:
     """Explain the similarity of one image and one text by a heat map and token importances.
 
     Args:

@@ -5,7 +5,6 @@ import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -13,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from vlm import display
 from vlm.errors import ConfigError, DataError
-from vlm.inputs.opening import open_image
+from vlm.inputs.opening import ImageLike, open_image
 from vlm.paths import as_path
 
 BACKGROUND, MARGIN = (250, 250, 252), 12  # colour; pixels around the map
@@ -37,7 +36,7 @@ class EmbeddingMap:
 
     points: Float[np.ndarray, "n 2"]
     explained: float | None
-    images: tuple[Any, ...] = field(compare=False)
+    images: tuple[ImageLike, ...] = field(compare=False)
 
     def picture(self, size: int = 900, thumbnail: int = 56) -> Image.Image:
         """Draw the map as a square image, with thumbnails where they do not overlap, else dots."""
@@ -115,7 +114,7 @@ class EmbeddingMap:
 
 def embedding_map(
     z_image: Float[np.ndarray, "n d"],
-    images: Sequence[Any],
+    images: Sequence[ImageLike],
     *,
     projection: Float[np.ndarray, "n 2"] | None = None,
 ) -> EmbeddingMap:
@@ -169,7 +168,7 @@ def _check_finite(values: np.ndarray, name: str) -> None:
         raise DataError(f"{name} contain non-finite numbers: remove those rows")
 
 
-def _thumbnail(image: Any, size: int) -> Image.Image:
+def _thumbnail(image: ImageLike, size: int) -> Image.Image:
     small = open_image(image)
     small.thumbnail((size, size), Image.Resampling.LANCZOS)
     return small

@@ -11,6 +11,7 @@ from PIL import Image
 
 from vlm import display
 from vlm._deprecation import rename_arguments
+from vlm.bundle import Bundle
 from vlm.errors import ConfigError, DataError
 from vlm.explanation.geometry import grid, on_image
 from vlm.explanation.methods import dense_embeddings
@@ -80,7 +81,7 @@ class Segmentation:
 
 @rename_arguments(none="other_label")
 def segment(
-    model: Any,
+    model: Bundle,
     image: ImageLike,
     labels: Sequence[str] | Mapping[str, Any],
     templates: Sequence[str] | None = None,

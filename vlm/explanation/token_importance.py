@@ -1,16 +1,17 @@
 """Importance of each text token for the similarity to an image, by leave-one-out."""
 
 import functools
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from vlm.bundle import Bundle
+
 
 def token_importance(
-    model: Any, text: str, z_image: Float[np.ndarray, " d"]
+    model: Bundle, text: str, z_image: Float[np.ndarray, " d"]
 ) -> tuple[tuple[str, float], ...]:
     """Compute the drop of the cosine with `z_image` without each token of `text`.
 

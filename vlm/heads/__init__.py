@@ -1,18 +1,12 @@
 """Heads: zero-shot and few-shot classification, and retrieval, over a model's embeddings.
 
-Every head takes an object with this interface, as returned by `vlm.load`:
-
-    encode_image(images, batch_size=...)  (n, d) float32, unit norm
-    encode_text(texts)                    (m, d) float32, unit norm
-    logit_scale, logit_bias               the logits are scale * cosine + bias
-    loss                                  "softmax" or "sigmoid": how logits become scores
-    name                                  the name of the model
-    fingerprint                           hash of its weights file (optional)
+Every head takes a model from `vlm.load`, or any other object with the interface of `Encoder`.
 """
 
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
+    from vlm.heads.encoder import Encoder as Encoder
     from vlm.heads.exchange import read_clip_retrieval as read_clip_retrieval
     from vlm.heads.exchange import write_clip_retrieval as write_clip_retrieval
     from vlm.heads.faiss_index import faiss_search as faiss_search

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from vlm.errors import CheckpointError
-from vlm.heads.identity import check_identity, identity
+from vlm.heads.encoder import Encoder
+from vlm.heads.model_identity import check_identity, identity
 
 Saved = tuple[dict[str, Any], dict[str, np.ndarray]]
 
@@ -22,7 +23,7 @@ Saved = tuple[dict[str, Any], dict[str, np.ndarray]]
 def write_classifier(
     file: str | os.PathLike,
     kind: str,
-    model: Any,
+    model: Encoder,
     about: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
 ) -> None:
@@ -36,7 +37,7 @@ def write_classifier(
 
 
 @contextlib.contextmanager
-def reading_classifier(file: str | os.PathLike, kind: str, model: Any) -> Iterator[Saved]:
+def reading_classifier(file: str | os.PathLike, kind: str, model: Encoder) -> Iterator[Saved]:
     """Context manager that reads a classifier; errors inside the block become CheckpointErrors.
 
     Raises:

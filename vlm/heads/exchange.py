@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vlm.errors import CheckpointError, ConfigError, DataError
+from vlm.heads.encoder import Encoder
 from vlm.heads.filters import Value
 from vlm.heads.items import Id, Stored
 from vlm.heads.retrieval import RetrievalIndex
@@ -27,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 def read_clip_retrieval(
-    folder: str | os.PathLike, model: Any, modality: Modality = "img", dtype: Stored = "float32"
+    folder: str | os.PathLike, model: Encoder, modality: Modality = "img", dtype: Stored = "float32"
 ) -> RetrievalIndex:
     """Read the embeddings and metadata of a clip-retrieval folder into an index.
 

@@ -1,9 +1,9 @@
 """Few-shot classification: heads fitted on the embeddings of a few labelled images."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -11,6 +11,8 @@ from jaxtyping import Float, Int
 from vlm import display
 from vlm.errors import ConfigError, check_choice
 from vlm.heads.classifier_file import reading_classifier, write_classifier
+from vlm.heads.encoder import Encoder
+from vlm.heads.inputs import Images
 from vlm.heads.linear_probe import fit_linear, fit_swept
 from vlm.heads.prompts import indices, normalise
 from vlm.heads.zero_shot import Embeddings, ImageClassifier, ZeroShotClassifier, encode_images
@@ -73,25 +75,25 @@ class FewShotClassifier(ImageClassifier, display.FactSheet):
         ['red', 'green', 'blue']
     """
 
-    def __init__(self, model: Any, labels: Sequence[str], head: LinearHead | CacheHead):
+    def __init__(self, model: Encoder, labels: Sequence[str], head: LinearHead | CacheHead):
         self.model, self.labels, self.head = model, tuple(labels), head
 
     @classmethod
     def fit(
         cls,
-        model: Any,
-        images: Any,
+        model: Encoder,
+        images: Images,
         labels: Sequence[str],
         method: Method = "linear",
         l2: float | None = None,
         batch_size: int | None = None,
         zero_shot: ZeroShotClassifier | None = None,
-        validation: tuple[Iterable[Any], Sequence[str]] | None = None,
+        validation: tuple[Images, Sequence[str]] | None = None,
     ) -> "FewShotClassifier":
         """Fit a head on labelled images; the model is frozen.
 
         Args:
-            model: what `vlm.load` gives.
+            model: a model from `vlm.load`, or another `Encoder`.
             images: PIL images, paths or arrays of pixels, any iterable.
             labels: the class of each image.
             method: "linear", the linear probe of CLIP (arXiv:2103.00020, appendix A.3). "mean", the
@@ -146,7 +148,7 @@ class FewShotClassifier(ImageClassifier, display.FactSheet):
         write_classifier(file, KEY, self.model, about, vars(self.head))
 
     @classmethod
-    def load(cls, file: str | os.PathLike, model: Any) -> "FewShotClassifier":
+    def load(cls, file: str | os.PathLike, model: Encoder) -> "FewShotClassifier":
         """Load a classifier that `save` wrote.
 
         Raises:

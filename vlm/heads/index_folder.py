@@ -32,7 +32,7 @@ from numpy.typing import DTypeLike
 from vlm._json import to_json
 from vlm.errors import CheckpointError, ConfigError, ConflictError
 from vlm.heads.codes import Codes
-from vlm.heads.identity import FIELDS
+from vlm.heads.model_identity import FIELDS
 from vlm.paths import as_config_error, is_remote
 
 try:

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Array
 
 from vlm.errors import ConfigError, DataError
 from vlm.heads.items import Id
-from vlm.inputs.opening import SUFFIXES, is_image
+from vlm.inputs.opening import SUFFIXES, ImageLike, is_image
 
 Kind = Literal["image", "text", "embedding"]
+Images = ImageLike | Iterable[ImageLike]
+Item = ImageLike | Array  # a str is a text, a vector of floats an embedding
+Items = Item | Iterable[Item]
 
 
 def kind(item: Any, where: str) -> Kind:
@@ -112,7 +116,7 @@ def named_items(
         raise ConfigError(f"there are more ids than the {len(new_ids)} items: give one each")
 
 
-def default_id(item: Any, number: int) -> str | int:
+def default_id(item: object, number: int) -> str | int:
     """Return the path of an image on disk, else the running number."""
     return str(Path(item)) if isinstance(item, os.PathLike) else number
 

@@ -178,7 +178,7 @@ class Items:
 
         Args:
             folder: new, empty, or of an index.
-            model: the identity of the model, see `vlm.heads.identity`.
+            model: the identity of the model, see `vlm.heads.model_identity`.
             overwrite: replace an index that this one was not loaded from or last saved to.
 
         Raises:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from vlm import display
 from vlm.errors import ConfigError, check_choice
+from vlm.heads.inputs import Images
 from vlm.heads.prompts import normalise
 from vlm.heads.retrieval import RetrievalIndex
 from vlm.heads.zero_shot import Classification, ZeroShotClassifier, encode_images, to_scores
@@ -92,7 +93,7 @@ class NeighbourClassifier(display.FactSheet):
             eye = np.eye(len(self.labels), dtype=np.float32)
             self._votes = {name: eye[at[label]] for name, label in values.items()}
 
-    def __call__(self, images: Any, batch_size: int | None = None) -> Classification:
+    def __call__(self, images: Images, batch_size: int | None = None) -> Classification:
         """Classify one image or any iterable of them; the scores of an image sum to one."""
         z_image, first = encode_images(self.index.model, images, batch_size)
         return Classification(self.labels, self.logits(z_image), "softmax", first)

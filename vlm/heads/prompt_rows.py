@@ -1,13 +1,15 @@
 """Token sequences of prompts with context vectors before the label: [bos] context label [eos]."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
+from vlm.bundle import Bundle
 from vlm.errors import ConfigError
 from vlm.heads.prompts import class_prompts
+from vlm.inputs.tokenizer import Tokenizer
 
 
 class PromptRows(NamedTuple):
@@ -24,7 +26,7 @@ class PromptRows(NamedTuple):
 
 
 def prompt_rows(
-    model: Any, labels: Sequence[str], template: str, n_ctx: int | None = None
+    model: Bundle, labels: Sequence[str], template: str, n_ctx: int | None = None
 ) -> PromptRows:
     """Tokenize `template` filled with each label.
 
@@ -70,7 +72,7 @@ def prompt_rows(
     return PromptRows(_cut(model, tokens, contents), places, () if n_ctx else tuple(words))
 
 
-def _content(model: Any, texts: list[str]) -> list[list[int]]:
+def _content(model: Bundle, texts: list[str]) -> list[list[int]]:
     """Tokenize each text, without begin, end and padding tokens."""
     tokenizer = model.tokenizer
     config = tokenizer.config
@@ -89,7 +91,9 @@ def _content(model: Any, texts: list[str]) -> list[list[int]]:
     return found
 
 
-def _rows(tokenizer: Any, contents: dict[str, list[int]], k: int) -> tuple[np.ndarray, np.ndarray]:
+def _rows(
+    tokenizer: Tokenizer, contents: dict[str, list[int]], k: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Make the tokenizer's rows from these tokens, and the first k positions of the text."""
     config = tokenizer.config
     head = [] if config.bos_id is None else [config.bos_id]
@@ -111,7 +115,7 @@ def _rows(tokenizer: Any, contents: dict[str, list[int]], k: int) -> tuple[np.nd
     return tokens, places
 
 
-def _cut(model: Any, tokens: np.ndarray, contents: dict[str, list[int]]) -> np.ndarray:
+def _cut(model: Bundle, tokens: np.ndarray, contents: dict[str, list[int]]) -> np.ndarray:
     """Remove the common padding of rows, if the tower ignores padding."""
     text, config = model.config.text, model.tokenizer.config
     causal = text.causal and text.pool in ("end", "argmax")

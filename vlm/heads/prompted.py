@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from vlm.bundle import Bundle
 from vlm.errors import ConfigError
 from vlm.heads.classifier_file import reading_classifier, write_classifier
 from vlm.heads.prompt_rows import PromptRows
@@ -42,7 +43,7 @@ class PromptedClassifier(ImageClassifier):
 
     def __init__(
         self,
-        model: Any,
+        model: Bundle,
         labels: Sequence[str],
         rows: PromptRows,
         context: Float[np.ndarray, "k w"],
@@ -100,7 +101,7 @@ class PromptedClassifier(ImageClassifier):
         write_classifier(file, KEY, self.model, about, tensors)
 
     @classmethod
-    def load(cls, file: str | os.PathLike, model: Any) -> "PromptedClassifier":
+    def load(cls, file: str | os.PathLike, model: Bundle) -> "PromptedClassifier":
         """Load a classifier that `save` wrote.
 
         Raises:
@@ -123,7 +124,7 @@ class PromptedClassifier(ImageClassifier):
         )
 
 
-def prompt_encoder(model: Any) -> Any:
+def prompt_encoder(model: Bundle) -> Any:
     """Compile a function of tokens (n, l), contexts (n, k, w) and places to embeddings (n, d).
 
     Raises:

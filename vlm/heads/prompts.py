@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vlm.errors import ConfigError, DataError
-from vlm.heads.identity import embedding_facts
+from vlm.heads.encoder import Encoder
+from vlm.heads.model_identity import embedding_facts
 from vlm.paths import cache_dir
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
@@ -114,7 +115,7 @@ def check_templates(templates: Sequence[str]) -> None:
 
 
 def class_embeddings(
-    model: Any,
+    model: Encoder,
     labels: Sequence[str] | Mapping[str, Sequence[str]],
     templates: Sequence[str] = TEMPLATES["photo"],
 ) -> Float[np.ndarray, "m d"]:
@@ -143,7 +144,9 @@ def class_embeddings(
     return normalise(total, "the mean of a label's prompt embeddings")
 
 
-def cached_embeddings(model: Any, prompts: Mapping[str, Sequence[str]]) -> Float[np.ndarray, "m d"]:
+def cached_embeddings(
+    model: Encoder, prompts: Mapping[str, Sequence[str]]
+) -> Float[np.ndarray, "m d"]:
     """Compute `class_embeddings`, cached in the cache folder if there are many prompts.
 
     The key is a hash of the prompts, of the weights' fingerprint and of `embedding_facts`. Without

@@ -1,13 +1,14 @@
 """Composed queries: weighted sums and differences of texts, images and embeddings."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from vlm.errors import ConfigError
-from vlm.heads.inputs import kind
+from vlm.heads.encoder import Encoder
+from vlm.heads.inputs import Item, kind
 from vlm.heads.prompts import normalise
 
 
@@ -35,9 +36,9 @@ class Query:
         2
     """
 
-    def __init__(self, item: Any, weight: float = 1.0):
+    def __init__(self, item: Item, weight: float = 1.0):
         kind(item, "a query")
-        self.terms: tuple[tuple[float, Any], ...] = ((_weight(weight), item),)
+        self.terms: tuple[tuple[float, Item], ...] = ((_weight(weight), item),)
 
     def __add__(self, other: "Query") -> "Query":
         return _of((*self.terms, *_query(other).terms))
@@ -59,7 +60,7 @@ class Query:
         return f"Query({' '.join(terms)})"
 
 
-def embed_queries(model: Any, queries: Iterable[Query]) -> Float[np.ndarray, "q d"]:
+def embed_queries(model: Encoder, queries: Iterable[Query]) -> Float[np.ndarray, "q d"]:
     """Compute the unit-norm embedding of each query; all texts, and all images, are one batch.
 
     Raises:
@@ -70,7 +71,8 @@ def embed_queries(model: Any, queries: Iterable[Query]) -> Float[np.ndarray, "q 
     count = 1 + max((q for q, *_ in terms), default=-1)
     kinds = [kind(item, "a query") for *_, item in terms]
     parts: dict[int, np.ndarray] = {}
-    for what, encode in (("text", model.encode_text), ("image", model.encode_image)):
+    encoders: dict[str, Callable] = {"text": model.encode_text, "image": model.encode_image}
+    for what, encode in encoders.items():
         at = [i for i, found in enumerate(kinds) if found == what]
         if at:
             z = np.asarray(encode([terms[i][2] for i in at]), np.float32)
@@ -101,13 +103,13 @@ def queries_in(query: Any) -> Iterator[Query] | None:
     return None
 
 
-def _of(terms: tuple[tuple[float, Any], ...]) -> Query:
+def _of(terms: tuple[tuple[float, Item], ...]) -> Query:
     made = Query.__new__(Query)
     made.terms = terms
     return made
 
 
-def _query(other: Any) -> Query:
+def _query(other: object) -> Query:
     if not isinstance(other, Query):
         raise ConfigError(
             f"a query and a {type(other).__name__} cannot be added: "
@@ -123,7 +125,7 @@ def _weight(weight: Any) -> float:
     return float(weight)
 
 
-def least_score(model: Any, score: float | None, probability: float | None) -> float:
+def least_score(model: Encoder, score: float | None, probability: float | None) -> float:
     """Return the minimum cosine of a result, from a score or a probability; -inf without either.
 
     Raises:

@@ -1,5 +1,6 @@
 """Retrieval: a nearest-neighbour index over embeddings, with exact search, stored on disk."""
 
+import functools
 import itertools
 import logging
 import os
@@ -8,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from vlm import display
 from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.heads import index_folder
 from vlm.heads.codes import CANDIDATES, LEAST, Coding, candidates
+from vlm.heads.encoder import Encoder
 from vlm.heads.filters import Value, Where, checked_columns, matching
 from vlm.heads.hits import Hit, Hits, picture_of
-from vlm.heads.identity import check_identity, identity, mismatch
-from vlm.heads.inputs import Kind, kind, named_items, split
+from vlm.heads.inputs import Item, Kind, kind, named_items, split
+from vlm.heads.inputs import Items as Many
 from vlm.heads.items import GivenId, Id, Items, Stored
+from vlm.heads.model_identity import check_identity, identity, mismatch
 from vlm.heads.prompts import normalise
 from vlm.heads.query import Query, embed_queries, least_score, queries_in
 from vlm.heads.top_k import Searcher, recall_at_k, rescored, top_k
@@ -27,6 +31,7 @@ from vlm.inputs.opening import OnError
 CHUNK = 8192  # texts or images encoded per block
 EMBEDDINGS = 1 << 17  # embeddings per block: search is fastest over large blocks
 QUERY_BLOCK = 256
+Queries = Query | Many | Iterable[Query | Item]
 _log = logging.getLogger(__name__)
 
 
@@ -59,7 +64,7 @@ class RetrievalIndex:
 
     def __init__(
         self,
-        model: Any,
+        model: Encoder,
         dtype: Stored = "float32",
         coding: Coding | None = None,
     ):
@@ -77,7 +82,7 @@ class RetrievalIndex:
 
     def add(
         self,
-        items: Any,
+        items: Many,
         ids: Iterable[GivenId] | None = None,
         batch_size: int | None = None,
         metadata: Mapping[str, Iterable[Value]] | None = None,
@@ -106,7 +111,7 @@ class RetrievalIndex:
 
     def update(
         self,
-        items: Any,
+        items: Many,
         ids: Iterable[GivenId] | None = None,
         batch_size: int | None = None,
         metadata: Mapping[str, Iterable[Value]] | None = None,
@@ -221,7 +226,7 @@ class RetrievalIndex:
 
     def search(
         self,
-        query: Any,
+        query: Queries,
         k: int = 5,
         *,
         where: Where | None = None,
@@ -278,19 +283,18 @@ class RetrievalIndex:
             allowed &= matching(items.columns, len(items.ids), where)
         return self._nearest(z, k, allowed, -np.inf)[0]
 
-    def place(self, mesh: Any, approximate: bool = False) -> None:
+    def place(self, mesh: Mesh | None, approximate: bool = False) -> None:
         """Search on the devices of a mesh from now on; None: on the host again.
 
         Each device holds one shard of the rows; the results are the same. With `approximate` a TPU
         uses `approx_max_k`, which may miss a few.
         """
+        from vlm.heads.device_search import DeviceSearch
 
-        def on_devices(rows: list[np.ndarray]) -> Searcher:
-            from vlm.heads.device_search import DeviceSearch
-
-            return DeviceSearch(rows, mesh, approximate)
-
-        self.search_with(None if mesh is None else on_devices)
+        if mesh is None:
+            self.search_with(None)
+        else:
+            self.search_with(functools.partial(DeviceSearch, mesh=mesh, approximate=approximate))
 
     def search_with(self, make: Callable[[list[np.ndarray]], Searcher] | None) -> None:
         """Search with a searcher that `make` builds from the rows, as `vlm.heads.faiss_search`.
@@ -299,7 +303,7 @@ class RetrievalIndex:
         """
         self._make_searcher, self._searcher = make, None
 
-    def recall(self, queries: Any, k: int = 10) -> float:
+    def recall(self, queries: Queries, k: int = 10) -> float:
         """Compute recall@k of `search` against exact search, as a mean over queries.
 
         It is 1 unless the index has codes, or searches with faiss or approximately on devices.
@@ -478,7 +482,7 @@ class RetrievalIndex:
         self._items, self._searcher = latest._items, None
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, model: Any) -> "RetrievalIndex":
+    def load(cls, folder: str | os.PathLike, model: Encoder) -> "RetrievalIndex":
         """Load a saved index; the embeddings are memory-mapped, and read when searched.
 
         Raises:

@@ -1,11 +1,11 @@
 """Load a saved classifier of any kind; the file has the kind."""
 
 import os
-from typing import Any
 
 from vlm.errors import CheckpointError
 from vlm.heads import few_shot, prompted, zero_shot
 from vlm.heads.classifier_file import kind_of_classifier
+from vlm.heads.encoder import Encoder
 
 KINDS = {
     zero_shot.KEY: zero_shot.ZeroShotClassifier,
@@ -15,7 +15,7 @@ KINDS = {
 Classifier = zero_shot.ZeroShotClassifier | few_shot.FewShotClassifier | prompted.PromptedClassifier
 
 
-def load_classifier(file: str | os.PathLike, model: Any) -> Classifier:
+def load_classifier(file: str | os.PathLike, model: Encoder) -> Classifier:
     """Load a classifier of any kind that its `save` wrote.
 
     Args:

@@ -1,7 +1,6 @@
 """Choice of prompt templates, by one rule for all commands."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from vlm.errors import ConfigError
 from vlm.heads.labels import read_templates
@@ -9,7 +8,7 @@ from vlm.heads.prompts import TEMPLATES, check_templates
 
 
 def choose_templates(
-    given: Sequence[str] | None = None, model: Any = None, source: Any = None
+    given: Sequence[str] | None = None, model: object = None, source: object = None
 ) -> tuple[str, ...]:
     """Choose the given templates, else the model's, else the data set's, else "photo".
 

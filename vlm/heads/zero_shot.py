@@ -5,7 +5,7 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -17,11 +17,12 @@ from vlm._deprecation import rename_arguments
 from vlm.errors import ConfigError, DataError
 from vlm.heads.calibration import fit_temperature
 from vlm.heads.classifier_file import reading_classifier, write_classifier
+from vlm.heads.encoder import Encoder, Rule
+from vlm.heads.inputs import Images
 from vlm.heads.prompts import cached_embeddings, class_prompts, indices, leaves_of
 from vlm.heads.templates import choose_templates
 from vlm.inputs.opening import OnError, one_or_many
 
-Rule = Literal["softmax", "sigmoid"]
 Embeddings = np.ndarray | Array
 
 NONE = "none of these"
@@ -145,7 +146,7 @@ class ImageClassifier(abc.ABC):
         labels: the m class names.
     """
 
-    model: Any
+    model: Encoder
     labels: tuple[str, ...]
 
     @property
@@ -154,11 +155,11 @@ class ImageClassifier(abc.ABC):
         return "softmax"
 
     @abc.abstractmethod
-    def logits(self, z_image: Any) -> Any:
+    def logits(self, z_image: Embeddings) -> Embeddings:
         """Compute the logits (n, m) of embeddings (n, d)."""
 
     def __call__(
-        self, images: Any, batch_size: int | None = None, *, on_error: OnError | None = None
+        self, images: Images, batch_size: int | None = None, *, on_error: OnError | None = None
     ) -> Classification:
         """Classify one image or any iterable of them: PIL images, paths or arrays of pixels.
 
@@ -166,7 +167,7 @@ class ImageClassifier(abc.ABC):
         called for each unreadable image, which then has no row: see `Bundle.encode_image`.
         """
         z_image, first = encode_images(self.model, images, batch_size, on_error)
-        return Classification(self.labels, self.logits(z_image), self.rule, first)
+        return Classification(self.labels, np.asarray(self.logits(z_image)), self.rule, first)
 
     classify = __call__
 
@@ -205,7 +206,7 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
     @rename_arguments(none="other_label")
     def __init__(
         self,
-        model: Any,
+        model: Encoder,
         labels: Sequence[str] | Mapping[str, Any],
         templates: Sequence[str] | None = None,
         other_label: Sequence[str] | str | None = None,
@@ -230,7 +231,7 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
     @classmethod
     def of_embeddings(
         cls,
-        model: Any,
+        model: Encoder,
         prompts: Mapping[str, Sequence[str]],
         z_labels: Float[np.ndarray, "m d"],
     ) -> "ZeroShotClassifier":
@@ -239,10 +240,11 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
         Raises:
             ConfigError: numbers of embeddings and labels that differ, or another width.
         """
-        if z_labels.shape != (len(prompts), model.embed_dim):
+        width = getattr(model, "embed_dim", z_labels.shape[-1])
+        if z_labels.shape != (len(prompts), width):
             raise ConfigError(
                 f"embeddings of shape {z_labels.shape} are not those of {len(prompts)} labels in "
-                f"{model.embed_dim} dimensions: give one row for each label"
+                f"{width} dimensions: give one row for each label"
             )
         made = cls.__new__(cls)
         made.model, made.z_labels = model, np.asarray(z_labels, np.float32)
@@ -257,7 +259,7 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
         return "sigmoid" if self.multi_label else self.model.loss
 
     def calibrate(
-        self, images: Any, labels: Sequence[str], batch_size: int | None = None
+        self, images: Images, labels: Sequence[str], batch_size: int | None = None
     ) -> "ZeroShotClassifier":
         """Fit the temperature on a few labelled images, so that scores are probabilities.
 
@@ -297,7 +299,7 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
         write_classifier(file, KEY, self.model, about, {"z_labels": self.z_labels})
 
     @classmethod
-    def load(cls, file: str | os.PathLike, model: Any) -> "ZeroShotClassifier":
+    def load(cls, file: str | os.PathLike, model: Encoder) -> "ZeroShotClassifier":
         """Load a classifier that `save` wrote; only probes of the model's identity are encoded.
 
         Raises:
@@ -344,7 +346,7 @@ def to_scores(logits: Float[np.ndarray, "*n m"], rule: Rule) -> Float[np.ndarray
 
 
 def encode_images(
-    model: Any, images: Any, batch_size: int | None = None, on_error: OnError | None = None
+    model: Encoder, images: Images, batch_size: int | None = None, on_error: OnError | None = None
 ) -> tuple[Float[np.ndarray, "n d"], tuple[Any, ...]]:
     """Encode a stream of images; return embeddings and the first few images, for display.
 

@@ -13,6 +13,7 @@ from jaxtyping import Float32
 
 from vlm.bundle import Bundle
 from vlm.errors import DataError
+from vlm.heads.encoder import Rule
 from vlm.inputs.opening import ImageLike, OnError, one_or_many
 from vlm.inputs.preprocess import Preprocess
 from vlm.models.text import LENGTH_STEP, shortened
@@ -60,6 +61,9 @@ class Batched:
         observe: Observe | None = None,
     ):
         self.bundle, self.seconds = bundle, seconds
+        self.name = bundle.name
+        self.loss: Rule = bundle.loss
+        self.logit_scale, self.logit_bias = bundle.logit_scale, bundle.logit_bias
         if max_batch is None:
             max_batch = 32 if jax.default_backend() == "cpu" else 256
         self.max_batch = 1 << (max(1, max_batch).bit_length() - 1)
@@ -75,13 +79,9 @@ class Batched:
 
     # ---------------------------------------------------------------- interface of `Bundle`
 
-    name = property(lambda self: self.bundle.name)
-    loss = property(lambda self: self.bundle.loss)
     config = property(lambda self: self.bundle.config)
     tokenizer = property(lambda self: self.bundle.tokenizer)
     embed_dim = property(lambda self: self.bundle.embed_dim)
-    logit_scale = property(lambda self: self.bundle.logit_scale)
-    logit_bias = property(lambda self: self.bundle.logit_bias)
     fingerprint = property(lambda self: self.bundle.fingerprint)
 
     def encode_image(

@@ -20,7 +20,7 @@ from vlm.data.reinforced import ARRAYS, FILE, MUST_MATCH, UNFINISHED, variant_dr
 from vlm.data.sources import open_source, streams
 from vlm.data.transform_example import ExampleTransform
 from vlm.errors import ConfigError, DataError
-from vlm.heads.identity import stored_facts
+from vlm.heads.model_identity import stored_facts
 from vlm.paths import as_config_error
 from vlm.training.teacher import check_square
 

@@ -14,7 +14,7 @@ import vlm
 from vlm.errors import CheckpointError
 from vlm.evaluation.evidence import model_facts
 from vlm.heads import prompts
-from vlm.heads.identity import (
+from vlm.heads.model_identity import (
     PROBE_IMAGE,
     PROBE_TEXT,
     check_identity,
@@ -30,7 +30,7 @@ from vlm.inputs.preprocess import Preprocess
 class Model:
     """Model whose probe embeddings have these cosines with those of `Model()`."""
 
-    name = "plain"
+    name, loss, logit_scale, logit_bias = "plain", "softmax", 10.0, 0.0
 
     def __init__(self, text=1.0, image=1.0, fingerprint=None):
         self.text, self.image, self.fingerprint = text, image, fingerprint

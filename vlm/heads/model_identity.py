@@ -15,6 +15,7 @@ import numpy as np
 
 from vlm._version import __version__
 from vlm.errors import CheckpointError
+from vlm.heads.encoder import Encoder
 from vlm.sharding import to_host
 from vlm.weights.fingerprint import fingerprint_of_arrays
 from vlm.weights.rules import flat_arrays
@@ -32,13 +33,15 @@ ROUNDING = ("vlm", "platform", "matmul_precision")
 FIELDS: dict[str, type] = {"model": str, "probe_text": list, "probe_image": list}
 
 
-def embedding_facts(model: Any, tower: Literal["image", "text"] | None = None) -> dict[str, str]:
+def embedding_facts(
+    model: Encoder, tower: Literal["image", "text"] | None = None
+) -> dict[str, str]:
     """Return the settings that embeddings depend on, besides weights and inputs.
 
     Any option of a model that changes embeddings belongs here.
 
     Args:
-        model: a model from `vlm.load`, or another object that encodes.
+        model: a model from `vlm.load`, or another `Encoder`.
         tower: leave out settings of the other tower.
     """
     import jax
@@ -60,7 +63,7 @@ def embedding_facts(model: Any, tower: Literal["image", "text"] | None = None) -
     return {name: str(value) for name, value in facts.items() if value is not None}
 
 
-def stored_facts(model: Any, tower: Literal["image", "text"] | None = None) -> dict[str, str]:
+def stored_facts(model: Encoder, tower: Literal["image", "text"] | None = None) -> dict[str, str]:
     """Return the settings and weights' fingerprint that identify stored embeddings.
 
     If the model has no fingerprint, its weights are hashed.
@@ -75,7 +78,7 @@ def stored_facts(model: Any, tower: Literal["image", "text"] | None = None) -> d
     return found | {name: fact for name, fact in facts.items() if name not in ROUNDING}
 
 
-def identity(model: Any) -> dict[str, Any]:
+def identity(model: Encoder) -> dict[str, Any]:
     """Return the identity of a model that is stored with its embeddings, as JSON values."""
     return {
         "model": model.name,
@@ -86,7 +89,7 @@ def identity(model: Any) -> dict[str, Any]:
     }
 
 
-def check_identity(stored: dict[str, Any], model: Any, where: Path) -> None:
+def check_identity(stored: dict[str, Any], model: Encoder, where: Path) -> None:
     """Raise a CheckpointError unless `model` embeds like the model of a stored identity."""
     width = len(stored["probe_text"])
     fix = f"load {stored['model']!r} as it was, or rebuild it with {model.name!r}"
@@ -110,7 +113,7 @@ def check_identity(stored: dict[str, Any], model: Any, where: Path) -> None:
         )
 
 
-def mismatch(stored: dict[str, Any], model: Any) -> str | None:
+def mismatch(stored: dict[str, Any], model: Encoder) -> str | None:
     """Return why embeddings of `model` do not belong in the same index, or None if they do.
 
     Stricter than `check_identity`: queries may have another precision, items of an index may not.
