@@ -114,8 +114,6 @@ class Items:
         new = [np.full(len(block), block.name is None) for block in self.blocks]
         return np.flatnonzero(self.live & np.concatenate([*new, np.zeros(0, bool)]))
 
-    # ------------------------------------------------------------------------------ changing
-
     def add(self, rows: list[np.ndarray], ids: list[Id], columns: dict[str, list[Value]]) -> None:
         """Append validated items; an item replaces the existing one with its id.
 
@@ -170,8 +168,6 @@ class Items:
             return None
         assert self.centre is not None  # set with the first rows
         return encode(rows, self.coding, self.centre)
-
-    # --------------------------------------------------------------------- saving and opening
 
     def save(self, folder: Path, model: dict[str, Any], overwrite: bool) -> None:
         """Write new shards, publish the index, and memory-map its rows from the folder.

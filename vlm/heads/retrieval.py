@@ -78,8 +78,6 @@ class RetrievalIndex:
         self._searcher: Searcher | None = None
         self.mismatch: str | None = None  # how the model differs from the one that built the index
 
-    # ------------------------------------------------------------------------------- adding
-
     def add(
         self,
         items: Many,
@@ -221,8 +219,6 @@ class RetrievalIndex:
         if self.embed_dim and z.shape[1] != self.embed_dim:
             fit = f"{z.shape[1]} dimensions do not match an index of {self.embed_dim}"
             raise ConfigError(f"{what} of {fit}: encode with {self.model.name}")
-
-    # ---------------------------------------------------------------------------- searching
 
     def search(
         self,
@@ -370,8 +366,6 @@ class RetrievalIndex:
         best = [rescored(q, rows, p, k, least) for q, p in zip(z, proposed, strict=True)]
         return [at for at, _ in best], [scores for _, scores in best]
 
-    # ------------------------------------------------------------------------------ reading
-
     def __len__(self) -> int:
         return len(self._items.at)
 
@@ -435,8 +429,6 @@ class RetrievalIndex:
     def _repr_html_(self) -> str:
         pictures = "".join(picture_of(id) for id in self.ids[:8])
         return f"<div><p>{display.escape(repr(self))}</p>{pictures}</div>"
-
-    # --------------------------------------------------------------------- saving and loading
 
     def save(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Save the index to a folder, or update the folder that it was loaded from.
