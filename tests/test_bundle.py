@@ -19,7 +19,7 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
 from vlm.models.dual_encoder import DualEncoder
 from vlm.weights import files
-from vlm.weights.files import Arrays, SafetensorsFiles
+from vlm.weights.files import Arrays, SafetensorsFile
 from vlm.weights.fingerprint import VerifiedTensors, digests, older_fingerprint
 from vlm.weights.rules import flat_arrays
 
@@ -143,7 +143,7 @@ def test_weights_that_are_not_the_bundles_own(bundle, tmp_path):
     bundle.save(tmp_path / "b")
     weights = tmp_path / "b" / "model.safetensors"
     whole = weights.read_bytes()
-    where = SafetensorsFiles([weights])._entries
+    where = SafetensorsFile(weights)._entries
     for name, entry in list(where.items())[::5]:
         flip(weights, entry.offset + entry.size // 2)
         with pytest.raises(CheckpointError, match=f"{name} in .* is not what was saved"):
@@ -183,7 +183,7 @@ def test_a_bundle_from_before_there_were_digests(bundle, images, tmp_path):
     (tmp_path / "b" / "bundle.json").write_text(json.dumps(about))
     with pytest.raises(CheckpointError, match="safetensors is not what was saved"):
         load(tmp_path / "b")
-    about["fingerprint"] = older_fingerprint(SafetensorsFiles([weights]))
+    about["fingerprint"] = older_fingerprint(SafetensorsFile(weights))
     (tmp_path / "b" / "bundle.json").write_text(json.dumps(about))
     assert np.array_equal(load(tmp_path / "b").encode_image(images), bundle.encode_image(images))
     about["digests"] = {"vision.stem.kernel": ["0" * 32]}

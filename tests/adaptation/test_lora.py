@@ -15,7 +15,7 @@ from vlm.bundle import load
 from vlm.config import AdapterConfig
 from vlm.errors import CheckpointError, ConfigError
 from vlm.models import adapters
-from vlm.weights.files import SafetensorsFiles, write_safetensors
+from vlm.weights.files import SafetensorsFile, write_safetensors
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "weights" / "golden"
 BASE = GOLDEN / "hf_clip"
@@ -175,7 +175,7 @@ def test_a_changed_number_is_refused(copied):
 
 def test_a_missing_or_foreign_tensor_is_refused(copied):
     file = copied / "adapter.safetensors"
-    tensors = SafetensorsFiles([file])
+    tensors = SafetensorsFile(file)
     arrays = {name: tensors.read(name) for name in tensors.shapes}
     name = next(iter(arrays))
     for changed in ({k: v for k, v in arrays.items() if k != name}, arrays | {"x": arrays[name]}):

@@ -13,7 +13,7 @@ from vlm.config import EfficientNetConfig, EfficientNetStage, ModelConfig, TextC
 from vlm.errors import CheckpointError
 from vlm.inputs.preprocess import Preprocess
 from vlm.weights.align import model_config, rules
-from vlm.weights.files import SafetensorsFiles
+from vlm.weights.files import SafetensorsFile
 from vlm.weights.instantiate import abstract_model
 from vlm.weights.processors import huggingface_preprocess
 from vlm.weights.rules import flat_shapes
@@ -59,13 +59,13 @@ def test_what_the_config_cannot_mean_is_refused_by_name(tower, fields, said):
 
 
 def test_a_temperature_must_be_positive(monkeypatch):
-    read = SafetensorsFiles.read
+    read = SafetensorsFile.read
 
     def cold(self, name, *rows):
         value = read(self, name, *rows)
         return np.asarray(-value) if name == "temperature" else value
 
-    monkeypatch.setattr(SafetensorsFiles, "read", cold)
+    monkeypatch.setattr(SafetensorsFile, "read", cold)
     with pytest.raises(CheckpointError, match=r"has the temperature -0\.07.* greater than 0"):
         load(GOLDEN / "hf_align")
 

@@ -9,7 +9,7 @@ import pytest
 
 from vlm.bundle import load
 from vlm.errors import CheckpointError
-from vlm.weights.files import SafetensorsFiles, write_safetensors
+from vlm.weights.files import SafetensorsFile, write_safetensors
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -21,7 +21,7 @@ def refuse_to_read(self, name, start=0, stop=None):
 
 @pytest.fixture
 def unread(monkeypatch):
-    monkeypatch.setattr(SafetensorsFiles, "read", refuse_to_read)
+    monkeypatch.setattr(SafetensorsFile, "read", refuse_to_read)
 
 
 def copy(name: str, folder: pathlib.Path) -> pathlib.Path:
@@ -41,7 +41,7 @@ def with_config(name: str, folder: pathlib.Path, tower: str, **fields) -> pathli
 def with_tensors(name: str, folder: pathlib.Path, change) -> pathlib.Path:
     """A folder of open_clip with other tensors: `change(name, array)`, None leaves one out."""
     file = copy(name, folder) / "open_clip_model.safetensors"
-    tensors = SafetensorsFiles([file])
+    tensors = SafetensorsFile(file)
     arrays = {n: change(n, tensors.read(n)) for n in tensors.shapes}
     write_safetensors(file, [(n, a) for n, a in arrays.items() if a is not None], {})
     return folder
@@ -73,7 +73,7 @@ def test_what_a_family_does_not_read_is_named(name, tower, fields, said, tmp_pat
 def test_an_image_tower_without_its_text_is_refused(name, tmp_path, monkeypatch):
     image = ("visual.", "logit_")
     folder = with_tensors(name, tmp_path / "model", lambda n, x: x if n.startswith(image) else None)
-    monkeypatch.setattr(SafetensorsFiles, "read", refuse_to_read)
+    monkeypatch.setattr(SafetensorsFile, "read", refuse_to_read)
     with pytest.raises(CheckpointError, match=r"missing from the file: .*token_embedding"):
         load(folder)
 
@@ -83,7 +83,7 @@ def test_a_text_tower_without_its_image_is_refused(name, tmp_path, monkeypatch):
     folder = with_tensors(
         name, tmp_path / "model", lambda n, x: None if n.startswith("visual.") else x
     )
-    monkeypatch.setattr(SafetensorsFiles, "read", refuse_to_read)
+    monkeypatch.setattr(SafetensorsFile, "read", refuse_to_read)
     with pytest.raises(CheckpointError, match=r"missing from the file: .*visual\."):
         load(folder)
 
@@ -103,7 +103,7 @@ def test_weights_of_another_width_are_refused(name, tensor, tmp_path, monkeypatc
     folder = with_tensors(
         name, tmp_path / "model", lambda n, x: np.repeat(x, 2, axis=-1) if n == tensor else x
     )
-    monkeypatch.setattr(SafetensorsFiles, "read", refuse_to_read)
+    monkeypatch.setattr(SafetensorsFile, "read", refuse_to_read)
     with pytest.raises(CheckpointError, match=f"of another shape: {tensor.replace('.', '[.]')}"):
         load(folder)
 

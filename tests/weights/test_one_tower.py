@@ -7,7 +7,7 @@ import pytest
 
 from vlm.bundle import load
 from vlm.errors import CheckpointError, ConfigError
-from vlm.weights.files import SafetensorsFiles
+from vlm.weights.files import SafetensorsFile
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 TEXTS = ["a photo of a cat", "two dogs"]
@@ -18,9 +18,9 @@ def test_each_half_encodes_as_the_whole(name, monkeypatch, tmp_path):
     image = np.arange(40 * 30 * 3, dtype=np.uint8).reshape(40, 30, 3)
     whole = load(GOLDEN / name)
     read = []
-    original = SafetensorsFiles.read
+    original = SafetensorsFile.read
     monkeypatch.setattr(
-        SafetensorsFiles, "read", lambda self, n, *a: read.append(n) or original(self, n, *a)
+        SafetensorsFile, "read", lambda self, n, *a: read.append(n) or original(self, n, *a)
     )
     half = load(GOLDEN / name, tower="vision")
     assert not any(n.startswith(("text", "token_embedding")) for n in read)

@@ -17,7 +17,7 @@ from vlm.config import AdapterConfig
 from vlm.errors import CheckpointError, ConfigError
 from vlm.models import adapters
 from vlm.nn.lora import AdapterParam
-from vlm.weights.files import SafetensorsFiles, write_safetensors
+from vlm.weights.files import SafetensorsFile, write_safetensors
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NAMES = sorted(path.name for path in GOLDEN.glob("peft_*"))
@@ -53,7 +53,7 @@ def test_an_adapter_computes_what_it_did_there(name, tmp_path):
 
     adaptation.save_peft(bundle, tmp_path / "again")
     theirs, ours = (
-        SafetensorsFiles([folder / "adapter_model.safetensors"])
+        SafetensorsFile(folder / "adapter_model.safetensors")
         for folder in (GOLDEN / name, tmp_path / "again")
     )
     assert ours.shapes == theirs.shapes
@@ -108,7 +108,7 @@ def test_another_model_is_refused(folder, name, message):
 
 def test_tensors_that_do_not_fit_are_named(clip, folder):
     file = folder / "adapter_model.safetensors"
-    tensors = SafetensorsFiles([file])
+    tensors = SafetensorsFile(file)
     arrays = {key: tensors.read(key) for key in tensors.shapes}
     first = "base_model.model.text_projection.lora_A.weight"
     write_safetensors(file, (arrays | {first: arrays[first][:, :-1].copy()}).items(), {})

@@ -9,7 +9,7 @@ import pytest
 
 from vlm.bundle import load
 from vlm.errors import CheckpointError
-from vlm.weights.files import SafetensorsFiles, write_safetensors
+from vlm.weights.files import SafetensorsFile, write_safetensors
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 POSITION = "encoder/ToTokenSequence_0/posembed_input"
@@ -51,7 +51,7 @@ def test_what_the_family_does_not_read_is_named(part, fields, said, tmp_path, mo
         raise AssertionError(f"{name} was read")
 
     folder = with_fields(tmp_path / "model", part, fields)
-    monkeypatch.setattr(SafetensorsFiles, "read", unread)
+    monkeypatch.setattr(SafetensorsFile, "read", unread)
     with pytest.raises(CheckpointError, match=said):
         load(folder)
 
@@ -60,7 +60,7 @@ def test_a_temperature_is_that_of_the_file_or_else_of_the_config(tmp_path):
     folder = with_fields(tmp_path / "model", "", {"temperature_init_value": 0.25})
     assert load(folder).logit_scale == pytest.approx(1 / 0.07)
     file = folder / "model.safetensors"
-    tensors = SafetensorsFiles([file])
+    tensors = SafetensorsFile(file)
     arrays = {name: tensors.read(name) for name in tensors.shapes}
     del arrays["temperature"]  # as in the published files
     write_safetensors(file, arrays.items(), {})

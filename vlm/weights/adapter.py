@@ -21,7 +21,7 @@ from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.adapters import Adapter, Factors
 from vlm.models.dual_encoder import DualEncoder
 from vlm.weights.fields import integer, read_json_of_format, show, string
-from vlm.weights.files import SafetensorsFiles
+from vlm.weights.files import SafetensorsFile
 from vlm.weights.fingerprint import VerifiedTensors, fingerprint, write_with_digests
 from vlm.weights.new_folder import new_folder
 
@@ -104,7 +104,7 @@ def open_adapter(path: epath.Path) -> SavedAdapter:
             f"{file} is not as saved ({str(error)[:400]}): save the adapter again"
         ) from None
     weights = folder / FACTORS_FILE
-    tensors = VerifiedTensors(SafetensorsFiles([weights]), found, beside=ADAPTER_FILE)
+    tensors = VerifiedTensors(SafetensorsFile(weights), found, beside=ADAPTER_FILE)
     if missing := sorted(found.keys() ^ set(tensors.shapes)):
         raise CheckpointError(
             f"{weights} and the {ADAPTER_FILE} beside it do not agree on "

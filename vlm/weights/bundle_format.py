@@ -18,7 +18,7 @@ from vlm.paths import as_path, is_run
 from vlm.weights.adapter import ADAPTER_FILE, folder_with
 from vlm.weights.checkpoint import Checkpoint
 from vlm.weights.fields import read_json, read_json_of_format, string
-from vlm.weights.files import SafetensorsFiles, Tensors
+from vlm.weights.files import SafetensorsFile, Tensors
 from vlm.weights.fingerprint import (
     VerifiedTensors,
     fingerprint,
@@ -70,7 +70,7 @@ def open_checkpoint(path: epath.Path) -> Checkpoint:
         tokenizer = Tokenizer.from_file(folder / tokenizers.VOCABULARY_FILE, rules)
     except (DataError, ConfigError) as error:
         raise CheckpointError(f"the bundle {folder} is incomplete: {error}") from None
-    tensors: Tensors = SafetensorsFiles([folder / WEIGHTS_FILE])
+    tensors: Tensors = SafetensorsFile(folder / WEIGHTS_FILE)
     if found is not None:
         tensors = VerifiedTensors(tensors, found)
     elif older_fingerprint(tensors) != saved:

@@ -10,7 +10,7 @@ from vlm.config import ModelConfig, PreprocessConfig
 from vlm.errors import CheckpointError
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.weights.fields import fields, read_json, show
-from vlm.weights.files import SafetensorsFiles, Shards, Tensors
+from vlm.weights.files import SafetensorsFile, Shards, Tensors
 from vlm.weights.resolution import Positions, TextPositions
 from vlm.weights.rules import Rule
 from vlm.weights.torch_pickle import TorchFile
@@ -61,9 +61,8 @@ def weights(folder: epath.Path, *stems: str) -> Tensors:
         if not file.exists():
             continue
         files = shards(file) if name.endswith(".index.json") else [file]
-        if ".safetensors" in name:
-            return SafetensorsFiles(files)
-        return Shards([TorchFile(file) for file in files])
+        kind = SafetensorsFile if ".safetensors" in name else TorchFile
+        return Shards([kind(file) for file in files])
     wanted = " or ".join(f"{stem}.safetensors" for stem in stems)
     raise CheckpointError(f"{folder} has no {wanted}: the download is incomplete")
 

@@ -1,7 +1,9 @@
-"""Tensors in files, read one at a time: safetensors without a memory map, `.npz`, and dicts.
+"""Tensors in files, read one at a time: safetensors without a memory map, and arrays in memory.
 
-The pages of a memory map count as the process's memory once they are touched, so that loading would
-cost twice the checkpoint. Here each tensor, or a range of its rows, is read when it is asked for.
+The `safetensors` library maps local files into memory and writes a file from a dict of all its
+tensors. Here rows of a tensor are read on request, also from buckets, and tensors are written one
+after the other. The touched pages of a memory map count as memory of the process, so that loading
+would need twice the size of the checkpoint.
 """
 
 import json
@@ -9,8 +11,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -33,7 +34,7 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-# Of the format, but no parameters in themselves: quantised, or complex.
+# Types of the format that hold no parameters as such: quantised or complex numbers.
 _OTHER_DTYPES = {
     "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4",
     "U64", "U32", "U16", "C64", "C128",
@@ -59,17 +60,17 @@ class Tensors(Protocol):
 
 
 def part_rows(shape: Sequence[int]) -> int:
-    """How many rows of a table are read at a time: a part of some 16 MB, or a single row."""
+    """Return how many rows of a table are read at a time: about 16 MB, at least one row."""
     return max(1, _PART // max(1, math.prod(shape[1:])))
 
 
 def read_parameter(
     tensors: Tensors, name: str, start: int = 0, stop: int | None = None
 ) -> Shaped[np.ndarray, "..."]:
-    """`tensors.read`, of what must be parameters.
+    """Read a tensor of parameters, or its rows `start:stop`.
 
     Raises:
-        CheckpointError: they are not floating-point numbers.
+        CheckpointError: its values are not floating-point numbers.
     """
     values = tensors.read(name, start, stop)
     if values.dtype.kind != "f" and values.dtype != ml_dtypes.bfloat16:
@@ -80,9 +81,7 @@ def read_parameter(
     return values
 
 
-@dataclass(frozen=True)
-class _Entry:
-    path: epath.Path
+class _Entry(NamedTuple):
     offset: int  # bytes from the start of the file
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -93,108 +92,97 @@ class _Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class SafetensorsFiles:
-    """The tensors of one `.safetensors` file, or of several that share a checkpoint.
+class SafetensorsFile:
+    """The tensors of one `.safetensors` file.
 
     Raises:
-        CheckpointError: a file is missing, truncated or not in the format; the message names it.
+        CheckpointError: the file is missing, truncated or not in the format.
     """
 
-    def __init__(self, paths: Iterable[epath.PathLike]):
-        paths = [epath.Path(p) for p in paths]
-        self.where = os.fspath(paths[0])
-        self._entries: dict[str, _Entry] = {}
-        self.metadata: dict[str, str] = {}
-        for path in paths:
-            found = self._scan(path)
-            if twice := self._entries.keys() & found.keys():
-                raise CheckpointError(
-                    f"{path} has {show(min(twice))}, which another shard has too: download it again"
-                )
-            self._entries.update(found)
+    def __init__(self, path: epath.PathLike):
+        self._path = epath.Path(path)
+        self.where = os.fspath(self._path)
+        self._entries = _read_header(self._path)
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Shaped[np.ndarray, "..."]:
-        entry = self._entries[name]
-        shape, offset = entry.shape, entry.offset
+        offset, shape, dtype = self._entries[name]
         if shape:
             stop = shape[0] if stop is None else stop
-            row = math.prod(shape[1:]) * entry.dtype.itemsize
-            offset, shape = offset + start * row, (stop - start, *shape[1:])
-        size = math.prod(shape) * entry.dtype.itemsize
-        with entry.path.open("rb") as file:
+            offset += start * math.prod(shape[1:]) * dtype.itemsize
+            shape = (stop - start, *shape[1:])
+        size = math.prod(shape) * dtype.itemsize
+        with self._path.open("rb") as file:
             file.seek(offset)
             data = file.read(size)
         if len(data) != size:
-            raise CheckpointError(f"{entry.path} ends inside {name}: copy or download it again")
-        return np.frombuffer(data, entry.dtype).reshape(shape)
+            raise CheckpointError(f"{self.where} ends inside {name}: copy or download it again")
+        return np.frombuffer(data, dtype).reshape(shape)
 
-    def _scan(self, path: epath.Path) -> dict[str, _Entry]:
-        try:
-            with path.open("rb") as file:
-                head = file.read(8)
-                if len(head) < 8:
-                    raise CheckpointError(f"{path} is truncated: copy or download it again")
-                length = struct.unpack("<Q", head)[0]
-                if length > _MAX_HEADER:
-                    raise CheckpointError(
-                        f"{path} is not a safetensors file: it may be a download's error page or "
-                        "a Git LFS pointer, so download it again"
-                    )
-                text = file.read(length)
-            total = path.stat().length
-        except FileNotFoundError:
-            raise CheckpointError(f"there is no {path}: the checkpoint is incomplete") from None
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-        if len(text) < length:
-            raise CheckpointError(f"{path} is truncated: copy or download it again")
-        try:
-            header = dict(json.loads(text, object_pairs_hook=_pairs))
-            for name, value in dict(header.pop("__metadata__", {})).items():
-                self.metadata[str(name)] = str(value)
-            specs = {name: dict(spec) for name, spec in header.items()}
-            entries = {name: self._entry(path, 8 + length, spec) for name, spec in specs.items()}
-            end = _check_layout(entries, 8 + length)
-        except CheckpointError:
-            raise
-        except RecursionError:
-            raise CheckpointError(f"{path} has a header nested too deep: get it again") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = str(error)[:200]
-            raise CheckpointError(f"{path} has a damaged header ({reason}): get it again") from None
-        if end > total:
-            raise CheckpointError(
-                f"{path} is truncated ({total:,} bytes of {end:,}): copy or download it again"
-            )
-        if end < total:
-            raise CheckpointError(
-                f"{path} has {total - end:,} bytes after its last tensor: copy or download it again"
-            )
-        return entries
 
-    def _entry(self, path: epath.Path, data: int, spec: dict[str, Any]) -> _Entry:
-        kind = spec["dtype"]
-        if not isinstance(kind, str) or (kind not in DTYPES and kind not in _OTHER_DTYPES):
-            raise ValueError(f"a tensor of unknown type {show(kind)}")
-        if kind in _OTHER_DTYPES:
-            raise CheckpointError(
-                f"{path} holds tensors of type {kind}, which are quantised or not of real numbers: "
-                "get the model in float32, float16 or bfloat16"
-            )
-        dtype = DTYPES[kind]
-        numbers = (*spec["data_offsets"], *spec["shape"])
-        if any(type(n) is not int or n < 0 for n in numbers):
-            raise ValueError("a size or an offset that is not a whole number")
-        begin, end = spec["data_offsets"]
-        shape = tuple(spec["shape"])
-        if end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"shape {show(shape)} does not fill bytes {begin} to {end}")
-        return _Entry(path, data + begin, shape, dtype)
+def _read_header(path: epath.Path) -> dict[str, _Entry]:
+    """Return the tensors in a file, after checking that they fill it."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+            if length > _MAX_HEADER:
+                raise CheckpointError(
+                    f"{path} is not a safetensors file: it may be a download's error page or "
+                    "a Git LFS pointer, so download it again"
+                )
+            text = file.read(length)
+        total = path.stat().length
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no {path}: the checkpoint is incomplete") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    if len(head) < 8 or len(text) < length:
+        raise CheckpointError(f"{path} is truncated: copy or download it again")
+    try:
+        header = dict(json.loads(text, object_pairs_hook=_pairs))
+        dict(header.pop("__metadata__", {}))
+        specs = {name: dict(spec) for name, spec in header.items()}
+        entries = {name: _entry(path, 8 + length, spec) for name, spec in specs.items()}
+        end = _check_layout(entries, 8 + length)
+    except RecursionError:
+        raise CheckpointError(f"{path} has a header nested too deep: get it again") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error)[:200]
+        raise CheckpointError(f"{path} has a damaged header ({reason}): get it again") from None
+    if end > total:
+        raise CheckpointError(
+            f"{path} is truncated ({total:,} bytes of {end:,}): copy or download it again"
+        )
+    if end < total:
+        raise CheckpointError(
+            f"{path} has {total - end:,} bytes after its last tensor: copy or download it again"
+        )
+    return entries
+
+
+def _entry(path: epath.Path, data: int, spec: dict[str, Any]) -> _Entry:
+    """Return a tensor of the header; `data` is the offset of the first one."""
+    kind = spec["dtype"]
+    if kind in _OTHER_DTYPES:
+        raise CheckpointError(
+            f"{path} holds tensors of type {kind}, which are quantised or not of real numbers: "
+            "get the model in float32, float16 or bfloat16"
+        )
+    if kind not in DTYPES:
+        raise ValueError(f"a tensor of unknown type {show(kind)}")
+    numbers = (*spec["data_offsets"], *spec["shape"])
+    if any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError("a size or an offset that is not a whole number")
+    begin, end = spec["data_offsets"]
+    entry = _Entry(data + begin, tuple(spec["shape"]), DTYPES[kind])
+    if end - begin != entry.size:
+        raise ValueError(f"shape {show(entry.shape)} does not fill bytes {begin} to {end}")
+    return entry
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON in which no name stands twice."""
+    """Return a JSON object, whose names must be unique."""
     values = dict(pairs)
     if len(values) != len(pairs):
         names = [name for name, _ in pairs]
@@ -204,7 +192,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_layout(entries: dict[str, _Entry], start: int) -> int:
-    """Where the last tensor ends; as the format demands, each begins where one before it ended."""
+    """Return the end of the last tensor; the format allows no gaps between tensors."""
     last = ""
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size)):
         if entry.offset < start:
@@ -239,7 +227,7 @@ class Shards:
 
 
 class Arrays:
-    """Tensors that are in memory already."""
+    """Tensors that are already in memory."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray], where: str):
         self.where = where
@@ -259,8 +247,8 @@ def write_safetensors(
 ) -> None:
     """Write `arrays` one after the other, and call `written` with each.
 
-    An array may be anything with `shape` and `dtype` that becomes numpy when asked (a jax array):
-    no more than one is converted at a time.
+    An array is anything with a shape and dtype that numpy can convert, such as a jax array. One is
+    converted at a time.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     arrays = list(arrays)

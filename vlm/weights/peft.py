@@ -22,7 +22,7 @@ from vlm.models.adapters import Adapter, Factors, LayerSize, linear_layers, size
 from vlm.models.dual_encoder import DualEncoder
 from vlm.weights.adapter import AdapterOrigin, SavedAdapter
 from vlm.weights.fields import boolean, fields, integer, list_names, number, read_json, show, string
-from vlm.weights.files import SafetensorsFiles, read_parameter, write_safetensors
+from vlm.weights.files import SafetensorsFile, read_parameter, write_safetensors
 from vlm.weights.huggingface import RULES
 from vlm.weights.new_folder import new_folder
 from vlm.weights.rules import LINEAR, OUT
@@ -165,7 +165,7 @@ def _factors(
     file = folder / WEIGHTS_FILE
     if not file.exists() and (folder / "adapter_model.bin").exists():
         raise CheckpointError(f"{folder} holds a pickle: save the adapter again as safetensors")
-    tensors = SafetensorsFiles([file])
+    tensors = SafetensorsFile(file)
     places = _places(model, tokenizer)
     layers = linear_layers(model)
     found: dict[str, dict[int | None, dict[str, np.ndarray]]] = {}
