@@ -1,19 +1,19 @@
-"""A map from characters to strings in the form of SentencePiece's `precompiled_charsmap`.
+"""Writer of SentencePiece's `precompiled_charsmap`, a map from characters to strings.
 
-`tokenizers.normalizers.Precompiled` applies it in one pass, however many characters it has. The
-form is a trie as a double array (Yata's darts-clone), and behind it the strings, each ended by 0:
+`tokenizers.normalizers.Precompiled` applies it in one pass. The format is a trie in a double array
+(darts-clone), followed by zero-terminated strings:
 https://github.com/google/sentencepiece/blob/master/src/normalizer.h
 """
 
 import struct
 from collections.abc import Mapping
 
-_VALUE = 1 << 31  # of a unit that holds the place of a string
-_LEAF = 1 << 8  # of a unit behind which such a unit stands
+_VALUE = 1 << 31  # flag of a unit with the offset of a string
+_LEAF = 1 << 8  # flag of a unit that has such a child
 
 
 def charsmap(table: Mapping[str, str]) -> bytes:
-    """The bytes that `Precompiled` takes for a table of single characters."""
+    """Return the argument of `Precompiled` for a table of single characters."""
     places: dict[bytes, int] = {}
     blob = b""
     for char, target in table.items():
@@ -28,7 +28,7 @@ def charsmap(table: Mapping[str, str]) -> bytes:
 
 
 def _grow(units: dict[int, int], bases: set[int], at: int, keys: Mapping[bytes, int]) -> None:
-    """Place the children of the unit `at`, below which stand `keys`."""
+    """Insert the children of the unit `at`, whose subtree has `keys`."""
     children: dict[int, dict[bytes, int]] = {}
     for key, place in keys.items():
         children.setdefault(key[0] if key else 0, {})[key[1:]] = place

@@ -164,13 +164,13 @@ def _read_header(path: epath.Path) -> dict[str, _Entry]:
 def _entry(path: epath.Path, data: int, spec: dict[str, Any]) -> _Entry:
     """Return a tensor of the header; `data` is the offset of the first one."""
     kind = spec["dtype"]
+    if not isinstance(kind, str) or kind not in _OTHER_DTYPES | DTYPES.keys():
+        raise ValueError(f"a tensor of unknown type {show(kind)}")
     if kind in _OTHER_DTYPES:
         raise CheckpointError(
             f"{path} holds tensors of type {kind}, which are quantised or not of real numbers: "
             "get the model in float32, float16 or bfloat16"
         )
-    if kind not in DTYPES:
-        raise ValueError(f"a tensor of unknown type {show(kind)}")
     numbers = (*spec["data_offsets"], *spec["shape"])
     if any(type(n) is not int or n < 0 for n in numbers):
         raise ValueError("a size or an offset that is not a whole number")

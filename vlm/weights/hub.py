@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub: the files that are needed, through its own cache."""
+"""Download of models from the Hugging Face Hub, through its cache."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from vlm.weights.checkpoint import shards, weight_names
 from vlm.weights.fields import read_json
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Which model it is; the first that a repository has is there whenever anything of it is.
+# Files that identify the model. The first that a repository has is downloaded before all others.
 _CONFIGS = (BUNDLE_FILE, "config.json", "open_clip_config.json")
 _INPUTS = (
     "preprocessor_config.json",
@@ -31,19 +31,20 @@ _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROF
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` has the form of a Hub id, OWNER/NAME, perhaps with open_clip's "hf-hub:"."""
+    """Return True if `name` has the form OWNER/NAME, with or without open_clip's "hf-hub:"."""
     return bool(_ID.fullmatch(name.removeprefix("hf-hub:")))
 
 
 def download(name: str, revision: str | None = None) -> tuple[epath.Path, str | None]:
-    """The folder in the Hub's cache with the files of the model `name` that loading reads.
+    """Download the files of a model that loading reads, unless they are cached.
 
-    They are fetched if they must be. If the Hub does not give them, what was cached before does,
-    and the second value says why it was not asked.
+    Returns:
+        The folder in the Hub's cache, and None. If the Hub fails and an older copy is cached: its
+        folder, and the reason of the failure.
 
     Raises:
-        CheckpointError: there is no such model, no access to it, nothing in it that vlm reads, or
-            no network and no copy.
+        CheckpointError: there is no such model, no access to it, no file that vlm reads, or no
+            network and no cached copy.
     """
     import huggingface_hub as hub
     from huggingface_hub import constants, errors
@@ -58,7 +59,7 @@ def download(name: str, revision: str | None = None) -> tuple[epath.Path, str | 
         ) from None
     file = None
     try:
-        # The client asks this without a limit of time, and may wait for a silent server forever.
+        # The client has no default timeout here, and could wait for a silent server forever.
         about = hub.HfApi().model_info(
             name, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
         )
@@ -67,8 +68,9 @@ def download(name: str, revision: str | None = None) -> tuple[epath.Path, str | 
         def fetch(file: str) -> str:
             cached = hub.try_to_load_from_cache(name, file, revision=about.sha)
             size = sizes.get(file)
-            torn = size is not None and isinstance(cached, str) and os.path.getsize(cached) != size
-            return hub.hf_hub_download(name, file, revision=about.sha, force_download=torn)
+            known = size is not None and isinstance(cached, str)
+            truncated = known and os.path.getsize(cached) != size
+            return hub.hf_hub_download(name, file, revision=about.sha, force_download=truncated)
 
         configs = [file for file in _CONFIGS if file in sizes]
         if not configs:
@@ -78,39 +80,38 @@ def download(name: str, revision: str | None = None) -> tuple[epath.Path, str | 
             )
         inputs = [file for file in _INPUTS if file in sizes]
         if "tokenizer.json" in inputs and "tokenizer.model" in inputs:
-            inputs.remove("tokenizer.model")  # of which the other was made
-        parts = (*configs, *inputs)
-        folder = [epath.Path(fetch(file)).parent for file in parts][-1]
-        # The weights come last, so that they are not there without what belongs to them.
+            inputs.remove("tokenizer.model")  # the source of tokenizer.json
+        folder = [epath.Path(fetch(file)).parent for file in (*configs, *inputs)][-1]
+        # Weights come last: no copy has weights without their config.
         file = _weights(name, folder, sizes.keys())
         path = fetch(file)
         if file.endswith(".index.json"):
             for shard in shards(epath.Path(path)):
                 file = shard.name
                 fetch(file)
-        # Only now does the revision's name stand for this commit when there is no network.
+        # Only now the cache maps the revision's name to this commit, for use without a network.
         known = _cached(name, revision)
         if known is None or known.name != about.sha:
             hub.hf_hub_download(name, configs[0], revision=revision)
         return folder, None
     except CheckpointError:
         raise
-    except Exception as error:  # the network fails in any way; the cache may still do
+    except Exception as error:  # a network fails in many ways; use the cache
         if (cached := _cached(name, revision)) is not None:
             return cached, _reason(error)
         raise CheckpointError(_explain(error, name, revision, file)) from None
 
 
 def _weights(name: str, folder: epath.Path, files: Collection[str]) -> str:
-    """Of a repository's files, its weights or their index, as `open_checkpoint` will read them.
+    """Return the name of the weights file, or of its index, that `open_checkpoint` reads.
 
     Raises:
-        CheckpointError: they are of another architecture, or there are none.
+        CheckpointError: vlm does not have the architecture, or there are no weights.
     """
     if BUNDLE_FILE in files:
         stems = huggingface.WEIGHTS[:1]
     elif "config.json" in files and transformers_folders.is_of_transformers(folder, files):
-        # Refused here, another model's weights are not fetched in vain.
+        # Check the architecture before downloading the weights.
         values = read_json(folder / "config.json")
         transformers_folders.model_config(values, f"config.json of {name}")
         stems = huggingface.WEIGHTS
@@ -126,7 +127,7 @@ def _weights(name: str, folder: epath.Path, files: Collection[str]) -> str:
 
 
 def _cached(name: str, revision: str | None) -> epath.Path | None:
-    """The folder in the Hub's cache that a revision stands for without the network."""
+    """Return the cached folder of a revision, or None."""
     import huggingface_hub as hub
 
     for file in _CONFIGS:
@@ -137,19 +138,19 @@ def _cached(name: str, revision: str | None) -> epath.Path | None:
 
 
 def _reason(error: Exception) -> str:
-    """What happened, on one line."""
+    """Return the cause of a failed download, on one line."""
     from huggingface_hub import constants, errors
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # what the client met before it looked into its cache
+        error = error.__cause__  # the network error that made the client look in its cache
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def _explain(error: Exception, name: str, revision: str | None, file: str | None) -> str:
-    """Why there is no model, in a sentence with the mend."""
+    """Return the message for a failed download, with the fix."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{name}"
@@ -183,19 +184,17 @@ def _explain(error: Exception, name: str, revision: str | None, file: str | None
             f"({os.strerror(error.errno)}): make room there, or set HF_HOME to a folder that you "
             "can write"
         )
-    if status is not None:
-        what, mend = "the Hub answers with an error", "try again later"
-    else:
-        what, mend = "the Hub cannot be reached", "connect and try again"
+    what = "the Hub cannot be reached" if status is None else "the Hub answers with an error"
+    fix = "connect and try again" if status is None else "try again later"
     if constants.HF_HUB_OFFLINE:
-        mend = "unset it and try again"
+        fix = "unset it and try again"
     if file is not None:
         return (
-            f"{file} of the Hub model {name!r} did not arrive, as {what} ({reason}): what did is "
-            f"kept under {place}; {mend}"
+            f"{file} of the Hub model {name!r} did not arrive, as {what} ({reason}): "
+            f"complete files are kept under {place}; {fix}"
         )
     return (
         f"the model {name!r} is not on this disk, and {what} ({reason}): its config.json and "
-        f"model.safetensors would be put under {place}; {mend}, or give the path of a folder that "
+        f"model.safetensors would be put under {place}; {fix}, or give the path of a folder that "
         "holds them"
     )

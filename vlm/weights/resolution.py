@@ -1,4 +1,4 @@
-"""Another image size or context length: position embeddings resized as their family's code does."""
+"""Change of image size or context length: position embeddings resized like in the original code."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -13,20 +13,20 @@ from vlm.inputs.resizing import resize_matrix
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.weights.rules import Rule, Transform
 
-# transformers: bicubic without antialias; open_clip and timm: with it; TIPS: bilinear with it;
-# big_vision: scipy's linear zoom, which keeps the corners in place.
+# Interpolation of image positions. transformers: bicubic; open_clip and timm: bicubic_antialias;
+# TIPS: bilinear_antialias; big_vision: zoom, scipy's linear zoom with fixed corners.
 Positions = Literal["bicubic", "bicubic_antialias", "bilinear_antialias", "zoom"]
-# open_clip interpolates the positions of a text, both ways; elsewhere the first ones are taken.
+# open_clip interpolates text positions, to shorter and longer texts. Other code takes the first.
 TextPositions = Literal["cut", "linear"]
 
 
 def at_image_size(
     config: ModelConfig, preprocess: PreprocessConfig, image_size: int | None
 ) -> tuple[ModelConfig, PreprocessConfig]:
-    """What a model and its preprocessing are at `image_size` pixels; None changes nothing.
+    """Return the configs of a model and its preprocessing at `image_size` pixels, if not None.
 
     Raises:
-        ConfigError: the patches do not tile that size, or the tower is of one size alone.
+        ConfigError: the patches do not tile that size, or the tower has a fixed size.
     """
     vision = config.vision
     flexible = getattr(vision, "max_patches", None) is not None
@@ -56,7 +56,7 @@ def at_image_size(
 def at_context_length(
     config: ModelConfig, tokenizer: Tokenizer, context_length: int | None, positions: TextPositions
 ) -> tuple[ModelConfig, Tokenizer]:
-    """What a model and its tokenizer are for rows of `context_length` tokens; None: as they are.
+    """Return a model's config and tokenizer for texts of `context_length` tokens, if not None.
 
     Raises:
         ConfigError: too short for a text, or longer than positions that are not interpolated.
@@ -83,8 +83,8 @@ def resizing(
     positions: Positions,
     text_positions: TextPositions,
 ) -> list[Rule]:
-    """The rules of a checkpoint of the model `old`, reading its positions for the model `new`."""
-    changes = {}  # our name: how many positions they have, and what is made of them
+    """Return the rules of a checkpoint, with positions of config `old` resized for config `new`."""
+    changes = {}  # our name: number of positions in the file, and function that resizes them
     grids = [c.vision.image_size // c.vision.patch_size for c in (old, new)]
     if grids[0] != grids[1] and isinstance(old.vision, ViTConfig):
         first = old.vision.has_class_token
@@ -109,7 +109,7 @@ def resizing(
 def resize_positions(
     position: Float[np.ndarray, "n d"], old: int, new: int, positions: Positions
 ) -> Float[np.ndarray, "m d"]:
-    """A square grid of position embeddings at another size; tokens before it stay as they are."""
+    """Resize a square grid of position embeddings; those of tokens before it do not change."""
     first, grid = position[: len(position) - old**2], position[len(position) - old**2 :]
     if positions == "zoom":
         weights = _corner_matrix(old, new)
@@ -123,7 +123,7 @@ def resize_positions(
 def resize_text_positions(
     position: Float[np.ndarray, "n d"], new: int, positions: TextPositions
 ) -> Float[np.ndarray, "m d"]:
-    """The position embeddings of a text of `new` tokens."""
+    """Return the position embeddings of a text of `new` tokens."""
     if positions == "cut":
         return position[:new]
     return resize_matrix(len(position), new, "bilinear", antialias=False) @ position
@@ -132,7 +132,7 @@ def resize_text_positions(
 def _then(
     transform: Transform, count: int, change: Callable[[np.ndarray], np.ndarray]
 ) -> Transform:
-    """`transform` of a table of `count` positions, changed after it is read."""
+    """Return `transform` for a table of `count` positions, followed by `change`."""
 
     def read(theirs: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return change(np.asarray(transform.read(theirs, (count, *shape[1:])), np.float32))
@@ -141,11 +141,7 @@ def _then(
 
 
 def _corner_matrix(old: int, new: int) -> Float[np.ndarray, "new old"]:
-    """Linear interpolation at `new` points from the first of `old` to the last."""
+    """Return the matrix of linear interpolation at `new` points, with fixed end points."""
     at = np.arange(new) * ((old - 1) / max(new - 1, 1))
-    low = np.minimum(at.astype(int), old - 1)
-    high = np.minimum(low + 1, old - 1)
-    weights = np.zeros((new, old), np.float32)
-    np.add.at(weights, (np.arange(new), low), 1 - (at - low))
-    np.add.at(weights, (np.arange(new), high), at - low)
-    return weights
+    columns = [np.interp(at, np.arange(old), unit) for unit in np.eye(old)]
+    return np.stack(columns, axis=1).astype(np.float32)

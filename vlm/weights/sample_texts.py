@@ -1,4 +1,4 @@
-"""Texts to compare two tokenizers by: captions as the web has them, and what breaks tokenizers."""
+"""Texts for comparing two tokenizers: captions of the web, and difficult strings."""
 
 import random
 
@@ -33,9 +33,9 @@ _MARKS = tuple("!!!!??..,,;:'\"“”‘’–—…()[]{}<>/\\|_*&%$#@+=~^`")
 
 
 def sample_texts(count: int = 10_000, seed: int = 0) -> list[str]:
-    """`count` texts, the same ones for a seed: each caption, and then mixtures of their words.
+    """Return `count` texts, deterministic for a seed: the captions, then mixtures of their words.
 
-    About one mixture in fourteen has characters drawn from all of Unicode's first planes.
+    About one mixture in fourteen has random characters from U+0020 to U+D7FF.
     """
     chosen = random.Random(seed)
     texts: list[str] = list(_CAPTIONS[:count])

@@ -1,6 +1,6 @@
-"""SentencePiece `.model` files as `tokenizers` vocabularies, read without that library.
+"""Reader of SentencePiece `.model` files as `tokenizers` vocabularies.
 
-The file is one protocol buffer:
+It does not need the library sentencepiece. The file is one protocol buffer:
 https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
 
@@ -14,18 +14,18 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from vlm.errors import CheckpointError
 
-SPACE = "▁"  # stands for a space
+SPACE = "▁"  # the symbol of a space
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)  # kinds of pieces
 _UNIGRAM, _BPE = 1, 2  # kinds of models
 
 
 def read(path: epath.PathLike, *, prefix: bool = True) -> tokenizers.Tokenizer:
-    """The vocabulary of a `.model` file, with its own normalisation and no special tokens added.
+    """Return the vocabulary of a `.model` file with its normalisation, without special tokens.
 
-    Without `prefix` no space is put in front of a text, whatever the file says.
+    Without `prefix`, no space is put before a text, even if the file asks for one.
 
     Raises:
-        CheckpointError: missing, torn, or a kind of model other than unigram and BPE.
+        CheckpointError: missing, corrupt, or a kind of model other than unigram and BPE.
     """
     path = epath.Path(path)
     try:
@@ -74,12 +74,12 @@ def _build(data: bytes, prefix: bool) -> tokenizers.Tokenizer:
     if charsmap := normalizer.get(2, b""):
         steps.append(normalizers.Precompiled(charsmap))
     if normalizer.get(4, 1):  # remove_extra_whitespaces
-        # At the end those that are spelled out go too: they look like escaped spaces there.
+        # Spelled-out symbols at the end are also removed: SentencePiece takes them for spaces.
         cuts = {r"\A +": "", rf"[ {SPACE}]+\z": "", " {2,}": " "}
         steps += [normalizers.Replace(Regex(cut), rest) for cut, rest in cuts.items()]
     scheme = "never"
     if prefix and normalizer.get(3, 1):  # add_dummy_prefix
-        # Not by Metaspace, which adds none before one that is spelled out.
+        # Metaspace would not add one before a spelled-out symbol.
         steps.append(normalizers.Prepend(" "))
         scheme = "always"
     if steps:
@@ -92,7 +92,7 @@ def _build(data: bytes, prefix: bool) -> tokenizers.Tokenizer:
 
 
 def _bpe(pieces, unknown: int | None, byte_fallback: bool) -> models.BPE:
-    """Merges in the order of the scores of what they make, as SentencePiece applies them."""
+    """Return a BPE whose merges are ordered by the score of the merged piece."""
     vocab = {text: i for i, (text, _, _) in enumerate(pieces)}
     merges = []
     for text, i in vocab.items():
@@ -113,7 +113,7 @@ def _bpe(pieces, unknown: int | None, byte_fallback: bool) -> models.BPE:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of one message: integers as int, everything else as bytes."""
+    """Yield the fields of one message: integers as int, everything else as bytes."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)

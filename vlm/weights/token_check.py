@@ -1,4 +1,4 @@
-"""Token ids of a written folder, compared with those of the tokenizer that it was written from."""
+"""Comparison of the token ids of an exported folder with those of the original tokenizer."""
 
 import dataclasses
 import json
@@ -18,18 +18,19 @@ from vlm.weights.fields import read_json
 from vlm.weights.registry import open_checkpoint
 from vlm.weights.vocabularies import OPEN_CLIP_CLEAN
 
-SHOWN = 3  # examples that a message has
+SHOWN = 3  # examples in a message
 
 
 @dataclass(frozen=True)
 class TokenCheck:
-    """How many texts have other token ids in a written folder.
+    """Number of texts whose token ids differ in an exported folder.
 
     Attributes:
-        texts: that were compared, and `differ`, how many of them have other ids.
-        reader: the library that makes the other ids.
-        examples: the shortest of them, each with both rows of ids.
-        note: the reason, where there is one for all.
+        texts: number of texts compared.
+        differ: number of texts whose ids differ.
+        reader: library that reads the folder and gets the other ids.
+        examples: the shortest such texts, each with both rows of ids.
+        note: the reason, if there is one for all.
     """
 
     texts: int
@@ -58,7 +59,7 @@ class TokenCheck:
 
 
 def check_tokens(folder: epath.Path, tokenizer: Tokenizer, texts: Sequence[str]) -> TokenCheck:
-    """Compare a folder, as vlm and as its library read it, with the tokenizer written to it.
+    """Compare the original tokenizer with the folder as read by vlm and by its own library.
 
     Raises:
         CheckpointError: vlm cannot read the folder.
@@ -80,7 +81,7 @@ def check_tokens(folder: epath.Path, tokenizer: Tokenizer, texts: Sequence[str])
 
 
 _NAFLEX = (
-    "for NaFlex AutoTokenizer brings the rules of Gemma's tokenizer: PreTrainedTokenizerFast reads "
+    "for NaFlex, AutoTokenizer uses the rules of Gemma's tokenizer; PreTrainedTokenizerFast reads "
     "tokenizer.json as it is"
 )
 
@@ -91,15 +92,14 @@ def _is_naflex(folder: epath.Path) -> bool:
 
 
 def compare_rows(reader: str, texts: Sequence[str], wanted: Any, rows: Any) -> TokenCheck:
-    """Compare the rows of ids that a tokenizer makes of texts with those that `reader` makes."""
+    """Compare the `wanted` rows of token ids with those of another reader."""
     length = max(wanted.shape[1], rows.shape[1])
-    wide = [
+    ours, theirs = (
         np.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=-1) for x in (wanted, rows)
-    ]
-    differ = np.flatnonzero((wide[0] != wide[1]).any(axis=1)).tolist()
-    # The plainest first, which say more than a mixture of everything.
-    differ.sort(key=lambda i: len(texts[i]))
-    examples = [(texts[i], wide[0][i].tolist(), wide[1][i].tolist()) for i in differ[:SHOWN]]
+    )
+    differ = np.flatnonzero((ours != theirs).any(axis=1)).tolist()
+    differ.sort(key=lambda i: len(texts[i]))  # short texts show a cause best
+    examples = [(texts[i], ours[i].tolist(), theirs[i].tolist()) for i in differ[:SHOWN]]
     return TokenCheck(len(texts), len(differ), reader, tuple(examples))
 
 
@@ -109,7 +109,7 @@ def compare_rows(reader: str, texts: Sequence[str], wanted: Any, rows: Any) -> T
 def _rows(
     folder: epath.Path, texts: Sequence[str], length: int | None = None
 ) -> Int[np.ndarray, "n l"]:
-    """What transformers' `AutoTokenizer` makes of texts, padded and cut to one length."""
+    """Return the ids of transformers' `AutoTokenizer`, padded and truncated to one length."""
     about = read_json(folder / "tokenizer_config.json")
     vocabulary = read_vocabulary(folder / "tokenizer.json")
     if _is_naflex(folder):
@@ -129,15 +129,15 @@ def _rows(
     )
     try:
         found = vocabulary.encode_batch_fast(list(texts))
-    except Exception:  # Gemma's rules over a vocabulary that lacks what they name
+    except Exception:  # the vocabulary lacks tokens of Gemma's rules
         return np.full((len(texts), length), -1)
     return np.array([row.ids for row in found])
 
 
 def _as_siglip2(vocabulary: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The vocabulary as `Siglip2Tokenizer` builds it, which `AutoTokenizer` takes for NaFlex.
+    """Return the vocabulary as built by `Siglip2Tokenizer`, which `AutoTokenizer` uses for NaFlex.
 
-    Of `tokenizer.json` it keeps tokens, merges and special tokens, and brings Gemma's rules.
+    It keeps the tokens, merges and special tokens of `tokenizer.json`, and has Gemma's rules.
     """
     held = json.loads(vocabulary.to_str())
     if held["model"]["type"] != "BPE":
@@ -162,7 +162,7 @@ def _as_siglip2(vocabulary: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _by_open_clip(folder: epath.Path, texts: Sequence[str]) -> Int[np.ndarray, "n l"]:
-    """What open_clip's `HFTokenizer` makes of texts."""
+    """Return the ids of open_clip's `HFTokenizer`."""
     text_cfg = read_json(folder / "open_clip_config.json")["model_cfg"]["text_cfg"]
     options = text_cfg["tokenizer_kwargs"]
     clean = CLEANERS[OPEN_CLIP_CLEAN[options["clean"]]]

@@ -1,9 +1,9 @@
-"""PyTorch's files (`.pt`, `.bin`) without PyTorch and without trusting them.
+"""Safe reader of PyTorch's files (`.pt`, `.bin`), without PyTorch.
 
-They are zip archives of a pickle and of raw storages. Python's own unpickler builds and calls
-whatever a pickle asks for; this one reads the few opcodes that tensors are written with, and makes
-strings, numbers, lists, dicts and records of them. Nothing that it makes can be called or can
-change anything else, and each of a tensor's numbers is checked against the storage it lies in.
+The files are zip archives of a pickle and raw storages. Python's unpickler builds and calls
+anything that a pickle names. This one reads only the opcodes that tensors are written with, and
+returns strings, numbers, lists, dicts and records. Nothing that it builds can be called, and the
+offset, shape and strides of a tensor are checked against its storage.
 
 https://docs.python.org/3/library/pickletools.html
 """
@@ -40,8 +40,8 @@ _STORAGES = {
     "BoolStorage": np.dtype(np.bool_),
 }
 _REBUILD = ("_rebuild_tensor_v2", "_rebuild_tensor")
-# Names that stand for their first argument: a parameter is its tensor, a tuple or list of
-# TorchScript's is itself, and so is what carries a note of its type.
+# Functions that return their first argument: parameters, and tuples, lists and typed values of
+# TorchScript.
 _FIRST = {
     ("torch._utils", "_rebuild_parameter"),
     ("torch", "Size"),
@@ -55,12 +55,12 @@ _MAX_PICKLE = 100_000_000  # bytes
 _MAX_DEPTH = 100  # of modules inside modules
 _MAX_AXES = 32
 _MAX_NAME = 500  # characters
-_MAX_VALUES = 200_000  # in all modules together; the same one may stand in several places
+_MAX_VALUES = 200_000  # in all modules together, shared ones counted each time
 
 
 @dataclass(frozen=True)
 class _Name:
-    """Something that the pickle names, never the thing itself."""
+    """A global name in the pickle; the object itself is never imported."""
 
     module: str
     name: str
@@ -74,7 +74,7 @@ class _Name:
 class _Storage:
     key: str
     dtype: np.dtype
-    count: int  # elements, as the pickle says
+    count: int  # elements, as stated in the pickle
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class _Tensor:
 
     @property
     def span(self) -> int:
-        """Elements from its first to its last, both counted."""
+        """Number of elements from its first to its last, inclusive."""
         if 0 in self.shape:
             return 0
         return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
@@ -94,20 +94,20 @@ class _Tensor:
 
 @dataclass
 class _Module:
-    """Stands for any module of a TorchScript archive: a bag of what its state holds."""
+    """A module of a TorchScript archive: its state."""
 
     state: dict = field(default_factory=dict)
 
 
 class _RefusedError(Exception):
-    """What a pickle of tensors does not do."""
+    """An operation that no pickle of tensors needs."""
 
 
 def _unpickle(data: bytes) -> Any:
-    """What a pickle makes, of plain values and the records above.
+    """Return the content of a pickle as plain values and the records above.
 
     Raises:
-        _RefusedError: it does something that no file of tensors does.
+        _RefusedError: it has an operation that no file of tensors needs.
         ValueError, IndexError, KeyError: it is damaged.
     """
     stack: list[Any] = []
@@ -212,10 +212,10 @@ def _set_items(target: dict, values: list[Any]) -> None:
 
 
 def _build(target: Any, state: Any, stack: list[Any]) -> None:
-    """Give `target`, which takes the place of `state` on the stack, its state."""
+    """Set the state of `target`, which replaces `state` on the stack."""
     if type(target) is _Module and not target.state and type(state) is dict:
         target.state = state
-    elif type(target) is not dict:  # an OrderedDict has attributes, which are of no use here
+    elif type(target) is not dict:  # attributes of an OrderedDict are ignored
         raise _RefusedError(f"it changes a {type(target).__name__}")
     stack[-1] = target
 
@@ -243,7 +243,7 @@ def _call(function: _Name, arguments: tuple) -> Any:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> _Tensor:
-    """A tensor whose every element lies in its storage, each of them at a place of its own."""
+    """Return a tensor, after checking that it is inside its storage and does not overlap itself."""
     numbers = (offset, *_of(tuple, size), *_of(tuple, stride))
     if any(type(n) is not int or n < 0 for n in numbers) or len(size) != len(stride):
         raise _RefusedError(
@@ -267,8 +267,8 @@ class TorchFile:
     """The tensors of one file of `torch.save` or `torch.jit.save`, read when asked for.
 
     Raises:
-        CheckpointError: missing, torn, of PyTorch's format before 1.6, or a pickle that does
-            something other than describe tensors.
+        CheckpointError: missing, truncated, in PyTorch's format before 1.6, or its pickle does more
+            than describe tensors.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -287,12 +287,12 @@ class TorchFile:
                 if pickle.file_size > _MAX_PICKLE:
                     raise _RefusedError(f"its pickle has {pickle.file_size:,} bytes")
                 content = _unpickle(archive.read(pickle))
-                self._size = self._path.stat().length
+            self._tensors = self._named_tensors(content, self._path.stat().length)
         except zipfile.BadZipFile as error:
             reason = "is no zip archive" if "not a zip" in str(error) else f"is damaged ({error})"
             raise CheckpointError(
-                f"{path} {reason}: it is torn, or from a PyTorch before 1.6; load it and save it "
-                "again with torch, or get it as safetensors"
+                f"{path} {reason}: it is truncated, or from a PyTorch before 1.6; load it and save "
+                "it again with torch, or get it as safetensors"
             ) from None
         except FileNotFoundError:
             raise CheckpointError(f"there is no {path}: the checkpoint is incomplete") from None
@@ -303,12 +303,11 @@ class TorchFile:
                 f"{path} is refused, for {error}: a checkpoint holds tensors alone; get it as "
                 "safetensors"
             ) from None
-        except Exception as error:  # a damaged pickle or archive fails in any way
+        except Exception as error:  # a damaged pickle or archive fails in many ways
             raise CheckpointError(
                 f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}): download it again"
             ) from None
         self.is_script = isinstance(content, _Module)
-        self._tensors = self._named_tensors(content)
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Shaped[np.ndarray, "..."]:
@@ -327,7 +326,7 @@ class TorchFile:
         return np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False)
 
     def _read(self, storage: _Storage, offset: int, size: int, name: str) -> bytes:
-        """A range of the bytes of a storage; of the whole of it the checksum is compared."""
+        """Return a range of bytes of a storage; a complete one is compared with its checksum."""
         member = self._members[storage.key]
         try:
             with self._path.open("rb") as file:
@@ -347,51 +346,44 @@ class TorchFile:
         return data
 
     def _find(self, members: list[zipfile.ZipInfo], root: str) -> dict[str, zipfile.ZipInfo]:
-        """The members of the archive that hold storages, by their keys."""
+        """Return the members of the archive that are storages, by their keys."""
         found: dict[str, zipfile.ZipInfo] = {}
         for member in members:
-            if not member.filename.startswith(f"{root}data/") and (
-                member.filename != f"{root}data.pkl"
-            ):
+            name = member.filename
+            if name != f"{root}data.pkl" and not name.startswith(f"{root}data/"):
                 continue
-            key = member.filename.removeprefix(f"{root}data/")
+            key = name.removeprefix(f"{root}data/")
             if key in found:
-                raise _RefusedError(f"it has two members {show(member.filename)}")
+                raise _RefusedError(f"it has two members {show(name)}")
             if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
-                raise _RefusedError(f"its member {show(member.filename)} is compressed")
+                raise _RefusedError(f"its member {show(name)} is compressed")
             found[key] = member
         return found
 
-    def _named_tensors(self, content: Any) -> dict[str, _Tensor]:
-        """The tensors by their dotted names, once each is seen to lie in the file."""
+    def _named_tensors(self, content: Any, file_size: int) -> dict[str, _Tensor]:
+        """Return the tensors by their dotted names, after checking that all are in the file."""
         tensors: dict[str, _Tensor] = {}
         total = 0
-        try:
-            for name, tensor in _flat(_state(content)):
-                if name in tensors:
-                    raise _RefusedError(f"it has two tensors {show(name)}")
-                tensors[name] = tensor
-                storage, size = tensor.storage, tensor.storage.dtype.itemsize
-                member = self._members.get(storage.key)
-                if member is None or member.file_size < storage.count * size:
-                    raise CheckpointError(
-                        f"{self.where} has no whole storage {storage.key} of {show(name)}: "
-                        "download it again"
-                    )
-                total += math.prod(tensor.shape) * size
-                # Two names may share a storage, as tied weights do; a thousand are an attack.
-                if total > 2 * self._size:
-                    raise _RefusedError("its tensors together are larger than twice the file")
-        except _RefusedError as error:
-            raise CheckpointError(
-                f"{self.where} is refused, for {error}: a checkpoint holds tensors alone; get it "
-                "as safetensors"
-            ) from None
+        for name, tensor in _flat(_state(content)):
+            if name in tensors:
+                raise _RefusedError(f"it has two tensors {show(name)}")
+            tensors[name] = tensor
+            storage, size = tensor.storage, tensor.storage.dtype.itemsize
+            member = self._members.get(storage.key)
+            if member is None or member.file_size < storage.count * size:
+                raise CheckpointError(
+                    f"{self.where} has no whole storage {storage.key} of {show(name)}: "
+                    "download it again"
+                )
+            total += math.prod(tensor.shape) * size
+            # Two names may share a storage, as tied weights do; a thousand are an attack.
+            if total > 2 * file_size:
+                raise _RefusedError("its tensors together are larger than twice the file")
         return tensors
 
 
 def _state(content: Any) -> Any:
-    """The mapping of tensors inside the usual wrappings of a training checkpoint."""
+    """Return the mapping of tensors in a training checkpoint, from `state_dict` or `model`."""
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -401,7 +393,7 @@ def _state(content: Any) -> Any:
 
 
 def _flat(content: Any) -> Iterator[tuple[str, _Tensor]]:
-    """Every tensor of nested dicts and modules by its dotted name."""
+    """Yield each tensor of nested dicts and modules by its dotted name."""
     stack: list[tuple[str, Any, int]] = [("", content, 0)]
     for _ in range(_MAX_VALUES):
         if not stack:
@@ -411,7 +403,7 @@ def _flat(content: Any) -> Iterator[tuple[str, _Tensor]]:
             yield prefix, node
         elif isinstance(node, _Module | dict):
             if depth > _MAX_DEPTH:
-                raise _RefusedError("it holds itself, or is nested too deep")
+                raise _RefusedError("it contains itself, or is nested too deep")
             items = (node.state if isinstance(node, _Module) else node).items()
             for name, value in reversed(items):
                 full = f"{prefix}.{name}" if prefix else str(name)

@@ -1,7 +1,7 @@
-"""A bundle as a folder that transformers or open_clip opens, with the same outputs.
+"""Export to folders that transformers or open_clip opens, with the same outputs.
 
-What a format cannot say about a model is an error that names it: nothing is written then. Texts
-whose token ids change are counted and logged.
+If a format does not support a model, nothing is written and the error lists the fields. Texts whose
+token ids change are counted and logged.
 """
 
 import logging
@@ -19,8 +19,8 @@ from vlm.weights.writing_huggingface import write_huggingface
 from vlm.weights.writing_open_clip import write_open_clip
 
 Format = Literal["huggingface", "open_clip"]
-SavedFormat = Literal["vlm", "huggingface", "open_clip"]  # that `Bundle.save` writes
-TEXTS = 1_000  # that are compared
+SavedFormat = Literal["vlm", "huggingface", "open_clip"]  # of `Bundle.save`
+TEXTS = 1_000  # to compare token ids of
 _LOG = logging.getLogger(__name__)
 
 
@@ -34,10 +34,10 @@ def write_folder(
 ) -> TokenCheck:
     """Write the model, its preprocessing and its tokenizer in a public format.
 
-    The token ids of so many `texts` are compared; a warning is logged if some are others.
+    The token ids of that many `texts` are compared; a warning is logged if some differ.
 
     Raises:
-        CheckpointError: the folder exists already, or the format has no place for something.
+        CheckpointError: the folder exists already, or the format does not support something.
     """
     writer = {"huggingface": write_huggingface, "open_clip": write_open_clip}[form]
     with new_folder(folder) as new:

@@ -1,67 +1,45 @@
-"""A bundle as a folder of transformers' `AlignModel`."""
+"""Export to transformers' `AlignModel`."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from vlm.config import EfficientNetConfig, ModelConfig, PreprocessConfig
-from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
-from vlm.weights import align, huggingface
+from vlm.weights import align
+from vlm.weights import writing_parts as parts
 from vlm.weights.rules import write
-from vlm.weights.writing_parts import KERNELS, check, refuse, transformers_folder
 
 FORM = "transformers' AlignModel"
-_DIVISORS = (8, 4, 2, 1)  # of numbers of channels: the authors' own first
-
-
-def write_align(
-    folder: epath.Path, model: DualEncoder, preprocess: Preprocess, tokenizer: Tokenizer
-) -> None:
-    """Write the files of a folder that transformers opens as `AlignModel`.
-
-    Raises:
-        CheckpointError: that class has no place for something.
-    """
-    transformers_folder(
-        folder,
-        align_config(model.config, tokenizer),
-        _preprocess(preprocess.config),
-        tokenizer,
-        _tensors(model),
-        model_input_names=["input_ids", "attention_mask"],
-    )
+_DIVISORS = (8, 4, 2, 1)  # of channel counts, the authors' first
 
 
 def align_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `config.json` of a model.
+    """Return the `config.json` of a model.
 
     Raises:
-        CheckpointError: lists all that `AlignModel` does not have.
+        CheckpointError: lists all fields that `AlignModel` does not support.
     """
     vision, text = config.vision, config.text
     assert isinstance(vision, EfficientNetConfig)
-    check(
+    parts.check(
         FORM,
         config,
         {"projection": "none"},
         {"causal": False, "pool": "first", "positions": "learned", "scale_embedding": False}
         | {"layer_scale": False, "norm": "post", "last_norm": False, "projection": "linear_bias"}
         | {"pad_id": tokenizer.config.pad_id},
+        {parts.SIGMOID: config.init_bias is not None or config.loss != "softmax"},
     )
-    if config.init_bias is not None or config.loss != "softmax":
-        refuse(FORM, ["a logit_bias or the sigmoid loss"])
     firsts = np.cumsum([0, *(stage.depth for stage in vision.stages)]).tolist()
-    return {
-        "architectures": ["AlignModel"],
-        "model_type": "align",
-        "dtype": "float32",
-        "projection_dim": config.embed_dim,
-        "temperature_init_value": 1 / config.init_scale,
-        "vision_config": {
+    return parts.model_values(
+        "align",
+        "AlignModel",
+        projection_dim=config.embed_dim,
+        temperature_init_value=1 / config.init_scale,
+        vision_config={
             "model_type": "align_vision_model",
             "image_size": vision.image_size,
             **_channels(vision),
@@ -81,47 +59,37 @@ def align_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
             "pooling_type": vision.pool,
             "batch_norm_eps": vision.norm_eps,
         },
-        "text_config": huggingface.tower_values(text)
-        | {
-            "model_type": "align_text_model",
-            "vocab_size": text.vocab_size,
-            "max_position_embeddings": text.context_length,
-            "pad_token_id": text.pad_id,
-        },
-    }
+        text_config=parts.text_values(text, "align"),
+    )
 
 
 def _channels(c: EfficientNetConfig) -> dict[str, Any]:
-    """Channels as AlignModel has them: its stem's are a factor of all others, which it rounds.
+    """Return the channel counts that AlignModel scales by its stem's and rounds to the tower's.
 
     Raises:
-        CheckpointError: no numbers come to those of the tower.
+        CheckpointError: there are no such counts.
     """
     inputs = [c.stem_width, *(stage.width for stage in c.stages)]
     for divisor in _DIVISORS:
         scale = {"width_coefficient": c.stem_width / align.STEM, "depth_divisor": divisor}
-        found = [_before(width, scale) for width in inputs]
+        found = [_unscaled(width, scale) for width in inputs]
         if None not in found and align.scaled(align.STEM, scale, FORM) == c.stem_width:
             return scale | {"in_channels": found[:-1], "out_channels": found[1:]}
-    refuse(FORM, [f"channels {inputs[1:]} after a stem of {c.stem_width}"])
+    parts.refuse(FORM, [f"channels {inputs[1:]} after a stem of {c.stem_width}"])
 
 
-def _before(width: int, scale: dict[str, Any]) -> int | None:
-    """A number of channels that is scaled to `width`, if there is one."""
+def _unscaled(width: int, scale: dict[str, Any]) -> int | None:
+    """Return a channel count that is scaled to `width`, or None."""
     near = round(width / scale["width_coefficient"])
     reach = int(scale["depth_divisor"] / scale["width_coefficient"]) + 1
-    for number in sorted(
-        range(max(1, near - reach), near + reach + 1), key=lambda n: abs(n - near)
-    ):
-        if align.scaled(number, scale, FORM) == width:
-            return number
-    return None
+    counts = sorted(range(max(1, near - reach), near + reach + 1), key=lambda n: abs(n - near))
+    return next((n for n in counts if align.scaled(n, scale, FORM) == width), None)
 
 
-def _tensors(model: DualEncoder) -> Iterator[tuple[str, Any]]:
-    """With all that transformers looks for.
+def align_tensors(model: DualEncoder) -> Iterator[tuple[str, Any]]:
+    """Yield all tensors that transformers expects.
 
-    The segment of texts is in their positions already, and what BERT pools is not used.
+    Our positions include the token type embedding, and BERT's pooler is not used: both are zero.
     """
     assert isinstance(model.config.vision, EfficientNetConfig)
     width = model.config.text.width
@@ -131,27 +99,21 @@ def _tensors(model: DualEncoder) -> Iterator[tuple[str, Any]]:
     yield f"{align.POOLER}.bias", np.zeros(width, np.float32)
 
 
-def _preprocess(c: PreprocessConfig) -> dict[str, Any]:
-    if c.backend == "tensorflow":
-        refuse(FORM, ["TensorFlow's resizing of images (pillow or tensor)"])
-    if c.resize not in ("squash", "crop"):
-        refuse(FORM, [f"preprocess.resize {c.resize!r} (squash or crop)"])
+def align_preprocess(c: PreprocessConfig) -> dict[str, Any]:
+    """Return the `preprocessor_config.json`."""
+    faults = {
+        "TensorFlow's resizing of images (pillow or tensor)": c.backend == "tensorflow",
+        f"preprocess.resize {c.resize!r} (squash or crop)": c.resize not in ("squash", "crop"),
+    }
+    parts.refuse_if(FORM, faults)
     short = c.short_side or c.image_size
     square = {"height": short, "width": short}
-    return {
-        "image_processor_type": "EfficientNetImageProcessor"
-        + ("Fast" if c.backend == "tensor" else ""),
-        "do_resize": True,
-        "resample": KERNELS[c.kernel],
-        "size": square if c.resize == "squash" else {"shortest_edge": short},
-        "do_center_crop": c.resize == "crop" or short != c.image_size,
-        "crop_size": {"height": c.image_size, "width": c.image_size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "rescale_offset": False,
-        "do_normalize": True,
-        "image_mean": list(c.mean),
-        "image_std": list(c.std),
-        "include_top": False,
-        "do_convert_rgb": True,
-    }
+    return parts.processor_values(
+        c,
+        "EfficientNetImageProcessor" + ("Fast" if c.backend == "tensor" else ""),
+        size=square if c.resize == "squash" else {"shortest_edge": short},
+        do_center_crop=c.resize == "crop" or short != c.image_size,
+        crop_size={"height": c.image_size, "width": c.image_size},
+        rescale_offset=False,
+        include_top=False,
+    )

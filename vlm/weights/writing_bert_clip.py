@@ -1,4 +1,4 @@
-"""What a folder of transformers' `ChineseCLIPModel` or `AltCLIPModel` says of a model of ours."""
+"""Export to transformers' ChineseCLIP and AltCLIP."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,9 +7,9 @@ import numpy as np
 
 from vlm.config import ModelConfig, TextConfig, ViTConfig
 from vlm.models.dual_encoder import DualEncoder
-from vlm.weights import bert_clip, huggingface
+from vlm.weights import bert_clip
 from vlm.weights.rules import write
-from vlm.weights.writing_parts import check, refuse
+from vlm.weights.writing_parts import check, model_values, text_values, vision_values
 
 _CLASSES = {"chinese_clip": "ChineseCLIPModel", "altclip": "AltCLIPModel"}
 _SEGMENTS = {"chinese_clip": 2, "altclip": 1}
@@ -17,62 +17,53 @@ _POSITIONS = "embeddings.position_embeddings.weight"
 
 
 def is_bert_clip(config: ModelConfig) -> bool:
-    """Whether a model's towers are a ViT with a class token and a text tower of BERT's kind."""
+    """Return True if the towers are a ViT with a class token and a BERT."""
     vision = config.vision
     return isinstance(vision, ViTConfig) and vision.pool == "class" and config.text.norm == "post"
 
 
 def bert_clip_config(config: ModelConfig) -> dict[str, Any]:
-    """The `config.json` of a model.
+    """Return the `config.json` of a model.
 
     Raises:
-        CheckpointError: lists all that the class does not have.
+        CheckpointError: lists all fields that the class does not support.
     """
     vision, text, family = config.vision, config.text, _family(config.text)
     assert isinstance(vision, ViTConfig)
-    form = f"transformers' {_CLASSES[family]}"
     check(
-        form,
+        f"transformers' {_CLASSES[family]}",
         config,
         {"stem": "linear", "rotary": None, "max_patches": None, "mlp": "plain"}
         | {"layer_scale": False, "pre_norm": True, "patch_bias": False, "projection": "linear"},
         {"causal": False, "pool": "first", "positions": "learned", "scale_embedding": False}
         | {"layer_scale": False}
         | {"projection": "linear_bias" if family == "altclip" else "linear"},
+        {
+            "a text tower that sees padding": text.pad_id is None,
+            "a logit_bias": config.init_bias is not None,
+        },
     )
-    if text.pad_id is None:
-        refuse(form, ["a text tower that sees padding"])
-    if config.init_bias is not None:
-        refuse(form, ["a logit_bias"])
     more = {"project_dim": config.embed_dim} if family == "altclip" else {}
-    return {
-        "architectures": [_CLASSES[family]],
-        "model_type": family,
-        "dtype": "float32",
-        "projection_dim": config.embed_dim,
-        "vision_config": huggingface.tower_values(vision)
-        | {
-            "model_type": f"{family}_vision_model",
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-        },
-        "text_config": huggingface.tower_values(text)
-        | {
-            "model_type": f"{family}_text_model",
-            "vocab_size": text.vocab_size,
-            "max_position_embeddings": text.context_length + _unused_positions(text),
-            "type_vocab_size": _SEGMENTS[family],
-            "pad_token_id": text.pad_id,
+    return model_values(
+        family,
+        _CLASSES[family],
+        projection_dim=config.embed_dim,
+        vision_config=vision_values(vision, family),
+        text_config=text_values(
+            text,
+            family,
+            max_position_embeddings=text.context_length + _unused_positions(text),
+            type_vocab_size=_SEGMENTS[family],
             **more,
-        },
-    }
+        ),
+    )
 
 
 def bert_clip_tensors(model: DualEncoder) -> Iterator[tuple[str, Any]]:
-    """All that the class looks for, so that it is the same model there and on its return.
+    """Yield all tensors of the class, such that the embeddings are the same.
 
-    The segment of texts is in their positions already. Of AltCLIP's two layers after its tower the
-    first is all of ours, and the second changes nothing.
+    Our positions include the token type embedding, so that of the file is zero. AltCLIP has two
+    layers after its text tower: the first is our projection, the second the identity.
     """
     text, embed_dim = model.config.text, model.config.embed_dim
     family, zeros = _family(text), np.zeros
@@ -97,5 +88,5 @@ def _family(text: TextConfig) -> str:
 
 
 def _unused_positions(text: TextConfig) -> int:
-    """Those in front: RoBERTa counts from the one after the padding's id."""
+    """Return the number of leading positions that RoBERTa skips: those up to its padding id."""
     return text.pad_id + 1 if text.last_norm and text.pad_id is not None else 0

@@ -1,4 +1,4 @@
-"""A bundle as a folder of transformers: `CLIPModel`, `SiglipModel`, and others elsewhere."""
+"""Export to transformers: `CLIPModel`, `SiglipModel`, and the classes of other modules."""
 
 from typing import Any
 
@@ -9,11 +9,18 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
 from vlm.weights import huggingface
+from vlm.weights import writing_parts as parts
+from vlm.weights.files import write_safetensors
 from vlm.weights.rules import write
-from vlm.weights.writing_align import write_align
+from vlm.weights.writing_align import align_config, align_preprocess, align_tensors
 from vlm.weights.writing_bert_clip import bert_clip_config, bert_clip_tensors, is_bert_clip
-from vlm.weights.writing_parts import KERNELS, check, refuse, transformers_folder
-from vlm.weights.writing_tipsv2 import is_tipsv2, write_tipsv2
+from vlm.weights.writing_tipsv2 import (
+    is_tipsv2,
+    tipsv2_config,
+    tipsv2_preprocess,
+    tipsv2_tensors,
+)
+from vlm.weights.writing_tokenizer import tokenizer_files
 
 
 def write_huggingface(
@@ -22,122 +29,110 @@ def write_huggingface(
     """Write the files of a folder that transformers opens.
 
     Raises:
-        CheckpointError: transformers has no place for something.
+        CheckpointError: transformers does not support something.
     """
+    config, names = model.config, {}
     if tokenizer.config.zeroed_id is not None:
-        refuse("transformers", [f"tokenizer.zeroed_id {tokenizer.config.zeroed_id}"])
-    if isinstance(model.config.vision, EfficientNetConfig):
-        return write_align(folder, model, preprocess, tokenizer)
-    if is_tipsv2(model.config):
-        return write_tipsv2(folder, model, preprocess, tokenizer)
-    if is_bert_clip(model.config):
-        values, tensors = bert_clip_config(model.config), bert_clip_tensors(model)
+        parts.refuse("transformers", [f"tokenizer.zeroed_id {tokenizer.config.zeroed_id}"])
+    if isinstance(config.vision, EfficientNetConfig):
+        values, tensors = align_config(config, tokenizer), align_tensors(model)
+        processor = align_preprocess(preprocess.config)
+    elif is_tipsv2(config):
+        values, tensors = tipsv2_config(config, tokenizer), tipsv2_tensors(model)
+        processor = tipsv2_preprocess(preprocess.config)
     else:
-        values = huggingface_config(model.config, tokenizer)
-        tensors = write(model, huggingface.RULES[values["model_type"]])
-    pixels = _huggingface_preprocess(preprocess.config, values["model_type"])
-    transformers_folder(folder, values, pixels, tokenizer, tensors)
+        if is_bert_clip(config):
+            values, tensors = bert_clip_config(config), bert_clip_tensors(model)
+        else:
+            values = huggingface_config(config, tokenizer)
+            tensors = write(model, huggingface.RULES[values["model_type"]])
+        processor = _preprocess(preprocess.config, values["model_type"])
+    if values["model_type"] in ("align", "tipsv2"):
+        names["model_input_names"] = ["input_ids", "attention_mask"]
+    parts.dump(folder / "config.json", values)
+    parts.dump(folder / "preprocessor_config.json", processor)
+    tokenizer_files(folder, tokenizer, **names)
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
 
 
 def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `config.json` of a model.
+    """Return the `config.json` of a model.
 
     Raises:
-        CheckpointError: lists all that transformers' CLIPModel and SiglipModel do not have.
+        CheckpointError: lists all fields that CLIPModel or SiglipModel does not support.
     """
-    vision, text = config.vision, config.text
+    vision, text, rules = config.vision, config.text, tokenizer.config
     if not isinstance(vision, ViTConfig):
-        refuse("transformers", [f"a vision tower of the kind {vision.kind!r} ('vit')"])
+        parts.refuse("transformers", [f"a vision tower of the kind {vision.kind!r} ('vit')"])
     clip = vision.pool == "class"
     naflex = not clip and vision.max_patches == (vision.image_size // vision.patch_size) ** 2
     common: dict[str, Any] = {"stem": "linear", "rotary": None, "mlp": "plain"}
     if not naflex:
         common["max_patches"] = None
     common |= {"norm_pooled": False, "layer_scale": False, "pool_heads": None, "pool_mlp_dim": None}
+    common_text = {"layer_scale": False, "pad_id": None, "norm": "pre", "scale_embedding": False}
     if clip:
         wanted = (
             common | {"pre_norm": True, "patch_bias": False, "projection": "linear"},
-            {"causal": True, "projection": "linear", "layer_scale": False, "pad_id": None}
-            | {"norm": "pre", "scale_embedding": False},
+            {"causal": True, "projection": "linear", **common_text},
         )
     else:
         wanted = (
             common
             | {"pool": "map", "pre_norm": False, "patch_bias": True, "projection": "none"}
             | {"class_token": False},
-            {"causal": False, "pool": "last", "projection": "linear_bias", "layer_scale": False}
-            | {"pad_id": None, "norm": "pre", "scale_embedding": False},
+            {"causal": False, "pool": "last", "projection": "linear_bias", **common_text},
         )
-    check("transformers", config, *wanted)
-    if clip and text.pool not in ("end", "argmax"):
-        refuse("transformers", [f"text.pool {text.pool!r} (end or argmax)"])
-    if not clip and config.init_bias is None:
-        refuse("transformers", ["no logit_bias (SiglipModel has one)"])
-    if clip and config.init_bias is not None:
-        refuse("transformers", ["a logit_bias (CLIPModel has none)"])
-    rules = tokenizer.config
+    bias = config.init_bias is not None
+    faults = {
+        f"text.pool {text.pool!r} (end or argmax)": clip and text.pool not in ("end", "argmax"),
+        "no logit_bias (SiglipModel has one)": not clip and not bias,
+        "a logit_bias (CLIPModel has none)": clip and bias,
+    }
+    parts.check("transformers", config, *wanted, faults)
     ends = {"bos_token_id": rules.bos_id, "eos_token_id": rules.eos_id}
-    text_values = huggingface.tower_values(text) | {
-        "vocab_size": text.vocab_size,
-        "max_position_embeddings": text.context_length,
-        "pad_token_id": rules.pad_id,
-        **ends,
-    }
-    if clip:
-        text_values["eos_token_id"] = 2 if text.pool == "argmax" else text.end_id
-        text_values["projection_dim"] = config.embed_dim
+    if not clip:
+        family, architecture = ("siglip2", "Siglip2Model") if naflex else ("siglip", "SiglipModel")
+        more = {"projection_size": config.embed_dim}
     else:
-        text_values["projection_size"] = config.embed_dim
-    vision_values = huggingface.tower_values(vision) | {"patch_size": vision.patch_size}
+        family, architecture = "clip", "CLIPModel"
+        if text.pool == "end" and text.end_id == 2:  # CLIPModel treats 2 as an old mistake
+            family, architecture = "metaclip_2", "MetaClip2Model"
+        ends["eos_token_id"] = 2 if text.pool == "argmax" else text.end_id
+        more = {"projection_dim": config.embed_dim}
+    vision_config = parts.vision_values(vision, family)
     if naflex:
-        vision_values["num_patches"] = vision.max_patches
-    else:
-        vision_values["image_size"] = vision.image_size
-    family, architecture = ("clip", "CLIPModel") if clip else ("siglip", "SiglipModel")
-    if naflex:
-        family, architecture = "siglip2", "Siglip2Model"
-    if clip and text.pool == "end" and text.end_id == 2:  # which CLIPModel takes for an old mistake
-        family, architecture = "metaclip_2", "MetaClip2Model"
-    values = {
-        "architectures": [architecture],
-        "model_type": family,
-        "dtype": "float32",
-        "text_config": text_values | {"model_type": f"{family}_text_model"},
-        "vision_config": vision_values | {"model_type": f"{family}_vision_model"},
-    }
-    if clip:
-        values["projection_dim"] = config.embed_dim
-    return values
+        del vision_config["image_size"]
+        vision_config["num_patches"] = vision.max_patches
+    return parts.model_values(
+        family,
+        architecture,
+        text_config=parts.text_values(text, family, pad_token_id=rules.pad_id, **ends, **more),
+        vision_config=vision_config,
+        **(more if clip else {}),
+    )
 
 
-def _huggingface_preprocess(c: PreprocessConfig, family: str) -> dict[str, Any]:
-    if c.backend == "tensorflow":
-        refuse("transformers", ["TensorFlow's resizing of images (pillow or tensor)"])
-    if c.resize == "pad":
-        refuse("transformers", ["preprocessing that pads to the square"])
+def _preprocess(c: PreprocessConfig, family: str) -> dict[str, Any]:
+    """Return the `preprocessor_config.json`."""
+    siglip = family == "siglip"
+    cropped = c.resize == "squash" and c.short_side not in (None, c.image_size)
+    faults = {
+        "TensorFlow's resizing of images (pillow or tensor)": c.backend == "tensorflow",
+        "preprocessing that pads to the square": c.resize == "pad",
+        "centre crops of squashed images (EfficientNet's processor)": cropped,
+        "centre crops with SiglipModel, whose processor squashes": siglip and c.resize == "crop",
+    }
+    parts.refuse_if("transformers", faults)
     names = {"siglip": "SiglipImageProcessor", "siglip2": "Siglip2ImageProcessor"}
     name = names.get(family, "CLIPImageProcessor")
-    if c.resize == "squash" and c.short_side not in (None, c.image_size):
-        refuse("transformers", ["centre crops of squashed images (EfficientNet's processor)"])
-    square = {"height": c.image_size, "width": c.image_size}
-    values = {
-        "image_processor_type": name + ("Fast" if c.backend == "tensor" else ""),
-        "do_resize": True,
-        "resample": KERNELS[c.kernel],
-        "size": square,
-        "do_center_crop": c.resize == "crop",
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(c.mean),
-        "image_std": list(c.std),
-        "do_convert_rgb": True,
-    }
+    values = parts.processor_values(
+        c, name + ("Fast" if c.backend == "tensor" else ""), do_center_crop=c.resize == "crop"
+    )
     if c.resize == "naflex":
         del values["size"]
         values |= {"patch_size": c.patch_size, "max_num_patches": c.max_patches}
     if c.resize == "crop":
-        if family == "siglip":
-            refuse("transformers", ["centre crops with SiglipModel, whose processor squashes"])
-        values |= {"size": {"shortest_edge": c.short_side or c.image_size}, "crop_size": square}
+        values["crop_size"] = values["size"]
+        values["size"] = {"shortest_edge": c.short_side or c.image_size}
     return values

@@ -1,4 +1,4 @@
-"""A bundle as a folder of open_clip: its own towers, or timm's and transformers' that are ours."""
+"""Export to open_clip: its own towers, and those of timm and transformers."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from vlm.weights import open_clip, text_encoders, timm_towers, writing_text_enco
 from vlm.weights.files import write_safetensors
 from vlm.weights.rules import write
 from vlm.weights.vocabularies import CLIP_BOS, CLIP_EOS, CLIP_SIZE, OPEN_CLIP_CLEAN
-from vlm.weights.writing_parts import check, dump, refuse
+from vlm.weights.writing_parts import check, dump, refuse, refuse_if
 from vlm.weights.writing_tokenizer import tokenizer_files
 
 
@@ -30,7 +30,7 @@ def write_open_clip(
     """Write the files of a folder that open_clip opens as "local-dir:FOLDER".
 
     Raises:
-        CheckpointError: open_clip has no place for something.
+        CheckpointError: open_clip does not support something.
     """
     values = open_clip_config(model.config, tokenizer)
     description = {"model_cfg": values, "preprocess_cfg": _preprocess(preprocess.config)}
@@ -50,12 +50,13 @@ def write_open_clip(
 
 
 def _preprocess(p: PreprocessConfig) -> dict[str, Any]:
-    if p.backend != "pillow":
-        refuse("open_clip", [f"the {p.backend} backend of preprocessing (pillow)"])
-    if p.kernel == "lanczos" or p.short_side is not None:
-        refuse("open_clip", [f"preprocessing by {p.kernel} from short side {p.short_side}"])
-    if len(set(p.pad_value)) > 1:
-        refuse("open_clip", [f"preprocess.pad_value {p.pad_value} (a grey)"])
+    resizes = p.kernel == "lanczos" or p.short_side is not None
+    faults = {
+        f"the {p.backend} backend of preprocessing (pillow)": p.backend != "pillow",
+        f"preprocessing by {p.kernel} from short side {p.short_side}": resizes,
+        f"preprocess.pad_value {p.pad_value} (a grey)": len(set(p.pad_value)) > 1,
+    }
+    refuse_if("open_clip", faults)
     modes = {"crop": "shortest", "pad": "longest", "squash": "squash"}
     return {
         "size": p.image_size,
@@ -69,13 +70,13 @@ def _preprocess(p: PreprocessConfig) -> dict[str, Any]:
 
 
 def open_clip_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `model_cfg` of a model.
+    """Return the `model_cfg` of a model.
 
     Raises:
-        CheckpointError: lists all that open_clip's towers do not have.
+        CheckpointError: lists all fields that open_clip's towers do not support.
     """
     vision, text = config.vision, config.text
-    encoder = text_encoders.owns(text)  # which has an activation of its own
+    encoder = text_encoders.owns(text)  # has its own activation
     quick = encoder and isinstance(vision, ViTConfig) and vision.activation == "quick_gelu"
     quick = quick or text.activation == "quick_gelu"
     if isinstance(vision, ResNetConfig):
@@ -111,16 +112,14 @@ def open_clip_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
 
 
 def _native(config: ModelConfig, c: ViTConfig, *, quick: bool) -> dict[str, Any]:
-    check("open_clip", config, {"stem": "linear", "patch_bias": False, "projection": "linear"}, {})
-    faults = []
-    if c.pool == "mean" and not c.class_token:
-        faults.append("vision.pool 'mean' without a class token beside the patches")
-    if c.rotary is not None:
-        faults.append(f"vision.rotary {c.rotary} with vision.pool {c.pool!r}")
-    if (c.activation == "quick_gelu") != quick:
-        faults.append("quick_gelu in one tower alone")
-    if faults:
-        refuse("open_clip", faults)
+    tokenless = c.pool == "mean" and not c.class_token
+    faults = {
+        "vision.pool 'mean' without a class token beside the patches": tokenless,
+        f"vision.rotary {c.rotary} with vision.pool {c.pool!r}": c.rotary is not None,
+        "quick_gelu in one tower alone": (c.activation == "quick_gelu") != quick,
+    }
+    wanted = {"stem": "linear", "patch_bias": False, "projection": "linear"}
+    check("open_clip", config, wanted, {}, faults)
     return {
         "image_size": c.image_size,
         "patch_size": c.patch_size,
@@ -144,15 +143,12 @@ def _resnet(c: ResNetConfig) -> dict[str, Any]:
 
 def _text(c: TextConfig) -> dict[str, Any]:
     pools = {"argmax": "argmax", "end": "eos", "first": "first", "last": "last"}
-    faults = []
-    if c.pool not in pools:
-        faults.append(f"text.pool {c.pool!r} (end, argmax, first or last)")
-    if c.pad_id is not None:
-        faults.append("a mask over padding in the text tower")
-    if c.norm != "pre":
-        faults.append(f"text.norm {c.norm!r} ('pre')")
-    if faults:
-        refuse("open_clip", faults)
+    faults = {
+        f"text.pool {c.pool!r} (end, argmax, first or last)": c.pool not in pools,
+        "a mask over padding in the text tower": c.pad_id is not None,
+        f"text.norm {c.norm!r} ('pre')": c.norm != "pre",
+    }
+    refuse_if("open_clip", faults)
     values = {
         "context_length": c.context_length,
         "vocab_size": c.vocab_size,
@@ -168,7 +164,7 @@ def _text(c: TextConfig) -> dict[str, Any]:
 
 def _tower(c: ViTConfig | TextConfig, name: str) -> dict[str, Any]:
     ratio = c.mlp_dim / c.width
-    for digits in range(1, 18):  # open_clip takes a ratio and truncates: the shortest that fits
+    for digits in range(1, 18):  # shortest ratio that open_clip truncates to mlp_dim
         rounded = round(ratio + 0.5 / c.width, digits)
         if int(c.width * rounded) == c.mlp_dim:
             break
@@ -187,7 +183,7 @@ def _tower(c: ViTConfig | TextConfig, name: str) -> dict[str, Any]:
 
 
 def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Nothing for CLIP's own vocabulary; open_clip reads others from the folder."""
+    """Return the tokenizer fields of `text_cfg`; none are needed for CLIP's vocabulary."""
     rules = tokenizer.config
     clean = CLEAN.get(rules.clean)
     ids = rules.bos_id, rules.eos_id, rules.pad_id, tokenizer.vocab_size
@@ -196,11 +192,11 @@ def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
         return {} if clean == "lower" else {"tokenizer_kwargs": {"clean": clean}}
     if rules.zeroed_id not in (None, rules.eos_id):
         refuse("open_clip", [f"tokenizer.zeroed_id {rules.zeroed_id} (that of its end token)"])
-    # open_clip always cleans; "whitespace" is the least it does.
+    # open_clip always cleans; "whitespace" changes least.
     options: dict[str, Any] = {"clean": clean or "whitespace"}
     if rules.zeroed_id is not None:
         options["strip_sep_token"] = True
-    # open_clip reads "local-dir:FOLDER" whatever the name is. A Hub id goes here for a Hub model.
+    # open_clip ignores the name for "local-dir:FOLDER". A model on the Hub needs its id here.
     return {"hf_tokenizer_name": "tokenizer.json of this folder", "tokenizer_kwargs": options}
 
 

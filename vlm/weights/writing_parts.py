@@ -1,50 +1,43 @@
-"""Common parts of the writers for other libraries: the files of a folder, JSON and refusals."""
+"""Common parts of the writers for other libraries."""
 
 import json
-from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from etils import epath
 
-from vlm.config import ModelConfig
+from vlm.config import ModelConfig, PreprocessConfig, TextConfig, ViTConfig
 from vlm.errors import CheckpointError
-from vlm.inputs.tokenizer import Tokenizer
-from vlm.weights.files import write_safetensors
-from vlm.weights.writing_tokenizer import tokenizer_files
+from vlm.weights.huggingface import tower_values
+
+HOLDS = {
+    "transformers": "the ViTs of CLIP, SigLIP, Chinese CLIP, AltCLIP and TIPSv2, and ALIGN",
+    "open_clip": "CLIP's ViTs and ResNets, timm's vision towers, and XLM-R, RoBERTa and NLLB",
+}
+SIGMOID = "a logit_bias or the sigmoid loss"
+_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # PIL.Image.Resampling
 
 
-def transformers_folder(
-    folder: epath.Path,
-    config: dict[str, Any],
-    preprocess: dict[str, Any],
-    tokenizer: Tokenizer,
-    tensors: Iterable[tuple[str, Any]],
-    **more: Any,
+def check(
+    form: str,
+    config: ModelConfig,
+    vision: dict[str, Any],
+    text: dict[str, Any],
+    faults: dict[str, bool] | None = None,
 ) -> None:
-    """The files of a folder of transformers; `more` is for its `tokenizer_config.json`."""
-    dump(folder / "config.json", config)
-    dump(folder / "preprocessor_config.json", preprocess)
-    tokenizer_files(folder, tokenizer, **more)
-    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
-
-
-def check(form: str, config: ModelConfig, vision: dict[str, Any], text: dict[str, Any]) -> None:
-    """Refuse a model unless the fields of its towers have these values."""
+    """Raise an error unless the towers' fields have these values and no fault is true."""
     found = [
         f"{name}.{field} {getattr(tower, field)!r} ({value!r})"
         for name, tower, fields in (("vision", config.vision, vision), ("text", config.text, text))
         for field, value in fields.items()
         if getattr(tower, field) != value
     ]
-    if found:
+    refuse_if(form, dict.fromkeys(found, True) | (faults or {}))
+
+
+def refuse_if(form: str, faults: dict[str, bool]) -> None:
+    """Raise an error that lists the faults that are true, if any."""
+    if found := [fault for fault, present in faults.items() if present]:
         refuse(form, found)
-
-
-KERNELS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # PIL.Image.Resampling
-HOLDS = {
-    "transformers": "the ViTs of CLIP, SigLIP, Chinese CLIP, AltCLIP and TIPSv2, and ALIGN",
-    "open_clip": "CLIP's ViTs and ResNets, timm's vision towers, and XLM-R, RoBERTa and NLLB",
-}
 
 
 def refuse(form: str, found: list[str]) -> NoReturn:
@@ -56,5 +49,56 @@ def refuse(form: str, found: list[str]) -> NoReturn:
 
 
 def dump(path: epath.Path, values: dict[str, Any]) -> None:
-    """Write a JSON file as both libraries do."""
+    """Write a JSON file in the style of both libraries."""
     path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------ settings of transformers
+
+
+def model_values(family: str, architecture: str, **more: Any) -> dict[str, Any]:
+    """Return the fields that every `config.json` has, and `more`."""
+    return {
+        "architectures": [architecture],
+        "model_type": family,
+        "dtype": "float32",
+        **more,
+    }
+
+
+def vision_values(c: ViTConfig, family: str, **more: Any) -> dict[str, Any]:
+    """Return the `vision_config` of a ViT."""
+    return tower_values(c) | {
+        "model_type": f"{family}_vision_model",
+        "image_size": c.image_size,
+        "patch_size": c.patch_size,
+        **more,
+    }
+
+
+def text_values(c: TextConfig, family: str, **more: Any) -> dict[str, Any]:
+    """Return the `text_config` of a text tower."""
+    return tower_values(c) | {
+        "model_type": f"{family}_text_model",
+        "vocab_size": c.vocab_size,
+        "max_position_embeddings": c.context_length,
+        "pad_token_id": c.pad_id,
+        **more,
+    }
+
+
+def processor_values(c: PreprocessConfig, name: str, **more: Any) -> dict[str, Any]:
+    """Return the `preprocessor_config.json` of an image processor that normalises."""
+    return {
+        "image_processor_type": name,
+        "do_resize": True,
+        "resample": _RESAMPLE[c.kernel],
+        "size": {"height": c.image_size, "width": c.image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(c.mean),
+        "image_std": list(c.std),
+        "do_convert_rgb": True,
+        **more,
+    }

@@ -1,9 +1,9 @@
-"""Text towers of transformers inside open_clip folders, written by the names of their encoders.
+"""Export of open_clip text towers that are encoders of transformers.
 
-open_clip makes such a tower from the Hub's configuration of that name, whose sizes must then be the
-model's. What reading folds into our tables is written so that it adds nothing: a segment of zeros,
-NLLB's factor divided out. Places behind the model's own are zeros, and no text of its length sees
-them.
+open_clip builds such a tower from the Hub's config of that name, so the sizes must be equal.
+Whatever reading adds to our tables is written such that it adds nothing: a zero token type
+embedding, and NLLB's embeddings without their factor. Positions beyond the context length are zero
+and never used.
 """
 
 import dataclasses
@@ -27,42 +27,41 @@ from vlm.weights.text_encoders import (
     SEGMENT,
     SINUSOIDS,
 )
-from vlm.weights.writing_parts import refuse
+from vlm.weights.writing_parts import refuse, refuse_if
 
-_FREE = ("context_length", "pool", "projection", "end_id", "dropout")  # that open_clip sets itself
-_SAME_SINUSOID = 1e-4  # what another machine's sines of large angles may differ by
+_FREE = ("context_length", "pool", "projection", "end_id", "dropout")  # set by open_clip
+_SAME_SINUSOID = 1e-4  # difference of sines of large angles between machines
 
 
 def text_cfg(c: TextConfig) -> dict[str, Any]:
-    """The `text_cfg` of such a tower, but for its tokenizer.
+    """Return the `text_cfg` of such a tower, without the fields of its tokenizer.
 
     Raises:
-        CheckpointError: the tower is no encoder that open_clip has, or ends otherwise.
+        CheckpointError: open_clip does not support the encoder, its pooling or projection.
     """
     name = encoder_name(c)
     cls = "cls_last_hidden_state_pooler" if c.norm == "post" else "cls_pooler"
     poolers = {"mean": "mean_pooler", "first": cls}
-    faults = []
-    if c.pool not in poolers:
-        faults.append(f"text.pool {c.pool!r} (mean or first)")
-    if c.projection not in ("mlp", "linear"):
-        faults.append(f"text.projection {c.projection!r} (mlp or linear)")
-    if faults:
-        refuse("open_clip", faults)
+    projection = c.projection
+    faults = {
+        f"text.pool {c.pool!r} (mean or first)": c.pool not in poolers,
+        f"text.projection {projection!r} (mlp or linear)": projection not in ("mlp", "linear"),
+    }
+    refuse_if("open_clip", faults)
     return {
         "hf_model_name": name,
         "hf_model_pretrained": False,
-        "hf_proj_type": c.projection,
+        "hf_proj_type": projection,
         "hf_pooler_type": poolers[c.pool],
         "context_length": c.context_length,
     }
 
 
 def encoder_name(c: TextConfig) -> str:
-    """The name of the encoder that is exactly this one.
+    """Return the name of the encoder with exactly this config.
 
     Raises:
-        CheckpointError: there is none; the message says how the nearest one differs.
+        CheckpointError: there is none; the message lists the differences to the nearest one.
     """
     found = []
     for name, encoder in ENCODERS.items():
@@ -84,19 +83,19 @@ def encoder_name(c: TextConfig) -> str:
 
 
 def tensors(model: DualEncoder, table: Sequence[Rule]) -> Iterator[tuple[str, Any]]:
-    """The tensors of a model with such a tower, by the `table` that reads them.
+    """Yield the tensors of a model with such a tower, by the `table` that reads them.
 
     Raises:
-        CheckpointError: the tower's positions were trained, where the encoder computes its own.
+        CheckpointError: the tower's positions were trained, but the encoder computes them.
     """
     c = model.config.text
     if c.norm == "post":
         places = FIRST + ENCODERS[encoder_name(c)].context_length
-        yield from write(model, _with(table, POSITION, _placed(places)))
+        yield from write(model, _with(table, POSITION, _padded(places)))
         yield SEGMENT, np.zeros((1, c.width), model.text.embedding[...].dtype)
     else:
         _check_sinusoids(model)
-        table = [rule for rule in table if rule.theirs != SINUSOIDS]  # which hold no parameters
+        table = [rule for rule in table if rule.theirs != SINUSOIDS]  # they are not parameters
         yield from write(model, _with(table, NLLB_EMBEDDING, _divided(math.sqrt(c.width))))
 
 
@@ -107,8 +106,8 @@ def _with(table: Sequence[Rule], theirs: str, transform: Transform) -> list[Rule
     ]
 
 
-def _placed(places: int) -> Transform:
-    """Theirs begins behind the padding's place, and goes on behind ours."""
+def _padded(places: int) -> Transform:
+    """Return a transform that adds unused positions before and after ours."""
     return Transform(
         lambda s: (places, s[1]),
         lambda x, s: x[FIRST : FIRST + s[0]],
@@ -117,7 +116,7 @@ def _placed(places: int) -> Transform:
 
 
 def _divided(factor: float) -> Transform:
-    """Theirs times a factor: 32 of NLLB's 1024 channels, by which nothing is rounded."""
+    """Return a transform by a factor; NLLB's 32, for 1024 channels, is exact."""
     scale = np.float32(factor)
     return Transform(
         lambda s: s,
@@ -127,9 +126,9 @@ def _divided(factor: float) -> Transform:
 
 
 def _check_sinusoids(model: DualEncoder) -> None:
-    """Refuse positions other than those that NLLB's encoder computes."""
+    """Raise an error unless the positions are those that NLLB's encoder computes."""
     c = model.config.text
-    assert model.text.position is not None  # NLLB's are a table here
+    assert model.text.position is not None  # a table for NLLB
     ours = np.asarray(model.text.position[...])
     theirs = sinusoids(FIRST + c.context_length, c.width)[FIRST:].astype(ours.dtype)
     far = np.abs(ours.astype(np.float32) - theirs.astype(np.float32)).max()

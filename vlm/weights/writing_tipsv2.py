@@ -1,55 +1,36 @@
-"""A bundle as a folder of transformers' `Tipsv2Model`."""
+"""Export to transformers' `Tipsv2Model`."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from vlm.config import ModelConfig, PreprocessConfig, ViTConfig
-from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
-from vlm.weights import huggingface, tipsv2
+from vlm.weights import tipsv2
+from vlm.weights import writing_parts as parts
 from vlm.weights.rules import write
-from vlm.weights.writing_parts import KERNELS, check, refuse, transformers_folder
 
 FORM = "transformers' Tipsv2Model"
 
 
 def is_tipsv2(config: ModelConfig) -> bool:
-    """Whether no other model of transformers could be meant."""
+    """Return True if no other model of transformers has such towers."""
     return config.text.positions == "sinusoidal" or getattr(config.vision, "registers", 0) > 0
 
 
-def write_tipsv2(
-    folder: epath.Path, model: DualEncoder, preprocess: Preprocess, tokenizer: Tokenizer
-) -> None:
-    """Write the files of a folder that transformers opens as `Tipsv2Model`.
-
-    Raises:
-        CheckpointError: that class has no place for something.
-    """
-    transformers_folder(
-        folder,
-        tipsv2_config(model.config, tokenizer),
-        _preprocess(preprocess.config),
-        tokenizer,
-        _tensors(model),
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
 def tipsv2_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `config.json` of a model.
+    """Return the `config.json` of a model.
 
     Raises:
-        CheckpointError: lists all that `Tipsv2Model` does not have.
+        CheckpointError: lists all fields that `Tipsv2Model` does not support.
     """
     vision, text = config.vision, config.text
     if not isinstance(vision, ViTConfig):
-        refuse(FORM, [f"a vision tower of the kind {vision.kind!r} ('vit')"])
-    check(
+        parts.refuse(FORM, [f"a vision tower of the kind {vision.kind!r} ('vit')"])
+    gated, plain = vision.mlp == "swiglu_plain", vision.mlp == "plain"
+    parts.check(
         FORM,
         config,
         {"stem": "linear", "patch_bias": True, "rotary": None, "pool": "class", "pre_norm": False}
@@ -57,56 +38,45 @@ def tipsv2_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         | {"projection": "none", "max_patches": None},
         {"causal": False, "pool": "mean", "positions": "sinusoidal", "layer_scale": False}
         | {"norm": "pre", "projection": "none", "pad_id": tokenizer.config.pad_id},
+        {
+            parts.SIGMOID: config.init_bias is not None or config.loss != "softmax",
+            f"vision.mlp {vision.mlp!r} (plain or swiglu_plain)": not gated and not plain,
+        },
     )
-    if config.init_bias is not None or config.loss != "softmax":
-        refuse(FORM, ["a logit_bias or the sigmoid loss"])
-    gated = vision.mlp == "swiglu_plain"
-    if not gated and vision.mlp != "plain":
-        refuse(FORM, [f"vision.mlp {vision.mlp!r} (plain or swiglu_plain)"])
-    vision_values = huggingface.tower_values(vision)
-    del vision_values["intermediate_size"]  # a ratio says it
-    return {
-        "architectures": ["Tipsv2Model"],
-        "model_type": "tipsv2",
-        "dtype": "float32",
-        "temperature_init_value": 1 / config.init_scale,
-        "vision_config": vision_values
-        | {
-            "model_type": "tipsv2_vision_model",
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "mlp_ratio": _ratio(vision.width, vision.mlp_dim, gated=gated),
-            "use_swiglu_ffn": gated,
-            "num_register_tokens": vision.registers,
-        },
-        "text_config": huggingface.tower_values(text)
-        | {
-            "model_type": "tipsv2_text_model",
-            "vocab_size": text.vocab_size,
-            "max_position_embeddings": text.context_length,
-            "pad_token_id": text.pad_id,
-            "scale_sqrt_depth": text.scale_embedding,
-        },
-    }
+    tower = parts.vision_values(
+        vision,
+        "tipsv2",
+        mlp_ratio=_ratio(vision.width, vision.mlp_dim, gated=gated),
+        use_swiglu_ffn=gated,
+        num_register_tokens=vision.registers,
+    )
+    del tower["intermediate_size"]  # the class has mlp_ratio instead
+    return parts.model_values(
+        "tipsv2",
+        "Tipsv2Model",
+        temperature_init_value=1 / config.init_scale,
+        vision_config=tower,
+        text_config=parts.text_values(text, "tipsv2", scale_sqrt_depth=text.scale_embedding),
+    )
 
 
 def _ratio(width: int, mlp_dim: int, *, gated: bool) -> float:
-    """A ratio of which transformers makes this width of the hidden layer.
+    """Return the ratio from which transformers computes this width of the hidden layer.
 
     Raises:
-        CheckpointError: gated, there is none, as all of them are multiples of 8.
+        CheckpointError: there is none, because a gated MLP has a multiple of 8.
     """
-    whole = mlp_dim * 3 // 2 if gated else mlp_dim
-    for ratio in (whole / width, (whole + 0.5) / width):  # the product is rounded down
+    ungated = mlp_dim * 3 // 2 if gated else mlp_dim
+    for ratio in (ungated / width, (ungated + 0.5) / width):  # the product is rounded down
         if tipsv2.mlp_dim(width, ratio, gated=gated) == mlp_dim:
             return ratio
-    refuse(FORM, [f"vision.mlp_dim {mlp_dim} of a gated MLP (a multiple of 8)"])
+    parts.refuse(FORM, [f"vision.mlp_dim {mlp_dim} of a gated MLP (a multiple of 8)"])
 
 
-def _tensors(model: DualEncoder) -> Iterator[tuple[str, Any]]:
-    """Under the names of the published weights, with all that transformers looks for.
+def tipsv2_tensors(model: DualEncoder) -> Iterator[tuple[str, Any]]:
+    """Yield all tensors that transformers expects, with the names of the published weights.
 
-    The mask of pre-training is zero there too, and factors that a model does not have are one.
+    The mask token of pre-training is zero, as published. Absent layer scales are one.
     """
     vision = model.config.vision
     assert isinstance(vision, ViTConfig)  # checked with the config
@@ -122,18 +92,12 @@ def _tensors(model: DualEncoder) -> Iterator[tuple[str, Any]]:
     yield from write(model, rules)
 
 
-def _preprocess(c: PreprocessConfig) -> dict[str, Any]:
+def tipsv2_preprocess(c: PreprocessConfig) -> dict[str, Any]:
+    """Return the `preprocessor_config.json`."""
     if c.backend != "tensor" or c.resize != "squash":
-        refuse(FORM, [f"images that {c.backend} resizes by {c.resize} (tensor, squash)"])
-    plain = (c.mean, c.std) == ((0.0,) * 3, (1.0,) * 3)
-    return {
-        "image_processor_type": "Tipsv2ImageProcessor",
-        "do_resize": True,
-        "resample": KERNELS[c.kernel],
-        "size": {"height": c.image_size, "width": c.image_size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": not plain,
-        **({} if plain else {"image_mean": list(c.mean), "image_std": list(c.std)}),
-        "do_convert_rgb": True,
-    }
+        parts.refuse(FORM, [f"images that {c.backend} resizes by {c.resize} (tensor, squash)"])
+    values = parts.processor_values(c, "Tipsv2ImageProcessor")
+    if (c.mean, c.std) == ((0.0,) * 3, (1.0,) * 3):
+        values["do_normalize"] = False
+        del values["image_mean"], values["image_std"]
+    return values

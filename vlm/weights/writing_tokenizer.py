@@ -1,7 +1,7 @@
-"""A `tokenizer.json` that does by itself what a tokenizer of ours does with its rules around it.
+"""Export of a vlm tokenizer, with its rules, to a self-contained `tokenizer.json`.
 
-Cleaning becomes steps of its normaliser, and with it the repair of common mojibake and HTML
-entities. What is rarer has no form there; `token_check` counts the texts that this changes.
+Text cleaning becomes steps of its normaliser, including the repair of common mojibake and HTML
+entities. Rare cases are not covered; `token_check` counts the texts that this affects.
 """
 
 import json
@@ -18,7 +18,7 @@ from vlm.inputs.tokenizer import Tokenizer
 from vlm.weights.charsmap import charsmap
 from vlm.weights.sentencepiece import SPACE
 
-# The entities of alt texts; a Replace for each of the 2,231 that HTML has would take milliseconds.
+# Entities common in alt texts. HTML has 2,231; a Replace for each would take milliseconds a text.
 _NAMES = (
     "lt gt quot apos nbsp copy reg trade deg hellip mdash ndash lsquo rsquo ldquo rdquo sbquo "
     "bdquo bull middot times euro pound cent yen sect para laquo raquo frac12 frac14 frac34 "
@@ -30,12 +30,12 @@ _ENTITIES = _NAMES.split()
 
 
 def standalone(tokenizer: Tokenizer, *, cleaned: bool = False) -> tokenizers.Tokenizer:
-    """The vocabulary with our rules inside: cleaning as normalisation, and the special tokens.
+    """Return the vocabulary with our rules: cleaning as normalisation, and the special tokens.
 
-    `cleaned`: the texts it is given are cleaned already.
+    With `cleaned`, its input texts are already cleaned.
 
     Raises:
-        CheckpointError: the cleaning is BERT's, whose case folding has no form there.
+        CheckpointError: the cleaning is BERT's, whose case folding no normaliser supports.
     """
     rules, vocabulary = tokenizer.config, tokenizer.vocabulary
     if rules.clean == "bert":
@@ -69,9 +69,9 @@ def standalone(tokenizer: Tokenizer, *, cleaned: bool = False) -> tokenizers.Tok
 def tokenizer_files(
     folder: epath.Path, tokenizer: Tokenizer, *, cleaned: bool = False, **more: Any
 ) -> None:
-    """`tokenizer.json` that does by itself what our rules do, and its `tokenizer_config.json`.
+    """Write a self-contained `tokenizer.json`, and `tokenizer_config.json` with the fields `more`.
 
-    The latter has the fields of `more` too. For `cleaned` see `standalone`.
+    For `cleaned` see `standalone`.
     """
     rules = tokenizer.config
     vocabulary = standalone(tokenizer, cleaned=cleaned)
@@ -84,29 +84,29 @@ def tokenizer_files(
         "truncation_side": "right",
         **{name: vocabulary.id_to_token(i) for name, i in names.items() if i is not None},
         "clean_up_tokenization_spaces": False,
-        # transformers makes a special token of its pad token. Where that is an ordinary one, such
-        # as CLIP's "!", or no special token is read in texts, it must not look for them.
+        # transformers makes its pad token special. If that is an ordinary token, such as CLIP's
+        # "!", or if our rules do not parse special tokens, it must not look for them in texts.
         "split_special_tokens": not parses_special(tokenizer),
-        "added_tokens_decoder": {},  # or it would change the tokens of tokenizer.json
+        "added_tokens_decoder": {},  # otherwise it changes the tokens of tokenizer.json
         **more,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
 def parses_special(tokenizer: Tokenizer) -> bool:
-    """Whether transformers may look for special tokens in texts and find what we find."""
+    """Return True if transformers finds the same special tokens in texts as vlm."""
     pad_is_text = tokenizer.config.pad_id in _ordinary(tokenizer.vocabulary)
     return _finds_special(tokenizer) and not pad_is_text
 
 
 def _finds_special(tokenizer: Tokenizer) -> bool:
-    """Whether a special token that is spelled out in a text can be found there."""
-    rules = tokenizer.config  # two of the cleanings leave none of its brackets
+    """Return True if special tokens that are spelled out in a text are parsed."""
+    rules = tokenizer.config  # two of the cleanings remove their brackets
     return rules.parse_special and rules.clean not in ("siglip", "clip_canonical")
 
 
 def _ordinary(vocabulary: tokenizers.Tokenizer) -> set[int]:
-    """The ids that text can have."""
+    """Return the ids of tokens that ordinary text can have."""
     added = vocabulary.get_added_tokens_decoder()
     return set(vocabulary.get_vocab(with_added_tokens=False).values()) - set(added)
 
@@ -114,9 +114,9 @@ def _ordinary(vocabulary: tokenizers.Tokenizer) -> set[int]:
 def _with_found(
     vocabulary: tokenizers.Tokenizer, *, special: bool, normalized: bool
 ) -> tokenizers.Tokenizer:
-    """The same, whose added tokens are found in texts though they are not `special`.
+    """Return the vocabulary with added tokens that are found in texts even if not `special`.
 
-    With `normalized` they are looked for once the text is cleaned, if cleaning leaves them whole.
+    With `normalized`, they are looked for after cleaning, unless cleaning changes them.
     """
     held = json.loads(vocabulary.to_str())
     for token in held["added_tokens"]:
@@ -130,7 +130,7 @@ def _with_found(
 # ------------------------------------------------------------- cleaning as normalisation
 
 _SPACES = normalizers.Replace(Regex(r"[\s\x1c-\x1f\x85]+"), " ")
-# Of Python's `str.lower`: a Σ at the end of a word is another small letter.
+# Like Python's `str.lower`, where a Σ at the end of a word becomes ς.
 _LOWER = [
     normalizers.Replace(Regex(r"(?<=\p{L})Σ(?![\p{M}\p{Cf}'’.:]*\p{L})"), "ς"),
     normalizers.Lowercase(),
@@ -139,11 +139,11 @@ _PUNCTUATION = "".join("\\" + mark for mark in string.punctuation)
 
 
 def _cleaning(name: str) -> list[normalizers.Normalizer]:
-    """The steps that do what the cleaning of that name does."""
+    """Return the normaliser's steps for the cleaning of that name."""
     unmarked = normalizers.Replace(Regex(f"[{_PUNCTUATION}]"), "")
     if name == "none":
         return []
-    if name == "siglip":  # which puts this in front, before any vocabulary
+    if name == "siglip":  # adds a leading space before any vocabulary
         spaces = [_SPACES, normalizers.Strip(left=False, right=True), normalizers.Prepend(SPACE)]
         return [normalizers.Replace(SPACE, " "), *_LOWER, unmarked, *spaces]
     steps = _basic()
@@ -161,7 +161,7 @@ def _cleaning(name: str) -> list[normalizers.Normalizer]:
 
 
 def _basic() -> list[normalizers.Normalizer]:
-    """The steps of `ftfy` on one character or entity at a time, in its order."""
+    """Return the steps of `ftfy` that change single characters or entities, in its order."""
     from html.entities import html5
 
     import ftfy
@@ -180,7 +180,7 @@ def _basic() -> list[normalizers.Normalizer]:
     for name in _ENTITIES:
         char = html5[f"{name};"]
         broken = char.encode().decode("sloppy-windows-1252")
-        if ftfy.fix_encoding(broken) == char:  # it is not sure of all
+        if ftfy.fix_encoding(broken) == char:  # it does not repair all of them
             steps.append(normalizers.Replace(broken, char))
     for mark in (Regex(r"\x1b\[[\d;]*[a-zA-Z]"), "\0"):
         steps.append(normalizers.Replace(mark, ""))
@@ -192,7 +192,7 @@ def _basic() -> list[normalizers.Normalizer]:
             table[chr(code)] = chr(target) if isinstance(target, int) else target or ""
     quotes = {"'": chardata.SINGLE_QUOTE_RE, '"': chardata.DOUBLE_QUOTE_RE}
     table = {chr(code): chr(code) for code in range(0x2B0, 0x2100)} | table
-    for quote, form in quotes.items():  # also those that a ligature is made of
+    for quote, form in quotes.items():  # also those in the letters of a ligature
         table = {char: form.sub(quote, target) for char, target in table.items()}
     table = {char: target for char, target in table.items() if char != target}
     steps += [normalizers.Precompiled(charsmap(table)), normalizers.NFC()]
