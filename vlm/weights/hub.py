@@ -68,8 +68,9 @@ def download(name: str, revision: str | None = None) -> tuple[epath.Path, str | 
         def fetch(file: str) -> str:
             cached = hub.try_to_load_from_cache(name, file, revision=about.sha)
             size = sizes.get(file)
-            known = size is not None and isinstance(cached, str)
-            truncated = known and os.path.getsize(cached) != size
+            truncated = (
+                size is not None and isinstance(cached, str) and os.path.getsize(cached) != size
+            )
             return hub.hf_hub_download(name, file, revision=about.sha, force_download=truncated)
 
         configs = [file for file in _CONFIGS if file in sizes]

@@ -1,7 +1,7 @@
-"""Adapters as `peft` saves them, of transformers' CLIP and SigLIP.
+"""Reader and writer of `peft` adapters for transformers' CLIP and SigLIP.
 
-A folder has `adapter_config.json` and `adapter_model.safetensors`, in which every layer has
-matrices of its own: `base_model.model.MODULE.lora_A.weight` of (rank, inputs), `lora_B.weight` of
+A folder has `adapter_config.json` and `adapter_model.safetensors`. Each layer has its own
+matrices: `base_model.model.MODULE.lora_A.weight` of (rank, inputs), `lora_B.weight` of
 (outputs, rank), and `lora_magnitude_vector` for DoRA.
 """
 
@@ -9,7 +9,6 @@ import collections
 import math
 import os
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -35,10 +34,10 @@ _PARTS = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
     "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",  # of a short while in 2024
+    "lora_magnitude_vector.weight": "magnitude",  # in some versions of 2024
 }
-# What a configuration may say without changing what its matrices mean. Any other field that is on
-# is something that is not read here.
+# Fields that do not change the meaning of the matrices, or are read here. Any other field that is
+# set is not supported.
 _HARMLESS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path",
     "revision", "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha",
@@ -46,21 +45,21 @@ _HARMLESS = {
     "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core", "use_dora",
     "qalora_group_size", "runtime_config", "eva_config",
 }  # fmt: skip
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # that leave the model as it was
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # that do not change the base model
 
 
 def recognises(path: epath.Path) -> bool:
-    """Whether `path` is a folder that `peft` saved."""
+    """Return True if `path` is a folder that `peft` saved."""
     return (path / CONFIG_FILE).exists()
 
 
 def open_peft(folder: epath.Path) -> SavedAdapter:
-    """What `peft` saved; its matrices are read for the model that they are put on.
+    """Open an adapter that `peft` saved; its matrices are read once the base model is known.
 
-    It names its model by a path or an id alone, so another of the same sizes cannot be refused.
+    peft stores no fingerprint of the base model, so another model of the same sizes is accepted.
 
     Raises:
-        CheckpointError: another method than LoRA, or something of it that is not supported.
+        CheckpointError: another method than LoRA, or an option that is not supported.
     """
     file = folder / CONFIG_FILE
     values = read_json(file)
@@ -91,7 +90,7 @@ def write_peft(
     """Write an adapter as a folder that `peft` opens on transformers' form of `model`.
 
     Raises:
-        CheckpointError: transformers has no place for the model, or `peft` none for a layer.
+        CheckpointError: transformers does not support the model, or `peft` one of the layers.
     """
     places = _places(model, tokenizer)
     ours = {place[0] for place in places.values()}
@@ -148,12 +147,12 @@ def _check_supported(values: dict[str, Any], where: str) -> None:
     if values.get("bias", "none") != "none":
         odd.append("bias")
     start = values.get("init_lora_weights", True)
-    if start not in _PLAIN_STARTS:  # PiSSA and its kind change the model itself
+    if start not in _PLAIN_STARTS:  # PiSSA and similar methods change the base model
         odd.append("init_lora_weights")
     if odd:
-        said = ", ".join(f"{name} {show(values[name])}" for name in sorted(odd))
+        listed = ", ".join(f"{name} {show(values[name])}" for name in sorted(odd))
         raise CheckpointError(
-            f"{where} has {said}, which vlm does not support: merge the adapter into its model "
+            f"{where} has {listed}, which vlm does not support: merge the adapter into its model "
             "with peft, and load that"
         )
 
@@ -161,7 +160,7 @@ def _check_supported(values: dict[str, Any], where: str) -> None:
 def _factors(
     folder: epath.Path, values: dict[str, Any], model: DualEncoder, tokenizer: Tokenizer
 ) -> Adapter:
-    """The matrices of each layer, joined along our stacks of blocks."""
+    """Return the factors of each layer, stacked like our transformer blocks."""
     file = folder / WEIGHTS_FILE
     if not file.exists() and (folder / "adapter_model.bin").exists():
         raise CheckpointError(f"{folder} holds a pickle: save the adapter again as safetensors")
@@ -193,7 +192,7 @@ def _factors(
 
 
 def _split(key: str) -> tuple[str, str | None]:
-    """(module, part) of the name of a tensor."""
+    """Return (module, part) of a tensor's name."""
     key = key.removeprefix(_PREFIX)
     for ending, part in _PARTS.items():
         if key.endswith(f".{ending}"):
@@ -202,7 +201,7 @@ def _split(key: str) -> tuple[str, str | None]:
 
 
 def _scale(values: dict[str, Any], module: str, rank: int, folder: epath.Path) -> float:
-    """What the product of a module's matrices is multiplied by."""
+    """Return the factor of the product of a module's matrices."""
     where = f"{folder / CONFIG_FILE}: alpha_pattern"
     alpha = values["lora_alpha"]
     for pattern, value in fields(values.get("alpha_pattern"), where).items():
@@ -222,12 +221,13 @@ def _joined(
     scales: dict[tuple[str, int | None], float],
     where: str,
 ) -> Factors:
-    """The adapters of the layers of a stack as one, of the largest rank; those without one off."""
+    """Return the factors of a stack, padded to the largest rank; zero without an adapter."""
     for layer, part in parts.items():
         shapes = {kind: array.shape for kind, array in part.items()}
         rank = shapes.get("a", (0,))[0]
-        wanted = {"a": (rank, size.inputs), "b": (size.outputs, rank), "magnitude": (size.outputs,)}
-        wanted = {kind: wanted[kind] for kind in wanted if kind in shapes or kind != "magnitude"}
+        wanted = {"a": (rank, size.inputs), "b": (size.outputs, rank)}
+        if "magnitude" in part:
+            wanted["magnitude"] = (size.outputs,)
         if shapes != wanted:
             place = name if layer is None else f"{name}, layer {layer},"
             raise CheckpointError(
@@ -247,10 +247,9 @@ def _joined(
         magnitude[row] = part.get("magnitude", 1.0)
         if dora and "magnitude" not in part:
             raise CheckpointError(f"{where} has no lora_magnitude_vector for {name}: get it again")
-    arrays = [a, b, scale, magnitude]
-    if size.layers is None:
-        arrays = [array[0] for array in arrays]
-    a, b, scale, magnitude = (np.asarray(array, np.float32) for array in arrays)
+    a, b, scale, magnitude = (
+        np.asarray(x if size.layers else x[0], np.float32) for x in (a, b, scale, magnitude)
+    )
     return Factors(a, b, scale, magnitude if dora else None)
 
 
@@ -258,34 +257,30 @@ def _joined(
 
 
 def _places(model: DualEncoder, tokenizer: Tokenizer) -> dict[str, tuple[str, int | None]]:
-    """Each of transformers' linear modules: our layer, and the number in its stack.
+    """Return our layer, and the index in its stack, for each linear module of transformers.
 
     Raises:
-        CheckpointError: transformers has no place for the model.
+        CheckpointError: transformers does not support the model.
     """
     family = huggingface_config(model.config, tokenizer)["model_type"]
     layers = linear_layers(model)
-    return dict(_spelled_out(family, {name: size_of(layer) for name, layer in layers.items()}))
-
-
-def _spelled_out(
-    family: str, sizes: dict[str, LayerSize]
-) -> Iterator[tuple[str, tuple[str, int | None]]]:
+    places: dict[str, tuple[str, int | None]] = {}
     for rule in RULES[family]:
-        # A rule of several of ours is torch's MultiheadAttention, whose products are not those of
-        # modules, and neither is its `out_proj`.
+        # A rule for several of our parameters is torch's MultiheadAttention. It and its `out_proj`
+        # are not linear modules that peft can adapt.
         if rule.transform not in (LINEAR, OUT) or not isinstance(rule.ours, str):
             continue
         theirs, ours = rule.theirs.removesuffix(".weight"), rule.ours.removesuffix(".kernel")
-        if ours not in sizes or ours.startswith("vision.pool.attention."):
+        if ours not in layers or ours.startswith("vision.pool.attention."):
             continue
-        count = sizes[ours].layers
+        count = size_of(layers[ours]).layers
         for layer in [None] if count is None else range(count):
-            yield theirs.format(layer), (ours, layer)
+            places[theirs.format(layer)] = ours, layer
+    return places
 
 
 def _layer(factors: Factors, layer: int | None) -> Factors:
-    """The adapter of one layer of a stack, without columns that padding has made zero."""
+    """Return the factors of one layer of a stack, without zero columns of padding."""
 
     def own(x) -> np.ndarray:
         return np.asarray(x if layer is None else x[layer], np.float32)

@@ -1,9 +1,8 @@
-"""Image preprocessing as a checkpoint's own file describes it.
+"""Image preprocessing of public checkpoints, from their config files.
 
-The names "CLIPImageProcessor" and "SiglipImageProcessor" meant Pillow when these models were made
-and published, and mean torchvision's tensors since transformers 5; their files do not say which.
-We keep to the authors' Pillow, and to tensors for the names that end in "Fast" and for
-"Tipsv2ImageProcessor", which has meant them from its beginning.
+"CLIPImageProcessor" and "SiglipImageProcessor" used Pillow when these models were published, and
+use torchvision's tensors since transformers 5. Their files do not say which. vlm uses Pillow like
+the authors, and tensors for names that end in "Fast" and for "Tipsv2ImageProcessor".
 """
 
 import math
@@ -14,60 +13,50 @@ from vlm.errors import CheckpointError
 from vlm.weights.fields import MAX_PIXELS, boolean, integer, number, show, string
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# How open_clip names them.
-_RESIZE_MODES: dict[str, Literal["crop", "pad", "squash"]] = {
+# Names of open_clip.
+RESIZE_MODES: dict[str, Literal["crop", "pad", "squash"]] = {
     "shortest": "crop",
     "longest": "pad",
     "squash": "squash",
 }
-# Settings that a preprocessor_config.json may have beside those read below: `None` where any value
-# gives the same pixels, else the values that do.
-_BESIDE: dict[str, tuple | None] = {
-    **dict.fromkeys(
-        (
-            "processor_class", "_processor_class", "tokenizer_class", "auto_map", "data_format",
-            "return_tensors", "device", "disable_grouping", "_valid_processor_keys", "backend",
-            "transformers_version", "default_to_square", "do_convert_rgb", "image_seq_length",
-            "num_image_tokens", "is_local", "name_or_path", "input_data_format", "use_fast",
-        )
-    ),
-    "do_pad": (None, False),
-    "do_reduce_labels": (None, False),
-    "do_flip_channel_order": (None, False),
-    "do_grayscale": (None, False),
-    "do_thumbnail": (None, False),
-    "do_align_long_axis": (None, False),
-    "crop_pct": (None,),
-    "pad_size": (None,),
-    "size_divisor": (None,),
-}  # fmt: skip
 _READ = {
     "image_processor_type", "feature_extractor_type", "do_resize", "size", "resample",
     "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
     "image_std",
+}  # fmt: skip
+# Other settings of a preprocessor_config.json that change no pixels: with any value, or if false.
+_IGNORED = {
+    "processor_class", "_processor_class", "tokenizer_class", "auto_map", "data_format",
+    "return_tensors", "device", "disable_grouping", "_valid_processor_keys", "backend",
+    "transformers_version", "default_to_square", "do_convert_rgb", "image_seq_length",
+    "num_image_tokens", "is_local", "name_or_path", "input_data_format", "use_fast",
+}  # fmt: skip
+_OFF = {
+    "do_pad", "do_reduce_labels", "do_flip_channel_order", "do_grayscale", "do_thumbnail",
+    "do_align_long_axis",
 }  # fmt: skip
 _READ_OF = {
     "Siglip2": {"patch_size", "max_num_patches"},
     "Fgclip2": {"patch_size", "max_num_patches", "dynamic_max_patches"},
     "EfficientNet": {"rescale_offset", "include_top"},
 }
-# Processors of transformers, without the ending; feature extractors are of old folders.
+# Processors of transformers, without ending; feature extractors are in old folders.
 _PROCESSORS = (
     "CLIPImageProcessor", "CLIPFeatureExtractor", "ChineseCLIPImageProcessor",
     "ChineseCLIPFeatureExtractor", "SiglipImageProcessor", "Siglip2ImageProcessor",
     "Fgclip2ImageProcessor", "EfficientNetImageProcessor", "Tipsv2ImageProcessor",
     "ViTImageProcessor", "ViTFeatureExtractor",
 )  # fmt: skip
-_PIL_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
+PIL_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 
 
 def huggingface_preprocess(
     values: dict[str, Any], where: str, grid_size: int | None = None
 ) -> PreprocessConfig:
-    """Our rules for a `preprocessor_config.json`; `grid_size` is a NaFlex model's image_size.
+    """Return the config for a `preprocessor_config.json`; `grid_size` is NaFlex's image_size.
 
     Raises:
-        CheckpointError: a step that vlm does not do, or one that it needs and the file leaves out.
+        CheckpointError: a step that vlm does not support, or that is needed and turned off.
     """
     name = values.get("image_processor_type") or values.get("feature_extractor_type") or ""
     name = string(name, f"{where}: image_processor_type")
@@ -86,11 +75,11 @@ def huggingface_preprocess(
     if abs(factor * 255 - 1) > 1e-6 and not efficient:
         raise CheckpointError(f"{where} has rescale_factor {factor!r}: vlm knows 1/255 alone")
     resample = values.get("resample", 2 if naflex or tips else 3)
-    kernel = _PIL_RESAMPLE.get(resample) if type(resample) is int else None
+    kernel = PIL_RESAMPLE.get(resample) if type(resample) is int else None
     if kernel is None:
         raise CheckpointError(
             f"{where} has resample {show(resample)}: vlm knows "
-            + ", ".join(f"{number} ({name})" for number, name in _PIL_RESAMPLE.items())
+            + ", ".join(f"{number} ({name})" for number, name in PIL_RESAMPLE.items())
         )
     family = "crop" if "CLIP" in name else "squash"
     common = {
@@ -127,7 +116,7 @@ def huggingface_preprocess(
         if side is None:
             raise CheckpointError(f"{where}: crop_size has no height: vlm crops to a square")
         short = size["shortest_edge"] or size["height"]
-        assert short is not None  # `_edges` gives one of them
+        assert short is not None  # `_edges` returns one of them
         if short < side:
             raise CheckpointError(
                 f"{where} resizes to {short} pixels and crops to {side}, which are more: vlm does "
@@ -149,7 +138,7 @@ def huggingface_preprocess(
 
 
 def _check_processor(values: dict[str, Any], name: str, where: str) -> None:
-    """Refuse a processor or a setting that vlm does not know."""
+    """Raise an error for a processor or a setting that vlm does not know."""
     kind = name.removesuffix("Pil").removesuffix("Fast")
     if kind not in _PROCESSORS:
         raise CheckpointError(
@@ -157,10 +146,8 @@ def _check_processor(values: dict[str, Any], name: str, where: str) -> None:
         )
     own = next((keys for start, keys in _READ_OF.items() if kind.startswith(start)), set())
     for key, value in values.items():
-        if key in _READ | own or value in (None, "", [], {}):
-            continue
-        same = _BESIDE.get(key, ())
-        if same is not None and value not in same:
+        off = value in (None, "", [], {}) or (key in _OFF and not value)
+        if key not in _READ | own | _IGNORED and not off:
             raise CheckpointError(
                 f"{where} has {key} {show(value)}, which vlm does not know for {kind}: remove it "
                 "if it changes no pixels"
@@ -170,10 +157,10 @@ def _check_processor(values: dict[str, Any], name: str, where: str) -> None:
 def _efficientnet(
     values: dict[str, Any], factor: float, where: str
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """The mean and deviation that stand for all that `EfficientNetImageProcessor` does to a value.
+    """Return the mean and deviation equivalent to all steps of `EfficientNetImageProcessor`.
 
-    It is multiplied by `rescale_factor`, less 1 with `rescale_offset`, normalised, and divided by
-    the deviation a second time with `include_top`.
+    A value is multiplied by `rescale_factor`, reduced by 1 with `rescale_offset`, normalised, and
+    divided by the deviation a second time with `include_top`.
     """
     less = float(_on(values, "rescale_offset", False, where))
     mean, deviation = (0.0,) * 3, (1.0,) * 3
@@ -191,10 +178,10 @@ def _efficientnet(
 
 
 def open_clip_preprocess(values: dict[str, Any], image_size: int, where: str) -> PreprocessConfig:
-    """Our rules for the `preprocess_cfg` of an `open_clip_config.json`; absent fields are OpenAI's.
+    """Return the config for a `preprocess_cfg` of open_clip; absent fields are OpenAI's.
 
     Raises:
-        CheckpointError: a way of resizing that vlm does not do.
+        CheckpointError: a field or a value that vlm does not support.
     """
     for key, value in values.items():
         if key not in _OPEN_CLIP:
@@ -205,14 +192,14 @@ def open_clip_preprocess(values: dict[str, Any], image_size: int, where: str) ->
     if values.get("mode") not in (None, "RGB"):
         raise CheckpointError(f"{where}: mode is {show(values['mode'])}: vlm knows RGB alone")
     mode = string(values.get("resize_mode") or "shortest", f"{where}: resize_mode")
-    resize = _RESIZE_MODES.get(mode)
+    resize = RESIZE_MODES.get(mode)
     if resize is None:
         raise CheckpointError(
             f"{where}: resize_mode is {mode!r}: vlm knows shortest, longest and squash"
         )
     fill = integer(values.get("fill_color") or 0, f"{where}: fill_color", 0, 255)  # a grey level
     kernel = values.get("interpolation") or "bicubic"
-    if kernel == "random":  # of training; open_clip's evaluation then takes bicubic
+    if kernel == "random":  # for training; open_clip evaluates with bicubic
         kernel = "bicubic"
     if kernel not in ("bicubic", "bilinear", "nearest"):
         raise CheckpointError(
@@ -228,17 +215,17 @@ def open_clip_preprocess(values: dict[str, Any], image_size: int, where: str) ->
     )
 
 
-# `size` is that of the model, as in open_clip.
+# open_clip ignores `size` and uses that of the model.
 _OPEN_CLIP = ("size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
 
 
 def _on(values: dict[str, Any], step: str, default: bool, where: str) -> bool:
-    """Whether a step is taken; null turns it off, as in transformers."""
+    """Return True if a step is on; null turns it off, like in transformers."""
     return boolean(values.get(step, default) or False, f"{where}: {step}")
 
 
 def _edges(size: Any, where: str, *, square: bool) -> dict[str, int | None]:
-    """Sizes in their several spellings: a number, {shortest_edge}, {height, width}."""
+    """Return shortest_edge and height of a size: a number, {shortest_edge}, or {height, width}."""
     if isinstance(size, int):
         size = {"height": size, "width": size} if square else {"shortest_edge": size}
     if isinstance(size, list | tuple) and len(size) == 2:

@@ -1,9 +1,10 @@
-"""Settings beside a vocabulary of transformers, each honoured, known to be harmless, or refused.
+"""Tokenizer settings of transformers: each is read, known to be irrelevant, or an error.
 
-They are in `tokenizer_config.json`, and in old folders also in `special_tokens_map.json` and
-`added_tokens.json`, which transformers reads where the first has no `added_tokens_decoder`.
+They are in `tokenizer_config.json`. If that has no `added_tokens_decoder`, transformers reads the
+older files `special_tokens_map.json` and `added_tokens.json` too.
 """
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import tokenizers
@@ -13,18 +14,18 @@ from tokenizers import AddedToken
 from vlm.errors import CheckpointError
 from vlm.weights.fields import boolean, fields, read_json, show, string
 
-# Tokens with a name. transformers makes special ones of all that it finds in these files.
+# Named tokens. transformers makes all of them special.
 NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-# What changes ids and is read here or in `vocabularies`.
-_ADD = ("add_bos_token", "add_eos_token")  # which are no tokens themselves
+_ADD = ("add_bos_token", "add_eos_token")  # flags, not tokens
+# Settings that change ids, and are read here or in `vocabularies`.
 HONOURED = {
     *(f"{name}_token" for name in NAMED), "tokenizer_class", "padding_side", "truncation_side",
     "model_max_length", "do_lower_case", "strip_accents", "tokenize_chinese_chars",
     "split_special_tokens", "added_tokens_decoder", "additional_special_tokens",
     "extra_special_tokens", *_ADD,
 }  # fmt: skip
-# What changes no id of a text: where files came from, how ids become text, chats, and defaults of
-# calls. `add_prefix_space` and `legacy` are in tokenizer.json already.
+# Settings that change no id of a text: sources of files, decoding, chats, and defaults of calls.
+# tokenizer.json already has `add_prefix_space` and `legacy`.
 HARMLESS = {
     "name_or_path", "_name_or_path", "processor_class", "image_processor_type", "auto_map",
     "backend", "is_local", "local_files_only", "model_input_names", "tokenizer_file",
@@ -39,7 +40,7 @@ HARMLESS = {
     "spm_file", "cls_token_id", "verbose", "device_map", "remove_space", "keep_accents",
     "fix_mistral_regex", "trim_offsets",
 }  # fmt: skip
-# What changes ids, and the one value that vlm has.
+# Settings that change ids, and the only value that vlm supports.
 FIXED = {
     "do_basic_tokenize": True,
     "never_split": None,
@@ -48,31 +49,133 @@ FIXED = {
 }
 
 
-def read_settings(folder: epath.Path) -> dict[str, Any]:
-    """The settings in a folder, those of its older files among them.
-
-    Raises:
-        CheckpointError: one that vlm does not know, or has no place for.
-    """
-    file = folder / "tokenizer_config.json"
-    about = read_json(file) if file.exists() else {}
-    sources = dict.fromkeys(about, file)
-    if "added_tokens_decoder" not in about:
-        if (older := folder / "special_tokens_map.json").exists():
-            named = read_json(older)
-            about, sources = about | named, sources | dict.fromkeys(named, older)
-        if (older := folder / "added_tokens.json").exists():
-            about["added_tokens_decoder"] = _decoder(read_json(older), about, older)
-    for key, value in about.items():
-        _check(key, value, sources.get(key, file))
-    return about
+_NOTHING = (None, "", [], {})  # values that mean no setting
 
 
-# Empty values say nothing.
-_NOTHING = (None, "", [], {})
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a tokenizer, and the file that has them, for messages."""
+
+    values: dict[str, Any]
+    file: epath.Path
+
+    @classmethod
+    def read(cls, folder: epath.Path) -> "Settings":
+        """Read the settings in a folder, including those of its older files.
+
+        Raises:
+            CheckpointError: a setting that vlm does not know or support.
+        """
+        file = folder / "tokenizer_config.json"
+        values = read_json(file) if file.exists() else {}
+        sources = dict.fromkeys(values, file)
+        if "added_tokens_decoder" not in values:
+            if (older := folder / "special_tokens_map.json").exists():
+                named = read_json(older)
+                values, sources = values | named, sources | dict.fromkeys(named, older)
+            if (older := folder / "added_tokens.json").exists():
+                special = {text for text, _ in cls(values, older).special_tokens()}
+                values["added_tokens_decoder"] = _decoder(read_json(older), special, older)
+        for key, value in values.items():
+            _check(key, value, sources.get(key, file))
+        return cls(values, file)
+
+    def flag(self, name: str) -> bool:
+        """Return an option that is on by default."""
+        return boolean(self.values.get(name, True), f"{self.file}: {name}")
+
+    def text(self, name: str) -> str:
+        """Return a string, or the text of a token, which may be an object; empty if not set."""
+        value = self.values.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        return string(value or "", f"{self.file}: {name}")
+
+    def token_id(self, name: str, vocabulary: tokenizers.Tokenizer) -> int | None:
+        """Return the id of a named token, or None if the settings have none.
+
+        Raises:
+            CheckpointError: the vocabulary does not have the token.
+        """
+        text = self.text(name)
+        found = vocabulary.token_to_id(text)
+        if text and found is None:
+            raise CheckpointError(
+                f"{self.file}: {name} {show(text)} is not in its vocabulary: name a token that is"
+            )
+        return found
+
+    def add_tokens(self, vocabulary: tokenizers.Tokenizer) -> None:
+        """Add the tokens of the settings to a vocabulary, like transformers.
+
+        Raises:
+            CheckpointError: the vocabulary has another id for a token.
+        """
+        where = f"{self.file}: added_tokens_decoder"
+        decoder = fields(self.values.get("added_tokens_decoder"), where)
+        there = {token.content for token in vocabulary.get_added_tokens_decoder().values()}
+        try:
+            numbered = sorted((int(number), value) for number, value in decoder.items())
+        except (TypeError, ValueError):
+            raise CheckpointError(f"{where} has an id that is no number") from None
+        for number, value in numbered:
+            text, token = _token(value, f"{where}[{number}]")
+            if text and text not in there:
+                (vocabulary.add_special_tokens if token.special else vocabulary.add_tokens)([token])
+            if text and vocabulary.token_to_id(text) != number:
+                raise CheckpointError(
+                    f"{where} says that {show(text)} is {number}, and in the vocabulary it is "
+                    f"{vocabulary.token_to_id(text)}: they are not of one tokenizer"
+                )
+            there.add(text)
+        for text, token in self.special_tokens():
+            # A token that the vocabulary lacks would have no embedding.
+            if text and text not in there and vocabulary.token_to_id(text) is not None:
+                vocabulary.add_special_tokens([token])
+                there.add(text)
+
+    def special_tokens(self) -> list[tuple[str, AddedToken]]:
+        """Return the special tokens that are named."""
+        named = [(k, v) for k, v in self.values.items() if k.endswith("_token") and k not in _ADD]
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            more = self.values.get(key) or []
+            if not isinstance(more, dict | list):
+                raise CheckpointError(f"{self.file}: {key} is {show(more)}, not a list of tokens")
+            named += [(key, v) for v in (more.values() if isinstance(more, dict) else more)]
+        return [_token(v, f"{self.file}: {key}") for key, v in named if v not in _NOTHING]
+
+    def padding_side(self, kind: str, vocabulary: tokenizers.Tokenizer) -> Literal["left", "right"]:
+        """Return the padding side: of the settings, else of tokenizer.json, else of the class."""
+        default = "left" if kind in ("GemmaTokenizer", "Siglip2Tokenizer") else "right"
+        padding = vocabulary.padding or {}
+        side = self.values.get("padding_side") or padding.get("direction") or default
+        if side not in ("left", "right"):
+            raise CheckpointError(f"{self.file}: padding_side is {show(side)}, not left or right")
+        return side
+
+    def context_length(self, positions: int) -> int:
+        """Return `model_max_length`, or the number of positions of the model if it is less."""
+        most = self.values.get("model_max_length")
+        if most is None:
+            return positions
+        if not isinstance(most, int | float) or isinstance(most, bool) or most < 1:
+            raise CheckpointError(
+                f"{self.file}: model_max_length is {show(most)}, not a number of tokens"
+            )
+        return int(min(most, positions))
+
+    def check_ends(self, **added: bool) -> None:
+        """Raise an error if `add_bos_token` or `add_eos_token` contradicts tokenizer.json."""
+        for key, there in added.items():
+            if self.values.get(key) is not None and self.flag(key) != there:
+                raise CheckpointError(
+                    f"{self.file}: {key} is {self.values[key]}, and tokenizer.json "
+                    f"{'adds' if there else 'does not add'} that token: make the two agree"
+                )
 
 
 def _check(key: str, value: Any, file: epath.Path) -> None:
+    """Raise an error for a setting that vlm does not know or support."""
     if key in FIXED:
         if value not in (None, FIXED[key]):
             raise CheckpointError(f"{file} has {key} {show(value)}: vlm knows {FIXED[key]!r} alone")
@@ -89,63 +192,19 @@ def _check(key: str, value: Any, file: epath.Path) -> None:
         )
 
 
-def _decoder(tokens: dict[str, Any], about: dict[str, Any], file: epath.Path) -> dict[str, Any]:
-    """The tokens of an `added_tokens.json` as an `added_tokens_decoder`."""
-    special = {text for text, _ in _special(about, file)}
+def _decoder(tokens: dict[str, Any], special: set[str], file: epath.Path) -> dict[str, Any]:
+    """Return the tokens of an `added_tokens.json` as an `added_tokens_decoder`."""
     decoder = {}
     for text, token in tokens.items():
         if not isinstance(token, int):
             raise CheckpointError(f"{file}: {text} is {show(token)}, not the id of a token")
-        decoder[str(token)] = {
-            "content": text,
-            "special": text in special,
-            "normalized": text not in special,
-        }
+        flags = {"special": text in special, "normalized": text not in special}
+        decoder[str(token)] = {"content": text, **flags}
     return decoder
 
 
-def add_tokens(vocabulary: tokenizers.Tokenizer, about: dict[str, Any], file: epath.Path) -> None:
-    """Add to a vocabulary the tokens that its settings name, as transformers does.
-
-    Raises:
-        CheckpointError: a token whose id in the vocabulary is another.
-    """
-    decoder = fields(about.get("added_tokens_decoder"), f"{file}: added_tokens_decoder")
-    there = {token.content for token in vocabulary.get_added_tokens_decoder().values()}
-    try:
-        numbered = sorted((int(number), value) for number, value in decoder.items())
-    except (TypeError, ValueError):
-        raise CheckpointError(f"{file}: added_tokens_decoder has an id that is no number") from None
-    for number, value in numbered:
-        text, token = _token(value, f"{file}: added_tokens_decoder[{number}]")
-        if text and text not in there:
-            (vocabulary.add_special_tokens if token.special else vocabulary.add_tokens)([token])
-        if text and vocabulary.token_to_id(text) != number:
-            raise CheckpointError(
-                f"{file}: added_tokens_decoder says that {show(text)} is {number}, and in the "
-                f"vocabulary it is {vocabulary.token_to_id(text)}: they are not of one tokenizer"
-            )
-        there.add(text)
-    for text, token in _special(about, file):
-        # One that the vocabulary lacks would be beyond the model's embeddings.
-        if text and text not in there and vocabulary.token_to_id(text) is not None:
-            vocabulary.add_special_tokens([token])
-            there.add(text)
-
-
-def _special(about: dict[str, Any], file: epath.Path) -> list[tuple[str, AddedToken]]:
-    """The special tokens that settings name."""
-    named = [(k, v) for k, v in about.items() if k.endswith("_token") and k not in _ADD]
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        more = about.get(key) or []
-        if not isinstance(more, dict | list):
-            raise CheckpointError(f"{file}: {key} is {show(more)}, not a list of tokens")
-        named += [(key, v) for v in (more.values() if isinstance(more, dict) else more)]
-    return [_token(value, f"{file}: {key}") for key, value in named if value not in _NOTHING]
-
-
 def _token(value: Any, where: str) -> tuple[str, AddedToken]:
-    """A token, which is saved plain or as an object."""
+    """Return a token, saved as a string or as an object."""
     if isinstance(value, dict):
         text = string(value.get("content") or "", where)
         names = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -153,36 +212,3 @@ def _token(value: Any, where: str) -> tuple[str, AddedToken]:
         return text, AddedToken(text, **({"special": True, "normalized": False} | flags))
     text = string(value, where)
     return text, AddedToken(text, special=True, normalized=False)
-
-
-def padding_side(
-    about: dict[str, Any], kind: str, vocabulary: tokenizers.Tokenizer, file: epath.Path
-) -> Literal["left", "right"]:
-    """The side of the padding: the setting's, or tokenizer.json's, or that of the class."""
-    default = "left" if kind in ("GemmaTokenizer", "Siglip2Tokenizer") else "right"
-    padding = vocabulary.padding or {}
-    side = about.get("padding_side") or padding.get("direction") or default
-    if side not in ("left", "right"):
-        raise CheckpointError(f"{file}: padding_side is {show(side)}, not left or right")
-    return side
-
-
-def row_length(about: dict[str, Any], positions: int, file: epath.Path) -> int:
-    """The length of a row: `model_max_length`, or fewer if the model has fewer positions."""
-    most = about.get("model_max_length")
-    if most is None:
-        return positions
-    if not isinstance(most, int | float) or isinstance(most, bool) or most < 1:
-        raise CheckpointError(f"{file}: model_max_length is {show(most)}, not a number of tokens")
-    return int(min(most, positions))
-
-
-def check_ends(about: dict[str, Any], bos: int | None, eos: int | None, file: epath.Path) -> None:
-    """Refuse `add_bos_token` and `add_eos_token` that contradict what tokenizer.json does."""
-    for key, there in (("add_bos_token", bos is not None), ("add_eos_token", eos is not None)):
-        asked = about.get(key)
-        if asked is not None and boolean(asked, f"{file}: {key}") != there:
-            raise CheckpointError(
-                f"{file}: {key} is {asked}, and tokenizer.json "
-                f"{'adds' if there else 'does not add'} that token: make the two agree"
-            )

@@ -1,4 +1,4 @@
-"""Tokenizers of public checkpoints, from the files beside them."""
+"""Tokenizers of public checkpoints, from the files next to the weights."""
 
 import dataclasses
 import pathlib
@@ -6,12 +6,14 @@ from typing import Any
 
 import tokenizers
 from etils import epath
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from vlm.config import Clean, ModelConfig, TokenizerConfig
 from vlm.errors import CheckpointError, DataError
 from vlm.inputs.tokenizer import Tokenizer, read_vocabulary
-from vlm.weights import sentencepiece, tokenizer_settings
-from vlm.weights.fields import boolean, fields, read_json, show, string
+from vlm.weights import sentencepiece
+from vlm.weights.fields import fields, read_json, show, string
+from vlm.weights.tokenizer_settings import Settings
 
 CLIP_VOCABULARY = pathlib.Path(__file__).parent / "clip" / "tokenizer.json"
 CLIP_BOS, CLIP_EOS, CLIP_SIZE = 49406, 49407, 49408
@@ -20,7 +22,7 @@ CLIP_BOS, CLIP_EOS, CLIP_SIZE = 49406, 49407, 49408
 def clip_tokenizer(
     context_length: int, *, clean: Clean = "clip", keep_eos: bool = True
 ) -> Tokenizer:
-    """OpenAI's vocabulary, cleaning and padding, which open_clip's `SimpleTokenizer` shares."""
+    """Return the tokenizer of OpenAI's CLIP, which is open_clip's `SimpleTokenizer` too."""
     rules = TokenizerConfig(
         context_length=context_length,
         pad_id=0,
@@ -36,34 +38,35 @@ def clip_tokenizer(
 def huggingface_tokenizer(
     folder: epath.Path, config: ModelConfig, *, clean: Clean = "none"
 ) -> Tokenizer:
-    """The tokenizer that transformers saved in `folder`, with the rules of its class.
+    """Return the tokenizer that transformers saved in `folder`, with the rules of its class.
 
     Raises:
-        CheckpointError: its files are missing or corrupt, or they have a setting that vlm does not
-            know or has no place for.
+        CheckpointError: its files are missing or corrupt, or have a setting that vlm does not
+            support.
     """
-    file = folder / "tokenizer_config.json"
-    about = tokenizer_settings.read_settings(folder)
-    kind = string(about.get("tokenizer_class") or "", f"{file}: tokenizer_class")
-    kind = kind.removesuffix("Fast")
+    settings = Settings.read(folder)
+    kind = settings.values.get("tokenizer_class") or ""
+    kind = string(kind, f"{settings.file}: tokenizer_class").removesuffix("Fast")
     length = config.text.context_length
-    if clean == "none":  # else open_clip's text_cfg has the length
-        length = tokenizer_settings.row_length(about, length, file)
+    if clean == "none":  # else the length is that of open_clip's text_cfg
+        length = settings.context_length(length)
     pieces = folder / "spiece.model"
     if kind in ("Siglip", "SiglipTokenizer") and pieces.exists():
-        if not _flag(about, "do_lower_case", file):
-            raise CheckpointError(f"{file}: do_lower_case is false, and vlm knows true for SigLIP")
-        own = siglip_tokenizer(pieces, length, clean=clean if clean != "none" else "siglip")
-        return _with_named(own, about, file)
+        if not settings.flag("do_lower_case"):
+            raise CheckpointError(
+                f"{settings.file}: do_lower_case is false, and vlm knows true for SigLIP"
+            )
+        plain = siglip_tokenizer(pieces, length, clean=clean if clean != "none" else "siglip")
+        return _with_named(plain, settings)
     path = folder / "tokenizer.json"
     if path.exists():
         vocabulary = _vocabulary(path)
-        if kind == "BertTokenizer":  # its settings come before the normaliser in the file
-            vocabulary.normalizer = _bert_normalizer(about, file)
+        if kind == "BertTokenizer":  # its settings override the normaliser of the file
+            vocabulary.normalizer = _bert_normalizer(settings)
     elif pieces.exists():
         vocabulary = sentencepiece.read(pieces)
     elif (folder / "vocab.txt").exists():
-        vocabulary = _bert_from_lines(folder / "vocab.txt", about, file)
+        vocabulary = _bert_from_lines(folder / "vocab.txt", settings)
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         vocabulary = _clip_from_merges(folder)
     else:
@@ -72,28 +75,30 @@ def huggingface_tokenizer(
         )
     if "Gemma" in kind or "Siglip2" in kind:
         _lowercase(vocabulary)  # as SigLIP 2 was trained
-    tokenizer_settings.add_tokens(vocabulary, about, file)
-    padding, truncation = vocabulary.padding, vocabulary.truncation
-    if truncation and truncation["direction"] != "right" and not about.get("truncation_side"):
+    settings.add_tokens(vocabulary)
+    padding, direction = vocabulary.padding, (vocabulary.truncation or {}).get("direction", "right")
+    if direction != "right" and not settings.values.get("truncation_side"):
         raise CheckpointError(f"{path} cuts texts at their beginning: vlm cuts them at their end")
-    side = tokenizer_settings.padding_side(about, kind, vocabulary, file)
-    vocabulary.no_padding()  # a tokenizer that was in use is saved with the length of its rows
+    side = settings.padding_side(kind, vocabulary)
+    vocabulary.no_padding()  # saved by a tokenizer that was in use
     vocabulary.no_truncation()
-    eos_token = _content(about, "eos_token", file)
+    eos_token = settings.text("eos_token")
     eos = vocabulary.token_to_id(eos_token)
     if vocabulary.post_processor is None and kind in ("GemmaTokenizer", "Siglip2Tokenizer"):
         name = eos_token or "<eos>"
         token = vocabulary.token_to_id(name)
         if token is None:
-            raise CheckpointError(f"{file}: eos_token {show(name)} is not in its vocabulary")
+            where = f"{settings.file}: eos_token {show(name)}"
+            raise CheckpointError(f"{where} is not in its vocabulary")
         specials = [token]
     else:
         specials = vocabulary.encode("", add_special_tokens=True).ids
     bos_id, eos_id = _ends(specials, eos, folder)
-    tokenizer_settings.check_ends(about, bos_id, eos_id, file)
-    pad = _id_of(vocabulary, about, "pad_token", file)
+    settings.check_ends(add_bos_token=bos_id is not None, add_eos_token=eos_id is not None)
+    pad = settings.token_id("pad_token", vocabulary)
     if pad is None:
         pad = padding["pad_id"] if padding else eos_id
+    splits = settings.values.get("split_special_tokens")
     rules = TokenizerConfig(
         context_length=length,
         pad_id=0 if pad is None else pad,
@@ -101,45 +106,26 @@ def huggingface_tokenizer(
         eos_id=eos_id,
         clean=clean,
         pad_side=side,
-        parse_special=not boolean(
-            about.get("split_special_tokens") or False, f"{file}: split_special_tokens"
-        ),
+        parse_special=not (splits and settings.flag("split_special_tokens")),
     )
     return Tokenizer(vocabulary, rules)
 
 
-def _with_named(tokenizer: Tokenizer, about: dict[str, Any], file: epath.Path) -> Tokenizer:
-    """SigLIP's tokenizer with the tokens and the side of padding that its settings name."""
+def _with_named(tokenizer: Tokenizer, settings: Settings) -> Tokenizer:
+    """Return SigLIP's tokenizer with the tokens and padding side of its settings."""
     vocabulary, rules = tokenizer.vocabulary, tokenizer.config
-    pad, eos = (_id_of(vocabulary, about, f"{name}_token", file) for name in ("pad", "eos"))
+    pad, eos = (settings.token_id(f"{name}_token", vocabulary) for name in ("pad", "eos"))
     rules = dataclasses.replace(
         rules,
         pad_id=rules.pad_id if pad is None else pad,
         eos_id=rules.eos_id if eos is None else eos,
-        pad_side=tokenizer_settings.padding_side(about, "SiglipTokenizer", vocabulary, file),
+        pad_side=settings.padding_side("SiglipTokenizer", vocabulary),
     )
-    tokenizer_settings.check_ends({**about, "add_bos_token": None}, None, rules.eos_id, file)
+    settings.check_ends(add_eos_token=rules.eos_id is not None)
     return tokenizer.with_rules(rules)
 
 
-def _id_of(
-    vocabulary: tokenizers.Tokenizer, about: dict[str, Any], name: str, file: epath.Path
-) -> int | None:
-    """The id of a named token; None if there is none.
-
-    Raises:
-        CheckpointError: the vocabulary does not have it.
-    """
-    text = _content(about, name, file)
-    found = vocabulary.token_to_id(text)
-    if text and found is None:
-        raise CheckpointError(
-            f"{file}: {name} {show(text)} is not in its vocabulary: name a token that is"
-        )
-    return found
-
-
-# The cleaning of open_clip's tokenizers by the name in `tokenizer_kwargs`.
+# Cleaning of open_clip's tokenizers by its name in `tokenizer_kwargs`.
 OPEN_CLIP_CLEAN: dict[str, Clean] = {
     "lower": "clip",
     "whitespace": "clip_cased",
@@ -150,10 +136,10 @@ OPEN_CLIP_CLEAN: dict[str, Clean] = {
 def open_clip_tokenizer(
     folder: epath.Path, values: dict[str, Any], config: ModelConfig
 ) -> Tokenizer:
-    """The tokenizer that open_clip's `get_tokenizer` makes for a `text_cfg`.
+    """Return the tokenizer of open_clip's `get_tokenizer` for a `text_cfg`.
 
     Raises:
-        CheckpointError: its files are missing, or it has an option that vlm does not know.
+        CheckpointError: its files are missing, or it has an option that vlm does not support.
     """
     where = f"{folder}: text_cfg"
     options = dict(fields(values.get("tokenizer_kwargs"), f"{where}.tokenizer_kwargs"))
@@ -170,7 +156,7 @@ def open_clip_tokenizer(
     if not name:
         return clip_tokenizer(config.text.context_length, clean=cleaning)
     tokenizer = huggingface_tokenizer(folder, config, clean=cleaning)
-    if strip:  # the separator, which ends a text and may be spelled out inside it
+    if strip:  # the separator: the end token, also if spelled out inside a text
         rules = dataclasses.replace(tokenizer.config, zeroed_id=tokenizer.config.eos_id)
         tokenizer = tokenizer.with_rules(rules)
     return tokenizer
@@ -179,12 +165,12 @@ def open_clip_tokenizer(
 def siglip_tokenizer(
     path: epath.PathLike, context_length: int, *, clean: Clean = "siglip"
 ) -> Tokenizer:
-    """A SentencePiece vocabulary with the rules of SigLIP's first version: pad and end are "</s>".
+    """Return a SentencePiece vocabulary with the rules of SigLIP 1: pad and end are "</s>".
 
     Raises:
         CheckpointError: the file is missing or is not a SentencePiece model.
     """
-    # The cleaning of that name puts a space in front itself.
+    # The cleaning "siglip" adds the leading space.
     vocabulary = sentencepiece.read(path, prefix=clean != "siglip")
     end = vocabulary.token_to_id("</s>")
     if end is None:
@@ -197,7 +183,7 @@ def siglip_tokenizer(
     return Tokenizer(vocabulary, rules)
 
 
-# big_vision's vocabularies by their size, and the model files they are.
+# Files of big_vision's vocabularies by size.
 BIG_VISION = {
     32_000: "gs://t5-data/vocabs/cc_en.32000/sentencepiece.model",
     250_000: "gs://t5-data/vocabs/mc4.250000.100extra/sentencepiece.model",
@@ -207,10 +193,10 @@ _BESIDE = ("sentencepiece.model", "spiece.model", "tokenizer.model", "gemma_toke
 
 
 def big_vision_tokenizer(folder: epath.Path, config: ModelConfig) -> Tokenizer:
-    """The SentencePiece file beside an `.npz`, with the rules of SigLIP 1 or of SigLIP 2 (Gemma's).
+    """Return the tokenizer of the SentencePiece file next to an `.npz`: SigLIP 1's, or Gemma's.
 
     Raises:
-        CheckpointError: there is none, which the message says where to get.
+        CheckpointError: there is no file; the message names its source.
     """
     length, size = config.text.context_length, config.text.vocab_size
     path = next((folder / name for name in _BESIDE if (folder / name).exists()), None)
@@ -230,21 +216,22 @@ def big_vision_tokenizer(folder: epath.Path, config: ModelConfig) -> Tokenizer:
     return siglip_tokenizer(path, length, clean="none")
 
 
-# Every published LiT model has texts of 16 tokens, though a BERT has positions for 512.
+# Context length of all published LiT models; their BERTs have 512 positions.
 _BERT_LENGTH = 16
 _BERT = "uncased_L-12_H-768_A-12 (github.com/google-research/bert)"
 
 
 def bert_tokenizer(path: epath.Path, config: ModelConfig) -> Tokenizer:
-    """The WordPiece vocabulary beside an `.npz` with a BERT, by the rules of `bert_tokenize`.
+    """Return the WordPiece tokenizer of the file next to an `.npz`, with rules of `bert_tokenize`.
 
-    [CLS], the text, padding of zeros; no [SEP]. (big_vision/pp/proj/flaxformer/bert_ops.py, over
-    tensorflow_text's BertTokenizer: see `vlm.inputs.cleaning.bert`.)
+    A row is [CLS], the text, and zeros; there is no [SEP]. Source:
+    big_vision/pp/proj/flaxformer/bert_ops.py, over tensorflow_text's BertTokenizer: see
+    `vlm.inputs.cleaning.bert`.
 
     Raises:
-        CheckpointError: there is none, or it is not that of the model.
+        CheckpointError: there is no file, or it does not match the model.
     """
-    # As in the bucket that the models come from: LiT-B16B.npz and LiT-B16B.txt.
+    # Like the official bucket: LiT-B16B.npz and LiT-B16B.txt.
     names = (f"{path.stem}.txt", "vocab.txt", "tokenizer.json")
     file = next((path.parent / name for name in names if (path.parent / name).exists()), None)
     if file is None:
@@ -260,10 +247,10 @@ def bert_tokenizer(path: epath.Path, config: ModelConfig) -> Tokenizer:
             f"{file} has {len(vocab):,} tokens and the embedding table of {path} "
             f"{config.text.vocab_size:,} rows: they are not of one model"
         )
-    model = tokenizers.models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100)
+    model = models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100)
     vocabulary = tokenizers.Tokenizer(model)
-    vocabulary.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", behavior="removed")
-    vocabulary.decoder = tokenizers.decoders.WordPiece()
+    vocabulary.pre_tokenizer = pre_tokenizers.Split(" ", behavior="removed")
+    vocabulary.decoder = decoders.WordPiece()
     rules = TokenizerConfig(
         context_length=min(_BERT_LENGTH, config.text.context_length),
         pad_id=0,
@@ -275,7 +262,7 @@ def bert_tokenizer(path: epath.Path, config: ModelConfig) -> Tokenizer:
 
 
 def _wordpiece_lines(path: epath.Path) -> dict[str, int]:
-    """The tokens of a `vocab.txt`, each by the number of its line."""
+    """Return the tokens of a `vocab.txt` with their line numbers."""
     try:
         lines = path.read_text().split("\n")
     except UnicodeDecodeError as error:
@@ -288,15 +275,15 @@ def _wordpiece_lines(path: epath.Path) -> dict[str, int]:
 
 
 def _wordpiece_json(path: epath.Path) -> dict[str, int]:
-    """The tokens of a `tokenizer.json`; the rules in it are transformers', not big_vision's."""
+    """Return the tokens of a `tokenizer.json`, whose rules are not big_vision's."""
     vocabulary = _vocabulary(path)
-    if not isinstance(vocabulary.model, tokenizers.models.WordPiece):
+    if not isinstance(vocabulary.model, models.WordPiece):
         raise CheckpointError(f"{path} holds no WordPiece, which is what a BERT has")
     return vocabulary.get_vocab(with_added_tokens=False)
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Any) -> None:
-    """Refuse a tokenizer that makes ids the model has no embedding for."""
+    """Raise an error if the tokenizer has more ids than the model has embeddings."""
     if tokenizer.vocab_size > config.text.vocab_size:
         raise CheckpointError(
             f"{where}: its tokenizer has {tokenizer.vocab_size:,} tokens and its embedding table "
@@ -305,9 +292,7 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Any) -> N
 
 
 def _clip_from_merges(folder: epath.Path) -> tokenizers.Tokenizer:
-    """`vocab.json` and `merges.txt`, as transformers' CLIPTokenizer puts them together."""
-    from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
-
+    """Return the CLIPTokenizer of transformers for `vocab.json` and `merges.txt`."""
     vocab = read_json(folder / "vocab.json")
     try:
         lines = (folder / "merges.txt").read_text().split("\n")
@@ -340,20 +325,16 @@ def _clip_from_merges(folder: epath.Path) -> tokenizers.Tokenizer:
     return vocabulary
 
 
-def _bert_from_lines(
-    path: epath.Path, about: dict[str, Any], file: epath.Path
-) -> tokenizers.Tokenizer:
-    """`vocab.txt`, as transformers' BertTokenizer makes a tokenizer of it."""
-    from tokenizers import decoders, models, pre_tokenizers, processors
-
+def _bert_from_lines(path: epath.Path, settings: Settings) -> tokenizers.Tokenizer:
+    """Return the BertTokenizer of transformers for a `vocab.txt`."""
     vocab, special = _wordpiece_lines(path), {}
     for kind in ("unk", "cls", "sep", "pad", "mask"):
-        name = _content(about, f"{kind}_token", file) or f"[{kind.upper()}]"
+        name = settings.text(f"{kind}_token") or f"[{kind.upper()}]"
         if kind != "mask" and name not in vocab:
             raise CheckpointError(f"{path} has no {name}: give the vocabulary of a BERT")
         special[kind] = name
     vocabulary = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=special["unk"]))
-    vocabulary.normalizer = _bert_normalizer(about, file)
+    vocabulary.normalizer = _bert_normalizer(settings)
     vocabulary.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     vocabulary.decoder = decoders.WordPiece()
     vocabulary.add_special_tokens([name for name in special.values() if name in vocab])
@@ -366,24 +347,17 @@ def _bert_from_lines(
     return vocabulary
 
 
-def _bert_normalizer(about: dict[str, Any], file: epath.Path) -> tokenizers.normalizers.Normalizer:
-    accents = about.get("strip_accents")  # null: where letters are made small
-    return tokenizers.normalizers.BertNormalizer(
+def _bert_normalizer(settings: Settings) -> normalizers.Normalizer:
+    accents = settings.values.get("strip_accents")  # None: if lower-casing
+    return normalizers.BertNormalizer(
         clean_text=True,
-        handle_chinese_chars=_flag(about, "tokenize_chinese_chars", file),
-        strip_accents=None if accents is None else boolean(accents, f"{file}: strip_accents"),
-        lowercase=_flag(about, "do_lower_case", file),
+        handle_chinese_chars=settings.flag("tokenize_chinese_chars"),
+        strip_accents=None if accents is None else settings.flag("strip_accents"),
+        lowercase=settings.flag("do_lower_case"),
     )
 
 
-def _flag(about: dict[str, Any], name: str, file: epath.Path) -> bool:
-    """An option that is on unless the file turns it off."""
-    return boolean(about.get(name, True), f"{file}: {name}")
-
-
 def _lowercase(vocabulary: tokenizers.Tokenizer) -> None:
-    from tokenizers import normalizers
-
     if "Lowercase" in repr(vocabulary.normalizer):
         return
     first = [] if vocabulary.normalizer is None else [vocabulary.normalizer]
@@ -391,7 +365,7 @@ def _lowercase(vocabulary: tokenizers.Tokenizer) -> None:
 
 
 def _ends(specials: list[int], eos: int | None, where: Any) -> tuple[int | None, int | None]:
-    """The begin and end tokens among those that an empty text is given."""
+    """Return the begin and end ids, from the special tokens of an empty text."""
     if len(specials) == 2:
         return specials[0], specials[1]
     if len(specials) == 1:
@@ -406,11 +380,3 @@ def _vocabulary(path: epath.Path) -> tokenizers.Tokenizer:
         return read_vocabulary(path)
     except DataError as error:
         raise CheckpointError(str(error)) from None
-
-
-def _content(about: dict[str, Any], name: str, file: epath.Path) -> str:
-    """A token's text, which is saved plain or as an object; empty where there is none."""
-    token = about.get(name)
-    if isinstance(token, dict):
-        token = token.get("content")
-    return string(token or "", f"{file}: {name}")

@@ -18,6 +18,7 @@ from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
 from vlm.weights import open_clip, text_encoders, timm_towers, writing_text_encoders
 from vlm.weights.files import write_safetensors
+from vlm.weights.processors import RESIZE_MODES
 from vlm.weights.rules import write
 from vlm.weights.vocabularies import CLIP_BOS, CLIP_EOS, CLIP_SIZE, OPEN_CLIP_CLEAN
 from vlm.weights.writing_parts import check, dump, refuse, refuse_if
@@ -57,7 +58,7 @@ def _preprocess(p: PreprocessConfig) -> dict[str, Any]:
         f"preprocess.pad_value {p.pad_value} (a grey)": len(set(p.pad_value)) > 1,
     }
     refuse_if("open_clip", faults)
-    modes = {"crop": "shortest", "pad": "longest", "squash": "squash"}
+    modes = {ours: theirs for theirs, ours in RESIZE_MODES.items()}
     return {
         "size": p.image_size,
         "mode": "RGB",

@@ -8,13 +8,14 @@ from etils import epath
 from vlm.config import ModelConfig, PreprocessConfig, TextConfig, ViTConfig
 from vlm.errors import CheckpointError
 from vlm.weights.huggingface import tower_values
+from vlm.weights.processors import PIL_RESAMPLE
 
 HOLDS = {
     "transformers": "the ViTs of CLIP, SigLIP, Chinese CLIP, AltCLIP and TIPSv2, and ALIGN",
     "open_clip": "CLIP's ViTs and ResNets, timm's vision towers, and XLM-R, RoBERTa and NLLB",
 }
 SIGMOID = "a logit_bias or the sigmoid loss"
-_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # PIL.Image.Resampling
+_RESAMPLE = {name: number for number, name in PIL_RESAMPLE.items()}
 
 
 def check(
