@@ -6,6 +6,7 @@ after the other. The touched pages of a memory map count as memory of the proces
 would need twice the size of the checkpoint.
 """
 
+import collections
 import json
 import math
 import os
@@ -183,12 +184,10 @@ def _entry(path: epath.Path, data: int, spec: dict[str, Any]) -> _Entry:
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object, whose names must be unique."""
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{show(twice)} stands twice")
-    return values
+    counts = collections.Counter(name for name, _ in pairs)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f"{show(twice[0])} stands twice")
+    return dict(pairs)
 
 
 def _check_layout(entries: dict[str, _Entry], start: int) -> int:

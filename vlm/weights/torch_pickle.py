@@ -39,7 +39,8 @@ _STORAGES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-_REBUILD = ("_rebuild_tensor_v2", "_rebuild_tensor")
+_DICT = ("collections", "OrderedDict")
+_REBUILD = {("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor")}
 # Functions that return their first argument: parameters, and tuples, lists and typed values of
 # TorchScript.
 _FIRST = {
@@ -51,6 +52,7 @@ _FIRST = {
     ("torch.jit._pickle", "build_tensorlist"),
     ("torch.jit._pickle", "restore_type_tag"),
 }
+_KNOWN = {_DICT, *_REBUILD, *_FIRST, *(("torch", name) for name in _STORAGES)}
 _MAX_PICKLE = 100_000_000  # bytes
 _MAX_DEPTH = 100  # of modules inside modules
 _MAX_AXES = 32
@@ -149,11 +151,9 @@ def _unpickle(data: bytes) -> Any:
                 stack.append(tuple(since_mark()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 count = int(opcode.name[-1])
-                values = tuple(stack[-count:])
-                if len(values) < count:
+                if len(stack) < count:
                     raise IndexError("the stack is empty")
-                del stack[-count:]
-                stack.append(values)
+                stack[-count:] = [tuple(stack[-count:])]
             case "APPEND" | "APPENDS":
                 values = [stack.pop()] if opcode.name == "APPEND" else since_mark()
                 _of(list, stack[-1]).extend(values)
@@ -190,14 +190,7 @@ def _of(kind: type, value: Any) -> Any:
 
 def _named(module: str, name: str) -> _Name:
     found = _Name(module, name)
-    known = (
-        (module, name) == ("collections", "OrderedDict")
-        or (module == "torch" and name in _STORAGES)
-        or (module == "torch._utils" and name in _REBUILD)
-        or (module, name) in _FIRST
-        or found.is_script
-    )
-    if not known:
+    if (module, name) not in _KNOWN and not found.is_script:
         raise _RefusedError(f"it wants to import {show(f'{module}.{name}')[1:-1]}")
     return found
 
@@ -233,11 +226,11 @@ def _storage(record: Any) -> _Storage:
 
 def _call(function: _Name, arguments: tuple) -> Any:
     name = (function.module, function.name)
-    if name == ("collections", "OrderedDict") and not arguments:
+    if name == _DICT and not arguments:
         return {}
     if name in _FIRST and arguments:
         return arguments[0]
-    if function.module == "torch._utils" and function.name in _REBUILD and len(arguments) >= 4:
+    if name in _REBUILD and len(arguments) >= 4:
         return _tensor(*arguments[:4])
     raise _RefusedError(f"it wants to call {function.module}.{function.name}")
 

@@ -164,16 +164,13 @@ def _text(c: TextConfig) -> dict[str, Any]:
 
 
 def _tower(c: ViTConfig | TextConfig, name: str) -> dict[str, Any]:
-    ratio = c.mlp_dim / c.width
-    for digits in range(1, 18):  # shortest ratio that open_clip truncates to mlp_dim
-        rounded = round(ratio + 0.5 / c.width, digits)
-        if int(c.width * rounded) == c.mlp_dim:
-            break
-    else:
+    # open_clip truncates width * ratio: take the shortest ratio that gives mlp_dim.
+    middle = c.mlp_dim / c.width + 0.5 / c.width
+    ratios = [4.0, *(round(middle, digits) for digits in range(1, 18))]
+    fitting = [ratio for ratio in ratios if int(c.width * ratio) == c.mlp_dim]
+    if not fitting:
         refuse("open_clip", [f"{name}.mlp_dim {c.mlp_dim}, which no ratio of {c.width} gives"])
-    values = {"width": c.width, "layers": c.depth, "mlp_ratio": rounded}
-    if int(c.width * 4.0) == c.mlp_dim:
-        values["mlp_ratio"] = 4.0
+    values = {"width": c.width, "layers": c.depth, "mlp_ratio": fitting[0]}
     if c.norm_eps != 1e-5:
         values["norm_kwargs"] = {"eps": c.norm_eps}
     if c.activation == "gelu_tanh":
