@@ -77,7 +77,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "IA3"}, "is of type 'IA3': vlm reads LORA alone, and DoRA"),
+        ({"peft_type": "IA3"}, "is of type 'IA3': vlm reads only LORA, and DoRA"),
         ({"modules_to_save": ["text_projection"]}, r"has modules_to_save \['text_projection'\]"),
         ({"bias": "all"}, "has bias 'all', which vlm does not support: merge the adapter"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),

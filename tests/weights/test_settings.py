@@ -38,10 +38,10 @@ REFUSED = [
     ("hf_clip", {"pad_token": "[PAD]"}, r"pad_token '\[PAD\]' is not in its vocabulary"),
     ("hf_clip", {"add_eos_token": False}, "add_eos_token is False, and tokenizer.json adds"),
     ("hf_clip", {"model_max_length": "many"}, "model_max_length is 'many'"),
-    ("hf_clip", {"fold_case": True}, "has fold_case True, which vlm does not know"),
+    ("hf_clip", {"fold_case": True}, "has fold_case True, which vlm does not support"),
     ("hf_clip", {"sp_model_kwargs": {"alpha": 0.1}}, "sp_model_kwargs"),
     ("hf_clip", {"added_tokens_decoder": {"7": {"content": "cat"}}}, "says that 'cat' is 7"),
-    ("hf_siglip", {"do_basic_tokenize": False}, "do_basic_tokenize False: vlm knows True alone"),
+    ("hf_siglip", {"do_basic_tokenize": False}, "do_basic_tokenize False: vlm supports only True"),
 ]
 
 
@@ -102,14 +102,14 @@ PIXELS = [
     (
         "hf_clip",
         {"do_pad": True},
-        "has do_pad True, which vlm does not know for CLIPImageProcessor",
+        "has do_pad True, which vlm does not support for CLIPImageProcessor",
     ),
     ("hf_clip", {"do_center_crop": False}, "does not crop"),
     ("hf_clip", {"resample": 4}, "resample 4"),
     ("hf_clip", {"crop_pct": 0.9}, "crop_pct"),
     ("hf_clip", {"include_top": True}, "include_top True"),
     ("hf_siglip", {"size_divisor": 32}, "size_divisor 32"),
-    ("hf_siglip", {"gamma": 2.2}, "has gamma 2.2, which vlm does not know"),
+    ("hf_siglip", {"gamma": 2.2}, "has gamma 2.2, which vlm does not support"),
 ]
 
 

@@ -8,7 +8,7 @@ weights are seen not to fit.
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -130,6 +130,19 @@ def fields(value: Any, where: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} is {show(value)}, not an object of fields")
+    return value
+
+
+def choice(value: Any, choices: Collection[Any], where: str) -> Any:
+    """Return `value` if it is one of the choices.
+
+    Raises:
+        CheckpointError: it is not; `where` names the file and the field.
+    """
+    if value not in list(choices):
+        raise CheckpointError(
+            f"{where} is {show(value)}: vlm supports {', '.join(map(str, choices))}"
+        )
     return value
 
 

@@ -142,7 +142,7 @@ def write_peft(
 def _check_supported(values: dict[str, Any], where: str) -> None:
     kind = values.get("peft_type")
     if kind != "LORA":
-        raise CheckpointError(f"{where} is of type {show(kind)}: vlm reads LORA alone, and DoRA")
+        raise CheckpointError(f"{where} is of type {show(kind)}: vlm reads only LORA, and DoRA")
     odd = [name for name, value in values.items() if value and name not in _HARMLESS]
     if values.get("bias", "none") != "none":
         odd.append("bias")

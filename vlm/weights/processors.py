@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from vlm.config import CLIP_MEAN, CLIP_STD, PreprocessConfig
 from vlm.errors import CheckpointError
-from vlm.weights.fields import MAX_PIXELS, boolean, integer, number, show, string
+from vlm.weights.fields import MAX_PIXELS, boolean, choice, integer, number, show, string
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Names of open_clip.
@@ -73,12 +73,12 @@ def huggingface_preprocess(
     efficient = name.startswith("EfficientNet")
     factor = number(values.get("rescale_factor", 1 / 255), f"{where}: rescale_factor", above=0.0)
     if abs(factor * 255 - 1) > 1e-6 and not efficient:
-        raise CheckpointError(f"{where} has rescale_factor {factor!r}: vlm knows 1/255 alone")
+        raise CheckpointError(f"{where} has rescale_factor {factor!r}: vlm supports only 1/255")
     resample = values.get("resample", 2 if naflex or tips else 3)
     kernel = PIL_RESAMPLE.get(resample) if type(resample) is int else None
     if kernel is None:
         raise CheckpointError(
-            f"{where} has resample {show(resample)}: vlm knows "
+            f"{where} has resample {show(resample)}: vlm supports "
             + ", ".join(f"{number} ({name})" for number, name in PIL_RESAMPLE.items())
         )
     family = "crop" if "CLIP" in name else "squash"
@@ -126,7 +126,7 @@ def huggingface_preprocess(
             image_size=side,
             resize="squash" if size["shortest_edge"] is None else "crop",
             short_side=None if short == side else short,
-            crop_rounding="floor",
+            crop_offset="floor",
             **common,
         )
     if size["height"] is None:
@@ -138,19 +138,16 @@ def huggingface_preprocess(
 
 
 def _check_processor(values: dict[str, Any], name: str, where: str) -> None:
-    """Raise an error for a processor or a setting that vlm does not know."""
+    """Raise an error for a processor or a setting that vlm does not support."""
     kind = name.removesuffix("Pil").removesuffix("Fast")
-    if kind not in _PROCESSORS:
-        raise CheckpointError(
-            f"{where}: image_processor_type is {show(name)}: vlm knows {', '.join(_PROCESSORS)}"
-        )
+    choice(kind, _PROCESSORS, f"{where}: image_processor_type")
     own = next((keys for start, keys in _READ_OF.items() if kind.startswith(start)), set())
     for key, value in values.items():
         off = value in (None, "", [], {}) or (key in _OFF and not value)
         if key not in _READ | own | _IGNORED and not off:
             raise CheckpointError(
-                f"{where} has {key} {show(value)}, which vlm does not know for {kind}: remove it "
-                "if it changes no pixels"
+                f"{where} has {key} {show(value)}, which vlm does not support for {kind}: remove "
+                "it if it changes no pixels"
             )
 
 
@@ -186,29 +183,20 @@ def open_clip_preprocess(values: dict[str, Any], image_size: int, where: str) ->
     for key, value in values.items():
         if key not in _OPEN_CLIP:
             raise CheckpointError(
-                f"{where}: preprocess_cfg has {key} {show(value)}, which vlm does not know: vlm "
-                f"knows {', '.join(_OPEN_CLIP)}"
+                f"{where}: preprocess_cfg has {key} {show(value)}, which vlm does not support: it "
+                f"supports {', '.join(_OPEN_CLIP)}"
             )
-    if values.get("mode") not in (None, "RGB"):
-        raise CheckpointError(f"{where}: mode is {show(values['mode'])}: vlm knows RGB alone")
-    mode = string(values.get("resize_mode") or "shortest", f"{where}: resize_mode")
-    resize = RESIZE_MODES.get(mode)
-    if resize is None:
-        raise CheckpointError(
-            f"{where}: resize_mode is {mode!r}: vlm knows shortest, longest and squash"
-        )
+    choice(values.get("mode"), (None, "RGB"), f"{where}: mode")
+    mode = choice(values.get("resize_mode") or "shortest", RESIZE_MODES, f"{where}: resize_mode")
     fill = integer(values.get("fill_color") or 0, f"{where}: fill_color", 0, 255)  # a grey level
     kernel = values.get("interpolation") or "bicubic"
     if kernel == "random":  # for training; open_clip evaluates with bicubic
         kernel = "bicubic"
-    if kernel not in ("bicubic", "bilinear", "nearest"):
-        raise CheckpointError(
-            f"{where}: interpolation is {show(kernel)}: vlm knows bicubic, bilinear and nearest"
-        )
+    choice(kernel, ("bicubic", "bilinear", "nearest"), f"{where}: interpolation")
     return PreprocessConfig(
         image_size=image_size,
-        resize=resize,
-        pad_value=(fill, fill, fill),
+        resize=RESIZE_MODES[mode],
+        fill=(fill, fill, fill),
         kernel=kernel,
         mean=_three(values.get("mean") or CLIP_MEAN, f"{where}: mean"),
         std=_deviation(values.get("std") or CLIP_STD, f"{where}: std"),
@@ -232,11 +220,11 @@ def _edges(size: Any, where: str, *, square: bool) -> dict[str, int | None]:
         size = {"height": size[0], "width": size[1]}
     if not isinstance(size, dict) or not (size.keys() & {"shortest_edge", "height"}):
         raise CheckpointError(
-            f"{where} is {show(size)}: vlm knows height and width, or shortest_edge"
+            f"{where} is {show(size)}: vlm supports height and width, or shortest_edge"
         )
     if size.get("height") != size.get("width"):
         raise CheckpointError(
-            f"{where} is {show(size)}, not a square: vlm takes square images alone"
+            f"{where} is {show(size)}, not a square: vlm supports only square images"
         )
     if size.get("longest_edge") is not None:
         raise CheckpointError(f"{where} is {show(size)}: vlm does not resize by the longest edge")

@@ -34,7 +34,7 @@ def at_image_size(
         return config, preprocess
     if vision.one_size:
         raise ConfigError(
-            f"image_size {image_size}: a {vision.one_size} takes {vision.image_size} pixels alone"
+            f"image_size {image_size}: a {vision.one_size} takes only {vision.image_size} pixels"
         )
     if image_size < vision.patch_size or image_size % vision.patch_size:
         lower = max(image_size // vision.patch_size, 1) * vision.patch_size

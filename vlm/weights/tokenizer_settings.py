@@ -12,7 +12,7 @@ from etils import epath
 from tokenizers import AddedToken
 
 from vlm.errors import CheckpointError
-from vlm.weights.fields import boolean, fields, read_json, show, string
+from vlm.weights.fields import boolean, choice, fields, read_json, show, string
 
 # Named tokens. transformers makes all of them special.
 NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -64,7 +64,7 @@ class Settings:
         """Read the settings in a folder, including those of its older files.
 
         Raises:
-            CheckpointError: a setting that vlm does not know or support.
+            CheckpointError: a setting that vlm does not support.
         """
         file = folder / "tokenizer_config.json"
         values = read_json(file) if file.exists() else {}
@@ -149,9 +149,7 @@ class Settings:
         default = "left" if kind in ("GemmaTokenizer", "Siglip2Tokenizer") else "right"
         padding = vocabulary.padding or {}
         side = self.values.get("padding_side") or padding.get("direction") or default
-        if side not in ("left", "right"):
-            raise CheckpointError(f"{self.file}: padding_side is {show(side)}, not left or right")
-        return side
+        return choice(side, ("left", "right"), f"{self.file}: padding_side")
 
     def context_length(self, positions: int) -> int:
         """Return `model_max_length`, or the number of positions of the model if it is less."""
@@ -175,10 +173,12 @@ class Settings:
 
 
 def _check(key: str, value: Any, file: epath.Path) -> None:
-    """Raise an error for a setting that vlm does not know or support."""
+    """Raise an error for a setting that vlm does not support."""
     if key in FIXED:
         if value not in (None, FIXED[key]):
-            raise CheckpointError(f"{file} has {key} {show(value)}: vlm knows {FIXED[key]!r} alone")
+            raise CheckpointError(
+                f"{file} has {key} {show(value)}: vlm supports only {FIXED[key]!r}"
+            )
     elif key == "truncation_side":
         if value not in (None, "right"):
             raise CheckpointError(
@@ -187,8 +187,8 @@ def _check(key: str, value: Any, file: epath.Path) -> None:
             )
     elif key not in HONOURED | HARMLESS and not key.endswith("_token") and value not in _NOTHING:
         raise CheckpointError(
-            f"{file} has {key} {show(value)}, which vlm does not know: remove it if it changes no "
-            "token ids"
+            f"{file} has {key} {show(value)}, which vlm does not support: remove it if it changes "
+            "no token ids"
         )
 
 

@@ -293,7 +293,7 @@ class TorchFile:
             raise
         except _RefusedError as error:
             raise CheckpointError(
-                f"{path} is refused, for {error}: a checkpoint holds tensors alone; get it as "
+                f"{path} is refused, for {error}: a checkpoint holds only tensors; get it as "
                 "safetensors"
             ) from None
         except Exception as error:  # a damaged pickle or archive fails in many ways

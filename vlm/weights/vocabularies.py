@@ -54,7 +54,7 @@ def huggingface_tokenizer(
     if kind in ("Siglip", "SiglipTokenizer") and pieces.exists():
         if not settings.flag("do_lower_case"):
             raise CheckpointError(
-                f"{settings.file}: do_lower_case is false, and vlm knows true for SigLIP"
+                f"{settings.file}: do_lower_case is false, and vlm supports only true for SigLIP"
             )
         plain = siglip_tokenizer(pieces, length, clean=clean if clean != "none" else "siglip")
         return _with_named(plain, settings)
@@ -149,7 +149,7 @@ def open_clip_tokenizer(
     options.pop("trust_remote_code", None)
     if options or not isinstance(clean, str) or clean not in OPEN_CLIP_CLEAN:
         raise CheckpointError(
-            f"{where}.tokenizer_kwargs is {show(values['tokenizer_kwargs'])}, and vlm knows "
+            f"{where}.tokenizer_kwargs is {show(values['tokenizer_kwargs'])}, and vlm supports "
             f"strip_sep_token, and clean of {', '.join(OPEN_CLIP_CLEAN)}"
         )
     cleaning = OPEN_CLIP_CLEAN[clean]

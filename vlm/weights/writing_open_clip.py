@@ -86,7 +86,7 @@ def open_clip_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
         refuse("open_clip", ["a FastViT whose branches are fused"])
     elif isinstance(vision, ViTConfig) and vision.pool == "query":
         raise CheckpointError(
-            "open_clip opens a CoCa with its captioning decoder alone, and this is the contrastive "
+            "open_clip opens a CoCa only with its captioning decoder, and this is the contrastive "
             "half, which has none: save the model as a vlm bundle instead"
         )
     elif (family := timm_towers.family_of(vision)) is not None:
@@ -117,7 +117,7 @@ def _native(config: ModelConfig, c: ViTConfig, *, quick: bool) -> dict[str, Any]
     faults = {
         "vision.pool 'mean' without a class token beside the patches": tokenless,
         f"vision.rotary {c.rotary} with vision.pool {c.pool!r}": c.rotary is not None,
-        "quick_gelu in one tower alone": (c.activation == "quick_gelu") != quick,
+        "quick_gelu in only one tower": (c.activation == "quick_gelu") != quick,
     }
     wanted = {"stem": "linear", "patch_bias": False, "projection": "linear"}
     check("open_clip", config, wanted, {}, faults)
