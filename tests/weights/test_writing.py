@@ -278,7 +278,7 @@ def test_a_fastvit_is_not_written(form, tmp_path):
 
 def test_half_a_coca_is_not_written():
     bundle = load(GOLDEN / "oc_coca")
-    with pytest.raises(CheckpointError, match=r"CoCa with its captioning decoder.*vlm bundle"):
+    with pytest.raises(CheckpointError, match=r"CoCa only with its captioning decoder.*vlm bundle"):
         open_clip_config(bundle.config, bundle.tokenizer)
 
 
