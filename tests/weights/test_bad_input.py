@@ -100,7 +100,7 @@ def test_processors(folder, change, message):
         load(path)
 
 
-def test_a_missing_shard_and_a_torn_one(folder):
+def test_a_missing_shard_and_a_truncated_one(folder):
     path = folder("hf_siglip_wide")
     shard = path / "model-00002-of-00004.safetensors"
     if not shard.exists():
@@ -150,7 +150,7 @@ def test_an_index_that_names_what_is_not_beside_it(folder, shard):
         load(path)
 
 
-def test_torn_json(folder):
+def test_truncated_json(folder):
     path = folder("oc_vit")
     (path / "open_clip_config.json").write_text('{"model_cfg": {')
     with pytest.raises(CheckpointError, match=r"open_clip_config\.json is not JSON"):
@@ -258,7 +258,7 @@ def test_quantised_weights(folder, dtype):
         load(path)
 
 
-def test_a_tower_that_is_not_there_is_said_and_the_list_is_short(folder):
+def test_a_missing_tower_is_named_and_the_list_is_short(folder):
     path = folder("oc_vit")
     file = SafetensorsFile(path / "open_clip_model.safetensors")
     text = [name for name in file.shapes if not name.startswith("visual.")]
@@ -342,7 +342,7 @@ def test_peak_memory_of_loading(tmp_path):
 
 
 def without(path, *names, **others):
-    """The weights in a folder written anew, without some tensors and with others instead."""
+    """Write the weights in a folder again, without some tensors and with others instead."""
     path = path / "open_clip_model.safetensors"
     file = SafetensorsFile(path)
     arrays = {name: file.read(name) for name in file.shapes if name not in names} | others

@@ -68,10 +68,10 @@ def get(client, cache):
     """Load a model that is there, and return the digest of its parameters."""
 
     def get(model, **options):
-        said = client(model, **{"cache": cache} | options)
-        assert "error" not in said, said["error"]
-        assert said["name"] == model
-        return said["digest"]
+        result = client(model, **{"cache": cache} | options)
+        assert "error" not in result, result["error"]
+        assert result["name"] == model
+        return result["digest"]
 
     return get
 
@@ -81,10 +81,10 @@ def fail(client, cache):
     """Load a model that cannot be had, and return the one sentence that says why."""
 
     def fail(model, **options):
-        said = client(model, **{"cache": cache} | options)
-        assert "error" in said
-        assert "\n" not in said["error"]
-        return said["error"]
+        result = client(model, **{"cache": cache} | options)
+        assert "error" in result
+        assert "\n" not in result["error"]
+        return result["error"]
 
     return fail
 
@@ -164,7 +164,7 @@ def test_revisions(hub, get):
 # ------------------------------------------------------------------------- what is broken off
 
 
-def test_a_cut_is_mended(hub, client, get, cache):
+def test_a_cut_is_repaired(hub, client, get, cache):
     name = "cut/once"
     hub.put(name, GOLDEN / "hf_siglip").faults = {"model.safetensors": ["cut"]}
     size = (GOLDEN / "hf_siglip" / "model.safetensors").stat().st_size
@@ -177,7 +177,7 @@ def test_a_cut_is_mended(hub, client, get, cache):
 
 
 @pytest.mark.parametrize("golden", ["hf_siglip", "hf_siglip_wide"])
-def test_a_cut_for_good_is_mended_by_the_next_load(hub, get, fail, cache, golden):
+def test_a_cut_for_good_is_repaired_by_the_next_load(hub, get, fail, cache, golden):
     name = f"cut/{golden}"
     file = {
         "hf_siglip": "model.safetensors",
@@ -185,13 +185,13 @@ def test_a_cut_for_good_is_mended_by_the_next_load(hub, get, fail, cache, golden
     }[golden]
     repository = hub.put(name, GOLDEN / golden, **WITHOUT_TESTS)
     repository.faults = {file: ["cut"] + ["drop"] * 50}
-    said = fail(name)
-    assert said.startswith(f"{file} of the Hub model '{name}' did not arrive")
-    assert "RemoteProtocolError" in said or "onnection" in said
-    assert os.path.join(cache, f"models--cut--{golden}") in said
-    assert said.endswith("connect and try again")
-    said = fail(name, offline=True)  # a part of a model is none
-    assert "is not on this disk, and the Hub cannot be reached (HF_HUB_OFFLINE is set)" in said
+    message = fail(name)
+    assert message.startswith(f"{file} of the Hub model '{name}' did not arrive")
+    assert "RemoteProtocolError" in message or "onnection" in message
+    assert os.path.join(cache, f"models--cut--{golden}") in message
+    assert message.endswith("connect and try again")
+    message = fail(name, offline=True)  # a part of a model is none
+    assert "is not on this disk, and the Hub cannot be reached (HF_HUB_OFFLINE is set)" in message
     repository.faults = {}
     hub.requests(name)
     assert get(name) == digest(GOLDEN / golden)
@@ -213,19 +213,19 @@ def test_a_broken_update_leaves_the_old_model(hub, get):
     assert get(name, offline=True) == digest(GOLDEN / "hf_clip")
 
 
-@pytest.mark.parametrize("damage", ["dangling", "torn", "torn config", "incomplete"])
-def test_a_damaged_cache_is_mended(hub, get, fail, cache, damage):
+@pytest.mark.parametrize("damage", ["dangling", "truncated", "truncated config", "incomplete"])
+def test_a_damaged_cache_is_repaired(hub, get, fail, cache, damage):
     name = f"damage/{damage.replace(' ', '-')}"
     hub.put(name, GOLDEN / "hf_siglip")
     whole = get(name)
     folder = snapshot(cache, name)
     blob = (folder / "model.safetensors").resolve()
-    if damage == "torn config":
+    if damage == "truncated config":
         blob = (folder / "config.json").resolve()
     data = blob.read_bytes()
-    if damage.startswith("torn"):
+    if damage.startswith("truncated"):
         blob.write_bytes(data[: len(data) // 2])
-        complaint = "is truncated" if damage == "torn" else "is not JSON"
+        complaint = "is truncated" if damage == "truncated" else "is not JSON"
     else:  # killed while it was fetched again, for instance
         blob.unlink()
         complaint = "has no model.safetensors"
@@ -233,10 +233,10 @@ def test_a_damaged_cache_is_mended(hub, get, fail, cache, damage):
         (folder / "model.safetensors").unlink()
         blob.with_name(f"{blob.name}.1a2b3c4d.incomplete").write_bytes(data[:1000])
         blob.with_name(f"{blob.name}.incomplete").write_bytes(data[:1000])
-    said = fail(name, offline=True)
-    assert complaint in said
-    assert f"what the cache holds of {name}" in said
-    assert "HF_HUB_OFFLINE is set" in said
+    message = fail(name, offline=True)
+    assert complaint in message
+    assert f"what the cache holds of {name}" in message
+    assert "HF_HUB_OFFLINE is set" in message
     assert get(name) == whole
     assert get(name, offline=True) == whole
     assert blob.read_bytes() == data
@@ -250,21 +250,23 @@ def test_no_such_model_or_revision(hub, fail):
         "some/absent"
     )
     hub.put("some/model", GOLDEN / "hf_siglip")
-    said = fail("some/model", revision="v9")
-    assert "the Hub model 'some/model' has no revision 'v9': choose" in said
-    assert f"{hub.url}/some/model/commits/main" in said
+    message = fail("some/model", revision="v9")
+    assert "the Hub model 'some/model' has no revision 'v9': choose" in message
+    assert f"{hub.url}/some/model/commits/main" in message
     assert "no Hub model can have that name" in fail("some/..model")
 
 
 def test_a_gated_model(hub, get, fail):
     hub.put("some/gated", GOLDEN / "hf_siglip").gated = True
-    said = fail("some/gated")
-    assert f"'some/gated' asks for your consent: accept its terms at {hub.url}/some/gated" in said
-    assert "log in with `hf auth login`" in said
-    said = fail("some/gated", token="hf_outdated")
-    assert "the Hub does not let you read the model 'some/gated'" in said
-    assert "401" in said
-    assert "set HF_TOKEN" in said
+    message = fail("some/gated")
+    assert (
+        f"'some/gated' asks for your consent: accept its terms at {hub.url}/some/gated" in message
+    )
+    assert "log in with `hf auth login`" in message
+    message = fail("some/gated", token="hf_outdated")
+    assert "the Hub does not let you read the model 'some/gated'" in message
+    assert "401" in message
+    assert "set HF_TOKEN" in message
     assert get("some/gated", token=TOKEN) == digest(GOLDEN / "hf_siglip")
     assert get("some/gated") == digest(GOLDEN / "hf_siglip")  # what is there is there
 
@@ -272,8 +274,8 @@ def test_a_gated_model(hub, get, fail):
 def test_a_model_that_is_not_for_us(hub, fail):
     config = json.dumps({"model_type": "llama"}).encode()
     hub.put("some/llm", config__json=config, model__safetensors=b"l" * 9999)
-    said = fail("some/llm")
-    assert "config.json of some/llm describes a model of type 'llama'" in said
+    message = fail("some/llm")
+    assert "config.json of some/llm describes a model of type 'llama'" in message
     assert "model.safetensors" not in hub.downloaded("some/llm")
     hub.put("some/flax", GOLDEN / "hf_siglip", model__safetensors=None, flax_model__msgpack=b"f")
     assert "'some/flax' has no model.safetensors and no pytorch_model.bin" in fail("some/flax")
@@ -290,10 +292,10 @@ def test_a_model_without_a_file(hub, fail, missing):
 
 def test_an_index_of_shards_that_are_not_there(hub, fail):
     shard = "model-00003-of-00003.safetensors"
-    hub.put("some/torn", GOLDEN / "hf_siglip_wide", **{shard.replace(".", "__"): None})
-    said = fail("some/torn")
-    assert said.startswith(f"{shard} of the Hub model 'some/torn' did not arrive")
-    assert "404" in said
+    hub.put("some/truncated", GOLDEN / "hf_siglip_wide", **{shard.replace(".", "__"): None})
+    message = fail("some/truncated")
+    assert message.startswith(f"{shard} of the Hub model 'some/truncated' did not arrive")
+    assert "404" in message
 
 
 @pytest.mark.parametrize("status", ["403", "429", "500"])
@@ -301,13 +303,13 @@ def test_a_hub_in_trouble(hub, get, fail, cache, status):
     name = f"status/{status}"
     repository = hub.put(name, GOLDEN / "hf_siglip")
     repository.faults = {"": [status] * 9}
-    said = fail(name)
-    assert status in said
-    assert name in said
+    message = fail(name)
+    assert status in message
+    assert name in message
     if status != "403":
-        assert "the Hub answers with an error" in said
-        assert f"model.safetensors would be put under {cache}/models--status--{status}" in said
-        assert "try again later" in said
+        assert "the Hub answers with an error" in message
+        assert f"model.safetensors would be put under {cache}/models--status--{status}" in message
+        assert "try again later" in message
     repository.faults = {}
     assert get(name) == digest(GOLDEN / "hf_siglip")
     repository.faults = {"": [status] * 9}
@@ -317,9 +319,9 @@ def test_a_hub_in_trouble(hub, get, fail, cache, status):
 def test_a_silent_hub(hub, client, get, fail, cache):
     repository = hub.put("some/slow", GOLDEN / "hf_siglip")
     repository.faults = {"": ["stall"] * 9}
-    said = fail("some/slow")
-    assert "the Hub cannot be reached (ReadTimeout: " in said
-    assert f"would be put under {cache}" in said
+    message = fail("some/slow")
+    assert "the Hub cannot be reached (ReadTimeout: " in message
+    assert f"would be put under {cache}" in message
     repository.faults = {"model.safetensors": ["stall"]}
     assert "did not arrive" in client("some/slow", cache=cache).get("error", "did not arrive")
     assert get("some/slow") == digest(GOLDEN / "hf_siglip")
@@ -328,9 +330,9 @@ def test_a_silent_hub(hub, client, get, fail, cache):
 def test_a_cache_that_cannot_be_written(hub, fail, tmp_path):
     hub.put("some/model", GOLDEN / "hf_siglip")
     (tmp_path / "file").write_text("")
-    said = fail("some/model", cache=str(tmp_path / "file"))
-    assert "cannot be written" in said
-    assert "set HF_HOME" in said
+    message = fail("some/model", cache=str(tmp_path / "file"))
+    assert "cannot be written" in message
+    assert "set HF_HOME" in message
 
 
 # ------------------------------------------------------------------------- as a user meets it

@@ -93,9 +93,9 @@ def test_allowed_names_cannot_be_misused(tmp_path):
 def test_damaged_files(tmp_path):
     whole = (GOLDEN / "openai_vit.pt").read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 30):
-        (tmp_path / "torn.pt").write_bytes(whole[:size])
+        (tmp_path / "truncated.pt").write_bytes(whole[:size])
         with pytest.raises(CheckpointError, match="no zip archive"):
-            load(tmp_path / "torn.pt")
+            load(tmp_path / "truncated.pt")
     path = archive(tmp_path / "short.pt", pickle.dumps({"a": 1})[:-3])
     with pytest.raises(CheckpointError, match=r"refused|damaged"):
         load(path)

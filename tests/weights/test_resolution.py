@@ -89,7 +89,7 @@ def test_elsewhere_a_shorter_text_takes_the_first_positions(name, tmp_path):
 
 @pytest.mark.untyped
 @pytest.mark.parametrize(
-    ("name", "length", "said"),
+    ("name", "length", "message"),
     [
         ("hf_clip", 100, "context_length 100: the model has positions for"),
         ("hf_clip", 2, "context_length 2 leaves no room for text beside 2 special tokens"),
@@ -97,8 +97,8 @@ def test_elsewhere_a_shorter_text_takes_the_first_positions(name, tmp_path):
         ("oc_vit", -3, "context_length is -3: choose a number from 1"),
     ],
 )
-def test_context_lengths_that_cannot_be(name, length, said):
-    with pytest.raises(ConfigError, match=said):
+def test_context_lengths_that_cannot_be(name, length, message):
+    with pytest.raises(ConfigError, match=message):
         load(GOLDEN / name, context_length=length)
 
 

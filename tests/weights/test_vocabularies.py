@@ -73,7 +73,7 @@ def test_siglips_vocabulary_stands_alone():
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 5000])
-def test_torn_sentencepiece_file(size, tmp_path):
+def test_truncated_sentencepiece_file(size, tmp_path):
     whole = (GOLDEN / "spiece.model").read_bytes()
     (tmp_path / "spiece.model").write_bytes(whole[:size] + (b"\xff" * 9 if size == 5000 else b""))
     with pytest.raises(CheckpointError, match="SentencePiece model"):

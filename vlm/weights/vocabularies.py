@@ -261,12 +261,16 @@ def bert_tokenizer(path: epath.Path, config: ModelConfig) -> Tokenizer:
     return Tokenizer(vocabulary, rules)
 
 
+def _lines(path: epath.Path) -> list[str]:
+    try:
+        return path.read_text().split("\n")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is no text ({error}): download it again") from None
+
+
 def _wordpiece_lines(path: epath.Path) -> dict[str, int]:
     """Return the tokens of a `vocab.txt` with their line numbers."""
-    try:
-        lines = path.read_text().split("\n")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is no vocab.txt ({error}): download it again") from None
+    lines = _lines(path)
     lines = lines[:-1] if not lines[-1] else lines
     vocab = {line.rstrip("\r"): number for number, line in enumerate(lines)}
     if len(vocab) != len(lines):
@@ -294,11 +298,7 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Any) -> N
 def _clip_from_merges(folder: epath.Path) -> tokenizers.Tokenizer:
     """Return the CLIPTokenizer of transformers for `vocab.json` and `merges.txt`."""
     vocab = read_json(folder / "vocab.json")
-    try:
-        lines = (folder / "merges.txt").read_text().split("\n")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{folder}/merges.txt is no text ({error}): get it again") from None
-    pairs = (line.split() for line in lines if line[:1] != "#")
+    pairs = (line.split() for line in _lines(folder / "merges.txt") if line[:1] != "#")
     merges = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
     try:
         bos, eos = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
