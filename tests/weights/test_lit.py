@@ -178,7 +178,7 @@ def test_vocabularies_that_are_not_the_models(folder):
         (text.replace("[CLS]", "<s>"), r"has no \[CLS\]: give the vocabulary of a BERT"),
         (text + "cat\n", "has a token twice"),
         ("", r"has no \[CLS\]"),
-        (b"\xff\xfe", "is no vocab.txt"),
+        (b"\xff\xfe", "is no text"),
     ):
         spoiled = spoiled if isinstance(spoiled, bytes) else spoiled.encode()
         (folder / "model.txt").write_bytes(spoiled)

@@ -173,12 +173,12 @@ def test_cycles_and_laughs(tmp_path):
     start = time.process_time()
     cyclic = {"a": tensor()}
     cyclic["s"] = cyclic
-    refused(tmp_path / "a.bin", cyclic, "holds itself|larger than twice the file")
+    refused(tmp_path / "a.bin", cyclic, "contains itself|larger than twice the file")
     cyclic["a"] = 1
-    refused(tmp_path / "a.bin", cyclic, "holds itself, or is nested too deep")
+    refused(tmp_path / "a.bin", cyclic, "contains itself, or is nested too deep")
     ring = []
     ring.append(ring)
-    refused(tmp_path / "a.bin", {"a": tensor(), "b": {"c": cyclic, "d": ring}}, "holds itself")
+    refused(tmp_path / "a.bin", {"a": tensor(), "b": {"c": cyclic, "d": ring}}, "contains itself")
     laughs = {"ha": 1}
     for _ in range(60):
         laughs = {"a": laughs, "b": laughs}
