@@ -126,7 +126,7 @@ def huggingface_preprocess(
             image_size=side,
             resize="squash" if size["shortest_edge"] is None else "crop",
             short_side=None if short == side else short,
-            crop_offset="floor",
+            crop_rounding="floor",
             **common,
         )
     if size["height"] is None:
@@ -196,7 +196,7 @@ def open_clip_preprocess(values: dict[str, Any], image_size: int, where: str) ->
     return PreprocessConfig(
         image_size=image_size,
         resize=RESIZE_MODES[mode],
-        fill=(fill, fill, fill),
+        pad_value=(fill, fill, fill),
         kernel=kernel,
         mean=_three(values.get("mean") or CLIP_MEAN, f"{where}: mean"),
         std=_deviation(values.get("std") or CLIP_STD, f"{where}: std"),
