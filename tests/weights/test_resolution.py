@@ -103,7 +103,7 @@ def test_context_lengths_that_cannot_be(name, length, message):
 
 
 def test_rotary_positions_are_of_one_size():
-    with pytest.raises(ConfigError, match="image_size 56: a tower with rotary positions takes only 28"):
+    with pytest.raises(ConfigError, match="56: a tower with rotary positions takes only 28"):
         load(GOLDEN / "oc_pe", image_size=56)
 
 
