@@ -134,13 +134,11 @@ def bar_table(rows: Iterable[tuple[str, float]], scale: float = 1.0) -> Table:
     return table
 
 
-def number_table(names: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:
-    """Make a table of text columns, `left` of them, and right-aligned columns of numbers."""
-    table = Table()
-    for i, name in enumerate(names):
-        table.add_column(name, justify="left" if i < left else "right")
-    for row in rows:
-        table.add_row(*row)
+def number_table(*names: str, text: int = 1) -> Table:
+    """Make an empty table with `text` columns of text, then right-aligned columns of numbers."""
+    table = Table(*names[:text])
+    for name in names[text:]:
+        table.add_column(name, justify="right")
     return table
 
 

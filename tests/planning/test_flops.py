@@ -27,8 +27,7 @@ from vlm.models.flops import (
 )
 from vlm.models.towers import vision_flops, vision_tower
 from vlm.nn.transformer import Execution
-from vlm.planning.compile import batch_of
-from vlm.planning.supervision import planned_supervision
+from vlm.planning.compile import batch_of, planned_supervision
 from vlm.sharding import make_mesh
 from vlm.training.step import Trainer
 

@@ -102,8 +102,9 @@ def _print(result, console):
         highlight=False,
     )
     names = ("tower", "batch", "time", "per second", "GFLOP/s", "of products", "of the peak")
-    rows = (
-        (
+    table = display.number_table(*names)
+    for row in result["rows"]:
+        table.add_row(
             row["tower"],
             f"{row['batch_size']:,}",
             f"{1e3 * row['seconds']:.3g} ms",
@@ -112,6 +113,4 @@ def _print(result, console):
             f"{row['of_products']:.0%}",
             "" if row["of_peak"] is None else f"{row['of_peak']:.1%}",
         )
-        for row in result["rows"]
-    )
-    console.print(display.number_table(names, rows))
+    console.print(table)

@@ -159,22 +159,19 @@ def _print(result, console):
         f"products at {result['product_flops_per_second'] / 1e9:,.0f} GFLOP/s, "
         f"bound {result['floor_seconds']:.3g} s"
     )
-    rows = (
-        (
+    names = ("loss", "form", "time", "x bound", "temporaries / device")
+    table = display.number_table(*names, text=2)
+    for row in result["losses"]:
+        table.add_row(
             row["loss"],
             row["form"],
             f"{row['seconds']:.3g} s",
             f"{row['times_floor']:.2f}",
             f"{row['temporary_bytes'] / 1e6:,.0f} MB",
         )
-        for row in result["losses"]
-    )
-    names = ("loss", "form", "time", "x bound", "temporaries / device")
-    console.print(display.number_table(names, rows, left=2))
-    first = next(iter(result["errors"].values()))
-    rows = (
-        (kind, *(f"{x:.1e}" for x in found.values())) for kind, found in result["errors"].items()
-    )
-    errors = display.number_table(("loss", *first), rows)
+    console.print(table)
+    errors = display.number_table("loss", *next(iter(result["errors"].values())))
     errors.title = f"relative error against float64 at batch {result['checked_batch_size']:,}"
+    for kind, values in result["errors"].items():
+        errors.add_row(kind, *(f"{value:.1e}" for value in values.values()))
     console.print(errors)

@@ -111,8 +111,9 @@ def _print(result, console):
         highlight=False,
     )
     names = ("items", "queries at once", "time", "queries/s", "GFLOP/s", "x reading the rows")
-    rows = (
-        (
+    table = display.number_table(*names, text=0)
+    for row in result["rows"]:
+        table.add_row(
             f"{row['items']:,}",
             f"{row['queries']:,}",
             f"{1e3 * row['seconds']:.3g} ms",
@@ -120,6 +121,4 @@ def _print(result, console):
             f"{row['flops_per_second'] / 1e9:,.1f}",
             f"{row['times_reading']:.1f}",
         )
-        for row in result["rows"]
-    )
-    console.print(display.number_table(names, rows, left=0))
+    console.print(table)

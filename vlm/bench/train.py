@@ -202,8 +202,10 @@ def _print(result, console):
         f"{result['batch_size']:,}, {result['dtype']}, remat {result['remat']}",
         highlight=False,
     )
-    rows = ((n, f"{time:.3g} s", f"{time / step:.0%}") for n, time in result["seconds"].items())
-    console.print(display.number_table(("part", "time", "of the step"), rows))
+    table = display.number_table("part", "time", "of the step")
+    for name, seconds in result["seconds"].items():
+        table.add_row(name, f"{seconds:.3g} s", f"{seconds / step:.0%}")
+    console.print(table)
     rates = f"{result['pairs_per_second']:,.1f} pairs/s, "
     rates += f"{result['model_flops_per_second'] / 1e12:,.2f} TFLOP/s of the model"
     if result["mfu"] is not None:

@@ -8,7 +8,7 @@ the card, the figures are analytic estimates. Each figure is labelled with its b
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from vlm.planning.prediction import BASES as BASES
     from vlm.planning.prediction import Plan as Plan
     from vlm.planning.prediction import plan as plan
+    from vlm.planning.report import BASES as BASES
     from vlm.planning.sweeps import sweep as sweep

@@ -18,8 +18,7 @@ from vlm.models.flops import step_flops
 from vlm.nn.remat import ATTENDED, MLP_HIDDEN, PROJECTED, SAVED
 from vlm.nn.tpu_attention import LONGEST
 from vlm.planning.collectives import FSDP, GRADIENTS, LOSS_RING, TENSOR
-from vlm.planning.compile import StateBytes
-from vlm.planning.supervision import PlannedSupervision, planned_supervision
+from vlm.planning.compile import PlannedSupervision, StateBytes, planned_supervision
 
 FLOAT32 = 4  # bytes
 
@@ -47,24 +46,19 @@ def analytic_memory(
     tensor_ways: int = 1,
 ) -> AnalyticMemory:
     """Estimate the memory of a step per device, with the batch sharded `batch_ways` ways."""
-    e, extra = experiment, planned_supervision(experiment)
+    e, extra, size = experiment, planned_supervision(experiment), _itemsize(experiment)
     rows = (e.micro_batch_size or e.batch_size) / batch_ways
     kept, block, embedding = 0.0, 0.0, 0.0
     for tower, tokens, config in _towers(e):
         width, mlp = config.width, config.mlp_dim
         scores = 0 if fused_attention(e, chip, tokens, config) else config.heads * tokens
-        size = 2 if e.dtype != "float32" else 4
-        block_bytes = (size * (12 * width + 2 * mlp) + (4 + size) * scores) / tensor_ways
-        block_bytes += 16 * width
-        named = {PROJECTED: 3 * width, ATTENDED: width, MLP_HIDDEN: mlp}
-        names = SAVED[e.remat]
-        saved = block_bytes
-        if names is not None:
+        saved = (size * (12 * width + 2 * mlp) + (4 + size) * scores) / tensor_ways + 16 * width
+        block = max(block, rows * tokens * (saved + size * width))
+        if (names := SAVED[e.remat]) is not None:
+            named = {PROJECTED: 3 * width, ATTENDED: width, MLP_HIDDEN: mlp}
             saved = size * sum(named[name] for name in names) / tensor_ways
-        everything = block_bytes + size * width
         if e.lock != tower:
             kept += rows * tokens * config.depth * (saved + size * width)
-        block = max(block, rows * tokens * everything)
     for tokens, config in _teacher_towers(extra):
         block_bytes = FLOAT32 * (10 * config.width + 2 * config.mlp_dim + config.heads * tokens)
         embedding = max(embedding, rows * tokens * block_bytes / tensor_ways)
@@ -94,8 +88,7 @@ def analytic_operations(
     Matrix products, padded to whole matrix units, run at the arithmetic rate. Normalisations,
     activations, residual sums, the update and unfused attention weights run at memory bandwidth.
     """
-    e, size = experiment, 2 if experiment.dtype != "float32" else 4
-    extra = planned_supervision(e)
+    e, size, extra = experiment, _itemsize(experiment), planned_supervision(experiment)
     padding = {
         f"{tower}/{part}": factor
         for tower, _, config in _towers(e)
@@ -119,6 +112,11 @@ def analytic_operations(
     update = 3 * state.trained + 2 * state.optimizer + 2 * state.averages
     seconds = (traffic + update * chip.devices) / chip.memory_rate
     return arithmetic / chips / chip.flops, seconds
+
+
+def _itemsize(experiment: Experiment) -> int:
+    """Bytes of a number in the compute dtype."""
+    return 4 if experiment.dtype == "float32" else 2
 
 
 def unit_padding(size: int, unit: int) -> float:
@@ -156,17 +154,11 @@ def analytic_traffic(
         sent[LOSS_RING] = FLOAT32 * experiment.batch_size * carried * (ways - 1) / ways
     if tensor > 1:
         # Two all-reduces of activations per block and pass.
-        size = 4 if experiment.dtype == "float32" else 2
+        rows, size = experiment.batch_size / ways, _itemsize(experiment)
         passes = 3 if experiment.remat == "full" else 2
-        moved = sum(
-            experiment.batch_size / ways * tokens * config.width * config.depth * size
-            for _, tokens, config in _towers(experiment)
-        )
-        of_teacher = sum(
-            experiment.batch_size / ways * tokens * config.width * config.depth * FLOAT32
-            for tokens, config in _teacher_towers(extra)
-        )
-        sent[TENSOR] = 2 * (passes * moved + of_teacher) * 2 * (tensor - 1) / tensor
+        moved = sum(rows * n * c.width * c.depth * size for _, n, c in _towers(experiment))
+        taught = (rows * n * c.width * c.depth * FLOAT32 for n, c in _teacher_towers(extra))
+        sent[TENSOR] = 2 * (passes * moved + sum(taught)) * 2 * (tensor - 1) / tensor
     if fsdp > 1:
         gathers = 3 if experiment.remat == "full" else 2
         moved = gathers * parameters / 2

@@ -10,7 +10,7 @@ predictions with it.
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,17 @@ class Range:
         return self.low <= value <= self.high
 
 
+def as_values(figures: Any) -> dict[str, Any]:
+    """Convert a dataclass of figures to JSON values, with ranges as [low, high]."""
+    values = {field.name: getattr(figures, field.name) for field in fields(figures)}
+    return {n: [v.low, v.high] if isinstance(v, Range) else v for n, v in values.items()}
+
+
 @dataclass(frozen=True)
 class Shares:
-    """Fractions of a chip's published rates that a training step reaches, with their evidence."""
+    """Fraction of a chip's published arithmetic rate that a training step reaches."""
 
     arithmetic: float
-    memory: float
     evidence: str
 
 
@@ -98,21 +103,21 @@ class Calibration:
 MEMORY = 0.5
 LLM = "and the MFU of MaxText's own language models (v5e 56 to 67%, v5p 64 to 71%, v6e 39 to 50%)"
 SHARES = {
-    "v3": Shares(0.52, MEMORY, "5 published trainings of ViT on v3, 2020 and 2023"),
-    "v4": Shares(0.57, MEMORY, "4 published trainings of SigLIP and SigLiT on v4, 2023"),
-    "v5e": Shares(0.57, MEMORY, f"taken from v4 {LLM}"),
-    "v5p": Shares(0.63, MEMORY, f"taken from v4 {LLM}"),
-    "v6e": Shares(0.41, MEMORY, f"taken from v4 {LLM}"),
-    "tpu7x": Shares(0.41, MEMORY, "taken from v6e"),
-    "a100": Shares(0.45, MEMORY, "15 published trainings of ViT and CLIP on A100, 2023"),
-    "a100-40": Shares(0.45, MEMORY, "15 published trainings of ViT and CLIP on A100, 2023"),
-    "h100": Shares(0.22, MEMORY, "6 published trainings of ViT and CLIP on H100, 2023"),
-    "h100-pcie": Shares(0.22, MEMORY, "taken from H100 SXM"),
-    "h200": Shares(0.22, MEMORY, "taken from H100"),
-    "gh200": Shares(0.22, MEMORY, "taken from H100"),
-    "b200": Shares(0.22, MEMORY, "taken from H100"),
-    "l4": Shares(0.45, MEMORY, "taken from A100"),
-    "l40s": Shares(0.45, MEMORY, "taken from A100"),
+    "v3": Shares(0.52, "5 published trainings of ViT on v3, 2020 and 2023"),
+    "v4": Shares(0.57, "4 published trainings of SigLIP and SigLiT on v4, 2023"),
+    "v5e": Shares(0.57, f"taken from v4 {LLM}"),
+    "v5p": Shares(0.63, f"taken from v4 {LLM}"),
+    "v6e": Shares(0.41, f"taken from v4 {LLM}"),
+    "tpu7x": Shares(0.41, "taken from v6e"),
+    "a100": Shares(0.45, "15 published trainings of ViT and CLIP on A100, 2023"),
+    "a100-40": Shares(0.45, "15 published trainings of ViT and CLIP on A100, 2023"),
+    "h100": Shares(0.22, "6 published trainings of ViT and CLIP on H100, 2023"),
+    "h100-pcie": Shares(0.22, "taken from H100 SXM"),
+    "h200": Shares(0.22, "taken from H100"),
+    "gh200": Shares(0.22, "taken from H100"),
+    "b200": Shares(0.22, "taken from H100"),
+    "l4": Shares(0.45, "taken from A100"),
+    "l40s": Shares(0.45, "taken from A100"),
 }
 
 
@@ -156,8 +161,8 @@ def read_measurements(file: str | Path) -> list[Measurement]:
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}")
         found = [Measurement(**entry) for entry in content["measurements"]]
-        good = [m for m in found if m.chip in CHIPS and m.measured > 0 and m.predicted > 0]
-        if not found or len(good) < len(found):
+        good = (m.chip in CHIPS and m.measured > 0 and m.predicted > 0 for m in found)
+        if not found or not all(good):
             raise ValueError("it has no times of a known chip")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error

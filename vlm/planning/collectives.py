@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlm.planning.hlo import Computation, Instruction, Program
+from vlm.planning.hlo import Instruction, Program
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 # Transfers between slices, which the TPU compiler sends through the hosts.
@@ -53,7 +53,7 @@ def collectives(
         slices: number of slices, joined along `data`.
     """
     known = {_plain(cut) for shape in parameter_shapes for cut in _cuts(shape, mesh_shape)}
-    sums: dict[tuple, list[float]] = {}
+    sums: dict[tuple, list] = {}  # count, payload and bytes sent
     for found, computation, times in _found(program):
         between = re.search(r'_xla_megascale_transfer_type="(\w+)"', found.text)
         if between:
@@ -61,7 +61,9 @@ def collectives(
             payload, sent = _traffic(kind, found.arrays[0].bytes, group)
             place = LOSS_RING if kind == "collective-permute" else GRADIENTS
         else:
-            kind = _kind(found, computation)
+            kind = found.opcode.removesuffix("-start")
+            if "all-reduce-scatter" in computation.name:  # a sliced all-reduce on TPUs
+                kind = "reduce-scatter"
             operand = sum(
                 computation.instructions[name].bytes
                 for name in found.operands
@@ -78,8 +80,8 @@ def collectives(
         row[1] += times * payload
         row[2] += times * sent
     rows = [
-        Collective(place, kind, axes, group, int(row[0]), row[1], row[2], between)
-        for (place, kind, axes, group, between), row in sums.items()
+        Collective(place, kind, axes, group, count, payload, sent, between)
+        for (place, kind, axes, group, between), (count, payload, sent) in sums.items()
     ]
     return sorted(rows, key=lambda row: -row.sent)
 
@@ -106,13 +108,6 @@ def _is_collective(instruction: Instruction) -> bool:
     if instruction.opcode == "send":
         return "_xla_megascale_transfer_type" in instruction.text
     return instruction.opcode.removesuffix("-start") in KINDS
-
-
-def _kind(found: Instruction, computation: Computation) -> str:
-    """Kind of a collective; the TPU compiler writes reduce-scatter as a sliced all-reduce."""
-    if "all-reduce-scatter" in computation.name:
-        return "reduce-scatter"
-    return found.opcode.removesuffix("-start")
 
 
 def _traffic(kind: str, operand: float, group: int) -> tuple[float, float]:
@@ -153,8 +148,7 @@ def _group(found: Instruction, mesh_shape: dict[str, int]) -> tuple[tuple[str, .
     """Mesh axes that a collective's groups span, and the devices per group."""
     if found.opcode.startswith("collective-permute"):
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", found.text)
-        members = {int(n) for n in re.findall(r"\d+", pairs[1])} if pairs else set()
-        return _axes(_cycle(pairs[1] if pairs else "", members), mesh_shape)
+        return _axes(_cycle(pairs[1] if pairs else ""), mesh_shape)
     text = found.text
     order = r", device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)"
     if named := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:{order})? ?\{{([^}}]*)\}}", text):
@@ -181,15 +175,12 @@ def _reordered(ids: np.ndarray, shape: str, axes: str | None) -> np.ndarray:
     return ids.transpose([int(n) for n in axes.split(",")]) if axes else ids
 
 
-def _cycle(pairs: str, members: set[int]) -> list[int]:
+def _cycle(pairs: str) -> list[int]:
     """Cycle of devices in a permutation, from the first member."""
     numbers = [int(n) for n in re.findall(r"\d+", pairs)]
     onward = dict(zip(numbers[::2], numbers[1::2], strict=False))
-    if not onward:
-        return []
-    start = here = min(members)
-    cycle = [start]
-    while (here := onward.get(here, start)) != start and len(cycle) <= len(members):
+    cycle = numbers and [min(numbers)]
+    while numbers and (here := onward.get(cycle[-1], cycle[0])) != cycle[0]:
         cycle.append(here)
     return cycle
 

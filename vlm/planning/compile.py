@@ -13,15 +13,48 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from vlm.config import Experiment
+from vlm.data.sources import classes_of
 from vlm.inputs.preprocess import Preprocess
+from vlm.models.flops import Supervision
 from vlm.planning.collectives import Collective, collectives
 from vlm.planning.hlo import Program, parse
-from vlm.planning.supervision import planned_supervision
 from vlm.sharding import AXES, batch_sharding, path_names, replicated, shardings
 from vlm.training.objectives import HEADS, objective
 from vlm.training.partition import joined
 from vlm.training.step import Trainer, TrainState
-from vlm.training.teacher import DescribedTeacher
+from vlm.training.teacher import DescribedTeacher, StoredTeacher, supervision_of
+
+
+@dataclass(frozen=True)
+class PlannedSupervision:
+    """Number of classes in the data, and the teacher without its weights."""
+
+    classes: int = 0
+    teacher: DescribedTeacher | StoredTeacher | None = None
+
+    @property
+    def embedding(self) -> DescribedTeacher | None:
+        """The teacher if it embeds batches online, else None."""
+        return self.teacher if isinstance(self.teacher, DescribedTeacher) else None
+
+    @property
+    def supervision(self) -> Supervision:
+        return supervision_of(self.classes, self.teacher)
+
+
+@functools.lru_cache(maxsize=8)
+def planned_supervision(experiment: Experiment) -> PlannedSupervision:
+    """Read the extra supervision of an experiment; cached, since sweeps ask often.
+
+    Raises:
+        DataError: the classes cannot be counted, or stored embeddings do not exist.
+        CheckpointError, ConfigError: the teacher does not exist or is not usable.
+    """
+    e = experiment
+    classes = len(classes_of(e.data).labels) if e.objective == "classification" else 0
+    if e.distill is None:
+        return PlannedSupervision(classes)
+    return PlannedSupervision(classes, (StoredTeacher if e.distill.stored else DescribedTeacher)(e))
 
 
 @dataclass(frozen=True)
@@ -87,18 +120,20 @@ def with_dtype(experiment: Experiment, platform: str) -> Experiment:
 
 def batch_of(experiment: Experiment) -> dict[str, Any]:
     """Shapes and dtypes of a global batch."""
-    rows, image = experiment.batch_size, Preprocess(experiment.preprocess).blank(1)
-    length, teacher = experiment.model.text.context_length, planned_supervision(experiment).teacher
+    e, teacher = experiment, planned_supervision(experiment).teacher
+
+    def rows(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((e.batch_size, *shape), dtype)
+
+    image = Preprocess(e.preprocess).blank(1)
     batch: dict[str, Any] = {
-        "images": jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), image
-        ),
-        "tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32),
+        "images": jax.tree.map(lambda x: rows(*x.shape[1:], dtype=x.dtype), image),
+        "tokens": rows(e.model.text.context_length),
     }
-    if experiment.objective != "contrastive":
-        batch["classes"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    if e.objective != "contrastive":
+        batch["classes"] = rows()
     if teacher is not None:
-        z = jax.ShapeDtypeStruct((rows, teacher.width), jnp.float32)
+        z = rows(teacher.width, dtype=jnp.float32)
         batch |= {"teacher_image": z, "teacher_text": z}
     return batch
 
@@ -110,17 +145,17 @@ def compile_step(experiment: Experiment, mesh: Mesh) -> CompiledStep | DoesNotFi
     trainer = Trainer(experiment, mesh, classes=extra.classes, teacher=extra.teacher)
     # With shardings, as in a run, since attention reads the mesh from them.
     rows = batch_sharding(mesh)
-    state, batch = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        (trainer.abstract_state, of_batch),
-        (trainer.state_shardings, jax.tree.map(lambda _: rows, of_batch)),
-    )
-    lowered = trainer.step.lower(state, batch)
-    compiled = _compile(lowered)
+    state = jax.tree.map(_placed, trainer.abstract_state, trainer.state_shardings)
+    batch = jax.tree.map(lambda x: _placed(x, rows), of_batch)
+    compiled = _compile(trainer.step.lower(state, batch))
     if isinstance(compiled, DoesNotFit):
         return compiled
     step = read_step(compiled, trainer, time.perf_counter() - began)
     return step if extra.embedding is None else _with_teacher(step, extra.embedding, trainer)
+
+
+def _placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _with_teacher(
@@ -180,45 +215,32 @@ def slice_count(mesh: Mesh | AbstractMesh) -> int:
 def compile_loss(experiment: Experiment, mesh: Mesh) -> int | None:
     """Temporary bytes per device of only the loss and its gradients; None if it does not fit."""
     e, rows, whole = experiment, batch_sharding(mesh), replicated(mesh)
-
-    def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
     z = jax.ShapeDtypeStruct((e.batch_size, e.model.embed_dim), jnp.float32, sharding=rows)
     embeddings = (z,) if e.objective == "classification" else (z, z)
     state = abstract_state(e)
     kept = {"logit_scale", "logit_bias", *HEADS}
     params = {k: v for k, v in joined(state.params, state.frozen).items() if k in kept}
-    params = jax.tree.map(lambda x: placed(x, whole), params)
-    batch = {k: placed(v, rows) for k, v in batch_of(e).items() if k not in ("images", "tokens")}
+    params = jax.tree.map(lambda x: _placed(x, whole), params)
+    batch = {k: _placed(v, rows) for k, v in batch_of(e).items() if k not in ("images", "tokens")}
 
     def loss(params, z, batch):
         return objective(e, mesh, params, batch, *z)
 
     gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     compiled = _compile(gradient.lower(params, embeddings, batch))
-    if isinstance(compiled, DoesNotFit):
-        return None
-    return compiled.memory_analysis().temp_size_in_bytes
+    fits = not isinstance(compiled, DoesNotFit)
+    return compiled.memory_analysis().temp_size_in_bytes if fits else None
+
+
+STATE_FIELDS = (
+    "model", "preprocess", "tokenizer", "optimizer", "lock", "init_from", "init_towers", "adapter",
+    "objective", "distill", "data",
+)  # fmt: skip
 
 
 def abstract_state(experiment: Experiment) -> TrainState:
     """Shapes of the train state; cached by the few fields that they depend on."""
-    return _abstract_state(
-        Experiment(
-            model=experiment.model,
-            preprocess=experiment.preprocess,
-            tokenizer=experiment.tokenizer,
-            optimizer=experiment.optimizer,
-            lock=experiment.lock,
-            init_from=experiment.init_from,
-            init_towers=experiment.init_towers,
-            adapter=experiment.adapter,
-            objective=experiment.objective,
-            distill=experiment.distill,
-            data=experiment.data,
-        )
-    )
+    return _abstract_state(Experiment(**{n: getattr(experiment, n) for n in STATE_FIELDS}))
 
 
 @functools.lru_cache(maxsize=8)
@@ -240,12 +262,8 @@ def state_bytes(state: TrainState, mesh: Mesh | AbstractMesh) -> StateBytes:
 
 def bytes_on(tree: Any, mesh: Mesh | AbstractMesh) -> int:
     """Bytes per device of arrays that are sharded like parameters."""
-    sizes = jax.tree.map(
-        lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize,
-        tree,
-        shardings(tree, mesh),
-    )
-    return sum(jax.tree.leaves(sizes))
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, mesh)), strict=True)
+    return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in leaves)
 
 
 def layer_shapes(parameters: Any) -> set[tuple[int, ...]]:
@@ -284,22 +302,19 @@ def parse_refusal(message: str) -> DoesNotFit | None:
     if not any(words in text for words in full):
         return None
     for pattern in REFUSALS:
-        if sizes := re.search(pattern, text):
-            used, limit = _bytes(*sizes.group(1, 2)), _bytes(*sizes.group(3, 4))
+        if found := re.search(pattern, text):
+            pairs = found.group(1, 2), found.group(3, 4)
+            used, limit = (float(n) * 1024 ** " KMGT".index(unit or " ") for n, unit in pairs)
             return DoesNotFit(used, limit, text[:300])
     return DoesNotFit(None, None, text[:300])
 
 
-def _bytes(number: str, unit: str) -> float:
-    return float(number) * 2 ** (10 * " KMGT".index(unit or " "))
-
-
 def _kept_by_loops(program: Program, experiment: Experiment) -> int | None:
     """Bytes of stacked arrays that forward loops over layers save for the backward pass."""
-    towers = (experiment.model.vision, experiment.model.text)
-    depths = {getattr(tower, "depth", None) for tower in towers} - {None}
     if not experiment.scan:
         return None
+    towers = (experiment.model.vision, experiment.model.text)
+    depths = {getattr(tower, "depth", None) for tower in towers} - {None}
     total = 0
     for loop, _, _ in program.walk():
         if loop.opcode != "while" or "transpose(" in loop.op_name or "shard_map" in loop.op_name:
@@ -309,10 +324,9 @@ def _kept_by_loops(program: Program, experiment: Experiment) -> int | None:
         body = program.computations[loop.calls("body")]
         for array, name in zip(loop.arrays, body.root.operands, strict=False):
             element = body.instructions[name]  # from the loop's state or a fusion
-            source = body.instructions.get(element.operands[0]) if element.operands else None
-            passed = element.opcode == "get-tuple-element" and (
-                source is not None and source.opcode == "parameter"
-            )
+            source = body.instructions.get(next(iter(element.operands), ""))
+            of_state = source is not None and source.opcode == "parameter"
+            passed = element.opcode == "get-tuple-element" and of_state
             if not passed and array.dims[:1] and array.dims[0] in depths:
                 total += array.bytes
     return total

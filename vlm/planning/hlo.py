@@ -11,25 +11,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
 BITS = {"pred": 8, "token": 0, "opaque": 0, "tuple": 0}
 
 # Instructions that move no data of their own.
 FREE = {
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "after-all",
-    "partition-id",
-    "replica-id",
-    "while",
-    "conditional",
-    "call",
-    "optimization-barrier",
-    "domain",
-    "iota",
-}
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
+    "replica-id", "while", "conditional", "call", "optimization-barrier", "domain", "iota",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,13 +54,11 @@ class Instruction:
     @functools.cached_property
     def op_name(self) -> str:
         """Path of JAX transformations and functions that the instruction comes from."""
-        found = re.search(r'op_name="([^"]*)"', self.text)
-        return found[1] if found else ""
+        return _first(r'op_name="([^"]*)"', self.text)
 
     def called(self, attribute: str) -> str | None:
         """Name of the computation in an attribute such as `body`."""
-        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
-        return found[1] if found else None
+        return _first(rf"\b{attribute}=%?([\w.\-]+)", self.text) or None
 
     def calls(self, attribute: str) -> str:
         """Name of the computation in a required attribute."""
@@ -121,17 +109,17 @@ class Program:
                 if inner:
                     yield from self._walk(inner, times)
             elif instruction.opcode == "conditional":
-                branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.text)
-                names = branches[1].split(",") if branches else []
-                names += [instruction.called(f"{kind}_computation") for kind in ("true", "false")]
-                for branch in filter(None, names):
+                branches = _first(r"branch_computations=\{([^}]*)\}", instruction.text).split(",")
+                branches += [
+                    instruction.called(f"{kind}_computation") for kind in ("true", "false")
+                ]
+                for branch in filter(None, branches):
                     yield from self._walk(branch.strip().lstrip("%"), times)
 
     def trip_count(self, loop: Instruction) -> int:
         """Trip count of a `while`: from XLA's annotation, or from its condition."""
-        known = re.search(r'known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)', loop.text)
-        if known:
-            return int(known[1])
+        if known := _first(r'known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)', loop.text):
+            return int(known)
         condition = self.computations[loop.calls("condition")]
         bounds = [
             int(i.inside)
@@ -157,8 +145,7 @@ class Program:
         if instruction.opcode == "convolution":
             return _convolution_flops(instruction, computation)
         if instruction.opcode == "custom-call":  # a kernel declares its FLOPs
-            cost = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.text)
-            return float(cost[1]) if cost else 0.0
+            return float(_first(r'"cost_estimate":\{"flops":"(\d+)"', instruction.text) or 0)
         return 0.0
 
     def total_flops(self) -> float:
@@ -243,8 +230,7 @@ def dtype_bits(name: str) -> int:
     """Bits of one element: "bf16" is 16, "f8e4m3fn" is 8, "pred" takes a byte."""
     if name in BITS:
         return BITS[name]
-    found = re.match(r"[a-z]+(\d+)", name)
-    return int(found[1]) if found else 32
+    return int(_first(r"^[a-z]+(\d+)", name) or 32)
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -320,8 +306,8 @@ def _written(inside: Computation, fusion: Instruction) -> float:
 
 def _dot_flops(instruction: Instruction, computation: Computation) -> float:
     left = computation.instructions[instruction.operands[0]].arrays[0]
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
-    dims = [int(d) for d in contracted[1].split(",") if d] if contracted else []
+    contracted = _first(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
+    dims = [int(d) for d in contracted.split(",") if d]
     return 2.0 * math.prod(instruction.arrays[0].dims) * math.prod(left.dims[d] for d in dims)
 
 
@@ -335,34 +321,24 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
     out = instruction.arrays[0]
     assert labels is not None, f"{instruction.name} has no dim_labels"
     source, kernel, result = labels.groups()
-    spatial = [c for c in kernel if c.isdigit()]
-    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", _window(instruction.text)))
+    spatial = sorted(c for c in kernel if c.isdigit())
+    window = _first(r"window=\{([^}]*)\}", instruction.text)
+    fields = dict(re.findall(r"(\w+)=([\dx_\-]+)", window))
 
-    def values(name: str, default: str) -> list[str]:
-        return window.get(name, "x".join([default] * len(spatial))).split("x")
+    def values(name: str, default: int) -> list[int]:
+        if name not in fields:
+            return [default] * len(spatial)
+        return [int(value.split("_")[0]) for value in fields[name].split("x")]
 
-    strides, pads = values("stride", "1"), values("pad", "0_0")
-    holes, gaps = values("lhs_dilate", "1"), values("rhs_dilate", "1")
+    names = {"stride": 1, "pad": 0, "lhs_dilate": 1, "rhs_dilate": 1}
     pairs = 1
-    for d, digit in enumerate(sorted(spatial)):
-        pairs *= _meetings(
-            left.dims[source.index(digit)],
-            right.dims[kernel.index(digit)],
-            out.dims[result.index(digit)],
-            int(strides[d]),
-            int(pads[d].split("_")[0]),
-            int(holes[d]),
-            int(gaps[d]),
-        )
-    groups = re.search(r"batch_group_count=(\d+)", instruction.text)
-    batch = out.dims[result.index("b")] / (int(groups[1]) if groups else 1)
-    features = out.dims[result.index("f")] * right.dims[kernel.index("i")]
-    return 2.0 * pairs * batch * features
-
-
-def _window(text: str) -> str:
-    found = re.search(r"window=\{([^}]*)\}", text)
-    return found[1] if found else ""
+    for d, *rest in zip(spatial, *(values(*item) for item in names.items()), strict=True):
+        sizes = left.dims[source.index(d)], right.dims[kernel.index(d)], out.dims[result.index(d)]
+        pairs *= _meetings(*sizes, *rest)
+    batch = out.dims[result.index("b")] / int(
+        _first(r"batch_group_count=(\d+)", instruction.text) or 1
+    )
+    return 2.0 * pairs * batch * out.dims[result.index("f")] * right.dims[kernel.index("i")]
 
 
 @functools.cache
@@ -370,9 +346,12 @@ def _meetings(
     size: int, window: int, outputs: int, stride: int, pad: int, hole: int, gap: int
 ) -> int:
     """Number of (output, window) position pairs along one axis that hit an input element."""
-    total = 0
-    for output in range(outputs):
-        for k in range(window):
-            place = output * stride + k * gap - pad
-            total += 0 <= place <= (size - 1) * hole and place % hole == 0
-    return total
+    places = np.arange(outputs)[:, None] * stride + np.arange(window) * gap - pad
+    hits = (places >= 0) & (places <= (size - 1) * hole) & (places % hole == 0)
+    return int(hits.sum())
+
+
+def _first(pattern: str, text: str) -> str:
+    """Return the first group of the first match; empty if there is none."""
+    found = re.search(pattern, text)
+    return found[1] if found else ""

@@ -1,13 +1,13 @@
 """Requirements of a run: time, cost, checkpoints, and memory, bandwidth and cores of hosts."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from vlm.config import Experiment
 from vlm.data.workers import buffered_batches
 from vlm.inputs.preprocess import Preprocess
-from vlm.planning.calibration import Range
+from vlm.planning.calibration import Range, as_values
 from vlm.planning.topology import Topology
 
 # Estimates for warnings; `vlm bench data` measures the first two on your data.
@@ -41,10 +41,7 @@ class Needs:
         return self.cores_limit is not None and self.cores.middle > self.cores_limit
 
     def to_dict(self) -> dict[str, Any]:
-        found = {
-            k: [v["low"], v["high"]] if isinstance(v, dict) else v for k, v in asdict(self).items()
-        }
-        return found | {"basis": "estimate", "data_bound": self.data_bound}
+        return as_values(self) | {"basis": "estimate", "data_bound": self.data_bound}
 
 
 def needs(
@@ -62,7 +59,9 @@ def needs(
     """
     e, chip = experiment, topology.rated_chip
     hosts = math.ceil(topology.chips / chip.box)
-    steps = run_steps(e)
+    steps = e.steps  # None if only the data gives the length
+    if not steps and e.examples:
+        steps = math.ceil(e.examples / e.batch_size)
     seconds = step_seconds.scaled(steps) if steps else None
     if e.seconds:
         seconds = Range(e.seconds, e.seconds)
@@ -87,12 +86,3 @@ def needs(
         cores=images.scaled(1 / DECODES),
         cores_limit=chip.cores / THREADS if chip.cores else None,
     )
-
-
-def run_steps(experiment: Experiment) -> int | None:
-    """Number of steps, if the config gives it without reading the data."""
-    if experiment.steps:
-        return experiment.steps
-    if experiment.examples:
-        return math.ceil(experiment.examples / experiment.batch_size)
-    return None

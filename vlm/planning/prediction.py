@@ -1,7 +1,7 @@
 """`plan`: memory, communication and time of an experiment on a slice."""
 
 import dataclasses
-import io
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +10,14 @@ from typing import Any, Literal
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.text import Text
 
 from vlm import display
 from vlm.config import Experiment, MeshConfig
 from vlm.errors import ConfigError, ShardingError
-from vlm.models.flops import PartFlops, model_flops, step_flops
+from vlm.models.flops import PartFlops, step_flops
 from vlm.planning.analytic import analytic_memory, analytic_traffic
 from vlm.planning.batch import LargestBatch, largest_batch
-from vlm.planning.calibration import Calibration, Range, calibration_of
+from vlm.planning.calibration import Calibration, Range, as_values, calibration_of
 from vlm.planning.collectives import Collective
 from vlm.planning.compile import (
     CompiledStep,
@@ -28,13 +27,13 @@ from vlm.planning.compile import (
     bytes_on,
     compile_loss,
     compile_step,
+    planned_supervision,
     state_bytes,
     with_dtype,
 )
 from vlm.planning.needs import Needs, needs
-from vlm.planning.report import BASES, show
+from vlm.planning.report import BASES, parts
 from vlm.planning.roofline import Prediction, Roofline, analytic_roofline, compiled_roofline, mfu
-from vlm.planning.supervision import planned_supervision
 from vlm.planning.topology import Topology, parse_mesh, parse_topology, topology_devices
 from vlm.sharding import AXES, batch_ways, check_batch, make_mesh, mesh_sizes
 from vlm.training.init_from import resolve
@@ -133,27 +132,24 @@ class Plan:
         return needs(self.experiment, self.topology, seconds, self.state_bytes, price)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        drawn = io.StringIO()
-        own = Console(width=options.max_width, file=drawn, force_terminal=True, force_jupyter=False)
-        show(self, own)
-        yield Text.from_ansi(drawn.getvalue())
+        yield from parts(self)
 
     def _repr_html_(self) -> str:
         return display.as_html(self)
 
     def to_dict(self, price: float | None = None) -> dict[str, Any]:
         """Convert to JSON values: bytes per device, seconds, FLOPs of the whole step."""
-        basis = self.memory.basis
+        e = self.experiment
         result = {
-            "name": self.experiment.name,
+            "name": e.name,
             "topology": self.topology.name,
             "chips": self.topology.chips,
             "devices": self.topology.device_count,
             "mesh": self.mesh,
-            "batch_size": self.experiment.batch_size,
-            "micro_batch_size": self.experiment.micro_batch_size,
-            "dtype": self.experiment.dtype,
-            "remat": self.experiment.remat,
+            "batch_size": e.batch_size,
+            "micro_batch_size": e.micro_batch_size,
+            "dtype": e.dtype,
+            "remat": e.remat,
             "fits": self.fits,
             "refusal": self.refusal,
             "memory": dataclasses.asdict(self.memory) | {"share": self.memory.share},
@@ -165,7 +161,7 @@ class Plan:
                 "parts": {name: dataclasses.asdict(p) for name, p in self.flops.items()},
             },
             "collectives": {
-                "basis": basis,
+                "basis": self.memory.basis,
                 "sent": self.sent,
                 "rows": [dataclasses.asdict(c) | {"axes": list(c.axes)} for c in self.collectives],
             },
@@ -175,14 +171,7 @@ class Plan:
         }
         if (r := self.roofline) and (found := self.prediction):
             result["roofline"] = dataclasses.asdict(r) | {"seconds": r.seconds, "bound": r.bound}
-            result["prediction"] = {
-                "basis": "expected",
-                "evidence": found.evidence,
-                "step_seconds": _ends(found.step_seconds),
-                "pairs_per_second": _ends(found.pairs_per_second),
-                "pairs_per_second_per_chip": _ends(found.pairs_per_second_per_chip),
-                "mfu": _ends(found.mfu),
-            }
+            result["prediction"] = {"basis": "expected"} | as_values(found)
             needed = self.needs(price)
             result["needs"] = needed.to_dict() if needed else None
             result["chip"] = dataclasses.asdict(self.topology.rated_chip)
@@ -241,38 +230,38 @@ def plan(
     check_state(state, topology, dict(grid.shape))
     step = compile_step(e, grid) if isinstance(grid, Mesh) else None
     memory, fits, refusal = _memory(e, topology, grid, state, step, loss=loss and compiled)
-    found, sent = [], {}
+    found, sent, flops, roofline, sizes = [], {}, None, None, dict(grid.shape)
     if isinstance(step, CompiledStep):
-        found = step.collectives
+        found, flops = step.collectives, sum(program.total_flops() for program in step.programs)
         for c in found:
             sent[c.place] = sent.get(c.place, 0.0) + c.sent
     else:
         whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract.params))
-        sent = analytic_traffic(e, whole, dict(grid.shape))
+        sent = analytic_traffic(e, whole, sizes)
+    if fits and topology.chip is not None:
+        if isinstance(step, CompiledStep):
+            roofline = compiled_roofline(e, topology, state, step)
+        else:
+            roofline = analytic_roofline(e, topology, state, sent, sizes)
+    tried = None
+    if largest and isinstance(grid, Mesh):
+        tried = largest_batch(e, topology, grid, memory.limit)
     return Plan(
         experiment=e,
         topology=topology,
-        mesh=dict(grid.shape),
+        mesh=sizes,
         flops=step_flops(e, extra.supervision),
         memory=memory,
         collectives=found,
         sent=sent,
-        roofline=_roofline(e, topology, state, step, sent, dict(grid.shape)) if fits else None,
+        roofline=roofline,
         calibration=calibrated,
         state_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)),
         fits=fits,
         refusal=refusal,
-        largest=(
-            largest_batch(e, topology, grid, memory.limit)
-            if largest and isinstance(grid, Mesh)
-            else None
-        ),
+        largest=tried,
         compile_seconds=getattr(step, "seconds", None),
-        compiled_flops=(
-            sum(program.total_flops() for program in step.programs)
-            if isinstance(step, CompiledStep)
-            else None
-        ),
+        compiled_flops=flops,
     )
 
 
@@ -320,48 +309,31 @@ def _memory(
     loss: bool,
 ) -> tuple[Memory, bool, str | None]:
     limit = topology.chip.usable if topology.chip else None
-    if isinstance(step, CompiledStep):
-        memory = Memory(
-            basis="compiled",
-            activations=step.kept,
-            temporaries=step.temporaries,
-            loss=compile_loss(e, grid) if loss and isinstance(grid, Mesh) else None,
-            peak=step.peak,
-            limit=limit,
-            parameters=state.parameters,
-            optimizer=state.optimizer,
-            averages=state.averages,
-            teacher=state.teacher,
-        )
-        return memory, limit is None or step.peak <= limit, None
-    counted = analytic_memory(e, topology.chip, state, batch_ways(grid), grid.shape["tensor"])
-    known = step.used if step is not None else None
-    memory = Memory(
-        basis="compiled" if known else "analytic",
-        activations=counted.activations,
-        temporaries=counted.peak - counted.state,
-        loss=None,
-        peak=known or counted.peak,
+    make = functools.partial(
+        Memory,
         limit=limit,
         parameters=state.parameters,
         optimizer=state.optimizer,
         averages=state.averages,
         teacher=state.teacher,
     )
+    if isinstance(step, CompiledStep):
+        memory = make(
+            basis="compiled",
+            activations=step.kept,
+            temporaries=step.temporaries,
+            loss=compile_loss(e, grid) if loss and isinstance(grid, Mesh) else None,
+            peak=step.peak,
+        )
+        return memory, limit is None or step.peak <= limit, None
+    counted = analytic_memory(e, topology.chip, state, batch_ways(grid), grid.shape["tensor"])
+    known = step.used if step is not None else None
+    memory = make(
+        basis="compiled" if known else "analytic",
+        activations=counted.activations,
+        temporaries=counted.peak - counted.state,
+        loss=None,
+        peak=known or counted.peak,
+    )
     fits = step is None and (limit is None or counted.peak <= limit)
     return memory, fits, None if step is None else step.message
-
-
-def _roofline(e, topology, state, step, sent, mesh) -> Roofline | None:
-    if topology.chip is None:
-        return None
-    if isinstance(step, CompiledStep):
-        return compiled_roofline(e, topology, state, step)
-    return analytic_roofline(e, topology, state, sent, mesh)
-
-
-def _ends(found: Range) -> list[float]:
-    return [found.low, found.high]
-
-
-__all__ = ["BASES", "Memory", "Plan", "model_flops", "plan"]

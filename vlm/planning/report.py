@@ -3,14 +3,16 @@
 `plan` is a `vlm.planning.Plan`, which uses these tables as its representation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from vlm import display
 from vlm.config import RematPolicy
 from vlm.planning.calibration import Range
 from vlm.planning.needs import DECODES, Needs
@@ -26,41 +28,40 @@ BASES = {
 
 def show(plan: Any, console: Console, price: float | None = None) -> None:
     """Print a plan; with the price of a chip-hour, also the cost."""
+    for part in parts(plan, price):
+        console.print(part)
+
+
+def parts(plan: Any, price: float | None = None) -> Iterator[RenderableType]:
+    """Yield the lines and tables of a plan."""
     e, mesh = plan.experiment, " x ".join(f"{a} {n}" for a, n in plan.mesh.items() if n > 1)
-    console.print(
+    yield Text.from_markup(
         f"[bold]{escape(e.name)}[/] on {plan.topology.name} ({plan.topology.chips} chips, mesh "
-        f"{mesh or 'of 1'}): batch {e.batch_size:,}, {e.dtype}, remat {e.remat}",
-        highlight=False,
+        f"{mesh or 'of 1'}): batch {e.batch_size:,}, {e.dtype}, remat {e.remat}"
     )
-    console.print(_memory(plan))
-    console.print(_flops(plan))
+    yield _memory(plan)
+    yield _flops(plan)
     if plan.sent:
-        console.print(_communication(plan))
+        yield _communication(plan)
     if plan.roofline and plan.prediction:
-        console.print(_time(plan.roofline, plan.prediction))
+        yield _time(plan.roofline, plan.prediction)
         if needed := plan.needs(price):
-            console.print(_needs(needed))
+            yield _needs(needed)
         if needed and needed.data_bound and needed.cores_limit:
-            console.print(
+            yield Text.from_markup(
                 f"[bold red]Data-bound.[/] A host has {needed.cores_limit:.0f} cores, which decode "
                 f"about {needed.cores_limit * DECODES:,.0f} images/s; its chips consume "
                 f"{_of(needed.images_per_second, _count)}: prepare smaller images, or rent more "
-                "cores per chip (vlm bench data measures).",
-                highlight=False,
+                "cores per chip (vlm bench data measures)."
             )
-    if plan.largest:
-        found = plan.largest
-        console.print(
+    if found := plan.largest:
+        yield Text.from_markup(
             f"largest batch that fits: [bold]{found.batch_size:,}[/] with remat {found.remat} "
-            f"({_size(found.peak)} per device; compiled, {len(found.tried)} tries)",
-            highlight=False,
+            f"({_size(found.peak)} per device; compiled, {len(found.tried)} tries)"
         )
     if not plan.fits:
-        console.print(f"[bold red]This does not fit.[/] {_suggestions(plan)}", highlight=False)
-    console.print(
-        "\n".join(f"[dim]{name}: {meaning}[/]" for name, meaning in BASES.items()),
-        highlight=False,
-    )
+        yield Text.from_markup(f"[bold red]This does not fit.[/] {_suggestions(plan)}")
+    yield Text("\n".join(f"{name}: {meaning}" for name, meaning in BASES.items()), style="dim")
 
 
 def show_sweep(plans: list[Any], console: Console) -> None:
@@ -79,27 +80,21 @@ def order(plan: Any) -> tuple:
 
 
 def _sweep_table(plans: list[Any], title: str, *, wide: bool) -> Table:
-    table = Table(
-        title=f"{title}, by pairs per second and chip",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for name in ("topology", "mesh", "remat"):
-        table.add_column(name, no_wrap=True)
-    for name in ("batch", "mem", "step", "a chip", "MFU"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ("topology", "mesh", "remat", "batch", "mem", "step", "a chip", "MFU")
+    table = display.number_table(*names, text=3)
+    for column in table.columns:
+        column.no_wrap = True
     if wide:
         table.add_column("sent", justify="right")
         table.add_column("pairs/s", justify="right")
         table.add_column("bound")
+    table.title, table.box = f"{title}, by pairs per second and chip", box.SIMPLE_HEAD
+    table.pad_edge, table.padding = False, (0, 1, 0, 0)
     for p in plans:
         sizes = "x".join(str(n) for n in p.mesh.values())
         memory = f"{p.memory.share:.0%}" if p.memory.share else _size(p.memory.peak)
-        batch = _short(p.experiment.batch_size)
-        row = [p.topology.name, sizes, p.experiment.remat, batch, memory]
-        found = p.prediction
-        if found:
+        row = [p.topology.name, sizes, p.experiment.remat, _short(p.experiment.batch_size), memory]
+        if found := p.prediction:
             row += [_of(found.step_seconds, _short_time, "-")]
             row += [_of(found.pairs_per_second_per_chip, _short, "-")]
             row += [_of(found.mfu, "{:.0%}".format, "-")]
@@ -107,28 +102,26 @@ def _sweep_table(plans: list[Any], title: str, *, wide: bool) -> Table:
             row += ["" if p.fits else "too large", "", ""]
         if wide:
             row += [_size(sum(p.sent.values()))]
-            row += [_of(found.pairs_per_second, _count, "-")] if found else [""]
-            row += [p.roofline.bound] if p.roofline else [""]
+            row += [_of(found.pairs_per_second, _count, "-") if found else ""]
+            row += [p.roofline.bound if p.roofline else ""]
         table.add_row(*row)
     return table
 
 
 def _memory(plan: Any) -> Table:
     m = plan.memory
-    table = Table("memory of one device", title=None)
-    table.add_column("", justify="right")
-    table.add_column("basis")
-    table.add_row("parameters", _size(m.parameters), "compiled" if plan.collectives else "analytic")
-    table.add_row("optimizer", _size(m.optimizer), "analytic")
-    if m.averages:
-        table.add_row("EMA", _size(m.averages), "analytic")
-    if m.teacher:
-        table.add_row("the teacher's parameters", _size(m.teacher), "analytic")
-    table.add_row("temporaries", _size(m.temporaries), m.basis)
-    if m.activations is not None:
-        table.add_row("  of which saved by the layers", _size(m.activations), m.basis)
-    if m.loss is not None:
-        table.add_row("  of the loss, compiled separately", _size(m.loss), "compiled")
+    table = _basis_table("memory of one device")
+    for name, size, basis in (
+        ("parameters", m.parameters, "compiled" if plan.collectives else "analytic"),
+        ("optimizer", m.optimizer, "analytic"),
+        ("EMA", m.averages or None, "analytic"),
+        ("the teacher's parameters", m.teacher or None, "analytic"),
+        ("temporaries", m.temporaries, m.basis),
+        ("  of which saved by the layers", m.activations, m.basis),
+        ("  of the loss, compiled separately", m.loss, "compiled"),
+    ):
+        if size is not None:
+            table.add_row(name, _size(size), basis)
     table.add_row("[bold]peak[/]", f"[bold]{_size(m.peak)}[/]", m.basis)
     if m.limit:
         table.add_row(f"share of {_size(m.limit)} usable", _percent(m.share), m.basis)
@@ -136,57 +129,43 @@ def _memory(plan: Any) -> Table:
 
 
 def _flops(plan: Any) -> Table:
-    model = sum(p.model for p in plan.flops.values())
     executed = sum(p.executed for p in plan.flops.values())
-    table = Table("FLOPs of a step (analytic)")
-    for name in ("forward", "backward", "recomputed", "share"):
-        table.add_column(name, justify="right")
-    for name, part in plan.flops.items():
-        table.add_row(
-            name,
-            _flop(part.forward),
-            _flop(part.backward),
-            _flop(part.recomputed) if part.recomputed else "",
-            _percent(part.executed / executed),
-        )
+    names = ("FLOPs of a step (analytic)", "forward", "backward", "recomputed", "share")
+    table = display.number_table(*names)
+    for name, p in plan.flops.items():
+        again = _flop(p.recomputed) if p.recomputed else ""
+        share = _percent(p.executed / executed)
+        table.add_row(name, _flop(p.forward), _flop(p.backward), again, share)
     table.add_section()
-    table.add_row("[bold]model FLOPs[/]", _flop(model))
+    table.add_row("[bold]model FLOPs[/]", _flop(sum(p.model for p in plan.flops.values())))
     table.add_row("[bold]executed FLOPs (with recomputation)[/]", _flop(executed))
     return table
 
 
 def _communication(plan: Any) -> Table:
     if not plan.collectives:
-        table = Table("communication (analytic)")
-        table.add_column("sent by each device", justify="right")
+        table = display.number_table("communication (analytic)", "sent by each device")
         for place, sent in plan.sent.items():
             table.add_row(place, _size(sent))
         return table
-    table = Table("communication (compiled)", "kind", "over")
-    for name in ("runs", "sent"):
-        table.add_column(name, justify="right")
+    names = ("communication (compiled)", "kind", "over", "runs", "sent")
+    table = display.number_table(*names, text=3)
     for c in plan.collectives:
-        if c.sent < 1e-4 * sum(plan.sent.values()):
-            continue
-        axes = "slices" if c.between_slices else " x ".join(c.axes)
-        table.add_row(c.place, c.kind, axes, f"{c.count:,}", _size(c.sent))
+        if c.sent >= 1e-4 * sum(plan.sent.values()):
+            axes = "slices" if c.between_slices else " x ".join(c.axes)
+            table.add_row(c.place, c.kind, axes, f"{c.count:,}", _size(c.sent))
     return table
 
 
 def _time(r: Roofline, expected: Prediction) -> Table:
-    table = Table("time of a step")
-    table.add_column("", justify="right")
-    table.add_column("basis")
+    table = _basis_table("time of a step")
     table.add_row("arithmetic", _time_of(r.compute), r.basis)
     table.add_row("memory traffic", _time_of(r.memory), r.basis)
     table.add_row("communication", _time_of(r.interconnect), r.basis)
     table.add_row("instructions in sequence", _time_of(r.operations), r.basis)
     table.add_row("exposed communication", _time_of(r.exposed), r.basis)
-    table.add_row(
-        f"[bold]step, bound by {r.bound}[/]",
-        f"[bold]{_of(expected.step_seconds, _time_of)}[/]",
-        "expected",
-    )
+    step = f"[bold]{_of(expected.step_seconds, _time_of)}[/]"
+    table.add_row(f"[bold]step, bound by {r.bound}[/]", step, "expected")
     table.add_row("pairs/s", _of(expected.pairs_per_second, _count), "expected")
     per_chip = _of(expected.pairs_per_second_per_chip, _count)
     table.add_row("pairs/s per chip", per_chip, "expected")
@@ -196,12 +175,10 @@ def _time(r: Roofline, expected: Prediction) -> Table:
 
 
 def _needs(n: Needs) -> Table:
-    table = Table("the run", title=None)
-    table.add_column("", justify="right")
-    table.add_column("basis")
+    table = _basis_table("the run")
     if n.seconds:
-        what = f"time to {n.examples:,} examples" if n.examples else "time"
-        table.add_row(what, _of(n.seconds, _long_time), "expected")
+        name = f"time to {n.examples:,} examples" if n.examples else "time"
+        table.add_row(name, _of(n.seconds, _long_time), "expected")
     if n.chip_hours:
         table.add_row("chip-hours", _of(n.chip_hours, _count), "expected")
     if n.cost:
@@ -216,6 +193,13 @@ def _needs(n: Needs) -> Table:
     table.add_row("  MB/s", _of(n.bytes_per_second.scaled(1e-6), _count), "estimate")
     of = f" of {n.cores_limit:.0f}" if n.cores_limit else ""
     table.add_row("  cores", f"{_of(n.cores, _count)}{of}", "estimate")
+    return table
+
+
+def _basis_table(title: str) -> Table:
+    """Make an empty table of names, values and the basis of each."""
+    table = display.number_table(title, "")
+    table.add_column("basis")
     return table
 
 
@@ -246,17 +230,17 @@ def _suggestions(plan: Any) -> str:
 
 
 def _size(n: float) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n >= size:
-            return f"{n / size:,.2f} {unit}"
-    return f"{n:.0f} B"
+    return _scaled(n, {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}, ",.2f") or f"{n:.0f} B"
 
 
 def _flop(n: float) -> str:
-    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if n >= size:
-            return f"{n / size:,.4g} {unit}FLOP"
-    return f"{n:.0f} FLOP"
+    units = {"PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}
+    return _scaled(n, units, ",.4g") or f"{n:.0f} FLOP"
+
+
+def _scaled(n: float, units: dict[str, float], form: str) -> str:
+    """Format a number in the largest unit that it reaches; empty if it reaches none."""
+    return next((f"{n / size:{form}} {unit}" for unit, size in units.items() if n >= size), "")
 
 
 def _time_of(seconds: float) -> str:

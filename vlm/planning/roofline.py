@@ -10,15 +10,13 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from vlm.chips import Chip
 from vlm.config import Experiment, ModelConfig, ViTConfig
 from vlm.models.flops import model_flops
 from vlm.planning.analytic import analytic_operations, unit_padding
-from vlm.planning.calibration import Calibration, Range
+from vlm.planning.calibration import MEMORY, Calibration, Range
 from vlm.planning.collectives import LOSS_RING, TENSOR, Collective
-from vlm.planning.compile import CompiledStep, StateBytes
+from vlm.planning.compile import CompiledStep, StateBytes, planned_supervision
 from vlm.planning.hlo import prefetches
-from vlm.planning.supervision import planned_supervision
 from vlm.planning.topology import Topology
 
 # Kernel launches of a GPU per layer, forward and backward, and seconds per launch. A TPU's step is
@@ -53,8 +51,7 @@ class Roofline:
 
     def predicted(self, calibration: Calibration) -> Range:
         """Expected range of the step time."""
-        shares = calibration.shares
-        operations = self.compute / shares.arithmetic + self.waiting / shares.memory
+        operations = self.compute / calibration.shares.arithmetic + self.waiting / MEMORY
         return calibration.seconds(max(operations, self.launches) + self.exposed)
 
     @property
@@ -66,7 +63,7 @@ class Roofline:
             "interconnect": self.exposed,
             "launches": self.launches if self.launches > self.operations else 0.0,
         }
-        return max(shares, key=lambda name: shares[name])
+        return max(shares, key=shares.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -126,14 +123,11 @@ def analytic_roofline(
     """Compute the roofline of a step from analytic estimates."""
     chip, chips = topology.rated_chip, topology.chips
     compute, memory = analytic_operations(experiment, chip, chips, state)
-    ring = sent.get(LOSS_RING, 0.0) / _ring_rate(chip, topology)
-    rest = 0.0
+    ring, rest = sent.get(LOSS_RING, 0.0) / _ring_rate(topology), 0.0
     for place, amount in sent.items():
-        if place == LOSS_RING:
-            continue
         if place == TENSOR:  # among neighbours
             rest += _group_seconds(amount, mesh["tensor"], topology) / TENSOR_SHARE
-        else:
+        elif place != LOSS_RING:
             rest += _group_seconds(amount, topology.device_count, topology)
     share = 6 * experiment.batch_size**2 * experiment.model.embed_dim / chips / chip.flops
     exposed = rest + max(0.0, ring - share)
@@ -163,12 +157,13 @@ def _seconds(collective: Collective, topology: Topology) -> float:
     if collective.between_slices:
         return collective.sent / (chip.network / chip.devices)
     if collective.kind == "collective-permute":
-        return collective.sent / _ring_rate(chip, topology)
+        return collective.sent / _ring_rate(topology)
     return _group_seconds(collective.sent, collective.group, topology)
 
 
-def _ring_rate(chip: Chip, topology: Topology) -> float:
+def _ring_rate(topology: Topology) -> float:
     """Bandwidth to one neighbour: one link of a torus, or all links of a switch."""
+    chip = topology.rated_chip
     if chip.platform == "gpu" and topology.chips > chip.box:
         # One GPU of a node sends to the next node over all network adapters.
         return min(chip.link_rate, chip.box * chip.network)

@@ -1,14 +1,16 @@
 """`sweep`: plans of all combinations of topologies, meshes and rematerialisation policies."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from vlm.config import Experiment, MeshConfig, RematPolicy
 from vlm.errors import ConfigError, VlmError
 from vlm.planning.prediction import Plan, plan
+from vlm.planning.report import order
 from vlm.planning.topology import parse_topology
 from vlm.training.init_from import resolve
 
@@ -48,24 +50,18 @@ def sweep(
     plans, errors = [], []
     for name in topologies:
         topology = parse_topology(name)
-        e = experiment
+        sizes: dict[str, Any] = {}
         if batch_per_chip:
-            e = dataclasses.replace(
-                e, batch_size=batch_per_chip * topology.chips, micro_batch_size=None
-            )
-        for mesh in meshes or default_meshes(topology.device_count):
-            for remat in remats:
-                candidate = dataclasses.replace(e, remat=remat)
-                try:
-                    plans.append(
-                        plan(candidate, topology, mesh, compiled=False, calibration=calibration)
-                    )
-                except VlmError as error:
-                    errors.append(str(error))
+            sizes = {"batch_size": batch_per_chip * topology.chips, "micro_batch_size": None}
+        tried = itertools.product(meshes or default_meshes(topology.device_count), remats)
+        for mesh, remat in tried:
+            e = dataclasses.replace(experiment, **sizes, remat=remat)
+            try:
+                plans.append(plan(e, topology, mesh, compiled=False, calibration=calibration))
+            except VlmError as error:
+                errors.append(str(error))
     if not plans:
         raise ConfigError(f"no combination is valid: {errors[0]}")
-    from vlm.planning.report import order
-
     plans.sort(key=order)
     promising = [i for i, rough in enumerate(plans) if rough.topology.compiles][:compiles]
     for i in promising:

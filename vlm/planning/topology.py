@@ -148,12 +148,15 @@ def topology_devices(topology: Topology) -> list[Any]:
             f"a plan for {topology.name} needs the TPU compiler, which is not installed: "
             'pip install "vlm-jax[tpu]"'
         )
-    # Without these the compiler queries the cloud metadata server for minutes.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", MACHINES[topology.chip.name])
-    # Nothing runs, so other processes and stale lock files do not matter.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    variables = {
+        # Without these the compiler queries the cloud metadata server for minutes.
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": MACHINES[topology.chip.name],
+        # Nothing runs, so other processes and stale lock files do not matter.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    os.environ.update(variables | os.environ)
     from jax.experimental import topologies
 
     options = {}
