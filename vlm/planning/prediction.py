@@ -229,7 +229,9 @@ def plan(
         state = dataclasses.replace(state, teacher=of_teacher)
     check_state(state, topology, dict(grid.shape))
     step = compile_step(e, grid) if isinstance(grid, Mesh) else None
-    memory, fits, refusal = _memory(e, topology, grid, state, step, loss=loss and compiled)
+    memory = _memory(e, topology, grid, state, step, loss=loss and compiled)
+    refusal = step.message if isinstance(step, DoesNotFit) else None
+    fits = refusal is None and (memory.limit is None or memory.peak <= memory.limit)
     found, sent, flops, roofline, sizes = [], {}, None, None, dict(grid.shape)
     if isinstance(step, CompiledStep):
         found, flops = step.collectives, sum(program.total_flops() for program in step.programs)
@@ -307,33 +309,29 @@ def _memory(
     step: CompiledStep | DoesNotFit | None,
     *,
     loss: bool,
-) -> tuple[Memory, bool, str | None]:
-    limit = topology.chip.usable if topology.chip else None
+) -> Memory:
     make = functools.partial(
         Memory,
-        limit=limit,
+        limit=topology.chip.usable if topology.chip else None,
         parameters=state.parameters,
         optimizer=state.optimizer,
         averages=state.averages,
         teacher=state.teacher,
     )
     if isinstance(step, CompiledStep):
-        memory = make(
+        return make(
             basis="compiled",
             activations=step.kept,
             temporaries=step.temporaries,
             loss=compile_loss(e, grid) if loss and isinstance(grid, Mesh) else None,
             peak=step.peak,
         )
-        return memory, limit is None or step.peak <= limit, None
     counted = analytic_memory(e, topology.chip, state, batch_ways(grid), grid.shape["tensor"])
     known = step.used if step is not None else None
-    memory = make(
+    return make(
         basis="compiled" if known else "analytic",
         activations=counted.activations,
         temporaries=counted.peak - counted.state,
         loss=None,
         peak=known or counted.peak,
     )
-    fits = step is None and (limit is None or counted.peak <= limit)
-    return memory, fits, None if step is None else step.message

@@ -209,11 +209,8 @@ def _of(found: Range, text: Callable[[float], str], to: str = " to ") -> str:
     if low == high:
         return low
     number, _, unit = low.partition(" ")
-    if unit and high.endswith(f" {unit}"):
-        return f"{number}{to}{high}"
-    if low.endswith("%"):
-        return f"{low[:-1]}{to}{high}"
-    return f"{low}{to}{high}"
+    shared = unit and high.endswith(f" {unit}")
+    return f"{number if shared else low.removesuffix('%')}{to}{high}"
 
 
 def _suggestions(plan: Any) -> str:

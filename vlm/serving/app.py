@@ -21,7 +21,7 @@ from vlm.serving.batched import Batched
 from vlm.serving.gallery import Gallery
 from vlm.serving.limits import Limits, RequestError
 from vlm.serving.metrics import Metrics
-from vlm.serving.middleware import ServerMiddleware, extra_headers, problem
+from vlm.serving.middleware import ServerMiddleware, error_response, problem
 from vlm.serving.protocol import ERRORS
 from vlm.serving.service import Service, as_request_error
 
@@ -109,16 +109,12 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     def response(error: RequestError, param: str | None = None) -> JSONResponse:
         metrics.refused.labels(error.code).inc()
-        content = problem(str(error), error.code, error.status, param)
-        return JSONResponse({"error": content}, error.status, extra_headers(error))
+        return error_response(error, param)
 
     async def vlm_error(request: Request, error: Exception) -> JSONResponse:
-        if isinstance(error, RequestError):
-            return response(error)
-        return response(RequestError(str(error), 400, as_request_error(error).code))
+        return response(as_request_error(error))
 
-    async def validation_error(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
+    async def validation_error(request: Request, error: Any) -> JSONResponse:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str | int))
         field = field.encode("utf-8", "replace").decode()[:100] or "the body"
@@ -128,8 +124,7 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
         message = f"{field}: {reason}" if is_json else f"the body is not JSON ({reason})"
         return response(RequestError(message, status, code), field)
 
-    async def http_error(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
+    async def http_error(request: Request, error: Any) -> JSONResponse:
         messages = {
             404: f"there is no route {request.url.path[:200]!r}",
             405: f"the method {request.method} is not allowed for this route",

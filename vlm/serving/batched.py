@@ -5,7 +5,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from jaxtyping import Float32
 from vlm.bundle import Bundle
 from vlm.errors import DataError
 from vlm.heads.encoder import Rule
+from vlm.inputs.naflex import STEP
 from vlm.inputs.opening import ImageLike, OnError, one_or_many
 from vlm.inputs.preprocess import Preprocess
 from vlm.models.text import LENGTH_STEP, shortened
@@ -125,6 +126,13 @@ class Batched:
         rows = [known[text][None] for text in texts]
         return np.concatenate([np.zeros((0, self.embed_dim), np.float32), *rows])
 
+    @property
+    def towers(self) -> list[Literal["image", "text"]]:
+        """Towers that the model was loaded with."""
+        model = self.bundle.model
+        found: dict[Literal["image", "text"], Any] = {"image": model.vision, "text": model.text}
+        return [name for name, tower in found.items() if tower is not None]
+
     # ------------------------------------------------------------------- asynchronous calls
 
     def image(
@@ -181,12 +189,8 @@ class Batched:
 
     def kinds(self) -> list[Kind]:
         """Return all possible batch keys."""
-        kinds = []
-        if self.bundle.model.vision is not None:
-            kinds += [Kind("image", length) for length in self._patch_lengths()]
-        if self.bundle.model.text is not None:
-            kinds += [Kind("text", length) for length in self._lengths]
-        return kinds
+        lengths = {"image": self._patch_lengths(), "text": self._lengths}
+        return [Kind(tower, length) for tower in self.towers for length in lengths[tower]]
 
     def close(self) -> None:
         """Finish pending work and stop the threads."""
@@ -209,8 +213,6 @@ class Batched:
         return Kind("image", next(length for length in lengths if length >= patches))
 
     def _patch_lengths(self) -> list[int]:
-        from vlm.inputs.naflex import STEP
-
         config = self.preprocess.config
         if config.resize != "naflex":
             return [0]

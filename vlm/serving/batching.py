@@ -1,10 +1,11 @@
 """Dynamic batching: a queue of items from many threads, and one device thread."""
 
+import functools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,12 +47,10 @@ class Batcher:
         self._compute, self._sizes = compute, tuple(sizes)
         self._observe = observe or (lambda key, count, seconds: None)
         self._queues: dict[Key, deque[Waiting]] = {}
-        self._jobs: deque[tuple[Callable[[], Any], Future]] = deque()
-        self._changed = threading.Condition()
-        self._open = True
+        self._lock = threading.Lock()
+        self._open, self._draining = True, False
         self._seconds: dict[tuple[Key, int], float] = {}
-        self._thread = threading.Thread(target=self._work, name="vlm-device", daemon=True)
-        self._thread.start()
+        self._device = ThreadPoolExecutor(1, "vlm-device")
 
     # -------------------------------------------------------------------- called by any thread
 
@@ -60,24 +59,20 @@ class Batcher:
     ) -> Future:
         """Queue one item and return the future of its row; `first` puts it ahead of the queue."""
         future = Future() if future is None else future
-        with self._changed:
+        with self._lock:
             if not self._open:
                 raise RuntimeError("the server is shutting down")
             queue = self._queues.setdefault(key, deque())
             since = 0.0 if first else time.monotonic()
             (queue.appendleft if first else queue.append)(Waiting(item, future, since))
-            self._changed.notify()
+            if not self._draining:
+                self._device.submit(self._drain)
+                self._draining = True
         return future
 
     def call(self, function: Callable[[], Any]) -> Future:
-        """Call a function on the device thread, between two batches."""
-        future: Future = Future()
-        with self._changed:
-            if not self._open:
-                raise RuntimeError("the server is shutting down")
-            self._jobs.append((function, future))
-            self._changed.notify()
-        return future
+        """Call a function on the device thread, once no item is queued."""
+        return self._device.submit(function)
 
     def warm_up(self, key: Key, item: Any) -> None:
         """Compile every batch size for `key`, and measure its time.
@@ -85,20 +80,20 @@ class Batcher:
         The time is the best of two calls after the compiling one.
         """
 
-        def run() -> None:
-            for size in self._sizes:
-                times = []
-                for _ in range(3):
-                    start = time.perf_counter()
-                    self._compute(key, [item] * size)
-                    times.append(time.perf_counter() - start)
-                self._seconds[key, size] = min(times[1:])
+        def measure(size: int) -> float:
+            times = []
+            for _ in range(3):
+                start = time.perf_counter()
+                self._compute(key, [item] * size)
+                times.append(time.perf_counter() - start)
+            return min(times[1:])
 
-        self.call(run).result()
+        for size in self._sizes:  # one by one, so that Ctrl-C waits for one compilation at most
+            self._seconds[key, size] = self.call(functools.partial(measure, size)).result()
 
     def depths(self) -> dict[Key, int]:
         """Return the queue length of each key."""
-        with self._changed:
+        with self._lock:
             return {key: len(queue) for key, queue in self._queues.items()}
 
     def seconds_per_item(self, key: Key) -> float:
@@ -106,39 +101,26 @@ class Batcher:
         times = [t / size for (other, size), t in self._seconds.items() if other == key]
         return min(times, default=0.0)
 
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
     def close(self) -> None:
         """Stop accepting items, compute the queued ones, and stop the thread."""
-        with self._changed:
+        with self._lock:
             self._open = False
-            self._changed.notify()
-        self._thread.join()
+        self._device.shutdown()
 
     # -------------------------------------------------------------------------- device thread
 
-    def _work(self) -> None:
-        while (task := self._next()) is not None:
-            task()
-
-    def _next(self) -> Callable[[], None] | None:
-        """Wait for the next task and return it, or None once closed and empty."""
-        with self._changed:
-            while True:
-                if self._jobs:
-                    function, future = self._jobs.popleft()
-                    return lambda: settle(future, function)
-                waiting = [(queue[0].since, key) for key, queue in self._queues.items() if queue]
-                if waiting:
-                    key = min(waiting, key=lambda pair: pair[0])[1]
-                    queue = self._queues[key]
-                    batch = [queue.popleft() for _ in range(self._batch_size(key, len(queue)))]
-                    return lambda: self._run(key, batch)
-                if not self._open:
-                    return None
-                self._changed.wait()
+    def _drain(self) -> None:
+        """Run batches until no item is queued, each time the one with the longest-waiting item."""
+        while True:
+            with self._lock:
+                keys = [key for key, queue in self._queues.items() if queue]
+                if not keys:
+                    self._draining = False
+                    return
+                key = min(keys, key=lambda key: self._queues[key][0].since)
+                queue = self._queues[key]
+                batch = [queue.popleft() for _ in range(self._batch_size(key, len(queue)))]
+            self._run(key, batch)
 
     def _batch_size(self, key: Key, count: int) -> int:
         """Return how many of `count` items to take, for the highest measured throughput.
@@ -180,20 +162,6 @@ class Batcher:
         self._observe(key, len(pending), time.perf_counter() - start)
         for entry, row in zip(pending, rows, strict=True):
             _set_row(entry.future, row)
-
-
-def settle(future: Future, function: Callable[[], Any]) -> None:
-    """Set a future to the result or the error of `function`, unless it was cancelled."""
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        result = function()
-    except BaseException as error:
-        future.set_exception(error)
-        if not isinstance(error, Exception):
-            raise
-    else:
-        future.set_result(result)
 
 
 def _set_row(future: Future, row: np.ndarray) -> None:

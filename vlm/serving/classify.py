@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
 
 from vlm.heads.zero_shot import Classification, ZeroShotClassifier
 from vlm.serving.limits import RequestError
 from vlm.serving.protocol import Classified, ClassifyAnswer, ClassifyRequest, Score
-from vlm.serving.service import Service, as_request_error, outcomes
+from vlm.serving.service import Service, outcomes
 
 MAX_PROMPTS = 4096  # labels times templates
 
@@ -21,8 +22,7 @@ def routes(service: Service, templates: tuple[str, ...]) -> APIRouter:
     async def classify(body: ClassifyRequest) -> ClassifyAnswer:
         """Return the scored labels of each image, best first."""
         service.check_model(body.model)
-        for tower in ("image", "text"):
-            service.check_tower(tower)
+        service.check_towers("image", "text")
         service.check_count(len(body.images), "images")
         prompts = body.templates or templates
         if len(body.labels) * len(prompts) > MAX_PROMPTS:
@@ -39,27 +39,26 @@ def routes(service: Service, templates: tuple[str, ...]) -> APIRouter:
             answers = [
                 _embedding(service, image, f"item {i}") for i, image in enumerate(body.images)
             ]
-            classifier = await service.in_thread(
-                lambda: ZeroShotClassifier(
-                    service.model, body.labels, prompts, body.other_label or None, body.multi_label
-                )
+            classifier = await run_in_threadpool(
+                ZeroShotClassifier,
+                service.model,
+                body.labels,
+                prompts,
+                body.other_label or None,
+                body.multi_label,
             )
             return classifier, await outcomes(answers)
 
         classifier, found = await service.admit(len(body.images) + 1, work)
-        if all(isinstance(row, Exception) for row in found):
-            raise as_request_error(found[0], "item 0")
-        rows = [row for row in found if not isinstance(row, Exception)]
-        logits = classifier.logits(np.stack(rows))
-        scored = Classification(classifier.labels, logits, classifier.rule)
-        tops = iter(scored.top(body.top or len(scored.labels)))
-        data = []
-        for i, row in enumerate(found):
-            if isinstance(row, Exception):
-                data.append(service.failed(i, row))
-            else:
-                scores = [Score(label=label, score=score) for label, score in next(tops)]
-                data.append(Classified(index=i, labels=scores))
+
+        def classified(rows: dict[int, np.ndarray]) -> list[Classified]:
+            logits = classifier.logits(np.stack(list(rows.values())))
+            scored = Classification(classifier.labels, logits, classifier.rule)
+            tops = scored.top(body.top or len(scored.labels))
+            scores = ([Score(label=label, score=score) for label, score in top] for top in tops)
+            return [Classified(index=i, labels=s) for i, s in zip(rows, scores, strict=True)]
+
+        data = service.answers(found, classified)
         return ClassifyAnswer(model=service.name, rule=classifier.rule, data=data)
 
     return router
@@ -70,14 +69,8 @@ def _embedding(service: Service, image: str | int, name: str) -> Future | Reques
     try:
         if isinstance(image, str):
             return service.image(image, name)
-        if service.gallery is None:
-            raise RequestError(
-                f"{name} is an item number, but the server has no index: send an image",
-                400,
-                "no_index",
-            )
-        answer: Future = Future()
-        answer.set_result(service.gallery.index.embeddings([service.gallery.id(image)])[0])
+        gallery, answer = service.gallery_of(name), Future()
+        answer.set_result(gallery.index.embeddings([gallery.id(image)])[0])
         return answer
     except RequestError as error:
         return error

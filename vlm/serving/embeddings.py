@@ -12,7 +12,7 @@ from vlm.serving.protocol import (
     EmbeddingsRequest,
     Usage,
 )
-from vlm.serving.service import Service, as_request_error, outcomes, parts_of
+from vlm.serving.service import Service, outcomes, parts_of
 
 
 def routes(service: Service) -> APIRouter:
@@ -35,22 +35,20 @@ def routes(service: Service) -> APIRouter:
         items = body.input if isinstance(body.input, list) else [body.input]
         service.check_count(len(items))
         found = await service.admit(len(items), lambda: outcomes(service.submit(items)))
-        if all(isinstance(row, Exception) for row in found):
-            raise as_request_error(found[0], "item 0")
-        data = []
-        for i, row in enumerate(found):
-            if isinstance(row, Exception):
-                data.append(service.failed(i, row))
-            else:
-                data.append(
-                    Embedding(index=i, embedding=encode_embedding(row, body.encoding_format))
-                )
+        data = service.answers(
+            found,
+            lambda rows: [
+                Embedding(index=i, embedding=encode_embedding(row, body.encoding_format))
+                for i, row in rows.items()
+            ],
+        )
         texts = [
             text
             for item, row in zip(items, found, strict=True)
             if not isinstance(row, Exception) and (text := parts_of(item, "")[0]) is not None
         ]
-        tokens = _count_tokens(service, texts)
+        longest = service.model.tokenizer.config.context_length
+        tokens = sum(min(length, longest) for length in service.model.tokenizer.lengths(texts))
         usage = Usage(prompt_tokens=tokens, total_tokens=tokens)
         return EmbeddingsAnswer(model=service.name, data=data, usage=usage)
 
@@ -62,8 +60,3 @@ def encode_embedding(row: np.ndarray, encoding: str) -> list[float] | str:
     if encoding == "float":
         return row.tolist()
     return base64.b64encode(row.astype("<f4").tobytes()).decode()
-
-
-def _count_tokens(service: Service, texts: list[str]) -> int:
-    longest = service.model.tokenizer.config.context_length
-    return sum(min(length, longest) for length in service.model.tokenizer.lengths(texts))

@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter
 from PIL import Image
+from starlette.concurrency import run_in_threadpool
 
 from vlm.bundle import Bundle
-from vlm.errors import DataError
 from vlm.heads.zero_shot import to_scores
 from vlm.serving.image_input import image_bytes
-from vlm.serving.limits import RequestError
 from vlm.serving.protocol import ExplainAnswer, ExplainRequest, Token
 from vlm.serving.service import Service
 
@@ -54,15 +53,13 @@ def routes(service: Service) -> APIRouter:
     async def explain(body: ExplainRequest) -> ExplainAnswer:
         """Return a heat map of the image regions that match the text."""
         service.check_model(body.model)
-        for tower in ("image", "text"):
-            service.check_tower(tower)
+        service.check_towers("image", "text")
         text = service.checked_text(body.text, "the text")
 
         async def work() -> ExplainAnswer:
-            image = await service.in_thread(lambda: _open_image(service, body.image))
+            image = await run_in_threadpool(_open_image, service, body.image)
             async with one_at_a_time:
-                bundle = service.model.bundle
-                return await service.in_thread(lambda: explain_image(bundle, image, text))
+                return await run_in_threadpool(explain_image, service.model.bundle, image, text)
 
         answer = await service.admit(1, work)
         return answer.model_copy(update={"model": service.name})
@@ -75,14 +72,4 @@ def _open_image(service: Service, image: str | int) -> Any:
     if isinstance(image, str):
         data = image_bytes(image, service.limits, "the image")
         return service.model.preprocess.open(data, "the image")
-    if service.gallery is None:
-        raise RequestError(
-            "image is an item number, but the server has no index: send an image", 400, "no_index"
-        )
-    file = service.gallery.file(image)
-    try:
-        if file is None:
-            raise DataError(f"item {image:,} has no image file on the server")
-        return service.model.preprocess.open(file)
-    except DataError as error:
-        raise RequestError(str(error), 404, "no_picture") from None
+    return service.gallery_of("image").opened(image, service.model.preprocess.open)

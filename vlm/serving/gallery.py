@@ -4,17 +4,20 @@ import itertools
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vlm.display import webp
 from vlm.errors import DataError
 from vlm.heads.filters import Condition, where_all
 from vlm.heads.query import Query
-from vlm.heads.retrieval import Hits, RetrievalIndex
+from vlm.heads.retrieval import RetrievalIndex
 from vlm.inputs.opening import SUFFIXES
 from vlm.serving.limits import RequestError
 from vlm.serving.protocol import Column, Found, IndexAnswer
+
+T = TypeVar("T")
 
 SIZES = (64, 128, 256, 512, 1024, 2048)  # of thumbnails: pixels on the long side
 CACHE_BYTES = 64 << 20  # of thumbnails
@@ -49,13 +52,13 @@ class Gallery:
 
     def search(
         self, query: Any, k: int, conditions: list[Condition], min_score: float | None, without: Any
-    ) -> Hits:
+    ) -> list[Found]:
         """Return the nearest items to a query, best first, without the query's own items."""
         where = where_all(conditions) if conditions else None
         k = min(k + len(without), len(self.ids))
         hits: Any = self.index.search(query, k, where=where, min_score=min_score)
         excluded = {self.ids[number] for number in without}
-        return Hits(hit for hit in hits if hit.id not in excluded)
+        return [self.found(*hit) for hit in hits if hit.id not in excluded]
 
     def term(self, number: int, weight: float) -> Query:
         """Return an item as a term of a query."""
@@ -79,6 +82,20 @@ class Gallery:
             return Path(id)
         return None
 
+    def opened(self, number: int, open_file: Callable[[Path], T]) -> T:
+        """Return the image of an item, opened by a function of its path.
+
+        Raises:
+            RequestError: the item has no readable image (404).
+        """
+        file = self.file(number)
+        try:
+            if file is None:
+                raise DataError(f"item {number:,} has no image file on the server")
+            return open_file(file)
+        except DataError as error:
+            raise RequestError(str(error), 404, "no_picture") from None
+
     def picture(self, number: int, size: int) -> bytes:
         """Return a thumbnail of an item as WebP, with `size` rounded up to one of `SIZES`.
 
@@ -90,13 +107,7 @@ class Gallery:
             if (cached := self._thumbnails.get((number, size))) is not None:
                 self._thumbnails.move_to_end((number, size))
                 return cached
-        file = self.file(number)
-        try:
-            if file is None:
-                raise DataError(f"item {number:,} has no image file on the server")
-            thumbnail = webp(file, size, self._max_pixels)
-        except DataError as error:
-            raise RequestError(str(error), 404, "no_picture") from None
+        thumbnail = self.opened(number, lambda file: webp(file, size, self._max_pixels))
         with self._lock:
             if (number, size) not in self._thumbnails:
                 self._cached_bytes += len(thumbnail)

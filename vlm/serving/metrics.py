@@ -23,31 +23,24 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
 
-        def create(kind: Any, name: str, help_text: str, labels: tuple[str, ...] = (), **more: Any):
-            return kind(f"vlm_{name}", help_text, labels, registry=self.registry, **more)
-
-        self.requests = create(Counter, "requests", "Requests answered.", ("path", "status"))
-        self.latency = create(
-            Histogram, "request_seconds", "Request latency in seconds.", ("path",), buckets=SECONDS
+        own: Any = {"namespace": "vlm", "registry": self.registry}
+        timed = own | {"buckets": SECONDS}
+        counted = own | {"buckets": [1 << i for i in range(11)]}
+        self.requests = Counter("requests", "Requests answered.", ("path", "status"), **own)
+        self.latency = Histogram(
+            "request_seconds", "Request latency in seconds.", ("path",), **timed
         )
-        self.refused = create(
-            Counter, "refused", "Rejected requests and items, by error code.", ("code",)
+        self.refused = Counter(
+            "refused", "Rejected requests and items, by error code.", ("code",), **own
         )
-        self.waiting = create(Gauge, "waiting_items", "Items in flight.")
-        self.waiting_bytes = create(Gauge, "waiting_bytes", "Bytes of request bodies in memory.")
-        self.depth = create(
-            Gauge, "queue_depth", "Decoded items waiting for the device.", ("tower", "length")
+        self.waiting = Gauge("waiting_items", "Items in flight.", **own)
+        self.waiting_bytes = Gauge("waiting_bytes", "Bytes of request bodies in memory.", **own)
+        self.depth = Gauge(
+            "queue_depth", "Decoded items waiting for the device.", ("tower", "length"), **own
         )
-        sizes = [1 << i for i in range(11)]
-        self.batch_items = create(
-            Histogram, "batch_items", "Items per batch.", ("tower",), buckets=sizes
-        )
-        self.batch_seconds = create(
-            Histogram,
-            "batch_seconds",
-            "Compute time of a batch in seconds.",
-            ("tower",),
-            buckets=SECONDS,
+        self.batch_items = Histogram("batch_items", "Items per batch.", ("tower",), **counted)
+        self.batch_seconds = Histogram(
+            "batch_seconds", "Compute time of a batch in seconds.", ("tower",), **timed
         )
 
     def batch(self, kind: Any, count: int, seconds: float) -> None:

@@ -4,11 +4,11 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vlm.serving.limits import Admission, Limits, RequestError
@@ -70,7 +70,7 @@ class ServerMiddleware:
             if status:  # the response has started
                 raise
             self.metrics.refused.labels(error.code).inc()
-            await _send_error(error, send_with_headers)
+            await error_response(error)(scope, receive, send_with_headers)
         finally:
             route = scope.get("route")
             path = getattr(route, "path", None) or "other"
@@ -180,24 +180,15 @@ def problem(message: str, code: str, status: int, param: str | None = None) -> d
     return {"message": message, "type": kind, "code": code, "param": param}
 
 
-async def _send_error(error: RequestError, send: Send) -> None:
-    body = json.dumps({"error": problem(str(error), error.code, error.status)}).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        *[(key.lower().encode(), value.encode()) for key, value in extra_headers(error).items()],
-    ]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-def extra_headers(error: RequestError) -> dict[str, str]:
-    """Return the additional headers of an error response."""
+def error_response(error: RequestError, param: str | None = None) -> JSONResponse:
+    """Return the response to a rejected request, in the format of the OpenAI API."""
+    headers = {"Connection": "close"} if error.status in (408, 413) else {}
     if error.status == 401:
-        return {"WWW-Authenticate": "Bearer"}
-    if error.retry_after is not None:
-        return {"Retry-After": str(max(1, round(error.retry_after)))}
-    return {"Connection": "close"} if error.status in (408, 413) else {}
+        headers = {"WWW-Authenticate": "Bearer"}
+    elif error.retry_after is not None:
+        headers = {"Retry-After": str(max(1, round(error.retry_after)))}
+    content = problem(str(error), error.code, error.status, param)
+    return JSONResponse({"error": content}, error.status, headers)
 
 
 def _digest(key: bytes) -> bytes:

@@ -25,8 +25,20 @@ class _Request(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
+class _ModelRequest(_Request):
+    model: Text | None = Field(
+        default=None,
+        description="Optional model name from /v1/models; a different name is an error.",
+    )
+
+
 class _Response(BaseModel):
     model_config = ConfigDict(ser_json_inf_nan="null")
+
+
+class _ListAnswer(_Response):
+    object: Literal["list"] = "list"
+    model: str
 
 
 # ------------------------------------------------------------------------------------- items
@@ -51,12 +63,8 @@ Input = Annotated[Text, Field(description="A text, or an image as a data URL.")]
 # -------------------------------------------------------------------------------- embeddings
 
 
-class EmbeddingsRequest(_Request):
+class EmbeddingsRequest(_ModelRequest):
     input: Input | Annotated[list[Input], Field(min_length=1)]
-    model: Text | None = Field(
-        default=None,
-        description="Optional model name from /v1/models; a different name is an error.",
-    )
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(
         default=None, ge=1, description="Optional; must be the model's embedding dimension."
@@ -99,9 +107,7 @@ class Usage(_Response):
     total_tokens: int
 
 
-class EmbeddingsAnswer(_Response):
-    object: Literal["list"] = "list"
-    model: str
+class EmbeddingsAnswer(_ListAnswer):
     data: list[Embedding | FailedItem]
     usage: Usage
 
@@ -109,7 +115,7 @@ class EmbeddingsAnswer(_Response):
 # ---------------------------------------------------------------------------------- classify
 
 
-class ClassifyRequest(_Request):
+class ClassifyRequest(_ModelRequest):
     """Images and candidate labels; an image is a data URL or an item number of the index."""
 
     images: Annotated[list[Text | int], Field(min_length=1)]
@@ -122,7 +128,6 @@ class ClassifyRequest(_Request):
     )
     multi_label: bool = False
     top: int | None = Field(default=None, ge=1)
-    model: Text | None = None
 
 
 class Score(_Response):
@@ -136,9 +141,7 @@ class Classified(_Response):
     labels: list[Score]
 
 
-class ClassifyAnswer(_Response):
-    object: Literal["list"] = "list"
-    model: str
+class ClassifyAnswer(_ListAnswer):
     rule: Literal["softmax", "sigmoid"]
     data: list[Classified | FailedItem]
 
@@ -165,14 +168,13 @@ class WireCondition(_Request):
     value: Text | Annotated[int, Field(ge=-(1 << 53), le=1 << 53)] | float
 
 
-class SearchRequest(_Request):
+class SearchRequest(_ModelRequest):
     query: Text | Annotated[list[Term], Field(min_length=1)]
     k: int = Field(default=20, ge=1, le=1000)
     where: Annotated[list[WireCondition], Field(max_length=20)] = []
     min_score: float | None = Field(
         default=None, ge=-10, le=10, description="Minimum cosine similarity."
     )
-    model: Text | None = None
 
 
 class Found(_Response):
@@ -183,9 +185,7 @@ class Found(_Response):
     metadata: dict[str, Number]
 
 
-class SearchAnswer(_Response):
-    object: Literal["list"] = "list"
-    model: str
+class SearchAnswer(_ListAnswer):
     seconds: float
     data: list[Found]
 
@@ -211,10 +211,9 @@ class IndexAnswer(_Response):
 # ----------------------------------------------------------------------------------- explain
 
 
-class ExplainRequest(_Request):
+class ExplainRequest(_ModelRequest):
     image: Text | int = Field(description="Data URL, or item number of the index.")
     text: Annotated[Text, Field(min_length=1)]
-    model: Text | None = None
 
 
 class Token(_Response):

@@ -6,6 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path
 from fastapi import Query as Parameter
 from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
 
 from vlm.heads.filters import Condition
 from vlm.heads.query import Query
@@ -33,11 +34,8 @@ def routes(service: Service) -> APIRouter:
         async def work() -> list[Found]:
             query = await _query(service, gallery, terms)
             conditions = [Condition(c.column, c.comparison, c.value) for c in body.where]
-            return await service.in_thread(
-                lambda: [
-                    gallery.found(*hit)
-                    for hit in gallery.search(query, body.k, conditions, body.min_score, excluded)
-                ]
+            return await run_in_threadpool(
+                gallery.search, query, body.k, conditions, body.min_score, excluded
             )
 
         found = await service.admit(len(terms), work)
@@ -66,7 +64,7 @@ def routes(service: Service) -> APIRouter:
         """Return a thumbnail of an item; `size`, in pixels, is rounded up to a power of two."""
         gallery = _gallery(service)
         gallery.id(item)
-        data = await service.in_thread(lambda: gallery.picture(item, size))
+        data = await run_in_threadpool(gallery.picture, item, size)
         return Response(data, 200, {"Cache-Control": "private, max-age=3600"}, "image/webp")
 
     return router
@@ -90,15 +88,14 @@ async def _query(service: Service, gallery: Gallery, terms: list[Term]) -> Query
         if term.item is not None:
             parts.append(gallery.term(term.item, term.weight))
         elif term.image is not None:
-            service.check_tower("image")
+            service.check_towers("image")
             pending.append((name, term.weight, service.image(term.image, name)))
         else:
-            service.check_tower("text")
+            service.check_towers("text")
             text = service.checked_text(term.text, name)
             pending.append((name, term.weight, service.model.texts([text])[0]))
-    for (name, weight, _), row in zip(
-        pending, await outcomes([answer for *_, answer in pending]), strict=True
-    ):
+    rows = await outcomes([answer for *_, answer in pending])
+    for (name, weight, _), row in zip(pending, rows, strict=True):
         if isinstance(row, Exception):
             raise as_request_error(row, name)
         parts.append(Query(row, weight))

@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from starlette.concurrency import run_in_threadpool
 
 from vlm.errors import DataError, VlmError
 from vlm.serving.batched import Batched
@@ -20,8 +19,6 @@ from vlm.serving.limits import Admission, Limits, RequestError
 from vlm.serving.metrics import Metrics
 from vlm.serving.middleware import problem
 from vlm.serving.protocol import FailedItem, Input, Item, Problem
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -48,7 +45,7 @@ class Service:
         """Raise a RequestError if a request names a different model."""
         if name is not None and name != self.name:
             raise RequestError(
-                f"there is no model {_short(name)!r}: use {self.name!r}, or omit the field model",
+                f"there is no model {name[:80]!r}: use {self.name!r}, or omit the field model",
                 404,
                 "model_not_found",
             )
@@ -83,10 +80,6 @@ class Service:
             finally:
                 self.metrics.waiting.set(self.admission.in_flight - count)
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
-        """Run blocking `work` on a thread and return its result."""
-        return await run_in_threadpool(work)
-
     # ----------------------------------------------------------------------------- items
 
     def submit(self, items: Sequence[Input]) -> list[Future | RequestError]:
@@ -96,7 +89,7 @@ class Service:
         for i, item in enumerate(items):
             try:
                 text, image = parts_of(item, f"item {i}")
-                self.check_tower("text" if image is None else "image")
+                self.check_towers("text" if image is None else "image")
                 if image is not None:
                     answers[i] = self.image(image, f"item {i}")
                 else:
@@ -130,23 +123,55 @@ class Service:
             )
         return text
 
-    def failed(self, index: int, error: Exception) -> FailedItem:
-        """Return the error object of one item, and count the error."""
-        rejected = as_request_error(error, f"item {index}")
-        self.metrics.refused.labels(rejected.code).inc()
-        content = problem(str(rejected), rejected.code, rejected.status)
-        return FailedItem(index=index, error=Problem(**content))
+    def answers(
+        self,
+        found: Sequence[np.ndarray | Exception],
+        make: Callable[[dict[int, np.ndarray]], list[Any]],
+    ) -> list[Any]:
+        """Return the answers that `make` returns for the rows by index, and errors for the rest.
 
-    def check_tower(self, tower: str) -> None:
-        """Raise a RequestError if the model was loaded without a tower."""
-        towers = {"image": self.model.bundle.model.vision, "text": self.model.bundle.model.text}
-        if towers[tower] is None:
+        Raises:
+            RequestError: all items failed.
+        """
+        rows = {i: row for i, row in enumerate(found) if isinstance(row, np.ndarray)}
+        errors = {
+            i: as_request_error(row, f"item {i}")
+            for i, row in enumerate(found)
+            if isinstance(row, Exception)
+        }
+        if not rows:
+            raise errors[0]
+        answers = make(rows)
+        for i, error in errors.items():
+            self.metrics.refused.labels(error.code).inc()
+            content = problem(str(error), error.code, error.status)
+            answers.append(FailedItem(index=i, error=Problem(**content)))
+        return sorted(answers, key=lambda answer: answer.index)
+
+    def gallery_of(self, name: str) -> Gallery:
+        """Return the index of an item number in the field `name`.
+
+        Raises:
+            RequestError: the server has no index (400).
+        """
+        if self.gallery is None:
             raise RequestError(
-                f"{self.name} was loaded without its {tower} tower: start the server with "
-                "--tower both",
+                f"{name} is an item number, but the server has no index: send an image",
                 400,
-                "no_tower",
+                "no_index",
             )
+        return self.gallery
+
+    def check_towers(self, *towers: str) -> None:
+        """Raise a RequestError if the model was loaded without one of the towers."""
+        for tower in towers:
+            if tower not in self.model.towers:
+                raise RequestError(
+                    f"{self.name} was loaded without its {tower} tower: start the server with "
+                    "--tower both",
+                    400,
+                    "no_tower",
+                )
 
     def _seconds_to_wait(self) -> float:
         """Estimate the time for the items in flight in seconds, for Retry-After."""
@@ -184,8 +209,8 @@ async def outcomes(answers: Sequence[Future | Exception]) -> list[np.ndarray | E
     return results
 
 
-def as_request_error(error: Exception, name: str = "the image") -> RequestError:
-    """Convert an error of an item to a RequestError with a status."""
+def as_request_error(error: Exception, name: str = "") -> RequestError:
+    """Convert an error of an item to a RequestError, whose message starts with `name`."""
     if isinstance(error, RequestError):
         return error
     code = "invalid_image" if isinstance(error, DataError) else "invalid_item"
@@ -193,7 +218,3 @@ def as_request_error(error: Exception, name: str = "the image") -> RequestError:
     if not message.startswith(name):
         message = f"{name}: {message}"
     return RequestError(message, 400, code)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."

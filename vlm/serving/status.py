@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter
@@ -23,15 +23,11 @@ def routes(service: Service) -> APIRouter:
     last: list[tuple[float, Health]] = []
 
     def card() -> ModelCard:
-        towers: dict[Literal["image", "text"], Any] = {
-            "image": bundle.model.vision,
-            "text": bundle.model.text,
-        }
         return ModelCard(
             id=service.name,
             created=int(service.started),
             embed_dim=bundle.embed_dim,
-            modalities=[name for name, tower in towers.items() if tower is not None],
+            modalities=service.model.towers,
             image_size=bundle.config.vision.image_size,
             context_length=bundle.tokenizer.config.context_length,
             loss=bundle.loss,
@@ -58,7 +54,7 @@ def routes(service: Service) -> APIRouter:
             seconds = {}
             try:
                 async with asyncio.timeout(HEALTH_SECONDS):
-                    for tower in card().modalities:
+                    for tower in service.model.towers:
                         start = time.perf_counter()
                         if tower == "image":
                             image = np.zeros((8, 8, 3), np.uint8)
