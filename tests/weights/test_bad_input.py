@@ -196,7 +196,7 @@ ENTRY = json.dumps(entry(0, 48))
         ({"a": entry(8, 48)}, "a hole before 'a'"),
         ({"a": entry(0, 40)}, "has 8 bytes after its last tensor"),
         ({"a": entry(0, 56)}, r"is truncated \("),
-        (f'{{"a": {ENTRY}, "a": {ENTRY}}}', "'a' stands twice"),
+        (f'{{"a": {ENTRY}, "a": {ENTRY}}}', "'a' appears twice"),
         (
             '{"a": {"dtype": "F32", "dtype": "F32", "shape": [12], "data_offsets": [0, 48]}}',
             "twice",

@@ -40,7 +40,7 @@ REFUSED = [
     ("hf_clip", {"model_max_length": "many"}, "model_max_length is 'many'"),
     ("hf_clip", {"fold_case": True}, "has fold_case True, which vlm does not support"),
     ("hf_clip", {"sp_model_kwargs": {"alpha": 0.1}}, "sp_model_kwargs"),
-    ("hf_clip", {"added_tokens_decoder": {"7": {"content": "cat"}}}, "says that 'cat' is 7"),
+    ("hf_clip", {"added_tokens_decoder": {"7": {"content": "cat"}}}, "gives 'cat' the id 7"),
     ("hf_siglip", {"do_basic_tokenize": False}, "do_basic_tokenize False: vlm supports only True"),
 ]
 
@@ -90,7 +90,7 @@ def test_tokens_of_an_older_file(folder):
     number = vocabulary.token_to_id("b")
     changed = tokens(folder("hf_clip", added_tokens={"b": number}))
     assert changed.shape == tokens(GOLDEN / "hf_clip").shape
-    with pytest.raises(CheckpointError, match="says that 'b' is 3"):
+    with pytest.raises(CheckpointError, match="gives 'b' the id 3"):
         describe(folder("hf_clip", added_tokens={"b": 3}))
 
 

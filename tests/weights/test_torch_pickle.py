@@ -253,7 +253,7 @@ def test_a_flipped_bit_in_a_storage_is_noticed(tmp_path):
     where = data.index(struct.pack("<4s", b"PK\x03\x04"), 1)
     data[where] = 0
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match="has no a where its directory says"):
+    with pytest.raises(CheckpointError, match="does not have a at its listed offset"):
         TorchFile(path).read("a")
 
 

@@ -120,7 +120,7 @@ def undecided(
     licence: str | None = None,
     language: str | None = None,
 ) -> list[Entry]:
-    """Return the entries that lack a fact that is asked for, and meet all other conditions."""
+    """Return the entries that lack a requested fact, and meet all other conditions."""
     return [
         entry
         for entry in ENTRIES

@@ -186,7 +186,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object, whose names must be unique."""
     counts = collections.Counter(name for name, _ in pairs)
     if twice := [name for name, count in counts.items() if count > 1]:
-        raise ValueError(f"{show(twice[0])} stands twice")
+        raise ValueError(f"{show(twice[0])} appears twice")
     return dict(pairs)
 
 

@@ -124,7 +124,7 @@ class Settings:
                 (vocabulary.add_special_tokens if token.special else vocabulary.add_tokens)([token])
             if text and vocabulary.token_to_id(text) != number:
                 raise CheckpointError(
-                    f"{where} says that {show(text)} is {number}, and in the vocabulary it is "
+                    f"{where} gives {show(text)} the id {number}, and the vocabulary "
                     f"{vocabulary.token_to_id(text)}: they are not of one tokenizer"
                 )
             there.add(text)

@@ -257,7 +257,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> _Tensor:
 
 
 class TorchFile:
-    """The tensors of one file of `torch.save` or `torch.jit.save`, read when asked for.
+    """The tensors of one file of `torch.save` or `torch.jit.save`, read on request.
 
     Raises:
         CheckpointError: missing, truncated, in PyTorch's format before 1.6, or its pickle does more
@@ -327,7 +327,7 @@ class TorchFile:
                 # The local header: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT
                 header = struct.unpack("<4s22xHH", file.read(30))
                 if header[0] != b"PK\x03\x04":
-                    raise CheckpointError(f"{self.where} has no {name} where its directory says")
+                    raise CheckpointError(f"{self.where} does not have {name} at its listed offset")
                 file.seek(sum(header[1:]) + offset, os.SEEK_CUR)
                 data = file.read(size)
         except (OSError, struct.error) as error:
