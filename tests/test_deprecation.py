@@ -4,8 +4,10 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 import vlm
 from vlm import config
@@ -99,3 +101,15 @@ def test_old_arguments_and_classes():
         assert vlm.VisionConfig is vlm.ViTConfig  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.warns(DeprecationWarning, match="ViTConfig"):
         assert config.VisionConfig is vlm.ViTConfig  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_old_names_of_heads_and_explanations():
+    model = vlm.load(GOLDEN / "oc_vit")
+    index = vlm.RetrievalIndex(model)
+    index.add(np.eye(2, model.embed_dim), metadata={"label": ["a", "b"]})
+    with pytest.warns(DeprecationWarning, match="neighbour_weight="):
+        found = vlm.NeighbourClassifier(index, "label", share=0.25)  # pyright: ignore
+    assert found.neighbour_weight == 0.25
+    explained = vlm.explain(model, Image.new("RGB", (32, 32)), "a cat", method="similarity")
+    with pytest.warns(DeprecationWarning, match=r"Explanation\.relevance"):
+        assert explained.places is explained.relevance

@@ -73,14 +73,14 @@ def test_vectors_that_stand_for_no_words_have_places_of_their_own():
     model = random_model(**TOWERS["bert"])
     rows = prompt_rows(model, ["red", "stripe"], "a {}.", n_ctx=5)
     assert rows.words == ()
-    np.testing.assert_array_equal(rows.places, [[1, 2, 3, 4, 5]] * 2)
+    np.testing.assert_array_equal(rows.positions, [[1, 2, 3, 4, 5]] * 2)
     plain = model.tokenizer(["red.", "stripe."])
     assert (rows.tokens[:, 0] == plain[:, 0]).all()
     lengths = model.tokenizer.lengths(["red.", "stripe."])
     for row, whole, length in zip(rows.tokens, plain, lengths, strict=True):
         np.testing.assert_array_equal(row[6 : 5 + length], whole[1:length])
     left = prompt_rows(random_model(**TOWERS["left"]), ["red", "stripe"], "{}.", n_ctx=2)
-    assert (np.take_along_axis(left.tokens, left.places, 1) > 1).all()
+    assert (np.take_along_axis(left.tokens, left.positions, 1) > 1).all()
     assert (left.tokens[:, -1] == 1).all()
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 import vlm
 from vlm.errors import ConfigError, DataError
 from vlm.explanation.curves import faithfulness
-from vlm.explanation.overlay import colours, overlay
+from vlm.explanation.heat_map import colours, overlay
 from vlm.explanation.projection import embedding_map
 from vlm.explanation.segmentation import segment
 

@@ -8,9 +8,8 @@ import pytest
 
 from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.heads import prompts
-from vlm.heads.calibration import fit_temperature
 from vlm.heads.labels import data_set_of, read_labels, read_templates
-from vlm.heads.zero_shot import Classification, ZeroShotClassifier
+from vlm.heads.zero_shot import Classification, ZeroShotClassifier, fit_temperature
 
 
 def test_labels_from_files(tmp_path):
@@ -138,7 +137,7 @@ def test_none_of_these(model, paint):
     classify = ZeroShotClassifier(model, ["red", "blue"], other_label="a green photo")
     top = classify([paint("red"), paint("green")]).top(1)
     assert [row[0][0] for row in top] == ["red", "none of these"]
-    with pytest.raises(ConfigError, match="is what `none` adds"):
+    with pytest.raises(ConfigError, match="is what `other_label` adds"):
         ZeroShotClassifier(model, ["none of these"], other_label="a photo")
 
 

@@ -42,7 +42,9 @@ def test_combined_with_zero_shot(index, model, paint, evidence):
     zero_shot = ZeroShotClassifier(model, COLOURS)
     z = model.encode_image([paint(c, noise=60, seed=7) for c in COLOURS])
     column = evidence
-    joined = NeighbourClassifier(index, column, 5, zero_shot, share=0.3, evidence=evidence)
+    joined = NeighbourClassifier(
+        index, column, 5, zero_shot, neighbour_weight=0.3, evidence=evidence
+    )
     alone = joined.votes(z)
     np.testing.assert_allclose(alone.sum(1), 1, atol=1e-5)
     zero = np.exp(zero_shot.logits(z))
@@ -51,17 +53,17 @@ def test_combined_with_zero_shot(index, model, paint, evidence):
     assert joined.labels == tuple(COLOURS)
 
 
-def test_the_share_of_the_neighbours_from_none_to_all(index, model, paint):
+def test_the_weight_of_the_neighbours_from_none_to_all(index, model, paint):
     zero_shot = ZeroShotClassifier(model, COLOURS)
     z = model.encode_image([paint(c, noise=60, seed=7) for c in COLOURS])
     zero = np.exp(zero_shot.logits(z))
     zero /= zero.sum(1, keepdims=True)
     near = NeighbourClassifier(index, "label", zero_shot=zero_shot).votes(z)
     assert near.max() < 1  # 20 neighbours of five in each colour do not all agree
-    for share in (0, 0.5, 1):
-        options = {} if share == 0.5 else {"share": share}
+    for weight in (0, 0.5, 1):
+        options = {} if weight == 0.5 else {"neighbour_weight": weight}
         joined = NeighbourClassifier(index, "label", zero_shot=zero_shot, **options)
-        expected = share * near + (1 - share) * zero
+        expected = weight * near + (1 - weight) * zero
         np.testing.assert_allclose(np.exp(joined.logits(z)), expected, atol=1e-5)
     assert "4 labels, 20 neighbours and zero-shot (0%)" in repr(joined)
 
@@ -85,7 +87,7 @@ def test_bad_neighbours(index, model):
         NeighbourClassifier(index, "caption", evidence="caption")
     with pytest.raises(ConfigError, match="'blue' of column 'label' is none"):
         NeighbourClassifier(index, "label", zero_shot=ZeroShotClassifier(model, ["red", "green"]))
-    for bad in ({"share": 2}, {"share": -0.1}, {"temperature": 0}, {"k": 0}):
+    for bad in ({"neighbour_weight": 2}, {"neighbour_weight": -0.1}, {"temperature": 0}, {"k": 0}):
         with pytest.raises(ConfigError, match="k is at least 1, the temperature above 0"):
             NeighbourClassifier(index, "label", **bad)
     empty = RetrievalIndex(model)

@@ -83,7 +83,6 @@ def test_most_rows_are_ruled_out():
 
 
 def test_blocks_in_memory_get_bounds_one_with_each_search(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(pruned_search, "is_faster", lambda: True)
     monkeypatch.setattr(pruned_search, "LEAST_ROWS", 16)
     monkeypatch.setattr(items, "LARGE", 100)
     monkeypatch.setattr(items, "SMALL", 16)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import log_expit, log_softmax
 
-from vlm.heads.calibration import PRIOR, fit_temperature
+from vlm.heads.zero_shot import PRIOR, fit_temperature
 
 
 @pytest.mark.parametrize("rule", ["softmax", "sigmoid"])

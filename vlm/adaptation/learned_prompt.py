@@ -108,7 +108,7 @@ def learn_prompt(
     if per_image:
         params |= _net(z_image.shape[1], table.shape[1], key)
     held = jnp.asarray(class_embeddings(model, texts, [template]))
-    tokens, places = jnp.asarray(rows.tokens), jnp.asarray(rows.places)
+    tokens, positions = jnp.asarray(rows.tokens), jnp.asarray(rows.positions)
     m = len(names)
 
     def embed(state, contexts):
@@ -116,7 +116,7 @@ def learn_prompt(
         n = len(contexts)
         z = nnx.merge(graph, state)(
             jnp.tile(tokens, (n, 1)),
-            context=(jnp.repeat(contexts, m, axis=0), jnp.tile(places, (n, 1))),
+            context=(jnp.repeat(contexts, m, axis=0), jnp.tile(positions, (n, 1))),
         )
         return unit_norm(z).reshape(n, m, -1)
 
@@ -148,7 +148,7 @@ def learn_prompt(
 def _start(table: np.ndarray, rows: PromptRows, key: jax.Array) -> jax.Array:
     if rows.words:
         return jnp.asarray(table[list(rows.words)])
-    return INIT * jax.random.normal(key, (rows.places.shape[1], table.shape[1]))
+    return INIT * jax.random.normal(key, (rows.positions.shape[1], table.shape[1]))
 
 
 def _net(embed_dim: int, width: int, key: jax.Array) -> dict[str, jax.Array]:

@@ -25,7 +25,7 @@ def grid(
 
 
 def on_image(
-    places: Float[np.ndarray, "p q"],
+    values: Float[np.ndarray, "p q"],
     preprocess: Preprocess,
     patch_size: int,
     size: tuple[int, int],
@@ -40,7 +40,7 @@ def on_image(
     (resized_width, resized_height), box = preprocess.layout(width, height)
     shape = (config.image_size, config.image_size)
     shape = (resized_height, resized_width) if config.resize == "naflex" else shape
-    pixels = on_pixels(places, patch_size, shape, outside)
+    pixels = on_pixels(values, patch_size, shape, outside)
     if config.resize == "pad" and box is not None:
         left, top, right, bottom = box
         return _resize(pixels[top:bottom, left:right], size)
@@ -57,7 +57,7 @@ def on_image(
 
 
 def on_pixels(
-    places: Float[np.ndarray, "p q"],
+    values: Float[np.ndarray, "p q"],
     patch_size: int,
     shape: tuple[int, int],
     outside: float = 0.0,
@@ -66,8 +66,8 @@ def on_pixels(
 
     A strip at the right and lower edges that fills no patch gets the value `outside`.
     """
-    rows, columns = places.shape
-    upsampled = _resize(places, (columns * patch_size, rows * patch_size))[: shape[0], : shape[1]]
+    rows, columns = values.shape
+    upsampled = _resize(values, (columns * patch_size, rows * patch_size))[: shape[0], : shape[1]]
     result = np.full(shape, outside, np.float32)
     result[: upsampled.shape[0], : upsampled.shape[1]] = upsampled
     return result

@@ -1,22 +1,31 @@
 """Explanation of one image-text pair: relevance of image regions and of text tokens."""
 
+import functools
 import os
 from dataclasses import dataclass, field
 
+import jax
 import numpy as np
-from jaxtyping import Float
+from flax import nnx
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from vlm import display
+from vlm._deprecation import warn
 from vlm.bundle import Bundle
 from vlm.config import VisionTowerConfig
 from vlm.errors import ConfigError, DataError
 from vlm.explanation.geometry import grid, on_image
 from vlm.explanation.methods import METHODS, Method, relevance_maps
-from vlm.explanation.overlay import overlay
-from vlm.explanation.token_importance import token_importance
 from vlm.inputs.opening import ImageLike, is_image
 from vlm.paths import as_path
+
+# Colour map from dark violet over red to pale yellow, as RGB at equal steps. Lightness rises
+# monotonically, so it is readable in greyscale and for colour-blind readers.
+_SCALE = np.array(
+    [(20, 14, 54), (84, 15, 109), (158, 40, 100), (219, 80, 59), (249, 142, 8), (252, 255, 164)],
+    np.float32,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,8 +36,8 @@ class Explanation:
         text: the text.
         heat: (h, w) float32 at the resolution of the image: relevance to the text from 0 to 1
             (maximum). 0 outside the crop that the model sees.
-        places: (rows, columns), raw relevance of each position of the tower's grid. For "path" it
-            is the contribution to the cosine relative to a blank image, and may be negative.
+        relevance: (rows, columns), unscaled relevance of each position of the tower's grid. For
+            "path": contribution to the cosine relative to a blank image; it may be negative.
         tokens: each token of the text, with the drop of the cosine without it.
         cosine: cosine similarity of the two embeddings.
         logit: scale * cosine + bias, with the model's scale and bias.
@@ -43,12 +52,18 @@ class Explanation:
 
     text: str
     heat: Float[np.ndarray, "h w"]
-    places: Float[np.ndarray, "rows columns"]
+    relevance: Float[np.ndarray, "rows columns"]
     tokens: tuple[tuple[str, float], ...]
     cosine: float
     logit: float
     method: str
     image: Image.Image = field(compare=False)
+
+    @property
+    def places(self) -> Float[np.ndarray, "rows columns"]:
+        """Deprecated: `relevance`."""
+        warn("Explanation.places", "Explanation.relevance", stacklevel=3)
+        return self.relevance
 
     def picture(self) -> Image.Image:
         """Return the image with the heat map over it, at the image's size."""
@@ -111,14 +126,14 @@ def explain(model: Bundle, image: ImageLike, text: str, *, method: Method = "pat
         model.model, model.preprocess.normalize(model.preprocess.collate([pixels])), z_text, method
     )
     rows, columns = grid(tower, model.preprocess, opened.size)
-    places = np.asarray(maps[0])[: rows * columns].reshape(rows, columns)
+    relevance = np.asarray(maps[0])[: rows * columns].reshape(rows, columns)
     cosine = float(cosines[0])
     return Explanation(
         text=text,
         heat=on_image(
-            normalize_relevance(places, method), model.preprocess, tower.patch_size, opened.size
+            normalize_relevance(relevance, method), model.preprocess, tower.patch_size, opened.size
         ),
-        places=places,
+        relevance=relevance,
         tokens=token_importance(model, text, z_image[0]),
         cosine=cosine,
         logit=model.logit_scale * cosine + model.logit_bias,
@@ -143,11 +158,59 @@ def check_method(method: str, tower: VisionTowerConfig) -> None:
 
 
 def normalize_relevance(
-    places: Float[np.ndarray, "p q"], method: Method
+    relevance: Float[np.ndarray, "p q"], method: Method
 ) -> Float[np.ndarray, "p q"]:
     """Scale relevance to 0 to 1, with the maximum at 1; negative values become 0.
 
     Similarities vary little between positions, so their minimum is subtracted.
     """
-    places = places - places.min() if method == "similarity" else np.maximum(places, 0)
-    return (places / max(float(places.max()), 1e-30)).astype(np.float32)
+    relevance = relevance - relevance.min() if method == "similarity" else np.maximum(relevance, 0)
+    return (relevance / max(float(relevance.max()), 1e-30)).astype(np.float32)
+
+
+def colours(values: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
+    """Map values from 0 to 1 to colours, from dark to bright."""
+    at = np.clip(values, 0, 1) * (len(_SCALE) - 1)
+    low = np.minimum(at.astype(int), len(_SCALE) - 2)
+    fraction = (at - low)[..., None]
+    return (_SCALE[low] * (1 - fraction) + _SCALE[low + 1] * fraction + 0.5).astype(np.uint8)
+
+
+def overlay(image: Image.Image, heat: Float[np.ndarray, "h w"]) -> Image.Image:
+    """Overlay a heat map on a greyscale image; the square root makes low values visible."""
+    grey = 255 * 0.4 + 0.6 * np.asarray(image.convert("L"), np.float32)[..., None]
+    visible = np.sqrt(np.clip(heat, 0, 1))
+    strength = 0.85 * visible[..., None]
+    mixed = grey * (1 - strength) + colours(0.25 + 0.75 * visible) * strength
+    return Image.fromarray(mixed.astype(np.uint8))
+
+
+def token_importance(
+    model: Bundle, text: str, z_image: Float[np.ndarray, " d"]
+) -> tuple[tuple[str, float], ...]:
+    """Compute the drop of the cosine with `z_image` without each token of `text`.
+
+    A negative number means that the text matches better without the token (erasure, Li et al.,
+    2016, arXiv:1612.08220). It works for every text tower.
+    """
+    config = model.tokenizer.config
+    (row,) = model.tokenizer([text])
+    specials = {config.pad_id, config.bos_id, config.eos_id}
+    positions = [i for i, token in enumerate(row.tolist()) if token not in specials]
+    rows = [row]
+    for i in positions:
+        rest, pad = np.delete(row, i), [config.pad_id]
+        rows.append(np.concatenate([rest, pad] if config.pad_side == "right" else [pad, rest]))
+    size = 1 << len(positions).bit_length()  # a power of two: few shapes to compile
+    padded = rows + [row] * (size - len(rows))
+    graph, state = nnx.split(model.model)
+    z = _encode(graph, state, np.stack(padded).astype(np.int32))
+    cosines = np.asarray(z)[: len(rows)] @ z_image
+    names = [model.tokenizer.decode([row[i : i + 1]])[0] for i in positions]
+    drops = cosines[0] - cosines[1:]
+    return tuple((name, float(drop)) for name, drop in zip(names, drops, strict=True))
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _encode(graph, state, tokens) -> jax.Array:
+    return nnx.merge(graph, state).encode_text(tokens)

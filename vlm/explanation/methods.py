@@ -108,11 +108,11 @@ def _path(model, images, z_text) -> tuple[Float[Array, "b n"], Float[Array, " b"
     )
     contribution = (total * difference).sum(-1)
     if contribution.ndim == 2:
-        places = _drop_prefix(model.config.vision, contribution)
+        values = _drop_prefix(model.config.vision, contribution)
     else:
         sides = [found[f"stages/{i}"].shape[1] for i in range(_stages(found))]
-        places = _sum_to_last_stage(contribution, sides)
-    return places, jnp.split(cosines, 2)[0]
+        values = _sum_to_last_stage(contribution, sides)
+    return values, jnp.split(cosines, 2)[0]
 
 
 def _attention(model, images, z_text, found: Activations) -> Float[Array, "b n"]:

@@ -17,6 +17,7 @@ import numpy as np
 from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.heads.encoder import Encoder
 from vlm.heads.filters import Value
+from vlm.heads.index_folder import write_array
 from vlm.heads.items import Id, Stored
 from vlm.heads.retrieval import RetrievalIndex
 
@@ -149,10 +150,7 @@ def write_partition(
     embeddings = folder / "img_emb" / f"img_emb_{number}.npy"
     metadata = folder / "metadata" / f"metadata_{number}.parquet"
     partial = embeddings.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        np.save(file, z, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
+    write_array(partial, z)
     os.replace(partial, embeddings)
     partial = metadata.with_suffix(".partial")
     pyarrow.parquet.write_table(pyarrow.table(arrays), partial)

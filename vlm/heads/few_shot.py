@@ -162,10 +162,6 @@ class FewShotClassifier(ImageClassifier, display.FactSheet):
                 raise ValueError("the numbers of weights and labels differ")
         return made
 
-    def __repr__(self) -> str:
-        names = ", ".join(self.labels[:4]) + (", ..." if len(self.labels) > 4 else "")
-        return f"FewShotClassifier({self.model.name}, {len(self.labels)} labels: {names})"
-
     def _facts(self) -> tuple[str, dict[str, str]]:
         return "Few-shot classifier", {
             "model": str(self.model.name),

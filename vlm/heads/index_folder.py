@@ -149,9 +149,7 @@ def write_shard(
     if codes is not None:
         parts = {"codes": codes.values} | ({} if codes.scale is None else {"scale": codes.scale})
         for part, values in parts.items():
-            with open(folder / f"{part}-{name}.npy", "wb") as file:
-                np.save(file, values, allow_pickle=False)
-                _to_disk(file)
+            write_array(folder / f"{part}-{name}.npy", values)
     return name
 
 
@@ -165,10 +163,15 @@ def write_removed(folder: Path, positions: np.ndarray) -> str | None:
     if not len(positions):
         return None
     name = f"removed-{uuid.uuid4().hex[:12]}.npy"
-    with open(folder / name, "wb") as file:
-        np.save(file, positions.astype(np.int64), allow_pickle=False)
-        _to_disk(file)
+    write_array(folder / name, positions.astype(np.int64))
     return name
+
+
+def write_array(file: Path, array: np.ndarray) -> None:
+    """Write an array as .npy, to the disk itself."""
+    with open(file, "wb") as out:
+        np.save(out, array, allow_pickle=False)
+        _to_disk(out)
 
 
 def generation(folder: Path) -> str | None:

@@ -82,7 +82,7 @@ class Items:
             for block in self.blocks:
                 mapped = isinstance(block.rows, np.memmap)
                 if block.bounds is None and not mapped and len(block) >= pruned_search.LEAST_ROWS:
-                    if pruned_search.is_faster():
+                    if pruned_search.cpu_device() is not None:
                         block.bounds = pruned_search.Bounds(block.rows)
                     break
         return [block.bounds for block in self.blocks]

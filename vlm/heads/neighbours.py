@@ -11,16 +11,16 @@ import numpy as np
 from jaxtyping import Float
 
 from vlm import display
+from vlm._deprecation import rename_arguments
 from vlm.errors import ConfigError, check_choice
-from vlm.heads.inputs import Images
 from vlm.heads.prompts import normalise
 from vlm.heads.retrieval import RetrievalIndex
-from vlm.heads.zero_shot import Classification, ZeroShotClassifier, encode_images, to_scores
+from vlm.heads.zero_shot import Embeddings, ImageClassifier, ZeroShotClassifier, to_scores
 
 Evidence = Literal["label", "caption"]
 
 
-class NeighbourClassifier(display.FactSheet):
+class NeighbourClassifier(ImageClassifier, display.FactSheet):
     """Classifier by the nearest items of an index (k-NN).
 
     Each of the k nearest items votes with a weight of exp(cosine / temperature), as in the k-NN
@@ -32,12 +32,13 @@ class NeighbourClassifier(display.FactSheet):
         column: the name of that column; items without a value do not vote.
         k: number of neighbours.
         zero_shot: a classifier to combine with; needed for captions, which have no class names.
-        share: weight of the neighbours in the combined probability; the classifier has the rest.
+        neighbour_weight: weight of the neighbours in the combined probability, 0 to 1; the
+            classifier has the rest.
         temperature: of the votes.
 
     Raises:
         ConfigError: an empty index, no such column, captions without `zero_shot`, a label that
-            `zero_shot` does not have, a share outside 0 to 1, a temperature or k that is not
+            `zero_shot` does not have, a weight outside 0 to 1, a temperature or k that is not
             positive.
 
     Example:
@@ -48,13 +49,14 @@ class NeighbourClassifier(display.FactSheet):
         ['red', 'green', 'blue']
     """
 
+    @rename_arguments(share="neighbour_weight")
     def __init__(
         self,
         index: RetrievalIndex,
         column: str,
         k: int = 20,
         zero_shot: ZeroShotClassifier | None = None,
-        share: float = 0.5,
+        neighbour_weight: float = 0.5,
         temperature: float = 0.07,
         evidence: Evidence = "label",
     ):
@@ -63,13 +65,14 @@ class NeighbourClassifier(display.FactSheet):
         if column not in index.columns:
             known = ", ".join(sorted(index.columns)) or "none"
             raise ConfigError(f"the index has no metadata column {column!r}; it has {known}")
-        if k < 1 or not temperature > 0 or not 0 <= share <= 1:
+        if k < 1 or not temperature > 0 or not 0 <= neighbour_weight <= 1:
             raise ConfigError(
-                f"k {k}, temperature {temperature} and share {share}: k is at least 1, the "
-                "temperature above 0, the share from 0 to 1"
+                f"k {k}, temperature {temperature} and neighbour_weight {neighbour_weight}: k is "
+                "at least 1, the temperature above 0, the weight from 0 to 1"
             )
-        self.index, self.column, self.k = index, column, k
-        self.zero_shot, self.share, self.temperature = zero_shot, share, temperature
+        self.model, self.index, self.column, self.k = index.model, index, column, k
+        self.zero_shot, self.temperature = zero_shot, temperature
+        self.neighbour_weight = neighbour_weight
         values = dict(zip(index.ids, index.columns[column], strict=True))
         values = {name: str(value) for name, value in values.items() if value not in (None, "")}
         if not values:
@@ -93,19 +96,14 @@ class NeighbourClassifier(display.FactSheet):
             eye = np.eye(len(self.labels), dtype=np.float32)
             self._votes = {name: eye[at[label]] for name, label in values.items()}
 
-    def __call__(self, images: Images, batch_size: int | None = None) -> Classification:
-        """Classify one image or any iterable of them; the scores of an image sum to one."""
-        z_image, first = encode_images(self.index.model, images, batch_size)
-        return Classification(self.labels, self.logits(z_image), "softmax", first)
-
-    classify = __call__
-
-    def logits(self, z_image: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
+    def logits(self, z_image: Float[Embeddings, "n d"]) -> Float[np.ndarray, "n m"]:
         """Compute the log of the combined probabilities of image embeddings."""
+        z_image = np.asarray(z_image)
         votes = self.votes(z_image)
         if self.zero_shot is not None:
             zero_shot = to_scores(self.zero_shot.logits(z_image), "softmax")
-            votes = self.share * votes + (1 - self.share) * zero_shot
+            weight = self.neighbour_weight
+            votes = weight * votes + (1 - weight) * zero_shot
         return np.log(np.maximum(votes, 1e-12)).astype(np.float32)
 
     def votes(self, z_image: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
@@ -124,13 +122,15 @@ class NeighbourClassifier(display.FactSheet):
         return out
 
     def __repr__(self) -> str:
-        joined = "" if self.zero_shot is None else f" and zero-shot ({1 - self.share:.0%})"
+        joined = (
+            "" if self.zero_shot is None else f" and zero-shot ({1 - self.neighbour_weight:.0%})"
+        )
         return f"NeighbourClassifier({len(self.labels)} labels, {self.k} neighbours{joined})"
 
     def _facts(self) -> tuple[str, dict[str, str]]:
-        own = f"{self.share:.0%}" if self.zero_shot is not None else "100%"
+        own = f"{self.neighbour_weight:.0%}" if self.zero_shot is not None else "100%"
         return "Classifier by nearest neighbours", {
-            "model": str(self.index.model.name),
+            "model": str(self.model.name),
             "labels": display.listed(self.labels),
             "neighbours": f"{self.k} of {len(self.index):,}, weight {own}",
         }

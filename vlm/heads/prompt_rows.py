@@ -16,12 +16,12 @@ class PromptRows(NamedTuple):
     """Token sequences of the prompts of m labels.
 
     Attributes:
-        tokens: (m, l). places: (m, k) positions of the context in each row.
+        tokens: (m, l). positions: (m, k), those of the context in each row.
         words: the k tokens that the context replaces; empty if it replaces no words.
     """
 
     tokens: Int[np.ndarray, "m l"]
-    places: Int[np.ndarray, "m k"]
+    positions: Int[np.ndarray, "m k"]
     words: tuple[int, ...]
 
 
@@ -68,8 +68,8 @@ def prompt_rows(
                 "give n_ctx, whose vectors are independent of the label"
             )
         contents[label] = ids
-    tokens, places = _rows(model.tokenizer, contents, k)
-    return PromptRows(_cut(model, tokens, contents), places, () if n_ctx else tuple(words))
+    tokens, positions = _rows(model.tokenizer, contents, k)
+    return PromptRows(_cut(model, tokens, contents), positions, () if n_ctx else tuple(words))
 
 
 def _content(model: Bundle, texts: list[str]) -> list[list[int]]:
@@ -99,8 +99,8 @@ def _rows(
     head = [] if config.bos_id is None else [config.bos_id]
     tail = [] if config.eos_id is None else [config.eos_id]
     tokens = np.full((len(contents), config.context_length), config.pad_id, np.int32)
-    places = np.zeros((len(contents), k), np.int32)
-    for row, place, (label, ids) in zip(tokens, places, contents.items(), strict=True):
+    positions = np.zeros((len(contents), k), np.int32)
+    for row, at, (label, ids) in zip(tokens, positions, contents.items(), strict=True):
         sequence = head + ids + tail
         if len(sequence) > len(row):
             raise ConfigError(
@@ -109,10 +109,10 @@ def _rows(
             )
         start = 0 if config.pad_side == "right" else len(row) - len(sequence)
         row[start : start + len(sequence)] = sequence
-        place[:] = start + len(head) + np.arange(k)
+        at[:] = start + len(head) + np.arange(k)
     if config.zeroed_id is not None:
         tokens[tokens == config.zeroed_id] = 0
-    return tokens, places
+    return tokens, positions
 
 
 def _cut(model: Bundle, tokens: np.ndarray, contents: dict[str, list[int]]) -> np.ndarray:

@@ -4,6 +4,7 @@ CoOp (arXiv:2109.01134) has one context for all images, so class embeddings are 
 CoCoOp (arXiv:2203.05557) shifts the context by the output of a small net for each image.
 """
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -81,8 +82,8 @@ class PromptedClassifier(ImageClassifier):
         for start in range(0, len(owner), count):
             # Padded with the last one, so that few shapes are compiled.
             at = np.minimum(np.arange(start, start + count), len(owner) - 1)
-            tokens, places = self.rows.tokens[row[at]], self.rows.places[row[at]]
-            parts.append(np.asarray(self._encode(tokens, contexts[owner[at]], places)))
+            tokens, positions = self.rows.tokens[row[at]], self.rows.positions[row[at]]
+            parts.append(np.asarray(self._encode(tokens, contexts[owner[at]], positions)))
         return np.concatenate(parts)[: len(owner)].reshape(n, m, -1)
 
     def save(self, file: str | os.PathLike) -> None:
@@ -92,7 +93,7 @@ class PromptedClassifier(ImageClassifier):
         """
         tensors = {
             "tokens": self.rows.tokens,
-            "places": self.rows.places,
+            "places": self.rows.positions,
             "context": self.context,
             "z_labels": self.z_labels,
             **(self.net or {}),
@@ -115,17 +116,13 @@ class PromptedClassifier(ImageClassifier):
             made = cls(model, about["labels"], rows, tensors["context"], net, tensors["z_labels"])
         return made
 
-    def __repr__(self) -> str:
-        names = ", ".join(self.labels[:4]) + (", ..." if len(self.labels) > 4 else "")
+    def _encoders(self) -> str:
         how = "" if self.net is None else " conditioned on the image"
-        return (
-            f"PromptedClassifier({self.model.name}, {len(self.context)} vectors{how}, "
-            f"{len(self.labels)} labels: {names})"
-        )
+        return f"{self.model.name}, {len(self.context)} vectors{how}"
 
 
 def prompt_encoder(model: Bundle) -> Any:
-    """Compile a function of tokens (n, l), contexts (n, k, w) and places to embeddings (n, d).
+    """Compile a function of tokens (n, l), contexts (n, k, w) and positions to embeddings (n, d).
 
     Raises:
         ConfigError: a model without a text tower.
@@ -144,10 +141,10 @@ def prompt_encoder(model: Bundle) -> Any:
     graph, state = nnx.split(tower)
 
     @jax.jit
-    def encode(state, tokens, contexts, places):
-        return unit_norm(nnx.merge(graph, state)(tokens, context=(contexts, places)))
+    def encode(state, tokens, contexts, positions):
+        return unit_norm(nnx.merge(graph, state)(tokens, context=(contexts, positions)))
 
-    return lambda tokens, contexts, places: encode(state, tokens, contexts, places)
+    return functools.partial(encode, state)
 
 
 def shift(net: Mapping[str, Any], z_image: Any) -> Any:

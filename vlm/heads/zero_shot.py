@@ -2,20 +2,20 @@
 
 import abc
 import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from rich.console import Group
 from rich.padding import Padding
 
 from vlm import display
 from vlm._deprecation import rename_arguments
-from vlm.errors import ConfigError, DataError
-from vlm.heads.calibration import fit_temperature
+from vlm.errors import ConfigError, DataError, check_choice
 from vlm.heads.classifier_file import reading_classifier, write_classifier
 from vlm.heads.encoder import Encoder, Rule
 from vlm.heads.inputs import Images
@@ -28,6 +28,7 @@ Embeddings = np.ndarray | Array
 NONE = "none of these"
 FILE = "classifier.safetensors"  # file name of a run's classifier
 KEY = "vlm zero-shot classifier"  # metadata key in a saved file
+PRIOR = 0.5  # standard deviation of log temperature around 0: few labels move it little
 SHOWN = 12  # images that a result keeps for display
 
 
@@ -170,6 +171,14 @@ class ImageClassifier(abc.ABC):
         return Classification(self.labels, np.asarray(self.logits(z_image)), self.rule, first)
 
     classify = __call__
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.labels[:4]) + (", ..." if len(self.labels) > 4 else "")
+        kind = type(self).__name__
+        return f"{kind}({self._encoders()}, {len(self.labels)} labels: {names})"
+
+    def _encoders(self) -> str:
+        return self.model.name
 
 
 class ZeroShotClassifier(ImageClassifier, display.FactSheet):
@@ -316,10 +325,6 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
         made.labels = tuple(made.prompts)[: -1 if made._against else None]
         return made
 
-    def __repr__(self) -> str:
-        names = ", ".join(self.labels[:4]) + (", ..." if len(self.labels) > 4 else "")
-        return f"ZeroShotClassifier({self.model.name}, {len(self.labels)} labels: {names})"
-
     def _facts(self) -> tuple[str, dict[str, str]]:
         return "Zero-shot classifier", {
             "model": str(self.model.name),
@@ -343,6 +348,42 @@ def to_scores(logits: Float[np.ndarray, "*n m"], rule: Rule) -> Float[np.ndarray
     if rule == "sigmoid":
         return np.exp(-np.logaddexp(0, -logits))  # no overflow at either end
     raise ConfigError(f"the score rule is {rule!r}: it must be 'softmax' or 'sigmoid'")
+
+
+def fit_temperature(
+    logits: Float[np.ndarray, "n m"], target: Int[np.ndarray, " n"], rule: Rule = "softmax"
+) -> float:
+    """Fit the temperature T that maximises the likelihood of the labels, given logits / T.
+
+    Temperature scaling (Guo et al., 2017, arXiv:1706.04599) with a log-normal prior. The prior
+    prevents overconfidence if a handful of labels are all predicted correctly.
+
+    Args:
+        logits: of labelled images.
+        target: their classes.
+        rule: "softmax", or "sigmoid" for independent labels.
+
+    Raises:
+        ConfigError: no images.
+    """
+    if not len(logits):
+        raise ConfigError("there are no labelled images: calibrate on at least one")
+    check_choice("rule", rule, ("softmax", "sigmoid"))
+    logits, target = np.asarray(logits, np.float64), np.asarray(target)
+    truth = np.eye(logits.shape[1])[target]
+
+    def cost(log_t: float) -> float:
+        z = logits / math.exp(log_t)
+        if rule == "sigmoid":
+            loss = (np.logaddexp(0, z) - truth * z).sum()
+        else:
+            top = z.max(axis=1, keepdims=True)
+            loss = (np.log(np.exp(z - top).sum(axis=1)) + top[:, 0] - (z * truth).sum(axis=1)).sum()
+        return float(loss) + log_t**2 / (2 * PRIOR**2)
+
+    from scipy.optimize import minimize_scalar
+
+    return math.exp(minimize_scalar(cost, bounds=(-5, 5), method="bounded").x)
 
 
 def encode_images(
