@@ -13,7 +13,7 @@ from kinds import KINDS, PREPROCESS, TOKENIZER, numbers_of
 from vlm.config import DataConfig, FieldFilter
 from vlm.data import sidecar
 from vlm.data.faults import BadSample
-from vlm.data.interleave import LaneOrder
+from vlm.data.interleave import LaneBatches
 from vlm.data.pipeline import TrainIterator, train_batches
 from vlm.data.shard_index import open_shards
 from vlm.errors import ConfigError
@@ -53,7 +53,7 @@ def make(config, index: int = 0, count: int = 1) -> TrainIterator:
 class InThisProcess:
     """What grain makes of a stream's batches in several workers, without starting processes."""
 
-    def __init__(self, order: LaneOrder, workers: int):
+    def __init__(self, order: LaneBatches, workers: int):
         self._parts, order.parts = [], workers
         for worker in range(workers):
             part = order.read()
@@ -75,8 +75,8 @@ class InThisProcess:
 def resume(config, state: str, workers: int, index: int = 0, count: int = 1) -> TrainIterator:
     iterator = make(config, index, count)
     iterator.set_state(json.loads(state))
-    if isinstance(iterator._order, LaneOrder):
-        workers = min(workers, len(iterator._order._batches.lanes))
+    if isinstance(iterator._order, LaneBatches):
+        workers = min(workers, len(iterator._order.lanes))
         iterator._reader = InThisProcess(iterator._order, workers)
     return iterator
 

@@ -4,16 +4,16 @@ A source is a folder of `save_to_disk`, with one split or several, or the `.arro
 The module `columns` converts columns to features.
 """
 
-import bisect
-import itertools
 import json
 import os
 from typing import Any
 
+import pyarrow
+import pyarrow.ipc
 from etils import epath
 
 from vlm.config import DataConfig
-from vlm.data.columns import Columns, import_pyarrow, same_label_names
+from vlm.data.columns import Columns, Groups, same_label_names
 from vlm.data.examples import Example
 from vlm.data.faults import BadSample
 from vlm.data.splits import find_split, split_files
@@ -29,12 +29,11 @@ class ArrowSource:
         self._open()
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return len(self._groups)
 
     def __getitem__(self, index: int) -> Example:
-        number = bisect.bisect_right(self._ends, index)
+        number, row = self._groups.find(index)
         columns, batch = self._batches[number]
-        row = index - (self._ends[number - 1] if number else 0)
         where = f"row {index} of {self._config.source}"
         try:
             values = {name: _value(batch.column(name)[row]) for name in batch.schema.names}
@@ -43,14 +42,13 @@ class ArrowSource:
         return columns.example(values, where)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_batches", "_ends")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_batches", "_groups")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         self._open()
 
     def _open(self) -> None:
-        pyarrow = import_pyarrow()
         self._batches: list[tuple[Columns, Any]] = []
         tables = []
         for name in self._files:
@@ -69,14 +67,14 @@ class ArrowSource:
             tables.append(columns)
             self._batches += [(columns, batch) for batch in table.to_batches() if batch.num_rows]
         self.label_names = same_label_names(tables, self._config)
-        self._ends = list(itertools.accumulate(batch.num_rows for _, batch in self._batches))
+        self._groups = Groups([batch.num_rows for _, batch in self._batches])
 
 
 def open_arrow(config: DataConfig, split: str) -> ArrowSource:
     """Open the rows of a split.
 
     Raises:
-        DataError: no such split or file, pyarrow is not installed, or a feature is missing.
+        DataError: no such split or file, or a feature is missing.
     """
     if is_remote(config.source):
         raise DataError(

@@ -5,10 +5,14 @@ bytes, a file path (relative to the table), or a struct of both. A class label b
 `datasets` stores the names in the metadata of the schema, under the key `huggingface`.
 """
 
+import bisect
+import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+from pyarrow import types
 
 from vlm.config import DataConfig
 from vlm.data.examples import WHERE, Example, check_features, flat_items, wanted_features
@@ -63,7 +67,7 @@ class Columns:
             )
         for name in () if config.label else config.captions:
             kind = self._types[name]
-            if not (name in self._classes or _is_text(_item(kind)) or _is_null(_item(kind))):
+            if not (name in self._classes or _is_text(_item(kind)) or types.is_null(_item(kind))):
                 raise DataError(
                     f"the feature {name!r} of {where} that data.captions names has no text but "
                     f"{kind}: name one that has"
@@ -109,21 +113,19 @@ class Columns:
         raise BadSample("no label", where, why)
 
 
-def import_pyarrow() -> Any:
-    """Import the package `pyarrow`.
+class Groups:
+    """Sizes of consecutive groups of rows, to find a row by its index."""
 
-    Raises:
-        DataError: the extra is not installed.
-    """
-    try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(
-            'Arrow and Parquet need the package pyarrow: run pip install "vlm-jax[arrow]"'
-        ) from None
-    return pyarrow
+    def __init__(self, counts: Iterable[int]):
+        self._ends = list(itertools.accumulate(counts, initial=0))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def find(self, index: int) -> tuple[int, int]:
+        """Return the group of row `index`, and its number in the group."""
+        group = bisect.bisect_right(self._ends, index) - 1
+        return group, index - self._ends[group]
 
 
 def same_label_names(columns: list[Columns], config: DataConfig) -> list[str] | None:
@@ -166,46 +168,31 @@ def _class_names(features: Any, above: str = "") -> Iterator[tuple[str, list[str
 
 def _flat_types(fields: Any, image: str, above: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the name and type of each feature; nested ones are named by their path."""
-    types = import_pyarrow().types
     for field in fields:
         name, inner = above + field.name, _item(field.type)
         if types.is_struct(inner) and name != image:
-            yield from _flat_types(
-                [inner.field(i) for i in range(inner.num_fields)], image, name + "/"
-            )
+            yield from _flat_types(list(inner), image, name + "/")
         else:
             yield name, field.type
 
 
 def _item(kind: Any) -> Any:
     """Return the item type of a (nested) list; other types are unchanged."""
-    types = import_pyarrow().types
-    while any(
-        is_kind(kind) for is_kind in (types.is_list, types.is_large_list, types.is_fixed_size_list)
-    ):
+    while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         kind = kind.value_type
     return kind
 
 
 def _is_text(kind: Any) -> bool:
-    types = import_pyarrow().types
     if types.is_dictionary(kind):
         return _is_text(kind.value_type)
-    view = getattr(types, "is_string_view", lambda kind: False)
-    return types.is_string(kind) or types.is_large_string(kind) or view(kind)
-
-
-def _is_null(kind: Any) -> bool:
-    return import_pyarrow().types.is_null(kind)
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 def _is_image(kind: Any) -> bool:
-    types = import_pyarrow().types
     if types.is_struct(kind):
-        fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
-        return bool(fields.keys() & {"bytes", "path"})
+        return any(field.name in ("bytes", "path") for field in kind)
     if types.is_dictionary(kind):
         kind = kind.value_type
-    view = getattr(types, "is_binary_view", lambda kind: False)
-    binary = types.is_binary(kind) or types.is_large_binary(kind) or view(kind)
+    binary = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
     return binary or types.is_fixed_size_binary(kind) or _is_text(kind) or types.is_null(kind)

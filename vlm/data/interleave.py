@@ -9,7 +9,7 @@ its rows, so it does not include prefetched samples.
 import collections
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -87,8 +87,10 @@ class LaneBatches(grain.IterDataset):
     """Infinite dataset of the rows that some lanes contribute to each batch.
 
     An element has `images`, `tokens`, `texts_cut` (which texts were truncated), and as JSON `bad`
-    (records) and `lanes` (positions after the element, by lane).
+    (records) and `lanes` (positions after the element, by lane). The position is that of each lane.
     """
+
+    length = None  # infinite
 
     def __init__(
         self,
@@ -97,20 +99,19 @@ class LaneBatches(grain.IterDataset):
         rows: int,
         transform: ExampleTransform,
         tokenizer: AnyTokenizer,
-        *,
-        max_bad_in_a_row: int,
-        threads: int,
+        config: DataConfig,
     ):
         super().__init__()
         self.stream, self.rows, self.transform, self.tokenizer = stream, rows, transform, tokenizer
         self.lanes = list(lanes)
-        self.max_bad_in_a_row, self.threads = max_bad_in_a_row, threads
-        self.starts: Mapping[int, Position] = {}
-
-    def element_bytes(self, parts: int) -> int:
-        """Bytes of pixels and tokens in one element, if `parts` elements make a batch."""
-        row_bytes = self.transform.image_bytes + 4 * self.tokenizer.config.context_length
-        return -(-len(self.lanes) // parts) * self.rows * row_bytes
+        self.max_bad_in_a_row = config.max_bad_in_a_row
+        # Decoding threads: all cores without workers, else one in each worker.
+        self.threads = 1 if config.workers else os.cpu_count() or 1
+        self.workers, self._prefetch = min(config.workers, len(self.lanes)), config.prefetch
+        self.parts = max(1, self.workers)  # elements per batch
+        row_bytes = transform.image_bytes + 4 * tokenizer.config.context_length
+        self.element_bytes = -(-len(self.lanes) // self.parts) * rows * row_bytes
+        self.positions: dict[str, Position] = {}  # of lanes that have been read, as in JSON
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
         """Keep only the lanes of worker `sl.start` of `sl.step` (part of grain's interface)."""
@@ -118,6 +119,56 @@ class LaneBatches(grain.IterDataset):
 
     def __iter__(self) -> "LaneIterator":
         return LaneIterator(self)
+
+    def read(self) -> grain.IterDataset:
+        """Return the elements from the current position."""
+        if self.workers:
+            return self
+        return grain.experimental.ThreadPrefetchIterDataset(
+            self, prefetch_buffer_size=self._prefetch
+        )
+
+    def join(self, elements: list[dict[str, Any]]) -> dict[str, Any]:
+        """Join the elements of all workers into a batch; advance the position."""
+        for element in elements:
+            self.positions |= json.loads(element.pop("lanes"))
+        first = elements[0]
+        if len(elements) == 1:
+            return first
+        bad = [record for element in elements for record in json.loads(element.pop("bad"))]
+        names = [name for name in first if name != "bad"]
+        arrays = [{name: element[name] for name in names} for element in elements]
+        return jax.tree.map(lambda *x: np.concatenate(x), *arrays) | {"bad": json.dumps(bad)}
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Return the positions of all lanes; all processes must call it at the same step."""
+        stream = self.stream
+        lanes = gather_processes(self.positions)
+        return {"step": step, "data": stream.fingerprint, "count": stream.lanes, "lanes": lanes}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Restore the positions of `state`.
+
+        Raises:
+            DataError: the state belongs to other shards, or to another number of lanes.
+        """
+        stream = self.stream
+        if state.get("data") != stream.fingerprint:
+            raise DataError(
+                f"the checkpoint is for other data ({state.get('data')!r}, here "
+                f"{stream.fingerprint!r}: number and hash of the shards' names): resume with the "
+                "shards that the run started with"
+            )
+        if state.get("count") != stream.lanes:
+            raise DataError(
+                f"the checkpoint has {state.get('count')} lanes and the run has {stream.lanes}: "
+                f"set data.interleave to {state.get('count')}"
+            )
+        lanes = state.get("lanes")
+        mine = [str(number) for number in self.lanes]
+        if not isinstance(lanes, dict) or (lanes and not set(mine) <= set(lanes)):
+            raise DataError("the checkpoint lacks positions of lanes: it belongs to another run")
+        self.positions = {number: lanes[number] for number in mine if number in lanes}
 
 
 class _DecodedSample(NamedTuple):
@@ -142,7 +193,7 @@ class LaneIterator(grain.DatasetIterator):
         self._readers = ThreadPoolExecutor(min(_READERS, len(batches.lanes)), "read")
         self._decoders = ThreadPoolExecutor(max(1, batches.threads), "decode")
         self._lanes = {
-            number: batches.stream.lane(number, batches.starts.get(number), self._readers)
+            number: batches.stream.lane(number, batches.positions.get(str(number)), self._readers)
             for number in batches.lanes
         }
         self._ahead = {number: collections.deque[_Chunk]() for number in self._lanes}
@@ -182,7 +233,7 @@ class LaneIterator(grain.DatasetIterator):
         return {}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Do nothing: an iterator starts at its dataset's `starts`."""
+        """Do nothing: an iterator starts at the `positions` of its dataset."""
 
     def close(self) -> None:
         """Stop reading and decoding."""
@@ -239,85 +290,6 @@ class LaneIterator(grain.DatasetIterator):
                 text = fault
             decoded.append(_DecodedSample(text, images, row))
         return decoded
-
-
-class LaneOrder:
-    """Batch order of a stream, for `TrainIterator`; the position is that of each lane."""
-
-    length = None  # infinite
-
-    def __init__(self, batches: LaneBatches, workers: int, prefetch: int):
-        self._batches = batches
-        self.workers = min(workers, len(batches.lanes))
-        self.parts = max(1, self.workers)  # elements per batch
-        self.element_bytes = batches.element_bytes(self.parts)
-        self._prefetch = prefetch
-        self._positions: dict[str, Position] = {}
-
-    @property
-    def stream(self) -> Stream:
-        """Stream that is read."""
-        return self._batches.stream
-
-    def read(self) -> grain.IterDataset:
-        """Return the elements from the current position."""
-        self._batches.starts = {int(number): at for number, at in self._positions.items()}
-        if self.workers:
-            return self._batches
-        return grain.experimental.ThreadPrefetchIterDataset(
-            self._batches, prefetch_buffer_size=self._prefetch
-        )
-
-    def join(self, elements: list[dict[str, Any]]) -> dict[str, Any]:
-        """Join the elements of all workers into a batch; advance the position."""
-        for element in elements:
-            self._positions |= json.loads(element.pop("lanes"))
-        first = elements[0]
-        if len(elements) == 1:
-            return first
-        bad = [record for element in elements for record in json.loads(element.pop("bad"))]
-        names = [name for name in first if name != "bad"]
-        arrays = [{name: element[name] for name in names} for element in elements]
-        return jax.tree.map(lambda *x: np.concatenate(x), *arrays) | {"bad": json.dumps(bad)}
-
-    def state(self, step: int) -> dict[str, Any]:
-        """Return the positions of all lanes; all processes must call it at the same step."""
-        stream = self._batches.stream
-        return {
-            "step": step,
-            "data": stream.fingerprint,
-            "count": stream.lanes,
-            "lanes": gather_processes(self._positions),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Restore the positions of `state`.
-
-        Raises:
-            DataError: the state belongs to other shards, or to another number of lanes.
-        """
-        stream = self._batches.stream
-        if state.get("data") != stream.fingerprint:
-            raise DataError(
-                f"the checkpoint is for other data ({state.get('data')!r}, here "
-                f"{stream.fingerprint!r}: number and hash of the shards' names): resume with the "
-                "shards that the run started with"
-            )
-        if state.get("count") != stream.lanes:
-            raise DataError(
-                f"the checkpoint has {state.get('count')} lanes and the run has {stream.lanes}: "
-                f"set data.interleave to {state.get('count')}"
-            )
-        lanes = state.get("lanes")
-        mine = [str(number) for number in self._batches.lanes]
-        if not isinstance(lanes, dict) or (lanes and not set(mine) <= set(lanes)):
-            raise DataError("the checkpoint lacks positions of lanes: it belongs to another run")
-        self._positions = {number: lanes[number] for number in mine if number in lanes}
-
-
-def threads_for(config: DataConfig) -> int:
-    """Number of decoding threads: all cores without workers, else one in each worker."""
-    return 1 if config.workers else os.cpu_count() or 1
 
 
 def gather_processes(own: dict[str, Any]) -> dict[str, Any]:

@@ -4,17 +4,20 @@ Row groups can only be read whole, so shuffled random access to files with image
 Training reads these as a stream.
 """
 
-import bisect
 import collections
+import contextlib
 import functools
 import itertools
 import os
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
+
 from vlm.config import DataConfig
-from vlm.data.columns import Columns, import_pyarrow, same_label_names
+from vlm.data.columns import Columns, Groups, same_label_names
 from vlm.data.examples import Example, Subset
 from vlm.data.faults import BadSample
 from vlm.data.shards import Record
@@ -43,10 +46,8 @@ class ParquetFormat:
         Raises:
             OSError, CorruptFileError: the rest cannot be read.
         """
-        pyarrow = import_pyarrow()
-        with retry(lambda: open_file(shard)) as f:
-            try:
-                file = pyarrow.parquet.ParquetFile(f, buffer_size=chunk, pre_buffer=False)
+        try:
+            with _open(shard, buffer_size=chunk, pre_buffer=False) as file:
                 columns = Columns(file.schema_arrow, self._config, shard)
                 row = 0
                 for group in range(file.num_row_groups):
@@ -59,8 +60,8 @@ class ParquetFormat:
                         if row >= offset:
                             yield Record(_example(columns, values, shard, row), row + 1)
                         row += 1
-            except pyarrow.ArrowException as error:
-                raise CorruptFileError(str(error)) from None
+        except pyarrow.ArrowException as error:
+            raise CorruptFileError(str(error)) from None
 
 
 class ParquetSource:
@@ -70,87 +71,67 @@ class ParquetSource:
     """
 
     def __init__(self, names: list[str], config: DataConfig):
-        self._names, self._config = names, config
-        self._metadata, self._columns = [], []
-        counts, self._groups, self._starts = [], [], []
-        for number, name in enumerate(names):
-            metadata, schema = _footer(name)
-            columns = Columns(schema, config, name)
+        self._names = names
+        footers = [_footer(name) for name in names]
+        self._metadata = [metadata for metadata, _ in footers]
+        pairs = zip(names, footers, strict=True)
+        self._columns = [Columns(schema, config, name) for name, (_, schema) in pairs]
+        for columns in self._columns:
             columns.check()
-            self._metadata.append(metadata)
-            self._columns.append(columns)
-            start = 0
-            for group in range(metadata.num_row_groups):
-                self._starts.append(start)
-                start += metadata.row_group(group).num_rows
-                counts.append(metadata.row_group(group).num_rows)
-                self._groups.append((number, group))
-        self._ends = list(itertools.accumulate(counts))
         self.label_names = same_label_names(self._columns, config)
-        self._cache = _Cache()
+        self._places = [
+            (n, g) for n, m in enumerate(self._metadata) for g in range(m.num_row_groups)
+        ]
+        counts = [self._metadata[n].row_group(g).num_rows for n, g in self._places]
+        self._groups = Groups(counts)
+        self._files = Groups([metadata.num_rows for metadata in self._metadata])
+        self._pid: int | None = None
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return len(self._groups)
 
     def __getitem__(self, index: int) -> Example:
-        at = bisect.bisect_right(self._ends, index)
-        number = self._groups[at][0]
-        row = index - (self._ends[at - 1] if at else 0)
-        values = self._cache.get(at, self._read).slice(row, 1).to_pylist()[0]
-        where = f"{self._names[number]}: row {self._starts[at] + row}"
-        return self._columns[number].example(values, where)
+        group, row = self._groups.find(index)
+        values = self._cached(group).slice(row, 1).to_pylist()[0]
+        number, row = self._files.find(index)
+        return self._columns[number].example(values, f"{self._names[number]}: row {row}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cache": None}
+        return self.__dict__ | {"_pid": None, "_cache": None, "_lock": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state | {"_cache": _Cache()}
+    def _cached(self, group: int) -> Any:
+        """Return a row group from the cache; of several threads only one reads it."""
+        if self._pid != os.getpid():  # after a fork, a lock may be held by a thread of the parent
+            self._cache: collections.OrderedDict[int, tuple[threading.Lock, list]]
+            self._cache, self._lock = collections.OrderedDict(), threading.Lock()
+            self._pid = os.getpid()
+        with self._lock:
+            lock, held = self._cache.setdefault(group, (threading.Lock(), []))
+            self._cache.move_to_end(group)
+            while len(self._cache) > _GROUPS:
+                self._cache.popitem(last=False)
+        with lock:
+            if not held:
+                held.append(self._read(group))
+            return held[0]
 
-    def _read(self, at: int) -> Any:
-        number, group = self._groups[at]
-        pyarrow, name = import_pyarrow(), self._names[number]
+    def _read(self, place: int) -> Any:
+        number, group = self._places[place]
+        name, columns = self._names[number], self._columns[number].wanted
         try:
-            with retry(lambda: open_file(name)) as f:
-                file = pyarrow.parquet.ParquetFile(f, metadata=self._metadata[number])
-                return file.read_row_group(group, columns=self._columns[number].wanted)
+            with _open(name, metadata=self._metadata[number]) as file:
+                return file.read_row_group(group, columns=columns)
         except (pyarrow.ArrowException, OSError) as error:
             where = f"{name}: row group {group}"
             why = f"row group {group} of {name} cannot be read ({first_line(error)})"
             raise BadSample("failed read", where, why) from None
 
 
-class _Cache:
-    """Cache of the last row groups; of several threads only one reads a group."""
-
-    def __init__(self):
-        self._groups: collections.OrderedDict[int, _Group] = collections.OrderedDict()
-        self._lock, self._pid = threading.Lock(), os.getpid()
-
-    def get(self, at: int, read: Callable[[int], Any]) -> Any:
-        """Return row group `at`; call `read` if it is not cached."""
-        if self._pid != os.getpid():  # after a fork, a lock may be held by a thread of the parent
-            self.__init__()
-        with self._lock:
-            group = self._groups.setdefault(at, _Group())
-            self._groups.move_to_end(at)
-            while len(self._groups) > _GROUPS:
-                self._groups.popitem(last=False)
-        with group.lock:
-            if group.table is None:
-                group.table = read(at)
-            return group.table
-
-
-class _Group:
-    def __init__(self):
-        self.lock, self.table = threading.Lock(), None
-
-
 def open_parquet(config: DataConfig, split: str) -> Any:
     """Open the rows of `split`, by `{split}` in the file names or by a column `split`.
 
     Raises:
-        DataError: no such file or split, pyarrow is not installed, or a feature is missing.
+        DataError: no such file or split, or a feature is missing.
     """
     splits = _split_column(config.source)
     files = (
@@ -225,16 +206,13 @@ def read_columns(path: str, columns: list[str]) -> list[dict[str, Any]]:
 
     Raises:
         OSError: it cannot be read.
-        DataError: pyarrow is not installed.
     """
-    pyarrow = import_pyarrow()
-    with retry(lambda: open_file(path)) as f:
-        try:
-            file = pyarrow.parquet.ParquetFile(f)
+    try:
+        with _open(path) as file:
             known = [name for name in columns if name in file.schema_arrow.names]
             return file.read(columns=known).to_pylist()
-        except pyarrow.ArrowException as error:
-            raise OSError(f"{path} cannot be read as Parquet ({error})") from None
+    except pyarrow.ArrowException as error:
+        raise OSError(f"{path} cannot be read as Parquet ({error})") from None
 
 
 def _footer(name: str) -> tuple[Any, Any]:
@@ -243,15 +221,20 @@ def _footer(name: str) -> tuple[Any, Any]:
     Raises:
         DataError: it is missing, or not a Parquet file.
     """
-    pyarrow = import_pyarrow()
     try:
-        with retry(lambda: open_file(name)) as f:
-            file = pyarrow.parquet.ParquetFile(f)
+        with _open(name) as file:
             return file.metadata, file.schema_arrow
     except FileNotFoundError:
         raise DataError(f"there is no table {name}: check data.source") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{name} cannot be read as Parquet ({error}): check data.source") from None
+
+
+@contextlib.contextmanager
+def _open(name: str, **options: Any) -> Iterator[pyarrow.parquet.ParquetFile]:
+    """Open a local or remote Parquet file; the errors are those of Arrow, and OSError."""
+    with retry(lambda: open_file(name)) as f:
+        yield pyarrow.parquet.ParquetFile(f, **options)
 
 
 def _example(columns: Columns, values: dict[str, Any], name: str, row: int) -> Example | BadSample:

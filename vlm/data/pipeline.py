@@ -15,15 +15,9 @@ from etils import epath
 from vlm.config import DataConfig
 from vlm.data.examples import captions_of
 from vlm.data.faults import BadSamples
-from vlm.data.interleave import (
-    LaneBatches,
-    LaneOrder,
-    count_lanes,
-    gather_processes,
-    threads_for,
-)
+from vlm.data.interleave import LaneBatches, count_lanes, gather_processes
 from vlm.data.mixture import part_configs
-from vlm.data.random_access import Batch, StepOrder, TrainBatches, decoding_threads
+from vlm.data.random_access import Batch, TrainBatches
 from vlm.data.reinforced import Reinforced
 from vlm.data.sources import CachedSource, open_source, open_stream, streams
 from vlm.data.transform_example import ExampleTransform
@@ -47,7 +41,7 @@ class TrainIterator(grain.DatasetIterator):
 
     def __init__(
         self,
-        order: StepOrder | LaneOrder,
+        order: TrainBatches | LaneBatches,
         *,
         prefetch: int,
         bad: BadSamples,
@@ -122,9 +116,7 @@ class TrainIterator(grain.DatasetIterator):
     def _open(self) -> grain.DatasetIterator:
         data = self._order.read()
         if self._order.workers:
-            if (
-                not flags.FLAGS.is_parsed()
-            ):  # grain's workers read absl flags, which are unused here
+            if not flags.FLAGS.is_parsed():  # grain's workers read absl flags: none are used here
                 flags.FLAGS.mark_as_parsed()
             ahead = self._prefetch * self._order.parts
             check_shared_memory(self._order.workers, ahead, self._order.element_bytes)
@@ -188,76 +180,43 @@ def train_batches(
                 f"{config.source} is read as a stream, whose number of examples is unknown, so "
                 "epochs are undefined: set steps or examples"
             )
-        lanes = _lane_order(
-            config, preprocess, tokenizer, batch_size, seed, process_index, process_count
+        if config.cache:
+            raise ConfigError(
+                "data.cache needs a data set of finite size, not a stream: set it to False"
+            )
+        stream = open_stream(
+            config,
+            lambda shards: count_lanes(config, batch_size * process_count, shards, process_count),
+            seed=seed,
+            process_count=process_count,
         )
-        stream = lanes.stream
-        bad = BadSamples(
-            config.max_bad_share,
-            run_folder,
-            process_index,
-            examples=max(1, stream.examples // process_count),
-            spare=2 * stream.typical if process_count > 1 else 0,
+        each = stream.lanes // process_count
+        lanes = range(each * process_index, each * (process_index + 1))
+        transform = ExampleTransform([config, *part_configs(config)], preprocess)
+        batches = LaneBatches(stream, lanes, batch_size // each, transform, tokenizer, config)
+        faults, examples = stream.faults, max(1, stream.examples // process_count)
+        spare = 2 * stream.typical if process_count > 1 else 0
+    else:
+        source = open_source(config, config.train_split)
+        batches = TrainBatches(
+            CachedSource(source, config, preprocess) if config.cache else source,
+            config,
+            preprocess,
+            tokenizer,
+            batch_size=batch_size,
+            seed=seed,
+            process_index=process_index,
+            process_count=process_count,
+            epochs=epochs,
+            reinforced=reinforced,
         )
-        bad.take(0, 0, list(stream.faults))
-        return TrainIterator(lanes, prefetch=config.prefetch, bad=bad, finish=finish)
-    source = open_source(config, config.train_split)
-    batches = TrainBatches(
-        CachedSource(source, config, preprocess) if config.cache else source,
-        config,
-        preprocess,
-        tokenizer,
-        batch_size=batch_size,
-        seed=seed,
-        process_index=process_index,
-        process_count=process_count,
-        epochs=epochs,
-        reinforced=reinforced,
+        faults, spare = getattr(source, "faults", ()), 0
+        examples = len(source) + sum(fault.get("samples", 1) for fault in faults)
+    bad = BadSamples(
+        config.max_bad_share, run_folder, process_index, examples=examples, spare=spare
     )
-    faults = getattr(source, "faults", ())  # of shards, known before the first step
-    lost = sum(fault.get("samples", 1) for fault in faults)
-    bad = BadSamples(config.max_bad_share, run_folder, process_index, examples=len(source) + lost)
-    bad.take(0, 0, list(faults))
-    order = StepOrder(
-        batches,
-        prefetch=config.prefetch,
-        threads=decoding_threads(config),
-        workers=config.workers,
-    )
-    return TrainIterator(order, prefetch=config.prefetch, bad=bad, finish=finish)
-
-
-def _lane_order(
-    config: DataConfig,
-    preprocess: Preprocess,
-    tokenizer: AnyTokenizer,
-    batch_size: int,
-    seed: int,
-    process_index: int,
-    process_count: int,
-) -> LaneOrder:
-    if config.cache:
-        raise ConfigError(
-            "data.cache needs a data set of finite size, not a stream: set it to False"
-        )
-    global_batch = batch_size * process_count
-    stream = open_stream(
-        config,
-        lambda shards: count_lanes(config, global_batch, shards, process_count),
-        seed=seed,
-        process_count=process_count,
-    )
-    each = stream.lanes // process_count
-    batches = LaneBatches(
-        stream,
-        range(each * process_index, each * (process_index + 1)),
-        batch_size // each,
-        ExampleTransform([config, *part_configs(config)], preprocess),
-        tokenizer,
-        max_bad_in_a_row=config.max_bad_in_a_row,
-        threads=threads_for(config),
-    )
-    return LaneOrder(batches, config.workers, config.prefetch)
+    bad.take(0, 0, list(faults))  # of shards, known before the first step
+    return TrainIterator(batches, prefetch=config.prefetch, bad=bad, finish=finish)
 
 
 def eval_batches(

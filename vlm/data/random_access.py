@@ -46,11 +46,13 @@ def places(seed: int, positions: Int[np.ndarray, " b"], count: int) -> Int[np.nd
 
 
 class TrainBatches:
-    """Training batches of one process by step: `batches[step]`.
+    """Training batches of one process by step: `batches[step]`; the position is the step.
 
     Besides `images` and `tokens` a batch has `texts_cut`, which texts were truncated, and `bad`,
     the replaced samples as JSON.
     """
+
+    parts = 1  # elements per batch
 
     def __init__(
         self,
@@ -66,15 +68,11 @@ class TrainBatches:
         epochs: float | None = None,
         reinforced: Reinforced | None = None,
     ):
-        self._reinforced = reinforced
-        self._source = source
-        self._tokenizer = tokenizer
+        self._source, self._tokenizer, self._reinforced = source, tokenizer, reinforced
         self._transform = ExampleTransform([config], preprocess)
-        self._seed = seed
-        self._batch_size = batch_size
+        self._seed, self._batch_size = seed, batch_size
         self._global_batch = batch_size * process_count
         self._offset = batch_size * process_index
-        self._length = _FOREVER
         self._max_bad_in_a_row = config.max_bad_in_a_row
         if self._global_batch > len(source):
             raise DataError(
@@ -83,11 +81,16 @@ class TrainBatches:
             )
         if reinforced is not None:
             reinforced.check(config, len(source))
+        self.length = _FOREVER
         if epochs is not None:
-            self._length = int(epochs * len(source)) // self._global_batch
+            self.length = int(epochs * len(source)) // self._global_batch
+        self.workers, self._prefetch = config.workers, config.prefetch
+        # Decoding releases the GIL.
+        self._threads = 1 if config.cache else min(config.prefetch, os.cpu_count() or 1)
+        self._step = 0  # of the next batch to be read
 
     def __len__(self) -> int:
-        return self._length
+        return self.length
 
     def __getitem__(self, step: int) -> Batch:
         first = int(step) * self._global_batch + self._offset
@@ -113,16 +116,48 @@ class TrainBatches:
         return batch | teacher
 
     @property
-    def examples(self) -> int:
-        """Number of examples in the source."""
-        return len(self._source)
-
-    @property
-    def batch_bytes(self) -> int:
+    def element_bytes(self) -> int:
         """Bytes of one batch of this process."""
         length = self._tokenizer.config.context_length
         teacher = 0 if self._reinforced is None else 2 * 4 * self._reinforced.width
         return self._batch_size * (self._transform.image_bytes + 4 * length + teacher)
+
+    def read(self) -> grain.IterDataset:
+        """Return the batches from the current position."""
+        batches: Any = self  # a sequence without the base class
+        data = grain.MapDataset.source(batches).slice(slice(self._step, None))
+        threads = self._threads if self._prefetch else 0
+        ahead = (1, 1) if self.workers else (threads, self._prefetch)
+        return data.to_iter_dataset(grain.ReadOptions(*ahead))
+
+    def join(self, elements: list[Batch]) -> Batch:
+        """Return the only element; advance the position."""
+        self._step += 1
+        return elements[0]
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Return the step, and the number of examples to recognise the data."""
+        return {"step": step, "examples": len(self._source)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Restore the position of `state`.
+
+        Raises:
+            DataError: the state belongs to other data.
+        """
+        if "lanes" in state:
+            raise DataError(
+                "the checkpoint is for a stream, and the data has random access: set "
+                'data.access="stream"'
+            )
+        here = len(self._source)
+        examples = state.get("examples", here)  # missing in older checkpoints
+        if examples != here:
+            raise DataError(
+                f"the checkpoint is for other data ({examples:,} examples, here {here:,}): resume "
+                "with the data that the run started with"
+            )
+        self._step = state["step"]
 
     def _make(
         self,
@@ -150,61 +185,6 @@ class TrainBatches:
                     u = self._reinforced.draws(self._transform, *at)[0]
         assert last is not None  # there was at least one attempt
         raise TooManyBad.in_a_row(self._max_bad_in_a_row, last)
-
-
-class StepOrder:
-    """Batch order of a random-access source, for `TrainIterator`; the position is the step."""
-
-    parts = 1
-
-    def __init__(self, batches: TrainBatches, *, prefetch: int, threads: int, workers: int):
-        self._batches, self.workers = batches, workers
-        self._prefetch, self._threads = prefetch, threads
-        self._step = 0
-        self.length = len(batches)
-        self.element_bytes = batches.batch_bytes
-
-    def read(self) -> grain.IterDataset:
-        """Return the batches from the current position."""
-        batches: Any = self._batches  # a sequence without the base class
-        data = grain.MapDataset.source(batches).slice(slice(self._step, None))
-        if self.workers:
-            return data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-        threads = self._threads if self._prefetch else 0
-        return data.to_iter_dataset(
-            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._prefetch)
-        )
-
-    def join(self, elements: list[Batch]) -> Batch:
-        """Return the only element; advance the position."""
-        self._step += 1
-        return elements[0]
-
-    def state(self, step: int) -> dict[str, Any]:
-        """Return the step, and the number of examples to recognise the data."""
-        return {"step": step, "examples": self._batches.examples}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Restore the position of `state`.
-
-        Raises:
-            DataError: the state belongs to other data.
-        """
-        examples = state.get("examples", self._batches.examples)  # missing in older checkpoints
-        if "lanes" in state or examples != self._batches.examples:
-            raise DataError(
-                f"the checkpoint is for other data ({examples:,} examples, here "
-                f"{self._batches.examples:,}): resume with the data that the run started with"
-                if "lanes" not in state
-                else "the checkpoint is for a stream, and the data has random access: set "
-                'data.access="stream"'
-            )
-        self._step = state["step"]
-
-
-def decoding_threads(config: DataConfig) -> int:
-    """Number of threads that make batches; decoding releases the GIL."""
-    return 1 if config.cache else min(config.prefetch, os.cpu_count() or 1)
 
 
 class IndexedStream:

@@ -36,7 +36,6 @@ def read_sidecar(shard: str, config: DataConfig) -> dict[str, dict[str, Any]]:
 
     Raises:
         OSError: it cannot be read.
-        DataError: pyarrow is not installed.
     """
     rows = read_columns(sidecar_path(shard), ["key", *wanted_features(config)])
     return {str(row.pop("key")): row for row in rows}
