@@ -15,7 +15,7 @@ from vlm.data import sidecar
 from vlm.data.faults import BadSample
 from vlm.data.interleave import LaneBatches
 from vlm.data.pipeline import TrainIterator, train_batches
-from vlm.data.shard_index import open_shards
+from vlm.data.shard_index import open_split
 from vlm.errors import ConfigError
 
 STEPS, BATCH = 26, 8
@@ -163,7 +163,7 @@ def test_a_table_beside_a_shard_is_read_once_and_its_absence_is_named(tmp_path, 
     source = kinds.tars_beside_tables(tmp_path)
     (tmp_path / "001.parquet").unlink()
     config = DataConfig(source, filters=(FieldFilter("language", one_of=("en",)),), eval_split=None)
-    opened = open_shards(config, "train")
+    opened = open_split(config, "train")
     monkeypatch.setattr(sidecar, "read_columns", None)  # no table is read again
     opened = pickle.loads(pickle.dumps(opened))  # as a worker has it
     lost = np.array_split(np.arange(kinds.COUNT), kinds.SHARDS)[1].tolist()

@@ -46,7 +46,7 @@ class ArrayRecordSource:
         return parse(record, self._config.image, where)
 
 
-def open_array_record(config: DataConfig, split: str) -> ArrayRecordSource:
+def open_split(config: DataConfig, split: str) -> ArrayRecordSource:
     """Open the files of `config.source`, with `{split}` replaced by `split`.
 
     Raises:

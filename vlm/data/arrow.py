@@ -10,7 +10,6 @@ from typing import Any
 
 import pyarrow
 import pyarrow.ipc
-from etils import epath
 
 from vlm.config import DataConfig
 from vlm.data.columns import Columns, Groups, same_label_names
@@ -70,7 +69,7 @@ class ArrowSource:
         self._groups = Groups([batch.num_rows for _, batch in self._batches])
 
 
-def open_arrow(config: DataConfig, split: str) -> ArrowSource:
+def open_split(config: DataConfig, split: str) -> ArrowSource:
     """Open the rows of a split.
 
     Raises:
@@ -101,14 +100,14 @@ def _value(scalar: Any) -> Any:
         return scalar.cast("string").as_py()
 
 
-def saved_splits(folder: epath.Path) -> list[str] | None:
+def list_splits(config: DataConfig) -> list[str] | None:
     """List the splits in a folder of `save_to_disk`; None if it is a single split."""
-    several = folder / "dataset_dict.json"
+    several = as_path(config.source) / "dataset_dict.json"
     return json.loads(several.read_text())["splits"] if several.exists() else None
 
 
 def _saved(folder: Any, config: DataConfig, split: str) -> tuple[list[str], dict[str, Any]]:
-    known = saved_splits(folder)
+    known = list_splits(config)
     if known is not None:
         folder = folder / find_split(split, known, os.fspath(folder))
     elif split != config.train_split:

@@ -10,7 +10,6 @@ import functools
 import io
 import itertools
 import uuid
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -176,9 +175,9 @@ def _repeated(found: tuple[bytes, Any]) -> Iterator[tuple[Place, int]]:
 def _without_duplicates(joined: tuple[Place, dict[str, Any]]) -> tuple[Place, list[Item]]:
     place, parts = joined
     (items,), repeated = parts["items"], set(parts["repeated"])
-    duplicate = BadSample("duplicate", "", "it equals an earlier image")
     return place, [
-        (duplicate if row in repeated else made, after) for row, (made, after) in enumerate(items)
+        (plain.DUPLICATE if row in repeated else made, after)
+        for row, (made, after) in enumerate(items)
     ]
 
 
@@ -199,14 +198,14 @@ def _starts(counts: list[tuple[Place, int, int]]) -> dict[Place, tuple[int, int]
 
 def _placed(
     chunk: tuple[Place, list[Item]], starts: dict[Place, tuple[int, int]], examples: int
-) -> Iterator[tuple[int, tuple[int, Item]]]:
+) -> Iterator[tuple[int, plain.Row]]:
     """Yield each example with its shard and number; a skipped one counts to the next shard."""
     place, items = chunk
     read, kept = starts[place]
-    for item in items:
+    for made, after in items:
         read += 1
-        yield kept // examples, (read, item)
-        kept += isinstance(item[0], PreparedExample)
+        yield kept // examples, (read, made, after)
+        kept += isinstance(made, PreparedExample)
 
 
 def _write(
@@ -214,11 +213,5 @@ def _write(
 ) -> dict[str, Any]:
     number, found = shard
     rows = sorted(found, key=lambda row: row[0])
-    kept = [made for _, (made, _) in rows if isinstance(made, PreparedExample)]
-    left_out: Counter[str] = Counter()
-    for _, (made, _) in rows:
-        if isinstance(made, BadSample):
-            left_out[made.kind] += made.samples
-    read, (_, after) = rows[-1]
     unfinished = f".{uuid.uuid4().hex}.part"  # a runner may start one shard twice
-    return plain.write(folder, split, kept, wanted, number, left_out, read, after, unfinished)
+    return plain.write(folder, split, rows, wanted, number, unfinished)

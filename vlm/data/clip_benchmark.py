@@ -42,15 +42,17 @@ def is_clip_benchmark(source: str) -> bool:
     return not is_remote(source) and bool(_splits(source))
 
 
-def clip_benchmark_splits(source: str) -> list[str]:
+def list_splits(config: DataConfig) -> list[str]:
     """List the splits of a folder: its subfolders with a file `nshards.txt`.
 
     Raises:
         DataError: there is none.
     """
-    if found := _splits(source):
+    if found := _splits(config.source):
         return found
-    raise DataError(f"{source} has no test/nshards.txt, as CLIP_benchmark has it: check the folder")
+    raise DataError(
+        f"{config.source} has no test/nshards.txt, as CLIP_benchmark has it: check the folder"
+    )
 
 
 def _splits(source: str) -> list[str]:
@@ -75,14 +77,14 @@ def dataset_type(source: str) -> str:
     return kind
 
 
-def open_clip_benchmark(config: DataConfig, split: str) -> "ClipBenchmarkSource":
+def open_split(config: DataConfig, split: str) -> "ClipBenchmarkSource":
     """Open the examples of a split.
 
     Raises:
         DataError: there is no such folder, split or example, or a feature is missing.
     """
     root, source = _root(config.source), config.source
-    split = find_split(split, clip_benchmark_splits(source), source)
+    split = find_split(split, list_splits(config), source)
     text = read_file(f"{_texts(root)}/{split}/nshards.txt").decode().strip()
     if not text.isdecimal() or not int(text):
         raise DataError(f"nshards.txt of {source}/{split} is {text!r}: write the number of shards")

@@ -6,9 +6,8 @@ from typing import NamedTuple
 from vlm.config import DataConfig
 from vlm.data.examples import Example
 from vlm.data.faults import BadSample, from_record
-from vlm.data.shard_sizes import known_count
 from vlm.data.shard_stream import find_shards, look_at
-from vlm.data.shards import shard_fault
+from vlm.data.shards import known_count, shard_fault
 from vlm.data.sources import open_source, streams
 from vlm.data.storage import CHUNK
 from vlm.data.tar import CorruptFileError

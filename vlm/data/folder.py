@@ -51,14 +51,14 @@ class FolderSource:
         return texts_of(parts, config, image, by_line=True) | own
 
 
-def open_folder(config: DataConfig, split: str) -> FolderSource:
+def open_split(config: DataConfig, split: str) -> FolderSource:
     """Open the images of a folder without a table.
 
     Raises:
         DataError: no images, no such split, or neither texts nor class folders.
     """
     root = top = as_path(config.source)
-    known = folder_splits(config)
+    known = list_splits(config)
     if known is not None:
         root = top / find_split(split, known, f"the folder {top}")
         stray = [path for path in map(os.fspath, top.iterdir()) if is_image_name(path)]
@@ -115,7 +115,7 @@ def open_folder(config: DataConfig, split: str) -> FolderSource:
     return source
 
 
-def folder_splits(config: DataConfig) -> list[str] | None:
+def list_splits(config: DataConfig) -> list[str] | None:
     """List the split folders in a folder; None if no folder is named as a split.
 
     With class labels, a split must have subfolders: `train` with only images is a class (trains).

@@ -21,10 +21,11 @@ from etils import epath
 from rich.console import Console
 from rich.progress import track
 
+from vlm.config import DataConfig
 from vlm.data.drawing import draw_all
-from vlm.data.prepared import open_split
+from vlm.data.prepared import TfdsSource, open_records
 from vlm.errors import DataError
-from vlm.paths import is_remote
+from vlm.paths import as_path, cache_dir, is_remote
 
 IMAGE_SIZE = 128
 LANGUAGES = ("de", "es", "fr", "it", "pt", "ru", "tr", "id", "zh", "ja", "ko", "fa", "ar")
@@ -131,6 +132,20 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
                     "code_points": e.code_points,
                 },
             )
+
+
+def open_split(config: DataConfig, split: str) -> TfdsSource:
+    """Open a split of OpenMoji."""
+    return TfdsSource(_prepared(config), split, config)
+
+
+def list_splits(config: DataConfig) -> list[str]:
+    """List the splits of OpenMoji."""
+    return sorted(_prepared(config).info.splits)
+
+
+def _prepared(config: DataConfig) -> tfds.core.DatasetBuilder:
+    return prepare(as_path(config.data_dir or cache_dir() / "data"))
 
 
 def prepare(data_dir: epath.Path) -> tfds.core.DatasetBuilder:
@@ -259,7 +274,7 @@ def _open(folder: epath.Path) -> tfds.core.DatasetBuilder | None:
         builder = tfds.builder_from_directory(folder)
         undecoded = {"image": tfds.decode.SkipDecoding()}
         for split, info in builder.info.splits.items():
-            records = open_split(builder, split, undecoded)
+            records = open_records(builder, split, undecoded)
             records[info.num_examples - 1]  # a truncated file lacks the index at its end
     except Exception:  # readers raise errors of any type for corrupt files
         return None

@@ -21,7 +21,7 @@ from vlm.data.columns import Columns, Groups, same_label_names
 from vlm.data.examples import Example, Subset
 from vlm.data.faults import BadSample
 from vlm.data.shards import Record
-from vlm.data.splits import named_splits, rows_of_split, split_files, split_value
+from vlm.data.splits import rows_of_split, split_files, split_value
 from vlm.data.storage import expand, open_file, retry
 from vlm.data.tar import CorruptFileError
 from vlm.errors import DataError, first_line
@@ -127,7 +127,7 @@ class ParquetSource:
             raise BadSample("failed read", where, why) from None
 
 
-def open_parquet(config: DataConfig, split: str) -> Any:
+def open_split(config: DataConfig, split: str) -> Any:
     """Open the rows of `split`, by `{split}` in the file names or by a column `split`.
 
     Raises:
@@ -145,10 +145,8 @@ def open_parquet(config: DataConfig, split: str) -> Any:
     return source
 
 
-def parquet_splits(config: DataConfig) -> list[str] | None:
-    """List the splits, by a column `split` or by the file names; None without either."""
-    if "{split}" in config.source:
-        return named_splits(config.source)
+def list_splits(config: DataConfig) -> list[str] | None:
+    """List the splits in a column `split`; None without this column."""
     return sorted({own for own in _split_column(config.source) if own}) or None
 
 

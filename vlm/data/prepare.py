@@ -1,4 +1,4 @@
-"""Preparation of a data set as shards for fast training: resized, deduplicated, filtered, verified.
+"""Preparation of a data set as shards for fast training: resized, deduplicated, filtered.
 
 All features that JSON supports keep their names, so the same config reads the shards. The `.txt` of
 a tar is the first caption, for other readers. ArrayRecord files keep texts, numbers and lists.
@@ -67,6 +67,10 @@ class PreparedExample(NamedTuple):
     dropped: tuple[str, ...] = ()  # features that the shard format does not support
 
 
+Row = tuple[int, PreparedExample | BadSample, list[int]]  # examples read, result, next place
+DUPLICATE = BadSample("duplicate", "", "it equals an earlier image")
+
+
 def prepare(
     config: DataConfig,
     split: str,
@@ -87,30 +91,32 @@ def prepare(
     """
     source = ExampleReader(config, split)
     folder, done = begin(config, split, out, wanted)
-    place = done[-1]["next"] if done else None
+    place, read = (done[-1]["next"], done[-1]["read"]) if done else (None, 0)
     seen = {mark for line in done for mark in _marks(folder, line["shard"])}
-    read = done[-1]["read"] if done else 0
-    left_out: collections.Counter[str] = collections.Counter()
-    kept: list[PreparedExample] = []
+    rows: list[Row] = []
+    kept = 0
+
+    def finish_shard() -> None:
+        done.append(write(folder, split, rows, wanted, len(done)))
+        keep_lines(folder, done[-1:])
+
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for example, after in _in_parallel(source.read(place), pool, config, wanted, preprocess):
-            read, place = read + 1, after
-            if isinstance(example, BadSample):
-                left_out[example.kind] += example.samples
-            elif wanted.deduplicate and example.mark in seen:
-                left_out["duplicate"] += 1
-            else:
-                seen.add(example.mark)
-                kept.append(example)
-            if len(kept) == wanted.examples:
-                done.append(write(folder, split, kept, wanted, len(done), left_out, read, place))
-                keep_lines(folder, done[-1:])
-                kept, left_out = [], collections.Counter()
+        for made, after in _in_parallel(source.read(place), pool, config, wanted, preprocess):
+            read += 1
+            if isinstance(made, PreparedExample):
+                if wanted.deduplicate and made.mark in seen:
+                    made = DUPLICATE
+                else:
+                    seen.add(made.mark)
+                    kept += 1
+            rows.append((read, made, after))
+            if kept == wanted.examples:
+                finish_shard()
+                rows, kept = [], 0
             if read % 256 == 0:
                 report(read, source.count)
-    if kept or left_out:
-        done.append(write(folder, split, kept, wanted, len(done), left_out, read, place))
-        keep_lines(folder, done[-1:])
+    if rows:
+        finish_shard()
     report(read, source.count)
     return totals(done)
 
@@ -134,23 +140,6 @@ def begin(
     about = {"source": config.source, "split": split, **asdict(wanted)}
     about |= {"captions": config.captions, "label": config.label, "keep": config.filters}
     return folder, _open_folder(folder, json.loads(json.dumps(about, default=asdict)))
-
-
-def check(folder: epath.PathLike) -> int:
-    """Verify the checksum of every shard; return their number.
-
-    Raises:
-        DataError: one is missing or differs.
-    """
-    folder = as_path(folder)
-    lines = finished(folder)
-    for line in lines:
-        if not line["file"]:
-            continue
-        path = folder / line["file"]
-        if not path.exists() or _sha256(path) != line["sha256"]:
-            raise DataError(f"{path} is missing or differs from its checksum: prepare it again")
-    return len(lines)
 
 
 def _in_parallel(
@@ -220,26 +209,31 @@ def _fits(value: Any, wanted: Preparation) -> bool:
 def write(
     folder: epath.Path,
     split: str,
-    kept: list[PreparedExample],
+    rows: list[Row],
     wanted: Preparation,
     number: int,
-    left_out: collections.Counter,
-    read: int,
-    place: list[int] | None,
     unfinished: str = ".part",
 ) -> dict[str, Any]:
-    """Write shard `number`, if it has examples; return its manifest line."""
+    """Write shard `number`, if its rows have examples; return its manifest line."""
+    kept = [made for _, made, _ in rows if isinstance(made, PreparedExample)]
+    left_out: collections.Counter[str] = collections.Counter()
+    for _, made, _ in rows:
+        if isinstance(made, BadSample):
+            left_out[made.kind] += made.samples
     name = f"{split}-{number:05d}.{'tar' if wanted.form == 'tar' else 'array_record'}"
     line: dict[str, Any] = {"shard": number, "file": name if kept else None}
     if kept:
         part = folder / f"{name}{unfinished}"
         (_write_tar if wanted.form == "tar" else _write_records)(part, kept, number)
-        line |= {"bytes": part.stat().length, "sha256": _sha256(part)}
+        with open(part, "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        line |= {"bytes": part.stat().length, "sha256": digest}
         os.replace(part, folder / name)
         marks = folder / _HASHES
         marks.mkdir(exist_ok=True)
         (marks / f"{number:05d}").write_bytes(b"".join(k.mark for k in kept))
         line |= {"dropped": collections.Counter(name for k in kept for name in k.dropped)}
+    read, _, place = rows[-1]
     return line | {"examples": len(kept), "left_out": dict(left_out), "read": read, "next": place}
 
 
@@ -308,15 +302,8 @@ def finished(folder: epath.Path) -> list[dict[str, Any]]:
 
 def _marks(folder: epath.Path, number: int) -> list[bytes]:
     path = folder / _HASHES / f"{number:05d}"
-    if not path.exists():
-        return []
-    data = np.frombuffer(path.read_bytes(), "S8")
-    return [bytes(mark).ljust(8, b"\0") for mark in data]
-
-
-def _sha256(path: epath.Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    data = path.read_bytes() if path.exists() else b""
+    return [data[i : i + 8] for i in range(0, len(data), 8)]
 
 
 def totals(lines: list[dict[str, Any]]) -> dict[str, Any]:

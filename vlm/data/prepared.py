@@ -19,21 +19,21 @@ from vlm.errors import DataError, first_line
 from vlm.paths import as_path
 
 
-def open_prepared(name: str, split: str, config: DataConfig) -> "TfdsSource":
-    """Open a split of the TFDS data set `name`.
+def open_split(config: DataConfig, split: str) -> "TfdsSource":
+    """Open a split of the TFDS data set `tfds:NAME`.
 
     Raises:
         DataError: it is unknown or not prepared, or has no such split or feature.
     """
-    return TfdsSource(_prepared(name, config.data_dir), split, config)
+    return TfdsSource(_prepared(config), split, config)
 
 
-def prepared_splits(name: str, config: DataConfig) -> list[str]:
-    """List the splits of the TFDS data set `name`."""
-    return sorted(_prepared(name, config.data_dir).info.splits)
+def list_splits(config: DataConfig) -> list[str]:
+    """List the splits of the TFDS data set `tfds:NAME`."""
+    return sorted(_prepared(config).info.splits)
 
 
-def open_split(builder: tfds.core.DatasetBuilder, split: str, decoders: dict[str, Any]) -> Any:
+def open_records(builder: tfds.core.DatasetBuilder, split: str, decoders: dict[str, Any]) -> Any:
     """Open the records of a split with random access."""
     # A decorator hides the method's parameters from the type checker.
     return builder.as_data_source(split, decoders=decoders)  # pyright: ignore[reportCallIssue]
@@ -69,7 +69,7 @@ class TfdsSource:
                 )
         try:
             decoders = {config.image: tfds.decode.SkipDecoding()}
-            self._records = open_split(builder, _resolve_split(split, builder, where), decoders)
+            self._records = open_records(builder, _resolve_split(split, builder, where), decoders)
         except NotImplementedError as error:
             form = builder.info.file_format
             raise DataError(
@@ -104,8 +104,9 @@ def _resolve_split(split: str, builder: tfds.core.DatasetBuilder, where: str) ->
     return "+".join(parts)
 
 
-def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+def _prepared(config: DataConfig) -> tfds.core.DatasetBuilder:
     """Open the builder of a prepared data set, if possible from its files only."""
+    name, data_dir = config.source.removeprefix("tfds:"), config.data_dir
     folder = as_path(name)
     if (folder / "dataset_info.json").exists():
         return tfds.builder_from_directory(folder)

@@ -10,8 +10,7 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,8 +22,7 @@ from vlm.data import tar
 from vlm.data.examples import Example, check_features, known_features, wanted_features
 from vlm.data.faults import BadSample
 from vlm.data.members import is_image, reads
-from vlm.data.shard_sizes import known_count
-from vlm.data.shards import shard_fault
+from vlm.data.shards import known_count, shard_fault
 from vlm.data.sidecar import Sidecars, sidecar_path
 from vlm.data.splits import split_files
 from vlm.data.storage import (
@@ -32,13 +30,15 @@ from vlm.data.storage import (
     SequentialFile,
     cache_path,
     exists,
+    hashed_path,
     read_file,
     read_range,
     size_of,
+    write_whole,
 )
 from vlm.data.webdataset import example_of, stem_of
 from vlm.errors import DataError, warn_once
-from vlm.paths import as_path, cache_dir, is_remote
+from vlm.paths import is_remote
 
 SUFFIX = ".vlm-index"
 VERSION = 2
@@ -57,7 +57,12 @@ class ShardSource:
         self.faults: list[dict[str, Any]] = self._header["faults"]
         self._sidecars: Sidecars | None = None
         if not len(self):
-            raise DataError(_empty_message(config, self.faults))
+            raise DataError(
+                f"{self.faults[-1]['why']}: fetch it again, or check data.source"
+                if self.faults
+                else f"the shards {config.source} have no examples: name files such as 000017.jpg "
+                "in them"
+            )
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -90,10 +95,8 @@ class ShardSource:
         return self._names[int(np.searchsorted(self._first, index, "right")) - 1]
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        for name in ("_offsets", "_first", "_header"):
-            state.pop(name)
-        return state
+        opened = ("_offsets", "_first", "_header")
+        return {name: value for name, value in self.__dict__.items() if name not in opened}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
@@ -105,7 +108,7 @@ class ShardSource:
         self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-def open_shards(config: DataConfig, split: str) -> ShardSource:
+def open_split(config: DataConfig, split: str) -> ShardSource:
     """Open the shards of `config.source`, with `{split}` replaced by `split`.
 
     Of a broken shard the readable examples are used. Losses are logged and listed in the source's
@@ -118,7 +121,13 @@ def open_shards(config: DataConfig, split: str) -> ShardSource:
     source = ShardSource(index_for(names, config), names, config)
     for fault in source.faults:
         warn_once(f"{fault['why']}: {fault.get('samples', 1):,} samples are lost")
-    _check_first(source, config)
+    where = f"the shards {config.source}"
+    known = known_features(source, config, where)
+    missing = [name for name in wanted_features(config) if name not in known]
+    if missing and exists(sidecar_path(source.shard_name(0))):
+        source.use_sidecars()
+        known = known_features(source, config, where)
+    check_features(config, known, where)
     return source
 
 
@@ -146,22 +155,12 @@ def write_index(names: Sequence[str], path: str, *, progress=iter) -> dict[str, 
             tables.append(offsets)
             faults += found
     _count_lost(faults, names, [shard[2] for shard in shards])
-    header = {
-        "version": VERSION,
-        "shards": shards,
-        "faults": [fault.record() for fault in faults],
-    }
+    records = [fault.record() for fault in faults]
+    header = {"version": VERSION, "shards": shards, "faults": records}
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + _LENGTH.size) % 64)
     flat = np.concatenate(tables).astype("<u8") if tables else np.zeros(0, "<u8")
-    data = [_LENGTH.pack(len(text)), text, flat.tobytes()]
-    if is_remote(path):
-        as_path(path).write_bytes(b"".join(data))
-        return header
-    handle, unfinished = tempfile.mkstemp(dir=os.path.dirname(path) or ".")
-    with os.fdopen(handle, "wb") as f:
-        f.writelines(data)
-    os.replace(unfinished, path)
+    write_whole(path, _LENGTH.pack(len(text)), text, flat.tobytes())
     return header
 
 
@@ -194,11 +193,9 @@ def index_for(names: list[str], config: DataConfig) -> str:
         path = prepared
         if is_remote(prepared):
             data = read_file(prepared)
-            folder = cache_dir() / "shards"
-            folder.mkdir(parents=True, exist_ok=True)
-            path = os.fspath(folder / f"{hashlib.sha256(data).hexdigest()[:32]}{SUFFIX}")
+            path = hashed_path(data, SUFFIX)
             if not os.path.exists(path):
-                _write_whole(path, data)
+                write_whole(path, data)
         _check_sizes(read_index(path)[0], names, prepared)
         return path
     path = cache_path(names, SUFFIX)
@@ -210,13 +207,6 @@ def index_for(names: list[str], config: DataConfig) -> str:
             pass  # corrupt: rewrite it
     write_index(names, path)
     return path
-
-
-def _write_whole(path: str, data: bytes) -> None:
-    handle, unfinished = tempfile.mkstemp(dir=os.path.dirname(path))
-    with os.fdopen(handle, "wb") as f:
-        f.write(data)
-    os.replace(unfinished, path)
 
 
 def _check_sizes(header: dict[str, Any], names: list[str], path: str) -> None:
@@ -240,16 +230,19 @@ def _offsets_of(name: str) -> tuple[UInt64[np.ndarray, " n"], int, list[BadSampl
     offsets: list[int] = []
     faults: list[BadSample] = []
     size, end, without = 0, 0, []
+    file = SequentialFile(name)
     try:
         size = size_of(name)
-        for start, group in _with_starts(SequentialFile(name)):
+        for group in tar.groups(file, lambda extension: False):
             if any(map(is_image, group.parts)):
-                offsets.append(start)
+                offsets.append(end)
             else:
                 without.append(f"{group.key} ({', '.join(group.parts)})")
             end = group.end
     except (OSError, tar.CorruptFileError) as error:
         faults.append(shard_fault(error, name))
+    finally:
+        file.close()
     if without:
         which = f"{', '.join(without[:3])}{', ...' * (len(without) > 3)}"
         why = f"the shard {name} has examples without an image: {which}"
@@ -265,30 +258,3 @@ def _count_lost(faults: list[BadSample], names: Sequence[str], counts: list[int]
     for name, count in zip(names, counts, strict=True):
         if name in broken:
             broken[name].samples = max(1, (known_count(name) or mean) - count)
-
-
-def _with_starts(file: SequentialFile) -> Iterator[tuple[int, tar.Group]]:
-    start = 0
-    try:
-        for group in tar.groups(file, lambda extension: False):
-            yield start, group
-            start = group.end
-    finally:
-        file.close()
-
-
-def _check_first(source: ShardSource, config: DataConfig) -> None:
-    """Compare the features of the first examples with the config."""
-    where = f"the shards {config.source}"
-    known = known_features(source, config, where)
-    missing = [name for name in wanted_features(config) if name not in known]
-    if missing and exists(sidecar_path(source.shard_name(0))):
-        source.use_sidecars()
-        known = known_features(source, config, where)
-    check_features(config, known, where)
-
-
-def _empty_message(config: DataConfig, faults: list[dict[str, Any]]) -> str:
-    if faults:
-        return f"{faults[-1]['why']}: fetch it again, or check data.source"
-    return f"the shards {config.source} have no examples: name files such as 000017.jpg in them"

@@ -2,8 +2,7 @@
 
 from vlm.config import DataConfig
 from vlm.data.examples import LOOKED_AT, check_features, features_of, wanted_features
-from vlm.data.shard_sizes import known_count
-from vlm.data.shards import Format, Record, Shards
+from vlm.data.shards import Format, Record, Shards, known_count
 from vlm.data.sidecar import sidecar_path
 from vlm.data.splits import split_files
 from vlm.data.storage import CHUNK, exists, size_of

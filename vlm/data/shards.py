@@ -7,6 +7,7 @@ position is five numbers, and a restored lane re-reads its current block. Data t
 is one `BadSample` in that order, and the lane continues after it.
 """
 
+import json
 import zlib
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor, Future
@@ -18,7 +19,7 @@ from vlm.config import DataConfig, FieldFilter
 from vlm.data.examples import Example, passes
 from vlm.data.faults import BadSample
 from vlm.data.randomness import key, permute
-from vlm.data.shard_sizes import known_count
+from vlm.data.storage import read_file
 from vlm.data.tar import CorruptFileError
 from vlm.errors import DataError
 
@@ -225,3 +226,35 @@ def shard_fault(error: Exception, shard: str, lost: int = 1) -> BadSample:
     if isinstance(error, CorruptFileError):
         return BadSample("broken shard", shard, f"the shard {shard} is broken: {error}", lost)
     return BadSample("failed read", shard, f"the shard {shard} cannot be read: {error}", lost)
+
+
+def known_count(shard: str) -> int | None:
+    """Look up the number of examples in a shard, in files beside it; None if no file has it.
+
+    - `00000_stats.json` of img2dataset, beside `00000.tar`: its `successes`.
+    - `sizes.json`, a convention of open_clip users: shard names to numbers of examples.
+    - `manifest.jsonl` of `vlm data prepare`.
+
+    Else the length of a shard that cannot be read is estimated: in a stream from the size of one
+    shard and of its first examples, under random access as the mean of the intact shards.
+    """
+    folder, slash, name = shard.rpartition("/")
+    stats, sizes, manifest = (
+        _json_objects(f"{folder}{slash}{file}")
+        for file in (f"{name.partition('.')[0]}_stats.json", "sizes.json", "manifest.jsonl")
+    )
+    found = [row.get("successes") for row in stats]
+    found += [row.get(name) for row in sizes]
+    found += [row.get("examples") for row in manifest if row.get("file") == name]
+    return next((count for count in found if isinstance(count, int) and count >= 0), None)
+
+
+def _json_objects(path: str) -> list[dict[str, Any]]:
+    """Read the JSON objects of a file, or of each of its lines; none if it cannot be read."""
+    try:
+        text = read_file(path).decode()
+        lines = text.splitlines() if path.endswith(".jsonl") else [text]
+        rows = [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        return []
+    return [row for row in rows if isinstance(row, dict)]

@@ -1,19 +1,19 @@
 """Opening of data sources by `data.source`, and their splits, captions and classes."""
 
 import dataclasses
+import importlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from etils import epath
 from jaxtyping import Int32
 
 from vlm.config import DataConfig
 from vlm.data import mixture, table
 from vlm.data.class_names import NAME, names_of, read_class_names
-from vlm.data.clip_benchmark import clip_benchmark_splits, is_clip_benchmark
+from vlm.data.clip_benchmark import is_clip_benchmark
 from vlm.data.examples import (
     Example,
     Source,
@@ -34,7 +34,9 @@ from vlm.data.splits import WHOLE, default_split, find_split, named_splits
 from vlm.data.transform_example import open_image_of
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.preprocess import Preprocess
-from vlm.paths import as_path, cache_dir, is_remote
+from vlm.paths import as_path, is_remote
+
+T = TypeVar("T")
 
 KNOWN = (
     '"openmoji"',
@@ -76,30 +78,9 @@ def split_names(config: DataConfig) -> list[str] | None:
     Raises:
         DataError: the source does not exist.
     """
-    name = config.source
-    match kind_of(name):
-        case "openmoji" | "tfds":
-            from vlm.data import openmoji, prepared
-
-            if name == "openmoji":
-                return sorted(openmoji.prepare(_data_dir(config)).info.splits)
-            return prepared.prepared_splits(name.removeprefix("tfds:"), config)
-        case "clip_benchmark":
-            return clip_benchmark_splits(name)
-        case "parquet":
-            from vlm.data.parquet import parquet_splits
-
-            return parquet_splits(config)
-        case "arrow" if "{split}" not in name:
-            from vlm.data.arrow import saved_splits
-
-            return saved_splits(as_path(name))
-        case "table":
-            return table.table_splits(config)
-        case "folder":
-            from vlm.data.folder import folder_splits
-
-            return folder_splits(config)
+    name, kind = config.source, kind_of(config.source)
+    if kind and "{split}" not in name and hasattr(_reader(kind), "list_splits"):
+        return _reader(kind).list_splits(config)
     return named_splits(name) if "{split}" in name else None
 
 
@@ -125,48 +106,18 @@ def open_to_measure(config: DataConfig, split: str | None) -> tuple[Source, str]
 
 def _open(config: DataConfig, split: str) -> Source:
     name = config.source
-    # The rarer kinds load on use.
-    match kind_of(name):
-        case "openmoji":
-            from vlm.data import openmoji, prepared
-
-            builder = openmoji.prepare(_data_dir(config))
-            return prepared.TfdsSource(builder, split, config)
-        case "tfds":
-            from vlm.data.prepared import open_prepared
-
-            return open_prepared(name.removeprefix("tfds:"), split, config)
-        case "clip_benchmark":
-            from vlm.data.clip_benchmark import open_clip_benchmark
-
-            return open_clip_benchmark(config, split)
-        case "tar":
-            from vlm.data.shard_index import open_shards
-
-            return open_shards(config, split)
-        case "array_record":
-            from vlm.data.array_record import open_array_record
-
-            return open_array_record(config, split)
-        case "parquet":
-            from vlm.data.parquet import open_parquet
-
-            return open_parquet(config, split)
-        case "arrow":
-            from vlm.data.arrow import open_arrow
-
-            return open_arrow(config, split)
-        case "table":
-            return table.open_table(config, split)
-        case "folder":
-            from vlm.data.folder import open_folder
-
-            return open_folder(config, split)
+    if kind := kind_of(name):
+        return _reader(kind).open_split(config, split)
     raise DataError(f"data.source {name!r} is unknown: give {'; '.join(KNOWN)}")
 
 
-def _data_dir(config: DataConfig) -> epath.Path:
-    return as_path(config.data_dir or cache_dir() / "data")
+def _reader(kind: str) -> Any:
+    """Import the module of a kind of source.
+
+    Its function `open_split` opens a split. If splits can be listed other than by `{split}` in file
+    names, its function `list_splits` does that.
+    """
+    return importlib.import_module(f"vlm.data.{_READERS.get(kind, kind)}")
 
 
 def require_source(config: DataConfig) -> None:
@@ -211,6 +162,8 @@ def kind_of(name: str) -> str | None:
 
 
 _ENDINGS = {".array_record": "array_record", ".parquet": "parquet", ".arrow": "arrow"}
+# Modules of the kinds of source whose module has another name.
+_READERS = {"tfds": "prepared", "tar": "shard_index"}
 
 
 def streams(config: DataConfig) -> bool:
@@ -330,7 +283,11 @@ def all_captions(config: DataConfig) -> list[str]:
     if config.label:
         template = templates_of(config)[0]
         return [template.replace("{}", name) for name in classes_of(config).names]
-    found = (texts[0] for source in _all_splits(config) for texts in _captions(source, config))
+    found = (
+        texts[0]
+        for source in _all_splits(config)
+        for texts in _of_good(source, config, captions_of)
+    )
     return list(dict.fromkeys(found))
 
 
@@ -387,7 +344,7 @@ def _labels_of_all_splits(config: DataConfig) -> list[str]:
     else:
         known = split_names(config) or [config.train_split]
     sources = [_open(dataclasses.replace(config, eval_split=name), name) for name in known]
-    found = {label for source in sources for label in _labels(source, config)}
+    found = {label for source in sources for label in _of_good(source, config, label_of)}
     if all(re.fullmatch(r"-?\d+", label) for label in found):
         return sorted(found, key=int)
     return sorted(found)
@@ -406,11 +363,13 @@ def _all_splits(config: DataConfig) -> list[Source]:
     return [open_source(config, split) for split in splits if split]
 
 
-def _labels(source: Source, config: DataConfig) -> Iterator[str]:
-    """Yield the label of each example that has one."""
+def _of_good(
+    source: Source, config: DataConfig, value_of: Callable[[Example, DataConfig], T]
+) -> Iterator[T]:
+    """Yield `value_of` each example that has such a value."""
     for i in range(len(source)):
         try:
-            yield label_of(source[i], config)
+            yield value_of(source[i], config)
         except BadSample:
             continue
 
@@ -467,7 +426,7 @@ def vocabulary_texts(config: DataConfig) -> list[str]:
             "a stream cannot be read in advance to train a vocabulary: set tokenizer_file"
         )
     source = open_source(config, config.train_split)
-    return [text for texts in _captions(source, config) for text in texts]
+    return [text for texts in _of_good(source, config, captions_of) for text in texts]
 
 
 def credits(config: DataConfig) -> str:
@@ -480,12 +439,3 @@ def credits(config: DataConfig) -> str:
 def first_captions(source: Source, config: DataConfig) -> list[str]:
     """List the first caption of each example, in order."""
     return [captions_of(source[i], config)[0] for i in range(len(source))]
-
-
-def _captions(source: Source, config: DataConfig) -> Iterator[list[str]]:
-    """Yield the captions of each example that has any."""
-    for i in range(len(source)):
-        try:
-            yield captions_of(source[i], config)
-        except BadSample:
-            continue

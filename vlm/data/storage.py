@@ -1,24 +1,24 @@
 """Local and remote files: expansion of patterns, and reads with retries.
 
 A file is a local path, or a URL of a bucket (`gs://`, `s3://`), the Hub (`hf://`) or a web server
-(`http://`, `https://`), read through `fsspec`.
+(`http://`, `https://`), read through `fsspec`. Functions raise OSError, as the file system does.
 """
 
-import contextlib
 import glob
 import hashlib
 import os
 import random
 import re
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import fsspec
 
 from vlm.errors import DataError, first_line
-from vlm.paths import DRIVERS, cache_dir, is_remote
+from vlm.paths import DRIVERS, as_path, cache_dir, is_remote
 
 T = TypeVar("T")
 
@@ -53,11 +53,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def list_files(pattern: str) -> list[str]:
-    """List the files that match a pattern with `*`, in order; empty for a web server.
-
-    Raises:
-        OSError: raised by the file system.
-    """
+    """List the files that match a pattern with `*`, in order; empty for a web server."""
     return [] if pattern.startswith(("http://", "https://")) else _matches(pattern)
 
 
@@ -65,39 +61,20 @@ def open_file(path: str) -> Any:
     """Open a local or remote file for unbuffered binary reads with seek.
 
     Raises:
-        OSError: raised by the file system.
         DataError: there is no driver for this kind of URL.
     """
     if not is_remote(path):
         return open(path, "rb", buffering=0)
-    system, inner = _system(path)
-    with _missing_or_failed():
-        return system.open(inner, "rb", cache_type="none", block_size=CHUNK)
+    return _ask(path, "open", mode="rb", cache_type="none", block_size=CHUNK)
 
 
 def size_of(path: str) -> int:
-    """Return the length of a file in bytes, with retries.
-
-    Raises:
-        OSError: raised by the file system.
-    """
-    if not is_remote(path):
-        return os.stat(path).st_size
-    system, inner = _system(path)
-
-    def size() -> int:
-        with _missing_or_failed():
-            return system.size(inner)
-
-    return retry(size)
+    """Return the length of a file in bytes, with retries."""
+    return retry(lambda: _ask(path, "size")) if is_remote(path) else os.stat(path).st_size
 
 
 def read_file(path: str) -> bytes:
-    """Read a whole file, with retries.
-
-    Raises:
-        OSError: raised by the file system.
-    """
+    """Read a whole file, with retries."""
 
     def read() -> bytes:
         with open_file(path) as f:
@@ -107,17 +84,11 @@ def read_file(path: str) -> bytes:
 
 
 def read_range(path: str, start: int, end: int) -> bytes:
-    """Read bytes `start` to `end` (exclusive) of a file in one request, with retries.
-
-    Raises:
-        OSError: raised by the file system.
-    """
+    """Read bytes `start` to `end` (exclusive) of a file in one request, with retries."""
 
     def read() -> bytes:
         if is_remote(path):
-            system, inner = _system(path)
-            with _missing_or_failed():
-                return system.cat_file(inner, start=start, end=end)
+            return _ask(path, "cat_file", start=start, end=end)
         with open(path, "rb", buffering=0) as f:
             f.seek(start)
             return f.read(end - start)
@@ -125,16 +96,31 @@ def read_range(path: str, start: int, end: int) -> bytes:
     return retry(read)
 
 
+def write_whole(path: str, *parts: bytes) -> None:
+    """Write a file, under a temporary name until it is complete."""
+    if is_remote(path):  # objects in a bucket appear when they are complete
+        as_path(path).write_bytes(b"".join(parts))
+        return
+    handle, unfinished = tempfile.mkstemp(dir=os.path.dirname(path) or ".")
+    with os.fdopen(handle, "wb") as f:
+        f.writelines(parts)
+    os.replace(unfinished, path)
+
+
 def cache_path(files: Sequence[str], suffix: str, *more: str) -> str:
     """Return the path in the local cache for data derived from `files` and `more`.
 
     The name is a hash of the paths, lengths and modification times, so it changes with the files.
     """
+    with ThreadPoolExecutor(READERS) as pool:
+        return hashed_path("\n".join([*pool.map(stamp_of, files), *more]).encode(), suffix)
+
+
+def hashed_path(data: bytes, suffix: str) -> str:
+    """Return the path in the local cache for `data`, by its hash."""
     folder = cache_dir() / "shards"
     folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(READERS) as pool:
-        text = "\n".join([*pool.map(stamp_of, files), *more])
-    return os.fspath(folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}{suffix}")
+    return os.fspath(folder / f"{hashlib.sha256(data).hexdigest()[:32]}{suffix}")
 
 
 def stamp_of(path: str) -> str:
@@ -150,8 +136,6 @@ def stamp_of(path: str) -> str:
 
 def exists(path: str) -> bool:
     """Whether a file exists."""
-    if not is_remote(path):
-        return os.path.exists(path)
     try:
         size_of(path)  # with retries
     except OSError:
@@ -159,15 +143,15 @@ def exists(path: str) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _missing_or_failed() -> Iterator[None]:
-    """Distinguish a missing file from a failed request; fsspec calls both missing.
+def _ask(path: str, method: str, **options: Any) -> Any:
+    """Call a method of the file system of `path`.
 
-    Only the statuses 404 and 410 mean that a file is missing. Any other status, and a failed
-    connection, become an OSError, which `retry` retries.
+    fsspec calls a file missing also after a failed request. Here only the statuses 404 and 410 mean
+    that. Any other status, and a failed connection, become an OSError, which `retry` retries.
     """
+    system, inner = _system(path)
     try:
-        yield
+        return getattr(system, method)(inner, **options)
     except FileNotFoundError as error:
         cause = error.__cause__
         status = getattr(cause, "status", None)
@@ -181,11 +165,7 @@ def _missing_or_failed() -> Iterator[None]:
 
 
 def retry(action: Callable[[], T]) -> T:
-    """Call `action`, with retries and exponential backoff after temporary errors.
-
-    Raises:
-        OSError: the last error, or a permanent one.
-    """
+    """Call `action`, with retries and exponential backoff after temporary errors."""
     for attempt in range(ATTEMPTS):
         try:
             return action()
@@ -270,14 +250,13 @@ def _braces(pattern: str) -> list[str]:
     if not found:
         return [pattern]
     first = min(found, key=lambda f: f.start())
-    options = _range(first) if first.re is _RANGE else first[1].split(",")
+    if first.re is _RANGE:
+        numbers = range(int(first[1]), int(first[2]) + 1)
+        options = [str(number).zfill(len(first[1])) for number in numbers]
+    else:
+        options = first[1].split(",")
     rests = _braces(pattern[first.end() :])
     return [f"{pattern[: first.start()]}{option}{rest}" for option in options for rest in rests]
-
-
-def _range(found: re.Match) -> list[str]:
-    first, last = found.groups()
-    return [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
 
 
 def _matches(pattern: str) -> list[str]:

@@ -22,7 +22,7 @@ from vlm.data.delimited import Line, read_delimited
 from vlm.data.examples import WHERE, Example, check_features, flat_items
 from vlm.data.faults import BadSample
 from vlm.data.json_rows import read_json_rows
-from vlm.data.splits import named_splits, rows_of_split, split_files, split_value
+from vlm.data.splits import rows_of_split, split_files, split_value
 from vlm.data.storage import stamp_of
 from vlm.errors import DataError
 from vlm.paths import as_path, decode_text, is_remote
@@ -56,7 +56,7 @@ class TableSource:
         return row | {self._image: path if is_remote(path) else os.path.join(self._folder, path)}
 
 
-def open_table(config: DataConfig, split: str) -> TableSource:
+def open_split(config: DataConfig, split: str) -> TableSource:
     """Open the rows of `split` in the table `config.source`, or in the table of that folder.
 
     A row that cannot be read is a bad sample.
@@ -89,10 +89,8 @@ def open_table(config: DataConfig, split: str) -> TableSource:
     return TableSource(chosen, folder, config)
 
 
-def table_splits(config: DataConfig) -> list[str] | None:
+def list_splits(config: DataConfig) -> list[str] | None:
     """List the splits in the column `split` of a table; None without this column."""
-    if "{split}" in config.source:
-        return named_splits(config.source)
     splits = _splits(_rows(_table_of(as_path(config.source)), config), config)
     return sorted({own for own in splits if own}) or None
 

@@ -24,12 +24,7 @@ import numpy as np
 from jaxtyping import Int
 
 from vlm.config import DataConfig
-from vlm.data.clip_benchmark import (
-    clip_benchmark_splits,
-    dataset_type,
-    is_clip_benchmark,
-    open_clip_benchmark,
-)
+from vlm.data.clip_benchmark import dataset_type, is_clip_benchmark, list_splits, open_split
 from vlm.data.examples import Source, captions_of
 from vlm.data.sources import Classes, classes_of, kind_of, open_to_measure, targets_of
 from vlm.data.splits import default_split
@@ -203,8 +198,8 @@ def _classification(name: str, opened: LabelledSplit, templates: Sequence[str]) 
 
 def _multilabel(name: str, split: str | None, class_names: str | None, asked: Any) -> Task:
     config = DataConfig(source=name, label="label", captions=(), class_names=class_names)
-    split = split or default_split(clip_benchmark_splits(name), name)
-    opened = open_clip_benchmark(config, split)
+    split = split or default_split(list_splits(config), name)
+    opened = open_split(config, split)
     labels, names = classes_of(dataclasses.replace(config, eval_split=split), opened)
     shown = [set(opened[i]["label"]) for i in range(len(opened))]
     templates, model = asked
