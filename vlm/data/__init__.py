@@ -20,7 +20,10 @@ cannot be used is a `faults.BadSample`. In a stream the next good sample of the 
 under random access a random other one does. Bad samples are counted and listed in the run's
 `bad-samples.jsonl`; too many stop the run with an error.
 
-To add a kind of source, write one module with an opener and add a line to `sources`.
+Functions raise a `DataError` for data that is missing, unreadable or not as described, and a
+`ConfigError` for wrong settings.
+
+To add a kind of source, write a module with `open_split` and add a line to `sources.kind_of`.
 """
 
 from etils import epy

@@ -47,11 +47,7 @@ class ArrayRecordSource:
 
 
 def open_split(config: DataConfig, split: str) -> ArrayRecordSource:
-    """Open the files of `config.source`, with `{split}` replaced by `split`.
-
-    Raises:
-        DataError: no files or records exist, or they lack features that the config names.
-    """
+    """Open the files of a split; DataError if they are missing, or lack wanted features."""
     source = ArrayRecordSource(split_files(config.source, split, config.train_split), config)
     known = known_features(source, config, config.source)
     check_features(config, known, f"the data set {config.source}")
@@ -59,11 +55,7 @@ def open_split(config: DataConfig, split: str) -> ArrayRecordSource:
 
 
 def parse(record: bytes, image: str, where: str) -> Example:
-    """Parse a record as an example; the feature `image` stays bytes.
-
-    Raises:
-        BadSample: not a `tf.train.Example`.
-    """
+    """Parse a record; the feature `image` stays bytes. BadSample if it is no `tf.train.Example`."""
     try:
         features = _Example.FromString(record).features.feature
     except Exception as error:  # protobuf's own types

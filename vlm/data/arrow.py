@@ -70,11 +70,7 @@ class ArrowSource:
 
 
 def open_split(config: DataConfig, split: str) -> ArrowSource:
-    """Open the rows of a split.
-
-    Raises:
-        DataError: no such split or file, or a feature is missing.
-    """
+    """Open the rows of a split; DataError if it, a file or a wanted feature is missing."""
     if is_remote(config.source):
         raise DataError(
             f"Arrow files are mapped into memory, so {config.source} must lie on this machine's "

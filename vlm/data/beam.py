@@ -30,11 +30,7 @@ Item = tuple[PreparedExample | BadSample, list[int]]  # a result, and the next e
 
 
 def pipeline(options: Sequence[str]) -> Any:
-    """Make a Beam pipeline with options such as `runner=DirectRunner`.
-
-    Raises:
-        ConfigError: Beam is not installed, or rejects the options.
-    """
+    """Make a Beam pipeline with options such as `runner=DirectRunner`; ConfigError if it cannot."""
     try:
         import apache_beam
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -57,11 +53,7 @@ def pipeline(options: Sequence[str]) -> Any:
 
 @contextlib.contextmanager
 def running(pipeline: Any) -> Iterator[None]:
-    """Context to build a pipeline in; it runs on exit.
-
-    Raises:
-        DataError: a worker failed.
-    """
+    """Context to build a pipeline in. It runs on exit; DataError if a worker fails."""
     try:
         with pipeline:
             yield

@@ -58,11 +58,9 @@ def readable(label: str) -> str:
 def names_of(
     labels: Sequence[str], given: Mapping[str, str] | None = None, where: str = "the data"
 ) -> list[str]:
-    """Return the name of each label, in order: as given, else ImageNet's, else by `readable`.
+    """Return the name of each label: as given, else ImageNet's, else by `readable`.
 
-    Raises:
-        DataError: two labels would get the same name, or a name is a number or a WordNet id that is
-            not ImageNet's.
+    DataError if two labels get one name, or a name is a number or an unknown WordNet id.
     """
     given = {**imagenet_names(labels), **(given or {})}
     names = [given[label] if label in given else readable(label) for label in labels]
@@ -98,9 +96,7 @@ def read_class_names(file: str, labels: Sequence[str], where: str) -> dict[str, 
 
     The file has a line LABEL<tab>NAME for each label, or one name per line in the order of the
     labels. It may also be a JSON object from label to name, or a JSON list in the order of labels.
-
-    Raises:
-        DataError: the file is missing, or lacks a label.
+    DataError if the file is missing, or lacks a label.
     """
     found = _read(file)
     names = found if isinstance(found, dict) else {}
@@ -118,8 +114,7 @@ def read_class_names(file: str, labels: Sequence[str], where: str) -> dict[str, 
 def class_name(label: str, config: DataConfig) -> str:
     """Return the name of one label, if the labels of the data set are unknown.
 
-    Raises:
-        DataError: see `names_of`; or the file `class_names` of the config is in label order.
+    DataError as in `names_of`, or if the file `class_names` is in the order of labels.
     """
     if config.class_names is None:
         return names_of([label], where=config.source)[0]

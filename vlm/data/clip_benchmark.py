@@ -43,11 +43,7 @@ def is_clip_benchmark(source: str) -> bool:
 
 
 def list_splits(config: DataConfig) -> list[str]:
-    """List the splits of a folder: its subfolders with a file `nshards.txt`.
-
-    Raises:
-        DataError: there is none.
-    """
+    """List the splits, the subfolders with a file `nshards.txt`; DataError if there is none."""
     if found := _splits(config.source):
         return found
     raise DataError(
@@ -63,11 +59,7 @@ def _splits(source: str) -> list[str]:
 
 
 def dataset_type(source: str) -> str:
-    """Read the type of a data set: `classification`, `multilabel` or `retrieval`.
-
-    Raises:
-        DataError: the file has another value.
-    """
+    """Read the type of a data set: a key of `MEMBERS`, or a DataError."""
     lines = _lines(_root(source), "dataset_type.txt") or ["classification"]
     kind = lines[0].strip().lower()
     if kind not in MEMBERS:
@@ -78,11 +70,7 @@ def dataset_type(source: str) -> str:
 
 
 def open_split(config: DataConfig, split: str) -> "ClipBenchmarkSource":
-    """Open the examples of a split.
-
-    Raises:
-        DataError: there is no such folder, split or example, or a feature is missing.
-    """
+    """Open the examples of a split; DataError if it or a wanted feature is missing."""
     root, source = _root(config.source), config.source
     split = find_split(split, list_splits(config), source)
     text = read_file(f"{_texts(root)}/{split}/nshards.txt").decode().strip()

@@ -53,11 +53,7 @@ class Columns:
         return _is_text(self._types[self._config.image])
 
     def check(self) -> None:
-        """Check that the columns have the features in the config.
-
-        Raises:
-            DataError: a feature is missing, or its type is not an image or a text.
-        """
+        """Raise a DataError if a wanted feature is missing, or is neither an image nor a text."""
         config, where = self._config, f"the table {self._file}"
         check_features(config, self.names, where)
         if not _is_image(self._types[config.image]):
@@ -74,11 +70,7 @@ class Columns:
                 )
 
     def example(self, row: dict[str, Any], where: str) -> Example:
-        """Convert a row to an example; `where` is its location.
-
-        Raises:
-            BadSample: its class label has no name.
-        """
+        """Convert a row at `where` to an example; BadSample if its class label has no name."""
         image = self._config.image
         example: Example = {WHERE: where}
         for column, value in row.items():
@@ -129,11 +121,7 @@ class Groups:
 
 
 def same_label_names(columns: list[Columns], config: DataConfig) -> list[str] | None:
-    """Return the class names of `config.label` in several files of a data set.
-
-    Raises:
-        DataError: they differ.
-    """
+    """Return the class names of `config.label` in several files; DataError if they differ."""
     for one in columns[1:]:
         if one.label_names != columns[0].label_names:
             raise DataError(

@@ -78,11 +78,7 @@ def dataset_stats(
     thumbnails: int,
     progress: Callable[[Iterable[Read], int], Iterator[Read]],
 ) -> DatasetStats:
-    """Compute statistics of the first `limit` examples of a split.
-
-    Raises:
-        DataError: the source cannot be opened.
-    """
+    """Compute statistics of the first `limit` examples of a split."""
     source = ExampleReader(config, split)
     found = DatasetStats(
         config.source, source.description, context_length=tokenizer.config.context_length

@@ -33,11 +33,7 @@ def draw_png(svg: str, size: int) -> bytes:
 
 
 def draw_all(paths: Sequence[str], size: int) -> Iterator[bytes]:
-    """Render SVG files as PNG, in order.
-
-    Raises:
-        DataError: a file cannot be rendered, or the process died; includes its message.
-    """
+    """Render SVG files as PNG, in order; DataError with the renderer's message if one fails."""
     chunks = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for drawn in pool.map(functools.partial(_draw, size=size), chunks):

@@ -28,11 +28,7 @@ Thumbnails = UInt8[np.ndarray, "_ k"]
 
 
 def thumbnails(images: Sequence[Any]) -> Thumbnails:
-    """Make the 16 x 16 thumbnail of each image, as a row.
-
-    Raises:
-        DataError: an image cannot be read.
-    """
+    """Make the 16 x 16 thumbnail of each image, as a row; DataError if one cannot be read."""
 
     def small(image: Any) -> np.ndarray:
         opened = open_image(image, smallest=lambda width, height: (4 * SIDE, 4 * SIDE))

@@ -21,11 +21,7 @@ class Read(NamedTuple):
 
 
 class ExampleReader:
-    """Sequential reader of a split, from any place.
-
-    Raises:
-        DataError: the source cannot be opened.
-    """
+    """Sequential reader of a split, from any place."""
 
     def __init__(self, config: DataConfig, split: str):
         self._shards = None

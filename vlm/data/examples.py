@@ -57,11 +57,7 @@ class Subset:
 
 
 def captions_of(example: Example, config: DataConfig) -> list[str]:
-    """List all captions of an example: of `config.captions`, or its label in each template.
-
-    Raises:
-        BadSample: there is none.
-    """
+    """List the captions of an example, or its label in each template; BadSample without any."""
     return [caption for captions in _by_feature(example, config) for caption in captions]
 
 
@@ -74,10 +70,7 @@ def choose_caption(example: Example, config: DataConfig, u: float) -> str:
     """Choose a caption by the uniform number `u`.
 
     With `config.caption_weights`, first a feature that has captions is chosen, and then one of its
-    captions; without weights, one of all captions.
-
-    Raises:
-        BadSample: there is none.
+    captions; without weights, one of all captions. BadSample if there is no caption.
     """
     if not config.caption_weights or config.label:
         captions = captions_of(example, config)
@@ -126,11 +119,7 @@ def check_features(config: DataConfig, known: Collection[str], where: str) -> No
 
 
 def known_features(source: Source, config: DataConfig, where: str) -> list[str]:
-    """Collect features from evenly spaced examples, until all in the config are found.
-
-    Raises:
-        DataError: see `features_of`.
-    """
+    """Collect features from evenly spaced examples, until all in the config are found."""
     wanted = {config.image, *wanted_features(config)}
     found: list[Example | BadSample] = []
     known: set[str] = set()
@@ -148,11 +137,7 @@ def known_features(source: Source, config: DataConfig, where: str) -> list[str]:
 
 
 def features_of(examples: Sequence[Example | BadSample], where: str) -> list[str]:
-    """Collect the features of examples, without bad ones.
-
-    Raises:
-        DataError: all examples are bad, or a caption is ambiguous.
-    """
+    """Collect features of good examples; DataError if there are none, or a caption is ambiguous."""
     good = [example for example in examples if not isinstance(example, BadSample)]
     bad = [example for example in examples if isinstance(example, BadSample)]
     ambiguous = [fault for fault in bad if fault.kind == AMBIGUOUS]
@@ -185,11 +170,7 @@ def flat_items(name: str, value: Any, whole: str) -> Iterator[tuple[str, Any]]:
 
 
 def label_of(example: Example, config: DataConfig) -> str:
-    """Return an example's class as a canonical string: 2, 2.0 and "2" become "2".
-
-    Raises:
-        BadSample: there is no label, or several.
-    """
+    """Return an example's class as text: 2, 2.0 and "2" become "2"; BadSample if it is not one."""
     where, name = example.get(WHERE, "an example"), config.label or ""
     value = example.get(name)
     if isinstance(value, list | tuple) and len(value) == 1:

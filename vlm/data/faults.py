@@ -101,10 +101,8 @@ class BadSamples:
         """Count a batch of `rows` good samples and the bad samples found while making it.
 
         `texts_cut` of the good samples had their text truncated. For a lost shard (or part of one)
-        all its samples count, and it is logged immediately.
-
-        Raises:
-            TooManyBad: the fraction of bad samples exceeds the limit.
+        all its samples count, and it is logged immediately. TooManyBad if their fraction exceeds
+        the limit.
         """
         self.seen += rows + len(bad)
         self.texts_cut += texts_cut

@@ -52,11 +52,7 @@ class FolderSource:
 
 
 def open_split(config: DataConfig, split: str) -> FolderSource:
-    """Open the images of a folder without a table.
-
-    Raises:
-        DataError: no images, no such split, or neither texts nor class folders.
-    """
+    """Open the images of a folder without a table; DataError if it has no texts or classes."""
     root = top = as_path(config.source)
     known = list_splits(config)
     if known is not None:
@@ -136,9 +132,7 @@ def _class_of(path: str) -> str:
 def _in_class_folders(images: list[str], root: str) -> list[str]:
     """Select the images in class folders of `root`.
 
-    Raises:
-        DataError: there are none, or the folders are at different depths, which makes the classes
-            ambiguous.
+    DataError if there are none, or if different depths make the classes ambiguous.
     """
     depths = {path: path[len(root) :].strip("/").count("/") for path in images}
     inside = [path for path, depth in depths.items() if depth]

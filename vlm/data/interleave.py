@@ -62,8 +62,7 @@ class Stream(Protocol):
 def count_lanes(config: DataConfig, global_batch: int, shards: int, process_count: int) -> int:
     """Return the number of lanes: the config's, or the largest divisor of the batch up to `shards`.
 
-    Raises:
-        ConfigError: it does not divide the batch, or the number of processes does not divide it.
+    ConfigError if it does not divide the batch, or the processes do not divide it.
     """
     lanes = config.interleave
     if lanes is None:
@@ -147,11 +146,7 @@ class LaneBatches(grain.IterDataset):
         return {"step": step, "data": stream.fingerprint, "count": stream.lanes, "lanes": lanes}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore the positions of `state`.
-
-        Raises:
-            DataError: the state belongs to other shards, or to another number of lanes.
-        """
+        """Restore the positions of `state`; DataError if shards or number of lanes differ."""
         stream = self.stream
         if state.get("data") != stream.fingerprint:
             raise DataError(

@@ -16,11 +16,7 @@ Row = dict[str, Any]
 
 
 def read_json_rows(text: str, where: str) -> list[tuple[int, Row] | BadSample]:
-    """Parse rows with the number of their line or item; a broken line is a bad sample.
-
-    Raises:
-        DataError: a list is not JSON, or annotations have no captions.
-    """
+    """Parse rows with the number of their line or item; a broken line is a bad sample."""
     start = text.lstrip()[:1]
     if start == "[":
         try:

@@ -118,11 +118,7 @@ def imagenet_templates(labels: Sequence[str]) -> tuple[str, ...] | None:
 
 
 def check_names(names: Sequence[str], where: str) -> None:
-    """Check that no class name is blank, a number or a WordNet id.
-
-    Raises:
-        DataError: for the first such class.
-    """
+    """Raise a DataError if a class name is blank, a number or a WordNet id."""
     for name in names:
         if _WORDNET_ID.fullmatch(name):
             kind = "a WordNet id"

@@ -46,11 +46,7 @@ def is_image(extension: str) -> bool:
 
 
 def image_of(parts: dict[str, bytes | None], config: DataConfig, where: str) -> str:
-    """Return the extension of the image file of an example.
-
-    Raises:
-        BadSample: no file, or several, match `data.image`.
-    """
+    """Return the extension of the image of an example; BadSample unless one fits `data.image`."""
     images = [extension for extension in parts if is_image(extension)]
     if not images:
         why = f"{where} has no image: it has {_listed(parts)}"
@@ -72,8 +68,7 @@ def texts_of(
 ) -> Example:
     """Read the features in the files beside an image; `by_line`: text files have one per line.
 
-    Raises:
-        BadSample: a text or JSON file is invalid, or there are two different captions.
+    BadSample if a text or JSON file is invalid, or there are two different captions.
     """
     example: Example = {}
     try:

@@ -42,11 +42,7 @@ def part_configs(config: DataConfig) -> list[DataConfig]:
 
 
 class Mixture:
-    """Stream over several parts with sampling weights.
-
-    Raises:
-        ConfigError: invalid weights, or `epochs` for a part of unknown size.
-    """
+    """Stream over several parts with sampling weights; ConfigError if these are invalid."""
 
     def __init__(self, config: DataConfig, parts: list[Stream], *, lanes: int, seed: int):
         self.parts, self.lanes, self.seed = parts, lanes, seed

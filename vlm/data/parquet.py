@@ -41,11 +41,7 @@ class ParquetFormat:
     def read(
         self, shard: str, offset: int, number: int, chunk: int
     ) -> Generator[Record, None, None]:
-        """Yield the rows of a shard from row `offset` on.
-
-        Raises:
-            OSError, CorruptFileError: the rest cannot be read.
-        """
+        """Yield the rows of a shard from row `offset` on."""
         try:
             with _open(shard, buffer_size=chunk, pre_buffer=False) as file:
                 columns = Columns(file.schema_arrow, self._config, shard)
@@ -128,11 +124,7 @@ class ParquetSource:
 
 
 def open_split(config: DataConfig, split: str) -> Any:
-    """Open the rows of `split`, by `{split}` in the file names or by a column `split`.
-
-    Raises:
-        DataError: no such file or split, or a feature is missing.
-    """
+    """Open the rows of a split, by `{split}` in the file names or by a column `split`."""
     splits = _split_column(config.source)
     files = (
         expand(config.source) if splits else split_files(config.source, split, config.train_split)
@@ -170,11 +162,7 @@ def _split_column(pattern: str) -> list[str | None]:
 
 @functools.lru_cache(16)
 def holds_images(config: DataConfig) -> bool:
-    """Whether Parquet files contain image bytes, not only paths.
-
-    Raises:
-        DataError: the first file cannot be read.
-    """
+    """Whether Parquet files contain image bytes, not only paths."""
     columns = _first_columns(config)
     columns.check()
     return not columns.image_is_path
@@ -191,20 +179,12 @@ def _first_columns(config: DataConfig) -> Columns:
 
 
 def count_rows(path: str) -> int:
-    """Return the number of rows of a Parquet file.
-
-    Raises:
-        DataError: it is missing, or not a Parquet file.
-    """
+    """Return the number of rows of a Parquet file."""
     return _footer(path)[0].num_rows
 
 
 def read_columns(path: str, columns: list[str]) -> list[dict[str, Any]]:
-    """Read the rows of a Parquet file, with the `columns` that exist.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Read the rows of a Parquet file, with the `columns` that exist; OSError if it cannot."""
     try:
         with _open(path) as file:
             known = [name for name in columns if name in file.schema_arrow.names]
@@ -214,11 +194,7 @@ def read_columns(path: str, columns: list[str]) -> list[dict[str, Any]]:
 
 
 def _footer(name: str) -> tuple[Any, Any]:
-    """Read the metadata and the schema of a Parquet file.
-
-    Raises:
-        DataError: it is missing, or not a Parquet file.
-    """
+    """Read the metadata and the schema of a Parquet file; DataError if it cannot."""
     try:
         with _open(name) as file:
             return file.metadata, file.schema_arrow

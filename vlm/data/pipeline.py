@@ -82,11 +82,7 @@ class TrainIterator(grain.DatasetIterator):
         return {**self._order.state(self._step), "bad": gather_processes(bad)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue from a `state` that `get_state` returned.
-
-        Raises:
-            DataError: not a state of this iterator.
-        """
+        """Continue from a `state` that `get_state` returned; DataError if it is of another run."""
         step = state.get("step") if isinstance(state, dict) else None
         length = self._order.length
         if not isinstance(step, int) or step < 0 or (length is not None and step > length):
@@ -271,11 +267,7 @@ def eval_batches(
 
 
 def count_examples(config: DataConfig, split: str | None = None) -> int:
-    """Count the examples in a split, by default the training split.
-
-    Raises:
-        ConfigError: the split is read as a stream, whose length is unknown.
-    """
+    """Count the examples in a split, by default of training; ConfigError for a stream."""
     split = split or config.train_split
     if split == config.train_split and streams(config):
         raise ConfigError(

@@ -124,11 +124,7 @@ def prepare(
 def begin(
     config: DataConfig, split: str, out: epath.PathLike, wanted: Preparation
 ) -> tuple[epath.Path, list[dict[str, Any]]]:
-    """Open the folder; return it and the manifest lines of finished shards.
-
-    Raises:
-        DataError, ConfigError: as `prepare`.
-    """
+    """Open the folder; return it and the manifest lines of finished shards."""
     if wanted.examples < 1 or not 1 <= wanted.quality <= 100:
         raise ConfigError(
             f"a shard of {wanted.examples} examples of quality {wanted.quality} is invalid: give "

@@ -20,11 +20,7 @@ from vlm.paths import as_path
 
 
 def open_split(config: DataConfig, split: str) -> "TfdsSource":
-    """Open a split of the TFDS data set `tfds:NAME`.
-
-    Raises:
-        DataError: it is unknown or not prepared, or has no such split or feature.
-    """
+    """Open a split of `tfds:NAME`; DataError if it is unknown, not prepared or lacks a feature."""
     return TfdsSource(_prepared(config), split, config)
 
 

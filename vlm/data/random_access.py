@@ -140,11 +140,7 @@ class TrainBatches:
         return {"step": step, "examples": len(self._source)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore the position of `state`.
-
-        Raises:
-            DataError: the state belongs to other data.
-        """
+        """Restore the position of `state`; DataError if it belongs to other data."""
         if "lanes" in state:
             raise DataError(
                 "the checkpoint is for a stream, and the data has random access: set "

@@ -45,11 +45,7 @@ class Reinforced:
 
     @classmethod
     def open(cls, folder: str) -> "Reinforced":
-        """Open a store that `vlm data reinforce` wrote.
-
-        Raises:
-            DataError: it is missing or incomplete.
-        """
+        """Open a store that `vlm data reinforce` wrote; DataError if it is incomplete."""
         path = Path(folder)
         try:
             about = json.loads((path / FILE).read_text())

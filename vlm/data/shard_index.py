@@ -112,10 +112,7 @@ def open_split(config: DataConfig, split: str) -> ShardSource:
     """Open the shards of `config.source`, with `{split}` replaced by `split`.
 
     Of a broken shard the readable examples are used. Losses are logged and listed in the source's
-    `faults`.
-
-    Raises:
-        DataError: there are no shards or examples, or they lack features in the config.
+    `faults`. DataError if there are no examples, or they lack wanted features.
     """
     names = split_files(config.source, split, config.train_split)
     source = ShardSource(index_for(names, config), names, config)
@@ -140,11 +137,7 @@ def beside(names: Sequence[str]) -> str:
 
 
 def write_index(names: Sequence[str], path: str, *, progress=iter) -> dict[str, Any]:
-    """Read the headers of all shards and write their index to `path`; return its header.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Read the headers of all shards and write their index to `path`; return its header."""
     shards, tables = [], []
     faults: list[BadSample] = []
     with ThreadPoolExecutor(READERS) as pool:
@@ -165,11 +158,7 @@ def write_index(names: Sequence[str], path: str, *, progress=iter) -> dict[str, 
 
 
 def read_index(path: str) -> tuple[dict[str, Any], UInt64[np.ndarray, " n"]]:
-    """Read the header of an index and memory-map its offsets.
-
-    Raises:
-        DataError: it is corrupt, or has another version.
-    """
+    """Read the header of an index and memory-map its offsets; DataError if it is corrupt."""
     try:
         with open(path, "rb") as f:
             (length,) = _LENGTH.unpack(f.read(_LENGTH.size))

@@ -15,22 +15,14 @@ _LOOKED_AT = 8  # shards to try, before a source counts as unreadable
 
 
 def find_shards(config: DataConfig) -> list[str]:
-    """List the shards of the training split, in order.
-
-    Raises:
-        DataError: there are none.
-    """
+    """List the shards of the training split, in order."""
     return split_files(config.source, config.train_split, config.train_split)
 
 
 def open_shards_as_stream(
     config: DataConfig, names: list[str], lanes: int, seed: int, process_count: int
 ) -> Shards:
-    """Open shards for reading in lanes.
-
-    Raises:
-        DataError: there are too few, none can be read, or they lack the features in the config.
-    """
+    """Open shards for reading in lanes; DataError if none can be used, or they are too few."""
     form, typical = look_at(config, names)
     chunk = max(256 << 10, min(CHUNK, _BUFFERS // (lanes // process_count)))
     return Shards(names, form, config, seed=seed, lanes=lanes, chunk=chunk, typical=typical)
@@ -39,8 +31,7 @@ def open_shards_as_stream(
 def look_at(config: DataConfig, names: list[str]) -> tuple[Format, int]:
     """Inspect the first readable shard; return the format and the estimated examples per shard.
 
-    Raises:
-        DataError: none can be read, or they lack the features in the config.
+    DataError if none can be read, or they lack wanted features.
     """
     last: Exception | str = "no shard"
     for name in names[:_LOOKED_AT]:

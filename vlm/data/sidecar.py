@@ -32,11 +32,7 @@ def sidecar_path(shard: str) -> str:
 
 
 def read_sidecar(shard: str, config: DataConfig) -> dict[str, dict[str, Any]]:
-    """Read the wanted features in the table beside a shard, by key.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Read the wanted features in the table beside a shard, by key."""
     rows = read_columns(sidecar_path(shard), ["key", *wanted_features(config)])
     return {str(row.pop("key")): row for row in rows}
 
@@ -49,11 +45,7 @@ class Sidecars:
         self._open()
 
     def row(self, shard: int, key: str) -> dict[str, Any]:
-        """Return the wanted features of an example; none if the table lacks it.
-
-        Raises:
-            OSError: the table of its shard could not be read.
-        """
+        """Return the wanted features of an example, if the table has it; OSError if corrupt."""
         if shard in self._faults:
             raise OSError(self._faults[shard])
         query = "SELECT fields FROM row WHERE shard = ? AND key = ?"

@@ -73,11 +73,7 @@ def open_source(config: DataConfig, split: str) -> Source:
 
 
 def split_names(config: DataConfig) -> list[str] | None:
-    """List the splits of `config.source`; None if it has no splits.
-
-    Raises:
-        DataError: the source does not exist.
-    """
+    """List the splits of `config.source`; None if it has no splits."""
     name, kind = config.source, kind_of(config.source)
     if kind and "{split}" not in name and hasattr(_reader(kind), "list_splits"):
         return _reader(kind).list_splits(config)
@@ -88,9 +84,7 @@ def open_to_measure(config: DataConfig, split: str | None) -> tuple[Source, str]
     """Open a split for evaluation; return it and its name.
 
     Without `split`, `default_split` chooses one. A source without splits is used whole, as `WHOLE`.
-
-    Raises:
-        DataError: there is no such source or split, or no default.
+    DataError if there is no such split, or no default.
     """
     known = split_names(config)
     if known is None and split in (None, WHOLE):
@@ -121,21 +115,13 @@ def _reader(kind: str) -> Any:
 
 
 def require_source(config: DataConfig) -> None:
-    """Refuse a config that names no data.
-
-    Raises:
-        ConfigError: it lists the kinds of source.
-    """
+    """Raise a ConfigError with the kinds of source if a config names no data."""
     if not config.source and not config.mixture:
         raise ConfigError(f"no data is named: set data.source to {'; '.join(KNOWN)}")
 
 
 def kind_of(name: str) -> str | None:
-    """Return the kind of a source, by its name; None if unknown.
-
-    Raises:
-        ConfigError: no name.
-    """
+    """Return the kind of a source, by its name; None if unknown."""
     require_source(DataConfig(name))
     if name == "openmoji":
         return name
@@ -169,8 +155,7 @@ _READERS = {"tfds": "prepared", "tar": "shard_index"}
 def streams(config: DataConfig) -> bool:
     """Whether training reads a stream: a mixture, or streamed shards.
 
-    Raises:
-        ConfigError: `data.access` is "stream" for a source that cannot be streamed.
+    ConfigError if `data.access` is "stream" for a source that cannot be streamed.
     """
     if config.mixture:
         return True
@@ -305,11 +290,8 @@ def classes_of(config: DataConfig, source: Source | None = None) -> Classes:
         config: config with the label and `class_names`.
         source: an open split, which may list the classes.
 
-    Examples that cannot be read are ignored here; training counts and lists them.
-
-    Raises:
-        DataError: a stream does not list its classes and has no split to read them from; or names
-            do not match the labels.
+    Examples that cannot be read are ignored here; training counts and lists them. DataError if a
+    stream has no classes and no split to read them from, or names do not fit.
     """
     if source is None:
         opened = _all_splits(config)
@@ -375,11 +357,7 @@ def _of_good(
 
 
 def held_out(config: DataConfig) -> Int32[np.ndarray, " n"]:
-    """Return the index in `all_captions` of the caption of each evaluation image.
-
-    Raises:
-        DataError: the config has no evaluation split.
-    """
+    """Return the index in `all_captions` of the caption of each evaluation image."""
     if not config.eval_split:
         raise DataError("data.eval_split is not set: name the split to evaluate on")
     index = {caption: i for i, caption in enumerate(all_captions(config))}
@@ -390,22 +368,14 @@ def held_out(config: DataConfig) -> Int32[np.ndarray, " n"]:
 def targets_of(
     source: Source, config: DataConfig, labels: Sequence[str]
 ) -> Int32[np.ndarray, " n"]:
-    """Return the index of each example's label in `labels`.
-
-    Raises:
-        DataError: an example has no label, or one that is not in `labels`.
-    """
+    """Return the index of each example's label in `labels`; DataError if one is not there."""
     index = {label: i for i, label in enumerate(labels)}
     found = [target_of(source[i], config, index, i) for i in range(len(source))]
     return np.array(found, np.int32)
 
 
 def target_of(example: Example, config: DataConfig, index: Mapping[str, int], i: int) -> int:
-    """Return the class index of an example; `i` is the example's index, for errors.
-
-    Raises:
-        DataError: an example has no label, or one that is not in `labels`.
-    """
+    """Return the class index of example `i`; DataError if its label is not in `index`."""
     label = label_of(example, config)
     if label not in index:
         raise DataError(
@@ -416,11 +386,7 @@ def target_of(example: Example, config: DataConfig, index: Mapping[str, int], i:
 
 
 def vocabulary_texts(config: DataConfig) -> list[str]:
-    """List all captions of the training split, to train a vocabulary.
-
-    Raises:
-        ConfigError: the split is read as a stream.
-    """
+    """List all captions of the training split, for a vocabulary; ConfigError for a stream."""
     if streams(config):
         raise ConfigError(
             "a stream cannot be read in advance to train a vocabulary: set tokenizer_file"

@@ -53,11 +53,7 @@ def split_value(value: Any) -> str | None:
 
 
 def rows_of_split(asked: str, values: Sequence[str | None], where: str) -> list[int]:
-    """Return the indices of the rows of a split, by a column; log rows without a split.
-
-    Raises:
-        DataError: there is no such split.
-    """
+    """Return the indices of the rows of a split, by a column; log rows without a split."""
     found = find_split(asked, {value for value in values if value}, where)
     if without := values.count(None):
         _log.warning("%s has %s rows of no split, which are left out", where, f"{without:,}")
@@ -65,11 +61,7 @@ def rows_of_split(asked: str, values: Sequence[str | None], where: str) -> list[
 
 
 def default_split(known: Collection[str], where: str) -> str:
-    """Choose the split for evaluation: test, else validation, else the only one.
-
-    Raises:
-        DataError: there are several other splits.
-    """
+    """Choose the split for evaluation: test, else validation, else the only one."""
     for wanted in ("test", "validation"):
         if any(_canonical(name) == wanted for name in known):
             return find_split(wanted, known, where)
@@ -84,10 +76,8 @@ def default_split(known: Collection[str], where: str) -> str:
 def split_files(pattern: str, split: str, whole: str) -> list[str]:
     """List the files of a split; `{split}` in the pattern is replaced by its name.
 
-    Files of a pattern without `{split}` are the split `whole`.
-
-    Raises:
-        DataError: no such split, no files, or files of several splits and no `{split}`.
+    Files of a pattern without `{split}` are the split `whole`. DataError if there is no such split,
+    or several splits and no `{split}`.
     """
     if _PLACE not in pattern:
         files = expand(pattern)

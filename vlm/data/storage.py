@@ -38,10 +38,8 @@ _WILD = re.compile(r"[*?\[]")
 def expand(pattern: str) -> list[str]:
     """Expand a pattern to file names, in order: ranges `{000..099}`, lists `{a,b}`, `*` and `::`.
 
-    `::` separates patterns. Only `*` is matched against existing files.
-
-    Raises:
-        DataError: a pattern with `*` matches nothing.
+    `::` separates patterns. Only `*` is matched against existing files. DataError if a pattern with
+    `*` matches nothing.
     """
     files = []
     for part in pattern.split("::"):
@@ -58,11 +56,7 @@ def list_files(pattern: str) -> list[str]:
 
 
 def open_file(path: str) -> Any:
-    """Open a local or remote file for unbuffered binary reads with seek.
-
-    Raises:
-        DataError: there is no driver for this kind of URL.
-    """
+    """Open a local or remote file for unbuffered binary reads with seek."""
     if not is_remote(path):
         return open(path, "rb", buffering=0)
     return _ask(path, "open", mode="rb", cache_type="none", block_size=CHUNK)
@@ -195,11 +189,7 @@ class SequentialFile:
         return file
 
     def read(self, count: int) -> bytes:
-        """Read the next `count` bytes; fewer at the end of the file.
-
-        Raises:
-            OSError: the file is missing, or cannot be read after several attempts.
-        """
+        """Read the next `count` bytes; fewer at the end of the file."""
         parts = []
         left = count
         while left:

@@ -59,11 +59,8 @@ class TableSource:
 def open_split(config: DataConfig, split: str) -> TableSource:
     """Open the rows of `split` in the table `config.source`, or in the table of that folder.
 
-    A row that cannot be read is a bad sample.
-
-    Raises:
-        DataError: there is no such table, too many rows are bad, a split is empty, or a feature is
-            missing.
+    A row that cannot be read is a bad sample. DataError if too many are bad, or a wanted feature is
+    missing.
     """
     if "{split}" in config.source:
         (file,) = split_files(config.source, split, config.train_split)
@@ -197,11 +194,7 @@ def _with_header(
 def _column_names(
     rows: list[Line | BadSample], name: str, image: str, texts: tuple[str, ...], folders: list[str]
 ) -> list[str]:
-    """Name the columns of a table without header: column1, column2, ..., or image and caption.
-
-    Raises:
-        DataError: there is no column of image files, or not exactly one other column.
-    """
+    """Name the columns of a table without header: column1, column2, ..., or image and caption."""
     looked_at = list(itertools.islice((r.fields for r in rows if isinstance(r, Line)), _LOOKED_AT))
     names = [f"column{number}" for number in range(1, len(looked_at[0]) + 1)]
     if _NUMBERED.fullmatch(image):
@@ -237,11 +230,7 @@ _DOWNLOAD = (
 
 
 def _check(rows: list[Example | BadSample], config: DataConfig, path: epath.Path) -> None:
-    """Check all rows against the config.
-
-    Raises:
-        DataError: there are no rows, too many are bad, or a feature is missing.
-    """
+    """Check all rows against the config."""
     if not rows:
         raise DataError(f"{path} has no rows: give it one for each image")
     bad = [row for row in rows if isinstance(row, BadSample)]

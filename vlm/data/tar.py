@@ -87,9 +87,7 @@ def groups(
 def _check_end(file: SequentialFile) -> None:
     """Check that only zeros (record padding) follow an end-of-archive marker.
 
-    Raises:
-        CorruptFileError: another tar file follows, which tar readers ignore, or so many zeros that
-            the rest of the archive was never written.
+    Tar readers ignore another tar file there. Many zeros mean that the rest was never written.
     """
     for _ in range(_MAX_PADDING // (64 * BLOCK)):
         padding = file.read(64 * BLOCK)

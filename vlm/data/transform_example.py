@@ -55,9 +55,7 @@ class ExampleTransform:
         """Write the augmented image to `row` of `images` (made by `blank`); return the text.
 
         `u` is a row of `draws`. `where` is the example's location for errors, if it has none.
-
-        Raises:
-            BadSample: there is no text, or the image cannot be opened.
+        BadSample if there is no text, or the image cannot be opened.
         """
         config = self._configs[example.get(PART, 0)]
         text = choose_caption(example, config, u[DRAWS])
@@ -82,11 +80,7 @@ def open_image_of(
     where: str,
     smallest: Smallest | None = None,
 ) -> Image.Image:
-    """Open the image of an example in mode RGB; `smallest` as in `open_image`.
-
-    Raises:
-        BadSample: there is no image, or it cannot be opened.
-    """
+    """Open the image of an example; `smallest` as in `open_image`. BadSample if it cannot."""
     where = example.get(WHERE, where)
     image = example.get(config.image)
     name = f"the image of {where}"

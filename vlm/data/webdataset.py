@@ -30,11 +30,7 @@ class TarFormat:
     def read(
         self, shard: str, offset: int, number: int, chunk: int
     ) -> Generator[Record, None, None]:
-        """Yield the examples of a shard from `offset` on.
-
-        Raises:
-            OSError, CorruptFileError: the rest cannot be read.
-        """
+        """Yield the examples of a shard from `offset` on."""
         rows = read_sidecar(shard, self._config) if self._sidecar else {}
         file = SequentialFile(shard, offset, chunk)
         try:
@@ -51,11 +47,7 @@ class TarFormat:
 def example_of(
     group: tar.Group, config: DataConfig, shard: str, more: dict[str, Any] | None = None
 ) -> Example:
-    """Make an example from members of a tar file and `more` features of a table beside it.
-
-    Raises:
-        BadSample: there is no image, or a text is invalid.
-    """
+    """Make an example from members of a tar file and `more` features of a table beside it."""
     where, parts = f"{shard}: {group.key}", group.parts
     if group.repeated is not None:
         why = f"{where} has two members with the extension {group.repeated}: give each its own"

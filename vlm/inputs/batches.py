@@ -23,10 +23,8 @@ def pixel_batches(
 ) -> Iterator[np.ndarray | Patches]:
     """Yield batches of `size` images as uint8 pixels; at most three batches are in memory.
 
-    Unreadable images are passed to `on_error`, in order, and skipped.
-
-    Raises:
-        DataError: an image cannot be read, and there is no `on_error`.
+    Unreadable images are passed to `on_error`, in order, and skipped. Without `on_error` they raise
+    a DataError.
     """
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "vlm-decode")
     numbered = enumerate(images)

@@ -21,10 +21,8 @@ def is_image_name(name: str) -> bool:
 def files_under(folder: epath.PathLike) -> Iterator[str]:
     """Yield the files under a folder, recursively and in order, without hidden ones.
 
-    Symbolic links to folders are followed, except to one of their parent folders.
-
-    Raises:
-        DataError: a folder cannot be read.
+    Symbolic links to folders are followed, except to one of their parent folders. DataError if a
+    folder cannot be read.
     """
     folder = as_path(folder)
     if is_remote(folder):

@@ -233,11 +233,7 @@ def _formats_for(data: bytes, name: str) -> tuple[str, ...]:
 
 
 def extension_of(data: bytes) -> str:
-    """Return the extension (without its dot) for an image file with these bytes.
-
-    Raises:
-        DataError: not an image.
-    """
+    """Return the extension (without its dot) for an image file with these bytes."""
     with _opened(data, "the image", 0) as image:
         found = image.format or ""
     if found in ADDED_FORMATS:
@@ -299,11 +295,7 @@ def _not_an_image(name: str, item: Any) -> str:
 
 
 def as_array(image: Any, name: str = "the image") -> np.ndarray:
-    """Convert an array of any library to NumPy; the result may share its memory.
-
-    Raises:
-        DataError: not an array, or NumPy cannot read it.
-    """
+    """Convert an array of any library to NumPy, if possible without a copy."""
     if not getattr(image, "shape", ()):
         raise DataError(_not_an_image(name, image))
     try:

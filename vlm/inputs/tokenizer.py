@@ -206,11 +206,7 @@ class Tokenizer:
 
 
 def read_vocabulary(path: epath.PathLike) -> tokenizers.Tokenizer:
-    """Read the vocabulary of a `tokenizer.json`.
-
-    Raises:
-        DataError: the file is missing or is not a `tokenizer.json`.
-    """
+    """Read the vocabulary of a `tokenizer.json`; DataError if it is missing or corrupt."""
     text = _read(as_path(path))
     try:
         return tokenizers.Tokenizer.from_str(text)
