@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from vlm.config import DataConfig
 from vlm.data.examples import Example
-from vlm.data.faults import BadSample, from_record
+from vlm.data.faults import BadSample
 from vlm.data.shard_stream import find_shards, look_at
 from vlm.data.shards import known_count, shard_fault
 from vlm.data.sources import open_source, streams
@@ -36,7 +36,7 @@ class ExampleReader:
             self._source = open_source(config, split)
             self.count = len(self._source)
             self.credits = getattr(self._source, "credits", "")
-            self.faults = [from_record(r) for r in getattr(self._source, "faults", ())]
+            self.faults = [BadSample(**r) for r in getattr(self._source, "faults", ())]
             self.description = f"{self.count:,} examples"
 
     def ranges(self, examples: int) -> Iterator[tuple[list[int], int]]:

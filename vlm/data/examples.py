@@ -72,23 +72,19 @@ def choose_caption(example: Example, config: DataConfig, u: float) -> str:
     With `config.caption_weights`, first a feature that has captions is chosen, and then one of its
     captions; without weights, one of all captions. BadSample if there is no caption.
     """
-    if not config.caption_weights or config.label:
-        captions = captions_of(example, config)
-        return captions[int(u * len(captions))]
     found = _by_feature(example, config)
-    pairs = zip(config.caption_weights, found, strict=True)
+    given = () if config.label else config.caption_weights
+    pairs = zip(given or [0.0] * len(found), found, strict=True)
     weights = [weight if captions else 0.0 for weight, captions in pairs]
-    total = sum(weights)
-    if total == 0:  # no feature with a weight has captions
+    if not sum(weights):  # no feature with a weight has captions
         captions = [caption for captions in found for caption in captions]
         return captions[int(u * len(captions))]
-    u *= total
+    u *= sum(weights)
     for weight, captions in zip(weights, found, strict=True):
         if weight and u < weight:
             return captions[int(u / weight * len(captions))]
         u -= weight
-    captions = [c for c in found if c][-1]  # rounding
-    return captions[-1]
+    return [c for c in found if c][-1][-1]  # rounding
 
 
 def passes(example: Example, filters: Sequence[FieldFilter]) -> bool:
@@ -217,10 +213,9 @@ def _passes(value: Any, f: FieldFilter) -> bool:
         return False
     if f.at_least is None and f.at_most is None:
         return True
+    low = -math.inf if f.at_least is None else f.at_least
+    high = math.inf if f.at_most is None else f.at_most
     try:
-        number = float(value)
+        return low <= float(value) <= high
     except (TypeError, ValueError):
         return False
-    return (f.at_least is None or number >= f.at_least) and (
-        f.at_most is None or number <= f.at_most
-    )

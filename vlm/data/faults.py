@@ -38,14 +38,9 @@ class BadSample(DataError):
         return BadSample, (self.kind, self.where, str(self), self.samples)
 
     def record(self) -> dict[str, Any]:
-        """Return a row for the run's file."""
+        """Return the arguments, as a row of the run's file."""
         samples = {"samples": self.samples} if self.samples > 1 else {}
         return {"kind": self.kind, "where": self.where, "why": str(self), **samples}
-
-
-def from_record(record: dict[str, Any]) -> BadSample:
-    """Make a bad sample from its row."""
-    return BadSample(record["kind"], record["where"], record["why"], record.get("samples", 1))
 
 
 class TooManyBad(DataError):

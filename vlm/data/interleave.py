@@ -41,20 +41,10 @@ class Stream(Protocol):
 
     lanes: int
     seed: int
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def examples(self) -> int: ...  # per epoch, known or estimated, with lost ones
-
-    @property
-    def typical(self) -> int: ...  # examples of one shard
-
-    @property
-    def faults(
-        self,
-    ) -> Sequence[dict[str, Any]]: ...  # known before the first step
+    fingerprint: str
+    examples: int  # per epoch, known or estimated, with lost ones
+    typical: int  # examples of one shard
+    faults: Sequence[dict[str, Any]]  # known before the first step
 
     def lane(self, number: int, position: Position | None, pool: Executor) -> Lane: ...
 

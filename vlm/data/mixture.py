@@ -5,13 +5,15 @@ positions of its parts, for any kind of source.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
 
 from vlm.config import DataConfig, MixturePart
-from vlm.data.examples import PART
+from vlm.data.examples import PART, Example
 from vlm.data.interleave import Stream
 from vlm.data.randomness import key, uniforms
 from vlm.data.shards import Lane, Sample
@@ -48,26 +50,10 @@ class Mixture:
         self.parts, self.lanes, self.seed = parts, lanes, seed
         weights = np.array(_weights(config.mixture, parts))
         self._bounds = np.cumsum(weights / weights.sum())
-
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprints of the parts, in order."""
-        return " + ".join(part.fingerprint for part in self.parts)
-
-    @property
-    def examples(self) -> int:
-        """Total examples in one epoch of each part."""
-        return sum(part.examples for part in self.parts)
-
-    @property
-    def typical(self) -> int:
-        """Estimated examples in a shard; the maximum of the parts."""
-        return max(part.typical for part in self.parts)
-
-    @property
-    def faults(self) -> list[dict[str, Any]]:
-        """Known faults of the shards of all parts."""
-        return [fault for part in self.parts for fault in part.faults]
+        self.fingerprint = " + ".join(part.fingerprint for part in parts)
+        self.examples = sum(part.examples for part in parts)
+        self.typical = max(part.typical for part in parts)
+        self.faults = [fault for part in parts for fault in part.faults]
 
     def lane(self, number: int, position: list[Any] | None, pool: Executor) -> "MixtureLane":
         """Open lane `number`, at its start or at an earlier `position()`."""
@@ -96,7 +82,7 @@ class MixtureLane:
         if isinstance(example, dict):
             example[PART] = part + 1  # 0 is the config of the mixture
         elif callable(example):
-            example = _tagged(example, part + 1)
+            example = functools.partial(_tagged, example, part + 1)
         return Sample(example, position * len(self._lanes) + part)
 
     def position(self) -> list[Any]:
@@ -109,8 +95,8 @@ class MixtureLane:
             lane.close()
 
 
-def _tagged(read, part: int):
-    return lambda: {**read(), PART: part}
+def _tagged(read: Callable[[], Example], part: int) -> Example:
+    return {**read(), PART: part}
 
 
 def _weights(mixture: tuple[MixturePart, ...], parts: list[Stream]) -> list[float]:

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants, read_only_builder
 
 from vlm.config import DataConfig
-from vlm.data.examples import Example, check_features
+from vlm.data.examples import Example, check_features, flat_items
 from vlm.data.faults import BadSample
 from vlm.data.known_classes import classes_of_tfds
 from vlm.data.splits import find_split
@@ -52,7 +52,15 @@ class TfdsSource:
         self._label = config.label
         self._image = config.image  # not decoded
         self._where = f"{where} {split}"
-        self._names = _label_names(features[config.label], where, config) if config.label else None
+        self._names = None
+        if config.label:
+            feature = features[config.label]
+            if not isinstance(feature, tfds.features.ClassLabel):
+                raise DataError(
+                    f"the feature {config.label!r} of {where} that data.label names is not a class "
+                    f"label but a {type(feature).__name__}: name one that is"
+                )
+            self._names = feature.names
         self.label_names, self.class_names, self.templates = self._names, None, None
         if known := classes_of_tfds(builder.info.name, self._names or ()):
             self.label_names = list(known.wordnet_ids) or self._names
@@ -79,8 +87,10 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        record = _flat(self._records[int(index)])
-        example = {k: v if k == self._image else _text(v) for k, v in record}
+        example: Example = {}
+        for feature, record in self._records[int(index)].items():
+            for name, value in flat_items(feature, record, self._image):
+                example[name] = value if name == self._image else _text(value)
         if self._label and self._names:
             label = int(example[self._label])
             if label < 0:  # unlabelled in TFDS
@@ -143,23 +153,6 @@ def _flat_features(features: Any, above: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat_features(inner, f"{above}{name}/")
         else:
             yield above + name, inner
-
-
-def _flat(record: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in record.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{above}{name}/")
-        else:
-            yield above + name, value
-
-
-def _label_names(feature: Any, where: str, config: DataConfig) -> list[str]:
-    if not isinstance(feature, tfds.features.ClassLabel):
-        raise DataError(
-            f"the feature {config.label!r} of {where} that data.label names is not a class label "
-            f"but a {type(feature).__name__}: name one that is"
-        )
-    return feature.names
 
 
 def _text(value: Any) -> Any:

@@ -188,18 +188,9 @@ class IndexedStream:
 
     def __init__(self, source: Source, lanes: int, seed: int):
         self.source, self.lanes, self.seed = source, lanes, seed
-        self.typical = 0
+        self.typical, self.fingerprint = 0, f"{len(source)} examples"
         self.faults: Sequence[dict[str, Any]] = getattr(source, "faults", ())
-
-    @property
-    def examples(self) -> int:
-        """Number of examples per epoch, including lost shards."""
-        return len(self.source) + sum(fault.get("samples", 1) for fault in self.faults)
-
-    @property
-    def fingerprint(self) -> str:
-        """Number of examples, as text."""
-        return f"{len(self.source)} examples"
+        self.examples = len(source) + sum(fault.get("samples", 1) for fault in self.faults)
 
     def lane(self, number: int, position: list[int] | None, pool: Executor) -> "IndexedLane":
         """Open lane `number`, at its start or at an earlier `position()`."""

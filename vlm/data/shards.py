@@ -98,18 +98,11 @@ class Shards:
         self.seed, self.lanes, self.chunk = seed, lanes, chunk
         self.block = max(1, config.shuffle // lanes)
         self.typical = typical  # estimated examples in a shard of unknown length
+        self.examples = typical * len(names)
         self.faults: Sequence[dict[str, Any]] = ()  # found while reading
-
-    @property
-    def fingerprint(self) -> str:
-        """Number of shards and hash of their names, without their folder."""
-        names = "\n".join(name.rpartition("/")[2] for name in self.names)
-        return f"{len(self.names)}:{zlib.crc32(names.encode()):08x}"
-
-    @property
-    def examples(self) -> int:
-        """Estimated examples per epoch of all lanes."""
-        return self.typical * len(self.names)
+        # Number of shards and hash of their names, without their folder.
+        short = "\n".join(name.rpartition("/")[2] for name in names)
+        self.fingerprint = f"{len(names)}:{zlib.crc32(short.encode()):08x}"
 
     def lane(self, number: int, position: Sequence[int] | None, pool: Executor) -> Lane:
         """Open lane `number`, at its start or at an earlier `position()`."""
