@@ -9,7 +9,7 @@ from PIL import Image
 from vlm.config import DataConfig
 from vlm.data.class_names import class_name, names_of
 from vlm.data.examples import captions_of
-from vlm.data.known_classes import TFDS, classes_of_tfds, known_classes
+from vlm.data.known_classes import classes_of_tfds, known_classes, tfds_names
 from vlm.data.prepared import TfdsSource
 from vlm.data.sources import classes_of, open_source
 from vlm.errors import DataError
@@ -38,7 +38,7 @@ def test_imagenet_and_its_subsets():
 
 
 def test_every_known_data_set_of_tfds_has_templates():
-    for name in TFDS.values():
+    for name in tfds_names().values():
         known = known_classes(name)
         assert known is not None, name
         assert known.templates, name

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from vlm.config import DataConfig
 from vlm.data.known_classes import check_names, imagenet_names
 from vlm.errors import DataError
-from vlm.paths import as_path
+from vlm.paths import as_path, decode_text
 
 NAME = "\0name"  # key of the class name in an example
 
@@ -65,8 +65,7 @@ def names_of(
     given = {**imagenet_names(labels), **(given or {})}
     names = [given[label] if label in given else readable(label) for label in labels]
     check_names([label for label in labels if label not in given], where)
-    twice = {name for name, count in Counter(names).items() if count > 1}
-    for name in twice:
+    for name in (name for name, count in Counter(names).items() if count > 1):
         merged = [label for label, own in zip(labels, names, strict=True) if own == name]
         if not all(label in given for label in merged):  # given names may repeat
             raise DataError(
@@ -143,10 +142,7 @@ def _read(file: str) -> dict[str, str] | list[str]:
     path = as_path(file)
     if not path.is_file():
         raise DataError(f"there is no file of class names {path}: check class_names")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 ({error.reason}): save it as UTF-8") from None
+    text = decode_text(path.read_bytes(), file)
     if path.suffix == ".json":
         try:
             held = json.loads(text)

@@ -27,7 +27,7 @@ from vlm.data.shard_index import ShardSource, index_for
 from vlm.data.splits import NAMES, find_split
 from vlm.data.storage import exists, read_file
 from vlm.errors import DataError
-from vlm.paths import as_path, is_remote
+from vlm.paths import as_path, decode_text, is_remote
 
 PREFIX = "wds:"
 IMAGES = ("webp", "png", "jpg", "jpeg")  # the first that a sample has is used, as in CLIP_benchmark
@@ -76,9 +76,8 @@ def open_split(config: DataConfig, split: str) -> "ClipBenchmarkSource":
     text = read_file(f"{_texts(root)}/{split}/nshards.txt").decode().strip()
     if not text.isdecimal() or not int(text):
         raise DataError(f"nshards.txt of {source}/{split} is {text!r}: write the number of shards")
-    return ClipBenchmarkSource(
-        [f"{_shards(root)}/{split}/{i}.tar" for i in range(int(text))], config
-    )
+    shards = [f"{_shards(root)}/{split}/{i}.tar" for i in range(int(text))]
+    return ClipBenchmarkSource(shards, config)
 
 
 class ClipBenchmarkSource(ShardSource):
@@ -157,10 +156,7 @@ def _lines(root: str, name: str) -> list[str] | None:
     path = f"{_texts(root)}/{name}"
     if not exists(path):
         return None
-    try:
-        return [line.strip() for line in read_file(path).decode("utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error.reason}): save it as UTF-8") from None
+    return [line.strip() for line in decode_text(read_file(path), path).splitlines()]
 
 
 def _root(source: str) -> str:

@@ -101,9 +101,7 @@ def open_split(config: DataConfig, split: str) -> FolderSource:
         labels = {label for _, _, label in rows}
         for other in (top / name for name in known or () if top / name != root):
             paths = [path for path in files_under(other) if is_image_name(path)]
-            labels |= {
-                _class_of(path) for path in paths if os.path.dirname(path) != os.fspath(other)
-            }
+            labels.update(_class_of(p) for p in paths if os.path.dirname(p) != os.fspath(other))
         label_names = sorted(labels)
     source = FolderSource(rows, config, label_names)
     where = f"the folder {root}"

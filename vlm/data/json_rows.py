@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 def read_json_rows(text: str, where: str) -> list[tuple[int, Row] | BadSample]:
     """Parse rows with the number of their line or item; a broken line is a bad sample."""
-    start = text.lstrip()[:1]
+    start, found = text.lstrip()[:1], []
     if start == "[":
         try:
             items = json.loads(text)
@@ -32,7 +32,6 @@ def read_json_rows(text: str, where: str) -> list[tuple[int, Row] | BadSample]:
         if isinstance(data.get("images"), list):
             rows = _with_sentences(data) if "annotations" not in data else _coco(data, where)
             return list(enumerate(rows, 1))
-    found: list[tuple[int, Row] | BadSample] = []
     for number, line in enumerate(lines_of(text), 1):
         if line.strip():
             try:

@@ -13,31 +13,6 @@ from typing import Any, NamedTuple
 
 from vlm.errors import DataError
 
-# TFDS data sets with the same class ids as in CLIP_benchmark, and their names there.
-TFDS = {
-    "imagenet2012": "imagenet1k",
-    "imagenet2012_corrupted": "imagenet1k",
-    "imagenet2012_fewshot": "imagenet1k",
-    "imagenet2012_subset": "imagenet1k",
-    "imagenet_v2": "imagenet1k",
-    "imagenet_sketch": "imagenet1k",
-    "imagenet_a": "imagenet-a",
-    "imagenet_r": "imagenet-r",
-    "caltech101": "vtab/caltech101",
-    "cars196": "cars",
-    "diabetic_retinopathy_detection": "diabetic_retinopathy",
-    "oxford_flowers102": "flowers",
-    "oxford_iiit_pet": "pets",
-    "patch_camelyon": "pcam",
-    "svhn_cropped": "svhn",
-    **{
-        name: name
-        for name in (
-            "cifar10", "cifar100", "dmlab", "dtd", "eurosat", "food101", "mnist", "resisc45",
-            "stl10", "sun397",
-        )
-    },
-}  # fmt: skip
 # ImageNet and the data sets that share all of its classes.
 _ALL_OF_IMAGENET = ("imagenet1k", "imagenetv2", "imagenet_sketch")
 _WORDNET_ID = re.compile(r"n\d{8}")
@@ -68,14 +43,12 @@ def known_classes(name: str) -> KnownClasses | None:
         >>> len(found.names), found.names[0], found.wordnet_ids[0], len(found.templates)
         (200, 'goldfish', 'n01443537', 80)
     """
-    lists = _lists()
+    lists = _classes()
     short = name.removeprefix("vtab/")
     imagenet = lists["names"]["imagenet1k"]
     templates = tuple(t.replace("{c}", "{}") for t in lists["templates"].get(short, ()))
-    chosen = lists["imagenet_subsets"].get(name)
-    if name in _ALL_OF_IMAGENET:
-        chosen = range(len(imagenet))
-    if chosen is not None:
+    chosen = range(len(imagenet)) if name in _ALL_OF_IMAGENET else None
+    if (chosen := lists["imagenet_subsets"].get(name, chosen)) is not None:
         return KnownClasses(
             tuple(imagenet[i] for i in chosen),
             tuple(t.replace("{c}", "{}") for t in lists["templates"]["imagenet1k"]),
@@ -91,11 +64,17 @@ def classes_of_tfds(name: str, labels: Sequence[str]) -> KnownClasses | None:
 
     TFDS lists ImageNet's 1,000 WordNet ids also for ImageNet-A and -R, which use 200 of them.
     """
-    known = known_classes(TFDS[name]) if name in TFDS else None
+    known = known_classes(tfds_names().get(name, ""))
     if known is None or not set(known.wordnet_ids) <= set(labels):
         return None
     fits = known.wordnet_ids or len(known.names) in (0, len(labels))
     return known if fits else None
+
+
+@functools.cache
+def tfds_names() -> dict[str, str]:
+    """Return CLIP_benchmark's names of TFDS data sets with the same class ids."""
+    return _read("tfds.json")
 
 
 def imagenet_names(labels: Sequence[str]) -> dict[str, str]:
@@ -135,11 +114,15 @@ def check_names(names: Sequence[str], where: str) -> None:
 
 
 @functools.cache
+def _classes() -> dict[str, Any]:
+    return _read("classes.json")
+
+
+@functools.cache
 def _imagenet() -> dict[str, str]:
     known = known_classes("imagenet1k")
     return {} if known is None else dict(zip(known.wordnet_ids, known.names, strict=True))
 
 
-@functools.cache
-def _lists() -> dict[str, Any]:
-    return json.loads((Path(__file__).parent / "class_lists" / "classes.json").read_text("utf-8"))
+def _read(file: str) -> dict[str, Any]:
+    return json.loads((Path(__file__).parent / "class_lists" / file).read_text("utf-8"))

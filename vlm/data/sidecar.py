@@ -83,20 +83,19 @@ def _database(shards: Sequence[str], config: DataConfig) -> str:
         unfinished = os.path.join(folder, "rows")
         with contextlib.closing(sqlite3.connect(unfinished)) as rows:
             rows.executescript(_TABLES)
-            tables = pool.map(lambda shard: _read(shard, config), shards)
-            for number, (table, fault) in enumerate(tables):
+            for number, table in enumerate(pool.map(lambda shard: _read(shard, config), shards)):
+                if isinstance(table, OSError):
+                    rows.execute("INSERT INTO fault VALUES (?, ?)", (number, str(table)))
+                    continue
                 fields = ((number, key, json.dumps(row, default=str)) for key, row in table.items())
                 rows.executemany("INSERT INTO row VALUES (?, ?, ?)", fields)
-                if fault is not None:
-                    rows.execute("INSERT INTO fault VALUES (?, ?)", (number, fault))
             rows.commit()
         os.replace(unfinished, path)
     return path
 
 
-def _read(shard: str, config: DataConfig) -> tuple[dict[str, dict[str, Any]], str | None]:
-    """Read a shard's table; return its rows and an error message, if any."""
+def _read(shard: str, config: DataConfig) -> dict[str, dict[str, Any]] | OSError:
     try:
-        return read_sidecar(shard, config), None
+        return read_sidecar(shard, config)
     except OSError as error:
-        return {}, str(error)
+        return error

@@ -59,7 +59,7 @@ def groups(
         folder, _, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
         if not regular or not stem or _META.match(name):
-            _skip(file, size)
+            file.skip(size + -size % BLOCK)
             continue
         now = f"{folder}/{stem}" if folder else stem
         if now != key:
@@ -74,10 +74,10 @@ def groups(
             if len(data) < size:
                 raise CorruptFileError(f"{name} has {len(data):,} of its {size:,} bytes")
             parts[extension] = data
-            _skip(file, -size % BLOCK, exact=True)
+            file.skip(-size % BLOCK)
         else:
             parts[extension] = None
-            _skip(file, size)
+            file.skip(size + -size % BLOCK)
     if key is not None:
         yield Group(key, parts, end, repeated)
     if whole:
@@ -101,10 +101,6 @@ def _check_end(file: SequentialFile) -> None:
     raise CorruptFileError(
         f"it holds nothing but zeros from byte {file.offset - _MAX_PADDING:,} on"
     )
-
-
-def _skip(file: SequentialFile, size: int, *, exact: bool = False) -> None:
-    file.skip(size if exact else size + -size % BLOCK)
 
 
 def _next_member(file: SequentialFile, whole: bool) -> tuple[str, int, int, bool] | None:
@@ -142,16 +138,14 @@ def _next_member(file: SequentialFile, whole: bool) -> tuple[str, int, int, bool
                 size = int(fields["size"]) if "size" in fields else size
             continue
         if name is None:
-            name = _text(header[:100])
-            prefix = _text(header[345:500]) if header[257:262] == b"ustar" else ""
+            name, prefix = (
+                field.partition(b"\0")[0].decode(errors="replace")
+                for field in (header[:100], header[345:500] if header[257:262] == b"ustar" else b"")
+            )
             if prefix and header[257:265] != b"ustar  \0":  # GNU stores times there
                 name = f"{prefix}/{name}"
         regular = kind not in _SKIPPED
         return name, (length if size is None else size) if regular else 0, start, regular
-
-
-def _text(field: bytes) -> str:
-    return field.partition(b"\0")[0].decode(errors="replace")
 
 
 def _number(field: bytes) -> int:
