@@ -12,7 +12,7 @@ from processes import weights
 import vlm
 from vlm.config import DataConfig, DistillConfig, Experiment, MeshConfig, OptimizerConfig
 from vlm.errors import CheckpointError, ConfigError
-from vlm.inputs.two_tokenizers import TwoTokenizers
+from vlm.inputs.tokenizer import TwoTokenizers
 from vlm.losses import relational_loss
 from vlm.models.dual_encoder import unit_norm
 from vlm.sharding import make_mesh

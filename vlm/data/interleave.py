@@ -23,7 +23,7 @@ from vlm.data.faults import BadSample, TooManyBad
 from vlm.data.shards import FILTERED, Lane, Sample
 from vlm.data.transform_example import ExampleTransform
 from vlm.errors import ConfigError, DataError
-from vlm.inputs.two_tokenizers import AnyTokenizer
+from vlm.inputs.tokenizer import AnyTokenizer
 from vlm.nn.naflex import Patches
 
 MAX_DEFAULT_LANES = 256  # if the config does not set `interleave`

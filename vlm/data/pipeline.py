@@ -29,8 +29,7 @@ from vlm.data.workers import (
 )
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.preprocess import Preprocess
-from vlm.inputs.tokenizer import Tokenizer
-from vlm.inputs.two_tokenizers import AnyTokenizer
+from vlm.inputs.tokenizer import AnyTokenizer, Tokenizer
 
 
 class TrainIterator(grain.DatasetIterator):

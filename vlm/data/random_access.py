@@ -27,7 +27,7 @@ from vlm.data.shards import Sample
 from vlm.data.transform_example import ExampleTransform
 from vlm.errors import DataError
 from vlm.inputs.preprocess import Preprocess
-from vlm.inputs.two_tokenizers import AnyTokenizer
+from vlm.inputs.tokenizer import AnyTokenizer
 from vlm.nn.naflex import Patches
 
 Batch = dict[str, Any]

@@ -5,8 +5,7 @@ from jax.sharding import Mesh
 from vlm.config import Experiment
 from vlm.data.random_access import Batch
 from vlm.data.reinforced import Reinforced
-from vlm.inputs.tokenizer import Tokenizer
-from vlm.inputs.two_tokenizers import AnyTokenizer, TwoTokenizers
+from vlm.inputs.tokenizer import AnyTokenizer, Tokenizer, TwoTokenizers
 from vlm.training.classes import Classes
 from vlm.training.run import Run
 from vlm.training.step import Trainer, TrainState
