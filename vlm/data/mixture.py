@@ -6,7 +6,7 @@ positions of its parts, for any kind of source.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -53,7 +53,7 @@ class Mixture:
         self.fingerprint = " + ".join(part.fingerprint for part in parts)
         self.examples = sum(part.examples for part in parts)
         self.typical = max(part.typical for part in parts)
-        self.faults = [fault for part in parts for fault in part.faults]
+        self.faults: Sequence[dict[str, Any]] = [f for part in parts for f in part.faults]
 
     def lane(self, number: int, position: list[Any] | None, pool: Executor) -> "MixtureLane":
         """Open lane `number`, at its start or at an earlier `position()`."""
