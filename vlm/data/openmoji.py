@@ -83,23 +83,21 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = {f"caption_{language}": tfds.features.Text() for language in LANGUAGES}
+        shape = (IMAGE_SIZE, IMAGE_SIZE, 3)
+        features = {
+            "image": tfds.features.Image(shape=shape, encoding_format="png"),
+            "caption": tfds.features.Text(),
+            **text,
+            "aliases": tfds.features.Sequence(tfds.features.Text()),
+            "code_points": tfds.features.Text(),
+        }
         return tfds.core.DatasetInfo(
             builder=self,
             description=__doc__,
             homepage="https://openmoji.org",
             license=f"{LICENSE}. {ATTRIBUTION}",
             citation="@misc{openmoji, title={OpenMoji}, url={https://openmoji.org}}",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(
-                        shape=(IMAGE_SIZE, IMAGE_SIZE, 3), encoding_format="png"
-                    ),
-                    "caption": tfds.features.Text(),
-                    **text,
-                    "aliases": tfds.features.Sequence(tfds.features.Text()),
-                    "code_points": tfds.features.Text(),
-                }
-            ),
+            features=tfds.features.FeaturesDict(features),
         )
 
     def _split_generators(self, dl_manager):
@@ -112,26 +110,14 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
         }
 
     def _generate_examples(self, emoji: list[Emoji]):
-        images = draw_all([e.svg for e in emoji], IMAGE_SIZE)
-        shown = track(
-            zip(emoji, images, strict=True),
-            description=f"Drawing {len(emoji)} emoji",
-            total=len(emoji),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        for e, png in shown:
-            names = {f"caption_{language}": e.captions[language] for language in LANGUAGES}
-            yield (
-                e.code_points,
-                {
-                    "image": png,
-                    "caption": e.caption,
-                    **names,
-                    "aliases": e.aliases,
-                    "code_points": e.code_points,
-                },
-            )
+        images, title = draw_all([e.svg for e in emoji], IMAGE_SIZE), f"Drawing {len(emoji)} emoji"
+        console = Console(stderr=True)
+        for e, png in zip(
+            track(emoji, title, console=console, transient=True), images, strict=True
+        ):
+            example = {f"caption_{language}": e.captions[language] for language in LANGUAGES}
+            example |= {"image": png, "caption": e.caption, "aliases": e.aliases}
+            yield e.code_points, example | {"code_points": e.code_points}
 
 
 def open_split(config: DataConfig, split: str) -> TfdsSource:

@@ -15,7 +15,7 @@ from etils import epath
 from vlm.config import DataConfig
 from vlm.data.examples import captions_of
 from vlm.data.faults import BadSamples
-from vlm.data.interleave import LaneBatches, count_lanes, gather_processes
+from vlm.data.interleave import LaneBatches, gather_processes
 from vlm.data.mixture import part_configs
 from vlm.data.random_access import Batch, TrainBatches
 from vlm.data.reinforced import Reinforced
@@ -179,12 +179,8 @@ def train_batches(
             raise ConfigError(
                 "data.cache needs a data set of finite size, not a stream: set it to False"
             )
-        stream = open_stream(
-            config,
-            lambda shards: count_lanes(config, batch_size * process_count, shards, process_count),
-            seed=seed,
-            process_count=process_count,
-        )
+        global_batch = batch_size * process_count
+        stream = open_stream(config, global_batch, seed=seed, process_count=process_count)
         each = stream.lanes // process_count
         lanes = range(each * process_index, each * (process_index + 1))
         transform = ExampleTransform([config, *part_configs(config)], preprocess)

@@ -2,6 +2,7 @@
 
 from vlm.config import DataConfig
 from vlm.data.examples import LOOKED_AT, check_features, features_of, wanted_features
+from vlm.data.parquet import ParquetFormat, count_rows
 from vlm.data.shards import Format, Record, Shards, known_count
 from vlm.data.sidecar import sidecar_path
 from vlm.data.splits import split_files
@@ -35,13 +36,7 @@ def look_at(config: DataConfig, names: list[str]) -> tuple[Format, int]:
     """
     last: Exception | str = "no shard"
     for name in names[:_LOOKED_AT]:
-        form: Format
-        if ".parquet" in name:
-            from vlm.data.parquet import ParquetFormat
-
-            form = ParquetFormat(config)
-        else:
-            form = TarFormat(config)
+        form: Format = (ParquetFormat if ".parquet" in name else TarFormat)(config)
         try:
             first, is_all = _first(form, name)
             typical = known_count(name) or (len(first) if is_all else _length(form, name, first))
@@ -84,6 +79,4 @@ def _length(form: Format, name: str, first: list[Record]) -> int:
     """Estimate the examples in a shard from its size and that of its first examples."""
     if form.kind == "tar":
         return max(len(first), round(size_of(name) / first[-1].end * len(first)))
-    from vlm.data.parquet import count_rows
-
     return max(len(first), count_rows(name))

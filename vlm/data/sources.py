@@ -25,8 +25,9 @@ from vlm.data.examples import (
     templates_of,
 )
 from vlm.data.faults import BadSample
-from vlm.data.interleave import Stream
+from vlm.data.interleave import Stream, count_lanes
 from vlm.data.known_classes import imagenet_names, imagenet_templates
+from vlm.data.parquet import holds_images, stream_label_names
 from vlm.data.random_access import IndexedStream
 from vlm.data.randomness import key
 from vlm.data.shard_stream import find_shards, open_shards_as_stream
@@ -168,29 +169,21 @@ def streams(config: DataConfig) -> bool:
     if config.access != "auto":
         return config.access == "stream"
     if kind == "parquet":
-        from vlm.data.parquet import holds_images
-
         return is_remote(config.source) or holds_images(config)
     return kind == "tar" and is_remote(config.source)
 
 
-def open_stream(
-    config: DataConfig, lanes: Callable[[int], int], *, seed: int, process_count: int
-) -> Stream:
+def open_stream(config: DataConfig, global_batch: int, *, seed: int, process_count: int) -> Stream:
     """Open the training samples of `config` as a stream, after inspecting the first of them.
 
-    `lanes` returns the number of lanes for a number of shards.
-
-    Raises:
-        DataError: there are too few shards, or they lack features in the config.
-        ConfigError: an invalid mixture.
+    DataError if there are too few shards, or they lack wanted features.
     """
-    if not config.mixture:
-        shards = find_shards(config)
-        return open_shards_as_stream(config, shards, lanes(len(shards)), seed, process_count)
-    configs = mixture.part_configs(config)
+    configs = mixture.part_configs(config) if config.mixture else [config]
     found = [find_shards(part) if streams(part) else None for part in configs]
-    count = lanes(min((len(shards) for shards in found if shards), default=2**31))
+    fewest = min((len(shards) for shards in found if shards), default=2**31)
+    count = count_lanes(config, global_batch, fewest, process_count)
+    if not config.mixture:
+        return open_shards_as_stream(config, found[0] or [], count, seed, process_count)
     parts: list[Stream] = []
     for number, (part, shards) in enumerate(zip(configs, found, strict=True)):
         part_seed = key(seed, 5, number)
@@ -335,8 +328,6 @@ def _labels_of_all_splits(config: DataConfig) -> list[str]:
 def _stream_label_names(config: DataConfig) -> list[str] | None:
     if config.mixture or kind_of(config.source) != "parquet":
         return None
-    from vlm.data.parquet import stream_label_names
-
     return stream_label_names(config)
 
 

@@ -62,19 +62,16 @@ def open_split(config: DataConfig, split: str) -> TableSource:
     A row that cannot be read is a bad sample. DataError if too many are bad, or a wanted feature is
     missing.
     """
-    if "{split}" in config.source:
+    by_file, file = "{split}" in config.source, config.source
+    if by_file:
         (file,) = split_files(config.source, split, config.train_split)
-        path = _table_of(as_path(file))
-    else:
-        path = _table_of(as_path(config.source))
+    path = _table_of(as_path(file))
     rows = _rows(path, config)
     _check(rows, config, path)
     folder = _image_folder(rows, config, path)
-    if "{split}" in config.source:
-        return TableSource(rows, folder, config)
-    splits = _splits(rows, config)
+    splits = [] if by_file else _splits(rows, config)
     if not splits:
-        if split != config.train_split:
+        if split != config.train_split and not by_file:
             raise DataError(
                 f"{path} has no column `split`, so there is no split {split!r}: give it one, or "
                 "set eval_split=None"
@@ -96,11 +93,10 @@ def _splits(rows: Sequence[Example | BadSample], config: DataConfig) -> list[str
     """Return the split of each row: None if unset, "" for a bad row. Empty without a column."""
     if not any("split" in row for row in rows if isinstance(row, dict)):
         return []
-    found: list[str | None] = []
-    for row in rows:
-        bad = isinstance(row, BadSample)
-        found.append("" if bad else split_value(row.get("split", config.train_split)))
-    return found
+    return [
+        "" if isinstance(row, BadSample) else split_value(row.get("split", config.train_split))
+        for row in rows
+    ]
 
 
 def _table_of(path: epath.Path) -> epath.Path:
@@ -133,10 +129,8 @@ def _read(
             ) from None
     text = decode_text(data, name)
     if suffix in _DELIMITERS:
-        rows = _with_header(
-            read_delimited(text, _DELIMITERS[suffix], name), name, image, texts, data_dir
-        )
-        unit = "line"
+        lines, unit = read_delimited(text, _DELIMITERS[suffix], name), "line"
+        rows = _with_header(lines, name, image, texts, data_dir)
     else:
         rows, unit = read_json_rows(text, name), "row"
     return [
@@ -272,12 +266,8 @@ def _image_folder(rows: list[Example | BadSample], config: DataConfig, path: epa
         return beside
     above, own = os.path.dirname(beside), path.name.split(".")[0].rpartition("_")[2]
     inner = ("", "images", own, os.path.join("images", own))
-    places = [
-        beside,
-        config.data_dir,
-        *(os.path.join(d, i) for d in (beside, above) for i in inner),
-    ]
-    for folder in filter(None, places):
+    around = (os.path.join(d, i) for d in (beside, above) for i in inner)
+    for folder in filter(None, [beside, config.data_dir, *around]):
         if any(os.path.isfile(os.path.join(folder, image)) for image in images):
             if folder != beside:
                 _log.warning("the images of %s are read from %s", path, folder)
