@@ -143,10 +143,5 @@ def _add(
 def _spread(values: list[int]) -> dict[str, float] | None:
     if not values:
         return None
-    low, middle, high = np.percentile(values, [0, 50, 100])
-    return {
-        "min": float(low),
-        "median": float(middle),
-        "p95": float(np.percentile(values, 95)),
-        "max": float(high),
-    }
+    names = ("min", "median", "p95", "max")
+    return dict(zip(names, np.percentile(values, [0, 50, 95, 100]).tolist(), strict=True))

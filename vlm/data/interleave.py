@@ -20,7 +20,7 @@ import numpy as np
 from vlm.cluster.processes import exchange_texts
 from vlm.config import DataConfig
 from vlm.data.faults import BadSample, TooManyBad
-from vlm.data.shards import FILTERED, Lane, Sample
+from vlm.data.shards import Lane, Sample
 from vlm.data.transform_example import ExampleTransform
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.tokenizer import AnyTokenizer
@@ -157,16 +157,12 @@ class LaneBatches(grain.IterDataset):
 
 
 class _DecodedSample(NamedTuple):
-    """A decoded sample: its text (or fault) and the location of its image."""
+    """A decoded sample: its text (or fault), its image, and the position of the lane after it."""
 
     text: str | BadSample | None
     images: np.ndarray | Patches  # contains the image at `row`
     row: int
-
-
-class _Chunk(NamedTuple):
-    decoded: Future
-    after: list[Position]  # position of the lane after each sample
+    after: Position
 
 
 class LaneIterator(grain.DatasetIterator):
@@ -181,8 +177,8 @@ class LaneIterator(grain.DatasetIterator):
             number: batches.stream.lane(number, batches.positions.get(str(number)), self._readers)
             for number in batches.lanes
         }
-        self._ahead = {number: collections.deque[_Chunk]() for number in self._lanes}
-        self._ready = {number: collections.deque() for number in self._lanes}
+        self._ahead = {number: collections.deque[Future]() for number in self._lanes}
+        self._ready = {number: collections.deque[_DecodedSample]() for number in self._lanes}
         self._in_a_row = dict.fromkeys(self._lanes, 0)
         self._filtered = dict.fromkeys(self._lanes, 0)
         self._max_ahead = -(-batches.rows // _CHUNK) * 2  # chunks decoded ahead per lane
@@ -198,7 +194,8 @@ class LaneIterator(grain.DatasetIterator):
             self._fill(number)
         for number in self._lanes:
             for _ in range(rows):
-                sample, text, after[str(number)] = self._next_good(number, bad)
+                sample, text = self._next_good(number, bad)
+                after[str(number)] = sample.after
                 for batch, source in zip(parts, jax.tree.leaves(sample.images), strict=True):
                     batch[len(texts)] = source[sample.row]
                 texts.append(text)
@@ -227,18 +224,17 @@ class LaneIterator(grain.DatasetIterator):
             lane.close()
         self._readers.shutdown(cancel_futures=True)
 
-    def _next_good(self, number: int, bad: list) -> tuple[_DecodedSample, str, Position]:
+    def _next_good(self, number: int, bad: list) -> tuple[_DecodedSample, str]:
         ready = self._ready[number]
         while True:
             while not ready:
                 self._fill(number)
-                chunk = self._ahead[number].popleft()
-                ready.extend(zip(chunk.decoded.result(), chunk.after, strict=True))
-            sample, position = ready.popleft()
+                ready.extend(self._ahead[number].popleft().result())
+            sample = ready.popleft()
             if isinstance(sample.text, str):
                 self._in_a_row[number] = self._filtered[number] = 0
-                return sample, sample.text, position
-            if sample.text is FILTERED:
+                return sample, sample.text
+            if not isinstance(sample.text, BadSample):  # FILTERED
                 self._filtered[number] += 1
                 if self._filtered[number] == _MAX_FILTERED:
                     raise DataError(
@@ -254,17 +250,15 @@ class LaneIterator(grain.DatasetIterator):
     def _fill(self, number: int) -> None:
         ahead, lane = self._ahead[number], self._lanes[number]
         while len(ahead) < self._max_ahead:
-            samples, after = [], []
-            for _ in range(min(_CHUNK, self._batches.rows)):
-                samples.append(next(lane))
-                after.append(lane.position())
-            ahead.append(_Chunk(self._decoders.submit(self._decode, samples), after))
+            count = min(_CHUNK, self._batches.rows)
+            samples = [(next(lane), lane.position()) for _ in range(count)]
+            ahead.append(self._decoders.submit(self._decode, samples))
 
-    def _decode(self, samples: list[Sample]) -> list[_DecodedSample]:
+    def _decode(self, samples: list[tuple[Sample, Position]]) -> list[_DecodedSample]:
         transform, seed = self._batches.transform, self._batches.stream.seed
-        draws = transform.draws(seed, np.array([sample.position for sample in samples]))
+        draws = transform.draws(seed, np.array([sample.position for sample, _ in samples]))
         images, decoded = transform.blank(len(samples)), []
-        for row, (sample, u) in enumerate(zip(samples, draws, strict=True)):
+        for row, ((sample, after), u) in enumerate(zip(samples, draws, strict=True)):
             text = sample.example
             try:
                 if callable(text):  # read here, in one of several threads
@@ -273,7 +267,7 @@ class LaneIterator(grain.DatasetIterator):
                     text = transform(text, u, images, row, "an example")
             except BadSample as fault:
                 text = fault
-            decoded.append(_DecodedSample(text, images, row))
+            decoded.append(_DecodedSample(text, images, row, after))
         return decoded
 
 

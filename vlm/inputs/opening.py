@@ -41,11 +41,7 @@ ADDED_FORMATS = {
     "HEIF": ((".heic", ".heif", ".hif"), "pillow_heif", "heif", "HEIC"),
     "JXL": ((".jxl",), "pillow_jxl", "jxl", "JPEG XL"),
 }
-SUFFIXES = frozenset(
-    suffix
-    for suffixes in (*FORMATS.values(), *(suffixes for suffixes, *_ in ADDED_FORMATS.values()))
-    for suffix in suffixes
-)
+SUFFIXES = frozenset().union(*FORMATS.values(), *(added[0] for added in ADDED_FORMATS.values()))
 
 MAX_PIXELS = 89_478_485  # a quarter of a GiB as RGB; Pillow's own warning limit
 
@@ -136,7 +132,8 @@ def open_image(
         _check_size(image, name, max_pixels)  # a frame may be larger than the header states
         if decode == "reference":
             return image if image.mode == "RGB" else image.convert("RGB")
-        return _to_rgb(_upright(image), background)
+        turn = _orientation(image)
+        return _to_rgb(image if turn is None else image.transpose(turn), background)
     except Image.DecompressionBombError:
         raise DataError(_too_large(name, "too many", max_pixels)) from None
     except DataError:
@@ -257,14 +254,11 @@ def _unidentified(data: bytes, name: str) -> str:
     """Build the error message for bytes in an unknown format."""
     start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     kind = next((k for s, k in _MISTAKEN.items() if start.startswith(s)), "")
+    *most, last = FORMATS
+    formats = f"{', '.join(most)} or {last}"
     if kind:
-        return f"{name} is {kind}, not an image of {_or_list(FORMATS)}: convert or remove it"
-    return f"{name} is not an image, or a damaged one, of {_or_list(FORMATS)}: replace or remove it"
-
-
-def _or_list(words: Iterable[str]) -> str:
-    *most, last = words
-    return f"{', '.join(most)} or {last}"
+        return f"{name} is {kind}, not an image of {formats}: convert or remove it"
+    return f"{name} is not an image, or a damaged one, of {formats}: replace or remove it"
 
 
 def _reason(error: Exception) -> str:
@@ -329,12 +323,6 @@ def _draft(image: Any, smallest: Smallest, turn: Image.Transpose | None) -> None
     swaps = turn in _TRANSPOSING
     width, height = smallest(*(reversed(image.size) if swaps else image.size))
     image.draft(None, (height, width) if swaps else (width, height))
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation to a decoded image."""
-    turn = _orientation(image)
-    return image if turn is None else image.transpose(turn)
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 from PIL import Image
 
 from vlm.config import PreprocessConfig
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, check_choice
 from vlm.inputs import naflex
 from vlm.inputs.opening import MAX_PIXELS, ImageLike, Smallest, one_or_many, open_image
 from vlm.inputs.resizing import PILLOW_KERNELS, resize_tensor, resize_tensorflow
@@ -213,17 +213,11 @@ def with_options(
         ConfigError: an unknown value, or one that this preprocessing does not allow.
     """
     if decode is not None:
-        if decode not in ("intended", "reference"):
-            raise ConfigError(f"decode is {decode!r}: choose 'intended' or 'reference'")
+        check_choice("decode", decode, ("intended", "reference"))
         config = dataclasses.replace(config, decode=decode)
     if resize_backend is None or resize_backend == config.backend:
         return config
-    if resize_backend not in ("pillow", "tensor", "tensorflow"):
-        raise ConfigError(
-            f"resize_backend is {resize_backend!r}: choose 'pillow', 'tensor' or 'tensorflow'"
-        )
-    if resize_backend == "tensorflow":
-        return dataclasses.replace(
-            config, backend=resize_backend, antialias=False, kernel="bilinear"
-        )
-    return dataclasses.replace(config, backend=resize_backend, antialias=True)
+    check_choice("resize_backend", resize_backend, ("pillow", "tensor", "tensorflow"))
+    own = resize_backend != "tensorflow"  # of which there is only one form
+    kernel = config.kernel if own else "bilinear"
+    return dataclasses.replace(config, backend=resize_backend, antialias=own, kernel=kernel)
