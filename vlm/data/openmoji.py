@@ -15,17 +15,16 @@ import re
 import shutil
 import tempfile
 from dataclasses import dataclass
+from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
 from rich.console import Console
 from rich.progress import track
 
-from vlm.config import DataConfig
 from vlm.data.drawing import draw_all
-from vlm.data.prepared import TfdsSource, open_records
 from vlm.errors import DataError
-from vlm.paths import as_path, cache_dir, is_remote
+from vlm.paths import is_remote
 
 IMAGE_SIZE = 128
 LANGUAGES = ("de", "es", "fr", "it", "pt", "ru", "tr", "id", "zh", "ja", "ko", "fa", "ar")
@@ -118,20 +117,6 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
             example = {f"caption_{language}": e.captions[language] for language in LANGUAGES}
             example |= {"image": png, "caption": e.caption, "aliases": e.aliases}
             yield e.code_points, example | {"code_points": e.code_points}
-
-
-def open_split(config: DataConfig, split: str) -> TfdsSource:
-    """Open a split of OpenMoji."""
-    return TfdsSource(_prepared(config), split, config)
-
-
-def list_splits(config: DataConfig) -> list[str]:
-    """List the splits of OpenMoji."""
-    return sorted(_prepared(config).info.splits)
-
-
-def _prepared(config: DataConfig) -> tfds.core.DatasetBuilder:
-    return prepare(as_path(config.data_dir or cache_dir() / "data"))
 
 
 def prepare(data_dir: epath.Path) -> tfds.core.DatasetBuilder:
@@ -252,13 +237,19 @@ def _open(folder: epath.Path) -> tfds.core.DatasetBuilder | None:
         return None
     try:
         builder = tfds.builder_from_directory(folder)
-        undecoded = {"image": tfds.decode.SkipDecoding()}
         for split, info in builder.info.splits.items():
-            records = open_records(builder, split, undecoded)
+            records = undecoded(builder, split, "image")
             records[info.num_examples - 1]  # a truncated file lacks the index at its end
     except Exception:  # readers raise errors of any type for corrupt files
         return None
     return builder
+
+
+def undecoded(builder: tfds.core.DatasetBuilder, split: str, image: str) -> Any:
+    """Open the records of a split with random access; the feature `image` stays a file."""
+    decoders = {image: tfds.decode.SkipDecoding()}
+    # A decorator hides the method's parameters from the type checker.
+    return builder.as_data_source(split, decoders=decoders)  # pyright: ignore[reportCallIssue]
 
 
 def _move_into_place(made: str, final: str) -> None:

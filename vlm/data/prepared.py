@@ -11,28 +11,24 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants, read_only_builder
 
 from vlm.config import DataConfig
+from vlm.data import openmoji
 from vlm.data.examples import Example, check_features, flat_items
 from vlm.data.faults import BadSample
 from vlm.data.known_classes import classes_of_tfds
+from vlm.data.openmoji import undecoded
 from vlm.data.splits import find_split
 from vlm.errors import DataError, first_line
-from vlm.paths import as_path
+from vlm.paths import as_path, cache_dir
 
 
 def open_split(config: DataConfig, split: str) -> "TfdsSource":
-    """Open a split of `tfds:NAME`; DataError if it is unknown, not prepared or lacks a feature."""
+    """Open a split of `tfds:NAME` or of OpenMoji; DataError if it or a feature is missing."""
     return TfdsSource(_prepared(config), split, config)
 
 
 def list_splits(config: DataConfig) -> list[str]:
-    """List the splits of the TFDS data set `tfds:NAME`."""
+    """List the splits of `tfds:NAME`, or of OpenMoji."""
     return sorted(_prepared(config).info.splits)
-
-
-def open_records(builder: tfds.core.DatasetBuilder, split: str, decoders: dict[str, Any]) -> Any:
-    """Open the records of a split with random access."""
-    # A decorator hides the method's parameters from the type checker.
-    return builder.as_data_source(split, decoders=decoders)  # pyright: ignore[reportCallIssue]
 
 
 class TfdsSource:
@@ -72,8 +68,7 @@ class TfdsSource:
                     f"{np.dtype(features[name].np_dtype)}: name one that has"
                 )
         try:
-            decoders = {config.image: tfds.decode.SkipDecoding()}
-            self._records = open_records(builder, _resolve_split(split, builder, where), decoders)
+            self._records = undecoded(builder, _resolve_split(split, builder, where), config.image)
         except NotImplementedError as error:
             form = builder.info.file_format
             raise DataError(
@@ -112,6 +107,8 @@ def _resolve_split(split: str, builder: tfds.core.DatasetBuilder, where: str) ->
 
 def _prepared(config: DataConfig) -> tfds.core.DatasetBuilder:
     """Open the builder of a prepared data set, if possible from its files only."""
+    if config.source == "openmoji":
+        return openmoji.prepare(as_path(config.data_dir or cache_dir() / "data"))
     name, data_dir = config.source.removeprefix("tfds:"), config.data_dir
     folder = as_path(name)
     if (folder / "dataset_info.json").exists():

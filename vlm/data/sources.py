@@ -150,7 +150,7 @@ def kind_of(name: str) -> str | None:
 
 _ENDINGS = {".array_record": "array_record", ".parquet": "parquet", ".arrow": "arrow"}
 # Modules of the kinds of source whose module has another name.
-_READERS = {"tfds": "prepared", "tar": "shard_index"}
+_READERS = {"tfds": "prepared", "openmoji": "prepared", "tar": "shard_index"}
 
 
 def streams(config: DataConfig) -> bool:
