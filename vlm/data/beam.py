@@ -63,11 +63,7 @@ def running(pipeline: Any) -> Iterator[None]:
 
 
 def prepare(
-    config: DataConfig,
-    split: str,
-    out: epath.PathLike,
-    wanted: Preparation,
-    options: Sequence[str],
+    config: DataConfig, split: str, out: epath.PathLike, wanted: Preparation, options: Sequence[str]
 ) -> dict[str, Any]:
     """Run `vlm.data.prepare.prepare` as a Beam pipeline; all workers must share the folder `out`.
 

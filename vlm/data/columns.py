@@ -27,25 +27,13 @@ class Columns:
     def __init__(self, schema: Any, config: DataConfig, file: str, features: Any = None):
         self._config, self._folder, self._file = config, os.path.dirname(file), file
         self._types = dict(_flat_types(schema, config.image))
-        self._top = list(schema.names)
         self._classes = dict(_class_names(_saved_features(schema) or features or {}))
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all features."""
-        return list(self._types)
-
-    @property
-    def label_names(self) -> list[str] | None:
-        """Class names of `config.label` in the order of ids, if the file has them."""
-        return self._classes.get(self._config.label or "")
-
-    @property
-    def wanted(self) -> list[str]:
-        """Existing columns with the image and the texts."""
-        names = [self._config.image, *wanted_features(self._config)]
-        columns = (name if name in self._top else name.partition("/")[0] for name in names)
-        return [name for name in dict.fromkeys(columns) if name in self._top]
+        # Class names of the label in the order of ids, if the file has them.
+        self.label_names: list[str] | None = self._classes.get(config.label or "")
+        names = [config.image, *wanted_features(config)]
+        columns = (name if name in schema.names else name.partition("/")[0] for name in names)
+        # Existing columns with the image and the texts.
+        self.wanted = [name for name in dict.fromkeys(columns) if name in schema.names]
 
     @property
     def image_is_path(self) -> bool:
@@ -55,7 +43,7 @@ class Columns:
     def check(self) -> None:
         """Raise a DataError if a wanted feature is missing, or is neither an image nor a text."""
         config, where = self._config, f"the table {self._file}"
-        check_features(config, self.names, where)
+        check_features(config, self._types, where)
         if not _is_image(self._types[config.image]):
             raise DataError(
                 f"the feature {config.image!r} of {where} that data.image names has no image but "

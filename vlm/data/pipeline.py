@@ -21,12 +21,7 @@ from vlm.data.random_access import Batch, TrainBatches
 from vlm.data.reinforced import Reinforced
 from vlm.data.sources import CachedSource, open_source, open_stream, streams
 from vlm.data.transform_example import ExampleTransform
-from vlm.data.workers import (
-    buffered_batches,
-    check_shared_memory,
-    end_with_parent,
-    signals_blocked,
-)
+from vlm.data.workers import buffered_batches, check_shared_memory, end_with_parent, signals_blocked
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import AnyTokenizer, Tokenizer
@@ -242,7 +237,8 @@ def eval_batches(
         raise DataError("data.eval_split is not set: name the split to evaluate on")
     source = open_source(config, split)
     stride = batch_size * process_count
-    for first in range(batch_size * process_index, _round_up(len(source), stride), stride):
+    end = -(-len(source) // stride) * stride
+    for first in range(batch_size * process_index, end, stride):
         ids = np.arange(first, first + batch_size, dtype=np.int32)
         mask = ids < len(source)
         images = preprocess.blank(batch_size)
@@ -277,7 +273,3 @@ def _check_sizes(batch_size: int, process_index: int, process_count: int) -> Non
         raise ConfigError(f"batch_size {batch_size} is empty: make it at least 1 per process")
     if not 0 <= process_index < process_count:
         raise ConfigError(f"process {process_index} of {process_count} does not exist")
-
-
-def _round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple

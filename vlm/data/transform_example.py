@@ -45,12 +45,7 @@ class ExampleTransform:
         return np.concatenate([base, more], axis=1)
 
     def __call__(
-        self,
-        example: Example,
-        u: np.ndarray,
-        images: np.ndarray | Patches,
-        row: int,
-        where: str,
+        self, example: Example, u: np.ndarray, images: np.ndarray | Patches, row: int, where: str
     ) -> str:
         """Write the augmented image to `row` of `images` (made by `blank`); return the text.
 

@@ -16,10 +16,7 @@ from vlm.nn.naflex import Patches
 
 
 def pixel_batches(
-    preprocess: Preprocess,
-    images: Iterator[ImageLike],
-    size: int,
-    on_error: OnError | None = None,
+    preprocess: Preprocess, images: Iterator[ImageLike], size: int, on_error: OnError | None = None
 ) -> Iterator[np.ndarray | Patches]:
     """Yield batches of `size` images as uint8 pixels; at most three batches are in memory.
 

@@ -212,13 +212,9 @@ class TwoTokenizers:
 
     def __init__(self, student: Tokenizer, teacher: Tokenizer):
         self._student, self._teacher = student, teacher
-
-    @property
-    def config(self) -> TokenizerConfig:
-        """Rules of the student, with the total length of both rows."""
-        rules, other = self._student.config, self._teacher.config
-        length = rules.context_length + other.context_length
-        return dataclasses.replace(rules, context_length=length)
+        # Rules of the student, with the total length of both rows.
+        length = student.config.context_length + teacher.config.context_length
+        self.config = dataclasses.replace(student.config, context_length=length)
 
     def __call__(self, texts: str | Sequence[str]) -> Int32[np.ndarray, "n l"]:
         return self.rows(texts)[0]
