@@ -66,7 +66,7 @@ def open_source(config: DataConfig, split: str) -> Source:
     labels = getattr(source, "label_names", None) or ()
     named = config.class_names or getattr(source, "class_names", None) or imagenet_names(labels)
     if config.label and named:
-        classes = _classes(config, source)
+        classes = classes_of(config, source)
         source = NamedSource(source, config, dict(zip(*classes, strict=True)))
     if config.filters and split == config.train_split:
         return _filtered(source, config)
@@ -287,28 +287,18 @@ def classes_of(config: DataConfig, source: Source | None = None) -> Classes:
     stream has no classes and no split to read them from, or names do not fit.
     """
     if source is None:
-        opened = _all_splits(config)
-        if not opened and (labels := _stream_label_names(config)):
-            return _named(config, labels, None)
-        if not opened:
-            raise DataError(
-                f"{config.source} is read as a stream, whose classes are unknown: set "
-                "data.eval_split to a split that has them all"
-            )
-        source = opened[0]
-    return _classes(config, source)
-
-
-def _classes(config: DataConfig, source: Source) -> Classes:
-    labels = list(getattr(source, "label_names", None) or _labels_of_all_splits(config))
-    return _named(config, labels, getattr(source, "class_names", None))
-
-
-def _named(config: DataConfig, labels: list[str], names: list[str] | None) -> Classes:
+        source = next(_all_splits(config), None)
+    if source is not None:
+        labels = list(getattr(source, "label_names", None) or _labels_of_all_splits(config))
+    elif not (labels := _stream_label_names(config)):
+        raise DataError(
+            f"{config.source} is read as a stream, whose classes are unknown: set data.eval_split "
+            "to a split that has them all"
+        )
     if config.class_names is not None:
         given = read_class_names(config.class_names, labels, config.source)
     else:
-        given = dict(zip(labels, names or (), strict=False))
+        given = dict(zip(labels, getattr(source, "class_names", None) or (), strict=False))
     return Classes(labels, names_of(labels, given, config.source))
 
 
@@ -331,9 +321,10 @@ def _stream_label_names(config: DataConfig) -> list[str] | None:
     return stream_label_names(config)
 
 
-def _all_splits(config: DataConfig) -> list[Source]:
-    splits = [None if streams(config) else config.train_split, config.eval_split]
-    return [open_source(config, split) for split in splits if split]
+def _all_splits(config: DataConfig) -> Iterator[Source]:
+    for split in (None if streams(config) else config.train_split, config.eval_split):
+        if split:
+            yield open_source(config, split)
 
 
 def _of_good(
