@@ -10,7 +10,7 @@ import functools
 import itertools
 import os
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow
@@ -20,7 +20,7 @@ from vlm.config import DataConfig
 from vlm.data.columns import Columns, Groups, same_label_names
 from vlm.data.examples import Example, Subset
 from vlm.data.faults import BadSample
-from vlm.data.shards import Record
+from vlm.data.shards import Record, Records
 from vlm.data.splits import rows_of_split, split_files, split_value
 from vlm.data.storage import expand, open_file, retry
 from vlm.data.tar import CorruptFileError
@@ -38,9 +38,7 @@ class ParquetFormat:
     def __init__(self, config: DataConfig):
         self._config = config
 
-    def read(
-        self, shard: str, offset: int, number: int, chunk: int
-    ) -> Generator[Record, None, None]:
+    def read(self, shard: str, offset: int, number: int, chunk: int) -> Records:
         """Yield the rows of a shard from row `offset` on."""
         try:
             with _open(shard, buffer_size=chunk, pre_buffer=False) as file:

@@ -35,15 +35,16 @@ class Record(NamedTuple):
     end: int
 
 
+Records = Generator[Record, None, None]
+
+
 @runtime_checkable
 class Format(Protocol):
     """Sequential reader of one kind of shards."""
 
     kind: str
 
-    def read(
-        self, shard: str, offset: int, number: int, chunk: int
-    ) -> Generator[Record, None, None]: ...
+    def read(self, shard: str, offset: int, number: int, chunk: int) -> Records: ...
 
 
 class Sample(NamedTuple):

@@ -5,7 +5,6 @@ example: `000017.jpg`, `000017.txt`, `000017.json`. `members` defines their feat
 `.parquet` beside a shard, as img2dataset writes one, adds its columns by `key`.
 """
 
-from collections.abc import Generator
 from typing import Any
 
 from vlm.config import DataConfig
@@ -13,7 +12,7 @@ from vlm.data import tar
 from vlm.data.examples import WHERE, Example
 from vlm.data.faults import BadSample
 from vlm.data.members import image_of, reads, texts_of
-from vlm.data.shards import Record
+from vlm.data.shards import Record, Records
 from vlm.data.sidecar import read_sidecar
 from vlm.data.storage import SequentialFile
 
@@ -27,9 +26,7 @@ class TarFormat:
         self._config, self._sidecar = config, sidecar
         self._reads = reads(config)
 
-    def read(
-        self, shard: str, offset: int, number: int, chunk: int
-    ) -> Generator[Record, None, None]:
+    def read(self, shard: str, offset: int, number: int, chunk: int) -> Records:
         """Yield the examples of a shard from `offset` on."""
         rows = read_sidecar(shard, self._config) if self._sidecar else {}
         file = SequentialFile(shard, offset, chunk)
