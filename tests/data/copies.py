@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from vlm.config import DataConfig
-from vlm.data.dataset_stats import identity
+from vlm.data.dataset_stats import duplicate_key
 from vlm.data.duplicates import copy_groups, thumbnails
 from vlm.data.sources import open_source
 
@@ -79,6 +79,6 @@ if __name__ == "__main__":
         for kind, how in COPIES.items():
             copies = [copy(image, *how) for image in images]
             same = np.mean(
-                [identity(a) == identity(b) for a, b in zip(images, copies, strict=True)]
+                [duplicate_key(a) == duplicate_key(b) for a, b in zip(images, copies, strict=True)]
             )
             print(f"  {found(images, copies):6.1%}  of copies found: {kind} (by hash {same:.1%})")

@@ -92,8 +92,8 @@ def prepare(
         if wanted.deduplicate:
             repeated = (
                 chunks
-                | "marks" >> beam.FlatMap(_marks)
-                | "by mark" >> beam.GroupByKey()
+                | "duplicate keys" >> beam.FlatMap(_duplicate_keys)
+                | "by duplicate key" >> beam.GroupByKey()
                 | "all but the first" >> beam.FlatMap(_repeated)
             )
             chunks = (
@@ -146,12 +146,12 @@ def _chunks(
         yield (place[0], number), items
 
 
-def _marks(chunk: tuple[Place, list[Item]]) -> Iterator[tuple[bytes, tuple[Place, int]]]:
+def _duplicate_keys(chunk: tuple[Place, list[Item]]) -> Iterator[tuple[bytes, tuple[Place, int]]]:
     """Yield the place of each image, by its duplicate key."""
     place, items = chunk
     for row, (made, _) in enumerate(items):
         if isinstance(made, PreparedExample):
-            yield made.mark, (place, row)
+            yield made.duplicate_key, (place, row)
 
 
 def _repeated(found: tuple[bytes, Any]) -> Iterator[tuple[Place, int]]:

@@ -96,16 +96,16 @@ def dataset_stats(
     return found
 
 
-def fingerprint(image: Image.Image) -> bytes:
+def difference_hash(image: Image.Image) -> bytes:
     """Compute the difference hash of an image: 64 bits, equal for images that look the same."""
     small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
     return np.packbits(small[:, 1:] > small[:, :-1]).tobytes()
 
 
-def identity(image: Image.Image) -> bytes:
+def duplicate_key(image: Image.Image) -> bytes:
     """Compute a key for duplicates: difference hash and mean colour (for flat images)."""
     mean = np.asarray(image.resize((1, 1), Image.Resampling.BOX)).astype(np.uint8) // 8
-    return hashlib.blake2b(fingerprint(image) + mean.tobytes(), digest_size=8).digest()
+    return hashlib.blake2b(difference_hash(image) + mean.tobytes(), digest_size=8).digest()
 
 
 def _add(
@@ -129,9 +129,9 @@ def _add(
     stored = example.get(config.image)
     if isinstance(stored, bytes):
         found.file_bytes.append(len(stored))
-    mark = identity(image)
-    found.duplicates += mark in seen
-    seen.add(mark)
+    key = duplicate_key(image)
+    found.duplicates += key in seen
+    seen.add(key)
     if len(found.shown) < thumbnails:
         small = image.copy()
         small.thumbnail((THUMBNAIL, THUMBNAIL))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from vlm.config import DataConfig
 from vlm.data.examples import Example
 from vlm.data.faults import BadSample
-from vlm.data.shard_stream import find_shards, look_at
+from vlm.data.shard_stream import find_shards, inspect_shards
 from vlm.data.shards import known_count, shard_fault
 from vlm.data.sources import open_source, streams
 from vlm.data.storage import CHUNK
@@ -30,7 +30,7 @@ class ExampleReader:
         self.faults: list[BadSample] = []  # of shards, known before reading
         if streams(config) and split == config.train_split:
             self._shards = find_shards(config)
-            self._format, self._typical = look_at(config, self._shards)
+            self._format, self._shard_length = inspect_shards(config, self._shards)
             self.description = f"{len(self._shards):,} shards, read as a stream"
         else:
             self._source = open_source(config, split)
@@ -69,6 +69,6 @@ class ExampleReader:
                     number += 1
                     yield Read(record.example, [now, record.end, number])
             except (OSError, CorruptFileError) as error:
-                lost = (known_count(name) or self._typical) - number
+                lost = (known_count(name) or self._shard_length) - number
                 yield Read(shard_fault(error, name, lost), [now + 1, 0, 0])
             offset = number = 0

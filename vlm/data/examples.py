@@ -35,7 +35,7 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
-def keep_about(wrapper: Any, source: Source) -> None:
+def copy_metadata(wrapper: Any, source: Source) -> None:
     """Copy the metadata of a source to a wrapper of it."""
     for name in ("label_names", "class_names", "templates", "credits", "faults"):
         if hasattr(source, name):
@@ -47,7 +47,7 @@ class Subset:
 
     def __init__(self, source: Source, rows: Sequence[int] | Int[np.ndarray, " n"]):
         self._source, self._rows = source, np.asarray(rows, np.int64)
-        keep_about(self, source)
+        copy_metadata(self, source)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -43,7 +43,7 @@ class Stream(Protocol):
     seed: int
     fingerprint: str
     examples: int  # per epoch, known or estimated, with lost ones
-    typical: int  # examples of one shard
+    shard_length: int  # examples of one shard
     faults: Sequence[dict[str, Any]]  # known before the first step
 
     def lane(self, number: int, position: Position | None, pool: Executor) -> Lane: ...

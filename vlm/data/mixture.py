@@ -52,7 +52,7 @@ class Mixture:
         self._bounds = np.cumsum(weights / weights.sum())
         self.fingerprint = " + ".join(part.fingerprint for part in parts)
         self.examples = sum(part.examples for part in parts)
-        self.typical = max(part.typical for part in parts)
+        self.shard_length = max(part.shard_length for part in parts)
         self.faults: Sequence[dict[str, Any]] = [f for part in parts for f in part.faults]
 
     def lane(self, number: int, position: list[Any] | None, pool: Executor) -> "MixtureLane":

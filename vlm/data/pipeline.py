@@ -181,7 +181,7 @@ def train_batches(
         transform = ExampleTransform([config, *part_configs(config)], preprocess)
         batches = LaneBatches(stream, lanes, batch_size // each, transform, tokenizer, config)
         faults, examples = stream.faults, max(1, stream.examples // process_count)
-        spare = 2 * stream.typical if process_count > 1 else 0
+        spare = 2 * stream.shard_length if process_count > 1 else 0
     else:
         source = open_source(config, config.train_split)
         batches = TrainBatches(

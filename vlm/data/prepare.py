@@ -27,7 +27,7 @@ from PIL import Image
 from vlm._json import to_json
 from vlm.config import DataConfig
 from vlm.data.array_record import serialize
-from vlm.data.dataset_stats import identity
+from vlm.data.dataset_stats import duplicate_key
 from vlm.data.example_reader import ExampleReader, Read
 from vlm.data.examples import Example, captions_of, passes
 from vlm.data.faults import BadSample
@@ -63,7 +63,7 @@ class PreparedExample(NamedTuple):
     features: dict[str, Any]
     captions: list[str]
     text: str  # the caption for readers of one caption
-    mark: bytes
+    duplicate_key: bytes
     dropped: tuple[str, ...] = ()  # features that the shard format does not support
 
 
@@ -92,7 +92,7 @@ def prepare(
     source = ExampleReader(config, split)
     folder, done = begin(config, split, out, wanted)
     place, read = (done[-1]["next"], done[-1]["read"]) if done else (None, 0)
-    seen = {mark for line in done for mark in _marks(folder, line["shard"])}
+    seen = {key for line in done for key in _duplicate_keys(folder, line["shard"])}
     rows: list[Row] = []
     kept = 0
 
@@ -104,10 +104,10 @@ def prepare(
         for made, after in _in_parallel(source.read(place), pool, config, wanted, preprocess):
             read += 1
             if isinstance(made, PreparedExample):
-                if wanted.deduplicate and made.mark in seen:
+                if wanted.deduplicate and made.duplicate_key in seen:
                     made = DUPLICATE
                 else:
-                    seen.add(made.mark)
+                    seen.add(made.duplicate_key)
                     kept += 1
             rows.append((read, made, after))
             if kept == wanted.examples:
@@ -184,7 +184,7 @@ def make(
     features = {name: value for name, value in plain.items() if _fits(value, wanted)}
     dropped = tuple(name for name, value in plain.items() if name not in features)
     text = str(features[TEXT]) if TEXT in config.captions and features.get(TEXT) else captions[0]
-    return PreparedExample(data, suffix, features, captions, text, identity(image), dropped)
+    return PreparedExample(data, suffix, features, captions, text, duplicate_key(image), dropped)
 
 
 def _plain(value: Any) -> Any:
@@ -225,9 +225,9 @@ def write(
             digest = hashlib.file_digest(f, "sha256").hexdigest()
         line |= {"bytes": part.stat().length, "sha256": digest}
         os.replace(part, folder / name)
-        marks = folder / _HASHES
-        marks.mkdir(exist_ok=True)
-        (marks / f"{number:05d}").write_bytes(b"".join(k.mark for k in kept))
+        keys = folder / _HASHES
+        keys.mkdir(exist_ok=True)
+        (keys / f"{number:05d}").write_bytes(b"".join(k.duplicate_key for k in kept))
         line |= {"dropped": collections.Counter(name for k in kept for name in k.dropped)}
     read, _, place = rows[-1]
     return line | {"examples": len(kept), "left_out": dict(left_out), "read": read, "next": place}
@@ -296,7 +296,7 @@ def finished(folder: epath.Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _marks(folder: epath.Path, number: int) -> list[bytes]:
+def _duplicate_keys(folder: epath.Path, number: int) -> list[bytes]:
     path = folder / _HASHES / f"{number:05d}"
     data = path.read_bytes() if path.exists() else b""
     return [data[i : i + 8] for i in range(0, len(data), 8)]

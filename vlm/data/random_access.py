@@ -188,7 +188,7 @@ class IndexedStream:
 
     def __init__(self, source: Source, lanes: int, seed: int):
         self.source, self.lanes, self.seed = source, lanes, seed
-        self.typical, self.fingerprint = 0, f"{len(source)} examples"
+        self.shard_length, self.fingerprint = 0, f"{len(source)} examples"
         self.faults: Sequence[dict[str, Any]] = getattr(source, "faults", ())
         self.examples = len(source) + sum(fault.get("samples", 1) for fault in self.faults)
 

@@ -24,12 +24,12 @@ def open_shards_as_stream(
     config: DataConfig, names: list[str], lanes: int, seed: int, process_count: int
 ) -> Shards:
     """Open shards for reading in lanes; DataError if none can be used, or they are too few."""
-    form, typical = look_at(config, names)
+    form, length = inspect_shards(config, names)
     chunk = max(256 << 10, min(CHUNK, _BUFFERS // (lanes // process_count)))
-    return Shards(names, form, config, seed=seed, lanes=lanes, chunk=chunk, typical=typical)
+    return Shards(names, form, config, seed=seed, lanes=lanes, chunk=chunk, shard_length=length)
 
 
-def look_at(config: DataConfig, names: list[str]) -> tuple[Format, int]:
+def inspect_shards(config: DataConfig, names: list[str]) -> tuple[Format, int]:
     """Inspect the first readable shard; return the format and the estimated examples per shard.
 
     DataError if none can be read, or they lack wanted features.
@@ -39,7 +39,7 @@ def look_at(config: DataConfig, names: list[str]) -> tuple[Format, int]:
         form: Format = (ParquetFormat if ".parquet" in name else TarFormat)(config)
         try:
             first, is_all = _first(form, name)
-            typical = known_count(name) or (len(first) if is_all else _length(form, name, first))
+            length = known_count(name) or (len(first) if is_all else _length(form, name, first))
         except (OSError, CorruptFileError) as error:
             last = f"there is no {name}" if isinstance(error, FileNotFoundError) else error
             continue
@@ -49,9 +49,9 @@ def look_at(config: DataConfig, names: list[str]) -> tuple[Format, int]:
         known = features_of([record.example for record in first], f"the shard {name}")
         missing = [feature for feature in wanted_features(config) if feature not in known]
         if missing and form.kind == "tar" and exists(sidecar_path(name)):
-            return TarFormat(config, sidecar=True), typical  # raises if the table lacks a feature
+            return TarFormat(config, sidecar=True), length  # raises if the table lacks a feature
         check_features(config, known, f"the shard {name}")
-        return form, typical
+        return form, length
     raise DataError(
         f"none of the first {min(_LOOKED_AT, len(names))} shards of {config.source} can be used "
         f"({last}): check data.source"

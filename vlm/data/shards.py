@@ -86,7 +86,7 @@ class Shards:
         seed: int,
         lanes: int,
         chunk: int,
-        typical: int = 1,
+        shard_length: int = 1,
     ):
         if len(names) < lanes:
             raise DataError(
@@ -98,8 +98,8 @@ class Shards:
         self.filters: tuple[FieldFilter, ...] = config.filters
         self.seed, self.lanes, self.chunk = seed, lanes, chunk
         self.block = max(1, config.shuffle // lanes)
-        self.typical = typical  # estimated examples in a shard of unknown length
-        self.examples = typical * len(names)
+        self.shard_length = shard_length  # estimated examples in a shard of unknown length
+        self.examples = shard_length * len(names)
         self.faults: Sequence[dict[str, Any]] = ()  # found while reading
         # Number of shards and hash of their names, without their folder.
         short = "\n".join(name.rpartition("/")[2] for name in names)
@@ -151,7 +151,7 @@ class Shards:
                     bad = BadSample("empty shard", name, f"the shard {name} holds no examples")
                     yield Sample(bad, base), after
             except (OSError, CorruptFileError) as error:
-                lost = (known_count(name) or self.typical) - number
+                lost = (known_count(name) or self.shard_length) - number
                 yield Sample(shard_fault(error, name, lost), base + number), after
             turn, offset, number = turn + 1, 0, 0
 

@@ -19,7 +19,7 @@ from vlm.data.examples import (
     Source,
     Subset,
     captions_of,
-    keep_about,
+    copy_metadata,
     label_of,
     passes,
     templates_of,
@@ -219,7 +219,7 @@ class NamedSource:
 
     def __init__(self, source: Source, config: DataConfig, names: dict[str, str]):
         self._source, self._config, self._names = source, config, names
-        keep_about(self, source)
+        copy_metadata(self, source)
         self.label_names, self.class_names = list(names), list(names.values())
         self.templates = getattr(source, "templates", None) or imagenet_templates(self.label_names)
 
