@@ -85,12 +85,6 @@ class ClipBenchmarkSource(ShardSource):
 
     A label is the name of its class (with the class number, if several classes share the name), or
     only the number if the folder has no class names. Multilabel data has a list of labels.
-
-    Attributes:
-        dataset_type: `classification`, `multilabel` or `retrieval`.
-        label_names: the labels of all classes, in order; None without class names.
-        class_names: names in `classnames.txt`.
-        templates: prompt templates with `{}` for the name; None without templates.
     """
 
     def __init__(self, names: list[str], config: DataConfig):

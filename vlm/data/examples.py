@@ -28,7 +28,12 @@ LOOKED_AT = 64  # examples to search for the features in a config
 
 @runtime_checkable
 class Source(Protocol):
-    """Deterministic, picklable sequence of examples."""
+    """Deterministic, picklable sequence of examples.
+
+    It may have attributes: `label_names` (of all classes, in order), `class_names` (their names in
+    prompts), `templates` (prompts with `{}` for the name), `credits` (licence and authors) and
+    `faults` (unreadable shards, found on opening).
+    """
 
     def __len__(self) -> int: ...
 

@@ -34,10 +34,7 @@ def list_splits(config: DataConfig) -> list[str]:
 class TfdsSource:
     """Source over a split of a prepared TFDS data set, read without TensorFlow.
 
-    Attributes:
-        label_names: the labels of all classes, if the config asks for a label.
-        class_names: their names in prompts, if the data set is in `known_classes`.
-        templates: prompt templates, if the data set is in `known_classes`.
+    Class names and templates are those of `known_classes`.
     """
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, config: DataConfig):

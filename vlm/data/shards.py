@@ -137,11 +137,7 @@ class Shards:
             try:
                 for record in self.form.read(name, offset, number, self.chunk):
                     example = record.example
-                    if (
-                        self.filters
-                        and isinstance(example, dict)
-                        and not passes(example, self.filters)
-                    ):
+                    if isinstance(example, dict) and not passes(example, self.filters):
                         example = FILTERED
                     sample = Sample(example, base + number)
                     number += 1

@@ -51,18 +51,12 @@ def example_of(
         raise BadSample("repeated member", where, why)
     image = image_of(parts, config, where)
     beside = {extension: data for extension, data in parts.items() if extension != image}
-    start = image.rpartition(".")[0]
-    if start:
-        start += "."
-        beside = {
-            e.removeprefix(start): d for e, d in beside.items() if e.startswith(start)
-        } | beside
-    return {
-        **(more or {}),
-        **texts_of(beside, config, where),
-        config.image: parts[image],
-        WHERE: where,
-    }
+    start, dot, _ = image.rpartition(".")
+    if dot:
+        inner = {e: d for e, d in beside.items() if e.startswith(f"{start}.")}
+        beside = {e.removeprefix(f"{start}."): d for e, d in inner.items()} | beside
+    texts = texts_of(beside, config, where)
+    return {**(more or {}), **texts, config.image: parts[image], WHERE: where}
 
 
 def stem_of(key: str) -> str:
