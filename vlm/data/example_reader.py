@@ -25,7 +25,6 @@ class ExampleReader:
 
     def __init__(self, config: DataConfig, split: str):
         self._shards = None
-        self.credits = ""
         self.count: int | None = None  # of examples; None if unknown before reading
         self.faults: list[BadSample] = []  # of shards, known before reading
         if streams(config) and split == config.train_split:
@@ -35,7 +34,6 @@ class ExampleReader:
         else:
             self._source = open_source(config, split)
             self.count = len(self._source)
-            self.credits = getattr(self._source, "credits", "")
             self.faults = [BadSample(**r) for r in getattr(self._source, "faults", ())]
             self.description = f"{self.count:,} examples"
 

@@ -33,7 +33,7 @@ class Tokenizer:
     truncated row still ends with eos.
 
     Raises:
-        ConfigError: the rules name a token that is not in the vocabulary, or an unknown cleaning.
+        ConfigError: the rules name a token that is not in the vocabulary.
 
     Example:
         >>> tokens = model.tokenizer(["a red square", "a blue stripe"])
@@ -44,11 +44,6 @@ class Tokenizer:
     """
 
     def __init__(self, vocabulary: tokenizers.Tokenizer, config: TokenizerConfig):
-        if config.clean not in CLEANERS:
-            raise ConfigError(
-                f"TokenizerConfig.clean {config.clean!r} is not available: "
-                f"choose one of {', '.join(CLEANERS)}"
-            )
         specials = [i for i in (config.bos_id, config.eos_id) if i is not None]
         if config.context_length <= len(specials):
             raise ConfigError(
