@@ -133,7 +133,7 @@ def test_a_stream_is_prepared_and_filtered(photos, tmp_path, capsys):
     assert main(line) == 0
     assert capsys.readouterr().out.startswith("1 examples in 1 shards")
     assert main([*line[:-1], "caption"]) == 2
-    assert "is no condition" in capsys.readouterr().err
+    assert "is not a condition" in capsys.readouterr().err
 
 
 def test_an_index_beside_the_shards_is_found_and_small(photos, tmp_path, capsys):
