@@ -29,7 +29,8 @@ def test_a_missing_value_is_an_error():
     "template",
     [
         str(path.relative_to(PACKAGE))
-        for path in PACKAGE.rglob("*.html")
+        for pattern in ("*.html", "*.svg", "*.jinja")
+        for path in PACKAGE.rglob(pattern)
         if path.parent.name != "page"  # the search page of `vlm serve` is no template
     ],
 )

@@ -1,4 +1,4 @@
-"""HTML and SVG from the Jinja templates of the package, such as `vlm/evaluation/results.html`."""
+"""Pages from the Jinja templates of the package, such as `vlm/evaluation/results.html`."""
 
 import functools
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 def render(template: str, **values: Any) -> "Markup":
     """Fill in a template, given by its path below `vlm/`, such as "evaluation/results.html".
 
-    Values are escaped, except those that `render` returned. The filter `number` formats as Python
-    does: `{{ 0.5|number(".1%") }}`.
+    HTML and SVG templates escape values, except those that `render` returned. The filter `number`
+    formats as Python does: `{{ 0.5|number(".1%") }}`.
 
     Raises:
         jinja2.UndefinedError: the template uses a value that is not given.
@@ -28,10 +28,10 @@ def _environment() -> "Environment":
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("vlm", ""),
-        autoescape=True,
+        autoescape=lambda name: name is not None and name.endswith((".html", ".svg")),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = format
+    environment.filters |= {"number": format, "repr": repr}
     return environment

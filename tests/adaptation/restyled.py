@@ -94,31 +94,31 @@ def sets(classes: int, kept: int, seed: int = 0):
 def table(model, learned, measured, before, shots, methods, folder):
     """Print, and give by shots and method, the accuracies (new style, as it was)."""
     from vlm.adaptation.blending import blend
-    from vlm.adaptation.budgeted import Judge
-    from vlm.adaptation.cost import Cost
+    from vlm.adaptation.budgeted import Evaluator
+    from vlm.adaptation.cost import ResourceMeter
     from vlm.adaptation.labelled import pick_shots
-    from vlm.adaptation.methods import METHODS, Adapted, Setting, zero_shot
+    from vlm.adaptation.methods import METHODS, MethodInputs, MethodResult, zero_shot
     from vlm.heads.zero_shot import ZeroShotClassifier, encode_images
 
     z_learned, _ = encode_images(model, learned.images)
-    rows, judge = {}, None
+    rows, evaluator = {}, None
     for k in shots:
         at = pick_shots(learned, k)
         train = learned.take(at)
-        setting = Setting(
+        inputs = MethodInputs(
             model, train, train, z_learned[at], z_learned[at], ("{}",), folder / str(k), 0.0
         )
-        setting.folder.mkdir(parents=True)
-        judge = judge or Judge(setting, measured, before, True)
-        found = {"zero-shot": zero_shot(setting)}
+        inputs.folder.mkdir(parents=True)
+        evaluator = evaluator or Evaluator(inputs, measured, before, ("{}",))
+        found = {"zero-shot": zero_shot(inputs)}
         for name in methods:
-            made = found[name] = METHODS[name].run(setting)
+            made = found[name] = METHODS[name].run(inputs)
             if METHODS[name].changes_model:
                 half = blend(model, made.model, 0.5)
-                words = ZeroShotClassifier(half, learned.names, setting.templates)
-                found[f"{name}, half"] = Adapted(half, words, made.trained)
+                words = ZeroShotClassifier(half, learned.names, inputs.templates)
+                found[f"{name}, half"] = MethodResult(half, words, made.trained)
         for name, made in found.items():
-            row = judge.row(name, made, Cost())
+            row = evaluator.row(name, made, ResourceMeter())
             rows[k, name] = row.test, row.shifted
             kept = row.shifted.value / rows[k, "zero-shot"][1].value
             print(f"{k:>3}  {name:<11} {row.test}   as it was {row.shifted.value:.1%}, "

@@ -11,7 +11,7 @@ import tiny
 from PIL import Image
 
 from vlm.adaptation.budgeted import adapt
-from vlm.adaptation.cost import Cost
+from vlm.adaptation.cost import ResourceMeter
 from vlm.adaptation.labelled import (
     Labelled,
     hold_out,
@@ -132,6 +132,14 @@ def test_an_adaptation_says_what_is_copied(model, places, tmp_path, caplog):
     assert not any("copies" in name for name in clean.about)
 
 
+def test_the_old_name_of_progress_still_works(model, places, tmp_path):
+    data, messages = read_labelled(str(places["train"])), []
+    with pytest.warns(DeprecationWarning, match="renamed to adapt"):
+        adapt(model, data, tmp_path, 60, ["probe"], say=messages.append)
+    assert "images to learn from" in messages[0]
+    assert messages[1].startswith("probe: ")
+
+
 def test_classes_are_matched_by_name(places):
     data = read_labelled(str(places["train"]))
     turned = with_names(data, data.names[::-1])
@@ -154,9 +162,9 @@ def test_what_is_written_is_what_training_reads(places, tmp_path):
 
 
 def test_memory_and_time_are_those_of_the_block():
-    with Cost() as first:
+    with ResourceMeter() as first:
         time.sleep(0.05)
-    with Cost() as second:
+    with ResourceMeter() as second:
         held = np.ones(60_000_000)
         time.sleep(0.1)
         del held

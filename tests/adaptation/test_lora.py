@@ -211,7 +211,7 @@ def test_a_model_that_moved_is_named(base, tmp_path):
 
 
 def test_what_is_no_adapter(base, tmp_path):
-    with pytest.raises(CheckpointError, match="holds no adapter: give a folder with an adapter"):
+    with pytest.raises(CheckpointError, match="has no adapter: give a folder with an adapter"):
         adaptation.attach(base, BASE)
     with pytest.raises(ConfigError, match=r"has no adapter: save it with Bundle\.save"):
         base.save_adapter(tmp_path / "out")

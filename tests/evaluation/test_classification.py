@@ -4,17 +4,21 @@ import importlib
 
 import numpy as np
 import pytest
+from class_metrics import classification_metrics
 
 from vlm.errors import DataError
 from vlm.evaluation.classification import (
     calibration_error,
-    classification_metrics,
     confusion,
     mean_average_precision,
     reliability,
 )
-from vlm.evaluation.metrics import clusters, pair_retrieval_metrics
-from vlm.evaluation.selection import selection_metrics
+from vlm.evaluation.metrics import (
+    clusters,
+    pair_retrieval_metrics,
+    selection_hits,
+    selection_metrics,
+)
 
 
 def unit(rng, *shape):
@@ -55,7 +59,7 @@ def test_ties_count_as_misses():
     found = classification_metrics(np.zeros((6, 6)), np.arange(6))
     assert found["top1"].value == found["top5"].value == found["mean_per_class_recall"].value == 0
     z = np.ones((4, 2, 3), np.float32)
-    assert {m.value for m in selection_metrics(z, z).values()} == {0.0}
+    assert {m.value for m in selection_metrics(selection_hits(z, z)).values()} == {0.0}
 
 
 def test_average_precision_with_ties_agrees_with_scikit_learn(scored):
@@ -167,7 +171,7 @@ def test_selection_agrees_with_clip_benchmark(peer, images, captions):
     expected = peer["image_caption_selection"].evaluate(
         Stand(), [batch], lambda rows: torch.tensor(np.array(rows)), "cpu", False
     )
-    for name, metric in selection_metrics(z_image, z_text).items():
+    for name, metric in selection_metrics(selection_hits(z_image, z_text)).items():
         assert metric.value == pytest.approx(expected[name], abs=1e-6)
 
 
@@ -194,4 +198,4 @@ def test_bad_input():
     with pytest.raises(DataError, match="not finite"):
         calibration_error(np.full(2, np.nan), np.array([True, False]))
     with pytest.raises(DataError, match="the same number of instances"):
-        selection_metrics(np.zeros((3, 2, 4)), np.zeros((2, 2, 4)))
+        selection_hits(np.zeros((3, 2, 4)), np.zeros((2, 2, 4)))

@@ -89,5 +89,5 @@ def test_what_cannot_be_compared():
         compare(one, result(np.ones(5, bool), data="other"))
     with pytest.raises(ConfigError, match="has no samples"):
         compare(one, dataclasses.replace(one, samples=None))
-    with pytest.raises(ConfigError, match="has other queries"):
+    with pytest.raises(ConfigError, match="has different queries"):
         compare(one, result(np.ones(6, bool)))

@@ -24,7 +24,7 @@ def test_the_curve_rises_from_zero_shot_and_is_drawn():
     assert picture.startswith("<svg")
     for name in ("zero-shot", "anchored", "mean"):
         assert name in picture
-    with pytest.raises(DataError, match="class 4 has no image"):
+    with pytest.raises(DataError, match="class 4 has no training image"):
         accuracy_by_shots(z, target, np.pad(prior, ((0, 0), (0, 1))), 30.0)
 
 

@@ -13,9 +13,9 @@ CODE = """\
 import sys
 
 from vlm.cli import main
-from vlm.evaluation import hosts
+from vlm.evaluation import distributed
 
-hosts.ROWS = 2  # six drawings are more than one turn of both processes
+distributed.ROWS = 2  # six drawings are more than one round of both processes
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -260,7 +260,7 @@ def test_winoground_and_sugarcrepe_by_name(tmp_path):
 
 def test_bad_folders(tmp_path):
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is no result of vlm"):
+    with pytest.raises(CheckpointError, match="is not a result of vlm"):
         read_result(tmp_path, "x")
     with pytest.raises(CheckpointError, match="there is no report"):
         read_report(tmp_path)

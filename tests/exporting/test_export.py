@@ -19,7 +19,7 @@ from vlm.cli import main
 from vlm.config import ModelConfig, PreprocessConfig, ResNetConfig, TextConfig
 from vlm.errors import CheckpointError, ConfigError
 from vlm.exporting import bundle_export, export, onnx_file, onnx_rules, storing
-from vlm.exporting.contract import _pixels_code
+from vlm.exporting.contract import pixels_code
 from vlm.exporting.onnx_graph import from_jax
 from vlm.exporting.storing import quantised
 from vlm.heads.few_shot import FewShotClassifier
@@ -127,6 +127,14 @@ def test_every_kind_of_text_tower(name, tmp_path):
     assert found.differences["text"] < 1e-5
 
 
+def test_a_large_model_has_its_parameters_beside_it(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_file, "LARGEST", 10_000)
+    found = export(bundle, tmp_path / "o", "onnx", tower="text", batches=[1, 3])
+    assert found.differences["text"] < 1e-5
+    sizes = {file.name: file.stat().st_size for file in (tmp_path / "o").glob("text.onnx*")}
+    assert sizes["text.onnx"] < sizes["text.onnx.data"]
+
+
 def test_a_copy_that_differs_is_not_left_behind(bundle, tmp_path, monkeypatch):
     monkeypatch.setitem(onnx_rules.RULES, "exp", onnx_rules.RULES["tanh"])
     with pytest.raises(CheckpointError, match=r"text differs from the model by .* batch of 1"):
@@ -135,7 +143,7 @@ def test_a_copy_that_differs_is_not_left_behind(bundle, tmp_path, monkeypatch):
 
 
 def test_what_has_no_form_is_refused():
-    with pytest.raises(CheckpointError, match="no form for JAX's 'sort'"):
+    with pytest.raises(CheckpointError, match="does not support JAX's 'sort'"):
         from_jax(lambda x: x.sort(), (4,), np.float32, ("x", "y"), onnx_rules.RULES)
 
 
@@ -162,9 +170,9 @@ def test_a_folder_that_is_there(bundle, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"format": "tflite"}, "format 'tflite' is unknown: choose one of stablehlo, onnx"),
+        ({"format": "tflite"}, "format is 'tflite': choose one of 'stablehlo', 'onnx'"),
         ({"format": "savedmodel"}, "TensorFlow 2.21, the newest, reads StableHLO up to 1.13"),
-        ({"dtype": "float8"}, "dtype 'float8' is unknown"),
+        ({"dtype": "float8"}, "dtype is 'float8'"),
         ({"tower": "audio"}, "tower 'audio' is unknown"),
         ({"batches": []}, "compares nothing"),
         ({"batches": [0]}, "compares nothing"),
@@ -177,8 +185,8 @@ def test_options_that_are_none(bundle, tmp_path, options, words):
 
 
 def test_a_library_that_is_missing(bundle, tmp_path, monkeypatch):
-    kind = bundle_export.KINDS["onnx"]._replace(needs=("onnx", "no_such_library"))
-    monkeypatch.setitem(bundle_export.KINDS, "onnx", kind)
+    needs = ("onnx", "no_such_library")
+    monkeypatch.setitem(bundle_export.KINDS, "onnx", ("onnx_file", needs))
     with pytest.raises(ConfigError, match=r'needs no_such_library.*pip install "vlm-jax\[onnx\]"'):
         export(bundle, tmp_path / "o", "onnx")
 
@@ -217,7 +225,7 @@ def test_the_page_makes_the_pixels_of_the_model(form, tmp_path, monkeypatch):
     picture.save(tmp_path / "photo.jpg", "PNG")
     monkeypatch.chdir(tmp_path)
     names = {"np": np}
-    exec(_pixels_code(config), names)
+    exec(pixels_code(config), names)
     assert np.array_equal(names["pixels"][0], Preprocess(config).pixels(picture))
 
 
@@ -260,7 +268,7 @@ def test_every_head_is_exported(bundle, tmp_path):
 def test_heads_that_no_program_can_be_are_refused(bundle, tmp_path, photo):
     index = RetrievalIndex(bundle)
     index.add([photo, photo[::-1]], metadata={"label": ["a", "b"]})
-    with pytest.raises(ConfigError, match="a NeighbourClassifier asks an index"):
+    with pytest.raises(ConfigError, match="a NeighbourClassifier searches an index"):
         export(bundle, tmp_path / "o", "onnx", classifier=NeighbourClassifier(index, "label", k=1))
     moved = learn_prompt(bundle, [photo] * 2, ["a", "b"], n_ctx=1, steps=1, per_image=True)
     with pytest.raises(ConfigError, match="a PromptedClassifier with a net"):
@@ -361,7 +369,7 @@ def picture_files(folder: Path) -> list[Path]:
 )  # fmt: skip
 def test_the_page_opens_pictures_as_the_model_does(changes, tmp_path):
     config = PreprocessConfig(**({"image_size": 32, "resize": "squash"} | changes))
-    code = _pixels_code(config).rpartition("pixels = ")[0]
+    code = pixels_code(config).rpartition("pixels = ")[0]
     names = {"np": np}
     exec(code, names)
     for file in picture_files(tmp_path):

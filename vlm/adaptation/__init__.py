@@ -1,4 +1,4 @@
-"""Adaptation: a foundation model made good at a task with few labels and little compute."""
+"""Adaptation of a foundation model with few labels and little compute."""
 
 from etils import epy
 

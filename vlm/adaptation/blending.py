@@ -1,8 +1,8 @@
-"""Models averaged weight by weight: one on the way from another, and soups of several.
+"""Weight averaging: interpolation of two models, and soups of several.
 
-A model and one that was fine-tuned from it lie in one basin of the loss: between them lie models
-that know the new task nearly as well and keep what the first one knew (WiSE-FT,
-arXiv:2109.01903). Runs that started from one model may be averaged all the same (arXiv:2203.05482).
+A model and one fine-tuned from it lie in one basin of the loss. Models between them are nearly as
+good at the new task, and forget less (WiSE-FT, arXiv:2109.01903). Runs that started from one model
+can be averaged too (arXiv:2203.05482).
 """
 
 import dataclasses
@@ -20,16 +20,21 @@ from vlm.errors import ConfigError
 from vlm.evaluation.tasks import Task
 from vlm.heads.encoder import Encoder
 
-# What one number says of a model on a task: the mean of these metrics, as far as it has them.
+# The score of a model on a task is the mean of those of these metrics that the task has.
 HEADLINE = ("top1", "image_to_text_R@1", "text_to_image_R@1", "acc")
-OF_TRAINING = ("dropout", "patch_dropout", "init_scale", "init_bias")  # of no loaded model
+OF_TRAINING = (
+    "dropout",
+    "patch_dropout",
+    "init_scale",
+    "init_bias",
+)  # fields that a loaded model ignores
 
 
 def blend(a: Bundle, b: Bundle, alpha: float = 0.5) -> Bundle:
-    """(1 - alpha) of the parameters of `a` plus alpha of those of `b`, every one of them.
+    """Interpolate all parameters: (1 - alpha) of `a` plus alpha of `b`.
 
-    With `a` a foundation model and `b` fine-tuned from it, this is WiSE-FT (arXiv:2109.01903);
-    alpha 0 is `a` to the bit, and 1 is `b`. Running statistics of batch norms are blended too.
+    If `b` is fine-tuned from `a`, this is WiSE-FT (arXiv:2109.01903). Alpha 0 is exactly `a`, and 1
+    exactly `b`. Running statistics of batch norms are interpolated too.
 
     Raises:
         ConfigError: an alpha outside 0 to 1, or models that differ in more than their parameters;
@@ -41,17 +46,16 @@ def blend(a: Bundle, b: Bundle, alpha: float = 0.5) -> Bundle:
         True
     """
     if not 0 <= alpha <= 1:
-        raise ConfigError(f"alpha is {alpha}: it is the share of the second model, from 0 to 1")
+        raise ConfigError(f"alpha is {alpha}: it is the weight of the second model, from 0 to 1")
     check_alike([a, b])
     return _average([a, b], [1 - alpha, alpha], f"{a.name} and {b.name} at {alpha:g}")
 
 
 def soup(models: Sequence[Bundle], task: Task | None = None) -> Bundle:
-    """The average of several models (arXiv:2203.05482).
+    """Average several models (arXiv:2203.05482).
 
-    Without a task it is uniform. With one it is greedy: the best model on the task, and then one
-    after another, from the best down, whichever does not make the soup worse there. The task must
-    not be the one that the soup is measured by in the end.
+    Without a task the soup is uniform. With one it is greedy: from the best model on the task down,
+    each is added if the soup does not get worse. Measure the soup on other data than the task.
 
     Raises:
         ConfigError: no models, or models that differ in more than their parameters.
@@ -64,27 +68,27 @@ def soup(models: Sequence[Bundle], task: Task | None = None) -> Bundle:
     if not models:
         raise ConfigError("there are no models to average: give at least one")
     check_alike(models)
-    chosen = list(range(len(models))) if task is None else _greedy(models, repeatable(task))
-    names = ", ".join(models[i].name for i in chosen)
-    return _average(
-        [models[i] for i in chosen], [1 / len(chosen)] * len(chosen), f"soup of {names}"
-    )
+    return _mean(models if task is None else _greedy(models, repeatable(task)))
 
 
 def headline(model: Encoder, task: Task) -> float:
-    """What a model scores on a task, in one number: top-1, or the mean recall at 1."""
+    """Compute one score of a model on a task: top-1, or the mean recall at 1."""
     metrics = task.measure(model).metrics
     values = [metrics[name].value for name in HEADLINE if name in metrics]
     return sum(values) / len(values)
 
 
 def repeatable(task: Task) -> Task:
-    """The task with its images in a list, so that it can be measured more than once."""
+    """Return the task with its images in a list, to measure it more than once."""
     return dataclasses.replace(task, images=list(task.images))
 
 
 def check_alike(models: Sequence[Bundle]) -> None:
-    """Raise a ConfigError unless the models have one architecture, one tokenizer, equal pixels."""
+    """Check that models have the same architecture, tokenizer and preprocessing.
+
+    Raises:
+        ConfigError: it names the fields that differ.
+    """
     first, *others = models
     mine = _fields(first)
     for other in others:
@@ -94,10 +98,9 @@ def check_alike(models: Sequence[Bundle]) -> None:
             for name in dict.fromkeys([*mine, *theirs])
             if mine.get(name) != theirs.get(name)
         ]
-        if not differ and first.tokenizer.vocabulary.to_str() != (
-            other.tokenizer.vocabulary.to_str()
-        ):
-            differ = ["their vocabularies hold other tokens"]
+        vocabularies = {model.tokenizer.vocabulary.to_str() for model in (first, other)}
+        if not differ and len(vocabularies) > 1:
+            differ = ["their vocabularies differ"]
         if differ:
             shown = "; ".join(differ[:6]) + (f"; {len(differ) - 6} more" if differ[6:] else "")
             raise ConfigError(
@@ -107,7 +110,7 @@ def check_alike(models: Sequence[Bundle]) -> None:
 
 
 def _fields(model: Bundle) -> dict[str, Any]:
-    """By dotted name, all that two models must agree on."""
+    """Return the settings that must be equal, by dotted name."""
     parts = {
         "model": to_dict(model.config),
         "preprocess": to_dict(model.preprocess.config),
@@ -130,14 +133,14 @@ def _flat(values: dict[str, Any], before: str):
             yield f"{before}{name}", value
 
 
-def _greedy(models: Sequence[Bundle], task: Task) -> list[int]:
-    """Which models go into a greedy soup, the best one first."""
+def _greedy(models: Sequence[Bundle], task: Task) -> list[Bundle]:
+    """Choose the models of a greedy soup, the best one first."""
     scores = [headline(model, task) for model in models]
-    best, *rest = sorted(range(len(models)), key=lambda i: -scores[i])
-    chosen, reached = [best], scores[best]
-    for i in rest:
-        trial = [*chosen, i]
-        score = headline(_mean([models[j] for j in trial]), task)
+    order = sorted(range(len(models)), key=lambda i: -scores[i])
+    chosen, reached = [models[order[0]]], scores[order[0]]
+    for i in order[1:]:
+        trial = [*chosen, models[i]]
+        score = headline(_mean(trial), task)
         if score >= reached:
             chosen, reached = trial, score
     return chosen
@@ -149,7 +152,7 @@ def _mean(models: Sequence[Bundle]) -> Bundle:
 
 
 def _average(models: Sequence[Bundle], weights: Sequence[float], name: str) -> Bundle:
-    """The weighted sum of the models' parameters; what has no weight is not read."""
+    """Compute the weighted sum of the parameters, without models of weight 0."""
     pairs = [(m, w) for m, w in zip(models, weights, strict=True) if w]
 
     def mean(*leaves: jax.Array) -> jax.Array:

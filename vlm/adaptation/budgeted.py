@@ -1,7 +1,7 @@
-"""`vlm adapt`: tries methods within a budget, chooses by held-out images, measures, and tells.
+"""Adaptation within a time budget: try methods, choose by validation accuracy, measure.
 
-What is chosen is chosen by the validation part alone. The test data and the data out of
-distribution are measured and never looked at before.
+The choice depends on the validation images alone; test and out-of-distribution data are only
+measured.
 """
 
 import logging
@@ -10,43 +10,52 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich import box
 from rich.markup import escape as markup
 from rich.table import Table
 
+from vlm._deprecation import warn
 from vlm._json import to_json
 from vlm.adaptation import results
-from vlm.adaptation.cost import Cost, pace_of
+from vlm.adaptation.cost import ResourceMeter, time_per_image
 from vlm.adaptation.labelled import Labelled, hold_out, with_names
-from vlm.adaptation.methods import METHODS, NO_TEACHER, TUNED, Adapted, NoTime, Setting, zero_shot
+from vlm.adaptation.methods import (
+    METHODS,
+    NO_TEACHER,
+    TUNED,
+    Method,
+    MethodInputs,
+    MethodResult,
+    OverBudget,
+    zero_shot,
+)
 from vlm.adaptation.results import ZERO_SHOT, Row
 from vlm.bundle import Bundle
 from vlm.data.class_names import described
 from vlm.data.duplicates import copied_from
 from vlm.errors import ConfigError, VlmError
-from vlm.evaluation.intervals import Metric, proportion
+from vlm.evaluation.classification import target_ranks
+from vlm.evaluation.intervals import Metric, hit_rate
 from vlm.heads.prompts import label_prompts
 from vlm.heads.saved import Classifier
 from vlm.heads.templates import choose_templates, describe_templates
 from vlm.heads.zero_shot import FILE, ZeroShotClassifier, encode_images, to_scores
 
 _log = logging.getLogger(__name__)
-SPARE = 0.9  # of what is left of a budget, that a try may plan with
+SPARE = 0.9  # of the remaining budget, for which a trial is planned
 
 
 @dataclass(frozen=True, eq=False)
 class Adaptation:
-    """What came of it.
+    """Result of `adapt`.
 
     Attributes:
-        rows: zero-shot first, and then each method.
-        chosen: the method that is best on the validation part; of equally accurate ones the one
-            that finds its labels likeliest.
+        rows: zero-shot, then each method.
+        chosen: the method with the best validation accuracy; ties go to the higher likelihood.
         model, classifier: of that method.
-        about: what was adapted to what, in words.
+        about: description of model, data and options.
 
     Example:
         >>> names, data = ("red", "green", "blue"), vlm.DataInfo("colours")
@@ -64,11 +73,11 @@ class Adaptation:
     about: dict[str, str]
 
     def __getitem__(self, method: str) -> Row:
-        """The row of a method."""
+        """Return the row of a method."""
         return {row.method: row for row in self.rows}[method]
 
     def save(self, folder: Path) -> None:
-        """Write model, classifier, table and page into a folder that `vlm.load` takes."""
+        """Write model, classifier, table and page to a folder that `vlm.load` reads."""
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save(folder / "bundle")
         self.classifier.save(folder / FILE)
@@ -105,31 +114,33 @@ def adapt(
     test: Labelled | None = None,
     shifted: Labelled | None = None,
     seed: int = 0,
-    say: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None] = lambda message: None,
     teacher: Bundle | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Adaptation:
-    """Try methods on labelled images within a budget, and choose one.
+    """Try methods on labelled images within a time budget, and choose one.
 
     Args:
-        model: what `vlm.load` gives.
-        data: labelled images; a part of each class is held out to choose by.
-        folder: for runs of training.
-        budget: seconds for all tries together; measuring on `test` and `shifted` comes on top.
-        methods: names out of METHODS; by default all, as far as the budget goes, and "distill"
-            if there is a teacher.
-        templates: sentences around the names of the classes; by default the model's own, else of
-            the data set, else "a photo of a {}.".
+        model: the bundle to adapt.
+        data: labelled images; a part of each class is held out for validation.
+        folder: for training runs.
+        budget: seconds for all trials; measuring on `test` and `shifted` is extra.
+        methods: names from METHODS; by default all that fit the budget, "distill" only with a
+            teacher.
+        templates: sentences around the class names; by default the model's, else those of the data
+            set, else "a photo of a {}.".
         test: labelled images to measure on, of the same classes.
-        shifted: labelled images out of distribution. With classes of its own it says what the
-            model keeps of what it knew: a method that leaves the model alone keeps it all.
-        seed: of everything random.
-        say: is told what happens.
-        teacher: a larger model, which "distill" learns from.
+        shifted: labelled out-of-distribution images. With other classes they measure forgetting,
+            by zero-shot accuracy.
+        seed: of all randomness.
+        progress: called with a message for each stage.
+        teacher: a larger model for "distill".
+        say: old name of `progress`.
 
     Raises:
         ConfigError: an unknown method, "distill" without a teacher or a teacher without "distill",
-            a class that `data` has not, a budget too small for a try.
-        VlmError: what a method refused, if no other did anything.
+            a class that `data` does not have, a budget too small for any method.
+        VlmError: the error of a method, if no other method succeeds.
         DataError: no images to hold out.
 
     Example:
@@ -140,6 +151,9 @@ def adapt(
         >>> [row.method for row in made.rows]
         ['zero-shot', 'probe']
     """
+    if say is not None:
+        warn("adapt(say=...)", "adapt(progress=...)", stacklevel=3)
+        progress = say
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
         known = ", ".join(METHODS)
@@ -154,60 +168,66 @@ def adapt(
     deadline = time.monotonic() + budget
     train, validation = hold_out(data, seed=seed)
     copies = _copies(data, test, shifted)
-    chosen_templates = choose_templates(templates, model, data)
+    templates_in_use = choose_templates(templates, model, data)
     test = None if test is None else with_names(test, data.names, data.texts)
     own_classes = shifted is not None and not set(shifted.names) <= set(data.names)
     if shifted is not None and not own_classes:
         shifted = with_names(shifted, data.names, data.texts)
-    pace = _pace(model, train, chosen_templates[0], len(data), budget)
-    say(f"{len(train):,} images to learn from, {len(validation):,} to choose by")
+    per_image, compiling = time_per_image(model, train, templates_in_use[0])
+    needed = compiling + per_image * len(data)  # to embed all images
+    if needed > budget:
+        raise ConfigError(_too_small(budget, 1.5 * needed))
+    progress(f"{len(train):,} images to learn from, {len(validation):,} to choose by")
     z_train, _ = encode_images(model, train.images)
     z_validation, _ = encode_images(model, validation.images)
-    setting = Setting(
-        model, train, validation, z_train, z_validation, chosen_templates, folder, pace,
+    inputs = MethodInputs(
+        model, train, validation, z_train, z_validation, templates_in_use, folder, per_image,
         seed=seed, teacher=teacher,
     )  # fmt: skip
     of_shifted = choose_templates(templates, model, shifted) if own_classes else None
-    judge = Judge(setting, test, shifted, of_shifted)
+    evaluator = Evaluator(inputs, test, shifted, of_shifted)
+    found, rows = {}, []
 
-    made, cost = _costed(zero_shot, setting)
-    found, rows = {ZERO_SHOT: made}, [judge.row(ZERO_SHOT, made, cost)]
-    able = [name for name in METHODS if teacher is not None or name != "distill"]
-    wanted = [name for name in able if not methods or name in methods]
+    def attempt(name: str, method: Method, seconds: float) -> Row:
+        with ResourceMeter() as meter:
+            made = method.run(replace(inputs, seconds=seconds))
+        found[name] = inputs.found[name] = made
+        rows.append(evaluator.row(name, made, meter))
+        return rows[-1]
+
+    attempt(ZERO_SHOT, Method(zero_shot), math.inf)
+    wanted = [name for name in METHODS if teacher is not None or name != "distill"]
+    wanted = [name for name in wanted if not methods or name in methods]
     if "blend" in wanted and not set(TUNED) & set(wanted):
-        wanted.insert(-1, "full")  # something to blend
-    short, refused = math.inf, None
+        wanted.insert(-1, "full")  # a model to blend
+    missing, rejected = math.inf, None
     for number, name in enumerate(wanted):
         left = deadline - time.monotonic()
         tuning = [n for n in wanted[number:] if METHODS[n].changes_model]
-        share = 1 / max(1, len(tuning)) if METHODS[name].changes_model else 1 / 2
+        parts = max(1, len(tuning)) if METHODS[name].changes_model else 2
         try:
             if left <= 0:
-                raise NoTime(0)
-            made, cost = _costed(METHODS[name].run, replace(setting, seconds=SPARE * left * share))
-        except NoTime as error:
-            short = min(short, error.needed)
+                raise OverBudget(0)
+            row = attempt(name, METHODS[name], SPARE * left / parts)
+            progress(f"{name}: {row.validation} in {row.seconds:.1f} s")
+        except OverBudget as error:
+            missing = min(missing, error.needed)
             rows.append(Row(name, note=f"{error}, and {max(0, left):,.0f} s were left"))
-            continue
-        except VlmError as error:  # the others may do
-            refused = error
+        except VlmError as error:  # other methods may work
+            rejected = error
             rows.append(Row(name, note=str(error)))
-            continue
-        found[name] = setting.found[name] = made
-        rows.append(judge.row(name, made, cost))
-        say(f"{name}: {rows[-1].validation} in {cost.seconds:.1f} s")
-    if len(found) == 1 and refused is not None:
-        raise refused
     if len(found) == 1:
-        raise ConfigError(_too_small(budget, budget + short if math.isfinite(short) else None))
-    chosen = max(found, key=judge.merit.__getitem__)
+        if rejected is not None:
+            raise rejected
+        raise ConfigError(_too_small(budget, budget + missing if math.isfinite(missing) else None))
+    chosen = max(found, key=evaluator.merit.__getitem__)
     about = {
         "model": model.name,
         "teacher": "" if teacher is None else teacher.name,
         "data": str(data.data),
         "classes": f"{len(data.names):,}",
         "class names": described(data.names, data.texts),
-        "templates": describe_templates(chosen_templates),
+        "templates": describe_templates(templates_in_use),
         "learned from": f"{len(train):,} images",
         "chosen by": f"{len(validation):,} images",
         "budget": f"{budget:,.0f} s",
@@ -218,66 +238,61 @@ def adapt(
     }
     best = found[chosen]
     if best.model is not model:
-        best.model.templates = chosen_templates  # also of a blend
+        best.model.templates = templates_in_use  # also of a blend
     about = {name: value for name, value in about.items() if value}
     return Adaptation(tuple(rows), chosen, best.model, best.classifier, about)
 
 
-class Judge:
-    """Measures what methods give; images are embedded once for all that leave the model alone."""
+class Evaluator:
+    """Measures results of methods; methods that keep the model share its embeddings."""
 
     def __init__(
         self,
-        setting: Setting,
+        inputs: MethodInputs,
         test: Labelled | None,
         shifted: Labelled | None,
-        own: Sequence[str] | None,
+        shifted_templates: Sequence[str] | None,
     ):
-        self._base = setting.model
-        self._sets = {"validation": setting.validation, "test": test, "shifted": shifted}
-        self._own = own  # templates of classes out of distribution that are others
-        self._kept = {"validation": setting.z_validation}
-        self.merit: dict[str, tuple[float, float]] = {}  # by method, on the validation part
+        self._base = inputs.model
+        sets = {"validation": inputs.validation, "test": test, "shifted": shifted}
+        self._sets = {name: labelled for name, labelled in sets.items() if labelled is not None}
+        self._shifted_templates = shifted_templates  # if its classes differ
+        self._cache = {"validation": inputs.z_validation}
+        self.merit: dict[str, tuple[float, float]] = {}  # validation accuracy and likelihood
 
-    def row(self, name: str, made: Adapted, cost: Cost) -> Row:
-        measured = {
-            which: self._measure(which, labelled, made)
-            for which, labelled in self._sets.items()
-            if labelled is not None
-        }
-        self.merit[name] = measured["validation"].value, self._likelihood(made)
-        return Row(name, made.trained, cost.seconds, cost.peak, note=made.note, **measured)
+    def row(self, name: str, made: MethodResult, meter: ResourceMeter) -> Row:
+        measured = {which: self._accuracy(which, made) for which in self._sets}
+        self.merit[name] = measured["validation"].value, self._log_likelihood(made)
+        return Row(name, made.trained, meter.seconds, meter.peak, note=made.note, **measured)
 
-    def _likelihood(self, made: Adapted) -> float:
-        """The mean log probability of the labels of the validation part."""
-        labelled = self._sets["validation"]
-        z = self._embeddings("validation", labelled, made.model)
-        scores = to_scores(np.asarray(made.classifier.logits(z)), "softmax")
-        own = scores[np.arange(len(labelled)), labelled.target]
+    def _log_likelihood(self, made: MethodResult) -> float:
+        """Compute the mean log probability of the validation labels."""
+        logits = np.asarray(made.classifier.logits(self._embeddings("validation", made.model)))
+        own = np.take_along_axis(
+            to_scores(logits, "softmax"), self._sets["validation"].target[:, None], axis=1
+        )
         return float(np.log(np.maximum(own, 1e-12)).mean())
 
-    def _measure(self, which: str, labelled: Labelled, made: Adapted) -> Metric:
-        z = self._embeddings(which, labelled, made.model)
-        classifier: Any = made.classifier
-        if which == "shifted" and self._own:
-            # The classes are others: the question is what the model itself still knows.
-            prompts = label_prompts(labelled.names, labelled.texts, self._own)
+    def _accuracy(self, which: str, made: MethodResult) -> Metric:
+        labelled, classifier = self._sets[which], made.classifier
+        if which == "shifted" and self._shifted_templates:
+            prompts = label_prompts(labelled.names, labelled.texts, self._shifted_templates)
             classifier = ZeroShotClassifier(made.model, prompts)
-        logits = classifier.logits(z)
-        own = logits[np.arange(len(z)), labelled.target]
-        right = (logits >= own[:, None]).sum(1) == 1  # as in every evaluation, a tie is a miss
-        return proportion(int(right.sum()), len(right))
+        ranks = target_ranks(
+            np.asarray(classifier.logits(self._embeddings(which, made.model))), labelled.target
+        )
+        return hit_rate(ranks, 1)
 
-    def _embeddings(self, which: str, labelled: Labelled, model: Bundle) -> np.ndarray:
+    def _embeddings(self, which: str, model: Bundle) -> np.ndarray:
         if model is not self._base:
-            return encode_images(model, labelled.images)[0]
-        if which not in self._kept:
-            self._kept[which] = encode_images(model, labelled.images)[0]
-        return self._kept[which]
+            return encode_images(model, self._sets[which].images)[0]
+        if which not in self._cache:
+            self._cache[which] = encode_images(model, self._sets[which].images)[0]
+        return self._cache[which]
 
 
 def _copies(data: Labelled, test: Labelled | None, shifted: Labelled | None) -> dict[str, str]:
-    """How many images are copies of others, for the page; what inflates a figure is a warning."""
+    """Count copies of images, for the page; log a warning if they inflate an accuracy."""
     found = {}
     sizes = np.bincount(data.groups)
     if (copies := int((sizes - 1).sum())) > 0:
@@ -294,31 +309,12 @@ def _copies(data: Labelled, test: Labelled | None, shifted: Labelled | None) -> 
             copied = f"{count:,} of {len(other):,} images ({count / len(other):.1%})"
             found[f"{name}: copies of images learned from"] = copied
             _log.warning(
-                "%s of the %s data are copies of images to learn from or to choose by, and its "
-                "accuracy is too high: leave them out", copied, name,
+                "%s of the %s data are copies of training or validation images, so its accuracy is "
+                "too high: leave them out", copied, name,
             )  # fmt: skip
     return found
 
 
-def _costed(run: Callable[[Setting], Adapted], setting: Setting) -> tuple[Adapted, Cost]:
-    with Cost() as cost:
-        made = run(setting)
-    return made, cost
-
-
-def _pace(model: Bundle, labelled: Labelled, template: str, count: int, budget: float) -> float:
-    """Seconds for an image and a sentence, measured.
-
-    Raises:
-        ConfigError: embedding `count` images would use the budget up.
-    """
-    pace, compiling = pace_of(model, labelled, template)
-    needed = compiling + pace * count
-    if needed > budget:
-        raise ConfigError(_too_small(budget, 1.5 * needed))
-    return pace
-
-
 def _too_small(budget: float, enough: float | None) -> str:
-    mend = "give more" if enough is None else f"give at least {math.ceil(enough):,} s"
-    return f"a budget of {budget:.4g} s is too small for one try here: {mend}"
+    fix = "give more" if enough is None else f"give at least {math.ceil(enough):,} s"
+    return f"a budget of {budget:.4g} s is too small for one try here: {fix}"

@@ -1,8 +1,8 @@
-"""Fine-tuning on labelled images as a run of `vlm train`, of a length that fits into a budget.
+"""Fine-tuning on labelled images with `vlm.train`, for a length that fits a time budget.
 
-The images are paired with the sentences of their classes, and the loss is the model's own
-contrastive one (FLYP, arXiv:2212.00638): what comes out is a model as before, not a head. The text
-tower is left alone, so that the words keep the meaning that they had for all other images.
+Images are paired with the sentences of their classes, and the loss is the model's contrastive one
+(FLYP, arXiv:2212.00638), so the result is a bundle, not a head. The text tower is frozen, so texts
+keep their embeddings for all other images.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ from vlm.models import adapters
 from vlm.training.loop import train
 
 BATCH = 64
-EPOCHS = 10  # where there is time for them
-FEWEST_EPOCH_STEPS = 40  # of few images more passes are taken, up to so many steps
-START = 30.0  # seconds that a run takes before its first step, on a machine that is not known yet
-RATE, ADAPTER_RATE = 5e-5, 3e-4  # adapters start at nothing and have further to go
+EPOCHS = 10  # if the time allows
+MIN_STEPS = 40  # few images are passed more often, up to this many steps
+START = 30.0  # seconds before the first step, on an unknown machine
+RATE, ADAPTER_RATE = 5e-5, 3e-4  # adapters start at zero
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long a run is: its steps and batch, and what they are expected to take, in seconds."""
+class RunLength:
+    """Steps and batch size of a run, and the expected seconds per step and before the first."""
 
     steps: int
     batch_size: int
@@ -44,15 +44,15 @@ class Plan:
     start: float = START
 
 
-def plan(model: Bundle, labelled: Labelled, pace: float, seconds: float) -> Plan:
-    """The run that fits into `seconds`, at `pace` seconds of training for an image."""
+def run_length(count: int, seconds_per_image: float, seconds: float) -> RunLength:
+    """Compute the run on `count` images that fits into `seconds`."""
     devices = jax.device_count()
-    batch = max(1, min(BATCH, len(labelled)) // devices) * devices  # each takes as many
-    wanted = max(FEWEST_EPOCH_STEPS, math.ceil(EPOCHS * len(labelled) / batch))
-    step = batch * pace
+    batch = max(1, min(BATCH, count) // devices) * devices  # equal parts
+    wanted = max(MIN_STEPS, math.ceil(EPOCHS * count / batch))
+    step = batch * seconds_per_image
     left = seconds - START
     fits = wanted if math.isinf(left) else int(left / step)
-    return Plan(max(0, min(wanted, fits)), batch, step)
+    return RunLength(max(0, min(wanted, fits)), batch, step)
 
 
 def fine_tune(
@@ -61,28 +61,26 @@ def fine_tune(
     templates: Sequence[str],
     folder: Path,
     name: str,
-    length: Plan,
+    length: RunLength,
     adapter: AdapterConfig | None = None,
     teacher: Bundle | None = None,
     seed: int = 0,
 ) -> tuple[Bundle, int]:
-    """The model after a run of training on the images, and how many parameters were trained.
-
-    The folder of the run is `folder/name`.
+    """Train on the images; return the model and the number of trained parameters.
 
     Args:
         model: where training starts.
-        labelled: the images to learn from.
-        templates: sentences around a class's name, one of which is drawn each time.
-        folder: for the run, and a table of the images.
+        labelled: training images.
+        templates: sentences around a class name; one is drawn each time.
+        folder: for the run, in `folder/name`, and a table of the images.
         name: of the run.
-        length: how long it is.
-        adapter: low-rank adapters, which are trained in place of the parameters, and merged.
-        teacher: a model whose similarities within a batch are learned beside the labels.
-        seed: of the order of the images and how they are changed.
+        length: of the run.
+        adapter: low-rank adapters to train instead of the parameters, merged afterwards.
+        teacher: a model to distil, by its similarities within a batch.
+        seed: of image order and augmentation.
 
     Raises:
-        VlmError: what `vlm.train` refuses.
+        VlmError: see `vlm.train`.
     """
     table = write_table(labelled, folder / "data")
     experiment = Experiment(
@@ -106,9 +104,9 @@ def fine_tune(
         objective="flyp",
         batch_size=length.batch_size,
         steps=length.steps,
-        init_from=_place_of(model, folder / "start"),
+        init_from=_source_of(model, folder / "start"),
         adapter=adapter,
-        distill=None if teacher is None else DistillConfig(_place_of(teacher, folder / "teacher")),
+        distill=None if teacher is None else DistillConfig(_source_of(teacher, folder / "teacher")),
         lock="text" if adapter is None else "none",
         seed=seed,
         checkpoint_every=1.0,
@@ -121,7 +119,7 @@ def fine_tune(
         contextlib.redirect_stderr(log),
     ):
         run = train(experiment)
-    if not (run / "bundle").exists():  # it was asked to stop
+    if not (run / "bundle").exists():  # the run was stopped
         raise KeyboardInterrupt
     tuned = load(run)
     if adapter is None:
@@ -131,8 +129,8 @@ def fine_tune(
     return tuned.merged(), sum(x.size for x in arrays)
 
 
-def _place_of(model: Bundle, copy: Path) -> str:
-    """Where a run finds the model: where it was loaded from, or a copy of it."""
+def _source_of(model: Bundle, copy: Path) -> str:
+    """Return where the model was loaded from, or save a copy."""
     if model.source is not None and model.adapter is None:
         return model.source
     if not copy.exists():

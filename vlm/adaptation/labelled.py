@@ -1,7 +1,6 @@
-"""Labelled images to adapt to: read from wherever they lie, split evenly, written for training."""
+"""Labelled images: reading, stratified splits, and tables for training."""
 
 import functools
-import io
 import json
 import os
 from collections.abc import Sequence
@@ -10,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from PIL import Image
 
 from vlm.data.duplicates import Thumbnails, copy_groups, thumbnails
 from vlm.errors import ConfigError, DataError, VlmError
 from vlm.evaluation.suites import open_labelled
 from vlm.evaluation.tasks import DataInfo
+from vlm.heads.encoder import Encoder
+from vlm.heads.inputs import Images
 from vlm.heads.prompts import indices
+from vlm.heads.zero_shot import encode_images
 
 KINDS = ("tfds:", "folder:", "wds:")
-NAMES = "class_names.json"  # of a table that is written
-SHARE = 0.2  # of each class that is held out to choose by
+NAMES = "class_names.json"  # beside a written table
+VALIDATION = 0.2  # fraction of each class that is held out
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +32,11 @@ class Labelled:
 
     Attributes:
         images: PIL images, paths, bytes of files or arrays of pixels.
-        target: for each the number of its class.
-        names: the classes.
-        data: where they come from.
-        texts: what sentences call the classes; by default the classes themselves.
-        templates: of the data set, where it brings some.
+        target: class index of each image.
+        names: classes.
+        data: origin.
+        texts: class names in sentences; by default `names`.
+        templates: of the data set, if it has any.
 
     Example:
         >>> names = ("red", "green", "blue")
@@ -58,7 +60,7 @@ class Labelled:
         return len(self.target)
 
     def take(self, at: Int[np.ndarray, " k"]) -> "Labelled":
-        """Some of the images, by number."""
+        """Return a subset of the images, by index."""
         images = [self.images[i] for i in at]
         taken = replace(self, images=images, target=self.target[at])
         if "thumbnails" in self.__dict__:
@@ -67,12 +69,12 @@ class Labelled:
 
     @functools.cached_property
     def thumbnails(self) -> Thumbnails:
-        """The images in a few pixels each, by which copies are found."""
+        """The images reduced to a few pixels, to find copies."""
         return thumbnails(self.images)
 
     @functools.cached_property
     def groups(self) -> Int[np.ndarray, " n"]:
-        """For each image the number of its group: copies of one image share it."""
+        """Group index of each image; copies of an image share one."""
         return copy_groups(self.thumbnails)
 
 
@@ -82,13 +84,16 @@ def read_labelled(
     data_dir: str | None = None,
     class_names: str | None = None,
 ) -> Labelled:
-    """The labelled images of a place: a class folder, or `tfds:`, `folder:`, `wds:` and a name.
+    """Read labelled images from a class folder, or from `tfds:`, `folder:`, `wds:` and a name.
 
-    Without a split, the one that a task would be measured on: see `vlm.evaluation.suites`.
-    `class_names` is a file with the names of the labels: see `DataConfig.class_names`.
+    Args:
+        source: folder or name.
+        split: by default the one that a task is measured on, see `vlm.evaluation.suites`.
+        data_dir: of TFDS data.
+        class_names: a file with the names of the labels, see `DataConfig.class_names`.
 
     Raises:
-        DataError: nothing there, or no such split; fewer than two classes.
+        DataError: no such data or split; fewer than two classes.
 
     Example:
         >>> for name, picture in zip(("red", "green"), pictures):
@@ -115,10 +120,10 @@ def read_labelled(
 
 
 def with_names(labelled: Labelled, names: Sequence[str], texts: Sequence[str] = ()) -> Labelled:
-    """The same images, their classes counted as in `names`, and called `texts` or as they were.
+    """Renumber the classes as in `names`, and replace their texts if `texts` is given.
 
     Raises:
-        ConfigError: a class that is none of them.
+        ConfigError: a class that `names` does not have.
     """
     at = indices(labelled.names, names)
     own = dict(zip(labelled.names, labelled.texts, strict=True))
@@ -126,11 +131,13 @@ def with_names(labelled: Labelled, names: Sequence[str], texts: Sequence[str] = 
     return replace(labelled, target=at[labelled.target], names=tuple(names), texts=tuple(texts))
 
 
-def hold_out(labelled: Labelled, share: float = SHARE, seed: int = 0) -> tuple[Labelled, Labelled]:
-    """The images to learn from, and those to choose by: an even share of each class.
+def hold_out(
+    labelled: Labelled, fraction: float = VALIDATION, seed: int = 0
+) -> tuple[Labelled, Labelled]:
+    """Split into training and validation images, stratified by class.
 
-    Copies of one image, also re-encoded or resized, stay on one side. A class keeps at least one
-    image to learn from; of two or more that are no copies, at least one is held out.
+    Copies of an image, also re-encoded or resized, stay on one side. Each class keeps at least one
+    training image; of two or more that are not copies, at least one is held out.
 
     Raises:
         DataError: no class has two images.
@@ -138,11 +145,11 @@ def hold_out(labelled: Labelled, share: float = SHARE, seed: int = 0) -> tuple[L
     rng = np.random.default_rng(seed)
     order, sizes = np.argsort(labelled.groups, kind="stable"), np.bincount(labelled.groups)
     members = np.split(order, np.cumsum(sizes)[:-1])
-    left = np.bincount(labelled.target, minlength=len(labelled.names))  # to learn from
+    left = np.bincount(labelled.target, minlength=len(labelled.names))  # for training
     held = np.zeros(len(labelled), bool)
 
     def hold(image: int, most: int) -> None:
-        """Hold out the group of an image, if it is no more than `most` and no class ends empty."""
+        """Hold out the group of an image if it has at most `most` and no class becomes empty."""
         group = members[labelled.groups[image]]
         taken = np.bincount(labelled.target[group], minlength=len(left))
         if len(group) <= most and not held[image] and (left[taken > 0] > taken[taken > 0]).all():
@@ -151,25 +158,25 @@ def hold_out(labelled: Labelled, share: float = SHARE, seed: int = 0) -> tuple[L
 
     for number in range(len(labelled.names)):
         own = rng.permutation(np.flatnonzero(labelled.target == number))
-        count = min(max(1, round(share * len(own))), len(own) - 1) if len(own) else 0
+        count = min(max(1, round(fraction * len(own))), len(own) - 1) if len(own) else 0
         for image in own.tolist():
             hold(image, count - int(held[own].sum()))
         for image in sorted(own.tolist(), key=lambda i: sizes[labelled.groups[i]]):
             if held[own].any():
                 break
-            hold(image, len(labelled))  # each group is larger than the share
+            hold(image, len(labelled))  # each group is larger than the fraction
     if not held.any():
         raise DataError(
             f"{labelled.data} has one image of each class, copies of it aside, and none can be "
-            "held out to choose a method by: give at least two of a class"
+            "held out for validation: give at least two of a class"
         )
     return labelled.take(np.flatnonzero(~held)), labelled.take(np.flatnonzero(held))
 
 
 def pick_shots(labelled: Labelled, shots: int, seed: int = 0) -> Int[np.ndarray, " k"]:
-    """The numbers of so many images of each class at random, or of all that it has.
+    """Pick the indices of random images: `shots` of each class, or all that it has.
 
-    Of copies of one image, also re-encoded or resized, one is picked.
+    Of copies of an image, also re-encoded or resized, one is picked.
 
     Raises:
         ConfigError: no shots.
@@ -186,10 +193,10 @@ def pick_shots(labelled: Labelled, shots: int, seed: int = 0) -> Int[np.ndarray,
 
 
 def write_table(labelled: Labelled, folder: str | os.PathLike) -> Path:
-    """Write the images as a table that training reads: `image` and `label`; returns its path.
+    """Write the images as a table for training, with `image` and `label`; return its path.
 
-    Beside it are the names of the classes, for `DataConfig.class_names`. Files stay where they are.
-    Pixels are written as PNG.
+    Class names are written beside it, for `DataConfig.class_names`. Paths are kept, and pixels are
+    written as PNG.
     """
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -199,7 +206,11 @@ def write_table(labelled: Labelled, folder: str | os.PathLike) -> Path:
             path = os.path.abspath(image)
         else:
             path = f"{number:06d}.{'img' if isinstance(image, bytes) else 'png'}"
-            (folder / path).write_bytes(image if isinstance(image, bytes) else _png(image))
+            if isinstance(image, bytes):
+                (folder / path).write_bytes(image)
+            else:
+                picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+                picture.save(folder / path, "PNG")
         rows.append({"image": path, "label": labelled.names[labelled.target[number]]})
     texts = dict(zip(labelled.names, labelled.texts, strict=True))
     (folder / NAMES).write_text(json.dumps(texts), "utf-8")
@@ -208,8 +219,23 @@ def write_table(labelled: Labelled, folder: str | os.PathLike) -> Path:
     return table
 
 
-def _png(image: Any) -> bytes:
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-    out = io.BytesIO()
-    picture.save(out, "PNG")
-    return out.getvalue()
+def embed_labelled(
+    model: Encoder,
+    images: Images,
+    labels: Sequence[str],
+    classes: Sequence[str] | None,
+    batch_size: int | None,
+) -> tuple[Float[np.ndarray, "n d"], list[str], Int[np.ndarray, " n"]]:
+    """Return embeddings, class names and class indices of labelled images, or of embeddings.
+
+    Raises:
+        ConfigError: a label that is no class, or not one label per image.
+    """
+    if isinstance(images, np.ndarray) and images.ndim == 2:
+        z_image = images
+    else:
+        z_image, _ = encode_images(model, images, batch_size)
+    if len(labels) != len(z_image):
+        raise ConfigError(f"{len(z_image)} images and {len(labels)} labels: give one label each")
+    names = sorted(set(labels)) if classes is None else list(classes)
+    return z_image, names, indices(labels, names)

@@ -1,7 +1,7 @@
-"""Prompts learned from a few labelled images, both towers frozen (CoOp, CoCoOp).
+"""Prompts learned from a few labelled images with both towers frozen (CoOp, CoCoOp).
 
-The images are embedded once; what is trained is a handful of vectors in the place of the words
-around each label, and in CoCoOp a small net that moves them by what an image shows.
+The images are embedded once. Trained are the context vectors around each label, and in CoCoOp a
+small network that shifts them by the image.
 """
 
 from collections.abc import Sequence
@@ -12,24 +12,24 @@ import numpy as np
 import optax
 from flax import nnx
 
+from vlm.adaptation.labelled import embed_labelled
 from vlm.bundle import Bundle
 from vlm.errors import ConfigError
 from vlm.heads.inputs import Images
 from vlm.heads.prompt_rows import PromptRows, prompt_rows
 from vlm.heads.prompted import NET, PromptedClassifier, shift
-from vlm.heads.prompts import class_embeddings, indices, label_prompts
+from vlm.heads.prompts import class_embeddings, label_prompts
 from vlm.heads.templates import choose_templates
-from vlm.heads.zero_shot import encode_images
 from vlm.models.dual_encoder import unit_norm
 
 STEPS = 60
-BATCH, IMAGE_BATCH = 64, 4  # images in a step: of CoOp, and of CoCoOp, which embeds labels for each
-HOLD = 1.0  # a lighter hand than the 8 of KgCoOp (arXiv:2303.13283), whose context begins as words
-INIT = 0.02  # standard deviation of vectors that stand for no words, as published
-# Steps of Adam have the size of the rate. Relative to the entries of the embedding table, a rate
-# means the same for every model.
+BATCH, IMAGE_BATCH = 64, 4  # images per step of CoOp, and of CoCoOp, which embeds labels for each
+HOLD = 1.0  # less than the 8 of KgCoOp (arXiv:2303.13283), whose context starts as words
+INIT = 0.02  # standard deviation of random context vectors, as published
+# Adam steps have the size of the rate. Relative to the entries of the embedding table, it suits
+# every model.
 RATE = 0.2
-NARROWING = 16  # of the net's hidden layer, as published
+NARROWING = 16  # factor of the hidden layer of the network, as published
 
 
 def learn_prompt(
@@ -47,31 +47,30 @@ def learn_prompt(
     batch_size: int | None = None,
     texts: Sequence[str] = (),
 ) -> PromptedClassifier:
-    """A classifier with a context learned on labelled images; the same for the same seed.
+    """Learn a context for prompts from labelled images; deterministic for a seed.
 
     Args:
         model: what `vlm.load` gives.
         images: PIL images, paths or arrays of pixels, any iterable; or their embeddings, (n, d).
-        labels: the class of each image.
-        classes: all names to choose from; those of `labels` by default, sorted.
-        template: a sentence with `{}` for the label, whose words before it the context replaces
-            and starts from. By default the model's own, else "a photo of a {}.".
-        n_ctx: learn so many vectors in their place, from random ones (CoOp has 16).
-        per_image: CoCoOp (arXiv:2203.05557): a net moves the context by each image, which makes
-            classifying as slow as embedding all labels for every image. Else CoOp
+        labels: class of each image.
+        classes: all class names; by default those of `labels`, sorted.
+        template: a sentence with `{}` for the label; the context replaces its words before the
+            label, and starts from them. By default the model's own, else "a photo of a {}.".
+        n_ctx: number of random context vectors in their place (CoOp has 16).
+        per_image: CoCoOp (arXiv:2203.05557), in which a network shifts the context by each image;
+            classification then embeds all labels for every image. Otherwise CoOp
             (arXiv:2109.01134).
-        hold: how firmly the embeddings of the classes are held to those of the sentences
-            themselves, so that few images do not undo what the model knows (KgCoOp,
-            arXiv:2303.13283); 0 for CoOp as published.
-        steps: of Adam, with a rate that falls to zero along a cosine.
-        rate: at its start, relative to the size of the entries of the embedding table.
+        hold: weight of the squared distance of class embeddings from those of the sentences, which
+            limits forgetting (KgCoOp, arXiv:2303.13283); 0 for CoOp as published.
+        steps: of Adam, with a cosine decay of the rate to zero.
+        rate: initial learning rate, relative to the size of the entries of the embedding table.
         seed: of the vectors and the order of the images.
-        batch_size: of encoding; None leaves it to the model.
-        texts: what sentences call the classes, in their order; by default the classes themselves.
+        batch_size: for encoding; None leaves it to the model.
+        texts: class names in sentences, in the order of `classes`; by default `classes`.
 
     Raises:
-        ConfigError: labels that are no classes or not one for each image, a model without a text
-            tower, a label or template with no room for the context (see `prompt_rows`).
+        ConfigError: labels that are no classes or not one per image, a model without a text tower,
+            a label or template without space for the context (see `prompt_rows`).
 
     Example:
         >>> labels = ["red", "green", "blue"]
@@ -81,18 +80,10 @@ def learn_prompt(
     """
     if steps < 1 or not rate > 0 or not hold >= 0:
         raise ConfigError(
-            f"steps {steps}, rate {rate}, hold {hold}: learn at least 1 step at a rate above 0, "
-            "held by 0 or more"
+            f"steps {steps}, rate {rate}, hold {hold}: give at least 1 step, a rate above 0 and a "
+            "hold of 0 or more"
         )
-    if isinstance(images, np.ndarray) and images.ndim == 2:
-        z_image = images
-    else:
-        z_image, _ = encode_images(model, images, batch_size)
-    labels = list(labels)
-    if len(labels) != len(z_image):
-        raise ConfigError(f"{len(z_image)} images and {len(labels)} labels: give one label each")
-    names = sorted(set(labels)) if classes is None else list(classes)
-    target = indices(labels, names)
+    z_image, names, target = embed_labelled(model, images, list(labels), classes, batch_size)
     called = label_prompts(names, texts or names, ["{}"])
     texts = [text for (text,) in called.values()]
     template = choose_templates([template] if template else None, model)[0]
@@ -112,7 +103,7 @@ def learn_prompt(
     m = len(names)
 
     def embed(state, contexts):
-        """(n, m, d) embeddings of all labels in each of n contexts (n, k, w)."""
+        """Embed all labels in each of n contexts (n, k, w) as (n, m, d)."""
         n = len(contexts)
         z = nnx.merge(graph, state)(
             jnp.tile(tokens, (n, 1)),
@@ -152,11 +143,11 @@ def _start(table: np.ndarray, rows: PromptRows, key: jax.Array) -> jax.Array:
 
 
 def _net(embed_dim: int, width: int, key: jax.Array) -> dict[str, jax.Array]:
-    """The layers of CoCoOp's net; the last one is zero, so that the context starts as CoOp's."""
+    """Initialise CoCoOp's network; the last layer is zero, so the context starts as CoOp's."""
     hidden = max(1, embed_dim // NARROWING)
     inner = jax.random.normal(jax.random.fold_in(key, 1), (embed_dim, hidden))
     return {
-        "inner": inner,  # an embedding has unit norm, so that this gives values about one
+        "inner": inner,  # values are about 1, as embeddings have unit norm
         "inner_bias": jnp.zeros(hidden),
         "outer": jnp.zeros((hidden, width)),
         "outer_bias": jnp.zeros(width),
@@ -164,7 +155,7 @@ def _net(embed_dim: int, width: int, key: jax.Array) -> dict[str, jax.Array]:
 
 
 def _order(n: int, batch: int, steps: int, seed: int) -> list[np.ndarray]:
-    """The images of each step: all of them in a new order, again and again."""
+    """Return the images of each step: repeated passes in random order."""
     rng = np.random.default_rng(seed)
     passes = -(-steps * batch // n)
     drawn = np.concatenate([rng.permutation(n) for _ in range(passes)])
@@ -172,6 +163,6 @@ def _order(n: int, batch: int, steps: int, seed: int) -> list[np.ndarray]:
 
 
 def trained_parameters(classifier: PromptedClassifier) -> int:
-    """How many numbers were learned."""
+    """Count the learned parameters."""
     arrays = [classifier.context, *(classifier.net or {}).values()]
     return sum(array.size for array in arrays)

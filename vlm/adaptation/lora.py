@@ -1,4 +1,4 @@
-"""Adapters that were trained, put on a model: one, a sum of several, or one after another."""
+"""Trained adapters on a model: one, a weighted sum, or a switch between several."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,14 +18,14 @@ from vlm.weights.registry import open_adapter
 def attach(
     bundle: Bundle, *folders: epath.PathLike, weights: Sequence[float] | None = None
 ) -> Bundle:
-    """`bundle` with the adapter in a folder, or with the sum of several, each times its weight.
+    """Return `bundle` with an adapter, or with the weighted sum of several.
 
-    A folder is ours or peft's. The weights are 1 by default, and a weight of 0 leaves the model as
-    it was, to the bit.
+    A folder is in vlm's or peft's format. Weights are 1 by default; a weight of 0 leaves the model
+    exactly as it was.
 
     Raises:
-        CheckpointError: no adapter is there, or it belongs to another model.
-        ConfigError: as many weights as folders are needed; or one of several is DoRA's.
+        CheckpointError: no adapter in a folder, or one of another model.
+        ConfigError: not one weight per folder, or a DoRA adapter among several.
 
     Example:
         >>> vlm.adaptation.attach(model)
@@ -52,13 +52,12 @@ def attach(
 class AdapterSwitch(Mapping[str, Bundle]):
     """Several adapters on one model, each as a bundle that shares the model and its programs.
 
-    All are padded to one form, so that what is compiled for one serves the others: taking another
-    is a look into a dict. The kernels are those of `bundle`, also for adapters that were trained
-    beside kernels of eight bits.
+    All are padded to one shape, so switching does not recompile. The kernels are those of
+    `bundle`, also for adapters that were trained with int8 kernels.
 
     Raises:
-        CheckpointError: no adapter is there, or it belongs to another model.
-        ConfigError: some are DoRA's and others are not.
+        CheckpointError: no adapter in a folder, or one of another model.
+        ConfigError: a mixture of DoRA and other adapters.
 
     Example:
         >>> folders = {"birds": "runs/birds/bundle", "cars": "runs/cars/bundle"}
@@ -90,12 +89,12 @@ class AdapterSwitch(Mapping[str, Bundle]):
 
 
 def save_peft(bundle: Bundle, folder: epath.PathLike) -> None:
-    """Write the adapter of a bundle as `peft` opens it on transformers' CLIPModel or SiglipModel.
+    """Write the adapter of a bundle for `peft` on transformers' CLIPModel or SiglipModel.
 
     Raises:
         ConfigError: the bundle has no adapter.
-        CheckpointError: transformers has no place for the model, or `peft` none for a layer; or
-            the folder exists.
+        CheckpointError: transformers does not support the model, or `peft` a layer; or the folder
+            exists.
 
     Example:
         >>> vlm.adaptation.save_peft(model, folder / "adapter")  # it has none
@@ -113,20 +112,20 @@ def _open(folder: epath.PathLike) -> SavedAdapter:
     saved = open_adapter(folder)
     if saved is None:
         raise CheckpointError(
-            f"{os.fspath(folder)} holds no adapter: give a folder with an adapter.json, or with "
+            f"{os.fspath(folder)} has no adapter: give a folder with an adapter.json, or with "
             "peft's adapter_config.json"
         )
     return saved
 
 
 def _factors(bundle: Bundle, saved: SavedAdapter) -> adapters.Adapter:
-    """The factors of an adapter that belongs to `bundle`."""
+    """Return the factors of an adapter after a check that it belongs to `bundle`."""
     saved.check_base(bundle.identity, bundle.name)
     return saved.factors_for(bundle.model, bundle.tokenizer)
 
 
 def _config(adapter: adapters.Adapter) -> AdapterConfig:
-    """What can be said of an adapter that was made of others."""
+    """Make the config of a combined adapter."""
     rank = max((factors.rank for factors in adapter.values()), default=0)
     dora = any(factors.magnitude is not None for factors in adapter.values())
     return AdapterConfig(rank=rank, alpha=float(rank), targets=tuple(sorted(adapter)), dora=dora)

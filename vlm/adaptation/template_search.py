@@ -1,4 +1,4 @@
-"""Which sentences around the labels suit a data set: a search against a few labelled images."""
+"""Search for prompt templates that suit a data set, with a few labelled images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,32 +6,27 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
+from vlm.adaptation.labelled import embed_labelled
 from vlm.errors import ConfigError
 from vlm.evaluation.intervals import Metric, proportion
 from vlm.heads.encoder import Encoder
 from vlm.heads.inputs import Images
-from vlm.heads.prompts import (
-    TEMPLATES,
-    check_templates,
-    class_embeddings,
-    indices,
-)
+from vlm.heads.prompts import TEMPLATES, check_templates, class_embeddings
 from vlm.heads.templates import choose_templates
-from vlm.heads.zero_shot import encode_images
 
 POOL = tuple(dict.fromkeys(t for own in TEMPLATES.values() for t in own))
 FOLDS = 5
-MOST = 8  # templates that are averaged
+MAX_TEMPLATES = 8  # in an ensemble
 
 
 @dataclass(frozen=True)
 class TemplateSearch:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
-        templates: the sentences to use, the most useful one first.
-        accuracy: top-1 of the search itself on images that it did not see, fold by fold.
-        before: top-1 of the templates that it started from, on the same images.
+        templates: the chosen templates, the most useful first.
+        accuracy: cross-validated top-1 of the search.
+        before: top-1 of the initial templates on the same images.
 
     Example:
         >>> labels, pool = ["red", "green", "blue"] * 4, ["a {} square."]
@@ -55,25 +50,24 @@ def search_templates(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> TemplateSearch:
-    """The templates of a pool whose mean embedding fits labelled images best.
+    """Find the templates of a pool whose mean embedding fits labelled images best.
 
-    A greedy forward selection by likelihood, as accuracy hardly moves on few images. How many
-    templates it takes is chosen by cross-validation, and where the search is not clearly better
-    than `start` on images that it has not seen, `start` is what it gives. Never search on a test
-    set.
+    Greedy forward selection by likelihood, as accuracy hardly changes on few images. The number of
+    templates is chosen by cross-validation; `start` is kept unless the search is clearly better on
+    held-out images. Do not search on a test set.
 
     Args:
         model: what `vlm.load` gives.
-        images: PIL images, paths or arrays of pixels, any iterable.
-        labels: the class of each image.
-        classes: all names to choose from; those of `labels` by default, sorted.
-        pool: sentences with `{}` for the label, beside those of `start`.
-        start: the templates to beat; by default the model's own, else "a photo of a {}.".
+        images: PIL images, paths or arrays of pixels, any iterable; or their embeddings, (n, d).
+        labels: class of each image.
+        classes: all class names; by default those of `labels`, sorted.
+        pool: sentences with `{}` for the label, in addition to `start`.
+        start: initial templates; by default the model's own, else "a photo of a {}.".
         seed: of the folds.
-        batch_size: of encoding; None leaves it to the model.
+        batch_size: for encoding; None leaves it to the model.
 
     Raises:
-        ConfigError: labels that are no classes or not one for each image, fewer than two images, a
+        ConfigError: labels that are no classes or not one per image, fewer than two images, a
             template without `{}`.
 
     Example:
@@ -82,12 +76,7 @@ def search_templates(
         >>> set(found.templates) <= {"a photo of a {}.", "a {} square."}
         True
     """
-    z_image, _ = encode_images(model, images, batch_size)
-    labels = list(labels)
-    if len(labels) != len(z_image):
-        raise ConfigError(f"{len(z_image)} images and {len(labels)} labels: give one label each")
-    names = sorted(set(labels)) if classes is None else list(classes)
-    target = indices(labels, names)
+    z_image, names, target = embed_labelled(model, images, list(labels), classes, batch_size)
     start = choose_templates(start, model)
     return search_by_embeddings(model, z_image, target, names, pool, start, seed)
 
@@ -102,14 +91,14 @@ def search_by_embeddings(
     seed: int = 0,
     groups: Int[np.ndarray, " n"] | None = None,
 ) -> TemplateSearch:
-    """`search_templates`, from embeddings of the images and their classes.
+    """Search templates with embeddings of images and their class indices.
 
-    Images with one number in `groups`, which are copies, share a fold.
+    Images of one group in `groups`, such as copies, share a fold.
     """
     check_templates(pool)
     check_templates(start)
     if len(z_image) < 2:
-        raise ConfigError("templates cannot be searched by one image: give at least two")
+        raise ConfigError("one image is not enough to search templates: give at least two")
     sentences = list(dict.fromkeys([*start, *pool]))
     z = np.stack([class_embeddings(model, names, [sentence]) for sentence in sentences])
     scores = _Scores(z, z_image, target, model.logit_scale)
@@ -119,19 +108,19 @@ def search_by_embeddings(
         owner = np.unique(groups, return_inverse=True)[1]
     count = int(owner.max()) + 1
     folds = np.random.default_rng(seed).permutation(count)[owner] % min(FOLDS, count)
-    logp = np.zeros((MOST, len(z_image), len(names)))
+    logp = np.zeros((MAX_TEMPLATES, len(z_image), len(names)))
     for fold in range(folds.max() + 1):
         seen, unseen = folds != fold, folds == fold
         order = scores.greedy(seen)
-        for k in range(MOST):
+        for k in range(MAX_TEMPLATES):
             logp[k, unseen] = scores.log_probabilities(order[: k + 1], unseen)
     every = np.ones(len(z_image), bool)
     before = scores.log_probabilities(ours, every)
     own = np.arange(len(target)), target
     k = int(logp[:, own[0], own[1]].sum(1).argmax())
     right, base = (rows.argmax(1) == target for rows in (logp[k], before))
-    # What few images seem to gain may be chance: it must be more than its standard error. It is
-    # counted in right answers, for in likelihood any mean of sentences gains by being less sure.
+    # A gain on few images may be chance: it must exceed its standard error. It is measured by
+    # accuracy, as any average of sentences gains likelihood by being less confident.
     gained = right.astype(np.float64) - base
     kept = gained.mean() > gained.std(ddof=1) / np.sqrt(len(gained))
     chosen = scores.greedy(every)[: k + 1] if kept else ours
@@ -143,7 +132,7 @@ def search_by_embeddings(
 
 
 class _Scores:
-    """Likelihoods of labelled images under the mean of some of the templates' embeddings."""
+    """Likelihoods of labelled images by the mean embedding of a set of templates."""
 
     def __init__(self, z: np.ndarray, z_image: np.ndarray, target: np.ndarray, scale: float):
         self._z, self._target, self._scale = z, target, scale  # z: (t, m, d)
@@ -151,16 +140,16 @@ class _Scores:
         self._cosines = np.einsum("nd,tmd->tnm", z_image, z)
 
     def log_probabilities(self, chosen: Sequence[int], rows: np.ndarray) -> np.ndarray:
-        """(n, m), of these rows with the mean of the chosen templates."""
+        """Compute (n, m) log probabilities of some rows with the mean of the chosen templates."""
         length = np.linalg.norm(self._z[list(chosen)].sum(0), axis=1)
         return self._of(self._cosines[list(chosen)][:, rows].sum(0), length)
 
     def greedy(self, rows: np.ndarray) -> list[int]:
-        """The order in which templates are added, each the one that helps these rows most."""
+        """Order the templates, each time adding the one that helps these rows most."""
         chosen: list[int] = []
         z, cosines = np.zeros_like(self._z[0]), np.zeros_like(self._cosines[0][rows])
         own = np.arange(int(rows.sum())), self._target[rows]
-        for _ in range(min(MOST, len(self._z))):
+        for _ in range(min(MAX_TEMPLATES, len(self._z))):
             found = {
                 i: self._of(
                     cosines + self._cosines[i][rows], np.linalg.norm(z + self._z[i], axis=1)

@@ -110,7 +110,7 @@ def evaluate(model: str, options: Options) -> None:
 
     from vlm.bundle import load
     from vlm.cluster import processes
-    from vlm.evaluation.hosts import shared
+    from vlm.evaluation.distributed import distributed
     from vlm.evaluation.runner import evaluate as run_tasks
 
     processes.start()
@@ -118,7 +118,7 @@ def evaluate(model: str, options: Options) -> None:
         if set(options.tasks) <= set(OWN):
             bundle = load(model, decode=options.decode)
             made = tasks(options, trained_head(model, bundle, options), bundle)
-            report = run_tasks(shared(bundle), made)
+            report = run_tasks(distributed(bundle), made)
             if jax.process_index() == 0:
                 _write(options.out, report)
         else:
@@ -151,8 +151,8 @@ def _run_named(model: str, options: Options) -> Any:
     from vlm.cli.terminal import print_status
     from vlm.cluster.processes import broadcast_text, exchange_texts
     from vlm.errors import ConfigError, DataError
+    from vlm.evaluation.distributed import distributed
     from vlm.evaluation.evidence import model_facts
-    from vlm.evaluation.hosts import shared
     from vlm.evaluation.results_folder import read_result, write_gallery, write_result
     from vlm.evaluation.runner import Report, measure
     from vlm.evaluation.suites import Missing, expand, open_task
@@ -188,7 +188,7 @@ def _run_named(model: str, options: Options) -> Any:
             if first:
                 print_status(f"left out {name}: {next(filter(None, missing))}")
             continue
-        results.append(measure(shared(bundle), task))
+        results.append(measure(distributed(bundle), task))
         if folder and first:
             write_gallery(folder, results[-1], task)
             write_result(folder, results[-1])

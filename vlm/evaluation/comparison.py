@@ -1,10 +1,9 @@
-"""Two evaluations of the same data, query by query: which model is better, and how sure is that."""
+"""Paired comparison of two evaluations of the same data, with significance tests."""
 
 import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from jaxtyping import Bool
 from rich.table import Table
 
 from vlm._json import to_json
@@ -14,21 +13,21 @@ from vlm.evaluation.intervals import Z95, Metric, paired_difference
 from vlm.evaluation.runner import Result
 
 POWER = 0.8416212335729143  # the 80% quantile of the standard normal distribution
-DIFFERENCES = 8  # queries shown that only one of the two gets right
+DIFFERENCES = 8  # listed queries that only one model gets right
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """B against A on one task, by whether the first answer is right.
+    """Comparison of B with A on one task, by whether the first answer is correct.
 
     Attributes:
         task: its name, with the direction of retrieval.
-        a, b: the shares of right answers.
+        a, b: fractions of correct answers.
         difference: b - a, with its paired interval, by clusters.
-        only_a, only_b: how many queries one of them alone gets right.
-        p_value: of McNemar's exact test that neither is better. It takes queries as independent,
-            which the captions of one image are not: then the interval decides.
-        smallest: the difference that this set would show at 95% in four of five trials.
+        only_a, only_b: queries that only one of them gets right.
+        p_value: of McNemar's exact test. It assumes independent queries, which the captions of one
+            image are not: then use the interval.
+        smallest: the difference that this set would show at 95% with a power of 80%.
         gained, lost: queries that B gets right and A does not, and the reverse; the first few.
     """
 
@@ -45,7 +44,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """What follows, in words."""
+        """Conclusion by the interval."""
         if self.difference.low > 0:
             return "B is better"
         if self.difference.high < 0:
@@ -54,7 +53,7 @@ class Comparison:
 
 
 def compare(a: Result, b: Result) -> list[Comparison]:
-    """Compare two results of one task, query by query; of retrieval, each direction.
+    """Compare two results of one task, for retrieval in each direction.
 
     Raises:
         ConfigError: results of different tasks or data, or without samples.
@@ -74,16 +73,17 @@ def compare(a: Result, b: Result) -> list[Comparison]:
             )
     if a.samples is None or b.samples is None:
         raise ConfigError(f"{a.task!r} has no samples to compare: evaluate again with --out FOLDER")
-    parts = []
-    ways = a.samples.get("direction")
-    for way in [None] if ways is None else list(dict.fromkeys(ways.tolist())):
-        name = a.task if way is None else f"{a.task}, {way}"
-        parts.append(_compare(name, _rows(a.samples, way), _rows(b.samples, way)))
-    return parts
+    directions = a.samples.get("direction")
+    if directions is None:
+        return [_compare(a.task, a.samples, b.samples)]
+    return [
+        _compare(f"{a.task}, {name}", *(_of_direction(one.samples, name) for one in (a, b)))
+        for name in dict.fromkeys(directions.tolist())
+    ]
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """The exact two-sided p-value of McNemar's test (1947, doi:10.1007/BF02295996)."""
+    """Compute the exact two-sided p-value of McNemar's test (1947, doi:10.1007/BF02295996)."""
     from scipy.stats import binomtest
 
     discordant = only_a + only_b
@@ -91,10 +91,10 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 def smallest_difference(difference: np.ndarray, groups: np.ndarray) -> float:
-    """The difference of shares that would be shown at 95% with a power of 80%.
+    """Compute the smallest difference that is detectable at 95% with a power of 80%.
 
-    By the variance between clusters of the differences seen; if all queries agree, by that of one
-    more cluster that does not.
+    It depends on the variance of the observed differences between clusters; if all queries agree,
+    on that of one more cluster that disagrees.
     """
     _, group = np.unique(groups, return_inverse=True)
     sums = np.bincount(group, difference - difference.mean())
@@ -103,35 +103,30 @@ def smallest_difference(difference: np.ndarray, groups: np.ndarray) -> float:
     return (Z95 + POWER) * math.sqrt(max(variance, 1.0)) / n
 
 
-def _rows(samples: Samples, way: str | None) -> Samples:
-    if way is None:
-        return samples
-    kept = samples["direction"] == way
+def _of_direction(samples: Samples | None, direction: str) -> Samples:
+    samples = samples or {}
+    kept = samples["direction"] == direction
     return {name: column[kept] for name, column in samples.items()}
 
 
 def _compare(name: str, a: Samples, b: Samples) -> Comparison:
     if not np.array_equal(a["query"], b["query"]):
-        raise ConfigError(f"{name!r} has other queries in the two results: evaluate both again")
+        raise ConfigError(f"{name!r} has different queries in the two results: evaluate both again")
     right_a, right_b = a["rank"] == 0, b["rank"] == 0
     difference = right_b.astype(np.float64) - right_a
     gained, lost = right_b & ~right_a, right_a & ~right_b
     return Comparison(
-        name,
-        float(right_a.mean()),
-        float(right_b.mean()),
-        paired_difference(difference, a["cluster"]),
-        int(lost.sum()),
-        int(gained.sum()),
-        mcnemar(int(lost.sum()), int(gained.sum())),
-        smallest_difference(difference, a["cluster"]),
-        _first(gained, a["query"]),
-        _first(lost, a["query"]),
+        task=name,
+        a=float(right_a.mean()),
+        b=float(right_b.mean()),
+        difference=paired_difference(difference, a["cluster"]),
+        only_a=int(lost.sum()),
+        only_b=int(gained.sum()),
+        p_value=mcnemar(int(lost.sum()), int(gained.sum())),
+        smallest=smallest_difference(difference, a["cluster"]),
+        gained=tuple(a["query"][gained][:DIFFERENCES].tolist()),
+        lost=tuple(a["query"][lost][:DIFFERENCES].tolist()),
     )
-
-
-def _first(kept: Bool[np.ndarray, " n"], queries: np.ndarray) -> tuple[int, ...]:
-    return tuple(int(q) for q in queries[kept][:DIFFERENCES])
 
 
 def as_json(comparisons: list[Comparison]) -> str:

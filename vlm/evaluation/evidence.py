@@ -1,4 +1,4 @@
-"""Evidence of a result: what was measured on what, by hash, and what became of each example."""
+"""Evidence of a result: hashes of model and data, and the outcome of each query."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ Samples = dict[str, np.ndarray]  # columns of one row per query
 
 
 class Hashing:
-    """A stream of images that is hashed as it passes: `digest` names the data afterwards."""
+    """A stream of images that hashes them; `digest` identifies the data afterwards."""
 
     def __init__(self, images: Iterable[Any]):
         self._images, self._hash = images, hashlib.sha256()
@@ -30,7 +30,7 @@ class Hashing:
             yield image
 
     def digest(self, *texts: Iterable[Any]) -> str:
-        """The hash of the images so far, and of texts and targets that go with them."""
+        """Hash the images so far, with their texts and targets."""
         whole = self._hash.copy()
         for values in texts:
             whole.update(json.dumps([str(value) for value in values]).encode())
@@ -38,17 +38,17 @@ class Hashing:
 
 
 def digest(values: Iterable[Any]) -> str:
-    """The hash of a list of texts or numbers."""
-    return hashlib.sha256(json.dumps([str(v) for v in values]).encode()).hexdigest()[:32]
+    """Hash a list of texts or numbers."""
+    return Hashing(()).digest(values)
 
 
 def model_facts(model: Encoder) -> dict[str, str]:
-    """Weights, inputs and precision of a model; `decode` is its rule for image files."""
+    """Describe weights, inputs and precision of a model; `decode` is its rule for image files."""
     return stored_facts(model) | _decode(model)
 
 
 def input_facts(model: Encoder) -> dict[str, str]:
-    """The same without the weights, which change in a run."""
+    """Describe inputs and precision of a model, without the weights, which change in a run."""
     facts = embedding_facts(model) | _decode(model)
     return {name: fact for name, fact in facts.items() if name not in ROUNDING}
 
@@ -59,7 +59,7 @@ def _decode(model: Encoder) -> dict[str, str]:
 
 
 def write_samples(path: str | os.PathLike, samples: Mapping[str, np.ndarray]) -> None:
-    """Write what became of each query as a Parquet file, local or remote."""
+    """Write the outcome of each query as a Parquet file, local or remote."""
     import pyarrow
     import pyarrow.parquet
 
@@ -69,10 +69,10 @@ def write_samples(path: str | os.PathLike, samples: Mapping[str, np.ndarray]) ->
 
 
 def read_samples(path: str | os.PathLike) -> Samples:
-    """Read what `write_samples` wrote.
+    """Read a file of `write_samples`.
 
     Raises:
-        CheckpointError: no such file, or another one.
+        CheckpointError: no such file, or an invalid one.
     """
     import pyarrow
     import pyarrow.parquet
@@ -82,7 +82,7 @@ def read_samples(path: str | os.PathLike) -> Samples:
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
     except (OSError, pyarrow.ArrowException) as error:
         raise CheckpointError(
-            f"{path} holds no samples of an evaluation ({error}): evaluate again with --out FOLDER"
+            f"{path} has no samples of an evaluation ({error}): evaluate again with --out FOLDER"
         ) from None
     return {name: table.column(name).to_numpy() for name in table.column_names}
 

@@ -1,4 +1,4 @@
-"""Accuracy against the number of labelled images of a class, for every head, as one picture."""
+"""Accuracy of few-shot heads by the number of labelled images per class."""
 
 import math
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ SHOTS = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class Curve:
-    """What each head reaches.
+    """Accuracy of few-shot heads.
 
     Attributes:
-        zero_shot: without any labelled image.
-        points: by method and shots; n counts images times rounds.
+        zero_shot: accuracy without labelled images.
+        points: accuracy by method and shots; n is the number of images times rounds.
     """
 
     zero_shot: Metric
@@ -58,23 +58,22 @@ def accuracy_by_shots(
     seed: int = 0,
     groups: Int[np.ndarray, " n"] | None = None,
 ) -> Curve:
-    """Top-1 accuracy on half of the images, after so many of each class from the other half.
+    """Measure top-1 on half of the images, after training on some of the other half.
 
     Args:
         z_image: embeddings, unit norm.
-        target: their classes.
-        prior: zero-shot weights, the logit scale times the embeddings of the classes.
+        target: classes of the images.
+        prior: zero-shot weights: the logit scale times the embeddings of the classes.
         scale: the logit scale.
         methods: of `fit_head`.
-        shots: labelled images of a class; a class that has fewer gives all of them.
-        rounds: of drawing; the halves stay as they are.
+        shots: numbers of labelled images per class; a class with fewer gives all of them.
+        rounds: random draws; the halves are fixed.
         seed: of the halves and the draws.
-        groups: for each image a number that copies of it share
-            (`vlm.adaptation.Labelled.groups`): they stay in one half, and count as one labelled
-            image. None: there are no copies.
+        groups: a group index per image, equal for copies (`vlm.adaptation.Labelled.groups`). Copies
+            stay in one half and count as one labelled image. None: no copies.
 
     Raises:
-        DataError: a class without an image to learn from.
+        DataError: a class without a training image.
 
     Example:
         >>> random = np.random.default_rng(0)
@@ -88,14 +87,14 @@ def accuracy_by_shots(
     """
     rng = np.random.default_rng(seed)
     owner = np.unique(np.arange(len(target)) if groups is None else groups, return_inverse=True)[1]
-    turn = np.argsort(rng.permutation(owner.max() + 1))[owner]
-    order = np.argsort(turn, kind="stable")
-    half = np.sum(turn[order] < (owner.max() + 1) // 2)
+    position = np.argsort(rng.permutation(owner.max() + 1))[owner]
+    order = np.argsort(position, kind="stable")
+    half = np.sum(position[order] < (owner.max() + 1) // 2)
     train, test = order[:half], order[half:]
     classes = prior.shape[1]
     own = [train[target[train] == c] for c in range(classes)]
     if not all(map(len, own)):
-        raise DataError(f"class {[len(o) for o in own].index(0)} has no image to learn from")
+        raise DataError(f"class {[len(o) for o in own].index(0)} has no training image")
     right = (z_image[test] @ prior).argmax(1) == target[test]
     zero_shot = clustered_proportion(right, owner[test])
     hits: dict[tuple[str, int], list[np.ndarray]] = {}
@@ -116,10 +115,10 @@ def accuracy_by_shots(
 
 
 def over_draws(hits: Bool[np.ndarray, "rounds n"], owner: Int[np.ndarray, " n"]) -> Metric:
-    """The share of hits with its interval over images and, from two rounds on, over draws.
+    """Compute the proportion of hits with its interval over images and draws.
 
-    The two margins add up in squares, each with its quantile of Student's t: few rounds say little
-    of the draws, and widen the interval.
+    The two margins add up in squares, each with its quantile of Student's t, so few rounds widen
+    the interval.
     """
     rounds, n = hits.shape
     groups, p = np.tile(owner, rounds), float(hits.mean())
@@ -138,5 +137,5 @@ def over_draws(hits: Bool[np.ndarray, "rounds n"], owner: Int[np.ndarray, " n"])
 
 
 def _distinct(rows: np.ndarray, owner: np.ndarray) -> np.ndarray:
-    """The rows without those whose owner has had one before."""
+    """Return the first row of each owner."""
     return rows[np.sort(np.unique(owner[rows], return_index=True)[1])]

@@ -1,4 +1,4 @@
-"""A picture of what a model sees: images in a grid, with their first captions and scores."""
+"""PNG of a grid of images with their top captions and scores."""
 
 import os
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from vlm.errors import DataError
 from vlm.inputs.opening import open_image
 from vlm.paths import as_path
 
-# All lengths in pixels of the file, which is drawn for screens of two pixels per point.
+# Lengths in pixels, for screens of two pixels per point.
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 PICTURE, PADDING, GAP, RADIUS = 190, 20, 24, 20
 TEXT_WIDTH, LINE, FONT = 660, 44, 24
@@ -26,21 +26,20 @@ def gallery_png(
     right: Sequence[str] | None = None,
     columns: int = 2,
 ) -> None:
-    """Draw images beside their best captions, each on a bar as long as its score, into a PNG.
+    """Draw images beside their top captions, each on a bar as long as its score, as PNG.
 
-    The text is set in the font that Pillow brings along (Latin letters), so that the picture comes
-    out alike on every machine.
+    Text is set in Pillow's own font (Latin letters), so the file is the same on every machine.
 
     Args:
         path: of the PNG.
         images: PIL images, paths or uint8 arrays.
-        top_captions: for each image its (caption, score), best first, such as
+        top_captions: (caption, score) pairs of each image, best first, such as
             `Classification.top(4)` gives; scores from 0 to 1.
-        right: the right caption of each image, drawn in green.
+        right: the correct caption of each image, drawn in green.
         columns: of the grid.
 
     Raises:
-        DataError: no images, or another number of captions than images.
+        DataError: no images, or not one list of captions per image.
     """
     if not len(images):
         raise DataError("a gallery of no images cannot be drawn: give at least one")
@@ -76,7 +75,7 @@ def gallery_png(
             is_right = right is not None and caption == right[i]
             _caption_line(draw, font, (x, y), caption, score, is_right)
             y += LINE
-    with as_path(path).open("wb") as file:  # a bucket's too
+    with as_path(path).open("wb") as file:  # also in a bucket
         sheet.save(file, "PNG")
 
 
@@ -88,7 +87,7 @@ def _caption_line(
     score: float,
     is_right: bool,
 ) -> None:
-    """One caption on its bar, cut to fit, with its score at the right end."""
+    """Draw one caption on its bar, shortened to fit, and its score at the right end."""
     x, y = corner
     length = round(min(max(score, 0.0), 1.0) * TEXT_WIDTH)
     if length > 2:
@@ -102,9 +101,9 @@ def _caption_line(
 
 
 def fit(text: str, font: Font, width: float) -> str:
-    """The text, with its middle left out if it is wider than `width` pixels in the font.
+    """Shorten a text in the middle if it is wider than `width` pixels.
 
-    The ends of a caption tell more than its middle: what it is, and which variant.
+    The ends of a caption are more informative than its middle: the object and its variant.
     """
     if font.getlength(text) <= width:
         return text

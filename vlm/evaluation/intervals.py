@@ -1,9 +1,9 @@
-"""Confidence intervals at 95%: of proportions, of means, and of what comes in clusters.
+"""Confidence intervals at 95%, of proportions and means, also of clustered trials.
 
-Their coverage is measured: `python tests/evaluation/coverage.py` prints it.
+`python tests/evaluation/coverage.py` measures their coverage.
 
-Five captions of one image are not five independent trials. Wherever a metric says which trials
-belong together, its interval is that of as many independent trials as the clusters are worth.
+Five captions of one image are not five independent trials. If a metric knows the clusters, its
+interval is that of the equivalent number of independent trials.
 """
 
 import math
@@ -16,14 +16,14 @@ from jaxtyping import Bool, Int, Num
 from vlm.errors import ConfigError, DataError
 
 Z95 = 1.959963984540054  # the 97.5% quantile of the standard normal distribution
-MEASURED = 200  # queries from which tests/evaluation/coverage.py measures coverage
-GROUPS = 100  # of a jackknife
-FEW = 8  # hits or misses: Wilson's interval alone covers as little as 84% there
+MEASURED = 200  # queries, from which on coverage is measured in tests/evaluation/coverage.py
+GROUPS = 100  # most groups of a jackknife
+FEW = 8  # hits or misses, for which Wilson's interval alone covers as little as 84%
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A measured value, its 95% confidence interval, and the number of queries behind it."""
+    """A measured value, its 95% confidence interval, and the number of queries."""
 
     value: float
     low: float
@@ -38,20 +38,20 @@ class Metric:
 
 
 def caveat(metrics: Iterable[Metric]) -> str:
-    """A sentence for tables with intervals whose coverage is not measured to be 93 to 97%."""
+    """Return a sentence for tables if coverage is not known to be 93 to 97%, else an empty one."""
     if all(metric.n >= MEASURED for metric in metrics):
         return ""
     return (
-        f"Intervals of fewer than {MEASURED} queries are approximate, but for plain proportions, "
-        "which they cover in at least 93 of 100 samples from 20 queries on."
+        f"Intervals of fewer than {MEASURED} queries are approximate, except those of plain "
+        "proportions, which cover in at least 93 of 100 samples from 20 queries on."
     )
 
 
 def hit_rate(ranks: Int[np.ndarray, " n"], k: int, groups: np.ndarray | None = None) -> Metric:
-    """The share of ranks below k, with its Wilson interval; by clusters if `groups` are given.
+    """Compute the fraction of ranks below k; `groups` are clusters.
 
     Raises:
-        DataError: no ranks at all.
+        DataError: no ranks.
         ConfigError: a k below 1.
     """
     if k < 1:
@@ -63,10 +63,10 @@ def hit_rate(ranks: Int[np.ndarray, " n"], k: int, groups: np.ndarray | None = N
 
 
 def proportion(hits: int, n: int) -> Metric:
-    """`hits` of `n` independent trials, with the interval at 95% of `interval`.
+    """Compute the proportion of `hits` in `n` independent trials; see `interval`.
 
-    It covers at least 92.5% at every rate from n = 20, and up to 97.5% where ten hits and misses or
-    more are expected; where fewer are, more.
+    It covers at least 92.5% at every rate from n = 20 on, and at most 97.5% if ten or more hits and
+    misses are expected.
 
     Raises:
         DataError: no trials.
@@ -79,20 +79,20 @@ def proportion(hits: int, n: int) -> Metric:
 
 
 def clustered_proportion(hits: Bool[np.ndarray, " n"], groups: Int[np.ndarray, " n"]) -> Metric:
-    """The share of hits among trials that come in clusters, with a Wilson interval at 95%.
+    """Compute the proportion of hits in clustered trials, with a Wilson interval.
 
-    The variance is taken between clusters; the interval is that of as many independent trials as
-    would have it, at most n, with the quantile of Student's t for the number of clusters (Korn and
-    Graubard, 1998, Survey Methodology 24:193-201; Dean and Pagano, 2015,
-    doi:10.1093/jssam/smv024). If all trials agree, a cluster counts as one trial, and towards that
-    where the misses (or hits) are in few clusters.
+    The variance is that between clusters. The interval is of the number of independent trials that
+    have this variance, at most n, with the quantile of Student's t for the number of clusters (Korn
+    and Graubard, 1998, Survey Methodology 24:193-201; Dean and Pagano, 2015,
+    doi:10.1093/jssam/smv024). If all trials agree, a cluster counts as one trial, and nearly so if
+    the misses (or hits) are in few clusters.
 
     Args:
         hits: of each trial.
         groups: the cluster of each trial.
 
     Raises:
-        DataError: no trials, or another number of groups.
+        DataError: no trials, or not one group per trial.
     """
     hits = np.asarray(hits, np.float64)
     _, group = np.unique(groups, return_inverse=True)
@@ -106,22 +106,22 @@ def clustered_proportion(hits: Bool[np.ndarray, " n"], groups: Int[np.ndarray, "
     if count == 1 or p in (0.0, 1.0):
         return interval(p, count, Z95, n)
     variance, freedom = between(hits - p, group)
-    # Where few clusters differ from the rest, these say little of the others.
+    # If few clusters differ from the rest, they are weak evidence about the others.
     misses = np.bincount(group, 1 - hits if p > 0.5 else hits)
     worth = 1 / (max(variance / (p * (1 - p)), 1 / n) + 1 / (count * (misses > 0).sum() ** 2))
     return interval(p, worth, student(freedom), n)
 
 
 def mean_of_proportions(hits: Num[np.ndarray, " m"], n: Num[np.ndarray, " m"]) -> Metric:
-    """The mean of m independent proportions, each counting the same, with its interval at 95%.
+    """Compute the mean of m independent proportions of equal weight.
 
-    A Wilson interval of as many trials as have the variance of that mean, where each variance is
-    taken at a proportion drawn a little to the middle (Agresti and Coull, 1998): a class with all
-    hits is not known without doubt.
+    The interval is Wilson's for the number of trials that have the variance of that mean. Each
+    variance is taken at a proportion shrunk to the middle (Agresti and Coull, 1998), as a class
+    with only hits is still uncertain.
 
     Args:
         hits: of each proportion.
-        n: its trials; those without any are left out.
+        n: its trials; those without any are ignored.
 
     Raises:
         DataError: no trials.
@@ -137,13 +137,13 @@ def mean_of_proportions(hits: Num[np.ndarray, " m"], n: Num[np.ndarray, " m"]) -
 
 
 def mean(values: Num[np.ndarray, " n"], groups: Int[np.ndarray, " n"] | None = None) -> Metric:
-    """The mean of `values`, by clusters if `groups` are given, with Student's interval at 95%.
+    """Compute the mean of `values`, with Student's interval; `groups` are clusters.
 
-    For means that are no proportions, such as mean reciprocal rank. The variance is that of the
+    For means that are not proportions, such as mean reciprocal rank. The variance is that of the
     jackknife over clusters (MacKinnon and White, 1985, doi:10.1016/0304-4076(85)90158-7).
 
     Raises:
-        DataError: values that are not finite, or fewer than two clusters of them.
+        DataError: non-finite values, or fewer than two clusters.
     """
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not values.size or not np.isfinite(values).all():
@@ -160,11 +160,11 @@ def mean(values: Num[np.ndarray, " n"], groups: Int[np.ndarray, " n"] | None = N
 def paired_difference(
     difference: Num[np.ndarray, " n"], groups: Int[np.ndarray, " n"] | None = None
 ) -> Metric:
-    """The mean of differences of outcomes, -1, 0 or 1, by clusters, with its interval at 95%.
+    """Compute the mean of differences of outcomes (-1, 0 or 1); `groups` are clusters.
 
-    That of `mean` with one more pair of either sign, as Bonett and Price (2012,
-    doi:10.3102/1076998611411915) have it: equal answers to all queries do not show that two models
-    are equal.
+    The interval is that of `mean` with one more pair of either sign (Bonett and Price, 2012,
+    doi:10.3102/1076998611411915): equal answers to all queries do not show that two models are
+    equal.
 
     Raises:
         DataError: no differences.
@@ -183,13 +183,13 @@ def paired_difference(
 
 
 def jackknife(statistic: Callable[[Int[np.ndarray, " n"]], float], n: int) -> Metric:
-    """A statistic of n units between 0 and 1 with its jackknife interval at 95%.
+    """Compute a statistic between 0 and 1 of n units, with its jackknife interval.
 
-    Up to GROUPS groups of units are left out in turn, which gives the variance and the bias, around
-    which the interval is (Quenouille, 1956, doi:10.1093/biomet/43.3-4.353).
+    Up to GROUPS groups of units are left out in turn, which gives the variance and the bias
+    (Quenouille, 1956, doi:10.1093/biomet/43.3-4.353). The interval is around the corrected value.
 
     Args:
-        statistic: of how many times each unit counts; all once for the value itself.
+        statistic: function of the count of each unit; all ones for the value itself.
         n: the number of units, at least two.
 
     Raises:
@@ -209,11 +209,10 @@ def jackknife(statistic: Callable[[Int[np.ndarray, " n"]], float], n: int) -> Me
 
 
 def interval(p: float, worth: float, z: float, n: int) -> Metric:
-    """The interval of p, measured as well as `worth` independent trials would measure it.
+    """Compute the interval of p for `worth` independent trials.
 
-    Wilson's (1927, doi:10.1080/01621459.1927.10502953); where these have no more than FEW hits or
-    misses, not narrower than the exact one of Clopper and Pearson (1934,
-    doi:10.1093/biomet/26.4.404).
+    Wilson's (1927, doi:10.1080/01621459.1927.10502953), but not narrower than the exact one of
+    Clopper and Pearson (1934, doi:10.1093/biomet/26.4.404) for up to FEW hits or misses.
     """
     from scipy.special import betaincinv
 
@@ -221,7 +220,7 @@ def interval(p: float, worth: float, z: float, n: int) -> Metric:
     centre = (p + z2 / (2 * worth)) / (1 + z2 / worth)
     half = z / (1 + z2 / worth) * math.sqrt(p * (1 - p) / worth + z2 / (4 * worth * worth))
     low, high = max(0.0, centre - half), min(1.0, centre + half)
-    if min(p, 1 - p) * worth < FEW + 0.5:  # whole numbers, but for rounding and clusters
+    if min(p, 1 - p) * worth < FEW + 0.5:  # integers, except for rounding and clusters
         trials = worth * Z95**2 / z2
         hits, misses = p * trials, (1 - p) * trials
         low = min(low, float(betaincinv(hits, misses + 1, 0.025)) if hits else 0.0)
@@ -231,11 +230,11 @@ def interval(p: float, worth: float, z: float, n: int) -> Metric:
 
 
 def between(residuals: np.ndarray, group: np.ndarray) -> tuple[float, float]:
-    """The variance of a mean from the residuals of clusters, and its degrees of freedom.
+    """Return the variance of a mean from the residuals of clusters, and its degrees of freedom.
 
-    The variance is the jackknife's: a large cluster draws the mean to itself. Its degrees of
+    The variance is the jackknife's, as a large cluster pulls the mean towards it. The degrees of
     freedom are two over the squared coefficient of variation of the variance (but 5, if that is
-    less), and not more than there are clusters of equal size that would be worth these.
+    less), and at most those of the equivalent number of clusters of equal size.
     """
     sizes, n = np.bincount(group), len(group)
     squares = (np.bincount(group, residuals) / (1 - sizes / n)) ** 2
@@ -248,7 +247,7 @@ def between(residuals: np.ndarray, group: np.ndarray) -> tuple[float, float]:
 
 
 def student(freedom: float) -> float:
-    """The 97.5% quantile of Student's t distribution."""
+    """Return the 97.5% quantile of Student's t distribution."""
     from scipy.special import stdtrit
 
     return float(stdtrit(freedom, 0.975))

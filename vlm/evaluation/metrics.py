@@ -1,28 +1,25 @@
-"""Accuracy among captions and retrieval recall, each with its 95% confidence interval.
+"""Accuracy among captions, retrieval recall and caption selection, with 95% intervals.
 
-Everything here is a pure function of embeddings or scores, so a trainer can call it in the middle
-of a run. One quantity carries it all: the *rank* of a query's best right answer, that is how many
-wrong answers score at least as high. A tie counts against the model, so a collapsed encoder that
-gives every caption the same embedding scores zero rather than chance or, worse, all right.
+All are pure functions of embeddings, so they can be computed during training. They are based on the
+*rank* of a query's best correct answer: the number of wrong answers that score at least as high. A
+tie counts against the model, so a collapsed encoder scores zero, not chance or 100%.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from vlm.errors import DataError
-from vlm.evaluation.intervals import Metric, hit_rate
+from vlm.evaluation.intervals import Metric, hit_rate, proportion
 
-# Cosines in float32 closer than this are one number: the order in which a product sums its terms
-# moves them by a few 1e-7, and a tie must not be broken by that.
+# Cosines in float32 closer than this are equal: the order of summation changes them by a few 1e-7,
+# which must not break a tie.
 TIE = 1e-6
 
-# A tile of similarities is at most this large (32 MB in float32), whatever the sizes of the sets.
+# Largest tile of similarities: 32 MB in float32.
 QUERY_BLOCK, KEY_BLOCK = 1024, 8192
-
-
-# -------------------------------------------------------------------------- the public face
 
 
 def zero_shot_metrics(
@@ -32,17 +29,17 @@ def zero_shot_metrics(
     ks: Sequence[int] = (1, 5),
     names: Sequence[str] | None = None,
 ) -> dict[str, Metric]:
-    """Top-k accuracy of choosing each image's caption among all captions.
+    """Compute the top-k accuracy of choosing each image's caption among all captions.
 
     Args:
         z_image: image embeddings, unit norm.
         z_captions: one embedding per caption or class, unit norm.
-        target: the index of each image's right caption.
+        target: the caption index of each image.
         ks: the k of the names `top1`, `top5`, ... in the result.
-        names: of the classes, where several may have the same: see `caption_ranks`.
+        names: of the classes, if several may be equal: see `caption_ranks`.
 
     Raises:
-        DataError: sizes that disagree, a target out of range, embeddings that are not finite.
+        DataError: sizes that disagree, a target out of range, non-finite embeddings.
         ConfigError: a k below 1.
     """
     ranks = caption_ranks(z_image, z_captions, target, names)
@@ -55,34 +52,52 @@ def pair_retrieval_metrics(
     positives: Int[np.ndarray, "p 2"] | None = None,
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, Metric]:
-    """Retrieval recall at k in both directions: `image_to_text_R@k` and `text_to_image_R@k`.
+    """Compute recall at k in both directions: `image_to_text_R@k` and `text_to_image_R@k`.
 
-    A query is a hit when any of its positives is among its first k answers, as COCO and Flickr30k
-    retrieval is scored (Karpathy and Fei-Fei, 2015, arXiv:1412.2306). Texts and images without a
-    positive serve as distractors and are not queries. The captions of one image are not
-    independent: the intervals count them as one cluster.
+    A query is a hit if any of its positives is among its first k answers, as in COCO and Flickr30k
+    retrieval (Karpathy and Fei-Fei, 2015, arXiv:1412.2306). Texts and images without a positive are
+    distractors, not queries. The captions of one image are not independent: intervals count them
+    as one cluster.
 
     Args:
         z_image: image embeddings, unit norm.
         z_text: text embeddings, unit norm.
-        positives: (image index, text index) of every right pair; None pairs row i with row i.
+        positives: (image index, text index) of every correct pair; None pairs row i with row i.
         ks: the k to report.
 
     Raises:
-        DataError: sizes that disagree, an index out of range, embeddings that are not finite.
+        DataError: sizes that disagree, an index out of range, non-finite embeddings.
         ConfigError: a k below 1.
     """
-    recall = retrieval_recall(z_image, z_text, positives, ks)
-    return {f"{way}_R@{k}": metric for way, by_k in recall.items() for k, metric in by_k.items()}
+    directions = retrieval_ranks(z_image, z_text, positives)
+    return {f"{d.name}_R@{k}": hit_rate(d.ranks, k, d.clusters) for d in directions for k in ks}
 
 
-def retrieval_recall(
+class RetrievalRanks(NamedTuple):
+    """Ranks of the queries of one direction.
+
+    Attributes:
+        name: "image_to_text" or "text_to_image".
+        queries: rows that have a correct answer.
+        ranks: of each query.
+        clusters: of each query.
+        z_query, z_key: embeddings of the queries and of all answers.
+    """
+
+    name: str
+    queries: Int[np.ndarray, " q"]
+    ranks: Int[np.ndarray, " q"]
+    clusters: Int[np.ndarray, " q"]
+    z_query: Float[np.ndarray, "q d"]
+    z_key: Float[np.ndarray, "m d"]
+
+
+def retrieval_ranks(
     z_image: Float[np.ndarray, "n d"],
     z_text: Float[np.ndarray, "m d"],
     positives: Int[np.ndarray, "p 2"] | None = None,
-    ks: Sequence[int] = (1, 5, 10),
-) -> dict[str, dict[int, Metric]]:
-    """Recall at k, keyed by direction and then k: see `pair_retrieval_metrics`."""
+) -> list[RetrievalRanks]:
+    """Compute the ranks of both directions: see `pair_retrieval_metrics`."""
     z_image, z_text = _embeddings(z_image, "z_image"), _embeddings(z_text, "z_text")
     if positives is None:
         if len(z_image) != len(z_text):
@@ -92,19 +107,52 @@ def retrieval_recall(
             )
         positives = np.repeat(np.arange(len(z_image))[:, None], 2, axis=1)
     positives = _pairs(positives)
-    result = {}
-    for way, z_query, z_key, pairs in (
+    result = []
+    for name, z_query, z_key, pairs in (
         ("image_to_text", z_image, z_text, positives),
         ("text_to_image", z_text, z_image, positives[:, ::-1]),
     ):
         ranks = best_ranks(z_query, z_key, pairs)
-        asked = ranks >= 0
+        asked = np.flatnonzero(ranks >= 0)
         groups = clusters(pairs, len(z_query), len(z_key))[asked]
-        result[way] = {k: hit_rate(ranks[asked], k, groups) for k in ks}
+        result.append(RetrievalRanks(name, asked, ranks[asked], groups, z_query[asked], z_key))
     return result
 
 
-# ----------------------------------------------------------------------------------- ranks
+def selection_hits(
+    z_image: Float[np.ndarray, "n i d"], z_text: Float[np.ndarray, "n c d"]
+) -> dict[str, Bool[np.ndarray, " n"]]:
+    """Return for each instance whether every choice is correct; image j belongs to caption j.
+
+    `text_acc`: each image is nearest to its own caption. `image_acc`: each caption is nearest to
+    its own image. `acc`: both. A tie is a miss (CLIP_benchmark chooses the first). Winoground
+    (arXiv:2204.03162) has two images and two captions per instance, SugarCrepe (arXiv:2306.14610)
+    one image, its caption and a wrong one.
+
+    Raises:
+        DataError: other shapes, or non-finite embeddings.
+    """
+    z_image, z_text = np.asarray(z_image, np.float32), np.asarray(z_text, np.float32)
+    if z_image.ndim != 3 or z_text.ndim != 3 or len(z_image) != len(z_text) or not z_image.size:
+        raise DataError(
+            f"images of shape {z_image.shape} and captions of {z_text.shape}: give the same "
+            "number of instances, (n, images, d) and (n, captions, d)"
+        )
+    if not (np.isfinite(z_image).all() and np.isfinite(z_text).all()):
+        raise DataError("embeddings have values that are not finite: check the model's weights")
+    scores = np.einsum("nid,ncd->nic", z_image, z_text)
+    count = min(scores.shape[1:])
+    own = np.einsum("njj->nj", scores[:, :count, :count])
+    # The number of choices at least as near: 1, the correct one itself, for a hit.
+    texts = (scores[:, :count] >= own[:, :, None]).sum(axis=2)
+    images = (scores[:, :, :count] >= own[:, None]).sum(axis=1)
+    text, image = (texts == 1).all(axis=1), (images == 1).all(axis=1)
+    return {"image_acc": image, "text_acc": text, "acc": image & text}
+
+
+def selection_metrics(hits: Mapping[str, Bool[np.ndarray, " n"]]) -> dict[str, Metric]:
+    """Compute the rates of `selection_hits`, with CLIP_benchmark's names."""
+    return {name: proportion(int(right.sum()), len(right)) for name, right in hits.items()}
 
 
 def caption_ranks(
@@ -113,13 +161,13 @@ def caption_ranks(
     target: Int[np.ndarray, " n"],
     names: Sequence[str] | None = None,
 ) -> Int[np.ndarray, " n"]:
-    """For each image, how many wrong captions score at least as high as its own.
+    """Count for each image the wrong captions that score at least as high as its own.
 
-    Classes of one name, as ImageNet has two called "missile", tie for every image. The first of
-    them is taken to come first, as in CLIP_benchmark; other ties count against the model.
+    Classes of one name, such as ImageNet's two called "missile", tie for every image. The first
+    counts as ranked first, as in CLIP_benchmark; other ties count against the model.
 
     Raises:
-        DataError: sizes that disagree, a target out of range, embeddings that are not finite.
+        DataError: sizes that disagree, a target out of range, non-finite embeddings.
     """
     z_image, z_captions = _embeddings(z_image, "z_image"), _embeddings(z_captions, "z_captions")
     target = checked_target(target, len(z_image), len(z_captions))
@@ -139,14 +187,14 @@ def best_ranks(
     z_key: Float[np.ndarray, "m d"],
     pairs: Int[np.ndarray, "p 2"],
 ) -> Int[np.ndarray, " q"]:
-    """For each query, how many wrong keys score at least as high as its best right key.
+    """Count for each query the wrong keys that score at least as high as its best correct key.
 
-    Memory is bounded by one tile of similarities. A query without a right key has rank -1.
+    Memory is bounded by one tile of similarities. A query without a correct key has rank -1.
 
     Args:
         z_query: query embeddings, unit norm.
         z_key: key embeddings, unit norm.
-        pairs: (query index, key index) of the right answers, any number per query.
+        pairs: (query index, key index) of the correct answers, any number per query.
 
     Raises:
         DataError: widths that disagree or an index out of range.
@@ -179,14 +227,14 @@ def best_ranks(
         for k in range(0, len(z_key), KEY_BLOCK):
             tile = z_query[rows] @ z_key[k : k + KEY_BLOCK].T
             here = (key >= k) & (key < k + KEY_BLOCK)
-            tile[query[here] - q, key[here] - k] = -np.inf  # right answers are no rivals
+            tile[query[here] - q, key[here] - k] = -np.inf  # correct answers are not rivals
             rivals += (tile >= best[rows, None] - TIE).sum(axis=1)
         ranks[rows] = np.where(np.isfinite(best[rows]), rivals, -1)
     return ranks
 
 
 def clusters(pairs: Int[np.ndarray, "p 2"], queries: int, keys: int) -> Int[np.ndarray, " queries"]:
-    """For each query the group of those that it shares right answers with, directly or not."""
+    """Group the queries that have correct answers in common, directly or through others."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -195,11 +243,8 @@ def clusters(pairs: Int[np.ndarray, "p 2"], queries: int, keys: int) -> Int[np.n
     return connected_components(graph, directed=False)[1][:queries]
 
 
-# ---------------------------------------------------------------------------------- checks
-
-
 def _embeddings(z: np.ndarray, name: str) -> np.ndarray:
-    """`z` as float32 (n, d), or a DataError that says what is wrong with it."""
+    """Convert `z` to float32 (n, d), or raise a DataError."""
     z = np.asarray(z, np.float32)
     if z.ndim != 2 or not z.size:
         raise DataError(f"{name} must be (n, d) and not empty, not of shape {z.shape}")
@@ -207,13 +252,13 @@ def _embeddings(z: np.ndarray, name: str) -> np.ndarray:
     if not finite.all():
         raise DataError(
             f"{name} has {(~finite).sum()} of {len(z)} rows that are not finite, the first at "
-            f"{np.argmin(finite)}: look at the model's weights or lower the learning rate"
+            f"{np.argmin(finite)}: check the model's weights or lower the learning rate"
         )
     return z
 
 
 def _pairs(pairs: np.ndarray) -> np.ndarray:
-    """`pairs` as integers (p, 2), or a DataError that says what they are instead."""
+    """Convert `pairs` to integers (p, 2), or raise a DataError."""
     pairs = np.asarray(pairs)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or not np.issubdtype(pairs.dtype, np.integer):
         raise DataError(f"positives must be integer pairs (p, 2), not {pairs.dtype}{pairs.shape}")
@@ -221,7 +266,7 @@ def _pairs(pairs: np.ndarray) -> np.ndarray:
 
 
 def checked_target(target: np.ndarray, n: int, m: int) -> np.ndarray:
-    """`target` as n indices below m, or a DataError that names the first that is not."""
+    """Check that `target` is n indices below m, or raise a DataError."""
     target = np.asarray(target)
     if target.shape != (n,) or not np.issubdtype(target.dtype, np.integer):
         raise DataError(

@@ -1,4 +1,4 @@
-"""The evaluations that papers report, as configs name them."""
+"""Evaluation configs of benchmarks that papers report."""
 
 from vlm.config import EvalConfig
 from vlm.data.known_classes import known_classes
@@ -12,15 +12,15 @@ def imagenet(
     templates: str = "imagenet",
     data_dir: str | None = None,
 ) -> EvalConfig:
-    """Zero-shot classification of ImageNet's 50,000 validation images (arXiv:1409.0575).
+    """Configure zero-shot classification of ImageNet's 50,000 validation images (arXiv:1409.0575).
 
     Args:
         source: the prepared TFDS data set, or a folder with `validation/n01440764/*.JPEG`.
-        class_names: a text file with a line `n01440764<tab>tench` for each class, in place of
-            the names that CLIP_benchmark evaluates with.
+        class_names: a text file with a line `n01440764<tab>tench` for each class, instead of
+            CLIP_benchmark's names.
         templates: "imagenet", the 80 of CLIP (arXiv:2103.00020), or the name of a list in
             `vlm.heads.prompts.TEMPLATES`.
-        data_dir: where TFDS data is prepared.
+        data_dir: of prepared TFDS data.
     """
     known = known_classes("imagenet1k")
     return EvalConfig(
@@ -34,9 +34,9 @@ def imagenet(
 
 
 def coco(source: str = "tfds:coco_captions", *, data_dir: str | None = None) -> EvalConfig:
-    """Retrieval among COCO's 5,000 test images and all of their captions (arXiv:1504.00325).
+    """Configure retrieval among COCO's 5,000 test images and their captions (arXiv:1504.00325).
 
-    The split is that of Karpathy and Fei-Fei (arXiv:1412.2306), as TFDS has it.
+    The split is that of Karpathy and Fei-Fei (arXiv:1412.2306), as in TFDS.
     """
     return EvalConfig(
         name="coco",

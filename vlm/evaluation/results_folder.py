@@ -1,9 +1,9 @@
-"""A folder of results: one JSON file and one Parquet file a task, as they are finished.
+"""Folder of results, with three files per task.
 
 results.json          the report of all tasks, for `Report.load`
-NAME.json             one task, in the fields of CLIP_benchmark's own files and more
-NAME.parquet          what became of each of its queries
-NAME.gallery.json     small pictures of some of them, for a page
+NAME.json             one task, with CLIP_benchmark's fields and more
+NAME.parquet          the outcome of each query
+NAME.gallery.json     thumbnails of some queries, for a page
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from vlm.evaluation.runner import Report, Result
 from vlm.evaluation.tasks import RetrievalTask, Task, ZeroShotTask
 
 RESULTS = "results.json"
-SHOWN = 12  # of the surest right answers, and of the surest wrong ones
-KEPT = 200  # pictures kept of a task
+SHOWN = 12  # of the most confident correct answers, and of the wrong ones
+MAX_PICTURES = 200  # of a task
 PICTURE = 112  # pixels
 
 Gallery = dict[int, tuple[str, str, str]]
 
-# CLIP_benchmark's names of the metrics; by image_retrieval it means images found for texts.
+# CLIP_benchmark's names of the metrics; image_retrieval is that of images by text.
 METRICS = {
     "top1": "acc1",
     "top5": "acc5",
@@ -39,24 +39,31 @@ METRICS = {
 
 
 def write_result(folder: str | os.PathLike, result: Result) -> None:
-    """Write one task: its samples first, so that a result is never without them."""
+    """Write one task, the samples first, so that a result always has them."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if result.samples is not None:
         write_samples(folder / f"{file_name(result.task)}.parquet", result.samples)
-    partial = folder / f"{file_name(result.task)}.json.partial"
-    partial.write_text(to_json(clip_benchmark_fields(result), indent=2, ensure_ascii=False))
-    partial.replace(folder / f"{file_name(result.task)}.json")
+    text = to_json(clip_benchmark_fields(result), indent=2, ensure_ascii=False)
+    write_atomically(folder / f"{file_name(result.task)}.json", text)
+
+
+def write_atomically(path: str | os.PathLike, text: str) -> None:
+    """Write a text file, local or remote, so that no reader sees a part of it."""
+    target = epath.Path(path)
+    partial = target.parent / f"{target.name}.partial"
+    partial.write_text(text)
+    partial.replace(target)
 
 
 def write_gallery(folder: str | os.PathLike, result: Result, task: Task) -> None:
-    """Keep small pictures of the images that a page or a comparison will want to show."""
+    """Write thumbnails of images for pages and comparisons."""
     samples, entries = result.samples, {}
     image_at = getattr(task, "image_at", None)
     if samples is None or image_at is None:
         return
     if isinstance(task, ZeroShotTask):
-        for i in examples(samples, most=KEPT):
+        for i in examples(samples, most=MAX_PICTURES):
             query = int(samples["query"][i])
             names = [task.captions[int(samples[column][i])] for column in ("target", "predicted")]
             entries[query] = (query, *names)
@@ -67,16 +74,16 @@ def write_gallery(folder: str | os.PathLike, result: Result, task: Task) -> None
         try:
             pictures[str(key)] = [data_uri(image_at(image), PICTURE), right, called]
         except VlmError:
-            continue  # a page goes without a picture
+            continue  # the page omits the picture
     path = epath.Path(folder) / f"{file_name(result.task)}.gallery.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(pictures, ensure_ascii=False))
 
 
 def _retrieved(samples: Samples, task: RetrievalTask) -> dict[int, tuple[int, str, str]]:
-    """Rows worth showing by their number: an image, its text or the one asked for, that found.
+    """Return the image, its own text and the found text of the rows to show.
 
-    Of an image the text that is found, of a text the image, which goes by its own first text.
+    For a text query the image is the one that was found, with the first of its own texts.
     """
     pairs = task.positives or [(i, i) for i in range(len(task.texts))]
     text_of: dict[int, str] = {}
@@ -91,14 +98,14 @@ def _retrieved(samples: Samples, task: RetrievalTask) -> dict[int, tuple[int, st
             else:
                 image, right = found, task.texts[query]
                 called = text_of.get(found, f"image {found}")
-            if samples["rank"][i] == 0:  # any of its texts is as right as its first
+            if samples["rank"][i] == 0:  # any of its texts is correct
                 right = called = called if way == "image_to_text" else right
             entries[i] = (image, right, called)
     return entries
 
 
 def best_and_worst(samples: Samples, way: str) -> tuple[list[int], list[int]]:
-    """Rows of one direction: right answers of the highest cosine, and answers furthest off."""
+    """Return rows of one direction: correct ones by cosine, and wrong ones by rank."""
     rows = np.flatnonzero(samples["direction"] == way)
     rank, score = samples["rank"][rows], samples["score"][rows]
     best, worst = np.argsort(-score, kind="stable"), np.argsort(-rank, kind="stable")
@@ -107,10 +114,7 @@ def best_and_worst(samples: Samples, way: str) -> tuple[list[int], list[int]]:
 
 
 def read_gallery(folder: str | os.PathLike, task: str) -> Gallery:
-    """What `write_gallery` kept: the picture, its class or text and what it was called.
-
-    By query; of retrieval, by row of the samples.
-    """
+    """Read a gallery: picture, correct and predicted text by query (retrieval: by sample row)."""
     path = epath.Path(folder) / f"{file_name(task)}.gallery.json"
     try:
         held = json.loads(path.read_text())
@@ -120,7 +124,7 @@ def read_gallery(folder: str | os.PathLike, task: str) -> Gallery:
 
 
 def examples(samples: Samples, most: int) -> list[int]:
-    """Rows worth showing: the surest right and wrong answers, then other wrong ones."""
+    """Return rows to show: the most confident correct and wrong answers, then other wrong ones."""
     order = np.argsort(-samples["confidence"], kind="stable")
     right = samples["rank"][order] == 0
     chosen = [*order[right][:SHOWN], *order[~right][: most - SHOWN]]
@@ -128,7 +132,7 @@ def examples(samples: Samples, most: int) -> list[int]:
 
 
 def read_result(folder: str | os.PathLike, task: str) -> Result | None:
-    """A task that was finished in this folder, with its samples; None if it was not."""
+    """Read a task that is complete in the folder, with its samples; None if it is not."""
     folder = epath.Path(folder)
     path = folder / f"{file_name(task)}.json"
     if not path.is_file():
@@ -136,16 +140,16 @@ def read_result(folder: str | os.PathLike, task: str) -> Result | None:
     try:
         body = json.loads(path.read_text())["vlm"]
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path} is no result of vlm: remove it") from None
+        raise CheckpointError(f"{path} is not a result of vlm: remove it") from None
     report = Report.from_json(json.dumps(body), str(path))
     return with_samples(folder, report.results[0])
 
 
 def read_report(place: str | os.PathLike) -> Report:
-    """The report of a folder, with its samples, or of a JSON file, without.
+    """Read the report of a folder with samples, or of a JSON file without.
 
     Raises:
-        CheckpointError: neither is there.
+        CheckpointError: no such folder or file.
     """
     path = epath.Path(place)
     if not path.is_dir():
@@ -155,14 +159,14 @@ def read_report(place: str | os.PathLike) -> Report:
 
 
 def with_samples(folder: epath.Path, result: Result) -> Result:
-    """The result with the samples that lie beside it, if they do."""
+    """Add the samples from the Parquet file beside a result, if there is one."""
     path = folder / f"{file_name(result.task)}.parquet"
     samples = read_samples(path) if path.is_file() else None
     return dataclasses.replace(result, samples=samples)
 
 
 def clip_benchmark_fields(result: Result) -> dict[str, Any]:
-    """A result in the fields of CLIP_benchmark's files, with intervals and evidence beside."""
+    """Convert a result to the fields of CLIP_benchmark's files, with intervals and evidence."""
     origin = result.provenance
     return {
         "dataset": re.sub(r"^(tfds|wds):", r"\1/", origin.data.name),
@@ -179,5 +183,5 @@ def clip_benchmark_fields(result: Result) -> dict[str, Any]:
 
 
 def file_name(task: str) -> str:
-    """A task's name as that of a file."""
+    """Make a file name of a task's name."""
     return re.sub(r"[^\w.,+-]+", "_", task).strip("_") or "task"

@@ -4,12 +4,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from etils import epath
 
 from vlm._html import render
 from vlm.evaluation.charts import confusion_chart, reliability_chart
 from vlm.evaluation.comparison import Comparison, columns
-from vlm.evaluation.results_folder import SHOWN, Gallery, best_and_worst
+from vlm.evaluation.results_folder import SHOWN, Gallery, best_and_worst, write_atomically
 from vlm.evaluation.runner import Report, Result
 
 METRIC_NAMES = {
@@ -89,14 +88,6 @@ def footnotes(report: Report) -> Iterable[str]:
     ):
         listed = ", ".join(f"{name} {version}" for name, version in versions)
         yield f"Evaluated {date} with {model} on {device}: {listed}."
-
-
-def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Write a text file, local or remote, so that no reader sees a part of it."""
-    target = epath.Path(path)
-    partial = target.parent / f"{target.name}.partial"
-    partial.write_text(text)
-    partial.replace(target)
 
 
 def _task(result: Result, gallery: Gallery) -> dict:

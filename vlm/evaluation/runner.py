@@ -1,4 +1,4 @@
-"""The runner: tasks in, a report out, each result with its provenance."""
+"""Measurement of tasks, and the report of their results with provenance."""
 
 import dataclasses
 import datetime
@@ -33,7 +33,7 @@ LIBRARIES = ("jax", "flax", "numpy", "pillow", "tokenizers")
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a result comes from: enough to measure it again."""
+    """Origin of a result: model, data, templates, software and hardware."""
 
     model: str
     data: DataInfo
@@ -42,26 +42,26 @@ class Provenance:
     seconds: float  # of encoding and scoring
     device: str
     versions: dict[str, str]
-    # By hash or in words, as far as they are known: `fingerprint` (of the weights), `preprocess`,
-    # `decode` (its rule for image files), `tokenizer`, `dtype`, `data_hash` (images and targets),
-    # `texts_hash` (captions, class names).
+    # Hashes or descriptions, if known: `fingerprint` (of the weights), `preprocess`, `decode` (rule
+    # for image files), `tokenizer`, `dtype`, `data_hash` (images and targets), `texts_hash`
+    # (captions, class names).
     evidence: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Result:
-    """The metrics of one task, by name, and their provenance."""
+    """Metrics of one task by name, and their provenance."""
 
     task: str
     metrics: dict[str, Metric]
     provenance: Provenance
-    kind: str = ""  # of the task, as CLIP_benchmark calls it
-    # Of each query; not in the JSON, but a Parquet file of its own.
+    kind: str = ""  # of task, in CLIP_benchmark's terms
+    # Of each query; stored as Parquet, not in the JSON.
     samples: Samples | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def texts(self) -> list[str]:
-        """Of zero-shot classification: the templates, and what labels were reworded to."""
+        """Templates and reworded labels of zero-shot classification."""
         if "top1" not in self.metrics:
             return []
         if (head := self.provenance.evidence.get("head")) is not None:
@@ -73,7 +73,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """Results, in the order they were asked for; a JSON file, a table, or HTML.
+    """Results in the order of the tasks, as JSON, a table, or HTML.
 
     Example:
         >>> task = vlm.RetrievalTask(pictures, ["red", "green", "blue"], vlm.DataInfo("colours"))
@@ -85,10 +85,10 @@ class Report:
     results: tuple[Result, ...]
 
     def __getitem__(self, task: str) -> Result:
-        """The result of a task by its name.
+        """Return the result of a task by its name.
 
         Raises:
-            ConfigError: no such task; the message lists those there are.
+            ConfigError: no such task; the message lists the tasks.
         """
         for result in self.results:
             if result.task == task:
@@ -96,10 +96,8 @@ class Report:
         names = ", ".join(repr(result.task) for result in self.results) or "none"
         raise ConfigError(f"the report has no task {task!r}: it has {names}")
 
-    # ------------------------------------------------------------------------------- JSON
-
     def to_json(self) -> str:
-        """The report as JSON; `from_json` gives an equal report back."""
+        """Serialise the report as JSON; `from_json` returns an equal report."""
         results = [dataclasses.asdict(dataclasses.replace(r, samples=None)) for r in self.results]
         for result in results:
             del result["samples"]
@@ -108,10 +106,10 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str, where: str = "the report") -> "Report":
-        """The report that `to_json` wrote.
+        """Parse a report of `to_json`.
 
         Raises:
-            CheckpointError: not JSON, not a report, or one of another version; names `where`.
+            CheckpointError: not JSON, not a report, or another version; names `where`.
         """
         try:
             body = json.loads(text)
@@ -131,17 +129,15 @@ class Report:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Report":
-        """Read what `save` wrote.
+        """Read a report from JSON.
 
         Raises:
-            CheckpointError: no such file, or one that holds no report.
+            CheckpointError: no such file, or no report in it.
         """
         path = epath.Path(path)
         if not path.is_file():
             raise CheckpointError(f"there is no report {path}: give the path of its JSON file")
         return cls.from_json(path.read_text(), str(path))
-
-    # ---------------------------------------------------------------------------- display
 
     def __rich__(self) -> Table:
         """Make the table that `rich.print` shows."""
@@ -182,7 +178,7 @@ class Report:
         return caveat(metric for result in self.results for metric in result.metrics.values())
 
     def _decode(self) -> str:
-        """How image files became RGB in these results; empty where that is not known."""
+        """Return the rule by which image files were decoded; empty if unknown."""
         found = (result.provenance.evidence.get("decode") for result in self.results)
         return ", ".join(dict.fromkeys(filter(None, found)))
 
@@ -217,7 +213,7 @@ def evaluate(model: Encoder, tasks: Iterable[Task]) -> Report:
 
 
 def measure(model: Encoder, task: Task) -> Result:
-    """The result of one task, with its samples."""
+    """Measure one task, with its samples."""
     start = time.perf_counter()
     found = task.measure(model)
     seconds = time.perf_counter() - start
@@ -234,7 +230,7 @@ def provenance(
     seconds: float = 0.0,
     evidence: dict[str, str] | None = None,
 ) -> Provenance:
-    """The provenance of a measurement made just now, in this process, on its devices."""
+    """Make the provenance of a measurement in this process."""
     import jax
 
     devices = jax.devices()
@@ -253,7 +249,7 @@ def provenance(
 
 
 def _metric(held: dict[str, Any]) -> Metric:
-    names = ("value", "low", "high")  # null in JSON where they are not finite
+    names = ("value", "low", "high")  # null in JSON if not finite
     numbers = {name: math.nan if held[name] is None else held[name] for name in names}
     return Metric(**numbers, n=held["n"])
 

@@ -1,8 +1,8 @@
-"""Winoground and SugarCrepe from their authors' files, which lie in a folder of TFDS's data.
+"""Winoground and SugarCrepe, read from their authors' files in the data folder of TFDS.
 
-winoground/examples.jsonl, images/ex_0_img_0.png     as on the Hub (facebook/winoground, its
+winoground/examples.jsonl, images/ex_0_img_0.png     from the Hub (facebook/winoground, its
                                                      data/ folder, images.zip unpacked)
-sugarcrepe/add_att.json, ..., val2017/000000085329.jpg     as on GitHub (RAIVNLab/sugar-crepe,
+sugarcrepe/add_att.json, ..., val2017/000000085329.jpg     from GitHub (RAIVNLab/sugar-crepe,
                                                      its data/ folder), with COCO's images
 """
 
@@ -22,12 +22,12 @@ SUGARCREPE = (
 
 
 def winoground(data_dir: str, name: str) -> SelectionTask:
-    """400 pairs of images with two captions of the same words (arXiv:2204.03162).
+    """Read Winoground: 400 pairs of images with two captions of equal words (arXiv:2204.03162).
 
     The paper's text, image and group scores are CLIP_benchmark's `text_acc`, `image_acc` and `acc`.
 
     Raises:
-        DataError: files that are missing or not as the authors have them.
+        DataError: missing or malformed files.
     """
     folder = _folder(data_dir, "winoground")
     file = folder / "examples.jsonl"
@@ -39,12 +39,12 @@ def winoground(data_dir: str, name: str) -> SelectionTask:
 
 
 def sugarcrepe(data_dir: str, category: str, name: str) -> SelectionTask:
-    """Captions of COCO beside the same with one thing wrong, of one category (arXiv:2306.14610).
+    """Read a category of SugarCrepe: COCO captions, each with a wrong one (arXiv:2306.14610).
 
-    The paper's accuracy is `acc`, and `text_acc`; one image has no rival, and `image_acc` is 1.
+    The paper's accuracy is `acc` and `text_acc`; `image_acc` is 1, as there is one image.
 
     Raises:
-        DataError: no such category; files that are missing or not as the authors have them.
+        DataError: no such category; missing or malformed files.
     """
     if category not in SUGARCREPE:
         raise DataError(f"SugarCrepe has no category {category!r}: it has {', '.join(SUGARCREPE)}")
@@ -85,7 +85,7 @@ def _field(file: epath.Path, row: Any, field: str) -> str:
 
 
 def _image(folder: epath.Path, name: str) -> epath.Path:
-    """Looked for at once: a set that is not whole is left out, not measured in part."""
+    """Check that an image exists, so that incomplete sets are not measured in part."""
     path = folder / name
     if not path.is_file():
         raise DataError(f"there is no image {path}: unpack the data set's images in {folder}")

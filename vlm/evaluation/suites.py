@@ -1,18 +1,18 @@
-"""Tasks by name: what `--tasks` may say, what each needs, and where it is looked for.
+"""Tasks and suites by name, as in `--tasks`.
 
     tfds:cifar10            classify the test split of a prepared TFDS data set
-    folder:photos           classify images that are sorted into a folder for each class
-    wds:wds_cifar10         what a folder in CLIP_benchmark's layout is for: classification, of one
-                            label or several, or retrieval, with its class names and templates
+    folder:photos           classify images in class folders
+    wds:wds_cifar10         a folder in CLIP_benchmark's layout, with class names and templates:
+                            classification with one or several labels, or retrieval
     wds:shards-{0..9}.tar   classify WebDataset shards with images and class numbers (cls)
-    retrieval:coco_captions find the images of captions and the reverse, in a prepared TFDS data
-                            set, or in any source of images and captions that vlm reads
-    winoground              choose captions and images, see `vlm.evaluation.selection_files`
-    sugarcrepe:add_att      the same, of one of SugarCrepe's categories
+    retrieval:coco_captions retrieval in a prepared TFDS data set, or in any source of images and
+                            captions that vlm reads
+    winoground              caption selection, see `vlm.evaluation.selection_files`
+    sugarcrepe:add_att      caption selection in one of SugarCrepe's categories
     imagenet, imagenetv2, imagenet_sketch, imagenet-a, imagenet-r, vtab, datacomp38, flickr30k,
     coco, sugarcrepe        suites: one or several of these
 
-Nothing is downloaded: what is not on this machine is named and left out.
+Nothing is downloaded: data sets that are not on this machine are reported and skipped.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from vlm.evaluation.tasks import DataInfo, MultilabelTask, RetrievalTask, Task, 
 from vlm.heads.encoder import Encoder
 from vlm.heads.templates import choose_templates
 
-# The data sets of each suite, by their names in TFDS, or in CLIP_benchmark where TFDS has none:
+# Data sets of the suites, by their names in TFDS, or in CLIP_benchmark if TFDS has none:
 # VTAB's 19 (arXiv:1910.04867) and DataComp's 38 (arXiv:2304.14108).
 VTAB = (
     "caltech101", "cifar100", "dtd", "oxford_flowers102", "oxford_iiit_pet", "svhn_cropped",
@@ -68,23 +68,23 @@ SUITES: dict[str, tuple[str, ...]] = {
     "sugarcrepe": tuple(f"sugarcrepe:{category}" for category in selection_files.SUGARCREPE),
 }
 KINDS = ("tfds", "folder", "wds", "retrieval", "sugarcrepe")
-SPLITS = {"imagenet2012": "validation"}  # whose test split has no labels
+SPLITS = {"imagenet2012": "validation"}  # its test split has no labels
 CAPTIONS = ("captions/text", "captions", "caption", "text")
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A task that cannot be measured here, and why."""
+    """A task that cannot be measured, with the reason."""
 
     task: str
     why: str
 
 
 def expand(names: tuple[str, ...]) -> list[str]:
-    """The tasks that a list of tasks and suites, also comma-separated, stands for; each once.
+    """Expand tasks and suites, also comma-separated, to a list of distinct tasks.
 
     Raises:
-        ConfigError: a name of no known kind.
+        ConfigError: an unknown kind of task.
     """
     found: dict[str, None] = {}
     for name in (part.strip() for names_ in names for part in names_.split(",")):
@@ -108,14 +108,14 @@ def open_task(
     templates: Sequence[str] = (),
     class_names: str | None = None,
 ) -> Task | Missing:
-    """The task of that name, ready to be measured, or what it lacks.
+    """Open a task by name, or return why it cannot be measured.
 
     Args:
-        name: see above.
-        data_dir: where prepared data lies.
-        split: to measure on; by default test, else validation, else all there is.
-        model: whose templates are taken, where it has some.
-        templates: in place of the model's and the data set's own, see `choose_templates`.
+        name: see the module.
+        data_dir: of prepared data.
+        split: by default test, else validation, else all data.
+        model: its own templates are used, if it has any.
+        templates: instead of those of the model and the data set, see `choose_templates`.
         class_names: a file with the names of the labels, see `DataConfig.class_names`.
     """
     try:
@@ -127,7 +127,7 @@ def open_task(
         if kind == "retrieval":
             return _retrieval(name, what, data_dir, split)
         if kind == "multilabel":
-            return _multilabel(name, split, class_names, (templates, model))
+            return _multilabel(name, split, class_names, templates, model)
         opened = open_labelled(name, data_dir, split, class_names)
         return _classification(
             name, opened, choose_templates(templates or None, model, opened.source)
@@ -137,13 +137,13 @@ def open_task(
 
 
 class LabelledSplit(NamedTuple):
-    """A split of a data set of classes, opened.
+    """An open split of a labelled data set.
 
     Attributes:
-        source, config: the examples, and where their images are.
-        data: where they come from.
+        source, config: examples, and the field of their images.
+        data: origin.
         classes: of all splits.
-        target: for each example the number of its class.
+        target: class index of each example.
     """
 
     source: Source
@@ -153,17 +153,17 @@ class LabelledSplit(NamedTuple):
     target: Int[np.ndarray, " n"]
 
     def image(self, i: int) -> Any:
-        """The image of an example."""
+        """Return the image of an example."""
         return self.source[i][self.config.image]
 
 
 def open_labelled(
     name: str, data_dir: str | None, split: str | None, class_names: str | None
 ) -> LabelledSplit:
-    """The labelled images of `tfds:NAME`, `folder:PATH` or `wds:SHARDS`.
+    """Open the labelled images of `tfds:NAME`, `folder:PATH` or `wds:SHARDS`.
 
     Raises:
-        DataError: no such data or split, or an example of no class.
+        DataError: no such data or split, or an example without a class.
     """
     kind, _, what = name.partition(":")
     config = DataConfig(
@@ -196,13 +196,18 @@ def _classification(name: str, opened: LabelledSplit, templates: Sequence[str]) 
     )
 
 
-def _multilabel(name: str, split: str | None, class_names: str | None, asked: Any) -> Task:
+def _multilabel(
+    name: str,
+    split: str | None,
+    class_names: str | None,
+    templates: Sequence[str],
+    model: Any,
+) -> Task:
     config = DataConfig(source=name, label="label", captions=(), class_names=class_names)
     split = split or default_split(list_splits(config), name)
     opened = open_split(config, split)
     labels, names = classes_of(dataclasses.replace(config, eval_split=split), opened)
     shown = [set(opened[i]["label"]) for i in range(len(opened))]
-    templates, model = asked
     return MultilabelTask(
         (opened[i][config.image] for i in range(len(opened))),
         labels,

@@ -1,4 +1,4 @@
-"""Tasks: what is asked of a model, and over which data. A task measures; the runner records."""
+"""Evaluation tasks: classification, retrieval and caption selection on given data."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,18 +16,23 @@ from vlm.evaluation.classification import (
 )
 from vlm.evaluation.evidence import Hashing, Samples, digest
 from vlm.evaluation.intervals import Metric, hit_rate
-from vlm.evaluation.metrics import best_ranks, caption_ranks, clusters, pair_retrieval_metrics
-from vlm.evaluation.selection import selection_hits, selection_metrics
+from vlm.evaluation.metrics import (
+    best_ranks,
+    caption_ranks,
+    retrieval_ranks,
+    selection_hits,
+    selection_metrics,
+)
 from vlm.heads.encoder import Encoder
 from vlm.heads.prompts import TEMPLATES, check_templates, class_embeddings, label_prompts
 from vlm.heads.zero_shot import to_scores
 
-BLOCK = 1024  # images scored at once
+BLOCK = 1024  # images per matrix product
 
 
 @dataclass(frozen=True)
 class DataInfo:
-    """Where examples come from, precisely enough to find them again.
+    """Name, version and split of a data set.
 
     Example:
         >>> print(vlm.DataInfo("pets", version="1.0", split="test"))
@@ -46,12 +51,13 @@ class DataInfo:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a task found.
+    """Result of a task.
 
     Attributes:
         metrics: by name.
-        samples: a row per query: its rank (how many wrong answers were as good), its cluster, more.
-        data_hash: of the images and targets. texts_hash: of the captions or class names.
+        samples: a row per query: rank (number of wrong answers as good), cluster and more.
+        data_hash: of images and targets.
+        texts_hash: of captions or class names.
     """
 
     metrics: dict[str, Metric]
@@ -60,48 +66,59 @@ class Measured:
     texts_hash: str
 
 
-class _ClassTexts:
-    """The sentences of a task's captions."""
+class _ClassTask:
+    """Captions of a classification task and their sentences."""
 
     captions: Sequence[str]
-    names: Sequence[str] | None
+    data: DataInfo
     templates: Sequence[str]
+    names: Sequence[str] | None
+
+    def __post_init__(self):
+        check_templates(self.templates)
+        seen: set[str] = set()
+        for caption in self.captions:
+            if caption in seen:
+                raise ConfigError(
+                    f"caption {caption!r} of {self.data} is given twice: images of either could "
+                    "never be right, so list it once and point their targets at it"
+                )
+            seen.add(caption)
 
     @property
     def texts_hash(self) -> str:
-        """Of the names, or else of the captions."""
+        """Hash of the names, or else of the captions."""
         return digest(self.captions if self.names is None else self.names)
 
     @property
     def prompts(self) -> dict[str, tuple[str, ...]]:
-        """The sentences of each caption."""
+        """Sentences of each caption."""
         return label_prompts(self.captions, self.names or self.captions, self.templates)
 
     @property
     def about(self) -> dict[str, str]:
-        """Facts of the texts beside the templates."""
+        """Facts about the texts other than the templates."""
         changed = described(self.captions, self.names or self.captions)
         return {"class_names": changed} if changed else {}
 
 
 @dataclass(frozen=True, eq=False)
-class ZeroShotTask(_ClassTexts):
-    """Choose each image's caption, or class, among all of them: top-k accuracy.
+class ZeroShotTask(_ClassTask):
+    """Zero-shot classification: choose each image's caption among all; top-k accuracy.
 
     Args:
-        images: PIL images, paths or arrays of pixels; a stream is fine, and is read once.
-        captions: every caption or class name there is to choose from, each once.
-        target: for each image, the index of its caption.
-        data: where the images come from.
+        images: PIL images, paths or arrays of pixels; a stream is read once.
+        captions: all captions or class names, each once.
+        target: caption index of each image.
+        data: origin of the images.
         templates: sentences around a caption; the caption alone by default.
         ks: the k of top-k.
         name: of the task in a report.
-        classes: the captions are classes of many images: mean recall per class and calibration are
-            measured too.
-        z_captions: their embeddings, where these were trained; by default the model's of them.
-        image_at: an image again by its number, for a page that shows some of them.
-        names: the words for each caption in the templates, if these are others; two classes may
-            have the same, and then the first of them comes first.
+        classes: the captions are classes of many images: also measure mean recall per class and
+            calibration.
+        z_captions: trained embeddings of the captions; by default the model's.
+        image_at: function from index to image, for a page that shows some of them.
+        names: class names in sentences; of two equal ones the first counts as ranked first.
 
     Raises:
         ConfigError: a caption given twice (its images could never be right), a bad template.
@@ -128,15 +145,11 @@ class ZeroShotTask(_ClassTexts):
 
     kind = "zeroshot_classification"  # as CLIP_benchmark calls it
 
-    def __post_init__(self):
-        check_templates(self.templates)
-        _check_each_once(self.captions, self.data)
-
     def measure(self, model: Encoder) -> Measured:
-        """`top1`, `top5`, ... of the model; of classes more."""
-        names = list(self.names or self.captions) if self.z_captions is None else None
-        z_captions = self.z_captions
+        """Measure `top1`, `top5`, ..., and more with `classes`."""
+        names, z_captions = None, self.z_captions
         if z_captions is None:
+            names = list(self.names or self.captions)
             z_captions = class_embeddings(model, self.prompts)
         images, target = Hashing(self.images), np.asarray(self.target)
         z_image = np.asarray(model.encode_image(images), np.float32)
@@ -157,24 +170,24 @@ class ZeroShotTask(_ClassTexts):
 
     @property
     def about(self) -> dict[str, str]:
-        """Facts of the texts beside the templates."""
+        """Facts about the texts other than the templates."""
         if self.z_captions is not None:
             return {"head": "a trained head in place of templates"}
         return super().about
 
 
 @dataclass(frozen=True, eq=False)
-class MultilabelTask(_ClassTexts):
-    """Find all classes that each image shows: mean average precision over classes.
+class MultilabelTask(_ClassTask):
+    """Multi-label classification: mean average precision over classes.
 
     Args:
-        images: PIL images, paths or arrays of pixels; a stream is fine, and is read once.
+        images: PIL images, paths or arrays of pixels; a stream is read once.
         captions: the classes, each once.
-        relevant: for each image and class, whether it shows it.
-        data: where the images come from.
+        relevant: for each image and class, whether the image shows it.
+        data: origin of the images.
         templates: sentences around a class; the class alone by default.
         name: of the task in a report.
-        names: the words for each class in the templates, if these are others.
+        names: class names in sentences.
 
     Example:
         >>> data = vlm.DataInfo("colours")
@@ -194,18 +207,14 @@ class MultilabelTask(_ClassTexts):
 
     kind = "zeroshot_classification"
 
-    def __post_init__(self):
-        check_templates(self.templates)
-        _check_each_once(self.captions, self.data)
-
     def measure(self, model: Encoder) -> Measured:
-        """`mean_average_precision` of the model."""
+        """Measure `mean_average_precision`."""
         z_captions = class_embeddings(model, self.prompts)
         images = Hashing(self.images)
         z_image = np.asarray(model.encode_image(images), np.float32)
         metric = mean_average_precision(z_image @ z_captions.T, self.relevant)
         ranks = best_ranks(z_image, z_captions, np.argwhere(self.relevant))
-        rows = np.flatnonzero(ranks >= 0)  # of the images that show a class
+        rows = np.flatnonzero(ranks >= 0)  # images that show a class
         samples = {"query": rows, "rank": ranks[rows], "cluster": rows}
         shown = images.digest(self.relevant.astype(np.int64).ravel())
         return Measured({"mean_average_precision": metric}, samples, shown, self.texts_hash)
@@ -213,16 +222,16 @@ class MultilabelTask(_ClassTexts):
 
 @dataclass(frozen=True, eq=False)
 class RetrievalTask:
-    """Find the texts of an image and the images of a text: recall at k in both directions.
+    """Retrieval of texts by image and images by text: recall at k in both directions.
 
     Args:
-        images: PIL images, paths or arrays of pixels; a stream is fine, and is read once.
+        images: PIL images, paths or arrays of pixels; a stream is read once.
         texts: the sentences.
-        data: where the pairs come from.
-        positives: (image index, text index) of every right pair; None pairs row i with row i.
+        data: origin of the pairs.
+        positives: (image index, text index) of every correct pair; None pairs row i with row i.
         ks: the k of recall at k.
         name: of the task in a report.
-        image_at: an image again by its number, for a page that shows some of them.
+        image_at: function from index to image, for a page that shows some of them.
 
     Example:
         >>> texts = ["a red square", "a green square", "a blue square"]
@@ -241,42 +250,37 @@ class RetrievalTask:
     image_at: Callable[[int], Any] | None = None
 
     kind = "zeroshot_retrieval"
-    templates = TEMPLATES["plain"]  # the texts are whole sentences already
+    templates = TEMPLATES["plain"]  # the texts are sentences
 
     def measure(self, model: Encoder) -> Measured:
-        """`image_to_text_R@1`, ..., `text_to_image_R@10` of the model."""
+        """Measure `image_to_text_R@1`, ..., `text_to_image_R@10`."""
         z_text = np.asarray(model.encode_text(list(self.texts)), np.float32)
         images = Hashing(self.images)
         z_image = np.asarray(model.encode_image(images), np.float32)
         pairs = None if self.positives is None else np.asarray(self.positives)
-        metrics = pair_retrieval_metrics(z_image, z_text, pairs, self.ks)
+        directions = retrieval_ranks(z_image, z_text, pairs)
+        metrics, parts = {}, []
+        for d in directions:
+            metrics |= {f"{d.name}_R@{k}": hit_rate(d.ranks, k, d.clusters) for k in self.ks}
+            names = np.full(len(d.queries), d.name)
+            parts.append((names, d.queries, d.ranks, *_nearest(d.z_query, d.z_key), d.clusters))
+        columns = ["direction", "query", "rank", "found", "score", "cluster"]
+        samples = dict(zip(columns, map(np.concatenate, zip(*parts, strict=True)), strict=True))
         if pairs is None:
             pairs = np.repeat(np.arange(len(z_image))[:, None], 2, axis=1)
-        parts = []
-        for way, z_query, z_key, own in (
-            ("image_to_text", z_image, z_text, pairs),
-            ("text_to_image", z_text, z_image, pairs[:, ::-1]),
-        ):
-            ranks = best_ranks(z_query, z_key, own)
-            asked = np.flatnonzero(ranks >= 0)
-            groups = clusters(own, len(z_query), len(z_key))[asked]
-            found, score = _nearest(z_query[asked], z_key)
-            parts.append((np.full(len(asked), way), asked, ranks[asked], found, score, groups))
-        names = ("direction", "query", "rank", "found", "score", "cluster")
-        samples = {
-            n: np.concatenate(p) for n, p in zip(names, zip(*parts, strict=True), strict=True)
-        }
         return Measured(metrics, samples, images.digest(pairs.ravel()), digest(self.texts))
 
 
 @dataclass(frozen=True, eq=False)
 class SelectionTask:
-    """Tell the captions of an instance apart by its images: Winoground, SugarCrepe.
+    """Selection of the caption of an image among a few that differ in one detail.
+
+    Winoground and SugarCrepe are such tasks.
 
     Args:
-        images: the images of each instance, all instances with the same number of them.
+        images: the images of each instance, the same number in all.
         texts: the captions of each instance; image j belongs to caption j.
-        data: where the instances come from.
+        data: origin of the instances.
         name: of the task in a report.
 
     Example:
@@ -296,41 +300,27 @@ class SelectionTask:
     templates = TEMPLATES["plain"]
 
     def measure(self, model: Encoder) -> Measured:
-        """`image_acc`, `text_acc` and `acc` of the model."""
-        count = len(self.texts)
+        """Measure `image_acc`, `text_acc` and `acc`."""
+        count, texts = len(self.texts), [text for own in self.texts for text in own]
         images = Hashing(image for own in self.images for image in own)
         z_image = np.asarray(model.encode_image(images), np.float32)
-        z_text = np.asarray(model.encode_text([t for own in self.texts for t in own]), np.float32)
+        z_text = np.asarray(model.encode_text(texts), np.float32)
         if not count or len(z_image) % count or len({len(own) for own in self.texts}) > 1:
             raise ConfigError(
                 f"{self.data}: {count} instances with {len(z_image)} images and {len(z_text)} "
                 "captions: give each the same number of both"
             )
-        z_image = z_image.reshape(count, -1, z_image.shape[1])
-        z_text = z_text.reshape(count, -1, z_text.shape[1])
-        hits = selection_hits(z_image, z_text)
+        hits = selection_hits(*(z.reshape(count, -1, z.shape[1]) for z in (z_image, z_text)))
         rows = np.arange(count)
         samples = {"query": rows, "cluster": rows, "rank": 1 - hits["acc"].astype(np.int64), **hits}
-        texts = [text for own in self.texts for text in own]
-        return Measured(selection_metrics(z_image, z_text), samples, images.digest(), digest(texts))
+        return Measured(selection_metrics(hits), samples, images.digest(), digest(texts))
 
 
 Task = ZeroShotTask | MultilabelTask | RetrievalTask | SelectionTask
 
 
-def _check_each_once(captions: Sequence[str], data: DataInfo) -> None:
-    seen: set[str] = set()
-    for caption in captions:
-        if caption in seen:
-            raise ConfigError(
-                f"caption {caption!r} of {data} is given twice: images of either could "
-                "never be right, so list it once and point their targets at it"
-            )
-        seen.add(caption)
-
-
 def _nearest(z_query: np.ndarray, z_key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The key nearest to each query, and its cosine; a block of queries at a time."""
+    """Return the nearest key of each query and its cosine, a block of queries at a time."""
     found, score = np.empty(len(z_query), np.int64), np.empty(len(z_query), np.float32)
     for start in range(0, len(z_query), BLOCK):
         block = slice(start, start + BLOCK)
@@ -342,7 +332,7 @@ def _nearest(z_query: np.ndarray, z_key: np.ndarray) -> tuple[np.ndarray, np.nda
 def _best(
     model: Encoder, z_image: np.ndarray, z_captions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best caption of each image, and its score; a block of images at a time."""
+    """Return the best caption of each image and its score, a block of images at a time."""
     predicted, confidence = [], []
     scale, bias = getattr(model, "logit_scale", 1.0), getattr(model, "logit_bias", 0.0)
     for start in range(0, len(z_image), BLOCK):

@@ -15,7 +15,8 @@ from vlm.display import data_uri
 from vlm.errors import DataError
 from vlm.evaluation.charts import Line, line_chart, percent, smooth
 from vlm.evaluation.intervals import Metric
-from vlm.evaluation.results_page import METRIC_NAMES, footnotes, results_table, write_atomically
+from vlm.evaluation.results_folder import write_atomically
+from vlm.evaluation.results_page import METRIC_NAMES, footnotes, results_table
 from vlm.evaluation.runner import Report
 from vlm.heads.top_k import top_k
 from vlm.heads.zero_shot import to_scores

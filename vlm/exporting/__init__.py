@@ -1,8 +1,8 @@
-"""Models for programs that have no vlm: StableHLO and ONNX.
+"""Export of models to StableHLO and ONNX, which run without vlm.
 
-A format is a module with `write(program, folder)`, `opened(program, folder)` and a few facts; what
-all of them share is what they write (`programs`), what stands beside it (`contract`), and the proof
-that the copy computes what the original does (`checking`).
+A format is a module with `write(program, folder)`, `opened(program, folder)` and a few constants.
+All share the programs (`programs`), the files beside them (`contract`), and the comparison of the
+written program with the model (`bundle_export`).
 """
 
 from etils import epy

@@ -1,49 +1,46 @@
-"""Export: programs written, tried, and only then left behind."""
+"""Export of towers and classifiers, kept only if the written program matches the model."""
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, get_args
 
+import numpy as np
 from etils import epath
 
 from vlm.bundle import Bundle
-from vlm.errors import ConfigError
+from vlm.errors import CheckpointError, ConfigError, check_choice
 from vlm.exporting import contract
-from vlm.exporting.checking import check
-from vlm.exporting.programs import programs
+from vlm.exporting.programs import ExportProgram, programs
 from vlm.exporting.storing import Dtype
 from vlm.heads.saved import Classifier
 from vlm.paths import as_path, is_remote
 from vlm.weights.instantiate import Tower
 from vlm.weights.new_folder import new_folder
 
-Format = Literal["stablehlo", "onnx", "savedmodel"]  # the last is refused, with its reason
+Format = Literal["stablehlo", "onnx", "savedmodel"]  # the last is rejected with the reason
 
-
-class _Kind(NamedTuple):
-    """A format: its module here, and the libraries that it needs."""
-
-    module: str
-    needs: tuple[str, ...] = ()
-
-
-KINDS: dict[str, _Kind] = {
-    "stablehlo": _Kind("stablehlo"),
-    "onnx": _Kind("onnx_file", ("onnx", "onnxruntime")),
+# Module of each format, and the libraries that it needs.
+KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "stablehlo": ("stablehlo", ()),
+    "onnx": ("onnx_file", ("onnx", "onnxruntime")),
 }
+
+# Largest difference of an embedding of unit norm, or of a score. The reference has the same
+# parameters, so only the order of sums differs; bfloat16 rounds each sum to 8 bits.
+_LIMITS = {"float32": 1e-4, "bfloat16": 0.05}
 
 
 @dataclass(frozen=True)
 class Exported:
-    """An export that was written and tried.
+    """A written and verified export.
 
     Attributes:
-        folder: where it lies.
-        format: of its programs.
+        folder: of the programs.
+        format: of the programs.
         dtype: of their parameters.
-        differences: for each program, the largest difference of its output from the model's.
+        differences: largest difference of each program's output from the model's.
 
     Example:
         >>> found = vlm.exporting.export(model, folder / "text-tower", tower="text", batches=[2])
@@ -71,30 +68,29 @@ def export(
     classifier: Classifier | None = None,
     batches: Sequence[int] | None = None,
 ) -> Exported:
-    """Write towers or a classifier as programs that run without vlm, with all that they need.
+    """Write towers or a classifier as programs that run without vlm.
 
-    A program takes pixels (n, size, size, 3) uint8 or tokens (n, length) int32, for any n, and
-    gives embeddings of unit norm, or scores. Preprocessing, `tokenizer.json` and a page with code
-    stand beside. Each program is opened again and compared with the model first.
+    A program takes pixels (n, size, size, 3) uint8 or tokens (n, length) int32 for any n, and
+    returns embeddings of unit norm or scores. The folder also has the preprocessing settings,
+    `tokenizer.json` and a page with code. Each program is read back and compared with the model.
 
     Args:
-        model: what `vlm.load` gives, in float32.
-        folder: a new one.
-        format: "stablehlo" (opened by JAX) or "onnx".
-        dtype: what parameters are kept as. int8 has a scale for each row and is computed with as
-            float32; so is bfloat16 in ONNX, and in StableHLO as bfloat16.
-        tower: "both", "image" or "text"; by default both, or none where there is a classifier.
-        classifier: of this model; its labels become a part of the program. Zero-shot with all its
-            options, a linear probe, Tip-Adapter's cache or a learned prompt; neighbours and prompts
-            that each image moves are refused.
-        batches: sizes of batches to compare in. None: all from 1 to 33, and some of them in the
-            formats that compile each.
+        model: a float32 bundle of `vlm.load`.
+        folder: output folder; it must not exist.
+        format: "stablehlo" (run by JAX) or "onnx".
+        dtype: stored type of parameters. int8 has a scale per row and is computed in float32;
+            bfloat16 is computed in float32 by ONNX, and in bfloat16 by StableHLO.
+        tower: "both", "vision" or "text"; by default both, or none with a classifier.
+        classifier: of this model; the program includes its labels. Zero-shot with all its options,
+            a linear probe, Tip-Adapter's cache or a learned prompt. Nearest neighbours and
+            image-conditional prompts are rejected.
+        batches: batch sizes to compare. None: 1 to 33, or some of them for formats that compile
+            each size.
 
     Raises:
         CheckpointError: the folder exists, a program differs from the model (in float32 by more
-            than 1e-4), or the format has no form for something that the model does.
-        ConfigError: an unknown format or dtype, a library that is missing, a tower that is not
-            there.
+            than 1e-4), or the format does not support an operation of the model.
+        ConfigError: an unknown format or dtype, a missing library, a missing tower.
 
     Example:
         >>> found = vlm.exporting.export(model, folder / "exported", tower="vision", batches=[2])
@@ -106,15 +102,13 @@ def export(
             "a SavedModel cannot be written: TensorFlow 2.21, the newest, reads StableHLO up to "
             "1.13 and JAX writes a later one, so choose stablehlo or onnx"
         )
-    if format not in KINDS:
-        raise ConfigError(f"format {format!r} is unknown: choose one of {', '.join(KINDS)}")
-    if dtype not in ("float32", "bfloat16", "int8"):
-        raise ConfigError(f"dtype {dtype!r} is unknown: choose float32, bfloat16 or int8")
+    check_choice("format", format, KINDS)
+    check_choice("dtype", dtype, get_args(Dtype))
     if batches is not None and (not batches or min(batches) < 1):
         raise ConfigError(f"batches {batches} compares nothing: give sizes of at least 1")
     if is_remote(as_path(folder)):
         raise ConfigError(
-            f"{folder} is remote, and an export is tried where it is written: give a "
+            f"{folder} is remote, and an export is verified where it is written: give a "
             "local folder and copy it"
         )
     kind = _module(format)
@@ -125,19 +119,57 @@ def export(
         differences = {}
         for program in made:
             kind.write(program, new)
-            differences[program.name] = check(program, kind.opened(program, new), sizes, compute)
+            differences[program.name] = _largest_difference(
+                program, kind.opened(program, new), sizes, compute
+            )
         facts = {"kind": format, "dtype": dtype, "batches": sizes, "difference": differences}
         contract.write(new, model, made, classifier, facts, kind.USE)
     return Exported(as_path(folder), format, dtype, differences)
 
 
 def _module(format: Format) -> Any:
-    """The module of a format, once its libraries are known to be there."""
-    found = KINDS[format]
-    for name in found.needs:
+    """Import the module of a format.
+
+    Raises:
+        ConfigError: one of its libraries is not installed.
+    """
+    module, needs = KINDS[format]
+    for name in needs:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(
                 f"format {format!r} needs {name}, which is not installed: run "
                 f'pip install "vlm-jax[{format}]"'
             )
-    return importlib.import_module(f"vlm.exporting.{found.module}")
+    return importlib.import_module(f"vlm.exporting.{module}")
+
+
+def _largest_difference(
+    program: ExportProgram,
+    run: Callable[[np.ndarray], np.ndarray],
+    batches: Sequence[int],
+    compute: Literal["float32", "bfloat16"],
+) -> float:
+    """Compare a written program with the model, over batches of these sizes.
+
+    Raises:
+        CheckpointError: the output differs from JAX's with the same stored parameters, or has
+            another shape.
+    """
+    largest = 0.0
+    for count in batches:
+        rows = np.resize(np.arange(len(program.examples)), count)  # repeats the examples
+        found, wanted = run(program.examples[rows]), program.reference[rows]
+        if found.shape != wanted.shape:
+            problem = f"gives {found.shape} for {count} rows and the model {wanted.shape}"
+        elif not (difference := float(np.abs(found - wanted).max())) <= _LIMITS[compute]:  # or NaN
+            problem = (
+                f"differs from the model by {difference:.1e} in a batch of {count}, above "
+                f"{_LIMITS[compute]:.0e}"
+            )
+        else:
+            largest = max(largest, float(np.abs(found - program.expected[rows]).max()))
+            continue
+        raise CheckpointError(
+            f"the exported {program.name} {problem}, so nothing was written: choose another format"
+        )
+    return largest

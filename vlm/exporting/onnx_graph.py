@@ -1,8 +1,7 @@
-"""A function of JAX as an ONNX graph: its jaxpr is walked, and each primitive becomes nodes.
+"""Conversion of a JAX function to an ONNX graph: each primitive of its jaxpr becomes nodes.
 
-Loops are unrolled, calls are followed, and what depends on constants alone is computed here, so
-that what remains is what the function does to its input. `jax2onnx` was tried first: 0.17 knows no
-`platform_index`, which attention is chosen by, and forbids the orbax that vlm needs.
+Loops are unrolled, calls are inlined and constants are folded. `jax2onnx` 0.17.1 is no alternative:
+it has no rule for `platform_index` (of `jax.lax.platform_dependent`), and needs an older orbax.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,14 +14,13 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from vlm.errors import CheckpointError
 
-OPSET, IR_VERSION = 18, 9  # of 2022 and 2023: what runtimes of today read
+OPSET, IR_VERSION = 18, 9  # of 2022 and 2023: read by current runtimes
 
 
 class Tensor(NamedTuple):
-    """A value that a node makes.
+    """Output of a node.
 
-    Where its shape has a one, the value of the jaxpr may be longer: broadcasting is left to the
-    nodes that use it.
+    Where its shape has a 1, the value in the jaxpr may be larger: the nodes that use it broadcast.
     """
 
     name: str
@@ -30,12 +28,12 @@ class Tensor(NamedTuple):
     dtype: np.dtype
 
 
-Value = Tensor | np.ndarray  # an array is known now
+Value = Tensor | np.ndarray  # an array is a constant
 Rule = Callable[..., Value]
 
 
 class Graph:
-    """Nodes and initializers, as they are added."""
+    """Nodes and initializers of the graph so far."""
 
     def __init__(self, batch: Any):
         self.batch = batch  # JAX's symbolic dimension
@@ -43,11 +41,11 @@ class Graph:
         self.initializers: list[onnx.TensorProto] = []
         self._count = 0
         self._known: dict[tuple, str] = {}
-        self._kept: list[np.ndarray] = []  # so that no id is given twice
+        self._kept: list[np.ndarray] = []  # so that no id is reused
         self._batch_name: str | None = None
 
     def node(self, kind: str, inputs: Sequence[Value | str], **attributes: Any) -> str:
-        """Add a node; returns the name of its output."""
+        """Add a node and return the name of its output."""
         self._count += 1
         name = f"{kind.lower()}_{self._count}"
         names = [value if isinstance(value, str) else self.name_of(value) for value in inputs]
@@ -55,7 +53,7 @@ class Graph:
         return name
 
     def name_of(self, value: Value) -> str:
-        """The name that a node takes a value by; a known one becomes an initializer, once."""
+        """Return the name of a value; a constant becomes an initializer, once."""
         if isinstance(value, Tensor):
             return value.name
         small = value.size <= 16
@@ -74,7 +72,7 @@ class Graph:
         return self._known[key]
 
     def shape(self, dims: Sequence[Any], *, inferred: bool = False) -> str:
-        """A shape as an input of a node; with `inferred`, the runtime finds out the batch's."""
+        """Return a shape as a node input; with `inferred`, the runtime infers the batch size."""
         if inferred and sum(not isinstance(dim, int) for dim in dims) == 1:
             dims = [dim if isinstance(dim, int) else -1 for dim in dims]
         if all(isinstance(dim, int) for dim in dims):
@@ -89,12 +87,14 @@ class Graph:
                 continue
             times = dim // self.batch
             if not isinstance(times, int) or times * self.batch != dim:
-                raise CheckpointError(f"onnx has no form for a shape of {dim}: choose stablehlo")
+                raise CheckpointError(
+                    f"onnx export does not support a shape of {dim}: choose stablehlo"
+                )
             parts.append(self.node("Mul", [self._batch_name, np.array([times], np.int64)]))
         return self.node("Concat", parts, axis=0)
 
     def full(self, value: Value, shape: tuple[Any, ...]) -> Value:
-        """A value with nothing left to broadcast."""
+        """Broadcast a value to its full shape."""
         if tuple(value.shape) == tuple(shape):
             return value
         if isinstance(value, np.ndarray) and all(isinstance(dim, int) for dim in shape):
@@ -104,27 +104,27 @@ class Graph:
 
 
 def shape_of(var: Any) -> tuple[Any, ...]:
-    """The shape of a variable of a jaxpr, whose batch may be symbolic."""
+    """Return the shape of a jaxpr variable; the batch may be symbolic."""
     return var.aval.shape
 
 
 def dtype_of(var: Any) -> np.dtype:
-    """The type of a variable of a jaxpr."""
+    """Return the dtype of a jaxpr variable."""
     return np.dtype(var.aval.dtype)
 
 
 def element_type(dtype: Any) -> int:
-    """ONNX's number of a type."""
+    """Return the ONNX element type of a dtype."""
     return onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
 
 
 def from_jax(
     function: Callable, row: tuple[int, ...], dtype: Any, names: tuple[str, str], rules: dict
 ) -> onnx.ModelProto:
-    """A function of one batch as a model, its input and output called `names`.
+    """Convert a function of one batch; `names` are those of its input and output.
 
     Raises:
-        CheckpointError: the function does something that no rule has a form for.
+        CheckpointError: the function uses a primitive that has no rule.
     """
     (batch,) = jax.export.symbolic_shape("batch")
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(
@@ -136,23 +136,20 @@ def from_jax(
         (result,) = _run(graph, jaxpr.jaxpr, jaxpr.consts, [rows], rules)
     result = graph.full(result, shapes.shape)
     graph.nodes.append(onnx.helper.make_node("Identity", [graph.name_of(result)], ["output"]))
+    renamed = {"input": names[0], "output": names[1]}
     for node in graph.nodes:
-        node.input[:] = [names[0] if name == "input" else name for name in node.input]
-        node.output[:] = [names[1] if name == "output" else name for name in node.output]
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
     ends = [
         onnx.helper.make_tensor_value_info(name, element_type(kind), ["batch", *shape])
-        for name, kind, shape in (
-            (names[0], dtype, row),
-            (names[1], shapes.dtype, shapes.shape[1:]),
+        for name, kind, shape in zip(
+            names, (dtype, shapes.dtype), (row, shapes.shape[1:]), strict=True
         )
     ]
     made = onnx.helper.make_graph(graph.nodes, "vlm", ends[:1], ends[1:], graph.initializers)
     return onnx.helper.make_model(
         made, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
     )
-
-
-# ------------------------------------------------------------------------------ walking
 
 
 def _run(
@@ -172,7 +169,7 @@ def _run(
 
 def _values(graph: Graph, eqn: JaxprEqn, inputs: list[Value], rules: dict) -> list[Value]:
     name, params = eqn.primitive.name, eqn.params
-    if name == "platform_index":  # the form for any device is the plainest one
+    if name == "platform_index":  # the default implementation
         return [np.asarray(params["platforms"].index(None), np.int32)]
     if name == "cond" and isinstance(inputs[0], np.ndarray):
         branch = params["branches"][int(inputs[0])]
@@ -189,18 +186,20 @@ def _values(graph: Graph, eqn: JaxprEqn, inputs: list[Value], rules: dict) -> li
         return folded
     if name not in rules:
         raise CheckpointError(
-            f"onnx export has no form for JAX's {name!r}, which this model uses: choose stablehlo"
+            f"onnx export does not support JAX's {name!r}, which this model uses: choose stablehlo"
         )
     return [rules[name](graph, eqn, *inputs)]
 
 
 def _unrolled(graph: Graph, eqn: JaxprEqn, inputs: list[Value], rules: dict) -> list[Value]:
-    """A scan as its steps, one after another."""
+    """Unroll a scan."""
     consts, carried = eqn.params["num_consts"], eqn.params["num_carry"]
     body, length = eqn.params["jaxpr"], eqn.params["length"]
     fixed, carry, rows = inputs[:consts], inputs[consts:][:carried], inputs[consts + carried :]
     if len(eqn.outvars) > carried or eqn.params["reverse"]:
-        raise CheckpointError("onnx export takes scans that carry alone: choose stablehlo")
+        raise CheckpointError(
+            "onnx export supports no scans with outputs per step: choose stablehlo"
+        )
     for number in range(length):
         step = []
         for value in rows:
@@ -214,21 +213,17 @@ def _unrolled(graph: Graph, eqn: JaxprEqn, inputs: list[Value], rules: dict) -> 
 
 
 def _folded(eqn: JaxprEqn, inputs: list[Value]) -> list[Value] | None:
-    """The results of an equation whose inputs are known, or None."""
+    """Compute an equation whose inputs are constants; None if it cannot be folded."""
     shapes = [shape_of(var) for var in (*eqn.invars, *eqn.outvars)]
-    if not all(isinstance(value, np.ndarray) for value in inputs):
-        return None
-    if not all(isinstance(dim, int) for shape in shapes for dim in shape):
+    known = all(isinstance(value, np.ndarray) for value in inputs)
+    if not known or not all(isinstance(dim, int) for shape in shapes for dim in shape):
         return None
     (out,) = eqn.outvars
     name = eqn.primitive.name
     if name == "broadcast_in_dim":
-        return None  # left to the nodes that use it
+        return None  # the nodes that use it broadcast
     if name == "convert_element_type" and dtype_of(out).itemsize > inputs[0].dtype.itemsize:
-        return None  # a parameter that is kept narrow stays so in the file
-    whole = [
-        np.broadcast_to(np.asarray(value), shape_of(var))
-        for value, var in zip(inputs, eqn.invars, strict=True)
-    ]
-    found = eqn.primitive.bind(*whole, **eqn.params)
+        return None  # parameters stay narrow in the file
+    full = [np.broadcast_to(np.asarray(x), shape) for x, shape in zip(inputs, shapes, strict=False)]
+    found = eqn.primitive.bind(*full, **eqn.params)
     return [np.asarray(x) for x in (found if eqn.primitive.multiple_results else [found])]

@@ -1,4 +1,4 @@
-"""The ONNX form of each primitive of JAX that a tower is made of."""
+"""ONNX nodes for the JAX primitives that towers use."""
 
 import math
 
@@ -17,77 +17,68 @@ from vlm.exporting.onnx_graph import (
 )
 
 
-def _refuse(eqn: JaxprEqn) -> CheckpointError:
+def _unsupported(eqn: JaxprEqn) -> CheckpointError:
     return CheckpointError(
-        f"onnx export has no form for this use of JAX's {eqn.primitive.name!r}: choose stablehlo"
+        f"onnx export does not support this use of JAX's {eqn.primitive.name!r}: choose stablehlo"
     )
 
 
-def _made(eqn: JaxprEqn, name: str, shape: tuple | None = None) -> Tensor:
+def _tensor(eqn: JaxprEqn, name: str, shape: tuple | None = None) -> Tensor:
     (out,) = eqn.outvars
     return Tensor(name, tuple(shape_of(out) if shape is None else shape), dtype_of(out))
 
 
 def _joint(values: tuple[Value, ...]) -> tuple:
-    """The shape that broadcasting values ends with: they are of one rank, or scalars."""
+    """Return the broadcast shape of values of one rank, or scalars."""
     columns = zip(*(value.shape for value in values if value.shape), strict=True)
-    # A dimension is one, or what all others are.
-    return tuple(next((d for d in column if not _is_one(d)), 1) for column in columns)
-
-
-def _is_one(dim) -> bool:
-    return isinstance(dim, int) and dim == 1
-
-
-# ---------------------------------------------------------------- one element at a time
+    # A dimension is 1, or equal to all others. Symbolic ones cannot be compared with 1.
+    sizes = ([d for d in column if not isinstance(d, int) or d != 1] for column in columns)
+    return tuple(dims[0] if dims else 1 for dims in sizes)
 
 
 def elementwise(kind: str) -> Rule:
-    """A node that takes the same inputs as the primitive."""
+    """Make the rule of a primitive whose node takes the same inputs."""
 
     def rule(graph: Graph, eqn: JaxprEqn, *inputs: Value) -> Tensor:
-        return _made(eqn, graph.node(kind, inputs), _joint(inputs))
+        return _tensor(eqn, graph.node(kind, inputs), _joint(inputs))
 
     return rule
 
 
 def not_equal(graph: Graph, eqn: JaxprEqn, x: Value, y: Value) -> Tensor:
-    return _made(eqn, graph.node("Not", [graph.node("Equal", [x, y])]), _joint((x, y)))
+    return _tensor(eqn, graph.node("Not", [graph.node("Equal", [x, y])]), _joint((x, y)))
 
 
 def square(graph: Graph, eqn: JaxprEqn, x: Value) -> Tensor:
-    return _made(eqn, graph.node("Mul", [x, x]), x.shape)
+    return _tensor(eqn, graph.node("Mul", [x, x]), x.shape)
 
 
 def integer_pow(graph: Graph, eqn: JaxprEqn, x: Value) -> Tensor:
     power = np.asarray(eqn.params["y"], np.float32)
-    return _made(eqn, graph.node("Pow", [x, power]), x.shape)
+    return _tensor(eqn, graph.node("Pow", [x, power]), x.shape)
 
 
 def rsqrt(graph: Graph, eqn: JaxprEqn, x: Value) -> Tensor:
-    return _made(eqn, graph.node("Reciprocal", [graph.node("Sqrt", [x])]), x.shape)
+    return _tensor(eqn, graph.node("Reciprocal", [graph.node("Sqrt", [x])]), x.shape)
 
 
 def select(graph: Graph, eqn: JaxprEqn, which: Value, first: Value, second: Value) -> Tensor:
     if which.dtype != bool:
-        raise _refuse(eqn)
-    return _made(eqn, graph.node("Where", [which, second, first]), _joint((which, first, second)))
+        raise _unsupported(eqn)
+    return _tensor(eqn, graph.node("Where", [which, second, first]), _joint((which, first, second)))
 
 
 def convert(graph: Graph, eqn: JaxprEqn, x: Value) -> Tensor:
     dtype = eqn.params["new_dtype"]
-    return _made(eqn, graph.node("Cast", [x], to=element_type(dtype)), x.shape)
+    return _tensor(eqn, graph.node("Cast", [x], to=element_type(dtype)), x.shape)
 
 
 def same(graph: Graph, eqn: JaxprEqn, x: Value) -> Value:
     return x
 
 
-# ------------------------------------------------------------------------------ shapes
-
-
 def broadcast(graph: Graph, eqn: JaxprEqn, x: Value, *_: Value) -> Value:
-    """Ones where the value is repeated: nodes repeat by themselves."""
+    """Insert axes of size 1; the nodes that use the value broadcast."""
     kept, rank = eqn.params["broadcast_dimensions"], len(eqn.params["shape"])
     axes = [axis for axis in range(rank) if axis not in kept]
     if isinstance(x, np.ndarray):
@@ -97,24 +88,24 @@ def broadcast(graph: Graph, eqn: JaxprEqn, x: Value, *_: Value) -> Value:
     shape = [1] * rank
     for axis, dim in zip(kept, x.shape, strict=True):
         shape[axis] = dim
-    return _made(eqn, graph.node("Unsqueeze", [x, np.array(axes, np.int64)]), tuple(shape))
+    return _tensor(eqn, graph.node("Unsqueeze", [x, np.array(axes, np.int64)]), tuple(shape))
 
 
 def reshape(graph: Graph, eqn: JaxprEqn, x: Value, *_: Value) -> Tensor:
     x, new = graph.full(x, shape_of(eqn.invars[0])), eqn.params["new_sizes"]
-    return _made(eqn, graph.node("Reshape", [x, graph.shape(new, inferred=True)]))
+    return _tensor(eqn, graph.node("Reshape", [x, graph.shape(new, inferred=True)]))
 
 
 def squeeze(graph: Graph, eqn: JaxprEqn, x: Value) -> Tensor:
     axes = eqn.params["dimensions"]
     shape = tuple(dim for axis, dim in enumerate(x.shape) if axis not in axes)
-    return _made(eqn, graph.node("Squeeze", [x, np.array(axes, np.int64)]), shape)
+    return _tensor(eqn, graph.node("Squeeze", [x, np.array(axes, np.int64)]), shape)
 
 
 def transpose(graph: Graph, eqn: JaxprEqn, x: Value) -> Tensor:
     order = eqn.params["permutation"]
     shape = tuple(x.shape[axis] for axis in order)
-    return _made(eqn, graph.node("Transpose", [x], perm=list(order)), shape)
+    return _tensor(eqn, graph.node("Transpose", [x], perm=list(order)), shape)
 
 
 def slices(graph: Graph, eqn: JaxprEqn, x: Value) -> Tensor:
@@ -124,12 +115,12 @@ def slices(graph: Graph, eqn: JaxprEqn, x: Value) -> Tensor:
     steps = eqn.params["strides"] or (1,) * len(starts)
     axes = [i for i, dim in enumerate(whole) if (starts[i], ends[i], steps[i]) != (0, dim, 1)]
     bounds = ([part[i] for i in axes] for part in (starts, ends, range(len(whole)), steps))
-    return _made(eqn, graph.node("Slice", [x, *(np.array(part, np.int64) for part in bounds)]))
+    return _tensor(eqn, graph.node("Slice", [x, *(np.array(part, np.int64) for part in bounds)]))
 
 
 def concatenate(graph: Graph, eqn: JaxprEqn, *inputs: Value) -> Tensor:
     whole = [graph.full(x, shape_of(var)) for x, var in zip(inputs, eqn.invars, strict=True)]
-    return _made(eqn, graph.node("Concat", whole, axis=eqn.params["dimension"]))
+    return _tensor(eqn, graph.node("Concat", whole, axis=eqn.params["dimension"]))
 
 
 def stack(graph: Graph, eqn: JaxprEqn, *inputs: Value) -> Tensor:
@@ -138,20 +129,20 @@ def stack(graph: Graph, eqn: JaxprEqn, *inputs: Value) -> Tensor:
         graph.node("Unsqueeze", [graph.full(x, shape_of(var)), np.array([axis], np.int64)])
         for x, var in zip(inputs, eqn.invars, strict=True)
     ]
-    return _made(eqn, graph.node("Concat", rows, axis=axis))
+    return _tensor(eqn, graph.node("Concat", rows, axis=axis))
 
 
 def pad(graph: Graph, eqn: JaxprEqn, x: Value, fill: Value) -> Tensor:
     edges = eqn.params["padding_config"]
     if any(inside or low < 0 or high < 0 for low, high, inside in edges):
-        raise _refuse(eqn)
+        raise _unsupported(eqn)
     x = graph.full(x, shape_of(eqn.invars[0]))
     pads = np.array([low for low, _, _ in edges] + [high for _, high, _ in edges], np.int64)
-    return _made(eqn, graph.node("Pad", [x, pads, fill]))
+    return _tensor(eqn, graph.node("Pad", [x, pads, fill]))
 
 
 def gather(graph: Graph, eqn: JaxprEqn, x: Value, indices: Value) -> Tensor:
-    """A known piece, or rows along one axis: of a table, or at a place of each example."""
+    """Take a constant slice, rows of a table, or one position of each example."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     whole, at = shape_of(eqn.invars[0]), shape_of(eqn.invars[1])
     x, indices = graph.full(x, whole), graph.full(indices, at)
@@ -159,23 +150,23 @@ def gather(graph: Graph, eqn: JaxprEqn, x: Value, indices: Value) -> Tensor:
         return _piece(graph, eqn, x, indices)
     last = np.array([len(at) - 1], np.int64)
     if len(numbers.start_index_map) != 1 or len(at) == 0 or at[-1] != 1:
-        raise _refuse(eqn)
+        raise _unsupported(eqn)
     (axis,) = numbers.start_index_map
     if axis not in numbers.collapsed_slice_dims or sizes[axis] != 1:
-        raise _refuse(eqn)
+        raise _unsupported(eqn)
     places = graph.node("Squeeze", [indices, last])
     if not numbers.operand_batching_dims:
         rank = len(whole) + len(at) - 2
         taken = [d for d in range(rank) if not axis <= d < axis + len(at) - 1]
         others = all(sizes[d] == whole[d] for d in range(len(whole)) if d != axis)
         if list(numbers.offset_dims) != taken or not others:
-            raise _refuse(eqn)
-        return _made(eqn, graph.node("Gather", [x, places], axis=axis))
-    return _made(eqn, _at_each(graph, eqn, x, places))
+            raise _unsupported(eqn)
+        return _tensor(eqn, graph.node("Gather", [x, places], axis=axis))
+    return _tensor(eqn, _at_each(graph, eqn, x, places))
 
 
 def _piece(graph: Graph, eqn: JaxprEqn, x: Value, starts: np.ndarray) -> Tensor:
-    """What indexing with numbers and slices takes, where the batch is symbolic."""
+    """Slice at constant starts, as indexing with a symbolic batch does."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     axes = np.array(numbers.start_index_map, np.int64)
     lengths = np.array([sizes[axis] for axis in axes], np.int64)
@@ -183,21 +174,21 @@ def _piece(graph: Graph, eqn: JaxprEqn, x: Value, starts: np.ndarray) -> Tensor:
     name = graph.node("Slice", [x, starts, starts + lengths, axes])
     if numbers.collapsed_slice_dims:
         name = graph.node("Squeeze", [name, np.array(numbers.collapsed_slice_dims, np.int64)])
-    return _made(eqn, name)
+    return _tensor(eqn, name)
 
 
 def _at_each(graph: Graph, eqn: JaxprEqn, x: Value, places: str) -> str:
-    """`take_along_axis` with batching dimensions in front and one place along the next axis."""
+    """Take one position along the axis after the batching dimensions: `take_along_axis`."""
     numbers = eqn.params["dimension_numbers"]
     batching = len(numbers.operand_batching_dims)
     in_front = tuple(range(batching))
     if numbers.operand_batching_dims != in_front or numbers.start_indices_batching_dims != in_front:
-        raise _refuse(eqn)
+        raise _unsupported(eqn)
     if numbers.start_index_map != (batching,) or numbers.collapsed_slice_dims != (batching,):
-        raise _refuse(eqn)
+        raise _unsupported(eqn)
     at = shape_of(eqn.invars[1])
     if list(numbers.offset_dims) != list(range(len(at) - 1, len(shape_of(eqn.outvars[0])))):
-        raise _refuse(eqn)
+        raise _unsupported(eqn)
     places = graph.node("Cast", [places], to=element_type(np.int64))
     places = graph.node("Unsqueeze", [places, np.array([-1], np.int64)])
     return graph.node("GatherND", [x, places], batch_dims=batching)
@@ -206,22 +197,19 @@ def _at_each(graph: Graph, eqn: JaxprEqn, x: Value, places: str) -> str:
 def iota(graph: Graph, eqn: JaxprEqn, *_: Value) -> np.ndarray:
     shape, axis = eqn.params["shape"], eqn.params["dimension"]
     if not isinstance(shape[axis], int):
-        raise _refuse(eqn)
+        raise _unsupported(eqn)
     ones = [1] * len(shape)
     ones[axis] = shape[axis]
     return np.arange(shape[axis], dtype=eqn.params["dtype"]).reshape(ones)
 
 
-# ---------------------------------------------------------------------- sums and products
-
-
 def reduction(kind: str) -> Rule:
-    """A sum or maximum over some axes."""
+    """Make the rule of a sum or maximum over some axes."""
 
     def rule(graph: Graph, eqn: JaxprEqn, x: Value) -> Tensor:
         x = graph.full(x, shape_of(eqn.invars[0]))
         axes = np.array(eqn.params["axes"], np.int64)
-        return _made(eqn, graph.node(kind, [x, axes], keepdims=0))
+        return _tensor(eqn, graph.node(kind, [x, axes], keepdims=0))
 
     return rule
 
@@ -232,17 +220,17 @@ def argmax(graph: Graph, eqn: JaxprEqn, x: Value) -> Tensor:
     if x.dtype == bool:
         x = Tensor(graph.node("Cast", [x], to=element_type(np.int32)), x.shape, np.dtype(np.int32))
     found = graph.node("ArgMax", [x], axis=axis, keepdims=0)
-    return _made(eqn, graph.node("Cast", [found], to=element_type(eqn.params["index_dtype"])))
+    return _tensor(eqn, graph.node("Cast", [found], to=element_type(eqn.params["index_dtype"])))
 
 
 def dot(graph: Graph, eqn: JaxprEqn, x: Value, y: Value) -> Tensor:
-    """A matrix product where the axes lie so, else an einsum."""
+    """Make a MatMul if the axes allow, else an Einsum."""
     (x_sum, y_sum), (x_batch, y_batch) = eqn.params["dimension_numbers"]
     x, y = (graph.full(v, shape_of(var)) for v, var in zip((x, y), eqn.invars, strict=True))
     x_rank, y_rank = len(x.shape), len(y.shape)
     rows_by_matrix = (tuple(x_sum), tuple(y_sum), y_rank) == ((x_rank - 1,), (0,), 2)
     if rows_by_matrix and not x_batch:
-        return _made(eqn, graph.node("MatMul", [x, y]))
+        return _tensor(eqn, graph.node("MatMul", [x, y]))
     letters = iter("abcdefghijklmnopqrstuvwxyz")
     x_names = [next(letters) for _ in range(x_rank)]
     y_names = [next(letters) for _ in range(y_rank)]
@@ -252,21 +240,21 @@ def dot(graph: Graph, eqn: JaxprEqn, x: Value, y: Value) -> Tensor:
     out += [name for a, name in enumerate(x_names) if a not in (*x_batch, *x_sum)]
     out += [name for b, name in enumerate(y_names) if b not in (*y_batch, *y_sum)]
     equation = f"{''.join(x_names)},{''.join(y_names)}->{''.join(out)}"
-    return _made(eqn, graph.node("Einsum", [x, y], equation=equation))
+    return _tensor(eqn, graph.node("Einsum", [x, y], equation=equation))
 
 
 def convolution(graph: Graph, eqn: JaxprEqn, x: Value, kernel: Value) -> Tensor:
     p = eqn.params
     if any(d != 1 for d in p["lhs_dilation"]) or p["batch_group_count"] != 1:
-        raise _refuse(eqn)
+        raise _unsupported(eqn)
     numbers = p["dimension_numbers"]
     whole = graph.full(x, shape_of(eqn.invars[0]))
     by_channel = graph.node("Transpose", [whole], perm=list(numbers.lhs_spec))
-    by_output: np.ndarray | str
-    if isinstance(kernel, np.ndarray):
-        by_output = np.ascontiguousarray(kernel.transpose(numbers.rhs_spec))
-    else:
-        by_output = graph.node("Transpose", [kernel], perm=list(numbers.rhs_spec))
+    by_output: np.ndarray | str = (
+        np.ascontiguousarray(kernel.transpose(numbers.rhs_spec))
+        if isinstance(kernel, np.ndarray)
+        else graph.node("Transpose", [kernel], perm=list(numbers.rhs_spec))
+    )
     y = graph.node(
         "Conv",
         [by_channel, by_output],
@@ -276,21 +264,22 @@ def convolution(graph: Graph, eqn: JaxprEqn, x: Value, kernel: Value) -> Tensor:
         group=p["feature_group_count"],
     )
     back = [int(axis) for axis in np.argsort(numbers.out_spec)]
-    return _made(eqn, graph.node("Transpose", [y], perm=back))
+    return _tensor(eqn, graph.node("Transpose", [y], perm=back))
 
 
-def window(kind: str) -> Rule:
-    """A sum or maximum over windows of (b, h, w, c)."""
+def window(kind: str | None) -> Rule:
+    """Make the rule of a sum or maximum over windows of (b, h, w, c).
+
+    None: by the jaxpr of the primitive.
+    """
 
     def rule(graph: Graph, eqn: JaxprEqn, x: Value, *_: Value) -> Tensor:
         p = eqn.params
         sizes, strides, edges = p["window_dimensions"], p["window_strides"], p["padding"]
-        found = kind
-        if kind == "by its jaxpr":
-            found = {"add": "sum", "max": "max"}.get(p["jaxpr"].eqns[0].primitive.name)
+        found = kind or {"add": "sum", "max": "max"}.get(p["jaxpr"].eqns[0].primitive.name)
         dilated = any(d != 1 for d in (*p["base_dilation"], *p["window_dilation"]))
         if dilated or found is None or len(sizes) != 4 or sizes[0] != 1 or sizes[3] != 1:
-            raise _refuse(eqn)
+            raise _unsupported(eqn)
         options = {
             "kernel_shape": list(sizes[1:3]),
             "strides": list(strides[1:3]),
@@ -302,39 +291,21 @@ def window(kind: str) -> Rule:
         else:
             mean = graph.node("AveragePool", [y], count_include_pad=1, **options)
             y = graph.node("Mul", [mean, np.asarray(math.prod(sizes), np.float32)])
-        return _made(eqn, graph.node("Transpose", [y], perm=[0, 2, 3, 1]))
+        return _tensor(eqn, graph.node("Transpose", [y], perm=[0, 2, 3, 1]))
 
     return rule
 
 
+# Node of each primitive that takes the same inputs.
 _SAME_INPUTS = {
-    "Add": ("add", "add_any"),
-    "Sub": ("sub",),
-    "Mul": ("mul",),
-    "Div": ("div",),
-    "Max": ("max",),
-    "Min": ("min",),
-    "Neg": ("neg",),
-    "Abs": ("abs",),
-    "Exp": ("exp",),
-    "Log": ("log",),
-    "Erf": ("erf",),
-    "Tanh": ("tanh",),
-    "Sqrt": ("sqrt",),
-    "Sigmoid": ("logistic",),
-    "Equal": ("eq",),
-    "Less": ("lt",),
-    "LessOrEqual": ("le",),
-    "Greater": ("gt",),
-    "GreaterOrEqual": ("ge",),
-}
+    "add": "Add", "add_any": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max",
+    "min": "Min", "neg": "Neg", "abs": "Abs", "exp": "Exp", "log": "Log", "erf": "Erf",
+    "tanh": "Tanh", "sqrt": "Sqrt", "logistic": "Sigmoid", "eq": "Equal", "lt": "Less",
+    "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual", "and": "And", "or": "Or",
+    "not": "Not",
+}  # fmt: skip
 
-RULES: dict[str, Rule] = {
-    name: elementwise(kind) for kind, names in _SAME_INPUTS.items() for name in names
-} | {
-    "and": elementwise("And"),
-    "or": elementwise("Or"),
-    "not": elementwise("Not"),
+RULES: dict[str, Rule] = {name: elementwise(kind) for name, kind in _SAME_INPUTS.items()} | {
     "ne": not_equal,
     "square": square,
     "integer_pow": integer_pow,
@@ -360,7 +331,7 @@ RULES: dict[str, Rule] = {
     "argmax": argmax,
     "dot_general": dot,
     "conv_general_dilated": convolution,
-    "reduce_window": window("by its jaxpr"),
+    "reduce_window": window(None),
     "reduce_window_sum": window("sum"),
     "reduce_window_max": window("max"),
 }

@@ -1,6 +1,5 @@
-"""What is exported: towers and classifiers as functions of one array, their parameters inside."""
+"""Towers and classifiers as functions of one array, with their parameters inside."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,22 +21,23 @@ from vlm.models.adapters import merged
 from vlm.weights.instantiate import Tower, abstract_model, checked_tower
 
 Name = Literal["image", "text", "classifier"]
-EXAMPLES = 33  # rows of an input to check with
+EXAMPLES = 33  # input rows to verify with
 
 
 @dataclass(frozen=True)
-class Program:
-    """One function of a batch, with all that a format must know of it.
+class ExportProgram:
+    """One function of a batch, with its input, output and examples.
 
     Attributes:
         name: of its file.
-        function: from the input to the output, traceable by JAX; the batch may be symbolic.
-        input: what the input is called: "pixels" or "tokens".
-        row: the shape of one row of the input.
+        function: from input to output, traceable by JAX with a symbolic batch.
+        input: name of the input: "pixels" or "tokens".
+        row: shape of one row of the input.
         dtype: of the input.
-        output: what the output is called: "embeddings" or "scores".
-        examples: rows that the original was given, and `expected`, what it made of them.
-        reference: what JAX makes of them with the parameters as they are kept.
+        output: name of the output: "embeddings" or "scores".
+        examples: input rows.
+        expected: the model's output for `examples`.
+        reference: JAX's output for `examples` with the stored parameters.
     """
 
     name: Name
@@ -58,71 +58,71 @@ def programs(
     dtype: Dtype,
     *,
     compute: Literal["float32", "bfloat16"],
-) -> list[Program]:
-    """The programs that are asked for: towers, and a classifier where there is one.
+) -> list[ExportProgram]:
+    """Make the programs of the towers and the classifier.
 
-    Parameters are kept as `dtype` and computed with as `compute`. Without `tower`, both towers, or
-    none where there is a classifier.
+    Parameters are stored as `dtype` and computed in `compute`. `tower=None` means both, or none
+    with a classifier.
 
     Raises:
-        ConfigError: a tower that the model was loaded without, images without one fixed size, or a
+        ConfigError: a tower that the bundle does not have, images without one fixed size, or a
             classifier of another model.
     """
     if tower is None and classifier is None:
         tower = "both"
     if tower is not None:
         tower = checked_tower(tower)
-    names: list[Name] = []
-    if tower in ("both", "vision"):
-        names.append("image")
-    if tower in ("both", "text"):
-        names.append("text")
+    towers: dict[Tower, Name] = {"vision": "image", "text": "text"}
+    names: list[Name] = [name for key, name in towers.items() if tower in (key, "both")]
     if classifier is not None:
         names.append("classifier")
     for name in names:
-        _check(bundle, name, classifier)
+        if problem := _problem(bundle, name, classifier):
+            raise ConfigError(problem)
     return [_program(bundle, name, classifier, dtype, compute) for name in names]
 
 
-def _check(bundle: Bundle, name: Name, classifier: Any) -> None:
+def _problem(bundle: Bundle, name: Name, classifier: Any) -> str:
+    """Return why a program cannot be exported; empty if it can."""
     needed = "text" if name == "text" else "vision"
     if getattr(bundle.model, needed) is None:
-        raise ConfigError(
+        return (
             f"{bundle.name} was loaded without its {needed} tower: load it with tower='both', or "
-            "export the other tower alone"
+            "export only the other tower"
         )
     if needed == "vision" and bundle.preprocess.config.resize == "naflex":
-        raise ConfigError(
+        return (
             f"{bundle.name} takes images of any aspect (NaFlex), and an exported program takes "
-            "pixels of one size: export its text tower alone, or a model of a fixed size"
+            "pixels of one size: export only its text tower, or a model of a fixed size"
         )
     if isinstance(classifier, NeighbourClassifier):
-        raise ConfigError(
-            "a NeighbourClassifier asks an index, which no exported program has: export the image "
-            "tower and search with its embeddings, or fit a FewShotClassifier"
+        return (
+            "a NeighbourClassifier searches an index, which no exported program has: export the "
+            "vision tower and search with its embeddings, or fit a FewShotClassifier"
         )
     if isinstance(classifier, PromptedClassifier) and classifier.net is not None:
-        raise ConfigError(
+        return (
             "a PromptedClassifier with a net runs the text tower for each image, which no exported "
             "program does: learn the prompt with per_image=False"
         )
     if name == "classifier" and classifier.model is not bundle:
-        raise ConfigError(
-            f"the classifier is of {classifier.model.name} and not of the model that is exported: "
-            "make it with the same model"
+        return (
+            f"the classifier is of {classifier.model.name} and not of the exported model: make it "
+            "with the same model"
         )
+    return ""
 
 
 def _program(
     bundle: Bundle,
     name: Name,
-    classifier: Any,  # a Classifier, where it is that which is exported
+    classifier: Any,  # a Classifier, if name is "classifier"
     dtype: Dtype,
     compute: Literal["float32", "bfloat16"],
-) -> Program:
+) -> ExportProgram:
     other = "vision" if name == "text" else "text"
     skeleton = abstract_model(bundle.config, jnp.dtype(compute))
-    setattr(skeleton, other, None)  # its parameters do not travel with this one
+    setattr(skeleton, other, None)
     graph, _ = nnx.split(skeleton)
     _, state = nnx.split(merged(bundle.model))
     flat = {path: value for path, value in nnx.to_flat_state(state) if path[0] != other}
@@ -157,11 +157,11 @@ def _program(
         reference = np.asarray(jax.jit(classify)(rows))
     input = "tokens" if name == "text" else "pixels"
     row, kind = rows.shape[1:], rows.dtype.type
-    return Program(name, function, input, row, kind, output, rows, expected, reference)
+    return ExportProgram(name, function, input, row, kind, output, rows, expected, reference)
 
 
 def _texts(bundle: Bundle) -> Int[np.ndarray, "n l"]:
-    """Token ids of texts of every length, the empty one and one that is cut among them."""
+    """Tokenize random texts of all lengths, from empty to longer than the context."""
     vocabulary, random = bundle.tokenizer.vocabulary, np.random.default_rng(0)
     longest = 2 * bundle.tokenizer.config.context_length
     lengths = np.linspace(0, longest, EXAMPLES).astype(int)
@@ -170,14 +170,14 @@ def _texts(bundle: Bundle) -> Int[np.ndarray, "n l"]:
 
 
 def _original(bundle: Bundle, rows: np.ndarray) -> Float[np.ndarray, "n e"]:
-    """What the model itself makes of the inputs, in its own types."""
+    """Compute the embeddings of the model itself, in its own types."""
     graph, state = nnx.split(bundle.model)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(is_text: bool, state: nnx.State, rows: Array) -> Array:
+    @jax.jit
+    def run(state: nnx.State, rows: Array) -> Array:
         model = nnx.merge(graph, state)
-        if is_text:
+        if rows.ndim == 2:
             return model.encode_text(rows)
         return model.encode_image(bundle.preprocess.normalize(rows))
 
-    return np.asarray(run(rows.ndim == 2, state, rows))
+    return np.asarray(run(state, rows))

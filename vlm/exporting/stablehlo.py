@@ -1,4 +1,4 @@
-"""StableHLO by `jax.export`: a file that JAX alone opens, on a CPU, a GPU or a TPU."""
+"""StableHLO by `jax.export`, which JAX runs on CPUs, GPUs and TPUs."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -7,11 +7,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from vlm.exporting.programs import Program
+from vlm.exporting.programs import ExportProgram
 
-BFLOAT16 = "bfloat16"  # what bfloat16 parameters are computed with
+BFLOAT16 = "bfloat16"  # compute type of bfloat16 parameters
 PLATFORMS = ("cpu", "cuda", "tpu")
-BATCHES = (1, 2, 7, 33)  # that are tried: each is compiled
+BATCHES = (1, 2, 7, 33)  # to verify; each is compiled
 
 USE = """\
 import jax
@@ -19,34 +19,34 @@ import jax
 {output} = {program}.call({input})"""
 
 
-def write(program: Program, folder: epath.Path) -> None:
-    """Write `NAME.stablehlo`, whose batch may be of any size on any of `PLATFORMS`."""
+def write(program: ExportProgram, folder: epath.Path) -> None:
+    """Write `NAME.stablehlo`, for any batch size on any of `PLATFORMS`."""
     (batch,) = jax.export.symbolic_shape("batch")
     rows = jax.ShapeDtypeStruct((batch, *program.row), program.dtype)
     exported = jax.export.export(jax.jit(program.function), platforms=PLATFORMS)(rows)
     (folder / f"{program.name}.stablehlo").write_bytes(bytes(exported.serialize()))
 
 
-def opened(program: Program, folder: epath.Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The file as a function of a batch."""
+def opened(program: ExportProgram, folder: epath.Path) -> Callable[[np.ndarray], np.ndarray]:
+    """Load the file as a function of a batch."""
     data = (folder / f"{program.name}.stablehlo").read_bytes()
     exported = jax.export.deserialize(bytearray(data))
 
     def call(rows: np.ndarray) -> np.ndarray:
-        # Each size of batch is another program with all parameters inside: it is held for one call.
-        with _not_kept():
+        # Each batch size is another program that holds all parameters: keep it for one call only.
+        with _without_compilation_cache():
             return np.asarray(jax.jit(exported.call).lower(rows).compile()(rows))
 
     return call
 
 
 @contextlib.contextmanager
-def _not_kept() -> Iterator[None]:
-    """What is compiled in here does not go to the cache of compiled programs on disk."""
+def _without_compilation_cache() -> Iterator[None]:
+    """Keep programs that are compiled inside out of the compilation cache on disk."""
     name = "jax_persistent_cache_min_compile_time_secs"
-    least = getattr(jax.config, name)
+    before = getattr(jax.config, name)
     jax.config.update(name, float("inf"))
     try:
         yield
     finally:
-        jax.config.update(name, least)
+        jax.config.update(name, before)

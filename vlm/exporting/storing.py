@@ -1,33 +1,32 @@
-"""The types that parameters are kept in, inside an exported program, and what these may round."""
+"""Stored types of parameters in exported programs, and limits on their rounding."""
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int8
 
-from vlm.errors import CheckpointError, check_choice
+from vlm.errors import CheckpointError
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 
-SMALLEST = 4096  # elements: smaller parameters weigh little and may mean much
-# How far an embedding may turn: 1 - cosine.
+SMALLEST = 4096  # elements: smaller parameters stay float32
+# Largest change of direction of an embedding: 1 - cosine.
 _DIRECTION: dict[Dtype, float] = {"float32": 1e-6, "bfloat16": 0.02, "int8": 0.02}
-GROUP = 16  # elements: a scale for fewer would weigh as much as they do
+GROUP = 16  # elements: a scale for fewer would take as much space
 
 
 class Quantised(NamedTuple):
-    """Whole numbers from -127 to 127, and what a step of them is worth in each group."""
+    """Integers from -127 to 127, with the step size of each group."""
 
     steps: Int8[np.ndarray, "*n"]
-    scale: Float32[np.ndarray, "*n"]  # one along the axis that is the group
+    scale: Float32[np.ndarray, "*n"]  # size 1 along the axis of a group
 
 
 def stored(
     path: tuple, values: Float[np.ndarray, "*n"], dtype: Dtype
 ) -> Float[np.ndarray, "*n"] | Quantised:
-    """A parameter as it is kept; the scale and bias of the logits stay float32."""
-    check_choice("dtype", dtype, get_args(Dtype))
+    """Convert a parameter to its stored type; logit scale and bias stay float32."""
     if str(path[0]).startswith("logit_") or dtype == "float32":
         return values.astype(np.float32)
     if dtype == "bfloat16":
@@ -35,20 +34,20 @@ def stored(
     axes = [axis for axis, size in enumerate(values.shape) if size >= GROUP]
     if values.ndim < 2 or values.size < SMALLEST or not axes:
         return values.astype(np.float32)
-    # The axis whose groups lose least: outputs of a kernel, or words of a table.
+    # The axis with the least quantisation error: outputs of a kernel, or words of a table.
     forms = (quantised(values.astype(np.float32), axis) for axis in axes)
     return min(forms, key=lambda form: float(np.square(form.steps * form.scale - values).sum()))
 
 
 def quantised(values: Float32[np.ndarray, "*n"], axis: int) -> Quantised:
-    """Rounded to 255 steps of equal size in each group along `axis`, zero among them."""
+    """Round to 255 steps of equal size in each group along `axis`, including zero."""
     largest = np.abs(values).max(axis, keepdims=True)
     scale = (np.where(largest > 0, largest, 1) / 127).astype(np.float32)
     return Quantised(np.rint(values / scale).astype(np.int8), scale)
 
 
 def restored(kept: np.ndarray | Quantised, compute: Literal["float32", "bfloat16"]) -> Array:
-    """A parameter as it is computed with, inside a traced function."""
+    """Convert a stored parameter to its compute type, inside a traced function."""
     if isinstance(kept, Quantised):
         return jnp.asarray(kept.steps).astype(jnp.float32) * kept.scale
     if kept.dtype == np.float32:
@@ -57,12 +56,13 @@ def restored(kept: np.ndarray | Quantised, compute: Literal["float32", "bfloat16
 
 
 def check_stored(path: tuple, original: np.ndarray, kept: Any, dtype: Dtype) -> None:
-    """Refuse a parameter that is kept with more than the rounding of its type.
+    """Check that a stored parameter is off by no more than rounding to its type.
 
-    Half a step of 1/127 of the largest value in its group for int8, 2**-8 of itself for bfloat16.
+    That is half a step of 1/127 of the largest value in its group for int8, a relative 2**-8 for
+    bfloat16.
 
     Raises:
-        CheckpointError: it is farther from the original.
+        CheckpointError: the difference is larger.
     """
     original = original.astype(np.float32)
     found = np.asarray(restored(kept, "float32")).astype(np.float32)
@@ -81,10 +81,10 @@ def check_stored(path: tuple, original: np.ndarray, kept: Any, dtype: Dtype) -> 
 
 
 def check_direction(name: str, found: np.ndarray, wanted: np.ndarray, dtype: Dtype) -> None:
-    """Refuse kept parameters by which an embedding points elsewhere: 1 - cosine, of each example.
+    """Check the direction of embeddings by stored parameters: 1 - cosine of each example.
 
     Raises:
-        CheckpointError: more than 0.02 (0.01 degrees in float32).
+        CheckpointError: above 0.02 (1e-6 in float32).
     """
     product = (found.astype(np.float64) * wanted).sum(axis=1)
     norms = np.linalg.norm(found.astype(np.float64), axis=1) * np.linalg.norm(wanted, axis=1)

@@ -1,4 +1,4 @@
-"""Several processes measure together: each embeds its share, and all get all embeddings."""
+"""Evaluation by several processes: each embeds a part, and all get all embeddings."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,19 +10,19 @@ from jaxtyping import Float
 
 from vlm.heads.encoder import Encoder, Rule
 
-ROWS = 256  # neighbouring images or texts that go to one process
+ROWS = 256  # consecutive images or texts for one process
 
 
-def shared(model: Encoder) -> Encoder:
-    """The model as tasks see it: alone, itself; else one whose encoding all processes share.
+def distributed(model: Encoder) -> Encoder:
+    """Return the model, in a run of several processes with distributed encoding.
 
-    All processes must measure the same tasks on the same data, and they get the same results as
-    one. Each reads all of the images, of which the evidence holds a hash, and embeds its own.
+    All processes must measure the same tasks on the same data, and get the same results. Each reads
+    all images, to hash them, and embeds a part.
     """
-    return model if jax.process_count() == 1 else SharedModel(model)
+    return model if jax.process_count() == 1 else DistributedModel(model)
 
 
-class SharedModel:
+class DistributedModel:
     """A model whose images and texts are embedded by all processes of the run."""
 
     def __init__(self, model: Encoder):
@@ -36,12 +36,12 @@ class SharedModel:
     def encode_image(
         self, images: Iterable[Any], batch_size: int | None = None
     ) -> Float[np.ndarray, "n d"]:
-        """Unit-norm embeddings of a stream of images, in all processes."""
+        """Return unit-norm embeddings of a stream of images, in all processes."""
         options = {} if batch_size is None else {"batch_size": batch_size}
         return self._gathered(images, lambda own: self._model.encode_image(own, **options))
 
     def encode_text(self, texts: list[str]) -> Float[np.ndarray, "n d"]:
-        """Unit-norm embeddings of texts, in all processes."""
+        """Return unit-norm embeddings of texts, in all processes."""
         return self._gathered(texts, lambda own: self._model.encode_text(list(own)))
 
     def _gathered(self, items: Iterable[Any], encode) -> np.ndarray:
@@ -55,9 +55,9 @@ class SharedModel:
                 count += 1
 
         z = np.asarray(encode(own()), np.float32)
-        turns = -(-count // (ROWS * processes))
-        padded = np.zeros((turns * ROWS, z.shape[1]), np.float32)
+        rounds = -(-count // (ROWS * processes))
+        padded = np.zeros((rounds * ROWS, z.shape[1]), np.float32)
         padded[: len(z)] = z
-        parts = multihost_utils.process_allgather(padded)  # (processes, turns * ROWS, d)
-        rows = parts.reshape(processes, turns, ROWS, -1).swapaxes(0, 1).reshape(-1, z.shape[1])
+        parts = multihost_utils.process_allgather(padded)  # (processes, rounds * ROWS, d)
+        rows = parts.reshape(processes, rounds, ROWS, -1).swapaxes(0, 1).reshape(-1, z.shape[1])
         return rows[:count]
