@@ -22,6 +22,7 @@ from open_clip import hf_model
 from open_clip import model as oc_model
 from open_clip.coca_model import CoCa
 
+from vlm.config import FastViTConfig
 from vlm.errors import CheckpointError, ConfigError
 from vlm.weights import fastvit, text_encoders
 from vlm.weights import open_clip as ours
@@ -110,11 +111,11 @@ def described(config: dict, tensors) -> tuple:
     """Our config, our rules, and the tensors as those rules take them."""
     where = tensors.where
     model = ours.model_config(config, tensors.shapes, where)
-    if fastvit.owns(model.vision):
+    if isinstance(model.vision, FastViTConfig):
         name = config["vision_cfg"]["timm_model_name"]
         tensors = fastvit.Fused(tensors, model.vision, name)
     if text_encoders.reads(tensors.shapes):
-        tensors = text_encoders.Folded(tensors, model.text)
+        tensors = text_encoders.fold(tensors, model.text)
     return model, ours.rules(model, tensors.shapes), tensors
 
 

@@ -33,28 +33,32 @@ def test_the_published_model_is_efficientnet_b7():
 
 
 @pytest.mark.parametrize(
-    ("tower", "fields", "said"),
+    ("tower", "fields", "message"),
     [
-        ("vision", {"hidden_act": "gelu"}, "hidden_act is 'gelu': vlm knows swish"),
-        ("vision", {"pooling_type": "sum"}, "pooling_type is 'sum': vlm knows mean and max"),
-        ("vision", {"strides": [1, 2, 2, 3, 1, 2, 1]}, "strides has 3: vlm knows 1 and 2"),
+        ("vision", {"hidden_act": "gelu"}, "hidden_act is 'gelu': vlm supports swish"),
+        ("vision", {"pooling_type": "sum"}, "pooling_type is 'sum': vlm supports mean, max"),
+        ("vision", {"strides": [1, 2, 2, 3, 1, 2, 1]}, "strides has 3: vlm supports 1 and 2"),
         ("vision", {"kernel_sizes": [3, 3, 5, 3, 5, 4, 3]}, "kernel_sizes has 4"),
-        ("vision", {"kernel_sizes": [3, 3]}, "lists of other lengths"),
+        ("vision", {"kernel_sizes": [3, 3]}, "lists of different lengths"),
         ("vision", {"kernel_sizes": "3"}, "kernel_sizes is '3', not a list"),
-        ("vision", {"in_channels": [32, 16, 24, 40, 80, 112, 200]}, r"in_channels come to \[64"),
+        (
+            "vision",
+            {"in_channels": [32, 16, 24, 40, 80, 112, 200]},
+            r"channels are scaled to \[64",
+        ),
         ("vision", {"depthwise_padding": [-1]}, "depthwise_padding is -1"),
         ("vision", {"num_block_repeats": [999] * 7}, "num_block_repeats is 3097"),
         ("vision", {"depth_coefficient": 0.0}, "must be greater than 0"),
         ("vision", {"num_channels": 1}, "images have 1 channels"),
         ("vision", {"hidden_dim": 8}, "hidden_dim 8 is the side .* 18 places"),
-        ("text", {"hidden_act": "tanh"}, "the activation 'tanh'"),
+        ("text", {"hidden_act": "tanh"}, "hidden_act is 'tanh'"),
         (None, {"projection_dim": 512}, "projection_dim is 512, and the vision tower has 640"),
         (None, {"temperature_init_value": 0.0}, "temperature_init_value is 0.0"),
     ],
 )
-def test_what_the_config_cannot_mean_is_refused_by_name(tower, fields, said):
+def test_invalid_config_fields_are_named(tower, fields, message):
     values = DEFAULT | ({f"{tower}_config": fields} if tower else fields)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         model_config(values, "here")
 
 
@@ -92,9 +96,9 @@ def test_what_alignmodel_has_no_place_for_is_not_written():
     assert isinstance(bundle.config.vision, EfficientNetConfig)
     text = bundle.config.text
 
-    def refused(vision, said, embed_dim=24):
+    def refused(vision, message, embed_dim=24):
         config = ModelConfig(vision, text, embed_dim=embed_dim)
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=message):
             align_config(config, bundle.tokenizer)
 
     stage = EfficientNetStage(1, 24, halve=True)

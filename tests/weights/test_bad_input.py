@@ -40,8 +40,8 @@ def edit(path, change):
             lambda v: v["vision_config"].update(hidden_act="swish"),
             "vision_config.*'swish'.*quick_gelu",
         ),
-        (lambda v: v.update(model_type="blip"), "model of type 'blip'.*clip, siglip"),
-        (lambda v: v.pop("model_type"), "model of type None"),
+        (lambda v: v.update(model_type="blip"), "model_type is 'blip'.*clip, siglip"),
+        (lambda v: v.pop("model_type"), "model_type is None"),
         (lambda v: v["text_config"].update(hidden_size="24"), r"text_config\.hidden_size is '24'"),
         (lambda v: v["vision_config"].update(patch_size=[6, 6]), r"patch_size is \[6, 6\]"),
         (lambda v: v["vision_config"].update(num_channels=1), "1 channels"),
@@ -64,14 +64,20 @@ def test_huggingface_configurations(folder, change, message):
     [
         (lambda m: m.pop("embed_dim"), "model_cfg has no 'embed_dim'"),
         (lambda m: m["vision_cfg"].update(layers=True), "vision_cfg.layers is True, not a whole"),
-        (lambda m: m["vision_cfg"].update(qk_norm=True), "qk_norm True, which vlm does not know"),
-        (lambda m: m["vision_cfg"].update(novelty=3), "novelty 3, which vlm does not know"),
-        (lambda m: m["vision_cfg"].update(act_kwargs={"x": 1}), "activation unknown to vlm"),
+        (
+            lambda m: m["vision_cfg"].update(qk_norm=True),
+            "qk_norm True, which vlm does not support",
+        ),
+        (lambda m: m["vision_cfg"].update(novelty=3), "novelty 3, which vlm does not support"),
+        (lambda m: m["vision_cfg"].update(act_kwargs={"x": 1}), "activation that vlm does not"),
         (lambda m: m["text_cfg"].update(hf_model_name="xlm-roberta-base"), "'xlm-roberta-base'"),
-        (lambda m: m["text_cfg"].update(pool_type="none"), "pool_type 'none' is unknown"),
+        (
+            lambda m: m["text_cfg"].update(pool_type="none"),
+            "pool_type is 'none': vlm",
+        ),
         (lambda m: m["text_cfg"].update(tokenizer_kwargs={"x": 1}), "tokenizer_kwargs is"),
         (lambda m: m["vision_cfg"].update(timm_model_name="resnet50"), "'resnet50' is not one"),
-        (lambda m: m["vision_cfg"].update(image_size=[28, 35]), "takes squares alone"),
+        (lambda m: m["vision_cfg"].update(image_size=[28, 35]), "supports only squares"),
     ],
 )
 def test_open_clip_configurations(folder, change, message):

@@ -33,17 +33,17 @@ def test_without_its_vocabulary_says_where_to_get_it(tmp_path):
         load(tmp_path / "model.npz")
 
 
-def test_torn_files(tmp_path):
+def test_corrupt_files(tmp_path):
     whole = (GOLDEN / "bv_siglip" / "model.npz").read_bytes()
     shutil.copy(GOLDEN / "spiece.model", tmp_path / "sentencepiece.model")
     for size in (0, 100, len(whole) // 2, len(whole) - 10):
         (tmp_path / "model.npz").write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match=r"torn or no \.npz"):
+        with pytest.raises(CheckpointError, match=r"corrupt or no \.npz"):
             load(tmp_path / "model.npz")
     spoiled = bytearray(whole)
     spoiled[len(whole) // 3 : len(whole) // 3 + 64] = bytes(64)
     (tmp_path / "model.npz").write_bytes(spoiled)
-    with pytest.raises(CheckpointError, match=r"torn|is damaged in"):
+    with pytest.raises(CheckpointError, match=r"corrupt|is damaged in"):
         load(tmp_path / "model.npz")
 
 

@@ -118,7 +118,7 @@ def test_longer_texts_than_it_has_positions_for_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda t: t.pop("longtext_head.bias"), "missing from the file: longtext_head.bias"),
         (
@@ -139,13 +139,13 @@ def test_longer_texts_than_it_has_positions_for_are_refused():
         ),
     ],
 )
-def test_what_long_texts_need_is_asked_for_by_them_alone(edited, change, said):
+def test_only_long_texts_need_their_parameters(edited, change, message):
     folder = edited(tensors=change)
     for (name, a), (_, b) in zip(
         flat_arrays(load(FOLDER).model), flat_arrays(load(folder).model), strict=True
     ):
         assert np.array_equal(a, b), name
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         load(folder, context_length=23)
 
 
@@ -158,21 +158,21 @@ def test_no_other_name_is_passed_over(edited, name):
 
 
 @pytest.mark.parametrize(
-    ("part", "fields", "said"),
+    ("part", "fields", "message"),
     [
         ("text", {"hidden_size": 28}, r"projection_size is 24 .* hidden_size, 28: they must be eq"),
         ("text", {"projection_size": 28}, "its width 24 must equal embed_dim 28"),
         ("text", {"longtext_len": 11}, r"longtext_len is 11, and short texts have 11 tokens"),
         ("text", {"keep_len": 2.5}, r"keep_len is 2\.5, not a whole number"),
-        ("text", {"hidden_act": "swish"}, "the activation 'swish'"),
+        ("text", {"hidden_act": "swish"}, "hidden_act is 'swish'"),
         ("vision", {"num_patches": 26}, "num_patches 26 is not a square"),
-        ("vision", {"vision_use_head": False}, "without its head"),
+        ("vision", {"vision_use_head": False}, "without a head"),
         (None, {"architectures": ["Fgclip2TextModel"]}, "describes a 'Fgclip2TextModel'"),
     ],
 )
-def test_what_the_config_cannot_mean_is_refused_by_name(edited, part, fields, said):
+def test_invalid_config_fields_are_named(edited, part, fields, message):
     folder = edited(config=lambda v: (v[f"{part}_config"] if part else v).update(fields))
-    with pytest.raises((CheckpointError, ConfigError), match=said):
+    with pytest.raises((CheckpointError, ConfigError), match=message):
         load(folder)
 
 

@@ -235,7 +235,7 @@ def test_a_damaged_cache_is_repaired(hub, get, fail, cache, damage):
         blob.with_name(f"{blob.name}.incomplete").write_bytes(data[:1000])
     message = fail(name, offline=True)
     assert complaint in message
-    assert f"what the cache holds of {name}" in message
+    assert f"the cached files of {name}" in message
     assert "HF_HUB_OFFLINE is set" in message
     assert get(name) == whole
     assert get(name, offline=True) == whole
@@ -275,7 +275,7 @@ def test_a_model_that_is_not_for_us(hub, fail):
     config = json.dumps({"model_type": "llama"}).encode()
     hub.put("some/llm", config__json=config, model__safetensors=b"l" * 9999)
     message = fail("some/llm")
-    assert "config.json of some/llm describes a model of type 'llama'" in message
+    assert "config.json of some/llm: model_type is 'llama'" in message
     assert "model.safetensors" not in hub.downloaded("some/llm")
     hub.put("some/flax", GOLDEN / "hf_siglip", model__safetensors=None, flax_model__msgpack=b"f")
     assert "'some/flax' has no model.safetensors and no pytorch_model.bin" in fail("some/flax")

@@ -115,8 +115,8 @@ def test_the_published_file_is_understood():
     published["img/pos_embedding"] = (1, position[1] - 1, 768)
     config = big_vision.model_config(published, "LiT-B16B.npz")
     assert (config.vision.heads, config.text.heads, config.embed_dim) == (12, 12, 768)
-    pieces = expand(big_vision.rules(config), flat_shapes(abstract_model(config, np.float32)))
-    assert {piece.theirs: piece.their_shape for piece in pieces} == published
+    layers = expand(big_vision.rules(config), flat_shapes(abstract_model(config, np.float32)))
+    assert {layer.theirs: layer.their_shape for layer in layers} == published
 
 
 # ----------------------------------------------------------------- the images and the texts
@@ -172,7 +172,7 @@ def test_the_vocabulary_may_have_another_name_or_be_json(folder):
 
 def test_vocabularies_that_are_not_the_models(folder):
     text = (folder / "model.txt").read_text()
-    for spoiled, said in (
+    for spoiled, message in (
         (text + "more\n", "has 115 tokens and the embedding table of .* 114 rows"),
         (text.replace("ab\n", "", 1), "has 113 tokens and the embedding table of .* 114 rows"),
         (text.replace("[CLS]", "<s>"), r"has no \[CLS\]: give the vocabulary of a BERT"),
@@ -182,7 +182,7 @@ def test_vocabularies_that_are_not_the_models(folder):
     ):
         spoiled = spoiled if isinstance(spoiled, bytes) else spoiled.encode()
         (folder / "model.txt").write_bytes(spoiled)
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=message):
             load(folder / "model.npz")
     (folder / "model.txt").unlink()
     with pytest.raises(CheckpointError, match=r"put the vocab\.txt of uncased_L-12.* beside the"):
@@ -221,7 +221,7 @@ def test_parameters_that_do_not_fit_are_listed(folder):
 
 def test_a_bert_of_unknown_heads_is_refused(folder, monkeypatch):
     monkeypatch.delitem(big_vision.BERT_HEADS, (15, 3))
-    with pytest.raises(CheckpointError, match=r"width 15 and 3 layers.* does not say its heads"):
+    with pytest.raises(CheckpointError, match=r"width 15 and 3 layers.* does not give its heads"):
         load(folder / "model.npz")
 
 

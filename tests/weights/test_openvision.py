@@ -83,27 +83,29 @@ def test_weights_for_open_clip_come_first(folder):
 def test_without_its_config_it_is_refused(folder):
     (folder / "open_clip_config.json").unlink()
     for named in (folder, folder / BELOW):
-        with pytest.raises(CheckpointError, match=r"does not say which model .* whole repository"):
+        with pytest.raises(
+            CheckpointError, match=r"does not identify its model: .* whole repository"
+        ):
             load(named)
 
 
-def test_a_torn_store_is_named(folder):
+def test_a_corrupt_store_is_named(folder):
     largest = max((folder / BELOW).rglob("ocdbt.process_0/d/*"), key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=r"is torn .* download it again"):
+    with pytest.raises(CheckpointError, match=r"is corrupt .* download it again"):
         load(folder)
 
 
 @pytest.mark.parametrize(
-    ("lost", "said"),
+    ("lost", "message"),
     [
         ("img/embedding/kernel", "has no img/embedding/kernel: it is no OpenVision"),
         ("txt/encoder_norm/scale", "missing from the file: .*txt/encoder_norm/scale"),
     ],
 )
-def test_what_is_missing_is_named(folder, lost, said):
+def test_missing_parameters_are_named(folder, lost, message):
     rewrite(folder, lambda flat: {name: value for name, value in flat.items() if name != lost})
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         load(folder)
 
 

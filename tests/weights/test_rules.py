@@ -37,7 +37,7 @@ def test_a_layout_there_and_back(transform, ours, theirs):
     np.testing.assert_array_equal(transform.read(there, ours), x)
 
 
-def test_all_that_does_not_fit_is_said_at_once():
+def test_all_mismatches_are_in_one_error():
     shapes = {"vision.a": (2, 3), "vision.b": (2, 4), "text.c": (1,), "text.d": (3,)}
     table = [
         Rule("a", "vision.a"), Rule("b.{}", "vision.b"), Rule("c", "text.c"), Rule("x", "gone"),
@@ -45,8 +45,8 @@ def test_all_that_does_not_fit_is_said_at_once():
     ]  # fmt: skip
     sizes = {"a": (2, 3), "b.0": 4, "b.1": 4, "c": 1, "x": 1, "any": (7, 3)}
     arrays = {name: np.zeros(size, np.float32) for name, size in sizes.items()}
-    pieces = expand(table[:3] + table[4:], shapes)
-    check(pieces, shapes, Arrays({k: v for k, v in arrays.items() if k != "x"}, "here"))
+    layers = expand(table[:3] + table[4:], shapes)
+    check(layers, shapes, Arrays({k: v for k, v in arrays.items() if k != "x"}, "here"))
 
     def refused(arrays, table=table, ignored=lambda name: False, shapes=shapes):
         with pytest.raises(CheckpointError) as found:
@@ -55,36 +55,36 @@ def test_all_that_does_not_fit_is_said_at_once():
 
     assert "describes; 1 parameter that the model does not have: gone" in refused(arrays)
     less = {k: v for k, v in arrays.items() if k not in ("b.1", "c")}
-    said = refused({**less, "a": np.zeros((3, 2)), "more": TABLE, "noise": TABLE})
-    assert "2 parameters missing from the file: b.1, c;" in said
-    assert "2 parameters in the file without a place in the model: more, noise;" in said
-    assert "1 parameter of another shape: a (3, 2) (the model has (2, 3))" in said
-    assert "at all" not in said
-    said = refused({**less, "noise": TABLE}, ignored=lambda name: name == "noise")
-    assert "without a place" not in said
+    message = refused({**less, "a": np.zeros((3, 2)), "more": TABLE, "noise": TABLE})
+    assert "2 parameters missing from the file: b.1, c;" in message
+    assert "2 parameters in the file without a place in the model: more, noise;" in message
+    assert "1 parameter of another shape: a (3, 2) (the model has (2, 3))" in message
+    assert "at all" not in message
+    message = refused({**less, "noise": TABLE}, ignored=lambda name: name == "noise")
+    assert "without a place" not in message
     assert "1 parameter of the model that nothing fills: vision.a" in refused(arrays, table[1:])
     assert "of another shape: any (7, 2)" in refused({**arrays, "any": np.zeros((7, 2))})
     assert "of another shape: any (3,)" in refused({**arrays, "any": np.zeros(3)})
     no_text = {k: v for k, v in arrays.items() if k not in ("c", "any")}
     assert "describes (it has no text tower at all); 2 parameters missing" in refused(no_text)
-    said = refused({"x": TABLE})
-    assert "(it has no vision tower and no text tower at all); 5 parameters missing" in said
+    message = refused({"x": TABLE})
+    assert "(it has no vision tower and no text tower at all); 5 parameters missing" in message
 
 
 def test_a_tensor_that_holds_several_of_ours_in_every_layer():
     shapes = {"q": (2, 3, 4), "k": (2, 3, 4)}  # 2 layers, from 3 to 4
-    pieces = expand([Rule("qk.{}", ("q", "k"), LINEAR)], shapes)
-    assert [(p.theirs, p.ours, p.layer, p.part) for p in pieces] == [
+    layers = expand([Rule("qk.{}", ("q", "k"), LINEAR)], shapes)
+    assert [(p.theirs, p.ours, p.layer, p.part) for p in layers] == [
         ("qk.0", "q", 0, 0), ("qk.1", "q", 1, 0), ("qk.0", "k", 0, 1), ("qk.1", "k", 1, 1)
     ]  # fmt: skip
-    assert all(piece.their_shape == (8, 3) for piece in pieces)
+    assert all(layer.their_shape == (8, 3) for layer in layers)
     x = np.arange(24, dtype=np.float32).reshape(8, 3)
     tensors = Arrays({"qk.0": x, "qk.1": x + 100}, "here")
-    for piece in pieces:
-        expected = x[4 * piece.part :][:4].T + 100 * piece.layer
-        np.testing.assert_array_equal(piece.read(tensors), expected)
-    ours = {name: jnp.stack([p.read(tensors) for p in pieces if p.ours == name]) for name in "qk"}
-    again = rules.LazyTensor([p for p in pieces if p.theirs == "qk.1"], ours)
+    for layer in layers:
+        expected = x[4 * layer.part :][:4].T + 100 * layer.layer
+        np.testing.assert_array_equal(layer.read(tensors), expected)
+    ours = {name: jnp.stack([p.read(tensors) for p in layers if p.ours == name]) for name in "qk"}
+    again = rules.LazyTensor([p for p in layers if p.theirs == "qk.1"], ours)
     assert again.shape == (8, 3)
     np.testing.assert_array_equal(np.asarray(again), x + 100)
 
@@ -111,10 +111,10 @@ class Recorder(Arrays):
 TABLE = np.arange(40 * 6, dtype=np.float32).reshape(40, 6)
 
 
-def pour(piece, spans, theirs=TABLE):
+def copy_slices(layer, spans, theirs=TABLE):
     tensors = Recorder({"x": theirs})
     buffers = {span: np.full([b - a for a, b in span], np.nan, np.float32) for span in spans}
-    rules._copy_slices(piece, tensors, buffers)
+    rules._copy_slices(layer, tensors, buffers)
     return buffers, tensors.reads
 
 
@@ -129,7 +129,7 @@ def pour(piece, spans, theirs=TABLE):
 )
 def test_a_table_is_read_in_strips_and_only_where_it_is_wanted(spans, part, monkeypatch):
     monkeypatch.setattr(files, "_PART", part)
-    buffers, reads = pour(LayerRule("x", "ours", None, SAME, (40, 6)), spans)
+    buffers, reads = copy_slices(LayerRule("x", "ours", None, SAME, (40, 6)), spans)
     for (rows, columns), buffer in buffers.items():
         assert np.array_equal(buffer, TABLE[slice(*rows), slice(*columns)])
     taken = [row for start, stop in reads for row in range(start, stop)]
@@ -141,9 +141,9 @@ def test_a_table_is_read_in_strips_and_only_where_it_is_wanted(spans, part, monk
 def test_a_layer_that_no_shard_holds_is_not_read():
     layer = LayerRule("x", "ours", 2, LINEAR, (6, 40))
     stack = ((0, 2), (0, 6), (0, 40))
-    _, reads = pour(layer, [stack])
+    _, reads = copy_slices(layer, [stack])
     assert reads == []
     upper = ((2, 4), (3, 6), (0, 40))
-    buffers, reads = pour(layer, [stack, upper])
+    buffers, reads = copy_slices(layer, [stack, upper])
     assert len(reads) == 1
     assert np.array_equal(buffers[upper][0], TABLE.T[3:])

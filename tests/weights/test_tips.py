@@ -30,10 +30,10 @@ def with_fields(folder: pathlib.Path, part: str, fields: dict) -> pathlib.Path:
 
 
 @pytest.mark.parametrize(
-    ("part", "fields", "said"),
+    ("part", "fields", "message"),
     [
         ("vision_config", {"qkv_bias": False}, r"vision_config.qkv_bias is off"),
-        ("vision_config", {"hidden_act": "silu"}, r"vision_config has the activation 'silu'"),
+        ("vision_config", {"hidden_act": "silu"}, r"vision_config.hidden_act is 'silu'"),
         ("vision_config", {"image_size": [30, 24]}, r"image_size is \[30, 24\], not a whole"),
         ("vision_config", {"mlp_ratio": 0}, r"mlp_ratio is 0: it must be greater than 0"),
         ("vision_config", {"num_register_tokens": 0}, r"without a place in the model: .*register_"),
@@ -43,16 +43,16 @@ def with_fields(folder: pathlib.Path, part: str, fields: dict) -> pathlib.Path:
         ("text_config", {"pooling_epsilon": 0.5}, r"pooling_epsilon is 0.5, which changes means"),
         ("text_config", {"pad_token_id": 1}, r"pads texts with token 0, .* pad_token_id 1"),
         ("", {"temperature_init_value": 0}, r"temperature_init_value is 0"),
-        ("", {"architectures": ["Tipsv2VisionModel"]}, r"'Tipsv2VisionModel', which has not both"),
+        ("", {"architectures": ["Tipsv2VisionModel"]}, r"'Tipsv2VisionModel', which lacks a tower"),
     ],
 )
-def test_what_the_family_does_not_read_is_named(part, fields, said, tmp_path, monkeypatch):
+def test_unsupported_options_are_named(part, fields, message, tmp_path, monkeypatch):
     def unread(self, name, start=0, stop=None):
         raise AssertionError(f"{name} was read")
 
     folder = with_fields(tmp_path / "model", part, fields)
     monkeypatch.setattr(SafetensorsFile, "read", unread)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         load(folder)
 
 
@@ -110,7 +110,7 @@ def test_a_tower_opens_with_the_one_beside_it(tmp_path):
     with pytest.raises(CheckpointError, match=r"several models, other, small: give the path"):
         load(folder)
     (folder / "tokenizer.model").unlink()
-    with pytest.raises(CheckpointError, match=r"has no tokenizer.model, which TIPS keeps apart"):
+    with pytest.raises(CheckpointError, match=r"no tokenizer.model, which TIPS publishes"):
         load(folder / "small_vision.npz")
 
 
@@ -124,7 +124,7 @@ def changed(folder: pathlib.Path, change) -> pathlib.Path:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda a: a.update({"blocks.0.attn.qkv.weight": np.zeros(3)}), "in TIPS's PyTorch form"),
         (
@@ -136,6 +136,6 @@ def changed(folder: pathlib.Path, change) -> pathlib.Path:
         (lambda a: a.update({"encoder/more": np.zeros(3)}), "in the file without a place"),
     ],
 )  # fmt: skip
-def test_files_of_another_form_are_refused(change, said, tmp_path):
-    with pytest.raises(CheckpointError, match=said):
+def test_files_of_another_form_are_refused(change, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
         load(changed(tmp_path / "model", change))

@@ -1,38 +1,28 @@
 """transformers' `AlignModel`: ALIGN (arXiv:2102.05918), of which Kakao Brain published weights.
 
 The vision tower is an EfficientNet, whose pooled channels are the embedding; the text tower a BERT.
-Its config scales the sizes of EfficientNet-B0; ours says what they come to.
+Its config scales the sizes of EfficientNet-B0; ours has the results.
 """
 
 import dataclasses
 import math
-import os
 from typing import Any
 
 from etils import epath
 
 from vlm.config import EfficientNetConfig, EfficientNetStage, ModelConfig, TextConfig
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, show
 from vlm.weights import huggingface
-from vlm.weights.bert_clip import Folded, bert_rules
-from vlm.weights.checkpoint import Checkpoint, weights
-from vlm.weights.fields import (
-    MAX_LAYERS,
-    MAX_PIXELS,
-    integer,
-    number,
-    read_json,
-    show,
-    with_defaults,
-)
+from vlm.weights.checkpoint import Checkpoint, ComputedTensors, weights
+from vlm.weights.fields import MAX_LAYERS, MAX_PIXELS, choice, integer, number, with_defaults
 from vlm.weights.layers import batch_norm, conv, linear, point
 from vlm.weights.rules import Rule
-from vlm.weights.tipsv2 import TEMPERATURE, WithTemperature
-from vlm.weights.vocabularies import check_vocabulary, huggingface_tokenizer
+from vlm.weights.text_encoders import bert_positions, bert_rules
+from vlm.weights.tipsv2 import TEMPERATURE, with_temperature
 
 MODEL_TYPES = ("align",)
-LENGTH = 64  # tokens that AlignProcessor pads texts to; the tower has positions for more
-# The defaults of transformers' configuration classes. Lists have a value for each stage ...
+LENGTH = 64  # to which AlignProcessor pads texts; the tower has positions for more
+# Defaults of transformers' configuration classes. Lists have a value for each stage ...
 _STAGES: dict[str, list[int]] = {
     "kernel_sizes": [3, 3, 5, 3, 5, 5, 3],
     "in_channels": [32, 16, 24, 40, 80, 112, 192],
@@ -47,58 +37,33 @@ _VISION: dict[str, Any] = {
     "depthwise_padding": None, "squeeze_expansion_ratio": 0.25, "hidden_act": "swish",
     "hidden_dim": 2560, "pooling_type": "mean", "batch_norm_eps": 1e-3, **dict.fromkeys(_STAGES),
 }  # fmt: skip
-_TEXT: dict[str, Any] = {
-    "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "intermediate_size": 3072, "hidden_act": "gelu", "max_position_embeddings": 512,
-    "layer_norm_eps": 1e-12, "pad_token_id": 0,
-}  # fmt: skip
 _MODEL = {"projection_dim": 640, "temperature_init_value": 1.0}
 STEM = 32  # channels of the stem, before they are scaled
 
 
-def open_checkpoint(folder: epath.Path) -> Checkpoint:
-    """The checkpoint in a folder.
-
-    Raises:
-        CheckpointError: it is incomplete, torn or contradictory.
-    """
-    where = os.fspath(folder / "config.json")
-    config = model_config(read_json(folder / "config.json"), where)
-    # The tower takes images of any size, and the processor makes those that it was trained on.
+def open_checkpoint(folder: epath.Path, values: dict[str, Any], config: ModelConfig) -> Checkpoint:
+    """Open the checkpoint in a folder."""
+    # The tower takes images of any size; the processor has the size it was trained on.
     preprocess = huggingface.preprocess_config(folder, config.vision.image_size)
     vision = config.vision
     assert isinstance(vision, EfficientNetConfig)
     vision = dataclasses.replace(vision, image_size=preprocess.image_size)
     config = dataclasses.replace(config, vision=vision)
-    tokenizer = huggingface_tokenizer(folder, config)
-    check_vocabulary(tokenizer, config, folder)
-    if tokenizer.config.pad_id != config.text.pad_id:
-        raise CheckpointError(
-            f"{folder} pads texts with token {tokenizer.config.pad_id}, and its config.json has "
-            f"pad_token_id {config.text.pad_id}: they are not of one model"
-        )
-    tensors = Folded(weights(folder, *huggingface.WEIGHTS), config.text, "align")
-    return Checkpoint(
-        folder.name,
+    tensors = weights(folder, *huggingface.WEIGHTS)
+    tensors = ComputedTensors(tensors, *bert_positions(tensors, "text_model", config.text, 0))
+    return huggingface.assemble(
+        folder,
         config,
-        preprocess,
-        tokenizer,
-        WithTemperature(tensors, "temperature", 1 / config.init_scale),
         rules(vision),
-        ignored,
-        "bicubic",
+        tensors=with_temperature(tensors, "temperature", 1 / config.init_scale),
+        ignored=_ignored,
         context_length=min(LENGTH, config.text.context_length),
     )
 
 
 def model_config(values: dict[str, Any], where: str) -> ModelConfig:
-    """Our configuration of a `config.json` of this model.
-
-    Raises:
-        CheckpointError: an option that vlm does not know, or a size that cannot be.
-    """
-    huggingface.check_architecture(values.get("architectures"), where)
-    text = huggingface.tower_fields(values, "text", _TEXT, where)
+    """Configuration of a model."""
+    text, text_options = huggingface.read_tower(values, "text", huggingface.BERT, where)
     vision = _vision(
         huggingface.tower_fields(values, "vision", _VISION, where), f"{where}: vision_config"
     )
@@ -112,9 +77,7 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     return ModelConfig(
         vision,
         TextConfig(
-            vocab_size=text["vocab_size"],
-            context_length=text["max_position_embeddings"],
-            **huggingface.tower_sizes(text, f"{where}: text_config"),
+            **text_options,
             norm="post",
             pool="first",
             pad_id=text["pad_token_id"],
@@ -126,30 +89,25 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _vision(c: dict[str, Any], where: str) -> EfficientNetConfig:
-    if c["hidden_act"] not in ("swish", "silu"):
-        raise CheckpointError(f"{where}.hidden_act is {show(c['hidden_act'])}: vlm knows swish")
-    if c["pooling_type"] not in ("mean", "max"):
-        raise CheckpointError(
-            f"{where}.pooling_type is {show(c['pooling_type'])}: vlm knows mean and max"
-        )
+    choice(c["hidden_act"], ("swish", "silu"), f"{where}.hidden_act")
     lists = {
         name: _integers(c[name] or given, f"{where}.{name}") for name, given in _STAGES.items()
     }
     if len({len(values) for values in lists.values()}) > 1 or not lists["strides"]:
         raise CheckpointError(
-            f"{where} has lists of other lengths: give {', '.join(lists)} a value for each stage"
+            f"{where} has lists of different lengths: give {', '.join(lists)} one value per stage"
         )
     kernels, strides = lists["kernel_sizes"], lists["strides"]
     if even := [size for size in kernels if size % 2 == 0]:
-        raise CheckpointError(f"{where}.kernel_sizes has {even[0]}: vlm knows odd sizes")
+        raise CheckpointError(f"{where}.kernel_sizes has {even[0]}: vlm supports odd sizes")
     if other := [stride for stride in strides if stride > 2]:
-        raise CheckpointError(f"{where}.strides has {other[0]}: vlm knows 1 and 2")
+        raise CheckpointError(f"{where}.strides has {other[0]}: vlm supports 1 and 2")
     inputs = [scaled(width, c, f"{where}.in_channels") for width in lists["in_channels"]]
     widths = [scaled(width, c, f"{where}.out_channels") for width in lists["out_channels"]]
     stem_width = scaled(STEM, c, where)
     if inputs != [stem_width, *widths[:-1]]:
         raise CheckpointError(
-            f"{where}: in_channels come to {inputs} and what is before them has "
+            f"{where}: in_channels are scaled to {inputs} and the layers before them have "
             f"{[stem_width, *widths[:-1]]}: they must be equal"
         )
     padded = _integers(c["depthwise_padding"] or [], f"{where}.depthwise_padding", low=0)
@@ -177,13 +135,13 @@ def _vision(c: dict[str, Any], where: str) -> EfficientNetConfig:
         stem_width=stem_width,
         stages=tuple(stages),
         squeeze=c["squeeze_expansion_ratio"],
-        pool=c["pooling_type"],
+        pool=choice(c["pooling_type"], ("mean", "max"), f"{where}.pooling_type"),
         norm_eps=c["batch_norm_eps"],
         projection="none",
     )
     if tower.sides()[-1] > c["hidden_dim"]:
         raise CheckpointError(
-            f"{where}.hidden_dim {c['hidden_dim']} is the side of what is pooled, and the tower "
+            f"{where}.hidden_dim {c['hidden_dim']} is the side of the pooled grid, and the tower "
             f"has {tower.sides()[-1]} places along each: vlm pools all of them"
         )
     return tower
@@ -206,11 +164,8 @@ def _integers(values: Any, where: str, low: int = 1) -> list[int]:
     return [integer(value, where, low) for value in values]
 
 
-# --------------------------------------------------------------------- their names and ours
-
-
 def rules(c: EfficientNetConfig) -> list[Rule]:
-    """The table of a model, for tensors that are `Folded`."""
+    """Rules of a model whose positions are folded by `bert_positions`."""
     table = [
         Rule("temperature", "logit_scale", TEMPERATURE),
         *conv("vision_model.embeddings.convolution", "vision.stem", bias=False),
@@ -224,11 +179,7 @@ def rules(c: EfficientNetConfig) -> list[Rule]:
             rest = _block("vision_model.encoder.blocks.{}", f"{ours}.blocks", stage)
             table += [dataclasses.replace(rule, first=block + 1) for rule in rest]
         block += stage.depth
-    return [
-        *table,
-        *bert_rules("align"),
-        *linear("text_projection", "text.projection"),
-    ]
+    return [*table, *bert_rules("text_model"), *linear("text_projection", "text.projection")]
 
 
 def _block(theirs: str, ours: str, stage: EfficientNetStage) -> list[Rule]:
@@ -251,8 +202,8 @@ def _block(theirs: str, ours: str, stage: EfficientNetStage) -> list[Rule]:
 POOLER = "text_model.pooler.dense"  # BERT's, whose output ALIGN leaves unused
 
 
-def ignored(name: str) -> bool:
-    """What takes no part in embeddings: counts of batches, buffers, and BERT's pooler."""
+def _ignored(name: str) -> bool:
+    """Whether it takes no part in embeddings: counts of batches, buffers, and BERT's pooler."""
     return (
         name.endswith(("num_batches_tracked", "position_ids", "token_type_ids"))
         or name.rpartition(".")[0] == POOLER

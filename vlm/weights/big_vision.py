@@ -1,8 +1,8 @@
 """big_vision's `.npz` files: SigLIP, SigLIP 2, and LiT with a text transformer or a BERT.
 
-Their layout is ours but for names: https://github.com/google-research/big_vision. The shapes say
-every size but the heads of a BERT, and the code has one activation (tanh-GELU). The BERT is that
-of flaxformer (https://github.com/google/flaxformer, architectures/bert) without its pooler.
+Layouts are ours, names differ: https://github.com/google-research/big_vision. The shapes give every
+size but the heads of a BERT, and the code has one activation (tanh-GELU). The BERT is that of
+flaxformer (https://github.com/google/flaxformer, architectures/bert) without its pooler.
 """
 
 import math
@@ -20,13 +20,20 @@ from vlm.config import ModelConfig, PreprocessConfig, TextConfig, ViTConfig
 from vlm.errors import CheckpointError
 from vlm.weights.checkpoint import Checkpoint
 from vlm.weights.fields import show
-from vlm.weights.flax_layers import MERGED, MERGED_OUT, attention, dense, mlp, norm
-from vlm.weights.rules import FLAT, SCALAR_1, WITHOUT_FIRST, Rule, leading
-from vlm.weights.vocabularies import bert_tokenizer, big_vision_tokenizer, check_vocabulary
+from vlm.weights.flax_layers import (
+    MERGED,
+    MERGED_OUT,
+    attention,
+    block,
+    dense,
+    encoder_sizes,
+    mlp,
+    norm,
+)
+from vlm.weights.rules import FLAT, SCALAR_1, WITHOUT_FIRST, Rule, Shapes, count_layers, leading
+from vlm.weights.vocabularies import bert_tokenizer, big_vision_tokenizer
 
 _STACKED = re.compile(r"(.*/)encoderblock/(.*)")
-_IMAGE_BLOCK = r"img/Transformer/encoderblock_\d+/LayerNorm_0/scale"
-_TEXT_BLOCK = r"txt/Encoder_0/encoderblock_\d+/LayerNorm_0/scale"
 _OLD_IMAGE_POSITION = (
     "img/Transformer/posembed_input/pos_embedding",
     "img/Transformer/pos_embedding",
@@ -36,22 +43,22 @@ _BERT = "txt/BertEncoder_0"
 _BERT_LAYER = f"{_BERT}/encoder_block/layer_sequence/layers_{{}}"
 _BERT_TABLES = f"{_BERT}/embedder/embedders_{{}}_ids/embedding"
 _BERT_POSITION, _BERT_SEGMENT = _BERT_TABLES.format("position"), _BERT_TABLES.format("segment")
-# Width and depth: heads. Its kernels are (width, width), so the shapes do not say them, and
-# big_vision builds these two alone.
+# Heads by width and depth. The kernels are (width, width), so shapes do not give the heads, and
+# big_vision builds only these two.
 BERT_HEADS = {(768, 12): 12, (1024, 24): 16}
 
 
 class NpzFile:
-    """The parameters of an `.npz`, as big_vision names them, with its history ironed out.
+    """Parameters of an `.npz`, with old forms of big_vision converted to the present one.
 
-    Names lose "params/"; one stacked `encoderblock` appears as `encoderblock_0`, `_1`, ...;
-    bfloat16, which numpy saves as raw pairs of bytes, is bfloat16 again; a second position
-    embedding of the text tower, which old files carry, is added to the first, and so is the
-    segment embedding of a BERT, whose texts are all of segment 0; and the first position of old
-    vision towers, which is that of the class token, is added to the class token.
+    - Names lose "params/", and one stacked `encoderblock` becomes `encoderblock_0`, `_1`, ...
+    - bfloat16, which numpy saves as raw pairs of bytes, is restored.
+    - A second position embedding of the text tower, which old files have, is added to the first.
+    - So is the embedding of segment 0 of a BERT, to which all texts belong.
+    - The first position of old vision towers is added to the class token.
 
     Raises:
-        CheckpointError: the file is missing, torn, or no `.npz` of numbers.
+        CheckpointError: the file is missing, corrupt, or no `.npz` of numbers.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -65,7 +72,9 @@ class NpzFile:
             raise CheckpointError(f"there is no {path}: check the path") from None
         except Exception as error:  # a damaged archive fails in any way
             reason = show(str(error))
-            raise CheckpointError(f"{path} is torn or no .npz ({reason}): get it again") from None
+            raise CheckpointError(
+                f"{path} is corrupt or no .npz ({reason}): get it again"
+            ) from None
         self._members: dict[str, tuple[str, int | None]] = {}  # our name: member, layer
         self.shapes: dict[str, tuple[int, ...]] = {}
         for member, shape in members.items():
@@ -91,13 +100,11 @@ class NpzFile:
         self._image_position()
         self._archive: Any = None
         self._lock = threading.Lock()
-        self._held: tuple[str, Any] = (
-            "",
-            None,
-        )  # the last member: its layers are asked for in turn
+        # The last member that was read: its layers are read one after the other.
+        self._held: tuple[str, Any] = ("", None)
 
     def _image_position(self) -> None:
-        """Old vision towers: positions inside the encoder, the first of them the class token's."""
+        """Find positions in the encoder of old vision towers; the first is the class token's."""
         for old in _OLD_IMAGE_POSITION:
             if old in self.shapes and "img/pos_embedding" not in self.shapes:
                 self.shapes["img/pos_embedding"] = self.shapes.pop(old)
@@ -148,7 +155,7 @@ class NpzFile:
 
 
 def _header(archive, name: str) -> tuple[int, ...]:
-    """The shape of a member, without its data."""
+    """Read the shape of a member, without its data."""
     with archive.zip.open(f"{name}.npy") as stream:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0
@@ -166,18 +173,13 @@ def recognises(path: epath.Path) -> bool:
 
 
 def open_checkpoint(path: epath.Path) -> Checkpoint:
-    """The checkpoint in a file, with the vocabulary beside it.
-
-    Raises:
-        CheckpointError: it is torn, has no such towers, or no vocabulary beside it.
-    """
+    """Open the checkpoint in a file, with the vocabulary beside it."""
     tensors = NpzFile(path)
     config = model_config(tensors.shapes, os.fspath(path))
     if config.text.norm == "post":
         tokenizer = bert_tokenizer(path, config)
     else:
         tokenizer = big_vision_tokenizer(path.parent, config)
-    check_vocabulary(tokenizer, config, path)
     return Checkpoint(
         path.stem,
         config,
@@ -185,14 +187,14 @@ def open_checkpoint(path: epath.Path) -> Checkpoint:
         tokenizer,
         tensors,
         rules(config),
-        ignored,
+        lambda name: name.startswith("opt/"),  # the optimizer's state
         "zoom",
         context_length=tokenizer.config.context_length,
     )
 
 
-def model_config(shapes: dict[str, tuple[int, ...]], where: str) -> ModelConfig:
-    """The configuration of a big_vision two-tower model, from the shapes of its parameters.
+def model_config(shapes: Shapes, where: str) -> ModelConfig:
+    """Configuration of a two-tower model of big_vision, from the shapes of its parameters.
 
     Raises:
         CheckpointError: it has no such towers, or a BERT whose heads are not known.
@@ -214,7 +216,7 @@ def model_config(shapes: dict[str, tuple[int, ...]], where: str) -> ModelConfig:
 
 
 def preprocess_config(image_size: int) -> PreprocessConfig:
-    """`resize(N)|value_range(-1, 1)`."""
+    """Preprocessing `resize(N)|value_range(-1, 1)`."""
     return PreprocessConfig(
         image_size=image_size, kernel="bilinear", backend="tensorflow", antialias=False
     )
@@ -227,7 +229,9 @@ def _vision(shapes) -> ViTConfig:
     return ViTConfig(
         image_size=grid * patch_size,
         patch_size=patch_size,
-        **_tower(shapes, "img/Transformer", _IMAGE_BLOCK),
+        **encoder_sizes(shapes, "img/Transformer"),
+        activation="gelu_tanh",
+        norm_eps=1e-6,
         pool="class" if has_class else "map" if "img/MAPHead_0/probe" in shapes else "mean",
         class_token=has_class,
         projection="linear_bias" if "img/head/kernel" in shapes else "none",
@@ -240,22 +244,23 @@ def _text(shapes) -> TextConfig:
     return TextConfig(
         vocab_size=vocab_size,
         context_length=context_length,
-        **_tower(shapes, "txt/Encoder_0", _TEXT_BLOCK),
+        **encoder_sizes(shapes, "txt/Encoder_0"),
+        activation="gelu_tanh",
+        norm_eps=1e-6,
         pool="map" if "txt/MAPHead_0/probe" in shapes else "last",
         projection="linear_bias" if "txt/head/kernel" in shapes else "none",
     )
 
 
 def _bert(shapes, where: str) -> TextConfig:
-    """BERT with a linear layer on its [CLS] token; padding, which is token 0, is masked."""
+    """Configuration of a BERT pooled at its [CLS] token; padding, token 0, is masked."""
     context_length, width = shapes[_BERT_POSITION]
     vocab_size, _ = shapes[_BERT_TABLES.format("token")]
-    layers = re.compile(_BERT_LAYER.replace("{}", r"(\d+)") + "/")
-    depth = len({match[1] for name in shapes if (match := layers.match(name))})
+    depth = count_layers(shapes, f"{_BERT_LAYER}/mlp_block/layer_norm/scale")
     if (width, depth) not in BERT_HEADS:
         raise CheckpointError(
-            f"{where} has a BERT of width {width} and {depth} layers, and the file does not say "
-            "its heads: vlm knows those of BERT-Base (768, 12) and BERT-Large (1024, 24)"
+            f"{where} has a BERT of width {width} and {depth} layers, and the file does not give "
+            "its heads: vlm supports those of BERT-Base (768, 12) and BERT-Large (1024, 24)"
         )
     return TextConfig(
         vocab_size=vocab_size,
@@ -273,23 +278,8 @@ def _bert(shapes, where: str) -> TextConfig:
     )
 
 
-def _tower(shapes, encoder: str, block: str) -> dict[str, Any]:
-    query = shapes[f"{encoder}/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"]
-    return {
-        "width": query[0],
-        "depth": sum(bool(re.fullmatch(block, name)) for name in shapes),
-        "heads": query[1],
-        "mlp_dim": shapes[f"{encoder}/encoderblock_0/MlpBlock_0/Dense_0/kernel"][1],
-        "activation": "gelu_tanh",
-        "norm_eps": 1e-6,
-    }
-
-
-# --------------------------------------------------------------------- their names and ours
-
-
 def rules(config: ModelConfig) -> list[Rule]:
-    """The table for a model of this configuration."""
+    """Rules of a model."""
     vision = config.vision
     assert isinstance(vision, ViTConfig)  # big_vision has no other
     bias = [] if config.init_bias is None else [Rule("b", "logit_bias", SCALAR_1)]
@@ -301,39 +291,36 @@ def rules(config: ModelConfig) -> list[Rule]:
         *_encoder("img/Transformer", "vision"),
         *_pool("img", "vision", vision.pool),
         *(dense("img/head", "vision.projection") if vision.projection != "none" else []),
-        *(_bert_rules() if config.text.norm == "post" else _text_rules(config.text)),
+        *(_bert_rules() if config.text.norm == "post" else _text_rules(config.text.pool)),
         *(dense("txt/head", "text.projection") if config.text.projection != "none" else []),
     ]
 
 
-def _text_rules(c: TextConfig) -> list[Rule]:
-    return [
-        Rule("txt/Embed_0/embedding", "text.embedding"),
-        Rule("txt/pos_embedding", "text.position", leading(1)),
-        *_encoder("txt/Encoder_0", "text"),
-        *_pool("txt", "text", c.pool),
-    ]
-
-
 def _bert_rules() -> list[Rule]:
-    block, attention = "text.transformer.blocks", f"{_BERT_LAYER}/attention_block"
-    mlp, rules = f"{_BERT_LAYER}/mlp_block", []
+    ours, attention = "text.transformer.blocks", f"{_BERT_LAYER}/attention_block"
+    mlp, heads = f"{_BERT_LAYER}/mlp_block", []
     for part in ("query", "key", "value"):
-        theirs, ours = f"{attention}/attention_layer/{part}", f"{block}.attention.{part}"
-        rules.append(Rule(f"{theirs}/kernel", f"{ours}.kernel", MERGED))
-        rules.append(Rule(f"{theirs}/bias", f"{ours}.bias", FLAT))
-    out = f"{block}.attention.out"
+        theirs = f"{attention}/attention_layer/{part}"
+        heads += dense(theirs, f"{ours}.attention.{part}", MERGED, FLAT)
     return [
         Rule(_BERT_TABLES.format("token"), "text.embedding"),
         Rule(_BERT_POSITION, "text.position"),
         *norm(f"{_BERT}/layer_norm", "text.embedding_norm"),
-        *rules,
-        Rule(f"{attention}/dense_layer/kernel", f"{out}.kernel", MERGED_OUT),
-        Rule(f"{attention}/dense_layer/bias", f"{out}.bias"),
-        *norm(f"{attention}/layer_norm", f"{block}.attention_norm"),
-        *dense(f"{mlp}/mlp/dense_layer", f"{block}.mlp.up"),
-        *dense(f"{mlp}/dense_layer", f"{block}.mlp.down"),
-        *norm(f"{mlp}/layer_norm", f"{block}.mlp_norm"),
+        *heads,
+        *dense(f"{attention}/dense_layer", f"{ours}.attention.out", MERGED_OUT),
+        *norm(f"{attention}/layer_norm", f"{ours}.attention_norm"),
+        *dense(f"{mlp}/mlp/dense_layer", f"{ours}.mlp.up"),
+        *dense(f"{mlp}/dense_layer", f"{ours}.mlp.down"),
+        *norm(f"{mlp}/layer_norm", f"{ours}.mlp_norm"),
+    ]
+
+
+def _text_rules(pool: str) -> list[Rule]:
+    return [
+        Rule("txt/Embed_0/embedding", "text.embedding"),
+        Rule("txt/pos_embedding", "text.position", leading(1)),
+        *_encoder("txt/Encoder_0", "text"),
+        *_pool("txt", "text", pool),
     ]
 
 
@@ -347,12 +334,8 @@ def _position(c: ViTConfig) -> list[Rule]:
 
 
 def _encoder(theirs: str, ours: str) -> list[Rule]:
-    layer, block = f"{theirs}/encoderblock_{{}}", f"{ours}.transformer.blocks"
     return [
-        *norm(f"{layer}/LayerNorm_0", f"{block}.attention_norm"),
-        *attention(f"{layer}/MultiHeadDotProductAttention_0", f"{block}.attention"),
-        *norm(f"{layer}/LayerNorm_1", f"{block}.mlp_norm"),
-        *mlp(f"{layer}/MlpBlock_0", f"{block}.mlp"),
+        *block(f"{theirs}/encoderblock_{{}}", f"{ours}.transformer.blocks"),
         *norm(f"{theirs}/encoder_norm", f"{ours}.norm"),
     ]
 
@@ -367,8 +350,3 @@ def _pool(theirs: str, ours: str, pool: str) -> list[Rule]:
         *norm(f"{head}/LayerNorm_0", f"{ours}.pool.norm"),
         *mlp(f"{head}/MlpBlock_0", f"{ours}.pool.mlp"),
     ]
-
-
-def ignored(name: str) -> bool:
-    """The optimizer's state, in a file that carries it."""
-    return name.startswith("opt/")

@@ -1,15 +1,17 @@
-"""What a checkpoint says about itself, and the files of a folder that hold its parameters."""
+"""A checkpoint's description, and the files of a folder that hold its parameters."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from etils import epath
+from jaxtyping import Shaped
 
 from vlm.config import ModelConfig, PreprocessConfig
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, show
 from vlm.inputs.tokenizer import Tokenizer
-from vlm.weights.fields import fields, read_json, show
+from vlm.weights.fields import fields, read_json
 from vlm.weights.files import SafetensorsFile, Shards, Tensors
 from vlm.weights.resolution import Positions, TextPositions
 from vlm.weights.rules import Rule
@@ -20,7 +22,7 @@ _SHARD = re.compile(r"\w[\w.-]*")  # no path, so that nothing outside the folder
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint says about itself; its tensors are not read yet.
+    """Description of a checkpoint, whose tensors are not read yet.
 
     Example:
         >>> from etils import epath
@@ -39,19 +41,57 @@ class Checkpoint:
     ignored: Callable[[str], bool]
     positions: Positions  # how the family resizes its position embeddings: of images ...
     text_positions: TextPositions = "cut"  # ... and of texts
-    context_length: int | None = None  # that it is used with, where it has positions for more
-    fingerprint: str | None = None  # of the parameters, where they carry one
-    longer: "Checkpoint | None" = None  # for longer texts, where a family embeds them otherwise
+    context_length: int | None = None  # default, if the model has positions for more
+    fingerprint: str | None = None  # of the parameters, if stored
+    longer: "Checkpoint | None" = None  # for longer texts, if the family embeds them differently
+
+    def __post_init__(self):
+        if self.tokenizer.vocab_size > self.config.text.vocab_size:
+            raise CheckpointError(
+                f"{self.tensors.where}: its tokenizer has {self.tokenizer.vocab_size:,} tokens and "
+                f"its embedding table {self.config.text.vocab_size:,} rows: they belong to "
+                "different models"
+            )
 
     def for_length(self, context_length: int | None) -> "Checkpoint":
-        """Itself, or what it has for texts of so many tokens."""
+        """The checkpoint to use for texts of `context_length` tokens: itself or `longer`."""
         if context_length is None or context_length <= self.config.text.context_length:
             return self
         return self.longer or self
 
 
+# Shape of a computed tensor, and the function that computes its rows `start:stop`.
+Computed = tuple[tuple[int, ...], Callable[[int, int | None], np.ndarray]]
+
+
+class ComputedTensors:
+    """Tensors of a checkpoint, some of which are computed from others when they are read.
+
+    Those that are `used` only to compute others are left out of `shapes`.
+    """
+
+    def __init__(
+        self, tensors: Tensors, computed: Mapping[str, Computed], used: Collection[str] = ()
+    ):
+        self.where = tensors.where
+        self._tensors, self._computed = tensors, computed
+        self.shapes = {name: shape for name, shape in tensors.shapes.items() if name not in used}
+        self.shapes |= {name: shape for name, (shape, _) in computed.items()}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Shaped[np.ndarray, "..."]:
+        if name not in self._computed:
+            return self._tensors.read(name, start, stop)
+        shape, rows = self._computed[name]
+        return rows(start, shape[0] if stop is None and shape else stop)
+
+
+def float32_rows(tensors: Tensors, name: str, start: int, stop: int | None) -> np.ndarray:
+    """Rows of a table in float32."""
+    return tensors.read(name, start, stop).astype(np.float32)
+
+
 def weights(folder: epath.Path, *stems: str) -> Tensors:
-    """The tensors of `STEM.safetensors` or `STEM.bin`, whole or in the shards that an index lists.
+    """Open `STEM.safetensors` or `STEM.bin`, or the shards that its index lists.
 
     Raises:
         CheckpointError: none of them is there, or a shard is missing.
@@ -68,7 +108,7 @@ def weights(folder: epath.Path, *stems: str) -> Tensors:
 
 
 def weight_names(*stems: str) -> Iterator[str]:
-    """What a folder's weights may be called, best first: whole, or the index of their shards."""
+    """Possible names of a folder's weights or of the index of their shards, best first."""
     for ending in ("safetensors", "bin"):
         for stem in stems:
             yield f"{stem}.{ending}"
@@ -76,7 +116,7 @@ def weight_names(*stems: str) -> Iterator[str]:
 
 
 def shards(index: epath.Path) -> list[epath.Path]:
-    """The files that an index lists, in their order.
+    """Files that an index lists, sorted.
 
     Raises:
         CheckpointError: it lists none, or something other than the names of files beside it.

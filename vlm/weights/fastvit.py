@@ -1,77 +1,56 @@
-"""MobileCLIP's vision towers inside open_clip folders: timm's FastViT, whose branches are fused.
+"""MobileCLIP's vision towers inside open_clip folders: timm's FastViT with fused branches.
 
-While it is trained a block is a sum of convolutions, batch norms, skips and factors. All of them
-are linear, and `Fused` reads the one convolution that they are (arXiv:2303.14189, section 3).
+In training, a block is a sum of convolutions, batch norms, skips and factors. All of them are
+linear. `Fused` reads the one convolution that equals their sum (arXiv:2303.14189, section 3).
 """
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Shaped
 
-from vlm.config import FastViTConfig, FastViTStage, VisionTowerConfig
+from vlm.config import FastViTConfig, FastViTStage
 from vlm.errors import CheckpointError
-from vlm.weights.fields import first_group, list_names
+from vlm.weights.checkpoint import Computed, ComputedTensors
+from vlm.weights.fields import list_names
 from vlm.weights.files import Tensors, read_parameter
-from vlm.weights.layers import conv, fused, linear, norm, out, point
-from vlm.weights.rules import Rule
+from vlm.weights.layers import conv, linear, norm, out, point, qkv
+from vlm.weights.rules import Rule, Shape, Shapes, count_layers
+from vlm.weights.timm import TRUNK
 
-Shape = tuple[int, ...]
-NAME = re.compile(r"fastvit_mci([0-4])(\..*)?$")  # those that timm made for MobileCLIP
-READS = "fastvit_mci* with the mean"
-_TRUNK = "visual.trunk"
+_NAME = re.compile(r"fastvit_mci([0-4])(\..*)?$")  # those that timm made for MobileCLIP
+NAMES = {_NAME: {("avg", None)}}
+READS = "fastvit_mci* with the mean of the image (avg) and no extra projection"
 _HEAD_WIDTH = 32
 _EPS = 1e-5  # of all their norms
 
 
 def _large(name: str) -> bool:
-    """MobileCLIP2's S3 and S4: a LayerNorm before attention, and no scale branch in the stem."""
-    return first_group(NAME, name) in "34"
+    """Whether it is MobileCLIP2's S3 or S4: LayerNorm in attention, no scale branch in the stem."""
+    match = _NAME.match(name)
+    return match is not None and match[1] in "34"
 
 
-def vision_config(
-    name: str,
-    image_size: int,
-    pool: str,
-    proj: str | None,
-    shapes: Mapping[str, Shape],
-    where: str,
-) -> FastViTConfig:
-    """The tower `name`, with the sizes that the `shapes` of its tensors have.
-
-    Raises:
-        CheckpointError: another pool or projection, or the weights of something else.
-    """
-    if pool != "avg" or proj:
-        raise CheckpointError(
-            f"{where}: the vision tower {name!r} has timm_pool {pool!r} and timm_proj {proj!r}: "
-            "vlm reads it with the mean of the image (avg) and no extra projection"
-        )
-    try:
-        stages = tuple(_stages(name, shapes))
-        return FastViTConfig(
-            image_size=image_size,
-            stem_width=_kernel(shapes, f"{_TRUNK}.stem.0", "conv_kxk.0.conv")[0],
-            stages=stages,
-            width=shapes[f"{_TRUNK}.head.fc.weight"][1],
-            squeeze=shapes[f"{_TRUNK}.final_conv.se.fc1.weight"][0],
-            norm_eps=_EPS,
-        )
-    except (KeyError, IndexError):
-        raise CheckpointError(f"{where}: the weights are not those of timm's {name}") from None
+def vision_config(name: str, image_size: int, proj: str | None, shapes: Shapes) -> FastViTConfig:
+    """Tower `name`, with the sizes that the `shapes` of its tensors have."""
+    return FastViTConfig(
+        image_size=image_size,
+        stem_width=_kernel(shapes, f"{TRUNK}.stem.0", "conv_kxk.0.conv")[0],
+        stages=tuple(_stages(name, shapes)),
+        width=shapes[f"{TRUNK}.head.fc.weight"][1],
+        squeeze=shapes[f"{TRUNK}.final_conv.se.fc1.weight"][0],
+        norm_eps=_EPS,
+    )
 
 
-def _stages(name: str, shapes: Mapping[str, Shape]):
-    first = re.compile(rf"{re.escape(_TRUNK)}\.stages\.(\d+)\.blocks\.(\d+)\.mlp\.fc1\.weight")
-    found = [match for match in map(first.fullmatch, shapes) if match]
-    for number in range(1 + max(int(match[1]) for match in found) if found else 0):
-        stage = f"{_TRUNK}.stages.{number}"
+def _stages(name: str, shapes: Shapes):
+    for number in range(count_layers(shapes, f"{TRUNK}.stages.{{}}.blocks.0.mlp.fc1.weight")):
+        stage = f"{TRUNK}.stages.{number}"
         mlp_dim, width = shapes[f"{stage}.blocks.0.mlp.fc1.weight"][:2]
         attends = f"{stage}.blocks.0.token_mixer.qkv.weight" in shapes
         yield FastViTStage(
-            depth=sum(int(match[1]) == number for match in found),
+            depth=count_layers(shapes, f"{stage}.blocks.{{}}.mlp.fc1.weight"),
             width=width,
             mlp_dim=mlp_dim,
             heads=width // _HEAD_WIDTH if attends else 0,
@@ -82,19 +61,16 @@ def _stages(name: str, shapes: Mapping[str, Shape]):
         )
 
 
-def _kernel(shapes: Mapping[str, Shape], block: str, branch: str) -> Shape:
-    """The shape of a block's kernel, of one branch or of all of them fused already."""
+def _kernel(shapes: Shapes, block: str, branch: str) -> Shape:
+    """Shape of the fused kernel of a block, or of one branch if it is not fused."""
     fused = f"{block}.reparam_conv.weight"
     return shapes[fused] if fused in shapes else shapes[f"{block}.{branch}.weight"]
 
 
-# --------------------------------------------------------------- many branches as one
+class Fused(ComputedTensors):
+    """Tensors of a FastViT with one convolution per block, `reparam_conv` as in timm.
 
-
-class Fused:
-    """The tensors of a FastViT with one convolution for each block, `reparam_conv` as in timm.
-
-    Blocks that are one already are read as they are. Sums are taken in float64.
+    Blocks that are fused already are read as they are. Sums are taken in float64.
 
     Raises:
         CheckpointError: lists every branch that is missing or of another shape.
@@ -104,21 +80,15 @@ class Fused:
         self.where = tensors.where
         self._tensors = tensors
         self._needed: dict[str, Shape] = {}
-        self._made: dict[str, tuple[Shape, Callable[[], np.ndarray]]] = {}
+        self._made: dict[str, Computed] = {}
         self._stem(config.stem_width, scale=not _large(name))
         inputs = config.stem_width
         for number, stage in enumerate(config.stages):
-            self._stage(f"{_TRUNK}.stages.{number}", stage, inputs)
+            self._stage(f"{TRUNK}.stages.{number}", stage, inputs)
             inputs = stage.width
-        self._block(f"{_TRUNK}.final_conv", inputs, config.width, 3)
+        self._block(f"{TRUNK}.final_conv", inputs, config.width, 3)
         self._check()
-        self.shapes = {n: s for n, s in tensors.shapes.items() if n not in self._needed}
-        self.shapes |= {n: shape for n, (shape, _) in self._made.items()}
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Shaped[np.ndarray, "..."]:
-        if name in self._made:
-            return self._made[name][1]()[start:stop]
-        return self._tensors.read(name, start, stop)
+        super().__init__(tensors, self._made, self._needed)
 
     def _check(self) -> None:
         have = self._tensors.shapes
@@ -135,7 +105,7 @@ class Fused:
             )
 
     def _stem(self, width: int, *, scale: bool) -> None:
-        stem = f"{_TRUNK}.stem"
+        stem = f"{TRUNK}.stem"
         self._block(f"{stem}.0", 3, width, 3, depthwise=False, scale=scale)
         self._block(f"{stem}.1", width, width, 3, scale=scale)
         self._block(f"{stem}.2", width, width, 1, depthwise=False, identity=True)
@@ -170,8 +140,8 @@ class Fused:
         identity: bool = False,
         large: bool = False,
     ) -> None:
-        """A block with its branches: of a halving (`large`), or MobileOne's (arXiv:2206.04040)."""
-        if f"{block}.reparam_conv.weight" in self._tensors.shapes:
+        """Fuse a downsampling block (`large`), or one of MobileOne (arXiv:2206.04040)."""
+        if self._is_fused(block):
             return
         groups = 1 if depthwise else inputs
         if large:
@@ -185,8 +155,8 @@ class Fused:
         self._put(block, (outputs, groups, size, size), lambda: _sum(b(size) for b in branches))
 
     def _mixer(self, mixer: str, width: int) -> None:
-        """x + scale * (mixer(x) - norm(x))."""
-        if f"{mixer}.reparam_conv.weight" in self._tensors.shapes:
+        """Fuse x + scale * (mixer(x) - norm(x))."""
+        if self._is_fused(mixer):
             return
         branches = [
             self._conv(f"{mixer}.mixer.conv_kxk.0", width, 1, 3),
@@ -198,15 +168,15 @@ class Fused:
 
         def make():
             kernel, bias = _sum(branch(3) for branch in branches)
-            less, least = normed(3)
+            norm_kernel, norm_bias = normed(3)
             scale = self._wide(gamma).reshape(-1)
-            kernel = _skip(width, 1, 3) + scale[:, None, None, None] * (kernel - less)
-            return kernel, scale * (bias - least)
+            kernel = _skip(width, 1, 3) + scale[:, None, None, None] * (kernel - norm_kernel)
+            return kernel, scale * (bias - norm_bias)
 
         self._put(mixer, (width, 1, 3, 3), make)
 
     def _position(self, position: str, width: int) -> None:
-        if f"{position}.reparam_conv.weight" in self._tensors.shapes:
+        if self._is_fused(position):
             return
         weight = self._need(f"{position}.pos_enc.weight", (width, 1, 7, 7))
         bias = self._need(f"{position}.pos_enc.bias", (width,))
@@ -217,28 +187,26 @@ class Fused:
         )
 
     def _attention(self, block: str, s: FastViTStage) -> None:
-        """A batch norm before it and the factors after it go into its matrices."""
-        qkv = f"{block}.token_mixer.qkv"
-        matrix = self._need(f"{qkv}.weight", (3 * s.width, s.width))
+        """Fuse the batch norm before it and the factors after it into its matrices."""
+        qkv, shape = f"{block}.token_mixer.qkv", (3 * s.width, s.width)
+        matrix = self._need(f"{qkv}.weight", shape)
         if s.norm:
-            self._made[f"{qkv}.weight"] = (3 * s.width, s.width), lambda: self._wide(matrix)
-            self._made[f"{qkv}.bias"] = (3 * s.width,), lambda: np.zeros(3 * s.width)
+            self._compute(matrix, shape, lambda: self._wide(matrix))
+            self._compute(f"{qkv}.bias", shape[:1], lambda: np.zeros(shape[0]))
         else:
             affine = self._batch_norm(f"{block}.norm", s.width)
-            shape = (3 * s.width, s.width)
-            self._made[f"{qkv}.weight"] = shape, lambda: self._wide(matrix) * affine()[0]
-            self._made[f"{qkv}.bias"] = shape[:1], lambda: self._wide(matrix) @ affine()[1]
+            self._compute(matrix, shape, lambda: self._wide(matrix) * affine()[0])
+            self._compute(f"{qkv}.bias", shape[:1], lambda: self._wide(matrix) @ affine()[1])
         gamma = f"{block}.layer_scale_1.gamma"
         self._scaled(f"{block}.token_mixer.proj", gamma, (s.width, s.width))
 
     def _scaled(self, layer: str, gamma: str, shape: Shape) -> None:
-        """A layer whose outputs are multiplied by factors."""
+        """Fuse a layer and the factors of its outputs."""
         self._need(gamma, (shape[0], 1, 1))
         for end, full in (("weight", shape), ("bias", shape[:1])):
             name = self._need(f"{layer}.{end}", full)
             column = (-1,) + (1,) * (len(full) - 1)
-            make = functools.partial(self._product, name, gamma, column)
-            self._made[name] = full, make
+            self._compute(name, full, functools.partial(self._product, name, gamma, column))
 
     def _product(self, name: str, gamma: str, column: Shape) -> np.ndarray:
         return self._wide(name) * self._wide(gamma).reshape(column)
@@ -246,7 +214,7 @@ class Fused:
     # A branch is a function from the size of the block's kernel to its own kernel and bias.
 
     def _conv(self, branch: str, outputs: int, groups: int, size: int):
-        """A convolution and the batch norm after it."""
+        """Branch of a convolution and the batch norm after it."""
         weight = self._need(f"{branch}.conv.weight", (outputs, groups, size, size))
         affine = self._batch_norm(f"{branch}.bn", outputs)
 
@@ -259,7 +227,7 @@ class Fused:
         return make
 
     def _identity(self, branch: str, width: int, groups: int):
-        """A batch norm of the block's input."""
+        """Branch of a batch norm of the block's input."""
         affine = self._batch_norm(branch, width)
 
         def make(full: int):
@@ -280,9 +248,15 @@ class Fused:
 
         return make
 
+    def _is_fused(self, block: str) -> bool:
+        return f"{block}.reparam_conv.weight" in self._tensors.shapes
+
     def _put(self, block: str, shape: Shape, make) -> None:
-        self._made[f"{block}.reparam_conv.weight"] = shape, lambda: make()[0]
-        self._made[f"{block}.reparam_conv.bias"] = shape[:1], lambda: make()[1]
+        self._compute(f"{block}.reparam_conv.weight", shape, lambda: make()[0])
+        self._compute(f"{block}.reparam_conv.bias", shape[:1], lambda: make()[1])
+
+    def _compute(self, name: str, shape: Shape, make: Callable[[], np.ndarray]) -> None:
+        self._made[name] = shape, lambda start, stop: make()[start:stop]
 
     def _need(self, name: str, shape: Shape) -> str:
         self._needed[name] = shape
@@ -298,35 +272,27 @@ def _sum(branches):
 
 
 def _skip(width: int, groups: int, size: int) -> np.ndarray:
-    """The kernel that changes nothing."""
+    """Kernel of the identity."""
     kernel = np.zeros((width, groups, size, size))
     kernel[np.arange(width), np.arange(width) % groups, size // 2, size // 2] = 1
     return kernel
 
 
-# --------------------------------------------------------------------- their names and ours
-
-
-def owns(config: VisionTowerConfig) -> bool:
-    """Whether a tower is one of these."""
-    return isinstance(config, FastViTConfig)
-
-
 def rules(c: FastViTConfig) -> list[Rule]:
-    """The table of a tower, for tensors that are `Fused`."""
-    stem, last = f"{_TRUNK}.stem", f"{_TRUNK}.final_conv"
+    """Rules of a tower whose tensors are `Fused`."""
+    stem, last = f"{TRUNK}.stem", f"{TRUNK}.final_conv"
     table = [
         *conv(f"{stem}.0.reparam_conv", "vision.stem"),
         *conv(f"{stem}.1.reparam_conv", "vision.stem_halve"),
         *point(f"{stem}.2.reparam_conv", "vision.stem_project"),
     ]
     for number, stage in enumerate(c.stages):
-        table += _stage_rules(f"{_TRUNK}.stages.{number}", f"vision.stages.{number}", stage)
+        table += _stage_rules(f"{TRUNK}.stages.{number}", f"vision.stages.{number}", stage)
     return [
         *table,
         *conv(f"{last}.reparam_conv", "vision.last"),
         *_squeeze(f"{last}.se", "vision.squeeze"),
-        *linear(f"{_TRUNK}.head.fc", "vision.projection"),
+        *linear(f"{TRUNK}.head.fc", "vision.projection"),
     ]
 
 
@@ -343,8 +309,7 @@ def _stage_rules(theirs: str, ours: str, stage: FastViTStage) -> list[Rule]:
     for number in range(stage.depth):
         block, layer = f"{theirs}.blocks.{number}", f"{ours}.layers.{number}"
         if stage.heads:
-            qkv, parts = f"{block}.token_mixer.qkv", ("query", "key", "value")
-            table += fused(f"{qkv}.weight", f"{qkv}.bias", f"{layer}.attention", parts)
+            table += qkv(f"{block}.token_mixer.qkv.", f"{layer}.attention.qkv")
             table += out(f"{block}.token_mixer.proj", f"{layer}.attention.out")
         else:
             table += conv(f"{block}.token_mixer.reparam_conv", f"{layer}.mixer")

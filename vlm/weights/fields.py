@@ -1,13 +1,12 @@
 """Values from a checkpoint's JSON files, each checked for its type and its size.
 
-Every error names the file, the field and the value. The largest sizes are far beyond those of any
-published model, and small enough that nothing built from them can exhaust a machine before the
-weights are seen not to fit.
+Every reader raises a CheckpointError that names the file and the field (`where`) and the value. The
+upper limits are far beyond any published model, yet small enough that nothing built from them can
+exhaust the memory before the weights turn out not to fit.
 """
 
 import json
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ _MAX_FILE = 200_000_000  # bytes; the largest published tokenizer.json has 35 mi
 MAX_LAYERS = 1_000
 MAX_PIXELS = 16_384  # along a side
 _MAX_TOKENS = 2**24  # rows of a table
-_MAX_SIZE = 2**18  # of every other kind, such as widths
+_MAX_SIZE = 2**18  # all other sizes, such as widths
 
 _LARGEST = {
     "layers": MAX_LAYERS,
@@ -32,10 +31,10 @@ _LARGEST = {
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
-        CheckpointError: it is missing, torn, too large, nested too deep, or holds something else.
+        CheckpointError: it is missing, damaged, too large, nested too deep, or no object.
     """
     try:
         if (length := path.stat().length) > _MAX_FILE:
@@ -55,10 +54,10 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def read_json_of_format(path: epath.Path, newest: int) -> dict[str, Any]:
-    """The object in a JSON file of our own, whose `format` must be one that is known.
+    """Read the object in one of vlm's JSON files, and check its `format`.
 
     Raises:
-        CheckpointError: as `read_json`, or it was written by a later vlm.
+        CheckpointError: as `read_json`, or a later vlm wrote it.
     """
     about = read_json(path)
     version = integer(about.get("format"), f"{path}: format")
@@ -70,11 +69,7 @@ def read_json_of_format(path: epath.Path, newest: int) -> dict[str, Any]:
 
 
 def integer(value: Any, where: str, low: int = 1, high: int = _MAX_SIZE) -> int:
-    """`value` if it is a whole number from `low` to `high`.
-
-    Raises:
-        CheckpointError: it is not; `where` names the file and the field.
-    """
+    """Check that `value` is an integer from `low` to `high`."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise CheckpointError(f"{where} is {show(value)}, not a whole number")
     if not low <= value <= high:
@@ -83,15 +78,10 @@ def integer(value: Any, where: str, low: int = 1, high: int = _MAX_SIZE) -> int:
 
 
 def number(value: Any, where: str, *, above: float = -math.inf) -> float:
-    """`value` as a float if it is a finite number greater than `above`.
-
-    Raises:
-        CheckpointError: it is not; `where` names the file and the field.
-    """
+    """Check that `value` is a finite number greater than `above`, and convert it to float."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise CheckpointError(f"{where} is {show(value)}, not a number")
-    # Compared as it is: a whole number may be too large for a float.
-    if not -1e300 < value < 1e300:
+    if not -1e300 < value < 1e300:  # compared before conversion: an int may be too large
         raise CheckpointError(f"{where} is {show(value)}, not a finite number")
     if not value > above:
         raise CheckpointError(f"{where} is {show(value)}: it must be greater than {above:g}")
@@ -99,33 +89,21 @@ def number(value: Any, where: str, *, above: float = -math.inf) -> float:
 
 
 def string(value: Any, where: str) -> str:
-    """`value` if it is a string.
-
-    Raises:
-        CheckpointError: it is not; `where` names the file and the field.
-    """
+    """Check that `value` is a string."""
     if not isinstance(value, str):
         raise CheckpointError(f"{where} is {show(value)}, not a string")
     return value
 
 
 def boolean(value: Any, where: str) -> bool:
-    """`value` if it is true or false.
-
-    Raises:
-        CheckpointError: it is not; `where` names the file and the field.
-    """
+    """Check that `value` is true or false."""
     if not isinstance(value, bool):
         raise CheckpointError(f"{where} is {show(value)}, not true or false")
     return value
 
 
 def fields(value: Any, where: str) -> dict[str, Any]:
-    """`value` if it is an object of fields; null counts as an empty one.
-
-    Raises:
-        CheckpointError: it is not; `where` names the file and the field.
-    """
+    """Check that `value` is an object of fields; null becomes an empty one."""
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -134,11 +112,7 @@ def fields(value: Any, where: str) -> dict[str, Any]:
 
 
 def choice(value: Any, choices: Collection[Any], where: str) -> Any:
-    """Return `value` if it is one of the choices.
-
-    Raises:
-        CheckpointError: it is not; `where` names the file and the field.
-    """
+    """Check that `value` is one of the choices."""
     if value not in list(choices):
         raise CheckpointError(
             f"{where} is {show(value)}: vlm supports {', '.join(map(str, choices))}"
@@ -146,23 +120,13 @@ def choice(value: Any, choices: Collection[Any], where: str) -> Any:
     return value
 
 
-def first_group(pattern: re.Pattern[str], name: str) -> str:
-    """The first group of a pattern in a name that was chosen because it matches."""
-    match = pattern.match(name)
-    assert match is not None, f"{name} is of another family"
-    return match[1]
-
-
 def with_defaults(
     given: Mapping[str, Any], defaults: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
-    """The `defaults` with those fields `given` that have one, each of the type of its default.
+    """Replace `defaults` by the fields `given`, each checked for the type of its default.
 
-    A null counts as absent. A size is at least 1, an id of a token at least 0, and an epsilon
-    greater than 0. A default of None accepts anything: who reads the field checks it.
-
-    Raises:
-        CheckpointError: a field of another type, or a size out of bounds.
+    A null counts as absent. A size is at least 1, a token id at least 0, and an epsilon greater
+    than 0. A default of None accepts any value: the caller checks it.
     """
     values = dict(defaults)
     for name, default in defaults.items():
@@ -184,7 +148,7 @@ def with_defaults(
 
 
 def list_names(names: Sequence[str]) -> str:
-    """The first of some names, and how many more there are."""
+    """Join the first names for a message, and the number of the others."""
     shown = [name if name.isprintable() else repr(name) for name in names[:_SHOWN]]
     shown = [name if len(name) <= _LONG else f"{name[:_LONG]}..." for name in shown]
     more = f", and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""

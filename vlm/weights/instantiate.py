@@ -1,4 +1,4 @@
-"""A model of a checkpoint: first its shapes alone, then the parameters of both towers or of one."""
+"""Models from checkpoints: abstract first, then filled with the parameters of their towers."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -21,41 +21,15 @@ Tower = Literal["both", "vision", "text"]
 
 
 def parameter_dtype(name: str) -> DTypeLike:
-    """The type of parameters of that name.
+    """Convert the name of a parameter type.
 
     Raises:
-        ConfigError: another than float32 and bfloat16.
+        ConfigError: it is neither float32 nor bfloat16.
     """
     known = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
     if name not in known:
         raise ConfigError(f"dtype {name!r} is not supported: choose float32 or bfloat16")
     return known[name]
-
-
-def abstract_model(config: ModelConfig, dtype: DTypeLike) -> DualEncoder:
-    """A model of shapes alone, to be filled."""
-    execution = Execution(dtype=dtype)
-    return nnx.eval_shape(lambda: DualEncoder(config, execution=execution, rngs=nnx.Rngs(0)))
-
-
-def parameter_shardings(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """Where each parameter lies on a mesh, by its dotted name and its shape.
-
-    Raises:
-        ShardingError: the mesh has axes that no rule speaks of.
-    """
-    if unknown := [name for name in mesh.axis_names if name not in AXES]:
-        raise ShardingError(
-            f"the mesh has an axis {unknown[0]!r}, and parameters lie over {', '.join(AXES)}: make "
-            "it with vlm.sharding.make_mesh"
-        )
-    # All axes, in their order and as Auto: the towers leave what they compute to the compiler.
-    order = [mesh.axis_names.index(name) for name in AXES if name in mesh.axis_names]
-    devices = mesh.devices.transpose(order)
-    whole = Mesh(devices.reshape([mesh.shape.get(name, 1) for name in AXES]), AXES)
-    return lambda name, shape: NamedSharding(
-        whole, parameter_spec(tuple(name.split(".")), shape, whole)
-    )
 
 
 def checked_tower(tower: str) -> Tower:
@@ -72,6 +46,32 @@ def checked_tower(tower: str) -> Tower:
     return tower
 
 
+def abstract_model(config: ModelConfig, dtype: DTypeLike) -> DualEncoder:
+    """Model of shapes without data, to be filled."""
+    execution = Execution(dtype=dtype)
+    return nnx.eval_shape(lambda: DualEncoder(config, execution=execution, rngs=nnx.Rngs(0)))
+
+
+def parameter_shardings(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """Sharding of each parameter on a mesh, by its dotted name and its shape.
+
+    Raises:
+        ShardingError: the mesh has an axis that is in no rule.
+    """
+    if unknown := [name for name in mesh.axis_names if name not in AXES]:
+        raise ShardingError(
+            f"the mesh has an axis {unknown[0]!r}, and parameters lie over {', '.join(AXES)}: make "
+            "it with vlm.sharding.make_mesh"
+        )
+    # All axes, in their order and as Auto: the compiler decides how the towers are sharded.
+    order = [mesh.axis_names.index(name) for name in AXES if name in mesh.axis_names]
+    devices = mesh.devices.transpose(order)
+    full = Mesh(devices.reshape([mesh.shape.get(name, 1) for name in AXES]), AXES)
+    return lambda name, shape: NamedSharding(
+        full, parameter_spec(tuple(name.split(".")), shape, full)
+    )
+
+
 def fill_towers(
     skeleton: DualEncoder,
     rules: Sequence[Rule],
@@ -81,24 +81,25 @@ def fill_towers(
     ignored: Callable[[str], bool] = lambda name: False,
     **options: Any,
 ) -> DualEncoder:
-    """`rules.fill` for both towers or for one, the other being dropped from the model.
+    """Fill both towers with `rules.fill`, or one; the other is then removed from the model.
 
     Raises:
         CheckpointError: the file does not fit the model.
-        ConfigError: `tower` is something else.
+        ConfigError: an unknown `tower`.
     """
     tower = checked_tower(tower)
     if tower == "both":
         return fill(skeleton, rules, tensors, ignored=ignored, **options)
     other = "text" if tower == "vision" else "vision"
-    pieces = expand(rules, flat_shapes(skeleton))
-    left = {piece.theirs for piece in pieces if piece.ours.startswith(f"{other}.")}
-    kept = [rule for rule in rules if not _ours(rule).startswith(f"{other}.")]
+    prefix = f"{other}."
+    left_out = {
+        layer.theirs
+        for layer in expand(rules, flat_shapes(skeleton))
+        if layer.ours.startswith(prefix)
+    }
+    names = [rule.ours if isinstance(rule.ours, str) else rule.ours[0] for rule in rules]
+    kept = [rule for rule, name in zip(rules, names, strict=True) if not name.startswith(prefix)]
     setattr(skeleton, other, None)
     return fill(
-        skeleton, kept, tensors, ignored=lambda name: name in left or ignored(name), **options
+        skeleton, kept, tensors, ignored=lambda name: name in left_out or ignored(name), **options
     )
-
-
-def _ours(rule: Rule) -> str:
-    return rule.ours if isinstance(rule.ours, str) else rule.ours[0]

@@ -4,7 +4,6 @@ Covers LAION, DataComp, DFN, MetaCLIP, CLIPA, the SigLIP exports, and the contra
 """
 
 import os
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from etils import epath
@@ -18,34 +17,34 @@ from vlm.config import (
     TextPool,
     ViTConfig,
 )
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, show
 from vlm.weights import fastvit, text_encoders, timm_towers
 from vlm.weights.checkpoint import Checkpoint, weights
 from vlm.weights.fields import (
     MAX_LAYERS,
     MAX_PIXELS,
     boolean,
+    choice,
     fields,
     integer,
     number,
     read_json,
-    show,
     string,
     with_defaults,
 )
 from vlm.weights.files import Tensors
-from vlm.weights.layers import batch_norm, fused, heads, linear, norm, out
+from vlm.weights.layers import OPEN_CLIP, batch_norm, block, conv, fused, heads, linear, norm, out
 from vlm.weights.processors import open_clip_preprocess
-from vlm.weights.rules import CONV, FIRST_ROW, FLAT, LINEAR, SCALAR, SCALAR_1, Rule
-from vlm.weights.vocabularies import check_vocabulary, open_clip_tokenizer
+from vlm.weights.rules import CONV, FIRST_ROW, LINEAR, SCALAR, SCALAR_1, Rule, Shapes
+from vlm.weights.vocabularies import open_clip_tokenizer
 
-# The fields of a model_cfg: those that vlm honours, and those that change no embedding.
+# Fields of a model_cfg: those that vlm reads, and those that change no embedding.
 MODEL = {
     "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_bias",
     "custom_text", "multimodal_cfg", "init_logit_scale", "nonscalar_logit_scale", "cast_dtype",
     "output_dict",
 }  # fmt: skip
-# The defaults of open_clip's CLIPVisionCfg and CLIPTextCfg: those that vlm honours ...
+# Defaults of open_clip's CLIPVisionCfg and CLIPTextCfg: the fields that vlm reads ...
 VISION = {
     "layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16,
     "image_size": 224, "ls_init_value": None, "patch_dropout": 0.0, "attentional_pool": False,
@@ -64,16 +63,17 @@ TEXT = {
     "hf_model_name": None, "hf_model_pretrained": True, "hf_proj_type": None,
     "hf_pooler_type": None,
 }  # fmt: skip
-# ... and those that no known checkpoint sets, which are refused unless they are off.
+# ... and those that no known checkpoint sets, which must be off.
 OFF = (
     "block_type", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn",
     "scale_fc", "tokenizer_mode",
 )  # fmt: skip
 
-# The names of its weights without their ending, best first.
+# Names of the weights without their ending, best first.
 WEIGHTS = ("open_clip_model", "open_clip_pytorch_model")
 
-Shapes = Mapping[str, tuple[int, ...]]
+VisionPool = Literal["class", "mean", "query"]
+TextProjection = Literal["none", "linear", "linear_bias"]
 
 
 def recognises(path: epath.Path) -> bool:
@@ -82,19 +82,15 @@ def recognises(path: epath.Path) -> bool:
 
 
 def open_checkpoint(folder: epath.Path) -> Checkpoint:
-    """The checkpoint in a folder.
+    """Open the checkpoint in a folder."""
+    return assemble(folder, weights(folder, *WEIGHTS))
+
+
+def assemble(folder: epath.Path, tensors: Tensors) -> Checkpoint:
+    """Combine the `tensors` of a checkpoint with the config and the tokenizer in a folder.
 
     Raises:
-        CheckpointError: towers that vlm does not have, or something incomplete or torn.
-    """
-    return described(folder, weights(folder, *WEIGHTS))
-
-
-def described(folder: epath.Path, tensors: Tensors) -> Checkpoint:
-    """The checkpoint of these tensors that a folder's config describes.
-
-    Raises:
-        CheckpointError: towers that vlm does not have, or something incomplete.
+        CheckpointError: towers that vlm does not have, or an incomplete folder.
     """
     where = os.fspath(folder / "open_clip_config.json")
     values = read_json(folder / "open_clip_config.json")
@@ -104,40 +100,33 @@ def described(folder: epath.Path, tensors: Tensors) -> Checkpoint:
     config = model_config(model, tensors.shapes, where)
     if isinstance(config.vision, FastViTConfig):
         tensors = fastvit.Fused(tensors, config.vision, model["vision_cfg"]["timm_model_name"])
+    context_length = None
     encoder = text_encoders.reads(tensors.shapes)
-    if encoder:
-        tensors = text_encoders.Folded(tensors, config.text)
+    if encoder:  # it has positions for longer texts than the model's
+        tensors = text_encoders.fold(tensors, config.text)
+        length = {"context_length": TEXT["context_length"]}
+        context_length = with_defaults(model["text_cfg"], length, "text_cfg")["context_length"]
     tokenizer = open_clip_tokenizer(folder, model["text_cfg"], config)
-    check_vocabulary(tokenizer, config, folder)
-    image_size = config.vision.image_size
+    pixels = fields(values.get("preprocess_cfg"), f"{where}: preprocess_cfg")
     return Checkpoint(
         folder.name,
         config,
-        open_clip_preprocess(
-            fields(values.get("preprocess_cfg"), f"{where}: preprocess_cfg"), image_size, where
-        ),
+        open_clip_preprocess(pixels, config.vision.image_size, where),
         tokenizer,
         tensors,
         rules(config, tensors.shapes),
         ignored,
         "bicubic_antialias",
         "cut" if encoder else "linear",
-        context_length=_context_length(model["text_cfg"]) if encoder else None,
+        context_length=context_length,
     )
 
 
-def _context_length(text: dict[str, Any]) -> int:
-    """Of a text in front of an encoder of transformers, which has positions for more."""
-    return with_defaults(text, {"context_length": TEXT["context_length"]}, "text_cfg")[
-        "context_length"
-    ]
-
-
 def model_config(values: dict[str, Any], shapes: Shapes, where: str) -> ModelConfig:
-    """Our configuration of a `model_cfg`; sizes that only timm knows are read off the `shapes`.
+    """Configuration that a `model_cfg` describes, with the sizes of timm's towers from `shapes`.
 
     Raises:
-        CheckpointError: a field, activation or kind of tower that vlm does not have.
+        CheckpointError: a field, activation or type of tower that vlm does not have.
     """
     for name in ("embed_dim", "vision_cfg", "text_cfg"):
         if values.get(name) is None:
@@ -145,9 +134,8 @@ def model_config(values: dict[str, Any], shapes: Shapes, where: str) -> ModelCon
     for name, value in values.items():
         if name not in MODEL and value not in (None, False):
             raise CheckpointError(
-                f"{where}: model_cfg has {name} {show(value)}, which vlm does not know"
+                f"{where}: model_cfg has {name} {show(value)}, which vlm does not support"
             )
-    embed_dim = integer(values["embed_dim"], f"{where}: model_cfg.embed_dim")
     vision = _fields(values["vision_cfg"], VISION, f"{where}: vision_cfg")
     text = _fields(values["text_cfg"], TEXT, f"{where}: text_cfg")
     quick = boolean(values.get("quick_gelu") or False, f"{where}: model_cfg.quick_gelu")
@@ -157,89 +145,86 @@ def model_config(values: dict[str, Any], shapes: Shapes, where: str) -> ModelCon
     if name := string(vision["timm_model_name"] or "", f"{where}: vision_cfg.timm_model_name"):
         image_size = _side(vision["image_size"], f"{where}: vision_cfg.image_size")
         pool, proj = vision["timm_pool"], vision["timm_proj"]
-        image_tower = timm_towers.vision_config(name, image_size, pool, proj, shapes, where)
+        vision_tower = timm_towers.vision_config(name, image_size, pool, proj, shapes, where)
     else:
-        image_tower = _vision(vision, quick, where)
+        vision_tower = _vision(vision, quick, f"{where}: vision_cfg")
     if text["hf_model_name"]:
-        text_tower = text_encoders.text_config(text, embed_dim, shapes, where)
+        text_tower = text_encoders.text_config(text, shapes, where)
     else:
-        text_tower = _text(text, quick, where)
+        text_tower = _text(text, quick, f"{where}: text_cfg")
     return ModelConfig(
-        image_tower,
+        vision_tower,
         text_tower,
-        embed_dim=embed_dim,
+        embed_dim=integer(values["embed_dim"], f"{where}: model_cfg.embed_dim"),
         loss="softmax" if bias is None else "sigmoid",
         init_bias=bias,
     )
 
 
 def _vision(c: dict[str, Any], quick: bool, where: str) -> ViTConfig | ResNetConfig:
+    image_size = _side(c["image_size"], f"{where}.image_size")
     if isinstance(c["layers"], list):
         return ResNetConfig(
-            image_size=_side(c["image_size"], f"{where}: vision_cfg.image_size"),
-            depths=_stages(c["layers"], f"{where}: vision_cfg.layers"),
+            image_size=image_size,
+            depths=_stages(c["layers"], f"{where}.layers"),
             width=c["width"],
             heads=c["width"] * 32 // c["head_width"],
         )
-    if c["pool_type"] not in ("tok", "avg"):
-        raise CheckpointError(f"{where}: vision_cfg.pool_type {c['pool_type']!r} is unknown to vlm")
-    pool: Literal["class", "mean", "query"] = "class" if c["pool_type"] == "tok" else "mean"
+    pools: dict[str, VisionPool] = {"tok": "class", "avg": "mean"}
+    pool = pools[choice(c["pool_type"], pools, f"{where}.pool_type")]
     if c["attentional_pool"]:
         if c["attentional_pool"] is not True or pool != "class":
             raise CheckpointError(f"{where}: vlm reads attentional_pool true, with pool_type 'tok'")
         pool = "query"
     return ViTConfig(
-        image_size=_side(c["image_size"], f"{where}: vision_cfg.image_size"),
-        patch_size=_side(c["patch_size"], f"{where}: vision_cfg.patch_size"),
-        width=c["width"],
-        depth=integer(c["layers"], f"{where}: vision_cfg.layers", high=MAX_LAYERS),
+        image_size=image_size,
+        patch_size=_side(c["patch_size"], f"{where}.patch_size"),
         heads=c["width"] // c["head_width"],
-        mlp_dim=int(c["width"] * c["mlp_ratio"]),
         pool=pool,
         pool_heads=c["attn_pooler_heads"] if pool == "query" else None,
         class_token=True,
         pre_norm=not c["no_ln_pre"],
         norm_pooled=c["final_ln_after_pool"] and pool == "mean",
-        layer_scale=c["ls_init_value"] is not None,
         patch_bias=False,
         projection="linear",
-        activation=_activation(c, quick, f"{where}: vision_cfg"),
-        norm_eps=_epsilon(c, f"{where}: vision_cfg"),
         patch_dropout=c["patch_dropout"],
+        **_tower(c, quick, where),
     )
 
 
 def _text(c: dict[str, Any], quick: bool, where: str) -> TextConfig:
     pools: dict[str, TextPool] = {
-        "argmax": "argmax",
-        "eos": "end",
-        "first": "first",
-        "last": "last",
-    }
-    if c["pool_type"] not in pools:
-        raise CheckpointError(f"{where}: text_cfg.pool_type {c['pool_type']!r} is unknown to vlm")
-    pool: TextPool = "class" if c["embed_cls"] else pools[c["pool_type"]]
-    projection = "linear_bias" if c["proj_bias"] else "linear"
-    if c["proj_type"] == "none":
-        projection = "none"
-    elif c["proj_type"] != "linear":
-        raise CheckpointError(f"{where}: text_cfg.proj_type {c['proj_type']!r} is unknown to vlm")
+        "argmax": "argmax", "eos": "end", "first": "first", "last": "last"
+    }  # fmt: skip
+    pool = pools[choice(c["pool_type"], pools, f"{where}.pool_type")]
+    pool = "class" if c["embed_cls"] else pool
+    linear: TextProjection = "linear_bias" if c["proj_bias"] else "linear"
+    projections: dict[str, TextProjection] = {"none": "none", "linear": linear}
     return TextConfig(
         vocab_size=c["vocab_size"],
         context_length=c["context_length"],
-        width=c["width"],
-        depth=integer(c["layers"], f"{where}: text_cfg.layers", high=MAX_LAYERS),
         heads=c["heads"],
-        mlp_dim=int(c["width"] * c["mlp_ratio"]),
         causal=not c["no_causal_mask"],
         pool=pool,
         end_id=c["eos_id"] if pool == "end" else None,
         pad_id=c["pad_id"] if pool == "class" else None,
-        layer_scale=c["ls_init_value"] is not None,
-        projection=projection,
-        activation=_activation(c, quick, f"{where}: text_cfg"),
-        norm_eps=_epsilon(c, f"{where}: text_cfg"),
+        projection=projections[choice(c["proj_type"], projections, f"{where}.proj_type")],
+        **_tower(c, quick, where),
     )
+
+
+def _tower(c: dict[str, Any], quick: bool, where: str) -> dict[str, Any]:
+    """Fields that both towers have."""
+    norms = fields(c["norm_kwargs"], f"{where}.norm_kwargs")
+    return {
+        "width": c["width"],
+        "depth": integer(c["layers"], f"{where}.layers", high=MAX_LAYERS),
+        "mlp_dim": int(c["width"] * c["mlp_ratio"]),
+        "layer_scale": c["ls_init_value"] is not None,
+        "activation": _activation(c, quick, where),
+        # The default is torch's.
+        "norm_eps": with_defaults(norms, {"eps": 1e-5}, f"{where}.norm_kwargs")["eps"],
+    }
 
 
 def _activation(c: dict[str, Any], quick: bool, where: str) -> Activation:
@@ -251,21 +236,17 @@ def _activation(c: dict[str, Any], quick: bool, where: str) -> Activation:
         kind = options.get("approximate", "none")
         if isinstance(kind, str) and kind in known:
             return known[kind]
-    raise CheckpointError(f"{where} has act_kwargs {show(options)}, an activation unknown to vlm")
-
-
-def _epsilon(c: dict[str, Any], where: str) -> float:
-    """That of the norms; torch's default where none is given."""
-    options = fields(c["norm_kwargs"], f"{where}.norm_kwargs")
-    return with_defaults(options, {"eps": 1e-5}, f"{where}.norm_kwargs")["eps"]
+    raise CheckpointError(
+        f"{where} has act_kwargs {show(options)}, an activation that vlm does not support"
+    )
 
 
 def _fields(given: Any, known: dict[str, Any], where: str) -> dict[str, Any]:
     given = fields(given, where)
     for name, value in given.items():
         if name not in known and (name not in OFF or value not in (None, False)):
-            raise CheckpointError(f"{where} has {name} {show(value)}, which vlm does not know")
-    # These may be a number or a list, and a flag or a kind: who reads them checks them.
+            raise CheckpointError(f"{where} has {name} {show(value)}, which vlm does not support")
+    # These may be a number or a list, a flag or a kind: the caller checks them.
     several = {name: None for name in _SEVERAL if name in known}
     values = with_defaults(given, known | several, where)
     values = known | {name: v for name, v in values.items() if v is not None}
@@ -281,7 +262,7 @@ def _side(size: Any, where: str) -> int:
     if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
     if not isinstance(size, int):
-        raise CheckpointError(f"{where} is {show(size)}: vlm takes squares alone")
+        raise CheckpointError(f"{where} is {show(size)}: vlm supports only squares")
     return integer(size, where, high=MAX_PIXELS)
 
 
@@ -292,11 +273,8 @@ def _stages(layers: list[Any], where: str) -> tuple[int, ...]:
     return tuple(integer(blocks, where, high=MAX_LAYERS) for blocks in layers)
 
 
-# --------------------------------------------------------------------- their names and ours
-
-
 def rules(config: ModelConfig, shapes: Shapes) -> list[Rule]:
-    """The table for a model of this configuration, whose tensors have these `shapes`."""
+    """Rules of a model whose tensors have these `shapes`."""
     prefix = "text." if any(name.startswith("text.") for name in shapes) else ""
     scalar = SCALAR_1 if shapes.get("logit_scale") == (1,) else SCALAR
     logits = [Rule("logit_scale", "logit_scale", scalar)]
@@ -316,24 +294,8 @@ def rules(config: ModelConfig, shapes: Shapes) -> list[Rule]:
 
 
 def _blocks(theirs: str, ours: str, *, layer_scale: bool) -> list[Rule]:
-    scales = [
-        Rule(f"{theirs}.ls_1.gamma", f"{ours}.attention_scale"),
-        Rule(f"{theirs}.ls_2.gamma", f"{ours}.mlp_scale"),
-    ]
-    return [
-        *norm(f"{theirs}.ln_1", f"{ours}.attention_norm"),
-        *fused(
-            f"{theirs}.attn.in_proj_weight",
-            f"{theirs}.attn.in_proj_bias",
-            f"{ours}.attention",
-            ("query", "key", "value"),
-        ),
-        *out(f"{theirs}.attn.out_proj", f"{ours}.attention.out"),
-        *norm(f"{theirs}.ln_2", f"{ours}.mlp_norm"),
-        *linear(f"{theirs}.mlp.c_fc", f"{ours}.mlp.up"),
-        *linear(f"{theirs}.mlp.c_proj", f"{ours}.mlp.down"),
-        *(scales if layer_scale else []),
-    ]
+    scales = {"attention_scale": "ls_1.gamma", "mlp_scale": "ls_2.gamma"} if layer_scale else {}
+    return block(f"{theirs}.resblocks.{{}}", f"{ours}.transformer.blocks", OPEN_CLIP | scales)
 
 
 def _vision_rules(config: ModelConfig) -> list[Rule]:
@@ -346,11 +308,7 @@ def _vision_rules(config: ModelConfig) -> list[Rule]:
         Rule("visual.positional_embedding", "vision.position"),
         Rule("visual.conv1.weight", "vision.stem.kernel", CONV),
         *pre_norm,
-        *_blocks(
-            "visual.transformer.resblocks.{}",
-            "vision.transformer.blocks",
-            layer_scale=c.layer_scale,
-        ),
+        *_blocks("visual.transformer", "vision", layer_scale=c.layer_scale),
         *pool,
         *norm("visual.ln_post", "vision.norm"),
         Rule("visual.proj", "vision.projection.kernel"),  # (in, out) already
@@ -360,18 +318,17 @@ def _vision_rules(config: ModelConfig) -> list[Rule]:
 def _resnet_rules(stages: tuple[int, ...]) -> list[Rule]:
     table = []
     for i in range(3):
-        table.append(Rule(f"visual.conv{i + 1}.weight", f"vision.stem.{i}.kernel", CONV))
+        table += conv(f"visual.conv{i + 1}", f"vision.stem.{i}", bias=False)
         table += batch_norm(f"visual.bn{i + 1}", f"vision.stem_norms.{i}")
     for stage, depth in enumerate(stages):
-        for block in range(depth):
-            theirs, ours = f"visual.layer{stage + 1}.{block}", f"vision.stages.{stage}.{block}"
+        for index in range(depth):
+            theirs, ours = f"visual.layer{stage + 1}.{index}", f"vision.stages.{stage}.{index}"
             for i in (1, 2, 3):
-                table.append(Rule(f"{theirs}.conv{i}.weight", f"{ours}.conv{i}.kernel", CONV))
+                table += conv(f"{theirs}.conv{i}", f"{ours}.conv{i}", bias=False)
                 table += batch_norm(f"{theirs}.bn{i}", f"{ours}.norm{i}")
-            if block == 0:  # a stage begins with another width or size
-                short = f"{theirs}.downsample"
-                table.append(Rule(f"{short}.0.weight", f"{ours}.shortcut.kernel", CONV))
-                table += batch_norm(f"{short}.1", f"{ours}.shortcut_norm")
+            if index == 0:  # a stage begins with another width or size
+                table += conv(f"{theirs}.downsample.0", f"{ours}.shortcut", bias=False)
+                table += batch_norm(f"{theirs}.downsample.1", f"{ours}.shortcut_norm")
     pool = "visual.attnpool"
     return [
         *table,
@@ -384,22 +341,20 @@ def _resnet_rules(stages: tuple[int, ...]) -> list[Rule]:
 
 
 def _query_pool(*, same_width: bool) -> list[Rule]:
-    """CoCa's attentional pooler, of which the contrastive half uses the first query alone."""
+    """CoCa's attentional pooler, of which the contrastive half uses only the first query."""
     theirs, ours = "visual.attn_pool", "vision.pool"
     names = ("query", "key", "value")
-    kernels = tuple(f"{ours}.attention.{name}.kernel" for name in names)
-    if same_width:  # torch then keeps the three in one matrix
-        matrices = [Rule(f"{theirs}.attn.in_proj_weight", kernels, LINEAR)]
-    else:
+    matrix, bias = fused(f"{theirs}.attn.in_proj_", f"{ours}.attention", *names)
+    matrices = [matrix]
+    if not same_width:  # torch then keeps three matrices
         matrices = [
-            Rule(f"{theirs}.attn.{name[0]}_proj_weight", kernel, LINEAR)
-            for name, kernel in zip(names, kernels, strict=True)
+            Rule(f"{theirs}.attn.{name[0]}_proj_weight", f"{ours}.attention.{name}.kernel", LINEAR)
+            for name in names
         ]
-    biases = tuple(f"{ours}.attention.{name}.bias" for name in names)
     return [
         Rule(f"{theirs}.query", f"{ours}.query", FIRST_ROW),
         *matrices,
-        Rule(f"{theirs}.attn.in_proj_bias", biases, FLAT),
+        bias,
         *out(f"{theirs}.attn.out_proj", f"{ours}.attention.out"),
         *norm(f"{theirs}.ln_q", f"{ours}.query_norm"),
         *norm(f"{theirs}.ln_k", f"{ours}.context_norm"),
@@ -417,18 +372,14 @@ def _text_rules(c: TextConfig, prefix: str) -> list[Rule]:
         Rule(f"{prefix}token_embedding.weight", "text.embedding"),
         Rule(f"{prefix}positional_embedding", "text.position"),
         *token,
-        *_blocks(
-            f"{prefix}transformer.resblocks.{{}}",
-            "text.transformer.blocks",
-            layer_scale=c.layer_scale,
-        ),
+        *_blocks(f"{prefix}transformer", "text", layer_scale=c.layer_scale),
         *norm(f"{prefix}ln_final", "text.norm"),
         *projection,
     ]
 
 
 def ignored(name: str) -> bool:
-    """Buffers that hold nothing learned, and CoCa's captioning half."""
+    """Whether a tensor is a buffer without learned values, or of CoCa's captioning half."""
     return (
         name.endswith(("attn_mask", "num_batches_tracked"))
         or name.startswith("text_decoder.")

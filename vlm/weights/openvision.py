@@ -1,72 +1,68 @@
-"""OpenVision in its authors' form for JAX: an Orbax checkpoint below an `open_clip_config.json`.
+"""OpenVision's checkpoints for JAX: an Orbax checkpoint below an `open_clip_config.json`.
 
 https://github.com/UCSC-VLAA/OpenVision keeps parameters, optimizer and caption decoder in
-`jax_orbax_weight/`, beside the same model for open_clip, whose config says pixels and tokens. Of
-the towers the shapes say the rest, and the code (src/models/vit.py, text_transformer.py) that
-epsilons are flax's and that image positions, where none are kept, are sines and cosines.
+`jax_orbax_weight/`, beside the same model for open_clip, whose config describes preprocessing and
+tokenizer. The shapes give the sizes of the towers. According to the code (src/models/vit.py,
+text_transformer.py), epsilons are Flax's, and image positions that are not stored are sinusoidal.
 """
 
 import dataclasses
 import os
-from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
 from jaxtyping import Float32, Shaped
 
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, show
 from vlm.paths import is_remote, on_disk
 from vlm.weights import open_clip
 from vlm.weights.checkpoint import Checkpoint, weight_names
-from vlm.weights.fields import show
-from vlm.weights.flax_layers import attention, merged_attention, mlp, norm
-from vlm.weights.rules import SCALAR_1, Rule, leading
+from vlm.weights.flax_layers import attention, block, merged_attention, norm
+from vlm.weights.rules import SCALAR_1, Rule, Shapes, leading
 
 _FOLDER = "jax_orbax_weight"
-_MANIFEST = "manifest.ocdbt"  # of the store that a tree's arrays share
+_MANIFEST = "manifest.ocdbt"  # of the store that holds a tree's arrays
 _POSITION, _STEM = "img/pos_embedding", "img/embedding/kernel"
 _NORM_EPS = 1e-6  # flax's
 
 
 def recognises(path: epath.Path) -> bool:
-    """Whether `path` is such a checkpoint, or a folder whose only weights it is."""
+    """Whether `path` is such a checkpoint, or a folder without other weights."""
     if any((path / name).exists() for name in weight_names(*open_clip.WEIGHTS)):
         return False
     return _tree(path) is not None
 
 
 def open_checkpoint(path: epath.Path) -> Checkpoint:
-    """The checkpoint at or below a folder.
-
-    Raises:
-        CheckpointError: it is torn, of other towers, or no open_clip_config.json lies above it.
-    """
+    """Open the checkpoint at or below a folder."""
     tree = _tree(path)
     assert tree is not None  # `recognises` has found it
-    folder = _above(tree)
+    folder = next((parent for parent in tree.parents if open_clip.recognises(parent)), None)
     if folder is None:
         raise CheckpointError(
-            f"{path} is an Orbax checkpoint that does not say which model it is: OpenVision's lie "
+            f"{path} is an Orbax checkpoint that does not identify its model: OpenVision's lie "
             "below an open_clip_config.json (get the whole repository), and a run of vlm is named "
             "by its own folder"
         )
     tensors = OrbaxTree(tree)
-    checkpoint = open_clip.described(folder, tensors)
+    checkpoint = open_clip.assemble(folder, tensors)
     config = checkpoint.config
     if _POSITION not in tensors.shapes:
         tensors.add_positions(config.vision.image_size)
-    towers = {
-        name: dataclasses.replace(getattr(config, name), norm_eps=_NORM_EPS)
-        for name in ("vision", "text")
-    }
-    config = dataclasses.replace(config, **towers)
+    vision, text = (
+        dataclasses.replace(tower, norm_eps=_NORM_EPS) for tower in (config.vision, config.text)
+    )
+    config = dataclasses.replace(config, vision=vision, text=text)
     return dataclasses.replace(
-        checkpoint, config=config, rules=rules(tensors.shapes), ignored=ignored
+        checkpoint,
+        config=config,
+        rules=rules(tensors.shapes),
+        ignored=lambda name: name.startswith("txt_decoder/"),  # for captions
     )
 
 
 def _tree(path: epath.Path) -> epath.Path | None:
-    """The tree of arrays at or below a folder: that of the newest step where there are several."""
+    """Find the tree of arrays at or below a folder; of several steps, the newest."""
     while path.is_dir():
         if (path / _MANIFEST).exists():
             return path
@@ -79,17 +75,13 @@ def _tree(path: epath.Path) -> epath.Path | None:
     return None
 
 
-def _above(tree: epath.Path) -> epath.Path | None:
-    return next((folder for folder in tree.parents if open_clip.recognises(folder)), None)
-
-
 class OrbaxTree:
-    """The parameters of an Orbax checkpoint, each read from its store when it is asked for.
+    """Parameters of an Orbax checkpoint, each read from its store on demand.
 
-    Names are paths in the tree without "params/". What is beside the parameters is left out.
+    Names are paths in the tree without "params/". All other arrays are left out.
 
     Raises:
-        CheckpointError: the store is torn.
+        CheckpointError: the store is corrupt.
     """
 
     def __init__(self, folder: epath.Path):
@@ -112,12 +104,12 @@ class OrbaxTree:
             }
             self._arrays = {name: array.result() for name, array in opened.items()}
         except (ValueError, OSError) as error:
-            raise self._torn(error) from None
+            raise self._corrupt(error) from None
         self._made: dict[str, np.ndarray] = {}
         self.shapes = {name: tuple(array.shape) for name, array in self._arrays.items()}
 
     def add_positions(self, image_size: int) -> None:
-        """The image positions that the authors' code computes and does not keep.
+        """Add the image positions that the authors' code computes and does not store.
 
         Raises:
             CheckpointError: there is no vision tower.
@@ -136,14 +128,14 @@ class OrbaxTree:
         try:
             return (array[start:stop] if array.shape else array).read().result()
         except (ValueError, OSError) as error:
-            raise self._torn(error) from None
+            raise self._corrupt(error) from None
 
-    def _torn(self, error: Exception) -> CheckpointError:
-        return CheckpointError(f"{self.where} is torn ({show(str(error))}): download it again")
+    def _corrupt(self, error: Exception) -> CheckpointError:
+        return CheckpointError(f"{self.where} is corrupt ({show(str(error))}): download it again")
 
 
 def sinusoidal_positions(grid: int, width: int) -> Float32[np.ndarray, "positions width"]:
-    """Those of a square grid of patches, after a row of zeros for the class token.
+    """Position embeddings of a square grid of patches, after a row of zeros for the class token.
 
     Sines and cosines of x, then of y, at frequencies from 1 down to 1/10,000 (MoCo v3,
     arXiv:2104.02057).
@@ -155,11 +147,8 @@ def sinusoidal_positions(grid: int, width: int) -> Float32[np.ndarray, "position
     return np.concatenate([np.zeros_like(waves[:1]), waves])
 
 
-# --------------------------------------------------------------------- their names and ours
-
-
-def rules(shapes: Mapping[str, tuple[int, ...]]) -> list[Rule]:
-    """The table for a model whose parameters have these `shapes`."""
+def rules(shapes: Shapes) -> list[Rule]:
+    """Rules of a model whose parameters have these `shapes`."""
     return [
         Rule("t", "logit_scale", SCALAR_1),
         Rule("img/cls", "vision.class_token", leading(2)),
@@ -174,20 +163,12 @@ def rules(shapes: Mapping[str, tuple[int, ...]]) -> list[Rule]:
     ]
 
 
-def _encoder(theirs: str, ours: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Rule]:
-    layer, block = f"{theirs}/Transformer/encoderblock_{{}}", f"{ours}.transformer.blocks"
-    heads = f"{layer}/MultiHeadDotProductAttention_0"
+def _encoder(theirs: str, ours: str, shapes: Shapes) -> list[Rule]:
+    layer = f"{theirs}/Transformer/encoderblock_{{}}"
     # `use_dense_general` decides whether heads are an axis of the kernels.
-    apart = len(shapes.get(f"{heads.format(0)}/query/kernel", ())) == 3
+    kernel = f"{layer}/MultiHeadDotProductAttention_0/query/kernel".format(0)
+    kind = attention if len(shapes.get(kernel, ())) == 3 else merged_attention
     return [
-        *norm(f"{layer}/LayerNorm_0", f"{block}.attention_norm"),
-        *(attention if apart else merged_attention)(heads, f"{block}.attention"),
-        *norm(f"{layer}/LayerNorm_1", f"{block}.mlp_norm"),
-        *mlp(f"{layer}/MlpBlock_0", f"{block}.mlp"),
+        *block(layer, f"{ours}.transformer.blocks", kind),
         *norm(f"{theirs}/encoder_norm", f"{ours}.norm"),
     ]
-
-
-def ignored(name: str) -> bool:
-    """The caption decoder's."""
-    return name.startswith("txt_decoder/")

@@ -1,8 +1,9 @@
-"""Opening a model by whatever names it: a path or a Hub id, of any family that vlm reads.
+"""Registry of checkpoint families: opens a model by path or Hub id.
 
-A family is a module with two functions. `recognises(path)` looks at the names in a folder, or at
-that of a file; `open_checkpoint(path)` says in one visit what the model is, its rules, its pixels
-and its tokens. A new family is one such module, and its name in `FAMILIES`.
+A family is a module with two functions. `recognises(path)` looks at the names in a folder or at the
+name of a file. `open_checkpoint(path)` describes the model: config, rules, preprocessing and
+tokenizer; it raises a CheckpointError if the checkpoint is incomplete, corrupt or contradictory, or
+of an architecture that vlm does not have. A new family is one such module, listed in `FAMILIES`.
 """
 
 import os
@@ -38,50 +39,50 @@ FAMILIES = (
 
 
 def open_model(model: epath.PathLike, revision: str | None) -> tuple[Checkpoint, str]:
-    """The checkpoint that `model` names, and what to call it.
+    """Open the checkpoint that `model` names, and return it with its name.
 
     Raises:
-        CheckpointError: there is nothing, or something torn or of another architecture.
+        CheckpointError: there is none, or one that is corrupt or of another architecture.
     """
     try:
         path = as_path(model)
     except ConfigError as error:
         hub = os.fspath(model).partition("huggingface.co/")[2].rstrip("/")
-        mend = f", or its Hub id: {hub!r}" if is_hub_id(hub) else ""
-        raise CheckpointError(f"{error}{mend}") from None
+        fix = f", or its Hub id: {hub!r}" if is_hub_id(hub) else ""
+        raise CheckpointError(f"{error}{fix}") from None
     if path.exists():
         checkpoint = open_checkpoint(path)
         return checkpoint, checkpoint.name
     name = os.fspath(model)
     if not is_hub_id(name):
         raise CheckpointError(f"there is no model {name!r}: check the path")
-    path, unreached = download(name, revision)
+    path, offline = download(name, revision)
     try:
         return open_checkpoint(path), name
     except CheckpointError as error:
-        if unreached is None:
+        if offline is None:
             raise
         raise CheckpointError(
-            f"{error} (this is what the cache holds of {name}, because the Hub could not be "
-            f"reached: {unreached})"
+            f"{error} (these are the cached files of {name}, because the Hub could not be "
+            f"reached: {offline})"
         ) from None
 
 
 def source_of(model: epath.PathLike) -> str:
-    """What `open_model` takes for the same model from any working directory."""
+    """Name of the same model for `open_model`, valid in any working directory."""
     path = as_path(model)
     return os.fspath(on_disk(path) if path.exists() else model)
 
 
 def open_adapter(path: epath.PathLike) -> SavedAdapter | None:
-    """The adapter in a folder of this disk, ours or peft's; None if it is no adapter.
+    """Open the adapter in a local folder, ours or peft's; None if it is no adapter.
 
     Raises:
-        CheckpointError: it is torn, or of a kind that is not supported.
+        CheckpointError: it is corrupt, or of a kind that is not supported.
     """
     try:
         path = as_path(path)
-    except ConfigError:  # an address, of which `open_model` says what is wrong
+    except ConfigError:  # an address, about which `open_model` raises an error
         return None
     for form, opened in ((adapter, adapter.open_adapter), (peft, peft.open_peft)):
         if form.recognises(path):
@@ -90,13 +91,13 @@ def open_adapter(path: epath.PathLike) -> SavedAdapter | None:
 
 
 def describe(model: epath.PathLike) -> tuple[Checkpoint, int | None, int | None]:
-    """What a model says of itself, its tensors not read; and the sizes that it is used at.
+    """Open a model or the base of an adapter, without reading tensors.
 
-    The sizes are those of an image and of a text, where they are not its own. An adapter is
-    described by the model under it.
+    Returns:
+        The checkpoint, and the image size and context length of its use; None: its own.
 
     Raises:
-        CheckpointError: as `open_model`; or an adapter that does not say what lies under it.
+        CheckpointError: as `open_model`, or an adapter that does not name its base.
     """
     saved = open_adapter(model)
     if saved is None:
@@ -104,7 +105,7 @@ def describe(model: epath.PathLike) -> tuple[Checkpoint, int | None, int | None]
         return checkpoint, None, checkpoint.context_length
     if saved.origin.base is None:
         raise CheckpointError(
-            f"the adapter {model!r} does not say which model it belongs to: merge and save it first"
+            f"the adapter {model!r} does not name its base model: merge and save it first"
         )
     checkpoint, _ = open_model(saved.origin.base, None)
     size = None if saved.preprocess is None else saved.preprocess.image_size
@@ -113,10 +114,10 @@ def describe(model: epath.PathLike) -> tuple[Checkpoint, int | None, int | None]
 
 
 def open_checkpoint(path: epath.Path) -> Checkpoint:
-    """The checkpoint in a folder or file of this disk.
+    """Open the checkpoint in a local folder or file.
 
     Raises:
-        CheckpointError: no family recognises it, or it is incomplete, torn or contradictory.
+        CheckpointError: no family recognises it, or it is incomplete, corrupt or contradictory.
 
     Example:
         >>> from etils import epath

@@ -1,12 +1,13 @@
-"""How a checkpoint's parameters become ours and back: tables of rules, and what applies them.
+"""Tables of rules that convert a checkpoint's parameters to ours and back, and their application.
 
-A family is a table of `Rule`s. Applying it is all or nothing: a parameter that no rule takes, one
-of ours that no rule fills, and a shape that differs are collected into one error.
+Each family has a table of `Rule`s. Every parameter must match: one in the file without a rule, one
+of ours without a source, and a different shape are collected into one error.
 """
 
+import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -23,25 +24,26 @@ from vlm.weights.files import Tensors, part_rows, read_parameter
 
 Model = TypeVar("Model", bound=nnx.Module)
 Shape = tuple[int, ...]
-ANY = -1  # a size that a rule leaves open
-Spans = tuple[tuple[int, int], ...]  # the first and past the last index along each axis
-_THREADS = 4  # that read and copy at most, each a part or a tensor at a time
+Shapes = Mapping[str, Shape]
+ANY = -1  # any size
+Spans = tuple[tuple[int, int], ...]  # start and stop along each axis
+_THREADS = 4  # maximum that read and copy, each one part or tensor at a time
 
 
 @dataclass(frozen=True)
 class Transform:
-    """A change of layout: what shape they have for one of ours, and the way there and back."""
+    """Change of layout between a checkpoint's tensor and our array."""
 
-    shape: Callable[[Shape], Shape]
+    shape: Callable[[Shape], Shape]  # our shape -> theirs
     read: Callable[[np.ndarray, Shape], np.ndarray]  # theirs, our shape -> ours
     write: Callable[[np.ndarray], np.ndarray]  # ours -> theirs
 
 
 SAME = Transform(lambda s: s, lambda x, s: x, lambda x: x)
-FLAT = Transform(  # biases of heads, probes, anything whose axes merely merge
+FLAT = Transform(  # biases of heads, probes: axes that are merged
     lambda s: (math.prod(s),), lambda x, s: x.reshape(s), lambda x: x.reshape(-1)
 )
-LINEAR = Transform(  # torch's (out, in); heads split the last axis of ours
+LINEAR = Transform(  # torch's (out, in); heads split our last axis
     lambda s: (math.prod(s[1:]), s[0]),
     lambda x, s: x.T.reshape(s),
     lambda x: x.reshape(x.shape[0], -1).T,
@@ -58,21 +60,19 @@ CONV = Transform(  # torch's OIHW, ours HWIO
 )
 SCALAR = Transform(lambda s: (), lambda x, s: x.reshape(s), lambda x: x.reshape(()))
 SCALAR_1 = Transform(lambda s: (1,), lambda x, s: x.reshape(s), lambda x: x.reshape(1))
-
-
-# Theirs has any number of rows, and ours is the first of them; there is no way back.
+# The first of any number of rows. The others are lost: there is no way back.
 FIRST_ROW = Transform(lambda s: (ANY, *s), lambda x, s: x[0], lambda x: x[None])
 
 
 def leading(count: int) -> Transform:
-    """Ours with `count` axes of length one in front."""
+    """Add `count` axes of length one in front of ours."""
     ones = (1,) * count
     return Transform(
         lambda s: ones + s, lambda x, s: x.reshape(s), lambda x: x.reshape(ones + x.shape)
     )
 
 
-# Their class token has no position; ours has the first row, which is then zero.
+# Their class token has no position; ours has the first row, which becomes zero.
 WITHOUT_FIRST = Transform(
     lambda s: (1, s[0] - 1, s[1]),
     lambda x, s: np.concatenate([np.zeros_like(x[0, :1]), x[0]]),
@@ -82,10 +82,10 @@ WITHOUT_FIRST = Transform(
 
 @dataclass(frozen=True)
 class Rule:
-    """One row: their name, our name, the change of layout. "{}" is the number of a layer.
+    """Name in the checkpoint, name in our model, and the change of layout.
 
-    With several names of ours, theirs is their concatenation along its first axis. Layers are
-    counted from `first`.
+    "{}" in `theirs` is the number of a layer, counted from `first`. With several names in `ours`,
+    the checkpoint's tensor is their concatenation along its first axis.
 
     Example:
         >>> rule = vlm.weights.Rule("visual.ln_post.weight", "vision.norm.scale")
@@ -101,34 +101,34 @@ class Rule:
 
 @dataclass(frozen=True)
 class LayerRule:
-    """A part of one of our arrays: the whole, or one layer; and where it comes from."""
+    """Rule for one layer, or for an array without layers."""
 
     theirs: str
     ours: str
     layer: int | None
     transform: Transform
     shape: Shape  # of ours, without the layer axis
-    part: int = 0
+    part: int = 0  # number among the `parts` of their tensor
     parts: int = 1
 
     @property
     def their_shape(self) -> Shape:
-        """The shape of the whole tensor of theirs."""
+        """Shape of their tensor, with all parts."""
         shape = self.transform.shape(self.shape)
         return shape if self.parts == 1 else (shape[0] * self.parts, *shape[1:])
 
     @property
     def row_by_row(self) -> bool:
-        """Whether our rows are theirs, so that some can be read without the others."""
+        """Whether rows of our array equal theirs, so that some can be read alone."""
         return self.transform is SAME and self.parts == 1 and len(self.shape) > 1
 
     def read(
         self, tensors: Tensors, start: int = 0, stop: int | None = None
     ) -> Shaped[np.ndarray, "..."]:
-        """Our array, or its rows `start:stop` where they are `row_by_row`.
+        """Read our array, or its rows `start:stop` if `row_by_row`.
 
         Raises:
-            CheckpointError: theirs are not floating-point numbers.
+            CheckpointError: their tensor does not hold floating-point numbers.
         """
         if not self.row_by_row and self.parts > 1:
             rows = self.transform.shape(self.shape)[0]
@@ -137,78 +137,73 @@ class LayerRule:
         return theirs if self.row_by_row else self.transform.read(theirs, self.shape)
 
 
-def expand(rules: Sequence[Rule], shapes: dict[str, Shape]) -> list[LayerRule]:
-    """The rules spelled out, layer by layer, for a model whose arrays have these `shapes`."""
-    pieces = []
+def expand(rules: Sequence[Rule], shapes: Shapes) -> list[LayerRule]:
+    """Apply rules to each layer of a model whose arrays have these `shapes`."""
+    expanded = []
     for rule in rules:
         names = (rule.ours,) if isinstance(rule.ours, str) else rule.ours
         for part, name in enumerate(names):
-            if name not in shapes:
-                pieces.append(LayerRule(rule.theirs, name, None, rule.transform, ()))
+            shape = shapes.get(name)
+            if shape is None:  # `check` reports it
+                expanded.append(LayerRule(rule.theirs, name, None, rule.transform, ()))
                 continue
-            shape = shapes[name]
             layered = "{}" in rule.theirs
             for layer in range(shape[0]) if layered else [None]:
                 theirs = rule.theirs if layer is None else rule.theirs.format(rule.first + layer)
                 one = shape[1:] if layered else shape
-                pieces.append(LayerRule(theirs, name, layer, rule.transform, one, part, len(names)))
-    return pieces
+                expanded.append(
+                    LayerRule(theirs, name, layer, rule.transform, one, part, len(names))
+                )
+    return expanded
 
 
 def check(
-    pieces: Sequence[LayerRule],
-    shapes: dict[str, Shape],
+    layers: Sequence[LayerRule],
+    shapes: Shapes,
     tensors: Tensors,
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Refuse what does not match on either side, all of it in one error.
+    """Check that a model with these `shapes` and a checkpoint match.
 
     Raises:
-        CheckpointError: says how many parameters are missing, left over or of another shape, and
-            names the first of each.
+        CheckpointError: it counts the parameters that are missing, left over or of another shape,
+            and names the first of each.
     """
-    expected = {piece.theirs: piece for piece in pieces}
-    filled = {piece.ours for piece in pieces}
+    expected = {layer.theirs: layer for layer in layers}
+    filled = {layer.ours for layer in layers}
     missing = [name for name in expected if name not in tensors.shapes]
-    over = [name for name in tensors.shapes if name not in expected and not ignored(name)]
-    empty = [name for name in shapes if name not in filled]
-    unknown = sorted(filled - set(shapes))
-    other = [
-        f"{name} {tensors.shapes[name]} (the model has {piece.their_shape})"
-        for name, piece in expected.items()
+    unused = [name for name in tensors.shapes if name not in expected and not ignored(name)]
+    different = [
+        f"{name} {tensors.shapes[name]} (the model has {layer.their_shape})"
+        for name, layer in expected.items()
         if name in tensors.shapes
-        and piece.ours in shapes
-        and not _fits(tuple(tensors.shapes[name]), piece.their_shape)
+        and layer.ours in shapes
+        and not _fits(tuple(tensors.shapes[name]), layer.their_shape)
     ]
-    faults = [
-        (missing, "missing from the file"),
-        (over, "in the file without a place in the model"),
-        (empty, "of the model that nothing fills"),
-        (unknown, "that the model does not have"),
-        (other, "of another shape"),
-    ]
+    faults = {
+        "missing from the file": missing,
+        "in the file without a place in the model": unused,
+        "of the model that nothing fills": [name for name in shapes if name not in filled],
+        "that the model does not have": sorted(filled - set(shapes)),
+        "of another shape": different,
+    }
     found = [
-        f"{len(names)} parameter{'s' * (len(names) > 1)} {what}: {list_names(names)}"
-        for names, what in faults
+        f"{len(names)} parameter{'s' * (len(names) > 1)} {fault}: {list_names(names)}"
+        for fault, names in faults.items()
         if names
     ]
-    if found:
-        without = _without(pieces, set(missing))
-        kind = f" (it has no {without} at all)" if without else ""
-        raise CheckpointError(
-            f"{tensors.where} does not fit the architecture that its configuration describes{kind};"
-            f" {'; '.join(found)}"
-        )
-
-
-def _without(pieces: Sequence[LayerRule], missing: set[str]) -> str:
-    """The towers of which a file has nothing, as in a classifier made from a vision tower."""
-    towers = {"vision": "vision tower", "text": "text tower"}
-    theirs = {
-        said: {piece.theirs for piece in pieces if piece.ours.startswith(f"{tower}.")}
-        for tower, said in towers.items()
-    }
-    return " and no ".join(said for said, names in theirs.items() if names and names <= missing)
+    if not found:
+        return
+    absent = []  # towers without any parameter, as in a classifier made from a vision tower
+    for tower, label in (("vision", "vision tower"), ("text", "text tower")):
+        names = {layer.theirs for layer in layers if layer.ours.startswith(f"{tower}.")}
+        if names and names <= set(missing):
+            absent.append(label)
+    kind = f" (it has no {' and no '.join(absent)} at all)" if absent else ""
+    raise CheckpointError(
+        f"{tensors.where} does not fit the architecture that its configuration describes{kind}; "
+        f"{'; '.join(found)}"
+    )
 
 
 def _fits(shape: Shape, wanted: Shape) -> bool:
@@ -217,8 +212,13 @@ def _fits(shape: Shape, wanted: Shape) -> bool:
     )
 
 
+def count_layers(shapes: Shapes, theirs: str) -> int:
+    """Count the layers with a parameter named `theirs`, where "{}" is the layer's number."""
+    return next(n for n in itertools.count() if theirs.format(n) not in shapes)
+
+
 def flat_shapes(model: nnx.Module) -> dict[str, Shape]:
-    """The shape of each parameter of a model, abstract or real, by its dotted name."""
+    """Shape of each parameter of a model, abstract or real, by its dotted name."""
     return {name: tuple(value.shape) for name, value in _flat(model)}
 
 
@@ -236,18 +236,14 @@ def fill(
     placement: Callable[[str, Shape], jax.sharding.Sharding] | None = None,
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> Model:
-    """The abstract `model` made real with what the rules find in `tensors`.
+    """Fill the abstract `model` with the parameters that the rules find in `tensors`.
 
-    A few threads read: each holds one tensor of theirs at a time, of a table no more than a part,
-    and of each of our arrays the shards of this host's devices alone. Floating tensors take
-    `dtype`, but the scale and bias of the logits stay float32.
+    A few threads read. Each holds one tensor at a time, or one part of a table, and of each of our
+    arrays only the shards of this host's devices. Parameters get `dtype`, except the scale and bias
+    of the logits, which stay float32.
     """
     shapes = flat_shapes(model)
-    pieces = expand(rules, shapes)
-    check(pieces, shapes, tensors, ignored)
-    by_name: dict[str, list[LayerRule]] = {}
-    for piece in pieces:
-        by_name.setdefault(piece.ours, []).append(piece)
+    by_name = _checked(shapes, rules, tensors, ignored)
     graph, state = nnx.split(model)
 
     def make(path: tuple) -> jax.Array:
@@ -264,7 +260,7 @@ def fill(
                 path: variable.replace(array.result())
                 for (path, variable), array in zip(variables.items(), arrays, strict=True)
             }
-        finally:  # after an error the rest is not read
+        finally:  # after an error, do not read the rest
             pool.shutdown(cancel_futures=True)
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
@@ -275,40 +271,51 @@ def read_all(
     tensors: Tensors,
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> Iterator[tuple[str, jax.Array]]:
-    """Each parameter of an abstract model in float32 by its name, one at a time."""
+    """Read each parameter of an abstract model in float32, one at a time."""
     shapes = flat_shapes(model)
-    pieces = expand(rules, shapes)
-    check(pieces, shapes, tensors, ignored)
+    by_name = _checked(shapes, rules, tensors, ignored)
     for name, shape in shapes.items():
-        own = [piece for piece in pieces if piece.ours == name]
-        yield name, _array(own, shape, tensors, np.dtype(np.float32), None)
+        yield name, _array(by_name[name], shape, tensors, np.dtype(np.float32), None)
 
 
 def write(model: nnx.Module, rules: Sequence[Rule]) -> Iterator[tuple[str, "LazyTensor"]]:
-    """Their names and tensors, in the order of the rules; each is made when it is asked for."""
+    """Yield their names and tensors, in the order of the rules; each is made on demand."""
     arrays = dict(flat_arrays(model))
-    pieces: dict[str, list[LayerRule]] = {}
-    for piece in expand(rules, flat_shapes(model)):
-        pieces.setdefault(piece.theirs, []).append(piece)
-    for name, parts in pieces.items():
+    for name, parts in _grouped(expand(rules, flat_shapes(model)), "theirs").items():
         yield name, LazyTensor(parts, arrays)
 
 
 class LazyTensor:
-    """A tensor of theirs that is made from ours when numpy asks for it."""
+    """Tensor of another library that is made from our arrays when numpy asks for it."""
 
-    def __init__(self, pieces: list[LayerRule], arrays: dict[str, jax.Array]):
-        self.shape = pieces[0].their_shape
-        self.dtype = arrays[pieces[0].ours].dtype
-        self._pieces, self._arrays = pieces, arrays
+    def __init__(self, layers: list[LayerRule], arrays: dict[str, jax.Array]):
+        self.shape = layers[0].their_shape
+        self.dtype = arrays[layers[0].ours].dtype
+        self._layers, self._arrays = layers, arrays
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         parts = []
-        for piece in self._pieces:
-            ours = self._arrays[piece.ours]
-            ours = np.asarray(ours if piece.layer is None else ours[piece.layer])
-            parts.append(piece.transform.write(ours))
+        for layer in self._layers:
+            ours = self._arrays[layer.ours]
+            ours = np.asarray(ours if layer.layer is None else ours[layer.layer])
+            parts.append(layer.transform.write(ours))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _checked(
+    shapes: Shapes, rules: Sequence[Rule], tensors: Tensors, ignored: Callable
+) -> dict[str, list[LayerRule]]:
+    """Expand rules, `check` them, and group them by our names."""
+    layers = expand(rules, shapes)
+    check(layers, shapes, tensors, ignored)
+    return _grouped(layers, "ours")
+
+
+def _grouped(layers: Iterable[LayerRule], key: str) -> dict[str, list[LayerRule]]:
+    groups: dict[str, list[LayerRule]] = {}
+    for layer in layers:
+        groups.setdefault(getattr(layer, key), []).append(layer)
+    return groups
 
 
 def _flat(model: nnx.Module) -> Iterable[tuple[str, nnx.Variable]]:
@@ -316,42 +323,42 @@ def _flat(model: nnx.Module) -> Iterable[tuple[str, nnx.Variable]]:
     return [(".".join(map(str, path)), variable) for path, variable in state]
 
 
-def _array(pieces, shape, tensors, dtype, sharding) -> jax.Array:
-    """One of our arrays from its pieces, by way of the buffers of this host's shards."""
-    whole = tuple((0, size) for size in shape)
-    spans = {None: whole}
+def _array(layers, shape, tensors, dtype, sharding) -> jax.Array:
+    """Read one of our arrays, by way of the buffers of this host's shards."""
+    full = tuple((0, size) for size in shape)
+    spans = {None: full}
     if sharding is not None:
         places = sharding.addressable_devices_indices_map(shape)
         spans = {device: _spans(index, shape) for device, index in places.items()}
     buffers = {span: _aligned([b - a for a, b in span], dtype) for span in set(spans.values())}
-    for piece in pieces:
-        _copy_slices(piece, tensors, buffers)
+    for layer in layers:
+        _copy_slices(layer, tensors, buffers)
     if sharding is None:
-        return jax.device_put(buffers[whole], may_alias=True)
+        return jax.device_put(buffers[full], may_alias=True)
     shards = [jax.device_put(buffers[span], device) for device, span in spans.items()]
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
-def _copy_slices(piece: LayerRule, tensors: Tensors, buffers: dict[Spans, np.ndarray]) -> None:
-    """What each buffer wants of one piece, read no more than once and a large table in parts."""
+def _copy_slices(rule: LayerRule, tensors: Tensors, buffers: dict[Spans, np.ndarray]) -> None:
+    """Copy to each buffer its slice of one layer, read at most once; a large table in parts."""
     targets = []
     for span, buffer in buffers.items():
-        if piece.layer is None:
+        if rule.layer is None:
             targets.append((span, buffer))
-        elif span[0][0] <= piece.layer < span[0][1]:
-            targets.append((span[1:], buffer[piece.layer - span[0][0]]))
+        elif span[0][0] <= rule.layer < span[0][1]:
+            targets.append((span[1:], buffer[rule.layer - span[0][0]]))
     if not targets:
         return
-    if not piece.row_by_row:
-        value = piece.read(tensors)
+    if not rule.row_by_row:
+        value = rule.read(tensors)
         for span, buffer in targets:
             buffer[...] = value[tuple(slice(a, b) for a, b in span)]
         return
-    step = part_rows(piece.shape)
+    step = part_rows(rule.shape)
     first, last = min(span[0][0] for span, _ in targets), max(span[0][1] for span, _ in targets)
     for part in range(first // step, -(-last // step)):
         start, stop = max(part * step, first), min((part + 1) * step, last)
-        value = piece.read(tensors, start, stop)
+        value = rule.read(tensors, start, stop)
         for (rows, *rest), buffer in targets:
             low, high = max(rows[0], start), min(rows[1], stop)
             if low < high:
@@ -364,7 +371,7 @@ def _spans(index: tuple[slice, ...], shape: Shape) -> Spans:
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised memory on a cache line, which the CPU's runtime takes over without a copy."""
+    """Allocate memory on a cache line, which the CPU's runtime takes over without a copy."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64

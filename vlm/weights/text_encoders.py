@@ -1,74 +1,61 @@
-"""transformers' encoders as text towers of open_clip folders: XLM-RoBERTa, RoBERTa, and NLLB's.
+"""Encoders of transformers as text towers of open_clip folders: XLM-RoBERTa, RoBERTa and NLLB.
 
-A folder gives the encoder's name alone, whose sizes its weights say, but for the heads. What
-depends on no parameter of ours is folded into the tables as they are read: RoBERTa's one segment,
-its first position (positions are counted from the padding's id), and NLLB's factor and sinusoids.
+A folder gives only the encoder's name; all sizes but the number of heads come from its weights.
+Constants are folded into the tables as they are read: the embedding of RoBERTa's only segment, the
+offset of its positions (they start after the padding's id), and NLLB's factor and sinusoids.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Shaped
 
-from vlm.config import TextConfig
-from vlm.errors import CheckpointError
+from vlm.config import TextConfig, TextPool
+from vlm.errors import CheckpointError, show
 from vlm.nn.positions import sinusoids
-from vlm.weights.fields import show
+from vlm.weights.checkpoint import Computed, ComputedTensors, float32_rows
+from vlm.weights.fields import choice
 from vlm.weights.files import Tensors
-from vlm.weights.layers import heads, linear, norm, out
-from vlm.weights.rules import Rule
+from vlm.weights.layers import BERT, TRANSFORMERS, block, linear, norm
+from vlm.weights.rules import Rule, Shapes, count_layers
 
-PAD_ID = 1  # of all of these vocabularies; positions begin behind it
-FIRST = PAD_ID + 1
+PAD_ID = 1  # in all of these vocabularies
+FIRST = PAD_ID + 1  # row of the first position
 
 
-def _roberta(vocab_size: int, width: int, depth: int, heads: int) -> TextConfig:
+def _encoder(vocab_size: int, width: int, depth: int, heads: int, **options: Any) -> TextConfig:
+    roberta: dict[str, Any] = {
+        "context_length": 512, "mlp_dim": 4 * width, "pool": "mean", "norm": "post",
+        "activation": "gelu",
+    }  # fmt: skip
     return TextConfig(
         vocab_size=vocab_size,
-        context_length=512,
         width=width,
         depth=depth,
         heads=heads,
-        mlp_dim=4 * width,
-        pool="mean",
         pad_id=PAD_ID,
-        norm="post",
         projection="mlp",
-        activation="gelu",
         norm_eps=1e-5,
+        **(roberta | options),
     )
 
 
-def _nllb(depth: int, mlp_dim: int) -> TextConfig:
-    return TextConfig(
-        vocab_size=256_206,
-        context_length=1024,
-        width=1024,
-        depth=depth,
-        heads=16,
-        mlp_dim=mlp_dim,
-        pool="first",
-        pad_id=PAD_ID,
-        projection="mlp",
-        activation="relu",
-        norm_eps=1e-5,
-    )
-
-
-# The encoders as the Hub has them, in open_clip's frame where it is told nothing else.
+_NLLB_OPTIONS: dict[str, Any] = {
+    "context_length": 1024, "pool": "first", "norm": "pre", "activation": "relu"
+}  # fmt: skip
+# Encoders of the Hub, with open_clip's default pooling and projection.
 ENCODERS = {
-    "roberta-base": _roberta(50_265, 768, 12, 12),
-    "roberta-large": _roberta(50_265, 1024, 24, 16),
-    "xlm-roberta-base": _roberta(250_002, 768, 12, 12),
-    "xlm-roberta-large": _roberta(250_002, 1024, 24, 16),
-    "facebook/nllb-200-distilled-600M": _nllb(12, 4096),
-    "facebook/nllb-200-distilled-1.3B": _nllb(24, 8192),
+    "roberta-base": _encoder(50_265, 768, 12, 12),
+    "roberta-large": _encoder(50_265, 1024, 24, 16),
+    "xlm-roberta-base": _encoder(250_002, 768, 12, 12),
+    "xlm-roberta-large": _encoder(250_002, 1024, 24, 16),
+    "facebook/nllb-200-distilled-600M": _encoder(256_206, 1024, 12, 16, **_NLLB_OPTIONS),
+    "facebook/nllb-200-distilled-1.3B": _encoder(
+        256_206, 1024, 24, 16, **_NLLB_OPTIONS, mlp_dim=8192
+    ),
 }
-_POOLS = {"mean_pooler": "mean", "cls_last_hidden_state_pooler": "first", "cls_pooler": "first"}
 _ROOT = "text.transformer"
 _ROBERTA_EMBEDDING = f"{_ROOT}.embeddings.word_embeddings.weight"
 NLLB_EMBEDDING = f"{_ROOT}.embed_tokens.weight"
@@ -76,39 +63,28 @@ POSITION = f"{_ROOT}.embeddings.position_embeddings.weight"
 SEGMENT = f"{_ROOT}.embeddings.token_type_embeddings.weight"
 SINUSOIDS = f"{_ROOT}.embed_positions.weights"
 
-Shapes = Mapping[str, tuple[int, ...]]
 
-
-def text_config(c: Mapping[str, Any], embed_dim: int, shapes: Shapes, where: str) -> TextConfig:
-    """The tower of a `text_cfg` with `hf_model_name`.
+def text_config(c: Mapping[str, Any], shapes: Shapes, where: str) -> TextConfig:
+    """Configuration of the tower of a `text_cfg` with `hf_model_name`.
 
     Raises:
-        CheckpointError: another encoder, pooler or projection, or the weights of something else.
+        CheckpointError: another encoder, pooler or projection, or other weights.
     """
     name = c["hf_model_name"]
     known = {of_the_hub.split("/")[-1]: encoder for of_the_hub, encoder in ENCODERS.items()}
-    encoder = known.get(str(name).split("/")[-1])
-    if encoder is None:
-        raise CheckpointError(
-            f"{where}: the text tower {show(name)} of transformers is not one that vlm reads: it "
-            f"reads {', '.join(known)}"
-        )
+    encoder = known[choice(str(name).split("/")[-1], known, f"{where}: text_cfg.hf_model_name")]
     roberta = encoder.norm == "post"
+    pools: dict[str, TextPool] = {"mean_pooler": "mean", "cls_last_hidden_state_pooler": "first"}
+    if not roberta:
+        pools["cls_pooler"] = "first"
     pooler = c["hf_pooler_type"] or ("mean_pooler" if roberta else "cls_pooler")
-    proj = c["hf_proj_type"] or "mlp"
-    if pooler not in _POOLS or (roberta and pooler == "cls_pooler"):
-        raise CheckpointError(
-            f"{where}: text_cfg.hf_pooler_type is {show(pooler)}: of {name} vlm reads mean_pooler "
-            "and cls_last_hidden_state_pooler"
-        )
-    if proj not in ("mlp", "linear"):
-        raise CheckpointError(
-            f"{where}: text_cfg.hf_proj_type is {show(proj)}: vlm reads mlp and linear"
-        )
     if roberta:
         table, layers = _ROBERTA_EMBEDDING, f"{_ROOT}.encoder.layer.{{}}.intermediate.dense.weight"
     else:
         table, layers = NLLB_EMBEDDING, f"{_ROOT}.layers.{{}}.fc1.weight"
+    pool = pools[choice(pooler, pools, f"{where}: text_cfg.hf_pooler_type")]
+    where_projection = f"{where}: text_cfg.hf_proj_type"
+    projection = choice(c["hf_proj_type"] or "mlp", ("mlp", "linear"), where_projection)
     try:
         vocab_size, width = shapes[table]
         return dataclasses.replace(
@@ -116,10 +92,10 @@ def text_config(c: Mapping[str, Any], embed_dim: int, shapes: Shapes, where: str
             vocab_size=vocab_size,
             context_length=shapes[POSITION][0] - FIRST if roberta else encoder.context_length,
             width=width,
-            depth=_count(shapes, layers),
+            depth=count_layers(shapes, layers),
             mlp_dim=shapes[layers.format(0)][0],
-            pool=_POOLS[pooler],
-            projection=proj,
+            pool=pool,
+            projection=projection,
         )
     except (KeyError, ValueError):
         raise CheckpointError(
@@ -127,85 +103,87 @@ def text_config(c: Mapping[str, Any], embed_dim: int, shapes: Shapes, where: str
         ) from None
 
 
-def _count(shapes: Shapes, pattern: str) -> int:
-    number = 0
-    while pattern.format(number) in shapes:
-        number += 1
-    return number
-
-
 def reads(shapes: Shapes) -> bool:
-    """Whether tensors of these names hold one of these towers."""
+    """Whether these tensors are those of such a tower."""
     return _ROBERTA_EMBEDDING in shapes or NLLB_EMBEDDING in shapes
 
 
 def owns(config: TextConfig) -> bool:
-    """Whether a tower is of one of these kinds, of whatever size."""
+    """Whether a tower is one of these encoders, of any size."""
     return config.pad_id == PAD_ID and (config.norm == "post" or config.activation == "relu")
 
 
-# ------------------------------------------------------------------ tables as ours are
+# ------------------------------------------------------------------ computed tables
 
 
-@dataclass(frozen=True)
-class _Table:
-    """A table of theirs made of others: its shape, and its rows `start:stop`."""
+def fold(tensors: Tensors, config: TextConfig) -> ComputedTensors:
+    """Fold into the tables of such a tower whatever depends on no other parameter."""
+    length, width = config.context_length, config.width
+    if _ROBERTA_EMBEDDING in tensors.shapes:
+        return ComputedTensors(tensors, *bert_positions(tensors, _ROOT, config, FIRST))
+    scale = np.float32(math.sqrt(width))
 
-    shape: tuple[int, int]
-    rows: Callable[[int, int], np.ndarray]
+    def scaled(start: int, stop: int | None) -> np.ndarray:
+        return float32_rows(tensors, NLLB_EMBEDDING, start, stop) * scale
 
+    def waves(start: int, stop: int | None) -> np.ndarray:
+        return sinusoids(FIRST + length, width)[FIRST:][start:stop]
 
-class Folded:
-    """The tensors of such a tower, with everything folded in that our tables have in them."""
-
-    def __init__(self, tensors: Tensors, config: TextConfig):
-        self.where = tensors.where
-        self._tensors = tensors
-        length, width = config.context_length, config.width
-        if _ROBERTA_EMBEDDING in tensors.shapes:
-            if tuple(tensors.shapes.get(SEGMENT, ()))[1:] != (width,):
-                raise CheckpointError(
-                    f"{tensors.where} has no {SEGMENT} of width {width}: download it again"
-                )
-            self._made = {POSITION: _Table((length, width), self._roberta_positions)}
-            used = {SEGMENT}
-        else:
-            sizes = config.vocab_size, width
-            scale = np.float32(math.sqrt(width))
-            self._made = {
-                NLLB_EMBEDDING: _Table(
-                    sizes, lambda start, stop: self._rows(NLLB_EMBEDDING, start, stop) * scale
-                ),
-                SINUSOIDS: _Table(
-                    (length, width),
-                    lambda start, stop: sinusoids(FIRST + length, width)[FIRST:][start:stop],
-                ),
-            }
-            used = set()
-        self.shapes = {name: s for name, s in tensors.shapes.items() if name not in used}
-        self.shapes |= {name: table.shape for name, table in self._made.items()}
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Shaped[np.ndarray, "..."]:
-        if name in self._made:
-            return self._made[name].rows(start, self.shapes[name][0] if stop is None else stop)
-        return self._tensors.read(name, start, stop)
-
-    def _rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        return self._tensors.read(name, start, stop).astype(np.float32)
-
-    def _roberta_positions(self, start: int, stop: int) -> np.ndarray:
-        segment = self._rows(SEGMENT, 0, 1)
-        return self._rows(POSITION, start + FIRST, stop + FIRST) + segment
+    return ComputedTensors(
+        tensors,
+        {
+            NLLB_EMBEDDING: ((config.vocab_size, width), scaled),
+            SINUSOIDS: ((length, width), waves),
+        },
+    )
 
 
-# --------------------------------------------------------------------- their names and ours
+def bert_positions(
+    tensors: Tensors, root: str, config: TextConfig, first: int
+) -> tuple[dict[str, Computed], set[str]]:
+    """Fold the embedding of a BERT's only segment into its position embeddings.
+
+    Returns:
+        The table of positions, from row `first` on, and the name of the segments' table.
+
+    Raises:
+        CheckpointError: one of the tables is missing or of another width.
+    """
+    tables = [f"{root}.embeddings.{name}_embeddings.weight" for name in ("position", "token_type")]
+    length, width = config.context_length, config.width
+    for table in tables:
+        if tuple(tensors.shapes.get(table, ()))[1:] != (width,):
+            raise CheckpointError(
+                f"{tensors.where} has no {table} of width {width}: download it again"
+            )
+    position, segment = tables
+
+    def rows(start: int, stop: int | None) -> np.ndarray:
+        stop = length if stop is None else stop
+        own = float32_rows(tensors, position, start + first, stop + first)
+        return own + float32_rows(tensors, segment, 0, 1)
+
+    return {position: ((length, width), rows)}, {segment}
+
 
 _OURS = "text.transformer.blocks"
+_NLLB = TRANSFORMERS | {
+    "attention_norm": "self_attn_layer_norm", "mlp_norm": "final_layer_norm", "mlp.up": "fc1",
+    "mlp.down": "fc2",
+}  # fmt: skip
 
 
 def rules(c: TextConfig) -> list[Rule]:
-    """The table of a tower, for tensors that are `Folded`."""
-    table = _roberta_rules() if c.norm == "post" else _nllb_rules()
+    """Rules of a tower, for tensors made by `fold`."""
+    if c.norm == "post":
+        table = bert_rules(_ROOT)
+    else:
+        table = [
+            Rule(NLLB_EMBEDDING, "text.embedding"),
+            Rule(SINUSOIDS, "text.position"),
+            *block(f"{_ROOT}.layers.{{}}", _OURS, _NLLB),
+            *norm(f"{_ROOT}.layer_norm", "text.norm"),
+        ]
     if c.projection == "mlp":
         table += linear("text.proj.0", "text.projection.up", bias=False)
         table += linear("text.proj.2", "text.projection.down", bias=False)
@@ -214,42 +192,18 @@ def rules(c: TextConfig) -> list[Rule]:
     return table
 
 
-def _roberta_rules() -> list[Rule]:
-    layer, attention = f"{_ROOT}.encoder.layer.{{}}", f"{_ROOT}.encoder.layer.{{}}.attention"
+def bert_rules(root: str, layers: str = "layer") -> list[Rule]:
+    """Rules of a BERT whose segments are folded by `bert_positions`."""
     return [
-        Rule(_ROBERTA_EMBEDDING, "text.embedding"),
-        Rule(POSITION, "text.position"),
-        *norm(f"{_ROOT}.embeddings.LayerNorm", "text.embedding_norm"),
-        *heads(f"{attention}.self.query", f"{_OURS}.attention.query"),
-        *heads(f"{attention}.self.key", f"{_OURS}.attention.key"),
-        *heads(f"{attention}.self.value", f"{_OURS}.attention.value"),
-        *out(f"{attention}.output.dense", f"{_OURS}.attention.out"),
-        *norm(f"{attention}.output.LayerNorm", f"{_OURS}.attention_norm"),
-        *linear(f"{layer}.intermediate.dense", f"{_OURS}.mlp.up"),
-        *linear(f"{layer}.output.dense", f"{_OURS}.mlp.down"),
-        *norm(f"{layer}.output.LayerNorm", f"{_OURS}.mlp_norm"),
-    ]
-
-
-def _nllb_rules() -> list[Rule]:
-    layer, attention = f"{_ROOT}.layers.{{}}", f"{_ROOT}.layers.{{}}.self_attn"
-    return [
-        Rule(NLLB_EMBEDDING, "text.embedding"),
-        Rule(SINUSOIDS, "text.position"),
-        *norm(f"{layer}.self_attn_layer_norm", f"{_OURS}.attention_norm"),
-        *heads(f"{attention}.q_proj", f"{_OURS}.attention.query"),
-        *heads(f"{attention}.k_proj", f"{_OURS}.attention.key"),
-        *heads(f"{attention}.v_proj", f"{_OURS}.attention.value"),
-        *out(f"{attention}.out_proj", f"{_OURS}.attention.out"),
-        *norm(f"{layer}.final_layer_norm", f"{_OURS}.mlp_norm"),
-        *linear(f"{layer}.fc1", f"{_OURS}.mlp.up"),
-        *linear(f"{layer}.fc2", f"{_OURS}.mlp.down"),
-        *norm(f"{_ROOT}.layer_norm", "text.norm"),
+        Rule(f"{root}.embeddings.word_embeddings.weight", "text.embedding"),
+        Rule(f"{root}.embeddings.position_embeddings.weight", "text.position"),
+        *norm(f"{root}.embeddings.LayerNorm", "text.embedding_norm"),
+        *block(f"{root}.encoder.{layers}.{{}}", _OURS, BERT),
     ]
 
 
 def ignored(name: str) -> bool:
-    """Buffers of older versions that hold nothing learned."""
+    """Whether a tensor is a buffer of older versions, without learned values."""
     return name.startswith(f"{_ROOT}.") and name.endswith(
         (".position_ids", ".token_type_ids", "embed_positions.weights")
     )

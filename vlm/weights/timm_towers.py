@@ -1,44 +1,61 @@
-"""timm's vision towers inside open_clip folders, one module for each family of them.
+"""timm's vision towers inside open_clip folders, one module per family.
 
-Each has the pattern of its names, `NAME`; what it reads in words, `READS`; `vision_config`, which
-reads sizes off the shapes of tensors; `owns`, for the towers that it writes; `options`, their
-fields of a `vision_cfg`; and `rules`.
+A module has the patterns of its `NAMES`, each with the pairs of timm_pool and timm_proj that it
+reads; `READS`, the same in words; `vision_config`, which reads sizes off the shapes of tensors;
+`options`, which has the fields of a `vision_cfg` for a tower; `rules`.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
-from vlm.config import VisionTowerConfig
-from vlm.errors import CheckpointError
+from vlm.config import ConvNeXtConfig, FastViTConfig, VisionTowerConfig, ViTaminConfig, ViTConfig
+from vlm.errors import CheckpointError, show
 from vlm.weights import convnext, eva, fastvit, mobileclip, timm, vitamin
-from vlm.weights.fields import show
+from vlm.weights.rules import Shapes
 
 FAMILIES = (fastvit, convnext, eva, vitamin, mobileclip, timm)
 
 
 def vision_config(
-    name: str,
-    image_size: int,
-    pool: str,
-    proj: str | None,
-    shapes: Mapping[str, tuple[int, ...]],
-    where: str,
+    name: str, image_size: int, pool: str, proj: str | None, shapes: Shapes, where: str
 ) -> VisionTowerConfig:
-    """The tower that timm calls `name`, with the sizes that the `shapes` of its tensors have.
+    """Configuration of timm's tower `name`, with the sizes that the `shapes` of its tensors have.
 
     Raises:
-        CheckpointError: not one of these towers, or one with another pool or projection.
+        CheckpointError: an unknown tower, another pool or projection, or other weights.
     """
-    for family in FAMILIES:
-        if family.NAME.match(name):
-            return family.vision_config(name, image_size, pool, proj, shapes, where)
-    reads = "; ".join(family.READS for family in FAMILIES)
-    raise CheckpointError(
-        f"{where}: the vision tower {show(name)} is not one that vlm reads: of timm's it reads "
-        f"{reads}"
-    )
+    found = {
+        pattern: family for family in FAMILIES for pattern in family.NAMES if pattern.match(name)
+    }
+    if not found:
+        raise CheckpointError(
+            f"{where}: the vision tower {show(name)} is not one that vlm reads: of timm's it reads "
+            f"{'; '.join(family.READS for family in FAMILIES)}"
+        )
+    pattern, family = next(iter(found.items()))
+    if (pool, proj or None) not in family.NAMES[pattern]:
+        raise CheckpointError(
+            f"{where}: the vision tower {name!r} has timm_pool {pool!r} and timm_proj {proj!r}: "
+            f"vlm reads {family.READS}"
+        )
+    try:
+        return family.vision_config(name, image_size, proj, shapes)
+    except (KeyError, ValueError, IndexError):
+        raise CheckpointError(f"{where}: the weights are not those of timm's {name}") from None
 
 
 def family_of(config: VisionTowerConfig) -> Any | None:
-    """The family's module that writes this tower, or None: open_clip's own towers."""
-    return next((family for family in FAMILIES if family.owns(config)), None)
+    """Module of the family that writes this tower; None for open_clip's own towers."""
+    match config:
+        case FastViTConfig():
+            return fastvit
+        case ConvNeXtConfig():
+            return convnext
+        case ViTaminConfig():
+            return vitamin
+        case ViTConfig(key_bias=False):
+            return eva
+        case ViTConfig(stem="nested"):
+            return mobileclip
+        case ViTConfig(pool="map") | ViTConfig(projection="linear_bias"):
+            return timm
+    return None

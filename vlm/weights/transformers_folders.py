@@ -1,7 +1,7 @@
-"""Folders of transformers: a `config.json` names the kind of model, and a module reads each kind.
+"""Folders of transformers: `config.json` names the type of the model, and one module reads each.
 
-A new kind is one module with `MODEL_TYPES`, `model_config` and `open_checkpoint`, and its name in
-`FAMILIES`.
+A new type is one module, listed in `FAMILIES`, with `MODEL_TYPES`, `model_config(values, where)`
+and `open_checkpoint(folder, values, config)`, where `values` are those of `config.json`.
 """
 
 import os
@@ -12,10 +12,9 @@ from typing import Any
 from etils import epath
 
 from vlm.config import ModelConfig
-from vlm.errors import CheckpointError
 from vlm.weights import align, bert_clip, fgclip2, huggingface, tipsv2
 from vlm.weights.checkpoint import Checkpoint
-from vlm.weights.fields import read_json, show
+from vlm.weights.fields import choice, read_json
 
 FAMILIES = (huggingface, bert_clip, tipsv2, align, fgclip2)
 _READERS: dict[str, ModuleType] = {
@@ -31,9 +30,9 @@ def recognises(path: epath.Path) -> bool:
 
 
 def is_of_transformers(folder: epath.Path, files: Collection[str]) -> bool:
-    """Whether `config.json` is that of the model; beside open_clip's files it may be a remnant.
+    """Whether `config.json` describes the model; beside open_clip's files it may be a remnant.
 
-    `files` are the names in the folder, or of what is still to come into it.
+    `files` are the names in the folder, or those still to be downloaded into it.
     """
     if "open_clip_config.json" not in files:
         return True
@@ -43,29 +42,18 @@ def is_of_transformers(folder: epath.Path, files: Collection[str]) -> bool:
 
 
 def open_checkpoint(folder: epath.Path) -> Checkpoint:
-    """The checkpoint in a folder.
-
-    Raises:
-        CheckpointError: another kind of model, or one that is incomplete, torn or contradictory.
-    """
-    file = folder / "config.json"
-    return _reader(read_json(file), os.fspath(file)).open_checkpoint(folder)
+    """Open the checkpoint in a folder."""
+    values, where = read_json(folder / "config.json"), os.fspath(folder / "config.json")
+    config = model_config(values, where)
+    return _READERS[values["model_type"]].open_checkpoint(folder, values, config)
 
 
 def model_config(values: dict[str, Any], where: str) -> ModelConfig:
-    """Our configuration of a `config.json`.
+    """Configuration of the model that a `config.json` describes.
 
     Raises:
-        CheckpointError: another kind of model, an option that vlm does not know, or a size that
-            cannot be.
+        CheckpointError: another type of model, an option that vlm does not support, or an invalid
+            size.
     """
-    return _reader(values, where).model_config(values, where)
-
-
-def _reader(values: dict[str, Any], where: str) -> ModuleType:
-    kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in _READERS:
-        raise CheckpointError(
-            f"{where} describes a model of type {show(kind)}: vlm reads {', '.join(_READERS)}"
-        )
-    return _READERS[kind]
+    reader = _READERS[choice(values.get("model_type"), _READERS, f"{where}: model_type")]
+    return reader.model_config(values, where)

@@ -286,15 +286,6 @@ def _wordpiece_json(path: epath.Path) -> dict[str, int]:
     return vocabulary.get_vocab(with_added_tokens=False)
 
 
-def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Any) -> None:
-    """Raise an error if the tokenizer has more ids than the model has embeddings."""
-    if tokenizer.vocab_size > config.text.vocab_size:
-        raise CheckpointError(
-            f"{where}: its tokenizer has {tokenizer.vocab_size:,} tokens and its embedding table "
-            f"{config.text.vocab_size:,} rows: they are not of one model"
-        )
-
-
 def _clip_from_merges(folder: epath.Path) -> tokenizers.Tokenizer:
     """Return the CLIPTokenizer of transformers for `vocab.json` and `merges.txt`."""
     vocab = read_json(folder / "vocab.json")
