@@ -33,7 +33,6 @@ MAX_WHAT = 10
 PENDING = {
     "bundle", "cli", "config",
 
-    "weights",
 }  # fmt: skip
 
 

@@ -33,11 +33,12 @@ def open_checkpoint(path: epath.Path) -> Checkpoint:
             "into a folder with its open_clip_config.json, and load the folder"
         )
     config = model_config(tensors.shapes, where)
+    size = config.vision.image_size
     tokenizer = clip_tokenizer(config.text.context_length)
     return Checkpoint(
         path.stem,
         config,
-        preprocess_config(config.vision.image_size),
+        PreprocessConfig(image_size=size, resize="crop", mean=CLIP_MEAN, std=CLIP_STD),
         tokenizer,
         tensors,
         open_clip.rules(config, tensors.shapes),
@@ -96,11 +97,6 @@ def _resnet(shapes: Shapes) -> dict[str, Any]:
         "width": shapes["visual.conv3.weight"][0],
         "head_width": _HEAD_DIM,
     }
-
-
-def preprocess_config(image_size: int) -> PreprocessConfig:
-    """Preprocessing of all of OpenAI's models."""
-    return PreprocessConfig(image_size=image_size, resize="crop", mean=CLIP_MEAN, std=CLIP_STD)
 
 
 def ignored(name: str) -> bool:

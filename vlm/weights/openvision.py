@@ -16,7 +16,8 @@ from jaxtyping import Float32, Shaped
 from vlm.errors import CheckpointError, show
 from vlm.paths import is_remote, on_disk
 from vlm.weights import open_clip
-from vlm.weights.checkpoint import Checkpoint, weight_names
+from vlm.weights.checkpoint import Checkpoint, ComputedTensors, weight_names
+from vlm.weights.files import Tensors
 from vlm.weights.flax_layers import attention, block, merged_attention, norm
 from vlm.weights.rules import SCALAR_1, Rule, Shapes, leading
 
@@ -44,11 +45,16 @@ def open_checkpoint(path: epath.Path) -> Checkpoint:
             "below an open_clip_config.json (get the whole repository), and a run of vlm is named "
             "by its own folder"
         )
-    tensors = OrbaxTree(tree)
+    tensors: Tensors = OrbaxTree(tree)
     checkpoint = open_clip.assemble(folder, tensors)
     config = checkpoint.config
     if _POSITION not in tensors.shapes:
-        tensors.add_positions(config.vision.image_size)
+        stem = tensors.shapes.get(_STEM, ())
+        if len(stem) != 4 or 0 in stem:
+            raise CheckpointError(f"{tensors.where} has no {_STEM}: it is no OpenVision")
+        table = sinusoidal_positions(config.vision.image_size // stem[0], stem[3])[None]
+        computed = {_POSITION: (table.shape, lambda start, stop: table[start:stop])}
+        tensors = ComputedTensors(tensors, computed)
     vision, text = (
         dataclasses.replace(tower, norm_eps=_NORM_EPS) for tower in (config.vision, config.text)
     )
@@ -56,6 +62,7 @@ def open_checkpoint(path: epath.Path) -> Checkpoint:
     return dataclasses.replace(
         checkpoint,
         config=config,
+        tensors=tensors,
         rules=rules(tensors.shapes),
         ignored=lambda name: name.startswith("txt_decoder/"),  # for captions
     )
@@ -105,25 +112,9 @@ class OrbaxTree:
             self._arrays = {name: array.result() for name, array in opened.items()}
         except (ValueError, OSError) as error:
             raise self._corrupt(error) from None
-        self._made: dict[str, np.ndarray] = {}
         self.shapes = {name: tuple(array.shape) for name, array in self._arrays.items()}
 
-    def add_positions(self, image_size: int) -> None:
-        """Add the image positions that the authors' code computes and does not store.
-
-        Raises:
-            CheckpointError: there is no vision tower.
-        """
-        stem = self.shapes.get(_STEM, ())
-        if len(stem) != 4 or 0 in stem:
-            raise CheckpointError(f"{self.where} has no {_STEM}: it is no OpenVision")
-        patch_size, _, _, width = stem
-        self._made[_POSITION] = sinusoidal_positions(image_size // patch_size, width)[None]
-        self.shapes[_POSITION] = self._made[_POSITION].shape
-
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Shaped[np.ndarray, "..."]:
-        if name in self._made:
-            return self._made[name][start:stop]
         array = self._arrays[name]
         try:
             return (array[start:stop] if array.shape else array).read().result()
