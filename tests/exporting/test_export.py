@@ -250,6 +250,7 @@ def heads(bundle, pictures):
     return found
 
 
+@pytest.mark.slow
 def test_every_head_is_exported(bundle, tmp_path):
     rng = np.random.default_rng(3)
     pictures = list(rng.integers(0, 256, (6, 30, 30, 3), np.uint8))

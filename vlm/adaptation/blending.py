@@ -22,12 +22,8 @@ from vlm.heads.encoder import Encoder
 
 # The score of a model on a task is the mean of those of these metrics that the task has.
 HEADLINE = ("top1", "image_to_text_R@1", "text_to_image_R@1", "acc")
-OF_TRAINING = (
-    "dropout",
-    "patch_dropout",
-    "init_scale",
-    "init_bias",
-)  # fields that a loaded model ignores
+# Fields that a loaded model ignores.
+OF_TRAINING = ("dropout", "patch_dropout", "init_scale", "init_bias")
 
 
 def blend(a: Bundle, b: Bundle, alpha: float = 0.5) -> Bundle:

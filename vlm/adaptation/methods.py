@@ -91,14 +91,14 @@ class MethodInputs:
         """Make the result of a model with its zero-shot classifier."""
         return MethodResult(model, ZeroShotClassifier(model, self.prompts), trained, note)
 
-    def head(self, method: Literal["anchored", "cache"], trained: bool) -> MethodResult:
+    def head(self, method: Literal["anchored", "cache"]) -> MethodResult:
         """Make the result of a few-shot head on the embeddings of the model."""
         scale = self.model.logit_scale
         prior = scale * class_embeddings(self.model, self.prompts).T
         head = fit_head(
             self.z_train, self.train.target, method, None, prior, scale, len(self.names)
         )
-        count = head.weight.size if trained and isinstance(head, LinearHead) else 0
+        count = head.weight.size if isinstance(head, LinearHead) else 0
         return MethodResult(self.model, FewShotClassifier(self.model, self.names, head), count)
 
 
@@ -117,12 +117,12 @@ def zero_shot(s: MethodInputs) -> MethodResult:
 
 def probe(s: MethodInputs) -> MethodResult:
     """Fit a linear probe that starts at the zero-shot weights and is regularised towards them."""
-    return s.head("anchored", trained=True)
+    return s.head("anchored")
 
 
 def tip(s: MethodInputs) -> MethodResult:
     """Add votes of the labelled images to the zero-shot logits (Tip-Adapter)."""
-    return s.head("cache", trained=False)
+    return s.head("cache")
 
 
 def prompt(s: MethodInputs) -> MethodResult:

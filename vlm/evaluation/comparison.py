@@ -49,7 +49,7 @@ class Comparison:
             return "B is better"
         if self.difference.high < 0:
             return "A is better"
-        return f"no difference shown; under {self.smallest:.1%} it could hardly be"
+        return f"no difference shown; differences under {self.smallest:.1%} are hardly detectable"
 
 
 def compare(a: Result, b: Result) -> list[Comparison]:
@@ -71,14 +71,14 @@ def compare(a: Result, b: Result) -> list[Comparison]:
                 f"{a.task!r} was measured on different {'data' if what[0] == 'd' else 'texts'} "
                 f"({one} and {other}): evaluate both models on the same"
             )
-    if a.samples is None or b.samples is None:
+    of_a, of_b = a.samples, b.samples
+    if of_a is None or of_b is None:
         raise ConfigError(f"{a.task!r} has no samples to compare: evaluate again with --out FOLDER")
-    directions = a.samples.get("direction")
-    if directions is None:
-        return [_compare(a.task, a.samples, b.samples)]
+    if "direction" not in of_a:
+        return [_compare(a.task, of_a, of_b)]
     return [
-        _compare(f"{a.task}, {name}", *(_of_direction(one.samples, name) for one in (a, b)))
-        for name in dict.fromkeys(directions.tolist())
+        _compare(f"{a.task}, {name}", _of_direction(of_a, name), _of_direction(of_b, name))
+        for name in dict.fromkeys(of_a["direction"].tolist())
     ]
 
 
@@ -103,8 +103,7 @@ def smallest_difference(difference: np.ndarray, groups: np.ndarray) -> float:
     return (Z95 + POWER) * math.sqrt(max(variance, 1.0)) / n
 
 
-def _of_direction(samples: Samples | None, direction: str) -> Samples:
-    samples = samples or {}
+def _of_direction(samples: Samples, direction: str) -> Samples:
     kept = samples["direction"] == direction
     return {name: column[kept] for name, column in samples.items()}
 
