@@ -10,8 +10,8 @@ import pytest
 import tiny
 from rich.console import Console
 
-from vlm.bench import measure
-from vlm.bench.data import bench_data
+from vlm.bench import data, measure
+from vlm.bench.data import bench_data, bench_synthetic_data
 from vlm.bench.encode import bench_encode
 from vlm.bench.search import bench_search
 from vlm.bench.train import bench_train, random_batch, step_resident_peak
@@ -100,6 +100,16 @@ def test_the_pipeline_and_whether_a_step_would_wait(paper):
     assert result["pairs_per_second"] == pytest.approx(8 / result["seconds"])
     assert result["waiting"] > 0.9
     assert "would wait" in paper.file.getvalue()
+
+
+def test_the_pipeline_on_synthetic_photographs(paper, monkeypatch):
+    monkeypatch.setattr(data, "SIZES", ((40, 30),))
+    monkeypatch.setattr(data, "SHARDS", 2)
+    monkeypatch.setattr(data, "EACH", 32)
+    result = bench_synthetic_data(batches=1, console=paper)
+    assert is_json(result)
+    assert [r["batch_size"] for r in result] == [64]
+    assert "pairs/s" in paper.file.getvalue()
 
 
 def test_search_finds_every_row_by_itself(paper):

@@ -15,6 +15,7 @@ from vlm.config import AugmentConfig, DataConfig, Experiment
 from vlm.data.pipeline import train_batches
 from vlm.inputs.preprocess import Preprocess
 from vlm.models import recipes
+from vlm.planning.needs import batches_ahead
 from vlm.training.start import tokenizer_of
 
 SIZES = ((640, 427), (1280, 960))  # of synthetic photographs
@@ -30,7 +31,8 @@ def bench_data(
 ) -> dict[str, Any]:
     """Measure the throughput of a run's training batches, without training; print it.
 
-    The first batch starts the readers and fills caches, so it is timed separately.
+    The first batch starts the readers and fills caches, so it is timed separately. The batches that
+    were read ahead meanwhile are not timed.
 
     Args:
         batches: number of batches to time.
@@ -53,12 +55,12 @@ def bench_data(
         data, Preprocess(e.preprocess), tokenizer_of(e), batch_size=e.batch_size, seed=e.seed
     )
     times = []
-    for _ in range(1 + batches):
+    for _ in range(1 + batches_ahead(data) + batches):
         began = time.perf_counter()
         next(stream)
         times.append(time.perf_counter() - began)
     stream.close()
-    seconds = sum(times[1:]) / batches
+    seconds = sum(times[-batches:]) / batches
     result = {
         "source": data.source,
         "batch_size": e.batch_size,

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from vlm.config import Experiment
+from vlm.config import DataConfig, Experiment
 from vlm.data.workers import buffered_batches
 from vlm.inputs.preprocess import Preprocess
 from vlm.planning.calibration import Range, as_values
@@ -44,6 +44,11 @@ class Needs:
         return as_values(self) | {"basis": "estimate", "data_bound": self.data_bound}
 
 
+def batches_ahead(data: DataConfig) -> int:
+    """Number of batches that the pipeline reads ahead and holds on a host."""
+    return buffered_batches(data.workers, data.prefetch)[1] if data.workers else data.prefetch + 2
+
+
 def needs(
     experiment: Experiment,
     topology: Topology,
@@ -69,8 +74,6 @@ def needs(
     images = step_seconds.inverse(e.batch_size / hosts)
     image = Preprocess(e.preprocess).image_bytes
     batch = e.batch_size / hosts * (image + 4 * e.model.text.context_length)
-    workers = e.data.workers
-    ahead = buffered_batches(workers, e.data.prefetch)[1] if workers else e.data.prefetch + 2
     return Needs(
         hosts=hosts,
         examples=steps * e.batch_size if steps else None,
@@ -79,7 +82,7 @@ def needs(
         cost=hours.scaled(price) if hours and price is not None else None,
         checkpoint_bytes=state_bytes,
         checkpoint_seconds=state_bytes / hosts / min(BUCKET_RATE, chip.network * chip.box),
-        host_memory=round(state_bytes / hosts + ahead * batch),
+        host_memory=round(state_bytes / hosts + batches_ahead(e.data) * batch),
         host_memory_limit=chip.host_memory,
         images_per_second=images,
         bytes_per_second=images.scaled(SAMPLE_BYTES),
