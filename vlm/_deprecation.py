@@ -140,6 +140,16 @@ def rename_options(args: list[str]) -> list[str]:
     return found
 
 
+def renamed_method(old: str, new: str) -> Callable[..., Any]:
+    """Make a method that calls the one named `new`; `old` is "Class.method"."""
+
+    def method(self: Any, *args: Any, **options: Any) -> Any:
+        warn(old, f"{old.partition('.')[0]}.{new}", stacklevel=3)
+        return getattr(self, new)(*args, **options)
+
+    return method
+
+
 def environment(name: str, old: str, default: float) -> float:
     """Read a number from the environment variable `name`, or from its old name."""
     if old in os.environ and name not in os.environ:

@@ -24,25 +24,19 @@ BATCH_AXES = ("data", "fsdp")  # a batch is sharded over both
 # Dimension of a parameter that is sharded over `tensor`, by the last two names of its path. Heads
 # and MLP columns are independent: each device computes its own, and an all-reduce adds them
 # (Megatron, arXiv:1909.08053). Counted from the end: stacked blocks have a leading layer axis.
+OUTPUTS, INPUTS = ("query", "key", "value", "up"), ("out", "down")
 TENSOR_DIMENSION: dict[tuple[str, ...], int] = {
-    ("query", "kernel"): -2,
-    ("query", "bias"): -2,
-    ("key", "kernel"): -2,
-    ("key", "bias"): -2,
-    ("value", "kernel"): -2,
-    ("value", "bias"): -2,
+    **{(layer, part): -2 for layer in ("query", "key", "value") for part in ("kernel", "bias")},
     ("out", "kernel"): -3,
     ("up", "kernel"): -1,
     ("up", "bias"): -1,
     ("down", "kernel"): -2,
     ("text", "embedding"): -2,
+    # An adapter and the scales of an int8 kernel are sharded like the kernel's heads or columns.
+    **{(layer, "lora", part): -1 for layer in OUTPUTS for part in ("b", "magnitude")},
+    **{(layer, "kernel_scale"): -1 for layer in OUTPUTS},
+    **{(layer, "lora", "a"): -2 for layer in INPUTS},
 }
-# An adapter and the scales of an int8 kernel are sharded like the kernel's heads or columns.
-OUTPUTS, INPUTS = ("query", "key", "value", "up"), ("out", "down")
-TENSOR_DIMENSION |= {(layer, "lora", "b"): -1 for layer in OUTPUTS}
-TENSOR_DIMENSION |= {(layer, "lora", "magnitude"): -1 for layer in OUTPUTS}
-TENSOR_DIMENSION |= {(layer, "kernel_scale"): -1 for layer in OUTPUTS}
-TENSOR_DIMENSION |= {(layer, "lora", "a"): -2 for layer in INPUTS}
 
 __getattr__ = renamed(__name__, {"batch_share": "vlm.sharding.batch_shard"})
 

@@ -1,6 +1,7 @@
 """The towers: shapes of every form, what they must not see, and their precision."""
 
 import dataclasses
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vlm.config import ModelConfig, TextConfig, ViTConfig
+from vlm.config import ModelConfig, TextConfig, TextPool, ViTConfig
 from vlm.errors import ConfigError
 from vlm.models.dual_encoder import DualEncoder
 from vlm.models.text import TextTower
 from vlm.models.vit import ViTTower
+from vlm.models.vitamin import average_of_three
+from vlm.nn.pooling import TEXT_POOLS
 from vlm.nn.transformer import Execution
-from vlm.nn.vitamin import average_of_three
 
 VISION = ViTConfig(
     image_size=16, patch_size=4, width=32, depth=2, heads=2, mlp_dim=64, projection="linear"
@@ -82,6 +84,15 @@ def test_padding_is_invisible(pool, norm):
     np.testing.assert_allclose(tower(TOKENS), tower(TOKENS[:, :6]), atol=1e-5)
     seen = text(pool=pool, end_id=3, norm=norm)  # without pad_id it is a token as any other
     assert np.abs(seen(TOKENS) - seen(TOKENS[:, :6])).max() > 1e-4
+
+
+def test_a_text_pooling_is_one_entry(monkeypatch):
+    assert set(TEXT_POOLS) | {"map"} == set(get_args(TextPool))
+    monkeypatch.setitem(TEXT_POOLS, "largest", lambda x, norm, *_: norm(x).max(1))
+    config = dataclasses.replace(TEXT, projection="none", width=24)
+    object.__setattr__(config, "pool", "largest")  # as if `TextPool` listed it
+    tower = TextTower(config, 24, execution=Execution(), rngs=nnx.Rngs(0))
+    assert tower(TOKENS).shape == (2, 24)
 
 
 def test_a_post_norm_tower_pools_normalised_tokens():

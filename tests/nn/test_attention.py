@@ -18,7 +18,7 @@ from vlm.nn.attention import (
     _sharded_kernel,
     attend,
 )
-from vlm.nn.rotary import grid_rotation
+from vlm.nn.positions import grid_rotation
 from vlm.sharding import AXES, batch_sharding, make_mesh, mesh_of
 
 interpreted = functools.partial(tpu_attention.attend, interpret=True)

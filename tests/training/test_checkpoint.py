@@ -45,13 +45,14 @@ def three(tmp_path):
         yield checkpoints
 
 
-def test_a_checkpoint_that_is_corrupt_for_another_host_is_skipped(three, monkeypatch):
+def test_a_checkpoint_that_is_corrupt_for_another_host_is_skipped(three, monkeypatch, capsys):
     theirs = iter([json.dumps([" by process 1 of 2", "DATA_LOSS", True]), "null"])
     monkeypatch.setattr(checkpoint, "exchange_texts", lambda mine: [mine, next(theirs)])
-    state, data = three.restore(ABSTRACT, report=(message := []).append)
+    state, data = three.restore(ABSTRACT)
     assert data == {"step": 20}
     assert float(state["x"][0]) == 20
-    assert message == [f"checkpoint 30 of {three.folder} is corrupt and is skipped"]
+    logged = "".join(capsys.readouterr().err.split())
+    assert logged == f"checkpoint30of{three.folder}iscorruptandisskipped"
 
 
 def test_a_checkpoint_that_another_host_cannot_read_stops_all(three, monkeypatch):

@@ -16,7 +16,7 @@ from vlm.evaluation.metrics import pair_retrieval_metrics, zero_shot_metrics
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
 from vlm.sharding import make_mesh
-from vlm.training.eval_tasks import Embedder, Inputs, open_task
+from vlm.training.eval_tasks import Embedder, open_task
 from vlm.training.evals import Evaluations
 from vlm.training.schedule import is_scheduled
 from vlm.training.step import Trainer
@@ -37,12 +37,11 @@ def walls(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def parts(tiny):
-    """A trainer on four devices, a state, and the inputs of its model."""
+    """A trainer on four devices, a state, and a tokenizer."""
     experiment = tiny()
     trainer = Trainer(experiment, make_mesh(experiment.mesh, jax.devices()[:4]))
     texts = vocabulary_texts(experiment.data)
-    inputs = Inputs(trainer.preprocess, train_bpe(texts, 300, 16))
-    return trainer, trainer.init(jnp.int32(1)), inputs
+    return trainer, trainer.init(jnp.int32(1)), train_bpe(texts, 300, 16)
 
 
 @pytest.fixture
@@ -61,19 +60,19 @@ def opened(monkeypatch):
 
 def embeddings(parts, walls, texts):
     """All images and some texts, one batch each, by the functions of the trainer."""
-    trainer, state, inputs = parts
-    images = [inputs.preprocess.pixels(f"{walls}/{i}.png") for i in range(11)]
+    trainer, state, tokenizer = parts
+    images = [trainer.preprocess.pixels(f"{walls}/{i}.png") for i in range(11)]
     images = np.stack([*images, images[0]])  # four devices
     rows = -len(texts) % 4
-    tokens = inputs.tokenizer([*texts, *texts[:1] * rows])
+    tokens = tokenizer([*texts, *texts[:1] * rows])
     z_image, z_text = trainer.embed_images(state, images), trainer.embed_texts(state, tokens)
     return np.asarray(z_image)[:11], np.asarray(z_text)[: len(texts)]
 
 
 def test_retrieval_has_all_captions_of_an_image_as_positives(parts, walls, opened):
-    trainer, state, inputs = parts
+    trainer, state, tokenizer = parts
     config = EvalConfig("walls", "retrieval", walls, "val", captions=("caption", "other"))
-    task = open_task(config, Embedder(trainer), inputs)
+    task = open_task(config, Embedder(trainer), tokenizer)
     assert opened == []  # its texts are read, and no image
     got = task.measure(state)
     assert len(opened) == 11
@@ -86,14 +85,14 @@ def test_retrieval_has_all_captions_of_an_image_as_positives(parts, walls, opene
 
 
 def test_zero_shot_averages_the_prompts_of_named_classes(parts, walls, opened, tmp_path):
-    trainer, state, inputs = parts
+    trainer, state, tokenizer = parts
     names = tmp_path / "names.txt"
     names.write_text("k1\tone\nk0\tzero\nk2\ttwo\n")
     templates = ("a {}", "the {} wall", "{}")
     config = EvalConfig(
         "walls", source=walls, split="val", class_names=str(names), templates=templates
     )
-    task = open_task(config, Embedder(trainer), inputs)
+    task = open_task(config, Embedder(trainer), tokenizer)
     assert opened == []
     got = task.measure(state)
     prompts = [t.replace("{}", name) for name in ("zero", "one", "two") for t in templates]
@@ -102,7 +101,7 @@ def test_zero_shot_averages_the_prompts_of_named_classes(parts, walls, opened, t
     z /= np.linalg.norm(z, axis=1, keepdims=True)
     assert got == zero_shot_metrics(z_image, z, np.arange(11) % 3)
     first = dataclasses.replace(config, examples=4)
-    assert open_task(first, Embedder(trainer), inputs).measure(state)["top1"].n == 4
+    assert open_task(first, Embedder(trainer), tokenizer).measure(state)["top1"].n == 4
 
 
 @pytest.mark.parametrize(
@@ -114,26 +113,26 @@ def test_zero_shot_averages_the_prompts_of_named_classes(parts, walls, opened, t
     ],
 )
 def test_class_names_that_do_not_fit_are_refused(parts, walls, tmp_path, lines, message):
-    trainer, _, inputs = parts
+    trainer, _, tokenizer = parts
     names = tmp_path / "names.txt"
     if lines is not None:
         names.write_text(lines)
     config = EvalConfig("walls", source=walls, split="val", class_names=str(names))
     with pytest.raises(DataError, match=message):
-        open_task(config, Embedder(trainer), inputs)
+        open_task(config, Embedder(trainer), tokenizer)
 
 
 def test_a_run_is_evaluated_on_its_own_split_and_on_other_data(parts, tiny, walls, opened):
-    trainer, state, inputs = parts
+    trainer, state, tokenizer = parts
     evals = (EvalConfig("walls", "retrieval", walls, "val", captions=("caption",)),)
     experiment = tiny(evals=evals, data={"eval_split": "test"})
-    evaluations = Evaluations(experiment, trainer, inputs.tokenizer)
+    evaluations = Evaluations(experiment, trainer, tokenizer)
     assert evaluations
     assert opened == []  # no image of the training split, ever
     row = evaluations.metrics(state)
     assert {"eval/top1", "eval/image_to_text_R@1", "eval/walls/image_to_text_R@1"} <= set(row)
     assert len(opened) == 8 + 11
-    assert not Evaluations(tiny(), trainer, inputs.tokenizer)
+    assert not Evaluations(tiny(), trainer, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +144,7 @@ def test_a_run_is_evaluated_on_its_own_split_and_on_other_data(parts, tiny, wall
 )
 def test_one_option_turns_evaluation_off(tiny, parts, capsys, changes, message):
     experiment = tiny(**changes)
-    evaluations = Evaluations(experiment, parts[0], parts[-1].tokenizer)
+    evaluations = Evaluations(experiment, parts[0], parts[-1])
     assert not evaluations
     assert f"the run is not evaluated: {message}" in capsys.readouterr().err
     assert not is_scheduled(1, 12, 0.0)

@@ -15,9 +15,9 @@ from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.heads.zero_shot import ZeroShotClassifier
 from vlm.inputs.tokenizer import train_bpe
 from vlm.sharding import global_batch, make_mesh
-from vlm.training.classes import Classes
 from vlm.training.loop import train
 from vlm.training.step import Trainer
+from vlm.training.supervision import Classes
 
 TEMPLATES = ("a {}", "a {} at the top left")
 LABELS = {"data": {"label": "label", "templates": TEMPLATES}}

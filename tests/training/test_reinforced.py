@@ -32,7 +32,9 @@ def stored(data, learned, tmp_path_factory) -> str:
     """Three variants of each drawing, by a teacher that takes images as its student does."""
     folder = tmp_path_factory.mktemp("taught") / "store"
     told = []
-    reinforce(data, folder, learned, variants=3, batch_size=16, report=lambda *at: told.append(at))
+    reinforce(
+        data, folder, learned, variants=3, batch_size=16, progress=lambda *at: told.append(at)
+    )
     assert told[-1] == (120, 120)
     return str(folder)
 
@@ -118,7 +120,7 @@ def test_an_interrupted_call_resumes_and_ends_the_same(data, learned, stored, tm
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        reinforce(data, tmp_path, learned, report=stop, **options)
+        reinforce(data, tmp_path, learned, progress=stop, **options)
     with pytest.raises(DataError, match="holds no embeddings"):
         Reinforced.open(str(tmp_path))
     with pytest.raises(
@@ -129,7 +131,7 @@ def test_an_interrupted_call_resumes_and_ends_the_same(data, learned, stored, tm
     corrupt[17:] = 7
     corrupt.flush()
     told = []
-    reinforce(data, tmp_path, learned, report=lambda *at: told.append(at), **options)
+    reinforce(data, tmp_path, learned, progress=lambda *at: told.append(at), **options)
     assert told[0] == (64, 120)
     for name in ("images.npy", "texts.npy", "reinforced.json"):
         whole = Path(stored, name).read_bytes()

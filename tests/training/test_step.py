@@ -215,15 +215,24 @@ def test_the_average_follows_the_parameters(noisy):
 
 def test_only_an_adapter_is_trained_and_saved(tiny):
     plain, adapted = make(tiny()), make(tiny(adapter=AdapterConfig(rank=1)))
-    assert plain.kept(plain.abstract_state) is plain.abstract_state
+    assert plain.checkpoint_state(plain.abstract_state) is plain.abstract_state
     assert plain.abstract_state.frozen == {}
     state = adapted.abstract_state
     paths = [path_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.params)]
     assert paths
     assert all(adapters.is_trained(path) for path in paths)
     assert "vision" in state.frozen
-    assert adapted.kept(state).frozen == {}
-    assert adapted.kept(state).params is state.params
+    assert adapted.checkpoint_state(state).frozen == {}
+    assert adapted.checkpoint_state(state).params is state.params
+
+
+def test_old_names_of_the_state_partition_warn(tiny):
+    trainer = make(tiny())
+    state = trainer.abstract_state
+    with pytest.warns(DeprecationWarning, match="Trainer.kept is renamed to Trainer.checkpoint_"):
+        assert trainer.kept(state) is state
+    with pytest.warns(DeprecationWarning, match="Trainer.divide is renamed to Trainer.partition"):
+        assert trainer.divide(state.params) == (state.params, {})
 
 
 def test_products_are_in_float32_on_a_cpu_by_default():

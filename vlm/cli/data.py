@@ -245,8 +245,8 @@ def reinforce(
     is_config = data.endswith(".py") or data in shipped_configs()
     config = load_config(data).data if is_config else DataConfig(source=data)
     settings = {"variants": augmentations, "seed": seed, "batch_size": batch_size, "dtype": dtype}
-    with counter("embedding") as report:
-        made = write(config, out, teacher, **settings, report=report)
+    with counter("embedding") as progress:
+        made = write(config, out, teacher, **settings, progress=progress)
     print(
         f"{made['examples']:,} examples x {made['variants']} changes, {made['width']} dimensions, "
         f"by {teacher}, in {out}"

@@ -55,7 +55,7 @@ def cached_value_and_grad(
             return None, embed(params, *micro_batch)
 
         def loss_of_all(params, z):
-            return loss(params, *jax.tree.map(_flatten, z))
+            return loss(params, *join_batch(z))
 
         def replay_one(gradients, micro_batch_and_dz):
             *micro_batch, dz = micro_batch_and_dz
@@ -70,9 +70,17 @@ def cached_value_and_grad(
     return value_and_grad
 
 
-def _flatten(z):
-    """(k, b / k, d) -> (b, d); the sharded axis b / k leads, so rows stay on their devices."""
-    return z.swapaxes(0, 1).reshape(-1, *z.shape[2:])
+def split_batch(batch: Any, count: int) -> Any:
+    """Split arrays (b, ...) into (count, b / count, ...).
+
+    Every `count`-th row goes to the same micro-batch, so rows stay on their devices.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def join_batch(parts: Any) -> Any:
+    """Undo `split_batch`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
 
 
 def _check_leading_axes(micro_batches, keys):

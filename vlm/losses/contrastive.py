@@ -2,7 +2,8 @@
 
 import functools
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
@@ -12,7 +13,19 @@ from vlm.errors import ConfigError, ShardingError
 from vlm.losses import sigmoid, softmax
 from vlm.losses.ring import Ring
 
-LOSSES = {"softmax": softmax, "sigmoid": sigmoid}
+
+class RingLoss(NamedTuple):
+    """Loss that is computed around the ring; its first `differentiable` inputs have gradients."""
+
+    value: Callable
+    value_and_gradients: Callable
+    differentiable: int
+
+
+LOSSES = {
+    kind: RingLoss(module.value, module.value_and_gradients, differentiable=4)
+    for kind, module in {"softmax": softmax, "sigmoid": sigmoid}.items()
+}
 
 
 def contrastive_loss(
@@ -60,7 +73,7 @@ def contrastive_loss(
     if kind not in LOSSES:
         raise ConfigError(f"there is no {kind!r} loss: choose one of {', '.join(LOSSES)}")
     ring = ring_of(z_image, z_text, mesh, batch_axes, tile)
-    return _loss(kind, mesh, ring, z_image, z_text, logit_scale, logit_bias, groups)
+    return ring_loss(LOSSES[kind], mesh, ring, z_image, z_text, logit_scale, logit_bias, groups)
 
 
 def ring_of(
@@ -116,33 +129,33 @@ def tile_side(platform: str) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _loss(kind, mesh, ring, *inputs):
-    return on_mesh(LOSSES[kind].value, mesh, ring, _specs(ring), PartitionSpec())(*inputs)
+def ring_loss(loss: RingLoss, mesh, ring: Ring, *inputs):
+    """Compute a loss of global arrays; rows of arrays are sharded, numbers are replicated."""
+    return _on_mesh(loss.value, mesh, ring, _specs(ring, inputs), PartitionSpec())(*inputs)
 
 
-def _specs(ring: Ring) -> tuple[PartitionSpec, ...]:
+def _specs(ring: Ring, inputs) -> tuple[PartitionSpec, ...]:
     rows, number = PartitionSpec(ring.axes), PartitionSpec()
-    return rows, rows, number, number, rows
+    return tuple(rows if getattr(x, "ndim", 0) else number for x in inputs)
 
 
-def _forward(kind, mesh, ring, *inputs):
+def _forward(loss, mesh, ring, *inputs):
     """Compute the gradients with the loss: the backward pass only scales them."""
-    specs = _specs(ring)
-    out = (PartitionSpec(), specs[:4])
-    run = on_mesh(LOSSES[kind].value_and_gradients, mesh, ring, specs, out)
-    loss, gradients = run(*inputs)
-    *differentiable, _ = inputs
-    return loss, jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, tuple(differentiable))
+    specs, count = _specs(ring, inputs), loss.differentiable
+    out = PartitionSpec(), specs[:count]
+    value, gradients = _on_mesh(loss.value_and_gradients, mesh, ring, specs, out)(*inputs)
+    gradients = jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, inputs[:count])
+    return value, (*gradients, *(None for _ in inputs[count:]))
 
 
-def _backward(kind, mesh, ring, gradients, factor):
-    return *jax.tree.map(lambda g: (factor * g).astype(g.dtype), gradients), None
+def _backward(loss, mesh, ring, gradients, factor):
+    return jax.tree.map(lambda g: (factor * g).astype(g.dtype), gradients)
 
 
-_loss.defvjp(_forward, _backward)
+ring_loss.defvjp(_forward, _backward)
 
 
-def on_mesh(function, mesh, ring, in_specs, out_specs):
+def _on_mesh(function, mesh, ring, in_specs, out_specs):
     """Run `function(ring, *inputs)` on each device's rows."""
     function = functools.partial(function, ring)
     if mesh is None:
@@ -150,9 +163,5 @@ def on_mesh(function, mesh, ring, in_specs, out_specs):
     # Results are replicated over unused axes by construction. The check is off because it needs
     # annotations on loop carries that differ between JAX versions.
     return jax.shard_map(
-        function,
-        mesh=mesh,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        check_vma=False,
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )

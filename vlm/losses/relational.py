@@ -11,16 +11,15 @@ that accumulate tile by tile: of exp(t), of exp(l), and of exp(t) (t - l). The g
 pass over the tiles: dKL_i/dl_ij = q_ij - p_ij.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
 from vlm.errors import ConfigError
-from vlm.losses.contrastive import on_mesh, ring_of
+from vlm.losses.contrastive import RingLoss, ring_loss, ring_of
 from vlm.losses.ring import MASKED_LOGIT, Ring, add, dot, dot_pairs, pull_back
 from vlm.losses.softmax import Statistics
 from vlm.losses.softmax import merge as merge_statistics
@@ -69,19 +68,8 @@ def relational_loss(
             f"row for each of the student's {len(z_image)} pairs"
         )
     ring = ring_of(z_image, z_text, mesh, batch_axes, tile)
-    student = z_image, z_text, logit_scale
-    return _loss(mesh, ring, *student, teacher_image, teacher_text, teacher_scale)
-
-
-def relational_definition(z_image, z_text, logit_scale, teacher_image, teacher_text, teacher_scale):
-    """Reference implementation with whole matrices, which `relational_loss` computes in tiles."""
-    logits = jnp.exp(logit_scale) * z_image @ z_text.T
-    target = jnp.exp(teacher_scale) * teacher_image @ teacher_text.T
-    total = 0.0
-    for axis in (1, 0):
-        p, log_p = jax.nn.softmax(target, axis), jax.nn.log_softmax(target, axis)
-        total += (p * (log_p - jax.nn.log_softmax(logits, axis))).sum() / len(logits)
-    return total / 2
+    student, teacher = (z_image, z_text, logit_scale), (teacher_image, teacher_text, teacher_scale)
+    return ring_loss(_LOSS, mesh, ring, *student, *teacher)
 
 
 class Sums(NamedTuple):
@@ -176,26 +164,4 @@ def _mean(ring: Ring, rows: Sums, columns: Sums) -> Float[Array, ""]:
     return ring.total(total) / (2 * len(rows.difference) * ring.devices)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(mesh, ring, *inputs):
-    return on_mesh(_value, mesh, ring, _specs(ring), PartitionSpec())(*inputs)
-
-
-def _specs(ring: Ring) -> tuple[PartitionSpec, ...]:
-    rows, number = PartitionSpec(ring.axes), PartitionSpec()
-    return rows, rows, number, rows, rows, number
-
-
-def _forward(mesh, ring, *inputs):
-    specs = _specs(ring)
-    run = on_mesh(_value_and_gradients, mesh, ring, specs, (PartitionSpec(), specs[:3]))
-    loss, gradients = run(*inputs)
-    student = inputs[:3]
-    return loss, jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, student)
-
-
-def _backward(mesh, ring, gradients, factor):
-    return *jax.tree.map(lambda g: (factor * g).astype(g.dtype), gradients), None, None, None
-
-
-_loss.defvjp(_forward, _backward)
+_LOSS = RingLoss(_value, _value_and_gradients, differentiable=3)

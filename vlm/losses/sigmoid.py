@@ -10,7 +10,7 @@ so one pass over the tiles gives the loss and the gradients: one trip around the
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from vlm.losses.ring import Ring, add, at_least_float32, dot, dot_pairs, mask_same_group, pull_back
 
@@ -41,14 +41,7 @@ def sigmoid_loss(
     return jax.nn.softplus(-sign * logits).sum() / len(logits)
 
 
-def value(
-    ring: Ring,
-    z_image: Float[Array, "b d"],
-    z_text: Float[Array, "b d"],
-    logit_scale: Float[Array, ""],
-    logit_bias: Float[Array, ""] | None,
-    groups: Int[Array, " b"] | None,
-) -> Float[Array, ""]:
+def value(ring: Ring, z_image, z_text, logit_scale, logit_bias, groups) -> Float[Array, ""]:
     """Loss of the global batch, in one trip around the ring."""
     scale, bias = jnp.exp(logit_scale), _zero_if_none(logit_bias)
 
@@ -64,14 +57,7 @@ def value(
     return ring.total(jnp.sum(positives + negatives)) / (len(z_image) * ring.devices)
 
 
-def value_and_gradients(
-    ring: Ring,
-    z_image: Float[Array, "b d"],
-    z_text: Float[Array, "b d"],
-    logit_scale: Float[Array, ""],
-    logit_bias: Float[Array, ""] | None,
-    groups: Int[Array, " b"] | None,
-) -> tuple[Float[Array, ""], tuple]:
+def value_and_gradients(ring: Ring, z_image, z_text, logit_scale, logit_bias, groups) -> tuple:
     """Loss and gradients of its four inputs, in one trip around the ring."""
     scale, bias = jnp.exp(logit_scale), _zero_if_none(logit_bias)
 

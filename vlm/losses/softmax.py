@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from vlm.losses.ring import (
     MASKED_LOGIT,
@@ -73,28 +73,14 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
     return Statistics(top, a.sum * jnp.exp(a.max - top) + b.sum * jnp.exp(b.max - top))
 
 
-def value(
-    ring: Ring,
-    z_image: Float[Array, "b d"],
-    z_text: Float[Array, "b d"],
-    logit_scale: Float[Array, ""],
-    logit_bias: Float[Array, ""] | None,
-    groups: Int[Array, " b"] | None,
-) -> Float[Array, ""]:
+def value(ring: Ring, z_image, z_text, logit_scale, logit_bias, groups) -> Float[Array, ""]:
     """Loss of the global batch, in one trip around the ring; a bias cancels out."""
     scale = jnp.exp(logit_scale)
     rows, columns = _negatives(ring, z_image, z_text, scale, groups)
     return _loss(ring, scale * dot_pairs(z_image, z_text), rows, columns)
 
 
-def value_and_gradients(
-    ring: Ring,
-    z_image: Float[Array, "b d"],
-    z_text: Float[Array, "b d"],
-    logit_scale: Float[Array, ""],
-    logit_bias: Float[Array, ""] | None,
-    groups: Int[Array, " b"] | None,
-) -> tuple[Float[Array, ""], tuple]:
+def value_and_gradients(ring: Ring, z_image, z_text, logit_scale, logit_bias, groups) -> tuple:
     """Loss and gradients of its four inputs: the gradients take a second trip around the ring."""
     scale = jnp.exp(logit_scale)
     positives = scale * dot_pairs(z_image, z_text)

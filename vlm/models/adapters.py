@@ -18,9 +18,8 @@ from jaxtyping import Array, Float, Key
 from vlm.config import AdapterConfig
 from vlm.errors import ConfigError
 from vlm.nn.attention import Attention
-from vlm.nn.int8 import KernelScale, quantize
-from vlm.nn.layers import GeGlu, Mlp, SwiGlu
-from vlm.nn.lora import LowRank, column_lengths, product
+from vlm.nn.layers import Mlp
+from vlm.nn.lora import KernelScale, LowRank, column_lengths, product, quantize
 
 
 @jax.tree_util.register_dataclass
@@ -321,7 +320,7 @@ def _projections(model: nnx.Module) -> set[str]:
     return {
         ".".join(map(str, (*path, name)))
         for path, module in nnx.iter_modules(model)
-        if isinstance(module, Attention | Mlp | SwiGlu | GeGlu)
+        if isinstance(module, Attention | Mlp)
         for name in vars(module)
     }
 

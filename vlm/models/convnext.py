@@ -1,82 +1,97 @@
-"""ConvNeXt (arXiv:2201.03545) of LAION's CLIP models, as in timm and open_clip."""
+"""ConvNeXt (Liu et al., 2022, arXiv:2201.03545) of LAION's CLIPs, as in timm and open_clip."""
+
+import functools
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from vlm.config import ConvNeXtConfig
-from vlm.nn.convnext import ConvNeXtStage
-from vlm.nn.intermediates import Intermediates, capture
-from vlm.nn.layers import LayerNorm, Linear, gelu
+from vlm.models.conv_tower import ConvTower
+from vlm.nn.conv import Conv
+from vlm.nn.layers import LayerNorm, Linear, Mlp, by_rows, gelu
 from vlm.nn.patches import PatchConv
-from vlm.nn.transformer import Execution
+from vlm.nn.transformer import Execution, run_stacked, stack_blocks
+
+LAYER_SCALE = 1e-6  # initial value of layer scale
 
 
-class ConvNeXtTower(nnx.Module):
+class ConvNeXtTower(ConvTower):
     """Map normalised images to embeddings of `embed_dim` dimensions (not unit norm)."""
 
     def __init__(
         self, config: ConvNeXtConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs
     ):
-        c, dtype = config, execution.dtype
-        self.config = config
-        self.dtype = dtype
-        self.stem = PatchConv(4, 3, c.widths[0], dtype=dtype, rngs=rngs)
+        c, options = config, {"dtype": execution.dtype, "rngs": rngs}
+        self.config, self.dtype = config, execution.dtype
+        self.stem = PatchConv(4, 3, c.widths[0], **options)
         self.stem_norm = LayerNorm(c.widths[0], c.norm_eps, rngs=rngs)
-        stages, inputs = [], c.widths[0]
-        for number, (width, depth, mlp_dim) in enumerate(
-            zip(c.widths, c.depths, c.mlp_dims, strict=True)
-        ):
-            stage = ConvNeXtStage(
-                inputs,
-                width,
-                depth,
-                mlp_dim,
-                halve=number > 0,
-                norm_eps=c.norm_eps,
-                execution=execution,
-                rngs=rngs,
-            )
-            stages.append(stage)
-            inputs = width
-        self.stages = nnx.List(stages)
-        self.norm = LayerNorm(inputs, c.norm_eps, rngs=rngs)
-        options = {"dtype": dtype, "rngs": rngs, "use_bias": False}
-        hidden, projection = None, None
-        if c.projection == "mlp":
-            hidden = Linear(inputs, 2 * embed_dim, dtype=dtype, rngs=rngs)
-            projection = Linear(2 * embed_dim, embed_dim, **options)
-        elif c.projection == "linear":
-            projection = Linear(inputs, embed_dim, **options)
-        self.hidden, self.projection = hidden, projection
+        inputs = (None, *c.widths[:-1])  # the first stage does not halve
+        sizes = zip(inputs, c.widths, c.depths, c.mlp_dims, strict=True)
+        self.stages = nnx.List(
+            Stage(*size, norm_eps=c.norm_eps, execution=execution, rngs=rngs) for size in sizes
+        )
+        width = c.widths[-1]
+        self.norm = LayerNorm(width, c.norm_eps, rngs=rngs)
+        mlp, hidden = c.projection == "mlp", 2 * embed_dim
+        self.hidden = Linear(width, hidden, **options) if mlp else None
+        last = functools.partial(Linear, hidden if mlp else width, embed_dim, use_bias=False)
+        self.projection = None if c.projection == "none" else last(**options)
 
-    def __call__(
-        self,
-        images: Float[Array, "b h w 3"],
-        *,
-        keys: Key[Array, " b"] | None = None,
-        intermediates: Intermediates | None = None,
-    ) -> Float[Array, "b e"]:
-        """Embed images deterministically; `intermediates` capture the output of each stage."""
-        x = self._places(images, intermediates)
-        return self._embedding(x.astype(jnp.float32).mean((1, 2)))
+    def _first_layers(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b p q c"]:
+        return self.stem_norm(self.stem(images))
 
-    def dense(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n e"]:
-        """Embed each position as if it were the pooled image."""
-        x = self._places(images, None)
-        return self._embedding(x.reshape(x.shape[0], -1, x.shape[-1]).astype(jnp.float32))
-
-    def _places(self, images: Float[Array, "b h w 3"], intermediates: Intermediates | None):
-        x = self.stem_norm(self.stem(images.astype(self.dtype)))
-        for number, stage in enumerate(self.stages):
-            x = capture(intermediates, f"stages/{number}", stage(x))
-        return x
-
-    def _embedding(self, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
+    def _embedding(self, x: Float[Array, "*b c"]) -> Float[Array, "*b e"]:
         x = self.norm(x).astype(self.dtype)
-        if self.hidden is not None:
-            x = gelu(self.hidden(x))
-        return x if self.projection is None else self.projection(x)
+        return super()._embedding(x if self.hidden is None else gelu(self.hidden(x)))
+
+
+class Stage(nnx.Module):
+    """Stage of stacked blocks of one width, after a downsampling layer unless `inputs` is None."""
+
+    def __init__(
+        self,
+        inputs: int | None,
+        width: int,
+        depth: int,
+        mlp_dim: int,
+        *,
+        norm_eps: float,
+        execution: Execution,
+        rngs: nnx.Rngs,
+    ):
+        dtype = execution.dtype
+        self.halve_norm = None if inputs is None else LayerNorm(inputs, norm_eps, rngs=rngs)
+        halve = functools.partial(PatchConv, dtype=dtype, rngs=rngs)
+        self.halve = None if inputs is None else halve(2, inputs, width)
+
+        def block(rngs: nnx.Rngs) -> Block:
+            return Block(width, mlp_dim, norm_eps=norm_eps, dtype=dtype, rngs=rngs)
+
+        self.blocks = stack_blocks(block, depth, rngs)
+        self.execution = execution
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
+        if self.halve is not None and self.halve_norm is not None:
+            x = self.halve(self.halve_norm(x))
+        return run_stacked(self.blocks, x, lambda block, x: block(x), self.execution)
+
+
+class Block(nnx.Module):
+    """Residual block: depthwise 7x7 convolution and channel MLP."""
+
+    def __init__(
+        self, width: int, mlp_dim: int, *, norm_eps: float, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        self.conv = Conv(width, width, 7, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(width, norm_eps, rngs=rngs)
+        self.mlp = Mlp(width, mlp_dim, "gelu", dtype=dtype, rngs=rngs)
+        self.scale = nnx.Param(jnp.full(width, LAYER_SCALE))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        y = by_rows(self.mlp, self.norm(self.conv(x)))
+        return x + y * self.scale[...].astype(y.dtype)
 
 
 def flops(config: ConvNeXtConfig, embed_dim: int, *, training: bool = False) -> dict[str, float]:

@@ -1,74 +1,119 @@
-"""EfficientNet without classifier (arXiv:1905.11946): ALIGN's vision tower (arXiv:2102.05918)."""
+"""EfficientNet (Tan and Le, 2019, arXiv:1905.11946): ALIGN's vision tower (arXiv:2102.05918)."""
+
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from vlm.config import EfficientNetConfig
-from vlm.models.layer_flops import projection_flops
-from vlm.models.projection import projection
-from vlm.nn.conv import Conv
-from vlm.nn.efficientnet import EfficientNetLayers
-from vlm.nn.intermediates import Intermediates, capture
-from vlm.nn.resnet import FrozenBatchNorm
-from vlm.nn.transformer import Execution
+from vlm.config import EfficientNetConfig, EfficientNetStage
+from vlm.models.conv_tower import ConvTower
+from vlm.models.projection import projection, projection_flops
+from vlm.nn.conv import Conv, FrozenBatchNorm, Squeeze
+from vlm.nn.layers import Linear
+from vlm.nn.transformer import Execution, run_stacked, stack_blocks
 
 
-class EfficientNetTower(nnx.Module):
+class EfficientNetTower(ConvTower):
     """Map normalised images to embeddings of `embed_dim` dimensions (not unit norm)."""
 
     def __init__(
         self, config: EfficientNetConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs
     ):
-        c, dtype = config, execution.dtype
-        self.config = config
-        self.dtype = dtype
-        self.stem = Conv(
-            3,
-            c.stem_width,
-            3,
-            stride=2,
-            depthwise=False,
-            edges=(0, 1),
-            use_bias=False,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        c, options = config, {"dtype": execution.dtype, "rngs": rngs}
+        self.config, self.dtype = config, execution.dtype
+        same = {"stride": 2, "depthwise": False, "edges": (0, 1), "use_bias": False}
+        self.stem = Conv(3, c.stem_width, 3, **same, **options)
         self.stem_norm = FrozenBatchNorm(c.stem_width, eps=c.norm_eps)
-        inputs, stages = c.stem_width, []
-        options = {"norm_eps": c.norm_eps, "execution": execution, "rngs": rngs}
-        for stage in c.stages:
-            stages.append(EfficientNetLayers(inputs, stage, c.squeeze, **options))
-            inputs = stage.width
-        self.stages = nnx.List(stages)
-        self.projection = projection(c, c.width, embed_dim, dtype=dtype, rngs=rngs)
+        inputs = (c.stem_width, *(stage.width for stage in c.stages[:-1]))
+        self.stages = nnx.List(
+            Stage(i, stage, c.squeeze, norm_eps=c.norm_eps, execution=execution, rngs=rngs)
+            for i, stage in zip(inputs, c.stages, strict=True)
+        )
+        self.projection = projection(c, c.width, embed_dim, **options)
 
-    def __call__(
+    def _first_layers(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b p q c"]:
+        return jax.nn.silu(self.stem_norm(self.stem(images)))
+
+    def _pooled(self, x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
+        return {"mean": x.mean, "max": x.max}[self.config.pool]((1, 2))
+
+
+class Stage(nnx.Module):
+    """Stage: a first block, then stacked residual blocks."""
+
+    def __init__(
         self,
-        images: Float[Array, "b h w 3"],
+        inputs: int,
+        stage: EfficientNetStage,
+        squeeze: float,
         *,
-        keys: Key[Array, " b"] | None = None,
-        intermediates: Intermediates | None = None,
-    ) -> Float[Array, "b e"]:
-        """Embed images deterministically; `intermediates` capture the output of each stage."""
-        x = self._places(images, intermediates).astype(jnp.float32)
-        x = {"mean": x.mean, "max": x.max}[self.config.pool]((1, 2))
-        return self._embedding(x)
+        norm_eps: float,
+        execution: Execution,
+        rngs: nnx.Rngs,
+    ):
+        options = {"norm_eps": norm_eps, "dtype": execution.dtype}
+        self.first = InvertedBottleneck(
+            inputs, stage, squeeze, halve=stage.halve, rngs=rngs, **options
+        )
 
-    def dense(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n e"]:
-        """Embed each position as if it were the pooled image."""
-        x = self._places(images, None)
-        return self._embedding(x.reshape(x.shape[0], -1, x.shape[-1]))
+        def block(rngs: nnx.Rngs) -> InvertedBottleneck:
+            return InvertedBottleneck(
+                stage.width, stage, squeeze, halve=False, rngs=rngs, **options
+            )
 
-    def _places(self, images: Float[Array, "b h w 3"], intermediates: Intermediates | None):
-        x = jax.nn.silu(self.stem_norm(self.stem(images.astype(self.dtype))))
-        for number, stage in enumerate(self.stages):
-            x = capture(intermediates, f"stages/{number}", stage(x))
-        return x
+        self.blocks = stack_blocks(block, stage.depth - 1, rngs) if stage.depth > 1 else None
+        self.execution = execution
 
-    def _embedding(self, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
-        return x if self.projection is None else self.projection(x.astype(self.dtype))
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
+        x = self.first(x)
+        if self.blocks is None:
+            return x
+        return run_stacked(self.blocks, x, lambda block, x: x + block(x), self.execution)
+
+
+class InvertedBottleneck(nnx.Module):
+    """Inverted bottleneck: expansion, depthwise convolution, squeeze-and-excitation, projection.
+
+    (arXiv:1801.04381, arXiv:1709.01507.) The first block of a stage may have a stride (`halve`).
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        stage: EfficientNetStage,
+        squeeze: float,
+        *,
+        halve: bool,
+        norm_eps: float,
+        **options: Any,
+    ):
+        s = stage
+        inside = inputs * s.expand
+        expands = s.expand > 1
+        self.expand = Linear(inputs, inside, use_bias=False, **options) if expands else None
+        self.expand_norm = FrozenBatchNorm(inside, eps=norm_eps) if expands else None
+        self.conv = Conv(
+            inside,
+            inside,
+            s.kernel,
+            stride=2 if halve else 1,
+            edges=(s.kernel // 2 - (halve and not s.symmetric), s.kernel // 2),
+            use_bias=False,
+            **options,
+        )
+        self.conv_norm = FrozenBatchNorm(inside, eps=norm_eps)
+        # Relative to the block's input, not to the expanded width.
+        hidden = max(1, int(inputs * squeeze))
+        self.squeeze = Squeeze(inside, hidden, act=jax.nn.silu, **options)
+        self.project = Linear(inside, s.width, use_bias=False, **options)
+        self.project_norm = FrozenBatchNorm(s.width, eps=norm_eps)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
+        if self.expand is not None and self.expand_norm is not None:
+            x = jax.nn.silu(self.expand_norm(self.expand(x)))
+        x = jax.nn.silu(self.conv_norm(self.conv(x)))
+        return self.project_norm(self.project(self.squeeze(x)))
 
 
 def flops(

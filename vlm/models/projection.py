@@ -50,3 +50,12 @@ def map_pool(config, *, dtype: DTypeLike, rngs: nnx.Rngs) -> MapPool:
         dtype=dtype,
         rngs=rngs,
     )
+
+
+def projection_flops(config, width: int, embed_dim: int) -> float:
+    """FLOPs of the projection to the embedding space, if there is one."""
+    if config.projection == "none":
+        return 0.0
+    if config.projection == "mlp":
+        return 2 * (width + embed_dim) * ((width + embed_dim) // 2)
+    return 2 * width * embed_dim

@@ -1,5 +1,7 @@
 """ResNet with attention pooling: the vision tower of OpenAI's first CLIP models."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,9 +9,11 @@ from jaxtyping import Array, Float, Key
 
 from vlm.config import ResNetConfig
 from vlm.nn.attention import Attention
+from vlm.nn.conv import FrozenBatchNorm
 from vlm.nn.intermediates import Intermediates, capture, part
-from vlm.nn.resnet import EXPANSION, Bottleneck, FrozenBatchNorm, average_pool, conv
 from vlm.nn.transformer import Execution
+
+EXPANSION = 4  # output channels / block channels
 
 
 class ResNetTower(nnx.Module):
@@ -21,31 +25,25 @@ class ResNetTower(nnx.Module):
     def __init__(
         self, config: ResNetConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs
     ):
-        c, dtype = config, execution.dtype
-        self.config = config
-        self.dtype = dtype
-        half = c.width // 2
-        self.stem = nnx.List(
-            [
-                conv(3, half, 3, strides=2, dtype=dtype, rngs=rngs),
-                conv(half, half, 3, dtype=dtype, rngs=rngs),
-                conv(half, c.width, 3, dtype=dtype, rngs=rngs),
-            ]
-        )
+        c, options = config, {"dtype": execution.dtype, "rngs": rngs}
+        self.config, self.dtype = config, execution.dtype
+        half, inputs = c.width // 2, c.width
+        stem = (conv(3, half, 3, strides=2, **options), conv(half, half, 3, **options))
+        self.stem = nnx.List([*stem, conv(half, c.width, 3, **options)])
         self.stem_norms = nnx.List([FrozenBatchNorm(w) for w in (half, half, c.width)])
-        inputs, stages = c.width, []
+        stages = []
         for stage, depth in enumerate(c.depths):
             width = c.width * 2**stage
             blocks = []
             for number in range(depth):
                 stride = 2 if stage > 0 and number == 0 else 1
-                blocks.append(Bottleneck(inputs, width, stride, dtype=dtype, rngs=rngs))
+                blocks.append(Bottleneck(inputs, width, stride, **options))
                 inputs = width * EXPANSION
             stages.append(nnx.List(blocks))
         self.stages = nnx.List(stages)
         normal = nnx.initializers.normal(inputs**-0.5)
         self.position = nnx.Param(normal(rngs.params(), (c.tokens(), inputs)))
-        self.pool = Attention(inputs, c.heads, output_width=embed_dim, dtype=dtype, rngs=rngs)
+        self.pool = Attention(inputs, c.heads, output_width=embed_dim, **options)
 
     def __call__(
         self,
@@ -85,6 +83,47 @@ class ResNetTower(nnx.Module):
                 x = block(x)
             x = capture(intermediates, f"stages/{number}", x)
         return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+class Bottleneck(nnx.Module):
+    """Bottleneck of 1x1, 3x3 and 1x1 convolutions, with average pooling instead of a stride."""
+
+    def __init__(self, inputs: int, width: int, stride: int, **options: Any):
+        outputs = width * EXPANSION
+        self.conv1 = conv(inputs, width, 1, **options)
+        self.norm1 = FrozenBatchNorm(width)
+        self.conv2 = conv(width, width, 3, **options)
+        self.norm2 = FrozenBatchNorm(width)
+        self.conv3 = conv(width, outputs, 1, **options)
+        self.norm3 = FrozenBatchNorm(outputs)
+        changes = stride > 1 or inputs != outputs
+        self.shortcut = conv(inputs, outputs, 1, **options) if changes else None
+        self.shortcut_norm = FrozenBatchNorm(outputs) if changes else None
+        self.stride = stride
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        y = jax.nn.relu(self.norm1(self.conv1(x)))
+        y = jax.nn.relu(self.norm2(self.conv2(y)))
+        y = self.norm3(self.conv3(average_pool(y, self.stride)))
+        if self.shortcut is not None and self.shortcut_norm is not None:
+            x = self.shortcut_norm(self.shortcut(average_pool(x, self.stride)))
+        return jax.nn.relu(x + y)
+
+
+def conv(inputs: int, outputs: int, size: int, **options: Any) -> nnx.Conv:
+    """Convolution without bias and with "same" padding."""
+    padding = ((size // 2, size // 2),) * 2
+    return nnx.Conv(inputs, outputs, (size, size), padding=padding, use_bias=False, **options)
+
+
+def average_pool(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b h2 w2 c"]:
+    """Average pooling over `size` x `size` squares; incomplete squares are dropped."""
+    if size == 1:
+        return x
+    b, h, w, c = x.shape
+    h, w = h // size, w // size
+    x = x[:, : h * size, : w * size].reshape(b, h, size, w, size, c)
+    return x.mean((2, 4))
 
 
 def flops(config: ResNetConfig, embed_dim: int, *, training: bool = False) -> dict[str, float]:

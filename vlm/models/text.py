@@ -1,20 +1,17 @@
 """Text tower: a transformer over token ids."""
 
-from typing import assert_never
-
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, Key
 
 from vlm.config import TextConfig
-from vlm.models.layer_flops import block_flops, map_pool_flops, projection_flops
-from vlm.models.projection import map_pool, projection
+from vlm.models.projection import map_pool, projection, projection_flops
 from vlm.nn.intermediates import Intermediates, capture, part
 from vlm.nn.layers import LayerNorm
-from vlm.nn.pooling import mean_pool, token_pool
+from vlm.nn.pooling import TEXT_POOLS, map_pool_flops
 from vlm.nn.positions import sinusoids
-from vlm.nn.transformer import Execution, Transformer
+from vlm.nn.transformer import Execution, Transformer, block_flops
 
 LENGTH_STEP = 16  # tokens: lengths of causal text are rounded up to a multiple of this
 
@@ -97,22 +94,10 @@ class TextTower(nnx.Module):
         x = self.transformer(x, mask, keys=keys, intermediates=intermediates)
 
         norm = self.norm or (lambda x: x)  # post-norm blocks end with a norm
-        match c.pool:
-            case "end":
-                x = norm(token_pool(x, jnp.argmax(tokens == c.end_id, axis=1)))
-            case "argmax":
-                x = norm(token_pool(x, jnp.argmax(tokens, axis=1)))
-            case "first":
-                x = norm(x[:, 0])
-            case "last" | "class":
-                x = norm(x[:, -1])
-            case "mean":
-                x = mean_pool(norm(x), real)
-            case "map":
-                assert self.pool is not None
-                x = self.pool(norm(x), real, intermediates=part(intermediates, "pool"))
-            case _:
-                assert_never(c.pool)
+        if self.pool is not None:
+            x = self.pool(norm(x), real, intermediates=part(intermediates, "pool"))
+        else:
+            x = TEXT_POOLS[c.pool](x, norm, tokens, real, c)
         return x if self.projection is None else self.projection(x)
 
 

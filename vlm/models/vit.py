@@ -7,26 +7,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from vlm.config import ViTConfig
-from vlm.models.layer_flops import (
-    block_flops,
-    map_pool_flops,
-    projection_flops,
-    query_pool_flops,
-)
-from vlm.models.projection import map_pool, projection
+from vlm.models.projection import map_pool, projection, projection_flops
 from vlm.nn.intermediates import Intermediates, capture, part
 from vlm.nn.layers import LayerNorm, split_keys
 from vlm.nn.naflex import Patches
-from vlm.nn.patches import (
-    ConvStem,
-    NestedStem,
-    PatchStem,
-    drop_patches,
-    drop_real_patches,
-)
-from vlm.nn.pooling import MapPool, QueryPool, mean_pool
-from vlm.nn.rotary import grid_rotation
-from vlm.nn.transformer import Execution, Transformer
+from vlm.nn.patches import ConvStem, NestedStem, PatchStem, drop_patches, drop_real_patches
+from vlm.nn.pooling import MapPool, QueryPool, map_pool_flops, mean_pool, query_pool_flops
+from vlm.nn.positions import grid_rotation
+from vlm.nn.transformer import Execution, Transformer, block_flops
 
 
 class ViTTower(nnx.Module):
@@ -228,7 +216,7 @@ def flops(config: ViTConfig, embed_dim: int, *, training: bool = False) -> dict[
         pool = query_pool_flops(c.width, embed_dim, tokens)
     return {
         "stem": stem,
-        **block_flops(c, tokens),
+        **block_flops(c, tokens, gated=c.mlp != "plain"),
         "pool": pool,
         "projection": projection_flops(c, embed_dim if c.pool == "query" else c.width, embed_dim),
     }

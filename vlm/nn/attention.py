@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float
 from vlm.nn import tpu_attention
 from vlm.nn.intermediates import Intermediates, capture
 from vlm.nn.layers import LayerNorm, linear
+from vlm.nn.positions import Rotation, rotate
 from vlm.nn.remat import ATTENDED, PROJECTED
-from vlm.nn.rotary import Rotation, rotate
 from vlm.sharding import BATCH_AXES, batch_ways, mesh_of
 
 
@@ -125,24 +125,14 @@ class Attention(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        def project(inputs, outputs, axis, *, bias=True):
-            init = nnx.initializers.xavier_uniform()
-            return nnx.LinearGeneral(
-                inputs,
-                outputs,
-                axis=axis,
-                use_bias=bias,
-                kernel_init=init,
-                dtype=dtype,
-                rngs=rngs,
-            )
-
+        init = nnx.initializers.xavier_uniform()
+        project = functools.partial(nnx.LinearGeneral, kernel_init=init, dtype=dtype, rngs=rngs)
         split = (heads, width // heads)
-        self.query = project(width, split, -1)
-        self.key = project(context_width or width, split, -1, bias=key_bias)
-        self.value = project(context_width or width, split, -1)
+        self.query = project(width, split)
+        self.key = project(context_width or width, split, use_bias=key_bias)
+        self.value = project(context_width or width, split)
         self.norm = None if norm_eps is None else LayerNorm(width, norm_eps, rngs=rngs)
-        self.out = project(split, output_width or width, (-2, -1))
+        self.out = project(split, output_width or width, axis=(-2, -1))
 
     def __call__(
         self,

@@ -1,7 +1,8 @@
-"""Convolutions, with a fast implementation for each platform."""
+"""Convolutions with a fast implementation for each platform, and layers between them."""
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,10 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from vlm.nn.layers import Linear
+
+Edges = tuple[int, int]  # zero padding before and after the image
 
 _APART = 16  # padding channels: float32 values per cache line
 
@@ -28,7 +33,7 @@ class Conv(nnx.Module):
         *,
         stride: int = 1,
         depthwise: bool = True,
-        edges: tuple[int, int] | None = None,
+        edges: Edges | None = None,
         use_bias: bool = True,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
@@ -53,13 +58,39 @@ class Conv(nnx.Module):
         return x if self.bias is None else x + self.bias[...].astype(self.dtype)
 
 
+class FrozenBatchNorm(nnx.Module):
+    """Batch normalisation with stored statistics, which get no gradient."""
+
+    def __init__(self, width: int, *, eps: float = 1e-5):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+        self.mean = nnx.Param(jnp.zeros(width))
+        self.var = nnx.Param(jnp.ones(width))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        mean = lax.stop_gradient(self.mean[...].astype(jnp.float32))
+        var = lax.stop_gradient(self.var[...].astype(jnp.float32))
+        factor = self.scale[...] * lax.rsqrt(var + self.eps)
+        return ((x.astype(jnp.float32) - mean) * factor + self.bias[...]).astype(x.dtype)
+
+
+class Squeeze(nnx.Module):
+    """Squeeze-and-excitation: channel weights from the image mean (arXiv:1709.01507)."""
+
+    def __init__(self, width: int, hidden: int, *, act: Callable = jax.nn.relu, **options: Any):
+        self.down = Linear(width, hidden, **options)
+        self.up = Linear(hidden, width, **options)
+        self.act = act
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        weights = jax.nn.sigmoid(self.up(self.act(self.down(x.mean((1, 2))))))
+        return x * weights[:, None, None]
+
+
 def _convolve(
-    x: Float[Array, "b h w c"],
-    kernel: Float[Array, "k k i d"],
-    *,
-    stride: int,
-    edges: tuple[int, int],
-):
+    x: Float[Array, "b h w c"], kernel: Float[Array, "k k i d"], *, stride: int, edges: Edges
+) -> Float[Array, "b p q d"]:
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -71,12 +102,8 @@ def _convolve(
 
 
 def _shift_and_add(
-    x: Float[Array, "b h w c"],
-    kernel: Float[Array, "k k 1 d"],
-    *,
-    stride: int,
-    edges: tuple[int, int],
-):
+    x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 d"], *, stride: int, edges: Edges
+) -> Float[Array, "b p q d"]:
     """Depthwise convolution as a sum of shifted images, since XLA's CPU grouped ones are slow.
 
     Addresses that differ by powers of two map to few cache sets, and a 7x7 kernel reads 49 pixels

@@ -1,6 +1,7 @@
 """Activations, linear layers, normalisation, dropout and MLPs."""
 
 from collections.abc import Callable
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from vlm.config import Activation
+from vlm.config import Activation, MlpKind
+from vlm.errors import check_choice
 from vlm.nn.remat import MLP_HIDDEN
 
 
@@ -32,14 +34,10 @@ def quick_gelu(x: Array) -> Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-def relu(x: Array) -> Array:
-    """max(x, 0), as in NLLB's encoder."""
-    return jax.nn.relu(x)
-
-
-def activation(name: Activation):
-    """Return the activation function of that name."""
-    return {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu, "relu": relu}[name]
+def activation(name: Activation) -> Callable[[Array], Array]:
+    """Return the activation function of that name; "relu" is that of NLLB's encoder."""
+    functions = {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}
+    return (functions | {"relu": jax.nn.relu})[name]
 
 
 def dropout(
@@ -68,8 +66,8 @@ def linear(
 ) -> Float[Array, "*b o"]:
     """Apply a linear layer with its kernel flattened to a matrix.
 
-    A `fixed_bias` gets no gradient. The kernel may be quantized (`vlm.nn.int8`), and the layer may
-    have a LoRA adapter (`vlm.nn.lora`).
+    A `fixed_bias` gets no gradient. The kernel may be quantized, and the layer may have a
+    LoRA adapter (`vlm.nn.lora`).
 
     Attention heads are not a separate axis: a head of 64 dimensions would fill only half of a TPU's
     registers and tiles.
@@ -149,7 +147,11 @@ class LayerNorm(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Two linear layers with an activation between them.
+    """Two linear layers with an activation between them, or with a gate (arXiv:2002.05202).
+
+    Kinds: "plain"; "swiglu", a SiLU gate and a normalised hidden layer (EVA-02, arXiv:2303.11331);
+    "swiglu_plain", without that norm; "geglu", a GELU gate and a normalised input (ViTamin,
+    arXiv:2404.02132). `act` is of the plain kind, `norm_eps` of the norms.
 
     Example:
         >>> from flax import nnx
@@ -159,50 +161,35 @@ class Mlp(nnx.Module):
     """
 
     def __init__(
-        self, width: int, mlp_dim: int, act: Activation, *, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        width: int,
+        mlp_dim: int,
+        act: Activation,
+        *,
+        kind: MlpKind = "plain",
+        norm_eps: float = 1e-6,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ):
-        init = nnx.initializers.xavier_uniform()
-        self.up = nnx.Linear(width, mlp_dim, kernel_init=init, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(mlp_dim, width, kernel_init=init, dtype=dtype, rngs=rngs)
+        check_choice("mlp", kind, get_args(MlpKind))
+        options = {"kernel_init": nnx.initializers.xavier_uniform(), "dtype": dtype, "rngs": rngs}
+        self.gate = None if kind == "plain" else nnx.Linear(width, mlp_dim, **options)
+        self.up = nnx.Linear(width, mlp_dim, **options)
+        self.down = nnx.Linear(mlp_dim, width, **options)
+        normed = {"geglu": width, "swiglu": mlp_dim}.get(kind)
+        self.norm = None if normed is None else LayerNorm(normed, norm_eps, rngs=rngs)
         self.act: Activation = act
+        self.kind: MlpKind = kind
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        hidden = checkpoint_name(linear(self.up, x), MLP_HIDDEN)
-        return linear(self.down, activation(self.act)(hidden))
-
-
-class SwiGlu(nnx.Module):
-    """MLP with a SiLU-gated hidden layer (arXiv:2002.05202).
-
-    With `norm_eps`, the hidden layer is normalised, as in EVA-02 (arXiv:2303.11331).
-    """
-
-    def __init__(self, width: int, mlp_dim: int, norm_eps: float | None, *, dtype, rngs: nnx.Rngs):
-        options = {"kernel_init": nnx.initializers.xavier_uniform(), "dtype": dtype, "rngs": rngs}
-        self.gate = nnx.Linear(width, mlp_dim, **options)
-        self.up = nnx.Linear(width, mlp_dim, **options)
-        self.norm = None if norm_eps is None else LayerNorm(mlp_dim, norm_eps, rngs=rngs)
-        self.down = nnx.Linear(mlp_dim, width, **options)
-
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        if self.norm is not None and self.kind == "geglu":
+            x = self.norm(x)
+        if self.gate is None:
+            hidden = checkpoint_name(linear(self.up, x), MLP_HIDDEN)
+            return linear(self.down, activation(self.act)(hidden))
         gate = checkpoint_name(linear(self.gate, x), MLP_HIDDEN)
         hidden = checkpoint_name(linear(self.up, x), MLP_HIDDEN)
-        hidden = jax.nn.silu(gate) * hidden
-        return linear(self.down, hidden if self.norm is None else self.norm(hidden))
-
-
-class GeGlu(nnx.Module):
-    """ViTamin's MLP: normalised input and a GELU gate (arXiv:2404.02132)."""
-
-    def __init__(self, width: int, mlp_dim: int, norm_eps: float, *, dtype, rngs: nnx.Rngs):
-        options = {"kernel_init": nnx.initializers.xavier_uniform(), "dtype": dtype, "rngs": rngs}
-        self.norm = LayerNorm(width, norm_eps, rngs=rngs)
-        self.gate = nnx.Linear(width, mlp_dim, **options)
-        self.up = nnx.Linear(width, mlp_dim, **options)
-        self.down = nnx.Linear(mlp_dim, width, **options)
-
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        x = self.norm(x)
-        gate = checkpoint_name(linear(self.gate, x), MLP_HIDDEN)
-        hidden = checkpoint_name(linear(self.up, x), MLP_HIDDEN)
-        return linear(self.down, gelu(gate) * hidden)
+        hidden = (gelu if self.kind == "geglu" else jax.nn.silu)(gate) * hidden
+        if self.norm is not None and self.kind == "swiglu":
+            hidden = self.norm(hidden)
+        return linear(self.down, hidden)

@@ -1,4 +1,4 @@
-"""Low-rank adapters of linear layers: LoRA and DoRA.
+"""Low-rank adapters of linear layers (LoRA and DoRA), and int8 quantization of their kernels.
 
 LoRA (Hu et al., 2021, arXiv:2106.09685) adds scale * (x a) b to the output of a layer. DoRA (Liu et
 al., 2024, arXiv:2402.09353) also trains the length of each column of the adapted kernel.
@@ -7,7 +7,9 @@ al., 2024, arXiv:2402.09353) also trains the length of each column of the adapte
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8
+
+_LARGEST_INT8 = 127  # symmetric: -128 is not used
 
 
 class AdapterParam(nnx.Variable):
@@ -59,3 +61,16 @@ def column_lengths(kernel: Float[Array, "*l i o"]) -> Float[Array, "*l o"]:
     """Euclidean length of each column of a kernel."""
     lengths = jnp.sqrt(jnp.square(kernel.astype(jnp.float32)).sum(-2))
     return jnp.maximum(lengths, jnp.finfo(jnp.float32).tiny)  # a column of zeros stays zero
+
+
+class KernelScale(nnx.Variable):
+    """Scale of each output channel of a quantized kernel."""
+
+
+def quantize(
+    kernel: Float[Array, "*l i o"],
+) -> tuple[Int8[Array, "*l i o"], Float[Array, "*l o"]]:
+    """Round to integers from -127 to 127; return them and the scale of each output channel."""
+    scale = jnp.abs(kernel).max(-2).astype(jnp.float32) / _LARGEST_INT8
+    scale = jnp.where(scale == 0, 1, scale)  # a column of zeros
+    return jnp.round(kernel / scale[..., None, :]).astype(jnp.int8), scale

@@ -7,16 +7,44 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
+from vlm.nn.conv import FrozenBatchNorm
 from vlm.nn.layers import LayerNorm, Linear, gelu
-from vlm.nn.resnet import FrozenBatchNorm
 
 
-class PatchStem(nnx.Module):
-    """Cut an image into square patches and project each one.
+class PatchConv(nnx.Module):
+    """Convolution of `size` x `size` with a stride of `size`, as one matrix product.
 
-    The kernel has a convolution's layout, (patch, patch, 3, width), and is applied as one matrix
-    product over flattened patches. Pixels beyond the last full patch are dropped, as by a
-    convolution without padding.
+    Its kernel has a convolution's layout, (size, size, inputs, outputs). Pixels beyond the last
+    full square are dropped, as by a convolution without padding.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool = True,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        init = nnx.initializers.lecun_normal(in_axis=(0, 1, 2))
+        self.kernel = nnx.Param(init(rngs.params(), (size, size, inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
+        return self.project(_squares(x, self.kernel.shape[0]))
+
+    def project(self, squares: Float[Array, "*b k"]) -> Float[Array, "*b d"]:
+        """Project flattened squares, k = size ** 2 * inputs."""
+        kernel = self.kernel[...].reshape(-1, self.kernel.shape[-1]).astype(self.dtype)
+        x = squares.astype(self.dtype) @ kernel
+        return x if self.bias is None else x + self.bias[...].astype(self.dtype)
+
+
+class PatchStem(PatchConv):
+    """Cut an image into square patches and project each one to a token.
 
     Example:
         >>> from flax import nnx
@@ -28,36 +56,11 @@ class PatchStem(nnx.Module):
     def __init__(
         self, patch_size: int, width: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
     ):
-        shape = (patch_size, patch_size, 3, width)
-        init = nnx.initializers.lecun_normal(in_axis=(0, 1, 2))
-        self.kernel = nnx.Param(init(rngs.params(), shape))
-        self.bias = nnx.Param(jnp.zeros(width)) if bias else None
-        self.dtype = dtype
+        super().__init__(patch_size, 3, width, bias=bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
         patches = _squares(images, self.kernel.shape[0])
         return self.project(patches.reshape(patches.shape[0], -1, patches.shape[-1]))
-
-    def project(self, patches: Float[Array, "b n k"]) -> Float[Array, "b n d"]:
-        """Project flattened patches to tokens, k = patch_size ** 2 * 3."""
-        width = self.kernel.shape[-1]
-        patches = patches.astype(self.dtype)
-        tokens = patches @ self.kernel[...].reshape(-1, width).astype(self.dtype)
-        return tokens if self.bias is None else tokens + self.bias[...].astype(self.dtype)
-
-
-class PatchConv(nnx.Module):
-    """Convolution of `size` x `size` with a stride of `size`, as one matrix product."""
-
-    def __init__(self, size: int, inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        init = nnx.initializers.lecun_normal(in_axis=(0, 1, 2))
-        self.kernel = nnx.Param(init(rngs.params(), (size, size, inputs, outputs)))
-        self.bias = nnx.Param(jnp.zeros(outputs))
-        self.dtype = dtype
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
-        kernel = self.kernel[...].reshape(-1, self.kernel.shape[-1]).astype(self.dtype)
-        return _squares(x, self.kernel.shape[0]) @ kernel + self.bias[...].astype(self.dtype)
 
 
 class ConvStem(nnx.Module):
@@ -146,6 +149,11 @@ def _halve_by_product(x, kernel):
     return jnp.concatenate(windows, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
+def random_scores(keys: Key[Array, " b"], n: int) -> Float[Array, "b n"]:
+    """Draw a uniform number for each of `n` tokens, by each example's own key."""
+    return jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
+
+
 def drop_patches(
     tokens: Float[Array, "b n d"], rate: float, keys: Key[Array, " b"] | None
 ) -> Float[Array, "b m d"]:
@@ -155,10 +163,8 @@ def drop_patches(
     """
     if keys is None or rate == 0:
         return tokens
-    n = tokens.shape[1]
-    kept = max(1, round(n * (1 - rate)))
-    scores = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
-    indices = jnp.sort(lax.top_k(scores, kept)[1], axis=1)
+    kept = max(1, round(tokens.shape[1] * (1 - rate)))
+    indices = jnp.sort(lax.top_k(random_scores(keys, tokens.shape[1]), kept)[1], axis=1)
     return jnp.take_along_axis(tokens, indices[..., None], axis=1)
 
 
@@ -175,9 +181,8 @@ def drop_real_patches(
     """
     if keys is None or rate == 0:
         return tokens, mask
-    n = tokens.shape[1]
-    scores = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
-    indices = lax.top_k(jnp.where(mask, scores, -1), max(1, round(n * (1 - rate))))[1]
+    scores = jnp.where(mask, random_scores(keys, tokens.shape[1]), -1)
+    indices = lax.top_k(scores, max(1, round(tokens.shape[1] * (1 - rate))))[1]
     kept = jnp.maximum(1, jnp.round(mask.sum(1) * (1 - rate)))
     return (
         jnp.take_along_axis(tokens, indices[..., None], axis=1),

@@ -1,11 +1,13 @@
 """Pooling of a token sequence to one vector."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm.config import Activation
+from vlm.config import Activation, TextPool
 from vlm.nn.attention import Attention
 from vlm.nn.intermediates import Intermediates
 from vlm.nn.layers import LayerNorm, Mlp
@@ -100,3 +102,34 @@ def mean_pool(
 def token_pool(x: Float[Array, "b n d"], position: Int[Array, " b"]) -> Float[Array, "b d"]:
     """Token at one position of each sequence."""
     return jnp.take_along_axis(x, position[:, None, None], axis=1)[:, 0]
+
+
+def _one_token(position: Callable) -> Callable:
+    def pool(x, norm, tokens, real, config):
+        return norm(token_pool(x, position(tokens, config)))
+
+    return pool
+
+
+# Poolings of a text without parameters: from the vectors x, the tower's norm, the token ids, the
+# mask of real tokens (None: all) and the tower's config to one vector for each text.
+TEXT_POOLS: dict[TextPool, Callable] = {
+    "end": _one_token(lambda tokens, config: jnp.argmax(tokens == config.end_id, axis=1)),
+    "argmax": _one_token(lambda tokens, config: jnp.argmax(tokens, axis=1)),
+    "first": lambda x, norm, tokens, real, config: norm(x[:, 0]),
+    "last": lambda x, norm, tokens, real, config: norm(x[:, -1]),
+    "class": lambda x, norm, tokens, real, config: norm(x[:, -1]),
+    "mean": lambda x, norm, tokens, real, config: mean_pool(norm(x), real),
+}
+
+
+def map_pool_flops(width: int, mlp_dim: int, tokens: int) -> float:
+    """FLOPs of attention pooling: one query, keys and values of all tokens, and an MLP."""
+    attention = 2 * (2 * width**2 + 2 * tokens * width**2 + 2 * tokens * width)
+    return attention + 2 * 2 * width * mlp_dim
+
+
+def query_pool_flops(width: int, embed_dim: int, tokens: int) -> float:
+    """FLOPs of CoCa's attentional pooler."""
+    keys_and_values = 2 * tokens * width * embed_dim
+    return 2 * (2 * embed_dim**2 + keys_and_values + 2 * tokens * embed_dim)

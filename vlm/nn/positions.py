@@ -1,9 +1,13 @@
-"""Sinusoidal position embeddings."""
+"""Position embeddings: sinusoidal, and rotary over a square grid of patches (arXiv:2104.09864)."""
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Array, Float, Float32
+
+# Sines and cosines: one row per token, as wide as a head.
+Rotation = tuple[Float[Array, "n r"], Float[Array, "n r"]]
 
 
 def sinusoids(count: int, width: int) -> Float32[np.ndarray, "count width"]:
@@ -23,3 +27,39 @@ def sinusoids(count: int, width: int) -> Float32[np.ndarray, "count width"]:
     )
     table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     return np.pad(table, ((0, 0), (0, width % 2))).astype(np.float32)
+
+
+def grid_rotation(
+    grid: int,
+    head_dim: int,
+    *,
+    first: int,
+    before: int,
+    span: int | None = None,
+    rows_first: bool = False,
+) -> Rotation:
+    """Rotation of each patch of a `grid` x `grid` image, as in the Perception Encoder.
+
+    Half of the channels rotate with the column, half with the row, both counted from `first`. The
+    `before` prefix tokens are not rotated (arXiv:2504.13181). EVA-02 has rows first, and positions
+    scaled to a grid of `span` rows (arXiv:2303.11331).
+    """
+    count = head_dim // 4
+    bands = 10_000.0 ** -(np.arange(count, dtype=np.float32) / count)
+    halves = np.divmod(np.arange(grid * grid), grid)  # rows, columns
+    halves = halves if rows_first else halves[::-1]
+    stretch = np.float32(1) if span is None else np.float32(span) / np.float32(grid)
+    angles = np.concatenate(
+        [(half * stretch + first).astype(np.float32)[:, None] * bands for half in halves], axis=1
+    )
+    angles = np.repeat(angles.astype(np.float32), 2, axis=1)  # pairs of channels rotate together
+    angles = np.concatenate([np.zeros((before, head_dim), np.float32), angles])
+    return jnp.asarray(np.sin(angles)), jnp.asarray(np.cos(angles))
+
+
+def rotate(x: Float[Array, "b n h d"], rotation: Rotation) -> Float[Array, "b n h d"]:
+    """Rotate neighbouring pairs of channels of each token."""
+    sin, cos = (part[:, None] for part in rotation)
+    wide = x.astype(jnp.float32)
+    turned = jnp.stack([-wide[..., 1::2], wide[..., ::2]], axis=-1).reshape(x.shape)
+    return (wide * cos + turned * sin).astype(x.dtype)

@@ -1,7 +1,8 @@
 """Transformer as a scanned stack of blocks with a leading layer axis."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, assert_never, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,9 @@ from vlm.config import Activation, MlpKind, RematPolicy
 from vlm.errors import check_choice
 from vlm.nn.attention import Attention
 from vlm.nn.intermediates import Intermediates, capture, changes_below
-from vlm.nn.layers import GeGlu, LayerNorm, Mlp, SwiGlu, dropout, split_keys
+from vlm.nn.layers import LayerNorm, Mlp, dropout, split_keys
+from vlm.nn.positions import Rotation
 from vlm.nn.remat import checkpoint_policy
-from vlm.nn.rotary import Rotation
 from vlm.sharding import by_rows, cut_over_fsdp, gathered
 
 
@@ -59,16 +60,17 @@ class Block(nnx.Module):
         *,
         act: Activation,
         norm_eps: float,
-        dropout_rate: float,
-        causal: bool,
-        layer_scale: bool,
-        norm: Literal["pre", "post", "branch"],
-        mlp: MlpKind,
-        attention_norm: bool,
-        key_bias: bool,
+        dropout_rate: float = 0.0,
+        causal: bool = False,
+        layer_scale: bool = False,
+        norm: Literal["pre", "post", "branch"] = "pre",
+        mlp: MlpKind = "plain",
+        attention_norm: bool = False,
+        key_bias: bool = True,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
+        check_choice("norm", norm, ("pre", "post", "branch"))
         self.attention_norm = LayerNorm(width, norm_eps, rngs=rngs)
         self.attention = Attention(
             width,
@@ -79,19 +81,7 @@ class Block(nnx.Module):
             rngs=rngs,
         )
         self.mlp_norm = LayerNorm(width, norm_eps, rngs=rngs)
-        check_choice("norm", norm, ("pre", "post", "branch"))
-        check_choice("mlp", mlp, get_args(MlpKind))
-        match mlp:
-            case "plain":
-                self.mlp = Mlp(width, mlp_dim, act, dtype=dtype, rngs=rngs)
-            case "geglu":
-                self.mlp = GeGlu(width, mlp_dim, norm_eps, dtype=dtype, rngs=rngs)
-            case "swiglu":
-                self.mlp = SwiGlu(width, mlp_dim, norm_eps, dtype=dtype, rngs=rngs)
-            case "swiglu_plain":
-                self.mlp = SwiGlu(width, mlp_dim, None, dtype=dtype, rngs=rngs)
-            case _:
-                assert_never(mlp)
+        self.mlp = Mlp(width, mlp_dim, act, kind=mlp, norm_eps=norm_eps, dtype=dtype, rngs=rngs)
         small = jnp.full(width, LAYER_SCALE)
         self.attention_scale = nnx.Param(small) if layer_scale else None
         self.mlp_scale = nnx.Param(small) if layer_scale else None
@@ -126,7 +116,7 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Stack of `depth` blocks whose parameters have a leading layer axis.
 
-    It is one `lax.scan`, so compile time does not grow with depth.
+    It is one `lax.scan`, so compile time does not grow with depth. `options` are those of `Block`.
 
     Example:
         >>> from flax import nnx
@@ -145,43 +135,16 @@ class Transformer(nnx.Module):
         heads: int,
         mlp_dim: int,
         *,
-        act: Activation,
-        norm_eps: float,
-        dropout_rate: float = 0.0,
-        causal: bool = False,
-        layer_scale: bool = False,
-        norm: Literal["pre", "post", "branch"] = "pre",
-        mlp: MlpKind = "plain",
-        attention_norm: bool = False,
-        key_bias: bool = True,
         execution: Execution,
         rngs: nnx.Rngs,
+        **options: Any,
     ):
-        @nnx.split_rngs(splits=depth)
-        @nnx.vmap
-        def stack(rngs: nnx.Rngs) -> Block:
-            return Block(
-                width,
-                heads,
-                mlp_dim,
-                act=act,
-                norm_eps=norm_eps,
-                dropout_rate=dropout_rate,
-                causal=causal,
-                layer_scale=layer_scale,
-                norm=norm,
-                mlp=mlp,
-                attention_norm=attention_norm,
-                key_bias=key_bias,
-                dtype=execution.dtype,
-                rngs=rngs,
-            )
+        def block(rngs: nnx.Rngs) -> Block:
+            return Block(width, heads, mlp_dim, dtype=execution.dtype, rngs=rngs, **options)
 
-        self.blocks = stack(rngs)
+        self.blocks = stack_blocks(block, depth, rngs)
         self.depth = depth
-        self.remat: RematPolicy = execution.remat
-        self.scan = execution.scan
-        self.dtype = execution.dtype
+        self.execution = execution
 
     def __call__(
         self,
@@ -201,7 +164,7 @@ class Transformer(nnx.Module):
 
         def layer(x, numbered):
             number, parameters, changes = numbered
-            parameters, x = gathered(parameters, self.depth, self.dtype), by_rows(x)
+            parameters, x = gathered(parameters, self.depth, self.execution.dtype), by_rows(x)
             layer_keys = keys
             if keys is not None:
                 layer_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
@@ -209,12 +172,8 @@ class Transformer(nnx.Module):
             x = nnx.merge(block, parameters)(x, mask, layer_keys, rotation, own)
             return x, None if own is None else own.found
 
-        if self.remat != "none" or cut_over_fsdp(x):
-            layer = jax.checkpoint(
-                layer, policy=checkpoint_policy(self.remat), prevent_cse=not self.scan
-            )
         layers = (jnp.arange(self.depth), parameters, changes_below(intermediates, "blocks"))
-        x, found = lax.scan(layer, x, layers, unroll=1 if self.scan else self.depth)
+        x, found = _scan(layer, x, layers, self.execution, remat=cut_over_fsdp(x))
         if intermediates is not None:
             for name, value in (found or {}).items():
                 intermediates.found[f"{intermediates.prefix}blocks/{name}"] = value
@@ -225,3 +184,40 @@ class Transformer(nnx.Module):
         block, parameters = nnx.split(self.blocks)
         parameters = jax.tree.map(lambda p: p[-1], nnx.to_pure_dict(parameters))
         return nnx.merge(block, parameters)(x, None, None)
+
+
+def stack_blocks(make: Callable[[nnx.Rngs], Any], depth: int, rngs: nnx.Rngs) -> Any:
+    """Make `depth` blocks as one, whose parameters have a leading layer axis."""
+    return nnx.split_rngs(splits=depth)(nnx.vmap(make))(rngs)
+
+
+def run_stacked(
+    blocks: nnx.Module, x: Float[Array, "b h w c"], step: Callable, execution: Execution
+) -> Float[Array, "b h w c"]:
+    """Apply `step(block, x)` for each of the stacked blocks."""
+    block, parameters = nnx.split(blocks)
+
+    def layer(x, parameters):
+        return step(nnx.merge(block, parameters), x), None
+
+    return _scan(layer, x, nnx.to_pure_dict(parameters), execution)[0]
+
+
+def _scan(layer: Callable, x: Array, layers: Any, execution: Execution, *, remat: bool = False):
+    """Scan over layers, compiled once or unrolled; rematerialise if configured, or if `remat`."""
+    if remat or execution.remat != "none":
+        policy = checkpoint_policy(execution.remat)
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=not execution.scan)
+    depth = len(jax.tree.leaves(layers)[0])
+    return lax.scan(layer, x, layers, unroll=1 if execution.scan else depth)
+
+
+def block_flops(config: Any, tokens: int, *, gated: bool = False) -> dict[str, float]:
+    """Forward FLOPs of the blocks; `scores` are the attention products without parameters."""
+    width = config.width
+    products = 3 if gated else 2  # of the MLP
+    return {
+        "projections": config.depth * 2 * tokens * 4 * width**2,
+        "scores": config.depth * 2 * 2 * tokens**2 * width,
+        "mlp": config.depth * 2 * tokens * products * width * config.mlp_dim,
+    }

@@ -12,7 +12,7 @@ from pathlib import Path
 from etils import epath
 
 from vlm.paths import as_config_error, is_remote
-from vlm.training.console import print_on_first_process
+from vlm.training.console import log
 
 PERIOD = 10.0  # seconds between two copies of the changed files
 
@@ -75,4 +75,4 @@ class BucketSync:
             except Exception as error:  # the next copy includes these files
                 if self._failed is None:
                     self._failed = str(error)
-                    print_on_first_process(f"{self._failed}; retrying")
+                    log.warning("%s; retrying", self._failed)

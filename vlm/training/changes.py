@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from vlm.config import Experiment, to_dict
 from vlm.errors import ConfigError
 
@@ -38,7 +40,7 @@ CHANGEABLE = {
 
 def changes_between(before: Experiment, after: Experiment) -> dict[str, list[Any]]:
     """Return [before, after] of each field that differs, by its dotted name."""
-    old, new = flat_fields(to_dict(before)), flat_fields(to_dict(after))
+    old, new = flat_fields(before), flat_fields(after)
     names = sorted(old.keys() | new.keys())
     return {n: [old.get(n), new.get(n)] for n in names if old.get(n) != new.get(n)}
 
@@ -50,7 +52,7 @@ def check_changes(before: Experiment, after: Experiment) -> dict[str, list[Any]]
         ConfigError: a change that it may not make; the message names it.
     """
     changes = changes_between(before, after)
-    refused = [name for name in changes if not _may_change(name)]
+    refused = [n for n in changes if n not in CHANGEABLE and n.split(".")[0] not in CHANGEABLE]
     if refused:
         options = ", ".join("--" + name.replace("_", "-") for name in refused)
         raise ConfigError(
@@ -65,16 +67,6 @@ def without_length(experiment: Experiment) -> Experiment:
     return dataclasses.replace(experiment, **dict.fromkeys(LENGTHS))
 
 
-def _may_change(name: str) -> bool:
-    return name in CHANGEABLE or name.split(".")[0] in CHANGEABLE
-
-
-def flat_fields(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the fields of nested dicts by their dotted names."""
-    out = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            out |= flat_fields(value, f"{prefix}{name}.")
-        else:
-            out[prefix + name] = value
-    return out
+def flat_fields(experiment: Experiment) -> dict[str, Any]:
+    """Return all fields by their dotted names."""
+    return flatten_dict(to_dict(experiment), sep=".")

@@ -24,6 +24,7 @@ from vlm.cluster.processes import broadcast_text, exchange_texts, process_name
 from vlm.errors import CheckpointError
 from vlm.paths import as_config_error, on_disk, storage_error_reason
 from vlm.sharding import path_names
+from vlm.training.console import log
 
 # Seconds before each retry of an unreadable checkpoint: buckets and shared disks have outages of
 # some minutes. An error that indicates a corrupt file is retried once.
@@ -152,11 +153,11 @@ class Checkpoints:
             self.seconds = time.monotonic() - row.pop("checkpoint/began")
             self._rows.append(row | {"checkpoint/seconds": self.seconds})
 
-    def restore(self, abstract: Any, report=print) -> tuple[Any, Any] | None:
+    def restore(self, abstract: Any) -> tuple[Any, Any] | None:
         """Restore the newest readable checkpoint as (state, data_state); None if there is none.
 
         `abstract` gives shapes, dtypes and shardings: a checkpoint of one mesh restores onto
-        another. A corrupt checkpoint is skipped for the one before it, with a message to `report`.
+        another. A corrupt checkpoint is skipped for the one before it, which is logged.
         All processes restore the same one: it must be readable by each of them.
 
         Raises:
@@ -180,7 +181,7 @@ class Checkpoints:
                         "be read again"
                     )
                 last_error = reason
-            report(f"checkpoint {step} of {self.folder} is corrupt and is skipped")
+            log.warning("checkpoint %s of %s is corrupt and is skipped", step, self.folder)
             self._corrupt.append(step)
         if steps:
             raise CheckpointError(

@@ -1,7 +1,7 @@
 """Zero-shot and retrieval evaluation on the mesh of a run; each host reads its own images."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar, assert_never
 
@@ -18,7 +18,6 @@ from vlm.evaluation.metrics import Metric, pair_retrieval_metrics, zero_shot_met
 from vlm.evaluation.tasks import DataInfo
 from vlm.heads.prompts import label_prompts, normalise
 from vlm.heads.templates import choose_templates
-from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.sharding import batch_shard, batch_sharding, batch_ways, global_batch
 from vlm.training.step import Trainer, TrainState
@@ -33,7 +32,7 @@ class Embedder:
     """Encoder of images and texts with the state of a run; all processes get all embeddings."""
 
     def __init__(self, trainer: Trainer):
-        self._trainer, self._mesh = trainer, trainer.mesh
+        self._trainer, self._mesh, self._preprocess = trainer, trainer.mesh, trainer.preprocess
         ways = batch_ways(self._mesh)
         self._rows = -(-ROWS // ways) * ways
 
@@ -68,11 +67,12 @@ class Embedder:
         The next rows are read while the devices embed the last ones; images are not stored.
         """
         shard, shards = batch_shard(self._mesh)
-        own, prepare = self._rows // shards, self._trainer.preprocess
+        own, prepare = self._rows // shards, self._preprocess
         out: list[np.ndarray] = []
         waiting = None
         with ThreadPoolExecutor(THREADS) as pool:
-            for first in range(shard * own, _round_up(count, self._rows), self._rows):
+            steps = -(-count // self._rows)
+            for first in range(shard * own, steps * self._rows, self._rows):
                 images = prepare.blank(own)
                 rows = range(first, min(first + own, count))
                 for row, pixels in enumerate(pool.map(read, rows)):
@@ -84,14 +84,19 @@ class Embedder:
                 waiting = z
         return np.concatenate([*out, np.asarray(waiting)])[:count]
 
+    def pixels(self, example: dict, data: DataConfig, i: int) -> Pixels:
+        """Preprocess the image of example `i`, without normalisation."""
+        where = f"the image of example {i} of {data.source} {data.eval_split}"
+        return self._preprocess.pixels(example[data.image], where)
+
 
 class ZeroShot:
     """Top-k accuracy over the classes of a data set."""
 
     def __init__(
-        self, config: EvalConfig, embedder: Embedder, inputs: "Inputs", run: DataConfig | None
+        self, config: EvalConfig, embedder: Embedder, tokenizer: Tokenizer, run: DataConfig | None
     ):
-        self.config, self._embedder, self._inputs = config, embedder, inputs
+        self.config, self._embedder = config, embedder
         self._source, self._data = _open(config, label=config.label)
         self._count = _count(config, self._source)
         labels, names = classes_of(self._data, self._source)
@@ -99,9 +104,8 @@ class ZeroShot:
         self._index = {label: i for i, label in enumerate(labels)}
         self._target = np.full(self._count, -1)
         self.templates = choose_templates(config.templates or None, run, self._source)
-        self.about = {"class_names": text} if (text := described(labels, names)) else {}
-        prompts = label_prompts(labels, names, self.templates)
-        self._tokens = inputs.tokenizer([text for own in prompts.values() for text in own])
+        texts, self.about = prompts_of(labels, names, self.templates)
+        self._tokens = tokenizer(texts)
 
     def measure(self, state: TrainState) -> dict[str, Metric]:
         """Compute `top1` and `top5`."""
@@ -114,7 +118,7 @@ class ZeroShot:
     def _read(self, i: int) -> Pixels:
         example = self._source[i]
         self._target[i] = target_of(example, self._data, self._index, i)
-        return self._inputs.pixels(example, self._data, i)
+        return self._embedder.pixels(example, self._data, i)
 
 
 class Retrieval:
@@ -123,44 +127,32 @@ class Retrieval:
     templates: tuple[str, ...] = ("{}",)
     about: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, config: EvalConfig, embedder: Embedder, inputs: "Inputs"):
-        self.config, self._embedder, self._inputs = config, embedder, inputs
+    def __init__(self, config: EvalConfig, embedder: Embedder, tokenizer: Tokenizer):
+        self.config, self._embedder = config, embedder
         self._source, self._data = _open(config, captions=config.captions)
         self._count = _count(config, self._source)
         texts = [captions_of(self._source[i], self._data) for i in range(self._count)]
         owners = np.repeat(np.arange(self._count), [len(own) for own in texts])
         self._positives = np.stack([owners, np.arange(len(owners))], axis=1)
-        self._tokens = inputs.tokenizer([text for own in texts for text in own])
+        self._tokens = tokenizer([text for own in texts for text in own])
 
     def measure(self, state: TrainState) -> dict[str, Metric]:
         """Compute `image_to_text_R@1` to `text_to_image_R@10`."""
         z_image = self._embedder.images(
-            state, self._count, lambda i: self._inputs.pixels(self._source[i], self._data, i)
+            state, self._count, lambda i: self._embedder.pixels(self._source[i], self._data, i)
         )
         z_text = self._embedder.texts(state, self._tokens)
         return pair_retrieval_metrics(z_image, z_text, self._positives)
 
 
-class Inputs:
-    """Preprocessing and tokenizer of the model, for evaluations."""
-
-    def __init__(self, preprocess: Preprocess, tokenizer: Tokenizer):
-        self.preprocess, self.tokenizer = preprocess, tokenizer
-
-    def pixels(self, example: dict, data: DataConfig, i: int) -> Pixels:
-        """Preprocess the image of example `i`, without normalisation."""
-        where = f"the image of example {i} of {data.source} {data.eval_split}"
-        return self.preprocess.pixels(example[data.image], where)
-
-
 def open_task(
-    config: EvalConfig, embedder: Embedder, inputs: Inputs, run: DataConfig | None = None
+    config: EvalConfig, embedder: Embedder, tokenizer: Tokenizer, run: DataConfig | None = None
 ) -> ZeroShot | Retrieval:
     """Open the evaluation that `config` describes; reads and tokenises its texts.
 
     Args:
         config: the evaluation.
-        embedder, inputs: those of the run's model.
+        embedder, tokenizer: those of the run's model.
         run: the data of the run; its templates are the model's.
 
     Raises:
@@ -168,11 +160,21 @@ def open_task(
     """
     match config.task:
         case "zero-shot":
-            return ZeroShot(config, embedder, inputs, run)
+            return ZeroShot(config, embedder, tokenizer, run)
         case "retrieval":
-            return Retrieval(config, embedder, inputs)
+            return Retrieval(config, embedder, tokenizer)
         case _:
             assert_never(config.task)
+
+
+def prompts_of(
+    labels: Sequence[str], names: Sequence[str], templates: Sequence[str]
+) -> tuple[list[str], dict[str, str]]:
+    """Return the prompts of all classes, and how their names were reworded, for the report."""
+    prompts = label_prompts(labels, names, templates)
+    reworded = described(labels, names)
+    texts = [text for own in prompts.values() for text in own]
+    return texts, {"class_names": reworded} if reworded else {}
 
 
 def info(task: ZeroShot | Retrieval) -> DataInfo:
@@ -198,7 +200,3 @@ def _open(
 
 def _count(config: EvalConfig, source: Source) -> int:
     return min(len(source), config.examples or len(source))
-
-
-def _round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple

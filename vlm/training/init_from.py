@@ -160,7 +160,7 @@ def from_model(trainer: Trainer, state: TrainState, other: bundle.Bundle) -> Tra
     loaded = {name: loaded[name] for name in wanted if name in loaded}
     places = joined(trainer.state_shardings.params, trainer.state_shardings.frozen)
     ours |= jax.tree.map(place, loaded, {name: places[name] for name in loaded})
-    params, frozen = trainer.divide(ours)
+    params, frozen = trainer.partition(ours)
     return _reset_optimizer(trainer, dataclasses.replace(state, params=params, frozen=frozen))
 
 
@@ -189,7 +189,7 @@ def parameters(trainer: Trainer, other: bundle.Bundle) -> Params:
     return nnx.to_pure_dict(nnx.state(model))
 
 
-def place(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+def place(x: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 

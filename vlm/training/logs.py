@@ -1,4 +1,4 @@
-"""Logs of a run: console line, JSONL file and TensorBoard."""
+"""Logs of a run: console line, JSONL file, TensorBoard, and profiles of chosen steps."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from vlm.errors import TrainingError
 from vlm.models.flops import PAIRS_ALONE, Supervision, model_flops
 from vlm.sharding import placement_rows
 from vlm.training.bucket_sync import BucketSync
-from vlm.training.console import console, print_on_first_process
+from vlm.training.console import console, log
 from vlm.training.run import Run
 from vlm.training.step import TrainState
 from vlm.training.watchdog import DATA, DEVICE, STEP, ActivityTimer
@@ -145,7 +145,7 @@ class Logs:
         named = {DATA: "first batch", STEP: "compiling", DEVICE: "first step"}
         parts = {named.get(name, name): s for name, s in parts.items()}
         breakdown = ", ".join(f"{name} {s:.1f} s" for name, s in parts.items())
-        print_on_first_process(f"first step after {seconds:.1f} s: {breakdown}")
+        log.info(f"first step after {seconds:.1f} s: {breakdown}")
         row = {f"start/{name.replace(' ', '_')}": s for name, s in parts.items()}
         self.write({"step": step, "start/seconds": seconds, **row})
 
@@ -180,8 +180,8 @@ class Logs:
             f"data wait {row['data_wait']:.1%}  left {_clock(left)}"
         )
         self._progress.update(self._task, completed=steps[-1], message=message)
-        if self._primary and not console.is_terminal:
-            console.print(f"step {steps[-1]}/{self._total}  {message}", highlight=False)
+        if not console.is_terminal:
+            log.info(f"step {steps[-1]}/{self._total}  {message}")
         self.write(row)
         if bad and self._stop:
             raise TrainingError(
@@ -209,6 +209,36 @@ class Logs:
             for name, value in row.items():
                 if name != "step" and isinstance(value, int | float):
                     self._board.add_scalar(name, value, row["step"])
+
+
+class StepProfiler:
+    """`jax.profiler` of the steps first to last of `steps`, counted from 1; None profiles none."""
+
+    def __init__(self, sync: BucketSync, steps: tuple[int, int] | None):
+        self._folder = sync.local / "profile"
+        self._first, self._last = steps or (-1, -1)
+        self._on = False
+
+    def __enter__(self) -> "StepProfiler":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stop()
+
+    def before(self, step: int, state: TrainState) -> None:
+        """Start or stop the profiler at its steps; `state` is the result of `step` steps."""
+        if step not in (self._first - 1, self._last):
+            return
+        jax.block_until_ready(state.step)  # steps are dispatched ahead of the device
+        self._stop()
+        if step == self._first - 1:
+            jax.profiler.start_trace(self._folder)
+            self._on = True
+
+    def _stop(self) -> None:
+        if self._on:
+            jax.profiler.stop_trace()
+            self._on = False
 
 
 def placement_table(state: TrainState) -> Table:

@@ -14,20 +14,17 @@ from vlm.paths import keep_compiled_programs
 from vlm.sharding import batch_shard, check_batch, make_mesh
 from vlm.training.bucket_sync import BucketSync
 from vlm.training.checkpoint import Checkpoints
-from vlm.training.classes import with_templates
-from vlm.training.console import print_on_first_process
+from vlm.training.console import as_text, log
 from vlm.training.evals import Evaluations, finish
-from vlm.training.export_bundle import export_bundle
 from vlm.training.init_from import resolve
 from vlm.training.interrupt import Interrupted
-from vlm.training.logs import Logs, placement_table
-from vlm.training.profiler import StepProfiler
+from vlm.training.logs import Logs, StepProfiler, placement_table
 from vlm.training.resolution import image_size_at
 from vlm.training.run import Run
 from vlm.training.schedule import CheckpointSchedule, is_scheduled
 from vlm.training.start import open_tokenizer, start
 from vlm.training.step import Trainer
-from vlm.training.supervision import TrainingSupervision
+from vlm.training.supervision import TrainingSupervision, with_templates
 from vlm.training.watchdog import DATA, DEVICE, STEP, ActivityTimer
 
 
@@ -93,84 +90,93 @@ def _train(
         )
         evaluations = Evaluations(experiment, trainer, tokenizer)
 
-    with (
-        contextlib.closing(batches),
-        Checkpoints(
-            run.checkpoints, experiment.keep_checkpoints, experiment.keep_hours
-        ) as checkpoints,
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(batches))
+        checkpoints = stack.enter_context(
+            Checkpoints(run.checkpoints, experiment.keep_checkpoints, experiment.keep_hours)
+        )
         with run.starting(), timed("making the state"):
             state = start(run, trainer, batches, checkpoints, supervision.classes)
         step, total = int(state.step), int(state.total_steps)
         run.record_start(step, total)
         checkpoint_schedule = CheckpointSchedule(experiment, step, total)
-        print_on_first_process(f"run folder {run.folder}")
-        print_on_first_process(placement_table(state))
-        with (
-            BucketSync(run.folder) as bucket_sync,
-            Logs(
-                run,
-                bucket_sync,
-                timed,
-                first_step=step,
-                total_steps=total,
-                supervision=trainer.supervision,
-                samples=batches.bad,
-            ) as logs,
-            StepProfiler(bucket_sync, experiment.profile) as profiler,
-            Interrupted() as interrupted,
-        ):
+        log.info(f"run folder {run.folder}")
+        log.info(as_text(placement_table(state)))
 
-            def save() -> None:
-                logs.flush()
-                with timed("writing a checkpoint"):
-                    bucket_sync.copy()  # a run resumed from here has its log up to here
-                    checkpoints.save(step, trainer.kept(state), batches.get_state())
-
-            def evaluate() -> None:
-                logs.flush()
-                with timed("evaluating"):
-                    logs.write({"step": step, **evaluations.metrics(state)})
-                logs.restart_clock()
-
-            if evaluations and step == 0 and experiment.init_from is not None:
-                evaluate()  # baseline before training
-            while step < total and not interrupted.at(step):
-                profiler.before(step, state)
-                with timed(DATA):
-                    batch = trainer.place(next(batches))
-                with timed(STEP):
-                    train_step = trainer.step_at(image_size_at(experiment, step, total))
-                    state, metrics = train_step(state, batch)
-                step += 1
-                with timed(DEVICE):
-                    logs.step(step, metrics)
-
-                if evaluations and is_scheduled(step, total, experiment.eval_every):
-                    evaluate()
-                logs.write(*checkpoints.finished())
-                if checkpoint_schedule.is_scheduled(step, checkpoints.writing):
-                    save()
-                timed.step = step
-            if step < total:
-                print_on_first_process(
-                    interrupted.announce(step, checkpoints.seconds, checkpoints.newest)
-                )
-            save()
-            with timed("waiting for the last checkpoint"):
-                checkpoints.wait()
-                logs.write(*checkpoints.finished())
-    print_on_first_process(timed.summary())
-    if bad_samples := batches.bad.report():
-        print_on_first_process(bad_samples)
-    if step < total:
-        print_on_first_process(
-            f"stopped at step {step}; resume with `vlm train --resume {run.folder}`"
+        bucket_sync = stack.enter_context(BucketSync(run.folder))
+        logs = Logs(
+            run,
+            bucket_sync,
+            timed,
+            first_step=step,
+            total_steps=total,
+            supervision=trainer.supervision,
+            samples=batches.bad,
         )
-        return run.folder
+        stack.enter_context(logs)
+        profiler = stack.enter_context(StepProfiler(bucket_sync, experiment.profile))
+        interrupted = stack.enter_context(Interrupted())
 
-    if skipped := int(state.skipped):
-        print_on_first_process(
+        def save() -> None:
+            logs.flush()
+            with timed("writing a checkpoint"):
+                bucket_sync.copy()  # a run resumed from here has its log up to here
+                checkpoints.save(step, trainer.checkpoint_state(state), batches.get_state())
+
+        def evaluate() -> None:
+            logs.flush()
+            with timed("evaluating"):
+                logs.write({"step": step, **evaluations.metrics(state)})
+            logs.restart_clock()
+
+        if evaluations and step == 0 and experiment.init_from is not None:
+            evaluate()  # baseline before training
+        while step < total and not interrupted.at(step):
+            profiler.before(step, state)
+            with timed(DATA):
+                batch = trainer.place(next(batches))
+            with timed(STEP):
+                train_step = trainer.step_at(image_size_at(experiment, step, total))
+                state, metrics = train_step(state, batch)
+            step += 1
+            with timed(DEVICE):
+                logs.step(step, metrics)
+
+            if evaluations and is_scheduled(step, total, experiment.eval_every):
+                evaluate()
+            logs.write(*checkpoints.finished())
+            if checkpoint_schedule.is_scheduled(step, checkpoints.writing):
+                save()
+            timed.step = step
+        if step < total:
+            log.info(interrupted.announce(step, checkpoints.seconds, checkpoints.newest))
+        save()
+        with timed("waiting for the last checkpoint"):
+            checkpoints.wait()
+            logs.write(*checkpoints.finished())
+    log.info(timed.summary())
+    if bad_samples := batches.bad.report():
+        log.warning(bad_samples)
+    if step < total:
+        log.info(f"stopped at step {step}; resume with `vlm train --resume {run.folder}`")
+        return run.folder
+    _check_skipped(int(state.skipped), total)
+    with timed("writing the bundle"):
+        bundle = run.export(trainer, state, tokenizer)
+        supervision.save_head(run, trainer, state)
+    if evaluations:
+        with timed("evaluating"):
+            report = finish(run, evaluations, state, bundle, credits(experiment.data))
+        log.info(as_text(report))
+        if evaluations.held_out is not None:
+            log.info(f"report {run.folder / 'report.html'}")
+    return run.folder
+
+
+def _check_skipped(skipped: int, total: int) -> None:
+    """Log how many steps were skipped; raise a TrainingError if all were."""
+    if skipped:
+        log.warning(
             f"{skipped:,} of {total:,} steps were skipped: their loss or gradient was not finite"
         )
     if skipped == total:
@@ -179,13 +185,3 @@ def _train(
             "model is unchanged: start a new run with a lower --optimizer.learning-rate, or check "
             "its data"
         )
-    with timed("writing the bundle"):
-        bundle = export_bundle(run, trainer, state, tokenizer)
-        supervision.save_head(run, trainer, state)
-    if evaluations:
-        with timed("evaluating"):
-            report = finish(run, evaluations, state, bundle, credits(experiment.data))
-        print_on_first_process(report)
-        if evaluations.held_out is not None:
-            print_on_first_process(f"report {run.folder / 'report.html'}")
-    return run.folder

@@ -1,11 +1,11 @@
 """Text masking: drop random tokens so that steps are cheaper (FLIP, CLIPA)."""
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, Key
 
 from vlm.config import TokenizerConfig, kept_tokens
+from vlm.nn.patches import random_scores
 
 
 def mask_tokens(
@@ -32,7 +32,6 @@ def mask_tokens(
         special |= (place == end) & (tokens == rules.eos_id)
         if rules.pad_side == "right":
             padding = place > jnp.where((tokens == rules.eos_id).any(1, keepdims=True), end, n)
-    scores = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
-    scores = jnp.where(special, 2.0, jnp.where(padding, -1.0, scores))
+    scores = jnp.where(special, 2.0, jnp.where(padding, -1.0, random_scores(keys, n)))
     chosen = jnp.sort(lax.top_k(scores, kept)[1], axis=1)
     return jnp.take_along_axis(tokens, chosen, axis=1)

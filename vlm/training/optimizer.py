@@ -133,7 +133,9 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
         adam_b1=config.b1,
         adam_b2=config.b2,
         eps=config.eps,
-        muon_weight_dimension_numbers=_muon_dimensions,
+        muon_weight_dimension_numbers=functools.partial(
+            jax.tree_util.tree_map_with_path, _matrix_axes
+        ),
         consistent_rms=0.2,
     )
 
@@ -178,12 +180,8 @@ def _by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformatio
     return optax.GradientTransformation(init, update)
 
 
-def _muon_dimensions(params: Any) -> Any:
-    """Return the axes of each hidden matrix, and None for other parameters."""
-    return jax.tree_util.tree_map_with_path(_matrix_axes, params)
-
-
 def _matrix_axes(path: tuple, x: Any) -> optax.contrib.MuonDimensionNumbers | None:
+    """Return the axes of a hidden matrix; None for other parameters."""
     names = path_names(path)
     if "blocks" not in names or names[-1] != "kernel":
         return None

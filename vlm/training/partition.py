@@ -3,29 +3,19 @@
 from collections.abc import Callable
 from typing import Any
 
+from flax.traverse_util import flatten_dict, unflatten_dict
+
 Params = dict[Any, Any]  # nested, by name; list items by index
 
 
-def partition(
-    params: Params, trained: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()
-) -> tuple[Params, Params]:
+def partition(params: Params, trained: Callable[[tuple[str, ...]], bool]) -> tuple[Params, Params]:
     """Return (leaves whose path is `trained`, all other leaves), without empty branches."""
-    yes, no = {}, {}
-    for name, value in params.items():
-        here = (*path, str(name))
-        if isinstance(value, dict):
-            for side, part in zip((yes, no), partition(value, trained, here), strict=True):
-                if part:
-                    side[name] = part
-        else:
-            (yes if trained(here) else no)[name] = value
-    return yes, no
+    leaves = flatten_dict(params)
+    chosen = {path for path in leaves if trained(tuple(map(str, path)))}
+    yes, no = ({p: x for p, x in leaves.items() if (p in chosen) == side} for side in (True, False))
+    return unflatten_dict(yes), unflatten_dict(no)
 
 
 def joined(one: Params, other: Params) -> Params:
     """Return the union of two trees; where both have a leaf, that of `one`."""
-    tree = dict(other)
-    for name, value in one.items():
-        both = isinstance(value, dict) and isinstance(other.get(name), dict)
-        tree[name] = joined(value, other[name]) if both else value
-    return tree
+    return unflatten_dict(flatten_dict(other) | flatten_dict(one))

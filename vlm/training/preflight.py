@@ -15,7 +15,7 @@ from etils import epath
 
 from vlm._version import __version__
 from vlm.cluster.processes import broadcast_text, exchange_texts, process_name
-from vlm.config import Experiment, to_dict
+from vlm.config import Experiment
 from vlm.errors import ConfigError
 from vlm.paths import as_config_error, is_remote, on_disk
 from vlm.training.changes import flat_fields
@@ -32,7 +32,7 @@ def check_same_everywhere(experiment: Experiment, resumed: bool) -> None:
         "Python": ".".join(platform.python_version_tuple()[:2]),
         "--resume": resumed,
         "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
-        **{"--" + k: v for k, v in flat_fields(to_dict(experiment)).items()},
+        **{"--" + k: v for k, v in flat_fields(experiment).items()},
     }
     first = json.loads(broadcast_text(json.dumps(ours)))
     differ = [
@@ -61,16 +61,19 @@ def check_folder(folder: epath.Path) -> None:
             "mounted"
         )
     probe = folder / f".seen-{broadcast_text(uuid.uuid4().hex)}"
-    failure = _failure_of(lambda: _write(probe) if jax.process_index() == 0 else None)
-    failure = next(filter(None, exchange_texts(failure)), "")
+    failure = _first_failure(lambda: _write(probe) if jax.process_index() == 0 else None)
     if not failure:
-        failure = _failure_of(lambda: _look_for(probe))
-        failure = next(filter(None, exchange_texts(failure)), "")
+        failure = _first_failure(lambda: _look_for(probe))
         if jax.process_index() == 0:
             failure = _failure_of(probe.unlink) or failure
         failure = broadcast_text(failure)
     if failure:
         raise ConfigError(failure)
+
+
+def _first_failure(action) -> str:
+    """Run `action` in all processes; return the first message of `_failure_of`."""
+    return next(filter(None, exchange_texts(_failure_of(action))), "")
 
 
 def _failure_of(action) -> str:

@@ -13,6 +13,7 @@ from etils import epath
 from flax import nnx
 
 from vlm import bundle
+from vlm._deprecation import rename_arguments
 from vlm.config import DataConfig, to_dict
 from vlm.data.examples import Source
 from vlm.data.faults import BadSample
@@ -28,6 +29,7 @@ THREADS = 8  # that open images
 PARTIAL = f"{UNFINISHED}.partial"
 
 
+@rename_arguments(report="progress")
 def reinforce(
     data: DataConfig,
     out: epath.PathLike,
@@ -37,7 +39,7 @@ def reinforce(
     seed: int = 0,
     batch_size: int = 256,
     dtype: str = "float32",
-    report: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Write the teacher's embeddings of `variants` augmentations of every training example.
 
@@ -49,7 +51,7 @@ def reinforce(
         out: an empty or new folder, or one that an interrupted call began.
         teacher: argument of `vlm.load`.
         dtype: of the stored embeddings: float32, or float16 for half the space.
-        report: called with the number of finished variants and the total.
+        progress: called with the number of finished variants and the total.
 
     Returns:
         The metadata written to the folder.
@@ -91,7 +93,7 @@ def reinforce(
             for array in arrays:
                 array.flush()
             _record(folder, about, done)  # after the rows: later ones are computed again
-            report(done, len(source) * variants)
+            progress(done, len(source) * variants)
 
         _embed_all(source, maker, model, arrays, seed, batch_size, finished, save_progress)
         if not np.isfinite(arrays[0]).any():

@@ -1,4 +1,4 @@
-"""The run folder: create it, open it again, and locate its files.
+"""The run folder: create it, open it again, locate its files, and export the bundle.
 
 config.json  history.jsonl  checkpoints/  tokenizer/  log.jsonl  tensorboard/  profile/  bundle/
 results.json  report.html, and base.json if an adapter is trained
@@ -15,14 +15,18 @@ import jax
 from etils import epath
 
 from vlm._version import __version__
+from vlm.bundle import Bundle
 from vlm.cluster.processes import broadcast_text
 from vlm.config import Experiment, from_dict, to_dict
 from vlm.config.defaults import resumed_experiment
 from vlm.errors import CheckpointError, ConfigError
 from vlm.heads import zero_shot
+from vlm.inputs.tokenizer import Tokenizer
 from vlm.paths import as_config_error, as_path
 from vlm.training.changes import check_changes
 from vlm.training.preflight import check_folder, check_same_everywhere
+from vlm.training.step import Trainer, TrainState
+from vlm.weights.adapter import AdapterOrigin
 
 
 class Run:
@@ -30,9 +34,13 @@ class Run:
 
     def __init__(self, folder: epath.Path, experiment: Experiment, resumed: bool = False):
         self.folder, self.experiment, self.resumed = folder, experiment, resumed
-        self.changes: dict[
-            str, list[Any]
-        ] = {}  # [before, now] of each field that a resumed run changes
+        self.config, self.history = folder / "config.json", folder / "history.jsonl"
+        self.base_file, self.class_file = folder / "base.json", folder / "classes.json"
+        self.checkpoints, self.tokenizer = folder / "checkpoints", folder / "tokenizer"
+        self.log, self.results = folder / "log.jsonl", folder / "results.json"
+        self.bundle, self.classifier = folder / "bundle", folder / zero_shot.FILE
+        # [before, now] of each field that a resumed run changes
+        self.changes: dict[str, list[Any]] = {}
         self._existing: set[str] | None = None  # names in a new run's folder before the run
 
     @classmethod
@@ -149,6 +157,21 @@ class Run:
         rows = text.splitlines()
         return json.loads(rows[-1])["total_steps"] if rows else None
 
+    def export(self, trainer: Trainer, state: TrainState, tokenizer: Tokenizer) -> Bundle:
+        """Write and return the trained model as a bundle; in an adapter run, only the adapter."""
+        e = self.experiment
+        origin = None if e.adapter is None else AdapterOrigin(e.adapter, *self.base())
+        bundle = Bundle(
+            trainer.model(state),
+            trainer.preprocess,
+            tokenizer,
+            name=e.name,
+            adapter=origin,
+            templates=e.data.templates,
+        )
+        (bundle.save if origin is None else bundle.save_adapter)(self.bundle)
+        return bundle
+
     def _write(self, file: epath.Path, text: str) -> None:
         with as_config_error(f"{file} cannot be written", "make it writable, and resume the run"):
             file.write_text(text)
@@ -167,46 +190,6 @@ class Run:
                 if not self._existing and self.folder.is_dir():
                     self.folder.rmdir()
             raise
-
-    @property
-    def config(self) -> epath.Path:
-        return self.folder / "config.json"
-
-    @property
-    def history(self) -> epath.Path:
-        return self.folder / "history.jsonl"
-
-    @property
-    def base_file(self) -> epath.Path:
-        return self.folder / "base.json"
-
-    @property
-    def class_file(self) -> epath.Path:
-        return self.folder / "classes.json"
-
-    @property
-    def checkpoints(self) -> epath.Path:
-        return self.folder / "checkpoints"
-
-    @property
-    def tokenizer(self) -> epath.Path:
-        return self.folder / "tokenizer"
-
-    @property
-    def log(self) -> epath.Path:
-        return self.folder / "log.jsonl"
-
-    @property
-    def bundle(self) -> epath.Path:
-        return self.folder / "bundle"
-
-    @property
-    def classifier(self) -> epath.Path:
-        return self.folder / zero_shot.FILE
-
-    @property
-    def results(self) -> epath.Path:
-        return self.folder / "results.json"
 
 
 def experiment_in(folder: epath.Path) -> Experiment:

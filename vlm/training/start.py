@@ -14,8 +14,7 @@ from vlm.errors import ConfigError
 from vlm.inputs.tokenizer import Tokenizer, train_bpe
 from vlm.training.changes import LENGTHS
 from vlm.training.checkpoint import Checkpoints
-from vlm.training.classes import Classes
-from vlm.training.console import print_on_first_process
+from vlm.training.console import log
 from vlm.training.init_from import (
     from_model,
     init_model,
@@ -27,6 +26,7 @@ from vlm.training.init_from import (
 from vlm.training.run import Run
 from vlm.training.schedule import length_in_steps
 from vlm.training.step import Trainer, TrainState
+from vlm.training.supervision import Classes
 from vlm.weights.vocabularies import CLIP_VOCABULARY
 
 
@@ -34,7 +34,9 @@ def open_tokenizer(run: Run) -> Tokenizer:
     """Load the run's tokenizer; a new run takes that of `init_from`, a file, or trains one."""
     with first_process_first():
         if not run.tokenizer.exists():
-            _first_tokenizer(run.experiment).save(run.tokenizer)
+            e = run.experiment
+            of_model = e.init_from is not None and e.init_towers != "vision"
+            (init_tokenizer if of_model else tokenizer_of)(e).save(run.tokenizer)
         return Tokenizer.load(run.tokenizer)
 
 
@@ -51,19 +53,19 @@ def start(
         trainer.abstract_state,
         trainer.state_shardings,
     )
-    restored = checkpoints.restore(trainer.kept(abstract), report=print_on_first_process)
+    e = trainer.experiment
+    restored = checkpoints.restore(trainer.checkpoint_state(abstract))
     if restored is not None:
         state, data_state = restored
-        if trainer.experiment.adapter is not None:
+        if e.adapter is not None:
             state = _with_base(run, trainer, state)
-        if trainer.experiment.objective == "classification":
+        if e.objective == "classification":
             assert classes is not None
             run.check_classes(classes.names)
         batches.set_state(data_state)
         return _with_length(run, trainer, batches, state)
     if run.resumed:
-        print_on_first_process("the run has no checkpoint yet: it starts from step 0")
-    e = trainer.experiment
+        log.info("the run has no checkpoint yet: it starts from step 0")
     if e.adapter is not None and e.init_from is None:
         raise ConfigError(
             "an adapter is trained on top of a pretrained model, and without init_from the model "
@@ -100,10 +102,9 @@ def _with_length(
         raise ConfigError(
             f"the run is at step {step} already, and cannot be {total} steps long: choose more"
         )
-    total_steps = jax.make_array_from_callback(
-        (), state.total_steps.sharding, lambda _: np.int32(total)
+    return dataclasses.replace(
+        state, total_steps=place(np.asarray(total, np.int32), state.total_steps.sharding)
     )
-    return dataclasses.replace(state, total_steps=total_steps)
 
 
 def _with_base(run: Run, trainer: Trainer, state: TrainState) -> TrainState:
@@ -114,15 +115,9 @@ def _with_base(run: Run, trainer: Trainer, state: TrainState) -> TrainState:
     """
     other = init_model(trainer.experiment)
     run.check_base(other.identity)
-    _, frozen = trainer.divide(parameters(trainer, other))
+    _, frozen = trainer.partition(parameters(trainer, other))
     frozen = jax.tree.map(place, frozen, trainer.state_shardings.frozen)
     return dataclasses.replace(state, frozen=frozen)
-
-
-def _first_tokenizer(experiment: Experiment) -> Tokenizer:
-    if experiment.init_from is not None and experiment.init_towers != "vision":
-        return init_tokenizer(experiment)
-    return tokenizer_of(experiment)
 
 
 def tokenizer_of(experiment: Experiment) -> Tokenizer:

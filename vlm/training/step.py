@@ -13,11 +13,12 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
+from vlm._deprecation import renamed_method
 from vlm.config import Experiment, TokenizerConfig
 from vlm.config.defaults import with_defaults
 from vlm.errors import check_choice
 from vlm.inputs.preprocess import Preprocess
-from vlm.losses import cached_value_and_grad
+from vlm.losses.cached import cached_value_and_grad, split_batch
 from vlm.models import adapters
 from vlm.models.dual_encoder import DualEncoder
 from vlm.models.flops import Supervision
@@ -169,7 +170,6 @@ class Trainer:
         self, state: TrainState, batch: dict, keys: Key[Array, " b"], size: int
     ) -> tuple[Array, Params]:
         """Compute the loss of the whole batch and its gradient, in micro-batches if configured."""
-
         e, scale = self.experiment, self.teacher.log_scale if self.teacher else 0.0
 
         def embed(params, batch, keys):
@@ -194,12 +194,8 @@ class Trainer:
         micro = e.micro_batch_size
         if micro is None or micro == e.batch_size:
             return jax.value_and_grad(lambda p: loss(p, *embed(p, batch, keys)))(state.params)
-        # Every k-th row goes to the same micro-batch: rows stay on their devices.
-        count = e.batch_size // micro
-        cut = jax.tree.map(
-            lambda x: x.reshape(micro, count, *x.shape[1:]).swapaxes(0, 1), (batch, keys)
-        )
-        return cached_value_and_grad(embed, loss)(state.params, *cut)
+        parts = split_batch((batch, keys), e.batch_size // micro)
+        return cached_value_and_grad(embed, loss)(state.params, *parts)
 
     def tokens_per_step(self, image_size: int) -> int:
         """Return the number of tokens that the towers process in a step, without dropped ones."""
@@ -241,7 +237,7 @@ class Trainer:
             params["head"] = {"kernel": jnp.zeros(shape, jnp.float32)}
         if self.experiment.distill is not None and self.experiment.distill.projection:
             params["distill"] = self._projections()
-        params, frozen = self.divide(params)
+        params, frozen = self.partition(params)
         return TrainState(
             step=jnp.int32(0),
             total_steps=total_steps,
@@ -261,7 +257,7 @@ class Trainer:
         sides = zip(("image", "text"), keys, strict=True)
         return {side: {"kernel": start(key, shape, jnp.float32)} for side, key in sides}
 
-    def divide(self, params: Params) -> tuple[Params, Params]:
+    def partition(self, params: Params) -> tuple[Params, Params]:
         """Split the parameters of a whole model and its heads into (trained, frozen)."""
         e = self.experiment
         fixed = {e.lock} | UNTRAINED.get(e.objective, set())
@@ -272,11 +268,14 @@ class Trainer:
 
         return partition(params, trained)
 
-    def kept(self, state: TrainState) -> TrainState:
+    def checkpoint_state(self, state: TrainState) -> TrainState:
         """Return the part of a state that a checkpoint stores: without an adapter's base model."""
         if self.experiment.adapter is None:
             return state
         return dataclasses.replace(state, frozen={})
+
+    kept = renamed_method("Trainer.kept", "checkpoint_state")
+    divide = renamed_method("Trainer.divide", "partition")
 
     def model(self, state: TrainState) -> DualEncoder:
         """Return the model with EMA parameters if EMA is on, else with the raw parameters."""

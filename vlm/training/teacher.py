@@ -15,6 +15,7 @@ from vlm.config import Experiment, ModelConfig
 from vlm.data.reinforced import Reinforced
 from vlm.errors import ConfigError
 from vlm.inputs.preprocess import Preprocess
+from vlm.losses.cached import join_batch, split_batch
 from vlm.models.flops import Supervision
 from vlm.sharding import batch_sharding, shardings
 from vlm.training.resolution import shrink
@@ -125,32 +126,26 @@ def supervision_of(classes: int, teacher: AnyTeacher | None) -> Supervision:
 
 def _program(graph: Any, preprocess: Preprocess, experiment: Experiment, mesh: Mesh) -> Any:
     """Make the jitted encoder of (parameters, images, tokens), which runs in micro-batches."""
-    rows = experiment.micro_batch_size or experiment.batch_size
-    parts = experiment.batch_size // rows
-    sharding = batch_sharding(mesh)
+    parts = experiment.batch_size // (experiment.micro_batch_size or experiment.batch_size)
+    sharding, size = batch_sharding(mesh), preprocess.config.image_size
 
     @functools.partial(jax.jit, out_shardings=(sharding, sharding))
     def embed(state, images, tokens):
         model = nnx.merge(graph, state)
+
+        def embed_part(
+            part: tuple[UInt8[Array, "b h w 3"], Int[Array, "b l"]],
+        ) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
+            images, tokens = part
+            pixels = images.astype(jnp.float32)
+            pixels = pixels if pixels.shape[1] == size else shrink(pixels, size)
+            return model.encode_image(preprocess.normalize(pixels)), model.encode_text(tokens)
+
         if parts == 1:
-            return _embed(model, preprocess, images, tokens)
-        # Every k-th row goes to the same part: rows stay on their devices.
-        cut = jax.tree.map(
-            lambda x: x.reshape(rows, parts, *x.shape[1:]).swapaxes(0, 1), (images, tokens)
-        )
-        z = jax.lax.map(lambda part: _embed(model, preprocess, *part), cut)
-        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, x.shape[-1]), z)
+            return embed_part((images, tokens))
+        return join_batch(jax.lax.map(embed_part, split_batch((images, tokens), parts)))
 
     return embed
-
-
-def _embed(
-    model, preprocess: Preprocess, images: UInt8[Array, "b h w 3"], tokens: Int[Array, "b l"]
-) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
-    pixels, size = images.astype(jnp.float32), preprocess.config.image_size
-    if pixels.shape[1] != size:
-        pixels = shrink(pixels, size)
-    return model.encode_image(preprocess.normalize(pixels)), model.encode_text(tokens)
 
 
 def check_square(teacher: str, preprocess: Preprocess) -> None:

@@ -10,7 +10,7 @@ import jax
 
 from vlm._deprecation import environment
 from vlm.cluster import watch
-from vlm.training.console import print_on_first_process
+from vlm.training.console import log
 
 # Seconds without a change of activity after which the current one is logged.
 STALL_WARNING = environment("VLM_STALL_WARNING", "VLM_STALL", 60)
@@ -67,7 +67,7 @@ class ActivityTimer:
                 since, limit = self._since, STALL_WARNING
             elif time.monotonic() - since > limit:
                 limit *= 2
-                print_on_first_process(self._stall_message(time.monotonic() - since))
+                log.warning(self._stall_message(time.monotonic() - since))
 
     @property
     def _activity(self) -> str:
