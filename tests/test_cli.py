@@ -78,6 +78,13 @@ def test_help_lists_every_command(do, capsys):
     assert capsys.readouterr().out == shown
 
 
+@pytest.mark.parametrize("group", ["data", "bench"])
+def test_help_lists_the_subcommands_of_a_group(do, group):
+    shown = do(group, "--help")
+    assert shown.startswith(f"usage: vlm {group} {{")
+    assert all(name in shown for name in COMMANDS if name.startswith(f"{group} "))
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself_by_an_example(do, name):
     shown = do(*name.split(), "--help")
@@ -267,7 +274,7 @@ def test_search_that_adds_subtracts_and_filters(do, fail, run, data, tmp_path):
     assert do("search", index, "red", "--where", "bytes<0") == ""
     assert len(do("search", index, "red", "--k", "2", "--where", "bytes>0").splitlines()) == 2
     assert do("search", index, "red", "--min-score", "1.1") == ""
-    assert "no condition" in fail("search", index, "red", "--where", "bytes", code=2)
+    assert "not a condition" in fail("search", index, "red", "--where", "bytes", code=2)
     assert "no metadata column 'size'" in fail("search", index, "red", "--where", "size>1", code=1)
     assert "no id" in fail("search", index, "nowhere", "--like", code=1)
 
@@ -382,7 +389,7 @@ RED = ("--labels", "red,blue")
 WRONG_USAGE = {
     ("clasify",): r"no command 'clasify': did you mean vlm classify\?",
     ("--verbose",): "the command comes first",
-    ("bench",): "vlm bench loss",
+    ("bench",): r"usage: vlm bench \{loss,train,encode,data,search\}",
     ("train",): "needs a config",
     ("train", "--resume"): "needs the folder of the run",
     ("train", "--steps", "3"): "config comes first",
@@ -392,7 +399,7 @@ WRONG_USAGE = {
     ("train", "CONFIG", "--remat", "some"): "'some'.*'dots'",
     ("train", "CONFIG", "--steps"): "--steps",
     ("classify",): "MODEL",
-    ("classify", "RUN"): "choose from",
+    ("classify", "RUN"): "labels are missing",
     ("classify", "RUN", *RED): "needs images",
     ("classify", "RUN", "DATA"): "--labels",
     ("classify", "RUN", "DATA", "--labels", " , ,"): "no labels",
@@ -406,7 +413,7 @@ WRONG_USAGE = {
     ("embed", "RUN", "IMAGE", "DATA"): "something else is there",
     ("index", "RUN", "IMAGE"): "vlm index MODEL IMAGES OUT",
     ("index", "RUN", "IMAGE", "DATA"): "something else is there",
-    ("convert", "RUN", "DATA"): "is there already",
+    ("convert", "RUN", "DATA"): "exists already",
     ("convert", "RUN", "NEW", "--format", "onnx"): "'onnx'",
     ("search", "DATA", "red"): "--model MODEL",
     ("search", "DATA", " "): "empty",

@@ -239,12 +239,12 @@ def test_a_budget_too_small_is_one_sentence(model, places, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--budget", "soon"], "--budget 'soon' is no time"),
-        (["--budget", "0m"], "--budget '0m' is no time"),
+        (["--budget", "soon"], "--budget 'soon' is not a duration"),
+        (["--budget", "0m"], "--budget '0m' is not a duration"),
         (["--method", "magic"], "there is no method 'magic': choose from probe, tip"),
         (["--test", "nowhere"], "nowhere cannot be read"),
         (["--shots", "0"], "shots is 0"),
-        (["--out", "/tmp"], "is there already"),
+        (["--out", "/tmp"], "exists already"),
     ],
 )
 def test_bad_options(places, tmp_path, monkeypatch, capsys, options, said):

@@ -47,7 +47,7 @@ def test_a_soup_of_three(photos, tmp_path, capsys):
     ("args", "said"),
     [
         (["RUN", "OUT"], "at least two models"),
-        (["RUN", "RUN", "."], "'.' is there already"),
+        (["RUN", "RUN", "."], "'.' exists already"),
         (["RUN", "RUN", "OUT", "--tasks", "folder:x"], "give each task a name"),
         (["RUN", "RUN", "OUT", "--tasks", "in=vtab"], "is a suite of several tasks"),
         (["RUN", "RUN", "OUT", "--tasks", "in=nothing"], "there is no task or suite 'nothing'"),

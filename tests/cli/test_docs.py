@@ -14,7 +14,7 @@ from vlm.cli import main
 
 @pytest.mark.slow
 def test_pages_hold_every_public_name(tmp_path):
-    # A process of its own: the rooms are shown to pdoc with all of their names loaded.
+    # A process of its own: pdoc is given the subpackages with all of their names loaded.
     out = tmp_path / "site"
     line = [sys.executable, "-m", "vlm", "docs", "--out", str(out)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)
@@ -27,13 +27,13 @@ def test_pages_hold_every_public_name(tmp_path):
     losses = (out / "vlm" / "losses.html").read_text()
     assert 'id="contrastive_loss"' in losses
     assert "jaxlib" not in losses  # types without the modules they come from
-    assert not (out / "vlm" / "losses").exists()  # rooms, not the modules inside
+    assert not (out / "vlm" / "losses").exists()  # subpackages, not the modules inside
 
 
 def test_a_folder_that_is_there(tmp_path, capsys):
     (tmp_path / "diary.txt").write_text("mine")
     assert main(["docs", "--out", str(tmp_path)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_a_port_in_use(capsys):

@@ -97,4 +97,4 @@ def test_every_entry_has_a_count_and_what_is_unknown_is_named(capsys):
     assert not undecided(max_parameters=300)
     models(max_params="300M", licence="open")
     told = " ".join(capsys.readouterr().out.split())
-    assert "Left out, as a fact that was asked for is not known: kakaobrain/align-base" in told
+    assert "Left out, because a requested fact is unknown: kakaobrain/align-base" in told

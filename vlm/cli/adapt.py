@@ -1,23 +1,18 @@
-"""`vlm adapt`: a model made good at labelled images, by what fits into a budget of time."""
+"""`vlm adapt`: fine-tune a model on labelled images within a time budget."""
 
 import re
 from typing import Annotated
 
 from tyro.conf import arg
 
-from vlm.cli import parse, runtime
+from vlm.cli import options, runtime
 from vlm.cli.parse import UsageError
-from vlm.paths import as_path
 
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
-def main(args: list[str]) -> None:
-    parse.call(adapt, "vlm adapt", args)
-
-
 def adapt(
-    model: Annotated[str, arg(metavar="MODEL")],
+    model: options.Model,
     data: Annotated[str, arg(metavar="DATA")],
     /,
     out: Annotated[str, arg(metavar="FOLDER")] = "adapted",
@@ -26,18 +21,17 @@ def adapt(
     teacher: Annotated[str | None, arg(metavar="MODEL")] = None,
     test: Annotated[str | None, arg(metavar="DATA")] = None,
     out_of_distribution: Annotated[str | None, arg(metavar="DATA")] = None,
-    templates: Annotated[tuple[str, ...], arg(metavar="TEMPLATES...")] = (),
-    class_names: Annotated[str | None, arg(metavar="FILE")] = None,
+    templates: options.Templates = (),
+    class_names: options.ClassNames = None,
     shots: int | None = None,
     seed: int = 0,
 ) -> None:
-    """Adapt a model to labelled images: try what fits into a budget, choose, measure, and tell.
+    """Fine-tune a model on labelled images within a time budget, and keep the best method.
 
-    A fifth of each class is held out, and the method that is best there is kept. Copies of an image
-    stay on one side. DATA is a folder
-    with a folder for each class, tfds:NAME, folder:PATH or wds:SHARDS. The folder that is written
-    holds the model, which every command takes, a classifier, which vlm classify uses by itself, and
-    the page report.html.
+    A fifth of each class is the validation split; copies of an image are in one split. DATA is a
+    folder with a folder for each class, tfds:NAME, folder:PATH or wds:SHARDS. The output folder
+    holds the model, which every command accepts, a classifier, which vlm classify uses by default,
+    and the page report.html.
 
     Examples:
       vlm adapt ViT-B-32/ pets/ --budget 5m --out pets-model
@@ -47,26 +41,19 @@ def adapt(
       vlm classify pets-model photo.jpg
 
     Args:
-        model: a run folder, a bundle, or a public checkpoint.
         data: the labelled images; of a data set with splits, its training split.
-        out: a folder that is not there yet.
-        budget: for all tries together, such as 90s, 5m or 1h; measuring on other data comes on top.
-        method: what to try, by default all that fits: probe, tip, prompt, lora, full, distill,
-            blend.
-        teacher: a larger model, which distill learns from.
-        test: labelled images of the same classes, to measure on.
-        out_of_distribution: labelled images of another kind, to measure what is kept.
-        templates: sentences in which {} stands for the label, or the name of a set: plain, photo,
-            clip_best, siglip. By default the model's own, as of a run, else those of the data set,
-            else "a photo of a {}.".
-        class_names: a file with the names of the labels, which are made readable without: a line
-            for each in their order, lines LABEL<tab>NAME, or JSON.
-        shots: learn from and choose by at most so many images of a class.
-        seed: of the images held out, and of all that is random.
+        out: output folder (must not exist).
+        budget: for all methods together, such as 90s, 5m or 1h; excludes measuring on --test and
+            --out-of-distribution.
+        method: methods to try: probe, tip, prompt, lora, full, distill, blend. Default: all that
+            fit into the budget.
+        teacher: a larger model for distillation.
+        test: labelled images of the same classes, to measure accuracy on.
+        out_of_distribution: labelled images of another kind, to measure how much accuracy is kept.
+        shots: use at most this many images of each class.
+        seed: of the validation split and of training.
     """
-    folder = as_path(out)
-    if folder.exists():
-        raise UsageError(f"{out!r} is there already: name a folder that is not with --out")
+    folder = options.new_folder(out)
     seconds = _seconds(budget)
     wanted = tuple(name for part in method for name in part.split(",") if name)
     runtime.prepare_inference()
@@ -106,18 +93,18 @@ def adapt(
     )
     made.save(Path(folder))
     Console().print(made)
-    print(f"{made.chosen} is best on the images held out; it is in {out}")
+    print(f"{made.chosen} is best on the validation images; it is in {out}")
     print_status(f"page {folder / 'report.html'}")
 
 
 def _seconds(budget: str) -> float:
-    """The seconds of 90s, 5m or 1h.
+    """Convert 90s, 5m or 1h to seconds.
 
     Raises:
-        UsageError: another form, or no time at all.
+        UsageError: another form, or zero.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", budget.strip())
     seconds = float(found[1]) * UNITS[found[2]] if found else 0.0
     if not seconds > 0:
-        raise UsageError(f"--budget {budget!r} is no time: give one such as 90s, 5m or 1h")
+        raise UsageError(f"--budget {budget!r} is not a duration: give one such as 90s, 5m or 1h")
     return seconds

@@ -1,31 +1,45 @@
-"""`vlm bench`: measured figures on the machine at hand."""
+"""`vlm bench`: measurements on this machine."""
 
 import dataclasses
 import json as jsonlib
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
-from vlm.cli import parse
-from vlm.config import RematPolicy
-
-
-def loss(args: list[str]) -> None:
-    parse.call(bench_loss, "vlm bench loss", args)
+from vlm.cli import options
+from vlm.config import Experiment, RematPolicy, load_config
 
 
-def bench_loss(
+def _report(measure: Callable[..., Any], *args: Any, json: bool, **settings: Any) -> None:
+    """Call a benchmark of `vlm.bench`, which prints a table; with `json`, print its figures."""
+    from rich.console import Console
+
+    figures = measure(*args, **settings, console=Console(stderr=json))
+    if json:
+        print(jsonlib.dumps(figures))
+
+
+def _experiment(config: str, batch_size: int | None, **changes: Any) -> Experiment:
+    """Load a config and replace those fields whose new value is not None."""
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if batch_size is not None:
+        changes |= {"batch_size": batch_size, "micro_batch_size": None}
+    return dataclasses.replace(load_config(config), **changes)
+
+
+def loss(
     batch_size: int = 16_384,
     embed_dim: int = 512,
     kinds: tuple[Literal["softmax", "sigmoid"], ...] = ("softmax", "sigmoid"),
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     tile: int | None = None,
     dense: bool = True,
-    rounds: int = 5,
-    json: bool = False,
+    rounds: options.Rounds = 5,
+    json: options.Json = False,
 ) -> None:
-    """Measure the contrastive losses on this machine: time, memory, and the error of gradients.
+    """Measure time, memory and gradient error of the contrastive losses.
 
-    Times are of loss and backward pass, beside the floor that the machine's own matrix products
-    set.
+    Times include the backward pass, and are compared with a lower bound from measured GEMM
+    throughput.
 
     Examples:
       vlm bench loss
@@ -36,47 +50,29 @@ def bench_loss(
         embed_dim: width of the embeddings.
         kinds: which losses.
         dtype: of the embeddings; auto is float32 on a CPU and bfloat16 elsewhere.
-        tile: rows of a tile; None chooses from the shapes.
-        dense: also the plain loss, where its matrix stays under 2 GiB.
-        rounds: of measuring; the best counts.
-        json: print the figures as one JSON object, and the table on stderr.
+        tile: rows of a tile. None: chosen from the shapes.
+        dense: skip the naive dense loss, which is measured if its matrix is under 2 GiB.
     """
-    from rich.console import Console
+    from vlm.bench.loss import bench_loss
 
-    from vlm.bench.loss import bench_loss as measure
-
-    figures = measure(
-        batch_size,
-        embed_dim,
-        kinds=kinds,
-        dtype=dtype,
-        tile=tile,
-        dense=dense,
-        rounds=rounds,
-        console=Console(stderr=json),
-    )
-    if json:
-        print(jsonlib.dumps(figures))
+    settings = {"kinds": kinds, "dtype": dtype, "tile": tile, "dense": dense, "rounds": rounds}
+    _report(bench_loss, batch_size, embed_dim, **settings, json=json)
 
 
-def train(args: list[str]) -> None:
-    parse.call(bench_train, "vlm bench train", args)
-
-
-def bench_train(
+def train(
     config: str,
     /,
     batch_size: int | None = None,
     remat: RematPolicy | None = None,
     dtype: Literal["auto", "float32", "bfloat16"] | None = None,
-    rounds: int = 3,
+    rounds: options.Rounds = 3,
     trace: str | None = None,
     save: str | None = None,
-    json: bool = False,
+    json: options.Json = False,
 ) -> None:
-    """Measure the training step of a config on this machine: pairs/s, MFU, memory, its parts.
+    """Measure pairs/s, MFU and memory of the training step of a config, and its parts.
 
-    The batch is random: nothing is read and nothing is saved.
+    The batch is random: no data is read, and no checkpoint is written.
 
     Examples:
       vlm bench train configs/openmoji.py
@@ -88,47 +84,29 @@ def bench_train(
         batch_size: global, in place of the config's.
         remat: in place of the config's.
         dtype: of products and activations, in place of the config's.
-        rounds: of measuring; the best counts.
         trace: a folder for a device trace of one step.
-        save: a file that the step's time is added to, for vlm plan --calibration FILE.
-        json: print the figures as one JSON object, and the table on stderr.
+        save: a file to add the step time to, for vlm plan --calibration FILE.
     """
-    from rich.console import Console
+    experiment = _experiment(config, batch_size, remat=remat, dtype=dtype)
 
-    from vlm.config import load_config
-
-    changes = {"batch_size": batch_size, "remat": remat, "dtype": dtype}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if batch_size is not None:
-        changes["micro_batch_size"] = None
-    experiment = dataclasses.replace(load_config(config), **changes)
-
-    from vlm.bench.train import bench_train as measure
+    from vlm.bench.train import bench_train
     from vlm.training.init_from import resolve
 
-    figures = measure(
-        resolve(experiment), rounds=rounds, trace=trace, save=save, console=Console(stderr=json)
-    )
-    if json:
-        print(jsonlib.dumps(figures))
+    _report(bench_train, resolve(experiment), rounds=rounds, trace=trace, save=save, json=json)
 
 
-def encode(args: list[str]) -> None:
-    parse.call(bench_encode, "vlm bench encode", args)
-
-
-def bench_encode(
+def encode(
     model: str,
     /,
     batch_sizes: tuple[int, ...] = (1, 8, 32),
     dtype: Literal["float32", "bfloat16"] = "float32",
-    rounds: int = 3,
+    rounds: options.Rounds = 3,
     trace: str | None = None,
-    json: bool = False,
+    json: options.Json = False,
 ) -> None:
-    """Measure how fast a model encodes images and texts on one device of this machine.
+    """Measure the throughput of encoding images and texts on one device.
 
-    Weights and inputs are random, so a config is enough. Decoding of images is not part of it.
+    Weights and inputs are random, so a config is enough. Decoding of images is not measured.
 
     Examples:
       vlm bench encode configs/clip_b32_datacomp.py
@@ -138,46 +116,28 @@ def bench_encode(
         model: a config file, or a run's config.json.
         batch_sizes: of images and of texts.
         dtype: of products and activations.
-        rounds: of measuring; the best counts.
         trace: a folder for a device trace of the largest batch of images.
-        json: print the figures as one JSON object, and the table on stderr.
     """
-    from rich.console import Console
-
-    from vlm.config import load_config
     from vlm.training.init_from import with_model
 
     experiment = with_model(load_config(model))
 
-    from vlm.bench.encode import bench_encode as measure
+    from vlm.bench.encode import bench_encode
 
-    figures = measure(
-        experiment.model,
-        name=experiment.name,
-        batch_sizes=batch_sizes,
-        dtype=dtype,
-        rounds=rounds,
-        trace=trace,
-        console=Console(stderr=json),
-    )
-    if json:
-        print(jsonlib.dumps(figures))
+    settings = {"batch_sizes": batch_sizes, "dtype": dtype, "rounds": rounds, "trace": trace}
+    _report(bench_encode, experiment.model, name=experiment.name, **settings, json=json)
 
 
-def data(args: list[str]) -> None:
-    parse.call(bench_data, "vlm bench data", args)
-
-
-def bench_data(
+def data(
     config: str | None = None,
     /,
     batches: int = 8,
     batch_size: int | None = None,
     workers: int | None = None,
     step_seconds: float | None = None,
-    json: bool = False,
+    json: options.Json = False,
 ) -> None:
-    """Measure how fast this machine makes the training batches of a config.
+    """Measure the throughput of the training batches of a config.
 
     Without a config, the batches are of CLIP ViT-B/32 from shards of synthetic photographs of two
     sizes.
@@ -192,49 +152,35 @@ def bench_data(
         batches: how many to time, after the first.
         batch_size: in place of the config's.
         workers: reader processes, in place of the config's.
-        step_seconds: of a training step, to say what share of the time it would wait.
-        json: print the figures as one JSON object, and the table on stderr.
+        step_seconds: duration of a training step, to estimate the fraction of time spent waiting.
     """
-    from rich.console import Console
-
-    console = Console(stderr=json)
+    settings = {"batches": batches, "step_seconds": step_seconds, "json": json}
     if config is None:
         from vlm.bench.data import bench_synthetic_data
 
-        sizes = bench_synthetic_data(batches=batches, step_seconds=step_seconds, console=console)
-        if json:
-            print(jsonlib.dumps(sizes))
+        _report(bench_synthetic_data, **settings)
         return
 
-    from vlm.bench.data import bench_data as measure
-    from vlm.config import load_config
+    from vlm.bench.data import bench_data
     from vlm.training.init_from import with_model
 
-    experiment = with_model(load_config(config))
-    if batch_size is not None:
-        experiment = dataclasses.replace(experiment, batch_size=batch_size, micro_batch_size=None)
+    experiment = with_model(_experiment(config, batch_size))
     if workers is not None:
         reading = dataclasses.replace(experiment.data, workers=workers)
         experiment = dataclasses.replace(experiment, data=reading)
-    figures = measure(experiment, batches=batches, step_seconds=step_seconds, console=console)
-    if json:
-        print(jsonlib.dumps(figures))
+    _report(bench_data, experiment, **settings)
 
 
-def search(args: list[str]) -> None:
-    parse.call(bench_search, "vlm bench search", args)
-
-
-def bench_search(
+def search(
     items: tuple[int, ...] = (10_000, 100_000),
     embed_dim: int = 512,
     queries: tuple[int, ...] = (1, 64),
     k: int = 10,
     dtype: Literal["float32", "float16"] = "float32",
-    rounds: int = 3,
-    json: bool = False,
+    rounds: options.Rounds = 3,
+    json: options.Json = False,
 ) -> None:
-    """Measure exact search over random embeddings, beside the time to read them all once.
+    """Measure exact search in random embeddings, compared with the time to read them once.
 
     Examples:
       vlm bench search
@@ -243,24 +189,11 @@ def bench_search(
     Args:
         items: sizes of the index.
         embed_dim: width of the embeddings.
-        queries: how many are asked at once.
-        k: nearest to find.
+        queries: numbers of queries in one call.
+        k: number of nearest neighbours.
         dtype: of the stored embeddings.
-        rounds: of measuring; the best counts.
-        json: print the figures as one JSON object, and the table on stderr.
     """
-    from rich.console import Console
+    from vlm.bench.search import bench_search
 
-    from vlm.bench.search import bench_search as measure
-
-    figures = measure(
-        items,
-        embed_dim,
-        queries=queries,
-        k=k,
-        dtype=dtype,
-        rounds=rounds,
-        console=Console(stderr=json),
-    )
-    if json:
-        print(jsonlib.dumps(figures))
+    settings = {"queries": queries, "k": k, "dtype": dtype, "rounds": rounds}
+    _report(bench_search, items, embed_dim, **settings, json=json)

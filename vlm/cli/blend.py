@@ -1,16 +1,11 @@
-"""`vlm blend`: models averaged weight by weight, with the picture of what each share is worth."""
+"""`vlm blend`: average the weights of models, and measure the blend at every alpha."""
 
 from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from vlm.cli import parse, runtime
+from vlm.cli import options, runtime
 from vlm.cli.parse import UsageError
-from vlm.paths import as_path
-
-
-def main(args: list[str]) -> None:
-    parse.call(blend, "vlm blend", args)
 
 
 def blend(
@@ -20,10 +15,11 @@ def blend(
     tasks: Annotated[str | None, arg(metavar="NAME=TASK,...")] = None,
     greedy: Annotated[str | None, arg(metavar="TASK")] = None,
 ) -> None:
-    """Average models weight by weight, into a folder with the blend and, of tasks, a page.
+    """Average the weights of models, and write a folder with the result.
 
-    Two models are blended: a share of alpha of the second, the fine-tuned one, and the rest of the
-    first (WiSE-FT). Three or more are averaged evenly, or by --greedy those that help (soups).
+    Two models are interpolated (WiSE-FT): alpha times the second, which is the fine-tuned one, plus
+    1 - alpha times the first. Three or more are averaged evenly, or chosen by --greedy (model
+    soups).
 
     Examples:
       vlm blend ViT-B-32/ runs/fine-tuned blended --alpha 0.5
@@ -31,20 +27,18 @@ def blend(
       vlm blend runs/a runs/b runs/c soup --greedy folder:mine/validation
 
     Args:
-        models: two or more models, and then the folder to write, which is not there yet.
-        alpha: the share of the second of two models, from 0 to 1.
-        tasks: what to measure blends of every alpha on, by name; tasks are as in `vlm eval`. The
-            picture goes to report.html in the folder.
-        greedy: a validation task: from the best model down, each goes in if that helps.
+        models: two or more models, then the output folder (must not exist).
+        alpha: weight of the second of two models, from 0 to 1.
+        tasks: measure the blend at every alpha on these tasks, by name; tasks are as in `vlm eval`.
+            The chart is in report.html in the output folder.
+        greedy: a validation task: add models from the best down, each if it improves the result.
     """
     *names, out = models or ("",)
     if len(names) < 2:
-        raise UsageError("vlm blend takes at least two models and then the folder to write")
-    folder = as_path(out)
-    if folder.exists():
-        raise UsageError(f"{out!r} is there already: name a folder that is not")
+        raise UsageError("vlm blend needs at least two models and then the output folder")
+    folder = options.new_folder(out)
     if len(names) > 2 and tasks is not None:
-        raise UsageError("--tasks draws what lies between two models: give two")
+        raise UsageError("--tasks interpolates between two models: give two")
     wanted = _named(tasks)
     runtime.prepare_inference()
     from vlm.adaptation.blending import blend as blend_models
@@ -67,13 +61,13 @@ def blend(
 
 
 def _named(tasks: str | None) -> dict[str, str]:
-    """The tasks of `in=folder:a,out=tfds:b`, by name."""
+    """Parse `in=folder:a,out=tfds:b` to tasks by name."""
     found: dict[str, str] = {}
     for part in (tasks or "").split(",") if tasks else ():
         name, equals, task = part.partition("=")
         if not (equals and name.strip() and task.strip()) or name.strip() in found:
             raise UsageError(
-                f"--tasks has {part!r}: give each task a name of its own, such as "
+                f"--tasks has {part!r}: give each task its own name, such as "
                 "in=folder:mine/test,out=tfds:cifar10"
             )
         found[name.strip()] = task.strip()
@@ -85,11 +79,11 @@ def _open(name: str) -> Any:
     from vlm.evaluation.suites import Missing, expand, open_task
 
     try:
-        one, *others = expand((name,))
+        one, *more = expand((name,))
     except ConfigError as error:
         raise UsageError(str(error)) from None
-    if others:
-        raise UsageError(f"{name} is a suite of several tasks: name one of {', '.join(others)}")
+    if more:
+        raise UsageError(f"{name} is a suite of several tasks: name one of {', '.join(more)}")
     task = open_task(one)
     if isinstance(task, Missing):
         raise DataError(f"{name} cannot be measured: {task.why}")

@@ -1,4 +1,4 @@
-"""`vlm classify`: which label fits an image best."""
+"""`vlm classify`: classify images with labels of your choice."""
 
 import json as jsonlib
 import sys
@@ -7,35 +7,31 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from vlm.cli import parse, runtime
+from vlm.cli import options, runtime
 from vlm.cli.parse import UsageError
 from vlm.cli.runs import classifier_of
 from vlm.errors import DataError
 from vlm.paths import decode_text, lines_of
 
 
-def main(args: list[str]) -> None:
-    parse.call(classify, "vlm classify", args)
-
-
 def classify(
-    model: Annotated[str, arg(metavar="MODEL")],
-    images: Annotated[tuple[str, ...], arg(metavar="IMAGES...")],
+    model: options.Model,
+    images: options.Images,
     /,
-    labels: Annotated[str | None, arg(metavar="A,B,...")] = None,
-    labels_file: Annotated[str | None, arg(metavar="FILE")] = None,
-    templates: Annotated[tuple[str, ...], arg(metavar="TEMPLATES...")] = (),
+    labels: options.Labels = None,
+    labels_file: options.LabelsFile = None,
+    templates: options.Templates = (),
     top: int = 5,
     other_label: str | None = None,
     multi_label: bool = False,
     threshold: float = 0.0,
     classifier: Annotated[str | None, arg(metavar="FILE")] = None,
-    class_names: Annotated[str | None, arg(metavar="FILE")] = None,
+    class_names: options.ClassNames = None,
     json: bool = False,
 ) -> None:
-    """Name what images show: the labels that fit each one best, with calibrated scores.
+    """Classify images: print the best labels of each image, with calibrated scores.
 
-    An image that cannot be read is named and left out, and the command fails at its end.
+    Unreadable images are reported and skipped; the exit code is then 1.
 
     Examples:
       vlm classify runs/openmoji photo.jpg --labels "dog,cat,pizza"
@@ -44,36 +40,27 @@ def classify(
       vlm classify runs/openmoji photos/ --classifier prompt.safetensors
 
     Args:
-        model: a run folder, a bundle, or a public checkpoint.
-        images: files, folders (searched whole) and globs.
-        labels: the names to choose from, separated by commas.
-        labels_file: the names to choose from: one on each line of a text file; a JSON list;
-            FILE.json:KEY, an entry of CLIP_benchmark's files; imagenet; open_clip:imagenet; or the
-            classes of a data set, tfds:NAME, folder:PATH or wds:FOLDER.
-        templates: sentences in which {} stands for the label, or the name of a set: plain, photo,
-            clip_best, siglip; or the same files as of labels-file. By default the model's own, as
-            of a run, else those of the data set, else "a photo of a {}.".
         top: how many labels to show for each image.
-        other_label: a sentence for images that show none of the labels; it makes one more label.
-        multi_label: each label is a question of its own, and an image may have several.
-        threshold: the least score to show.
-        classifier: a file that a classifier was saved to, in place of labels. By default the one
-            that a run with objective classification has left.
-        class_names: a file with what sentences call the labels: a line for each in their order,
-            lines LABEL<tab>NAME, or JSON. By default the labels of a data set are made readable,
-            and others are as they are written.
-        json: one JSON object for each image.
+        other_label: a prompt for images that show none of the labels; adds the label "none of
+            these".
+        multi_label: score labels independently; an image may have several.
+        threshold: the lowest score to show.
+        classifier: a saved classifier, in place of labels. Default: the classifier of the run, if
+            it was trained with objective classification.
+        json: print one JSON object for each image.
     """
     if labels is None and labels_file is None and classifier is None:
         classifier = classifier_of(model)
-    others = labels, labels_file, templates, other_label, multi_label, class_names
-    if classifier is not None and any(others):
-        raise UsageError("a saved classifier has its own labels and sentences: leave out others")
+    own = labels, labels_file, templates, other_label, multi_label, class_names
+    if classifier is not None and any(own):
+        raise UsageError(
+            "a saved classifier has its own labels and prompts: leave out --labels and the like"
+        )
     found = None if classifier is not None else labels_of(labels, labels_file)
     if not images:
         raise UsageError("vlm classify needs images: give files, folders or globs after the model")
     if top < 1:
-        raise UsageError(f"--top {top} shows nothing: ask for at least 1")
+        raise UsageError(f"--top {top} shows nothing: give at least 1")
     runtime.prepare_inference()
     from vlm.bundle import load
     from vlm.cli.images import Unreadable, find_images
@@ -91,8 +78,8 @@ def classify(
         classify_images = ZeroShotClassifier(bundle, prompts, None, other_label, multi_label)
     unreadable = Unreadable(len(paths))
     for chunk in chunks(progress(paths, "classifying", len(paths))):
-        rows = classify_images(chunk, on_error=unreadable.among(chunk)).top(top)
-        for path, best in zip(unreadable.others(chunk), rows, strict=True):
+        rows = classify_images(chunk, on_error=unreadable.handler(chunk)).top(top)
+        for path, best in zip(unreadable.readable(chunk), rows, strict=True):
             best = [pair for pair in best if pair[1] >= threshold]
             if json:
                 row = [{"label": label, "score": round(score, 6)} for label, score in best]
@@ -108,12 +95,10 @@ def classify(
 
 
 def labels_of(labels: str | None, file: str | None) -> Any:
-    """The labels of `--labels` or of `--labels-file`, as they are written there.
-
-    Of a data set, its classes as `data_set_of` gives them.
+    """Read the labels of `--labels` or `--labels-file`; for a data set, its `DataSetClasses`.
 
     Raises:
-        UsageError: neither or both, or no names in them.
+        UsageError: neither or both, or no labels in them.
     """
     from vlm.heads.labels import data_set_of, read_labels
     from vlm.heads.templates import is_place
@@ -121,7 +106,9 @@ def labels_of(labels: str | None, file: str | None) -> Any:
     if labels is not None and file is None:
         names, where = labels.split(","), "--labels"
     elif labels is not None or file is None:
-        raise UsageError('say what to choose from: either --labels "dog,cat" or --labels-file FILE')
+        raise UsageError(
+            'the labels are missing: give either --labels "dog,cat" or --labels-file FILE'
+        )
     elif (data_set := data_set_of(file)) is not None:
         return data_set
     elif is_place(file):
@@ -141,9 +128,9 @@ def labels_of(labels: str | None, file: str | None) -> Any:
 def prompts_of(
     found: Any, class_names: str | None, templates: tuple[str, ...], model: Any
 ) -> tuple[Mapping[str, Sequence[str]], str]:
-    """The sentences of what `labels_of` found, and what was chosen for them in words.
+    """Return the prompts of the labels from `labels_of`, and a description of the choices made.
 
-    Labels of a data set go into the templates by their names, and typed ones as they are.
+    Templates are filled with the class names of a data set, and with typed labels as they are.
 
     Raises:
         DataError: a file of class names that does not fit the labels.

@@ -1,29 +1,25 @@
-"""`vlm compare`: which of two models is better, on the same examples, and how sure that is."""
+"""`vlm compare`: compare two evaluations on the same examples, with significance tests."""
 
 from typing import Annotated
 
 from tyro.conf import arg
 
-from vlm.cli import parse
+from vlm.cli import options
 from vlm.cli.parse import UsageError
-
-
-def main(args: list[str]) -> None:
-    parse.call(compare, "vlm compare", args)
 
 
 def compare(
     a: Annotated[str, arg(metavar="A")],
     b: Annotated[str, arg(metavar="B")],
     /,
-    json: bool = False,
+    json: options.Json = False,
     out: Annotated[str | None, arg(metavar="FILE.html")] = None,
 ) -> None:
-    """Compare two evaluations, example by example: A and B are folders that vlm eval --out wrote.
+    """Compare two evaluations example by example. A and B are folders of vlm eval --out.
 
-    Of every task that both have: the difference with its paired 95% interval, McNemar's
-    test, which examples only one of the two gets right, and the smallest difference that the data
-    could show. Results of different data are refused.
+    For each task in both: the difference with its paired 95% confidence interval, McNemar's test,
+    the examples that only one of the two gets right, and the smallest difference that the data can
+    detect. Results on different data are refused.
 
     Examples:
       vlm eval MODEL-A --tasks tfds:cifar10 --out a/
@@ -31,10 +27,9 @@ def compare(
       vlm compare a/ b/ --out comparison.html
 
     Args:
-        a: one folder of results.
-        b: the other.
-        json: the comparisons as JSON.
-        out: a page with both side by side.
+        a: a folder of results.
+        b: the folder to compare it with.
+        out: write an HTML page with both side by side.
     """
     from rich.console import Console
 
@@ -44,7 +39,7 @@ def compare(
     from vlm.evaluation.results_page import write_page
 
     if out and not out.endswith(".html"):
-        raise UsageError(f"--out {out!r} is no page: let it end in .html")
+        raise UsageError(f"--out {out!r} is not an HTML page: give a name that ends in .html")
     one, other = read_report(a), read_report(b)
     names = [result.task for result in other.results]
     both = [result for result in one.results if result.task in names]

@@ -1,4 +1,4 @@
-"""`vlm data`: a look at a data set, its index, and the same data as shards that train fast."""
+"""`vlm data`: statistics of a data set, its index, its shards, and teacher embeddings."""
 
 import base64
 import json as jsonlib
@@ -6,43 +6,51 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from vlm.cli import parse
+from vlm.cli import options
 from vlm.cli.parse import UsageError
 
-Source = Annotated[str, arg(metavar="SOURCE")]
+Source = Annotated[
+    str,
+    arg(
+        metavar="SOURCE",
+        help="as data.source of a config: a name, a table, a folder, shards, a bucket.",
+    ),
+]
+NewShards = Annotated[str, arg(metavar="OUT")]
+Split = Annotated[str, arg(help="name of the split.")]
+ImageFeature = Annotated[str, arg(help="the feature with the image.")]
+Captions = Annotated[
+    tuple[str, ...],
+    arg(
+        help="the features with texts: columns, extensions (txt) or fields of the JSON. The first "
+        "becomes the .txt of tar shards."
+    ),
+]
+Label = Annotated[str | None, arg(help="the feature with a class label, in place of captions.")]
+DataDir = Annotated[str | None, arg(help="folder of prepared data.")]
 
 
-def show_main(args: list[str]) -> None:
-    parse.call(show, "vlm data show", args)
+def _config(source: str, split: str, **fields: Any) -> Any:
+    from vlm.config import DataConfig
 
-
-def reinforce_main(args: list[str]) -> None:
-    parse.call(reinforce, "vlm data reinforce", args)
-
-
-def prepare_main(args: list[str]) -> None:
-    parse.call(prepare, "vlm data prepare", args)
-
-
-def index_main(args: list[str]) -> None:
-    parse.call(index, "vlm data index", args)
+    return DataConfig(source=source, train_split=split, eval_split=None, **fields)
 
 
 def show(
     source: Source,
     /,
     out: str | None = None,
-    split: str = "train",
-    image: str = "image",
-    captions: tuple[str, ...] = ("caption",),
-    label: str | None = None,
-    data_dir: str | None = None,
+    split: Split = "train",
+    image: ImageFeature = "image",
+    captions: Captions = ("caption",),
+    label: Label = None,
+    data_dir: DataDir = None,
     context_length: int = 77,
     limit: int = 1000,
     thumbnails: int = 60,
-    json: bool = False,
+    json: options.Json = False,
 ) -> None:
-    """Say what a data set holds, and write a page of its images with their captions.
+    """Print statistics of a data set, and write a page of images with their captions.
 
     Examples:
       vlm data show openmoji
@@ -50,35 +58,21 @@ def show(
       vlm data show tfds:cifar10 --label label
 
     Args:
-        source: as data.source of a config: a name, a table, a folder, shards, a bucket.
-        out: the page; None writes none.
-        split: which one.
-        image: the feature with the image.
-        captions: the features with texts: columns, extensions (txt) or fields of the JSON.
-        label: a class label instead of captions.
-        data_dir: where prepared data lies.
+        out: an HTML page. None: no page.
         context_length: tokens (of CLIP's vocabulary) beyond which a caption counts as too long.
-        limit: examples that are looked at, from the first on.
-        thumbnails: images on the page.
-        json: print the figures as one JSON object.
+        limit: number of examples to read, from the start.
+        thumbnails: number of images on the page.
     """
     from vlm.cli.terminal import print_status, progress
-    from vlm.config import DataConfig, PreprocessConfig
+    from vlm.config import PreprocessConfig
     from vlm.data.dataset_stats import dataset_stats
     from vlm.inputs.preprocess import Preprocess
     from vlm.weights.vocabularies import clip_tokenizer
 
     if limit < 1:
-        raise UsageError(f"--limit {limit} looks at nothing: give at least 1")
-    config = DataConfig(
-        source=source,
-        train_split=split,
-        eval_split=None,
-        image=image,
-        captions=captions,
-        label=label,
-        data_dir=data_dir,
-    )
+        raise UsageError(f"--limit {limit} reads nothing: give at least 1")
+    fields = {"image": image, "captions": captions, "label": label, "data_dir": data_dir}
+    config = _config(source, split, **fields)
     found = dataset_stats(
         config,
         split,
@@ -86,7 +80,7 @@ def show(
         clip_tokenizer(context_length),
         limit=limit,
         thumbnails=thumbnails if out else 0,
-        progress=lambda reads, total: progress(reads, "looking", total),
+        progress=lambda reads, total: progress(reads, "reading", total),
     )
     figures = found.summary()
     if out:
@@ -102,7 +96,7 @@ def show(
 
 def prepare(
     source: Source,
-    out: Annotated[str, arg(metavar="OUT")],
+    out: NewShards,
     /,
     format: Literal["tar", "array_record"] = "tar",
     examples: int = 10_000,
@@ -110,17 +104,18 @@ def prepare(
     quality: int = 92,
     deduplicate: bool = False,
     min_side: int = 0,
-    split: str = "train",
-    image: str = "image",
-    captions: tuple[str, ...] = ("caption",),
-    label: str | None = None,
+    split: Split = "train",
+    image: ImageFeature = "image",
+    captions: Captions = ("caption",),
+    label: Label = None,
     filters: tuple[str, ...] = (),
-    data_dir: str | None = None,
-    beam: tuple[str, ...] = (),
+    data_dir: DataDir = None,
+    beam: options.Beam = (),
 ) -> None:
-    """Write a data set as shards: resized, without duplicates, filtered, with checksums.
+    """Write a data set as shards: resized, deduplicated, filtered, with checksums.
 
-    A command that was stopped goes on where it was when it is run again.
+    An interrupted command resumes when it is run again; with --beam it restarts. All features are
+    kept under their names.
 
     Examples:
       vlm data prepare photos/ shards/ --short-side 512 --deduplicate
@@ -128,40 +123,24 @@ def prepare(
       vlm data prepare 'raw/{000..099}.tar' shards/ --beam runner=FlinkRunner flink_master=host:8081
 
     Args:
-        source: as data.source of a config.
-        out: a folder of its own for the shards.
+        out: a folder for the shards alone.
         format: WebDataset tars, or ArrayRecord files for random access.
-        examples: of a shard.
-        short_side: pixels; larger images are made smaller, as JPEG.
+        examples: number of examples in a shard.
+        short_side: in pixels; larger images are reduced, and saved as JPEG.
         quality: of those JPEG files.
-        deduplicate: leave out images that look like one before them.
-        min_side: pixels; smaller images are left out.
-        split: which one.
-        image: the feature with the image.
-        captions: the features with texts, the first of which is a tar's .txt; all features are
-            kept under their names.
-        label: a class label instead of captions.
+        deduplicate: skip images that look like an earlier one.
+        min_side: in pixels; smaller images are skipped.
         filters: conditions such as 'score>=0.3', 'score<=9' or 'language=en,de'.
-        data_dir: where prepared data lies.
-        beam: options of Apache Beam (extra `beam`), as NAME=VALUE: its workers, who must all see
-            source and out, write the same shards. One that was stopped begins anew.
     """
     from vlm.cli.terminal import counter, print_status
-    from vlm.config import DataConfig, PreprocessConfig
+    from vlm.config import PreprocessConfig
     from vlm.data.prepare import Preparation
     from vlm.data.prepare import prepare as write
     from vlm.inputs.preprocess import Preprocess
 
-    config = DataConfig(
-        source=source,
-        train_split=split,
-        eval_split=None,
-        image=image,
-        captions=captions,
-        label=label,
-        filters=tuple(map(_filter, filters)),
-        data_dir=data_dir,
-    )
+    kept = tuple(map(_filter, filters))
+    fields = {"image": image, "captions": captions, "label": label, "data_dir": data_dir}
+    config = _config(source, split, filters=kept, **fields)
     wanted = Preparation(format, examples, short_side, quality, deduplicate, min_side)
     if beam:
         from vlm.data.beam import prepare as write_on_beam
@@ -170,34 +149,34 @@ def prepare(
     else:
         with counter("preparing") as report:
             done = write(config, split, out, wanted, Preprocess(PreprocessConfig()), report=report)
-    left = ", ".join(f"{count:,} {kind}" for kind, count in done["left_out"].items())
+    skipped = ", ".join(f"{count:,} {kind}" for kind, count in done["left_out"].items())
     print(
         f"{done['examples']:,} examples in {done['shards']:,} shards in {out} "
-        f"({done['bytes'] / 2**20:,.1f} MiB)" + (f"; left out: {left}" if left else "")
+        f"({done['bytes'] / 2**20:,.1f} MiB)" + (f"; left out: {skipped}" if skipped else "")
     )
     if dropped := done["dropped"]:
         names = ", ".join(f"{name} ({count:,} examples)" for name, count in dropped.items())
-        print_status(f"features that the shards do not hold: {names}")
+        print_status(f"features that are not in the shards: {names}")
 
 
 def index(source: Source, /, out: str | None = None) -> None:
     """Write the index that gives tar shards random access, beside them.
 
-    Training, evaluation and `vlm data show` find it there. It is 8 bytes an example.
+    Training, evaluation and `vlm data show` find it there. It takes 8 bytes per example.
 
     Example:
       vlm data index 'shards/{00000..00099}.tar'
 
     Args:
         source: tar shards, with ranges, lists or *.
-        out: another place for the file.
+        out: another path for the index.
     """
     from vlm.cli.terminal import progress
     from vlm.data.shard_index import beside, write_index
     from vlm.data.storage import expand
 
     if ".tar" not in source:
-        raise UsageError(f"{source!r} names no .tar shards: other sources need no index")
+        raise UsageError(f"{source!r} has no .tar shards: other sources need no index")
     names = expand(source)
     path = out or beside(names)
     header = write_index(
@@ -211,7 +190,7 @@ def index(source: Source, /, out: str | None = None) -> None:
 
 def reinforce(
     data: Annotated[str, arg(metavar="CONFIG|SOURCE")],
-    out: Annotated[str, arg(metavar="OUT")],
+    out: NewShards,
     /,
     teacher: Annotated[str, arg(metavar="MODEL")],
     augmentations: int = 4,
@@ -219,22 +198,22 @@ def reinforce(
     batch_size: int = 256,
     dtype: Literal["float32", "float16"] = "float32",
 ) -> None:
-    """Store what a teacher says of every example, changed in several ways (MobileCLIP's reinforced
-    data), so that students learn from it without running it.
+    """Store teacher embeddings of every example in several augmentations (MobileCLIP's reinforced
+    data), so that a student can be distilled without running the teacher.
 
-    Train with --distill.stored OUT: it makes the same changes again. The same command goes on
-    where it was stopped.
+    Train with --distill.stored OUT, which repeats these augmentations. An interrupted command
+    resumes when it is run again.
 
     Example:
       vlm data reinforce configs/openmoji.py taught/ --teacher ViT-L-14/ --augmentations 8
 
     Args:
-        data: a config, whose data and changes of images are used; or a source, as data.source.
-        out: a folder of its own; an unfinished one is finished.
+        data: a config, whose data and augmentations are used; or a source, as data.source.
+        out: a folder for the embeddings alone.
         teacher: a run folder, a bundle, or a public checkpoint.
-        augmentations: how many changes of each example are kept.
-        seed: of the changes.
-        batch_size: how many the teacher embeds at a time.
+        augmentations: number of augmentations of each example.
+        seed: of the augmentations.
+        batch_size: of the teacher.
         dtype: of the stored embeddings.
     """
     from vlm.cli.terminal import counter
@@ -248,8 +227,8 @@ def reinforce(
     with counter("embedding") as progress:
         made = write(config, out, teacher, **settings, progress=progress)
     print(
-        f"{made['examples']:,} examples x {made['variants']} changes, {made['width']} dimensions, "
-        f"by {teacher}, in {out}"
+        f"{made['examples']:,} examples x {made['variants']} augmentations, {made['width']} "
+        f"dimensions, by {teacher}, in {out}"
     )
 
 
@@ -287,7 +266,7 @@ def _rows(found: Any, figures: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("source", found.source),
         ("holds", found.description),
-        ("looked at", f"{found.looked_at:,} examples, {found.good:,} good"),
+        ("read", f"{found.looked_at:,} examples, {found.good:,} good"),
         ("features", ", ".join(f"{name} ({kind})" for name, kind in found.features.items())),
         ("captions an image", spread("captions_each")),
         ("tokens a caption", spread("tokens_each")),

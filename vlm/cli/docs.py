@@ -13,13 +13,8 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from vlm.cli import parse
 from vlm.cli.parse import UsageError
 from vlm.errors import ConfigError
-
-
-def main(args: list[str]) -> None:
-    parse.call(docs, "vlm docs", args)
 
 
 def docs(
@@ -29,14 +24,14 @@ def docs(
 ) -> None:
     """Show the reference: every public name with its arguments, errors and an example.
 
-    The examples are run by the test suite, so they are right. Needs the extra docs.
+    The test suite runs the examples. Needs the extra `docs`.
 
     Examples:
       vlm docs
       vlm docs --out site
 
     Args:
-        out: write the pages to this new folder, and serve nothing.
+        out: write the pages to this new folder, and start no server.
         port: serve them at http://localhost:PORT/ until Ctrl-C.
     """
     from vlm.cli.terminal import print_status
@@ -44,12 +39,12 @@ def docs(
     if out is not None:
         folder = Path(out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UsageError(f"{out!r} is there already: name a folder that is not")
+            raise UsageError(f"{out!r} exists already: give another folder")
         render(folder)
         print_status(f"the reference in {out}: open {folder / 'vlm.html'}")
         return
     with tempfile.TemporaryDirectory(prefix="vlm-docs-") as pages:
-        handler = functools.partial(_Quiet, directory=pages)
+        handler = functools.partial(_QuietHandler, directory=pages)
         try:
             server = http.server.ThreadingHTTPServer(("localhost", port), handler)
         except (OSError, OverflowError) as error:
@@ -61,15 +56,15 @@ def docs(
             server.serve_forever()
 
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves the pages without a line for each."""
+class _QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """HTTP handler without a log line for each request."""
 
     def log_message(self, format: str, *args: object) -> None:
         pass
 
 
 def render(folder: Path) -> None:
-    """Write the pages of vlm and of its rooms.
+    """Write the pages of vlm and its subpackages.
 
     Raises:
         ConfigError: pdoc is not installed.
@@ -88,18 +83,18 @@ def render(folder: Path) -> None:
     pdoc.render.env.filters["format_signature"] = functools.partial(
         _signature, pdoc.render_helpers.format_signature
     )
-    modules = [_with_public_names(name) for name in rooms()]
+    modules = [_with_public_names(name) for name in subpackages()]
     pdoc.pdoc(*modules, r"!vlm\.\w+\.", output_directory=folder)
 
 
 class _Text(str):
-    """A type as a signature shows it."""
+    """Text of a type in a signature, without quotes."""
 
     __repr__ = str.__str__
 
 
 def _signature(formatted: Callable[..., Any], signature: inspect.Signature, colon: bool) -> Any:
-    """A signature by pdoc, without the modules that types come from."""
+    """Format a signature with pdoc, without the modules of types."""
 
     def short(annotation: Any) -> Any:
         if annotation is inspect.Signature.empty:
@@ -111,17 +106,17 @@ def _signature(formatted: Callable[..., Any], signature: inspect.Signature, colo
     return formatted(signature.replace(parameters=parameters, return_annotation=result), colon)
 
 
-def rooms() -> list[str]:
-    """vlm itself, and each of its rooms that has public names."""
+def subpackages() -> list[str]:
+    """Return the names of vlm and of each subpackage with public names."""
     package = str(Path(__file__).parent.parent)
-    inside = [name for _, name, is_room in pkgutil.iter_modules([package]) if is_room]
+    inside = [name for _, name, is_package in pkgutil.iter_modules([package]) if is_package]
     return ["vlm", *(f"vlm.{name}" for name in sorted(inside) if name != "cli")]
 
 
 def _with_public_names(name: str) -> str:
-    """Put into a room what it exports: its names load on first use, where pdoc does not look."""
-    room = importlib.import_module(name)
-    names = [n for n in dir(room) if not n.startswith("_")]
-    things = {n: thing for n in names if not inspect.ismodule(thing := getattr(room, n))}
-    vars(room).update(things, __all__=sorted(things))
+    """Load the lazy names of a module into it, because pdoc does not trigger lazy imports."""
+    module = importlib.import_module(name)
+    names = [n for n in dir(module) if not n.startswith("_")]
+    things = {n: thing for n in names if not inspect.ismodule(thing := getattr(module, n))}
+    vars(module).update(things, __all__=sorted(things))
     return name

@@ -1,4 +1,4 @@
-"""`vlm embed`: images to embeddings in a file, or a folder, that any program reads."""
+"""`vlm embed`: write the embeddings of images to a file or a folder."""
 
 import functools
 import hashlib
@@ -13,35 +13,30 @@ from typing import Annotated, Any
 import numpy as np
 from tyro.conf import arg
 
-from vlm.cli import parse, runtime
+from vlm.cli import options, runtime
 from vlm.cli.parse import UsageError
 from vlm.errors import DataError
 
 SUFFIXES = (".npz", ".safetensors")
-PART = 16_384  # images that are encoded before they are kept: what a kill costs at most
-PLAN = "vlm-embed.json"  # in the folder of the parts: what they are of
-
-
-def main(args: list[str]) -> None:
-    parse.call(embed, "vlm embed", args)
+PART = 16_384  # images of a part: a killed command loses at most these
+PLAN = "vlm-embed.json"  # in the folder of the parts: model, images and part size
 
 
 def embed(
-    model: Annotated[str, arg(metavar="MODEL")],
+    model: options.Model,
     images_and_out: Annotated[tuple[str, ...], arg(metavar="IMAGES... OUT")],
     /,
-    batch_size: int | None = None,
-    beam: tuple[str, ...] = (),
+    batch_size: options.BatchSize = None,
+    beam: options.Beam = (),
 ) -> None:
-    """Write the embeddings of images to a file: float32 rows of unit norm, and an id for each.
+    """Write the embeddings of images to a file: float32 rows of unit norm, and their ids.
 
-    The id is the image's path. An image that cannot be read is named and left out, and the command
-    fails at its end. An .npz holds the arrays "embeddings" and "ids"; a .safetensors
-    holds "embeddings", and the ids as a JSON list in its metadata. Any other OUT is a folder in the
-    form of clip-retrieval: img_emb/img_emb_0.npy and metadata/metadata_0.parquet, and so on.
+    The id of an image is its path. Unreadable images are reported and skipped; the exit code is
+    then 1. An .npz holds the arrays "embeddings" and "ids"; a .safetensors holds "embeddings", and
+    the ids as a JSON list in its metadata. Any other OUT is a folder in the format of
+    clip-retrieval: img_emb/img_emb_0.npy, metadata/metadata_0.parquet, and so on.
 
-    Millions of images take the memory of a few thousand. A command that was killed goes on where it
-    was when it is run again.
+    Memory is bounded by a few thousand images. An interrupted command resumes when it is run again.
 
     Examples:
       vlm embed runs/openmoji photos/ photos.npz
@@ -50,16 +45,12 @@ def embed(
       vlm embed runs/openmoji photos/ out/ --beam runner=FlinkRunner flink_master=host:8081
 
     Args:
-        model: a run folder, a bundle, or a public checkpoint.
-        images_and_out: files, folders (searched whole) and globs; and last a file that ends in .npz
-            or .safetensors, which is written whole or not at all, or a folder.
-        batch_size: images encoded at once; None leaves it to the model.
-        beam: options of Apache Beam (extra `beam`), as NAME=VALUE: its workers, who must all see
-            model, images and OUT, encode parts of the images, each as this command would.
+        images_and_out: files, folders (searched recursively) and globs, then a file that ends in
+            .npz or .safetensors, or a folder.
     """
     *images, out = images_and_out or ("",)
     if not images:
-        raise UsageError("vlm embed needs images and a file to write: vlm embed MODEL IMAGES OUT")
+        raise UsageError("vlm embed needs images and an output file: vlm embed MODEL IMAGES OUT")
     as_file = out.endswith(SUFFIXES)
     parts = Path(f"{out}.partial" if as_file else out)
     if parts.is_file() or (parts.is_dir() and any(parts.iterdir()) and not _plan(parts)):
@@ -67,11 +58,13 @@ def embed(
             f"the last argument, {out!r}, is where embeddings go, and something else is there: "
             f"name a new folder, or a file that ends in {' or '.join(SUFFIXES)}"
         )
-    made_elsewhere = None
+    embed_elsewhere = None
     if beam:
         from vlm.data.beam import pipeline
 
-        made_elsewhere = functools.partial(_embed_on, pipeline(beam), model, images, batch_size)
+        embed_elsewhere = functools.partial(
+            _embed_with_beam, pipeline(beam), model, images, batch_size
+        )
     runtime.prepare_inference()
     from vlm.bundle import load
     from vlm.cli.images import Unreadable, find_images
@@ -80,7 +73,7 @@ def embed(
     paths = find_images(images)
     bundle = load(model)
     unreadable = Unreadable(len(paths))
-    kept = embed_parts(bundle, paths, parts, batch_size, unreadable, made_elsewhere)
+    kept = embed_parts(bundle, paths, parts, batch_size, unreadable, embed_elsewhere)
     if kept and as_file:
         _join(parts, out, kept, bundle.embed_dim)
     if as_file:
@@ -96,12 +89,12 @@ def embed_parts(
     folder: Path,
     batch_size: int | None,
     unreadable: Any,
-    made_elsewhere: Callable[[Path, str, list[int]], None] | None = None,
+    embed_elsewhere: Callable[[Path, str, list[int]], None] | None = None,
 ) -> int:
-    """Embed images into a folder of parts, those left out that are there; how many could be read.
+    """Embed images into a folder of parts, except finished ones; return the number embedded.
 
-    `made_elsewhere` is given the folder, what identifies the images and the numbers of the parts
-    that lack, and makes some of them first.
+    `embed_elsewhere` gets the folder, the hash of the images and the numbers of the missing parts;
+    it may write some of them.
 
     Raises:
         DataError: the folder holds parts of other images or another model.
@@ -109,26 +102,26 @@ def embed_parts(
     from vlm.cli.terminal import progress
     from vlm.heads.model_identity import stored_facts
 
-    listed = _listed(paths)
-    plan = {"model": stored_facts(bundle, "image"), "images": listed, "part": PART}
+    digest = _digest(paths)
+    plan = {"model": stored_facts(bundle, "image"), "images": digest, "part": PART}
     there = _plan(folder)
     if there and there != plan:
         raise DataError(
             f"{folder} holds embeddings of other images, of images that changed since, or of "
-            "another model: remove it or name another place"
+            "another model: remove it or give another path"
         )
     os.makedirs(folder, exist_ok=True)
     try:
         (folder / PLAN).write_text(json.dumps(plan), encoding="utf-8")
-        if made_elsewhere is not None:
+        if embed_elsewhere is not None:
             numbers = range(-(-len(paths) // PART))
-            made_elsewhere(folder, listed, [n for n in numbers if _ids(folder, n) is None])
+            embed_elsewhere(folder, digest, [n for n in numbers if _ids(folder, n) is None])
         kept, shown = 0, progress(paths, "encoding", len(paths))
         for number, start in enumerate(range(0, len(paths), PART)):
             part = paths[start : start + PART]
             done = _ids(folder, number)
             if done is not None:
-                unreadable.found_before(set(map(_id, part)) - set(done))
+                unreadable.add_earlier(set(map(_id, part)) - set(done))
                 for _ in part:
                     next(shown)
             else:
@@ -137,7 +130,7 @@ def embed_parts(
             kept += len(done)
         return kept
     except BaseException:
-        if not any(folder.glob("metadata/*.parquet")):  # nothing to go on from
+        if not any(folder.glob("metadata/*.parquet")):  # nothing to resume from
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -151,25 +144,25 @@ def _embed_part(
     batch_size: int | None,
     unreadable: Any,
 ) -> list[str]:
-    """Write one part, whose images come by `stream`; the ids of those that could be read."""
+    """Write one part, whose images come from `stream`; return the ids of the readable ones."""
     from vlm.heads.exchange import PATH, write_partition
 
-    z = bundle.encode_image(stream, batch_size, on_error=unreadable.among(part))
-    done = [_id(path) for path in unreadable.others(part)]
+    z = bundle.encode_image(stream, batch_size, on_error=unreadable.handler(part))
+    done = [_id(path) for path in unreadable.readable(part)]
     write_partition(folder, number, z, {PATH: done})
     return done
 
 
-def _embed_on(
+def _embed_with_beam(
     pipeline: Any,
     model: str,
     images: list[str],
     batch_size: int | None,
     folder: Path,
-    listed: str,
+    digest: str,
     numbers: list[int],
 ) -> None:
-    """Write parts by a Beam pipeline; an image that cannot be read is missing in its part."""
+    """Write parts with a Beam pipeline; unreadable images are missing from their part."""
     import apache_beam as beam
 
     from vlm.data.beam import running
@@ -181,7 +174,7 @@ def _embed_on(
             | beam.Create(numbers)
             | beam.Reshuffle()
             | beam.Map(
-                lambda n: _embed_number(n, size, model, tuple(images), listed, folder, batch_size)
+                lambda n: _embed_number(n, size, model, tuple(images), digest, folder, batch_size)
             )
         )
 
@@ -191,36 +184,36 @@ def _embed_number(
     size: int,
     model: str,
     images: tuple[str, ...],
-    listed: str,
+    digest: str,
     folder: Path,
     batch_size: int | None,
 ) -> None:
-    """Write part `number`, of `size` images, in a worker."""
+    """Write part `number`, of `size` images, in a Beam worker."""
     from vlm.cli.images import Unreadable
 
-    bundle, paths = _opened(model, images, listed)
+    bundle, paths = _open_inputs(model, images, digest)
     part = paths[number * size :][:size]
     _embed_part(bundle, part, part, folder, number, batch_size, Unreadable(len(paths)))
 
 
 @functools.lru_cache(1)
-def _opened(model: str, images: tuple[str, ...], listed: str) -> tuple[Any, list[Any]]:
-    """The model and the images, once in each worker."""
+def _open_inputs(model: str, images: tuple[str, ...], digest: str) -> tuple[Any, list[Any]]:
+    """Load the model and list the images, once in each Beam worker."""
     runtime.prepare_inference()
     from vlm.bundle import load
     from vlm.cli.images import find_images
 
     paths = find_images(images)
-    if _listed(paths) != listed:
+    if _digest(paths) != digest:
         raise DataError(
-            f"a worker finds other images in {' '.join(images)} than the command does: name a "
-            "place that all machines see alike, and change nothing in it meanwhile"
+            f"a worker found other images in {' '.join(images)} than the command: give a place "
+            "that is the same on all machines, and do not change it meanwhile"
         )
     return load(model), paths
 
 
-def _listed(paths: list[Any]) -> str:
-    """What identifies a list of images: their paths, sizes and times of writing."""
+def _digest(paths: list[Any]) -> str:
+    """Hash a list of images: their paths, sizes and modification times."""
     from vlm.cli.images import state_of
 
     rows = "\n".join(f"{_id(path)} {state_of(path)}" for path in paths)
@@ -228,7 +221,7 @@ def _listed(paths: list[Any]) -> str:
 
 
 def _id(path: Any) -> str:
-    """The id of an image: its path, whose bytes that are no UTF-8 are written out."""
+    """Return the id of an image: its path, with bytes that are not UTF-8 escaped."""
     return os.fspath(path).encode("utf-8", "backslashreplace").decode()
 
 
@@ -240,7 +233,7 @@ def _plan(folder: Path) -> dict[str, Any] | None:
 
 
 def _ids(folder: Path, number: int) -> list[str] | None:
-    """The ids of a part, if it was finished: its metadata is written last."""
+    """Return the ids of a part; None if it is unfinished (metadata is written last)."""
     from vlm.heads.exchange import PATH
 
     file = folder / "metadata" / f"metadata_{number}.parquet"
@@ -252,7 +245,7 @@ def _ids(folder: Path, number: int) -> list[str] | None:
 
 
 def _join(folder: Path, out: str, count: int, width: int) -> None:
-    """The parts as one file, a part at a time; a reader never sees half of it."""
+    """Join the parts to one file, which appears when it is complete."""
     numbers = range(len(list((folder / "metadata").glob("*.parquet"))))
     ids = [name for number in numbers for name in _ids(folder, number) or []]
 

@@ -1,4 +1,4 @@
-"""`vlm eval`: what a model scores on held-out data."""
+"""`vlm eval`: evaluate a model on held-out data."""
 
 import dataclasses
 import re
@@ -13,25 +13,25 @@ from vlm.config import DataConfig
 from vlm.data.splits import WHOLE, find_split
 
 ABOUT = """\
-Measure a model on held-out data: zero-shot accuracy over all captions, and retrieval in both
-directions, each with its 95% interval.
+Evaluate a model on held-out data: zero-shot accuracy over all captions, and retrieval in both
+directions, with 95% confidence intervals.
 
-A run is measured on the data it was trained for; one with objective classification by the head that
-it has trained. Any other model needs --data.source. Without --data.eval-split the test split is
-measured, else the validation split; data without splits is measured whole, as [all].
+A run is evaluated on its own data, with its trained head if it has objective classification. Any
+other model needs --data.source. Without --data.eval-split the test split is used, else the
+validation split; data without splits is used completely, as [all].
 
-The labels of classes are made readable for sentences, or named by a file: --class-names FILE. They
-go into the templates of --templates, else the model's own, else those of the data set, else "a
-photo of a {}.". The table says which.
+Class labels are made readable for prompts, or named by a file: --class-names FILE. The templates
+are those of --templates, else the model's own, else those of the data set, else "a photo of a {}.".
+The table names them.
 
---tasks names data of their own instead: tfds:NAME, folder:PATH (a folder for each class),
-wds:FOLDER (as CLIP_benchmark has it), retrieval:NAME, winoground, or a suite: imagenet, imagenetv2,
-imagenet_sketch, imagenet-a, imagenet-r, vtab, datacomp38, flickr30k, coco, sugarcrepe. They are
-looked for in --data.data-dir (Winoground's and SugarCrepe's files in folders of these names there).
-What is not on this machine is named and left out; nothing is downloaded.
+--tasks selects other data: tfds:NAME, folder:PATH (a folder for each class), wds:FOLDER (in the
+format of CLIP_benchmark), retrieval:NAME, winoground, or a suite: imagenet, imagenetv2,
+imagenet_sketch, imagenet-a, imagenet-r, vtab, datacomp38, flickr30k, coco, sugarcrepe. Data is read
+from --data.data-dir (the files of Winoground and SugarCrepe from folders of these names in it).
+Missing data is reported and skipped; nothing is downloaded.
 
-In a run of several processes, such as one on each host, each embeds a share and the first one
-prints and writes; they find each other as those of `vlm train` do.
+With several processes, such as one on each host, each embeds a part, and the first one prints and
+writes. They are detected as by `vlm train`.
 
 Examples:
   vlm eval runs/openmoji
@@ -41,8 +41,7 @@ Examples:
   vlm eval ViT-B-32/ --tasks wds:wds_food101 --decode reference
   vlm eval runs/openmoji --tasks zero-shot --out results.json"""
 
-OWN = ("zero-shot", "retrieval")  # tasks over the data that the options describe
-# As other commands call these options.
+OWN = ("zero-shot", "retrieval")  # tasks on the data of --data
 _ALIASES = {
     "--class-names": "--data.class-names",
     "--templates": "--data.templates",
@@ -52,18 +51,18 @@ _ALIASES = {
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure, and on what."""
+    """Options of `vlm eval`."""
 
     data: DataConfig
-    # zero-shot, retrieval (by default both; of data with a label, zero-shot alone), or see above
+    # zero-shot, retrieval (default: both; for data with a label, zero-shot), or see above
     tasks: tuple[str, ...] = ()
     # How image files become RGB: intended, upright by EXIF orientation and transparent pixels on a
-    # background; reference, by Pillow's Image.open(file).convert("RGB"), as the code that
-    # published figures come from. By default as the model's bundle says, else intended.
+    # background; reference, by Pillow's Image.open(file).convert("RGB"), as for published figures.
+    # Default: that of the model's bundle, else intended.
     decode: Literal["intended", "reference"] | None = None
-    json: bool = False  # print the report as JSON instead of a table
-    # A file that ends in .json, for the report; or a folder, for a page, a file of CLIP_benchmark's
-    # form and a Parquet file of each query for every task. Tasks that are there are not done again.
+    json: bool = False  # print JSON on stdout in place of a table
+    # A file that ends in .json, for the report; or a folder, for a page, and for each task a file
+    # in CLIP_benchmark's format and a Parquet file of all queries. Finished tasks are not repeated.
     out: str | None = None
 
 
@@ -77,18 +76,18 @@ def main(args: list[str]) -> None:
     named = any(arg.split("=")[0] in ("--data.source", "--tasks") for arg in rest)
     if run is None and not named and not {"-h", "--help"} & set(rest):
         raise UsageError(
-            f"{model} is no run of vlm, so say what to measure it on: --data.source NAME, such as "
-            "openmoji or tfds:cifar10"
+            f"{model} is not a run folder: give the data to evaluate on with --data.source NAME, "
+            "such as openmoji or tfds:cifar10"
         )
-    rest = [_in_full(arg) for arg in rest]
+    rest = [_full_name(arg) for arg in rest]
     default = Options(DataConfig(eval_split=None) if run is None else run.data)
     options = parse.options(default, "vlm eval MODEL", rest, ABOUT)
     if run is not None and not options.data.eval_split and options.data.source == run.data.source:
         raise UsageError(
-            f"the run holds nothing out of {run.data.source}, and what it has trained on is no "
-            "measure: set --data.eval-split"
+            f"the run has no held-out split of {run.data.source}, and accuracy on training data is "
+            "not meaningful: set --data.eval-split"
         )
-    if not set(options.tasks) <= set(OWN):  # other data: nothing of the run's own is theirs
+    if not set(options.tasks) <= set(OWN):  # other data: without the run's settings
         asked = {arg.split("=")[0] for arg in rest}
         own: dict[str, Any] = {"eval_split": None, "class_names": None, "templates": ()}
         own = {n: v for n, v in own.items() if f"--data.{n.replace('_', '-')}" not in asked}
@@ -96,14 +95,14 @@ def main(args: list[str]) -> None:
     evaluate(model, options)
 
 
-def _in_full(arg: str) -> str:
-    """An option by its full name, such as --data.templates for --templates."""
+def _full_name(arg: str) -> str:
+    """Expand an alias such as --templates to --data.templates."""
     name, equals, value = arg.partition("=")
     return f"{_ALIASES.get(name, name)}{equals}{value}"
 
 
 def evaluate(model: str, options: Options) -> None:
-    """Measure the model that `vlm.load` finds, and print the report."""
+    """Evaluate a model, and print the report."""
     runtime.prepare_inference()
     import jax
     from rich.console import Console
@@ -132,7 +131,7 @@ def evaluate(model: str, options: Options) -> None:
 
 
 def _write(out: str | None, report: Any) -> None:
-    """The report as a file that ends in .json, or as a folder of results."""
+    """Write the report as a .json file, or as a folder of results."""
     from vlm.evaluation.results_folder import write_result
 
     if out and out.endswith(".json"):
@@ -144,7 +143,7 @@ def _write(out: str | None, report: Any) -> None:
 
 
 def _run_named(model: str, options: Options) -> Any:
-    """The report of tasks and suites by name: those that are finished are read, others measured."""
+    """Evaluate tasks and suites by name; results of finished tasks are read from the folder."""
     import jax
 
     from vlm.bundle import load
@@ -177,7 +176,7 @@ def _run_named(model: str, options: Options) -> Any:
         )
         done = read_result(folder, name) if folder and first else None
         if done is not None and not facts.items() <= done.provenance.evidence.items():
-            done = None  # of other weights, or of images or texts that were prepared otherwise
+            done = None  # other weights or other preprocessing
         if done is not None and not isinstance(task, Missing) and not _same(done, task):
             done = None
         if broadcast_text("" if done is None else "done"):
@@ -203,7 +202,7 @@ def _run_named(model: str, options: Options) -> Any:
 
 
 def _same(done: Any, task: Any) -> bool:
-    """Whether a result is of the task's split, templates and class names."""
+    """Whether a result has the task's split, templates and class names."""
     origin = done.provenance
     texts = getattr(task, "texts_hash", origin.evidence.get("texts_hash"))
     found = origin.data, origin.templates, origin.evidence.get("texts_hash")
@@ -211,7 +210,7 @@ def _same(done: Any, task: Any) -> bool:
 
 
 def _finish(folder: str, report: Any) -> None:
-    """The report of a folder of results, and its page."""
+    """Write the report of a folder of results, and its page."""
     from etils import epath
 
     from vlm.evaluation.results_folder import RESULTS, read_gallery
@@ -223,7 +222,7 @@ def _finish(folder: str, report: Any) -> None:
 
 
 def trained_head(model: str, bundle: Any, options: Options) -> Any | None:
-    """The classifier that the run has left, if it is one of the data's classes."""
+    """Load the classifier of a run, if its classes are those of the data."""
     from vlm.cli.terminal import print_status
     from vlm.data.sources import classes_of, open_to_measure
     from vlm.heads.zero_shot import ZeroShotClassifier
@@ -235,7 +234,7 @@ def trained_head(model: str, bundle: Any, options: Options) -> Any | None:
     source, _ = open_to_measure(options.data, options.data.eval_split)
     labels = classes_of(options.data, source).labels
     if sorted(made.labels) != sorted(labels):
-        print_status(f"the head in {file} is of other classes: the labels are measured as texts")
+        print_status(f"the head in {file} has other classes: the labels are evaluated as texts")
         return None
     made.z_labels = made.z_labels[[made.labels.index(label) for label in labels]]
     made.labels = tuple(labels)
@@ -243,16 +242,15 @@ def trained_head(model: str, bundle: Any, options: Options) -> Any | None:
 
 
 def tasks(options: Options, head: Any | None = None, model: Any = None) -> list[Any]:
-    """The tasks over the evaluation split of the data, or over the one that is there to measure on.
+    """Make the tasks on the evaluation split of the data, or on its default split.
 
     Args:
-        options: what to measure.
         head: a classifier of the data's classes, in their order, in place of templates.
-        model: whose templates are taken, where it has some and the options name none.
+        model: its templates are used unless the options name others.
 
     Raises:
-        UsageError: retrieval of data that has labels and no captions.
-        DataError: no such split, or none to measure on.
+        UsageError: retrieval on data with labels.
+        DataError: there is no such split, or no split to evaluate on.
     """
     from vlm.data.sources import (
         all_captions,
@@ -272,8 +270,8 @@ def tasks(options: Options, head: Any | None = None, model: Any = None) -> list[
     source, split = open_to_measure(data, data.eval_split)
     info = DataInfo(data.source, split=split)
     split = data.train_split if split == WHOLE else split
-    others = data.train_split if _has_split(data, data.train_split) else split  # with captions
-    data = dataclasses.replace(data, eval_split=split, train_split=others)
+    captions_split = data.train_split if _has_split(data, data.train_split) else split
+    data = dataclasses.replace(data, eval_split=split, train_split=captions_split)
     made: list[Any] = []
     if "zero-shot" in wanted and data.label:
         labels, names = classes_of(data, source)
@@ -298,7 +296,7 @@ def tasks(options: Options, head: Any | None = None, model: Any = None) -> list[
 
 
 def _has_split(data: DataConfig, split: str) -> bool:
-    """Whether the data has a split, such as train or train[:10%]+val."""
+    """Whether the data has a split such as train or train[:10%]+val."""
     from vlm.data.sources import split_names
     from vlm.errors import DataError
 

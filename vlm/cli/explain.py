@@ -1,44 +1,39 @@
-"""`vlm explain`: which places of an image speak for a text, as a picture."""
+"""`vlm explain`: a heat map of the image regions that match a text."""
 
 import sys
 from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from vlm.cli import parse, runtime
+from vlm.cli import options, runtime
 from vlm.cli.parse import UsageError
 from vlm.paths import as_path
 
 
-def main(args: list[str]) -> None:
-    parse.call(explain, "vlm explain", args)
-
-
 def explain(
-    model: Annotated[str, arg(metavar="MODEL")],
+    model: options.Model,
     image: Annotated[str, arg(metavar="IMAGE")],
     text: Annotated[str, arg(metavar="TEXT")],
     /,
     out: Annotated[str, arg(metavar="FILE")] = "explanation.png",
     method: Literal["path", "attention", "similarity", "gradcam"] = "path",
 ) -> None:
-    """Show what in an image speaks for a text, and which tokens of the text it hangs on.
+    """Draw a heat map of the regions that match a text, and print the importance of its tokens.
 
     Examples:
       vlm explain runs/openmoji park.jpg "a dog" --out dog.png
       vlm explain runs/openmoji park.jpg "a dog" --method similarity
 
     Args:
-        model: a run folder, a bundle, or a public checkpoint.
-        image: a file.
-        text: what is looked for.
+        image: an image file.
+        text: the text to explain.
         out: the PNG to write: the image under its heat map.
-        method: how the heat is found. path: what a place adds on the way from a blank image to
-            this one; attention: what more attention to it would add; similarity: how alike the
-            text it is by itself; gradcam: Grad-CAM.
+        method: attribution method. path: integrated gradients along a path from a blank image;
+            attention: gradients with respect to attention; similarity: similarity of each
+            position's embedding to the text; gradcam: Grad-CAM.
     """
     if not out.lower().endswith(".png"):
-        raise UsageError(f"--out {out!r} is no PNG: give a name that ends in .png")
+        raise UsageError(f"--out {out!r} is not a PNG: give a name that ends in .png")
     runtime.prepare_inference()
     from vlm.bundle import load
     from vlm.cli.terminal import print_status

@@ -1,37 +1,33 @@
-"""`vlm export`: a model for programs that have no vlm."""
+"""`vlm export`: export a model as programs that run without vlm."""
 
 from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from vlm.cli import parse, runtime
+from vlm.cli import options, runtime
 from vlm.cli.classify import labels_of, prompts_of
 from vlm.cli.parse import UsageError
 from vlm.cli.runs import classifier_of
 
 
-def main(args: list[str]) -> None:
-    parse.call(export, "vlm export", args)
-
-
 def export(
-    model: Annotated[str, arg(metavar="MODEL")],
-    out: Annotated[str, arg(metavar="OUT")],
+    model: options.Model,
+    out: options.NewFolder,
     /,
     format: Literal["stablehlo", "onnx", "savedmodel"] = "stablehlo",
     dtype: Literal["float32", "bfloat16", "int8"] = "float32",
     tower: Literal["both", "vision", "text"] | None = None,
-    labels: Annotated[str | None, arg(metavar="A,B,...")] = None,
-    labels_file: Annotated[str | None, arg(metavar="FILE")] = None,
-    templates: Annotated[tuple[str, ...], arg(metavar="TEMPLATES...")] = (),
-    class_names: Annotated[str | None, arg(metavar="FILE")] = None,
+    labels: options.Labels = None,
+    labels_file: options.LabelsFile = None,
+    templates: options.Templates = (),
+    class_names: options.ClassNames = None,
     classifier: Annotated[str | None, arg(metavar="FILE")] = None,
     batches: Annotated[tuple[int, ...], arg(metavar="SIZES...")] = (),
 ) -> None:
-    """Write a model as programs that run without vlm: its towers, or a classifier.
+    """Export a model as programs that run without vlm: its towers, or a classifier.
 
-    Beside them stand the preprocessing (export.json), tokenizer.json, and a README.md with the code
-    to call them. Each program is compared with the model before the folder appears.
+    The folder also has the preprocessing (export.json), tokenizer.json, and a README.md with
+    example code. Each program is compared with the model before the folder is created.
 
     Examples:
       vlm export runs/openmoji exported --format onnx
@@ -39,20 +35,14 @@ def export(
       vlm export runs/openmoji pets --labels "dog,cat"
 
     Args:
-        model: a run folder, a bundle, or a public checkpoint.
-        out: output folder (must not exist).
-        format: stablehlo is opened by JAX; onnx (extra onnx) by onnxruntime and others.
-            savedmodel is refused as long as no TensorFlow reads what JAX writes.
-        dtype: what parameters are kept as. int8 makes the files a quarter as large.
-        tower: what is exported; by default both towers, or with labels the classifier alone.
-        labels: export a classifier of these names, separated by commas.
-        labels_file: the same from a file or data set, as of vlm classify.
-        templates: sentences in which {} stands for the label, as of vlm classify.
-        class_names: a file with what sentences call the labels, as of vlm classify.
-        classifier: export the classifier in this file, in place of labels. By default the one that
-            a run or vlm adapt has left, beside both towers.
-        batches: sizes of batches to compare with the model in; by default all from 1 to 33, and
-            some of them in the formats that compile each.
+        format: stablehlo for JAX; onnx (extra onnx) for onnxruntime and others. savedmodel is
+            refused as long as no TensorFlow reads the output of JAX.
+        dtype: of the stored parameters. int8 makes the files a quarter as large.
+        tower: the towers to export. Default: both; with labels the classifier alone.
+        classifier: export a saved classifier, in place of labels. Default: the classifier of the
+            run or of vlm adapt, beside both towers.
+        batches: batch sizes to compare with the model. Default: all from 1 to 33; for formats that
+            compile each size, a few of them.
     """
     asked = labels is not None or labels_file is not None
     if asked and classifier is not None:
@@ -67,7 +57,7 @@ def export(
 
     bundle = load(model)
     if not asked and classifier is None and tower is None:
-        classifier = classifier_of(model)  # that a run has left
+        classifier = classifier_of(model)
         tower = "both" if classifier is not None else None
     head, note = None, ""
     if classifier is not None:

@@ -1,4 +1,4 @@
-"""`vlm index`: make images searchable."""
+"""`vlm index`: build a search index of images."""
 
 import json
 import os
@@ -7,52 +7,47 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from vlm.cli import parse, runtime
+from vlm.cli import options, runtime
 from vlm.cli.parse import UsageError
 from vlm.errors import CheckpointError, ConflictError
 from vlm.paths import as_path, is_remote
 
-KEPT = 16_384  # images that are encoded before they are kept: what a kill costs at most
-STATE = ("bytes", "modified")  # the metadata columns that tell whether an image changed
-MODEL_FILE = "model.json"  # beside the index: which MODEL built it, so that a search can load it
-
-
-def main(args: list[str]) -> None:
-    parse.call(index, "vlm index", args)
+SAVE_EVERY = 16_384  # images encoded between two saves: a killed command loses at most these
+STATE = ("bytes", "modified")  # metadata columns that show whether an image has changed
+MODEL_FILE = "model.json"  # beside the index: MODEL, so that a search can load it
 
 
 def index(
-    model: Annotated[str, arg(metavar="MODEL")],
+    model: options.Model,
     images_and_out: Annotated[tuple[str, ...], arg(metavar="IMAGES... OUT")],
     /,
     dtype: Literal["float32", "float16"] = "float32",
     coding: Literal["int8", "binary"] | None = None,
-    batch_size: int | None = None,
+    batch_size: options.BatchSize = None,
     rebuild: bool = False,
 ) -> None:
-    """Make images searchable: write an index that `vlm search` opens, and remembers its model.
+    """Build an index that `vlm search` opens; it records its model.
 
-    Where an index of the same model and kind lies at OUT already, only what changed is encoded:
-    new images and those of another size or date come in, those that are no longer there go. Any
-    other index is replaced once the new one is whole. An image that cannot be read is named and
-    left out, and the command fails at its end.
+    If OUT already holds an index of the same model and kind, it is updated: new and changed images
+    are encoded (by size and modification time), and missing ones removed. Any other index is
+    replaced after the new one is complete. Unreadable images are reported and skipped; the exit
+    code is then 1.
 
     Example:
       vlm index runs/openmoji photos/ my-index
       vlm search my-index "a red car in the snow"
 
     Args:
-        model: a run folder, a bundle, or a public checkpoint.
-        images_and_out: files, folders (searched whole) and globs; and last the folder of the index.
-        dtype: of the stored embeddings; float16 halves the file and moves scores by under 1e-3.
+        images_and_out: files, folders (searched recursively) and globs, then the folder of the
+            index.
+        dtype: of the stored embeddings; float16 halves the file and changes scores by under 1e-3.
         coding: search by codes a quarter (int8) or a thirty-second (binary) as large, which are all
             that has to fit in memory; the best candidates are then scored exactly.
-        batch_size: images encoded at once; None leaves it to the model.
         rebuild: ignore an existing index at OUT and re-encode everything.
     """
     *images, out = images_and_out or ("",)
     if not images:
-        raise UsageError("vlm index needs images and a folder to write: vlm index MODEL IMAGES OUT")
+        raise UsageError("vlm index needs images and an output folder: vlm index MODEL IMAGES OUT")
     from vlm.heads import index_folder
 
     folder = index_folder.local_folder(out)
@@ -68,7 +63,7 @@ def index(
     from vlm.heads.retrieval import RetrievalIndex
 
     paths, bundle = find_images(images), load(model)
-    made = None if rebuild else _index_of_the_same_kind(folder, bundle, dtype, coding)
+    made = None if rebuild else _compatible_index(folder, bundle, dtype, coding)
     grows, replaces = made is not None or not folder.exists(), is_index(folder) and made is None
     made = made or RetrievalIndex(bundle, dtype, coding)
     unreadable = Unreadable(len(paths))
@@ -80,16 +75,16 @@ def index(
     made.remove(gone)
     fresh = [path for path in paths if known.get(os.fspath(path)) != state[os.fspath(path)]]
     shown = progress(fresh, "encoding", len(fresh))
-    for start in range(0, len(fresh), KEPT):
-        part = fresh[start : start + KEPT]
+    for start in range(0, len(fresh), SAVE_EVERY):
+        part = fresh[start : start + SAVE_EVERY]
         of_part = [state[os.fspath(path)] for path in part]
         metadata: dict[str, Any] = dict(zip(STATE, zip(*of_part, strict=True), strict=True))
         stream = (next(shown) for _ in part)
-        made.update(stream, None, batch_size, metadata, on_error=unreadable.among(part))
-        if grows and len(made) and start + KEPT < len(fresh):
-            _save(made, folder, model, replaces)  # a kill costs what came after
-    # One that can be read no longer is not what the index holds.
-    bad = {os.fspath(p) for p in fresh} - {os.fspath(p) for p in unreadable.others(fresh)}
+        made.update(stream, None, batch_size, metadata, on_error=unreadable.handler(part))
+        if grows and len(made) and start + SAVE_EVERY < len(fresh):
+            _save(made, folder, model, replaces)
+    # A changed file that is unreadable now must not keep its old embedding.
+    bad = {os.fspath(p) for p in fresh} - {os.fspath(p) for p in unreadable.readable(fresh)}
     made.remove([name for name in bad if name in made])
     if not len(made):
         unreadable.finish()
@@ -102,24 +97,8 @@ def index(
     unreadable.finish()
 
 
-def index_of(model: str, images: list[str]) -> tuple[Any, Any]:
-    """A `RetrievalIndex` of the images at these places, and the `Unreadable` ones among them."""
-    from vlm.bundle import load
-    from vlm.cli.images import Unreadable, find_images
-    from vlm.cli.terminal import progress
-    from vlm.heads.retrieval import RetrievalIndex
-
-    paths = find_images(images)
-    made = RetrievalIndex(load(model))
-    unreadable = Unreadable(len(paths))
-    made.add(progress(paths, "encoding", len(paths)), on_error=unreadable.among(paths))
-    if not len(made):
-        unreadable.finish()
-    return made, unreadable
-
-
-def _index_of_the_same_kind(folder: Path, bundle: Any, dtype: str, coding: str | None) -> Any:
-    """The index at `folder`, if new embeddings may go into it; else the reason is printed."""
+def _compatible_index(folder: Path, bundle: Any, dtype: str, coding: str | None) -> Any:
+    """Open the index at `folder` if it can be updated; else print the reason, and return None."""
     from vlm.cli.terminal import print_status
     from vlm.heads.retrieval import RetrievalIndex
 
@@ -134,7 +113,7 @@ def _index_of_the_same_kind(folder: Path, bundle: Any, dtype: str, coding: str |
         if kind != (dtype, coding):
             why = f"it has dtype {kind[0]} and coding {kind[1]}"
         elif not set(STATE) <= set(there.columns):
-            why = "it does not say how its files were"
+            why = "it lacks the sizes and times of its files"
         elif there.mismatch:
             why = f"it was built with {there.mismatch}"
         else:
@@ -159,26 +138,26 @@ def _save(made: Any, folder: Path, model: str, replaces: bool) -> None:
 
 
 def is_index(folder: Path) -> bool:
-    """Whether an index lies in `folder`."""
+    """Whether `folder` holds an index."""
     return (folder / "index.json").is_file()
 
 
 def model_of(folder: Path) -> str:
-    """The model that built an index, as `vlm.load` takes it.
+    """Return the model that built an index, for `vlm.load`.
 
     Raises:
-        CheckpointError: the index does not say, or that model has moved.
+        CheckpointError: the index lacks it, or the model has moved.
     """
     file = folder / MODEL_FILE
     try:
         model = json.loads(file.read_text(encoding="utf-8"))["model"]
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(
-            f"the index {folder} does not say which model built it: name it with --model MODEL"
+            f"the index {folder} does not record its model: give it with --model MODEL"
         ) from None
     if os.path.isabs(model) and not os.path.exists(model):
         raise CheckpointError(
-            f"the index {folder} was built by {model}, which is no longer there: name the place it "
-            "has moved to with --model MODEL"
+            f"the index {folder} was built by {model}, which does not exist: give its new path "
+            "with --model MODEL"
         )
     return model

@@ -1,4 +1,4 @@
-"""`vlm models`: the known public checkpoints, as a table to choose from."""
+"""`vlm models`: list the known public checkpoints."""
 
 import dataclasses
 import json as jsonlib
@@ -10,12 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import arg
 
-from vlm.cli import parse
+from vlm.cli import options
+from vlm.cli.parse import UsageError
 from vlm.weights import catalogue
-
-
-def main(args: list[str]) -> None:
-    parse.call(models, "vlm models", args)
 
 
 def models(
@@ -24,12 +21,12 @@ def models(
     max_params: str | None = None,
     licence: str | None = None,
     language: str | None = None,
-    json: bool = False,
+    json: options.Json = False,
 ) -> None:
-    """List the known public checkpoints, those that fit, or one.
+    """List the known public checkpoints: all, those that match the options, or one.
 
-    Accuracy is zero-shot top-1 on ImageNet as its authors or open_clip published it; `vlm models
-    NAME` says where. Whatever `vlm.load` reads loads, listed here or not.
+    Accuracy is zero-shot top-1 on ImageNet as published by the authors or open_clip; `vlm models
+    NAME` shows the source. `vlm.load` reads many checkpoints that are not in this list.
 
     Examples:
       vlm models
@@ -37,14 +34,13 @@ def models(
       vlm models --max-params 400M --licence open --language de
 
     Args:
-        name: of a checkpoint in the table.
+        name: a checkpoint of the list.
         max_params: of both towers together, such as 400M or 1.5B.
-        licence: such as MIT; "open" takes any that lets you use the weights for anything.
-        language: a code such as de; models for many languages fit all of them.
-        json: print JSON.
+        licence: such as MIT; "open" is any that permits all uses of the weights.
+        language: a code such as de; multilingual models match all languages.
     """
     if name is not None and (max_params or licence or language):
-        raise parse.UsageError("vlm models takes a NAME or a choice, not both: leave one out")
+        raise UsageError("vlm models takes a NAME or options, not both: leave one out")
     unknown: list[catalogue.Entry] = []
     if name is not None:
         entries = [catalogue.find(name)]
@@ -56,7 +52,7 @@ def models(
         values = [dataclasses.asdict(entry) for entry in entries]
         print(jsonlib.dumps(values if name is None else values[0], indent=2, ensure_ascii=False))
         return
-    # Piped, a table has no width to fit: rows stay whole for whatever reads them.
+    # In a pipe, rows must not wrap.
     console = Console(width=None if sys.stdout.isatty() else 200)
     if name is not None:
         table = Table(show_header=False)
@@ -72,12 +68,12 @@ def models(
     console.print(table)
     if unknown:
         names = ", ".join(entry.name for entry in unknown)
-        console.print(f"Left out, as a fact that was asked for is not known: {names}.")
+        console.print(f"Left out, because a requested fact is unknown: {names}.")
 
 
 def _millions(text: str) -> float:
-    """A count of parameters such as 400M, 1.5B or 400000000, in millions."""
+    """Parse a number of parameters such as 400M, 1.5B or 400000000; return millions."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([MBmb]?)", text)
     if match is None:
-        raise parse.UsageError(f"--max-params is {text!r}: give a count such as 400M or 1.5B")
+        raise UsageError(f"--max-params is {text!r}: give a count such as 400M or 1.5B")
     return float(match[1]) * {"M": 1.0, "B": 1e3, "": 1e-6}[match[2].upper()]

@@ -1,7 +1,7 @@
-"""Arguments to calls: typed functions and dataclasses as command lines, wrong usage as a sentence.
+"""Command lines of typed functions and dataclasses, by tyro.
 
-tyro makes the parsers and the help. What it says of wrong usage is a box of several lines on
-stderr; here that becomes one sentence.
+tyro reports wrong usage as a box of several lines on stderr. (Its hook for errors is private, and
+`get_parser` deprecated.) The box is captured here and becomes one sentence.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class UsageError(VlmError):
-    """A command line that cannot be: the exit code is 2, as of other commands."""
+    """A wrong command line; the exit code is 2."""
 
 
 def call(function: Callable[..., None], prog: str, args: list[str]) -> None:
@@ -43,33 +43,33 @@ def call(function: Callable[..., None], prog: str, args: list[str]) -> None:
 
 
 def options(default: T, prog: str, args: list[str], about: str) -> T:
-    """The dataclass `default` with the fields that `args` name, such as `--mesh.fsdp 4`.
+    """Return the dataclass `default` with the fields that `args` name, such as `--mesh.fsdp 4`.
 
     Raises:
-        UsageError: an unknown field, or a value that is not of its type.
+        UsageError: an unknown field, or a value of another type.
     """
-    return _cli(type(default), prog, args, default=_begun(default, args), description=about)
+    args = rename_options(args)
+    default = _with_named_parts(default, args)
+    return _cli(type(default), prog, args, default=default, description=about)
 
 
-def _begun(default: T, args: list[str]) -> T:
-    """`default` with each part that is None and of which `args` name a field, as it begins."""
+def _with_named_parts(default: T, args: list[str]) -> T:
+    """Construct each part of `default` that is None if `args` name a field of it."""
+    parts: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(type(default)).items():
-        part: Any = next(
-            (kind for kind in typing.get_args(hint) if dataclasses.is_dataclass(kind)), None
-        )
-        named = any(arg.startswith(f"--{name.replace('_', '-')}.") for arg in args)
-        if part is not None and getattr(default, name) is None and named:
-            begun: Any = default
-            default = dataclasses.replace(begun, **{name: part()})
-    return default
+        prefix = f"--{name.replace('_', '-')}."
+        kinds = [kind for kind in typing.get_args(hint) if dataclasses.is_dataclass(kind)]
+        if kinds and getattr(default, name) is None and any(a.startswith(prefix) for a in args):
+            parts[name] = kinds[0]()  # pyright: ignore[reportCallIssue]
+    return dataclasses.replace(default, **parts)  # pyright: ignore[reportArgumentType]
 
 
 def _cli(target: Any, prog: str, args: list[str], **settings: Any) -> Any:
     import tyro
 
-    complaint = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(stderr):
             return tyro.cli(
                 target,
                 prog=prog,
@@ -80,38 +80,35 @@ def _cli(target: Any, prog: str, args: list[str], **settings: Any) -> Any:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        raise UsageError(sentence(complaint.getvalue(), prog)) from None
-    finally:
-        complaint.close()
+        raise UsageError(usage_message(stderr.getvalue(), prog)) from None
 
 
-def sentence(box: str, prog: str) -> str:
-    """What a box of tyro's says, in one sentence."""
+def usage_message(box: str, prog: str) -> str:
+    """Convert a box of tyro's error output to one sentence with the fix."""
     lines = [_STYLE.sub("", line).strip("│╭╮╰╯ \n") for line in box.splitlines()]
     sections: list[list[str]] = [[]]
     for line in lines:
         if re.fullmatch(r"[─-]{3,}", line):
             sections.append([])
-        elif line and not line.startswith("─ "):  # the title, where the edge is drawn by lines
+        elif line and not line.startswith("─ "):  # the title, if the edge is drawn by lines
             sections[-1].append(line)
     sections = [section for section in sections if section]
-    if not box.lstrip().startswith("╭"):  # in ASCII the title is a section of its own
+    if not box.lstrip().startswith("╭"):  # in ASCII the title is a section
         sections = sections[1:]
     message, *others = sections or [["the arguments do not fit"]]
-    said, rest = " ".join(message), " ".join(line for section in others for line in section)
-    mend = f"see {prog} --help"
-    if meant := re.findall(r"--[\w.-]+", rest.partition("erhaps you meant")[2]):
-        typed = re.search(r"--[\w.-]+", said)
-        closest = difflib.get_close_matches(typed[0] if typed else meant[0], meant, 1, cutoff=0)
-        mend = f"did you mean {closest[0]}?"
-    if wrong := re.search(r"Error parsing (\S+): .*?('[^']*')$", said):
+    text, rest = " ".join(message), " ".join(line for section in others for line in section)
+    fix = f"see {prog} --help"
+    if similar := re.findall(r"--[\w.-]+", rest.partition("erhaps you meant")[2]):
+        typed = re.search(r"--[\w.-]+", text)
+        closest = difflib.get_close_matches(typed[0] if typed else similar[0], similar, 1, cutoff=0)
+        fix = f"did you mean {closest[0]}?"
+    if wrong := re.search(r"Error parsing (\S+): .*?('[^']*')$", text):
         kind = re.search(rf"{re.escape(wrong[1])} +(\S+)", rest)
-        wanted = kind[1] if kind else "something else"
+        wanted = kind[1] if kind else "another value"
         if wanted.startswith("{None}|"):
             wanted = f"{wanted.removeprefix('{None}|')} or None"
-        said = f"{wrong[1]} takes {wanted}, not {wrong[2]}"
-    if said.startswith("Missing from"):
-        names = [line for line in message if line.isupper()]
-        said = f"{prog} needs {' and '.join(names)}" if names else said
-    said = said[0].lower() + said[1:].rstrip(".")
-    return f"{said}: {mend}"
+        text = f"{wrong[1]} takes {wanted}, not {wrong[2]}"
+    names = [line for line in message if line.isupper()]
+    if text.startswith("Missing from") and names:
+        text = f"{prog} needs {' and '.join(names)}"
+    return f"{text[0].lower()}{text[1:].rstrip('.')}: {fix}"

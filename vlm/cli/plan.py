@@ -1,17 +1,14 @@
-"""`vlm plan`: what a slice of chips will do with a config, before it is rented."""
+"""`vlm plan`: estimate memory, step time and cost of a config on a TPU/GPU slice."""
 
 import dataclasses
 import json as jsonlib
 import os
 from typing import Any
 
-from vlm.cli import parse
+from vlm.cli import options
+from vlm.cli.parse import UsageError
 from vlm.cli.terminal import print_status
 from vlm.config import RematPolicy, load_config
-
-
-def main(args: list[str]) -> None:
-    parse.call(plan, "vlm plan", args)
 
 
 def plan(
@@ -29,13 +26,13 @@ def plan(
     compiles: int = 4,
     calibration: str | None = None,
     price: float | None = None,
-    json: bool = False,
+    json: options.Json = False,
 ) -> None:
-    """Compile the training step of a config for chips that are not here, and say what it takes.
+    """Estimate memory, step time and cost of a config by compiling its training step.
 
-    Memory, communication and operations are read from the compiled program; times are ranges, from
-    what such steps reached on such chips elsewhere. TPU slices need the extra `tpu`; GPUs are
-    estimated analytically (no compilation).
+    No such chips are needed. Memory, communication and FLOPs are read from the compiled program;
+    times are ranges, calibrated on published and measured throughputs. TPU slices need the extra
+    `tpu`; GPUs are estimated analytically (no compilation).
 
     Examples:
       vlm plan configs/siglip_b16.py --topology v5e:16x16
@@ -46,24 +43,23 @@ def plan(
 
     Args:
         config: a config file, such as configs/siglip_b16.py, or a run's config.json.
-        topology: a slice: v3, v4, v5e, v5p, v6e or tpu7x and its shape, after the number of slices
-            if there are several; a100, a100-40, h100, h100-pcie, h200, gh200, b200, l4 or l40s and
+        topology: a slice: v3, v4, v5e, v5p, v6e or tpu7x and its shape, with a prefix for several
+            slices (2xv5e:16x16); a100, a100-40, h100, h100-pcie, h200, gh200, b200, l4 or l40s and
             their number; cpu and its number of devices. Several with --sweep.
-        mesh: such as data=32,fsdp=8; the config's own where not given. Several with --sweep.
+        mesh: such as data=32,fsdp=8. Default: the config's. Several with --sweep.
         batch_size: the global batch, in place of the config's.
         micro_batch_size: in place of the config's.
-        batch_per_chip: the global batch as so many pairs on each chip.
-        remat: what blocks compute again, in place of the config's. Several with --sweep.
-        unroll: one program for every block in place of a loop over them: minutes to compile.
-        largest_batch: also look for the largest batch that fits; some more compilations.
+        batch_per_chip: set the global batch to this many pairs per chip.
+        remat: rematerialisation policy, in place of the config's. Several with --sweep.
+        unroll: compile every block separately in place of a loop; takes minutes.
+        largest_batch: also search for the largest batch that fits; compiles several times.
         sweep: compare all combinations in one table.
         compiles: number of the best rows of a sweep to compile; the others are estimated
             analytically.
-        calibration: a file of steps measured on this kind of chip, by vlm bench train --save FILE.
-        price: of one chip for an hour, to say what the run costs.
-        json: print the plan as JSON, and the table on stderr.
+        calibration: step times measured on this kind of chip, by vlm bench train --save FILE.
+        price: of one chip for an hour, to estimate the cost of the run.
     """
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs: leave devices alone
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only compiles
     from rich.console import Console
 
     from vlm.planning import plan as make
@@ -72,7 +68,7 @@ def plan(
     from vlm.planning.topology import parse_topology
 
     if price is not None and not 0 <= price < float("inf"):
-        raise parse.UsageError(f"--price {price} is invalid: give at least 0, per chip-hour")
+        raise UsageError(f"--price {price} is invalid: give at least 0, per chip-hour")
     experiment = load_config(config)
     console = Console(stderr=json)
     if not console.is_terminal:
@@ -80,8 +76,8 @@ def plan(
     if not sweep:
         for name, values in (("topology", topology), ("mesh", mesh), ("remat", remat)):
             if len(values) > 1:
-                raise parse.UsageError(
-                    f"--{name} {' '.join(values)} are several: give one, or compare with --sweep"
+                raise UsageError(
+                    f"--{name} has several values, {' '.join(values)}: give one, or add --sweep"
                 )
     sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
     changes: dict[str, Any] = {n: size for n, size in sizes.items() if size is not None}

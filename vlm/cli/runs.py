@@ -1,4 +1,4 @@
-"""What a run folder remembers of itself, read without JAX."""
+"""Contents of a run folder, read without JAX."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from vlm.paths import as_path, is_run
 
 
 def classifier_of(model: str) -> str | None:
-    """The file of the classifier that a run has left, if `model` is a run that left one."""
+    """Return the file of a run's classifier; None without one, or if `model` is not a run."""
     from vlm.heads.zero_shot import FILE
 
     file = as_path(model) / FILE
@@ -17,10 +17,10 @@ def classifier_of(model: str) -> str | None:
 
 
 def experiment_of(model: str) -> Experiment | None:
-    """The experiment of a run folder; None for any other model.
+    """Return the experiment of a run folder; None for any other model.
 
     Raises:
-        CheckpointError: a run whose config cannot be read.
+        CheckpointError: the run's config cannot be read.
     """
     if not is_run(folder := as_path(model)):
         return None

@@ -1,4 +1,4 @@
-"""`vlm search`: find images by a text, or by another image."""
+"""`vlm search`: search images by a text or by another image."""
 
 import contextlib
 import json as jsonlib
@@ -8,14 +8,10 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from vlm.cli import parse, runtime
-from vlm.cli.index import index_of, is_index, model_of
+from vlm.cli import runtime
+from vlm.cli.index import is_index, model_of
 from vlm.cli.parse import UsageError
 from vlm.errors import CheckpointError, DataError
-
-
-def main(args: list[str]) -> None:
-    parse.call(search, "vlm search", args)
 
 
 def search(
@@ -33,10 +29,10 @@ def search(
     min_probability: float | None = None,
     json: bool = False,
 ) -> None:
-    """Find the images that a text, or another image, is nearest to.
+    """Find the images that are most similar to a text or to another image.
 
-    INDEX is one that `vlm index` wrote, which knows its model; or a folder of images, which is
-    encoded anew each time by the --model that you name.
+    INDEX is the output of `vlm index`, which records its model; or a folder of images, which is
+    encoded for this search by the --model that you name.
 
     Examples:
       vlm search my-index "a red car in the snow"
@@ -48,19 +44,19 @@ def search(
     Args:
         index: an index, or a folder of images.
         query: a text, or the path of an image.
-        model: for a folder of images; for an index only if its model has moved.
-        k: how many to show.
+        model: required for a folder of images; for an index only if its model has moved.
+        k: how many images to show.
         plus: texts and images to add to the query.
-        minus: texts and images to take off it.
-        weight: of the query itself; those added and taken off count once.
-        like: the query is the id of an image in the index; find others like it.
-        where: conditions on the metadata, of =, !=, <, <=, > and >=; all must hold.
-        min_score: the least cosine to show.
-        min_probability: the least probability to show, for a model of the sigmoid loss.
-        json: one JSON object for each image found.
+        minus: texts and images to subtract from the query.
+        weight: weight of the main query; --plus and --minus terms have weight 1.
+        like: QUERY is the id of an image in the index; find similar images.
+        where: conditions on metadata, with =, !=, <, <=, > or >=; all must hold.
+        min_score: the lowest cosine to show.
+        min_probability: the lowest probability to show, for a model of the sigmoid loss.
+        json: print one JSON object for each image.
     """
     if k < 1:
-        raise UsageError(f"--k {k} finds nothing: ask for at least 1")
+        raise UsageError(f"--k {k} finds nothing: give at least 1")
     if not query.strip():
         raise UsageError("the query is empty: give a text or the path of an image")
     runtime.prepare_inference()
@@ -73,7 +69,7 @@ def search(
     if conditions:
         options["where"] = where_all([Condition(*condition) for condition in conditions])
     if like:
-        # Ids may be integers, which a command line has as texts.
+        # Ids may be integers.
         number = int(query) if query not in opened and query.isdecimal() else query
         hits = opened.like(number if number in opened else query, k, **options)
     else:
@@ -94,9 +90,10 @@ def search(
 
 
 def _open(where: str, model: str | None) -> tuple[Any, Any]:
-    """The index at `where`, or one made now of the images there and the `Unreadable` among them."""
+    """Open the index at `where`, or encode the images there; also return the `Unreadable` ones."""
     from vlm.bundle import load
-    from vlm.cli.images import Unreadable
+    from vlm.cli.images import Unreadable, find_images
+    from vlm.cli.terminal import progress
     from vlm.heads.retrieval import RetrievalIndex
 
     folder = Path(where).expanduser()
@@ -109,22 +106,27 @@ def _open(where: str, model: str | None) -> tuple[Any, Any]:
         )
     if model is None:
         raise UsageError(
-            f"{where!r} is no index: name the model that shall encode its images with --model "
-            f"MODEL, or build an index once with vlm index MODEL {where} OUT"
+            f"{where!r} is not an index: give a model to encode its images with --model MODEL, or "
+            f"build an index with vlm index MODEL {where} OUT"
         )
-    return index_of(model, [where])
+    paths = find_images([where])
+    found, unreadable = RetrievalIndex(load(model)), Unreadable(len(paths))
+    found.add(progress(paths, "encoding", len(paths)), on_error=unreadable.handler(paths))
+    if not len(found):
+        unreadable.finish()
+    return found, unreadable
 
 
 def _condition(text: str) -> tuple[str, str, str | float]:
-    """The column, the comparison and the value of `COLUMN=VALUE` or the like.
+    """Parse a condition such as `COLUMN>=VALUE` to column, comparison and value.
 
     Raises:
-        UsageError: it is none.
+        UsageError: another form.
     """
     found = re.fullmatch(r"\s*([^=<>!]+?)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", text)
     if not found:
         raise UsageError(
-            f'--where {text!r} is no condition: write COLUMN=VALUE, such as "year>=2020"'
+            f'--where {text!r} is not a condition: write COLUMN=VALUE, such as "year>=2020"'
         )
     value: str | float = found[3]
     with contextlib.suppress(ValueError):
@@ -133,7 +135,11 @@ def _condition(text: str) -> tuple[str, str, str | float]:
 
 
 def _query(query: str) -> str | Path:
-    """A text, or the image of that name: the words of a file name are never what was meant."""
+    """Return the path of an image, if `query` ends like one; else the text.
+
+    Raises:
+        DataError: there is no such image.
+    """
     from vlm.inputs.opening import SUFFIXES
 
     path = Path(query).expanduser()

@@ -1,4 +1,4 @@
-"""`vlm serve`: a model or an index behind HTTP, with a page to search by."""
+"""`vlm serve`: an HTTP API and a web search page for a model or an index."""
 
 import os
 from pathlib import Path
@@ -6,18 +6,14 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from vlm.cli import parse, runtime
+from vlm.cli import options, runtime
 from vlm.cli.index import is_index, model_of
 from vlm.cli.parse import UsageError
 from vlm.cli.terminal import print_status
 from vlm.errors import ConfigError
 from vlm.paths import as_path, is_remote
 
-KEYS = "VLM_API_KEYS"  # of the environment: keys with commas between them
-
-
-def main(args: list[str]) -> None:
-    parse.call(serve, "vlm serve", args)
+KEYS = "VLM_API_KEYS"  # environment variable: keys separated by commas
 
 
 def serve(
@@ -30,7 +26,7 @@ def serve(
     name: str | None = None,
     tower: Literal["both", "vision", "text"] = "both",
     dtype: Literal["float32", "bfloat16"] = "float32",
-    templates: Annotated[tuple[str, ...], arg(metavar="TEMPLATES...")] = (),
+    templates: options.Templates = (),
     max_batch: int | None = None,
     max_body_mib: int = 16,
     max_items: int = 256,
@@ -40,11 +36,12 @@ def serve(
     allow_urls: bool = False,
     export: Annotated[tuple[str, ...], arg(metavar="compose OUT")] = (),
 ) -> None:
-    """Serve a model, or an index with its model, and a page to search by in the browser.
+    """Start an HTTP API for a model, or an index with its model, and a web search page.
 
-    The page is at /. Programs find /v1/embeddings in OpenAI's form, /v1/classify, /v1/search and
-    /v1/models, described by /openapi.json; /healthz and /metrics are for those who run it. Requests
-    of many clients are computed in joint batches. SIGTERM lets what is inside be answered first.
+    The page is at /. The API has /v1/embeddings (compatible with OpenAI's), /v1/classify,
+    /v1/search and /v1/models, described by /openapi.json; /healthz and /metrics are for operators.
+    Requests of several clients are batched together. On SIGTERM, in-flight requests are finished
+    first.
 
     Examples:
       vlm serve my-index
@@ -52,30 +49,28 @@ def serve(
       vlm serve my-index --export compose deploy/
 
     Args:
-        served: an index that vlm index wrote, or a run folder, a bundle or a public checkpoint.
+        served: an index of vlm index, a run folder, a bundle, or a public checkpoint.
         model: of an index, if it has moved.
-        host: to listen at; 0.0.0.0 is every address of this machine.
-        port: to listen at; 0 takes a free one.
-        api_key: which requests must bring, in place of those that VLM_API_KEYS holds.
-        name: of the model, as clients name it.
-        tower: of a model without an index: load one alone, and take only images or texts.
+        host: address to listen at; 0.0.0.0 is every address of this machine.
+        port: port to listen at; 0 chooses a free one.
+        api_key: keys that requests must send. Default: those of the variable VLM_API_KEYS.
+        name: model name in the API.
+        tower: without an index: load one tower, and accept only images or only texts.
         dtype: of products and activations.
-        templates: sentences of labels in which {} stands for the label, where a request gives none.
-        max_batch: items computed at once; 32 on a CPU, else 256.
+        max_batch: largest batch. Default: 32 on a CPU, else 256.
         max_body_mib: of a request.
         max_items: images and texts of a request.
         max_megapixels: of an image, before it is resized.
-        max_waiting: items of all requests without an answer yet, beyond which new ones are refused;
-            eight batches by default.
-        timeout: seconds that an answer may take.
-        allow_urls: fetch images that clients name by an address (http, https).
+        max_waiting: maximum queued items; further requests get 503. Default: eight batches.
+        timeout: seconds until a request fails.
+        allow_urls: download images that clients give as http(s) URLs.
         export: "compose" and a folder: write a Dockerfile and a compose file with Prometheus there,
-            and serve nothing.
+            and start no server.
     """
     keys = api_key or tuple(key for key in os.environ.get(KEYS, "").split(",") if key.strip())
     keys = tuple(key.strip() for key in keys)
     if not all(keys):
-        raise UsageError("an API key is empty: give --api-key a text")
+        raise UsageError("an API key is empty: give --api-key a value")
     if export:
         _export(served, model, export)
         return
@@ -90,7 +85,7 @@ def serve(
     has_index = not is_remote(served) and is_index(folder)
     if has_index and tower != "both":
         raise UsageError("an index needs both towers: leave --tower out")
-    taken = bind(host, port)  # first: a model may take minutes
+    taken = bind(host, port)  # before loading the model, which may take minutes
     try:
         from vlm.bundle import load
         from vlm.serving.app import create_app
@@ -121,11 +116,11 @@ def serve(
         local=host in LOOPBACK and not keys,
         max_batch=largest,
     )
-    app.state.service.model.warm_up(lambda said: print_status(f"compiling for {said}"))
+    app.state.service.model.warm_up(lambda what: print_status(f"compiling for {what}"))
     print_status("compiling for heat maps")
     warm_up(bundle)
     if host not in LOOPBACK and not keys:
-        print_status("anyone who reaches this machine may ask: --api-key KEY asks for a key")
+        print_status("everyone who can reach this machine has access: --api-key KEY requires a key")
     run(app, host, port, taken=taken, ready=lambda url: print_status(f"serving at {url}"))
 
 
@@ -137,13 +132,13 @@ def _largest_batch() -> int:
 
 def _export(served: str, model: str | None, export: tuple[str, ...]) -> None:
     if len(export) != 2 or export[0] != "compose":
-        raise UsageError("--export takes compose and a folder, such as --export compose deploy/")
+        raise UsageError("--export needs compose and a folder, such as --export compose deploy/")
     from vlm.serving.compose import write_compose
 
     mounts: dict[Path, bool] = {}
 
     def mounted(place: str) -> str:
-        """A place of this disk, whole, to be mounted; any other name as it is."""
+        """Make a local path absolute and mount it; return any other name unchanged."""
         if is_remote(place) or not as_path(place).exists():
             return place
         path = Path(os.path.abspath(as_path(place)))
@@ -154,14 +149,14 @@ def _export(served: str, model: str | None, export: tuple[str, ...]) -> None:
     options: tuple[str, ...] = ()
     if not is_remote(served) and is_index(folder):
         options = ("--model", mounted(model or model_of(folder)))
-        for pictures in _picture_folders(folder):
-            mounts[pictures] = pictures.is_dir()
+        for images in _image_folders(folder):
+            mounts[images] = images.is_dir()
     for file in write_compose(Path(export[1]).expanduser(), mounted(served), mounts, options):
         print(file)
 
 
-def _picture_folders(folder: Path) -> list[Path]:
-    """The folders above all pictures of an index, so that its pictures can be shown."""
+def _image_folders(folder: Path) -> list[Path]:
+    """Return folders that contain all images of an index."""
     from vlm.heads import index_folder
 
     meta = index_folder.read_description(folder)

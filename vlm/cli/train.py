@@ -1,4 +1,4 @@
-"""`vlm train`: from a config to a run folder."""
+"""`vlm train`: train a model from a config, or resume a run."""
 
 import dataclasses
 import os
@@ -9,22 +9,22 @@ from vlm.cli.parse import UsageError
 from vlm.config import DataConfig, Experiment, from_dict, load_config, to_dict
 
 ABOUT = """\
-Train the model that a config describes. Every field of the config is an option; the defaults shown
-are those of {config}.
+Train the model of a config. Every field of the config is an option; the defaults shown are those of
+{config}.
 
-With --init-from and any of --adapter.rank, .alpha, .targets, .dora and .quantize, low-rank adapters
-are trained beside the model as it is (their help: add --adapter.rank 8 --help).
+With --init-from, the options --adapter.rank, .alpha, .targets, .dora and .quantize train low-rank
+adapters of the frozen model (for their help: add --adapter.rank 8 --help).
 
-Progress goes to stderr, and the run folder is printed at the end. Ctrl-C saves a checkpoint and
-leaves; a second one stops at once. A run goes on with --resume and its own config; what leaves its
-checkpoints valid may be changed beside it (mesh, length, learning rate, rhythms, workers).
+Progress is printed to stderr, and the run folder to stdout at the end. Ctrl-C saves a checkpoint
+and exits; a second Ctrl-C exits at once. `--resume` accepts overrides that keep checkpoints
+compatible (mesh, run length, learning rate, eval/checkpoint intervals, workers).
 
-With --init-from the model, its pixels and its tokens are those of MODEL (whatever vlm.load takes),
-unless the config has a model of its own; --init-image-size and --init-context-length resize it.
-Without a config, --data.source names the data.
+With --init-from, the model, its preprocessing and its tokenizer are those of MODEL (all that
+vlm.load accepts), unless the config has a model; --init-image-size and --init-context-length resize
+it. Without a config, --data.source names the data.
 
-Several hosts: start the same command on each. Cloud TPU, SLURM, Open MPI and Kubernetes are found
-by themselves; elsewhere add --coordinator HOST:PORT --processes N --process-id I, or set
+Several hosts: start the same command on each. Cloud TPU, SLURM, Open MPI and Kubernetes are
+detected; elsewhere add --coordinator HOST:PORT --processes N --process-id I, or set
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
 Examples:
@@ -46,9 +46,9 @@ usage: vlm train CONFIG [--FIELD VALUE ...]
 
 vlm train CONFIG --help lists the fields."""
 
-NOTHING = "vlm train needs a config, such as configs/openmoji.py, or --init-from MODEL"
+NO_CONFIG = "vlm train needs a config, such as configs/openmoji.py, or --init-from MODEL"
 
-# Of a run with a model and no config. It measures itself once it is told on what.
+# Defaults for `vlm train --init-from` without a config; no evaluation unless configured.
 FINE_TUNING = Experiment(batch_size=128, epochs=10, data=DataConfig(eval_split=None))
 
 
@@ -56,11 +56,11 @@ def main(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(USAGE.format(about=ABOUT.format(config="that config")))
         if not args:
-            raise UsageError(NOTHING)
+            raise UsageError(NO_CONFIG)
         return
-    hosts, args = _taken(args, HOSTS)
+    hosts, args = _extract(args, HOSTS)
     if not args:
-        raise UsageError(NOTHING)
+        raise UsageError(NO_CONFIG)
     first, *rest = args[0].split("=", 1) + args[1:]
     if first == "--resume":
         if not rest or rest[0].startswith("-"):
@@ -72,19 +72,17 @@ def main(args: list[str]) -> None:
 
 
 def experiment_of(args: list[str]) -> Experiment:
-    """The experiment of a config or of a starting model, with the fields that options name.
-
-    Such as CONFIG --epochs 3, or --init-from MODEL --data.source photos.
+    """Make the experiment of `CONFIG --epochs 3` or `--init-from MODEL --data.source photos`.
 
     Raises:
-        CheckpointError: no such model.
-        ConfigError: no such config, or fields that contradict each other.
-        UsageError: options that do not fit.
+        CheckpointError: there is no such model.
+        ConfigError: there is no such config, or fields contradict each other.
+        UsageError: wrong options.
     """
     from vlm.training.init_from import with_model
 
     config, options = (None, args) if args[0].startswith("-") else (args[0], args[1:])
-    start, rest = _taken(options, START)
+    start, rest = _extract(options, START)
     if config is not None:
         experiment = load_config(config)
     elif "init_from" in start:
@@ -92,15 +90,15 @@ def experiment_of(args: list[str]) -> Experiment:
         experiment = dataclasses.replace(FINE_TUNING, name=f"{name}-finetuned")
     else:
         raise UsageError(
-            f"the config comes first: vlm train CONFIG {args[0]} ..., or give a model to start "
-            "from with --init-from"
+            f"the config comes first: vlm train CONFIG {args[0]} ..., or give a model with "
+            "--init-from"
         )
     experiment = from_dict(Experiment, to_dict(experiment) | start)
     if experiment.model is None and experiment.init_from is not None:
-        # The other half of the contract follows a size that is named for one of them.
-        sizes, _ = _taken(rest, SIZES)
+        # A size option of the model or of its inputs sets both.
+        sizes, _ = _extract(rest, SIZES)
         experiment = dataclasses.replace(experiment, **(sizes | start))
-    experiment = with_model(_before(experiment, rest))
+    experiment = with_model(_without_replaced_length(experiment, rest))
     about = ABOUT.format(config=config or experiment.init_from)
     return parse.options(experiment, "vlm train CONFIG" if config else "vlm train", rest, about)
 
@@ -124,8 +122,10 @@ SIZES = {
 }
 
 
-def _taken(args: list[str], known: dict[str, tuple[str, type]]) -> tuple[dict[str, Any], list[str]]:
-    """The values of the options in `known`, and the arguments without these options."""
+def _extract(
+    args: list[str], known: dict[str, tuple[str, type]]
+) -> tuple[dict[str, Any], list[str]]:
+    """Remove the options in `known` from the arguments; return their values and the rest."""
     found, rest = {}, []
     stream = iter(args)
     for arg in stream:
@@ -145,18 +145,18 @@ def _taken(args: list[str], known: dict[str, tuple[str, type]]) -> tuple[dict[st
 
 
 def _changed(run: str, options: list[str]) -> Experiment:
-    """The experiment of a run with the fields that `options` name."""
+    """Load the experiment of a run, and apply the options."""
     from vlm.paths import as_path
     from vlm.training.run import experiment_in
 
-    experiment = _before(experiment_in(as_path(run)), options)
+    experiment = _without_replaced_length(experiment_in(as_path(run)), options)
     return parse.options(
         experiment, "vlm train --resume RUN", options, ABOUT.format(config="that run")
     )
 
 
-def _before(experiment: Experiment, options: list[str]) -> Experiment:
-    """The experiment that `options` change: without its length where they name another."""
+def _without_replaced_length(experiment: Experiment, options: list[str]) -> Experiment:
+    """Remove the run length (steps, epochs, ...) if the options set another."""
     from vlm.training.changes import LENGTHS, without_length
 
     named = {option.split("=")[0].removeprefix("--") for option in options}

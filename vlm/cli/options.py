@@ -1,0 +1,69 @@
+"""Options that several commands share, with their help texts."""
+
+from typing import Annotated
+
+from etils import epath
+from tyro.conf import arg
+
+from vlm.cli.parse import UsageError
+from vlm.paths import as_path
+
+Model = Annotated[str, arg(metavar="MODEL", help="a run folder, a bundle, or a public checkpoint.")]
+NewFolder = Annotated[str, arg(metavar="OUT", help="output folder (must not exist).")]
+Images = Annotated[
+    tuple[str, ...],
+    arg(metavar="IMAGES...", help="files, folders (searched recursively) and globs."),
+]
+Labels = Annotated[
+    str | None,
+    arg(metavar="A,B,...", help="the names to choose from, separated by commas."),
+]
+LabelsFile = Annotated[
+    str | None,
+    arg(
+        metavar="FILE",
+        help="the names to choose from: one on each line of a text file; a JSON list; "
+        "FILE.json:KEY, an entry of CLIP_benchmark's files; imagenet; open_clip:imagenet; or the "
+        "classes of a data set, tfds:NAME, folder:PATH or wds:FOLDER.",
+    ),
+]
+Templates = Annotated[
+    tuple[str, ...],
+    arg(
+        metavar="TEMPLATES...",
+        help="sentences in which {} stands for the label, or the name of a set: plain, photo, "
+        "clip_best, siglip; or a file as of --labels-file. Default: the model's own, else those of "
+        'the data set, else "a photo of a {}.".',
+    ),
+]
+ClassNames = Annotated[
+    str | None,
+    arg(
+        metavar="FILE",
+        help="a file with the class names for prompts: a line for each label in their order, lines "
+        "LABEL<tab>NAME, or JSON. Default: labels of a data set are made readable, and others are "
+        "used as they are.",
+    ),
+]
+BatchSize = Annotated[int | None, arg(help="images encoded at once. None: 32 on a CPU, else 256.")]
+Json = Annotated[bool, arg(help="print JSON on stdout; tables go to stderr.")]
+Rounds = Annotated[int, arg(help="number of measurements; the best counts.")]
+Beam = Annotated[
+    tuple[str, ...],
+    arg(
+        help="options of Apache Beam (extra `beam`), as NAME=VALUE. All workers must be able to "
+        "read the inputs and write OUT. The result is the same as without Beam."
+    ),
+]
+
+
+def new_folder(out: str) -> epath.Path:
+    """Return the path of an output folder.
+
+    Raises:
+        UsageError: it exists already.
+    """
+    folder = as_path(out)
+    if folder.exists():
+        raise UsageError(f"{out!r} exists already: give another folder")
+    return folder
