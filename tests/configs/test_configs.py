@@ -205,7 +205,7 @@ NAFLEX = {"resize": "naflex", "patch_size": 16, "max_patches": 64}
         ),
         (
             {"vision": {"max_patches": 64}},
-            "max_patches 64 is of NaFlex, and preprocess.resize 'squash' makes squares",
+            "max_patches 64 is only valid with NaFlex, and preprocess.resize is 'squash'",
         ),
         (
             {"preprocess": NAFLEX},

@@ -1,17 +1,15 @@
-"""What an experiment is: frozen dataclasses, their JSON form, and the loading of `configs/*.py`.
+"""Configs of experiments: frozen dataclasses, their JSON form, and loading of `configs/*.py`.
 
-A config file is Python that binds one name, `config`, to an `Experiment`. Everything a run does
-follows from that value: it is written to the run folder as JSON and read back from there.
+A config file is Python that binds the name `config` to an `Experiment`. It determines the run, and
+is saved as JSON in the run folder.
 """
 
 from vlm._deprecation import renamed
-from vlm.config.adapters import AdapterConfig as AdapterConfig
 from vlm.config.base import Config as Config
 from vlm.config.data import AugmentConfig as AugmentConfig
 from vlm.config.data import DataConfig as DataConfig
 from vlm.config.data import FieldFilter as FieldFilter
 from vlm.config.data import MixturePart as MixturePart
-from vlm.config.distillation import DistillConfig as DistillConfig
 from vlm.config.efficientnet import EfficientNetConfig as EfficientNetConfig
 from vlm.config.efficientnet import EfficientNetStage as EfficientNetStage
 from vlm.config.evaluation import EvalConfig as EvalConfig
@@ -19,6 +17,8 @@ from vlm.config.files import check_types as check_types
 from vlm.config.files import from_dict as from_dict
 from vlm.config.files import load_config as load_config
 from vlm.config.files import to_dict as to_dict
+from vlm.config.fine_tuning import AdapterConfig as AdapterConfig
+from vlm.config.fine_tuning import DistillConfig as DistillConfig
 from vlm.config.inputs import CLIP_MEAN as CLIP_MEAN
 from vlm.config.inputs import CLIP_STD as CLIP_STD
 from vlm.config.inputs import Clean as Clean

@@ -8,7 +8,7 @@ import typing
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from vlm._deprecation import FIELDS, rename_fields
-from vlm.config.bounds import check_bounds
+from vlm.config.bounds import check_bounds, check_image_size, check_projection
 from vlm.errors import ConfigError, show
 
 T = TypeVar("T", bound="Config")
@@ -40,7 +40,7 @@ class Config(metaclass=_AcceptsOldNames):
         vlm.errors.ConfigError: ...
     """
 
-    kind: ClassVar[str]  # of a class that is one of several: its name in JSON
+    kind: ClassVar[str]  # name in JSON of a class that is one of several
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -58,10 +58,10 @@ class Config(metaclass=_AcceptsOldNames):
             return getattr(self, new)
 
     def check(self) -> None:
-        """Refuse fields that contradict each other. A subclass with such fields overrides it."""
+        """Raise a ConfigError if fields contradict each other; for subclasses to override."""
 
     def changed(self, *names: str) -> list[str]:
-        """Those of the fields `names` whose value is not the default.
+        """Return those of the fields `names` whose value is not the default.
 
         Example:
             >>> vlm.MeshConfig(fsdp=2).changed("data", "fsdp")
@@ -71,10 +71,10 @@ class Config(metaclass=_AcceptsOldNames):
         return [name for name in names if getattr(self, name) != defaults[name]]
 
     def refuse_unused(self, why: str, *names: str) -> None:
-        """Refuse those of the fields `names` that were set, for they have no effect.
+        """Raise a ConfigError if one of the fields `names` is set, because it has no effect.
 
         Raises:
-            ConfigError: it names the first of them, its value, `why`, and its default.
+            ConfigError: with the field, its value, the fix `why`, and the default.
         """
         for name in self.changed(*names):
             raise ConfigError(
@@ -84,12 +84,12 @@ class Config(metaclass=_AcceptsOldNames):
 
     @classmethod
     def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The fields of this version, from those that an older version wrote as JSON."""
+        """Convert fields that an older version wrote as JSON to those of this version."""
         return values
 
     @classmethod
     def from_fields(cls: type[T], values: Any, where: str) -> T:
-        """The config of a dict of fields; `where` is its path in messages.
+        """Construct a config from a dict of fields; `where` is its path in messages.
 
         Raises:
             ConfigError: a field is unknown, missing or wrong; the message names it by its path.
@@ -108,15 +108,37 @@ class Config(metaclass=_AcceptsOldNames):
         return cls(**{n: _checked(cls, n, value, f"{where}.{n}") for n, value in values.items()})
 
 
+class VisionTower(Config):
+    """Base of the vision towers' configs.
+
+    All have `image_size`, `patch_size` (pixels along each side of a position of the last layer),
+    `width`, and `tokens(image_size, training=...)`, the number of positions.
+    """
+
+    attends: ClassVar[bool] = False  # has attention over positions
+
+    def check(self) -> None:
+        check_image_size(self)
+
+    @property
+    def one_size(self) -> str | None:
+        """A description of the tower if it takes images of one size only; else None."""
+        return None
+
+    def check_space(self, embed_dim: int) -> None:
+        """Raise a ConfigError if the tower cannot embed into `embed_dim` dimensions."""
+        check_projection(self, embed_dim)
+
+
 def _checked(cls: type[Config], name: str, value: Any, where: str) -> Any:
-    """The value of a field as its type asks for it, within its bounds."""
+    """Convert the value of a field to its type, and check its bounds."""
     value = _convert(_hints(cls)[name], value, where)
     check_bounds(cls.__name__, name, value, where)
     return value
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type `hint` asks for, or a ConfigError that names `where`."""
+    """Convert `value` to the type `hint`, or raise a ConfigError that names `where`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _one_of(args, value, where)
@@ -141,7 +163,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _one_of(options: tuple[Any, ...], value: Any, where: str) -> Any:
-    """`value` as one of the types of a union asks for it."""
+    """Convert `value` to one of the types of a union."""
     if value is None and types.NoneType in options:
         return None
     options = tuple(option for option in options if option is not types.NoneType)
@@ -177,14 +199,14 @@ def _tuple_of(args: tuple[Any, ...], value: Any, where: str) -> tuple:
 
 @functools.cache
 def _hints(cls: type[Config]) -> dict[str, Any]:
-    """The types of the fields, in their order."""
+    """Return the types of the fields, in their order."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # pyright: ignore
 
 
 @functools.cache
 def _defaults(cls: type[Config]) -> dict[str, Any]:
-    """The defaults of the fields that have one."""
+    """Return the defaults of the fields that have one."""
     found = {}
     for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
         if field.default is not dataclasses.MISSING:

@@ -6,7 +6,7 @@ from vlm.errors import ConfigError, show
 
 
 class Bounds(NamedTuple):
-    """The numbers that a field may hold; an open end is not one of them."""
+    """Range of a numeric field; open ends are excluded."""
 
     low: float
     high: float
@@ -28,10 +28,10 @@ def _by_field(groups: dict[Bounds, tuple[str, ...]]) -> dict[str, Bounds]:
     return {field: bounds for bounds, fields in groups.items() for field in fields}
 
 
-# By field or by "Class.field". Far beyond every published model, and small enough that nothing
-# made from them fills a machine. What counts steps or rows is an int32 in the state of a run.
-_SIZE = Bounds(1, 2**18)  # any other whole number
-_WHOLE = _by_field(
+# By field or by "Class.field". The limits are far beyond every published model, and small enough
+# that no allocation exhausts memory. Counts of steps and rows are int32 in the state of a run.
+_SIZE = Bounds(1, 2**18)  # any other integer
+_INTEGERS = _by_field(
     {
         Bounds(0, 2**18): (
             "mlp_dim", "registers", "rotary", "rank", "FastViTStage.heads", "FastViTStage.squeeze",
@@ -56,8 +56,8 @@ _WHOLE = _by_field(
         Bounds(-1, 2**20): ("MeshConfig.data", "MeshConfig.fsdp", "MeshConfig.tensor"),
     }
 )  # fmt: skip
-_NUMBER = Bounds(-1e9, 1e9)  # any other number
-_REAL = _by_field(
+_FLOAT = Bounds(-1e9, 1e9)  # any other number
+_FLOATS = _by_field(
     {
         Bounds(0, 1): (
             "mean", "jitter", "grey", "blur", "solarise", "morphology", "max_bad_share", "cooldown",
@@ -87,7 +87,7 @@ _REAL = _by_field(
 
 
 def check_bounds(cls: str, name: str, value: Any, where: str) -> None:
-    """Refuse a number that the field `name` of the class `cls` cannot hold, also inside a tuple.
+    """Check the numbers in the field `name` of the class `cls`, also those in a tuple.
 
     Raises:
         ConfigError: it names `where`, the value and the bounds.
@@ -96,15 +96,15 @@ def check_bounds(cls: str, name: str, value: Any, where: str) -> None:
         for part in value:
             check_bounds(cls, name, part, where)
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        whole = isinstance(value, int)
-        table, default = (_WHOLE, _SIZE) if whole else (_REAL, _NUMBER)
+        is_int = isinstance(value, int)
+        table, default = (_INTEGERS, _SIZE) if is_int else (_FLOATS, _FLOAT)
         bounds = table.get(f"{cls}.{name}") or table.get(name, default)
-        if value not in bounds:  # NaN is in none
+        if value not in bounds:  # NaN is outside all bounds
             raise ConfigError(f"{where} is {show(value)}: choose a number {bounds}")
 
 
 def check_heads(tower) -> None:
-    """Refuse a width that the heads do not divide."""
+    """Raise a ConfigError if the heads do not divide the width."""
     if tower.width % tower.heads:
         raise ConfigError(
             f"{type(tower).__name__}.width {tower.width} is not a multiple of heads "
@@ -113,7 +113,7 @@ def check_heads(tower) -> None:
 
 
 def check_image_size(tower) -> None:
-    """Refuse an image smaller than a patch."""
+    """Raise a ConfigError if an image is smaller than a patch."""
     if tower.image_size < tower.patch_size:
         raise ConfigError(
             f"image_size {tower.image_size} holds no patch of patch_size {tower.patch_size}: "
@@ -122,8 +122,8 @@ def check_image_size(tower) -> None:
 
 
 def check_projection(tower, embed_dim: int) -> None:
-    """Refuse a tower without a projection whose width is not `embed_dim`."""
-    if tower.projection == "none" and tower.width != embed_dim:
+    """Raise a ConfigError if a tower has no projection, and another width than `embed_dim`."""
+    if getattr(tower, "projection", None) == "none" and tower.width != embed_dim:
         raise ConfigError(
             f"{type(tower).__name__} has no projection, so its width {tower.width} must equal "
             f'embed_dim {embed_dim}: set projection="linear" or make them equal'

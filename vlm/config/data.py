@@ -1,4 +1,4 @@
-"""Where training pairs come from, and how an image is changed at random."""
+"""Configs of training data, filters, mixtures and image augmentation."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,26 +11,25 @@ MOST_OPERATIONS = 4  # of RandAugment
 
 @dataclass(frozen=True)
 class AugmentConfig(Config):
-    """Random changes of a training image.
+    """Augmentation of training images.
 
     Args:
-        crop: Smallest and largest share of the image's area that a random crop keeps. None: no
-            crop, but the model's own resizing, as in evaluation.
-        aspect: Smallest and largest ratio of width to height of a crop; with the resize naflex,
-            in multiples of the image's own.
-        jitter: Strength of random changes of brightness, contrast and saturation: each factor
-            is drawn from 1 - jitter to 1 + jitter.
-        hue: Largest random change of hue, in turns of the colour circle: at most 0.5.
+        crop: Range of the area of a random crop, as a fraction of the image's. None: no crop; the
+            image is resized as in evaluation.
+        aspect: Range of the ratio of width to height of a crop; with the resize naflex, relative
+            to the image's own ratio.
+        jitter: Strength of brightness, contrast and saturation jitter: each factor is drawn from
+            1 - jitter to 1 + jitter.
+        hue: Maximum change of hue, in turns of the colour circle: at most 0.5.
         flip: Mirror half of the images, left to right.
-        randaugment: RandAugment: how many operations (at most 4), and their magnitude (0 to
-            30). None: no operations.
-        grey: Share of the images that lose their colour.
-        blur: Share of the images that are blurred, by 0.1 to 2 pixels.
-        solarise: Share of the images whose bright half is inverted.
+        randaugment: RandAugment: number of operations (at most 4), and their magnitude (0 to 30).
+            None: no operations.
+        grey: Probability of conversion to greyscale.
+        blur: Probability of a Gaussian blur of 0.1 to 2 pixels.
+        solarise: Probability of solarisation: bright values are inverted.
         morphology: Probability of a random 3x3 dilation or erosion, which makes dark lines two
             pixels thinner (up to two pixels wide, they vanish) or two pixels thicker.
-        draft: Decode JPEG files at 1/2, 1/4 or 1/8 where the crop still has all the pixels it
-            needs.
+        draft: Decode JPEG files at 1/2, 1/4 or 1/8 of their size if the crop keeps enough pixels.
 
     Example:
         >>> vlm.AugmentConfig(flip=True).flip
@@ -67,10 +66,10 @@ class AugmentConfig(Config):
 
 @dataclass(frozen=True)
 class FieldFilter(Config):
-    """Which examples are kept, by one of their features. An example without the feature is not.
+    """A filter of examples by one of their features; examples without the feature are rejected.
 
     Args:
-        feature: Name of the feature that is looked at.
+        feature: Name of the feature.
         at_least: Keep examples whose number is at least this, such as an aesthetic score.
         at_most: Keep examples whose number is at most this.
         one_of: Keep examples whose text is one of these, such as a language.
@@ -91,22 +90,20 @@ class FieldFilter(Config):
     def check(self):
         if self.at_least is None and self.at_most is None and not self.one_of:
             raise ConfigError(
-                f"FieldFilter of feature {self.feature!r} asks for nothing: give at_least, at_most "
+                f"FieldFilter of feature {self.feature!r} has no condition: give at_least, at_most "
                 "or one_of"
             )
 
 
 @dataclass(frozen=True)
 class MixturePart(Config):
-    """One source of a mixture. What is None is as in the `DataConfig` that holds it.
+    """A source of a mixture. Fields that are None take the value of the `DataConfig`.
 
     Args:
-        source: Where this part's examples come from: whatever `DataConfig.source` takes.
-        weight: Share of the samples that this part gives, relative to the other parts.
-        epochs: In place of a weight: passes over this part, relative to those over the other
-            parts.
-        examples: How many examples the part has, where `epochs` needs the number and the source
-            cannot tell.
+        source: Source of the examples, as in `DataConfig.source`.
+        weight: Fraction of the samples from this part, relative to the other parts.
+        epochs: In place of a weight: passes over this part, relative to the other parts.
+        examples: Number of examples, if `epochs` needs it and the source does not know it.
         train_split: Name of its training split.
         image: Name of its image feature.
         captions: Names of its caption features.
@@ -148,48 +145,46 @@ class MixturePart(Config):
 
 @dataclass(frozen=True)
 class DataConfig(Config):
-    """Where pairs come from. A caption is drawn at random from all `captions` of an image.
+    """Source of image-text pairs. One of the `captions` of an image is drawn at random.
 
     Args:
-        source: Where examples come from: "openmoji", "tfds:NAME" for a prepared TFDS data set,
-            or the path of shards, of a table or of a folder. Required, unless there is a
-            mixture.
-        train_split: Name of the split to train on.
-        eval_split: Name of the split that is held out: its images are looked up among all
-            captions of both splits. None, as large data has it: see `Experiment.evals`.
+        source: Source of the examples: "openmoji", "tfds:NAME" for a prepared TFDS data set, or
+            the path of shards, of a table or of a folder. Required, unless there is a mixture.
+        train_split: Name of the training split.
+        eval_split: Name of the eval split: its images are retrieved among all captions of both
+            splits. None for large data: see `Experiment.evals`.
         image: Name of the feature that holds the image. In shards and folders: one file of several,
             such as mask.png.
         captions: Names of the features that hold captions; a nested one is written as
             captions/text. In shards and folders: an extension (txt) or a field of the JSON;
-            caption is the .txt. One caption of an image is drawn at random.
-        caption_weights: How often each of `captions` is drawn, relative to the others. Empty:
-            all texts of an image alike.
-        label: Name of a class-label feature that is used in place of captions: its name is put
-            into `templates`.
-        class_names: A text file with the names of the labels in sentences, in place of the labels
-            made readable: a line for each label in their order, or lines LABEL<tab>NAME; or a JSON
-            object from label to name.
-        templates: Sentences around a label, such as 'a photo of a {}.'; one is drawn at random.
-            Empty: those of the model that training starts from, else of the data set, else
-            'a photo of a {}.'; from scratch, the bare name. Of captions: sentences around the
-            labels that the model is asked about once it is trained.
+            caption is the .txt.
+        caption_weights: Relative sampling weights of `captions`. Empty: all texts of an image are
+            equally likely.
+        label: Name of a class-label feature, used in place of captions: its class name is put into
+            `templates`.
+        class_names: A text file with class names for the templates, in place of readable labels: a
+            line for each label in their order, or lines LABEL<tab>NAME; or a JSON object from label
+            to name.
+        templates: Prompt templates for a label, such as 'a photo of a {}.'; one is drawn at
+            random. Empty: those of the initial model, else of the data set, else 'a photo of a
+            {}.'; from scratch, the bare name. With captions: templates that the trained model uses
+            for labels.
         filters: Train on the examples that pass all of these filters.
-        augment: Random changes of training images.
-        cache: Keep decoded images in memory, for data that fits there.
-        workers: Number of reader processes. 0: threads of the training process read.
-        prefetch: Number of batches that are made ahead of the training step.
-        data_dir: Folder where prepared data lies. None: vlm's cache folder. Of a table: folder of
-            its images, where they are not beside it.
-        access: How examples are read. random: by an index, in an order that is new for each
-            epoch; stream: shards front to back; auto: what is remote is streamed, and what is
-            local is indexed.
-        interleave: Of streams: number of interleaved readers, one shard each. It must divide the
+        augment: Augmentation of training images.
+        cache: Keep decoded images in memory.
+        workers: Number of reader processes. 0: threads of the training process.
+        prefetch: Number of batches prepared ahead of the training step.
+        data_dir: Folder of prepared data. None: vlm's cache folder. For a table: folder of its
+            images, if they are not beside it.
+        access: Order of reading. random: random access by an index, shuffled for each epoch;
+            stream: shards front to back; auto: remote data is streamed, local data is indexed.
+        interleave: For streams: number of interleaved readers, one shard each. It must divide the
             global batch, and the number of processes must divide it. None: the largest divisor
             of the batch up to 256 and the number of shards.
-        shuffle: Of streams: number of samples that are shuffled at a time, over all readers.
+        shuffle: For streams: size of the shuffle buffers of all readers together, in samples.
         mixture: Several sources to train on, in place of `source`.
-        max_bad_share: The run stops when a larger share of its samples than this is broken.
-        max_bad_in_a_row: The run stops when this many samples in a row are broken.
+        max_bad_share: Stop the run if a larger fraction of its samples is broken.
+        max_bad_in_a_row: Stop the run if this many samples in a row are broken.
 
     Example:
         >>> vlm.DataConfig(source="photos/", workers=8).workers
@@ -221,7 +216,7 @@ class DataConfig(Config):
     @classmethod
     def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
         if values.get("mixture") and values.get("source") == "openmoji":
-            return values | {"source": ""}  # it was the default, also of a mixture
+            return values | {"source": ""}  # an earlier default, also of mixtures
         return values
 
     def check(self):
@@ -240,7 +235,7 @@ class DataConfig(Config):
 
 
 def _check_texts(config: DataConfig | MixturePart) -> None:
-    """Refuse captions beside a label, which replaces them, and weights that choose none of them."""
+    """Refuse captions beside a label, and caption weights that do not fit."""
     name, captions, weights = type(config).__name__, config.captions, config.caption_weights
     for other in config.changed("captions", "caption_weights"):
         if config.label is not None and getattr(config, other):

@@ -1,4 +1,4 @@
-"""What an experiment leaves open, filled in: the model of a run from scratch, rate and warm-up."""
+"""Default values for unset Experiment fields: model, inputs, learning rate and warm-up."""
 
 import dataclasses
 import math
@@ -12,17 +12,17 @@ RATE, WARMUP = 1e-3, 0.05  # from scratch
 # Full fine-tuning of a ViT-B with AdamW at a batch of 512 (FLYP, arXiv:2212.00638, section 4).
 FINE_TUNING_RATE, REFERENCE_WIDTH, REFERENCE_BATCH = 1e-5, 768, 512
 FINE_TUNING_WARMUP = 0.1
-ADAPTER_FACTOR = 10  # of a low-rank adapter, which learns as fast as its model at so much more
-LION_SHARE = 0.2  # of Adam's rate: three to ten times smaller (arXiv:2302.06675, section 4.1)
+ADAPTER_FACTOR = 10  # learning rate of adapters relative to full fine-tuning
+LION_FACTOR = 0.2  # relative to Adam: three to ten times smaller (arXiv:2302.06675, section 4.1)
 
 
 def with_defaults(experiment: Experiment) -> Experiment:
-    """The experiment with a model, pixels, tokens, a rate and a warm-up, where it names none."""
+    """Fill in model, preprocessing, tokenizer, learning rate and warm-up where they are unset."""
     return with_default_rates(with_default_model(experiment))
 
 
 def with_default_model(experiment: Experiment) -> Experiment:
-    """The experiment with a ViT-B/16 and its pixels and tokens, where it names none."""
+    """Fill in a ViT-B/16, its preprocessing and its tokenizer where they are unset."""
     return dataclasses.replace(
         experiment,
         model=experiment.model or ModelConfig(),
@@ -32,7 +32,7 @@ def with_default_model(experiment: Experiment) -> Experiment:
 
 
 def with_default_rates(experiment: Experiment) -> Experiment:
-    """The experiment, its model known, with a learning rate and a warm-up."""
+    """Fill in the learning rate and warm-up, which depend on the model."""
     e = experiment
     fine_tunes = e.init_from is not None and e.init_towers == "both"
     rate, warmup = e.optimizer.learning_rate, e.optimizer.warmup
@@ -45,7 +45,7 @@ def with_default_rates(experiment: Experiment) -> Experiment:
 
 
 def resumed_experiment(experiment: Experiment, before: Experiment) -> Experiment:
-    """The experiment of a resumed run, with what it leaves open as the run has had it so far."""
+    """Fill in unset fields of a resumed run from its experiment so far."""
     e = experiment
     optimizer = {
         name: getattr(before.optimizer, name)
@@ -65,19 +65,18 @@ def resumed_experiment(experiment: Experiment, before: Experiment) -> Experiment
 
 
 def fine_tuning_rate(experiment: Experiment) -> float:
-    """A rate at which a trained model of this width keeps what it knows.
+    """Compute a learning rate for fine-tuning that is low enough to avoid forgetting.
 
-    Adam moves every weight by about the rate, so that the outputs of a wider layer move more: the
-    rate falls as the width grows (arXiv:2203.03466). It falls with the square root of a batch
-    below the reference, whose gradients are noisier (arXiv:2205.10287), and never grows with one
-    above it.
+    The rate is inversely proportional to the width, because an Adam step changes every weight by
+    about the rate (arXiv:2203.03466). It is proportional to the square root of a batch size below
+    the reference (arXiv:2205.10287), and constant above it.
     """
     e = experiment
     width = max(e.model.vision.width, e.model.text.width)
     rate = FINE_TUNING_RATE * REFERENCE_WIDTH / width
     rate *= math.sqrt(min(1.0, e.batch_size / REFERENCE_BATCH))
     if e.optimizer.name == "lion":
-        rate *= LION_SHARE
+        rate *= LION_FACTOR
     if e.adapter is not None:
         rate *= ADAPTER_FACTOR
-    return float(f"{rate:.3g}")  # a number to read in the run's config
+    return float(f"{rate:.3g}")  # short in the run's config

@@ -1,10 +1,9 @@
-"""EfficientNet's config, a vision tower as those of `vlm.config.towers` are."""
+"""Config of EfficientNet, a vision tower."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from vlm.config.base import Config
-from vlm.config.bounds import check_image_size, check_projection
+from vlm.config.base import Config, VisionTower
 from vlm.errors import ConfigError
 
 
@@ -14,13 +13,12 @@ class EfficientNetStage(Config):
 
     Args:
         depth: Number of blocks.
-        width: Channels that each block gives.
-        expand: How many times as many channels as its input a block has inside. 1: a block
-            begins with its depthwise convolution.
+        width: Output channels of each block.
+        expand: Expansion factor of the hidden channels. 1: no expansion layer.
         kernel: Side of the depthwise convolutions, an odd number of pixels.
-        halve: Give the first block's depthwise convolution a stride of 2.
-        symmetric: Of `halve`: pad alike on all sides. Otherwise one row and one column less
-            before the image than after it, as TensorFlow pads an image of even sides.
+        halve: Use stride 2 in the first depthwise convolution.
+        symmetric: For `halve`: pad all sides equally. Otherwise pad one row and column less before
+            the image than after it, as TensorFlow does for even sides.
 
     Example:
         >>> from vlm.config import EfficientNetStage
@@ -42,7 +40,7 @@ class EfficientNetStage(Config):
             )
 
 
-# B0's, which B7 makes twice as wide and 3.1 times as deep.
+# The stages of B0; those of B7 are twice as wide and 3.1 times as deep.
 _STAGES = (
     EfficientNetStage(1, 16, expand=1),
     EfficientNetStage(2, 24, halve=True),
@@ -55,15 +53,15 @@ _STAGES = (
 
 
 @dataclass(frozen=True)
-class EfficientNetConfig(Config):
+class EfficientNetConfig(VisionTower):
     """EfficientNet without its classifier (Tan and Le, 2019, arXiv:1905.11946), as in ALIGN.
 
     Args:
         image_size: Side of the square image, in pixels.
         stem_width: Channels of the stem, a 3x3 convolution of stride 2.
-        stages: The stages, one after another.
-        squeeze: Share of a block's input channels that its squeeze-and-excitation has.
-        pool: What stands for the image: the mean, or the largest value, of each channel.
+        stages: The stages in order.
+        squeeze: Channels of squeeze-and-excitation, as a fraction of the block's input channels.
+        pool: Pooling of each channel: mean or max.
         norm_eps: Epsilon of the batch norms.
         projection: Layer from the pooled channels to the shared space.
 
@@ -74,7 +72,6 @@ class EfficientNetConfig(Config):
     """
 
     kind: ClassVar[str] = "efficientnet"
-    attends: ClassVar[bool] = False
 
     image_size: int = 224
     stem_width: int = 32
@@ -87,7 +84,7 @@ class EfficientNetConfig(Config):
     def check(self):
         if not self.stages:
             raise ConfigError("EfficientNetConfig.stages is empty: give one at least")
-        check_image_size(self)
+        super().check()
 
     @property
     def patch_size(self) -> int:
@@ -95,15 +92,11 @@ class EfficientNetConfig(Config):
 
     @property
     def width(self) -> int:
-        """Channels of the last stage, which are pooled."""
+        """Channels of the last stage."""
         return self.stages[-1].width
 
-    @property
-    def one_size(self) -> None:
-        return None
-
     def sides(self, image_size: int | None = None) -> list[int]:
-        """Places along a side that the stem and each stage leave of an image."""
+        """Numbers of positions along a side after the stem and after each stage."""
         sides = [(image_size or self.image_size) // 2]
         for stage in self.stages:
             side = sides[-1]
@@ -113,9 +106,5 @@ class EfficientNetConfig(Config):
         return sides
 
     def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
-        """Places of the last stage, which are pooled."""
+        """Number of positions of the last stage."""
         return self.sides(image_size)[-1] ** 2
-
-    def check_space(self, embed_dim: int) -> None:
-        """Refuse a space that the tower cannot embed into."""
-        check_projection(self, embed_dim)

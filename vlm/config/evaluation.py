@@ -1,4 +1,4 @@
-"""What a run is measured on beside its own held-out split."""
+"""Config of evaluations of a run on other data."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,30 +9,23 @@ from vlm.errors import ConfigError
 
 @dataclass(frozen=True)
 class EvalConfig(Config):
-    """One evaluation: a task, and a split of some data set with random access.
-
-    zero-shot: images into the classes of `label`, each described by `templates`: `top1`, `top5`.
-    retrieval: images and all of their captions, both ways, as COCO is measured: recall at 1, 5, 10.
+    """An evaluation: a task, and a split of a data set with random access.
 
     Args:
-        name: What the evaluation is called in the log, as eval/NAME/top1, and in the report.
-        task: zero-shot: images into the classes of `label`, each described by `templates`;
-            top-1 and top-5 accuracy. retrieval: images and all of their captions, both ways, as
-            COCO is measured; recall at 1, 5 and 10.
-        source: Where examples come from: whatever `DataConfig.source` takes. Required.
-        split: Name of the split to measure on. None: test, else validation; of a source without
-            splits, all of it.
+        name: Name of the evaluation in the log, as eval/NAME/top1, and in the report.
+        task: zero-shot: classification into the classes of `label` by `templates`; top-1 and top-5
+            accuracy. retrieval: images and all of their captions in both directions, as for COCO;
+            recall at 1, 5 and 10.
+        source: Source of the examples, as in `DataConfig.source`. Required.
+        split: Name of the split. None: test, else validation; all of a source without splits.
         image: Name of the feature that holds the image.
-        captions: Of retrieval: names of the features that hold captions; all of them belong to
-            their image.
-        label: Of zero-shot: name of the feature that holds the class.
-        class_names: Of zero-shot: a file with the names of the labels, see
-            `DataConfig.class_names`.
-        templates: Of zero-shot: sentences around the name of a class; their embeddings are
-            averaged. Empty: those of the run's own data, else of the data set, else
-            'a photo of a {}.'.
-        data_dir: Folder where prepared data lies. None: the folder of TFDS itself.
-        examples: Measure on this many examples, the first of the split. None: all.
+        captions: For retrieval: names of the features with captions; all of them match the image.
+        label: For zero-shot: name of the feature with the class.
+        class_names: For zero-shot: a file of class names, see `DataConfig.class_names`.
+        templates: For zero-shot: prompt templates; their embeddings are averaged. Empty: those of
+            the run's data, else of the data set, else 'a photo of a {}.'.
+        data_dir: Folder of prepared data. None: the folder of TFDS.
+        examples: Number of examples, from the start of the split. None: all.
 
     Example:
         >>> from vlm.config import EvalConfig
@@ -55,10 +48,10 @@ class EvalConfig(Config):
     def check(self):
         where = f"evals {self.name!r}"
         if not self.name or "/" in self.name:
-            raise ConfigError(f"{where}: a name is a word of the log, without a slash: choose one")
+            raise ConfigError(f"{where}: a name must be a word without a slash: choose one")
         if not self.source:
             raise ConfigError(
-                f"{where} has no source: name the data to measure on, such as "
+                f"{where} has no source: give the data to evaluate on, such as "
                 '"tfds:imagenet2012" or a folder'
             )
         if self.task == "zero-shot" and not all("{}" in template for template in self.templates):

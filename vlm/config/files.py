@@ -1,4 +1,4 @@
-"""Configs as JSON and back, and the loading of `configs/*.py`."""
+"""JSON form of configs, and loading of `configs/*.py`."""
 
 import dataclasses
 import json
@@ -16,9 +16,9 @@ T = TypeVar("T", bound=Config)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The dataclass `config` as plain JSON values; tuples become lists.
+    """Convert the dataclass `config` to plain JSON values; tuples become lists.
 
-    A class that is one of several kinds, such as a vision tower, says which under "kind".
+    A class that is one of several kinds, such as a vision tower, is named by the key "kind".
 
     Example:
         >>> from vlm.config import to_dict
@@ -57,7 +57,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
 
 
 def check_types(config: T) -> T:
-    """The same config. Deprecated: a config is checked when it is made.
+    """Return the same config. Deprecated: a config is checked when it is made.
 
     Example:
         >>> from vlm.config import check_types
@@ -73,13 +73,13 @@ def check_types(config: T) -> T:
 
 
 def load_config(path: str | os.PathLike) -> Experiment:
-    """The `Experiment` that a config file binds to the name `config`; also reads a run's JSON.
+    """Load the `Experiment` that a config file binds to the name `config`, or a run's JSON.
 
     Args:
-        path: a file, or the bare name of a config that comes with vlm, such as "openmoji".
+        path: a file, or the name of a config that is part of vlm, such as "openmoji".
 
     Raises:
-        ConfigError: no such file, an error inside it, or no Experiment in it.
+        ConfigError: the file does not exist, fails, or has no Experiment.
 
     Example:
         >>> vlm.load_config("openmoji").name
@@ -105,20 +105,20 @@ def load_config(path: str | os.PathLike) -> Experiment:
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:
-    """The configs that come with vlm, by name."""
+    """Return the configs that are part of vlm, by name."""
     package = pathlib.Path(__file__).parent.parent
-    # In a wheel they lie inside the package, in a clone beside it.
+    # In a wheel they are inside the package, in a clone beside it.
     folders = (package / "configs", package.parent / "configs")
     folder = next((folder for folder in folders if folder.is_dir()), None)
     return {} if folder is None else {file.stem: file for file in sorted(folder.glob("*.py"))}
 
 
 def _config_file(path: str) -> str:
-    """The file that `path` names: itself, or a config that comes with vlm."""
+    """Return the file that `path` names: itself, or a config that is part of vlm."""
     if os.path.isfile(path):
         return path
     shipped = shipped_configs()
-    # "configs/openmoji.py" is what the documentation says, and it works without a clone too.
+    # The documentation writes "configs/openmoji.py", which must work without a clone too.
     name = path.removeprefix("configs/").removesuffix(".py")
     if name in shipped:
         return os.fspath(shipped[name])

@@ -1,11 +1,11 @@
-"""What a model takes: pixels made by one rule, and tokens made by another."""
+"""Configs of image preprocessing and tokenization."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from vlm.config.base import Config
 
-# Of the images that OpenAI's CLIP was trained on, which most models since keep to.
+# Statistics of the training images of OpenAI's CLIP, which most later models use too.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -15,34 +15,31 @@ Clean = Literal["none", "clip", "clip_cased", "clip_canonical", "siglip", "bert"
 
 @dataclass(frozen=True)
 class PreprocessConfig(Config):
-    """How an image becomes the pixels a model was trained on.
+    """Image preprocessing of a model.
 
     Args:
-        image_size: Side of the square that the model takes, in pixels; of naflex, of its grid of
-            positions.
-        resize: squash: both sides to the square; crop: the short side to size, then the centre;
-            pad: the long side to size, then `pad_value` around it; naflex: any aspect within
+        image_size: Side of the square input, in pixels; for naflex, of the grid of positions.
+        resize: squash: resize both sides; crop: resize the short side, then crop the centre; pad:
+            resize the long side, then pad with `pad_value`; naflex: any aspect ratio within
             `max_patches`.
         pad_value: Colour (red, green, blue) around an image that is padded.
-        patch_size: Of naflex: side of a patch, in pixels; the model's.
-        max_patches: Of naflex: most patches that an image may have; while training, the model's.
+        patch_size: For naflex: the model's patch size, in pixels.
+        max_patches: For naflex: maximum number of patches; in training, the model's.
         kernel: Interpolation of the resize.
-        backend: Whose arithmetic resizes: pillow, as torchvision does with PIL images; tensor,
-            as it does with uint8 tensors; tensorflow, as big_vision does.
-        antialias: Whether the tensor backend widens its kernel when it shrinks an image; pillow
-            always does, tensorflow never.
-        mean: Mean of red, green and blue that is subtracted, of values from 0 to 1.
-        std: Standard deviation of red, green and blue that is divided by.
-        short_side: Of crop: length that the short side is resized to before the crop, in
-            pixels; of squash: that of both sides, of which the centre is then taken (ALIGN). None:
-            image_size.
-        crop_rounding: How an odd margin around the centre is halved. round, as torchvision does;
-            floor, as transformers does.
-        background: Colour (red, green, blue) under transparent pixels. None: the alpha channel
-            is dropped.
-        decode: How an image file becomes RGB. intended: upright by its EXIF orientation, on
+        backend: Implementation of the resize: pillow, as torchvision for PIL images; tensor, as
+            torchvision for uint8 tensors; tensorflow, as big_vision.
+        antialias: Antialiasing of the tensor backend when it shrinks an image; pillow always has
+            it, tensorflow never.
+        mean: Mean of red, green and blue to subtract, for values from 0 to 1.
+        std: Standard deviation of red, green and blue to divide by.
+        short_side: For crop: length of the short side before the crop, in pixels; for squash: of
+            both sides before a centre crop (ALIGN). None: image_size.
+        crop_rounding: Rounding of half an odd margin of the centre crop. round, as torchvision;
+            floor, as transformers.
+        background: Colour (red, green, blue) under transparent pixels. None: drop alpha.
+        decode: Conversion of image files to RGB. intended: upright by its EXIF orientation, on
             `background` where transparent, 16 bits scaled to 8; reference: Pillow's
-            Image.open(file).convert("RGB"), as the code that published figures come from.
+            Image.open(file).convert("RGB"), as for published figures.
 
     Example:
         >>> vlm.PreprocessConfig(image_size=224, resize="crop", kernel="bicubic").resize
@@ -61,33 +58,26 @@ class PreprocessConfig(Config):
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     short_side: int | None = None
     crop_rounding: Literal["round", "floor"] = "round"
-    background: tuple[int, int, int] | None = (
-        255,
-        255,
-        255,
-    )
+    background: tuple[int, int, int] | None = (255, 255, 255)
     decode: Literal["intended", "reference"] = "intended"
 
 
 @dataclass(frozen=True)
 class TokenizerConfig(Config):
-    """The rules around a `tokenizer.json` that make text the tokens a model was trained on.
+    """Settings of a tokenizer, besides its `tokenizer.json`.
 
     Args:
-        context_length: Number of tokens in a row. A longer text loses its tail; a run counts how
-            many did.
-        pad_id: Token that fills a row after the text.
-        bos_id: Token before the text. None: there is none.
-        eos_id: Token after the text. None: there is none.
-        lowercase: Make the text lower-case first.
-        clean: How text is cleaned before the vocabulary is applied, by the name of the family
-            that does it: see vlm/inputs/cleaning.py.
-        keep_eos: Let a text that is too long still end with its end token.
-        pad_side: Side of the text on which padding stands.
-        parse_special: Read a special token that is spelled out in a text, such as <eos>, as
-            that token, as transformers does.
-        zeroed_id: Token that becomes 0 wherever it stands in a row, as with strip_sep_token of
-            open_clip. None: there is none.
+        context_length: Number of tokens. Longer texts are truncated, and counted in the log.
+        pad_id: Id of the padding token.
+        bos_id: Id of the token before the text. None: no such token.
+        eos_id: Id of the token after the text. None: no such token.
+        lowercase: Convert the text to lower case first.
+        clean: Text cleaning before tokenization, by model family: see vlm/inputs/cleaning.py.
+        keep_eos: Keep the end token of a truncated text.
+        pad_side: Side of the padding.
+        parse_special: Convert special tokens in a text, such as <eos>, to their ids, as
+            transformers does.
+        zeroed_id: Id that is replaced by 0, as with open_clip's strip_sep_token. None: no such id.
 
     Example:
         >>> vlm.TokenizerConfig(context_length=77, clean="clip").context_length

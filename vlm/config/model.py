@@ -1,4 +1,4 @@
-"""What a model is: its towers, and the space that they share."""
+"""Configs of the text tower and of the whole model."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,33 +16,31 @@ class TextConfig(Config):
     """A text transformer: causal with end-token pooling (CLIP), or bidirectional (SigLIP).
 
     Args:
-        vocab_size: Number of tokens in the vocabulary: rows of the embedding table.
-        context_length: Number of tokens in a text: rows of the position embeddings.
+        vocab_size: Number of tokens in the vocabulary.
+        context_length: Number of tokens in a text.
         width: Width of the tokens in the blocks.
         depth: Number of blocks.
         heads: Number of attention heads; they divide the width.
         mlp_dim: Width of the hidden layer of a block's MLP.
-        causal: Let a token see only those before it, as CLIP does.
-        pool: Token or tokens that stand for the text. end: the first end token; argmax: the one
-            of the highest id, which in OpenAI's vocabulary is the end token; first, last: by
-            position; class: a learned last token (CoCa); mean: of all; map: pooling by
-            attention.
-        end_id: Of pool end: id of the end token.
-        positions: Position embeddings. learned: a table; sinusoidal: sines, then cosines, that
-            are not learned (arXiv:1706.03762, as tensor2tensor lays them out).
-        scale_embedding: Multiply the embeddings of tokens by the root of the width.
-        pad_id: Id of the padding, which is then masked in attention and in mean and map
-            pooling. None: nothing is masked.
-        layer_scale: Learn a factor for each channel of each branch of a block
-            (arXiv:2103.17239).
-        norm: Where blocks normalise. pre: before each branch; post: after each residual sum and
-            after the embeddings (BERT).
-        last_norm: Of norm post: normalise what the blocks give once more (AltCLIP).
+        causal: Use causal attention, as CLIP does.
+        pool: Pooling. end: the first end token; argmax: the token of the highest id, which in
+            OpenAI's vocabulary is the end token; first, last: by position; class: a learned last
+            token (CoCa); mean: of all; map: attention pooling.
+        end_id: For pool end: id of the end token.
+        positions: Position embeddings. learned: a table; sinusoidal: fixed sines, then cosines
+            (arXiv:1706.03762, in the layout of tensor2tensor).
+        scale_embedding: Multiply token embeddings by the square root of the width.
+        pad_id: Id of the padding, to mask it in attention and in mean and map pooling. None: no
+            mask.
+        layer_scale: Learn a scale for each channel of each branch of a block (arXiv:2103.17239).
+        norm: Position of the layer norms. pre: before each branch; post: after each residual sum
+            and after the embeddings (BERT).
+        last_norm: For norm post: one more norm after the blocks (AltCLIP).
         projection: Layer from the pooled token to the shared space. mlp: two layers without
-            biases, their mean width between them.
+            biases; the hidden width is the mean of both widths.
         activation: Activation of the MLPs.
         norm_eps: Epsilon of the layer norms.
-        dropout: Share of the values that dropout sets to zero while training.
+        dropout: Dropout rate in training.
 
     Example:
         >>> vlm.TextConfig(causal=True, pool="argmax", context_length=77).tokens()
@@ -75,19 +73,16 @@ class TextConfig(Config):
             raise ConfigError('TextConfig.pool "end" needs end_id, the id of the end token: set it')
 
     def tokens(self, *, masking: float = 0.0) -> int:
-        """Tokens that the blocks see of a text, the class token included.
-
-        `masking` is the share of its places that training leaves out.
-        """
+        """Number of tokens in the blocks, with a class token; `masking` is the dropped fraction."""
         return kept_tokens(self.context_length, masking) + (self.pool == "class")
 
     def check_space(self, embed_dim: int) -> None:
-        """Refuse a space that the tower cannot embed into."""
+        """Raise a ConfigError if the tower cannot embed into `embed_dim` dimensions."""
         check_projection(self, embed_dim)
 
 
 def kept_tokens(count: int, masking: float, specials: int = 0) -> int:
-    """How many of a text's `count` places stay where a share `masking` is left out.
+    """Number of a text's `count` tokens that remain if a fraction `masking` is dropped.
 
     Example:
         >>> from vlm.config import kept_tokens
@@ -99,17 +94,16 @@ def kept_tokens(count: int, masking: float, specials: int = 0) -> int:
 
 @dataclass(frozen=True)
 class ModelConfig(Config):
-    """Two towers into one space of `embed_dim` dimensions, and the scale and bias of the logits.
+    """Config of a dual encoder: two towers, the shared space, and the scale and bias of logits.
 
     Args:
         vision: The vision tower.
         text: The text tower.
         embed_dim: Dimensions of the shared space.
-        loss: Contrastive loss of training, which is also the rule that turns logits into
-            scores: softmax (CLIP) or sigmoid (SigLIP).
-        init_scale: Factor of the cosines in the logits at the start of training.
-        init_bias: Bias of the logits at the start of training. None: no bias (CLIP); SigLIP
-            starts at -10.
+        loss: Contrastive loss, which also converts logits to scores: softmax (CLIP) or sigmoid
+            (SigLIP).
+        init_scale: Initial logit scale, the factor of the cosines.
+        init_bias: Initial bias of the logits. None: no bias (CLIP); SigLIP starts at -10.
 
     Example:
         >>> config = vlm.ModelConfig(embed_dim=768, loss="sigmoid", init_bias=-10.0)

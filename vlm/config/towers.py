@@ -1,15 +1,10 @@
-"""The vision towers: a class for each kind of them, with its own fields and its own checks.
-
-Whoever holds one may ask any of them the same few things: `image_size`, `patch_size` (pixels along
-each side of a place that is pooled), whether it `attends` to its places, `tokens`, `check_space`,
-and, by `one_size`, why the tower takes images of a single size, if it does.
-"""
+"""Configs of the vision towers: one class for each kind, a `VisionTower` of `vlm.config.base`."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from vlm.config.base import Config
-from vlm.config.bounds import check_heads, check_image_size, check_projection
+from vlm.config.base import Config, VisionTower
+from vlm.config.bounds import check_heads
 from vlm.config.efficientnet import EfficientNetConfig
 from vlm.errors import ConfigError
 
@@ -20,7 +15,7 @@ MlpKind = Literal["plain", "swiglu", "swiglu_plain", "geglu"]
 
 
 @dataclass(frozen=True)
-class ViTConfig(Config):
+class ViTConfig(VisionTower):
     """A Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929).
 
     Args:
@@ -30,44 +25,39 @@ class ViTConfig(Config):
         depth: Number of blocks.
         heads: Number of attention heads; they divide the width.
         mlp_dim: Width of the hidden layer of a block's MLP.
-        stem: How patches become tokens. linear: one product; conv: stages of 3x3 convolutions
-            of stride 2 (arXiv:2106.14881); nested: patches of patches with batch norms between
-            them (MobileCLIP-B).
-        stem_widths: Channels of the stages of a conv stem, 2 ** their number being patch_size;
-            of a nested stem those of all stages but the last.
+        stem: Patch embedding. linear: one layer; conv: 3x3 convolutions of stride 2
+            (arXiv:2106.14881); nested: patches of patches with batch norms between them
+            (MobileCLIP-B).
+        stem_widths: Channels of the stages of a conv stem, log2(patch_size) of them; for a nested
+            stem of all stages but the last.
         patch_bias: Add a bias to the patch embedding.
-        rotary: Add rotary positions to the learned ones, counted from this number (Perception
-            Encoder). None: learned positions alone.
-        rotary_span: Take rotary positions as those of a grid of this many rows. None: as they
-            are.
-        rotary_rows_first: Turn the first half of the channels with the row (EVA-02).
-        pool: What stands for the image. class: a learned first token; mean: of all tokens; map:
-            pooling by attention (SigLIP); query: CoCa's attentional pooler.
-        pool_heads: Number of heads of map and query pooling. None: as `heads`.
-        pool_mlp_dim: Width of the hidden layer of map pooling's MLP. None: as `mlp_dim`.
-        class_token: Add a learned first token, also where the pool is of another kind.
-        registers: Number of learned tokens without a position after the class token
-            (arXiv:2309.16588).
-        pre_norm: Normalise between the embedding and the blocks (CLIP).
-        norm_pooled: Normalise after mean pooling in place of before it.
-        layer_scale: Learn a factor for each channel of each branch of a block
-            (arXiv:2103.17239).
-        norm: Where blocks normalise. pre: before each branch; branch: after each branch, before
-            it is added (EVA-02-E).
-        mlp: Kind of the blocks' MLP. plain: two layers; swiglu: gated, its hidden layer
-            normalised (EVA-02); swiglu_plain: gated, without that norm (DINOv2, TIPSv2);
-            geglu: gated, its input normalised twice (ViTamin).
-        attention_norm: Normalise between attention and its last product (EVA-02).
+        rotary: Add rotary position embeddings to the learned ones, starting at this number
+            (Perception Encoder). None: learned position embeddings only.
+        rotary_span: Scale rotary positions to a grid of this many rows. None: no scaling.
+        rotary_rows_first: Rotate the first half of the channels by the row (EVA-02).
+        pool: Pooling. class: a learned first token; mean: of all tokens; map: attention pooling
+            (SigLIP); query: CoCa's attentional pooler.
+        pool_heads: Number of heads of map and query pooling. None: `heads`.
+        pool_mlp_dim: Width of the hidden layer of map pooling's MLP. None: `mlp_dim`.
+        class_token: Add a learned first token, also with other kinds of pooling.
+        registers: Number of learned register tokens after the class token (arXiv:2309.16588).
+        pre_norm: Add a norm between the embedding and the blocks (CLIP).
+        norm_pooled: Normalise after mean pooling, in place of before it.
+        layer_scale: Learn a scale for each channel of each branch of a block (arXiv:2103.17239).
+        norm: Position of the layer norms. pre: before each branch; branch: after each branch,
+            before the residual sum (EVA-02-E).
+        mlp: Kind of MLP. plain: two layers; swiglu: gated, with a norm of the hidden layer
+            (EVA-02); swiglu_plain: gated, without that norm (DINOv2, TIPSv2); geglu: gated, with
+            two norms of the input (ViTamin).
+        attention_norm: Add a norm before the output layer of attention (EVA-02).
         key_bias: Add a bias to the keys of attention.
         projection: Layer from the pooled token to the shared space.
         activation: Activation of the plain MLP, and of map pooling's.
         norm_eps: Epsilon of the layer norms.
-        max_patches: Of NaFlex (SigLIP 2), which takes any aspect: most patches of an image, to
-            which others are padded while training; image_size is then that of the grid of
-            positions. None: square images.
-        dropout: Share of the values that dropout sets to zero while training.
-        patch_dropout: Share of the patches that are left out while training (FLIP); of NaFlex,
-            of each image's own.
+        max_patches: For NaFlex (SigLIP 2), which accepts any aspect ratio: maximum number of
+            patches; image_size is then that of the grid of positions. None: square images.
+        dropout: Dropout rate in training.
+        patch_dropout: Fraction of patches dropped in training (FLIP).
 
     Example:
         >>> vlm.ViTConfig(image_size=224, patch_size=16, pool="map").tokens()
@@ -116,8 +106,8 @@ class ViTConfig(Config):
         check_heads(self)
         if self.pool == "query" and self.projection == "none":
             raise ConfigError('ViTConfig.pool "query" needs a projection: set it to "linear"')
-        # What is left over at the right and below is not looked at, as in SigLIP So400m/14@384.
-        check_image_size(self)
+        # Pixels left over at the right and bottom are ignored, as in SigLIP So400m/14@384.
+        super().check()
         if self.stem == "linear":
             self.refuse_unused('set stem to "conv" or "nested"', "stem_widths")
         if self.stem == "conv" and 2 ** len(self.stem_widths) != self.patch_size:
@@ -155,19 +145,18 @@ class ViTConfig(Config):
 
     @property
     def prefix_tokens(self) -> int:
-        """Tokens before those of the patches: the class token and the registers."""
+        """Number of class and register tokens."""
         return self.has_class_token + self.registers
 
     @property
     def one_size(self) -> str | None:
-        # timm stretches the rotary positions of another size to the grid that was trained.
+        # At another size, timm scales rotary positions to the trained grid.
         return None if self.rotary is None else "tower with rotary positions"
 
     def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
-        """Tokens that the blocks see of one image of `image_size` pixels (None: the tower's own).
+        """Number of tokens in the blocks for an image of `image_size` pixels (None: the default).
 
-        The class token and the registers count. While `training`, patch dropout leaves out its
-        share of the patches.
+        Includes class and register tokens; with `training`, excludes dropped patches.
         """
         patches = ((image_size or self.image_size) // self.patch_size) ** 2
         if self.max_patches is not None and image_size is None:
@@ -176,14 +165,10 @@ class ViTConfig(Config):
             patches = max(1, round(patches * (1 - self.patch_dropout)))
         return patches + self.prefix_tokens
 
-    def check_space(self, embed_dim: int) -> None:
-        """Refuse a space that the tower cannot embed into."""
-        check_projection(self, embed_dim)
-
 
 @dataclass(frozen=True)
-class ResNetConfig(Config):
-    """OpenAI's ResNet with an attention pool, which is its projection too (arXiv:2103.00020).
+class ResNetConfig(VisionTower):
+    """OpenAI's ResNet with attention pooling, which also projects (arXiv:2103.00020).
 
     Args:
         image_size: Side of the square image, in pixels.
@@ -205,7 +190,7 @@ class ResNetConfig(Config):
     heads: int = 32
 
     def check(self):
-        check_image_size(self)
+        super().check()
         if not self.depths:
             raise ConfigError("ResNetConfig.depths is empty: give one for each stage")
         if self.pooled_width % self.heads:
@@ -228,29 +213,26 @@ class ResNetConfig(Config):
         return "ResNet tower"
 
     def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
-        """Tokens of the attention pool: the places of the last stage, and their mean."""
-        # The first convolution halves an odd side upwards, and all that follow downwards.
+        """Number of tokens of the attention pool: positions of the last stage, and their mean."""
+        # The first convolution rounds an odd side up, and later ones round down.
         halved = -(-(image_size or self.image_size) // 2)
         return (halved // (self.patch_size // 2)) ** 2 + 1
-
-    def check_space(self, embed_dim: int) -> None:
-        """Any space will do: the pool projects."""
 
 
 @dataclass(frozen=True)
 class FastViTStage(Config):
-    """A stage of FastViT: `depth` blocks of one width, each a mixer of places and an MLP.
+    """A stage of FastViT: `depth` blocks of one width, each a token mixer and an MLP.
 
     Args:
         depth: Number of blocks.
         width: Channels of the stage.
         mlp_dim: Width of the hidden layer of a block's MLP.
-        heads: Number of heads of the attention that mixes places. 0: a 3x3 convolution mixes
-            them.
+        heads: Number of attention heads of the token mixer. 0: a 3x3 convolution in place of
+            attention.
         norm: Normalise before the attention.
-        halve: Begin with a 7x7 convolution of stride 2.
+        halve: Start with a 7x7 convolution of stride 2.
         squeeze: Hidden channels of that convolution's squeeze-and-excitation. 0: it has none.
-        position: Give positions by a 7x7 convolution (arXiv:2102.10882).
+        position: Encode positions by a 7x7 convolution (arXiv:2102.10882).
 
     Example:
         >>> from vlm.config import FastViTStage
@@ -269,13 +251,13 @@ class FastViTStage(Config):
 
 
 @dataclass(frozen=True)
-class FastViTConfig(Config):
-    """FastViT, reparameterised, as MobileCLIP has it (Vasu et al., 2023, arXiv:2303.14189).
+class FastViTConfig(VisionTower):
+    """FastViT after reparameterisation, as in MobileCLIP (Vasu et al., 2023, arXiv:2303.14189).
 
     Args:
         stem_width: Channels of the stem.
-        stages: The stages, one after another.
-        width: Channels of the last convolution, whose mean over the image is projected.
+        stages: The stages in order.
+        width: Channels of the last convolution, which is mean-pooled and projected.
         squeeze: Hidden channels of squeeze-and-excitation after the last convolution.
         image_size: Side of the square image, in pixels.
         norm_eps: Epsilon of the layer norms.
@@ -288,7 +270,6 @@ class FastViTConfig(Config):
     """
 
     kind: ClassVar[str] = "fastvit"
-    attends: ClassVar[bool] = False
 
     stem_width: int
     stages: tuple[FastViTStage, ...]
@@ -315,26 +296,19 @@ class FastViTConfig(Config):
             raise ConfigError(
                 f"FastViTConfig.width {self.width} is not a multiple of the last stage's {inputs}"
             )
-        check_image_size(self)
+        super().check()
 
     @property
     def patch_size(self) -> int:
         return 4 * 2 ** sum(stage.halve for stage in self.stages)
 
-    @property
-    def one_size(self) -> None:
-        return None
-
     def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
-        """Places of the last convolution, of which the mean is taken."""
+        """Number of positions of the last convolution."""
         return (-(-(image_size or self.image_size) // self.patch_size)) ** 2
-
-    def check_space(self, embed_dim: int) -> None:
-        """Any space will do: a linear layer projects."""
 
 
 @dataclass(frozen=True)
-class ConvNeXtConfig(Config):
+class ConvNeXtConfig(VisionTower):
     """ConvNeXt (Liu et al., 2022, arXiv:2201.03545): stages of depthwise 7x7 convolutions.
 
     Args:
@@ -343,8 +317,8 @@ class ConvNeXtConfig(Config):
         widths: Channels of each stage.
         mlp_dims: Width of the hidden layer of the blocks in each stage.
         norm_eps: Epsilon of the layer norms.
-        projection: Layer from the normalised mean to the shared space. mlp: two layers, twice
-            embed_dim wide between them.
+        projection: Layer from the normalised mean to the shared space. mlp: two layers with
+            biases; the hidden width is 2 * embed_dim.
 
     Example:
         >>> from vlm.config import ConvNeXtConfig
@@ -353,7 +327,6 @@ class ConvNeXtConfig(Config):
     """
 
     kind: ClassVar[str] = "convnext"
-    attends: ClassVar[bool] = False
 
     image_size: int = 256
     depths: tuple[int, ...] = (3, 3, 27, 3)
@@ -369,7 +342,7 @@ class ConvNeXtConfig(Config):
                 f"ConvNeXtConfig has depths {self.depths}, widths {self.widths} and mlp_dims "
                 f"{self.mlp_dims}: give one of each for every stage"
             )
-        check_image_size(self)
+        super().check()
 
     @property
     def patch_size(self) -> int:
@@ -377,24 +350,16 @@ class ConvNeXtConfig(Config):
 
     @property
     def width(self) -> int:
-        """Channels of the last stage, which are pooled."""
+        """Channels of the last stage."""
         return self.widths[-1]
 
-    @property
-    def one_size(self) -> None:
-        return None
-
     def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
-        """Places of the last stage, of which the mean is taken."""
+        """Number of positions of the last stage."""
         return ((image_size or self.image_size) // self.patch_size) ** 2
-
-    def check_space(self, embed_dim: int) -> None:
-        """Refuse a space that the tower cannot embed into."""
-        check_projection(self, embed_dim)
 
 
 @dataclass(frozen=True)
-class ViTaminConfig(Config):
+class ViTaminConfig(VisionTower):
     """ViTamin (Chen et al., 2024, arXiv:2404.02132): two stages of convolutions, then a ViT.
 
     Args:
@@ -433,7 +398,7 @@ class ViTaminConfig(Config):
 
     def check(self):
         check_heads(self)
-        check_image_size(self)
+        super().check()
         if self.image_size % self.patch_size:
             raise ConfigError(
                 f"image_size {self.image_size} is no multiple of {self.patch_size}, to which "
@@ -449,25 +414,21 @@ class ViTaminConfig(Config):
         return "ViTamin tower"
 
     def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
-        """Tokens that the blocks see, of which the mean is taken."""
+        """Number of tokens in the blocks."""
         return ((image_size or self.image_size) // self.patch_size) ** 2
 
-    def check_space(self, embed_dim: int) -> None:
-        """Refuse a space that the tower cannot embed into."""
-        check_projection(self, embed_dim)
 
-
-# Every kind of vision tower. A new one is a class above or in a module of its own, its name here,
-# and its module in `vlm/models/` with one line in `vlm/models/towers.py`.
+# All kinds of vision towers. To add one: a class above or in its own module, its name here, its
+# module in `vlm/models/` and one line in `vlm/models/towers.py`.
 VisionTowerConfig = (
     ViTConfig | ResNetConfig | FastViTConfig | ConvNeXtConfig | ViTaminConfig | EfficientNetConfig
 )
 
 
 def from_older_form(values: dict) -> dict:
-    """The fields of a tower as they are now, from those of one class for all kinds.
+    """Convert the fields of older bundles and run folders, which had one class for all kinds.
 
-    Bundles and run folders of that time have `resnet` and `fastvit` beside the ViT's fields.
+    They have `resnet` and `fastvit` beside the ViT's fields.
     """
     values = dict(values)
     depths, fastvit = values.pop("resnet", ()), values.pop("fastvit", None)

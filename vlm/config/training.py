@@ -1,19 +1,18 @@
-"""One run of training: the update rule, the mesh, and the experiment that holds everything."""
+"""Configs of a training run: the optimizer, the mesh, and the whole experiment."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from vlm.config.adapters import AdapterConfig
 from vlm.config.base import Config
 from vlm.config.data import DataConfig
-from vlm.config.distillation import DistillConfig
 from vlm.config.evaluation import EvalConfig
+from vlm.config.fine_tuning import AdapterConfig, DistillConfig
 from vlm.config.inputs import PreprocessConfig, TokenizerConfig
 from vlm.config.model import ModelConfig
 from vlm.config.towers import VisionTowerConfig
 from vlm.errors import ConfigError
 
-# What a block keeps for its backward pass, the most memory first: see `Experiment.remat`.
+# Rematerialisation policies, from the most memory to the least: see `Experiment.remat`.
 RematPolicy = Literal["none", "dots", "dots_no_batch", "full"]
 
 T = TypeVar("T")
@@ -37,37 +36,35 @@ class OptimizerConfig(Config):
 
     Args:
         name: The update rule.
-        learning_rate: Learning rate at its peak. None: 1e-3; of a run that starts from a model,
-            one that fine-tuning survives, by width and batch (see vlm/config/defaults.py).
+        learning_rate: Peak learning rate. None: 1e-3; for a run that starts from a model, a
+            fine-tuning rate by width and batch size (see vlm/config/defaults.py).
         end_learning_rate: Learning rate at the end of the schedules cosine, rsqrt and wsd.
-        schedule: How the learning rate goes on after the warm-up. rsqrt: inverse square root of
+        schedule: Learning rate schedule after the warm-up. rsqrt: inverse square root of
             the step; wsd: constant, then decay.
-        warmup: Share of the run's steps in which the learning rate rises from 0. None: 0.05, and
-            0.1 where the run starts from a model.
-        cooldown: Share of the run's steps in which rsqrt and wsd decay to the end.
-        weight_decay: Strength of weight decay; norms, biases and the logits' scale and bias
-            have none, and the factors of low-rank adapters have it.
-        weight_decay_rule: What weight_decay is multiplied by. open_clip: a step takes
-            learning_rate * weight_decay of every matrix, as in PyTorch and optax; big_vision:
-            it takes weight_decay, times the schedule relative to its peak, of every kernel.
-        l2_sp: Strength of a pull of all weights towards those that the run starts from
-            (L2-SP, arXiv:1802.01483), in the units of weight_decay, which is then not used. 0:
-            none.
+        warmup: Fraction of the run in which the learning rate rises from 0. None: 0.05, or 0.1 for
+            a run that starts from a model.
+        cooldown: Fraction of the run in which rsqrt and wsd decay at the end.
+        weight_decay: Strength of weight decay. It applies to matrices, low-rank adapters included,
+            and not to norms, biases, and the scale and bias of the logits.
+        weight_decay_rule: Factor of weight_decay. open_clip: learning_rate, for every matrix, as in
+            PyTorch and optax; big_vision: the schedule relative to its peak, for every kernel.
+        l2_sp: Strength of decay of all weights towards their initial values (L2-SP,
+            arXiv:1802.01483), in the units of weight_decay, which it replaces. 0: none.
         b1: Decay of the average of gradients.
-        b2: Decay of the average of squared gradients; of Adafactor, the most that it grows to.
-        eps: Number that keeps divisions by small averages finite.
-        clip_norm: Largest norm of the whole gradient; a longer one is scaled down. None: no
+        b2: Decay of the average of squared gradients; for Adafactor, its maximum.
+        eps: Term that avoids division by zero.
+        clip_norm: Maximum global norm of the gradient; a larger one is scaled down. None: no
             limit.
-        layer_decay: Learning rate of a block relative to that of the block above it.
+        layer_decay: Learning rate of a block relative to the next one (layer-wise decay).
         vision_rate: Learning rate of the vision tower relative to learning_rate.
         text_rate: Learning rate of the text tower relative to learning_rate.
-        ema: Decay of the moving average of the parameters, which is what the run leaves. None:
-            no average.
-        max_scale: Factor of the cosines in the logits above which no step raises it; CLIP's is
-            100. One that starts above it, as SigLIP's does, may fall. None: no limit.
-        on_nonfinite: What happens at a loss or gradient that is not finite. stop: the run ends;
-            skip: the step changes nothing.
-        max_skipped_in_a_row: Of on_nonfinite skip: the run stops when this many steps in a row are
+        ema: Decay of the moving average (EMA) of the parameters, which is exported in place of the
+            raw parameters. None: no EMA.
+        max_scale: Maximum of the logit scale; CLIP's is 100. A scale that starts above it, as
+            SigLIP's, may only decrease. None: no limit.
+        on_nonfinite: Action at a loss or gradient that is not finite. stop: end the run; skip: skip
+            the update.
+        max_skipped_in_a_row: For on_nonfinite skip: stop the run when this many steps in a row are
             skipped.
 
     Example:
@@ -136,17 +133,15 @@ class OptimizerConfig(Config):
 
 @dataclass(frozen=True)
 class MeshConfig(Config):
-    """Sizes of the mesh axes; one of them may be -1 and takes what is left of the devices.
+    """Sizes of the mesh axes; one of them may be -1, for all remaining devices.
 
     Args:
-        data: Size of the axis that only the batch is cut over. -1: what the other axes leave of
-            the devices.
-        fsdp: Size of the axis that the batch and the parameters are cut over.
-        tensor: Size of the axis that attention heads and the hidden layers of MLPs are cut
-            over.
+        data: Size of the axis that shards the batch alone. -1: all remaining devices.
+        fsdp: Size of the axis that shards the batch and the parameters.
+        tensor: Size of the axis that shards attention heads and the hidden layers of MLPs.
 
     Example:
-        >>> vlm.MeshConfig(data=-1, fsdp=8)  # data takes what is left
+        >>> vlm.MeshConfig(data=-1, fsdp=8)  # data: all remaining devices
         MeshConfig(data=-1, fsdp=8, tensor=1)
     """
 
@@ -158,71 +153,69 @@ class MeshConfig(Config):
         sizes = (self.data, self.fsdp, self.tensor)
         if 0 in sizes or sizes.count(-1) > 1:
             raise ConfigError(
-                f"{self}: sizes are positive, and at most one is -1 and takes what is left"
+                f"{self}: sizes are positive, and at most one is -1, for all remaining devices"
             )
 
 
 @dataclass(frozen=True)
 class Experiment(Config):
-    """One run of `vlm train`, whole.
+    """Config of a run of `vlm train`.
 
     Args:
         name: Name of the run and of its model.
-        model: The towers, and the space that they share. None: those of init_from; without
-            one, a ViT-B/16 and a text tower beside it.
-        preprocess: How an image becomes pixels. None: as init_from has it.
-        tokenizer: How a text becomes tokens. None: as init_from has it.
-        tokenizer_file: The vocabulary: a tokenizer.json, or "clip" for OpenAI's, which comes
-            with vlm. None: one is learned from the data.
-        data: Where pairs come from.
-        evals: Data sets to measure on, beside the held-out split of `data`. All captions of
-            that split are embedded each time, so large data has eval_split None and something
-            here. With neither the run is not evaluated.
-        optimizer: The update rule, its schedule and its safeguards.
-        mesh: How the devices are laid out.
-        batch_size: Number of pairs in a step, over all devices and hosts.
-        micro_batch_size: Number of pairs that the towers take at a time, over all devices; the
-            loss is still that of the whole batch. None: the whole batch at once.
+        model: The two towers and their shared space. None: those of init_from; without
+            init_from, a ViT-B/16 with a text tower.
+        preprocess: Image preprocessing. None: that of init_from.
+        tokenizer: Tokenization of texts. None: that of init_from.
+        tokenizer_file: The vocabulary: a tokenizer.json, or "clip" for OpenAI's, which is part of
+            vlm. None: it is learned from the data.
+        data: Source of the training pairs.
+        evals: Data sets to evaluate on, besides the eval split of `data`. All captions of that
+            split are embedded each time: for large data, set eval_split to None and evals to
+            smaller data. With neither, the run is not evaluated.
+        optimizer: The optimizer, its schedule and its safeguards.
+        mesh: Mesh of the devices.
+        batch_size: Global batch size in pairs, over all devices and hosts.
+        micro_batch_size: Number of pairs that the towers process at a time, over all devices; the
+            loss is still exact for the global batch. None: the global batch at once.
         steps: Length of the run in steps. Give one of steps, epochs, examples and seconds.
         epochs: Length of the run in passes over the data. Give one of steps, epochs, examples
             and seconds.
         examples: Length of the run in pairs seen. Give one of steps, epochs, examples and
             seconds.
-        seconds: Length of the run in seconds of training, which become a number of steps at the
-            start. Give one of steps, epochs, examples and seconds.
-        dtype: Type that the towers compute in; parameters stay float32. auto: bfloat16, but
-            float32 on a CPU.
-        remat: What a block keeps for its backward pass, the most memory first. none:
-            everything; dots: what goes into and comes out of attention, and the MLP's hidden
-            layer; dots_no_batch: that without attention's result; full: its input alone.
-        scan: Compile the blocks as a loop over one of them. False: each for itself, which takes
-            longer to compile.
-        lock: A tower that is not trained (LiT).
-        objective: What is learned. contrastive: pairs of images and texts, by the model's loss;
-            flyp: the same with the classes of data.label in sentences (arXiv:2212.00638), where
-            images of one class are no negatives of each other; classification: the vision tower and
-            a head over these classes, which starts from their zero-shot text embeddings.
-        distill: A larger model to learn from, beside the pairs. None: the pairs alone.
-        init_from: A model to start from: whatever `vlm.load` takes. It takes square images, or
-            is NaFlex, as preprocess says. None: start at random.
-        init_towers: Which towers are taken from that model.
-        init_image_size: Side of the images in place of that model's, in pixels; its position
-            embeddings are resized. Of NaFlex: as many patches as such a square has.
-        init_context_length: Number of tokens of a text in place of that model's.
-        adapter: Low-rank adapters, which alone are trained; the run leaves them as a small bundle.
-            None: the model itself is trained.
+        seconds: Length of the run in seconds of training; converted to steps at the start. Give
+            one of steps, epochs, examples and seconds.
+        dtype: Computation type of the towers; parameters are float32. auto: bfloat16, but float32
+            on a CPU.
+        remat: Activations that a block saves for the backward pass. none: all; dots: inputs and
+            outputs of attention, and the MLP's hidden layer; dots_no_batch: the same without the
+            output of attention; full: only the block's input.
+        scan: Compile the blocks as a loop over one of them. False: compile each block, which takes
+            longer.
+        lock: A frozen tower (LiT).
+        objective: Training objective. contrastive: image-text pairs with the model's loss; flyp:
+            the same with the classes of data.label in templates (arXiv:2212.00638), where images of
+            one class are not negatives of each other; classification: the vision tower and a linear
+            head, initialised from the zero-shot text embeddings of the classes.
+        distill: Distillation from a teacher. None: no teacher.
+        init_from: A model to start from, as in `vlm.load`. Its input is square or NaFlex, as in
+            preprocess. None: random initialisation.
+        init_towers: Towers to take from that model.
+        init_image_size: Image size in pixels, in place of that model's; position embeddings are
+            resized. For NaFlex: the number of patches of such a square.
+        init_context_length: Number of tokens of a text, in place of that model's.
+        adapter: Train low-rank adapters alone; the run exports them as a small bundle. None: train
+            the model.
         resolution_schedule: Smaller images at the start, as pairs of a fraction of the run and a
             size in pixels; the rest of the run uses the full size. Square images only.
-        text_masking: Share of a text's places that are left out while training, padding first.
-        seed: Seed of everything that is random: parameters, order of the data, augmentation,
-            dropout.
+        text_masking: Fraction of a text's tokens that training drops, padding first.
+        seed: Seed of parameters, data order, augmentation and dropout.
         log_every: Number of steps between two rows of the log.
-        eval_every: Share of the run between two evaluations. None: at the end alone. 0: never.
-        checkpoint_every: Share of the run between two checkpoints.
-        checkpoint_minutes: Most minutes between two checkpoints. None: by checkpoint_every
-            alone.
-        keep_checkpoints: Number of checkpoints to keep, the newest ones.
-        keep_hours: Keep one checkpoint of every so many hours for good. None: the newest alone.
+        eval_every: Fraction of the run between two evaluations. None: only at the end. 0: never.
+        checkpoint_every: Fraction of the run between two checkpoints.
+        checkpoint_minutes: Maximum minutes between two checkpoints. None: checkpoint_every alone.
+        keep_checkpoints: Number of newest checkpoints to keep.
+        keep_hours: Also keep one checkpoint every so many hours. None: only the newest.
         profile: First and last step of a trace by jax.profiler. None: no trace.
         run_dir: Folder of the run, local or remote. None: runs/NAME-DATE.
 
@@ -396,13 +389,14 @@ class Experiment(Config):
             )
 
     def _check_budget(self, preprocess: PreprocessConfig, vision: VisionTowerConfig) -> None:
-        """Refuse a NaFlex model whose images are none, or that is trained as it cannot be."""
+        """Check that model, preprocessing and training all are NaFlex or none is."""
         budget = getattr(vision, "max_patches", None)
         if preprocess.resize != "naflex":
             if budget is not None:
                 raise ConfigError(
-                    f"model.vision.max_patches {budget} is of NaFlex, and preprocess.resize "
-                    f'{preprocess.resize!r} makes squares: set it to None, or resize to "naflex"'
+                    f"model.vision.max_patches {budget} is only valid with NaFlex, and "
+                    f"preprocess.resize is {preprocess.resize!r}: set max_patches to None, or "
+                    'resize to "naflex"'
                 )
             return
         for name, ours in (("max_patches", budget), ("patch_size", vision.patch_size)):
@@ -423,4 +417,4 @@ class Experiment(Config):
         names = [config.name for config in self.evals]
         for name in names:
             if names.count(name) > 1:
-                raise ConfigError(f"two of evals are called {name!r}: give each a name of its own")
+                raise ConfigError(f"two of evals are called {name!r}: give each its own name")
