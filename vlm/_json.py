@@ -1,4 +1,4 @@
-"""JSON as its standard has it, which knows no NaN and no infinity: these become null."""
+"""Standard JSON: NaN and infinity become null."""
 
 import json
 import math
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """The JSON of a value, with null for numbers that are not finite; `options` of json.dumps."""
+    """Convert a value to JSON, with null for numbers that are not finite."""
     return json.dumps(finite(value), allow_nan=False, **options)
 
 
 def finite(value: Any) -> Any:
-    """The value with None in place of every number in it that is not finite."""
+    """Replace every number in a value that is not finite by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

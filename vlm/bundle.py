@@ -1,8 +1,8 @@
-"""A model as a contract: towers, image preprocessing and tokenizer as one object.
+"""Model bundles: towers, image preprocessing and tokenizer as one object.
 
-A saved bundle is a folder: `bundle.json` (what the model is, and the rules for its inputs),
-`model.safetensors` (its parameters under our names) and `tokenizer.json` (its vocabulary). An
-adapter is saved alone, and opens with the model that it belongs to.
+A saved bundle is a folder: `bundle.json` (configs of the model and its inputs),
+`model.safetensors` (parameters under vlm's names) and `tokenizer.json` (the vocabulary). An adapter
+is saved without its base model, and loads together with it.
 """
 
 import collections
@@ -43,14 +43,14 @@ from vlm.weights.writing import TEXTS, SavedFormat, write_folder
 
 
 class Bundle(FactSheet):
-    """A model with everything it needs to take images and texts as they come.
+    """A model with its image preprocessing and tokenizer.
 
-    Compiles once per shape: batches are rounded up to a power of two, and texts of a causal tower
-    to a few lengths; the padding is invisible to the caller. A model whose parameters lie on a mesh
-    splits its batches over that mesh.
+    Compiles once per shape: batches are padded to a power of two, and texts of a causal tower to a
+    few lengths; results have no padding. A model with parameters on a mesh shards its batches over
+    that mesh.
 
     Raises:
-        ConfigError: the three parts contradict each other.
+        ConfigError: the three parts do not match.
 
     Example:
         >>> model.encode_image(pictures).shape, model.encode_text("a red square").shape
@@ -89,10 +89,10 @@ class Bundle(FactSheet):
         self.preprocess = preprocess
         self.tokenizer = tokenizer
         self.name = name
-        self.fingerprint = fingerprint  # of the parameters, known once saved or loaded
-        self.source = source  # what `load` was given
-        self.adapter = adapter  # None: the model has none
-        self.templates = tuple(templates)  # that it was trained with; empty: not known
+        self.fingerprint = fingerprint  # of the parameters; None until saved or loaded
+        self.source = source  # argument of `load`
+        self.adapter = adapter
+        self.templates = tuple(templates)  # of its training; empty: unknown
 
     @property
     def config(self) -> ModelConfig:
@@ -100,7 +100,7 @@ class Bundle(FactSheet):
 
     @property
     def loss(self) -> Literal["softmax", "sigmoid"]:
-        """The loss the model was trained with: the rule that turns its logits into scores."""
+        """The training loss, which determines how logits become scores."""
         return self.config.loss
 
     @property
@@ -109,12 +109,12 @@ class Bundle(FactSheet):
 
     @property
     def logit_scale(self) -> float:
-        """The factor of the cosine in the logits (the exponential is taken)."""
+        """The factor of the cosine in the logits (after the exponential)."""
         return self._affine[0]
 
     @property
     def logit_bias(self) -> float:
-        """What is added to the logits; 0 for a model without a bias."""
+        """The bias of the logits; 0 for a model without one."""
         return self._affine[1]
 
     @functools.cached_property
@@ -130,12 +130,12 @@ class Bundle(FactSheet):
         *,
         on_error: OnError | None = None,
     ) -> Float32[np.ndarray, "n d"]:
-        """Unit-norm embeddings of images: PIL images, paths, bytes or uint8 arrays.
+        """Encode images to unit-norm embeddings: PIL images, paths, bytes or uint8 arrays.
 
-        Any iterable is streamed: no more than two batches of pixels are held, and the next is
-        decoded on threads while one is computed. `batch_size` defaults to 32 on CPU, else 256.
-        `on_error` is told the position of each image that cannot be read, and why, in order; such
-        an image has no row. Without it the first one ends the call.
+        Any iterable is streamed: at most two batches of pixels are in memory, and the next one is
+        decoded on threads during computation. `batch_size` defaults to 32 on CPU, else 256.
+        `on_error` is called with the position and error of each unreadable image, in order; such
+        an image has no row. Without it, the first error is raised.
 
         Raises:
             DataError: an image is missing or unreadable; the message names it.
@@ -148,9 +148,9 @@ class Bundle(FactSheet):
     def encode_text(
         self, texts: str | Iterable[str], batch_size: int | None = None
     ) -> Float32[np.ndarray, "n d"]:
-        """Unit-norm embeddings of texts.
+        """Encode texts to unit-norm embeddings.
 
-        A text too long for the model loses its tail; `tokenizer.count_truncated` counts them.
+        Long texts are truncated; `tokenizer.count_truncated` counts them.
 
         Raises:
             DataError: a text is not a string.
@@ -163,20 +163,20 @@ class Bundle(FactSheet):
         return self._run(self._text_program, batches, size)
 
     def encode_pixels(self, rows: UInt8[np.ndarray, "n h w 3"] | Patches) -> Float32[Any, "n d"]:
-        """Unit-norm embeddings of one batch that `preprocess.collate` made, computed at once."""
+        """Encode one batch of `preprocess.collate` to unit-norm embeddings."""
         count = len(rows.mask if isinstance(rows, Patches) else rows)
         return self._run(self._image_program, [rows], 1 << (count - 1).bit_length())
 
     def encode_tokens(self, tokens: Int32[np.ndarray, "n l"]) -> Float32[Any, "n d"]:
-        """Unit-norm embeddings of one batch of rows of the tokenizer, computed at once."""
+        """Encode one batch of token rows to unit-norm embeddings."""
         return self._run(self._text_program, [tokens], 1 << (len(tokens) - 1).bit_length())
 
     def with_parameters(self, parameters: nnx.State, name: str | None = None) -> "Bundle":
-        """The same model with other parameters, by the programs that are compiled already.
+        """Copy the bundle with other parameters, and share its compiled programs.
 
         Args:
-            parameters: of the same structure, shapes and types, as `nnx.state(bundle.model)` has.
-            name: of the new bundle; this one's by default.
+            parameters: with the structure, shapes and types of `nnx.state(bundle.model)`.
+            name: of the new bundle; default: this one's.
         """
         graph, _ = self._split
         model = nnx.merge(graph, parameters)
@@ -187,10 +187,10 @@ class Bundle(FactSheet):
 
     @functools.cached_property
     def identity(self) -> str:
-        """The fingerprint of the checkpoint that this is, an adapter left out.
+        """The fingerprint of the checkpoint, without an adapter.
 
         Raises:
-            CheckpointError: the checkpoint is not where it was loaded from.
+            CheckpointError: the checkpoint has moved since it was loaded.
         """
         if self.adapter is not None:
             return self.adapter.base_fingerprint or ""  # an adapter in use has one
@@ -202,16 +202,14 @@ class Bundle(FactSheet):
         return fingerprint_of_arrays((name, to_host(x)) for name, x in flat_arrays(self.model))
 
     def merged(self) -> "Bundle":
-        """The same with its adapter inside its kernels; itself if it has none."""
+        """Merge the adapter into the kernels; returns the bundle itself if it has none."""
         if self.adapter is None:
             return self
         same = {"fingerprint": self.fingerprint, "source": self.source}
         return self._like(adapters.merged(self.model), **same)
 
     def with_adapter(self, adapter: adapters.Adapter, config: AdapterConfig) -> "Bundle":
-        """The same with an adapter in place of any that it has.
-
-        The kernels under it are kept as its config says.
+        """Copy the bundle with another adapter; the kernels are quantized as in its config.
 
         Raises:
             ConfigError: the adapter is for another model.
@@ -226,18 +224,18 @@ class Bundle(FactSheet):
         return self._like(model, adapter=AdapterOrigin(config, base, self.identity))
 
     def _like(self, model: DualEncoder, **changes: Any) -> "Bundle":
-        """Another model with all else as it is here."""
+        """Copy the bundle with another model."""
         same = {"name": self.name, "templates": self.templates}
         return Bundle(model, self.preprocess, self.tokenizer, **(same | changes))
 
     def save_adapter(self, folder: epath.PathLike) -> None:
-        """Write the adapter alone as a small folder, which `load` opens with the model under it.
+        """Write the adapter alone as a small folder, which `load` opens with its base model.
 
         In a run of several processes, all must call this; the first one writes.
 
         Raises:
-            ConfigError: there is no adapter, or the model under it was not loaded from anywhere.
-            CheckpointError: the folder holds something else or cannot be written.
+            ConfigError: there is no adapter, or its base model was not loaded from a checkpoint.
+            CheckpointError: the folder has other contents or cannot be written.
         """
         if self.adapter is None:
             raise ConfigError(f"{self.name} has no adapter: save it with Bundle.save")
@@ -251,14 +249,14 @@ class Bundle(FactSheet):
     def save(
         self, folder: epath.PathLike, format: SavedFormat = "vlm", *, compare_texts: int = TEXTS
     ) -> TokenCheck | None:
-        """Write the bundle as a folder, or over the bundle that is there; never half of it.
+        """Write the bundle as a folder, or atomically replace the bundle in it.
 
-        An adapter is merged. For transformers or open_clip the token ids of `compare_texts` texts
-        are compared; returns the result. All processes of a run must call this.
+        An adapter is merged. For transformers and open_clip, the token ids of `compare_texts` texts
+        are compared, and the result is returned. All processes of a run must call this.
 
         Raises:
-            CheckpointError: the folder holds something else or cannot be written, or the format has
-                no place for something that the model has.
+            CheckpointError: the folder has other contents or cannot be written, or the format does
+                not support the model.
         """
         self._check_tower(self.model.vision, "vision")
         self._check_tower(self.model.text, "text")
@@ -299,15 +297,15 @@ class Bundle(FactSheet):
         return self._program(lambda model, tokens: model.encode_text(tokens))
 
     def _program(self, encode):
-        """`encode` over the parameters and a batch, jitted; on a mesh the result is whole again."""
+        """Compile `encode` of parameters and a batch; on a mesh, its result is replicated."""
         graph, _ = self._split
-        whole = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
+        replicated = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
         return jax.jit(
-            lambda state, rows: encode(nnx.merge(graph, state), rows), out_shardings=whole
+            lambda state, rows: encode(nnx.merge(graph, state), rows), out_shardings=replicated
         )
 
     def _run(self, program, batches, size: int) -> Float32[np.ndarray, "n d"]:
-        """The rows of all batches; a batch is fetched while the next one is computed."""
+        """Run all batches; results of a batch are fetched while the next one is computed."""
         parts: list[Any] = [np.zeros((0, self.embed_dim), np.float32)]
         running: collections.deque = collections.deque()
 
@@ -326,13 +324,13 @@ class Bundle(FactSheet):
         return np.concatenate(parts)
 
     def _place(self, rows: np.ndarray | Patches, count: int, size: int):
-        """`rows` padded to a number that is compiled for, on the devices that compute them."""
+        """Pad `rows` to a compiled batch size, and place them on the devices."""
         padded = min(1 << (count - 1).bit_length(), size)
         sizes = {} if self._mesh is None else dict(self._mesh.shape)
         axes = tuple(name for name in sizes if name != "tensor")
         ways = math.prod(sizes[name] for name in axes)
         padded = -(-padded // ways) * ways
-        # Repeats of the last row: unlike zeros, they are something that the model may see.
+        # Padding repeats the last row, because zeros may be invalid inputs.
         if padded > count:
             spread = np.minimum(np.arange(padded), count - 1)
             rows = jax.tree.map(lambda x: x[spread], rows)
@@ -350,7 +348,7 @@ class Bundle(FactSheet):
         if batch_size is None:
             return 32 if jax.default_backend() == "cpu" else 256
         if batch_size < 1:
-            raise ConfigError(f"batch_size {batch_size} holds nothing: make it at least 1")
+            raise ConfigError(f"batch_size {batch_size} is too small: give at least 1")
         return batch_size
 
     def _facts(self) -> tuple[str, dict[str, str]]:
@@ -382,35 +380,32 @@ def load(
     decode: Literal["intended", "reference"] | None = None,
     base: epath.PathLike | None = None,
 ) -> Bundle:
-    """The bundle that `model` names: a bundle, a run folder with one, or a public checkpoint.
-
-    An adapter's folder opens with the model that it belongs to, which `base` finds where it has
-    moved.
+    """Load a model: a bundle, a run folder, an adapter, or a public checkpoint.
 
     A public checkpoint is a Hub id, a folder in the layout of transformers or open_clip, a
-    big_vision `.npz` or an OpenAI `.pt`.
+    big_vision `.npz` or an OpenAI `.pt`. An adapter is loaded with its base model.
 
     Args:
         image_size: another resolution, in pixels; position embeddings are resized.
-        context_length: another number of tokens in a text; position embeddings are cut, or as the
-            model's own code makes them: interpolated, or FG-CLIP 2's for long texts (65 to 196).
+        context_length: another number of tokens in a text; position embeddings are truncated or
+            interpolated as in the model's own code, or FG-CLIP 2's for long texts (65 to 196).
         dtype: of parameters and computation, "float32" or "bfloat16".
-        mesh: where the parameters lie, cut by the rules of `vlm.sharding`; each host reads the
-            checkpoint, a tensor at a time, and holds its own share. All hosts encode the same
+        mesh: shard the parameters over this mesh by the rules of `vlm.sharding`; each host reads
+            the checkpoint, a tensor at a time, and keeps its shard. All hosts must encode the same
             inputs, and all get the embeddings. None: the default device.
         revision: of a Hub model.
-        tower: "vision" or "text" reads that half alone; the other cannot encode then.
-        resize_backend: how images are resized, where the checkpoint's files say another way than
-            its authors used: "pillow"; "tensor", as torchvision does uint8 tensors and with it
-            transformers 5; "tensorflow", as big_vision does. None: as the files say.
-        decode: how image files become RGB, "intended" or "reference": see `PreprocessConfig`.
-        base: where the model of an adapter lies by now. None: where it was.
+        tower: "vision" or "text" loads one tower; the other one cannot encode.
+        resize_backend: implementation of the resize, if the checkpoint's files name another one
+            than its authors used: "pillow"; "tensor", as torchvision and transformers 5 for uint8
+            tensors; "tensorflow", as big_vision. None: that of the files.
+        decode: conversion of image files to RGB, "intended" or "reference": see `PreprocessConfig`.
+        base: path of an adapter's base model, if it has moved. None: the recorded path.
 
     Raises:
-        CheckpointError: nothing there, or something torn or of another architecture; or an
-            adapter of another model than `base`.
-        ConfigError: a size that the model cannot take.
-        ShardingError: a mesh with axes that no rule speaks of.
+        CheckpointError: the checkpoint is missing, corrupt or of another architecture; or an
+            adapter does not belong to `base`.
+        ConfigError: a size that the model does not support.
+        ShardingError: a mesh with unknown axes.
 
     Example:
         >>> model.save(folder / "my-bundle")
@@ -459,33 +454,33 @@ def load(
 def _load_adapted(
     saved: SavedAdapter, base: epath.PathLike | None, sizes: dict[str, int | None], **options: Any
 ) -> Bundle:
-    """An adapter with the model that it belongs to, at the size that it was trained at."""
+    """Load an adapter with its base model, at the size of its training."""
     place, pixels = saved.origin.base if base is None else base, saved.preprocess
     if place is None:
         raise CheckpointError(
-            f"the adapter {saved.where} does not say which model it belongs to: name it with base"
+            f"the adapter {saved.where} does not record its base model: give it with base"
         )
     if pixels is not None:
         trained = {"image_size": pixels.image_size, "context_length": saved.context_length}
         sizes = {name: sizes[name] or trained[name] for name in sizes}
     try:
-        below = load(place, **sizes, **options).merged()
+        model = load(place, **sizes, **options).merged()
     except CheckpointError as error:
         raise CheckpointError(
-            f"the model under the adapter {saved.where} does not open: {error} (name it with base "
-            "if it has moved)"
+            f"the base model of the adapter {saved.where} cannot be loaded: {error} (give its path "
+            "with base if it has moved)"
         ) from None
-    if pixels is not None and pixels.image_size == below.preprocess.config.image_size:
+    if pixels is not None and pixels.image_size == model.preprocess.config.image_size:
         pixels = with_options(pixels, options["resize_backend"], options["decode"])
-        below.preprocess = Preprocess(pixels)
-    return adapted(below, saved)
+        model.preprocess = Preprocess(pixels)
+    return adapted(model, saved)
 
 
 def adapted(bundle: Bundle, saved: SavedAdapter) -> Bundle:
-    """A bundle with an adapter that was saved.
+    """Attach a saved adapter to a bundle.
 
     Raises:
-        CheckpointError: the adapter is of another model.
+        CheckpointError: the adapter belongs to another model.
     """
     saved.check_base(bundle.identity, bundle.name)
     factors = saved.factors_for(bundle.model, bundle.tokenizer)
