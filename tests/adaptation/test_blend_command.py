@@ -48,7 +48,7 @@ def test_a_soup_of_three(photos, tmp_path, capsys):
     [
         (["RUN", "OUT"], "at least two models"),
         (["RUN", "RUN", "."], "'.' exists already"),
-        (["RUN", "RUN", "OUT", "--tasks", "folder:x"], "give each task a name"),
+        (["RUN", "RUN", "OUT", "--tasks", "folder:x"], "give each task its own name"),
         (["RUN", "RUN", "OUT", "--tasks", "in=vtab"], "is a suite of several tasks"),
         (["RUN", "RUN", "OUT", "--tasks", "in=nothing"], "there is no task or suite 'nothing'"),
         (["RUN", "RUN", "OUT", "--tasks", "in=folder:/nowhere"], "cannot be measured"),

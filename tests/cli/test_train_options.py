@@ -62,7 +62,7 @@ def test_a_config_without_a_model_takes_the_models(tmp_path):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--steps", "3"], "give a model to start from with --init-from"),
+        (["--steps", "3"], "or give a model with --init-from"),
         (["--init-from"], "--init-from needs a value"),
         (["--init-from", CLIP, "--init-image-size", "big"], "takes a number, not 'big'"),
         (["--init-from", "gone"], "there is no model 'gone'"),

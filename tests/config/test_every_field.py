@@ -73,7 +73,8 @@ def choices_of(hint: Any) -> tuple[str, ...]:
 
 
 def all_classes(cls: type = Config) -> list[type[Config]]:
-    return [c for sub in cls.__subclasses__() for c in (sub, *all_classes(sub))]
+    found = [c for sub in cls.__subclasses__() for c in (sub, *all_classes(sub))]
+    return [c for c in found if dataclasses.is_dataclass(c)]
 
 
 def fields_with_choices() -> dict[tuple[str, str], tuple[str, ...]]:

@@ -249,11 +249,11 @@ def test_what_cannot_be_trained_is_refused(changes, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"name": "a/b"}, "a name is a word of the log"),
+        ({"name": "a/b"}, "a name must be a word without a slash"),
         ({"templates": ("a photo",)}, "needs a {}"),
         ({"task": "retrieval", "captions": ()}, "captions is empty"),
         ({"examples": 0}, "examples is 0"),
-        ({"source": ""}, "evals 'eval' has no source: name the data to measure on"),
+        ({"source": ""}, "evals 'eval' has no source: give the data to evaluate on"),
         ({"captions": ("text",)}, 'has no effect: set task to "retrieval"'),
         ({"task": "retrieval", "class_names": "a.txt"}, 'has no effect: set task to "zero-shot"'),
     ],
