@@ -58,12 +58,13 @@ class Adaptation:
         about: description of model, data and options.
 
     Example:
+        >>> from PIL import ImageOps
         >>> names, data = ("red", "green", "blue"), vlm.DataInfo("colours")
-        >>> dark = [picture.point(lambda value: value // 2) for picture in pictures]
+        >>> dark = [ImageOps.posterize(picture, 1) for picture in pictures]
         >>> labelled = vlm.adaptation.Labelled(pictures + dark, np.arange(6) % 3, names, data)
         >>> made = vlm.adaptation.adapt(model, labelled, folder, budget=600, methods=["probe"])
-        >>> made["probe"].validation.n
-        3
+        >>> print(made["probe"].validation)
+        100.0% [29.2%, 100.0%] of 3
     """
 
     rows: tuple[Row, ...]
@@ -144,8 +145,9 @@ def adapt(
         DataError: no images to hold out.
 
     Example:
+        >>> from PIL import ImageOps
         >>> names, data = ("red", "green", "blue"), vlm.DataInfo("colours")
-        >>> dark = [picture.point(lambda value: value // 2) for picture in pictures]
+        >>> dark = [ImageOps.posterize(picture, 1) for picture in pictures]
         >>> labelled = vlm.adaptation.Labelled(pictures + dark, np.arange(6) % 3, names, data)
         >>> made = vlm.adaptation.adapt(model, labelled, folder, budget=600, methods=["probe"])
         >>> [row.method for row in made.rows]

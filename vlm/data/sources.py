@@ -257,6 +257,10 @@ def all_captions(config: DataConfig) -> list[str]:
     """List the unique captions of all splits, in order: the candidates of zero-shot evaluation.
 
     Only first captions are used. With a label, these are the captions of all classes.
+
+    Example:
+        >>> vlm.data.all_captions(experiment.data)[:2]
+        ['a red square', 'a red stripe']
     """
     if config.label:
         template = templates_of(config)[0]
@@ -385,5 +389,11 @@ def credits(config: DataConfig) -> str:
 
 
 def first_captions(source: Source, config: DataConfig) -> list[str]:
-    """List the first caption of each example, in order."""
+    """List the first caption of each example, in order.
+
+    Example:
+        >>> source = vlm.data.open_source(experiment.data, "test")
+        >>> vlm.data.first_captions(source, experiment.data)[0]
+        'a red square'
+    """
     return [captions_of(source[i], config)[0] for i in range(len(source))]

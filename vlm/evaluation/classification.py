@@ -88,6 +88,11 @@ def calibration_error(
 
     Raises:
         DataError: sizes that disagree, non-finite values.
+
+    Example:
+        >>> confidence, right = np.full(100, 0.8, np.float32), np.arange(100) < 80
+        >>> vlm.evaluation.calibration_error(confidence, right).value < 0.01
+        True
     """
     confidence, right, at = _binned(confidence, right, bins)
     counts = np.bincount(at, minlength=bins)
@@ -133,7 +138,12 @@ def _biased_margin(deviation: float, bias: float) -> float:
 def reliability(
     confidence: Float[np.ndarray, " n"], right: Bool[np.ndarray, " n"], bins: int = BINS
 ) -> list[tuple[float, float, int]]:
-    """Return mean confidence, accuracy and count of each bin that has images."""
+    """Return mean confidence, accuracy and count of each bin that has images.
+
+    Example:
+        >>> vlm.evaluation.reliability(np.full(4, 0.5, np.float32), np.arange(4) < 3)
+        [(0.5, 0.75, 4)]
+    """
     confidence, right, at = _binned(confidence, right, bins)
     return [
         (float(confidence[own].mean()), float(right[own].mean()), int(own.sum()))

@@ -79,7 +79,7 @@ def accuracy_by_shots(
         >>> random = np.random.default_rng(0)
         >>> target = np.arange(40) % 2
         >>> z = np.eye(8)[target] + random.normal(0, 0.1, (40, 8))
-        >>> z = np.float32(z / np.linalg.norm(z, axis=1, keepdims=True))
+        >>> z = (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32)
         >>> prior = 10 * np.eye(8, 2, dtype=np.float32)
         >>> curve = vlm.evaluation.accuracy_by_shots(z, target, prior, 10.0, ("mean",), (1, 2))
         >>> curve.points["mean"][2].value

@@ -70,6 +70,10 @@ def proportion(hits: int, n: int) -> Metric:
 
     Raises:
         DataError: no trials.
+
+    Example:
+        >>> print(vlm.evaluation.proportion(9, 10))
+        90.0% [55.5%, 99.7%] of 10
     """
     if n < 1:
         raise DataError(

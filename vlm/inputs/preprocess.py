@@ -28,7 +28,7 @@ class Preprocess:
     Example:
         >>> from vlm.inputs import Preprocess
         >>> prepare = Preprocess(vlm.PreprocessConfig(image_size=32, resize="squash"))
-        >>> prepare(pictures).shape, str(prepare.pixels(pictures[0]).dtype)
+        >>> np.shape(prepare(pictures)), str(prepare.pixels(pictures[0]).dtype)
         ((3, 32, 32, 3), 'uint8')
     """
 

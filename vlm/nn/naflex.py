@@ -13,9 +13,11 @@ class Patches(NamedTuple):
 
     Example:
         >>> from vlm.inputs import Preprocess
-        >>> sizes = {"image_size": 32, "patch_size": 8, "max_patches": 16}
-        >>> prepare = Preprocess(vlm.PreprocessConfig(resize="naflex", **sizes))
-        >>> prepare(pictures).mask.sum(axis=1).tolist()  # patches of each image
+        >>> config = vlm.PreprocessConfig(
+        ...     resize="naflex", image_size=32, patch_size=8, max_patches=16
+        ... )
+        >>> pixels, rows, columns, mask = Preprocess(config)(pictures)
+        >>> mask.sum(axis=1).tolist()  # patches of each image
         [16, 16, 16]
     """
 

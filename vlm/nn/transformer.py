@@ -48,8 +48,9 @@ class Block(nnx.Module):
     branch, before the sum ("branch", EVA-02-E).
 
     Example:
-        >>> vlm.nn.Block.__name__, model.model.vision.transformer.blocks.mlp.up.kernel.shape
-        ('Block', (1, 16, 16))
+        >>> blocks = model.model.text.transformer.blocks  # stacked: a leading axis of depth
+        >>> isinstance(blocks, vlm.nn.Block), blocks.mlp.up.kernel.shape
+        (True, (1, 16, 16))
     """
 
     def __init__(
