@@ -9,8 +9,7 @@ import vlm
 from vlm.adaptation.learned_prompt import learn_prompt, trained_parameters
 from vlm.bundle import Bundle, load
 from vlm.errors import CheckpointError, ConfigError
-from vlm.heads.prompt_rows import prompt_rows
-from vlm.heads.prompted import PromptedClassifier, shift
+from vlm.heads.prompted import PromptedClassifier, prompt_rows, shift
 from vlm.heads.saved import load_classifier
 from vlm.heads.zero_shot import ZeroShotClassifier
 

@@ -16,8 +16,7 @@ from vlm.adaptation.labelled import embed_labelled
 from vlm.bundle import Bundle
 from vlm.errors import ConfigError
 from vlm.heads.inputs import Images
-from vlm.heads.prompt_rows import PromptRows, prompt_rows
-from vlm.heads.prompted import NET, PromptedClassifier, shift
+from vlm.heads.prompted import NET, PromptedClassifier, PromptRows, prompt_rows, shift
 from vlm.heads.prompts import class_embeddings, label_prompts
 from vlm.heads.templates import choose_templates
 from vlm.models.dual_encoder import unit_norm

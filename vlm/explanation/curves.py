@@ -4,14 +4,10 @@ Pixels are deleted or inserted in order of their heat (Petsiuk et al., 2018, arX
 a faithful map, the score drops early under deletion and rises early under insertion.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageFilter
 
@@ -87,16 +83,9 @@ def _perturb(image: np.ndarray, heat: np.ndarray) -> list[np.ndarray]:
 
 
 def _encode(model: Bundle, images: list[np.ndarray], batch_size: int) -> Float[np.ndarray, "n d"]:
-    graph, state = nnx.split(model.model)
     parts = []
     for start in range(0, len(images), batch_size):
         rows = images[start : start + batch_size]
         full = rows + [rows[-1]] * (batch_size - len(rows))  # one compiled shape
-        batch = model.preprocess.normalize(model.preprocess.collate(full))
-        parts.append(np.asarray(_program(graph, state, batch))[: len(rows)])
+        parts.append(model.encode_pixels(model.preprocess.collate(full))[: len(rows)])
     return np.concatenate(parts)
-
-
-@functools.partial(jax.jit, static_argnames="graph")
-def _program(graph, state, images) -> jax.Array:
-    return nnx.merge(graph, state).encode_image(jax.tree.map(jnp.asarray, images))

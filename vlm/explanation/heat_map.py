@@ -1,12 +1,9 @@
 """Explanation of one image-text pair: relevance of image regions and of text tokens."""
 
-import functools
 import os
 from dataclasses import dataclass, field
 
-import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Float, UInt8
 from PIL import Image
 
@@ -201,16 +198,7 @@ def token_importance(
     for i in positions:
         rest, pad = np.delete(row, i), [config.pad_id]
         rows.append(np.concatenate([rest, pad] if config.pad_side == "right" else [pad, rest]))
-    size = 1 << len(positions).bit_length()  # a power of two: few shapes to compile
-    padded = rows + [row] * (size - len(rows))
-    graph, state = nnx.split(model.model)
-    z = _encode(graph, state, np.stack(padded).astype(np.int32))
-    cosines = np.asarray(z)[: len(rows)] @ z_image
+    cosines = model.encode_tokens(np.stack(rows).astype(np.int32)) @ z_image
     names = [model.tokenizer.decode([row[i : i + 1]])[0] for i in positions]
     drops = cosines[0] - cosines[1:]
     return tuple((name, float(drop)) for name, drop in zip(names, drops, strict=True))
-
-
-@functools.partial(jax.jit, static_argnames="graph")
-def _encode(graph, state, tokens) -> jax.Array:
-    return nnx.merge(graph, state).encode_text(tokens)

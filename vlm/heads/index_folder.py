@@ -153,11 +153,6 @@ def write_shard(
     return name
 
 
-def read_rows(folder: Path, name: str) -> np.ndarray:
-    """Memory-map the rows of a shard."""
-    return _mapped(folder / f"rows-{name}.npy")
-
-
 def write_removed(folder: Path, positions: np.ndarray) -> str | None:
     """Write the positions of removed rows and return the name of their file, if there are any."""
     if not len(positions):
@@ -241,13 +236,13 @@ def read_shards(folder: Path, meta: dict[str, Any]) -> Iterator[dict[str, Any]]:
         CheckpointError: files that are missing, corrupt, or inconsistent with their description.
     """
     if meta["version"] == 1:
-        rows = _mapped(folder / Path(meta["embeddings"]).name)
+        rows = mapped(folder / Path(meta["embeddings"]).name)
         _check(folder, meta, rows, meta.get("count"), len(meta["ids"]))
         yield {"name": None, "rows": rows, "ids": meta["ids"], "columns": {}, "codes": None}
         return
     for shard in meta["shards"]:
         name = Path(str(shard.get("name") if isinstance(shard, dict) else None)).name
-        rows = read_rows(folder, name)
+        rows = mapped(folder / f"rows-{name}.npy")
         items = _json(folder / f"items-{name}.json")
         usable = isinstance(items, dict) and isinstance(items.get("ids"), list)
         columns = items.get("columns", {}) if usable else None
@@ -259,8 +254,8 @@ def read_shards(folder: Path, meta: dict[str, Any]) -> Iterator[dict[str, Any]]:
         _check(folder, meta, rows, shard.get("count"), len(items["ids"]))
         codes = None
         if meta.get("coding"):
-            scale = _mapped(folder / f"scale-{name}.npy") if meta["coding"] == "int8" else None
-            codes = Codes(np.array(_mapped(folder / f"codes-{name}.npy")), scale)
+            scale = mapped(folder / f"scale-{name}.npy") if meta["coding"] == "int8" else None
+            codes = Codes(np.array(mapped(folder / f"codes-{name}.npy")), scale)
             if len(codes.values) != len(rows):
                 raise CheckpointError(f"{folder} is corrupt (numbers of codes and rows differ)")
         yield {"name": name, "rows": rows, "ids": items["ids"], "columns": columns, "codes": codes}
@@ -270,7 +265,7 @@ def read_removed(folder: Path, meta: dict[str, Any], count: int) -> np.ndarray:
     """Read the positions of removed rows, which must be below `count`."""
     if not meta.get("removed"):
         return np.zeros(0, np.int64)
-    removed = np.array(_mapped(folder / Path(meta["removed"]).name))
+    removed = np.array(mapped(folder / Path(meta["removed"]).name))
     if removed.ndim != 1 or removed.dtype != np.int64 or (removed >= count).any():
         raise CheckpointError(f"{folder} is corrupt ({meta['removed']} has invalid positions)")
     return removed
@@ -285,7 +280,8 @@ def _check(folder: Path, meta: dict[str, Any], rows: np.ndarray, count: Any, ids
         )
 
 
-def _mapped(file: Path) -> np.ndarray:
+def mapped(file: Path) -> np.ndarray:
+    """Memory-map an array."""
     try:
         return np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:

@@ -16,7 +16,7 @@ from vlm.inputs.opening import SUFFIXES, ImageLike, is_image
 Kind = Literal["image", "text", "embedding"]
 Images = ImageLike | Iterable[ImageLike]
 Item = ImageLike | Array  # a str is a text, a vector of floats an embedding
-Items = Item | Iterable[Item]
+Inputs = Item | Iterable[Item]
 
 
 def kind(item: Any, where: str) -> Kind:

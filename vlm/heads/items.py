@@ -254,7 +254,7 @@ class Items:
         }
         shape = (len(positions), self.embed_dim or 0)
         name = index_folder.write_shard(folder, pieces(), shape, self.dtype, items, codes)
-        return Block(index_folder.read_rows(folder, name), codes, name)
+        return Block(index_folder.mapped(folder / f"rows-{name}.npy"), codes, name)
 
     def _codes_at(self, positions: np.ndarray) -> Codes | None:
         if self.coding is None:

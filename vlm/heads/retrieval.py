@@ -19,8 +19,7 @@ from vlm.heads.codes import CANDIDATES, LEAST, Coding, candidates
 from vlm.heads.encoder import Encoder
 from vlm.heads.filters import Value, Where, checked_columns, matching
 from vlm.heads.hits import Hit, Hits, picture_of
-from vlm.heads.inputs import Item, Kind, kind, named_items, split
-from vlm.heads.inputs import Items as Many
+from vlm.heads.inputs import Inputs, Item, Kind, kind, named_items, split
 from vlm.heads.items import GivenId, Id, Items, Stored
 from vlm.heads.model_identity import check_identity, identity, mismatch
 from vlm.heads.prompts import normalise
@@ -31,7 +30,7 @@ from vlm.inputs.opening import OnError
 CHUNK = 8192  # texts or images encoded per block
 EMBEDDINGS = 1 << 17  # embeddings per block: search is fastest over large blocks
 QUERY_BLOCK = 256
-Queries = Query | Many | Iterable[Query | Item]
+Queries = Query | Inputs | Iterable[Query | Item]
 _log = logging.getLogger(__name__)
 
 
@@ -80,7 +79,7 @@ class RetrievalIndex:
 
     def add(
         self,
-        items: Many,
+        items: Inputs,
         ids: Iterable[GivenId] | None = None,
         batch_size: int | None = None,
         metadata: Mapping[str, Iterable[Value]] | None = None,
@@ -109,7 +108,7 @@ class RetrievalIndex:
 
     def update(
         self,
-        items: Many,
+        items: Inputs,
         ids: Iterable[GivenId] | None = None,
         batch_size: int | None = None,
         metadata: Mapping[str, Iterable[Value]] | None = None,
