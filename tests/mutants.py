@@ -331,9 +331,9 @@ def examine(tests: Tests, name: str, count: int, seed: int, until: float) -> tup
         end = tests.end(name, mutated, statement)
         tried, killed = tried + 1, killed + (end != "well")
         if end != "badly":
-            said = "survived" if end == "well" else "too slow"
+            output = "survived" if end == "well" else "too slow"
             where = "" if tests.of(name, statement)[0] or not statement else "  (no test runs it)"
-            print(f"{said}  vlm/{name}:{line}  {what}{where}", flush=True)
+            print(f"{output}  vlm/{name}:{line}  {what}{where}", flush=True)
     print(f"{name}: {killed} of {tried} killed", flush=True)
     return killed, tried
 

@@ -33,7 +33,7 @@ def data():
 
 @pytest.fixture
 def do(capsys):
-    """Run a command that must succeed, and return what it said on stdout."""
+    """Run a command that must succeed, and return its stdout."""
 
     def do(*args):
         code = main([str(arg) for arg in args])
@@ -109,10 +109,10 @@ def test_help_of_a_config_shows_its_own_values(do):
 def test_train_makes_a_run_with_the_fields_that_were_named(tmp_path):
     out = tmp_path / "made"
     options = ["--run-dir", out, "--steps", "2", "--optimizer.learning-rate", "3e-4"]
-    said = tiny.command(
+    message = tiny.command(
         "train", tiny.folder() / "shapes.py", *options, "--data.captions", "caption"
     )
-    assert said == f"{out}\n"
+    assert message == f"{out}\n"
     config = vlm.load_config(out / "config.json")
     assert config.optimizer.learning_rate == 3e-4
     assert config.steps == 2
@@ -158,10 +158,10 @@ def test_eval_of_a_bundle_on_named_data(do, run, data):
 
 def test_classify_says_what_the_head_says(do, run, data):
     labels = ["a red square", "a blue stripe"]
-    said = do("classify", run, data, "--labels", ", ".join(labels), "--json").splitlines()
+    message = do("classify", run, data, "--labels", ", ".join(labels), "--json").splitlines()
     paths = find_images([str(data)])
     top = vlm.ZeroShotClassifier(vlm.load(run), labels, ["{}"])(paths).top(5)
-    for line, path, best in zip(said, paths, top, strict=True):
+    for line, path, best in zip(message, paths, top, strict=True):
         row = json.loads(line)
         assert row["image"] == str(path)
         assert [(x["label"], x["score"]) for x in row["labels"]] == [
@@ -172,10 +172,10 @@ def test_classify_says_what_the_head_says(do, run, data):
 def test_classify_for_readers(do, run, data, tmp_path):
     image, names = data / "test-red-square.png", tmp_path / "names.txt"
     names.write_text("a red square\n\na cat, or a dog\n", encoding="utf-8")
-    said = do("classify", run, image, "--labels-file", names, "--top", "1").splitlines()
-    assert said[0] == str(image)
-    assert len(said) == 2
-    assert "%" in said[1]
+    message = do("classify", run, image, "--labels-file", names, "--top", "1").splitlines()
+    assert message[0] == str(image)
+    assert len(message) == 2
+    assert "%" in message[1]
     several = do("classify", run, image, "--labels-file", names, "--templates", "plain")
     assert "a cat, or a dog" in several
 
@@ -206,9 +206,9 @@ def test_search_of_an_index_and_of_a_folder(do, run, data, tmp_path):
         hits = do("search", where, image, "--k", "3", "--json", *options).splitlines()
         assert len(hits) == 3
         assert json.loads(hits[0]) == {"id": str(image), "score": pytest.approx(1, abs=1e-5)}
-        said = do("search", where, "a blue stripe", *options).splitlines()
-        assert len(said) == 5
-        assert all(str(data) in line for line in said)
+        message = do("search", where, "a blue stripe", *options).splitlines()
+        assert len(message) == 5
+        assert all(str(data) in line for line in message)
 
 
 def test_index_again_encodes_what_changed(do, run, data, tmp_path, capsys):
@@ -219,23 +219,23 @@ def test_index_again_encodes_what_changed(do, run, data, tmp_path, capsys):
         shutil.copy(data / name, photos / name)
     index = tmp_path / "index"
 
-    def said(*options):
+    def counts(*options):
         assert main(["index", run, str(photos), str(index), *options]) == 0
         return re.search(r"(\d+) images .*\((\d+) encoded, (\d+) removed", capsys.readouterr().err)
 
-    assert said().groups() == ("3", "3", "0")
-    assert said().groups() == ("3", "0", "0")
+    assert counts().groups() == ("3", "3", "0")
+    assert counts().groups() == ("3", "0", "0")
     (photos / names[0]).unlink()
     shutil.copy(data / "test-blue-square.png", photos / names[1])  # another picture, the same name
-    assert said().groups() == ("2", "1", "1")
+    assert counts().groups() == ("2", "1", "1")
     hits = do("search", index, photos / names[1], "--json").splitlines()
     assert json.loads(hits[0])["id"] == str(photos / names[1])
-    assert said("--coding", "int8").groups() == ("2", "2", "0")
-    assert said("--coding", "int8", "--rebuild").groups() == ("2", "2", "0")
+    assert counts("--coding", "int8").groups() == ("2", "2", "0")
+    assert counts("--coding", "int8", "--rebuild").groups() == ("2", "2", "0")
     about = json.loads((index / "index.json").read_text())
     about["facts"]["preprocess"] = "as it was before"
     (index / "index.json").write_text(json.dumps(about))
-    assert said("--coding", "int8").groups() == ("2", "2", "0")
+    assert counts("--coding", "int8").groups() == ("2", "2", "0")
 
 
 def test_an_index_that_another_process_saved_meanwhile(do, fail, run, data, tmp_path, monkeypatch):
@@ -252,8 +252,8 @@ def test_an_index_that_another_process_saved_meanwhile(do, fail, run, data, tmp_
         return encode(bundle, images, *args, **options)
 
     monkeypatch.setattr(vlm.Bundle, "encode_image", and_another_saves)
-    said = fail("index", run, data, index, code=1)
-    assert f"another process saved to {index} while this command ran: run it again" in said
+    message = fail("index", run, data, index, code=1)
+    assert f"another process saved to {index} while this command ran: run it again" in message
     assert vlm.RetrievalIndex.load(index, vlm.load(run)).ids[-1] == 7
     assert do("search", index, "7", "--like", "--k", "1")  # an integer id
 
@@ -355,8 +355,8 @@ def test_convert_gives_the_same_model(do, run, data, tmp_path):
 @pytest.mark.slow
 def test_bench_loss_prints_its_figures():
     sizes = ("--batch-size", 64, "--embed-dim", 8, "--rounds", 1, "--kinds", "sigmoid")
-    said = tiny.command("bench", "loss", *sizes, "--json")
-    figures = json.loads(said)
+    message = tiny.command("bench", "loss", *sizes, "--json")
+    figures = json.loads(message)
     assert figures["batch_size"] == 64
     assert {row["loss"] for row in figures["losses"]} == {"sigmoid"}
 
@@ -378,8 +378,8 @@ def test_images_are_found_in_order_and_once(tmp_path):
     assert found("b/2.PNG", "b", "b/*.jpg") == ["b/2.PNG", "b/1.jpg"]
     assert found("**/*.*") == ["a[1].webp", "b/1.jpg", "b/2.PNG"]
     assert found("a[1].webp", "odd.bin") == ["a[1].webp", "odd.bin"]  # named: taken as they are
-    for wrong, said in {".dot/x": "no image", "*.gif": "matches", "*.bin": "matches"}.items():
-        with pytest.raises(VlmError, match=said):
+    for wrong, message in {".dot/x": "no image", "*.gif": "matches", "*.bin": "matches"}.items():
+        with pytest.raises(VlmError, match=message):
             found(wrong)
 
 
@@ -436,12 +436,12 @@ FAILURES = {
     ("classify", "nowhere", "DATA", *RED): "'nowhere'",
     ("classify", "RUN", "nowhere.png", *RED): r"no image 'nowhere\.png'",
     ("classify", "RUN", "EMPTY", *RED): "holds no images",
-    ("classify", "RUN", "TORN", *RED): r"torn\.png",
+    ("classify", "RUN", "TRUNCATED", *RED): r"truncated\.png",
     ("classify", "RUN", "DATA", "--labels", "red,red"): "'red' is given twice",
     ("classify", "RUN", "DATA", "--labels-file", "nowhere.txt"): r"nowhere\.txt: no such file",
     ("classify", "RUN", "DATA", *RED, "--templates", "a photo"): "'a photo'",
-    ("embed", "RUN", "TORN", "NEW.npz"): r"torn\.png",
-    ("embed", "RUN", "IMAGE", "TORN/z.npz"): r"torn\.png.*[a-z]",
+    ("embed", "RUN", "TRUNCATED", "NEW.npz"): r"truncated\.png",
+    ("embed", "RUN", "IMAGE", "TRUNCATED/z.npz"): r"truncated\.png.*[a-z]",
     ("convert", "nowhere", "NEW"): "'nowhere'",
     ("search", "nowhere", "red"): "'nowhere'",
     ("search", "DATA", "nowhere.png", "--model", "RUN"): r"no image 'nowhere\.png'",
@@ -454,7 +454,7 @@ def places(run, data, tmp_path_factory):
     """What the names in capitals stand for."""
     folder = tmp_path_factory.mktemp("places")
     (folder / "empty").mkdir()
-    (folder / "torn.png").write_bytes((data / "test-red-square.png").read_bytes()[:50])
+    (folder / "truncated.png").write_bytes((data / "test-red-square.png").read_bytes()[:50])
     (folder / "broken.py").write_text("1 / 0\n")
     (folder / "none.py").write_text("x = 1\n")
     return {
@@ -463,33 +463,33 @@ def places(run, data, tmp_path_factory):
         "CONFIG": tiny.folder() / "shapes.py",
         "IMAGE": data / "test-red-square.png",
         "EMPTY": folder / "empty",
-        "TORN": folder / "torn.png",
+        "TRUNCATED": folder / "truncated.png",
         "BROKEN": folder / "broken.py",
         "NONE": folder / "none.py",
         "NEW": folder / "new",
         "NEW.npz": folder / "new.npz",
-        "TORN/z.npz": folder / "torn.png" / "z.npz",
+        "TRUNCATED/z.npz": folder / "truncated.png" / "z.npz",
     }
 
 
 @pytest.mark.parametrize("args", WRONG_USAGE, ids=" ".join)
 def test_wrong_usage_is_one_sentence(fail, places, args):
-    said = fail(*(places.get(arg, arg) for arg in args), code=2)
-    assert _matches(WRONG_USAGE[args], said)
+    message = fail(*(places.get(arg, arg) for arg in args), code=2)
+    assert _matches(WRONG_USAGE[args], message)
 
 
 @pytest.mark.parametrize("args", FAILURES, ids=" ".join)
 def test_a_failure_is_one_sentence(fail, places, args, tmp_path):
     places = places | {"NEW": tmp_path / "new"}
-    said = fail(*(places.get(arg, arg) for arg in args), code=1)
-    assert _matches(FAILURES[args], said)
+    message = fail(*(places.get(arg, arg) for arg in args), code=1)
+    assert _matches(FAILURES[args], message)
     assert not places["NEW.npz"].exists()
 
 
-def _matches(pattern, said):
+def _matches(pattern, message):
     import re
 
-    return re.search(pattern, said) or pytest.fail(f"{pattern!r} is not in {said!r}")
+    return re.search(pattern, message) or pytest.fail(f"{pattern!r} is not in {message!r}")
 
 
 def test_a_run_that_has_no_bundle_yet(fail, run, data, tmp_path):
@@ -502,8 +502,8 @@ def test_a_run_that_has_no_bundle_yet(fail, run, data, tmp_path):
 def test_wrong_usage_is_one_sentence_on_any_terminal(encoding):
     environment = os.environ | {"PYTHONIOENCODING": encoding}
     with shell("classify", "model", "--top", "few", env=environment) as process:
-        said = process.stderr.read()
-        assert said == "vlm: --top takes INT, not 'few': see vlm classify --help\n"
+        message = process.stderr.read()
+        assert message == "vlm: --top takes INT, not 'few': see vlm classify --help\n"
         assert process.wait() == 2
 
 

@@ -63,7 +63,7 @@ def test_example(name, namespace):
     text = inspect.getdoc(NAMES[name]) or ""
     test = doctest.DocTestParser().get_doctest(text, dict(namespace), name, None, 0)
     assert test.examples, f"{name} has no example in its docstring"
-    said = []
+    output = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL)
-    runner.run(test, out=said.append)
-    assert not runner.failures, "".join(said)
+    runner.run(test, out=output.append)
+    assert not runner.failures, "".join(output)

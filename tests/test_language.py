@@ -69,7 +69,9 @@ def test_a_subpackage_uses_plain_words(name):
             assert banned(path.read_text()) == [], path
 
 
-def test_configs_and_notebooks_and_pages_use_plain_words():
-    pages = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md"]
-    for path in [*pages, *(ROOT / "configs").glob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]:
+def test_configs_notebooks_pages_and_tests_use_plain_words():
+    paths = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md"]
+    paths += [*(ROOT / "configs").glob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]
+    paths += [path for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__)]
+    for path in paths:
         assert banned(path.read_text()) == [], path

@@ -88,8 +88,8 @@ def place(tmp_path_factory):
         (folder / name).symlink_to(ROOT / name)
     first = next(words for words in RUN_HERE if words[0] == "train")
     with contextlib.chdir(folder):
-        said = tiny.command(*first, *SHORTENED["train"], "--run-dir", folder / "run")
-    (folder / "RUN").symlink_to(said.strip(), target_is_directory=True)
+        output = tiny.command(*first, *SHORTENED["train"], "--run-dir", folder / "run")
+    (folder / "RUN").symlink_to(output.strip(), target_is_directory=True)
     rng = np.random.default_rng(0)
     (folder / "photos").mkdir()
     for name in ("cat.png", "dog.png", "photo.png", "photos/1.jpg", "photos/2.png"):

@@ -178,8 +178,8 @@ def test_the_command_leaves_a_folder_that_the_others_take(places, tmp_path, caps
             "--method", "probe", "tip", "--test", str(places["test"]),
             "--out-of-distribution", str(places["far"]), "--templates", "plain"]  # fmt: skip
     assert main(line) == 0
-    said = capsys.readouterr().out
-    assert "zero-shot" in said
+    message = capsys.readouterr().out
+    assert "zero-shot" in message
     results = json.loads((out / "results.json").read_text())
     rows = {row["method"]: row for row in results["methods"]}
     assert list(rows) == ["zero-shot", "probe", "tip"]
@@ -203,9 +203,9 @@ def test_the_command_leaves_a_folder_that_the_others_take(places, tmp_path, caps
     assert not re.search(r"https?://(?!www.w3.org)", page)
 
     assert main(["classify", str(out), str(places["test"]), "--top", "1", "--json"]) == 0
-    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(said) == 24
-    by_file = {row["image"]: row["labels"][0]["label"] for row in said}
+    message = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(message) == 24
+    by_file = {row["image"]: row["labels"][0]["label"] for row in message}
     for path, row in zip(test.images, named, strict=True):
         assert by_file[str(path)] == row[0][0]
 
@@ -237,7 +237,7 @@ def test_a_budget_too_small_is_one_sentence(model, places, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--budget", "soon"], "--budget 'soon' is not a duration"),
         (["--budget", "0m"], "--budget '0m' is not a duration"),
@@ -247,12 +247,12 @@ def test_a_budget_too_small_is_one_sentence(model, places, tmp_path, capsys):
         (["--out", "/tmp"], "exists already"),
     ],
 )
-def test_bad_options(places, tmp_path, monkeypatch, capsys, options, said):
+def test_bad_options(places, tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
     assert main(["adapt", str(tiny.run()), str(places["train"]), *options]) != 0
     complaint = capsys.readouterr().err.strip().splitlines()
     assert len(complaint) == 1
-    assert said in complaint[0]
+    assert message in complaint[0]
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def test_a_soup_of_three(photos, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["RUN", "OUT"], "at least two models"),
         (["RUN", "RUN", "."], "'.' exists already"),
@@ -56,10 +56,10 @@ def test_a_soup_of_three(photos, tmp_path, capsys):
         (["RUN", "RUN", "OUT", "--alpha", "2"], "alpha is 2.0"),
     ],
 )
-def test_bad_input(args, said, tmp_path, monkeypatch, capsys):
+def test_bad_input(args, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["blend", *(str(tiny.run()) if a == "RUN" else a for a in args)]) != 0
     complaint = capsys.readouterr().err.strip().splitlines()
     assert len(complaint) == 1
-    assert said in complaint[0]
+    assert message in complaint[0]
     assert not (tmp_path / "OUT").exists()

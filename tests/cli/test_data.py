@@ -60,10 +60,10 @@ def test_prepared_data_reads_back(photos, tmp_path, capsys, form):
     line = ["data", "prepare", str(photos), str(out), "--format", form, "--examples", "4"]
     line += ["--deduplicate", "--min-side", "20", "--short-side", "32"]
     assert main(line) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("9 examples in 3 shards")
+    output = capsys.readouterr().out
+    assert output.startswith("9 examples in 3 shards")
     for kind in ("1 broken image", "1 duplicate", "1 too small"):
-        assert kind in said
+        assert kind in output
     suffix = "tar" if form == "tar" else "array_record"
     source = open_source(DataConfig(str(out / f"train-*.{suffix}"), eval_split=None), "train")
     assert len(source) == 9
@@ -77,7 +77,7 @@ def test_prepared_data_reads_back(photos, tmp_path, capsys, form):
         shard = (out / line_of["file"]).read_bytes()
         assert hashlib.sha256(shard).hexdigest() == line_of["sha256"]
     assert main(line) == 0  # nothing is left to do
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == output
     assert main([*line, "--quality", "50"]) == 1
     assert "prepared with other settings" in capsys.readouterr().err
 
@@ -142,8 +142,8 @@ def test_an_index_beside_the_shards_is_found_and_small(photos, tmp_path, capsys)
     capsys.readouterr()
     pattern = str(shards / "train-*.tar")
     assert main(["data", "index", pattern]) == 0
-    said = capsys.readouterr().out
-    assert ": 11 examples in 4 shards" in said
+    output = capsys.readouterr().out
+    assert ": 11 examples in 4 shards" in output
     (path,) = shards.glob("*.vlm-index")
     with open(path, "rb") as f:
         header = int.from_bytes(f.read(8), "little")

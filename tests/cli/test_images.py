@@ -51,9 +51,9 @@ def fails(capsys):
     return fails
 
 
-def names_of(said, folder):
+def names_of(output, folder):
     """The broken files that the sentences name, and the last sentence, which counts them."""
-    skipped, *each, last = said
+    skipped, *each, last = output
     assert f"skipped 1 file in {folder} that are no images: 1 of .txt" in skipped
     assert len(each) == len(BROKEN)
     for name in BROKEN:
@@ -62,8 +62,8 @@ def names_of(said, folder):
 
 
 def test_classify_goes_on(fails, run, photos):
-    out, said = fails("classify", run, photos, "--labels", "red,blue", "--json")
-    names_of(said, photos)
+    out, output = fails("classify", run, photos, "--labels", "red,blue", "--json")
+    names_of(output, photos)
     assert [json.loads(line)["image"] for line in out.splitlines()] == [
         str(photos / name) for name in sorted(GOOD)
     ]
@@ -76,8 +76,8 @@ def test_classify_goes_on(fails, run, photos):
 
 
 def test_embed_goes_on(fails, run, photos, tmp_path):
-    _, said = fails("embed", run, photos, tmp_path / "z.npz", "--batch-size", 2)
-    names_of(said, photos)
+    _, output = fails("embed", run, photos, tmp_path / "z.npz", "--batch-size", 2)
+    names_of(output, photos)
     with np.load(tmp_path / "z.npz") as file:
         assert file["ids"].tolist() == [str(photos / name) for name in sorted(GOOD)]
         z = vlm.load(run).encode_image([photos / name for name in sorted(GOOD)])
@@ -85,21 +85,21 @@ def test_embed_goes_on(fails, run, photos, tmp_path):
 
 
 def test_index_and_search_go_on(fails, run, photos, tmp_path, capsys):
-    _, said = fails("index", run, photos, tmp_path / "index")
-    names_of(said, photos)
+    _, output = fails("index", run, photos, tmp_path / "index")
+    names_of(output, photos)
     assert main(["search", str(tmp_path / "index"), str(photos / "a.png"), "--json"]) == 0
     hits = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {os.path.basename(hit["id"]) for hit in hits} == set(GOOD)
-    out, said = fails("search", photos, photos / "a.png", "--model", run, "--json")
-    names_of(said, photos)
+    out, output = fails("search", photos, photos / "a.png", "--model", run, "--json")
+    names_of(output, photos)
     assert {json.loads(line)["id"] for line in out.splitlines()} == {hit["id"] for hit in hits}
 
 
 def test_nothing_that_can_be_read_writes_nothing(fails, run, photos, tmp_path):
     broken = [photos / name for name in ("empty.png", "half.png", "page.jpg")]
     for command, out in (("embed", tmp_path / "z.npz"), ("index", tmp_path / "index")):
-        _, said = fails(command, run, *broken, out)
-        assert "3 of 3 images could not be read" in said[-1]
+        _, output = fails(command, run, *broken, out)
+        assert "3 of 3 images could not be read" in output[-1]
         assert not out.exists()
 
 
@@ -109,18 +109,18 @@ def test_one_alone_is_one_sentence(fails, run, photos):
         "half.png": "cannot be decoded",
         "page.jpg": "is a web page, not an image",
     }.items():
-        _, (said,) = fails("classify", run, photos / name, "--labels", "red,blue")
-        assert name in said
-        assert why in said
+        _, (output,) = fails("classify", run, photos / name, "--labels", "red,blue")
+        assert name in output
+        assert why in output
 
 
 def test_addresses_of_the_web_are_no_images(fails, run):
     url = "https://example.org/cat.jpg"
-    _, (said,) = fails("classify", run, url, "--labels", "red,blue")
-    assert f"{url} is a web address" in said
-    assert "download it first" in said
-    _, (*_, said) = fails("classify", url, tiny.folder() / "data", "--labels", "red,blue")
-    assert f"{url} is a web address" in said
+    _, (output,) = fails("classify", run, url, "--labels", "red,blue")
+    assert f"{url} is a web address" in output
+    assert "download it first" in output
+    _, (*_, output) = fails("classify", url, tiny.folder() / "data", "--labels", "red,blue")
+    assert f"{url} is a web address" in output
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])

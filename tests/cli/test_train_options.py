@@ -60,7 +60,7 @@ def test_a_config_without_a_model_takes_the_models(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["--steps", "3"], "or give a model with --init-from"),
         (["--init-from"], "--init-from needs a value"),
@@ -69,6 +69,6 @@ def test_a_config_without_a_model_takes_the_models(tmp_path):
         (["--init-from", CLIP, "--init-towers", "all"], "init_towers is 'all': choose one of"),
     ],
 )
-def test_a_start_that_cannot_be_is_one_sentence(args, said):
-    with pytest.raises(VlmError, match=said):
+def test_a_start_that_cannot_be_is_one_sentence(args, message):
+    with pytest.raises(VlmError, match=message):
         experiment_of(args)

@@ -76,7 +76,7 @@ class Hosts:
         return any(p.poll() is None for p in self.processes)
 
     def wait(self) -> list[str]:
-        """What each host said, once all are over."""
+        """Output of each host, after all have ended."""
         end = time.monotonic() + LIMIT
         try:
             for process in self.processes:
@@ -87,10 +87,10 @@ class Hosts:
 
     def finish(self) -> list[str]:
         """`wait`, and all of them ended well."""
-        said = self.wait()
+        output = self.wait()
         codes = [p.returncode for p in self.processes]
-        assert codes == [0] * len(codes), f"exit codes {codes}:\n" + "\n".join(said)
-        return said
+        assert codes == [0] * len(codes), f"exit codes {codes}:\n" + "\n".join(output)
+        return output
 
 
 def environment(folder: Path, bucket: dict[str, str]) -> dict[str, str]:
@@ -109,7 +109,7 @@ def environment(folder: Path, bucket: dict[str, str]) -> dict[str, str]:
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "VLM_CACHE": str(folder / "cache"),
-            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0",  # spares a start anew
+            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0",  # avoids a restart
             "COLUMNS": "200",
             "VLM_STALL_WARNING": "5",
             # The layout of a bucket is asked for over gRPC, which the storage server does not know.

@@ -112,7 +112,7 @@ def whole_checkpoints(run: Path) -> list[int]:
     return sorted(int(p.parent.name) for p in (run / "checkpoints").glob("*/commit_success.txt"))
 
 
-def torn_checkpoints(run: Path) -> list[int]:
+def partial_checkpoints(run: Path) -> list[int]:
     """The steps of those that were begun."""
     begun = {int(p.relative_to(run / "checkpoints").parts[0])
              for p in (run / "checkpoints").rglob("*") if p.is_file()}  # fmt: skip

@@ -20,14 +20,14 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from bucket import Bucket  # noqa: E402
 from hosts import Hosts  # noqa: E402
-from pod import Pod, losses, torn_checkpoints, weights, whole_checkpoints  # noqa: E402
+from pod import Pod, losses, partial_checkpoints, weights, whole_checkpoints  # noqa: E402
 
 STARTS = 2  # that a fault ends, or meets
 FAULTS = ("leave", "kill all", "kill one", "leave in a checkpoint", "kill in a checkpoint")
 
 
 def start_with_fault(pod: Pod, run: str, count: int, dice: random.Random) -> tuple[str, list[str]]:
-    """(the fault, what the hosts said)."""
+    """(the fault, output of the hosts)."""
     newest = max(whole_checkpoints(pod.run(run)), default=0)
     ahead = [step for step in (12, 24, 36, 48) if step > newest]
     fault = dice.choice(FAULTS if ahead else FAULTS[:3])
@@ -53,9 +53,9 @@ def start_with_fault(pod: Pod, run: str, count: int, dice: random.Random) -> tup
     return f"{fault} after {after:.1f} s", hosts.wait()
 
 
-def sentence(said: list[str]) -> str:
+def sentence(message: list[str]) -> str:
     """The last thing that the first host says, if it is one sentence of ours."""
-    lines = [line for line in said[0].splitlines() if line.startswith("vlm: ")]
+    lines = [line for line in message[0].splitlines() if line.startswith("vlm: ")]
     unexpected = not lines or "did not expect" in lines[-1]
     return "" if unexpected else lines[-1]
 
@@ -69,7 +69,7 @@ def play(pod: Pod, run: str, whole: dict[int, Path], dice: random.Random) -> tup
         faults.append(start_with_fault(pod, run, count, dice)[0])
     pod.bucket.rate = dice.choice([0.0, 0.01])
     last = Hosts(pod.go(run), pod.folder / run, pod.env, count=count)
-    said = last.wait()
+    message = last.wait()
     pod.bucket.rate = 0.0
     how = f"{count} hosts: {', '.join(faults)}"
     if all(p.returncode == 0 for p in last.processes):
@@ -77,12 +77,15 @@ def play(pod: Pod, run: str, whole: dict[int, Path], dice: random.Random) -> tup
         logged = losses(pod.run(run)) == losses(whole[count])
         ends = "ended as the run left alone"
         if not (same and logged):
-            torn = torn_checkpoints(pod.run(run))
-            ends = f"ENDED OTHERWISE (weights {same}, log {logged}, torn {torn})"
+            partial = partial_checkpoints(pod.run(run))
+            ends = f"ENDED OTHERWISE (weights {same}, log {logged}, partial {partial})"
         return same and logged, f"{how}: {ends}"
-    told, kept = sentence(said), whole_checkpoints(pod.run(run))
+    told, kept = sentence(message), whole_checkpoints(pod.run(run))
     won = bool(told and kept)
-    return won, f"{how}: {'stopped' if won else 'STOPPED'} with checkpoints {kept}: {told or said}"
+    return (
+        won,
+        f"{how}: {'stopped' if won else 'STOPPED'} with checkpoints {kept}: {told or message}",
+    )
 
 
 def main(rounds: int, seed: int, counts: list[int]) -> None:

@@ -15,17 +15,17 @@ def refused(pod, run: str, *options: str) -> str:
     """What `vlm train` says of a run folder that it refuses."""
     line = [sys.executable, "-m", "vlm", "train", pod.folder / "pod.py", "--run-dir", run]
     hosts = Hosts([*line, *options], pod.folder / "refused", pod.env)
-    said = hosts.wait()[0]
-    assert hosts.processes[0].returncode == 1, said
-    assert "first step after" not in said
-    assert "Traceback" not in said[said.rindex("vlm: ") :]
-    return said[said.rindex("vlm: ") :]
+    output = hosts.wait()[0]
+    assert hosts.processes[0].returncode == 1, output
+    assert "first step after" not in output
+    assert "Traceback" not in output[output.rindex("vlm: ") :]
+    return output[output.rindex("vlm: ") :]
 
 
 def test_a_bucket_that_does_not_exist(pod):
-    said = refused(pod, "gs://no-such-bucket/runs/a")
-    assert "the run folder gs://no-such-bucket/runs/a cannot be written" in said
-    assert "there is no such bucket" in said
+    output = refused(pod, "gs://no-such-bucket/runs/a")
+    assert "the run folder gs://no-such-bucket/runs/a cannot be written" in output
+    assert "there is no such bucket" in output
 
 
 @pytest.mark.parametrize(
@@ -41,9 +41,9 @@ def test_a_bucket_that_may_not_be_written(pod, code, part, says):
     name = part.split("%2F")[0]
     where = f"upload/storage/v1/b/bucket/o?uploadType=media&name=runs%2F{part}"
     pod.bucket.fail(code, part if "seen" not in part else where, 40)
-    said = refused(pod, f"gs://bucket/runs/{name}")
+    output = refused(pod, f"gs://bucket/runs/{name}")
     pod.bucket.faults.clear()
-    assert says in said
+    assert says in output
 
 
 # A host with a disk of its own where the other one has the run, and a host with another command.
@@ -73,9 +73,9 @@ def test_hosts_that_share_no_folder_or_differ(pod, tmp_path, what, run, says):
     (tmp_path / "start.py").write_text(ODD_HOST)
     train = f"{sys.executable} start.py {what} {pod.folder / 'pod.py'} --run-dir {run}"
     line = ["sh", "-c", f"cd {tmp_path} && exec {train}"]
-    for said in Hosts(line, pod.folder / "refused", pod.env, count=2).wait():
-        assert says in said
-        assert "first step after" not in said
+    for output in Hosts(line, pod.folder / "refused", pod.env, count=2).wait():
+        assert says in output
+        assert "first step after" not in output
 
 
 def test_a_passing_error_does_not_cost_the_newest_checkpoint(pod):
@@ -92,11 +92,13 @@ def test_a_passing_error_does_not_cost_the_newest_checkpoint(pod):
 
     bucket.fail("403", f"passing%2Fcheckpoints%2F{newest}%2Fstate", 10_000)
     hosts = Hosts(pod.go("passing"), pod.folder / "passing", pod.env)
-    said = hosts.wait()[0]
+    output = hosts.wait()[0]
     bucket.faults.clear()
     assert hosts.processes[0].returncode == 1
-    assert f"checkpoint {newest} of gs://bucket/runs/passing/checkpoints could not be read" in said
-    assert "may not be corrupt: nothing was changed" in said
+    assert (
+        f"checkpoint {newest} of gs://bucket/runs/passing/checkpoints could not be read" in output
+    )
+    assert "may not be corrupt: nothing was changed" in output
     assert whole_checkpoints(run) == before
 
     bucket.fail("403", f"passing%2Fcheckpoints%2F{newest}%2Fstate", 2)

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 from hosts import LIMIT, Hosts
-from pod import STEPS, losses, rows, torn_checkpoints, weights, whole_checkpoints
+from pod import STEPS, losses, partial_checkpoints, rows, weights, whole_checkpoints
 from safetensors.numpy import load as load_safetensors
 
 pytestmark = pytest.mark.slow
@@ -38,10 +38,10 @@ def disturbed(pod, whole):
         wait_for(reached, first)
         first.signal(signal.SIGTERM)
         time.sleep(1)
-    said = first.finish()
-    assert "stopped at step" in said[0]
+    output = first.finish()
+    assert "stopped at step" in output[0]
     newest = whole_checkpoints(run)[-1]
-    assert f"stopped at step {newest};" in said[0]
+    assert f"stopped at step {newest};" in output[0]
 
     # A host is killed in the middle of a checkpoint, while reading it breaks off now and then.
     bucket.fail("reset", f"disturbed%2Fcheckpoints%2F{newest}%2Fstate", 2)
@@ -49,11 +49,13 @@ def disturbed(pod, whole):
     with bucket.hold("disturbed%2Fcheckpoints%2F48") as reached:
         wait_for(reached, second)
         second.signal(signal.SIGKILL, 1)
-        said = second.wait()
-    assert "process 1 of 2" in said[0]
-    assert "died" in said[0]
-    assert "vlm train --resume" in said[0]
-    assert "the run has been w" in said[0]  # waiting, or writing a checkpoint, with the other gone
+        output = second.wait()
+    assert "process 1 of 2" in output[0]
+    assert "died" in output[0]
+    assert "vlm train --resume" in output[0]
+    assert (
+        "the run has been w" in output[0]
+    )  # waiting, or writing a checkpoint, with the other gone
     shutil.copytree(run, pod.run("killed"))
 
     third = Hosts(pod.go("disturbed"), folder, pod.env, count=2).finish()
@@ -84,7 +86,7 @@ def test_the_history_and_the_log_tell_what_happened(pod, disturbed):
     assert any("start/compiling" in row for row in rows(disturbed))
     assert list((disturbed / "tensorboard").iterdir())
     assert len(whole_checkpoints(disturbed)) == 2
-    assert not torn_checkpoints(disturbed)  # nothing half is left behind
+    assert not partial_checkpoints(disturbed)  # nothing half is left behind
 
 
 def test_it_goes_on_over_another_number_of_hosts_and_another_mesh(pod, whole, disturbed):
@@ -92,13 +94,13 @@ def test_it_goes_on_over_another_number_of_hosts_and_another_mesh(pod, whole, di
     run = pod.run("killed")
     line = [sys.executable, "-m", "vlm", "train", "--resume", "gs://bucket/runs/killed"]
     options = ["--mesh.fsdp", "2", "--checkpoint-minutes", "5"]
-    said = Hosts([*line, *options], pod.folder / "killed", pod.env, count=4).finish()[0]
-    assert any("text/embedding" in line and "fsdp" in line for line in said.splitlines())
+    output = Hosts([*line, *options], pod.folder / "killed", pod.env, count=4).finish()[0]
+    assert any("text/embedding" in line and "fsdp" in line for line in output.splitlines())
     ours, theirs = (load_safetensors(weights(run)) for run in (run, whole))
     for name in theirs:
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4, err_msg=name)
     assert [step for step, _ in losses(run)] == list(range(1, STEPS + 1))
-    assert not torn_checkpoints(run)
+    assert not partial_checkpoints(run)
     last = json.loads((run / "history.jsonl").read_text().splitlines()[-1])
     assert last["processes"] == 4
     assert last["changes"] == {"checkpoint_minutes": [15.0, 5.0], "mesh.fsdp": [1, 2]}

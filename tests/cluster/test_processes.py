@@ -67,10 +67,10 @@ def test_those_who_come_do_not_wait_for_ever():
         for process in range(2)
     ]
     for process in waiting:
-        _, said = process.communicate(timeout=120)
+        _, message = process.communicate(timeout=120)
         assert process.returncode == 1
-        assert f"did not meet at {address} in 4 s (VLM_RENDEZVOUS_TIMEOUT): start all 3" in said
-        assert "stack trace" not in said
+        assert f"did not meet at {address} in 4 s (VLM_RENDEZVOUS_TIMEOUT): start all 3" in message
+        assert "stack trace" not in message
 
 
 PAIR = """
@@ -114,23 +114,23 @@ def pair(act: str) -> list[list[str]]:
         subprocess.Popen([*line, number], stderr=subprocess.PIPE, text=True, env=env)
         for number in ("0", "1")
     ]
-    said = [process.communicate()[1].splitlines() for process in both]
-    assert [process.returncode for process in both] == [1, 1], said
-    return [[line for line in lines if line.startswith("vlm: ")] for lines in said]
+    message = [process.communicate()[1].splitlines() for process in both]
+    assert [process.returncode for process in both] == [1, 1], message
+    return [[line for line in lines if line.startswith("vlm: ")] for lines in message]
 
 
 @pytest.mark.slow
 def test_what_all_fail_of_each_says_once():
-    for said in pair(BOTH_FAIL):
-        assert len(said) == 1
-        assert "batch_size 8 does not divide: choose 6" in said[0]
-        assert "--resume" not in said[0]  # it would fail again
+    for message in pair(BOTH_FAIL):
+        assert len(message) == 1
+        assert "batch_size 8 does not divide: choose 6" in message[0]
+        assert "--resume" not in message[0]  # it would fail again
 
 
 @pytest.mark.slow
 def test_a_death_is_not_taken_for_a_fault_of_the_disk():
-    (said,), _ = pair(ONE_DIES)
-    assert f"process 1 of 2 on {socket.gethostname()} died" in said
+    (message,), _ = pair(ONE_DIES)
+    assert f"process 1 of 2 on {socket.gethostname()} died" in message
 
 
 def test_who_gave_no_sign_of_life_is_named(monkeypatch):
@@ -148,16 +148,16 @@ def test_who_gave_no_sign_of_life_is_named(monkeypatch):
     assert missing(1, 1, 1) is None
     assert missing(2, 1, 2) is None
     assert missing(3, 1, 2) is None
-    # The last ones said their last word together; the one that never came has no host.
+    # The last ones sent their last heartbeats together; the one that never started has no host.
     assert missing(4, 1, 2) == (
         "process 1 of 4 on b and process 2 of 4 on c and process 3 of 4 died: no heartbeat for 30 s"
     )
 
 
 @pytest.mark.parametrize(
-    ("word", "answers", "said"), [("", False, "gone"), ("left", False, ""), ("", True, "")]
+    ("word", "answers", "message"), [("", False, "gone"), ("left", False, ""), ("", True, "")]
 )
-def test_a_death_is_reported_after_a_silent_end_without_process_0(word, answers, said):
+def test_a_death_is_reported_after_a_silent_end_without_process_0(word, answers, message):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         if answers:
@@ -166,4 +166,4 @@ def test_a_death_is_reported_after_a_silent_end_without_process_0(word, answers,
         done = subprocess.run(
             [sys.executable, *arguments], input=word, capture_output=True, text=True, check=True
         )
-    assert done.stderr.strip() == said
+    assert done.stderr.strip() == message

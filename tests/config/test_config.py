@@ -1,4 +1,4 @@
-"""Experiments: JSON there and back, and every wrong field named with its mend."""
+"""Experiments: JSON there and back, and every wrong field named with its fix."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def test_an_experiment_survives_json():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"steps": 5, "epochs": 1.0}, "one length, but steps and epochs are all set"),
         ({"steps": 0}, "Experiment.steps is 0: choose a number from 1 to"),
@@ -75,8 +75,8 @@ def test_an_experiment_survives_json():
     ],
 )
 @pytest.mark.untyped
-def test_an_experiment_that_cannot_be_is_refused(changes, said):
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_an_experiment_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         Experiment(**changes)
 
 
@@ -100,7 +100,7 @@ def test_every_kind_of_tower_survives_json(vision):
     assert from_dict(type(vision), plain["vision"]) == vision
 
 
-# As bundles and run folders said it when one class was all kinds of tower.
+# As bundles and run folders stored it when one class was all kinds of tower.
 OLDER = {
     "image_size": 32, "patch_size": 8, "width": 64, "depth": 0, "heads": 4, "mlp_dim": 0,
     "stem": "linear", "pool": "mean", "projection": "linear_bias", "norm_eps": 1e-5,
@@ -174,7 +174,7 @@ def test_a_resnet_is_checked():
 
 
 @pytest.mark.parametrize(
-    ("vision", "text", "said"),
+    ("vision", "text", "message"),
     [
         ({"registers": 2}, {}, "ViTConfig.registers 2 stand after a class token"),
         ({"max_patches": 9, "pool": "class"}, {}, "ViTConfig.max_patches 9 is of NaFlex"),
@@ -195,14 +195,14 @@ def test_a_resnet_is_checked():
         ({"pool": "query", "projection": "none"}, {}, 'pool "query" needs a projection'),
     ],
 )
-def test_a_model_that_cannot_be_is_refused(vision, text, said):
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_a_model_that_cannot_be_is_refused(vision, text, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         ModelConfig(vision=ViTConfig(**(LINEAR | vision)), text=TextConfig(**(LINEAR | text)))
 
 
 @pytest.mark.untyped
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"batch": 4}, "Experiment has no field 'batch': it has name, model"),
         ({"model": {"vision": {"widht": 4}}}, "Experiment.model.vision has no field 'widht'"),
@@ -221,8 +221,8 @@ def test_a_model_that_cannot_be_is_refused(vision, text, said):
         ({"data": []}, "Experiment.data must be an object of fields, not []"),
     ],
 )
-def test_a_wrong_field_is_named_by_its_path(values, said):
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_a_wrong_field_is_named_by_its_path(values, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         from_dict(Experiment, values)
 
 
@@ -237,7 +237,7 @@ def test_a_config_file_is_python_or_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("a.py", "config = 3", "binds no `config` of type"),
         ("a.py", "1 / 0", "failed with ZeroDivisionError: division by zero"),
@@ -245,9 +245,9 @@ def test_a_config_file_is_python_or_json(tmp_path):
         ("a.json", "{", "is not JSON"),
     ],
 )
-def test_a_broken_config_file_is_named(tmp_path, name, text, said):
+def test_a_broken_config_file_is_named(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError, match=said) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         load_config(tmp_path / name)
     assert name in str(caught.value)
 

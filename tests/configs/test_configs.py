@@ -166,7 +166,7 @@ def test_prepared_data_opens_without_its_class_and_by_its_folder(folder, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"captions": ("captions",)}, "no feature 'captions'.*captions/id, captions/text, image"),
         ({"captions": ("captions/id",)}, "'captions/id'.*has no text but int64: name one"),
@@ -177,12 +177,12 @@ def test_prepared_data_opens_without_its_class_and_by_its_folder(folder, monkeyp
         ({"data_dir": "/nowhere"}, "TFDS knows no data set|not prepared in /nowhere"),
     ],
 )
-def test_a_feature_that_gives_no_text_is_refused(folder, changes, said):
+def test_a_feature_that_gives_no_text_is_refused(folder, changes, message):
     config = DataConfig(
         **({"source": "tfds:coco_captions", "captions": ("captions/text",)} | changes)
         | {"data_dir": changes.get("data_dir", str(folder))}
     )
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         open_source(config, "train")
 
 
@@ -191,7 +191,7 @@ NAFLEX = {"resize": "naflex", "patch_size": 16, "max_patches": 64}
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"eval_every": -0.1}, "eval_every is -0.1: choose a number"),
         (
@@ -237,17 +237,17 @@ NAFLEX = {"resize": "naflex", "patch_size": 16, "max_patches": 64}
         ),
     ],
 )
-def test_what_cannot_be_trained_is_refused(changes, said):
+def test_what_cannot_be_trained_is_refused(changes, message):
     model, preprocess = BASE.model, BASE.preprocess
     vision = dataclasses.replace(model.vision, **changes.pop("vision", {}))
     changes["model"] = dataclasses.replace(model, vision=vision)
     changes["preprocess"] = dataclasses.replace(preprocess, **changes.pop("preprocess", {}))
-    with pytest.raises(ConfigError, match=re.escape(said)):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         dataclasses.replace(BASE, **changes)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"name": "a/b"}, "a name must be a word without a slash"),
         ({"templates": ("a photo",)}, "needs a {}"),
@@ -258,6 +258,6 @@ def test_what_cannot_be_trained_is_refused(changes, said):
         ({"task": "retrieval", "class_names": "a.txt"}, 'has no effect: set task to "zero-shot"'),
     ],
 )
-def test_an_evaluation_that_cannot_be_is_refused(changes, said):
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_an_evaluation_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         EvalConfig(**({"source": "a/"} | changes))

@@ -116,9 +116,9 @@ def test_bad_reports(report, tmp_path):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"bad\.json is no"):
             Report.load(tmp_path / "bad.json")
-    torn = report.to_json().replace('"low"', '"lo"')
+    changed = report.to_json().replace('"low"', '"lo"')
     with pytest.raises(CheckpointError, match="the report is not"):
-        Report.from_json(torn)
+        Report.from_json(changed)
 
 
 @pytest.mark.untyped

@@ -40,13 +40,13 @@ def evaluations(count: int, *args: object) -> list[tuple[str, str]]:
         for i in range(count)
     ]
     try:
-        said = [process.communicate(timeout=400) for process in running]
+        printed = [process.communicate(timeout=400) for process in running]
     finally:
         for process in running:
             process.kill()
-    for process, (out, err) in zip(running, said, strict=True):
+    for process, (out, err) in zip(running, printed, strict=True):
         assert process.returncode == 0, out + err
-    return said
+    return printed
 
 
 @pytest.mark.slow
@@ -56,10 +56,12 @@ def test_hosts_share_an_evaluation(tmp_path):
     found = []
     for count in (1, 2):
         out = tmp_path / str(count)
-        said = evaluations(count, run, "--tasks", names, "--data.data-dir", tmp_path, "--out", out)
-        assert "left out sugarcrepe:add_att" in said[0][1]
-        assert "R@1" in said[0][0]
-        assert all("R@1" not in out and "left out" not in err for out, err in said[1:])
+        printed = evaluations(
+            count, run, "--tasks", names, "--data.data-dir", tmp_path, "--out", out
+        )
+        assert "left out sugarcrepe:add_att" in printed[0][1]
+        assert "R@1" in printed[0][0]
+        assert all("R@1" not in out and "left out" not in err for out, err in printed[1:])
         result = json.loads((out / "results.json").read_text())["results"][0]
         assert result["provenance"]["evidence"].keys() >= {"data_hash", "fingerprint"}
         found.append((result["metrics"], result["provenance"]["evidence"]))

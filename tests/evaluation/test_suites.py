@@ -197,9 +197,9 @@ def test_the_page_shows_what_retrieval_found(tmp_path):
     result = measure(Model(), task)
     write_gallery(tmp_path / "out", result, task)
     gallery = read_gallery(tmp_path / "out", name)
-    said = {entry[1:] for entry in gallery.values()}
-    assert ("blue 2", "blue 2") in said  # right in both directions
-    assert ("a green thing", "red 0") in said  # a red picture
+    output = {entry[1:] for entry in gallery.values()}
+    assert ("blue 2", "blue 2") in output  # right in both directions
+    assert ("a green thing", "red 0") in output  # a red picture
     write_page(tmp_path / "page.html", Report((result,)), galleries=[{name: gallery}])
     page = (tmp_path / "page.html").read_text()
     for title in ("Texts of images: best", "Texts of images: worst", "Images of texts: worst"):

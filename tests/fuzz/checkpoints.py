@@ -149,11 +149,13 @@ def try_case(root: pathlib.Path, number: int, whole: dict[str, str]) -> str:
         bundle.tokenizer(["a photo of two cats", "[SEP] \u0130 <|endoftext|> ", ""])
         result = "exact" if fingerprint(bundle) == whole.get(name) else "other numbers"
     except VlmError as error:
-        said = str(error)
+        output = str(error)
         result = (
-            "refused" if len(said) < 6000 and "\n" not in said else f"no sentence: {said[:300]}"
+            "refused"
+            if len(output) < 6000 and "\n" not in output
+            else f"no sentence: {output[:300]}"
         )
-        if name == "openai_vit.pt" and "49,408 tokens" in said:
+        if name == "openai_vit.pt" and "49,408 tokens" in output:
             result = "exact"  # the golden file's own vocabulary is too small: read until there
     except TimeoutError:
         result = f"longer than {SECONDS} s"

@@ -183,7 +183,7 @@ def png_parts(data: bytes, other: bytes, rng) -> bytes:
             mutate = [cut, flip, overwrite, drop, double][rng.integers(5)]
             body = chunks[i][1] if len(chunks[i][1]) > 1 else chunks[i][1] * 2
             chunks[i] = (chunks[i][0], mutate(body, other, rng))
-        case _:  # the pixels themselves, packed anew: too few, too many, other filters
+        case _:  # the pixels themselves, packed again: too few, too many, other filters
             pixels = b"".join(body for kind, body in chunks if kind == b"IDAT")
             rows = [cut, flip, drop, double][rng.integers(4)](zlib.decompress(pixels), other, rng)
             first = next(k for k, (kind, _) in enumerate(chunks) if kind == b"IDAT")
@@ -247,12 +247,12 @@ def run(first: int, count: int) -> collections.Counter:
         form, mutation, data = case(number)
         print(f"case {number}", end="\r", file=sys.stderr, flush=True)
         signal.alarm(SECONDS)  # ends this process
-        said = outcome(data, lenient=number // len(originals()) % 2 == 1)
+        output = outcome(data, lenient=number // len(originals()) % 2 == 1)
         signal.alarm(0)
-        if said.startswith("WRONG"):
-            print(f"case {number} ({form}, {mutation}): {said}", flush=True)
-            said = "WRONG"
-        found[form, said] += 1
+        if output.startswith("WRONG"):
+            print(f"case {number} ({form}, {mutation}): {output}", flush=True)
+            output = "WRONG"
+        found[form, output] += 1
     return found
 
 
@@ -263,27 +263,27 @@ def main() -> None:
     parser.add_argument("--here", action="store_true", help="in this process")
     args = parser.parse_args()
     if args.here:
-        for (form, said), count in sorted(run(args.first, args.cases).items()):
-            print("found", form, count, said)
+        for (form, output), count in sorted(run(args.first, args.cases).items()):
+            print("found", form, count, output)
         return
     total: collections.Counter = collections.Counter()
     for first in range(args.first, args.first + args.cases, CHUNK):
         count = min(CHUNK, args.first + args.cases - first)
         line = [sys.executable, __file__, "--first", first, "--cases", count, "--here"]
         done = subprocess.run([str(word) for word in line], capture_output=True, text=True)
-        for said in done.stdout.splitlines():
-            if said.startswith("found "):
-                _, form, number, outcome = said.split(" ", 3)
+        for output in done.stdout.splitlines():
+            if output.startswith("found "):
+                _, form, number, outcome = output.split(" ", 3)
                 total[form, outcome] += int(number)
             else:
-                print(said)
+                print(output)
         if done.returncode:
             last = done.stderr.replace("\r", "\n").strip().splitlines()[-1:]
             print(f"a process ended with {done.returncode} at {last}")
             total["all", "WRONG: a crash or a hang"] += 1
-    for (form, said), count in sorted(total.items()):
-        print(f"{form:5} {count:6,} {said}")
-    sys.exit(any(said.startswith("WRONG") for _, said in total))
+    for (form, output), count in sorted(total.items()):
+        print(f"{form:5} {count:6,} {output}")
+    sys.exit(any(output.startswith("WRONG") for _, output in total))
 
 
 if __name__ == "__main__":

@@ -79,8 +79,8 @@ class Made:
         return imagenet
 
     def _words(self, count: int, *more: int) -> str:
-        said = [str(self.rng.choice(WORDS)) for _ in range(count)]
-        return " ".join([*said, str(self.rng.choice(THINGS)), *(f"number {n}" for n in more)])
+        output = [str(self.rng.choice(WORDS)) for _ in range(count)]
+        return " ".join([*output, str(self.rng.choice(THINGS)), *(f"number {n}" for n in more)])
 
     def _target(self):
         import torch

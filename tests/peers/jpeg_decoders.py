@@ -87,10 +87,10 @@ def main() -> None:
                 seconds[name].append((time.process_time() - began) / len(files))
         off = np.abs(by_pillow(files[0]).astype(int) - by_simplejpeg(files[0])).max()
         rates = {name: 1 / np.median(times) for name, times in seconds.items()}
-        said = ", ".join(
+        output = ", ".join(
             f"{name} {rate:.0f}/s ({rate / rates['Pillow']:.2f}x)" for name, rate in rates.items()
         )
-        print(f"{width}x{height}: {said}; Pillow and simplejpeg differ by at most {off}")
+        print(f"{width}x{height}: {output}; Pillow and simplejpeg differ by at most {off}")
 
 
 if __name__ == "__main__":

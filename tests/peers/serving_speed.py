@@ -28,7 +28,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "serve")]
 
-from load import CLIENTS, Client, closed_loop, image_bodies, said, served, text_bodies  # noqa: E402
+from load import CLIENTS, Client, closed_loop, image_bodies, report, served, text_bodies  # noqa: E402
 
 
 def save_model(folder: pathlib.Path) -> None:
@@ -126,7 +126,7 @@ def main() -> None:
                     ):
                         asyncio.run(closed_loop(at, sent, 1, CLIENTS, path))
                         figures = asyncio.run(closed_loop(at, sent, args.seconds, CLIENTS, path))
-                        said(f"{name}, {tower}", figures)
+                        report(f"{name}, {tower}", figures)
                         found.setdefault((name, tower), []).append(figures["per_second"])
         infinity.stop()
     for tower in loads:

@@ -86,7 +86,7 @@ def test_a_calibration_of_another_chip_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{}", "is no calibration"),
         ("[]", "is no calibration"),
@@ -96,10 +96,10 @@ def test_a_calibration_of_another_chip_is_refused(tmp_path):
         (json.dumps({"format": "vlm-calibration-1", "measurements": [{"chip": 1}]}), "TypeError"),
     ],
 )
-def test_a_file_that_is_no_calibration(tmp_path, text, said):
+def test_a_file_that_is_no_calibration(tmp_path, text, message):
     file = tmp_path / "file.json"
     file.write_text(text)
-    with pytest.raises(ConfigError, match=f"{said}.*vlm bench train CONFIG --save FILE"):
+    with pytest.raises(ConfigError, match=f"{message}.*vlm bench train CONFIG --save FILE"):
         calibration_of("h100", file)
 
 

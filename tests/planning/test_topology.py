@@ -32,7 +32,7 @@ def test_a_slice_by_its_name(name, chips, devices):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("v5x:4x4", r"'v5x:4x4' has an unknown chip.*v5e:\{1x1"),
         ("v5", "has an unknown chip"),
@@ -54,8 +54,8 @@ def test_a_slice_by_its_name(name, chips, devices):
         ("cpu:9999", "asks for 9999 CPU devices and JAX has"),
     ],
 )
-def test_a_slice_that_is_not(name, said):
-    with pytest.raises(ConfigError, match=said):
+def test_a_slice_that_is_not(name, message):
+    with pytest.raises(ConfigError, match=message):
         parse_topology(name)
 
 

@@ -46,7 +46,7 @@ def main(checkpoint: str, fsdp: str, out: str) -> None:
     except VlmError as error:
         refused = str(error)
     np.savez(folder / f"encoded{me}.npz", image=z_image, text=z_text, scale=scale)
-    (folder / f"said{me}.json").write_text(json.dumps({"parts": parts, "refused": refused}))
+    (folder / f"output{me}.json").write_text(json.dumps({"parts": parts, "refused": refused}))
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def test_a_value_that_cannot_be(tmp_path, file, place, value, message):
 @pytest.mark.parametrize(
     "text", ["[" * 100_000 + "]" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000, "[1]", "3", "",
              '"\ud800"', "{", '{"model_type": ' + "9" * 10_000 + "}"],
-    ids=["lists", "objects", "list", "number", "empty", "surrogate", "torn", "digits"],
+    ids=["lists", "objects", "list", "number", "empty", "surrogate", "truncated", "digits"],
 )  # fmt: skip
 def test_json_that_is_no_object_of_fields(tmp_path, file, text):
     folder = pathlib.Path(shutil.copytree((GOLDEN / file).parent, tmp_path / "model"))

@@ -61,8 +61,8 @@ def run(checkpoint: pathlib.Path, fsdp: int, folder: pathlib.Path) -> None:
     finally:
         for process in processes:
             process.kill()
-    said = "\n".join((folder / f"log{i}").read_text()[-3000:] for i in range(2))
-    assert codes == [0, 0], said
+    message = "\n".join((folder / f"log{i}").read_text()[-3000:] for i in range(2))
+    assert codes == [0, 0], message
 
 
 @pytest.mark.parametrize("fsdp", [4, 2])
@@ -70,9 +70,9 @@ def test_two_processes_hold_a_checkpoint_together(checkpoint, tmp_path, fsdp):
     run(checkpoint, fsdp, tmp_path)
     one = load(checkpoint)
     whole = {name: np.asarray(array) for name, array in flat_arrays(one.model)}
-    said = [json.loads((tmp_path / f"said{i}.json").read_text()) for i in range(2)]
-    cut = {name for name, axes in said[0]["parts"].items() if axes == ["fsdp"]}
-    assert said[0]["parts"] == said[1]["parts"]
+    message = [json.loads((tmp_path / f"output{i}.json").read_text()) for i in range(2)]
+    cut = {name for name, axes in message[0]["parts"].items() if axes == ["fsdp"]}
+    assert message[0]["parts"] == message[1]["parts"]
     assert {"text.embedding", "vision.transformer.blocks.mlp.up.kernel"} <= cut
     assert all(whole[name].size >= SMALLEST_SHARDED for name in cut)
 
@@ -95,7 +95,7 @@ def test_two_processes_hold_a_checkpoint_together(checkpoint, tmp_path, fsdp):
             np.testing.assert_allclose(z["image"], one.encode_image(mesh_host.images()), atol=2e-6)
             np.testing.assert_allclose(z["text"], one.encode_text(mesh_host.TEXTS), atol=2e-6)
             assert z["scale"] == one.logit_scale
-        assert "tower 'none' is unknown" in said[i]["refused"]
+        assert "tower 'none' is unknown" in message[i]["refused"]
     again = load(tmp_path / "saved")
     for name, array in flat_arrays(again.model):
         assert np.array_equal(array, whole[name]), name
