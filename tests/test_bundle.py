@@ -328,7 +328,7 @@ def test_places_without_a_model(tmp_path):
         load(tmp_path, dtype="float12")
 
 
-def test_torn_bundles(bundle, tmp_path):
+def test_truncated_bundles(bundle, tmp_path):
     bundle.save(tmp_path / "b")
     weights, about = tmp_path / "b" / "model.safetensors", tmp_path / "b" / "bundle.json"
     whole, text = weights.read_bytes(), about.read_text()

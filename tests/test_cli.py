@@ -507,7 +507,7 @@ def test_wrong_usage_is_one_sentence_on_any_terminal(encoding):
         assert process.wait() == 2
 
 
-def test_a_run_folder_whose_config_is_torn(fail, run, data, tmp_path):
+def test_a_run_folder_whose_config_is_truncated(fail, run, data, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text('{"name": ')
     assert "config.json" in fail("eval", tmp_path, code=1)

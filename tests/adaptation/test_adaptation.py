@@ -210,7 +210,7 @@ def test_the_command_leaves_a_folder_that_the_others_take(places, tmp_path, caps
         assert by_file[str(path)] == row[0][0]
 
 
-def test_a_method_that_does_not_fit_is_left_out_and_said(model, places, tmp_path, monkeypatch):
+def test_a_method_that_does_not_fit_is_left_out_and_logged(model, places, tmp_path, monkeypatch):
     data = read_labelled(str(places["train"]))
     made = adapt(model, data, tmp_path, 25.0, ("probe", "full"), ["{}"])
     assert made["full"].validation is None

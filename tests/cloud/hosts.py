@@ -13,7 +13,7 @@ from quick import QUICK
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 600  # seconds that hosts may take, compiling on a busy machine included
-PATIENCE = 10  # seconds until a silent process counts as gone
+HEARTBEAT_TIMEOUT = 10  # seconds until a silent process counts as gone
 
 # What go.sh asks of a pod's image: `vlm`, and `gcloud storage ls`.
 COMMANDS = {
@@ -52,7 +52,7 @@ class Hosts:
                     "JAX_COORDINATOR_ADDRESS": address,
                     "JAX_NUM_PROCESSES": str(count),
                     "JAX_PROCESS_ID": str(i),
-                    "VLM_HEARTBEAT_TIMEOUT": str(PATIENCE),
+                    "VLM_HEARTBEAT_TIMEOUT": str(HEARTBEAT_TIMEOUT),
                 }
             flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
             with log.open("w") as out:

@@ -18,7 +18,7 @@ def test_outside_of_a_cluster_there_is_one_process():
     assert jax.process_count() == 1
 
 
-def test_too_late_is_said():
+def test_a_late_process_is_reported():
     with pytest.raises(ConfigError, match="start them before anything uses JAX"):
         processes.start("127.0.0.1:1", 2, 0)
 

@@ -130,7 +130,7 @@ def test_two_hundred_thousand_shards_begin_at_once():
     assert len(made.form.read_of) <= 4 * 2 * made.block + 4
 
 
-def test_the_number_of_lanes_is_said_or_found():
+def test_the_number_of_interleaved_readers_is_given_or_chosen():
     config = DataConfig(interleave=None)
     assert count_lanes(config, 32_768, 231_350, 64) == 256
     assert count_lanes(config, 96, 10, 1) == 8

@@ -76,7 +76,7 @@ def test_workers_outlive_signals_and_not_their_run(tmp_path):
         time.sleep(0.1)
 
 
-def test_too_little_shared_memory_is_said_before_it_is_used(monkeypatch):
+def test_too_little_shared_memory_is_reported_before_it_is_used(monkeypatch):
     of = os.statvfs("/")
     small = os.statvfs_result((of.f_bsize, 4096, 16384, 16384, 16384, *tuple(of)[5:]))
     monkeypatch.setattr(workers.os, "statvfs", lambda _: small)  # 64 MB

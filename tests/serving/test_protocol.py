@@ -93,7 +93,7 @@ def test_an_error_belongs_to_its_item(server):
         (b"[" * 100_000, 400, None),
     ],
 )
-def test_invalid_requests_are_rejected_in_one_sentence(server, body, status, code):
+def test_invalid_requests_are_rejected_with_one_sentence(server, body, status, code):
     reply = server.ask("/v1/embeddings", body)
     error = reply.json["error"]
     assert (reply.status, "\n" in error["message"]) == (status, False), reply.body

@@ -56,7 +56,7 @@ def test_a_port_in_use_is_reported_before_the_model_is_loaded(fail):
     assert "between 0 and 65535" in fail("nothing", "--port", 70_000)
 
 
-def test_invalid_arguments_are_rejected_in_one_sentence(fail, saved, tmp_path):
+def test_invalid_arguments_are_rejected_with_one_sentence(fail, saved, tmp_path):
     assert "there is no model" in fail(tmp_path / "nothing", "--port", 0)
     small_bundle(seed=1, name="another").save(tmp_path / "another")
     message = fail(saved / "index", "--model", tmp_path / "another", "--port", 0)
