@@ -1,12 +1,12 @@
 """Stored types of parameters in exported programs, and limits on their rounding."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int8
 
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, check_choice
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 
@@ -27,6 +27,7 @@ def stored(
     path: tuple, values: Float[np.ndarray, "*n"], dtype: Dtype
 ) -> Float[np.ndarray, "*n"] | Quantised:
     """Convert a parameter to its stored type; logit scale and bias stay float32."""
+    check_choice("dtype", dtype, get_args(Dtype))
     if str(path[0]).startswith("logit_") or dtype == "float32":
         return values.astype(np.float32)
     if dtype == "bfloat16":
