@@ -85,7 +85,7 @@ def test_compose_files_mount_the_needed_folders(fail, saved, tmp_path, capsys):
     assert 'targets: ["vlm:8000"]' in (out / "prometheus.yml").read_text()
     assert "vlm-jax[serve]" in (out / "Dockerfile").read_text()
     assert "is not empty" in fail(saved / "index", "--export", "compose", out)
-    assert "--export takes compose" in fail(saved / "index", "--export", "helm", out, code=2)
+    assert "--export needs compose" in fail(saved / "index", "--export", "helm", out, code=2)
 
 
 def test_compose_files_are_yaml(saved, tmp_path):
