@@ -8,8 +8,9 @@ from jaxtyping import Float
 
 from vlm.errors import ConfigError
 from vlm.heads.encoder import Encoder
-from vlm.heads.inputs import Item, kind
+from vlm.heads.inputs import Item, Kind, kind
 from vlm.heads.prompts import normalise
+from vlm.inputs.opening import OnError
 
 
 class Query:
@@ -144,3 +145,31 @@ def least_score(model: Encoder, score: float | None, probability: float | None) 
         )
     logit = np.log(probability / (1 - probability))
     return float((logit - model.logit_bias) / model.logit_scale)
+
+
+def encode_items(
+    model: Encoder,
+    items: Iterable[Any],
+    what: Kind | None,
+    batch_size: int | None = None,
+    on_error: OnError | None = None,
+) -> Float[np.ndarray, "n d"]:
+    """Return unit-norm embeddings of items of one kind.
+
+    Raises:
+        ConfigError: embeddings of several widths.
+        DataError: an unreadable image without `on_error`, or an embedding without a direction.
+    """
+    if what == "text":
+        z = model.encode_text(list(items))
+    elif what == "image":
+        options: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
+        if on_error is not None:
+            options["on_error"] = on_error
+        z = model.encode_image(items, **options)
+    else:
+        rows = [np.asarray(item, np.float32) for item in items]
+        if len({row.shape for row in rows}) > 1:
+            raise ConfigError("the embeddings have several widths: encode all with one model")
+        z = np.stack(rows)
+    return normalise(z, f"the embedding of an item ({what})")

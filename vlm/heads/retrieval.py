@@ -6,11 +6,12 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
+from PIL import Image
 
 from vlm import display
 from vlm.errors import CheckpointError, ConfigError, DataError
@@ -19,11 +20,11 @@ from vlm.heads.codes import CANDIDATES, LEAST, Coding, candidates
 from vlm.heads.encoder import Encoder
 from vlm.heads.filters import Value, Where, checked_columns, matching
 from vlm.heads.hits import Hit, Hits, picture_of
-from vlm.heads.inputs import Inputs, Item, Kind, kind, named_items, split
+from vlm.heads.inputs import Inputs, Item, kind, named_items, split
 from vlm.heads.items import GivenId, Id, Items, Stored
 from vlm.heads.model_identity import check_identity, identity, mismatch
 from vlm.heads.prompts import normalise
-from vlm.heads.query import Query, embed_queries, least_score, queries_in
+from vlm.heads.query import Query, embed_queries, encode_items, least_score, queries_in
 from vlm.heads.top_k import Searcher, recall_at_k, rescored, top_k
 from vlm.inputs.opening import OnError
 
@@ -32,6 +33,12 @@ EMBEDDINGS = 1 << 17  # embeddings per block: search is fastest over large block
 QUERY_BLOCK = 256
 Queries = Query | Inputs | Iterable[Query | Item]
 _log = logging.getLogger(__name__)
+
+
+class _Limits(TypedDict, total=False):
+    where: Where | None
+    min_score: float | None
+    min_probability: float | None
 
 
 class RetrievalIndex:
@@ -181,7 +188,7 @@ class RetrievalIndex:
         while head := list(itertools.islice(stream, 1)):
             size = EMBEDDINGS if what == "embedding" else CHUNK
             chunk = itertools.chain(head, itertools.islice(stream, size - 1))
-            z = self._encode(chunk, what, batch_size, leave_out if on_error else None)
+            z = encode_items(self.model, chunk, what, batch_size, leave_out if on_error else None)
             first += CHUNK
             self._check_width(z, "embeddings")
             rows.append(z.astype(self.dtype))
@@ -193,32 +200,21 @@ class RetrievalIndex:
         self._items.add([z for z in rows if len(z)], new_ids, columns)
         self._searcher = None
 
-    def _encode(
-        self,
-        items: Iterable[Any],
-        what: Kind | None,
-        batch_size: int | None = None,
-        on_error: OnError | None = None,
-    ) -> Float[np.ndarray, "n d"]:
-        if what == "text":
-            z = self.model.encode_text(list(items))
-        elif what == "image":
-            options: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
-            if on_error is not None:
-                options["on_error"] = on_error
-            z = self.model.encode_image(items, **options)
-        else:
-            rows = [np.asarray(item, np.float32) for item in items]
-            if len({row.shape for row in rows}) > 1:
-                raise ConfigError("the embeddings have several widths: encode all with one model")
-            z = np.stack(rows)
-        return normalise(z, f"the embedding of an item ({what})")
-
     def _check_width(self, z: np.ndarray, what: str) -> None:
         if self.embed_dim and z.shape[1] != self.embed_dim:
             fit = f"{z.shape[1]} dimensions do not match an index of {self.embed_dim}"
             raise ConfigError(f"{what} of {fit}: encode with {self.model.name}")
 
+    @overload
+    def search(
+        self, query: Query | str | os.PathLike | Image.Image, k: int = 5, **limits: Unpack[_Limits]
+    ) -> Hits: ...
+    @overload  # Hits of a vector, list[Hits] of rows
+    def search(self, query: np.ndarray, k: int = 5, **limits: Unpack[_Limits]) -> Any: ...
+    @overload
+    def search(
+        self, query: Iterable[Query | Item], k: int = 5, **limits: Unpack[_Limits]
+    ) -> list[Hits]: ...
     def search(
         self,
         query: Queries,
@@ -333,7 +329,7 @@ class RetrievalIndex:
                     )
             if not queries:
                 return np.zeros((0, 1), np.float32), single
-            z = self._encode(queries, what)
+            z = encode_items(self.model, queries, what)
         self._check_width(z, "a query")
         return z, single
 
