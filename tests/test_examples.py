@@ -13,7 +13,7 @@ import pytest
 import tiny
 from flax import nnx
 from PIL import Image
-from test_import import IN_ROOMS, PUBLIC
+from test_import import IN_SUBPACKAGES, PUBLIC
 
 import vlm
 from vlm.inputs import Preprocess, train_bpe
@@ -23,10 +23,10 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 70, 220)}
 
 
 def documented() -> dict[str, object]:
-    """Every public class and function, by its full name, once; constants and rooms have none."""
+    """Every public class and function, by its full name, once; constants and subpackages have none."""
     found = {}
-    for room, name in PUBLIC + IN_ROOMS + [("vlm.losses", n) for n in vlm.losses.__all__]:
-        thing = getattr(importlib.import_module(room), name)
+    for package, name in PUBLIC + IN_SUBPACKAGES + [("vlm.losses", n) for n in vlm.losses.__all__]:
+        thing = getattr(importlib.import_module(package), name)
         if inspect.isclass(thing) or isinstance(thing, types.FunctionType):
             found[f"{thing.__module__}.{thing.__qualname__}"] = thing
     return found

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,11 +50,11 @@ def test_help_takes_under_half_a_second_and_no_jax():
 
 
 def exported(init: Path) -> list[tuple[str, str]]:
-    """(room or package, name) of what an `__init__.py` gives lazily."""
-    room = ".".join(init.relative_to(PACKAGE.parent).parent.parts)
+    """(package, name) of what an `__init__.py` gives lazily."""
+    package = ".".join(init.relative_to(PACKAGE.parent).parent.parts)
     blocks = [node for node in ast.parse(init.read_text()).body if isinstance(node, ast.With)]
     return [
-        (room, alias.asname)
+        (package, alias.asname)
         for block in blocks
         for node in block.body
         if isinstance(node, ast.ImportFrom)
@@ -63,28 +64,28 @@ def exported(init: Path) -> list[tuple[str, str]]:
 
 PACKAGE = Path(vlm.__file__).parent
 PUBLIC = exported(PACKAGE / "__init__.py")
-IN_ROOMS = [pair for init in sorted(PACKAGE.glob("*/__init__.py")) for pair in exported(init)]
+IN_SUBPACKAGES = [pair for init in sorted(PACKAGE.glob("*/__init__.py")) for pair in exported(init)]
 
 
 def test_there_are_public_names():
     assert len(PUBLIC) > 30
-    assert len(IN_ROOMS) > 30
+    assert len(IN_SUBPACKAGES) > 30
 
 
-@pytest.mark.parametrize(("room", "name"), PUBLIC + IN_ROOMS, ids=lambda part: part)
-def test_every_public_name_is_there(room, name):
-    owner = importlib.import_module(room)
+@pytest.mark.parametrize(("package", "name"), PUBLIC + IN_SUBPACKAGES, ids=lambda part: part)
+def test_every_public_name_is_there(package, name):
+    owner = importlib.import_module(package)
     assert getattr(owner, name) is not None
     assert name in dir(owner)
 
 
-def test_no_name_of_a_room_is_that_of_its_module():
+def test_no_name_of_a_subpackage_is_that_of_its_module():
     """Importing the module would put it in the place of the name."""
     shadowed = [
-        f"{room}.{name}"
-        for room, name in IN_ROOMS
-        if (PACKAGE.parent / room.replace(".", "/") / f"{name}.py").exists()
-        and not inspect.ismodule(getattr(importlib.import_module(room), name))
+        f"{package}.{name}"
+        for package, name in IN_SUBPACKAGES
+        if (PACKAGE.parent / package.replace(".", "/") / f"{name}.py").exists()
+        and not inspect.ismodule(getattr(importlib.import_module(package), name))
     ]
     assert not shadowed
 
@@ -101,7 +102,7 @@ def test_no_name_of_a_room_is_that_of_its_module():
         "vlm.inputs.open_image",
     ],
 )
-def test_rooms_work_after_import_vlm_alone(path):
+def test_subpackages_work_after_import_vlm_alone(path):
     assert python(f"import vlm; print(callable({path}))").strip() == "True"
 
 
@@ -146,3 +147,14 @@ def test_old_names_of_modules_import_with_a_warning():
 def test_functions_and_subpackages_have_different_names():
     for name in ("adapt", "evaluate", "explain", "export", "plan", "serve", "train"):
         assert inspect.isfunction(getattr(vlm, name))
+
+
+def test_documentation_imports_only_public_names():
+    """From `vlm` or a subpackage, and not from modules inside of one."""
+    root = PACKAGE.parent
+    pages = [root / "README.md", *root.glob("configs/*.py"), *root.glob("notebooks/*.ipynb")]
+    for page in pages:
+        for module in re.findall(r"(?:from|import) (vlm[a-z_.]*)", page.read_text()):
+            parts = module.rstrip(".").split(".")
+            public = len(parts) < 3 or (".".join(parts[:2]), parts[2]) in IN_SUBPACKAGES
+            assert public, f"{page.name} imports the private module {module}"

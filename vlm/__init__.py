@@ -1,7 +1,10 @@
 """vlm: contrastive vision-language models in JAX.
 
-This module has the names that most programs need, and the subpackages (`vlm.losses`,
-`vlm.models`, ...). All of them load on first use, so `import vlm` is fast.
+The names of this module are the stable interface. Names that a subpackage's `__init__` exports
+(`vlm.losses.sigmoid_loss`, `vlm.heads.Encoder`) are public too; they may change in a minor version,
+with a DeprecationWarning. All other modules and names are private.
+
+All names load on first use, so `import vlm` is fast.
 """
 
 import sys

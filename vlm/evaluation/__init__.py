@@ -4,6 +4,7 @@ from etils import epy
 
 with epy.lazy_api_imports(globals()):
     from vlm.evaluation import metrics as metrics
+    from vlm.evaluation import presets as presets
     from vlm.evaluation.classification import calibration_error as calibration_error
     from vlm.evaluation.classification import reliability as reliability
     from vlm.evaluation.comparison import compare as compare
