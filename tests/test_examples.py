@@ -23,7 +23,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 70, 220)}
 
 
 def documented() -> dict[str, object]:
-    """Every public class and function, by its full name, once; constants and subpackages have none."""
+    """Every public class and function, by its full name, once."""
     found = {}
     for package, name in PUBLIC + IN_SUBPACKAGES + [("vlm.losses", n) for n in vlm.losses.__all__]:
         thing = getattr(importlib.import_module(package), name)

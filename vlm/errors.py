@@ -117,10 +117,12 @@ def check_choice(name: str, value: object, choices: Iterable[str | None]) -> Non
     """
     choices = tuple(choices)
     if value not in choices:
-        raise ConfigError(f"{name} is {show(value)}: choose one of {', '.join(map(repr, choices))}")
+        raise ConfigError(
+            f"{name} is {brief(value)}: choose one of {', '.join(map(repr, choices))}"
+        )
 
 
-def show(value: object) -> str:
+def brief(value: object) -> str:
     """Format a value for an error message, in about 80 characters at most."""
     if isinstance(value, dict | list | tuple) and len(value) > 8:
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,} values"

@@ -17,7 +17,7 @@ from vlm.config import (
     ViTConfig,
 )
 from vlm.errors import CheckpointError, ConfigError, VlmError
-from vlm.weights.fields import show
+from vlm.weights.fields import brief
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NAN, INF = float("nan"), float("inf")
@@ -193,10 +193,10 @@ def test_what_is_no_dual_encoder_is_called_by_its_kind(tmp_path, name, architect
 
 
 def test_values_are_quoted_briefly():
-    assert show([1, 2]) == "[1, 2]"
-    assert show("x" * 300) == "'" + "x" * 59 + "... (302 characters)"
-    assert show(list(range(50))) == "a list of 50 values"
+    assert brief([1, 2]) == "[1, 2]"
+    assert brief("x" * 300) == "'" + "x" * 59 + "... (302 characters)"
+    assert brief(list(range(50))) == "a list of 50 values"
     deep = []
     for _ in range(100_000):
         deep = [deep]
-    assert show(deep) == "a deeply nested value"
+    assert brief(deep) == "a deeply nested value"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from vlm._deprecation import FIELDS, rename_fields
 from vlm.config.bounds import check_bounds, check_image_size, check_projection
-from vlm.errors import ConfigError, show
+from vlm.errors import ConfigError, brief
 
 T = TypeVar("T", bound="Config")
 
@@ -145,7 +145,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if isinstance(value, str) and value in args:
             return value
-        raise ConfigError(f"{where} is {show(value)}: choose one of {', '.join(map(repr, args))}")
+        raise ConfigError(f"{where} is {brief(value)}: choose one of {', '.join(map(repr, args))}")
     if origin is tuple:
         return _tuple_of(args, value, where)
     if issubclass(hint, Config):
@@ -154,12 +154,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         try:
             return value if type(value) is float else float(value)
         except OverflowError:
-            raise ConfigError(f"{where} is {show(value)}: it is too large for a float") from None
+            raise ConfigError(f"{where} is {brief(value)}: it is too large for a float") from None
     if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return value if type(value) is int else int(value)
     if hint in (str, bool) and isinstance(value, hint):
         return value
-    raise ConfigError(f"{where} must be {hint.__name__}, not {show(value)}")
+    raise ConfigError(f"{where} must be {hint.__name__}, not {brief(value)}")
 
 
 def _one_of(options: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -176,7 +176,7 @@ def _one_of(options: tuple[Any, ...], value: Any, where: str) -> Any:
     if kinds and not isinstance(value, options):
         raise ConfigError(
             f"{where} must be an object of fields, or one of "
-            f"{', '.join(option.__name__ for option in options)}, not {show(value)}"
+            f"{', '.join(option.__name__ for option in options)}, not {brief(value)}"
         )
     if kinds:
         return value
@@ -190,10 +190,10 @@ def _one_of(options: tuple[Any, ...], value: Any, where: str) -> Any:
 
 def _tuple_of(args: tuple[Any, ...], value: Any, where: str) -> tuple:
     if not isinstance(value, list | tuple):
-        raise ConfigError(f"{where} must be a list, not {show(value)}")
+        raise ConfigError(f"{where} must be a list, not {brief(value)}")
     hints = [args[0]] * len(value) if args[-1] is Ellipsis else args
     if len(hints) != len(value):
-        raise ConfigError(f"{where} takes {len(args)} values, not {show(value)}")
+        raise ConfigError(f"{where} takes {len(args)} values, not {brief(value)}")
     return tuple(_convert(hint, part, where) for hint, part in zip(hints, value, strict=True))
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from vlm.errors import ConfigError, show
+from vlm.errors import ConfigError, brief
 
 
 class Bounds(NamedTuple):
@@ -100,7 +100,7 @@ def check_bounds(cls: str, name: str, value: Any, where: str) -> None:
         table, default = (_INTEGERS, _SIZE) if is_int else (_FLOATS, _FLOAT)
         bounds = table.get(f"{cls}.{name}") or table.get(name, default)
         if value not in bounds:  # NaN is outside all bounds
-            raise ConfigError(f"{where} is {show(value)}: choose a number {bounds}")
+            raise ConfigError(f"{where} is {brief(value)}: choose a number {bounds}")
 
 
 def check_heads(tower) -> None:

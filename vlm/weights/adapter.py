@@ -20,7 +20,7 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.adapters import Adapter, Factors
 from vlm.models.dual_encoder import DualEncoder
-from vlm.weights.fields import integer, read_json_of_format, show, string
+from vlm.weights.fields import brief, integer, read_json_of_format, string
 from vlm.weights.files import SafetensorsFile
 from vlm.weights.fingerprint import VerifiedTensors, fingerprint, write_with_digests
 from vlm.weights.new_folder import new_folder
@@ -108,13 +108,13 @@ def open_adapter(path: epath.Path) -> SavedAdapter:
     if missing := sorted(found.keys() ^ set(tensors.shapes)):
         raise CheckpointError(
             f"{weights} and the {ADAPTER_FILE} beside it do not agree on "
-            f"{show(missing[0])}: copy the adapter again"
+            f"{brief(missing[0])}: copy the adapter again"
         )
     layers: dict[str, dict[str, Any]] = {}
     for name in tensors.shapes:
         layer, _, part = name.rpartition(".lora.")
         if not layer or part not in _PARTS:
-            raise CheckpointError(f"{weights} has {show(name)}: save it again")
+            raise CheckpointError(f"{weights} has {brief(name)}: save it again")
         layers.setdefault(layer, {})[part] = tensors.read(name)
     for layer, parts in layers.items():
         if missing := [part for part in _PARTS[:3] if part not in parts]:

@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from vlm.config import EfficientNetConfig, EfficientNetStage, ModelConfig, TextConfig
-from vlm.errors import CheckpointError, show
+from vlm.errors import CheckpointError, brief
 from vlm.weights import huggingface
 from vlm.weights.checkpoint import Checkpoint, ComputedTensors, weights
 from vlm.weights.fields import MAX_LAYERS, MAX_PIXELS, choice, integer, number, with_defaults
@@ -160,7 +160,7 @@ def scaled(width: int, c: dict[str, Any], where: str) -> int:
 
 def _integers(values: Any, where: str, low: int = 1) -> list[int]:
     if not isinstance(values, list) or len(values) > 1_000:
-        raise CheckpointError(f"{where} is {show(values)}, not a list of whole numbers")
+        raise CheckpointError(f"{where} is {brief(values)}, not a list of whole numbers")
     return [integer(value, where, low) for value in values]
 
 

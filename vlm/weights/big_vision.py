@@ -19,7 +19,7 @@ from jaxtyping import Shaped
 from vlm.config import ModelConfig, PreprocessConfig, TextConfig, ViTConfig
 from vlm.errors import CheckpointError
 from vlm.weights.checkpoint import Checkpoint
-from vlm.weights.fields import show
+from vlm.weights.fields import brief
 from vlm.weights.flax_layers import (
     MERGED,
     MERGED_OUT,
@@ -71,7 +71,7 @@ class NpzFile:
         except FileNotFoundError:
             raise CheckpointError(f"there is no {path}: check the path") from None
         except Exception as error:  # a damaged archive fails in any way
-            reason = show(str(error))
+            reason = brief(str(error))
             raise CheckpointError(
                 f"{path} is corrupt or no .npz ({reason}): get it again"
             ) from None
@@ -146,7 +146,7 @@ class NpzFile:
                 self._held = member, self._archive[member]
         except Exception as error:
             raise CheckpointError(
-                f"{self.where} is damaged in {show(member)} ({show(str(error))}): get it again"
+                f"{self.where} is damaged in {brief(member)} ({brief(str(error))}): get it again"
             ) from None
         array = self._held[1]
         if array.dtype == np.dtype("V2"):

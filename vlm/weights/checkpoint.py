@@ -9,7 +9,7 @@ from etils import epath
 from jaxtyping import Shaped
 
 from vlm.config import ModelConfig, PreprocessConfig
-from vlm.errors import CheckpointError, show
+from vlm.errors import CheckpointError, brief
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.weights.fields import fields, read_json
 from vlm.weights.files import SafetensorsFile, Shards, Tensors
@@ -125,7 +125,7 @@ def shards(index: epath.Path) -> list[epath.Path]:
     for name in names:
         if not isinstance(name, str) or not _SHARD.fullmatch(name):
             raise CheckpointError(
-                f"{index} names the shard {show(name)}: a shard is a file beside its index, so "
+                f"{index} names the shard {brief(name)}: a shard is a file beside its index, so "
                 "download it again"
             )
     if not names:

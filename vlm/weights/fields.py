@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from vlm.errors import CheckpointError, show
+from vlm.errors import CheckpointError, brief
 
 _SHOWN, _LONG = 20, 240  # names in a message, and characters of each
 _MAX_FILE = 200_000_000  # bytes; the largest published tokenizer.json has 35 million
@@ -71,34 +71,34 @@ def read_json_of_format(path: epath.Path, newest: int) -> dict[str, Any]:
 def integer(value: Any, where: str, low: int = 1, high: int = _MAX_SIZE) -> int:
     """Check that `value` is an integer from `low` to `high`."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise CheckpointError(f"{where} is {show(value)}, not a whole number")
+        raise CheckpointError(f"{where} is {brief(value)}, not a whole number")
     if not low <= value <= high:
-        raise CheckpointError(f"{where} is {show(value)}: it must be from {low:,} to {high:,}")
+        raise CheckpointError(f"{where} is {brief(value)}: it must be from {low:,} to {high:,}")
     return value
 
 
 def number(value: Any, where: str, *, above: float = -math.inf) -> float:
     """Check that `value` is a finite number greater than `above`, and convert it to float."""
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise CheckpointError(f"{where} is {show(value)}, not a number")
+        raise CheckpointError(f"{where} is {brief(value)}, not a number")
     if not -1e300 < value < 1e300:  # compared before conversion: an int may be too large
-        raise CheckpointError(f"{where} is {show(value)}, not a finite number")
+        raise CheckpointError(f"{where} is {brief(value)}, not a finite number")
     if not value > above:
-        raise CheckpointError(f"{where} is {show(value)}: it must be greater than {above:g}")
+        raise CheckpointError(f"{where} is {brief(value)}: it must be greater than {above:g}")
     return float(value)
 
 
 def string(value: Any, where: str) -> str:
     """Check that `value` is a string."""
     if not isinstance(value, str):
-        raise CheckpointError(f"{where} is {show(value)}, not a string")
+        raise CheckpointError(f"{where} is {brief(value)}, not a string")
     return value
 
 
 def boolean(value: Any, where: str) -> bool:
     """Check that `value` is true or false."""
     if not isinstance(value, bool):
-        raise CheckpointError(f"{where} is {show(value)}, not true or false")
+        raise CheckpointError(f"{where} is {brief(value)}, not true or false")
     return value
 
 
@@ -107,7 +107,7 @@ def fields(value: Any, where: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where} is {show(value)}, not an object of fields")
+        raise CheckpointError(f"{where} is {brief(value)}, not an object of fields")
     return value
 
 
@@ -115,7 +115,7 @@ def choice(value: Any, choices: Collection[Any], where: str) -> Any:
     """Check that `value` is one of the choices."""
     if value not in list(choices):
         raise CheckpointError(
-            f"{where} is {show(value)}: vlm supports {', '.join(map(str, choices))}"
+            f"{where} is {brief(value)}: vlm supports {', '.join(map(str, choices))}"
         )
     return value
 

@@ -20,7 +20,7 @@ from etils import epath
 from jaxtyping import Shaped
 
 from vlm.errors import CheckpointError
-from vlm.weights.fields import show
+from vlm.weights.fields import brief
 
 # https://github.com/huggingface/safetensors#format
 DTYPES = {
@@ -76,7 +76,7 @@ def read_parameter(
     values = tensors.read(name, start, stop)
     if values.dtype.kind != "f" and values.dtype != ml_dtypes.bfloat16:
         raise CheckpointError(
-            f"{tensors.where} has {show(name)} as {values.dtype}, as a quantised model does: get "
+            f"{tensors.where} has {brief(name)} as {values.dtype}, as a quantised model does: get "
             "the model in float32, float16 or bfloat16"
         )
     return values
@@ -166,7 +166,7 @@ def _entry(path: epath.Path, data: int, spec: dict[str, Any]) -> _Entry:
     """Return a tensor of the header; `data` is the offset of the first one."""
     kind = spec["dtype"]
     if not isinstance(kind, str) or kind not in _OTHER_DTYPES | DTYPES.keys():
-        raise ValueError(f"a tensor of unknown type {show(kind)}")
+        raise ValueError(f"a tensor of unknown type {brief(kind)}")
     if kind in _OTHER_DTYPES:
         raise CheckpointError(
             f"{path} holds tensors of type {kind}, which are quantised or not of real numbers: "
@@ -178,7 +178,7 @@ def _entry(path: epath.Path, data: int, spec: dict[str, Any]) -> _Entry:
     begin, end = spec["data_offsets"]
     entry = _Entry(data + begin, tuple(spec["shape"]), DTYPES[kind])
     if end - begin != entry.size:
-        raise ValueError(f"shape {show(entry.shape)} does not fill bytes {begin} to {end}")
+        raise ValueError(f"shape {brief(entry.shape)} does not fill bytes {begin} to {end}")
     return entry
 
 
@@ -186,7 +186,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object, whose names must be unique."""
     counts = collections.Counter(name for name, _ in pairs)
     if twice := [name for name, count in counts.items() if count > 1]:
-        raise ValueError(f"{show(twice[0])} appears twice")
+        raise ValueError(f"{brief(twice[0])} appears twice")
     return dict(pairs)
 
 
@@ -195,9 +195,9 @@ def _check_layout(entries: dict[str, _Entry], start: int) -> int:
     last = ""
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size)):
         if entry.offset < start:
-            raise ValueError(f"{show(last)} and {show(name)} overlap")
+            raise ValueError(f"{brief(last)} and {brief(name)} overlap")
         if entry.offset > start:
-            raise ValueError(f"there is a hole before {show(name)}")
+            raise ValueError(f"there is a hole before {brief(name)}")
         start, last = entry.offset + entry.size, name
     return start
 
@@ -215,7 +215,7 @@ class Shards:
             for other in files[:number]:
                 if twice := file.shapes.keys() & other.shapes.keys():
                     raise CheckpointError(
-                        f"{file.where} has {show(min(twice))}, which {other.where} has too: "
+                        f"{file.where} has {brief(min(twice))}, which {other.where} has too: "
                         "download it again"
                     )
         self._files = {name: file for file in files for name in file.shapes}

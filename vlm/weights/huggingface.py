@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from vlm.config import Activation, ModelConfig, PreprocessConfig, TextConfig, ViTConfig
-from vlm.errors import CheckpointError, show
+from vlm.errors import CheckpointError, brief
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.weights.checkpoint import Checkpoint, weights
 from vlm.weights.fields import choice, fields, integer, read_json, with_defaults
@@ -198,7 +198,7 @@ def tower_fields(
     name = names[0] if isinstance(names, list) and names else None
     if isinstance(name, str) and _PARTIAL.search(name):
         raise CheckpointError(
-            f"{where} describes a {show(name)}, which lacks a tower or a projection: "
+            f"{where} describes a {brief(name)}, which lacks a tower or a projection: "
             "give the dual encoder that it was made from"
         )
     name = f"{part}_config_dict" if values.get(f"{part}_config_dict") else f"{part}_config"

@@ -17,7 +17,7 @@ from vlm.config import (
     TextPool,
     ViTConfig,
 )
-from vlm.errors import CheckpointError, show
+from vlm.errors import CheckpointError, brief
 from vlm.weights import fastvit, text_encoders, timm_towers
 from vlm.weights.checkpoint import Checkpoint, weights
 from vlm.weights.fields import (
@@ -134,7 +134,7 @@ def model_config(values: dict[str, Any], shapes: Shapes, where: str) -> ModelCon
     for name, value in values.items():
         if name not in MODEL and value not in (None, False):
             raise CheckpointError(
-                f"{where}: model_cfg has {name} {show(value)}, which vlm does not support"
+                f"{where}: model_cfg has {name} {brief(value)}, which vlm does not support"
             )
     vision = _fields(values["vision_cfg"], VISION, f"{where}: vision_cfg")
     text = _fields(values["text_cfg"], TEXT, f"{where}: text_cfg")
@@ -237,7 +237,7 @@ def _activation(c: dict[str, Any], quick: bool, where: str) -> Activation:
         if isinstance(kind, str) and kind in known:
             return known[kind]
     raise CheckpointError(
-        f"{where} has act_kwargs {show(options)}, an activation that vlm does not support"
+        f"{where} has act_kwargs {brief(options)}, an activation that vlm does not support"
     )
 
 
@@ -245,7 +245,7 @@ def _fields(given: Any, known: dict[str, Any], where: str) -> dict[str, Any]:
     given = fields(given, where)
     for name, value in given.items():
         if name not in known and (name not in OFF or value not in (None, False)):
-            raise CheckpointError(f"{where} has {name} {show(value)}, which vlm does not support")
+            raise CheckpointError(f"{where} has {name} {brief(value)}, which vlm does not support")
     # These may be a number or a list, a flag or a kind: the caller checks them.
     several = {name: None for name in _SEVERAL if name in known}
     values = with_defaults(given, known | several, where)
@@ -262,14 +262,14 @@ def _side(size: Any, where: str) -> int:
     if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
     if not isinstance(size, int):
-        raise CheckpointError(f"{where} is {show(size)}: vlm supports only squares")
+        raise CheckpointError(f"{where} is {brief(size)}: vlm supports only squares")
     return integer(size, where, high=MAX_PIXELS)
 
 
 def _stages(layers: list[Any], where: str) -> tuple[int, ...]:
     """The blocks in the four stages of a ResNet."""
     if len(layers) != 4:
-        raise CheckpointError(f"{where} is {show(layers)}: a ResNet has four stages")
+        raise CheckpointError(f"{where} is {brief(layers)}: a ResNet has four stages")
     return tuple(integer(blocks, where, high=MAX_LAYERS) for blocks in layers)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float32, Shaped
 
-from vlm.errors import CheckpointError, show
+from vlm.errors import CheckpointError, brief
 from vlm.paths import is_remote, on_disk
 from vlm.weights import open_clip
 from vlm.weights.checkpoint import Checkpoint, ComputedTensors, weight_names
@@ -122,7 +122,7 @@ class OrbaxTree:
             raise self._corrupt(error) from None
 
     def _corrupt(self, error: Exception) -> CheckpointError:
-        return CheckpointError(f"{self.where} is corrupt ({show(str(error))}): download it again")
+        return CheckpointError(f"{self.where} is corrupt ({brief(str(error))}): download it again")
 
 
 def sinusoidal_positions(grid: int, width: int) -> Float32[np.ndarray, "positions width"]:

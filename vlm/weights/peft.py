@@ -20,7 +20,16 @@ from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.adapters import Adapter, Factors, LayerSize, linear_layers, size_of
 from vlm.models.dual_encoder import DualEncoder
 from vlm.weights.adapter import AdapterOrigin, SavedAdapter
-from vlm.weights.fields import boolean, fields, integer, list_names, number, read_json, show, string
+from vlm.weights.fields import (
+    boolean,
+    brief,
+    fields,
+    integer,
+    list_names,
+    number,
+    read_json,
+    string,
+)
 from vlm.weights.files import SafetensorsFile, read_parameter, write_safetensors
 from vlm.weights.huggingface import RULES
 from vlm.weights.new_folder import new_folder
@@ -142,7 +151,7 @@ def write_peft(
 def _check_supported(values: dict[str, Any], where: str) -> None:
     kind = values.get("peft_type")
     if kind != "LORA":
-        raise CheckpointError(f"{where} is of type {show(kind)}: vlm reads only LORA, and DoRA")
+        raise CheckpointError(f"{where} is of type {brief(kind)}: vlm reads only LORA, and DoRA")
     odd = [name for name, value in values.items() if value and name not in _HARMLESS]
     if values.get("bias", "none") != "none":
         odd.append("bias")
@@ -150,7 +159,7 @@ def _check_supported(values: dict[str, Any], where: str) -> None:
     if start not in _PLAIN_STARTS:  # PiSSA and similar methods change the base model
         odd.append("init_lora_weights")
     if odd:
-        listed = ", ".join(f"{name} {show(values[name])}" for name in sorted(odd))
+        listed = ", ".join(f"{name} {brief(values[name])}" for name in sorted(odd))
         raise CheckpointError(
             f"{where} has {listed}, which vlm does not support: merge the adapter into its model "
             "with peft, and load that"
@@ -210,7 +219,7 @@ def _scale(values: dict[str, Any], module: str, rank: int, folder: epath.Path) -
                 alpha = number(value, where)
                 break
         except re.error:
-            raise CheckpointError(f"{where} has {show(pattern)}, which is no pattern") from None
+            raise CheckpointError(f"{where} has {brief(pattern)}, which is no pattern") from None
     return float(alpha) / (math.sqrt(rank) if values.get("use_rslora") else rank)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from vlm.config import CLIP_MEAN, CLIP_STD, PreprocessConfig
 from vlm.errors import CheckpointError
-from vlm.weights.fields import MAX_PIXELS, boolean, choice, integer, number, show, string
+from vlm.weights.fields import MAX_PIXELS, boolean, brief, choice, integer, number, string
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Names of open_clip.
@@ -78,7 +78,7 @@ def huggingface_preprocess(
     kernel = PIL_RESAMPLE.get(resample) if type(resample) is int else None
     if kernel is None:
         raise CheckpointError(
-            f"{where} has resample {show(resample)}: vlm supports "
+            f"{where} has resample {brief(resample)}: vlm supports "
             + ", ".join(f"{number} ({name})" for number, name in PIL_RESAMPLE.items())
         )
     family = "crop" if "CLIP" in name else "squash"
@@ -146,7 +146,7 @@ def _check_processor(values: dict[str, Any], name: str, where: str) -> None:
         off = value in (None, "", [], {}) or (key in _OFF and not value)
         if key not in _READ | own | _IGNORED and not off:
             raise CheckpointError(
-                f"{where} has {key} {show(value)}, which vlm does not support for {kind}: remove "
+                f"{where} has {key} {brief(value)}, which vlm does not support for {kind}: remove "
                 "it if it changes no pixels"
             )
 
@@ -183,7 +183,7 @@ def open_clip_preprocess(values: dict[str, Any], image_size: int, where: str) ->
     for key, value in values.items():
         if key not in _OPEN_CLIP:
             raise CheckpointError(
-                f"{where}: preprocess_cfg has {key} {show(value)}, which vlm does not support: it "
+                f"{where}: preprocess_cfg has {key} {brief(value)}, which vlm does not support: it "
                 f"supports {', '.join(_OPEN_CLIP)}"
             )
     choice(values.get("mode"), (None, "RGB"), f"{where}: mode")
@@ -220,14 +220,14 @@ def _edges(size: Any, where: str, *, square: bool) -> dict[str, int | None]:
         size = {"height": size[0], "width": size[1]}
     if not isinstance(size, dict) or not (size.keys() & {"shortest_edge", "height"}):
         raise CheckpointError(
-            f"{where} is {show(size)}: vlm supports height and width, or shortest_edge"
+            f"{where} is {brief(size)}: vlm supports height and width, or shortest_edge"
         )
     if size.get("height") != size.get("width"):
         raise CheckpointError(
-            f"{where} is {show(size)}, not a square: vlm supports only square images"
+            f"{where} is {brief(size)}, not a square: vlm supports only square images"
         )
     if size.get("longest_edge") is not None:
-        raise CheckpointError(f"{where} is {show(size)}: vlm does not resize by the longest edge")
+        raise CheckpointError(f"{where} is {brief(size)}: vlm does not resize by the longest edge")
     edges = {name: size.get(name) for name in ("shortest_edge", "height")}
     return {
         name: None if edge is None else integer(edge, f"{where}.{name}", high=MAX_PIXELS)
@@ -244,7 +244,7 @@ def _three(values: Any, where: str, *, above: float = -math.inf) -> tuple[float,
         values = [values] * 3
     if not isinstance(values, list | tuple) or len(values) != 3:
         raise CheckpointError(
-            f"{where} is {show(values)}, not one number for each of red, green, blue"
+            f"{where} is {brief(values)}, not one number for each of red, green, blue"
         )
     red, green, blue = (number(value, where, above=above) for value in values)
     return red, green, blue

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vlm.config import TextConfig, TextPool
-from vlm.errors import CheckpointError, show
+from vlm.errors import CheckpointError, brief
 from vlm.nn.positions import sinusoids
 from vlm.weights.checkpoint import Computed, ComputedTensors, float32_rows
 from vlm.weights.fields import choice
@@ -99,7 +99,7 @@ def text_config(c: Mapping[str, Any], shapes: Shapes, where: str) -> TextConfig:
         )
     except (KeyError, ValueError):
         raise CheckpointError(
-            f"{where}: the text tower's weights are not those of {show(name)}"
+            f"{where}: the text tower's weights are not those of {brief(name)}"
         ) from None
 
 

@@ -8,7 +8,7 @@ reads; `READS`, the same in words; `vision_config`, which reads sizes off the sh
 from typing import Any
 
 from vlm.config import ConvNeXtConfig, FastViTConfig, VisionTowerConfig, ViTaminConfig, ViTConfig
-from vlm.errors import CheckpointError, show
+from vlm.errors import CheckpointError, brief
 from vlm.weights import convnext, eva, fastvit, mobileclip, timm, vitamin
 from vlm.weights.rules import Shapes
 
@@ -28,8 +28,8 @@ def vision_config(
     }
     if not found:
         raise CheckpointError(
-            f"{where}: the vision tower {show(name)} is not one that vlm reads: of timm's it reads "
-            f"{'; '.join(family.READS for family in FAMILIES)}"
+            f"{where}: the vision tower {brief(name)} is not one that vlm reads: of timm's it "
+            f"reads {'; '.join(family.READS for family in FAMILIES)}"
         )
     pattern, family = next(iter(found.items()))
     if (pool, proj or None) not in family.NAMES[pattern]:

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from vlm.config import ModelConfig, TextConfig, TokenizerConfig, ViTConfig
-from vlm.errors import CheckpointError, show
+from vlm.errors import CheckpointError, brief
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.weights import huggingface, sentencepiece
 from vlm.weights.checkpoint import Checkpoint, ComputedTensors, weights
@@ -138,7 +138,7 @@ def with_temperature(tensors: Tensors, name: str, default: float) -> ComputedTen
         value = tensors.read(name, start, stop)
         if not (value > 0).all():
             raise CheckpointError(
-                f"{tensors.where} has the temperature {show(value.tolist())}, which must be "
+                f"{tensors.where} has the temperature {brief(value.tolist())}, which must be "
                 "greater than 0: get it again"
             )
         return value

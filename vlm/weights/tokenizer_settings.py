@@ -12,7 +12,7 @@ from etils import epath
 from tokenizers import AddedToken
 
 from vlm.errors import CheckpointError
-from vlm.weights.fields import boolean, choice, fields, read_json, show, string
+from vlm.weights.fields import boolean, brief, choice, fields, read_json, string
 
 # Named tokens. transformers makes all of them special.
 NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -101,7 +101,7 @@ class Settings:
         found = vocabulary.token_to_id(text)
         if text and found is None:
             raise CheckpointError(
-                f"{self.file}: {name} {show(text)} is not in its vocabulary: name a token that is"
+                f"{self.file}: {name} {brief(text)} is not in its vocabulary: name a token that is"
             )
         return found
 
@@ -124,7 +124,7 @@ class Settings:
                 (vocabulary.add_special_tokens if token.special else vocabulary.add_tokens)([token])
             if text and vocabulary.token_to_id(text) != number:
                 raise CheckpointError(
-                    f"{where} gives {show(text)} the id {number}, and the vocabulary "
+                    f"{where} gives {brief(text)} the id {number}, and the vocabulary "
                     f"{vocabulary.token_to_id(text)}: they are not of one tokenizer"
                 )
             there.add(text)
@@ -140,7 +140,7 @@ class Settings:
         for key in ("additional_special_tokens", "extra_special_tokens"):
             more = self.values.get(key) or []
             if not isinstance(more, dict | list):
-                raise CheckpointError(f"{self.file}: {key} is {show(more)}, not a list of tokens")
+                raise CheckpointError(f"{self.file}: {key} is {brief(more)}, not a list of tokens")
             named += [(key, v) for v in (more.values() if isinstance(more, dict) else more)]
         return [_token(v, f"{self.file}: {key}") for key, v in named if v not in _NOTHING]
 
@@ -158,7 +158,7 @@ class Settings:
             return positions
         if not isinstance(most, int | float) or isinstance(most, bool) or most < 1:
             raise CheckpointError(
-                f"{self.file}: model_max_length is {show(most)}, not a number of tokens"
+                f"{self.file}: model_max_length is {brief(most)}, not a number of tokens"
             )
         return int(min(most, positions))
 
@@ -177,17 +177,17 @@ def _check(key: str, value: Any, file: epath.Path) -> None:
     if key in FIXED:
         if value not in (None, FIXED[key]):
             raise CheckpointError(
-                f"{file} has {key} {show(value)}: vlm supports only {FIXED[key]!r}"
+                f"{file} has {key} {brief(value)}: vlm supports only {FIXED[key]!r}"
             )
     elif key == "truncation_side":
         if value not in (None, "right"):
             raise CheckpointError(
-                f"{file}: truncation_side is {show(value)}, and vlm cuts texts at their end: set "
+                f"{file}: truncation_side is {brief(value)}, and vlm cuts texts at their end: set "
                 'it to "right"'
             )
     elif key not in HONOURED | HARMLESS and not key.endswith("_token") and value not in _NOTHING:
         raise CheckpointError(
-            f"{file} has {key} {show(value)}, which vlm does not support: remove it if it changes "
+            f"{file} has {key} {brief(value)}, which vlm does not support: remove it if it changes "
             "no token ids"
         )
 
@@ -197,7 +197,7 @@ def _decoder(tokens: dict[str, Any], special: set[str], file: epath.Path) -> dic
     decoder = {}
     for text, token in tokens.items():
         if not isinstance(token, int):
-            raise CheckpointError(f"{file}: {text} is {show(token)}, not the id of a token")
+            raise CheckpointError(f"{file}: {text} is {brief(token)}, not the id of a token")
         flags = {"special": text in special, "normalized": text not in special}
         decoder[str(token)] = {"content": text, **flags}
     return decoder

@@ -25,7 +25,7 @@ from etils import epath
 from jaxtyping import Shaped
 
 from vlm.errors import CheckpointError
-from vlm.weights.fields import show
+from vlm.weights.fields import brief
 
 _STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -191,7 +191,7 @@ def _of(kind: type, value: Any) -> Any:
 def _named(module: str, name: str) -> _Name:
     found = _Name(module, name)
     if (module, name) not in _KNOWN and not found.is_script:
-        raise _RefusedError(f"it wants to import {show(f'{module}.{name}')[1:-1]}")
+        raise _RefusedError(f"it wants to import {brief(f'{module}.{name}')[1:-1]}")
     return found
 
 
@@ -220,7 +220,7 @@ def _storage(record: Any) -> _Storage:
     if type(kind) is not _Name or kind.module != "torch" or kind.name not in _STORAGES:
         raise _RefusedError("it has a storage without a type of numbers")
     if type(key) is not str or not re.fullmatch(r"\w{1,100}", key) or type(count) is not int:
-        raise _RefusedError(f"it has a storage by the name {show(key)}")
+        raise _RefusedError(f"it has a storage by the name {brief(key)}")
     return _Storage(key, _STORAGES[kind.name], count)
 
 
@@ -240,18 +240,18 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> _Tensor:
     numbers = (offset, *_of(tuple, size), *_of(tuple, stride))
     if any(type(n) is not int or n < 0 for n in numbers) or len(size) != len(stride):
         raise _RefusedError(
-            f"it has a tensor of shape {show(size)}, strides {show(stride)} and offset "
-            f"{show(offset)}"
+            f"it has a tensor of shape {brief(size)}, strides {brief(stride)} and offset "
+            f"{brief(offset)}"
         )
     tensor = _Tensor(_of(_Storage, storage), offset, size, stride)
     if len(size) > _MAX_AXES:
         raise _RefusedError(f"it has a tensor of {len(size)} axes")
     if math.prod(size) > tensor.span:
-        raise _RefusedError(f"it has a tensor of shape {show(size)} that overlaps itself")
+        raise _RefusedError(f"it has a tensor of shape {brief(size)} that overlaps itself")
     if offset + tensor.span > storage.count:
         raise _RefusedError(
-            f"it has a tensor of shape {show(size)} that ends outside its storage of "
-            f"{show(storage.count)} numbers"
+            f"it has a tensor of shape {brief(size)} that ends outside its storage of "
+            f"{brief(storage.count)} numbers"
         )
     return tensor
 
@@ -347,9 +347,9 @@ class TorchFile:
                 continue
             key = name.removeprefix(f"{root}data/")
             if key in found:
-                raise _RefusedError(f"it has two members {show(name)}")
+                raise _RefusedError(f"it has two members {brief(name)}")
             if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
-                raise _RefusedError(f"its member {show(name)} is compressed")
+                raise _RefusedError(f"its member {brief(name)} is compressed")
             found[key] = member
         return found
 
@@ -359,13 +359,13 @@ class TorchFile:
         total = 0
         for name, tensor in _flat(_state(content)):
             if name in tensors:
-                raise _RefusedError(f"it has two tensors {show(name)}")
+                raise _RefusedError(f"it has two tensors {brief(name)}")
             tensors[name] = tensor
             storage, size = tensor.storage, tensor.storage.dtype.itemsize
             member = self._members.get(storage.key)
             if member is None or member.file_size < storage.count * size:
                 raise CheckpointError(
-                    f"{self.where} has no whole storage {storage.key} of {show(name)}: "
+                    f"{self.where} has no whole storage {storage.key} of {brief(name)}: "
                     "download it again"
                 )
             total += math.prod(tensor.shape) * size
@@ -401,6 +401,6 @@ def _flat(content: Any) -> Iterator[tuple[str, _Tensor]]:
             for name, value in reversed(items):
                 full = f"{prefix}.{name}" if prefix else str(name)
                 if len(full) > _MAX_NAME:
-                    raise _RefusedError(f"it has the name {show(full)}")
+                    raise _RefusedError(f"it has the name {brief(full)}")
                 stack.append((full, value, depth + 1))
     raise _RefusedError(f"it has more than {_MAX_VALUES:,} values")

@@ -12,7 +12,7 @@ from vlm.config import Clean, ModelConfig, TokenizerConfig
 from vlm.errors import CheckpointError, DataError
 from vlm.inputs.tokenizer import Tokenizer, read_vocabulary
 from vlm.weights import sentencepiece
-from vlm.weights.fields import fields, read_json, show, string
+from vlm.weights.fields import brief, fields, read_json, string
 from vlm.weights.tokenizer_settings import Settings
 
 CLIP_VOCABULARY = pathlib.Path(__file__).parent / "clip" / "tokenizer.json"
@@ -88,7 +88,7 @@ def huggingface_tokenizer(
         name = eos_token or "<eos>"
         token = vocabulary.token_to_id(name)
         if token is None:
-            where = f"{settings.file}: eos_token {show(name)}"
+            where = f"{settings.file}: eos_token {brief(name)}"
             raise CheckpointError(f"{where} is not in its vocabulary")
         specials = [token]
     else:
@@ -149,7 +149,7 @@ def open_clip_tokenizer(
     options.pop("trust_remote_code", None)
     if options or not isinstance(clean, str) or clean not in OPEN_CLIP_CLEAN:
         raise CheckpointError(
-            f"{where}.tokenizer_kwargs is {show(values['tokenizer_kwargs'])}, and vlm supports "
+            f"{where}.tokenizer_kwargs is {brief(values['tokenizer_kwargs'])}, and vlm supports "
             f"strip_sep_token, and clean of {', '.join(OPEN_CLIP_CLEAN)}"
         )
     cleaning = OPEN_CLIP_CLEAN[clean]
