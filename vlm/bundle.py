@@ -73,17 +73,18 @@ class Bundle(FactSheet):
         if tokenizer.vocab_size > text.vocab_size:
             raise ConfigError(
                 f"{name}: the tokenizer has {tokenizer.vocab_size:,} tokens and the model's "
-                f"embedding table {text.vocab_size:,}: give the tokenizer it was trained with"
+                f"embedding table has {text.vocab_size:,}: use the "
+                "tokenizer that the model was trained with"
             )
         if tokenizer.config.context_length > text.context_length:
             raise ConfigError(
-                f"{name}: the tokenizer makes rows of {tokenizer.config.context_length} tokens and "
-                f"the model takes {text.context_length}: set both context_length the same"
+                f"{name}: context_length is {tokenizer.config.context_length} in the tokenizer and "
+                f"{text.context_length} in the model: set both to the same value"
             )
         if preprocess.config.image_size != vision.image_size:
             raise ConfigError(
-                f"{name}: images are prepared at {preprocess.config.image_size} pixels and the "
-                f"model takes {vision.image_size}: set both image_size the same"
+                f"{name}: image_size is {preprocess.config.image_size} in the preprocessing and "
+                f"{vision.image_size} in the model: set both to the same value"
             )
         self.model = model
         self.preprocess = preprocess
@@ -328,8 +329,8 @@ class Bundle(FactSheet):
         padded = min(1 << (count - 1).bit_length(), size)
         sizes = {} if self._mesh is None else dict(self._mesh.shape)
         axes = tuple(name for name in sizes if name != "tensor")
-        ways = math.prod(sizes[name] for name in axes)
-        padded = -(-padded // ways) * ways
+        shards = math.prod(sizes[name] for name in axes)
+        padded = -(-padded // shards) * shards
         # Padding repeats the last row, because zeros may be invalid inputs.
         if padded > count:
             spread = np.minimum(np.arange(padded), count - 1)

@@ -104,12 +104,12 @@ def batch_ways(mesh: Mesh | AbstractMesh) -> int:
 
 def check_batch(batch_size: int, mesh: Mesh | AbstractMesh, what: str = "batch_size") -> None:
     """Raise a ShardingError unless `batch_size` rows divide over the mesh."""
-    ways = batch_ways(mesh)
-    if batch_size % ways:
-        lower = batch_size // ways * ways
-        nearest = f"{lower} or {lower + ways}" if lower else f"{ways}"
+    shards = batch_ways(mesh)
+    if batch_size % shards:
+        lower = batch_size // shards * shards
+        nearest = f"{lower} or {lower + shards}" if lower else f"{shards}"
         raise ShardingError(
-            f"{what} {batch_size} does not divide over the {ways} devices of mesh axes "
+            f"{what} {batch_size} does not divide over the {shards} devices of mesh axes "
             f"data x fsdp: choose {nearest}"
         )
 
@@ -191,9 +191,11 @@ def gathered(block: Any, layers: int, dtype: DTypeLike) -> Any:
         if "fsdp" not in spec:
             return x
         sharded = NamedSharding(mesh, P(*spec))
-        whole = NamedSharding(mesh, P(*(None if axis == "fsdp" else axis for axis in spec)))
+        gathered_sharding = NamedSharding(
+            mesh, P(*(None if axis == "fsdp" else axis for axis in spec))
+        )
         return linear_call(
-            lambda _, x: constrain(constrain(x, sharded), whole),
+            lambda _, x: constrain(constrain(x, sharded), gathered_sharding),
             lambda _, gradient: constrain(gradient, sharded),
             (),
             # Half the bytes; norms compute in float32, and int8 kernels are a quarter already.
@@ -250,7 +252,7 @@ def placement_rows(tree: Any, depth: int = 2) -> list[tuple[str, str, int, int]]
         group = "/".join(path_names(path)[:depth])
         axes, elements, bytes_ = groups.get(group, (set(), 0, 0))
         local = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        over = " x ".join(axis for axis in x.sharding.spec if axis) or "whole"
+        over = " x ".join(axis for axis in x.sharding.spec if axis) or "replicated"
         groups[group] = (axes | {over}, elements + x.size, bytes_ + local)
     return [(g, ", ".join(sorted(s)), n, size) for g, (s, n, size) in groups.items()]
 

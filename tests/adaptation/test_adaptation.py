@@ -124,10 +124,12 @@ def test_an_adaptation_says_what_is_copied(model, places, tmp_path, caplog):
     assert (
         copies == "37 of 55 images, kept on one side of the split; 1 images are in several classes"
     )
-    assert made.about["test: copies of images learned from"] == "2 of 26 images (7.7%)"
+    assert made.about["test: copies of training or validation images"] == "2 of 26 images (7.7%)"
     assert "2 of 26 images (7.7%) of the test data are copies" in caplog.text
     made.save(tmp_path / "out")
-    assert "copies of images learned from" in (tmp_path / "out" / "report.html").read_text()
+    assert (
+        "copies of training or validation images" in (tmp_path / "out" / "report.html").read_text()
+    )
     clean = adapt(model, read_labelled(str(places["train"])), tmp_path, 60, ["probe"], test=test)
     assert not any("copies" in name for name in clean.about)
 
@@ -136,7 +138,7 @@ def test_the_old_name_of_progress_still_works(model, places, tmp_path):
     data, messages = read_labelled(str(places["train"])), []
     with pytest.warns(DeprecationWarning, match="renamed to adapt"):
         adapt(model, data, tmp_path, 60, ["probe"], say=messages.append)
-    assert "images to learn from" in messages[0]
+    assert "training images" in messages[0]
     assert messages[1].startswith("probe: ")
 
 
@@ -230,7 +232,7 @@ def test_what_one_method_refuses_does_not_stop_the_others(model, places, tmp_pat
 
 def test_a_budget_too_small_is_one_sentence(model, places, tmp_path, capsys):
     data = read_labelled(str(places["train"]))
-    with pytest.raises(ConfigError, match=r"budget of 0.0001 s is too small for one try"):
+    with pytest.raises(ConfigError, match=r"budget of 0.0001 s is too small for any method"):
         adapt(model, data, tmp_path, 1e-4)
     with pytest.raises(ConfigError, match=r"budget of 20 s is too small .* give at least \d+ s"):
         adapt(model, data, tmp_path, 20.0, ("full",), ["{}"])
@@ -275,7 +277,9 @@ def test_fine_tuning_with_a_teacher_and_blends(model, places, tmp_path):
 
 def test_distillation_has_a_teacher_and_a_teacher_a_pupil(model, places, tmp_path):
     data = read_labelled(str(places["train"]))
-    with pytest.raises(ConfigError, match=r"learns from another model: name one .*--teacher"):
+    with pytest.raises(ConfigError, match=r"needs a teacher model: give one .*--teacher"):
         adapt(model, data, tmp_path, 600.0, ("probe", "distill"))
-    with pytest.raises(ConfigError, match="a teacher is given, and probe, tip learn from none"):
+    with pytest.raises(
+        ConfigError, match="a teacher is given, but no method of probe, tip uses one"
+    ):
         adapt(model, data, tmp_path, 600.0, ("probe", "tip"), teacher=model)

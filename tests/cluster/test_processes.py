@@ -69,7 +69,10 @@ def test_those_who_come_do_not_wait_for_ever():
     for process in waiting:
         _, message = process.communicate(timeout=120)
         assert process.returncode == 1
-        assert f"did not meet at {address} in 4 s (VLM_RENDEZVOUS_TIMEOUT): start all 3" in message
+        assert (
+            f"did not all connect to {address} in 4 s (VLM_RENDEZVOUS_TIMEOUT): start all 3"
+            in message
+        )
         assert "stack trace" not in message
 
 

@@ -176,8 +176,12 @@ def test_a_resnet_is_checked():
 @pytest.mark.parametrize(
     ("vision", "text", "message"),
     [
-        ({"registers": 2}, {}, "ViTConfig.registers 2 stand after a class token"),
-        ({"max_patches": 9, "pool": "class"}, {}, "ViTConfig.max_patches 9 is of NaFlex"),
+        ({"registers": 2}, {}, "ViTConfig.registers 2 needs a class token"),
+        (
+            {"max_patches": 9, "pool": "class"},
+            {},
+            "ViTConfig.max_patches 9 is only valid for NaFlex",
+        ),
         ({"max_patches": 9, "pre_norm": True}, {}, "has no class_token, rotary and pre_norm"),
         ({"width": 100}, {}, "ViTConfig.width 100 is not a multiple of heads 12"),
         ({}, {"width": 512, "heads": 8, "projection": "none"}, "must equal embed_dim 768"),

@@ -162,7 +162,7 @@ def test_a_run_does_not_resume_with_another_base_model(killed, base, tmp_path):
     config = killed / "config.json"
     values = json.loads(config.read_text()) | {"init_from": str(moved)}
     config.write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match=r"is another model now .*restore that model"):
+    with pytest.raises(CheckpointError, match=r"has changed .*restore that model"):
         train(resume=killed)
 
 

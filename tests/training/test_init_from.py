@@ -130,9 +130,11 @@ def test_a_contradiction_is_named():
     text = dataclasses.replace(e.model.text, activation="relu")
     rules = dataclasses.replace(e.tokenizer, pad_id=5)
     wrong = dataclasses.replace(e, model=dataclasses.replace(e.model, text=text), tokenizer=rules)
-    with pytest.raises(ConfigError, match=r"text\.activation is 'quick_gelu' there and 'relu'"):
+    with pytest.raises(
+        ConfigError, match=r"text\.activation is 'quick_gelu' in the model and 'relu'"
+    ):
         _check_same(wrong, vlm.load(e.init_from), ("vision", "text"))
-    with pytest.raises(ConfigError, match=r"tokenizer\.pad_id is .* there and 5 here"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.pad_id is .* in the model and 5 in"):
         init_tokenizer(wrong)
 
 

@@ -104,7 +104,10 @@ def test_a_schedule_ends_at_its_end(schedule):
             {"learning_rate": 1e-3, "end_learning_rate": 1.0},
             "end_learning_rate 1.0 is above learning_rate 0.001",
         ),
-        ({"schedule": "constant", "end_learning_rate": 1e-5}, "never comes to end_learning_rate"),
+        (
+            {"schedule": "constant", "end_learning_rate": 1e-5},
+            "does not decay to end_learning_rate",
+        ),
         ({"weight_decay": 0.2, "weight_decay_rule": "big_vision"}, "of every kernel at every step"),
     ],
 )

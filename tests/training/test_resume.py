@@ -320,5 +320,7 @@ def test_another_model_to_start_from_is_refused_by_name(tiny, eight, tmp_path):
     changes = {"text": {"mlp_dim": 48, "activation": "gelu"}}
     with pytest.raises(ConfigError) as caught:
         train(tiny(run_dir=str(tmp_path / "run"), init_from=str(eight), **changes))
-    assert "model.text.mlp_dim is 64 there and 48 here" in str(caught.value)
-    assert "model.text.activation is 'gelu_tanh' there and 'gelu' here" in str(caught.value)
+    assert "model.text.mlp_dim is 64 in the model and 48 in the config" in str(caught.value)
+    assert "model.text.activation is 'gelu_tanh' in the model and 'gelu' in the config" in str(
+        caught.value
+    )

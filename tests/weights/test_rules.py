@@ -62,7 +62,7 @@ def test_all_mismatches_are_in_one_error():
     assert "at all" not in message
     message = refused({**less, "noise": TABLE}, ignored=lambda name: name == "noise")
     assert "without a place" not in message
-    assert "1 parameter of the model that nothing fills: vision.a" in refused(arrays, table[1:])
+    assert "1 parameter of the model without a rule: vision.a" in refused(arrays, table[1:])
     assert "of another shape: any (7, 2)" in refused({**arrays, "any": np.zeros((7, 2))})
     assert "of another shape: any (3,)" in refused({**arrays, "any": np.zeros(3)})
     no_text = {k: v for k, v in arrays.items() if k not in ("c", "any")}

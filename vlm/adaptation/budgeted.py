@@ -62,8 +62,8 @@ class Adaptation:
         >>> names, data = ("red", "green", "blue"), vlm.DataInfo("colours")
         >>> dark = [ImageOps.posterize(picture, 1) for picture in pictures]
         >>> labelled = vlm.adaptation.Labelled(pictures + dark, np.arange(6) % 3, names, data)
-        >>> made = vlm.adaptation.adapt(model, labelled, folder, budget=600, methods=["probe"])
-        >>> print(made["probe"].validation)
+        >>> result = vlm.adaptation.adapt(model, labelled, folder, budget=600, methods=["probe"])
+        >>> print(result["probe"].validation)
         100.0% [29.2%, 100.0%] of 3
     """
 
@@ -82,8 +82,12 @@ class Adaptation:
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save(folder / "bundle")
         self.classifier.save(folder / FILE)
-        held = {"chosen": self.chosen, **self.about, "methods": [asdict(row) for row in self.rows]}
-        (folder / "results.json").write_text(to_json(held, indent=2) + "\n")
+        contents = {
+            "chosen": self.chosen,
+            **self.about,
+            "methods": [asdict(row) for row in self.rows],
+        }
+        (folder / "results.json").write_text(to_json(contents, indent=2) + "\n")
         results.write_page(folder / "report.html", self.rows, self.chosen, self.about)
 
     def __rich__(self) -> Table:
@@ -123,7 +127,7 @@ def adapt(
 
     Args:
         model: the bundle to adapt.
-        data: labelled images; a part of each class is held out for validation.
+        data: labelled images; a part of each class becomes the validation split.
         folder: for training runs.
         budget: seconds for all trials; measuring on `test` and `shifted` is extra.
         methods: names from METHODS; by default all that fit the budget, "distill" only with a
@@ -149,8 +153,8 @@ def adapt(
         >>> names, data = ("red", "green", "blue"), vlm.DataInfo("colours")
         >>> dark = [ImageOps.posterize(picture, 1) for picture in pictures]
         >>> labelled = vlm.adaptation.Labelled(pictures + dark, np.arange(6) % 3, names, data)
-        >>> made = vlm.adaptation.adapt(model, labelled, folder, budget=600, methods=["probe"])
-        >>> [row.method for row in made.rows]
+        >>> result = vlm.adaptation.adapt(model, labelled, folder, budget=600, methods=["probe"])
+        >>> [row.method for row in result.rows]
         ['zero-shot', 'probe']
     """
     if say is not None:
@@ -164,8 +168,8 @@ def adapt(
         raise ConfigError(NO_TEACHER)
     if teacher is not None and methods and "distill" not in methods:
         raise ConfigError(
-            f"a teacher is given, and {', '.join(methods)} learn from none: add the method "
-            "'distill', or leave the teacher out"
+            f"a teacher is given, but no method of {', '.join(methods)} uses one: add the method "
+            "'distill', or omit the teacher"
         )
     deadline = time.monotonic() + budget
     train, validation = hold_out(data, seed=seed)
@@ -179,22 +183,22 @@ def adapt(
     needed = compiling + per_image * len(data)  # to embed all images
     if needed > budget:
         raise ConfigError(_too_small(budget, 1.5 * needed))
-    progress(f"{len(train):,} images to learn from, {len(validation):,} to choose by")
+    progress(f"{len(train):,} training images, {len(validation):,} validation images")
     z_train, _ = encode_images(model, train.images)
     z_validation, _ = encode_images(model, validation.images)
     inputs = MethodInputs(
         model, train, validation, z_train, z_validation, templates_in_use, folder, per_image,
         seed=seed, teacher=teacher,
     )  # fmt: skip
-    of_shifted = choose_templates(templates, model, shifted) if own_classes else None
-    evaluator = Evaluator(inputs, test, shifted, of_shifted)
-    found, rows = {}, []
+    shifted_templates = choose_templates(templates, model, shifted) if own_classes else None
+    evaluator = Evaluator(inputs, test, shifted, shifted_templates)
+    outcomes, rows = {}, []
 
     def attempt(name: str, method: Method, seconds: float) -> Row:
         with ResourceMeter() as meter:
-            made = method.run(replace(inputs, seconds=seconds))
-        found[name] = inputs.found[name] = made
-        rows.append(evaluator.row(name, made, meter))
+            outcome = method.run(replace(inputs, seconds=seconds))
+        outcomes[name] = inputs.earlier[name] = outcome
+        rows.append(evaluator.row(name, outcome, meter))
         return rows[-1]
 
     attempt(ZERO_SHOT, Method(zero_shot), math.inf)
@@ -204,25 +208,25 @@ def adapt(
         wanted.insert(-1, "full")  # a model to blend
     missing, rejected = math.inf, None
     for number, name in enumerate(wanted):
-        left = deadline - time.monotonic()
+        remaining = deadline - time.monotonic()
         tuning = [n for n in wanted[number:] if METHODS[n].changes_model]
         parts = max(1, len(tuning)) if METHODS[name].changes_model else 2
         try:
-            if left <= 0:
+            if remaining <= 0:
                 raise OverBudget(0)
-            row = attempt(name, METHODS[name], SPARE * left / parts)
+            row = attempt(name, METHODS[name], SPARE * remaining / parts)
             progress(f"{name}: {row.validation} in {row.seconds:.1f} s")
         except OverBudget as error:
             missing = min(missing, error.needed)
-            rows.append(Row(name, note=f"{error}, and {max(0, left):,.0f} s were left"))
+            rows.append(Row(name, note=f"{error}, and {max(0, remaining):,.0f} s were left"))
         except VlmError as error:  # other methods may work
             rejected = error
             rows.append(Row(name, note=str(error)))
-    if len(found) == 1:
+    if len(outcomes) == 1:
         if rejected is not None:
             raise rejected
         raise ConfigError(_too_small(budget, budget + missing if math.isfinite(missing) else None))
-    chosen = max(found, key=evaluator.merit.__getitem__)
+    chosen = max(outcomes, key=evaluator.merit.__getitem__)
     about = {
         "model": model.name,
         "teacher": "" if teacher is None else teacher.name,
@@ -230,17 +234,17 @@ def adapt(
         "classes": f"{len(data.names):,}",
         "class names": described(data.names, data.texts),
         "templates": describe_templates(templates_in_use),
-        "learned from": f"{len(train):,} images",
-        "chosen by": f"{len(validation):,} images",
+        "training": f"{len(train):,} images",
+        "validation": f"{len(validation):,} images",
         "budget": f"{budget:,.0f} s",
         "seed": str(seed),
         "test": "" if test is None else str(test.data),
         "out of distribution": "" if shifted is None else str(shifted.data),
         **copies,
     }
-    best = found[chosen]
+    best = outcomes[chosen]
     if best.model is not model:
-        best.model.templates = templates_in_use  # also of a blend
+        best.model.templates = templates_in_use  # blends included
     about = {name: value for name, value in about.items() if value}
     return Adaptation(tuple(rows), chosen, best.model, best.classifier, about)
 
@@ -262,26 +266,28 @@ class Evaluator:
         self._cache = {"validation": inputs.z_validation}
         self.merit: dict[str, tuple[float, float]] = {}  # validation accuracy and likelihood
 
-    def row(self, name: str, made: MethodResult, meter: ResourceMeter) -> Row:
-        measured = {which: self._accuracy(which, made) for which in self._sets}
-        self.merit[name] = measured["validation"].value, self._log_likelihood(made)
-        return Row(name, made.trained, meter.seconds, meter.peak, note=made.note, **measured)
+    def row(self, name: str, outcome: MethodResult, meter: ResourceMeter) -> Row:
+        measured = {which: self._accuracy(which, outcome) for which in self._sets}
+        self.merit[name] = measured["validation"].value, self._log_likelihood(outcome)
+        return Row(name, outcome.trained, meter.seconds, meter.peak, note=outcome.note, **measured)
 
-    def _log_likelihood(self, made: MethodResult) -> float:
+    def _log_likelihood(self, outcome: MethodResult) -> float:
         """Compute the mean log probability of the validation labels."""
-        logits = np.asarray(made.classifier.logits(self._embeddings("validation", made.model)))
+        logits = np.asarray(
+            outcome.classifier.logits(self._embeddings("validation", outcome.model))
+        )
         own = np.take_along_axis(
             to_scores(logits, "softmax"), self._sets["validation"].target[:, None], axis=1
         )
         return float(np.log(np.maximum(own, 1e-12)).mean())
 
-    def _accuracy(self, which: str, made: MethodResult) -> Metric:
-        labelled, classifier = self._sets[which], made.classifier
+    def _accuracy(self, which: str, outcome: MethodResult) -> Metric:
+        labelled, classifier = self._sets[which], outcome.classifier
         if which == "shifted" and self._shifted_templates:
             prompts = label_prompts(labelled.names, labelled.texts, self._shifted_templates)
-            classifier = ZeroShotClassifier(made.model, prompts)
+            classifier = ZeroShotClassifier(outcome.model, prompts)
         ranks = target_ranks(
-            np.asarray(classifier.logits(self._embeddings(which, made.model))), labelled.target
+            np.asarray(classifier.logits(self._embeddings(which, outcome.model))), labelled.target
         )
         return hit_rate(ranks, 1)
 
@@ -295,12 +301,12 @@ class Evaluator:
 
 def _copies(data: Labelled, test: Labelled | None, shifted: Labelled | None) -> dict[str, str]:
     """Count copies of images, for the page; log a warning if they inflate an accuracy."""
-    found = {}
+    facts = {}
     sizes = np.bincount(data.groups)
     if (copies := int((sizes - 1).sum())) > 0:
         labels = np.unique(np.stack([data.groups, data.target]), axis=1)[0]
         several = int((np.bincount(labels) > 1).sum())
-        found["copies"] = f"{copies:,} of {len(data):,} images, kept on one side of the split" + (
+        facts["copies"] = f"{copies:,} of {len(data):,} images, kept on one side of the split" + (
             f"; {several:,} images are in several classes" if several else ""
         )
     for name, other in (("test", test), ("out of distribution", shifted)):
@@ -309,14 +315,14 @@ def _copies(data: Labelled, test: Labelled | None, shifted: Labelled | None) -> 
         count = int(copied_from(other.thumbnails, data.thumbnails).sum())
         if count:
             copied = f"{count:,} of {len(other):,} images ({count / len(other):.1%})"
-            found[f"{name}: copies of images learned from"] = copied
+            facts[f"{name}: copies of training or validation images"] = copied
             _log.warning(
                 "%s of the %s data are copies of training or validation images, so its accuracy is "
-                "too high: leave them out", copied, name,
+                "too high: remove them", copied, name,
             )  # fmt: skip
-    return found
+    return facts
 
 
 def _too_small(budget: float, enough: float | None) -> str:
     fix = "give more" if enough is None else f"give at least {math.ceil(enough):,} s"
-    return f"a budget of {budget:.4g} s is too small for one try here: {fix}"
+    return f"a budget of {budget:.4g} s is too small for any method: {fix}"

@@ -49,7 +49,7 @@ def learn_prompt(
     """Learn a context for prompts from labelled images; deterministic for a seed.
 
     Args:
-        model: what `vlm.load` gives.
+        model: a model from `vlm.load`.
         images: PIL images, paths or arrays of pixels, any iterable; or their embeddings, (n, d).
         labels: class of each image.
         classes: all class names; by default those of `labels`, sorted.
@@ -64,7 +64,7 @@ def learn_prompt(
         steps: of Adam, with a cosine decay of the rate to zero.
         rate: initial learning rate, relative to the size of the entries of the embedding table.
         seed: of the vectors and the order of the images.
-        batch_size: for encoding; None leaves it to the model.
+        batch_size: for encoding; None: the model's default.
         texts: class names in sentences, in the order of `classes`; by default `classes`.
 
     Raises:

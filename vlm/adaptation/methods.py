@@ -1,6 +1,6 @@
 """Methods of adaptation to labelled images: each is a function here, and a line in METHODS.
 
-A method takes `MethodInputs` and returns a classifier with the model whose embeddings it takes.
+A method takes `MethodInputs` and returns a classifier with the model that computes its embeddings.
 """
 
 import math
@@ -27,7 +27,7 @@ from vlm.heads.zero_shot import ZeroShotClassifier, encode_images
 
 N_CTX = 4  # context vectors for a template without words before the label
 PASSES = 4  # forward passes that a training step costs: forward, backward and update
-MIN_STEPS = 8  # of training, for a trial to be worthwhile
+MIN_STEPS = 8  # minimum training steps of a trial
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # weights of the fine-tuned model in a blend
 
 
@@ -62,7 +62,7 @@ class MethodInputs:
         seconds: time limit of this method.
         seed: of all randomness.
         teacher: a model to distil.
-        found: results of the methods before, by name.
+        earlier: results of earlier methods, by name.
     """
 
     model: Bundle
@@ -76,7 +76,7 @@ class MethodInputs:
     seconds: float = math.inf
     seed: int = 0
     teacher: Bundle | None = None
-    found: dict[str, MethodResult] = field(default_factory=dict)
+    earlier: dict[str, MethodResult] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -186,18 +186,18 @@ def blended(s: MethodInputs) -> MethodResult:
     Of the alphas that are not clearly worse than the best on the validation images, by one standard
     error of the difference, choose the smallest: it forgets the least.
     """
-    tuned = {name: s.found[name] for name in TUNED if name in s.found}
+    tuned = {name: s.earlier[name] for name in TUNED if name in s.earlier}
     if not tuned:
         raise ConfigError("there is no fine-tuned model to blend: give a larger budget")
     needed = len(tuned) * len(ALPHAS) * len(s.validation) * s.seconds_per_image
     if needed > s.seconds:
         raise OverBudget(needed)
     correct: dict[tuple[float, str], np.ndarray] = {}  # validation images, by alpha and run
-    for name, one in tuned.items():
+    for name, outcome in tuned.items():
         for alpha in ALPHAS:
-            made = s.zero_shot(blend(s.model, one.model, alpha), 0)
-            z, _ = encode_images(made.model, s.validation.images)
-            logits = made.classifier.logits(z)
+            candidate = s.zero_shot(blend(s.model, outcome.model, alpha), 0)
+            z, _ = encode_images(candidate.model, s.validation.images)
+            logits = candidate.classifier.logits(z)
             correct[alpha, name] = np.asarray(logits).argmax(1) == s.validation.target
     best = max(correct.values(), key=lambda right: right.sum()).astype(np.float64)
     lost = {at: best - right for at, right in correct.items()}
@@ -234,7 +234,7 @@ class Method:
     changes_model: bool = False
 
 
-# In the order of trials: the cheapest first, and a blend after what it blends.
+# In the order of trials: the cheapest first, and the blend after the fine-tuned models.
 METHODS: dict[str, Method] = {
     "probe": Method(probe),
     "tip": Method(tip),
@@ -245,4 +245,4 @@ METHODS: dict[str, Method] = {
     "blend": Method(blended, changes_model=True),
 }
 TUNED = ("lora", "full", "distill")  # methods whose models can be blended
-NO_TEACHER = "method 'distill' learns from another model: name one as the teacher (--teacher MODEL)"
+NO_TEACHER = "method 'distill' needs a teacher model: give one (--teacher MODEL)"

@@ -20,7 +20,7 @@ class Row:
         seconds: duration of the trial.
         peak: most memory during the trial, in bytes.
         validation, test, shifted: top-1; None if not measured.
-        note: what the method chose, or why it was left out.
+        note: choices of the method, or the reason why it was skipped.
     """
 
     method: str

@@ -26,8 +26,8 @@ class Sweep:
 
     Example:
         >>> task = vlm.RetrievalTask(pictures, ["red", "green", "blue"], vlm.DataInfo("colours"))
-        >>> found = vlm.adaptation.sweep_alpha(model, model, {"colours": task}, (0.0, 1.0))
-        >>> found.alphas
+        >>> result = vlm.adaptation.sweep_alpha(model, model, {"colours": task}, (0.0, 1.0))
+        >>> result.alphas
         (0.0, 1.0)
     """
 

@@ -30,8 +30,8 @@ class TemplateSearch:
 
     Example:
         >>> labels, pool = ["red", "green", "blue"] * 4, ["a {} square."]
-        >>> found = vlm.adaptation.search_templates(model, pictures * 4, labels, pool=pool)
-        >>> len(found.templates) >= 1
+        >>> result = vlm.adaptation.search_templates(model, pictures * 4, labels, pool=pool)
+        >>> len(result.templates) >= 1
         True
     """
 
@@ -57,14 +57,14 @@ def search_templates(
     held-out images. Do not search on a test set.
 
     Args:
-        model: what `vlm.load` gives.
+        model: a model from `vlm.load`.
         images: PIL images, paths or arrays of pixels, any iterable; or their embeddings, (n, d).
         labels: class of each image.
         classes: all class names; by default those of `labels`, sorted.
         pool: sentences with `{}` for the label, in addition to `start`.
         start: initial templates; by default the model's own, else "a photo of a {}.".
         seed: of the folds.
-        batch_size: for encoding; None leaves it to the model.
+        batch_size: for encoding; None: the model's default.
 
     Raises:
         ConfigError: labels that are no classes or not one per image, fewer than two images, a
@@ -72,8 +72,8 @@ def search_templates(
 
     Example:
         >>> labels, pool = ["red", "green", "blue"] * 4, ["a {} square."]
-        >>> found = vlm.adaptation.search_templates(model, pictures * 4, labels, pool=pool)
-        >>> set(found.templates) <= {"a photo of a {}.", "a {} square."}
+        >>> result = vlm.adaptation.search_templates(model, pictures * 4, labels, pool=pool)
+        >>> set(result.templates) <= {"a photo of a {}.", "a {} square."}
         True
     """
     z_image, names, target = embed_labelled(model, images, list(labels), classes, batch_size)
@@ -102,7 +102,7 @@ def search_by_embeddings(
     sentences = list(dict.fromkeys([*start, *pool]))
     z = np.stack([class_embeddings(model, names, [sentence]) for sentence in sentences])
     scores = _Scores(z, z_image, target, model.logit_scale)
-    ours = list(range(len(dict.fromkeys(start))))
+    initial = list(range(len(dict.fromkeys(start))))
     owner = np.arange(len(z_image))
     if groups is not None and np.ptp(groups):
         owner = np.unique(groups, return_inverse=True)[1]
@@ -114,8 +114,8 @@ def search_by_embeddings(
         order = scores.greedy(seen)
         for k in range(MAX_TEMPLATES):
             logp[k, unseen] = scores.log_probabilities(order[: k + 1], unseen)
-    every = np.ones(len(z_image), bool)
-    before = scores.log_probabilities(ours, every)
+    all_images = np.ones(len(z_image), bool)
+    before = scores.log_probabilities(initial, all_images)
     own = np.arange(len(target)), target
     k = int(logp[:, own[0], own[1]].sum(1).argmax())
     right, base = (rows.argmax(1) == target for rows in (logp[k], before))
@@ -123,7 +123,7 @@ def search_by_embeddings(
     # accuracy, as any average of sentences gains likelihood by being less confident.
     gained = right.astype(np.float64) - base
     kept = gained.mean() > gained.std(ddof=1) / np.sqrt(len(gained))
-    chosen = scores.greedy(every)[: k + 1] if kept else ours
+    chosen = scores.greedy(all_images)[: k + 1] if kept else initial
     return TemplateSearch(
         tuple(sentences[i] for i in chosen),
         proportion(int((right if kept else base).sum()), len(target)),

@@ -46,8 +46,8 @@ def bench_data(
 
     Example:
         >>> from rich.console import Console
-        >>> found = vlm.bench.bench_data(experiment, batches=1, console=Console(quiet=True))
-        >>> found["batch_size"]
+        >>> result = vlm.bench.bench_data(experiment, batches=1, console=Console(quiet=True))
+        >>> result["batch_size"]
         8
     """
     e, data = experiment, experiment.data

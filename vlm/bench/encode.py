@@ -39,10 +39,10 @@ def bench_encode(
 
     Example:
         >>> from rich.console import Console
-        >>> found = vlm.bench.bench_encode(
+        >>> result = vlm.bench.bench_encode(
         ...     experiment.model, batch_sizes=(2,), rounds=1, console=Console(quiet=True)
         ... )
-        >>> found["flops"]["image"] > 0
+        >>> result["flops"]["image"] > 0
         True
     """
     device = jax.devices()[0]

@@ -57,8 +57,8 @@ def bench_loss(
     Example:
         >>> from rich.console import Console
         >>> quiet = Console(quiet=True)
-        >>> found = vlm.bench.bench_loss(64, 16, kinds=("softmax",), rounds=1, console=quiet)
-        >>> found["batch_size"]
+        >>> result = vlm.bench.bench_loss(64, 16, kinds=("softmax",), rounds=1, console=quiet)
+        >>> result["batch_size"]
         64
     """
     devices = list(devices or jax.devices())
@@ -156,7 +156,7 @@ def _print(result, console):
     console.print(
         f"[bold]Contrastive loss and gradients[/] on {result['devices']} x {result['device']}: "
         f"batch {result['batch_size']:,}, width {result['embed_dim']}, {result['dtype']}; "
-        f"products at {result['product_flops_per_second'] / 1e9:,.0f} GFLOP/s, "
+        f"GEMM at {result['product_flops_per_second'] / 1e9:,.0f} GFLOP/s, "
         f"bound {result['floor_seconds']:.3g} s"
     )
     names = ("loss", "form", "time", "x bound", "temporaries / device")

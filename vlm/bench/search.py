@@ -57,8 +57,8 @@ def bench_search(
     Example:
         >>> from rich.console import Console
         >>> quiet = Console(quiet=True)
-        >>> found = vlm.bench.bench_search((100,), 16, queries=(1,), rounds=1, console=quiet)
-        >>> found["rows"][0]["items"]
+        >>> result = vlm.bench.bench_search((100,), 16, queries=(1,), rounds=1, console=quiet)
+        >>> result["rows"][0]["items"]
         100
     """
     rng = np.random.default_rng(0)

@@ -63,8 +63,8 @@ def bench_train(
 
     Example:
         >>> from rich.console import Console
-        >>> found = vlm.bench.bench_train(experiment, rounds=1, console=Console(quiet=True))
-        >>> found["batch_size"]
+        >>> result = vlm.bench.bench_train(experiment, rounds=1, console=Console(quiet=True))
+        >>> result["batch_size"]
         8
     """
     e = experiment
@@ -86,13 +86,13 @@ def bench_train(
     compiled = trainer.step.lower(trainer.abstract_state, batch).compile()
     on_cpu = devices[0].platform == "cpu"
     resident = step_resident_peak(trainer, compiled, batch) if on_cpu else None
-    held = {"state": trainer.init(jnp.int32(1000))}
+    holder = {"state": trainer.init(jnp.int32(1000))}
 
     def step():
-        held["state"], metrics = compiled(held["state"], batch)
+        holder["state"], metrics = compiled(holder["state"], batch)
         return metrics
 
-    z = trainer.embed_texts(held["state"], batch["tokens"])
+    z = trainer.embed_texts(holder["state"], batch["tokens"])
     scale, bias = jnp.float32(2.0), jnp.float32(-10.0)
     loss = jax.jit(
         jax.grad(
@@ -104,8 +104,8 @@ def bench_train(
     multiply, product_flops = product(dtype, devices)
     runs = {
         "step": step,
-        "images, forward": lambda: trainer.embed_images(held["state"], batch["images"]),
-        "texts, forward": lambda: trainer.embed_texts(held["state"], batch["tokens"]),
+        "images, forward": lambda: trainer.embed_images(holder["state"], batch["images"]),
+        "texts, forward": lambda: trainer.embed_texts(holder["state"], batch["tokens"]),
         "loss and its gradients": lambda: loss(z, z, scale, bias),
         "product": multiply,
     }
@@ -178,8 +178,8 @@ def step_resident_peak(trainer: Trainer, compiled: Any, batch: dict[str, jax.Arr
     if peak is None:
         return None
     local = len(trainer.mesh.local_devices or ())
-    held = sum(x.nbytes for x in jax.tree.leaves(batch))
-    return (peak + held // jax.process_count()) // local
+    batch_bytes = sum(x.nbytes for x in jax.tree.leaves(batch))
+    return (peak + batch_bytes // jax.process_count()) // local
 
 
 def random_batch(e: Experiment) -> dict[str, Any]:
@@ -207,10 +207,10 @@ def _print(result, console):
         table.add_row(name, f"{seconds:.3g} s", f"{seconds / step:.0%}")
     console.print(table)
     rates = f"{result['pairs_per_second']:,.1f} pairs/s, "
-    rates += f"{result['model_flops_per_second'] / 1e12:,.2f} TFLOP/s of the model"
+    rates += f"{result['model_flops_per_second'] / 1e12:,.2f} model TFLOP/s"
     if result["mfu"] is not None:
         rates += f", MFU {result['mfu']:.1%}"
-    rates += f"; {result['of_products']:.0%} of the rate of large products here"
+    rates += f"; {result['of_products']:.0%} of the measured GEMM throughput"
     console.print(rates, highlight=False)
     planned, measured = result["planned_peak_bytes"], result["measured_peak_bytes"]
     memory = f"memory of a device: {planned / 2**30:,.2f} GiB planned by the compiler"

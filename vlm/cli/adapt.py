@@ -78,7 +78,7 @@ def adapt(
         labelled = labelled.take(pick_shots(labelled, shots, seed))
     measured = None if test is None else read_labelled(test)
     shifted = None if out_of_distribution is None else read_labelled(out_of_distribution)
-    made = adapt_model(
+    outcome = adapt_model(
         load(model),
         labelled,
         Path(folder) / "runs",
@@ -91,9 +91,9 @@ def adapt(
         print_status,
         None if teacher is None else load(teacher),
     )
-    made.save(Path(folder))
-    Console().print(made)
-    print(f"{made.chosen} is best on the validation images; it is in {out}")
+    outcome.save(Path(folder))
+    Console().print(outcome)
+    print(f"{outcome.chosen} is best on the validation images; it is in {out}")
     print_status(f"page {folder / 'report.html'}")
 
 
@@ -103,8 +103,8 @@ def _seconds(budget: str) -> float:
     Raises:
         UsageError: another form, or zero.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", budget.strip())
-    seconds = float(found[1]) * UNITS[found[2]] if found else 0.0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", budget.strip())
+    seconds = float(match[1]) * UNITS[match[2]] if match else 0.0
     if not seconds > 0:
         raise UsageError(f"--budget {budget!r} is not a duration: give one such as 90s, 5m or 1h")
     return seconds

@@ -48,12 +48,12 @@ def compare(
             f"{a} has the tasks {', '.join(r.task for r in one.results)} and {b} has "
             f"{', '.join(names)}: evaluate both models on the same tasks"
         )
-    found = [c for result in both for c in compare_results(result, other[result.task])]
+    comparisons = [c for result in both for c in compare_results(result, other[result.task])]
     if out:
         galleries = [{r.task: read_gallery(place, r.task) for r in both} for place in (a, b)]
-        write_page(out, one, other, found, galleries)
+        write_page(out, one, other, comparisons, galleries)
     if json:
-        print(as_json(found))
+        print(as_json(comparisons))
     else:
         models = [report.results[0].provenance.model for report in (one, other)]
-        Console().print(as_table(found, *models))
+        Console().print(as_table(comparisons, *models))

@@ -32,7 +32,7 @@ def convert(
     from vlm.bundle import load
     from vlm.cli.terminal import print_status
 
-    found = load(model, dtype=dtype).save(folder, format, compare_texts=TEXTS)
+    check = load(model, dtype=dtype).save(folder, format, compare_texts=TEXTS)
     print_status(f"{model} as {format} in {out}")
-    if found is not None and not found.differ:  # else it has been logged
-        print_status(str(found))
+    if check is not None and not check.differ:  # else it has been logged
+        print_status(str(check))

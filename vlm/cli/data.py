@@ -73,7 +73,7 @@ def show(
         raise UsageError(f"--limit {limit} reads nothing: give at least 1")
     fields = {"image": image, "captions": captions, "label": label, "data_dir": data_dir}
     config = _config(source, split, **fields)
-    found = dataset_stats(
+    stats = dataset_stats(
         config,
         split,
         Preprocess(PreprocessConfig()),
@@ -82,15 +82,15 @@ def show(
         thumbnails=thumbnails if out else 0,
         progress=lambda reads, total: progress(reads, "reading", total),
     )
-    figures = found.summary()
+    figures = stats.summary()
     if out:
         with open(out, "w", encoding="utf-8") as f:
-            f.write(_page(found, figures))
+            f.write(_page(stats, figures))
         print_status(f"page {out}")
     if json:
         print(jsonlib.dumps(figures))
         return
-    for name, value in _rows(found, figures):
+    for name, value in _rows(stats, figures):
         print(f"{name:<22}{value}")
 
 
@@ -251,7 +251,7 @@ def _filter(text: str) -> Any:
         ) from None
 
 
-def _rows(found: Any, figures: dict[str, Any]) -> list[tuple[str, str]]:
+def _rows(stats: Any, figures: dict[str, Any]) -> list[tuple[str, str]]:
     def spread(name: str) -> str:
         values = figures[name]
         if values is None:
@@ -262,31 +262,31 @@ def _rows(found: Any, figures: dict[str, Any]) -> list[tuple[str, str]]:
         )
 
     bad = ", ".join(f"{count:,} {kind}" for kind, count in figures["bad"].items()) or "none"
-    long = f"{found.too_long:,} of {found.good:,} exceed {found.context_length} tokens"
+    long = f"{stats.too_long:,} of {stats.good:,} exceed {stats.context_length} tokens"
     return [
-        ("source", found.source),
-        ("holds", found.description),
-        ("read", f"{found.looked_at:,} examples, {found.good:,} good"),
-        ("features", ", ".join(f"{name} ({kind})" for name, kind in found.features.items())),
+        ("source", stats.source),
+        ("holds", stats.description),
+        ("read", f"{stats.looked_at:,} examples, {stats.good:,} good"),
+        ("features", ", ".join(f"{name} ({kind})" for name, kind in stats.features.items())),
         ("captions an image", spread("captions_each")),
         ("tokens a caption", spread("tokens_each")),
         ("too long", long),
         ("width", spread("width")),
         ("height", spread("height")),
         ("bytes an image", spread("file_bytes")),
-        ("duplicates", f"{found.duplicates:,}"),
+        ("duplicates", f"{stats.duplicates:,}"),
         ("bad", bad),
     ]
 
 
-def _page(found: Any, figures: dict[str, Any]) -> str:
+def _page(stats: Any, figures: dict[str, Any]) -> str:
     from vlm._html import render
 
     return render(
         "cli/dataset.html",
-        title=found.source,
-        lead=found.description,
-        figures=dict(_rows(found, figures)),
-        examples=[(base64.b64encode(data).decode(), texts[:5]) for data, texts in found.shown],
-        bad=[[row[name] for name in ("kind", "where", "why")] for row in found.bad[:200]],
+        title=stats.source,
+        lead=stats.description,
+        figures=dict(_rows(stats, figures)),
+        examples=[(base64.b64encode(data).decode(), texts[:5]) for data, texts in stats.shown],
+        bad=[[row[name] for name in ("kind", "where", "why")] for row in stats.bad[:200]],
     )

@@ -88,9 +88,9 @@ def main(args: list[str]) -> None:
             "not meaningful: set --data.eval-split"
         )
     if not set(options.tasks) <= set(OWN):  # other data: without the run's settings
-        asked = {arg.split("=")[0] for arg in rest}
+        given = {arg.split("=")[0] for arg in rest}
         own: dict[str, Any] = {"eval_split": None, "class_names": None, "templates": ()}
-        own = {n: v for n, v in own.items() if f"--data.{n.replace('_', '-')}" not in asked}
+        own = {n: v for n, v in own.items() if f"--data.{n.replace('_', '-')}" not in given}
         options = dataclasses.replace(options, data=dataclasses.replace(options.data, **own))
     evaluate(model, options)
 
@@ -116,8 +116,8 @@ def evaluate(model: str, options: Options) -> None:
     with processes.stop_all_on_failure():
         if set(options.tasks) <= set(OWN):
             bundle = load(model, decode=options.decode)
-            made = tasks(options, trained_head(model, bundle, options), bundle)
-            report = run_tasks(distributed(bundle), made)
+            task_list = tasks(options, trained_head(model, bundle, options), bundle)
+            report = run_tasks(distributed(bundle), task_list)
             if jax.process_index() == 0:
                 _write(options.out, report)
         else:
@@ -230,15 +230,15 @@ def trained_head(model: str, bundle: Any, options: Options) -> Any | None:
     file = classifier_of(model) if options.data.label else None
     if file is None:
         return None
-    made = ZeroShotClassifier.load(file, bundle)
+    classifier = ZeroShotClassifier.load(file, bundle)
     source, _ = open_to_measure(options.data, options.data.eval_split)
     labels = classes_of(options.data, source).labels
-    if sorted(made.labels) != sorted(labels):
+    if sorted(classifier.labels) != sorted(labels):
         print_status(f"the head in {file} has other classes: the labels are evaluated as texts")
         return None
-    made.z_labels = made.z_labels[[made.labels.index(label) for label in labels]]
-    made.labels = tuple(labels)
-    return made
+    classifier.z_labels = classifier.z_labels[[classifier.labels.index(label) for label in labels]]
+    classifier.labels = tuple(labels)
+    return classifier
 
 
 def tasks(options: Options, head: Any | None = None, model: Any = None) -> list[Any]:
@@ -272,10 +272,10 @@ def tasks(options: Options, head: Any | None = None, model: Any = None) -> list[
     split = data.train_split if split == WHOLE else split
     captions_split = data.train_split if _has_split(data, data.train_split) else split
     data = dataclasses.replace(data, eval_split=split, train_split=captions_split)
-    made: list[Any] = []
+    task_list: list[Any] = []
     if "zero-shot" in wanted and data.label:
         labels, names = classes_of(data, source)
-        made.append(
+        task_list.append(
             ZeroShotTask(
                 _images(source, data, "zero-shot"),
                 labels,
@@ -288,11 +288,11 @@ def tasks(options: Options, head: Any | None = None, model: Any = None) -> list[
         )
     elif "zero-shot" in wanted:
         images = _images(source, data, "zero-shot")
-        made.append(ZeroShotTask(images, all_captions(data), held_out(data), info))
+        task_list.append(ZeroShotTask(images, all_captions(data), held_out(data), info))
     if "retrieval" in wanted:
         texts = first_captions(source, data)
-        made.append(RetrievalTask(_images(source, data, "retrieval"), texts, info))
-    return made
+        task_list.append(RetrievalTask(_images(source, data, "retrieval"), texts, info))
+    return task_list
 
 
 def _has_split(data: DataConfig, split: str) -> bool:

@@ -40,13 +40,13 @@ def explain(
     from vlm.display import bar, inline_image
     from vlm.explanation.heat_map import explain
 
-    found = explain(load(model), as_path(image), text, method=method)
-    print(f"cosine {found.cosine:.4f}")
-    most = max((abs(fall) for _, fall in found.tokens), default=0.0) or 1.0
-    for token, fall in found.tokens:
+    explanation = explain(load(model), as_path(image), text, method=method)
+    print(f"cosine {explanation.cosine:.4f}")
+    most = max((abs(fall) for _, fall in explanation.tokens), default=0.0) or 1.0
+    for token, fall in explanation.tokens:
         print(f"  {fall:+.4f}  {bar(fall / most):<20}  {token}")
-    found.save(out)
-    drawn = inline_image(found.picture()) if sys.stdout.isatty() else None
+    explanation.save(out)
+    drawn = inline_image(explanation.picture()) if sys.stdout.isatty() else None
     if drawn:
         print(drawn)
-    print_status(f"heat map by {found.method} in {out}")
+    print_status(f"heat map by {explanation.method} in {out}")

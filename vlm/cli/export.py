@@ -44,10 +44,10 @@ def export(
         batches: batch sizes to compare with the model. Default: all from 1 to 33; for formats that
             compile each size, a few of them.
     """
-    asked = labels is not None or labels_file is not None
-    if asked and classifier is not None:
+    has_labels = labels is not None or labels_file is not None
+    if has_labels and classifier is not None:
         raise UsageError("a saved classifier has its own labels: leave out --labels")
-    found = labels_of(labels, labels_file) if asked else None
+    found = labels_of(labels, labels_file) if has_labels else None
     runtime.prepare_inference()
     from vlm.bundle import load
     from vlm.cli.terminal import print_status
@@ -56,13 +56,13 @@ def export(
     from vlm.heads.zero_shot import ZeroShotClassifier
 
     bundle = load(model)
-    if not asked and classifier is None and tower is None:
+    if not has_labels and classifier is None and tower is None:
         classifier = classifier_of(model)
         tower = "both" if classifier is not None else None
     head, note = None, ""
     if classifier is not None:
         head = load_classifier(classifier, bundle)
-    elif asked:
+    elif has_labels:
         prompts, note = prompts_of(found, class_names, templates, bundle)
         head = ZeroShotClassifier(bundle, prompts)
     found = write(

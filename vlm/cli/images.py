@@ -24,18 +24,18 @@ def find_images(places: Sequence[str]) -> list[epath.Path]:
     Raises:
         DataError: a place that does not exist, or that has no images.
     """
-    found = dict.fromkeys(path for place in places for path in _images(place))
-    return [as_path(path) for path in found]
+    files = dict.fromkeys(path for place in places for path in _images(place))
+    return [as_path(path) for path in files]
 
 
 def state_of(path: epath.PathLike) -> tuple[int, int | None]:
     """Return size in bytes and modification time (ns) of a file; (-1, None) if it is missing."""
     try:
         if is_remote(path):
-            found = as_path(path).stat()
-            return found.length, found.mtime
-        found = os.stat(path)
-        return found.st_size, found.st_mtime_ns
+            status = as_path(path).stat()
+            return status.length, status.mtime
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns
     except OSError:
         return -1, None
 

@@ -63,35 +63,35 @@ def index(
     from vlm.heads.retrieval import RetrievalIndex
 
     paths, bundle = find_images(images), load(model)
-    made = None if rebuild else _compatible_index(folder, bundle, dtype, coding)
-    grows, replaces = made is not None or not folder.exists(), is_index(folder) and made is None
-    made = made or RetrievalIndex(bundle, dtype, coding)
+    target = None if rebuild else _compatible_index(folder, bundle, dtype, coding)
+    grows, replaces = target is not None or not folder.exists(), is_index(folder) and target is None
+    target = target or RetrievalIndex(bundle, dtype, coding)
     unreadable = Unreadable(len(paths))
     state = {os.fspath(path): state_of(path) for path in paths}
-    columns = made.columns
+    columns = target.columns
     held = zip(*(columns.get(name, ()) for name in STATE), strict=True)
-    known = dict(zip(made.ids, held, strict=False))
-    gone = [name for name in made.ids if name not in state]
-    made.remove(gone)
-    fresh = [path for path in paths if known.get(os.fspath(path)) != state[os.fspath(path)]]
-    shown = progress(fresh, "encoding", len(fresh))
-    for start in range(0, len(fresh), SAVE_EVERY):
-        part = fresh[start : start + SAVE_EVERY]
+    known = dict(zip(target.ids, held, strict=False))
+    gone = [name for name in target.ids if name not in state]
+    target.remove(gone)
+    changed = [path for path in paths if known.get(os.fspath(path)) != state[os.fspath(path)]]
+    shown = progress(changed, "encoding", len(changed))
+    for start in range(0, len(changed), SAVE_EVERY):
+        part = changed[start : start + SAVE_EVERY]
         of_part = [state[os.fspath(path)] for path in part]
         metadata: dict[str, Any] = dict(zip(STATE, zip(*of_part, strict=True), strict=True))
         stream = (next(shown) for _ in part)
-        made.update(stream, None, batch_size, metadata, on_error=unreadable.handler(part))
-        if grows and len(made) and start + SAVE_EVERY < len(fresh):
-            _save(made, folder, model, replaces)
+        target.update(stream, None, batch_size, metadata, on_error=unreadable.handler(part))
+        if grows and len(target) and start + SAVE_EVERY < len(changed):
+            _save(target, folder, model, replaces)
     # A changed file that is unreadable now must not keep its old embedding.
-    bad = {os.fspath(p) for p in fresh} - {os.fspath(p) for p in unreadable.readable(fresh)}
-    made.remove([name for name in bad if name in made])
-    if not len(made):
+    bad = {os.fspath(p) for p in changed} - {os.fspath(p) for p in unreadable.readable(changed)}
+    target.remove([name for name in bad if name in target])
+    if not len(target):
         unreadable.finish()
-    if fresh or gone or bad or not is_index(folder):
-        _save(made, folder, model, replaces)
+    if changed or gone or bad or not is_index(folder):
+        _save(target, folder, model, replaces)
     print_status(
-        f"{len(made):,} images in {out} ({len(fresh) - len(bad):,} encoded, {len(gone):,} "
+        f"{len(target):,} images in {out} ({len(changed) - len(bad):,} encoded, {len(gone):,} "
         f"removed); search them with: vlm search {out} QUERY"
     )
     unreadable.finish()
@@ -122,9 +122,9 @@ def _compatible_index(folder: Path, bundle: Any, dtype: str, coding: str | None)
     return None
 
 
-def _save(made: Any, folder: Path, model: str, replaces: bool) -> None:
+def _save(index: Any, folder: Path, model: str, replaces: bool) -> None:
     try:
-        made.save(folder, overwrite=replaces)
+        index.save(folder, overwrite=replaces)
     except ConflictError:
         raise ConflictError(
             f"another process saved to {folder} while this command ran: run it again, and it "

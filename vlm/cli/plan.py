@@ -100,16 +100,16 @@ def plan(
             report=print_status,
         )
         show_sweep(plans, console)
-        found = [p.to_dict(price) for p in plans]
+        results = [p.to_dict(price) for p in plans]
     else:
-        made = make(
+        planned = make(
             experiment,
             topology[0],
             mesh[0] if mesh else None,
             largest=largest_batch,
             calibration=calibration,
         )
-        show(made, console, price)
-        found = made.to_dict(price)
+        show(planned, console, price)
+        results = planned.to_dict(price)
     if json:
-        print(jsonlib.dumps(found))
+        print(jsonlib.dumps(results))

@@ -73,14 +73,14 @@ def search(
         number = int(query) if query not in opened and query.isdecimal() else query
         hits = opened.like(number if number in opened else query, k, **options)
     else:
-        asked = _query(query)
+        combined = _query(query)
         if plus or minus or weight != 1:
             from vlm.heads.query import Query
 
-            asked = sum((Query(_query(text)) for text in plus), start=Query(asked, weight))
-            asked = sum((-Query(_query(text)) for text in minus), start=asked)
+            combined = sum((Query(_query(text)) for text in plus), start=Query(combined, weight))
+            combined = sum((-Query(_query(text)) for text in minus), start=combined)
         options |= {"min_score": min_score, "min_probability": min_probability}
-        hits = opened.search(asked, k, **options)
+        hits = opened.search(combined, k, **options)
     for hit in hits:
         if json:
             print(jsonlib.dumps({"id": hit.id, "score": round(hit.score, 6)}, ensure_ascii=False))
@@ -110,11 +110,11 @@ def _open(where: str, model: str | None) -> tuple[Any, Any]:
             f"build an index with vlm index MODEL {where} OUT"
         )
     paths = find_images([where])
-    found, unreadable = RetrievalIndex(load(model)), Unreadable(len(paths))
-    found.add(progress(paths, "encoding", len(paths)), on_error=unreadable.handler(paths))
-    if not len(found):
+    new_index, unreadable = RetrievalIndex(load(model)), Unreadable(len(paths))
+    new_index.add(progress(paths, "encoding", len(paths)), on_error=unreadable.handler(paths))
+    if not len(new_index):
         unreadable.finish()
-    return found, unreadable
+    return new_index, unreadable
 
 
 def _condition(text: str) -> tuple[str, str, str | float]:
@@ -123,15 +123,15 @@ def _condition(text: str) -> tuple[str, str, str | float]:
     Raises:
         UsageError: another form.
     """
-    found = re.fullmatch(r"\s*([^=<>!]+?)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", text)
-    if not found:
+    match = re.fullmatch(r"\s*([^=<>!]+?)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", text)
+    if not match:
         raise UsageError(
             f'--where {text!r} is not a condition: write COLUMN=VALUE, such as "year>=2020"'
         )
-    value: str | float = found[3]
+    value: str | float = match[3]
     with contextlib.suppress(ValueError):
         value = float(value)
-    return found[1], found[2], value
+    return match[1], match[2], value
 
 
 def _query(query: str) -> str | Path:

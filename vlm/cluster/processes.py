@@ -69,7 +69,7 @@ def start(
             return
         fix = "start them before anything uses JAX" if late else "start all of them again"
         raise ConfigError(
-            f"the processes of the run did not meet at {given[0]}: {fix} "
+            f"the processes of the run did not all connect to {given[0]}: {fix} "
             f"({str(error).splitlines()[0]})"
         ) from None
     if jax.process_count() > 1:
@@ -88,9 +88,9 @@ def _rendezvous_timeout(address: str, count: int | str) -> Iterator[None]:
 
     def abort() -> None:
         log(
-            f"the processes of the run did not meet at {address} in {RENDEZVOUS_TIMEOUT:.0f} s "
-            f"(VLM_RENDEZVOUS_TIMEOUT): start all {count}, and check that each reaches process 0 "
-            "there"
+            f"the processes of the run did not all connect to {address} in "
+            f"{RENDEZVOUS_TIMEOUT:.0f} s (VLM_RENDEZVOUS_TIMEOUT): start all {count}, and check "
+            "that each reaches process 0 there"
         )
         os._exit(1)
 
@@ -124,7 +124,8 @@ def stop_all_on_failure() -> Iterator[None]:
     except Exception as error:
         if jax.process_count() > 1:
             # The error may be a consequence of another process's death (CPUs communicate over Gloo,
-            # whose errors look like disk errors): then the watch ends this process while it waits.
+            # whose errors look like disk errors). Then the heartbeat thread ends this process
+            # during this sleep.
             if not isinstance(error, VlmError) or "Gloo" in str(error):
                 time.sleep(watch.HEARTBEAT_TIMEOUT + 3 * watch.PERIOD)
             watch.stop_all(error)
@@ -170,14 +171,16 @@ def process_name(process: int | None = None) -> str:
 
 
 _calls = itertools.count()  # all processes make the same calls in the same order
-_LONG = 7 * 24 * 3600 * 1000  # milliseconds; the watch detects dead processes much earlier
+_GET_TIMEOUT = (
+    7 * 24 * 3600 * 1000
+)  # milliseconds; the heartbeats detect dead processes much earlier
 
 
 def _put(text: str) -> Callable[[int], str]:
     """Publish this process's text; return a function that gets the text of another process."""
     client, place = watch.service(), f"vlm/texts/{next(_calls)}/"
     client.key_value_set(f"{place}{jax.process_index()}", f"={text}")
-    return lambda process: client.blocking_key_value_get(f"{place}{process}", _LONG)[1:]
+    return lambda process: client.blocking_key_value_get(f"{place}{process}", _GET_TIMEOUT)[1:]
 
 
 def _number(given: int | None, variable: str) -> int | None:

@@ -20,9 +20,9 @@ from vlm.errors import VlmError
 PERIOD = 1.0  # seconds between heartbeats
 # Seconds without a heartbeat after which a process counts as dead; JAX's own limit is much longer.
 HEARTBEAT_TIMEOUT = environment("VLM_HEARTBEAT_TIMEOUT", "VLM_PATIENCE", 30)
-_VERDICT, _ALIVE = "vlm/verdict", "vlm/alive/"
+_FAILURE, _ALIVE = "vlm/failure", "vlm/alive/"
 _RESUME = "; resume from the last checkpoint with `vlm train --resume RUN`"
-# Acquired once, by whichever reports why this process exits: the watch or an exception.
+# Acquired once, by the heartbeat thread or an exception: whichever reports the exit first.
 _exit_report = threading.Lock()
 _activity = ""  # what this process is doing; sent with each heartbeat
 
@@ -42,13 +42,13 @@ def start() -> None:
 def stop_all(error: Exception) -> None:
     """Stop all processes; each prints what failed in this one."""
     if not _exit_report.acquire(blocking=False):
-        threading.Event().wait()  # the watch has reported another failure and is ending us
-    verdict = f"{name(jax.process_index())} failed: {error}; all processes of the run stop"
-    if not isinstance(error, VlmError):  # whose message has its own fix
-        verdict += _RESUME
+        threading.Event().wait()  # the heartbeat thread reports another failure and exits
+    message = f"{name(jax.process_index())} failed: {error}; all processes of the run stop"
+    if not isinstance(error, VlmError):  # a VlmError names its own fix
+        message += _RESUME
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
-        service().key_value_set(_VERDICT, verdict)
-    _linger()
+        service().key_value_set(_FAILURE, message)
+    _delay_exit_of_first()
     # JAX's own exit handler waits for processes that will never arrive.
     atexit.register(_exit)
 
@@ -73,28 +73,28 @@ def _watch() -> None:
     """Send heartbeats and exit when another process is dead. Process 0 checks all heartbeats."""
     client, me = service(), jax.process_index()
     seen = {i: ("", time.monotonic()) for i in range(jax.process_count())}
-    beat, looked = 0, time.monotonic()
+    beat, last_check = 0, time.monotonic()
     while True:
         beat += 1
-        if time.monotonic() - looked > 5 * PERIOD:  # this process was suspended: start over
+        if time.monotonic() - last_check > 5 * PERIOD:  # this process was suspended: start over
             seen = {i: (last, time.monotonic()) for i, (last, _) in seen.items()}
-        looked = time.monotonic()
+        last_check = time.monotonic()
         try:
             client.key_value_set(
                 f"{_ALIVE}{me}", f"{beat} {socket.gethostname()} {_activity}", True
             )
-            verdict = _get(client, _VERDICT)
-            if me == 0 and verdict is None:
+            message = _get(client, _FAILURE)
+            if me == 0 and message is None:
                 missing = _missing(dict(client.key_value_dir_get(_ALIVE)), seen)
                 if missing is not None:
-                    verdict = _after_death(missing)
-                    client.key_value_set(_VERDICT, verdict)
+                    message = _stop_message(missing)
+                    client.key_value_set(_FAILURE, message)
         except jax.errors.JaxRuntimeError:
             return  # process 0 is dead and JAX aborts us (see `report_death`), or the run ends
-        news = verdict is not None and not verdict.startswith(name(me))
-        if news and _exit_report.acquire(blocking=False):
-            print(f"vlm: {verdict}", file=sys.stderr, flush=True)
-            _linger()
+        is_new = message is not None and not message.startswith(name(me))
+        if is_new and _exit_report.acquire(blocking=False):
+            print(f"vlm: {message}", file=sys.stderr, flush=True)
+            _delay_exit_of_first()
             _exit()
         time.sleep(PERIOD)
 
@@ -133,8 +133,8 @@ def name(process: int) -> str:
     return f"process {process} of {jax.process_count()}"
 
 
-def _linger() -> None:
-    """Let process 0 exit last, since it holds the verdict for the others."""
+def _delay_exit_of_first() -> None:
+    """Delay the exit of process 0, which serves the failure message to the other processes."""
     if jax.process_index() == 0:
         time.sleep(3 * PERIOD)
 
@@ -154,7 +154,7 @@ def _start_death_reporter() -> None:
     global _death_reporter
     address = global_state.coordinator_address or ""
     host, _, port = address.rpartition(":")
-    message = f"vlm: {_after_death(f'{name(0)} at {address} died')}"
+    message = f"vlm: {_stop_message(f'{name(0)} at {address} died')}"
     _death_reporter = subprocess.Popen(
         [sys.executable, "-S", "-E", report_death.__file__, host.strip("[]"), port, message],
         stdin=subprocess.PIPE,
@@ -164,11 +164,11 @@ def _start_death_reporter() -> None:
 
 
 def _end_death_reporter() -> None:
-    """Sign off: this process exits normally or has reported why it exits."""
+    """Stop the helper, because this process exits normally or has reported why it exits."""
     if _death_reporter is not None and _death_reporter.poll() is None:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             _death_reporter.communicate(b"signed off", timeout=5)
 
 
-def _after_death(verdict: str) -> str:
-    return f"{verdict}; all processes of the run stop{_RESUME}"
+def _stop_message(message: str) -> str:
+    return f"{message}; all processes of the run stop{_RESUME}"

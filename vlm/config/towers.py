@@ -123,15 +123,15 @@ class ViTConfig(VisionTower):
             )
         if self.registers and not self.has_class_token:
             raise ConfigError(
-                f"ViTConfig.registers {self.registers} stand after a class token: set "
+                f"ViTConfig.registers {self.registers} needs a class token: set "
                 'class_token=True or pool="class"'
             )
         more = self.class_token or self.rotary is not None or self.pre_norm
         plain = self.stem == "linear" and self.pool in ("map", "mean") and not more
         if self.max_patches is not None and not plain:
             raise ConfigError(
-                f"ViTConfig.max_patches {self.max_patches} is of NaFlex, which has no class_token, "
-                'rotary and pre_norm: leave them out, and set stem="linear", pool="map" or "mean"'
+                f"ViTConfig.max_patches {self.max_patches} is only valid for NaFlex: remove "
+                'class_token, rotary and pre_norm, and set stem="linear" and pool="map" or "mean"'
             )
         if self.stem == "conv" and self.image_size % self.patch_size:
             raise ConfigError(

@@ -106,7 +106,7 @@ class OptimizerConfig(Config):
             )
         if self.end_learning_rate and self.schedule == "constant":
             raise ConfigError(
-                'optimizer.schedule "constant" never comes to end_learning_rate '
+                'optimizer.schedule "constant" does not decay to end_learning_rate '
                 f"{self.end_learning_rate}: choose another schedule or leave it at 0"
             )
         if self.schedule in ("cosine", "constant"):
@@ -125,8 +125,8 @@ class OptimizerConfig(Config):
         by_share = self.weight_decay_rule == "big_vision" and not self.l2_sp
         if by_share and self.weight_decay > 0.05:
             raise ConfigError(
-                f"optimizer.weight_decay {self.weight_decay} by big_vision's rule takes that share "
-                "of every kernel at every step: give a share such as 1e-4, or choose "
+                f"optimizer.weight_decay {self.weight_decay} by big_vision's rule is the fraction "
+                "that each step removes from every kernel: set a fraction such as 1e-4, or choose "
                 'weight_decay_rule "open_clip"'
             )
 
@@ -328,7 +328,7 @@ class Experiment(Config):
     def _check_objective(self) -> None:
         if self.distill is not None and bool(self.distill.teacher) == bool(self.distill.stored):
             raise ConfigError(
-                "distill learns from one teacher: give distill.teacher, whatever vlm.load takes, "
+                "distill needs exactly one teacher: give distill.teacher, a model for vlm.load, "
                 "or distill.stored, a folder of its embeddings"
             )
         if self.distill is not None and self.objective == "classification":

@@ -119,7 +119,9 @@ def prepare(
             | "all lines" >> beam.combiners.ToList()
             | "manifest"
             >> beam.Map(
-                lambda lines: plain.keep_lines(folder, sorted(lines, key=lambda x: x["shard"]))
+                lambda lines: plain.append_to_manifest(
+                    folder, sorted(lines, key=lambda x: x["shard"])
+                )
             )
         )
     return plain.totals(plain.finished(folder))
@@ -149,9 +151,9 @@ def _chunks(
 def _duplicate_keys(chunk: tuple[Place, list[Item]]) -> Iterator[tuple[bytes, tuple[Place, int]]]:
     """Yield the place of each image, by its duplicate key."""
     place, items = chunk
-    for row, (made, _) in enumerate(items):
-        if isinstance(made, PreparedExample):
-            yield made.duplicate_key, (place, row)
+    for row, (result, _) in enumerate(items):
+        if isinstance(result, PreparedExample):
+            yield result.duplicate_key, (place, row)
 
 
 def _repeated(found: tuple[bytes, Any]) -> Iterator[tuple[Place, int]]:
@@ -164,15 +166,15 @@ def _without_duplicates(joined: tuple[Place, dict[str, Any]]) -> tuple[Place, li
     place, parts = joined
     (items,), repeated = parts["items"], set(parts["repeated"])
     return place, [
-        (plain.DUPLICATE if row in repeated else made, after)
-        for row, (made, after) in enumerate(items)
+        (plain.DUPLICATE if row in repeated else result, next_place)
+        for row, (result, next_place) in enumerate(items)
     ]
 
 
 def _counts(chunk: tuple[Place, list[Item]]) -> tuple[Place, int, int]:
     """Count the examples of a chunk, and those to write."""
     place, items = chunk
-    return place, len(items), sum(isinstance(made, PreparedExample) for made, _ in items)
+    return place, len(items), sum(isinstance(result, PreparedExample) for result, _ in items)
 
 
 def _starts(counts: list[tuple[Place, int, int]]) -> dict[Place, tuple[int, int]]:
@@ -190,10 +192,10 @@ def _placed(
     """Yield each example with its shard and number; a skipped one counts to the next shard."""
     place, items = chunk
     read, kept = starts[place]
-    for made, after in items:
+    for result, next_place in items:
         read += 1
-        yield kept // examples, (read, made, after)
-        kept += isinstance(made, PreparedExample)
+        yield kept // examples, (read, result, next_place)
+        kept += isinstance(result, PreparedExample)
 
 
 def _write(

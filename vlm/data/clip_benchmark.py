@@ -44,8 +44,8 @@ def is_clip_benchmark(source: str) -> bool:
 
 def list_splits(config: DataConfig) -> list[str]:
     """List the splits, the subfolders with a file `nshards.txt`; DataError if there is none."""
-    if found := _splits(config.source):
-        return found
+    if splits := _splits(config.source):
+        return splits
     raise DataError(
         f"{config.source} has no test/nshards.txt, as CLIP_benchmark has it: check the folder"
     )

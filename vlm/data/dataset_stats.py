@@ -80,20 +80,20 @@ def dataset_stats(
 ) -> DatasetStats:
     """Compute statistics of the first `limit` examples of a split."""
     source = ExampleReader(config, split)
-    found = DatasetStats(
+    stats = DatasetStats(
         config.source, source.description, context_length=tokenizer.config.context_length
     )
     total = limit if source.count is None else min(limit, source.count)
     seen: set[bytes] = set()
     for read in progress(itertools.islice(source.read(), limit), total):
-        found.looked_at += 1
+        stats.looked_at += 1
         try:
             if isinstance(read.example, BadSample):
                 raise read.example
-            _add(found, read.example, config, preprocess, tokenizer, seen, thumbnails)
+            _add(stats, read.example, config, preprocess, tokenizer, seen, thumbnails)
         except BadSample as fault:
-            found.bad.append(fault.record())
-    return found
+            stats.bad.append(fault.record())
+    return stats
 
 
 def difference_hash(image: Image.Image) -> bytes:
@@ -109,7 +109,7 @@ def duplicate_key(image: Image.Image) -> bytes:
 
 
 def _add(
-    found: DatasetStats,
+    stats: DatasetStats,
     example: Example,
     config: DataConfig,
     preprocess: Preprocess,
@@ -119,25 +119,25 @@ def _add(
 ) -> None:
     for name, value in example.items():
         if not name.startswith("\0") and value is not None:
-            found.features.setdefault(name, type(value).__name__)
+            stats.features.setdefault(name, type(value).__name__)
     captions = captions_of(example, config)
-    image = open_image_of(example, config, preprocess, f"example {found.looked_at - 1}")
-    found.good += 1
-    found.captions.append(len(captions))
-    found.tokens += tokenizer.lengths(captions[0])
-    found.sizes.append(image.size)
+    image = open_image_of(example, config, preprocess, f"example {stats.looked_at - 1}")
+    stats.good += 1
+    stats.captions.append(len(captions))
+    stats.tokens += tokenizer.lengths(captions[0])
+    stats.sizes.append(image.size)
     stored = example.get(config.image)
     if isinstance(stored, bytes):
-        found.file_bytes.append(len(stored))
+        stats.file_bytes.append(len(stored))
     key = duplicate_key(image)
-    found.duplicates += key in seen
+    stats.duplicates += key in seen
     seen.add(key)
-    if len(found.shown) < thumbnails:
+    if len(stats.shown) < thumbnails:
         small = image.copy()
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         out = io.BytesIO()
         small.save(out, "JPEG", quality=85)
-        found.shown.append((out.getvalue(), captions))
+        stats.shown.append((out.getvalue(), captions))
 
 
 def _spread(values: list[int]) -> dict[str, float] | None:

@@ -122,19 +122,19 @@ def check_features(config: DataConfig, known: Collection[str], where: str) -> No
 def known_features(source: Source, config: DataConfig, where: str) -> list[str]:
     """Collect features from evenly spaced examples, until all in the config are found."""
     wanted = {config.image, *wanted_features(config)}
-    found: list[Example | BadSample] = []
+    examples: list[Example | BadSample] = []
     known: set[str] = set()
     count = len(source)
     for index in np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int)).tolist():
         try:
             example = source[index]
-            found.append(example)
+            examples.append(example)
             known.update(example)
         except BadSample as fault:
-            found.append(fault)
+            examples.append(fault)
         if known >= wanted:
             break
-    return features_of(found, where)
+    return features_of(examples, where)
 
 
 def features_of(examples: Sequence[Example | BadSample], where: str) -> list[str]:
@@ -152,20 +152,20 @@ def features_of(examples: Sequence[Example | BadSample], where: str) -> list[str
     return list(dict.fromkeys(n for example in good for n in example if not n.startswith("\0")))
 
 
-def flat_items(name: str, value: Any, whole: str) -> Iterator[tuple[str, Any]]:
+def flat_items(name: str, value: Any, full_name: str) -> Iterator[tuple[str, Any]]:
     """Flatten a value: yield the fields of objects, or of lists of objects, by their paths.
 
-    The feature `whole`, an image, is not flattened.
+    The feature `full_name`, an image, is not flattened.
     """
-    if name == whole or not isinstance(value, dict | list):
+    if name == full_name or not isinstance(value, dict | list):
         yield name, value
     elif isinstance(value, dict):
         for field, inner in value.items():
-            yield from flat_items(f"{name}/{field}", inner, whole)
+            yield from flat_items(f"{name}/{field}", inner, full_name)
     elif any(isinstance(item, dict) for item in value):
         items = [item for item in value if isinstance(item, dict)]
         for field in dict.fromkeys(field for item in items for field in item):
-            yield from flat_items(f"{name}/{field}", [item.get(field) for item in items], whole)
+            yield from flat_items(f"{name}/{field}", [item.get(field) for item in items], full_name)
     else:
         yield name, value
 
@@ -202,15 +202,15 @@ def _by_feature(example: Example, config: DataConfig) -> list[list[str]]:
         known = NAME in example
         name = example[NAME] if known else class_name(label_of(example, config), config)
         return [[template.replace("{}", name)] for template in templates_of(config)]
-    found = [list(_texts(example.get(feature))) for feature in config.captions]
-    if not any(found):
+    texts = [list(_texts(example.get(feature))) for feature in config.captions]
+    if not any(texts):
         features = ", ".join(config.captions)
         raise BadSample(
             "no caption",
             where,
             f"{where} has no caption in {features}: remove it or name more features",
         )
-    return found
+    return texts
 
 
 def _passes(value: Any, f: FieldFilter) -> bool:

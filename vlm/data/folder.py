@@ -119,8 +119,8 @@ def list_splits(config: DataConfig) -> list[str] | None:
     if config.label:
         folders = [path for path in folders if any(inner.is_dir() for inner in path.iterdir())]
     wanted = {*NAMES, config.train_split, config.eval_split}
-    found = [path.name for path in folders if path.name.lower() in wanted or path.name in wanted]
-    return sorted(found) or None
+    names = [path.name for path in folders if path.name.lower() in wanted or path.name in wanted]
+    return sorted(names) or None
 
 
 def _class_of(path: str) -> str:

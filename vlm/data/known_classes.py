@@ -39,8 +39,8 @@ def known_classes(name: str) -> KnownClasses | None:
 
     Example:
         >>> from vlm.data.known_classes import known_classes
-        >>> found = known_classes("imagenet-r")
-        >>> len(found.names), found.names[0], found.wordnet_ids[0], len(found.templates)
+        >>> result = known_classes("imagenet-r")
+        >>> len(result.names), result.names[0], result.wordnet_ids[0], len(result.templates)
         (200, 'goldfish', 'n01443537', 80)
     """
     lists = _classes()

@@ -149,13 +149,13 @@ def _split_column(pattern: str) -> list[str | None]:
     footers = [_footer(name) for name in files]
     if not any("split" in schema.names for _, schema in footers):
         return []
-    found: list[str | None] = []
+    values: list[str | None] = []
     for name, (metadata, schema) in zip(files, footers, strict=True):
         if "split" in schema.names:
-            found += [split_value(row["split"]) for row in read_columns(name, ["split"])]
+            values += [split_value(row["split"]) for row in read_columns(name, ["split"])]
         else:
-            found += [None] * metadata.num_rows
-    return found
+            values += [None] * metadata.num_rows
+    return values
 
 
 @functools.lru_cache(16)

@@ -4,8 +4,8 @@ All features that JSON supports keep their names, so the same config reads the s
 a tar is the first caption, for other readers. ArrayRecord files keep texts, numbers and lists.
 
 Each shard is written under a temporary name and renamed when complete, with a line in
-`manifest.jsonl`: its number of examples, length, SHA-256, the skipped samples, and the place where
-the next shard starts. A run that was stopped continues after the last line.
+`manifest.jsonl`: its number of examples, length, SHA-256, the skipped samples, and the read
+position of the next shard. A run that was stopped continues after the last line.
 """
 
 import collections
@@ -67,7 +67,9 @@ class PreparedExample(NamedTuple):
     dropped: tuple[str, ...] = ()  # features that the shard format does not support
 
 
-Row = tuple[int, PreparedExample | BadSample, list[int]]  # examples read, result, next place
+Row = tuple[
+    int, PreparedExample | BadSample, list[int]
+]  # examples read, result, next read position
 DUPLICATE = BadSample("duplicate", "", "it equals an earlier image")
 
 
@@ -80,7 +82,7 @@ def prepare(
     *,
     report: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Write the examples of a split as shards into the folder `out`, or continue with that.
+    """Write the examples of a split as shards into folder `out`, or resume a preparation.
 
     `report` is called with the number of examples read and the total. Returns totals: shards,
     examples, bytes, skipped samples by kind, and dropped features by name.
@@ -98,18 +100,20 @@ def prepare(
 
     def finish_shard() -> None:
         done.append(write(folder, split, rows, wanted, len(done)))
-        keep_lines(folder, done[-1:])
+        append_to_manifest(folder, done[-1:])
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for made, after in _in_parallel(source.read(place), pool, config, wanted, preprocess):
+        for result, next_place in _in_parallel(
+            source.read(place), pool, config, wanted, preprocess
+        ):
             read += 1
-            if isinstance(made, PreparedExample):
-                if wanted.deduplicate and made.duplicate_key in seen:
-                    made = DUPLICATE
+            if isinstance(result, PreparedExample):
+                if wanted.deduplicate and result.duplicate_key in seen:
+                    result = DUPLICATE
                 else:
-                    seen.add(made.duplicate_key)
+                    seen.add(result.duplicate_key)
                     kept += 1
-            rows.append((read, made, after))
+            rows.append((read, result, next_place))
             if kept == wanted.examples:
                 finish_shard()
                 rows, kept = [], 0
@@ -146,8 +150,8 @@ def _in_parallel(
     preprocess: Preprocess,
 ) -> Iterator[tuple[PreparedExample | BadSample, list[int]]]:
     while batch := list(itertools.islice(reads, _BATCH)):
-        made = pool.map(lambda read: make(read.example, config, wanted, preprocess), batch)
-        yield from zip(made, (read.after for read in batch), strict=True)
+        results = pool.map(lambda read: make(read.example, config, wanted, preprocess), batch)
+        yield from zip(results, (read.after for read in batch), strict=True)
 
 
 def make(
@@ -211,11 +215,11 @@ def write(
     unfinished: str = ".part",
 ) -> dict[str, Any]:
     """Write shard `number`, if its rows have examples; return its manifest line."""
-    kept = [made for _, made, _ in rows if isinstance(made, PreparedExample)]
+    kept = [result for _, result, _ in rows if isinstance(result, PreparedExample)]
     left_out: collections.Counter[str] = collections.Counter()
-    for _, made, _ in rows:
-        if isinstance(made, BadSample):
-            left_out[made.kind] += made.samples
+    for _, result, _ in rows:
+        if isinstance(result, BadSample):
+            left_out[result.kind] += result.samples
     name = f"{split}-{number:05d}.{'tar' if wanted.form == 'tar' else 'array_record'}"
     line: dict[str, Any] = {"shard": number, "file": name if kept else None}
     if kept:
@@ -233,7 +237,7 @@ def write(
     return line | {"examples": len(kept), "left_out": dict(left_out), "read": read, "next": place}
 
 
-def keep_lines(folder: epath.Path, lines: list[dict[str, Any]]) -> None:
+def append_to_manifest(folder: epath.Path, lines: list[dict[str, Any]]) -> None:
     """Append lines to the manifest, which marks their shards as written."""
     with open(folder / MANIFEST, "a", encoding="utf-8") as f:
         f.writelines(json.dumps(line) + "\n" for line in lines)
@@ -290,9 +294,9 @@ def finished(folder: epath.Path) -> list[dict[str, Any]]:
             lines.append(json.loads(line))
         except ValueError:  # truncated when the run was killed: the shard is rewritten
             break
-    whole = "".join(json.dumps(line) + "\n" for line in lines)
-    if whole != path.read_text():
-        path.write_text(whole)
+    complete = "".join(json.dumps(line) + "\n" for line in lines)
+    if complete != path.read_text():
+        path.write_text(complete)
     return lines
 
 

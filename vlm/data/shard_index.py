@@ -242,8 +242,8 @@ def _offsets_of(name: str) -> tuple[UInt64[np.ndarray, " n"], int, list[BadSampl
 def _count_lost(faults: list[BadSample], names: Sequence[str], counts: list[int]) -> None:
     """Set the samples lost in broken shards: relative to their known size, else to the mean."""
     broken = {fault.where: fault for fault in faults if fault.kind != "no image"}
-    whole = [count for name, count in zip(names, counts, strict=True) if name not in broken]
-    mean = round(sum(whole) / max(1, len(whole)))
+    complete = [count for name, count in zip(names, counts, strict=True) if name not in broken]
+    mean = round(sum(complete) / max(1, len(complete)))
     for name, count in zip(names, counts, strict=True):
         if name in broken:
             broken[name].samples = max(1, (known_count(name) or mean) - count)

@@ -60,19 +60,19 @@ def inspect_shards(config: DataConfig, names: list[str]) -> tuple[Format, int]:
 
 def _first(form: Format, name: str) -> tuple[list[Record], bool]:
     """Read the first examples of a shard; also return whether these are all."""
-    found: list[Record] = []
+    records: list[Record] = []
     reader = form.read(name, 0, 0, 1 << 20)
     try:
         for record in reader:
-            found.append(record)
-            if len(found) == LOOKED_AT:
-                return found, False
+            records.append(record)
+            if len(records) == LOOKED_AT:
+                return records, False
     except (OSError, CorruptFileError):
-        if not found:
+        if not records:
             raise
     finally:
         reader.close()
-    return found, True
+    return records, True
 
 
 def _length(form: Format, name: str, first: list[Record]) -> int:

@@ -233,10 +233,10 @@ def known_count(shard: str) -> int | None:
         _json_objects(f"{folder}{slash}{file}")
         for file in (f"{name.partition('.')[0]}_stats.json", "sizes.json", "manifest.jsonl")
     )
-    found = [row.get("successes") for row in stats]
-    found += [row.get(name) for row in sizes]
-    found += [row.get("examples") for row in manifest if row.get("file") == name]
-    return next((count for count in found if isinstance(count, int) and count >= 0), None)
+    counts = [row.get("successes") for row in stats]
+    counts += [row.get(name) for row in sizes]
+    counts += [row.get("examples") for row in manifest if row.get("file") == name]
+    return next((count for count in counts if isinstance(count, int) and count >= 0), None)
 
 
 def _json_objects(path: str) -> list[dict[str, Any]]:

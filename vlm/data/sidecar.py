@@ -49,8 +49,8 @@ class Sidecars:
         if shard in self._faults:
             raise OSError(self._faults[shard])
         query = "SELECT fields FROM row WHERE shard = ? AND key = ?"
-        found = self._connection().execute(query, (shard, key)).fetchone()
-        return json.loads(found[0]) if found else {}
+        result = self._connection().execute(query, (shard, key)).fetchone()
+        return json.loads(result[0]) if result else {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_path": self._path}

@@ -149,7 +149,7 @@ def kind_of(name: str) -> str | None:
 
 
 _ENDINGS = {".array_record": "array_record", ".parquet": "parquet", ".arrow": "arrow"}
-# Modules of the kinds of source whose module has another name.
+# Kinds of source whose module has a different name than the kind.
 _READERS = {"tfds": "prepared", "openmoji": "prepared", "tar": "shard_index"}
 
 
@@ -179,13 +179,13 @@ def open_stream(config: DataConfig, global_batch: int, *, seed: int, process_cou
     DataError if there are too few shards, or they lack wanted features.
     """
     configs = mixture.part_configs(config) if config.mixture else [config]
-    found = [find_shards(part) if streams(part) else None for part in configs]
-    fewest = min((len(shards) for shards in found if shards), default=2**31)
+    shard_lists = [find_shards(part) if streams(part) else None for part in configs]
+    fewest = min((len(shards) for shards in shard_lists if shards), default=2**31)
     count = count_lanes(config, global_batch, fewest, process_count)
     if not config.mixture:
-        return open_shards_as_stream(config, found[0] or [], count, seed, process_count)
+        return open_shards_as_stream(config, shard_lists[0] or [], count, seed, process_count)
     parts: list[Stream] = []
-    for number, (part, shards) in enumerate(zip(configs, found, strict=True)):
+    for number, (part, shards) in enumerate(zip(configs, shard_lists, strict=True)):
         part_seed = key(seed, 5, number)
         if shards:
             parts.append(open_shards_as_stream(part, shards, count, part_seed, process_count))
@@ -197,21 +197,21 @@ def open_stream(config: DataConfig, global_batch: int, *, seed: int, process_cou
 def _filtered(source: Source, config: DataConfig) -> Subset:
     """Select the examples that pass `config.filters`, in one pass over all.
 
-    Bad samples are included, so that training counts and lists them as without a filter.
+    Bad samples pass, so that training still counts and lists them.
     """
-    kept = []
+    passing = []
     for index in range(len(source)):
         try:
             passed = passes(source[index], config.filters)
         except BadSample:
             passed = True
         if passed:
-            kept.append(index)
-    if not kept:
+            passing.append(index)
+    if not passing:
         raise DataError(
             f"data.filters rejects all {len(source):,} examples of {config.source}: loosen it"
         )
-    return Subset(source, kept)
+    return Subset(source, passing)
 
 
 class NamedSource:
@@ -237,19 +237,19 @@ class CachedSource:
 
     def __init__(self, source: Source, config: DataConfig, preprocess: Preprocess):
         self._source, self._config, self._preprocess = source, config, preprocess
-        self._kept: list[Example | None] = [None] * len(source)
+        self._cache: list[Example | None] = [None] * len(source)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._cache)
 
     def __getitem__(self, index: int) -> Example:
-        example = self._kept[index]
+        example = self._cache[index]
         if example is None:  # may run in two threads, with equal results
             example = dict(self._source[index])
             example[self._config.image] = open_image_of(
                 example, self._config, self._preprocess, f"example {index}"
             )
-            self._kept[index] = example
+            self._cache[index] = example
         return example
 
 
@@ -265,12 +265,12 @@ def all_captions(config: DataConfig) -> list[str]:
     if config.label:
         template = templates_of(config)[0]
         return [template.replace("{}", name) for name in classes_of(config).names]
-    found = (
+    first_texts = (
         texts[0]
         for source in _all_splits(config)
-        for texts in _of_good(source, config, captions_of)
+        for texts in _valid_values(source, config, captions_of)
     )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(first_texts))
 
 
 class Classes(NamedTuple):
@@ -313,10 +313,10 @@ def _labels_of_all_splits(config: DataConfig) -> list[str]:
     else:
         known = split_names(config) or [config.train_split]
     sources = [_open(dataclasses.replace(config, eval_split=name), name) for name in known]
-    found = {label for source in sources for label in _of_good(source, config, label_of)}
-    if all(re.fullmatch(r"-?\d+", label) for label in found):
-        return sorted(found, key=int)
-    return sorted(found)
+    labels = {label for source in sources for label in _valid_values(source, config, label_of)}
+    if all(re.fullmatch(r"-?\d+", label) for label in labels):
+        return sorted(labels, key=int)
+    return sorted(labels)
 
 
 def _stream_label_names(config: DataConfig) -> list[str] | None:
@@ -331,10 +331,10 @@ def _all_splits(config: DataConfig) -> Iterator[Source]:
             yield open_source(config, split)
 
 
-def _of_good(
+def _valid_values(
     source: Source, config: DataConfig, value_of: Callable[[Example, DataConfig], T]
 ) -> Iterator[T]:
-    """Yield `value_of` each example that has such a value."""
+    """Yield `value_of(example, config)`, skipping bad samples."""
     for i in range(len(source)):
         try:
             yield value_of(source[i], config)
@@ -356,8 +356,8 @@ def targets_of(
 ) -> Int32[np.ndarray, " n"]:
     """Return the index of each example's label in `labels`; DataError if one is not there."""
     index = {label: i for i, label in enumerate(labels)}
-    found = [target_of(source[i], config, index, i) for i in range(len(source))]
-    return np.array(found, np.int32)
+    targets = [target_of(source[i], config, index, i) for i in range(len(source))]
+    return np.array(targets, np.int32)
 
 
 def target_of(example: Example, config: DataConfig, index: Mapping[str, int], i: int) -> int:
@@ -366,7 +366,7 @@ def target_of(example: Example, config: DataConfig, index: Mapping[str, int], i:
     if label not in index:
         raise DataError(
             f"example {i} of {config.source} {config.eval_split} has the {config.label} {label!r}, "
-            "which is none of the classes of the data set: correct it, or leave the example out"
+            "which is not a class of the data set: correct it, or remove the example"
         )
     return index[label]
 
@@ -378,7 +378,7 @@ def vocabulary_texts(config: DataConfig) -> list[str]:
             "a stream cannot be read in advance to train a vocabulary: set tokenizer_file"
         )
     source = open_source(config, config.train_split)
-    return [text for texts in _of_good(source, config, captions_of) for text in texts]
+    return [text for texts in _valid_values(source, config, captions_of) for text in texts]
 
 
 def credits(config: DataConfig) -> str:

@@ -22,8 +22,8 @@ _PLACE = "{split}"
 _BRACES = re.compile(r"\{(?!split\})[^{}]*\}")
 
 
-def find_split(asked: str, known: Collection[str], where: str) -> str:
-    """Find the split `asked` by its name or an alias.
+def find_split(requested: str, known: Collection[str], where: str) -> str:
+    """Find the split `requested` by its name or an alias.
 
     Raises:
         DataError: there is no such split, or several under other names.
@@ -33,18 +33,18 @@ def find_split(asked: str, known: Collection[str], where: str) -> str:
         >>> find_split("validation", ["train", "val"], "pets")
         'val'
     """
-    if asked in known:
-        return asked
-    found = [name for name in known if _canonical(name) == _canonical(asked)]
-    if len(found) == 1:
-        return found[0]
+    if requested in known:
+        return requested
+    matches = [name for name in known if _canonical(name) == _canonical(requested)]
+    if len(matches) == 1:
+        return matches[0]
     listed = ", ".join(sorted(known)) or "none"
-    if found:
+    if matches:
         raise DataError(
-            f"{where} has several splits that {asked!r} may mean: name one of "
-            f"{', '.join(sorted(found))}"
+            f"{where} has several splits that {requested!r} may mean: name one of "
+            f"{', '.join(sorted(matches))}"
         )
-    raise DataError(f"{where} has no split {asked!r}: it has {listed}")
+    raise DataError(f"{where} has no split {requested!r}: it has {listed}")
 
 
 def split_value(value: Any) -> str | None:
@@ -52,12 +52,12 @@ def split_value(value: Any) -> str | None:
     return None if value is None or value != value or value == "" else str(value)
 
 
-def rows_of_split(asked: str, values: Sequence[str | None], where: str) -> list[int]:
+def rows_of_split(requested: str, values: Sequence[str | None], where: str) -> list[int]:
     """Return the indices of the rows of a split, by a column; log rows without a split."""
-    found = find_split(asked, {value for value in values if value}, where)
+    matched = find_split(requested, {value for value in values if value}, where)
     if without := values.count(None):
         _log.warning("%s has %s rows of no split, which are left out", where, f"{without:,}")
-    return [i for i, value in enumerate(values) if value == found]
+    return [i for i, value in enumerate(values) if value == matched]
 
 
 def default_split(known: Collection[str], where: str) -> str:
@@ -112,7 +112,7 @@ def named_splits(pattern: str) -> list[str]:
         >>> named_splits(str(folder / "{split}-{000..099}.tar"))
         ['train', 'val']
     """
-    found = set()
+    names = set()
     for part in pattern.split("::"):
         if _PLACE not in part:
             continue
@@ -121,8 +121,8 @@ def named_splits(pattern: str) -> list[str]:
         name = re.compile(first + "([^/]+?)" + r"\1".join(rest))
         for file in list_files(wild.replace(_PLACE, "*")):
             if (match := name.fullmatch(file)) is not None:
-                found.add(match[1])
-    return sorted(found)
+                names.add(match[1])
+    return sorted(names)
 
 
 def _existing(pattern: str) -> list[str] | None:

@@ -236,10 +236,10 @@ class SequentialFile:
 
 
 def _braces(pattern: str) -> list[str]:
-    found = [f for regex in (_RANGE, _LIST) if (f := regex.search(pattern))]
-    if not found:
+    matches = [f for regex in (_RANGE, _LIST) if (f := regex.search(pattern))]
+    if not matches:
         return [pattern]
-    first = min(found, key=lambda f: f.start())
+    first = min(matches, key=lambda f: f.start())
     if first.re is _RANGE:
         numbers = range(int(first[1]), int(first[2]) + 1)
         options = [str(number).zfill(len(first[1])) for number in numbers]

@@ -121,9 +121,9 @@ def calibration_error(
         for side in (up, down)
     )
     plain = float(fraction @ gap)
-    found = min(max(value, 0.0), plain)
+    bounded = min(max(value, 0.0), plain)
     low, high = max(0.0, value - below), min(1.0, value + above)
-    return Metric(found, min(low, found), max(high, found), len(at))
+    return Metric(bounded, min(low, bounded), max(high, bounded), len(at))
 
 
 def _biased_margin(deviation: float, bias: float) -> float:

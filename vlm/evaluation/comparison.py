@@ -61,7 +61,7 @@ def compare(a: Result, b: Result) -> list[Comparison]:
     Example:
         >>> task = vlm.RetrievalTask(pictures, ["red", "green", "blue"], vlm.DataInfo("colours"))
         >>> result = vlm.evaluation.evaluate(model, [task])[task.name]
-        >>> [round(found.p_value, 1) for found in vlm.evaluation.compare(result, result)]
+        >>> [round(row.p_value, 1) for row in vlm.evaluation.compare(result, result)]
         [1.0, 1.0]
     """
     for what in ("data_hash", "texts_hash"):

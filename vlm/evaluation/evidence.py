@@ -31,10 +31,10 @@ class Hashing:
 
     def digest(self, *texts: Iterable[Any]) -> str:
         """Hash the images so far, with their texts and targets."""
-        whole = self._hash.copy()
+        combined = self._hash.copy()
         for values in texts:
-            whole.update(json.dumps([str(value) for value in values]).encode())
-        return whole.hexdigest()[:32]
+            combined.update(json.dumps([str(value) for value in values]).encode())
+        return combined.hexdigest()[:32]
 
 
 def digest(values: Iterable[Any]) -> str:

@@ -106,8 +106,8 @@ def accuracy_by_shots(
                 head = fit_head(
                     z_image[chosen], target[chosen], method, None, prior, scale, classes
                 )
-                found = np.asarray(head(z_image[test]).argmax(1) == target[test])
-                hits.setdefault((method, k), []).append(found)
+                correct = np.asarray(head(z_image[test]).argmax(1) == target[test])
+                hits.setdefault((method, k), []).append(correct)
     return Curve(
         zero_shot,
         {m: {k: over_draws(np.array(hits[m, k]), owner[test]) for k in shots} for m in methods},

@@ -153,12 +153,12 @@ def mean(values: Num[np.ndarray, " n"], groups: Int[np.ndarray, " n"] | None = N
     if values.ndim != 1 or not values.size or not np.isfinite(values).all():
         raise DataError("a mean takes a list of finite numbers, and at least one")
     _, group = np.unique(np.arange(len(values)) if groups is None else groups, return_inverse=True)
-    n, found = len(values), float(values.mean())
+    n, mean_value = len(values), float(values.mean())
     if group.max() == 0:
         raise DataError("one cluster of values has no interval: give at least two")
-    variance, freedom = between(values - found, group)
+    variance, freedom = between(values - mean_value, group)
     half = student(freedom) * math.sqrt(variance)
-    return Metric(found, found - half, found + half, n)
+    return Metric(mean_value, mean_value - half, mean_value + half, n)
 
 
 def paired_difference(
@@ -180,9 +180,9 @@ def paired_difference(
         np.arange(len(difference)) if groups is None else groups, return_inverse=True
     )
     more = [group.max() + 1, group.max() + 2]
-    found = mean(np.append(difference, [1, -1]), np.append(group, more))
+    interval = mean(np.append(difference, [1, -1]), np.append(group, more))
     value = float(difference.mean())
-    low, high = max(-1.0, min(value, found.low)), min(1.0, max(value, found.high))
+    low, high = max(-1.0, min(value, interval.low)), min(1.0, max(value, interval.high))
     return Metric(value, low, high, len(difference))
 
 

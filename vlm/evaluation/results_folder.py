@@ -92,12 +92,12 @@ def _retrieved(samples: Samples, task: RetrievalTask) -> dict[int, tuple[int, st
     entries = {}
     for way in ("image_to_text", "text_to_image"):
         for i in (row for rows in best_and_worst(samples, way) for row in rows):
-            query, found = int(samples["query"][i]), int(samples["found"][i])
+            query, nearest = int(samples["query"][i]), int(samples["found"][i])
             if way == "image_to_text":
-                image, right, called = query, text_of[query], task.texts[found]
+                image, right, called = query, text_of[query], task.texts[nearest]
             else:
-                image, right = found, task.texts[query]
-                called = text_of.get(found, f"image {found}")
+                image, right = nearest, task.texts[query]
+                called = text_of.get(nearest, f"image {nearest}")
             if samples["rank"][i] == 0:  # any of its texts is correct
                 right = called = called if way == "image_to_text" else right
             entries[i] = (image, right, called)
@@ -117,8 +117,10 @@ def read_gallery(folder: str | os.PathLike, task: str) -> Gallery:
     """Read a gallery: picture, correct and predicted text by query (retrieval: by sample row)."""
     path = epath.Path(folder) / f"{file_name(task)}.gallery.json"
     try:
-        held = json.loads(path.read_text())
-        return {int(query): (src, right, called) for query, (src, right, called) in held.items()}
+        contents = json.loads(path.read_text())
+        return {
+            int(query): (src, right, called) for query, (src, right, called) in contents.items()
+        }
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 

@@ -179,8 +179,8 @@ class Report:
 
     def _decode(self) -> str:
         """Return the rule by which image files were decoded; empty if unknown."""
-        found = (result.provenance.evidence.get("decode") for result in self.results)
-        return ", ".join(dict.fromkeys(filter(None, found)))
+        rules = (result.provenance.evidence.get("decode") for result in self.results)
+        return ", ".join(dict.fromkeys(filter(None, rules)))
 
     def _models(self) -> str:
         return ", ".join(dict.fromkeys(result.provenance.model for result in self.results))
@@ -215,12 +215,16 @@ def evaluate(model: Encoder, tasks: Iterable[Task]) -> Report:
 def measure(model: Encoder, task: Task) -> Result:
     """Measure one task, with its samples."""
     start = time.perf_counter()
-    found = task.measure(model)
+    measured = task.measure(model)
     seconds = time.perf_counter() - start
-    evidence = {"data_hash": found.data_hash, "texts_hash": found.texts_hash, **model_facts(model)}
+    evidence = {
+        "data_hash": measured.data_hash,
+        "texts_hash": measured.texts_hash,
+        **model_facts(model),
+    }
     evidence |= getattr(task, "about", {})
     origin = provenance(model.name, task.data, task.templates, seconds, evidence)
-    return Result(task.name, found.metrics, origin, task.kind, found.samples)
+    return Result(task.name, measured.metrics, origin, task.kind, measured.samples)
 
 
 def provenance(
@@ -248,17 +252,17 @@ def provenance(
     )
 
 
-def _metric(held: dict[str, Any]) -> Metric:
+def _metric(values: dict[str, Any]) -> Metric:
     names = ("value", "low", "high")  # null in JSON if not finite
-    numbers = {name: math.nan if held[name] is None else held[name] for name in names}
-    return Metric(**numbers, n=held["n"])
+    numbers = {name: math.nan if values[name] is None else values[name] for name in names}
+    return Metric(**numbers, n=values["n"])
 
 
 def _result(values: dict[str, Any]) -> Result:
     origin = values["provenance"]
     return Result(
         task=values["task"],
-        metrics={name: _metric(held) for name, held in values["metrics"].items()},
+        metrics={name: _metric(metric) for name, metric in values["metrics"].items()},
         kind=values.get("kind", ""),
         provenance=Provenance(
             **{

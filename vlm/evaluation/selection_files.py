@@ -50,8 +50,8 @@ def sugarcrepe(data_dir: str, category: str, name: str) -> SelectionTask:
         raise DataError(f"SugarCrepe has no category {category!r}: it has {', '.join(SUGARCREPE)}")
     folder = _folder(data_dir, "sugarcrepe")
     file = folder / f"{category}.json"
-    held = _parsed(file, _text(file))
-    rows = list(held.values()) if isinstance(held, dict) else held
+    contents = _parsed(file, _text(file))
+    rows = list(contents.values()) if isinstance(contents, dict) else contents
     fields = ("filename", "caption", "negative_caption")
     own = [[_field(file, row, field) for field in fields] for row in rows]
     images = [[_image(folder / "val2017", row[0])] for row in own]

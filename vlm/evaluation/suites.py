@@ -225,7 +225,7 @@ def _retrieval(name: str, what: str, data_dir, split) -> Task:
     for feature in CAPTIONS:
         config = DataConfig(source=source, captions=(feature,), data_dir=data_dir)
         try:
-            opened, found = open_to_measure(config, split)
+            opened, split_name = open_to_measure(config, split)
             texts = [captions_of(opened[i], config) for i in range(len(opened))]
             break
         except VlmError as error:
@@ -236,7 +236,7 @@ def _retrieval(name: str, what: str, data_dir, split) -> Task:
     return RetrievalTask(
         (opened[i][config.image] for i in range(len(opened))),
         [text for own in texts for text in own],
-        DataInfo(source, split=found),
+        DataInfo(source, split=split_name),
         [(int(owner), text) for text, owner in enumerate(owners)],
         name=name,
         image_at=lambda i: opened[i][config.image],

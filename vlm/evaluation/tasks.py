@@ -126,8 +126,8 @@ class ZeroShotTask(_ClassTask):
     Example:
         >>> data = vlm.DataInfo("colours")
         >>> task = vlm.ZeroShotTask(pictures, ["red", "green", "blue"], [0, 1, 2], data)
-        >>> found = vlm.evaluation.evaluate(model, [task])[task.name]
-        >>> found.metrics["top1"].n
+        >>> result = vlm.evaluation.evaluate(model, [task])[task.name]
+        >>> result.metrics["top1"].n
         3
     """
 
@@ -321,12 +321,12 @@ Task = ZeroShotTask | MultilabelTask | RetrievalTask | SelectionTask
 
 def _nearest(z_query: np.ndarray, z_key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the nearest key of each query and its cosine, a block of queries at a time."""
-    found, score = np.empty(len(z_query), np.int64), np.empty(len(z_query), np.float32)
+    nearest, score = np.empty(len(z_query), np.int64), np.empty(len(z_query), np.float32)
     for start in range(0, len(z_query), BLOCK):
         block = slice(start, start + BLOCK)
         cosines = z_query[block] @ z_key.T
-        found[block], score[block] = cosines.argmax(axis=1), cosines.max(axis=1)
-    return found, score
+        nearest[block], score[block] = cosines.argmax(axis=1), cosines.max(axis=1)
+    return nearest, score
 
 
 def _best(

@@ -203,8 +203,8 @@ def _gallery(images, captions, target, z_image, z_captions, score) -> list[tuple
 def _queries(images, captions, target, z_image, z_captions) -> list[tuple]:
     """Return captions with their nearest images."""
     # Offset by half a step from the gallery above, to show other images.
-    asked = dict.fromkeys(int(target[i]) for i in spread(len(images), QUERIES, offset=0.5))
-    found, cosines = top_k(z_captions[list(asked)], [z_image], ANSWERS)
+    queries = dict.fromkeys(int(target[i]) for i in spread(len(images), QUERIES, offset=0.5))
+    hits, cosines = top_k(z_captions[list(queries)], [z_image], ANSWERS)
     return [
         (
             captions[j],
@@ -213,7 +213,7 @@ def _queries(images, captions, target, z_image, z_captions) -> list[tuple]:
                 for i, value in zip(nearest, values, strict=True)
             ],
         )
-        for j, nearest, values in zip(asked, found, cosines, strict=True)
+        for j, nearest, values in zip(queries, hits, cosines, strict=True)
     ]
 
 

@@ -50,8 +50,8 @@ def faithfulness(
         >>> heats = [np.random.default_rng(0).random((16, 16), np.float32)] * 3
         >>> z_text = model.encode_text(["red", "green", "blue"])
         >>> from vlm.explanation import faithfulness
-        >>> found = faithfulness(model, pixels, heats, z_text, np.arange(3))
-        >>> found.deletion.shape, found.insertion.shape
+        >>> result = faithfulness(model, pixels, heats, z_text, np.arange(3))
+        >>> result.deletion.shape, result.insertion.shape
         ((3,), (3,))
     """
     perturbed: list[np.ndarray] = []

@@ -42,8 +42,8 @@ class Explanation:
         image: the decoded image.
 
     Example:
-        >>> found = vlm.explain(model, pictures[0], "a red square")
-        >>> found.text
+        >>> result = vlm.explain(model, pictures[0], "a red square")
+        >>> result.text
         'a red square'
     """
 

@@ -55,11 +55,11 @@ def _relevance_maps(graph, state, images, z_text, method: Method):
     images = jax.tree.map(jnp.asarray, images)
     if method == "path":
         return _path(model, images, z_text)
-    found, cosine = run(model, images, z_text, {})
+    activations, cosine = run(model, images, z_text, {})
     if method == "similarity":
         return jnp.einsum("bne,be->bn", unit_norm(model.vision.dense(images)), z_text), cosine
     relevance = _attention if method == "attention" else _gradcam
-    return relevance(model, images, z_text, found), cosine
+    return relevance(model, images, z_text, activations), cosine
 
 
 def dense_embeddings(model: DualEncoder, images: Images) -> Float[Array, "b n e"]:
@@ -90,9 +90,9 @@ def gradients(model, images, z_text, changes: Activations) -> Activations:
 
 def _path(model, images, z_text) -> tuple[Float[Array, "b n"], Float[Array, " b"]]:
     pair = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), images, _blank(images))
-    found, cosines = run(model, pair, jnp.concatenate([z_text, z_text]), {})
-    name = "stem" if "stem" in found else "stages/0"
-    of_image, of_blank = jnp.split(found[name], 2)
+    activations, cosines = run(model, pair, jnp.concatenate([z_text, z_text]), {})
+    name = "stem" if "stem" in activations else "stages/0"
+    of_image, of_blank = jnp.split(activations[name], 2)
     difference = of_image - of_blank
 
     def step(total, node):
@@ -110,13 +110,13 @@ def _path(model, images, z_text) -> tuple[Float[Array, "b n"], Float[Array, " b"
     if contribution.ndim == 2:
         values = _drop_prefix(model.config.vision, contribution)
     else:
-        sides = [found[f"stages/{i}"].shape[1] for i in range(_stages(found))]
+        sides = [activations[f"stages/{i}"].shape[1] for i in range(_stages(activations))]
         values = _sum_to_last_stage(contribution, sides)
     return values, jnp.split(cosines, 2)[0]
 
 
-def _attention(model, images, z_text, found: Activations) -> Float[Array, "b n"]:
-    weights = {name: w for name, w in found.items() if name.endswith("attention")}
+def _attention(model, images, z_text, activations: Activations) -> Float[Array, "b n"]:
+    weights = {name: w for name, w in activations.items() if name.endswith("attention")}
     zeros = jax.tree.map(jnp.zeros_like, weights)
     total = 0.0
     for gradient in gradients(model, images, z_text, zeros).values():
@@ -126,16 +126,19 @@ def _attention(model, images, z_text, found: Activations) -> Float[Array, "b n"]
     return _drop_prefix(model.config.vision, jnp.asarray(total))
 
 
-def _gradcam(model, images, z_text, found: Activations) -> Float[Array, "b n"]:
-    if "stem" not in found:
-        name = _last_stage(found)
-        x, gradient = found[name], gradients(model, images, z_text, {name: found[name] * 0})[name]
+def _gradcam(model, images, z_text, activations: Activations) -> Float[Array, "b n"]:
+    if "stem" not in activations:
+        name = _last_stage(activations)
+        x, gradient = (
+            activations[name],
+            gradients(model, images, z_text, {name: activations[name] * 0})[name],
+        )
         x, gradient = (y.reshape(y.shape[0], -1, y.shape[-1]) for y in (x, gradient))
     else:
         # With a class token, the patch tokens of the last block do not affect the embedding.
         by_class = getattr(model.config.vision, "pool", None) == "class"
-        layers = jnp.concatenate([found["stem"][None], found["blocks/output"]])
-        zeros = {"stem": found["stem"] * 0, "blocks/output": found["blocks/output"] * 0}
+        layers = jnp.concatenate([activations["stem"][None], activations["blocks/output"]])
+        zeros = {"stem": activations["stem"] * 0, "blocks/output": activations["blocks/output"] * 0}
         by_layer = gradients(model, images, z_text, zeros)
         by_layer = jnp.concatenate([by_layer["stem"][None], by_layer["blocks/output"]])
         x, gradient = (y[-2 if by_class else -1] for y in (layers, by_layer))
@@ -154,13 +157,13 @@ def _blank(images: Images) -> Images:
     return images._replace(pixels=jnp.broadcast_to(mean, images.pixels.shape) * real)
 
 
-def _stages(found: Activations) -> int:
-    return sum(name.startswith("stages/") for name in found)
+def _stages(activations: Activations) -> int:
+    return sum(name.startswith("stages/") for name in activations)
 
 
-def _last_stage(found: Activations) -> str:
+def _last_stage(activations: Activations) -> str:
     """Return the name of the output of the last stage of convolutions."""
-    return f"stages/{_stages(found) - 1}"
+    return f"stages/{_stages(activations) - 1}"
 
 
 def _sum_to_last_stage(values: Float[Array, "b h w"], sides: list[int]) -> Float[Array, "b n"]:

@@ -29,8 +29,8 @@ class EmbeddingMap:
 
     Example:
         >>> from vlm.explanation import embedding_map
-        >>> found = embedding_map(model.encode_image(pictures), pictures)
-        >>> len(found.images)
+        >>> result = embedding_map(model.encode_image(pictures), pictures)
+        >>> len(result.images)
         3
     """
 
@@ -132,8 +132,8 @@ def embedding_map(
 
     Example:
         >>> from vlm.explanation import embedding_map
-        >>> found = embedding_map(model.encode_image(pictures), pictures)
-        >>> found.points.shape
+        >>> result = embedding_map(model.encode_image(pictures), pictures)
+        >>> result.points.shape
         (3, 2)
     """
     z, images = np.asarray(z_image, np.float64), tuple(images)

@@ -32,8 +32,8 @@ class Segmentation:
 
     Example:
         >>> from vlm.explanation import segment
-        >>> found = segment(model, pictures[0], ["red", "green"])
-        >>> found.labels
+        >>> result = segment(model, pictures[0], ["red", "green"])
+        >>> result.labels
         ('red', 'green')
     """
 

@@ -43,8 +43,8 @@ class Exported:
         differences: largest difference of each program's output from the model's.
 
     Example:
-        >>> found = vlm.exporting.export(model, folder / "text-tower", tower="text", batches=[2])
-        >>> found.differences["text"] < 1e-5
+        >>> result = vlm.exporting.export(model, folder / "text-tower", tower="text", batches=[2])
+        >>> result.differences["text"] < 1e-5
         True
     """
 
@@ -54,8 +54,8 @@ class Exported:
     differences: dict[str, float]
 
     def __repr__(self) -> str:
-        found = ", ".join(f"{name} {value:.1e}" for name, value in self.differences.items())
-        return f"Exported({self.folder}: {self.format}, {self.dtype}, differences {found})"
+        differences = ", ".join(f"{name} {value:.1e}" for name, value in self.differences.items())
+        return f"Exported({self.folder}: {self.format}, {self.dtype}, differences {differences})"
 
 
 def export(
@@ -93,8 +93,8 @@ def export(
         ConfigError: an unknown format or dtype, a missing library, a missing tower.
 
     Example:
-        >>> found = vlm.exporting.export(model, folder / "exported", tower="vision", batches=[2])
-        >>> sorted(file.name for file in found.folder.iterdir())
+        >>> result = vlm.exporting.export(model, folder / "exported", tower="vision", batches=[2])
+        >>> sorted(file.name for file in result.folder.iterdir())
         ['README.md', 'export.json', 'image.stablehlo']
     """
     if format == "savedmodel":
@@ -115,15 +115,15 @@ def export(
     sizes = list(kind.BATCHES if batches is None else batches)
     compute = kind.BFLOAT16 if dtype == "bfloat16" else "float32"
     with new_folder(folder) as new:
-        made = programs(model, tower, classifier, dtype, compute=compute)
+        exported = programs(model, tower, classifier, dtype, compute=compute)
         differences = {}
-        for program in made:
+        for program in exported:
             kind.write(program, new)
             differences[program.name] = _largest_difference(
                 program, kind.opened(program, new), sizes, compute
             )
         facts = {"kind": format, "dtype": dtype, "batches": sizes, "difference": differences}
-        contract.write(new, model, made, classifier, facts, kind.USE)
+        contract.write(new, model, exported, classifier, facts, kind.USE)
     return Exported(as_path(folder), format, dtype, differences)
 
 
@@ -158,16 +158,16 @@ def _largest_difference(
     largest = 0.0
     for count in batches:
         rows = np.resize(np.arange(len(program.examples)), count)  # repeats the examples
-        found, wanted = run(program.examples[rows]), program.reference[rows]
-        if found.shape != wanted.shape:
-            problem = f"gives {found.shape} for {count} rows and the model {wanted.shape}"
-        elif not (difference := float(np.abs(found - wanted).max())) <= _LIMITS[compute]:  # or NaN
+        output, wanted = run(program.examples[rows]), program.reference[rows]
+        if output.shape != wanted.shape:
+            problem = f"gives {output.shape} for {count} rows and the model {wanted.shape}"
+        elif not (difference := float(np.abs(output - wanted).max())) <= _LIMITS[compute]:  # or NaN
             problem = (
                 f"differs from the model by {difference:.1e} in a batch of {count}, above "
                 f"{_LIMITS[compute]:.0e}"
             )
         else:
-            largest = max(largest, float(np.abs(found - program.expected[rows]).max()))
+            largest = max(largest, float(np.abs(output - program.expected[rows]).max()))
             continue
         raise CheckpointError(
             f"the exported {program.name} {problem}, so nothing was written: choose another format"

@@ -105,11 +105,11 @@ def _write_tokenizer(folder: epath.Path, bundle: Bundle) -> list[str]:
     if rules.clean.startswith("clip"):
         texts = sample_texts(1_000)
         rows = np.array([row.ids for row in vocabulary.encode_batch_fast(texts)])
-        found = compare_rows("tokenizers", texts, bundle.tokenizer(texts), rows)
-        if found.differ:
+        check = compare_rows("tokenizers", texts, bundle.tokenizer(texts), rows)
+        if check.differ:
             notes.append(
                 "In training, `ftfy` repaired broken Unicode and HTML entities; `tokenizer.json` "
-                f"covers the common cases: {found}"
+                f"covers the common cases: {check}"
             )
     if not rules.keep_eos and rules.eos_id is not None:
         notes.append("Texts that are too long are truncated without an end token.")
@@ -138,14 +138,14 @@ def pixels_code(config: PreprocessConfig) -> str:
 def _plain(function: Callable) -> str:
     """Return the source of a function of vlm, without types and docstring."""
     tree = ast.parse(inspect.getsource(function))
-    (made,) = tree.body
-    assert isinstance(made, ast.FunctionDef)
-    made.returns = None
-    for argument in (*made.args.args, *made.args.kwonlyargs):
+    (definition,) = tree.body
+    assert isinstance(definition, ast.FunctionDef)
+    definition.returns = None
+    for argument in (*definition.args.args, *definition.args.kwonlyargs):
         argument.annotation = None
-    if ast.get_docstring(made):
-        made.body = made.body[1:]
-    return ast.unparse(made) + "\n"
+    if ast.get_docstring(definition):
+        definition.body = definition.body[1:]
+    return ast.unparse(definition) + "\n"
 
 
 def _page(

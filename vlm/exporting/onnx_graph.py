@@ -40,8 +40,8 @@ class Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self._count = 0
-        self._known: dict[tuple, str] = {}
-        self._kept: list[np.ndarray] = []  # so that no id is reused
+        self._constant_names: dict[tuple, str] = {}
+        self._constants: list[np.ndarray] = []  # so that no id is reused
         self._batch_name: str | None = None
 
     def node(self, kind: str, inputs: Sequence[Value | str], **attributes: Any) -> str:
@@ -58,18 +58,18 @@ class Graph:
             return value.name
         small = value.size <= 16
         key = (value.dtype.str, value.shape, value.tobytes()) if small else (id(value),)
-        if key not in self._known:
-            self._known[key] = f"constant_{len(self._known)}"
-            self._kept.append(value)
+        if key not in self._constant_names:
+            self._constant_names[key] = f"constant_{len(self._constant_names)}"
+            self._constants.append(value)
             self.initializers.append(
                 onnx.TensorProto(
-                    name=self._known[key],
+                    name=self._constant_names[key],
                     data_type=element_type(value.dtype),
                     dims=value.shape,
                     raw_data=np.ascontiguousarray(value).tobytes(),
                 )
             )
-        return self._known[key]
+        return self._constant_names[key]
 
     def shape(self, dims: Sequence[Any], *, inferred: bool = False) -> str:
         """Return a shape as a node input; with `inferred`, the runtime infers the batch size."""
@@ -78,8 +78,8 @@ class Graph:
         if all(isinstance(dim, int) for dim in dims):
             return self.name_of(np.asarray(dims, np.int64))
         if self._batch_name is None:
-            whole = self.node("Shape", ["input"])
-            self._batch_name = self.node("Slice", [whole, np.array([0]), np.array([1])])
+            input_shape = self.node("Shape", ["input"])
+            self._batch_name = self.node("Slice", [input_shape, np.array([0]), np.array([1])])
         parts = []
         for dim in dims:
             if isinstance(dim, int):
@@ -146,9 +146,9 @@ def from_jax(
             names, (dtype, shapes.dtype), (row, shapes.shape[1:]), strict=True
         )
     ]
-    made = onnx.helper.make_graph(graph.nodes, "vlm", ends[:1], ends[1:], graph.initializers)
+    proto = onnx.helper.make_graph(graph.nodes, "vlm", ends[:1], ends[1:], graph.initializers)
     return onnx.helper.make_model(
-        made, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
+        proto, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
     )
 
 
@@ -162,8 +162,8 @@ def _run(
         return np.asarray(atom.val, dtype_of(atom)) if isinstance(atom, Literal) else known[atom]
 
     for eqn in jaxpr.eqns:
-        found = _values(graph, eqn, [value_of(atom) for atom in eqn.invars], rules)
-        known |= dict(zip(eqn.outvars, found, strict=True))
+        values = _values(graph, eqn, [value_of(atom) for atom in eqn.invars], rules)
+        known |= dict(zip(eqn.outvars, values, strict=True))
     return [value_of(atom) for atom in jaxpr.outvars]
 
 
@@ -225,5 +225,5 @@ def _folded(eqn: JaxprEqn, inputs: list[Value]) -> list[Value] | None:
     if name == "convert_element_type" and dtype_of(out).itemsize > inputs[0].dtype.itemsize:
         return None  # parameters stay narrow in the file
     full = [np.broadcast_to(np.asarray(x), shape) for x, shape in zip(inputs, shapes, strict=False)]
-    found = eqn.primitive.bind(*full, **eqn.params)
-    return [np.asarray(x) for x in (found if eqn.primitive.multiple_results else [found])]
+    result = eqn.primitive.bind(*full, **eqn.params)
+    return [np.asarray(x) for x in (result if eqn.primitive.multiple_results else [result])]

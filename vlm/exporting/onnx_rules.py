@@ -109,18 +109,18 @@ def transpose(graph: Graph, eqn: JaxprEqn, x: Value) -> Tensor:
 
 
 def slices(graph: Graph, eqn: JaxprEqn, x: Value) -> Tensor:
-    whole = shape_of(eqn.invars[0])
-    x = graph.full(x, whole)
+    shape = shape_of(eqn.invars[0])
+    x = graph.full(x, shape)
     starts, ends = eqn.params["start_indices"], eqn.params["limit_indices"]
     steps = eqn.params["strides"] or (1,) * len(starts)
-    axes = [i for i, dim in enumerate(whole) if (starts[i], ends[i], steps[i]) != (0, dim, 1)]
-    bounds = ([part[i] for i in axes] for part in (starts, ends, range(len(whole)), steps))
+    axes = [i for i, dim in enumerate(shape) if (starts[i], ends[i], steps[i]) != (0, dim, 1)]
+    bounds = ([part[i] for i in axes] for part in (starts, ends, range(len(shape)), steps))
     return _tensor(eqn, graph.node("Slice", [x, *(np.array(part, np.int64) for part in bounds)]))
 
 
 def concatenate(graph: Graph, eqn: JaxprEqn, *inputs: Value) -> Tensor:
-    whole = [graph.full(x, shape_of(var)) for x, var in zip(inputs, eqn.invars, strict=True)]
-    return _tensor(eqn, graph.node("Concat", whole, axis=eqn.params["dimension"]))
+    broadcast = [graph.full(x, shape_of(var)) for x, var in zip(inputs, eqn.invars, strict=True)]
+    return _tensor(eqn, graph.node("Concat", broadcast, axis=eqn.params["dimension"]))
 
 
 def stack(graph: Graph, eqn: JaxprEqn, *inputs: Value) -> Tensor:
@@ -144,8 +144,8 @@ def pad(graph: Graph, eqn: JaxprEqn, x: Value, fill: Value) -> Tensor:
 def gather(graph: Graph, eqn: JaxprEqn, x: Value, indices: Value) -> Tensor:
     """Take a constant slice, rows of a table, or one position of each example."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    whole, at = shape_of(eqn.invars[0]), shape_of(eqn.invars[1])
-    x, indices = graph.full(x, whole), graph.full(indices, at)
+    shape, at = shape_of(eqn.invars[0]), shape_of(eqn.invars[1])
+    x, indices = graph.full(x, shape), graph.full(indices, at)
     if isinstance(indices, np.ndarray) and indices.ndim == 1:
         return _piece(graph, eqn, x, indices)
     last = np.array([len(at) - 1], np.int64)
@@ -156,10 +156,10 @@ def gather(graph: Graph, eqn: JaxprEqn, x: Value, indices: Value) -> Tensor:
         raise _unsupported(eqn)
     places = graph.node("Squeeze", [indices, last])
     if not numbers.operand_batching_dims:
-        rank = len(whole) + len(at) - 2
+        rank = len(shape) + len(at) - 2
         taken = [d for d in range(rank) if not axis <= d < axis + len(at) - 1]
-        others = all(sizes[d] == whole[d] for d in range(len(whole)) if d != axis)
-        if list(numbers.offset_dims) != taken or not others:
+        others_full = all(sizes[d] == shape[d] for d in range(len(shape)) if d != axis)
+        if list(numbers.offset_dims) != taken or not others_full:
             raise _unsupported(eqn)
         return _tensor(eqn, graph.node("Gather", [x, places], axis=axis))
     return _tensor(eqn, _at_each(graph, eqn, x, places))
@@ -219,8 +219,8 @@ def argmax(graph: Graph, eqn: JaxprEqn, x: Value) -> Tensor:
     x = graph.full(x, shape_of(eqn.invars[0]))
     if x.dtype == bool:
         x = Tensor(graph.node("Cast", [x], to=element_type(np.int32)), x.shape, np.dtype(np.int32))
-    found = graph.node("ArgMax", [x], axis=axis, keepdims=0)
-    return _tensor(eqn, graph.node("Cast", [found], to=element_type(eqn.params["index_dtype"])))
+    index = graph.node("ArgMax", [x], axis=axis, keepdims=0)
+    return _tensor(eqn, graph.node("Cast", [index], to=element_type(eqn.params["index_dtype"])))
 
 
 def dot(graph: Graph, eqn: JaxprEqn, x: Value, y: Value) -> Tensor:
@@ -248,8 +248,8 @@ def convolution(graph: Graph, eqn: JaxprEqn, x: Value, kernel: Value) -> Tensor:
     if any(d != 1 for d in p["lhs_dilation"]) or p["batch_group_count"] != 1:
         raise _unsupported(eqn)
     numbers = p["dimension_numbers"]
-    whole = graph.full(x, shape_of(eqn.invars[0]))
-    by_channel = graph.node("Transpose", [whole], perm=list(numbers.lhs_spec))
+    image = graph.full(x, shape_of(eqn.invars[0]))
+    by_channel = graph.node("Transpose", [image], perm=list(numbers.lhs_spec))
     by_output: np.ndarray | str = (
         np.ascontiguousarray(kernel.transpose(numbers.rhs_spec))
         if isinstance(kernel, np.ndarray)
@@ -276,9 +276,9 @@ def window(kind: str | None) -> Rule:
     def rule(graph: Graph, eqn: JaxprEqn, x: Value, *_: Value) -> Tensor:
         p = eqn.params
         sizes, strides, edges = p["window_dimensions"], p["window_strides"], p["padding"]
-        found = kind or {"add": "sum", "max": "max"}.get(p["jaxpr"].eqns[0].primitive.name)
+        reduction = kind or {"add": "sum", "max": "max"}.get(p["jaxpr"].eqns[0].primitive.name)
         dilated = any(d != 1 for d in (*p["base_dilation"], *p["window_dilation"]))
-        if dilated or found is None or len(sizes) != 4 or sizes[0] != 1 or sizes[3] != 1:
+        if dilated or reduction is None or len(sizes) != 4 or sizes[0] != 1 or sizes[3] != 1:
             raise _unsupported(eqn)
         options = {
             "kernel_shape": list(sizes[1:3]),
@@ -286,7 +286,7 @@ def window(kind: str | None) -> Rule:
             "pads": [int(low) for low, _ in edges[1:3]] + [int(high) for _, high in edges[1:3]],
         }
         y = graph.node("Transpose", [graph.full(x, shape_of(eqn.invars[0]))], perm=[0, 3, 1, 2])
-        if found == "max":
+        if reduction == "max":
             y = graph.node("MaxPool", [y], **options)
         else:
             mean = graph.node("AveragePool", [y], count_include_pad=1, **options)

@@ -66,29 +66,29 @@ def check_stored(path: tuple, original: np.ndarray, kept: Any, dtype: Dtype) -> 
         CheckpointError: the difference is larger.
     """
     original = original.astype(np.float32)
-    found = np.asarray(restored(kept, "float32")).astype(np.float32)
+    values = np.asarray(restored(kept, "float32")).astype(np.float32)
     if isinstance(kept, Quantised):
         axes = [i for i, n in enumerate(kept.scale.shape) if n != original.shape[i]]
         allowed = np.abs(original).max(tuple(axes), keepdims=True) / 127 * 0.501
     else:
         allowed = np.abs(original) * (2**-8 if dtype == "bfloat16" else 0)
-    far = np.abs(found - original) - allowed
+    far = np.abs(values - original) - allowed
     if not far.max(initial=0) <= 1e-12:
         name = ".".join(map(str, path))
         raise CheckpointError(
-            f"{name} as {dtype} is {np.abs(found - original).max():.1e} from the model's, more "
+            f"{name} as {dtype} is {np.abs(values - original).max():.1e} from the model's, more "
             "than rounding explains, so nothing was written: choose another dtype"
         )
 
 
-def check_direction(name: str, found: np.ndarray, wanted: np.ndarray, dtype: Dtype) -> None:
+def check_direction(name: str, actual: np.ndarray, wanted: np.ndarray, dtype: Dtype) -> None:
     """Check the direction of embeddings by stored parameters: 1 - cosine of each example.
 
     Raises:
         CheckpointError: above 0.02 (1e-6 in float32).
     """
-    product = (found.astype(np.float64) * wanted).sum(axis=1)
-    norms = np.linalg.norm(found.astype(np.float64), axis=1) * np.linalg.norm(wanted, axis=1)
+    product = (actual.astype(np.float64) * wanted).sum(axis=1)
+    norms = np.linalg.norm(actual.astype(np.float64), axis=1) * np.linalg.norm(wanted, axis=1)
     far = float((1 - product / norms).max())
     if not far <= _DIRECTION[dtype]:
         raise CheckpointError(

@@ -77,11 +77,11 @@ class DeviceSearch:
                 jax.device_put(mask, self._over(P(self._axes))),
             )
         )
-        found = [row > -np.inf for row in scores[: len(z_query)]]
-        found = [f & (row >= min_score) for f, row in zip(found, scores, strict=False)]
+        valid = [row > -np.inf for row in scores[: len(z_query)]]
+        valid = [f & (row >= min_score) for f, row in zip(valid, scores, strict=False)]
         return (
-            [row[f].astype(np.int64) for row, f in zip(positions, found, strict=False)],
-            [row[f] for row, f in zip(scores, found, strict=False)],
+            [row[f].astype(np.int64) for row, f in zip(positions, valid, strict=False)],
+            [row[f] for row, f in zip(scores, valid, strict=False)],
         )
 
     def program(self, k: int):

@@ -185,12 +185,12 @@ def _id_of(path: Value, is_integer: bool, number: int) -> Id:
 
 def _partitions(folder: Path, kind: str, suffix: str) -> dict[int, Path]:
     """Return the files of a kind by partition number, in order."""
-    found = {
+    partitions = {
         int(match[1]): file
         for file in (folder / kind).glob(f"{kind}_*.{suffix}")
         if (match := re.fullmatch(rf"{kind}_(\d+)\.{suffix}", file.name))
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(partitions.items()))
 
 
 def _columns(file: Path) -> dict[str, list[Value]]:

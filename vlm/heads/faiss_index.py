@@ -79,10 +79,12 @@ def to_faiss(
     """
     if not len(index):
         raise ConfigError("the index is empty: add items before converting it to faiss")
-    made = _FaissSearch([index.embeddings()], factory, nprobe, ef_search, recall)
-    if made.option is not None:
-        _faiss().ParameterSpace().set_index_parameter(made.index, made.option, made.effort)
-    return made.index
+    searcher = _FaissSearch([index.embeddings()], factory, nprobe, ef_search, recall)
+    if searcher.option is not None:
+        _faiss().ParameterSpace().set_index_parameter(
+            searcher.index, searcher.option, searcher.effort
+        )
+    return searcher.index
 
 
 class _FaissSearch:
@@ -112,8 +114,8 @@ class _FaissSearch:
         self.option, self.effort = name, given.get(name) or 1
         queries, exact = _sample(rows)
         while True:
-            found, _ = self.search(queries, exact.shape[1])
-            self.recall = recall_at_k(queries, rows, found, exact)
+            approximate, _ = self.search(queries, exact.shape[1])
+            self.recall = recall_at_k(queries, rows, approximate, exact)
             if self.recall >= recall or self.effort >= most or given.get(name):
                 break
             self.effort = min(2 * self.effort, most)
@@ -131,10 +133,10 @@ class _FaissSearch:
         parameters = _parameters(self.index, self.effort, selector)
         k = min(k, self.index.ntotal)
         scores, positions = self.index.search(np.ascontiguousarray(z_query), k, params=parameters)
-        found = (positions >= 0) & (scores >= min_score)
+        valid = (positions >= 0) & (scores >= min_score)
         return (
-            [row[f] for row, f in zip(positions, found, strict=True)],
-            [row[f] for row, f in zip(scores, found, strict=True)],
+            [row[f] for row, f in zip(positions, valid, strict=True)],
+            [row[f] for row, f in zip(scores, valid, strict=True)],
         )
 
 

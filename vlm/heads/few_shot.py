@@ -156,11 +156,11 @@ class FewShotClassifier(ImageClassifier, display.FactSheet):
         """
         kinds = {kind.__name__: kind for kind in (LinearHead, CacheHead)}
         with reading_classifier(file, KEY, model) as (about, tensors):
-            made = cls(model, about["labels"], kinds[about["head"]](**tensors))
-            weights = tensors["weight" if isinstance(made.head, LinearHead) else "zero_shot"]
-            if weights.shape[1] != len(made.labels):
+            classifier = cls(model, about["labels"], kinds[about["head"]](**tensors))
+            weights = tensors["weight" if isinstance(classifier.head, LinearHead) else "zero_shot"]
+            if weights.shape[1] != len(classifier.labels):
                 raise ValueError("the numbers of weights and labels differ")
-        return made
+        return classifier
 
     def _facts(self) -> tuple[str, dict[str, str]]:
         return "Few-shot classifier", {

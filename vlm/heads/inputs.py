@@ -87,11 +87,11 @@ def named_items(
     Raises:
         ConfigError: another kind, an id twice or of another type, or another number of ids.
     """
-    fresh: set[Id] = set()
+    new: set[Id] = set()
     for number, item in enumerate(stream):
-        if (found := kind(item, "add")) != what:
+        if (item_kind := kind(item, "add")) != what:
             raise ConfigError(
-                f"add got {what}s and, as item {number}, {found}: add them in separate calls"
+                f"add got {what}s and, as item {number}, {item_kind}: add them in separate calls"
             )
         if ids is None:
             name = default_id(item, first + number)
@@ -103,13 +103,13 @@ def named_items(
         name = os.fspath(name) if isinstance(name, os.PathLike) else name
         if not isinstance(name, str | int) or isinstance(name, bool):
             raise ConfigError(f"id {name!r} of item {number} is neither a text nor an integer")
-        if name in fresh or (name in known and not replace):
+        if name in new or (name in known and not replace):
             fix = "leave the item out" if replace else "leave the item out, or call `update`"
             raise ConfigError(
                 f"id {name!r} is in the index already: ids are unique, "
                 f"so give `ids` of your own, {fix}"
             )
-        fresh.add(name)
+        new.add(name)
         new_ids.append(name)
         yield item
     if ids is not None and next(ids, None) is not None:

@@ -182,9 +182,9 @@ class Items:
         """
         with index_folder.writing(folder):
             place = folder.resolve()
-            found, known = index_folder.generation(folder), self.generations.get(place)
-            if found not in (None, known) and not overwrite:
-                raise ConflictError(_conflict(folder, known))
+            stored, loaded = index_folder.generation(folder), self.generations.get(place)
+            if stored not in (None, loaded) and not overwrite:
+                raise ConflictError(_conflict(folder, loaded))
             rewrite = not self._can_append(folder)
             blocks = self._write_all(folder) if rewrite else self._write_new(folder)
             removed = np.flatnonzero(~self.live)[: 0 if rewrite else None]

@@ -112,10 +112,10 @@ def read_templates(source: str | os.PathLike | Sequence[str]) -> Sequence[str] |
     place = os.fspath(source)
     if place.startswith("open_clip:"):
         return _open_clip(place.removeprefix("open_clip:"), "templates")
-    found = _from_file(place, "templates")
-    if isinstance(found, Mapping):
-        return found
-    return [template.replace("{c}", "{}") for template in found]
+    templates = _from_file(place, "templates")
+    if isinstance(templates, Mapping):
+        return templates
+    return [template.replace("{c}", "{}") for template in templates]
 
 
 def _from_file(place: str, what: str) -> Any:

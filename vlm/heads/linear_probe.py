@@ -168,9 +168,9 @@ class _Probe:
         if self.with_bias:
             q *= self.frequency / np.maximum(q.mean(axis=0, dtype=np.float64), TINY)
             q /= q.sum(axis=1, keepdims=True)
-            found, present = q.mean(axis=0, dtype=np.float64), self.frequency > 0
-            mixed = max(0.0, float(((found - self.frequency)[present] / found[present]).max()))
-            q = (1 - mixed) * q + np.maximum(self.frequency - (1 - mixed) * found, 0)
+            mean, present = q.mean(axis=0, dtype=np.float64), self.frequency > 0
+            mixed = max(0.0, float(((mean - self.frequency)[present] / mean[present]).max()))
+            q = (1 - mixed) * q + np.maximum(self.frequency - (1 - mixed) * mean, 0)
         entropy = -np.sum(q * np.log(np.maximum(q, TINY)), dtype=np.float64) / len(q)
         q[np.arange(len(q)), self.target] -= 1
         by_weight = (self.x.T @ q) / np.float64(len(q))

@@ -127,8 +127,10 @@ class PromptedClassifier(ImageClassifier):
             net = {name: tensors[name] for name in NET} if NET[0] in tensors else None
             if not len(about["labels"]) == len(rows.tokens) == len(tensors["z_labels"]):
                 raise ValueError("the numbers of embeddings and labels differ")
-            made = cls(model, about["labels"], rows, tensors["context"], net, tensors["z_labels"])
-        return made
+            classifier = cls(
+                model, about["labels"], rows, tensors["context"], net, tensors["z_labels"]
+            )
+        return classifier
 
     def _encoders(self) -> str:
         how = "" if self.net is None else " conditioned on the image"

@@ -74,12 +74,12 @@ def embed_queries(model: Encoder, queries: Iterable[Query]) -> Float[np.ndarray,
     parts: dict[int, np.ndarray] = {}
     encoders: dict[str, Callable] = {"text": model.encode_text, "image": model.encode_image}
     for what, encode in encoders.items():
-        at = [i for i, found in enumerate(kinds) if found == what]
+        at = [i for i, item_kind in enumerate(kinds) if item_kind == what]
         if at:
             z = np.asarray(encode([terms[i][2] for i in at]), np.float32)
             parts |= dict(zip(at, z, strict=True))
-    for i, found in enumerate(kinds):
-        if found == "embedding":
+    for i, item_kind in enumerate(kinds):
+        if item_kind == "embedding":
             parts[i] = np.asarray(terms[i][2], np.float32)
     widths = {len(z) for z in parts.values()}
     if len(widths) > 1:
@@ -105,9 +105,9 @@ def queries_in(query: Any) -> Iterator[Query] | None:
 
 
 def _of(terms: tuple[tuple[float, Item], ...]) -> Query:
-    made = Query.__new__(Query)
-    made.terms = terms
-    return made
+    query = Query.__new__(Query)
+    query.terms = terms
+    return query
 
 
 def _query(other: object) -> Query:

@@ -155,40 +155,40 @@ class RetrievalIndex:
         for name in () if replace else other._items.at:
             if name in self:
                 raise ConfigError(f"id {name!r} is in both indexes: merge with replace=True")
-        self._take(other._items, np.flatnonzero(other._items.live))
+        self._add_items_of(other._items, np.flatnonzero(other._items.live))
 
-    def _take(self, taken: Items, positions: np.ndarray) -> None:
-        """Add items of another index, replacing those with the same ids."""
+    def _add_items_of(self, source: Items, positions: np.ndarray) -> None:
+        """Add items of another collection, replacing those with the same ids."""
         step = range(0, len(positions), CHUNK)
-        rows = [np.asarray(taken.rows_at(positions[i : i + CHUNK]), self.dtype) for i in step]
-        columns = {n: [c[p] for p in positions] for n, c in taken.columns.items()}
-        self._items.add(rows, [taken.ids[p] for p in positions], columns)
+        rows = [np.asarray(source.rows_at(positions[i : i + CHUNK]), self.dtype) for i in step]
+        columns = {n: [c[p] for p in positions] for n, c in source.columns.items()}
+        self._items.add(rows, [source.ids[p] for p in positions], columns)
         self._searcher = None
 
     def _add(self, items, ids, batch_size, metadata, on_error, replace: bool) -> None:
-        what, stream, single = split(items, "add")
+        item_kind, stream, single = split(items, "add")
         if single and isinstance(ids, str | int):
             ids = [ids]
         if isinstance(ids, str):
             raise ConfigError(f"ids is the text {ids!r}: give a list with one id per item")
-        if self.mismatch and what != "embedding":
+        if self.mismatch and item_kind != "embedding":
             _log.warning(
                 "%s embeds with %s than the index has: rebuild it", self.model.name, self.mismatch
             )
         new_ids: list[Id] = []
         given = None if ids is None else iter(ids)
         known, first_number = self._items.at, self._items.next_number
-        stream = named_items(stream, what, given, new_ids, known, first_number, replace)
+        stream = named_items(stream, item_kind, given, new_ids, known, first_number, replace)
         rows, unread, first = [], set(), 0
 
-        def leave_out(number: int, error: DataError) -> None:
+        def skip(number: int, error: DataError) -> None:
             unread.add(first + number)
             on_error(first + number, error)
 
         while head := list(itertools.islice(stream, 1)):
-            size = EMBEDDINGS if what == "embedding" else CHUNK
+            size = EMBEDDINGS if item_kind == "embedding" else CHUNK
             chunk = itertools.chain(head, itertools.islice(stream, size - 1))
-            z = encode_items(self.model, chunk, what, batch_size, leave_out if on_error else None)
+            z = encode_items(self.model, chunk, item_kind, batch_size, skip if on_error else None)
             first += CHUNK
             self._check_width(z, "embeddings")
             rows.append(z.astype(self.dtype))
@@ -200,10 +200,10 @@ class RetrievalIndex:
         self._items.add([z for z in rows if len(z)], new_ids, columns)
         self._searcher = None
 
-    def _check_width(self, z: np.ndarray, what: str) -> None:
+    def _check_width(self, z: np.ndarray, noun: str) -> None:
         if self.embed_dim and z.shape[1] != self.embed_dim:
             fit = f"{z.shape[1]} dimensions do not match an index of {self.embed_dim}"
-            raise ConfigError(f"{what} of {fit}: encode with {self.model.name}")
+            raise ConfigError(f"{noun} of {fit}: encode with {self.model.name}")
 
     @overload
     def search(
@@ -242,7 +242,7 @@ class RetrievalIndex:
             DataError: a query of an unsupported type.
         """
         if k < 1:
-            raise ConfigError(f"k is {k}: ask for at least one answer")
+            raise ConfigError(f"k is {k}: it must be at least 1")
         z, single = self._query_embeddings(query)
         least = least_score(self.model, min_score, min_probability)
         if not len(z):
@@ -261,7 +261,7 @@ class RetrievalIndex:
             ConfigError: an id that is not in the index, no ids, or a k below 1.
         """
         if k < 1:
-            raise ConfigError(f"k is {k}: ask for at least one answer")
+            raise ConfigError(f"k is {k}: it must be at least 1")
         items = self._items
         positions = [items.position(i) for i in ([ids] if isinstance(ids, str | int) else ids)]
         if not positions:
@@ -313,8 +313,8 @@ class RetrievalIndex:
         allowed, rows = self._items.live, self._items.rows
         _, exact = top_k(z, rows, min(k, len(self)), allowed=allowed)
         self._nearest(z[:1], 1, allowed, -np.inf)  # builds a searcher, if there is one
-        found, _ = self._top_k(z, k, allowed, -np.inf)
-        return recall_at_k(z, rows, found, np.stack(exact))
+        positions, _ = self._top_k(z, k, allowed, -np.inf)
+        return recall_at_k(z, rows, positions, np.stack(exact))
 
     def _query_embeddings(self, query: Any) -> tuple[np.ndarray, bool]:
         if (mixed := queries_in(query)) is not None:
@@ -323,9 +323,10 @@ class RetrievalIndex:
             what, stream, single = split(query, "search")
             queries = list(stream)
             for i, item in enumerate(queries):
-                if (found := kind(item, "search")) != what:
+                if (item_kind := kind(item, "search")) != what:
                     raise ConfigError(
-                        f"query {i} is {found}, the first is {what}: search separately, or as Query"
+                        f"query {i} is {item_kind}, the first is {what}: search separately, or "
+                        "as Query"
                     )
             if not queries:
                 return np.zeros((0, 1), np.float32), single
@@ -341,8 +342,8 @@ class RetrievalIndex:
             self._searcher = self._make_searcher(self._items.rows)
         results = []
         for start in range(0, len(z), QUERY_BLOCK):
-            found = self._top_k(z[start : start + QUERY_BLOCK], k, allowed, least)
-            for row, values in zip(*found, strict=True):
+            nearest = self._top_k(z[start : start + QUERY_BLOCK], k, allowed, least)
+            for row, values in zip(*nearest, strict=True):
                 pairs = zip(row.tolist(), values.tolist(), strict=True)
                 results.append(Hits(Hit(self._items.ids[i], s) for i, s in pairs))
         return results
@@ -464,7 +465,7 @@ class RetrievalIndex:
             raise ConfigError("the index has no folder to read again: save it, or load one")
         latest = RetrievalIndex.load(items.folder, self.model)
         latest.remove([name for name in items.removed if name in latest])
-        latest._take(items, items.unsaved())
+        latest._add_items_of(items, items.unsaved())
         latest._items.generations = items.generations | latest._items.generations
         self._items, self._searcher = latest._items, None
 

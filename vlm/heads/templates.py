@@ -38,12 +38,12 @@ def choose_templates(
 
 def _read(text: str) -> Sequence[str]:
     """Return a single template as a list, or read the templates of a source."""
-    found = read_templates(text) if is_place(text) else [text]
-    if isinstance(found, Mapping):
+    templates = read_templates(text) if is_place(text) else [text]
+    if isinstance(templates, Mapping):
         raise ConfigError(
             f"{text} has sentences for each label: give it as the labels (--labels-file)"
         )
-    return found
+    return templates
 
 
 def is_place(text: str) -> bool:

@@ -43,10 +43,10 @@ class Classification:
             may be small when no label fits (SigLIP, arXiv:2303.15343).
 
     Example:
-        >>> found = vlm.ZeroShotClassifier(model, ["cat", "dog"])(pictures)
-        >>> found.scores.shape, found.scores.sum(axis=1).round(3).tolist()
+        >>> result = vlm.ZeroShotClassifier(model, ["cat", "dog"])(pictures)
+        >>> result.scores.shape, result.scores.sum(axis=1).round(3).tolist()
         ((3, 2), [1.0, 1.0, 1.0])
-        >>> found.grouped({"animal": ["cat", "dog"]}).labels
+        >>> result.grouped({"animal": ["cat", "dog"]}).labels
         ('animal',)
     """
 
@@ -255,12 +255,12 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
                 f"embeddings of shape {z_labels.shape} are not those of {len(prompts)} labels in "
                 f"{width} dimensions: give one row for each label"
             )
-        made = cls.__new__(cls)
-        made.model, made.z_labels = model, np.asarray(z_labels, np.float32)
-        made.prompts = {name: tuple(own) for name, own in prompts.items()}
-        made.groups, made.multi_label = [], False
-        made._against, made.temperature, made.labels = False, 1.0, tuple(prompts)
-        return made
+        classifier = cls.__new__(cls)
+        classifier.model, classifier.z_labels = model, np.asarray(z_labels, np.float32)
+        classifier.prompts = {name: tuple(own) for name, own in prompts.items()}
+        classifier.groups, classifier.multi_label = [], False
+        classifier._against, classifier.temperature, classifier.labels = False, 1.0, tuple(prompts)
+        return classifier
 
     @property
     def rule(self) -> Rule:
@@ -314,16 +314,16 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
         Raises:
             CheckpointError: no such file, another file, or one of another model.
         """
-        made = cls.__new__(cls)
+        classifier = cls.__new__(cls)
         with reading_classifier(file, KEY, model) as (about, tensors):
-            made.model, made.z_labels = model, tensors["z_labels"]
-            made.prompts = {name: tuple(own) for name, own in about["prompts"].items()}
-            made.groups, made.multi_label = about["groups"], about["multi_label"]
-            made._against, made.temperature = about["against"], about["temperature"]
-            if len(made.z_labels) != len(made.prompts):
+            classifier.model, classifier.z_labels = model, tensors["z_labels"]
+            classifier.prompts = {name: tuple(own) for name, own in about["prompts"].items()}
+            classifier.groups, classifier.multi_label = about["groups"], about["multi_label"]
+            classifier._against, classifier.temperature = about["against"], about["temperature"]
+            if len(classifier.z_labels) != len(classifier.prompts):
                 raise ValueError("the numbers of embeddings and labels differ")
-        made.labels = tuple(made.prompts)[: -1 if made._against else None]
-        return made
+        classifier.labels = tuple(classifier.prompts)[: -1 if classifier._against else None]
+        return classifier
 
     def _facts(self) -> tuple[str, dict[str, str]]:
         return "Zero-shot classifier", {

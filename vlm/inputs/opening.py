@@ -46,7 +46,7 @@ SUFFIXES = frozenset().union(*FORMATS.values(), *(added[0] for added in ADDED_FO
 MAX_PIXELS = 89_478_485  # a quarter of a GiB as RGB; Pillow's own warning limit
 
 _ORIENTATION = 0x0112  # the EXIF tag
-_TURNS = {
+_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -55,7 +55,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_TRANSPOSING = tuple(_TURNS[tag] for tag in (5, 6, 7, 8))  # swap width and height
+_TRANSPOSING = tuple(_TRANSPOSES[tag] for tag in (5, 6, 7, 8))  # swap width and height
 
 
 def is_image(item: Any) -> bool:
@@ -132,8 +132,8 @@ def open_image(
         _check_size(image, name, max_pixels)  # a frame may be larger than the header states
         if decode == "reference":
             return image if image.mode == "RGB" else image.convert("RGB")
-        turn = _orientation(image)
-        return _to_rgb(image if turn is None else image.transpose(turn), background)
+        transpose = _orientation(image)
+        return _to_rgb(image if transpose is None else image.transpose(transpose), background)
     except Image.DecompressionBombError:
         raise DataError(_too_large(name, "too many", max_pixels)) from None
     except DataError:
@@ -232,10 +232,10 @@ def _formats_for(data: bytes, name: str) -> tuple[str, ...]:
 def extension_of(data: bytes) -> str:
     """Return the extension (without its dot) for an image file with these bytes."""
     with _opened(data, "the image", 0) as image:
-        found = image.format or ""
-    if found in ADDED_FORMATS:
-        return ADDED_FORMATS[found][0][0][1:]
-    return FORMATS["JPEG" if found == "MPO" else found][0][1:]
+        kind = image.format or ""
+    if kind in ADDED_FORMATS:
+        return ADDED_FORMATS[kind][0][0][1:]
+    return FORMATS["JPEG" if kind == "MPO" else kind][0][1:]
 
 
 # Other content often found in files named as images, by its first bytes.
@@ -316,18 +316,18 @@ def _from_array(image: Any, name: str) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _draft(image: Any, smallest: Smallest, turn: Image.Transpose | None) -> None:
-    """Set a JPEG file to be decoded at a fraction of its size; `turn` is to be applied after."""
-    if turn is not None and (image.width % 8 or image.height % 8):
-        return  # the last pixel covers only a part of one, and the turn would make it the first
-    swaps = turn in _TRANSPOSING
+def _draft(image: Any, smallest: Smallest, transpose: Image.Transpose | None) -> None:
+    """Set a JPEG file to be decoded at a fraction of its size, before `transpose` is applied."""
+    if transpose is not None and (image.width % 8 or image.height % 8):
+        return  # the last pixel covers only a part of one, and transposing would make it the first
+    swaps = transpose in _TRANSPOSING
     width, height = smallest(*(reversed(image.size) if swaps else image.size))
     image.draft(None, (height, width) if swaps else (width, height))
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
     try:
-        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+        return _TRANSPOSES.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged metadata, while the pixels are complete
         return None
 

@@ -47,7 +47,7 @@ class Tokenizer:
         specials = [i for i in (config.bos_id, config.eos_id) if i is not None]
         if config.context_length <= len(specials):
             raise ConfigError(
-                f"context_length {config.context_length} leaves no room for text beside "
+                f"context_length {config.context_length} leaves no position for text after "
                 f"{len(specials)} special tokens: make it larger"
             )
         # Copied: truncation, padding and specials are done here; the caller's object stays as is.
@@ -55,7 +55,7 @@ class Tokenizer:
             self._vocabulary = tokenizers.Tokenizer.from_str(vocabulary.to_str())
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(
-                f"this vocabulary contradicts itself ({str(error)[:200]}): give the one that the "
+                f"this vocabulary is inconsistent ({str(error)[:200]}): give the one that the "
                 "model was trained with"
             ) from None
         self._vocabulary.no_truncation()
@@ -99,25 +99,25 @@ class Tokenizer:
         config = self.config
         rows = self._encode(texts)
         out = np.full((len(rows), config.context_length), config.pad_id, np.int32)
-        cut = np.zeros(len(rows), bool)
+        truncated = np.zeros(len(rows), bool)
         head = [] if config.bos_id is None else [config.bos_id]
         tail = [] if config.eos_id is None else [config.eos_id]
-        room = config.context_length - len(head)
+        capacity = config.context_length - len(head)
         for i, (row, ids) in enumerate(zip(out, rows, strict=True)):
-            cut[i] = len(ids) + len(tail) > room
-            if not cut[i]:
+            truncated[i] = len(ids) + len(tail) > capacity
+            if not truncated[i]:
                 ids = head + ids + tail
             elif config.keep_eos:
-                ids = head + ids[: room - len(tail)] + tail
+                ids = head + ids[: capacity - len(tail)] + tail
             else:
-                ids = head + ids[:room]
+                ids = head + ids[:capacity]
             if config.pad_side == "right":
                 row[: len(ids)] = ids
             else:
                 row[len(row) - len(ids) :] = ids
         if config.zeroed_id is not None:
             out[out == config.zeroed_id] = 0
-        return out, cut
+        return out, truncated
 
     def count_truncated(self, texts: str | Sequence[str]) -> int:
         """Count the texts that are too long for `context_length` and are truncated."""
@@ -163,7 +163,7 @@ class Tokenizer:
         try:
             config = from_dict(TokenizerConfig, json.loads(rules))
         except (json.JSONDecodeError, ConfigError) as error:
-            raise DataError(f"{as_path(folder) / RULES_FILE} is not as saved: {error}") from None
+            raise DataError(f"{as_path(folder) / RULES_FILE} is corrupt: {error}") from None
         return cls.from_file(as_path(folder) / VOCABULARY_FILE, config)
 
     @functools.cached_property
@@ -218,8 +218,8 @@ class TwoTokenizers:
         self, texts: str | Sequence[str]
     ) -> tuple[Int32[np.ndarray, "n l"], Bool[np.ndarray, " n"]]:
         """Encode texts for both; also return which texts were truncated for the student."""
-        tokens, cut = self._student.rows(texts)
-        return np.concatenate([tokens, self._teacher(texts)], axis=1), cut
+        tokens, truncated = self._student.rows(texts)
+        return np.concatenate([tokens, self._teacher(texts)], axis=1), truncated
 
     def split(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Split the tokens of a batch into `tokens` and `teacher_tokens`."""

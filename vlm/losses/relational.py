@@ -106,7 +106,7 @@ def _value_and_gradients(ring: Ring, *inputs):
     rows, columns = _sums(ring, *inputs)
     scale, teacher = jnp.exp(log_scale), jnp.exp(teacher_scale)
 
-    def share(ours, theirs, sums: Sums):
+    def difference(ours, theirs, sums: Sums):
         """q - p of a row or column."""
         q = jnp.exp(ours - sums.student.max) / sums.student.sum
         return q - jnp.exp(theirs - sums.teacher.max) / sums.teacher.sum
@@ -115,16 +115,16 @@ def _value_and_gradients(ring: Ring, *inputs):
         (x, u, row), (y, v, column) = images, texts
         logits = hide(scale * dot(x, y)), hide(teacher * dot(u, v))
         row = jax.tree.map(lambda s: s[:, None], row)
-        return pull_back(share(*logits, row) + share(*logits, column), x, y)
+        return pull_back(difference(*logits, row) + difference(*logits, column), x, y)
 
-    none = jnp.zeros(z_image.shape, jnp.float32)
+    zeros = jnp.zeros(z_image.shape, jnp.float32)
     images, texts = (z_image, teacher_image, rows), (z_text.T, teacher_text.T, columns)
-    d_image, d_text = ring.all_pairs(visit, add, images, texts, (none, none.T))
-    own = scale * dot_pairs(z_image, z_text), teacher * dot_pairs(teacher_image, teacher_text)
-    own = (share(*own, rows) + share(*own, columns))[:, None]
+    d_image, d_text = ring.all_pairs(visit, add, images, texts, (zeros, zeros.T))
+    positives = scale * dot_pairs(z_image, z_text), teacher * dot_pairs(teacher_image, teacher_text)
+    positives = (difference(*positives, rows) + difference(*positives, columns))[:, None]
     mean = scale / (2 * len(z_image) * ring.devices)
-    d_image = mean * (d_image + own * z_text)
-    d_text = mean * (d_text.T + own * z_image)
+    d_image = mean * (d_image + positives * z_text)
+    d_text = mean * (d_text.T + positives * z_image)
     d_scale = ring.total(jnp.sum(z_image * d_image))  # l = exp(s) x.y, so dl/ds = x . dl/dx
     return _mean(ring, rows, columns), (d_image, d_text, d_scale)
 
@@ -150,13 +150,13 @@ def _sums(ring, z_image, z_text, log_scale, teacher_image, teacher_text, teacher
 
     zeros = jnp.zeros(len(z_image), jnp.float32)
     empty = Statistics(zeros + MASKED_LOGIT, zeros)
-    none = Sums(empty, empty, zeros)
+    empty_sums = Sums(empty, empty, zeros)
     images, texts = (z_image, teacher_image), (z_text.T, teacher_text.T)
-    rows, columns = ring.all_pairs(visit, _merge, images, texts, (none, none))
+    rows, columns = ring.all_pairs(visit, _merge, images, texts, (empty_sums, empty_sums))
     ours = scale * dot_pairs(z_image, z_text)
     theirs = teacher * dot_pairs(teacher_image, teacher_text)
-    own = Sums(Statistics(theirs, zeros + 1), Statistics(ours, zeros + 1), theirs - ours)
-    return _merge(rows, own), _merge(columns, own)
+    positives = Sums(Statistics(theirs, zeros + 1), Statistics(ours, zeros + 1), theirs - ours)
+    return _merge(rows, positives), _merge(columns, positives)
 
 
 def _mean(ring: Ring, rows: Sums, columns: Sums) -> Float[Array, ""]:

@@ -130,6 +130,6 @@ def _loss(ring, positives, rows: Statistics, columns: Statistics) -> Float[Array
     return ring.total(jnp.sum(in_row + in_column)) / (2 * len(positives) * ring.devices)
 
 
-def _share(part: Statistics, whole: Statistics) -> Float[Array, " b"]:
+def _share(part: Statistics, total: Statistics) -> Float[Array, " b"]:
     """Softmax probability of a subset of the logits."""
-    return part.sum * jnp.exp(part.max - whole.max) / whole.sum
+    return part.sum * jnp.exp(part.max - total.max) / total.sum

@@ -56,12 +56,12 @@ class LayerSize:
 
 def linear_layers(model: nnx.Module) -> dict[str, nnx.Linear | nnx.LinearGeneral]:
     """Return all linear layers of a model by dotted name, sorted."""
-    found = {
+    layers = {
         ".".join(map(str, path)): module
         for path, module in nnx.iter_modules(model)
         if isinstance(module, nnx.Linear | nnx.LinearGeneral)
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(layers.items()))
 
 
 def size_of(layer: nnx.Linear | nnx.LinearGeneral) -> LayerSize:
@@ -97,8 +97,8 @@ def targeted(model: nnx.Module, patterns: Sequence[str]) -> list[str]:
         matched = fnmatch.filter(layers, pattern)
         if not matched:
             raise ConfigError(
-                f"adapter.targets {pattern!r} matches no linear layer{_instead(model, pattern)}: "
-                f"the model has {', '.join(layers)}"
+                f"adapter.targets {pattern!r} matches no linear layer"
+                f"{_module_hint(model, pattern)}: the model has {', '.join(layers)}"
             )
         chosen.update(matched)
     return sorted(chosen)
@@ -235,8 +235,8 @@ def quantized(model: Model) -> Model:
     for layer in layers.values():
         if hasattr(layer, "kernel_scale"):
             continue
-        whole, scale = quantize(matrix(layer))
-        layer.kernel = nnx.Param(whole.reshape(layer.kernel.shape))
+        integers, scale = quantize(matrix(layer))
+        layer.kernel = nnx.Param(integers.reshape(layer.kernel.shape))
         layer.kernel_scale = KernelScale(scale)
     return model
 
@@ -258,8 +258,8 @@ def stacked(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, 
                     f"the adapter of {name} is DoRA's, whose lengths of columns have no sum: merge "
                     "it into the model, and stack the others on that"
                 )
-            here = dataclasses.replace(factors, scale=factors.scale * weight)
-            total[name] = _beside(total[name], here) if name in total else here
+            scaled = dataclasses.replace(factors, scale=factors.scale * weight)
+            total[name] = _concatenated(total[name], scaled) if name in total else scaled
     return total
 
 
@@ -282,30 +282,34 @@ def padded(adapters: Sequence[Adapter]) -> list[dict[str, Factors]]:
                 )
     return [
         {
-            name: _at_rank(adapter[name], rank) if name in adapter else _off(like[name], rank)
+            name: _pad_rank(adapter[name], rank)
+            if name in adapter
+            else _zero_adapter(like[name], rank)
             for name, rank in ranks.items()
         }
         for adapter in adapters
     ]
 
 
-def _beside(one: Factors, other: Factors) -> Factors:
+def _concatenated(one: Factors, other: Factors) -> Factors:
     """Sum two adapters of a layer by concatenating their scaled factors."""
     a = jnp.concatenate([f.a * f.scale[..., None, None] for f in (one, other)], -1)
     return Factors(a, jnp.concatenate([one.b, other.b], -2), jnp.ones_like(one.scale))
 
 
-def _at_rank(f: Factors, rank: int) -> Factors:
-    more = rank - f.rank
-    none = [(0, 0)] * (f.a.ndim - 2)
+def _pad_rank(f: Factors, rank: int) -> Factors:
+    padding = rank - f.rank
+    leading = [(0, 0)] * (f.a.ndim - 2)
     return dataclasses.replace(
-        f, a=jnp.pad(f.a, [*none, (0, 0), (0, more)]), b=jnp.pad(f.b, [*none, (0, more), (0, 0)])
+        f,
+        a=jnp.pad(f.a, [*leading, (0, 0), (0, padding)]),
+        b=jnp.pad(f.b, [*leading, (0, padding), (0, 0)]),
     )
 
 
-def _off(f: Factors, rank: int) -> Factors:
+def _zero_adapter(f: Factors, rank: int) -> Factors:
     """Make an adapter of the same layer that has no effect."""
-    f = _at_rank(f, rank)
+    f = _pad_rank(f, rank)
     return dataclasses.replace(
         f, a=jnp.zeros_like(f.a), b=jnp.zeros_like(f.b), scale=jnp.zeros_like(f.scale)
     )
@@ -325,7 +329,7 @@ def _projections(model: nnx.Module) -> set[str]:
     }
 
 
-def _instead(model: nnx.Module, pattern: str) -> str:
+def _module_hint(model: nnx.Module, pattern: str) -> str:
     """Hint at a module that is no linear layer but matches a pattern."""
     for path, module in nnx.iter_modules(model):
         name = ".".join(map(str, path))

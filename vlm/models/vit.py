@@ -104,8 +104,8 @@ class ViTTower(nnx.Module):
             before = [intermediates.found["stem"], *intermediates.found["blocks/output"]]
             x = self.transformer.last(before[-2].reshape(-1, 1, x.shape[-1])).reshape(x.shape)
         x = x[:, self.config.prefix_tokens :]
-        alone = self._embedding(x.reshape(-1, 1, x.shape[-1]))
-        return alone.reshape(*x.shape[:2], -1)
+        embeddings = self._embedding(x.reshape(-1, 1, x.shape[-1]))
+        return embeddings.reshape(*x.shape[:2], -1)
 
     def _tokens(
         self, images: Float[Array, "b h w 3"] | Patches, keys, intermediates: Intermediates | None
@@ -113,7 +113,7 @@ class ViTTower(nnx.Module):
         """Run the blocks; return the tokens, and a mask of real ones for NaFlex."""
         c = self.config
         if isinstance(images, Patches):
-            return self._of_patches(images, keys, intermediates)
+            return self._naflex_tokens(images, keys, intermediates)
         patch_keys, block_keys = split_keys(keys)
         x = self.stem(images)
         position = self.position[...].astype(x.dtype)
@@ -121,10 +121,10 @@ class ViTTower(nnx.Module):
             x = drop_patches(x + position, c.patch_dropout, patch_keys)
         else:
             x = drop_patches(x + position[1:], c.patch_dropout, patch_keys)
-            first = self.class_token[...].astype(x.dtype)[None] + position[:1]
+            prefix = self.class_token[...].astype(x.dtype)[None] + position[:1]
             if self.registers is not None:
-                first = jnp.concatenate([first, self.registers[...].astype(x.dtype)])
-            x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], *first.shape)), x], axis=1)
+                prefix = jnp.concatenate([prefix, self.registers[...].astype(x.dtype)])
+            x = jnp.concatenate([jnp.broadcast_to(prefix, (x.shape[0], *prefix.shape)), x], axis=1)
         if self.pre_norm is not None:
             x = self.pre_norm(x)
         rotation = None
@@ -166,7 +166,7 @@ class ViTTower(nnx.Module):
                 assert_never(c.pool)
         return x if self.projection is None else self.projection(x)
 
-    def _of_patches(
+    def _naflex_tokens(
         self, images: Patches, keys, intermediates: Intermediates | None
     ) -> tuple[Float[Array, "b n d"], Bool[Array, "b n"]]:
         """Run the blocks on images of different shapes, with padding masked in attention."""

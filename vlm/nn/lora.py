@@ -45,8 +45,8 @@ class LowRank(nnx.Module):
         if self.magnitude is None:
             return None
         scale = self.scale[...]
-        whole = kernel.astype(jnp.float32) + product(self.a[...], self.b[...], scale)
-        factors = self.magnitude[...] / lax.stop_gradient(column_lengths(whole))
+        merged = kernel.astype(jnp.float32) + product(self.a[...], self.b[...], scale)
+        factors = self.magnitude[...] / lax.stop_gradient(column_lengths(merged))
         return jnp.where(scale[..., None] == 0, 1, factors)
 
 

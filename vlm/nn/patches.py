@@ -163,8 +163,8 @@ def drop_patches(
     """
     if keys is None or rate == 0:
         return tokens
-    kept = max(1, round(tokens.shape[1] * (1 - rate)))
-    indices = jnp.sort(lax.top_k(random_scores(keys, tokens.shape[1]), kept)[1], axis=1)
+    count = max(1, round(tokens.shape[1] * (1 - rate)))
+    indices = jnp.sort(lax.top_k(random_scores(keys, tokens.shape[1]), count)[1], axis=1)
     return jnp.take_along_axis(tokens, indices[..., None], axis=1)
 
 

@@ -189,5 +189,5 @@ def _run(form: _Form, one_head, results: int, products: int, arrays, keep):
 
 def _heads_per_run(heads: int, d: int, n: int) -> int:
     """Number of heads per invocation: full registers, and enough work."""
-    whole = [h for h in range(1, heads) if heads % h == 0 and h * d % LANES == 0]
-    return next((h for h in whole if h * d * n >= BLOCK // 2), heads)
+    divisors = [h for h in range(1, heads) if heads % h == 0 and h * d % LANES == 0]
+    return next((h for h in divisors if h * d * n >= BLOCK // 2), heads)

@@ -64,9 +64,9 @@ def largest_batch(
             f"({least[1] / 2**30:.1f} GiB of {limit / 2**30:.1f}): spread the parameters with "
             "--mesh fsdp=N, choose chips with more memory, or a smaller model"
         )
-    found = {t[0]: t for t in tried}[units]
+    largest = {t[0]: t for t in tried}[units]
     return LargestBatch(
-        units * unit, "full", found[1], tuple((u * unit, p, fits) for u, p, fits in tried)
+        units * unit, "full", largest[1], tuple((u * unit, p, fits) for u, p, fits in tried)
     )
 
 

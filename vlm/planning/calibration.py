@@ -160,9 +160,9 @@ def read_measurements(file: str | Path) -> list[Measurement]:
         content = json.loads(path.read_text())
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}")
-        found = [Measurement(**entry) for entry in content["measurements"]]
-        good = (m.chip in CHIPS and m.measured > 0 and m.predicted > 0 for m in found)
-        if not found or not all(good):
+        measurements = [Measurement(**entry) for entry in content["measurements"]]
+        good = (m.chip in CHIPS and m.measured > 0 and m.predicted > 0 for m in measurements)
+        if not measurements or not all(good):
             raise ValueError("it has no times of a known chip")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error
@@ -170,7 +170,7 @@ def read_measurements(file: str | Path) -> list[Measurement]:
             f"{file} is no calibration ({reason}): write one with "
             "vlm bench train CONFIG --save FILE"
         ) from None
-    return found
+    return measurements
 
 
 def save_measurement(file: str | Path, measurement: Measurement) -> None:

@@ -54,27 +54,29 @@ def collectives(
     """
     known = {_plain(cut) for shape in parameter_shapes for cut in _cuts(shape, mesh_shape)}
     sums: dict[tuple, list] = {}  # count, payload and bytes sent
-    for found, computation, times in _found(program):
-        between = re.search(r'_xla_megascale_transfer_type="(\w+)"', found.text)
+    for instruction, computation, times in _found(program):
+        between = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.text)
         if between:
             kind, axes, group = BETWEEN_SLICES.get(between[1], "all-to-all"), ("data",), slices
-            payload, sent = _traffic(kind, found.arrays[0].bytes, group)
+            payload, sent = _traffic(kind, instruction.arrays[0].bytes, group)
             place = LOSS_RING if kind == "collective-permute" else GRADIENTS
         else:
-            kind = found.opcode.removesuffix("-start")
+            kind = instruction.opcode.removesuffix("-start")
             if "all-reduce-scatter" in computation.name:  # a sliced all-reduce on TPUs
                 kind = "reduce-scatter"
             operand = sum(
                 computation.instructions[name].bytes
-                for name in found.operands
+                for name in instruction.operands
                 if name in computation.instructions
             )
-            axes, group = _group(found, mesh_shape)
+            axes, group = _group(instruction, mesh_shape)
             if group < 2 or not operand:
                 continue
             payload, sent = _traffic(kind, operand, group)
-            of_parameter = any(_is_known(array.dims, known, kind, group) for array in found.arrays)
-            place = _place(kind, found.op_name, axes, of_parameter)
+            of_parameter = any(
+                _is_known(array.dims, known, kind, group) for array in instruction.arrays
+            )
+            place = _place(kind, instruction.op_name, axes, of_parameter)
         row = sums.setdefault((place, kind, axes, group, bool(between)), [0, 0.0, 0.0])
         row[0] += times
         row[1] += times * payload
@@ -144,12 +146,12 @@ def _place(kind: str, op_name: str, axes: tuple[str, ...], of_parameter: bool) -
     return NORMS
 
 
-def _group(found: Instruction, mesh_shape: dict[str, int]) -> tuple[tuple[str, ...], int]:
+def _group(instruction: Instruction, mesh_shape: dict[str, int]) -> tuple[tuple[str, ...], int]:
     """Mesh axes that a collective's groups span, and the devices per group."""
-    if found.opcode.startswith("collective-permute"):
-        pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", found.text)
+    if instruction.opcode.startswith("collective-permute"):
+        pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", instruction.text)
         return _axes(_cycle(pairs[1] if pairs else ""), mesh_shape)
-    text = found.text
+    text = instruction.text
     order = r", device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)"
     if named := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:{order})? ?\{{([^}}]*)\}}", text):
         sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
@@ -199,7 +201,7 @@ def _is_known(dims: tuple[int, ...], known: set, kind: str, group: int) -> bool:
     if kind != "collective-permute":
         return _plain(dims) in known
     wholes = ((*dims[:i], n * group, *dims[i + 1 :]) for i, n in enumerate(dims))
-    return any(_plain(whole) in known for whole in wholes)
+    return any(_plain(shape) in known for shape in wholes)
 
 
 def _cuts(shape: tuple[int, ...], mesh_shape: dict[str, int]):

@@ -214,13 +214,13 @@ def slice_count(mesh: Mesh | AbstractMesh) -> int:
 
 def compile_loss(experiment: Experiment, mesh: Mesh) -> int | None:
     """Temporary bytes per device of only the loss and its gradients; None if it does not fit."""
-    e, rows, whole = experiment, batch_sharding(mesh), replicated(mesh)
+    e, rows, replicated_sharding = experiment, batch_sharding(mesh), replicated(mesh)
     z = jax.ShapeDtypeStruct((e.batch_size, e.model.embed_dim), jnp.float32, sharding=rows)
     embeddings = (z,) if e.objective == "classification" else (z, z)
     state = abstract_state(e)
     kept = {"logit_scale", "logit_bias", *HEADS}
     params = {k: v for k, v in joined(state.params, state.frozen).items() if k in kept}
-    params = jax.tree.map(lambda x: _placed(x, whole), params)
+    params = jax.tree.map(lambda x: _placed(x, replicated_sharding), params)
     batch = {k: _placed(v, rows) for k, v in batch_of(e).items() if k not in ("images", "tokens")}
 
     def loss(params, z, batch):
@@ -302,8 +302,8 @@ def parse_refusal(message: str) -> DoesNotFit | None:
     if not any(words in text for words in full):
         return None
     for pattern in REFUSALS:
-        if found := re.search(pattern, text):
-            pairs = found.group(1, 2), found.group(3, 4)
+        if match := re.search(pattern, text):
+            pairs = match.group(1, 2), match.group(3, 4)
             used, limit = (float(n) * 1024 ** " KMGT".index(unit or " ") for n, unit in pairs)
             return DoesNotFit(used, limit, text[:300])
     return DoesNotFit(None, None, text[:300])

@@ -177,9 +177,9 @@ class Program:
             return read + _hbm(instruction.arrays)
         total = 0.0
         for number, operand in enumerate(operands):
-            whole = 0.0 if operand is None else _hbm(operand.arrays)
-            if whole:
-                total += min(whole, self._touched(inside, number))
+            operand_bytes = 0.0 if operand is None else _hbm(operand.arrays)
+            if operand_bytes:
+                total += min(operand_bytes, self._touched(inside, number))
         return total + _written(inside, instruction)
 
     def _touched(self, inside: Computation, number: int) -> float:
@@ -234,22 +234,22 @@ def dtype_bits(name: str) -> int:
 
 
 def _instruction(line: str) -> Instruction | None:
-    found = re.match(r"\s*(ROOT )?%?([\w.\-]+) = ", line)
-    if not found:
+    match = re.match(r"\s*(ROOT )?%?([\w.\-]+) = ", line)
+    if not match:
         return None
-    rest = line[found.end() :]
+    rest = line[match.end() :]
     shape, rest = _shape(rest)
     head = re.match(r"\s*([\w\-]+)\(", rest)
     if not head:
         return None
     inside, after = _balanced(rest[head.end() - 1 :])
     return Instruction(
-        found[2],
+        match[2],
         head[1],
         _arrays(shape),
         tuple(re.findall(r"%([\w.\-]+)", inside)),
         after,
-        bool(found[1]),
+        bool(match[1]),
         inside.strip(),
     )
 
@@ -353,5 +353,5 @@ def _meetings(
 
 def _first(pattern: str, text: str) -> str:
     """Return the first group of the first match; empty if there is none."""
-    found = re.search(pattern, text)
-    return found[1] if found else ""
+    match = re.search(pattern, text)
+    return match[1] if match else ""

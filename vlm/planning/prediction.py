@@ -64,8 +64,8 @@ class Plan:
     """Predicted memory, communication and time of an experiment on a slice.
 
     Example:
-        >>> found = vlm.planning.plan(experiment, "h100:8", compiled=False, loss=False)
-        >>> found.mesh
+        >>> result = vlm.planning.plan(experiment, "h100:8", compiled=False, loss=False)
+        >>> result.mesh
         {'data': 8, 'fsdp': 1, 'tensor': 1}
     """
 
@@ -169,9 +169,9 @@ class Plan:
             "compile_seconds": self.compile_seconds,
             "bases": BASES,
         }
-        if (r := self.roofline) and (found := self.prediction):
+        if (r := self.roofline) and (prediction := self.prediction):
             result["roofline"] = dataclasses.asdict(r) | {"seconds": r.seconds, "bound": r.bound}
-            result["prediction"] = {"basis": "expected"} | as_values(found)
+            result["prediction"] = {"basis": "expected"} | as_values(prediction)
             needed = self.needs(price)
             result["needs"] = needed.to_dict() if needed else None
             result["chip"] = dataclasses.asdict(self.topology.rated_chip)
@@ -204,8 +204,8 @@ def plan(
         ShardingError: the mesh does not fit the slice, or the batch the mesh.
 
     Example:
-        >>> found = vlm.planning.plan(experiment, "h100:8", compiled=False)
-        >>> found.fits, found.memory.basis
+        >>> result = vlm.planning.plan(experiment, "h100:8", compiled=False)
+        >>> result.fits, result.memory.basis
         (True, 'analytic')
     """
     if isinstance(topology, str):
@@ -225,43 +225,46 @@ def plan(
     abstract = abstract_state(e)
     state, extra = state_bytes(abstract, grid), planned_supervision(e)
     if extra.embedding is not None:
-        of_teacher = bytes_on(extra.embedding.parameters, grid)
-        state = dataclasses.replace(state, teacher=of_teacher)
+        teacher_bytes = bytes_on(extra.embedding.parameters, grid)
+        state = dataclasses.replace(state, teacher=teacher_bytes)
     check_state(state, topology, dict(grid.shape))
     step = compile_step(e, grid) if isinstance(grid, Mesh) else None
     memory = _memory(e, topology, grid, state, step, loss=loss and compiled)
     refusal = step.message if isinstance(step, DoesNotFit) else None
     fits = refusal is None and (memory.limit is None or memory.peak <= memory.limit)
-    found, sent, flops, roofline, sizes = [], {}, None, None, dict(grid.shape)
+    collectives, sent, flops, roofline, sizes = [], {}, None, None, dict(grid.shape)
     if isinstance(step, CompiledStep):
-        found, flops = step.collectives, sum(program.total_flops() for program in step.programs)
-        for c in found:
+        collectives, flops = (
+            step.collectives,
+            sum(program.total_flops() for program in step.programs),
+        )
+        for c in collectives:
             sent[c.place] = sent.get(c.place, 0.0) + c.sent
     else:
-        whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract.params))
-        sent = analytic_traffic(e, whole, sizes)
+        parameter_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract.params))
+        sent = analytic_traffic(e, parameter_bytes, sizes)
     if fits and topology.chip is not None:
         if isinstance(step, CompiledStep):
             roofline = compiled_roofline(e, topology, state, step)
         else:
             roofline = analytic_roofline(e, topology, state, sent, sizes)
-    tried = None
+    largest_fit = None
     if largest and isinstance(grid, Mesh):
-        tried = largest_batch(e, topology, grid, memory.limit)
+        largest_fit = largest_batch(e, topology, grid, memory.limit)
     return Plan(
         experiment=e,
         topology=topology,
         mesh=sizes,
         flops=step_flops(e, extra.supervision),
         memory=memory,
-        collectives=found,
+        collectives=collectives,
         sent=sent,
         roofline=roofline,
         calibration=calibrated,
         state_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)),
         fits=fits,
         refusal=refusal,
-        largest=tried,
+        largest=largest_fit,
         compile_seconds=getattr(step, "seconds", None),
         compiled_flops=flops,
     )
@@ -326,12 +329,12 @@ def _memory(
             loss=compile_loss(e, grid) if loss and isinstance(grid, Mesh) else None,
             peak=step.peak,
         )
-    counted = analytic_memory(e, topology.chip, state, batch_ways(grid), grid.shape["tensor"])
+    estimate = analytic_memory(e, topology.chip, state, batch_ways(grid), grid.shape["tensor"])
     known = step.used if step is not None else None
     return make(
         basis="compiled" if known else "analytic",
-        activations=counted.activations,
-        temporaries=counted.peak - counted.state,
+        activations=estimate.activations,
+        temporaries=estimate.peak - estimate.state,
         loss=None,
-        peak=known or counted.peak,
+        peak=known or estimate.peak,
     )

@@ -54,10 +54,10 @@ def parts(plan: Any, price: float | None = None) -> Iterator[RenderableType]:
                 f"{_of(needed.images_per_second, _count)}: prepare smaller images, or rent more "
                 "cores per chip (vlm bench data measures)."
             )
-    if found := plan.largest:
+    if largest := plan.largest:
         yield Text.from_markup(
-            f"largest batch that fits: [bold]{found.batch_size:,}[/] with remat {found.remat} "
-            f"({_size(found.peak)} per device; compiled, {len(found.tried)} tries)"
+            f"largest batch that fits: [bold]{largest.batch_size:,}[/] with remat {largest.remat} "
+            f"({_size(largest.peak)} per device; compiled, {len(largest.tried)} tries)"
         )
     if not plan.fits:
         yield Text.from_markup(f"[bold red]This does not fit.[/] {_suggestions(plan)}")
@@ -94,15 +94,15 @@ def _sweep_table(plans: list[Any], title: str, *, wide: bool) -> Table:
         sizes = "x".join(str(n) for n in p.mesh.values())
         memory = f"{p.memory.share:.0%}" if p.memory.share else _size(p.memory.peak)
         row = [p.topology.name, sizes, p.experiment.remat, _short(p.experiment.batch_size), memory]
-        if found := p.prediction:
-            row += [_of(found.step_seconds, _short_time, "-")]
-            row += [_of(found.pairs_per_second_per_chip, _short, "-")]
-            row += [_of(found.mfu, "{:.0%}".format, "-")]
+        if prediction := p.prediction:
+            row += [_of(prediction.step_seconds, _short_time, "-")]
+            row += [_of(prediction.pairs_per_second_per_chip, _short, "-")]
+            row += [_of(prediction.mfu, "{:.0%}".format, "-")]
         else:
             row += ["" if p.fits else "too large", "", ""]
         if wide:
             row += [_size(sum(p.sent.values()))]
-            row += [_of(found.pairs_per_second, _count, "-") if found else ""]
+            row += [_of(prediction.pairs_per_second, _count, "-") if prediction else ""]
             row += [p.roofline.bound if p.roofline else ""]
         table.add_row(*row)
     return table
@@ -203,9 +203,9 @@ def _basis_table(title: str) -> Table:
     return table
 
 
-def _of(found: Range, text: Callable[[float], str], to: str = " to ") -> str:
+def _of(value: Range, text: Callable[[float], str], to: str = " to ") -> str:
     """Format a range such as "137 to 206 ms", with a shared unit once."""
-    low, high = text(found.low), text(found.high)
+    low, high = text(value.low), text(value.high)
     if low == high:
         return low
     number, _, unit = low.partition(" ")

@@ -92,7 +92,7 @@ def compiled_roofline(
     model = experiment.model
     blocks = model.vision if isinstance(model.vision, ViTConfig) else model.text
     kernel_padding = unit_padding(blocks.width // blocks.heads, chip.unit)
-    walked = ((program, *found) for program in step.programs for found in program.walk())
+    walked = ((program, *entry) for program in step.programs for entry in program.walk())
     for program, instruction, computation, times in walked:
         arithmetic = times * program.flops(instruction, computation) / flops_rate
         if "tpu_custom_call" in instruction.text:  # attention: a head may fill only part of a unit
@@ -185,7 +185,7 @@ def _group_seconds(sent: float, group: int, topology: Topology) -> float:
     wraps = 16 if chip.dimensions == 2 else 4
     spans = [n for n in topology.shape if n > 1] or [1]
     links = [2 if n % wraps == 0 else 1 for n in spans]
-    whole = group == math.prod(topology.shape) * chip.devices
-    total = sum(links) if whole else max(links)
+    spans_slice = group == math.prod(topology.shape) * chip.devices
+    total = sum(links) if spans_slice else max(links)
     # Devices of one chip reduce first, so links carry the bytes of a chip once.
     return sent / (total * chip.link_rate)

@@ -53,8 +53,8 @@ def sweep(
         sizes: dict[str, Any] = {}
         if batch_per_chip:
             sizes = {"batch_size": batch_per_chip * topology.chips, "micro_batch_size": None}
-        tried = itertools.product(meshes or default_meshes(topology.device_count), remats)
-        for mesh, remat in tried:
+        combinations = itertools.product(meshes or default_meshes(topology.device_count), remats)
+        for mesh, remat in combinations:
             e = dataclasses.replace(experiment, **sizes, remat=remat)
             try:
                 plans.append(plan(e, topology, mesh, compiled=False, calibration=calibration))

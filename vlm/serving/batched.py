@@ -110,28 +110,30 @@ class Batched:
         """See `Bundle.encode_text`; embeddings of recent texts are cached."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         with self._text_lock:
-            known = {text: self._text_cache[text] for text in texts if text in self._text_cache}
-        fresh = [text for text in dict.fromkeys(texts) if text not in known]
+            embeddings = {
+                text: self._text_cache[text] for text in texts if text in self._text_cache
+            }
+        missing = [text for text in dict.fromkeys(texts) if text not in embeddings]
         # At most one batch at a time, so that a caller with many labels does not block others.
-        for start in range(0, len(fresh), self.max_batch):
-            part = fresh[start : start + self.max_batch]
+        for start in range(0, len(missing), self.max_batch):
+            part = missing[start : start + self.max_batch]
             for text, future in zip(part, self.texts(part), strict=True):
-                known[text] = future.result(self.seconds)
+                embeddings[text] = future.result(self.seconds)
         with self._text_lock:
             for text in texts:
-                self._text_cache[text] = known[text]
+                self._text_cache[text] = embeddings[text]
                 self._text_cache.move_to_end(text)
             while len(self._text_cache) > TEXT_CACHE_SIZE:
                 self._text_cache.popitem(last=False)
-        rows = [known[text][None] for text in texts]
+        rows = [embeddings[text][None] for text in texts]
         return np.concatenate([np.zeros((0, self.embed_dim), np.float32), *rows])
 
     @property
     def towers(self) -> list[Literal["image", "text"]]:
         """Towers that the model was loaded with."""
         model = self.bundle.model
-        found: dict[Literal["image", "text"], Any] = {"image": model.vision, "text": model.text}
-        return [name for name, tower in found.items() if tower is not None]
+        present: dict[Literal["image", "text"], Any] = {"image": model.vision, "text": model.text}
+        return [name for name, tower in present.items() if tower is not None]
 
     # ------------------------------------------------------------------- asynchronous calls
 

@@ -49,7 +49,7 @@ def routes(service: Service, templates: tuple[str, ...]) -> APIRouter:
             )
             return classifier, await outcomes(answers)
 
-        classifier, found = await service.admit(len(body.images) + 1, work)
+        classifier, results = await service.admit(len(body.images) + 1, work)
 
         def classified(rows: dict[int, np.ndarray]) -> list[Classified]:
             logits = classifier.logits(np.stack(list(rows.values())))
@@ -58,7 +58,7 @@ def routes(service: Service, templates: tuple[str, ...]) -> APIRouter:
             scores = ([Score(label=label, score=score) for label, score in top] for top in tops)
             return [Classified(index=i, labels=s) for i, s in zip(rows, scores, strict=True)]
 
-        data = service.answers(found, classified)
+        data = service.answers(results, classified)
         return ClassifyAnswer(model=service.name, rule=classifier.rule, data=data)
 
     return router

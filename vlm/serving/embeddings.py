@@ -34,9 +34,9 @@ def routes(service: Service) -> APIRouter:
             )
         items = body.input if isinstance(body.input, list) else [body.input]
         service.check_count(len(items))
-        found = await service.admit(len(items), lambda: outcomes(service.submit(items)))
+        results = await service.admit(len(items), lambda: outcomes(service.submit(items)))
         data = service.answers(
-            found,
+            results,
             lambda rows: [
                 Embedding(index=i, embedding=encode_embedding(row, body.encoding_format))
                 for i, row in rows.items()
@@ -44,7 +44,7 @@ def routes(service: Service) -> APIRouter:
         )
         texts = [
             text
-            for item, row in zip(items, found, strict=True)
+            for item, row in zip(items, results, strict=True)
             if not isinstance(row, Exception) and (text := parts_of(item, "")[0]) is not None
         ]
         longest = service.model.tokenizer.config.context_length

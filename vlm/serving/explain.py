@@ -23,18 +23,18 @@ def explain_image(bundle: Bundle, image: Image.Image, text: str) -> ExplainAnswe
     from vlm.explanation.heat_map import explain
 
     image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
-    found = explain(bundle, image, text)
-    heat = Image.fromarray(found.heat.astype(np.float32))
+    explanation = explain(bundle, image, text)
+    heat = Image.fromarray(explanation.heat.astype(np.float32))
     heat.thumbnail((MAP_SIDE, MAP_SIDE), Image.Resampling.BOX, reducing_gap=None)
     probability = None
     if bundle.loss == "sigmoid":
-        probability = float(to_scores(np.array([found.logit]), "sigmoid")[0])
+        probability = float(to_scores(np.array([explanation.logit]), "sigmoid")[0])
     return ExplainAnswer(
         model=bundle.name,
-        score=found.cosine,
+        score=explanation.cosine,
         probability=probability,
         heat=np.round(np.asarray(heat, np.float64), 4).tolist(),
-        tokens=[Token(token=token, weight=float(weight)) for token, weight in found.tokens],
+        tokens=[Token(token=token, weight=float(weight)) for token, weight in explanation.tokens],
     )
 
 

@@ -38,9 +38,9 @@ def routes(service: Service) -> APIRouter:
                 gallery.search, query, body.k, conditions, body.min_score, excluded
             )
 
-        found = await service.admit(len(terms), work)
+        results = await service.admit(len(terms), work)
         seconds = round(time.perf_counter() - start, 6)
-        return SearchAnswer(model=service.name, seconds=seconds, data=found[: body.k])
+        return SearchAnswer(model=service.name, seconds=seconds, data=results[: body.k])
 
     @router.get("/index")
     async def index() -> IndexAnswer:

@@ -125,7 +125,7 @@ class Service:
 
     def answers(
         self,
-        found: Sequence[np.ndarray | Exception],
+        results: Sequence[np.ndarray | Exception],
         make: Callable[[dict[int, np.ndarray]], list[Any]],
     ) -> list[Any]:
         """Return the answers that `make` returns for the rows by index, and errors for the rest.
@@ -133,10 +133,10 @@ class Service:
         Raises:
             RequestError: all items failed.
         """
-        rows = {i: row for i, row in enumerate(found) if isinstance(row, np.ndarray)}
+        rows = {i: row for i, row in enumerate(results) if isinstance(row, np.ndarray)}
         errors = {
             i: as_request_error(row, f"item {i}")
-            for i, row in enumerate(found)
+            for i, row in enumerate(results)
             if isinstance(row, Exception)
         }
         if not rows:

@@ -213,7 +213,11 @@ def _check_same(e: Experiment, other: bundle.Bundle, towers: tuple[str, ...]) ->
 
 
 def _check_equal(e: Experiment, pairs: dict[str, tuple[Any, Any]]) -> None:
-    differ = [f"{k} is {a!r} there and {b!r} here" for k, (a, b) in pairs.items() if a != b]
+    differ = [
+        f"{k} is {a!r} in the model and {b!r} in the config"
+        for k, (a, b) in pairs.items()
+        if a != b
+    ]
     if differ:
         raise ConfigError(
             f"init_from {e.init_from!r} does not match the config ({'; '.join(differ)}): "

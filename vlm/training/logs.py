@@ -68,17 +68,17 @@ class Logs:
             None if experiment.resolution_schedule else model_flops(experiment, supervision)
         )
         self._peak = published_rate(jax.devices())
-        self._ahead: list[tuple[int, dict[str, jax.Array]]] = []  # dispatched
+        self._in_flight: list[tuple[int, dict[str, jax.Array]]] = []
         self._done: list[tuple[int, dict[str, jax.Array]]] = []  # for the next row
         self._activity, self._samples = activity, samples
         self.restart_clock()
         self._primary = jax.process_index() == 0
         self._file: IO[str] | None = None
         self._board: Any = None
-        self._earlier = 0.0  # seconds before the run was resumed
+        self._seconds_before = 0.0  # seconds before the run was resumed
         if self._primary:
             rows = read_log(run)
-            self._earlier = max((row.get("seconds", 0.0) for row in rows), default=0.0)
+            self._seconds_before = max((row.get("seconds", 0.0) for row in rows), default=0.0)
             self._file = _reopen(run, sync, [r for r in rows if r["step"] <= first_step])
             self._board = summary_writer(str(sync.local / "tensorboard"), first_step)
         self._progress = Progress(
@@ -114,7 +114,7 @@ class Logs:
             TrainingError: a loss or gradient was not finite and `on_nonfinite` is "stop", or too
                 many consecutive steps were skipped.
         """
-        self._ahead.append((step, metrics))
+        self._in_flight.append((step, metrics))
         if step == self._first + 1:
             jax.block_until_ready(metrics)
             self._write_start(step)
@@ -132,9 +132,9 @@ class Logs:
 
     def _take_done(self, ahead: int) -> None:
         """Wait until at most `ahead` steps are in flight, and write the scheduled rows."""
-        while len(self._ahead) > ahead:
-            jax.block_until_ready(self._ahead[0][1]["loss"])
-            self._done.append(self._ahead.pop(0))
+        while len(self._in_flight) > ahead:
+            jax.block_until_ready(self._in_flight[0][1]["loss"])
+            self._done.append(self._in_flight.pop(0))
             if self._done[-1][0] % self._every == 0:
                 self._write_row()
 
@@ -162,7 +162,7 @@ class Logs:
             "pairs_per_s": count * self._batch_size / seconds,
             "tokens_per_s": sum(v["tokens"] for v in values) / seconds,
             "data_wait": (self._activity.seconds[DATA] - self._waited) / seconds,
-            "seconds": self._earlier + time.monotonic() - self._activity.began,
+            "seconds": self._seconds_before + time.monotonic() - self._activity.began,
         }
         if self._samples is not None and self._samples.good:
             row["texts_cut"] = self._samples.texts_cut / self._samples.good  # of the run so far
@@ -177,7 +177,7 @@ class Logs:
         left = (self._total - steps[-1]) * seconds / count
         message = (
             f"loss {row['loss']:.3f}  {row['pairs_per_s']:,.0f} pairs/s  "
-            f"data wait {row['data_wait']:.1%}  left {_clock(left)}"
+            f"data wait {row['data_wait']:.1%}  ETA {_clock(left)}"
         )
         self._progress.update(self._task, completed=steps[-1], message=message)
         if not console.is_terminal:
@@ -245,10 +245,10 @@ def placement_table(state: TrainState) -> Table:
     """Make a table of the state's sharding: mesh axes and size of each group of arrays."""
     table = Table(title="placement", title_justify="left")
     table.add_column("group")
-    table.add_column("over")
+    table.add_column("sharded over")
     table.add_column("elements", justify="right")
     table.add_column("bytes per device", justify="right")
-    groups = {"": state.params, "locked": state.frozen, "average": state.ema}
+    groups = {"": state.params, "frozen": state.frozen, "EMA": state.ema}
     groups |= {"optimizer": state.opt_state}
     total = 0
     for name, tree in groups.items():
@@ -257,7 +257,7 @@ def placement_table(state: TrainState) -> Table:
             table.add_row(group or name, axes, f"{elements:,}", f"{size:,}")
             total += size
     table.add_section()
-    table.add_row("in all", "", "", f"{total:,}")
+    table.add_row("total", "", "", f"{total:,}")
     return table
 
 

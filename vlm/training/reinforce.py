@@ -109,8 +109,8 @@ def _finished_variants(folder: Path, about: dict[str, Any]) -> int:
     Raises:
         DataError: the folder has other files, or embeddings with other settings.
     """
-    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if found <= {PARTIAL}:
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if names <= {PARTIAL}:
         return 0
     try:
         before = json.loads((folder / UNFINISHED).read_text())

@@ -127,8 +127,8 @@ class Run:
         model, wanted = self.base()
         if fingerprint != wanted:
             raise CheckpointError(
-                f"init_from {self.experiment.init_from!r} is another model now (fingerprint "
-                f"{fingerprint[:12]}) than when the run began ({wanted[:12]} of {model}): restore "
+                f"init_from {self.experiment.init_from!r} has changed (fingerprint "
+                f"{fingerprint[:12]}; the run began with {wanted[:12]} of {model}): restore "
                 "that model, or start a new run"
             )
 
@@ -147,8 +147,8 @@ class Run:
             )
         if json.loads(self.class_file.read_text()) != list(labels):
             raise CheckpointError(
-                f"the classes of {self.experiment.data.source} are others, or in another order, "
-                f"than in {self.class_file}: restore the data, or start a new run"
+                f"the classes of {self.experiment.data.source} differ from {self.class_file}, or "
+                "are in another order: restore the data, or start a new run"
             )
 
     def last_total(self) -> int | None:

@@ -90,12 +90,14 @@ class Trainer:
         self.graph = nnx.graphdef(nnx.eval_shape(self._build))
         self.abstract_state = jax.eval_shape(self._init, jnp.int32(1))
         self.state_shardings = shardings(self.abstract_state, mesh)
-        whole = replicated(mesh)
+        replicated_sharding = replicated(mesh)
         self.init = jax.jit(self._init, out_shardings=self.state_shardings)
         self.step = self.step_at(experiment.model.vision.image_size)
-        self.embed_images = jax.jit(self._embed_images, out_shardings=whole)
-        self.embed_texts = jax.jit(self._embed_texts, out_shardings=whole)
-        self.head = jax.jit(self._head, out_shardings=whole)  # (m, d), in a classification
+        self.embed_images = jax.jit(self._embed_images, out_shardings=replicated_sharding)
+        self.embed_texts = jax.jit(self._embed_texts, out_shardings=replicated_sharding)
+        self.head = jax.jit(
+            self._head, out_shardings=replicated_sharding
+        )  # (m, d), in a classification
 
     @property
     def supervision(self) -> Supervision:
@@ -113,11 +115,11 @@ class Trainer:
     @functools.cache  # noqa: B019 (a trainer lives as long as its run)
     def step_at(self, image_size: int):
         """Return `step` for images shrunk to `image_size` pixels: one program for each size."""
-        whole = replicated(self.mesh)
+        replicated_sharding = replicated(self.mesh)
         return jax.jit(
             functools.partial(self._step, image_size=image_size),
             in_shardings=(self.state_shardings, batch_sharding(self.mesh)),
-            out_shardings=(self.state_shardings, whole),
+            out_shardings=(self.state_shardings, replicated_sharding),
             donate_argnums=0,
         )
 
@@ -200,10 +202,10 @@ class Trainer:
     def tokens_per_step(self, image_size: int) -> int:
         """Return the number of tokens that the towers process in a step, without dropped ones."""
         e = self.experiment
-        whole = image_size == e.model.vision.image_size  # NaFlex: its maximum
-        patches = e.model.vision.tokens(None if whole else image_size, training=True)
-        words = e.model.text.tokens(masking=e.text_masking)
-        return e.batch_size * (patches + (0 if e.objective == "classification" else words))
+        full_size = image_size == e.model.vision.image_size  # NaFlex: its maximum
+        patches = e.model.vision.tokens(None if full_size else image_size, training=True)
+        text_tokens = e.model.text.tokens(masking=e.text_masking)
+        return e.batch_size * (patches + (0 if e.objective == "classification" else text_tokens))
 
     def _example_keys(self, step: Int[Array, ""]) -> Key[Array, " b"]:
         """Return a key for each example of this step's batch, for dropout and patch dropout."""

@@ -79,15 +79,15 @@ class Classes:
         Raises:
             DataError: a text that belongs to no class; the message shows it.
         """
-        found = [self._of.get(row.tobytes(), -1) for row in tokens]
-        if -1 in found:
-            text = self._tokenizer.decode(tokens[found.index(-1)][None])[0]
+        indices = [self._of.get(row.tobytes(), -1) for row in tokens]
+        if -1 in indices:
+            text = self._tokenizer.decode(tokens[indices.index(-1)][None])[0]
             raise DataError(
                 f"{self._data.source} has the label {text!r}, which is none of the "
                 f"{len(self)} classes of the head: list it among the classes of "
                 f"data.label {self._data.label!r}, or leave its examples out with data.filters"
             )
-        return np.array(found, np.int32)
+        return np.array(indices, np.int32)
 
     def embed(self, trainer: Trainer, state: TrainState) -> Float[np.ndarray, "m d"]:
         """Compute zero-shot weights: the normalised mean embedding of each class's prompts."""

@@ -53,13 +53,14 @@ class SavedAdapter:
     context_length: int | None = None
     fingerprint: str | None = None  # of the factors and the base model
 
-    def check_base(self, found: str, name: str) -> None:
-        """Raise a CheckpointError unless `found` is the fingerprint of the adapter's base model."""
+    def check_base(self, fingerprint: str, name: str) -> None:
+        """Raise a CheckpointError unless `fingerprint` is that of the adapter's base model."""
         wanted = self.origin.base_fingerprint
-        if wanted is not None and found != wanted:
+        if wanted is not None and fingerprint != wanted:
             raise CheckpointError(
                 f"the adapter {self.where} is of {self.origin.base} (fingerprint {wanted[:12]}), "
-                f"and {name} is another model ({found[:12]}): give it the one it was trained on"
+                f"and {name} is another model ({fingerprint[:12]}): give the base "
+                "model of its training"
             )
 
 
@@ -85,9 +86,9 @@ def open_adapter(path: epath.Path) -> SavedAdapter:
     about = read_json_of_format(file, FORMAT)
     try:
         base = dict(about["base"])
-        saved, found = string(about["fingerprint"], "fingerprint"), dict(about["digests"])
+        saved, digests = string(about["fingerprint"], "fingerprint"), dict(about["digests"])
         base_fingerprint = string(base["fingerprint"], "base.fingerprint")
-        if _fingerprint(base_fingerprint, found) != saved:
+        if _fingerprint(base_fingerprint, digests) != saved:
             raise ValueError("its digests are not those of its fingerprint")
         described = {
             "name": string(about["name"], "name"),
@@ -104,8 +105,8 @@ def open_adapter(path: epath.Path) -> SavedAdapter:
             f"{file} is not as saved ({str(error)[:400]}): save the adapter again"
         ) from None
     weights = folder / FACTORS_FILE
-    tensors = VerifiedTensors(SafetensorsFile(weights), found, beside=ADAPTER_FILE)
-    if missing := sorted(found.keys() ^ set(tensors.shapes)):
+    tensors = VerifiedTensors(SafetensorsFile(weights), digests, beside=ADAPTER_FILE)
+    if missing := sorted(digests.keys() ^ set(tensors.shapes)):
         raise CheckpointError(
             f"{weights} and the {ADAPTER_FILE} beside it do not agree on "
             f"{brief(missing[0])}: copy the adapter again"
@@ -155,23 +156,23 @@ def write_adapter(
         if getattr(factors, part) is not None
     ]
     with new_folder(folder, FILES) as new:
-        found = write_with_digests(new / FACTORS_FILE, arrays)
+        digests = write_with_digests(new / FACTORS_FILE, arrays)
         description: dict[str, Any] = {
             "format": FORMAT,
             "version": __version__,
             "name": name,
-            "fingerprint": _fingerprint(origin.base_fingerprint, found),
+            "fingerprint": _fingerprint(origin.base_fingerprint, digests),
             "base": {"model": origin.base, "fingerprint": origin.base_fingerprint},
             "config": to_dict(origin.config),
             "preprocess": to_dict(preprocess),
             "context_length": context_length,
             "templates": list(templates),
-            "digests": found,
+            "digests": digests,
         }
         (new / ADAPTER_FILE).write_text(json.dumps(description, indent=2) + "\n")
     return description["fingerprint"]
 
 
-def _fingerprint(base: str | None, found: dict[str, list[str]]) -> str:
+def _fingerprint(base: str | None, digests: dict[str, list[str]]) -> str:
     """Return one digest of a base model and the factors."""
-    return hashlib.sha256(f"{base} {fingerprint(found)}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{base} {fingerprint(digests)}".encode()).hexdigest()[:32]

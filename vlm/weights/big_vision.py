@@ -91,8 +91,11 @@ class NpzFile:
         for name in self._added:
             del self.shapes[name]
         if _BERT_POSITION in self.shapes:
-            wanted, found = self.shapes[_BERT_POSITION][1:], self.shapes.pop(_BERT_SEGMENT, ())
-            if found[1:] != wanted or 0 in found:
+            wanted, segment_shape = (
+                self.shapes[_BERT_POSITION][1:],
+                self.shapes.pop(_BERT_SEGMENT, ()),
+            )
+            if segment_shape[1:] != wanted or 0 in segment_shape:
                 raise CheckpointError(
                     f"{path} has no {_BERT_SEGMENT} as wide as its positions, which every BERT "
                     "has: get it again"

@@ -59,8 +59,8 @@ def open_checkpoint(path: epath.Path) -> Checkpoint:
         preprocess = from_dict(PreprocessConfig, about["preprocess"])
         rules = from_dict(TokenizerConfig, about["tokenizer"])
         name, saved = string(about["name"], "name"), string(about["fingerprint"], "fingerprint")
-        found = about.get("digests")  # None: a bundle from before there were digests
-        if found is not None and (not isinstance(found, dict) or fingerprint(found) != saved):
+        digests = about.get("digests")  # None: a bundle from before there were digests
+        if digests is not None and (not isinstance(digests, dict) or fingerprint(digests) != saved):
             raise ValueError("its digests are not those of its fingerprint")
     except (ValueError, KeyError, TypeError, ConfigError, CheckpointError) as error:
         raise CheckpointError(
@@ -71,8 +71,8 @@ def open_checkpoint(path: epath.Path) -> Checkpoint:
     except (DataError, ConfigError) as error:
         raise CheckpointError(f"the bundle {folder} is incomplete: {error}") from None
     tensors: Tensors = SafetensorsFile(folder / WEIGHTS_FILE)
-    if found is not None:
-        tensors = VerifiedTensors(tensors, found)
+    if digests is not None:
+        tensors = VerifiedTensors(tensors, digests)
     elif older_fingerprint(tensors) != saved:
         raise CheckpointError(
             f"{folder / WEIGHTS_FILE} is not what was saved: it is damaged, or of another model "
@@ -107,17 +107,17 @@ def write(
     with new_folder(folder, FILES) as new:
         tokenizer.save(new)
         (new / tokenizers.RULES_FILE).unlink()  # the rules go into bundle.json
-        found = write_with_digests(new / WEIGHTS_FILE, flat_arrays(model))
+        digests = write_with_digests(new / WEIGHTS_FILE, flat_arrays(model))
         description: dict[str, Any] = {
             "format": FORMAT,
             "version": __version__,
             "name": name,
-            "fingerprint": fingerprint(found),
+            "fingerprint": fingerprint(digests),
             "model": to_dict(model.config),
             "preprocess": to_dict(preprocess.config),
             "tokenizer": to_dict(tokenizer.config),
             "templates": list(templates),
-            "digests": found,
+            "digests": digests,
         }
         (new / BUNDLE_FILE).write_text(json.dumps(description, indent=2) + "\n")
     return description["fingerprint"]
@@ -127,8 +127,8 @@ def templates_of(model: epath.PathLike) -> tuple[str, ...]:
     """Return the prompt templates that a bundle, adapter or run was trained with, if any."""
     path = as_path(model)
     files = [f / n for f in (path, path / "bundle") for n in (BUNDLE_FILE, ADAPTER_FILE)]
-    held = next((read_json(file) for file in files if file.exists()), {})
+    contents = next((read_json(file) for file in files if file.exists()), {})
     run = path.parent if path.name == "bundle" else path
-    if "templates" not in held and is_run(run):  # older bundles do not have them
-        held = read_json(run / "config.json").get("data", {})
-    return tuple(map(str, held.get("templates") or ()))
+    if "templates" not in contents and is_run(run):  # older bundles do not have them
+        contents = read_json(run / "config.json").get("data", {})
+    return tuple(map(str, contents.get("templates") or ()))

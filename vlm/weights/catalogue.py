@@ -104,14 +104,14 @@ def choose(
             + ", ".join(sorted(licences))
         )
     unknown = undecided(max_parameters=max_parameters, licence=licence, language=language)
-    found = [
+    matches = [
         entry
         for entry in ENTRIES
         if _fits(entry, max_parameters, licence, language) and entry not in unknown
     ]
-    if not found:
+    if not matches:
         raise ConfigError("no known model fits all of that: see `vlm models` for what there is")
-    return found
+    return matches
 
 
 def undecided(

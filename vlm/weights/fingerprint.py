@@ -46,9 +46,9 @@ def fingerprint_of_arrays(arrays: Iterable[tuple[str, Any]]) -> str:
     return fingerprint({name: digests(name, np.asarray(array)) for name, array in arrays})
 
 
-def fingerprint(found: Digests) -> str:
+def fingerprint(digests: Digests) -> str:
     """Return one digest of the digests of all parameters."""
-    text = json.dumps(sorted((name, list(parts)) for name, parts in found.items()))
+    text = json.dumps(sorted((name, list(parts)) for name, parts in digests.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:_LENGTH]
 
 
@@ -93,11 +93,11 @@ class VerifiedTensors:
         CheckpointError: from `read`, if a digest differs.
     """
 
-    def __init__(self, tensors: Tensors, found: Digests, beside: str = "bundle.json"):
+    def __init__(self, tensors: Tensors, digests: Digests, beside: str = "bundle.json"):
         self.beside = beside  # the file that has the digests
         self.where = os.fspath(tensors.where)
         self.shapes = tensors.shapes
-        self._tensors, self._digests = tensors, found
+        self._tensors, self._digests = tensors, digests
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Shaped[np.ndarray, "..."]:
         shape = self.shapes[name]

@@ -66,10 +66,10 @@ def _check_target(path: epath.Path, shown: epath.PathLike, files: frozenset[str]
             f"{shown} exists already and is no bundle, for it has no {missing[0]}: give the path "
             "of a new folder"
         )
-    if others := sorted(there - files):
+    if unexpected := sorted(there - files):
         raise CheckpointError(
-            f"{shown} holds {others[0]} beside a bundle, which would be lost: move it, or give the "
-            "path of a new folder"
+            f"{shown} holds {unexpected[0]} beside a bundle, which would be lost: move it, or give "
+            "the path of a new folder"
         )
 
 

@@ -98,8 +98,8 @@ class OrbaxTree:
         place = self.where if is_remote(folder) else f"file://{on_disk(folder)}"
         self._store = {"driver": "ocdbt", "base": f"{place}/"}
         try:
-            found = tensorstore.KvStore.open(self._store).result().list().result()
-            names = sorted({key.decode().partition("/")[0] for key in found})
+            keys = tensorstore.KvStore.open(self._store).result().list().result()
+            names = sorted({key.decode().partition("/")[0] for key in keys})
             opened = {
                 name.removeprefix("params.").replace(".", "/"): tensorstore.open(
                     {"driver": "auto", "kvstore": self._store | {"path": f"{name}/"}},

@@ -176,7 +176,7 @@ def _factors(
     tensors = SafetensorsFile(file)
     places = _places(model, tokenizer)
     layers = linear_layers(model)
-    found: dict[str, dict[int | None, dict[str, np.ndarray]]] = {}
+    factors: dict[str, dict[int | None, dict[str, np.ndarray]]] = {}
     unknown = []
     scales: dict[tuple[str, int | None], float] = {}
     for key in tensors.shapes:
@@ -186,7 +186,7 @@ def _factors(
             continue
         name, layer = places[module]
         array = read_parameter(tensors, key).astype(np.float32)
-        found.setdefault(name, {}).setdefault(layer, {})[part] = array
+        factors.setdefault(name, {}).setdefault(layer, {})[part] = array
         if part == "a":
             scales[name, layer] = _scale(values, module, array.shape[0], folder)
     if unknown:
@@ -196,7 +196,7 @@ def _factors(
         )
     return {
         name: _joined(name, parts, size_of(layers[name]), scales, os.fspath(file))
-        for name, parts in sorted(found.items())
+        for name, parts in sorted(factors.items())
     }
 
 

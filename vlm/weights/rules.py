@@ -150,9 +150,9 @@ def expand(rules: Sequence[Rule], shapes: Shapes) -> list[LayerRule]:
             layered = "{}" in rule.theirs
             for layer in range(shape[0]) if layered else [None]:
                 theirs = rule.theirs if layer is None else rule.theirs.format(rule.first + layer)
-                one = shape[1:] if layered else shape
+                layer_shape = shape[1:] if layered else shape
                 expanded.append(
-                    LayerRule(theirs, name, layer, rule.transform, one, part, len(names))
+                    LayerRule(theirs, name, layer, rule.transform, layer_shape, part, len(names))
                 )
     return expanded
 
@@ -183,16 +183,16 @@ def check(
     faults = {
         "missing from the file": missing,
         "in the file without a place in the model": unused,
-        "of the model that nothing fills": [name for name in shapes if name not in filled],
+        "of the model without a rule": [name for name in shapes if name not in filled],
         "that the model does not have": sorted(filled - set(shapes)),
         "of another shape": different,
     }
-    found = [
+    problems = [
         f"{len(names)} parameter{'s' * (len(names) > 1)} {fault}: {list_names(names)}"
         for fault, names in faults.items()
         if names
     ]
-    if not found:
+    if not problems:
         return
     absent = []  # towers without any parameter, as in a classifier made from a vision tower
     for tower, label in (("vision", "vision tower"), ("text", "text tower")):
@@ -202,7 +202,7 @@ def check(
     kind = f" (it has no {' and no '.join(absent)} at all)" if absent else ""
     raise CheckpointError(
         f"{tensors.where} does not fit the architecture that its configuration describes{kind}; "
-        f"{'; '.join(found)}"
+        f"{'; '.join(problems)}"
     )
 
 

@@ -69,15 +69,15 @@ def check_tokens(folder: epath.Path, tokenizer: Tokenizer, texts: Sequence[str])
     again = checkpoint.tokenizer
     if (length := checkpoint.context_length) is not None:
         again = again.with_rules(dataclasses.replace(again.config, context_length=length))
-    found = compare_rows("vlm", texts, wanted, again(texts))
+    worst = compare_rows("vlm", texts, wanted, again(texts))
     if (folder / "tokenizer.json").exists():
         open_clip = (folder / "open_clip_config.json").exists()
         reader, rows = ("open_clip", _by_open_clip) if open_clip else ("transformers", _rows)
         theirs = compare_rows(reader, texts, wanted, rows(folder, texts))
         if theirs.differ and _is_naflex(folder):
             theirs = dataclasses.replace(theirs, note=_NAFLEX)
-        found = max(found, theirs, key=lambda check: check.differ)
-    return found
+        worst = max(worst, theirs, key=lambda check: check.differ)
+    return worst
 
 
 _NAFLEX = (
@@ -128,10 +128,10 @@ def _rows(
         direction=about["padding_side"],
     )
     try:
-        found = vocabulary.encode_batch_fast(list(texts))
+        encodings = vocabulary.encode_batch_fast(list(texts))
     except Exception:  # the vocabulary lacks tokens of Gemma's rules
         return np.full((len(texts), length), -1)
-    return np.array([row.ids for row in found])
+    return np.array([row.ids for row in encodings])
 
 
 def _as_siglip2(vocabulary: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -139,13 +139,13 @@ def _as_siglip2(vocabulary: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
     It keeps the tokens, merges and special tokens of `tokenizer.json`, and has Gemma's rules.
     """
-    held = json.loads(vocabulary.to_str())
-    if held["model"]["type"] != "BPE":
+    contents = json.loads(vocabulary.to_str())
+    if contents["model"]["type"] != "BPE":
         return vocabulary
     built = tokenizers.Tokenizer(
         models.BPE(
-            vocab=held["model"]["vocab"],
-            merges=[tuple(pair) for pair in held["model"]["merges"]],
+            vocab=contents["model"]["vocab"],
+            merges=[tuple(pair) for pair in contents["model"]["merges"]],
             fuse_unk=True,
             unk_token="<unk>",
             byte_fallback=True,

@@ -98,12 +98,12 @@ class Settings:
             CheckpointError: the vocabulary does not have the token.
         """
         text = self.text(name)
-        found = vocabulary.token_to_id(text)
-        if text and found is None:
+        token = vocabulary.token_to_id(text)
+        if text and token is None:
             raise CheckpointError(
                 f"{self.file}: {name} {brief(text)} is not in its vocabulary: name a token that is"
             )
-        return found
+        return token
 
     def add_tokens(self, vocabulary: tokenizers.Tokenizer) -> None:
         """Add the tokens of the settings to a vocabulary, like transformers.

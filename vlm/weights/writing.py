@@ -42,7 +42,7 @@ def write_folder(
     writer = {"huggingface": write_huggingface, "open_clip": write_open_clip}[form]
     with new_folder(folder) as new:
         writer(new, model, preprocess, tokenizer)
-        found = check_tokens(new, tokenizer, sample_texts(texts))
-    if found.differ:
-        _LOG.warning("%s", found)
-    return found
+        check = check_tokens(new, tokenizer, sample_texts(texts))
+    if check.differ:
+        _LOG.warning("%s", check)
+    return check

@@ -41,11 +41,12 @@ def refuse_if(form: str, faults: dict[str, bool]) -> None:
         refuse(form, found)
 
 
-def refuse(form: str, found: list[str]) -> NoReturn:
-    """Raise the CheckpointError that a format has no place for all of `found`."""
+def refuse(form: str, faults: list[str]) -> NoReturn:
+    """Raise the CheckpointError that a format does not support the features in `faults`."""
     holds = f" ({form} holds {HOLDS[form]})" if form in HOLDS else ""
     raise CheckpointError(
-        f"{form} has no place for {', '.join(found)}: save the model as a vlm bundle instead{holds}"
+        f"{form} has no place for {', '.join(faults)}: save the model as a vlm bundle "
+        f"instead{holds}"
     )
 
 

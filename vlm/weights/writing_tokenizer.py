@@ -118,13 +118,13 @@ def _with_found(
 
     With `normalized`, they are looked for after cleaning, unless cleaning changes them.
     """
-    held = json.loads(vocabulary.to_str())
-    for token in held["added_tokens"]:
+    contents = json.loads(vocabulary.to_str())
+    for token in contents["added_tokens"]:
         token["special"] = token["special"] and special
         clean = vocabulary.normalizer
         if normalized and clean.normalize_str(token["content"]) == token["content"]:
             token["normalized"] = True
-    return tokenizers.Tokenizer.from_str(json.dumps(held))
+    return tokenizers.Tokenizer.from_str(json.dumps(contents))
 
 
 # ------------------------------------------------------------- cleaning as normalisation
@@ -175,8 +175,8 @@ def _basic() -> list[normalizers.Normalizer]:
         names = {name} if char.isalpha() else {name, name.upper()}
         # Some names need no semicolon where a word ends.
         ended = [f"{n}(?:;|(?![A-Za-z0-9=;]))" if n in html5 else f"{n};" for n in sorted(names)]
-        found = "|".join([*ended, f"#0*{ord(char)};", f"#[xX]0*(?i:{ord(char):x});"])
-        steps.append(normalizers.Replace(Regex(f"&(?:{found})"), char))
+        pattern = "|".join([*ended, f"#0*{ord(char)};", f"#[xX]0*(?i:{ord(char):x});"])
+        steps.append(normalizers.Replace(Regex(f"&(?:{pattern})"), char))
     for name in _ENTITIES:
         char = html5[f"{name};"]
         broken = char.encode().decode("sloppy-windows-1252")
