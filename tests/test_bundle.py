@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlm import sharding
 from vlm.bundle import Bundle, load
-from vlm.config import ModelConfig, PreprocessConfig, TextConfig, ViTConfig
+from vlm.config import LOSS_SCORES, ModelConfig, PreprocessConfig, TextConfig, ViTConfig
 from vlm.errors import CheckpointError, ConfigError, DataError, ShardingError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
@@ -62,6 +62,15 @@ def test_embeddings_are_those_of_the_model(bundle, images):
     # The bundle cuts the padding that a causal tower cannot see; the model runs the whole rows.
     z = model.encode_text(jnp.asarray(bundle.tokenizer(CAPTIONS)))
     assert np.allclose(bundle.encode_text(CAPTIONS), z, atol=2e-6)
+
+
+def test_a_loss_names_the_rule_of_its_scores(bundle, monkeypatch):
+    monkeypatch.setitem(LOSS_SCORES, "mine", "softmax")
+    config = dataclasses.replace(CONFIG)
+    object.__setattr__(config, "loss", "mine")  # as if `Loss` listed it
+    assert bundle.loss == "sigmoid"
+    monkeypatch.setattr(bundle.model, "config", config)
+    assert bundle.loss == "softmax"
 
 
 def test_padding_and_batches_are_invisible(bundle, images):

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32, Int32, UInt8
 
-from vlm.config import AdapterConfig, ModelConfig
+from vlm.config import LOSS_SCORES, AdapterConfig, ModelConfig
 from vlm.display import FactSheet
 from vlm.errors import CheckpointError, ConfigError
 from vlm.inputs.batches import pixel_batches
@@ -101,8 +101,8 @@ class Bundle(FactSheet):
 
     @property
     def loss(self) -> Literal["softmax", "sigmoid"]:
-        """The training loss, which determines how logits become scores."""
-        return self.config.loss
+        """How logits become scores: by the rule of the training loss."""
+        return LOSS_SCORES[self.config.loss]
 
     @property
     def embed_dim(self) -> int:

@@ -1,6 +1,7 @@
 """The losses in tiles around a ring against their definitions in float64."""
 
 import math
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vlm.config import LOSS_SCORES, Loss
 from vlm.errors import ConfigError, ShardingError
 from vlm.losses import contrastive_loss, sigmoid_loss, softmax_loss
+from vlm.losses.contrastive import LOSSES
 
 KINDS = ("softmax", "sigmoid")
 PLAIN = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
@@ -289,3 +292,7 @@ def test_pairs_of_one_group_are_no_negatives(kind, classes):
         value, got = with_gradients(kind, **how)(*inputs)
         assert float(value) == pytest.approx(true, rel=2e-6, abs=1e-7)
         assert max(relative_errors(got, exact)) < 1e-5
+
+
+def test_every_loss_is_listed_with_its_scores():
+    assert set(LOSSES) == set(LOSS_SCORES) == set(get_args(Loss))

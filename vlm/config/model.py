@@ -8,6 +8,12 @@ from vlm.config.bounds import check_heads, check_projection
 from vlm.config.towers import Activation, VisionTowerConfig, ViTConfig, from_older_form
 from vlm.errors import ConfigError
 
+Loss = Literal["softmax", "sigmoid"]
+# How logits of a model with this loss become scores of labels.
+LOSS_SCORES: dict[Loss, Literal["softmax", "sigmoid"]] = {
+    "softmax": "softmax",
+    "sigmoid": "sigmoid",
+}
 TextPool = Literal["end", "argmax", "first", "last", "class", "mean", "map"]
 
 
@@ -114,7 +120,7 @@ class ModelConfig(Config):
     vision: VisionTowerConfig = field(default_factory=ViTConfig)
     text: TextConfig = field(default_factory=TextConfig)
     embed_dim: int = 768
-    loss: Literal["softmax", "sigmoid"] = "softmax"
+    loss: Loss = "softmax"
     init_scale: float = 1 / 0.07
     init_bias: float | None = None
 

@@ -3,12 +3,13 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from vlm.config import Loss
 from vlm.errors import ConfigError, ShardingError
 from vlm.losses import sigmoid, softmax
 from vlm.losses.ring import Ring
@@ -34,7 +35,7 @@ def contrastive_loss(
     logit_scale: Float[Array, ""],
     logit_bias: Float[Array, ""] | None = None,
     *,
-    kind: Literal["softmax", "sigmoid"],
+    kind: Loss,
     mesh: Mesh | AbstractMesh | None = None,
     groups: Int[Array, " b"] | None = None,
     batch_axes: tuple[str, ...] = ("data", "fsdp"),
