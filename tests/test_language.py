@@ -24,6 +24,9 @@ REPLACEMENTS = {
     r"speaks? for": "matches, is evidence for",
     r"of another make": "another CPU",
     r"begin_?s anew": "restarts",
+    r"contradicts? itself": "is inconsistent",
+    r"nothing fills|learn from none": "without a rule, uses no teacher",
+    r"_of_good|_after_death|_of_patches": "a name with the field's term",
     r"kept_of|as_begun|why_not|in_one_sentence|deaf_to_signals": "a name with the field's term",
 }
 # Docstrings may begin with "What" where it is a question, in all of the package so often.

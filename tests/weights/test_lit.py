@@ -166,7 +166,7 @@ def test_the_vocabulary_may_have_another_name_or_be_json(folder):
     tokenizers.Tokenizer(model).save(str(folder / "tokenizer.json"))
     assert np.array_equal(load(folder / "model.npz").tokenizer(texts), expected)
     tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(folder / "tokenizer.json"))
-    with pytest.raises(CheckpointError, match="holds no WordPiece"):
+    with pytest.raises(CheckpointError, match="is not a WordPiece vocabulary"):
         load(folder / "model.npz")
 
 

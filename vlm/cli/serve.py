@@ -50,18 +50,18 @@ def serve(
 
     Args:
         served: an index of vlm index, a run folder, a bundle, or a public checkpoint.
-        model: of an index, if it has moved.
+        model: model of the index, if it has moved.
         host: address to listen at; 0.0.0.0 is every address of this machine.
         port: port to listen at; 0 chooses a free one.
         api_key: keys that requests must send. Default: those of the variable VLM_API_KEYS.
         name: model name in the API.
         tower: without an index: load one tower, and accept only images or only texts.
-        dtype: of products and activations.
+        dtype: data type of matrix products and activations.
         max_batch: largest batch. Default: 32 on a CPU, else 256.
-        max_body_mib: of a request.
-        max_items: images and texts of a request.
-        max_megapixels: of an image, before it is resized.
-        max_waiting: maximum queued items; further requests get 503. Default: eight batches.
+        max_body_mib: maximum size of a request body, in MiB.
+        max_items: maximum number of images and texts per request.
+        max_megapixels: maximum size of an image before it is resized, in megapixels.
+        max_waiting: maximum queued items; further requests get 429. Default: eight batches.
         timeout: seconds until a request fails.
         allow_urls: download images that clients give as http(s) URLs.
         export: "compose" and a folder: write a Dockerfile and a compose file with Prometheus there,

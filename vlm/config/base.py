@@ -31,7 +31,7 @@ class Config(metaclass=_AcceptsOldNames):
     list a tuple, and a dict of fields the config that is declared.
 
     Raises:
-        ConfigError: a wrong value; the message names class, field, value and what is allowed.
+        ConfigError: a wrong value; the message names class, field, value and the allowed values.
 
     Example:
         >>> vlm.OptimizerConfig(name="AdamW")

@@ -253,7 +253,7 @@ def undecoded(builder: tfds.core.DatasetBuilder, split: str, image: str) -> Any:
 
 
 def _move_into_place(made: str, final: str) -> None:
-    """Rename `made` to `final`, unless another process has put a complete data set there."""
+    """Rename folder `made` to `final`, unless another process has put a complete data set there."""
     for _ in range(10):
         try:
             os.rename(made, final)

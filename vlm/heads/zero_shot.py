@@ -402,7 +402,7 @@ def encode_images(
                 first[number] = image
             yield image
 
-    def leave_out(number: int, error: DataError) -> None:
+    def skip(number: int, error: DataError) -> None:
         first.pop(number, None)
         assert on_error is not None
         on_error(number, error)
@@ -413,6 +413,6 @@ def encode_images(
         raise ConfigError("there are no images: give at least one")
     options: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
     if on_error is not None:
-        options["on_error"] = leave_out
+        options["on_error"] = skip
     z_image = model.encode_image(remember_first(itertools.chain(head, stream)), **options)
     return np.asarray(z_image, np.float32), tuple(first.values())

@@ -10,7 +10,7 @@ from vlm.errors import ConfigError
 
 LENGTHS = ("steps", "epochs", "examples", "seconds")
 
-# Fields, or configs with all of their fields. A checkpoint stays valid whatever their values.
+# Fields, or configs with all of their fields. Changing them keeps checkpoints valid.
 CHANGEABLE = {
     "mesh",
     "micro_batch_size",

@@ -136,7 +136,7 @@ def tower_name(
 
 
 def _computed_fields(c: VisionTowerConfig, free: Collection[str]) -> dict[str, object]:
-    """Fields that decide what is computed, with defaults filled in."""
+    """Architecture fields, with defaults filled in."""
     fields = dataclasses.asdict(c)
     if isinstance(c, ViTConfig):
         fields["pool_heads"] = c.pool_heads or c.heads

@@ -282,7 +282,7 @@ def _wordpiece_json(path: epath.Path) -> dict[str, int]:
     """Return the tokens of a `tokenizer.json`, whose rules are not big_vision's."""
     vocabulary = _vocabulary(path)
     if not isinstance(vocabulary.model, models.WordPiece):
-        raise CheckpointError(f"{path} holds no WordPiece, which is what a BERT has")
+        raise CheckpointError(f"{path} is not a WordPiece vocabulary, which BERT needs")
     return vocabulary.get_vocab(with_added_tokens=False)
 
 
