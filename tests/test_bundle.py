@@ -294,7 +294,7 @@ def test_shows_itself_in_a_line(bundle):
 
 def test_parts_that_contradict_each_other(bundle):
     words = " ".join(f"word{i}" for i in range(100))
-    with pytest.raises(ConfigError, match="300 tokens and the model's embedding table 280"):
+    with pytest.raises(ConfigError, match="300 tokens and the model's embedding table has 280"):
         Bundle(bundle.model, bundle.preprocess, train_bpe([words] * 2, 300, 40), "x")
     with pytest.raises(ConfigError, match="41 tokens"):
         Bundle(bundle.model, bundle.preprocess, train_bpe(CAPTIONS, 280, 41), "x")
