@@ -94,8 +94,8 @@ def test_an_unsuitable_teacher_is_refused(tiny, changes, error, message):
         ({"relations": 0.0}, "nothing is learned from the teacher"),
         ({"temperature": 0.0}, r"DistillConfig\.temperature is 0"),
         ({"projection": True}, r"set distill\.features"),
-        ({"teacher": ""}, "learns from one teacher"),
-        ({"stored": "taught"}, "learns from one teacher"),
+        ({"teacher": ""}, "needs exactly one teacher"),
+        ({"stored": "taught"}, "needs exactly one teacher"),
     ],
 )
 def test_an_invalid_distillation_is_refused(tiny, changes, message):

@@ -108,7 +108,7 @@ def test_a_schedule_ends_at_its_end(schedule):
             {"schedule": "constant", "end_learning_rate": 1e-5},
             "does not decay to end_learning_rate",
         ),
-        ({"weight_decay": 0.2, "weight_decay_rule": "big_vision"}, "of every kernel at every step"),
+        ({"weight_decay": 0.2, "weight_decay_rule": "big_vision"}, "removes from every kernel"),
     ],
 )
 def test_invalid_rates_are_refused(changes, message):
