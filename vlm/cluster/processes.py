@@ -171,9 +171,8 @@ def process_name(process: int | None = None) -> str:
 
 
 _calls = itertools.count()  # all processes make the same calls in the same order
-_GET_TIMEOUT = (
-    7 * 24 * 3600 * 1000
-)  # milliseconds; the heartbeats detect dead processes much earlier
+# Milliseconds; the heartbeats detect dead processes much earlier.
+_GET_TIMEOUT = 7 * 24 * 3600 * 1000
 
 
 def _put(text: str) -> Callable[[int], str]:
