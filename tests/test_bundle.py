@@ -296,9 +296,11 @@ def test_parts_that_contradict_each_other(bundle):
     words = " ".join(f"word{i}" for i in range(100))
     with pytest.raises(ConfigError, match="300 tokens and the model's embedding table has 280"):
         Bundle(bundle.model, bundle.preprocess, train_bpe([words] * 2, 300, 40), "x")
-    with pytest.raises(ConfigError, match="41 tokens"):
+    with pytest.raises(
+        ConfigError, match="context_length is 41 in the tokenizer and 40 in the model"
+    ):
         Bundle(bundle.model, bundle.preprocess, train_bpe(CAPTIONS, 280, 41), "x")
-    with pytest.raises(ConfigError, match="33 pixels"):
+    with pytest.raises(ConfigError, match="image_size is 33 in the preprocessing"):
         Bundle(bundle.model, Preprocess(PreprocessConfig(image_size=33)), bundle.tokenizer, "x")
 
 

@@ -105,8 +105,10 @@ def test_the_placement_table_counts_bytes_on_one_device():
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
     tree = {"text": {"mlp": {"kernel": jnp.zeros((128, 128)), "bias": jnp.zeros(128)}}}
     tree = jax.device_put(tree, shardings(tree, mesh))
-    assert placement_rows(tree) == [("text/mlp", "fsdp, whole", BIG + 128, 4 * (BIG // 8 + 128))]
-    assert placement_rows(tree, 0) == [("", "fsdp, whole", BIG + 128, 4 * (BIG // 8 + 128))]
+    assert placement_rows(tree) == [
+        ("text/mlp", "fsdp, replicated", BIG + 128, 4 * (BIG // 8 + 128))
+    ]
+    assert placement_rows(tree, 0) == [("", "fsdp, replicated", BIG + 128, 4 * (BIG // 8 + 128))]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from test_import import IN_ROOMS, PUBLIC
+from test_import import IN_SUBPACKAGES, PUBLIC
 
 from vlm.cli import main
 
@@ -19,7 +19,7 @@ def test_pages_hold_every_public_name(tmp_path):
     line = [sys.executable, "-m", "vlm", "docs", "--out", str(out)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    for room, name in PUBLIC + IN_ROOMS:
+    for room, name in PUBLIC + IN_SUBPACKAGES:
         if inspect.ismodule(getattr(importlib.import_module(room), name)):
             continue
         page = (out / f"{room.replace('.', '/')}.html").read_text()

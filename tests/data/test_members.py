@@ -234,7 +234,7 @@ def test_what_prepared_shards_cannot_hold_is_named(tmp_path, capsys):
     line = ["data", "prepare", str(tmp_path / "a.tar")]
     assert main([*line, str(tmp_path / "tar")]) == 0
     message = capsys.readouterr().err
-    assert "do not hold: npy (1 examples), mask.png (1 examples)" in message
+    assert "not in the shards: npy (1 examples), mask.png (1 examples)" in message
     source = open_source(DataConfig(str(tmp_path / "tar" / "*.tar"), eval_split=None), "train")
     assert source[0]["nested"] == {"a": [1, None]}
     assert main([*line, str(tmp_path / "records"), "--format", "array_record"]) == 0

@@ -96,7 +96,10 @@ def test_open_clip_configurations(folder, change, message):
         ({"size": {"longest_edge": 30}}, "longest_edge"),
         ({"crop_size": {"height": 30, "width": 20}}, "not a square"),
         ({"image_mean": [0.5, 0.5]}, "image_mean"),
-        ({"crop_size": 24, "size": 24}, "prepared at 24 pixels and the model takes 30"),
+        (
+            {"crop_size": 24, "size": 24},
+            "image_size is 24 in the preprocessing and 30",
+        ),
     ],
 )
 def test_processors(folder, change, message):

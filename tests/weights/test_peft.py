@@ -126,7 +126,7 @@ def test_an_adapter_that_names_no_model(folder):
     config = folder / "adapter_config.json"
     values = json.loads(config.read_text()) | {"base_model_name_or_path": None}
     config.write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match="does not say which model it belongs to: name it"):
+    with pytest.raises(CheckpointError, match="does not record its base model: give it"):
         load(folder)
 
 

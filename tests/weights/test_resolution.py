@@ -92,7 +92,7 @@ def test_elsewhere_a_shorter_text_takes_the_first_positions(name, tmp_path):
     ("name", "length", "message"),
     [
         ("hf_clip", 100, "context_length 100: the model has positions for"),
-        ("hf_clip", 2, "context_length 2 leaves no room for text beside 2 special tokens"),
+        ("hf_clip", 2, "context_length 2 leaves no position for text after 2 special tokens"),
         ("oc_vit", 0, "context_length is 0: choose a number from 1"),
         ("oc_vit", -3, "context_length is -3: choose a number from 1"),
     ],
