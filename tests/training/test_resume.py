@@ -31,7 +31,7 @@ from vlm.errors import CheckpointError, ConfigError, ShardingError, TrainingErro
 from vlm.training.loop import train
 from vlm.training.schedule import is_scheduled
 
-STEPS = 150
+STEPS = 60
 NOISE = {
     "vision": {"dropout": 0.1, "patch_dropout": 0.25},
     "optimizer": {"ema": 0.99, "l2_sp": 0.1},
@@ -59,11 +59,11 @@ def test_a_killed_and_interrupted_run_ends_bitwise_equal(alone, tmp_path, _):
     whole, config, env = alone
     run, log = tmp_path / "run", tmp_path / "log"
     first = start([config, "--run-dir", run], env, log)
-    send_at(signal.SIGKILL, random.randrange(2, 50), run, [first])
+    send_at(signal.SIGKILL, random.randrange(2, 20), run, [first])
     wait(first, log, -signal.SIGKILL)
-    for number, soonest in ((signal.SIGTERM, 60), (signal.SIGINT, 100)):
+    for number, soonest in ((signal.SIGTERM, 24), (signal.SIGINT, 40)):
         again = start(["--resume", run], env, log)
-        send_at(number, random.randrange(soonest, soonest + 30), run, [again])
+        send_at(number, random.randrange(soonest, soonest + 10), run, [again])
         message = wait(again, log, 0)
         left = last_step(run)
         assert f"stopped at step {left}; resume with `vlm train --resume {run}`" in message
