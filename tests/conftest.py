@@ -45,7 +45,7 @@ jaxtyping.install_import_hook("vlm", "type_checker.check")
 
 # Seconds of each test as pytest-split records them: `pytest --all --store-durations`.
 DURATIONS = HERE / "durations.json"
-MAX_FIRST_TIER_SECONDS = 1.5
+MAX_FIRST_TIER_SECONDS = 1.0
 
 
 def pytest_addoption(parser):
