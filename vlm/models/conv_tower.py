@@ -1,4 +1,4 @@
-"""What convolutional towers share: the loop over stages, and the embedding of the pooled image."""
+"""Base of convolutional towers: the loop over stages, and the embedding of the pooled image."""
 
 from typing import Any
 
