@@ -47,7 +47,9 @@ class RenamedModules:
     def find_spec(
         self, name: str, path: object = None, target: object = None
     ) -> importlib.machinery.ModuleSpec | None:
-        return importlib.machinery.ModuleSpec(name, self) if _renamed_part(name) else None  # type: ignore[arg-type]
+        if not name.startswith("vlm.") or not _renamed_part(name):
+            return None
+        return importlib.machinery.ModuleSpec(name, self)  # type: ignore[arg-type]
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
         return None  # the default
@@ -77,13 +79,13 @@ def renamed(
     """
 
     def __getattr__(name: str) -> Any:
-        if name not in names and otherwise is not None:
+        if name in names:
+            warn(f"{module}.{name}", names[name])
+            place, _, new = names[name].rpartition(".")
+            return getattr(importlib.import_module(place), new)
+        if otherwise is not None:
             return otherwise(name)
-        if name not in names:
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        warn(f"{module}.{name}", names[name])
-        place, _, new = names[name].rpartition(".")
-        return getattr(importlib.import_module(place), new)
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return __getattr__
 

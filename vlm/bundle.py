@@ -31,7 +31,7 @@ from vlm.models.dual_encoder import DualEncoder
 from vlm.models.text import shortened
 from vlm.nn.naflex import Patches
 from vlm.paths import keep_compiled_programs
-from vlm.sharding import shardings, to_host
+from vlm.sharding import replicated, shardings, to_host
 from vlm.weights import bundle_format, instantiate
 from vlm.weights.adapter import AdapterOrigin, SavedAdapter, write_adapter
 from vlm.weights.fingerprint import fingerprint_of, fingerprint_of_arrays
@@ -300,9 +300,9 @@ class Bundle(FactSheet):
     def _program(self, encode):
         """Compile `encode` of parameters and a batch; on a mesh, its result is replicated."""
         graph, _ = self._split
-        replicated = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
+        result = None if self._mesh is None else replicated(self._mesh)
         return jax.jit(
-            lambda state, rows: encode(nnx.merge(graph, state), rows), out_shardings=replicated
+            lambda state, rows: encode(nnx.merge(graph, state), rows), out_shardings=result
         )
 
     def _run(self, program, batches, size: int) -> Float32[np.ndarray, "n d"]:

@@ -21,10 +21,11 @@ from vlm.errors import ShardingError
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # a batch is sharded over both
 
-# Dimension of a parameter that is sharded over `tensor`, by the last two names of its path. Heads
-# and MLP columns are independent: each device computes its own, and an all-reduce adds them
-# (Megatron, arXiv:1909.08053). Counted from the end: stacked blocks have a leading layer axis.
 OUTPUTS, INPUTS = ("query", "key", "value", "up"), ("out", "down")
+# Dimension of a parameter that is sharded over `tensor`, by the last two names of its path (three
+# in an adapter). Heads and MLP columns are independent: each device computes its own, and an
+# all-reduce adds them (Megatron, arXiv:1909.08053). Counted from the end: stacked blocks have a
+# leading layer axis.
 TENSOR_DIMENSION: dict[tuple[str, ...], int] = {
     **{(layer, part): -2 for layer in ("query", "key", "value") for part in ("kernel", "bias")},
     ("out", "kernel"): -3,
@@ -95,6 +96,11 @@ def mesh_sizes(config: MeshConfig, devices: int, slices: int = 1) -> tuple[int, 
         )
     data, fsdp, tensor = sizes
     return data, fsdp, tensor
+
+
+def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """Describe an array with a sharding, without its values."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def batch_ways(mesh: Mesh | AbstractMesh) -> int:

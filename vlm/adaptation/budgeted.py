@@ -37,7 +37,7 @@ from vlm.data.class_names import described
 from vlm.data.duplicates import copied_from
 from vlm.errors import ConfigError, VlmError
 from vlm.evaluation.classification import target_ranks
-from vlm.evaluation.intervals import Metric, hit_rate
+from vlm.evaluation.intervals import hit_rate
 from vlm.heads.prompts import label_prompts
 from vlm.heads.saved import Classifier
 from vlm.heads.templates import choose_templates, describe_templates
@@ -267,29 +267,28 @@ class Evaluator:
         self.merit: dict[str, tuple[float, float]] = {}  # validation accuracy and likelihood
 
     def row(self, name: str, outcome: MethodResult, meter: ResourceMeter) -> Row:
-        measured = {which: self._accuracy(which, outcome) for which in self._sets}
-        self.merit[name] = measured["validation"].value, self._log_likelihood(outcome)
+        logits = {which: self._logits(which, outcome) for which in self._sets}
+        measured = {
+            which: hit_rate(target_ranks(values, self._sets[which].target), 1)
+            for which, values in logits.items()
+        }
+        likelihood = self._log_likelihood(logits["validation"])
+        self.merit[name] = measured["validation"].value, likelihood
         return Row(name, outcome.trained, meter.seconds, meter.peak, note=outcome.note, **measured)
 
-    def _log_likelihood(self, outcome: MethodResult) -> float:
+    def _log_likelihood(self, logits: np.ndarray) -> float:
         """Compute the mean log probability of the validation labels."""
-        logits = np.asarray(
-            outcome.classifier.logits(self._embeddings("validation", outcome.model))
-        )
         own = np.take_along_axis(
             to_scores(logits, "softmax"), self._sets["validation"].target[:, None], axis=1
         )
         return float(np.log(np.maximum(own, 1e-12)).mean())
 
-    def _accuracy(self, which: str, outcome: MethodResult) -> Metric:
+    def _logits(self, which: str, outcome: MethodResult) -> np.ndarray:
         labelled, classifier = self._sets[which], outcome.classifier
         if which == "shifted" and self._shifted_templates:
             prompts = label_prompts(labelled.names, labelled.texts, self._shifted_templates)
             classifier = ZeroShotClassifier(outcome.model, prompts)
-        ranks = target_ranks(
-            np.asarray(classifier.logits(self._embeddings(which, outcome.model))), labelled.target
-        )
-        return hit_rate(ranks, 1)
+        return np.asarray(classifier.logits(self._embeddings(which, outcome.model)))
 
     def _embeddings(self, which: str, model: Bundle) -> np.ndarray:
         if model is not self._base:

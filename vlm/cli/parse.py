@@ -48,7 +48,6 @@ def options(default: T, prog: str, args: list[str], about: str) -> T:
     Raises:
         UsageError: an unknown field, or a value of another type.
     """
-    args = rename_options(args)
     default = _with_named_parts(default, args)
     return _cli(type(default), prog, args, default=default, description=about)
 

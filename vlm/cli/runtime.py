@@ -43,10 +43,11 @@ def leave_out_absent_tpu() -> None:
     """
     if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
         return
-    tpu = any(map(glob.glob, TPU_DEVICES)) or any(name in os.environ for name in TPU_VARIABLES)
-    plugins = metadata.entry_points(group="jax_plugins")
-    if not tpu and importlib.util.find_spec("jax_plugins") is None and not plugins:
-        os.environ["JAX_PLATFORMS"] = "cpu"
+    if any(map(glob.glob, TPU_DEVICES)) or any(name in os.environ for name in TPU_VARIABLES):
+        return
+    if importlib.util.find_spec("jax_plugins") or metadata.entry_points(group="jax_plugins"):
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def prepare_inference() -> None:

@@ -43,9 +43,8 @@ def stop_all(error: Exception) -> None:
     """Stop all processes; each prints what failed in this one."""
     if not _exit_report.acquire(blocking=False):
         threading.Event().wait()  # the heartbeat thread reports another failure and exits
-    message = f"{name(jax.process_index())} failed: {error}; all processes of the run stop"
-    if not isinstance(error, VlmError):  # a VlmError names its own fix
-        message += _RESUME
+    fix = "" if isinstance(error, VlmError) else _RESUME  # a VlmError names its own fix
+    message = _stop_message(f"{name(jax.process_index())} failed: {error}", fix)
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
         service().key_value_set(_FAILURE, message)
     _delay_exit_of_first()
@@ -170,5 +169,5 @@ def _end_death_reporter() -> None:
             _death_reporter.communicate(b"signed off", timeout=5)
 
 
-def _stop_message(message: str) -> str:
-    return f"{message}; all processes of the run stop{_RESUME}"
+def _stop_message(message: str, fix: str = _RESUME) -> str:
+    return f"{message}; all processes of the run stop{fix}"

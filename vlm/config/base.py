@@ -7,7 +7,7 @@ import types
 import typing
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from vlm._deprecation import FIELDS, rename_fields
+from vlm._deprecation import FIELDS, rename_fields, warn
 from vlm.config.bounds import check_bounds, check_image_size, check_projection
 from vlm.errors import ConfigError, brief
 
@@ -52,9 +52,11 @@ class Config(metaclass=_AcceptsOldNames):
 
         def __getattr__(self, name: str) -> Any:
             """Return a field by its old name."""
-            if name not in FIELDS.get(type(self).__name__, {}):
-                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            (new,) = rename_fields(type(self).__name__, {name: None})
+            cls = type(self).__name__
+            new = FIELDS.get(cls, {}).get(name)
+            if new is None:
+                raise AttributeError(f"{cls!r} object has no attribute {name!r}")
+            warn(f"{cls}.{name}", f"{cls}.{new}")
             return getattr(self, new)
 
     def check(self) -> None:

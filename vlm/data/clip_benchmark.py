@@ -100,7 +100,7 @@ class ClipBenchmarkSource(ShardSource):
             templates = _lines(root, "zeroshot_classification_templates.txt")
             self.templates = templates and tuple(t.replace("{c}", "{}") for t in templates)
         read = DataConfig(source=config.source, image=config.image, captions=(self._member,))
-        super().__init__(index_for(names, config), names, read)
+        super().__init__(index_for(names), names, read)
         self._features = [config.label] if config.label else list(config.captions)
         if self.faults:  # a metric must not be computed on a part of the data
             raise DataError(f"{self.faults[0]['why']}: fetch it again")

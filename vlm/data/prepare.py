@@ -94,7 +94,8 @@ def prepare(
     source = ExampleReader(config, split)
     folder, done = begin(config, split, out, wanted)
     place, read = (done[-1]["next"], done[-1]["read"]) if done else (None, 0)
-    seen = {key for line in done for key in _duplicate_keys(folder, line["shard"])}
+    earlier = done if wanted.deduplicate else []
+    seen = {key for line in earlier for key in _duplicate_keys(folder, line["shard"])}
     rows: list[Row] = []
     kept = 0
 
@@ -111,8 +112,9 @@ def prepare(
                 if wanted.deduplicate and result.duplicate_key in seen:
                     result = DUPLICATE
                 else:
-                    seen.add(result.duplicate_key)
                     kept += 1
+                    if wanted.deduplicate:
+                        seen.add(result.duplicate_key)
             rows.append((read, result, next_place))
             if kept == wanted.examples:
                 finish_shard()

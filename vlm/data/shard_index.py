@@ -115,7 +115,7 @@ def open_split(config: DataConfig, split: str) -> ShardSource:
     `faults`. DataError if there are no examples, or they lack wanted features.
     """
     names = split_files(config.source, split, config.train_split)
-    source = ShardSource(index_for(names, config), names, config)
+    source = ShardSource(index_for(names), names, config)
     for fault in source.faults:
         warn_once(f"{fault['why']}: {fault.get('samples', 1):,} samples are lost")
     where = f"the shards {config.source}"
@@ -175,7 +175,7 @@ def read_index(path: str) -> tuple[dict[str, Any], UInt64[np.ndarray, " n"]]:
         ) from None
 
 
-def index_for(names: list[str], config: DataConfig) -> str:
+def index_for(names: list[str]) -> str:
     """Return the index file of these shards: the one beside them, or one in the cache."""
     prepared = beside(names)
     if exists(prepared):

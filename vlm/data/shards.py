@@ -229,14 +229,17 @@ def known_count(shard: str) -> int | None:
     shard and of its first examples, under random access as the mean of the intact shards.
     """
     folder, slash, name = shard.rpartition("/")
-    stats, sizes, manifest = (
-        _json_objects(f"{folder}{slash}{file}")
-        for file in (f"{name.partition('.')[0]}_stats.json", "sizes.json", "manifest.jsonl")
+    places: dict[str, Callable[[dict[str, Any]], Any]] = {
+        f"{name.partition('.')[0]}_stats.json": lambda row: row.get("successes"),
+        "sizes.json": lambda row: row.get(name),
+        "manifest.jsonl": lambda row: row.get("examples") if row.get("file") == name else None,
+    }
+    counts = (  # a file is read only if those before it have no count
+        count(row)
+        for file, count in places.items()
+        for row in _json_objects(f"{folder}{slash}{file}")
     )
-    counts = [row.get("successes") for row in stats]
-    counts += [row.get(name) for row in sizes]
-    counts += [row.get("examples") for row in manifest if row.get("file") == name]
-    return next((count for count in counts if isinstance(count, int) and count >= 0), None)
+    return next((n for n in counts if isinstance(n, int) and n >= 0), None)
 
 
 def _json_objects(path: str) -> list[dict[str, Any]]:

@@ -68,7 +68,7 @@ def compare(a: Result, b: Result) -> list[Comparison]:
         one, other = a.provenance.evidence.get(what), b.provenance.evidence.get(what)
         if one != other:
             raise ConfigError(
-                f"{a.task!r} was measured on different {'data' if what[0] == 'd' else 'texts'} "
+                f"{a.task!r} was measured on different {what.removesuffix('_hash')} "
                 f"({one} and {other}): evaluate both models on the same"
             )
     of_a, of_b = a.samples, b.samples

@@ -63,7 +63,7 @@ def write_gallery(folder: str | os.PathLike, result: Result, task: Task) -> None
     if samples is None or image_at is None:
         return
     if isinstance(task, ZeroShotTask):
-        for i in examples(samples, most=MAX_PICTURES):
+        for i in examples(samples):
             query = int(samples["query"][i])
             names = [task.captions[int(samples[column][i])] for column in ("target", "predicted")]
             entries[query] = (query, *names)
@@ -125,11 +125,11 @@ def read_gallery(folder: str | os.PathLike, task: str) -> Gallery:
         return {}
 
 
-def examples(samples: Samples, most: int) -> list[int]:
+def examples(samples: Samples) -> list[int]:
     """Return rows to show: the most confident correct and wrong answers, then other wrong ones."""
     order = np.argsort(-samples["confidence"], kind="stable")
     right = samples["rank"][order] == 0
-    chosen = [*order[right][:SHOWN], *order[~right][: most - SHOWN]]
+    chosen = [*order[right][:SHOWN], *order[~right][: MAX_PICTURES - SHOWN]]
     return [int(i) for i in chosen]
 
 

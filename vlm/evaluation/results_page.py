@@ -100,12 +100,11 @@ def _task(result: Result, gallery: Gallery) -> dict:
             groups += _groups(f"{title}: best", dict.fromkeys(best, ""), gallery)
             ranks = {i: f"(rank {samples['rank'][i] + 1:,})" for i in worst}
             groups += _groups(f"{title}: worst", ranks, gallery)
-        return {"groups": groups, "reliability": ""} if groups else {}
+        return {"groups": groups} if groups else {}
     if samples is None or "predicted" not in samples:
         return {}
     right = samples["rank"] == 0
     return {
-        "groups": [],
         "reliability": reliability_chart(samples["confidence"], right),
         "confusion": confusion_chart(samples["predicted"], samples["target"]),
         "examples": [

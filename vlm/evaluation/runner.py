@@ -156,9 +156,8 @@ class Report:
             ]
             for head, row in zip_longest(heads, rows, fillvalue=""):
                 table.add_row(head, *row)
-        if self._decode():
-            table.caption = f"Images are decoded as: {self._decode()}"
-            table.caption_justify = "left"
+        if decoded := self._decode():
+            table.caption = f"Images are decoded as: {decoded}"
         return table
 
     def _repr_html_(self) -> str:
@@ -167,7 +166,7 @@ class Report:
             for r in self.results
             for name, m in r.metrics.items()
         ]
-        decoded = f", images decoded as: {self._decode()}" if self._decode() else ""
+        decoded = f", images decoded as: {rule}" if (rule := self._decode()) else ""
         headings = ("task", "data", "texts", "metric", "value", "95% interval", "n")
         caption = f"Evaluation of {self._models()}{decoded}"
         return render("table.html", headings=headings, rows=rows, caption=caption)

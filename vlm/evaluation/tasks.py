@@ -158,7 +158,8 @@ class ZeroShotTask(_ClassTask):
         rows = np.arange(len(target))
         predicted, confidence = _best(model, z_image, z_captions)
         if names:
-            predicted = np.array([names.index(name) for name in names])[predicted]
+            first = {name: i for i, name in reversed(list(enumerate(names)))}  # of equal names
+            predicted = np.array([first[name] for name in names])[predicted]
         if self.classes:
             metrics["mean_per_class_recall"] = mean_per_class_recall(ranks, target)
             metrics["calibration_error"] = calibration_error(confidence, predicted == target)

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 from vlm.config import DataConfig
 from vlm.data.class_names import names_of, numbered
 from vlm.data.known_classes import known_classes
-from vlm.data.sources import classes_of, open_source, split_names
 from vlm.errors import ConfigError, DataError
 from vlm.paths import decode_text, lines_of
 
@@ -74,6 +73,9 @@ def data_set_of(place: str) -> DataSetClasses | None:
         return DataSetClasses(numbered(known.names), list(known.names), known.templates)
     if kind not in ("tfds", "folder", "wds"):
         return None
+    # Not at the top: it imports grain, which takes half a second that inference need not wait.
+    from vlm.data.sources import classes_of, open_source, split_names
+
     config = DataConfig(
         source=place if kind == "tfds" else what,
         label="cls" if kind == "wds" else "label",

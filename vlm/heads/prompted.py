@@ -9,7 +9,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from flax import nnx
 from jaxtyping import Float, Int
 
 from vlm.bundle import Bundle
@@ -18,6 +20,7 @@ from vlm.heads.classifier_file import reading_classifier, write_classifier
 from vlm.heads.prompts import class_prompts
 from vlm.heads.zero_shot import Embeddings, ImageClassifier
 from vlm.inputs.tokenizer import Tokenizer
+from vlm.models.dual_encoder import unit_norm
 
 KEY = "vlm prompted classifier"  # metadata key in a saved file
 PROMPTS = 256  # batch size of the text tower
@@ -143,11 +146,6 @@ def prompt_encoder(model: Bundle) -> Any:
     Raises:
         ConfigError: a model without a text tower.
     """
-    import jax
-    from flax import nnx
-
-    from vlm.models.dual_encoder import unit_norm
-
     tower = getattr(getattr(model, "model", None), "text", None)
     if tower is None:
         raise ConfigError(

@@ -12,7 +12,7 @@ from vlm.nn.intermediates import Intermediates, capture
 class ConvTower(nnx.Module):
     """Map normalised images to embeddings (not unit norm): a stem, stages, a mean, a projection.
 
-    A tower sets `stages`, `projection` and `dtype`, and defines `_first_layers`.
+    A tower sets `projection` and `dtype`, and `stages` with `_first_layers`, or its `_positions`.
     """
 
     stages: Any

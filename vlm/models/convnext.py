@@ -1,7 +1,5 @@
 """ConvNeXt (Liu et al., 2022, arXiv:2201.03545) of LAION's CLIPs, as in timm and open_clip."""
 
-import functools
-
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -36,8 +34,8 @@ class ConvNeXtTower(ConvTower):
         self.norm = LayerNorm(width, c.norm_eps, rngs=rngs)
         mlp, hidden = c.projection == "mlp", 2 * embed_dim
         self.hidden = Linear(width, hidden, **options) if mlp else None
-        last = functools.partial(Linear, hidden if mlp else width, embed_dim, use_bias=False)
-        self.projection = None if c.projection == "none" else last(**options)
+        last, projects = hidden if mlp else width, c.projection != "none"
+        self.projection = Linear(last, embed_dim, use_bias=False, **options) if projects else None
 
     def _first_layers(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b p q c"]:
         return self.stem_norm(self.stem(images))
@@ -63,8 +61,7 @@ class Stage(nnx.Module):
     ):
         dtype = execution.dtype
         self.halve_norm = None if inputs is None else LayerNorm(inputs, norm_eps, rngs=rngs)
-        halve = functools.partial(PatchConv, dtype=dtype, rngs=rngs)
-        self.halve = None if inputs is None else halve(2, inputs, width)
+        self.halve = None if inputs is None else PatchConv(2, inputs, width, dtype=dtype, rngs=rngs)
 
         def block(rngs: nnx.Rngs) -> Block:
             return Block(width, mlp_dim, norm_eps=norm_eps, dtype=dtype, rngs=rngs)

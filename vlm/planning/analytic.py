@@ -8,8 +8,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import jax
-
 from vlm.chips import Chip
 from vlm.config import Experiment, TextConfig, ViTConfig
 from vlm.inputs.preprocess import Preprocess
@@ -18,7 +16,7 @@ from vlm.models.flops import step_flops
 from vlm.nn.remat import ATTENDED, MLP_HIDDEN, PROJECTED, SAVED
 from vlm.nn.tpu_attention import LONGEST
 from vlm.planning.collectives import FSDP, GRADIENTS, LOSS_RING, TENSOR
-from vlm.planning.compile import PlannedSupervision, StateBytes, planned_supervision
+from vlm.planning.compile import PlannedSupervision, StateBytes, planned_supervision, total_bytes
 
 FLOAT32 = 4  # bytes
 
@@ -163,8 +161,7 @@ def analytic_traffic(
         gathers = 3 if experiment.remat == "full" else 2
         moved = gathers * parameters / 2
         if extra.embedding is not None:
-            leaves = jax.tree.leaves(extra.embedding.parameters)
-            moved += sum(x.size * x.dtype.itemsize for x in leaves)  # once, in float32
+            moved += total_bytes(extra.embedding.parameters)  # once, in float32
         sent[FSDP] = moved / tensor * (fsdp - 1) / fsdp
     return sent
 

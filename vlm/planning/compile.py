@@ -18,7 +18,7 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.models.flops import Supervision
 from vlm.planning.collectives import Collective, collectives
 from vlm.planning.hlo import Program, parse
-from vlm.sharding import AXES, batch_sharding, path_names, replicated, shardings
+from vlm.sharding import AXES, batch_sharding, path_names, placed, replicated, shardings
 from vlm.training.objectives import HEADS, objective
 from vlm.training.partition import joined
 from vlm.training.step import Trainer, TrainState
@@ -145,17 +145,13 @@ def compile_step(experiment: Experiment, mesh: Mesh) -> CompiledStep | DoesNotFi
     trainer = Trainer(experiment, mesh, classes=extra.classes, teacher=extra.teacher)
     # With shardings, as in a run, since attention reads the mesh from them.
     rows = batch_sharding(mesh)
-    state = jax.tree.map(_placed, trainer.abstract_state, trainer.state_shardings)
-    batch = jax.tree.map(lambda x: _placed(x, rows), of_batch)
+    state = jax.tree.map(placed, trainer.abstract_state, trainer.state_shardings)
+    batch = jax.tree.map(lambda x: placed(x, rows), of_batch)
     compiled = _compile(trainer.step.lower(state, batch))
     if isinstance(compiled, DoesNotFit):
         return compiled
     step = read_step(compiled, trainer, time.perf_counter() - began)
     return step if extra.embedding is None else _with_teacher(step, extra.embedding, trainer)
-
-
-def _placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _with_teacher(
@@ -220,8 +216,8 @@ def compile_loss(experiment: Experiment, mesh: Mesh) -> int | None:
     state = abstract_state(e)
     kept = {"logit_scale", "logit_bias", *HEADS}
     params = {k: v for k, v in joined(state.params, state.frozen).items() if k in kept}
-    params = jax.tree.map(lambda x: _placed(x, replicated_sharding), params)
-    batch = {k: _placed(v, rows) for k, v in batch_of(e).items() if k not in ("images", "tokens")}
+    params = jax.tree.map(lambda x: placed(x, replicated_sharding), params)
+    batch = {k: placed(v, rows) for k, v in batch_of(e).items() if k not in ("images", "tokens")}
 
     def loss(params, z, batch):
         return objective(e, mesh, params, batch, *z)
@@ -258,6 +254,11 @@ def state_bytes(state: TrainState, mesh: Mesh | AbstractMesh) -> StateBytes:
         optimizer=bytes_on(state.opt_state, mesh),
         averages=bytes_on(state.ema, mesh),
     )
+
+
+def total_bytes(tree: Any) -> int:
+    """Bytes of all arrays, unsharded."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def bytes_on(tree: Any, mesh: Mesh | AbstractMesh) -> int:

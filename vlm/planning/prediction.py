@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from rich.console import Console, ConsoleOptions, RenderResult
 
@@ -29,6 +28,7 @@ from vlm.planning.compile import (
     compile_step,
     planned_supervision,
     state_bytes,
+    total_bytes,
     with_dtype,
 )
 from vlm.planning.needs import Needs, needs
@@ -90,7 +90,7 @@ class Plan:
         """True if the numbers come from XLA (including an out-of-memory verdict)."""
         return self.memory.basis == "compiled" or self.refusal is not None
 
-    @property
+    @functools.cached_property
     def prediction(self) -> Prediction | None:
         if not self.roofline or not self.calibration:
             return None
@@ -227,22 +227,20 @@ def plan(
     if extra.embedding is not None:
         teacher_bytes = bytes_on(extra.embedding.parameters, grid)
         state = dataclasses.replace(state, teacher=teacher_bytes)
-    check_state(state, topology, dict(grid.shape))
+    sizes = dict(grid.shape)
+    check_state(state, topology, sizes)
     step = compile_step(e, grid) if isinstance(grid, Mesh) else None
     memory = _memory(e, topology, grid, state, step, loss=loss and compiled)
     refusal = step.message if isinstance(step, DoesNotFit) else None
     fits = refusal is None and (memory.limit is None or memory.peak <= memory.limit)
-    collectives, sent, flops, roofline, sizes = [], {}, None, None, dict(grid.shape)
+    collectives, sent, flops, roofline = [], {}, None, None
     if isinstance(step, CompiledStep):
-        collectives, flops = (
-            step.collectives,
-            sum(program.total_flops() for program in step.programs),
-        )
+        collectives = step.collectives
+        flops = sum(program.total_flops() for program in step.programs)
         for c in collectives:
             sent[c.place] = sent.get(c.place, 0.0) + c.sent
     else:
-        parameter_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract.params))
-        sent = analytic_traffic(e, parameter_bytes, sizes)
+        sent = analytic_traffic(e, total_bytes(abstract.params), sizes)
     if fits and topology.chip is not None:
         if isinstance(step, CompiledStep):
             roofline = compiled_roofline(e, topology, state, step)
@@ -261,7 +259,7 @@ def plan(
         sent=sent,
         roofline=roofline,
         calibration=calibrated,
-        state_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)),
+        state_bytes=total_bytes(abstract),
         fits=fits,
         refusal=refusal,
         largest=largest_fit,

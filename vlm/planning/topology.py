@@ -15,7 +15,7 @@ from vlm.chips import CHIPS, Chip, chip_of
 from vlm.config import MeshConfig
 from vlm.errors import ConfigError
 
-# Slices that Cloud TPU offers (sources in chips.py). Larger slices of the 3D generations have any
+# Slices that Cloud TPU offers (sources in chips.toml). Larger slices of the 3D generations have any
 # sizes that are multiples of 4, smallest first.
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")

@@ -197,14 +197,12 @@ def _write_report(run: Run, held_out: HeldOut, report: Report, state, embedded, 
         facts=_facts(state, run.experiment.preprocess.decode),
         credits=credits,
     )
-    assert data.eval_split is not None
-    source = open_source(data, data.eval_split)
-    scores = to_scores(scale * z_image @ z_captions.T + bias, loss)
     chosen = np.linspace(0, len(target) - 1, min(SHOWN, len(target))).astype(int)
+    scores = to_scores(scale * z_image[chosen] @ z_captions.T + bias, loss)
     gallery_png(
         run.folder / "gallery.png",
-        [source[int(i)][data.image] for i in chosen],
-        [[(captions[j], float(scores[i, j])) for j in np.argsort(-scores[i])[:4]] for i in chosen],
+        [held_out._source[int(i)][data.image] for i in chosen],
+        [[(captions[j], float(row[j])) for j in np.argsort(-row)[:4]] for row in scores],
         right=[captions[target[i]] for i in chosen],
     )
 

@@ -11,8 +11,8 @@ Params = dict[Any, Any]  # nested, by name; list items by index
 def partition(params: Params, trained: Callable[[tuple[str, ...]], bool]) -> tuple[Params, Params]:
     """Return (leaves whose path is `trained`, all other leaves), without empty branches."""
     leaves = flatten_dict(params)
-    chosen = {path for path in leaves if trained(tuple(map(str, path)))}
-    yes, no = ({p: x for p, x in leaves.items() if (p in chosen) == side} for side in (True, False))
+    yes = {path: x for path, x in leaves.items() if trained(tuple(map(str, path)))}
+    no = {path: x for path, x in leaves.items() if path not in yes}
     return unflatten_dict(yes), unflatten_dict(no)
 
 

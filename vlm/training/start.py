@@ -12,6 +12,7 @@ from vlm.data.pipeline import TrainIterator
 from vlm.data.sources import vocabulary_texts
 from vlm.errors import ConfigError
 from vlm.inputs.tokenizer import Tokenizer, train_bpe
+from vlm.sharding import placed
 from vlm.training.changes import LENGTHS
 from vlm.training.checkpoint import Checkpoints
 from vlm.training.console import log
@@ -48,11 +49,7 @@ def start(
     classes: Classes | None = None,
 ) -> TrainState:
     """Restore the state of the newest checkpoint, or initialise a new one."""
-    abstract = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        trainer.abstract_state,
-        trainer.state_shardings,
-    )
+    abstract = jax.tree.map(placed, trainer.abstract_state, trainer.state_shardings)
     e = trainer.experiment
     restored = checkpoints.restore(trainer.checkpoint_state(abstract))
     if restored is not None:

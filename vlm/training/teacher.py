@@ -17,7 +17,7 @@ from vlm.errors import ConfigError
 from vlm.inputs.preprocess import Preprocess
 from vlm.losses.cached import join_batch, split_batch
 from vlm.models.flops import Supervision
-from vlm.sharding import batch_sharding, shardings
+from vlm.sharding import batch_sharding, placed, shardings
 from vlm.training.resolution import shrink
 from vlm.weights.instantiate import abstract_model
 from vlm.weights.registry import describe
@@ -102,9 +102,6 @@ class DescribedTeacher:
 
     def trace(self, mesh: Mesh) -> Any:
         """Trace the program of `Teacher` for a mesh, whose devices need not exist."""
-
-        def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
         e, rows = self._experiment, batch_sharding(mesh)
         size, length = e.model.vision.image_size, self.config.text.context_length

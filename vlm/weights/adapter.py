@@ -16,11 +16,11 @@ from etils import epath
 
 from vlm._version import __version__
 from vlm.config import AdapterConfig, PreprocessConfig, from_dict, to_dict
-from vlm.errors import CheckpointError, ConfigError
+from vlm.errors import CheckpointError, ConfigError, brief
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.adapters import Adapter, Factors
 from vlm.models.dual_encoder import DualEncoder
-from vlm.weights.fields import brief, integer, read_json_of_format, string
+from vlm.weights.fields import integer, read_json_of_format, string
 from vlm.weights.files import SafetensorsFile
 from vlm.weights.fingerprint import VerifiedTensors, fingerprint, write_with_digests
 from vlm.weights.new_folder import new_folder

@@ -56,6 +56,7 @@ def open_checkpoint(folder: epath.Path, values: dict[str, Any], config: ModelCon
         config,
         rules(vision),
         tensors=with_temperature(tensors, "temperature", 1 / config.init_scale),
+        preprocess=preprocess,
         ignored=_ignored,
         context_length=min(LENGTH, config.text.context_length),
     )

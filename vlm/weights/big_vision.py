@@ -17,9 +17,8 @@ from etils import epath
 from jaxtyping import Shaped
 
 from vlm.config import ModelConfig, PreprocessConfig, TextConfig, ViTConfig
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, brief
 from vlm.weights.checkpoint import Checkpoint
-from vlm.weights.fields import brief
 from vlm.weights.flax_layers import (
     MERGED,
     MERGED_OUT,

@@ -19,8 +19,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Shaped
 
-from vlm.errors import CheckpointError
-from vlm.weights.fields import brief
+from vlm.errors import CheckpointError, brief
 
 # https://github.com/huggingface/safetensors#format
 DTYPES = {

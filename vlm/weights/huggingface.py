@@ -83,6 +83,7 @@ def assemble(
     *,
     tensors: Tensors | None = None,
     tokenizer: Tokenizer | None = None,
+    preprocess: PreprocessConfig | None = None,
     ignored: Callable[[str], bool] = lambda name: name.endswith(".position_ids"),  # buffers
     positions: Positions = "bicubic",
     context_length: int | None = None,
@@ -101,7 +102,7 @@ def assemble(
     return Checkpoint(
         folder.name,
         config,
-        preprocess_config(folder, config.vision.image_size),
+        preprocess or preprocess_config(folder, config.vision.image_size),
         tokenizer,
         weights(folder, *WEIGHTS) if tensors is None else tensors,
         rules,

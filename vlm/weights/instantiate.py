@@ -92,13 +92,12 @@ def fill_towers(
         return fill(skeleton, rules, tensors, ignored=ignored, **options)
     other = "text" if tower == "vision" else "vision"
     prefix = f"{other}."
-    left_out = {
-        layer.theirs
-        for layer in expand(rules, flat_shapes(skeleton))
-        if layer.ours.startswith(prefix)
-    }
-    names = [rule.ours if isinstance(rule.ours, str) else rule.ours[0] for rule in rules]
-    kept = [rule for rule, name in zip(rules, names, strict=True) if not name.startswith(prefix)]
+    kept: list[Rule] = []
+    dropped: list[Rule] = []
+    for rule in rules:
+        name = rule.ours if isinstance(rule.ours, str) else rule.ours[0]
+        (dropped if name.startswith(prefix) else kept).append(rule)
+    left_out = {layer.theirs for layer in expand(dropped, flat_shapes(skeleton))}
     setattr(skeleton, other, None)
     return fill(
         skeleton, kept, tensors, ignored=lambda name: name in left_out or ignored(name), **options

@@ -15,14 +15,13 @@ import numpy as np
 from etils import epath
 
 from vlm.config import AdapterConfig
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, brief
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.adapters import Adapter, Factors, LayerSize, linear_layers, size_of
 from vlm.models.dual_encoder import DualEncoder
 from vlm.weights.adapter import AdapterOrigin, SavedAdapter
 from vlm.weights.fields import (
     boolean,
-    brief,
     fields,
     integer,
     list_names,

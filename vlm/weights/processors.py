@@ -9,8 +9,8 @@ import math
 from typing import Any, Literal
 
 from vlm.config import CLIP_MEAN, CLIP_STD, PreprocessConfig
-from vlm.errors import CheckpointError
-from vlm.weights.fields import MAX_PIXELS, boolean, brief, choice, integer, number, string
+from vlm.errors import CheckpointError, brief
+from vlm.weights.fields import MAX_PIXELS, boolean, choice, integer, number, string
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Names of open_clip.

@@ -2,7 +2,8 @@
 
 A module has the patterns of its `NAMES`, each with the pairs of timm_pool and timm_proj that it
 reads; `READS`, the same in words; `vision_config`, which reads sizes off the shapes of tensors;
-`options`, which has the fields of a `vision_cfg` for a tower; `rules`.
+`options`, which has the fields of a `vision_cfg` for a tower (fastvit has none, since
+it is not written); `rules`.
 """
 
 from typing import Any
@@ -23,16 +24,19 @@ def vision_config(
     Raises:
         CheckpointError: an unknown tower, another pool or projection, or other weights.
     """
-    found = {
-        pattern: family for family in FAMILIES for pattern in family.NAMES if pattern.match(name)
-    }
-    if not found:
+    matches = (
+        (family, pairs)
+        for family in FAMILIES
+        for pattern, pairs in family.NAMES.items()
+        if pattern.match(name)
+    )
+    family, pairs = next(matches, (None, ()))
+    if family is None:
         raise CheckpointError(
             f"{where}: the vision tower {brief(name)} is not one that vlm reads: of timm's it "
             f"reads {'; '.join(family.READS for family in FAMILIES)}"
         )
-    pattern, family = next(iter(found.items()))
-    if (pool, proj or None) not in family.NAMES[pattern]:
+    if (pool, proj or None) not in pairs:
         raise CheckpointError(
             f"{where}: the vision tower {name!r} has timm_pool {pool!r} and timm_proj {proj!r}: "
             f"vlm reads {family.READS}"

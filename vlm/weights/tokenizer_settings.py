@@ -11,8 +11,8 @@ import tokenizers
 from etils import epath
 from tokenizers import AddedToken
 
-from vlm.errors import CheckpointError
-from vlm.weights.fields import boolean, brief, choice, fields, read_json, string
+from vlm.errors import CheckpointError, brief
+from vlm.weights.fields import boolean, choice, fields, read_json, string
 
 # Named tokens. transformers makes all of them special.
 NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")

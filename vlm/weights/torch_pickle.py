@@ -24,8 +24,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Shaped
 
-from vlm.errors import CheckpointError
-from vlm.weights.fields import brief
+from vlm.errors import CheckpointError, brief
 
 _STORAGES = {
     "DoubleStorage": np.dtype(np.float64),

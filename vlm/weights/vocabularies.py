@@ -9,10 +9,10 @@ from etils import epath
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from vlm.config import Clean, ModelConfig, TokenizerConfig
-from vlm.errors import CheckpointError, DataError
+from vlm.errors import CheckpointError, DataError, brief
 from vlm.inputs.tokenizer import Tokenizer, read_vocabulary
 from vlm.weights import sentencepiece
-from vlm.weights.fields import brief, fields, read_json, string
+from vlm.weights.fields import fields, read_json, string
 from vlm.weights.tokenizer_settings import Settings
 
 CLIP_VOCABULARY = pathlib.Path(__file__).parent / "clip" / "tokenizer.json"

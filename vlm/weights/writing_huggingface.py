@@ -31,7 +31,9 @@ def write_huggingface(
     Raises:
         CheckpointError: transformers does not support something.
     """
-    config, names = model.config, {}
+    config = model.config
+    # AlignModel and Tipsv2Model take a mask.
+    settings: dict[str, Any] = {"model_input_names": ["input_ids", "attention_mask"]}
     if tokenizer.config.zeroed_id is not None:
         parts.refuse("transformers", [f"tokenizer.zeroed_id {tokenizer.config.zeroed_id}"])
     if isinstance(config.vision, EfficientNetConfig):
@@ -41,17 +43,16 @@ def write_huggingface(
         values, tensors = tipsv2_config(config, tokenizer), tipsv2_tensors(model)
         processor = tipsv2_preprocess(preprocess.config)
     else:
+        settings = {}
         if is_bert_clip(config):
             values, tensors = bert_clip_config(config), bert_clip_tensors(model)
         else:
             values = huggingface_config(config, tokenizer)
             tensors = write(model, huggingface.RULES[values["model_type"]])
         processor = _preprocess(preprocess.config, values["model_type"])
-    if values["model_type"] in ("align", "tipsv2"):
-        names["model_input_names"] = ["input_ids", "attention_mask"]
     parts.dump(folder / "config.json", values)
     parts.dump(folder / "preprocessor_config.json", processor)
-    tokenizer_files(folder, tokenizer, **names)
+    tokenizer_files(folder, tokenizer, **settings)
     write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
 
 
