@@ -1,30 +1,43 @@
-"""`vlm docs`: the reference of every public name, as pages."""
+"""`vlm docs`: the documentation, built from the installed package and shown in a browser."""
 
 import functools
+import hashlib
 import http.server
-import importlib
-import inspect
-import pkgutil
-import re
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from tyro.conf import arg
 
+import vlm
 from vlm.cli.parse import UsageError
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, VlmError
+from vlm.paths import cache_dir
+
+PACKAGE = Path(vlm.__file__).parent
+SOURCES = PACKAGE / "docs"
+# Parts of the documentation that are elsewhere in a clone; a wheel has them in `vlm/docs`.
+IN_A_CLONE = {
+    "tutorials": PACKAGE.parent / "notebooks",
+    "changelog.md": PACKAGE.parent / ".github" / "CHANGELOG.md",
+}
 
 
 def docs(
     *,
     out: Annotated[str | None, arg(metavar="FOLDER")] = None,
     port: int = 8080,
+    strict: bool = False,
 ) -> None:
-    """Show the reference: every public name with its arguments, errors and an example.
+    """Show the documentation: tutorials, how-to pages, concepts and the reference.
 
-    The test suite runs the examples. Needs the extra `docs`.
+    The pages are built at first use, which takes about half a minute, and need no network. Needs
+    the extra `docs`.
 
     Examples:
       vlm docs
@@ -33,6 +46,7 @@ def docs(
     Args:
         out: write the pages to this new folder, and start no server.
         port: serve them at http://localhost:PORT/ until Ctrl-C.
+        strict: fail on any warning, such as a broken link.
     """
     from vlm.cli.terminal import print_status
 
@@ -40,20 +54,22 @@ def docs(
         folder = Path(out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(f"{out!r} exists already: give another folder")
-        render(folder)
-        print_status(f"the reference in {out}: open {folder / 'vlm.html'}")
+        build(folder, strict=strict)
+        print_status(f"the documentation in {out}: open {folder / 'index.html'}")
         return
-    with tempfile.TemporaryDirectory(prefix="vlm-docs-") as pages:
-        handler = functools.partial(_QuietHandler, directory=pages)
-        try:
-            server = http.server.ThreadingHTTPServer(("localhost", port), handler)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UsageError(f"port {port} cannot be served ({reason}): choose another") from None
-        with server:
-            render(Path(pages))
-            print_status(f"the reference at http://localhost:{server.server_port}/vlm.html")
-            server.serve_forever()
+    pages = Path(cache_dir()) / "docs" / f"{vlm.__version__}-{_fingerprint()}"
+    handler = functools.partial(_QuietHandler, directory=str(pages))
+    try:
+        server = http.server.ThreadingHTTPServer(("localhost", port), handler)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"port {port} cannot be served ({reason}): choose another") from None
+    with server:
+        if not pages.exists():
+            print_status("building the documentation")
+            build(pages, strict=strict)
+        print_status(f"the documentation at http://localhost:{server.server_port}/")
+        server.serve_forever()
 
 
 class _QuietHandler(http.server.SimpleHTTPRequestHandler):
@@ -63,60 +79,48 @@ class _QuietHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def render(folder: Path) -> None:
-    """Write the pages of vlm and its subpackages.
+def build(folder: Path, *, strict: bool = False) -> None:
+    """Write the pages to a new folder. With `strict`, a warning of Sphinx is an error.
 
     Raises:
-        ConfigError: pdoc is not installed.
+        ConfigError: the packages of the extra `docs` are not installed.
+        VlmError: Sphinx fails; the message ends with its output.
     """
-    try:
-        import pdoc
-        import pdoc.render
-        import pdoc.render_helpers
-    except ModuleNotFoundError:
+    missing = [n for n in ("sphinx", "myst_nb", "furo") if importlib.util.find_spec(n) is None]
+    if missing:
         raise ConfigError(
-            'vlm docs needs pdoc, which is not installed: run pip install "vlm-jax[docs]"'
-        ) from None
-    pdoc.render.configure(
-        docformat="google", show_source=False, template_directory=Path(__file__).parent / "pages"
-    )
-    pdoc.render.env.filters["format_signature"] = functools.partial(
-        _signature, pdoc.render_helpers.format_signature
-    )
-    modules = [_with_public_names(name) for name in subpackages()]
-    pdoc.pdoc(*modules, r"!vlm\.\w+\.", output_directory=folder)
+            f'vlm docs needs {missing[0]}, which is not installed: run pip install "vlm-jax[docs]"'
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".docs-", dir=folder.parent) as scratch:
+        sources, pages = Path(scratch, "sources"), Path(scratch, "pages")
+        copy_sources(sources)
+        line = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-j", "auto"]
+        line += ["-d", f"{scratch}/doctrees", *(["-W", "--keep-going"] if strict else [])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        done = subprocess.run(
+            [*line, str(sources), str(pages)], capture_output=True, text=True, env=environment
+        )
+        if done.returncode:
+            raise VlmError(f"the documentation cannot be built: {done.stderr.strip()}")
+        pages.replace(folder)
 
 
-class _Text(str):
-    """Text of a type in a signature, without quotes."""
-
-    __repr__ = str.__str__
-
-
-def _signature(formatted: Callable[..., Any], signature: inspect.Signature, colon: bool) -> Any:
-    """Format a signature with pdoc, without the modules of types."""
-
-    def short(annotation: Any) -> Any:
-        if annotation is inspect.Signature.empty:
-            return annotation
-        return _Text(re.sub(r"(\w+\.)+(?=[A-Za-z_])", "", inspect.formatannotation(annotation)))
-
-    parameters = [p.replace(annotation=short(p.annotation)) for p in signature.parameters.values()]
-    result = short(signature.return_annotation)
-    return formatted(signature.replace(parameters=parameters, return_annotation=result), colon)
+def copy_sources(folder: Path) -> None:
+    """Copy the sources of all pages to a new folder, as Sphinx needs them."""
+    shutil.copytree(SOURCES, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, path in IN_A_CLONE.items():
+        if path.is_dir():
+            shutil.copytree(path, folder / name, dirs_exist_ok=True)
+        elif path.exists():
+            shutil.copy(path, folder / name)
 
 
-def subpackages() -> list[str]:
-    """Return the names of vlm and of each subpackage with public names."""
-    package = str(Path(__file__).parent.parent)
-    inside = [name for _, name, is_package in pkgutil.iter_modules([package]) if is_package]
-    return ["vlm", *(f"vlm.{name}" for name in sorted(inside) if name != "cli")]
-
-
-def _with_public_names(name: str) -> str:
-    """Load the lazy names of a module into it, because pdoc does not trigger lazy imports."""
-    module = importlib.import_module(name)
-    names = [n for n in dir(module) if not n.startswith("_")]
-    things = {n: thing for n in names if not inspect.ismodule(thing := getattr(module, n))}
-    vars(module).update(things, __all__=sorted(things))
-    return name
+def _fingerprint() -> str:
+    """Return a digest of the files that the pages come from, by their size and time."""
+    digest = hashlib.sha256()
+    for path in [*sorted(PACKAGE.rglob("*")), *sorted(IN_A_CLONE["tutorials"].glob("*"))]:
+        if path.suffix in (".py", ".md", ".ipynb", ".csv", ".css"):
+            about = path.stat()
+            digest.update(f"{path} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:12]

@@ -86,6 +86,12 @@ _FLOATS = _by_field(
 )  # fmt: skip
 
 
+def bounds_of(cls: str, name: str, kind: type) -> Bounds:
+    """Return the range of a number of type `kind` in the field `name` of the class `cls`."""
+    table, default = (_INTEGERS, _SIZE) if issubclass(kind, int) else (_FLOATS, _FLOAT)
+    return table.get(f"{cls}.{name}") or table.get(name, default)
+
+
 def check_bounds(cls: str, name: str, value: Any, where: str) -> None:
     """Check the numbers in the field `name` of the class `cls`, also those in a tuple.
 
@@ -96,9 +102,7 @@ def check_bounds(cls: str, name: str, value: Any, where: str) -> None:
         for part in value:
             check_bounds(cls, name, part, where)
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        is_int = isinstance(value, int)
-        table, default = (_INTEGERS, _SIZE) if is_int else (_FLOATS, _FLOAT)
-        bounds = table.get(f"{cls}.{name}") or table.get(name, default)
+        bounds = bounds_of(cls, name, type(value))
         if value not in bounds:  # NaN is outside all bounds
             raise ConfigError(f"{where} is {brief(value)}: choose a number {bounds}")
 

@@ -81,7 +81,7 @@ def calibration_error(
     """Estimate the expected calibration error without its bias.
 
     Images are binned by the score of the prediction; the error is the mean over bins, weighted by
-    images, of |accuracy - mean confidence|. The usual estimate is biased: a chance difference adds
+    images, of `abs(accuracy - confidence)`. The usual estimate is biased: a chance difference adds
     to it (Kumar, Liang and Ma, 2019, arXiv:1909.10155). Here each bin's gap is reduced as far as it
     may be chance. The interval adds the remaining bias to Wilson's of the bins (Armstrong and
     Kolesár, 2018, doi:10.3982/ECTA14434): it covers at least 95%, more if most bins are calibrated.

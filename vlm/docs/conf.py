@@ -1,0 +1,72 @@
+"""Sphinx settings of the documentation; `vlm docs` runs Sphinx on a copy of this folder."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import reference_pages  # noqa: E402
+
+from vlm import __version__  # noqa: E402
+
+reference_pages.write(HERE / "reference")
+
+project = "vlm"
+author = "The vlm authors"
+copyright = author
+release = version = __version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+root_doc = "index"
+source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb", ".rst": "restructuredtext"}
+exclude_patterns = ["_build", "README.md"]
+
+# Pages. Formulas are code, because MathJax would be loaded from the network.
+myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "fieldlist"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # the notebooks are stored with their outputs
+nb_merge_streams = True
+suppress_warnings = ["mystnb.unknown_mime_type"]
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+# Reference. Backticks in docstrings are code, and a link where they are a public name.
+default_role = "py:obj"
+autosummary_generate = False
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+autodoc_class_signature = "mixed"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+add_module_names = False
+toc_object_entries_show_parents = "hide"
+autodoc_mock_imports = [
+    name
+    for name in ("array_record", "fastapi", "grain", "prometheus_client", "uvicorn")
+    if importlib.util.find_spec(name) is None
+]
+
+# Appearance: everything comes from this folder and the theme, nothing from the network.
+html_theme = "furo"
+html_title = f"vlm {version}"
+html_static_path = ["_static"]
+html_css_files = ["vlm.css"]
+html_copy_source = False
+html_show_sphinx = False
+html_theme_options = {
+    "source_repository": "https://github.com/vlm-jax/vlm/",
+    "source_branch": "main",
+    "source_directory": "vlm/docs/",
+}
