@@ -27,7 +27,7 @@ extensions = [
 ]
 root_doc = "index"
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb", ".rst": "restructuredtext"}
-exclude_patterns = ["_build", "README.md"]
+exclude_patterns = ["reference/tables"]
 
 # Pages. Formulas are code, because MathJax would be loaded from the network.
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "fieldlist"]

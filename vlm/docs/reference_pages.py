@@ -7,6 +7,7 @@ import pkgutil
 import re
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,43 @@ from vlm.config.base import Config
 from vlm.config.bounds import bounds_of
 from vlm.weights import catalogue
 
-GITHUB = "https://github.com/vlm-jax/vlm/blob/main"
-
 
 def write(folder: Path) -> None:
-    """Write the generated pages into the folder `reference` of the sources."""
-    names = public_names()
-    pages = {"models.md": models(), "config.rst": configs(names), "commands.md": commands()}
+    """Write the generated pages, and the tables of others, into the folder `reference`."""
+    names, known = public_names(), configs()
+    pages = {
+        "tables/commands.md": commands(),
+        "tables/api.md": packages(names),
+        "tables/config.md": config_classes(known),
+        "tables/models.md": table(*catalogue.table(catalogue.ENTRIES)),
+    }
     pages |= {f"commands/{page_name(name)}.md": command(name) for name in COMMANDS}
-    pages["api.md"] = api_index(names)
-    pages |= {f"api/{module}.rst": api(module, names) for module in names}
+    pages |= {f"api/{package}.rst": api(package, things) for package, things in names.items()}
+    pages |= {f"config/{cls.__name__}.rst": config(name, cls) for name, cls in known.items()}
     for path, text in pages.items():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [[cell.replace("|", r"\|") for cell in row] for row in rows]
+    columns = list(columns)
+    return "".join(f"| {' | '.join(row)} |\n" for row in [columns, ["---"] * len(columns), *lines])
+
+
+def toctree(pages: Iterable[str]) -> str:
+    """Return a hidden table of contents for Markdown."""
+    return "\n".join(["", "```{toctree}", ":hidden:", "", *pages, "```", ""])
+
+
+def summary(thing: Any) -> str:
+    """Return the first paragraph of a docstring, on one line."""
+    return " ".join(inspect.cleandoc(thing.__doc__ or "").split("\n\n")[0].split())
+
+
+# Commands
 
 
 def page_name(command: str) -> str:
@@ -38,13 +62,10 @@ def page_name(command: str) -> str:
 
 
 def commands() -> str:
-    """Return the list of commands."""
-    lines = ["# Commands", "", "`vlm COMMAND --help` prints the same in a terminal.", ""]
-    lines += ["| command | purpose |", "|---|---|"]
-    lines += [
-        f"| [`vlm {n}`](commands/{page_name(n)}.md) | {c.summary} |" for n, c in COMMANDS.items()
-    ]
-    return "\n".join([*lines, "", toctree(f"commands/{page_name(n)}" for n in COMMANDS)])
+    """Return the table of commands."""
+    pages = {name: f"commands/{page_name(name)}" for name in COMMANDS}
+    rows = [[f"[`vlm {n}`]({page}.md)", COMMANDS[n].summary] for n, page in pages.items()]
+    return table(["command", "purpose"], rows) + toctree(pages.values())
 
 
 def command(name: str) -> str:
@@ -53,10 +74,9 @@ def command(name: str) -> str:
         from vlm.cli.help import render
     except ImportError:  # until the help pages are here
         render = _printed_help
-    summary = COMMANDS[name].summary
+    about = COMMANDS[name].summary
     text = re.sub(r"\x1b\[[0-9;]*m", "", render(name, everything=True)).strip()
-    heading = f"# vlm {name}\n\n{summary[0].upper()}{summary[1:]}."
-    return f"{heading}\n\n````text\n{text}\n````\n"
+    return f"# vlm {name}\n\n{about[0].upper()}{about[1:]}.\n\n````text\n{text}\n````\n"
 
 
 def _printed_help(name: str, everything: bool) -> str:
@@ -68,34 +88,6 @@ def _printed_help(name: str, everything: bool) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         main([*name.split(), "--help"])
     return printed.getvalue()
-
-
-def models() -> str:
-    """Return the table of known public checkpoints."""
-    columns, rows = catalogue.table(catalogue.ENTRIES)
-    lines = [
-        "# Models and licences",
-        "",
-        "These public checkpoints are known by name; `vlm models` prints the same table and filters",
-        "it. `vlm.load` reads many others: see [Choose a model](../howto/choose-a-model.md). Accuracy",
-        "is zero-shot top-1 on ImageNet as published by the authors or open_clip; `vlm models NAME`",
-        "shows the source.",
-        "",
-        f"| {' | '.join(columns)} |",
-        f"|{'---|' * len(columns)}",
-    ]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([*lines, ""])
-
-
-def toctree(names: typing.Iterable[str]) -> str:
-    """Return a hidden table of contents for Markdown."""
-    return "\n".join(["```{toctree}", ":hidden:", "", *names, "```", ""])
-
-
-def heading(title: str) -> list[str]:
-    """Return a page title for reStructuredText."""
-    return [title, "=" * len(title), ""]
 
 
 # Public names
@@ -118,35 +110,23 @@ def public_names() -> dict[str, dict[str, Any]]:
     return {package: names for package, names in found.items() if names}
 
 
-def api_index(names: dict[str, dict[str, Any]]) -> str:
-    """Return the list of packages."""
-    lines = [
-        "# Python names",
-        "",
-        "Names of `vlm` are the stable interface. Names of a subpackage are public too, and may",
-        "change in a minor version with a `DeprecationWarning`. The test suite runs every example.",
-        "",
-        "| package | contents |",
-        "|---|---|",
-    ]
-    for package in names:
-        about = (importlib.import_module(package).__doc__ or "").split("\n\n")[0].strip()
-        lines.append(f"| [`{package}`](api/{package}.rst) | {' '.join(about.split())} |")
-    return "\n".join([*lines, "", toctree(f"api/{package}" for package in names)])
+def packages(names: dict[str, dict[str, Any]]) -> str:
+    """Return the table of packages."""
+    rows = [[f"[`{p}`](api/{p}.rst)", summary(importlib.import_module(p))] for p in names]
+    return table(["package", "contents"], rows) + toctree(f"api/{p}" for p in names)
 
 
-def api(package: str, names: dict[str, dict[str, Any]]) -> str:
+def api(package: str, things: dict[str, Any]) -> str:
     """Return the page of one package: a table of its names, then each with its docstring."""
-    module = importlib.import_module(package)
-    lines = [*heading(package), inspect.cleandoc(module.__doc__ or ""), ""]
+    about = inspect.cleandoc(importlib.import_module(package).__doc__ or "")
+    lines = [package, "=" * len(package), "", about, ""]
     lines += [f".. py:module:: {package}", f".. currentmodule:: {package}", ""]
-    things = names[package]
     lines += [".. autosummary::", "   :nosignatures:", ""]
     lines += [f"   {name}" for name, thing in things.items() if callable_name(thing)]
     lines += [""]
     for name, thing in things.items():
         if is_config(thing):
-            continue  # on the page of config fields
+            continue  # it has a page of its own
         if inspect.isclass(thing):
             lines += [f".. autoclass:: {name}", "   :members:", ""]
         elif isinstance(thing, types.FunctionType):
@@ -176,25 +156,27 @@ def is_config(thing: Any) -> bool:
     return inspect.isclass(thing) and issubclass(thing, Config) and dataclasses.is_dataclass(thing)
 
 
-def configs(names: dict[str, dict[str, Any]]) -> str:
-    """Return the page of all config classes and their fields."""
-    lines = [
-        *heading("Config fields"),
-        "A config file binds ``config`` to a `vlm.Experiment`. Each field below is an option of",
-        "``vlm train`` too: ``optimizer.learning_rate`` is ``--optimizer.learning-rate``. A value of",
-        "another type or outside its range is an error that names the field.",
-        "",
+def configs() -> dict[str, type]:
+    """Return the config classes by the name that they are documented under."""
+    found = [
+        (f"{package}.{name}", thing)
+        for package, things in public_names().items()
+        for name, thing in things.items()
+        if is_config(thing)
     ]
-    classes = [(p, n, c) for p, things in names.items() for n, c in things.items() if is_config(c)]
-    classes.sort(key=lambda row: row[1] != "Experiment")
-    for package, name, cls in classes:
-        lines += [name, "-" * len(name), "", f".. py:currentmodule:: {package}", ""]
-        lines += config_class(name, cls)
-    return "\n".join(lines)
+    return dict(sorted(found, key=lambda pair: (pair[1] is not vlm.Experiment, pair[0])))
 
 
-def config_class(name: str, cls: type) -> list[str]:
-    """Return a config class with the type, default, range and help of each field."""
+def config_classes(known: dict[str, type]) -> str:
+    """Return the table of config classes."""
+    rows = [[f"[`{n}`](config/{c.__name__}.rst)", summary(c)] for n, c in known.items()]
+    return table(["class", "contents"], rows) + toctree(
+        f"config/{cls.__name__}" for cls in known.values()
+    )
+
+
+def config(full_name: str, cls: type) -> str:
+    """Return the page of a config class: type, default, range and help of each field."""
     from docstring_parser import parse
     from sphinx.ext.napoleon import Config as Napoleon
     from sphinx.ext.napoleon import GoogleDocstring
@@ -204,7 +186,9 @@ def config_class(name: str, cls: type) -> list[str]:
     settings = Napoleon(napoleon_use_rtype=False)
     helps = {param.arg_name: param.description or "" for param in parse(text).params}
     hints = typing.get_type_hints(cls)
-    lines = [f".. py:class:: {name}", ""]
+    package, _, name = full_name.rpartition(".")
+    lines = [full_name, "=" * len(full_name), "", f".. py:currentmodule:: {package}", ""]
+    lines += [f".. py:class:: {name}", ""]
     lines += indent(str(GoogleDocstring(about, settings)).splitlines())
     for field in dataclasses.fields(cls):
         lines += ["", *indent([f".. py:attribute:: {field.name}"])]
@@ -213,7 +197,7 @@ def config_class(name: str, cls: type) -> list[str]:
             lines += indent([f":value: {default}"], 2)
         about = f"{helps.get(field.name, '')}{range_text(name, field.name, hints[field.name])}"
         lines += ["", *indent([" ".join(about.split()).replace("*", r"\*")], 2)]
-    return [*lines, ""]
+    return "\n".join([*lines, ""])
 
 
 def indent(lines: list[str], times: int = 1) -> list[str]:
