@@ -1,10 +1,12 @@
 """Loss and backward pass beside open_clip's `ClipLoss` and `SigLipLoss`, in one run.
 
-    python tests/peers/bench_loss.py [--batch 16384] [--rounds 5] [--peer-python PYTHON]
+    python tests/peers/bench_loss.py [--batch 16384] [--rounds 5] [--peer-python PYTHON] [--chunk 1024]
 
 Each side is a process of its own with two threads; they take turns, so both meet the same load. The
 floor is 8 B^2 d over the rate of matrix products, measured in the same turns. `--peer-python` names
-the interpreter that has open_clip (extra `peers`), when it is not this one.
+the interpreter that has open_clip (extra `peers`), when it is not this one. `--chunk` is the
+chunk size of open_clip's sigmoid loss, which version 3.3 does not have (its main branch does: put
+its `src` on PYTHONPATH).
 """
 
 import argparse
@@ -56,7 +58,7 @@ def ours(batch_size):
     return {"product": products, **{kind: run(kind) for kind in KINDS}}
 
 
-def theirs(batch_size):
+def theirs(batch_size, chunk):
     import torch
     from open_clip.loss import ClipLoss, SigLipLoss
 
@@ -64,7 +66,8 @@ def theirs(batch_size):
     image, text = (torch.from_numpy(x).requires_grad_() for x in embeddings(batch_size))
     log_scale = torch.tensor(20.0).log().requires_grad_()
     bias = torch.tensor(-10.0, requires_grad=True)
-    losses = {"softmax": (ClipLoss(), ()), "sigmoid": (SigLipLoss(), (bias,))}
+    options = {"chunk_size": chunk} if chunk else {}
+    losses = {"softmax": (ClipLoss(), ()), "sigmoid": (SigLipLoss(**options), (bias,))}
 
     def run(kind):
         loss, more = losses[kind]
@@ -92,10 +95,11 @@ def serve(runs):
 class Side:
     """One of the two processes."""
 
-    def __init__(self, python, side, batch_size):
+    def __init__(self, python, side, batch_size, chunk=0):
         # XLA counts the cores that it may use; both sides are bound to the same two.
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:THREADS]))
-        command = ["taskset", "-c", cores, python, __file__, "--serve", side, "--batch", batch_size]
+        command = ["taskset", "-c", cores, python, __file__]
+        command += ["--serve", side, "--batch", batch_size, "--chunk", chunk]
         self.process = subprocess.Popen(
             [*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -115,15 +119,16 @@ def main():
     parser.add_argument("--batch", type=int, default=16_384)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer-python", default=sys.executable)
+    parser.add_argument("--chunk", type=int, default=0)
     parser.add_argument("--serve", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve({"ours": ours, "theirs": theirs}[args.serve](args.batch))
+        serve(ours(args.batch) if args.serve == "ours" else theirs(args.batch, args.chunk))
         return
 
     sides = {
         "ours": Side(sys.executable, "ours", args.batch),
-        "theirs": Side(args.peer_python, "theirs", args.batch),
+        "theirs": Side(args.peer_python, "theirs", args.batch, args.chunk),
     }
     seconds = {}
     names = [("ours", "product"), *((side, kind) for kind in KINDS for side in sides)]
