@@ -27,8 +27,8 @@ config = Experiment(
         workers=32,
     ),
     evals=(
-        imagenet(data_dir="/data/tfds"),
-        coco(data_dir="/data/tfds"),
+        imagenet("wds:/data/evals/imagenet1k"),
+        coco("wds:/data/evals/coco"),
     ),
     eval_every=1 / 32,  # an epoch
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.03, weight_decay=0.2),

@@ -21,7 +21,7 @@ config = Experiment(
     **recipes.clip("B/32"),
     name="clip-b32-datacomp",
     data=DataConfig(
-        source="gs://BUCKET/datacomp/{00000000..00012895}.tar",
+        source="gs://BUCKET/datacomp/*.tar",
         eval_split=None,
         captions=("txt",),
         augment=AugmentConfig(crop=(0.9, 1.0)),
@@ -30,8 +30,8 @@ config = Experiment(
         workers=16,
     ),
     evals=(
-        imagenet(data_dir="gs://BUCKET/tfds"),
-        coco(data_dir="gs://BUCKET/tfds"),
+        imagenet("wds:gs://BUCKET/evals/imagenet1k"),
+        coco("wds:gs://BUCKET/evals/coco"),
     ),
     eval_every=0.02,
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.005, weight_decay=0.2),

@@ -21,7 +21,7 @@ config = Experiment(
     **recipes.clip("L/14"),
     name="clip-l14-laion",
     data=DataConfig(
-        source="gs://BUCKET/laion2b-en/{000000..231349}.tar",
+        source="gs://BUCKET/laion2b-en/*.tar",
         eval_split=None,
         captions=("txt",),
         augment=AugmentConfig(crop=(0.9, 1.0)),
@@ -30,8 +30,8 @@ config = Experiment(
         workers=16,
     ),
     evals=(
-        imagenet(data_dir="gs://BUCKET/tfds"),
-        coco(data_dir="gs://BUCKET/tfds"),
+        imagenet("wds:gs://BUCKET/evals/imagenet1k"),
+        coco("wds:gs://BUCKET/evals/coco"),
     ),
     eval_every=0.02,
     optimizer=OptimizerConfig(learning_rate=5e-4, warmup=0.005, weight_decay=0.2),

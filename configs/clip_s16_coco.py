@@ -1,6 +1,6 @@
-"""CLIP ViT-S/16 on COCO's captions by TFDS, on one device (arXiv:1504.00325).
+"""CLIP ViT-S/16 on COCO's captions in Karpathy's splits, on one device (arXiv:1504.00325).
 
-Prepare the data once with `tfds build coco_captions --file_format array_record`.
+It reads COCO's own files: /data/coco/dataset_coco.json, train2014/ and val2014/ beside it.
 
 `vlm plan configs/clip_s16_coco.py --topology h100:1` says:
 
@@ -22,13 +22,12 @@ config = Experiment(
     **recipes.clip("S/16"),
     name="clip-s16-coco",
     data=DataConfig(
-        source="tfds:coco_captions",
+        source="/data/coco/dataset_coco.json",
         eval_split=None,
-        captions=("captions/text",),
         augment=AugmentConfig(crop=(0.5, 1.0), flip=True),
         workers=8,
     ),
-    evals=(coco(),),
+    evals=(coco("/data/coco/dataset_coco.json"),),
     eval_every=1 / 30,  # an epoch
     optimizer=OptimizerConfig(learning_rate=5e-4, weight_decay=0.2),
     batch_size=512,

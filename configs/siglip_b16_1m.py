@@ -22,7 +22,7 @@ config = Experiment(
     **recipes.siglip("B/16", tokenizer_file="gs://BUCKET/tokenizers/c4_en/tokenizer.json"),
     name="siglip-b16-1m",
     data=DataConfig(
-        source="gs://BUCKET/pairs/{000000..099999}.tar",
+        source="gs://BUCKET/pairs/*.tar",
         eval_split=None,
         captions=("txt",),
         augment=AugmentConfig(crop=None),
@@ -31,8 +31,8 @@ config = Experiment(
         workers=16,
     ),
     evals=(
-        imagenet(templates="siglip", data_dir="gs://BUCKET/tfds"),
-        coco(data_dir="gs://BUCKET/tfds"),
+        imagenet("wds:gs://BUCKET/evals/imagenet1k", templates="siglip"),
+        coco("wds:gs://BUCKET/evals/coco"),
     ),
     eval_every=0.02,
     optimizer=OptimizerConfig(

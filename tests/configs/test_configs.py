@@ -22,6 +22,7 @@ from vlm.config.defaults import with_defaults
 from vlm.data.pipeline import train_batches
 from vlm.data.sources import open_source
 from vlm.errors import ConfigError, DataError
+from vlm.evaluation.presets import coco, imagenet
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.training.loop import train
@@ -68,9 +69,12 @@ def shrunk(config: Experiment, folder: Path) -> Experiment:
             "interleave": 2,
         }
 
+    elif source.endswith(".json"):
+        captions = ("captions/text",)
+        data = {"source": "tfds:coco_captions", "captions": captions, "data_dir": str(folder)}
     else:
-        data = {"data_dir": str(folder) if source.startswith("tfds:") else config.data.data_dir}
-    evals = tuple(dataclasses.replace(e, data_dir=str(folder)) for e in config.evals)
+        data = {}
+    evals = tuple(prepared(e, folder) for e in config.evals)
     tokenizer = config.tokenizer_file
     if tokenizer not in (None, "clip"):
         tokenizer = str(folder / "tokenizer.json")
@@ -89,6 +93,12 @@ def shrunk(config: Experiment, folder: Path) -> Experiment:
         eval_every=0.5,
         run_dir=str(folder / config.name),
     )
+
+
+def prepared(config: EvalConfig, folder: Path) -> EvalConfig:
+    """The same evaluation on TFDS's form of its data."""
+    preset = {"imagenet": imagenet, "coco": coco}[config.name](data_dir=str(folder))
+    return dataclasses.replace(preset, templates=config.templates)
 
 
 def rows(run: Path) -> list[dict]:

@@ -6,7 +6,16 @@ from typing import Any
 
 from vlm.cli import parse
 from vlm.cli.parse import UsageError
-from vlm.config import DataConfig, Experiment, from_dict, load_config, to_dict
+from vlm.config import (
+    DataConfig,
+    Experiment,
+    from_dict,
+    load_config,
+    require_bucket,
+    to_dict,
+    with_bucket,
+    without_evals,
+)
 
 ABOUT = """\
 Train the model of a config. Every field of the config is an option; the defaults shown are those of
@@ -23,6 +32,9 @@ With --init-from, the model, its preprocessing and its tokenizer are those of MO
 vlm.load accepts), unless the config has a model; --init-image-size and --init-context-length resize
 it. Without a config, --data.source names the data.
 
+Configs for large runs name their files under gs://BUCKET: --bucket gs://NAME (or a folder) replaces
+it. --skip-evals NAME,NAME leaves evaluations of the config out.
+
 Several hosts: start the same command on each. Cloud TPU, SLURM, Open MPI and Kubernetes are
 detected; elsewhere add --coordinator HOST:PORT --processes N --process-id I, or set
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
@@ -33,6 +45,7 @@ Examples:
   vlm train --init-from google/siglip2-base-patch16-256 --data.source photos.csv
   vlm train --init-from runs/openmoji --data.source photos/ --data.label label --objective flyp
   vlm train configs/openmoji.py --init-from runs/openmoji --adapter.rank 8
+  vlm train configs/siglip_b16.py --bucket gs://my-bucket
   vlm train --resume runs/openmoji
   vlm train --resume runs/openmoji --mesh.fsdp 4 --checkpoint-minutes 5
   vlm train --resume runs/openmoji --coordinator 10.0.0.1:1234 --processes 2 --process-id 0"""
@@ -83,8 +96,11 @@ def experiment_of(args: list[str]) -> Experiment:
 
     config, options = (None, args) if args[0].startswith("-") else (args[0], args[1:])
     start, rest = _extract(options, START)
+    places, rest = _extract(rest, PLACES)
     if config is not None:
         experiment = load_config(config)
+        if "bucket" in places:
+            experiment = with_bucket(experiment, places["bucket"])
     elif "init_from" in start:
         name = os.path.basename(start["init_from"].rstrip("/")).partition(".")[0]
         experiment = dataclasses.replace(FINE_TUNING, name=f"{name}-finetuned")
@@ -100,7 +116,10 @@ def experiment_of(args: list[str]) -> Experiment:
         experiment = dataclasses.replace(experiment, **(sizes | start))
     experiment = with_model(_without_replaced_length(experiment, rest))
     about = ABOUT.format(config=config or experiment.init_from)
-    return parse.options(experiment, "vlm train CONFIG" if config else "vlm train", rest, about)
+    prog = "vlm train CONFIG" if config else "vlm train"
+    experiment = _without_evals(parse.options(experiment, prog, rest, about), places)
+    require_bucket(experiment)
+    return experiment
 
 
 HOSTS = {
@@ -114,6 +133,7 @@ START = {
     "--init-image-size": ("init_image_size", int),
     "--init-context-length": ("init_context_length", int),
 }
+PLACES = {"--bucket": ("bucket", str), "--skip-evals": ("skip_evals", str)}
 SIZES = {
     "--model.vision.image-size": ("init_image_size", int),
     "--preprocess.image-size": ("init_image_size", int),
@@ -149,10 +169,16 @@ def _changed(run: str, options: list[str]) -> Experiment:
     from vlm.paths import as_path
     from vlm.training.run import experiment_in
 
+    places, options = _extract(options, PLACES)
     experiment = _without_replaced_length(experiment_in(as_path(run)), options)
-    return parse.options(
-        experiment, "vlm train --resume RUN", options, ABOUT.format(config="that run")
-    )
+    about = ABOUT.format(config="that run")
+    experiment = parse.options(experiment, "vlm train --resume RUN", options, about)
+    return _without_evals(experiment, places)
+
+
+def _without_evals(experiment: Experiment, places: dict[str, str]) -> Experiment:
+    names = places.get("skip_evals", "").split(",")
+    return without_evals(experiment, [name.strip() for name in names if name.strip()])
 
 
 def _without_replaced_length(experiment: Experiment, options: list[str]) -> Experiment:

@@ -30,6 +30,9 @@ from vlm.config.model import ModelConfig as ModelConfig
 from vlm.config.model import TextConfig as TextConfig
 from vlm.config.model import TextPool as TextPool
 from vlm.config.model import kept_tokens as kept_tokens
+from vlm.config.placeholders import require_bucket as require_bucket
+from vlm.config.placeholders import with_bucket as with_bucket
+from vlm.config.placeholders import without_evals as without_evals
 from vlm.config.towers import Activation as Activation
 from vlm.config.towers import ConvNeXtConfig as ConvNeXtConfig
 from vlm.config.towers import FastViTConfig as FastViTConfig

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from vlm.config import DataConfig
+from vlm.config.placeholders import PLACEHOLDER
 from vlm.data import mixture, table
 from vlm.data.class_names import NAME, names_of, read_class_names
 from vlm.data.clip_benchmark import is_clip_benchmark
@@ -116,9 +117,14 @@ def _reader(kind: str) -> Any:
 
 
 def require_source(config: DataConfig) -> None:
-    """Raise a ConfigError with the kinds of source if a config names no data."""
+    """Raise a ConfigError if a config names no data, or a placeholder."""
     if not config.source and not config.mixture:
         raise ConfigError(f"no data is named: set data.source to {'; '.join(KNOWN)}")
+    if PLACEHOLDER in config.source:
+        raise ConfigError(
+            f"BUCKET in data.source {config.source!r} stands for a bucket of yours: write its name "
+            "there, as vlm train --bucket does"
+        )
 
 
 def kind_of(name: str) -> str | None:

@@ -6,7 +6,7 @@ import os
 from etils import epath
 
 from vlm.cluster.processes import stop_all_on_failure
-from vlm.config import Experiment
+from vlm.config import Experiment, require_bucket
 from vlm.data.pipeline import train_batches
 from vlm.data.sources import credits, require_source
 from vlm.errors import ConfigError, TrainingError
@@ -60,6 +60,7 @@ def _train(
         if resume is not None:
             run = Run.open(resume, experiment)
         elif experiment is not None:
+            require_bucket(experiment)
             require_source(experiment.data)
             run = Run.create(with_templates(resolve(experiment)))
         else:
