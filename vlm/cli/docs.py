@@ -86,7 +86,9 @@ def build(folder: Path, *, strict: bool = False) -> None:
         ConfigError: the packages of the extra `docs` are not installed.
         VlmError: Sphinx fails; the message ends with its output.
     """
-    missing = [n for n in ("sphinx", "myst_nb", "furo") if importlib.util.find_spec(n) is None]
+    missing = [
+        n for n in ("sphinx", "myst_nb", "furo", "pagefind") if importlib.util.find_spec(n) is None
+    ]
     if missing:
         raise ConfigError(
             f'vlm docs needs {missing[0]}, which is not installed: run pip install "vlm-jax[docs]"'

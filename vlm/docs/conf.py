@@ -1,6 +1,8 @@
 """Sphinx settings of the documentation; `vlm docs` runs Sphinx on a copy of this folder."""
 
 import importlib.util
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -61,12 +63,33 @@ autodoc_mock_imports = [
 # Appearance: everything comes from this folder and the theme, nothing from the network.
 html_theme = "furo"
 html_title = f"vlm {version}"
+templates_path = ["_templates"]
 html_static_path = ["_static"]
 html_css_files = ["vlm.css"]
 html_copy_source = False
 html_show_sphinx = False
-html_theme_options = {
-    "source_repository": "https://github.com/vlm-jax/vlm/",
-    "source_branch": "main",
-    "source_directory": "vlm/docs/",
-}
+html_use_index = False  # the search finds names
+html_domain_indices = False
+html_theme_options = {"top_of_page_buttons": []}
+
+
+def index_pages(app, failure):
+    """Write the index that `_static/search.js` searches."""
+    if failure is None:
+        line = [sys.executable, "-m", "pagefind", "--site", str(app.outdir)]
+        line += ["--root-selector", "article[role=main]", "--exclude-selectors", ".headerlink"]
+        subprocess.run([*line, "--quiet"], check=True)
+
+
+def name_headings(app, page, template, context, doctree):
+    """Give headings the ids of their sections, so that the search links to them."""
+    if "body" in context:
+        context["body"] = re.sub(
+            r'<section id="([^"]+)">\n<h([2-6])>', r'<section>\n<h\2 id="\1">', context["body"]
+        )
+
+
+def setup(app):
+    """Connect to Sphinx."""
+    app.connect("html-page-context", name_headings)
+    app.connect("build-finished", index_pages)
