@@ -86,13 +86,11 @@ def build(folder: Path, *, strict: bool = False) -> None:
         ConfigError: the packages of the extra `docs` are not installed.
         VlmError: Sphinx fails; the message ends with its output.
     """
-    missing = [
-        n for n in ("sphinx", "myst_nb", "furo", "pagefind") if importlib.util.find_spec(n) is None
-    ]
-    if missing:
-        raise ConfigError(
-            f'vlm docs needs {missing[0]}, which is not installed: run pip install "vlm-jax[docs]"'
-        )
+    for package in ("sphinx", "myst_nb", "furo", "sphinx_copybutton", "pagefind"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f'vlm docs needs {package}, which is not installed: run pip install "vlm-jax[docs]"'
+            )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".docs-", dir=folder.parent) as scratch:
         sources, pages = Path(scratch, "sources"), Path(scratch, "pages")

@@ -178,18 +178,16 @@ def config_classes(known: dict[str, type]) -> str:
 def config(full_name: str, cls: type) -> str:
     """Return the page of a config class: type, default, range and help of each field."""
     from docstring_parser import parse
-    from sphinx.ext.napoleon import Config as Napoleon
-    from sphinx.ext.napoleon import GoogleDocstring
+    from sphinx.ext.napoleon.docstring import GoogleDocstring
 
     text = inspect.cleandoc(cls.__doc__ or "")
     about = re.sub(r"\n\nArgs:\n.*?(?=\n\n\S|\Z)", "", text, flags=re.DOTALL)
-    settings = Napoleon(napoleon_use_rtype=False)
     helps = {param.arg_name: param.description or "" for param in parse(text).params}
     hints = typing.get_type_hints(cls)
     package, _, name = full_name.rpartition(".")
     lines = [full_name, "=" * len(full_name), "", f".. py:currentmodule:: {package}", ""]
     lines += [f".. py:class:: {name}", ""]
-    lines += indent(str(GoogleDocstring(about, settings)).splitlines())
+    lines += indent(str(GoogleDocstring(about)).splitlines())
     for field in dataclasses.fields(cls):
         lines += ["", *indent([f".. py:attribute:: {field.name}"])]
         lines += indent([f":type: {type_text(hints[field.name])}"], 2)
