@@ -109,10 +109,12 @@ def build(folder: Path, *, strict: bool = False) -> None:
 def copy_sources(folder: Path) -> None:
     """Copy the sources of all pages to a new folder, as Sphinx needs them."""
     shutil.copytree(SOURCES, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    if (SOURCES / "changelog.md").exists():
+        return  # a wheel
     for name, path in IN_A_CLONE.items():
         if path.is_dir():
             shutil.copytree(path, folder / name, dirs_exist_ok=True)
-        elif path.exists():
+        else:
             shutil.copy(path, folder / name)
 
 

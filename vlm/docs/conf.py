@@ -9,11 +9,20 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-import reference_pages  # noqa: E402
+from sphinx.ext.autodoc.mock import mock  # noqa: E402
 
 from vlm import __version__  # noqa: E402
 
-reference_pages.write(HERE / "reference")
+# Packages of extras, and those that some systems lack: their names are documented all the same.
+autodoc_mock_imports = [
+    name
+    for name in ("array_record", "fastapi", "grain", "prometheus_client", "uvicorn")
+    if importlib.util.find_spec(name) is None
+]
+with mock(autodoc_mock_imports):
+    import reference_pages
+
+    reference_pages.write(HERE / "reference")
 
 project = "vlm"
 author = "The vlm authors"
@@ -54,11 +63,6 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 add_module_names = False
 toc_object_entries_show_parents = "hide"
-autodoc_mock_imports = [
-    name
-    for name in ("array_record", "fastapi", "grain", "prometheus_client", "uvicorn")
-    if importlib.util.find_spec(name) is None
-]
 
 # Appearance: everything comes from this folder and the theme, nothing from the network.
 html_theme = "furo"
