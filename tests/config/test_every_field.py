@@ -143,7 +143,7 @@ def on_the_command_line(config: Config, name: str):
     def build():
         option = f"--{name.replace('_', '-')}"
         with pytest.raises(parse.UsageError) as caught:
-            parse.options(config, "vlm train", [option, "no-such"], "")
+            parse.options(config, "vlm train", [option, "no-such"])
         assert option in str(caught.value)
         raise ConfigError(str(caught.value).replace("-", "_"))
 
@@ -152,7 +152,7 @@ def on_the_command_line(config: Config, name: str):
 
 @pytest.mark.untyped
 def test_a_wrong_choice_is_refused_from_python_json_and_the_command_line():
-    parse.options(AdapterConfig(), "vlm train", [], "")  # tyro is imported
+    parse.options(AdapterConfig(), "vlm train", [])  # tyro is imported
     count, seconds = check_all()
     assert count >= 37
     assert seconds < 2
@@ -160,7 +160,7 @@ def test_a_wrong_choice_is_refused_from_python_json_and_the_command_line():
 
 def test_an_option_of_a_whole_experiment_is_refused_with_its_path():
     with pytest.raises(parse.UsageError, match=r"'--model\.vision\.stem'.*'linear', 'conv'"):
-        parse.options(EXPERIMENTS[0], "vlm train", ["--model.vision.stem", "x"], "")
+        parse.options(EXPERIMENTS[0], "vlm train", ["--model.vision.stem", "x"])
 
 
 @pytest.mark.untyped
@@ -248,6 +248,6 @@ def check_all() -> tuple[int, float]:
 
 
 if __name__ == "__main__":
-    parse.options(AdapterConfig(), "vlm train", [], "")  # tyro is imported
+    parse.options(AdapterConfig(), "vlm train", [])  # tyro is imported
     count, seconds = check_all()
     print(f"{count} fields with choices, each wrong in Python, JSON and options: {seconds:.2f} s")

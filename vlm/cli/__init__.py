@@ -1,7 +1,7 @@
 """The command `vlm`: one module per subcommand, imported when the subcommand runs.
 
 A new subcommand is a module with a function whose parameters are the options, and a line in
-`COMMANDS`.
+`commands.py`.
 """
 
 import difflib
@@ -12,67 +12,12 @@ import logging
 import os
 import sys
 import warnings
-from typing import NamedTuple
 
 from vlm._version import __version__
 from vlm.cli import parse, runtime
-from vlm.cli.parse import UsageError
+from vlm.cli.commands import COMMANDS, UsageError, overview, table
 from vlm.errors import WARNED, VlmError
 from vlm.paths import storage_error_reason
-
-
-class Command(NamedTuple):
-    """A subcommand: summary, module, function."""
-
-    summary: str
-    module: str
-    function: str
-    takes_list: bool = False  # the function parses its arguments itself
-
-
-COMMANDS = {
-    "train": Command("train a model from a config, or resume a run", "train", "main", True),
-    "adapt": Command("fine-tune on labelled images within a time budget", "adapt", "adapt"),
-    "blend": Command("average the weights of models", "blend", "blend"),
-    "eval": Command("evaluate a model on held-out data", "evaluate", "main", True),
-    "compare": Command("compare two evaluations, with significance tests", "compare", "compare"),
-    "classify": Command("classify images with labels of your choice", "classify", "classify"),
-    "explain": Command("draw a heat map of the regions that match a text", "explain", "explain"),
-    "embed": Command("write the embeddings of images to a file", "embed", "embed"),
-    "index": Command("build a search index of images", "index", "index"),
-    "search": Command("search images by a text or by another image", "search", "search"),
-    "serve": Command("start an HTTP API and a web search page", "serve", "serve"),
-    "convert": Command("convert a model to the format of another library", "convert", "convert"),
-    "export": Command("export a model as programs that run without vlm", "export", "export"),
-    "models": Command("list the known public checkpoints", "models", "models"),
-    "data show": Command("print statistics of a data set, with a page of examples", "data", "show"),
-    "data prepare": Command("write a data set as shards for fast training", "data", "prepare"),
-    "data index": Command("index tar shards for random access", "data", "index"),
-    "data reinforce": Command(
-        "precompute teacher embeddings for distillation", "data", "reinforce"
-    ),
-    "docs": Command("show the reference of every public name", "docs", "docs"),
-    "plan": Command("estimate memory, step time and cost on a TPU/GPU slice", "plan", "plan"),
-    "bench loss": Command("measure the contrastive losses on this machine", "bench", "loss"),
-    "bench train": Command("measure a training step on this machine", "bench", "train"),
-    "bench encode": Command("measure encoding on this machine", "bench", "encode"),
-    "bench data": Command("measure reading and augmenting on this machine", "bench", "data"),
-    "bench search": Command("measure search on this machine", "bench", "search"),
-}
-
-USAGE = """\
-usage: vlm COMMAND ...
-
-Contrastive vision-language models in JAX.
-
-{commands}
-
-Examples:
-  vlm train configs/openmoji.py
-  vlm classify runs/openmoji photo.jpg --labels "dog,cat,pizza"
-  vlm COMMAND --help
-
---version prints the version; --debug, with any command, shows the traceback of an error."""
 
 INTERRUPTED, CLOSED_PIPE = 130, 141  # as shells report SIGINT and SIGPIPE
 
@@ -165,8 +110,11 @@ def error_message(error: Exception) -> str:
 
 def _dispatch(args: list[str]) -> int:
     first, *rest = args or [""]
+    if first == "help" and rest:  # vlm help COMMAND
+        count = 2 if " ".join(rest[:2]) in COMMANDS else 1
+        return _dispatch([*rest[:count], "--help", *rest[count:]])
     if first in ("", "-h", "--help", "help"):
-        print(USAGE.format(commands=_table(COMMANDS)))
+        print(overview())
         return 0 if args else 2
     if first == "--version":
         print(f"vlm {__version__}")
@@ -175,8 +123,8 @@ def _dispatch(args: list[str]) -> int:
     if group := {name: known for name, known in COMMANDS.items() if name.startswith(f"{first} ")}:
         name = " ".join(args[:2])
         usage = f"usage: vlm {first} {{{','.join(known.split()[1] for known in group)}}}"
-        if rest[:1] in (["-h"], ["--help"]):
-            print(f"{usage}\n\n{_table(group)}")
+        if rest[:1] in (["-h"], ["--help"], ["--help-all"]):
+            print(f"{usage}\n\n{table(group)}\n\nvlm help {name.split()[0]} COMMAND explains one.")
             return 0
         if name not in group:
             raise UsageError(usage)
@@ -190,11 +138,6 @@ def _dispatch(args: list[str]) -> int:
     else:
         parse.call(function, f"vlm {name}", rest)
     return 0
-
-
-def _table(commands: dict[str, Command]) -> str:
-    width = max(map(len, commands))
-    return "\n".join(f"  {name:<{width}}  {known.summary}" for name, known in commands.items())
 
 
 def _unknown(name: str) -> str:

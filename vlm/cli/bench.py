@@ -51,7 +51,7 @@ def loss(
         kinds: which losses.
         dtype: of the embeddings; auto is float32 on a CPU and bfloat16 elsewhere.
         tile: rows of a tile. None: chosen from the shapes.
-        dense: skip the naive dense loss, which is measured if its matrix is under 2 GiB.
+        dense: also measure the naive dense loss, if its matrix is under 2 GiB.
     """
     from vlm.bench.loss import bench_loss
 

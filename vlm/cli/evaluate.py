@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vlm.cli import parse, runtime
-from vlm.cli.parse import UsageError
+from vlm.cli.commands import COMMON, UsageError
+from vlm.cli.help import Page, of_config
+from vlm.cli.options import MODEL_HELP
 from vlm.cli.runs import classifier_of, experiment_of
+from vlm.cli.signatures import Option
 from vlm.config import DataConfig
 from vlm.data.splits import WHOLE, find_split
 
@@ -51,37 +54,56 @@ _ALIASES = {
 
 @dataclass(frozen=True)
 class Options:
-    """Options of `vlm eval`."""
+    """Options of `vlm eval`.
+
+    Args:
+        tasks: What to measure: zero-shot, retrieval, or other data by name (see above). Default:
+            both; for data with a label, zero-shot.
+        decode: Conversion of image files to RGB. intended: upright by EXIF orientation, transparent
+            pixels on a background; reference: Pillow's Image.open(file).convert("RGB"), as for
+            published figures. Default: that of the model, else intended.
+        json: Print JSON on stdout in place of a table.
+        out: A file that ends in .json, for the report. Or a folder, for a page, and for each task a
+            file in CLIP_benchmark's format and a Parquet file of all queries; finished tasks in it
+            are not repeated.
+    """
 
     data: DataConfig
-    # zero-shot, retrieval (default: both; for data with a label, zero-shot), or see above
     tasks: tuple[str, ...] = ()
-    # How image files become RGB: intended, upright by EXIF orientation and transparent pixels on a
-    # background; reference, by Pillow's Image.open(file).convert("RGB"), as for published figures.
-    # Default: that of the model's bundle, else intended.
     decode: Literal["intended", "reference"] | None = None
-    json: bool = False  # print JSON on stdout in place of a table
-    # A file that ends in .json, for the report; or a folder, for a page, and for each task a file
-    # in CLIP_benchmark's format and a Parquet file of all queries. Finished tasks are not repeated.
+    json: bool = False
     out: str | None = None
+
+
+def help_page(options: Options | None = None) -> Page:
+    """Return the help of `vlm eval`, with the values of `options` as defaults."""
+    return of_config(
+        options or Options(DataConfig(eval_split=None)),
+        "vlm eval",
+        ABOUT,
+        usage=("vlm eval MODEL [options]",),
+        more=(Option("MODEL", "", MODEL_HELP, part="Arguments"),),
+        common=COMMON["eval"],
+        aliases=_ALIASES,
+    )
 
 
 def main(args: list[str]) -> None:
     if not args or args[0].startswith("-"):
-        if args and args[0] in ("-h", "--help"):
-            parse.options(Options(DataConfig()), "vlm eval MODEL", args, ABOUT)
+        if parse.asks_for_help(args[:1]):
+            parse.print_help(args, help_page)
         raise UsageError("the model comes first: vlm eval MODEL [--data.source NAME] ...")
     model, *rest = args
     run = experiment_of(model)
     named = any(arg.split("=")[0] in ("--data.source", "--tasks") for arg in rest)
-    if run is None and not named and not {"-h", "--help"} & set(rest):
+    if run is None and not named and not parse.asks_for_help(rest):
         raise UsageError(
             f"{model} is not a run folder: give the data to evaluate on with --data.source NAME, "
             "such as openmoji or tfds:cifar10"
         )
     rest = [_full_name(arg) for arg in rest]
     default = Options(DataConfig(eval_split=None) if run is None else run.data)
-    options = parse.options(default, "vlm eval MODEL", rest, ABOUT)
+    options = parse.options(default, "vlm eval", rest, help_page)
     if run is not None and not options.data.eval_split and options.data.source == run.data.source:
         raise UsageError(
             f"the run has no held-out split of {run.data.source}, and accuracy on training data is "

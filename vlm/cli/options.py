@@ -8,7 +8,8 @@ from tyro.conf import arg
 from vlm.cli.parse import UsageError
 from vlm.paths import as_path
 
-Model = Annotated[str, arg(metavar="MODEL", help="a run folder, a bundle, or a public checkpoint.")]
+MODEL_HELP = "A run folder, a bundle, or a public checkpoint."
+Model = Annotated[str, arg(metavar="MODEL", help=MODEL_HELP)]
 NewFolder = Annotated[str, arg(metavar="OUT", help="output folder (must not exist).")]
 Images = Annotated[
     tuple[str, ...],

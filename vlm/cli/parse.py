@@ -6,9 +6,7 @@ tyro reports wrong usage as a box of several lines on stderr. (Its hook for erro
 
 import contextlib
 import dataclasses
-import difflib
 import functools
-import inspect
 import io
 import re
 import typing
@@ -16,21 +14,21 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from vlm._deprecation import rename_options
-from vlm.errors import VlmError
+from vlm.cli import help
+from vlm.cli.commands import UsageError
+from vlm.cli.help import Page
 
 T = TypeVar("T")
 
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
-
-
-class UsageError(VlmError):
-    """A wrong command line; the exit code is 2."""
+_SPOKEN = {"INTEGER": "an integer", "NUMBER": "a number"}
 
 
 def call(function: Callable[..., None], prog: str, args: list[str]) -> None:
     """Call `function` with `args`: positional-only parameters by place, the others as options.
 
     Raises:
+        SystemExit: help was printed.
         UsageError: the arguments do not fit.
     """
 
@@ -38,32 +36,69 @@ def call(function: Callable[..., None], prog: str, args: list[str]) -> None:
     def bound(*values, **options):
         return functools.partial(function, *values, **options)
 
-    about = inspect.cleandoc(function.__doc__ or "").split("\n\nArgs:")[0]
-    _cli(bound, prog, args, description=about)()
+    _cli(bound, args, lambda: help.of_function(function, prog))()
 
 
-def options(default: T, prog: str, args: list[str], about: str) -> T:
+def options(default: T, prog: str, args: list[str], page: Callable[[T], Page] | None = None) -> T:
     """Return the dataclass `default` with the fields that `args` name, such as `--mesh.fsdp 4`.
 
+    Args:
+        page: Makes the help of the command from the defaults.
+
     Raises:
+        SystemExit: help was printed.
         UsageError: an unknown field, or a value of another type.
     """
     default = _with_named_parts(default, args)
-    return _cli(type(default), prog, args, default=default, description=about)
+    make = page or (lambda config: help.of_config(config, prog))
+    return _cli(type(default), args, lambda: make(default), default=default)
 
 
 def _with_named_parts(default: T, args: list[str]) -> T:
     """Construct each part of `default` that is None if `args` name a field of it."""
     parts: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(type(default)).items():
-        prefix = f"--{name.replace('_', '-')}."
+        prefixes = tuple(f"--{no}{name.replace('_', '-')}." for no in ("", "no-"))
         kinds = [kind for kind in typing.get_args(hint) if dataclasses.is_dataclass(kind)]
-        if kinds and getattr(default, name) is None and any(a.startswith(prefix) for a in args):
+        if kinds and getattr(default, name) is None and any(a.startswith(prefixes) for a in args):
             parts[name] = kinds[0]()  # pyright: ignore[reportCallIssue]
     return dataclasses.replace(default, **parts)  # pyright: ignore[reportArgumentType]
 
 
-def _cli(target: Any, prog: str, args: list[str], **settings: Any) -> Any:
+def asks_for_help(args: list[str]) -> list[int]:
+    """Return the positions of the options that ask for help."""
+    return [i for i, a in enumerate(args) if re.fullmatch("-h|--help(-all|=.*)?", a)]
+
+
+def print_help(args: list[str], page: Callable[[], Page]) -> None:
+    """Print the help that `args` ask for by --help, --help PATTERN or --help-all, if they do.
+
+    Raises:
+        SystemExit: help was printed.
+        UsageError: no option matches the pattern.
+    """
+    asked = asks_for_help(args)
+    if not asked:
+        return
+    option, equals, pattern = args[asked[0]].partition("=")
+    following = args[asked[0] + 1 : asked[0] + 2]
+    if not equals and option != "--help-all" and following and not following[0].startswith("-"):
+        pattern = following[0]
+    made, width = page(), help.terminal_width()
+    if not pattern:
+        print(made.show(width, everything=option == "--help-all"))
+        raise SystemExit(0)
+    text = made.matching(pattern, width)
+    if not text:
+        near = made.near(pattern)
+        fix = f"did you mean {' or '.join(near)}?" if near else f"see {made.prog} --help-all"
+        raise UsageError(f"no option of {made.prog} matches {pattern!r}: {fix}")
+    print(text)
+    raise SystemExit(0)
+
+
+def _cli(target: Any, args: list[str], page: Callable[[], Page], **settings: Any) -> Any:
+    print_help(args, page)
     import tyro
 
     stderr = io.StringIO()
@@ -71,18 +106,22 @@ def _cli(target: Any, prog: str, args: list[str], **settings: Any) -> Any:
         with contextlib.redirect_stderr(stderr):
             return tyro.cli(
                 target,
-                prog=prog,
-                args=rename_options(args),
-                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
+                args=[_as_tyro_has_it(arg) for arg in rename_options(args)],
+                config=(tyro.conf.AvoidSubcommands,),
+                add_help=False,
                 **settings,
             )
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        raise UsageError(usage_message(stderr.getvalue(), prog)) from None
+    except SystemExit:
+        raise UsageError(usage_message(stderr.getvalue(), page())) from None
 
 
-def usage_message(box: str, prog: str) -> str:
+def _as_tyro_has_it(arg: str) -> str:
+    """Convert `--no-data.cache` to `--data.no-cache`, tyro's name of that flag."""
+    match = re.fullmatch(r"--no-([\w.-]+\.)([\w-]+)", arg)
+    return f"--{match[1]}no-{match[2]}" if match else arg
+
+
+def usage_message(box: str, page: Page) -> str:
     """Convert a box of tyro's error output to one sentence with the fix."""
     lines = [_STYLE.sub("", line).strip("│╭╮╰╯ \n") for line in box.splitlines()]
     sections: list[list[str]] = [[]]
@@ -94,20 +133,22 @@ def usage_message(box: str, prog: str) -> str:
     sections = [section for section in sections if section]
     if not box.lstrip().startswith("╭"):  # in ASCII the title is a section
         sections = sections[1:]
-    message, *others = sections or [["the arguments do not fit"]]
-    text, rest = " ".join(message), " ".join(line for section in others for line in section)
-    fix = f"see {prog} --help"
-    if similar := re.findall(r"--[\w.-]+", rest.partition("erhaps you meant")[2]):
-        typed = re.search(r"--[\w.-]+", text)
-        closest = difflib.get_close_matches(typed[0] if typed else similar[0], similar, 1, cutoff=0)
-        fix = f"did you mean {closest[0]}?"
-    if wrong := re.search(r"Error parsing (\S+): .*?('[^']*')$", text):
-        kind = re.search(rf"{re.escape(wrong[1])} +(\S+)", rest)
-        wanted = kind[1] if kind else "another value"
-        if wanted.startswith("{None}|"):
-            wanted = f"{wanted.removeprefix('{None}|')} or None"
-        text = f"{wrong[1]} takes {wanted}, not {wrong[2]}"
-    names = [line for line in message if line.isupper()]
-    if text.startswith("Missing from") and names:
-        text = f"{prog} needs {' and '.join(names)}"
+    message = sections[0] if sections else ["the arguments do not fit"]
+    text, fix = " ".join(message), f"see {page.prog} --help"
+    typed = re.search(r"--[\w.-]+", text)
+    if wrong := re.match(r"Error parsing (\S+): .*?(?:from \[(.*?)\]|'([^']*)'$)", text):
+        value = (wrong[2] or f"'{wrong[3]}'").replace("', '", " ")
+        wanted = {option.name: option.value for option in page.options}.get(
+            wrong[1], "another value"
+        )
+        text = f"{wrong[1]} takes {_SPOKEN.get(wanted, wanted)}, not {value}"
+    elif text.startswith("Missing from"):
+        required = [o for o in page.options if o.default is None]
+        arguments = [option.name for option in required if option.is_argument]
+        count = sum(line.isupper() for line in message)
+        options = [o.name for o in required if any(line.startswith(o.name) for line in message)]
+        names = arguments[len(arguments) - count :] + options
+        text = f"{page.prog} needs {' and '.join(names)}"
+    elif text.startswith("Unrecognized") and typed and (near := page.near(typed[0])):
+        fix = f"did you mean {near[0]}?"
     return f"{text[0].lower()}{text[1:].rstrip('.')}: {fix}"

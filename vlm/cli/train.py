@@ -1,11 +1,14 @@
 """`vlm train`: train a model from a config, or resume a run."""
 
 import dataclasses
+import functools
 import os
 from typing import Any
 
 from vlm.cli import parse
-from vlm.cli.parse import UsageError
+from vlm.cli.commands import COMMON, UsageError
+from vlm.cli.help import Page, of_config
+from vlm.cli.signatures import Option
 from vlm.config import (
     DataConfig,
     Experiment,
@@ -16,48 +19,53 @@ from vlm.config import (
     with_bucket,
     without_evals,
 )
+from vlm.config.defaults import with_default_model
 
 ABOUT = """\
-Train the model of a config. Every field of the config is an option; the defaults shown are those of
-{config}.
+Train the model of a config, fine-tune a model, or resume a run. Every field of the config is an
+option.
 
-With --init-from, the options --adapter.rank, .alpha, .targets, .dora and .quantize train low-rank
-adapters of the frozen model (for their help: add --adapter.rank 8 --help).
+The defaults shown are those of {config}.
 
 Progress is printed to stderr, and the run folder to stdout at the end. Ctrl-C saves a checkpoint
-and exits; a second Ctrl-C exits at once. `--resume` accepts overrides that keep checkpoints
-compatible (mesh, run length, learning rate, eval/checkpoint intervals, workers).
+and exits; a second Ctrl-C exits at once. --resume accepts options that keep checkpoints compatible
+(mesh, run length, learning rate, eval and checkpoint intervals, workers).
 
 With --init-from, the model, its preprocessing and its tokenizer are those of MODEL (all that
 vlm.load accepts), unless the config has a model; --init-image-size and --init-context-length resize
-it. Without a config, --data.source names the data.
+it. Without a config, --data.source names the data. --adapter.rank and the other options of adapter
+train low-rank adapters of the frozen model.
 
-Configs for large runs name their files under gs://BUCKET: --bucket gs://NAME (or a folder) replaces
-it. --skip-evals NAME,NAME leaves evaluations of the config out.
+Configs for large runs name their files under gs://BUCKET; --bucket gs://NAME (or a folder) replaces
+that.
 
 Several hosts: start the same command on each. Cloud TPU, SLURM, Open MPI and Kubernetes are
-detected; elsewhere add --coordinator HOST:PORT --processes N --process-id I, or set
+detected. Elsewhere add --coordinator HOST:PORT --processes N --process-id I, or set
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
 Examples:
-  vlm train configs/openmoji.py
+  vlm train openmoji
   vlm train configs/openmoji.py --optimizer.learning-rate 3e-4 --epochs 10
   vlm train --init-from google/siglip2-base-patch16-256 --data.source photos.csv
   vlm train --init-from runs/openmoji --data.source photos/ --data.label label --objective flyp
-  vlm train configs/openmoji.py --init-from runs/openmoji --adapter.rank 8
-  vlm train configs/siglip_b16.py --bucket gs://my-bucket
-  vlm train --resume runs/openmoji
+  vlm train openmoji --init-from runs/openmoji --adapter.rank 8
   vlm train --resume runs/openmoji --mesh.fsdp 4 --checkpoint-minutes 5
+  vlm train configs/siglip_b16.py --bucket gs://my-bucket
   vlm train --resume runs/openmoji --coordinator 10.0.0.1:1234 --processes 2 --process-id 0"""
 
-USAGE = """\
-usage: vlm train CONFIG [--FIELD VALUE ...]
-       vlm train [CONFIG] --init-from MODEL [--FIELD VALUE ...]
-       vlm train --resume RUN [--FIELD VALUE ...]
-
-{about}
-
-vlm train CONFIG --help lists the fields."""
+USAGE = (
+    "vlm train CONFIG [options]",
+    "vlm train [CONFIG] --init-from MODEL [options]",
+    "vlm train --resume RUN [options]",
+)
+MORE = (
+    Option("--resume", "RUN", "Run to resume. It continues from its last checkpoint.", "none"),
+    Option("--bucket", "PLACE", "Bucket or folder in place of gs://BUCKET in the config.", "none"),
+    Option("--skip-evals", "NAME,NAME,...", "Evaluations of the config to leave out.", "none"),
+    Option("--coordinator", "HOST:PORT", "Address of process 0, for several hosts.", "detected"),
+    Option("--processes", "INTEGER", "Number of processes of all hosts.", "detected"),
+    Option("--process-id", "INTEGER", "Number of this process, from 0.", "detected"),
+)
 
 NO_CONFIG = "vlm train needs a config, such as configs/openmoji.py, or --init-from MODEL"
 
@@ -66,11 +74,8 @@ FINE_TUNING = Experiment(batch_size=128, epochs=10, data=DataConfig(eval_split=N
 
 
 def main(args: list[str]) -> None:
-    if not args or args[0] in ("-h", "--help"):
-        print(USAGE.format(about=ABOUT.format(config="that config")))
-        if not args:
-            raise UsageError(NO_CONFIG)
-        return
+    if parse.asks_for_help(args[:1]):
+        parse.print_help(args, help_page)
     hosts, args = _extract(args, HOSTS)
     if not args:
         raise UsageError(NO_CONFIG)
@@ -115,11 +120,24 @@ def experiment_of(args: list[str]) -> Experiment:
         sizes, _ = _extract(rest, SIZES)
         experiment = dataclasses.replace(experiment, **(sizes | start))
     experiment = with_model(_without_replaced_length(experiment, rest))
-    about = ABOUT.format(config=config or experiment.init_from)
-    prog = "vlm train CONFIG" if config else "vlm train"
-    experiment = _without_evals(parse.options(experiment, prog, rest, about), places)
+    page = functools.partial(help_page, source=config or "a run without a config")
+    experiment = _without_evals(parse.options(experiment, "vlm train", rest, page), places)
     require_bucket(experiment)
     return experiment
+
+
+def help_page(
+    experiment: Experiment | None = None, source: str = "a config that sets none"
+) -> Page:
+    """Return the help of `vlm train`, with the values of `experiment` as defaults."""
+    return of_config(
+        experiment or with_default_model(Experiment()),
+        "vlm train",
+        ABOUT.format(config=source),
+        usage=USAGE,
+        more=MORE,
+        common=COMMON["train"],
+    )
 
 
 HOSTS = {
@@ -171,9 +189,8 @@ def _changed(run: str, options: list[str]) -> Experiment:
 
     places, options = _extract(options, PLACES)
     experiment = _without_replaced_length(experiment_in(as_path(run)), options)
-    about = ABOUT.format(config="that run")
-    experiment = parse.options(experiment, "vlm train --resume RUN", options, about)
-    return _without_evals(experiment, places)
+    page = functools.partial(help_page, source=run)
+    return _without_evals(parse.options(experiment, "vlm train", options, page), places)
 
 
 def _without_evals(experiment: Experiment, places: dict[str, str]) -> Experiment:

@@ -1,0 +1,129 @@
+"""The table of all subcommands, and the overview that `vlm --help` prints."""
+
+from typing import NamedTuple
+
+from vlm.errors import VlmError
+
+
+class UsageError(VlmError):
+    """A wrong command line; the exit code is 2."""
+
+
+class Command(NamedTuple):
+    """A subcommand: summary, module, function."""
+
+    summary: str
+    module: str
+    function: str
+    takes_list: bool = False  # the function parses its arguments; the module has `help_page`
+
+
+USE = {
+    "classify": Command("classify images with labels of your choice", "classify", "classify"),
+    "search": Command("search images by a text or by another image", "search", "search"),
+    "index": Command("build a search index of images", "index", "index"),
+    "explain": Command("draw a heat map of the regions that match a text", "explain", "explain"),
+    "embed": Command("write the embeddings of images to a file", "embed", "embed"),
+    "serve": Command("start an HTTP API and a web search page", "serve", "serve"),
+    "convert": Command("convert a model to the format of another library", "convert", "convert"),
+    "export": Command("export a model as programs that run without vlm", "export", "export"),
+    "models": Command("list the known public checkpoints", "models", "models"),
+    "docs": Command("show the reference of every public name", "docs", "docs"),
+}
+TRAIN = {
+    "train": Command("train a model from a config, or resume a run", "train", "main", True),
+    "adapt": Command("fine-tune on labelled images within a time budget", "adapt", "adapt"),
+    "blend": Command("average the weights of models", "blend", "blend"),
+    "plan": Command("estimate memory, step time and cost on a TPU/GPU slice", "plan", "plan"),
+}
+DATA = {
+    "data show": Command("print statistics of a data set, with a page of examples", "data", "show"),
+    "data prepare": Command("write a data set as shards for fast training", "data", "prepare"),
+    "data index": Command("index tar shards for random access", "data", "index"),
+    "data reinforce": Command(
+        "precompute teacher embeddings for distillation", "data", "reinforce"
+    ),
+}
+MEASURE = {
+    "eval": Command("evaluate a model on held-out data", "evaluate", "main", True),
+    "compare": Command("compare two evaluations, with significance tests", "compare", "compare"),
+    "bench loss": Command("measure the contrastive losses on this machine", "bench", "loss"),
+    "bench train": Command("measure a training step on this machine", "bench", "train"),
+    "bench encode": Command("measure encoding on this machine", "bench", "encode"),
+    "bench data": Command("measure reading and augmenting on this machine", "bench", "data"),
+    "bench search": Command("measure search on this machine", "bench", "search"),
+}
+PURPOSES = {"Use a model": USE, "Train": TRAIN, "Data": DATA, "Measure": MEASURE}
+COMMANDS = USE | TRAIN | DATA | MEASURE
+
+# Options of the short help, for commands with many; the others show all.
+COMMON = {
+    "train": (
+        "data.source",
+        "data.captions",
+        "data.label",
+        "data.eval-split",
+        "init-from",
+        "objective",
+        "model.loss",
+        "batch-size",
+        "micro-batch-size",
+        "epochs",
+        "steps",
+        "optimizer.name",
+        "optimizer.learning-rate",
+        "optimizer.schedule",
+        "optimizer.weight-decay",
+        "adapter.rank",
+        "dtype",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
+        "data.workers",
+        "seed",
+        "run-dir",
+        "eval-every",
+        "checkpoint-every",
+        "resume",
+    ),
+    "eval": (
+        "tasks",
+        "data.source",
+        "data.label",
+        "data.captions",
+        "data.eval-split",
+        "data.templates",
+        "data.class-names",
+        "data.data-dir",
+        "decode",
+        "out",
+        "json",
+    ),
+}
+
+OVERVIEW = """\
+usage: vlm COMMAND ...
+
+Contrastive vision-language models in JAX.
+
+{commands}
+
+Examples:
+  vlm classify runs/openmoji photo.jpg --labels "dog,cat,pizza"
+  vlm train configs/openmoji.py
+
+vlm help COMMAND explains a command; vlm COMMAND --help PATTERN, its options that match.
+--version prints the version; --debug, with any command, shows the traceback of an error."""
+
+
+def overview() -> str:
+    """Return the help of `vlm` itself: all commands by purpose."""
+    width = max(map(len, COMMANDS))
+    groups = [f"{purpose}:\n{table(known, width)}" for purpose, known in PURPOSES.items()]
+    return OVERVIEW.format(commands="\n".join(groups))
+
+
+def table(commands: dict[str, Command], width: int = 0) -> str:
+    """Return a line for each command, with its summary."""
+    width = width or max(map(len, commands))
+    return "\n".join(f"  {name:<{width}}  {known.summary}" for name, known in commands.items())
