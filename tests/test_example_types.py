@@ -1,4 +1,4 @@
-"""The Python of README, notebooks and docstrings passes pyright."""
+"""The Python of README, documentation pages, notebooks and docstrings passes pyright."""
 
 import doctest
 import inspect
@@ -48,6 +48,9 @@ def examples() -> dict[str, str]:
         re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     ):
         found[f"readme_{number}.py"] = code
+    for path in sorted((ROOT / "vlm" / "docs").rglob("*.md")):
+        code = re.findall(r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+        found[f"page_{path.stem}.py"] = "\n".join(code)
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = json.loads(path.read_text())["cells"]
         code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]

@@ -72,3 +72,10 @@ def test_a_config_without_a_model_takes_the_models(tmp_path):
 def test_a_start_that_cannot_be_is_one_sentence(args, message):
     with pytest.raises(VlmError, match=message):
         experiment_of(args)
+
+
+def test_a_part_that_needs_a_value_is_complete_with_its_options():
+    made = experiment_of([str(CONFIG), "--distill.teacher", "ViT-L-14/"])
+    assert made.distill.teacher == "ViT-L-14/"
+    with pytest.raises(VlmError, match="distill needs exactly one teacher"):
+        experiment_of([str(CONFIG), "--distill.features", "0.5"])

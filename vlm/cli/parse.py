@@ -5,6 +5,7 @@ tyro reports wrong usage as a box of several lines on stderr. (Its hook for erro
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import io
@@ -62,7 +63,10 @@ def _with_named_parts(default: T, args: list[str]) -> T:
         kinds = [kind for kind in typing.get_args(hint) if dataclasses.is_dataclass(kind)]
         if kinds and getattr(default, name) is None and any(a.startswith(prefixes) for a in args):
             parts[name] = kinds[0]()  # pyright: ignore[reportCallIssue]
-    return dataclasses.replace(default, **parts)  # pyright: ignore[reportArgumentType]
+    default = copy.copy(default)
+    for name, part in parts.items():  # not validated yet: a part may need the options in `args`
+        object.__setattr__(default, name, part)
+    return default
 
 
 def asks_for_help(args: list[str]) -> list[int]:

@@ -4,6 +4,7 @@ A feature with one value becomes that value, with several a list. Bytes are deco
 those of the image.
 """
 
+import importlib.util
 from typing import Any
 
 from tensorflow_datasets.proto import tf_example_pb2
@@ -21,6 +22,7 @@ class ArrayRecordSource:
     """Source over the records of some files, in order."""
 
     def __init__(self, names: list[str], config: DataConfig):
+        check_installed()
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         self._config, self._where = config, config.source
@@ -44,6 +46,15 @@ class ArrayRecordSource:
         except Exception as error:
             raise BadSample("failed read", where, f"{where} cannot be read ({error})") from None
         return parse(record, self._config.image, where)
+
+
+def check_installed() -> None:
+    """Raise a DataError if the package array-record is missing; it has no wheels for Windows."""
+    if importlib.util.find_spec("array_record") is None:
+        raise DataError(
+            "ArrayRecord files need the package array-record, which has no release for Windows: "
+            "use data in tar, Parquet or CSV files, or run vlm in WSL (Linux) or on macOS"
+        )
 
 
 def open_split(config: DataConfig, split: str) -> ArrayRecordSource:

@@ -22,6 +22,7 @@ from etils import epath
 from rich.console import Console
 from rich.progress import track
 
+from vlm.data import array_record
 from vlm.data.drawing import draw_all
 from vlm.errors import DataError
 from vlm.paths import is_remote
@@ -126,6 +127,7 @@ def prepare(data_dir: epath.Path) -> tfds.core.DatasetBuilder:
     data set, and several processes may build at once. DataError if the extra `demo` is not
     installed, or the folder cannot be written.
     """
+    array_record.check_installed()
     if is_remote(data_dir):
         raise DataError(
             f"OpenMoji is prepared on local disk, not at {data_dir}: set data_dir to a local folder"

@@ -26,7 +26,7 @@ from PIL import Image
 
 from vlm._json import to_json
 from vlm.config import DataConfig
-from vlm.data.array_record import serialize
+from vlm.data import array_record
 from vlm.data.dataset_stats import duplicate_key
 from vlm.data.example_reader import ExampleReader, Read
 from vlm.data.examples import Example, captions_of, passes
@@ -136,6 +136,8 @@ def begin(
             f"a shard of {wanted.examples} examples of quality {wanted.quality} is invalid: give "
             "at least 1 example, and a quality of 1 to 100"
         )
+    if wanted.form == "array_record":
+        array_record.check_installed()
     folder = as_path(out)
     if is_remote(folder):
         raise DataError(f"{folder} is in a bucket: prepare into a local folder and copy it there")
@@ -265,7 +267,9 @@ def _write_records(path: epath.Path, kept: list[PreparedExample], number: int) -
 
     writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
     for item in kept:
-        writer.write(serialize({"caption": item.captions, **item.features, "image": item.image}))
+        writer.write(
+            array_record.serialize({"caption": item.captions, **item.features, "image": item.image})
+        )
     writer.close()
 
 

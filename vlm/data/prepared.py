@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants, read_only_builder
 
 from vlm.config import DataConfig
-from vlm.data import openmoji
+from vlm.data import array_record, openmoji
 from vlm.data.examples import Example, check_features, flat_items
 from vlm.data.faults import BadSample
 from vlm.data.known_classes import classes_of_tfds
@@ -38,6 +38,8 @@ class TfdsSource:
     """
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, config: DataConfig):
+        if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+            array_record.check_installed()
         self.credits = builder.info.redistribution_info.license or ""  # as the metadata states them
         features = dict(_flat_features(builder.info.features))
         where = f"the data set {builder.info.full_name}"

@@ -56,7 +56,7 @@ def check_shared_memory(workers: int, prefetch: int, batch_bytes: int) -> None:
     """Raise a DataError if the workers' batches do not fit into free shared memory."""
     try:
         stats = os.statvfs(SHARED_MEMORY)
-    except OSError:
+    except (OSError, AttributeError):
         return  # does not exist on this system
     free = stats.f_bavail * stats.f_frsize
     _, batches = buffered_batches(workers, prefetch)
