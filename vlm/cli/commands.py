@@ -28,7 +28,7 @@ USE = {
     "convert": Command("convert a model to the format of another library", "convert", "convert"),
     "export": Command("export a model as programs that run without vlm", "export", "export"),
     "models": Command("list the known public checkpoints", "models", "models"),
-    "docs": Command("show the reference of every public name", "docs", "docs"),
+    "docs": Command("show the documentation", "docs", "docs"),
 }
 TRAIN = {
     "train": Command("train a model from a config, or resume a run", "train", "main", True),

@@ -9,7 +9,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from sphinx.ext.autodoc.mock import mock  # noqa: E402
+from sphinx.ext.autodoc.mock import mock  # noqa: E402 # pyright: ignore[reportPrivateImportUsage]
 
 from vlm import __version__  # noqa: E402
 
@@ -85,6 +85,12 @@ def index_pages(app, failure):
         subprocess.run([*line, "--quiet"], check=True)
 
 
+def shorten(app, what, name, thing, options, signature, result):
+    """Leave the modules of array types out of signatures: jaxtyping writes them in full."""
+    arrays = r"(?<![~\w.])(?:[a-z_]\w*\.)+(?=[A-Z]|ndarray)"
+    return [text and re.sub(arrays, "", text) for text in (signature, result)]
+
+
 def name_headings(app, page, template, context, doctree):
     """Give headings the ids of their sections, so that the search links to them."""
     if "body" in context:
@@ -95,5 +101,6 @@ def name_headings(app, page, template, context, doctree):
 
 def setup(app):
     """Connect to Sphinx."""
+    app.connect("autodoc-process-signature", shorten)
     app.connect("html-page-context", name_headings)
     app.connect("build-finished", index_pages)

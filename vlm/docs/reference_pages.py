@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import vlm
-from vlm.cli import COMMANDS
+from vlm.cli import help
+from vlm.cli.commands import COMMANDS, PURPOSES
 from vlm.config.base import Config
 from vlm.config.bounds import bounds_of
 from vlm.weights import catalogue
@@ -62,32 +63,19 @@ def page_name(command: str) -> str:
 
 
 def commands() -> str:
-    """Return the table of commands."""
-    pages = {name: f"commands/{page_name(name)}" for name in COMMANDS}
-    rows = [[f"[`vlm {n}`]({page}.md)", COMMANDS[n].summary] for n, page in pages.items()]
-    return table(["command", "purpose"], rows) + toctree(pages.values())
+    """Return the tables of commands, by purpose."""
+    text = ""
+    for purpose, known in PURPOSES.items():
+        rows = [[f"[`vlm {n}`](commands/{page_name(n)}.md)", c.summary] for n, c in known.items()]
+        text += f"\n## {purpose}\n\n{table(['command', 'purpose'], rows)}"
+    return text + toctree(f"commands/{page_name(name)}" for name in COMMANDS)
 
 
 def command(name: str) -> str:
     """Return the page of one command: its help text, with every option."""
-    try:
-        from vlm.cli.help import render
-    except ImportError:  # until the help pages are here
-        render = _printed_help
     about = COMMANDS[name].summary
-    text = re.sub(r"\x1b\[[0-9;]*m", "", render(name, everything=True)).strip()
+    text = help.render(name, everything=True)
     return f"# vlm {name}\n\n{about[0].upper()}{about[1:]}.\n\n````text\n{text}\n````\n"
-
-
-def _printed_help(name: str, everything: bool) -> str:
-    import contextlib
-    import io
-
-    from vlm.cli import main
-
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        main([*name.split(), "--help"])
-    return printed.getvalue()
 
 
 # Public names
@@ -185,8 +173,8 @@ def config(full_name: str, cls: type) -> str:
     helps = {param.arg_name: param.description or "" for param in parse(text).params}
     hints = typing.get_type_hints(cls)
     package, _, name = full_name.rpartition(".")
-    lines = [full_name, "=" * len(full_name), "", f".. py:currentmodule:: {package}", ""]
-    lines += [f".. py:class:: {name}", ""]
+    lines = [name, "=" * len(name), "", f"Public name: `{full_name}`", ""]
+    lines += [f".. py:currentmodule:: {package}", f".. py:class:: {name}", ""]
     lines += indent(str(GoogleDocstring(about)).splitlines())
     for field in dataclasses.fields(cls):
         lines += ["", *indent([f".. py:attribute:: {field.name}"])]
