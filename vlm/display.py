@@ -6,7 +6,6 @@ Colours are translucent or inherited, so that they work on light and dark pages.
 import base64
 import html
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -32,8 +31,8 @@ def data_uri(image: Any, size: int = 96) -> str:
     return "data:image/webp;base64," + base64.b64encode(webp(image, size)).decode()
 
 
-def webp(image: Any, size: int, max_pixels: int = MAX_PIXELS) -> bytes:
-    """Encode `image`, at most `size` pixels on a side, as WebP; JPEG files are decoded reduced.
+def reduced(image: Any, size: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open `image`, at most `size` pixels on a side; JPEG files are decoded reduced.
 
     Raises:
         DataError: see `vlm.inputs.open_image`.
@@ -45,8 +44,17 @@ def webp(image: Any, size: int, max_pixels: int = MAX_PIXELS) -> bytes:
 
     picture = open_image(image, max_pixels=max_pixels, smallest=smallest)
     picture.thumbnail((size, size), Image.Resampling.LANCZOS)
+    return picture
+
+
+def webp(image: Any, size: int, max_pixels: int = MAX_PIXELS) -> bytes:
+    """Encode `image`, at most `size` pixels on a side, as WebP.
+
+    Raises:
+        DataError: see `vlm.inputs.open_image`.
+    """
     out = io.BytesIO()
-    picture.save(out, "WEBP", quality=88, method=4)
+    reduced(image, size, max_pixels).save(out, "WEBP", quality=88, method=4)
     return out.getvalue()
 
 
@@ -148,29 +156,6 @@ def facts_table(title: str, rows: Mapping[str, str]) -> Table:
     for name, value in rows.items():
         table.add_row(Text(name, style="dim"), Text(value))
     return table
-
-
-def inline_image(image: Any, size: int = 240) -> str | None:
-    """Return the escape sequence that draws an image; None if the terminal lacks support.
-
-    Supports kitty's graphics protocol (also WezTerm and Ghostty) and iTerm2's inline images.
-    """
-    program, term = os.environ.get("TERM_PROGRAM", ""), os.environ.get("TERM", "")
-    kitty = "KITTY_WINDOW_ID" in os.environ or "kitty" in term or program in ("ghostty", "WezTerm")
-    if not kitty and program != "iTerm.app":
-        return None
-    picture = open_image(image)
-    picture.thumbnail((size, size), Image.Resampling.LANCZOS)
-    out = io.BytesIO()
-    picture.save(out, "PNG")
-    text = base64.b64encode(out.getvalue()).decode()
-    if not kitty:
-        return f"\033]1337;File=inline=1;size={len(out.getvalue())}:{text}\a"
-    chunks = [text[i : i + 4096] for i in range(0, len(text), 4096)]
-    return "".join(
-        f"\033_G{'a=T,f=100,' if i == 0 else ''}m={int(i + 1 < len(chunks))};{chunk}\033\\"
-        for i, chunk in enumerate(chunks)
-    )
 
 
 def as_html(renderable: RenderableType, width: int = 110) -> str:

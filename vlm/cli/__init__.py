@@ -72,10 +72,12 @@ def _print_log(*, own_process: bool) -> None:
     """Print the library's log; in a process of our own, other handlers do not get it too."""
     log = logging.getLogger("vlm")
     if not any(isinstance(handler, _StderrHandler) for handler in log.handlers):
-        log.addHandler(_StderrHandler(logging.WARNING))
+        log.addHandler(_StderrHandler(logging.INFO))
+    logging.getLogger("vlm.weights").setLevel(logging.INFO)  # downloads, and short names
     log.propagate = not own_process
     if own_process:
-        warnings.filterwarnings("default", "the option", DeprecationWarning)
+        warnings.filterwarnings("default", "the (option|model in first place)", DeprecationWarning)
+        warnings.formatwarning = lambda message, *_, **__: f"vlm: {message}\n"
     WARNED.clear()  # of an earlier command
 
 

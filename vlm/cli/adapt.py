@@ -6,15 +6,16 @@ from typing import Annotated
 from tyro.conf import arg
 
 from vlm.cli import options, runtime
+from vlm.cli.model import leading_model, load_model
 from vlm.cli.parse import UsageError
 
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def adapt(
-    model: options.Model,
-    data: Annotated[str, arg(metavar="DATA")],
+    data: Annotated[tuple[str, ...], arg(metavar="DATA")],
     /,
+    model: options.ModelOption = None,
     out: Annotated[str, arg(metavar="FOLDER")] = "adapted",
     budget: Annotated[str, arg(metavar="TIME")] = "5m",
     method: Annotated[tuple[str, ...], arg(metavar="METHODS...")] = (),
@@ -34,10 +35,10 @@ def adapt(
     and the page report.html.
 
     Examples:
-      vlm adapt ViT-B-32/ pets/ --budget 5m --out pets-model
-      vlm adapt ViT-B-32/ pets/train --test pets/test --out-of-distribution tfds:cifar10
-      vlm adapt runs/openmoji mine/ --method probe prompt --budget 60s
-      vlm adapt ViT-B-32/ pets/ --method distill --teacher ViT-L-14/ --budget 1h
+      vlm adapt pets/ --budget 5m --out pets-model
+      vlm adapt pets/train --model ViT-B-32 --test pets/test --out-of-distribution tfds:cifar10
+      vlm adapt mine/ --model runs/openmoji --method probe prompt --budget 60s
+      vlm adapt pets/ --method distill --teacher ViT-L-14 --budget 1h
       vlm classify pets-model photo.jpg
 
     Args:
@@ -53,6 +54,9 @@ def adapt(
         shots: use at most this many images of each class.
         seed: of the validation split and of training.
     """
+    model, places = leading_model("vlm adapt", model, data, most=1)
+    if len(places) != 1:
+        raise UsageError("vlm adapt needs one place of labelled images: vlm adapt DATA")
     folder = options.new_folder(out)
     seconds = _seconds(budget)
     wanted = tuple(name for part in method for name in part.split(",") if name)
@@ -71,7 +75,7 @@ def adapt(
     for name in wanted:
         if name not in METHODS:
             raise UsageError(f"there is no method {name!r}: choose from {', '.join(METHODS)}")
-    labelled = read_labelled(data, "train", class_names=class_names)
+    labelled = read_labelled(places[0], "train", class_names=class_names)
     if renamed := described(labelled.names, labelled.texts):
         print_status(renamed)
     if shots is not None:
@@ -79,7 +83,7 @@ def adapt(
     measured = None if test is None else read_labelled(test)
     shifted = None if out_of_distribution is None else read_labelled(out_of_distribution)
     outcome = adapt_model(
-        load(model),
+        load_model(model),
         labelled,
         Path(folder) / "runs",
         seconds,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from vlm.cli import options, runtime
+from vlm.cli.model import leading_model, load_model, model_name
 from vlm.cli.parse import UsageError
 from vlm.cli.runs import classifier_of
 from vlm.errors import DataError
@@ -15,9 +16,9 @@ from vlm.paths import decode_text, lines_of
 
 
 def classify(
-    model: options.Model,
     images: options.Images,
     /,
+    model: options.ModelOption = None,
     labels: options.Labels = None,
     labels_file: options.LabelsFile = None,
     templates: options.Templates = (),
@@ -34,10 +35,10 @@ def classify(
     Unreadable images are reported and skipped; the exit code is then 1.
 
     Examples:
-      vlm classify runs/openmoji photo.jpg --labels "dog,cat,pizza"
-      vlm classify runs/openmoji photos/ --labels-file names.txt --top 1 --json
-      vlm classify runs/openmoji photos/ --labels "dog,cat" --other-label "a photo." --threshold 0.5
-      vlm classify runs/openmoji photos/ --classifier prompt.safetensors
+      vlm classify photo.jpg --labels "dog,cat,pizza"
+      vlm classify photos/ --labels-file names.txt --top 1 --json
+      vlm classify photos/ --labels "dog,cat" --other-label "a photo." --threshold 0.5
+      vlm classify photos/ --model ViT-L-14 --classifier prompt.safetensors
 
     Args:
         top: how many labels to show for each image.
@@ -49,8 +50,9 @@ def classify(
             it was trained with objective classification.
         json: print one JSON object for each image.
     """
+    model, images = leading_model("vlm classify", model, images)
     if labels is None and labels_file is None and classifier is None:
-        classifier = classifier_of(model)
+        classifier = classifier_of(model_name(model))
     own = labels, labels_file, templates, other_label, multi_label, class_names
     if classifier is not None and any(own):
         raise UsageError(
@@ -58,11 +60,10 @@ def classify(
         )
     found = None if classifier is not None else labels_of(labels, labels_file)
     if not images:
-        raise UsageError("vlm classify needs images: give files, folders or globs after the model")
+        raise UsageError("vlm classify needs images: give files, folders or globs")
     if top < 1:
         raise UsageError(f"--top {top} shows nothing: give at least 1")
     runtime.prepare_inference()
-    from vlm.bundle import load
     from vlm.cli.images import Unreadable, find_images
     from vlm.cli.terminal import chunks, print_status, progress
     from vlm.display import bar
@@ -71,9 +72,9 @@ def classify(
 
     paths, note = find_images(images), ""
     if classifier is not None:
-        classify_images = load_classifier(classifier, load(model))
+        classify_images = load_classifier(classifier, load_model(model))
     else:
-        bundle = load(model)
+        bundle = load_model(model)
         prompts, note = prompts_of(found, class_names, templates, bundle)
         classify_images = ZeroShotClassifier(bundle, prompts, None, other_label, multi_label)
     unreadable = Unreadable(len(paths))

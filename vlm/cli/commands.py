@@ -109,7 +109,8 @@ Contrastive vision-language models in JAX.
 {commands}
 
 Examples:
-  vlm classify runs/openmoji photo.jpg --labels "dog,cat,pizza"
+  vlm search photos/ "a dog in the snow"
+  vlm classify photo.jpg --labels "dog,cat,pizza"
   vlm train configs/openmoji.py
 
 vlm help COMMAND explains a command; vlm COMMAND --help PATTERN, its options that match.

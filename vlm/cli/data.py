@@ -4,9 +4,12 @@ import base64
 import json as jsonlib
 from typing import Annotated, Any, Literal
 
+import tyro
 from tyro.conf import arg
 
+from vlm._deprecation import warn
 from vlm.cli import options
+from vlm.cli.model import chosen_model
 from vlm.cli.parse import UsageError
 
 Source = Annotated[
@@ -192,11 +195,12 @@ def reinforce(
     data: Annotated[str, arg(metavar="CONFIG|SOURCE")],
     out: NewShards,
     /,
-    teacher: Annotated[str, arg(metavar="MODEL")],
+    model: options.ModelOption = None,
     augmentations: int = 4,
     seed: int = 0,
     batch_size: int = 256,
     dtype: Literal["float32", "float16"] = "float32",
+    teacher: tyro.conf.Suppress[str | None] = None,
 ) -> None:
     """Store teacher embeddings of every example in several augmentations (MobileCLIP's reinforced
     data), so that a student can be distilled without running the teacher.
@@ -205,17 +209,18 @@ def reinforce(
     resumes when it is run again.
 
     Example:
-      vlm data reinforce configs/openmoji.py taught/ --teacher ViT-L-14/ --augmentations 8
+      vlm data reinforce configs/openmoji.py taught/ --model ViT-L-14 --augmentations 8
 
     Args:
         data: a config, whose data and augmentations are used; or a source, as data.source.
         out: a folder for the embeddings alone.
-        teacher: a run folder, a bundle, or a public checkpoint.
         augmentations: number of augmentations of each example.
         seed: of the augmentations.
         batch_size: of the teacher.
         dtype: of the stored embeddings.
     """
+    if teacher is not None:
+        warn("the option --teacher", "--model")
     from vlm.cli.terminal import counter
     from vlm.config import DataConfig, load_config
     from vlm.config.files import shipped_configs
@@ -224,11 +229,11 @@ def reinforce(
     is_config = data.endswith(".py") or data in shipped_configs()
     config = load_config(data).data if is_config else DataConfig(source=data)
     settings = {"variants": augmentations, "seed": seed, "batch_size": batch_size, "dtype": dtype}
-    with counter("embedding") as progress:
-        made = write(config, out, teacher, **settings, progress=progress)
+    with counter("embedding") as progress, chosen_model(model or teacher) as name:
+        made = write(config, out, name, **settings, progress=progress)
     print(
         f"{made['examples']:,} examples x {made['variants']} augmentations, {made['width']} "
-        f"dimensions, by {teacher}, in {out}"
+        f"dimensions, by {name}, in {out}"
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from tyro.conf import arg
 
 from vlm.cli import options, runtime
+from vlm.cli.model import leading_model, load_model, model_name
 from vlm.cli.parse import UsageError
 from vlm.errors import DataError
 
@@ -23,9 +24,9 @@ PLAN = "vlm-embed.json"  # in the folder of the parts: model, images and part si
 
 
 def embed(
-    model: options.Model,
     images_and_out: Annotated[tuple[str, ...], arg(metavar="IMAGES... OUT")],
     /,
+    model: options.ModelOption = None,
     batch_size: options.BatchSize = None,
     beam: options.Beam = (),
 ) -> None:
@@ -39,18 +40,19 @@ def embed(
     Memory is bounded by a few thousand images. An interrupted command resumes when it is run again.
 
     Examples:
-      vlm embed runs/openmoji photos/ photos.npz
-      vlm embed runs/openmoji a.png "more/*.jpg" out.safetensors
-      vlm embed runs/openmoji photos/ photo-embeddings/
-      vlm embed runs/openmoji photos/ out/ --beam runner=FlinkRunner flink_master=host:8081
+      vlm embed photos/ photos.npz
+      vlm embed a.png "more/*.jpg" out.safetensors
+      vlm embed photos/ photo-embeddings/ --model ViT-L-14
+      vlm embed photos/ out/ --beam runner=FlinkRunner flink_master=host:8081
 
     Args:
         images_and_out: files, folders (searched recursively) and globs, then a file that ends in
             .npz or .safetensors, or a folder.
     """
-    *images, out = images_and_out or ("",)
+    model, places = leading_model("vlm embed", model, images_and_out, 2)
+    *images, out = places or ("",)
     if not images:
-        raise UsageError("vlm embed needs images and an output file: vlm embed MODEL IMAGES OUT")
+        raise UsageError("vlm embed needs images and an output file: vlm embed IMAGES OUT")
     as_file = out.endswith(SUFFIXES)
     parts = Path(f"{out}.partial" if as_file else out)
     if parts.is_file() or (parts.is_dir() and any(parts.iterdir()) and not _plan(parts)):
@@ -63,15 +65,14 @@ def embed(
         from vlm.data.beam import pipeline
 
         embed_elsewhere = functools.partial(
-            _embed_with_beam, pipeline(beam), model, images, batch_size
+            _embed_with_beam, pipeline(beam), model_name(model), images, batch_size
         )
     runtime.prepare_inference()
-    from vlm.bundle import load
     from vlm.cli.images import Unreadable, find_images
     from vlm.cli.terminal import print_status
 
     paths = find_images(images)
-    bundle = load(model)
+    bundle = load_model(model)
     unreadable = Unreadable(len(paths))
     kept = embed_parts(bundle, paths, parts, batch_size, unreadable, embed_elsewhere)
     if kept and as_file:

@@ -1,6 +1,7 @@
 """The IMAGES of a command: files, folders and globs as one list, and the unreadable ones."""
 
 import glob
+import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -9,23 +10,26 @@ from etils import epath
 
 from vlm.errors import DataError
 from vlm.inputs.folders import files_under, is_image_name, report_skipped
-from vlm.inputs.opening import SUFFIXES, OnError
+from vlm.inputs.opening import ADDED_FORMATS, SUFFIXES, OnError
 from vlm.paths import as_path, is_remote
 
 
-def find_images(places: Sequence[str]) -> list[epath.Path]:
+def find_images(places: Sequence[str], *, absolute: bool = False) -> list[epath.Path]:
     """Return the images that `places` name, in order, without repeats.
 
     A file is accepted with any name. A folder, local or remote, is searched recursively for image
     suffixes, sorted by path, without hidden files. A pattern (`*`, `?`, `[...]`, `**`) is
     replaced by the files and folders that match. Files skipped for their type are counted in one
-    message for each place.
+    message for each place; so are images of formats whose package is not installed. With
+    `absolute`, local paths become absolute.
 
     Raises:
         DataError: a place that does not exist, or that has no images.
     """
-    files = dict.fromkeys(path for place in places for path in _images(place))
-    return [as_path(path) for path in files]
+    files = (path for place in places for path in _images(place))
+    if absolute:
+        files = (path if is_remote(path) else os.path.abspath(path) for path in files)
+    return [as_path(path) for path in dict.fromkeys(files)]
 
 
 def state_of(path: epath.PathLike) -> tuple[int, int | None]:
@@ -105,6 +109,24 @@ def _images(place: str) -> list[str]:
         if not images:
             raise DataError(f"no image matches {place!r}: check the pattern")
     report_skipped(skipped, place)
+    return _readable_formats(images, place)
+
+
+def _readable_formats(images: list[str], place: str) -> list[str]:
+    """Return the images without those of formats whose package is missing; log their number.
+
+    Raises:
+        DataError: there are no others.
+    """
+    for suffixes, module, extra, title in ADDED_FORMATS.values():
+        lacking = [file for file in images if file.lower().endswith(suffixes)]
+        if not lacking or importlib.util.find_spec(module) is not None:
+            continue
+        images = [file for file in images if not file.lower().endswith(suffixes)]
+        fix = f'{title} needs another package (pip install "vlm-jax[{extra}]")'
+        if not images:
+            raise DataError(f"{place!r} holds no other images than {len(lacking):,} {title}: {fix}")
+        report_skipped(lacking, place, f"are not read, because {fix}")
     return images
 
 

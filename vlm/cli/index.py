@@ -2,15 +2,16 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from tyro.conf import arg
 
 from vlm.cli import options, runtime
+from vlm.cli.model import leading_model, load_model
 from vlm.cli.parse import UsageError
 from vlm.errors import CheckpointError, ConflictError
-from vlm.paths import as_path, is_remote
 
 SAVE_EVERY = 16_384  # images encoded between two saves: a killed command loses at most these
 STATE = ("bytes", "modified")  # metadata columns that show whether an image has changed
@@ -18,9 +19,9 @@ MODEL_FILE = "model.json"  # beside the index: MODEL, so that a search can load 
 
 
 def index(
-    model: options.Model,
     images_and_out: Annotated[tuple[str, ...], arg(metavar="IMAGES... OUT")],
     /,
+    model: options.ModelOption = None,
     dtype: Literal["float32", "float16"] = "float32",
     coding: Literal["int8", "binary"] | None = None,
     batch_size: options.BatchSize = None,
@@ -31,10 +32,10 @@ def index(
     If OUT already holds an index of the same model and kind, it is updated: new and changed images
     are encoded (by size and modification time), and missing ones removed. Any other index is
     replaced after the new one is complete. Unreadable images are reported and skipped; the exit
-    code is then 1.
+    code is then 1. The id of an image is its absolute path.
 
     Example:
-      vlm index runs/openmoji photos/ my-index
+      vlm index photos/ my-index
       vlm search my-index "a red car in the snow"
 
     Args:
@@ -45,9 +46,10 @@ def index(
             that has to fit in memory; the best candidates are then scored exactly.
         rebuild: ignore an existing index at OUT and re-encode everything.
     """
-    *images, out = images_and_out or ("",)
+    model, places = leading_model("vlm index", model, images_and_out, 2)
+    *images, out = places or ("",)
     if not images:
-        raise UsageError("vlm index needs images and an output folder: vlm index MODEL IMAGES OUT")
+        raise UsageError("vlm index needs images and an output folder: vlm index IMAGES OUT")
     from vlm.heads import index_folder
 
     folder = index_folder.local_folder(out)
@@ -57,14 +59,58 @@ def index(
             "already: name a new folder"
         )
     runtime.prepare_inference()
-    from vlm.bundle import load
-    from vlm.cli.images import Unreadable, find_images, state_of
-    from vlm.cli.terminal import print_status, progress
+    from vlm.cli.images import find_images
+    from vlm.cli.terminal import print_status
+
+    kind = {"dtype": dtype, "coding": coding, "rebuild": rebuild}
+    paths, bundle = find_images(images, absolute=True), load_model(model)
+    built = update_index(folder, bundle, paths, batch_size=batch_size, **kind)
+    print_status(f"{built.counts(out)}; search them with: vlm search {out} QUERY")
+    built.unreadable.finish()
+
+
+class BuiltIndex(NamedTuple):
+    """An index after an update: what changed, and the images that could not be read."""
+
+    index: Any
+    unreadable: Any
+    encoded: int
+    removed: int
+
+    def counts(self, place: str) -> str:
+        """Describe the update in a line."""
+        changes = f"{self.encoded:,} encoded, {self.removed:,} removed"
+        return f"{len(self.index):,} images in {place} ({changes})"
+
+
+def update_index(
+    folder: Path,
+    bundle: Any,
+    paths: Sequence[Any],
+    *,
+    dtype: Literal["float32", "float16"] = "float32",
+    coding: Literal["int8", "binary"] | None = None,
+    batch_size: int | None = None,
+    rebuild: bool = False,
+) -> BuiltIndex:
+    """Bring the index at `folder` up to date with the images at `paths`, and save it.
+
+    An index of the same model and kind is updated: only new and changed files are encoded. Any
+    other one is replaced.
+
+    Raises:
+        DataError: no image can be read.
+        ConflictError: another process saved to the folder meanwhile.
+    """
+    from vlm.cli.images import Unreadable, state_of
+    from vlm.cli.terminal import progress
     from vlm.heads.retrieval import RetrievalIndex
 
-    paths, bundle = find_images(images), load(model)
     target = None if rebuild else _compatible_index(folder, bundle, dtype, coding)
-    grows, replaces = target is not None or not folder.exists(), is_index(folder) and target is None
+    grows, replaces = (
+        target is not None or not is_index(folder),
+        is_index(folder) and target is None,
+    )
     target = target or RetrievalIndex(bundle, dtype, coding)
     unreadable = Unreadable(len(paths))
     state = {os.fspath(path): state_of(path) for path in paths}
@@ -82,19 +128,15 @@ def index(
         stream = (next(shown) for _ in part)
         target.update(stream, None, batch_size, metadata, on_error=unreadable.handler(part))
         if grows and len(target) and start + SAVE_EVERY < len(changed):
-            _save(target, folder, model, replaces)
+            _save(target, folder, replaces)
     # A changed file that is unreadable now must not keep its old embedding.
     bad = {os.fspath(p) for p in changed} - {os.fspath(p) for p in unreadable.readable(changed)}
     target.remove([name for name in bad if name in target])
     if not len(target):
         unreadable.finish()
     if changed or gone or bad or not is_index(folder):
-        _save(target, folder, model, replaces)
-    print_status(
-        f"{len(target):,} images in {out} ({len(changed) - len(bad):,} encoded, {len(gone):,} "
-        f"removed); search them with: vlm search {out} QUERY"
-    )
-    unreadable.finish()
+        _save(target, folder, replaces)
+    return BuiltIndex(target, unreadable, len(changed) - len(bad), len(gone))
 
 
 def _compatible_index(folder: Path, bundle: Any, dtype: str, coding: str | None) -> Any:
@@ -122,7 +164,9 @@ def _compatible_index(folder: Path, bundle: Any, dtype: str, coding: str | None)
     return None
 
 
-def _save(index: Any, folder: Path, model: str, replaces: bool) -> None:
+def _save(index: Any, folder: Path, replaces: bool) -> None:
+    from vlm.weights.registry import source_of
+
     try:
         index.save(folder, overwrite=replaces)
     except ConflictError:
@@ -130,8 +174,7 @@ def _save(index: Any, folder: Path, model: str, replaces: bool) -> None:
             f"another process saved to {folder} while this command ran: run it again, and it "
             "encodes what that index lacks"
         ) from None
-    loadable = os.path.abspath(as_path(model)) if as_path(model).exists() else model
-    about = {"model": model if is_remote(model) else loadable}
+    about = {"model": source_of(index.model.source)}
     partial = folder / f"{MODEL_FILE}.{os.getpid()}"
     partial.write_text(json.dumps(about) + "\n", encoding="utf-8")
     partial.replace(folder / MODEL_FILE)

@@ -21,6 +21,7 @@ def models(
     max_params: str | None = None,
     licence: str | None = None,
     language: str | None = None,
+    update: bool = False,
     json: options.Json = False,
 ) -> None:
     """List the known public checkpoints: all, those that match the options, or one.
@@ -28,17 +29,26 @@ def models(
     Accuracy is zero-shot top-1 on ImageNet as published by the authors or open_clip; `vlm models
     NAME` shows the source. `vlm.load` reads many checkpoints that are not in this list.
 
+    Commands and `vlm.load` accept both names. A short name is that of the architecture, and means
+    its most accurate checkpoint with an open licence; others add data, resolution or patch size.
+    A checkpoint is downloaded once, and its commit is used until --update fetches the newest.
+
     Examples:
       vlm models
-      vlm models google/siglip2-base-patch16-256
+      vlm models siglip2-base
+      vlm models EVA02-B-16 --update
       vlm models --max-params 400M --licence open --language de
 
     Args:
-        name: a checkpoint of the list.
+        name: a checkpoint of the list, by its name, short name, or name without owner.
         max_params: of both towers together, such as 400M or 1.5B.
         licence: such as MIT; "open" is any that permits all uses of the weights.
         language: a code such as de; multilingual models match all languages.
+        update: download the newest commit of NAME, any model of the Hub; later commands use it.
     """
+    if update:
+        _update(name)
+        return
     if name is not None and (max_params or licence or language):
         raise UsageError("vlm models takes a NAME or options, not both: leave one out")
     unknown: list[catalogue.Entry] = []
@@ -50,14 +60,18 @@ def models(
         unknown = catalogue.undecided(max_parameters=most, licence=licence, language=language)
     if json:
         values = [dataclasses.asdict(entry) for entry in entries]
+        if name is not None:
+            values[0]["commit"] = _commit(entries[0].name)
         print(jsonlib.dumps(values if name is None else values[0], indent=2, ensure_ascii=False))
         return
     # In a pipe, rows must not wrap.
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console(width=None if sys.stdout.isatty() else 260)
     if name is not None:
         table = Table(show_header=False)
         for field, value in dataclasses.asdict(entries[0]).items():
             table.add_row(field.replace("_", " "), "unknown" if value is None else str(value))
+        commit = _commit(entries[0].name)
+        table.add_row("commit here", commit or "not downloaded by vlm")
     else:
         columns, rows = catalogue.table(entries)
         table = Table()
@@ -69,6 +83,24 @@ def models(
     if unknown:
         names = ", ".join(entry.name for entry in unknown)
         console.print(f"Left out, because a requested fact is unknown: {names}.")
+
+
+def _commit(name: str) -> str | None:
+    """Return the commit of a model that this machine uses, if it was downloaded."""
+    from vlm.weights.pins import read_pin
+
+    pin = read_pin(name)
+    return None if pin is None else pin.commit
+
+
+def _update(name: str | None) -> None:
+    from vlm.weights.hub import is_hub_id, update
+    from vlm.weights.registry import hub_name
+
+    if name is None or not is_hub_id(hub_name(name)):
+        raise UsageError("--update needs the name of a Hub model, such as EVA02-B-16")
+    old, new = update(hub_name(name))
+    print(f"{hub_name(name)} is at commit {new}" + (f" (before: {old})" if old else ""))
 
 
 def _millions(text: str) -> float:

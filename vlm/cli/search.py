@@ -1,25 +1,35 @@
 """`vlm search`: search images by a text or by another image."""
 
 import contextlib
+import hashlib
 import json as jsonlib
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import arg
 
 from vlm.cli import runtime
-from vlm.cli.index import is_index, model_of
+from vlm.cli.index import is_index, model_of, update_index
+from vlm.cli.model import load_model
 from vlm.cli.parse import UsageError
-from vlm.errors import CheckpointError, DataError
+from vlm.errors import CheckpointError, ConflictError, DataError
+from vlm.paths import as_path, cache_dir, is_remote
 
 
 def search(
-    index: Annotated[str, arg(metavar="INDEX")],
+    index: Annotated[str, arg(metavar="FOLDER|INDEX")],
     query: Annotated[str, arg(metavar="QUERY")],
     /,
-    model: Annotated[str | None, arg(metavar="MODEL")] = None,
     k: int = 5,
+    model: Annotated[str | None, arg(metavar="MODEL")] = None,
+    open: bool = False,
+    copy: Annotated[str | None, arg(metavar="FOLDER")] = None,
+    sheet: Annotated[str | None, arg(metavar="FILE")] = None,
+    pictures: bool = True,
+    json: bool = False,
     plus: Annotated[tuple[str, ...], arg(metavar="QUERY...")] = (),
     minus: Annotated[tuple[str, ...], arg(metavar="QUERY...")] = (),
     weight: float = 1.0,
@@ -27,25 +37,31 @@ def search(
     where: Annotated[tuple[str, ...], arg(metavar="COLUMN=VALUE...")] = (),
     min_score: float | None = None,
     min_probability: float | None = None,
-    json: bool = False,
 ) -> None:
     """Find the images that are most similar to a text or to another image.
 
-    INDEX is the output of `vlm index`, which records its model; or a folder of images, which is
-    encoded for this search by the --model that you name.
+    The first search of a folder encodes its images and keeps an index in the cache folder. Later
+    searches encode only new and changed files. An INDEX is the output of `vlm index`, which records
+    its model.
 
     Examples:
-      vlm search my-index "a red car in the snow"
-      vlm search my-index like-this.jpg --k 20
+      vlm search photos/ "a dog in the snow"
+      vlm search photos/ like-this.jpg --k 20 --sheet hits.png
+      vlm search photos/ "a red car" --model ViT-L-14 --copy red-cars/
       vlm search my-index "golden retriever" --weight 2 --plus this.jpg --minus fruit
       vlm search my-index photos/dog.jpg --like --where "bytes>100000"
-      vlm search photos/ "a red car in the snow" --model runs/openmoji
 
     Args:
-        index: an index, or a folder of images.
+        index: a folder of images, or an index.
         query: a text, or the path of an image.
-        model: required for a folder of images; for an index only if its model has moved.
         k: how many images to show.
+        model: for a folder of images: a run folder, a bundle, a Hub id, or a name of `vlm models`.
+            Default: the variable VLM_MODEL, else EVA02-B-16. For an index: its model, if it moved.
+        open: open the images with the system's viewer.
+        copy: copy the images into this folder.
+        sheet: draw the images on a contact sheet, a .png or .jpg file.
+        pictures: show the images in terminals that can: kitty, iTerm2, and those with sixels.
+        json: print one JSON object for each image.
         plus: texts and images to add to the query.
         minus: texts and images to subtract from the query.
         weight: weight of the main query; --plus and --minus terms have weight 1.
@@ -53,68 +69,109 @@ def search(
         where: conditions on metadata, with =, !=, <, <=, > or >=; all must hold.
         min_score: the lowest cosine to show.
         min_probability: the lowest probability to show, for a model of the sigmoid loss.
-        json: print one JSON object for each image.
     """
     if k < 1:
         raise UsageError(f"--k {k} finds nothing: give at least 1")
     if not query.strip():
         raise UsageError("the query is empty: give a text or the path of an image")
+    if sheet is not None and not sheet.lower().endswith((".png", ".jpg", ".jpeg")):
+        raise UsageError(f"--sheet {sheet!r} is not a PNG or JPEG: give a name that ends in .png")
     runtime.prepare_inference()
-    from vlm.display import bar
-    from vlm.heads.filters import Condition, where_all
+    from vlm.cli.terminal import print_status
 
-    conditions = [_condition(text) for text in where]
-    opened, unreadable = _open(index, model)
     options: dict[str, Any] = {}
-    if conditions:
-        options["where"] = where_all([Condition(*condition) for condition in conditions])
-    if like:
-        # Ids may be integers.
-        number = int(query) if query not in opened and query.isdecimal() else query
-        hits = opened.like(number if number in opened else query, k, **options)
-    else:
-        combined = _query(query)
-        if plus or minus or weight != 1:
-            from vlm.heads.query import Query
+    if conditions := [_condition(text) for text in where]:
+        from vlm.heads.filters import Condition, where_all
 
-            combined = sum((Query(_query(text)) for text in plus), start=Query(combined, weight))
-            combined = sum((-Query(_query(text)) for text in minus), start=combined)
+        options["where"] = where_all([Condition(*condition) for condition in conditions])
+    asked = query if like else _combined(query, plus, minus, weight)
+    opened, unreadable = _open(index, model)
+    if like:
+        hits = opened.like(_id(opened, query), k, **options)
+    else:
         options |= {"min_score": min_score, "min_probability": min_probability}
-        hits = opened.search(combined, k, **options)
-    for hit in hits:
-        if json:
-            print(jsonlib.dumps({"id": hit.id, "score": round(hit.score, 6)}, ensure_ascii=False))
-        else:
-            print(f"{hit.score:6.3f}  {bar(hit.score):<20}  {hit.id}")
+        hits = opened.search(asked, k, **options)
+    _print(hits, json, pictures)
+    if open or copy or sheet:
+        from vlm.cli import hit_files
+
+        if sheet:
+            hit_files.contact_sheet(hits, query).save(sheet)
+            print_status(f"contact sheet {sheet}")
+        if copy:
+            new = hit_files.copy_files(hit_files.files_of(hits, "--copy"), copy)
+            print_status(f"{new:,} images copied to {copy}")
+        if open:
+            hit_files.open_files(hit_files.files_of(hits, "--open"))
     unreadable.finish()
 
 
+def _combined(query: str, plus: Sequence[str], minus: Sequence[str], weight: float) -> Any:
+    """Combine the query with the terms of --plus and --minus."""
+    first = _query(query)
+    if not plus and not minus and weight == 1:
+        return first
+    from vlm.heads.query import Query
+
+    combined = sum((Query(_query(text)) for text in plus), start=Query(first, weight))
+    return sum((-Query(_query(text)) for text in minus), start=combined)
+
+
+def _id(index: Any, query: str) -> str | int:
+    """Return the id of an item: a path may be relative, and an id may be an integer."""
+    names: list[str | int] = [query, os.path.abspath(query)]
+    names += [int(query)] if query.isdecimal() else []
+    return next((name for name in names if name in index), query)
+
+
+def _print(hits: Any, json: bool, pictures: bool) -> None:
+    from vlm.cli.inline_images import inline_image
+    from vlm.display import bar
+
+    for hit in hits:
+        if json:
+            print(jsonlib.dumps({"id": hit.id, "score": round(hit.score, 6)}, ensure_ascii=False))
+            continue
+        print(f"{hit.score:6.3f}  {bar(hit.score):<20}  {hit.id}")
+        if pictures and isinstance(hit.id, str):
+            with contextlib.suppress(DataError):  # an id that is not the path of an image
+                if drawn := inline_image(hit.id):
+                    print(drawn)
+
+
 def _open(where: str, model: str | None) -> tuple[Any, Any]:
-    """Open the index at `where`, or encode the images there; also return the `Unreadable` ones."""
-    from vlm.bundle import load
+    """Open the index at `where`, or that of the images there; also return the `Unreadable` ones."""
     from vlm.cli.images import Unreadable, find_images
-    from vlm.cli.terminal import progress
+    from vlm.cli.terminal import print_status
     from vlm.heads.retrieval import RetrievalIndex
 
     folder = Path(where).expanduser()
     if is_index(folder):
-        return RetrievalIndex.load(folder, load(model or model_of(folder))), Unreadable(0)
-    if not folder.exists():
+        return RetrievalIndex.load(folder, load_model(model or model_of(folder))), Unreadable(0)
+    if not as_path(where).exists():
         raise CheckpointError(
             f"there is no index and no folder of images {where!r}: check the path, or build an "
-            f"index with vlm index MODEL IMAGES {where}"
+            f"index with vlm index IMAGES {where}"
         )
-    if model is None:
-        raise UsageError(
-            f"{where!r} is not an index: give a model to encode its images with --model MODEL, or "
-            f"build an index with vlm index MODEL {where} OUT"
-        )
-    paths = find_images([where])
-    new_index, unreadable = RetrievalIndex(load(model)), Unreadable(len(paths))
-    new_index.add(progress(paths, "encoding", len(paths)), on_error=unreadable.handler(paths))
-    if not len(new_index):
-        unreadable.finish()
-    return new_index, unreadable
+    paths = find_images([where], absolute=True)
+    bundle = load_model(model)
+    cached = cached_index(where, bundle.source)
+    try:
+        built = update_index(cached, bundle, paths)
+    except ConflictError:  # another search has encoded them meanwhile
+        built = update_index(cached, bundle, paths)
+    print_status(built.counts(where))
+    return built.index, built.unreadable
+
+
+def cached_index(images: str, model: str) -> Path:
+    """Return the folder in the cache for the index of a folder of images by a model."""
+    from vlm.heads import index_folder
+
+    place = images if is_remote(images) else os.path.abspath(as_path(images))
+    key = hashlib.sha256(os.fsencode(f"{place}\n{model}")).hexdigest()[:16]
+    name = re.sub(r"[^\w.-]+", "_", os.path.basename(place.rstrip("/")))[:40]
+    return index_folder.local_folder(cache_dir() / "indexes" / f"{name}-{key}")
 
 
 def _condition(text: str) -> tuple[str, str, str | float]:

@@ -8,16 +8,17 @@ from tyro.conf import arg
 
 from vlm.cli import options, runtime
 from vlm.cli.index import is_index, model_of
+from vlm.cli.model import leading_model, load_model, model_name
 from vlm.cli.parse import UsageError
 from vlm.cli.terminal import print_status
-from vlm.errors import ConfigError
+from vlm.errors import CheckpointError, ConfigError
 from vlm.paths import as_path, is_remote
 
 KEYS = "VLM_API_KEYS"  # environment variable: keys separated by commas
 
 
 def serve(
-    served: Annotated[str, arg(metavar="INDEX|MODEL")],
+    index: Annotated[str | None, arg(metavar="INDEX")] = None,
     /,
     model: Annotated[str | None, arg(metavar="MODEL")] = None,
     host: str = "127.0.0.1",
@@ -45,12 +46,13 @@ def serve(
 
     Examples:
       vlm serve my-index
-      vlm serve runs/openmoji --port 9000 --api-key SECRET
+      vlm serve --model ViT-B-32 --port 9000 --api-key SECRET
       vlm serve my-index --export compose deploy/
 
     Args:
-        served: an index of vlm index, a run folder, a bundle, or a public checkpoint.
-        model: model of the index, if it has moved.
+        index: an index of vlm index. Default: none; the API then has no /v1/search.
+        model: without an index: a run folder, a bundle, a Hub id, or a name of `vlm models`.
+            Default: the variable VLM_MODEL, else EVA02-B-16. With an index: its model, if it moved.
         host: address to listen at; 0.0.0.0 is every address of this machine.
         port: port to listen at; 0 chooses a free one.
         api_key: keys that requests must send. Default: those of the variable VLM_API_KEYS.
@@ -71,8 +73,9 @@ def serve(
     keys = tuple(key.strip() for key in keys)
     if not all(keys):
         raise UsageError("an API key is empty: give --api-key a value")
+    folder, model = _served(index, model)
     if export:
-        _export(served, model, export)
+        _export(folder, model, export)
         return
     runtime.prepare_inference()
     try:
@@ -81,21 +84,17 @@ def serve(
         from vlm.serving.server import serve as run
     except ImportError as error:
         raise _extra_missing(error) from None
-    folder = Path(served).expanduser()
-    has_index = not is_remote(served) and is_index(folder)
-    if has_index and tower != "both":
+    if folder is not None and tower != "both":
         raise UsageError("an index needs both towers: leave --tower out")
     taken = bind(host, port)  # before loading the model, which may take minutes
     try:
-        from vlm.bundle import load
         from vlm.serving.app import create_app
         from vlm.serving.explain import warm_up
     except ImportError as error:
         raise _extra_missing(error) from None
 
-    source = model or (model_of(folder) if has_index else served)
-    print_status(f"loading {source}")
-    bundle = load(source, tower=tower, dtype=dtype)
+    print_status(f"loading {model_name(model)}")
+    bundle = load_model(model, tower=tower, dtype=dtype)
     largest = max_batch or _largest_batch()
     limits = Limits(
         body_bytes=max_body_mib << 20,
@@ -108,7 +107,7 @@ def serve(
     )
     app = create_app(
         bundle,
-        index=folder if has_index else None,
+        index=folder,
         name=name,
         limits=limits,
         keys=keys,
@@ -130,7 +129,25 @@ def _largest_batch() -> int:
     return 32 if jax.default_backend() == "cpu" else 256
 
 
-def _export(served: str, model: str | None, export: tuple[str, ...]) -> None:
+def _served(index: str | None, model: str | None) -> tuple[Path | None, str | None]:
+    """Return the folder of the index, if there is one, and the model.
+
+    Raises:
+        CheckpointError: there is no such index, or it does not record its model.
+    """
+    model, places = leading_model("vlm serve", model, () if index is None else (index,), 0)
+    if not places:
+        return None, model
+    folder = Path(places[0]).expanduser()
+    if not is_index(folder):
+        raise CheckpointError(
+            f"there is no index {places[0]!r}: check the path, build one with vlm index IMAGES "
+            "OUT, or give a model with --model MODEL"
+        )
+    return folder, model or model_of(folder)
+
+
+def _export(folder: Path | None, model: str | None, export: tuple[str, ...]) -> None:
     if len(export) != 2 or export[0] != "compose":
         raise UsageError("--export needs compose and a folder, such as --export compose deploy/")
     from vlm.serving.compose import write_compose
@@ -145,13 +162,13 @@ def _export(served: str, model: str | None, export: tuple[str, ...]) -> None:
         mounts[path] = path.exists()
         return str(path)
 
-    folder = Path(served).expanduser()
-    options: tuple[str, ...] = ()
-    if not is_remote(served) and is_index(folder):
-        options = ("--model", mounted(model or model_of(folder)))
-        for images in _image_folders(folder):
-            mounts[images] = images.is_dir()
-    for file in write_compose(Path(export[1]).expanduser(), mounted(served), mounts, options):
+    words: tuple[str, ...] = ()
+    if folder is not None:
+        words = (mounted(os.fspath(folder)),)
+    words += ("--model", mounted(model_name(model)))
+    for images in [] if folder is None else _image_folders(folder):
+        mounts[images] = images.is_dir()
+    for file in write_compose(Path(export[1]).expanduser(), words, mounts):
         print(file)
 
 

@@ -8,15 +8,12 @@ from vlm._version import __version__
 from vlm.errors import CheckpointError
 
 
-def write_compose(
-    folder: Path, served: str, mounts: dict[Path, bool], options: tuple[str, ...] = ()
-) -> list[Path]:
+def write_compose(folder: Path, command: tuple[str, ...], mounts: dict[Path, bool]) -> list[Path]:
     """Write the Docker files into a new or empty folder, and return their paths.
 
     Args:
-        served: the model or index, as on the command line of `vlm serve`.
+        command: arguments of `vlm serve`.
         mounts: host folders that the container mounts at the same path, and whether each exists.
-        options: additional command-line options.
 
     Raises:
         CheckpointError: the folder is not empty, or a folder to mount does not exist.
@@ -29,7 +26,7 @@ def write_compose(
     folder.mkdir(parents=True, exist_ok=True)
     values = {
         "version": __version__,
-        "command": ", ".join(_quoted(word) for word in (served, *options)),
+        "command": ", ".join(_quoted(word) for word in command),
         "volumes": [_quoted(f"{path}:{path}:ro") for path in mounts],
     }
     files = [folder / name for name in ("Dockerfile", "compose.yaml", "prometheus.yml")]

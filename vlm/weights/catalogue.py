@@ -4,12 +4,17 @@ The rows are in `known_models.csv` and, once for each architecture, in `known_ar
 Accuracy is zero-shot ImageNet top-1. Parameters and FLOPs (multiply-adds) are for one image and one
 text of full length. A field is empty if no source that we could read gives a value.
 
+A short name is that of the architecture (`ViT-B-32`, `EVA02-B-16`; `siglip2-base`, at its smallest
+resolution). It is the most accurate checkpoint of that architecture with an open licence. Names of
+other checkpoints add their training data, resolution or patch size (`ViT-B-32-openai`).
+
 Sizes are those of open_clip's docs/model_profile.csv. Parameters that it lacks are counted from
 abstract models of vlm or open_clip: tests/weights/test_catalogue.py and
 tests/peers/test_catalogue_counts.py.
 """
 
 import csv
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +25,10 @@ from vlm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Entry:
-    """One checkpoint: its name for `vlm.load`, and the facts to choose it by."""
+    """One checkpoint: its names for `vlm.load`, and the facts to choose it by."""
 
     name: str
+    short_name: str | None
     family: str
     architecture: str
     image_size: int
@@ -58,20 +64,65 @@ def _entries() -> tuple[Entry, ...]:
 ENTRIES = _entries()
 
 
+def resolve(name: str) -> Entry | None:
+    """Return the entry of a name, a short name, or a Hub name without its owner; None if unknown.
+
+    Case is ignored; "_", "/" and "-" are equal: `vit_b_32` and `ViT-B/32` are `ViT-B-32`.
+    """
+    return _NAMED.get(_plain(name))
+
+
 def find(name: str) -> Entry:
-    """Return the entry of that name.
+    """Return the entry of a name, as `resolve`.
 
     Raises:
         ConfigError: there is none; the message lists similar names.
     """
-    for entry in ENTRIES:
-        if entry.name == name:
-            return entry
-    parts = name.lower().replace("_", "-").split("/")[-1]
-    near = [e.name for e in ENTRIES if parts in e.name.lower()]
-    near = near or [e.name for e in ENTRIES if e.family.lower() in parts]
-    hint = f"; it has {', '.join(near[:8])}" if near else "; see `vlm models` for all"
+    if (entry := resolve(name)) is not None:
+        return entry
+    near = similar(name)
+    hint = f"; it has {', '.join(near)}" if near else "; see `vlm models` for all"
     raise ConfigError(f"the table of known models has no {name!r}{hint}")
+
+
+def similar(name: str, most: int = 5) -> list[str]:
+    """Return short names, else names, of entries whose names resemble `name`."""
+    wanted = _plain(name)
+    close = difflib.get_close_matches(wanted, _NAMED, n=3 * most, cutoff=0.75)
+    inside = sorted(known for known in _NAMED if len(wanted) > 3 and wanted in known)
+    found = [_NAMED[known] for known in (*close, *inside)]
+    return list(dict.fromkeys(entry.short_name or entry.name for entry in found))[:most]
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-").replace("/", "-")
+
+
+def _named() -> dict[str, Entry]:
+    """Return the entries by all of their names; names of checkpoints on the Hub have an owner."""
+    hub = [entry for entry in ENTRIES if "/" in entry.name]
+    named = {_plain(entry.name.partition("/")[2]): entry for entry in hub}
+    named |= {_plain(entry.name): entry for entry in ENTRIES}
+    return named | {_plain(entry.short_name): entry for entry in ENTRIES if entry.short_name}
+
+
+_NAMED = _named()
+
+MAX_MEGABYTES, MAX_GFLOPS = 700, 50  # of the default: download in float32, cost of an image
+
+
+def default_model() -> Entry:
+    """Return the default model of the command line.
+
+    It is the checkpoint with the highest published ImageNet accuracy among those with an open
+    licence, a size below `MAX_MEGABYTES`, and known image FLOPs of at most `MAX_GFLOPS`.
+    """
+    fit = [
+        entry
+        for entry in choose(max_parameters=MAX_MEGABYTES / 4, licence="open")
+        if entry.imagenet is not None and (entry.image_gflops or MAX_GFLOPS + 1) <= MAX_GFLOPS
+    ]
+    return max(fit, key=lambda entry: entry.imagenet or 0.0)
 
 
 # Codes of the languages of models with few; all others fit every language.
@@ -149,7 +200,7 @@ def _names(licence: str) -> tuple[str, ...]:
 
 def table(entries: Sequence[Entry] = ENTRIES) -> tuple[list[str], list[list[str]]]:
     """Return the columns and rows of a table of entries, as text."""
-    columns = ["model", "family", "architecture", "pixels", "tokens", "M params",
+    columns = ["short name", "model", "family", "architecture", "pixels", "tokens", "M params",
                "GFLOPs image", "GFLOPs text", "languages", "licence", "ImageNet %"]  # fmt: skip
     return columns, [_row(entry) for entry in entries]
 
@@ -159,7 +210,8 @@ def _row(e: Entry) -> list[str]:
         return "" if x is None else f"{x:,.1f}"
 
     return [
-        e.name, e.family, e.architecture, str(e.image_size), str(e.context_length),
+        e.short_name or "", e.name, e.family, e.architecture,
+        str(e.image_size), str(e.context_length),
         number(e.parameters) or "unknown", number(e.image_gflops), number(e.text_gflops),
         e.languages, e.licence or "unknown", number(e.imagenet),
     ]  # fmt: skip

@@ -1,18 +1,26 @@
-"""Download of models from the Hugging Face Hub, through its cache."""
+"""Download of models from the Hugging Face Hub, through its cache.
 
+A model is fetched once. Later loads use the same commit without a network: see `pins`.
+"""
+
+import contextlib
 import errno
+import logging
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from typing import Any
 
 from etils import epath
 
 from vlm.errors import CheckpointError
-from vlm.weights import huggingface, open_clip, transformers_folders
+from vlm.weights import catalogue, huggingface, open_clip, transformers_folders
 from vlm.weights.bundle_format import BUNDLE_FILE
 from vlm.weights.checkpoint import shards, weight_names
 from vlm.weights.fields import read_json
+from vlm.weights.pins import Pin, pinned_folder, read_pin, write_pin
 
+_log = logging.getLogger(__name__)
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Files that identify the model. The first that a repository has is downloaded before all others.
 _CONFIGS = (BUNDLE_FILE, "config.json", "open_clip_config.json")
@@ -38,6 +46,10 @@ def is_hub_id(name: str) -> bool:
 def download(name: str, revision: str | None = None) -> tuple[epath.Path, str | None]:
     """Download the files of a model that loading reads, unless they are cached.
 
+    Args:
+        revision: a branch, tag or commit. None: the commit that this machine fetched first, which
+            needs no network once its files are cached; see `update`.
+
     Returns:
         The folder in the Hub's cache, and None. If the Hub fails and an older copy is cached: its
         folder, and the reason of the failure.
@@ -46,11 +58,39 @@ def download(name: str, revision: str | None = None) -> tuple[epath.Path, str | 
         CheckpointError: there is no such model, no access to it, no file that vlm reads, or no
             network and no cached copy.
     """
+    name = name.removeprefix("hf-hub:")
+    pin = read_pin(name) if revision is None else None
+    if pin is not None and (folder := pinned_folder(name, pin)) is not None:
+        return folder, None
+    return _fetch(name, revision, pin)
+
+
+def update(name: str) -> tuple[str | None, str]:
+    """Fetch the newest commit of a model, which loads use from now on.
+
+    Returns:
+        The commit that loads used before, or None; and the newest one.
+
+    Raises:
+        CheckpointError: as `download`, or the Hub could not be reached.
+    """
+    old = read_pin(name)
+    _, offline = _fetch(name, None, None)
+    new = read_pin(name)
+    if offline is not None or new is None:
+        raise CheckpointError(
+            f"the model {name!r} is not updated, because the Hub could not be reached ({offline}): "
+            "connect and try again"
+        )
+    return None if old is None else old.commit, new.commit
+
+
+def _fetch(name: str, revision: str | None, pin: Pin | None) -> tuple[epath.Path, str | None]:
+    """Download a revision, or the commit of `pin`; without a revision, record the commit."""
     import huggingface_hub as hub
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
     from huggingface_hub.utils import validate_repo_id
 
-    name = name.removeprefix("hf-hub:")
     try:
         validate_repo_id(name)
     except errors.HFValidationError:
@@ -58,12 +98,11 @@ def download(name: str, revision: str | None = None) -> tuple[epath.Path, str | 
             f"there is no folder {name!r}, and no Hub model can have that name: check the path"
         ) from None
     file = None
+    wanted = revision if pin is None else pin.commit
     try:
-        # The client has no default timeout here, and could wait for a silent server forever.
-        about = hub.HfApi().model_info(
-            name, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
-        )
+        about = _about(name, wanted, newest=pin is not None)
         sizes = {sibling.rfilename: sibling.size for sibling in about.siblings or ()}
+        fetched: dict[str, int] = {}
 
         def fetch(file: str) -> str:
             cached = hub.try_to_load_from_cache(name, file, revision=about.sha)
@@ -71,7 +110,9 @@ def download(name: str, revision: str | None = None) -> tuple[epath.Path, str | 
             truncated = (
                 size is not None and isinstance(cached, str) and os.path.getsize(cached) != size
             )
-            return hub.hf_hub_download(name, file, revision=about.sha, force_download=truncated)
+            path = hub.hf_hub_download(name, file, revision=about.sha, force_download=truncated)
+            fetched[file] = os.path.getsize(path)
+            return path
 
         configs = [file for file in _CONFIGS if file in sizes]
         if not configs:
@@ -82,25 +123,75 @@ def download(name: str, revision: str | None = None) -> tuple[epath.Path, str | 
         inputs = [file for file in _INPUTS if file in sizes]
         if "tokenizer.json" in inputs and "tokenizer.model" in inputs:
             inputs.remove("tokenizer.model")  # the source of tokenizer.json
-        folder = [epath.Path(fetch(file)).parent for file in (*configs, *inputs)][-1]
-        # Weights come last: no copy has weights without their config.
-        file = _weights(name, folder, sizes.keys())
-        path = fetch(file)
-        if file.endswith(".index.json"):
-            for shard in shards(epath.Path(path)):
-                file = shard.name
-                fetch(file)
+        with _without_progress_bars():  # small files
+            folder = [epath.Path(fetch(file)).parent for file in (*configs, *inputs)][-1]
+            # Weights come last: no copy has weights without their config.
+            file = _weights(name, folder, sizes.keys())
+            files = [file]
+            if file.endswith(".index.json"):
+                files = [shard.name for shard in shards(epath.Path(fetch(file)))]
+        if any(not (folder / file).exists() for file in files):
+            _announce(name, about, sum(sizes.get(file) or 0 for file in files))
+        for file in files:
+            fetch(file)
         # Only now the cache maps the revision's name to this commit, for use without a network.
         known = _cached(name, revision)
-        if known is None or known.name != about.sha:
+        if about.sha != wanted and (known is None or known.name != about.sha):
             hub.hf_hub_download(name, configs[0], revision=revision)
+        if revision is None:
+            write_pin(name, Pin(about.sha, fetched))
         return folder, None
     except CheckpointError:
         raise
     except Exception as error:  # a network fails in many ways; use the cache
-        if (cached := _cached(name, revision)) is not None:
+        if (cached := _cached(name, wanted)) is not None:
             return cached, _reason(error)
         raise CheckpointError(_explain(error, name, revision, file)) from None
+
+
+def _about(name: str, revision: str | None, *, newest: bool) -> Any:
+    """Ask the Hub for the files of a revision, or of the newest one if that commit is gone."""
+    import huggingface_hub as hub
+    from huggingface_hub import constants, errors
+
+    # The client has no default timeout here, and could wait for a silent server forever.
+    options: dict[str, Any] = {"files_metadata": True, "timeout": constants.HF_HUB_ETAG_TIMEOUT}
+    try:
+        return hub.HfApi().model_info(name, revision=revision, **options)
+    except errors.RevisionNotFoundError:
+        if not newest:
+            raise
+        _log.warning("the Hub has no commit %s of %s any more: fetching the newest", revision, name)
+        return hub.HfApi().model_info(name, **options)
+
+
+def _announce(name: str, about: Any, size: int) -> None:
+    """Log the name, size and licence of a model whose weights are about to be downloaded."""
+    from huggingface_hub import constants
+
+    entry = catalogue.resolve(name)
+    licence = entry.licence if entry is not None and entry.name == name else None
+    tags = (tag.removeprefix("license:") for tag in about.tags or () if tag.startswith("license:"))
+    licence = licence or next(tags, "not stated")
+    _log.info(
+        "fetching %s from the Hub (%s MB, licence %s) to %s; later commands use this copy",
+        name, f"{size / 1e6:,.0f}", licence, constants.HF_HUB_CACHE,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Context manager that hides the Hub's progress bars."""
+    from huggingface_hub import utils
+
+    hidden = utils.are_progress_bars_disabled()
+    if not hidden:
+        utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            utils.enable_progress_bars()
 
 
 def _weights(name: str, folder: epath.Path, files: Collection[str]) -> str:
@@ -195,7 +286,7 @@ def _explain(error: Exception, name: str, revision: str | None, file: str | None
             f"complete files are kept under {place}; {fix}"
         )
     return (
-        f"the model {name!r} is not on this disk, and {what} ({reason}): its config.json and "
-        f"model.safetensors would be put under {place}; {fix}, or give the path of a folder that "
-        "holds them"
+        f"the model {name!r} is not on this disk, and {what} ({reason}): {fix}; or run "
+        f"`hf download {name}` elsewhere and copy the folder to {place}; or give a folder that "
+        "holds its config.json and model.safetensors as the model"
     )

@@ -6,6 +6,7 @@ tokenizer; it raises a CheckpointError if the checkpoint is incomplete, corrupt 
 of an architecture that vlm does not have. A new family is one such module, listed in `FAMILIES`.
 """
 
+import logging
 import os
 
 from etils import epath
@@ -16,6 +17,7 @@ from vlm.weights import (
     adapter,
     big_vision,
     bundle_format,
+    catalogue,
     open_clip,
     openai,
     openvision,
@@ -26,6 +28,8 @@ from vlm.weights import (
 from vlm.weights.adapter import SavedAdapter
 from vlm.weights.checkpoint import Checkpoint
 from vlm.weights.hub import download, is_hub_id
+
+_log = logging.getLogger(__name__)
 
 FAMILIES = (
     bundle_format,
@@ -41,6 +45,8 @@ FAMILIES = (
 def open_model(model: epath.PathLike, revision: str | None) -> tuple[Checkpoint, str]:
     """Open the checkpoint that `model` names, and return it with its name.
 
+    `model` is a local path, a name that `catalogue.resolve` knows, or another Hub id.
+
     Raises:
         CheckpointError: there is none, or one that is corrupt or of another architecture.
     """
@@ -53,9 +59,13 @@ def open_model(model: epath.PathLike, revision: str | None) -> tuple[Checkpoint,
     if path.exists():
         checkpoint = open_checkpoint(path)
         return checkpoint, checkpoint.name
-    name = os.fspath(model)
+    name = hub_name(model)
     if not is_hub_id(name):
-        raise CheckpointError(f"there is no model {name!r}: check the path")
+        near = catalogue.similar(name)
+        fix = f", or use a name of `vlm models` such as {', '.join(near)}" if near else ""
+        raise CheckpointError(f"there is no model {name!r}: check the path{fix}")
+    if name != os.fspath(model).removeprefix("hf-hub:"):
+        _log.info("%s is %s", model, name)
     path, offline = download(name, revision)
     try:
         return open_checkpoint(path), name
@@ -68,10 +78,17 @@ def open_model(model: epath.PathLike, revision: str | None) -> tuple[Checkpoint,
         ) from None
 
 
+def hub_name(model: epath.PathLike) -> str:
+    """Return the full Hub name of a name that `catalogue.resolve` knows; else `model` itself."""
+    name = os.fspath(model)
+    entry = catalogue.resolve(name)
+    return name if entry is None or not is_hub_id(entry.name) else entry.name
+
+
 def source_of(model: epath.PathLike) -> str:
     """Name of the same model for `open_model`, valid in any working directory."""
     path = as_path(model)
-    return os.fspath(on_disk(path) if path.exists() else model)
+    return os.fspath(on_disk(path)) if path.exists() else hub_name(model)
 
 
 def open_adapter(path: epath.PathLike) -> SavedAdapter | None:
@@ -111,6 +128,11 @@ def describe(model: epath.PathLike) -> tuple[Checkpoint, int | None, int | None]
     size = None if saved.preprocess is None else saved.preprocess.image_size
     length = saved.context_length or checkpoint.context_length
     return checkpoint.for_length(length), size, length
+
+
+def is_model(path: epath.Path) -> bool:
+    """Return True if a file or folder looks like a checkpoint, a run or an adapter."""
+    return any(family.recognises(path) for family in (*FAMILIES, adapter, peft))
 
 
 def open_checkpoint(path: epath.Path) -> Checkpoint:
