@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,12 @@ def run():
 @pytest.fixture(scope="module")
 def data():
     return tiny.folder() / "data"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Keep indexes of folders out of the user's cache."""
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache-of-vlm"))
 
 
 @pytest.fixture
@@ -159,7 +166,9 @@ def test_eval_of_a_bundle_on_named_data(do, run, data):
 
 def test_classify_says_what_the_head_says(do, run, data):
     labels = ["a red square", "a blue stripe"]
-    message = do("classify", run, data, "--labels", ", ".join(labels), "--json").splitlines()
+    message = do(
+        "classify", "--model", run, data, "--labels", ", ".join(labels), "--json"
+    ).splitlines()
     paths = find_images([str(data)])
     top = vlm.ZeroShotClassifier(vlm.load(run), labels, ["{}"])(paths).top(5)
     for line, path, best in zip(message, paths, top, strict=True):
@@ -173,11 +182,13 @@ def test_classify_says_what_the_head_says(do, run, data):
 def test_classify_for_readers(do, run, data, tmp_path):
     image, names = data / "test-red-square.png", tmp_path / "names.txt"
     names.write_text("a red square\n\na cat, or a dog\n", encoding="utf-8")
-    message = do("classify", run, image, "--labels-file", names, "--top", "1").splitlines()
+    message = do(
+        "classify", "--model", run, image, "--labels-file", names, "--top", "1"
+    ).splitlines()
     assert message[0] == str(image)
     assert len(message) == 2
     assert "%" in message[1]
-    several = do("classify", run, image, "--labels-file", names, "--templates", "plain")
+    several = do("classify", "--model", run, image, "--labels-file", names, "--templates", "plain")
     assert "a cat, or a dog" in several
 
 
@@ -187,8 +198,8 @@ def test_classify_for_readers(do, run, data, tmp_path):
 def test_embed_writes_what_the_model_encodes(do, run, data, tmp_path):
     paths = find_images([str(data / "test-*.png")])
     z = vlm.load(run).encode_image(paths)
-    do("embed", run, data / "test-*.png", tmp_path / "new" / "z.npz")
-    do("embed", run, *paths, tmp_path / "z.safetensors")
+    do("embed", "--model", run, data / "test-*.png", tmp_path / "new" / "z.npz")
+    do("embed", "--model", run, *paths, tmp_path / "z.safetensors")
     with np.load(tmp_path / "new" / "z.npz") as file:
         assert np.array_equal(file["embeddings"], z)
         assert file["ids"].tolist() == [str(path) for path in paths]
@@ -199,8 +210,8 @@ def test_embed_writes_what_the_model_encodes(do, run, data, tmp_path):
 
 
 def test_search_of_an_index_and_of_a_folder(do, run, data, tmp_path):
-    do("index", run, data, tmp_path / "index")
-    do("index", run, data, tmp_path / "index")  # again, in its place
+    do("index", "--model", run, data, tmp_path / "index")
+    do("index", "--model", run, data, tmp_path / "index")  # again, in its place
     image = data / "test-blue-stripe.png"
     for options in ([tmp_path / "index"], [data, "--model", run]):
         where, *options = options
@@ -221,7 +232,7 @@ def test_index_again_encodes_what_changed(do, run, data, tmp_path, capsys):
     index = tmp_path / "index"
 
     def counts(*options):
-        assert main(["index", run, str(photos), str(index), *options]) == 0
+        assert main(["index", "--model", run, str(photos), str(index), *options]) == 0
         return re.search(r"(\d+) images .*\((\d+) encoded, (\d+) removed", capsys.readouterr().err)
 
     assert counts().groups() == ("3", "3", "0")
@@ -239,10 +250,25 @@ def test_index_again_encodes_what_changed(do, run, data, tmp_path, capsys):
     assert counts("--coding", "int8").groups() == ("2", "2", "0")
 
 
+def test_an_index_of_relative_paths_still_opens(do, run, data, tmp_path, monkeypatch):
+    """Indexes had the paths as they were typed; now paths are absolute."""
+    monkeypatch.chdir(data)
+    index, model = tmp_path / "index", vlm.load(run)
+    old = vlm.RetrievalIndex(model)
+    old.add([Path("test-red-square.png"), Path("test-blue-stripe.png")])
+    old.save(index)
+    hits = do("search", index, "red", "--model", run, "--json").splitlines()
+    assert {json.loads(hit)["id"] for hit in hits} == set(old.ids)
+    assert do("search", index, "test-red-square.png", "--like", "--model", run)
+    do("index", "--model", run, "test-red-square.png", index)
+    assert vlm.RetrievalIndex.load(index, model).ids == (str(data / "test-red-square.png"),)
+    assert do("search", index, "test-red-square.png", "--like", "--k", "1")
+
+
 def test_an_index_that_another_process_saved_meanwhile(do, fail, run, data, tmp_path, monkeypatch):
     """The command fails in a sentence of its own, and the other's items stay."""
     index = tmp_path / "index"
-    do("index", run, data / "test-red-square.png", index)
+    do("index", "--model", run, data / "test-red-square.png", index)
     encode = vlm.Bundle.encode_image
 
     def and_another_saves(bundle, images, *args, **options):
@@ -253,7 +279,7 @@ def test_an_index_that_another_process_saved_meanwhile(do, fail, run, data, tmp_
         return encode(bundle, images, *args, **options)
 
     monkeypatch.setattr(vlm.Bundle, "encode_image", and_another_saves)
-    message = fail("index", run, data, index, code=1)
+    message = fail("index", "--model", run, data, index, code=1)
     assert f"another process saved to {index} while this command ran: run it again" in message
     assert vlm.RetrievalIndex.load(index, vlm.load(run)).ids[-1] == 7
     assert do("search", index, "7", "--like", "--k", "1")  # an integer id
@@ -261,7 +287,7 @@ def test_an_index_that_another_process_saved_meanwhile(do, fail, run, data, tmp_
 
 def test_search_that_adds_subtracts_and_filters(do, fail, run, data, tmp_path):
     index = tmp_path / "index"
-    do("index", run, data, index)
+    do("index", "--model", run, data, index)
     made = vlm.RetrievalIndex.load(index, vlm.load(run))
     image = data / "test-blue-stripe.png"
     from vlm.heads.query import Query
@@ -285,7 +311,7 @@ def test_embed_goes_on_where_it_was(do, run, data, tmp_path, monkeypatch):
     paths = find_images([str(data / "test-*.png")])
     model = vlm.load(run)
     out = tmp_path / "z.npz"
-    do("embed", run, *paths, tmp_path / "folder")
+    do("embed", "--model", run, *paths, tmp_path / "folder")
     z = model.encode_image(paths)
     parts = sorted((tmp_path / "folder" / "img_emb").iterdir())
     assert len(parts) == -(-len(paths) // 2)
@@ -297,11 +323,11 @@ def test_embed_goes_on_where_it_was(do, run, data, tmp_path, monkeypatch):
     monkeypatch.setattr(
         vlm.Bundle, "encode_image", lambda *a, **o: calls.append(1) or encode(*a, **o)
     )
-    do("embed", run, *paths, tmp_path / "folder")
+    do("embed", "--model", run, *paths, tmp_path / "folder")
     assert len(calls) == 1
     rows = [np.load(tmp_path / "folder" / "img_emb" / f"img_emb_{i}.npy") for i in range(last + 1)]
     np.testing.assert_allclose(np.concatenate(rows), z, atol=1e-6)
-    do("embed", run, *paths, out)
+    do("embed", "--model", run, *paths, out)
     with np.load(out) as file:
         np.testing.assert_allclose(file["embeddings"], z, atol=1e-6)
         assert file["ids"].tolist() == [str(path) for path in paths]
@@ -311,11 +337,13 @@ def test_embed_goes_on_where_it_was(do, run, data, tmp_path, monkeypatch):
 def test_embed_does_not_go_on_with_images_that_changed(do, fail, run, data, tmp_path):
     photo = tmp_path / "photo.png"
     shutil.copy(data / "test-red-square.png", photo)
-    do("embed", run, photo, tmp_path / "folder")
-    do("embed", run, photo, tmp_path / "folder")
+    do("embed", "--model", run, photo, tmp_path / "folder")
+    do("embed", "--model", run, photo, tmp_path / "folder")
     shutil.copy(data / "test-blue-stripe.png", photo)
     os.utime(photo, ns=(0, 1))
-    assert "images that changed since" in fail("embed", run, photo, tmp_path / "folder", code=1)
+    assert "images that changed since" in fail(
+        "embed", "--model", run, photo, tmp_path / "folder", code=1
+    )
 
 
 def test_embed_on_beam_writes_the_same_parts(capsys, run, data, tmp_path, monkeypatch):
@@ -325,7 +353,7 @@ def test_embed_on_beam_writes_the_same_parts(capsys, run, data, tmp_path, monkey
     outs = tmp_path / "plain", tmp_path / "beam"
     for out, options in zip(outs, [(), ("--beam", "runner=FnApiRunner")], strict=True):
         paths = [*sorted(data.glob("test-*.png"))[:5], tmp_path / "a.png"]
-        assert main(["embed", str(run), *map(str, paths), str(out), *options]) == 1
+        assert main(["embed", "--model", str(run), *map(str, paths), str(out), *options]) == 1
         assert "1 of 6 images could not be read" in capsys.readouterr().err
     plain, beam = ({p.relative_to(o): p.read_bytes() for p in o.glob("*/*")} for o in outs)
     assert len(plain) == 6
@@ -333,7 +361,7 @@ def test_embed_on_beam_writes_the_same_parts(capsys, run, data, tmp_path, monkey
 
 
 def test_an_index_whose_model_has_moved(do, fail, run, data, tmp_path):
-    do("index", run, data, tmp_path / "index", "--dtype", "float16")
+    do("index", "--model", run, data, tmp_path / "index", "--dtype", "float16")
     about = tmp_path / "index" / "model.json"
     assert json.loads(about.read_text()) == {"model": run}
     about.write_text(json.dumps({"model": str(tmp_path / "gone")}))
@@ -399,24 +427,29 @@ WRONG_USAGE = {
     ("train", "CONFIG", "--optimizer.learning-rate", "fast"): "takes a number, not 'fast'",
     ("train", "CONFIG", "--remat", "some"): "'some'.*'dots'",
     ("train", "CONFIG", "--steps"): "--steps",
-    ("classify",): "MODEL",
-    ("classify", "RUN"): "labels are missing",
-    ("classify", "RUN", *RED): "needs images",
-    ("classify", "RUN", "DATA"): "--labels",
-    ("classify", "RUN", "DATA", "--labels", " , ,"): "no labels",
-    ("classify", "RUN", "DATA", "--labels-file", "IMAGE"): "not UTF-8 text",
-    ("classify", "RUN", "DATA", *RED, "--labels-file", "IMAGE"): "either",
-    ("classify", "RUN", "DATA", *RED, "--top", "0"): "--top 0",
-    ("classify", "RUN", "DATA", *RED, "--top", "few"): "--top takes an integer, not 'few'",
-    ("classify", "RUN", "DATA", *RED, "--lables", "x"): r"did you mean --labels\?",
-    ("embed", "RUN", "IMAGE"): "vlm embed MODEL IMAGES OUT",
-    ("embed", "RUN", "DATA", "IMAGE"): r"\.npz or \.safetensors",
-    ("embed", "RUN", "IMAGE", "DATA"): "something else is there",
-    ("index", "RUN", "IMAGE"): "vlm index MODEL IMAGES OUT",
-    ("index", "RUN", "IMAGE", "DATA"): "something else is there",
+    ("classify",): "labels are missing",
+    ("classify", *RED): "needs images",
+    ("classify", "RUN", *RED): r"needs images, and '.*' is a model: write --model ",
+    ("classify", "--model", "RUN", "DATA"): "--labels",
+    ("classify", "--model", "RUN", "DATA", "--labels", " , ,"): "no labels",
+    ("classify", "--model", "RUN", "DATA", "--labels-file", "IMAGE"): "not UTF-8 text",
+    ("classify", "--model", "RUN", "DATA", *RED, "--labels-file", "IMAGE"): "either",
+    ("classify", "--model", "RUN", "DATA", *RED, "--top", "0"): "--top 0",
+    ("classify", "--model", "RUN", "DATA", *RED, "--top", "few"): "--top takes an integer, not 'few'",
+    ("classify", "--model", "RUN", "DATA", *RED, "--lables", "x"): r"did you mean --labels\?",
+    ("embed", "--model", "RUN", "IMAGE"): "vlm embed IMAGES OUT",
+    ("embed", "--model", "RUN", "DATA", "IMAGE"): r"\.npz or \.safetensors",
+    ("embed", "--model", "RUN", "IMAGE", "DATA"): "something else is there",
+    ("index", "--model", "RUN", "IMAGE"): "vlm index IMAGES OUT",
+    ("index", "--model", "RUN", "IMAGE", "DATA"): "something else is there",
     ("convert", "RUN", "DATA"): "exists already",
     ("convert", "RUN", "NEW", "--format", "onnx"): "'onnx'",
-    ("search", "DATA", "red"): "--model MODEL",
+    ("embed", "RUN", "IMAGE"): "is a model: write --model",
+    ("index", "RUN", "IMAGE"): "is a model: write --model",
+    ("explain", "IMAGE"): "vlm explain IMAGE TEXT",
+    ("explain", "RUN", "IMAGE"): "is a model: write --model",
+    ("adapt", "RUN"): "is a model: write --model",
+    ("search", "DATA", "red", "--sheet", "hits.txt"): "is not a PNG or JPEG",
     ("search", "DATA", " "): "empty",
     ("search", "DATA", "red", "--k", "0"): "--k 0",
     ("eval",): "model comes first",
@@ -434,15 +467,22 @@ FAILURES = {
     ("train", "CONFIG", "--data.source", "gone.csv", "--run-dir", "NEW"): r"gone\.csv",
     ("train", "CONFIG", "--run-dir", "RUN"): "already holds a run",
     ("train", "--resume", "DATA"): "is no run folder",
-    ("classify", "nowhere", "DATA", *RED): "'nowhere'",
-    ("classify", "RUN", "nowhere.png", *RED): r"no image 'nowhere\.png'",
-    ("classify", "RUN", "EMPTY", *RED): "holds no images",
-    ("classify", "RUN", "TRUNCATED", *RED): r"truncated\.png",
-    ("classify", "RUN", "DATA", "--labels", "red,red"): "'red' is given twice",
-    ("classify", "RUN", "DATA", "--labels-file", "nowhere.txt"): r"nowhere\.txt: no such file",
-    ("classify", "RUN", "DATA", *RED, "--templates", "a photo"): "'a photo'",
-    ("embed", "RUN", "TRUNCATED", "NEW.npz"): r"truncated\.png",
-    ("embed", "RUN", "IMAGE", "TRUNCATED/z.npz"): r"truncated\.png.*[a-z]",
+    ("classify", "--model", "nowhere", "DATA", *RED): "'nowhere'",
+    ("classify", "--model", "RUN", "nowhere.png", *RED): r"no image 'nowhere\.png'",
+    ("classify", "--model", "RUN", "EMPTY", *RED): "holds no images",
+    ("classify", "--model", "RUN", "TRUNCATED", *RED): r"truncated\.png",
+    ("classify", "--model", "RUN", "DATA", "--labels", "red,red"): "'red' is given twice",
+    (
+        "classify",
+        "--model",
+        "RUN",
+        "DATA",
+        "--labels-file",
+        "nowhere.txt",
+    ): r"nowhere\.txt: no such file",
+    ("classify", "--model", "RUN", "DATA", *RED, "--templates", "a photo"): "'a photo'",
+    ("embed", "--model", "RUN", "TRUNCATED", "NEW.npz"): r"truncated\.png",
+    ("embed", "--model", "RUN", "IMAGE", "TRUNCATED/z.npz"): r"truncated\.png.*[a-z]",
     ("convert", "nowhere", "NEW"): "'nowhere'",
     ("search", "nowhere", "red"): "'nowhere'",
     ("search", "DATA", "nowhere.png", "--model", "RUN"): r"no image 'nowhere\.png'",
@@ -496,13 +536,15 @@ def _matches(pattern, message):
 def test_a_run_that_has_no_bundle_yet(fail, run, data, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text((tiny.run() / "config.json").read_text())
-    assert f"vlm train --resume {tmp_path}" in fail("classify", tmp_path, data, *RED, code=1)
+    assert f"vlm train --resume {tmp_path}" in fail(
+        "classify", "--model", tmp_path, data, *RED, code=1
+    )
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_wrong_usage_is_one_sentence_on_any_terminal(encoding):
     environment = os.environ | {"PYTHONIOENCODING": encoding}
-    with shell("classify", "model", "--top", "few", env=environment) as process:
+    with shell("classify", "photo.jpg", "--top", "few", env=environment) as process:
         message = process.stderr.read()
         assert message == "vlm: --top takes an integer, not 'few': see vlm classify --help\n"
         assert process.wait() == 2
@@ -519,7 +561,7 @@ def test_debug_shows_where(run):
     with pytest.raises(VlmError, match="nowhere"):
         main(["--debug", "classify", run, "nowhere.png", "--labels", "red"])
     with pytest.raises(VlmError, match="nowhere"):
-        main(["classify", run, "nowhere.png", "--labels", "red", "--debug"])
+        main(["classify", "--model", run, "nowhere.png", "--labels", "red", "--debug"])
 
 
 # ------------------------------------------------------------- the world outside the process
@@ -547,7 +589,7 @@ def test_ctrl_c_is_quiet(tmp_path):
     os.mkfifo(waiting)
     image = tmp_path / "a.png"
     Image.new("RGB", (4, 4)).save(image)
-    with shell("classify", "model", image, "--labels-file", waiting) as process:
+    with shell("classify", "--model", "model", image, "--labels-file", waiting) as process:
         with open(waiting, "w"):  # opens once the command does
             process.send_signal(signal.SIGINT)
         # Closed, it wakes a command that the signal met between two system calls.

@@ -80,20 +80,3 @@ def test_bars_are_as_long_as_their_scores():
 
 def test_an_image_that_cannot_be_read_is_left_out(tmp_path):
     assert display.thumbnail(tmp_path / "nothing.png") == ""
-
-
-@pytest.mark.parametrize(
-    ("variables", "start"),
-    [
-        ({}, None),
-        ({"KITTY_WINDOW_ID": "1"}, "\033_Ga=T,f=100,"),
-        ({"TERM_PROGRAM": "iTerm.app"}, "\033]1337;File=inline=1;"),
-    ],
-)
-def test_inline_images_in_terminals_that_support_them(monkeypatch, variables, start):
-    for name in ("KITTY_WINDOW_ID", "TERM_PROGRAM", "TERM"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    drawn = display.inline_image(Image.new("RGB", (300, 200)))
-    assert drawn is None if start is None else drawn.startswith(start)

@@ -176,7 +176,8 @@ def test_memory_and_time_are_those_of_the_block():
 
 def test_the_command_leaves_a_folder_that_the_others_take(places, tmp_path, capsys):
     out = tmp_path / "adapted"
-    line = ["adapt", str(tiny.run()), str(places["train"]), "--out", str(out), "--budget", "10m",
+    line = ["adapt", str(places["train"]), "--model", str(tiny.run()),
+            "--out", str(out), "--budget", "10m",
             "--method", "probe", "tip", "--test", str(places["test"]),
             "--out-of-distribution", str(places["far"]), "--templates", "plain"]  # fmt: skip
     assert main(line) == 0
@@ -204,7 +205,7 @@ def test_the_command_leaves_a_folder_that_the_others_take(places, tmp_path, caps
     assert page.count("<svg") == 3
     assert not re.search(r"https?://(?!www.w3.org)", page)
 
-    assert main(["classify", str(out), str(places["test"]), "--top", "1", "--json"]) == 0
+    assert main(["classify", "--model", str(out), str(places["test"]), "--top", "1", "--json"]) == 0
     message = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(message) == 24
     by_file = {row["image"]: row["labels"][0]["label"] for row in message}
@@ -251,7 +252,7 @@ def test_a_budget_too_small_is_one_sentence(model, places, tmp_path, capsys):
 )
 def test_bad_options(places, tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
-    assert main(["adapt", str(tiny.run()), str(places["train"]), *options]) != 0
+    assert main(["adapt", "--model", str(tiny.run()), str(places["train"]), *options]) != 0
     complaint = capsys.readouterr().err.strip().splitlines()
     assert len(complaint) == 1
     assert message in complaint[0]

@@ -39,6 +39,12 @@ def photos(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Keep indexes of folders out of the user's cache."""
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache-of-vlm"))
+
+
 @pytest.fixture
 def fails(capsys):
     """Run a command that ends with exit code 1: what it printed, and its sentences on stderr."""
@@ -62,7 +68,7 @@ def names_of(output, folder):
 
 
 def test_classify_goes_on(fails, run, photos):
-    out, output = fails("classify", run, photos, "--labels", "red,blue", "--json")
+    out, output = fails("classify", "--model", run, photos, "--labels", "red,blue", "--json")
     names_of(output, photos)
     assert [json.loads(line)["image"] for line in out.splitlines()] == [
         str(photos / name) for name in sorted(GOOD)
@@ -76,7 +82,7 @@ def test_classify_goes_on(fails, run, photos):
 
 
 def test_embed_goes_on(fails, run, photos, tmp_path):
-    _, output = fails("embed", run, photos, tmp_path / "z.npz", "--batch-size", 2)
+    _, output = fails("embed", "--model", run, photos, tmp_path / "z.npz", "--batch-size", 2)
     names_of(output, photos)
     with np.load(tmp_path / "z.npz") as file:
         assert file["ids"].tolist() == [str(photos / name) for name in sorted(GOOD)]
@@ -85,7 +91,7 @@ def test_embed_goes_on(fails, run, photos, tmp_path):
 
 
 def test_index_and_search_go_on(fails, run, photos, tmp_path, capsys):
-    _, output = fails("index", run, photos, tmp_path / "index")
+    _, output = fails("index", "--model", run, photos, tmp_path / "index")
     names_of(output, photos)
     assert main(["search", str(tmp_path / "index"), str(photos / "a.png"), "--json"]) == 0
     hits = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -98,7 +104,7 @@ def test_index_and_search_go_on(fails, run, photos, tmp_path, capsys):
 def test_nothing_that_can_be_read_writes_nothing(fails, run, photos, tmp_path):
     broken = [photos / name for name in ("empty.png", "half.png", "page.jpg")]
     for command, out in (("embed", tmp_path / "z.npz"), ("index", tmp_path / "index")):
-        _, output = fails(command, run, *broken, out)
+        _, output = fails(command, "--model", run, *broken, out)
         assert "3 of 3 images could not be read" in output[-1]
         assert not out.exists()
 
@@ -109,17 +115,19 @@ def test_one_alone_is_one_sentence(fails, run, photos):
         "half.png": "cannot be decoded",
         "page.jpg": "is a web page, not an image",
     }.items():
-        _, (output,) = fails("classify", run, photos / name, "--labels", "red,blue")
+        _, (output,) = fails("classify", "--model", run, photos / name, "--labels", "red,blue")
         assert name in output
         assert why in output
 
 
 def test_addresses_of_the_web_are_no_images(fails, run):
     url = "https://example.org/cat.jpg"
-    _, (output,) = fails("classify", run, url, "--labels", "red,blue")
+    _, (output,) = fails("classify", "--model", run, url, "--labels", "red,blue")
     assert f"{url} is a web address" in output
     assert "download it first" in output
-    _, (*_, output) = fails("classify", url, tiny.folder() / "data", "--labels", "red,blue")
+    _, (*_, output) = fails(
+        "classify", "--model", url, tiny.folder() / "data", "--labels", "red,blue"
+    )
     assert f"{url} is a web address" in output
 
 
@@ -129,9 +137,9 @@ def test_names_that_a_terminal_cannot_show(run, tmp_path, monkeypatch, encoding)
     shutil.copy(tiny.folder() / "data" / "test-red-square.png", image)
     shown = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding))
-    assert main(["classify", run, str(tmp_path), "--labels", "red,blue"]) == 0
+    assert main(["classify", "--model", run, str(tmp_path), "--labels", "red,blue"]) == 0
     first = shown.getvalue().splitlines()[0]
     assert first == (image if encoding == "utf-8" else os.fsencode(tmp_path) + b"/caf? ?.png")
-    assert main(["index", run, str(tmp_path), str(tmp_path / "index")]) == 0
+    assert main(["index", "--model", run, str(tmp_path), str(tmp_path / "index")]) == 0
     assert main(["search", str(tmp_path / "index"), "red", "--json"]) == 0
-    assert main(["embed", run, str(tmp_path), str(tmp_path / "z.safetensors")]) == 0
+    assert main(["embed", "--model", run, str(tmp_path), str(tmp_path / "z.safetensors")]) == 0

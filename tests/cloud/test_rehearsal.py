@@ -114,7 +114,7 @@ model = vlm.load("gs://bucket/runs/whole")
 print(model.name, model.encode_text(["a red square"]).shape)
 from vlm.cli import main
 run, picture, data = "gs://bucket/runs/whole", *sys.argv[1:]
-assert main(["classify", run, picture, "--labels", "red,blue"]) == 0
+assert main(["classify", "--model", run, picture, "--labels", "red,blue"]) == 0
 sys.exit(main(["eval", run, "--data.source", data, "--data.eval-split", "test"]))
 """
     import tiny

@@ -276,7 +276,15 @@ def test_an_explanation_is_rendered_and_saved(clip, tmp_path):
 def test_the_command(tmp_path, capsys):
     photo().save(tmp_path / "photo.png")
     out = tmp_path / "heat.png"
-    line = ["explain", str(GOLDEN / "oc_vit"), str(tmp_path / "photo.png"), TEXT, "--out", str(out)]
+    line = [
+        "explain",
+        "--model",
+        str(GOLDEN / "oc_vit"),
+        str(tmp_path / "photo.png"),
+        TEXT,
+        "--out",
+        str(out),
+    ]
     assert main(line) == 0
     assert capsys.readouterr().out.startswith("cosine ")
     assert Image.open(out).size == (90, 60)

@@ -113,7 +113,7 @@ def main() -> None:
         loads = {"image": image_bodies(), "text": text_bodies(8)}
         infinity = Infinity(args.infinity, model)
         found: dict[tuple[str, str], list[float]] = {}
-        with served(model) as (port, _):
+        with served("--model", model) as (port, _):
             for tower, bodies in loads.items():
                 theirs = bodies_for_infinity(bodies, model, tower)
                 z = embedding(port, "/v1/embeddings", bodies[0])

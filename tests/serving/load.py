@@ -70,9 +70,9 @@ def save_bundle(folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def served(place, *options):
+def served(*options):
     """Run `vlm serve` in a child process; yield its port and the process."""
-    line = [sys.executable, "-m", "vlm", "serve", str(place), "--port", "0", *options]
+    line = [sys.executable, "-m", "vlm", "serve", "--port", "0", *map(str, options)]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         output = ""
@@ -244,7 +244,7 @@ def bench(folder: pathlib.Path) -> dict[str, float]:
 
 def throughput(args, folder: pathlib.Path) -> None:
     before = bench(folder)
-    with served(folder / "model") as (port, _):
+    with served("--model", folder / "model") as (port, _):
         loads = {
             "image": image_bodies(),
             "text": text_bodies(90),  # the full context length, as in the benchmark
@@ -266,7 +266,7 @@ def throughput(args, folder: pathlib.Path) -> None:
 
 
 def overload(args, folder: pathlib.Path) -> None:
-    with served(folder / "model") as (port, process):
+    with served("--model", folder / "model") as (port, process):
         bodies = image_bodies()
         capacity = asyncio.run(closed_loop(port, bodies, 8, CLIENTS))["per_second"]
         print(f"capacity {capacity:.1f} images/s; sending twice that for {args.seconds:g} s")
@@ -291,7 +291,7 @@ def overload(args, folder: pathlib.Path) -> None:
 
 
 def soak(args, folder: pathlib.Path) -> None:
-    with served(folder / "model") as (port, process):
+    with served("--model", folder / "model") as (port, process):
         mixed = [*image_bodies(), *text_bodies(8)[:64], *text_bodies(90)[:64], body_of("")]
         start = memory(process)
         report("soak", asyncio.run(closed_loop(port, mixed, args.seconds, CLIENTS)))

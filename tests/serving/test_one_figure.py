@@ -156,14 +156,14 @@ def test_all_commands_give_the_same_figure(pets, base, run, tmp_path):
 
     out = tmp_path / "adapted"
     args = ("--test", pets, "--method", "probe", "--budget", "60s", "--out", out)
-    table = printed("adapt", run, pets, *args)
+    table = printed("adapt", "--model", run, pets, *args)
     assert f"templates: {'photo' if len(templates) == 1 else 'clip_best'}" in table
     held = json.loads((out / "results.json").read_text())
     figures["adapt"] = held["methods"][0]["test"]["value"]
     assert held["methods"][0]["method"] == "zero-shot"
 
     args = ("--labels-file", f"folder:{pets}", "--top", "1", "--json")
-    rows = map(json.loads, printed("classify", run, pets / "val", *args).splitlines())
+    rows = map(json.loads, printed("classify", "--model", run, pets / "val", *args).splitlines())
     right = [row["labels"][0]["label"] == row["image"].split("/")[-2] for row in rows]
     figures["classify"] = sum(right) / len(right)
     figures["serve"] = served(model, pets)

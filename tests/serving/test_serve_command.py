@@ -27,7 +27,14 @@ def saved(tmp_path_factory):
     for number in range(3):
         drawn(number).save(folder / "pictures" / f"{number}.png")
     assert (
-        main(["index", *map(str, (folder / "model", folder / "pictures", folder / "index"))]) == 0
+        main(
+            [
+                "index",
+                "--model",
+                *map(str, (folder / "model", folder / "pictures", folder / "index")),
+            ]
+        )
+        == 0
     )
     return folder
 
@@ -51,25 +58,30 @@ def test_a_port_in_use_is_reported_before_the_model_is_loaded(fail):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"the port {port} of 127.0.0.1 is in use" in fail("nothing", "--port", port)
-    assert "no address of this machine" in fail("nothing", "--host", "192.0.2.1", "--port", 0)
-    assert "between 0 and 65535" in fail("nothing", "--port", 70_000)
+        assert f"the port {port} of 127.0.0.1 is in use" in fail(
+            "--model", "nothing", "--port", port
+        )
+    assert "no address of this machine" in fail(
+        "--model", "nothing", "--host", "192.0.2.1", "--port", 0
+    )
+    assert "between 0 and 65535" in fail("--model", "nothing", "--port", 70_000)
 
 
 def test_invalid_arguments_are_rejected_with_one_sentence(fail, saved, tmp_path):
-    assert "there is no model" in fail(tmp_path / "nothing", "--port", 0)
+    assert "there is no model" in fail("--model", tmp_path / "nothing", "--port", 0)
+    assert "there is no index" in fail(tmp_path / "nothing", "--port", 0)
     small_bundle(seed=1, name="another").save(tmp_path / "another")
     message = fail(saved / "index", "--model", tmp_path / "another", "--port", 0)
     assert "embeds differently" in message
     assert "both towers" in fail(saved / "index", "--tower", "text", code=2)
-    assert "API key is empty" in fail(saved / "model", "--api-key", "", code=2)
-    assert "body_bytes is 0" in fail(saved / "model", "--port", 0, "--max-body-mib", 0)
+    assert "API key is empty" in fail("--model", saved / "model", "--api-key", "", code=2)
+    assert "body_bytes is 0" in fail("--model", saved / "model", "--port", 0, "--max-body-mib", 0)
 
 
 def test_a_missing_extra_is_reported_with_its_install_command(fail, saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "vlm.serving.server")
-    assert "pip install 'vlm-jax[serve]'" in fail(saved / "model", "--port", 0)
+    assert "pip install 'vlm-jax[serve]'" in fail("--model", saved / "model", "--port", 0)
 
 
 def test_compose_files_mount_the_needed_folders(fail, saved, tmp_path, capsys):
@@ -92,9 +104,9 @@ def test_compose_files_are_yaml(saved, tmp_path):
     yaml = pytest.importorskip("yaml")
     odd = tmp_path / 'a "b" $c'
     os.symlink(saved / "model", odd)
-    main(["serve", str(odd), "--export", "compose", str(tmp_path / "out")])
+    main(["serve", "--model", str(odd), "--export", "compose", str(tmp_path / "out")])
     compose = yaml.safe_load((tmp_path / "out" / "compose.yaml").read_text())
-    assert compose["services"]["vlm"]["command"] == [str(odd).replace("$", "$$")]
+    assert compose["services"]["vlm"]["command"] == ["--model", str(odd).replace("$", "$$")]
     assert set(compose["services"]) == {"vlm", "prometheus"}
     assert yaml.safe_load((tmp_path / "out" / "prometheus.yml").read_text())["scrape_configs"]
 

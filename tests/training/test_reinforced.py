@@ -155,7 +155,7 @@ def test_a_folder_of_other_files_is_refused(data, learned, stored, tmp_path):
 def test_the_command_prints_its_result(drawings, learned, tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--augmentations", "1", "--dtype", "float16", "--batch-size", "16"]
-    assert main(["data", "reinforce", drawings, str(out), "--teacher", learned, *options]) == 0
+    assert main(["data", "reinforce", drawings, str(out), "--model", learned, *options]) == 0
     assert "40 examples x 1 augmentations, 16 dimensions" in capsys.readouterr().out
     assert Reinforced.open(str(out)).embeddings(np.array([0]), np.array([0]))[
         "teacher_image"

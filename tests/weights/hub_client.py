@@ -28,12 +28,16 @@ def answer(cache: str, offline: bool = False, token: str | None = None, **option
     from huggingface_hub import constants
 
     import vlm
+    from vlm.weights import hub
 
     constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = cache, offline
+    os.environ["VLM_CACHE"] = f"{cache}-of-vlm"
     os.environ.pop("HF_TOKEN", None)
     if token is not None:
         os.environ["HF_TOKEN"] = token
     try:
+        if options.pop("update", False):
+            hub.update(options["model"])
         bundle = vlm.load(options.pop("model"), **options)
         return {"name": bundle.name, "digest": digest(bundle)}
     except vlm.VlmError as error:

@@ -1,18 +1,31 @@
 """The table of known models holds together."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from vlm.cli import options
 from vlm.cli.models import models
+from vlm.cli.parse import UsageError
 from vlm.errors import ConfigError
 from vlm.models import variants
-from vlm.weights.catalogue import ENTRIES, choose, find, table, undecided
+from vlm.weights.catalogue import (
+    ENTRIES,
+    choose,
+    default_model,
+    find,
+    resolve,
+    similar,
+    table,
+    undecided,
+)
 from vlm.weights.hub import is_hub_id
 from vlm.weights.instantiate import abstract_model
+from vlm.weights.pins import Pin, write_pin
 
 
 def test_names_are_unique_and_loadable_in_form():
@@ -34,10 +47,56 @@ def test_one_and_all():
     columns, rows = table()
     assert len(rows) == len(ENTRIES)
     assert {len(row) for row in rows} == {len(columns)}
-    with pytest.raises(ConfigError, match=r"no 'siglip2-base'; it has google/siglip2-base"):
-        find("siglip2-base")
+    with pytest.raises(ConfigError, match=r"no 'siglip3-base'; it has siglip-base, siglip2-base"):
+        find("siglip3-base")
     with pytest.raises(ConfigError, match="vlm models"):
         find("qwerty")
+
+
+def test_every_name_of_a_checkpoint_is_its_own():
+    plain = [e.short_name.lower() for e in ENTRIES if e.short_name]
+    assert len(plain) == len(set(plain)) > 80
+    for entry in ENTRIES:
+        assert resolve(entry.name) is entry
+        if entry.short_name:
+            assert resolve(entry.short_name) is entry
+            assert "/" not in entry.short_name
+        if is_hub_id(entry.name):
+            assert resolve(entry.name.split("/")[1]) is entry
+    for name in ("ViT-B-32", "vit_b_32", "ViT-B/32", "CLIP-ViT-B-32-DataComp.XL-s13B-b90K"):
+        assert resolve(name).name == "laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K"
+    assert resolve("siglip2-base").name == "google/siglip2-base-patch16-224"
+    assert resolve("") is resolve("clip") is resolve("ViT-B") is resolve("./ViT-B-32") is None
+
+
+def test_the_shortest_name_is_of_the_most_accurate_open_checkpoint():
+    by_architecture = {}
+    for entry in ENTRIES:
+        if entry.short_name and entry.imagenet and entry.licence in ("MIT", "Apache-2.0"):
+            by_architecture.setdefault(entry.architecture, []).append(entry)
+    assert len(by_architecture) > 20
+    for entries in by_architecture.values():
+        shortest = min(entries, key=lambda entry: len(entry.short_name))
+        assert shortest is max(entries, key=lambda entry: entry.imagenet)
+        # Names of the others begin with it, so that they are found together.
+        assert all(e.short_name.startswith(shortest.short_name) for e in entries)
+
+
+def test_names_like_a_wrong_one():
+    assert similar("ViT-B-23")[0] == similar("vitb32")[0] == "ViT-B-32"
+    assert similar("EVA02-B16") == ["EVA02-B-16"]
+    assert set(similar("siglip2")) == {e for e in similar("siglip2") if e.startswith("siglip2-")}
+    assert similar("qwerty") == similar("") == []
+
+
+def test_the_default_is_open_small_and_the_most_accurate():
+    chosen = default_model()
+    assert chosen.short_name == "EVA02-B-16"
+    assert "else EVA02-B-16." in options.ModelOption.__metadata__[0].help
+    for entry in ENTRIES:
+        small = (entry.parameters or 1e9) * 4 < 700 and (entry.image_gflops or 1e9) <= 50
+        if small and entry.licence in ("MIT", "Apache-2.0"):
+            assert (entry.imagenet or 0) <= chosen.imagenet
 
 
 def test_a_choice_fits_all_that_is_asked():
@@ -98,3 +157,20 @@ def test_every_entry_has_a_count_and_what_is_unknown_is_named(capsys):
     models(max_params="300M", licence="open")
     told = " ".join(capsys.readouterr().out.split())
     assert "Left out, because a requested fact is unknown: kakaobrain/align-base" in told
+
+
+def test_one_model_has_its_commit_and_its_names(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path))
+    models("siglip2-base", json=True)
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["name"] == "google/siglip2-base-patch16-224"
+    assert shown["commit"] is None
+    write_pin(shown["name"], Pin("abc123", {"config.json": 3}))
+    models("google/siglip2-base-patch16-224")
+    out = capsys.readouterr().out
+    assert "abc123" in out
+    assert "siglip2-base" in out
+    with pytest.raises(UsageError, match="--update needs the name of a Hub model"):
+        models("RN50.pt", update=True)
+    with pytest.raises(UsageError, match="--update needs"):
+        models(update=True)

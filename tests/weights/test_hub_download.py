@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -32,7 +33,13 @@ WITHOUT_TESTS = {"outputs__npz": None, "resized__npz": None}
 
 def environment(hub: Hub, home: pathlib.Path, **more: str) -> dict[str, str]:
     mine = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    return mine | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "NO_PROXY": "*", **more}
+    return mine | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "VLM_CACHE": str(home / "vlm"),
+        "NO_PROXY": "*",
+        **more,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +118,7 @@ def test_what_is_needed_is_fetched_once(hub, get, golden):
     kept = {p.name: p.stat().st_size for p in (GOLDEN / golden).iterdir() if p.suffix != ".npz"}
     assert hub.downloaded(name) == kept
     assert get(name) == expected
-    assert [r.method for r in hub.requests(name)] == ["GET"]  # whether it is still the newest
+    assert hub.requests(name) == []
     assert get(name, offline=True) == expected
     assert get(f"hf-hub:{name}", offline=True) == expected
     assert hub.requests(name) == []
@@ -157,8 +164,48 @@ def test_revisions(hub, get):
         assert get(name, revision=revision, offline=True) == digest(GOLDEN / golden)
     hub.put(name, GOLDEN / "hf_clip", README__md=b"new")  # the branch moves on
     hub.requests(name)
-    assert get(name) == digest(GOLDEN / "hf_clip")
+    assert get(name) == get(name, offline=True) == digest(GOLDEN / "hf_clip")
+    assert hub.requests(name) == []
+    assert get(name, revision="main") == digest(GOLDEN / "hf_clip")
     assert hub.downloaded(name) == {}  # the same bytes as before
+
+
+def test_the_first_commit_is_used_until_an_update(hub, client, get, cache):
+    name = "some/pinned"
+    first = hub.put(name, GOLDEN / "hf_siglip").revisions["main"]
+    assert get(name) == digest(GOLDEN / "hf_siglip")
+    record = pathlib.Path(f"{cache}-of-vlm", "hub", "models--some--pinned.json")
+    assert json.loads(record.read_text())["commit"] == first
+    second = hub.put(name, GOLDEN / "hf_clip").revisions["main"]
+    assert get(name) == digest(GOLDEN / "hf_siglip")
+    assert get(name, revision="main") == digest(GOLDEN / "hf_clip")
+    assert get(name) == digest(GOLDEN / "hf_siglip")
+    assert "is not updated" in client(name, cache=cache, update=True, offline=True)["error"]
+    assert get(name, update=True) == digest(GOLDEN / "hf_clip")
+    assert get(name, offline=True) == digest(GOLDEN / "hf_clip")
+    assert json.loads(record.read_text())["commit"] == second
+
+
+@pytest.mark.parametrize("record", ["", "{", "[]", '{"commit": "0", "files": {}}', "gone"])
+def test_a_record_that_is_of_no_use(hub, get, cache, record):
+    name = f"record/{len(record)}"
+    hub.put(name, GOLDEN / "hf_siglip")
+    file = pathlib.Path(f"{cache}-of-vlm", "hub", f"models--record--{len(record)}.json")
+    file.parent.mkdir(parents=True)
+    if record == "gone":  # a commit that the Hub has no more
+        record = json.dumps({"commit": "c" * 40, "files": {"config.json": 1}})
+    file.write_text(record)
+    assert get(name) == digest(GOLDEN / "hf_siglip")
+    assert get(name, offline=True) == digest(GOLDEN / "hf_siglip")
+
+
+def test_the_recorded_commit_is_fetched_again(hub, get, cache):
+    name = "some/emptied"
+    hub.put(name, GOLDEN / "hf_siglip")
+    whole = get(name)
+    hub.put(name, GOLDEN / "hf_clip")
+    shutil.rmtree(cache)
+    assert get(name) == whole
 
 
 # ------------------------------------------------------------------------- what is broken off
@@ -200,16 +247,17 @@ def test_a_cut_for_good_is_repaired_by_the_next_load(hub, get, fail, cache, gold
     assert not {"config.json", "tokenizer.json", "model-00001-of-00003.safetensors"} & got.keys()
 
 
-def test_a_broken_update_leaves_the_old_model(hub, get):
+def test_a_broken_update_leaves_the_old_model(hub, client, get, cache):
     name = "cut/update"
     hub.put(name, GOLDEN / "hf_siglip")
     assert get(name) == digest(GOLDEN / "hf_siglip")
     repository = hub.put(name, GOLDEN / "hf_clip")
     repository.faults = {"model.safetensors": ["drop"] * 50}
+    assert "is not updated" in client(name, cache=cache, update=True)["error"]
     assert get(name) == digest(GOLDEN / "hf_siglip")
     assert get(name, offline=True) == digest(GOLDEN / "hf_siglip")
     repository.faults = {}
-    assert get(name) == digest(GOLDEN / "hf_clip")
+    assert get(name, update=True) == digest(GOLDEN / "hf_clip")
     assert get(name, offline=True) == digest(GOLDEN / "hf_clip")
 
 
@@ -308,7 +356,7 @@ def test_a_hub_in_trouble(hub, get, fail, cache, status):
     assert name in message
     if status != "403":
         assert "the Hub answers with an error" in message
-        assert f"model.safetensors would be put under {cache}/models--status--{status}" in message
+        assert f"elsewhere and copy it to {cache}/models--status--{status}" in message
         assert "try again later" in message
     repository.faults = {}
     assert get(name) == digest(GOLDEN / "hf_siglip")
@@ -321,7 +369,7 @@ def test_a_silent_hub(hub, client, get, fail, cache):
     repository.faults = {"": ["stall"] * 9}
     message = fail("some/slow")
     assert "the Hub cannot be reached (ReadTimeout: " in message
-    assert f"would be put under {cache}" in message
+    assert f"elsewhere and copy it to {cache}" in message
     repository.faults = {"model.safetensors": ["stall"]}
     assert "did not arrive" in client("some/slow", cache=cache).get("error", "did not arrive")
     assert get("some/slow") == digest(GOLDEN / "hf_siglip")
@@ -345,7 +393,15 @@ def test_the_command_line(hub, tmp_path):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "image.png")
 
     def start(model, **more):
-        command = [sys.executable, "-m", "vlm", "classify", model, str(tmp_path / "image.png")]
+        command = [
+            sys.executable,
+            "-m",
+            "vlm",
+            "classify",
+            "--model",
+            model,
+            str(tmp_path / "image.png"),
+        ]
         return subprocess.Popen(
             [*command, "--labels", "cat,dog"],
             env=environment(hub, tmp_path / "home", **more),

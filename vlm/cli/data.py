@@ -4,7 +4,6 @@ import base64
 import json as jsonlib
 from typing import Annotated, Any, Literal
 
-import tyro
 from tyro.conf import arg
 
 from vlm._deprecation import warn
@@ -200,7 +199,7 @@ def reinforce(
     seed: int = 0,
     batch_size: int = 256,
     dtype: Literal["float32", "float16"] = "float32",
-    teacher: tyro.conf.Suppress[str | None] = None,
+    teacher: Annotated[str | None, arg(metavar="MODEL")] = None,
 ) -> None:
     """Store teacher embeddings of every example in several augmentations (MobileCLIP's reinforced
     data), so that a student can be distilled without running the teacher.
@@ -218,6 +217,7 @@ def reinforce(
         seed: of the augmentations.
         batch_size: of the teacher.
         dtype: of the stored embeddings.
+        teacher: deprecated name of --model.
     """
     if teacher is not None:
         warn("the option --teacher", "--model")

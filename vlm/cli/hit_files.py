@@ -93,7 +93,7 @@ def contact_sheet(hits: Sequence[Any], title: str) -> Image.Image:
         left = GAP + column * (CELL + GAP)
         top = GAP + 2 * LINE + row * (CELL + GAP + 2 * LINE)
         try:
-            picture = reduced(hit.id, CELL)
+            picture = reduced(str(hit.id), CELL)
             place = (left + (CELL - picture.width) // 2, top + (CELL - picture.height) // 2)
             sheet.paste(picture, place)
         except (DataError, OSError):

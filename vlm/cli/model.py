@@ -11,9 +11,10 @@ from typing import Any
 from vlm.cli import runtime
 from vlm.cli.parse import UsageError
 from vlm.errors import CheckpointError, ConfigError
-from vlm.paths import as_path, is_remote
+from vlm.paths import as_path, is_remote, is_run
 
 VARIABLE = "VLM_MODEL"
+WEIGHTS = (".safetensors", ".bin", ".npz", ".pt", ".msgpack", ".index.json")
 
 
 def model_name(model: str | None) -> str:
@@ -72,10 +73,10 @@ def leading_model(
     option = f"--model {first}"
     if not surplus and len(rest) < needed:
         raise UsageError(f"{command} needs images, and {first!r} is a model: write {option}")
-    if not surplus and rest and _holds_images(first):
+    if not surplus and rest and _is_ambiguous(first):
         raise UsageError(
-            f"{first!r} is a model and holds images: write {option} if it is the model, or "
-            f"{os.path.join(first, '*')} for its images"
+            f"{first!r} has a model's config, images and no weights: write {option} if it is the "
+            f"model, or {os.path.join(first, '*')} for its images"
         )
     shown = " ".join([command, option, *rest[:3], *(["..."] if len(rest) > 3 else [])])
     text = (
@@ -112,8 +113,10 @@ def names_model(place: str) -> bool:
     return is_model(path)
 
 
-def _holds_images(place: str) -> bool:
+def _is_ambiguous(place: str) -> bool:
+    """Return True for a folder with the config of a model and with images, but without weights."""
     from vlm.inputs.folders import is_image_name
 
     path = as_path(place)
-    return path.is_dir() and any(is_image_name(file.name) for file in path.iterdir())
+    names = [file.name for file in path.iterdir()] if path.is_dir() and not is_run(path) else []
+    return any(map(is_image_name, names)) and not any(name.endswith(WEIGHTS) for name in names)

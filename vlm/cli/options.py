@@ -8,14 +8,13 @@ from tyro.conf import arg
 from vlm.cli.parse import UsageError
 from vlm.paths import as_path
 
-MODEL_HELP = "A run folder, a bundle, or a public checkpoint."
+MODEL_HELP = "A run folder, a bundle, a Hub id, or a name of vlm models."
 Model = Annotated[str, arg(metavar="MODEL", help=MODEL_HELP)]
 ModelOption = Annotated[
     str | None,
     arg(
         metavar="MODEL",
-        help="a run folder, a bundle, a Hub id, or a name of `vlm models`. Default: the variable "
-        "VLM_MODEL, else EVA02-B-16.",
+        help=f"{MODEL_HELP} Default: the variable VLM_MODEL, else EVA02-B-16.",
     ),
 ]
 NewFolder = Annotated[str, arg(metavar="OUT", help="output folder (must not exist).")]

@@ -287,6 +287,6 @@ def _explain(error: Exception, name: str, revision: str | None, file: str | None
         )
     return (
         f"the model {name!r} is not on this disk, and {what} ({reason}): {fix}; or run "
-        f"`hf download {name}` elsewhere and copy the folder to {place}; or give a folder that "
-        "holds its config.json and model.safetensors as the model"
+        f"`hf download {name}` elsewhere and copy it to {place}; or give a folder with its files "
+        "as the model"
     )
