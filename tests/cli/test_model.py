@@ -69,6 +69,7 @@ def test_what_is_a_model(place):
         assert not names_model(other), other
 
 
+@pytest.mark.slow
 def test_a_model_in_first_place_works_with_a_warning(place, capsys):
     images, labels = str(place / "photos"), ["--labels", "red,blue", "--json"]
     lines = {

@@ -60,6 +60,7 @@ def test_only_changed_files_are_encoded_again(photos, found):
     assert json.loads(likes[0])["id"] == str(photos / NAMES[0])
 
 
+@pytest.mark.slow
 def test_each_model_has_its_own_index(photos, found, tmp_path):
     golden = Path(__file__).parent.parent / "weights" / "golden" / "oc_eva02"
     assert found("photos", "red")[1] == [(3, 3, 0)]
@@ -69,6 +70,7 @@ def test_each_model_has_its_own_index(photos, found, tmp_path):
     assert search.cached_index("photos", "a") == search.cached_index(str(photos), "a")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "no list", "another model"])
 def test_a_damaged_index_is_built_again(photos, found, damage):
     found("photos", "red")
@@ -88,6 +90,7 @@ def test_a_damaged_index_is_built_again(photos, found, damage):
     assert "is replaced: " in err
 
 
+@pytest.mark.slow
 def test_a_search_beside_another_one(photos, found, monkeypatch):
     """Another process saves its index of the folder first: this search goes on with that."""
     encode = vlm.Bundle.encode_image
