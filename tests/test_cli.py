@@ -260,8 +260,9 @@ def test_an_index_of_relative_paths_still_opens(do, run, data, tmp_path, monkeyp
     hits = do("search", index, "red", "--model", run, "--json").splitlines()
     assert {json.loads(hit)["id"] for hit in hits} == set(old.ids)
     assert do("search", index, "test-red-square.png", "--like", "--model", run)
-    do("index", "--model", run, "test-red-square.png", index)
-    assert vlm.RetrievalIndex.load(index, model).ids == (str(data / "test-red-square.png"),)
+    do("index", "--model", run, "test-red-square.png", "test-red-stripe.png", index)
+    ids = vlm.RetrievalIndex.load(index, model).ids
+    assert ids == (str(data / "test-red-square.png"), str(data / "test-red-stripe.png"))
     assert do("search", index, "test-red-square.png", "--like", "--k", "1")
 
 
@@ -567,7 +568,7 @@ def test_a_run_folder_whose_config_is_truncated(fail, run, data, tmp_path):
 
 def test_debug_shows_where(run):
     with pytest.raises(VlmError, match="nowhere"):
-        main(["--debug", "classify", run, "nowhere.png", "--labels", "red"])
+        main(["--debug", "classify", "--model", run, "nowhere.png", "--labels", "red"])
     with pytest.raises(VlmError, match="nowhere"):
         main(["classify", "--model", run, "nowhere.png", "--labels", "red", "--debug"])
 
