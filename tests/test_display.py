@@ -3,6 +3,7 @@
 import io
 import pathlib
 
+import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -80,3 +81,10 @@ def test_bars_are_as_long_as_their_scores():
 
 def test_an_image_that_cannot_be_read_is_left_out(tmp_path):
     assert display.thumbnail(tmp_path / "nothing.png") == ""
+
+
+def test_display_keeps_the_image_of_the_user():
+    image = Image.new("RGB", (300, 200), "red")
+    display.data_uri(image, 96)
+    vlm.explanation.embedding_map(np.eye(2, dtype=np.float32), [image, image]).picture()
+    assert image.size == (300, 200)

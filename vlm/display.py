@@ -42,7 +42,7 @@ def reduced(image: Any, size: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
         scale = min(1.0, 2 * size / max(width, height))  # twice the size: sharper once reduced
         return max(1, round(width * scale)), max(1, round(height * scale))
 
-    picture = open_image(image, max_pixels=max_pixels, smallest=smallest)
+    picture = open_image(image, max_pixels=max_pixels, smallest=smallest).copy()
     picture.thumbnail((size, size), Image.Resampling.LANCZOS)
     return picture
 

@@ -169,6 +169,6 @@ def _check_finite(values: np.ndarray, name: str) -> None:
 
 
 def _thumbnail(image: ImageLike, size: int) -> Image.Image:
-    small = open_image(image)
+    small = open_image(image).copy()
     small.thumbnail((size, size), Image.Resampling.LANCZOS)
     return small
