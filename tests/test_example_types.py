@@ -54,8 +54,8 @@ def examples() -> dict[str, str]:
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = json.loads(path.read_text())["cells"]
         code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-        lines = ["# " + x if x.startswith("%") else x for x in "\n\n".join(code).splitlines()]
-        found[f"notebook_{path.stem}.py"] = "\n".join(lines)
+        code = re.sub(r"^( *)%.*", r"\1pass", "\n\n".join(code), flags=re.MULTILINE)
+        found[f"notebook_{path.stem}.py"] = code
     for name, thing in NAMES.items():
         parsed = doctest.DocTestParser().get_examples(inspect.getdoc(thing) or "")
         found[f"{name.replace('.', '_')}.py"] = PREAMBLE + "".join(e.source for e in parsed)

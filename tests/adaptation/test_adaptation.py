@@ -260,7 +260,7 @@ def test_bad_options(places, tmp_path, monkeypatch, capsys, options, message):
 
 @pytest.mark.slow
 def test_fine_tuning_with_a_teacher_and_blends(model, places, tmp_path):
-    """The teacher's embeddings are wider than the model's; `full` runs in notebooks/adapt.ipynb."""
+    """The teacher has wider embeddings than the model. `full` runs in notebooks/few_shot.ipynb."""
     data, test = (read_labelled(str(places[name])) for name in ("train", "test"))
     methods = ("prompt", "distill", "blend")
     made = adapt(
