@@ -112,7 +112,8 @@ def test_compose_files_are_yaml(saved, tmp_path):
 
 
 @pytest.mark.slow
-def test_in_flight_requests_are_answered_after_sigterm(saved):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_in_flight_requests_are_answered_after_a_stop_signal(saved, number):
     line = [sys.executable, "-m", "vlm", "serve", saved / "index", "--port", "0"]
     process = subprocess.Popen(
         [*map(str, line), "--max-batch", "2"],
@@ -153,7 +154,7 @@ def test_in_flight_requests_are_answered_after_sigterm(saved):
             both = in_flight() > 100
         if not both:
             assert next(numbers) < 100, "two requests were never in flight at the same time"
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     for thread in threads:
         thread.join()
     assert process.wait(30) == 0

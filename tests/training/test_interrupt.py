@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM go to a whole process group, and a run that waits for its data still saves."""
+"""Stop signals go to a whole process group, and a run that waits for its data still saves."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from processes import LIMIT, environment, last_step, wait, write_config
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_run_that_waits_for_its_workers_saves_the_current_step(tiny, tmp_path, number):
     drawings, rows = tmp_path / "large", []
     drawings.mkdir()

@@ -41,8 +41,8 @@ def serve(
 
     The page is at /. The API has /v1/embeddings (compatible with OpenAI's), /v1/classify,
     /v1/search and /v1/models, described by /openapi.json; /healthz and /metrics are for operators.
-    Requests of several clients are batched together. On SIGTERM, in-flight requests are finished
-    first.
+    Requests of several clients are batched together. On SIGTERM, and when the terminal closes,
+    in-flight requests are finished first.
 
     Examples:
       vlm serve my-index

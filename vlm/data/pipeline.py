@@ -40,8 +40,10 @@ class TrainIterator(grain.DatasetIterator):
         prefetch: int,
         bad: BadSamples,
         finish: Callable[[Batch], Batch],
+        description: str = "",
     ):
         super().__init__()
+        self.description = description  # number of examples, and how they are read
         self._order, self._prefetch, self._finish = order, prefetch, finish
         self.bad = bad  # counts of bad samples and truncated texts so far
         self._step = 0
@@ -179,11 +181,13 @@ def train_batches(
         each = stream.lanes // process_count
         lanes = range(each * process_index, each * (process_index + 1))
         transform = ExampleTransform([config, *part_configs(config)], preprocess)
+        description = f"about {stream.examples:,} examples read as a stream"
         batches = LaneBatches(stream, lanes, batch_size // each, transform, tokenizer, config)
         faults, examples = stream.faults, max(1, stream.examples // process_count)
         spare = 2 * stream.shard_length if process_count > 1 else 0
     else:
         source = open_source(config, config.train_split)
+        description = f"{config.train_split}: {len(source):,} examples"
         batches = TrainBatches(
             CachedSource(source, config, preprocess) if config.cache else source,
             config,
@@ -202,7 +206,9 @@ def train_batches(
         config.max_bad_share, run_folder, process_index, examples=examples, spare=spare
     )
     bad.take(0, 0, list(faults))  # of shards, known before the first step
-    return TrainIterator(batches, prefetch=config.prefetch, bad=bad, finish=finish)
+    return TrainIterator(
+        batches, prefetch=config.prefetch, bad=bad, finish=finish, description=description
+    )
 
 
 def eval_batches(

@@ -11,20 +11,22 @@ from collections.abc import Iterator
 from vlm.errors import DataError
 
 SHARED_MEMORY = "/dev/shm"  # where grain's workers put their batches
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HANG_UP = {signal.SIGHUP} if hasattr(signal, "SIGHUP") else set()  # Windows has none
+_SIGNALS = {signal.SIGINT, signal.SIGTERM} | _HANG_UP
 
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Block SIGINT and SIGTERM in processes that are started in this context.
+    """Block SIGINT, SIGTERM and SIGHUP in processes that are started in this context.
 
     Terminals and clusters send these to the whole process group. Only the run handles them: it
     finishes the current step, for which it needs its workers, saves, and closes them.
     """
-    # The tracker would unblock the signals if it were first started in here.
-    multiprocessing.resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HANG_UP)
     try:
+        # The tracker ignores the others, but would unblock them if it were first started below.
+        multiprocessing.resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

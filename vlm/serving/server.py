@@ -50,7 +50,7 @@ def serve(
     taken: socket.socket | None = None,
     ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve an application until SIGTERM or Ctrl-C; in-flight requests are finished first.
+    """Serve an application until SIGTERM, SIGHUP or Ctrl-C; in-flight requests are finished first.
 
     Args:
         app: an application from `create_app`.
@@ -84,8 +84,16 @@ def serve(
     )
     # uvicorn re-raises the signal once it has stopped. Ignore it: the shutdown was requested.
     previous = {number: signal.signal(number, lambda *_: None) for number in _STOP_SIGNALS}
+    server = Server(config)
+
+    def hang_up(*_: Any) -> None:  # the terminal or ssh session has closed
+        server.should_exit = True
+
+    number = getattr(signal, "SIGHUP", None)  # Windows has none; nohup ignores it
+    if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+        previous[number] = signal.signal(number, hang_up)
     try:
-        Server(config).run(sockets=[taken])
+        server.run(sockets=[taken])
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

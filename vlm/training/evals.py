@@ -44,11 +44,20 @@ class Evaluations:
             split, evals = None, ()
         self.held_out = HeldOut(experiment, embedder, tokenizer) if split else None
         self.tasks = [open_task(config, embedder, tokenizer, data) for config in evals]
+        self.description = self._describe(experiment, split)
+
+    def _describe(self, experiment: Experiment, split: str | None) -> str:
+        """Describe what is evaluated and when."""
+        if experiment.eval_every == 0:
+            return "none: eval_every is 0"
         if not self:
-            why = "eval_every is 0"
-            if experiment.eval_every != 0:
-                why = "data.eval_split is not set, and evals is empty"
-            log.info(f"the run is not evaluated: {why}")
+            return "none: data.eval_split is not set, and evals is empty"
+        names = [f"{task.config.name} {task.config.task}" for task in self.tasks]
+        if self.held_out is not None:
+            count = len(self.held_out.target)
+            names = [f"{count:,} images of {experiment.data.source} {split}", *names]
+        every = experiment.eval_every
+        return f"{', '.join(names)}; {'at the end' if every is None else f'every {every:.0%}'}"
 
     def __bool__(self) -> bool:
         return self.held_out is not None or bool(self.tasks)

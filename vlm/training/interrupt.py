@@ -1,5 +1,6 @@
-"""Stop a run early on Ctrl-C, SIGTERM or a cluster's preemption notice."""
+"""Stop a run early on Ctrl-C, SIGTERM, a closed terminal or a cluster's preemption notice."""
 
+import os
 import signal
 import time
 
@@ -7,6 +8,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from vlm._deprecation import environment
+from vlm.training.console import drop_output
 
 # Seconds between a preemption notice and the shutdown: 30 on Google Cloud and, unless
 # terminationGracePeriodSeconds is set, in Kubernetes.
@@ -16,6 +18,9 @@ SHUTDOWN_GRACE = environment("VLM_SHUTDOWN_GRACE", "VLM_GRACE", 30)
 class Interrupted:
     """Handler of requests to stop the run. A second Ctrl-C stops at once.
 
+    SIGHUP comes when the terminal or ssh session of the run closes; after that, output to the
+    terminal is dropped. A run that ignores it (nohup) goes on.
+
     With several processes, JAX catches SIGTERM (also sent by preemption notices) in any of them
     and finds the next step that all can reach.
     """
@@ -23,7 +28,11 @@ class Interrupted:
     def __enter__(self) -> "Interrupted":
         self._asked: float | None = None  # time of the request
         self._single_process = jax.process_count() == 1
-        signals = (signal.SIGINT, signal.SIGTERM) if self._single_process else (signal.SIGINT,)
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+        signals = [signal.SIGINT, *([signal.SIGTERM] if self._single_process else [])]
+        hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
+        if hang_up is not None and signal.getsignal(hang_up) != signal.SIG_IGN:
+            signals.append(hang_up)
         self._previous = {s: signal.signal(s, self._ask) for s in signals}
         return self
 
@@ -34,6 +43,7 @@ class Interrupted:
     def _ask(self, number, frame) -> None:
         if self._asked is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        drop_output(*(stream for stream in self._terminals if not os.isatty(stream)))
         self._asked = time.monotonic()
         if not self._single_process:
             signal.raise_signal(signal.SIGTERM)

@@ -8,16 +8,14 @@ from typing import IO, Any
 import jax
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from vlm._json import to_json
 from vlm.chips import published_rate
 from vlm.data.faults import BadSamples
 from vlm.errors import TrainingError
 from vlm.models.flops import PAIRS_ALONE, Supervision, model_flops
-from vlm.sharding import placement_rows
 from vlm.training.bucket_sync import BucketSync
-from vlm.training.console import console, log
+from vlm.training.console import console, log, output_may_close
 from vlm.training.run import Run
 from vlm.training.step import TrainState
 from vlm.training.watchdog import DATA, DEVICE, STEP, ActivityTimer
@@ -98,7 +96,8 @@ class Logs:
         return self
 
     def __exit__(self, *error) -> None:
-        self._progress.stop()
+        with output_may_close():
+            self._progress.stop()
         if self._file is not None:
             self._file.close()
             self._board.close()
@@ -239,26 +238,6 @@ class StepProfiler:
         if self._on:
             jax.profiler.stop_trace()
             self._on = False
-
-
-def placement_table(state: TrainState) -> Table:
-    """Make a table of the state's sharding: mesh axes and size of each group of arrays."""
-    table = Table(title="placement", title_justify="left")
-    table.add_column("group")
-    table.add_column("sharded over")
-    table.add_column("elements", justify="right")
-    table.add_column("bytes per device", justify="right")
-    groups = {"": state.params, "frozen": state.frozen, "EMA": state.ema}
-    groups |= {"optimizer": state.opt_state}
-    total = 0
-    for name, tree in groups.items():
-        depth = 0 if name else 2
-        for group, axes, elements, size in placement_rows(tree, depth):
-            table.add_row(group or name, axes, f"{elements:,}", f"{size:,}")
-            total += size
-    table.add_section()
-    table.add_row("total", "", "", f"{total:,}")
-    return table
 
 
 def read_log(run: Run) -> list[dict[str, Any]]:

@@ -18,7 +18,8 @@ from vlm.training.console import as_text, log
 from vlm.training.evals import Evaluations, finish
 from vlm.training.init_from import resolve
 from vlm.training.interrupt import Interrupted
-from vlm.training.logs import Logs, StepProfiler, placement_table
+from vlm.training.logs import Logs, StepProfiler
+from vlm.training.opening_report import report_start
 from vlm.training.resolution import image_size_at
 from vlm.training.run import Run
 from vlm.training.schedule import CheckpointSchedule, is_scheduled
@@ -34,8 +35,8 @@ def train(
 ) -> epath.Path:
     """Train `experiment` in a new run folder, or resume the run in `resume`.
 
-    Returns the run folder. SIGINT and SIGTERM save a checkpoint and exit; a resumed run ends with
-    the same model as an uninterrupted one. Given both arguments, the run resumes as `experiment`,
+    Returns the run folder. SIGINT, SIGTERM and SIGHUP save a checkpoint and exit; a resumed run
+    ends with the same model as an uninterrupted one. Given both arguments, the run resumes as `experiment`,
     whose changes must keep its checkpoints valid. With several processes, call
     `vlm.cluster.processes.start` first.
 
@@ -101,8 +102,7 @@ def _train(
         step, total = int(state.step), int(state.total_steps)
         run.record_start(step, total)
         checkpoint_schedule = CheckpointSchedule(experiment, step, total)
-        log.info(f"run folder {run.folder}")
-        log.info(as_text(placement_table(state)))
+        report_start(run, trainer, state, batches, evaluations)
 
         bucket_sync = stack.enter_context(BucketSync(run.folder))
         logs = Logs(
