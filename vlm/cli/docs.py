@@ -67,6 +67,8 @@ def docs(
     with server:
         if not pages.exists():
             print_status("building the documentation")
+            for older in pages.parent.glob(f"{vlm.__version__}-*"):
+                shutil.rmtree(older)
             build(pages, strict=strict)
         print_status(f"the documentation at http://localhost:{server.server_port}/")
         server.serve_forever()

@@ -81,7 +81,12 @@ def index_pages(app, failure):
     """Write the index that `_static/search.js` searches."""
     if failure is None:
         line = [sys.executable, "-m", "pagefind", "--site", str(app.outdir)]
-        line += ["--root-selector", "article[role=main]", "--exclude-selectors", ".headerlink"]
+        line += [
+            "--root-selector",
+            "article[role=main]",
+            "--exclude-selectors",
+            ".headerlink, .toctree-wrapper",
+        ]
         subprocess.run([*line, "--quiet"], check=True)
 
 
@@ -91,16 +96,19 @@ def shorten(app, what, name, thing, options, signature, result):
     return [text and re.sub(arrays, "", text) for text in (signature, result)]
 
 
-def name_headings(app, page, template, context, doctree):
-    """Give headings the ids of their sections, so that the search links to them."""
+def finish_body(app, page, template, context, doctree):
+    """Give headings the ids of their sections, so that the search links to them, and let the
+    keyboard scroll wide code.
+    """
     if "body" in context:
-        context["body"] = re.sub(
+        body = re.sub(
             r'<section id="([^"]+)">\n<h([2-6])>', r'<section>\n<h\2 id="\1">', context["body"]
         )
+        context["body"] = body.replace("<pre>", '<pre tabindex="0">')
 
 
 def setup(app):
     """Connect to Sphinx."""
     app.connect("autodoc-process-signature", shorten)
-    app.connect("html-page-context", name_headings)
+    app.connect("html-page-context", finish_body)
     app.connect("build-finished", index_pages)
