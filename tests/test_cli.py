@@ -79,8 +79,11 @@ def shell(*args, **options):
 def test_help_lists_every_command(do, capsys):
     shown = do("--help")
     for name, command in COMMANDS.items():
-        assert name in shown
-        assert command.summary in shown
+        if name.startswith("bench "):  # together
+            assert name.split()[1] in shown
+        else:
+            assert f"{name}  " in shown
+            assert command.summary in shown
     assert main([]) == 2
     assert capsys.readouterr().out == shown
 

@@ -48,9 +48,9 @@ def loss(
     Args:
         batch_size: pairs over all devices.
         embed_dim: width of the embeddings.
-        kinds: which losses.
-        dtype: of the embeddings; auto is float32 on a CPU and bfloat16 elsewhere.
-        tile: rows of a tile. None: chosen from the shapes.
+        kinds: losses to measure.
+        dtype: type of the embeddings. auto: float32 on a CPU, bfloat16 elsewhere.
+        tile: rows of a tile. None: chosen by the shapes.
         dense: also measure the naive dense loss, if its matrix is under 2 GiB.
     """
     from vlm.bench.loss import bench_loss
@@ -81,11 +81,11 @@ def train(
 
     Args:
         config: a config file, or a run's config.json.
-        batch_size: global, in place of the config's.
-        remat: in place of the config's.
-        dtype: of products and activations, in place of the config's.
-        trace: a folder for a device trace of one step.
-        save: a file to add the step time to, for vlm plan --calibration FILE.
+        batch_size: global batch size. None: the config's.
+        remat: rematerialisation policy. None: the config's.
+        dtype: type of matrix products and activations. None: the config's.
+        trace: write a device trace of one step to this folder.
+        save: add the step time to this file, for vlm plan --calibration FILE.
     """
     experiment = _experiment(config, batch_size, remat=remat, dtype=dtype)
 
@@ -114,9 +114,9 @@ def encode(
 
     Args:
         model: a config file, or a run's config.json.
-        batch_sizes: of images and of texts.
-        dtype: of products and activations.
-        trace: a folder for a device trace of the largest batch of images.
+        batch_sizes: batch sizes of images and of texts.
+        dtype: type of matrix products and activations.
+        trace: write a device trace of the largest batch of images to this folder.
     """
     from vlm.training.init_from import with_model
 
@@ -148,11 +148,11 @@ def data(
       vlm bench data configs/clip_b32_cc12m.py --workers 32 --step-seconds 0.5
 
     Args:
-        config: a config file, or a run's config.json.
-        batches: how many to time, after the first.
-        batch_size: in place of the config's.
-        workers: reader processes, in place of the config's.
-        step_seconds: duration of a training step, to estimate the fraction of time spent waiting.
+        config: a config file, or a run's config.json. None: synthetic photographs.
+        batches: number of batches to time, after the first.
+        batch_size: batch size. None: the config's.
+        workers: number of reader processes. None: the config's.
+        step_seconds: seconds of a training step, to estimate the fraction of time spent waiting.
     """
     settings = {"batches": batches, "step_seconds": step_seconds, "json": json}
     if config is None:
@@ -191,7 +191,7 @@ def search(
         embed_dim: width of the embeddings.
         queries: numbers of queries in one call.
         k: number of nearest neighbours.
-        dtype: of the stored embeddings.
+        dtype: type of the stored embeddings.
     """
     from vlm.bench.search import bench_search
 

@@ -47,14 +47,15 @@ DATA = {
 MEASURE = {
     "eval": Command("evaluate a model on held-out data", "evaluate", "main", True),
     "compare": Command("compare two evaluations, with significance tests", "compare", "compare"),
+}
+BENCH = {
     "bench loss": Command("measure the contrastive losses on this machine", "bench", "loss"),
     "bench train": Command("measure a training step on this machine", "bench", "train"),
     "bench encode": Command("measure encoding on this machine", "bench", "encode"),
     "bench data": Command("measure reading and augmenting on this machine", "bench", "data"),
     "bench search": Command("measure search on this machine", "bench", "search"),
 }
-PURPOSES = {"Use a model": USE, "Train": TRAIN, "Data": DATA, "Measure": MEASURE}
-COMMANDS = USE | TRAIN | DATA | MEASURE
+COMMANDS = USE | TRAIN | DATA | MEASURE | BENCH
 
 # Options of the short help, for commands with many; the others show all.
 COMMON = {
@@ -73,9 +74,7 @@ COMMON = {
         "optimizer.name",
         "optimizer.learning-rate",
         "optimizer.schedule",
-        "optimizer.weight-decay",
         "adapter.rank",
-        "dtype",
         "mesh.data",
         "mesh.fsdp",
         "mesh.tensor",
@@ -84,7 +83,6 @@ COMMON = {
         "run-dir",
         "eval-every",
         "checkpoint-every",
-        "resume",
     ),
     "eval": (
         "tasks",
@@ -111,16 +109,19 @@ Contrastive vision-language models in JAX.
 Examples:
   vlm search photos/ "a dog in the snow"
   vlm classify photo.jpg --labels "dog,cat,pizza"
-  vlm train configs/openmoji.py
+  vlm train openmoji
 
-vlm help COMMAND explains a command; vlm COMMAND --help PATTERN, its options that match.
---version prints the version; --debug, with any command, shows the traceback of an error."""
+vlm help COMMAND explains a command; vlm COMMAND --help PATTERN, its options.
+--version prints the version; --debug, with any command, shows a traceback."""
 
 
 def overview() -> str:
     """Return the help of `vlm` itself: all commands by purpose."""
+    bench = Command("measure loss, train, encode, data or search on this machine", "bench", "")
+    measure = MEASURE | {"bench ...": bench}
+    purposes = {"Use a model": USE, "Train": TRAIN, "Data": DATA, "Measure": measure}
     width = max(map(len, COMMANDS))
-    groups = [f"{purpose}:\n{table(known, width)}" for purpose, known in PURPOSES.items()]
+    groups = [f"{purpose}:\n{table(known, width)}" for purpose, known in purposes.items()]
     return OVERVIEW.format(commands="\n".join(groups))
 
 

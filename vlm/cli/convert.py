@@ -25,7 +25,7 @@ def convert(
 
     Args:
         format: output format.
-        dtype: of the weights.
+        dtype: type of the weights.
     """
     folder = options.new_folder(out)
     runtime.prepare_inference()

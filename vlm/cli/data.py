@@ -60,7 +60,7 @@ def show(
       vlm data show tfds:cifar10 --label label
 
     Args:
-        out: an HTML page. None: no page.
+        out: write a page of images and captions to this HTML file. None: no page.
         context_length: tokens (of CLIP's vocabulary) beyond which a caption counts as too long.
         limit: number of examples to read, from the start.
         thumbnails: number of images on the page.
@@ -128,10 +128,11 @@ def prepare(
         out: a folder for the shards alone.
         format: WebDataset tars, or ArrayRecord files for random access.
         examples: number of examples in a shard.
-        short_side: in pixels; larger images are reduced, and saved as JPEG.
-        quality: of those JPEG files.
+        short_side: length of the short side in pixels; larger images are reduced, and saved as
+            JPEG. None: images are kept as they are.
+        quality: quality of those JPEG files, from 1 to 100.
         deduplicate: skip images that look like an earlier one.
-        min_side: in pixels; smaller images are skipped.
+        min_side: smallest side in pixels; smaller images are skipped.
         filters: conditions such as 'score>=0.3', 'score<=9' or 'language=en,de'.
     """
     from vlm.cli.terminal import counter, print_status
@@ -171,7 +172,7 @@ def index(source: Source, /, out: str | None = None) -> None:
 
     Args:
         source: tar shards, with ranges, lists or *.
-        out: another path for the index.
+        out: path of the index. None: beside the shards.
     """
     from vlm.cli.terminal import progress
     from vlm.data.shard_index import beside, write_index

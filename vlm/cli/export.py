@@ -37,9 +37,9 @@ def export(
     Args:
         format: stablehlo for JAX; onnx (extra onnx) for onnxruntime and others. savedmodel is
             refused as long as no TensorFlow reads the output of JAX.
-        dtype: of the stored parameters. int8 makes the files a quarter as large.
+        dtype: type of the stored parameters. int8 makes the files a quarter as large.
         tower: the towers to export. Default: both; with labels the classifier alone.
-        classifier: export a saved classifier, in place of labels. Default: the classifier of the
+        classifier: a saved classifier to export, in place of labels. Default: the classifier of the
             run or of vlm adapt, beside both towers.
         batches: batch sizes to compare with the model. Default: all from 1 to 33; for formats that
             compile each size, a few of them.

@@ -58,7 +58,11 @@ class Page:
                 "match, such as --help templates."
             )
         starts = ("usage: ", *[" " * 7] * len(self.usage))
-        text = [f"{start}{line}" for start, line in zip(starts, self.usage, strict=False)]
+        text = [
+            part
+            for start, line in zip(starts, self.usage, strict=False)
+            for part in _fill(f"{start}{line}", width, more=" " * 11)
+        ]
         for paragraph in paragraphs:
             text += ["", *_fill(paragraph, width)]
         text += ["", "Examples:"]
@@ -101,13 +105,16 @@ def render(name: str, everything: bool = True) -> str:
         name: Name of the command, such as "data show".
         everything: Show all options. False: those of `vlm NAME --help`.
     """
+    return page(name).show(80, everything=everything)
+
+
+def page(name: str) -> Page:
+    """Return the help page of a command."""
     command = COMMANDS[name]
     module = importlib.import_module(f"vlm.cli.{command.module}")
     if command.takes_list:
-        page = module.help_page()
-    else:
-        page = of_function(getattr(module, command.function), f"vlm {name}")
-    return page.show(80, everything=everything)
+        return module.help_page()
+    return of_function(getattr(module, command.function), f"vlm {name}")
 
 
 def terminal_width() -> int:
@@ -191,9 +198,9 @@ def _plain(text: str) -> str:
     return text.lower().replace("_", "-")
 
 
-def _fill(text: str, width: int, indent: str = "") -> list[str]:
-    """Break a text into lines between words."""
-    wrapper = textwrap.TextWrapper(width, indent, indent)
+def _fill(text: str, width: int, indent: str = "", more: str = "") -> list[str]:
+    """Break a text into lines between words; `more` is the indentation of all but the first."""
+    wrapper = textwrap.TextWrapper(width, indent, indent + more)
     wrapper.break_long_words = wrapper.break_on_hyphens = False
     return wrapper.wrap(text.replace("`", "")) or [indent]
 

@@ -38,7 +38,6 @@ def plan(
       vlm plan configs/siglip_b16.py --topology v5e:16x16
       vlm plan configs/siglip_b16.py --topology v5p:4x4x4 --mesh data=8,fsdp=8 --largest-batch
       vlm plan configs/siglip_b16.py --sweep --topology v5e:4x4 v6e:4x4 h100:8 --batch-per-chip 256
-
       vlm plan configs/siglip_b16.py --topology 2xv5e:16x16 --price 1.2
 
     Args:
@@ -46,18 +45,18 @@ def plan(
         topology: a slice: v3, v4, v5e, v5p, v6e or tpu7x and its shape, with a prefix for several
             slices (2xv5e:16x16); a100, a100-40, h100, h100-pcie, h200, gh200, b200, l4 or l40s and
             their number; cpu and its number of devices. Several with --sweep.
-        mesh: such as data=32,fsdp=8. Default: the config's. Several with --sweep.
-        batch_size: the global batch, in place of the config's.
-        micro_batch_size: in place of the config's.
+        mesh: mesh axes, such as data=32,fsdp=8. Several with --sweep. Default: the config's.
+        batch_size: global batch size. None: the config's.
+        micro_batch_size: pairs that the towers process at a time. None: the config's.
         batch_per_chip: set the global batch to this many pairs per chip.
-        remat: rematerialisation policy, in place of the config's. Several with --sweep.
+        remat: rematerialisation policy. Several with --sweep. Default: the config's.
         unroll: compile every block separately in place of a loop; takes minutes.
-        largest_batch: also search for the largest batch that fits; compiles several times.
+        largest_batch: also search for the largest batch that fits; it compiles several times.
         sweep: compare all combinations in one table.
         compiles: number of the best rows of a sweep to compile; the others are estimated
             analytically.
-        calibration: step times measured on this kind of chip, by vlm bench train --save FILE.
-        price: of one chip for an hour, to estimate the cost of the run.
+        calibration: file of step times measured on this kind of chip, by vlm bench train --save.
+        price: price of one chip for an hour, to estimate the cost of the run.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only compiles
     from rich.console import Console

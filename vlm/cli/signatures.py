@@ -17,6 +17,7 @@ PLACEHOLDERS = {
     "config": "CONFIG",
     "data_dir": "FOLDER",
     "init_from": "MODEL",
+    "out": "FILE",
     "run_dir": "FOLDER",
     "save": "FILE",
     "source": "SOURCE",
@@ -100,7 +101,7 @@ def of_config(
         else:
             typed = f"--{name.replace('_', '-')}"
             text, default = _described(texts.get(field.name, ""), value, typed)
-            if unset and default != "none":
+            if unset and default not in (None, "none") and not isinstance(value, bool):
                 default = f"none; {default} with other options of {path[:-1]}"
             yield Option(typed, _type(hint, field.name), text, default, title)
     for name, part, absent in parts:

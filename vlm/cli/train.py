@@ -46,8 +46,8 @@ JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 Examples:
   vlm train openmoji
   vlm train configs/openmoji.py --optimizer.learning-rate 3e-4 --epochs 10
-  vlm train --init-from google/siglip2-base-patch16-256 --data.source photos.csv
-  vlm train --init-from runs/openmoji --data.source photos/ --data.label label --objective flyp
+  vlm train --init-from EVA02-B-16 --data.source photos.csv
+  vlm train --init-from EVA02-B-16 --data.source pets/ --data.label label
   vlm train openmoji --init-from runs/openmoji --adapter.rank 8
   vlm train --resume runs/openmoji --mesh.fsdp 4 --checkpoint-minutes 5
   vlm train configs/siglip_b16.py --bucket gs://my-bucket
@@ -115,12 +115,14 @@ def experiment_of(args: list[str]) -> Experiment:
             "--init-from"
         )
     experiment = from_dict(Experiment, to_dict(experiment) | start)
+    page = functools.partial(help_page, source=config or "a run without a config")
+    if experiment.init_from is None:  # else the help needs the sizes of that model
+        parse.print_help(rest, lambda: page(with_default_model(experiment)))
     if experiment.model is None and experiment.init_from is not None:
         # A size option of the model or of its inputs sets both.
         sizes, _ = _extract(rest, SIZES)
         experiment = dataclasses.replace(experiment, **(sizes | start))
     experiment = with_model(_without_replaced_length(experiment, rest))
-    page = functools.partial(help_page, source=config or "a run without a config")
     experiment = _without_evals(parse.options(experiment, "vlm train", rest, page), places)
     require_bucket(experiment)
     return experiment

@@ -148,22 +148,21 @@ class DataConfig(Config):
     """Source of image-text pairs. One of the `captions` of an image is drawn at random.
 
     Args:
-        source: Source of the examples: "openmoji", "tfds:NAME" for a prepared TFDS data set, or
-            the path of shards, of a table or of a folder. Required, unless there is a mixture.
+        source: Source of the examples: a folder, a table, shards, tfds:NAME or openmoji. A TFDS
+            data set must be prepared. Required, unless there is a mixture.
         train_split: Name of the training split.
-        eval_split: Name of the eval split: its images are retrieved among all captions of both
-            splits. None for large data: see `Experiment.evals`.
+        eval_split: Name of the eval split. Its images are retrieved among all captions of both
+            splits. Use None for large data: see `Experiment.evals`.
         image: Name of the feature that holds the image. In shards and folders: one file of several,
             such as mask.png.
-        captions: Names of the features that hold captions; a nested one is written as
-            captions/text. In shards and folders: an extension (txt) or a field of the JSON;
-            caption is the .txt.
+        captions: Features that hold captions. A nested one is written as captions/text. In shards
+            and folders: an extension (txt) or a field of the JSON; caption is the .txt.
         caption_weights: Relative sampling weights of `captions`. Empty: all texts of an image are
             equally likely.
-        label: Name of a class-label feature, used in place of captions: its class name is put into
+        label: Feature with a class label. It replaces the captions: its class name is put into
             `templates`.
-        class_names: A text file with class names for the templates, in place of readable labels: a
-            line for each label in their order, or lines LABEL<tab>NAME; or a JSON object from label
+        class_names: File with class names for the templates, in place of readable labels. Text: a
+            line for each label in their order, or lines LABEL<tab>NAME. JSON: an object from label
             to name.
         templates: Prompt templates for a label, such as 'a photo of a {}.'; one is drawn at
             random. Empty: those of the initial model, else of the data set, else 'a photo of a

@@ -12,7 +12,7 @@ class AdapterConfig(Config):
     """Low-rank adapters of a frozen model's linear layers (LoRA, or DoRA).
 
     Args:
-        rank: Rank of the adapters.
+        rank: Rank of the LoRA adapters.
         alpha: The product of the factors is multiplied by alpha / rank.
         targets: Layers to adapt, as patterns of their names, such as "text.*" or
             "*.attention.query". Empty: all projections of attention and all layers of MLPs.

@@ -106,8 +106,8 @@ class ModelConfig(Config):
         vision: The vision tower.
         text: The text tower.
         embed_dim: Dimensions of the shared space.
-        loss: Contrastive loss, which also converts logits to scores: softmax (CLIP) or sigmoid
-            (SigLIP).
+        loss: Contrastive loss. It also converts logits to scores. softmax: CLIP's; sigmoid:
+            SigLIP's.
         init_scale: Initial logit scale, the factor of the cosines.
         init_bias: Initial bias of the logits. None: no bias (CLIP); SigLIP starts at -10.
 

@@ -36,8 +36,8 @@ class OptimizerConfig(Config):
 
     Args:
         name: The update rule.
-        learning_rate: Peak learning rate. None: 1e-3; for a run that starts from a model, a
-            fine-tuning rate by width and batch size (see vlm/config/defaults.py).
+        learning_rate: Peak learning rate. None: 1e-3, or for a run that starts from a model a
+            rate by width and batch size.
         end_learning_rate: Learning rate at the end of the schedules cosine, rsqrt and wsd.
         schedule: Learning rate schedule after the warm-up. rsqrt: inverse square root of
             the step; wsd: constant, then decay.
@@ -175,41 +175,42 @@ class Experiment(Config):
             smaller data. With neither, the run is not evaluated.
         optimizer: The optimizer, its schedule and its safeguards.
         mesh: Mesh of the devices.
-        batch_size: Global batch size in pairs, over all devices and hosts.
-        micro_batch_size: Number of pairs that the towers process at a time, over all devices; the
-            loss is still exact for the global batch. None: the global batch at once.
+        batch_size: Global batch size in pairs. It counts all devices and hosts.
+        micro_batch_size: Pairs that the towers process at a time. It counts all devices. The loss
+            is still exact for the global batch. None: the global batch at once.
         steps: Length of the run in steps. Give one of steps, epochs, examples and seconds.
-        epochs: Length of the run in passes over the data. Give one of steps, epochs, examples
-            and seconds.
+        epochs: Length of the run in epochs. One epoch is a pass over the data. Give one of steps,
+            epochs, examples and seconds.
         examples: Length of the run in pairs seen. Give one of steps, epochs, examples and
             seconds.
-        seconds: Length of the run in seconds of training; converted to steps at the start. Give
-            one of steps, epochs, examples and seconds.
-        dtype: Computation type of the towers; parameters are float32. auto: bfloat16, but float32
+        seconds: Length of the run in seconds of training. They are converted to steps at the
+            start. Give one of steps, epochs, examples and seconds.
+        dtype: Computation type of the towers. Parameters are float32. auto: bfloat16, but float32
             on a CPU.
         remat: Activations that a block saves for the backward pass. none: all; dots: inputs and
             outputs of attention, and the MLP's hidden layer; dots_no_batch: the same without the
             output of attention; full: only the block's input.
-        scan: Compile the blocks as a loop over one of them. False: compile each block, which takes
-            longer.
-        lock: A frozen tower (LiT).
+        scan: Compile the blocks as a loop over one of them. Otherwise each block is compiled, which
+            takes longer.
+        lock: Tower to freeze (LiT).
         objective: Training objective. contrastive: image-text pairs with the model's loss; flyp:
             the same with the classes of data.label in templates (arXiv:2212.00638), where images of
             one class are not negatives of each other; classification: the vision tower and a linear
             head, initialised from the zero-shot text embeddings of the classes.
         distill: Distillation from a teacher. None: no teacher.
-        init_from: A model to start from, as in `vlm.load`. Its input is square or NaFlex, as in
+        init_from: Model to start from, as in `vlm.load`. Its input is square or NaFlex, as in
             preprocess. None: random initialisation.
-        init_towers: Towers to take from that model.
-        init_image_size: Image size in pixels, in place of that model's; position embeddings are
-            resized. For NaFlex: the number of patches of such a square.
-        init_context_length: Number of tokens of a text, in place of that model's.
+        init_towers: Towers to take from the model of init_from.
+        init_image_size: Image size in pixels, in place of that of init_from; position embeddings
+            are resized. For NaFlex: the number of patches of such a square. None: that of
+            init_from.
+        init_context_length: Number of tokens of a text. None: that of init_from.
         adapter: Train low-rank adapters alone; the run exports them as a small bundle. None: train
             the model.
         resolution_schedule: Smaller images at the start, as pairs of a fraction of the run and a
             size in pixels; the rest of the run uses the full size. Square images only.
         text_masking: Fraction of a text's tokens that training drops, padding first.
-        seed: Seed of parameters, data order, augmentation and dropout.
+        seed: Random seed. It determines parameters, data order, augmentation and dropout.
         log_every: Number of steps between two rows of the log.
         eval_every: Fraction of the run between two evaluations. None: only at the end. 0: never.
         checkpoint_every: Fraction of the run between two checkpoints.
@@ -217,7 +218,7 @@ class Experiment(Config):
         keep_checkpoints: Number of newest checkpoints to keep.
         keep_hours: Also keep one checkpoint every so many hours. None: only the newest.
         profile: First and last step of a trace by jax.profiler. None: no trace.
-        run_dir: Folder of the run, local or remote. None: runs/NAME-DATE.
+        run_dir: Folder of the run. It may be remote. None: runs/NAME-DATE.
 
     Example:
         >>> import dataclasses
