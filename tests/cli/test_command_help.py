@@ -117,8 +117,9 @@ Examples:
   vlm convert ViT-B-32/ vit-b-32-hf --format huggingface
 
 Arguments:
-  MODEL                         A run folder, a bundle, or a public checkpoint.
-  OUT                           Output folder (must not exist).
+  MODEL                         A run folder, a bundle, a Hub id, or a name of
+                                vlm models.
+  OUT                           Output folder, which must not exist.
 
 Options:
   --format vlm|huggingface|open_clip
@@ -278,8 +279,14 @@ def test_wrong_usage_is_in_words(args, message):
 def test_missing_arguments_are_named():
     with pytest.raises(UsageError, match=r"^vlm bench train needs CONFIG: see vlm bench train -"):
         parse.call(bench.train, "vlm bench train", [])
-    with pytest.raises(UsageError, match=r"needs DATA and OUT and --teacher|needs .*--teacher"):
-        parse.call(data.reinforce, "vlm data reinforce", [])
+    with pytest.raises(UsageError, match=r"^vlm data reinforce needs OUT: see"):
+        parse.call(data.reinforce, "vlm data reinforce", ["photos/"])
+
+    def command(a: str, b: str, /, teacher: str) -> None:
+        """Do nothing."""
+
+    with pytest.raises(UsageError, match=r"^vlm x needs B and --teacher: see vlm x --help$"):
+        parse.call(command, "vlm x", ["photos/"])
 
 
 def test_examples_are_joined_by_a_shell():

@@ -43,16 +43,16 @@ def adapt(
 
     Args:
         data: the labelled images; of a data set with splits, its training split.
-        out: output folder (must not exist).
-        budget: for all methods together, such as 90s, 5m or 1h; excludes measuring on --test and
-            --out-of-distribution.
+        out: output folder, which must not exist.
+        budget: time for all methods together, such as 90s, 5m or 1h; it excludes measuring on --test
+            and --out-of-distribution.
         method: methods to try: probe, tip, prompt, lora, full, distill, blend. Default: all that
             fit into the budget.
         teacher: a larger model for distillation.
         test: labelled images of the same classes, to measure accuracy on.
         out_of_distribution: labelled images of another kind, to measure how much accuracy is kept.
         shots: use at most this many images of each class.
-        seed: of the validation split and of training.
+        seed: random seed of the validation split and of training.
     """
     model, places = leading_model("vlm adapt", model, data, most=1)
     if len(places) != 1:

@@ -27,7 +27,7 @@ def blend(
       vlm blend runs/a runs/b runs/c soup --greedy folder:mine/validation
 
     Args:
-        models: two or more models, then the output folder (must not exist).
+        models: two or more models, then the output folder, which must not exist.
         alpha: weight of the second of two models, from 0 to 1.
         tasks: measure the blend at every alpha on these tasks, by name; tasks are as in `vlm eval`.
             The chart is in report.html in the output folder.

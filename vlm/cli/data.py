@@ -215,9 +215,9 @@ def reinforce(
         data: a config, whose data and augmentations are used; or a source, as data.source.
         out: a folder for the embeddings alone.
         augmentations: number of augmentations of each example.
-        seed: of the augmentations.
-        batch_size: of the teacher.
-        dtype: of the stored embeddings.
+        seed: random seed of the augmentations.
+        batch_size: batch size of the teacher.
+        dtype: type of the stored embeddings.
         teacher: deprecated name of --model.
     """
     if teacher is not None:

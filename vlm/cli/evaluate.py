@@ -57,14 +57,14 @@ class Options:
     """Options of `vlm eval`.
 
     Args:
-        tasks: What to measure: zero-shot, retrieval, or other data by name (see above). Default:
-            both; for data with a label, zero-shot.
+        tasks: Tasks to measure: zero-shot, retrieval, or other data by name, such as tfds:cifar10.
+            Default: both; for data with a label, zero-shot.
         decode: Conversion of image files to RGB. intended: upright by EXIF orientation, transparent
             pixels on a background; reference: Pillow's Image.open(file).convert("RGB"), as for
             published figures. Default: that of the model, else intended.
         json: Print JSON on stdout in place of a table.
-        out: A file that ends in .json, for the report. Or a folder, for a page, and for each task a
-            file in CLIP_benchmark's format and a Parquet file of all queries; finished tasks in it
+        out: Write results to this .json file or folder. A folder gets a page, and for each task a
+            file in CLIP_benchmark's format and a Parquet file of all queries. Finished tasks in it
             are not repeated.
     """
 

@@ -35,8 +35,8 @@ def export(
       vlm export runs/openmoji pets --labels "dog,cat"
 
     Args:
-        format: stablehlo for JAX; onnx (extra onnx) for onnxruntime and others. savedmodel is
-            refused as long as no TensorFlow reads the output of JAX.
+        format: format of the programs. stablehlo: for JAX; onnx: for onnxruntime and others (extra
+            onnx); savedmodel: refused as long as no TensorFlow reads the output of JAX.
         dtype: type of the stored parameters. int8 makes the files a quarter as large.
         tower: the towers to export. Default: both; with labels the classifier alone.
         classifier: a saved classifier to export, in place of labels. Default: the classifier of the

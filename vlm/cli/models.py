@@ -41,9 +41,9 @@ def models(
 
     Args:
         name: a checkpoint of the list, by its name, short name, or name without owner.
-        max_params: of both towers together, such as 400M or 1.5B.
-        licence: such as MIT; "open" is any that permits all uses of the weights.
-        language: a code such as de; multilingual models match all languages.
+        max_params: most parameters of both towers together, such as 400M or 1.5B.
+        licence: a licence, such as MIT; "open" is any that permits all uses of the weights.
+        language: a language code, such as de; multilingual models match all languages.
         update: download the newest commit of NAME, any model of the Hub; later commands use it.
     """
     if update:

@@ -17,7 +17,7 @@ ModelOption = Annotated[
         help=f"{MODEL_HELP} Default: the variable VLM_MODEL, else EVA02-B-16.",
     ),
 ]
-NewFolder = Annotated[str, arg(metavar="OUT", help="output folder (must not exist).")]
+NewFolder = Annotated[str, arg(metavar="OUT", help="output folder, which must not exist.")]
 Images = Annotated[
     tuple[str, ...],
     arg(metavar="IMAGES...", help="files, folders (searched recursively) and globs."),
@@ -40,7 +40,7 @@ Templates = Annotated[
     arg(
         metavar="TEMPLATES...",
         help="sentences in which {} stands for the label, or the name of a set: plain, photo, "
-        "clip_best, siglip; or a file as of --labels-file. Default: the model's own, else those of "
+        "clip_best, siglip; or a file, as for --labels-file. Default: the model's own, else those of "
         'the data set, else "a photo of a {}.".',
     ),
 ]

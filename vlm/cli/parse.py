@@ -150,7 +150,8 @@ def usage_message(box: str, page: Page) -> str:
         required = [o for o in page.options if o.default is None]
         arguments = [option.name for option in required if option.is_argument]
         count = sum(line.isupper() for line in message)
-        options = [o.name for o in required if any(line.startswith(o.name) for line in message)]
+        flags = [o.name for o in required if not o.is_argument]
+        options = [name for name in flags if any(line.startswith(name) for line in message)]
         names = arguments[len(arguments) - count :] + options
         text = f"{page.prog} needs {' and '.join(names)}"
     elif text.startswith("Unrecognized") and typed and (near := page.near(typed[0])):

@@ -56,7 +56,7 @@ def serve(
         host: address to listen at; 0.0.0.0 is every address of this machine.
         port: port to listen at; 0 chooses a free one.
         api_key: keys that requests must send. Default: those of the variable VLM_API_KEYS.
-        name: model name in the API.
+        name: model name in the API. Default: that of the model.
         tower: without an index: load one tower, and accept only images or only texts.
         dtype: data type of matrix products and activations.
         max_batch: largest batch. Default: 32 on a CPU, else 256.

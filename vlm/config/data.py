@@ -152,7 +152,7 @@ class DataConfig(Config):
             data set must be prepared. Required, unless there is a mixture.
         train_split: Name of the training split.
         eval_split: Name of the eval split. Its images are retrieved among all captions of both
-            splits. Use None for large data: see `Experiment.evals`.
+            splits. Use None for large data, and `Experiment.evals`.
         image: Name of the feature that holds the image. In shards and folders: one file of several,
             such as mask.png.
         captions: Features that hold captions. A nested one is written as captions/text. In shards
