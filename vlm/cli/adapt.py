@@ -44,8 +44,8 @@ def adapt(
     Args:
         data: the labelled images; of a data set with splits, its training split.
         out: output folder, which must not exist.
-        budget: time for all methods together, such as 90s, 5m or 1h; it excludes measuring on --test
-            and --out-of-distribution.
+        budget: time for all methods together, such as 90s, 5m or 1h. It excludes measuring on
+            --test and --out-of-distribution.
         method: methods to try: probe, tip, prompt, lora, full, distill, blend. Default: all that
             fit into the budget.
         teacher: a larger model for distillation.

@@ -41,7 +41,8 @@ def index(
     Args:
         images_and_out: files, folders (searched recursively) and globs, then the folder of the
             index.
-        dtype: type of the stored embeddings; float16 halves the file and changes scores by under 1e-3.
+        dtype: type of the stored embeddings; float16 halves the file and changes scores by under
+            1e-3.
         coding: search by codes a quarter (int8) or a thirty-second (binary) as large, which are all
             that has to fit in memory; the best candidates are then scored exactly.
         rebuild: ignore an existing index at OUT and re-encode everything.

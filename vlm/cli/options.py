@@ -40,8 +40,8 @@ Templates = Annotated[
     arg(
         metavar="TEMPLATES...",
         help="sentences in which {} stands for the label, or the name of a set: plain, photo, "
-        "clip_best, siglip; or a file, as for --labels-file. Default: the model's own, else those of "
-        'the data set, else "a photo of a {}.".',
+        "clip_best, siglip; or a file, as for --labels-file. Default: the model's own, else those "
+        'of the data set, else "a photo of a {}.".',
     ),
 ]
 ClassNames = Annotated[
