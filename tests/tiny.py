@@ -2,7 +2,9 @@
 
 import atexit
 import functools
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -94,3 +96,15 @@ def command(*args) -> str:
     done = subprocess.run(line, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def siglip_folder(folder: Path) -> Path:
+    """Make a SigLIP of random weights as on the Hub, with a SentencePiece vocabulary."""
+    golden = Path(__file__).parent / "weights" / "golden"
+    shutil.copytree(golden / "hf_siglip", folder)
+    (folder / "tokenizer.json").unlink()
+    shutil.copy(golden / "spiece.model", folder)
+    settings = {"tokenizer_class": "SiglipTokenizer", "do_lower_case": True}
+    settings |= {"pad_token": "</s>", "eos_token": "</s>", "model_max_length": 64}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder

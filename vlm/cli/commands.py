@@ -39,6 +39,9 @@ TRAIN = {
 DATA = {
     "data show": Command("print statistics of a data set, with a page of examples", "data", "show"),
     "data prepare": Command("write a data set as shards for fast training", "data", "prepare"),
+    "data tokenizer": Command(
+        "write a tokenizer.json: of a model, or trained on captions", "tokenizer", "tokenizer"
+    ),
     "data index": Command("index tar shards for random access", "data", "index"),
     "data reinforce": Command(
         "precompute teacher embeddings for distillation", "data", "reinforce"

@@ -100,7 +100,7 @@ def prepare(
     source: Source,
     out: NewShards,
     /,
-    format: Literal["tar", "array_record"] = "tar",
+    format: Literal["tar", "array_record", "clip_benchmark"] = "tar",
     examples: int = 10_000,
     short_side: int | None = None,
     quality: int = 92,
@@ -122,11 +122,13 @@ def prepare(
     Examples:
       vlm data prepare photos/ shards/ --short-side 512 --deduplicate
       vlm data prepare 'raw/{000..099}.tar' shards/ --filters 'aesthetic>=5' 'language=en,de'
+      vlm data prepare imagenet/ evals/imagenet1k --split val --label label --format clip_benchmark
       vlm data prepare 'raw/{000..099}.tar' shards/ --beam runner=FlinkRunner flink_master=host:8081
 
     Args:
         out: a folder for the shards alone.
-        format: WebDataset tars, or ArrayRecord files for random access.
+        format: WebDataset tars; ArrayRecord files for random access; or a folder in
+            CLIP_benchmark's layout for evaluation, with class names and an index.
         examples: number of examples in a shard.
         short_side: length of the short side in pixels; larger images are reduced, and saved as
             JPEG. None: images are kept as they are.

@@ -124,7 +124,7 @@ def prepare(
                 )
             )
         )
-    return plain.totals(plain.finished(folder))
+    return plain.finish(folder, split, wanted, plain.finished(folder))
 
 
 @functools.lru_cache(1)

@@ -13,9 +13,11 @@ FOLDER is on this machine, or an address of a bucket, a web server or the Hub's 
 
 import io
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from vlm.config import DataConfig
 from vlm.data import tar
@@ -33,6 +35,7 @@ PREFIX = "wds:"
 IMAGES = ("webp", "png", "jpg", "jpeg")  # the first that a sample has is used, as in CLIP_benchmark
 MEMBERS = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
 _HUB = "https://huggingface.co/datasets/"
+_TEMPLATES = "zeroshot_classification_templates.txt"
 
 
 def is_clip_benchmark(source: str) -> bool:
@@ -97,7 +100,7 @@ class ClipBenchmarkSource(ShardSource):
         if self.dataset_type != "retrieval":
             self.class_names = _lines(root, "classnames.txt")
             self.label_names = self.class_names and numbered(self.class_names)
-            templates = _lines(root, "zeroshot_classification_templates.txt")
+            templates = _lines(root, _TEMPLATES)
             self.templates = templates and tuple(t.replace("{c}", "{}") for t in templates)
         read = DataConfig(source=config.source, image=config.image, captions=(self._member,))
         super().__init__(index_for(names), names, read)
@@ -143,6 +146,20 @@ class ClipBenchmarkSource(ShardSource):
             known = "a class" if count is None else f"one of the {count} classes of classnames.txt"
             raise DataError(f"the label {number} of {where} is not {known}: correct it")
         return str(number) if self.label_names is None else self.label_names[number]
+
+
+def write_texts(
+    folder: epath.Path, class_names: Sequence[str] | None, templates: Sequence[str]
+) -> None:
+    """Write the text files of a folder: of classes with their templates, or of retrieval data."""
+    kind = "retrieval" if class_names is None else "classification"
+    texts = {"dataset_type.txt": [kind]}
+    if class_names is not None:
+        texts["classnames.txt"] = [*class_names]
+        texts[_TEMPLATES] = [template.replace("{}", "{c}") for template in templates]
+    for name, lines in texts.items():
+        if lines:
+            (folder / name).write_text("".join(f"{line}\n" for line in lines))
 
 
 def _lines(root: str, name: str) -> list[str] | None:

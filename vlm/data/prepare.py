@@ -2,6 +2,7 @@
 
 All features that JSON supports keep their names, so the same config reads the shards. The `.txt` of
 a tar is the first caption, for other readers. ArrayRecord files keep texts, numbers and lists.
+CLIP_benchmark's layout keeps the class, or all captions: see `vlm.data.clip_benchmark`.
 
 Each shard is written under a temporary name and renamed when complete, with a line in
 `manifest.jsonl`: its number of examples, length, SHA-256, the skipped samples, and the read
@@ -27,18 +28,21 @@ from PIL import Image
 from vlm._json import to_json
 from vlm.config import DataConfig
 from vlm.data import array_record
+from vlm.data.clip_benchmark import write_texts
 from vlm.data.dataset_stats import duplicate_key
 from vlm.data.example_reader import ExampleReader, Read
-from vlm.data.examples import Example, captions_of, passes
+from vlm.data.examples import Example, captions_of, label_of, passes
 from vlm.data.faults import BadSample
 from vlm.data.members import TEXT
+from vlm.data.shard_index import beside, write_index
+from vlm.data.sources import classes_of, open_source
 from vlm.data.transform_example import open_image_of
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.opening import extension_of
 from vlm.inputs.preprocess import Preprocess
 from vlm.paths import as_path, is_remote
 
-MANIFEST = "manifest.jsonl"
+MANIFEST, NOTE = "manifest.jsonl", "preparation.json"
 _HASHES = "hashes"  # of written images, to detect duplicates after a resume
 _BATCH = 64  # examples in the thread pool
 
@@ -47,7 +51,7 @@ _BATCH = 64  # examples in the thread pool
 class Preparation:
     """Settings of a preparation."""
 
-    form: Literal["tar", "array_record"] = "tar"
+    form: Literal["tar", "array_record", "clip_benchmark"] = "tar"
     examples: int = 10_000  # of a shard
     short_side: int | None = None  # pixels; larger images are resized; None keeps the files
     quality: int = 92  # of resized JPEG files
@@ -63,6 +67,7 @@ class PreparedExample(NamedTuple):
     features: dict[str, Any]
     captions: list[str]
     text: str  # the caption for readers of one caption
+    label: str | None
     duplicate_key: bytes
     dropped: tuple[str, ...] = ()  # features that the shard format does not support
 
@@ -124,7 +129,7 @@ def prepare(
     if rows:
         finish_shard()
     report(read, source.count)
-    return totals(done)
+    return finish(folder, split, wanted, done)
 
 
 def begin(
@@ -143,7 +148,26 @@ def begin(
         raise DataError(f"{folder} is in a bucket: prepare into a local folder and copy it there")
     about = {"source": config.source, "split": split, **asdict(wanted)}
     about |= {"captions": config.captions, "label": config.label, "keep": config.filters}
-    return folder, _open_folder(folder, json.loads(json.dumps(about, default=asdict)))
+    names, templates = None, ()
+    if wanted.form == "clip_benchmark" and config.label:
+        source = open_source(config, split)
+        about["labels"], names = classes_of(config, source)
+        templates = getattr(source, "templates", None) or ()
+    done = _open_folder(folder, json.loads(json.dumps(about, default=asdict)))
+    if wanted.form == "clip_benchmark":
+        write_texts(folder, names, templates)
+    return folder, done
+
+
+def finish(
+    folder: epath.Path, split: str, wanted: Preparation, done: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Complete the folder after its last shard; return the totals."""
+    files = [os.fspath(folder / line["file"]) for line in done if line["file"]]
+    if wanted.form == "clip_benchmark" and files:
+        (folder / split / "nshards.txt").write_text(f"{len(files)}\n")
+        write_index(files, beside(files))
+    return totals(done)
 
 
 def _in_parallel(
@@ -192,7 +216,9 @@ def make(
     features = {name: value for name, value in plain.items() if _fits(value, wanted)}
     dropped = tuple(name for name, value in plain.items() if name not in features)
     text = str(features[TEXT]) if TEXT in config.captions and features.get(TEXT) else captions[0]
-    return PreparedExample(data, suffix, features, captions, text, duplicate_key(image), dropped)
+    label = label_of(example, config) if config.label else None
+    key = duplicate_key(image)
+    return PreparedExample(data, suffix, features, captions, text, label, key, dropped)
 
 
 def _plain(value: Any) -> Any:
@@ -224,11 +250,20 @@ def write(
     for _, result, _ in rows:
         if isinstance(result, BadSample):
             left_out[result.kind] += result.samples
-    name = f"{split}-{number:05d}.{'tar' if wanted.form == 'tar' else 'array_record'}"
+    name = {
+        "tar": f"{split}-{number:05d}.tar",
+        "array_record": f"{split}-{number:05d}.array_record",
+        "clip_benchmark": f"{split}/{number}.tar",
+    }[wanted.form]
     line: dict[str, Any] = {"shard": number, "file": name if kept else None}
     if kept:
         part = folder / f"{name}{unfinished}"
-        (_write_tar if wanted.form == "tar" else _write_records)(part, kept, number)
+        part.parent.mkdir(exist_ok=True)
+        if wanted.form == "array_record":
+            _write_records(part, kept)
+        else:
+            members = _members if wanted.form == "tar" else _clip_benchmark_members(folder)
+            _write_tar(part, kept, number, members)
         with open(part, "rb") as f:
             digest = hashlib.file_digest(f, "sha256").hexdigest()
         line |= {"bytes": part.stat().length, "sha256": digest}
@@ -249,20 +284,42 @@ def append_to_manifest(folder: epath.Path, lines: list[dict[str, Any]]) -> None:
         os.fsync(f.fileno())
 
 
-def _write_tar(path: epath.Path, kept: list[PreparedExample], number: int) -> None:
+def _members(item: PreparedExample) -> dict[str, bytes]:
+    """Return the members of an example by suffix; the feature `txt` is the member `.txt`."""
+    fields = {name: value for name, value in item.features.items() if name != TEXT}
+    text = to_json(fields, ensure_ascii=False).encode()
+    return {item.suffix: item.image, TEXT: item.text.encode(), "json": text}
+
+
+def _clip_benchmark_members(folder: epath.Path) -> Callable[[PreparedExample], dict[str, bytes]]:
+    """Return `_members` of CLIP_benchmark's layout: the number of the class, or all captions."""
+    labels = json.loads((folder / NOTE).read_text()).get("labels", ())
+    numbers = {label: i for i, label in enumerate(labels)}
+
+    def members(item: PreparedExample) -> dict[str, bytes]:
+        if item.label is not None:
+            return {item.suffix: item.image, "cls": str(numbers[item.label]).encode()}
+        lines = (" ".join(caption.split()) for caption in item.captions)
+        return {item.suffix: item.image, TEXT: "\n".join(lines).encode()}
+
+    return members
+
+
+def _write_tar(
+    path: epath.Path,
+    kept: list[PreparedExample],
+    number: int,
+    members: Callable[[PreparedExample], dict[str, bytes]],
+) -> None:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for i, item in enumerate(kept):
-            # The feature `txt` is the member `.txt`.
-            fields = {name: value for name, value in item.features.items() if name != TEXT}
-            text = to_json(fields, ensure_ascii=False).encode()
-            parts = {item.suffix: item.image, TEXT: item.text.encode(), "json": text}
-            for suffix, data in parts.items():
+            for suffix, data in members(item).items():
                 info = tarfile.TarInfo(f"{number:05d}{i:06d}.{suffix}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
 
 
-def _write_records(path: epath.Path, kept: list[PreparedExample], number: int) -> None:
+def _write_records(path: epath.Path, kept: list[PreparedExample]) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
@@ -275,7 +332,7 @@ def _write_records(path: epath.Path, kept: list[PreparedExample], number: int) -
 
 def _open_folder(folder: epath.Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the lines of finished shards, after a check that the settings are the same."""
-    note = folder / "preparation.json"
+    note = folder / NOTE
     if note.exists():
         if json.loads(note.read_text()) != about:
             raise DataError(

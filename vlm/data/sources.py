@@ -381,7 +381,8 @@ def vocabulary_texts(config: DataConfig) -> list[str]:
     """List all captions of the training split, for a vocabulary; ConfigError for a stream."""
     if streams(config):
         raise ConfigError(
-            "a stream cannot be read in advance to train a vocabulary: set tokenizer_file"
+            "a stream cannot be read in advance to train a vocabulary: set tokenizer_file, which "
+            "`vlm data tokenizer` writes"
         )
     source = open_source(config, config.train_split)
     return [text for texts in _valid_values(source, config, captions_of) for text in texts]

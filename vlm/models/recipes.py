@@ -46,7 +46,8 @@ def siglip(name: str, *, tokenizer_file: str, image_size: int = 224, **changes: 
     """SigLIP of size `name`, such as "So400m/14", with its preprocessing and tokenizer rules.
 
     The vocabulary is not in the package: `tokenizer_file` is the `tokenizer.json` of T5's 32,000
-    English pieces (c4_en). `changes` replace other fields of the model config.
+    English pieces (c4_en), as `vlm data tokenizer OUT --model google/siglip-base-patch16-224`
+    writes it. `changes` replace other fields of the model config.
     Source: Zhai et al., 2023, arXiv:2303.15343.
 
     Raises:

@@ -36,8 +36,8 @@ def train(
     """Train `experiment` in a new run folder, or resume the run in `resume`.
 
     Returns the run folder. SIGINT, SIGTERM and SIGHUP save a checkpoint and exit; a resumed run
-    ends with the same model as an uninterrupted one. Given both arguments, the run resumes as `experiment`,
-    whose changes must keep its checkpoints valid. With several processes, call
+    ends with the same model as an uninterrupted one. Given both arguments, the run resumes as
+    `experiment`, whose changes must keep its checkpoints valid. With several processes, call
     `vlm.cluster.processes.start` first.
 
     Raises:
