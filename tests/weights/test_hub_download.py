@@ -1,6 +1,7 @@
 """Hub models fetched for real: huggingface_hub's own client against a Hub over loopback."""
 
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -221,6 +222,23 @@ def test_a_cut_is_repaired(hub, client, get, cache):
     parts = [r for r in hub.requests(name) if r.method == "GET" and r.file.endswith("tensors")]
     assert [part.sent for part in parts] == [size // 2, size - parts[1].start]
     assert size // 2 - 4096 < parts[1].start <= size // 2
+
+
+@pytest.mark.parametrize("part", ["of another file", "too long"])
+def test_a_wrong_part_of_a_file_is_not_used(hub, get, fail, cache, part):
+    name = f"cut/{len(part)}"
+    hub.put(name, GOLDEN / "hf_siglip")
+    data = (GOLDEN / "hf_siglip" / "model.safetensors").read_bytes()
+    blobs = pathlib.Path(cache, f"models--cut--{len(part)}", "blobs")
+    blobs.mkdir(parents=True)
+    file = blobs / f"{hashlib.sha256(data).hexdigest()}.part"
+    if part == "too long":
+        file.write_bytes(data + b"more")
+    else:
+        file.write_bytes(b"x" * 1000)
+        assert "arrived damaged and was deleted: try again" in fail(name)
+    assert get(name) == digest(GOLDEN / "hf_siglip")
+    assert not [path.name for path in blobs.iterdir() if "part" in path.name]
 
 
 @pytest.mark.parametrize("golden", ["hf_siglip", "hf_siglip_wide"])

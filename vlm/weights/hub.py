@@ -15,6 +15,7 @@ from etils import epath
 
 from vlm.errors import CheckpointError
 from vlm.weights import catalogue, huggingface, open_clip, transformers_folders
+from vlm.weights.blobs import download_blob
 from vlm.weights.bundle_format import BUNDLE_FILE
 from vlm.weights.checkpoint import shards, weight_names
 from vlm.weights.fields import read_json
@@ -133,6 +134,7 @@ def _fetch(name: str, revision: str | None, pin: Pin | None) -> tuple[epath.Path
         if any(not (folder / file).exists() for file in files):
             _announce(name, about, sum(sizes.get(file) or 0 for file in files))
         for file in files:
+            download_blob(name, file, about.sha)
             fetch(file)
         # Only now the cache maps the revision's name to this commit, for use without a network.
         known = _cached(name, revision)
