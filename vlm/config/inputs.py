@@ -5,11 +5,13 @@ from typing import Literal
 
 from vlm.config.base import Config
 
-# Statistics of the training images of OpenAI's CLIP, which most later models use too.
+# Mean of the training images of OpenAI's CLIP, by channel; most later models use it too.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+# Standard deviation of the training images of OpenAI's CLIP, by channel.
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+# Rules that clean a text before it is tokenized.
 Clean = Literal["none", "clip", "clip_cased", "clip_canonical", "siglip", "bert"]
 
 

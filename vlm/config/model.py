@@ -8,12 +8,14 @@ from vlm.config.bounds import check_heads, check_projection
 from vlm.config.towers import Activation, VisionTowerConfig, ViTConfig, from_older_form
 from vlm.errors import ConfigError
 
+# Contrastive losses.
 Loss = Literal["softmax", "sigmoid"]
 # How logits of a model with this loss become scores of labels.
 LOSS_SCORES: dict[Loss, Literal["softmax", "sigmoid"]] = {
     "softmax": "softmax",
     "sigmoid": "sigmoid",
 }
+# Poolings of a text tower: how the positions become one vector.
 TextPool = Literal["end", "argmax", "first", "last", "class", "mean", "map"]
 
 

@@ -8,9 +8,10 @@ from vlm.config.bounds import check_heads
 from vlm.config.efficientnet import EfficientNetConfig
 from vlm.errors import ConfigError
 
+# Activation functions of a tower.
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
-# swiglu: EVA-02's, whose gated hidden layer is normalised; swiglu_plain: DINOv2's, which is not;
-# geglu: ViTamin's, which normalises its input a second time.
+# Kinds of MLP in a transformer block. swiglu: EVA-02's, whose gated hidden layer is normalised;
+# swiglu_plain: DINOv2's, which is not; geglu: ViTamin's, which normalises its input a second time.
 MlpKind = Literal["plain", "swiglu", "swiglu_plain", "geglu"]
 
 
@@ -418,8 +419,10 @@ class ViTaminConfig(VisionTower):
         return ((image_size or self.image_size) // self.patch_size) ** 2
 
 
-# All kinds of vision towers. To add one: a class above or in its own module, its name here, its
-# module in `vlm/models/` and one line in `vlm/models/towers.py`.
+# To add one: a class above or in its own module, its name here, its module in `vlm/models/` and one
+# line in `vlm/models/towers.py`.
+#
+# All kinds of vision towers.
 VisionTowerConfig = (
     ViTConfig | ResNetConfig | FastViTConfig | ConvNeXtConfig | ViTaminConfig | EfficientNetConfig
 )

@@ -121,12 +121,21 @@ def api(package: str, things: dict[str, Any]) -> str:
             lines += [f".. autofunction:: {name}", ""]
         else:
             lines += [f".. py:data:: {name}", f"   :value: {short(thing)}", ""]
+            lines += [f"   {comment_of(name)}", ""]
     return "\n".join(lines)
 
 
 def callable_name(thing: Any) -> bool:
     """Whether the name has a docstring of its own."""
     return inspect.isclass(thing) or isinstance(thing, types.FunctionType)
+
+
+def comment_of(name: str) -> str:
+    """Return the comment above the definition of a constant."""
+    definition = re.compile(rf"((?:^# .*\n)+){name}\b[^=\n]* = ", re.MULTILINE)
+    texts = (path.read_text() for path in sorted(Path(vlm.__file__).parent.rglob("*.py")))
+    comment = next(match[1] for text in texts if (match := definition.search(text)))
+    return " ".join(comment.replace("# ", "").split())
 
 
 def short(value: Any) -> str:

@@ -15,6 +15,7 @@ from vlm.heads.encoder import Encoder
 from vlm.heads.model_identity import embedding_facts
 from vlm.paths import cache_dir
 
+# Prompt templates of zero-shot classifiers, by name; {} stands for the label.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     # The label is itself a caption.
     "plain": ("{}",),

@@ -16,6 +16,7 @@ from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 from vlm.errors import ConfigError, DataError
 from vlm.paths import as_path
 
+# Everything that is accepted as an image: a PIL image, a path, the bytes of a file, or an array.
 ImageLike = Image.Image | str | os.PathLike | bytes | np.ndarray
 Smallest = Callable[[int, int], tuple[int, int]]  # target size from an image's (width, height)
 OnError = Callable[[int, DataError], None]  # called with an image's position and the error

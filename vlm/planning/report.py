@@ -18,6 +18,7 @@ from vlm.planning.calibration import Range
 from vlm.planning.needs import DECODES, Needs
 from vlm.planning.roofline import Prediction, Roofline
 
+# What the figures of a plan are based on.
 BASES = {
     "compiled": "read from the program compiled for this slice",
     "analytic": "estimated analytically (no compilation) from the chip's published figures",
