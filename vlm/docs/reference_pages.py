@@ -13,7 +13,7 @@ from typing import Any
 
 import vlm
 from vlm.cli import help
-from vlm.cli.commands import COMMANDS, PURPOSES
+from vlm.cli.commands import BENCH, COMMANDS, DATA, MEASURE, TRAIN, USE
 from vlm.config.base import Config
 from vlm.config.bounds import bounds_of
 from vlm.weights import catalogue
@@ -64,8 +64,9 @@ def page_name(command: str) -> str:
 
 def commands() -> str:
     """Return the tables of commands, by purpose."""
+    groups = {"Use a model": USE, "Train": TRAIN, "Data": DATA, "Measure": MEASURE | BENCH}
     text = ""
-    for purpose, known in PURPOSES.items():
+    for purpose, known in groups.items():
         rows = [[f"[`vlm {n}`](commands/{page_name(n)}.md)", c.summary] for n, c in known.items()]
         text += f"\n## {purpose}\n\n{table(['command', 'purpose'], rows)}"
     return text + toctree(f"commands/{page_name(name)}" for name in COMMANDS)
