@@ -22,8 +22,8 @@ def blend(
     soups).
 
     Examples:
-      vlm blend ViT-B-32/ runs/fine-tuned blended --alpha 0.5
-      vlm blend ViT-B-32/ runs/fine-tuned blended --tasks in=folder:mine/test,out=tfds:cifar10
+      vlm blend ViT-B-32 runs/fine-tuned blended --alpha 0.5
+      vlm blend ViT-B-32 runs/fine-tuned blended --tasks in=folder:mine/test,out=tfds:cifar10
       vlm blend runs/a runs/b runs/c soup --greedy folder:mine/validation
 
     Args:

@@ -21,7 +21,7 @@ def convert(
 
     Examples:
       vlm convert runs/openmoji my-bundle
-      vlm convert ViT-B-32/ vit-b-32-hf --format huggingface
+      vlm convert ViT-B-32 vit-b-32-hf --format huggingface
 
     Args:
         format: output format.

@@ -38,10 +38,10 @@ writes. They are detected as by `vlm train`.
 
 Examples:
   vlm eval runs/openmoji
-  vlm eval ViT-B-32/ --data.source tfds:cifar10 --data.label label
-  vlm eval ViT-B-32/ --data.source pets/ --data.label label --split val --templates clip_best
-  vlm eval ViT-B-32/ --tasks tfds:cifar10,retrieval:coco_captions,folder:photos --out results/
-  vlm eval ViT-B-32/ --tasks wds:wds_food101 --decode reference
+  vlm eval ViT-B-32 --data.source tfds:cifar10 --data.label label
+  vlm eval ViT-B-32 --data.source pets/ --data.label label --split val --templates clip_best
+  vlm eval ViT-B-32 --tasks tfds:cifar10,retrieval:coco_captions --out results/
+  vlm eval ViT-B-32 --tasks wds:wds_food101 --decode reference
   vlm eval runs/openmoji --tasks zero-shot --out results.json"""
 
 OWN = ("zero-shot", "retrieval")  # tasks on the data of --data

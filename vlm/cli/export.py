@@ -31,7 +31,7 @@ def export(
 
     Examples:
       vlm export runs/openmoji exported --format onnx
-      vlm export ViT-B-32/ small --format onnx --dtype int8 --tower vision
+      vlm export ViT-B-32 small --format onnx --dtype int8 --tower vision
       vlm export runs/openmoji pets --labels "dog,cat"
 
     Args:

@@ -21,7 +21,8 @@ MAX_WIDTH = 100
 NARROW = 72  # on narrower terminals, help texts begin on their own lines
 COLUMN = 32
 
-_WORDS = re.compile(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""")
+# A word of a command, with the option before it.
+_WORDS = re.compile(r"""(?:--[\w.-]+ (?!-))?(?:[^\s"']|"[^"]*"|'[^']*')+""")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +181,10 @@ def _lines(option: Option, width: int, *, brief: bool = False) -> list[str]:
     heading = f"{heading} {value}".strip()
     column = COLUMN if width >= NARROW else 8
     body = _fill(text, width, " " * column)
+    if len(heading) + 2 > width:
+        heading = heading.replace("/--no-", "/\n  --no-")
     if len(heading) + 4 > column:
-        return [f"  {heading}", *body]
+        return [*f"  {heading}".split("\n"), *body]
     return [f"  {heading:<{column - 2}}{body[0].lstrip()}", *body[1:]]
 
 
