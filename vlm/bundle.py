@@ -383,8 +383,9 @@ def load(
 ) -> Bundle:
     """Load a model: a bundle, a run folder, an adapter, or a public checkpoint.
 
-    A public checkpoint is a Hub id, a folder in the layout of transformers or open_clip, a
-    big_vision `.npz` or an OpenAI `.pt`. An adapter is loaded with its base model.
+    A public checkpoint is a name of `vlm models` such as "ViT-B-32", a Hub id, a folder in the
+    layout of transformers or open_clip, a big_vision `.npz` or an OpenAI `.pt`. An adapter is
+    loaded with its base model. A local path takes precedence over the same name.
 
     Args:
         image_size: another resolution, in pixels; position embeddings are resized.
@@ -394,7 +395,8 @@ def load(
         mesh: shard the parameters over this mesh by the rules of `vlm.sharding`; each host reads
             the checkpoint, a tensor at a time, and keeps its shard. All hosts must encode the same
             inputs, and all get the embeddings. None: the default device.
-        revision: of a Hub model.
+        revision: of a Hub model: a branch, tag or commit. None: the commit that this machine
+            fetched first, without a network; "main" fetches the newest.
         tower: "vision" or "text" loads one tower; the other one cannot encode.
         resize_backend: implementation of the resize, if the checkpoint's files name another one
             than its authors used: "pillow"; "tensor", as torchvision and transformers 5 for uint8

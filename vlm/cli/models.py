@@ -71,7 +71,8 @@ def models(
         for field, value in dataclasses.asdict(entries[0]).items():
             table.add_row(field.replace("_", " "), "unknown" if value is None else str(value))
         commit = _commit(entries[0].name)
-        table.add_row("commit here", commit or "not downloaded by vlm")
+        update = f"vlm models {name} --update fetches the newest"
+        table.add_row("commit here", f"{commit} ({update})" if commit else "not downloaded by vlm")
     else:
         columns, rows = catalogue.table(entries)
         table = Table()
@@ -80,6 +81,8 @@ def models(
         for row in rows:
             table.add_row(*row)
     console.print(table)
+    if name is None:
+        console.print(f"Commands use {catalogue.default_model().short_name} without --model.")
     if unknown:
         names = ", ".join(entry.name for entry in unknown)
         console.print(f"Left out, because a requested fact is unknown: {names}.")
