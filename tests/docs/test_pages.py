@@ -106,6 +106,7 @@ def test_python_runs(page, place, tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------- what is parsed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", SHELL, ids=identifier)
 def test_commands_are_spelled_right(page, place, monkeypatch):
     call = parse.call
@@ -166,6 +167,7 @@ def messages() -> str:
     return "\n".join(found)
 
 
+@pytest.mark.slow
 def test_quoted_messages_are_those_of_the_code():
     """A block of text on the page is a message; "..." stands for its values."""
     text = (DOCS / "howto" / "troubleshooting.md").read_text()
