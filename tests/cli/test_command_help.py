@@ -288,7 +288,13 @@ def test_a_part_is_made_by_the_negative_flag_too():
         (["--profile", "1", "x"], "--profile takes INTEGER INTEGER, not '1 x'"),
         (["--batch-size", "many"], "--batch-size takes an integer, not 'many'"),
         (["--keep-hours", "long"], "--keep-hours takes a number, not 'long'"),
-        (["--seed"], "missing value for argument '--seed'"),
+        (["--seed"], "--seed needs a value: see vlm train --help"),
+        (
+            ["--no-data.cachee"],
+            "there is no option --no-data.cachee: did you mean --no-data.cache?",
+        ),
+        (["--batch_siz=4"], "there is no option --batch_siz: did you mean --batch-size?"),
+        (["--mesh.fsdp", "2", "stray"], "unexpected arguments: stray: see vlm train --help"),
     ],
 )
 def test_wrong_usage_is_in_words(args, message):
@@ -302,6 +308,9 @@ def test_missing_arguments_are_named():
         parse.call(bench.train, "vlm bench train", [])
     with pytest.raises(UsageError, match=r"^vlm data reinforce needs OUT: see"):
         parse.call(data.reinforce, "vlm data reinforce", ["photos/"])
+
+    with pytest.raises(UsageError, match=r"^vlm compare needs A and B: see vlm compare --help$"):
+        parse.call(function_of("compare"), "vlm compare", ["--json"])
 
     def command(a: str, b: str, /, teacher: str) -> None:
         """Do nothing."""

@@ -87,6 +87,14 @@ class Page:
         lines = [line for option in named + other for line in _lines(option, width)]
         return "\n".join([f"Options of {self.prog} that match {pattern}:", *lines])
 
+    def lacks(self, typed: str) -> bool:
+        """Whether `typed` has the form of an option and is none of this command."""
+        name = re.sub(r"^--([\w.-]+\.)?no-", r"--\1", _plain(typed.partition("=")[0]))
+        known = {_plain(n) for o in self.options for n in (o.name, o.alias)}
+        return (
+            bool(re.match(r"--\w", typed)) and not {name, _plain(typed.partition("=")[0])} & known
+        )
+
     def near(self, typed: str) -> list[str]:
         """Return names of options that resemble `typed`, the most similar first."""
         names: dict[str, str] = {}

@@ -103,6 +103,7 @@ def print_help(args: list[str], page: Callable[[], Page]) -> None:
 
 def _cli(target: Any, args: list[str], page: Callable[[], Page], **settings: Any) -> Any:
     print_help(args, page)
+    args = rename_options(args)
     import tyro
 
     stderr = io.StringIO()
@@ -110,13 +111,18 @@ def _cli(target: Any, args: list[str], page: Callable[[], Page], **settings: Any
         with contextlib.redirect_stderr(stderr):
             return tyro.cli(
                 target,
-                args=[_as_tyro_has_it(arg) for arg in rename_options(args)],
+                args=[_as_tyro_has_it(arg) for arg in args],
                 config=(tyro.conf.AvoidSubcommands,),
                 add_help=False,
                 **settings,
             )
     except SystemExit:
-        raise UsageError(usage_message(stderr.getvalue(), page())) from None
+        made = page()
+        for name in filter(made.lacks, args):
+            near = made.near(name)
+            fix = f"did you mean {near[0]}?" if near else f"see {made.prog} --help"
+            raise UsageError(f"there is no option {name.partition('=')[0]}: {fix}") from None
+        raise UsageError(usage_message(stderr.getvalue(), made)) from None
 
 
 def _as_tyro_has_it(arg: str) -> str:
@@ -139,7 +145,7 @@ def usage_message(box: str, page: Page) -> str:
         sections = sections[1:]
     message = sections[0] if sections else ["the arguments do not fit"]
     text, fix = " ".join(message), f"see {page.prog} --help"
-    typed = re.search(r"--[\w.-]+", text)
+    text = text.replace("Unrecognized options", "unexpected arguments")
     if wrong := re.match(r"Error parsing (\S+): .*?(?:from \[(.*?)\]|'([^']*)'$)", text):
         value = (wrong[2] or f"'{wrong[3]}'").replace("', '", " ")
         wanted = {option.name: option.value for option in page.options}.get(
@@ -154,6 +160,7 @@ def usage_message(box: str, page: Page) -> str:
         options = [name for name in flags if any(line.startswith(name) for line in message)]
         names = arguments[len(arguments) - count :] + options
         text = f"{page.prog} needs {' and '.join(names)}"
-    elif text.startswith("Unrecognized") and typed and (near := page.near(typed[0])):
-        fix = f"did you mean {near[0]}?"
+    elif missing := re.match(r"Missing value for argument '(--)?([^']+)'", text):
+        arguments = " and ".join(o.name for o in page.options if o.is_argument)
+        text = f"--{missing[2]} needs a value" if missing[1] else f"{page.prog} needs {arguments}"
     return f"{text[0].lower()}{text[1:].rstrip('.')}: {fix}"
