@@ -106,7 +106,7 @@ def table(model, learned, measured, before, shots, methods, folder):
         at = pick_shots(learned, k)
         train = learned.take(at)
         inputs = MethodInputs(
-            model, train, train, z_learned[at], z_learned[at], ("{}",), folder / str(k), 0.0
+            model, train, train, z_learned[at], z_learned[at], ("{}",), folder / str(k)
         )
         inputs.folder.mkdir(parents=True)
         evaluator = evaluator or Evaluator(inputs, measured, before, ("{}",))

@@ -10,8 +10,9 @@ import pytest
 import tiny
 from PIL import Image
 
+from vlm.adaptation import budgeted, fine_tuning
 from vlm.adaptation.budgeted import adapt
-from vlm.adaptation.cost import ResourceMeter
+from vlm.adaptation.cost import Estimate, OverBudget, ResourceMeter, TimeBudget, measured
 from vlm.adaptation.labelled import (
     Labelled,
     hold_out,
@@ -213,12 +214,69 @@ def test_the_command_leaves_a_folder_that_the_others_take(places, tmp_path, caps
         assert by_file[str(path)] == row[0][0]
 
 
+@pytest.mark.slow
 def test_a_method_that_does_not_fit_is_left_out_and_logged(model, places, tmp_path, monkeypatch):
-    data = read_labelled(str(places["train"]))
-    made = adapt(model, data, tmp_path, 25.0, ("probe", "full"), ["{}"])
+    data, messages = read_labelled(str(places["train"])), []
+    monkeypatch.setattr(fine_tuning, "FEWEST_STEPS", 10**8)
+    monkeypatch.setattr(fine_tuning, "LEAST_STEPS", 10**8)
+    # Without this, the forward pass alone is refused, before anything is compiled.
+    monkeypatch.setattr(budgeted, "time_per_image", lambda *_: Estimate(0.0, 0.0))
+    made = adapt(model, data, tmp_path, 60.0, ("probe", "full"), ["{}"], progress=messages.append)
     assert made["full"].validation is None
-    assert made["full"].note.startswith("it takes about ")
+    note = r"100,000,000 steps of 8 images at .+ s take .+ s, and [\d.]+ s were left"
+    assert re.match(note, made["full"].note)
     assert made.chosen in ("zero-shot", "probe")
+    assert any(re.match(r"full: left out, 100,000,000 steps", message) for message in messages)
+    assert not list((tmp_path / "full").glob("*"))  # no trace of a run that was refused
+
+
+@pytest.mark.slow
+def test_the_time_that_is_left_counts_after_the_warm_up(model, places, tmp_path):
+    """A budget shorter than any fixed allowance for compilation; the run takes what is left."""
+    data, messages = read_labelled(str(places["train"])), []
+    made = adapt(model, data, tmp_path, 40.0, ("lora",), ["{}"], progress=messages.append)
+    assert made["lora"].note == "40 steps of 8"
+    (plan,) = [message for message in messages if message.startswith("lora: 40 steps")]
+    assert re.search(r"40 steps of 8 images at .+ s take .+ s after .+ s of warm-up", plan)
+
+
+def a_budget(left: float, share: float, **options) -> TimeBudget:
+    return TimeBudget(1000.0 + left, 1000.0 + share, clock=lambda: 1000.0, **options)
+
+
+def test_a_plan_is_of_the_slowest_step_and_the_share():
+    plans = []
+    budget = a_budget(48.0, 12.0, report=plans.append)
+    estimate = Estimate.of([0.5, 0.4, 0.45], warm_up=30.0, once=2.0)
+    assert budget.plan(estimate, wanted=40, least=8, steps="steps") == 20
+    assert plans == ["20 steps at 0.4 to 0.5 s take 10 to 12 s after 30 s of warm-up"]
+    assert budget.plan(estimate, wanted=5, least=8) == 5
+    # The least number of steps may take more than the share, but not more than the budget.
+    assert a_budget(48.0, 1.0).plan(estimate, wanted=40, least=8) == 8
+    assert a_budget(6.01, 1.0).plan(estimate, wanted=40, least=8) == 8
+    with pytest.raises(OverBudget) as refused:
+        a_budget(5.5, 1.0).plan(estimate, wanted=40, least=8, steps="steps")
+    assert str(refused.value) == (
+        "8 steps at 0.4 to 0.5 s take 5.2 to 6 s, and 5.5 s were left after 30 s of warm-up"
+    )
+    assert refused.value.missing == pytest.approx(0.5)
+    assert TimeBudget().plan(estimate, wanted=40, least=8) == 40  # no limit
+    with pytest.raises(OverBudget, match="and 0 s were left"):
+        a_budget(-3.0, -3.0).plan(Estimate(0.1, 0.1))
+
+
+def test_the_warm_up_is_no_part_of_a_measurement():
+    runs = []
+
+    def work():
+        time.sleep(0.2 if not runs else 0.01)
+        runs.append(1)
+
+    estimate = measured(work)
+    assert 0.01 <= estimate.low <= estimate.high < 0.15
+    assert 0.1 < estimate.warm_up < 0.3
+    assert len(runs) == 4
+    assert (estimate * 10).low == pytest.approx(10 * estimate.low)
 
 
 def test_what_one_method_refuses_does_not_stop_the_others(model, places, tmp_path):
@@ -231,11 +289,13 @@ def test_what_one_method_refuses_does_not_stop_the_others(model, places, tmp_pat
         adapt(model, data, tmp_path, 600.0, ("prompt",), long)
 
 
-def test_a_budget_too_small_is_one_sentence(model, places, tmp_path, capsys):
+def test_a_budget_too_small_is_one_sentence(model, places, tmp_path, monkeypatch):
     data = read_labelled(str(places["train"]))
     with pytest.raises(ConfigError, match=r"budget of 0.0001 s is too small for any method"):
         adapt(model, data, tmp_path, 1e-4)
-    with pytest.raises(ConfigError, match=r"budget of 20 s is too small .* give at least \d+ s"):
+    monkeypatch.setattr(fine_tuning, "FEWEST_STEPS", 10**8)
+    monkeypatch.setattr(fine_tuning, "LEAST_STEPS", 10**8)
+    with pytest.raises(ConfigError, match=r"budget of 20 s is too small .* give at least [\d,]+ s"):
         adapt(model, data, tmp_path, 20.0, ("full",), ["{}"])
 
 

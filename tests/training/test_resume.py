@@ -218,14 +218,14 @@ def test_a_finished_run_resumes_to_the_same_end(eight, tmp_path):
 def test_seconds_become_steps_that_a_resumed_run_keeps(tiny, tmp_path, monkeypatch):
     from vlm.training import schedule
 
-    monkeypatch.setattr(schedule, "seconds_per_step", lambda *_: 0.25)
+    monkeypatch.setattr(schedule, "step_times", lambda *_: [0.25])
     run = tmp_path / "run"
     train(tiny(run_dir=str(run), steps=None, seconds=2.0, log_every=1, keep_checkpoints=9))
     assert last_step(run) == 8
     whole = weights(run)
     for step in (6, 8):
         shutil.rmtree(run / "checkpoints" / str(step))
-    monkeypatch.setattr(schedule, "seconds_per_step", lambda *_: 0.01)  # a faster machine
+    monkeypatch.setattr(schedule, "step_times", lambda *_: [0.01])  # a faster machine
     train(resume=run)
     assert last_step(run) == 8
     assert weights(run) == whole

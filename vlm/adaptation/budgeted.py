@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from rich.table import Table
 from vlm._deprecation import warn
 from vlm._json import to_json
 from vlm.adaptation import results
-from vlm.adaptation.cost import ResourceMeter, time_per_image
+from vlm.adaptation.cost import OverBudget, ResourceMeter, TimeBudget, time_per_image
 from vlm.adaptation.labelled import Labelled, hold_out, with_names
 from vlm.adaptation.methods import (
     METHODS,
@@ -28,7 +29,6 @@ from vlm.adaptation.methods import (
     Method,
     MethodInputs,
     MethodResult,
-    OverBudget,
     zero_shot,
 )
 from vlm.adaptation.results import ZERO_SHOT, Row
@@ -179,53 +179,59 @@ def adapt(
     own_classes = shifted is not None and not set(shifted.names) <= set(data.names)
     if shifted is not None and not own_classes:
         shifted = with_names(shifted, data.names, data.texts)
-    per_image, compiling = time_per_image(model, train, templates_in_use[0])
-    needed = compiling + per_image * len(data)  # to embed all images
-    if needed > budget:
-        raise ConfigError(_too_small(budget, 1.5 * needed))
+    per_image = time_per_image(model, train, templates_in_use[0])
+    try:
+        TimeBudget(deadline).plan(per_image * len(data))  # to embed all images
+    except OverBudget as error:
+        raise ConfigError(_too_small(budget, error)) from None
     progress(f"{len(train):,} training images, {len(validation):,} validation images")
     z_train, _ = encode_images(model, train.images)
     z_validation, _ = encode_images(model, validation.images)
     inputs = MethodInputs(
         model, train, validation, z_train, z_validation, templates_in_use, folder, per_image,
-        seed=seed, teacher=teacher,
+        TimeBudget(deadline), seed, teacher,
     )  # fmt: skip
     shifted_templates = choose_templates(templates, model, shifted) if own_classes else None
     evaluator = Evaluator(inputs, test, shifted, shifted_templates)
     outcomes, rows = {}, []
 
-    def attempt(name: str, method: Method, seconds: float) -> Row:
+    def attempt(name: str, method: Method, time_budget: TimeBudget) -> Row:
         with ResourceMeter() as meter:
-            outcome = method.run(replace(inputs, seconds=seconds))
+            outcome = method.run(replace(inputs, budget=time_budget))
         outcomes[name] = inputs.earlier[name] = outcome
         rows.append(evaluator.row(name, outcome, meter))
         return rows[-1]
 
-    attempt(ZERO_SHOT, Method(zero_shot), math.inf)
+    attempt(ZERO_SHOT, Method(zero_shot), TimeBudget())
     wanted = [name for name in METHODS if teacher is not None or name != "distill"]
     wanted = [name for name in wanted if not methods or name in methods]
     if "blend" in wanted and not set(TUNED) & set(wanted):
         wanted.insert(-1, "full")  # a model to blend
-    missing, rejected = math.inf, None
+    closest, rejected = None, None
     for number, name in enumerate(wanted):
-        remaining = deadline - time.monotonic()
+        now = time.monotonic()
         tuning = [n for n in wanted[number:] if METHODS[n].changes_model]
         parts = max(1, len(tuning)) if METHODS[name].changes_model else 2
+        share_end = now + SPARE * (deadline - now) / parts
+        report = partial(_report, progress, name)
         try:
-            if remaining <= 0:
-                raise OverBudget(0)
-            row = attempt(name, METHODS[name], SPARE * remaining / parts)
+            if now >= deadline:
+                raise OverBudget("no time was left", 0.0, deadline - now)
+            row = attempt(name, METHODS[name], TimeBudget(deadline, share_end, report))
             progress(f"{name}: {row.validation} in {row.seconds:.1f} s")
         except OverBudget as error:
-            missing = min(missing, error.needed)
-            rows.append(Row(name, note=f"{error}, and {max(0, remaining):,.0f} s were left"))
+            if closest is None or error.missing < closest.missing:
+                closest = error
+            rows.append(Row(name, note=str(error)))
+            progress(f"{name}: left out, {error}")
         except VlmError as error:  # other methods may work
             rejected = error
             rows.append(Row(name, note=str(error)))
+            progress(f"{name}: left out, {error}")
     if len(outcomes) == 1:
-        if rejected is not None:
+        if closest is None and rejected is not None:
             raise rejected
-        raise ConfigError(_too_small(budget, budget + missing if math.isfinite(missing) else None))
+        raise ConfigError(_too_small(budget, closest))
     chosen = max(outcomes, key=evaluator.merit.__getitem__)
     about = {
         "model": model.name,
@@ -322,6 +328,13 @@ def _copies(data: Labelled, test: Labelled | None, shifted: Labelled | None) -> 
     return facts
 
 
-def _too_small(budget: float, enough: float | None) -> str:
-    fix = "give more" if enough is None else f"give at least {math.ceil(enough):,} s"
-    return f"a budget of {budget:.4g} s is too small for any method: {fix}"
+def _report(progress: Callable[[str], None], method: str, plan: str) -> None:
+    progress(f"{method}: {plan}")
+
+
+def _too_small(budget: float, error: OverBudget | None) -> str:
+    sentence = f"a budget of {budget:.4g} s is too small for any method"
+    if error is None:
+        return f"{sentence}: give more"
+    enough = math.ceil(1.2 * (budget + error.missing))  # a second run varies
+    return f"{sentence} ({error}): give at least {enough:,} s"

@@ -7,13 +7,15 @@ keep their embeddings for all other images.
 
 import contextlib
 import math
+import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 from flax import nnx
 
+from vlm.adaptation.cost import Estimate, TimeBudget
 from vlm.adaptation.labelled import NAMES, Labelled, write_table
 from vlm.bundle import Bundle, load
 from vlm.config import (
@@ -24,35 +26,24 @@ from vlm.config import (
     Experiment,
     OptimizerConfig,
 )
+from vlm.data.pipeline import TrainIterator
 from vlm.models import adapters
 from vlm.training.loop import train
+from vlm.training.schedule import step_times
+from vlm.training.step import Trainer
 
 BATCH = 64
 EPOCHS = 10  # if the time allows
-MIN_STEPS = 40  # few images are passed more often, up to this many steps
-START = 30.0  # seconds before the first step, on an unknown machine
+FEWEST_STEPS = 40  # few images are passed more often, up to this many steps
+LEAST_STEPS = 8  # with fewer, a run is not worth its start
 RATE, ADAPTER_RATE = 5e-5, 3e-4  # adapters start at zero
 
 
-@dataclass(frozen=True)
-class RunLength:
-    """Steps and batch size of a run, and the expected seconds per step and before the first."""
-
-    steps: int
-    batch_size: int
-    step: float
-    start: float = START
-
-
-def run_length(count: int, seconds_per_image: float, seconds: float) -> RunLength:
-    """Compute the run on `count` images that fits into `seconds`."""
+def batch_and_steps(count: int) -> tuple[int, int]:
+    """Return the batch size, at most the number of images, and the steps if the time allows."""
     devices = jax.device_count()
     batch = max(1, min(BATCH, count) // devices) * devices  # equal parts
-    wanted = max(MIN_STEPS, math.ceil(EPOCHS * count / batch))
-    step = batch * seconds_per_image
-    left = seconds - START
-    fits = wanted if math.isinf(left) else int(left / step)
-    return RunLength(max(0, min(wanted, fits)), batch, step)
+    return batch, max(FEWEST_STEPS, math.ceil(EPOCHS * count / batch))
 
 
 def fine_tune(
@@ -61,12 +52,15 @@ def fine_tune(
     templates: Sequence[str],
     folder: Path,
     name: str,
-    length: RunLength,
+    budget: TimeBudget,
+    finishing: float = 0.0,
     adapter: AdapterConfig | None = None,
     teacher: Bundle | None = None,
     seed: int = 0,
-) -> tuple[Bundle, int]:
-    """Train on the images; return the model and the number of trained parameters.
+) -> tuple[Bundle, int, str]:
+    """Train on the images; return the model, the number of trained parameters and the length.
+
+    The number of steps is chosen when the first ones are compiled and the next ones measured.
 
     Args:
         model: where training starts.
@@ -74,14 +68,30 @@ def fine_tune(
         templates: sentences around a class name; one is drawn each time.
         folder: for the run, in `folder/name`, and a table of the images.
         name: of the run.
-        length: of the run.
+        budget: time for the run.
+        finishing: seconds that are needed after the run.
         adapter: low-rank adapters to train instead of the parameters, merged afterwards.
         teacher: a model to distil, by its similarities within a batch.
         seed: of image order and augmentation.
 
     Raises:
         VlmError: see `vlm.train`.
+        OverBudget: `LEAST_STEPS` do not fit the budget.
     """
+    batch, wanted = batch_and_steps(len(labelled))
+    began, steps, terminal = time.monotonic(), 0, sys.stderr
+
+    def length(trainer: Trainer, batches: TrainIterator) -> int:
+        nonlocal steps
+        opened = time.monotonic() - began
+        times = step_times(trainer, batches, limit=max(1.0, 0.05 * min(budget.left, 1e3)))
+        warm_up = time.monotonic() - began - sum(times)
+        # Writing the model and opening it again takes about as long as opening it here.
+        estimate = Estimate.of(times, warm_up, once=opened + finishing)
+        with contextlib.redirect_stderr(terminal):
+            steps = budget.plan(estimate, wanted, LEAST_STEPS, f"steps of {batch} images")
+        return steps
+
     table = write_table(labelled, folder / "data")
     experiment = Experiment(
         name=f"{model.name} {name}",
@@ -102,8 +112,8 @@ def fine_tune(
             learning_rate=RATE if adapter is None else ADAPTER_RATE, warmup=0.1, max_scale=None
         ),
         objective="flyp",
-        batch_size=length.batch_size,
-        steps=length.steps,
+        batch_size=batch,
+        steps=wanted,
         init_from=_source_of(model, folder / "start"),
         adapter=adapter,
         distill=None if teacher is None else DistillConfig(_source_of(teacher, folder / "teacher")),
@@ -118,15 +128,15 @@ def fine_tune(
         open(folder / f"{name}.txt", "w", encoding="utf-8") as log,
         contextlib.redirect_stderr(log),
     ):
-        run = train(experiment)
+        run = train(experiment, length=length)
     if not (run / "bundle").exists():  # the run was stopped
         raise KeyboardInterrupt
-    tuned = load(run)
+    tuned, about = load(run), f"{steps} steps of {batch}"
     if adapter is None:
-        return tuned, sum(x.size for x in jax.tree.leaves(nnx.state(tuned.model.vision)))
+        return tuned, sum(x.size for x in jax.tree.leaves(nnx.state(tuned.model.vision))), about
     factors = adapters.adapter_of(tuned.model).values()
     arrays = (x for f in factors for x in (f.a, f.b, f.magnitude) if x is not None)
-    return tuned.merged(), sum(x.size for x in arrays)
+    return tuned.merged(), sum(x.size for x in arrays), about
 
 
 def _source_of(model: Bundle, copy: Path) -> str:

@@ -4,7 +4,8 @@ The images are embedded once. Trained are the context vectors around each label,
 small network that shifts them by the image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from vlm.heads.prompted import NET, PromptedClassifier, PromptRows, prompt_rows,
 from vlm.heads.prompts import class_embeddings, label_prompts
 from vlm.heads.templates import choose_templates
 from vlm.models.dual_encoder import unit_norm
+
+StepPlan = Callable[[Callable[[], Any], int], int]  # see `steps` of `learn_prompt`
 
 STEPS = 60
 BATCH, IMAGE_BATCH = 64, 4  # images per step of CoOp, and of CoCoOp, which embeds labels for each
@@ -40,7 +43,7 @@ def learn_prompt(
     n_ctx: int | None = None,
     per_image: bool = False,
     hold: float = HOLD,
-    steps: int = STEPS,
+    steps: int | StepPlan = STEPS,
     rate: float = RATE,
     seed: int = 0,
     batch_size: int | None = None,
@@ -61,7 +64,8 @@ def learn_prompt(
             (arXiv:2109.01134).
         hold: weight of the squared distance of class embeddings from those of the sentences, which
             limits forgetting (KgCoOp, arXiv:2303.13283); 0 for CoOp as published.
-        steps: of Adam, with a cosine decay of the rate to zero.
+        steps: of Adam, with a cosine decay of the rate to zero; or a function that chooses their
+            number, given a function that computes a step, to measure it, and the batch size.
         rate: initial learning rate, relative to the size of the entries of the embedding table.
         seed: of the vectors and the order of the images.
         batch_size: for encoding; None: the model's default.
@@ -77,7 +81,7 @@ def learn_prompt(
         >>> classify(pictures).labels
         ('blue', 'green', 'red')
     """
-    if steps < 1 or not rate > 0 or not hold >= 0:
+    if (isinstance(steps, int) and steps < 1) or not rate > 0 or not hold >= 0:
         raise ConfigError(
             f"steps {steps}, rate {rate}, hold {hold}: give at least 1 step, a rate above 0 and a "
             "hold of 0 or more"
@@ -120,16 +124,21 @@ def learn_prompt(
         return fit + hold * jnp.mean(jnp.sum((z_labels - held) ** 2, axis=-1))
 
     batch = min(len(z_image), IMAGE_BATCH if per_image else BATCH)
-    solver = optax.adam(optax.cosine_decay_schedule(scale, steps))
+    solver = optax.scale_by_adam()
 
     @jax.jit
-    def step(params, moments, state, z, own):
+    def step(params, moments, state, z, own, done):
         updates, moments = solver.update(jax.grad(loss)(params, state, z, own), moments)
-        return optax.apply_updates(params, updates), moments
+        rate = scale * 0.5 * (1 + jnp.cos(jnp.pi * done))  # a cosine decay
+        return jax.tree.map(lambda x, u: x - rate * u, params, updates), moments
 
     moments = solver.init(params)
-    for at in _order(len(z_image), batch, steps, seed):
-        params, moments = step(params, moments, state, z_image[at], target[at])
+    if not isinstance(steps, int):
+        (at,) = _order(len(z_image), batch, 1, seed)
+        steps = steps(lambda: step(params, moments, state, z_image[at], target[at], 0.0), batch)
+    for number, at in enumerate(_order(len(z_image), batch, steps, seed)):
+        done = number / steps
+        params, moments = step(params, moments, state, z_image[at], target[at], done)
     found = {name: np.asarray(value) for name, value in params.items()}
     net = {name: found[name] for name in NET} if per_image else None
     return PromptedClassifier(model, names, rows, found["context"], net)

@@ -4,18 +4,17 @@ A method takes `MethodInputs` and returns a classifier with the model that compu
 """
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
 from vlm.adaptation import fine_tuning, learned_prompt, template_search
 from vlm.adaptation.blending import blend
-from vlm.adaptation.cost import time_per_image
+from vlm.adaptation.cost import Estimate, TimeBudget, measured
 from vlm.adaptation.labelled import Labelled
 from vlm.bundle import Bundle
 from vlm.config import AdapterConfig
@@ -26,8 +25,11 @@ from vlm.heads.saved import Classifier
 from vlm.heads.zero_shot import ZeroShotClassifier, encode_images
 
 N_CTX = 4  # context vectors for a template without words before the label
-PASSES = 4  # forward passes that a training step costs: forward, backward and update
-MIN_STEPS = 8  # minimum training steps of a trial
+LEAST_STEPS = 8  # of a learned prompt
+# A probe is fitted with this many products of the embeddings with its weights and their gradients,
+# between 3,000 and 8,000 images, 37 and 200 classes.
+PRODUCTS = 30, 80
+ROWS = 2048  # images that are timed for a head
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # weights of the fine-tuned model in a blend
 
 
@@ -58,8 +60,8 @@ class MethodInputs:
         z_train, z_validation: their embeddings by the model.
         templates: sentences around the class names.
         folder: for training runs.
-        seconds_per_image: of both towers, for an image and a sentence.
-        seconds: time limit of this method.
+        per_image: time of both towers, for an image and a sentence.
+        budget: time for this method.
         seed: of all randomness.
         teacher: a model to distil.
         earlier: results of earlier methods, by name.
@@ -72,8 +74,8 @@ class MethodInputs:
     z_validation: Float[np.ndarray, "v d"]
     templates: tuple[str, ...]
     folder: Path
-    seconds_per_image: float
-    seconds: float = math.inf
+    per_image: Estimate = field(default_factory=lambda: Estimate(0.0, 0.0))
+    budget: TimeBudget = field(default_factory=TimeBudget)
     seed: int = 0
     teacher: Bundle | None = None
     earlier: dict[str, MethodResult] = field(default_factory=dict)
@@ -95,19 +97,25 @@ class MethodInputs:
         """Make the result of a few-shot head on the embeddings of the model."""
         scale = self.model.logit_scale
         prior = scale * class_embeddings(self.model, self.prompts).T
+        self.budget.plan(self._head_estimate(method, prior))
         head = fit_head(
             self.z_train, self.train.target, method, None, prior, scale, len(self.names)
         )
         count = head.weight.size if isinstance(head, LinearHead) else 0
         return MethodResult(self.model, FewShotClassifier(self.model, self.names, head), count)
 
-
-class OverBudget(Exception):
-    """A method would take longer than its time limit; `needed` is in seconds."""
-
-    def __init__(self, needed: float):
-        super().__init__(f"it takes about {needed:,.0f} s")
-        self.needed = needed
+    def _head_estimate(
+        self, method: Literal["anchored", "cache"], prior: Float[np.ndarray, "d m"]
+    ) -> Estimate:
+        """Estimate the time to fit a linear head, or to compare the images with a cache."""
+        rows, count = self.z_train[:ROWS], len(self.z_train)
+        if method == "cache":
+            others = self.z_validation[:ROWS]
+            one = measured(lambda: np.exp(others @ rows.T))
+            return one * (count * len(self.z_validation) / max(1, len(rows) * len(others)))
+        one = measured(lambda: rows.T @ (rows @ prior)) * (count / len(rows))
+        few, many = PRODUCTS
+        return Estimate(few * one.low, many * one.high, one.warm_up)
 
 
 def zero_shot(s: MethodInputs) -> MethodResult:
@@ -127,27 +135,25 @@ def tip(s: MethodInputs) -> MethodResult:
 
 def prompt(s: MethodInputs) -> MethodResult:
     """Search the best template for these images, and learn a context from it (CoOp)."""
+    pool, texts = _fitting(s), s.train.texts
+    one_template = measured(lambda: class_embeddings(s.model, texts, s.templates[:1]))
+    s.budget.plan(one_template, count := len({*pool, *s.templates}), count, "templates")
     searched = template_search.search_by_embeddings(
-        s.model,
-        s.z_train,
-        s.train.target,
-        s.train.texts,
-        _fitting(s),
-        s.templates,
-        s.seed,
-        s.train.groups,
+        s.model, s.z_train, s.train.target, texts, pool, s.templates, s.seed, s.train.groups
     )
-    best = searched.templates[0]
-    start = time.monotonic()
-    class_embeddings(s.model, s.train.texts, [best])
-    step = PASSES * (time.monotonic() - start)
-    steps = int(min(learned_prompt.STEPS, s.seconds / step))
-    if steps < MIN_STEPS:
-        raise OverBudget(MIN_STEPS * step)
+    best, steps = searched.templates[0], 0
+
+    def plan(step: Callable[[], Any], batch: int) -> int:
+        nonlocal steps
+        steps = s.budget.plan(
+            measured(step), learned_prompt.STEPS, LEAST_STEPS, f"steps of {batch} images"
+        )
+        return steps
+
     has_words = bool(best.partition("{}")[0].strip())
     learned = learned_prompt.learn_prompt(
         s.model, s.z_train, [s.names[i] for i in s.train.target], s.names, best,
-        n_ctx=None if has_words else N_CTX, steps=steps, seed=s.seed, texts=s.train.texts,
+        n_ctx=None if has_words else N_CTX, steps=plan, seed=s.seed, texts=texts,
     )  # fmt: skip
     trained = learned_prompt.trained_parameters(learned)
     return MethodResult(s.model, learned, trained, f"from {best!r}, {steps} steps")
@@ -189,9 +195,7 @@ def blended(s: MethodInputs) -> MethodResult:
     tuned = {name: s.earlier[name] for name in TUNED if name in s.earlier}
     if not tuned:
         raise ConfigError("there is no fine-tuned model to blend: give a larger budget")
-    needed = len(tuned) * len(ALPHAS) * len(s.validation) * s.seconds_per_image
-    if needed > s.seconds:
-        raise OverBudget(needed)
+    s.budget.plan(s.per_image * (len(tuned) * len(ALPHAS) * len(s.validation)))
     correct: dict[tuple[float, str], np.ndarray] = {}  # validation images, by alpha and run
     for name, outcome in tuned.items():
         for alpha in ALPHAS:
@@ -213,17 +217,26 @@ def _fine_tuned(
     adapter: AdapterConfig | None = None,
     teacher: Bundle | None = None,
 ) -> MethodResult:
-    per_image, seconds = s.seconds_per_image * PASSES, s.seconds
-    if teacher is not None:
-        of_teacher, compiling = time_per_image(teacher, s.train, s.templates[0])
-        per_image, seconds = per_image + of_teacher, seconds - compiling
-    length = fine_tuning.run_length(len(s.train), per_image, seconds)
-    if length.steps < MIN_STEPS:
-        raise OverBudget(length.start + MIN_STEPS * length.step)
-    model, trained = fine_tuning.fine_tune(
-        s.model, s.train, s.templates, s.folder, name, length, adapter, teacher, s.seed
+    batch, _ = fine_tuning.batch_and_steps(len(s.train))
+    # A step takes at least half of a forward pass: if that does not fit, compile nothing.
+    least = s.per_image.low * batch / 2
+    replace(s.budget, report=lambda plan: None).plan(
+        Estimate(least, least), fine_tuning.LEAST_STEPS, fine_tuning.LEAST_STEPS,
+        f"forward passes of {batch} images",
+    )  # fmt: skip
+    model, trained, length = fine_tuning.fine_tune(
+        s.model,
+        s.train,
+        s.templates,
+        s.folder,
+        name,
+        s.budget,
+        s.per_image.high * len(s.validation),
+        adapter,
+        teacher,
+        s.seed,
     )
-    return s.zero_shot(model, trained, f"{length.steps} steps of {length.batch_size}")
+    return s.zero_shot(model, trained, length)
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def fresh(model: nnx.Module, config: AdapterConfig, key: Key[Array, ""]) -> dict
         )
         b = jnp.zeros((*size.stack, config.rank, size.outputs))
         magnitude = column_lengths(matrix(layers[name])) if config.dora else None
-        adapter[name] = Factors(a, b, jnp.full(size.stack, config.scale), magnitude)
+        adapter[name] = Factors(a, b, jnp.full(size.stack, config.scale, jnp.float32), magnitude)
     return adapter
 
 

@@ -22,7 +22,7 @@ from vlm.training.logs import Logs, StepProfiler
 from vlm.training.opening_report import report_start
 from vlm.training.resolution import image_size_at
 from vlm.training.run import Run
-from vlm.training.schedule import CheckpointSchedule, is_scheduled
+from vlm.training.schedule import CheckpointSchedule, Length, is_scheduled, length_in_steps
 from vlm.training.start import open_tokenizer, start
 from vlm.training.step import Trainer
 from vlm.training.supervision import TrainingSupervision, with_templates
@@ -31,14 +31,18 @@ from vlm.training.watchdog import DATA, DEVICE, STEP, ActivityTimer
 
 @stop_all_on_failure()
 def train(
-    experiment: Experiment | None = None, *, resume: str | os.PathLike | None = None
+    experiment: Experiment | None = None,
+    *,
+    resume: str | os.PathLike | None = None,
+    length: Length = length_in_steps,
 ) -> epath.Path:
     """Train `experiment` in a new run folder, or resume the run in `resume`.
 
     Returns the run folder. SIGINT, SIGTERM and SIGHUP save a checkpoint and exit; a resumed run
     ends with the same model as an uninterrupted one. Given both arguments, the run resumes as
     `experiment`, whose changes must keep its checkpoints valid. With several processes, call
-    `vlm.cluster.processes.start` first.
+    `vlm.cluster.processes.start` first. `length` chooses the number of steps of a new run before
+    its first step, from the trainer and the batches; by default as the experiment says.
 
     Raises:
         VlmError: any error that the user can fix, from a wrong batch size to a full disk.
@@ -51,11 +55,14 @@ def train(
     """
     keep_compiled_programs()
     with ActivityTimer() as timed:
-        return _train(timed, experiment, resume)
+        return _train(timed, experiment, resume, length)
 
 
 def _train(
-    timed: ActivityTimer, experiment: Experiment | None, resume: str | os.PathLike | None
+    timed: ActivityTimer,
+    experiment: Experiment | None,
+    resume: str | os.PathLike | None,
+    length: Length,
 ) -> epath.Path:
     with timed("opening the run"):
         if resume is not None:
@@ -98,7 +105,7 @@ def _train(
             Checkpoints(run.checkpoints, experiment.keep_checkpoints, experiment.keep_hours)
         )
         with run.starting(), timed("making the state"):
-            state = start(run, trainer, batches, checkpoints, supervision.classes)
+            state = start(run, trainer, batches, checkpoints, supervision.classes, length)
         step, total = int(state.step), int(state.total_steps)
         run.record_start(step, total)
         checkpoint_schedule = CheckpointSchedule(experiment, step, total)

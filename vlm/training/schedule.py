@@ -1,6 +1,8 @@
 """Convert the run length to steps; schedule evaluations and checkpoints."""
 
+import json
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ from vlm.config import Experiment
 from vlm.data.pipeline import TrainIterator, count_examples
 from vlm.errors import ConfigError
 from vlm.training.step import Trainer
+
+Length = Callable[[Trainer, TrainIterator], int]  # chooses the number of steps of a run
 
 
 def length_in_steps(trainer: Trainer, batches: TrainIterator) -> int:
@@ -30,13 +34,14 @@ def length_in_steps(trainer: Trainer, batches: TrainIterator) -> int:
         return max(1, int(e.epochs * count_examples(e.data) / e.batch_size))
     if e.seconds is None:
         raise ConfigError("the run has no length: set one of steps, epochs, examples, seconds")
-    return max(1, int(e.seconds / seconds_per_step(trainer, batches, e.seconds / 10)))
+    times = step_times(trainer, batches, e.seconds / 10)
+    return max(1, int(e.seconds / max(times)))
 
 
-def seconds_per_step(
+def step_times(
     trainer: Trainer, batches: TrainIterator, limit: float, steps: int = 3
-) -> float:
-    """Measure the time of a step at the full image size, including its wait for data.
+) -> list[float]:
+    """Measure the seconds of steps at the full image size, including their wait for data.
 
     Trains a temporary state. Batches prefetched during compilation are consumed first. Takes little
     more than `limit` seconds plus compilation and one step.
@@ -57,7 +62,7 @@ def seconds_per_step(
         jax.block_until_ready(metrics)
         times.append(time.monotonic() - start)
     batches.set_state(position)
-    return float(broadcast_text(repr(max(times))))
+    return json.loads(broadcast_text(json.dumps(times)))
 
 
 def _all_continue(decision: bool) -> bool:

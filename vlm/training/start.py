@@ -25,7 +25,7 @@ from vlm.training.init_from import (
     with_head,
 )
 from vlm.training.run import Run
-from vlm.training.schedule import length_in_steps
+from vlm.training.schedule import Length, length_in_steps
 from vlm.training.step import Trainer, TrainState
 from vlm.training.supervision import Classes
 from vlm.weights.vocabularies import CLIP_VOCABULARY
@@ -47,8 +47,9 @@ def start(
     batches: TrainIterator,
     checkpoints: Checkpoints,
     classes: Classes | None = None,
+    length: Length = length_in_steps,
 ) -> TrainState:
-    """Restore the state of the newest checkpoint, or initialise a new one."""
+    """Restore the state of the newest checkpoint, or initialise a new one of `length` steps."""
     abstract = jax.tree.map(placed, trainer.abstract_state, trainer.state_shardings)
     e = trainer.experiment
     restored = checkpoints.restore(trainer.checkpoint_state(abstract))
@@ -68,7 +69,7 @@ def start(
             "an adapter is trained on top of a pretrained model, and without init_from the model "
             "is random: name the model with --init-from"
         )
-    state = trainer.init(jnp.int32(length_in_steps(trainer, batches)))
+    state = trainer.init(jnp.int32(length(trainer, batches)))
     if e.init_from is not None:
         other = init_model(e)
         if e.adapter is not None:
