@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from vlm.data.duplicates import Thumbnails, copy_groups, thumbnails
+from vlm.data.splits import VALIDATION_SHARE
 from vlm.errors import ConfigError, DataError, VlmError
 from vlm.evaluation.suites import open_labelled
 from vlm.evaluation.tasks import DataInfo
@@ -23,7 +24,6 @@ from vlm.heads.zero_shot import encode_images
 
 KINDS = ("tfds:", "folder:", "wds:")
 NAMES = "class_names.json"  # beside a written table
-VALIDATION = 0.2  # fraction of each class that is held out
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +132,7 @@ def with_names(labelled: Labelled, names: Sequence[str], texts: Sequence[str] = 
 
 
 def hold_out(
-    labelled: Labelled, fraction: float = VALIDATION, seed: int = 0
+    labelled: Labelled, fraction: float = VALIDATION_SHARE, seed: int = 0
 ) -> tuple[Labelled, Labelled]:
     """Split into training and validation images, stratified by class.
 

@@ -249,9 +249,9 @@ def trained_head(model: str, bundle: Any, options: Options) -> Any | None:
     from vlm.data.sources import classes_of, open_to_measure
     from vlm.heads.zero_shot import ZeroShotClassifier
 
-    file = classifier_of(model) if options.data.label else None
-    if file is None:
-        return None
+    file, run = classifier_of(model) if options.data.label else None, experiment_of(model)
+    if file is None or (run is not None and run.objective != "classification"):
+        return None  # FLYP's classifier is the texts of its classes
     classifier = ZeroShotClassifier.load(file, bundle)
     source, _ = open_to_measure(options.data, options.data.eval_split)
     labels = classes_of(options.data, source).labels

@@ -86,7 +86,8 @@ def main(args: list[str]) -> None:
         run, *options = rest
         changed = _changed(run, options) if options else None
         return _train(hosts, changed, resume=run)
-    return _train(hosts, experiment_of(args))
+    given = None if not args[0].startswith("-") else _names_of(args)
+    return _train(hosts, experiment_of(args), given=given)
 
 
 def experiment_of(args: list[str]) -> Experiment:
@@ -97,6 +98,7 @@ def experiment_of(args: list[str]) -> Experiment:
         ConfigError: there is no such config, or fields contradict each other.
         UsageError: wrong options.
     """
+    from vlm.training.data_defaults import with_texts
     from vlm.training.init_from import with_model
 
     config, options = (None, args) if args[0].startswith("-") else (args[0], args[1:])
@@ -109,6 +111,9 @@ def experiment_of(args: list[str]) -> Experiment:
     elif "init_from" in start:
         name = os.path.basename(start["init_from"].rstrip("/")).partition(".")[0]
         experiment = dataclasses.replace(FINE_TUNING, name=f"{name}-finetuned")
+        source, rest = _extract(rest, {"--data.source": ("source", str)})
+        data = dataclasses.replace(experiment.data, **source)
+        experiment = dataclasses.replace(experiment, data=with_texts(data, _names_of(options)))
     else:
         raise UsageError(
             f"the config comes first: vlm train CONFIG {args[0]} ..., or give a model with "
@@ -204,11 +209,22 @@ def _without_replaced_length(experiment: Experiment, options: list[str]) -> Expe
     """Remove the run length (steps, epochs, ...) if the options set another."""
     from vlm.training.changes import LENGTHS, without_length
 
-    named = {option.split("=")[0].removeprefix("--") for option in options}
-    return without_length(experiment) if named & set(LENGTHS) else experiment
+    return without_length(experiment) if _names_of(options) & set(LENGTHS) else experiment
 
 
-def _train(hosts: dict[str, Any], experiment: Experiment | None, resume: str | None = None) -> None:
+def _names_of(options: list[str]) -> set[str]:
+    """Return the names of the options, such as "data.eval-split"."""
+    named = (option.split("=")[0] for option in options if option.startswith("--"))
+    return {name.removeprefix("--").replace("_", "-") for name in named}
+
+
+def _train(
+    hosts: dict[str, Any],
+    experiment: Experiment | None,
+    resume: str | None = None,
+    given: set[str] | None = None,
+) -> None:
+    """Train or resume; without a config, `given` are the options, and the data fills in others."""
     import jax
 
     from vlm.cluster import processes
@@ -216,6 +232,14 @@ def _train(hosts: dict[str, Any], experiment: Experiment | None, resume: str | N
     processes.start(**hosts)
     from vlm.training.loop import train
 
+    if experiment is not None and given is not None:
+        from vlm.training.console import log
+        from vlm.training.data_defaults import DataDefaults
+
+        filled = DataDefaults(experiment, given)
+        experiment = filled.experiment
+        for line in filled.lines():
+            log.info(line)
     folder = train(experiment, resume=resume)
     if jax.process_index() == 0:
         print(os.fspath(folder))

@@ -68,7 +68,7 @@ _FLOATS = _by_field(
             "checkpoint_every",
         ),
         Bounds(0, 1, open_high=True): (
-            "dropout", "patch_dropout", "text_masking", "warmup", "b1", "b2", "ema",
+            "dropout", "patch_dropout", "text_masking", "hold_out", "warmup", "b1", "b2", "ema",
         ),
         Bounds(0, 0.5): ("hue",),
         Bounds(0, 1_000): (

@@ -153,6 +153,8 @@ class DataConfig(Config):
         train_split: Name of the training split.
         eval_split: Name of the eval split. Its images are retrieved among all captions of both
             splits. Use None for large data, and `Experiment.evals`.
+        hold_out: Fraction of the training split to use as the eval split, if the source has no such
+            split. It is taken from each class of `label`, and is the same in every run.
         image: Name of the feature that holds the image. In shards and folders: one file of several,
             such as mask.png.
         captions: Features that hold captions. A nested one is written as captions/text. In shards
@@ -193,6 +195,7 @@ class DataConfig(Config):
     source: str = ""
     train_split: str = "train"
     eval_split: str | None = "test"
+    hold_out: float = 0.0
     image: str = "image"
     captions: tuple[str, ...] = ("caption",)
     caption_weights: tuple[float, ...] = ()
@@ -224,6 +227,12 @@ class DataConfig(Config):
             self.refuse_unused("set label, which it names", "class_names")
         if self.mixture:
             self.refuse_unused("the parts of a mixture have sources of their own", "source")
+        if self.hold_out and (self.mixture or self.eval_split is None or self.access == "stream"):
+            raise ConfigError(
+                f"DataConfig.hold_out {self.hold_out:g} makes the eval split of a source with "
+                "random access: set eval_split to a name, such as validation, and neither mixture "
+                'nor access="stream"'
+            )
         if self.access == "random" and not self.mixture:
             self.refuse_unused('set access to "auto" or "stream"', "interleave", "shuffle")
         if self.cache and self.workers:

@@ -70,7 +70,8 @@ def names_of(
         if not all(label in given for label in merged):  # given names may repeat
             raise DataError(
                 f"the classes {', '.join(map(repr, merged))} of {where} would all be called "
-                f"{name!r}: give each a name of its own with class_names (--class-names FILE)"
+                f"{name!r}: give each a name of its own with class_names (--class-names FILE; of "
+                "vlm train: --data.label label --data.class-names FILE)"
             )
     return names
 

@@ -16,7 +16,7 @@ from vlm.data.faults import BadSample
 from vlm.data.members import reads, texts_of
 from vlm.data.splits import NAMES, find_split
 from vlm.data.storage import read_file
-from vlm.errors import DataError
+from vlm.errors import DataError, warn_once
 from vlm.inputs.folders import files_under, is_image_name, report_skipped
 from vlm.paths import as_path
 
@@ -94,7 +94,7 @@ def open_split(config: DataConfig, split: str) -> FolderSource:
         )
     rows = [
         (path, dict(beside.get(os.path.splitext(path)[0], {})), _class_of(path))
-        for path in sorted(images)
+        for path in sorted(images, key=_order if config.label else None)
     ]
     label_names = None
     if config.label:
@@ -109,6 +109,14 @@ def open_split(config: DataConfig, split: str) -> FolderSource:
     return source
 
 
+def has_texts(folder: str) -> bool:
+    """Whether some image under a folder has a text file or JSON of the same name beside it."""
+    paths = list(files_under(folder))
+    stems = {os.path.splitext(path)[0] for path in paths if is_image_name(path)}
+    pairs = (os.path.splitext(path) for path in paths)
+    return any(ending.lower() in (".txt", ".json") and stem in stems for stem, ending in pairs)
+
+
 def list_splits(config: DataConfig) -> list[str] | None:
     """List the split folders in a folder; None if no folder is named as a split.
 
@@ -121,6 +129,16 @@ def list_splits(config: DataConfig) -> list[str] | None:
     wanted = {*NAMES, config.train_split, config.eval_split}
     names = [path.name for path in folders if path.name.lower() in wanted or path.name in wanted]
     return sorted(names) or None
+
+
+def _folders_in(root: str) -> set[str]:
+    folders = (path for path in as_path(root).iterdir() if path.is_dir())
+    return {path.name for path in folders if not path.name.startswith((".", "__"))}
+
+
+def _order(path: str) -> list[str]:
+    """Key that sorts class folders by name, and images in them, as torchvision's ImageFolder."""
+    return path.split("/")
 
 
 def _class_of(path: str) -> str:
@@ -139,6 +157,8 @@ def _in_class_folders(images: list[str], root: str) -> list[str]:
             f"{root} has images and no class folders: sort them into one folder for each class"
         )
     report_skipped((p for p, depth in depths.items() if not depth), root, "are in no class folder")
+    if empty := sorted(_folders_in(root) - {path[len(root) :].split("/")[1] for path in inside}):
+        warn_once(f"folders of {root} without images, which are no classes: {', '.join(empty)}")
     shallow, deep = (choose(inside, key=depths.__getitem__) for choose in (min, max))
     if depths[shallow] != depths[deep]:
         raise DataError(

@@ -109,7 +109,8 @@ def check_names(names: Sequence[str], where: str) -> None:
             continue
         raise DataError(
             f"the class {name!r} of {where} is {kind}, which a text encoder cannot compare with "
-            "images: give a file with a name for each class (--class-names FILE)"
+            "images: give a file with a name for each class (--class-names FILE; of vlm train: "
+            "--data.label label --data.class-names FILE)"
         )
 
 

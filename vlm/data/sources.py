@@ -26,6 +26,7 @@ from vlm.data.examples import (
     templates_of,
 )
 from vlm.data.faults import BadSample
+from vlm.data.hold_out import part_of
 from vlm.data.interleave import Stream, count_lanes
 from vlm.data.known_classes import imagenet_names, imagenet_templates
 from vlm.data.parquet import holds_images, stream_label_names
@@ -76,6 +77,14 @@ def open_source(config: DataConfig, split: str) -> Source:
 
 def split_names(config: DataConfig) -> list[str] | None:
     """List the splits of `config.source`; None if it has no splits."""
+    known = _own_splits(config)
+    if config.hold_out and config.eval_split:
+        return [*(known or [config.train_split]), config.eval_split]
+    return known
+
+
+def _own_splits(config: DataConfig) -> list[str] | None:
+    """List the splits of a source, without the one that is held out."""
     name, kind = config.source, kind_of(config.source)
     if kind and "{split}" not in name and hasattr(_reader(kind), "list_splits"):
         return _reader(kind).list_splits(config)
@@ -102,9 +111,18 @@ def open_to_measure(config: DataConfig, split: str | None) -> tuple[Source, str]
 
 def _open(config: DataConfig, split: str) -> Source:
     name = config.source
-    if kind := kind_of(name):
+    if not (kind := kind_of(name)):
+        raise DataError(f"data.source {name!r} is unknown: give {'; '.join(KNOWN)}")
+    if not config.hold_out or split not in (config.train_split, config.eval_split):
         return _reader(kind).open_split(config, split)
-    raise DataError(f"data.source {name!r} is unknown: give {'; '.join(KNOWN)}")
+    known = _own_splits(config) or ()
+    if config.eval_split in known:
+        raise DataError(
+            f"{name} has a split {config.eval_split!r} of its own ({', '.join(known)}): set "
+            "data.hold_out to 0"
+        )
+    whole = _reader(kind).open_split(config, config.train_split)
+    return part_of(whole, config, held=split != config.train_split)
 
 
 def _reader(kind: str) -> Any:

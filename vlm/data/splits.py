@@ -1,7 +1,8 @@
 """Splits of a data set: lookup by name with aliases, and the default split for evaluation.
 
-`validation`, `val`, `valid` and `dev` are aliases. The error for an unknown split lists the
-existing ones.
+`validation`, `val`, `valid` and `dev` are aliases; so are `train` and `training`, and `test`,
+`testing`, `eval` and `evaluation`, as in Hugging Face `datasets`. The error for an unknown split
+lists the existing ones.
 """
 
 import logging
@@ -14,7 +15,13 @@ from vlm.data.storage import exists, expand, list_files
 from vlm.errors import DataError
 
 VALIDATION = ("validation", "val", "valid", "dev")
-NAMES = ("train", "test", *VALIDATION)  # names of split folders
+_ALIASES = {
+    **dict.fromkeys(VALIDATION, "validation"),
+    "training": "train",
+    **dict.fromkeys(("testing", "eval", "evaluation"), "test"),
+}
+NAMES = ("train", "test", *_ALIASES)  # names of split folders
+VALIDATION_SHARE = 0.2  # of each class, where data has no validation split
 WHOLE = "all"  # name of a data set without splits in reports
 
 _log = logging.getLogger(__name__)
@@ -145,5 +152,4 @@ def _split_in(file: str) -> str | None:
 
 
 def _canonical(name: str) -> str:
-    name = name.lower()
-    return "validation" if name in VALIDATION else name
+    return _ALIASES.get(name.lower(), name.lower())

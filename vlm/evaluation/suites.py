@@ -26,6 +26,7 @@ from jaxtyping import Int
 from vlm.config import DataConfig
 from vlm.data.clip_benchmark import dataset_type, is_clip_benchmark, list_splits, open_split
 from vlm.data.examples import Source, captions_of
+from vlm.data.image_folder import IMAGE, metadata_table
 from vlm.data.sources import Classes, classes_of, kind_of, open_to_measure, targets_of
 from vlm.data.splits import default_split
 from vlm.errors import ConfigError, DataError, VlmError
@@ -166,8 +167,10 @@ def open_labelled(
         DataError: no such data or split, or an example without a class.
     """
     kind, _, what = name.partition(":")
+    table = metadata_table(what) if kind == "folder" else None
     config = DataConfig(
-        source=name if kind == "tfds" else what,
+        source=table or (name if kind == "tfds" else what),
+        image=IMAGE if table else "image",
         label="cls" if kind == "wds" else "label",
         captions=(),
         class_names=class_names,

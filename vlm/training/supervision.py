@@ -94,8 +94,9 @@ class Classes:
         return Embedder(trainer).prompts(state, self.tokens, len(self.tokens) // len(self))
 
     def save(self, run: Run, trainer: Trainer, state: TrainState) -> None:
-        """Write the trained head beside the run's bundle, for `vlm classify` and `vlm eval`."""
-        kernel = Embedder(trainer).classes(state)
+        """Write the head, or the classes' prompts, beside the bundle for `vlm classify`."""
+        by_head = run.experiment.objective == "classification"
+        kernel = Embedder(trainer).classes(state) if by_head else self.embed(trainer, state)
         if jax.process_index() == 0:
             classifier = ZeroShotClassifier.of_embeddings(load(run.bundle), self.prompts, kernel)
             with tempfile.TemporaryDirectory() as folder:  # a run folder may be in a bucket
@@ -128,8 +129,8 @@ class TrainingSupervision:
         return 0 if self.classes is None else len(self.classes)
 
     def save_head(self, run: Run, trainer: Trainer, state: TrainState) -> None:
-        """Write the classification head beside the bundle, if the run trains one."""
-        if self.classes is not None and run.experiment.objective == "classification":
+        """Write a classifier of the run's classes beside the bundle, if it learns classes."""
+        if self.classes is not None:
             self.classes.save(run, trainer, state)
 
     def add_targets(self, batch: Batch) -> Batch:
