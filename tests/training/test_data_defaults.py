@@ -185,7 +185,7 @@ def test_the_inner_folder_of_nested_ones_is_the_class(tmp_path):
         decided(root)
 
 
-def test_files_that_unpacking_leaves_are_no_classes(tmp_path, capfd):
+def test_files_that_unpacking_leaves_are_no_classes(tmp_path):
     root = folders(tmp_path / "pets", {"red": 4, "green": 4})
     draw(root / "__MACOSX" / "red" / "._0.png", "red")
     (root / ".git").mkdir()
@@ -278,7 +278,7 @@ def test_pairs_are_what_they_were(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_trains_and_its_run_classifies(tmp_path, capsys, capfd):
+def test_the_command_trains_and_its_run_classifies(tmp_path, capfd):
     root = folders(tmp_path / "pets", {"red": 12, "green": 12, "blue": 12}, "a_{}_square")
     line = ["train", "--init-from", str(tiny.run()), "--data.source", str(root)]
     assert main([*line, "--run-dir", str(tmp_path / "run"), "--epochs", "4"]) == 0

@@ -33,8 +33,10 @@ and exits; a second Ctrl-C exits at once. --resume accepts options that keep che
 
 With --init-from, the model, its preprocessing and its tokenizer are those of MODEL (all that
 vlm.load accepts), unless the config has a model; --init-image-size and --init-context-length resize
-it. Without a config, --data.source names the data. --adapter.rank and the other options of adapter
-train low-rank adapters of the frozen model.
+it. --adapter.rank and the other options of adapter train low-rank adapters of the frozen model.
+Without a config, --data.source names the data, and what the data decides is logged with its option:
+class folders are classes, a fifth of each is the validation split unless there is one, and batch
+size and epochs follow the number of images.
 
 Configs for large runs name their files under gs://BUCKET; --bucket gs://NAME (or a folder) replaces
 that.
@@ -47,7 +49,7 @@ Examples:
   vlm train openmoji
   vlm train configs/openmoji.py --optimizer.learning-rate 3e-4 --epochs 10
   vlm train --init-from EVA02-B-16 --data.source photos.csv
-  vlm train --init-from EVA02-B-16 --data.source pets/ --data.label label
+  vlm train --init-from EVA02-B-16 --data.source pets/
   vlm train openmoji --init-from runs/openmoji --adapter.rank 8
   vlm train --resume runs/openmoji --mesh.fsdp 4 --checkpoint-minutes 5
   vlm train configs/siglip_b16.py --bucket gs://my-bucket
