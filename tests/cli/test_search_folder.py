@@ -17,12 +17,22 @@ from vlm.cli import hit_files, inline_images, main, search
 NAMES = ["test-red-square.png", "test-blue-stripe.png", "test-red-stripe.png"]
 
 
+@pytest.fixture(scope="module")
+def loaded():
+    return vlm.load(tiny.run())
+
+
 @pytest.fixture
-def photos(tmp_path, monkeypatch):
-    """A folder with three pictures, in a working directory with a cache of its own."""
+def photos(tmp_path, monkeypatch, loaded):
+    """A folder with three pictures, in a working directory with a cache of its own.
+
+    The model of VLM_MODEL is loaded once: its programs are compiled for all tests.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("VLM_MODEL", str(tiny.run()))
+    load = search.load_model
+    monkeypatch.setattr(search, "load_model", lambda model: load(model) if model else loaded)
     Path("photos").mkdir()
     for name in NAMES:
         shutil.copy(tiny.folder() / "data" / name, "photos")
@@ -172,10 +182,10 @@ def test_the_viewer_of_the_system(photos, found, monkeypatch):
     )
 
 
-def test_hits_without_files_are_not_opened(found, photos, tmp_path):
-    model = vlm.load(tiny.run())
-    index = vlm.RetrievalIndex(model)
-    index.add(np.eye(2, model.embed_dim, dtype=np.float32), ids=[7, "gone.png"])
+def test_hits_without_files_are_not_opened(found, photos, tmp_path, monkeypatch, loaded):
+    monkeypatch.setattr(search, "load_model", lambda model: loaded)
+    index = vlm.RetrievalIndex(loaded)
+    index.add(np.eye(2, loaded.embed_dim, dtype=np.float32), ids=[7, "gone.png"])
     index.save(tmp_path / "index")
     options = [tmp_path / "index", "red", "--model", tiny.run()]
     for option in (["--open"], ["--copy", "out"]):
