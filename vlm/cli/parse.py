@@ -160,7 +160,8 @@ def usage_message(box: str, page: Page) -> str:
         options = [name for name in flags if any(line.startswith(name) for line in message)]
         names = arguments[len(arguments) - count :] + options
         text = f"{page.prog} needs {' and '.join(names)}"
-    elif missing := re.match(r"Missing value for argument '(--)?([^']+)'", text):
+    elif text.startswith("Missing value"):
+        option = re.search(r"--[\w.-]+", text)
         arguments = " and ".join(o.name for o in page.options if o.is_argument)
-        text = f"--{missing[2]} needs a value" if missing[1] else f"{page.prog} needs {arguments}"
+        text = f"{option[0]} needs a value" if option else f"{page.prog} needs {arguments}"
     return f"{text[0].lower()}{text[1:].rstrip('.')}: {fix}"
