@@ -71,8 +71,8 @@ def models(
         for field, value in dataclasses.asdict(entries[0]).items():
             table.add_row(field.replace("_", " "), "unknown" if value is None else str(value))
         commit = _commit(entries[0].name)
-        update = f"vlm models {name} --update fetches the newest"
-        table.add_row("commit here", f"{commit} ({update})" if commit else "not downloaded by vlm")
+        newest = f"vlm models {name} --update fetches the newest"
+        table.add_row("commit here", f"{commit} ({newest})" if commit else "not downloaded by vlm")
     else:
         columns, rows = catalogue.table(entries)
         table = Table()
