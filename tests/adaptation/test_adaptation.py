@@ -203,7 +203,11 @@ def test_the_command_leaves_a_folder_that_the_others_take(places, tmp_path, caps
     right = [row[0][0] == test.names[i] for row, i in zip(named, test.target, strict=True)]
     assert np.mean(right) == pytest.approx(rows[results["chosen"]]["test"]["value"])
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4  # accuracy by method on three sets, and the confusion matrix
+    assert f"vlm classify photo.jpg --model {out}" in page
+    assert "Accuracy by class" in page
+    assert page.count("<td>a blue square</td>") >= 1
+    assert len(page) < 1_500_000
     assert not re.search(r"https?://(?!www.w3.org)", page)
 
     assert main(["classify", "--model", str(out), str(places["test"]), "--top", "1", "--json"]) == 0

@@ -20,6 +20,7 @@ from rich.table import Table
 from vlm._deprecation import warn
 from vlm._json import to_json
 from vlm.adaptation import results
+from vlm.adaptation.class_report import ClassReport
 from vlm.adaptation.cost import OverBudget, ResourceMeter, TimeBudget, time_per_image
 from vlm.adaptation.labelled import Labelled, hold_out, with_names
 from vlm.adaptation.methods import (
@@ -56,6 +57,7 @@ class Adaptation:
         chosen: the method with the best validation accuracy; ties go to the higher likelihood.
         model, classifier: of that method.
         about: description of model, data and options.
+        report: predictions of the chosen method on the test images, else on the validation images.
 
     Example:
         >>> from PIL import ImageOps
@@ -72,6 +74,7 @@ class Adaptation:
     model: Bundle
     classifier: Classifier
     about: dict[str, str]
+    report: ClassReport | None = None
 
     def __getitem__(self, method: str) -> Row:
         """Return the row of a method."""
@@ -88,7 +91,7 @@ class Adaptation:
             "methods": [asdict(row) for row in self.rows],
         }
         (folder / "results.json").write_text(to_json(contents, indent=2) + "\n")
-        results.write_page(folder / "report.html", self.rows, self.chosen, self.about)
+        results.write_page(folder / "report.html", self.rows, self.chosen, self.about, self.report)
 
     def __rich__(self) -> Table:
         """Make the table that `rich.print` shows."""
@@ -252,7 +255,8 @@ def adapt(
     if best.model is not model:
         best.model.templates = templates_in_use  # blends included
     about = {name: value for name, value in about.items() if value}
-    return Adaptation(tuple(rows), chosen, best.model, best.classifier, about)
+    report = evaluator.report(chosen)
+    return Adaptation(tuple(rows), chosen, best.model, best.classifier, about, report)
 
 
 class Evaluator:
@@ -271,6 +275,8 @@ class Evaluator:
         self._shifted_templates = shifted_templates  # if its classes differ
         self._cache = {"validation": inputs.z_validation}
         self.merit: dict[str, tuple[float, float]] = {}  # validation accuracy and likelihood
+        self._scores: dict[str, np.ndarray] = {}  # of `_shown`, by method
+        self._shown = "validation" if test is None else "test"
 
     def row(self, name: str, outcome: MethodResult, meter: ResourceMeter) -> Row:
         logits = {which: self._logits(which, outcome) for which in self._sets}
@@ -278,9 +284,19 @@ class Evaluator:
             which: hit_rate(target_ranks(values, self._sets[which].target), 1)
             for which, values in logits.items()
         }
+        self._scores[name] = to_scores(logits[self._shown], "softmax")
         likelihood = self._log_likelihood(logits["validation"])
         self.merit[name] = measured["validation"].value, likelihood
         return Row(name, outcome.trained, meter.seconds, meter.peak, note=outcome.note, **measured)
+
+    def report(self, method: str) -> ClassReport:
+        """Return the predictions of a method on the test images, else on the validation images."""
+        labelled, scores = self._sets[self._shown], self._scores[method]
+        predicted = scores.argmax(1)
+        confidence = np.take_along_axis(scores, predicted[:, None], axis=1)[:, 0]
+        return ClassReport(
+            self._shown, labelled.names, labelled.target, predicted, confidence, labelled.images
+        )
 
     def _log_likelihood(self, logits: np.ndarray) -> float:
         """Compute the mean log probability of the validation labels."""

@@ -1,10 +1,13 @@
 """Cost and accuracy of each adaptation method, and their table and page."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vlm._html import render
+from vlm.adaptation.class_report import FEW_CLASSES, ClassReport
 from vlm.evaluation.charts import interval_chart
 from vlm.evaluation.intervals import Metric
 
@@ -71,8 +74,44 @@ def html_table(rows: Sequence[Row], chosen: str) -> str:
     return render("table.html", headings=headings(rows), rows=cells(rows), highlighted=chosen)
 
 
-def write_page(path: Path, rows: Sequence[Row], chosen: str, about: Mapping[str, str]) -> None:
-    """Write `report.html`: table and charts of all methods, self-contained."""
+def reason(rows: Sequence[Row], chosen: str) -> str:
+    """Explain the choice: the best accuracy, the next one, and whether they can be told apart."""
+    measured = {row.method: row.validation for row in rows if row.validation is not None}
+    best = measured.pop(chosen)
+    sentence = f"{chosen} has the best accuracy on the validation images: {best}."
+    if not measured:
+        return sentence
+    name, other = max(measured.items(), key=lambda item: item[1].value)
+    sentence += f" The next is {name} with {other.value:.1%}"
+    if other.value < best.value:
+        close = other.high >= best.low and other.value >= best.low
+        told = (
+            ", which is within the interval: these images do not tell them apart" if close else ""
+        )
+        return f"{sentence}{told}."
+    return f"{sentence} too: of equal methods, the one with the higher likelihood is chosen."
+
+
+def write_page(
+    path: Path,
+    rows: Sequence[Row],
+    chosen: str,
+    about: Mapping[str, str],
+    report: ClassReport | None = None,
+) -> None:
+    """Write `report.html`, self-contained: choice, methods, classes, mistakes and setup."""
+    folder = shlex.quote(str(path.parent))
+    classes: dict[str, Any] = {"classes": [], "measured": ""}
+    if report is not None:
+        where = f"{chosen} on {len(report.target):,} {report.split} images"
+        classes = {
+            "classes": report.rows(),
+            "few": FEW_CLASSES,
+            "measured": where,
+            "matrices": report.matrices(),
+            "confusions": report.confusions(),
+            "mistakes": report.mistakes(),
+        }
     charts = []
     for title, name in accuracy_columns(rows).items():
         values = {row.method: getattr(row, name) for row in rows if getattr(row, name) is not None}
@@ -84,7 +123,14 @@ def write_page(path: Path, rows: Sequence[Row], chosen: str, about: Mapping[str,
         headings=headings(rows),
         rows=cells(rows),
         chosen=chosen,
+        why=reason(rows, chosen),
+        commands=[
+            f"vlm classify photo.jpg --model {folder}",
+            f'vlm search photos/ "a text" --model {folder}',
+            f"vlm export {folder} program --format onnx",
+        ],
         charts=charts,
+        **classes,
         about=about,
         footnotes=[
             "Nothing was chosen by the test data or by the out-of-distribution data.",

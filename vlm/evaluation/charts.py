@@ -20,6 +20,7 @@ TICKS = 6
 
 SIDE = 260  # of square charts
 MAX_CLASSES = 30  # in a confusion matrix
+NAME, MIN_CELL, MAX_CELL = 22, 22, 56  # letters of a name, and lengths of a cell, if it has names
 TOO_MANY_CLASSES = 2000  # to count all confusions
 
 BAR, BAR_HEIGHT, BAR_NAMES = 420, 26, 110  # length, row height and label width of interval charts
@@ -158,19 +159,32 @@ def reliability_chart(confidence: Float[np.ndarray, " n"], right: Bool[np.ndarra
     return render("evaluation/reliability.svg", bars=bars, side=SIDE)
 
 
-def confusion_chart(predicted: Int[np.ndarray, " n"], target: Int[np.ndarray, " n"]) -> str:
-    """Draw the confusion matrix of the classes with the most errors."""
-    classes = int(max(predicted.max(), target.max())) + 1
+def confusion_chart(
+    predicted: Int[np.ndarray, " n"],
+    target: Int[np.ndarray, " n"],
+    names: Sequence[str] = (),
+    most: int = MAX_CLASSES,
+) -> str:
+    """Draw the confusion matrix of the `most` classes with the most errors.
+
+    With the names of all classes, rows and columns are named and cells have their counts.
+    """
+    classes = len(names) or int(max(predicted.max(), target.max())) + 1
     if classes > TOO_MANY_CLASSES:
         return render("evaluation/confusion.svg", shown=[], classes=classes)
     counts = confusion(predicted, target, classes)
-    errors = counts.sum(1) - np.diag(counts)
-    shown = np.sort(np.argsort(-errors, kind="stable")[:MAX_CLASSES])
+    wrong = counts - np.diag(np.diag(counts))
+    errors = wrong.sum(1)
+    if names:  # the classes of the most frequent confusions, so that these are in the matrix
+        errors = np.maximum(wrong.max(1), wrong.max(0)) * len(target) + errors + wrong.sum(0)
+    shown = np.sort(np.argsort(-errors, kind="stable")[:most])
     cells = [
-        (row, column, count, count / counts[shown[row]].sum())
+        (row, column, int(count), float(count / counts[shown[row]].sum()))
         for (row, column), count in np.ndenumerate(counts[np.ix_(shown, shown)])
         if count
     ]
+    if names:
+        return _named_matrix([names[i] for i in shown.tolist()], cells, classes - len(shown))
     return render(
         "evaluation/confusion.svg",
         cells=cells,
@@ -178,6 +192,28 @@ def confusion_chart(predicted: Int[np.ndarray, " n"], target: Int[np.ndarray, " 
         classes=classes,
         side=SIDE,
         cell=SIDE / len(shown),
+        width=max(340, min(680, 4 * len(shown))),
+    )
+
+
+def _named_matrix(
+    names: Sequence[str], cells: Sequence[tuple[int, int, int, float]], hidden: int
+) -> str:
+    """Draw a confusion matrix with class names; `hidden` classes are not in it."""
+    half = NAME // 2 - 1
+    short_names = [n if len(n) <= NAME else f"{n[:half]}...{n[-half + 1 :]}" for n in names]
+    margin = 20 + 7 * max(map(len, short_names))
+    cell = min(MAX_CELL, max(MIN_CELL, SIDE / len(names)))
+    return render(
+        "evaluation/confusion_names.svg",
+        names=list(zip(short_names, names, strict=True)),
+        cells=cells,
+        hidden=hidden,
+        margin=margin,
+        cell=cell,
+        side=cell * len(names),
+        width=round(margin + cell * len(names) + margin / 2),
+        height=round(margin + cell * len(names) + 2),
     )
 
 
