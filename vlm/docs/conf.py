@@ -16,7 +16,14 @@ from vlm import __version__  # noqa: E402
 # Packages of extras, and those that some systems lack: their names are documented all the same.
 autodoc_mock_imports = [
     name
-    for name in ("array_record", "fastapi", "grain", "prometheus_client", "uvicorn")
+    for name in (
+        "array_record",
+        "fastapi",
+        "grain",
+        "prometheus_client",
+        "tensorflow_datasets",
+        "uvicorn",
+    )
     if importlib.util.find_spec(name) is None
 ]
 with mock(autodoc_mock_imports):
