@@ -9,6 +9,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+from docutils import nodes  # noqa: E402
+from sphinx.domains.python import PyXRefRole  # noqa: E402
 from sphinx.ext.autodoc.mock import mock  # noqa: E402 # pyright: ignore[reportPrivateImportUsage]
 
 from vlm import __version__  # noqa: E402
@@ -56,8 +58,8 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
-# Reference. Backticks in docstrings are code, and a link where they are a public name.
-default_role = "py:obj"
+# Reference.
+default_role = "name"
 autosummary_generate = False
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
@@ -82,6 +84,17 @@ html_show_sphinx = False
 html_use_index = False  # the search finds names
 html_domain_indices = False
 html_theme_options = {"top_of_page_buttons": []}
+
+
+class Name(PyXRefRole):
+    """Backticks in docstrings: code, and a link if it is a public name such as `vlm.load`."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        """Return a literal for words, which would find names that they do not mean."""
+        if "." not in self.text and not self.text[:1].isupper():
+            return [nodes.literal(self.rawtext, self.text)], []
+        self.name = "py:obj"
+        return super().run()
 
 
 def index_pages(app, failure):
@@ -116,6 +129,7 @@ def finish_body(app, page, template, context, doctree):
 
 def setup(app):
     """Connect to Sphinx."""
+    app.add_role("name", Name())
     app.connect("autodoc-process-signature", shorten)
     app.connect("html-page-context", finish_body)
     app.connect("build-finished", index_pages)

@@ -109,7 +109,7 @@ def api(package: str, things: dict[str, Any]) -> str:
     """Return the page of one package: a table of its names, then each with its docstring."""
     about = inspect.cleandoc(importlib.import_module(package).__doc__ or "")
     lines = [package, "=" * len(package), "", about, ""]
-    lines += [f".. py:module:: {package}", f".. currentmodule:: {package}", ""]
+    lines += [f".. py:currentmodule:: {package}", ""]
     lines += [".. autosummary::", "   :nosignatures:", ""]
     lines += [f"   {name}" for name, thing in things.items() if callable_name(thing)]
     lines += [""]
