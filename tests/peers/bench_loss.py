@@ -1,6 +1,7 @@
 """Loss and backward pass beside open_clip's `ClipLoss` and `SigLipLoss`, in one run.
 
-    python tests/peers/bench_loss.py [--batch 16384] [--rounds 5] [--peer-python PYTHON] [--chunk 1024]
+    python tests/peers/bench_loss.py [--batch 16384] [--rounds 5] [--peer-python PYTHON]
+        [--chunk 1024]
 
 Each side is a process of its own with two threads; they take turns, so both meet the same load. The
 floor is 8 B^2 d over the rate of matrix products, measured in the same turns. `--peer-python` names
