@@ -184,7 +184,7 @@ def confusion_chart(
         if count
     ]
     if names:
-        return _named_matrix([names[i] for i in shown.tolist()], cells, classes - len(shown))
+        return _named_matrix([names[int(i)] for i in shown], cells, classes - len(shown))
     return render(
         "evaluation/confusion.svg",
         cells=cells,
