@@ -39,7 +39,7 @@ def adapt(
       vlm adapt pets/train --model ViT-B-32 --test pets/test --out-of-distribution tfds:cifar10
       vlm adapt mine/ --model runs/openmoji --method probe prompt --budget 60s
       vlm adapt pets/ --method distill --teacher ViT-L-14 --budget 1h
-      vlm classify pets-model photo.jpg
+      vlm classify photo.jpg --model pets-model
 
     Args:
         data: the labelled images; of a data set with splits, its training split.

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import webbrowser
 from pathlib import Path
 from typing import Annotated
 
@@ -70,7 +71,10 @@ def docs(
             for older in pages.parent.glob(f"{vlm.__version__}-*"):
                 shutil.rmtree(older)
             build(pages, strict=strict)
-        print_status(f"the documentation at http://localhost:{server.server_port}/")
+        address = f"http://localhost:{server.server_port}/"
+        print_status(f"the documentation at {address}")
+        if sys.stdout.isatty():
+            webbrowser.open(address)
         server.serve_forever()
 
 
