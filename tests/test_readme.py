@@ -28,7 +28,7 @@ FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # What is added to a command so that it takes seconds.
 SHORTENED = {
     "adapt": ["--method", "probe"],
-    "plan": ["--compiles", "0"],  # analytic
+    "plan": ["--sweep", "--compiles", "0"],  # analytic
     "train": ["--steps", "2", "--batch-size", "8"],
 }
 NOT_RUN = {"serve"}  # a server does not end
