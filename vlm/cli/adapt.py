@@ -99,6 +99,7 @@ def adapt(
     Console().print(outcome)
     print(f"{outcome.chosen} is best on the validation images; it is in {out}")
     print_status(f"page {folder / 'report.html'}")
+    print_status(f"use it: vlm classify photo.jpg --model {out}")
 
 
 def _seconds(budget: str) -> float:
