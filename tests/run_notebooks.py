@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -80,17 +81,21 @@ def shrunk(png: str) -> str:
     return min(base64.b64encode(out.getvalue()).decode(), png.replace("\n", ""), key=len)
 
 
-def store(path: Path) -> int:
+def store(path: Path, model: str) -> int:
     """Run a notebook and write its outputs into it; return its size in bytes.
 
     Raises:
         ValueError: an output has a path of this machine or stderr, or the file would be too large.
     """
     with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(model, Path(folder, os.environ["VLM_MODEL"]), symlinks=True)
         notebook = run(path, Path(folder))
-        private = {folder, str(Path.home()), str(FOLDER.parent), os.environ["VLM_MODEL"]}
+        private = {folder, str(Path.home()), str(FOLDER.parent), os.path.abspath(model)}
     for cell in code_cells(notebook):
         cell.metadata = {}
+        for output in cell.outputs:
+            if "text" in output:
+                output.text = output.text.replace(f"{folder}/", "")
         shown = nbformat.writes(nbformat.v4.new_notebook(cells=[cell]))
         if bad := [each for each in (*private, '"stderr"') if each in shown]:
             raise ValueError(f"{path.name}: the output of {cell.id} has {bad}")
@@ -107,6 +112,6 @@ def store(path: Path) -> int:
 
 if __name__ == "__main__":
     model, *names = sys.argv[1:]
-    os.environ["VLM_MODEL"] = os.path.abspath(model)
+    os.environ["VLM_MODEL"] = "runs/openmoji"  # in the folder of a notebook
     for path in [FOLDER / f"{name}.ipynb" for name in names] or sorted(FOLDER.glob("*.ipynb")):
-        print(f"{path.name}: {store(path):,} bytes", flush=True)
+        print(f"{path.name}: {store(path, model):,} bytes", flush=True)

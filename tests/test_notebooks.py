@@ -11,7 +11,6 @@ from run_notebooks import FOLDER, LARGEST, cleaned, code_cells, code_digest, run
 
 NAMES = ("zero_shot", "search", "few_shot", "fine_tune", "train", "mesh", "plan", "evaluate",
          "explain", "serve_export")  # fmt: skip
-STORED = ("mesh", "plan")
 PICTURES = ("image/png", "<svg", "<img", "<table")
 
 
@@ -26,7 +25,7 @@ def ends_with_a_picture(notebook) -> bool:
     return any(each in shown for each in PICTURES)
 
 
-@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("name", NAMES)
 def test_outputs_are_those_of_the_code(name):
     """Else: `python tests/run_notebooks.py RUN NAME`."""
     notebook = read(name)

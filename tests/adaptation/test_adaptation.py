@@ -324,9 +324,9 @@ def test_bad_options(places, tmp_path, monkeypatch, capsys, options, message):
 
 @pytest.mark.slow
 def test_fine_tuning_with_a_teacher_and_blends(model, places, tmp_path):
-    """The teacher has wider embeddings than the model. `full` runs in notebooks/few_shot.ipynb."""
+    """The teacher has wider embeddings than the model."""
     data, test = (read_labelled(str(places[name])) for name in ("train", "test"))
-    methods = ("prompt", "distill", "blend")
+    methods = ("prompt", "full", "distill", "blend")
     made = adapt(
         model, data, tmp_path, 600.0, methods, ["{}"], test, read_labelled(str(places["far"])),
         teacher=load(TEACHER),
@@ -334,7 +334,7 @@ def test_fine_tuning_with_a_teacher_and_blends(model, places, tmp_path):
     for name in methods:
         assert made[name].test.value >= made["zero-shot"].test.value - 0.15
     assert made["distill"].trained > 10 * made["prompt"].trained
-    assert made["blend"].note.endswith("of distill")
+    assert made["blend"].note.endswith(("of full", "of distill"))
     assert made.about["teacher"] == TEACHER.name
     config = json.loads((tmp_path / "distill" / "config.json").read_text())
     assert config["distill"]["teacher"] == str(TEACHER)
