@@ -25,6 +25,10 @@ def ends_with_a_picture(notebook) -> bool:
     return any(each in shown for each in PICTURES)
 
 
+def test_all_notebooks_are_listed():
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(NAMES)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_are_those_of_the_code(name):
     """Else: `python tests/run_notebooks.py RUN NAME`."""
