@@ -1,4 +1,4 @@
-"""A bucket with a data set and a tokenizer, and what starts a run there as the README has it."""
+"""A bucket on loopback, and the commands of the page about pods that fill it and start runs."""
 
 import pytest
 

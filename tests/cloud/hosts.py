@@ -15,11 +15,13 @@ ROOT = Path(__file__).parents[2]
 LIMIT = 600  # seconds that hosts may take, compiling on a busy machine included
 HEARTBEAT_TIMEOUT = 10  # seconds until a silent process counts as gone
 
-# What go.sh asks of a pod's image: `vlm`, and `gcloud storage ls`.
+# Commands of a pod's image. SMALL_PREPARE has options that make the shards small.
 COMMANDS = {
-    "vlm": 'exec "$PYTHON" -m vlm "$@"\n',
-    "gcloud": 'exec "$PYTHON" -c "import sys; from etils import epath; '
-    'sys.exit(not epath.Path(sys.argv[1]).exists())" "$3"\n',
+    "vlm": """\
+if [ "$1 $2" = "data prepare" ]; then set -- "$@" $SMALL_PREPARE; fi
+exec "$PYTHON" -m vlm "$@"
+""",
+    "gcloud": f'exec "$PYTHON" {Path(__file__).with_name("gcloud.py")} "$@"\n',
 }
 
 

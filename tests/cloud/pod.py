@@ -1,9 +1,14 @@
-"""What a pod has, and how its runs look from the bucket's side."""
+"""What a pod has, and how its runs look from the bucket's side.
 
-import io
+The commands are those of the page `vlm/docs/howto/pod.md`, word for word. They are made small by options
+after the script's own, and by the environment.
+"""
+
+import functools
 import json
 import re
-import tarfile
+import shutil
+import subprocess
 from pathlib import Path
 
 import tiny
@@ -13,98 +18,99 @@ from hosts import ROOT, environment
 STEPS = 60
 BATCH = 12  # which one to four hosts can share, as they can the shards
 SHARDS, PER_SHARD = 12, 12
+PAGE = ROOT / "vlm" / "docs" / "howto" / "pod.md"
+BUCKET = f"gs://{NAME}"
+WORDNET_IDS = ("n01440764", "n01443537", "n01484850")
 
-CONFIG = """\
-import dataclasses
-import runpy
-
-from vlm.config import *
-
-shapes = runpy.run_path({shapes!r})["config"]
-config = dataclasses.replace(
-    shapes,
-    name="pod",
-    model=dataclasses.replace(
-        shapes.model,
-        vision=dataclasses.replace(shapes.model.vision, dropout=0.1),
-        # Wide enough for a mesh to cut its embedding over `fsdp`.
-        text=dataclasses.replace(shapes.model.text, dropout=0.1, width=64, mlp_dim=64),
-    ),
-    data=DataConfig(source="given on the command line", eval_split=None, workers={workers}),
-    batch_size={batch},
-    steps={steps},
-    log_every=1,
-    checkpoint_every=0.2,
-)
-"""
+# The recipe of `siglip_b16` for towers of one thin block. The text embedding is wide enough for a
+# mesh to cut it over `fsdp`.
+SMALL = f"""
+--model.vision.image-size 16 --preprocess.image-size 16 --model.vision.patch-size 8
+--model.vision.width 16 --model.vision.depth 1 --model.vision.heads 2 --model.vision.mlp-dim 16
+--model.text.width 64 --model.text.depth 1 --model.text.heads 2 --model.text.mlp-dim 64
+--model.text.vocab-size 280 --model.embed-dim 16
+--model.vision.dropout 0.1 --model.text.dropout 0.1
+--data.interleave {SHARDS} --data.shuffle {SHARDS * PER_SHARD} --batch-size {BATCH} --steps {STEPS}
+--log-every 1 --checkpoint-every 0.2 --eval-every 0.5 --remat none
+""".split()
 
 
 class Pod:
-    """What a pod has: a bucket, a config, `go.sh`, and the environment of its hosts."""
+    """What a pod has: a bucket, the scripts of the page, and the environment of its hosts."""
 
     def __init__(self, folder: Path, bucket: Bucket, workers: int = 0):
         self.folder, self.bucket = folder, bucket
-        self.env = environment(folder, bucket.environment())
-        config = CONFIG.format(
-            shapes=str(tiny.folder() / "shapes.py"),
-            batch=BATCH,
-            steps=STEPS,
-            workers=workers,
-        )
-        (folder / "pod.py").write_text(config)
-        self._write_shards()
-        self._write_tokenizer()
+        self.small = [*SMALL, "--data.workers", str(workers)]
+        self.env = environment(folder, bucket.environment()) | {
+            "BUCKET": BUCKET,
+            "HF_HOME": str(folder / "hub"),
+            "HF_HUB_OFFLINE": "1",
+            "SMALL_PREPARE": f"--examples {PER_SHARD}",
+        }
+
+    @functools.cached_property
+    def artefacts(self) -> str:
+        """Fill the bucket by the page's commands; return their output."""
+        work = self.folder / "work"
+        work.mkdir()
+        self._write_raw_data(work)
+        self._write_hub()
+        done = subprocess.run(
+            ["sh", "-ex", "-c", block("vlm data tokenizer")],
+            cwd=work, env=self.env, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    @property
+    def train(self) -> list[str]:
+        """Arguments of `vlm train` for the small run."""
+        return ["siglip_b16", "--bucket", BUCKET, *self.small]
 
     def go(self, run: str) -> list[str]:
-        """The command of every host: README's go.sh, with this pod's names in it."""
-        script, shards = readme_script(), f"{{000..{SHARDS - 1:03}}}"
-        for theirs, ours in {
-            "gs://BUCKET/runs/siglip-b16": f"gs://{NAME}/runs/{run}",
-            "configs/siglip_b16.py": str(self.folder / "pod.py"),
-            "gs://BUCKET/pairs/{000000..099999}.tar": f"gs://{NAME}/pairs/{shards}.tar",
-            "gs://BUCKET/tokenizers/c4_en/tokenizer.json": f"gs://{NAME}/tokenizers/tokenizer.json",
-        }.items():
-            assert theirs in script, f"README's go.sh has no {theirs} any more"
-            script = script.replace(theirs, ours)
-        file = self.folder / f"go-{run}.sh"
-        file.write_text(script)
-        return ["sh", str(file)]
+        """The command of every host: the page's go.sh, for a run of this name."""
+        assert self.artefacts
+        script = self.folder / "go.sh"
+        script.write_text(block("#!/bin/sh"))
+        return ["env", f"RUN={BUCKET}/runs/{run}", "sh", str(script), *self.small]
 
     def run(self, name: str) -> Path:
         """Where the bucket keeps a run."""
         return self.bucket.root / "runs" / name
 
-    def _write_shards(self) -> None:
-        rows = (tiny.folder() / "data" / "captions.csv").read_text().splitlines()[1:]
-        rows = [row.split(",") for row in rows]
-        for shard in range(SHARDS):
-            whole = io.BytesIO()
-            with tarfile.open(fileobj=whole, mode="w") as tar:
-                for i in range(PER_SHARD):
-                    name, caption, _ = rows[(shard * PER_SHARD + i) % len(rows)]
-                    for ending, content in (
-                        ("png", (tiny.folder() / "data" / name).read_bytes()),
-                        ("txt", caption.encode()),
-                    ):
-                        member = tarfile.TarInfo(f"{shard}{i:05}.{ending}")
-                        member.size = len(content)
-                        tar.addfile(member, io.BytesIO(content))
-            self.bucket.write(f"pairs/{shard:03}.tar", whole.getvalue())
+    def _write_raw_data(self, work: Path) -> None:
+        """Write pairs, ImageNet's folders and COCO's file, of a few drawings."""
+        data = tiny.folder() / "data"
+        rows = [row.split(",") for row in (data / "captions.csv").read_text().splitlines()[1:]]
+        pairs = [rows[i % len(rows)] for i in range(SHARDS * PER_SHARD)]
+        lines = ["image,caption", *(f"{data / name},{caption}" for name, caption, _ in pairs)]
+        (work / "pairs.csv").write_text("\n".join(lines))
+        images = []
+        for i, (name, caption, _) in enumerate(rows[:15]):
+            folder = work / "imagenet" / "val" / WORDNET_IDS[i % len(WORDNET_IDS)]
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(data / name, folder / name)
+            sentences = [{"raw": caption}, {"raw": f"a picture of {caption}"}]
+            images.append({"filename": name, "split": "test", "sentences": sentences})
+            (work / "coco" / "val2014").mkdir(parents=True, exist_ok=True)
+            shutil.copy(data / name, work / "coco" / "val2014" / name)
+            images[-1]["filepath"] = "val2014"
+        (work / "coco" / "dataset_coco.json").write_text(json.dumps({"images": images}))
 
-    def _write_tokenizer(self) -> None:
-        from vlm.inputs.tokenizer import train_bpe
+    def _write_hub(self) -> None:
+        """Put a small SigLIP into the Hub's cache, under the name that the page has."""
+        cache = self.folder / "hub" / "hub" / "models--google--siglip-base-patch16-224"
+        commit = "0" * 40
+        (cache / "refs").mkdir(parents=True)
+        (cache / "refs" / "main").write_text(commit)
+        tiny.siglip_folder(cache / "snapshots" / commit)
 
-        texts = [f"a {colour} {shape}" for colour in tiny.COLOURS for shape in ("square", "stripe")]
-        train_bpe(texts, 280, 12).save(self.folder / "tokenizer")
-        vocabulary = (self.folder / "tokenizer" / "tokenizer.json").read_bytes()
-        self.bucket.write("tokenizers/tokenizer.json", vocabulary)
 
-
-def readme_script() -> str:
-    """`go.sh`, word for word."""
-    blocks = re.findall(r"```sh\n(#!/bin/sh\n.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(blocks) == 1
-    return blocks[0]
+def block(sign: str) -> str:
+    """The one block of shell on the page that has `sign` in it, word for word."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    (found,) = (text for text in blocks if sign in text)
+    return found
 
 
 def whole_checkpoints(run: Path) -> list[int]:

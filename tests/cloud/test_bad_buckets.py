@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 def refused(pod, run: str, *options: str) -> str:
     """What `vlm train` says of a run folder that it refuses."""
-    line = [sys.executable, "-m", "vlm", "train", pod.folder / "pod.py", "--run-dir", run]
+    line = [sys.executable, "-m", "vlm", "train", *pod.train, "--run-dir", run]
     hosts = Hosts([*line, *options], pod.folder / "refused", pod.env)
     output = hosts.wait()[0]
     assert hosts.processes[0].returncode == 1, output
@@ -71,7 +71,7 @@ sys.exit(main(["train", *sys.argv[2:], *more]))
 def test_hosts_that_share_no_folder_or_differ(pod, tmp_path, what, run, says):
     (tmp_path / "other").mkdir()
     (tmp_path / "start.py").write_text(ODD_HOST)
-    train = f"{sys.executable} start.py {what} {pod.folder / 'pod.py'} --run-dir {run}"
+    train = f"{sys.executable} start.py {what} {' '.join(pod.train)} --run-dir {run}"
     line = ["sh", "-c", f"cd {tmp_path} && exec {train}"]
     for output in Hosts(line, pod.folder / "refused", pod.env, count=2).wait():
         assert says in output

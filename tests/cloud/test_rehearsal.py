@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 from hosts import LIMIT, Hosts
-from pod import STEPS, losses, partial_checkpoints, rows, weights, whole_checkpoints
+from pod import SHARDS, STEPS, losses, partial_checkpoints, rows, weights, whole_checkpoints
 from safetensors.numpy import load as load_safetensors
 
 pytestmark = pytest.mark.slow
@@ -70,6 +70,28 @@ def wait_for(reached, hosts: Hosts) -> None:
         assert time.monotonic() < end, "the run did not come so far"
 
 
+def test_every_file_that_the_config_names_is_in_the_bucket(pod):
+    assert "tokenizer.json: 52 tokens" in pod.artefacts
+    root = pod.bucket.root
+    assert len(list((root / "pairs").glob("*.tar"))) == SHARDS
+    for name in (
+        "tokenizers/c4_en/tokenizer.json",
+        "evals/imagenet1k/classnames.txt",
+        "evals/imagenet1k/val/0.tar",
+        "evals/coco/test/nshards.txt",
+    ):
+        assert (root / name).is_file(), name
+    assert list((root / "evals" / "imagenet1k" / "val").glob("*.vlm-index"))
+
+
+def test_the_evaluations_of_the_config_are_measured(whole):
+    measured = [row for row in rows(whole) if "eval/imagenet/top1" in row]
+    assert [row["step"] for row in measured] == [STEPS // 2]
+    assert "eval/coco/text_to_image_R@1" in measured[0]
+    results = json.loads((whole / "results.json").read_text())["results"]
+    assert [result["task"] for result in results] == ["imagenet zero-shot", "coco retrieval"]
+
+
 def test_left_and_killed_on_two_hosts_a_run_ends_bit_for_bit_the_same(whole, disturbed):
     assert weights(disturbed) == weights(whole)
     assert losses(disturbed) == losses(whole)
@@ -115,7 +137,8 @@ print(model.name, model.encode_text(["a red square"]).shape)
 from vlm.cli import main
 run, picture, data = "gs://bucket/runs/whole", *sys.argv[1:]
 assert main(["classify", "--model", run, picture, "--labels", "red,blue"]) == 0
-sys.exit(main(["eval", run, "--data.source", data, "--data.eval-split", "test"]))
+options = ["--data.eval-split", "test", "--data.captions", "caption"]
+sys.exit(main(["eval", run, "--data.source", data, *options]))
 """
     import tiny
 
@@ -125,6 +148,6 @@ sys.exit(main(["eval", run, "--data.source", data, "--data.eval-split", "test"])
         env=pod.env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "pod (1, 16)" in done.stdout
+    assert "siglip-b16 (1, 16)" in done.stdout
     assert "red" in done.stdout
     assert "top1" in done.stdout

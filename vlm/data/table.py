@@ -267,7 +267,7 @@ def _image_folder(rows: list[Example | BadSample], config: DataConfig, path: epa
     above, own = os.path.dirname(beside), path.name.split(".")[0].rpartition("_")[2]
     inner = ("", "images", own, os.path.join("images", own))
     around = (os.path.join(d, i) for d in (beside, above) for i in inner)
-    for folder in filter(None, [beside, config.data_dir, *around]):
+    for folder in [beside, *filter(None, [config.data_dir, *around])]:
         if any(os.path.isfile(os.path.join(folder, image)) for image in images):
             if folder != beside:
                 _log.warning("the images of %s are read from %s", path, folder)
