@@ -1,7 +1,7 @@
 """What a pod has, and how its runs look from the bucket's side.
 
-The commands are those of the page `vlm/docs/howto/pod.md`, word for word. They are made small by options
-after the script's own, and by the environment.
+The commands are those of the page `vlm/docs/howto/pod.md`, word for word. They are made small by
+options after the script's own, and by the environment.
 """
 
 import functools
