@@ -31,7 +31,7 @@ SMALL = f"""
 --model.text.vocab-size 280 --model.embed-dim 16
 --model.vision.dropout 0.1 --model.text.dropout 0.1
 --data.interleave {SHARDS} --data.shuffle {SHARDS * PER_SHARD} --batch-size {BATCH} --steps {STEPS}
---log-every 1 --checkpoint-every 0.2 --eval-every 0.5 --remat none
+--log-every 1 --checkpoint-every 0.2 --eval-every 0.5 --remat none --no-scan
 """.split()
 
 
