@@ -154,9 +154,16 @@ def storage_error_reason(error: Exception) -> str | None:
 
 
 def keep_compiled_programs() -> None:
-    """Enable JAX's compilation cache in the cache folder, unless the user has configured one."""
+    """Enable JAX's compilation cache in the cache folder, unless the user has configured one.
+
+    It is disabled for several processes on CPUs: some find a program in the cache and others compile
+    it, and the order of the collectives differs, which ends in an error of Gloo.
+    """
     import jax  # imported here: users of plain paths do not need JAX
 
+    if jax.distributed.is_initialized() and jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", os.fspath(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
