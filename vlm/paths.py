@@ -156,8 +156,8 @@ def storage_error_reason(error: Exception) -> str | None:
 def keep_compiled_programs() -> None:
     """Enable JAX's compilation cache in the cache folder, unless the user has configured one.
 
-    It is disabled for several processes on CPUs: some find a program in the cache and others compile
-    it, and the order of the collectives differs, which ends in an error of Gloo.
+    It is disabled for several processes on CPUs. There some processes would load a program and
+    others compile it, with another order of collectives, which ends in an error of Gloo.
     """
     import jax  # imported here: users of plain paths do not need JAX
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from vlm.cli import main
 from vlm.cli.train import experiment_of
 from vlm.config import (
     DataConfig,
@@ -85,6 +86,12 @@ def test_wrong_options(options, message):
         experiment_of(["siglip_b16", *options])
     with pytest.raises(ConfigError, match="it has none"):
         without_evals(Experiment(), ["coco"])
+
+
+@pytest.mark.slow
+def test_plan_needs_no_bucket(capsys):
+    assert main(["plan", "siglip_b16", "--topology", "h100:8", "--json"]) == 0
+    assert '"batch_size": 32768' in capsys.readouterr().out
 
 
 def test_a_placeholder_is_found_wherever_it_is():
