@@ -85,17 +85,17 @@ def test_the_matrix_has_the_classes_of_the_most_frequent_mistakes():
 
 
 @pytest.mark.parametrize(
-    ("best", "other", "said"),
+    ("best", "other", "explained"),
     [
         (90, 50, "The next is other with 50.0%."),
         (90, 88, "within the interval: these images do not tell them apart"),
         (90, 90, "of equal methods, the one with the higher likelihood is chosen"),
     ],
 )
-def test_the_choice_is_explained(best, other, said):
+def test_the_choice_is_explained(best, other, explained):
     rows = [Row("other", validation=proportion(other, 100)), Row("out", note="it takes 9 s"),
             Row("chosen", validation=proportion(best, 100))]  # fmt: skip
     sentence = reason(rows, "chosen")
     assert sentence.startswith("chosen has the best accuracy on the validation images: 90.0% [")
-    assert said in sentence
+    assert explained in sentence
     assert "The next" not in reason(rows[2:], "chosen")

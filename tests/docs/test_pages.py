@@ -12,6 +12,7 @@ import tarfile
 from pathlib import Path
 
 import figures
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -22,9 +23,9 @@ from test_readme import blocks, commands, must, of_vlm
 
 import vlm
 from vlm.cli import evaluate, parse, train
-from vlm.config import to_dict
+from vlm.config import AdapterConfig, to_dict
 from vlm.inputs import Preprocess
-from vlm.models import DualEncoder
+from vlm.models import DualEncoder, adapters
 from vlm.weights.vocabularies import clip_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +76,9 @@ def place(tmp_path_factory):
     )
     experiment = vlm.load_config(tiny.folder() / "shapes.py")
     model.save(folder / "MODEL")
+    lora = AdapterConfig(rank=2)
+    adapter = adapters.fresh(model.model, lora, jax.random.key(0))
+    vlm.load(folder / "MODEL").with_adapter(adapter, lora).save_adapter(folder / "runs" / "pets")
     model.save(folder / "RUN" / "bundle")
     (folder / "RUN" / "config.json").write_text(json.dumps(to_dict(experiment)))
     return folder
