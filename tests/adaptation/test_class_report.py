@@ -88,7 +88,7 @@ def test_the_matrix_has_the_classes_of_the_most_frequent_mistakes():
     ("best", "other", "explained"),
     [
         (90, 50, "The next is other with 50.0%."),
-        (90, 88, "within the interval: these images do not tell them apart"),
+        (90, 88, "within the 95% interval: the difference is not significant"),
         (90, 90, "of equal methods, the one with the higher likelihood is chosen"),
     ],
 )

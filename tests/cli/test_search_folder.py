@@ -133,7 +133,7 @@ def test_files_that_are_not_read_are_counted(photos, found, monkeypatch):
     assert found(photos / "IMG_1.HEIC", "red", code=1)[2].count('pip install "vlm-jax[heif]"') == 1
     for name in (*NAMES, "broken.png"):
         (photos / name).unlink()
-    assert "no other images than 2 HEIC" in found("photos", "red", code=1)[2]
+    assert "has only HEIC images (2)" in found("photos", "red", code=1)[2]
 
 
 def test_copies_of_the_hits(photos, found):

@@ -275,7 +275,8 @@ class Evaluator:
         self._shifted_templates = shifted_templates  # if its classes differ
         self._cache = {"validation": inputs.z_validation}
         self.merit: dict[str, tuple[float, float]] = {}  # validation accuracy and likelihood
-        self._scores: dict[str, np.ndarray] = {}  # of `_shown`, by method
+        # Of `_shown`, by method: the class of each image, and its score.
+        self._predictions: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._shown = "validation" if test is None else "test"
 
     def row(self, name: str, outcome: MethodResult, meter: ResourceMeter) -> Row:
@@ -284,16 +285,15 @@ class Evaluator:
             which: hit_rate(target_ranks(values, self._sets[which].target), 1)
             for which, values in logits.items()
         }
-        self._scores[name] = to_scores(logits[self._shown], "softmax")
+        scores = to_scores(logits[self._shown], "softmax")
+        self._predictions[name] = scores.argmax(1), scores.max(1)
         likelihood = self._log_likelihood(logits["validation"])
         self.merit[name] = measured["validation"].value, likelihood
         return Row(name, outcome.trained, meter.seconds, meter.peak, note=outcome.note, **measured)
 
     def report(self, method: str) -> ClassReport:
         """Return the predictions of a method on the test images, else on the validation images."""
-        labelled, scores = self._sets[self._shown], self._scores[method]
-        predicted = scores.argmax(1)
-        confidence = np.take_along_axis(scores, predicted[:, None], axis=1)[:, 0]
+        labelled, (predicted, confidence) = self._sets[self._shown], self._predictions[method]
         return ClassReport(
             self._shown, labelled.names, labelled.target, predicted, confidence, labelled.images
         )

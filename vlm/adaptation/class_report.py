@@ -41,7 +41,7 @@ class ClassReport:
     """Predictions of the chosen method.
 
     Attributes:
-        split: that they are of: "test" or "validation".
+        split: of the images: "test" or "validation".
         names: classes.
         target, predicted: class of each image.
         confidence: score of the prediction.
@@ -70,14 +70,16 @@ class ClassReport:
 
     def confusions(self) -> list[tuple[str, str, int, int]]:
         """Return (class, predicted class, images, images of the class), the most images first."""
-        counts = self._counts()
-        wrong = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
-        order = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSIONS]
-        pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)
+        wrong = self.predicted != self.target
+        if not wrong.any():
+            return []
+        pairs = np.stack([self.target[wrong], self.predicted[wrong]])
+        pairs, count = np.unique(pairs, axis=1, return_counts=True)
+        sizes = np.bincount(self.target, minlength=len(self.names))
+        order = np.argsort(-count, kind="stable")[:CONFUSIONS]
         return [
-            (self.names[i], self.names[j], int(wrong[i, j]), int(counts[i].sum()))
-            for i, j in pairs
-            if wrong[i, j]
+            (self.names[i], self.names[j], int(count[at]), int(sizes[i]))
+            for at, (i, j) in zip(order, pairs.T[order].tolist(), strict=True)
         ]
 
     def mistakes(self) -> list[Mistake]:

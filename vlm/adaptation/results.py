@@ -85,9 +85,7 @@ def reason(rows: Sequence[Row], chosen: str) -> str:
     sentence += f" The next is {name} with {other.value:.1%}"
     if other.value < best.value:
         close = other.high >= best.low and other.value >= best.low
-        told = (
-            ", which is within the interval: these images do not tell them apart" if close else ""
-        )
+        told = ", within the 95% interval: the difference is not significant" if close else ""
         return f"{sentence}{told}."
     return f"{sentence} too: of equal methods, the one with the higher likelihood is chosen."
 

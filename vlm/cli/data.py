@@ -228,11 +228,14 @@ def reinforce(
     from vlm.config import DataConfig, load_config
     from vlm.config.files import shipped_configs
     from vlm.training.reinforce import reinforce as write
+    from vlm.weights.registry import describe
 
     is_config = data.endswith(".py") or data in shipped_configs()
     config = load_config(data).data if is_config else DataConfig(source=data)
     settings = {"variants": augmentations, "seed": seed, "batch_size": batch_size, "dtype": dtype}
-    with counter("embedding") as progress, chosen_model(model or teacher) as name:
+    with chosen_model(model or teacher) as name:
+        describe(name)  # only errors of the model are those of VLM_MODEL
+    with counter("embedding") as progress:
         made = write(config, out, name, **settings, progress=progress)
     print(
         f"{made['examples']:,} examples x {made['variants']} augmentations, {made['width']} "

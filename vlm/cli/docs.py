@@ -66,7 +66,7 @@ def docs(
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"port {port} cannot be served ({reason}): choose another") from None
     with server:
-        if not pages.exists():
+        if strict or not pages.exists():
             print_status("building the documentation")
             for older in pages.parent.glob(f"{vlm.__version__}-*"):
                 shutil.rmtree(older)

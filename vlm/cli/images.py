@@ -125,7 +125,7 @@ def _readable_formats(images: list[str], place: str) -> list[str]:
         images = [file for file in images if not file.lower().endswith(suffixes)]
         fix = f'{title} needs another package (pip install "vlm-jax[{extra}]")'
         if not images:
-            raise DataError(f"{place!r} holds no other images than {len(lacking):,} {title}: {fix}")
+            raise DataError(f"{place!r} has only {title} images ({len(lacking):,}): {fix}")
         report_skipped(lacking, place, f"are not read, because {fix}")
     return images
 

@@ -132,10 +132,11 @@ def update_index(
             _save(target, folder, replaces)
     # A changed file that is unreadable now must not keep its old embedding.
     bad = {os.fspath(p) for p in changed} - {os.fspath(p) for p in unreadable.readable(changed)}
-    target.remove([name for name in bad if name in target])
+    stale = [name for name in bad if name in target]
+    target.remove(stale)
     if not len(target):
         unreadable.finish()
-    if changed or gone or bad or not is_index(folder):
+    if len(changed) > len(bad) or gone or stale or replaces or not is_index(folder):
         _save(target, folder, replaces)
     return BuiltIndex(target, unreadable, len(changed) - len(bad), len(gone))
 

@@ -91,6 +91,8 @@ def _device_attributes() -> list[str]:
         return []
     answer, deadline = b"", time.monotonic() + ANSWER_TIMEOUT
     try:
+        if os.tcgetpgrp(terminal) != os.getpgrp():
+            return []  # in the background, where changing the terminal would stop the process
         before = termios.tcgetattr(terminal)
         try:
             tty.setcbreak(terminal, termios.TCSADRAIN)

@@ -65,8 +65,10 @@ def leading_model(
     Raises:
         UsageError: the first argument may be a model or images, or the others are missing.
     """
+    from vlm.inputs.folders import is_image_name
+
     places = tuple(places)
-    surplus = most is not None and len(places) == most + 1
+    surplus = most is not None and len(places) == most + 1 and not is_image_name(places[0])
     if model is not None or not places or not (surplus or names_model(places[0])):
         return model, places
     first, *rest = places

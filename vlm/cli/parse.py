@@ -111,7 +111,7 @@ def _cli(target: Any, args: list[str], page: Callable[[], Page], **settings: Any
         with contextlib.redirect_stderr(stderr):
             return tyro.cli(
                 target,
-                args=[_as_tyro_has_it(arg) for arg in args],
+                args=[_tyro_flag_name(arg) for arg in args],
                 config=(tyro.conf.AvoidSubcommands,),
                 add_help=False,
                 **settings,
@@ -125,7 +125,7 @@ def _cli(target: Any, args: list[str], page: Callable[[], Page], **settings: Any
         raise UsageError(usage_message(stderr.getvalue(), made)) from None
 
 
-def _as_tyro_has_it(arg: str) -> str:
+def _tyro_flag_name(arg: str) -> str:
     """Convert `--no-data.cache` to `--data.no-cache`, tyro's name of that flag."""
     match = re.fullmatch(r"--no-([\w.-]+\.)([\w-]+)", arg)
     return f"--{match[1]}no-{match[2]}" if match else arg

@@ -113,8 +113,10 @@ def experiment_of(args: list[str]) -> Experiment:
     elif "init_from" in start:
         name = os.path.basename(start["init_from"].rstrip("/")).partition(".")[0]
         experiment = dataclasses.replace(FINE_TUNING, name=f"{name}-finetuned")
-        source, rest = _extract(rest, {"--data.source": ("source", str)})
-        data = dataclasses.replace(experiment.data, **source)
+        if "bucket" in places:
+            raise UsageError("--bucket needs a config that names gs://BUCKET: vlm train CONFIG")
+        named, rest = _extract(rest, DATA)
+        data = dataclasses.replace(experiment.data, **named)
         experiment = dataclasses.replace(experiment, data=with_texts(data, _names_of(options)))
     else:
         raise UsageError(
@@ -160,6 +162,7 @@ START = {
     "--init-image-size": ("init_image_size", int),
     "--init-context-length": ("init_context_length", int),
 }
+DATA = {"--data.source": ("source", str), "--data.train-split": ("train_split", str)}
 PLACES = {"--bucket": ("bucket", str), "--skip-evals": ("skip_evals", str)}
 SIZES = {
     "--model.vision.image-size": ("init_image_size", int),
@@ -197,6 +200,8 @@ def _changed(run: str, options: list[str]) -> Experiment:
     from vlm.training.run import experiment_in
 
     places, options = _extract(options, PLACES)
+    if "bucket" in places:
+        raise UsageError("--bucket is for a new run: the config of a run names its own bucket")
     experiment = _without_replaced_length(experiment_in(as_path(run)), options)
     page = functools.partial(help_page, source=run)
     return _without_evals(parse.options(experiment, "vlm train", options, page), places)
@@ -238,7 +243,8 @@ def _train(
         from vlm.training.console import log
         from vlm.training.data_defaults import DataDefaults
 
-        filled = DataDefaults(experiment, given)
+        with processes.stop_all_on_failure():
+            filled = DataDefaults(experiment, given)
         experiment = filled.experiment
         for line in filled.lines():
             log.info(line)

@@ -1,7 +1,10 @@
 """Image folders of Hugging Face `datasets`: a `metadata` table beside the images."""
 
+import contextlib
+
 from vlm.config import DataConfig
 from vlm.data.examples import Source
+from vlm.data.faults import BadSample
 from vlm.data.splits import NAMES
 from vlm.data.storage import list_files
 from vlm.data.table import SUFFIXES, open_split
@@ -47,4 +50,7 @@ def columns_of(table: str) -> list[str]:
         rows: Source = open_split(config, config.train_split)
     except DataError:
         return []
-    return [name for name in rows[0] if not name.startswith("\0")]
+    for number in range(len(rows)):
+        with contextlib.suppress(BadSample):
+            return [name for name in rows[number] if not name.startswith("\0")]
+    return []

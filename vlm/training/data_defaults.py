@@ -32,7 +32,7 @@ LABEL, TEXTS = "label", ("text", "caption")  # columns of a metadata table
 
 
 def with_texts(data: DataConfig, given: Collection[str]) -> DataConfig:
-    """Find out what the images of a folder have, and name it: a table, texts or classes.
+    """Detect whether a folder has a metadata table, captions or class folders, and name it.
 
     Args:
         data: with the source.
@@ -132,7 +132,7 @@ class DataDefaults:
         if not self.choices:
             return []
         rows = [line for option, why in self.choices for line in (f"  {option}", f"      {why}")]
-        return ["chosen by the data; give an option to change it:", *rows]
+        return ["defaults that follow from the data (give an option to override it):", *rows]
 
     def _set(self, why: str, **fields: Any) -> None:
         """Set fields of the experiment, `data_NAME` for those of its data, and note the options."""
@@ -191,7 +191,7 @@ class DataDefaults:
             except DataError:
                 continue
             count = count_examples(dataclasses.replace(e.data, eval_split=split), split)
-            why = f"{count:,} images; the run chooses nothing by them"
+            why = f"{count:,} images, for evaluation only"
             return self._set(why, data_eval_split=split)
         share = VALIDATION_SHARE
         self._set("", data_eval_split="validation", data_hold_out=share)

@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, ConfigError
 from vlm.weights import catalogue, huggingface, open_clip, transformers_folders
 from vlm.weights.blobs import download_blob
 from vlm.weights.bundle_format import BUNDLE_FILE
@@ -22,6 +22,9 @@ from vlm.weights.fields import read_json
 from vlm.weights.pins import Pin, pinned_folder, read_pin, write_pin
 
 _log = logging.getLogger(__name__)
+_UNRECORDED = (
+    "its commit cannot be recorded in the cache: set VLM_CACHE to a folder that you can write"
+)
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Files that identify the model. The first that a repository has is downloaded before all others.
 _CONFIGS = (BUNDLE_FILE, "config.json", "open_clip_config.json")
@@ -75,9 +78,12 @@ def update(name: str) -> tuple[str | None, str]:
     Raises:
         CheckpointError: as `download`, or the Hub could not be reached.
     """
+    name = name.removeprefix("hf-hub:")
     old = read_pin(name)
     _, offline = _fetch(name, None, None)
     new = read_pin(name)
+    if offline is None and new is None:
+        raise CheckpointError(f"the model {name!r} is not updated: {_UNRECORDED}")
     if offline is not None or new is None:
         raise CheckpointError(
             f"the model {name!r} is not updated, because the Hub could not be reached ({offline}): "
@@ -141,7 +147,10 @@ def _fetch(name: str, revision: str | None, pin: Pin | None) -> tuple[epath.Path
         if about.sha != wanted and (known is None or known.name != about.sha):
             hub.hf_hub_download(name, configs[0], revision=revision)
         if revision is None:
-            write_pin(name, Pin(about.sha, fetched))
+            try:
+                write_pin(name, Pin(about.sha, fetched))
+            except (OSError, ConfigError) as error:
+                _log.warning("%s: %s (%s)", name, _UNRECORDED, error)
         return folder, None
     except CheckpointError:
         raise
