@@ -82,7 +82,7 @@ usage: vlm bench loss [options]
 
 Measure time, memory and gradient error of the contrastive losses.
 
-Times include the backward pass, and are compared with a lower bound from
+Times include the backward pass, and are compared with 8 B² d FLOPs at the
 measured GEMM throughput.
 
 Examples:

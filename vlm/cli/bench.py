@@ -38,7 +38,7 @@ def loss(
 ) -> None:
     """Measure time, memory and gradient error of the contrastive losses.
 
-    Times include the backward pass, and are compared with a lower bound from measured GEMM
+    Times include the backward pass, and are compared with 8 B² d FLOPs at the measured GEMM
     throughput.
 
     Examples:
