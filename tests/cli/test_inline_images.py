@@ -117,8 +117,21 @@ def test_a_terminal_is_asked(monkeypatch, answer):
     monkeypatch.setattr(
         "os.open", lambda path, *flags: theirs if path == "/dev/tty" else opened(path, *flags)
     )
+    monkeypatch.setattr("os.tcgetpgrp", lambda terminal: os.getpgrp())  # in the foreground
     os.write(ours, answer)
     found = inline_images._device_attributes()
-    assert os.read(ours, 100).endswith(b"\033[c")
+    asked = b""
+    while not asked.endswith(b"\033[c"):  # after the echo of the answer
+        asked += os.read(ours, 100)
     assert found == (["62", "4", "22"] if b"62" in answer else [])
+    os.close(ours)
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
+def test_in_the_background_no_terminal_is_asked(monkeypatch):
+    ours, theirs = os.openpty()
+    monkeypatch.setattr("os.open", lambda path, *flags: theirs)
+    monkeypatch.setattr("os.tcgetpgrp", lambda terminal: os.getpgrp() + 1)
+    monkeypatch.setattr("os.write", lambda *args: pytest.fail("the terminal is asked"))
+    assert inline_images._device_attributes() == []
     os.close(ours)

@@ -102,6 +102,8 @@ def test_what_may_be_either_is_refused_with_the_fix(place):
     same = "ViT-L-14", "photos"  # a folder here takes precedence over the name of a model
     assert leading_model("vlm classify", None, same) == (None, same)
     assert leading_model("vlm serve", None, ()) == (None, ())
+    unquoted = "photo.jpg", "a", "dog"  # an image is never a model
+    assert leading_model("vlm explain", None, unquoted, 2, 2) == (None, unquoted)
 
 
 def test_teacher_is_the_old_name_of_the_model(place, tmp_path):

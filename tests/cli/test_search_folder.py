@@ -70,6 +70,15 @@ def test_only_changed_files_are_encoded_again(photos, found):
     assert json.loads(likes[0])["id"] == str(photos / NAMES[0])
 
 
+def test_an_unreadable_file_does_not_save_the_index_again(photos, found):
+    (photos / "bad.png").write_bytes(b"no picture")
+    found("photos", "red", code=1)
+    (folder,) = (photos.parent / "cache" / "indexes").iterdir()
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert found("photos", "red", code=1)[1] == [(3, 0, 0)]
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
 @pytest.mark.slow
 def test_each_model_has_its_own_index(photos, found, tmp_path):
     golden = Path(__file__).parent.parent / "weights" / "golden" / "oc_eva02"

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from vlm.cli import main
+from vlm.cli.parse import UsageError
 from vlm.cli.train import experiment_of
 from vlm.config import (
     DataConfig,
@@ -126,3 +127,8 @@ def test_the_command_refuses_before_it_meets_other_hosts(tmp_path):
     assert done.stderr.count("\n") == 1
     assert "give --bucket gs://NAME" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_bucket_without_a_placeholder_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="--bucket needs a config that names gs://BUCKET"):
+        experiment_of(["--init-from", "model", "--data.source", "a", "--bucket", "gs://mine"])

@@ -14,6 +14,7 @@ from vlm.cli import main
 from vlm.cli.train import _names_of, experiment_of
 from vlm.config import DataConfig
 from vlm.data.hold_out import part_of
+from vlm.data.image_folder import metadata_table
 from vlm.data.sources import classes_of, open_source, open_to_measure, split_names
 from vlm.errors import ConfigError, DataError
 from vlm.training.data_defaults import DataDefaults, batch_size_for
@@ -292,3 +293,20 @@ def test_the_command_trains_and_its_run_classifies(tmp_path, capfd):
     assert main(["classify", "--model", str(tmp_path / "run"), str(image), "--json"]) == 0
     row = json.loads(capfd.readouterr().out.splitlines()[0])
     assert {label["label"] for label in row["labels"]} == {f"a_{c}_square" for c in tiny.COLOURS}
+
+
+def test_a_named_training_split_is_the_one_that_is_inspected(tmp_path):
+    folders(tmp_path / "pets" / "all2024", {"red": 20, "blue": 20})
+    folders(tmp_path / "pets" / "val", {"red": 4, "blue": 4})
+    made = decided(tmp_path / "pets", "--data.train-split", "all2024")
+    assert made.experiment.data.train_split == "all2024"
+    assert made.experiment.data.eval_split == "val"
+
+
+def test_a_bad_first_row_of_a_metadata_table_is_a_bad_sample(tmp_path):
+    root = folders(tmp_path, {"red": 30})
+    rows = ["file_name,text", ",nothing", *(f"{p.relative_to(root)},a red square" for p in sorted(
+        p for p in root.rglob("*") if p.is_file()
+    ))]  # fmt: skip
+    (root / "metadata.csv").write_text("\n".join(rows))
+    assert metadata_table(str(root)) == f"{root}/metadata.csv"
