@@ -1,7 +1,7 @@
-"""Screenshot of the page for the README: OpenMoji searched by a model trained on it.
+"""Screenshot of the search page for the documentation: OpenMoji, and a model trained on it.
 
 vlm train configs/openmoji.py --run-dir RUN
-python tests/serving/picture.py RUN .github/page.png
+python tests/serving/picture.py RUN vlm/docs/howto/serve.png
 """
 
 import argparse
@@ -13,7 +13,7 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "serve")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "serving")]
 
 COUNT, SIZE = 600, 256
 
