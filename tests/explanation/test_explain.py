@@ -290,7 +290,7 @@ def test_the_command(tmp_path, capsys):
     assert Image.open(out).size == (90, 60)
     assert main([*line[:-1], "heat.jpg"]) == 2
     assert "ends in .png" in capsys.readouterr().err
-    assert main([*line[:2], str(tmp_path / "none.png"), TEXT]) == 1
+    assert main([*line[:3], str(tmp_path / "none.png"), TEXT]) == 1
     assert "none.png" in capsys.readouterr().err
 
 

@@ -153,8 +153,6 @@ class DataConfig(Config):
         train_split: Name of the training split.
         eval_split: Name of the eval split. Its images are retrieved among all captions of both
             splits. Use None for large data, and `Experiment.evals`.
-        hold_out: Fraction of the training split to use as the eval split, if the source has no such
-            split. It is taken from each class of `label`, and is the same in every run.
         image: Name of the feature that holds the image. In shards and folders: one file of several,
             such as mask.png.
         captions: Features that hold captions. A nested one is written as captions/text. In shards
@@ -186,6 +184,8 @@ class DataConfig(Config):
         mixture: Several sources to train on, in place of `source`.
         max_bad_share: Stop the run if a larger fraction of its samples is broken.
         max_bad_in_a_row: Stop the run if this many samples in a row are broken.
+        hold_out: Fraction of the training split to use as the eval split, if the source has no such
+            split. It is taken from each class of `label`, and is the same in every run.
 
     Example:
         >>> vlm.DataConfig(source="photos/", workers=8).workers
@@ -195,7 +195,6 @@ class DataConfig(Config):
     source: str = ""
     train_split: str = "train"
     eval_split: str | None = "test"
-    hold_out: float = 0.0
     image: str = "image"
     captions: tuple[str, ...] = ("caption",)
     caption_weights: tuple[float, ...] = ()
@@ -214,6 +213,7 @@ class DataConfig(Config):
     mixture: tuple[MixturePart, ...] = ()
     max_bad_share: float = 0.05
     max_bad_in_a_row: int = 256
+    hold_out: float = 0.0
 
     @classmethod
     def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
