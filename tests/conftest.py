@@ -16,10 +16,8 @@ from quick import QUICK
 
 HERE = pathlib.Path(__file__).parent
 
-# A runner in the background may ignore Ctrl-C and a closed terminal, and the processes that tests
-# start inherit that.
+# A runner in the background may ignore Ctrl-C, and the processes that tests start inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # What JAX traces is many objects that live long: looking through them less often is 8% of a run.
 gc.set_threshold(50_000, 20, 20)
@@ -107,6 +105,12 @@ def _traces():
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _hang_up():
+    """A runner or the TPU compiler ignores SIGHUP, and processes that tests start inherit that."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
