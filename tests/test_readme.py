@@ -103,9 +103,8 @@ def typed_there(monkeypatch, place):
     monkeypatch.setenv("VLM_MODEL", MODEL)
 
 
-@pytest.fixture
-def parsed_only(monkeypatch, typed_there):
-    """`main` reads configs and options, and leaves it at that."""
+def only_parse(monkeypatch):
+    """From now on `main` reads configs and options, and leaves it at that."""
     call = parse.call
 
     def check(function, prog, args):
@@ -114,6 +113,11 @@ def parsed_only(monkeypatch, typed_there):
     monkeypatch.setattr(parse, "call", check)
     monkeypatch.setattr(train, "_train", lambda *values, **options: None)
     monkeypatch.setattr(train, "_changed", lambda *values, **options: None)
+
+
+@pytest.fixture
+def parsed_only(monkeypatch, typed_there):
+    only_parse(monkeypatch)
 
 
 def must(words):

@@ -19,10 +19,10 @@ import tiny
 from flax import nnx
 from PIL import Image
 from test_import import IN_SUBPACKAGES
-from test_readme import blocks, commands, must, of_vlm
+from test_readme import blocks, commands, must, of_vlm, only_parse
 
 import vlm
-from vlm.cli import evaluate, parse, train
+from vlm.cli import evaluate
 from vlm.config import AdapterConfig, to_dict
 from vlm.inputs import Preprocess
 from vlm.models import DualEncoder, adapters
@@ -113,14 +113,7 @@ def test_python_runs(page, place, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", SHELL, ids=identifier)
 def test_commands_are_spelled_right(page, place, monkeypatch):
-    call = parse.call
-
-    def check(function, prog, args):
-        call(functools.wraps(function)(lambda *values, **options: None), prog, args)
-
-    monkeypatch.setattr(parse, "call", check)
-    monkeypatch.setattr(train, "_train", lambda *values, **options: None)
-    monkeypatch.setattr(train, "_changed", lambda *values, **options: None)
+    only_parse(monkeypatch)
     monkeypatch.setattr(evaluate, "evaluate", lambda model, options: None)
     monkeypatch.chdir(place)
     for block in blocks(page.read_text(), "sh"):

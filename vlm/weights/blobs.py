@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from vlm.errors import CheckpointError
+from vlm.weights.pins import hub_folder
 
 
 def download_blob(name: str, file: str, commit: str) -> None:
@@ -29,7 +30,7 @@ def download_blob(name: str, file: str, commit: str) -> None:
     about = hub.get_hf_file_metadata(url)
     if about.etag is None or about.size is None:
         return  # a server that does not describe its files: the client's own download is used
-    folder = Path(constants.HF_HUB_CACHE, "models--" + name.replace("/", "--"), "blobs")
+    folder = Path(constants.HF_HUB_CACHE, hub_folder(name), "blobs")
     blob, part = folder / about.etag, folder / f"{about.etag}.part"
     headers = utils.build_hf_headers()
     if urlparse(about.location).netloc != urlparse(url).netloc:

@@ -19,7 +19,7 @@ from vlm.weights.blobs import download_blob
 from vlm.weights.bundle_format import BUNDLE_FILE
 from vlm.weights.checkpoint import shards, weight_names
 from vlm.weights.fields import read_json
-from vlm.weights.pins import Pin, pinned_folder, read_pin, write_pin
+from vlm.weights.pins import Pin, hub_folder, pinned_folder, read_pin, write_pin
 
 _log = logging.getLogger(__name__)
 _UNRECORDED = (
@@ -82,13 +82,13 @@ def update(name: str) -> tuple[str | None, str]:
     old = read_pin(name)
     _, offline = _fetch(name, None, None)
     new = read_pin(name)
-    if offline is None and new is None:
-        raise CheckpointError(f"the model {name!r} is not updated: {_UNRECORDED}")
-    if offline is not None or new is None:
+    if offline is not None:
         raise CheckpointError(
             f"the model {name!r} is not updated, because the Hub could not be reached ({offline}): "
             "connect and try again"
         )
+    if new is None:
+        raise CheckpointError(f"the model {name!r} is not updated: {_UNRECORDED}")
     return None if old is None else old.commit, new.commit
 
 
@@ -257,7 +257,7 @@ def _explain(error: Exception, name: str, revision: str | None, file: str | None
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{name}"
-    place = os.path.join(constants.HF_HUB_CACHE, "models--" + name.replace("/", "--"))
+    place = os.path.join(constants.HF_HUB_CACHE, hub_folder(name))
     reason = _reason(error)
     cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
     status = getattr(getattr(cause, "response", None), "status_code", None)

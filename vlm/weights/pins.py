@@ -43,7 +43,7 @@ def pinned_folder(name: str, pin: Pin) -> epath.Path | None:
     """Return the folder of the recorded commit in the Hub's cache; None if a file is not whole."""
     from huggingface_hub import constants
 
-    snapshots = epath.Path(constants.HF_HUB_CACHE) / _folder(name) / "snapshots"
+    snapshots = epath.Path(constants.HF_HUB_CACHE) / hub_folder(name) / "snapshots"
     folder = snapshots / pin.commit
     for file, size in pin.files.items():
         try:
@@ -54,9 +54,10 @@ def pinned_folder(name: str, pin: Pin) -> epath.Path | None:
     return folder if pin.files else None
 
 
-def _folder(name: str) -> str:
+def hub_folder(name: str) -> str:
+    """Return the name of a model's folder in the Hub's cache."""
     return "models--" + name.replace("/", "--")
 
 
 def _file(name: str) -> epath.Path:
-    return cache_dir() / "hub" / f"{_folder(name)}.json"
+    return cache_dir() / "hub" / f"{hub_folder(name)}.json"
