@@ -10,6 +10,8 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+from vlm.config import ImportPath
+
 # Placeholders of texts, by the name of the field or parameter.
 PLACEHOLDERS = {
     "calibration": "FILE",
@@ -97,7 +99,8 @@ def of_config(
         elif value is None and optional:
             parts.append((name, optional[0](), True))  # pyright: ignore[reportCallIssue]
         elif _has_dataclass(hint):
-            parts += [(f"{name}.{i}", item, unset) for i, item in enumerate(value or ())]
+            items = [(i, x) for i, x in enumerate(value or ()) if dataclasses.is_dataclass(x)]
+            parts += [(f"{name}.{i}", item, unset) for i, item in items]
         else:
             typed = f"--{name.replace('_', '-')}"
             text, default = _described(texts.get(field.name, ""), value, typed)
@@ -173,4 +176,6 @@ def _type(hint: Any, name: str) -> str:
         return f"{one}..." if one.isalpha() else f"{one} ..."
     if origin is tuple:
         return " ".join(_type(arg, name) for arg in args)
+    if hint is ImportPath:
+        return "MODULE:NAME"
     return {bool: "", int: "INTEGER", float: "NUMBER"}.get(hint, PLACEHOLDERS.get(name, "TEXT"))

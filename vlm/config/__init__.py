@@ -6,6 +6,9 @@ is saved as JSON in the run folder.
 
 from vlm._deprecation import renamed
 from vlm.config.base import Config as Config
+from vlm.config.code import Code as Code
+from vlm.config.code import ImportPath as ImportPath
+from vlm.config.code import find_codes as find_codes
 from vlm.config.data import AugmentConfig as AugmentConfig
 from vlm.config.data import DataConfig as DataConfig
 from vlm.config.data import FieldFilter as FieldFilter
@@ -30,6 +33,7 @@ from vlm.config.model import ModelConfig as ModelConfig
 from vlm.config.model import TextConfig as TextConfig
 from vlm.config.model import TextPool as TextPool
 from vlm.config.model import kept_tokens as kept_tokens
+from vlm.config.optimizer import OptimizerConfig as OptimizerConfig
 from vlm.config.placeholders import require_bucket as require_bucket
 from vlm.config.placeholders import with_bucket as with_bucket
 from vlm.config.placeholders import without_evals as without_evals
@@ -44,8 +48,8 @@ from vlm.config.towers import ViTaminConfig as ViTaminConfig
 from vlm.config.towers import ViTConfig as ViTConfig
 from vlm.config.training import Experiment as Experiment
 from vlm.config.training import MeshConfig as MeshConfig
-from vlm.config.training import OptimizerConfig as OptimizerConfig
 from vlm.config.training import RematPolicy as RematPolicy
+from vlm.config.training import loss_name as loss_name
 
 __getattr__ = renamed(__name__, {"VisionConfig": "vlm.config.towers.ViTConfig"})
 del renamed

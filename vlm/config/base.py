@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from vlm._deprecation import FIELDS, rename_fields, warn
 from vlm.config.bounds import check_bounds, check_image_size, check_projection
+from vlm.config.code import Code, ImportPath
 from vlm.errors import ConfigError, brief
 
 T = TypeVar("T", bound="Config")
@@ -28,7 +29,8 @@ class Config(metaclass=_AcceptsOldNames):
 
     Construction checks each field against its declared type, its choices and the bounds of
     `vlm.config.bounds`, and then calls `check`. An int becomes a float where one is declared, a
-    list a tuple, and a dict of fields the config that is declared.
+    list a tuple, a mapping a tuple of pairs, a dict of fields the config that is declared, and an
+    object its import path (`vlm.config.code`).
 
     Raises:
         ConfigError: a wrong value; the message names class, field, value and the allowed values.
@@ -90,6 +92,11 @@ class Config(metaclass=_AcceptsOldNames):
         return values
 
     @classmethod
+    def from_value(cls: type[T], value: Any, where: str) -> T:
+        """Construct a config from the value of a field: a dict of fields, as in JSON."""
+        return cls.from_fields(value, where)
+
+    @classmethod
     def from_fields(cls: type[T], values: Any, where: str) -> T:
         """Construct a config from a dict of fields; `where` is its path in messages.
 
@@ -142,16 +149,20 @@ def _checked(cls: type[Config], name: str, value: Any, where: str) -> Any:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """Convert `value` to the type `hint`, or raise a ConfigError that names `where`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is ImportPath:
+        return Code.of(value, where)
     if origin in (typing.Union, types.UnionType):
         return _one_of(args, value, where)
     if origin is Literal:
+        if isinstance(value, type):  # such as jnp.bfloat16
+            value = value.__name__
         if isinstance(value, str) and value in args:
             return value
         raise ConfigError(f"{where} is {brief(value)}: choose one of {', '.join(map(repr, args))}")
     if origin is tuple:
         return _tuple_of(args, value, where)
     if issubclass(hint, Config):
-        return value if isinstance(value, hint) else hint.from_fields(value, where)
+        return value if isinstance(value, hint) else hint.from_value(value, where)
     if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
         try:
             return value if type(value) is float else float(value)
@@ -182,17 +193,29 @@ def _one_of(options: tuple[Any, ...], value: Any, where: str) -> Any:
         )
     if kinds:
         return value
-    for option in options[:-1]:
+    failures = []
+    for option in options:
         try:
             return _convert(option, value, where)
-        except ConfigError:
-            continue
-    return _convert(options[-1], value, where)
+        except ConfigError as error:
+            failures.append(str(error))
+    named = [choice for option in options for choice in typing.get_args(option)]
+    if named and ImportPath in options:
+        choices = ", ".join(map(repr, named))
+        raise ConfigError(
+            f"{where} is {brief(value)}: choose one of {choices}, or give an object, or its import "
+            "path such as my_parts:name"
+        )
+    raise ConfigError(failures[0] if isinstance(value, dict) else failures[-1])
 
 
 def _tuple_of(args: tuple[Any, ...], value: Any, where: str) -> tuple:
+    pairs = typing.get_origin(args[0]) is tuple
+    if pairs and isinstance(value, dict):
+        value = list(value.items())
     if not isinstance(value, list | tuple):
-        raise ConfigError(f"{where} must be a list, not {brief(value)}")
+        kind = "mapping or a list of pairs" if pairs else "list"
+        raise ConfigError(f"{where} must be a {kind}, not {brief(value)}")
     hints = [args[0]] * len(value) if args[-1] is Ellipsis else args
     if len(hints) != len(value):
         raise ConfigError(f"{where} takes {len(args)} values, not {brief(value)}")

@@ -1,14 +1,17 @@
 """JSON form of configs, and loading of `configs/*.py`."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
-import runpy
+import sys
+import types
 import warnings
 from typing import Any, TypeVar
 
 from vlm.config.base import Config
+from vlm.config.code import Code
 from vlm.config.training import Experiment
 from vlm.errors import ConfigError
 
@@ -35,7 +38,7 @@ def _plain(value: Any) -> Any:
         return kind | {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return value
+    return str(value) if isinstance(value, Code) else value
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
@@ -75,6 +78,9 @@ def check_types(config: T) -> T:
 def load_config(path: str | os.PathLike) -> Experiment:
     """Load the `Experiment` that a config file binds to the name `config`, or a run's JSON.
 
+    A config file is imported as a module of its name, so that a run can refer to the code in it.
+    Its folder is added to the end of `sys.path`.
+
     Args:
         path: a file, or the name of a config that is part of vlm, such as "openmoji".
 
@@ -93,15 +99,42 @@ def load_config(path: str | os.PathLike) -> Experiment:
         except ValueError as error:
             raise ConfigError(f"{path} is not JSON: {error}") from None
     try:
-        names = runpy.run_path(path)
+        module = _imported(pathlib.Path(path).absolute())
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(f"{path} failed with {type(error).__name__}: {error}") from error
-    config = names.get("config")
+    config = getattr(module, "config", None)
     if not isinstance(config, Experiment):
         raise ConfigError(f"{path} binds no `config` of type vlm.Experiment: add `config = ...`")
     return config
+
+
+_imported_files: set[str] = set()  # config files that are modules of this process
+
+
+def _imported(path: pathlib.Path) -> types.ModuleType:
+    """Run a config file as a module; it is importable unless another module has its name."""
+    if os.fspath(path.parent) not in sys.path:
+        sys.path.append(os.fspath(path.parent))
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    if path.stem.isidentifier() and _origin(path.stem) in (None, os.fspath(path), *_imported_files):
+        sys.modules[path.stem] = module
+        _imported_files.add(os.fspath(path))
+    found.loader.exec_module(module)
+    return module
+
+
+def _origin(name: str) -> str | None:
+    """Return the file of the module that `import name` gives; None if there is none."""
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+    return None if found is None else found.origin or ""
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:

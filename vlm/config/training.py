@@ -1,134 +1,21 @@
-"""Configs of a training run: the optimizer, the mesh, and the whole experiment."""
+"""Configs of a training run: the mesh, and the whole experiment."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 from vlm.config.base import Config
+from vlm.config.code import Code, ImportPath
 from vlm.config.data import DataConfig
 from vlm.config.evaluation import EvalConfig
 from vlm.config.fine_tuning import AdapterConfig, DistillConfig
 from vlm.config.inputs import PreprocessConfig, TokenizerConfig
-from vlm.config.model import ModelConfig
+from vlm.config.model import Loss, ModelConfig
+from vlm.config.optimizer import UNSET, OptimizerConfig, Resolved, check_pattern
 from vlm.config.towers import VisionTowerConfig
 from vlm.errors import ConfigError
 
 # Rematerialisation policies, from the most memory to the least: see `Experiment.remat`.
 RematPolicy = Literal["none", "dots", "dots_no_batch", "full"]
-
-T = TypeVar("T")
-UNSET: Any = None  # default of `Resolved` fields
-
-
-class Resolved(Generic[T]):
-    """For type checkers: a field that accepts None, which `vlm.training.init_from.resolve` fills.
-
-    It reads as non-optional, because all internal readers run after that.
-    """
-
-    def __get__(self, instance: object, owner: type) -> T: ...  # pyright: ignore
-
-    def __set__(self, instance: object, value: T | None) -> None: ...
-
-
-@dataclass(frozen=True)
-class OptimizerConfig(Config):
-    """The update rule, its schedule and its safeguards.
-
-    Args:
-        name: The update rule.
-        learning_rate: Peak learning rate. None: 1e-3, or for a run that starts from a model a
-            rate by width and batch size.
-        end_learning_rate: Learning rate at the end of the schedules cosine, rsqrt and wsd.
-        schedule: Learning rate schedule after the warm-up. rsqrt: inverse square root of
-            the step; wsd: constant, then decay.
-        warmup: Fraction of the run in which the learning rate rises from 0. None: 0.05, or 0.1 for
-            a run that starts from a model.
-        cooldown: Fraction of the run in which rsqrt and wsd decay at the end.
-        weight_decay: Strength of weight decay. It applies to matrices, low-rank adapters included,
-            and not to norms, biases, and the scale and bias of the logits.
-        weight_decay_rule: Factor of weight_decay. open_clip: learning_rate, for every matrix, as in
-            PyTorch and optax; big_vision: the schedule relative to its peak, for every kernel.
-        l2_sp: Strength of decay of all weights towards their initial values (L2-SP,
-            arXiv:1802.01483), in the units of weight_decay, which it replaces. 0: none.
-        b1: Decay of the average of gradients.
-        b2: Decay of the average of squared gradients; for Adafactor, its maximum.
-        eps: Term that avoids division by zero.
-        clip_norm: Maximum global norm of the gradient; a larger one is scaled down. None: no
-            limit.
-        layer_decay: Learning rate of a block relative to the next one (layer-wise decay).
-        vision_rate: Learning rate of the vision tower relative to learning_rate.
-        text_rate: Learning rate of the text tower relative to learning_rate.
-        ema: Decay of the moving average (EMA) of the parameters, which is exported in place of the
-            raw parameters. None: no EMA.
-        max_scale: Maximum of the logit scale; CLIP's is 100. A scale that starts above it, as
-            SigLIP's, may only decrease. None: no limit.
-        on_nonfinite: Action at a loss or gradient that is not finite. stop: end the run; skip: skip
-            the update.
-        max_skipped_in_a_row: For on_nonfinite skip: stop the run when this many steps in a row are
-            skipped.
-
-    Example:
-        >>> vlm.OptimizerConfig(name="lion", learning_rate=3e-4).schedule
-        'cosine'
-    """
-
-    name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
-    if TYPE_CHECKING:
-        learning_rate: Resolved[float] = UNSET
-        warmup: Resolved[float] = UNSET
-    else:
-        learning_rate: float | None = None
-        warmup: float | None = None
-    end_learning_rate: float = 0.0
-    schedule: Literal["cosine", "rsqrt", "wsd", "constant"] = "cosine"
-    cooldown: float = 0.2
-    weight_decay: float = 0.1
-    weight_decay_rule: Literal["open_clip", "big_vision"] = "open_clip"
-    l2_sp: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.98
-    eps: float = 1e-6
-    clip_norm: float | None = 1.0
-    layer_decay: float = 1.0
-    vision_rate: float = 1.0
-    text_rate: float = 1.0
-    ema: float | None = None
-    max_scale: float | None = 100.0
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    max_skipped_in_a_row: int = 25
-
-    def check(self):
-        peak = self.learning_rate
-        if peak is not None and self.end_learning_rate > peak:
-            raise ConfigError(
-                f"optimizer.end_learning_rate {self.end_learning_rate} is above learning_rate "
-                f"{peak}, the peak: make it lower"
-            )
-        if self.end_learning_rate and self.schedule == "constant":
-            raise ConfigError(
-                'optimizer.schedule "constant" does not decay to end_learning_rate '
-                f"{self.end_learning_rate}: choose another schedule or leave it at 0"
-            )
-        if self.schedule in ("cosine", "constant"):
-            self.refuse_unused('set schedule to "rsqrt" or "wsd"', "cooldown")
-        if self.name in ("lion", "adafactor"):
-            self.refuse_unused('set name to "adamw" or "muon"', "eps")
-        if self.on_nonfinite == "stop":
-            self.refuse_unused('set on_nonfinite to "skip"', "max_skipped_in_a_row")
-        if self.l2_sp and self.weight_decay:
-            self.refuse_unused("leave l2_sp out, which replaces it", "weight_decay")
-        if self.weight_decay_rule == "big_vision" and peak == 0:
-            raise ConfigError(
-                'optimizer.weight_decay_rule "big_vision" measures the schedule by its peak, so '
-                "learning_rate must be positive"
-            )
-        by_share = self.weight_decay_rule == "big_vision" and not self.l2_sp
-        if by_share and self.weight_decay > 0.05:
-            raise ConfigError(
-                f"optimizer.weight_decay {self.weight_decay} by big_vision's rule is the fraction "
-                "that each step removes from every kernel: set a fraction such as 1e-4, or choose "
-                'weight_decay_rule "open_clip"'
-            )
 
 
 @dataclass(frozen=True)
@@ -170,7 +57,8 @@ class Experiment(Config):
         tokenizer_file: The vocabulary: a tokenizer.json, or "clip" for OpenAI's, which is part of
             vlm. None: it is learned from the data.
         data: Source of the training pairs.
-        evals: Data sets to evaluate on, besides the eval split of `data`. All captions of that
+        evals: Data sets to evaluate on, besides the eval split of `data`, and functions of your own
+            of a bundle and the step that return metrics. All captions of that
             split are embedded each time: for large data, set eval_split to None and evals to
             smaller data. With neither, the run is not evaluated.
         optimizer: The optimizer, its schedule and its safeguards.
@@ -219,6 +107,15 @@ class Experiment(Config):
         keep_hours: Also keep one checkpoint every so many hours. None: only the newest.
         profile: First and last step of a trace by jax.profiler. None: no trace.
         run_dir: Folder of the run. It may be remote. None: runs/NAME-DATE.
+        losses: Losses of your own and their weights, in place of the model's loss: functions of
+            `vlm.losses.LossInputs`, and "softmax" or "sigmoid". Empty: the model's loss.
+        loss_intermediates: Names of activations of the towers that losses read, such as
+            "vision/embedding".
+        freeze: Regular expressions of parameter names: a parameter whose whole name matches is not
+            trained.
+        callbacks: Callbacks of the run, such as `vlm.callbacks.WandB()`.
+        code: Import paths of your own code in this config, each with a hash of its source. The run
+            fills them in.
 
     Example:
         >>> import dataclasses
@@ -238,7 +135,7 @@ class Experiment(Config):
         tokenizer: TokenizerConfig | None = None
     tokenizer_file: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
-    evals: tuple[EvalConfig, ...] = ()
+    evals: tuple[EvalConfig | ImportPath, ...] = ()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     batch_size: int = 1024
@@ -269,6 +166,11 @@ class Experiment(Config):
     keep_hours: float | None = None
     profile: tuple[int, int] | None = None
     run_dir: str | None = None
+    losses: tuple[tuple[Loss | ImportPath, float], ...] = ()
+    loss_intermediates: tuple[str, ...] = ()
+    freeze: tuple[str, ...] = ()
+    callbacks: tuple[ImportPath, ...] = ()
+    code: tuple[tuple[str, str], ...] = ()
 
     def check(self):
         lengths = ("steps", "epochs", "examples", "seconds")
@@ -289,9 +191,9 @@ class Experiment(Config):
             )
         self._check_start()
         self._check_objective()
+        self._check_own_parts()
         if self.model is not None or self.init_from is None:
             self._check_model(self.model or ModelConfig())
-        self._check_evaluation()
 
     def _check_start(self) -> None:
         if self.init_from is None:
@@ -325,6 +227,21 @@ class Experiment(Config):
                 "init_image_size and init_context_length are sizes of the model that init_from "
                 "gives: name one, and leave model out"
             )
+
+    def _check_own_parts(self) -> None:
+        losses = [loss_name(loss) for loss, _ in self.losses]
+        for part, names in (("losses", losses), ("evals", [item.name for item in self.evals])):
+            for name in names:
+                if names.count(name) > 1:
+                    raise ConfigError(f"two of {part} are called {name!r}: give each its own name")
+        for pattern in self.freeze:
+            check_pattern(pattern, "freeze")
+        if self.losses and self.objective == "classification":
+            self.refuse_unused(
+                'objective "classification" has a loss of its own: leave objective out', "losses"
+            )
+        if not any(isinstance(loss, Code) for loss, _ in self.losses):
+            self.refuse_unused("only losses of your own read it: add one", "loss_intermediates")
 
     def _check_objective(self) -> None:
         if self.distill is not None and bool(self.distill.teacher) == bool(self.distill.stored):
@@ -414,8 +331,7 @@ class Experiment(Config):
                     "model.vision.max_patches=None"
                 )
 
-    def _check_evaluation(self) -> None:
-        names = [config.name for config in self.evals]
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigError(f"two of evals are called {name!r}: give each its own name")
+
+def loss_name(loss: str) -> str:
+    """Return the name of a loss in logs: softmax, sigmoid, or that of a function."""
+    return loss.name if isinstance(loss, Code) else loss

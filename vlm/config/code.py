@@ -1,0 +1,264 @@
+"""A user's code in configs: import paths, which keep a config plain JSON, and hashes of its source.
+
+A field that takes code accepts the object itself, or its import path: `my_parts:my_loss`. An object
+that is made with arguments is a call with literal values: `my_parts:Chart(every=10)`.
+"""
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import importlib
+import inspect
+import os
+import re
+import sys
+import types
+from typing import TYPE_CHECKING, Any, NewType
+
+from vlm.errors import ConfigError, brief
+
+# Type of the fields that take code. They hold a `Code`; a type checker lets users pass any object.
+if TYPE_CHECKING:
+    ImportPath = Any
+else:
+    ImportPath = NewType("ImportPath", str)
+
+_PATH = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)(\(.*\))?", re.DOTALL)
+_GIVEN = "<{}>"  # text of an object that has no import path
+
+
+class Code(str):
+    """Import path of an object, with the object if it is known.
+
+    Example:
+        >>> from vlm.config import Code
+        >>> Code.of("jax.nn:silu").load()(0.0)
+        Array(0., dtype=float32, weak_type=True)
+    """
+
+    __slots__ = ("_object",)
+
+    @classmethod
+    def of(cls, value: Any, where: str = "the object") -> "Code":
+        """Make a reference from an import path or from any object.
+
+        An object without an import path, such as a lambda or what a notebook defines, works in this
+        process only: a run with it is resumed by passing it again.
+
+        Raises:
+            ConfigError: a text that is no import path.
+        """
+        if isinstance(value, Code):
+            return value
+        if isinstance(value, str):
+            return cls(_canonical(value, where))
+        plain = isinstance(value, dict | list | tuple | int | float) and not hasattr(
+            value, "_fields"
+        )
+        if value is None or plain:
+            raise ConfigError(f"{where} is {brief(value)}: give an object, or its import path")
+        made = cls(_import_path(value) or _GIVEN.format(_describe(value)))
+        made._object = value
+        return made
+
+    @property
+    def importable(self) -> bool:
+        """Whether another process can load the object."""
+        return not self.startswith("<")
+
+    @property
+    def name(self) -> str:
+        """Short name of the object for logs, such as my_loss."""
+        text = self.strip("<>") if not self.importable else self.partition(":")[2]
+        return text.partition("(")[0].rpartition(".")[2] or text
+
+    def load(self, where: str = "the config") -> Any:
+        """Return the object: a function with arguments becomes a partial, a class an instance.
+
+        Raises:
+            ConfigError: it cannot be imported, or its class does not take the arguments.
+        """
+        if not hasattr(self, "_object"):
+            self._object = _load(self, where)
+        return self._object
+
+    def source_hash(self) -> str:
+        """Return a hash of the source of the object, and of what it uses in its own module.
+
+        Comments and layout do not count. Empty if there is no source, as for compiled code.
+        """
+        target = getattr(self, "_object", None) if not self.importable else _target(self, "")
+        return "" if target is None else _source_hash(target)
+
+    def __reduce__(self):
+        return (Code, (str(self),))  # a process imports the object itself
+
+
+def find_codes(value: Any) -> dict[str, Code]:
+    """Return all references to code in a config, by their text."""
+    found: dict[str, Code] = {}
+    if isinstance(value, Code):
+        found[str(value)] = value
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            found |= find_codes(getattr(value, field.name))
+    elif isinstance(value, tuple):
+        for item in value:
+            found |= find_codes(item)
+    return found
+
+
+def _canonical(text: str, where: str) -> str:
+    """Write an import path with a colon: `my_parts.my_loss` is accepted too."""
+    if text.startswith("<"):  # of the config of a run
+        return text
+    head, call, arguments = text.partition("(")
+    if ":" not in head and "." in head:
+        module, _, name = head.rpartition(".")
+        text = f"{module}:{name}{call}{arguments}"
+    match = _PATH.fullmatch(text)
+    if match is None or (match[3] and _arguments(match[3]) is None):
+        raise ConfigError(
+            f"{where} is {brief(text)}: give an object, or its import path such as "
+            "my_parts:my_loss or my_parts:MyClass(width=8)"
+        )
+    return text
+
+
+def _arguments(call: str) -> dict[str, Any] | None:
+    """Parse `(a=1, b="x")`; None if it is something else."""
+    try:
+        node = ast.parse(f"f{call}", mode="eval").body
+        if not isinstance(node, ast.Call) or node.args or any(k.arg is None for k in node.keywords):
+            return None
+        return {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _target(path: str, where: str) -> Any:
+    """Import the function or class that a path names, without its arguments."""
+    match = _PATH.fullmatch(path)
+    assert match is not None
+    module, name = match[1], match[2]
+    try:
+        found = _module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{where} names {path!r}, and there is no module {error.name!r}: run from the folder "
+            f"that has {module.replace('.', '/')}.py, or add that folder to PYTHONPATH"
+        ) from None
+    except AttributeError:
+        raise ConfigError(
+            f"{where} names {path!r}, and module {module} has no {name!r}: check its spelling"
+        ) from None
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{where} names {path!r}, and importing {module} failed with "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return found
+
+
+def _module(name: str) -> types.ModuleType:
+    """Import a module, also from the working directory, where `vlm` itself does not look."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return importlib.import_module(name)
+
+
+def _load(path: str, where: str) -> Any:
+    if path.startswith("<"):
+        raise ConfigError(
+            f"{where} was {path}, which has no import path: pass it again, as to vlm.train, or put "
+            "it into a module"
+        )
+    target, call = _target(path, where), (_PATH.fullmatch(path) or [""] * 4)[3]
+    if not call:
+        return target
+    arguments = _arguments(call) or {}
+    if not isinstance(target, type):
+        return functools.partial(target, **arguments)
+    try:
+        return target(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"{where} is {path}, which is refused: {error}") from None
+
+
+def _import_path(value: Any) -> str | None:
+    """Return the path by which another process can import an equal object, if there is one."""
+    if isinstance(value, functools.partial) and not value.args:
+        return _with_arguments(value.func, value.keywords)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [f for f in dataclasses.fields(value) if f.init]
+        changed = {f.name: getattr(value, f.name) for f in fields if not _is_default(value, f)}
+        return _with_arguments(type(value), changed)
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    if not isinstance(module, str) or not isinstance(name, str) or module == "__main__":
+        return None
+    if "._" in f".{module}":  # of a library, which has a public name for it
+        module = _public_module(value, module.partition(".")[0], name) or module
+    found = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return f"{module}:{name}" if found is value else None
+
+
+def _public_module(value: Any, package: str, name: str) -> str | None:
+    """Return the shortest name of a public module of `package` that has `value` as `name`."""
+    public = (m for m in sys.modules if m.partition(".")[0] == package and "._" not in f".{m}")
+    found = (m for m in public if getattr(sys.modules[m], name, None) is value)
+    return min(found, default=None, key=len)
+
+
+def _with_arguments(target: Any, arguments: dict[str, Any]) -> str | None:
+    path = _import_path(target)
+    call = f"({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+    return None if path is None or _arguments(call) != arguments else path + call
+
+
+def _is_default(value: Any, field: dataclasses.Field) -> bool:
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    return default is not dataclasses.MISSING and getattr(value, field.name) == default
+
+
+def _describe(value: Any) -> str:
+    name = getattr(value, "__qualname__", None)
+    return name.replace("<", "").replace(">", "") if name else f"a {type(value).__name__}"
+
+
+def _source_hash(value: Any) -> str:
+    """Hash the definitions of `value` and, recursively, those that it uses in its module."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[value.__module__]))
+    except (AttributeError, KeyError, OSError, TypeError, SyntaxError):
+        return ""
+    defined: dict[str, list[ast.stmt]] = {}
+    for statement in tree.body:
+        for name in _names_defined(statement):
+            defined.setdefault(name, []).append(statement)
+    seen, waiting = {}, [value.__qualname__.partition(".")[0]]
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name not in defined:
+            continue
+        seen[name] = "\n".join(ast.dump(statement) for statement in defined[name])
+        used = (n for statement in defined[name] for n in ast.walk(statement))
+        waiting += [node.id for node in used if isinstance(node, ast.Name)]
+    text = "\n".join(f"{name}: {seen[name]}" for name in sorted(seen))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _names_defined(statement: ast.stmt) -> list[str]:
+    """Return the names that a statement of a module defines; not those that it imports."""
+    if isinstance(statement, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+        return [statement.name]
+    targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
+    return [n.id for t in targets if t for n in ast.walk(t) if isinstance(n, ast.Name)]
