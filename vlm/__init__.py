@@ -17,6 +17,7 @@ from vlm._version import __version__ as __version__
 with epy.lazy_api_imports(globals()):
     from vlm import adaptation as adaptation
     from vlm import bench as bench
+    from vlm import callbacks as callbacks
     from vlm import cluster as cluster
     from vlm import config as config
     from vlm import data as data

@@ -1,0 +1,8 @@
+"""Callbacks of a run: a live display for notebooks, Weights & Biases, MLflow, TensorBoard."""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from vlm.callbacks.base import Callback as Callback
+    from vlm.callbacks.base import RunInfo as RunInfo
+    from vlm.callbacks.base import in_notebook as in_notebook

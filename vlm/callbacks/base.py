@@ -1,0 +1,60 @@
+"""Interface of callbacks."""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInfo:
+    """A run, as callbacks see it.
+
+    Args:
+        folder: The run folder, perhaps in a bucket.
+        local: A folder on this machine whose files are copied to `folder`, for files that grow;
+            `folder` itself if it is on this machine.
+        config: The experiment as JSON values.
+        step: Steps done before this start: 0 in a new run.
+        total_steps: Steps at which the run ends.
+        resumed: Whether the run is resumed.
+    """
+
+    folder: epath.Path
+    local: pathlib.Path
+    config: dict[str, Any]
+    step: int
+    total_steps: int
+    resumed: bool
+
+
+class Callback:
+    """Base class of callbacks: override any of its methods; each does nothing by default.
+
+    Only process 0 calls them. Metrics have their names of log.jsonl, such as "loss" and
+    "eval/top1".
+    """
+
+    def on_start(self, run: RunInfo) -> None:
+        """Start: before the first step of a new or resumed run."""
+
+    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take a row of the log, every `log_every` steps."""
+
+    def on_eval(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of an evaluation after step `step`."""
+
+    def on_checkpoint(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Note a complete checkpoint; `metrics` are its seconds and bytes."""
+
+    def on_end(self, run: RunInfo, results: Mapping[str, float], finished: bool) -> None:
+        """End, also of an interrupted run; `results` are the final metrics of a finished one."""
+
+
+def in_notebook() -> bool:
+    """Return whether this process is the kernel of a notebook, which can show pictures."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None) is not None
