@@ -202,6 +202,24 @@ def test_hits_without_files_are_not_opened(found, photos, tmp_path, monkeypatch,
     found(*options, "--sheet", "hits.png")  # grey cells
 
 
+def test_moved_images_are_found_by_root(photos, found):
+    assert main(["index", "photos", "my-index"]) == 0
+    photos.rename("a=b")
+    new = photos.parent / "a=b"
+    lines, *_ = found("my-index", "red", "--root", f"{photos}={new}", "--copy", "copies")
+    assert {line.split()[-1] for line in lines} == {str(new / name) for name in NAMES}
+    assert {path.name for path in Path("copies").iterdir()} == set(NAMES)
+    like = ("my-index", new / NAMES[0], "--like", "--root", f"{photos}={new}")
+    assert len(found(*like)[0]) == 2
+    for args, code, message in (
+        (("my-index", "red", "--root", f"{photos}=nowhere"), 2, "there is no such folder"),
+        (("my-index", "red", "--root", photos), 2, "write --root OLD=NEW"),
+        (("my-index", "red", "--root", f"/elsewhere={new}"), 1, "no image of the index lies in"),
+        (("a=b", "red", "--root", f"{photos}={new}"), 2, "--root is for an index"),
+    ):
+        assert message in found(*args, code=code)[2]
+
+
 def test_pictures_in_a_terminal(photos, capsys, monkeypatch):
     monkeypatch.setattr(inline_images, "protocol", lambda: "iterm")
     for options, drawn in (((), 2), (("--no-pictures",), 0), (("--json",), 0)):

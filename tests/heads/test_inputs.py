@@ -1,10 +1,12 @@
 """Detection of single items, lists and their kinds."""
 
+import os
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from vlm.errors import DataError
 from vlm.heads.inputs import default_id, split
@@ -43,5 +45,8 @@ def test_unsupported_types_are_refused(items):
 
 
 def test_default_ids():
-    assert default_id(Path("a.png"), 3) == "a.png"
+    assert default_id(Path("a.png"), 3) == os.path.abspath("a.png")
+    assert default_id(Path("x/../a.png"), 3) == os.path.abspath("a.png")
+    assert default_id(Path("a.png"), 3, {"a.png"}) == "a.png"  # of an index of an older version
+    assert default_id(epath.Path("gs://bucket/a.png"), 3) == "gs://bucket/a.png"
     assert default_id("a.png", 3) == 3  # a text

@@ -100,6 +100,20 @@ COMMON = {
         "out",
         "json",
     ),
+    "serve": (
+        "model",
+        "host",
+        "port",
+        "api-key",
+        "name",
+        "tower",
+        "dtype",
+        "templates",
+        "root",
+        "max-batch",
+        "timeout",
+        "export",
+    ),
 }
 
 OVERVIEW = """\

@@ -1,5 +1,6 @@
 """Options that several commands share, with their help texts."""
 
+import os
 from typing import Annotated
 
 from etils import epath
@@ -54,6 +55,14 @@ ClassNames = Annotated[
     ),
 ]
 BatchSize = Annotated[int | None, arg(help="images encoded at once. None: 32 on a CPU, else 256.")]
+Root = Annotated[
+    tuple[str, ...],
+    arg(
+        metavar="OLD=NEW...",
+        help="folders of images that moved after they were indexed; OLD . is that of relative "
+        "paths.",
+    ),
+]
 Json = Annotated[bool, arg(help="print JSON on stdout; tables go to stderr.")]
 Rounds = Annotated[int, arg(help="number of measurements; the best counts.")]
 Beam = Annotated[
@@ -75,3 +84,23 @@ def new_folder(out: str) -> epath.Path:
     if folder.exists():
         raise UsageError(f"{out!r} exists already: give another folder")
     return folder
+
+
+def moved_folders(root: tuple[str, ...]) -> dict[str, str]:
+    """Return old and new folders of images from the values of --root, each OLD=NEW.
+
+    A name may have "=" itself: NEW is the part after one of them that is an existing folder.
+
+    Raises:
+        UsageError: another form, or no such folder.
+    """
+    folders = {}
+    for text in root:
+        parts = text.split("=")
+        pairs = [("=".join(parts[:i]), "=".join(parts[i:])) for i in range(1, len(parts))]
+        known = [(old, new) for old, new in pairs if old and new and as_path(new).is_dir()]
+        if len(known) != 1:
+            fix = "there is no such folder" if pairs and not known else "write --root OLD=NEW"
+            raise UsageError(f"--root {text!r} does not name an old and a new folder: {fix}")
+        folders |= {os.path.expanduser(old): os.fspath(as_path(new)) for old, new in known}
+    return folders

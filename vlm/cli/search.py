@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from vlm.cli import runtime
+from vlm.cli import options, runtime
 from vlm.cli.index import is_index, model_of, update_index
 from vlm.cli.model import load_model
 from vlm.cli.parse import UsageError
@@ -37,6 +37,7 @@ def search(
     where: Annotated[tuple[str, ...], arg(metavar="COLUMN=VALUE...")] = (),
     min_score: float | None = None,
     min_probability: float | None = None,
+    root: options.Root = (),
 ) -> None:
     """Find the images that are most similar to a text or to another image.
 
@@ -79,18 +80,18 @@ def search(
     runtime.prepare_inference()
     from vlm.cli.terminal import print_status
 
-    options: dict[str, Any] = {}
+    limits: dict[str, Any] = {}
     if conditions := [_condition(text) for text in where]:
         from vlm.heads.filters import Condition, where_all
 
-        options["where"] = where_all([Condition(*condition) for condition in conditions])
+        limits["where"] = where_all([Condition(*condition) for condition in conditions])
     asked = query if like else _combined(query, plus, minus, weight)
-    opened, unreadable = _open(index, model)
+    opened, unreadable = _open(index, model, options.moved_folders(root))
     if like:
-        hits = opened.like(_id(opened, query), k, **options)
+        hits = opened.like(_id(opened, query), k, **limits)
     else:
-        options |= {"min_score": min_score, "min_probability": min_probability}
-        hits = opened.search(asked, k, **options)
+        limits |= {"min_score": min_score, "min_probability": min_probability}
+        hits = opened.search(asked, k, **limits)
     _print(hits, json, pictures)
     if open or copy or sheet:
         from vlm.cli import hit_files
@@ -118,10 +119,8 @@ def _combined(query: str, plus: Sequence[str], minus: Sequence[str], weight: flo
 
 
 def _id(index: Any, query: str) -> str | int:
-    """Return the id of an item: a path may be relative, and an id may be an integer."""
-    names: list[str | int] = [query, os.path.abspath(query)]
-    names += [int(query)] if query.isdecimal() else []
-    return next((name for name in names if name in index), query)
+    """Return the id of an item, which may be an integer."""
+    return int(query) if query.isdecimal() and query not in index else query
 
 
 def _print(hits: Any, json: bool, pictures: bool) -> None:
@@ -139,7 +138,7 @@ def _print(hits: Any, json: bool, pictures: bool) -> None:
                     print(drawn)
 
 
-def _open(where: str, model: str | None) -> tuple[Any, Any]:
+def _open(where: str, model: str | None, moved: dict[str, str]) -> tuple[Any, Any]:
     """Open the index at `where`, or that of the images there; also return the `Unreadable` ones."""
     from vlm.cli.images import Unreadable, find_images
     from vlm.cli.terminal import print_status
@@ -147,7 +146,11 @@ def _open(where: str, model: str | None) -> tuple[Any, Any]:
 
     folder = Path(where).expanduser()
     if is_index(folder):
-        return RetrievalIndex.load(folder, load_model(model or model_of(folder))), Unreadable(0)
+        opened = RetrievalIndex.load(folder, load_model(model or model_of(folder)))
+        opened.relocate(moved)
+        return opened, Unreadable(0)
+    if moved:
+        raise UsageError(f"--root is for an index, and {where!r} is none: leave it out")
     if not as_path(where).exists():
         raise CheckpointError(
             f"there is no index and no folder of images {where!r}: check the path, or build an "

@@ -35,6 +35,7 @@ def serve(
     max_waiting: int | None = None,
     timeout: float = 30,
     allow_urls: bool = False,
+    root: options.Root = (),
     export: Annotated[tuple[str, ...], arg(metavar="compose OUT")] = (),
 ) -> None:
     """Start an HTTP API for a model, or an index with its model, and a web search page.
@@ -86,6 +87,9 @@ def serve(
         raise _extra_missing(error) from None
     if folder is not None and tower != "both":
         raise UsageError("an index needs both towers: leave --tower out")
+    moved = options.moved_folders(root)
+    if folder is None and moved:
+        raise UsageError("--root is for an index, and only a model is served: leave it out")
     taken = bind(host, port)  # before loading the model, which may take minutes
     try:
         from vlm.serving.app import create_app
@@ -114,6 +118,7 @@ def serve(
         templates=templates or None,
         local=host in LOOPBACK and not keys,
         max_batch=largest,
+        moved=moved,
     )
     app.state.service.model.warm_up(lambda what: print_status(f"compiling for {what}"))
     print_status("compiling for heat maps")

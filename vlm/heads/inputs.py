@@ -3,13 +3,13 @@
 import itertools
 import os
 from collections.abc import Container, Iterable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Array
 
 from vlm.errors import ConfigError, DataError
+from vlm.heads.image_paths import absolute
 from vlm.heads.items import Id
 from vlm.inputs.opening import SUFFIXES, ImageLike, is_image
 
@@ -94,7 +94,7 @@ def named_items(
                 f"add got {what}s and, as item {number}, {item_kind}: add them in separate calls"
             )
         if ids is None:
-            name = default_id(item, first + number)
+            name = default_id(item, first + number, known)
         else:
             name = next(ids, None)
             if name is None:
@@ -116,9 +116,14 @@ def named_items(
         raise ConfigError(f"there are more ids than the {len(new_ids)} items: give one each")
 
 
-def default_id(item: object, number: int) -> str | int:
-    """Return the path of an image on disk, else the running number."""
-    return str(Path(item)) if isinstance(item, os.PathLike) else number
+def default_id(item: object, number: int, known: Container[Id] = ()) -> str | int:
+    """Return the absolute path of an image on disk, else the running number.
+
+    A relative path stays as it is if it is among the `known` ids, as in indexes of older versions.
+    """
+    if not isinstance(item, os.PathLike):
+        return number
+    return os.fspath(item) if os.fspath(item) in known else absolute(item)
 
 
 def _is_float(dtype: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from vlm.errors import CheckpointError, ConfigError, ConflictError
 from vlm.heads import index_folder, pruned_search
 from vlm.heads.codes import CANDIDATES, Codes, Coding, encode
 from vlm.heads.filters import Value
+from vlm.heads.image_paths import absolute, is_image_path, is_relative, relocated
 
 SMALL = 8192  # rows: neighbouring blocks of at most so many in total are joined
 LARGE = 1 << 16  # rows of an index that gets bounds: smaller ones are searched quickly without
@@ -59,6 +60,7 @@ class Items:
         self.folder: Path | None = None  # of the blocks that have a name
         self.generations: dict[Path, str] = {}  # by folder: the one last loaded or saved there
         self.removed: set[Id] = set()  # ids removed since then
+        self.moved: dict[str, str] = {}  # folders of images that were relocated since then
 
     @property
     def embed_dim(self) -> int | None:
@@ -87,16 +89,43 @@ class Items:
                     break
         return [block.bounds for block in self.blocks]
 
-    def position(self, id: Id) -> int:
-        """Return the position of an id.
+    def known(self, id: GivenId) -> Id | None:
+        """Return the id of an item; a path may be relative, and its id absolute. None: unknown."""
+        name: Any = os.fspath(id) if isinstance(id, os.PathLike) else id
+        try:
+            if name in self.at:
+                return name
+        except TypeError:  # not hashable
+            return None
+        full = absolute(name) if is_relative(name) else None
+        return full if full in self.at else None
+
+    def position(self, id: GivenId) -> int:
+        """Return the position of an id, as `known` finds it.
 
         Raises:
             ConfigError: an unknown id.
         """
-        try:
-            return self.at[id]
-        except (KeyError, TypeError):
-            raise ConfigError(f"the index has no id {id!r}: `ids` lists those it has") from None
+        name = self.known(id)
+        if name is None:
+            raise ConfigError(f"the index has no id {id!r}: `ids` lists those it has")
+        return self.at[name]
+
+    def relocate(self, folders: Mapping[str, str], strict: bool = True) -> None:
+        """Change the ids of images that moved to other folders; see `image_paths.relocated`.
+
+        Raises:
+            ConfigError: two images would have the same path; if strict, no image is in a folder.
+        """
+        ids, unused = relocated(self.ids, folders)
+        at = {ids[i]: int(i) for i in np.flatnonzero(self.live)}
+        if strict and unused:
+            there = next(filter(is_image_path, self.ids), None)
+            fix = "its ids are no paths of images" if there is None else f"one is {there}"
+            raise ConfigError(f"no image of the index lies in {min(unused)!r}: {fix}")
+        if len(at) != len(self.at):
+            raise ConfigError(f"{dict(folders)} give two images the same path: name other folders")
+        self.ids, self.at, self.moved = ids, at, self.moved | dict(folders)
 
     def rows_at(self, positions: np.ndarray) -> np.ndarray:
         """Copy the rows at these positions, in this order, in their stored dtype."""
@@ -143,10 +172,11 @@ class Items:
         numbers = (1 + name for name in ids if isinstance(name, int))
         self.next_number = max(self.next_number, len(self.ids), max(numbers, default=0))
 
-    def remove(self, ids: Iterable[Id]) -> None:
+    def remove(self, ids: Iterable[Any]) -> None:
         """Remove items; with an unknown id, nothing is removed."""
-        ids = list(ids)
-        self.live[[self.position(name) for name in ids]] = False
+        positions = [self.position(id) for id in ids]
+        ids = [self.ids[at] for at in positions]
+        self.live[positions] = False
         for name in ids:
             self.at.pop(name, None)
         self.removed.update(ids)
@@ -203,6 +233,7 @@ class Items:
             self._drop_removed()
         self.blocks, self.folder = blocks, place
         self.removed.clear()
+        self.moved.clear()
 
     def _can_append(self, folder: Path) -> bool:
         """Whether a save to this folder only adds shards, instead of rewriting all items."""
@@ -211,7 +242,7 @@ class Items:
         few_removed = len(self.ids) - len(self.at) <= MOST_REMOVED * len(self.ids)
         same_folder = self.folder == folder.resolve()
         complete = same_folder and all((folder / f"rows-{name}.npy").is_file() for name in shards)
-        return complete and few and few_removed
+        return complete and few and few_removed and not self.moved
 
     def _write_all(self, folder: Path) -> list[Block]:
         live = np.flatnonzero(self.live)
@@ -262,6 +293,21 @@ class Items:
         values = np.concatenate([codes.values for codes in self.codes])[positions]
         scales = [codes.scale for codes in self.codes if codes.scale is not None]
         return Codes(values, np.concatenate(scales)[positions] if scales else None)
+
+    @classmethod
+    def load(cls, folder: Path) -> "tuple[Items, dict[str, Any]]":
+        """Open the items of a saved index, and return them with its description.
+
+        Raises:
+            CheckpointError: no index, or a corrupt one.
+        """
+        while True:
+            meta = index_folder.read_description(folder)
+            try:
+                return cls.open(folder, meta), meta
+            except CheckpointError:  # retry if another process replaced it while it was read
+                if index_folder.read_description(folder) == meta:
+                    raise
 
     @classmethod
     def open(cls, folder: Path, meta: dict[str, Any]) -> "Items":

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from vlm import display
-from vlm.errors import CheckpointError, ConfigError, DataError
+from vlm.errors import ConfigError, DataError
 from vlm.heads import index_folder
 from vlm.heads.codes import CANDIDATES, LEAST, Coding, candidates
 from vlm.heads.encoder import Encoder
@@ -32,6 +32,7 @@ CHUNK = 8192  # texts or images encoded per block
 EMBEDDINGS = 1 << 17  # embeddings per block: search is fastest over large blocks
 QUERY_BLOCK = 256
 Queries = Query | Inputs | Iterable[Query | Item]
+_ONE = (str, int, np.integer, os.PathLike)  # types of a single id
 _log = logging.getLogger(__name__)
 
 
@@ -99,8 +100,8 @@ class RetrievalIndex:
 
         Args:
             items: images, texts or embeddings, all of one kind; or a single one.
-            ids: a unique text, path or integer for each; by default the path of an image on disk,
-                or else its running number in the index.
+            ids: a unique text, path or integer for each; by default the absolute path of an image
+                on disk, or else its running number in the index.
             batch_size: for encoding images; None uses the default of the model.
             metadata: columns of texts or numbers, one value per item, for `where` in `search`.
             on_error: called with the position of each unreadable image and the error; the image is
@@ -129,13 +130,23 @@ class RetrievalIndex:
         """
         self._add(items, ids, batch_size, metadata or {}, on_error, replace=True)
 
-    def remove(self, ids: Id | Iterable[Id]) -> None:
+    def remove(self, ids: GivenId | Iterable[GivenId]) -> None:
         """Remove items from the index.
 
         Raises:
             ConfigError: an id that is not in the index; then nothing is removed.
         """
-        self._items.remove([ids] if isinstance(ids, str | int) else ids)
+        self._items.remove([ids] if isinstance(ids, _ONE) else ids)
+
+    def relocate(self, folders: Mapping[str, str], strict: bool = True) -> None:
+        """Change the ids of images that moved to other folders, such as {"/old": "/new"}.
+
+        The folder "." is that of relative paths. A `save` keeps the new ids.
+
+        Raises:
+            ConfigError: two images would have the same path, or (if strict) a folder has none.
+        """
+        self._items.relocate(folders, strict)
 
     def merge(self, other: "RetrievalIndex", replace: bool = False) -> None:
         """Add all items of another index of the same model.
@@ -167,7 +178,7 @@ class RetrievalIndex:
 
     def _add(self, items, ids, batch_size, metadata, on_error, replace: bool) -> None:
         item_kind, stream, single = split(items, "add")
-        if single and isinstance(ids, str | int):
+        if single and isinstance(ids, _ONE):
             ids = [ids]
         if isinstance(ids, str):
             raise ConfigError(f"ids is the text {ids!r}: give a list with one id per item")
@@ -254,7 +265,9 @@ class RetrievalIndex:
         results = self._nearest(z, k, allowed, least)
         return results[0] if single else results
 
-    def like(self, ids: Id | Sequence[Id], k: int = 5, *, where: Where | None = None) -> Hits:
+    def like(
+        self, ids: GivenId | Sequence[GivenId], k: int = 5, *, where: Where | None = None
+    ) -> Hits:
         """Return the k items nearest to the mean of some items, excluding those ("more like this").
 
         Raises:
@@ -263,7 +276,7 @@ class RetrievalIndex:
         if k < 1:
             raise ConfigError(f"k is {k}: it must be at least 1")
         items = self._items
-        positions = [items.position(i) for i in ([ids] if isinstance(ids, str | int) else ids)]
+        positions = [items.position(i) for i in ([ids] if isinstance(ids, _ONE) else ids)]
         if not positions:
             raise ConfigError("there are no ids to search with: give at least one")
         rows = items.rows_at(np.asarray(positions)).astype(np.float32)
@@ -365,8 +378,8 @@ class RetrievalIndex:
     def __len__(self) -> int:
         return len(self._items.at)
 
-    def __contains__(self, id: object) -> bool:
-        return id in self._items.at
+    def __contains__(self, id: Any) -> bool:
+        return self._items.known(id) is not None
 
     @property
     def dtype(self) -> Stored:
@@ -394,7 +407,7 @@ class RetrievalIndex:
         live = self._items.live
         return {n: list(itertools.compress(c, live)) for n, c in self._items.columns.items()}
 
-    def metadata(self, id: Id) -> dict[str, Value]:
+    def metadata(self, id: GivenId) -> dict[str, Value]:
         """Return the metadata of one item.
 
         Raises:
@@ -403,7 +416,7 @@ class RetrievalIndex:
         at = self._items.position(id)
         return {name: column[at] for name, column in self._items.columns.items()}
 
-    def embeddings(self, ids: Sequence[Id] | None = None) -> Float[np.ndarray, "n d"]:
+    def embeddings(self, ids: Sequence[GivenId] | None = None) -> Float[np.ndarray, "n d"]:
         """Return the embeddings of some items, or of all in the order of `ids`, as float32.
 
         Raises:
@@ -464,7 +477,9 @@ class RetrievalIndex:
         if items.folder is None:
             raise ConfigError("the index has no folder to read again: save it, or load one")
         latest = RetrievalIndex.load(items.folder, self.model)
-        latest.remove([name for name in items.removed if name in latest])
+        for moved in ({}, items.moved):  # items may have been removed before and after a move
+            latest._items.relocate(moved, strict=False)
+            latest.remove([name for name in items.removed if name in latest])
         latest._add_items_of(items, items.unsaved())
         latest._items.generations = items.generations | latest._items.generations
         self._items, self._searcher = latest._items, None
@@ -478,14 +493,7 @@ class RetrievalIndex:
             ConfigError: a bucket.
         """
         folder = index_folder.local_folder(folder)
-        while True:
-            meta = index_folder.read_description(folder)
-            try:
-                items = Items.open(folder, meta)
-                break
-            except CheckpointError:  # retry if another process replaced it while it was read
-                if index_folder.read_description(folder) == meta:
-                    raise
+        items, meta = Items.load(folder)
         check_identity(meta, model, folder)
         index = cls(model, items.dtype, items.coding)
         index._items, index.mismatch = items, mismatch(meta, model)

@@ -1,6 +1,7 @@
 """FastAPI application: routes, error handlers, middleware, and the web page."""
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,14 @@ from starlette.staticfiles import StaticFiles
 from vlm._version import __version__
 from vlm.bundle import Bundle
 from vlm.errors import VlmError
-from vlm.heads.retrieval import RetrievalIndex
 from vlm.heads.templates import choose_templates
 from vlm.serving import classify, embeddings, explain, search, status
 from vlm.serving.batched import Batched
-from vlm.serving.gallery import Gallery
 from vlm.serving.limits import Limits, RequestError
 from vlm.serving.metrics import Metrics
 from vlm.serving.middleware import ServerMiddleware, error_response, problem
 from vlm.serving.protocol import ERRORS
+from vlm.serving.served_index import ServedIndex
 from vlm.serving.service import Service, as_request_error
 
 PAGE = Path(__file__).parent / "page"
@@ -38,12 +38,14 @@ def create_app(
     templates: Sequence[str] | None = None,
     local: bool = False,
     max_batch: int | None = None,
+    moved: Mapping[str, str] | None = None,
 ) -> FastAPI:
     """Create an ASGI application that serves a bundle, and optionally a search index.
 
     Args:
         bundle: a model from `vlm.load`, with one tower or both.
-        index: folder of an index that the same model built.
+        index: folder of an index that the same model built. It is read again when another process
+            saves it.
         name: model name in the API; by default that of the bundle.
         limits: request limits.
         keys: API keys, of which each request must send one; empty: no key needed.
@@ -51,6 +53,7 @@ def create_app(
             "a photo of a {}.".
         local: accept only loopback names in the Host header.
         max_batch: maximum number of items that the device computes at once.
+        moved: old and new folders of images that moved since the index was built.
 
     Raises:
         CheckpointError: there is no index in the folder, or another model built it.
@@ -68,19 +71,22 @@ def create_app(
         seconds=limits.seconds,
         observe=metrics.batch,
     )
-    gallery = None
+    gallery, source = None, None
     if index is not None:
+        source = ServedIndex(index, model, limits.pixels, moved)
         try:
-            opened = RetrievalIndex.load(index, model)
+            gallery = source.open()
         except BaseException:
             model.close()
             raise
-        gallery = Gallery(opened, Path(index).resolve().name, limits.pixels)
     service = Service(model, name or bundle.name, limits, metrics, gallery)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        follower = source and asyncio.create_task(source.follow(service))
         yield
+        if follower:
+            follower.cancel()
         model.close()
 
     app = FastAPI(

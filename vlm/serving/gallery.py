@@ -1,19 +1,22 @@
 """Items of an index for the web page: metadata, filters and thumbnails, by item number."""
 
 import itertools
-import os
+import mimetypes
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
+
+from etils import epath
 
 from vlm.display import webp
 from vlm.errors import DataError
 from vlm.heads.filters import Condition, where_all
+from vlm.heads.image_paths import RELATIVE, is_image_path, is_relative
 from vlm.heads.query import Query
 from vlm.heads.retrieval import RetrievalIndex
-from vlm.inputs.opening import SUFFIXES
+from vlm.inputs.opening import extension_of
+from vlm.paths import as_path
 from vlm.serving.limits import RequestError
 from vlm.serving.protocol import Column, Found, IndexAnswer
 
@@ -26,12 +29,30 @@ FIRST = 60  # items on the start page
 
 
 class Gallery:
-    """Read-only view of an index; `name` is its title on the page."""
+    """Read-only view of an index.
 
-    def __init__(self, index: RetrievalIndex, name: str, max_pixels: int):
+    Args:
+        name: title on the page.
+        max_pixels: maximum size of an image that gets a thumbnail.
+        generation: that of the index, which every save changes.
+        previous: view of the same folder before it was saved again. Its items keep their numbers.
+    """
+
+    def __init__(
+        self,
+        index: RetrievalIndex,
+        name: str,
+        max_pixels: int,
+        generation: str | None = None,
+        previous: "Gallery | None" = None,
+    ):
         self.index, self.name, self._max_pixels = index, name, max_pixels
-        self.ids = index.ids
-        self._numbers = {id: number for number, id in enumerate(self.ids)}
+        self.generation = generation
+        live, before = dict.fromkeys(index.ids), [] if previous is None else previous.ids
+        known = set(before)
+        self.ids = [id if id in live else None for id in before]  # None: removed
+        self.ids += [id for id in live if id not in known]
+        self._numbers = {id: number for number, id in enumerate(self.ids) if id is not None}
         self._thumbnails: OrderedDict[tuple[int, int], bytes] = OrderedDict()
         self._cached_bytes, self._lock = 0, threading.Lock()
         self.about = self._describe()
@@ -42,22 +63,35 @@ class Gallery:
         Raises:
             RequestError: there is no such item (404).
         """
-        if not 0 <= number < len(self.ids):
-            raise RequestError(
-                f"there is no item {number:,}: item numbers are 0 to {len(self.ids) - 1:,}",
-                404,
-                "no_item",
+        id = self.ids[number] if 0 <= number < len(self.ids) else None
+        if id is None:
+            reason = (
+                "it is no longer in the index"
+                if 0 <= number < len(self.ids)
+                else f"item numbers are 0 to {len(self.ids) - 1:,}"
             )
-        return self.ids[number]
+            raise RequestError(f"there is no item {number:,}: {reason}", 404, "no_item")
+        return id
+
+    def number(self, id: str) -> int:
+        """Return the number of an item by its id, which may be an integer.
+
+        Raises:
+            RequestError: there is no such item (404).
+        """
+        for name in (id, int(id) if id.isdecimal() else id):
+            if name in self._numbers:
+                return self._numbers[name]
+        raise RequestError(f"the index has no item with the id {id[:200]!r}", 404, "no_item")
 
     def search(
         self, query: Any, k: int, conditions: list[Condition], min_score: float | None, without: Any
     ) -> list[Found]:
         """Return the nearest items to a query, best first, without the query's own items."""
         where = where_all(conditions) if conditions else None
-        k = min(k + len(without), len(self.ids))
+        k = min(k + len(without), max(1, len(self.index)))
         hits: Any = self.index.search(query, k, where=where, min_score=min_score)
-        excluded = {self.ids[number] for number in without}
+        excluded = {self.id(number) for number in without}
         return [self.found(*hit) for hit in hits if hit.id not in excluded]
 
     def term(self, number: int, weight: float) -> Query:
@@ -75,26 +109,45 @@ class Gallery:
             metadata={n: _printable(v) for n, v in self.index.metadata(id).items()},
         )
 
-    def file(self, number: int) -> Path | None:
+    def file(self, number: int) -> epath.Path | None:
         """Return the image path of an item, or None if its id is not a path to an image."""
         id = self.id(number)
-        if isinstance(id, str) and os.path.splitext(id)[1].lower() in SUFFIXES:
-            return Path(id)
-        return None
+        return as_path(str(id)) if is_image_path(id) else None
 
-    def opened(self, number: int, open_file: Callable[[Path], T]) -> T:
+    def opened(self, number: int, open_file: Callable[[epath.Path], T]) -> T:
         """Return the image of an item, opened by a function of its path.
+
+        Raises:
+            RequestError: the item has no image, or its file is missing or unreadable (404).
+        """
+        file = self.file(number)
+        if file is None:
+            raise RequestError(f"item {number:,} has no image file", 404, "no_picture")
+        try:
+            if not file.exists():
+                old = RELATIVE if is_relative(self.id(number)) else "OLD"
+                raise RequestError(
+                    f"there is no file {_printable(str(self.id(number)))} on the server: put it "
+                    f"there, or start the server with --root {old}=FOLDER if the images moved",
+                    404,
+                    "picture_missing",
+                )
+            return open_file(file)
+        except (DataError, OSError) as error:
+            message = str(error)
+            if isinstance(error, OSError):
+                message = f"{file} cannot be read ({error.strerror or error})"
+            elif str(file) not in message:
+                message = f"{file}: {message}"
+            raise RequestError(_printable(message), 404, "picture_unreadable") from None
+
+    def original(self, number: int) -> tuple[epath.Path, str]:
+        """Return the image file of an item, and its media type, by the content of the file.
 
         Raises:
             RequestError: the item has no readable image (404).
         """
-        file = self.file(number)
-        try:
-            if file is None:
-                raise DataError(f"item {number:,} has no image file on the server")
-            return open_file(file)
-        except DataError as error:
-            raise RequestError(str(error), 404, "no_picture") from None
+        return self.opened(number, lambda file: (file, _media_type(file)))
 
     def picture(self, number: int, size: int) -> bytes:
         """Return a thumbnail of an item as WebP, with `size` rounded up to one of `SIZES`.
@@ -118,12 +171,14 @@ class Gallery:
 
     def _describe(self) -> IndexAnswer:
         columns = [_column(name, values) for name, values in self.index.columns.items()]
-        step = max(1, len(self.ids) // FIRST)
-        first = [self.found(id, 0.0) for id in itertools.islice(self.ids, 0, FIRST * step, step)]
+        ids = self.index.ids
+        step = max(1, len(ids) // FIRST)
+        first = [self.found(id, 0.0) for id in itertools.islice(ids, 0, FIRST * step, step)]
         return IndexAnswer(
             name=self.name,
             model=self.index.model.name,
-            count=len(self.ids),
+            count=len(ids),
+            generation=self.generation,
             columns=[column for column in columns if column is not None],
             first=first,
         )
@@ -146,6 +201,11 @@ def _column(name: str, values: list[Any]) -> Column | None:
         least=float(distinct[0]),
         most=float(distinct[-1]),
     )
+
+
+def _media_type(file: epath.Path) -> str:
+    kind = extension_of(file.read_bytes())
+    return mimetypes.guess_type(f"image.{kind}")[0] or f"image/{kind}"
 
 
 def _printable(value: Any) -> Any:

@@ -38,6 +38,9 @@ class Metrics:
         self.depth = Gauge(
             "queue_depth", "Decoded items waiting for the device.", ("tower", "length"), **own
         )
+        self.reloads = Counter(
+            "index_reloads", "Reloads of the index, by result.", ("result",), **own
+        )
         self.batch_items = Histogram("batch_items", "Items per batch.", ("tower",), **counted)
         self.batch_seconds = Histogram(
             "batch_seconds", "Compute time of a batch in seconds.", ("tower",), **timed

@@ -204,6 +204,7 @@ class IndexAnswer(_Response):
     name: str
     model: str
     count: int
+    generation: str | None = Field(description="Changes when another process saves the index.")
     columns: list[Column]
     first: list[Found] = Field(description="Evenly spaced sample of items, for a start page.")
 

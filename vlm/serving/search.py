@@ -1,15 +1,17 @@
 """`/v1/search`, `/v1/index` and `/v1/items`: search an index and show its items."""
 
+import hashlib
 import time
 from typing import Annotated
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Path, Request
 from fastapi import Query as Parameter
-from fastapi.responses import Response
+from fastapi.responses import FileResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from vlm.heads.filters import Condition
 from vlm.heads.query import Query
+from vlm.paths import is_remote
 from vlm.serving.gallery import SIZES, Gallery
 from vlm.serving.limits import RequestError
 from vlm.serving.protocol import Found, IndexAnswer, SearchAnswer, SearchRequest, Term
@@ -47,6 +49,12 @@ def routes(service: Service) -> APIRouter:
         """Describe the index: its size, its filter columns, and a sample of its items."""
         return _gallery(service).about
 
+    @router.get("/items")
+    async def item_by_id(id: Annotated[str, Parameter(max_length=4096)]) -> Found:
+        """Return the item with an id, such as the path of an image."""
+        gallery = _gallery(service)
+        return gallery.found(gallery.id(gallery.number(id)), 0.0)
+
     @router.get("/items/{item}")
     async def item(item: Number) -> Found:
         """Return one item of the index."""
@@ -59,13 +67,34 @@ def routes(service: Service) -> APIRouter:
         responses={200: {"content": {"image/webp": {"schema": {"type": "string"}}}}},
     )
     async def picture(
-        item: Number, size: Annotated[int, Parameter(ge=1, le=SIZES[-1])] = 256
+        item: Number,
+        request: Request,
+        size: Annotated[int, Parameter(ge=1, le=SIZES[-1])] = 256,
     ) -> Response:
         """Return a thumbnail of an item; `size`, in pixels, is rounded up to a power of two."""
         gallery = _gallery(service)
         gallery.id(item)
         data = await run_in_threadpool(gallery.picture, item, size)
-        return Response(data, 200, {"Cache-Control": "private, max-age=3600"}, "image/webp")
+        tag = f'"{hashlib.sha256(data).hexdigest()[:24]}"'  # a reload may change the picture
+        headers = {"Cache-Control": "private, no-cache", "ETag": tag}
+        if tag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(data, 200, headers, "image/webp")
+
+    @router.get(
+        "/items/{item}/original",
+        response_class=Response,
+        responses={200: {"content": {"image/*": {"schema": {"type": "string"}}}}},
+    )
+    async def original(item: Number) -> Response:
+        """Return the image file of an item."""
+        gallery = _gallery(service)
+        gallery.id(item)
+        file, media_type = await run_in_threadpool(gallery.original, item)
+        headers = {"Cache-Control": "private, no-cache"}
+        if is_remote(file):
+            return Response(await run_in_threadpool(file.read_bytes), 200, headers, media_type)
+        return FileResponse(file, 200, headers, media_type)
 
     return router
 
