@@ -115,6 +115,13 @@ class FactSheet:
         return facts_table(*self._facts())
 
 
+def clock(seconds: float) -> str:
+    """Format a duration as minutes:seconds, or hours:minutes:seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
 def listed(names: Sequence[str], most: int = 6) -> str:
     """Format the count of names and the first `most` of them."""
     shown = ", ".join(names[:most])

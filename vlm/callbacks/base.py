@@ -21,6 +21,14 @@ class RunInfo:
         step: Steps done before this start: 0 in a new run.
         total_steps: Steps at which the run ends.
         resumed: Whether the run is resumed.
+
+    Example:
+        >>> from etils import epath
+        >>> at = epath.Path(folder)
+        >>> run = vlm.callbacks.RunInfo(at, folder, {}, step=0, total_steps=9, resumed=False)
+        >>> vlm.callbacks.TensorBoard().on_start(run)
+        >>> (folder / "tensorboard").is_dir()
+        True
     """
 
     folder: epath.Path
@@ -36,6 +44,13 @@ class Callback:
 
     Only process 0 calls them. Metrics have their names of log.jsonl, such as "loss" and
     "eval/top1".
+
+    Example:
+        >>> class PrintLoss(vlm.callbacks.Callback):
+        ...     def on_step(self, step, metrics):
+        ...         print(step, metrics["loss"])
+        >>> PrintLoss().on_step(10, {"loss": 2.5})
+        10 2.5
     """
 
     def on_start(self, run: RunInfo) -> None:
@@ -55,6 +70,11 @@ class Callback:
 
 
 def in_notebook() -> bool:
-    """Return whether this process is the kernel of a notebook, which can show pictures."""
+    """Return whether this process is the kernel of a notebook, which can show pictures.
+
+    Example:
+        >>> vlm.callbacks.in_notebook()
+        False
+    """
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return getattr(shell, "kernel", None) is not None

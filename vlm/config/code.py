@@ -201,7 +201,7 @@ def _import_path(value: Any) -> str | None:
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     if not isinstance(module, str) or not isinstance(name, str) or module == "__main__":
         return None
-    if "._" in f".{module}":  # of a library, which has a public name for it
+    if "._" in f".{module}" or module.startswith("vlm."):  # a library's private module
         module = _public_module(value, module.partition(".")[0], name) or module
     found = sys.modules.get(module)
     for part in name.split("."):

@@ -49,6 +49,12 @@ class Line:
         return cls(name, x, [m.value for m in y], low, high, markers=True, color=color)
 
 
+def curve(name: str, x: Sequence[float], y: Sequence[float]) -> list[Line]:
+    """Make the lines of a noisy curve: with over 20 points, its moving average in front."""
+    long = len(y) > 20
+    return [Line(name, x, y, faint=long), *([Line(name, x, smooth(y))] if long else [])]
+
+
 def line_chart(
     lines: Sequence[Line],
     title: str,

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from vlm._html import render
 from vlm.display import data_uri
 from vlm.errors import DataError
-from vlm.evaluation.charts import Line, line_chart, percent, smooth
+from vlm.evaluation.charts import Line, curve, line_chart, percent
 from vlm.evaluation.intervals import Metric
 from vlm.evaluation.results_folder import write_atomically
 from vlm.evaluation.results_page import METRIC_NAMES, footnotes, results_table
@@ -158,11 +158,7 @@ def _finite(values: Iterable[float]) -> list[float]:
 
 def _charts(rows: list[dict]) -> list[tuple[str, str]]:
     """Return the headings and `<svg>` of the curves that the log has."""
-    steps, losses = _column(rows, ("loss",))
-    long = len(losses) > 20
-    loss = [Line("loss", steps, losses, faint=long)]
-    if long:
-        loss.append(Line("loss", steps, smooth(losses)))
+    loss = curve("loss", *_column(rows, ("loss",)))
     accuracy = [_accuracy(rows, key, name, i) for i, (key, name) in enumerate(ACCURACIES.items())]
     rate = [Line("rate", *_column(rows, LEARNING_RATE), color=3)]
     throughput = [Line("pairs/s", *_column(rows, RATE), color=1)]

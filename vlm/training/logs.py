@@ -1,7 +1,6 @@
 """Logs of a run: console line, JSONL file, TensorBoard, and profiles of chosen steps."""
 
 import json
-import sys
 import time
 from typing import IO, Any
 
@@ -10,8 +9,10 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vlm._json import to_json
+from vlm.callbacks.tensorboard import summary_writer
 from vlm.chips import published_rate
 from vlm.data.faults import BadSamples
+from vlm.display import clock
 from vlm.errors import TrainingError
 from vlm.models.flops import PAIRS_ALONE, Supervision, model_flops
 from vlm.training.bucket_sync import BucketSync
@@ -19,22 +20,6 @@ from vlm.training.console import console, log, output_may_close
 from vlm.training.run import Run
 from vlm.training.step import TrainState
 from vlm.training.watchdog import DATA, DEVICE, STEP, ActivityTimer
-
-
-def summary_writer(folder: str, first_step: int) -> Any:
-    """Make a TensorBoard writer.
-
-    tensorboardX would import PyTorch, which takes seconds and is not needed.
-    """
-    absent = "torch" not in sys.modules
-    if absent:
-        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType] (cannot be imported now)
-    try:
-        from tensorboardX import SummaryWriter  # only in the process that writes files
-    finally:
-        if absent:
-            del sys.modules["torch"]
-    return SummaryWriter(folder, purge_step=first_step)
 
 
 class Logs:
@@ -176,7 +161,7 @@ class Logs:
         left = (self._total - steps[-1]) * seconds / count
         message = (
             f"loss {row['loss']:.3f}  {row['pairs_per_s']:,.0f} pairs/s  "
-            f"data wait {row['data_wait']:.1%}  ETA {_clock(left)}"
+            f"data wait {row['data_wait']:.1%}  ETA {clock(left)}"
         )
         self._progress.update(self._task, completed=steps[-1], message=message)
         if not console.is_terminal:
@@ -208,6 +193,7 @@ class Logs:
             for name, value in row.items():
                 if name != "step" and isinstance(value, int | float):
                     self._board.add_scalar(name, value, row["step"])
+        self._board.flush()  # a run that is killed loses no row before its checkpoint
 
 
 class StepProfiler:
@@ -258,9 +244,3 @@ def _reopen(run: Run, sync: BucketSync, rows: list[dict[str, Any]]):
     file.writelines(to_json(row) + "\n" for row in rows)
     file.flush()
     return file
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

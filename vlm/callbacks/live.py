@@ -1,0 +1,109 @@
+"""Live display of a run in a notebook."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from vlm._html import render
+from vlm.callbacks.base import Callback, RunInfo, in_notebook
+from vlm.display import clock
+from vlm.evaluation.charts import Line, curve, line_chart, short
+
+EVERY = 1.0  # seconds between two updates
+CHARTED = ("top1", "text_to_image_R@1", "image_to_text_R@1")  # metrics shown first
+MOST = 3  # metrics of evaluations that are shown
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Live(Callback):
+    """Show a table of the last metrics, and charts of loss and evaluations, in a notebook.
+
+    The display is updated in place, at most once a second, and the notebook keeps its last state.
+    Outside of notebooks it does nothing. `vlm.train` adds it by itself.
+
+    Example:
+        >>> vlm.callbacks.Live()
+        Live()
+    """
+
+    _run: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def on_start(self, run: RunInfo) -> None:
+        self._run.clear()
+        self._run.update(run=run, losses=[], last={}, evals=[], status="starting", shown=0.0)
+        if in_notebook():
+            from IPython.display import HTML, display
+
+            self._run["handle"] = display(HTML(self.html()), display_id=True)
+
+    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        if "loss" in metrics:
+            self._run["losses"].append((step, metrics["loss"]))
+            self._run.update(last=dict(metrics), status="training")
+            self._update()
+
+    def on_eval(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run["evals"].append((step, _chosen(metrics)))
+        self._update()
+
+    def on_end(self, run: RunInfo, results: Mapping[str, float], finished: bool) -> None:
+        if self._run:
+            self._run["status"] = "finished" if finished else "stopped"
+            self._update(wait=0.0)
+
+    def _update(self, wait: float = EVERY) -> None:
+        if "handle" in self._run and time.monotonic() - self._run["shown"] >= wait:
+            from IPython.display import HTML
+
+            self._run["handle"].update(HTML(self.html()))
+            self._run["shown"] = time.monotonic()
+
+    def html(self) -> str:
+        """Render the display."""
+        run, status, evals = self._run["run"], self._run["status"], self._run["evals"]
+        losses, last = self._run["losses"], self._run["last"]
+        step = losses[-1][0] if losses else run.step
+        facts = {n: f"{v:.3f}" for n, v in last.items() if n.split("/")[0] == "loss"}
+        if speed := last.get("pairs_per_s"):
+            facts |= {"pairs/s": f"{speed:,.0f}", "data wait": f"{last['data_wait']:.1%}"}
+            if status == "training":
+                left = (run.total_steps - step) * run.config["batch_size"]
+                facts["ETA"] = clock(left / speed)
+        if evals:
+            at, metrics = evals[-1]
+            facts |= {f"{name} at step {at:,}": short(value) for name, value in metrics.items()}
+        return render(
+            "callbacks/live.html",
+            name=run.folder.name,
+            status=status,
+            step=step,
+            total=run.total_steps,
+            facts=facts,
+            charts=_charts(losses, evals),
+        )
+
+
+def _chosen(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics of an evaluation to show, by short names."""
+    names = [name for known in CHARTED for name in metrics if name.split("/")[-1] == known]
+    return {name.removeprefix("eval/"): metrics[name] for name in (names or list(metrics))[:MOST]}
+
+
+def _charts(
+    losses: list[tuple[int, float]], evals: list[tuple[int, dict[str, float]]]
+) -> list[str]:
+    """Draw the loss, and the metrics of evaluations, over steps."""
+    names = dict.fromkeys(name for _, metrics in evals for name in metrics)
+    columns = {n: [(step, m[n]) for step, m in evals if n in m] for n in names}
+    evaluations = [
+        Line(name, *zip(*points, strict=True), markers=True, color=i % 4)
+        for i, (name, points) in enumerate(columns.items(), 1)
+    ]
+    drawn = [
+        line_chart(curve("loss", *zip(*losses, strict=True)), "Loss", standalone=True)
+        if losses
+        else "",
+        line_chart(evaluations, "Evaluations", from_zero=True, standalone=True),
+    ]
+    return [chart for chart in drawn if chart]

@@ -1,0 +1,265 @@
+"""Experiment trackers: Weights & Biases and MLflow.
+
+A resumed run continues the run of its tracker. It repeats the steps after its checkpoint exactly,
+so rows that the tracker has already are not sent again.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import platform
+import re
+import time
+import zlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from etils import epath
+
+from vlm._version import __version__
+from vlm.callbacks.base import Callback, RunInfo
+from vlm.errors import ConfigError
+
+# Changes of these fields in a resumed run change its metrics.
+_DECIDE_METRICS = ("optimizer", "steps", "epochs", "examples", "seconds", "evals", "code")
+
+
+class SentRows:
+    """The id of a run in a tracker, and the rows that the tracker has.
+
+    They are in `trackers/NAME.jsonl` of the run folder. A resumed run with, for instance, another
+    learning rate has other metrics, so its rows after the checkpoint count as new.
+    """
+
+    def __init__(self, run: RunInfo, tracker: str, target: str):
+        name = f"trackers/{tracker}-{zlib.crc32(target.encode()):08x}.jsonl"
+        stored, self._file = run.folder / name, epath.Path(run.local) / name
+        text = stored.read_text() if run.resumed and stored.exists() else ""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        if not text or self._file != stored:
+            self._file.write_text(text)
+        decisive = {field: run.config.get(field) for field in _DECIDE_METRICS}
+        self._version = zlib.crc32(json.dumps(decisive, sort_keys=True, default=str).encode())
+        self.id: str | None = None
+        self.count, version = 0, None
+        self._sent: set[tuple[str, int]] = set()
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the process was killed while it wrote the line
+                continue
+            if isinstance(entry, dict):
+                self.id, version = entry["id"], entry["version"]
+            else:
+                self.count += 1
+                self._sent.add((entry[0], entry[1]))
+        if version != self._version:
+            self._sent = {(kind, step) for kind, step in self._sent if step <= run.step}
+
+    def start(self, id: str) -> None:
+        """Record the id of the tracker's run."""
+        self.id = id
+        self._write({"id": id, "version": self._version})
+
+    def __contains__(self, row: tuple[str, int]) -> bool:
+        """Whether an earlier process sent this kind of row of this step."""
+        return row in self._sent
+
+    def add(self, kind: str, step: int) -> None:
+        """Record a row that was sent."""
+        self._write([kind, step])
+
+    def _write(self, entry: Any) -> None:
+        with self._file.open("a") as file:
+            file.write(f"\n{json.dumps(entry)}")  # the line before may be truncated
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Tracker(Callback):
+    """A callback that sends each row once."""
+
+    # The client's objects during a run.
+    _run: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def _send(self, step: int, metrics: Mapping[str, float]) -> None:
+        raise NotImplementedError
+
+    def _row(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
+        sent: SentRows = self._run["sent"]
+        if (kind, step) not in sent:
+            self._send(step, metrics)
+            sent.add(kind, step)
+
+    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._row("step", step, metrics)
+
+    def on_eval(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._row("eval", step, metrics)
+
+    def on_checkpoint(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._row("checkpoint", step, metrics)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WandB(_Tracker):
+    """Log a run to Weights & Biases (extra `wandb`), with its config and its final metrics.
+
+    Charts have the run's own step as x axis: W&B counts logged rows, which differ from steps. The
+    files of W&B are in `wandb/` of the run folder. `wandb.run` is set, so that other callbacks can
+    log pictures.
+
+    Args:
+        project: Project in W&B.
+        name: Name of the run; the name of the run folder by default.
+        entity: User or team; W&B's default if None.
+        mode: "online", "offline" (upload it later with `wandb sync`), or "disabled"; if None,
+            $WANDB_MODE, else "online".
+        options: Further arguments of `wandb.init`, such as {"tags": ["baseline"]}.
+
+    Example:
+        >>> vlm.callbacks.WandB(project="birds", mode="offline")
+        WandB(project='birds', name=None, entity=None, mode='offline', options={})
+    """
+
+    project: str = "vlm"
+    name: str | None = None
+    entity: str | None = None
+    mode: Literal["online", "offline", "disabled", "shared"] | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def on_start(self, run: RunInfo) -> None:
+        wandb = import_client("wandb", "WandB")
+        sent = SentRows(run, "wandb", f"{self.entity}/{self.project}")
+        arguments: dict[str, Any] = {
+            "project": self.project,
+            "entity": self.entity,
+            "name": self.name or run.folder.name,
+            "mode": self.mode,
+            "dir": os.fspath(run.local),
+            "config": {**run.config, "host": host_facts()},
+            "allow_val_change": True,  # fields that a resumed run changes
+        }
+        if sent.id is not None:
+            arguments |= {"id": sent.id, "resume": "allow"}
+        client = wandb.init(**arguments | self.options)
+        client.define_metric("*", step_metric="step")
+        sent.start(client.id)
+        self._run.update(client=client, sent=sent)
+
+    def _send(self, step: int, metrics: Mapping[str, float]) -> None:
+        client, sent = self._run["client"], self._run["sent"]
+        # Offline, W&B starts to count at 0 again, and would overwrite earlier rows once it uploads.
+        first = {"step": sent.count} if client.step < sent.count else {}
+        client.log({"step": step, **metrics}, **first)
+
+    def on_end(self, run: RunInfo, results: Mapping[str, float], finished: bool) -> None:
+        if client := self._run.pop("client", None):
+            client.summary.update({f"final/{name}": value for name, value in results.items()})
+            client.finish(exit_code=0 if finished else 1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MLflow(_Tracker):
+    """Log a run to MLflow (extra `mlflow`): config as parameters, host as tags, and metrics.
+
+    An MLflow run cannot change its parameters. If a resumed run changes a field, the tag
+    `changed.FIELD` has the new value. Characters that MLflow refuses in names become "_":
+    `eval/image_to_text_R_1`.
+
+    Args:
+        experiment: Name of the experiment in MLflow; it is made if it does not exist.
+        tracking_uri: Server or database, such as "http://localhost:5000" or
+            "sqlite:///mlflow.db"; if None, $MLFLOW_TRACKING_URI, else MLflow's default.
+        name: Name of the run; the name of the run folder by default.
+        tags: Tags of the run.
+
+    Example:
+        >>> vlm.callbacks.MLflow("birds", tracking_uri="http://localhost:5000")
+        MLflow(experiment='birds', tracking_uri='http://localhost:5000', name=None, tags={})
+    """
+
+    experiment: str = "vlm"
+    tracking_uri: str | None = None
+    name: str | None = None
+    tags: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def on_start(self, run: RunInfo) -> None:
+        mlflow = import_client("mlflow", "MLflow")
+        client = mlflow.MlflowClient(tracking_uri=self.tracking_uri)
+        sent = SentRows(run, "mlflow", f"{client.tracking_uri} {self.experiment}")
+        if sent.id is None:
+            known = client.get_experiment_by_name(self.experiment)
+            number = known.experiment_id if known else client.create_experiment(self.experiment)
+            name = self.name or run.folder.name
+            id = client.create_run(number, run_name=name, tags=self.tags).info.run_id
+        else:
+            id = sent.id
+            client.update_run(id, status="RUNNING")
+        sent.start(id)
+        self._run.update(client=client, entities=mlflow.entities, sent=sent)
+        self._describe(id, run.config)
+
+    def _describe(self, id: str, config: dict[str, Any]) -> None:
+        """Set the parameters that are new, and tags for what differs from them."""
+        from flax.traverse_util import flatten_dict
+
+        client, entities = self._run["client"], self._run["entities"]
+        stored = client.get_run(id).data.params
+        values = {name: str(value)[:6000] for name, value in flatten_dict(config, sep=".").items()}
+        new = [entities.Param(name, value) for name, value in values.items() if name not in stored]
+        for i in range(0, len(new), 100):  # the most that a server takes
+            client.log_batch(id, params=new[i : i + 100])
+        tags = {f"host.{name}": str(value) for name, value in host_facts().items()} | {
+            f"changed.{name}": value
+            for name, value in values.items()
+            if stored.get(name, value) != value
+        }
+        client.log_batch(id, tags=[entities.RunTag(name, value) for name, value in tags.items()])
+
+    def _send(self, step: int, metrics: Mapping[str, float]) -> None:
+        now = int(1000 * time.time())
+        rows = [
+            self._run["entities"].Metric(re.sub(r"[^/\w.\- :]", "_", name), value, now, step)
+            for name, value in metrics.items()
+        ]
+        self._run["client"].log_batch(self._run["sent"].id, metrics=rows)
+
+    def on_end(self, run: RunInfo, results: Mapping[str, float], finished: bool) -> None:
+        if "client" in self._run:
+            final = {f"final/{name}": value for name, value in results.items()}
+            self._send(run.total_steps, final)
+            client, status = self._run.pop("client"), "FINISHED" if finished else "KILLED"
+            client.set_terminated(self._run["sent"].id, status=status)
+
+
+def import_client(module: str, callback: str) -> Any:
+    """Import the client library of a callback; the extra of vlm has the same name.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise ConfigError(
+            f"vlm.callbacks.{callback} needs {module}, which is not installed: run "
+            f"pip install 'vlm-jax[{module}]'"
+        ) from None
+
+
+def host_facts() -> dict[str, Any]:
+    """Return facts of this machine and its devices, for the page of a run."""
+    import jax
+
+    return {
+        "name": platform.node(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+        "cpu_cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "vlm": __version__,
+        "jax": jax.__version__,
+    }
