@@ -26,7 +26,7 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
 from vlm.models.dual_encoder import DualEncoder
 from vlm.serving.app import create_app
-from vlm.serving.server import bind
+from vlm.serving.server import bind, uvicorn_config
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 70, 220)}
 CONFIG = ModelConfig(
@@ -96,8 +96,7 @@ class Running:
         self.app, self.service = app, app.state.service
         self.socket = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        config = uvicorn.Config(app, log_level="warning", lifespan="on")
-        self._server = uvicorn.Server(config)
+        self._server = uvicorn.Server(uvicorn_config(app))
         self._thread = threading.Thread(target=self._server.run, args=([self.socket],))
         self._thread.start()
         while not self._server.started:

@@ -33,9 +33,11 @@ def serve(
     max_items: int = 256,
     max_megapixels: float = 32,
     max_waiting: int | None = None,
+    max_connections: int = 1024,
     timeout: float = 30,
     allow_urls: bool = False,
     root: options.Root = (),
+    log: Literal["none", "text", "json"] = "none",
     export: Annotated[tuple[str, ...], arg(metavar="compose OUT")] = (),
 ) -> None:
     """Start an HTTP API for a model, or an index with its model, and a web search page.
@@ -65,8 +67,10 @@ def serve(
         max_items: maximum number of images and texts per request.
         max_megapixels: maximum size of an image before it is resized, in megapixels.
         max_waiting: maximum queued items; further requests get 429. Default: eight batches.
+        max_connections: maximum open connections, half of them from one address.
         timeout: seconds until a request fails.
-        allow_urls: download images that clients give as http(s) URLs.
+        allow_urls: download images that clients give as http(s) URLs of public addresses.
+        log: log each request to stderr, as text or as a line of JSON.
         export: "compose" and a folder: write a Dockerfile and a compose file with Prometheus there,
             and start no server.
     """
@@ -94,6 +98,7 @@ def serve(
     try:
         from vlm.serving.app import create_app
         from vlm.serving.explain import warm_up
+        from vlm.serving.request_log import start_request_log
     except ImportError as error:
         raise _extra_missing(error) from None
 
@@ -105,7 +110,8 @@ def serve(
         items=max_items,
         pixels=int(max_megapixels * 1e6),
         waiting=max_waiting or max(8 * largest, max_items),
-        waiting_bytes=16 * (max_body_mib << 20),
+        waiting_bytes=4 * (max_body_mib << 20),
+        connections=max_connections,
         seconds=timeout,
         urls=allow_urls,
     )
@@ -125,6 +131,7 @@ def serve(
     warm_up(bundle)
     if host not in LOOPBACK and not keys:
         print_status("everyone who can reach this machine has access: --api-key KEY requires a key")
+    start_request_log(log)
     run(app, host, port, taken=taken, ready=lambda url: print_status(f"serving at {url}"))
 
 

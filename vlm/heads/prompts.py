@@ -151,10 +151,11 @@ def cached_embeddings(
     """Compute `class_embeddings`, cached in the cache folder if there are many prompts.
 
     The key is a hash of the prompts, of the weights' fingerprint and of `embedding_facts`. Without
-    a fingerprint the prompts are encoded each time.
+    a fingerprint, or with `model.caches_prompts` False, the prompts are encoded each time.
     """
     fingerprint = getattr(model, "fingerprint", None)
-    if not fingerprint or sum(map(len, prompts.values())) < CACHED:
+    may_cache = bool(fingerprint) and getattr(model, "caches_prompts", True)
+    if not may_cache or sum(map(len, prompts.values())) < CACHED:
         return class_embeddings(model, prompts)
     parts = [fingerprint, embedding_facts(model, "text"), list(prompts.items())]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

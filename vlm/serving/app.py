@@ -23,6 +23,7 @@ from vlm.serving.metrics import Metrics
 from vlm.serving.middleware import ServerMiddleware, error_response, problem
 from vlm.serving.protocol import ERRORS
 from vlm.serving.served_index import ServedIndex
+from vlm.serving.request_errors import validation_error
 from vlm.serving.service import Service, as_request_error
 
 PAGE = Path(__file__).parent / "page"
@@ -87,6 +88,7 @@ def create_app(
         yield
         if follower:
             follower.cancel()
+        service.fetcher.close()
         model.close()
 
     app = FastAPI(
@@ -113,22 +115,16 @@ def create_app(
 def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     """Return every error as one sentence, in the format of the OpenAI API."""
 
-    def response(error: RequestError, param: str | None = None) -> JSONResponse:
+    def response(request: Request, error: RequestError) -> JSONResponse:
         metrics.refused.labels(error.code).inc()
-        return error_response(error, param)
+        request.scope["vlm.error"] = error.code  # for the log of requests
+        return error_response(error)
 
     async def vlm_error(request: Request, error: Exception) -> JSONResponse:
-        return response(as_request_error(error))
+        return response(request, as_request_error(error))
 
-    async def validation_error(request: Request, error: Any) -> JSONResponse:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str | int))
-        field = field.encode("utf-8", "replace").decode()[:100] or "the body"
-        reason = first["msg"][0].lower() + first["msg"][1:]
-        is_json = first["type"] != "json_invalid"
-        status, code = (422, "invalid_field") if is_json else (400, "invalid_json")
-        message = f"{field}: {reason}" if is_json else f"the body is not JSON ({reason})"
-        return response(RequestError(message, status, code), field)
+    async def invalid_request(request: Request, error: Any) -> JSONResponse:
+        return response(request, validation_error(error.errors(), error.body))
 
     async def http_error(request: Request, error: Any) -> JSONResponse:
         messages = {
@@ -141,11 +137,11 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     async def unexpected_error(request: Request, error: Exception) -> JSONResponse:
         message = "internal server error: see the server's log"
-        return response(RequestError(message, 500, "internal_error"))
+        return response(request, RequestError(message, 500, "internal_error"))
 
     app.add_exception_handler(Exception, unexpected_error)
     app.add_exception_handler(VlmError, vlm_error)
-    app.add_exception_handler(RequestValidationError, validation_error)
+    app.add_exception_handler(RequestValidationError, invalid_request)
     app.add_exception_handler(HTTPException, http_error)
 
 

@@ -80,6 +80,7 @@ class Batched:
 
     # ---------------------------------------------------------------- interface of `Bundle`
 
+    caches_prompts = False  # each request has its own, which would fill the disk
     config = property(lambda self: self.bundle.config)
     tokenizer = property(lambda self: self.bundle.tokenizer)
     embed_dim = property(lambda self: self.bundle.embed_dim)

@@ -4,12 +4,14 @@ import base64
 
 import numpy as np
 from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
 
 from vlm.serving.limits import RequestError
 from vlm.serving.protocol import (
     Embedding,
     EmbeddingsAnswer,
     EmbeddingsRequest,
+    Input,
     Usage,
 )
 from vlm.serving.service import Service, outcomes, parts_of
@@ -31,28 +33,47 @@ def routes(service: Service) -> APIRouter:
                 "omit the field dimensions",
                 400,
                 "invalid_dimensions",
+                param="dimensions",
             )
+        many = isinstance(body.input, list)
         items = body.input if isinstance(body.input, list) else [body.input]
-        service.check_count(len(items))
-        results = await service.admit(len(items), lambda: outcomes(service.submit(items)))
+        service.check_count(len(items), "items", "input")
+        parts = [_parts(item, f"item {i}") for i, item in enumerate(items)]
+        given = {i: pair for i, pair in enumerate(parts) if not isinstance(pair, RequestError)}
+        service.check_characters(sum(len(text or "") for text, _ in given.values()), "input")
+        images = {f"item {i}": image for i, (_, image) in given.items()}
+        downloads = await service.download(images)
+        results = await service.admit(
+            len(items), lambda: outcomes(service.submit(parts, downloads))
+        )
         data = service.answers(
             results,
             lambda rows: [
                 Embedding(index=i, embedding=encode_embedding(row, body.encoding_format))
                 for i, row in rows.items()
             ],
+            [f"input[{i}]" for i in range(len(items))] if many else ["input"],
         )
         texts = [
             text
-            for item, row in zip(items, results, strict=True)
-            if not isinstance(row, Exception) and (text := parts_of(item, "")[0]) is not None
+            for i, (text, _) in given.items()
+            if text is not None and not isinstance(results[i], Exception)
         ]
         longest = service.model.tokenizer.config.context_length
-        tokens = sum(min(length, longest) for length in service.model.tokenizer.lengths(texts))
+        lengths = await run_in_threadpool(service.model.tokenizer.lengths, texts)
+        tokens = sum(min(length, longest) for length in lengths)
         usage = Usage(prompt_tokens=tokens, total_tokens=tokens)
         return EmbeddingsAnswer(model=service.name, data=data, usage=usage)
 
     return router
+
+
+def _parts(item: Input, name: str) -> tuple[str | None, str | None] | RequestError:
+    """Return the text and the image of an item, or its error."""
+    try:
+        return parts_of(item, name)
+    except RequestError as error:
+        return error
 
 
 def encode_embedding(row: np.ndarray, encoding: str) -> list[float] | str:

@@ -11,8 +11,9 @@ from starlette.concurrency import run_in_threadpool
 from vlm.bundle import Bundle
 from vlm.heads.zero_shot import to_scores
 from vlm.serving.image_input import image_bytes
+from vlm.serving.limits import RequestError
 from vlm.serving.protocol import ExplainAnswer, ExplainRequest, Token
-from vlm.serving.service import Service
+from vlm.serving.service import Downloads, Service
 
 IMAGE_SIDE = 1024  # pixels; larger images are downscaled first
 MAP_SIDE = 64  # maximum side of the heat map in the answer
@@ -54,10 +55,11 @@ def routes(service: Service) -> APIRouter:
         """Return a heat map of the image regions that match the text."""
         service.check_model(body.model)
         service.check_towers("image", "text")
-        text = service.checked_text(body.text, "the text")
+        text = service.checked_text(body.text, "the text", "text")
+        downloads = await service.download({"the image": body.image})
 
         async def work() -> ExplainAnswer:
-            image = await run_in_threadpool(_open_image, service, body.image)
+            image = await run_in_threadpool(_open_image, service, body.image, downloads)
             async with one_at_a_time:
                 return await run_in_threadpool(explain_image, service.model.bundle, image, text)
 
@@ -67,9 +69,12 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def _open_image(service: Service, image: str | int) -> Any:
-    """Return a PIL image from a data URL or from an item of the index."""
+def _open_image(service: Service, image: str | int, downloads: Downloads) -> Any:
+    """Return a PIL image of the request or of an item of the index."""
     if isinstance(image, str):
-        data = image_bytes(image, service.limits, "the image")
+        given = downloads.get("the image", image)
+        if isinstance(given, RequestError):
+            raise given
+        data = image_bytes(given, service.limits, "the image")
         return service.model.preprocess.open(data, "the image")
     return service.gallery_of("image").opened(image, service.model.preprocess.open)

@@ -4,32 +4,39 @@ import base64
 import binascii
 import io
 import re
-import urllib.request
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 
-from vlm.errors import DataError, first_line
 from vlm.inputs.opening import FORMATS
 from vlm.serving.limits import Limits, RequestError
 
 _DATA_URL = re.compile(r"data:([\w.+/-]*)((?:;[\w.+-]+=[^;,]*)*)(;base64)?,", re.ASCII)
-FETCH_SECONDS = 10
 
 
-def image_bytes(text: str, limits: Limits, name: str) -> bytes:
-    """Return the bytes of an image file from a data URL, or from an http(s) URL if allowed.
+def is_url(image: Any) -> bool:
+    """Whether an image of a request is an http(s) URL."""
+    return isinstance(image, str) and image[:8].lower().startswith(("http://", "https://"))
+
+
+def image_bytes(given: str | bytes, limits: Limits, name: str) -> bytes:
+    """Return the bytes of an image file from a data URL, or downloaded ones after a check.
 
     Args:
         name: name of the image in error messages.
 
     Raises:
-        RequestError: not a data URL, not base64, a URL that is not allowed, or too many pixels.
+        RequestError: not a data URL, not base64, or too many pixels.
     """
-    if text.startswith(("http://", "https://")):
-        data = _fetch(text, limits, name)
-    else:
-        data = _decode(text, name)
+    if is_url(given):
+        raise RequestError(
+            f"{name} is a URL, which this server does not fetch: send the image as "
+            "data:image/jpeg;base64,...",
+            400,
+            "url_not_allowed",
+        )
+    data = given if isinstance(given, bytes) else _decode(given, name)
     if not data:
         raise RequestError(f"{name} is empty: send an image file", 400, "invalid_image")
     _check_pixels(data, limits.pixels, name)
@@ -72,25 +79,3 @@ def _check_pixels(data: bytes, limit: int, name: str) -> None:
             413,
             "image_too_large",
         )
-
-
-def _fetch(url: str, limits: Limits, name: str) -> bytes:
-    if not limits.urls:
-        raise RequestError(
-            f"{name} is a URL, which this server does not fetch: send the image as "
-            "data:image/jpeg;base64,...",
-            400,
-            "url_not_allowed",
-        )
-    try:
-        with urllib.request.urlopen(url, timeout=FETCH_SECONDS) as reply:  # http and https only
-            data = reply.read(limits.body_bytes + 1)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{name} could not be fetched ({first_line(error)})") from None
-    if len(data) > limits.body_bytes:
-        raise RequestError(
-            f"{name} exceeds {limits.body_bytes:,} bytes: use a smaller file",
-            413,
-            "image_too_large",
-        )
-    return data

@@ -17,11 +17,15 @@ class Limits:
         body_bytes: maximum size of a request body; 16 MiB holds an image of 12 MiB in base64.
         items: maximum number of images and texts of a request.
         pixels: maximum size of an image before resizing; 32 million take 96 MiB once decoded.
-        characters: maximum length of a text.
+        characters: maximum length of a text, and of a template that is filled in.
         waiting: maximum number of unanswered items over all requests; further requests get 429.
-        waiting_bytes: maximum size of all request bodies in memory; further requests get 429.
+        waiting_bytes: maximum size of all request bodies and fetched images in memory; further
+            requests get 429. Bodies under 64 KiB are not counted.
         seconds: timeout for an answer, and for the arrival of a body.
-        urls: whether images may be http(s) URLs, which the server fetches.
+        urls: whether images may be http(s) URLs, which the server fetches from public addresses.
+        connections: maximum number of open connections, half of them from one address. Over the
+            limit, the connection that has waited longest for its client is closed.
+        request_characters: maximum length of all texts of a request together.
 
     Example:
         >>> vlm.serving.Limits(items=8).items
@@ -33,14 +37,26 @@ class Limits:
     pixels: int = 32_000_000
     characters: int = 16_384
     waiting: int = 256
-    waiting_bytes: int = 256 << 20
+    waiting_bytes: int = 64 << 20
     seconds: float = 30.0
     urls: bool = False
+    connections: int = 1024
+    request_characters: int = 1 << 20
 
     def __post_init__(self):
         for name, value in vars(self).items():
             if not isinstance(value, bool) and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"the limit {name} is {value}: it must be finite and above 0")
+
+    @property
+    def connections_per_address(self) -> int:
+        """Maximum number of open connections of one IPv4 address or IPv6 /64 network."""
+        return max(1, self.connections // 2)
+
+    @property
+    def values(self) -> int:
+        """Maximum number of JSON values of a body, far above that of a valid request."""
+        return 16 * self.items + 8192
 
 
 class RequestError(VlmError):
@@ -51,11 +67,20 @@ class RequestError(VlmError):
         status: the HTTP status.
         code: machine-readable error code, such as "image_too_large".
         retry_after: seconds after which the client should retry.
+        param: the field of the request, such as "input[0]".
     """
 
-    def __init__(self, message: str, status: int, code: str, retry_after: float | None = None):
+    def __init__(
+        self,
+        message: str,
+        status: int,
+        code: str,
+        retry_after: float | None = None,
+        param: str | None = None,
+    ):
         super().__init__(message)
         self.status, self.code, self.retry_after = status, code, retry_after
+        self.param = param
 
 
 class Admission:

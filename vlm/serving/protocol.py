@@ -64,7 +64,7 @@ Input = Annotated[Text, Field(description="A text, or an image as a data URL.")]
 
 
 class EmbeddingsRequest(_ModelRequest):
-    input: Input | Annotated[list[Input], Field(min_length=1)]
+    input: Input | Annotated[list[Input], Field(min_length=1, fail_fast=True)]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(
         default=None, ge=1, description="Optional; must be the model's embedding dimension."
@@ -118,9 +118,11 @@ class EmbeddingsAnswer(_ListAnswer):
 class ClassifyRequest(_ModelRequest):
     """Images and candidate labels; an image is a data URL or an item number of the index."""
 
-    images: Annotated[list[Text | int], Field(min_length=1)]
-    labels: Annotated[list[Text], Field(min_length=1, max_length=1000)]
-    templates: Annotated[list[Text], Field(min_length=1, max_length=100)] | None = None
+    images: Annotated[list[Text | int], Field(min_length=1, fail_fast=True)]
+    labels: Annotated[list[Text], Field(min_length=1, max_length=1000, fail_fast=True)]
+    templates: Annotated[list[Text], Field(min_length=1, max_length=100, fail_fast=True)] | None = (
+        None
+    )
     other_label: Text | None = Field(
         default=None,
         validation_alias=AliasChoices("other_label", "none"),  # none: deprecated
@@ -169,9 +171,9 @@ class WireCondition(_Request):
 
 
 class SearchRequest(_ModelRequest):
-    query: Text | Annotated[list[Term], Field(min_length=1)]
+    query: Text | Annotated[list[Term], Field(min_length=1, fail_fast=True)]
     k: int = Field(default=20, ge=1, le=1000)
-    where: Annotated[list[WireCondition], Field(max_length=20)] = []
+    where: Annotated[list[WireCondition], Field(max_length=20, fail_fast=True)] = []
     min_score: float | None = Field(
         default=None, ge=-10, le=10, description="Minimum cosine similarity."
     )
@@ -264,9 +266,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for status, description in {
         400: "Invalid item or field, or a body that is not JSON.",
         401: "Missing or wrong API key.",
+        403: "Request of a web page of another origin.",
         404: "Unknown model, item or index.",
         408: "Timeout while receiving the body.",
         413: "Too many bytes, items, pixels or characters.",
+        415: "Body that is not application/json.",
         422: "Field of the wrong type or out of range.",
         429: "Server busy; Retry-After is the time to wait in seconds.",
         503: "Timeout, or the server is shutting down or unhealthy.",

@@ -15,7 +15,7 @@ from vlm.paths import is_remote
 from vlm.serving.gallery import SIZES, Gallery
 from vlm.serving.limits import RequestError
 from vlm.serving.protocol import Found, IndexAnswer, SearchAnswer, SearchRequest, Term
-from vlm.serving.service import Service, as_request_error, outcomes
+from vlm.serving.service import Downloads, Service, as_request_error, outcomes
 
 Number = Annotated[int, Path(ge=0, le=1 << 40, description="Item number in the index.")]
 
@@ -30,11 +30,15 @@ def routes(service: Service) -> APIRouter:
         service.check_model(body.model)
         start = time.perf_counter()
         terms = [Term(text=body.query)] if isinstance(body.query, str) else body.query
-        service.check_count(len(terms), "terms")
+        service.check_count(len(terms), "terms", "query")
+        service.check_characters(sum(len(term.text or "") for term in terms), "query")
+        downloads = await service.download(
+            {name: term.image for name, term in _named(terms).items()}
+        )
         excluded = [term.item for term in terms if term.item is not None and term.weight > 0]
 
         async def work() -> list[Found]:
-            query = await _query(service, gallery, terms)
+            query = await _query(service, gallery, terms, downloads)
             conditions = [Condition(c.column, c.comparison, c.value) for c in body.where]
             return await run_in_threadpool(
                 gallery.search, query, body.k, conditions, body.min_score, excluded
@@ -99,34 +103,44 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-async def _query(service: Service, gallery: Gallery, terms: list[Term]) -> Query:
+def _named(terms: list[Term]) -> dict[str, Term]:
+    """Return the terms by their names in error messages."""
+    return {f"term {i}" if len(terms) > 1 else "the query": term for i, term in enumerate(terms)}
+
+
+async def _query(
+    service: Service, gallery: Gallery, terms: list[Term], downloads: Downloads
+) -> Query:
     """Combine the terms into one query of embeddings.
 
     Raises:
         RequestError: a term is invalid, or cannot be encoded.
     """
     pending, parts = [], []
-    for i, term in enumerate(terms):
-        name = f"term {i}" if len(terms) > 1 else "the query"
+    for i, (name, term) in enumerate(_named(terms).items()):
+        param = f"query[{i}]"
         if sum(value is not None for value in (term.text, term.image, term.item)) != 1:
             raise RequestError(
-                f"{name} must have exactly one of text, image and item", 400, "invalid_term"
+                f"{name} must have exactly one of text, image and item",
+                400,
+                "invalid_term",
+                param=param,
             )
         if term.weight == 0:
-            raise RequestError(f"{name} has weight 0: remove it", 400, "invalid_term")
+            raise RequestError(f"{name} has weight 0: remove it", 400, "invalid_term", param=param)
         if term.item is not None:
             parts.append(gallery.term(term.item, term.weight))
         elif term.image is not None:
             service.check_towers("image")
-            pending.append((name, term.weight, service.image(term.image, name)))
+            pending.append((name, param, term.weight, service.image(term.image, name, downloads)))
         else:
             service.check_towers("text")
-            text = service.checked_text(term.text, name)
-            pending.append((name, term.weight, service.model.texts([text])[0]))
+            text = service.checked_text(term.text, name, param)
+            pending.append((name, param, term.weight, service.model.texts([text])[0]))
     rows = await outcomes([answer for *_, answer in pending])
-    for (name, weight, _), row in zip(pending, rows, strict=True):
+    for (name, param, weight, _), row in zip(pending, rows, strict=True):
         if isinstance(row, Exception):
-            raise as_request_error(row, name)
+            raise as_request_error(row, name, param)
         parts.append(Query(row, weight))
     return sum(parts[1:], start=parts[0])
 

@@ -1,6 +1,8 @@
 """Run the server: bind the port, handle signals, and shut down gracefully."""
 
+import contextlib
 import errno
+import functools
 import signal
 import socket
 from collections.abc import Callable
@@ -9,8 +11,12 @@ from typing import Any
 import uvicorn
 
 from vlm.errors import ConfigError
+from vlm.serving.connections import SECONDS, Guard, GuardedProtocol
+from vlm.serving.limits import Limits
 
 SHUTDOWN_SECONDS = 30  # time for in-flight requests after a stop signal
+OTHER_FILES = 512  # open files that are not connections
+BACKLOG = 512  # connections that are accepted at once
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -27,7 +33,7 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen(2048)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
@@ -73,15 +79,7 @@ def serve(
             if not self.should_exit:
                 ready(url)
 
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-        server_header=False,
-        lifespan="on",
-    )
+    config = uvicorn_config(app)
     # uvicorn re-raises the signal once it has stopped. Ignore it: the shutdown was requested.
     previous = {number: signal.signal(number, lambda *_: None) for number in _STOP_SIGNALS}
     server = Server(config)
@@ -98,6 +96,40 @@ def serve(
         for number, handler in previous.items():
             signal.signal(number, handler)
         taken.close()
+
+
+def uvicorn_config(app: Any) -> uvicorn.Config:
+    """Return uvicorn's configuration for an application of `create_app`, with guarded connections.
+
+    The process may open as many files as the limit on connections needs.
+    """
+    service = getattr(getattr(app, "state", None), "service", None)
+    limits = Limits() if service is None else service.limits
+    _allow_files(limits.connections + BACKLOG)
+    return uvicorn.Config(
+        app,
+        http=functools.partial(GuardedProtocol, Guard(limits)),  # pyright: ignore[reportArgumentType]
+        ws="none",
+        log_level="error",  # a client could fill the log with warnings
+        access_log=False,
+        timeout_keep_alive=int(SECONDS["idle"]),
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        backlog=BACKLOG,
+        server_header=False,
+        lifespan="on",
+    )
+
+
+def _allow_files(count: int) -> None:
+    """Raise the soft limit on open files, where the system lets us."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        needed = count + OTHER_FILES
+        if soft != resource.RLIM_INFINITY and soft < needed:
+            limit = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)

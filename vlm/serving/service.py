@@ -4,7 +4,7 @@ import asyncio
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +14,14 @@ import numpy as np
 from vlm.errors import DataError, VlmError
 from vlm.serving.batched import Batched
 from vlm.serving.gallery import Gallery
-from vlm.serving.image_input import image_bytes
+from vlm.serving.image_input import image_bytes, is_url
 from vlm.serving.limits import Admission, Limits, RequestError
 from vlm.serving.metrics import Metrics
 from vlm.serving.middleware import problem
 from vlm.serving.protocol import FailedItem, Input, Item, Problem
+from vlm.serving.url_fetch import Fetcher
+
+Downloads = Mapping[str, bytes | RequestError]  # images that were given as URLs, by their names
 
 
 @dataclass
@@ -41,6 +44,10 @@ class Service:
     def admission(self) -> Admission:
         return Admission(self.limits.waiting, "items")
 
+    @functools.cached_property
+    def fetcher(self) -> Fetcher:
+        return Fetcher(self.limits)
+
     def check_model(self, name: str | None) -> None:
         """Raise a RequestError if a request names a different model."""
         if name is not None and name != self.name:
@@ -48,15 +55,28 @@ class Service:
                 f"there is no model {name[:80]!r}: use {self.name!r}, or omit the field model",
                 404,
                 "model_not_found",
+                param="model",
             )
 
-    def check_count(self, count: int, noun: str = "items") -> None:
+    def check_count(self, count: int, noun: str, param: str) -> None:
         """Raise a RequestError if a request has too many items."""
         if count > self.limits.items:
             raise RequestError(
                 f"{count:,} {noun} exceed the limit of {self.limits.items:,}: split the request",
                 413,
                 "too_many_items",
+                param=param,
+            )
+
+    def check_characters(self, count: int, param: str) -> None:
+        """Raise a RequestError if the texts of a request are too long together."""
+        if count > self.limits.request_characters:
+            raise RequestError(
+                f"the texts have {count:,} characters together, over the limit of "
+                f"{self.limits.request_characters:,}: split the request",
+                413,
+                "text_too_long",
+                param=param,
             )
 
     async def admit(self, count: int, work: Callable[[], Any]) -> Any:
@@ -82,16 +102,33 @@ class Service:
 
     # ----------------------------------------------------------------------------- items
 
-    def submit(self, items: Sequence[Input]) -> list[Future | RequestError]:
-        """Submit items, and return the future embedding of each, or its error."""
+    async def download(self, images: Mapping[str, Any]) -> Downloads:
+        """Download the images that are http(s) URLs, if the server may.
+
+        Args:
+            images: by their names in error messages.
+
+        Raises:
+            RequestError: too many requests with downloads (429).
+        """
+        urls = {name: image for name, image in images.items() if is_url(image)}
+        return await self.fetcher.fetch_all(urls) if urls and self.limits.urls else {}
+
+    def submit(
+        self, items: Sequence[tuple[str | None, str | None] | RequestError], downloads: Downloads
+    ) -> list[Future | RequestError]:
+        """Submit texts and images, and return the future embedding of each, or its error."""
         answers: list[Any] = [None] * len(items)
         texts: dict[int, str] = {}
         for i, item in enumerate(items):
+            if isinstance(item, RequestError):
+                answers[i] = item
+                continue
             try:
-                text, image = parts_of(item, f"item {i}")
+                text, image = item
                 self.check_towers("text" if image is None else "image")
                 if image is not None:
-                    answers[i] = self.image(image, f"item {i}")
+                    answers[i] = self.image(image, f"item {i}", downloads)
                 else:
                     texts[i] = self.checked_text(text, f"item {i}")
             except RequestError as error:
@@ -102,24 +139,34 @@ class Service:
                 answers[i] = answer
         return answers
 
-    def image(self, image: str, name: str) -> Future:
-        """Return the future embedding of an image from a data URL."""
-        return self.model.image(lambda: image_bytes(image, self.limits, name), name)
+    def image(self, image: str, name: str, downloads: Downloads) -> Future:
+        """Return the future embedding of an image from a data URL or from the downloads.
 
-    def checked_text(self, text: str | None, name: str) -> str:
+        Raises:
+            RequestError: the image was not downloaded.
+        """
+        given = downloads.get(name, image)
+        if isinstance(given, RequestError):
+            raise given
+        return self.model.image(lambda: image_bytes(given, self.limits, name), name)
+
+    def checked_text(self, text: str | None, name: str, param: str | None = None) -> str:
         """Return a text that is within the limits.
 
         Raises:
             RequestError: the text is empty or too long.
         """
         if not text:
-            raise RequestError(f"{name} is empty: send a non-empty text", 400, "empty_text")
+            raise RequestError(
+                f"{name} is empty: send a non-empty text", 400, "empty_text", param=param
+            )
         if len(text) > self.limits.characters:
             raise RequestError(
                 f"{name} has {len(text):,} characters, over the limit of "
                 f"{self.limits.characters:,}: shorten it",
                 413,
                 "text_too_long",
+                param=param,
             )
         return text
 
@@ -127,15 +174,19 @@ class Service:
         self,
         results: Sequence[np.ndarray | Exception],
         make: Callable[[dict[int, np.ndarray]], list[Any]],
+        params: Sequence[str],
     ) -> list[Any]:
         """Return the answers that `make` returns for the rows by index, and errors for the rest.
+
+        Args:
+            params: the field of each item in the request.
 
         Raises:
             RequestError: all items failed.
         """
         rows = {i: row for i, row in enumerate(results) if isinstance(row, np.ndarray)}
         errors = {
-            i: as_request_error(row, f"item {i}")
+            i: as_request_error(row, f"item {i}", params[i])
             for i, row in enumerate(results)
             if isinstance(row, Exception)
         }
@@ -144,7 +195,7 @@ class Service:
         answers = make(rows)
         for i, error in errors.items():
             self.metrics.refused.labels(error.code).inc()
-            content = problem(str(error), error.code, error.status)
+            content = problem(str(error), error.code, error.status, error.param)
             answers.append(FailedItem(index=i, error=Problem(**content)))
         return sorted(answers, key=lambda answer: answer.index)
 
@@ -209,12 +260,13 @@ async def outcomes(answers: Sequence[Future | Exception]) -> list[np.ndarray | E
     return results
 
 
-def as_request_error(error: Exception, name: str = "") -> RequestError:
+def as_request_error(error: Exception, name: str = "", param: str | None = None) -> RequestError:
     """Convert an error of an item to a RequestError, whose message starts with `name`."""
     if isinstance(error, RequestError):
+        error.param = error.param or param
         return error
     code = "invalid_image" if isinstance(error, DataError) else "invalid_item"
     message = str(error)
     if not message.startswith(name):
         message = f"{name}: {message}"
-    return RequestError(message, 400, code)
+    return RequestError(message, 400, code, param=param)
