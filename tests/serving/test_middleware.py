@@ -136,25 +136,56 @@ def test_other_host_names_are_rejected(bundle):
             assert code(server.ask("/v1/models", headers={"Host": host})) == (400, "unknown_host")
 
 
-def test_a_form_post_of_another_site_is_rejected(server):
-    reply = server.ask("/v1/search", b'{"query": "a"}', headers={"Content-Type": "text/plain"})
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_a_form_post_of_another_site_is_rejected(server, kind):
+    reply = server.ask("/v1/search", b'{"query": "a"}', headers={"Content-Type": kind})
     assert code(reply) == (415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Content-Type": "application/vnd.api+json; charset=utf-8"}, 200),
+        ({"Origin": "http://HOST"}, 200),
+        ({"Origin": "https://HOST"}, 200),  # behind a proxy with TLS
+        ({"Origin": "https://page.example", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://["}, 403),
+        ({"Origin": "http://HOST", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": "http://HOST", "Sec-Fetch-Site": "same-site"}, 403),
+    ],
+)
+def test_posts_of_other_origins_are_not_computed(server, headers, status):
+    host = server.url.removeprefix("http://")
+    headers = {name: value.replace("HOST", host) for name, value in headers.items()}
+    reply = server.ask("/v1/search", {"query": "a"}, headers=headers)
+    assert reply.status == status
+    if status == 403:
+        assert code(reply) == (403, "cross_origin")
+    assert server.ask("/v1/models", headers=headers).status == 200
+
+
+def test_a_key_is_needed_wherever_the_application_is_mounted(bundle):
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+    from starlette.testclient import TestClient
+
+    from vlm.serving.app import create_app
+
+    app = create_app(bundle, keys=("secret",), max_batch=2)
+    with TestClient(app, root_path="/api") as client:
+        assert client.get("/api/v1/models").status_code == 401
+        assert client.get("/api/healthz").status_code == 200
+        assert client.get("/nothing").status_code == 401
+    mounted = TestClient(Starlette(routes=[Mount("/models/a", app)]))
+    assert mounted.get("/models/a/v1/models").status_code == 401
+    assert mounted.get("/models/a/metrics").status_code == 200
 
 
 @pytest.mark.parametrize("field", ["items", "pixels", "seconds", "waiting"])
 def test_limits_of_zero_are_rejected(field):
     with pytest.raises(ConfigError, match=field):
         Limits(**{field: 0})
-
-
-def test_urls_are_fetched_if_allowed(bundle, server):
-    with running(bundle, limits=Limits(urls=True)) as open_server:
-        from vlm.serving.image_input import image_bytes
-
-        picture_url = f"{server.url}/v1/items/3/picture"
-        reply = open_server.ask("/v1/embeddings", {"input": {"image": picture_url}})
-        assert reply.status == 200
-        gone = open_server.ask("/v1/embeddings", {"input": {"image": f"{server.url}/nothing"}})
-        assert gone.status == 400
-        assert "404" in gone.json["error"]["message"]
-        assert image_bytes(picture_url, Limits(urls=True), "it")[:4] == b"RIFF"

@@ -1,6 +1,8 @@
 """FastAPI application: routes, error handlers, middleware, and the web page."""
 
 import asyncio
+import functools
+import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
@@ -22,8 +24,8 @@ from vlm.serving.limits import Limits, RequestError
 from vlm.serving.metrics import Metrics
 from vlm.serving.middleware import ServerMiddleware, error_response, problem
 from vlm.serving.protocol import ERRORS
-from vlm.serving.served_index import ServedIndex
 from vlm.serving.request_errors import validation_error
+from vlm.serving.served_index import ServedIndex
 from vlm.serving.service import Service, as_request_error
 
 PAGE = Path(__file__).parent / "page"
@@ -97,6 +99,7 @@ def create_app(
         description="Contrastive vision-language models: embeddings, classification and search.",
         docs_url=None,  # its page would load scripts from other hosts
         redoc_url=None,
+        openapi_url=None,  # see _add_page
         lifespan=lifespan,
         responses=ERRORS,
     )
@@ -149,5 +152,13 @@ def _add_page(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+
+    @functools.cache
+    def description() -> bytes:
+        return json.dumps(app.openapi()).encode()
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:  # FastAPI's own would write the JSON for each request
+        return Response(description(), media_type="application/json")
 
     app.mount("/static", StaticFiles(directory=PAGE), name="static")

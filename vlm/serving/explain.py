@@ -9,11 +9,12 @@ from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
 from vlm.bundle import Bundle
+from vlm.errors import VlmError
 from vlm.heads.zero_shot import to_scores
 from vlm.serving.image_input import image_bytes
 from vlm.serving.limits import RequestError
 from vlm.serving.protocol import ExplainAnswer, ExplainRequest, Token
-from vlm.serving.service import Downloads, Service
+from vlm.serving.service import Downloads, Service, as_request_error
 
 IMAGE_SIDE = 1024  # pixels; larger images are downscaled first
 MAP_SIDE = 64  # maximum side of the heat map in the answer
@@ -59,7 +60,10 @@ def routes(service: Service) -> APIRouter:
         downloads = await service.download({"the image": body.image})
 
         async def work() -> ExplainAnswer:
-            image = await run_in_threadpool(_open_image, service, body.image, downloads)
+            try:
+                image = await run_in_threadpool(_open_image, service, body.image, downloads)
+            except VlmError as error:
+                raise as_request_error(error, "the image", "image") from None
             async with one_at_a_time:
                 return await run_in_threadpool(explain_image, service.model.bundle, image, text)
 

@@ -26,7 +26,8 @@ EVENTS, EVENT_BYTES = 1024, 64  # pieces of a reply that may be small, and the m
 PORTS = {"http": 80, "https": 443}
 _UNICAST = ipaddress.ip_network("2000::/3")  # outside: loopback, mapped, NAT64, local, multicast
 _TUNNELS = tuple(map(ipaddress.ip_network, ("2001::/23", "2002::/16")))  # may hold IPv4 addresses
-_AZURE = ipaddress.ip_address("168.63.129.16")  # a public address that only virtual machines reach
+# Protocol assignments, 6to4 relays, and an address of Azure that only virtual machines reach.
+_LOCAL = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")))
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +43,10 @@ def is_public(address: str) -> bool:
     except ValueError:
         return False
     if isinstance(found, ipaddress.IPv4Address):
-        return found.is_global and not found.is_multicast and found != _AZURE
-    in_tunnel = any(found in network for network in _TUNNELS)
-    return found in _UNICAST and found.is_global and not in_tunnel
+        local = found.is_multicast or any(found in network for network in _LOCAL)
+    else:
+        local = found not in _UNICAST or any(found in network for network in _TUNNELS)
+    return found.is_global and not local
 
 
 class Fetcher:
