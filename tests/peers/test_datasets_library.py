@@ -8,6 +8,11 @@ import pytest
 pytestmark = pytest.mark.peers
 
 sys.path.append(str(Path(__file__).parents[1] / "data" / "golden"))
+sys.path.append(str(Path(__file__).parents[1] / "weights"))
+
+from hub_server import TOKEN  # noqa: E402
+from hub_server import connected as connected  # noqa: E402  # fixtures
+from hub_server import hub as hub  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +55,32 @@ def test_every_pair_is_equal(written, pattern, monkeypatch):
             expected = plain(read[split], index)
             example = {"info/score": expected["info/score"], **source[index]}
             assert plain_example(example) == expected
+
+
+def test_a_data_set_that_it_pushes_to_the_hub(connected, monkeypatch):
+    pytest.importorskip("datasets")
+    import datasets
+    from huggingface import COUNT, features, plain, plain_example, rows
+
+    from vlm.config import DataConfig
+    from vlm.data.sources import open_source
+
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", connected.url)
+    made = datasets.DatasetDict(
+        {
+            split: datasets.Dataset.from_list(rows(first, None), features())
+            for split, first in (("train", 0), ("test", COUNT))
+        }
+    )
+    made.push_to_hub("me/pushed", num_shards={"train": 2, "test": 1})
+    names = ("label", "labels", "caption", "captions", "sentences/raw", "translation/fr")
+    source = "hf://datasets/me/pushed/data/{split}-*.parquet"
+    config = DataConfig(source, captions=names, access="random")
+    for split in ("train", "test"):
+        read = open_source(config, split)
+        assert len(read) == COUNT
+        for index in range(COUNT):
+            expected = plain(made[split], index)
+            example = plain_example({**expected, **read[index]})
+            assert example == expected

@@ -188,7 +188,7 @@ def read_columns(path: str, columns: list[str]) -> list[dict[str, Any]]:
             known = [name for name in columns if name in file.schema_arrow.names]
             return file.read(columns=known).to_pylist()
     except pyarrow.ArrowException as error:
-        raise OSError(f"{path} cannot be read as Parquet ({error})") from None
+        raise OSError(f"{path} cannot be read as Parquet ({first_line(error)})") from None
 
 
 def _footer(name: str) -> tuple[Any, Any]:
@@ -199,7 +199,8 @@ def _footer(name: str) -> tuple[Any, Any]:
     except FileNotFoundError:
         raise DataError(f"there is no table {name}: check data.source") from None
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{name} cannot be read as Parquet ({error}): check data.source") from None
+        why = first_line(error)
+        raise DataError(f"{name} cannot be read as Parquet ({why}): check data.source") from None
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from vlm.data.examples import (
 )
 from vlm.data.faults import BadSample
 from vlm.data.hold_out import part_of
+from vlm.data.hub_access import SCHEME, need_files
 from vlm.data.interleave import Stream, count_lanes
 from vlm.data.known_classes import imagenet_names, imagenet_templates
 from vlm.data.parquet import holds_images, stream_label_names
@@ -162,6 +163,8 @@ def kind_of(name: str) -> str | None:
             return kind
     if name.lower().endswith(table.SUFFIXES):
         return "table"
+    if name.startswith(SCHEME):
+        need_files(name)
     folder = as_path(name)
     if not folder.is_dir():
         return None

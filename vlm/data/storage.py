@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from vlm.data.hub_access import check_access
 from vlm.errors import DataError, first_line
 from vlm.paths import DRIVERS, as_path, cache_dir, is_remote
 
@@ -44,6 +45,7 @@ def expand(pattern: str) -> list[str]:
     files = []
     for part in pattern.split("::"):
         for name in _braces(part.strip()):
+            check_access(name)
             files += _matches(name) if _WILD.search(name) else [os.path.expanduser(name)]
     if not files or not all(files):
         raise DataError(f"there are no shards {pattern}: check data.source")
@@ -52,6 +54,7 @@ def expand(pattern: str) -> list[str]:
 
 def list_files(pattern: str) -> list[str]:
     """List the files that match a pattern with `*`, in order; empty for a web server."""
+    check_access(pattern)
     return [] if pattern.startswith(("http://", "https://")) else _matches(pattern)
 
 
@@ -166,6 +169,11 @@ def retry(action: Callable[[], T]) -> T:
         except (*_PERMANENT, DataError):
             raise
         except Exception as error:  # each file system has its own types
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status in _GONE:
+                raise FileNotFoundError(first_line(error)) from None
+            if status in _FORBIDDEN:
+                raise PermissionError(first_line(error)) from None
             if attempt == ATTEMPTS - 1:
                 raise error if isinstance(error, OSError) else OSError(first_line(error)) from None
             time.sleep(BACKOFF * 2**attempt * random.uniform(0.5, 1.0))

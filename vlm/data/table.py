@@ -15,16 +15,15 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from etils import epath
-
 from vlm.config import DataConfig
 from vlm.data.delimited import Line, read_delimited
 from vlm.data.examples import WHERE, Example, check_features, flat_items
 from vlm.data.faults import BadSample
+from vlm.data.hub_access import SCHEME, check_access
 from vlm.data.json_rows import read_json_rows
 from vlm.data.splits import rows_of_split, split_files, split_value
-from vlm.data.storage import stamp_of
-from vlm.errors import DataError
+from vlm.data.storage import read_file, stamp_of
+from vlm.errors import DataError, first_line
 from vlm.paths import as_path, decode_text, is_remote
 
 SUFFIXES = tuple(
@@ -65,7 +64,7 @@ def open_split(config: DataConfig, split: str) -> TableSource:
     by_file, file = "{split}" in config.source, config.source
     if by_file:
         (file,) = split_files(config.source, split, config.train_split)
-    path = _table_of(as_path(file))
+    path = _table_of(file)
     rows = _rows(path, config)
     _check(rows, config, path)
     folder = _image_folder(rows, config, path)
@@ -77,7 +76,7 @@ def open_split(config: DataConfig, split: str) -> TableSource:
                 "set eval_split=None"
             )
         return TableSource(rows, folder, config)
-    chosen = [rows[i] for i in rows_of_split(split, splits, str(path))]
+    chosen = [rows[i] for i in rows_of_split(split, splits, path)]
     if split == config.train_split:  # the training split counts bad rows
         chosen += [row for row in rows if isinstance(row, BadSample)]
     return TableSource(chosen, folder, config)
@@ -85,7 +84,7 @@ def open_split(config: DataConfig, split: str) -> TableSource:
 
 def list_splits(config: DataConfig) -> list[str] | None:
     """List the splits in the column `split` of a table; None without this column."""
-    splits = _splits(_rows(_table_of(as_path(config.source)), config), config)
+    splits = _splits(_rows(_table_of(config.source), config), config)
     return sorted({own for own in splits if own}) or None
 
 
@@ -99,27 +98,37 @@ def _splits(rows: Sequence[Example | BadSample], config: DataConfig) -> list[str
     ]
 
 
-def _table_of(path: epath.Path) -> epath.Path:
+def _table_of(source: str) -> str:
+    """Return the path of a table, or of the table in a folder."""
+    if source.startswith(SCHEME):
+        check_access(source)
+        return source
+    path = as_path(source)
     if path.is_dir():
         for suffix in SUFFIXES:
             if (path / f"captions{suffix}").exists():
-                return path / f"captions{suffix}"
+                return os.fspath(path / f"captions{suffix}")
         raise DataError(f"{path} has no captions.csv, captions.tsv or captions.jsonl: write one")
-    if not path.exists():
-        raise DataError(f"there is no table {path}: check data.source")
-    return path
+    return os.fspath(path)
 
 
-def _rows(path: epath.Path, config: DataConfig) -> list[Example | BadSample]:
+def _rows(path: str, config: DataConfig) -> list[Example | BadSample]:
     texts = (config.label,) if config.label else config.captions
-    return _read(os.fspath(path), stamp_of(os.fspath(path)), config.image, texts, config.data_dir)
+    return _read(path, stamp_of(path), config.image, texts, config.data_dir)
 
 
 @functools.lru_cache(4)  # training and evaluation share the table; faults are logged once
 def _read(
     name: str, stamp: str, image: str, texts: tuple[str, ...], data_dir: str | None
 ) -> list[Example | BadSample]:
-    data, suffix = as_path(name).read_bytes(), os.path.splitext(name.removesuffix(".gz"))[1].lower()
+    suffix = os.path.splitext(name.removesuffix(".gz"))[1].lower()
+    try:
+        data = read_file(name)
+    except FileNotFoundError:
+        raise DataError(f"there is no table {name}: check data.source") from None
+    except OSError as error:
+        why = error.strerror or first_line(error)
+        raise DataError(f"the table {name} cannot be read ({why}): check data.source") from None
     if name.endswith(".gz"):
         try:
             data = gzip.decompress(data)
@@ -223,7 +232,7 @@ _DOWNLOAD = (
 )
 
 
-def _check(rows: list[Example | BadSample], config: DataConfig, path: epath.Path) -> None:
+def _check(rows: list[Example | BadSample], config: DataConfig, path: str) -> None:
     """Check all rows against the config."""
     if not rows:
         raise DataError(f"{path} has no rows: give it one for each image")
@@ -254,17 +263,17 @@ def _is_file(field: str, folders: Sequence[str]) -> bool:
     return len(field) < 4096 and any(os.path.isfile(os.path.join(f, field)) for f in folders)
 
 
-def _image_folder(rows: list[Example | BadSample], config: DataConfig, path: epath.Path) -> str:
+def _image_folder(rows: list[Example | BadSample], config: DataConfig, path: str) -> str:
     """Find the folder that image paths are relative to: the table's, `data_dir`, or COCO's.
 
     COCO's captions_val2017.json is in annotations/, and its images in val2017/ beside that.
     """
-    beside = os.path.dirname(os.fspath(path))
+    beside = os.path.dirname(path)
     named = (row[config.image] for row in rows if isinstance(row, dict))
     images = list(itertools.islice(named, _LOOKED_AT))
     if is_remote(path) or any(is_remote(image) for image in images):
         return beside
-    above, own = os.path.dirname(beside), path.name.split(".")[0].rpartition("_")[2]
+    above, own = os.path.dirname(beside), os.path.basename(path).split(".")[0].rpartition("_")[2]
     inner = ("", "images", own, os.path.join("images", own))
     around = (os.path.join(d, i) for d in (beside, above) for i in inner)
     for folder in [beside, *filter(None, [config.data_dir, *around])]:
