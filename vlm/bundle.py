@@ -35,6 +35,7 @@ from vlm.sharding import replicated, shardings, to_host
 from vlm.weights import bundle_format, instantiate
 from vlm.weights.adapter import AdapterOrigin, SavedAdapter, write_adapter
 from vlm.weights.fingerprint import fingerprint_of, fingerprint_of_arrays
+from vlm.weights.push import push_to_hub
 from vlm.weights.registry import open_adapter, open_model, source_of
 from vlm.weights.resolution import at_context_length, at_image_size, resizing
 from vlm.weights.rules import flat_arrays, flat_shapes
@@ -274,6 +275,8 @@ class Bundle(FactSheet):
         if self.adapter is None:
             self.fingerprint = written
         return None
+
+    push_to_hub = push_to_hub
 
     @functools.cached_property
     def _split(self):

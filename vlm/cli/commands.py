@@ -26,6 +26,7 @@ USE = {
     "embed": Command("write the embeddings of images to a file", "embed", "embed"),
     "serve": Command("start an HTTP API and a web search page", "serve", "serve"),
     "convert": Command("convert a model to the format of another library", "convert", "convert"),
+    "push": Command("upload a model to the Hugging Face Hub", "push", "push"),
     "export": Command("export a model as programs that run without vlm", "export", "export"),
     "models": Command("list the known public checkpoints", "models", "models"),
     "docs": Command("show the documentation", "docs", "docs"),

@@ -92,6 +92,28 @@ def update(name: str) -> tuple[str | None, str]:
     return None if old is None else old.commit, new.commit
 
 
+def download_file(name: str, file: str, revision: str | None = None) -> epath.Path | None:
+    """Download one small file of a Hub model, or return its cached copy without a network.
+
+    Returns:
+        Its path in the cache; None if the model has no such file.
+
+    Raises:
+        CheckpointError: there is no such model, no access to it, or no network and no copy.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    try:
+        with _without_progress_bars():
+            return epath.Path(hub.hf_hub_download(name, file, revision=revision))
+    except Exception as error:  # a network fails in many ways
+        missing = isinstance(error, errors.EntryNotFoundError)
+        if missing and not isinstance(error, errors.LocalEntryNotFoundError):
+            return None
+        raise CheckpointError(_explain(error, name, revision, file)) from None
+
+
 def _fetch(name: str, revision: str | None, pin: Pin | None) -> tuple[epath.Path, str | None]:
     """Download a revision, or the commit of `pin`; without a revision, record the commit."""
     import huggingface_hub as hub

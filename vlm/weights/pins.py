@@ -39,6 +39,11 @@ def write_pin(name: str, pin: Pin) -> None:
     partial.replace(file)
 
 
+def forget_pin(name: str) -> None:
+    """Forget the recorded commit of a Hub model, so that the next load fetches the newest."""
+    _file(name).unlink(missing_ok=True)
+
+
 def pinned_folder(name: str, pin: Pin) -> epath.Path | None:
     """Return the folder of the recorded commit in the Hub's cache; None if a file is not whole."""
     from huggingface_hub import constants
