@@ -84,33 +84,6 @@ def test_a_missing_extra_is_reported_with_its_install_command(fail, saved, monke
     assert "pip install 'vlm-jax[serve]'" in fail("--model", saved / "model", "--port", 0)
 
 
-def test_compose_files_mount_the_needed_folders(fail, saved, tmp_path, capsys):
-    out = tmp_path / "deploy"
-    assert main(["serve", str(saved / "index"), "--export", "compose", str(out)]) == 0
-    assert sorted(path.name for path in out.iterdir()) == [
-        "Dockerfile", "compose.yaml", "prometheus.yml",
-    ]  # fmt: skip
-    text = (out / "compose.yaml").read_text()
-    for folder in ("index", "model", "pictures"):
-        assert f'- "{saved / folder}:{saved / folder}:ro"' in text
-    assert f'command: ["{saved / "index"}", "--model", "{saved / "model"}"]' in text
-    assert 'targets: ["vlm:8000"]' in (out / "prometheus.yml").read_text()
-    assert "vlm-jax[serve]" in (out / "Dockerfile").read_text()
-    assert "is not empty" in fail(saved / "index", "--export", "compose", out)
-    assert "--export needs compose" in fail(saved / "index", "--export", "helm", out, code=2)
-
-
-def test_compose_files_are_yaml(saved, tmp_path):
-    yaml = pytest.importorskip("yaml")
-    odd = tmp_path / 'a "b" $c'
-    os.symlink(saved / "model", odd)
-    main(["serve", "--model", str(odd), "--export", "compose", str(tmp_path / "out")])
-    compose = yaml.safe_load((tmp_path / "out" / "compose.yaml").read_text())
-    assert compose["services"]["vlm"]["command"] == ["--model", str(odd).replace("$", "$$")]
-    assert set(compose["services"]) == {"vlm", "prometheus"}
-    assert yaml.safe_load((tmp_path / "out" / "prometheus.yml").read_text())["scrape_configs"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_in_flight_requests_are_answered_after_a_stop_signal(saved, number):

@@ -12,7 +12,6 @@ from vlm.cli.model import leading_model, load_model, model_name
 from vlm.cli.parse import UsageError
 from vlm.cli.terminal import print_status
 from vlm.errors import CheckpointError, ConfigError
-from vlm.paths import as_path, is_remote
 
 KEYS = "VLM_API_KEYS"  # environment variable: keys separated by commas
 
@@ -72,15 +71,23 @@ def serve(
         allow_urls: download images that clients give as http(s) URLs of public addresses.
         log: log each request to stderr, as text or as a line of JSON.
         export: "compose" and a folder: write a Dockerfile and a compose file with Prometheus there,
-            and start no server.
+            for a server with these options, and start no server.
     """
+    given = dict(locals())
     keys = api_key or tuple(key for key in os.environ.get(KEYS, "").split(",") if key.strip())
     keys = tuple(key.strip() for key in keys)
     if not all(keys):
         raise UsageError("an API key is empty: give --api-key a value")
     folder, model = _served(index, model)
+    moved = options.moved_folders(root)
+    if folder is None and moved:
+        raise UsageError("--root is for an index, and only a model is served: leave it out")
+    if folder is not None and tower != "both":
+        raise UsageError("an index needs both towers: leave --tower out")
     if export:
-        _export(folder, model, export)
+        from vlm.cli.serve_export import export_compose
+
+        export_compose(serve, given, folder, model_name(model), keys, moved)
         return
     runtime.prepare_inference()
     try:
@@ -89,11 +96,6 @@ def serve(
         from vlm.serving.server import serve as run
     except ImportError as error:
         raise _extra_missing(error) from None
-    if folder is not None and tower != "both":
-        raise UsageError("an index needs both towers: leave --tower out")
-    moved = options.moved_folders(root)
-    if folder is None and moved:
-        raise UsageError("--root is for an index, and only a model is served: leave it out")
     taken = bind(host, port)  # before loading the model, which may take minutes
     try:
         from vlm.serving.app import create_app
@@ -157,45 +159,6 @@ def _served(index: str | None, model: str | None) -> tuple[Path | None, str | No
             "OUT, or give a model with --model MODEL"
         )
     return folder, model or model_of(folder)
-
-
-def _export(folder: Path | None, model: str | None, export: tuple[str, ...]) -> None:
-    if len(export) != 2 or export[0] != "compose":
-        raise UsageError("--export needs compose and a folder, such as --export compose deploy/")
-    from vlm.serving.compose import write_compose
-
-    mounts: dict[Path, bool] = {}
-
-    def mounted(place: str) -> str:
-        """Make a local path absolute and mount it; return any other name unchanged."""
-        if is_remote(place) or not as_path(place).exists():
-            return place
-        path = Path(os.path.abspath(as_path(place)))
-        mounts[path] = path.exists()
-        return str(path)
-
-    words: tuple[str, ...] = ()
-    if folder is not None:
-        words = (mounted(os.fspath(folder)),)
-    words += ("--model", mounted(model_name(model)))
-    for images in [] if folder is None else _image_folders(folder):
-        mounts[images] = images.is_dir()
-    for file in write_compose(Path(export[1]).expanduser(), words, mounts):
-        print(file)
-
-
-def _image_folders(folder: Path) -> list[Path]:
-    """Return folders that contain all images of an index."""
-    from vlm.heads import index_folder
-
-    meta = index_folder.read_description(folder)
-    ids = [id for shard in index_folder.read_shards(folder, meta) for id in shard["ids"]]
-    places = {os.path.dirname(os.path.abspath(id)) for id in ids if isinstance(id, str)}
-    places = {place for place in places if os.path.isdir(place)}
-    if not places:
-        return []
-    above = os.path.commonpath(sorted(places))
-    return [Path(above)] if above != os.sep else sorted(Path(place) for place in places)
 
 
 def _extra_missing(error: ImportError) -> Any:
