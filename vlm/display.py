@@ -31,7 +31,9 @@ def data_uri(image: Any, size: int = 96) -> str:
     return "data:image/webp;base64," + base64.b64encode(webp(image, size)).decode()
 
 
-def reduced(image: Any, size: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def reduced(
+    image: Any, size: int, max_pixels: int = MAX_PIXELS, max_bytes: int | None = None
+) -> Image.Image:
     """Open `image`, at most `size` pixels on a side; JPEG files are decoded reduced.
 
     Raises:
@@ -42,19 +44,23 @@ def reduced(image: Any, size: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
         scale = min(1.0, 2 * size / max(width, height))  # twice the size: sharper once reduced
         return max(1, round(width * scale)), max(1, round(height * scale))
 
-    picture = open_image(image, max_pixels=max_pixels, smallest=smallest).copy()
+    picture = open_image(
+        image, max_pixels=max_pixels, max_bytes=max_bytes, smallest=smallest
+    ).copy()
     picture.thumbnail((size, size), Image.Resampling.LANCZOS)
     return picture
 
 
-def webp(image: Any, size: int, max_pixels: int = MAX_PIXELS) -> bytes:
+def webp(
+    image: Any, size: int, max_pixels: int = MAX_PIXELS, max_bytes: int | None = None
+) -> bytes:
     """Encode `image`, at most `size` pixels on a side, as WebP.
 
     Raises:
         DataError: see `vlm.inputs.open_image`.
     """
     out = io.BytesIO()
-    reduced(image, size, max_pixels).save(out, "WEBP", quality=88, method=4)
+    reduced(image, size, max_pixels, max_bytes).save(out, "WEBP", quality=88, method=4)
     return out.getvalue()
 
 

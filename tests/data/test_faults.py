@@ -10,6 +10,7 @@ import tarfile
 import kinds
 import numpy as np
 import pytest
+from image_bombs import scan_bomb, tiff_of_one_tile
 from kinds import PREPROCESS, TOKENIZER, jpeg, members, numbers_of, write_tar
 from PIL import Image
 
@@ -49,6 +50,8 @@ BAD = {
     "half a tiff": ({"tiff": picture("TIFF")[:100], "txt": b"x"}, "broken image"),
     "jpeg of header alone": ({"jpg": picture("JPEG")[:20], "txt": b"x"}, "broken image"),
     "too many pixels": ({"png": bomb(), "txt": b"x"}, "broken image"),
+    "too many scans": ({"jpg": scan_bomb(100, 16, 16), "txt": b"x"}, "broken image"),
+    "a vast tile": ({"tif": tiff_of_one_tile(5_000), "txt": b"x"}, "broken image"),
     "no image": ({"txt": b"alone"}, "no image"),
     "image of another name": ({"dat": b"x", "txt": b"alone"}, "no image"),
     "no text": ({"jpg": jpeg(0)}, "no caption"),

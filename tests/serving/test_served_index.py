@@ -1,5 +1,6 @@
 """Index of a server: pictures and their errors, moved images, and reload after a save."""
 
+import contextlib
 import logging
 import os
 import shutil
@@ -12,6 +13,7 @@ from serving import drawn, encoded, running, saved_index, small_bundle
 from vlm.errors import ConfigError
 from vlm.heads.retrieval import RetrievalIndex
 from vlm.serving import served_index
+from vlm.serving.batched import Batched
 
 
 @pytest.fixture
@@ -63,8 +65,11 @@ def test_moved_images_are_found_in_their_new_folder(bundle, folder, tmp_path):
     with running(bundle, index=folder / "index", moved={str(folder): str(new)}) as server:
         assert server.ask("/v1/items/2/picture").status == 200
         assert server.ask("/v1/items/2").json["id"] == str(new / "02.png")
-    with pytest.raises(ConfigError, match="no image of the index lies in '/elsewhere'"):
-        served_index.ServedIndex(folder / "index", bundle, 1 << 20, {"/elsewhere": "/"}).open()
+    with (
+        contextlib.closing(Batched(bundle)) as model,
+        pytest.raises(ConfigError, match="no image of the index lies in '/elsewhere'"),
+    ):
+        served_index.ServedIndex(folder / "index", model, {"/elsewhere": "/"}).open()
 
 
 def test_a_picture_that_cannot_be_read_says_why(bundle, folder):
@@ -181,10 +186,11 @@ def test_a_link_that_is_switched_to_another_index_is_followed(bundle, folder, qu
 
 
 def test_an_unchanged_index_costs_one_stat(bundle, folder, monkeypatch):
-    source = served_index.ServedIndex(folder / "index", bundle, 1 << 20)
-    gallery = source.open()
-    monkeypatch.setattr(served_index.index_folder, "generation", None)
-    assert not source.changed(gallery)
+    with contextlib.closing(Batched(bundle)) as model:
+        source = served_index.ServedIndex(folder / "index", model)
+        gallery = source.open()
+        monkeypatch.setattr(served_index.index_folder, "generation", None)
+        assert not source.changed(gallery)
 
 
 def test_a_dropped_image_is_not_stored_as_a_path(bundle, folder):

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -10,10 +11,16 @@ from typing import Any, Literal
 
 import numpy as np
 from etils import epath
-from jaxtyping import UInt8
+from jaxtyping import Float64
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from vlm.errors import ConfigError, DataError
+from vlm.inputs.decoding_limits import (
+    MAX_PIXELS,
+    check_decoding,
+    check_size,
+    too_many_pixels,
+)
 from vlm.paths import as_path
 
 # Everything that is accepted as an image: a PIL image, a path, the bytes of a file, or an array.
@@ -44,7 +51,7 @@ ADDED_FORMATS = {
 }
 SUFFIXES = frozenset().union(*FORMATS.values(), *(added[0] for added in ADDED_FORMATS.values()))
 
-MAX_PIXELS = 89_478_485  # a quarter of a GiB as RGB; Pillow's own warning limit
+_STRIP_PIXELS = 1 << 18  # converted at once
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _TRANSPOSES = {
@@ -88,6 +95,7 @@ def open_image(
     *,
     background: tuple[int, int, int] | None = (255, 255, 255),
     max_pixels: int = MAX_PIXELS,
+    max_bytes: int | None = None,
     name: str = "the image",
     smallest: Smallest | None = None,
     decode: Literal["intended", "reference"] = "intended",
@@ -105,6 +113,11 @@ def open_image(
     `smallest` maps the (width, height) of a JPEG file to the smallest acceptable size. The file is
     then decoded at 1/2, 1/4 or 1/8 of its size if that is large enough, which is much faster.
 
+    `max_pixels` bounds the size, and `max_bytes` the memory that decoding takes; None is 24 bytes
+    for each of `max_pixels`, which allows all sizes up to `max_pixels` of most formats. Both are
+    checked by the header, like the number of scans of a JPEG, so that a decompression bomb is
+    refused before it is decoded.
+
     Raises:
         DataError: missing, empty, damaged, too large, or not an image; the message names it.
 
@@ -113,30 +126,35 @@ def open_image(
         >>> open_image(np.zeros((4, 6, 3), np.uint8)).size
         (6, 4)
     """
+    data = None
     if isinstance(image, Image.Image):
         name = getattr(image, "filename", "") or name
     elif isinstance(image, str | os.PathLike):
         name = os.fspath(image)
-        image = _opened(_read(image), name, max_pixels)
+        image = _opened(data := read_image(image), name, max_pixels)
     elif isinstance(image, bytes):
-        image = _opened(image, name, max_pixels)
+        image = _opened(data := image, name, max_pixels)
     else:
         image = _from_array(image, name)
-    _check_size(image, name, max_pixels)
     try:
+        if isinstance(image, ImageFile.ImageFile):
+            check_decoding(image, data, name, max_pixels, max_bytes)
+        else:
+            check_size(image, name, max_pixels)
         if smallest is not None and image.format == "JPEG":
             _draft(image, smallest, None if decode == "reference" else _orientation(image))
         with _strictly():
             # First, before reading EXIF data: that decodes too, and if decoding failed once, a
             # second attempt succeeds with half of the image.
             image.load()
-        _check_size(image, name, max_pixels)  # a frame may be larger than the header states
+        check_size(image, name, max_pixels)  # a frame may be larger than the header states
         if decode == "reference":
             return image if image.mode == "RGB" else image.convert("RGB")
         transpose = _orientation(image)
-        return _to_rgb(image if transpose is None else image.transpose(transpose), background)
+        image = _to_rgb(image, background)
+        return image if transpose is None else image.transpose(transpose)
     except Image.DecompressionBombError:
-        raise DataError(_too_large(name, "too many", max_pixels)) from None
+        raise too_many_pixels(name, "too many", max_pixels) from None
     except DataError:
         raise
     except Exception as error:  # Pillow's parsers raise errors of any type
@@ -171,7 +189,8 @@ def _strictly() -> Iterator[None]:
         _STRICT.off = False
 
 
-def _read(image: epath.PathLike) -> bytes:
+def read_image(image: epath.PathLike) -> bytes:
+    """Read an image file; DataError if it is missing or cannot be read."""
     try:
         path = as_path(image)
     except ConfigError as error:
@@ -198,7 +217,7 @@ def _opened(data: bytes, name: str, max_pixels: int) -> Image.Image:
     except DataError:
         raise
     except Image.DecompressionBombError:
-        raise DataError(_too_large(name, "too many", max_pixels)) from None
+        raise too_many_pixels(name, "too many", max_pixels) from None
     except UnidentifiedImageError:
         raise DataError(_unidentified(data, name)) from None
     except Exception as error:
@@ -267,21 +286,6 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
-    pixels = image.width * image.height
-    if pixels > max_pixels:
-        raise DataError(_too_large(name, f"{pixels:,}", max_pixels))
-    if pixels == 0:
-        raise DataError(f"{name} has no pixels ({image.width}x{image.height}): remove it")
-
-
-def _too_large(name: str, pixels: str, max_pixels: int) -> str:
-    return (
-        f"{name} has {pixels} pixels, over the limit of {max_pixels:,}: raise max_pixels if you "
-        "trust it"
-    )
-
-
 def _not_an_image(name: str, item: Any) -> str:
     return (
         f"{name} is a {type(item).__name__}: give a PIL image, a path, the bytes of an image file "
@@ -334,10 +338,12 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int] | None) -> Image.Image:
+    """Convert to RGB, in strips where that takes more memory than the result."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_eight_bits(image)).convert("RGB")
+        low, high = _range(image)
+        return _in_strips(image, lambda strip: _eight_bits(strip, low, high))
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
@@ -345,24 +351,52 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int] | None) -> Imag
         return converted
     has_alpha = image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info
     if has_alpha and background is not None:
-        if image.mode == "La":
-            image = image.convert("LA")
-        image = image.convert("RGBA")
-        below = Image.new("RGBA", image.size, (*background, 255))
-        return Image.alpha_composite(below, image).convert("RGB")
+        return _in_strips(image, lambda strip: _composite(strip, background))
     return image.convert("RGB")
 
 
-def _eight_bits(image: Image.Image) -> UInt8[np.ndarray, "h w"]:
-    """Scale to 8 bits: 16-bit from its full range; 32-bit and float from the range of values."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
-    low, high = min(values.min(), 0.0), values.max()
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Yield each strip of an image and its first row."""
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    out = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        out.paste(convert(strip), (0, top))
+    return out
+
+
+def _composite(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    if image.mode == "La":
+        image = image.convert("LA")
+    below = Image.new("RGBA", image.size, (*background, 255))
+    return Image.alpha_composite(below, image.convert("RGBA")).convert("RGB")
+
+
+def _values(image: Image.Image) -> Float64[np.ndarray, "h w"]:
+    return np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
+
+
+def _range(image: Image.Image) -> tuple[float, float]:
+    """Values that become black and white: of 16 bits the full range, else by the values."""
     if image.mode.startswith("I;16"):
-        high = 65535.0
-    elif image.mode == "F" and high <= 1:
+        return 0.0, 65535.0
+    low, high = 0.0, -math.inf
+    for _, strip in _strips(image):
+        values = _values(strip)
+        low, high = min(low, values.min()), max(high, values.max())
+    if image.mode == "F" and high <= 1:
         high = 1.0
     elif high <= 255:
         high = 255.0
     elif high <= 65535:
         high = 65535.0
-    return np.rint((values - low) / max(high - low, 1e-12) * 255).astype(np.uint8)
+    return low, high
+
+
+def _eight_bits(image: Image.Image, low: float, high: float) -> Image.Image:
+    scaled = np.rint((_values(image) - low) / max(high - low, 1e-12) * 255)
+    return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")

@@ -23,7 +23,8 @@ class Preprocess:
     """Image preprocessing of a model, as a callable.
 
     An image is a PIL image, a path (local or remote), the bytes of an image file, or a uint8 array
-    of shape (h, w), (h, w, 1), (h, w, 3) or (h, w, 4). `max_pixels` bounds what is decoded.
+    of shape (h, w), (h, w, 1), (h, w, 3) or (h, w, 4). `max_pixels` and `max_bytes` bound what is
+    decoded, and its memory: see `open_image`.
 
     Example:
         >>> from vlm.inputs import Preprocess
@@ -32,7 +33,13 @@ class Preprocess:
         ((3, 32, 32, 3), 'uint8')
     """
 
-    def __init__(self, config: PreprocessConfig, *, max_pixels: int = MAX_PIXELS):
+    def __init__(
+        self,
+        config: PreprocessConfig,
+        *,
+        max_pixels: int = MAX_PIXELS,
+        max_bytes: int | None = None,
+    ):
         if config.short_side is not None and config.short_side < config.image_size:
             raise ConfigError(
                 f"short_side {config.short_side} is smaller than the crop of image_size "
@@ -49,7 +56,7 @@ class Preprocess:
         if config.resize == "naflex" and not (config.patch_size and config.max_patches):
             raise ConfigError('resize "naflex" needs patch_size and max_patches: set both')
         self.config = config
-        self.max_pixels = max_pixels
+        self.max_pixels, self.max_bytes = max_pixels, max_bytes
 
     def __call__(
         self, images: ImageLike | Iterable[ImageLike]
@@ -146,6 +153,7 @@ class Preprocess:
             background=self.config.background,
             decode=self.config.decode,
             max_pixels=self.max_pixels,
+            max_bytes=self.max_bytes,
             name=name,
             smallest=smallest,
         )

@@ -76,7 +76,7 @@ def create_app(
     )
     gallery, source = None, None
     if index is not None:
-        source = ServedIndex(index, model, limits.pixels, moved)
+        source = ServedIndex(index, model, moved)
         try:
             gallery = source.open()
         except BaseException:

@@ -10,17 +10,23 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Float32
+from PIL import Image
 
 from vlm.bundle import Bundle
+from vlm.display import webp
 from vlm.errors import DataError
 from vlm.heads.encoder import Rule
 from vlm.inputs.naflex import STEP
-from vlm.inputs.opening import ImageLike, OnError, one_or_many
+from vlm.inputs.opening import MAX_PIXELS, ImageLike, OnError, one_or_many, read_image
 from vlm.inputs.preprocess import Preprocess
 from vlm.models.text import LENGTH_STEP, shortened
 from vlm.serving.batching import Batcher, Observe
+from vlm.serving.decoding import Decoders, Work
 
 TEXT_CACHE_SIZE = 4096  # cached text embeddings, for labels and repeated queries
+TOKENIZERS = 2  # threads; the library itself uses all cores for a long list
+DECODED_BYTES = 8  # of memory, for each of the pixels that an image may have
+PROCESSES = os.name == "posix"  # elsewhere, threads decode
 
 
 class Kind(NamedTuple):
@@ -33,15 +39,17 @@ class Kind(NamedTuple):
 class Batched:
     """`Bundle` for servers: encoders for many threads, with dynamic batching.
 
-    A thread pool decodes images and tokenizes texts; one thread owns the device. Heads accept it in
-    place of a bundle.
+    Worker processes decode image files, within limits of memory and time: a file that exceeds them
+    is an error of its item. Threads of their own tokenize texts, and one thread owns the device.
+    Heads accept it in place of a bundle.
 
     Args:
         bundle: a model from `vlm.load`, with one tower or both.
         max_batch: maximum items per batch, rounded down to a power of two; by default 32 on a CPU,
             else 256.
-        decoders: number of decoding threads; by default one for each core.
-        max_pixels: maximum size of an image before resizing.
+        decoders: number of decoding processes; by default one for each core.
+        max_pixels: maximum size of an image before resizing. Decoding takes at most 8 bytes of
+            memory for each of these pixels, and 96 MiB.
         seconds: timeout of the blocking calls.
         observe: callback for every batch: its `Kind`, number of items, and seconds.
 
@@ -68,10 +76,16 @@ class Batched:
         if max_batch is None:
             max_batch = 32 if jax.default_backend() == "cpu" else 256
         self.max_batch = 1 << (max(1, max_batch).bit_length() - 1)
-        config = bundle.preprocess.config
-        bound = {} if max_pixels is None else {"max_pixels": max_pixels}
-        self.preprocess = Preprocess(config, **bound)
-        self.decoders = ThreadPoolExecutor(decoders or os.cpu_count() or 1, "vlm-decode")
+        max_pixels = max_pixels or MAX_PIXELS
+        self.preprocess = Preprocess(
+            bundle.preprocess.config,
+            max_pixels=max_pixels,
+            max_bytes=DECODED_BYTES * max_pixels,
+        )
+        count = decoders or os.cpu_count() or 1
+        self.processes = Decoders(self.preprocess, count, seconds) if PROCESSES else None
+        self.decoders = ThreadPoolExecutor(count, "vlm-decode")
+        self.tokenizers = ThreadPoolExecutor(TOKENIZERS, "vlm-tokenize")
         sizes = [1 << i for i in range(self.max_batch.bit_length())]
         self.batcher = Batcher(self._compute, sizes, observe)
         self._lengths = self._text_lengths()
@@ -147,7 +161,8 @@ class Batched:
     ) -> Future:
         """Return the future embedding of an image, or of the result of a function.
 
-        The function runs on a decoding thread. `first` puts the image ahead of the queue.
+        The function runs on a decoding thread. `first` puts the image ahead of the queue, and
+        does not wait for a decoding thread.
         """
         self.bundle._check_tower(self.bundle.model.vision, "image")
         future: Future = Future()
@@ -156,12 +171,15 @@ class Batched:
             if future.cancelled():
                 return
             try:
-                pixels = self.preprocess.pixels(image() if callable(image) else image, name)
+                opened = image() if callable(image) else image
+                pixels = self._decoded("pixels", opened, name)
+                if pixels is None:
+                    pixels = self.preprocess.pixels(opened, name)
                 self.batcher.submit(self._image_kind(pixels), pixels, future, first=first)
             except Exception as error:
                 set_error(future, error)
 
-        self.decoders.submit(prepare)
+        (self.tokenizers if first else self.decoders).submit(prepare)
         return future
 
     def texts(self, texts: Sequence[str], *, first: bool = False) -> list[Future]:
@@ -181,11 +199,35 @@ class Batched:
                 for future in futures:
                     set_error(future, error)
 
-        self.decoders.submit(prepare)
+        self.tokenizers.submit(prepare)
         return futures
+
+    def picture(self, image: ImageLike, name: str, size: int) -> Image.Image:
+        """Open an image in RGB, at most `size` pixels on a side; files in a decoding process.
+
+        Raises:
+            DataError: see `vlm.inputs.open_image`.
+        """
+        if (pixels := self._decoded("picture", image, name, size)) is not None:
+            return Image.fromarray(pixels)
+        picture = self.preprocess.open(image, name).copy()
+        picture.thumbnail((size, size))
+        return picture
+
+    def thumbnail(self, image: ImageLike, name: str, size: int) -> bytes:
+        """Encode an image as WebP, at most `size` pixels on a side; files in a decoding process.
+
+        Raises:
+            DataError: see `vlm.inputs.open_image`.
+        """
+        if (data := self._decoded("thumbnail", image, name, size)) is not None:
+            return data.tobytes()
+        return webp(image, size, self.preprocess.max_pixels, self.preprocess.max_bytes)
 
     def warm_up(self, progress: Callable[[str], None] = lambda message: None) -> None:
         """Compile all batch shapes, so that no request waits for compilation."""
+        if self.processes is not None and self.bundle.model.vision is not None:
+            self.processes.start()
         for kind in self.kinds():
             progress(f"{kind.tower}s{f' of {kind.length}' if kind.length else ''}")
             self.batcher.warm_up(kind, self._example(kind))
@@ -198,6 +240,9 @@ class Batched:
     def close(self) -> None:
         """Finish pending work and stop the threads."""
         self.decoders.shutdown(wait=True)
+        self.tokenizers.shutdown(wait=True)
+        if self.processes is not None:
+            self.processes.close()
         self.batcher.close()
 
     # ---------------------------------------------------------------------------- batches
@@ -206,6 +251,14 @@ class Batched:
         if kind.tower == "image":
             return self.bundle.encode_pixels(self.preprocess.collate(items))
         return self.bundle.encode_tokens(np.stack(items))
+
+    def _decoded(self, kind: Work, image: ImageLike, name: str, size: int = 0) -> np.ndarray | None:
+        """Run `Decoders.run` on an image file; None for a PIL image, an array, or on Windows."""
+        if self.processes is None:
+            return None
+        if isinstance(image, str | os.PathLike):
+            image, name = read_image(image), os.fspath(image)
+        return self.processes.run(kind, image, name, size) if isinstance(image, bytes) else None
 
     def _image_kind(self, pixels: np.ndarray) -> Kind:
         lengths = self._patch_lengths()

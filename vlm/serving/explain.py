@@ -79,6 +79,8 @@ def _open_image(service: Service, image: str | int, downloads: Downloads) -> Any
         given = downloads.get("the image", image)
         if isinstance(given, RequestError):
             raise given
-        data = image_bytes(given, service.limits, "the image")
-        return service.model.preprocess.open(data, "the image")
-    return service.gallery_of("image").opened(image, service.model.preprocess.open)
+        data = image_bytes(given, "the image")
+        return service.model.picture(data, "the image", IMAGE_SIDE)
+    return service.gallery_of("image").opened(
+        image, lambda file: service.model.picture(file, str(file), IMAGE_SIDE)
+    )

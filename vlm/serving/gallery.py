@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from vlm.display import webp
 from vlm.errors import DataError
 from vlm.heads.filters import Condition, where_all
 from vlm.heads.image_paths import RELATIVE, is_image_path, is_relative
@@ -17,6 +16,7 @@ from vlm.heads.query import Query
 from vlm.heads.retrieval import RetrievalIndex
 from vlm.inputs.opening import extension_of
 from vlm.paths import as_path
+from vlm.serving.batched import Batched
 from vlm.serving.limits import RequestError
 from vlm.serving.protocol import Column, Found, IndexAnswer
 
@@ -33,7 +33,7 @@ class Gallery:
 
     Args:
         name: title on the page.
-        max_pixels: maximum size of an image that gets a thumbnail.
+        model: makes the thumbnails, in decoding processes.
         generation: that of the index, which every save changes.
         previous: view of the same folder before it was saved again. Its items keep their numbers.
     """
@@ -42,11 +42,11 @@ class Gallery:
         self,
         index: RetrievalIndex,
         name: str,
-        max_pixels: int,
+        model: Batched,
         generation: str | None = None,
         previous: "Gallery | None" = None,
     ):
-        self.index, self.name, self._max_pixels = index, name, max_pixels
+        self.index, self.name, self._model = index, name, model
         self.generation = generation
         live, before = dict.fromkeys(index.ids), [] if previous is None else previous.ids
         known = set(before)
@@ -160,7 +160,7 @@ class Gallery:
             if (cached := self._thumbnails.get((number, size))) is not None:
                 self._thumbnails.move_to_end((number, size))
                 return cached
-        thumbnail = self.opened(number, lambda file: webp(file, size, self._max_pixels))
+        thumbnail = self.opened(number, lambda file: self._model.thumbnail(file, str(file), size))
         with self._lock:
             if (number, size) not in self._thumbnails:
                 self._cached_bytes += len(thumbnail)

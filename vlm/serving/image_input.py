@@ -1,16 +1,12 @@
-"""Images of requests: decode data URLs, check limits, and fetch http(s) URLs if allowed."""
+"""Image files of requests: decode data URLs."""
 
 import base64
 import binascii
-import io
 import re
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from PIL import Image
-
-from vlm.inputs.opening import FORMATS
-from vlm.serving.limits import Limits, RequestError
+from vlm.serving.limits import RequestError
 
 _DATA_URL = re.compile(r"data:([\w.+/-]*)((?:;[\w.+-]+=[^;,]*)*)(;base64)?,", re.ASCII)
 
@@ -20,14 +16,14 @@ def is_url(image: Any) -> bool:
     return isinstance(image, str) and image[:8].lower().startswith(("http://", "https://"))
 
 
-def image_bytes(given: str | bytes, limits: Limits, name: str) -> bytes:
-    """Return the bytes of an image file from a data URL, or downloaded ones after a check.
+def image_bytes(given: str | bytes, name: str) -> bytes:
+    """Return the bytes of an image file from a data URL, or downloaded ones.
 
     Args:
         name: name of the image in error messages.
 
     Raises:
-        RequestError: not a data URL, not base64, or too many pixels.
+        RequestError: not a data URL, or not base64.
     """
     if is_url(given):
         raise RequestError(
@@ -39,7 +35,6 @@ def image_bytes(given: str | bytes, limits: Limits, name: str) -> bytes:
     data = given if isinstance(given, bytes) else _decode(given, name)
     if not data:
         raise RequestError(f"{name} is empty: send an image file", 400, "invalid_image")
-    _check_pixels(data, limits.pixels, name)
     return data
 
 
@@ -63,19 +58,3 @@ def _decode(text: str, name: str) -> bytes:
         ) from None
 
 
-def _check_pixels(data: bytes, limit: int, name: str) -> None:
-    """Reject an image with too many pixels by its header, before decoding."""
-    try:
-        with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
-            width, height = image.size
-    except Image.DecompressionBombError:
-        width = height = 0
-    except Exception:
-        return  # decoding reports the error
-    if not width * height or width * height > limit:
-        size = f"{width:,} x {height:,}" if width else "too many"
-        raise RequestError(
-            f"{name} has {size} pixels, and the limit is {limit:,}: send a smaller one",
-            413,
-            "image_too_large",
-        )

@@ -16,7 +16,8 @@ class Limits:
     Attributes:
         body_bytes: maximum size of a request body; 16 MiB holds an image of 12 MiB in base64.
         items: maximum number of images and texts of a request.
-        pixels: maximum size of an image before resizing; 32 million take 96 MiB once decoded.
+        pixels: maximum size of an image before resizing. Decoding one takes at most 8 bytes of
+            memory for each of these pixels, and 96 MiB: 341 MiB for 32 million.
         characters: maximum length of a text, and of a template that is filled in.
         waiting: maximum number of unanswered items over all requests; further requests get 429.
         waiting_bytes: maximum size of all request bodies and fetched images in memory; further

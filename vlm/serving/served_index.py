@@ -9,8 +9,8 @@ from typing import Any
 
 from vlm.errors import first_line
 from vlm.heads import index_folder
-from vlm.heads.encoder import Encoder
 from vlm.heads.retrieval import RetrievalIndex
+from vlm.serving.batched import Batched
 from vlm.serving.gallery import Gallery
 from vlm.serving.service import Service
 
@@ -25,19 +25,18 @@ class ServedIndex:
 
     Args:
         folder: may be a symbolic link, which is followed again at each reload.
-        max_pixels: maximum size of an image that gets a thumbnail.
+        model: encodes queries, and makes thumbnails.
         moved: old and new folders of images, as for `RetrievalIndex.relocate`.
     """
 
     def __init__(
         self,
         folder: str | os.PathLike,
-        model: Encoder,
-        max_pixels: int,
+        model: Batched,
         moved: Mapping[str, str] | None = None,
     ):
         self.folder = Path(folder).expanduser().absolute()
-        self._model, self._max_pixels, self._moved = model, max_pixels, dict(moved or {})
+        self._model, self._moved = model, dict(moved or {})
         self._state: Any = "unread"
 
     def open(self, previous: Gallery | None = None) -> Gallery:
@@ -53,7 +52,7 @@ class ServedIndex:
         # After a move the index may be rebuilt with the new paths.
         index.relocate(self._moved, strict=previous is None)
         name = self.folder.resolve().name
-        gallery = Gallery(index, name, self._max_pixels, generation, previous)
+        gallery = Gallery(index, name, self._model, generation, previous)
         if len(index):
             index.search(index.embeddings(index.ids[:1])[0], 1)  # reads the rows from the disk
         return gallery

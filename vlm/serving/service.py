@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from vlm.errors import DataError, VlmError
+from vlm.inputs.decoding_limits import TooLargeError
 from vlm.serving.batched import Batched
 from vlm.serving.gallery import Gallery
 from vlm.serving.image_input import image_bytes, is_url
@@ -148,7 +149,7 @@ class Service:
         given = downloads.get(name, image)
         if isinstance(given, RequestError):
             raise given
-        return self.model.image(lambda: image_bytes(given, self.limits, name), name)
+        return self.model.image(lambda: image_bytes(given, name), name)
 
     def checked_text(self, text: str | None, name: str, param: str | None = None) -> str:
         """Return a text that is within the limits.
@@ -265,8 +266,10 @@ def as_request_error(error: Exception, name: str = "", param: str | None = None)
     if isinstance(error, RequestError):
         error.param = error.param or param
         return error
-    code = "invalid_image" if isinstance(error, DataError) else "invalid_item"
+    code, status = ("invalid_image" if isinstance(error, DataError) else "invalid_item"), 400
     message = str(error)
+    if isinstance(error, TooLargeError):
+        code, status = "image_too_large", 413
     if not message.startswith(name):
         message = f"{name}: {message}"
-    return RequestError(message, 400, code, param=param)
+    return RequestError(message, status, code, param=param)
