@@ -17,9 +17,11 @@ from etils import epath
 from jaxtyping import Bool, Int32
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from vlm._json import parse
 from vlm.config import TokenizerConfig, from_dict, to_dict
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.cleaning import CLEANERS
+from vlm.inputs.vocabulary_check import MAX_FILE, library_errors, parse_vocabulary
 from vlm.paths import as_path
 
 VOCABULARY_FILE = "tokenizer.json"
@@ -52,11 +54,12 @@ class Tokenizer:
             )
         # Copied: truncation, padding and specials are done here; the caller's object stays as is.
         try:
-            self._vocabulary = tokenizers.Tokenizer.from_str(vocabulary.to_str())
-        except Exception as error:  # the library raises bare Exception
+            with library_errors():
+                self._vocabulary = tokenizers.Tokenizer.from_str(vocabulary.to_str())
+        except ValueError as error:
             raise ConfigError(
-                f"this vocabulary is inconsistent ({str(error)[:200]}): give the one that the "
-                "model was trained with"
+                f"this vocabulary is inconsistent ({error}): give the one that the model was "
+                "trained with"
             ) from None
         self._vocabulary.no_truncation()
         self._vocabulary.no_padding()
@@ -161,8 +164,8 @@ class Tokenizer:
         """
         rules = _read(as_path(folder) / RULES_FILE)
         try:
-            config = from_dict(TokenizerConfig, json.loads(rules))
-        except (json.JSONDecodeError, ConfigError) as error:
+            config = from_dict(TokenizerConfig, parse(rules))
+        except (ValueError, ConfigError) as error:
             raise DataError(f"{as_path(folder) / RULES_FILE} is corrupt: {error}") from None
         return cls.from_file(as_path(folder) / VOCABULARY_FILE, config)
 
@@ -198,7 +201,14 @@ class Tokenizer:
             texts = [text.lower() for text in texts]
         # A lone surrogate has no UTF-8 form; Python's codecs replace it by "?".
         texts = [text.encode("utf-8", "replace").decode() for text in texts]
-        encoded = self._vocabulary.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            with library_errors():
+                encoded = self._vocabulary.encode_batch_fast(texts, add_special_tokens=False)
+        except ValueError as error:
+            raise DataError(
+                f"the vocabulary cannot tokenize these texts ({error}): shorten them, or get the "
+                "model again"
+            ) from None
         return [encoding.ids for encoding in encoded]
 
 
@@ -235,13 +245,9 @@ def read_vocabulary(path: epath.PathLike) -> tokenizers.Tokenizer:
     """Read the vocabulary of a `tokenizer.json`; DataError if it is missing or corrupt."""
     text = _read(as_path(path))
     try:
-        return tokenizers.Tokenizer.from_str(text)
-    except BaseException as error:
-        # The library raises bare Exception, and BaseException if its Rust code panics.
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        reason = str(error)[:200]
-        raise DataError(f"{as_path(path)} is not a tokenizer.json: {reason}") from None
+        return parse_vocabulary(text)
+    except ValueError as error:
+        raise DataError(f"{as_path(path)} is not a tokenizer.json: {str(error)[:200]}") from None
 
 
 def train_bpe(
@@ -290,6 +296,8 @@ def train_bpe(
 
 def _read(path: epath.Path) -> str:
     try:
+        if (length := path.stat().length) > MAX_FILE:
+            raise DataError(f"{path} has {length:,} bytes, which no vocabulary has: get it again")
         return path.read_text()
     except FileNotFoundError:
         raise DataError(

@@ -19,6 +19,8 @@ from jaxtyping import Shaped
 from vlm.config import ModelConfig, PreprocessConfig, TextConfig, ViTConfig
 from vlm.errors import CheckpointError, brief
 from vlm.weights.checkpoint import Checkpoint
+from vlm.weights.fields import MAX_LAYERS
+from vlm.weights.files import npy_header
 from vlm.weights.flax_layers import (
     MERGED,
     MERGED_OUT,
@@ -32,6 +34,7 @@ from vlm.weights.flax_layers import (
 from vlm.weights.rules import FLAT, SCALAR_1, WITHOUT_FIRST, Rule, Shapes, count_layers, leading
 from vlm.weights.vocabularies import bert_tokenizer, big_vision_tokenizer
 
+_MAX_MEMBERS, _MAX_INFLATION = 20_000, 8  # of an archive
 _STACKED = re.compile(r"(.*/)encoderblock/(.*)")
 _OLD_IMAGE_POSITION = (
     "img/Transformer/posembed_input/pos_embedding",
@@ -66,7 +69,7 @@ class NpzFile:
         try:
             with self._path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 # The headers alone: an `.npz` is a zip of `.npy` files.
-                members = {name: _header(archive, name) for name in archive.files}
+                members = _members(archive, self._path.stat().length)
         except FileNotFoundError:
             raise CheckpointError(f"there is no {path}: check the path") from None
         except Exception as error:  # a damaged archive fails in any way
@@ -78,7 +81,9 @@ class NpzFile:
         self.shapes: dict[str, tuple[int, ...]] = {}
         for member, shape in members.items():
             name = member.removeprefix("params/")
-            if match := _STACKED.fullmatch(name):
+            if (match := _STACKED.fullmatch(name)) and shape:
+                if shape[0] > MAX_LAYERS:
+                    raise CheckpointError(f"{path} stacks {shape[0]:,} layers: get it again")
                 for layer in range(shape[0]):
                     one = f"{match[1]}encoderblock_{layer}/{match[2]}"
                     self._members[one], self.shapes[one] = (member, layer), shape[1:]
@@ -156,17 +161,23 @@ class NpzFile:
         return array if layer is None else array[layer]
 
 
-def _header(archive, name: str) -> tuple[int, ...]:
-    """Read the shape of a member, without its data."""
-    with archive.zip.open(f"{name}.npy") as stream:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0
-        if version[0] > 1:
-            read = np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(stream)
-        if dtype.hasobject:
-            raise ValueError(f"{name} holds objects, not numbers")
-        return shape
+def _members(archive: Any, file_size: int) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of an archive's members, without their data.
+
+    Raises:
+        ValueError: a corrupt member, or members that would inflate far beyond the file.
+    """
+    members, total = {}, 0
+    if len(archive.files) > _MAX_MEMBERS:
+        raise ValueError(f"it has {len(archive.files):,} members")
+    for name in archive.files:
+        with archive.zip.open(f"{name}.npy") as stream:
+            shape, dtype = npy_header(stream)
+        members[name] = shape
+        total += math.prod(shape) * dtype.itemsize
+    if total > _MAX_INFLATION * file_size + (64 << 20):
+        raise ValueError(f"it would inflate from {file_size:,} bytes to {total:,}")
+    return members
 
 
 def recognises(path: epath.Path) -> bool:

@@ -5,13 +5,13 @@ upper limits are far beyond any published model, yet small enough that nothing b
 exhaust the memory before the weights turn out not to fit.
 """
 
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
+from vlm._json import parse
 from vlm.errors import CheckpointError, brief
 
 _SHOWN, _LONG = 20, 240  # names in a message, and characters of each
@@ -41,11 +41,9 @@ def read_json(path: epath.Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} has {length:,} bytes, which no file of settings has: download it again"
             )
-        values = json.loads(path.read_text())
+        values = parse(path.read_text())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-    except RecursionError:
-        raise CheckpointError(f"{path} is nested too deep to be read: get it again") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}): download it again") from None
     if not isinstance(values, dict):

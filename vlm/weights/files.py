@@ -7,6 +7,7 @@ would need twice the size of the checkpoint.
 """
 
 import collections
+import io
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Shaped
 
+from vlm._json import parse
 from vlm.errors import CheckpointError, brief
 
 # https://github.com/huggingface/safetensors#format
@@ -41,6 +43,11 @@ _OTHER_DTYPES = {
 }  # fmt: skip
 _PART = 2**22  # elements
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
+_MAX_TENSORS = 50_000  # of a file
+_MAX_HEADER_VALUES = 20 * _MAX_TENSORS
+_MAX_AXES = 32
+_MAX_NPY_HEADER = 1 << 16
+_NPY_HEADER_2 = np.lib.format.read_array_header_2_0
 
 
 @runtime_checkable
@@ -140,13 +147,13 @@ def _read_header(path: epath.Path) -> dict[str, _Entry]:
     if len(head) < 8 or len(text) < length:
         raise CheckpointError(f"{path} is truncated: copy or download it again")
     try:
-        header = dict(json.loads(text, object_pairs_hook=_pairs))
+        header = dict(parse(text.decode(), _MAX_HEADER_VALUES, _pairs))
         dict(header.pop("__metadata__", {}))
+        if len(header) > _MAX_TENSORS:
+            raise ValueError(f"it lists {len(header):,} tensors")
         specs = {name: dict(spec) for name, spec in header.items()}
         entries = {name: _entry(path, 8 + length, spec) for name, spec in specs.items()}
         end = _check_layout(entries, 8 + length)
-    except RecursionError:
-        raise CheckpointError(f"{path} has a header nested too deep: get it again") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error)[:200]
         raise CheckpointError(f"{path} has a damaged header ({reason}): get it again") from None
@@ -172,8 +179,10 @@ def _entry(path: epath.Path, data: int, spec: dict[str, Any]) -> _Entry:
             "get the model in float32, float16 or bfloat16"
         )
     numbers = (*spec["data_offsets"], *spec["shape"])
-    if any(type(n) is not int or n < 0 for n in numbers):
-        raise ValueError("a size or an offset that is not a whole number")
+    if any(type(n) is not int or not 0 <= n < 1 << 64 for n in numbers):
+        raise ValueError("a size or an offset that is not a whole number of 64 bits")
+    if len(spec["shape"]) > _MAX_AXES:
+        raise ValueError(f"a tensor of {len(spec['shape'])} axes")
     begin, end = spec["data_offsets"]
     entry = _Entry(data + begin, tuple(spec["shape"]), DTYPES[kind])
     if end - begin != entry.size:
@@ -201,6 +210,29 @@ def _check_layout(entries: dict[str, _Entry], start: int) -> int:
     return start
 
 
+def npy_header(stream: Any) -> tuple[tuple[int, ...], np.dtype]:
+    """Read the shape and type at the start of a `.npy` file, which may come from anybody.
+
+    Raises:
+        ValueError: no such file, or a header too long, with objects, or with an impossible shape.
+    """
+    version = np.lib.format.read_magic(stream)
+    size = stream.read(2 if version[0] == 1 else 4)
+    if int.from_bytes(size, "little") > _MAX_NPY_HEADER:  # NumPy reads it before it checks
+        raise ValueError("its header is too long")
+    header = np.lib.format.read_array_header_1_0 if version[0] == 1 else _NPY_HEADER_2
+    text = stream.read(int.from_bytes(size, "little"))
+    try:
+        shape, _, dtype = header(io.BytesIO(size + text))
+    except (RecursionError, MemoryError, OverflowError, TypeError):
+        raise ValueError("its header is corrupt") from None
+    if dtype.hasobject:
+        raise ValueError("it holds objects, not numbers")
+    if len(shape) > _MAX_AXES or any(not 0 <= n < 1 << 63 for n in shape):
+        raise ValueError(f"its shape is {brief(shape)}")
+    return shape, dtype
+
+
 class Shards:
     """The tensors of several files that share a checkpoint.
 
@@ -210,14 +242,15 @@ class Shards:
 
     def __init__(self, files: Sequence[Tensors]):
         self.where = files[0].where
-        for number, file in enumerate(files):
-            for other in files[:number]:
-                if twice := file.shapes.keys() & other.shapes.keys():
-                    raise CheckpointError(
-                        f"{file.where} has {brief(min(twice))}, which {other.where} has too: "
-                        "download it again"
-                    )
-        self._files = {name: file for file in files for name in file.shapes}
+        self._files: dict[str, Tensors] = {}
+        for file in files:
+            if twice := file.shapes.keys() & self._files.keys():
+                name = min(twice)
+                raise CheckpointError(
+                    f"{file.where} has {brief(name)}, which {self._files[name].where} has too: "
+                    "download it again"
+                )
+            self._files |= dict.fromkeys(file.shapes, file)
         self.shapes = {name: file.shapes[name] for name, file in self._files.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Shaped[np.ndarray, "..."]:

@@ -13,10 +13,12 @@ from etils import epath
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from vlm.errors import CheckpointError
+from vlm.inputs.vocabulary_check import check_vocabulary, library_errors
 
 SPACE = "▁"  # the symbol of a space
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)  # kinds of pieces
 _UNIGRAM, _BPE = 1, 2  # kinds of models
+_MAX_FILE, _MAX_PIECE = 64 << 20, 1024  # bytes
 
 
 def read(path: epath.PathLike, *, prefix: bool = True) -> tokenizers.Tokenizer:
@@ -29,12 +31,17 @@ def read(path: epath.PathLike, *, prefix: bool = True) -> tokenizers.Tokenizer:
     """
     path = epath.Path(path)
     try:
+        if (length := path.stat().length) > _MAX_FILE:
+            raise CheckpointError(f"{path} has {length:,} bytes, which no vocabulary has")
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     try:
-        return _build(data, prefix)
-    except (ValueError, IndexError, struct.error, UnicodeDecodeError) as error:
+        with library_errors():
+            vocabulary = _build(data, prefix)
+            check_vocabulary(vocabulary)
+            return vocabulary
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{path} is not a SentencePiece model: {error}") from None
 
 
@@ -45,6 +52,8 @@ def _build(data: bytes, prefix: bool) -> tokenizers.Tokenizer:
     for number, value in _fields(data):
         if number == 1:
             piece = dict(_fields(value))
+            if len(piece[1]) > _MAX_PIECE:
+                raise ValueError(f"it has a piece of {len(piece[1]):,} bytes")
             score = struct.unpack("<f", piece.get(2, b"\0\0\0\0"))[0]
             pieces.append((piece[1].decode(), score, piece.get(3, _NORMAL)))
         elif number == 2:
@@ -142,3 +151,5 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         if byte < 128:
             return value, at
         shift += 7
+        if shift > 63:
+            raise ValueError("it has a number of more than 64 bits")

@@ -52,7 +52,7 @@ _FIRST = {
     ("torch.jit._pickle", "restore_type_tag"),
 }
 _KNOWN = {_DICT, *_REBUILD, *_FIRST, *(("torch", name) for name in _STORAGES)}
-_MAX_PICKLE = 100_000_000  # bytes
+_MAX_PICKLE = 4_000_000  # bytes; a pickle of 10,000 tensors has one million
 _MAX_DEPTH = 100  # of modules inside modules
 _MAX_AXES = 32
 _MAX_NAME = 500  # characters
