@@ -61,7 +61,7 @@ def main(settings: dict[str, Any], shared: int) -> None:
         picture.thumbnail((size, size))
         return np.asarray(picture)
 
-    print(json.dumps(["ready"]), file=replies)
+    replies.write('["ready"]\n')
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # warnings about the files of clients
     for line in sys.stdin.buffer:
         kind, length, name, size = json.loads(line)
@@ -79,7 +79,7 @@ def main(settings: dict[str, Any], shared: int) -> None:
             reply = ["too_large", "takes too much memory to decode"]
         except Exception as error:
             reply = ["bad", f"{name} cannot be decoded ({type(error).__name__})"]
-        print(json.dumps(reply), file=replies)
+        replies.write(json.dumps(reply) + "\n")
 
 
 def _limit_memory(extra: int) -> None:

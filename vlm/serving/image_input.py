@@ -56,5 +56,3 @@ def _decode(text: str, name: str) -> bytes:
             400,
             "invalid_image",
         ) from None
-
-
