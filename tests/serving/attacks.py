@@ -108,10 +108,10 @@ def slow_headers(port, key):
         time.sleep(1)
 
 
-def trickled(client):
-    """Send one byte; return whether the connection is still open."""
+def trickled(client, data=b"a"):
+    """Send some bytes; return whether the connection is still open."""
     try:
-        client.sendall(b"a")
+        client.sendall(data)
     except OSError:
         client.close()
         return False
@@ -155,8 +155,9 @@ def hold_unread(port, start, count):
                 client.connect(("127.0.0.1", port))
                 client.sendall(start)
                 clients.append(client)
+                time.sleep(0.01)  # the answers cost time too, and are not the attack
         time.sleep(1)
-        clients = [client for client in clients if trickled(client)]
+        clients = [client for client in clients if trickled(client, b"\r\n")]
 
 
 def integers(port, key):

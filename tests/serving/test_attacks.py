@@ -33,6 +33,13 @@ pytestmark = [
 ]
 
 
+def limit_files(process):
+    """Give a process the common limit of 1,024 open files."""
+    import resource  # not on Windows
+
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (1024, 1024))
+
+
 class Served:
     """`vlm serve` in a process of its own."""
 
@@ -47,6 +54,7 @@ class Served:
                 cwd=ROOT,
                 env=os.environ | {"VLM_API_KEYS": key, "XLA_FLAGS": ""},
             )
+        limit_files(self.process)
         while not (found := re.search(r"serving at http://[^:]+:(\d+)", self._log.read_text())):
             assert self.process.poll() is None, self._log.read_text()
             time.sleep(0.2)

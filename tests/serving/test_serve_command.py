@@ -136,6 +136,26 @@ def test_in_flight_requests_are_answered_after_a_stop_signal(saved, number):
     assert set(answers) == {100}
 
 
+@pytest.mark.slow
+def test_requests_are_logged_as_json(saved):
+    line = [sys.executable, "-m", "vlm", "serve", saved / "index", "--port", "0", "--log", "json"]
+    environment = os.environ | {"XLA_FLAGS": ""}
+    with subprocess.Popen(
+        list(map(str, line)), env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        output = ""
+        while "serving at" not in output:
+            output = process.stderr.readline()
+            assert output, "the server exited before it was ready"
+        url = re.search(r"http://\S+", output)[0]
+        with urllib.request.urlopen(f"{url}v1/models?size=1", timeout=30) as reply:
+            reply.read()
+        entry = json.loads(process.stderr.readline())
+        process.send_signal(signal.SIGTERM)
+    assert (entry["method"], entry["path"], entry["status"]) == ("GET", "/v1/models", 200)
+    assert (entry["client"], entry["bytes"], entry["level"]) == ("127.0.0.1", 0, "info")
+
+
 def test_a_bound_port_is_free_again_once_it_is_closed():
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]

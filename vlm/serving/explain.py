@@ -12,11 +12,12 @@ from vlm.bundle import Bundle
 from vlm.errors import VlmError
 from vlm.heads.zero_shot import to_scores
 from vlm.serving.image_input import image_bytes
-from vlm.serving.limits import RequestError
+from vlm.serving.limits import Admission, RequestError
 from vlm.serving.protocol import ExplainAnswer, ExplainRequest, Token
 from vlm.serving.service import Downloads, Service, as_request_error
 
 IMAGE_SIDE = 1024  # pixels; larger images are downscaled first
+WAITING = 8  # heat maps in flight, so that they do not fill the queue of items
 MAP_SIDE = 64  # maximum side of the heat map in the answer
 
 
@@ -50,6 +51,7 @@ def warm_up(bundle: Bundle) -> None:
 def routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["explain"])
     one_at_a_time = asyncio.Lock()  # a heat map takes as long as many embeddings
+    waiting = Admission(WAITING, "heat maps")
 
     @router.post("/explain")
     async def explain(body: ExplainRequest) -> ExplainAnswer:
@@ -67,7 +69,8 @@ def routes(service: Service) -> APIRouter:
             async with one_at_a_time:
                 return await run_in_threadpool(explain_image, service.model.bundle, image, text)
 
-        answer = await service.admit(1, work)
+        with waiting.admit(1):
+            answer = await service.admit(1, work)
         return answer.model_copy(update={"model": service.name})
 
     return router

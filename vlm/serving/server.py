@@ -1,6 +1,7 @@
 """Run the server: bind the port, handle signals, and shut down gracefully."""
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import signal
@@ -15,8 +16,8 @@ from vlm.serving.connections import SECONDS, Guard, GuardedProtocol
 from vlm.serving.limits import Limits
 
 SHUTDOWN_SECONDS = 30  # time for in-flight requests after a stop signal
-OTHER_FILES = 512  # open files that are not connections
-BACKLOG = 512  # connections that are accepted at once
+BACKLOG = 256  # connections that are accepted at once, before any is closed
+OTHER_FILES = 128 + BACKLOG  # open files apart from the connections of `Limits`
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -101,11 +102,14 @@ def serve(
 def uvicorn_config(app: Any) -> uvicorn.Config:
     """Return uvicorn's configuration for an application of `create_app`, with guarded connections.
 
-    The process may open as many files as the limit on connections needs.
+    The soft limit on open files is raised as far as needed. Where the hard limit is lower, there
+    are fewer connections.
     """
     service = getattr(getattr(app, "state", None), "service", None)
     limits = Limits() if service is None else service.limits
-    _allow_files(limits.connections + BACKLOG)
+    files = _allow_files(limits.connections + OTHER_FILES)
+    connections = max(1, min(limits.connections, files - OTHER_FILES))
+    limits = dataclasses.replace(limits, connections=connections)
     return uvicorn.Config(
         app,
         http=functools.partial(GuardedProtocol, Guard(limits)),  # pyright: ignore[reportArgumentType]
@@ -120,16 +124,19 @@ def uvicorn_config(app: Any) -> uvicorn.Config:
     )
 
 
-def _allow_files(count: int) -> None:
-    """Raise the soft limit on open files, where the system lets us."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
+def _allow_files(count: int) -> int:
+    """Let the process open `count` files, or as many as the system allows, and return how many."""
+    try:
         import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        needed = count + OTHER_FILES
-        if soft != resource.RLIM_INFINITY and soft < needed:
-            limit = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    except ImportError:  # Windows has no such limit on sockets
+        return count
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, most = (count if n == resource.RLIM_INFINITY else min(n, count) for n in (soft, hard))
+    if soft < most:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            return most
+    return soft
 
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
