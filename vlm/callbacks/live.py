@@ -11,8 +11,9 @@ from vlm.display import clock
 from vlm.evaluation.charts import Line, curve, line_chart, short
 
 EVERY = 1.0  # seconds between two updates
-CHARTED = ("top1", "text_to_image_R@1", "image_to_text_R@1")  # metrics shown first
-MOST = 3  # metrics of evaluations that are shown
+# Metrics of evaluations that are shown first, and their short names.
+CHARTED = {"top1": "top-1", "text_to_image_R@1": "T→I R@1", "image_to_text_R@1": "I→T R@1"}
+MOST = 3  # metrics of evaluations
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,7 +73,8 @@ class Live(Callback):
                 facts["ETA"] = clock(left / speed)
         if evals:
             at, metrics = evals[-1]
-            facts |= {f"{name} at step {at:,}": short(value) for name, value in metrics.items()}
+            facts["evaluation at step"] = f"{at:,}"
+            facts |= {name: short(value) for name, value in metrics.items()}
         return render(
             "callbacks/live.html",
             name=run.folder.name,
@@ -87,7 +89,13 @@ class Live(Callback):
 def _chosen(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return the metrics of an evaluation to show, by short names."""
     names = [name for known in CHARTED for name in metrics if name.split("/")[-1] == known]
-    return {name.removeprefix("eval/"): metrics[name] for name in (names or list(metrics))[:MOST]}
+    shown = {name: metrics[name] for name in (names or list(metrics))[:MOST]}
+    return {_short_name(name): value for name, value in shown.items()}
+
+
+def _short_name(name: str) -> str:
+    *path, last = name.removeprefix("eval/").split("/")
+    return " ".join([*path, CHARTED.get(last, last)])
 
 
 def _charts(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,8 @@ def summary_writer(folder: str, step: int) -> Any:
     finally:
         if absent:
             del sys.modules["torch"]
-    return SummaryWriter(folder, purge_step=step + 1)
+    # Without the suffix, writers that start in the same second would share a file.
+    return SummaryWriter(folder, purge_step=step + 1, filename_suffix=f".{time.time_ns()}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -19,14 +19,18 @@ from etils import epath
 
 from vlm._version import __version__
 from vlm.callbacks.base import Callback, RunInfo
+from vlm.callbacks.wandb_files import offline_rows
 from vlm.errors import ConfigError
+from vlm.evaluation.results_folder import write_atomically
 
 # Changes of these fields in a resumed run change its metrics.
 _DECIDE_METRICS = ("optimizer", "steps", "epochs", "examples", "seconds", "evals", "code")
 
+Key = tuple[str, int]  # kind and step of a row
+
 
 class SentRows:
-    """The id of a run in a tracker, and the rows that the tracker has.
+    """The id of a run in a tracker, and the rows that were sent to it.
 
     They are in `trackers/NAME.jsonl` of the run folder. A resumed run with, for instance, another
     learning rate has other metrics, so its rows after the checkpoint count as new.
@@ -36,43 +40,54 @@ class SentRows:
         name = f"trackers/{tracker}-{zlib.crc32(target.encode()):08x}.jsonl"
         stored, self._file = run.folder / name, epath.Path(run.local) / name
         text = stored.read_text() if run.resumed and stored.exists() else ""
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        if not text or self._file != stored:
-            self._file.write_text(text)
         decisive = {field: run.config.get(field) for field in _DECIDE_METRICS}
         self._version = zlib.crc32(json.dumps(decisive, sort_keys=True, default=str).encode())
+        self._first = run.step
         self.id: str | None = None
-        self.count, version = 0, None
-        self._sent: set[tuple[str, int]] = set()
+        self.rows: list[dict[str, float]] = []  # of earlier processes, in the order of sending
+        version = None
         for line in text.splitlines():
             try:
                 entry = json.loads(line)
             except ValueError:  # the process was killed while it wrote the line
                 continue
-            if isinstance(entry, dict):
+            if "id" in entry:
                 self.id, version = entry["id"], entry["version"]
             else:
-                self.count += 1
-                self._sent.add((entry[0], entry[1]))
-        if version != self._version:
-            self._sent = {(kind, step) for kind, step in self._sent if step <= run.step}
+                self.rows.append(entry)
+        self._repeats = version == self._version
+        self._sent: set[Key] = set()
 
-    def start(self, id: str) -> None:
-        """Record the id of the tracker's run."""
+    def start(self, id: str, stored: set[Key] | None = None) -> list[dict[str, float]]:
+        """Record the id of the tracker's run, and return the rows to send again.
+
+        `stored` are the rows that the tracker has, if it may have lost some. Rows after the
+        checkpoint need not be sent again: the run repeats them.
+        """
+        kept = [row for row in self.rows if stored is None or key_of(row) in stored]
+        lost = [row for row in self.rows if row not in kept and row["step"] <= self._first]
+        self._sent = {key_of(row) for row in kept if self._repeats or row["step"] <= self._first}
         self.id = id
-        self._write({"id": id, "version": self._version})
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        lines = [{"id": id, "version": self._version}, *kept]
+        write_atomically(self._file, "\n".join(map(json.dumps, lines)))
+        return lost
 
-    def __contains__(self, row: tuple[str, int]) -> bool:
+    def __contains__(self, row: Mapping[str, float]) -> bool:
         """Whether an earlier process sent this kind of row of this step."""
-        return row in self._sent
+        return key_of(row) in self._sent
 
-    def add(self, kind: str, step: int) -> None:
+    def add(self, row: Mapping[str, float]) -> None:
         """Record a row that was sent."""
-        self._write([kind, step])
-
-    def _write(self, entry: Any) -> None:
         with self._file.open("a") as file:
-            file.write(f"\n{json.dumps(entry)}")  # the line before may be truncated
+            file.write(f"\n{json.dumps(row)}")
+
+
+def key_of(row: Mapping[str, float]) -> Key:
+    """Return the kind of a row, by its names, and its step."""
+    heads = {name.partition("/")[0] for name in row}
+    kind = next((kind for kind in ("eval", "checkpoint", "start") if kind in heads), "step")
+    return kind, int(row["step"])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,23 +97,19 @@ class _Tracker(Callback):
     # The client's objects during a run.
     _run: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
-    def _send(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _send(self, row: Mapping[str, float]) -> None:
         raise NotImplementedError
 
-    def _row(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
+    def _send_once(self, row: Mapping[str, float]) -> None:
         sent: SentRows = self._run["sent"]
-        if (kind, step) not in sent:
-            self._send(step, metrics)
-            sent.add(kind, step)
+        if row not in sent:
+            self._send(row)
+            sent.add(row)
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._row("step", step, metrics)
+        self._send_once({"step": step, **metrics})
 
-    def on_eval(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._row("eval", step, metrics)
-
-    def on_checkpoint(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._row("checkpoint", step, metrics)
+    on_eval = on_checkpoint = on_step
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,14 +155,18 @@ class WandB(_Tracker):
             arguments |= {"id": sent.id, "resume": "allow"}
         client = wandb.init(**arguments | self.options)
         client.define_metric("*", step_metric="step")
-        sent.start(client.id)
-        self._run.update(client=client, sent=sent)
+        # W&B writes and uploads in the background, so a run that was killed may have lost rows.
+        offline = [row for row in offline_rows(run.folder / "wandb", client.id) if "step" in row]
+        stored = {key_of(row) for row in sent.rows[: client.step] + offline}
+        # W&B counts the rows, from 0 again in offline mode, and keeps one of each count.
+        self._run.update(client=client, sent=sent, count=max(client.step, len(stored)))
+        for row in sent.start(client.id, stored):
+            self._send_once(row)
 
-    def _send(self, step: int, metrics: Mapping[str, float]) -> None:
-        client, sent = self._run["client"], self._run["sent"]
-        # Offline, W&B starts to count at 0 again, and would overwrite earlier rows once it uploads.
-        first = {"step": sent.count} if client.step < sent.count else {}
-        client.log({"step": step, **metrics}, **first)
+    def _send(self, row: Mapping[str, float]) -> None:
+        client, count = self._run["client"], self._run["count"]
+        behind = client.step < count
+        client.log(dict(row), **({"step": count, "commit": True} if behind else {}))
 
     def on_end(self, run: RunInfo, results: Mapping[str, float], finished: bool) -> None:
         if client := self._run.pop("client", None):
@@ -217,18 +232,19 @@ class MLflow(_Tracker):
         }
         client.log_batch(id, tags=[entities.RunTag(name, value) for name, value in tags.items()])
 
-    def _send(self, step: int, metrics: Mapping[str, float]) -> None:
-        now = int(1000 * time.time())
+    def _send(self, row: Mapping[str, float]) -> None:
+        now, step = int(1000 * time.time()), int(row["step"])
         rows = [
             self._run["entities"].Metric(re.sub(r"[^/\w.\- :]", "_", name), value, now, step)
-            for name, value in metrics.items()
+            for name, value in row.items()
+            if name != "step"
         ]
         self._run["client"].log_batch(self._run["sent"].id, metrics=rows)
 
     def on_end(self, run: RunInfo, results: Mapping[str, float], finished: bool) -> None:
         if "client" in self._run:
             final = {f"final/{name}": value for name, value in results.items()}
-            self._send(run.total_steps, final)
+            self._send({"step": run.total_steps, **final})
             client, status = self._run.pop("client"), "FINISHED" if finished else "KILLED"
             client.set_terminated(self._run["sent"].id, status=status)
 

@@ -63,9 +63,15 @@ class BucketSync:
         with self._copying, failed:
             for path in sorted(Path(self._temporary.name).rglob("*")):
                 name = os.path.relpath(path, self._temporary.name)
-                if path.is_file() and self._sizes.get(name) != (size := path.stat().st_size):
-                    (self.folder / name).write_bytes(path.read_bytes()[:size])
-                    self._sizes[name] = size
+                try:
+                    size = path.stat().st_size
+                    if not path.is_file() or self._sizes.get(name) == size:
+                        continue
+                    data = path.read_bytes()[:size]
+                except FileNotFoundError:  # a temporary file of a callback
+                    continue
+                (self.folder / name).write_bytes(data)
+                self._sizes[name] = size
 
     def _keep_copying(self) -> None:
         while not self._stop.wait(PERIOD):
