@@ -7,7 +7,9 @@ is saved as JSON in the run folder.
 from vlm._deprecation import renamed
 from vlm.config.base import Config as Config
 from vlm.config.code import Code as Code
+from vlm.config.code import DataSource as DataSource
 from vlm.config.code import ImportPath as ImportPath
+from vlm.config.code import SourceCode as SourceCode
 from vlm.config.code import find_codes as find_codes
 from vlm.config.data import AugmentConfig as AugmentConfig
 from vlm.config.data import DataConfig as DataConfig

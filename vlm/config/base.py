@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from vlm._deprecation import FIELDS, rename_fields, warn
 from vlm.config.bounds import check_bounds, check_image_size, check_projection
-from vlm.config.code import Code, ImportPath
+from vlm.config.code import Code, DataSource, ImportPath, SourceCode
 from vlm.errors import ConfigError, brief
 
 T = TypeVar("T", bound="Config")
@@ -151,6 +151,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is ImportPath:
         return Code.of(value, where)
+    if hint is DataSource:
+        return SourceCode.of(value, where)
     if origin in (typing.Union, types.UnionType):
         return _one_of(args, value, where)
     if origin is Literal:

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import types
+from collections.abc import Sized
 from typing import TYPE_CHECKING, Any, NewType
 
 from vlm.errors import ConfigError, brief
@@ -21,11 +22,14 @@ from vlm.errors import ConfigError, brief
 # Type of the fields that take code. They hold a `Code`; a type checker lets users pass any object.
 if TYPE_CHECKING:
     ImportPath = Any
+    DataSource = Any  # a `str`: what names a source, or a `SourceCode`
 else:
     ImportPath = NewType("ImportPath", str)
+    DataSource = NewType("DataSource", str)
 
 _PATH = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)(\(.*\))?", re.DOTALL)
 _GIVEN = "<{}>"  # text of an object that has no import path
+_MAX_ITEMS = 1000  # of an argument in an import path
 
 
 class Code(str):
@@ -65,12 +69,17 @@ class Code(str):
     @property
     def importable(self) -> bool:
         """Whether another process can load the object."""
-        return not self.startswith("<")
+        return not self.path.startswith("<")
+
+    @property
+    def path(self) -> str:
+        """The import path as text."""
+        return str(self)
 
     @property
     def name(self) -> str:
         """Short name of the object for logs, such as my_loss."""
-        text = self.strip("<>") if not self.importable else self.partition(":")[2]
+        text = self.path.strip("<>") if not self.importable else self.path.partition(":")[2]
         return text.partition("(")[0].rpartition(".")[2] or text
 
     def load(self, where: str = "the config") -> Any:
@@ -80,7 +89,7 @@ class Code(str):
             ConfigError: it cannot be imported, or its class does not take the arguments.
         """
         if not hasattr(self, "_object"):
-            self._object = _load(self, where)
+            self._object = _load(self.path, where)
         return self._object
 
     def source_hash(self) -> str:
@@ -88,11 +97,68 @@ class Code(str):
 
         Comments and layout do not count. Empty if there is no source, as for compiled code.
         """
-        target = getattr(self, "_object", None) if not self.importable else _target(self, "")
+        target = getattr(self, "_object", None) if not self.importable else _target(self.path, "")
         return "" if target is None else _source_hash(target)
 
     def __reduce__(self):
-        return (Code, (str(self),))  # a process imports the object itself
+        return (type(self), (str(self),))  # a process imports the object itself
+
+
+class SourceCode(Code):
+    """A data set, or a function that makes one, in `data.source`: `python:` and its import path.
+
+    Attributes:
+        opened: what the function has made, by its arguments.
+
+    Example:
+        >>> vlm.DataConfig(source=[{"image": "cat.jpg", "caption": "a cat"}]).source
+        'python:<a list>'
+    """
+
+    __slots__ = ("opened",)
+
+    PREFIX = "python:"
+
+    def __new__(cls, text: str):
+        made = super().__new__(cls, text)
+        made.opened = {}
+        return made
+
+    @classmethod
+    def of(cls, value: Any, where: str = "the object") -> Any:
+        """Make a reference from any object, or from a text with the prefix; keep other texts.
+
+        Raises:
+            ConfigError: neither a text nor an object that could be a data set.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        if isinstance(value, str) and not isinstance(value, Code):
+            if not value.startswith(cls.PREFIX):
+                return value
+            path, example = value.removeprefix(cls.PREFIX), "my_parts:my_data or my_parts:make(n=8)"
+            return cls(cls.PREFIX + _canonical(path.strip(), where, example))
+        if value is None or isinstance(value, bytes | bool | int | float | complex):
+            raise ConfigError(
+                f"{where} is {brief(value)}: give the name of a source as a str, or a data set"
+            )
+        if isinstance(value, Code):
+            made = cls(cls.PREFIX + value.path)
+            if not hasattr(value, "_object"):
+                return made
+            value = value._object
+        else:
+            path = _import_path(value) or _GIVEN.format(_describe(value))
+            made = cls(cls.PREFIX + path)
+        made._object = value
+        return made
+
+    @property
+    def path(self) -> str:
+        """The import path, without the prefix."""
+        return str(self).removeprefix(self.PREFIX)
 
 
 def find_codes(value: Any) -> dict[str, Code]:
@@ -109,7 +175,9 @@ def find_codes(value: Any) -> dict[str, Code]:
     return found
 
 
-def _canonical(text: str, where: str) -> str:
+def _canonical(
+    text: str, where: str, example: str = "my_parts:my_loss or my_parts:MyClass(width=8)"
+) -> str:
     """Write an import path with a colon: `my_parts.my_loss` is accepted too."""
     if text.startswith("<"):  # of the config of a run
         return text
@@ -120,8 +188,7 @@ def _canonical(text: str, where: str) -> str:
     match = _PATH.fullmatch(text)
     if match is None or (match[3] and _arguments(match[3]) is None):
         raise ConfigError(
-            f"{where} is {brief(text)}: give an object, or its import path such as "
-            "my_parts:my_loss or my_parts:MyClass(width=8)"
+            f"{where} is {brief(text)}: give an object, or its import path such as {example}"
         )
     return text
 
@@ -218,6 +285,8 @@ def _public_module(value: Any, package: str, name: str) -> str | None:
 
 def _with_arguments(target: Any, arguments: dict[str, Any]) -> str | None:
     path = _import_path(target)
+    if any(isinstance(x, Sized) and len(x) > _MAX_ITEMS for x in arguments.values()):
+        return None  # data, which does not belong into a config
     call = f"({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
     return None if path is None or _arguments(call) != arguments else path + call
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vlm.config.base import Config
+from vlm.config.code import DataSource
 from vlm.errors import ConfigError
 
 MOST_OPERATIONS = 4  # of RandAugment
@@ -122,7 +123,7 @@ class MixturePart(Config):
         2
     """
 
-    source: str
+    source: DataSource
     weight: float | None = None
     epochs: float | None = None
     examples: int | None = None
@@ -149,7 +150,8 @@ class DataConfig(Config):
 
     Args:
         source: Source of the examples: a folder, a table, shards, tfds:NAME or openmoji. A TFDS
-            data set must be prepared. Required, unless there is a mixture.
+            data set must be prepared. Or a data set of your own: the object, or its import path,
+            such as python:my_parts:my_data. Required, unless there is a mixture.
         train_split: Name of the training split.
         eval_split: Name of the eval split. Its images are retrieved among all captions of both
             splits. Use None for large data, and `Experiment.evals`.
@@ -192,7 +194,7 @@ class DataConfig(Config):
         8
     """
 
-    source: str = ""
+    source: DataSource = ""
     train_split: str = "train"
     eval_split: str | None = "test"
     image: str = "image"

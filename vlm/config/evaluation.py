@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vlm.config.base import Config
+from vlm.config.code import DataSource
 from vlm.errors import ConfigError
 
 
@@ -35,7 +36,7 @@ class EvalConfig(Config):
 
     name: str = "eval"
     task: Literal["zero-shot", "retrieval"] = "zero-shot"
-    source: str = ""
+    source: DataSource = ""
     split: str | None = "validation"
     image: str = "image"
     captions: tuple[str, ...] = ("captions/text",)

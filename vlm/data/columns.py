@@ -27,7 +27,7 @@ class Columns:
     def __init__(self, schema: Any, config: DataConfig, file: str, features: Any = None):
         self._config, self._folder, self._file = config, os.path.dirname(file), file
         self._types = dict(_flat_types(schema, config.image))
-        self._classes = dict(_class_names(_saved_features(schema) or features or {}))
+        self._classes = dict(class_label_names(_saved_features(schema) or features or {}))
         # Class names of the label in the order of ids, if the file has them.
         self.label_names: list[str] | None = self._classes.get(config.label or "")
         names = [config.image, *wanted_features(config)]
@@ -66,31 +66,42 @@ class Columns:
                 if name == image:
                     example[name] = self._image(inner)
                 elif name in self._classes:
-                    example[name] = self._label(name, inner, where)
+                    names, wanted = self._classes[name], name == self._config.label
+                    example[name] = named_label(inner, names, name, where, wanted=wanted)
                 else:
                     example[name] = inner
         return example
 
     def _image(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            data = value.get("bytes")
-            value = value.get("path") if data is None else data
-        if isinstance(value, str) and value and not is_remote(value):
+        value = image_file(value)
+        if isinstance(value, str) and not is_remote(value):
             value = os.path.join(self._folder, os.path.expanduser(value))
-        return None if value == "" else value
+        return value
 
-    def _label(self, name: str, value: Any, where: str) -> Any:
-        if isinstance(value, list):
-            return [self._label(name, item, where) for item in value]
-        names = self._classes[name]
-        if value is None or isinstance(value, str):
-            return value
-        if 0 <= value < len(names):
-            return names[value]
-        if name != self._config.label:
-            return None
-        why = f"{where} has the {name} {value}, but there are {len(names)} classes"
-        raise BadSample("no label", where, why)
+
+def image_file(value: Any) -> Any:
+    """Return the bytes of an image, else its path, from a struct of both; None for neither."""
+    if isinstance(value, dict):
+        data = value.get("bytes")
+        value = value.get("path") if data is None else data
+    return None if isinstance(value, str) and value == "" else value
+
+
+def named_label(value: Any, names: list[str], feature: str, where: str, *, wanted: bool) -> Any:
+    """Return the name of a class label, or those of a list.
+
+    BadSample if a label that training needs (`wanted`) has no name; any other is None then.
+    """
+    if isinstance(value, list):
+        return [named_label(item, names, feature, where, wanted=wanted) for item in value]
+    if value is None or isinstance(value, str):
+        return value
+    if 0 <= value < len(names):
+        return names[value]
+    if not wanted:
+        return None
+    why = f"{where} has the {feature} {value}, but there are {len(names)} classes"
+    raise BadSample("no label", where, why)
 
 
 class Groups:
@@ -127,8 +138,8 @@ def _saved_features(schema: Any) -> dict[str, Any] | None:
         return None
 
 
-def _class_names(features: Any, above: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Yield the name and classes of each class-label feature."""
+def class_label_names(features: Any, above: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Yield the name and classes of each class-label feature, in the JSON form of `datasets`."""
     for name, feature in features.items() if isinstance(features, dict) else ():
         while isinstance(feature, list) or (
             isinstance(feature, dict) and feature.get("_type") in ("Sequence", "List", "LargeList")
@@ -139,7 +150,7 @@ def _class_names(features: Any, above: str = "") -> Iterator[tuple[str, list[str
         if feature.get("_type") == "ClassLabel" and feature.get("names"):
             yield above + name, list(feature["names"])
         elif not isinstance(feature.get("_type"), str):
-            yield from _class_names(feature, f"{above}{name}/")
+            yield from class_label_names(feature, f"{above}{name}/")
 
 
 def _flat_types(fields: Any, image: str, above: str = "") -> Iterator[tuple[str, Any]]:

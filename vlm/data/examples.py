@@ -21,6 +21,7 @@ Example = dict[str, Any]
 # Keys that no feature can have, set by sources.
 WHERE = "\0where"  # location of the example
 PART = "\0part"  # index of the source in a mixture
+OPENED = "\0opened"  # the image is cached, in mode RGB
 
 AMBIGUOUS = "two captions"  # kind of a bad sample with two different captions
 LOOKED_AT = 64  # examples to search for the features in a config
@@ -40,7 +41,7 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
-def copy_metadata(wrapper: Any, source: Source) -> None:
+def copy_metadata(wrapper: Any, source: Any) -> None:
     """Copy the metadata of a source to a wrapper of it."""
     for name in ("label_names", "class_names", "templates", "credits", "faults"):
         if hasattr(source, name):
@@ -124,7 +125,7 @@ def known_features(source: Source, config: DataConfig, where: str) -> list[str]:
     wanted = {config.image, *wanted_features(config)}
     examples: list[Example | BadSample] = []
     known: set[str] = set()
-    count = len(source)
+    count = min(len(source), 2**40)  # a repeated one is endless
     for index in np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int)).tolist():
         try:
             example = source[index]

@@ -145,9 +145,10 @@ class LaneBatches(grain.IterDataset):
                 "shards that the run started with"
             )
         if state.get("count") != stream.lanes:
+            fix = getattr(stream, "fix_lanes", f"set data.interleave to {state.get('count')}")
             raise DataError(
                 f"the checkpoint has {state.get('count')} lanes and the run has {stream.lanes}: "
-                f"set data.interleave to {state.get('count')}"
+                f"{fix}"
             )
         lanes = state.get("lanes")
         mine = [str(number) for number in self.lanes]
@@ -173,10 +174,10 @@ class LaneIterator(grain.DatasetIterator):
         self._batches = batches
         self._readers = ThreadPoolExecutor(min(_READERS, len(batches.lanes)), "read")
         self._decoders = ThreadPoolExecutor(max(1, batches.threads), "decode")
-        self._lanes = {
-            number: batches.stream.lane(number, batches.positions.get(str(number)), self._readers)
-            for number in batches.lanes
-        }
+        self._lanes: dict[int, Lane] = {}
+        for number in batches.lanes:
+            position = batches.positions.get(str(number))
+            self._lanes[number] = batches.stream.lane(number, position, self._readers)
         self._ahead = {number: collections.deque[Future]() for number in self._lanes}
         self._ready = {number: collections.deque[_DecodedSample]() for number in self._lanes}
         self._in_a_row = dict.fromkeys(self._lanes, 0)

@@ -17,9 +17,10 @@ from vlm.data.examples import captions_of
 from vlm.data.faults import BadSamples
 from vlm.data.interleave import LaneBatches, gather_processes
 from vlm.data.mixture import part_configs
+from vlm.data.python_source import ENDLESS, check_workers, find_data, has_random_access
 from vlm.data.random_access import Batch, TrainBatches
 from vlm.data.reinforced import Reinforced
-from vlm.data.sources import CachedSource, open_source, open_stream, streams
+from vlm.data.sources import CachedSource, kind_of, open_source, open_stream, streams
 from vlm.data.transform_example import ExampleTransform
 from vlm.data.workers import buffered_batches, check_shared_memory, end_with_parent, signals_blocked
 from vlm.errors import ConfigError, DataError
@@ -176,17 +177,30 @@ def train_batches(
             raise ConfigError(
                 "data.cache needs a data set of finite size, not a stream: set it to False"
             )
-        global_batch = batch_size * process_count
-        stream = open_stream(config, global_batch, seed=seed, process_count=process_count)
+        if config.hold_out:
+            raise ConfigError(
+                f"{config.source} is read as a stream, of which no part can be held out: set "
+                'data.access="random", or data.hold_out to 0'
+            )
+        stream = open_stream(
+            config,
+            batch_size * process_count,
+            seed=seed,
+            process_index=process_index,
+            process_count=process_count,
+        )
         each = stream.lanes // process_count
         lanes = range(each * process_index, each * (process_index + 1))
         transform = ExampleTransform([config, *part_configs(config)], preprocess)
-        description = f"about {stream.examples:,} examples read as a stream"
+        about = f"about {stream.examples:,} examples read as a stream"
+        description = getattr(stream, "description", about)
         batches = LaneBatches(stream, lanes, batch_size // each, transform, tokenizer, config)
         faults, examples = stream.faults, max(1, stream.examples // process_count)
         spare = 2 * stream.shard_length if process_count > 1 else 0
     else:
         source = open_source(config, config.train_split)
+        if kind_of(config.source) == "python":
+            check_workers(source, config)
         description = f"{config.train_split}: {len(source):,} examples"
         batches = TrainBatches(
             CachedSource(source, config, preprocess) if config.cache else source,
@@ -266,12 +280,20 @@ def eval_batches(
 def count_examples(config: DataConfig, split: str | None = None) -> int:
     """Count the examples in a split, by default of training; ConfigError for a stream."""
     split = split or config.train_split
-    if split == config.train_split and streams(config):
+    if split == config.train_split and streams(config) and not _has_length(config):
         raise ConfigError(
             f"{config.source} is read as a stream, whose number of examples is unknown: set the "
             "length of the run in steps or examples instead of epochs"
         )
     return len(open_source(config, split))
+
+
+def _has_length(config: DataConfig) -> bool:
+    """Whether data in its own order is a finite grain data set."""
+    if config.mixture or kind_of(config.source) != "python":
+        return False
+    data = find_data(config, config.train_split)
+    return has_random_access(data) and len(data) != ENDLESS
 
 
 def _check_sizes(batch_size: int, process_index: int, process_count: int) -> None:

@@ -41,7 +41,7 @@ class TfdsSource:
         if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
             array_record.check_installed()
         self.credits = builder.info.redistribution_info.license or ""  # as the metadata states them
-        features = dict(_flat_features(builder.info.features))
+        features = dict(flat_features(builder.info.features))
         where = f"the data set {builder.info.full_name}"
         check_features(config, list(features), where)
         self._label = config.label
@@ -141,12 +141,12 @@ def data_folder(given: str | None) -> str:
     return given or constants.DATA_DIR
 
 
-def _flat_features(features: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+def flat_features(features: Any, above: str = "") -> Iterator[tuple[str, Any]]:
     """Yield each feature with its name; nested ones are named by their path."""
     for name, feature in features.items():
         inner = getattr(feature, "feature", feature)  # the items of a sequence
         if isinstance(inner, tfds.features.FeaturesDict):
-            yield from _flat_features(inner, f"{above}{name}/")
+            yield from flat_features(inner, f"{above}{name}/")
         else:
             yield above + name, inner
 

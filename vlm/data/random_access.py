@@ -184,10 +184,13 @@ class TrainBatches:
 
 
 class IndexedStream:
-    """Stream over a random-access source: lane l of n takes positions l, l + n, l + 2n, ..."""
+    """Stream over a random-access source: lane l of n takes positions l, l + n, l + 2n, ...
 
-    def __init__(self, source: Source, lanes: int, seed: int):
-        self.source, self.lanes, self.seed = source, lanes, seed
+    Without `shuffle` a position is the index of its example, also beyond the length of the source.
+    """
+
+    def __init__(self, source: Source, lanes: int, seed: int, shuffle: bool = True):
+        self.source, self.lanes, self.seed, self.shuffle = source, lanes, seed, shuffle
         self.shard_length, self.fingerprint = 0, f"{len(source)} examples"
         self.faults: Sequence[dict[str, Any]] = getattr(source, "faults", ())
         self.examples = len(source) + sum(fault.get("samples", 1) for fault in self.faults)
@@ -206,7 +209,9 @@ class IndexedLane:
     def __next__(self) -> Sample:
         stream = self._stream
         position = self._taken * stream.lanes + self._number
-        index = places(stream.seed, np.array([position]), len(stream.source))[0]
+        index = position
+        if stream.shuffle:
+            index = places(stream.seed, np.array([position]), len(stream.source))[0]
         self._taken += 1
         return Sample(functools.partial(stream.source.__getitem__, int(index)), position)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,12 +11,13 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import Int32
 
-from vlm.config import DataConfig
+from vlm.config import DataConfig, SourceCode
 from vlm.config.placeholders import PLACEHOLDER
-from vlm.data import mixture, table
+from vlm.data import mixture, python_source, python_stream, table
 from vlm.data.class_names import NAME, names_of, read_class_names
 from vlm.data.clip_benchmark import is_clip_benchmark
 from vlm.data.examples import (
+    OPENED,
     Example,
     Source,
     Subset,
@@ -51,6 +53,7 @@ KNOWN = (
     "ArrayRecord files (.array_record)",
     "Arrow files (.arrow), or a folder that Hugging Face datasets saved",
     "a folder with captions.csv, .tsv or .jsonl, a text beside each image, or class folders",
+    "a data set in Python: an object, or its import path as python:MODULE:NAME",
 )
 
 
@@ -135,6 +138,24 @@ def _reader(kind: str) -> Any:
     return importlib.import_module(f"vlm.data.{_READERS.get(kind, kind)}")
 
 
+def with_own_splits(config: DataConfig) -> DataConfig:
+    """Remove the default eval split, with a warning, if `config.source` is a single data set.
+
+    An eval split that the config names stays, and is an error when it is opened.
+    """
+    if config.mixture or not config.source or kind_of(config.source) != "python":
+        return config
+    known = python_source.list_splits(config)
+    if config.changed("eval_split", "hold_out") or (known is not None and len(known) != 1):
+        return config
+    logging.getLogger(__name__).warning(
+        "%s has no eval split, so there is no held-out evaluation: give a mapping such as "
+        '{"train": ..., "test": ...}, or set data.hold_out',
+        config.source,
+    )
+    return dataclasses.replace(config, eval_split=None)
+
+
 def require_source(config: DataConfig) -> None:
     """Raise a ConfigError if a config names no data, or a placeholder."""
     if not config.source and not config.mixture:
@@ -151,6 +172,8 @@ def kind_of(name: str) -> str | None:
     require_source(DataConfig(name))
     if name == "openmoji":
         return name
+    if name.startswith(SourceCode.PREFIX):
+        return "python"
     if name.startswith("tfds:"):
         return "tfds"
     if is_clip_benchmark(name):
@@ -177,22 +200,31 @@ def kind_of(name: str) -> str | None:
 
 _ENDINGS = {".array_record": "array_record", ".parquet": "parquet", ".arrow": "arrow"}
 # Kinds of source whose module has a different name than the kind.
-_READERS = {"tfds": "prepared", "openmoji": "prepared", "tar": "shard_index"}
+_READERS = {
+    "tfds": "prepared",
+    "openmoji": "prepared",
+    "tar": "shard_index",
+    "python": "python_source",
+}
 
 
 def streams(config: DataConfig) -> bool:
-    """Whether training reads a stream: a mixture, or streamed shards.
+    """Whether training reads a stream: a mixture, streamed shards, or data with its own order.
 
     ConfigError if `data.access` is "stream" for a source that cannot be streamed.
     """
     if config.mixture:
         return True
     kind = kind_of(config.source)
-    if config.access == "stream" and kind not in ("tar", "parquet"):
+    in_order = kind == "python" and config.access != "random"
+    in_order = in_order and python_source.is_read_in_order(config)
+    if config.access == "stream" and kind not in ("tar", "parquet") and not in_order:
         raise ConfigError(
-            f"{config.source} cannot be read as a stream, which needs .tar or .parquet shards: set "
-            'data.access="auto"'
+            f"{config.source} cannot be read as a stream, which needs .tar or .parquet shards, or "
+            'a grain data set: set data.access="auto"'
         )
+    if in_order:
+        return True
     if config.access != "auto":
         return config.access == "stream"
     if kind == "parquet":
@@ -200,13 +232,35 @@ def streams(config: DataConfig) -> bool:
     return kind == "tar" and is_remote(config.source)
 
 
-def open_stream(config: DataConfig, global_batch: int, *, seed: int, process_count: int) -> Stream:
+def is_iterable(config: DataConfig, split: str) -> bool:
+    """Whether a split is an iterable in Python, which has no random access."""
+    if config.mixture or kind_of(config.source) != "python":
+        return False
+    return python_source.is_iterable(python_source.find_data(config, split))
+
+
+def has_shards(config: DataConfig) -> bool:
+    """Whether training reads shards as a stream."""
+    return streams(config) and not config.mixture and kind_of(config.source) != "python"
+
+
+def open_stream(
+    config: DataConfig, global_batch: int, *, seed: int, process_index: int, process_count: int
+) -> Stream:
     """Open the training samples of `config` as a stream, after inspecting the first of them.
 
     DataError if there are too few shards, or they lack wanted features.
     """
+    if not config.mixture and kind_of(config.source) == "python":
+        return python_stream.open_stream(
+            config,
+            global_batch,
+            seed=seed,
+            process_index=process_index,
+            process_count=process_count,
+        )
     configs = mixture.part_configs(config) if config.mixture else [config]
-    shard_lists = [find_shards(part) if streams(part) else None for part in configs]
+    shard_lists = [find_shards(part) if has_shards(part) else None for part in configs]
     fewest = min((len(shards) for shards in shard_lists if shards), default=2**31)
     count = count_lanes(config, global_batch, fewest, process_count)
     if not config.mixture:
@@ -216,6 +270,8 @@ def open_stream(config: DataConfig, global_batch: int, *, seed: int, process_cou
         part_seed = key(seed, 5, number)
         if shards:
             parts.append(open_shards_as_stream(part, shards, count, part_seed, process_count))
+        elif streams(part):
+            parts.append(python_stream.open_stream(part, global_batch, seed=part_seed, lanes=count))
         else:
             parts.append(IndexedStream(open_source(part, part.train_split), count, part_seed))
     return mixture.Mixture(config, parts, lanes=count, seed=seed)
@@ -276,6 +332,7 @@ class CachedSource:
             example[self._config.image] = open_image_of(
                 example, self._config, self._preprocess, f"example {index}"
             )
+            example[OPENED] = True
             self._cache[index] = example
         return example
 
@@ -337,8 +394,10 @@ def _labels_of_all_splits(config: DataConfig) -> list[str]:
     """Collect the unique labels of all splits, sorted by value if numeric, else alphabetically."""
     if is_remote(config.source) and config.eval_split:  # other splits may be too large to read
         known = [config.eval_split]
-    else:
-        known = split_names(config) or [config.train_split]
+    elif (known := split_names(config)) is None:
+        known = [config.train_split]
+    elif not known:  # a function, whose splits cannot be listed
+        known = [split for split in (config.train_split, config.eval_split) if split]
     sources = [_open(dataclasses.replace(config, eval_split=name), name) for name in known]
     labels = {label for source in sources for label in _valid_values(source, config, label_of)}
     if all(re.fullmatch(r"-?\d+", label) for label in labels):
@@ -347,9 +406,10 @@ def _labels_of_all_splits(config: DataConfig) -> list[str]:
 
 
 def _stream_label_names(config: DataConfig) -> list[str] | None:
-    if config.mixture or kind_of(config.source) != "parquet":
-        return None
-    return stream_label_names(config)
+    kind = None if config.mixture else kind_of(config.source)
+    if kind == "python":
+        return python_source.label_names(config)
+    return stream_label_names(config) if kind == "parquet" else None
 
 
 def _all_splits(config: DataConfig) -> Iterator[Source]:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from vlm.config import DataConfig
 from vlm.data import augmentations
-from vlm.data.examples import PART, WHERE, Example, choose_caption
+from vlm.data.examples import OPENED, PART, WHERE, Example, choose_caption
 from vlm.data.faults import BadSample
 from vlm.data.randomness import key, uniforms
 from vlm.data.storage import read_file
@@ -79,7 +79,8 @@ def open_image_of(
     where = example.get(WHERE, where)
     image = example.get(config.image)
     name = f"the image of {where}"
-    if isinstance(image, Image.Image):  # cached
+    if OPENED in example:
+        assert isinstance(image, Image.Image)
         return image
     if image is None:
         raise BadSample("no image", where, f"{where} has no image")

@@ -128,14 +128,14 @@ def open_image(
     """
     data = None
     if isinstance(image, Image.Image):
-        name = getattr(image, "filename", "") or name
+        name, smallest = getattr(image, "filename", "") or name, None  # keep a user's object whole
     elif isinstance(image, str | os.PathLike):
         name = os.fspath(image)
         image = _opened(data := read_image(image), name, max_pixels)
     elif isinstance(image, bytes):
         image = _opened(data := image, name, max_pixels)
     else:
-        image = _from_array(image, name)
+        image = image_of_array(image, name)
     try:
         if isinstance(image, ImageFile.ImageFile):
             check_decoding(image, data, name, max_pixels, max_bytes)
@@ -303,7 +303,8 @@ def as_array(image: Any, name: str = "the image") -> np.ndarray:
         raise DataError(f"{name} is not an array for NumPy ({_reason(error)})") from error
 
 
-def _from_array(image: Any, name: str) -> Image.Image:
+def image_of_array(image: Any, name: str) -> Image.Image:
+    """Make an image of a uint8 array; DataError for another type or shape."""
     array = as_array(image, name)
     if array.dtype != np.uint8:
         raise DataError(

@@ -1,6 +1,7 @@
 """The training loop: from an experiment to a run folder with a trained model."""
 
 import contextlib
+import dataclasses
 import os
 
 from etils import epath
@@ -8,7 +9,7 @@ from etils import epath
 from vlm.cluster.processes import stop_all_on_failure
 from vlm.config import Experiment, require_bucket
 from vlm.data.pipeline import train_batches
-from vlm.data.sources import credits, require_source
+from vlm.data.sources import credits, require_source, with_own_splits
 from vlm.errors import ConfigError, TrainingError
 from vlm.paths import keep_compiled_programs
 from vlm.sharding import batch_shard, check_batch, make_mesh
@@ -65,6 +66,9 @@ def _train(
     length: Length,
 ) -> epath.Path:
     with timed("opening the run"):
+        if experiment is not None:
+            data = with_own_splits(experiment.data)
+            experiment = dataclasses.replace(experiment, data=data)
         if resume is not None:
             run = Run.open(resume, experiment)
         elif experiment is not None:
