@@ -17,10 +17,16 @@ from vlm.data.examples import captions_of
 from vlm.data.faults import BadSamples
 from vlm.data.interleave import LaneBatches, gather_processes
 from vlm.data.mixture import part_configs
-from vlm.data.python_source import ENDLESS, check_workers, find_data, has_random_access
+from vlm.data.python_source import (
+    ENDLESS,
+    check_workers,
+    find_data,
+    has_random_access,
+    is_named,
+)
 from vlm.data.random_access import Batch, TrainBatches
 from vlm.data.reinforced import Reinforced
-from vlm.data.sources import CachedSource, kind_of, open_source, open_stream, streams
+from vlm.data.sources import CachedSource, open_source, open_stream, streams
 from vlm.data.transform_example import ExampleTransform
 from vlm.data.workers import buffered_batches, check_shared_memory, end_with_parent, signals_blocked
 from vlm.errors import ConfigError, DataError
@@ -199,7 +205,7 @@ def train_batches(
         spare = 2 * stream.shard_length if process_count > 1 else 0
     else:
         source = open_source(config, config.train_split)
-        if kind_of(config.source) == "python":
+        if is_named(config):
             check_workers(source, config)
         description = f"{config.train_split}: {len(source):,} examples"
         batches = TrainBatches(
@@ -290,7 +296,7 @@ def count_examples(config: DataConfig, split: str | None = None) -> int:
 
 def _has_length(config: DataConfig) -> bool:
     """Whether data in its own order is a finite grain data set."""
-    if config.mixture or kind_of(config.source) != "python":
+    if not is_named(config):
         return False
     data = find_data(config, config.train_split)
     return has_random_access(data) and len(data) != ENDLESS

@@ -39,6 +39,11 @@ ENDLESS = sys.maxsize  # length of a grain data set after .repeat()
 _FORM = '{"image": ..., "caption": ...}'
 
 
+def is_named(config: DataConfig) -> bool:
+    """Whether the source of a config is a data set in Python."""
+    return not config.mixture and config.source.startswith(SourceCode.PREFIX)
+
+
 def open_split(config: DataConfig, split: str) -> Source:
     """Open a split with random access.
 
@@ -88,7 +93,9 @@ def list_splits(config: DataConfig) -> list[str] | None:
 
 
 def is_read_in_order(config: DataConfig) -> bool:
-    """Whether the training data has an order of its own: a grain data set, or an iterable."""
+    """Whether the order of the training data is its own: a grain data set, or an iterable."""
+    if config.access == "random":
+        return False
     data = find_data(config, config.train_split)
     return isinstance(data, grain.MapDataset) or is_iterable(data)
 

@@ -143,7 +143,7 @@ def with_own_splits(config: DataConfig) -> DataConfig:
 
     An eval split that the config names stays, and is an error when it is opened.
     """
-    if config.mixture or not config.source or kind_of(config.source) != "python":
+    if not python_source.is_named(config):
         return config
     known = python_source.list_splits(config)
     if config.changed("eval_split", "hold_out") or (known is not None and len(known) != 1):
@@ -216,8 +216,7 @@ def streams(config: DataConfig) -> bool:
     if config.mixture:
         return True
     kind = kind_of(config.source)
-    in_order = kind == "python" and config.access != "random"
-    in_order = in_order and python_source.is_read_in_order(config)
+    in_order = kind == "python" and python_source.is_read_in_order(config)
     if config.access == "stream" and kind not in ("tar", "parquet") and not in_order:
         raise ConfigError(
             f"{config.source} cannot be read as a stream, which needs .tar or .parquet shards, or "
@@ -234,14 +233,14 @@ def streams(config: DataConfig) -> bool:
 
 def is_iterable(config: DataConfig, split: str) -> bool:
     """Whether a split is an iterable in Python, which has no random access."""
-    if config.mixture or kind_of(config.source) != "python":
+    if not python_source.is_named(config):
         return False
     return python_source.is_iterable(python_source.find_data(config, split))
 
 
 def has_shards(config: DataConfig) -> bool:
     """Whether training reads shards as a stream."""
-    return streams(config) and not config.mixture and kind_of(config.source) != "python"
+    return streams(config) and not config.mixture and not python_source.is_named(config)
 
 
 def open_stream(
@@ -251,7 +250,7 @@ def open_stream(
 
     DataError if there are too few shards, or they lack wanted features.
     """
-    if not config.mixture and kind_of(config.source) == "python":
+    if python_source.is_named(config):
         return python_stream.open_stream(
             config,
             global_batch,
@@ -406,10 +405,11 @@ def _labels_of_all_splits(config: DataConfig) -> list[str]:
 
 
 def _stream_label_names(config: DataConfig) -> list[str] | None:
-    kind = None if config.mixture else kind_of(config.source)
-    if kind == "python":
+    if python_source.is_named(config):
         return python_source.label_names(config)
-    return stream_label_names(config) if kind == "parquet" else None
+    if config.mixture or kind_of(config.source) != "parquet":
+        return None
+    return stream_label_names(config)
 
 
 def _all_splits(config: DataConfig) -> Iterator[Source]:
