@@ -48,7 +48,9 @@ with epy.lazy_api_imports(globals()):
     from vlm.config import PreprocessConfig as PreprocessConfig
     from vlm.config import ResNetConfig as ResNetConfig
     from vlm.config import TextConfig as TextConfig
+    from vlm.config import TextModuleConfig as TextModuleConfig
     from vlm.config import TokenizerConfig as TokenizerConfig
+    from vlm.config import VisionModuleConfig as VisionModuleConfig
     from vlm.config import ViTConfig as ViTConfig
     from vlm.config import load_config as load_config
     from vlm.errors import CheckpointError as CheckpointError

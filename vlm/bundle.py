@@ -222,7 +222,8 @@ class Bundle(FactSheet):
         if self._mesh is not None:
             graph, state = nnx.split(model)
             state = nnx.to_pure_dict(state)
-            model = nnx.merge(graph, jax.device_put(state, shardings(state, self._mesh)))
+            places = shardings(state, self._mesh, self.config.partition)
+            model = nnx.merge(graph, jax.device_put(state, places))
         return self._like(model, adapter=AdapterOrigin(config, base, self.identity))
 
     def _like(self, model: DualEncoder, **changes: Any) -> "Bundle":
@@ -357,10 +358,12 @@ class Bundle(FactSheet):
 
     def _facts(self) -> tuple[str, dict[str, str]]:
         c = self.config
+        own, patch = getattr(c.vision, "module", None), c.vision.patch_size
+        layout = f"patches of {patch}" if own is None else f"by {own.name}"
         count = sum(math.prod(shape) for shape in flat_shapes(self.model).values())
         return self.name, {
             "parameters": f"{count / 1e6:,.1f} M",
-            "image": f"{c.vision.image_size} px, patches of {c.vision.patch_size}",
+            "image": f"{c.vision.image_size} px, {layout}",
             "text": f"{c.text.context_length} tokens of {c.text.vocab_size:,}",
             "embedding": f"{c.embed_dim}",
             "loss": c.loss,
@@ -424,8 +427,9 @@ def load(
         options = {"dtype": dtype, "mesh": mesh, "tower": tower, "decode": decode}
         return _load_adapted(saved, base, sizes, resize_backend=resize_backend, **options)
     kind = instantiate.parameter_dtype(dtype)
-    place = None if mesh is None else instantiate.parameter_shardings(mesh)
     checkpoint, name = open_model(model, revision)
+    rules = checkpoint.config.partition
+    place = None if mesh is None else instantiate.parameter_shardings(mesh, rules)
     checkpoint = checkpoint.for_length(context_length)
     config, preprocess = at_image_size(checkpoint.config, checkpoint.preprocess, image_size)
     preprocess = with_options(preprocess, resize_backend, decode)

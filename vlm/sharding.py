@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -130,29 +131,73 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
-    """Return a parameter's spec: `tensor` by its name, `fsdp` on its largest free dimension."""
+# Rules of module towers: tower, regular expression of a parameter's name in it, and mesh axes.
+Rules = Sequence[tuple[str, str, tuple[str | None, ...]]]
+
+
+def parameter_spec(
+    path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Rules = ()
+) -> P:
+    """Return a parameter's spec: `tensor` by its name, `fsdp` on its largest free dimension.
+
+    The first of `rules` that fits takes precedence.
+
+    Raises:
+        ShardingError: a dimension does not divide over the mesh axis of its rule.
+    """
+    if (own := _own_spec(path, shape, mesh, rules)) is not None:
+        return own
     spec: list[str | None] = [None] * len(shape)
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     dimension = TENSOR_DIMENSION.get(path[-3:] if "lora" in path else path[-2:])
     if dimension is not None and -dimension <= len(shape) and shape[dimension] % tensor == 0:
         spec[dimension] = "tensor" if tensor > 1 else None
     # The layer axis of stacked blocks is scanned over and cannot be sharded.
-    first = 1 if "blocks" in path else 0
+    first = 1 if is_stacked(path) else 0
     free = [d for d in range(first, len(shape)) if spec[d] is None and shape[d] % fsdp == 0]
     if free and fsdp > 1 and math.prod(shape) >= SMALLEST_SHARDED:
         spec[max(free, key=lambda d: shape[d])] = "fsdp"
     return P(*spec)
 
 
-def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+def _own_spec(
+    path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Rules
+) -> P | None:
+    """Return the spec of the first of `rules` that fits an array; None if there is none."""
+    for tower, pattern, axes in rules:
+        ends = [i + 1 for i, name in enumerate(path) if name == tower]
+        match = [i for i in ends if re.fullmatch(pattern, "/".join(path[i:]))]
+        if not match or len(axes) != len(shape):  # moments may be factored
+            continue
+        uneven = [
+            i for i, axis in enumerate(axes) if axis is not None and shape[i] % mesh.shape[axis]
+        ]
+        if not uneven:
+            return P(*(a if a is not None and mesh.shape[a] > 1 else None for a in axes))
+        if match[0] == 1 or path[0] in ("params", "frozen", "ema"):  # a parameter
+            i, axis = uneven[0], axes[uneven[0]]
+            raise ShardingError(
+                f"partition {pattern!r} shards dimension {i} of {'/'.join(path[match[0] :])}, of "
+                f"{shape[i]}, over the {mesh.shape[axis]} devices of mesh axis {axis}: choose a "
+                "dimension that they divide"
+            )
+    return None
+
+
+def is_stacked(path: Sequence[str]) -> bool:
+    """Whether a parameter has a leading axis of layers: below `blocks`, and not in a list."""
+    return "blocks" in path and not any(name.isdigit() for name in path[path.index("blocks") :])
+
+
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = ()) -> Any:
     """Return the sharding of every array in a tree of parameters or optimizer state.
 
     Paths of optimizer moments and EMA parameters end in their parameter's names, so the same rules
     apply to them.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: NamedSharding(mesh, parameter_spec(path_names(path), x.shape, mesh)), tree
+        lambda path, x: NamedSharding(mesh, parameter_spec(path_names(path), x.shape, mesh, rules)),
+        tree,
     )
 
 

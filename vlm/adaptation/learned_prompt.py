@@ -94,6 +94,7 @@ def learn_prompt(
     tower = getattr(getattr(model, "model", None), "text", None)
     if tower is None:
         raise ConfigError(f"{model.name} has no text tower: load it with tower='both'")
+    assert model.config.text_transformer  # raises for other kinds, which take no vectors
     graph, state = nnx.split(tower)
     table = np.asarray(tower.embedding[...], np.float32)
     scale = rate * float(np.sqrt(np.mean(table**2)))

@@ -159,7 +159,7 @@ def predicted_seconds(trainer: Trainer, compiled: Any, topology: Topology) -> fl
     calibration = calibration_of(chip.name)
     if chip.platform == "tpu":
         step = read_step(compiled, trainer, 0.0)
-        state = state_bytes(trainer.abstract_state, trainer.mesh)
+        state = state_bytes(trainer.abstract_state, trainer.mesh, e.model.partition)
         return compiled_roofline(e, topology, state, step).predicted(calibration).middle
     expected = plan(e, topology, compiled=False, loss=False).step_seconds
     assert expected is not None  # a chip with published figures

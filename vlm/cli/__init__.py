@@ -12,10 +12,12 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 
 from vlm._version import __version__
 from vlm.cli import parse, runtime
 from vlm.cli.commands import COMMANDS, UsageError, overview, table
+from vlm.config.code import import_module
 from vlm.errors import WARNED, VlmError
 from vlm.paths import storage_error_reason
 
@@ -35,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     try:
-        code = _dispatch(args)
+        modules, args = _modules_to_import(args)
+        code = _dispatch(args, modules)
         sys.stdout.flush()  # raises BrokenPipeError here rather than at exit
         return code
     except SystemExit as stop:  # of --help
@@ -110,7 +113,26 @@ def error_message(error: Exception) -> str:
     )
 
 
-def _dispatch(args: list[str]) -> int:
+def _modules_to_import(args: list[str]) -> tuple[list[str], list[str]]:
+    """Remove `--import MODULE[,MODULE]` from the arguments; return the modules and the rest."""
+    modules, rest, stream = [], [], iter(args)
+    for arg in stream:
+        name, given, value = arg.partition("=")
+        if name != "--import":
+            rest.append(arg)
+            continue
+        value = value if given else next(stream, "")
+        names = [part.strip() for part in value.split(",")]
+        for module in names:
+            if not all(part.isidentifier() for part in module.split(".")):
+                raise UsageError(
+                    f"--import takes names of modules such as my_parts, not {module!r}"
+                )
+        modules += names
+    return modules, rest
+
+
+def _dispatch(args: list[str], modules: Sequence[str] = ()) -> int:
     first, *rest = args or [""]
     if first == "help" and rest:  # vlm help COMMAND
         count = 2 if " ".join(rest[:2]) in COMMANDS else 1
@@ -135,6 +157,8 @@ def _dispatch(args: list[str]) -> int:
     command, rest = COMMANDS[name], args[len(name.split()) :]
     runtime.leave_out_absent_tpu()
     function = getattr(importlib.import_module(f"vlm.cli.{command.module}"), command.function)
+    for module in modules:
+        import_module(module, f"--import names {module!r}")
     if command.takes_list:
         function(rest)
     else:

@@ -130,7 +130,8 @@ Examples:
   vlm train openmoji
 
 vlm help COMMAND explains a command; vlm COMMAND --help PATTERN, its options.
---version prints the version; --debug, with any command, shows a traceback."""
+--version prints the version; --debug, with any command, shows a traceback.
+--import MODULE[,MODULE], with any command, imports your own code first."""
 
 
 def overview() -> str:

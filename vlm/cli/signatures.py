@@ -98,6 +98,8 @@ def of_config(
             parts.append((name, value, unset))
         elif value is None and optional:
             parts.append((name, optional[0](), True))  # pyright: ignore[reportCallIssue]
+        elif hint == tuple[tuple[str, Any], ...]:  # of any type, which a shell does not tell
+            continue
         elif _has_dataclass(hint):
             items = [(i, x) for i, x in enumerate(value or ()) if dataclasses.is_dataclass(x)]
             parts += [(f"{name}.{i}", item, unset) for i, item in items]

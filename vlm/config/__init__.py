@@ -6,6 +6,7 @@ is saved as JSON in the run folder.
 
 from vlm._deprecation import renamed
 from vlm.config.base import Config as Config
+from vlm.config.base import kept_tokens as kept_tokens
 from vlm.config.code import Code as Code
 from vlm.config.code import DataSource as DataSource
 from vlm.config.code import ImportPath as ImportPath
@@ -34,7 +35,10 @@ from vlm.config.model import Loss as Loss
 from vlm.config.model import ModelConfig as ModelConfig
 from vlm.config.model import TextConfig as TextConfig
 from vlm.config.model import TextPool as TextPool
-from vlm.config.model import kept_tokens as kept_tokens
+from vlm.config.model import TextTowerConfig as TextTowerConfig
+from vlm.config.module_towers import MeshAxis as MeshAxis
+from vlm.config.module_towers import TextModuleConfig as TextModuleConfig
+from vlm.config.module_towers import VisionModuleConfig as VisionModuleConfig
 from vlm.config.optimizer import OptimizerConfig as OptimizerConfig
 from vlm.config.placeholders import require_bucket as require_bucket
 from vlm.config.placeholders import with_bucket as with_bucket

@@ -139,6 +139,17 @@ class VisionTower(Config):
         check_projection(self, embed_dim)
 
 
+def kept_tokens(count: int, masking: float, specials: int = 0) -> int:
+    """Number of a text's `count` tokens that remain if a fraction `masking` is dropped.
+
+    Example:
+        >>> from vlm.config import kept_tokens
+        >>> kept_tokens(64, 0.25)
+        48
+    """
+    return max(1, specials, round(count * (1 - masking)))
+
+
 def _checked(cls: type[Config], name: str, value: Any, where: str) -> Any:
     """Convert the value of a field to its type, and check its bounds."""
     value = _convert(_hints(cls)[name], value, where)
@@ -153,6 +164,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return Code.of(value, where)
     if hint is DataSource:
         return SourceCode.of(value, where)
+    if hint is Any:
+        return _plain(value, where)
     if origin in (typing.Union, types.UnionType):
         return _one_of(args, value, where)
     if origin is Literal:
@@ -222,6 +235,20 @@ def _tuple_of(args: tuple[Any, ...], value: Any, where: str) -> tuple:
     if len(hints) != len(value):
         raise ConfigError(f"{where} takes {len(args)} values, not {brief(value)}")
     return tuple(_convert(hint, part, where) for hint, part in zip(hints, value, strict=True))
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Convert a value that a config stores as it is: JSON without objects."""
+    if isinstance(value, list | tuple):
+        return tuple(_plain(item, where) for item in value)
+    if isinstance(value, numbers.Number) and hasattr(value, "item"):  # of NumPy
+        value = value.item()  # pyright: ignore[reportAttributeAccessIssue]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ConfigError(
+        f"{where} has {brief(value)}: give numbers, texts, booleans, None, or lists of them, which "
+        "a config can store"
+    )
 
 
 @functools.cache

@@ -53,6 +53,7 @@ _INTEGERS = _by_field(
         ),
         Bounds(0, 2**31 - 1): ("seed",),
         Bounds(1, 2**53): ("examples",),
+        Bounds(-(2**63), 2**63): ("options",),
         Bounds(-1, 2**20): ("MeshConfig.data", "MeshConfig.fsdp", "MeshConfig.tensor"),
     }
 )  # fmt: skip
@@ -81,7 +82,7 @@ _FLOATS = _by_field(
             "init_scale", "epochs", "temperature", "eps", "clip_norm", "max_scale", "seconds",
             "checkpoint_minutes", "keep_hours",
         ),
-        Bounds(-1e300, 1e300): ("at_least", "at_most"),
+        Bounds(-1e300, 1e300): ("at_least", "at_most", "options"),
     }
 )  # fmt: skip
 

@@ -92,6 +92,22 @@ class Code(str):
             self._object = _load(self.path, where)
         return self._object
 
+    def find(self) -> Any:
+        """Return the object if its module is imported already, without running code; else None.
+
+        An object without an import path is looked up by its name in `__main__`.
+        """
+        if not hasattr(self, "_object"):
+            name = self.strip("<>") if not self.importable else self.partition(":")[2]
+            module = "__main__" if not self.importable else self.partition(":")[0]
+            found: Any = sys.modules.get(module)
+            for part in name.split("."):
+                found = vars(found).get(part) if hasattr(found, "__dict__") else None
+            if found is None:
+                return None
+            self._object = found
+        return self._object
+
     def source_hash(self) -> str:
         """Return a hash of the source of the object, and of what it uses in its own module.
 
@@ -209,34 +225,38 @@ def _target(path: str, where: str) -> Any:
     match = _PATH.fullmatch(path)
     assert match is not None
     module, name = match[1], match[2]
+    found = import_module(module, f"{where} names {path!r}")
     try:
-        found = _module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{where} names {path!r}, and there is no module {error.name!r}: run from the folder "
-            f"that has {module.replace('.', '/')}.py, or add that folder to PYTHONPATH"
-        ) from None
     except AttributeError:
         raise ConfigError(
             f"{where} names {path!r}, and module {module} has no {name!r}: check its spelling"
+        ) from None
+    return found
+
+
+def import_module(name: str, reason: str) -> types.ModuleType:
+    """Import a module, also from the working directory, where `vlm` itself does not look.
+
+    Raises:
+        ConfigError: there is no such module, or it fails; the message begins with `reason`.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{reason}, and there is no module {error.name!r}: run from the folder that has "
+            f"{name.replace('.', '/')}.py, or add that folder to PYTHONPATH"
         ) from None
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(
-            f"{where} names {path!r}, and importing {module} failed with "
-            f"{type(error).__name__}: {error}"
+            f"{reason}, and importing {name} failed with {type(error).__name__}: {error}"
         ) from error
-    return found
-
-
-def _module(name: str) -> types.ModuleType:
-    """Import a module, also from the working directory, where `vlm` itself does not look."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    return importlib.import_module(name)
 
 
 def _load(path: str, where: str) -> Any:

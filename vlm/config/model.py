@@ -1,10 +1,11 @@
 """Configs of the text tower and of the whole model."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from vlm.config.base import Config
+from vlm.config.base import Config, kept_tokens
 from vlm.config.bounds import check_heads, check_projection
+from vlm.config.module_towers import MeshAxis, TextModuleConfig
 from vlm.config.towers import Activation, VisionTowerConfig, ViTConfig, from_older_form
 from vlm.errors import ConfigError
 
@@ -55,6 +56,8 @@ class TextConfig(Config):
         77
     """
 
+    kind: ClassVar[str] = "transformer"
+
     vocab_size: int = 32_000
     context_length: int = 64
     width: int = 768
@@ -89,15 +92,8 @@ class TextConfig(Config):
         check_projection(self, embed_dim)
 
 
-def kept_tokens(count: int, masking: float, specials: int = 0) -> int:
-    """Number of a text's `count` tokens that remain if a fraction `masking` is dropped.
-
-    Example:
-        >>> from vlm.config import kept_tokens
-        >>> kept_tokens(64, 0.25)
-        48
-    """
-    return max(1, specials, round(count * (1 - masking)))
+# All kinds of text towers.
+TextTowerConfig = TextConfig | TextModuleConfig
 
 
 @dataclass(frozen=True)
@@ -120,7 +116,7 @@ class ModelConfig(Config):
     """
 
     vision: VisionTowerConfig = field(default_factory=ViTConfig)
-    text: TextConfig = field(default_factory=TextConfig)
+    text: TextTowerConfig = field(default_factory=TextConfig)
     embed_dim: int = 768
     loss: Loss = "softmax"
     init_scale: float = 1 / 0.07
@@ -130,9 +126,36 @@ class ModelConfig(Config):
     def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
         vision = values.get("vision")
         if isinstance(vision, dict) and "kind" not in vision:
-            return values | {"vision": from_older_form(vision)}
+            values = values | {"vision": from_older_form(vision)}
+        text = values.get("text")
+        if isinstance(text, dict) and "kind" not in text:  # there was one kind
+            values = values | {"text": {"kind": TextConfig.kind, **text}}
         return values
 
     def check(self):
         self.vision.check_space(self.embed_dim)
         self.text.check_space(self.embed_dim)
+
+    @property
+    def partition(self) -> tuple[tuple[str, str, tuple[MeshAxis | None, ...]], ...]:
+        """Sharding rules of module towers: tower, pattern of parameter names, and mesh axes."""
+        towers = {"vision": self.vision, "text": self.text}
+        return tuple(
+            (name, *rule)
+            for name, tower in towers.items()
+            for rule in getattr(tower, "partition", ())
+        )
+
+    @property
+    def text_transformer(self) -> TextConfig:
+        """Config of the text tower, for code that only supports a transformer.
+
+        Raises:
+            ConfigError: the tower is a module of the user's own.
+        """
+        if not isinstance(self.text, TextConfig):
+            raise ConfigError(
+                f"the text tower is a module of your own, {self.text.module}, and this needs the "
+                "transformer of vlm.TextConfig: use a model that has one"
+            )
+        return self.text

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from vlm.config.base import Config, VisionTower
 from vlm.config.bounds import check_heads
 from vlm.config.efficientnet import EfficientNetConfig
+from vlm.config.module_towers import VisionModuleConfig
 from vlm.errors import ConfigError
 
 # Activation functions of a tower.
@@ -424,7 +425,13 @@ class ViTaminConfig(VisionTower):
 #
 # All kinds of vision towers.
 VisionTowerConfig = (
-    ViTConfig | ResNetConfig | FastViTConfig | ConvNeXtConfig | ViTaminConfig | EfficientNetConfig
+    ViTConfig
+    | ResNetConfig
+    | FastViTConfig
+    | ConvNeXtConfig
+    | ViTaminConfig
+    | EfficientNetConfig
+    | VisionModuleConfig
 )
 
 

@@ -284,16 +284,23 @@ class Experiment(Config):
                 f"tokenizer.context_length {self.tokenizer.context_length} is not the model's "
                 f"{length}: set both to the same number"
             )
+        for name, tower in (("vision", vision), ("text", model.text)):
+            if tower.kind == "module" and name != self.lock and self.optimizer.layer_decay != 1.0:
+                raise ConfigError(
+                    f"optimizer.layer_decay {self.optimizer.layer_decay:g} needs the order of the "
+                    f"blocks, and the {name} tower is a module of your own: leave it at 1.0, and "
+                    "set rates by parameter names with optimizer.rates"
+                )
+        if self.resolution_schedule and vision.kind != "vit":
+            raise ConfigError(
+                "resolution_schedule needs a Vision Transformer, and the vision tower is a "
+                f"{type(vision).__name__}: leave it empty"
+            )
         patch = vision.patch_size
         if any(size % patch or size < patch for _, size in self.resolution_schedule):
             raise ConfigError(
                 f"resolution_schedule {self.resolution_schedule} has sizes that are not "
                 f"multiples of patch_size {patch}: choose multiples"
-            )
-        if self.resolution_schedule and vision.kind != "vit":
-            raise ConfigError(
-                "resolution_schedule needs a Vision Transformer, and the vision tower is a "
-                f"{type(vision).__name__}: leave it empty"
             )
         if self.preprocess is not None:
             self._check_budget(self.preprocess, vision)

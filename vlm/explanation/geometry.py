@@ -4,7 +4,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from vlm.config import VisionTowerConfig
+from vlm.config import VisionModuleConfig, VisionTowerConfig
+from vlm.errors import ConfigError
 from vlm.inputs.naflex import target_size
 from vlm.inputs.preprocess import Preprocess
 
@@ -22,6 +23,15 @@ def grid(
     count = tower.tokens() - getattr(tower, "prefix_tokens", 0)
     side = int(count**0.5)  # rounds off the additional mean token of a ResNet
     return side, side
+
+
+def check_positions(tower: VisionTowerConfig, what: str) -> None:
+    """Raise a ConfigError unless the layout of the tower's positions is known."""
+    if isinstance(tower, VisionModuleConfig):
+        raise ConfigError(
+            f"{what} needs the positions of the vision tower, and {tower.module} is a module of "
+            "your own, whose layout vlm does not have: use a model with a tower of vlm"
+        )
 
 
 def on_image(

@@ -12,7 +12,7 @@ from vlm._deprecation import warn
 from vlm.bundle import Bundle
 from vlm.config import VisionTowerConfig
 from vlm.errors import ConfigError, DataError
-from vlm.explanation.geometry import grid, on_image
+from vlm.explanation.geometry import check_positions, grid, on_image
 from vlm.explanation.methods import METHODS, Method, relevance_maps
 from vlm.inputs.opening import ImageLike, is_image
 from vlm.paths import as_path
@@ -147,6 +147,7 @@ def check_method(method: str, tower: VisionTowerConfig) -> None:
     """
     if method not in METHODS:
         raise ConfigError(f"there is no method {method!r}: choose one of {', '.join(METHODS)}")
+    check_positions(tower, "explain")
     if method == "attention" and not tower.attends:
         raise ConfigError(
             'method "attention" needs a tower with attention layers, but kind '

@@ -13,7 +13,7 @@ from vlm import display
 from vlm._deprecation import rename_arguments
 from vlm.bundle import Bundle
 from vlm.errors import ConfigError, DataError
-from vlm.explanation.geometry import grid, on_image
+from vlm.explanation.geometry import check_positions, grid, on_image
 from vlm.explanation.methods import dense_embeddings
 from vlm.heads.zero_shot import ZeroShotClassifier, to_scores
 from vlm.inputs.opening import ImageLike, is_image
@@ -113,6 +113,7 @@ def segment(
         raise ConfigError(
             f"{model.name} was loaded without its vision tower: load it with tower='both'"
         )
+    check_positions(model.config.vision, "segment")
     classifier = ZeroShotClassifier(model, labels, templates, other_label)
     opened = model.preprocess.open(image)
     pixels = model.preprocess.pixels(opened)

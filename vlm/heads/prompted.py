@@ -152,6 +152,7 @@ def prompt_encoder(model: Bundle) -> Any:
             f"{getattr(model, 'name', model)} has no text tower that takes learned vectors: give "
             "a model that vlm.load opened with both towers"
         )
+    assert model.config.text_transformer  # raises for other kinds, which take no vectors
     graph, state = nnx.split(tower)
 
     @jax.jit
@@ -260,7 +261,7 @@ def _rows(
 
 def _cut(model: Bundle, tokens: np.ndarray, contents: dict[str, list[int]]) -> np.ndarray:
     """Remove the common padding of rows, if the tower ignores padding."""
-    text, config = model.config.text, model.tokenizer.config
+    text, config = model.config.text_transformer, model.tokenizer.config
     causal = text.causal and text.pool in ("end", "argmax")
     masked = text.pad_id is not None and text.pool in ("mean", "map", "first")
     if config.pad_side == "left" or not (causal or masked):

@@ -55,13 +55,22 @@ class LayerSize:
 
 
 def linear_layers(model: nnx.Module) -> dict[str, nnx.Linear | nnx.LinearGeneral]:
-    """Return all linear layers of a model by dotted name, sorted."""
+    """Return all linear layers of vlm's modules by dotted name, sorted.
+
+    Those of other modules, in towers of the user's own, compute without an adapter.
+    """
+    modules = dict(nnx.iter_modules(model))
     layers = {
         ".".join(map(str, path)): module
-        for path, module in nnx.iter_modules(model)
+        for path, module in modules.items()
         if isinstance(module, nnx.Linear | nnx.LinearGeneral)
+        and any(_is_ours(m) for m in (module, modules.get(path[:-1], model)))
     }
     return dict(sorted(layers.items()))
+
+
+def _is_ours(module: nnx.Module) -> bool:
+    return type(module).__module__.startswith("vlm.")
 
 
 def size_of(layer: nnx.Linear | nnx.LinearGeneral) -> LayerSize:
@@ -91,7 +100,13 @@ def targeted(model: nnx.Module, patterns: Sequence[str]) -> list[str]:
     """
     layers = linear_layers(model)
     if not patterns:
-        return sorted(_projections(model) & layers.keys())
+        chosen = sorted(_projections(model) & layers.keys())
+        if not chosen:
+            raise ConfigError(
+                "an adapter needs linear layers of vlm.nn, and the towers of this model have none: "
+                "train the model itself"
+            )
+        return chosen
     chosen = set()
     for pattern in patterns:
         matched = fnmatch.filter(layers, pattern)

@@ -1,14 +1,15 @@
 """Dual encoder: two towers with a shared embedding space, logit scale and logit bias."""
 
 import math
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from vlm.config import ModelConfig
-from vlm.models.text import TextTower
-from vlm.models.towers import vision_tower
+from vlm.config import ModelConfig, TextModuleConfig, VisionModuleConfig
+from vlm.models.modules import call_module
+from vlm.models.towers import text_tower, vision_tower
 from vlm.nn.intermediates import Intermediates
 from vlm.nn.layers import split_keys
 from vlm.nn.naflex import Patches
@@ -36,7 +37,7 @@ class DualEncoder(nnx.Module):
     ):
         self.config = config
         self.vision = vision_tower(config.vision, config.embed_dim, execution=execution, rngs=rngs)
-        self.text = TextTower(config.text, config.embed_dim, execution=execution, rngs=rngs)
+        self.text = text_tower(config.text, config.embed_dim, execution=execution, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.asarray(math.log(config.init_scale), jnp.float32))
         bias = config.init_bias
         self.logit_bias = None if bias is None else nnx.Param(jnp.asarray(bias, jnp.float32))
@@ -49,7 +50,7 @@ class DualEncoder(nnx.Module):
         intermediates: Intermediates | None = None,
     ) -> Float[Array, "b e"]:
         """Map normalised images to unit-norm float32 embeddings; fill `intermediates`."""
-        return unit_norm(self.vision(images, keys=keys, intermediates=intermediates))
+        return self._embed("vision", images, keys=keys, intermediates=intermediates)
 
     def encode_text(
         self,
@@ -59,7 +60,7 @@ class DualEncoder(nnx.Module):
         intermediates: Intermediates | None = None,
     ) -> Float[Array, "b e"]:
         """Map token ids to unit-norm float32 embeddings; fill `intermediates`."""
-        return unit_norm(self.text(tokens, keys=keys, intermediates=intermediates))
+        return self._embed("text", tokens, keys=keys, intermediates=intermediates)
 
     def __call__(
         self,
@@ -71,6 +72,14 @@ class DualEncoder(nnx.Module):
         """Embed images and texts of a batch; `keys`, one per example, turn dropout on."""
         image_keys, text_keys = split_keys(keys)
         return self.encode_image(images, keys=image_keys), self.encode_text(tokens, keys=text_keys)
+
+    def _embed(self, name: Literal["vision", "text"], inputs: Any, **options: Any):
+        tower, config = getattr(self, name), getattr(self.config, name)
+        if isinstance(config, VisionModuleConfig | TextModuleConfig):
+            z = call_module(tower, config, self.config.embed_dim, inputs, **options)
+        else:
+            z = tower(inputs, **options)
+        return unit_norm(z)
 
 
 def unit_norm(x: Float[Array, "*b e"]) -> Float[Array, "*b e"]:

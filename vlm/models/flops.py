@@ -15,8 +15,7 @@ The compiler's own count is of no use here: it sees the body of a loop over laye
 from dataclasses import dataclass
 
 from vlm.config import DistillConfig, Experiment, ModelConfig
-from vlm.models.text import text_flops
-from vlm.models.towers import vision_flops
+from vlm.models.towers import text_flops, vision_flops
 from vlm.nn.remat import recomputed_share
 
 

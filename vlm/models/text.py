@@ -5,7 +5,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, Key
 
-from vlm.config import TextConfig
+from vlm.config import TextConfig, TextTowerConfig
 from vlm.models.projection import map_pool, projection, projection_flops
 from vlm.nn.intermediates import Intermediates, capture, part
 from vlm.nn.layers import LayerNorm
@@ -114,12 +114,18 @@ def text_flops(config: TextConfig, embed_dim: int, *, masking: float = 0.0) -> d
     }
 
 
-def shortened(tokens: Int32[np.ndarray, "n l"], config: TextConfig) -> Int32[np.ndarray, "n m"]:
+def shortened(
+    tokens: Int32[np.ndarray, "n l"], config: TextTowerConfig
+) -> Int32[np.ndarray, "n m"]:
     """Cut common padding that does not affect the result.
 
     A causal tower ignores tokens after the pooled one; for other towers rows stay complete.
     """
-    if not config.causal or config.pool not in ("end", "argmax"):
+    if (
+        not isinstance(config, TextConfig)
+        or not config.causal
+        or config.pool not in ("end", "argmax")
+    ):
         return tokens
     pooled = np.argmax(tokens == config.end_id if config.pool == "end" else tokens, axis=1)
     last = int(pooled.max()) + 1

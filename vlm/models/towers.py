@@ -1,4 +1,7 @@
-"""Table of vision towers by config class."""
+"""Towers by config class."""
+
+import dataclasses
+from typing import Any
 
 from flax import nnx
 
@@ -7,11 +10,16 @@ from vlm.config import (
     EfficientNetConfig,
     FastViTConfig,
     ResNetConfig,
+    TextConfig,
+    TextModuleConfig,
+    TextTowerConfig,
+    VisionModuleConfig,
     VisionTowerConfig,
     ViTaminConfig,
     ViTConfig,
 )
-from vlm.models import convnext, efficientnet, fastvit, resnet, vit, vitamin
+from vlm.models import convnext, efficientnet, fastvit, resnet, text, vit, vitamin
+from vlm.models.modules import module_flops, module_tower
 from vlm.nn.transformer import Execution
 
 # Each module has a tower class and a function for its forward FLOPs.
@@ -37,6 +45,8 @@ def vision_tower(
         >>> type(tower).__name__
         'ViTTower'
     """
+    if isinstance(config, VisionModuleConfig):
+        return module_tower(config, embed_dim, execution=execution, rngs=rngs)
     tower, _ = _KINDS[type(config)]
     return tower(config, embed_dim, execution=execution, rngs=rngs)
 
@@ -48,5 +58,25 @@ def vision_flops(
 
     With `training`, patch dropout is taken into account.
     """
+    if isinstance(config, VisionModuleConfig):
+        return module_flops(config, embed_dim)
     _, flops = _KINDS[type(config)]
     return flops(config, embed_dim, training=training)
+
+
+def text_tower(
+    config: TextTowerConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs
+) -> Any:
+    """Make the tower of `config`: token ids (b, n) to embeddings (b, embed_dim)."""
+    make: Any = module_tower if isinstance(config, TextModuleConfig) else text.TextTower
+    return make(config, embed_dim, execution=execution, rngs=rngs)
+
+
+def text_flops(
+    config: TextTowerConfig, embed_dim: int, *, masking: float = 0.0
+) -> dict[str, float]:
+    """Forward FLOPs of one text, by part; `masking` is the fraction of dropped tokens."""
+    if isinstance(config, TextConfig):
+        return text.text_flops(config, embed_dim, masking=masking)
+    kept = config.tokens(masking=masking)
+    return module_flops(dataclasses.replace(config, context_length=kept), embed_dim)

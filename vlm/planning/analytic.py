@@ -180,7 +180,7 @@ def _towers(experiment: Experiment) -> Iterator[tuple[str, int, ViTConfig | Text
     vision, text = experiment.model.vision, experiment.model.text
     if isinstance(vision, ViTConfig):
         yield "vision", vision.tokens(training=True), vision
-    if experiment.objective != "classification":
+    if experiment.objective != "classification" and isinstance(text, TextConfig):
         yield "text", text.tokens(masking=experiment.text_masking), text
 
 
@@ -190,4 +190,5 @@ def _teacher_towers(extra: PlannedSupervision) -> Iterator[tuple[int, ViTConfig 
         return
     if isinstance(config.vision, ViTConfig):
         yield config.vision.tokens(), config.vision
-    yield config.text.tokens(), config.text
+    if isinstance(config.text, TextConfig):
+        yield config.text.tokens(), config.text

@@ -18,7 +18,16 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.models.flops import Supervision
 from vlm.planning.collectives import Collective, collectives
 from vlm.planning.hlo import Program, parse
-from vlm.sharding import AXES, batch_sharding, path_names, placed, replicated, shardings
+from vlm.sharding import (
+    AXES,
+    Rules,
+    batch_sharding,
+    is_stacked,
+    path_names,
+    placed,
+    replicated,
+    shardings,
+)
 from vlm.training.objectives import HEADS, objective
 from vlm.training.partition import joined
 from vlm.training.step import Trainer, TrainState
@@ -163,7 +172,8 @@ def _with_teacher(
     compiled = _compile(teacher.trace(mesh).lower())
     if isinstance(compiled, DoesNotFit):
         return compiled
-    program, state = parse(compiled.as_text()), state_bytes(trainer.abstract_state, mesh)
+    rules = trainer.experiment.model.partition
+    program, state = parse(compiled.as_text()), state_bytes(trainer.abstract_state, mesh, rules)
     sent = collectives(
         program, dict(mesh.shape), layer_shapes(teacher.parameters), slice_count(mesh)
     )
@@ -172,7 +182,7 @@ def _with_teacher(
         collectives=step.collectives + sent,
         seconds=step.seconds + time.perf_counter() - began,
         teacher=CompiledTeacher(
-            parameters=bytes_on(teacher.parameters, mesh),
+            parameters=bytes_on(teacher.parameters, mesh, teacher.config.partition),
             peak=peak_of(compiled) + state.parameters + state.optimizer + state.averages,
             program=program,
         ),
@@ -246,13 +256,13 @@ def _abstract_state(experiment: Experiment) -> TrainState:
     return Trainer(experiment, one, None, extra.classes, extra.teacher).abstract_state
 
 
-def state_bytes(state: TrainState, mesh: Mesh | AbstractMesh) -> StateBytes:
+def state_bytes(state: TrainState, mesh: Mesh | AbstractMesh, rules: Rules = ()) -> StateBytes:
     """Bytes of a train state per device of a mesh; parameters include frozen ones."""
     return StateBytes(
-        parameters=bytes_on((state.params, state.frozen), mesh),
-        trained=bytes_on(state.params, mesh),
-        optimizer=bytes_on(state.opt_state, mesh),
-        averages=bytes_on(state.ema, mesh),
+        parameters=bytes_on(state.params, mesh, rules) + bytes_on(state.frozen, mesh, rules),
+        trained=bytes_on(state.params, mesh, rules),
+        optimizer=bytes_on(state.opt_state, mesh, rules),
+        averages=bytes_on(state.ema, mesh, rules),
     )
 
 
@@ -261,9 +271,9 @@ def total_bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def bytes_on(tree: Any, mesh: Mesh | AbstractMesh) -> int:
+def bytes_on(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = ()) -> int:
     """Bytes per device of arrays that are sharded like parameters."""
-    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, mesh)), strict=True)
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, mesh, rules)), strict=True)
     return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in leaves)
 
 
@@ -271,7 +281,7 @@ def layer_shapes(parameters: Any) -> set[tuple[int, ...]]:
     """Shapes of all parameter matrices, stacked and of one layer."""
     shapes = set()
     for path, x in jax.tree_util.tree_leaves_with_path(parameters):
-        stacked = "blocks" in path_names(path)
+        stacked = is_stacked(path_names(path))
         if x.ndim - stacked >= 2:
             shapes |= {x.shape[1:], x.shape} if stacked else {x.shape}
     return shapes

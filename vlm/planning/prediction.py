@@ -223,9 +223,10 @@ def plan(
     check_batch(e.micro_batch_size or e.batch_size, grid, "micro_batch_size")
 
     abstract = abstract_state(e)
-    state, extra = state_bytes(abstract, grid), planned_supervision(e)
+    state, extra = state_bytes(abstract, grid, e.model.partition), planned_supervision(e)
     if extra.embedding is not None:
-        teacher_bytes = bytes_on(extra.embedding.parameters, grid)
+        rules = extra.embedding.config.partition
+        teacher_bytes = bytes_on(extra.embedding.parameters, grid, rules)
         state = dataclasses.replace(state, teacher=teacher_bytes)
     sizes = dict(grid.shape)
     check_state(state, topology, sizes)

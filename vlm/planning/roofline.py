@@ -91,7 +91,8 @@ def compiled_roofline(
     compute = memory = operations = loss = 0.0
     model = experiment.model
     blocks = model.vision if isinstance(model.vision, ViTConfig) else model.text
-    kernel_padding = unit_padding(blocks.width // blocks.heads, chip.unit)
+    heads = blocks.width // getattr(blocks, "heads", 1)
+    kernel_padding = unit_padding(heads, chip.unit)
     walked = ((program, *entry) for program in step.programs for entry in program.walk())
     for program, instruction, computation, times in walked:
         arithmetic = times * program.flops(instruction, computation) / flops_rate

@@ -281,7 +281,7 @@ class Batched:
         longest = self.tokenizer.config.context_length
         text = self.config.text
         # A tower that attends to all positions cannot be given shorter rows.
-        probe = np.full((1, longest), text.end_id if text.end_id is not None else 0, np.int32)
+        probe = np.full((1, longest), getattr(text, "end_id", None) or 0, np.int32)
         if shortened(probe, text).shape[1] == longest:
             return [longest]
         lengths = []

@@ -9,6 +9,7 @@ from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
 from vlm.bundle import Bundle
+from vlm.config import VisionModuleConfig
 from vlm.errors import VlmError
 from vlm.heads.zero_shot import to_scores
 from vlm.serving.image_input import image_bytes
@@ -43,7 +44,8 @@ def explain_image(bundle: Bundle, image: Image.Image, text: str) -> ExplainAnswe
 
 def warm_up(bundle: Bundle) -> None:
     """Compile the heat-map computation, since compilation may exceed the request timeout."""
-    if bundle.model.vision is not None and bundle.model.text is not None:
+    has_positions = not isinstance(bundle.config.vision, VisionModuleConfig)
+    if has_positions and bundle.model.vision is not None and bundle.model.text is not None:
         side = bundle.config.vision.image_size
         explain_image(bundle, Image.new("RGB", (side, side)), "a cat")
 

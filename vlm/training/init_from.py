@@ -21,7 +21,7 @@ from vlm.weights.registry import describe
 from vlm.weights.resolution import at_context_length, at_image_size
 
 # Fields of a tower that do not change the meaning of its weights.
-OF_TRAINING = ("dropout", "patch_dropout", "max_patches")
+OF_TRAINING = ("dropout", "patch_dropout", "max_patches", "partition")
 OF_VOCABULARY = ("pad_id", "bos_id", "eos_id", "zeroed_id")
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from vlm.config import OptimizerConfig
 from vlm.errors import check_choice
-from vlm.sharding import path_names
+from vlm.sharding import is_stacked, path_names
 
 # Parameters with weight decay: in open_clip all that have two axes or more, in big_vision only
 # kernels (`wd_mults` of its `optax.py`). Never norms, biases, scale.
@@ -158,7 +158,7 @@ def _factored_rms(cap: float) -> optax.GradientTransformation:
     def stack_of(params):
         def name(path, _):
             names = path_names(path)
-            return names[0] if "blocks" in names else "alone"
+            return names[0] if is_stacked(names) else "alone"
 
         return jax.tree_util.tree_map_with_path(name, params)
 
@@ -183,7 +183,7 @@ def _by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformatio
 def _matrix_axes(path: tuple, x: Any) -> optax.contrib.MuonDimensionNumbers | None:
     """Return the axes of a hidden matrix; None for other parameters."""
     names = path_names(path)
-    if "blocks" not in names or names[-1] != "kernel":
+    if not is_stacked(names) or names[-1] != "kernel":
         return None
     if names[-2] == "out":  # (layer, heads, head_dim, width)
         return optax.contrib.MuonDimensionNumbers((1, 2), (3,))

@@ -22,6 +22,7 @@ from vlm.losses.cached import cached_value_and_grad, split_batch
 from vlm.models import adapters
 from vlm.models.dual_encoder import DualEncoder
 from vlm.models.flops import Supervision
+from vlm.models.modules import constants
 from vlm.nn.layers import split_keys
 from vlm.nn.naflex import Patches
 from vlm.nn.transformer import Execution
@@ -87,9 +88,10 @@ class Trainer:
         self.teacher = teacher
         self.preprocess = Preprocess(experiment.preprocess)
         self.optimizer = make_optimizer(experiment.optimizer)
-        self.graph = nnx.graphdef(nnx.eval_shape(self._build))
+        model = nnx.eval_shape(self._build)
+        self.graph, self.constants = nnx.graphdef(model), constants(model)
         self.abstract_state = jax.eval_shape(self._init, jnp.int32(1))
-        self.state_shardings = shardings(self.abstract_state, mesh)
+        self.state_shardings = shardings(self.abstract_state, mesh, experiment.model.partition)
         replicated_sharding = replicated(mesh)
         self.init = jax.jit(self._init, out_shardings=self.state_shardings)
         self.step = self.step_at(experiment.model.vision.image_size)
@@ -266,6 +268,7 @@ class Trainer:
 
         def trained(path):
             in_model = e.adapter is None or adapters.is_trained(path)
+            in_model &= path not in self.constants
             return path[0] in HEADS or (path[0] not in fixed and in_model)
 
         return partition(params, trained)

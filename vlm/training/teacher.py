@@ -107,7 +107,9 @@ class DescribedTeacher:
         size, length = e.model.vision.image_size, self.config.text.context_length
         images = placed(jax.ShapeDtypeStruct((e.batch_size, size, size, 3), jnp.uint8), rows)
         tokens = placed(jax.ShapeDtypeStruct((e.batch_size, length), jnp.int32), rows)
-        state = jax.tree.map(placed, self.parameters, shardings(self.parameters, mesh))
+        state = jax.tree.map(
+            placed, self.parameters, shardings(self.parameters, mesh, self.config.partition)
+        )
         return _program(self._graph, self._preprocess, e, mesh).trace(state, images, tokens)
 
 

@@ -50,7 +50,9 @@ def open_checkpoint(folder: epath.Path, values: dict[str, Any], config: ModelCon
     vision = dataclasses.replace(vision, image_size=preprocess.image_size)
     config = dataclasses.replace(config, vision=vision)
     tensors = weights(folder, *huggingface.WEIGHTS)
-    tensors = ComputedTensors(tensors, *bert_positions(tensors, "text_model", config.text, 0))
+    tensors = ComputedTensors(
+        tensors, *bert_positions(tensors, "text_model", config.text_transformer, 0)
+    )
     return huggingface.assemble(
         folder,
         config,

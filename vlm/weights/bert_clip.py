@@ -42,7 +42,7 @@ def open_checkpoint(folder: epath.Path, values: dict[str, Any], config: ModelCon
         folder,
         config,
         rules(family),
-        tensors=_fold(weights(folder, *huggingface.WEIGHTS), config.text, family),
+        tensors=_fold(weights(folder, *huggingface.WEIGHTS), config.text_transformer, family),
         context_length=min(_LENGTH[family], config.text.context_length),
     )
 

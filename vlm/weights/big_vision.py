@@ -189,7 +189,7 @@ def open_checkpoint(path: epath.Path) -> Checkpoint:
     """Open the checkpoint in a file, with the vocabulary beside it."""
     tensors = NpzFile(path)
     config = model_config(tensors.shapes, os.fspath(path))
-    if config.text.norm == "post":
+    if config.text_transformer.norm == "post":
         tokenizer = bert_tokenizer(path, config)
     else:
         tokenizer = big_vision_tokenizer(path.parent, config)
@@ -293,7 +293,7 @@ def _bert(shapes, where: str) -> TextConfig:
 
 def rules(config: ModelConfig) -> list[Rule]:
     """Rules of a model."""
-    vision = config.vision
+    vision, text = config.vision, config.text_transformer
     assert isinstance(vision, ViTConfig)  # big_vision has no other
     bias = [] if config.init_bias is None else [Rule("b", "logit_bias", SCALAR_1)]
     return [
@@ -304,8 +304,8 @@ def rules(config: ModelConfig) -> list[Rule]:
         *_encoder("img/Transformer", "vision"),
         *_pool("img", "vision", vision.pool),
         *(dense("img/head", "vision.projection") if vision.projection != "none" else []),
-        *(_bert_rules() if config.text.norm == "post" else _text_rules(config.text.pool)),
-        *(dense("txt/head", "text.projection") if config.text.projection != "none" else []),
+        *(_bert_rules() if text.norm == "post" else _text_rules(text.pool)),
+        *(dense("txt/head", "text.projection") if text.projection != "none" else []),
     ]
 
 

@@ -1,6 +1,8 @@
 """vlm's own format: a folder that `Bundle.save` writes."""
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,12 +10,20 @@ import jax.numpy as jnp
 from etils import epath
 
 from vlm._version import __version__
-from vlm.config import ModelConfig, PreprocessConfig, TokenizerConfig, from_dict, to_dict
-from vlm.errors import CheckpointError, ConfigError, DataError
+from vlm.config import (
+    ModelConfig,
+    PreprocessConfig,
+    TokenizerConfig,
+    find_codes,
+    from_dict,
+    to_dict,
+)
+from vlm.errors import CheckpointError, ConfigError, DataError, warn_once
 from vlm.inputs import tokenizer as tokenizers
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
+from vlm.models.modules import is_module_class
 from vlm.paths import as_path, is_run
 from vlm.weights.adapter import ADAPTER_FILE, folder_with
 from vlm.weights.checkpoint import Checkpoint
@@ -59,9 +69,12 @@ def open_checkpoint(path: epath.Path) -> Checkpoint:
         preprocess = from_dict(PreprocessConfig, about["preprocess"])
         rules = from_dict(TokenizerConfig, about["tokenizer"])
         name, saved = string(about["name"], "name"), string(about["fingerprint"], "fingerprint")
+        _find_code(config, dict(about.get("code", {})), os.fspath(path))
         digests = about.get("digests")  # None: a bundle from before there were digests
         if digests is not None and (not isinstance(digests, dict) or fingerprint(digests) != saved):
             raise ValueError("its digests are not those of its fingerprint")
+    except MissingCodeError:
+        raise
     except (ValueError, KeyError, TypeError, ConfigError, CheckpointError) as error:
         raise CheckpointError(
             f"{file} is not as saved ({str(error)[:400]}): save the bundle again"
@@ -91,6 +104,32 @@ def open_checkpoint(path: epath.Path) -> Checkpoint:
     )
 
 
+class MissingCodeError(CheckpointError):
+    """A tower whose class is not imported in this process."""
+
+
+def _find_code(config: ModelConfig, hashes: dict[str, Any], where: str) -> None:
+    """Find the classes of module towers among the imported modules.
+
+    A folder could name any module, so opening one never imports code.
+
+    Raises:
+        MissingCodeError: a module is not imported, or has no such class.
+    """
+    for path, code in find_codes(config).items():
+        found, module = code.find(), path.partition(":")[0]
+        if not is_module_class(found):
+            if not code.importable:
+                fix = f"define the class {code.name} first"
+            elif module in sys.modules:
+                fix = f"module {module} has no subclass of nnx.Module of that name"
+            else:
+                fix = f"import {module} first (on the command line: --import {module})"
+            raise MissingCodeError(f"the model {where} uses code {path}: {fix}")
+        if hashes.get(path) and code.source_hash() not in ("", hashes[path]):
+            warn_once(f"{path} has changed since the model {where} was saved")
+
+
 def write(
     folder: epath.PathLike,
     model: DualEncoder,
@@ -118,6 +157,7 @@ def write(
             "tokenizer": to_dict(tokenizer.config),
             "templates": list(templates),
             "digests": digests,
+            "code": {path: code.source_hash() for path, code in find_codes(model.config).items()},
         }
         (new / BUNDLE_FILE).write_text(json.dumps(description, indent=2) + "\n")
     return description["fingerprint"]

@@ -94,10 +94,10 @@ def assemble(
         CheckpointError: a file is missing, or the tokenizer is of another model.
     """
     tokenizer = tokenizer or huggingface_tokenizer(folder, config)
-    if config.text.pad_id not in (None, tokenizer.config.pad_id):
+    if config.text_transformer.pad_id not in (None, tokenizer.config.pad_id):
         raise CheckpointError(
             f"{folder} pads texts with token {tokenizer.config.pad_id}, and its config.json has "
-            f"pad_token_id {config.text.pad_id}: they belong to different models"
+            f"pad_token_id {config.text_transformer.pad_id}: they belong to different models"
         )
     return Checkpoint(
         folder.name,

@@ -13,7 +13,7 @@ from vlm.config import ModelConfig
 from vlm.errors import ConfigError, ShardingError
 from vlm.models.dual_encoder import DualEncoder
 from vlm.nn.transformer import Execution
-from vlm.sharding import AXES, parameter_spec
+from vlm.sharding import AXES, Rules, parameter_spec
 from vlm.weights.files import Tensors
 from vlm.weights.rules import Rule, expand, fill, flat_shapes
 
@@ -52,7 +52,9 @@ def abstract_model(config: ModelConfig, dtype: DTypeLike) -> DualEncoder:
     return nnx.eval_shape(lambda: DualEncoder(config, execution=execution, rngs=nnx.Rngs(0)))
 
 
-def parameter_shardings(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+def parameter_shardings(
+    mesh: Mesh, rules: Rules = ()
+) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     """Sharding of each parameter on a mesh, by its dotted name and its shape.
 
     Raises:
@@ -68,7 +70,7 @@ def parameter_shardings(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSha
     devices = mesh.devices.transpose(order)
     full = Mesh(devices.reshape([mesh.shape.get(name, 1) for name in AXES]), AXES)
     return lambda name, shape: NamedSharding(
-        full, parameter_spec(tuple(name.split(".")), shape, full)
+        full, parameter_spec(tuple(name.split(".")), shape, full, rules)
     )
 
 

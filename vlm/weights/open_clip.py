@@ -103,7 +103,7 @@ def assemble(folder: epath.Path, tensors: Tensors) -> Checkpoint:
     context_length = None
     encoder = text_encoders.reads(tensors.shapes)
     if encoder:  # it has positions for longer texts than the model's
-        tensors = text_encoders.fold(tensors, config.text)
+        tensors = text_encoders.fold(tensors, config.text_transformer)
         length = {"context_length": TEXT["context_length"]}
         context_length = with_defaults(model["text_cfg"], length, "text_cfg")["context_length"]
     tokenizer = open_clip_tokenizer(folder, model["text_cfg"], config)
@@ -286,10 +286,10 @@ def rules(config: ModelConfig, shapes: Shapes) -> list[Rule]:
         image = family.rules(config.vision)
     else:
         image = _vision_rules(config)
-    if text_encoders.owns(config.text):
-        text = text_encoders.rules(config.text)
+    if text_encoders.owns(config.text_transformer):
+        text = text_encoders.rules(config.text_transformer)
     else:
-        text = _text_rules(config.text, prefix)
+        text = _text_rules(config.text_transformer, prefix)
     return [*logits, *image, *text]
 
 

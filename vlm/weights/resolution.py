@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from vlm.config import ModelConfig, PreprocessConfig, ViTConfig
+from vlm.config import ModelConfig, PreprocessConfig, TextModuleConfig, ViTConfig
 from vlm.errors import ConfigError
 from vlm.inputs.resizing import resize_matrix
 from vlm.inputs.tokenizer import Tokenizer
@@ -70,6 +70,11 @@ def at_context_length(
             "tokens, and its own code does not make more of them: choose at most "
             f"{text.context_length}"
         )
+    if isinstance(text, TextModuleConfig) and context_length != text.context_length:
+        raise ConfigError(
+            f"context_length {context_length}: the text tower is a module of your own, which takes "
+            f"{text.context_length} tokens as it was saved: choose that"
+        )
     rules = dataclasses.replace(tokenizer.config, context_length=context_length)
     tokenizer = tokenizer.with_rules(rules)
     text = dataclasses.replace(text, context_length=context_length)
@@ -92,7 +97,7 @@ def resizing(
             grids[0] ** 2 + first,
             lambda x: resize_positions(x, grids[0], grids[1], positions),
         )
-    lengths = [c.text.context_length + (c.text.pool == "class") for c in (old, new)]
+    lengths = [c.text.tokens() for c in (old, new)]
     if lengths[0] != lengths[1]:
         changes["text.position"] = (
             lengths[0],

@@ -9,6 +9,8 @@ from typing import Literal
 
 from etils import epath
 
+from vlm.config import TextModuleConfig, VisionModuleConfig
+from vlm.errors import CheckpointError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
@@ -39,6 +41,12 @@ def write_folder(
     Raises:
         CheckpointError: the folder exists already, or the format does not support something.
     """
+    for tower in (model.config.vision, model.config.text):
+        if isinstance(tower, VisionModuleConfig | TextModuleConfig):
+            raise CheckpointError(
+                f"{form} has no place for {tower.module}, a tower of your own: save the model as a "
+                "vlm bundle"
+            )
     writer = {"huggingface": write_huggingface, "open_clip": write_open_clip}[form]
     with new_folder(folder) as new:
         writer(new, model, preprocess, tokenizer)

@@ -22,7 +22,7 @@ def align_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     Raises:
         CheckpointError: lists all fields that `AlignModel` does not support.
     """
-    vision, text = config.vision, config.text
+    vision, text = config.vision, config.text_transformer
     assert isinstance(vision, EfficientNetConfig)
     parts.check(
         FORM,
@@ -92,7 +92,7 @@ def align_tensors(model: DualEncoder) -> Iterator[tuple[str, Any]]:
     Our positions include the token type embedding, and BERT's pooler is not used: both are zero.
     """
     assert isinstance(model.config.vision, EfficientNetConfig)
-    width = model.config.text.width
+    width = model.config.text_transformer.width
     yield from write(model, align.rules(model.config.vision))
     yield "text_model.embeddings.token_type_embeddings.weight", np.zeros((2, width), np.float32)
     yield f"{align.POOLER}.weight", np.zeros((width, width), np.float32)

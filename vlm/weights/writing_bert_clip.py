@@ -19,7 +19,11 @@ _POSITIONS = "embeddings.position_embeddings.weight"
 def is_bert_clip(config: ModelConfig) -> bool:
     """Return True if the towers are a ViT with a class token and a BERT."""
     vision = config.vision
-    return isinstance(vision, ViTConfig) and vision.pool == "class" and config.text.norm == "post"
+    return (
+        isinstance(vision, ViTConfig)
+        and vision.pool == "class"
+        and config.text_transformer.norm == "post"
+    )
 
 
 def bert_clip_config(config: ModelConfig) -> dict[str, Any]:
@@ -28,7 +32,7 @@ def bert_clip_config(config: ModelConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: lists all fields that the class does not support.
     """
-    vision, text, family = config.vision, config.text, _family(config.text)
+    vision, text, family = config.vision, config.text_transformer, _family(config.text_transformer)
     assert isinstance(vision, ViTConfig)
     check(
         f"transformers' {_CLASSES[family]}",
@@ -65,7 +69,7 @@ def bert_clip_tensors(model: DualEncoder) -> Iterator[tuple[str, Any]]:
     Our positions include the token type embedding, so that of the file is zero. AltCLIP has two
     layers after its text tower: the first is our projection, the second the identity.
     """
-    text, embed_dim = model.config.text, model.config.embed_dim
+    text, embed_dim = model.config.text_transformer, model.config.embed_dim
     family, zeros = _family(text), np.zeros
     for name, tensor in write(model, bert_clip.rules(family)):
         if name.endswith(_POSITIONS):

@@ -62,7 +62,7 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, A
     Raises:
         CheckpointError: lists all fields that CLIPModel or SiglipModel does not support.
     """
-    vision, text, rules = config.vision, config.text, tokenizer.config
+    vision, text, rules = config.vision, config.text_transformer, tokenizer.config
     if not isinstance(vision, ViTConfig):
         parts.refuse("transformers", [f"a vision tower of the kind {vision.kind!r} ('vit')"])
     clip = vision.pool == "class"

@@ -43,7 +43,7 @@ def write_open_clip(
         tokenizer_files(folder, tokenizer, cleaned=rules.clean in CLEAN, **names)
     shapes = {"text.token_embedding.weight": (), "logit_scale": ()}
     table = open_clip.rules(model.config, shapes)
-    if text_encoders.owns(model.config.text):
+    if text_encoders.owns(model.config.text_transformer):
         tensors = writing_text_encoders.tensors(model, table)
     else:
         tensors = write(model, table)
@@ -76,7 +76,7 @@ def open_clip_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
     Raises:
         CheckpointError: lists all fields that open_clip's towers do not support.
     """
-    vision, text = config.vision, config.text
+    vision, text = config.vision, config.text_transformer
     encoder = text_encoders.owns(text)  # has its own activation
     quick = encoder and isinstance(vision, ViTConfig) and vision.activation == "quick_gelu"
     quick = quick or text.activation == "quick_gelu"

@@ -28,7 +28,10 @@ def check(
     """Raise an error unless the towers' fields have these values and no fault is true."""
     found = [
         f"{name}.{field} {getattr(tower, field)!r} ({value!r})"
-        for name, tower, fields in (("vision", config.vision, vision), ("text", config.text, text))
+        for name, tower, fields in (
+            ("vision", config.vision, vision),
+            ("text", config.text_transformer, text),
+        )
         for field, value in fields.items()
         if getattr(tower, field) != value
     ]

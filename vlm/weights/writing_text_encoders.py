@@ -88,11 +88,12 @@ def tensors(model: DualEncoder, table: Sequence[Rule]) -> Iterator[tuple[str, An
     Raises:
         CheckpointError: the tower's positions were trained, but the encoder computes them.
     """
-    c = model.config.text
+    c = model.config.text_transformer
     if c.norm == "post":
         places = FIRST + ENCODERS[encoder_name(c)].context_length
         yield from write(model, _with(table, POSITION, _padded(places)))
-        yield SEGMENT, np.zeros((1, c.width), model.text.embedding[...].dtype)
+        text: Any = model.text
+        yield SEGMENT, np.zeros((1, c.width), text.embedding[...].dtype)
     else:
         _check_sinusoids(model)
         table = [rule for rule in table if rule.theirs != SINUSOIDS]  # they are not parameters
@@ -127,9 +128,10 @@ def _divided(factor: float) -> Transform:
 
 def _check_sinusoids(model: DualEncoder) -> None:
     """Raise an error unless the positions are those that NLLB's encoder computes."""
-    c = model.config.text
-    assert model.text.position is not None  # a table for NLLB
-    ours = np.asarray(model.text.position[...])
+    c = model.config.text_transformer
+    text: Any = model.text
+    assert text.position is not None  # a table for NLLB
+    ours = np.asarray(text.position[...])
     theirs = sinusoids(FIRST + c.context_length, c.width)[FIRST:].astype(ours.dtype)
     far = np.abs(ours.astype(np.float32) - theirs.astype(np.float32)).max()
     if far > max(_SAME_SINUSOID, float(jnp.finfo(ours.dtype).eps)):

@@ -17,7 +17,10 @@ FORM = "transformers' Tipsv2Model"
 
 def is_tipsv2(config: ModelConfig) -> bool:
     """Return True if no other model of transformers has such towers."""
-    return config.text.positions == "sinusoidal" or getattr(config.vision, "registers", 0) > 0
+    return (
+        config.text_transformer.positions == "sinusoidal"
+        or getattr(config.vision, "registers", 0) > 0
+    )
 
 
 def tipsv2_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -26,7 +29,7 @@ def tipsv2_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     Raises:
         CheckpointError: lists all fields that `Tipsv2Model` does not support.
     """
-    vision, text = config.vision, config.text
+    vision, text = config.vision, config.text_transformer
     if not isinstance(vision, ViTConfig):
         parts.refuse(FORM, [f"a vision tower of the kind {vision.kind!r} ('vit')"])
     gated, plain = vision.mlp == "swiglu_plain", vision.mlp == "plain"
