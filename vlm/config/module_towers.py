@@ -1,7 +1,7 @@
 """Configs of towers that are a user's own `flax.nnx.Module`."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vlm.config.base import Config, VisionTower, kept_tokens
 from vlm.config.code import ImportPath
@@ -10,6 +10,13 @@ from vlm.errors import ConfigError
 
 # Mesh axes that a dimension of a parameter can be sharded over.
 MeshAxis = Literal["data", "fsdp", "tensor"]
+# Types of the fields that take mappings too. They hold pairs; a type checker lets users pass both.
+if TYPE_CHECKING:
+    Options = Any
+    Partition = Any
+else:
+    Options = tuple[tuple[str, Any], ...]
+    Partition = tuple[tuple[str, tuple[MeshAxis | None, ...]], ...]
 # Arguments of a module's constructor that vlm passes.
 GIVEN = ("embed_dim", "rngs", "execution")
 
@@ -18,8 +25,8 @@ class ModuleTower:
     """Checks that both kinds of module towers share."""
 
     module: ImportPath
-    options: tuple[tuple[str, Any], ...]
-    partition: tuple[tuple[str, tuple[MeshAxis | None, ...]], ...]
+    options: Options
+    partition: Partition
 
     def check_module(self) -> None:
         """Raise a ConfigError if module, options or partition are wrong in themselves."""
@@ -71,9 +78,9 @@ class VisionModuleConfig(ModuleTower, VisionTower):
     kind: ClassVar[str] = "module"
 
     module: ImportPath
-    options: tuple[tuple[str, Any], ...] = ()
+    options: Options = ()
     image_size: int = 224
-    partition: tuple[tuple[str, tuple[MeshAxis | None, ...]], ...] = ()
+    partition: Partition = ()
     width: int = 768
 
     def check(self):
@@ -121,10 +128,10 @@ class TextModuleConfig(ModuleTower, Config):
     kind: ClassVar[str] = "module"
 
     module: ImportPath
-    options: tuple[tuple[str, Any], ...] = ()
+    options: Options = ()
     vocab_size: int = 32_000
     context_length: int = 64
-    partition: tuple[tuple[str, tuple[MeshAxis | None, ...]], ...] = ()
+    partition: Partition = ()
     width: int = 768
 
     def check(self):

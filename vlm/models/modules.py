@@ -44,7 +44,8 @@ ModuleConfig = VisionModuleConfig | TextModuleConfig
 
 _MUTABLE = {
     nnx.BatchStat: "batch statistics: use nnx.GroupNorm or nnx.LayerNorm",
-    nnx.RngState: "a generator of random numbers: take `keys` in __call__, one for each example",
+    nnx.RngState: "a generator of random numbers: make layers without one, as nnx.Dropout(rate) or "
+    "nnx.RNN(cell, rngs=False), and give them nnx.Rngs in __call__, from `keys` for dropout",
     nnx.Cache: "a cache: compute it in __call__",
     nnx.Intermediate: "intermediate values: capture them with `intermediates` of __call__",
 }
@@ -70,7 +71,7 @@ def module_tower(
     if _accepts(cls.__init__, "execution"):
         arguments["execution"] = execution
     try:
-        inspect.signature(cls).bind(embed_dim, **arguments)
+        inspect.signature(cls.__init__).bind(None, embed_dim, **arguments)
     except TypeError as error:
         options = ", ".join(name for name, _ in config.options) or "none"
         raise ConfigError(

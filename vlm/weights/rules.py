@@ -19,6 +19,7 @@ from jaxtyping import Shaped
 from numpy.typing import DTypeLike
 
 from vlm.errors import CheckpointError
+from vlm.nn.lora import KernelScale
 from vlm.weights.fields import list_names
 from vlm.weights.files import Tensors, part_rows, read_parameter
 
@@ -319,8 +320,12 @@ def _grouped(layers: Iterable[LayerRule], key: str) -> dict[str, list[LayerRule]
 
 
 def _flat(model: nnx.Module) -> Iterable[tuple[str, nnx.Variable]]:
-    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return [(".".join(map(str, path)), variable) for path, variable in state]
+    state = nnx.to_flat_state(nnx.state(model))
+    return [
+        (".".join(map(str, path)), variable)
+        for path, variable in state
+        if not isinstance(variable, KernelScale)  # of a quantized copy
+    ]
 
 
 def _array(layers, shape, tensors, dtype, sharding) -> jax.Array:
