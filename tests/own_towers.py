@@ -1,5 +1,7 @@
 """Towers of a user: plain `flax.nnx` modules that know nothing of vlm, and wrong ones."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +51,8 @@ class Lstm(nnx.Module):
         if keys is not None:
             kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.9, x.shape[1:]))(keys)
             x = jnp.where(kept, x / 0.9, 0.0)
-        return self.projection(self.rnn(x, rngs=nnx.Rngs(0))[:, -1])
+        states: Any = self.rnn(x, rngs=nnx.Rngs(0))
+        return self.projection(states[:, -1])
 
 
 class Stacked(nnx.Module):

@@ -102,8 +102,12 @@ def test_python_runs(page, place, tmp_path, monkeypatch):
         return load(name if Path(name).exists() else "MODEL", *args, **options)
 
     monkeypatch.setattr(vlm, "load", load_tiny)
+    monkeypatch.syspath_prepend(tmp_path)
     names = {}
     for number, code in enumerate(blocks(page.read_text(), "python"), 1):
+        if file := re.match(r"# (\w+\.py)\n", code):  # a module that the next blocks import
+            Path(file[1]).write_text(code)
+            continue
         exec(compile(code, f"{page.name}, block {number}", "exec"), names)
 
 

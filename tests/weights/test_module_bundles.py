@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -57,7 +58,8 @@ def test_a_loaded_bundle_embeds_as_before(own, saved):
 def test_a_bundle_loads_onto_a_mesh_by_the_partition(own, saved):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     again = vlm.load(saved, mesh=mesh)
-    kernel = again.model.vision.layers[1].kernel[...]
+    tower: Any = again.model.vision
+    kernel = tower.layers[1].kernel[...]
     assert kernel.sharding.spec == P(None, None, None, "tensor")
     z = again.encode_image(list(IMAGES))
     np.testing.assert_allclose(z, own.encode_image(list(IMAGES)), atol=1e-5)

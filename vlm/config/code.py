@@ -92,7 +92,7 @@ class Code(str):
             self._object = _load(self.path, where)
         return self._object
 
-    def find(self) -> Any:
+    def if_imported(self) -> Any:
         """Return the object if its module is imported already, without running code; else None.
 
         An object without an import path is looked up by its name in `__main__`.

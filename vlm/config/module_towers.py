@@ -54,7 +54,7 @@ class ModuleTower:
 
 @dataclass(frozen=True)
 class VisionModuleConfig(ModuleTower, VisionTower):
-    """A vision tower of your own: any `flax.nnx.Module` with the interface of `vlm.models.modules`.
+    """A vision tower of your own: any `flax.nnx.Module` with the interface of a tower.
 
     `module(embed_dim, rngs=rngs, **options)` maps normalised images (b, h, w, 3) in float32 to
     embeddings (b, embed_dim).
@@ -103,7 +103,7 @@ class VisionModuleConfig(ModuleTower, VisionTower):
 
 @dataclass(frozen=True)
 class TextModuleConfig(ModuleTower, Config):
-    """A text tower of your own: any `flax.nnx.Module` with the interface of `vlm.models.modules`.
+    """A text tower of your own: any `flax.nnx.Module` with the interface of a tower.
 
     `module(embed_dim, rngs=rngs, **options)` maps token ids (b, n) in int32 to embeddings
     (b, embed_dim); n is `context_length`.

@@ -19,6 +19,13 @@ class Intermediates:
         changes: arrays to add to the activations, by name.
         found: captured activations, including the changes.
         prefix: prefix of the names of a submodule.
+
+    Example:
+        >>> found = vlm.nn.Intermediates()
+        >>> model.model.encode_text(jnp.ones((2, 12), jnp.int32), intermediates=found).shape
+        (2, 16)
+        >>> found.found["embedding"].shape
+        (2, 12, 16)
     """
 
     changes: Mapping[str, Array] = field(default_factory=dict)
@@ -27,7 +34,14 @@ class Intermediates:
 
 
 def capture(intermediates: Intermediates | None, name: str, value: Array) -> Array:
-    """Capture `value` under `name`, and return it with its perturbation."""
+    """Capture `value` under `name`, and return it with its perturbation.
+
+    Example:
+        >>> intermediates = vlm.nn.Intermediates()
+        >>> x = vlm.nn.capture(intermediates, "hidden", jnp.ones((2, 8)))
+        >>> intermediates.found["hidden"].shape
+        (2, 8)
+    """
     if intermediates is None:
         return value
     name = intermediates.prefix + name

@@ -188,14 +188,30 @@ class Transformer(nnx.Module):
 
 
 def stack_blocks(make: Callable[[nnx.Rngs], Any], depth: int, rngs: nnx.Rngs) -> Any:
-    """Make `depth` blocks as one, whose parameters have a leading layer axis."""
+    """Make `depth` blocks as one, whose parameters have a leading layer axis.
+
+    Example:
+        >>> from flax import nnx
+        >>> make = lambda rngs: nnx.Linear(8, 8, rngs=rngs)
+        >>> vlm.nn.stack_blocks(make, 3, nnx.Rngs(0)).kernel.shape
+        (3, 8, 8)
+    """
     return nnx.split_rngs(splits=depth)(nnx.vmap(make))(rngs)
 
 
 def run_stacked(
-    blocks: nnx.Module, x: Float[Array, "b h w c"], step: Callable, execution: Execution
-) -> Float[Array, "b h w c"]:
-    """Apply `step(block, x)` for each of the stacked blocks."""
+    blocks: nnx.Module, x: Float[Array, "b *d"], step: Callable, execution: Execution
+) -> Float[Array, "b *d"]:
+    """Apply `step(block, x)` for each of the stacked blocks.
+
+    Example:
+        >>> from flax import nnx
+        >>> make = lambda rngs: nnx.Linear(8, 8, rngs=rngs)
+        >>> blocks = vlm.nn.stack_blocks(make, 3, nnx.Rngs(0))
+        >>> step = lambda block, x: x + block(x)
+        >>> vlm.nn.run_stacked(blocks, jnp.ones((2, 8)), step, vlm.nn.Execution()).shape
+        (2, 8)
+    """
     block, parameters = nnx.split(blocks)
 
     def layer(x, parameters):
