@@ -70,7 +70,7 @@ class VisionModuleConfig(ModuleTower, VisionTower):
         width: Width of its layers. It only affects the default learning rate of fine-tuning.
 
     Example:
-        >>> config = vlm.VisionModuleConfig("my_parts:ConvNet", {"depth": 3}, image_size=32)
+        >>> config = vlm.VisionModuleConfig("my_parts:ConvNet", (("depth", 3),))
         >>> config.module, config.options
         ('my_parts:ConvNet', (('depth', 3),))
     """
@@ -120,7 +120,7 @@ class TextModuleConfig(ModuleTower, Config):
         width: Width of its layers. It only affects the default learning rate of fine-tuning.
 
     Example:
-        >>> config = vlm.TextModuleConfig("my_parts:Lstm", {"vocab_size": 256}, vocab_size=256)
+        >>> config = vlm.TextModuleConfig("my_parts:Lstm", vocab_size=256)
         >>> config.tokens()
         64
     """

@@ -200,8 +200,8 @@ def stack_blocks(make: Callable[[nnx.Rngs], Any], depth: int, rngs: nnx.Rngs) ->
 
 
 def run_stacked(
-    blocks: nnx.Module, x: Float[Array, "b *d"], step: Callable, execution: Execution
-) -> Float[Array, "b *d"]:
+    blocks: nnx.Module, x: Float[Array, "*b d"], step: Callable, execution: Execution
+) -> Float[Array, "*b d"]:
     """Apply `step(block, x)` for each of the stacked blocks.
 
     Example:
