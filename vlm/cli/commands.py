@@ -130,8 +130,7 @@ Examples:
   vlm train openmoji
 
 vlm help COMMAND explains a command; vlm COMMAND --help PATTERN, its options.
---version prints the version; --debug, with any command, shows a traceback.
---import MODULE[,MODULE], with any command, imports your own code first."""
+vlm --version. With any command: --debug (traceback), --import MODULE (your code)."""
 
 
 def overview() -> str:
