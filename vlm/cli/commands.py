@@ -130,7 +130,7 @@ Examples:
   vlm train openmoji
 
 vlm help COMMAND explains a command; vlm COMMAND --help PATTERN, its options.
-vlm --version. With any command: --debug (traceback), --import MODULE (your code)."""
+--version. With any command: --debug (traceback), --import MODULE (your code)."""
 
 
 def overview() -> str:
