@@ -26,7 +26,7 @@ import urllib.request
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "serve")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "serving")]
 
 from load import CLIENTS, Client, closed_loop, image_bodies, report, served, text_bodies  # noqa: E402
 

@@ -62,6 +62,11 @@ def declared_bodies(port, key):
     hold(port, head("/healthz", 16 * MIB), 48)
 
 
+def bodies_without_key(port, key):
+    """Send half of a large body without a key, and stop."""
+    hold(port, head("/v1/embeddings", 16 * MIB) + b"A" * (8 * MIB), 24)
+
+
 def stalled_bodies(port, key):
     """Send half of a large body with a valid key, and stop."""
     body = b'{"input": "data:image/png;base64,' + b"A" * (8 * MIB)
@@ -128,6 +133,7 @@ def tiny_chunks(port, key):
                 client.sendall(start)
             for client in itertools.cycle(clients):
                 client.sendall(b"1\r\n1\r\n" * 40_000)
+        time.sleep(0.2)  # new connections cost time too, and are not the attack
 
 
 def pipelined(port, key):
@@ -216,9 +222,9 @@ def slow_urls(port, key):
 ATTACKS = {
     function.__name__: function
     for function in (
-        declared_bodies, stalled_bodies, endless_header, many_headers, idle_connections,
-        slow_headers, tiny_chunks, pipelined, unread_answers, integers, empty_values, escapes,
-        templates, long_texts, slow_urls,
+        declared_bodies, bodies_without_key, stalled_bodies, endless_header, many_headers,
+        idle_connections, slow_headers, tiny_chunks, pipelined, unread_answers, integers, empty_values,
+        escapes, templates, long_texts, slow_urls,
     )
 }  # fmt: skip
 

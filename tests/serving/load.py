@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "serve")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "serving")]
 
 CLIENTS = 32
 WORDS = [

@@ -116,6 +116,7 @@ def test_requests_may_not_be_sent_far_ahead(tight):
         assert received(client).count(b"HTTP/1.1 401 ") < 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "start",
     [
@@ -135,11 +136,13 @@ def test_silent_connections_are_closed(tight, soon, monkeypatch, start):
         assert time.monotonic() - begin < 8
 
 
+@pytest.mark.slow
 def test_bytes_now_and_then_do_not_keep_a_connection(tight, soon):
     with connected(tight) as client:
         assert is_closed_while(client, b"a")
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_is_closed(tight, soon):
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -226,6 +229,7 @@ def test_texts_and_prompts_are_bounded_together(tight):
     assert refused("/v1/classify", body) == ("empty_text", "labels[1]")
 
 
+@pytest.mark.slow
 def test_prompts_of_requests_are_not_stored(tight, tmp_path, monkeypatch):
     monkeypatch.setenv("VLM_CACHE", str(tmp_path))
     picture = data_url(encoded(drawn(1)))

@@ -213,6 +213,7 @@ def test_a_name_is_resolved_once(loopback, monkeypatch):
     assert asked == ["rebinding.example"]
 
 
+@pytest.mark.slow
 def test_requests_with_urls(loopback, bundle):
     with running(bundle, limits=Limits(urls=True), index=None) as server:
         items = [{"image": f"{loopback}/a.png"}, {"image": f"{loopback}/missing/"}, "a text"]
@@ -229,6 +230,7 @@ def test_requests_with_urls(loopback, bundle):
         assert reply.json["error"]["param"] == "image"
 
 
+@pytest.mark.slow
 def test_slow_urls_do_not_stop_texts(bundle, monkeypatch):
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,

@@ -14,7 +14,7 @@ from vlm.serving.limits import Limits
 from vlm.serving.middleware import problem
 
 HEAD_BYTES, HEAD_LINES = 1 << 16, 256  # of the head of a request, and of the trailer of its body
-SMALL_CHUNKS, CHUNK_BYTES = 1024, 64  # chunks of a body that may be small, and the mean of others
+SMALL_CHUNKS, CHUNK_BYTES = 256, 64  # chunks of a body that may be small, and the mean of others
 PIPELINED = 16  # requests that are sent ahead of answers
 REST_FACTOR = 4  # how much is read of a body whose request is answered: x the limit of bodies
 WRITE_SECONDS = 30.0  # until a client has read what was sent
