@@ -223,8 +223,8 @@ ATTACKS = {
     function.__name__: function
     for function in (
         declared_bodies, bodies_without_key, stalled_bodies, endless_header, many_headers,
-        idle_connections, slow_headers, tiny_chunks, pipelined, unread_answers, integers, empty_values,
-        escapes, templates, long_texts, slow_urls,
+        idle_connections, slow_headers, tiny_chunks, pipelined, unread_answers, integers,
+        empty_values, escapes, templates, long_texts, slow_urls,
     )
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ from vlm.serving.request_log import LOGGER, JsonFormatter
 @pytest.fixture(scope="module")
 def tight(bundle):
     limits = Limits(
-        body_bytes=1 << 20, waiting_bytes=1 << 20, connections=8, seconds=5, items=8,
+        body_bytes=1 << 20, waiting_bytes=1 << 20, connections=8, items=8,
         request_characters=5_000, characters=2_000,
     )  # fmt: skip
     with running(bundle, limits=limits, keys=("secret",)) as server:
