@@ -130,15 +130,16 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture
 def connected(hub, tmp_path, monkeypatch) -> Hub:
     """The server, as the Hub of this process, with empty caches and without a token."""
-    from huggingface_hub import HfFileSystem, constants
+    from huggingface_hub import HfFileSystem, constants, file_download
 
     url = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+    for module in (constants, file_download):  # older versions have it in the second one
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", url, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "tokens"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("VLM_CACHE", str(tmp_path / "vlm"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"):
@@ -214,6 +215,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self._reply({})
         elif found := re.fullmatch(rf"/api/(models|datasets)/{_NAME}/tree/([^/]+)(?:/(.+))?", path):
             self._tree(_full(found[1], found[2]), found[3], urllib.parse.unquote(found[4] or ""))
+        elif found := re.fullmatch(rf"/api/(models|datasets)/{_NAME}/commits/(.+)", path):
+            if (commit := self._commit(_full(found[1], found[2]), found[3], "")) is not None:
+                facts = {"title": "", "message": "", "date": "2026-01-02T03:04:05.000Z"}
+                self._reply([{"id": commit, "authors": [], **facts}])
+        elif re.fullmatch(r"/api/(models|datasets)/[^/]+", path):
+            self._refuse(401, "RepoNotFound", "", "Repository not found")
         elif found := re.fullmatch(rf"/(?:(datasets)/)?{_NAME}/resolve/([^/]+)/(.+)", path):
             self._resolve(_full(found[1], found[2]), found[3], urllib.parse.unquote(found[4]))
         else:

@@ -108,7 +108,7 @@ def _explain(place: str, error: Exception) -> NoReturn:
             f"asks for your consent: accept its terms at {constants.ENDPOINT}/{page}, and log in "
             f"with {login}"
         )
-    elif isinstance(cause, errors.RepositoryNotFoundError):
+    elif isinstance(cause, errors.RepositoryNotFoundError) or status == 404:
         why = f"is not on the Hub: check the name, or log in with {login} if it is private"
     elif status in (401, 403):
         why = f"may not be read with this token ({first_line(error)}): log in with {login}"

@@ -213,7 +213,7 @@ def write_card(
         facts=model._facts()[1],
         base_model=base_model,
         datasets=datasets,
-        sources=[_shown(source) for source in origin.sources],
+        sources=[_shown(source) for source in origin.sources if not _hub_data(source)],
         training=origin.training,
         results=[tuple(map(_cell, _row(row))) for row in origin.results],
         dates=sorted({row.date[:10] for row in origin.results if row.date}),

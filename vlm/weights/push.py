@@ -198,9 +198,7 @@ def _merged(repo: str, branch: str | None, token: str | None, card: str) -> str:
     """Return the card with the text of the one on the Hub, if that was edited there."""
     import huggingface_hub
 
-    old = huggingface_hub.hf_hub_download(
-        repo, CARD_FILE, revision=branch, token=token, force_download=True
-    )
+    old = huggingface_hub.hf_hub_download(repo, CARD_FILE, revision=branch, token=token)
     merged = updated_card(epath.Path(old).read_bytes(), card, f"{CARD_FILE} of {repo}")
     if merged != card:
         _log.warning(
