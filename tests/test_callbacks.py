@@ -289,8 +289,9 @@ def test_the_live_display_shows_the_last_metrics(tmp_path):
         assert name in text, name
     assert "top5" not in text
     assert html.count("<svg") == 2
-    live.on_end(run, {}, finished=True)
+    live.on_end(run, {"cars/top1": 0.625, "seconds": 3.0}, finished=True)
     assert "finished" in live.html()
+    assert "0.625" in live.html()
     assert "ETA" not in live.html()
 
 

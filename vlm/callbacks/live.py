@@ -51,6 +51,8 @@ class Live(Callback):
     def on_end(self, run: RunInfo, results: Mapping[str, float], finished: bool) -> None:
         if self._run:
             self._run["status"] = "finished" if finished else "stopped"
+            if results:
+                self._run["evals"].append((run.total_steps, _chosen(results)))
             self._update(wait=0.0)
 
     def _update(self, wait: float = EVERY) -> None:

@@ -1,4 +1,4 @@
-"""Log messages of training: logger "vlm.training", on stderr of process 0.
+"""Log messages of training: logger "vlm.training", on stderr of process 0, or in the notebook.
 
 Its handler prints above the progress display. To send the messages elsewhere, replace the handler,
 or remove it and set `propagate`, as for any logger. If the terminal or pipe closes, as an
@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import jax
 from rich.console import Console, RenderableType
 
+from vlm.callbacks import in_notebook
+
 STDERR = 2
 
 
@@ -22,7 +24,10 @@ class _RunConsole(Console):
         drop_output(STDERR)  # rich would exit the process
 
 
-console = _RunConsole(stderr=True)
+# In a notebook, lines of stdout are plain text below each other; rich's own display of each line
+# has margins, and lines of stderr are red.
+_NOTEBOOK = in_notebook()
+console = _RunConsole(stderr=not _NOTEBOOK, force_jupyter=False, width=110 if _NOTEBOOK else None)
 log = logging.getLogger("vlm.training")
 
 
