@@ -43,9 +43,15 @@ def parse(text: str, most: int = MAX_VALUES, hook: Callable[..., Any] | None = N
 
 
 def check_count(text: str, most: int = MAX_VALUES) -> None:
-    """Raise a ValueError if a JSON text may have more than `most` values."""
-    if _count(text) > most and _count(_STRING.sub("", text)) > most:
+    """Raise a ValueError if a JSON text has more than `most` values, counted without parsing it."""
+    count = _count(text)
+    if count > 4 * most or (count > most and _count(without_strings(text)) > most):
         raise ValueError(f"it has more than {most:,} values")
+
+
+def without_strings(text: str) -> str:
+    """Remove the strings of a JSON text, so that its other characters can be counted."""
+    return _STRING.sub("", text)
 
 
 def _count(text: str) -> int:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from tyro.conf import arg
 
+from vlm._json import parse
 from vlm.cli import options, runtime
 from vlm.cli.model import leading_model, load_model
 from vlm.cli.parse import UsageError
@@ -195,7 +196,9 @@ def model_of(folder: Path) -> str:
     """
     file = folder / MODEL_FILE
     try:
-        model = json.loads(file.read_text(encoding="utf-8"))["model"]
+        model = parse(file.read_text(encoding="utf-8"))["model"]
+        if not isinstance(model, str):
+            raise TypeError(f"{model!r} is no name")
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(
             f"the index {folder} does not record its model: give it with --model MODEL"

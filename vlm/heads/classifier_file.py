@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm._json import parse
 from vlm.errors import CheckpointError
 from vlm.heads.encoder import Encoder
 from vlm.heads.model_identity import check_identity, identity
@@ -47,7 +48,7 @@ def reading_classifier(file: str | os.PathLike, kind: str, model: Encoder) -> It
 
     try:
         with safe_open(file, "numpy") as archive:
-            about = json.loads(archive.metadata()[kind])
+            about = parse(archive.metadata()[kind])
             tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
         yield about, tensors
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vlm.errors import CheckpointError, ConfigError, DataError
+from vlm.errors import CheckpointError, ConfigError, DataError, brief
 from vlm.heads.encoder import Encoder
 from vlm.heads.filters import Value
-from vlm.heads.index_folder import write_array
+from vlm.heads.index_folder import mapped, write_array
 from vlm.heads.items import Id, Stored
 from vlm.heads.retrieval import RetrievalIndex
 
@@ -66,10 +66,7 @@ def read_clip_retrieval(
     metadata = _partitions(folder, "metadata", "parquet")
     index = RetrievalIndex(model, dtype=dtype)
     for number, file in parts.items():
-        try:
-            z = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file} cannot be read ({error}): copy it again") from None
+        z = mapped(file, "copy it again")
         if z.ndim != 2 or z.shape[1] != width:
             raise ConfigError(
                 f"{file} has shape {z.shape} and {model.name} makes embeddings of {width} "
@@ -179,7 +176,13 @@ def _array(name: str, column: Sequence[Value]) -> Any:
 def _id_of(path: Value, is_integer: bool, number: int) -> Id:
     """Return the id of a row: its path, as an integer if it was one, or the running number."""
     if is_integer:
-        return int(path)  # pyright: ignore[reportArgumentType]
+        try:
+            return int(path)  # pyright: ignore[reportArgumentType]
+        except (TypeError, ValueError):
+            raise CheckpointError(
+                f"the {PATH} {brief(path)} of row {number:,} is not an integer, but {INTEGER} is "
+                "true: copy the folder again"
+            ) from None
     return path if isinstance(path, str | int) and not isinstance(path, bool) else number
 
 

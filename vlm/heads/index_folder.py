@@ -16,24 +16,26 @@ so files that `index.json` does not list belong to saves that were killed.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from vlm._json import to_json
+from vlm._json import parse, to_json, without_strings
 from vlm.errors import CheckpointError, ConfigError, ConflictError
 from vlm.heads.codes import Codes
 from vlm.heads.model_identity import FIELDS
 from vlm.paths import as_config_error, is_remote
+from vlm.weights.files import npy_header
 
 try:
     import fcntl
@@ -46,6 +48,7 @@ FORMAT = "vlm retrieval index"
 VERSION = 2  # of the format; version 1, with a single shard, is still read
 SHARD_ROWS = 1 << 18
 WRITTEN_ROWS = 1 << 14  # rows copied at once
+_MAX_LISTS = 10_000  # metadata columns
 
 DESCRIPTION, LOCK = "index.json", "index.lock"
 # Files that a save writes besides index.json; embeddings-ID.npy is from version 1.
@@ -175,7 +178,8 @@ def generation(folder: Path) -> str | None:
     Indexes of older versions without generations have "0".
     """
     try:
-        return str(json.loads((folder / DESCRIPTION).read_bytes()).get("generation", "0"))
+        text = (folder / DESCRIPTION).read_text(encoding="utf-8")
+        return str(parse(text).get("generation", "0"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, AttributeError):
@@ -209,7 +213,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no index: give a folder that an index was saved to")
-    meta = _json(path)
+    meta = _json(path, parse)
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} does not describe a vlm retrieval index: give the folder of one"
@@ -224,6 +228,12 @@ def read_description(folder: Path) -> dict[str, Any]:
     for name, kind in fields.items():
         if not isinstance(meta.get(name), kind):
             raise CheckpointError(f"{path} has no valid {name!r}: rebuild the index")
+    removed, centre = meta.get("removed"), meta.get("centre")
+    if meta["dtype"] not in ("float32", "float16") or not isinstance(removed, str | None):
+        raise CheckpointError(f"{path} has no valid 'dtype' or 'removed': rebuild the index")
+    numbers = isinstance(centre, list) and all(type(x) in (int, float) for x in centre)
+    if centre is not None and not (numbers and len(centre) == meta["embed_dim"]):
+        raise CheckpointError(f"{path} has no valid 'centre': rebuild the index")
     if {len(meta["probe_text"]), len(meta["probe_image"])} != {meta["embed_dim"]}:
         raise CheckpointError(f"{folder} is corrupt (embedding widths differ): rebuild the index")
     return meta
@@ -238,12 +248,14 @@ def read_shards(folder: Path, meta: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if meta["version"] == 1:
         rows = mapped(folder / Path(meta["embeddings"]).name)
         _check(folder, meta, rows, meta.get("count"), len(meta["ids"]))
+        _check_values(folder, meta["ids"], {})
         yield {"name": None, "rows": rows, "ids": meta["ids"], "columns": {}, "codes": None}
         return
     for shard in meta["shards"]:
         name = Path(str(shard.get("name") if isinstance(shard, dict) else None)).name
         rows = mapped(folder / f"rows-{name}.npy")
-        items = _json(folder / f"items-{name}.json")
+        parse_items = functools.partial(_parse_items, rows=len(rows))
+        items = _json(folder / f"items-{name}.json", parse_items)
         usable = isinstance(items, dict) and isinstance(items.get("ids"), list)
         columns = items.get("columns", {}) if usable else None
         if not isinstance(columns, dict) or any(
@@ -252,12 +264,8 @@ def read_shards(folder: Path, meta: dict[str, Any]) -> Iterator[dict[str, Any]]:
         ):
             raise CheckpointError(f"{folder / f'items-{name}.json'} is corrupt: rebuild the index")
         _check(folder, meta, rows, shard.get("count"), len(items["ids"]))
-        codes = None
-        if meta.get("coding"):
-            scale = mapped(folder / f"scale-{name}.npy") if meta["coding"] == "int8" else None
-            codes = Codes(np.array(mapped(folder / f"codes-{name}.npy")), scale)
-            if len(codes.values) != len(rows):
-                raise CheckpointError(f"{folder} is corrupt (numbers of codes and rows differ)")
+        _check_values(folder / f"items-{name}.json", items["ids"], columns)
+        codes = _codes(folder, name, meta, len(rows)) if meta.get("coding") else None
         yield {"name": name, "rows": rows, "ids": items["ids"], "columns": columns, "codes": codes}
 
 
@@ -265,10 +273,24 @@ def read_removed(folder: Path, meta: dict[str, Any], count: int) -> np.ndarray:
     """Read the positions of removed rows, which must be below `count`."""
     if not meta.get("removed"):
         return np.zeros(0, np.int64)
-    removed = np.array(mapped(folder / Path(meta["removed"]).name))
-    if removed.ndim != 1 or removed.dtype != np.int64 or (removed >= count).any():
+    removed = mapped(folder / Path(meta["removed"]).name)
+    whole = removed.ndim == 1 and removed.dtype == np.int64 and len(removed) <= count
+    if not whole or ((removed < 0) | (removed >= count)).any():
         raise CheckpointError(f"{folder} is corrupt ({meta['removed']} has invalid positions)")
-    return removed
+    return np.array(removed)
+
+
+def _codes(folder: Path, name: str, meta: dict[str, Any], count: int) -> Codes:
+    """Read the codes of a shard."""
+    signs = meta["coding"] == "binary"
+    scale = None if signs else mapped(folder / f"scale-{name}.npy")
+    values = mapped(folder / f"codes-{name}.npy")
+    shape = (count, -(-meta["embed_dim"] // 32) if signs else meta["embed_dim"])
+    if values.shape != shape or values.dtype != (np.uint32 if signs else np.int8):
+        raise CheckpointError(f"{folder} is corrupt (codes and rows differ): rebuild the index")
+    if scale is not None and (scale.shape != (count,) or scale.dtype != np.float32):
+        raise CheckpointError(f"{folder} is corrupt (scales and rows differ): rebuild the index")
+    return Codes(np.array(values), scale)
 
 
 def _check(folder: Path, meta: dict[str, Any], rows: np.ndarray, count: Any, ids: int) -> None:
@@ -280,17 +302,44 @@ def _check(folder: Path, meta: dict[str, Any], rows: np.ndarray, count: Any, ids
         )
 
 
-def mapped(file: Path) -> np.ndarray:
-    """Memory-map an array."""
+def _check_values(file: Path, ids: list[Any], columns: dict[str, list[Any]]) -> None:
+    """Check that ids are texts and 64-bit integers, and metadata texts and numbers."""
+    kinds = set(map(type, ids))
+    good = kinds <= {str, int} and all(abs(id) < 1 << 63 for id in ids if type(id) is int)
+    for column in columns.values():
+        good = good and set(map(type, column)) <= {str, int, float, bool, type(None)}
+    if not good:
+        raise CheckpointError(
+            f"{file} is corrupt (an id or a value is no text and no number): rebuild the index"
+        )
+
+
+def _parse_items(text: str, rows: int) -> Any:
+    """Parse the file of a shard's items, unless it has more values than belong to its rows."""
+    for counted in (text, without_strings(text)):  # most names have none of the characters
+        lists, objects = counted.count("["), counted.count("{")
+        if lists <= _MAX_LISTS and objects <= 2 and counted.count(",") <= (rows + 1) * (lists + 1):
+            return parse(text, most=len(text))
+    raise ValueError("it has more values than its rows have")
+
+
+def mapped(file: Path, fix: str = "rebuild the index") -> np.ndarray:
+    """Memory-map an array of a file that may come from anybody.
+
+    Raises:
+        CheckpointError: the file is missing or corrupt; `fix` ends the message.
+    """
     try:
+        with open(file, "rb") as stream:
+            npy_header(stream)
         return np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}): rebuild the index") from None
+    except (OSError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}): {fix}") from None
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path, parse_text: Callable[[str], Any]) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_text(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}): rebuild the index") from None
     except OSError as error:

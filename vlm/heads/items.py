@@ -301,13 +301,14 @@ class Items:
         Raises:
             CheckpointError: no index, or a corrupt one.
         """
-        while True:
+        for left in reversed(range(10)):
             meta = index_folder.read_description(folder)
             try:
                 return cls.open(folder, meta), meta
             except CheckpointError:  # retry if another process replaced it while it was read
-                if index_folder.read_description(folder) == meta:
+                if not left or index_folder.read_description(folder) == meta:
                     raise
+        raise AssertionError
 
     @classmethod
     def open(cls, folder: Path, meta: dict[str, Any]) -> "Items":
@@ -321,7 +322,7 @@ class Items:
             CheckpointError: corrupt files.
         """
         coding = meta.get("coding")
-        if coding not in (None, *CANDIDATES) or (coding and not isinstance(meta["centre"], list)):
+        if coding not in (None, *CANDIDATES) or (coding and meta.get("centre") is None):
             raise CheckpointError(f"{folder} has codes of an unknown kind: rebuild the index")
         items = cls(meta["dtype"], coding)
         items.centre = np.asarray(meta["centre"], np.float32) if coding else None
@@ -338,7 +339,7 @@ class Items:
         if len(items.at) != items.live.sum():
             raise CheckpointError(f"{folder} is corrupt (duplicate ids): rebuild the index")
         items.folder = folder.resolve()
-        items.generations[items.folder] = meta.get("generation", "0")
+        items.generations[items.folder] = str(meta.get("generation", "0"))
         items._count_on(items.ids)
         return items
 

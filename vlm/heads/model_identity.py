@@ -91,6 +91,14 @@ def identity(model: Encoder) -> dict[str, Any]:
 
 def check_identity(stored: dict[str, Any], model: Encoder, where: Path) -> None:
     """Raise a CheckpointError unless `model` embeds like the model of a stored identity."""
+    for name in ("probe_text", "probe_image"):
+        numbers = stored.get(name)
+        if not isinstance(numbers, list) or not all(
+            type(x) in (int, float) and abs(x) < 1e6 for x in numbers
+        ):
+            raise CheckpointError(f"{where} has no valid {name!r}: save or build it again")
+    if not isinstance(stored.get("model"), str) or not isinstance(stored.get("facts", {}), dict):
+        raise CheckpointError(f"{where} does not describe its model: save or build it again")
     width = len(stored["probe_text"])
     fix = f"load {stored['model']!r} as it was, or rebuild it with {model.name!r}"
     z_text = np.asarray(model.encode_text([PROBE_TEXT]), np.float32)[0]

@@ -45,9 +45,9 @@ def parse_vocabulary(text: str) -> tokenizers.Tokenizer:
     """
     if len(text) > MAX_FILE:
         raise ValueError(f"it has {len(text):,} characters")
-    check_count(text, MAX_VALUES)
     if (added := text.count('"special"')) > MAX_ADDED:
         raise ValueError(f"it has {added:,} added tokens")
+    check_count(text, MAX_VALUES)
     with library_errors():
         vocabulary = tokenizers.Tokenizer.from_str(text)
     check_vocabulary(vocabulary)

@@ -182,7 +182,7 @@ def _entry(path: epath.Path, data: int, spec: dict[str, Any]) -> _Entry:
     if any(type(n) is not int or not 0 <= n < 1 << 64 for n in numbers):
         raise ValueError("a size or an offset that is not a whole number of 64 bits")
     if len(spec["shape"]) > _MAX_AXES:
-        raise ValueError(f"a tensor of {len(spec['shape'])} axes")
+        raise ValueError(f"a tensor of {len(spec['shape']):,} axes")
     begin, end = spec["data_offsets"]
     entry = _Entry(data + begin, tuple(spec["shape"]), DTYPES[kind])
     if end - begin != entry.size:
@@ -192,10 +192,11 @@ def _entry(path: epath.Path, data: int, spec: dict[str, Any]) -> _Entry:
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object, whose names must be unique."""
-    counts = collections.Counter(name for name, _ in pairs)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise ValueError(f"{brief(twice[0])} appears twice")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = collections.Counter(name for name, _ in pairs)
+        raise ValueError(f"{brief(counts.most_common(1)[0][0])} appears twice")
+    return found
 
 
 def _check_layout(entries: dict[str, _Entry], start: int) -> int:
@@ -224,7 +225,7 @@ def npy_header(stream: Any) -> tuple[tuple[int, ...], np.dtype]:
     text = stream.read(int.from_bytes(size, "little"))
     try:
         shape, _, dtype = header(io.BytesIO(size + text))
-    except (RecursionError, MemoryError, OverflowError, TypeError):
+    except Exception:  # of Python's parser, also RecursionError, MemoryError and SyntaxError
         raise ValueError("its header is corrupt") from None
     if dtype.hasobject:
         raise ValueError("it holds objects, not numbers")

@@ -50,6 +50,8 @@ def _build(data: bytes, prefix: bool) -> tokenizers.Tokenizer:
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
     for number, value in _fields(data):
+        if number in (1, 2, 3) and not isinstance(value, bytes):
+            raise ValueError(f"its field {number} is a number")
         if number == 1:
             piece = dict(_fields(value))
             if len(piece[1]) > _MAX_PIECE:
