@@ -303,9 +303,8 @@ def _check(folder: Path, meta: dict[str, Any], rows: np.ndarray, count: Any, ids
 
 
 def _check_values(file: Path, ids: list[Any], columns: dict[str, list[Any]]) -> None:
-    """Check that ids are texts and 64-bit integers, and metadata texts and numbers."""
-    kinds = set(map(type, ids))
-    good = kinds <= {str, int} and all(abs(id) < 1 << 63 for id in ids if type(id) is int)
+    """Check that ids are texts and integers, and metadata texts and numbers."""
+    good = set(map(type, ids)) <= {str, int}
     for column in columns.values():
         good = good and set(map(type, column)) <= {str, int, float, bool, type(None)}
     if not good:
