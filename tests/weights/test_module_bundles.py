@@ -171,3 +171,12 @@ def test_the_command_line_imports_the_code(saved, tmp_path, capfd):
     assert main([*command, "--import", "a-b"]) == 2
     assert main([*command, "--import"]) == 2
     assert "--import takes names of modules such as my_parts" in capfd.readouterr().err
+
+
+def test_the_card_of_a_pushed_bundle_names_the_code(own, tmp_path):
+    own.push_to_hub("me/own", licence="mit", dry_run=tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "import vlm\nimport own_towers  # the code of its towers" in text
+    np.testing.assert_array_equal(
+        vlm.load(tmp_path / "out").encode_text(WORDS[:2]), own.encode_text(WORDS[:2])
+    )

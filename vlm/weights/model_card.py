@@ -210,6 +210,11 @@ def write_card(
         "weights/model_card.md.jinja",
         repo=repo,
         form=form,
+        modules=sorted(
+            str(tower.module).partition(":")[0]
+            for tower in (config.vision, config.text)
+            if hasattr(tower, "module")
+        ),
         facts=model._facts()[1],
         base_model=base_model,
         datasets=datasets,
