@@ -180,3 +180,12 @@ def test_the_card_of_a_pushed_bundle_names_the_code(own, tmp_path):
     np.testing.assert_array_equal(
         vlm.load(tmp_path / "out").encode_text(WORDS[:2]), own.encode_text(WORDS[:2])
     )
+
+
+@pytest.mark.slow
+def test_programs_are_exported(own, tmp_path):
+    pytest.importorskip("onnx")
+    vlm.export(own, tmp_path / "stablehlo", format="stablehlo")
+    vlm.export(own, tmp_path / "onnx", format="onnx", tower="vision")
+    with pytest.raises(CheckpointError, match="onnx export does not support random keys"):
+        vlm.export(own, tmp_path / "text", format="onnx", tower="text")

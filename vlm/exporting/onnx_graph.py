@@ -162,6 +162,11 @@ def _run(
         return np.asarray(atom.val, dtype_of(atom)) if isinstance(atom, Literal) else known[atom]
 
     for eqn in jaxpr.eqns:
+        kinds: list[Any] = [getattr(v.aval, "dtype", None) for v in eqn.outvars]
+        if any(jax.dtypes.issubdtype(kind, jax.dtypes.prng_key) for kind in kinds if kind):
+            raise CheckpointError(
+                "onnx export does not support random keys, which this model makes: choose stablehlo"
+            )
         values = _values(graph, eqn, [value_of(atom) for atom in eqn.invars], rules)
         known |= dict(zip(eqn.outvars, values, strict=True))
     return [value_of(atom) for atom in jaxpr.outvars]
