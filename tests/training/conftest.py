@@ -95,7 +95,9 @@ def tiny(drawings):
             "preprocess": PreprocessConfig(image_size=parts.vision.image_size, kernel="bilinear"),
             "tokenizer": TokenizerConfig(context_length=16),
             "data": DataConfig(**(DATA | {"source": drawings} | dict(data))),
-            "optimizer": OptimizerConfig(**(OPTIMIZER | dict(optimizer))),
+            "optimizer": optimizer
+            if callable(optimizer)
+            else OptimizerConfig(**(OPTIMIZER | dict(optimizer))),
             "batch_size": 16,
             "steps": 12,
             "log_every": 4,

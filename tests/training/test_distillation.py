@@ -17,7 +17,7 @@ from vlm.losses import relational_loss
 from vlm.models.dual_encoder import unit_norm
 from vlm.sharding import make_mesh
 from vlm.training.loop import train
-from vlm.training.objectives import objective
+from vlm.training.objectives import Embeddings, objective
 from vlm.training.step import Trainer
 from vlm.training.teacher import Teacher
 
@@ -135,7 +135,8 @@ def test_loss_weights_scale_the_terms(tiny):
 
     def loss(**weights) -> float:
         experiment = tiny(distill=DistillConfig(TEACHER, **weights))
-        return float(objective(experiment, mesh(1), params, batch, *z[:2], teacher_scale=3.0))
+        key, embedded = jax.random.key(0), Embeddings(*z[:2])
+        return float(objective(experiment, mesh(1), params, batch, embedded, key, 3.0)[0])
 
     task = loss(task=1.0, relations=1e-9)
     relations = loss(task=0.0, relations=1.0)

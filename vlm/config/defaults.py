@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from vlm.config.code import Code
 from vlm.config.inputs import PreprocessConfig, TokenizerConfig
 from vlm.config.model import ModelConfig
 from vlm.config.training import Experiment
@@ -36,9 +37,11 @@ def with_default_rates(experiment: Experiment) -> Experiment:
     e = experiment
     fine_tunes = e.init_from is not None and e.init_towers == "both"
     rate, warmup = e.optimizer.learning_rate, e.optimizer.warmup
+    if e.optimizer.transformation is not None:
+        return e
     if rate is None:
         rate = fine_tuning_rate(e) if fine_tunes else RATE
-    if warmup is None:
+    if warmup is None and not isinstance(e.optimizer.schedule, Code):
         warmup = FINE_TUNING_WARMUP if fine_tunes else WARMUP
     optimizer = dataclasses.replace(e.optimizer, learning_rate=rate, warmup=warmup)
     return dataclasses.replace(e, optimizer=optimizer)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from vlm.config.base import Config
-from vlm.config.code import ImportPath
+from vlm.config.code import Code, ImportPath
 from vlm.errors import ConfigError
 
 T = TypeVar("T")
@@ -130,6 +130,9 @@ class OptimizerConfig(Config):
                 'optimizer.schedule "constant" does not decay to end_learning_rate '
                 f"{self.end_learning_rate}: choose another schedule or leave it at 0"
             )
+        if isinstance(self.schedule, Code):
+            why = 'it is the whole schedule: set schedule to "cosine"'
+            self.refuse_unused(why, "warmup", "end_learning_rate")
         if self.schedule not in ("rsqrt", "wsd"):
             self.refuse_unused('set schedule to "rsqrt" or "wsd"', "cooldown")
         if self.name not in ("adamw", "muon"):

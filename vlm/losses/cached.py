@@ -19,6 +19,8 @@ from vlm.errors import ConfigError
 def cached_value_and_grad(
     embed: Callable[[Any, Any, Any], tuple[Any, ...]],
     loss: Callable[..., Any],
+    *,
+    has_aux: bool = False,
 ) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     """Make a function for the loss and gradient of a batch with the memory of one micro-batch.
 
@@ -27,6 +29,7 @@ def cached_value_and_grad(
             with the same key, so dropout and patch dropout draw the same masks both times.
         loss: `loss(params, z_image, z_text)` over the embeddings of all micro-batches; it may use
             parameters of its own, such as scale and bias. It must not depend on the order of pairs.
+        has_aux: `loss` returns (loss, auxiliary values), as in `jax.value_and_grad`.
 
     Returns:
         a function of `params`, the micro-batches as one tree of arrays (k, b / k, ...), and k keys;
@@ -63,7 +66,8 @@ def cached_value_and_grad(
             return jax.tree.map(jnp.add, gradients, *pull_back(dz)), None
 
         _, z = lax.scan(embed_one, None, (micro_batches, keys))
-        value, (gradients, dz) = jax.value_and_grad(loss_of_all, argnums=(0, 1))(params, z)
+        whole = jax.value_and_grad(loss_of_all, argnums=(0, 1), has_aux=has_aux)
+        value, (gradients, dz) = whole(params, z)
         gradients, _ = lax.scan(replay_one, gradients, (micro_batches, keys, dz))
         return value, gradients
 

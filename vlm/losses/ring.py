@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 # Logit of a masked pair. Finite, so that the difference of two is not NaN.
 MASKED_LOGIT = jnp.finfo(jnp.float32).min
 
-Hide = Callable[[Float[Array, "t t"]], Float[Array, "t t"]]
+Hide = Callable[..., Float[Array, "t t"]]
 
 
 @dataclass(frozen=True)
@@ -149,15 +149,18 @@ def dot_pairs(x: Float[Array, "b d"], y: Float[Array, "b d"]) -> Float[Array, " 
 
 
 def _hide(row: Array, column: Array, b: int, *, padded: bool, own: bool) -> Hide:
-    """Make a function that masks positives of the own block, and padding from index b on."""
+    """Make a function that masks positives of the own block, and padding from index b on.
 
-    def hide(logits):
-        if not padded and not own:
+    Its argument `positives=False` leaves positives out.
+    """
+
+    def hide(logits, positives=own):
+        if not padded and not positives:
             return logits
         rows = row + lax.broadcasted_iota(jnp.int32, logits.shape, 0)
         columns = column + lax.broadcasted_iota(jnp.int32, logits.shape, 1)
         hidden = jnp.zeros((), bool)
-        if own:
+        if positives:
             hidden |= rows == columns
         if padded:
             hidden |= (rows >= b) | (columns >= b)

@@ -28,7 +28,7 @@ from vlm.sharding import (
     replicated,
     shardings,
 )
-from vlm.training.objectives import HEADS, objective
+from vlm.training.objectives import HEADS, Embeddings, objective
 from vlm.training.partition import joined
 from vlm.training.step import Trainer, TrainState
 from vlm.training.teacher import DescribedTeacher, StoredTeacher, supervision_of
@@ -222,17 +222,19 @@ def compile_loss(experiment: Experiment, mesh: Mesh) -> int | None:
     """Temporary bytes per device of only the loss and its gradients; None if it does not fit."""
     e, rows, replicated_sharding = experiment, batch_sharding(mesh), replicated(mesh)
     z = jax.ShapeDtypeStruct((e.batch_size, e.model.embed_dim), jnp.float32, sharding=rows)
-    embeddings = (z,) if e.objective == "classification" else (z, z)
+    text = None if e.objective == "classification" else z
+    embeddings: Any = Embeddings(z, text)  # pyright: ignore[reportArgumentType] (abstract)
     state = abstract_state(e)
     kept = {"logit_scale", "logit_bias", *HEADS}
     params = {k: v for k, v in joined(state.params, state.frozen).items() if k in kept}
     params = jax.tree.map(lambda x: placed(x, replicated_sharding), params)
-    batch = {k: placed(v, rows) for k, v in batch_of(e).items() if k not in ("images", "tokens")}
+    inputs = () if e.losses else ("images", "tokens")  # losses of the user may read them
+    batch = {k: placed(v, rows) for k, v in batch_of(e).items() if k not in inputs}
 
     def loss(params, z, batch):
-        return objective(e, mesh, params, batch, *z)
+        return objective(e, mesh, params, batch, z, jax.random.key(0))
 
-    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     compiled = _compile(gradient.lower(params, embeddings, batch))
     fits = not isinstance(compiled, DoesNotFit)
     return compiled.memory_analysis().temp_size_in_bytes if fits else None

@@ -1,17 +1,64 @@
 """Training objectives over the embeddings of the whole batch."""
 
-from typing import Any, assert_never
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
-from vlm.config import DistillConfig, Experiment
+from vlm.config import DistillConfig, Experiment, Loss
 from vlm.errors import ConfigError
-from vlm.losses import contrastive_loss, relational_loss
-from vlm.models.dual_encoder import unit_norm
+from vlm.losses import LossInputs, contrastive_loss, relational_loss
+from vlm.models.dual_encoder import DualEncoder, unit_norm
+from vlm.nn.intermediates import Intermediates
+from vlm.nn.layers import split_keys
+from vlm.nn.naflex import Patches
+from vlm.training.own_losses import check_losses, weighted_sum
 from vlm.training.partition import Params
+
+
+class Embeddings(NamedTuple):
+    """Embeddings of a batch, and the intermediate activations that a loss reads."""
+
+    image: Float[Array, "b d"]
+    text: Float[Array, "b d"] | None = None  # None: a classification encodes no texts
+    intermediates: Mapping[str, Any] | None = None
+
+
+def embeddings(
+    model: DualEncoder,
+    images: Float[Array, "b h w 3"] | Patches,
+    tokens: Int[Array, "b n"],
+    keys: Key[Array, " b"],
+    names: Collection[str] = (),
+) -> Embeddings:
+    """Embed a batch; capture the activations `names`, such as "vision/blocks/output".
+
+    Raises:
+        ConfigError: the towers have no such activation; the message lists those that they have.
+    """
+    if not names:
+        return Embeddings(*model(images, tokens, keys=keys))
+    found = {"vision": Intermediates(), "text": Intermediates()}
+    image_keys, text_keys = split_keys(keys)
+    z_image = model.encode_image(images, keys=image_keys, intermediates=found["vision"])
+    z_text = model.encode_text(tokens, keys=text_keys, intermediates=found["text"])
+    known = {f"{tower}/{name}": x for tower, own in found.items() for name, x in own.found.items()}
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"loss_intermediates has {name!r}, which the towers do not capture: choose among "
+                f"{', '.join(known)}"
+            )
+    # Blocks are stacked: their layers come first, and the batch second.
+    batch_first = {
+        name: jnp.moveaxis(known[name], 1, 0) if "/blocks/" in name else known[name]
+        for name in names
+    }
+    return Embeddings(z_image, z_text, batch_first)
+
 
 HEADS = frozenset({"head", "distill"})  # parameters that are not part of the model
 # A classification encodes its texts once, at its start.
@@ -23,28 +70,48 @@ def objective(
     mesh: Mesh | AbstractMesh,
     params: Params,
     batch: dict[str, Any],
-    *z: Float[Array, "b d"],
+    z: Embeddings,
+    key: Key[Array, ""],
     teacher_scale: float = 0.0,
-) -> Float[Array, ""]:
-    """Compute the loss of `e` from embeddings of images and, except in classification, of texts.
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Compute the loss of `e`, and metrics to log, from the embeddings of the batch.
 
-    `params` are those of the whole model and of the head, if any. `teacher_scale` is the
-    logarithm of the factor on a teacher's cosines.
+    `params` are those of the whole model and of the head, if any. `key` is for losses of the user.
+    `teacher_scale` is the logarithm of the factor on a teacher's cosines.
     """
-    if e.objective == "classification":
-        return cross_entropy(params, z[0], batch["classes"])
-    z_image, z_text = z
-    task = contrastive_loss(
-        z_image,
-        z_text,
-        params["logit_scale"],
-        params.get("logit_bias"),
-        kind=e.model.loss,
-        mesh=mesh,
-        groups=batch["classes"] if e.objective == "flyp" else None,
-    )
+    z_image, z_text = z.image, z.text
+    if z_text is None:
+        return cross_entropy(params, z_image, batch["classes"]), {}
+
+    def contrastive(kind: Loss) -> Float[Array, ""]:
+        return contrastive_loss(
+            z_image,
+            z_text,
+            params["logit_scale"],
+            params.get("logit_bias"),
+            kind=kind,
+            mesh=mesh,
+            groups=batch["classes"] if e.objective == "flyp" else None,
+        )
+
+    metrics: dict[str, Float[Array, ""]] = {}
+    if e.losses:
+        inputs = LossInputs(
+            z_image,
+            z_text,
+            params["logit_scale"],
+            params.get("logit_bias"),
+            batch,
+            z.intermediates or {},
+            key,
+            mesh,
+        )
+        check_losses(e.losses, inputs)
+        task, metrics = weighted_sum(e.losses, contrastive, inputs)
+    else:
+        task = contrastive(e.model.loss)
     if e.distill is None:
-        return task
+        return task, metrics
     loss, of_image, of_text = e.distill.task * task, batch["teacher_image"], batch["teacher_text"]
     if e.distill.relations:
         loss += e.distill.relations * relational_loss(
@@ -60,7 +127,7 @@ def objective(
         distance = feature_distance(e.distill, params, "image", z_image, of_image)
         distance += feature_distance(e.distill, params, "text", z_text, of_text)
         loss += e.distill.features * distance / 2
-    return loss
+    return loss, metrics
 
 
 def feature_distance(

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from vlm.config import OptimizerConfig
-from vlm.errors import check_choice
+from vlm.config import Code, OptimizerConfig
+from vlm.errors import ConfigError, check_choice
 from vlm.sharding import is_stacked, path_names
+from vlm.training.parameter_masks import Factors, first_match, name_of
 
 # Parameters with weight decay: in open_clip all that have two axes or more, in big_vision only
 # kernels (`wd_mults` of its `optax.py`). Never norms, biases, scale.
@@ -28,8 +29,17 @@ def learning_rate(config: OptimizerConfig, progress: Float[Array, ""]) -> Float[
 
     Linear warm-up from zero, then one of: half a cosine (arXiv:1608.03983); the reciprocal square
     root of the progress and a cooldown (arXiv:2106.04560); a plateau and a cooldown
-    (warmup-stable-decay, arXiv:2405.18392), all three down to `end_learning_rate`; a plateau.
+    (warmup-stable-decay, arXiv:2405.18392), all three down to `end_learning_rate`; a plateau. A
+    schedule of the user is the factor of the peak. A whole optimizer of the user has its own rate,
+    so its updates are applied as they are: 1.
+
+    Raises:
+        ConfigError: a schedule of the user fails, or returns no scalar.
     """
+    if config.transformation is not None:
+        return jnp.float32(1)
+    if isinstance(config.schedule, Code):
+        return jnp.float32(config.learning_rate) * _own_factor(config.schedule, progress)
     warmup, cooldown = config.warmup, config.cooldown
     rise = jnp.minimum(1.0, progress / warmup) if warmup > 0 else jnp.ones(())
     fall = jnp.clip((1 - progress) / cooldown, 0, 1) if cooldown > 0 else jnp.ones(())
@@ -51,12 +61,15 @@ def learning_rate(config: OptimizerConfig, progress: Float[Array, ""]) -> Float[
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Make the optimizer, without the learning rate, which the step multiplies in.
+    """Make the optimizer, without the learning rate: a step subtracts rate * updates.
 
     A chain of clipping by the global norm, the update rule, rates by tower and layer, and decoupled
     weight decay. With `weight_decay_rule` "open_clip" a step subtracts learning rate * weight_decay
     of a parameter, as PyTorch's AdamW does, and rates by tower and layer scale that too. With
     "big_vision" it subtracts weight_decay * (learning rate / its peak), independent of the rates.
+
+    Raises:
+        ConfigError: code of the user makes no `optax.GradientTransformation`.
 
     Example:
         >>> optimizer = vlm.training.make_optimizer(vlm.OptimizerConfig(name="adamw"))
@@ -65,6 +78,8 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         >>> jax.tree.map(jnp.shape, updates)
         {'kernel': (2, 2)}
     """
+    if config.transformation is not None:
+        return optax.chain(_own(config.transformation, "transformation"), optax.scale(-1.0))
     parts = []
     if config.clip_norm is not None:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
@@ -74,6 +89,8 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         rates.append(_scale_by_layer(config.layer_decay))
     if (config.vision_rate, config.text_rate) != (1.0, 1.0):
         rates.append(_scale_by_tower({"vision": config.vision_rate, "text": config.text_rate}))
+    if config.rates:
+        rates.append(_scale_by_name(config.rates))
     decays = []
     by_peak = config.weight_decay_rule == "big_vision"
     per_step = config.learning_rate if by_peak else 1.0  # the step multiplies the rate in
@@ -81,7 +98,11 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         decays.append(_pull_to_start(config.l2_sp / per_step))
     elif config.weight_decay:
         mask = functools.partial(decay_mask, rule=config.weight_decay_rule)
-        decays.append(optax.add_decayed_weights(config.weight_decay / per_step, mask=mask))
+        strength = config.weight_decay / per_step
+        if config.decays:
+            decays.append(_decay_by_name(strength, config.decays, mask))
+        else:
+            decays.append(optax.add_decayed_weights(strength, mask=mask))
     return optax.chain(*parts, *rates, *decays) if by_peak else optax.chain(*parts, *decays, *rates)
 
 
@@ -108,7 +129,52 @@ def _towers(params: Any) -> dict[str, Any]:
     return {name: tree for name, tree in params.items() if not name.startswith("logit_")}
 
 
+def own_learning_rate(config: OptimizerConfig, opt_state: Any) -> Float[Array, ""] | None:
+    """Return the rate that an optimizer of the user keeps by `optax.inject_hyperparams`, if any."""
+    if config.transformation is None:
+        return None
+    found = [x for _, x in optax.tree.get_all_with_path(opt_state, "learning_rate")]
+    rates = [x for x in found if isinstance(x, jax.Array) and x.ndim == 0]
+    return rates[0] if len(rates) == 1 else None
+
+
+def _own(code: Code, field: str) -> optax.GradientTransformation:
+    """Load a transformation of the user, or call the function that makes it."""
+    found = code.load(f"optimizer.{field}")
+    if callable(found) and not isinstance(found, optax.GradientTransformation):
+        try:
+            found = found()
+        except Exception as error:
+            raise ConfigError(
+                f"optimizer.{field} {code} failed with {type(error).__name__}: {error}: it is "
+                "called without arguments, and returns an optax.GradientTransformation"
+            ) from error
+    if not isinstance(found, optax.GradientTransformation):
+        raise ConfigError(
+            f"optimizer.{field} {code} is a {type(found).__name__}: give an "
+            "optax.GradientTransformation such as optax.adamw(1e-3), or a function that makes it"
+        )
+    return found
+
+
+def _own_factor(code: Code, progress: Float[Array, ""]) -> Float[Array, ""]:
+    try:
+        factor = code.load("optimizer.schedule")(progress)
+    except Exception as error:
+        raise ConfigError(
+            f"optimizer.schedule {code} failed with {type(error).__name__}: {error}: it takes the "
+            "fraction of the run, and returns a factor of learning_rate"
+        ) from error
+    if jnp.shape(factor) != ():
+        raise ConfigError(
+            f"optimizer.schedule {code} returned an array {jnp.shape(factor)}: return a scalar"
+        )
+    return jnp.asarray(factor, jnp.float32)
+
+
 def _rule(config: OptimizerConfig) -> optax.GradientTransformation:
+    if isinstance(config.name, Code):
+        return _own(config.name, "name")
     match config.name:
         case "adamw":  # arXiv:1711.05101
             return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
@@ -215,6 +281,27 @@ def _scale_by_tower(rates: dict[str, float]) -> optax.GradientTransformation:
         return x * rates.get(path_names(path)[0], 1.0)
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
+
+
+def _scale_by_name(rates: Factors) -> optax.GradientTransformation:
+    """Scale the updates of parameters by the factors of their names."""
+
+    def scale(path, x):
+        return x * first_match(rates, name_of(path), 1.0)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
+
+
+def _decay_by_name(strength: float, decays: Factors, mask: Any) -> optax.GradientTransformation:
+    """Add decayed weights by the factors of their names; `mask` is for the other parameters."""
+
+    def update(updates, params):
+        def decayed(path, u, p, masked):
+            return u + strength * first_match(decays, name_of(path), masked) * p
+
+        return jax.tree_util.tree_map_with_path(decayed, updates, params, mask(params))
+
+    return optax.stateless(update)
 
 
 def _scale_by_layer(decay: float) -> optax.GradientTransformation:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from vlm._deprecation import renamed_method
 from vlm.config import Experiment, TokenizerConfig
 from vlm.config.defaults import with_defaults
-from vlm.errors import check_choice
+from vlm.errors import ConfigError, check_choice
 from vlm.inputs.preprocess import Preprocess
 from vlm.losses.cached import cached_value_and_grad, split_batch
 from vlm.models import adapters
@@ -28,13 +29,15 @@ from vlm.nn.naflex import Patches
 from vlm.nn.transformer import Execution
 from vlm.sharding import batch_sharding, global_batch, replicated, shardings
 from vlm.training.masking import mask_tokens
-from vlm.training.objectives import HEADS, UNTRAINED, objective
-from vlm.training.optimizer import learning_rate, make_optimizer
+from vlm.training.objectives import HEADS, UNTRAINED, Embeddings, embeddings, objective
+from vlm.training.optimizer import learning_rate, make_optimizer, own_learning_rate
+from vlm.training.parameter_masks import check_patterns
 from vlm.training.partition import Params, joined, partition
 from vlm.training.resolution import shrink, with_grid
 from vlm.training.teacher import AnyTeacher, DescribedTeacher, supervision_of
 
 _PROJECTIONS = 2  # folded into the seed's key
+_LOSSES = 3  # folded into a step's key, for losses of the user
 _MASKING = 1  # folded into an example's key for its text mask: independent of the towers' keys
 
 
@@ -91,6 +94,7 @@ class Trainer:
         model = nnx.eval_shape(self._build)
         self.graph, self.constants = nnx.graphdef(model), constants(model)
         self.abstract_state = jax.eval_shape(self._init, jnp.int32(1))
+        self._check_patterns()
         self.state_shardings = shardings(self.abstract_state, mesh, experiment.model.partition)
         replicated_sharding = replicated(mesh)
         self.init = jax.jit(self._init, out_shardings=self.state_shardings)
@@ -130,8 +134,8 @@ class Trainer:
     ) -> tuple[TrainState, dict]:
         """Return the state after one step, and its metrics."""
         config = self.experiment.optimizer
-        keys = self._example_keys(state.step)
-        loss, grads = self._value_and_grad(state, batch, keys, image_size)
+        key = jax.random.fold_in(jax.random.key(self.experiment.seed), state.step)
+        (loss, terms), grads = self._value_and_grad(state, batch, key, image_size)
 
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         rate = learning_rate(config, state.step / state.total_steps)
@@ -156,12 +160,15 @@ class Trainer:
         model = joined(after.params, after.frozen)
         metrics = {
             "loss": loss,
-            "learning_rate": rate,
+            **terms,
             "scale": jnp.exp(model["logit_scale"]),
             "grad_norm": grad_norm,
             "finite": finite,
             "tokens": jnp.float32(self.tokens_per_step(image_size)),
         }
+        own_rate = own_learning_rate(config, opt_state)
+        if config.transformation is None or own_rate is not None:
+            metrics["learning_rate"] = rate if own_rate is None else own_rate
         if "logit_bias" in model:
             metrics["bias"] = model["logit_bias"]
         for tower in ("vision", "text"):
@@ -171,10 +178,11 @@ class Trainer:
         return after, metrics
 
     def _value_and_grad(
-        self, state: TrainState, batch: dict, keys: Key[Array, " b"], size: int
-    ) -> tuple[Array, Params]:
-        """Compute the loss of the whole batch and its gradient, in micro-batches if configured."""
+        self, state: TrainState, batch: dict, key: Key[Array, ""], size: int
+    ) -> tuple[tuple[Array, dict[str, Array]], Params]:
+        """Compute ((loss, metrics), gradient) of the batch, in micro-batches if configured."""
         e, scale = self.experiment, self.teacher.log_scale if self.teacher else 0.0
+        keys = jax.random.split(key, e.batch_size)  # of each example, for dropout and patch dropout
 
         def embed(params, batch, keys):
             params = joined(params, state.frozen)
@@ -184,22 +192,23 @@ class Trainer:
                 params["vision"] = with_grid(params["vision"], size // e.model.vision.patch_size)
             if e.objective == "classification":
                 image_keys, _ = split_keys(keys)
-                return (self._model(params).encode_image(images, keys=image_keys),)
+                return Embeddings(self._model(params).encode_image(images, keys=image_keys))
             tokens = batch["tokens"]
             if e.text_masking:
                 mask_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _MASKING)
                 tokens = mask_tokens(tokens, e.text_masking, mask_keys, self.rules)
-            return self._model(params)(images, tokens, keys=keys)
+            return embeddings(self._model(params), images, tokens, keys, e.loss_intermediates)
 
         def loss(params, *z):
-            params = joined(params, state.frozen)
-            return objective(e, self.mesh, params, batch, *z, teacher_scale=scale)
+            params, loss_key = joined(params, state.frozen), jax.random.fold_in(key, _LOSSES)
+            return objective(e, self.mesh, params, batch, Embeddings(*z), loss_key, scale)
 
         micro = e.micro_batch_size
         if micro is None or micro == e.batch_size:
-            return jax.value_and_grad(lambda p: loss(p, *embed(p, batch, keys)))(state.params)
+            whole = jax.value_and_grad(lambda p: loss(p, *embed(p, batch, keys)), has_aux=True)
+            return whole(state.params)
         parts = split_batch((batch, keys), e.batch_size // micro)
-        return cached_value_and_grad(embed, loss)(state.params, *parts)
+        return cached_value_and_grad(embed, loss, has_aux=True)(state.params, *parts)
 
     def tokens_per_step(self, image_size: int) -> int:
         """Return the number of tokens that the towers process in a step, without dropped ones."""
@@ -208,11 +217,6 @@ class Trainer:
         patches = e.model.vision.tokens(None if full_size else image_size, training=True)
         text_tokens = e.model.text.tokens(masking=e.text_masking)
         return e.batch_size * (patches + (0 if e.objective == "classification" else text_tokens))
-
-    def _example_keys(self, step: Int[Array, ""]) -> Key[Array, " b"]:
-        """Return a key for each example of this step's batch, for dropout and patch dropout."""
-        key = jax.random.fold_in(jax.random.key(self.experiment.seed), step)
-        return jax.random.split(key, self.experiment.batch_size)
 
     def _average(self, ema: Params | None, params: Params, step: Array) -> Params | None:
         """Update the EMA; its decay ramps up so that the initial weights fade quickly."""
@@ -267,11 +271,21 @@ class Trainer:
         fixed = {e.lock} | UNTRAINED.get(e.objective, set())
 
         def trained(path):
+            if any(re.fullmatch(pattern, "/".join(path)) for pattern in e.freeze):
+                return False
             in_model = e.adapter is None or adapters.is_trained(path)
             in_model &= path not in self.constants
             return path[0] in HEADS or (path[0] not in fixed and in_model)
 
         return partition(params, trained)
+
+    def _check_patterns(self) -> None:
+        """Check the regular expressions of parameter names, and that something is trained."""
+        e, state = self.experiment, self.abstract_state
+        patterns = {f"optimizer.{f}": dict(getattr(e.optimizer, f)) for f in ("rates", "decays")}
+        check_patterns({"freeze": e.freeze, **patterns}, joined(state.params, state.frozen))
+        if not state.params:
+            raise ConfigError(f"freeze {e.freeze} leaves nothing to train: leave a pattern out")
 
     def checkpoint_state(self, state: TrainState) -> TrainState:
         """Return the part of a state that a checkpoint stores: without an adapter's base model."""
