@@ -77,6 +77,7 @@ with epy.lazy_api_imports(globals()):
     from vlm.heads.zero_shot import ZeroShotClassifier as ZeroShotClassifier
     from vlm.planning.prediction import plan as plan
     from vlm.serving.server import serve as serve
+    from vlm.training.loop import steps as steps
     from vlm.training.loop import train as train
 
 __getattr__ = renamed(

@@ -13,8 +13,9 @@ import inspect
 import os
 import re
 import sys
+import textwrap
 import types
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
 from typing import TYPE_CHECKING, Any, NewType
 
 from vlm.errors import ConfigError, brief
@@ -177,18 +178,17 @@ class SourceCode(Code):
         return str(self).removeprefix(self.PREFIX)
 
 
-def find_codes(value: Any) -> dict[str, Code]:
-    """Return all references to code in a config, by their text."""
-    found: dict[str, Code] = {}
+def find_codes(value: Any, where: str = "") -> Iterator[tuple[str, Code]]:
+    """Yield all references to code in a config, with the dotted names of their fields."""
     if isinstance(value, Code):
-        found[str(value)] = value
+        yield where, value
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            found |= find_codes(getattr(value, field.name))
+            inner = f"{where}.{field.name}" if where else field.name
+            yield from find_codes(getattr(value, field.name), inner)
     elif isinstance(value, tuple):
         for item in value:
-            found |= find_codes(item)
-    return found
+            yield from find_codes(item, where)
 
 
 def _canonical(
@@ -325,15 +325,15 @@ def _describe(value: Any) -> str:
 
 def _source_hash(value: Any) -> str:
     """Hash the definitions of `value` and, recursively, those that it uses in its module."""
-    try:
-        tree = ast.parse(inspect.getsource(sys.modules[value.__module__]))
-    except (AttributeError, KeyError, OSError, TypeError, SyntaxError):
+    start = getattr(value, "__qualname__", "").partition(".")[0]
+    # What a notebook defines has no module with a source: only its own definition counts.
+    for place in (sys.modules.get(getattr(value, "__module__", None) or ""), value):
+        defined = _definitions(place)
+        if start in defined:
+            break
+    else:
         return ""
-    defined: dict[str, list[ast.stmt]] = {}
-    for statement in tree.body:
-        for name in _names_defined(statement):
-            defined.setdefault(name, []).append(statement)
-    seen, waiting = {}, [value.__qualname__.partition(".")[0]]
+    seen, waiting = {}, [start]
     while waiting:
         name = waiting.pop()
         if name in seen or name not in defined:
@@ -343,6 +343,19 @@ def _source_hash(value: Any) -> str:
         waiting += [node.id for node in used if isinstance(node, ast.Name)]
     text = "\n".join(f"{name}: {seen[name]}" for name in sorted(seen))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _definitions(place: Any) -> dict[str, list[ast.stmt]]:
+    """Return the statements of a module, function or class by the names that they define."""
+    found: dict[str, list[ast.stmt]] = {}
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(place)))
+    except (OSError, TypeError, SyntaxError):
+        return found
+    for statement in tree.body:
+        for name in _names_defined(statement):
+            found.setdefault(name, []).append(statement)
+    return found
 
 
 def _names_defined(statement: ast.stmt) -> list[str]:

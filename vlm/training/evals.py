@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vlm.bundle import Bundle
-from vlm.config import Experiment, to_dict
+from vlm.config import EvalConfig, Experiment, to_dict
 from vlm.data.examples import templates_of
 from vlm.data.sources import all_captions, classes_of, first_captions, open_source, targets_of
 from vlm.evaluation.evidence import input_facts
@@ -24,6 +24,7 @@ from vlm.inputs.tokenizer import Tokenizer
 from vlm.training.console import log
 from vlm.training.eval_tasks import Embedder, Pixels, info, open_task, prompts_of
 from vlm.training.logs import read_log
+from vlm.training.own_evals import OwnEvals
 from vlm.training.run import Run
 from vlm.training.step import Trainer, TrainState
 
@@ -43,7 +44,9 @@ class Evaluations:
         if experiment.eval_every == 0:
             split, evals = None, ()
         self.held_out = HeldOut(experiment, embedder, tokenizer) if split else None
-        self.tasks = [open_task(config, embedder, tokenizer, data) for config in evals]
+        configs = [config for config in evals if isinstance(config, EvalConfig)]
+        self.tasks = [open_task(config, embedder, tokenizer, data) for config in configs]
+        self._own = OwnEvals(evals, trainer, tokenizer)
         self.description = self._describe(experiment, split)
 
     def _describe(self, experiment: Experiment, split: str | None) -> str:
@@ -53,6 +56,7 @@ class Evaluations:
         if not self:
             return "none: data.eval_split is not set, and evals is empty"
         names = [f"{task.config.name} {task.config.task}" for task in self.tasks]
+        names += self._own.names
         if self.held_out is not None:
             count = len(self.held_out.target)
             names = [f"{count:,} images of {experiment.data.source} {split}", *names]
@@ -60,10 +64,22 @@ class Evaluations:
         return f"{', '.join(names)}; {'at the end' if every is None else f'every {every:.0%}'}"
 
     def __bool__(self) -> bool:
-        return self.held_out is not None or bool(self.tasks)
+        return self.held_out is not None or bool(self.tasks) or bool(self._own.names)
+
+    def bundle(self, state: TrainState) -> Bundle:
+        """Return the model of a state; it is valid until the next step."""
+        return self._own.bundle(state)
+
+    def own_metrics(self, state: TrainState) -> dict[str, float]:
+        """Compute the metrics of the user's evaluations."""
+        return self._own.metrics(state)
 
     def metrics(self, state: TrainState) -> dict[str, float]:
-        """Compute all metrics, as a row of the log."""
+        """Compute all metrics, by their names in the log without "eval/".
+
+        Raises:
+            TrainingError: an evaluation of the user failed.
+        """
         row: dict[str, Metric] = {}
         if self.held_out is not None:
             zero_shot, retrieval = self.held_out.measure(*self.held_out.embed(state))
@@ -76,7 +92,7 @@ class Evaluations:
             row |= {f"{name}/{metric}": value for metric, value in metrics.items()}
             value, templates = metrics[first], _templates(task)
             log.info(f"step {int(state.step)}  {name} {first} {value}{templates}")
-        return {f"eval/{name}": float(value) for name, value in row.items()}
+        return {name: float(value) for name, value in row.items()} | self.own_metrics(state)
 
 
 def _templates(task: Any) -> str:
@@ -151,10 +167,14 @@ class _Images(Sequence):
 
 def finish(
     run: Run, evaluations: Evaluations, state: TrainState, bundle: Bundle, credits: str
-) -> Report:
-    """Evaluate the finished run; write its results and the report of its held-out split."""
+) -> tuple[Report, dict[str, float]]:
+    """Evaluate the finished run; write its results and the report of its held-out split.
+
+    Returns also all values, by their names in the log without "eval/".
+    """
     held_out, data = evaluations.held_out, run.experiment.data
     results, embedded, evidence = [], None, input_facts(bundle)
+    values: dict[str, Any] = {}
     if held_out is not None:
         start = time.perf_counter()
         embedded = held_out.embed(state)
@@ -162,6 +182,7 @@ def finish(
         about = DataInfo(data.source, split=data.eval_split or "")
         seconds = time.perf_counter() - start
         texts = evidence | held_out.about
+        values |= zero_shot | retrieval
         prompted = provenance(bundle.name, about, held_out.templates, seconds, texts)
         source = provenance(bundle.name, about, ("{}",), seconds, evidence)
         kind = "classes" if data.label else "captions"
@@ -175,6 +196,8 @@ def finish(
         seconds, texts = time.perf_counter() - start, evidence | task.about
         source = provenance(bundle.name, info(task), task.templates, seconds, texts)
         results.append(Result(f"{config.name} {config.task}", metrics, source))
+        values |= {f"{config.name}/{name}": value for name, value in metrics.items()}
+    values |= evaluations.own_metrics(state)
     report = Report(tuple(results))
     scale, bias = bundle.logit_scale, bundle.logit_bias  # collective: all processes take part
     if jax.process_index() == 0:
@@ -182,7 +205,7 @@ def finish(
         if held_out is not None:
             rule = scale, bias, bundle.loss
             _write_report(run, held_out, report, state, embedded, rule, credits)
-    return report
+    return report, {name: float(value) for name, value in values.items()}
 
 
 def _write_report(run: Run, held_out: HeldOut, report: Report, state, embedded, rule, credits):

@@ -48,6 +48,10 @@ class Interrupted:
         if not self._single_process:
             signal.raise_signal(signal.SIGTERM)
 
+    def request(self) -> None:
+        """Ask the run to stop, as SIGTERM does; one process is enough."""
+        self._ask(signal.SIGTERM, None)
+
     def at(self, step: int) -> bool:
         """Whether to stop before `step`. All processes call it at each step, with equal results."""
         if self._single_process:

@@ -9,6 +9,7 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vlm._json import to_json
+from vlm.callbacks import in_notebook
 from vlm.callbacks.tensorboard import summary_writer
 from vlm.chips import published_rate
 from vlm.data.faults import BadSamples
@@ -18,6 +19,7 @@ from vlm.models.flops import PAIRS_ALONE, Supervision, model_flops
 from vlm.training.bucket_sync import BucketSync
 from vlm.training.console import console, log, output_may_close
 from vlm.training.run import Run
+from vlm.training.run_callbacks import RunCallbacks
 from vlm.training.step import TrainState
 from vlm.training.watchdog import DATA, DEVICE, STEP, ActivityTimer
 
@@ -39,6 +41,7 @@ class Logs:
         total_steps: int,
         supervision: Supervision = PAIRS_ALONE,
         samples: BadSamples | None = None,
+        callbacks: RunCallbacks | None = None,
     ):
         experiment = run.experiment
         self._batch_size, self._every = experiment.batch_size, experiment.log_every
@@ -53,7 +56,7 @@ class Logs:
         self._peak = published_rate(jax.devices())
         self._in_flight: list[tuple[int, dict[str, jax.Array]]] = []
         self._done: list[tuple[int, dict[str, jax.Array]]] = []  # for the next row
-        self._activity, self._samples = activity, samples
+        self._activity, self._samples, self._callbacks = activity, samples, callbacks
         self.restart_clock()
         self._primary = jax.process_index() == 0
         self._file: IO[str] | None = None
@@ -70,7 +73,7 @@ class Logs:
             TextColumn("{task.fields[message]}"),
             TimeElapsedColumn(),
             console=console,
-            disable=not (self._primary and console.is_terminal),
+            disable=in_notebook() or not (self._primary and console.is_terminal),
         )
         self._task = self._progress.add_task(
             "", total=total_steps, completed=first_step, message="compiling"
@@ -164,7 +167,7 @@ class Logs:
             f"data wait {row['data_wait']:.1%}  ETA {clock(left)}"
         )
         self._progress.update(self._task, completed=steps[-1], message=message)
-        if not console.is_terminal:
+        if not (console.is_terminal or in_notebook()):  # which show it already
             log.info(f"step {steps[-1]}/{self._total}  {message}")
         self.write(row)
         if bad and self._stop:
@@ -184,7 +187,7 @@ class Logs:
                 )
 
     def write(self, *rows: dict[str, Any]) -> None:
-        """Append rows to the JSONL file and to TensorBoard."""
+        """Append rows to the JSONL file and to TensorBoard, and pass them to the callbacks."""
         if self._file is None or not rows:
             return
         self._file.writelines(to_json(row) + "\n" for row in rows)
@@ -193,6 +196,8 @@ class Logs:
             for name, value in row.items():
                 if name != "step" and isinstance(value, int | float):
                     self._board.add_scalar(name, value, row["step"])
+            if self._callbacks is not None:
+                self._callbacks.row(row)
         self._board.flush()  # a run that is killed loses no row before its checkpoint
 
 

@@ -3,15 +3,18 @@
 import contextlib
 import dataclasses
 import os
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any
 
-from etils import epath
+import jax
 
+from vlm.bundle import Bundle
 from vlm.cluster.processes import stop_all_on_failure
 from vlm.config import Experiment, require_bucket
 from vlm.data.pipeline import train_batches
 from vlm.data.sources import credits, require_source, with_own_splits
 from vlm.errors import ConfigError, TrainingError
-from vlm.paths import keep_compiled_programs
+from vlm.paths import as_path, keep_compiled_programs
 from vlm.sharding import batch_shard, check_batch, make_mesh
 from vlm.training.bucket_sync import BucketSync
 from vlm.training.checkpoint import Checkpoints
@@ -21,168 +24,289 @@ from vlm.training.init_from import resolve
 from vlm.training.interrupt import Interrupted
 from vlm.training.logs import Logs, StepProfiler
 from vlm.training.opening_report import report_start
+from vlm.training.own_parts import Loss, report_changed_code, with_code_hashes, with_parts
 from vlm.training.resolution import image_size_at
-from vlm.training.run import Run
+from vlm.training.result import TrainingResult
+from vlm.training.run import Run, experiment_in
+from vlm.training.run_callbacks import RunCallbacks
 from vlm.training.schedule import CheckpointSchedule, Length, is_scheduled, length_in_steps
 from vlm.training.start import open_tokenizer, start
-from vlm.training.step import Trainer
+from vlm.training.step import Trainer, TrainState
 from vlm.training.supervision import TrainingSupervision, with_templates
 from vlm.training.watchdog import DATA, DEVICE, STEP, ActivityTimer
 
 
-@stop_all_on_failure()
 def train(
     experiment: Experiment | None = None,
     *,
+    loss: Loss | Mapping[Loss, float] | None = None,
+    optimizer: Any = None,
+    data: Any = None,
+    evals: Any = (),
+    callbacks: Sequence[Any] = (),
     resume: str | os.PathLike | None = None,
     length: Length = length_in_steps,
-) -> epath.Path:
+) -> TrainingResult:
     """Train `experiment` in a new run folder, or resume the run in `resume`.
 
-    Returns the run folder. SIGINT, SIGTERM and SIGHUP save a checkpoint and exit; a resumed run
-    ends with the same model as an uninterrupted one. Given both arguments, the run resumes as
-    `experiment`, whose changes must keep its checkpoints valid. With several processes, call
-    `vlm.cluster.processes.start` first. `length` chooses the number of steps of a new run before
-    its first step, from the trainer and the batches; by default as the experiment says.
+    SIGINT, SIGTERM and SIGHUP save a checkpoint and exit, as interrupting a notebook's kernel does;
+    a resumed run ends with the same model as an uninterrupted one. With several processes, call
+    `vlm.cluster.processes.start` first.
+
+    Your own parts are fields of the experiment too, where they may be import paths such as
+    "my_parts:my_loss". An object without an import path, such as what a notebook defines, must be
+    given again to resume the run.
+
+    Args:
+        experiment: the config. With `resume`, the run goes on as `experiment`, whose changes must
+            keep its checkpoints valid.
+        loss: in place of the model's loss: a function of `vlm.losses.LossInputs`, or a mapping of
+            such functions and "softmax" or "sigmoid" to weights.
+        optimizer: an `optax.GradientTransformation`, or a function that makes it, in place of the
+            experiment's optimizer.
+        data: in place of `experiment.data`: a data set, or a function that makes it.
+        evals: functions of (bundle, step) that return metrics, besides the experiment's evals. The
+            bundle is valid until the function returns.
+        callbacks: besides those of the experiment: see `vlm.callbacks.Callback`.
+        resume: a run folder, or the result of a run.
+        length: chooses the number of steps of a new run before its first step, from the trainer
+            and the batches; by default as the experiment says.
+
+    Returns:
+        the run, which stands for its folder and has the trained model as `bundle`.
 
     Raises:
         VlmError: any error that the user can fix, from a wrong batch size to a full disk.
 
     Example:
-        >>> vlm.training.train(resume=folder / "no-run")
+        >>> vlm.train(resume=folder / "no-run")
         Traceback (most recent call last):
             ...
         vlm.errors.CheckpointError: ...
     """
-    keep_compiled_programs()
-    with ActivityTimer() as timed:
-        return _train(timed, experiment, resume, length)
+    run = steps(
+        experiment,
+        loss=loss,
+        optimizer=optimizer,
+        data=data,
+        evals=evals,
+        callbacks=callbacks,
+        resume=resume,
+        length=length,
+    )
+    for _ in run:
+        pass
+    assert run.result is not None  # the loop is over
+    return run.result
 
 
-def _train(
-    timed: ActivityTimer,
-    experiment: Experiment | None,
-    resume: str | os.PathLike | None,
-    length: Length,
-) -> epath.Path:
-    with timed("opening the run"):
-        if experiment is not None:
-            data = with_own_splits(experiment.data)
-            experiment = dataclasses.replace(experiment, data=data)
-        if resume is not None:
-            run = Run.open(resume, experiment)
-        elif experiment is not None:
-            require_bucket(experiment)
-            require_source(experiment.data)
-            run = Run.create(with_templates(resolve(experiment)))
-        else:
-            raise ConfigError("there is nothing to train: give an experiment, or a run to resume")
-    experiment = run.experiment
-    with run.starting(), timed("opening the data"):
-        mesh = make_mesh(experiment.mesh)
-        check_batch(experiment.batch_size, mesh)
-        check_batch(experiment.micro_batch_size or experiment.batch_size, mesh, "micro_batch_size")
+class steps(Iterator[tuple[TrainState, dict[str, jax.Array]]]):
+    """The steps of `train`, as an iterator of (state, metrics): a loop of your own.
 
-        tokenizer = open_tokenizer(run)
-        supervision = TrainingSupervision(experiment, mesh, tokenizer)
-        trainer = Trainer(
-            experiment, mesh, tokenizer.config, supervision.class_count, supervision.teacher
-        )
-        shard, shards = batch_shard(mesh)
-        batches = train_batches(
-            experiment.data,
-            trainer.preprocess,
-            supervision.tokenizer,
-            batch_size=experiment.batch_size // shards,
-            seed=experiment.seed,
-            process_index=shard,
-            process_count=shards,
-            run_folder=run.folder,
-            reinforced=supervision.reinforced,
-            finish=supervision.add_targets,
-        )
-        evaluations = Evaluations(experiment, trainer, tokenizer)
+    Logs, checkpoints, evaluations, callbacks and resuming are those of `train`, which takes the
+    same arguments. A state is valid until the next step, which reuses its memory; metrics are
+    arrays on the device. Leaving the loop and calling `close` saves a checkpoint.
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.closing(batches))
-        checkpoints = stack.enter_context(
-            Checkpoints(run.checkpoints, experiment.keep_checkpoints, experiment.keep_hours)
-        )
-        with run.starting(), timed("making the state"):
-            state = start(run, trainer, batches, checkpoints, supervision.classes, length)
-        step, total = int(state.step), int(state.total_steps)
-        run.record_start(step, total)
-        checkpoint_schedule = CheckpointSchedule(experiment, step, total)
-        report_start(run, trainer, state, batches, evaluations)
+    Attributes:
+        trainer: the compiled step and the shardings of the state.
+        result: the run, once the loop is over.
 
-        bucket_sync = stack.enter_context(BucketSync(run.folder))
-        logs = Logs(
-            run,
-            bucket_sync,
-            timed,
-            first_step=step,
-            total_steps=total,
-            supervision=trainer.supervision,
-            samples=batches.bad,
-        )
-        stack.enter_context(logs)
-        profiler = stack.enter_context(StepProfiler(bucket_sync, experiment.profile))
-        interrupted = stack.enter_context(Interrupted())
+    Example:
+        >>> for state, metrics in vlm.steps(experiment):
+        ...     if metrics["loss"] < 0.5:
+        ...         break
+    """
 
-        def save() -> None:
-            logs.flush()
-            with timed("writing a checkpoint"):
-                bucket_sync.copy()  # a run resumed from here has its log up to here
-                checkpoints.save(step, trainer.checkpoint_state(state), batches.get_state())
+    def __init__(
+        self,
+        experiment: Experiment | None = None,
+        *,
+        resume: str | os.PathLike | None = None,
+        length: Length = length_in_steps,
+        **parts: Any,
+    ):
+        self.trainer: Trainer
+        self.result: TrainingResult | None = None
+        self._steps = self._train(experiment, resume, length, parts)
 
-        def evaluate() -> None:
-            logs.flush()
-            with timed("evaluating"):
-                logs.write({"step": step, **evaluations.metrics(state)})
-            logs.restart_clock()
+    def __next__(self) -> tuple[TrainState, dict[str, jax.Array]]:
+        return next(self._steps)
 
-        if evaluations and step == 0 and experiment.init_from is not None:
-            evaluate()  # baseline before training
-        while step < total and not interrupted.at(step):
-            profiler.before(step, state)
-            with timed(DATA):
-                batch = trainer.place(next(batches))
-            with timed(STEP):
-                train_step = trainer.step_at(image_size_at(experiment, step, total))
-                state, metrics = train_step(state, batch)
-            step += 1
-            with timed(DEVICE):
-                logs.step(step, metrics)
+    def close(self) -> None:
+        """Save a checkpoint and end the run, if it is not over."""
+        self._steps.close()
 
-            if evaluations and is_scheduled(step, total, experiment.eval_every):
-                evaluate()
-            logs.write(*checkpoints.finished())
-            if checkpoint_schedule.is_scheduled(step, checkpoints.writing):
-                save()
-            timed.step = step
+    def bundle(self, state: TrainState) -> Bundle:
+        """Return the model of a state, with its EMA parameters if EMA is on.
+
+        It shares memory with the state, and is valid until the next step.
+        """
+        return self._evaluations.bundle(state)
+
+    def _train(
+        self,
+        experiment: Experiment | None,
+        resume: str | os.PathLike | None,
+        length: Length,
+        parts: dict[str, Any],
+    ) -> Generator[tuple[TrainState, dict[str, jax.Array]]]:
+        keep_compiled_programs()
+        with stop_all_on_failure(), ActivityTimer() as timed:
+            with timed("opening the run"):
+                run = _open(experiment, resume, parts)
+            yield from self._loop(run, timed, length)
+
+    def _loop(
+        self, run: Run, timed: ActivityTimer, length: Length
+    ) -> Generator[tuple[TrainState, dict[str, jax.Array]]]:
+        experiment = run.experiment
+        with run.starting(), timed("opening the data"):
+            mesh = make_mesh(experiment.mesh)
+            check_batch(experiment.batch_size, mesh)
+            micro_batch_size = experiment.micro_batch_size or experiment.batch_size
+            check_batch(micro_batch_size, mesh, "micro_batch_size")
+
+            tokenizer = open_tokenizer(run)
+            supervision = TrainingSupervision(experiment, mesh, tokenizer)
+            trainer = self.trainer = Trainer(
+                experiment, mesh, tokenizer.config, supervision.class_count, supervision.teacher
+            )
+            shard, shards = batch_shard(mesh)
+            batches = train_batches(
+                experiment.data,
+                trainer.preprocess,
+                supervision.tokenizer,
+                batch_size=experiment.batch_size // shards,
+                seed=experiment.seed,
+                process_index=shard,
+                process_count=shards,
+                run_folder=run.folder,
+                reinforced=supervision.reinforced,
+                finish=supervision.add_targets,
+            )
+            evaluations = self._evaluations = Evaluations(experiment, trainer, tokenizer)
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(batches))
+            checkpoints = stack.enter_context(
+                Checkpoints(run.checkpoints, experiment.keep_checkpoints, experiment.keep_hours)
+            )
+            with run.starting(), timed("making the state"):
+                state = start(run, trainer, batches, checkpoints, supervision.classes, length)
+            step, total = int(state.step), int(state.total_steps)
+            run.record_start(step, total)
+            checkpoint_schedule = CheckpointSchedule(experiment, step, total)
+            report_start(run, trainer, state, batches, evaluations)
+
+            bucket_sync = stack.enter_context(BucketSync(run.folder))
+            interrupted = stack.enter_context(Interrupted())
+            callbacks = RunCallbacks(run, bucket_sync, step, total, interrupted.request)
+            logs = Logs(
+                run,
+                bucket_sync,
+                timed,
+                first_step=step,
+                total_steps=total,
+                supervision=trainer.supervision,
+                samples=batches.bad,
+                callbacks=callbacks,
+            )
+            stack.enter_context(logs)
+            profiler = stack.enter_context(StepProfiler(bucket_sync, experiment.profile))
+
+            def save() -> None:
+                logs.flush()
+                with timed("writing a checkpoint"):
+                    bucket_sync.copy()  # a run resumed from here has its log up to here
+                    checkpoints.save(step, trainer.checkpoint_state(state), batches.get_state())
+
+            def evaluate() -> None:
+                logs.flush()
+                with timed("evaluating"):
+                    try:
+                        metrics = evaluations.metrics(state)
+                    except TrainingError:  # of an evaluation of the user
+                        save()
+                        raise
+                    logs.write({"step": step} | {f"eval/{k}": v for k, v in metrics.items()})
+                logs.restart_clock()
+
+            callbacks.start()
+            closed = False
+            if evaluations and step == 0 and experiment.init_from is not None:
+                evaluate()  # baseline before training
+            while step < total and not interrupted.at(step):
+                profiler.before(step, state)
+                with timed(DATA):
+                    batch = trainer.place(next(batches))
+                with timed(STEP):
+                    train_step = trainer.step_at(image_size_at(experiment, step, total))
+                    state, metrics = train_step(state, batch)
+                step += 1
+                with timed(DEVICE):
+                    logs.step(step, metrics)
+
+                if evaluations and is_scheduled(step, total, experiment.eval_every):
+                    evaluate()
+                logs.write(*checkpoints.finished())
+                if checkpoint_schedule.is_scheduled(step, checkpoints.writing):
+                    save()
+                timed.step = step
+                if not closed:
+                    try:
+                        with timed("in the body of the loop"):
+                            yield state, metrics
+                    except GeneratorExit:  # `close`
+                        closed = True
+                        interrupted.request()
+            if step < total:
+                log.info(interrupted.announce(step, checkpoints.seconds, checkpoints.newest))
+            save()
+            with timed("waiting for the last checkpoint"):
+                checkpoints.wait()
+                logs.write(*checkpoints.finished())
+        log.info(timed.summary())
+        if bad_samples := batches.bad.report():
+            log.warning(bad_samples)
+        results: dict[str, float] = {}
         if step < total:
-            log.info(interrupted.announce(step, checkpoints.seconds, checkpoints.newest))
-        save()
-        with timed("waiting for the last checkpoint"):
-            checkpoints.wait()
-            logs.write(*checkpoints.finished())
-    log.info(timed.summary())
-    if bad_samples := batches.bad.report():
-        log.warning(bad_samples)
-    if step < total:
-        log.info(f"stopped at step {step}; resume with `vlm train --resume {run.folder}`")
-        return run.folder
-    _check_skipped(int(state.skipped), total)
-    with timed("writing the bundle"):
-        bundle = run.export(trainer, state, tokenizer)
-        supervision.save_head(run, trainer, state)
-    if evaluations:
-        with timed("evaluating"):
-            report = finish(run, evaluations, state, bundle, credits(experiment.data))
-        log.info(as_text(report))
-        if evaluations.held_out is not None:
-            log.info(f"report {run.folder / 'report.html'}")
-    return run.folder
+            log.info(f"stopped at step {step}; resume with `vlm train --resume {run.folder}`")
+        else:
+            _check_skipped(int(state.skipped), total)
+            with timed("writing the bundle"):
+                bundle = run.export(trainer, state, tokenizer)
+                supervision.save_head(run, trainer, state)
+            if evaluations:
+                with timed("evaluating"):
+                    source = credits(experiment.data)
+                    report, results = finish(run, evaluations, state, bundle, source)
+                log.info(as_text(report))
+                if evaluations.held_out is not None:
+                    log.info(f"report {run.folder / 'report.html'}")
+        callbacks.end(results, finished=step == total)
+        self.result = TrainingResult(run.folder, step, total, results)
+        callbacks.check()
+
+
+def _open(
+    experiment: Experiment | None, resume: str | os.PathLike | None, parts: dict[str, Any]
+) -> Run:
+    """Create the folder of a new run, or open that of a run to resume."""
+    if resume is None:
+        if experiment is None:
+            raise ConfigError("there is nothing to train: give an experiment, or a run to resume")
+        experiment = _with_splits(with_parts(experiment, **parts))
+        require_bucket(experiment)
+        require_source(experiment.data)
+        return Run.create(with_code_hashes(with_templates(resolve(experiment))))
+    before = experiment_in(as_path(resume))
+    changed = with_code_hashes(_with_splits(with_parts(experiment or before, **parts)))
+    report_changed_code(before, changed)
+    return Run.open(resume, changed)
+
+
+def _with_splits(experiment: Experiment) -> Experiment:
+    return dataclasses.replace(experiment, data=with_own_splits(experiment.data))
 
 
 def _check_skipped(skipped: int, total: int) -> None:

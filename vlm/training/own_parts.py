@@ -1,0 +1,70 @@
+"""Parts of the user in an experiment: given to `vlm.train`, loaded early, and hashed."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from vlm.config import Code, DataConfig, EvalConfig, Experiment, find_codes
+from vlm.training.console import log
+
+Loss = Callable[..., Any] | str
+
+
+def with_parts(
+    experiment: Experiment,
+    *,
+    loss: Loss | Mapping[Loss, float] | None = None,
+    optimizer: Any = None,
+    data: Any = None,
+    evals: Any = (),
+    callbacks: Sequence[Any] = (),
+) -> Experiment:
+    """Return the experiment with parts of the user, as in `vlm.train`.
+
+    Raises:
+        ConfigError: a part of the wrong kind.
+    """
+    changes: dict[str, Any] = {}
+    if loss is not None:
+        changes["losses"] = loss if isinstance(loss, Mapping) else {loss: 1.0}
+    if optimizer is not None:
+        changes["optimizer"] = optimizer
+    if data is not None:
+        own = isinstance(data, DataConfig)
+        changes["data"] = data if own else dataclasses.replace(experiment.data, source=data)
+    for field, more in (("evals", evals), ("callbacks", callbacks)):
+        items = list(more) if isinstance(more, Iterable) and not isinstance(more, str) else [more]
+        if items:
+            changes[field] = _joined(getattr(experiment, field), items, field)
+    return dataclasses.replace(experiment, **changes)
+
+
+def _joined(before: tuple[Any, ...], items: list[Any], field: str) -> tuple[Any, ...]:
+    """Add items to those of the experiment; a resumed run has them already."""
+    new = [x if isinstance(x, EvalConfig) else Code.of(x, field) for x in items]
+    kept = [x for x in before if x not in new]  # what is given now holds the object
+    return (*kept, *new)
+
+
+def with_code_hashes(experiment: Experiment) -> Experiment:
+    """Load all code of the user, and record a hash of its source by import path.
+
+    Raises:
+        ConfigError: code that cannot be imported; the message names its field.
+    """
+    found: dict[str, str] = {}
+    for where, code in find_codes(experiment):
+        code.load(where)
+        found[str(code)] = code.source_hash()
+    return dataclasses.replace(experiment, code=tuple(sorted(found.items())))
+
+
+def report_changed_code(before: Experiment, after: Experiment) -> None:
+    """Log which code of the user has changed since the run was last started."""
+    old = dict(before.code)
+    changed = [path for path, value in after.code if value != old.get(path, value)]
+    if changed:
+        log.warning(
+            f"the source of {', '.join(changed)} has changed since the run was last started: the "
+            "run goes on with the new code"
+        )

@@ -1,0 +1,100 @@
+"""Calls the callbacks of a run in process 0, and stops the run if one fails."""
+
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from vlm.callbacks import Callback, Live, RunInfo, in_notebook
+from vlm.config import Code, to_dict
+from vlm.errors import ConfigError, TrainingError
+from vlm.training.bucket_sync import BucketSync
+from vlm.training.run import Run
+
+
+class RunCallbacks:
+    """The callbacks of an experiment, and a live display in a notebook.
+
+    A callback that raises is not called again; `stop` is called, so that the run saves a checkpoint
+    and ends, and `check` raises at its end.
+
+    Raises:
+        ConfigError: something in `callbacks` is no callback.
+    """
+
+    def __init__(self, run: Run, sync: BucketSync, step: int, total: int, stop: Callable[[], None]):
+        e = run.experiment
+        self._callbacks = [_callback(code) for code in e.callbacks]
+        if in_notebook() and not any(isinstance(c, Live) for c in self._callbacks):
+            self._callbacks.append(Live())
+        if jax.process_index() != 0:
+            self._callbacks = []
+        local, config = pathlib.Path(sync.local), to_dict(e)
+        self._info = RunInfo(run.folder, local, config, step, total, run.resumed)
+        self._stop, self._failure = stop, ""
+
+    def start(self) -> None:
+        """Call `on_start`.
+
+        Raises:
+            TrainingError: a callback failed.
+        """
+        self._call("on_start", self._info)
+        self.check()
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Pass a row of the log on: of steps, of an evaluation, or of a checkpoint."""
+        step = row["step"]
+        metrics = {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
+        if "loss" in row:
+            self._call("on_step", step, metrics)
+        elif any(name.startswith("eval/") for name in row):
+            self._call("on_eval", step, metrics)
+        elif "checkpoint/seconds" in row:
+            self._call("on_checkpoint", step, metrics)
+
+    def end(self, results: Mapping[str, float], finished: bool) -> None:
+        """Call `on_end`."""
+        self._call("on_end", self._info, results, finished)
+
+    def check(self) -> None:
+        """Raise a TrainingError if a callback failed."""
+        if self._failure:
+            raise TrainingError(self._failure)
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        for callback in list(self._callbacks):
+            try:
+                getattr(callback, method)(*arguments)
+            except Exception as error:
+                self._callbacks.remove(callback)
+                reason = " ".join(str(error).split())[:300]
+                self._failure = self._failure or (
+                    f"the callback {type(callback).__name__} failed in {method} with "
+                    f"{type(error).__name__}: {reason}: fix it, and resume the run in "
+                    f"{self._info.folder}, whose checkpoints are kept"
+                )
+                self._stop()
+
+
+def _callback(code: Code) -> Any:
+    """Load a callback; a class is called without arguments."""
+    found = code.load("callbacks")
+    found = found() if isinstance(found, type) else found
+    methods = [name for name in vars(Callback) if name.startswith("on_")]
+    if not any(hasattr(found, name) for name in methods):
+        raise ConfigError(
+            f"callbacks has {code}, which is a {type(found).__name__} without any of "
+            f"{', '.join(methods)}: give a vlm.callbacks.Callback"
+        )
+    return found if isinstance(found, Callback) else _Partial(found)
+
+
+class _Partial(Callback):
+    """An object with some of the methods of a callback."""
+
+    def __init__(self, callback: Any):
+        for name in vars(Callback):
+            if name.startswith("on_") and hasattr(callback, name):
+                setattr(self, name, getattr(callback, name))
