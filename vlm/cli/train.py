@@ -12,10 +12,8 @@ from vlm.cli.signatures import Option
 from vlm.config import (
     DataConfig,
     Experiment,
-    from_dict,
     load_config,
     require_bucket,
-    to_dict,
     with_bucket,
     without_evals,
 )
@@ -123,7 +121,7 @@ def experiment_of(args: list[str]) -> Experiment:
             f"the config comes first: vlm train CONFIG {args[0]} ..., or give a model with "
             "--init-from"
         )
-    experiment = from_dict(Experiment, to_dict(experiment) | start)
+    experiment = dataclasses.replace(experiment, **start)
     page = functools.partial(help_page, source=config or "a run without a config")
     if experiment.init_from is None:  # else the help needs the sizes of that model
         parse.print_help(rest, lambda: page(with_default_model(experiment)))
