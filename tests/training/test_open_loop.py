@@ -193,7 +193,7 @@ def float_eval(bundle, step):
 
 
 @pytest.mark.slow
-def test_other_code_is_said_at_resume(tiny, tmp_path, monkeypatch, capfd):
+def test_changed_code_is_logged_at_resume(tiny, tmp_path, monkeypatch, capfd):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "changing_loss.py").write_text(
         "def loss(inputs):\n    return inputs.z_image.mean()\n"
