@@ -320,14 +320,14 @@ def _memory(
         averages=state.averages,
         teacher=state.teacher,
     )
-    # A loss that reads activations of the towers cannot be compiled without them.
-    loss = loss and isinstance(grid, Mesh) and not e.loss_intermediates
+    if e.loss_intermediates:  # the loss cannot be compiled without the towers
+        loss = False
     if isinstance(step, CompiledStep):
         return make(
             basis="compiled",
             activations=step.kept,
             temporaries=step.temporaries,
-            loss=compile_loss(e, grid) if loss else None,
+            loss=compile_loss(e, grid) if loss and isinstance(grid, Mesh) else None,
             peak=step.peak,
         )
     estimate = analytic_memory(e, topology.chip, state, batch_ways(grid), grid.shape["tensor"])
