@@ -280,7 +280,8 @@ class steps(Iterator[tuple[TrainState, dict[str, jax.Array]]]):
                 with timed("evaluating"):
                     source = credits(experiment.data)
                     report, results = finish(run, evaluations, state, bundle, source)
-                log.info(as_text(report))
+                if report.results:  # none if all evaluations are the user's
+                    log.info(as_text(report))
                 if evaluations.held_out is not None:
                     log.info(f"report {run.folder / 'report.html'}")
         callbacks.end(results, finished=step == total)

@@ -116,7 +116,7 @@ def _find_code(config: ModelConfig, hashes: dict[str, Any], where: str) -> None:
     Raises:
         MissingCodeError: a module is not imported, or has no such class.
     """
-    for path, code in find_codes(config).items():
+    for _, code in find_codes(config):
         found, module = code.if_imported(), path.partition(":")[0]
         if not is_module_class(found):
             if not code.importable:
@@ -157,7 +157,7 @@ def write(
             "tokenizer": to_dict(tokenizer.config),
             "templates": list(templates),
             "digests": digests,
-            "code": {path: code.source_hash() for path, code in find_codes(model.config).items()},
+            "code": {str(code): code.source_hash() for _, code in find_codes(model.config)},
         }
         (new / BUNDLE_FILE).write_text(json.dumps(description, indent=2) + "\n")
     return description["fingerprint"]
