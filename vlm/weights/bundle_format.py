@@ -117,7 +117,8 @@ def _find_code(config: ModelConfig, hashes: dict[str, Any], where: str) -> None:
         MissingCodeError: a module is not imported, or has no such class.
     """
     for _, code in find_codes(config):
-        found, module = code.if_imported(), path.partition(":")[0]
+        path, found = str(code), code.if_imported()
+        module = path.partition(":")[0]
         if not is_module_class(found):
             if not code.importable:
                 fix = f"define the class {code.name} first"
