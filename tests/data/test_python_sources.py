@@ -307,13 +307,13 @@ def test_a_picture_of_a_user_stays_whole():
 )
 def test_an_element_that_is_not_an_example_is_refused(rows, message):
     for source in (rows, Rows(rows), lambda split: iter(rows)):
-        said = message
+        logged = message
         if callable(source):
-            said = said.replace("example 0", "element 0").replace("<a list>", ".*")
-            said = said.replace("no examples", "no elements")
+            logged = logged.replace("example 0", "element 0").replace("<a list>", ".*")
+            logged = logged.replace("no examples", "no elements")
         elif isinstance(source, Rows):
-            said = said.replace("a list", "a Rows")
-        with pytest.raises(DataError, match=said) as caught:
+            logged = logged.replace("a list", "a Rows")
+        with pytest.raises(DataError, match=logged) as caught:
             train_batches(config(source), PREPROCESS, TOKENIZER, batch_size=1, seed=0)
         assert "\n" not in str(caught.value)
 
