@@ -63,6 +63,7 @@ def test_the_config_is_json_with_import_paths():
     assert from_dict(ModelConfig, values).text == TextConfig(width=16, heads=2, projection="linear")
 
 
+@pytest.mark.slow
 @pytest.mark.untyped
 def test_a_model_embeds_by_the_modules():
     model = encoder()
@@ -162,6 +163,7 @@ def test_partition_rules_come_before_the_own_table():
         sharding.shardings(uneven, mesh, MODEL.partition)
 
 
+@pytest.mark.slow
 @pytest.mark.untyped
 def test_stacks_scan_with_the_execution_that_a_tower_takes():
     config = vision(own_towers.Stacked)

@@ -100,6 +100,7 @@ def test_a_run_is_resumed_loaded_and_continued(drawings, tmp_path):
         train(dataclasses.replace(start, init_image_size=32, run_dir=str(tmp_path / "large")))
 
 
+@pytest.mark.slow
 def test_a_plan_counts_shards_and_products():
     e = dataclasses.replace(EXPERIMENT, mesh=MESH)
     plan = vlm.plan(e, "h100:8", compiled=False)

@@ -65,6 +65,7 @@ def test_a_bundle_loads_onto_a_mesh_by_the_partition(own, saved):
     np.testing.assert_allclose(z, own.encode_image(list(IMAGES)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_blend_and_ema_average_the_parameters(own, saved, tmp_path):
     other = own.with_parameters(jax.tree.map(lambda x: 2 * x, own._split[1]), "twice")
     other.save(tmp_path / "other")
@@ -83,6 +84,7 @@ print("own_towers" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_loading_imports_no_code(saved):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(saved)],
@@ -102,6 +104,7 @@ def test_loading_imports_no_code(saved):
 @pytest.mark.parametrize(
     ("module", "words"),
     [
+        ("antigravity:Tower", r"import antigravity first .*: --import antigravity\)"),
         ("os:system", r"uses code os:system: module os has no subclass of nnx\.Module"),
         ("own_towers:not_a_module", r"has no subclass of nnx\.Module of that name"),
         ("own_towers:NoSuch", r"has no subclass of nnx\.Module of that name"),
@@ -142,6 +145,7 @@ def test_changed_code_is_reported(saved, tmp_path, caplog):
     assert caplog.messages == [f"own_towers:Lstm has changed since the model {folder} was saved"]
 
 
+@pytest.mark.slow
 def test_other_sizes_and_formats_are_refused(own, saved, tmp_path):
     with pytest.raises(ConfigError, match="image_size 32: a tower of your own takes only 16"):
         vlm.load(saved, image_size=32)
