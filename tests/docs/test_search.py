@@ -12,7 +12,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-MIN_HITS = 45
+MIN_HITS = 0.9  # of the questions
 
 with (HERE / "questions.csv").open(newline="") as file:
     QUESTIONS = list(csv.DictReader(file))
@@ -35,7 +35,7 @@ def search(site, queries):
 
 
 def test_the_questions():
-    assert len({row["question"] for row in QUESTIONS}) == 50
+    assert len({row["question"] for row in QUESTIONS}) == len(QUESTIONS) >= 50
     for row in QUESTIONS:
         assert row["source"], row
         for page in row["pages"].split():
@@ -56,7 +56,7 @@ def test_the_first_hit_answers(site):
         if not pages or pages[0] not in row["pages"].split()
     ]
     print(*misses, sep="\n")
-    assert len(QUESTIONS) - len(misses) >= MIN_HITS, "\n".join(misses)
+    assert len(QUESTIONS) - len(misses) >= MIN_HITS * len(QUESTIONS), "\n".join(misses)
 
 
 @pytest.mark.slow

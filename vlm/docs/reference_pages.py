@@ -133,7 +133,8 @@ def callable_name(thing: Any) -> bool:
 
 def comment_of(name: str) -> str:
     """Return the comment above the definition of a constant."""
-    definition = re.compile(rf"((?:^# .*\n)+){name}\b[^=\n]* = ", re.MULTILINE)
+    typed = r"(?:if TYPE_CHECKING:\n(?: .*\n)+else:\n(?: .*\n)*? +)?"  # for type checkers
+    definition = re.compile(rf"((?:^# .*\n)+){typed}{name}\b[^=\n]* = ", re.MULTILINE)
     texts = (path.read_text() for path in sorted(Path(vlm.__file__).parent.rglob("*.py")))
     comment = next(match[1] for text in texts if (match := definition.search(text)))
     return " ".join(comment.replace("# ", "").split())
