@@ -495,7 +495,10 @@ def test_filters_labels_and_counts():
     for source in (filtered(), WithState()):
         with pytest.raises(ConfigError, match="number of examples is unknown"):
             count_examples(config(source))
-    assert sorted(vocabulary_texts(config(ROWS)))[0] == "picture 0"
+    for source in (ROWS, mapped()):
+        assert sorted(vocabulary_texts(config(source)))[0] == "picture 0"
+    with pytest.raises(ConfigError, match="a stream cannot be read in advance"):
+        vocabulary_texts(config(WithState()))
     assert streams(config(mapped()))
     assert not streams(config(mapped(), access="random"))
     rows = [{"image": b"", "label": np.str_("dcb"[i % 3])} for i in range(6)]

@@ -17,13 +17,7 @@ from vlm.data.examples import captions_of
 from vlm.data.faults import BadSamples
 from vlm.data.interleave import LaneBatches, gather_processes
 from vlm.data.mixture import part_configs
-from vlm.data.python_source import (
-    ENDLESS,
-    check_workers,
-    find_data,
-    has_random_access,
-    is_named,
-)
+from vlm.data.python_source import check_workers, has_length, is_named
 from vlm.data.random_access import Batch, TrainBatches
 from vlm.data.reinforced import Reinforced
 from vlm.data.sources import CachedSource, open_source, open_stream, streams
@@ -286,20 +280,12 @@ def eval_batches(
 def count_examples(config: DataConfig, split: str | None = None) -> int:
     """Count the examples in a split, by default of training; ConfigError for a stream."""
     split = split or config.train_split
-    if split == config.train_split and streams(config) and not _has_length(config):
+    if split == config.train_split and streams(config) and not has_length(config):
         raise ConfigError(
             f"{config.source} is read as a stream, whose number of examples is unknown: set the "
             "length of the run in steps or examples instead of epochs"
         )
     return len(open_source(config, split))
-
-
-def _has_length(config: DataConfig) -> bool:
-    """Whether data in its own order is a finite grain data set."""
-    if not is_named(config):
-        return False
-    data = find_data(config, config.train_split)
-    return has_random_access(data) and len(data) != ENDLESS
 
 
 def _check_sizes(batch_size: int, process_index: int, process_count: int) -> None:

@@ -130,6 +130,14 @@ def has_random_access(data: Any) -> bool:
     return hasattr(data, "__getitem__") and hasattr(data, "__len__")
 
 
+def has_length(config: DataConfig) -> bool:
+    """Whether the training data is a data set in Python with a finite length."""
+    if not is_named(config):
+        return False
+    data = find_data(config, config.train_split)
+    return has_random_access(data) and len(data) != ENDLESS
+
+
 def is_iterable(data: Any) -> bool:
     """Whether a data set is read in order only."""
     return not (_is_builder(data) or has_random_access(data))

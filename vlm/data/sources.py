@@ -461,10 +461,9 @@ def target_of(example: Example, config: DataConfig, index: Mapping[str, int], i:
 def vocabulary_texts(config: DataConfig) -> list[str]:
     """List all captions of the training split, for a vocabulary; ConfigError for a stream.
 
-    A grain `MapDataset` is read in its own order, and can still be read in advance.
+    A finite grain `MapDataset` is read in its own order, and can still be read in advance.
     """
-    indexed = python_source.is_named(config) and not is_iterable(config, config.train_split)
-    if streams(config) and not indexed:
+    if streams(config) and not python_source.has_length(config):
         raise ConfigError(
             "a stream cannot be read in advance to train a vocabulary: set tokenizer_file, which "
             "`vlm data tokenizer` writes"
