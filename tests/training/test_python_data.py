@@ -59,9 +59,9 @@ def test_a_killed_run_ends_with_the_same_weights(experiment, tmp_path, form, cap
         experiment = dataclasses.replace(experiment, tokenizer_file=vocabulary)
     given = with_source(experiment, source, tmp_path / "run")
     run = train(given)
-    expected, said = weights(run), caplog.text
-    assert ("has no eval split" in said) == (form == "a list")
-    assert ("read in its own order" in said) == (form != "a list")
+    expected, logged = weights(run), caplog.text
+    assert ("has no eval split" in logged) == (form == "a list")
+    assert ("read in its own order" in logged) == (form != "a list")
     if form == "a list":
         with pytest.raises(ConfigError, match=r"data\.source was <a list>, which has no import"):
             train(resume=killed(run))
