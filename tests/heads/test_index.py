@@ -71,6 +71,13 @@ def test_many_removed_rows_are_dropped_by_a_save(index, tmp_path):
     assert index.search(unit(40)[25], k=1)[0].id == 25
 
 
+def test_columns_keep_their_order(model, tmp_path):
+    index, names = RetrievalIndex(model), list("zebra")
+    index.add(unit(2), metadata={name: [1, 2] for name in names})
+    index.save(tmp_path / "index")
+    assert list(RetrievalIndex.load(tmp_path / "index", model).columns) == names
+
+
 def test_update_replaces_and_adds(index):
     z = unit(3, seed=9)
     index.update(z, ids=[5, 6, "new"], metadata={"year": [1, 2, 3]})

@@ -6,7 +6,7 @@ import shutil
 import time
 
 import pytest
-from serving import drawn, encoded, running
+from serving import drawn, encoded, running, saved_index
 
 from vlm.serving.explain import warm_up
 
@@ -43,7 +43,7 @@ def opened(browser, server):
     with contextlib.ExitStack() as stack:
         foreign, errors = [], []
 
-        def opened(url=server.url, width=1100, height=800, dark=False):
+        def opened(url=server.url, width=1100, height=800, dark=False, query=""):
             context = browser.new_context(
                 viewport={"width": width, "height": height},
                 color_scheme="dark" if dark else "light",
@@ -64,7 +64,7 @@ def opened(browser, server):
             page.on("request", note)
             page.on("pageerror", lambda error: errors.append(str(error)))
             page.on("console", on_console)
-            page.goto(f"{url}/")
+            page.goto(f"{url}/{query}")
             page.wait_for_selector(".tile, #keyDialog[open], #text:disabled")
             return page
 
@@ -230,27 +230,30 @@ def test_the_heat_map_covers_the_picture(opened, bundle):
     page.wait_for_selector("#heat", state="hidden")
 
 
+def check_page(page):
+    """Run axe-core, and check that nothing is wider than the page."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    found = axe.run(page).response["violations"]
+    violations = [(v["id"], [node["html"][:120] for node in v["nodes"]]) for v in found]
+    assert violations == []
+    wide = "[document.documentElement.scrollWidth, innerWidth]"
+    used, width = page.evaluate(wide)
+    assert used <= width
+
+
 @pytest.mark.parametrize(("width", "dark"), [(320, False), (1100, True)])
 def test_axe_finds_no_violations_and_the_page_fits(opened, width, dark):
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     page = opened(width=width, height=640, dark=dark)
     search(page, "a red square")
     page.keyboard.press("Shift+Enter")
     page.wait_for_selector(".term")
     page.click("summary")
 
-    def check():
-        found = axe.run(page).response["violations"]
-        violations = [(v["id"], [node["html"][:120] for node in v["nodes"]]) for v in found]
-        assert violations == []
-        wide = page.evaluate("document.documentElement.scrollWidth")
-        assert wide <= width
-
-    check()
+    check_page(page)
     page.click(".tile >> nth=0")
     page.fill("#labels", "red, green")
     until(page, "document.querySelectorAll('#bars li').length === 2")
-    check()
+    check_page(page)
     assert page.evaluate("document.documentElement.dataset.theme") == ("dark" if dark else "light")
 
 
@@ -273,6 +276,18 @@ def test_the_page_asks_for_a_key_and_loads_pictures_with_it(opened, bundle, inde
             page.keyboard.press("Enter")
         until(page, "document.querySelector('.tile img')?.naturalWidth > 0")
         assert page.get_attribute(".tile img >> nth=0", "src").startswith("blob:")
+        page.reload()  # the key is kept
+        until(page, "document.querySelector('.tile img')?.naturalWidth > 0")
+        assert not page.evaluate("document.querySelector('#keyDialog').open")
+
+
+def test_without_a_key_pictures_are_plain_links(opened):
+    page = opened()
+    sent = []
+    page.on("request", lambda request: sent.append(request.headers.get("authorization")))
+    assert page.get_attribute(".tile img >> nth=0", "src").startswith("/v1/items/")
+    search(page, "red")
+    assert set(sent) == {None}
 
 
 def test_without_an_index_an_image_is_classified(opened, bundle, tmp_path):
@@ -284,3 +299,153 @@ def test_without_an_index_an_image_is_classified(opened, bundle, tmp_path):
         page.wait_for_selector("#inspect[open]")
         page.fill("#labels", "red, green")
         until(page, "document.querySelectorAll('#bars li').length === 2")
+
+
+def dated_index(bundle, folder):
+    """Save an index of four pictures with dates, of which one is missing; return its folder."""
+    days = ["2024-05-01", "2024-05-31T18:30", None, "2024-06-01"]
+    noon = [
+        1_714_564_800,
+        1_717_156_800,
+        1_717_243_200,
+        1_717_329_600,
+    ]  # of May 1 and 31, June 1, 2
+    metadata = {"taken": days, "modified": [second * 10**9 for second in noon]}
+    return saved_index(bundle, folder, metadata)
+
+
+def test_dates_are_filtered_as_dates(opened, bundle, tmp_path):
+    with running(bundle, index=dated_index(bundle, tmp_path)) as server:
+        page = opened(server.url)
+        search(page, "red")
+        page.click("summary")
+        kinds = page.locator("#columns input").evaluate_all("all => all.map((one) => one.type)")
+        assert kinds == ["date"] * 4
+        assert "2024-05-01 to 2024-06-01" in page.inner_text("#columns")
+
+        def found(column, start, end):
+            page.fill(f"input[aria-label='{column}, from']", start)
+            page.fill(f"input[aria-label='{column}, to']", end)
+            page.wait_for_timeout(300)
+            until(page, "document.querySelector('#status').textContent.includes(' ms')")
+            return sorted(names(page))
+
+        assert found("taken", "2024-05-02", "2024-05-31") == ["01.png"]
+        assert found("taken", "", "2024-05-31") == ["00.png", "01.png"]
+        assert found("taken", "", "") == [f"0{i}.png" for i in range(4)]
+        assert found("modified", "2024-05-31", "2024-06-01") == ["01.png", "02.png"]
+        page.click(".tile >> nth=0")
+        assert "/2024" in page.inner_text("#facts")
+        check_page(opened(server.url, width=320, query=page.url.removeprefix(f"{server.url}/")))
+        assert page.url.endswith("modified%3C%3D2024-06-01")
+
+
+def test_the_query_is_in_the_address_and_the_back_button_restores_it(opened, server):
+    page = opened()
+    search(page, "red")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector(".term.minus")
+    search(page, "blue, or green")
+    page.click("summary")
+    page.select_option("select[aria-label=kind]", "odd")
+    until(page, "document.querySelectorAll('.tile').length === 11")
+    page.locator(".tile >> nth=2").focus()
+    order, liked = names(page), names(page)[2]
+    address = page.url
+    page.keyboard.press("m")
+    until(page, "document.querySelectorAll('.term').length === 1")
+    assert "item%2C%2F" in page.url
+    assert page.title().startswith(liked)
+
+    again = opened(query=address.removeprefix(f"{server.url}/"))  # as another visitor
+    until_names(again, order)
+    assert again.input_value("#text") == "blue, or green"
+    assert again.inner_text(".term.minus .name") == "red"
+    assert again.input_value("select[aria-label=kind]") == "odd"
+    again = opened(query=page.url.removeprefix(f"{server.url}/"))
+    assert again.inner_text(".term .name") == liked
+
+    page.go_back()
+    until_names(page, order)
+    assert page.url == address
+    assert page.input_value("#text") == "blue, or green"
+    page.go_back()
+    until(page, "document.querySelector('select[aria-label=kind]').value === ''")
+    page.go_back()
+    until(page, "document.querySelector('#text').value === ''")
+    assert page.inner_text(".term .name") == "red"
+    page.go_back()  # what was typed is one entry, not one for each key
+    until(page, "document.querySelector('#text').value === 'red'")
+    page.go_back()
+    until(page, "location.search === '' && !document.querySelector('.tile .value')")
+
+
+def test_an_address_with_what_is_not_here_says_so(opened, server, tmp_path):
+    drawn(5).save(tmp_path / "five.png")
+    page = opened()
+    page.set_input_files("#file", tmp_path / "five.png")
+    until(page, "document.querySelector('.tile .id').textContent === '05.png'")
+    address = page.url
+    page.keyboard.press("Escape")
+    until(page, "location.search === ''")
+    page.go_back()
+    page.wait_for_selector(".term img[src^='data:']")  # of this visit
+    more = "&term=1,item,gone.png&where=nothing%3D1&term=2,text,red"
+    page = opened(query=address.removeprefix(f"{server.url}/") + more)
+    page.wait_for_selector("#problem:not([hidden])")
+    text = page.inner_text("#problem")
+    assert all(word in text for word in ("the image five.png", "gone.png", "nothing=1"))
+    assert page.inner_text(".term .name") == "red"
+
+
+def test_a_path_is_copied_and_the_original_opens(opened, server, index):
+    page = opened()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.click(".tile >> nth=3")
+    page.wait_for_selector("#inspect[open]")
+    title = page.inner_text("#inspectTitle")
+    page.click("#copy")
+    until(page, "document.querySelector('#done').textContent === 'Copied the path.'")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied == str(index.parent / title)
+    with page.context.expect_page() as tab:
+        page.click("#original")
+    tab.value.wait_for_url(f"{server.url}/v1/items/{int(title[:2])}/original")
+    size = "[document.images[0].naturalWidth, document.images[0].naturalHeight]"
+    assert tab.value.evaluate(size) == [40, 30]
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    page.click("#next")
+    page.click("#copy")  # as on http from another machine
+    until(page, "document.querySelector('#done').textContent === 'Copied the path.'")
+    assert page.evaluate("document.activeElement.id") == "copy"
+
+
+def test_a_tile_says_what_is_wrong_with_its_file(opened, bundle, tmp_path):
+    folder = saved_index(bundle, tmp_path, {"number": list(range(3))})
+    (tmp_path / "00.png").unlink()
+    (tmp_path / "01.png").write_bytes(b"<html>")
+    for keys in ((), ("secret",)):
+        with running(bundle, index=folder, keys=keys) as server:
+            page = opened(server.url)
+            if keys:
+                page.fill("#key", "secret")
+                page.keyboard.press("Enter")
+            until(page, "document.querySelectorAll('.tile .failed').length === 2")
+            shown = page.locator(".tile .pic").all_inner_texts()
+            assert shown == ["File not found", "File cannot be read", ""]
+            label = page.get_attribute(".tile >> nth=0", "aria-label")
+            assert label == "00.png, File not found"
+            check_page(page)
+            page.click(".tile >> nth=0")
+            page.wait_for_selector("#pictureProblem:not([hidden])")
+            assert "--root OLD=FOLDER" in page.inner_text("#pictureProblem")
+            assert page.is_hidden("#original")
+            check_page(page)
+            page.click("#next")
+            page.click("#next")
+            until(page, "document.querySelector('#large').naturalWidth > 0")
+            assert page.is_hidden("#pictureProblem")
+            if keys:
+                with page.context.expect_page() as tab:
+                    page.click("#original")
+                tab.value.wait_for_url("blob:**")

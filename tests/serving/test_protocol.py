@@ -177,7 +177,7 @@ def test_the_index_is_described(server):
     columns = {column["name"]: column for column in about["columns"]}
     assert columns["year"] == {
         "name": "year", "kind": "number", "values": [2000, 2001, 2002, 2003, 2004],
-        "least": 2000, "most": 2004,
+        "least": 2000, "most": 2004, "earliest": None, "latest": None, "times": False,
     }  # fmt: skip
     assert columns["kind"]["values"] == ["even", "odd"]
     assert server.ask("/v1/items/7").json["metadata"] == {"year": 2002, "kind": None}

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,8 @@ from vlm.errors import ConfigError
 
 Value = str | int | float | bool | None
 Where = Mapping[str, Any] | Callable[[dict[str, np.ndarray]], np.ndarray]
+
+LEAST_TIME = 10**17  # nanoseconds: March 1973; smaller numbers are no times
 
 COMPARISONS: dict[str, Callable] = {
     "=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
@@ -106,7 +109,10 @@ class Condition(NamedTuple):
 def where_all(conditions: Sequence[Condition]) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
     """Combine conditions (by "and") into a filter for `RetrievalIndex.search`.
 
-    The filter raises a ConfigError if a column of numbers is compared with a text.
+    A column of times, such as `modified`, may be compared with a date: "2024-05-31", a time of day
+    after it, and a time zone after that. Without one it is local time.
+
+    The filter raises a ConfigError if a column of numbers is compared with another text.
     """
 
     def holds(columns: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -116,7 +122,7 @@ def where_all(conditions: Sequence[Condition]) -> Callable[[Mapping[str, np.ndar
             if column.dtype.kind == "U":  # compared as text
                 value = value if isinstance(value, str) else f"{value:g}"
             elif isinstance(value, str) and column.dtype.kind != "O":
-                raise ConfigError(f"the numbers of {name!r} are compared with the text {value!r}")
+                value = _nanoseconds(name, column, value)
             try:
                 kept = kept & np.asarray(COMPARISONS[comparison](column, value), bool)
             except TypeError:  # texts and numbers cannot be ordered
@@ -127,6 +133,30 @@ def where_all(conditions: Sequence[Condition]) -> Callable[[Mapping[str, np.ndar
         return np.asarray(kept)
 
     return holds
+
+
+def are_times(values: Any) -> bool:
+    """Whether numbers can be times in nanoseconds since 1970, as in the column `modified`."""
+    numbers = np.asarray(values, np.float64)
+    numbers = numbers[~np.isnan(numbers)]
+    return bool(len(numbers) and numbers.min() >= LEAST_TIME and numbers.max() < 1 << 63)
+
+
+def _nanoseconds(name: str, column: np.ndarray, text: str) -> int:
+    """Return a date as nanoseconds since 1970.
+
+    Raises:
+        ConfigError: it is none, or the column has other numbers.
+    """
+    if not are_times(column):
+        raise ConfigError(f"the numbers of {name!r} are compared with the text {text!r}")
+    try:
+        since = datetime.fromisoformat(text).astimezone() - datetime(1970, 1, 1, tzinfo=UTC)
+    except (ValueError, OverflowError, OSError):
+        raise ConfigError(
+            f"the times of {name!r} are compared with {text!r}: give a date such as 2024-05-31"
+        ) from None
+    return since // timedelta(microseconds=1) * 1000
 
 
 def _unknown(name: Any, columns: Mapping[str, Any]) -> str:

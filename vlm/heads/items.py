@@ -154,8 +154,8 @@ class Items:
             self.centre = np.asarray(rows[0], np.float32).mean(axis=0)
         blocks = [Block(z, self._codes_of(z)) for z in rows]
         count = len(self.ids)
-        for name in columns.keys() - self.columns.keys():
-            self.columns[name] = [None] * count
+        for name in columns:
+            self.columns.setdefault(name, [None] * count)
         before = [self.at.get(name) for name in ids]
         for name, column in self.columns.items():
             column += columns.get(name) or [None if i is None else column[i] for i in before]
@@ -328,7 +328,7 @@ class Items:
         items.centre = np.asarray(meta["centre"], np.float32) if coding else None
         for shard in index_folder.read_shards(folder, meta):
             count = len(items.ids)
-            for name in shard["columns"].keys() | items.columns.keys():
+            for name in dict.fromkeys([*items.columns, *shard["columns"]]):  # in their order
                 column = items.columns.setdefault(name, [None] * count)
                 column += shard["columns"].get(name, [None] * len(shard["ids"]))
             items.ids += shard["ids"]

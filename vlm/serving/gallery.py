@@ -2,15 +2,17 @@
 
 import itertools
 import mimetypes
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 from etils import epath
 
 from vlm.errors import DataError
-from vlm.heads.filters import Condition, where_all
+from vlm.heads.filters import Condition, are_times, where_all
 from vlm.heads.image_paths import RELATIVE, is_image_path, is_relative
 from vlm.heads.query import Query
 from vlm.heads.retrieval import RetrievalIndex
@@ -25,6 +27,8 @@ T = TypeVar("T")
 SIZES = (64, 128, 256, 512, 1024, 2048)  # of thumbnails: pixels on the long side
 CACHE_BYTES = 64 << 20  # of thumbnails
 MAX_CHOICES = 50  # distinct values of a column that the page lists in a menu
+TIMES = "modified"  # column of `vlm index`, in nanoseconds since 1970
+_DATE = re.compile(r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])([T ]\d\d(:?\d\d).*)?")
 FIRST = 60  # items on the start page
 
 
@@ -191,6 +195,12 @@ def _column(name: str, values: list[Any]) -> Column | None:
         return None
     distinct = sorted(set(present), key=lambda value: (isinstance(value, str), value))
     is_text = any(isinstance(value, str) for value in present)
+    if all(isinstance(value, str) and _DATE.fullmatch(value) for value in distinct):
+        days = {"earliest": distinct[0][:10], "latest": distinct[-1][:10]}
+        return Column(name=name, kind="date", **days)
+    if name == TIMES and not is_text and are_times(present):
+        first, last = (str(np.datetime64(int(t), "ns"))[:10] for t in (distinct[0], distinct[-1]))
+        return Column(name=name, kind="date", earliest=first, latest=last, times=True)
     choices = [_printable(value) for value in distinct] if len(distinct) <= MAX_CHOICES else None
     if is_text:
         return Column(name=name, kind="text", values=choices)

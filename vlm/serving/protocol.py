@@ -193,13 +193,19 @@ class SearchAnswer(_ListAnswer):
 
 
 class Column(_Response):
-    """Metadata column: its distinct values if there are few, else the range of its numbers."""
+    """Metadata column: its distinct values if there are few, else the range of its values."""
 
     name: str
-    kind: Literal["text", "number"]
+    kind: Literal["text", "number", "date"]
     values: list[Number] | None = None
     least: float | None = None
     most: float | None = None
+    earliest: str | None = Field(default=None, description="First day of a column of dates.")
+    latest: str | None = Field(default=None, description="Last day of a column of dates.")
+    times: bool = Field(
+        default=False,
+        description="Whether dates are nanoseconds since 1970, rather than texts.",
+    )
 
 
 class IndexAnswer(_Response):

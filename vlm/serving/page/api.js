@@ -2,7 +2,7 @@
 
 let key = "";
 try {
-  key = sessionStorage.key ?? "";
+  key = sessionStorage.getItem("key") ?? ""; // .key is a method
 } catch {
   // storage may be disabled
 }
@@ -48,7 +48,7 @@ function askForKey() {
     document.getElementById("keyForm").onsubmit = () => {
       key = document.getElementById("key").value;
       try {
-        sessionStorage.key = key;
+        sessionStorage.setItem("key", key);
       } catch {
         // the page asks for the key again after a reload
       }
@@ -62,17 +62,42 @@ function askForKey() {
 }
 
 // An <img> cannot send a key, so with a key the picture is fetched and shown from memory.
-export async function showPicture(img, item, size) {
+// failed({code, message}) is called if there is no picture: an <img> does not tell why.
+export async function showPicture(img, item, size, failed = () => {}) {
   const path = `/v1/items/${item}/picture?size=${size}`;
   if (!key) {
+    img.addEventListener("error", async () => failed(await reasonOf(await send(path).catch(() => null))), { once: true });
     img.src = path;
     return;
   }
-  const reply = await send(path);
-  if (!reply.ok) return;
+  const reply = await send(path).catch(() => null);
+  if (!reply?.ok) {
+    failed(await reasonOf(reply));
+    return;
+  }
   const url = URL.createObjectURL(await reply.blob());
   img.addEventListener("load", () => URL.revokeObjectURL(url), { once: true });
   img.src = url;
+}
+
+async function reasonOf(reply) {
+  const result = await reply?.json().catch(() => null);
+  return result?.error ?? { code: "", message: "The server does not respond." };
+}
+
+// Open the file of an item in a new tab; a link cannot send a key either.
+export async function openOriginal(event, item) {
+  if (!key) return; // the browser follows the link
+  event.preventDefault();
+  const tab = open("", "_blank");
+  const reply = await send(`/v1/items/${item}/original`).catch(() => null);
+  if (!reply?.ok) {
+    tab?.close();
+    throw new Problem((await reasonOf(reply)).message);
+  }
+  const url = URL.createObjectURL(await reply.blob());
+  if (tab) tab.location = url;
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
 }
 
 const MAX_BYTES = 2_000_000; // larger files are downscaled before upload

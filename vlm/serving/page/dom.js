@@ -44,6 +44,24 @@ export function shortName(id) {
   return String(id).split(/[\\/]/).pop() || String(id);
 }
 
+// Copy a text; navigator.clipboard exists only on https and localhost. `near` contains the focus.
+export async function copyText(text, near) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    const focused = document.activeElement;
+    const area = make("textarea", { class: "hidden", "aria-hidden": "true", tabindex: "-1" });
+    area.value = text;
+    near.append(area);
+    area.select();
+    const done = document.execCommand("copy");
+    area.remove();
+    focused?.focus();
+    return done;
+  }
+}
+
 export function showError(error) {
   const box = $("problem");
   box.textContent = error ? error.message : "";

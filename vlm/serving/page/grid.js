@@ -3,6 +3,13 @@
 import { showPicture } from "./api.js";
 import { $, make, shortName } from "./dom.js";
 
+// Words on a tile without a picture, by the error code of the server.
+const REASONS = {
+  picture_missing: "File not found",
+  picture_unreadable: "File cannot be read",
+  no_item: "No longer in the index",
+};
+
 export class Grid {
   // Callbacks of a tile: open(found, at) and alike(found).
   constructor({ open, alike }) {
@@ -31,8 +38,11 @@ export class Grid {
     let picture;
     if (found.picture) {
       picture = make("img", { alt: "", loading: "lazy", decoding: "async" });
-      picture.addEventListener("error", () => picture.replaceWith(make("span", { class: "words" }, name)));
-      showPicture(picture, found.item, 256);
+      showPicture(picture, found.item, 256, ({ code, message }) => {
+        const reason = REASONS[code] ?? "No picture";
+        picture.replaceWith(make("span", { class: "words failed", title: message }, reason));
+        tile.setAttribute("aria-label", `${tile.getAttribute("aria-label")}, ${reason}`);
+      });
     } else {
       picture = make("span", { class: "words" }, String(found.id));
     }

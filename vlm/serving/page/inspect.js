@@ -1,13 +1,15 @@
 // Dialog for one image: its score, a heat map for a text, and live classification.
 
-import { ask, showPicture } from "./api.js";
-import { $, debounced, latest, make, shortName } from "./dom.js";
+import { ask, openOriginal, showPicture } from "./api.js";
+import { $, copyText, debounced, latest, make, shortName } from "./dom.js";
 import { paintHeat } from "./heat.js";
 import { termOf } from "./query.js";
 
 export class Inspect {
   // query: the Query to change; step(by): returns a neighbouring result, if any; card: model card.
-  constructor({ query, step, card }) {
+  // times: columns of nanoseconds since 1970.
+  constructor({ query, step, card, times = [] }) {
+    this.times = new Set(times);
     this.query = query;
     this.card = card;
     this.step = step;
@@ -19,6 +21,9 @@ export class Inspect {
     $("like").addEventListener("click", () => this.use((term) => query.only(term), 1));
     $("addPlus").addEventListener("click", () => this.use((term) => query.add(term), 1));
     $("addMinus").addEventListener("click", () => this.use((term) => query.add(term), -1));
+    $("copy").addEventListener("click", () => this.copy());
+    $("original").addEventListener("click", (event) =>
+      openOriginal(event, this.found.item).catch((error) => { $("done").textContent = error.message; }));
     $("heatText").addEventListener("input", debounced(250, () => this.explain()));
     $("labels").addEventListener("input", debounced(150, () => this.classify()));
     $("large").addEventListener("load", () => this.place());
@@ -43,8 +48,15 @@ export class Inspect {
     const shows = found.image !== undefined || found.picture;
     $("large").hidden = !shows;
     $("large").alt = shows ? name : "";
+    $("pictureProblem").hidden = true;
+    $("done").textContent = "";
     if (found.image) $("large").src = found.image;
-    else if (found.picture) showPicture($("large"), found.item, 1024);
+    else if (found.picture) this.show(found);
+    const ofIndex = found.id !== undefined;
+    $("copy").hidden = !ofIndex;
+    $("copy").textContent = found.picture ? "Copy path" : "Copy id";
+    $("original").hidden = !(ofIndex && found.picture);
+    $("original").href = ofIndex ? `/v1/items/${found.item}/original` : "";
     const steps = found.image === undefined;
     for (const id of ["previous", "next"]) $(id).hidden = !steps;
     for (const id of ["like", "addPlus", "addMinus"]) $(id).hidden = !this.card.index;
@@ -52,12 +64,37 @@ export class Inspect {
     const rows = [["id", found.id], ...Object.entries(found.metadata ?? {})];
     $("facts").tBodies[0].replaceChildren(...rows
       .filter(([, value]) => value !== null && value !== undefined)
-      .map(([column, value]) => make("tr", {}, make("th", { scope: "row" }, column), make("td", {}, String(value)))));
+      .map(([column, value]) => make("tr", {}, make("th", { scope: "row" }, column), make("td", {}, this.shown(column, value)))));
     if (typed !== undefined) $("heatText").value = typed;
     this.clearHeat();
     if (!$("inspect").open) $("inspect").showModal();
     this.explain();
     this.classify();
+  }
+
+  show(found) {
+    // A new element: a late picture of an earlier item must not replace this one.
+    const img = $("large").cloneNode();
+    img.removeAttribute("src");
+    $("large").replaceWith(img);
+    img.addEventListener("load", () => this.place());
+    showPicture(img, found.item, 1024, ({ message }) => {
+      if (this.found !== found) return;
+      img.hidden = $("original").hidden = true;
+      $("pictureProblem").textContent = message;
+      $("pictureProblem").hidden = false;
+      if ($("heatStatus").textContent === message) $("heatStatus").textContent = "";
+    });
+  }
+
+  shown(column, value) {
+    return this.times.has(column) ? new Date(value / 1e6).toLocaleString() : String(value);
+  }
+
+  async copy() {
+    const what = $("copy").textContent.slice("Copy ".length);
+    const done = await copyText(String(this.found.id), $("inspect"));
+    $("done").textContent = done ? `Copied the ${what}.` : `The browser does not allow copying: select the ${what} below.`;
   }
 
   use(how, weight) {
@@ -107,7 +144,8 @@ export class Inspect {
       this.place();
     } catch (error) {
       this.clearHeat();
-      $("heatStatus").textContent = error.message;
+      const known = error.message === $("pictureProblem").textContent && !$("pictureProblem").hidden;
+      $("heatStatus").textContent = known ? "" : error.message;
     }
   }
 

@@ -16,10 +16,45 @@ let first = [];
 let wanted = STEP;
 let inspect;
 
-const query = new Query(() => {
+const query = new Query((source) => {
   wanted = STEP;
+  remember(source);
   search.now();
 });
+
+// The address of the page is that of the query. Each change is an entry of the history, and typing
+// in one place is a single one.
+let source;
+
+function remember(from) {
+  const address = query.address();
+  const url = location.pathname + (address && `?${address}`);
+  const place = location.pathname + location.search;
+  if (url !== place && from && from === source) history.replaceState(null, "", url);
+  else if (url !== place) history.pushState(null, "", url);
+  source = from;
+  nameTab();
+}
+
+let title = "vlm";
+
+function nameTab() {
+  const named = [...query.terms.map(({ name, weight }) => (weight < 0 ? `−${name}` : name)), $("text").value.trim()];
+  document.title = [named.filter(Boolean).join(" + "), title].filter(Boolean).join(" · ");
+}
+
+let restoring = 0;
+
+async function restore() {
+  const mine = (restoring += 1);
+  const lost = await query.restore(location.search);
+  if (mine !== restoring) return; // a later entry of the history
+  source = undefined;
+  wanted = STEP;
+  nameTab();
+  await search.now();
+  if (lost.length) showError(new Error(`Not found here: ${lost.join("; ")}.`));
+}
 
 const grid = new Grid({
   open: (found, at) => {
@@ -62,13 +97,20 @@ const search = debounced(PAUSE, async () => {
 
 $("text").addEventListener("input", () => {
   wanted = STEP;
+  remember($("text"));
   search();
+});
+$("text").addEventListener("change", () => {
+  source = undefined; // the next text is another entry of the history
 });
 $("form").addEventListener("submit", (event) => event.preventDefault());
 $("text").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && event.shiftKey) query.addText(1);
   else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) query.addText(-1);
-  else if (event.key === "Enter") search.now().then(() => grid.focus(0));
+  else if (event.key === "Enter") {
+    source = undefined;
+    search.now().then(() => grid.focus(0));
+  }
   else if (event.key === "ArrowDown") grid.focus(0);
   else return;
   event.preventDefault();
@@ -80,8 +122,8 @@ $("more").addEventListener("click", () => {
   search.now();
 });
 $("least").addEventListener("input", () => {
-  const least = Number($("least").value);
-  $("leastValue").textContent = least > -1 ? least.toFixed(2) : "any";
+  query.showLeast();
+  remember($("least"));
   search();
 });
 
@@ -146,8 +188,10 @@ addEventListener("drop", (event) => {
 
 async function start() {
   const [card] = (await ask("/v1/models")).data;
+  const about = card.index ? await ask("/v1/index") : null;
   inspect = new Inspect({
     card,
+    times: about?.columns.filter(({ times }) => times).map(({ name }) => name),
     query,
     step: (by) => {
       const to = opened + by;
@@ -165,12 +209,15 @@ async function start() {
     document.title = card.id;
     return;
   }
-  const about = await ask("/v1/index");
-  document.title = `${about.name} · vlm`;
+  title = `${about.name} · vlm`;
   $("about").textContent = `${about.name} · ${about.count.toLocaleString("en")} items · ${card.id}`;
   first = about.first;
   query.drawFilters(about.columns);
-  await search.now();
+  await restore();
+  addEventListener("popstate", () => {
+    $("inspect").close();
+    restore().catch(showError);
+  });
   $("text").focus();
 }
 
