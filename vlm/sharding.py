@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -206,6 +206,38 @@ def mesh_of(x: jax.Array) -> AbstractMesh | None:
     mesh = jax.typeof(x).sharding.mesh
     known = tuple(mesh.axis_names) == AXES and set(mesh.axis_types) == {AxisType.Auto}
     return mesh if known else None
+
+
+def explicit_mesh(tree: Any) -> AbstractMesh | None:
+    """Return the context's mesh, or that of the arrays in a tree, if it has Explicit axes."""
+    context = jax.sharding.get_abstract_mesh()
+    arrays = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
+    meshes = (jax.typeof(x).sharding.mesh for x in arrays) if context.empty else (context,)
+    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+
+
+def leading_axes(tree: Any) -> P:
+    """Return the spec of the leading axis of the first array with explicitly sharded rows."""
+    specs = (jax.typeof(x).sharding.spec for x in jax.tree.leaves(tree))
+    return P(next((spec[0] for spec in specs if spec and spec[0] is not None), None))
+
+
+def under_auto_axes(function: Callable, specs: Any) -> Callable:
+    """Make Explicit mesh axes Auto during a call, so that XLA's partitioner shards it.
+
+    Arguments of the function are trees of arrays; results get the sharding `specs`.
+    """
+
+    def call(*arguments: Any) -> Any:
+        mesh = explicit_mesh(arguments)
+        if mesh is None:
+            return function(*arguments)
+        types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        axes = tuple(name for name, kind in types if kind == AxisType.Explicit)
+        out = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        return jax.sharding.auto_axes(function, axes=axes, out_sharding=out)(*arguments)
+
+    return call
 
 
 def by_rows(x: jax.Array) -> jax.Array:

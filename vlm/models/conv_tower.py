@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from vlm.nn.auto_axes import auto_axes
 from vlm.nn.intermediates import Intermediates, capture
 
 
@@ -19,6 +20,7 @@ class ConvTower(nnx.Module):
     projection: Any  # None: the tower has none
     dtype: Any
 
+    @auto_axes
     def __call__(
         self,
         images: Float[Array, "b h w 3"],
@@ -30,6 +32,7 @@ class ConvTower(nnx.Module):
         x = self._positions(images, keys, intermediates).astype(jnp.float32)
         return self._embedding(self._pooled(x))
 
+    @auto_axes
     def dense(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n e"]:
         """Embed each position as if it were the pooled image."""
         x = self._positions(images, None, None).astype(jnp.float32)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Key
 
 from vlm.config import ResNetConfig
 from vlm.nn.attention import Attention
+from vlm.nn.auto_axes import auto_axes
 from vlm.nn.conv import FrozenBatchNorm
 from vlm.nn.intermediates import Intermediates, capture, part
 from vlm.nn.transformer import Execution
@@ -45,6 +46,7 @@ class ResNetTower(nnx.Module):
         self.position = nnx.Param(normal(rngs.params(), (c.tokens(), inputs)))
         self.pool = Attention(inputs, c.heads, output_width=embed_dim, **options)
 
+    @auto_axes
     def __call__(
         self,
         images: Float[Array, "b h w 3"],
@@ -61,6 +63,7 @@ class ResNetTower(nnx.Module):
         x = x + self.position[...].astype(x.dtype)
         return self.pool(x[:, :1], x, intermediates=part(intermediates, "pool"))[:, 0]
 
+    @auto_axes
     def dense(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n e"]:
         """Embed each position by letting it attend only to itself in the attention pool.
 

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int, Int32, Key
 
 from vlm.config import TextConfig, TextTowerConfig
 from vlm.models.projection import map_pool, projection, projection_flops
+from vlm.nn.auto_axes import auto_axes
 from vlm.nn.intermediates import Intermediates, capture, part
 from vlm.nn.layers import LayerNorm
 from vlm.nn.pooling import TEXT_POOLS, map_pool_flops
@@ -56,6 +57,7 @@ class TextTower(nnx.Module):
         self.pool = map_pool(c, dtype=dtype, rngs=rngs) if c.pool == "map" else None
         self.projection = projection(c, c.width, embed_dim, dtype=dtype, rngs=rngs)
 
+    @auto_axes
     def __call__(
         self,
         tokens: Int[Array, "b n"],

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from vlm.config import ViTConfig
 from vlm.models.projection import map_pool, projection, projection_flops
+from vlm.nn.auto_axes import auto_axes
 from vlm.nn.intermediates import Intermediates, capture, part
 from vlm.nn.layers import LayerNorm, split_keys
 from vlm.nn.naflex import Patches
@@ -76,6 +77,7 @@ class ViTTower(nnx.Module):
             self.pool = map_pool(c, dtype=dtype, rngs=rngs) if c.pool == "map" else None
         self.projection = projection(c, pooled_width, embed_dim, dtype=dtype, rngs=rngs)
 
+    @auto_axes
     def __call__(
         self,
         images: Float[Array, "b h w 3"] | Patches,
@@ -92,6 +94,7 @@ class ViTTower(nnx.Module):
             x = x[:, self.config.prefix_tokens :]
         return self._embedding(x, mask, intermediates)
 
+    @auto_axes
     def dense(self, images: Float[Array, "b h w 3"] | Patches) -> Float[Array, "b n e"]:
         """Embed each patch by letting it attend only to itself in the attention pool.
 

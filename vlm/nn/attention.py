@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from vlm.nn import tpu_attention
+from vlm.nn.auto_axes import auto_axes
 from vlm.nn.intermediates import Intermediates, capture
 from vlm.nn.layers import LayerNorm, linear
 from vlm.nn.positions import Rotation, rotate
@@ -134,6 +135,7 @@ class Attention(nnx.Module):
         self.norm = None if norm_eps is None else LayerNorm(width, norm_eps, rngs=rngs)
         self.out = project(split, output_width or width, axis=(-2, -1))
 
+    @auto_axes
     def __call__(
         self,
         x: Float[Array, "#b q d"],

@@ -7,6 +7,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
+from vlm.nn.auto_axes import auto_axes
 from vlm.nn.conv import FrozenBatchNorm
 from vlm.nn.layers import LayerNorm, Linear, gelu
 
@@ -33,6 +34,7 @@ class PatchConv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
         self.dtype = dtype
 
+    @auto_axes
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
         return self.project(_squares(x, self.kernel.shape[0]))
 
@@ -58,6 +60,7 @@ class PatchStem(PatchConv):
     ):
         super().__init__(patch_size, 3, width, bias=bias, dtype=dtype, rngs=rngs)
 
+    @auto_axes
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
         patches = _squares(images, self.kernel.shape[0])
         return self.project(patches.reshape(patches.shape[0], -1, patches.shape[-1]))
@@ -86,6 +89,7 @@ class ConvStem(nnx.Module):
         self.project = Linear(widths[-1], width, dtype=dtype, rngs=rngs)
         self.dtype = dtype
 
+    @auto_axes
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
         x = images.astype(self.dtype)
         for kernel, norm in zip(self.kernels, self.norms, strict=True):
@@ -116,6 +120,7 @@ class NestedStem(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width))
         self.dtype = dtype
 
+    @auto_axes
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
         x = images.astype(self.dtype)
         for number, kernel in enumerate(self.kernels):

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm.config import Activation, TextPool
 from vlm.nn.attention import Attention
+from vlm.nn.auto_axes import auto_axes
 from vlm.nn.intermediates import Intermediates
 from vlm.nn.layers import LayerNorm, Mlp
 
@@ -40,6 +41,7 @@ class MapPool(nnx.Module):
         self.norm = LayerNorm(width, norm_eps, rngs=rngs)
         self.mlp = Mlp(width, mlp_dim, act, dtype=dtype, rngs=rngs)
 
+    @auto_axes
     def __call__(
         self,
         x: Float[Array, "b n d"],
@@ -81,6 +83,7 @@ class QueryPool(nnx.Module):
         self.context_norm = LayerNorm(width, norm_eps, rngs=rngs)
         self.attention = Attention(embed_dim, heads, context_width=width, dtype=dtype, rngs=rngs)
 
+    @auto_axes
     def __call__(
         self, x: Float[Array, "b n d"], *, intermediates: Intermediates | None = None
     ) -> Float[Array, "b e"]:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Key
 from vlm.config import Activation, MlpKind, RematPolicy
 from vlm.errors import check_choice
 from vlm.nn.attention import Attention
+from vlm.nn.auto_axes import auto_axes
 from vlm.nn.intermediates import Intermediates, capture, changes_below
 from vlm.nn.layers import LayerNorm, Mlp, dropout, split_keys
 from vlm.nn.positions import Rotation
@@ -147,6 +148,7 @@ class Transformer(nnx.Module):
         self.depth = depth
         self.execution = execution
 
+    @auto_axes
     def __call__(
         self,
         x: Float[Array, "b n d"],
