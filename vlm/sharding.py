@@ -240,6 +240,21 @@ def under_auto_axes(function: Callable, specs: Any) -> Callable:
     return call
 
 
+def varying_like(tree: Any, *others: Any) -> Any:
+    """Mark arrays in a `jax.shard_map` as varying over the manual axes of other arrays too.
+
+    Branches of a conditional and carries of a loop need it; the compiled program is unchanged.
+    """
+
+    def varying(x: jax.Array) -> frozenset[str]:
+        return jax.typeof(x).manual_axis_type.varying
+
+    axes = frozenset().union(*(varying(x) for x in jax.tree.leaves(others)))
+    return jax.tree.map(
+        lambda x: jax.lax.pcast(x, tuple(sorted(axes - varying(x))), to="varying"), tree
+    )
+
+
 def by_rows(x: jax.Array) -> jax.Array:
     """Constrain traced activations to be sharded by rows over the batch axes only.
 

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vlm.nn.layers import Linear
+from vlm.sharding import varying_like
 
 Edges = tuple[int, int]  # zero padding before and after the image
 
@@ -138,6 +139,6 @@ def _materialise(compute: Callable, *inputs: Array) -> Array:
     return lax.cond(
         (one == one) | (one != one),
         compute,
-        lambda *_: jnp.zeros(shape.shape, shape.dtype),
+        lambda *inputs: varying_like(jnp.zeros(shape.shape, shape.dtype), inputs),
         *inputs,
     )
