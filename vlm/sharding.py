@@ -222,22 +222,45 @@ def leading_axes(tree: Any) -> P:
     return P(next((spec[0] for spec in specs if spec and spec[0] is not None), None))
 
 
-def under_auto_axes(function: Callable, specs: Any) -> Callable:
-    """Make Explicit mesh axes Auto during a call, so that XLA's partitioner shards it.
+def under_auto_axes(specs: Any) -> Callable[[Callable], Callable]:
+    """Decorate a function of arrays to run with Explicit mesh axes as Auto ones.
 
-    Arguments of the function are trees of arrays; results get the sharding `specs`.
+    XLA's partitioner then shards it; results get the sharding `specs`. Without Explicit axes this
+    changes nothing.
     """
 
-    def call(*arguments: Any) -> Any:
-        mesh = explicit_mesh(arguments)
-        if mesh is None:
-            return function(*arguments)
-        types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-        axes = tuple(name for name, kind in types if kind == AxisType.Explicit)
-        out = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-        return jax.sharding.auto_axes(function, axes=axes, out_sharding=out)(*arguments)
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*arguments: Any, **options: Any) -> Any:
+            mesh = explicit_mesh((arguments, options))
+            if mesh is None:
+                return function(*arguments, **options)
+            out = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+            return jax.sharding.auto_axes(
+                lambda arguments, options: function(*arguments, **options),
+                axes=_axes(mesh, AxisType.Explicit),
+                out_sharding=out,
+            )(arguments, options)
 
-    return call
+        return call
+
+    return decorate
+
+
+def manual_axes() -> frozenset[str]:
+    """Return the mesh axes of a surrounding `jax.shard_map`."""
+    return frozenset(_axes(jax.sharding.get_abstract_mesh(), AxisType.Manual))
+
+
+def _axes(mesh: AbstractMesh, kind: AxisType) -> tuple[str, ...]:
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, axis_type in types if axis_type == kind)
+
+
+def varying_axes(tree: Any) -> frozenset[str]:
+    """Return the manual axes of a `jax.shard_map` over which arrays differ between devices."""
+    types = (jax.typeof(x).manual_axis_type for x in jax.tree.leaves(tree))
+    return frozenset().union(*(kind.varying for kind in types))
 
 
 def varying_like(tree: Any, *others: Any) -> Any:
@@ -245,13 +268,9 @@ def varying_like(tree: Any, *others: Any) -> Any:
 
     Branches of a conditional and carries of a loop need it; the compiled program is unchanged.
     """
-
-    def varying(x: jax.Array) -> frozenset[str]:
-        return jax.typeof(x).manual_axis_type.varying
-
-    axes = frozenset().union(*(varying(x) for x in jax.tree.leaves(others)))
+    axes = varying_axes(others)
     return jax.tree.map(
-        lambda x: jax.lax.pcast(x, tuple(sorted(axes - varying(x))), to="varying"), tree
+        lambda x: jax.lax.pcast(x, tuple(sorted(axes - varying_axes(x))), to="varying"), tree
     )
 
 

@@ -13,6 +13,7 @@ from vlm.config import Loss
 from vlm.errors import ConfigError, ShardingError
 from vlm.losses import sigmoid, softmax
 from vlm.losses.ring import Ring
+from vlm.sharding import explicit_mesh, leading_axes, manual_axes, under_auto_axes, varying_axes
 
 
 class RingLoss(NamedTuple):
@@ -55,12 +56,15 @@ def contrastive_loss(
         logit_bias: added to every logit; None for no bias.
         groups: an integer for each pair, such as its class; pairs of the same group are not
             negatives of each other. None: all other pairs are negatives.
-        mesh: None for one device; other axes than `batch_axes` hold replicas.
+        mesh: None for one device, or for the mesh and the axes of the rows in the embeddings' type
+            if these axes are Explicit; other axes than `batch_axes` hold replicas. Inside a
+            `jax.shard_map` over `batch_axes`, arrays are the local rows and the loss is global.
         tile: upper bound on the side of a tile; None chooses one.
 
     Raises:
         ConfigError: unknown kind, tile below 1, no pairs, or embeddings whose shapes differ.
-        ShardingError: the mesh has none of `batch_axes`, or they do not divide the batch.
+        ShardingError: the mesh has none of `batch_axes`, or they do not divide the batch; or a
+            surrounding `jax.shard_map` has not all of them, or `check_vma=False`.
 
     Source: arXiv:2103.00020 and arXiv:2303.15343.
 
@@ -73,8 +77,19 @@ def contrastive_loss(
     """
     if kind not in LOSSES:
         raise ConfigError(f"there is no {kind!r} loss: choose one of {', '.join(LOSSES)}")
+    mesh, batch_axes = placement(z_image, mesh, batch_axes)
     ring = ring_of(z_image, z_text, mesh, batch_axes, tile)
     return ring_loss(LOSSES[kind], mesh, ring, z_image, z_text, logit_scale, logit_bias, groups)
+
+
+def placement(
+    rows: Array, mesh: Mesh | AbstractMesh | None, batch_axes: tuple[str, ...]
+) -> tuple[Mesh | AbstractMesh | None, tuple[str, ...]]:
+    """Return the mesh and the axes of rows: by default, those of the array's type if Explicit."""
+    if mesh is not None or (mesh := explicit_mesh(rows)) is None:
+        return mesh, batch_axes
+    (axes,) = leading_axes(rows)
+    return (None, ()) if axes is None else (mesh, axes if isinstance(axes, tuple) else (axes,))
 
 
 def ring_of(
@@ -107,7 +122,14 @@ def ring_of(
                 f"the mesh has axes {mesh.axis_names} and none of batch_axes {batch_axes}: name "
                 "the axes that the batch is sharded over"
             )
-        if len(z_image) % devices:
+        if manual := manual_axes() & set(axes):
+            if not varying_axes(z_image) >= set(axes):
+                raise ShardingError(
+                    f"the loss is over mesh axes {axes}, in a jax.shard_map over {sorted(manual)}, "
+                    f"and its rows vary over {sorted(varying_axes(z_image))}: shard them over all "
+                    "of these axes, with check_vma=True"
+                )
+        elif len(z_image) % devices:
             raise ShardingError(
                 f"a batch of {len(z_image)} does not divide over the {devices} devices of mesh "
                 f"axes {axes}: choose a multiple of {devices}"
@@ -129,9 +151,20 @@ def tile_side(platform: str) -> int:
     return 1024 if platform == "cpu" else 4096
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def ring_loss(loss: RingLoss, mesh, ring: Ring, *inputs):
     """Compute a loss of global arrays; rows of arrays are sharded, numbers are replicated."""
+    explicit = explicit_mesh(inputs) is not None
+
+    @under_auto_axes(PartitionSpec())
+    def run(*inputs):
+        auto = jax.sharding.get_abstract_mesh() if explicit and mesh is not None else mesh
+        return _ring_loss(loss, auto, ring, *inputs)
+
+    return run(*inputs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _ring_loss(loss: RingLoss, mesh, ring: Ring, *inputs):
     return _on_mesh(loss.value, mesh, ring, _specs(ring, inputs), PartitionSpec())(*inputs)
 
 
@@ -153,13 +186,13 @@ def _backward(loss, mesh, ring, gradients, factor):
     return jax.tree.map(lambda g: (factor * g).astype(g.dtype), gradients)
 
 
-ring_loss.defvjp(_forward, _backward)
+_ring_loss.defvjp(_forward, _backward)
 
 
 def _on_mesh(function, mesh, ring, in_specs, out_specs):
     """Run `function(ring, *inputs)` on each device's rows."""
     function = functools.partial(function, ring)
-    if mesh is None:
+    if mesh is None or manual_axes() & set(ring.axes):
         return function
     # Results are replicated over unused axes by construction. The check is off because it needs
     # annotations on loop carries that differ between JAX versions.

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
 from vlm.errors import ConfigError
-from vlm.losses.contrastive import RingLoss, ring_loss, ring_of
+from vlm.losses.contrastive import RingLoss, placement, ring_loss, ring_of
 from vlm.losses.ring import MASKED_LOGIT, Ring, add, dot, dot_pairs, pull_back
 from vlm.losses.softmax import Statistics
 from vlm.losses.softmax import merge as merge_statistics
@@ -67,6 +67,7 @@ def relational_loss(
             f"the teacher's embeddings {teacher_image.shape} and {teacher_text.shape} must be a "
             f"row for each of the student's {len(z_image)} pairs"
         )
+    mesh, batch_axes = placement(z_image, mesh, batch_axes)
     ring = ring_of(z_image, z_text, mesh, batch_axes, tile)
     student, teacher = (z_image, z_text, logit_scale), (teacher_image, teacher_text, teacher_scale)
     return ring_loss(_LOSS, mesh, ring, *student, *teacher)

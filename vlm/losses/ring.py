@@ -24,6 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from vlm.sharding import varying_like
+
 # Logit of a masked pair. Finite, so that the difference of two is not NaN.
 MASKED_LOGIT = jnp.finfo(jnp.float32).min
 
@@ -64,6 +66,7 @@ class Ring:
         Returns:
             the merged sums of the local images and of the local texts.
         """
+        empty = varying_like(empty, images, texts)
         b = jax.tree.leaves(images)[0].shape[0]
         count = -(-b // self.tile)
         t = -(-b // count)

@@ -10,11 +10,14 @@ so one pass over the tiles gives the loss and the gradients: one trip around the
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from vlm.losses.ring import Ring, add, at_least_float32, dot, dot_pairs, mask_same_group, pull_back
+from vlm.sharding import under_auto_axes
 
 
+@under_auto_axes(PartitionSpec())
 def sigmoid_loss(
     z_image: Float[Array, "b d"],
     z_text: Float[Array, "b d"],

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from vlm.losses.ring import (
@@ -32,8 +33,10 @@ from vlm.losses.ring import (
     mask_same_group,
     pull_back,
 )
+from vlm.sharding import under_auto_axes
 
 
+@under_auto_axes(PartitionSpec())
 def softmax_loss(
     z_image: Float[Array, "b d"],
     z_text: Float[Array, "b d"],

@@ -48,6 +48,7 @@ def _call(
     rows = leading_axes(arrays)
     changes = {} if intermediates is None else dict(intermediates.changes)
 
+    @under_auto_axes((rows, rows, jax.P(None, *rows)))
     def run(state, arrays, changes):
         values = [arrays.get(i, x) for i, x in enumerate(leaves)]
         arguments, options = jax.tree.unflatten(structure, values)
@@ -58,8 +59,7 @@ def _call(
         stacked = {name: found.pop(name) for name in tuple(found) if "blocks/" in name}
         return result, found, stacked  # stacked ones have a leading layer axis
 
-    specs = rows, rows, jax.P(None, *rows)
-    result, *found = under_auto_axes(run, specs)(state, arrays, changes)
+    result, *found = run(state, arrays, changes)
     if intermediates is not None:
         intermediates.found.update(found[0] | found[1])
     return result
