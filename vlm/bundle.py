@@ -6,6 +6,7 @@ is saved without its base model, and loads together with it.
 """
 
 import collections
+import copy
 import functools
 import itertools
 import math
@@ -13,10 +14,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Float32, Int32, UInt8
 
 from vlm.config import LOSS_SCORES, AdapterConfig, ModelConfig
@@ -31,7 +33,7 @@ from vlm.models.dual_encoder import DualEncoder
 from vlm.models.text import shortened
 from vlm.nn.naflex import Patches
 from vlm.paths import keep_compiled_programs
-from vlm.sharding import replicated, shardings, to_host
+from vlm.sharding import place_padded, replicated, shardings, to_host
 from vlm.weights import bundle_format, instantiate
 from vlm.weights.adapter import AdapterOrigin, SavedAdapter, write_adapter
 from vlm.weights.fingerprint import fingerprint_of, fingerprint_of_arrays
@@ -48,7 +50,7 @@ class Bundle(FactSheet):
 
     Compiles once per shape: batches are padded to a power of two, and texts of a causal tower to a
     few lengths; results have no padding. A model with parameters on a mesh shards its batches over
-    that mesh.
+    that mesh. A bundle that was pickled has its parameters on the default device.
 
     Raises:
         ConfigError: the three parts do not match.
@@ -279,16 +281,31 @@ class Bundle(FactSheet):
 
     push_to_hub = push_to_hub
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave compiled programs out, and gather parameters as NumPy arrays, from a mesh too."""
+        compiled = ("_split", "_mesh", "_image_program", "_text_program")
+        rest = {name: value for name, value in self.__dict__.items() if name not in compiled}
+        return rest | {"model": (self._split[0], jax.tree.map(to_host, self._split[1]))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        graph, parameters = state["model"]
+        model = nnx.merge(graph, jax.tree.map(jnp.asarray, parameters))
+        self.__dict__.update(state | {"model": model})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Bundle":
+        other = self.with_parameters(self._split[1])  # arrays are immutable, and stay on a mesh
+        other.preprocess, other.tokenizer = copy.deepcopy((self.preprocess, self.tokenizer))
+        other.fingerprint, other.source, other.adapter = self.fingerprint, self.source, self.adapter
+        return other
+
     @functools.cached_property
     def _split(self):
         return nnx.split(self.model)
 
     @functools.cached_property
     def _mesh(self) -> Mesh | None:
-        for leaf in jax.tree.leaves(self._split[1]):
-            if isinstance(mesh := getattr(leaf.sharding, "mesh", None), Mesh) and mesh.size > 1:
-                return mesh
-        return None
+        meshes = (getattr(x.sharding, "mesh", None) for x in jax.tree.leaves(self._split[1]))
+        return next((mesh for mesh in meshes if isinstance(mesh, Mesh) and mesh.size > 1), None)
 
     @functools.cached_property
     def _image_program(self):
@@ -320,28 +337,13 @@ class Bundle(FactSheet):
 
         for rows in batches:
             count = len(rows.mask if isinstance(rows, Patches) else rows)
-            z = program(self._split[1], self._place(rows, count, size))
+            z = program(self._split[1], place_padded(rows, count, size, self._mesh))
             running.append((z, count))
             if len(running) > 1:
                 fetch()
         while running:
             fetch()
         return np.concatenate(parts)
-
-    def _place(self, rows: np.ndarray | Patches, count: int, size: int):
-        """Pad `rows` to a compiled batch size, and place them on the devices."""
-        padded = min(1 << (count - 1).bit_length(), size)
-        sizes = {} if self._mesh is None else dict(self._mesh.shape)
-        axes = tuple(name for name in sizes if name != "tensor")
-        shards = math.prod(sizes[name] for name in axes)
-        padded = -(-padded // shards) * shards
-        # Padding repeats the last row, because zeros may be invalid inputs.
-        if padded > count:
-            spread = np.minimum(np.arange(padded), count - 1)
-            rows = jax.tree.map(lambda x: x[spread], rows)
-        if self._mesh is None:
-            return rows
-        return jax.device_put(rows, NamedSharding(self._mesh, PartitionSpec(axes)))
 
     def _check_tower(self, tower: nnx.Module | None, name: str) -> None:
         if tower is None:

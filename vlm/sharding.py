@@ -355,6 +355,19 @@ def global_batch(batch: dict[str, Any], mesh: Mesh | AbstractMesh) -> dict[str, 
     )
 
 
+def place_padded(rows: Any, count: int, size: int, mesh: Mesh | None) -> Any:
+    """Pad a batch of `count` rows to a power of two up to `size`, and shard it over a mesh."""
+    sizes = {} if mesh is None else dict(mesh.shape)
+    axes = tuple(name for name in sizes if name != "tensor")
+    shards = math.prod(sizes[name] for name in axes)
+    padded = -(-min(1 << (count - 1).bit_length(), size) // shards) * shards
+    # Padding repeats the last row, because zeros may be invalid inputs.
+    if padded > count:
+        spread = np.minimum(np.arange(padded), count - 1)
+        rows = jax.tree.map(lambda x: x[spread], rows)
+    return rows if mesh is None else jax.device_put(rows, NamedSharding(mesh, P(axes)))
+
+
 def to_host(array: jax.Array) -> np.ndarray:
     """Copy an array to the host, including shards on other hosts."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:

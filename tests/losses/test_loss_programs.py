@@ -8,8 +8,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vlm.errors import ShardingError
-from vlm.losses import cached_value_and_grad, contrastive_loss, relational_loss
-from vlm.losses import sigmoid_loss, softmax_loss
+from vlm.losses import (
+    cached_value_and_grad,
+    contrastive_loss,
+    relational_loss,
+    sigmoid_loss,
+    softmax_loss,
+)
 from vlm.losses.cached import split_batch
 
 B, WIDTH = 24, 8

@@ -73,6 +73,13 @@ class PromptedClassifier(ImageClassifier):
         self._encode = prompt_encoder(model)
         self.z_labels = self._embed(context[None])[0] if z_labels is None else z_labels
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_encode"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._encode = prompt_encoder(self.model)
+
     def logits(self, z_image: Float[Embeddings, "n d"]) -> Float[Embeddings, "n m"]:
         """Compute the logits of embeddings over the labels.
 

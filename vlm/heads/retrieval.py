@@ -287,6 +287,9 @@ class RetrievalIndex:
             allowed &= matching(items.columns, len(items.ids), where)
         return self._nearest(z, k, allowed, -np.inf)[0]
 
+    def __getstate__(self) -> dict[str, Any]:  # a copy or a pickled index searches on the host
+        return self.__dict__ | {"_searcher": None, "_make_searcher": None}
+
     def place(self, mesh: Mesh | None, approximate: bool = False) -> None:
         """Search on the devices of a mesh from now on; None: on the host again.
 
@@ -295,10 +298,8 @@ class RetrievalIndex:
         """
         from vlm.heads.device_search import DeviceSearch
 
-        if mesh is None:
-            self.search_with(None)
-        else:
-            self.search_with(functools.partial(DeviceSearch, mesh=mesh, approximate=approximate))
+        options: dict[str, Any] = {"mesh": mesh, "approximate": approximate}
+        self.search_with(None if mesh is None else functools.partial(DeviceSearch, **options))
 
     def search_with(self, make: Callable[[list[np.ndarray]], Searcher] | None) -> None:
         """Search with a searcher that `make` builds from the rows, as `vlm.heads.faiss_search`.

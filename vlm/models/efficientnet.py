@@ -105,7 +105,7 @@ class InvertedBottleneck(nnx.Module):
         self.conv_norm = FrozenBatchNorm(inside, eps=norm_eps)
         # Relative to the block's input, not to the expanded width.
         hidden = max(1, int(inputs * squeeze))
-        self.squeeze = Squeeze(inside, hidden, act=jax.nn.silu, **options)
+        self.squeeze = Squeeze(inside, hidden, act="silu", **options)
         self.project = Linear(inside, s.width, use_bias=False, **options)
         self.project_norm = FrozenBatchNorm(s.width, eps=norm_eps)
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -79,13 +79,16 @@ class FrozenBatchNorm(nnx.Module):
 class Squeeze(nnx.Module):
     """Squeeze-and-excitation: channel weights from the image mean (arXiv:1709.01507)."""
 
-    def __init__(self, width: int, hidden: int, *, act: Callable = jax.nn.relu, **options: Any):
+    def __init__(
+        self, width: int, hidden: int, *, act: Literal["relu", "silu"] = "relu", **options: Any
+    ):
         self.down = Linear(width, hidden, **options)
         self.up = Linear(hidden, width, **options)
-        self.act = act
+        self.act: Literal["relu", "silu"] = act  # a name can be pickled
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        weights = jax.nn.sigmoid(self.up(self.act(self.down(x.mean((1, 2))))))
+        act = {"relu": jax.nn.relu, "silu": jax.nn.silu}[self.act]
+        weights = jax.nn.sigmoid(self.up(act(self.down(x.mean((1, 2))))))
         return x * weights[:, None, None]
 
 
