@@ -4,7 +4,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from vlm.errors import ShardingError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # a batch is sharded over both
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 OUTPUTS, INPUTS = ("query", "key", "value", "up"), ("out", "down")
 # Dimension of a parameter that is sharded over `tensor`, by the last two names of its path (three
@@ -222,27 +224,24 @@ def leading_axes(tree: Any) -> P:
     return P(next((spec[0] for spec in specs if spec and spec[0] is not None), None))
 
 
-def under_auto_axes(specs: Any) -> Callable[[Callable], Callable]:
+def under_auto_axes(specs: Any) -> Callable[[Function], Function]:
     """Decorate a function of arrays to run with Explicit mesh axes as Auto ones.
 
     XLA's partitioner then shards it; results get the sharding `specs`. Without Explicit axes this
     changes nothing.
     """
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def call(*arguments: Any, **options: Any) -> Any:
             mesh = explicit_mesh((arguments, options))
             if mesh is None:
                 return function(*arguments, **options)
             out = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-            return jax.sharding.auto_axes(
-                lambda arguments, options: function(*arguments, **options),
-                axes=_axes(mesh, AxisType.Explicit),
-                out_sharding=out,
-            )(arguments, options)
+            make = jax.sharding.auto_axes(axes=_axes(mesh, AxisType.Explicit), out_sharding=out)
+            return make(lambda a, o: function(*a, **o))(arguments, options)
 
-        return call
+        return cast(Function, call)
 
     return decorate
 

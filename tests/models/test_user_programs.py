@@ -28,6 +28,7 @@ from vlm.models import DualEncoder, adapters, vision_tower
 from vlm.models.text import TextTower
 from vlm.nn import Attention, ConvStem, Execution, MapPool, Mlp, Patches, QueryPool
 from vlm.nn.intermediates import Intermediates
+from vlm.nn.lora import AdapterParam
 
 B, EMBED = 8, 8
 BLOCKS = {"width": 16, "depth": 2, "heads": 2, "mlp_dim": 32}
@@ -79,13 +80,14 @@ def inputs(name):
     if isinstance(TOWERS[name], TextConfig):
         tokens = rng.integers(4, 48, (B, 8)).astype(np.int32)
         tokens[:, 5:] = 3, 0, 0
-        return tokens
+        return jnp.asarray(tokens)
     if name == "naflex":
         grid = rng.dirichlet(np.ones(2), (2, B, 6)).astype(np.float32)
         mask = np.arange(6) < rng.integers(3, 7, (B, 1))
-        return Patches(rng.normal(size=(B, 6, 64, 3)).astype(np.float32), *grid, mask)
+        arrays = rng.normal(size=(B, 6, 64, 3)).astype(np.float32), *grid, mask
+        return Patches(*map(jnp.asarray, arrays))
     size = TOWERS[name].image_size
-    return rng.normal(size=(B, size, size, 3)).astype(np.float32)
+    return jnp.asarray(rng.normal(size=(B, size, size, 3)), jnp.float32)
 
 
 KEYS = jax.random.split(jax.random.key(1), B)
@@ -218,7 +220,7 @@ def test_intermediates_on_explicit_axes(name):
 @pytest.mark.slow
 def test_layers_on_explicit_axes():
     mesh, options = explicit(), {"dtype": jnp.float32, "rngs": nnx.Rngs(0)}
-    x, images = np.ones((B, 5, 16), np.float32), np.ones((B, 8, 8, 3), np.float32)
+    x, images = jnp.ones((B, 5, 16)), jnp.ones((B, 8, 8, 3))
     layers = [
         (Attention(16, 2, **options), x),
         (Mlp(16, 32, "gelu", **options), x),
@@ -248,10 +250,10 @@ def pair_loss(model, images, tokens, mesh=None):
 def test_a_dual_encoder_with_its_loss_on_explicit_axes(adapter):
     mesh, model = explicit(), DualEncoder(MODEL, rngs=nnx.Rngs(0))
     if adapter is not None:
-        quantize = "int8" if adapter == "int8" else "none"
-        config = AdapterConfig(rank=2, dora=adapter == "dora", quantize=quantize)
+        options = {"lora": {}, "dora": {"dora": True}, "int8": {"quantize": "int8"}}[adapter]
+        config = AdapterConfig(rank=2, **options)
         model = adapters.prepared(model, config, 0)
-    graph, trained, rest = nnx.split(model, adapters.AdapterParam if adapter else nnx.Param, ...)
+    graph, trained, rest = nnx.split(model, AdapterParam if adapter else nnx.Param, ...)
 
     def loss(trained, rest, images, tokens):
         return pair_loss(nnx.merge(graph, trained, rest), images, tokens)

@@ -5,6 +5,7 @@ tile of products. One all-gather then collects the top k of every device, and th
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,13 @@ from jaxtyping import Bool, Float
 from vlm.errors import ConfigError
 
 TILE = 1 << 14  # rows multiplied at once on a device
+
+
+def searcher_on(mesh: Mesh | None, approximate: bool) -> Callable[..., "DeviceSearch"] | None:
+    """Return what makes a searcher of rows on a mesh; None for None."""
+    if mesh is None:
+        return None
+    return functools.partial(DeviceSearch, mesh=mesh, approximate=approximate)
 
 
 class DeviceSearch:

@@ -77,8 +77,7 @@ class PromptedClassifier(ImageClassifier):
         return {name: value for name, value in self.__dict__.items() if name != "_encode"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._encode = prompt_encoder(self.model)
+        vars(self).update(state, _encode=prompt_encoder(state["model"]))
 
     def logits(self, z_image: Float[Embeddings, "n d"]) -> Float[Embeddings, "n m"]:
         """Compute the logits of embeddings over the labels.

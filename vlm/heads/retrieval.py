@@ -1,6 +1,5 @@
 """Retrieval: a nearest-neighbour index over embeddings, with exact search, stored on disk."""
 
-import functools
 import itertools
 import logging
 import os
@@ -296,10 +295,9 @@ class RetrievalIndex:
         Each device holds one shard of the rows; the results are the same. With `approximate` a TPU
         uses `approx_max_k`, which may miss a few.
         """
-        from vlm.heads.device_search import DeviceSearch
+        from vlm.heads.device_search import searcher_on
 
-        options: dict[str, Any] = {"mesh": mesh, "approximate": approximate}
-        self.search_with(None if mesh is None else functools.partial(DeviceSearch, **options))
+        self.search_with(searcher_on(mesh, approximate))
 
     def search_with(self, make: Callable[[list[np.ndarray]], Searcher] | None) -> None:
         """Search with a searcher that `make` builds from the rows, as `vlm.heads.faiss_search`.

@@ -7,7 +7,7 @@ of its result. A tower leaves that to XLA's partitioner: during its call, the ax
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -16,10 +16,10 @@ from flax import nnx
 from vlm.nn.intermediates import Intermediates
 from vlm.sharding import explicit_mesh, leading_axes, under_auto_axes
 
-Parameters, Result = ParamSpec("Parameters"), TypeVar("Result")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def auto_axes(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+def auto_axes(method: Method) -> Method:
     """Decorate a module's method to run with Explicit mesh axes as Auto ones.
 
     Rows (the leading axis) of its result are sharded like those of its arguments. Without Explicit
@@ -27,12 +27,12 @@ def auto_axes(method: Callable[Parameters, Result]) -> Callable[Parameters, Resu
     """
 
     @functools.wraps(method)
-    def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+    def call(*arguments: Any, **options: Any) -> Any:
         if explicit_mesh((arguments, options)) is None:
             return method(*arguments, **options)
         return _call(method, *arguments, **options)
 
-    return call
+    return cast(Method, call)
 
 
 def _call(
