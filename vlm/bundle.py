@@ -6,7 +6,6 @@ is saved without its base model, and loads together with it.
 """
 
 import collections
-import copy
 import functools
 import itertools
 import math
@@ -289,12 +288,11 @@ class Bundle(FactSheet):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         graph, parameters = state["model"]
-        model = nnx.merge(graph, jax.tree.map(jnp.asarray, parameters))
-        self.__dict__.update(state | {"model": model})
+        state["model"] = nnx.merge(graph, jax.tree.map(jnp.asarray, parameters))
+        vars(self).update(state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Bundle":
-        other = self.with_parameters(self._split[1])  # arrays are immutable, and stay on a mesh
-        other.preprocess, other.tokenizer = copy.deepcopy((self.preprocess, self.tokenizer))
+        other = self.with_parameters(self._split[1])  # arrays, which stay on a mesh, are immutable
         other.fingerprint, other.source, other.adapter = self.fingerprint, self.source, self.adapter
         return other
 
