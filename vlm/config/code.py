@@ -338,7 +338,7 @@ def _source_hash(value: Any) -> str:
         name = waiting.pop()
         if name in seen or name not in defined:
             continue
-        seen[name] = "\n".join(ast.dump(statement) for statement in defined[name])
+        seen[name] = "\n".join(ast.unparse(statement) for statement in defined[name])
         used = (n for statement in defined[name] for n in ast.walk(statement))
         waiting += [node.id for node in used if isinstance(node, ast.Name)]
     text = "\n".join(f"{name}: {seen[name]}" for name in sorted(seen))

@@ -185,108 +185,103 @@ class steps(Iterator[tuple[TrainState, dict[str, jax.Array]]]):
                 finish=supervision.add_targets,
             )
             evaluations = self._evaluations = Evaluations(experiment, trainer, tokenizer)
+            callbacks = RunCallbacks(run)
 
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(contextlib.closing(batches))
-            checkpoints = stack.enter_context(
-                Checkpoints(run.checkpoints, experiment.keep_checkpoints, experiment.keep_hours)
-            )
-            with run.starting(), timed("making the state"):
-                state = start(run, trainer, batches, checkpoints, supervision.classes, length)
-            step, total = int(state.step), int(state.total_steps)
-            run.record_start(step, total)
-            checkpoint_schedule = CheckpointSchedule(experiment, step, total)
-            report_start(run, trainer, state, batches, evaluations)
+        with BucketSync(run.folder) as bucket_sync, callbacks:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(contextlib.closing(batches))
+                checkpoints = stack.enter_context(
+                    Checkpoints(run.checkpoints, experiment.keep_checkpoints, experiment.keep_hours)
+                )
+                with run.starting(), timed("making the state"):
+                    state = start(run, trainer, batches, checkpoints, supervision.classes, length)
+                step, total = int(state.step), int(state.total_steps)
+                run.record_start(step, total)
+                checkpoint_schedule = CheckpointSchedule(experiment, step, total)
+                report_start(run, trainer, state, batches, evaluations)
 
-            bucket_sync = stack.enter_context(BucketSync(run.folder))
-            interrupted = stack.enter_context(Interrupted())
-            callbacks = RunCallbacks(run, bucket_sync, step, total, interrupted.request)
-            logs = Logs(
-                run,
-                bucket_sync,
-                timed,
-                first_step=step,
-                total_steps=total,
-                supervision=trainer.supervision,
-                samples=batches.bad,
-                callbacks=callbacks,
-            )
-            stack.enter_context(logs)
-            profiler = stack.enter_context(StepProfiler(bucket_sync, experiment.profile))
+                interrupted = stack.enter_context(Interrupted())
+                with run.starting():
+                    callbacks.start(bucket_sync, step, total, interrupted.request)
+                logs = Logs(
+                    run,
+                    bucket_sync,
+                    timed,
+                    first_step=step,
+                    total_steps=total,
+                    supervision=trainer.supervision,
+                    samples=batches.bad,
+                    callbacks=callbacks,
+                )
+                stack.enter_context(logs)
+                profiler = stack.enter_context(StepProfiler(bucket_sync, experiment.profile))
 
-            def save() -> None:
-                logs.flush()
-                with timed("writing a checkpoint"):
-                    bucket_sync.copy()  # a run resumed from here has its log up to here
-                    checkpoints.save(step, trainer.checkpoint_state(state), batches.get_state())
+                def save() -> None:
+                    logs.flush()
+                    with timed("writing a checkpoint"):
+                        bucket_sync.copy()  # a run resumed from here has its log up to here
+                        checkpoints.save(step, trainer.checkpoint_state(state), batches.get_state())
 
-            def evaluate() -> None:
-                logs.flush()
-                with timed("evaluating"):
-                    try:
-                        metrics = evaluations.metrics(state)
-                    except TrainingError:  # of an evaluation of the user
+                def evaluate() -> None:
+                    logs.flush()
+                    with timed("evaluating"):
+                        try:
+                            metrics = evaluations.metrics(state)
+                        except TrainingError:  # of an evaluation of the user
+                            save()
+                            raise
+                        logs.write({"step": step} | {f"eval/{k}": v for k, v in metrics.items()})
+                    logs.restart_clock()
+
+                closed = False
+                if evaluations and step == 0 and experiment.init_from is not None:
+                    evaluate()  # baseline before training
+                while step < total and not interrupted.at(step):
+                    profiler.before(step, state)
+                    with timed(DATA):
+                        batch = trainer.place(next(batches))
+                    with timed(STEP):
+                        train_step = trainer.step_at(image_size_at(experiment, step, total))
+                        state, metrics = train_step(state, batch)
+                    step += 1
+                    with timed(DEVICE):
+                        logs.step(step, metrics)
+
+                    if evaluations and is_scheduled(step, total, experiment.eval_every):
+                        evaluate()
+                    logs.write(*checkpoints.finished())
+                    if checkpoint_schedule.is_scheduled(step, checkpoints.writing):
                         save()
-                        raise
-                    logs.write({"step": step} | {f"eval/{k}": v for k, v in metrics.items()})
-                logs.restart_clock()
-
-            callbacks.start()
-            closed = False
-            if evaluations and step == 0 and experiment.init_from is not None:
-                evaluate()  # baseline before training
-            while step < total and not interrupted.at(step):
-                profiler.before(step, state)
-                with timed(DATA):
-                    batch = trainer.place(next(batches))
-                with timed(STEP):
-                    train_step = trainer.step_at(image_size_at(experiment, step, total))
-                    state, metrics = train_step(state, batch)
-                step += 1
-                with timed(DEVICE):
-                    logs.step(step, metrics)
-
-                if evaluations and is_scheduled(step, total, experiment.eval_every):
-                    evaluate()
-                logs.write(*checkpoints.finished())
-                if checkpoint_schedule.is_scheduled(step, checkpoints.writing):
-                    save()
-                timed.step = step
-                if not closed:
-                    try:
-                        with timed("in the body of the loop"):
-                            yield state, metrics
-                    except GeneratorExit:  # `close`
-                        closed = True
-                        interrupted.request()
+                    timed.step = step
+                    if not closed:
+                        try:
+                            with timed("in the body of the loop"):
+                                yield state, metrics
+                        except GeneratorExit:  # `close`
+                            closed = True
+                            interrupted.request()
+                if step < total:
+                    log.info(interrupted.announce(step, checkpoints.seconds, checkpoints.newest))
+                save()
+                with timed("waiting for the last checkpoint"):
+                    checkpoints.wait()
+                    logs.write(*checkpoints.finished())
+            log.info(timed.summary())
+            if bad_samples := batches.bad.report():
+                log.warning(bad_samples)
+            results: dict[str, float] = {}
             if step < total:
-                log.info(interrupted.announce(step, checkpoints.seconds, checkpoints.newest))
-            save()
-            with timed("waiting for the last checkpoint"):
-                checkpoints.wait()
-                logs.write(*checkpoints.finished())
-        log.info(timed.summary())
-        if bad_samples := batches.bad.report():
-            log.warning(bad_samples)
-        results: dict[str, float] = {}
-        if step < total:
-            log.info(f"stopped at step {step}; resume with `vlm train --resume {run.folder}`")
-        else:
-            _check_skipped(int(state.skipped), total)
-            with timed("writing the bundle"):
-                bundle = run.export(trainer, state, tokenizer)
-                supervision.save_head(run, trainer, state)
-            if evaluations:
+                log.info(f"stopped at step {step}; resume with `vlm train --resume {run.folder}`")
+            else:
+                _check_skipped(int(state.skipped), total)
+                with timed("writing the bundle"):
+                    bundle = run.export(trainer, state, tokenizer)
+                    supervision.save_head(run, trainer, state)
                 with timed("evaluating"):
-                    source = credits(experiment.data)
-                    report, results = finish(run, evaluations, state, bundle, source)
-                if report.results:  # none if all evaluations are the user's
-                    log.info(as_text(report))
-                if evaluations.held_out is not None:
-                    log.info(f"report {run.folder / 'report.html'}")
-        callbacks.end(results, finished=step == total)
-        self.result = TrainingResult(run.folder, step, total, results)
-        callbacks.check()
+                    results = _evaluate_at_the_end(run, evaluations, state, bundle)
+            callbacks.end(results, finished=step == total)
+            self.result = TrainingResult(run.folder, step, total, results)
+            callbacks.check()
 
 
 def _open(
@@ -308,6 +303,20 @@ def _open(
 
 def _with_splits(experiment: Experiment) -> Experiment:
     return dataclasses.replace(experiment, data=with_own_splits(experiment.data))
+
+
+def _evaluate_at_the_end(
+    run: Run, evaluations: Evaluations, state: TrainState, bundle: Bundle
+) -> dict[str, float]:
+    """Write and log the report of a finished run; return its metrics."""
+    if not evaluations:
+        return {}
+    report, results = finish(run, evaluations, state, bundle, credits(run.experiment.data))
+    if report.results:  # none if all evaluations are the user's
+        log.info(as_text(report))
+    if evaluations.held_out is not None:
+        log.info(f"report {run.folder / 'report.html'}")
+    return results
 
 
 def _check_skipped(skipped: int, total: int) -> None:

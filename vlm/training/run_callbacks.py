@@ -16,30 +16,40 @@ from vlm.training.run import Run
 class RunCallbacks:
     """The callbacks of an experiment, and a live display in a notebook.
 
-    A callback that raises is not called again; `stop` is called, so that the run saves a checkpoint
-    and ends, and `check` raises at its end.
+    A callback that raises is not called again, the run is stopped with a checkpoint, and `check`
+    raises at its end. As a context, it calls `on_end` of a run that failed.
 
     Raises:
         ConfigError: something in `callbacks` is no callback.
     """
 
-    def __init__(self, run: Run, sync: BucketSync, step: int, total: int, stop: Callable[[], None]):
+    def __init__(self, run: Run):
         e = run.experiment
         self._callbacks = [_callback(code) for code in e.callbacks]
         if in_notebook() and not any(isinstance(c, Live) for c in self._callbacks):
             self._callbacks.append(Live())
         if jax.process_index() != 0:
             self._callbacks = []
-        local, config = pathlib.Path(sync.local), to_dict(e)
-        self._info = RunInfo(run.folder, local, config, step, total, run.resumed)
-        self._stop, self._failure = stop, ""
+        self._run = run
+        self._info: RunInfo | None = None  # of a run that has started and not ended
+        self._failure = ""
 
-    def start(self) -> None:
-        """Call `on_start`.
+    def __enter__(self) -> "RunCallbacks":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.end({}, finished=False)  # the run failed
+
+    def start(self, sync: BucketSync, step: int, total: int, stop: Callable[[], None]) -> None:
+        """Call `on_start`; `stop` is called once a callback has failed.
 
         Raises:
             TrainingError: a callback failed.
         """
+        run, local = self._run, pathlib.Path(sync.local)
+        config = to_dict(run.experiment)
+        self._info = RunInfo(run.folder, local, config, step, total, run.resumed)
+        self._stop = stop
         self._call("on_start", self._info)
         self.check()
 
@@ -55,8 +65,10 @@ class RunCallbacks:
             self._call("on_checkpoint", step, metrics)
 
     def end(self, results: Mapping[str, float], finished: bool) -> None:
-        """Call `on_end`."""
-        self._call("on_end", self._info, results, finished)
+        """Call `on_end`, once."""
+        if self._info is not None:
+            info, self._info = self._info, None
+            self._call("on_end", info, results, finished)
 
     def check(self) -> None:
         """Raise a TrainingError if a callback failed."""
@@ -73,7 +85,7 @@ class RunCallbacks:
                 self._failure = self._failure or (
                     f"the callback {type(callback).__name__} failed in {method} with "
                     f"{type(error).__name__}: {reason}: fix it, and resume the run in "
-                    f"{self._info.folder}, whose checkpoints are kept"
+                    f"{self._run.folder}, whose checkpoints are kept"
                 )
                 self._stop()
 
