@@ -62,6 +62,8 @@ def place(tmp_path_factory):
             for kind in ("txt", "json"):
                 tar.add(folder / f"{i}.{kind}", f"{i}.{kind}")
     (folder / "names.txt").write_text("cat\ndog\n")
+    own_parts = (DOCS / "howto" / "own_parts.md").read_text()
+    (folder / "my_parts.py").write_text(blocks(own_parts, "python")[0])
     sizes = {"width": 16, "depth": 1, "heads": 2, "mlp_dim": 16, "projection": "linear"}
     vision = vlm.ViTConfig(
         image_size=16, patch_size=8, pool="class", pre_norm=True, patch_bias=False, **sizes

@@ -4,6 +4,7 @@ JAX's coordination service does the rendezvous. This module adds failure handlin
 dies, all others exit within a bounded time, with a message that names the dead process.
 """
 
+import atexit
 import contextlib
 import itertools
 import os
@@ -52,6 +53,9 @@ def start(
         _number(process_count, "JAX_NUM_PROCESSES"),
         _number(process_id, "JAX_PROCESS_ID"),
     )
+    # Registered before JAX's own handler, and so called after it: that one waits for all processes,
+    # which need the heartbeats of this one until then.
+    atexit.register(watch.stop)
     try:
         with _rendezvous_timeout(given[0] or "their coordinator", given[1] or "of them"):
             jax.distributed.initialize(*given, initialization_timeout=int(RENDEZVOUS_TIMEOUT) + 60)

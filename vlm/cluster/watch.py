@@ -32,11 +32,22 @@ def service() -> Any:
     return global_state.client
 
 
+_thread = threading.Thread(target=lambda: _watch(), name="vlm-watch", daemon=True)
+_over = threading.Event()  # the process ends
+
+
 def start() -> None:
     """Start the heartbeat thread of this process."""
-    threading.Thread(target=_watch, name="vlm-watch", daemon=True).start()
+    _thread.start()
     if jax.process_index() != 0:
         _start_death_reporter()
+
+
+def stop() -> None:
+    """Stop the heartbeat thread: inside JAX's client it would abort an interpreter that ends."""
+    _over.set()
+    if _thread.is_alive():
+        _thread.join(5 * PERIOD)
 
 
 def stop_all(error: Exception) -> None:
@@ -95,7 +106,8 @@ def _watch() -> None:
             print(f"vlm: {message}", file=sys.stderr, flush=True)
             _delay_exit_of_first()
             _exit()
-        time.sleep(PERIOD)
+        if _over.wait(PERIOD):
+            return
 
 
 def _missing(beats: dict[str, str], seen: dict[int, tuple[str, float]]) -> str | None:
