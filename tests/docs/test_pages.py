@@ -62,8 +62,8 @@ def place(tmp_path_factory):
             for kind in ("txt", "json"):
                 tar.add(folder / f"{i}.{kind}", f"{i}.{kind}")
     (folder / "names.txt").write_text("cat\ndog\n")
-    own_parts = (DOCS / "howto" / "own_parts.md").read_text()
-    (folder / "my_parts.py").write_text(blocks(own_parts, "python")[0])
+    own_parts = blocks((DOCS / "howto" / "own_parts.md").read_text(), "python")
+    (folder / "my_parts.py").write_text(own_parts[0])  # a config, too
     sizes = {"width": 16, "depth": 1, "heads": 2, "mlp_dim": 16, "projection": "linear"}
     vision = vlm.ViTConfig(
         image_size=16, patch_size=8, pool="class", pre_norm=True, patch_bias=False, **sizes

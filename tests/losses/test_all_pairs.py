@@ -1,5 +1,7 @@
 """`all_pairs`: sums over all pairs and their gradients, against the B x B matrix."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,3 +111,22 @@ def test_a_batch_that_does_not_divide_is_refused():
     x, y, _ = inputs(b=12)
     with pytest.raises(ShardingError, match="12 does not divide over the 8 devices"):
         all_pairs(lambda x, y, *_: x @ y.T, x, y, mesh=vlm.sharding.make_mesh(vlm.MeshConfig()))
+
+
+@pytest.mark.parametrize("reduce", ["sum", "logsumexp"])
+def test_on_explicit_axes_it_takes_the_mesh_of_its_arrays(reduce):
+    x, y, classes = inputs()
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+
+    def total(x, y, classes, sums):
+        of_image, of_text = sums((x, classes), (y, classes), (jnp.float32(0.7), jnp.float32(-0.3)))
+        return jnp.sum(of_image) + jnp.sum(of_text**2)
+
+    dense_sums = functools.partial(dense, reduce=reduce)
+    wanted = jax.value_and_grad(total, argnums=(0, 1))(x, y, classes, dense_sums)
+    sharded = jax.device_put((x, y, classes), rows)
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.value_and_grad(total, argnums=(0, 1)), static_argnums=3)
+        got = step(*sharded, functools.partial(all_pairs, values, reduce=reduce))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, wanted)

@@ -14,8 +14,9 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from vlm.errors import ConfigError, check_choice
-from vlm.losses.contrastive import ring_of
+from vlm.losses.contrastive import placement, ring_of
 from vlm.losses.ring import Hide, Ring, add
+from vlm.sharding import explicit_mesh, manual_axes, under_auto_axes
 
 Reduction = Literal["sum", "logsumexp"]
 Values = Callable[..., Float[Array, "m n"]]
@@ -44,8 +45,8 @@ def all_pairs(
             other, such as embeddings, or (embeddings, classes).
         parameters: tree of scalars, such as scale and bias of the logits.
         reduce: how values are reduced.
-        mesh: mesh of the run; None for one device.
-        batch_axes: mesh axes that the batch is sharded over.
+        mesh: mesh of the run; None for one device, or for that of arrays on Explicit axes.
+        batch_axes: mesh axes that the batch is sharded over, as in `contrastive_loss`.
         tile: upper bound on the side of a tile; None chooses one.
 
     Returns:
@@ -76,19 +77,30 @@ def all_pairs(
         raise ConfigError(
             "parameters of all_pairs must be scalars: apply larger ones to the embeddings before it"
         )
-    rows = jnp.zeros((len(leaves[0]), 1))
+    mesh, batch_axes = placement(leaves[0], mesh, batch_axes)
+    rows = next((x for x in leaves if x.ndim == 2), jnp.zeros((len(leaves[0]), 1)))
     ring = ring_of(rows, rows, mesh, batch_axes, tile)
     _check_values(values, images, texts, parameters)
     parameters = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), parameters)
-    return _reduced(values, reduce, mesh, ring, images, texts, parameters)
+    explicit = explicit_mesh((images, texts)) is not None
+
+    @under_auto_axes((PartitionSpec(ring.axes), PartitionSpec(ring.axes)))
+    def run(images, texts, parameters):
+        auto = jax.sharding.get_abstract_mesh() if explicit and mesh is not None else mesh
+        return _reduced(values, reduce, auto, ring, images, texts, parameters)
+
+    return run(images, texts, parameters)
 
 
 def _check_values(values: Values, images: Any, texts: Any, parameters: Any) -> None:
     """Raise a ConfigError unless `values` of 2 images and 3 texts is an array (2, 3)."""
-    few = [jax.tree.map(lambda x, n=n: x[:n], tree) for n, tree in ((2, images), (3, texts))]
-    sizes = tuple(len(jax.tree.leaves(tree)[0]) for tree in few)  # less in a smaller batch
-    paired = jax.ShapeDtypeStruct(sizes, bool)
-    found = jax.eval_shape(values, *few, paired, parameters)
+    sizes = 2, 3
+    few = [
+        jax.tree.map(lambda x, n=n: jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype), tree)
+        for n, tree in zip(sizes, (images, texts), strict=True)
+    ]
+    numbers = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.float32), parameters)
+    found = jax.eval_shape(values, *few, jax.ShapeDtypeStruct(sizes, bool), numbers)
     if getattr(found, "shape", None) != sizes:
         raise ConfigError(
             f"values of all_pairs returns {getattr(found, 'shape', type(found).__name__)} for "
@@ -123,7 +135,7 @@ _reduced.defvjp(_forward, _backward)
 def _on_mesh(trip, mesh, ring: Ring, images, texts, parameters, *, gradient: bool = False):
     """Run a trip around the ring on each device's rows."""
     trip = functools.partial(trip, ring)
-    if mesh is None:
+    if mesh is None or manual_axes() & set(ring.axes):
         return trip(images, texts, parameters)
     rows, number = PartitionSpec(ring.axes), PartitionSpec()
     out = (rows, rows, number) if gradient else (rows, rows)
