@@ -284,7 +284,7 @@ class Trainer:
         e, state = self.experiment, self.abstract_state
         patterns = {f"optimizer.{f}": dict(getattr(e.optimizer, f)) for f in ("rates", "decays")}
         check_patterns({"freeze": e.freeze, **patterns}, joined(state.params, state.frozen))
-        if not state.params:
+        if e.freeze and not state.params:
             raise ConfigError(f"freeze {e.freeze} leaves nothing to train: leave a pattern out")
 
     def checkpoint_state(self, state: TrainState) -> TrainState:
