@@ -25,7 +25,8 @@ def records(file: epath.Path) -> Iterator[Any]:
 
     The format is that of LevelDB's log: records are split into parts, which do not cross blocks.
     """
-    from wandb.proto.wandb_internal_pb2 import Record
+    # A module of protobuf makes its classes when it is imported.
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
     data, at, parts = file.read_bytes(), HEADER, b""
     while at + HEADER <= len(data):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import onnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
@@ -163,7 +164,7 @@ def _run(
 
     for eqn in jaxpr.eqns:
         kinds: list[Any] = [getattr(v.aval, "dtype", None) for v in eqn.outvars]
-        if any(jax.dtypes.issubdtype(kind, jax.dtypes.prng_key) for kind in kinds if kind):
+        if any(jnp.issubdtype(kind, jax.dtypes.prng_key) for kind in kinds if kind):
             raise CheckpointError(
                 "onnx export does not support random keys, which this model makes: choose stablehlo"
             )
