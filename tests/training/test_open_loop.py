@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ def test_callbacks_see_start_steps_evaluations_checkpoints_and_end(finished):
     calls = {name: [c[1] for c in recorder.calls if c[0] == name] for name, *_ in recorder.calls}
     assert calls["on_start"] == [0]
     assert calls["on_step"] == [2, 3, 4, 6]  # a row is closed before an evaluation
-    assert calls["on_eval"] == [3]
+    assert calls["on_eval"] == [3, 6]
     assert calls["on_checkpoint"] == [3, 6]
     step = next(c for c in recorder.calls if c[0] == "on_step")
     assert {"loss", "loss/softmax", "loss/closer", "learning_rate"} <= set(step[2])
@@ -117,19 +118,33 @@ def test_the_config_of_the_run_names_the_code_and_its_hash(finished):
 def test_a_loop_of_one_s_own_is_the_same_run(finished, tiny, tmp_path):
     result, _ = finished
     experiment = tiny(run_dir=str(tmp_path / "run"), **SMALL)
-    loop = vlm.steps(experiment, loss={"softmax": 1.0, closer: 0.5})
-    for state, metrics in loop:
-        assert math.isfinite(float(metrics["loss"]))
-        if int(state.step) == 4:
-            assert loop.bundle(state).encode_text("a").shape == (1, 16)
-            break
-    loop.close()
+    handler = signal.getsignal(signal.SIGINT)
+    with vlm.steps(experiment, loss={"softmax": 1.0, closer: 0.5}) as loop:
+        for state, metrics in loop:
+            assert math.isfinite(float(metrics["loss"]))
+            if int(state.step) == 4:
+                assert loop.bundle(state).encode_text("a").shape == (1, 16)
+                break
+    assert signal.getsignal(signal.SIGINT) is handler
     assert not loop.result.finished
     with pytest.raises(TrainingError, match="stopped at step 4 of 6 and has no bundle yet"):
         _ = loop.result.bundle
     again = vlm.train(resume=loop.result)
     assert again.finished
     np.testing.assert_array_equal(params_of(again), params_of(result))
+
+
+@pytest.mark.slow
+def test_an_error_in_the_body_ends_the_run_and_is_raised(tiny, tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
+    with (
+        pytest.raises(ZeroDivisionError),
+        vlm.steps(tiny(run_dir=str(tmp_path / "run"), **SMALL)) as loop,
+    ):
+        next(loop)
+        _ = 1 / 0
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert loop.result is None
 
 
 @pytest.mark.slow

@@ -83,6 +83,23 @@ def replicated(inputs):
     return cosines.mean()
 
 
+TABLE = np.linspace(0, 1, 16)
+
+
+def with_a_constant(inputs):
+    """NumPy arrays of the module are constants of the program."""
+    return jnp.mean(inputs.z_image * TABLE)
+
+
+def draws_from_numpy(inputs):
+    return jnp.mean(inputs.z_image * np.random.default_rng().random(16))
+
+
+def closes_over(inputs):
+    values = lambda x, y, *_: jnp.exp(inputs.logit_scale) * x @ y.T  # noqa: E731
+    return all_pairs(values, inputs.z_image, inputs.z_text, mesh=inputs.mesh)[0].mean()
+
+
 def no_scalar_to_log(inputs):
     return inputs.z_image.mean(), {"z": inputs.z_image}
 
@@ -101,7 +118,7 @@ def test_a_loss_of_the_user_trains_as_the_built_in_one(tiny, devices):
 
 @pytest.mark.parametrize("micro", [None, 8])
 def test_losses_are_weighted_and_logged(tiny, micro):
-    losses = {"softmax": 1.0, "sigmoid": 0.5, decorrelation: 2.0, noisy: 0.0}
+    losses = {"softmax": 1.0, "sigmoid": 0.5, decorrelation: 2.0, noisy: 0.0, with_a_constant: 0.0}
     trainer = make(tiny(losses=losses, micro_batch_size=micro))
     metrics = trainer.step(trainer.init(jnp.int32(20)), batch(0))[1]
     terms = {
@@ -130,6 +147,8 @@ def test_a_loss_reads_activations_of_the_towers(tiny, micro):
         (per_example, r"the loss test_own_parts:per_example returned an array \(16,\) of float32"),
         (fails, r"fails failed with \w+Error: .*\(embeddings are \(16, 16\)\): fix it"),
         (counts, "counts is not pure: it differs between two calls"),
+        (draws_from_numpy, "draws_from_numpy is not pure: it differs between two calls"),
+        (closes_over, "uses a traced array from outside of itself, such as logit_scale"),
         (leaks, "leaks is not pure: it keeps a traced value"),
         (reports, "reports is not pure: it calls the host"),
         (no_scalar_to_log, "no_scalar_to_log returned a dict beside its value: return a dict of"),
@@ -212,6 +231,8 @@ def test_a_schedule_of_the_user_is_a_factor_of_the_rate(tiny):
         ({"rates": {"visoin/.*": 0.1}}, r"rates has 'visoin/\.\*', which matches no .*vision/"),
         ({"rates": {"vision/.*": -1.0}}, "the factor -1.0"),
         ({"decays": {"(": 1.0}}, "no regular expression"),
+        ({"decays": {"text/.*": 1.0}, "weight_decay": 0.0}, "decays is .* and has no effect"),
+        ({"name": own_optimizer, "b1": 0.5}, "b1 is 0.5 and has no effect"),
     ],
 )  # fmt: skip
 def test_wrong_optimizers_are_one_sentence(tiny, options, message):
@@ -226,7 +247,7 @@ def test_frozen_parameters_stay_and_cost_no_optimizer_state(tiny):
     frozen = jax.tree.map(np.array, before.frozen)
     _, state = run(trainer, 2, before)
     jax.tree.map(np.testing.assert_array_equal, frozen, state.frozen)
-    for pattern, message in (("vison/.*", "matches no parameter"), (".*", "nothing to train")):
+    for pattern, message in (("vison/.*", "matches no parameter"), (".*", "nothing is trained")):
         with pytest.raises(ConfigError, match=message):
             make(tiny(freeze=(pattern,)))
 

@@ -12,7 +12,7 @@ from vlm.cli.help import Page, of_config
 from vlm.cli.options import MODEL_HELP
 from vlm.cli.runs import classifier_of, experiment_of
 from vlm.cli.signatures import Option
-from vlm.config import DataConfig
+from vlm.config import DataConfig, find_codes
 from vlm.data.splits import WHOLE, find_split
 
 ABOUT = """\
@@ -101,6 +101,13 @@ def main(args: list[str]) -> None:
             f"{model} is not a run folder: give the data to evaluate on with --data.source NAME, "
             "such as openmoji or tfds:cifar10"
         )
+    if run is not None and any(find_codes(run.data)):
+        if not named:  # a folder from elsewhere could name any code
+            raise UsageError(
+                f"{model} was trained on {run.data.source}, and vlm eval runs no code that a "
+                "folder names: give the data with --data.source"
+            )
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, source="", mixture=()))
     rest = [_full_name(arg) for arg in rest]
     default = Options(DataConfig(eval_split=None) if run is None else run.data)
     options = parse.options(default, "vlm eval", rest, help_page)

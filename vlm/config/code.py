@@ -73,6 +73,11 @@ class Code(str):
         return not self.path.startswith("<")
 
     @property
+    def is_known(self) -> bool:
+        """Whether the object is there, without an import."""
+        return hasattr(self, "_object")
+
+    @property
     def path(self) -> str:
         """The import path as text."""
         return str(self)
@@ -112,10 +117,15 @@ class Code(str):
     def source_hash(self) -> str:
         """Return a hash of the source of the object, and of what it uses in its own module.
 
-        Comments and layout do not count. Empty if there is no source, as for compiled code.
+        Comments and layout do not count. Empty if a change could not be told, as for compiled code,
+        or for a function that was made by another one.
         """
-        target = getattr(self, "_object", None) if not self.importable else _target(self.path, "")
-        return "" if target is None else _source_hash(target)
+        if not self.importable:
+            return _own_hash(getattr(self, "_object", None))
+        value = self.load()
+        module, name = self.path.partition("(")[0].split(":")
+        found = _hash_of_names(_definitions(sys.modules.get(module)), name.partition(".")[0])
+        return found or _own_hash(value)  # the module may have imported it
 
     def __reduce__(self):
         return (type(self), (str(self),))  # a process imports the object itself
@@ -323,15 +333,19 @@ def _describe(value: Any) -> str:
     return name.replace("<", "").replace(">", "") if name else f"a {type(value).__name__}"
 
 
-def _source_hash(value: Any) -> str:
-    """Hash the definitions of `value` and, recursively, those that it uses in its module."""
-    start = getattr(value, "__qualname__", "").partition(".")[0]
-    # What a notebook defines has no module with a source: only its own definition counts.
-    for place in (sys.modules.get(getattr(value, "__module__", None) or ""), value):
-        defined = _definitions(place)
-        if start in defined:
-            break
-    else:
+def _own_hash(value: Any) -> str:
+    """Hash a function or class without an import path, such as one of a notebook."""
+    name = getattr(value, "__qualname__", "")
+    if "<" in name or getattr(value, "__closure__", None):  # a lambda, or it was made by another
+        return ""
+    module = sys.modules.get(getattr(value, "__module__", None) or "")
+    places = (_definitions(place) for place in (module, value))
+    return next((found for d in places if (found := _hash_of_names(d, name.partition(".")[0]))), "")
+
+
+def _hash_of_names(defined: dict[str, list[ast.stmt]], start: str) -> str:
+    """Hash the definitions of a name and, recursively, those of the names in them."""
+    if start not in defined:
         return ""
     seen, waiting = {}, [start]
     while waiting:
@@ -362,5 +376,8 @@ def _names_defined(statement: ast.stmt) -> list[str]:
     """Return the names that a statement of a module defines; not those that it imports."""
     if isinstance(statement, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
         return [statement.name]
+    if isinstance(statement, ast.If | ast.Try | ast.With | ast.For | ast.While):
+        inner = (child for child in ast.iter_child_nodes(statement) if isinstance(child, ast.stmt))
+        return [name for child in inner for name in _names_defined(child)]
     targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
     return [n.id for t in targets if t for n in ast.walk(t) if isinstance(n, ast.Name)]

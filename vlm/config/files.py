@@ -110,9 +110,6 @@ def load_config(path: str | os.PathLike) -> Experiment:
     return config
 
 
-_imported_files: set[str] = set()  # config files that are modules of this process
-
-
 def _imported(path: pathlib.Path) -> types.ModuleType:
     """Run a config file as a module; it is importable unless another module has its name."""
     if os.fspath(path.parent) not in sys.path:
@@ -121,10 +118,19 @@ def _imported(path: pathlib.Path) -> types.ModuleType:
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
-    if path.stem.isidentifier() and _origin(path.stem) in (None, os.fspath(path), *_imported_files):
-        sys.modules[path.stem] = module
-        _imported_files.add(os.fspath(path))
-    found.loader.exec_module(module)
+    importable = path.stem.isidentifier() and _origin(path.stem) in (None, os.path.realpath(path))
+    if not importable:  # another module has its name
+        found.loader.exec_module(module)
+        return module
+    before = sys.modules.get(path.stem)
+    sys.modules[path.stem] = module
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        if before is not None:
+            sys.modules[path.stem] = before
+        raise
     return module
 
 
@@ -134,7 +140,7 @@ def _origin(name: str) -> str | None:
         found = importlib.util.find_spec(name)
     except (ImportError, ValueError):
         return None
-    return None if found is None else found.origin or ""
+    return None if found is None else os.path.realpath(found.origin or "")
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:

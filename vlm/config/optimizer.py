@@ -135,6 +135,10 @@ class OptimizerConfig(Config):
             self.refuse_unused(why, "warmup", "end_learning_rate")
         if self.schedule not in ("rsqrt", "wsd"):
             self.refuse_unused('set schedule to "rsqrt" or "wsd"', "cooldown")
+        if isinstance(self.name, Code):
+            self.refuse_unused("the rule of your own has its own", "b1", "b2", "eps")
+        if not self.weight_decay or self.l2_sp:
+            self.refuse_unused("there is no weight_decay to multiply", "decays")
         if self.name not in ("adamw", "muon"):
             self.refuse_unused('set name to "adamw" or "muon"', "eps")
         if self.on_nonfinite == "stop":

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import core
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
@@ -100,7 +101,13 @@ def _check_values(values: Values, images: Any, texts: Any, parameters: Any) -> N
         for n, tree in zip(sizes, (images, texts), strict=True)
     ]
     numbers = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.float32), parameters)
-    found = jax.eval_shape(values, *few, jax.ShapeDtypeStruct(sizes, bool), numbers)
+    inputs = (*few, jax.ShapeDtypeStruct(sizes, bool), numbers)
+    traced, found = jax.make_jaxpr(values, return_shape=True)(*inputs)
+    if any(isinstance(x, core.Tracer) for x in traced.consts):
+        raise ConfigError(
+            "values of all_pairs uses a traced array from outside of itself, such as logit_scale: "
+            "pass it in parameters, and arrays of the batch in images or texts"
+        )
     if getattr(found, "shape", None) != sizes:
         raise ConfigError(
             f"values of all_pairs returns {getattr(found, 'shape', type(found).__name__)} for "

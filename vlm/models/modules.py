@@ -37,6 +37,7 @@ from jaxtyping import Array, Float, Key
 from vlm.config import TextModuleConfig, VisionModuleConfig
 from vlm.errors import ConfigError, brief, first_line
 from vlm.nn.intermediates import Intermediates
+from vlm.nn.lora import AdapterParam
 from vlm.nn.transformer import Execution
 from vlm.sharding import by_rows, is_stacked
 
@@ -131,9 +132,13 @@ def check_state(tower: nnx.Module, config: ModuleConfig) -> None:
 
 
 def constants(model: nnx.Module) -> set[tuple[str, ...]]:
-    """Return the paths of variables that are no parameters, which no step trains."""
+    """Return the paths of variables that are no parameters, which no step trains.
+
+    The factors of adapters are variables of a type of their own, and trained.
+    """
     flat = nnx.to_flat_state(nnx.state(model))
-    return {tuple(map(str, path)) for path, v in flat if not isinstance(v, nnx.Param)}
+    trained = nnx.Param, AdapterParam
+    return {tuple(map(str, path)) for path, v in flat if not isinstance(v, trained)}
 
 
 def call_module(

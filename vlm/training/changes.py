@@ -27,8 +27,6 @@ CHANGEABLE = {
     "optimizer.schedule",
     "optimizer.warmup",
     "optimizer.cooldown",
-    "optimizer.rates",
-    "optimizer.decays",
     "losses",
     "loss_intermediates",
     "callbacks",

@@ -197,7 +197,6 @@ def finish(
         source = provenance(bundle.name, info(task), task.templates, seconds, texts)
         results.append(Result(f"{config.name} {config.task}", metrics, source))
         values |= {f"{config.name}/{name}": value for name, value in metrics.items()}
-    values |= evaluations.own_metrics(state)
     report = Report(tuple(results))
     scale, bias = bundle.logit_scale, bundle.logit_bias  # collective: all processes take part
     if jax.process_index() == 0:

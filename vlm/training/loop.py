@@ -101,20 +101,21 @@ def train(
 
 
 class steps(Iterator[tuple[TrainState, dict[str, jax.Array]]]):
-    """The steps of `train`, as an iterator of (state, metrics): a loop of your own.
+    """The steps of `train`, as an iterator of (state, metrics): a training loop to write oneself.
 
     Logs, checkpoints, evaluations, callbacks and resuming are those of `train`, which takes the
     same arguments. A state is valid until the next step, which reuses its memory; metrics are
-    arrays on the device. Leaving the loop and calling `close` saves a checkpoint.
+    arrays on the device. Leaving the `with` block saves a checkpoint and ends the run.
 
     Attributes:
-        trainer: the compiled step and the shardings of the state.
-        result: the run, once the loop is over.
+        trainer: the compiled step and the shardings of the state, once the loop has begun.
+        result: the run, once the loop is over; before, None.
 
     Example:
-        >>> for state, metrics in vlm.steps(experiment):
-        ...     if metrics["loss"] < 0.5:
-        ...         break
+        >>> with vlm.steps(experiment) as loop:
+        ...     for state, metrics in loop:
+        ...         if metrics["loss"] < 0.5:
+        ...             break
     """
 
     def __init__(
@@ -125,12 +126,28 @@ class steps(Iterator[tuple[TrainState, dict[str, jax.Array]]]):
         length: Length = length_in_steps,
         **parts: Any,
     ):
-        self.trainer: Trainer
-        self.result: TrainingResult | None = None
-        self._steps = self._train(experiment, resume, length, parts)
+        self._run = _Progress()
+        self._steps = _train(self._run, experiment, resume, length, parts)
+
+    @property
+    def trainer(self) -> Trainer:
+        return self._run.trainer
+
+    @property
+    def result(self) -> TrainingResult | None:
+        return self._run.result
 
     def __next__(self) -> tuple[TrainState, dict[str, jax.Array]]:
         return next(self._steps)
+
+    def __enter__(self) -> "steps":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, Exception):
+            return self.close()
+        with contextlib.suppress(type(error)):  # it goes on after this block
+            self._steps.throw(error)  # several processes stop together
 
     def close(self) -> None:
         """Save a checkpoint and end the run, if it is not over."""
@@ -141,147 +158,164 @@ class steps(Iterator[tuple[TrainState, dict[str, jax.Array]]]):
 
         It shares memory with the state, and is valid until the next step.
         """
-        return self._evaluations.bundle(state)
+        return self._run.evaluations.bundle(state)
 
-    def _train(
-        self,
-        experiment: Experiment | None,
-        resume: str | os.PathLike | None,
-        length: Length,
-        parts: dict[str, Any],
-    ) -> Generator[tuple[TrainState, dict[str, jax.Array]]]:
-        keep_compiled_programs()
-        with stop_all_on_failure(), ActivityTimer() as timed:
-            with timed("opening the run"):
-                run = _open(experiment, resume, parts)
-            yield from self._loop(run, timed, length)
 
-    def _loop(
-        self, run: Run, timed: ActivityTimer, length: Length
-    ) -> Generator[tuple[TrainState, dict[str, jax.Array]]]:
-        experiment = run.experiment
-        with run.starting(), timed("opening the data"):
-            mesh = make_mesh(experiment.mesh)
-            check_batch(experiment.batch_size, mesh)
-            micro_batch_size = experiment.micro_batch_size or experiment.batch_size
-            check_batch(micro_batch_size, mesh, "micro_batch_size")
+class _Progress:
+    """What `steps` shows of a run. The generator holds this and not `steps`, which can end it."""
 
-            tokenizer = open_tokenizer(run)
-            supervision = TrainingSupervision(experiment, mesh, tokenizer)
-            trainer = self.trainer = Trainer(
-                experiment, mesh, tokenizer.config, supervision.class_count, supervision.teacher
+    trainer: Trainer
+    evaluations: Evaluations
+    result: TrainingResult | None = None
+
+
+Generated = Generator[tuple[TrainState, dict[str, jax.Array]]]
+
+
+def _train(
+    progress: _Progress,
+    experiment: Experiment | None,
+    resume: str | os.PathLike | None,
+    length: Length,
+    parts: dict[str, Any],
+) -> Generated:
+    keep_compiled_programs()
+    with stop_all_on_failure(), ActivityTimer() as timed:
+        with timed("opening the run"):
+            run = _open(experiment, resume, parts)
+        yield from _loop(progress, run, timed, length)
+
+
+def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -> Generated:
+    experiment = run.experiment
+    with run.starting(), timed("opening the data"):
+        mesh = make_mesh(experiment.mesh)
+        check_batch(experiment.batch_size, mesh)
+        micro_batch_size = experiment.micro_batch_size or experiment.batch_size
+        check_batch(micro_batch_size, mesh, "micro_batch_size")
+
+        tokenizer = open_tokenizer(run)
+        supervision = TrainingSupervision(experiment, mesh, tokenizer)
+        trainer = progress.trainer = Trainer(
+            experiment, mesh, tokenizer.config, supervision.class_count, supervision.teacher
+        )
+        shard, shards = batch_shard(mesh)
+        batches = train_batches(
+            experiment.data,
+            trainer.preprocess,
+            supervision.tokenizer,
+            batch_size=experiment.batch_size // shards,
+            seed=experiment.seed,
+            process_index=shard,
+            process_count=shards,
+            run_folder=run.folder,
+            reinforced=supervision.reinforced,
+            finish=supervision.add_targets,
+        )
+        evaluations = progress.evaluations = Evaluations(experiment, trainer, tokenizer)
+        callbacks = RunCallbacks(run)
+
+    with BucketSync(run.folder) as bucket_sync, callbacks:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(batches))
+            checkpoints = stack.enter_context(
+                Checkpoints(run.checkpoints, experiment.keep_checkpoints, experiment.keep_hours)
             )
-            shard, shards = batch_shard(mesh)
-            batches = train_batches(
-                experiment.data,
-                trainer.preprocess,
-                supervision.tokenizer,
-                batch_size=experiment.batch_size // shards,
-                seed=experiment.seed,
-                process_index=shard,
-                process_count=shards,
-                run_folder=run.folder,
-                reinforced=supervision.reinforced,
-                finish=supervision.add_targets,
+            with run.starting(), timed("making the state"):
+                state = start(run, trainer, batches, checkpoints, supervision.classes, length)
+            step, total = int(state.step), int(state.total_steps)
+            run.record_start(step, total)
+            checkpoint_schedule = CheckpointSchedule(experiment, step, total)
+            report_start(run, trainer, state, batches, evaluations)
+
+            interrupted = stack.enter_context(Interrupted())
+            with run.starting():
+                callbacks.start(bucket_sync, step, total, interrupted.request)
+            logs = Logs(
+                run,
+                bucket_sync,
+                timed,
+                first_step=step,
+                total_steps=total,
+                supervision=trainer.supervision,
+                samples=batches.bad,
+                callbacks=callbacks,
             )
-            evaluations = self._evaluations = Evaluations(experiment, trainer, tokenizer)
-            callbacks = RunCallbacks(run)
+            stack.enter_context(logs)
+            profiler = stack.enter_context(StepProfiler(bucket_sync, experiment.profile))
 
-        with BucketSync(run.folder) as bucket_sync, callbacks:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(contextlib.closing(batches))
-                checkpoints = stack.enter_context(
-                    Checkpoints(run.checkpoints, experiment.keep_checkpoints, experiment.keep_hours)
-                )
-                with run.starting(), timed("making the state"):
-                    state = start(run, trainer, batches, checkpoints, supervision.classes, length)
-                step, total = int(state.step), int(state.total_steps)
-                run.record_start(step, total)
-                checkpoint_schedule = CheckpointSchedule(experiment, step, total)
-                report_start(run, trainer, state, batches, evaluations)
+            def save() -> None:
+                logs.flush()
+                with timed("writing a checkpoint"):
+                    bucket_sync.copy()  # a run resumed from here has its log up to here
+                    checkpoints.save(step, trainer.checkpoint_state(state), batches.get_state())
 
-                interrupted = stack.enter_context(Interrupted())
-                with run.starting():
-                    callbacks.start(bucket_sync, step, total, interrupted.request)
-                logs = Logs(
-                    run,
-                    bucket_sync,
-                    timed,
-                    first_step=step,
-                    total_steps=total,
-                    supervision=trainer.supervision,
-                    samples=batches.bad,
-                    callbacks=callbacks,
-                )
-                stack.enter_context(logs)
-                profiler = stack.enter_context(StepProfiler(bucket_sync, experiment.profile))
-
-                def save() -> None:
-                    logs.flush()
-                    with timed("writing a checkpoint"):
-                        bucket_sync.copy()  # a run resumed from here has its log up to here
-                        checkpoints.save(step, trainer.checkpoint_state(state), batches.get_state())
-
-                def evaluate() -> None:
-                    logs.flush()
-                    with timed("evaluating"):
-                        try:
-                            metrics = evaluations.metrics(state)
-                        except TrainingError:  # of an evaluation of the user
-                            save()
-                            raise
-                        logs.write({"step": step} | {f"eval/{k}": v for k, v in metrics.items()})
-                    logs.restart_clock()
-
-                closed = False
-                if evaluations and step == 0 and experiment.init_from is not None:
-                    evaluate()  # baseline before training
-                while step < total and not interrupted.at(step):
-                    profiler.before(step, state)
-                    with timed(DATA):
-                        batch = trainer.place(next(batches))
-                    with timed(STEP):
-                        train_step = trainer.step_at(image_size_at(experiment, step, total))
-                        state, metrics = train_step(state, batch)
-                    step += 1
-                    with timed(DEVICE):
-                        logs.step(step, metrics)
-
-                    if evaluations and is_scheduled(step, total, experiment.eval_every):
-                        evaluate()
-                    logs.write(*checkpoints.finished())
-                    if checkpoint_schedule.is_scheduled(step, checkpoints.writing):
-                        save()
-                    timed.step = step
-                    if not closed:
-                        try:
-                            with timed("in the body of the loop"):
-                                yield state, metrics
-                        except GeneratorExit:  # `close`
-                            closed = True
-                            interrupted.request()
-                if step < total:
-                    log.info(interrupted.announce(step, checkpoints.seconds, checkpoints.newest))
-                save()
-                with timed("waiting for the last checkpoint"):
-                    checkpoints.wait()
-                    logs.write(*checkpoints.finished())
-            log.info(timed.summary())
-            if bad_samples := batches.bad.report():
-                log.warning(bad_samples)
-            results: dict[str, float] = {}
-            if step < total:
-                log.info(f"stopped at step {step}; resume with `vlm train --resume {run.folder}`")
-            else:
-                _check_skipped(int(state.skipped), total)
-                with timed("writing the bundle"):
-                    bundle = run.export(trainer, state, tokenizer)
-                    supervision.save_head(run, trainer, state)
+            def evaluate() -> None:
+                logs.flush()
                 with timed("evaluating"):
-                    results = _evaluate_at_the_end(run, evaluations, state, bundle)
-            callbacks.end(results, finished=step == total)
-            self.result = TrainingResult(run.folder, step, total, results)
-            callbacks.check()
+                    try:
+                        metrics = evaluations.metrics(state)
+                    except TrainingError:  # of an evaluation of the user
+                        save()
+                        raise
+                    logs.write({"step": step} | {f"eval/{k}": v for k, v in metrics.items()})
+                logs.restart_clock()
+
+            closed = False
+            if evaluations and step == 0 and experiment.init_from is not None:
+                evaluate()  # baseline before training
+            while step < total and not interrupted.at(step):
+                profiler.before(step, state)
+                with timed(DATA):
+                    batch = trainer.place(next(batches))
+                with timed(STEP):
+                    train_step = trainer.step_at(image_size_at(experiment, step, total))
+                    state, metrics = train_step(state, batch)
+                step += 1
+                with timed(DEVICE):
+                    logs.step(step, metrics)
+
+                if evaluations and is_scheduled(step, total, experiment.eval_every):
+                    evaluate()
+                logs.write(*checkpoints.finished())
+                if checkpoint_schedule.is_scheduled(step, checkpoints.writing):
+                    save()
+                timed.step = step
+                if not closed:
+                    try:
+                        with timed("in the body of the loop"):
+                            yield state, metrics
+                    except GeneratorExit:  # `close`
+                        closed = True
+                        interrupted.request()
+            if step < total:
+                log.info(interrupted.announce(step, checkpoints.seconds, checkpoints.newest))
+            save()
+            own: dict[str, float] = {}
+            if step == total:
+                with timed("evaluating"):
+                    own = evaluations.own_metrics(state)
+                if own:
+                    logs.write({"step": step} | {f"eval/{k}": v for k, v in own.items()})
+            with timed("waiting for the last checkpoint"):
+                checkpoints.wait()
+                logs.write(*checkpoints.finished())
+        log.info(timed.summary())
+        if bad_samples := batches.bad.report():
+            log.warning(bad_samples)
+        results: dict[str, float] = {}
+        if step < total:
+            log.info(f"stopped at step {step}; resume with `vlm train --resume {run.folder}`")
+        else:
+            _check_skipped(int(state.skipped), total)
+            with timed("writing the bundle"):
+                bundle = run.export(trainer, state, tokenizer)
+                supervision.save_head(run, trainer, state)
+            with timed("evaluating"):
+                results = _evaluate_at_the_end(run, evaluations, state, bundle) | own
+        callbacks.end(results, finished=step == total)
+        progress.result = TrainingResult(run.folder, step, total, results)
+        callbacks.check()
 
 
 def _open(

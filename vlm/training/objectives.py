@@ -15,6 +15,7 @@ from vlm.models.dual_encoder import DualEncoder, unit_norm
 from vlm.nn.intermediates import Intermediates
 from vlm.nn.layers import split_keys
 from vlm.nn.naflex import Patches
+from vlm.sharding import is_stacked
 from vlm.training.own_losses import check_losses, weighted_sum
 from vlm.training.partition import Params
 
@@ -52,11 +53,17 @@ def embeddings(
                 f"loss_intermediates has {name!r}, which the towers do not capture: choose among "
                 f"{', '.join(known)}"
             )
-    # Blocks are stacked: their layers come first, and the batch second.
+    # Activations of stacked blocks have their layers first, and the batch second.
     batch_first = {
-        name: jnp.moveaxis(known[name], 1, 0) if "/blocks/" in name else known[name]
+        name: jnp.moveaxis(known[name], 1, 0) if is_stacked(name.split("/")) else known[name]
         for name in names
     }
+    for name, x in batch_first.items():
+        if x.shape[0] != len(z_image):
+            raise ConfigError(
+                f"loss_intermediates has {name!r}, whose shape {x.shape} does not begin with the "
+                f"{len(z_image)} examples: capture another activation"
+            )
     return Embeddings(z_image, z_text, batch_first)
 
 

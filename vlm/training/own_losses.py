@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -128,7 +129,7 @@ def _check_pure(loss: Code, inputs: LossInputs) -> None:
 
 def _program(jaxpr: Any) -> tuple[str, list[Any]]:
     """Return a traced program and its constants in a form that can be compared."""
-    return str(jaxpr.jaxpr), [jnp.asarray(x).tobytes() for x in jaxpr.consts]
+    return str(jaxpr.jaxpr), [np.asarray(x).tobytes() for x in jaxpr.consts]
 
 
 # A loss is not shared if each device has more than this multiple of an even share of its FLOPs.

@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from vlm.config import Code, DataConfig, EvalConfig, Experiment, find_codes
+from vlm.config import Code, DataConfig, EvalConfig, Experiment, OptimizerConfig, find_codes
 from vlm.training.console import log
 
 Loss = Callable[..., Any] | str
+# Fields of the optimizer that hold beside a transformation of the user.
+BESIDE_TRANSFORMATION = ("ema", "max_scale", "on_nonfinite", "max_skipped_in_a_row")
 
 
 def with_parts(
@@ -28,7 +30,11 @@ def with_parts(
     if loss is not None:
         changes["losses"] = loss if isinstance(loss, Mapping) else {loss: 1.0}
     if optimizer is not None:
-        changes["optimizer"] = optimizer
+        own = isinstance(optimizer, OptimizerConfig)
+        kept = {name: getattr(experiment.optimizer, name) for name in BESIDE_TRANSFORMATION}
+        changes["optimizer"] = (
+            optimizer if own else OptimizerConfig(transformation=optimizer, **kept)
+        )
     if data is not None:
         own = isinstance(data, DataConfig)
         changes["data"] = data if own else dataclasses.replace(experiment.data, source=data)
@@ -40,10 +46,14 @@ def with_parts(
 
 
 def _joined(before: tuple[Any, ...], items: list[Any], field: str) -> tuple[Any, ...]:
-    """Add items to those of the experiment; a resumed run has them already."""
+    """Add items to those of the experiment, or give a resumed run the objects that it lacks."""
     new = [x if isinstance(x, EvalConfig) else Code.of(x, field) for x in items]
-    kept = [x for x in before if x not in new]  # what is given now holds the object
-    return (*kept, *new)
+    return (*(x for x in before if x not in new or _is_another(x)), *new)
+
+
+def _is_another(x: Any) -> bool:
+    """Whether an item has an object, and a text that objects of its class share."""
+    return isinstance(x, Code) and not x.importable and x.is_known
 
 
 def with_code_hashes(experiment: Experiment) -> Experiment:
@@ -56,12 +66,19 @@ def with_code_hashes(experiment: Experiment) -> Experiment:
     for where, code in find_codes(experiment):
         code.load(where)
         found[str(code)] = code.source_hash()
+    if unnamed := sorted({str(code) for _, code in find_codes(experiment) if not code.importable}):
+        log.info(
+            f"{', '.join(unnamed)}: no import path, so to resume this run pass them again to "
+            "vlm.train, or put them into a module"
+        )
     return dataclasses.replace(experiment, code=tuple(sorted(found.items())))
 
 
 def report_changed_code(before: Experiment, after: Experiment) -> None:
-    """Log which code of the user has changed since the run was last started."""
+    """Log which code of the user has changed since the run was last started, or may have."""
     old = dict(before.code)
+    if unknown := [path for path, value in after.code if not value]:
+        log.warning(f"{', '.join(unknown)}: a change since the last start cannot be told")
     changed = [path for path, value in after.code if value != old.get(path, value)]
     if changed:
         log.warning(

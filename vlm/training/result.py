@@ -21,7 +21,8 @@ class TrainingResult:
         folder: the run folder.
         step: steps done.
         total_steps: steps at which the run is finished.
-        metrics: final metrics by name, as in results.json; empty if the run is not finished.
+        metrics: final metrics by name, as in log.jsonl without "eval/"; empty if the run is not
+            finished.
     """
 
     folder: epath.Path

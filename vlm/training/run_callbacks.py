@@ -25,11 +25,10 @@ class RunCallbacks:
 
     def __init__(self, run: Run):
         e = run.experiment
-        self._callbacks = [_callback(code) for code in e.callbacks]
-        if in_notebook() and not any(isinstance(c, Live) for c in self._callbacks):
+        first = jax.process_index() == 0
+        self._callbacks = [_callback(code) for code in e.callbacks] if first else []
+        if first and in_notebook() and not any(isinstance(c, Live) for c in self._callbacks):
             self._callbacks.append(Live())
-        if jax.process_index() != 0:
-            self._callbacks = []
         self._run = run
         self._info: RunInfo | None = None  # of a run that has started and not ended
         self._failure = ""

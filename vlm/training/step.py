@@ -283,9 +283,12 @@ class Trainer:
         """Check the regular expressions of parameter names, and that something is trained."""
         e, state = self.experiment, self.abstract_state
         patterns = {f"optimizer.{f}": dict(getattr(e.optimizer, f)) for f in ("rates", "decays")}
-        check_patterns({"freeze": e.freeze, **patterns}, joined(state.params, state.frozen))
-        if e.freeze and not state.params:
-            raise ConfigError(f"freeze {e.freeze} leaves nothing to train: leave a pattern out")
+        check_patterns({"freeze": e.freeze}, joined(state.params, state.frozen))
+        if not jax.tree.leaves(state.params):
+            raise ConfigError(
+                f"nothing is trained: freeze {e.freeze} and lock {e.lock!r} leave no parameter"
+            )
+        check_patterns(patterns, state.params)
 
     def checkpoint_state(self, state: TrainState) -> TrainState:
         """Return the part of a state that a checkpoint stores: without an adapter's base model."""
