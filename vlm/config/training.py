@@ -240,6 +240,8 @@ class Experiment(Config):
             self.refuse_unused(
                 'objective "classification" has a loss of its own: leave objective out', "losses"
             )
+        if self.losses and not any(weight for _, weight in self.losses):
+            raise ConfigError(f"all weights of losses {dict(self.losses)} are 0: give one above")
         if not any(isinstance(loss, Code) for loss, _ in self.losses):
             self.refuse_unused("only losses of your own read it: add one", "loss_intermediates")
 

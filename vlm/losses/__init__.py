@@ -3,7 +3,7 @@
 `softmax.py` and `sigmoid.py` have the mathematics, `ring.py` the all-pairs reduction over devices,
 `contrastive.py` the differentiable function, and `cached.py` exact gradient accumulation.
 
-For losses of one's own: `LossInputs` is what they get, and `all_pairs` reduces any value of a pair
+For custom losses: `LossInputs` is what they get, and `all_pairs` reduces any value of a pair
 over the global batch, around the same ring.
 """
 

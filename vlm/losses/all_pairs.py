@@ -1,4 +1,4 @@
-"""Sums over all pairs of the global batch, for losses of one's own, in memory linear in the batch.
+"""Sums over all pairs of the global batch, for custom losses, in memory linear in the batch.
 
 Forward, the pairs are visited in tiles around the ring (`ring.py`). Backward, a second trip visits
 them again: tiles are recomputed, and each block of texts carries its gradients.

@@ -1,4 +1,4 @@
-"""What a loss of one's own reads."""
+"""Inputs of a custom loss."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

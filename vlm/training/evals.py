@@ -22,9 +22,9 @@ from vlm.heads.templates import describe_templates
 from vlm.heads.zero_shot import to_scores
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.training.console import log
+from vlm.training.custom_evals import CustomEvals
 from vlm.training.eval_tasks import Embedder, Pixels, info, open_task, prompts_of
 from vlm.training.logs import read_log
-from vlm.training.own_evals import OwnEvals
 from vlm.training.run import Run
 from vlm.training.step import Trainer, TrainState
 
@@ -46,7 +46,7 @@ class Evaluations:
         self.held_out = HeldOut(experiment, embedder, tokenizer) if split else None
         configs = [config for config in evals if isinstance(config, EvalConfig)]
         self.tasks = [open_task(config, embedder, tokenizer, data) for config in configs]
-        self._own = OwnEvals(evals, trainer, tokenizer)
+        self._own = CustomEvals(evals, trainer, tokenizer)
         self.description = self._describe(experiment, split)
 
     def _describe(self, experiment: Experiment, split: str | None) -> str:

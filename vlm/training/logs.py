@@ -145,7 +145,8 @@ class Logs:
         row = {
             "step": steps[-1],
             **{k: v for k, v in values[-1].items() if k not in ("finite", "tokens")},
-            "loss": float(np.mean([v["loss"] for v in values])),
+            # Losses are means over the steps of the row; other values are those of its last step.
+            **{k: float(np.mean([v[k] for v in values])) for k in values[-1] if _is_loss(k)},
             "pairs_per_s": count * self._batch_size / seconds,
             "tokens_per_s": sum(v["tokens"] for v in values) / seconds,
             "data_wait": (self._activity.seconds[DATA] - self._waited) / seconds,
@@ -229,6 +230,10 @@ class StepProfiler:
         if self._on:
             jax.profiler.stop_trace()
             self._on = False
+
+
+def _is_loss(name: str) -> bool:
+    return name == "loss" or name.startswith("loss/")
 
 
 def read_log(run: Run) -> list[dict[str, Any]]:

@@ -13,18 +13,24 @@ from vlm.cluster.processes import stop_all_on_failure
 from vlm.config import Experiment, require_bucket
 from vlm.data.pipeline import train_batches
 from vlm.data.sources import credits, require_source, with_own_splits
-from vlm.errors import ConfigError, TrainingError
+from vlm.errors import ConfigError, TrainingError, brief
 from vlm.paths import as_path, keep_compiled_programs
 from vlm.sharding import batch_shard, check_batch, make_mesh
 from vlm.training.bucket_sync import BucketSync
 from vlm.training.checkpoint import Checkpoints
 from vlm.training.console import as_text, log
+from vlm.training.custom_parts import (
+    Loss,
+    report_changed_code,
+    with_code_hashes,
+    with_parts,
+    without_lost_callbacks,
+)
 from vlm.training.evals import Evaluations, finish
 from vlm.training.init_from import resolve
 from vlm.training.interrupt import Interrupted
 from vlm.training.logs import Logs, StepProfiler
 from vlm.training.opening_report import report_start
-from vlm.training.own_parts import Loss, report_changed_code, with_code_hashes, with_parts
 from vlm.training.resolution import image_size_at
 from vlm.training.result import TrainingResult
 from vlm.training.run import Run, experiment_in
@@ -101,7 +107,7 @@ def train(
 
 
 class steps(Iterator[tuple[TrainState, dict[str, jax.Array]]]):
-    """The steps of `train`, as an iterator of (state, metrics): a training loop to write oneself.
+    """The steps of `train`, as an iterator of (state, metrics), for a custom training loop.
 
     Logs, checkpoints, evaluations, callbacks and resuming are those of `train`, which takes the
     same arguments. A state is valid until the next step, which reuses its memory; metrics are
@@ -330,9 +336,14 @@ def _open(
         require_source(experiment.data)
         return Run.create(with_code_hashes(with_templates(resolve(experiment))))
     before = experiment_in(as_path(resume))
-    changed = with_code_hashes(_with_splits(with_parts(experiment or before, **parts)))
+    changed = without_lost_callbacks(with_parts(experiment or before, **parts))
+    changed = with_code_hashes(_with_splits(changed))
     report_changed_code(before, changed)
-    return Run.open(resume, changed)
+    run = Run.open(resume, changed)
+    for name, (old, new) in run.changes.items():
+        if name != "code":
+            log.info(f"{name} is {brief(new)} from now on; it was {brief(old)}")
+    return run
 
 
 def _with_splits(experiment: Experiment) -> Experiment:

@@ -16,7 +16,7 @@ from vlm.nn.intermediates import Intermediates
 from vlm.nn.layers import split_keys
 from vlm.nn.naflex import Patches
 from vlm.sharding import is_stacked
-from vlm.training.own_losses import check_losses, weighted_sum
+from vlm.training.custom_losses import check_losses, weighted_sum
 from vlm.training.partition import Params
 
 

@@ -1,4 +1,4 @@
-"""What `vlm.train` returns."""
+"""Result of `vlm.train`."""
 
 import dataclasses
 import os

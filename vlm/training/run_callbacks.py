@@ -8,7 +8,7 @@ import jax
 
 from vlm.callbacks import Callback, Live, RunInfo, in_notebook
 from vlm.config import Code, to_dict
-from vlm.errors import ConfigError, TrainingError
+from vlm.errors import ConfigError, TrainingError, first_line
 from vlm.training.bucket_sync import BucketSync
 from vlm.training.run import Run
 
@@ -31,7 +31,7 @@ class RunCallbacks:
             self._callbacks.append(Live())
         self._run = run
         self._info: RunInfo | None = None  # of a run that has started and not ended
-        self._failure = ""
+        self._failure, self._error = "", None
 
     def __enter__(self) -> "RunCallbacks":
         return self
@@ -72,7 +72,7 @@ class RunCallbacks:
     def check(self) -> None:
         """Raise a TrainingError if a callback failed."""
         if self._failure:
-            raise TrainingError(self._failure)
+            raise TrainingError(self._failure) from self._error
 
     def _call(self, method: str, *arguments: Any) -> None:
         for callback in list(self._callbacks):
@@ -80,7 +80,8 @@ class RunCallbacks:
                 getattr(callback, method)(*arguments)
             except Exception as error:
                 self._callbacks.remove(callback)
-                reason = " ".join(str(error).split())[:300]
+                reason = first_line(error)
+                self._error = self._error or error
                 self._failure = self._failure or (
                     f"the callback {type(callback).__name__} failed in {method} with "
                     f"{type(error).__name__}: {reason}: fix it, and resume the run in "
@@ -94,6 +95,12 @@ def _callback(code: Code) -> Any:
     found = code.load("callbacks")
     found = found() if isinstance(found, type) else found
     methods = [name for name in vars(Callback) if name.startswith("on_")]
+    unknown = [n for n in dir(found) if n.startswith("on_") and n not in methods]
+    if unknown:
+        raise ConfigError(
+            f"callbacks has {code}, whose method {unknown[0]} is never called: choose among "
+            f"{', '.join(methods)}"
+        )
     if not any(hasattr(found, name) for name in methods):
         raise ConfigError(
             f"callbacks has {code}, which is a {type(found).__name__} without any of "

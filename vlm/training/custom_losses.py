@@ -1,4 +1,4 @@
-"""Losses of the user: their weighted sum, and checks before the first step."""
+"""Custom losses: their weighted sum, and checks before the first step."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from vlm.config import Code, Loss, loss_name
-from vlm.errors import ConfigError, VlmError
+from vlm.errors import ConfigError, VlmError, first_line
 from vlm.losses import LossInputs
 from vlm.sharding import batch_sharding, batch_ways, placed, replicated
 
@@ -52,10 +52,9 @@ def call(loss: Code, inputs: LossInputs) -> tuple[Float[Array, ""], Scalars]:
     except VlmError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"the loss {loss} failed with {type(error).__name__}: {reason} (embeddings are "
-            f"{inputs.z_image.shape}): fix it; --debug shows where"
+            f"the loss {loss} failed with {type(error).__name__}: {first_line(error)} (embeddings "
+            f"are {inputs.z_image.shape}; a loss is traced by jax.jit): fix it"
         ) from error
     more: Any = {}
     if isinstance(value, tuple) and len(value) == 2:

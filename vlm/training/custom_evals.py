@@ -1,4 +1,4 @@
-"""Evaluations of the user: functions of (bundle, step) that return metrics."""
+"""Custom evaluations: functions of (bundle, step) that return metrics."""
 
 import numbers
 from collections.abc import Iterable, Mapping
@@ -7,13 +7,13 @@ from typing import Any
 from vlm.bundle import Bundle
 from vlm.cluster.processes import exchange_texts
 from vlm.config import Code
-from vlm.errors import TrainingError
+from vlm.errors import TrainingError, brief, first_line
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.training.console import log
 from vlm.training.step import Trainer, TrainState
 
 
-class OwnEvals:
+class CustomEvals:
     """The functions among `evals`; all processes call them."""
 
     def __init__(self, evals: Iterable[Any], trainer: Trainer, tokenizer: Tokenizer):
@@ -46,27 +46,31 @@ class OwnEvals:
             return found
         bundle, step = self.bundle(state), int(state.step)
         for code in self._evals:
-            metrics, failure = _call(code, bundle, step)
+            metrics, failure, error = _call(code, bundle, step)
             if failure := next(filter(None, exchange_texts(failure)), ""):
-                raise TrainingError(failure)
+                raise TrainingError(failure) from error
             log.info(f"step {step}  {code.name} {_as_text(metrics)}")
             found |= {f"{code.name}/{name}": value for name, value in metrics.items()}
         return found
 
 
-def _call(code: Code, bundle: Bundle, step: int) -> tuple[dict[str, float], str]:
-    """Return the metrics of a function, or why it failed."""
+def _call(code: Code, bundle: Bundle, step: int) -> tuple[dict[str, float], str, Exception | None]:
+    """Return the metrics of a function, or why it failed, and its exception."""
     where = f"the evaluation {code} at step {step}"
     after = "a checkpoint is saved: fix it and resume the run"
     try:
         metrics = code.load("evals")(bundle, step)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        return {}, f"{where} failed with {type(error).__name__}: {reason}; {after}"
-    if not isinstance(metrics, Mapping) or not all(map(_is_number, metrics.values())):
+        reason = f"{where} failed with {type(error).__name__}: {first_line(error)}; {after}"
+        return {}, reason, error
+    if not isinstance(metrics, Mapping):
         kind = type(metrics).__name__
-        return {}, f"{where} returned a {kind} and not a mapping of names to numbers; {after}"
-    return {str(name): float(value) for name, value in metrics.items()}, ""
+        return {}, f"{where} returned a {kind} and not a mapping of names to numbers; {after}", None
+    for name, value in metrics.items():
+        if not _is_number(value):
+            reason = f"{where} returned {name!r}: {brief(value)}, which is no number; {after}"
+            return {}, reason, None
+    return {str(name): float(value) for name, value in metrics.items()}, "", None
 
 
 def _is_number(x: Any) -> bool:

@@ -1,10 +1,11 @@
-"""Parts of the user in an experiment: given to `vlm.train`, loaded early, and hashed."""
+"""Custom parts of an experiment: given to `vlm.train`, loaded early, and hashed."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vlm.config import Code, DataConfig, EvalConfig, Experiment, OptimizerConfig, find_codes
+from vlm.errors import ConfigError, brief
 from vlm.training.console import log
 
 Loss = Callable[..., Any] | str
@@ -27,6 +28,10 @@ def with_parts(
         ConfigError: a part of the wrong kind.
     """
     changes: dict[str, Any] = {}
+    if isinstance(loss, list | tuple) or (isinstance(loss, Mapping) and not loss):
+        raise ConfigError(
+            f"loss is {brief(loss)}: give a function, or a mapping of functions to weights"
+        )
     if loss is not None:
         changes["losses"] = loss if isinstance(loss, Mapping) else {loss: 1.0}
     if optimizer is not None:
@@ -54,6 +59,15 @@ def _joined(before: tuple[Any, ...], items: list[Any], field: str) -> tuple[Any,
 def _is_another(x: Any) -> bool:
     """Whether an item has an object, and a text that objects of its class share."""
     return isinstance(x, Code) and not x.importable and x.is_known
+
+
+def without_lost_callbacks(experiment: Experiment) -> Experiment:
+    """Leave out callbacks of a resumed run that have no import path and were not given again."""
+    lost = [str(c) for c in experiment.callbacks if not (c.importable or c.is_known)]
+    if lost:
+        log.warning(f"{', '.join(lost)}: left out, since the resumed run was not given it again")
+    kept = tuple(c for c in experiment.callbacks if str(c) not in lost or c.is_known)
+    return dataclasses.replace(experiment, callbacks=kept)
 
 
 def with_code_hashes(experiment: Experiment) -> Experiment:
