@@ -178,7 +178,8 @@ def test_the_log_stops_or_counts(tiny, tmp_path, nonfinite):
     ],
 )
 def test_a_run_that_skips_too_many_steps_fails(tiny, tmp_path, monkeypatch, most, message):
-    monkeypatch.setattr("vlm.training.step.objective", lambda *_, **__: jnp.float32(jnp.nan))
+    broken = jnp.float32(jnp.nan), {}
+    monkeypatch.setattr("vlm.training.step.objective", lambda *_, **__: broken)
     optimizer = {"on_nonfinite": "skip", "max_skipped_in_a_row": most}
     folder = tmp_path / "run"
     with pytest.raises(TrainingError, match=message):

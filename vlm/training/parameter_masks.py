@@ -37,6 +37,7 @@ def parameter_mask(*patterns: str) -> Callable[[Any], Any]:
         ConfigError: (from the function) a pattern matches no parameter.
 
     Example:
+        >>> import optax
         >>> kernels = vlm.training.parameter_mask(".*/kernel")
         >>> optimizer = optax.adamw(1e-3, weight_decay=0.1, mask=kernels)
         >>> kernels({"vision": {"kernel": 0, "bias": 0}})

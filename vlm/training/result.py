@@ -23,6 +23,12 @@ class TrainingResult:
         total_steps: steps at which the run is finished.
         metrics: final metrics by name, as in log.jsonl without "eval/"; empty if the run is not
             finished.
+
+    Example:
+        >>> from etils import epath
+        >>> run = vlm.training.TrainingResult(epath.Path("runs/mine"), step=5, total_steps=20)
+        >>> run.finished, str(run / "log.jsonl")
+        (False, 'runs/mine/log.jsonl')
     """
 
     folder: epath.Path
