@@ -14,6 +14,7 @@ from test_step import batch, make, run
 import vlm
 from vlm.config import Code, from_dict, to_dict
 from vlm.errors import ConfigError
+from vlm.inputs.tokenizer import train_bpe
 from vlm.losses import all_pairs
 
 pytestmark = pytest.mark.untyped  # fields that take objects hold their import paths
@@ -281,6 +282,31 @@ def test_rates_and_decays_by_name(tiny):
     assert named(*kernel) == pytest.approx(0.05, rel=1e-3)  # twice the decay at half the rate
     assert named("text", "embedding") == 0
     assert named("logit_scale") == pytest.approx(0.05, rel=1e-3)
+
+
+def test_an_activation_of_jax_and_a_policy_of_rematerialisation(tiny, tmp_path):
+    remat = jax.checkpoint_policies.dots_saveable
+    tower = {"activation": jax.nn.silu}
+    experiment = tiny(vision=tower, text=tower, remat=remat)
+    assert to_dict(experiment)["model"]["vision"]["activation"] == "jax.nn:silu"
+    assert from_dict(vlm.Experiment, json.loads(json.dumps(to_dict(experiment)))) == experiment
+    trainer = make(experiment)
+    losses, state = run(trainer, 2)
+    same, _ = run(make(tiny(vision=tower, text=tower)), 2)
+    np.testing.assert_allclose(losses, same, rtol=1e-6)
+    assert losses != run(make(tiny()), 2)[0]
+    tokenizer = train_bpe(["a red square"] * 9, 300, 16)
+    bundle = vlm.Bundle(trainer.model(state), trainer.preprocess, tokenizer, "silu")
+    bundle.save(tmp_path / "model")
+    z = vlm.load(tmp_path / "model").encode_text("a red square")
+    np.testing.assert_array_equal(z, bundle.encode_text("a red square"))
+    with pytest.raises(vlm.CheckpointError, match=r"no name for the activation jax\.nn:silu"):
+        bundle.save(tmp_path / "other", "huggingface")
+    for activation in (jnp.sin, "os:remove"):
+        with pytest.raises(ConfigError, match=r"or a function of jax\.nn"):
+            tiny(vision={"activation": activation})
+    with pytest.raises(ConfigError, match="choose one of 'none', 'dots'"):
+        tiny(remat="some")
 
 
 def test_a_config_with_own_parts_is_json(tiny):

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from vlm.config.code import JAX_NN, Code
 from vlm.errors import ConfigError, brief
 
 
@@ -114,6 +115,16 @@ def check_heads(tower) -> None:
         raise ConfigError(
             f"{type(tower).__name__}.width {tower.width} is not a multiple of heads "
             f"{tower.heads}: choose a width that the heads divide"
+        )
+
+
+def check_activation(tower) -> None:
+    """Raise a ConfigError if the activation is code that a model folder may not name."""
+    value = tower.activation
+    if isinstance(value, Code) and not value.startswith(JAX_NN):
+        raise ConfigError(
+            f"{type(tower).__name__}.activation is {str(value)!r}: give one of its names, or a "
+            "function of jax.nn; a tower of your own (VisionModuleConfig) takes any"
         )
 
 

@@ -28,6 +28,7 @@ else:
     ImportPath = NewType("ImportPath", str)
     DataSource = NewType("DataSource", str)
 
+JAX_NN = "jax.nn:"  # import paths that models may have: functions of arrays alone
 _PATH = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)(\(.*\))?", re.DOTALL)
 _GIVEN = "<{}>"  # text of an object that has no import path
 _MAX_ITEMS = 1000  # of an argument in an import path

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from vlm.config.base import Config, kept_tokens
-from vlm.config.bounds import check_heads, check_projection
+from vlm.config.bounds import check_activation, check_heads, check_projection
+from vlm.config.code import ImportPath
 from vlm.config.module_towers import MeshAxis, TextModuleConfig
 from vlm.config.towers import Activation, VisionTowerConfig, ViTConfig, from_older_form
 from vlm.errors import ConfigError
@@ -47,7 +48,7 @@ class TextConfig(Config):
         last_norm: For norm post: one more norm after the blocks (AltCLIP).
         projection: Layer from the pooled token to the shared space. mlp: two layers without
             biases; the hidden width is the mean of both widths.
-        activation: Activation of the MLPs.
+        activation: Activation of the MLPs; also a function of `jax.nn`.
         norm_eps: Epsilon of the layer norms.
         dropout: Dropout rate in training.
 
@@ -74,12 +75,13 @@ class TextConfig(Config):
     norm: Literal["pre", "post"] = "pre"
     last_norm: bool = False
     projection: Literal["none", "linear", "linear_bias", "mlp"] = "linear_bias"
-    activation: Activation = "gelu_tanh"
+    activation: Activation | ImportPath = "gelu_tanh"
     norm_eps: float = 1e-6
     dropout: float = 0.0
 
     def check(self):
         check_heads(self)
+        check_activation(self)
         if self.pool == "end" and self.end_id is None:
             raise ConfigError('TextConfig.pool "end" needs end_id, the id of the end token: set it')
 

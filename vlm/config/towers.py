@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from vlm.config.base import Config, VisionTower
-from vlm.config.bounds import check_heads
+from vlm.config.bounds import check_activation, check_heads
+from vlm.config.code import ImportPath
 from vlm.config.efficientnet import EfficientNetConfig
 from vlm.config.module_towers import VisionModuleConfig
 from vlm.errors import ConfigError
@@ -54,7 +55,7 @@ class ViTConfig(VisionTower):
         attention_norm: Add a norm before the output layer of attention (EVA-02).
         key_bias: Add a bias to the keys of attention.
         projection: Layer from the pooled token to the shared space.
-        activation: Activation of the plain MLP, and of map pooling's.
+        activation: Activation of the plain MLP, and of map pooling's; also a function of `jax.nn`.
         norm_eps: Epsilon of the layer norms.
         max_patches: For NaFlex (SigLIP 2), which accepts any aspect ratio: maximum number of
             patches; image_size is then that of the grid of positions. None: square images.
@@ -98,7 +99,7 @@ class ViTConfig(VisionTower):
     attention_norm: bool = False
     key_bias: bool = True
     projection: Literal["none", "linear", "linear_bias"] = "none"
-    activation: Activation = "gelu_tanh"
+    activation: Activation | ImportPath = "gelu_tanh"
     norm_eps: float = 1e-6
     max_patches: int | None = None
     dropout: float = 0.0
@@ -106,6 +107,7 @@ class ViTConfig(VisionTower):
 
     def check(self):
         check_heads(self)
+        check_activation(self)
         if self.pool == "query" and self.projection == "none":
             raise ConfigError('ViTConfig.pool "query" needs a projection: set it to "linear"')
         # Pixels left over at the right and bottom are ignored, as in SigLIP So400m/14@384.

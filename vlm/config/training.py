@@ -77,7 +77,8 @@ class Experiment(Config):
             on a CPU.
         remat: Activations that a block saves for the backward pass. none: all; dots: inputs and
             outputs of attention, and the MLP's hidden layer; dots_no_batch: the same without the
-            output of attention; full: only the block's input.
+            output of attention; full: only the block's input. One of your own is a policy of
+            `jax.checkpoint`.
         scan: Compile the blocks as a loop over one of them. Otherwise each block is compiled, which
             takes longer.
         lock: Tower to freeze (LiT).
@@ -145,7 +146,7 @@ class Experiment(Config):
     examples: int | None = None
     seconds: float | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    remat: RematPolicy = "dots_no_batch"
+    remat: RematPolicy | ImportPath = "dots_no_batch"
     scan: bool = True
     lock: Literal["none", "vision", "text"] = "none"
     objective: Literal["contrastive", "flyp", "classification"] = "contrastive"

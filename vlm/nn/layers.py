@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from vlm.config import Activation, MlpKind
+from vlm.config import Activation, Code, ImportPath, MlpKind
 from vlm.errors import check_choice
 from vlm.nn.remat import MLP_HIDDEN
 
@@ -34,8 +34,10 @@ def quick_gelu(x: Array) -> Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-def activation(name: Activation) -> Callable[[Array], Array]:
+def activation(name: Activation | ImportPath) -> Callable[[Array], Array]:
     """Return the activation function of that name; "relu" is that of NLLB's encoder."""
+    if isinstance(name, Code):
+        return name.load("activation")
     functions = {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}
     return (functions | {"relu": jax.nn.relu})[name]
 
@@ -164,7 +166,7 @@ class Mlp(nnx.Module):
         self,
         width: int,
         mlp_dim: int,
-        act: Activation,
+        act: Activation | ImportPath,
         *,
         kind: MlpKind = "plain",
         norm_eps: float = 1e-6,
@@ -178,7 +180,7 @@ class Mlp(nnx.Module):
         self.down = nnx.Linear(mlp_dim, width, **options)
         normed = {"geglu": width, "swiglu": mlp_dim}.get(kind)
         self.norm = None if normed is None else LayerNorm(normed, norm_eps, rngs=rngs)
-        self.act: Activation = act
+        self.act: Activation | ImportPath = act
         self.kind: MlpKind = kind
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:

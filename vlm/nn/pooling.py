@@ -7,7 +7,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm.config import Activation, TextPool
+from vlm.config import Activation, ImportPath, TextPool
 from vlm.nn.attention import Attention
 from vlm.nn.auto_axes import auto_axes
 from vlm.nn.intermediates import Intermediates
@@ -30,7 +30,7 @@ class MapPool(nnx.Module):
         heads: int,
         mlp_dim: int,
         *,
-        act: Activation,
+        act: Activation | ImportPath,
         norm_eps: float,
         dtype: DTypeLike,
         rngs: nnx.Rngs,

@@ -11,7 +11,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
-from vlm.config import Activation, MlpKind, RematPolicy
+from vlm.config import Activation, Code, ImportPath, MlpKind, RematPolicy
 from vlm.errors import check_choice
 from vlm.nn.attention import Attention
 from vlm.nn.auto_axes import auto_axes
@@ -32,11 +32,12 @@ class Execution:
     """
 
     dtype: DTypeLike = jnp.float32  # of activations and products; parameters are float32
-    remat: RematPolicy = "dots_no_batch"
+    remat: RematPolicy | ImportPath = "dots_no_batch"
     scan: bool = True  # False unrolls the blocks: slower to compile, sometimes faster to run
 
     def __post_init__(self):
-        check_choice("remat", self.remat, get_args(RematPolicy))
+        if not isinstance(self.remat, Code):  # a policy of the user
+            check_choice("remat", self.remat, get_args(RematPolicy))
 
 
 LAYER_SCALE = 1e-4  # initial value of layer scale
@@ -60,7 +61,7 @@ class Block(nnx.Module):
         heads: int,
         mlp_dim: int,
         *,
-        act: Activation,
+        act: Activation | ImportPath,
         norm_eps: float,
         dropout_rate: float = 0.0,
         causal: bool = False,

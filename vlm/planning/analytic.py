@@ -13,7 +13,7 @@ from vlm.config import Experiment, TextConfig, ViTConfig
 from vlm.inputs.preprocess import Preprocess
 from vlm.losses.contrastive import tile_side
 from vlm.models.flops import step_flops
-from vlm.nn.remat import ATTENDED, MLP_HIDDEN, PROJECTED, SAVED
+from vlm.nn.remat import ATTENDED, MLP_HIDDEN, PROJECTED, saved_names
 from vlm.nn.tpu_attention import LONGEST
 from vlm.planning.collectives import FSDP, GRADIENTS, LOSS_RING, TENSOR
 from vlm.planning.compile import PlannedSupervision, StateBytes, planned_supervision, total_bytes
@@ -52,7 +52,7 @@ def analytic_memory(
         scores = 0 if fused_attention(e, chip, tokens, config) else config.heads * tokens
         saved = (size * (12 * width + 2 * mlp) + (4 + size) * scores) / tensor_ways + 16 * width
         block = max(block, rows * tokens * (saved + size * width))
-        if (names := SAVED[e.remat]) is not None:
+        if (names := saved_names(e.remat)) is not None:
             named = {PROJECTED: 3 * width, ATTENDED: width, MLP_HIDDEN: mlp}
             saved = size * sum(named[name] for name in names) / tensor_ways
         if e.lock != tower:

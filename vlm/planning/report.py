@@ -218,7 +218,7 @@ def _suggestions(plan: Any) -> str:
     e = plan.experiment
     options = []
     policies = get_args(RematPolicy)
-    if e.remat != policies[-1]:
+    if e.remat in policies[:-1]:
         options.append(f"--remat {policies[policies.index(e.remat) + 1]}")
     if e.micro_batch_size is None:
         options.append(f"--micro-batch-size {e.batch_size // 2}")

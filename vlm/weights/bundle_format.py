@@ -11,6 +11,7 @@ from etils import epath
 
 from vlm._version import __version__
 from vlm.config import (
+    JAX_NN,
     ModelConfig,
     PreprocessConfig,
     TokenizerConfig,
@@ -117,6 +118,8 @@ def _find_code(config: ModelConfig, hashes: dict[str, Any], where: str) -> None:
         MissingCodeError: a module is not imported, or has no such class.
     """
     for _, code in find_codes(config):
+        if code.startswith(JAX_NN):  # an activation
+            continue
         path, found = str(code), code.if_imported()
         module = path.partition(":")[0]
         if not is_module_class(found):

@@ -9,7 +9,7 @@ from typing import Literal
 
 from etils import epath
 
-from vlm.config import TextModuleConfig, VisionModuleConfig
+from vlm.config import Code, TextModuleConfig, VisionModuleConfig
 from vlm.errors import CheckpointError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
@@ -46,6 +46,11 @@ def write_folder(
             raise CheckpointError(
                 f"{form} has no place for {tower.module}, a tower of your own: save the model as a "
                 "vlm bundle"
+            )
+        activation = getattr(tower, "activation", None)
+        if isinstance(activation, Code):
+            raise CheckpointError(
+                f"{form} has no name for the activation {activation}: save a vlm bundle"
             )
     writer = {"huggingface": write_huggingface, "open_clip": write_open_clip}[form]
     with new_folder(folder) as new:
