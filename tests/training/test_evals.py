@@ -130,7 +130,7 @@ def test_a_run_is_evaluated_on_its_own_split_and_on_other_data(parts, tiny, wall
     assert evaluations
     assert opened == []  # no image of the training split, ever
     row = evaluations.metrics(state)
-    assert {"eval/top1", "eval/image_to_text_R@1", "eval/walls/image_to_text_R@1"} <= set(row)
+    assert {"top1", "image_to_text_R@1", "walls/image_to_text_R@1"} <= set(row)
     assert len(opened) == 8 + 11
     assert not Evaluations(tiny(), trainer, tokenizer)
 

@@ -7,7 +7,6 @@ is saved as JSON in the run folder.
 from vlm._deprecation import renamed
 from vlm.config.base import Config as Config
 from vlm.config.base import kept_tokens as kept_tokens
-from vlm.config.code import JAX_NN as JAX_NN
 from vlm.config.code import Code as Code
 from vlm.config.code import DataSource as DataSource
 from vlm.config.code import ImportPath as ImportPath

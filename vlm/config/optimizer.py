@@ -23,6 +23,14 @@ class Resolved(Generic[T]):
     def __set__(self, instance: object, value: T | None) -> None: ...
 
 
+class Converted(Generic[T]):
+    """For type checkers: a field that accepts any object, which the constructor converts to T."""
+
+    def __get__(self, instance: object, owner: type) -> T: ...  # pyright: ignore
+
+    def __set__(self, instance: object, value: Any) -> None: ...
+
+
 @dataclass(frozen=True)
 class OptimizerConfig(Config):
     """The update rule, its schedule and its safeguards.
@@ -97,8 +105,12 @@ class OptimizerConfig(Config):
     max_scale: float | None = 100.0
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped_in_a_row: int = 25
-    rates: tuple[tuple[str, float], ...] = ()
-    decays: tuple[tuple[str, float], ...] = ()
+    if TYPE_CHECKING:
+        rates: Converted[tuple[tuple[str, float], ...]] = UNSET
+        decays: Converted[tuple[tuple[str, float], ...]] = UNSET
+    else:
+        rates: tuple[tuple[str, float], ...] = ()
+        decays: tuple[tuple[str, float], ...] = ()
     transformation: ImportPath | None = None
 
     @classmethod

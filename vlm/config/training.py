@@ -10,7 +10,7 @@ from vlm.config.evaluation import EvalConfig
 from vlm.config.fine_tuning import AdapterConfig, DistillConfig
 from vlm.config.inputs import PreprocessConfig, TokenizerConfig
 from vlm.config.model import Loss, ModelConfig
-from vlm.config.optimizer import UNSET, OptimizerConfig, Resolved, check_pattern
+from vlm.config.optimizer import UNSET, Converted, OptimizerConfig, Resolved, check_pattern
 from vlm.config.towers import VisionTowerConfig
 from vlm.errors import ConfigError
 
@@ -137,7 +137,10 @@ class Experiment(Config):
     tokenizer_file: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     evals: tuple[EvalConfig | ImportPath, ...] = ()
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    if TYPE_CHECKING:
+        optimizer: Converted[OptimizerConfig] = UNSET
+    else:
+        optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     batch_size: int = 1024
     micro_batch_size: int | None = None
@@ -167,7 +170,10 @@ class Experiment(Config):
     keep_hours: float | None = None
     profile: tuple[int, int] | None = None
     run_dir: str | None = None
-    losses: tuple[tuple[Loss | ImportPath, float], ...] = ()
+    if TYPE_CHECKING:
+        losses: Converted[tuple[tuple[str, float], ...]] = UNSET
+    else:
+        losses: tuple[tuple[Loss | ImportPath, float], ...] = ()
     loss_intermediates: tuple[str, ...] = ()
     freeze: tuple[str, ...] = ()
     callbacks: tuple[ImportPath, ...] = ()

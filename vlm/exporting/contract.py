@@ -123,13 +123,16 @@ def pixels_code(config: PreprocessConfig) -> str:
     """Write the program that makes pixels from image files as the model does."""
     functions: list[Callable] = []
     if config.decode != "reference":
-        functions += [opening._to_rgb, opening._eight_bits]
+        functions += [opening._to_rgb, opening._strips, opening._in_strips, opening._composite]
+        functions += [opening._values, opening._range, opening._eight_bits]
     if config.backend == "tensor":
         functions += [resizing.resize_tensor, resizing.resize_matrix]
         functions += [resizing._fixed_point, resizing._shift, resizing._kernel]
     elif config.backend == "tensorflow":
         functions += [resizing.resize_tensorflow, resizing._neighbours]
     code = "\n\n".join(map(_plain, functions))
+    if config.decode != "reference":
+        code = f"_STRIP_PIXELS = {opening._STRIP_PIXELS}\n\n{code}"
     if config.backend == "tensor":
         code = f"_SUPPORT = {resizing._SUPPORT}\n\n{code}"
     return render("exporting/pixels.py.jinja", config=config, functions=code.strip())

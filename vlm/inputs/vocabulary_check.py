@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+import re
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ MAX_FILE = 200_000_000  # bytes; the largest published tokenizer.json has 35 mil
 MAX_ADDED = 20_000  # added tokens; published vocabularies have up to 7,000
 MAX_GROWTH = 256  # characters that the normalisation may make of one; Unicode's makes up to 18
 _MAX_CONTENT = 1024  # characters of a replacement
-_MAX_STEPS = 128
+_MAX_STEPS = 512
 _LONGER = {"ByteLevel": 2, "BertNormalizer": 3}  # steps that lengthen a text each time
 
 
@@ -98,10 +99,26 @@ def _growth(step: dict[str, Any]) -> int:
         pattern, content = step.get("pattern", {}), len(step.get("content", ""))
         if length := len(pattern.get("String", "")):
             return max(1, -(-content // length))
-        return 1 + content  # a regular expression may match between any two characters
+        return max(1, content) if _takes_characters(pattern) else 1 + content
     if step.get("type") == "Precompiled":
         return _longest(base64.b64decode(step.get("precompiled_charsmap") or ""))
     return _LONGER.get(step.get("type", ""), 1)
+
+
+# A character or a class of characters that is not optional.
+_CHARACTER = re.compile(r"(?:\[(?:\\.|[^\]\\])+\]|[^.^$*+?()\[\]{}|\\])(?![*?{])")
+
+
+def _takes_characters(pattern: dict[str, Any]) -> bool:
+    """Whether each match of a regular expression begins with a character.
+
+    Such a match replaces it, and there is none between each two characters.
+    """
+    text = str(pattern.get("Regex", ""))
+    outside = re.sub(r"\\.|\[(?:\\.|[^\]\\])+\]", "", text)  # without escapes and classes
+    while outside != (outside := re.sub(r"\([^()]*\)", "", outside)):
+        pass
+    return "|" not in outside and _CHARACTER.match(text) is not None
 
 
 def _longest(charsmap: bytes) -> int:

@@ -17,7 +17,7 @@ class LossInputs:
     A loss is a pure function of these that returns a scalar, or (scalar, dict of scalars to log).
     It runs inside the jitted step. Rows are sharded over the mesh axes `data` and `fsdp`.
 
-    Attributes:
+    Args:
         z_image, z_text: unit-norm float32 embeddings (B, d).
         logit_scale: logarithm of the factor on the cosines.
         logit_bias: bias of the logits; None for a model without it.

@@ -11,7 +11,6 @@ from etils import epath
 
 from vlm._version import __version__
 from vlm.config import (
-    JAX_NN,
     ModelConfig,
     PreprocessConfig,
     TokenizerConfig,
@@ -19,6 +18,7 @@ from vlm.config import (
     from_dict,
     to_dict,
 )
+from vlm.config.code import JAX_NN
 from vlm.errors import CheckpointError, ConfigError, DataError, warn_once
 from vlm.inputs import tokenizer as tokenizers
 from vlm.inputs.preprocess import Preprocess
