@@ -144,7 +144,7 @@ REPEAT = [normalizers.Replace("a", "a" * 1000)] * 4
         (vocabulary(normalizer=normalizers.Replace("a", "b" * 2000)), "a text of 2,000 characters"),
         (vocabulary(normalizer=normalizers.Prepend("b" * 2000)), "a text of 2,000 characters"),
         (vocabulary(normalizer=normalizers.Sequence([normalizers.ByteLevel()] * 9)), "512 times"),
-        (vocabulary(normalizer=normalizers.Sequence([normalizers.NFC()] * 200)), "200 steps|201"),
+        (vocabulary(normalizer=normalizers.Sequence([normalizers.NFC()] * 600)), "600 steps|601"),
         (vocabulary(normalizer=normalizers.Precompiled(charsmap({"a": "b" * 999}))), "999 times"),
         (vocabulary(decoder=decoders.Replace("a", "a" * 1000)), "decoder could make a text 1,000"),
         (
