@@ -39,6 +39,8 @@ mount -t tmpfs -o mode=1777 tmpfs "$1/tmp"
 def can_isolate():
     """Whether this process may make a root folder for another one."""
     tools = all(map(shutil.which, ("unshare", "setpriv", "chroot")))
+    if os.path.realpath(sys.prefix).startswith("/tmp/"):  # which the new root hides
+        return False
     if os.getuid() or not tools:
         return False
     trial = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
