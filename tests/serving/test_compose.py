@@ -257,17 +257,27 @@ def ask(url, key=None, body=None):
         return reply.read()
 
 
-@pytest.mark.slow
-def test_the_exported_service_answers_with_pictures(saved, export, mounted):
-    data = mounted / "data"
+def index_below(folder, saved):
+    """Index of the pictures of `saved`, with both in a folder that a container can mount."""
+    data = folder / "data"
     for name in ("model", "pictures"):
         shutil.copytree(saved / name, data / name)
     line = ["index", "--model", data / "model", data / "pictures", data / "index"]
     assert main([*map(str, line)]) == 0
+    return data / "index"
+
+
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder, service = export(data / "index", "--name", "named", "--port", port)
+        return free.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_the_exported_service_answers_with_pictures(saved, export, mounted):
+    index, port = index_below(mounted, saved), free_port()
+    data = index.parent
+    folder, service = export(index, "--name", "named", "--port", port)
     container = Container(folder, mounted / "work", port)
     rights = container.run(
         [sys.executable, "-c", "import os, vlm; print(os.getuid(), vlm.__file__, os.getcwd())"]
@@ -318,15 +328,8 @@ def engine():
 @pytest.mark.slow
 @pytest.mark.skipif(engine() is None, reason="there is no container engine")
 def test_a_container_engine_builds_and_runs_it(saved, export, mounted):
-    data = mounted / "data"
-    for name in ("model", "pictures"):
-        shutil.copytree(saved / name, data / name)
-    line = ["index", "--model", data / "model", data / "pictures", data / "index"]
-    assert main([*map(str, line)]) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder, _ = export(data / "index", "--port", port)
+    index, port = index_below(mounted, saved), free_port()
+    folder, _ = export(index, "--port", port)
     key = (folder / ".env").read_text().split("VLM_API_KEYS='")[1].split("'")[0]
     compose = [*engine(), "--project-directory", str(folder)]
     subprocess.run([*compose, "up", "--build", "--detach", "vlm"], check=True, timeout=1500)

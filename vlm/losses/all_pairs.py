@@ -15,9 +15,9 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from vlm.errors import ConfigError, check_choice
-from vlm.losses.contrastive import placement, ring_of
+from vlm.losses.contrastive import on_mesh, placement, ring_of
 from vlm.losses.ring import Hide, Ring, add
-from vlm.sharding import explicit_mesh, manual_axes, under_auto_axes
+from vlm.sharding import explicit_mesh, under_auto_axes
 
 Reduction = Literal["sum", "logsumexp"]
 Values = Callable[..., Float[Array, "m n"]]
@@ -117,9 +117,8 @@ def _check_values(values: Values, images: Any, texts: Any, parameters: Any) -> N
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _reduced(values, reduce, mesh, ring, images, texts, parameters):
-    return _on_mesh(
-        functools.partial(_forward_trip, values, reduce), mesh, ring, images, texts, parameters
-    )
+    trip = functools.partial(_forward_trip, values, reduce)
+    return _trip(trip, mesh, ring, (images, texts, parameters))
 
 
 def _forward(values, reduce, mesh, ring, images, texts, parameters):
@@ -132,24 +131,18 @@ def _backward(values, reduce, mesh, ring, saved, gradients):
     d_image, d_text = gradients
     trip = functools.partial(_backward_trip, values, reduce)
     rows, columns = (images, d_image, of_image), (texts, d_text, of_text)
-    found = _on_mesh(trip, mesh, ring, rows, columns, parameters, gradient=True)
+    found = _trip(trip, mesh, ring, (rows, columns, parameters), gradient=True)
     return tuple(map(_with_float0, found, (images, texts, parameters)))
 
 
 _reduced.defvjp(_forward, _backward)
 
 
-def _on_mesh(trip, mesh, ring: Ring, images, texts, parameters, *, gradient: bool = False):
+def _trip(function, mesh, ring: Ring, inputs, *, gradient: bool = False):
     """Run a trip around the ring on each device's rows."""
-    trip = functools.partial(trip, ring)
-    if mesh is None or manual_axes() & set(ring.axes):
-        return trip(images, texts, parameters)
     rows, number = PartitionSpec(ring.axes), PartitionSpec()
     out = (rows, rows, number) if gradient else (rows, rows)
-    # The check is off for the reason given in `contrastive.py`.
-    return jax.shard_map(
-        trip, mesh=mesh, in_specs=(rows, rows, number), out_specs=out, check_vma=False
-    )(images, texts, parameters)
+    return on_mesh(function, mesh, ring, (rows, rows, number), out)(*inputs)
 
 
 def _forward_trip(values, reduce, ring: Ring, images, texts, parameters):

@@ -165,7 +165,7 @@ def ring_loss(loss: RingLoss, mesh, ring: Ring, *inputs):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _ring_loss(loss: RingLoss, mesh, ring: Ring, *inputs):
-    return _on_mesh(loss.value, mesh, ring, _specs(ring, inputs), PartitionSpec())(*inputs)
+    return on_mesh(loss.value, mesh, ring, _specs(ring, inputs), PartitionSpec())(*inputs)
 
 
 def _specs(ring: Ring, inputs) -> tuple[PartitionSpec, ...]:
@@ -177,7 +177,7 @@ def _forward(loss, mesh, ring, *inputs):
     """Compute the gradients with the loss: the backward pass only scales them."""
     specs, count = _specs(ring, inputs), loss.differentiable
     out = PartitionSpec(), specs[:count]
-    value, gradients = _on_mesh(loss.value_and_gradients, mesh, ring, specs, out)(*inputs)
+    value, gradients = on_mesh(loss.value_and_gradients, mesh, ring, specs, out)(*inputs)
     gradients = jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, inputs[:count])
     return value, (*gradients, *(None for _ in inputs[count:]))
 
@@ -189,7 +189,7 @@ def _backward(loss, mesh, ring, gradients, factor):
 _ring_loss.defvjp(_forward, _backward)
 
 
-def _on_mesh(function, mesh, ring, in_specs, out_specs):
+def on_mesh(function, mesh, ring, in_specs, out_specs):
     """Run `function(ring, *inputs)` on each device's rows."""
     function = functools.partial(function, ring)
     if mesh is None or manual_axes() & set(ring.axes):
