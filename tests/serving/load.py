@@ -2,11 +2,11 @@
 
     python tests/serving/load.py throughput     # 32 clients of single images, then of single texts
     python tests/serving/load.py overload       # twice the capacity: rejections and memory
-    python tests/serving/load.py page           # last key to first result, 100,000 items
+    python tests/serving/load.py page --rounds 10  # last key to first result, 100,000 items
     python tests/serving/load.py soak --seconds 60
 
 Weights are random, images are JPEG files of 256 x 256, and server, clients and bench share the
-cores. `throughput` runs `vlm bench encode` before and after the server, and the best counts.
+cores. `throughput` takes turns between `vlm bench encode` and the server, `--rounds` times.
 """
 
 import argparse
@@ -222,8 +222,11 @@ def report(name: str, found: dict) -> None:
 # ------------------------------------------------------------------------------- the measures
 
 
-def bench(folder: pathlib.Path) -> dict[str, float]:
-    """Images and texts per second of the model alone, at its best batch size."""
+def bench(folder: pathlib.Path, rounds: int) -> dict[str, dict]:
+    """Best and mean inputs per second of the model alone, at the batch size of the server.
+
+    While one half of the clients waits for a batch, the other half sends the next.
+    """
     config = folder / "config.py"
     config.write_text(
         "from vlm.config import *\nfrom vlm.models.recipes import clip\n"
@@ -231,38 +234,33 @@ def bench(folder: pathlib.Path) -> dict[str, float]:
         "batch_size=8, steps=1)\n"
     )
     line = [sys.executable, "-m", "vlm", "bench", "encode", str(config), "--json"]
-    done = subprocess.run(
-        [*line, "--batch-sizes", "8", "16", "32"], capture_output=True, text=True, cwd=ROOT
-    )
+    sizes = ["--batch-sizes", str(CLIENTS // 2), "--rounds", str(rounds)]
+    done = subprocess.run([*line, *sizes], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["rows"]
-    return {
-        tower: max(row["per_second"] for row in rows if row["tower"] == tower)
-        for tower in ("image", "text")
-    }
+    return {row["tower"]: row for row in json.loads(done.stdout)["rows"]}
 
 
 def throughput(args, folder: pathlib.Path) -> None:
-    before = bench(folder)
+    loads = {
+        "image": image_bodies(),
+        "text": text_bodies(90),  # the full context length, as in the benchmark
+        "short text": text_bodies(8),
+    }
+    found, alone = {name: [] for name in loads}, []
     with served("--model", folder / "model") as (port, _):
-        loads = {
-            "image": image_bodies(),
-            "text": text_bodies(90),  # the full context length, as in the benchmark
-            "short text": text_bodies(8),
-        }
-        found = {}
-        for name, bodies in loads.items():
-            asyncio.run(closed_loop(port, bodies, 2, CLIENTS))
-            found[name] = asyncio.run(closed_loop(port, bodies, args.seconds, CLIENTS))
-            report(f"{CLIENTS} clients, {name}", found[name])
-    after = bench(folder)
+        for _ in range(args.rounds):
+            alone.append(bench(folder, rounds=10))
+            for name, bodies in loads.items():
+                asyncio.run(closed_loop(port, bodies, 2, CLIENTS))
+                found[name].append(asyncio.run(closed_loop(port, bodies, args.seconds, CLIENTS)))
+                report(f"{CLIENTS} clients, {name}", found[name][-1])
     for tower in ("image", "text"):
-        best = max(before[tower], after[tower])
-        ratio = found[tower]["per_second"] / best
-        print(
-            f"{tower}: {ratio:.2f} of vlm bench encode at its best batch "
-            f"({before[tower]:.1f} before, {after[tower]:.1f} after)"
-        )
+        rates = np.array([each["per_second"] for each in found[tower]])
+        for which in ("mean", "best"):
+            key = "mean_per_second" if which == "mean" else "per_second"
+            bare = np.array([each[tower][key] for each in alone])
+            ratio, bars = np.median(rates / bare), ", ".join(f"{rate:.1f}" for rate in bare)
+            print(f"{tower}: {ratio:.2f} of the {which} of vlm bench encode ({bars})")
 
 
 def overload(args, folder: pathlib.Path) -> None:
@@ -350,7 +348,7 @@ def main() -> None:
     parser.add_argument("--model", type=pathlib.Path, help="a bundle to use in place of a new one")
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--items", type=int, default=100_000)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)

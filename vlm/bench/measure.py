@@ -20,29 +20,33 @@ def matrix_side(platform: str) -> int:
     return 2048 if platform == "cpu" else 8192
 
 
-def best_times(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
-    """Best seconds of `rounds` interleaved calls of each function."""
-    best = {}
-    for name, run in runs.items():
+def times(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
+    """Seconds of `rounds` interleaved calls of each function, after one that compiles it."""
+    for run in runs.values():
         jax.block_until_ready(run())
-        best[name] = float("inf")
+    seconds = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             start = time.perf_counter()
             jax.block_until_ready(run())
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def best_times(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
+    """Best seconds of `rounds` interleaved calls of each function."""
+    return {name: min(seconds) for name, seconds in times(runs, rounds).items()}
 
 
 def product(dtype: str, devices: Sequence[Any]) -> tuple[Callable[[], Any], float]:
     """Function that multiplies large square matrices on all devices, and its total FLOPs."""
     on_cpu = devices[0].platform == "cpu"
     side = matrix_side(devices[0].platform)
-    times = max(1, 8 // len(devices)) if on_cpu else 16  # the devices of a CPU share its cores
+    repeats = max(1, 8 // len(devices)) if on_cpu else 16  # the devices of a CPU share its cores
     sharding = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data"))
     matrices = jax.device_put(jnp.ones((len(devices), side, side), dtype), sharding)
     run = jax.jit(lambda m: m @ m)
-    return lambda: [run(matrices) for _ in range(times)], times * 2 * len(devices) * side**3
+    return lambda: [run(matrices) for _ in range(repeats)], repeats * 2 * len(devices) * side**3
 
 
 def peak_bytes(device: Any) -> int | None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import gc
 import signal
 import socket
 from collections.abc import Callable
@@ -91,9 +92,14 @@ def serve(
     number = getattr(signal, "SIGHUP", None)  # Windows has none; nohup ignores it
     if number is not None and signal.getsignal(number) != signal.SIG_IGN:
         previous[number] = signal.signal(number, hang_up)
+    # The collector would walk all objects of JAX and of the application, 0.1 s each time, while no
+    # request is answered.
+    gc.collect()
+    gc.freeze()
     try:
         server.run(sockets=[taken])
     finally:
+        gc.unfreeze()
         for number, handler in previous.items():
             signal.signal(number, handler)
         taken.close()
