@@ -117,9 +117,9 @@ def text_flops(config: TextConfig, embed_dim: int, *, masking: float = 0.0) -> d
 
 
 def shortened(
-    tokens: Int32[np.ndarray, "n l"], config: TextTowerConfig
+    tokens: Int32[np.ndarray, "n l"], config: TextTowerConfig, step: int = LENGTH_STEP
 ) -> Int32[np.ndarray, "n m"]:
-    """Cut common padding that does not affect the result.
+    """Cut common padding that does not affect the result, to a multiple of `step` tokens.
 
     A causal tower ignores tokens after the pooled one; for other towers rows stay complete.
     """
@@ -131,4 +131,4 @@ def shortened(
         return tokens
     pooled = np.argmax(tokens == config.end_id if config.pool == "end" else tokens, axis=1)
     last = int(pooled.max()) + 1
-    return tokens[:, : min(-(-last // LENGTH_STEP) * LENGTH_STEP, tokens.shape[1])]
+    return tokens[:, : min(-(-last // step) * step, tokens.shape[1])]

@@ -19,12 +19,16 @@ from vlm.heads.encoder import Rule
 from vlm.inputs.naflex import STEP
 from vlm.inputs.opening import MAX_PIXELS, ImageLike, OnError, one_or_many, read_image
 from vlm.inputs.preprocess import Preprocess
-from vlm.models.text import LENGTH_STEP, shortened
+from vlm.models.text import shortened
 from vlm.serving.batching import Batcher, Observe
 from vlm.serving.decoding import Decoders, Work
 
 TEXT_CACHE_SIZE = 4096  # cached text embeddings, for labels and repeated queries
 TOKENIZERS = 2  # threads; the library itself uses all cores for a long list
+# Padded lengths of texts. A CPU computes padding at its full price; elsewhere, texts of few
+# lengths make large batches. A query of some words has 8 to 12 tokens.
+CPU_TEXT_LENGTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+TEXT_LENGTHS = (16, 32, 64, 128, 256)
 DECODED_BYTES = 8  # of memory, for each of the pixels that an image may have
 PROCESSES = os.name == "posix"  # elsewhere, threads decode
 
@@ -191,7 +195,7 @@ class Batched:
             try:
                 tokens = self.tokenizer(list(texts))
                 for row, future in zip(tokens, futures, strict=True):
-                    needed = shortened(row[None], self.config.text).shape[1]
+                    needed = shortened(row[None], self.config.text, step=1).shape[1]
                     length = next(length for length in self._lengths if length >= needed)
                     kind = Kind("text", length)
                     self.batcher.submit(kind, row[:length], future, first=first)
@@ -277,17 +281,15 @@ class Batched:
         return list(range(STEP, last + 1, STEP))
 
     def _text_lengths(self) -> list[int]:
-        """Return the padded text lengths: powers of two times the step, and the context length."""
+        """Return the padded text lengths, of which the last is the context length."""
         longest = self.tokenizer.config.context_length
         text = self.config.text
         # A tower that attends to all positions cannot be given shorter rows.
         probe = np.full((1, longest), getattr(text, "end_id", None) or 0, np.int32)
-        if shortened(probe, text).shape[1] == longest:
+        if shortened(probe, text, step=1).shape[1] == longest:
             return [longest]
-        lengths = []
-        while LENGTH_STEP << len(lengths) <= longest / 1.5:
-            lengths.append(LENGTH_STEP << len(lengths))
-        return [*lengths, longest]
+        lengths = CPU_TEXT_LENGTHS if jax.default_backend() == "cpu" else TEXT_LENGTHS
+        return [*(length for length in lengths if length <= longest / 1.5), longest]
 
     def _example(self, kind: Kind) -> np.ndarray:
         """Return a dummy item of a kind, for compilation."""
