@@ -4,6 +4,7 @@
     python tests/serving/load.py overload       # twice the capacity: rejections and memory
     python tests/serving/load.py page --rounds 10  # last key to first result, 100,000 items
     python tests/serving/load.py soak --seconds 60
+    python tests/serving/load.py search --items 1000000   # 16 clients, beside faiss (its package)
 
 Weights are random, images are JPEG files of 256 x 256, and server, clients and bench share the
 cores. `throughput` takes turns between `vlm bench encode` and the server, `--rounds` times.
@@ -19,6 +20,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -168,7 +170,8 @@ async def closed_loop(
             start = time.perf_counter()
             status, content = await client.post(bodies[i % len(bodies)], path)
             latencies.append(time.perf_counter() - start)
-            statuses.append(status if b'"embedding"' in content or status != 200 else 0)
+            done = b'"embedding"' in content or b'"item"' in content
+            statuses.append(status if done or status != 200 else 0)
             i += clients
         client.close()
 
@@ -296,6 +299,84 @@ def soak(args, folder: pathlib.Path) -> None:
         print(f"memory: {start / 2**20:.0f} MiB before, {memory(process) / 2**20:.0f} MiB after")
 
 
+FAISS_ROUTE = """
+import sys, faiss, numpy as np, uvicorn
+from fastapi import FastAPI
+from pydantic import BaseModel
+rows = np.load(sys.argv[1], mmap_mode="r")
+index = faiss.IndexFlatIP(rows.shape[1])
+index.add(np.ascontiguousarray(rows))
+app = FastAPI()
+class Search(BaseModel):
+    query: list[dict]
+    k: int
+@app.post("/v1/search")
+def search(body: Search):
+    item = body.query[0]["item"]
+    scores, items = index.search(np.asarray(rows[item : item + 1]), body.k + 1)
+    found = zip(items[0, 1:], scores[0, 1:])
+    return {"data": [{"item": int(i), "score": float(s)} for i, s in found]}
+uvicorn.run(app, port=int(sys.argv[2]), log_level="error")
+"""
+
+
+def search(args, folder: pathlib.Path) -> None:
+    """Nearest items to an item: no tower runs, so that the search itself is measured."""
+    from vlm.bundle import load
+    from vlm.heads.retrieval import RetrievalIndex
+
+    rng, clients = np.random.default_rng(0), 16
+    rows = rng.standard_normal((args.items, 512), np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    index = RetrievalIndex(load(folder / "model"))
+    index.add(rows)
+    index.save(folder / "index")
+    (folder / "index" / "model.json").write_text(json.dumps({"model": str(folder / "model")}))
+    np.save(folder / "rows.npy", rows)
+    del rows, index
+    bodies = [
+        json.dumps({"query": [{"item": int(i)}], "k": 20}).encode()
+        for i in rng.choice(args.items, 512)
+    ]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (folder / "faiss_route.py").write_text(FAISS_ROUTE)
+    line = [sys.executable, folder / "faiss_route.py", folder / "rows.npy", str(port)]
+    peer = subprocess.Popen(line)
+    try:
+        with served(folder / "index") as (ours, process):
+            answers = [asyncio.run(_when_up(each, bodies[:8])) for each in (ours, port)]
+            same = [
+                {x["item"] for x in a} == {x["item"] for x in b}
+                for a, b in zip(*answers, strict=True)
+            ]
+            print(f"{sum(same)} of {len(same)} answers hold the same items")
+            ratios = []
+            for _ in range(args.rounds):
+                pair = []
+                for name, each in (("vlm", ours), ("faiss", port)):
+                    loop = closed_loop(each, bodies, args.seconds, clients, "/v1/search")
+                    pair.append(asyncio.run(loop))
+                    report(f"{clients} clients, {args.items:,} items, {name}", pair[-1])
+                ratios.append(pair[0]["per_second"] / pair[1]["per_second"])
+            print(f"{np.median(ratios):.2f} times faiss; {memory(process) / 2**20:,.0f} MiB")
+    finally:
+        peer.terminate()
+        peer.wait(30)
+
+
+async def _when_up(port: int, bodies: list[bytes]) -> list[list[dict]]:
+    """Return the items that a server finds, once it answers."""
+    while True:
+        try:
+            client = Client(port)
+            found = [await client.post(body, "/v1/search") for body in bodies]
+            return [json.loads(content)["data"] for _, content in found]
+        except OSError:
+            await asyncio.sleep(1)
+
+
 def page(args, folder: pathlib.Path) -> None:
     from playwright.sync_api import sync_playwright
 
@@ -343,7 +424,13 @@ def page(args, folder: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    measures = {"throughput": throughput, "overload": overload, "soak": soak, "page": page}
+    measures = {
+        "throughput": throughput,
+        "overload": overload,
+        "soak": soak,
+        "page": page,
+        "search": search,
+    }
     parser.add_argument("measure", choices=measures)
     parser.add_argument("--model", type=pathlib.Path, help="a bundle to use in place of a new one")
     parser.add_argument("--seconds", type=float, default=20)

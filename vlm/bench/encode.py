@@ -105,8 +105,8 @@ def _print(result, console):
         f"{result['product_flops_per_second'] / 1e9:,.0f} GFLOP/s",
         highlight=False,
     )
-    names = ("tower", "batch", "time", "per second", "mean", "GFLOP/s", "of products", "of the peak")
-    table = display.number_table(*names)
+    rates = ("per second", "mean", "GFLOP/s", "of products", "of the peak")
+    table = display.number_table("tower", "batch", "time", *rates)
     for row in result["rows"]:
         table.add_row(
             row["tower"],

@@ -29,6 +29,7 @@ TOKENIZERS = 2  # threads; the library itself uses all cores for a long list
 # lengths make large batches. A query of some words has 8 to 12 tokens.
 CPU_TEXT_LENGTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 TEXT_LENGTHS = (16, 32, 64, 128, 256)
+NOT_FINITE = "its embedding is not finite; the model's weights may be corrupt"
 DECODED_BYTES = 8  # of memory, for each of the pixels that an image may have
 PROCESSES = os.name == "posix"  # elsewhere, threads decode
 
@@ -251,10 +252,12 @@ class Batched:
 
     # ---------------------------------------------------------------------------- batches
 
-    def _compute(self, kind: Kind, items: list[np.ndarray]) -> np.ndarray:
+    def _compute(self, kind: Kind, items: list[np.ndarray]) -> list[np.ndarray | DataError]:
         if kind.tower == "image":
-            return self.bundle.encode_pixels(self.preprocess.collate(items))
-        return self.bundle.encode_tokens(np.stack(items))
+            rows = self.bundle.encode_pixels(self.preprocess.collate(items))
+        else:
+            rows = self.bundle.encode_tokens(np.stack(items))
+        return [row if np.isfinite(row).all() else DataError(NOT_FINITE) for row in rows]
 
     def _decoded(self, kind: Work, image: ImageLike, name: str, size: int = 0) -> np.ndarray | None:
         """Run `Decoders.run` on an image file; None for a PIL image, an array, or on Windows."""

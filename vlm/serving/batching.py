@@ -1,4 +1,4 @@
-"""Dynamic batching: a queue of items from many threads, and one device thread."""
+"""Dynamic batching: a queue of items from many threads, and one thread that computes."""
 
 import functools
 import threading
@@ -8,10 +8,6 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from vlm.errors import DataError
-
 MIN_SPEEDUP = 1.05  # per-item speedup at which a smaller batch is preferred to a larger one
 
 Key = Hashable
@@ -19,7 +15,7 @@ Observe = Callable[[Key, int, float], None]  # key, number of items, seconds
 
 
 class Waiting(NamedTuple):
-    """A queued item, the future of its row, and its arrival time."""
+    """A queued item, the future of its result, and its arrival time."""
 
     item: Any
     future: Future
@@ -27,22 +23,25 @@ class Waiting(NamedTuple):
 
 
 class Batcher:
-    """Run submitted items in batches with a common key, on one device thread.
+    """Run submitted items in batches with a common key, on one thread of its own.
 
-    The batch with the longest-waiting item runs first. The device thread never waits for a batch to
-    fill up: the next batch collects while the current one is computed.
+    The batch with the longest-waiting item runs first. The thread never waits for a batch to fill
+    up: the next batch collects while the current one is computed.
 
     Args:
-        compute: function of a key and a list of items that returns a row for each item.
+        compute: function of a key and a list of items that returns a result for each item, or the
+            exception of an item that failed.
         sizes: batch sizes that `compute` is compiled for, ascending; other sizes are padded.
         observe: callback for every batch.
+        name: of the thread.
     """
 
     def __init__(
         self,
-        compute: Callable[[Any, list[Any]], np.ndarray],
+        compute: Callable[[Any, list[Any]], Sequence[Any]],
         sizes: Sequence[int],
         observe: Observe | None = None,
+        name: str = "vlm-device",
     ):
         self._compute, self._sizes = compute, tuple(sizes)
         self._observe = observe or (lambda key, count, seconds: None)
@@ -50,14 +49,14 @@ class Batcher:
         self._lock = threading.Lock()
         self._open, self._draining = True, False
         self._seconds: dict[tuple[Key, int], float] = {}
-        self._device = ThreadPoolExecutor(1, "vlm-device")
+        self._device = ThreadPoolExecutor(1, name)
 
     # -------------------------------------------------------------------- called by any thread
 
     def submit(
         self, key: Key, item: Any, future: Future | None = None, *, first: bool = False
     ) -> Future:
-        """Queue one item and return the future of its row; `first` puts it ahead of the queue."""
+        """Queue an item and return the future of its result; `first` puts it ahead of the queue."""
         future = Future() if future is None else future
         with self._lock:
             if not self._open:
@@ -71,7 +70,7 @@ class Batcher:
         return future
 
     def call(self, function: Callable[[], Any]) -> Future:
-        """Call a function on the device thread, once no item is queued."""
+        """Call a function on that thread, once no item is queued."""
         return self._device.submit(function)
 
     def warm_up(self, key: Key, item: Any) -> None:
@@ -107,7 +106,7 @@ class Batcher:
             self._open = False
         self._device.shutdown()
 
-    # -------------------------------------------------------------------------- device thread
+    # ------------------------------------------------------------------------- thread that computes
 
     def _drain(self) -> None:
         """Run batches until no item is queued, each time the one with the longest-waiting item."""
@@ -146,28 +145,25 @@ class Batcher:
             return
         start = time.perf_counter()
         try:
-            rows = self._compute(key, [w.item for w in pending])
+            results = self._compute(key, [w.item for w in pending])
         except Exception as error:
             if len(pending) == 1:
                 pending[0].future.set_exception(error)
                 return
             for entry in pending:
                 try:
-                    row = self._compute(key, [entry.item])[0]
+                    result = self._compute(key, [entry.item])[0]
                 except Exception as item_error:
-                    entry.future.set_exception(item_error)
-                else:
-                    _set_row(entry.future, row)
+                    result = item_error
+                _finish(entry.future, result)
             return
         self._observe(key, len(pending), time.perf_counter() - start)
-        for entry, row in zip(pending, rows, strict=True):
-            _set_row(entry.future, row)
+        for entry, result in zip(pending, results, strict=True):
+            _finish(entry.future, result)
 
 
-def _set_row(future: Future, row: np.ndarray) -> None:
-    if np.isfinite(row).all():
-        future.set_result(row)
+def _finish(future: Future, result: Any) -> None:
+    if isinstance(result, Exception):
+        future.set_exception(result)
     else:
-        future.set_exception(
-            DataError("its embedding is not finite; the model's weights may be corrupt")
-        )
+        future.set_result(result)

@@ -5,7 +5,8 @@ import mimetypes
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,12 +14,14 @@ from etils import epath
 
 from vlm.errors import DataError
 from vlm.heads.filters import Condition, are_times, where_all
+from vlm.heads.hits import Hit
 from vlm.heads.image_paths import RELATIVE, is_image_path, is_relative
 from vlm.heads.query import Query
 from vlm.heads.retrieval import RetrievalIndex
 from vlm.inputs.opening import extension_of
 from vlm.paths import as_path
 from vlm.serving.batched import Batched
+from vlm.serving.batching import Batcher
 from vlm.serving.limits import RequestError
 from vlm.serving.protocol import Column, Found, IndexAnswer
 
@@ -29,6 +32,7 @@ CACHE_BYTES = 64 << 20  # of thumbnails
 MAX_CHOICES = 50  # distinct values of a column that the page lists in a menu
 TIMES = "modified"  # column of `vlm index`, in nanoseconds since 1970
 _DATE = re.compile(r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])([T ]\d\d(:?\d\d).*)?")
+QUERIES = 64  # searched together
 FIRST = 60  # items on the start page
 
 
@@ -59,6 +63,7 @@ class Gallery:
         self._numbers = {id: number for number, id in enumerate(self.ids) if id is not None}
         self._thumbnails: OrderedDict[tuple[int, int], bytes] = OrderedDict()
         self._cached_bytes, self._lock = 0, threading.Lock()
+        self._searches = Batcher(self._search, range(1, QUERIES + 1), name="vlm-search")
         self.about = self._describe()
 
     def id(self, number: int) -> str | int:
@@ -89,14 +94,25 @@ class Gallery:
         raise RequestError(f"the index has no item with the id {id[:200]!r}", 404, "no_item")
 
     def search(
-        self, query: Any, k: int, conditions: list[Condition], min_score: float | None, without: Any
-    ) -> list[Found]:
-        """Return the nearest items to a query, best first, without the query's own items."""
-        where = where_all(conditions) if conditions else None
-        k = min(k + len(without), max(1, len(self.index)))
-        hits: Any = self.index.search(query, k, where=where, min_score=min_score)
-        excluded = {self.id(number) for number in without}
-        return [self.found(*hit) for hit in hits if hit.id not in excluded]
+        self, query: Query, k: int, conditions: Sequence[Condition], min_score: float | None
+    ) -> Future:
+        """Return the future hits of a query, best first.
+
+        Queries that wait at the same time for the same filter are searched together: one pass over
+        the rows takes as long for 16 queries as for one.
+        """
+        return self._searches.submit((tuple(conditions), min_score), (query, k))
+
+    def _search(self, key: Any, items: list[tuple[Query, int]]) -> list[list[Hit]]:
+        conditions, min_score = key
+        most = min(max(k for _, k in items), max(1, len(self.index)))
+        results: Any = self.index.search(
+            [query for query, _ in items],
+            most,
+            where=where_all(conditions) if conditions else None,
+            min_score=min_score,
+        )
+        return [hits[:k] for hits, (_, k) in zip(results, items, strict=True)]
 
     def term(self, number: int, weight: float) -> Query:
         """Return an item as a term of a query."""

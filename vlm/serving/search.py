@@ -1,5 +1,6 @@
 """`/v1/search`, `/v1/index` and `/v1/items`: search an index and show its items."""
 
+import asyncio
 import hashlib
 import time
 from typing import Annotated
@@ -35,14 +36,16 @@ def routes(service: Service) -> APIRouter:
         downloads = await service.download(
             {name: term.image for name, term in _named(terms).items()}
         )
-        excluded = [term.item for term in terms if term.item is not None and term.weight > 0]
+        excluded = {gallery.id(t.item) for t in terms if t.item is not None and t.weight > 0}
 
         async def work() -> list[Found]:
             query = await _query(service, gallery, terms, downloads)
             conditions = [Condition(c.column, c.comparison, c.value) for c in body.where]
-            return await run_in_threadpool(
-                gallery.search, query, body.k, conditions, body.min_score, excluded
+            most = body.k + len(excluded)
+            hits = await asyncio.wrap_future(
+                gallery.search(query, most, conditions, body.min_score)
             )
+            return [gallery.found(*hit) for hit in hits if hit.id not in excluded]
 
         results = await service.admit(len(terms), work)
         seconds = round(time.perf_counter() - start, 6)

@@ -1,6 +1,7 @@
 """Index of a server: opened at its start, and again when another process has saved it."""
 
 import asyncio
+import gc
 import logging
 import os
 from collections.abc import Mapping
@@ -88,6 +89,11 @@ class ServedIndex:
                         self.folder, problem,
                     )  # fmt: skip
                 continue
+            del gallery
+            if gc.get_freeze_count():  # see `serve`: the old index would stay in memory
+                gc.unfreeze()
+                gc.collect()
+                gc.freeze()
             problem = ""
             service.metrics.reloads.labels("done").inc()
             _log.info(
