@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from vlm.errors import DataError
-from vlm.serving.batching import Batcher
+from vlm.serving.batching import Batcher, arrival
+from vlm.serving.ordered_threads import OrderedThreads
 
 
 class Device:
-    """Fake device that doubles numbers and records batches; -1 raises, -2 gives NaN."""
+    """Fake device that doubles numbers and records batches; -1 raises, -2 is an error alone."""
 
     def __init__(self, sizes=(1, 2, 4, 8)):
         self.ran = []
@@ -21,7 +22,7 @@ class Device:
         self.ran.append((key, list(items)))
         if -1 in items:
             raise DataError("minus one")
-        return np.array([[np.nan if item == -2 else 2.0 * item] for item in items])
+        return [DataError("minus two") if item == -2 else np.array([2.0 * item]) for item in items]
 
     def hold(self):
         """Block the device thread until the returned event is set."""
@@ -60,19 +61,40 @@ def test_a_failing_item_does_not_fail_its_batch(device):
     assert [answers[0].result(5)[0], answers[2].result(5)[0]] == [6.0, 8.0]
     with pytest.raises(DataError, match="minus one"):
         answers[1].result(5)
-    with pytest.raises(DataError, match="not finite"):
+    with pytest.raises(DataError, match="minus two"):
         answers[3].result(5)
 
 
 def test_priority_and_cancelled_items(device):
     release = device.hold()
     queued, cancelled = device.batcher.submit("a", 1), device.batcher.submit("a", 5)
-    first = device.batcher.submit("b", 2, first=True)
+    first = device.batcher.submit("b", 2, since=0.0)
     cancelled.cancel()
     assert device.batcher.depths() == {"a": 2, "b": 1}
     release.set()
     assert [first.result(5)[0], queued.result(5)[0]] == [4.0, 2.0]
     assert device.ran == [("b", [2]), ("a", [1])]
+
+
+def test_a_small_request_does_not_wait_for_all_of_a_large_one(device):
+    release = device.hold()
+    large = [device.batcher.submit("image", i, since=arrival(i, 10)) for i in range(12)]
+    small = [device.batcher.submit("text", 50), device.batcher.submit("image", 60)]
+    release.set()
+    for answer in [*large, *small]:
+        answer.result(5)
+    assert device.ran[0] == ("image", [0, 60, 1, 2, 3, 4, 5, 6])
+    assert device.ran[1] == ("text", [50])
+
+
+def test_threads_run_the_earliest_call_first():
+    threads, release, ran = OrderedThreads(1, "test"), threading.Event(), []
+    threads.submit(0.0, release.wait)
+    for since in (3.0, 1.0, 2.0):
+        threads.submit(since, lambda since=since: ran.append(since))
+    release.set()
+    threads.close()
+    assert ran == [1.0, 2.0, 3.0]
 
 
 def test_batch_sizes_follow_the_measured_times():

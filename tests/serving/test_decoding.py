@@ -19,9 +19,9 @@ from vlm.config import PreprocessConfig
 from vlm.display import webp
 from vlm.errors import DataError
 from vlm.inputs.preprocess import Preprocess
+from vlm.serving import decoding
 from vlm.serving.batched import DECODED_BYTES, Batched
-from vlm.serving.decode_worker import EXTRA_BYTES
-from vlm.serving.decoding import Decoders
+from vlm.serving.decoding import EXTRA_BYTES, Decoders, decoder_count
 
 PIXELS = 32_000_000
 PREPROCESS = Preprocess(
@@ -201,3 +201,12 @@ def test_bombs_of_one_client_leave_the_texts_of_another(bundle):
     assert max(np.percentile(seconds, 99), np.percentile(health, 99)) < 1
     count = os.cpu_count() or 1
     assert resident < count * (DECODED_BYTES * PIXELS + EXTRA_BYTES + (64 << 20))
+
+
+def test_the_workers_together_fit_half_of_the_memory(monkeypatch):
+    preprocess = Preprocess(PreprocessConfig(image_size=16), max_bytes=(1 << 30) - EXTRA_BYTES)
+    monkeypatch.setattr(decoding.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(decoding, "_memory", lambda: 16 << 30)
+    assert decoder_count(preprocess) == 8
+    monkeypatch.setattr(decoding, "_memory", lambda: 1 << 30)
+    assert decoder_count(preprocess) == 1

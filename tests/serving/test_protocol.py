@@ -3,6 +3,9 @@
 import base64
 import copy
 import io
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -147,6 +150,36 @@ def test_search_equals_the_search_of_the_index(server, bundle, index):
     like = found({"query": [{"item": 9}], "k": 5})
     assert like == [(hit.id, round(hit.score, 4)) for hit in here.like(here.ids[9], k=5)]
     assert found({"query": "blue", "min_score": 2.0}) == []
+
+
+def test_searches_at_the_same_time_equal_searches_one_by_one(server):
+    """They differ in the count, the filter and the minimum; some are invalid."""
+    even = [{"column": "kind", "comparison": "=", "value": "even"}]
+    bodies = [
+        {"query": text, "k": k, "where": where, **least}
+        for text, k in (("red", 1), ("blue", 7), ("a stripe", 30))
+        for where in ([], even, [{"column": "no", "comparison": "=", "value": 1}])
+        for least in ({}, {"min_score": 0.1})
+    ]
+
+    def answer(body):
+        reply = server.ask("/v1/search", body)
+        found = reply.json.get("data", [])
+        return reply.status, [(item["id"], round(item["score"], 5)) for item in found]
+
+    alone = [answer(body) for body in bodies]
+    assert {status for status, _ in alone} == {200, 400}
+    held, release = threading.Event(), threading.Event()
+    searches = server.service.gallery._searches
+    searches.call(lambda: (held.set(), release.wait(20)))
+    held.wait()
+    with ThreadPoolExecutor(len(bodies)) as clients:
+        answers = clients.map(answer, bodies)
+        end = time.monotonic() + 10
+        while sum(searches.depths().values()) < len(bodies) and time.monotonic() < end:
+            time.sleep(0.01)
+        release.set()
+        assert list(answers) == alone
 
 
 @pytest.mark.parametrize(

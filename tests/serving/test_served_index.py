@@ -1,10 +1,12 @@
 """Index of a server: pictures and their errors, moved images, and reload after a save."""
 
 import contextlib
+import gc
 import logging
 import os
 import shutil
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,23 @@ def test_a_saved_index_is_served_without_a_restart(bundle, folder, quick):
         data = server.ask("/v1/search", {"query": "red", "k": 9}).json["data"]
         assert sorted(found["item"] for found in data) == [0, 1, 3, 4, 5, 6]
         assert 'vlm_index_reloads_total{result="done"} 1.0' in server.ask("/metrics").body.decode()
+
+
+@pytest.mark.slow
+def test_a_replaced_index_leaves_the_memory(bundle, folder, quick):
+    with running(bundle, index=folder / "index") as server:
+        server.ask("/v1/search", {"query": "red"})
+        old, before = weakref.ref(server.service.gallery.index), about(server)
+        gc.collect()
+        gc.freeze()  # as `serve` does
+        try:
+            index = RetrievalIndex.load(folder / "index", bundle)
+            index.remove(folder / "02.png")
+            index.save(folder / "index")
+            until(lambda: about(server)["generation"] != before["generation"])
+            until(lambda: old() is None)
+        finally:
+            gc.unfreeze()
 
 
 @pytest.mark.slow

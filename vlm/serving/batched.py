@@ -20,8 +20,9 @@ from vlm.inputs.naflex import STEP
 from vlm.inputs.opening import MAX_PIXELS, ImageLike, OnError, one_or_many, read_image
 from vlm.inputs.preprocess import Preprocess
 from vlm.models.text import shortened
-from vlm.serving.batching import Batcher, Observe
-from vlm.serving.decoding import Decoders, Work
+from vlm.serving.batching import Batcher, Observe, arrival
+from vlm.serving.decoding import Decoders, Work, decoder_count
+from vlm.serving.ordered_threads import OrderedThreads
 
 TEXT_CACHE_SIZE = 4096  # cached text embeddings, for labels and repeated queries
 TOKENIZERS = 2  # threads; the library itself uses all cores for a long list
@@ -52,7 +53,8 @@ class Batched:
         bundle: a model from `vlm.load`, with one tower or both.
         max_batch: maximum items per batch, rounded down to a power of two; by default 32 on a CPU,
             else 256.
-        decoders: number of decoding processes; by default one for each core.
+        decoders: number of decoding processes; by default one for each core, and as many as half of
+            the machine's memory holds.
         max_pixels: maximum size of an image before resizing. Decoding takes at most 8 bytes of
             memory for each of these pixels, and 96 MiB.
         seconds: timeout of the blocking calls.
@@ -87,9 +89,9 @@ class Batched:
             max_pixels=max_pixels,
             max_bytes=DECODED_BYTES * max_pixels,
         )
-        count = decoders or os.cpu_count() or 1
+        count = decoders or decoder_count(self.preprocess)
         self.processes = Decoders(self.preprocess, count, seconds) if PROCESSES else None
-        self.decoders = ThreadPoolExecutor(count, "vlm-decode")
+        self.decoders = OrderedThreads(count, "vlm-decode")
         self.tokenizers = ThreadPoolExecutor(TOKENIZERS, "vlm-tokenize")
         sizes = [1 << i for i in range(self.max_batch.bit_length())]
         self.batcher = Batcher(self._compute, sizes, observe)
@@ -113,7 +115,7 @@ class Batched:
         on_error: OnError | None = None,
     ) -> Float32[np.ndarray, "n d"]:
         """See `Bundle.encode_image`; `batch_size` is ignored, since the batcher chooses it."""
-        futures = [self.image(x, f"image {i}") for i, x in enumerate(one_or_many(images))]
+        futures = [self.image(x, f"image {i}", rank=i) for i, x in enumerate(one_or_many(images))]
         rows = [np.zeros((0, self.embed_dim), np.float32)]
         for number, future in enumerate(futures):
             try:
@@ -162,15 +164,17 @@ class Batched:
         image: ImageLike | Callable[[], ImageLike],
         name: str = "the image",
         *,
+        rank: int = 0,
         first: bool = False,
     ) -> Future:
         """Return the future embedding of an image, or of the result of a function.
 
-        The function runs on a decoding thread. `first` puts the image ahead of the queue, and
-        does not wait for a decoding thread.
+        The function runs on a decoding thread. `rank` is the place of the image in its request.
+        `first` puts the image ahead of the queue, and does not wait for a decoding thread.
         """
         self.bundle._check_tower(self.bundle.model.vision, "image")
         future: Future = Future()
+        since = 0.0 if first else arrival(rank, self._seconds_per_item("image"))
 
         def prepare() -> None:
             if future.cancelled():
@@ -180,26 +184,31 @@ class Batched:
                 pixels = self._decoded("pixels", opened, name)
                 if pixels is None:
                     pixels = self.preprocess.pixels(opened, name)
-                self.batcher.submit(self._image_kind(pixels), pixels, future, first=first)
+                self.batcher.submit(self._image_kind(pixels), pixels, future, since)
             except Exception as error:
                 set_error(future, error)
 
-        (self.tokenizers if first else self.decoders).submit(prepare)
+        if first:
+            self.tokenizers.submit(prepare)
+        else:
+            self.decoders.submit(since, prepare)
         return future
 
     def texts(self, texts: Sequence[str], *, first: bool = False) -> list[Future]:
         """Return the future embeddings of texts; `first` puts them ahead of the queue."""
         self.bundle._check_tower(self.bundle.model.text, "text")
         futures = [Future() for _ in texts]
+        seconds = self._seconds_per_item("text")
+        since = [0.0 if first else arrival(rank, seconds) for rank in range(len(texts))]
 
         def prepare() -> None:
             try:
                 tokens = self.tokenizer(list(texts))
-                for row, future in zip(tokens, futures, strict=True):
+                for row, future, at in zip(tokens, futures, since, strict=True):
                     needed = shortened(row[None], self.config.text, step=1).shape[1]
                     length = next(length for length in self._lengths if length >= needed)
                     kind = Kind("text", length)
-                    self.batcher.submit(kind, row[:length], future, first=first)
+                    self.batcher.submit(kind, row[:length], future, at)
             except Exception as error:
                 for future in futures:
                     set_error(future, error)
@@ -244,13 +253,17 @@ class Batched:
 
     def close(self) -> None:
         """Finish pending work and stop the threads."""
-        self.decoders.shutdown(wait=True)
+        self.decoders.close()
         self.tokenizers.shutdown(wait=True)
         if self.processes is not None:
             self.processes.close()
         self.batcher.close()
 
     # ---------------------------------------------------------------------------- batches
+
+    def _seconds_per_item(self, tower: str) -> float:
+        """Return the time of an item of a tower, of the longest kind; 0 before `warm_up`."""
+        return max(self.batcher.seconds_per_item(k) for k in self.kinds() if k.tower == tower)
 
     def _compute(self, kind: Kind, items: list[np.ndarray]) -> list[np.ndarray | DataError]:
         if kind.tower == "image":

@@ -1,9 +1,9 @@
 """Dynamic batching: a queue of items from many threads, and one thread that computes."""
 
+import bisect
 import functools
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -15,17 +15,30 @@ Observe = Callable[[Key, int, float], None]  # key, number of items, seconds
 
 
 class Waiting(NamedTuple):
-    """A queued item, the future of its result, and its arrival time."""
+    """A queued item, the future of its result, and its place in time."""
 
     item: Any
     future: Future
     since: float
 
 
+def arrival(rank: int = 0, seconds: float = 0.0) -> float:
+    """Return the place in time of an item that arrives now, for `Batcher.submit`.
+
+    The n-th item of a request waits as if it had arrived when those before it were computed. So a
+    request of one item does not wait for all of a large one.
+
+    Args:
+        rank: of the item in its request, from 0.
+        seconds: that one item takes.
+    """
+    return time.monotonic() + rank * seconds
+
+
 class Batcher:
     """Run submitted items in batches with a common key, on one thread of its own.
 
-    The batch with the longest-waiting item runs first. The thread never waits for a batch to fill
+    The batch with the earliest item runs first. The thread never waits for a batch to fill
     up: the next batch collects while the current one is computed.
 
     Args:
@@ -45,33 +58,36 @@ class Batcher:
     ):
         self._compute, self._sizes = compute, tuple(sizes)
         self._observe = observe or (lambda key, count, seconds: None)
-        self._queues: dict[Key, deque[Waiting]] = {}
+        self._queues: dict[Key, list[Waiting]] = {}  # by key, the earliest item first
         self._lock = threading.Lock()
         self._open, self._draining = True, False
         self._seconds: dict[tuple[Key, int], float] = {}
-        self._device = ThreadPoolExecutor(1, name)
+        self._worker = ThreadPoolExecutor(1, name)
 
     # -------------------------------------------------------------------- called by any thread
 
     def submit(
-        self, key: Key, item: Any, future: Future | None = None, *, first: bool = False
+        self, key: Key, item: Any, future: Future | None = None, since: float | None = None
     ) -> Future:
-        """Queue an item and return the future of its result; `first` puts it ahead of the queue."""
+        """Queue an item and return the future of its result.
+
+        Args:
+            since: place in time, of `arrival`; by default now, and 0 is ahead of all others.
+        """
         future = Future() if future is None else future
+        entry = Waiting(item, future, arrival() if since is None else since)
         with self._lock:
             if not self._open:
                 raise RuntimeError("the server is shutting down")
-            queue = self._queues.setdefault(key, deque())
-            since = 0.0 if first else time.monotonic()
-            (queue.appendleft if first else queue.append)(Waiting(item, future, since))
+            bisect.insort(self._queues.setdefault(key, []), entry, key=lambda entry: entry.since)
             if not self._draining:
-                self._device.submit(self._drain)
+                self._worker.submit(self._drain)
                 self._draining = True
         return future
 
     def call(self, function: Callable[[], Any]) -> Future:
         """Call a function on that thread, once no item is queued."""
-        return self._device.submit(function)
+        return self._worker.submit(function)
 
     def warm_up(self, key: Key, item: Any) -> None:
         """Compile every batch size for `key`, and measure its time.
@@ -104,21 +120,23 @@ class Batcher:
         """Stop accepting items, compute the queued ones, and stop the thread."""
         with self._lock:
             self._open = False
-        self._device.shutdown()
+        self._worker.shutdown()
 
     # ------------------------------------------------------------------------- thread that computes
 
     def _drain(self) -> None:
-        """Run batches until no item is queued, each time the one with the longest-waiting item."""
+        """Run batches until no item is queued, each time the one with the earliest item."""
         while True:
             with self._lock:
-                keys = [key for key, queue in self._queues.items() if queue]
-                if not keys:
+                if not self._queues:
                     self._draining = False
                     return
-                key = min(keys, key=lambda key: self._queues[key][0].since)
+                key = min(self._queues, key=lambda key: self._queues[key][0].since)
                 queue = self._queues[key]
-                batch = [queue.popleft() for _ in range(self._batch_size(key, len(queue)))]
+                count = self._batch_size(key, len(queue))
+                batch, queue[:count] = queue[:count], []
+                if not queue:
+                    del self._queues[key]
             self._run(key, batch)
 
     def _batch_size(self, key: Key, count: int) -> int:

@@ -40,7 +40,8 @@ def routes(service: Service, templates: tuple[str, ...]) -> APIRouter:
 
         async def work() -> tuple[ZeroShotClassifier, list[Any]]:
             answers = [
-                _embedding(service, image, name, downloads) for name, image in images.items()
+                _embedding(service, image, name, downloads, rank)
+                for rank, (name, image) in enumerate(images.items())
             ]
             classifier = await run_in_threadpool(
                 ZeroShotClassifier,
@@ -99,12 +100,12 @@ def _check_prompts(service: Service, body: ClassifyRequest, templates: tuple[str
 
 
 def _embedding(
-    service: Service, image: str | int, name: str, downloads: Downloads
+    service: Service, image: str | int, name: str, downloads: Downloads, rank: int
 ) -> Future | RequestError:
     """Return the future embedding of an image of the request or of an item of the index."""
     try:
         if isinstance(image, str):
-            return service.image(image, name, downloads)
+            return service.image(image, name, downloads, rank=rank)
         gallery, answer = service.gallery_of(name), Future()
         answer.set_result(gallery.index.embeddings([gallery.id(image)])[0])
         return answer

@@ -14,7 +14,6 @@ import types
 from typing import Any
 
 CPU_SECONDS = 5  # for one image; a photo of 32 million pixels takes less than 1
-EXTRA_BYTES = 96 << 20  # beyond the decoded image: conversion in strips, copies of the file
 
 
 def _without_jax() -> None:
@@ -29,7 +28,8 @@ def main(settings: dict[str, Any], shared: int) -> None:
     """Decode images until stdin is closed.
 
     Args:
-        settings: fields of the PreprocessConfig, `max_pixels` and `max_bytes`.
+        settings: fields of the PreprocessConfig, `max_pixels`, `max_bytes`, and `memory`, the bytes
+            that this process may allocate.
         shared: file descriptor for files and pixels.
     """
     _without_jax()
@@ -41,6 +41,7 @@ def main(settings: dict[str, Any], shared: int) -> None:
     from vlm.inputs.decoding_limits import TooLargeError
     from vlm.inputs.preprocess import Preprocess
 
+    memory = settings.pop("memory")
     limits = {name: settings.pop(name) for name in ("max_pixels", "max_bytes")}
     preprocess = Preprocess(PreprocessConfig(**settings), **limits)
     Image.preinit()
@@ -48,7 +49,7 @@ def main(settings: dict[str, Any], shared: int) -> None:
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # a library that prints does not disturb the replies
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _limit_memory(limits["max_bytes"] + EXTRA_BYTES)
+    _limit_memory(memory)
 
     def result(kind: str, data: bytes, name: str, size: int) -> np.ndarray:
         if kind == "pixels":

@@ -22,7 +22,30 @@ from vlm.inputs.preprocess import Preprocess
 
 Work = Literal["pixels", "picture", "thumbnail"]
 START_SECONDS = 60.0  # for a worker to import its modules
+EXTRA_BYTES = 96 << 20  # beyond the decoded image: conversion in strips, copies of the file
 _KEPT_BYTES = 1 << 20  # of shared memory that a worker keeps between images
+
+
+def decoder_count(preprocess: Preprocess) -> int:
+    """Return the default number of workers: one for each core, within half of the memory."""
+    return max(1, min(os.cpu_count() or 1, _memory() // 2 // _worker_bytes(preprocess)))
+
+
+def _worker_bytes(preprocess: Preprocess) -> int:
+    """Return the memory that a worker may allocate."""
+    assert preprocess.max_bytes is not None  # of a server
+    return preprocess.max_bytes + EXTRA_BYTES
+
+
+def _memory() -> int:
+    """Return the bytes of memory of this machine, or of its container."""
+    found = []
+    with contextlib.suppress(ValueError, OSError, AttributeError):  # Windows has no sysconf
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups 2 and 1
+        with contextlib.suppress(ValueError, OSError), open(f"/sys/fs/cgroup/{limit}") as file:
+            found.append(int(file.read()))
+    return min(found, default=8 << 30)
 
 
 class Stopped(DataError):
@@ -41,6 +64,7 @@ class Worker:
             **dataclasses.asdict(preprocess.config),
             "max_pixels": preprocess.max_pixels,
             "max_bytes": preprocess.max_bytes,
+            "memory": _worker_bytes(preprocess),
         }
         self._shared = _shared_file()
         # The modules of this process: the package may come from a folder that PYTHONPATH lacks.

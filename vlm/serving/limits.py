@@ -19,7 +19,8 @@ class Limits:
         pixels: maximum size of an image before resizing. Decoding one takes at most 8 bytes of
             memory for each of these pixels, and 96 MiB: 341 MiB for 32 million.
         characters: maximum length of a text, and of a template that is filled in.
-        waiting: maximum number of unanswered items over all requests; further requests get 429.
+        waiting: maximum number of unanswered items over all requests; further requests get 429. A
+            request counts for at most half of it, so that one large request leaves room for others.
         waiting_bytes: maximum size of all request bodies and fetched images in memory; further
             requests get 429. Bodies under 64 KiB are not counted.
         seconds: timeout for an answer, and for the arrival of a body.
@@ -100,6 +101,7 @@ class Admission:
             RequestError: over the limit (429). A single request is always admitted when the server
                 is idle.
         """
+        count = min(count, max(1, self._limit // 2))
         with self._lock:
             if self.in_flight and self.in_flight + count > self._limit:
                 raise RequestError(

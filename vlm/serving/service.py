@@ -129,7 +129,7 @@ class Service:
                 text, image = item
                 self.check_towers("text" if image is None else "image")
                 if image is not None:
-                    answers[i] = self.image(image, f"item {i}", downloads)
+                    answers[i] = self.image(image, f"item {i}", downloads, rank=i)
                 else:
                     texts[i] = self.checked_text(text, f"item {i}")
             except RequestError as error:
@@ -140,8 +140,11 @@ class Service:
                 answers[i] = answer
         return answers
 
-    def image(self, image: str, name: str, downloads: Downloads) -> Future:
+    def image(self, image: str, name: str, downloads: Downloads, *, rank: int = 0) -> Future:
         """Return the future embedding of an image from a data URL or from the downloads.
+
+        Args:
+            rank: of the image in the request.
 
         Raises:
             RequestError: the image was not downloaded.
@@ -149,7 +152,7 @@ class Service:
         given = downloads.get(name, image)
         if isinstance(given, RequestError):
             raise given
-        return self.model.image(lambda: image_bytes(given, name), name)
+        return self.model.image(lambda: image_bytes(given, name), name, rank=rank)
 
     def checked_text(self, text: str | None, name: str, param: str | None = None) -> str:
         """Return a text that is within the limits.
