@@ -1,5 +1,6 @@
 """OpenVision's Orbax checkpoints: found by any of their folders, in every layout, or refused."""
 
+import json
 import pathlib
 import shutil
 
@@ -114,3 +115,40 @@ def test_another_width_is_refused(folder):
     rewrite(folder, lambda flat: flat | {"txt/Embed_0/embedding": wide})
     with pytest.raises(CheckpointError, match=r"of another shape: .*txt/Embed_0/embedding"):
         load(folder)
+
+
+def stored(folder, name, driver="zarr", rows=8, shape=(64, 8)):
+    """An Orbax-like store whose array has this shape, of which only some rows were written."""
+    import tensorstore
+
+    place = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"params.{name}/"}
+    array = tensorstore.open(
+        {"driver": driver, "kvstore": place},
+        create=True,
+        dtype=tensorstore.float32,
+        shape=shape,
+        chunk_layout=tensorstore.ChunkLayout(chunk_shape=(8, shape[1])),
+    ).result()
+    array[:rows].write(np.ones((rows, shape[1]), np.float32)).result()
+
+
+@pytest.mark.parametrize("driver", ["zarr", "zarr3"])
+def test_a_missing_part_is_not_read_as_zeros(tmp_path, driver):
+    stored(tmp_path, "w", driver)
+    about = {"store_array_data_equal_to_fill_value": True, "use_zarr3": driver == "zarr3"}
+    (tmp_path / "_METADATA").write_text(json.dumps(about))
+    tree = OrbaxTree(epath.Path(tmp_path))
+    assert tree.read("w", 0, 8).sum() == 64
+    with pytest.raises(CheckpointError, match=r"NOT_FOUND: chunk .*download it again"):
+        tree.read("w")
+
+
+def test_parts_equal_to_zero_may_be_missing_in_old_checkpoints(tmp_path):
+    stored(tmp_path, "w")
+    assert OrbaxTree(epath.Path(tmp_path)).read("w").sum() == 64
+
+
+def test_a_small_store_that_claims_large_arrays_is_refused(tmp_path):
+    stored(tmp_path, "w", shape=(1 << 24, 8))
+    with pytest.raises(CheckpointError, match="claims 536,870,912 bytes of arrays in files of"):
+        OrbaxTree(epath.Path(tmp_path))

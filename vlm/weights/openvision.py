@@ -7,6 +7,7 @@ text_transformer.py), epsilons are Flax's, and image positions that are not stor
 """
 
 import dataclasses
+import math
 import os
 
 import numpy as np
@@ -17,11 +18,15 @@ from vlm.errors import CheckpointError, brief
 from vlm.paths import is_remote, on_disk
 from vlm.weights import open_clip
 from vlm.weights.checkpoint import Checkpoint, ComputedTensors, weight_names
+from vlm.weights.fields import read_json
 from vlm.weights.files import Tensors
 from vlm.weights.flax_layers import attention, block, merged_attention, norm
 from vlm.weights.rules import SCALAR_1, Rule, Shapes, leading
 
 _FOLDER = "jax_orbax_weight"
+_METADATA = "_METADATA"  # JSON of the tree
+_SMALL = 1 << 28  # bytes, below which the claimed size is not checked
+_MOST_COMPRESSED = 32  # times; weights are hardly compressed
 _MANIFEST = "manifest.ocdbt"  # of the store that holds a tree's arrays
 _POSITION, _STEM = "img/pos_embedding", "img/embedding/kernel"
 _NORM_EPS = 1e-6  # flax's
@@ -88,7 +93,7 @@ class OrbaxTree:
     Names are paths in the tree without "params/". All other arrays are left out.
 
     Raises:
-        CheckpointError: the store is corrupt.
+        CheckpointError: the store is corrupt, or claims far more than its files hold.
     """
 
     def __init__(self, folder: epath.Path):
@@ -97,14 +102,18 @@ class OrbaxTree:
         self.where = os.fspath(folder)
         place = self.where if is_remote(folder) else f"file://{on_disk(folder)}"
         self._store = {"driver": "ocdbt", "base": f"{place}/"}
+        form: dict = {"driver": "auto"}
+        about = read_json(folder / _METADATA) if (folder / _METADATA).exists() else {}
+        if about.get("store_array_data_equal_to_fill_value"):  # Orbax from 0.11 on
+            # A part that is missing is an error. By default it would be read as zeros.
+            driver = "zarr3" if about.get("use_zarr3") else "zarr"
+            form = {"driver": driver, "fill_missing_data_reads": False}
         try:
             keys = tensorstore.KvStore.open(self._store).result().list().result()
             names = sorted({key.decode().partition("/")[0] for key in keys})
             opened = {
                 name.removeprefix("params.").replace(".", "/"): tensorstore.open(
-                    {"driver": "auto", "kvstore": self._store | {"path": f"{name}/"}},
-                    open=True,
-                    read=True,
+                    form | {"kvstore": self._store | {"path": f"{name}/"}}, open=True, read=True
                 )
                 for name in names
                 if name.startswith("params.")
@@ -113,6 +122,21 @@ class OrbaxTree:
         except (ValueError, OSError) as error:
             raise self._corrupt(error) from None
         self.shapes = {name: tuple(array.shape) for name, array in self._arrays.items()}
+        if not is_remote(folder):
+            self._check_size(folder)
+
+    def _check_size(self, folder: epath.Path) -> None:
+        """Refuse arrays that take far more memory than the files: parts are missing, or a bomb."""
+        claimed = sum(
+            math.prod(x.shape) * x.dtype.numpy_dtype.itemsize for x in self._arrays.values()
+        )
+        files = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
+        stored = sum(map(os.path.getsize, files))
+        if claimed > _SMALL and claimed > _MOST_COMPRESSED * stored:
+            raise CheckpointError(
+                f"{self.where} claims {claimed:,} bytes of arrays in files of {stored:,}: it is "
+                "corrupt, download it again"
+            )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Shaped[np.ndarray, "..."]:
         array = self._arrays[name]
