@@ -16,6 +16,7 @@ from vlm.config import Code, from_dict, to_dict
 from vlm.errors import ConfigError
 from vlm.inputs.tokenizer import train_bpe
 from vlm.losses import all_pairs
+from vlm.training.custom_parts import with_parts
 
 pytestmark = pytest.mark.untyped  # fields that take objects hold their import paths
 
@@ -155,6 +156,8 @@ def test_a_loss_reads_activations_of_the_towers(tiny, micro):
         (no_scalar_to_log, "no_scalar_to_log returned a dict beside its value: return a dict of"),
         (lambda inputs: "0", "returned a str: return a float scalar"),
         (lambda: 0, "failed with TypeError"),
+        (lambda inputs: 1.0, "is constant: compute it from z_image, z_text"),
+        (lambda inputs: jnp.zeros(3).sum(), "is constant: compute it from z_image, z_text"),
     ],
 )
 def test_a_wrong_loss_is_one_sentence(tiny, loss, message):
@@ -239,6 +242,19 @@ def test_a_schedule_of_the_user_is_a_factor_of_the_rate(tiny):
 def test_wrong_optimizers_are_one_sentence(tiny, options, message):
     with pytest.raises(ConfigError, match=message):
         run(make(by_optimizer(tiny, **options)), 1)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"optimizer": "adam"}, r"optimizer is 'adam': give an optax transformation such as"),
+        ({"evals": {"mine": print}}, "evals is a mapping: give a list of functions"),
+        ({"loss": [per_example]}, "give a function, or a mapping of functions to weights"),
+    ],
+)
+def test_wrong_parts_are_one_sentence(tiny, part, message):
+    with pytest.raises(ConfigError, match=message):
+        with_parts(tiny(), **part)
 
 
 def test_frozen_parameters_stay_and_cost_no_optimizer_state(tiny):

@@ -90,7 +90,7 @@ def check_losses(losses: Iterable[tuple[str, float]], inputs: LossInputs) -> Non
 
     Raises:
         ConfigError: a loss fails, returns no scalar, keeps a traced value, differs between two
-            traces, calls the host, or does all of its work on every device.
+            traces, calls the host, ignores its inputs, or does all of its work on every device.
     """
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
     for loss, _ in losses:
@@ -124,6 +124,21 @@ def _check_pure(loss: Code, inputs: LossInputs) -> None:
             f"the loss {loss} is not pure: it calls the host by io_callback; return what you want "
             "to see beside the loss, as (loss, dict of scalars)"
         )
+    if not _depends_on_inputs(first.jaxpr):
+        raise ConfigError(
+            f"the loss {loss} is constant: compute it from z_image, z_text or other fields of "
+            "vlm.losses.LossInputs"
+        )
+
+
+def _depends_on_inputs(jaxpr: Any) -> bool:
+    """Whether the first output of a traced program depends on any of its inputs."""
+    reached = set(jaxpr.invars)
+    for equation in jaxpr.eqns:
+        if any(not hasattr(x, "val") and x in reached for x in equation.invars):
+            reached.update(equation.outvars)
+    value = jaxpr.outvars[0]
+    return not hasattr(value, "val") and value in reached  # a literal has its value
 
 
 def _program(jaxpr: Any) -> tuple[str, list[Any]]:

@@ -34,6 +34,13 @@ def with_parts(
         )
     if loss is not None:
         changes["losses"] = loss if isinstance(loss, Mapping) else {loss: 1.0}
+    if isinstance(optimizer, str) and ":" not in optimizer:
+        raise ConfigError(
+            f"optimizer is {brief(optimizer)}: give an optax transformation such as "
+            "optax.adamw(1e-3), its import path, or a vlm.OptimizerConfig"
+        )
+    if isinstance(evals, Mapping):
+        raise ConfigError("evals is a mapping: give a list of functions, which name their metrics")
     if optimizer is not None:
         own = isinstance(optimizer, OptimizerConfig)
         kept = {name: getattr(experiment.optimizer, name) for name in BESIDE_TRANSFORMATION}
