@@ -176,13 +176,14 @@ def test_a_resnet_is_checked():
 @pytest.mark.parametrize(
     ("vision", "text", "message"),
     [
-        ({"registers": 2}, {}, "ViTConfig.registers 2 needs a class token"),
+        ({"max_patches": 9, "registers": 2}, {}, "ViTConfig.max_patches 9 is only valid"),
+        ({}, {"pooler": True}, 'which has norm="post": set that too'),
         (
             {"max_patches": 9, "pool": "class"},
             {},
             "ViTConfig.max_patches 9 is only valid for NaFlex",
         ),
-        ({"max_patches": 9, "pre_norm": True}, {}, "remove class_token, rotary and pre_norm"),
+        ({"max_patches": 9, "pre_norm": True}, {}, "remove class_token, registers, rotary and pre"),
         ({"width": 100}, {}, "ViTConfig.width 100 is not a multiple of heads 12"),
         ({}, {"width": 512, "heads": 8, "projection": "none"}, "must equal embed_dim 768"),
         ({"image_size": 12}, {}, "image_size 12 holds no patch of patch_size 16"),

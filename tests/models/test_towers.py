@@ -58,6 +58,7 @@ def compiled(tower, config, dtype):
         {"pool": "query"},
         {"pool": "mean", "stem": "conv", "stem_widths": (8, 16)},
         {"pool": "class", "pre_norm": True, "layer_scale": True, "projection": "linear_bias"},
+        {"pool": "mean", "registers": 2, "projection": "mlp_bias"},
     ],
 )
 def test_every_image_tower_embeds(changes):
@@ -67,7 +68,7 @@ def test_every_image_tower_embeds(changes):
     assert np.abs(z[0] - z[1]).max() > 1e-5  # layer scale starts small: a class token sees little
 
 
-@pytest.mark.parametrize("pool", ["end", "argmax", "first", "last", "class", "mean", "map"])
+@pytest.mark.parametrize("pool", ["end", "argmax", "first", "last", "class", "mean", "max", "map"])
 @pytest.mark.parametrize("pad_id", [None, 0])
 def test_every_text_tower_embeds(pool, pad_id):
     z = text(pool=pool, end_id=3, pad_id=pad_id)(TOKENS)
@@ -77,7 +78,14 @@ def test_every_text_tower_embeds(pool, pad_id):
 
 @pytest.mark.parametrize(
     ("pool", "norm"),
-    [("mean", "pre"), ("map", "pre"), ("first", "pre"), ("end", "pre"), ("mean", "post")],
+    [
+        ("mean", "pre"),
+        ("max", "pre"),
+        ("map", "pre"),
+        ("first", "pre"),
+        ("end", "pre"),
+        ("mean", "post"),
+    ],
 )
 def test_padding_is_invisible(pool, norm):
     tower = text(pool=pool, end_id=3, pad_id=0, norm=norm)

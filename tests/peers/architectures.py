@@ -26,6 +26,7 @@ from vlm.config import FastViTConfig
 from vlm.errors import CheckpointError, ConfigError
 from vlm.weights import fastvit, text_encoders
 from vlm.weights import open_clip as ours
+from vlm.weights import timm as timm_vit
 from vlm.weights.files import Arrays
 from vlm.weights.instantiate import abstract_model
 from vlm.weights.rules import check, expand, fill, flat_shapes
@@ -46,6 +47,8 @@ ENCODERS = {
     "facebook/nllb-200-distilled-1.3B": transformers.M2M100Config(
         encoder_layers=24, encoder_ffn_dim=8192, **NLLB
     ),
+    "bert-base-uncased": transformers.BertConfig(),
+    "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract": transformers.BertConfig(),
     "google/mt5-base": transformers.MT5Config(d_model=768, num_heads=12),
     "google/mt5-xl": transformers.MT5Config(d_model=2048, num_heads=32),
 }
@@ -70,7 +73,7 @@ def shallow(create, name: str, **options):
         options["depths"] = (1, 1, 1, 1)
     elif name.startswith("fastvit"):
         options["layers"] = (1,) * (5 if name.endswith(("3", "4")) else 4)
-    elif name.startswith(("vit", "eva", "vitamin")):
+    elif name.startswith(("vit", "eva", "deit")):
         options["depth"] = 1
     return create(name, **options)
 
@@ -114,6 +117,7 @@ def described(config: dict, tensors) -> tuple:
     if isinstance(model.vision, FastViTConfig):
         name = config["vision_cfg"]["timm_model_name"]
         tensors = fastvit.Fused(tensors, model.vision, name)
+    tensors = timm_vit.with_biases(tensors)
     if text_encoders.reads(tensors.shapes):
         tensors = text_encoders.fold(tensors, model.text)
     return model, ours.rules(model, tensors.shapes), tensors
@@ -156,7 +160,10 @@ def agrees(name: str) -> str:
         tokens = torch.randint(3, vocabulary - 1, (2, length))
         end = 2 if text.get("hf_model_name") else text.get("eos_id", vocabulary - 1)
         tokens[0, length // 2], tokens[1, length - 1] = end, end
-        tokens[0, length // 2 + 1 :] = 1 if text.get("hf_model_name") else text.get("pad_id", 0)
+        pad = text.get("pad_id", 0)
+        if hub := text.get("hf_model_name"):
+            pad = ENCODERS[hub].pad_token_id
+        tokens[0, length // 2 + 1 :] = pad
         image = torch.nn.functional.normalize(model.encode_image(pixels), dim=-1).numpy()
         words = torch.nn.functional.normalize(model.encode_text(tokens), dim=-1).numpy()
         arrays = {n: t.numpy() for n, t in model.state_dict().items()}

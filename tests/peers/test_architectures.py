@@ -36,6 +36,67 @@ def test_an_architecture_fits(name):
     assert architectures.fits(name).startswith("fits")
 
 
+# BiomedCLIP's layout, and each pool, projection and pooler of open_clip beside it.
+BIOMED = {
+    "embed_dim": 512,
+    "vision_cfg": {"timm_model_name": "vit_base_patch16_224", "timm_model_pretrained": False,
+                   "timm_pool": "", "timm_proj": "linear", "image_size": 224},
+    "text_cfg": {"hf_model_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
+                 "hf_proj_type": "mlp", "hf_pooler_type": "cls_last_hidden_state_pooler",
+                 "context_length": 256},
+}  # fmt: skip
+TOWERS = {
+    "biomed": ({}, {}),
+    "head": ({"timm_pool": "token", "timm_proj": None}, {"hf_pooler_type": "cls_pooler"}),
+    "mlp": ({"timm_pool": "avg", "timm_proj": "mlp"}, {"hf_pooler_type": "mean_pooler"}),
+    "bias": ({"timm_proj_bias": True}, {"hf_pooler_type": "max_pooler", "hf_proj_type": "linear"}),
+    "mean": ({"timm_pool": "avg", "timm_proj": None}, {"hf_pooler_type": None}),
+    "none": (
+        {"timm_model_name": "vit_medium_patch32_clip_224", "timm_pool": "token",
+         "timm_proj": "none"},
+        {"hf_model_name": "xlm-roberta-base", "hf_pooler_type": "cls_pooler"},
+    ),
+    "clip": (
+        {"timm_model_name": "vit_base_patch16_clip_quickgelu_224"},
+        {"hf_model_name": "roberta-base", "hf_pooler_type": "max_pooler"},
+    ),
+    "registers": (
+        {"timm_model_name": "vit_small_patch14_reg4_dinov2", "image_size": 518},
+        {"hf_model_name": "bert-base-uncased"},
+    ),
+    "deit3": ({"timm_model_name": "deit3_small_patch16_224"}, {}),
+    "gap": ({"timm_model_name": "vit_medium_patch16_gap_256", "image_size": 256}, {}),
+    "gap_registers": (
+        {"timm_model_name": "vit_betwixt_patch16_reg4_gap_256", "image_size": 256}, {}
+    ),
+    "siglip": ({"timm_model_name": "vit_base_patch16_siglip_224", "timm_proj": "mlp"}, {}),
+    "siglip_gap": (
+        {"timm_model_name": "vit_base_patch16_siglip_gap_224", "timm_pool": "avg",
+         "timm_proj": None},
+        {},
+    ),
+}  # fmt: skip
+
+
+def max_pooler(self, x, attention_mask):
+    """open_clip's main; its version 3.3 fails on the type of the mask."""
+    masked = x.last_hidden_state.masked_fill(~attention_mask.bool().unsqueeze(-1), -float("inf"))
+    return masked.max(1).values
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_of_timm_and_transformers_agree(name, tmp_path, monkeypatch):
+    open_clip = pytest.importorskip("open_clip")
+    monkeypatch.setattr(open_clip.hf_model.MaxPooler, "forward", max_pooler)
+    architectures = pytest.importorskip("architectures")
+    vision, text = TOWERS[name]
+    config = BIOMED | {"vision_cfg": BIOMED["vision_cfg"] | vision,
+                       "text_cfg": BIOMED["text_cfg"] | text}  # fmt: skip
+    (tmp_path / f"towers-{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / f"towers-{name}.json")
+    assert architectures.agrees(f"towers-{name}").startswith("exact")
+
+
 # The tiny one of UCSC-VLAA's OpenVision (arXiv:2505.04601), in the form that it has on the Hub.
 OPENVISION = {
     "embed_dim": 192,

@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import pathlib
+import re
 import sys
 from collections import OrderedDict
 
@@ -33,6 +34,7 @@ from tokenizers import processors
 from torch import nn
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+PLAIN = re.compile(r"vit_[a-z]+_patch\d+_\d+")
 
 VISION = {"image_size": 28, "patch_size": 7, "width": 30, "head_width": 10, "layers": 2,
           "mlp_ratio": 1.3}  # fmt: skip
@@ -161,6 +163,21 @@ CASES = {
         "text_cfg": {"hf_model_name": "xlm-roberta-base", "hf_tokenizer_name": "here",
                      "hf_pooler_type": "mean_pooler", "context_length": 12},
     },
+    # BiomedCLIP: a plain ViT with a linear layer, BERT with its end, and an MLP.
+    "oc_biomed": {
+        "embed_dim": 20,
+        "vision_cfg": trunk("vit_base_patch16_224", "", "linear"),
+        "text_cfg": {"hf_model_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
+                     "hf_tokenizer_name": "here", "hf_proj_type": "mlp",
+                     "hf_pooler_type": "cls_last_hidden_state_pooler", "context_length": 12},
+    },
+    # The other ends: timm's MLP after the mean, BERT's pooler, and no projection.
+    "oc_bert": {
+        "embed_dim": 24,
+        "vision_cfg": trunk("vit_small_patch16_224", "avg", "mlp"),
+        "text_cfg": {"hf_model_name": "bert-base-uncased", "hf_tokenizer_name": "here",
+                     "hf_proj_type": None, "hf_pooler_type": "cls_pooler", "context_length": 12},
+    },
     "oc_nllb": {
         "embed_dim": 20,
         "custom_text": True,
@@ -184,7 +201,7 @@ SEEDS = {"oc_vit": 10, "oc_quick": 11, "oc_mean": 12, "oc_siglip": 13, "oc_pe": 
          "oc_coca": 15, "oc_fastvit": 16, "oc_fastvit_large": 17,
          "oc_timm_clip": 18, "oc_convnext": 19, "oc_convnext_mlp": 20, "oc_eva01": 21,
          "oc_eva02": 22, "oc_eva02_enormous": 23, "oc_vitamin": 24, "oc_mobileclip_b": 25,
-         "oc_xlm_roberta": 26, "oc_nllb": 27}  # fmt: skip
+         "oc_xlm_roberta": 26, "oc_nllb": 27, "oc_biomed": 28, "oc_bert": 29}  # fmt: skip
 PREPROCESS = {
     "oc_siglip": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic",
                   "resize_mode": "squash"},
@@ -199,30 +216,32 @@ def build(config: dict) -> torch.nn.Module:
     custom = config.pop("custom_text", False)
     if "multimodal_cfg" in config:
         return CoCa(**config)
-    if name := config["text_cfg"].get("hf_model_name"):
-        model = oc_model.CustomTextCLIP(**(config | {"text_cfg": dict(TEXT)}))
-        model.text = text_encoder(name, config)
-        return model
+    # The towers of these names are far too large for a golden file: the same classes, small.
+    encoder, native = config["text_cfg"].get("hf_model_name"), dict(config)
+    if encoder:
+        native["text_cfg"] = dict(TEXT)
     if config["vision_cfg"].get("timm_model_name"):
-        # The tower of that name is far too large for a golden file: the same class, small.
-        make = oc_model.CustomTextCLIP if custom else oc_model.CLIP
-        model = make(**(config | {"vision_cfg": dict(VISION, width=32, head_width=8)}))
+        native["vision_cfg"] = dict(VISION, width=32, head_width=8)
+    model = (oc_model.CustomTextCLIP if custom or encoder else oc_model.CLIP)(**native)
+    if encoder:
+        model.text = text_encoder(encoder, config)
+    if config["vision_cfg"].get("timm_model_name"):
         model.visual = torch.nn.Module()
         model.visual.trunk = small_trunk(config["vision_cfg"]["timm_model_name"])
         model.visual.head = torch.nn.Sequential(head(config))
         model.visual.forward = lambda x: model.visual.head(model.visual.trunk(x))
-        return model
-    return (oc_model.CustomTextCLIP if custom else oc_model.CLIP)(**config)
+    return model
 
 
 def head(config: dict) -> OrderedDict:
     """What open_clip's TimmModel puts behind a tower without a classifier."""
     projection = config["vision_cfg"]["timm_proj"]
-    width = 30 if "vitamin" in config["vision_cfg"]["timm_model_name"] else 32
+    name, embed_dim = config["vision_cfg"]["timm_model_name"], config["embed_dim"]
+    width = 30 if "vitamin" in name else 24 if name.startswith("vit_") else 32
     if projection == "linear":
-        return OrderedDict(drop=nn.Dropout(0.0), proj=nn.Linear(width, 20, bias=False))
+        return OrderedDict(drop=nn.Dropout(0.0), proj=nn.Linear(width, embed_dim, bias=False))
     if projection == "mlp":
-        return OrderedDict(mlp=Mlp(width, 40, 20, bias=(True, False)))
+        return OrderedDict(mlp=Mlp(width, 2 * embed_dim, embed_dim, bias=(True, False)))
     return OrderedDict()
 
 
@@ -274,6 +293,12 @@ def small_trunk(name: str) -> torch.nn.Module:
             img_size=28, patch_size=7, embed_dim=24, depth=2, num_heads=12, mlp_ratio=1.6,
             pre_norm=True, norm_layer=eps, num_classes=20,
         )  # fmt: skip
+    if "siglip" not in name:
+        mean = "small" in name  # as reset_classifier does: the norm stays before the pool
+        return VisionTransformer(
+            img_size=28, patch_size=7, embed_dim=24, depth=2, num_heads=6 if mean else 12,
+            mlp_ratio=1.6, num_classes=0, global_pool="avg" if mean else "token", fc_norm=False,
+        )  # fmt: skip
     return VisionTransformer(
         img_size=28, patch_size=7, embed_dim=36, depth=2, num_heads=12, mlp_ratio=1.6,
         class_token=False, global_pool="map", num_classes=0,
@@ -289,6 +314,11 @@ def text_encoder(name: str, config: dict) -> HFTextEncoder:
             num_attention_heads=12, intermediate_size=34, max_position_embeddings=20,
             type_vocab_size=1, layer_norm_eps=1e-5, pad_token_id=1,
         )  # fmt: skip
+    elif "bert" in name.lower():
+        small = transformers.BertConfig(
+            vocab_size=text["vocab_size"], hidden_size=24, num_hidden_layers=2,
+            num_attention_heads=12, intermediate_size=34, max_position_embeddings=20,
+        )  # fmt: skip
     else:
         small = transformers.M2M100Config(
             vocab_size=text["vocab_size"], d_model=32, encoder_layers=2, decoder_layers=1,
@@ -300,7 +330,7 @@ def text_encoder(name: str, config: dict) -> HFTextEncoder:
     )
     if "nllb" in name:
         encoder.transformer = encoder.transformer.encoder
-    else:
+    elif text["hf_pooler_type"] != "cls_pooler":
         encoder.transformer.pooler = None
     return encoder
 
@@ -350,9 +380,10 @@ def timm_towers() -> None:
     """What timm's towers are by their names, for the table in `vlm/weights/timm.py`."""
     towers = {}
     clip = [f"vit_{size}_patch*_clip_*" for size in ("base", "large")]
-    for name in timm.list_models(["vit_*_siglip_*", "vit_pe_core_*", *clip]):
+    plain = [name for name in timm.list_models("vit_*") if PLAIN.fullmatch(name)]
+    for name in [*timm.list_models(["vit_*_siglip_*", "vit_pe_core_*", *clip]), *plain]:
         if "_gap_" in name or "_plus_" in name or "_quickgelu_" in name:
-            continue  # without attention pooling, or not read
+            continue  # without attention pooling, or not written
         with torch.device("meta"):
             model = timm.create_model(name, num_classes=0 if "siglip" in name else 1024)
         block, pool = model.blocks[0], model.attn_pool
@@ -385,7 +416,9 @@ def main(names: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         encoder = config["text_cfg"].get("hf_model_name")
         # RoBERTa's padding is token 1, and a text begins and ends with tokens of its own.
+        bert = bool(encoder) and "bert" in encoder.lower() and "roberta" not in encoder
         specials = ["<s>", "<pad>", "<eos>"] if encoder else ["<pad>", "<eos>"]
+        specials = ["<pad>", "<s>", "<eos>"] if bert else specials
         vocabulary = small_vocabulary(specials)
         vocabulary.post_processor = processors.TemplateProcessing(
             single="<s> $A <eos>" if encoder else "$A <eos>",

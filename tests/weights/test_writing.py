@@ -24,8 +24,9 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
 from vlm.models.dual_encoder import DualEncoder
 from vlm.weights import convnext, eva, mobileclip, text_encoders, timm, vitamin
+from vlm.weights.huggingface import CLIP_RULES
 from vlm.weights.instantiate import abstract_model
-from vlm.weights.rules import flat_arrays, flat_shapes
+from vlm.weights.rules import flat_arrays, flat_shapes, write
 from vlm.weights.writing_huggingface import huggingface_config
 from vlm.weights.writing_open_clip import open_clip_config
 
@@ -186,6 +187,27 @@ def test_encoders_of_transformers_there_and_back(name, tmp_path, monkeypatch):
             assert x.shape == y.shape if key in folded else np.array_equal(x, y), key
 
 
+def test_biomedclip_there_and_back(tmp_path, monkeypatch):
+    ours = load(GOLDEN / "oc_biomed")
+    name = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
+    encoder = dataclasses.replace(ours.config.text, context_length=20)
+    monkeypatch.setitem(text_encoders.ENCODERS, name, encoder)
+    monkeypatch.setitem(timm.TOWERS, "vit_base_patch16_224", ours.config.vision)
+    there_and_back(ours, "open_clip", tmp_path)
+    about = json.loads((tmp_path / "theirs" / "open_clip_config.json").read_text())["model_cfg"]
+    assert about["vision_cfg"]["timm_proj"] == "linear"
+    assert about["text_cfg"]["hf_model_name"] == name
+
+
+def test_a_parameter_without_a_place_is_never_lost():
+    bundle = load(GOLDEN / "hf_clip")
+    vision = dataclasses.replace(bundle.config.vision, registers=2)
+    config = dataclasses.replace(bundle.config, vision=vision)
+    model = DualEncoder(config, rngs=nnx.Rngs(0))
+    with pytest.raises(CheckpointError, match=r"no place for vision\.registers: save the model"):
+        list(write(model, CLIP_RULES))
+
+
 def test_encoders_of_full_size_have_the_hubs_names():
     vision, tokenizer = load(GOLDEN / "oc_quick").config.vision, load(GOLDEN / "oc_nllb").tokenizer
     for name, encoder in text_encoders.ENCODERS.items():
@@ -193,7 +215,7 @@ def test_encoders_of_full_size_have_the_hubs_names():
         values = open_clip_config(ModelConfig(vision, text, embed_dim=20), tokenizer)
         assert values["quick_gelu"]  # of the vision tower alone: the encoder's is its own
         values = values["text_cfg"]
-        assert values["hf_model_name"] == name
+        assert text_encoders.ENCODERS[values["hf_model_name"]] == encoder
         assert values["hf_proj_type"] == "linear"
         pooler = "cls_pooler" if "nllb" in name else "cls_last_hidden_state_pooler"
         assert values["hf_pooler_type"] == pooler
@@ -203,8 +225,8 @@ def test_ends_that_no_encoder_of_open_clips_has_are_refused():
     bundle = load(GOLDEN / "oc_nllb")
     base = text_encoders.ENCODERS["xlm-roberta-base"]
     for change, message in (
-        ({"pool": "last"}, r"no place for text\.pool 'last' \(mean or first\)"),
-        ({"projection": "linear_bias"}, r"text\.projection 'linear_bias' \(mlp or linear\)"),
+        ({"pool": "last"}, r"no place for text\.pool 'last' \(mean, max or first\)"),
+        ({"projection": "linear_bias"}, r"text\.projection 'linear_bias' \(mlp, linear or none\)"),
         ({"context_length": 600}, r"xlm-roberta-base .* context_length 512 \(not 600\)"),
         ({"last_norm": True}, r"xlm-roberta-base .* last_norm False \(not True\)"),
     ):

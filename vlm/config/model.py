@@ -18,7 +18,7 @@ LOSS_SCORES: dict[Loss, Literal["softmax", "sigmoid"]] = {
     "sigmoid": "sigmoid",
 }
 # Poolings of a text tower: how the positions become one vector.
-TextPool = Literal["end", "argmax", "first", "last", "class", "mean", "map"]
+TextPool = Literal["end", "argmax", "first", "last", "class", "mean", "max", "map"]
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,18 @@ class TextConfig(Config):
         causal: Use causal attention, as CLIP does.
         pool: Pooling. end: the first end token; argmax: the token of the highest id, which in
             OpenAI's vocabulary is the end token; first, last: by position; class: a learned last
-            token (CoCa); mean: of all; map: attention pooling.
+            token (CoCa); mean, max: of all; map: attention pooling.
         end_id: For pool end: id of the end token.
         positions: Position embeddings. learned: a table; sinusoidal: fixed sines, then cosines
             (arXiv:1706.03762, in the layout of tensor2tensor).
         scale_embedding: Multiply token embeddings by the square root of the width.
-        pad_id: Id of the padding, to mask it in attention and in mean and map pooling. None: no
-            mask.
+        pad_id: Id of the padding, to mask it in attention and in mean, max and map pooling. None:
+            no mask.
         layer_scale: Learn a scale for each channel of each branch of a block (arXiv:2103.17239).
         norm: Position of the layer norms. pre: before each branch; post: after each residual sum
             and after the embeddings (BERT).
         last_norm: For norm post: one more norm after the blocks (AltCLIP).
+        pooler: For norm post: a linear layer and a tanh after pooling (BERT's pooler).
         projection: Layer from the pooled token to the shared space. mlp: two layers without
             biases; the hidden width is the mean of both widths.
         activation: Activation of the MLPs; also a function of `jax.nn`.
@@ -74,6 +75,7 @@ class TextConfig(Config):
     layer_scale: bool = False
     norm: Literal["pre", "post"] = "pre"
     last_norm: bool = False
+    pooler: bool = False
     projection: Literal["none", "linear", "linear_bias", "mlp"] = "linear_bias"
     activation: Activation | ImportPath = "gelu_tanh"
     norm_eps: float = 1e-6
@@ -84,6 +86,8 @@ class TextConfig(Config):
         check_activation(self)
         if self.pool == "end" and self.end_id is None:
             raise ConfigError('TextConfig.pool "end" needs end_id, the id of the end token: set it')
+        if self.pooler and self.norm != "post":
+            raise ConfigError('TextConfig.pooler is BERT\'s, which has norm="post": set that too')
 
     def tokens(self, *, masking: float = 0.0) -> int:
         """Number of tokens in the blocks, with a class token; `masking` is the dropped fraction."""

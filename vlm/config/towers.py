@@ -43,7 +43,7 @@ class ViTConfig(VisionTower):
         pool_heads: Number of heads of map and query pooling. None: `heads`.
         pool_mlp_dim: Width of the hidden layer of map pooling's MLP. None: `mlp_dim`.
         class_token: Add a learned first token, also with other kinds of pooling.
-        registers: Number of learned register tokens after the class token (arXiv:2309.16588).
+        registers: Number of learned register tokens before the patches (arXiv:2309.16588).
         pre_norm: Add a norm between the embedding and the blocks (CLIP).
         norm_pooled: Normalise after mean pooling, in place of before it.
         layer_scale: Learn a scale for each channel of each branch of a block (arXiv:2103.17239).
@@ -54,7 +54,8 @@ class ViTConfig(VisionTower):
             two norms of the input (ViTamin).
         attention_norm: Add a norm before the output layer of attention (EVA-02).
         key_bias: Add a bias to the keys of attention.
-        projection: Layer from the pooled token to the shared space.
+        projection: Layer from the pooled token to the shared space. mlp_bias: two layers, the first
+            with a bias; the hidden width is 2 * embed_dim.
         activation: Activation of the plain MLP, and of map pooling's; also a function of `jax.nn`.
         norm_eps: Epsilon of the layer norms.
         max_patches: For NaFlex (SigLIP 2), which accepts any aspect ratio: maximum number of
@@ -98,7 +99,7 @@ class ViTConfig(VisionTower):
     mlp: MlpKind = "plain"
     attention_norm: bool = False
     key_bias: bool = True
-    projection: Literal["none", "linear", "linear_bias"] = "none"
+    projection: Literal["none", "linear", "linear_bias", "mlp_bias"] = "none"
     activation: Activation | ImportPath = "gelu_tanh"
     norm_eps: float = 1e-6
     max_patches: int | None = None
@@ -125,17 +126,13 @@ class ViTConfig(VisionTower):
                 f"a nested stem halves {len(self.stem_widths)} times, which patch_size "
                 f"{self.patch_size} cannot: give fewer stem_widths"
             )
-        if self.registers and not self.has_class_token:
-            raise ConfigError(
-                f"ViTConfig.registers {self.registers} needs a class token: set "
-                'class_token=True or pool="class"'
-            )
-        more = self.class_token or self.rotary is not None or self.pre_norm
+        more = self.prefix_tokens or self.rotary is not None or self.pre_norm
         plain = self.stem == "linear" and self.pool in ("map", "mean") and not more
         if self.max_patches is not None and not plain:
             raise ConfigError(
                 f"ViTConfig.max_patches {self.max_patches} is only valid for NaFlex: remove "
-                'class_token, rotary and pre_norm, and set stem="linear" and pool="map" or "mean"'
+                'class_token, registers, rotary and pre_norm, and set stem="linear" and '
+                'pool="map" or "mean"'
             )
         if self.stem == "conv" and self.image_size % self.patch_size:
             raise ConfigError(

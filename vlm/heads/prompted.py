@@ -269,7 +269,7 @@ def _cut(model: Bundle, tokens: np.ndarray, contents: dict[str, list[int]]) -> n
     """Remove the common padding of rows, if the tower ignores padding."""
     text, config = model.config.text_transformer, model.tokenizer.config
     causal = text.causal and text.pool in ("end", "argmax")
-    masked = text.pad_id is not None and text.pool in ("mean", "map", "first")
+    masked = text.pad_id is not None and text.pool in ("mean", "max", "map", "first")
     if config.pad_side == "left" or not (causal or masked):
         return tokens
     specials = sum(i is not None for i in (config.bos_id, config.eos_id))

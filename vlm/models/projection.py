@@ -8,16 +8,19 @@ from vlm.errors import check_choice
 from vlm.nn.layers import Linear, gelu
 from vlm.nn.pooling import MapPool
 
+_KINDS = ("none", "linear", "linear_bias", "mlp", "mlp_bias")
+
 
 def projection(
     config, width: int, embed_dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.Module | None:
     """Make the projection from the pooled width to the embedding space; None if there is none."""
-    check_choice("projection", config.projection, ("none", "linear", "linear_bias", "mlp"))
+    check_choice("projection", config.projection, _KINDS)
     if config.projection == "none":
         return None
-    if config.projection == "mlp":
-        return MlpProjection(width, (width + embed_dim) // 2, embed_dim, dtype=dtype, rngs=rngs)
+    if config.projection in ("mlp", "mlp_bias"):
+        hidden, bias = _hidden(config, width, embed_dim), config.projection == "mlp_bias"
+        return MlpProjection(width, hidden, embed_dim, bias=bias, dtype=dtype, rngs=rngs)
     return Linear(
         width,
         embed_dim,
@@ -28,11 +31,18 @@ def projection(
     )
 
 
-class MlpProjection(nnx.Module):
-    """Projection with two bias-free linear layers and a GELU."""
+def _hidden(config, width: int, embed_dim: int) -> int:
+    """Width of the hidden layer: open_clip's for texts, timm's for images."""
+    return (width + embed_dim) // 2 if config.projection == "mlp" else 2 * embed_dim
 
-    def __init__(self, width: int, hidden: int, embed_dim: int, *, dtype, rngs: nnx.Rngs):
-        self.up = Linear(width, hidden, use_bias=False, dtype=dtype, rngs=rngs)
+
+class MlpProjection(nnx.Module):
+    """Projection with two linear layers and a GELU; only the first may have a bias."""
+
+    def __init__(
+        self, width: int, hidden: int, embed_dim: int, *, bias: bool, dtype, rngs: nnx.Rngs
+    ):
+        self.up = Linear(width, hidden, use_bias=bias, dtype=dtype, rngs=rngs)
         self.down = Linear(hidden, embed_dim, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b e"]:
@@ -56,6 +66,6 @@ def projection_flops(config, width: int, embed_dim: int) -> float:
     """FLOPs of the projection to the embedding space, if there is one."""
     if config.projection == "none":
         return 0.0
-    if config.projection == "mlp":
-        return 2 * (width + embed_dim) * ((width + embed_dim) // 2)
+    if config.projection in ("mlp", "mlp_bias"):
+        return 2 * (width + embed_dim) * _hidden(config, width, embed_dim)
     return 2 * width * embed_dim

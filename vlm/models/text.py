@@ -9,7 +9,7 @@ from vlm.config import TextConfig, TextTowerConfig
 from vlm.models.projection import map_pool, projection, projection_flops
 from vlm.nn.auto_axes import auto_axes
 from vlm.nn.intermediates import Intermediates, capture, part
-from vlm.nn.layers import LayerNorm
+from vlm.nn.layers import LayerNorm, Linear
 from vlm.nn.pooling import TEXT_POOLS, map_pool_flops
 from vlm.nn.positions import sinusoids
 from vlm.nn.transformer import Execution, Transformer, block_flops
@@ -55,6 +55,7 @@ class TextTower(nnx.Module):
         last = not post or c.last_norm
         self.norm = LayerNorm(c.width, c.norm_eps, rngs=rngs) if last else None
         self.pool = map_pool(c, dtype=dtype, rngs=rngs) if c.pool == "map" else None
+        self.pooler = Linear(c.width, c.width, dtype=dtype, rngs=rngs) if c.pooler else None
         self.projection = projection(c, c.width, embed_dim, dtype=dtype, rngs=rngs)
 
     @auto_axes
@@ -100,6 +101,7 @@ class TextTower(nnx.Module):
             x = self.pool(norm(x), real, intermediates=part(intermediates, "pool"))
         else:
             x = TEXT_POOLS[c.pool](x, norm, tokens, real, c)
+        x = x if self.pooler is None else jnp.tanh(self.pooler(x))
         return x if self.projection is None else self.projection(x)
 
 
@@ -109,9 +111,10 @@ def text_flops(config: TextConfig, embed_dim: int, *, masking: float = 0.0) -> d
     `masking` is the fraction of tokens that training drops.
     """
     c, tokens = config, config.tokens(masking=masking)
+    pool = map_pool_flops(c.width, c.mlp_dim, tokens) if c.pool == "map" else 0.0
     return {
         **block_flops(c, tokens),
-        "pool": map_pool_flops(c.width, c.mlp_dim, tokens) if c.pool == "map" else 0.0,
+        "pool": pool + 2 * c.width**2 * c.pooler,
         "projection": projection_flops(c, c.width, embed_dim),
     }
 

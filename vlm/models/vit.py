@@ -90,7 +90,7 @@ class ViTTower(nnx.Module):
         `intermediates` capture "stem", the activations of the stack, and "pool/attention".
         """
         x, mask = self._tokens(images, keys, intermediates)
-        if self.config.pool == "mean" and self.class_token is not None:
+        if self.config.pool == "mean":
             x = x[:, self.config.prefix_tokens :]
         return self._embedding(x, mask, intermediates)
 
@@ -120,13 +120,14 @@ class ViTTower(nnx.Module):
         patch_keys, block_keys = split_keys(keys)
         x = self.stem(images)
         position = self.position[...].astype(x.dtype)
-        if self.class_token is None:
-            x = drop_patches(x + position, c.patch_dropout, patch_keys)
-        else:
-            x = drop_patches(x + position[1:], c.patch_dropout, patch_keys)
-            prefix = self.class_token[...].astype(x.dtype)[None] + position[:1]
-            if self.registers is not None:
-                prefix = jnp.concatenate([prefix, self.registers[...].astype(x.dtype)])
+        x = drop_patches(x + position[c.has_class_token :], c.patch_dropout, patch_keys)
+        parts = []
+        if self.class_token is not None:
+            parts.append(self.class_token[...].astype(x.dtype)[None] + position[:1])
+        if self.registers is not None:
+            parts.append(self.registers[...].astype(x.dtype))
+        if parts:
+            prefix = jnp.concatenate(parts)
             x = jnp.concatenate([jnp.broadcast_to(prefix, (x.shape[0], *prefix.shape)), x], axis=1)
         if self.pre_norm is not None:
             x = self.pre_norm(x)

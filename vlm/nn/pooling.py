@@ -102,6 +102,13 @@ def mean_pool(
     return (x * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
 
 
+def max_pool(
+    x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None
+) -> Float[Array, "b d"]:
+    """Maximum of the tokens, excluding masked ones."""
+    return x.max(1) if mask is None else jnp.where(mask[..., None], x, -jnp.inf).max(1)
+
+
 def token_pool(x: Float[Array, "b n d"], position: Int[Array, " b"]) -> Float[Array, "b d"]:
     """Token at one position of each sequence."""
     return jnp.take_along_axis(x, position[:, None, None], axis=1)[:, 0]
@@ -123,6 +130,7 @@ TEXT_POOLS: dict[TextPool, Callable] = {
     "last": lambda x, norm, tokens, real, config: norm(x[:, -1]),
     "class": lambda x, norm, tokens, real, config: norm(x[:, -1]),
     "mean": lambda x, norm, tokens, real, config: mean_pool(norm(x), real),
+    "max": lambda x, norm, tokens, real, config: max_pool(norm(x), real),
 }
 
 

@@ -37,7 +37,9 @@ TOWERS = {
 }
 
 
-def vision_config(name: str, image_size: int, proj: Any, shapes: Shapes) -> ConvNeXtConfig:
+def vision_config(
+    name: str, image_size: int, pool: str, proj: Any, shapes: Shapes
+) -> ConvNeXtConfig:
     """Tower `name`, with the sizes that the `shapes` of its tensors have."""
     count = count_layers(shapes, f"{TRUNK}.stages.{{}}.blocks.0.norm.weight")
     stages = [f"{TRUNK}.stages.{stage}.blocks" for stage in range(max(1, count))]

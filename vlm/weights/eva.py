@@ -46,7 +46,9 @@ TOWERS = {
 }
 
 
-def vision_config(name: str, image_size: int, proj: str | None, shapes: Shapes) -> ViTConfig:
+def vision_config(
+    name: str, image_size: int, pool: str, proj: str | None, shapes: Shapes
+) -> ViTConfig:
     """Tower `name`, with the sizes that the `shapes` of its tensors have."""
     tower = TOWERS[name.partition(".")[0].replace("giant_patch14_clip", "giant_patch14")]
     sizes = timm.block_sizes(shapes, "fc1_x" if tower.mlp == "swiglu" else "fc1")

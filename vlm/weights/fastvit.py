@@ -32,7 +32,9 @@ def _large(name: str) -> bool:
     return match is not None and match[1] in "34"
 
 
-def vision_config(name: str, image_size: int, proj: str | None, shapes: Shapes) -> FastViTConfig:
+def vision_config(
+    name: str, image_size: int, pool: str, proj: str | None, shapes: Shapes
+) -> FastViTConfig:
     """Tower `name`, with the sizes that the `shapes` of its tensors have."""
     return FastViTConfig(
         image_size=image_size,

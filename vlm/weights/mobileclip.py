@@ -24,7 +24,9 @@ TOWERS = {
 }
 
 
-def vision_config(name: str, image_size: int, proj: str | None, shapes: Shapes) -> ViTConfig:
+def vision_config(
+    name: str, image_size: int, pool: str, proj: str | None, shapes: Shapes
+) -> ViTConfig:
     """Tower `name`, with the sizes that the `shapes` of its tensors have."""
     kernels = [shapes[f"{_STEM}.{number}.conv.weight"] for number in range(3)]
     return dataclasses.replace(

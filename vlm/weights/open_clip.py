@@ -4,6 +4,7 @@ Covers LAION, DataComp, DFN, MetaCLIP, CLIPA, the SigLIP exports, and the contra
 """
 
 import os
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from etils import epath
@@ -18,7 +19,7 @@ from vlm.config import (
     ViTConfig,
 )
 from vlm.errors import CheckpointError, brief
-from vlm.weights import fastvit, text_encoders, timm_towers
+from vlm.weights import fastvit, text_encoders, timm, timm_towers
 from vlm.weights.checkpoint import Checkpoint, weights
 from vlm.weights.fields import (
     MAX_LAYERS,
@@ -60,8 +61,8 @@ TEXT = {
     "embed_cls": False, "pad_id": 0, "eos_id": 2, "no_causal_mask": False,
     "final_ln_after_pool": False, "pool_type": "argmax", "proj_bias": False, "proj_type": "linear",
     "output_tokens": False, "act_kwargs": None, "norm_kwargs": None,
-    "hf_model_name": None, "hf_model_pretrained": True, "hf_proj_type": None,
-    "hf_pooler_type": None,
+    "hf_model_name": None, "hf_model_pretrained": True, "hf_proj_type": "mlp",
+    "hf_pooler_type": "mean_pooler",
 }  # fmt: skip
 # ... and those that no known checkpoint sets, which must be off.
 OFF = (
@@ -97,7 +98,8 @@ def assemble(folder: epath.Path, tensors: Tensors) -> Checkpoint:
     model = values.get("model_cfg")
     if not isinstance(model, dict):
         raise CheckpointError(f"{where} has no model_cfg: download it again")
-    config = model_config(model, tensors.shapes, where)
+    config = model_config(model, tensors.shapes, where, _encoder_values(folder))
+    tensors = timm.with_biases(tensors)
     if isinstance(config.vision, FastViTConfig):
         tensors = fastvit.Fused(tensors, config.vision, model["vision_cfg"]["timm_model_name"])
     context_length = None
@@ -122,8 +124,18 @@ def assemble(folder: epath.Path, tensors: Tensors) -> Checkpoint:
     )
 
 
-def model_config(values: dict[str, Any], shapes: Shapes, where: str) -> ModelConfig:
+def _encoder_values(folder: epath.Path) -> dict[str, Any]:
+    """Fields of the `config.json` beside open_clip's files, which is that of the text encoder."""
+    file = folder / "config.json"
+    return read_json(file) if file.exists() else {}
+
+
+def model_config(
+    values: dict[str, Any], shapes: Shapes, where: str, encoder: Mapping[str, Any] | None = None
+) -> ModelConfig:
     """Configuration that a `model_cfg` describes, with the sizes of timm's towers from `shapes`.
+
+    `encoder` are the values of the `config.json` of a text encoder of transformers.
 
     Raises:
         CheckpointError: a field, activation or type of tower that vlm does not have.
@@ -149,7 +161,7 @@ def model_config(values: dict[str, Any], shapes: Shapes, where: str) -> ModelCon
     else:
         vision_tower = _vision(vision, quick, f"{where}: vision_cfg")
     if text["hf_model_name"]:
-        text_tower = text_encoders.text_config(text, shapes, where)
+        text_tower = text_encoders.text_config(text, shapes, where, encoder or {})
     else:
         text_tower = _text(text, quick, f"{where}: text_cfg")
     return ModelConfig(
@@ -250,11 +262,11 @@ def _fields(given: Any, known: dict[str, Any], where: str) -> dict[str, Any]:
     several = {name: None for name in _SEVERAL if name in known}
     values = with_defaults(given, known | several, where)
     values = known | {name: v for name, v in values.items() if v is not None}
-    if "timm_proj" in given and given["timm_proj"] is None:  # null: none; absent: a linear one
-        values["timm_proj"] = None
-    return values
+    # A null is none, or the default of the architecture; an absent field is open_clip's default.
+    return values | {name: None for name in _NULL if name in values and given.get(name, 0) is None}
 
 
+_NULL = ("timm_proj", "hf_proj_type", "hf_pooler_type")
 _SEVERAL = ("layers", "image_size", "patch_size", "attentional_pool")
 
 
@@ -282,8 +294,9 @@ def rules(config: ModelConfig, shapes: Shapes) -> list[Rule]:
         logits.append(Rule("logit_bias", "logit_bias", scalar))
     if isinstance(config.vision, ResNetConfig):
         image = _resnet_rules(config.vision.depths)
-    elif (family := timm_towers.family_of(config.vision)) is not None:
-        image = family.rules(config.vision)
+    elif (family := timm_towers.family_of(config.vision, shapes)) is not None:
+        more = {"shapes": shapes} if family is timm else {}
+        image = family.rules(config.vision, **more)
     else:
         image = _vision_rules(config)
     if text_encoders.owns(config.text_transformer):

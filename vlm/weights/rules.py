@@ -7,7 +7,7 @@ of ours without a source, and a different shape are collected into one error.
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -279,9 +279,21 @@ def read_all(
         yield name, _array(by_name[name], shape, tensors, np.dtype(np.float32), None)
 
 
-def write(model: nnx.Module, rules: Sequence[Rule]) -> Iterator[tuple[str, "LazyTensor"]]:
-    """Yield their names and tensors, in the order of the rules; each is made on demand."""
+def write(
+    model: nnx.Module, rules: Sequence[Rule], computed: Collection[str] = ()
+) -> Iterator[tuple[str, "LazyTensor"]]:
+    """Yield their names and tensors, in the order of the rules; each is made on demand.
+
+    Raises:
+        CheckpointError: no rule has one of our parameters, except those that the other library has
+            `computed`, so that it would be lost.
+    """
     arrays = dict(flat_arrays(model))
+    ours = {layer.ours for layer in expand(rules, flat_shapes(model))}
+    if lost := sorted(arrays.keys() - ours - set(computed)):
+        raise CheckpointError(
+            f"the other format has no place for {list_names(lost)}: save the model as a vlm bundle"
+        )
     for name, parts in _grouped(expand(rules, flat_shapes(model)), "theirs").items():
         yield name, LazyTensor(parts, arrays)
 

@@ -42,13 +42,16 @@ def vision_config(
             f"vlm reads {family.READS}"
         )
     try:
-        return family.vision_config(name, image_size, proj, shapes)
+        return family.vision_config(name, image_size, pool, proj, shapes)
     except (KeyError, ValueError, IndexError):
         raise CheckpointError(f"{where}: the weights are not those of timm's {name}") from None
 
 
-def family_of(config: VisionTowerConfig) -> Any | None:
-    """Module of the family that writes this tower; None for open_clip's own towers."""
+def family_of(config: VisionTowerConfig, shapes: Shapes) -> Any | None:
+    """Module of the family with this tower; None for open_clip's own towers.
+
+    Those equal some of timm's: the `shapes` of the tensors decide, if there are any.
+    """
     match config:
         case FastViTConfig():
             return fastvit
@@ -60,6 +63,10 @@ def family_of(config: VisionTowerConfig) -> Any | None:
             return eva
         case ViTConfig(stem="nested"):
             return mobileclip
-        case ViTConfig(pool="map") | ViTConfig(projection="linear_bias"):
+        case ViTConfig(pool="map") | ViTConfig(projection="linear_bias" | "mlp_bias"):
+            return timm
+        case ViTConfig(pool="class", patch_bias=True):
+            return timm
+        case ViTConfig() if any(name.startswith(timm.TRUNK) for name in shapes):
             return timm
     return None

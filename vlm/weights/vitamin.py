@@ -40,7 +40,9 @@ TOWERS = {
 }
 
 
-def vision_config(name: str, image_size: int, proj: Any, shapes: Shapes) -> ViTaminConfig:
+def vision_config(
+    name: str, image_size: int, pool: str, proj: Any, shapes: Shapes
+) -> ViTaminConfig:
     """Tower `name`, with the sizes that the `shapes` of its tensors have."""
     match = _NAME.match(name)
     assert match is not None

@@ -40,7 +40,7 @@ def bert_clip_config(config: ModelConfig) -> dict[str, Any]:
         {"stem": "linear", "rotary": None, "max_patches": None, "mlp": "plain"}
         | {"layer_scale": False, "pre_norm": True, "patch_bias": False, "projection": "linear"},
         {"causal": False, "pool": "first", "positions": "learned", "scale_embedding": False}
-        | {"layer_scale": False}
+        | {"layer_scale": False, "pooler": False}
         | {"projection": "linear_bias" if family == "altclip" else "linear"},
         {
             "a text tower that sees padding": text.pad_id is None,

@@ -89,7 +89,7 @@ def open_clip_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
             "open_clip opens a CoCa only with its captioning decoder, and this is the contrastive "
             "half, which has none: save the model as a vlm bundle instead"
         )
-    elif (family := timm_towers.family_of(vision)) is not None:
+    elif (family := timm_towers.family_of(vision, {})) is not None:
         image_tower = {
             "image_size": vision.image_size,
             "timm_model_pretrained": False,

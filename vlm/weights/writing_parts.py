@@ -12,7 +12,7 @@ from vlm.weights.processors import PIL_RESAMPLE
 
 HOLDS = {
     "transformers": "the ViTs of CLIP, SigLIP, Chinese CLIP, AltCLIP and TIPSv2, and ALIGN",
-    "open_clip": "CLIP's ViTs and ResNets, timm's vision towers, and XLM-R, RoBERTa and NLLB",
+    "open_clip": "CLIP's ViTs and ResNets, timm's vision towers, and BERT, XLM-R, RoBERTa and NLLB",
 }
 SIGMOID = "a logit_bias or the sigmoid loss"
 _RESAMPLE = {name: number for number, name in PIL_RESAMPLE.items()}

@@ -26,10 +26,11 @@ from vlm.weights.text_encoders import (
     POSITION,
     SEGMENT,
     SINUSOIDS,
+    first_position,
 )
 from vlm.weights.writing_parts import refuse, refuse_if
 
-_FREE = ("context_length", "pool", "projection", "end_id", "dropout")  # set by open_clip
+_FREE = ("context_length", "pool", "pooler", "projection", "end_id", "dropout")  # set by open_clip
 _SAME_SINUSOID = 1e-4  # difference of sines of large angles between machines
 
 
@@ -40,18 +41,20 @@ def text_cfg(c: TextConfig) -> dict[str, Any]:
         CheckpointError: open_clip does not support the encoder, its pooling or projection.
     """
     name = encoder_name(c)
-    cls = "cls_last_hidden_state_pooler" if c.norm == "post" else "cls_pooler"
-    poolers = {"mean": "mean_pooler", "first": cls}
-    projection = c.projection
+    own = c.pooler or c.norm == "pre"
+    cls = "cls_pooler" if own else "cls_last_hidden_state_pooler"
+    poolers = {"mean": "mean_pooler", "max": "max_pooler", "first": cls}
+    projection, projections = c.projection, ("mlp", "linear", "none")
     faults = {
-        f"text.pool {c.pool!r} (mean or first)": c.pool not in poolers,
-        f"text.projection {projection!r} (mlp or linear)": projection not in ("mlp", "linear"),
+        f"text.pool {c.pool!r} (mean, max or first)": c.pool not in poolers,
+        f"text.pooler with text.pool {c.pool!r} (first)": c.pooler and c.pool != "first",
+        f"text.projection {projection!r} (mlp, linear or none)": projection not in projections,
     }
     refuse_if("open_clip", faults)
     return {
         "hf_model_name": name,
         "hf_model_pretrained": False,
-        "hf_proj_type": projection,
+        "hf_proj_type": None if projection == "none" else projection,
         "hf_pooler_type": poolers[c.pool],
         "context_length": c.context_length,
     }
@@ -90,14 +93,16 @@ def tensors(model: DualEncoder, table: Sequence[Rule]) -> Iterator[tuple[str, An
     """
     c = model.config.text_transformer
     if c.norm == "post":
-        places = FIRST + ENCODERS[encoder_name(c)].context_length
-        yield from write(model, _with(table, POSITION, _padded(places)))
+        first = first_position(c)
+        places = first + ENCODERS[encoder_name(c)].context_length
+        yield from write(model, _with(table, POSITION, _padded(places, first)))
         text: Any = model.text
-        yield SEGMENT, np.zeros((1, c.width), text.embedding[...].dtype)
+        yield SEGMENT, np.zeros((1 if first else 2, c.width), text.embedding[...].dtype)
     else:
         _check_sinusoids(model)
         table = [rule for rule in table if rule.theirs != SINUSOIDS]  # they are not parameters
-        yield from write(model, _with(table, NLLB_EMBEDDING, _divided(math.sqrt(c.width))))
+        table = _with(table, NLLB_EMBEDDING, _divided(math.sqrt(c.width)))
+        yield from write(model, table, computed=["text.position"])
 
 
 def _with(table: Sequence[Rule], theirs: str, transform: Transform) -> list[Rule]:
@@ -107,12 +112,12 @@ def _with(table: Sequence[Rule], theirs: str, transform: Transform) -> list[Rule
     ]
 
 
-def _padded(places: int) -> Transform:
+def _padded(places: int, first: int) -> Transform:
     """Return a transform that adds unused positions before and after ours."""
     return Transform(
         lambda s: (places, s[1]),
-        lambda x, s: x[FIRST : FIRST + s[0]],
-        lambda x: np.pad(x, ((FIRST, places - FIRST - len(x)), (0, 0))),
+        lambda x, s: x[first : first + s[0]],
+        lambda x: np.pad(x, ((first, places - first - len(x)), (0, 0))),
     )
 
 
