@@ -117,6 +117,24 @@ def test_batch_sizes_follow_the_measured_times():
     batcher.close()
 
 
+def test_the_time_per_item_follows_a_machine_that_becomes_slower():
+    pause = 0.0
+
+    def compute(key, items):
+        time.sleep(pause)
+        return [0.0] * len(items)
+
+    batcher = Batcher(compute, (1,))
+    batcher.warm_up("a", 0)
+    before, pause = batcher.seconds_per_item("a"), 0.02
+    for _ in range(20):
+        batcher.submit("a", 0).result(5)
+    assert batcher.seconds_per_item("a") > max(before, 0.015)
+    batcher.submit("other", 0).result(5)
+    assert batcher.seconds_per_item("other") == 0  # it was not warmed up: no growth by odd keys
+    batcher.close()
+
+
 def test_closing_computes_queued_items_and_accepts_no_more(device):
     release = device.hold()
     answers = [device.batcher.submit("a", i) for i in range(5)]

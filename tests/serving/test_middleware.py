@@ -105,6 +105,24 @@ def test_requests_over_the_queue_limit_are_rejected(tight):
     assert tight.ask("/v1/embeddings", {"input": ["a", "b", "c"]}).status == 200
 
 
+def test_requests_that_would_time_out_are_rejected(server, monkeypatch):
+    model = server.service.model
+    monkeypatch.setattr(model.batcher, "_recent", dict.fromkeys(model.kinds(), 25.0))
+    release, held = threading.Event(), threading.Event()
+    model.batcher.call(lambda: (held.set(), release.wait()))
+    held.wait()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(server.ask, "/v1/embeddings", {"input": "a"})
+        while server.service.admission.in_flight < 1:
+            pass
+        rejected = server.ask("/v1/embeddings", {"input": "one more"})
+        assert code(rejected) == (429, "busy")
+        assert "the 1 items in flight take about 25 s" in rejected.json["error"]["message"]
+        assert rejected.headers["retry-after"] == "25"
+        release.set()
+        assert waiting.result().status == 200
+
+
 def test_a_slow_answer_times_out_and_its_items_leave_the_queue(impatient):
     release, held = threading.Event(), threading.Event()
     impatient.service.model.batcher.call(lambda: (held.set(), release.wait()))

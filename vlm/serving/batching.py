@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 MIN_SPEEDUP = 1.05  # per-item speedup at which a smaller batch is preferred to a larger one
+RECENT = 0.2  # weight of the last batch in the moving average of the time per item
 
 Key = Hashable
 Observe = Callable[[Key, int, float], None]  # key, number of items, seconds
@@ -61,7 +62,8 @@ class Batcher:
         self._queues: dict[Key, list[Waiting]] = {}  # by key, the earliest item first
         self._lock = threading.Lock()
         self._open, self._draining = True, False
-        self._seconds: dict[tuple[Key, int], float] = {}
+        self._seconds: dict[tuple[Key, int], float] = {}  # of `warm_up`
+        self._recent: dict[Key, float] = {}  # seconds per item, of keys that were warmed up
         self._worker = ThreadPoolExecutor(1, name)
 
     # -------------------------------------------------------------------- called by any thread
@@ -105,6 +107,7 @@ class Batcher:
 
         for size in self._sizes:  # one by one, so that Ctrl-C waits for one compilation at most
             self._seconds[key, size] = self.call(functools.partial(measure, size)).result()
+        self._recent[key] = min(self._seconds[key, size] / size for size in self._sizes)
 
     def depths(self) -> dict[Key, int]:
         """Return the queue length of each key."""
@@ -112,9 +115,8 @@ class Batcher:
             return {key: len(queue) for key, queue in self._queues.items()}
 
     def seconds_per_item(self, key: Key) -> float:
-        """Return the time per item at the best batch size; 0 before `warm_up`."""
-        times = [t / size for (other, size), t in self._seconds.items() if other == key]
-        return min(times, default=0.0)
+        """Return the recent time per item, a moving average over batches; 0 before `warm_up`."""
+        return self._recent.get(key, 0.0)
 
     def close(self) -> None:
         """Stop accepting items, compute the queued ones, and stop the thread."""
@@ -175,7 +177,10 @@ class Batcher:
                     result = item_error
                 _finish(entry.future, result)
             return
-        self._observe(key, len(pending), time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        self._observe(key, len(pending), seconds)
+        if key in self._recent:  # a busy machine becomes slower than it was at the start
+            self._recent[key] += RECENT * (seconds / len(pending) - self._recent[key])
         for entry, result in zip(pending, results, strict=True):
             _finish(entry.future, result)
 

@@ -22,6 +22,7 @@ from vlm.serving.middleware import problem
 from vlm.serving.protocol import FailedItem, Input, Item, Problem
 from vlm.serving.url_fetch import Fetcher
 
+MOST_OF_TIMEOUT = 0.7  # that the items in flight may take; the rest is for the request itself
 Downloads = Mapping[str, bytes | RequestError]  # images that were given as URLs, by their names
 
 
@@ -84,9 +85,18 @@ class Service:
         """Run `work` within the limits on items in flight and on time, and return its result.
 
         Raises:
-            RequestError: too many items in flight (429), or a timeout (503).
+            RequestError: too many items in flight, or too slow ones (429), or a timeout (503).
         """
-        with self.admission.admit(count, self._seconds_to_wait()):
+        wait = self._seconds_to_wait()
+        if wait > self.limits.seconds * MOST_OF_TIMEOUT:  # or it would compute what times out
+            raise RequestError(
+                f"the server is busy: the {self.admission.in_flight:,} items in flight take about "
+                f"{wait:g} s; retry later",
+                429,
+                "busy",
+                wait,
+            )
+        with self.admission.admit(count, wait):
             self.metrics.waiting.set(self.admission.in_flight)
             try:
                 async with asyncio.timeout(self.limits.seconds):
