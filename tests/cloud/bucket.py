@@ -38,6 +38,7 @@ class Bucket:
         self.faults: list[tuple[str, str, int]] = []  # (kind, part of the path, how many)
         self.rate = 0.0  # of requests that fail at random, half by 503, half by a reset
         self.held: tuple[str, threading.Event] | None = None  # requests of a path that wait
+        self.over = threading.Event()  # lets hanging requests go
         self._lock = threading.Lock()
         self._dice = random.Random(0)
         (folder / NAME).mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,8 @@ class Bucket:
     def fail(self, kind: str, part: str = "", times: int = 1) -> None:
         """Let the next `times` requests whose path or body name holds `part` fail.
 
-        `kind` is "503", "403", "401" or "reset" (the connection breaks off without an answer).
+        `kind` is "503", "403", "401", "reset" (the connection breaks off without an answer),
+        "hang" (no answer), or "cut" (half of the answer).
         """
         with self._lock:
             self.faults.append((kind, part, times))
@@ -120,6 +122,7 @@ class Bucket:
         return self
 
     def __exit__(self, *error) -> None:
+        self.over.set()
         self._proxy.shutdown()
         self._proxy.server_close()
         self._server.kill()
@@ -179,7 +182,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        if fault is not None:
+        if fault == "hang":
+            bucket.over.wait(300)
+            self.close_connection = True
+            return
+        if fault not in (None, "cut"):
             error = {"code": int(fault), "message": "made to fail", "errors": []}
             return self._answer(
                 int(fault),
@@ -187,7 +194,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 json.dumps({"error": error}).encode(),
             )
         status, headers, answer = self._ask(body)
-        self._answer(status, headers, answer)
+        self._answer(status, headers, answer, cut=fault == "cut")
 
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = forward
 
@@ -222,7 +229,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                     raise
         raise AssertionError
 
-    def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+    def _answer(
+        self, status: int, headers: list[tuple[str, str]], body: bytes, *, cut: bool = False
+    ) -> None:
         self.send_response_only(status)
         length = len(body)
         for name, value in headers:
@@ -233,7 +242,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("content-length", str(length))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) // 2] if cut else body)
+        self.close_connection |= cut
         self.wfile.flush()
 
 

@@ -98,7 +98,7 @@ def test_reading_front_to_back_skips_and_goes_on(tmp_path):
     ],
 )
 def test_a_driver_that_is_missing_is_named_with_its_package(monkeypatch, path, package):
-    def missing(path):
+    def missing(path, **options):
         raise ImportError("no such driver")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)

@@ -205,8 +205,12 @@ def _check_sizes(header: dict[str, Any], names: list[str], path: str) -> None:
     for i in np.linspace(0, len(names) - 1, min(_CHECKED, len(names))).astype(int).tolist():
         try:
             size = size_of(names[i])
-        except OSError:
+        except FileNotFoundError:
             size = 0
+        except OSError as error:
+            raise DataError(
+                f"the shard {names[i]} cannot be read ({error}): check data.source"
+            ) from None
         if size != shards[i][1]:
             raise DataError(
                 f"the shard {names[i]} has {size:,} bytes, and {shards[i][1]:,} in its "

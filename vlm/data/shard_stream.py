@@ -34,21 +34,22 @@ def inspect_shards(config: DataConfig, names: list[str]) -> tuple[Format, int]:
 
     DataError if none can be read, or they lack wanted features.
     """
-    last: Exception | str = "no shard"
+    last = "no shard"
     for name in names[:_LOOKED_AT]:
         form: Format = (ParquetFormat if ".parquet" in name else TarFormat)(config)
         try:
             first, is_all = _first(form, name)
             length = known_count(name) or (len(first) if is_all else _length(form, name, first))
         except (OSError, CorruptFileError) as error:
-            last = f"there is no {name}" if isinstance(error, FileNotFoundError) else error
+            missing = isinstance(error, FileNotFoundError)
+            last = f"there is no {name}" if missing else f"{name} cannot be read: {error}"
             continue
         if not first:
             last = f"{name} holds no examples"
             continue
         known = features_of([record.example for record in first], f"the shard {name}")
-        missing = [feature for feature in wanted_features(config) if feature not in known]
-        if missing and form.kind == "tar" and exists(sidecar_path(name)):
+        absent = [feature for feature in wanted_features(config) if feature not in known]
+        if absent and form.kind == "tar" and exists(sidecar_path(name)):
             return TarFormat(config, sidecar=True), length  # raises if the table lacks a feature
         check_features(config, known, f"the shard {name}")
         return form, length

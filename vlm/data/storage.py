@@ -6,6 +6,7 @@ A file is a local path, or a URL of a bucket (`gs://`, `s3://`), the Hub (`hf://
 
 import glob
 import hashlib
+import io
 import os
 import random
 import re
@@ -15,25 +16,28 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import fsspec
-
+from vlm.data import remote
 from vlm.data.hub_access import check_access
-from vlm.errors import DataError, first_line
-from vlm.paths import DRIVERS, as_path, cache_dir, is_remote
+from vlm.errors import DataError
+from vlm.paths import as_path, cache_dir, is_remote
 
 T = TypeVar("T")
 
 CHUNK = 4 << 20  # bytes of one read; large, to amortise the latency of a bucket
 READERS = 16  # I/O threads
-ATTEMPTS = 5  # per read
-BACKOFF = 0.5  # seconds before the second attempt, doubled for each later one
+ATTEMPTS = 7  # per read
+BACKOFF = 0.1  # seconds before the second attempt, doubled for each later one
+GIVE_UP = 60.0  # seconds, after which no other attempt starts
 
 # Errors that are not retried.
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-_GONE, _FORBIDDEN = (404, 410), (401, 403)  # HTTP statuses
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LIST = re.compile(r"\{([^{}]*,[^{}]*)\}")
 _WILD = re.compile(r"[*?\[]")
+
+
+class ReadFailedError(OSError):
+    """Error for a read that failed in all attempts; it is not retried again."""
 
 
 def expand(pattern: str) -> list[str]:
@@ -62,35 +66,58 @@ def open_file(path: str) -> Any:
     """Open a local or remote file for unbuffered binary reads with seek."""
     if not is_remote(path):
         return open(path, "rb", buffering=0)
-    return _ask(path, "open", mode="rb", cache_type="none", block_size=CHUNK)
+    if remote.is_async(path):
+        info = retry(lambda: remote.ask(path, "info"), path)
+        if info.get("size") and info.get("partial", True):
+            return RemoteFile(path, info["size"])
+    return remote.ask(path, "open", mode="rb", cache_type="none", block_size=CHUNK)
 
 
 def size_of(path: str) -> int:
     """Return the length of a file in bytes, with retries."""
-    return retry(lambda: _ask(path, "size")) if is_remote(path) else os.stat(path).st_size
+    if is_remote(path):
+        return retry(lambda: remote.ask(path, "size"), path)
+    return os.stat(path).st_size
 
 
 def read_file(path: str) -> bytes:
     """Read a whole file, with retries."""
 
     def read() -> bytes:
+        if remote.is_async(path):
+            return remote.ask(path, "cat_file")
         with open_file(path) as f:
             return f.read()
 
-    return retry(read)
+    return retry(read, path if is_remote(path) else "")
 
 
 def read_range(path: str, start: int, end: int) -> bytes:
     """Read bytes `start` to `end` (exclusive) of a file in one request, with retries."""
+    if end <= start:
+        return b""
 
-    def read() -> bytes:
+    def read(attempt: int) -> bytes:
         if is_remote(path):
-            return _ask(path, "cat_file", start=start, end=end)
+            data = remote.ask(
+                path,
+                "cat_file",
+                expected=end - start,
+                deadline_factor=2**attempt,
+                start=start,
+                end=end,
+            )
+            if len(data) > end - start:
+                raise DataError(
+                    f"the server of {path} sends the whole file for a part of it: use a server "
+                    "with range requests, or download the file"
+                )
+            return data
         with open(path, "rb", buffering=0) as f:
             f.seek(start)
             return f.read(end - start)
 
-    return retry(read)
+    return retry_attempts(read, path if is_remote(path) else "")
 
 
 def write_whole(path: str, *parts: bytes) -> None:
@@ -140,44 +167,73 @@ def exists(path: str) -> bool:
     return True
 
 
-def _ask(path: str, method: str, **options: Any) -> Any:
-    """Call a method of the file system of `path`.
+def retry(action: Callable[[], T], path: str = "") -> T:
+    """Call `action`, with retries after temporary errors; ReadFailedError if all fail.
 
-    fsspec calls a file missing also after a failed request. Here only the statuses 404 and 410 mean
-    that. Any other status, and a failed connection, become an OSError, which `retry` retries.
+    The pauses between them are random, and grow exponentially. Those of a remote `path` are counted
+    and logged.
     """
-    system, inner = _system(path)
-    try:
-        return getattr(system, method)(inner, **options)
-    except FileNotFoundError as error:
-        cause = error.__cause__
-        status = getattr(cause, "status", None)
-        client = type(cause).__module__.startswith("aiohttp") or isinstance(cause, TimeoutError)
-        if status in _GONE or (status is None and not client):
-            raise
-        if status in _FORBIDDEN:
-            raise PermissionError(f"{error}: the server answered {status}") from cause
-        why = first_line(cause) if isinstance(cause, Exception) else status
-        raise OSError(f"{error}: {why}") from cause
+    return retry_attempts(lambda attempt: action(), path)
 
 
-def retry(action: Callable[[], T]) -> T:
-    """Call `action`, with retries and exponential backoff after temporary errors."""
+def retry_attempts(action: Callable[[int], T], path: str = "") -> T:
+    """Do as `retry`, with the number of the attempt (from 0) as the argument of `action`."""
+    start = time.monotonic()
     for attempt in range(ATTEMPTS):
         try:
-            return action()
-        except (*_PERMANENT, DataError):
+            return action(attempt)
+        except (*_PERMANENT, DataError, ReadFailedError):
             raise
         except Exception as error:  # each file system has its own types
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            if status in _GONE:
-                raise FileNotFoundError(first_line(error)) from None
-            if status in _FORBIDDEN:
-                raise PermissionError(first_line(error)) from None
-            if attempt == ATTEMPTS - 1:
-                raise error if isinstance(error, OSError) else OSError(first_line(error)) from None
+            remote.check_status(error)
+            cause, seconds = remote.cause_of(error), time.monotonic() - start
+            if path:
+                remote.REQUESTS.failed(path, cause)
+                remote.REQUESTS.log()
+            if attempt == ATTEMPTS - 1 or seconds > GIVE_UP:
+                raise ReadFailedError(
+                    f"{cause}; it was tried {attempt + 1} times in {seconds:.0f} s"
+                ) from error
             time.sleep(BACKOFF * 2**attempt * random.uniform(0.5, 1.0))
     raise AssertionError("unreachable")
+
+
+class RemoteFile(io.RawIOBase):
+    """Remote file of a known size, whose reads are requests with deadlines and retries."""
+
+    def __init__(self, path: str, size: int):
+        super().__init__()
+        self._path, self._size, self._place = path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        self._place = max(0, base + offset)
+        return self._place
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read `size` bytes, or to the end; fewer only at the end of the file."""
+        end = self._size if size is None or size < 0 else min(self._place + size, self._size)
+        if end <= self._place:
+            return b""
+        data = read_range(self._path, self._place, end)
+        if len(data) < end - self._place:
+            raise ReadFailedError(f"it has fewer than its {self._size:,} bytes")
+        self._place = end
+        return data
+
+    def readinto(self, buffer: Any, /) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 class SequentialFile:
@@ -260,18 +316,4 @@ def _braces(pattern: str) -> list[str]:
 def _matches(pattern: str) -> list[str]:
     if not is_remote(pattern):
         return sorted(glob.glob(os.path.expanduser(pattern)))
-    scheme = pattern.split("://")[0]
-    system, inner = _system(pattern)
-    names = sorted(retry(lambda: system.glob(inner)))
-    return [name if "://" in name else f"{scheme}://{name.lstrip('/')}" for name in names]
-
-
-def _system(path: str) -> tuple[Any, str]:
-    try:
-        return fsspec.core.url_to_fs(path)
-    except (ImportError, ValueError) as error:
-        scheme = path.split("://")[0]
-        scheme = {"gcs": "gs"}.get(scheme, scheme)  # an alias
-        package = "aiohttp" if scheme in ("http", "https") else DRIVERS.get(scheme, ("", ""))[1]
-        fix = f"run pip install {package!r}" if package else "check data.source"
-        raise DataError(f"there is no driver for {path} ({error}): {fix}") from None
+    return retry(lambda: remote.glob_remote(pattern), pattern)
