@@ -386,12 +386,12 @@ def load(
     resize_backend: Literal["pillow", "tensor", "tensorflow"] | None = None,
     decode: Literal["intended", "reference"] | None = None,
     base: epath.PathLike | None = None,
+    architecture: str | None = None,
 ) -> Bundle:
     """Load a model: a bundle, a run folder, an adapter, or a public checkpoint.
 
     A public checkpoint is a name of `vlm models` such as "ViT-B-32", a Hub id, a folder in the
-    layout of transformers or open_clip, a big_vision `.npz` or an OpenAI `.pt`. An adapter is
-    loaded with its base model. A local path takes precedence over the same name.
+    layout of transformers or open_clip, a big_vision `.npz` or an OpenAI `.pt`. Local paths win.
 
     Args:
         image_size: another resolution, in pixels; position embeddings are resized.
@@ -409,6 +409,7 @@ def load(
             tensors; "tensorflow", as big_vision. None: that of the files.
         decode: conversion of image files to RGB, "intended" or "reference": see `PreprocessConfig`.
         base: path of an adapter's base model, if it has moved. None: the recorded path.
+        architecture: open_clip's name of it, for a file of weights alone such as `epoch_32.pt`.
 
     Raises:
         CheckpointError: the checkpoint is missing, corrupt or of another architecture; or an
@@ -422,12 +423,12 @@ def load(
         16
     """
     keep_compiled_programs()
-    if (saved := open_adapter(model)) is not None:
+    if architecture is None and (saved := open_adapter(model)) is not None:
         sizes = {"image_size": image_size, "context_length": context_length}
         options = {"dtype": dtype, "mesh": mesh, "tower": tower, "decode": decode}
         return _load_adapted(saved, base, sizes, resize_backend=resize_backend, **options)
     kind = instantiate.parameter_dtype(dtype)
-    checkpoint, name = open_model(model, revision)
+    checkpoint, name = open_model(model, revision, architecture)
     rules = checkpoint.config.partition
     place = None if mesh is None else instantiate.parameter_shardings(mesh, rules)
     checkpoint = checkpoint.for_length(context_length)
@@ -449,14 +450,13 @@ def load(
         placement=place,
         ignored=checkpoint.ignored,
     )
-    same = config == checkpoint.config
     return Bundle(
         filled,
         Preprocess(preprocess),
         tokenizer,
         name,
-        fingerprint=checkpoint.fingerprint if same else None,
-        source=source_of(model) if revision is None else None,
+        fingerprint=checkpoint.fingerprint if config == checkpoint.config else None,
+        source=source_of(model) if revision is None and architecture is None else None,
         templates=bundle_format.templates_of(model),
     )
 

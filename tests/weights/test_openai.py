@@ -103,5 +103,5 @@ def test_damaged_files(tmp_path):
 
 def test_a_file_that_does_not_say_what_it_is(tmp_path):
     path = archive(tmp_path / "epoch_32.pt", pickle.dumps({"state_dict": {}}))
-    with pytest.raises(CheckpointError, match=r"folder with its open_clip_config\.json"):
+    with pytest.raises(CheckpointError, match=r"ViT-B-32.*, or put .*open_clip_config\.json"):
         load(path)

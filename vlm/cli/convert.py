@@ -13,6 +13,7 @@ def convert(
     /,
     format: Literal["vlm", "huggingface", "open_clip"] = "vlm",
     dtype: Literal["float32", "bfloat16"] = "float32",
+    architecture: str | None = None,
 ) -> None:
     """Write a model as a folder: weights, image preprocessing and tokenizer together.
 
@@ -22,17 +23,21 @@ def convert(
     Examples:
       vlm convert runs/openmoji my-bundle
       vlm convert ViT-B-32 vit-b-32-hf --format huggingface
+      vlm convert logs/run/checkpoints/epoch_32.pt my-clip --architecture ViT-B-32
 
     Args:
         format: output format.
         dtype: type of the weights.
+        architecture: open_clip's name of the architecture, if MODEL is a file of weights alone.
     """
     folder = options.new_folder(out)
     runtime.prepare_inference()
     from vlm.bundle import load
     from vlm.cli.terminal import print_status
 
-    check = load(model, dtype=dtype).save(folder, format, compare_texts=TEXTS)
+    check = load(model, dtype=dtype, architecture=architecture).save(
+        folder, format, compare_texts=TEXTS
+    )
     print_status(f"{model} as {format} in {out}")
     if check is not None and not check.differ:  # else it has been logged
         print_status(str(check))

@@ -98,6 +98,24 @@ def assemble(folder: epath.Path, tensors: Tensors) -> Checkpoint:
     model = values.get("model_cfg")
     if not isinstance(model, dict):
         raise CheckpointError(f"{where} has no model_cfg: download it again")
+    pixels = fields(values.get("preprocess_cfg"), f"{where}: preprocess_cfg")
+    return described(folder, model, pixels, tensors, where, name=folder.name)
+
+
+def described(
+    folder: epath.Path,
+    model: dict[str, Any],
+    pixels: dict[str, Any],
+    tensors: Tensors,
+    where: str,
+    *,
+    name: str,
+) -> Checkpoint:
+    """Combine the `tensors` of a checkpoint with a model_cfg, a preprocess_cfg and a tokenizer.
+
+    Raises:
+        CheckpointError: towers that vlm does not have, or an incomplete folder.
+    """
     config = model_config(model, tensors.shapes, where, _encoder_values(folder))
     tensors = timm.with_biases(tensors)
     if isinstance(config.vision, FastViTConfig):
@@ -109,9 +127,8 @@ def assemble(folder: epath.Path, tensors: Tensors) -> Checkpoint:
         length = {"context_length": TEXT["context_length"]}
         context_length = with_defaults(model["text_cfg"], length, "text_cfg")["context_length"]
     tokenizer = open_clip_tokenizer(folder, model["text_cfg"], config)
-    pixels = fields(values.get("preprocess_cfg"), f"{where}: preprocess_cfg")
     return Checkpoint(
-        folder.name,
+        name,
         config,
         open_clip_preprocess(pixels, config.vision.image_size, where),
         tokenizer,

@@ -29,8 +29,9 @@ def open_checkpoint(path: epath.Path) -> Checkpoint:
     if not tensors.is_script and "input_resolution" not in tensors.shapes:
         # open_clip's training files have the same names and another activation: never guess.
         raise CheckpointError(
-            f"{where} does not identify its architecture: put it as open_clip_pytorch_model.bin "
-            "into a folder with its open_clip_config.json, and load the folder"
+            f"{where} does not identify its architecture: name it, such as "
+            'vlm.load(PATH, architecture="ViT-B-32"), or put the file as '
+            "open_clip_pytorch_model.bin beside its open_clip_config.json and load the folder"
         )
     config = model_config(tensors.shapes, where)
     size = config.vision.image_size

@@ -22,6 +22,7 @@ from vlm.weights import (
     openai,
     openvision,
     peft,
+    state_dict,
     tips_npz,
     transformers_folders,
 )
@@ -42,14 +43,21 @@ FAMILIES = (
 )  # the first that recognises it opens
 
 
-def open_model(model: epath.PathLike, revision: str | None) -> tuple[Checkpoint, str]:
+def open_model(
+    model: epath.PathLike, revision: str | None, architecture: str | None = None
+) -> tuple[Checkpoint, str]:
     """Open the checkpoint that `model` names, and return it with its name.
 
-    `model` is a local path, a name that `catalogue.resolve` knows, or another Hub id.
+    `model` is a local path, a name that `catalogue.resolve` knows, or another Hub id; with an
+    `architecture`, it is a local file of weights.
 
     Raises:
         CheckpointError: there is none, or one that is corrupt or of another architecture.
+        ConfigError: an unknown `architecture`.
     """
+    if architecture is not None:
+        checkpoint = state_dict.open_state_dict(as_path(model), architecture)
+        return checkpoint, checkpoint.name
     try:
         path = as_path(model)
     except ConfigError as error:

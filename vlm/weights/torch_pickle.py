@@ -379,8 +379,9 @@ def _state(content: Any) -> Any:
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if isinstance(content, dict) and all(str(name).startswith("module.") for name in content):
-        content = {name.removeprefix("module."): value for name, value in content.items()}
+    for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and of torch.compile
+        if isinstance(content, dict) and all(str(name).startswith(prefix) for name in content):
+            content = {name.removeprefix(prefix): value for name, value in content.items()}
     return content
 
 

@@ -1,0 +1,61 @@
+"""Files of weights alone, opened by the name of their architecture."""
+
+import json
+import logging
+import pathlib
+import pickle
+
+import numpy as np
+import pytest
+
+from vlm.bundle import load
+from vlm.cli.convert import convert
+from vlm.errors import CheckpointError, ConfigError
+from vlm.weights import state_dict
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Name the small golden model as if it were of open_clip."""
+    about = json.loads((GOLDEN / "oc_vit" / "open_clip_config.json").read_text())
+    known = {"ViT-S-7": about["model_cfg"], "ViT-B-32": state_dict.architectures()["ViT-B-32"]}
+    monkeypatch.setattr(state_dict, "architectures", lambda: known)
+    return GOLDEN / "oc_vit" / "open_clip_model.safetensors"
+
+
+def test_an_architecture_by_name_is_the_same_model(small, caplog, tmp_path):
+    golden = np.load(GOLDEN / "oc_vit" / "outputs.npz")
+    raw = [golden[f"image/{i}"] for i in range(len(golden["pixels"]))]
+    with caplog.at_level(logging.INFO, "vlm"):
+        bundle = load(small, architecture="vit_s/7")
+    assert "no preprocessing of its own" in caplog.text
+    assert np.abs(bundle.encode_image(raw) - golden["z_image"]).max() < 3e-6
+    assert np.abs(bundle.encode_text(golden["texts"].tolist()) - golden["z_text"]).max() < 3e-6
+    assert bundle.source is None  # its path alone does not open it again
+    convert(str(small), str(tmp_path / "bundle"), architecture="ViT-S-7")
+    assert np.array_equal(load(tmp_path / "bundle").encode_image(raw), bundle.encode_image(raw))
+
+
+def test_what_does_not_fit_is_refused(small, tmp_path):
+    with pytest.raises(CheckpointError, match=r"does not fit the architecture .*another shape"):
+        load(small, architecture="ViT-B-32")
+    with pytest.raises(ConfigError, match="no architecture 'ViT-B-31': choose ViT-B-32"):
+        load(small, architecture="ViT-B-31")
+    with pytest.raises(CheckpointError, match="'ViT-S-7' is for a file of weights"):
+        load(small.parent, architecture="ViT-S-7")
+    with pytest.raises(CheckpointError, match="'ViT-S-7' is for a file of weights"):
+        load(tmp_path / "none.pt", architecture="ViT-S-7")
+    with pytest.raises(CheckpointError, match=r"file of OpenAI's.* leave architecture 'ViT-S-7'"):
+        load(GOLDEN / "openai_vit.pt", architecture="ViT-S-7")
+    attack = tmp_path / "attack.pt"
+    attack.write_bytes(pickle.dumps(print))
+    with pytest.raises(CheckpointError, match="no zip archive"):
+        load(attack, architecture="ViT-S-7")
+
+
+def test_every_name_is_found():
+    names = list(state_dict.architectures())
+    assert len(names) == 158  # the image-text architectures of open_clip's main branch
+    assert [state_dict.find_architecture(name.lower()) for name in names] == names
