@@ -12,6 +12,9 @@ from PIL import Image
 
 from vlm.config import AugmentConfig, DataConfig, FieldFilter, MixturePart, PreprocessConfig
 from vlm.data.array_record import serialize
+from vlm.data.shard_index import beside as beside_shards
+from vlm.data.shard_index import write_index
+from vlm.data.storage import expand
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
 
@@ -44,10 +47,27 @@ def members(number: int) -> list[tuple[str, bytes]]:
     ]
 
 
-def tars(folder: Path) -> str:
-    for shard, numbers in enumerate(np.array_split(np.arange(COUNT), SHARDS)):
+def tars(folder: Path, shards: int = SHARDS) -> str:
+    for shard, numbers in enumerate(np.array_split(np.arange(COUNT), shards)):
         write_tar(folder / f"{shard:03d}.tar", [m for n in numbers.tolist() for m in members(n)])
-    return str(folder / f"{{000..{SHARDS - 1:03d}}}.tar")
+    return str(folder / f"{{000..{shards - 1:03d}}}.tar")
+
+
+def tars_in_parts(folder: Path) -> DataConfig:
+    """Two shards with an index, which are streamed in four parts each."""
+    source = tars(folder, 2)
+    names = expand(source)
+    write_index(names, beside_shards(names))
+    return DataConfig(source, access="stream", interleave=4)
+
+
+def parquet_in_parts(folder: Path) -> DataConfig:
+    """Two files of a single row group, which are streamed in five parts each."""
+    import pyarrow.parquet
+
+    for shard, numbers in enumerate(np.array_split(np.arange(COUNT), 2)):
+        pyarrow.parquet.write_table(table_with_bytes(numbers.tolist()), folder / f"{shard}.parquet")
+    return DataConfig(str(folder / "*.parquet"), interleave=4)
 
 
 def tars_beside_tables(folder: Path) -> str:
@@ -175,6 +195,8 @@ KINDS: dict[str, Callable[[Path], DataConfig]] = {
         interleave=4,
         filters=(FieldFilter("language", one_of=("en",)),),
     ),
+    "tar in parts": tars_in_parts,
+    "parquet in parts": parquet_in_parts,
     "tar, indexed": lambda folder: DataConfig(tars(folder)),
     "tar with tables, streamed": lambda folder: DataConfig(
         tars_beside_tables(folder),

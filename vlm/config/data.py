@@ -179,10 +179,13 @@ class DataConfig(Config):
             images, if they are not beside it.
         access: Order of reading. random: random access by an index, shuffled for each epoch;
             stream: shards front to back; auto: remote data is streamed, local data is indexed.
-        interleave: For streams: number of interleaved readers, one shard each. It must divide the
-            global batch, and the number of processes must divide it. None: the largest divisor
-            of the batch up to 256 and the number of shards.
-        shuffle: For streams: size of the shuffle buffers of all readers together, in samples.
+        interleave: For streams: number of interleaved readers, one part of a shard each. It must
+            divide the global batch, and the number of processes must divide it. None: one reader
+            for each row of the batch, if there are as many parts and `shuffle` has room for them.
+            Tars without an index are not read in parts, and have at most 256 readers.
+        shuffle: For streams: size of the shuffle buffers of all readers together, in samples. None:
+            one part for each reader, with at most 4 GiB in all processes together, and at least
+            8,192 samples.
         mixture: Several sources to train on, in place of `source`.
         max_bad_share: Stop the run if a larger fraction of its samples is broken.
         max_bad_in_a_row: Stop the run if this many samples in a row are broken.
@@ -211,7 +214,7 @@ class DataConfig(Config):
     data_dir: str | None = None
     access: Literal["auto", "random", "stream"] = "auto"
     interleave: int | None = None
-    shuffle: int = 8192
+    shuffle: int | None = None
     mixture: tuple[MixturePart, ...] = ()
     max_bad_share: float = 0.05
     max_bad_in_a_row: int = 256

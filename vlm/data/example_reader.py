@@ -35,7 +35,7 @@ class ExampleReader:
             self.description = "the elements of an iterable, in its order"
         elif has_shards(config) and split == config.train_split:
             self._shards = find_shards(config)
-            self._format, self._shard_length = inspect_shards(config, self._shards)
+            self._format, self._shard_length, _ = inspect_shards(config, self._shards)
             self.description = f"{len(self._shards):,} shards, read as a stream"
         else:
             self._source = open_source(config, split)

@@ -49,14 +49,22 @@ class Stream(Protocol):
     def lane(self, number: int, position: Position | None, pool: Executor) -> Lane: ...
 
 
-def count_lanes(config: DataConfig, global_batch: int, shards: int, process_count: int) -> int:
-    """Return the number of lanes: the config's, or the largest divisor of the batch up to `shards`.
+def count_lanes(
+    config: DataConfig,
+    global_batch: int,
+    shards: int,
+    process_count: int,
+    most: int = MAX_DEFAULT_LANES,
+) -> int:
+    """Return the number of lanes: that of the config, or the largest divisor of the batch.
+
+    `shards` and `most` limit the latter.
 
     ConfigError if it does not divide the batch, or the processes do not divide it.
     """
     lanes = config.interleave
     if lanes is None:
-        limit = min(MAX_DEFAULT_LANES, shards, global_batch)
+        limit = min(most, shards, global_batch)
         lanes = max(n for n in range(1, limit + 1) if global_batch % n == 0)
     elif lanes < 1 or global_batch % lanes:
         raise ConfigError(
@@ -141,8 +149,9 @@ class LaneBatches(grain.IterDataset):
         if state.get("data") != stream.fingerprint:
             raise DataError(
                 f"the checkpoint is for other data ({state.get('data')!r}, here "
-                f"{stream.fingerprint!r}: number and hash of the shards' names): resume with the "
-                "shards that the run started with"
+                f"{stream.fingerprint!r}: number of shards x parts of each, and hash of the "
+                "shards' names): resume with the shards, index and version of vlm that the run "
+                "started with"
             )
         if state.get("count") != stream.lanes:
             fix = getattr(stream, "fix_lanes", f"set data.interleave to {state.get('count')}")

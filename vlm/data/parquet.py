@@ -11,7 +11,7 @@ import itertools
 import os
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -31,29 +31,39 @@ _GROUPS = 4  # row groups cached by random access
 
 
 class ParquetFormat:
-    """Stream format of Parquet shards; an offset is a row number."""
+    """Stream format of Parquet shards; an offset is a row number.
+
+    A part is a row group, several, or one of `visits` slices of one. Arrow can only decode a row
+    group from its start, so each visit decodes it again.
+    """
 
     kind = "parquet"
 
-    def __init__(self, config: DataConfig):
-        self._config = config
+    def __init__(self, config: DataConfig, visits: int = 1):
+        self._config, self.visits = config, visits
 
-    def read(self, shard: str, offset: int, number: int, chunk: int) -> Records:
-        """Yield the rows of a shard from row `offset` on."""
+    def read(
+        self, shard: str, offset: int, number: int, chunk: int, part: int = 0, parts: int = 1
+    ) -> Records:
+        """Yield the rows of a part of a shard, from row `offset` on."""
         try:
             with _open(shard, buffer_size=chunk, pre_buffer=False) as file:
                 columns = Columns(file.schema_arrow, self._config, shard)
-                row = 0
-                for group in range(file.num_row_groups):
-                    count = file.metadata.row_group(group).num_rows
-                    if row + count <= offset:
-                        row += count
+                groups, start, end = _rows_of_part(file.metadata, part, parts, self.visits)
+                start = max(start, offset)
+                for group, row in groups:
+                    if row + file.metadata.row_group(group).num_rows <= start:
                         continue
-                    batches = file.iter_batches(_ROWS, row_groups=[group], columns=columns.wanted)
-                    for values in itertools.chain.from_iterable(b.to_pylist() for b in batches):
-                        if row >= offset:
-                            yield Record(_example(columns, values, shard, row), row + 1)
-                        row += 1
+                    for batch in file.iter_batches(
+                        _ROWS, row_groups=[group], columns=columns.wanted
+                    ):
+                        skipped = min(max(0, start - row), len(batch))
+                        taken = batch.slice(skipped, max(0, end - row - skipped))
+                        for i, values in enumerate(taken.to_pylist(), row + skipped):
+                            yield Record(_example(columns, values, shard, i), i + 1)
+                        row += len(batch)
+                        if row >= end:
+                            return
         except pyarrow.ArrowException as error:
             raise CorruptFileError(str(error)) from None
 
@@ -176,9 +186,41 @@ def _first_columns(config: DataConfig) -> Columns:
     return Columns(_footer(name)[1], config, name)
 
 
-def count_rows(path: str) -> int:
-    """Return the number of rows of a Parquet file."""
-    return _footer(path)[0].num_rows
+class Layout(NamedTuple):
+    """Rows and row groups of a Parquet file, and the bytes of its columns for training."""
+
+    rows: int
+    groups: int
+    size: int
+
+
+def layout_of(path: str, config: DataConfig) -> Layout:
+    """Return the layout of a Parquet file."""
+    metadata, schema = _footer(path)
+    wanted = Columns(schema, config, path).wanted
+    size = 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        columns = map(group.column, range(group.num_columns))
+        size += sum(
+            column.total_uncompressed_size
+            for column in columns
+            if column.path_in_schema.partition(".")[0] in wanted
+        )
+    return Layout(metadata.num_rows, metadata.num_row_groups, size)
+
+
+def _rows_of_part(
+    metadata: Any, part: int, parts: int, visits: int
+) -> tuple[list[tuple[int, int]], int, int]:
+    """Return the row groups of a part, each with its first row, and the rows of the part."""
+    part, visit = divmod(part, visits)
+    parts //= visits
+    first, end = (-(-metadata.num_row_groups * p // parts) for p in (part, part + 1))
+    counts = [metadata.row_group(group).num_rows for group in range(end)]
+    starts = list(itertools.accumulate(counts, initial=0))
+    rows = starts[end] - starts[first]
+    bounds = (starts[first] - (-rows * v // visits) for v in (visit, visit + 1))
+    return [(group, starts[group]) for group in range(first, end)], *bounds
 
 
 def read_columns(path: str, columns: list[str]) -> list[dict[str, Any]]:

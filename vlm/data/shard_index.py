@@ -108,6 +108,30 @@ class ShardSource:
         self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
+class ShardParts:
+    """Byte ranges of the parts of shards in a stream, by their index."""
+
+    def __init__(self, names: Sequence[str]):
+        self._path, self._names = index_for(list(names)), list(names)
+        self._open()
+        self.faults: list[dict[str, Any]] = self._header["faults"]
+
+    def range_of(self, shard: str, part: int, parts: int) -> tuple[int, int]:
+        """Return the first byte and the end of part `part` of `parts` equal ones of a shard."""
+        number = self._numbers[shard]
+        offsets = self._offsets[self._first[number] + number : self._first[number + 1] + number + 1]
+        count = len(offsets) - 1
+        first, end = (-(-count * p // parts) for p in (part, part + 1))
+        # Examples without an image before the first one belong to it.
+        return int(offsets[first]) if first else 0, int(offsets[end])
+
+    __getstate__, __setstate__ = ShardSource.__getstate__, ShardSource.__setstate__
+
+    def _open(self) -> None:
+        ShardSource._open(self)
+        self._numbers = {name: number for number, name in enumerate(self._names)}
+
+
 def open_split(config: DataConfig, split: str) -> ShardSource:
     """Open the shards of `config.source`, with `{split}` replaced by `split`.
 

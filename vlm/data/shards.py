@@ -1,10 +1,11 @@
-"""Lanes over shards: the order of shards in a lane, and block shuffling of its samples.
+"""Lanes over shards: the order of the parts of shards in a lane, and block shuffling of its samples.
 
-All shards are shuffled for each epoch. Lane l of n reads the shards l, l + n, l + 2n, ... of that
-order, each sequentially, and then continues with the next epoch. Its samples are divided into
-blocks, and each block is shuffled. This order is a pure function of (seed, lane, shards), so a
-position is five numbers, and a restored lane re-reads its current block. Data that cannot be read
-is one `BadSample` in that order, and the lane continues after it.
+A shard is read whole, or in parts of a few examples if its format can start in the middle. The
+order is that of all parts, shuffled for each epoch, one epoch after the other. Lane l of n reads
+the parts l, l + n, l + 2n, ... of it, each sequentially. Its samples are divided into blocks, and
+each block is shuffled. The order is a pure function of (seed, lane, shards), so a position is four
+numbers, and a restored lane re-reads its current block. Data that cannot be read is one `BadSample`
+in that order, and the lane continues after it.
 """
 
 import json
@@ -23,7 +24,9 @@ from vlm.data.storage import read_file
 from vlm.data.tar import CorruptFileError
 from vlm.errors import DataError
 
-_INDEX_BITS = 24  # bits for the index of an example in its shard
+SHUFFLE = 8192  # samples in the shuffle buffers, if neither the config nor the format sets it
+
+_INDEX_BITS = 24  # bits for the index of an example in its part
 
 FILTERED = None  # in place of an example that `data.filters` rejects
 
@@ -44,7 +47,9 @@ class Format(Protocol):
 
     kind: str
 
-    def read(self, shard: str, offset: int, number: int, chunk: int) -> Records: ...
+    def read(
+        self, shard: str, offset: int, number: int, chunk: int, part: int = 0, parts: int = 1
+    ) -> Records: ...
 
 
 class Sample(NamedTuple):
@@ -55,12 +60,11 @@ class Sample(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Position of a lane in its shards, before the shuffle."""
+    """Position of a lane in its parts of shards, before the shuffle."""
 
-    epoch: int = 0
-    turn: int = 0  # number of its shards already read in this epoch
+    turn: int = 0  # number of its parts already read, in all epochs
     offset: int = 0  # in the shard; the unit depends on the format
-    number: int = 0  # examples already read from the shard
+    number: int = 0  # examples already read from the part
 
 
 @runtime_checkable
@@ -87,73 +91,81 @@ class Shards:
         lanes: int,
         chunk: int,
         shard_length: int = 1,
+        parts: int = 1,
+        whole: bool = False,
+        buffer: int | None = None,
     ):
-        if len(names) < lanes:
+        if len(names) * parts < lanes:
             raise DataError(
-                f"{config.source} has {len(names):,} shards, too few for {lanes} lanes that each "
-                "read their own: set data.interleave to at most that, or write more and smaller "
-                "shards"
+                f"{config.source} has {_plural(len(names), parts)}, too few for {lanes} lanes that "
+                "each read their own: set data.interleave to at most that, or write more and "
+                "smaller shards"
             )
-        self.names, self.form = names, form
+        self.names, self.form, self.parts = names, form, parts
         self.filters: tuple[FieldFilter, ...] = config.filters
         self.seed, self.lanes, self.chunk = seed, lanes, chunk
-        self.block = max(1, config.shuffle // lanes)
+        self.block = max(1, (buffer or config.shuffle or SHUFFLE) // lanes)
+        # If a part is read at once, blocks are whole parts, so that none is read twice.
+        part_length = -(-shard_length // parts)
+        self.together = max(1, self.block // part_length) if whole else None
+        if self.together:
+            self.block = 2 * self.together * part_length
         self.shard_length = shard_length  # estimated examples in a shard of unknown length
         self.examples = shard_length * len(names)
-        self.faults: Sequence[dict[str, Any]] = ()  # found while reading
-        # Number of shards and hash of their names, without their folder.
+        self.faults: Sequence[dict[str, Any]] = getattr(form, "faults", ())
+        # Number of shards, parts of each, and hash of the shards' names, without their folder.
         short = "\n".join(name.rpartition("/")[2] for name in names)
-        self.fingerprint = f"{len(names)}:{zlib.crc32(short.encode()):08x}"
+        self.fingerprint = f"{len(names)}x{parts}:{zlib.crc32(short.encode()):08x}"
 
     def lane(self, number: int, position: Sequence[int] | None, pool: Executor) -> Lane:
         """Open lane `number`, at its start or at an earlier `position()`."""
-        return ShardLane(self, number, position or [0] * 5, pool)
+        return ShardLane(self, number, position or [0] * 4, pool)
 
-    def shard_of(self, lane: int, epoch: int, turn: int) -> int | None:
-        """Return the index of a lane's shard at a turn of an epoch; None after its last shard."""
-        place = turn * self.lanes + lane
-        if place >= len(self.names):
-            return None
-        order = key(self.seed, 1)
-        return int(permute(order, epoch, np.array([place]), len(self.names))[0])
+    def part_of(self, lane: int, turn: int) -> tuple[int, int]:
+        """Return the epoch and the index of the part that a lane reads at a turn."""
+        count = len(self.names) * self.parts
+        epoch, place = divmod(turn * self.lanes + lane, count)
+        return epoch, int(permute(key(self.seed, 1), epoch, np.array([place]), count)[0])
 
     def samples(
         self, lane: int, place: Place
     ) -> Generator[tuple[Sample | None, Place], None, None]:
-        """Yield the samples of a lane in the order of its shards, each with the place after it.
+        """Yield the samples of a lane in the order of its parts, each with the place after it.
 
-        Yields None as the sample between two epochs.
+        Yields None as the sample where a block ends: between two epochs, and after `together`
+        parts.
         """
-        epoch, turn, offset, number = place
+        turn, offset, number = place
         while True:
-            shard = self.shard_of(lane, epoch, turn)
-            if shard is None:
-                epoch, turn, offset, number = epoch + 1, 0, 0, 0
-                yield None, Place(epoch)
-                continue
-            base = (epoch * len(self.names) + shard) << _INDEX_BITS
-            name, after = self.names[shard], Place(epoch, turn + 1)
+            epoch, index = self.part_of(lane, turn)
+            shard, part = divmod(index, self.parts)
+            base = (epoch * len(self.names) * self.parts + index) << _INDEX_BITS
+            name, after = self.names[shard], Place(turn + 1)
             empty = number == 0
             try:
-                for record in self.form.read(name, offset, number, self.chunk):
+                for record in self.form.read(name, offset, number, self.chunk, part, self.parts):
                     example = record.example
                     if isinstance(example, dict) and not passes(example, self.filters):
                         example = FILTERED
                     sample = Sample(example, base + number)
                     number += 1
                     empty = False
-                    yield sample, Place(epoch, turn, record.end, number)
-                if empty:  # else a lane with only such shards would never return
+                    yield sample, Place(turn, record.end, number)
+                if empty and part == 0:  # else a lane with only such shards would never return
                     bad = BadSample("empty shard", name, f"the shard {name} holds no examples")
                     yield Sample(bad, base), after
             except (OSError, CorruptFileError) as error:
-                lost = (known_count(name) or self.shard_length) - number
-                yield Sample(shard_fault(error, name, lost), base + number), after
+                length = known_count(name) or self.shard_length
+                lost = -(-length * (part + 1) // self.parts) + (-length * part // self.parts)
+                yield Sample(shard_fault(error, name, lost - number), base + number), after
             turn, offset, number = turn + 1, 0, 0
+            complete = self.together and turn % self.together == 0
+            if complete or self.part_of(lane, turn)[0] != epoch:
+                yield None, Place(turn)
 
 
 class ShardLane:
-    """A lane with block shuffling; it prefetches the next block."""
+    """A lane with block shuffling; it reads the next block once half of one is taken."""
 
     def __init__(self, shards: Shards, number: int, position: Sequence[int], pool: Executor):
         self._shards, self._number, self._pool = shards, number, pool
@@ -164,7 +176,7 @@ class ShardLane:
         self._order: list[int] = []
         self._taken = 0
         self._closed = False
-        self._ahead: Future = pool.submit(self._read)
+        self._ahead: Future | None = pool.submit(self._read)
 
     def __next__(self) -> Sample:
         while self._taken == len(self._order):
@@ -172,6 +184,8 @@ class ShardLane:
         place = self._order[self._taken]
         sample, self._block[place] = self._block[place], None  # frees its memory
         self._taken += 1
+        if self._ahead is None and 2 * self._taken >= len(self._order):
+            self._ahead = self._pool.submit(self._read)
         assert sample is not None  # each place is taken once
         return sample
 
@@ -182,7 +196,7 @@ class ShardLane:
     def close(self) -> None:
         """Wait for the current read, and stop."""
         self._closed = True
-        if not self._ahead.cancel():
+        if self._ahead is not None and not self._ahead.cancel():
             self._ahead.exception()
         self._reading.close()
 
@@ -195,17 +209,22 @@ class ShardLane:
             if sample is not None:
                 block.append(sample)
             if len(block) == self._shards.block or (sample is None and block):
-                break  # full, or end of the epoch: blocks do not repeat small data
+                break  # full, or the end of the epoch or of a part
         return block, place
 
     def _take_block(self) -> None:
-        self._block, end = self._ahead.result()
+        ahead = self._ahead or self._pool.submit(self._read)
+        self._block, end = ahead.result()
         self._start, self._next_start = self._next_start, end
-        self._ahead = self._pool.submit(self._read)
+        self._ahead = None
         seed = key(self._shards.seed, 2, self._number, *self._start)
         count = len(self._block)
         self._order = permute(seed, 0, np.arange(count), count).tolist()
         self._taken, self._skipped = self._skipped, 0
+
+
+def _plural(shards: int, parts: int) -> str:
+    return f"{shards:,} shards" + (f" of {parts:,} parts" if parts > 1 else "")
 
 
 def shard_fault(error: Exception, shard: str, lost: int = 1) -> BadSample:

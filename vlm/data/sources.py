@@ -30,12 +30,12 @@ from vlm.data.examples import (
 from vlm.data.faults import BadSample
 from vlm.data.hold_out import part_of
 from vlm.data.hub_access import SCHEME, need_files
-from vlm.data.interleave import Stream, count_lanes
+from vlm.data.interleave import MAX_DEFAULT_LANES, Stream, count_lanes
 from vlm.data.known_classes import imagenet_names, imagenet_templates
 from vlm.data.parquet import holds_images, stream_label_names
 from vlm.data.random_access import IndexedStream
 from vlm.data.randomness import key
-from vlm.data.shard_stream import find_shards, open_shards_as_stream
+from vlm.data.shard_stream import find_shards, plan_stream
 from vlm.data.splits import WHOLE, default_split, find_split, named_splits
 from vlm.data.transform_example import open_image_of
 from vlm.errors import ConfigError, DataError
@@ -259,16 +259,21 @@ def open_stream(
             process_count=process_count,
         )
     configs = mixture.part_configs(config) if config.mixture else [config]
-    shard_lists = [find_shards(part) if has_shards(part) else None for part in configs]
-    fewest = min((len(shards) for shards in shard_lists if shards), default=2**31)
-    count = count_lanes(config, global_batch, fewest, process_count)
+    plans = [
+        plan_stream(part, find_shards(part), global_batch) if has_shards(part) else None
+        for part in configs
+    ]
+    known = [plan for plan in plans if plan]
+    fewest = min((plan.units for plan in known), default=2**31)
+    most = min((plan.most for plan in known), default=MAX_DEFAULT_LANES)
+    count = count_lanes(config, global_batch, fewest, process_count, most)
     if not config.mixture:
-        return open_shards_as_stream(config, shard_lists[0] or [], count, seed, process_count)
+        return known[0].open(count, seed, process_count)
     parts: list[Stream] = []
-    for number, (part, shards) in enumerate(zip(configs, shard_lists, strict=True)):
+    for number, (part, plan) in enumerate(zip(configs, plans, strict=True)):
         part_seed = key(seed, 5, number)
-        if shards:
-            parts.append(open_shards_as_stream(part, shards, count, part_seed, process_count))
+        if plan:
+            parts.append(plan.open(count, part_seed, process_count))
         elif streams(part):
             parts.append(python_stream.open_stream(part, global_batch, seed=part_seed, lanes=count))
         else:

@@ -14,24 +14,41 @@ from vlm.data.faults import BadSample
 from vlm.data.members import image_of, reads, texts_of
 from vlm.data.shards import Record, Records
 from vlm.data.sidecar import read_sidecar
-from vlm.data.storage import SequentialFile
+from vlm.data.storage import SequentialFile, read_range
 
 
 class TarFormat:
-    """Stream format of tar shards; an offset is the first byte of an example."""
+    """Stream format of tar shards; an offset is the first byte of an example.
+
+    With an index of the shards, a part is a range of consecutive examples.
+    """
 
     kind = "tar"
 
-    def __init__(self, config: DataConfig, *, sidecar: bool = False):
-        self._config, self._sidecar = config, sidecar
+    def __init__(self, config: DataConfig, *, sidecar: bool = False, index: Any = None):
+        self._config, self.sidecar, self._index = config, sidecar, index
+        # "no image" is counted when such an example is read.
+        faults = index.faults if index is not None else ()
+        self.faults = [fault for fault in faults if fault["kind"] != "no image"]
         self._reads = reads(config)
 
-    def read(self, shard: str, offset: int, number: int, chunk: int) -> Records:
-        """Yield the examples of a shard from `offset` on."""
-        rows = read_sidecar(shard, self._config) if self._sidecar else {}
-        file = SequentialFile(shard, offset, chunk)
+    def read(
+        self, shard: str, offset: int, number: int, chunk: int, part: int = 0, parts: int = 1
+    ) -> Records:
+        """Yield the examples of a part of a shard, from `offset` on."""
+        if parts > 1:
+            first, end = self._index.range_of(shard, part, parts)
+            offset = max(first, offset)
+            if offset >= end:
+                return
+        rows = read_sidecar(shard, self._config) if self.sidecar else {}
+        if parts > 1:
+            file = SequentialFile.of(read_range(shard, offset, end))
+            file.offset = offset
+        else:
+            file = SequentialFile(shard, offset, chunk)
         try:
-            for group in tar.groups(file, self._reads):
+            for group in tar.groups(file, self._reads, whole=parts == 1):
                 try:
                     example = example_of(group, self._config, shard, rows.get(stem_of(group.key)))
                 except BadSample as bad:
