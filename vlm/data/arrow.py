@@ -6,6 +6,7 @@ The module `columns` converts columns to features.
 
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow
@@ -24,21 +25,36 @@ class ArrowSource:
     """Source over the rows of Arrow files; only the pages of a requested row are read."""
 
     def __init__(self, files: list[str], config: DataConfig, features: Any = None):
-        self._files, self._config, self._features = files, config, features
+        self.files, self._config, self._features = files, config, features
         self._open()
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def __getitem__(self, index: int) -> Example:
+        example = self._example(index)
+        if isinstance(example, BadSample):
+            raise example
+        return example
+
+    def _example(self, index: int, *, images: bool = True) -> Example | BadSample:
         number, row = self._groups.find(index)
         columns, batch = self._batches[number]
         where = f"row {index} of {self._config.source}"
         try:
-            values = {name: _value(batch.column(name)[row]) for name in batch.schema.names}
+            names = batch.schema.names if images else columns.texts
+            values = {name: _value(batch.column(name)[row]) for name in names}
         except Exception as error:  # damaged pages
-            raise BadSample("broken row", where, f"{where} cannot be read ({error})") from None
-        return columns.example(values, where)
+            return BadSample("broken row", where, f"{where} cannot be read ({error})")
+        try:
+            return columns.example(values, where)
+        except BadSample as bad:
+            return bad
+
+    def scan(self) -> Iterator[Example | BadSample]:
+        """Yield all examples without their images."""
+        for index in range(len(self)):
+            yield self._example(index, images=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_batches", "_groups")}
@@ -50,7 +66,7 @@ class ArrowSource:
     def _open(self) -> None:
         self._batches: list[tuple[Columns, Any]] = []
         tables = []
-        for name in self._files:
+        for name in self.files:
             try:
                 mapped = pyarrow.memory_map(name)
                 try:

@@ -31,9 +31,10 @@ class Columns:
         # Class names of the label in the order of ids, if the file has them.
         self.label_names: list[str] | None = self._classes.get(config.label or "")
         names = [config.image, *wanted_features(config)]
-        columns = (name if name in schema.names else name.partition("/")[0] for name in names)
-        # Existing columns with the image and the texts.
+        columns = [name if name in schema.names else name.partition("/")[0] for name in names]
+        # Existing columns with the image and the texts, and with the texts alone.
         self.wanted = [name for name in dict.fromkeys(columns) if name in schema.names]
+        self.texts = [name for name in dict.fromkeys(columns[1:]) if name in schema.names]
 
     @property
     def image_is_path(self) -> bool:

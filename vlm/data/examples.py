@@ -31,9 +31,12 @@ LOOKED_AT = 64  # examples to search for the features in a config
 class Source(Protocol):
     """Deterministic, picklable sequence of examples.
 
-    It may have attributes: `label_names` (of all classes, in order), `class_names` (their names in
-    prompts), `templates` (prompts with `{}` for the name), `credits` (licence and authors) and
-    `faults` (unreadable shards, found on opening).
+    It may have a method `scan`, which yields all examples in order without their images (those of
+    tars as None), and bad ones as `BadSample`.
+
+    It may have attributes: `files` (that it reads), `label_names` (of all classes, in order),
+    `class_names` (their names in prompts), `templates` (prompts with `{}` for the name), `credits`
+    (licence and authors) and `faults` (unreadable shards, found on opening).
     """
 
     def __len__(self) -> int: ...
@@ -41,9 +44,22 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
+def scan(source: Source) -> Iterator[Example | BadSample]:
+    """Yield all examples of a source in order, without images where it can leave them out."""
+    if hasattr(source, "scan"):
+        yield from source.scan()  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    for index in range(len(source)):
+        try:
+            example: Example | BadSample = source[index]
+        except BadSample as bad:
+            example = bad
+        yield example
+
+
 def copy_metadata(wrapper: Any, source: Any) -> None:
     """Copy the metadata of a source to a wrapper of it."""
-    for name in ("label_names", "class_names", "templates", "credits", "faults"):
+    for name in ("files", "label_names", "class_names", "templates", "credits", "faults"):
         if hasattr(source, name):
             setattr(wrapper, name, getattr(source, name))
 
@@ -60,6 +76,12 @@ class Subset:
 
     def __getitem__(self, index: int) -> Example:
         return self._source[int(self._rows[index])]
+
+    def scan(self) -> Iterator[Example | BadSample]:
+        """Yield all examples without their images."""
+        chosen = set(self._rows.tolist())
+        found = {i: example for i, example in enumerate(scan(self._source)) if i in chosen}
+        return (found[i] for i in self._rows.tolist())
 
 
 def captions_of(example: Example, config: DataConfig) -> list[str]:

@@ -5,7 +5,7 @@ import collections
 import numpy as np
 
 from vlm.config import DataConfig
-from vlm.data.examples import Source, Subset, label_of
+from vlm.data.examples import Source, Subset, label_of, scan
 from vlm.data.faults import BadSample
 from vlm.errors import DataError
 
@@ -22,11 +22,13 @@ def part_of(source: Source, config: DataConfig, held: bool) -> Subset:
         DataError: nothing can be held out.
     """
     groups: dict[str, list[int]] = collections.defaultdict(list)
-    for index in range(len(source)):
+    for index, example in enumerate(scan(source)):
         try:
-            groups[label_of(source[index], config) if config.label else ""].append(index)
+            if isinstance(example, BadSample):
+                continue  # training counts and lists it
+            groups[label_of(example, config) if config.label else ""].append(index)
         except BadSample:
-            continue  # training counts and lists it
+            continue
     rng, mask = np.random.default_rng(SEED), np.zeros(len(source), bool)
     for _, rows in sorted(groups.items()):
         count = min(max(1, round(config.hold_out * len(rows))), len(rows) - 1)

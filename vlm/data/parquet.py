@@ -39,8 +39,8 @@ class ParquetFormat:
 
     kind = "parquet"
 
-    def __init__(self, config: DataConfig, visits: int = 1):
-        self._config, self.visits = config, visits
+    def __init__(self, config: DataConfig, visits: int = 1, *, images: bool = True):
+        self._config, self.visits, self._images = config, visits, images
 
     def read(
         self, shard: str, offset: int, number: int, chunk: int, part: int = 0, parts: int = 1
@@ -49,14 +49,13 @@ class ParquetFormat:
         try:
             with _open(shard, buffer_size=chunk, pre_buffer=False) as file:
                 columns = Columns(file.schema_arrow, self._config, shard)
+                wanted = columns.wanted if self._images else columns.texts
                 groups, start, end = _rows_of_part(file.metadata, part, parts, self.visits)
                 start = max(start, offset)
                 for group, row in groups:
                     if row + file.metadata.row_group(group).num_rows <= start:
                         continue
-                    for batch in file.iter_batches(
-                        _ROWS, row_groups=[group], columns=columns.wanted
-                    ):
+                    for batch in file.iter_batches(_ROWS, row_groups=[group], columns=wanted):
                         skipped = min(max(0, start - row), len(batch))
                         taken = batch.slice(skipped, max(0, end - row - skipped))
                         for i, values in enumerate(taken.to_pylist(), row + skipped):
@@ -75,7 +74,7 @@ class ParquetSource:
     """
 
     def __init__(self, names: list[str], config: DataConfig):
-        self._names = names
+        self._names = self.files = names
         footers = [_footer(name) for name in names]
         self._metadata = [metadata for metadata, _ in footers]
         pairs = zip(names, footers, strict=True)
@@ -100,6 +99,22 @@ class ParquetSource:
         number, row = self._files.find(index)
         return self._columns[number].example(values, f"{self._names[number]}: row {row}")
 
+    def scan(self) -> Iterator[Example | BadSample]:
+        """Yield all examples without their images: only columns of texts are read."""
+        row, last = 0, -1
+        for place, (number, group) in enumerate(self._places):
+            row, last = 0 if number != last else row, number
+            columns, name = self._columns[number], self._names[number]
+            count = self._metadata[number].row_group(group).num_rows
+            try:
+                rows: list[Any] = self._read(place, columns.texts).to_pylist()
+            except BadSample as fault:
+                rows = [fault] * count
+            for i, values in enumerate(rows, row):
+                bad = isinstance(values, BadSample)
+                yield values if bad else _example(columns, values, name, i)
+            row += count
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_pid": None, "_cache": None, "_lock": None}
 
@@ -116,12 +131,12 @@ class ParquetSource:
                 self._cache.popitem(last=False)
         with lock:
             if not held:
-                held.append(self._read(group))
+                held.append(self._read(group, self._columns[self._places[group][0]].wanted))
             return held[0]
 
-    def _read(self, place: int) -> Any:
+    def _read(self, place: int, columns: list[str]) -> Any:
         number, group = self._places[place]
-        name, columns = self._names[number], self._columns[number].wanted
+        name = self._names[number]
         try:
             with _open(name, metadata=self._metadata[number]) as file:
                 return file.read_row_group(group, columns=columns)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,6 +26,7 @@ from vlm.data.shards import known_count, shard_fault
 from vlm.data.sidecar import Sidecars, sidecar_path
 from vlm.data.splits import split_files
 from vlm.data.storage import (
+    CHUNK,
     READERS,
     SequentialFile,
     cache_path,
@@ -44,6 +45,7 @@ SUFFIX = ".vlm-index"
 VERSION = 2
 
 _LENGTH = struct.Struct("<Q")
+_SCANNED = 8 << 10  # bytes of a read between images
 _CHECKED = 8  # shards whose size is compared with the index
 
 
@@ -53,7 +55,7 @@ class ShardSource:
     def __init__(self, path: str, names: Sequence[str], config: DataConfig):
         self._path, self._config, self._reads = path, config, reads(config)
         self._open()
-        self._names = list(names)
+        self._names = self.files = list(names)
         self.faults: list[dict[str, Any]] = self._header["faults"]
         self._sidecars: Sidecars | None = None
         if not len(self):
@@ -85,6 +87,31 @@ class ShardSource:
     def _example(self, group: tar.Group, shard: str, more: dict[str, Any] | None) -> Example:
         """Make the example of a group of members."""
         return example_of(group, self._config, shard, more)
+
+    def scan(self) -> Iterator[Example | BadSample]:
+        """Yield all examples without their images, whose bytes are skipped."""
+        for shard, name in enumerate(self._names):
+            left = int(self._first[shard + 1] - self._first[shard])
+            file = SequentialFile(name, 0, CHUNK if is_remote(name) else _SCANNED)
+            try:
+                groups = tar.groups(file, lambda part: self._reads(part) and not is_image(part))
+                while left:
+                    group = next(groups)
+                    if not any(map(is_image, group.parts)):
+                        continue  # not in the index
+                    left -= 1
+                    try:
+                        more = None
+                        if self._sidecars:
+                            more = self._sidecars.row(shard, stem_of(group.key))
+                        yield self._example(group, name, more)
+                    except BadSample as bad:
+                        yield bad
+            except (OSError, tar.CorruptFileError, StopIteration) as error:
+                why = f"the shard {name} cannot be read as its index says ({error})"
+                yield from [BadSample("failed read", name, why)] * left
+            finally:
+                file.close()
 
     def use_sidecars(self) -> None:
         """Add the columns of sidecar tables to the examples."""

@@ -1,10 +1,10 @@
 """Opening of shards as a stream: inspection of the first shards, and the plan of their reading.
 
 A batch has the variety of random order if each of its rows comes from another place of the data.
-So there are as many lanes as a batch has rows, if the shards have as many parts and the buffers fit
-in `MEMORY`. A lane holds one part in its buffer, so parts are small: slices of a row group, or a few
-examples of an indexed tar. The plan depends on the data, the config and the global batch alone, so
-that the order is the same for any number of processes.
+So there are as many lanes as a batch has rows, if the shards have as many parts and the buffers
+fit in `MEMORY`. A lane holds one part in its buffer, so parts are small: slices of a row group, or
+a few examples of an indexed tar. The plan depends on the data, the config and the global batch
+alone, so that the order is the same for any number of processes.
 """
 
 import dataclasses

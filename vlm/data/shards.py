@@ -1,4 +1,4 @@
-"""Lanes over shards: the order of the parts of shards in a lane, and block shuffling of its samples.
+"""Lanes over shards: the order of their parts in a lane, and block shuffling of its samples.
 
 A shard is read whole, or in parts of a few examples if its format can start in the middle. The
 order is that of all parts, shuffled for each epoch, one epoch after the other. Lane l of n reads

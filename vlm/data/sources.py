@@ -5,8 +5,8 @@ import importlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -20,11 +20,10 @@ from vlm.data.examples import (
     OPENED,
     Example,
     Source,
-    Subset,
     captions_of,
     copy_metadata,
     label_of,
-    passes,
+    scan,
     templates_of,
 )
 from vlm.data.faults import BadSample
@@ -35,14 +34,13 @@ from vlm.data.known_classes import imagenet_names, imagenet_templates
 from vlm.data.parquet import holds_images, stream_label_names
 from vlm.data.random_access import IndexedStream
 from vlm.data.randomness import key
+from vlm.data.scans import filtered, good_examples, unique_labels, valid_values
 from vlm.data.shard_stream import find_shards, plan_stream
 from vlm.data.splits import WHOLE, default_split, find_split, named_splits
 from vlm.data.transform_example import open_image_of
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.preprocess import Preprocess
 from vlm.paths import as_path, is_remote
-
-T = TypeVar("T")
 
 KNOWN = (
     '"openmoji"',
@@ -75,7 +73,7 @@ def open_source(config: DataConfig, split: str) -> Source:
         classes = classes_of(config, source)
         source = NamedSource(source, config, dict(zip(*classes, strict=True)))
     if config.filters and split == config.train_split:
-        return _filtered(source, config)
+        return filtered(source, config)
     return source
 
 
@@ -281,26 +279,6 @@ def open_stream(
     return mixture.Mixture(config, parts, lanes=count, seed=seed)
 
 
-def _filtered(source: Source, config: DataConfig) -> Subset:
-    """Select the examples that pass `config.filters`, in one pass over all.
-
-    Bad samples pass, so that training still counts and lists them.
-    """
-    passing = []
-    for index in range(len(source)):
-        try:
-            passed = passes(source[index], config.filters)
-        except BadSample:
-            passed = True
-        if passed:
-            passing.append(index)
-    if not passing:
-        raise DataError(
-            f"data.filters rejects all {len(source):,} examples of {config.source}: loosen it"
-        )
-    return Subset(source, passing)
-
-
 class NamedSource:
     """Source wrapper that adds the class name to each example."""
 
@@ -314,7 +292,17 @@ class NamedSource:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Example:
-        example = self._source[index]
+        return self._named(self._source[index])
+
+    def scan(self) -> Iterator[Example | BadSample]:
+        """Yield all examples without their images."""
+        for example in scan(self._source):
+            try:
+                yield example if isinstance(example, BadSample) else self._named(example)
+            except BadSample as bad:
+                yield bad
+
+    def _named(self, example: Example) -> Example:
         name = self._names.get(label_of(example, self._config))
         return example if name is None else {**example, NAME: name}
 
@@ -356,7 +344,7 @@ def all_captions(config: DataConfig) -> list[str]:
     first_texts = (
         texts[0]
         for source in _all_splits(config)
-        for texts in _valid_values(source, config, captions_of)
+        for texts in valid_values(source, config, captions_of)
     )
     return list(dict.fromkeys(first_texts))
 
@@ -402,8 +390,10 @@ def _labels_of_all_splits(config: DataConfig) -> list[str]:
         known = [config.train_split]
     elif not known:  # a function, whose splits cannot be listed
         known = [split for split in (config.train_split, config.eval_split) if split]
-    sources = [_open(dataclasses.replace(config, eval_split=name), name) for name in known]
-    labels = {label for source in sources for label in _valid_values(source, config, label_of)}
+    labels: set[str] = set()
+    for name in known:
+        own = dataclasses.replace(config, eval_split=name)
+        labels |= unique_labels(_open(own, name), config, name)
     if all(re.fullmatch(r"-?\d+", label) for label in labels):
         return sorted(labels, key=int)
     return sorted(labels)
@@ -423,17 +413,6 @@ def _all_splits(config: DataConfig) -> Iterator[Source]:
             yield open_source(config, split)
 
 
-def _valid_values(
-    source: Source, config: DataConfig, value_of: Callable[[Example, DataConfig], T]
-) -> Iterator[T]:
-    """Yield `value_of(example, config)`, skipping bad samples."""
-    for i in range(len(source)):
-        try:
-            yield value_of(source[i], config)
-        except BadSample:
-            continue
-
-
 def held_out(config: DataConfig) -> Int32[np.ndarray, " n"]:
     """Return the index in `all_captions` of the caption of each evaluation image."""
     if not config.eval_split:
@@ -448,7 +427,8 @@ def targets_of(
 ) -> Int32[np.ndarray, " n"]:
     """Return the index of each example's label in `labels`; DataError if one is not there."""
     index = {label: i for i, label in enumerate(labels)}
-    targets = [target_of(source[i], config, index, i) for i in range(len(source))]
+    examples = enumerate(good_examples(source))
+    targets = [target_of(example, config, index, i) for i, example in examples]
     return np.array(targets, np.int32)
 
 
@@ -474,7 +454,7 @@ def vocabulary_texts(config: DataConfig) -> list[str]:
             "`vlm data tokenizer` writes"
         )
     source = open_source(config, config.train_split)
-    return [text for texts in _valid_values(source, config, captions_of) for text in texts]
+    return [text for texts in valid_values(source, config, captions_of) for text in texts]
 
 
 def credits(config: DataConfig) -> str:
@@ -492,4 +472,4 @@ def first_captions(source: Source, config: DataConfig) -> list[str]:
         >>> vlm.data.first_captions(source, experiment.data)[0]
         'a red square'
     """
-    return [captions_of(source[i], config)[0] for i in range(len(source))]
+    return [captions_of(example, config)[0] for example in good_examples(source)]

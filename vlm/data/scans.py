@@ -1,0 +1,96 @@
+"""Passes over all examples of a source without their images: filters, labels and captions.
+
+The results are kept in the cache folder, so that of all processes of a machine and all later runs
+only one makes the pass. The key is the path, length and modification time (in nanoseconds) of each
+file. A remote file has no time that can be trusted, so a pass over remote data is not kept.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+
+from vlm.config import DataConfig
+from vlm.data.examples import Example, Source, Subset, label_of, passes, scan
+from vlm.data.faults import BadSample
+from vlm.data.storage import cache_path, write_whole
+from vlm.errors import DataError
+from vlm.paths import is_remote
+
+T = TypeVar("T")
+
+
+def filtered(source: Source, config: DataConfig) -> Subset:
+    """Select the examples of the training split that pass `config.filters`.
+
+    Bad samples pass, so that training still counts and lists them.
+    """
+    passing = _cached(
+        source,
+        ("filters", config.filters, config.captions, config.hold_out, config.eval_split),
+        config,
+        lambda: [
+            index
+            for index, example in enumerate(scan(source))
+            if isinstance(example, BadSample) or passes(example, config.filters)
+        ],
+    )
+    if not len(passing):
+        raise DataError(
+            f"data.filters rejects all {len(source):,} examples of {config.source}: loosen it"
+        )
+    return Subset(source, passing)
+
+
+def unique_labels(source: Source, config: DataConfig, split: str) -> set[str]:
+    """Collect the labels of a split, without those of bad samples."""
+    labels = _cached(
+        source,
+        ("labels", config.hold_out, split),
+        config,
+        lambda: sorted(set(valid_values(source, config, label_of))),
+    )
+    return set(labels.tolist())
+
+
+def valid_values(
+    source: Source, config: DataConfig, value_of: Callable[[Example, DataConfig], T]
+) -> Iterator[T]:
+    """Yield `value_of(example, config)`, skipping bad samples."""
+    for example in scan(source):
+        try:
+            if not isinstance(example, BadSample):
+                yield value_of(example, config)
+        except BadSample:
+            continue
+
+
+def good_examples(source: Source) -> Iterator[Example]:
+    """Yield all examples without their images; BadSample at the first bad one."""
+    for example in scan(source):
+        if isinstance(example, BadSample):
+            raise example
+        yield example
+
+
+def _cached(
+    source: Source, key: tuple[Any, ...], config: DataConfig, make: Callable[[], list]
+) -> np.ndarray:
+    """Return `make()` as an array, from the cache if the files of `source` are unchanged."""
+    files = getattr(source, "files", None)
+    if not files or any(map(is_remote, files)):
+        return np.array(make())
+    from huggingface_hub.utils import WeakFileLock
+
+    key = (*key, config.source, config.train_split, config.image, config.label, len(source))
+    path = cache_path(files, ".npy", repr(key))
+    with WeakFileLock(f"{path}.lock"):  # other processes wait for the first one
+        try:
+            return np.load(path)
+        except (OSError, ValueError, EOFError):
+            pass  # missing or corrupt
+        out = io.BytesIO()
+        np.save(out, found := np.array(make()))
+        write_whole(path, out.getvalue())
+    return found
