@@ -99,6 +99,6 @@ def test_a_damaged_cache_is_written_again(tmp_path):
     (tmp_path / "data").mkdir()
     config = DataConfig(kinds.tars(tmp_path / "data"), eval_split=None, filters=ENGLISH)
     expected = len(open_source(config, "train"))
-    (kept,) = [path for path in (tmp_path / "cache").rglob("*.npy")]
+    (kept,) = (tmp_path / "cache").rglob("*.npy")
     kept.write_bytes(kept.read_bytes()[:50])
     assert len(open_source(config, "train")) == expected

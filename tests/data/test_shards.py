@@ -19,7 +19,7 @@ from vlm.errors import ConfigError, DataError
 class Counted:
     """Shards that are named by their length and hold (shard, number); reads are counted."""
 
-    kind, faults = "counted", ()
+    kind, images, faults = "counted", True, ()
 
     def __init__(self):
         self.read_of = []

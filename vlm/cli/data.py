@@ -50,6 +50,7 @@ def show(
     context_length: int = 77,
     limit: int = 1000,
     thumbnails: int = 60,
+    batch_size: int | None = None,
     json: options.Json = False,
 ) -> None:
     """Print statistics of a data set, and write a page of images with their captions.
@@ -64,15 +65,20 @@ def show(
         context_length: tokens (of CLIP's vocabulary) beyond which a caption counts as too long.
         limit: number of examples to read, from the start.
         thumbnails: number of images on the page.
+        batch_size: of data that training reads as a stream: measure the distinct classes or
+            captions in batches of this size. None: 1,024, and not for remote data.
     """
     from vlm.cli.terminal import print_status, progress
     from vlm.config import PreprocessConfig
-    from vlm.data.dataset_stats import dataset_stats
+    from vlm.data.dataset_stats import dataset_stats, stream_mixing
     from vlm.inputs.preprocess import Preprocess
+    from vlm.paths import is_remote
     from vlm.weights.vocabularies import clip_tokenizer
 
     if limit < 1:
         raise UsageError(f"--limit {limit} reads nothing: give at least 1")
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size} is empty: give at least 1")
     fields = {"image": image, "captions": captions, "label": label, "data_dir": data_dir}
     config = _config(source, split, **fields)
     stats = dataset_stats(
@@ -84,6 +90,12 @@ def show(
         thumbnails=thumbnails if out else 0,
         progress=lambda reads, total: progress(reads, "reading", total),
     )
+    if batch_size or not is_remote(source):
+        stats.mixing = stream_mixing(
+            config,
+            batch_size or 1024,
+            lambda items, total: progress(items, "measuring the mixing", total),
+        )
     figures = stats.summary()
     if out:
         with open(out, "w", encoding="utf-8") as f:
@@ -286,8 +298,16 @@ def _rows(stats: Any, figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("height", spread("height")),
         ("bytes an image", spread("file_bytes")),
         ("duplicates", f"{stats.duplicates:,}"),
+        *([("mixing", _mixing(stats.mixing))] if stats.mixing else []),
         ("bad", bad),
     ]
+
+
+def _mixing(found: Any) -> str:
+    return (
+        f"{found.distinct:,.0f} distinct classes or captions in a batch of {found.batch:,}, "
+        f"{found.share:.0%} of random order's {found.random:,.0f}"
+    )
 
 
 def _page(stats: Any, figures: dict[str, Any]) -> str:

@@ -1,10 +1,13 @@
 """Statistics of a data set from a sample of its examples."""
 
 import collections
+import contextlib
+import dataclasses
 import hashlib
 import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +16,21 @@ from PIL import Image
 
 from vlm.config import DataConfig
 from vlm.data.example_reader import ExampleReader, Read
-from vlm.data.examples import Example, captions_of
+from vlm.data.examples import Example, captions_of, scan
 from vlm.data.faults import BadSample
+from vlm.data.mixing import MixingResult, group_of, measure
+from vlm.data.shards import Shards
+from vlm.data.sources import has_shards, open_source, open_stream
+from vlm.data.storage import READERS
 from vlm.data.transform_example import open_image_of
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
+from vlm.paths import is_remote
 
 THUMBNAIL = 160  # pixels of the long side
+
+_BATCHES = 8  # whose mixing is measured
+_SCANNED = 1 << 20  # examples whose classes are counted, at most
 
 
 @dataclass
@@ -38,6 +49,7 @@ class DatasetStats:
     file_bytes: list[int] = field(default_factory=list)
     duplicates: int = 0  # images equal or nearly equal to an earlier one
     bad: list[dict[str, Any]] = field(default_factory=list)
+    mixing: MixingResult | None = None  # None: not a stream, or not measured
     shown: list[tuple[bytes, list[str]]] = field(default_factory=list)  # JPEG thumbnails, captions
 
     @property
@@ -65,6 +77,7 @@ class DatasetStats:
             "width": _spread([width for width, _ in self.sizes]),
             "height": _spread([height for _, height in self.sizes]),
             "file_bytes": _spread(self.file_bytes),
+            "mixing": self.mixing._asdict() if self.mixing else None,
         }
 
 
@@ -94,6 +107,46 @@ def dataset_stats(
         except BadSample as fault:
             stats.bad.append(fault.record())
     return stats
+
+
+def stream_mixing(
+    config: DataConfig,
+    batch: int,
+    progress: Callable[[Iterable[Any], int], Iterator[Any]] = lambda items, total: iter(items),
+) -> MixingResult | None:
+    """Measure the mixing of the first batches of a stream of shards, without reading images.
+
+    Random order is that of all examples of local shards, else of those in the batches. None for
+    data with random access, and for groups that cannot be found.
+    """
+    if not has_shards(config):
+        return None
+    stream = open_stream(config, batch, seed=0, process_index=0, process_count=1)
+    assert isinstance(stream, Shards)
+    stream.form.images = False
+    batches: list[list[int]] = []
+    with ThreadPoolExecutor(READERS) as pool:
+        lanes = [stream.lane(number, None, pool) for number in range(stream.lanes)]
+        for _ in progress(range(_BATCHES), _BATCHES):
+            samples = (next(lane) for lane in lanes for _ in range(batch // stream.lanes))
+            batches.append(list(_groups((sample.example for sample in samples), config)))
+        for lane in lanes:
+            lane.close()
+    counts = None
+    if not is_remote(config.source):
+        own = {"access": "random", "interleave": None, "shuffle": None}
+        source = open_source(dataclasses.replace(config, **own), config.train_split)
+        total = min(len(source), _SCANNED)
+        examples = progress(itertools.islice(scan(source), _SCANNED), total)
+        counts = collections.Counter(_groups(examples, config))
+    return measure(batches, counts) if all(batches) else None
+
+
+def _groups(examples: Iterable[Any], config: DataConfig) -> Iterator[int]:
+    for example in examples:
+        with contextlib.suppress(BadSample):
+            if isinstance(example, dict):
+                yield group_of(example, config)
 
 
 def difference_hash(image: Image.Image) -> bytes:

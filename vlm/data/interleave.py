@@ -83,8 +83,9 @@ def count_lanes(
 class LaneBatches(grain.IterDataset):
     """Infinite dataset of the rows that some lanes contribute to each batch.
 
-    An element has `images`, `tokens`, `texts_cut` (which texts were truncated), and as JSON `bad`
-    (records) and `lanes` (positions after the element, by lane). The position is that of each lane.
+    An element has `images`, `tokens`, `texts_cut` (which texts were truncated), `groups` (hashes of
+    classes or captions), and as JSON `bad` (records) and `lanes` (positions after the element, by
+    lane). The position is that of each lane.
     """
 
     length = None  # infinite
@@ -108,6 +109,8 @@ class LaneBatches(grain.IterDataset):
         self.parts = max(1, self.workers)  # elements per batch
         row_bytes = transform.image_bytes + 4 * tokenizer.config.context_length
         self.element_bytes = -(-len(self.lanes) // self.parts) * rows * row_bytes
+        # How to mix better; None if the order is the user's own.
+        self.fix_mixing: str | None = getattr(stream, "fix_mixing", None)
         self.positions: dict[str, Position] = {}  # of lanes that have been read, as in JSON
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
@@ -167,9 +170,13 @@ class LaneBatches(grain.IterDataset):
 
 
 class _DecodedSample(NamedTuple):
-    """A decoded sample: its text (or fault), its image, and the position of the lane after it."""
+    """A decoded sample: its text (or fault), its image, and the position of the lane after it.
+
+    `group` is a hash of its class or caption.
+    """
 
     text: str | BadSample | None
+    group: int
     images: np.ndarray | Patches  # contains the image at `row`
     row: int
     after: Position
@@ -198,6 +205,7 @@ class LaneIterator(grain.DatasetIterator):
         images = b.transform.blank(len(self._lanes) * rows)
         parts = jax.tree.leaves(images)
         texts: list[str] = []
+        groups: list[int] = []
         bad: list[dict[str, str]] = []
         after: dict[str, Position] = {}
         for number in self._lanes:
@@ -209,6 +217,7 @@ class LaneIterator(grain.DatasetIterator):
                 for batch, source in zip(parts, jax.tree.leaves(sample.images), strict=True):
                     batch[len(texts)] = source[sample.row]
                 texts.append(text)
+                groups.append(sample.group)
         for number in self._lanes:
             self._fill(number)  # decoders run during tokenization
         tokens, cut = b.tokenizer.rows(texts)
@@ -216,6 +225,7 @@ class LaneIterator(grain.DatasetIterator):
             "images": images,
             "tokens": tokens,
             "texts_cut": cut,
+            "groups": np.array(groups, np.uint32),
             "bad": json.dumps(bad),
             "lanes": json.dumps(after),
         }
@@ -269,15 +279,16 @@ class LaneIterator(grain.DatasetIterator):
         draws = transform.draws(seed, np.array([sample.position for sample, _ in samples]))
         images, decoded = transform.blank(len(samples)), []
         for row, ((sample, after), u) in enumerate(zip(samples, draws, strict=True)):
-            text = sample.example
+            text, group = sample.example, 0
             try:
                 if callable(text):  # read here, in one of several threads
                     text = text()
                 if isinstance(text, dict):
+                    group = transform.group(text)
                     text = transform(text, u, images, row, "an example")
             except BadSample as fault:
                 text = fault
-            decoded.append(_DecodedSample(text, images, row, after))
+            decoded.append(_DecodedSample(text, group, images, row, after))
         return decoded
 
 

@@ -53,6 +53,8 @@ class Mixture:
         self.fingerprint = " + ".join(part.fingerprint for part in parts)
         self.examples = sum(part.examples for part in parts)
         self.shard_length = max(part.shard_length for part in parts)
+        fixes = [getattr(part, "fix_mixing", None) for part in parts]
+        self.fix_mixing = "; ".join(dict.fromkeys(fix for fix in fixes if fix)) or None
         self.faults: Sequence[dict[str, Any]] = [f for part in parts for f in part.faults]
 
     def lane(self, number: int, position: list[Any] | None, pool: Executor) -> "MixtureLane":

@@ -39,8 +39,9 @@ class ParquetFormat:
 
     kind = "parquet"
 
-    def __init__(self, config: DataConfig, visits: int = 1, *, images: bool = True):
-        self._config, self.visits, self._images = config, visits, images
+    def __init__(self, config: DataConfig):
+        self._config, self.visits = config, 1
+        self.images = True  # else only columns of texts are read
 
     def read(
         self, shard: str, offset: int, number: int, chunk: int, part: int = 0, parts: int = 1
@@ -49,7 +50,7 @@ class ParquetFormat:
         try:
             with _open(shard, buffer_size=chunk, pre_buffer=False) as file:
                 columns = Columns(file.schema_arrow, self._config, shard)
-                wanted = columns.wanted if self._images else columns.texts
+                wanted = columns.wanted if self.images else columns.texts
                 groups, start, end = _rows_of_part(file.metadata, part, parts, self.visits)
                 start = max(start, offset)
                 for group, row in groups:

@@ -16,6 +16,7 @@ from vlm.config import DataConfig
 from vlm.data.examples import captions_of
 from vlm.data.faults import BadSamples
 from vlm.data.interleave import LaneBatches, gather_processes
+from vlm.data.mixing import MixingMonitor
 from vlm.data.mixture import part_configs
 from vlm.data.python_source import check_workers, has_length, is_named
 from vlm.data.random_access import Batch, TrainBatches
@@ -23,7 +24,7 @@ from vlm.data.reinforced import Reinforced
 from vlm.data.sources import CachedSource, open_source, open_stream, streams
 from vlm.data.transform_example import ExampleTransform
 from vlm.data.workers import buffered_batches, check_shared_memory, end_with_parent, signals_blocked
-from vlm.errors import ConfigError, DataError
+from vlm.errors import ConfigError, DataError, warn_once
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import AnyTokenizer, Tokenizer
 
@@ -48,6 +49,8 @@ class TrainIterator(grain.DatasetIterator):
         self._order, self._prefetch, self._finish = order, prefetch, finish
         self.bad = bad  # counts of bad samples and truncated texts so far
         self._step = 0
+        self._fix_mixing = getattr(order, "fix_mixing", None)
+        self._mixing = MixingMonitor()
         self._reader: grain.DatasetIterator | None = None
 
     def __len__(self) -> int:
@@ -68,6 +71,13 @@ class TrainIterator(grain.DatasetIterator):
         cut = int(batch.pop("texts_cut").sum())
         self.bad.take(self._step, len(batch["tokens"]), json.loads(batch.pop("bad")), cut)
         self._step += 1
+        groups = batch.pop("groups", None)
+        if self._fix_mixing and groups is not None and (found := self._mixing.add(groups)):
+            warn_once(
+                f"a batch of {found.batch:,} has {found.distinct:,.0f} distinct classes or "
+                f"captions, and would have {found.random:,.0f} or more in random order: "
+                f"{self._fix_mixing}"
+            )
         return self._finish(batch)
 
     def get_state(self) -> dict[str, Any]:

@@ -49,14 +49,35 @@ _SCANNED = 8 << 10  # bytes of a read between images
 _CHECKED = 8  # shards whose size is compared with the index
 
 
-class ShardSource:
+class _Offsets:
+    """Memory-mapped offsets of the examples in shards; mapped again after pickling."""
+
+    def __init__(self, path: str):
+        self._path = path
+        self._open()
+        self.faults: list[dict[str, Any]] = self._header["faults"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        opened = ("_offsets", "_first", "_header")
+        return {name: value for name, value in self.__dict__.items() if name not in opened}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._open()
+
+    def _open(self) -> None:
+        self._header, self._offsets = read_index(self._path)
+        counts = [shard[2] for shard in self._header["shards"]]
+        self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+class ShardSource(_Offsets):
     """Source over the examples of tar shards; reads one example per request."""
 
     def __init__(self, path: str, names: Sequence[str], config: DataConfig):
-        self._path, self._config, self._reads = path, config, reads(config)
-        self._open()
+        super().__init__(path)
+        self._config, self._reads = config, reads(config)
         self._names = self.files = list(names)
-        self.faults: list[dict[str, Any]] = self._header["faults"]
         self._sidecars: Sidecars | None = None
         if not len(self):
             raise DataError(
@@ -121,27 +142,13 @@ class ShardSource:
         """Return the name of the shard with an example."""
         return self._names[int(np.searchsorted(self._first, index, "right")) - 1]
 
-    def __getstate__(self) -> dict[str, Any]:
-        opened = ("_offsets", "_first", "_header")
-        return {name: value for name, value in self.__dict__.items() if name not in opened}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        self._open()
-
-    def _open(self) -> None:
-        self._header, self._offsets = read_index(self._path)
-        counts = [shard[2] for shard in self._header["shards"]]
-        self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-
-
-class ShardParts:
+class ShardParts(_Offsets):
     """Byte ranges of the parts of shards in a stream, by their index."""
 
     def __init__(self, names: Sequence[str]):
-        self._path, self._names = index_for(list(names)), list(names)
-        self._open()
-        self.faults: list[dict[str, Any]] = self._header["faults"]
+        super().__init__(index_for(list(names)))
+        self._numbers = {name: number for number, name in enumerate(names)}
 
     def range_of(self, shard: str, part: int, parts: int) -> tuple[int, int]:
         """Return the first byte and the end of part `part` of `parts` equal ones of a shard."""
@@ -151,12 +158,6 @@ class ShardParts:
         first, end = (-(-count * p // parts) for p in (part, part + 1))
         # Examples without an image before the first one belong to it.
         return int(offsets[first]) if first else 0, int(offsets[end])
-
-    __getstate__, __setstate__ = ShardSource.__getstate__, ShardSource.__setstate__
-
-    def _open(self) -> None:
-        ShardSource._open(self)
-        self._numbers = {name: number for number, name in enumerate(self._names)}
 
 
 def open_split(config: DataConfig, split: str) -> ShardSource:

@@ -51,6 +51,7 @@ class StreamPlan:
             shard that stays open.
         most: largest useful number of lanes.
         row_bytes: estimated bytes of an example; None if unknown.
+        wanted: lanes that a batch needs for the mixing of random order.
     """
 
     config: DataConfig
@@ -61,6 +62,7 @@ class StreamPlan:
     whole: bool = False
     most: int = MAX_DEFAULT_LANES
     row_bytes: float | None = None
+    wanted: int = MAX_DEFAULT_LANES
 
     @property
     def units(self) -> int:
@@ -86,7 +88,26 @@ class StreamPlan:
             parts=self.parts,
             whole=self.whole,
             buffer=self.buffer(lanes),
+            description=self._about(lanes),
+            fix_mixing=self._fix_mixing(lanes),
         )
+
+    def _about(self, lanes: int) -> str:
+        samples = self.buffer(lanes)
+        size = f", about {_gib(samples * self.row_bytes)} in all" if self.row_bytes else ""
+        return f" by {lanes:,} readers (buffers: {samples:,} samples{size})"
+
+    def _fix_mixing(self, lanes: int) -> str:
+        """Return how to have more distinct classes in a batch."""
+        if self.config.interleave and min(self.units, self.wanted) > self.config.interleave:
+            return "leave data.interleave unset"
+        if isinstance(self.form, TarFormat) and not (self.whole or self.form.sidecar):
+            return f"run vlm data index '{self.config.source}', which lets readers start anywhere"
+        if self.row_bytes and min(self.units, self.wanted) > self.most:
+            samples = min(self.units, self.wanted) * -(-self.length // self.parts)
+            size = _gib(samples * self.row_bytes)
+            return f"set data.shuffle to {samples:,} samples (about {size} in all processes)"
+        return "write the data in random order, or for random access with vlm data prepare"
 
 
 def plan_stream(config: DataConfig, names: list[str], global_batch: int) -> StreamPlan:
@@ -95,8 +116,9 @@ def plan_stream(config: DataConfig, names: list[str], global_batch: int) -> Stre
     DataError if none can be read, or they lack wanted features.
     """
     form, length, name = inspect_shards(config, names)
-    plan = StreamPlan(config, names, form, length)
-    wanted = config.interleave or min(global_batch, _MAX_LANES)
+    best = min(global_batch, _MAX_LANES)
+    plan = StreamPlan(config, names, form, length, wanted=best)
+    wanted = config.interleave or best
     small = length * len(names) <= (config.shuffle or SHUFFLE)  # the buffers hold all examples
     if isinstance(form, ParquetFormat):
         rows, groups, size = layout_of(name, config)
@@ -130,6 +152,10 @@ def _limited(
     """Return the plan with its parts, and no more lanes than fit in `limit` samples."""
     most = max(1, min(wanted, limit // max(1, -(-rows // parts))))
     return dataclasses.replace(plan, parts=parts, whole=True, most=most, row_bytes=row_bytes)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB"
 
 
 def inspect_shards(config: DataConfig, names: list[str]) -> tuple[Format, int, str]:

@@ -46,6 +46,7 @@ class Format(Protocol):
     """Sequential reader of one kind of shards."""
 
     kind: str
+    images: bool  # whether examples have their images
 
     def read(
         self, shard: str, offset: int, number: int, chunk: int, part: int = 0, parts: int = 1
@@ -94,6 +95,8 @@ class Shards:
         parts: int = 1,
         whole: bool = False,
         buffer: int | None = None,
+        description: str = "",
+        fix_mixing: str | None = None,
     ):
         if len(names) * parts < lanes:
             raise DataError(
@@ -110,8 +113,10 @@ class Shards:
         self.together = max(1, self.block // part_length) if whole else None
         if self.together:
             self.block = 2 * self.together * part_length
+        self.fix_mixing = fix_mixing
         self.shard_length = shard_length  # estimated examples in a shard of unknown length
         self.examples = shard_length * len(names)
+        self.description = f"about {self.examples:,} examples read as a stream{description}"
         self.faults: Sequence[dict[str, Any]] = getattr(form, "faults", ())
         # Number of shards, parts of each, and hash of the shards' names, without their folder.
         short = "\n".join(name.rpartition("/")[2] for name in names)
@@ -200,8 +205,9 @@ class ShardLane:
             self._ahead.exception()
         self._reading.close()
 
-    def _read(self) -> tuple[list[Sample], Place]:
-        block, place = [], self._next_start
+    def _read(self) -> tuple[list[Sample | None], Place]:
+        block: list[Sample | None] = []
+        place = self._next_start
         for sample, after in self._reading:
             if self._closed:
                 break

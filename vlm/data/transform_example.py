@@ -11,6 +11,7 @@ from vlm.config import DataConfig
 from vlm.data import augmentations
 from vlm.data.examples import OPENED, PART, WHERE, Example, choose_caption
 from vlm.data.faults import BadSample
+from vlm.data.mixing import group_of
 from vlm.data.randomness import key, uniforms
 from vlm.data.storage import read_file
 from vlm.data.transforms import DRAWS, Augment
@@ -43,6 +44,10 @@ class ExampleTransform:
         # From another seed, so that the base numbers do not depend on them.
         more = uniforms(key(seed, 6), positions, augmentations.DRAWS)
         return np.concatenate([base, more], axis=1)
+
+    def group(self, example: Example) -> int:
+        """Return a hash of the class or caption of an example, for the mixing of a batch."""
+        return group_of(example, self._configs[example.get(PART, 0)])
 
     def __call__(
         self, example: Example, u: np.ndarray, images: np.ndarray | Patches, row: int, where: str

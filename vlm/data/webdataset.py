@@ -11,7 +11,7 @@ from vlm.config import DataConfig
 from vlm.data import tar
 from vlm.data.examples import WHERE, Example
 from vlm.data.faults import BadSample
-from vlm.data.members import image_of, reads, texts_of
+from vlm.data.members import image_of, is_image, reads, texts_of
 from vlm.data.shards import Record, Records
 from vlm.data.sidecar import read_sidecar
 from vlm.data.storage import SequentialFile, read_range
@@ -31,24 +31,25 @@ class TarFormat:
         faults = index.faults if index is not None else ()
         self.faults = [fault for fault in faults if fault["kind"] != "no image"]
         self._reads = reads(config)
+        self.images = True  # else their bytes are skipped
 
     def read(
         self, shard: str, offset: int, number: int, chunk: int, part: int = 0, parts: int = 1
     ) -> Records:
         """Yield the examples of a part of a shard, from `offset` on."""
-        if parts > 1:
+        wanted = self._reads
+        if not self.images:
+            wanted = lambda name: self._reads(name) and not is_image(name)  # noqa: E731
+        rows = read_sidecar(shard, self._config) if self.sidecar else {}
+        if parts == 1:
+            file = SequentialFile(shard, offset, chunk)
+        else:
             first, end = self._index.range_of(shard, part, parts)
             offset = max(first, offset)
-            if offset >= end:
-                return
-        rows = read_sidecar(shard, self._config) if self.sidecar else {}
-        if parts > 1:
-            file = SequentialFile.of(read_range(shard, offset, end))
+            file = SequentialFile.of(read_range(shard, offset, end) if offset < end else b"")
             file.offset = offset
-        else:
-            file = SequentialFile(shard, offset, chunk)
         try:
-            for group in tar.groups(file, self._reads, whole=parts == 1):
+            for group in tar.groups(file, wanted, whole=parts == 1):
                 try:
                     example = example_of(group, self._config, shard, rows.get(stem_of(group.key)))
                 except BadSample as bad:
