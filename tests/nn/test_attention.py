@@ -21,7 +21,13 @@ from vlm.nn.attention import (
 from vlm.nn.positions import grid_rotation
 from vlm.sharding import AXES, batch_sharding, make_mesh, mesh_of
 
-interpreted = functools.partial(tpu_attention.attend, interpret=True)
+kernel = functools.partial(tpu_attention.attend, interpret=True)
+
+
+def interpreted(query, key, value, mask, **options):
+    """The kernel on arrays with an axis of heads."""
+    flat = (x.reshape(*x.shape[:2], -1) for x in (query, key, value))
+    return kernel(*flat, mask, heads=query.shape[2], **options).reshape(query.shape)
 
 
 def arrays(b, n, heads, d, *, masked=False, dtype=jnp.bfloat16):
@@ -44,7 +50,13 @@ def with_gradients(function, query, key, value, gradient, mask, **options):
         ((3, 17, 4, 64), False, False),
         ((3, 17, 4, 64), True, True),
         ((2, 77, 3, 64), True, False),  # heads that fill no register pairs
-        ((2, 33, 4, 72), False, True),  # So400m's heads, padded to 128 dimensions
+        ((2, 33, 4, 72), False, True),  # So400m's heads
+        ((2, 33, 2, 80), True, False),  # ViT-H
+        ((2, 33, 4, 88), False, False),  # ViT-g
+        ((2, 33, 4, 96), False, True),
+        ((2, 33, 4, 104), False, False),  # ViT-bigG
+        ((2, 33, 2, 128), False, True),
+        ((2, 33, 3, 20), False, True),  # padded to 24
         ((5, 130, 2, 64), False, False),
     ],
 )
@@ -57,8 +69,8 @@ def test_the_kernel_and_its_gradients(shape, causal, masked):
         mask,
     )
     rounded = with_gradients(functools.partial(_attend_by_head, causal=causal), *x, mask)
-    kernel = with_gradients(interpreted, *x, mask, causal=causal)
-    for want, plain, got in zip(exact, rounded, kernel, strict=True):
+    found = with_gradients(interpreted, *x, mask, causal=causal)
+    for want, plain, got in zip(exact, rounded, found, strict=True):
         # As near as bfloat16 comes: no further from the exact than the written-out form, by much.
         assert np.abs(got - want).max() <= 2 * np.abs(plain - want).max() + 1e-3
 
@@ -74,6 +86,17 @@ def test_blocks_that_the_batch_does_not_fill(monkeypatch):
         np.testing.assert_array_equal(a, b)
 
 
+def test_long_sequences_of_heads_that_straddle_registers_are_padded(monkeypatch):
+    """Blocks of all 16 heads of 72 would not fit in VMEM."""
+    assert tpu_attention._unit(16, 72, 256) == 8
+    assert tpu_attention._unit(16, 72, 1024) == 64
+    *x, mask = arrays(2, 16, 4, 72, masked=True)
+    plain = with_gradients(interpreted, *x, mask)
+    monkeypatch.setattr(tpu_attention, "LARGEST", 0)
+    for a, b in zip(plain, with_gradients(interpreted, *x, mask), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-2)
+
+
 def test_a_text_of_padding_alone_is_finite():
     *x, _ = arrays(2, 16, 2, 64)
     found = with_gradients(interpreted, *x, jnp.zeros((2, 1, 1, 16), bool))
@@ -85,7 +108,7 @@ def test_every_device_takes_its_own_examples_and_heads(tensor, monkeypatch):
     mesh = make_mesh(MeshConfig(data=2, fsdp=-1, tensor=tensor))
     *x, mask = arrays(8, 16, 4, 64, masked=True)
     x, mask = jax.device_put((x, mask), batch_sharding(mesh))
-    monkeypatch.setattr(tpu_attention, "attend", interpreted)
+    monkeypatch.setattr(tpu_attention, "attend", kernel)
 
     @jax.jit
     def run(query, key, value, gradient, mask):

@@ -52,17 +52,28 @@ def attend(
 
 
 def _sharded_kernel(mesh: AbstractMesh, shape: tuple[int, ...], masked: bool, causal: bool):
-    """Run the TPU kernel on each device's examples and heads, since XLA cannot partition it."""
-    examples = BATCH_AXES if shape[0] % batch_ways(mesh) == 0 else None
-    heads = "tensor" if shape[2] % mesh.shape["tensor"] == 0 else None
-    rows = P(examples, None, heads, None)
-    return jax.shard_map(
-        functools.partial(tpu_attention.attend, causal=causal),
+    """Run the TPU kernel on each device's examples and heads, since XLA cannot partition it.
+
+    The kernel takes the arrays as the projections write them. With a separate axis of heads on the
+    mesh, XLA would choose a layout for it and copy.
+    """
+    b, n, heads, d = shape
+    examples = BATCH_AXES if b % batch_ways(mesh) == 0 else None
+    ways = mesh.shape["tensor"] if heads % mesh.shape["tensor"] == 0 else 1
+    rows = P(examples, None, "tensor" if ways > 1 else None)
+    kernel = jax.shard_map(
+        functools.partial(tpu_attention.attend, heads=heads // ways, causal=causal),
         mesh=mesh,
         in_specs=(rows, rows, rows, P(examples) if masked else P()),
         out_specs=rows,
         check_vma=False,
     )
+
+    def attend_flat(query, key, value, mask):
+        query, key, value = (x.reshape(b, n, heads * d) for x in (query, key, value))
+        return kernel(query, key, value, mask).reshape(shape)
+
+    return attend_flat
 
 
 def _at_even_length(attention, query, key, value, implementation="cudnn"):

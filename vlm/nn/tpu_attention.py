@@ -4,12 +4,12 @@ The towers' sequences are short (77 tokens, 257 patches), so all weights of a he
 kernel is therefore simpler than FlashAttention (arXiv:2205.14135): it needs no blockwise softmax,
 and one backward pass that uses only the inputs.
 
-Arrays keep the layout of the projections, (b, n, h * d), so nothing is transposed on the way. One
-kernel invocation processes some examples and some heads.
+Arrays keep the layout of the projections, (b, n, h * d), so nothing is transposed, padded or copied
+on the way. One kernel invocation processes some examples and some heads. Heads of 72, 88 or 104
+dimensions begin inside a vector register; the compiler shifts them in VMEM.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -20,7 +20,10 @@ from jax.sharding import AbstractMesh
 from jaxtyping import Array, BFloat16, Bool
 
 LANES = 128  # lanes of a vector register, the unit of the last axis
-HEAD = 64  # unit of the head dimension: others would straddle registers
+HEAD = 8  # unit of the head dimension that the compiler accepts
+WIDE_HEAD = 64  # unit for long sequences, where all heads of a narrower unit do not fit in VMEM
+MANY_TOKENS = 400  # tokens: longer sequences use `WIDE_HEAD`
+LARGEST = 7 * 2**16  # elements of an example's array per kernel invocation, beyond which also
 LONGEST = 1024  # tokens: longer weight matrices do not fit in VMEM
 BLOCK = 2**17  # approximate elements of an array per kernel invocation
 
@@ -28,6 +31,7 @@ BLOCK = 2**17  # approximate elements of an array per kernel invocation
 class _Form(NamedTuple):
     """Static parameters of the kernels."""
 
+    heads: int
     scale: float
     causal: bool
     interpret: bool  # run in interpret mode on any device, for tests
@@ -54,28 +58,33 @@ def runs_on(mesh: AbstractMesh) -> bool:
 
 
 def attend(
-    query: BFloat16[Array, "b n h d"],
-    key: BFloat16[Array, "b n h d"],
-    value: BFloat16[Array, "b n h d"],
+    query: BFloat16[Array, "b n w"],
+    key: BFloat16[Array, "b n w"],
+    value: BFloat16[Array, "b n w"],
     mask: Bool[Array, "b 1 1 n"] | None = None,
     *,
+    heads: int,
     causal: bool = False,
     interpret: bool = False,
-) -> BFloat16[Array, "b n h d"]:
-    """softmax(query key^T / sqrt(d)) value, for arrays that `fits` accepts.
+) -> BFloat16[Array, "b n w"]:
+    """softmax(query key^T / sqrt(d)) value of every head, for arrays that `fits` accepts.
 
-    Products are bfloat16 with float32 accumulation; the softmax is float32. On a mesh, call it
-    inside `jax.shard_map`, since XLA cannot partition a kernel.
+    The last axis is `heads` times d. Products are bfloat16 with float32 accumulation; the softmax
+    is float32. On a mesh, call it inside `jax.shard_map`, since XLA cannot partition a kernel.
     """
-    d = query.shape[-1]
-    form = _Form(d**-0.5, causal, interpret)
-    # Zeros change no product, and the matrix units process 128 dimensions as fast as 72.
-    width = [(0, 0)] * 3 + [(0, -d % HEAD)]
-    query, key, value = (jnp.pad(x, width) for x in (query, key, value))
+    b, n, width = query.shape
+    d = width // heads
+    form = _Form(heads, d**-0.5, causal, interpret)
     # float32, which every generation can load and broadcast.
     keep = None if mask is None else mask[:, 0].astype(jnp.float32)
-    out: jax.Array = _attention(form, query, key, value, keep)
-    return out[..., :d]
+    extra = -d % _unit(heads, d, n)
+    if not extra:
+        return _attention(form, query, key, value, keep)
+    # Zeros change no product.
+    by_head = (x.reshape(b, n, heads, d) for x in (query, key, value))
+    padded = (jnp.pad(x, [(0, 0)] * 3 + [(0, extra)]).reshape(b, n, -1) for x in by_head)
+    out: jax.Array = _attention(form, *padded, keep)
+    return out.reshape(b, n, heads, -1)[..., :d].reshape(b, n, width)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -141,8 +150,8 @@ def _dot(x, y, x_axis: int, y_axis: int):
 
 def _run(form: _Form, one_head, results: int, products: int, arrays, keep):
     """Run `one_head` on the (n, d) arrays and mask of every example and head."""
-    shape = arrays[0].shape
-    b, n, heads, d = shape
+    b, n, width = arrays[0].shape
+    heads, d = form.heads, width // form.heads
     per_run = _heads_per_run(heads, d, n)
     lanes = per_run * d
     examples = max(1, min(b, BLOCK // (n * lanes)))
@@ -164,13 +173,13 @@ def _run(form: _Form, one_head, results: int, products: int, arrays, keep):
 
         lax.fori_loop(0, examples, one_example, 0)
 
-    flat = [x.reshape(b, n, heads * d) for x in arrays]
+    flat = list(arrays)
     block = pl.BlockSpec((examples, n, lanes), lambda i, j: (i, 0, j))
     blocks = [block] * len(flat)
     if keep is not None:
         flat.append(keep)
         blocks.append(pl.BlockSpec((examples, 1, n), lambda i, j: (i, 0, 0)))
-    outputs = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         grid=(pl.cdiv(b, examples), heads // per_run),
         in_specs=blocks,
@@ -179,15 +188,21 @@ def _run(form: _Form, one_head, results: int, products: int, arrays, keep):
         cost_estimate=pl.CostEstimate(
             flops=products * 2 * b * heads * n**2 * d,
             transcendentals=b * heads * n**2,
-            bytes_accessed=(len(arrays) + results) * 2 * math.prod(shape),
+            bytes_accessed=(len(arrays) + results) * 2 * b * n * width,
         ),
         interpret=form.interpret,
         name="attention" if results == 1 else "attention_backward",
     )(*flat)
-    return [x.reshape(shape) for x in outputs]
 
 
 def _heads_per_run(heads: int, d: int, n: int) -> int:
     """Number of heads per invocation: full registers, and enough work."""
     divisors = [h for h in range(1, heads) if heads % h == 0 and h * d % LANES == 0]
     return next((h for h in divisors if h * d * n >= BLOCK // 2), heads)
+
+
+def _unit(heads: int, d: int, n: int) -> int:
+    """Unit to which the head dimension is padded in memory, which costs copies."""
+    d += -d % HEAD
+    fit = n <= MANY_TOKENS and _heads_per_run(heads, d, n) * d * n <= LARGEST
+    return HEAD if fit else WIDE_HEAD
