@@ -165,8 +165,7 @@ def model_config(
             raise CheckpointError(
                 f"{where}: model_cfg has {name} {brief(value)}, which vlm does not support"
             )
-    vision = _fields(values["vision_cfg"], VISION, f"{where}: vision_cfg")
-    text = _fields(values["text_cfg"], TEXT, f"{where}: text_cfg")
+    vision, text = tower_fields(values, where)
     quick = boolean(values.get("quick_gelu") or False, f"{where}: model_cfg.quick_gelu")
     bias = values.get("init_logit_bias")
     if bias is not None:
@@ -187,6 +186,18 @@ def model_config(
         embed_dim=integer(values["embed_dim"], f"{where}: model_cfg.embed_dim"),
         loss="softmax" if bias is None else "sigmoid",
         init_bias=bias,
+    )
+
+
+def tower_fields(values: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of the towers of a `model_cfg`, with open_clip's defaults.
+
+    Raises:
+        CheckpointError: a field that vlm does not have, or a value of another type.
+    """
+    return (
+        _fields(values["vision_cfg"], VISION, f"{where}: vision_cfg"),
+        _fields(values["text_cfg"], TEXT, f"{where}: text_cfg"),
     )
 
 

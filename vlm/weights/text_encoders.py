@@ -104,7 +104,7 @@ def text_config(
         CheckpointError: another encoder, pooler or projection, or other weights.
     """
     name = c["hf_model_name"]
-    encoder, pool, pooler, projection = _named(c, where, about)
+    encoder, pool, pooler, projection = described(c, where, about)
     roberta = encoder.norm == "post"
     if roberta:
         table, layers = _ROBERTA_EMBEDDING, f"{_ROOT}.encoder.layer.{{}}.intermediate.dense.weight"
@@ -130,10 +130,14 @@ def text_config(
         ) from None
 
 
-def _named(
+def described(
     c: Mapping[str, Any], where: str, about: Mapping[str, Any]
 ) -> tuple[TextConfig, TextPool, bool, Any]:
-    """Encoder, pooling, whether BERT's pooler follows it, and projection of a `text_cfg`."""
+    """Encoder, pooling, whether BERT's pooler follows it, and projection of a `text_cfg`.
+
+    Raises:
+        CheckpointError: another encoder, pooler or projection.
+    """
     encoder = _encoder_of(c["hf_model_name"], where, about)
     post = encoder.norm == "post"
     pools: dict[str, TextPool] = {

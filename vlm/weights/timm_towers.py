@@ -24,6 +24,19 @@ def vision_config(
     Raises:
         CheckpointError: an unknown tower, another pool or projection, or other weights.
     """
+    family = find_family(name, pool, proj, where)
+    try:
+        return family.vision_config(name, image_size, pool, proj, shapes)
+    except (KeyError, ValueError, IndexError):
+        raise CheckpointError(f"{where}: the weights are not those of timm's {name}") from None
+
+
+def find_family(name: str, pool: str, proj: str | None, where: str) -> Any:
+    """Module of the family that reads timm's tower `name` with this pool and projection.
+
+    Raises:
+        CheckpointError: an unknown tower, or another pool or projection.
+    """
     matches = (
         (family, pairs)
         for family in FAMILIES
@@ -41,10 +54,7 @@ def vision_config(
             f"{where}: the vision tower {name!r} has timm_pool {pool!r} and timm_proj {proj!r}: "
             f"vlm reads {family.READS}"
         )
-    try:
-        return family.vision_config(name, image_size, pool, proj, shapes)
-    except (KeyError, ValueError, IndexError):
-        raise CheckpointError(f"{where}: the weights are not those of timm's {name}") from None
+    return family
 
 
 def family_of(config: VisionTowerConfig, shapes: Shapes) -> Any | None:
