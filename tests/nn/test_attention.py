@@ -90,6 +90,7 @@ def test_long_sequences_of_heads_that_straddle_registers_are_padded(monkeypatch)
     """Blocks of all 16 heads of 72 would not fit in VMEM."""
     assert tpu_attention._unit(16, 72, 256) == 8
     assert tpu_attention._unit(16, 72, 1024) == 64
+    assert tpu_attention._unit(16, 104, 257) == 64  # 18 MiB of the 16 in VMEM, unpadded
     *x, mask = arrays(2, 16, 4, 72, masked=True)
     plain = with_gradients(interpreted, *x, mask)
     monkeypatch.setattr(tpu_attention, "LARGEST", 0)

@@ -22,8 +22,8 @@ from jaxtyping import Array, BFloat16, Bool
 LANES = 128  # lanes of a vector register, the unit of the last axis
 HEAD = 8  # unit of the head dimension that the compiler accepts
 WIDE_HEAD = 64  # unit for long sequences, where all heads of a narrower unit do not fit in VMEM
-MANY_TOKENS = 400  # tokens: longer sequences use `WIDE_HEAD`
-LARGEST = 7 * 2**16  # elements of an example's array per kernel invocation, beyond which also
+MANY_TOKENS = 288  # tokens: longer sequences use `WIDE_HEAD`
+LARGEST = 5 * 2**16  # elements of an example's array per kernel invocation, beyond which also
 LONGEST = 1024  # tokens: longer weight matrices do not fit in VMEM
 BLOCK = 2**17  # approximate elements of an array per kernel invocation
 
