@@ -4,15 +4,20 @@ A feature with one value becomes that value, with several a list. Bytes are deco
 those of the image.
 """
 
+import contextlib
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tensorflow_datasets.proto import tf_example_pb2
 
 from vlm.config import DataConfig
+from vlm.data import open_files
+from vlm.data.columns import Groups
 from vlm.data.examples import WHERE, Example, check_features, known_features
 from vlm.data.faults import BadSample
 from vlm.data.splits import split_files
+from vlm.data.storage import READERS
 from vlm.errors import DataError
 
 _Example: Any = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue] (made on import)
@@ -23,29 +28,48 @@ class ArrayRecordSource:
 
     def __init__(self, names: list[str], config: DataConfig):
         check_installed()
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-        self._config, self._where = config, config.source
+        self._names, self._config, self._where = names, config, config.source
         try:
-            self._records = ArrayRecordDataSource(names)
-            count = len(self._records)
+            with ThreadPoolExecutor(READERS) as pool:
+                self._counts = list(pool.map(_count, names))
         except Exception as error:  # the reader raises its own types
             raise DataError(
                 f"{config.source} cannot be read as ArrayRecord ({error}): check data.source"
             ) from None
-        if not count:
+        self._files = Groups(self._counts)
+        if not len(self):
             raise DataError(f"{config.source} holds no records: check data.source")
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._files)
 
     def __getitem__(self, index: int) -> Example:
         where = f"record {index} of {self._where}"
         try:
-            record = self._records[int(index)]
+            number, row = self._files.find(int(index))
+            with self._opened(number) as records:
+                record = records[row]
         except Exception as error:
             raise BadSample("failed read", where, f"{where} cannot be read ({error})") from None
         return parse(record, self._config.image, where)
+
+    def _opened(self, number: int) -> contextlib.AbstractContextManager[Any]:
+        name, count = self._names[number], self._counts[number]
+        return open_files.OPEN.use(
+            (name, count),
+            lambda: _data_source()(f"{name}[0:{count}]"),  # with the range, the count is not read
+            lambda records: records.__exit__(None, None, None),
+        )
+
+
+def _data_source() -> Any:
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    return ArrayRecordDataSource
+
+
+def _count(name: str) -> int:
+    return len(_data_source()(name))
 
 
 def check_installed() -> None:

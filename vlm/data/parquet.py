@@ -11,6 +11,7 @@ import itertools
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pyarrow
@@ -25,8 +26,10 @@ from vlm.data.splits import rows_of_split, split_files, split_value
 from vlm.data.storage import expand, open_file, retry
 from vlm.data.tar import CorruptFileError
 from vlm.errors import DataError, first_line
+from vlm.paths import is_remote
 
 _ROWS = 64  # converted at a time
+_FOOTERS = 64  # of remote files read at the same time
 _GROUPS = 4  # row groups cached by random access
 
 
@@ -74,9 +77,10 @@ class ParquetSource:
     A file is opened for each read of a row group, since two threads in one open file crash Arrow.
     """
 
-    def __init__(self, names: list[str], config: DataConfig):
+    def __init__(self, names: list[str], config: DataConfig, known: dict[str, Any] | None = None):
         self._names = self.files = names
-        footers = [_footer(name) for name in names]
+        complete = known is not None and known.keys() >= set(names)
+        footers = [known[name] for name in names] if known and complete else _footers(names)
         self._metadata = [metadata for metadata, _ in footers]
         pairs = zip(names, footers, strict=True)
         self._columns = [Columns(schema, config, name) for name, (_, schema) in pairs]
@@ -149,11 +153,11 @@ class ParquetSource:
 
 def open_split(config: DataConfig, split: str) -> Any:
     """Open the rows of a split, by `{split}` in the file names or by a column `split`."""
-    splits = _split_column(config.source)
+    splits, footers = _split_column(config.source)
     files = (
         expand(config.source) if splits else split_files(config.source, split, config.train_split)
     )
-    source = ParquetSource(files, config)
+    source = ParquetSource(files, config, footers)
     if splits:
         return Subset(source, rows_of_split(split, splits, config.source))
     if not len(source):
@@ -163,25 +167,26 @@ def open_split(config: DataConfig, split: str) -> Any:
 
 def list_splits(config: DataConfig) -> list[str] | None:
     """List the splits in a column `split`; None without this column."""
-    return sorted({own for own in _split_column(config.source) if own}) or None
+    return sorted({own for own in _split_column(config.source)[0] if own}) or None
 
 
-def _split_column(pattern: str) -> list[str | None]:
-    """The split of each row, None where it has none.
+def _split_column(pattern: str) -> tuple[list[str | None], dict[str, Any]]:
+    """The split of each row, None where it has none, and the footers of all files, if read.
 
-    Empty where no file has the column `split`, or `{split}` is in their names in its place.
+    No rows where no file has the column `split`, or `{split}` is in their names in its place.
     """
     files = [] if "{split}" in pattern else expand(pattern)
-    footers = [_footer(name) for name in files]
-    if not any("split" in schema.names for _, schema in footers):
-        return []
+    footers = dict(zip(files, _footers(files), strict=True))
+    if not any("split" in schema.names for _, schema in footers.values()):
+        return [], footers
     values: list[str | None] = []
-    for name, (metadata, schema) in zip(files, footers, strict=True):
+    for name in files:
+        metadata, schema = footers[name]
         if "split" in schema.names:
             values += [split_value(row["split"]) for row in read_columns(name, ["split"])]
         else:
             values += [None] * metadata.num_rows
-    return values
+    return values, footers
 
 
 @functools.lru_cache(16)
@@ -259,6 +264,14 @@ def _footer(name: str) -> tuple[Any, Any]:
     except (pyarrow.ArrowException, OSError) as error:
         why = first_line(error)
         raise DataError(f"{name} cannot be read as Parquet ({why}): check data.source") from None
+
+
+def _footers(names: list[str]) -> list[tuple[Any, Any]]:
+    """Read the footers of files: remote ones at the same time, local ones are faster in turn."""
+    if not any(map(is_remote, names)):
+        return [_footer(name) for name in names]
+    with ThreadPoolExecutor(_FOOTERS) as pool:
+        return list(pool.map(_footer, names))
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from vlm.data import remote
 from vlm.data.hub_access import check_access
+from vlm.data.open_files import LocalFile
 from vlm.errors import DataError
 from vlm.paths import as_path, cache_dir, is_remote
 
@@ -65,7 +66,7 @@ def list_files(pattern: str) -> list[str]:
 def open_file(path: str) -> Any:
     """Open a local or remote file for unbuffered binary reads with seek."""
     if not is_remote(path):
-        return open(path, "rb", buffering=0)
+        return LocalFile(path)
     if remote.is_async(path):
         info = retry(lambda: remote.ask(path, "info"), path)
         if info.get("size") and info.get("partial", True):
