@@ -26,8 +26,8 @@ option.
 The defaults shown are those of {config}.
 
 Progress is printed to stderr, and the run folder to stdout at the end. Ctrl-C saves a checkpoint
-and exits; a second Ctrl-C exits at once. --resume accepts options that keep checkpoints compatible
-(mesh, run length, learning rate, eval and checkpoint intervals, workers).
+and exits; a second Ctrl-C exits at once. --resume accepts all options that keep the saved
+state valid (such as mesh, batch size, data, run length, learning rate), and refuses others by name.
 
 With --init-from, the model, its preprocessing and its tokenizer are those of MODEL (all that
 vlm.load accepts), unless the config has a model; --init-image-size and --init-context-length resize

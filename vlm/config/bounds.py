@@ -50,7 +50,7 @@ _INTEGERS = _by_field(
         Bounds(0, 4_096): ("workers", "prefetch"),
         Bounds(1, 2**31 - 1): (
             "steps", "batch_size", "micro_batch_size", "log_every", "keep_checkpoints", "profile",
-            "shuffle", "max_bad_in_a_row", "max_skipped_in_a_row",
+            "shuffle", "max_bad_in_a_row", "max_skipped_in_a_row", "timescale",
         ),
         Bounds(0, 2**31 - 1): ("seed",),
         Bounds(1, 2**53): ("examples",),

@@ -41,7 +41,8 @@ def with_default_rates(experiment: Experiment) -> Experiment:
         return e
     if rate is None:
         rate = fine_tuning_rate(e) if fine_tunes else RATE
-    if warmup is None and not isinstance(e.optimizer.schedule, Code):
+    has_own = isinstance(e.optimizer.schedule, Code) or e.optimizer.timescale is not None
+    if warmup is None and not has_own:
         warmup = FINE_TUNING_WARMUP if fine_tunes else WARMUP
     optimizer = dataclasses.replace(e.optimizer, learning_rate=rate, warmup=warmup)
     return dataclasses.replace(e, optimizer=optimizer)
@@ -54,6 +55,7 @@ def resumed_experiment(experiment: Experiment, before: Experiment) -> Experiment
         name: getattr(before.optimizer, name)
         for name in ("learning_rate", "warmup")
         if getattr(e.optimizer, name) is None
+        and not (name == "warmup" and e.optimizer.timescale is not None)
     }
     return dataclasses.replace(
         e,
@@ -64,6 +66,7 @@ def resumed_experiment(experiment: Experiment, before: Experiment) -> Experiment
         optimizer=dataclasses.replace(e.optimizer, **optimizer),
         init_image_size=None,
         init_context_length=None,
+        run_dir=e.run_dir or before.run_dir,
     )
 
 

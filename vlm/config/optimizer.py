@@ -46,6 +46,9 @@ class OptimizerConfig(Config):
             the run that returns a factor of learning_rate.
         warmup: Fraction of the run in which the learning rate rises from 0. None: 0.05, or 0.1 for
             a run that starts from a model.
+        timescale: For rsqrt: number of warm-up steps, in place of warmup. The learning rate then
+            depends on the step and not on the length of the run until the cooldown begins, so that
+            a run can be made longer without a jump. None: warmup.
         cooldown: Fraction of the run in which rsqrt and wsd decay at the end.
         weight_decay: Strength of weight decay. It applies to matrices, low-rank adapters included,
             and not to norms, biases, and the scale and bias of the logits.
@@ -90,6 +93,7 @@ class OptimizerConfig(Config):
         warmup: float | None = None
     end_learning_rate: float = 0.0
     schedule: Literal["cosine", "rsqrt", "wsd", "constant"] | ImportPath = "cosine"
+    timescale: int | None = None
     cooldown: float = 0.2
     weight_decay: float = 0.1
     weight_decay_rule: Literal["open_clip", "big_vision"] = "open_clip"
@@ -147,6 +151,10 @@ class OptimizerConfig(Config):
             self.refuse_unused(why, "warmup", "end_learning_rate")
         if self.schedule not in ("rsqrt", "wsd"):
             self.refuse_unused('set schedule to "rsqrt" or "wsd"', "cooldown")
+        if self.schedule != "rsqrt":
+            self.refuse_unused('set schedule to "rsqrt"', "timescale")
+        if self.timescale is not None:
+            self.refuse_unused("timescale replaces it: leave timescale out", "warmup")
         if isinstance(self.name, Code):
             self.refuse_unused("the rule of your own has its own", "b1", "b2", "eps")
         if not self.weight_decay or self.l2_sp:
@@ -173,9 +181,9 @@ class OptimizerConfig(Config):
 
 # Fields of `OptimizerConfig` that have no effect beside a transformation.
 _REPLACED = (
-    "name", "learning_rate", "end_learning_rate", "schedule", "warmup", "cooldown", "weight_decay",
-    "weight_decay_rule", "l2_sp", "b1", "b2", "eps", "clip_norm", "layer_decay", "vision_rate",
-    "text_rate", "rates", "decays",
+    "name", "learning_rate", "end_learning_rate", "schedule", "warmup", "timescale", "cooldown",
+    "weight_decay", "weight_decay_rule", "l2_sp", "b1", "b2", "eps", "clip_norm", "layer_decay",
+    "vision_rate", "text_rate", "rates", "decays",
 )  # fmt: skip
 
 

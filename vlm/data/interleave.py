@@ -146,6 +146,10 @@ class LaneBatches(grain.IterDataset):
         lanes = gather_processes(self.positions)
         return {"step": step, "data": stream.fingerprint, "count": stream.lanes, "lanes": lanes}
 
+    def start_at(self, step: int) -> None:
+        """Let every lane start at its first sample with the batch `step`."""
+        self.positions = {}
+
     def restore(self, state: dict[str, Any]) -> None:
         """Restore the positions of `state`; DataError if shards or number of lanes differ."""
         stream = self.stream
@@ -154,7 +158,7 @@ class LaneBatches(grain.IterDataset):
                 f"the checkpoint is for other data ({state.get('data')!r}, here "
                 f"{stream.fingerprint!r}: number of shards x parts of each, and hash of the "
                 "shards' names): resume with the shards, index and version of vlm that the run "
-                "started with"
+                "started with, or start a new pass over these with another --seed"
             )
         if state.get("count") != stream.lanes:
             fix = getattr(stream, "fix_lanes", f"set data.interleave to {state.get('count')}")

@@ -3,7 +3,9 @@
 `random_access` and `interleave` make the batches; grain runs them ahead in threads or processes.
 """
 
+import dataclasses
 import json
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +15,7 @@ from absl import flags
 from etils import epath
 
 from vlm.config import DataConfig
+from vlm.config.resume import begins_new_pass, position_fields
 from vlm.data.examples import captions_of
 from vlm.data.faults import BadSamples
 from vlm.data.interleave import LaneBatches, gather_processes
@@ -20,6 +23,7 @@ from vlm.data.mixing import MixingMonitor
 from vlm.data.mixture import part_configs
 from vlm.data.python_source import check_workers, has_length, is_named
 from vlm.data.random_access import Batch, TrainBatches
+from vlm.data.randomness import key
 from vlm.data.reinforced import Reinforced
 from vlm.data.sources import CachedSource, open_source, open_stream, streams
 from vlm.data.transform_example import ExampleTransform
@@ -28,23 +32,40 @@ from vlm.errors import ConfigError, DataError, warn_once
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import AnyTokenizer, Tokenizer
 
+logger = logging.getLogger(__name__)
+
+Order = TrainBatches | LaneBatches
+
 
 class TrainIterator(grain.DatasetIterator):
     """Iterator over training batches, prefetched by threads or worker processes.
 
-    Its state is the position of the next batch, independent of what the workers have prefetched.
+    Its state is the position of the next batch, independent of what the workers have prefetched,
+    and the fields of the config that the position depends on.
+
+    Args:
+        order: the batches, from their start.
+        reopen: makes them for another seed, and for a number of lanes or None.
+        depends: the fields that the position depends on.
+        finish: applied to each batch.
     """
 
     def __init__(
         self,
-        order: TrainBatches | LaneBatches,
+        order: Order,
         *,
+        reopen: Callable[[int, int | None], Order],
+        depends: dict[str, Any],
         prefetch: int,
         bad: BadSamples,
         finish: Callable[[Batch], Batch],
         description: str = "",
     ):
         super().__init__()
+        self._reopen, self._depends = reopen, depends
+        self.samples = 0  # of all processes before the next batch
+        self.position_change = ""  # what `resume` did about changed fields
+        self._pass_step = 0  # first step of this pass over the data
         self.description = description  # number of examples, and how they are read
         self._order, self._prefetch, self._finish = order, prefetch, finish
         self.bad = bad  # counts of bad samples and truncated texts so far
@@ -71,6 +92,7 @@ class TrainIterator(grain.DatasetIterator):
         cut = int(batch.pop("texts_cut").sum())
         self.bad.take(self._step, len(batch["tokens"]), json.loads(batch.pop("bad")), cut)
         self._step += 1
+        self.samples += self._depends["batch_size"]
         groups = batch.pop("groups", None)
         if self._fix_mixing and groups is not None and (found := self._mixing.add(groups)):
             warn_once(
@@ -80,24 +102,79 @@ class TrainIterator(grain.DatasetIterator):
             )
         return self._finish(batch)
 
+    @property
+    def step(self) -> int:
+        """Number of the next batch."""
+        return self._step
+
     def get_state(self) -> dict[str, Any]:
         """Return the state for a checkpoint: JSON values, equal in all processes.
 
         All processes must call it at the same step.
         """
         bad = {str(self.bad.process_index): self.bad.state()}
-        return {**self._order.state(self._step), "bad": gather_processes(bad)}
+        return {
+            **self._order.state(self._step),
+            "samples": self.samples,
+            "pass_step": self._pass_step,
+            "depends": self._depends,
+            "bad": gather_processes(bad),
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from a `state` that `get_state` returned; DataError if it is of another run."""
+        self._restore(state, may_begin=False)
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue as `set_state` does, although fields of the config may have changed.
+
+        The pass over the data continues where its position still fits: each example is then used at
+        most once in it. Else a new pass begins, in a new order, and bad samples are counted from
+        zero. `position_change` says which.
+
+        Raises:
+            DataError: the state is of another run, or of other data although no field changed.
+        """
+        self._restore(state, may_begin=True)
+
+    def _restore(self, state: dict[str, Any], *, may_begin: bool) -> None:
         step = state.get("step") if isinstance(state, dict) else None
         length = self._order.length
         if not isinstance(step, int) or step < 0 or (length is not None and step > length):
             raise DataError(f"{state!r} is not the state of a data iterator of this run")
-        self._order.restore(state)
-        self.bad.restore(state.get("bad", {}), step)
         self.close()
-        self._step = step
+        before = state.get("depends", self._depends)  # missing in older checkpoints
+        changed = [n for n, value in self._depends.items() if before.get(n, value) != value]
+        continued = not (may_begin and begins_new_pass(changed))
+        if continued:
+            try:
+                self._continue(state)
+            except (ConfigError, DataError) as error:
+                if not (may_begin and changed):
+                    raise
+                continued = False
+                logger.info("the position in the data does not fit: %s", error)
+        if not continued:
+            self._pass_step = step
+            self._order = self._reopen(_pass_seed(self._depends["seed"], step), None)
+            self._order.start_at(step)
+        self._step, self.samples = step, state.get("samples", step * self._depends["batch_size"])
+        self.bad.restore(state.get("bad", {}) if continued else {}, step)
+        what = "continues" if continued else "starts a new pass"
+        why = " and ".join("--" + name.replace("_", "-") for name in changed)
+        self.position_change = f"{what} at step {step:,} (changed: {why})" if changed else ""
+
+    def _continue(self, state: dict[str, Any]) -> None:
+        """Restore the position of a state; DataError or ConfigError if it does not fit."""
+        pass_step, lanes = state.get("pass_step", 0), state.get("count")
+        of_lanes = getattr(self._order, "stream", None)
+        other_lanes = lanes is not None and of_lanes is not None and of_lanes.lanes != lanes
+        if pass_step != self._pass_step or (
+            other_lanes and self._depends["data.interleave"] is None
+        ):
+            seed = _pass_seed(self._depends["seed"], pass_step)
+            self._order, self._pass_step = self._reopen(seed, lanes), pass_step
+        self._order.restore(state)
 
     def start_prefetch(self) -> None:
         """Start prefetching before the first batch is requested, for example during compilation."""
@@ -172,6 +249,20 @@ def train_batches(
         ((4, 16, 16, 3), (4, 12))
     """
     _check_sizes(batch_size, process_index, process_count)
+
+    def lane_batches(seed: int, lanes: int | None) -> LaneBatches:
+        stream = open_stream(
+            config if lanes is None else dataclasses.replace(config, interleave=lanes),
+            batch_size * process_count,
+            seed=seed,
+            process_index=process_index,
+            process_count=process_count,
+        )
+        each = stream.lanes // process_count
+        own = range(each * process_index, each * (process_index + 1))
+        transform = ExampleTransform([config, *part_configs(config)], preprocess)
+        return LaneBatches(stream, own, batch_size // each, transform, tokenizer, config)
+
     if streams(config):
         if reinforced is not None:
             raise ConfigError(
@@ -192,19 +283,10 @@ def train_batches(
                 f"{config.source} is read as a stream, of which no part can be held out: set "
                 'data.access="random", or data.hold_out to 0'
             )
-        stream = open_stream(
-            config,
-            batch_size * process_count,
-            seed=seed,
-            process_index=process_index,
-            process_count=process_count,
-        )
-        each = stream.lanes // process_count
-        lanes = range(each * process_index, each * (process_index + 1))
-        transform = ExampleTransform([config, *part_configs(config)], preprocess)
+        batches, reopen = lane_batches(seed, None), lane_batches
+        stream = batches.stream
         about = f"about {stream.examples:,} examples read as a stream"
         description = getattr(stream, "description", about)
-        batches = LaneBatches(stream, lanes, batch_size // each, transform, tokenizer, config)
         faults, examples = stream.faults, max(1, stream.examples // process_count)
         spare = 2 * stream.shard_length if process_count > 1 else 0
     else:
@@ -212,18 +294,23 @@ def train_batches(
         if is_named(config):
             check_workers(source, config)
         description = f"{config.train_split}: {len(source):,} examples"
-        batches = TrainBatches(
-            CachedSource(source, config, preprocess) if config.cache else source,
-            config,
-            preprocess,
-            tokenizer,
-            batch_size=batch_size,
-            seed=seed,
-            process_index=process_index,
-            process_count=process_count,
-            epochs=epochs,
-            reinforced=reinforced,
-        )
+        read = CachedSource(source, config, preprocess) if config.cache else source
+
+        def indexed_batches(seed: int, lanes: int | None) -> TrainBatches:
+            return TrainBatches(
+                read,
+                config,
+                preprocess,
+                tokenizer,
+                batch_size=batch_size,
+                seed=seed,
+                process_index=process_index,
+                process_count=process_count,
+                epochs=epochs,
+                reinforced=reinforced,
+            )
+
+        batches, reopen = indexed_batches(seed, None), indexed_batches
         faults, spare = getattr(source, "faults", ()), 0
         examples = len(source) + sum(fault.get("samples", 1) for fault in faults)
     bad = BadSamples(
@@ -231,7 +318,13 @@ def train_batches(
     )
     bad.take(0, 0, list(faults))  # of shards, known before the first step
     return TrainIterator(
-        batches, prefetch=config.prefetch, bad=bad, finish=finish, description=description
+        batches,
+        reopen=reopen,
+        depends=position_fields(config, seed, batch_size * process_count),
+        prefetch=config.prefetch,
+        bad=bad,
+        finish=finish,
+        description=description,
     )
 
 
@@ -296,6 +389,11 @@ def count_examples(config: DataConfig, split: str | None = None) -> int:
             "length of the run in steps or examples instead of epochs"
         )
     return len(open_source(config, split))
+
+
+def _pass_seed(seed: int, step: int) -> int:
+    """Return the seed of a pass that begins at `step`, so that it has an order of its own."""
+    return key(seed, 6, step) & (2**31 - 1) if step else seed
 
 
 def _check_sizes(batch_size: int, process_index: int, process_count: int) -> None:

@@ -2,8 +2,9 @@
 
 Sample g of a run (counted over all processes and epochs) is example `shuffle(g mod n)` of epoch
 g // n; g also seeds its crop, colours and caption. Global batch i contains samples i B to
-(i + 1) B - 1, and each process makes its own slice. So a run resumes exactly from a step number, on
-any number of processes or workers, and within an epoch no sample is lost or repeated. A bad sample
+(i + 1) B - 1, and each process makes its own slice. So a run resumes exactly from a number of
+samples, on any number of processes or workers and with another batch size, and within an epoch no
+sample is lost or repeated. A bad sample
 is replaced by another example, also drawn from g; all other samples are unaffected.
 """
 
@@ -88,12 +89,13 @@ class TrainBatches:
         # Decoding releases the GIL.
         self._threads = 1 if config.cache else min(config.prefetch, os.cpu_count() or 1)
         self._step = 0  # of the next batch to be read
+        self._first = (0, 0)  # a step, and the position of its first sample
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, step: int) -> Batch:
-        first = int(step) * self._global_batch + self._offset
+        first = self._position(int(step)) + self._offset
         positions = np.arange(first, first + self._batch_size)
         indices = places(self._seed, positions, len(self._source))
         store, variants = self._reinforced, np.zeros_like(positions)
@@ -136,8 +138,17 @@ class TrainBatches:
         return elements[0]
 
     def state(self, step: int) -> dict[str, Any]:
-        """Return the step, and the number of examples to recognise the data."""
-        return {"step": step, "examples": len(self._source)}
+        """Return the step, the position, and the number of examples to recognise the data."""
+        return {"step": step, "examples": len(self._source), "position": self._position(step)}
+
+    def start_at(self, step: int, position: int = 0) -> None:
+        """Let the first sample of the batch `step` be the one at `position`."""
+        self._step, self._first = step, (step, position)
+
+    def _position(self, step: int) -> int:
+        """Return the position of the first sample of a batch of all processes."""
+        first_step, first = self._first
+        return first + (step - first_step) * self._global_batch
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore the position of `state`; DataError if it belongs to other data."""
@@ -151,9 +162,11 @@ class TrainBatches:
         if examples != here:
             raise DataError(
                 f"the checkpoint is for other data ({examples:,} examples, here {here:,}): resume "
-                "with the data that the run started with"
+                "with the data that the run started with, or start a new pass over this data with "
+                "another --seed"
             )
-        self._step = state["step"]
+        step = state["step"]  # older checkpoints have no position
+        self.start_at(step, state.get("position", step * self._global_batch))
 
     def _make(
         self,

@@ -14,7 +14,6 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from vlm.config import Experiment
 from vlm.data.sources import classes_of
-from vlm.inputs.preprocess import Preprocess
 from vlm.models.flops import Supervision
 from vlm.planning.collectives import Collective, collectives
 from vlm.planning.hlo import Program, parse
@@ -30,7 +29,7 @@ from vlm.sharding import (
 )
 from vlm.training.objectives import HEADS, Embeddings, objective
 from vlm.training.partition import joined
-from vlm.training.step import Trainer, TrainState
+from vlm.training.step import Trainer, TrainState, batch_shapes
 from vlm.training.teacher import DescribedTeacher, StoredTeacher, supervision_of
 
 
@@ -129,22 +128,8 @@ def with_dtype(experiment: Experiment, platform: str) -> Experiment:
 
 def batch_of(experiment: Experiment) -> dict[str, Any]:
     """Shapes and dtypes of a global batch."""
-    e, teacher = experiment, planned_supervision(experiment).teacher
-
-    def rows(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((e.batch_size, *shape), dtype)
-
-    image = Preprocess(e.preprocess).blank(1)
-    batch: dict[str, Any] = {
-        "images": jax.tree.map(lambda x: rows(*x.shape[1:], dtype=x.dtype), image),
-        "tokens": rows(e.model.text.context_length),
-    }
-    if e.objective != "contrastive":
-        batch["classes"] = rows()
-    if teacher is not None:
-        z = rows(teacher.width, dtype=jnp.float32)
-        batch |= {"teacher_image": z, "teacher_text": z}
-    return batch
+    teacher = planned_supervision(experiment).teacher
+    return batch_shapes(experiment, None if teacher is None else teacher.width)
 
 
 def compile_step(experiment: Experiment, mesh: Mesh) -> CompiledStep | DoesNotFit:

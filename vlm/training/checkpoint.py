@@ -153,11 +153,12 @@ class Checkpoints:
             self.seconds = time.monotonic() - row.pop("checkpoint/began")
             self._rows.append(row | {"checkpoint/seconds": self.seconds})
 
-    def restore(self, abstract: Any) -> tuple[Any, Any] | None:
+    def restore(self, abstract: Any, older: Any = None) -> tuple[Any, Any] | None:
         """Restore the newest readable checkpoint as (state, data_state); None if there is none.
 
         `abstract` gives shapes, dtypes and shardings: a checkpoint of one mesh restores onto
-        another. A corrupt checkpoint is skipped for the one before it, which is logged.
+        another. `older` is the same in the layout of an older version, which is restored as it
+        is. A corrupt checkpoint is skipped for the one before it, which is logged.
         All processes restore the same one: it must be readable by each of them.
 
         Raises:
@@ -169,7 +170,7 @@ class Checkpoints:
         steps: list[int] = json.loads(listed)
         last_error = ""
         for step in steps:
-            restored, problem = self._read(step, abstract)
+            restored, problem = self._read(step, abstract, older)
             problems = [json.loads(p) for p in exchange_texts(json.dumps(problem))]
             if not any(problems):
                 return restored
@@ -190,18 +191,16 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, step: int, abstract: Any) -> tuple[Any, tuple[str, str, bool] | None]:
+    def _read(
+        self, step: int, abstract: Any, older: Any
+    ) -> tuple[Any, tuple[str, str, bool] | None]:
         """Return (content, None), or (None, (process, reason, whether corrupt)) on failure."""
-        wanted = args.Composite(
-            state=args.PyTreeRestore(
-                abstract, ocp.checkpoint_utils.construct_restore_args(abstract)
-            ),
-            data=args.JsonRestore(),
-        )
         tries = 0
         while True:
             try:
-                self._check_architecture(step, abstract)
+                tree = self._check_architecture(step, abstract, older)
+                arrays = args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
+                wanted = args.Composite(state=arrays, data=args.JsonRestore())
                 restored = self._manager.restore(step, args=wanted)
                 return (restored["state"], restored["data"]), None
             except CheckpointError:
@@ -216,8 +215,11 @@ class Checkpoints:
                 time.sleep(RETRY_AFTER[tries])
                 tries += 1
 
-    def _check_architecture(self, step: int, abstract: Any) -> None:
+    def _check_architecture(self, step: int, abstract: Any, older: Any) -> Any:
+        """Return the tree that has the shapes of the checkpoint: `abstract` or `older`."""
         saved = _shapes(self._manager.item_metadata(step)["state"].tree)
+        if older is not None and saved == _shapes(older):
+            return older
         ours = _shapes(abstract)
         lines = [
             f"{name}: {saved.get(name, 'absent')} saved, {ours.get(name, 'absent')} expected"
@@ -231,6 +233,7 @@ class Checkpoints:
                 + "\n  ".join(lines[:20])
                 + more
             )
+        return abstract
 
     @contextlib.contextmanager
     def _storage_errors(self) -> Iterator[None]:

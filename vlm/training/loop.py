@@ -14,7 +14,7 @@ from vlm.config import Experiment, require_bucket
 from vlm.data.pipeline import train_batches
 from vlm.data.sources import credits, require_source, with_own_splits
 from vlm.errors import ConfigError, TrainingError, brief
-from vlm.paths import as_path, keep_compiled_programs
+from vlm.paths import keep_compiled_programs
 from vlm.sharding import batch_shard, check_batch, make_mesh
 from vlm.training.bucket_sync import BucketSync
 from vlm.training.checkpoint import Checkpoints
@@ -33,7 +33,7 @@ from vlm.training.logs import Logs, StepProfiler
 from vlm.training.opening_report import report_start
 from vlm.training.resolution import image_size_at
 from vlm.training.result import TrainingResult
-from vlm.training.run import Run, experiment_in
+from vlm.training.run import Run
 from vlm.training.run_callbacks import RunCallbacks
 from vlm.training.schedule import CheckpointSchedule, Length, is_scheduled, length_in_steps
 from vlm.training.start import open_tokenizer, start
@@ -229,8 +229,9 @@ def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -
             )
             with run.starting(), timed("making the state"):
                 state = start(run, trainer, batches, checkpoints, supervision.classes, length)
-            step, total = int(state.step), int(state.total_steps)
-            run.record_start(step, total)
+                step, total = int(state.step), int(state.total_steps)
+                trainer.check_losses(state, image_size_at(experiment, step, total))
+            run.record_start(step, total, batches.position_change)
             checkpoint_schedule = CheckpointSchedule(experiment, step, total)
             report_start(run, trainer, state, batches, evaluations)
 
@@ -335,11 +336,14 @@ def _open(
         require_bucket(experiment)
         require_source(experiment.data)
         return Run.create(with_code_hashes(with_templates(resolve(experiment))))
-    before = experiment_in(as_path(resume))
-    changed = without_lost_callbacks(with_parts(experiment or before, **parts))
-    changed = with_code_hashes(_with_splits(changed))
-    report_changed_code(before, changed)
-    run = Run.open(resume, changed)
+
+    def change(before: Experiment) -> Experiment:
+        changed = without_lost_callbacks(with_parts(experiment or before, **parts))
+        changed = with_code_hashes(_with_splits(changed))
+        report_changed_code(before, changed)
+        return changed
+
+    run = Run.open(resume, change)
     for name, (old, new) in run.changes.items():
         if name != "code":
             log.info(f"{name} is {brief(new)} from now on; it was {brief(old)}")

@@ -24,8 +24,12 @@ DECAYED = {"open_clip": KERNELS | {"embedding", "position", "probe"}, "big_visio
 FACTORS = {("lora", "a"), ("lora", "b")}  # of adapters: matrices by both rules
 
 
-def learning_rate(config: OptimizerConfig, progress: Float[Array, ""]) -> Float[Array, ""]:
+def learning_rate(
+    config: OptimizerConfig, progress: Float[Array, ""], total_steps: Any = None
+) -> Float[Array, ""]:
     """Compute the learning rate after a fraction `progress` of the run.
+
+    `total_steps` is the length of the run, which a timescale needs.
 
     Linear warm-up from zero, then one of: half a cosine (arXiv:1608.03983); the reciprocal square
     root of the progress and a cooldown (arXiv:2106.04560); a plateau and a cooldown
@@ -41,7 +45,11 @@ def learning_rate(config: OptimizerConfig, progress: Float[Array, ""]) -> Float[
     if isinstance(config.schedule, Code):
         return jnp.float32(config.learning_rate) * _own_factor(config.schedule, progress)
     warmup, cooldown = config.warmup, config.cooldown
-    rise = jnp.minimum(1.0, progress / warmup) if warmup > 0 else jnp.ones(())
+    if config.timescale is not None:
+        assert total_steps is not None
+        warmup = config.timescale / total_steps
+    has_warmup = config.timescale is not None or config.warmup > 0
+    rise = jnp.minimum(1.0, progress / warmup) if has_warmup else jnp.ones(())
     fall = jnp.clip((1 - progress) / cooldown, 0, 1) if cooldown > 0 else jnp.ones(())
     peak = jnp.float32(config.learning_rate)
     match config.schedule:
@@ -49,7 +57,7 @@ def learning_rate(config: OptimizerConfig, progress: Float[Array, ""]) -> Float[
             past = jnp.clip((progress - warmup) / (1 - warmup), 0, 1)
             fall = 0.5 * (1 + jnp.cos(jnp.pi * past))
         case "rsqrt":
-            start = max(warmup, 1e-3)
+            start = warmup if config.timescale is not None else max(warmup, 1e-3)
             peak = peak * jnp.sqrt(start / jnp.maximum(progress, start))
         case "wsd":
             pass

@@ -3,11 +3,13 @@
 import dataclasses
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 
 from vlm.bundle import Bundle, load
 from vlm.errors import TrainingError
+from vlm.training.history import read_history
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,11 @@ class TrainingResult:
                 "and has no bundle yet: resume it with vlm.train(resume=result)"
             )
         return load(self.folder)
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """A row for each start of the run: its step, and [old, new] of each changed field."""
+        return read_history(self.folder)
 
     def __fspath__(self) -> str:
         return os.fspath(self.folder)

@@ -8,7 +8,7 @@ import contextlib
 import datetime
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from vlm.heads import zero_shot
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.paths import as_config_error, as_path
 from vlm.training.changes import check_changes
+from vlm.training.history import FILE, history_text, read_history
 from vlm.training.preflight import check_folder, check_same_everywhere
 from vlm.training.step import Trainer, TrainState
 from vlm.weights.adapter import AdapterOrigin
@@ -34,7 +35,7 @@ class Run:
 
     def __init__(self, folder: epath.Path, experiment: Experiment, resumed: bool = False):
         self.folder, self.experiment, self.resumed = folder, experiment, resumed
-        self.config, self.history = folder / "config.json", folder / "history.jsonl"
+        self.config, self.history = folder / "config.json", folder / FILE
         self.base_file, self.class_file = folder / "base.json", folder / "classes.json"
         self.checkpoints, self.tokenizer = folder / "checkpoints", folder / "tokenizer"
         self.log, self.results = folder / "log.jsonl", folder / "results.json"
@@ -69,8 +70,12 @@ class Run:
         return run
 
     @classmethod
-    def open(cls, folder: str | os.PathLike, changed: Experiment | None = None) -> "Run":
-        """Open the run in `folder`, to resume it unchanged or as `changed`.
+    def open(
+        cls,
+        folder: str | os.PathLike,
+        change: Callable[[Experiment], Experiment] = lambda experiment: experiment,
+    ) -> "Run":
+        """Open the run in `folder`, to resume it as `change` returns its experiment.
 
         Raises:
             CheckpointError: no run there, or a config that this version cannot read.
@@ -79,15 +84,17 @@ class Run:
         """
         folder = as_path(folder)
         before = experiment_in(folder)
-        after = before if changed is None else resumed_experiment(changed, before)
-        run = cls(folder, after, resumed=True)
+        run = cls(folder, resumed_experiment(change(before), before), resumed=True)
         run.changes = check_changes(before, run.experiment)
         check_same_everywhere(run.experiment, resumed=True)
         check_folder(folder)
         return run
 
-    def record_start(self, step: int, total: int) -> None:
-        """Append a line to the history: one for every start, with the changed fields."""
+    def record_start(self, step: int, total: int, data: str = "") -> None:
+        """Append a line to the history: one for every start, with the changed fields.
+
+        `data` is what the changes did to the position in the data.
+        """
         if jax.process_index() != 0:
             return
         if self.changes:
@@ -97,6 +104,7 @@ class Run:
             "step": step,
             "total_steps": total,
             "changes": self.changes,
+            **({"data": data} if data else {}),
             "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "processes": jax.process_count(),
             "vlm": __version__,
@@ -153,9 +161,16 @@ class Run:
 
     def last_total(self) -> int | None:
         """Return the total steps of the run when it was last started; None if not recorded."""
-        text = self.history.read_text() if self.history.exists() else ""
-        rows = text.splitlines()
-        return json.loads(rows[-1])["total_steps"] if rows else None
+        rows = self.starts()
+        return rows[-1]["total_steps"] if rows else None
+
+    def starts(self) -> list[dict[str, Any]]:
+        """Return the run's history: a row for each start, with step and changed fields."""
+        return read_history(self.folder)
+
+    def history_text(self) -> str:
+        """Describe the run's history: each start, and each change with its old and new value."""
+        return history_text(self.starts())
 
     def export(self, trainer: Trainer, state: TrainState, tokenizer: Tokenizer) -> Bundle:
         """Write and return the trained model as a bundle; in an adapter run, only the adapter."""

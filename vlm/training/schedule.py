@@ -28,10 +28,11 @@ def length_in_steps(trainer: Trainer, batches: TrainIterator) -> int:
     e = trainer.experiment
     if e.steps is not None:
         return e.steps
-    if e.examples is not None:
-        return max(1, e.examples // e.batch_size)
+    examples = e.examples
     if e.epochs is not None:
-        return max(1, int(e.epochs * count_examples(e.data) / e.batch_size))
+        examples = int(e.epochs * count_examples(e.data))
+    if examples is not None:  # earlier steps may have had another batch size
+        return max(1, batches.step + (examples - batches.samples) // e.batch_size)
     if e.seconds is None:
         raise ConfigError("the run has no length: set one of steps, epochs, examples, seconds")
     times = step_times(trainer, batches, e.seconds / 10)

@@ -1,6 +1,7 @@
 """Initial state of a run: from its newest checkpoint, from another model, or random."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,19 @@ def open_tokenizer(run: Run) -> Tokenizer:
             e = run.experiment
             of_model = e.init_from is not None and e.init_towers != "vision"
             (init_tokenizer if of_model else tokenizer_of)(e).save(run.tokenizer)
-        return Tokenizer.load(run.tokenizer)
+        tokenizer = Tokenizer.load(run.tokenizer)
+    if "tokenizer_file" in run.changes:
+        _check_vocabulary(run, tokenizer)
+    return tokenizer
+
+
+def _check_vocabulary(run: Run, tokenizer: Tokenizer) -> None:
+    """Raise a ConfigError unless a changed tokenizer_file has the run's vocabulary."""
+    if tokenizer_of(run.experiment).fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"tokenizer_file {run.experiment.tokenizer_file} has another vocabulary than the run, "
+            f"whose tokens the model has learned: leave it out, for {run.tokenizer} is used"
+        )
 
 
 def start(
@@ -52,15 +65,19 @@ def start(
     """Restore the state of the newest checkpoint, or initialise a new one of `length` steps."""
     abstract = jax.tree.map(placed, trainer.abstract_state, trainer.state_shardings)
     e = trainer.experiment
-    restored = checkpoints.restore(trainer.checkpoint_state(abstract))
+    saved = trainer.checkpoint_state(abstract)
+    older = dataclasses.replace(saved, opt_state=abstract.opt_state)
+    restored = checkpoints.restore(saved, older)
     if restored is not None:
         state, data_state = restored
+        if isinstance(state.opt_state, dict):
+            state = trainer.from_checkpoint(state)
         if e.adapter is not None:
             state = _with_base(run, trainer, state)
         if e.objective == "classification":
             assert classes is not None
             run.check_classes(classes.names)
-        batches.set_state(data_state)
+        _resume_data(run, batches, data_state)
         return _with_length(run, trainer, batches, state)
     if run.resumed:
         log.info("the run has no checkpoint yet: it starts from step 0")
@@ -83,15 +100,34 @@ def start(
     return state
 
 
+def _resume_data(run: Run, batches: TrainIterator, data_state: dict[str, Any]) -> None:
+    """Set the position of the data, and log what changed fields do to it.
+
+    Raises:
+        ConfigError: the batch size changed, and the checkpoint does not have the number of samples.
+    """
+    if "batch_size" in run.changes and "samples" not in data_state:
+        raise ConfigError(
+            "the checkpoint was written by an older version, without its number of samples, so "
+            "--batch-size cannot change yet: resume the run unchanged until its next checkpoint"
+        )
+    batches.resume(data_state)
+    if batches.position_change:
+        log.info(f"the data {batches.position_change}")
+
+
 def _with_length(
     run: Run, trainer: Trainer, batches: TrainIterator, state: TrainState
 ) -> TrainState:
-    """Set the total steps of a resumed run, if its length changed.
+    """Set the total steps of a resumed run, if its length or the steps of its length changed.
 
     Raises:
         ConfigError: the run is already past the new length.
     """
+    e = run.experiment
     changed = any(name in run.changes for name in LENGTHS)
+    if "batch_size" in run.changes:  # so many examples are another number of steps
+        changed |= e.examples is not None or e.epochs is not None
     total = length_in_steps(trainer, batches) if changed else run.last_total()
     step = int(state.step)
     if total is None or total == int(state.total_steps):

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from vlm._deprecation import renamed_method
-from vlm.config import Experiment, TokenizerConfig
+from vlm.config import Code, Experiment, TokenizerConfig
 from vlm.config.defaults import with_defaults
 from vlm.errors import ConfigError, check_choice
 from vlm.inputs.preprocess import Preprocess
@@ -27,7 +27,7 @@ from vlm.models.modules import constants
 from vlm.nn.layers import split_keys
 from vlm.nn.naflex import Patches
 from vlm.nn.transformer import Execution
-from vlm.sharding import batch_sharding, global_batch, replicated, shardings
+from vlm.sharding import batch_sharding, global_batch, placed, replicated, shardings
 from vlm.training.masking import mask_tokens
 from vlm.training.objectives import HEADS, UNTRAINED, Embeddings, embeddings, objective
 from vlm.training.optimizer import learning_rate, make_optimizer, own_learning_rate
@@ -138,7 +138,8 @@ class Trainer:
         (loss, terms), grads = self._value_and_grad(state, batch, key, image_size)
 
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        rate = learning_rate(config, state.step / state.total_steps)
+        progress = state.step / state.total_steps
+        rate = learning_rate(config, progress, state.total_steps)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         if config.max_scale is not None and "logit_scale" in params:
             # A scale that starts above the limit is not clipped, but cannot rise.
@@ -291,10 +292,33 @@ class Trainer:
         check_patterns(patterns, state.params)
 
     def checkpoint_state(self, state: TrainState) -> TrainState:
-        """Return the part of a state that a checkpoint stores: without an adapter's base model."""
-        if self.experiment.adapter is None:
-            return state
-        return dataclasses.replace(state, frozen={})
+        """Return the part of a state that a checkpoint stores.
+
+        It has no base model of an adapter, and of the optimizer's chain only the links with arrays,
+        so that clipping, decay and rates can change at a resume.
+        """
+        links = {"links": [link for link in state.opt_state if jax.tree.leaves(link)]}
+        frozen = state.frozen if self.experiment.adapter is None else {}
+        return dataclasses.replace(state, frozen=frozen, opt_state=links)
+
+    def from_checkpoint(self, restored: TrainState) -> TrainState:
+        """Return the state of a `checkpoint_state`, whose `frozen` it keeps."""
+        links = iter(restored.opt_state["links"])
+        chain = self.abstract_state.opt_state
+        opt_state = tuple(next(links) if jax.tree.leaves(link) else link for link in chain)
+        return dataclasses.replace(restored, opt_state=opt_state)
+
+    def check_losses(self, state: TrainState, image_size: int) -> None:
+        """Trace a step with losses of the user, so that a wrong one is refused before the first.
+
+        Raises:
+            ConfigError: a loss is wrong: see `vlm.training.custom_losses.check_losses`.
+        """
+        if any(isinstance(loss, Code) for loss, _ in self.experiment.losses):
+            width = None if self.teacher is None else self.teacher.width
+            rows = batch_sharding(self.mesh)
+            batch = jax.tree.map(lambda x: placed(x, rows), batch_shapes(self.experiment, width))
+            self.step_at(image_size).eval_shape(state, batch)
 
     kept = renamed_method("Trainer.kept", "checkpoint_state")
     divide = renamed_method("Trainer.divide", "partition")
@@ -311,6 +335,25 @@ class Trainer:
 
     def _embed_texts(self, state: TrainState, tokens: Int[Array, "b l"]):
         return self.model(state).encode_text(tokens)
+
+
+def batch_shapes(e: Experiment, teacher_width: int | None) -> dict[str, Any]:
+    """Return shapes and dtypes of a global batch; `teacher_width` is that of its embeddings."""
+
+    def rows(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((e.batch_size, *shape), dtype)
+
+    image = Preprocess(e.preprocess).blank(1)
+    batch: dict[str, Any] = {
+        "images": jax.tree.map(lambda x: rows(*x.shape[1:], dtype=x.dtype), image),
+        "tokens": rows(e.model.text.context_length),
+    }
+    if e.objective != "contrastive":
+        batch["classes"] = rows()
+    if teacher_width is not None:
+        z = rows(teacher_width, dtype=jnp.float32)
+        batch |= {"teacher_image": z, "teacher_text": z}
+    return batch
 
 
 def _eval_params(state: TrainState) -> Params:

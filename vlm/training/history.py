@@ -1,0 +1,37 @@
+"""History of a run: one row of `history.jsonl` for each start, with the fields that it changed."""
+
+import json
+from typing import Any
+
+from etils import epath
+
+from vlm.errors import brief
+
+FILE = "history.jsonl"
+
+
+def read_history(folder: epath.Path) -> list[dict[str, Any]]:
+    """Return the rows of a run folder, oldest first; a truncated last row is left out."""
+    file, rows = folder / FILE, []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def history_text(rows: list[dict[str, Any]]) -> str:
+    """Describe each start of a run in a line, and each change in a line below it."""
+    lines = []
+    for number, row in enumerate(rows):
+        verb = "resumed at" if number else "started at"
+        lines.append(
+            f"{row['time']}  {verb} step {row['step']:,} of {row['total_steps']:,} on "
+            f"{row['devices']}, processes: {row['processes']}, vlm {row['vlm']}, jax {row['jax']}"
+        )
+        for name, (old, new) in row["changes"].items():
+            lines.append(f"    {name}: {brief(old)} -> {brief(new)}")
+        if row.get("data"):
+            lines.append(f"    the data {row['data']}")
+    return "\n".join(lines)
