@@ -38,7 +38,7 @@ def json_state(batches: TrainIterator) -> dict:
     return json.loads(json.dumps(batches.get_state()))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_another_batch_size_uses_each_example_once_in_the_pass(tiny, workers):
     first = batches_of(tiny(), 8, workers=workers)
     seen = [image for _ in range(2) for image in images(next(first))]
@@ -107,6 +107,7 @@ def resumed(stopped: Path, tmp_path: Path, **changes) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_clipping_decay_rates_and_masking_change(stopped, tmp_path):
     rule = {"clip_norm": None, "weight_decay": 0.0, "layer_decay": 0.5, "b2": 0.9}
     run = resumed(stopped, tmp_path, optimizer=rule, text_masking=0.25, dtype="bfloat16")
@@ -122,6 +123,7 @@ def test_clipping_decay_rates_and_masking_change(stopped, tmp_path):
     assert len(losses(again)) == 10
 
 
+@pytest.mark.slow
 def test_a_batch_size_changes_the_steps_of_a_length_in_examples(stopped, tmp_path):
     # Six steps of 16 are 96 examples: the other 64 are eight steps of 8.
     run = resumed(stopped, tmp_path, steps=None, examples=160, batch_size=8)
@@ -130,6 +132,7 @@ def test_a_batch_size_changes_the_steps_of_a_length_in_examples(stopped, tmp_pat
     assert row["data"] == "continues at step 6 (changed: --batch-size)"
 
 
+@pytest.mark.slow
 def test_a_vocabulary_may_move_and_not_change(stopped, tmp_path, tiny):
     run = tmp_path / "run"
     vocabulary = stopped / "tokenizer" / "tokenizer.json"
@@ -145,6 +148,7 @@ def test_a_vocabulary_may_move_and_not_change(stopped, tmp_path, tiny):
     assert list(read_history(as_path(run))[-1]["changes"]) == ["tokenizer_file"]
 
 
+@pytest.mark.slow
 def test_a_truncated_history_is_read_up_to_its_end(stopped, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(stopped, run)
@@ -153,6 +157,7 @@ def test_a_truncated_history_is_read_up_to_its_end(stopped, tmp_path):
     assert len(Run.open(run).starts()) == 1
 
 
+@pytest.mark.slow
 def test_the_config_of_a_resumed_run_is_read_once(stopped, tmp_path, monkeypatch):
     from vlm.training import run as module
 
@@ -168,12 +173,15 @@ def wrong_loss(inputs):
     return inputs.z_image  # no scalar
 
 
+@pytest.mark.slow
+@pytest.mark.untyped
 def test_a_refused_loss_leaves_no_folder(tiny, tmp_path):
     with pytest.raises(ConfigError, match="wrong_loss returned an array"):
         train(tiny(run_dir=str(tmp_path / "run")), loss=wrong_loss)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_with_a_timescale_goes_on_without_a_jump(tiny, tmp_path):
     run = tmp_path / "run"
     rule = {"schedule": "rsqrt", "timescale": 2, "warmup": None, "cooldown": 0.0}

@@ -166,12 +166,12 @@ class TrainIterator(grain.DatasetIterator):
 
     def _continue(self, state: dict[str, Any]) -> None:
         """Restore the position of a state; DataError or ConfigError if it does not fit."""
-        pass_step, lanes = state.get("pass_step", 0), state.get("count")
-        of_lanes = getattr(self._order, "stream", None)
-        other_lanes = lanes is not None and of_lanes is not None and of_lanes.lanes != lanes
-        if pass_step != self._pass_step or (
-            other_lanes and self._depends["data.interleave"] is None
-        ):
+        pass_step, lanes = state.get("pass_step", 0), None
+        if isinstance(self._order, LaneBatches) and self._depends["data.interleave"] is None:
+            stream = self._order.stream  # the default number of lanes depends on the batch size
+            if state.get("count") != stream.lanes and not hasattr(stream, "fix_lanes"):
+                lanes = state.get("count")
+        if pass_step != self._pass_step or lanes is not None:
             seed = _pass_seed(self._depends["seed"], pass_step)
             self._order, self._pass_step = self._reopen(seed, lanes), pass_step
         self._order.restore(state)
