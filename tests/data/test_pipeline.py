@@ -167,7 +167,7 @@ def test_a_run_that_has_ended_is_resumed_at_its_end(config):
     assert len(batches) == len(fresh) == 4
     fresh.set_state(end)
     assert list(fresh) == []
-    fresh.set_state({**end, "step": 3})
+    fresh.set_state({**end, "step": 3, "position": 21})
     assert_equal(*fresh, batches[3])
     with pytest.raises(DataError, match="not the state"):
         fresh.set_state({**end, "step": 5})

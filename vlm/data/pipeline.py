@@ -142,7 +142,6 @@ class TrainIterator(grain.DatasetIterator):
         length = self._order.length
         if not isinstance(step, int) or step < 0 or (length is not None and step > length):
             raise DataError(f"{state!r} is not the state of a data iterator of this run")
-        self.close()
         before = state.get("depends", self._depends)  # missing in older checkpoints
         changed = [n for n, value in self._depends.items() if before.get(n, value) != value]
         continued = not (may_begin and begins_new_pass(changed))
@@ -160,6 +159,7 @@ class TrainIterator(grain.DatasetIterator):
             self._order.start_at(step)
         self._step, self.samples = step, state.get("samples", step * self._depends["batch_size"])
         self.bad.restore(state.get("bad", {}) if continued else {}, step)
+        self.close()
         what = "continues" if continued else "starts a new pass"
         why = " and ".join("--" + name.replace("_", "-") for name in changed)
         self.position_change = f"{what} at step {step:,} (changed: {why})" if changed else ""
