@@ -33,6 +33,7 @@ class Chip:
     source: str
     cores: int | None = None  # hardware threads per machine (vCPUs)
     host_memory: float | None = None  # bytes per machine
+    clock: float | None = None  # cycles per second, where they are known
     unit: int = 16  # rows and columns of a matrix unit
     devices: int = 1
     reserved: float = 0.0  # bytes per device that the TPU runtime reserves

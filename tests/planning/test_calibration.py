@@ -21,6 +21,7 @@ from vlm.planning.calibration import (
     calibration_of,
     save_measurement,
 )
+from vlm.planning.roofline import Roofline
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -51,6 +52,17 @@ def test_a_range():
     assert seconds.middle == pytest.approx(6**0.5)
     assert 2.5 in seconds
     assert 3.5 not in seconds
+
+
+def test_a_range_is_never_better_than_the_compilers_estimate():
+    fast = Roofline(1.0, 0.5, 0.0, 1.0, 0.0, 0.0, "compiled")
+    plain = fast.predicted(calibration_of("v5p"))
+    for estimate, least in ((0.5, plain.low), (9.0, 9.0)):
+        slow = dataclasses.replace(fast, compiler_estimate=estimate).predicted(
+            calibration_of("v5p")
+        )
+        assert slow.low == pytest.approx(least)
+        assert slow.high == pytest.approx(WIDTH * least)
 
 
 def measurement(**changes) -> Measurement:

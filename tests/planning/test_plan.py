@@ -57,6 +57,8 @@ def test_a_tpu_slice_without_a_tpu(monkeypatch):
     assert sum(name.startswith("attention_backward") for name in kernels) == 2
     assert len(kernels) == 4
     assert 0 < made.mfu.low < made.mfu.high < 1
+    assert 0 <= made.roofline.layout_share < 0.2
+    assert 0 < made.roofline.compiler_estimate <= made.step_seconds.low * 1.000001
     assert json.loads(json.dumps(made.to_dict()))["memory"]["basis"] == "compiled"
 
 
@@ -302,6 +304,54 @@ ENTRY %main (p: f32[8,32]) -> f32[16,32] {
 def test_a_collective_spread_over_fusions_is_one():
     (gather,) = collectives(parse(CHAIN), {"data": 2, "fsdp": 2}, [(16, 32)])
     assert (gather.place, gather.count, gather.sent) == (FSDP, 1, 4 * 8 * 32)
+
+
+MOVES = """\
+HloModule step
+
+%repeat (t: (f32[8,16])) -> (f32[8,16]) {
+  %t = (f32[8,16]) parameter(0)
+  %x = f32[8,16]{1,0} get-tuple-element(%t), index=0
+  %copied = f32[8,16]{0,1} copy(%x), backend_config={"estimated_cycles":"20"}
+  %scaled = f32[8,16]{1,0} add(%copied, %copied), backend_config={"estimated_cycles":"30"}
+  ROOT %r = (f32[8,16]) tuple(%scaled)
+}
+
+%until (t: (f32[8,16])) -> pred[] {
+  %t = (f32[8,16]) parameter(0)
+  ROOT %p = pred[] constant(false)
+}
+
+%moved (a: f32[8,16]) -> f32[16,8] {
+  %a = f32[8,16]{1,0} parameter(0)
+  ROOT %turned = f32[16,8]{1,0} transpose(%a), dimensions={1,0}
+}
+
+%loaded (a: f32[3,8,16], i: s32[]) -> f32[1,8,16] {
+  %a = f32[3,8,16]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %layer = f32[1,8,16]{2,1,0} dynamic-slice(%a, %i, %i, %i), dynamic_slice_sizes={1,8,16}
+}
+
+ENTRY %main (p: f32[8,16], w: f32[3,8,16], i: s32[]) -> f32[16,8] {
+  %p = f32[8,16]{1,0} parameter(0)
+  %w = f32[3,8,16]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %start = (f32[8,16]) tuple(%p)
+  %loop = (f32[8,16]) while(%start), condition=%until, body=%repeat, \
+backend_config={"known_trip_count":{"n":"4"}}
+  %y = f32[8,16]{1,0} get-tuple-element(%loop), index=0
+  %layer = f32[1,8,16]{2,1,0} fusion(%w, %i), kind=kLoop, calls=%loaded, \
+backend_config={"estimated_cycles":"50"}
+  ROOT %last = f32[16,8]{1,0} fusion(%y), kind=kLoop, calls=%moved, \
+backend_config={"estimated_cycles":"7"}
+}
+"""
+
+
+def test_cycles_of_copies_and_layout_changes():
+    """A copy and a sum in a loop of four, a load of a layer, and a fusion that only transposes."""
+    assert parse(MOVES).cycles() == (4 * (20 + 30) + 50 + 7, 4 * 20 + 7)
 
 
 NESTED = """\

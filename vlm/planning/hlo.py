@@ -22,6 +22,12 @@ FREE = {
 }  # fmt: skip
 
 
+# Instructions that only change where or in which layout data lie.
+LAYOUT = {"copy", "pad", "slice", "transpose", "reshape", "concatenate", "reverse"}
+# Instructions of a fusion that computes nothing.
+MOVES = LAYOUT | {"dynamic-slice", "dynamic-update-slice"} | FREE - {"iota"}
+
+
 @dataclass(frozen=True)
 class Array:
     """One array of an instruction's result."""
@@ -55,6 +61,11 @@ class Instruction:
     def op_name(self) -> str:
         """Path of JAX transformations and functions that the instruction comes from."""
         return _first(r'op_name="([^"]*)"', self.text)
+
+    @property
+    def cycles(self) -> int:
+        """Cycles that the TPU compiler estimates for one run; 0 for kernels."""
+        return int(_first(r'"estimated_cycles":"(\d+)"', self.text) or 0)
 
     def called(self, attribute: str) -> str | None:
         """Name of the computation in an attribute such as `body`."""
@@ -134,6 +145,28 @@ class Program:
         return self.computations.get(name) if name else None
 
     # ---------------------------------------------------------------------- costs
+
+    def cycles(self) -> tuple[int, int]:
+        """Estimated cycles of one run of the program, and those of copies and layout changes."""
+        total = layout = 0
+        for instruction, _, times in self.walk():
+            cycles = times * instruction.cycles
+            total += cycles
+            layout += cycles if cycles and self.changes_layout(instruction) else 0
+        return total, layout
+
+    def changes_layout(self, instruction: Instruction) -> bool:
+        """Whether an instruction computes nothing, and only copies, pads, slices or transposes.
+
+        Loads of one layer from a stacked array are not counted: a loop over layers needs them.
+        """
+        inside = self.fused(instruction)
+        if inside is None:
+            return instruction.opcode in LAYOUT
+        parts = inside.instructions.values()
+        return any(self.changes_layout(i) for i in parts) and all(
+            i.opcode in MOVES or self.changes_layout(i) for i in parts
+        )
 
     def flops(self, instruction: Instruction, computation: Computation) -> float:
         """FLOPs of products, convolutions and kernels in one run of an instruction."""

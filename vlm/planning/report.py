@@ -165,6 +165,11 @@ def _time(r: Roofline, expected: Prediction) -> Table:
     table.add_row("communication", _time_of(r.interconnect), r.basis)
     table.add_row("instructions in sequence", _time_of(r.operations), r.basis)
     table.add_row("exposed communication", _time_of(r.exposed), r.basis)
+    if r.compiler_estimate is not None:
+        table.add_row("the compiler's estimate", _time_of(r.compiler_estimate), r.basis)
+    if r.layout_share is not None:
+        share = _percent(r.layout_share)
+        table.add_row("  share of copies and layout changes", share, r.basis)
     step = f"[bold]{_of(expected.step_seconds, _time_of)}[/]"
     table.add_row(f"[bold]step, bound by {r.bound}[/]", step, "expected")
     table.add_row("pairs/s", _of(expected.pairs_per_second, _count), "expected")

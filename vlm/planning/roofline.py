@@ -13,7 +13,7 @@ from typing import Literal
 from vlm.config import Experiment, ModelConfig, ViTConfig
 from vlm.models.flops import model_flops
 from vlm.planning.analytic import analytic_operations, unit_padding
-from vlm.planning.calibration import MEMORY, Calibration, Range
+from vlm.planning.calibration import MEMORY, WIDTH, Calibration, Range
 from vlm.planning.collectives import LOSS_RING, TENSOR, Collective
 from vlm.planning.compile import CompiledStep, StateBytes, planned_supervision
 from vlm.planning.hlo import prefetches
@@ -38,6 +38,9 @@ class Roofline:
     exposed: float  # communication that is not overlapped
     launches: float  # kernel launches
     basis: Literal["compiled", "analytic"]
+    layout_share: float | None = None  # of the compiler's estimated cycles: copies, layout changes
+    # Seconds of the compiler's estimated cycles, and of kernels at published rates.
+    compiler_estimate: float | None = None
 
     @property
     def waiting(self) -> float:
@@ -52,7 +55,9 @@ class Roofline:
     def predicted(self, calibration: Calibration) -> Range:
         """Expected range of the step time."""
         operations = self.compute / calibration.shares.arithmetic + self.waiting / MEMORY
-        return calibration.seconds(max(operations, self.launches) + self.exposed)
+        middle = max(operations, self.launches) + self.exposed
+        # The lower end is at least the compiler's own estimate.
+        return calibration.seconds(max(middle, (self.compiler_estimate or 0.0) * WIDTH**0.5))
 
     @property
     def bound(self) -> str:
@@ -88,7 +93,7 @@ def compiled_roofline(
     chip = topology.rated_chip
     flops_rate = chip.flops / chip.devices
     memory_rate = chip.memory_rate / chip.devices
-    compute = memory = operations = loss = 0.0
+    compute = memory = operations = loss = kernels = 0.0
     model = experiment.model
     blocks = model.vision if isinstance(model.vision, ViTConfig) else model.text
     heads = blocks.width // getattr(blocks, "heads", 1)
@@ -98,6 +103,7 @@ def compiled_roofline(
         arithmetic = times * program.flops(instruction, computation) / flops_rate
         if "tpu_custom_call" in instruction.text:  # attention: a head may fill only part of a unit
             arithmetic *= kernel_padding
+            kernels += arithmetic
         traffic = times * program.memory_bytes(instruction, computation) / memory_rate
         compute, memory = compute + arithmetic, memory + traffic
         if prefetches(instruction):
@@ -111,7 +117,12 @@ def compiled_roofline(
     _, vector = analytic_operations(experiment, chip, topology.chips, state)
     # Prefetched data still takes memory bandwidth.
     operations = max(operations, memory, compute + vector)
-    return Roofline(compute, memory, ring + rest, operations, exposed, 0.0, "compiled")
+    cycles, layout = (sum(x) for x in zip(*(p.cycles() for p in step.programs), strict=True))
+    estimate = cycles / chip.clock + kernels if cycles and chip.clock else None
+    share = layout / cycles if cycles else None
+    return Roofline(
+        compute, memory, ring + rest, operations, exposed, 0.0, "compiled", share, estimate
+    )
 
 
 def analytic_roofline(
