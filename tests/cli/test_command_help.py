@@ -71,7 +71,7 @@ def test_numbers_and_pairs_are_typed_as_in_a_shell():
     assert options["--resolution-schedule"].value == "NUMBER INTEGER ..."
     assert options["--optimizer.clip-norm"].default == "1"
     assert options["--optimizer.ema"].default == "no EMA"
-    assert options["--model.text.pool"].value == "end|argmax|first|last|class|mean|map"
+    assert options["--model.text.pool"].value == "end|argmax|first|last|class|mean|max|map"
     labelled = signatures.of_config(vlm.DataConfig("x", label="a", templates=("a photo of a {}.",)))
     assert {o.name: o for o in labelled}["--templates"].default == "'a photo of a {}.'"
 
@@ -117,6 +117,7 @@ differences are printed with examples.
 Examples:
   vlm convert runs/openmoji my-bundle
   vlm convert ViT-B-32 vit-b-32-hf --format huggingface
+  vlm convert logs/run/checkpoints/epoch_32.pt my-clip --architecture ViT-B-32
 
 Arguments:
   MODEL                         A run folder, a bundle, a Hub id, or a name of
@@ -127,6 +128,8 @@ Options:
   --format vlm|huggingface|open_clip
                                 Output format (default: vlm)
   --dtype float32|bfloat16      Type of the weights (default: float32)
+  --architecture TEXT           Name of the architecture in open_clip, if MODEL
+                                is a file of weights alone (default: none)
 
 vlm convert --help PATTERN shows the options that match.""",
 }

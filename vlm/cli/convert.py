@@ -28,7 +28,7 @@ def convert(
     Args:
         format: output format.
         dtype: type of the weights.
-        architecture: open_clip's name of the architecture, if MODEL is a file of weights alone.
+        architecture: Name of the architecture in open_clip, if MODEL is a file of weights alone.
     """
     folder = options.new_folder(out)
     runtime.prepare_inference()
