@@ -76,7 +76,7 @@ def test_a_description_with_nan_ends_too(folder, model):
 
 def test_deep_descriptions(folder, model):
     (folder / "index.json").write_text('{"a": ' + "[" * 100_000)
-    refused(folder, model, "nested too deep")
+    refused(folder, model, "nested too deep|is not JSON")  # Python 3.13 reads on to the end
     assert index_folder.generation(folder) == "corrupt"
 
 
@@ -107,7 +107,7 @@ def test_items(folder, model, items, message):
 def test_deep_items(folder, model):
     (file,) = folder.glob("items-*.json")
     file.write_text('{"ids": ' + "[" * 9_000)
-    refused(folder, model, "nested too deep")
+    refused(folder, model, "nested too deep|is not JSON")  # Python 3.13 reads on to the end
 
 
 def test_captions_may_have_any_characters(model, tmp_path):
