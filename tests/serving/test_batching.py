@@ -95,6 +95,8 @@ def test_threads_run_the_earliest_call_first():
     release.set()
     threads.close()
     assert ran == [1.0, 2.0, 3.0]
+    with pytest.raises(RuntimeError, match="shutting down"):
+        threads.submit(0.0, release.wait)
 
 
 def test_batch_sizes_follow_the_measured_times():

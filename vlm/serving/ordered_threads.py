@@ -17,6 +17,7 @@ class OrderedThreads:
     def __init__(self, count: int, name: str):
         self._calls: queue.PriorityQueue[tuple[float, int, Callable[[], None] | None]]
         self._calls, self._number = queue.PriorityQueue(), itertools.count()
+        self._open = True
         self._threads = [
             threading.Thread(target=self._run, name=f"{name}_{i}", daemon=True)
             for i in range(count)
@@ -25,11 +26,18 @@ class OrderedThreads:
             thread.start()
 
     def submit(self, since: float, call: Callable[[], None]) -> None:
-        """Run a call, which handles its own errors, after those of an earlier time."""
+        """Run a call, which handles its own errors, after those of an earlier time.
+
+        Raises:
+            RuntimeError: the threads are stopping.
+        """
+        if not self._open:
+            raise RuntimeError("the server is shutting down")
         self._calls.put((since, next(self._number), call))
 
     def close(self) -> None:
         """Run all waiting calls and stop the threads."""
+        self._open = False
         for _ in self._threads:
             self._calls.put((float("inf"), next(self._number), None))
         for thread in self._threads:
