@@ -28,16 +28,18 @@ def to_dict(config: Any) -> dict[str, Any]:
         >>> to_dict(vlm.MeshConfig(fsdp=4))
         {'data': -1, 'fsdp': 4, 'tensor': 1}
     """
-    return _plain(config)
+    return json_value(config)
 
 
-def _plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
+    """Convert the value of a field to JSON; a dataclass as `to_dict` does."""
     if dataclasses.is_dataclass(value):
         name = getattr(value, "kind", None)
         kind = {} if name is None else {"kind": name}
-        return kind | {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = dataclasses.fields(value)
+        return kind | {field.name: json_value(getattr(value, field.name)) for field in fields}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [json_value(item) for item in value]
     return str(value) if isinstance(value, Code) else value
 
 

@@ -111,14 +111,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=OPEN.after_fork)
 
 
-class LocalFile(io.RawIOBase):
-    """Local file for reading, which is closed and reopened when too many files are open."""
+class PositionedFile(io.RawIOBase):
+    """Seekable file for reading that keeps its own position; subclasses read at `_place`."""
 
     def __init__(self, path: str):
         super().__init__()
         self._path, self._place = path, 0
-        with self._opened():  # raises the errors of `open`
-            pass
+
+    def _length(self) -> int:
+        """Return the length in bytes."""
+        raise NotImplementedError
 
     def readable(self) -> bool:
         return True
@@ -130,11 +132,22 @@ class LocalFile(io.RawIOBase):
         return self._place
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place}.get(whence)
-        if base is None:
-            base = os.stat(self._path).st_size
+        places = {os.SEEK_SET: 0, os.SEEK_CUR: self._place}
+        base = self._length() if whence == os.SEEK_END else places[whence]
         self._place = max(0, base + offset)
         return self._place
+
+
+class LocalFile(PositionedFile):
+    """Local file for reading, which is closed and reopened when too many files are open."""
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        with self._opened():  # raises the errors of `open`
+            pass
+
+    def _length(self) -> int:
+        return os.stat(self._path).st_size
 
     def read(self, size: int | None = -1, /) -> bytes:
         with self._opened() as file:

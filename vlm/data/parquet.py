@@ -79,8 +79,9 @@ class ParquetSource:
 
     def __init__(self, names: list[str], config: DataConfig, known: dict[str, Any] | None = None):
         self._names = self.files = names
-        complete = known is not None and known.keys() >= set(names)
-        footers = [known[name] for name in names] if known and complete else _footers(names)
+        known = known or {}
+        complete = known.keys() >= set(names)
+        footers = [known[name] for name in names] if complete else _footers(names)
         self._metadata = [metadata for metadata, _ in footers]
         pairs = zip(names, footers, strict=True)
         self._columns = [Columns(schema, config, name) for name, (_, schema) in pairs]

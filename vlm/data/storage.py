@@ -6,7 +6,6 @@ A file is a local path, or a URL of a bucket (`gs://`, `s3://`), the Hub (`hf://
 
 import glob
 import hashlib
-import io
 import os
 import random
 import re
@@ -18,7 +17,7 @@ from typing import Any, TypeVar
 
 from vlm.data import remote
 from vlm.data.hub_access import check_access
-from vlm.data.open_files import LocalFile
+from vlm.data.open_files import LocalFile, PositionedFile
 from vlm.errors import DataError
 from vlm.paths import as_path, cache_dir, is_remote
 
@@ -90,7 +89,7 @@ def read_file(path: str) -> bytes:
         with open_file(path) as f:
             return f.read()
 
-    return retry(read, path if is_remote(path) else "")
+    return retry(read, path)
 
 
 def read_range(path: str, start: int, end: int) -> bytes:
@@ -118,7 +117,7 @@ def read_range(path: str, start: int, end: int) -> bytes:
             f.seek(start)
             return f.read(end - start)
 
-    return retry_attempts(read, path if is_remote(path) else "")
+    return retry_attempts(read, path)
 
 
 def write_whole(path: str, *parts: bytes) -> None:
@@ -188,7 +187,7 @@ def retry_attempts(action: Callable[[int], T], path: str = "") -> T:
         except Exception as error:  # each file system has its own types
             remote.check_status(error)
             cause, seconds = remote.cause_of(error), time.monotonic() - start
-            if path:
+            if is_remote(path):
                 remote.REQUESTS.failed(path, cause)
                 remote.REQUESTS.log()
             if attempt == ATTEMPTS - 1 or seconds > GIVE_UP:
@@ -199,26 +198,15 @@ def retry_attempts(action: Callable[[int], T], path: str = "") -> T:
     raise AssertionError("unreachable")
 
 
-class RemoteFile(io.RawIOBase):
+class RemoteFile(PositionedFile):
     """Remote file of a known size, whose reads are requests with deadlines and retries."""
 
     def __init__(self, path: str, size: int):
-        super().__init__()
-        self._path, self._size, self._place = path, size, 0
+        super().__init__(path)
+        self._size = size
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
-        self._place = max(0, base + offset)
-        return self._place
+    def _length(self) -> int:
+        return self._size
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Read `size` bytes, or to the end; fewer only at the end of the file."""

@@ -96,6 +96,7 @@ class Batched:
         sizes = [1 << i for i in range(self.max_batch.bit_length())]
         self.batcher = Batcher(self._compute, sizes, observe)
         self._lengths = self._text_lengths()
+        self._kinds = self.kinds()
         self._text_cache: OrderedDict[str, np.ndarray] = OrderedDict()
         self._text_lock = threading.Lock()
 
@@ -174,7 +175,7 @@ class Batched:
         """
         self.bundle._check_tower(self.bundle.model.vision, "image")
         future: Future = Future()
-        since = 0.0 if first else arrival(rank, self._seconds_per_item("image"))
+        since = 0.0 if first else arrival(rank, self.seconds_per_item("image"))
 
         def prepare() -> None:
             if future.cancelled():
@@ -198,7 +199,7 @@ class Batched:
         """Return the future embeddings of texts; `first` puts them ahead of the queue."""
         self.bundle._check_tower(self.bundle.model.text, "text")
         futures = [Future() for _ in texts]
-        seconds = self._seconds_per_item("text")
+        seconds = self.seconds_per_item("text")
         since = [0.0 if first else arrival(rank, seconds) for rank in range(len(texts))]
 
         def prepare() -> None:
@@ -251,6 +252,14 @@ class Batched:
         lengths = {"image": self._patch_lengths(), "text": self._lengths}
         return [Kind(tower, length) for tower in self.towers for length in lengths[tower]]
 
+    def seconds_per_item(self, tower: Literal["image", "text"] | None = None) -> float:
+        """Return the recent time of an item of the longest kind, of a tower or of both.
+
+        It is 0 before `warm_up`.
+        """
+        kinds = (kind for kind in self._kinds if tower in (None, kind.tower))
+        return max(map(self.batcher.seconds_per_item, kinds))
+
     def close(self) -> None:
         """Finish pending work and stop the threads."""
         self.decoders.close()
@@ -260,10 +269,6 @@ class Batched:
         self.batcher.close()
 
     # ---------------------------------------------------------------------------- batches
-
-    def _seconds_per_item(self, tower: str) -> float:
-        """Return the time of an item of a tower, of the longest kind; 0 before `warm_up`."""
-        return max(self.batcher.seconds_per_item(k) for k in self.kinds() if k.tower == tower)
 
     def _compute(self, kind: Kind, items: list[np.ndarray]) -> list[np.ndarray | DataError]:
         if kind.tower == "image":

@@ -6,7 +6,7 @@ from contextvars import ContextVar
 
 from starlette.types import Receive
 
-from vlm.serving.limits import Limits, RequestError
+from vlm.serving.limits import Limits, RequestError, busy
 
 UNCOUNTED = 1 << 16  # bytes of each body; the number of connections bounds their sum
 STALLED_SECONDS = 2.0  # without a byte, after which a body makes room for others
@@ -31,13 +31,8 @@ class BodyMemory:
         stalled.sort(key=lambda one: one.last_byte, reverse=True)
         while self.in_flight > held.counted and self.in_flight + count > self.limits.waiting_bytes:
             if not stalled:
-                raise RequestError(
-                    f"the server is busy: {self.in_flight:,} bytes of requests are in flight, and "
-                    f"the limit is {self.limits.waiting_bytes:,}; retry later",
-                    429,
-                    "busy",
-                    1.0,
-                )
+                in_flight = f"{self.in_flight:,} bytes of requests are in flight"
+                raise busy(f"{in_flight}, and the limit is {self.limits.waiting_bytes:,}", 1.0)
             stalled.pop().drop()
 
 

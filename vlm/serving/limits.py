@@ -85,6 +85,11 @@ class RequestError(VlmError):
         self.param = param
 
 
+def busy(reason: str, retry_after: float) -> RequestError:
+    """Return the error of a request that the server has no room for now (429)."""
+    return RequestError(f"the server is busy: {reason}; retry later", 429, "busy", retry_after)
+
+
 class Admission:
     """Counter of items or bytes in flight, with an upper limit."""
 
@@ -104,13 +109,8 @@ class Admission:
         count = min(count, max(1, self._limit // 2))
         with self._lock:
             if self.in_flight and self.in_flight + count > self._limit:
-                raise RequestError(
-                    f"the server is busy: {self.in_flight:,} {self._unit} are in flight, and the "
-                    f"limit is {self._limit:,}; retry later",
-                    429,
-                    "busy",
-                    retry_after,
-                )
+                in_flight = f"{self.in_flight:,} {self._unit} are in flight"
+                raise busy(f"{in_flight}, and the limit is {self._limit:,}", retry_after)
             self.in_flight += count
         try:
             yield

@@ -13,6 +13,7 @@ from vlm.heads import index_folder
 from vlm.heads.retrieval import RetrievalIndex
 from vlm.serving.batched import Batched
 from vlm.serving.gallery import Gallery
+from vlm.serving.server import freeze_objects
 from vlm.serving.service import Service
 
 CHECK_SECONDS = 2.0  # between two looks at the file that a save replaces
@@ -90,10 +91,8 @@ class ServedIndex:
                     )  # fmt: skip
                 continue
             del gallery
-            if gc.get_freeze_count():  # see `serve`: the old index would stay in memory
-                gc.unfreeze()
-                gc.collect()
-                gc.freeze()
+            if gc.get_freeze_count():  # by `serve`: the old index would stay in memory
+                freeze_objects()
             problem = ""
             service.metrics.reloads.labels("done").inc()
             _log.info(

@@ -92,10 +92,7 @@ def serve(
     number = getattr(signal, "SIGHUP", None)  # Windows has none; nohup ignores it
     if number is not None and signal.getsignal(number) != signal.SIG_IGN:
         previous[number] = signal.signal(number, hang_up)
-    # The collector would walk all objects of JAX and of the application, 0.1 s each time, while no
-    # request is answered.
-    gc.collect()
-    gc.freeze()
+    freeze_objects()
     try:
         server.run(sockets=[taken])
     finally:
@@ -103,6 +100,17 @@ def serve(
         for number, handler in previous.items():
             signal.signal(number, handler)
         taken.close()
+
+
+def freeze_objects() -> None:
+    """Exempt all objects that are in use now from garbage collections.
+
+    A collection would walk all of JAX and of the application, 0.1 s each time, while no request is
+    answered.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def uvicorn_config(app: Any) -> uvicorn.Config:

@@ -16,7 +16,7 @@ from vlm.inputs.decoding_limits import TooLargeError
 from vlm.serving.batched import Batched
 from vlm.serving.gallery import Gallery
 from vlm.serving.image_input import image_bytes, is_url
-from vlm.serving.limits import Admission, Limits, RequestError
+from vlm.serving.limits import Admission, Limits, RequestError, busy
 from vlm.serving.metrics import Metrics
 from vlm.serving.middleware import problem
 from vlm.serving.protocol import FailedItem, Input, Item, Problem
@@ -89,13 +89,8 @@ class Service:
         """
         wait = self._seconds_to_wait()
         if wait > self.limits.seconds * MOST_OF_TIMEOUT:  # or it would compute what times out
-            raise RequestError(
-                f"the server is busy: the {self.admission.in_flight:,} items in flight take about "
-                f"{wait:g} s; retry later",
-                429,
-                "busy",
-                wait,
-            )
+            items = f"the {self.admission.in_flight:,} items in flight take about {wait:g} s"
+            raise busy(items, wait)
         with self.admission.admit(count, wait):
             self.metrics.waiting.set(self.admission.in_flight)
             try:
@@ -240,8 +235,7 @@ class Service:
 
     def _seconds_to_wait(self) -> float:
         """Estimate the time for the items in flight in seconds, for Retry-After."""
-        each = max(self.model.batcher.seconds_per_item(kind) for kind in self.model.kinds())
-        return math.ceil(self.admission.in_flight * each)
+        return math.ceil(self.admission.in_flight * self.model.seconds_per_item())
 
 
 def parts_of(item: Input, name: str) -> tuple[str | None, str | None]:

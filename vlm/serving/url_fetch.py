@@ -16,7 +16,7 @@ import h11
 from vlm._version import __version__
 from vlm.errors import first_line
 from vlm.serving.bodies import HELD
-from vlm.serving.limits import Limits, RequestError
+from vlm.serving.limits import Limits, RequestError, busy
 
 SECONDS = 10.0  # for all downloads of a request, from waiting for a slot to the last byte
 SLOTS, SLOTS_PER_REQUEST = 16, 4  # downloads at a time
@@ -67,8 +67,7 @@ class Fetcher:
             RequestError: too many requests with downloads (429).
         """
         if self._requests >= REQUESTS:
-            message = "the server is busy: it downloads images for other requests; retry later"
-            raise RequestError(message, 429, "busy", SECONDS)
+            raise busy("it downloads images for other requests", SECONDS)
         self._requests += 1
         own = asyncio.Semaphore(SLOTS_PER_REQUEST)
         left = [self.limits.body_bytes]  # bytes for all images together, as if they were sent

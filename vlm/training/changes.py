@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from flax.traverse_util import flatten_dict
 
 from vlm.config import Config, Experiment, to_dict
+from vlm.config.files import json_value
 from vlm.config.resume import Effect, effect_of_change
 from vlm.errors import ConfigError, brief
 
@@ -63,7 +64,7 @@ def _differences(before: Any, after: Any, name: str, effect: Effect | None = Non
     elif isinstance(before, tuple) and _same_classes(before, after):
         for number, pair in enumerate(zip(before, after, strict=True)):
             yield from _differences(pair[0], pair[1], f"{name}.{number}")
-    elif (old := _plain(before)) != (new := _plain(after)):
+    elif (old := json_value(before)) != (new := json_value(after)):
         assert effect is not None
         yield Change(name, old, new, effect)
 
@@ -75,15 +76,6 @@ def _same_classes(before: tuple[Any, ...], after: Any) -> bool:
         and list(map(type, before)) == list(map(type, after))
         and all(isinstance(part, Config) for part in before)
     )
-
-
-def _plain(value: Any) -> Any:
-    """Return the value of a field as JSON, with a config as its text."""
-    if isinstance(value, Config):
-        return to_dict(value)
-    if isinstance(value, tuple):
-        return [_plain(part) for part in value]
-    return value if value is None or isinstance(value, bool | int | float) else str(value)
 
 
 def without_length(experiment: Experiment) -> Experiment:
