@@ -249,6 +249,8 @@ def test_axe_finds_no_violations_and_the_page_fits(opened, width, dark):
     page.wait_for_selector(".term")
     page.click("summary")
 
+    page.evaluate("document.getElementById('grid').classList.add('busy')")  # as in a slow search
+    page.wait_for_timeout(500)  # longer than the transition
     check_page(page)
     page.click(".tile >> nth=0")
     page.fill("#labels", "red, green")
