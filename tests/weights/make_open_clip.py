@@ -23,11 +23,14 @@ from open_clip.coca_model import CoCa
 from open_clip.hf_model import HFTextEncoder
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from timm.data import create_transform
+from timm.data.naflex_dataset import NaFlexCollator
 from timm.layers import HybridEmbed, LayerNorm, LayerNorm2d, Mlp
 from timm.models import vitamin
 from timm.models.convnext import ConvNeXt
 from timm.models.eva import Eva
 from timm.models.fastvit import FastVit, RepConditionalPosEnc
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem
 from tokenizers import processors
@@ -83,6 +86,18 @@ CASES = {
         "text_cfg": TEXT
         | {"no_causal_mask": True, "proj_bias": True, "pool_type": "last",
            "norm_kwargs": {"eps": 1e-6}, "tokenizer_kwargs": {"clean": "canonicalize"}},
+    },
+    # SigLIP 2 NaFlex, as in open_clip's main branch.
+    "oc_naflex": {
+        "embed_dim": 24,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": trunk("naflexvit_base_patch16_siglip", "map", "none")
+        | {"image_seq_len": 31},
+        "text_cfg": TEXT
+        | {"no_causal_mask": True, "proj_bias": True, "pool_type": "last",
+           "norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"},
+           "tokenizer_kwargs": {"clean": "canonicalize"}},
     },
     # PE-Core: timm's tower with rotary positions.
     "oc_pe": {
@@ -201,9 +216,12 @@ SEEDS = {"oc_vit": 10, "oc_quick": 11, "oc_mean": 12, "oc_siglip": 13, "oc_pe": 
          "oc_coca": 15, "oc_fastvit": 16, "oc_fastvit_large": 17,
          "oc_timm_clip": 18, "oc_convnext": 19, "oc_convnext_mlp": 20, "oc_eva01": 21,
          "oc_eva02": 22, "oc_eva02_enormous": 23, "oc_vitamin": 24, "oc_mobileclip_b": 25,
-         "oc_xlm_roberta": 26, "oc_nllb": 27, "oc_biomed": 28, "oc_bert": 29}  # fmt: skip
+         "oc_xlm_roberta": 26, "oc_nllb": 27, "oc_biomed": 28, "oc_bert": 29,
+         "oc_naflex": 30}  # fmt: skip
 PREPROCESS = {
     "oc_siglip": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic",
+                  "resize_mode": "squash"},
+    "oc_naflex": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic",
                   "resize_mode": "squash"},
     "oc_mean": {"interpolation": "bilinear"},
     "oc_fastvit": {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear",
@@ -248,6 +266,13 @@ def head(config: dict) -> OrderedDict:
 def small_trunk(name: str) -> torch.nn.Module:
     """The class of timm's tower `name`, small."""
     eps = functools.partial(LayerNorm, eps=1e-5)
+    if "naflex" in name:
+        cfg = NaFlexVitCfg(
+            patch_size=6, embed_dim=24, depth=2, num_heads=12, mlp_ratio=1.8,
+            act_layer="gelu_tanh", global_pool="map", pos_embed_interp_mode="bilinear",
+            pos_embed_grid_size=(5, 5),
+        )  # fmt: skip
+        return NaFlexVit(cfg, num_classes=0)
     if "pe_core" in name:
         return Eva(
             img_size=28, patch_size=7, embed_dim=24, depth=2, num_heads=3, mlp_ratio=1.5,
@@ -376,6 +401,31 @@ def other_lengths(model: torch.nn.Module, config: dict, folder: pathlib.Path) ->
     np.savez_compressed(folder / "context.npz", texts=np.array(TEXTS), **out)
 
 
+def naflex(folder: pathlib.Path, model, raw: list, tokens: torch.Tensor, length: int) -> None:
+    """Images of any aspect through the transform of open_clip's NaFlexEvalTransformFactory."""
+    transform = create_transform(
+        is_training=False, naflex=True, patchify=True, max_seq_len=length, patch_size=6,
+        input_size=30, interpolation="bicubic", mean=[0.5] * 3, std=[0.5] * 3,
+    )  # fmt: skip
+    cut = [transform(Image.fromarray(image)) for image in raw]
+    batch, _ = NaFlexCollator(max_seq_len=length)([(patches, 0) for patches in cut])
+    with torch.no_grad():
+        z_image = torch.nn.functional.normalize(model.visual(batch), dim=-1)
+        z_text = torch.nn.functional.normalize(model.encode_text(tokens), dim=-1)
+        logits = model.logit_scale.exp() * z_image @ z_text.T + model.logit_bias
+    np.savez_compressed(
+        folder / "naflex.npz",
+        **{f"image/{i}": image for i, image in enumerate(raw)},
+        pixels=batch["patches"].numpy(),
+        mask=batch["patch_valid"].numpy(),
+        shapes=np.stack([patches["patch_coord"].numpy().max(0) + 1 for patches in cut]),
+        texts=np.array(TEXTS),
+        z_image=z_image.numpy(),
+        z_text=z_text.numpy(),
+        logits=logits.numpy(),
+    )
+
+
 def timm_towers() -> None:
     """What timm's towers are by their names, for the table in `vlm/weights/timm.py`."""
     towers = {}
@@ -444,6 +494,9 @@ def main(names: list[str]) -> None:
         pixels = torch.stack([transform(Image.fromarray(image)) for image in raw])
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
         tokens = tokenizer(TEXTS)
+        if name == "oc_naflex":
+            naflex(folder, model, raw, tokens, config["vision_cfg"]["image_seq_len"])
+            continue
         with torch.no_grad():
             timm = config["vision_cfg"].get("timm_model_name")
             z_image = model.visual(pixels) if timm else model.encode_image(pixels)

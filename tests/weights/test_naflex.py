@@ -1,24 +1,34 @@
-"""NaFlex: images of any aspect, against what transformers' Siglip2Model recorded."""
+"""NaFlex: images of any aspect, against what transformers and open_clip recorded."""
 
+import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from vlm.bundle import load
+from vlm.errors import CheckpointError
 from vlm.inputs.naflex import target_size
+from vlm.weights import naflexvit
 
-FOLDER = pathlib.Path(__file__).parent / "golden" / "hf_naflex"
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module", params=["hf_naflex", "oc_naflex"])
+def folder(request):
+    return GOLDEN / request.param
 
 
 @pytest.fixture(scope="module")
-def bundle():
-    return load(FOLDER)
+def bundle(folder):
+    return load(folder)
 
 
 @pytest.fixture(scope="module")
-def golden():
-    return np.load(FOLDER / "naflex.npz")
+def golden(folder):
+    return np.load(folder / "naflex.npz")
 
 
 def test_end_to_end(bundle, golden):
@@ -61,3 +71,32 @@ def test_sizes_fill_the_budget_and_never_pass_it(size, budget):
     assert count >= 1
     if count > budget:  # an aspect that no budget holds still needs a patch along its short side
         assert min(height, width) == 16
+
+
+def test_open_clips_tower_there_and_back(tmp_path, monkeypatch):
+    ours = load(GOLDEN / "oc_naflex")
+    with pytest.raises(CheckpointError, match=r"none of timm's vision towers is .* nearest"):
+        ours.save(tmp_path / "theirs", format="open_clip")
+    name = "naflexvit_base_patch16_siglip"
+    monkeypatch.setitem(naflexvit.TOWERS, name, ours.config.vision)
+    ours.save(tmp_path / "theirs", format="open_clip")
+    theirs = GOLDEN / "oc_naflex" / "open_clip_model.safetensors"
+    with safe_open(theirs, "np") as a, safe_open(tmp_path / "theirs" / theirs.name, "np") as b:
+        assert set(a.keys()) == set(b.keys())
+        assert all(np.array_equal(a.get_tensor(key), b.get_tensor(key)) for key in b.keys())  # noqa: SIM118
+    assert load(tmp_path / "theirs").preprocess.config == ours.preprocess.config
+    ours.save(tmp_path / "transformers", format="huggingface")
+    again = load(tmp_path / "transformers")
+    golden = np.load(GOLDEN / "oc_naflex" / "naflex.npz")
+    raw = [golden[f"image/{i}"] for i in range(len(golden["z_image"]))]
+    assert np.abs(again.encode_image(raw) - golden["z_image"]).max() < 3e-6
+
+
+def test_a_number_of_patches_is_for_naflex_towers(tmp_path):
+    shutil.copytree(GOLDEN / "oc_siglip", tmp_path / "copy")
+    file = tmp_path / "copy" / "open_clip_config.json"
+    about = json.loads(file.read_text())
+    about["model_cfg"]["vision_cfg"]["image_seq_len"] = 576
+    file.write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match=r"image_seq_len is 576, .* no NaFlex tower"):
+        load(tmp_path / "copy")

@@ -61,10 +61,11 @@ def test_every_name_is_found():
     assert [state_dict.find_architecture(name.lower()) for name in names] == names
 
 
-# NaFlex towers and ModernBERT, captioners without a text tower, mT5, Swin and relative positions.
+# NaFlex towers that have no public weights, ModernBERT, captioners without a text tower, mT5,
+# Swin and relative positions.
 REFUSED = {
-    "ViT-B-16-SigLIP2-naflex", "ViT-SO400M-16-SigLIP2-naflex", "naflex_ViT-B-16",
-    "naflex_ViT-B-32", "moderntext-naflex_ViT-B-16", "moderntext-naflex_ViT-B-32",
+    "naflex_ViT-B-16", "naflex_ViT-B-32",
+    "moderntext-naflex_ViT-B-16", "moderntext-naflex_ViT-B-32",
     "moderntext-naflex_ViT-B-deep-16", "moderntext-naflex_ViT-SO150M2-16",
     "moderntext-ViT-B-32-256", "gte-modernbert-base-ViT-B-32-256", "naflexgenlip_b16",
     "naflexgenlip_so150m2", "naflexgenlip_so16", "naflexgenlip_test", "mt5-base-ViT-B-32",

@@ -305,12 +305,13 @@ def test_half_a_coca_is_not_written():
         open_clip_config(bundle.config, bundle.tokenizer)
 
 
-def test_naflex_has_as_many_patches_as_positions_or_is_not_written():
+def test_naflex_has_its_own_number_of_positions_in_transformers():
     bundle = load(GOLDEN / "hf_naflex")
     fewer = dataclasses.replace(bundle.config.vision, max_patches=20)
-    with pytest.raises(CheckpointError, match=r"vision\.max_patches 20 \(None\)"):
-        huggingface_config(dataclasses.replace(bundle.config, vision=fewer), bundle.tokenizer)
-    with pytest.raises(CheckpointError, match=r"max_patches None \(not 25\)"):
+    config = dataclasses.replace(bundle.config, vision=fewer)
+    values = huggingface_config(config, bundle.tokenizer)
+    assert values["vision_config"]["num_patches"] == 25
+    with pytest.raises(CheckpointError, match=r"nearest .* width 768 \(not 24\)"):
         open_clip_config(bundle.config, bundle.tokenizer)
 
 

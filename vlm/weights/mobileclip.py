@@ -53,4 +53,5 @@ def rules(c: ViTConfig) -> list[Rule]:
         stem.append(Rule(f"{_STEM}.{i}.conv.weight", f"vision.stem.kernels.{i}", CONV))
         if i < 2:
             stem += batch_norm(f"{_STEM}.{i}.bn", f"vision.stem.norms.{i}")
-    return timm.rules(c, stem, position=WITHOUT_FIRST)
+    position = Rule(f"{timm.TRUNK}.pos_embed", "vision.position", WITHOUT_FIRST)
+    return timm.rules(c, stem, position=position)

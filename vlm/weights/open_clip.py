@@ -3,6 +3,7 @@
 Covers LAION, DataComp, DFN, MetaCLIP, CLIPA, the SigLIP exports, and the contrastive half of CoCa.
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from vlm.config import (
     ViTConfig,
 )
 from vlm.errors import CheckpointError, brief
-from vlm.weights import fastvit, text_encoders, timm, timm_towers
+from vlm.weights import fastvit, naflexvit, text_encoders, timm, timm_towers
 from vlm.weights.checkpoint import Checkpoint, weights
 from vlm.weights.fields import (
     MAX_LAYERS,
@@ -54,6 +55,7 @@ VISION = {
     "output_tokens": False, "act_kwargs": None, "norm_kwargs": None,
     "timm_model_name": None, "timm_model_pretrained": False, "timm_pool": "avg",
     "timm_proj": "linear", "timm_proj_bias": False, "timm_drop": 0.0, "timm_drop_path": None,
+    "image_seq_len": None,
 }  # fmt: skip
 TEXT = {
     "context_length": 77, "vocab_size": 49408, "hf_tokenizer_name": None, "tokenizer_kwargs": None,
@@ -127,10 +129,18 @@ def described(
         length = {"context_length": TEXT["context_length"]}
         context_length = with_defaults(model["text_cfg"], length, "text_cfg")["context_length"]
     tokenizer = open_clip_tokenizer(folder, model["text_cfg"], config)
+    preprocess = open_clip_preprocess(pixels, config.vision.image_size, where)
+    if isinstance(config.vision, ViTConfig) and config.vision.max_patches is not None:
+        preprocess = dataclasses.replace(
+            preprocess,
+            resize="naflex",
+            patch_size=config.vision.patch_size,
+            max_patches=config.vision.max_patches,
+        )
     return Checkpoint(
         name,
         config,
-        open_clip_preprocess(pixels, config.vision.image_size, where),
+        preprocess,
         tokenizer,
         tensors,
         rules(config, tensors.shapes),
@@ -176,6 +186,10 @@ def model_config(
         vision_tower = timm_towers.vision_config(name, image_size, pool, proj, shapes, where)
     else:
         vision_tower = _vision(vision, quick, f"{where}: vision_cfg")
+    if (length := vision["image_seq_len"]) is not None:
+        vision_tower = naflexvit.with_length(
+            vision_tower, length, f"{where}: vision_cfg.image_seq_len"
+        )
     if text["hf_model_name"]:
         text_tower = text_encoders.text_config(text, shapes, where, encoder or {})
     else:

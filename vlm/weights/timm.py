@@ -16,7 +16,7 @@ from vlm.errors import CheckpointError
 from vlm.weights.checkpoint import ComputedTensors
 from vlm.weights.files import Tensors
 from vlm.weights.layers import MLP, TIMM, block, conv, fused, heads, linear, norm
-from vlm.weights.rules import WITHOUT_FIRST, Rule, Shapes, Transform, count_layers, leading
+from vlm.weights.rules import WITHOUT_FIRST, Rule, Shapes, count_layers, leading
 
 TRUNK, BLOCK, OURS = "visual.trunk", "visual.trunk.blocks.{}", "vision.transformer.blocks"
 _REGISTERS, _PROJECTION = f"{TRUNK}.reg_token", "visual.head.proj"
@@ -251,10 +251,10 @@ def rules(
     c: ViTConfig,
     stem: Sequence[Rule] | None = None,
     blocks: Sequence[Rule] | None = None,
-    position: Transform | None = None,
+    position: Rule | None = None,
     shapes: Shapes | None = None,
 ) -> list[Rule]:
-    """Rules of a ViT of timm's, whose stem and blocks may be given.
+    """Rules of a ViT of timm's, whose stem, blocks and positions may be given.
 
     The `shapes` of its tensors tell if the class token has no position, which norm it has and where
     its projection is.
@@ -263,7 +263,8 @@ def rules(
     if position is None:
         grid = (c.image_size // c.patch_size) ** 2
         alone = c.class_token and shapes.get(f"{TRUNK}.pos_embed", ())[1:2] == (grid,)
-        position = WITHOUT_FIRST if alone else _POSITION
+        layout = WITHOUT_FIRST if alone else _POSITION
+        position = Rule(f"{TRUNK}.pos_embed", "vision.position", layout)
     attn_pool = f"{TRUNK}.attn_pool"
     pool = [
         Rule(f"{attn_pool}.latent", "vision.pool.probe", leading(1)),
@@ -286,7 +287,7 @@ def rules(
         *(stem or conv(f"{TRUNK}.patch_embed.proj", "vision.stem", bias=c.patch_bias)),
         *([Rule(f"{TRUNK}.cls_token", "vision.class_token", leading(2))] if c.class_token else []),
         *([Rule(_REGISTERS, "vision.registers", leading(1))] if c.registers else []),
-        Rule(f"{TRUNK}.pos_embed", "vision.position", position),
+        position,
         *(norm(f"{TRUNK}.norm_pre", "vision.pre_norm") if c.pre_norm else []),
         *(blocks or block(BLOCK, OURS, TIMM | (_SCALES if c.layer_scale else {}))),
         *norm(last, "vision.norm"),

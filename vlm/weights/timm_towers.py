@@ -10,10 +10,10 @@ from typing import Any
 
 from vlm.config import ConvNeXtConfig, FastViTConfig, VisionTowerConfig, ViTaminConfig, ViTConfig
 from vlm.errors import CheckpointError, brief
-from vlm.weights import convnext, eva, fastvit, mobileclip, timm, vitamin
+from vlm.weights import convnext, eva, fastvit, mobileclip, naflexvit, timm, vitamin
 from vlm.weights.rules import Shapes
 
-FAMILIES = (fastvit, convnext, eva, vitamin, mobileclip, timm)
+FAMILIES = (fastvit, convnext, eva, vitamin, mobileclip, naflexvit, timm)
 
 
 def vision_config(
@@ -69,6 +69,8 @@ def family_of(config: VisionTowerConfig, shapes: Shapes) -> Any | None:
             return convnext
         case ViTaminConfig():
             return vitamin
+        case ViTConfig(max_patches=int()):
+            return naflexvit
         case ViTConfig(key_bias=False):
             return eva
         case ViTConfig(stem="nested"):

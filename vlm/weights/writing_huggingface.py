@@ -66,7 +66,7 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, A
     if not isinstance(vision, ViTConfig):
         parts.refuse("transformers", [f"a vision tower of the kind {vision.kind!r} ('vit')"])
     clip = vision.pool == "class"
-    naflex = not clip and vision.max_patches == (vision.image_size // vision.patch_size) ** 2
+    naflex = not clip and vision.max_patches is not None
     common: dict[str, Any] = {"stem": "linear", "rotary": None, "mlp": "plain"}
     if not naflex:
         common["max_patches"] = None
@@ -104,7 +104,7 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, A
     vision_config = parts.vision_values(vision, family)
     if naflex:
         del vision_config["image_size"]
-        vision_config["num_patches"] = vision.max_patches
+        vision_config["num_patches"] = (vision.image_size // vision.patch_size) ** 2
     return parts.model_values(
         family,
         architecture,

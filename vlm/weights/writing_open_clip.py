@@ -59,6 +59,7 @@ def _preprocess(p: PreprocessConfig) -> dict[str, Any]:
     }
     refuse_if("open_clip", faults)
     modes = {ours: theirs for theirs, ours in RESIZE_MODES.items()}
+    modes["naflex"] = "squash"  # of a tower whose images need no mode
     return {
         "size": p.image_size,
         "mode": "RGB",
