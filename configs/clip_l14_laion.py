@@ -5,7 +5,7 @@
     peak of a chip                    41.3 GiB of 95 (compiled; the loss alone 3.56 MiB)
     sent by a chip and step           gradients 1,619 MiB, loss ring 192 MiB (compiled)
     FLOPs of the model and step       17.2 PFLOP (analytic)
-    step, bound by compute            526 to 789 ms, 42k to 62k pairs/s, MFU 37 to 56% (by hand)
+    step, bound by compute            666 to 999 ms, 33k to 49k pairs/s, MFU 29 to 44% (expected)
 """
 
 from vlm.config import (

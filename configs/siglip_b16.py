@@ -4,10 +4,10 @@ The paper's data is not public; any shards of images and texts serve.
 
 `vlm plan configs/siglip_b16.py --topology v5e:16x16` says:
 
-    peak of a chip                    8.53 GiB of 16 (compiled; the loss alone 315 KiB)
+    peak of a chip                    8.51 GiB of 16 (compiled; the loss alone 315 KiB)
     sent by a chip and step           gradients 772 MiB, loss ring 144 MiB (compiled)
     FLOPs of the model and step       4.56 PFLOP (analytic)
-    step, bound by compute            215 to 323 ms, 101k to 152k pairs/s, MFU 28 to 42% (by hand)
+    step, bound by compute            213 to 320 ms, 103k to 154k pairs/s, MFU 28 to 42% (expected)
 """
 
 from vlm.config import (

@@ -3,10 +3,10 @@
 `vlm plan configs/siglip_b16_1m.py --topology v5p:8x8x8` says:
 
     temporaries of the loss           52 MiB (compiled alone)
-    peak of a chip                    27.6 GiB of 95 (compiled)
+    peak of a chip                    27.5 GiB of 95 (compiled)
     sent by a chip and step           gradients 774 MiB, loss ring 4.5 GiB (compiled)
     FLOPs of the model and step       151 PFLOP (analytic)
-    step, bound by compute            1.46 to 2.19 s, 480k to 719k pairs/s, MFU 29 to 44% (by hand)
+    step, bound by compute            1.72 to 2.58 s, 406k to 609k pairs/s, MFU 25 to 37% (expected)
 """
 
 from vlm.config import (

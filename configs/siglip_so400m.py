@@ -2,11 +2,11 @@
 
 `vlm plan configs/siglip_so400m.py --topology v5p:4x8x8` says:
 
-    peak of a chip                    27.4 GiB of 95 (compiled; the loss alone 1.87 MiB)
-    sent by a chip and step           parameters (FSDP) 2.8 GiB, gradients 1.8 GiB,
+    peak of a chip                    26.3 GiB of 95 (compiled; the loss alone 1.87 MiB)
+    sent by a chip and step           parameters (FSDP) 2.8 GiB, gradients 1.6 GiB,
                                       loss ring 216 MiB (compiled)
     FLOPs of the model and step       26.9 PFLOP (analytic)
-    step, bound by compute            407 to 610 ms, 54k to 81k pairs/s, MFU 37 to 56% (by hand)
+    step, bound by compute            466 to 699 ms, 47k to 70k pairs/s, MFU 33 to 49% (expected)
 """
 
 from vlm.config import (
